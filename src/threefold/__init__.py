@@ -1,0 +1,44 @@
+"""threefold: cross-validated ensembles of fine-tuned ConvNets, with honest scores, in one file.
+
+Public names are imported when first used, so that `import threefold` is instant and `threefold.load` needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "DataError": "errors",
+    "ExportError": "errors",
+    "RecipeError": "errors",
+    "RunError": "errors",
+    "ThreefoldError": "errors",
+    "Recipe": "recipe",
+    "Predictions": "predictions",
+    "MeanEnsemble": "ensemble",
+    "PrunedEnsemble": "ensemble",
+    "VoteEnsemble": "ensemble",
+    "WeightedEnsemble": "ensemble",
+    "GreedyEnsemble": "ensemble",
+    "StackedEnsemble": "ensemble",
+    "Run": "run",
+    "export": "workflow",
+    "fit": "workflow",
+    "report": "workflow",
+    "train": "workflow",
+    "load": "export",
+}
+
+__all__ = sorted(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'threefold' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"threefold.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,5 @@
+"""`python -m threefold`."""
+
+from threefold.cli import main
+
+main()

@@ -1,0 +1,294 @@
+"""The command line: verbs that call functions and print. No logic; a training option is a recipe key, never a flag."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from threefold.errors import ThreefoldError
+
+if TYPE_CHECKING:
+    from threefold.run import Run
+    from threefold.terminal import TerminalWatcher
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Cross-validated ensembles of fine-tuned ConvNets, with honest scores, in one file.",
+)
+out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
+
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Change one recipe value, e.g. train.batch_size=64."),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", help="A line per epoch; tracebacks for our own bugs.")]
+Out = Annotated[Path, typer.Option("--out", help="The run folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+def main() -> None:
+    """Entry point: 0 ok, 1 an error that the user can mend (one line), 2 wrong usage, 130 interrupted."""
+    try:
+        app()
+    except ThreefoldError as error:
+        err.print(f"[bold red]error[/] {_plain(error)}")
+        sys.exit(1)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+def _plain(text: object) -> str:
+    """Text without Rich markup."""
+    from rich.markup import escape
+
+    return escape(str(text))
+
+
+@contextmanager
+def _watched(verbose: bool, again: str) -> Iterator[TerminalWatcher]:
+    """A progress bar; Ctrl-C says how to go on."""
+    from threefold.terminal import TerminalWatcher
+
+    try:
+        with TerminalWatcher(out, verbose) as watcher:
+            yield watcher
+    except KeyboardInterrupt:
+        err.print(f"[yellow]stopped[/]; what is done is kept. Go on with: {_plain(again)}")
+        raise SystemExit(130) from None
+
+
+@app.command()
+def demo(
+    out_dir: Annotated[Path, typer.Option("--out", help="The run folder.")] = Path("runs/demo"),
+    verbose: Verbose = False,
+) -> None:
+    """Real pretrained members on real images, on a CPU, in minutes: train, ensemble, report, export, predict."""
+    from threefold import workflow
+    from threefold.recipe import packaged
+
+    with _watched(verbose, f"threefold demo --out {out_dir}") as watcher:
+        out.print(
+            "threefold demo: 3 pretrained networks, 3,000 training images of Fashion-MNIST, 1,000 sealed test images"
+        )
+        run = workflow.train(packaged("demo"), out_dir, watcher)
+        workflow.finish(run)
+    image, truth = workflow.sample_image(run)
+    _show_results(run)
+    out.print(f"\n{image.name} (a {truth}), asked of the exported file in a fresh process:")
+    out.print(workflow.predict_elsewhere(run.dir / "model.onnx", image).rstrip())
+    _show_places(run, f"threefold serve {run.dir / 'model.onnx'}", "threefold fit FOLDER_OF_YOUR_IMAGES")
+
+
+@app.command()
+def fit(
+    folder: Annotated[
+        Path, typer.Argument(help="One folder per class, or train/ [val/] test/ with class folders inside.")
+    ],
+    out_dir: Annotated[Path | None, typer.Option("--out", help="The run folder (default runs/NAME).")] = None,
+    budget: Annotated[str, typer.Option("--budget", help="Bound on the wall time: 90s, 20m, 2h; 0 = none.")] = "20m",
+    members: Annotated[str, typer.Option("--members", help="timm names, separated by commas.")] = "",
+    sets: Sets = None,
+    verbose: Verbose = False,
+) -> None:
+    """Plan, train, ensemble, report, export: one command from a folder of images to one file."""
+    from threefold import workflow
+
+    target = out_dir or Path("runs") / folder.resolve().name
+    minutes = workflow.parse_minutes(budget)
+    with _watched(verbose, f"threefold fit {folder} --out {target}") as watcher:
+        run = workflow.fit(
+            folder,
+            target,
+            budget_minutes=minutes,
+            members=tuple(filter(None, members.split(","))),
+            overrides=tuple(sets or ()),
+            watcher=watcher,
+        )
+    _show_results(run)
+    _show_places(
+        run, f"threefold predict {run.dir / 'model.onnx'} IMAGE...", f"threefold serve {run.dir / 'model.onnx'}"
+    )
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A folder of images, a recipe file, or a packaged recipe's name.")],
+    budget: Annotated[str, typer.Option("--budget", help="Bound on the wall time: 90s, 20m, 2h; 0 = none.")] = "20m",
+    members: Annotated[str, typer.Option("--members", help="timm names, separated by commas (for a folder).")] = "",
+    sets: Sets = None,
+) -> None:
+    """Print the recipe that would run, every value written out, with reasons; or the jobs of a recipe."""
+    from threefold import workflow
+    from threefold.plan import plan_folder
+    from threefold.recipe import resolve
+
+    if Path(recipe).is_dir():
+        made = plan_folder(
+            recipe, workflow.parse_minutes(budget), tuple(filter(None, members.split(","))), tuple(sets or ())
+        )
+        out.print(made.recipe.dump(made.explain()), markup=False)
+        return
+    loaded = resolve(recipe, sets or ())
+    out.print(loaded.dump(f"jobs: {len(loaded.jobs())}, digest {loaded.digest()[:12]}"), markup=False)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a packaged recipe's name.")],
+    out_dir: Out,
+    sets: Sets = None,
+    verbose: Verbose = False,
+) -> None:
+    """Train, cross-validate, ensemble and score what a recipe says; run again to go on where it stopped."""
+    from threefold import workflow
+    from threefold.recipe import resolve
+
+    with _watched(verbose, f"threefold train {recipe} --out {out_dir}") as watcher:
+        run = workflow.train(resolve(recipe, sets or ()), out_dir, watcher)
+        workflow.report(run)
+    _show_results(run)
+    _show_places(run, f"threefold export {run.dir} --out model.onnx")
+
+
+@app.command()
+def ensemble(
+    source: Annotated[Path, typer.Argument(help="A run folder, or predictions as .npz (probs, labels).")],
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="mean, pruned, vote, top2, weighted, stacked, greedy or auto; may be repeated."),
+    ] = None,
+    members: Annotated[
+        list[str] | None, typer.Option("--members", help="Only these members; may be repeated or separated by commas.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Combine saved predictions, from a run or from anywhere, and score the result."""
+    from threefold import workflow
+    from threefold.terminal import score_table
+
+    names = [n for text in members or () for n in text.split(",") if n]
+    found = workflow.ensemble(source, [m for text in method or ["auto"] for m in text.split(",") if m], names)
+    if as_json:
+        _print_json(
+            {
+                "scores": found.scores,
+                "comparisons": found.comparisons,
+                "chosen": found.chosen,
+                "chosen_reason": found.reason,
+                "warnings": found.warnings,
+            }
+        )
+        return
+    out.print(score_table(found.scores, found.chosen))
+    out.print(f"chosen: {found.chosen} ({_plain(found.reason)})")
+    for line in [*(c["verdict"] for c in found.comparisons), *found.warnings]:
+        out.print(f"  {_plain(line)}")
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    target: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("model.onnx"),
+    method: Annotated[str | None, typer.Option("--method", help="Another ensemble than the chosen one.")] = None,
+) -> None:
+    """Write one ONNX file that answers as the run does; refuses if the answers differ."""
+    from threefold import workflow
+    from threefold.run import Run
+
+    made = workflow.export(Run.open(run_dir), target, method)
+    out.print(
+        f"{made['path']}: {made['bytes'] / 1e6:.1f} MB, {made['method']}; against the pipeline on {made['images']} images: "
+        f"largest difference {made['max_difference']:.1e}, same class {made['top1_agreement']:.0%}"
+    )
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="An exported model file.")],
+    images: Annotated[list[str], typer.Argument(help="Files, folders, or - for a list on standard input.")],
+    top: Annotated[int, typer.Option("--top", min=1, help="How many classes to name.")] = 3,
+    as_json: Json = False,
+    csv: Annotated[bool, typer.Option("--csv", help="One row per image with every probability.")] = False,
+) -> None:
+    """Classify images with an exported file; needs neither torch nor the run."""
+    from threefold import answers
+
+    failed = answers.write(sys.stdout, err, model, images, top, "json" if as_json else "csv" if csv else "text")
+    if failed:
+        raise SystemExit(1)
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="An exported model file.")],
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port to listen on.")] = 8000,
+) -> None:
+    """Answer over HTTP: POST /predict with image files, GET /health, GET /docs."""
+    from threefold.serve import run_server
+
+    out.print(f"http://{host}:{port}/docs  (Ctrl-C stops)")
+    run_server(model, host, port)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="One or more finished run folders.")],
+    target: Annotated[
+        Path | None, typer.Option("--out", help="The file to write (default: report.html in the first run).")
+    ] = None,
+) -> None:
+    """Write the HTML report of one run, or of several side by side."""
+    from threefold.report import write_report
+
+    out.print(str(write_report(runs, target)), markup=False)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="backbones, heads, ensembles, data or recipes.")],
+    pattern: Annotated[str, typer.Argument(help="For backbones: a pattern, e.g. '*convnext*'.")] = "*",
+) -> None:
+    """Name what a recipe can use."""
+    from threefold import workflow
+
+    for line in workflow.catalogue(what, pattern):
+        out.print(line, markup=False)
+
+
+def _show_results(run: Run) -> None:
+    """The score table and the sentence that matters."""
+    from threefold.terminal import score_table
+
+    results = run.results
+    out.print(score_table(results["scores"], results["chosen"]))
+    last = next(s for s in reversed(results["scores"]) if s["name"] == results["chosen"] and s["kind"] == "ensemble")
+    low, high = last["interval"]
+    out.print(
+        f"\nExpect [bold]{last['accuracy']:.1%}[/] of new images to be right (95 % interval {low:.1%} to {high:.1%}; {last['n']} {last['rows']} rows, protocol {last['protocol']})."
+    )
+
+
+def _show_places(run: Run, *next_commands: str) -> None:
+    """Where things are, and what to type next."""
+    out.print()
+    for name, path in (("report", "report.html"), ("model", "model.onnx"), ("scores", "results.json"), ("run", "")):
+        if (run.dir / path).exists():
+            out.print(f"{name:7}{run.dir / path}", markup=False)
+    for command in next_commands:
+        out.print(f"next   {command}", markup=False)
+
+
+def _print_json(tree: Any) -> None:
+    import json
+
+    print(json.dumps(tree, indent=1, ensure_ascii=False, default=float))

@@ -1,0 +1,37 @@
+"""The errors that threefold raises for what a user can mend: one line that says what, where, expected, got, fix."""
+
+from __future__ import annotations
+
+
+class ThreefoldError(Exception):
+    """Base of every error that is the input's fault; the command line prints it without a traceback and exits 1."""
+
+    def __init__(
+        self, what: str, *, where: object = "", expected: object = "", got: object = "", fix: str = ""
+    ) -> None:
+        parts = [what if not where else f"{what}: {where}"]
+        if expected != "" or got != "":
+            parts.append(
+                f"expected {expected}, got {got}"
+                if expected != "" and got != ""
+                else f"{'expected' if expected != '' else 'got'} {expected if expected != '' else got}"
+            )
+        if fix:
+            parts.append(f"fix: {fix}")
+        super().__init__("; ".join(" ".join(str(part).split()) for part in parts))
+
+
+class RecipeError(ThreefoldError):
+    """A recipe cannot be read, has an unknown key, or asks for what cannot be."""
+
+
+class DataError(ThreefoldError):
+    """Images, labels or predictions are missing, unreadable or contradict each other."""
+
+
+class RunError(ThreefoldError):
+    """A run folder cannot be written, belongs to another recipe, or is not complete."""
+
+
+class ExportError(ThreefoldError):
+    """A model file cannot be written, read, or does not answer as the pipeline it came from."""

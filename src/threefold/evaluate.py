@@ -1,0 +1,152 @@
+"""From members' probabilities to scored ensembles and one choice, on arrays only.
+
+Out-of-fold rows fit the ensembles and their temperatures and choose among them; what is fitted is scored on them
+cross-fitted. Test rows, where there are any, are looked at once, after everything is fixed. Every ensemble is scored as
+it would be exported: calibrated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from threefold import stats
+from threefold.ensemble import Ensemble, apply_temperature, choose, cross_fit, fit_temperature, make_ensemble
+from threefold.predictions import Predictions
+from threefold.recipe import EnsembleSpec
+
+LEVEL = 0.95
+
+
+@dataclass
+class Evaluation:
+    """What a run's predictions say.
+
+    Attributes:
+        scores: one entry per member and ensemble and kind of rows (the form of results.json).
+        comparisons: paired tests of every ensemble against the best single member.
+        chosen, reason: the method that is exported, and why.
+        ensemble, temperature: that method fitted on all out-of-fold rows, and its calibration.
+        rows: the rows of the headline: test, or oof where there is no test split.
+        probs: the chosen ensemble's probabilities on those rows (n, k), calibrated.
+        warnings: what weakens the figures, in plain words.
+    """
+
+    scores: list[dict[str, Any]]
+    comparisons: list[dict[str, Any]]
+    chosen: str
+    reason: str
+    ensemble: Ensemble
+    temperature: float
+    rows: Predictions
+    probs: np.ndarray
+    warnings: list[str] = field(default_factory=list)
+
+
+def evaluate(oof: Predictions | None, test: Predictions | None, spec: EnsembleSpec, seed: int = 0) -> Evaluation:
+    """Score members and ensembles, choose one, fit and calibrate it.
+
+    Args:
+        oof: out-of-fold predictions; None only where a paper protocol has no folds.
+        test: test predictions, or None.
+        spec: methods, and which one to export.
+        seed: seed of the stacked ensemble.
+
+    Without out-of-fold rows the fitted methods can only be fitted on the test rows, as the authors did: their scores are
+    then marked "fitted on the scored rows".
+    """
+    fit_rows = oof if oof is not None else test
+    assert fit_rows is not None
+    methods = spec.methods if spec.export in ("auto", *spec.methods) else (*spec.methods, spec.export)
+    crossed = {name: _crossed(name, fit_rows, seed) for name in methods}
+    chosen, reason = choose(crossed, fit_rows.labels) if spec.export == "auto" else (spec.export, "named by the recipe")
+    fitted = {name: make_ensemble(name, seed).fit(fit_rows.probs, fit_rows.labels) for name in methods}
+    temperatures = {name: fit_temperature(probs, fit_rows.labels) for name, probs in crossed.items()}
+    tables = []
+    if oof is not None:
+        tables.append(
+            (oof, {name: _calibrated(probs, oof) for name, probs in crossed.items()}, "oof rows, cross-fitted")
+        )
+    if test is not None:
+        on_test = {
+            name: apply_temperature(e.predict_proba(test.probs), temperatures[name]) for name, e in fitted.items()
+        }
+        tables.append((test, on_test, "oof rows" if oof is not None else "the scored rows"))
+    scores = [entry for rows, table, fitted_on in tables for entry in _scores(rows, table, fitted, fitted_on)]
+    rows, table, _ = tables[-1]
+    probs = table[chosen].astype(np.float32)
+    comparisons, warnings = _comparisons(rows, table), _warnings(oof, test)
+    return Evaluation(scores, comparisons, chosen, reason, fitted[chosen], temperatures[chosen], rows, probs, warnings)
+
+
+def _crossed(name: str, rows: Predictions, seed: int) -> np.ndarray:
+    """Probabilities of a method where no row was predicted by an ensemble fitted on it."""
+    return cross_fit(
+        lambda: make_ensemble(name, seed), rows.probs, rows.labels, folds=_usable_folds(rows), groups=rows.groups
+    )
+
+
+class _Temperature:
+    """Calibration in the grammar of an ensemble of one member, so that it is cross-fitted by the same function."""
+
+    def fit(self, probs: np.ndarray, labels: np.ndarray) -> _Temperature:
+        self.temperature_ = fit_temperature(probs[0], labels)
+        return self
+
+    def predict_proba(self, probs: np.ndarray) -> np.ndarray:
+        return apply_temperature(probs[0], self.temperature_)
+
+
+def _calibrated(probs: np.ndarray, rows: Predictions) -> np.ndarray:
+    """Out-of-fold probabilities (n, k) at a temperature that was fitted on other rows."""
+    return cross_fit(_Temperature, probs[None], rows.labels, folds=_usable_folds(rows), groups=rows.groups)  # type: ignore[arg-type]
+
+
+def _usable_folds(rows: Predictions) -> np.ndarray | None:
+    """The run's own folds where there are at least two of them."""
+    return rows.folds if rows.folds is not None and len(np.unique(rows.folds)) > 1 else None
+
+
+def _scores(
+    rows: Predictions, table: dict[str, np.ndarray], fitted: dict[str, Ensemble], fitted_on: str
+) -> list[dict[str, Any]]:
+    singles = [(name, "member", rows.probs[i], "nothing") for i, name in enumerate(rows.members)]
+    ensembles = [
+        (name, "ensemble", probs, fitted_on if fitted[name].needs_fit else "nothing") for name, probs in table.items()
+    ]
+    return [
+        {**stats.score_table(probs, rows.labels, level=LEVEL), "name": name, "kind": kind, "rows": rows.kind,
+         "protocol": rows.protocol, "fitted_on": fitted}
+        for name, kind, probs, fitted in singles + ensembles
+    ]  # fmt: skip
+
+
+def _comparisons(rows: Predictions, table: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Each ensemble against the best single member on the same rows, exact McNemar with Holm's correction."""
+    hits = rows.probs.argmax(-1) == rows.labels
+    best = int(hits.mean(1).argmax())
+    found = [stats.mcnemar_exact(probs.argmax(1) == rows.labels, hits[best]) for probs in table.values()]
+    adjusted = stats.holm([p for _, _, p in found])
+    return [
+        {"a": name, "b": rows.members[best], "rows": rows.kind, "only_a": a, "only_b": b, "p": float(p),
+         "verdict": stats.verdict(name, rows.members[best], a, b, float(p))}
+        for name, (a, b, _), p in zip(table, found, adjusted, strict=True)
+    ]  # fmt: skip
+
+
+def _warnings(oof: Predictions | None, test: Predictions | None) -> list[str]:
+    warnings = []
+    if (test if test is not None else oof).protocol == "paper":  # type: ignore[union-attr]
+        warnings.append(
+            "selected on test: checkpoints were chosen on the rows that are scored, so the figures are optimistic"
+        )
+    if oof is None:
+        warnings.append("no out-of-fold rows: fitted ensembles and the choice among them have seen the scored rows")
+    return warnings
+
+
+def per_class(rows: Predictions, probs: np.ndarray) -> list[dict[str, Any]]:
+    """Recall and precision of each class with intervals, for results.json."""
+    return [dict(entry) for entry in stats.per_class(probs, rows.labels, rows.classes, level=LEVEL)]

@@ -1,0 +1,84 @@
+"""Files that are whole or absent: everything a run writes goes through here."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from threefold.errors import RunError
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never a part.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+        raise RunError(
+            "cannot write",
+            where=path,
+            got=error.strerror or error,
+            fix="free disk space or choose a folder that can be written, then run the same command again",
+        ) from None
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Write a tree of plain values as readable JSON."""
+    write_bytes(path, (json.dumps(tree, indent=1, ensure_ascii=False, default=float) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        RunError: missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError("cannot read", where=path, got=error.strerror or error) from None
+    except ValueError as error:
+        raise RunError("the file is damaged", where=path, got=error) from None
+
+
+def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Write arrays as .npz, without pickle."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    write_bytes(path, buffer.getvalue())
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read an .npz written by `write_arrays`; object arrays are refused.
+
+    Raises:
+        RunError: missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except Exception as error:
+        raise RunError("cannot read arrays", where=path, got=f"{type(error).__name__}: {str(error)[:120]}") from None
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

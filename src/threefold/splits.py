@@ -1,0 +1,236 @@
+"""Folds and roles: which rows of the training data a member learns from, is chosen on, and is scored on.
+
+Under the honest protocol the three sets of a fold are disjoint. Nothing here depends on the names of classes or
+groups, only on which rows share one. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+from threefold.errors import DataError, RunError
+from threefold.recipe import FoldSpec
+
+Rows = NDArray[np.int64]
+_NO_ROWS: Rows = np.empty(0, dtype=np.int64)
+
+
+class Roles(NamedTuple):
+    """What the rows of one fold are used for; ascending row numbers."""
+
+    fit: Rows
+    """Gradients."""
+    select: Rows
+    """Choice of checkpoints and stages (`paper`: the scored rows themselves)."""
+    score: Rows
+    """Out-of-fold probabilities."""
+
+
+class _Codes(NamedTuple):
+    """Classes or groups of the rows, numbered by first appearance, so that renaming them changes nothing."""
+
+    of_row: Rows
+    names: list[str]
+
+    @property
+    def counts(self) -> Rows:
+        return np.bincount(self.of_row, minlength=len(self.names))
+
+
+def assign_roles(
+    labels: ArrayLike,
+    groups: Sequence[str] | None,
+    spec: FoldSpec,
+    protocol: Literal["honest", "paper"],
+    seed: int,
+    classes: Sequence[str] | None = None,
+) -> tuple[Roles, ...]:
+    """Roles of all rows in every fold; over the folds each row is scored exactly once.
+
+    Schemes: `stratified` deals out each class evenly and ignores groups; `grouped` does so with whole groups;
+    `leave-one-group-out` makes one fold per group (spec.k is not used), in order of the groups' first appearance.
+    Honest: `select` is a share `spec.select` of the rows outside `score`, of every class, in whole groups where the
+    scheme has groups. Paper: `select` is `score`, as the authors chose on what they reported; with k = 1 all rows are
+    fitted and both others are empty (the choice falls on the test split).
+
+    Args:
+        labels: class numbers (n,).
+        groups: group of each row (n), or None.
+        spec: number of folds, scheme, share of `select`.
+        protocol: "honest" or "paper".
+        seed: the recipe's seed.
+        classes: names for messages; class numbers are shown without them.
+
+    Raises:
+        DataError: too few images of a class or too few groups for these folds, or groups missing.
+    """
+    kinds = _codes(labels, classes)
+    clusters = _group_codes(groups, spec, len(kinds.of_row))
+    everything = np.arange(len(kinds.of_row))
+    if protocol == "paper" and spec.k == 1 and spec.scheme != "leave-one-group-out":
+        return (Roles(everything, _NO_ROWS, _NO_ROWS),)
+    roles = []
+    for fold, score in enumerate(_score_parts(kinds, clusters, spec, seed)):
+        rest = np.setdiff1d(everything, score)
+        _require_classes(kinds, rest, fold)
+        if protocol == "paper":
+            roles.append(Roles(rest, score, score))
+        else:
+            roles.append(Roles(*_fit_and_select(rest, kinds, clusters, spec, seed, fold), score))
+    check_partition(roles, len(everything))
+    return tuple(roles)
+
+
+def refit_roles(
+    labels: ArrayLike,
+    groups: Sequence[str] | None,
+    spec: FoldSpec,
+    seed: int,
+    classes: Sequence[str] | None = None,
+) -> Roles:
+    """Roles for one model fitted again on everything: all rows are fitted or selected on, none is scored.
+
+    Raises:
+        DataError: too few images or groups, or groups missing.
+    """
+    kinds = _codes(labels, classes)
+    clusters = _group_codes(groups, spec, len(kinds.of_row))
+    fit, select = _fit_and_select(np.arange(len(kinds.of_row)), kinds, clusters, spec, seed, -1)
+    return Roles(fit, select, _NO_ROWS)
+
+
+def check_partition(roles: Sequence[Roles], n: int) -> None:
+    """Refuse folds that do not score each of n rows exactly once, or that score rows they fitted.
+
+    Raises:
+        RunError: always a defect of the program, never of the data.
+    """
+    scored = np.concatenate([part.score for part in roles]) if roles else _NO_ROWS
+    if not np.array_equal(np.sort(scored), np.arange(n)):
+        raise RunError("the folds do not score every row exactly once", expected=f"{n} rows", got=f"{len(scored)} rows")
+    for fold, part in enumerate(roles):
+        if len(np.intersect1d(part.fit, np.union1d(part.select, part.score))):
+            raise RunError("rows are fitted and also selected or scored on", where=f"fold {fold}")
+
+
+def _codes(values: ArrayLike, names: Sequence[str] | None = None) -> _Codes:
+    found, first, inverse = np.unique(np.asarray(values), return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.argsort(order)
+    return _Codes(rank[inverse], [names[value] if names is not None else f"{value}" for value in found[order]])
+
+
+def _group_codes(groups: Sequence[str] | None, spec: FoldSpec, n: int) -> _Codes | None:
+    """The groups where the scheme uses them, else None."""
+    if spec.scheme == "stratified":
+        return None
+    if groups is None:
+        raise DataError(
+            f"folds.scheme = {spec.scheme} needs groups", fix="set data.group_regex, or give the CSV a group column"
+        )
+    if len(groups) != n:
+        raise DataError("every image needs one group", expected=f"{n} groups", got=len(groups))
+    return _codes(groups)
+
+
+def _score_parts(kinds: _Codes, clusters: _Codes | None, spec: FoldSpec, seed: int) -> list[Rows]:
+    """The scored rows of each fold."""
+    if spec.scheme == "leave-one-group-out" and clusters is not None:
+        if len(clusters.names) < 2:
+            raise DataError("leave-one-group-out needs several groups", expected="2 or more", got=len(clusters.names))
+        return [np.flatnonzero(clusters.of_row == group) for group in range(len(clusters.names))]
+    _require_enough(kinds, clusters, spec.k)
+    splitter = StratifiedKFold if clusters is None else StratifiedGroupKFold
+    dealer = splitter(spec.k, shuffle=True, random_state=seed % 2**32)
+    parts = dealer.split(kinds.of_row, kinds.of_row, None if clusters is None else clusters.of_row)
+    scores = [np.asarray(score, dtype=np.int64) for _, score in parts]
+    if not all(len(score) for score in scores):
+        raise DataError("the groups are too uneven for these folds", got=f"{spec.k} folds", fix="lower folds.k")
+    return scores
+
+
+def _require_enough(kinds: _Codes, clusters: _Codes | None, k: int) -> None:
+    """Every class needs k images, and k folds need k groups and at least 2 folds."""
+    if k < 2:
+        raise DataError("cross-validation needs 2 folds or more", got=f"folds.k = {k}")
+    rare = int(np.argmin(kinds.counts))
+    if kinds.counts[rare] < k:
+        raise DataError(
+            f"too few images of class {kinds.names[rare]} for {k} folds",
+            expected=f"{k} or more",
+            got=int(kinds.counts[rare]),
+            fix=f"lower folds.k, add images of {kinds.names[rare]}, or leave the class out",
+        )
+    if clusters is not None and len(clusters.names) < k:
+        raise DataError(
+            f"too few groups for {k} folds", expected=f"{k} or more", got=len(clusters.names), fix="lower folds.k"
+        )
+
+
+def _require_classes(kinds: _Codes, rest: Rows, fold: int) -> None:
+    """A class that is only among the scored rows could never be answered."""
+    present = np.bincount(kinds.of_row[rest], minlength=len(kinds.names)) > 0
+    if not present.all():
+        raise DataError(
+            f"fold {fold} has no images of class {kinds.names[int(np.argmin(present))]} to train on",
+            expected="each class in several groups, spread over the folds",
+            fix="lower folds.k, add groups that hold this class, or leave the class out",
+        )
+
+
+def _fit_and_select(
+    rest: Rows, kinds: _Codes, clusters: _Codes | None, spec: FoldSpec, seed: int, fold: int
+) -> tuple[Rows, Rows]:
+    """Part the rows outside `score`; each class of `rest` stays in fit."""
+    rng = np.random.default_rng([seed % 2**32, fold + 1])
+    if clusters is None:
+        select = _draw_rows(rest, kinds.of_row[rest], spec.select, rng)
+    else:
+        select = _draw_groups(rest, kinds.of_row[rest], clusters.of_row[rest], spec.select, rng)
+    if not len(select):
+        raise DataError(
+            f"{f'fold {fold}' if fold >= 0 else 'the refit'} leaves no images to choose checkpoints on",
+            expected="2 images of some class, or 2 groups that hold every class, outside the scored rows",
+            fix="add images or groups, or change folds.k",
+        )
+    return np.setdiff1d(rest, select), select
+
+
+def _draw_rows(rest: Rows, codes: Rows, share: float, rng: np.random.Generator) -> Rows:
+    """That share of each class, at least one row and never the last one."""
+    drawn = []
+    for code in np.unique(codes):
+        rows = rng.permutation(rest[codes == code])
+        drawn.append(rows[: min(max(1, round(share * len(rows))), len(rows) - 1)])
+    return np.sort(np.concatenate(drawn))
+
+
+def _draw_groups(rest: Rows, codes: Rows, groups: Rows, share: float, rng: np.random.Generator) -> Rows:
+    """Whole groups in random order, each taken if it brings the shares of all classes nearer to what is asked.
+
+    Where every group is too large for that, the one that misses by least. No group may take the last of a class.
+    """
+    held, inverse = np.unique(groups, return_inverse=True)
+    counts = np.zeros((len(held), int(codes.max()) + 1))
+    np.add.at(counts, (inverse, codes), 1)
+    counts = counts[:, counts.sum(axis=0) > 0]
+    shares = counts / counts.sum(axis=0)
+
+    def miss(taken: NDArray[np.float64]) -> float:
+        return float(((taken - share) ** 2).sum())
+
+    # Counts, not shares, decide what is left: sums of shares are not exact.
+    taken, left, chosen = np.zeros(shares.shape[1]), counts.sum(axis=0), []
+    for group in rng.permutation(len(held)):
+        if miss(taken + shares[group]) < miss(taken) and (left > counts[group]).all():
+            taken, left = taken + shares[group], left - counts[group]
+            chosen.append(group)
+    if not chosen:
+        possible = [group for group in range(len(held)) if (left > counts[group]).all()]
+        chosen = sorted(possible, key=lambda group: miss(shares[group]))[:1]
+    return rest[np.isin(inverse, chosen)]

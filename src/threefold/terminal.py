@@ -1,0 +1,108 @@
+"""What a person sees in the terminal while members train, and the tables at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from threefold.recipe import Job, fold_name
+
+
+class TerminalWatcher:
+    """Shows a progress bar on a terminal, one line per job otherwise; `verbose` adds a line per epoch."""
+
+    def __init__(self, console: Console, verbose: bool = False) -> None:
+        self.console, self.verbose = console, verbose
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[speed]}"),
+            MofNCompleteColumn(),
+        ]
+        self.progress = Progress(*columns[:-1], console=console, transient=True, disable=not console.is_terminal)
+        self.images: dict[Job, int] = {}
+        self.current: Job | None = None
+        self.seen = 0
+
+    def __enter__(self) -> TerminalWatcher:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def plan(self, jobs: Sequence[Job], images: Sequence[int]) -> None:
+        """Set up the bar over all jobs."""
+        self.images = dict(zip(jobs, images, strict=True))
+        self.bar = self.progress.add_task("training", total=sum(images), speed="")
+
+    def job(self, job: Job, skipped: bool) -> None:
+        """Name the job; a skipped one counts as done."""
+        self._close()
+        self.current, self.seen = job, 0
+        label = f"{job.member} {fold_name(job.fold)} {job.stage}"
+        if skipped:
+            self.console.print(f"[dim]{label}: already done[/dim]")
+        elif not self.console.is_terminal:
+            self.console.print(label)
+        self.progress.update(self.bar, description=label)
+
+    def batch(self, images: int) -> None:
+        """Move the bar."""
+        self.seen += images
+        self.progress.advance(self.bar, images)
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """Show the speed; with `verbose` the whole line."""
+        self.progress.update(
+            self.bar, speed=f"{record['images_per_second']:.0f} images/s, select {record['select_accuracy']:.3f}"
+        )
+        if self.verbose and self.current:
+            self.console.print(
+                f"  {self.current.member} {fold_name(self.current.fold)} {self.current.stage} epoch {record['epoch']}: loss {record['loss']:.3f}, "
+                f"select {record['select_accuracy']:.4f}, {record['images_per_second']:.0f} images/s",
+                highlight=False,
+            )
+
+    def note(self, text: str) -> None:
+        """A line to be read."""
+        self.console.print(f"[yellow]note[/yellow] {text}", highlight=False)
+
+    def _close(self) -> None:
+        """A job that stopped early, or was skipped, still fills its part of the bar."""
+        if self.current is not None:
+            self.progress.advance(self.bar, max(0, self.images[self.current] - self.seen))
+
+
+def score_table(scores: Sequence[dict[str, Any]], chosen: str | None = None) -> Table:
+    """Scores as a table, ensembles below members, the chosen one marked."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name, side in (
+        ("", "left"),
+        ("rows", "left"),
+        ("accuracy", "right"),
+        ("95 % interval", "right"),
+        ("log loss", "right"),
+        ("ECE", "right"),
+        ("fitted on", "left"),
+    ):
+        table.add_column(name, justify=side)  # type: ignore[arg-type]
+    for s in scores:
+        mark = " [bold green]<- chosen[/]" if s["kind"] == "ensemble" and s["name"] == chosen else ""
+        style = "bold" if s["kind"] == "ensemble" else ""
+        table.add_row(
+            f"[{style}]{s['name']}[/]{mark}" if style else s["name"],
+            f"{s['rows']} ({s['n']})",
+            f"{s['accuracy']:.4f}",
+            f"{s['interval'][0]:.4f} - {s['interval'][1]:.4f}",
+            f"{s['log_loss']:.4f}",
+            f"{s['ece']:.4f}",
+            s["fitted_on"],
+        )
+    return table

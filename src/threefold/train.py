@@ -1,0 +1,302 @@
+"""The stage loop: one member, one learning-rate phase, from its best weights so far to better ones or the same.
+
+Every stage is a pure function of its start weights, its rows and its seed, so a stage that is run again gives the same
+bits (same machine, same versions). The caller owns files; this module owns tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from threefold.augment import Augment
+from threefold.errors import RunError
+from threefold.model import Member, parameter_groups, set_trainable, train_mode
+from threefold.optim import KerasAdam, lr_at
+from threefold.predict import Predictor, autocast, pick_precision, predict_probs, to_pixels
+from threefold.recipe import Recipe, StageSpec, TrainSpec
+
+State = dict[str, Tensor]
+
+
+class Watcher(Protocol):
+    """What wants to know how training goes on (a progress bar, a log)."""
+
+    def batch(self, images: int) -> None:
+        """`images` more have been trained on."""
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """An epoch has ended; `record` is its line of history.json."""
+
+
+class Silent:
+    """A watcher that does nothing."""
+
+    def batch(self, images: int) -> None:
+        """Ignore."""
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """Ignore."""
+
+
+@dataclass(frozen=True)
+class StageTask:
+    """What one stage is trained and chosen on.
+
+    `fit` and `select` are pairs of pixels uint8 (n, s, s, 3) and labels int64 (n,). `first` marks the stage that starts
+    from a random head: the gate cannot apply to it. `deadline` is a time.monotonic() value, or infinity.
+    """
+
+    stage: StageSpec
+    recipe: Recipe
+    fit: tuple[np.ndarray, np.ndarray]
+    select: tuple[np.ndarray, np.ndarray]
+    seed: int
+    num_classes: int
+    first: bool = True
+    deadline: float = math.inf
+    watcher: Watcher = field(default_factory=Silent)
+
+
+@dataclass
+class StageOutcome:
+    """The best weights after a stage, and its history.json."""
+
+    state: State
+    history: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights with what they reach on the select rows."""
+
+    state: State
+    accuracy: float
+    losses: np.ndarray
+    hits: np.ndarray
+    epoch: int
+
+    def better_than(self, other: Checkpoint) -> bool:
+        """Higher accuracy, ties broken by lower log loss (as in the authors' code)."""
+        return (self.accuracy, -float(self.losses.mean())) > (other.accuracy, -float(other.losses.mean()))
+
+
+def train_stage(member: Member, task: StageTask) -> StageOutcome:
+    """Train one stage; the member ends with the best weights, which are never worse on select than those it started with.
+
+    Raises:
+        RunError: the loss is not a number.
+        RecipeError: the stage's regexes leave nothing to train.
+    """
+    _seed_all(task.seed)
+    loop = _Loop(member, task)
+    start = loop.checkpoint(-1)
+    best, records = start, []
+    for epoch in range(task.stage.epochs):
+        record, checkpoint = loop.epoch(epoch)
+        records.append(record)
+        task.watcher.epoch(record)
+        best = checkpoint if (best is start and task.first) or checkpoint.better_than(best) else best
+        if time.monotonic() > task.deadline:
+            break
+    kept, reason = _gate(start, best, task)
+    chosen = best if kept else start
+    member.load_state_dict(chosen.state)
+    cut = len(records) < task.stage.epochs or loop.cut
+    history = {
+        "epochs": records,
+        "kept": kept,
+        "best_epoch": chosen.epoch,
+        "started_from": start.accuracy,
+        "reason": reason + ("; cut short by the time budget" if cut else ""),
+    }
+    return StageOutcome(chosen.state, history)
+
+
+class _Loop:
+    """Optimizer, augmentation and counters of one stage."""
+
+    def __init__(self, member: Member, task: StageTask) -> None:
+        spec = task.recipe.train
+        self.member, self.task, self.spec = member, task, spec
+        self.device = next(member.parameters()).device
+        self.precision = pick_precision(spec.precision, self.device)
+        self.trainable = set_trainable(member, task.stage)
+        self.optimizer = _optimizer(member, spec, task.stage)
+        self.augment = _Augmentation(task)
+        self.generator = torch.Generator().manual_seed(task.seed)
+        self.steps_per_epoch = max(1, round(len(task.fit[1]) / spec.batch_size))
+        self.step, self.cut = 0, False
+        self.average = (
+            AveragedModel(member, multi_avg_fn=get_ema_multi_avg_fn(spec.ema), use_buffers=True) if spec.ema else None
+        )
+        self.weight = (
+            _class_weights(task.fit[1], task.num_classes, self.device) if spec.class_weights == "balanced" else None
+        )
+
+    def epoch(self, number: int) -> tuple[dict[str, Any], Checkpoint]:
+        """Train one epoch and measure it on the select rows."""
+        began, total, images = time.monotonic(), 0.0, 0
+        train_mode(self.member)
+        for rows in self._batches():
+            loss = self._step(rows)
+            if not math.isfinite(loss):
+                raise RunError(
+                    "the loss is not a number",
+                    where=f"stage {self.task.stage.name}, epoch {number}",
+                    got=loss,
+                    fix=f"lower the stage's lr ({self.task.stage.lr}) or set train.clip_grad = 1.0",
+                )
+            total, images = total + loss * len(rows), images + len(rows)
+            self.task.watcher.batch(len(rows))
+            if time.monotonic() > self.task.deadline:
+                self.cut = True
+                break
+        seconds = time.monotonic() - began
+        checkpoint = self.checkpoint(number)
+        record = {
+            "epoch": number,
+            "loss": total / max(images, 1),
+            "select_accuracy": checkpoint.accuracy,
+            "select_loss": float(checkpoint.losses.mean()),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": round(seconds, 3),
+            "images_per_second": round(images / seconds, 1),
+        }
+        return record, checkpoint
+
+    def checkpoint(self, epoch: int) -> Checkpoint:
+        """The weights as they are (their moving average, if asked for) and what they reach on the select rows."""
+        source = self.average.module if self.average is not None and epoch >= 0 else self.member
+        probs = predict_probs(Predictor(source), self.task.select[0], self.precision)
+        labels = self.task.select[1]
+        losses = -np.log(np.clip(probs[np.arange(len(labels)), labels], 1e-7, 1.0)).astype(np.float64)
+        hits = probs.argmax(1) == labels
+        state = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
+        return Checkpoint(state, float(hits.mean()), losses, hits, epoch)
+
+    def _batches(self) -> Iterator[np.ndarray]:
+        """Rows of each optimizer step; a last batch of one row would break batch norm and is left out."""
+        labels = self.task.fit[1]
+        if self.spec.sampler == "balanced":
+            weights = torch.from_numpy(1.0 / np.bincount(labels, minlength=self.task.num_classes)[labels])
+            order = torch.multinomial(weights, len(labels), replacement=True, generator=self.generator)
+        else:
+            order = torch.randperm(len(labels), generator=self.generator)
+        for rows in np.array_split(order.numpy(), self.steps_per_epoch):
+            if len(rows) > 1:
+                yield np.sort(rows)
+
+    def _step(self, rows: np.ndarray) -> float:
+        """One optimizer step over `accumulate` micro-batches; returns the mean loss."""
+        stage = self.task.stage
+        lr = lr_at(stage.schedule, stage.lr, self.step, self.steps_per_epoch * stage.epochs, stage.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        loss = 0.0
+        parts = np.array_split(rows, min(self.spec.accumulate, len(rows) // 2))
+        for part in parts:
+            share = len(part) / len(rows)
+            with autocast(self.precision, self.device):
+                part_loss = self._loss(part)
+            (part_loss * share).backward()
+            loss += float(part_loss.detach()) * share
+        if self.spec.clip_grad:
+            torch.nn.utils.clip_grad_norm_(self.member.parameters(), self.spec.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update_parameters(self.member)
+        self.step += 1
+        return loss
+
+    def _loss(self, rows: np.ndarray) -> Tensor:
+        pixels, labels = self.task.fit
+        images = to_pixels(pixels[rows], self.device)
+        images, targets = self.augment(images, torch.from_numpy(labels[rows]).to(self.device))
+        logits = self.member(images.contiguous(memory_format=torch.channels_last)).float()
+        return functional.cross_entropy(logits, targets, weight=self.weight, label_smoothing=self.augment.smoothing)
+
+
+class _Augmentation:
+    """The recipe's augmentation of a batch: the paper's warp, then timm's erasing and mixing where asked for."""
+
+    def __init__(self, task: StageTask) -> None:
+        spec, smoothing = task.recipe.augment, task.recipe.train.label_smoothing
+        self.warp = Augment(spec)
+        self.generator = torch.Generator().manual_seed(task.seed + 1)
+        self.erase = RandomErasing(spec.erasing, mode="const", device="cpu") if spec.erasing else None
+        mixing = bool(spec.mixup or spec.cutmix)
+        self.mix = (
+            Mixup(spec.mixup, spec.cutmix, label_smoothing=smoothing, num_classes=task.num_classes) if mixing else None
+        )
+        self.smoothing = 0.0 if mixing else smoothing
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        images = self.warp(images, self.generator)
+        if self.erase is not None:
+            images = self.erase(images)
+        if self.mix is not None and len(images) % 2 == 0:
+            images, labels = self.mix(images, labels)
+        return images, labels
+
+
+def _optimizer(member: Member, spec: TrainSpec, stage: StageSpec) -> torch.optim.Optimizer:
+    groups = list(parameter_groups(member, stage.lr, spec.layer_decay))
+    if spec.optimizer == "adam-keras":
+        return KerasAdam(groups, lr=stage.lr)
+    if spec.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=stage.lr, momentum=0.9, nesterov=True, weight_decay=spec.weight_decay, fused=True
+        )
+    family = torch.optim.AdamW if spec.optimizer == "adamw" else torch.optim.Adam
+    return family(groups, lr=stage.lr, weight_decay=spec.weight_decay, fused=True)
+
+
+def _class_weights(labels: np.ndarray, num_classes: int, device: torch.device) -> Tensor:
+    """n / (k * count) for each class, as scikit-learn's `balanced`."""
+    counts = np.bincount(labels, minlength=num_classes).clip(min=1)
+    return torch.tensor(len(labels) / (num_classes * counts), dtype=torch.float32, device=device)
+
+
+def _gate(start: Checkpoint, best: Checkpoint, task: StageTask) -> tuple[bool, str]:
+    """Whether the stage's best weights replace those it started from.
+
+    Honest protocol: the paired fall of the log loss, or the paired rise of the accuracy, on the select rows must exceed
+    its standard error. Paper protocol and first stages: the best checkpoint always counts.
+    """
+    if best is start:
+        return False, "no epoch was better on the select rows"
+    if task.first or task.recipe.protocol == "paper" or not task.recipe.train.gate:
+        return True, "first stage" if task.first else "gate off"
+    loss_gain, loss_error = _paired(start.losses - best.losses)
+    gain, error = _paired(best.hits.astype(float) - start.hits.astype(float))
+    kept = loss_gain > loss_error or gain > error
+    words = f"select accuracy {gain:+.4f} +- {error:.4f}, log loss {-loss_gain:+.4f} +- {loss_error:.4f}"
+    return kept, f"{'helped by more than its noise' if kept else 'within its noise'}: {words}"
+
+
+def _paired(differences: np.ndarray) -> tuple[float, float]:
+    """Mean and standard error of paired differences."""
+    return float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences))) if len(
+        differences
+    ) > 1 else math.inf
+
+
+def _seed_all(seed: int) -> None:
+    """Seed every generator that timm and torch draw from (noise, dropout, mixing, erasing)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

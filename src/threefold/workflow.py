@@ -1,0 +1,295 @@
+"""The verbs as functions: what the command line calls and what Python users call."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import numpy as np
+import timm
+from PIL import Image
+
+from threefold import export as exporting
+from threefold.ensemble import ENSEMBLES, TemperatureModule
+from threefold.errors import DataError, ExportError, RecipeError, RunError
+from threefold.evaluate import Evaluation, evaluate, per_class
+from threefold.files import read_arrays, read_json, write_arrays, write_json
+from threefold.heads import describe
+from threefold.pipeline import Combiner
+from threefold.plan import plan_folder
+from threefold.predictions import Predictions
+from threefold.recipe import DataSpec, EnsembleSpec, HeadKind, HeadSpec, Recipe
+from threefold.report import write_report
+from threefold.run import Run, RunWatcher, train_members
+
+T = TypeVar("T")
+GALLERY = 48
+"""Most confident mistakes whose pictures are kept for the report."""
+PARITY_IMAGES = 16
+
+
+def train(recipe: Recipe, out: str | Path, watcher: RunWatcher | None = None, header: str = "") -> Run:
+    """Train every member in every fold, ensemble and score them; resumable, and quick when all is done.
+
+    Args:
+        recipe: what to run.
+        out: the run folder; a folder of the same recipe is continued.
+        watcher: told how it goes on; silent by default.
+        header: comment lines for the recipe's copy in the run folder.
+
+    Raises:
+        ThreefoldError: bad recipe, data or folder, each with its remedy.
+    """
+    run = Run.create(recipe, out, watcher, header)
+    if not (run.dir / "results.json").exists():
+        train_members(run)
+        found, seconds = _timed(lambda: evaluate_run(run))
+        trained = sum(read_json(run.folder(job) / "done.json")["seconds"] for job in run.jobs)
+        _write_results(run, found, {"train": trained, "ensemble": seconds})
+    return run
+
+
+def evaluate_run(run: Run) -> Evaluation:
+    """Score and choose ensembles on a run's predictions."""
+    oof, test = (Predictions.load(p) if (p := run.dir / f"{kind}.npz").exists() else None for kind in ("oof", "test"))
+    return evaluate(oof, test, run.recipe.ensemble, run.recipe.seed)
+
+
+def _write_results(run: Run, found: Evaluation, seconds: dict[str, float]) -> None:
+    """Write results.json, chosen.npz and the pictures of the most confident mistakes."""
+    info = read_json(run.dir / "run.json")
+    write_arrays(run.dir / "chosen.npz", probs=found.probs, labels=found.rows.labels, ids=np.array(found.rows.ids))
+    write_arrays(run.dir / "thumbs.npz", **{**_preview(run), **_mistakes(run, found)})
+    write_json(run.dir / "results.json", {
+        "name": run.recipe.name, "protocol": run.recipe.protocol, "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **{key: info[key] for key in ("classes", "commit", "hardware", "threads", "digest")},
+        "seconds": seconds, "scores": found.scores, "comparisons": found.comparisons, "chosen": found.chosen,
+        "chosen_reason": found.reason, "temperature": found.temperature, "per_class": per_class(found.rows, found.probs),
+        "members": _member_table(run), "notes": [*found.warnings, *info["notes"]],
+    })  # fmt: skip
+
+
+def _preview(run: Run) -> dict[str, np.ndarray]:
+    path = run.dir / "thumbs.npz"
+    return {name: value for name, value in read_arrays(path).items() if name == "preview"} if path.exists() else {}
+
+
+def _mistakes(run: Run, found: Evaluation) -> dict[str, np.ndarray]:
+    """Small pictures of the mistakes with the highest confidence, most confident first."""
+    dataset = run.sources.test if found.rows.kind == "test" else run.sources.train
+    assert dataset is not None
+    wrong = np.flatnonzero(found.probs.argmax(1) != found.rows.labels)
+    worst = wrong[np.argsort(-found.probs[wrong].max(1), kind="stable")][:GALLERY]
+    images = [
+        np.asarray(Image.fromarray(dataset.pixels(int(row))).resize((96, 96), Image.Resampling.BILINEAR))
+        for row in worst
+    ]
+    ids = np.array([found.rows.ids[row] for row in worst], dtype=np.str_)
+    return {"images": np.stack(images) if images else np.zeros((0, 96, 96, 3), np.uint8), "ids": ids}
+
+
+def _member_table(run: Run) -> list[dict[str, Any]]:
+    first = next(fold for fold in run.roles)
+    return [
+        {"name": spec.name, "backbone": spec.backbone, "head": describe(spec.head), "img_size": spec.img_size, "weights": spec.weights,
+         "parameters": sum(p.numel() for p in run.load_member(spec, first, len(run.sources.train.classes)).parameters())}
+        for spec in run.recipe.members
+    ]  # fmt: skip
+
+
+def export(run: Run, path: str | Path | None = None, method: str | None = None) -> dict[str, Any]:
+    """Write a run's chosen ensemble (or another method) as one file, behind the parity gate.
+
+    Returns:
+        The parity report, with the file's path and size in bytes.
+
+    Raises:
+        ExportError: the answers differ, or the file cannot be written.
+        RunError: the run is not complete.
+    """
+    if not (run.dir / "results.json").exists():
+        raise RunError(
+            "the run is not complete", where=run.dir, fix=f"threefold train {run.dir / 'recipe.toml'} --out {run.dir}"
+        )
+    target = Path(path) if path is not None else run.dir / "model.onnx"
+    spec = run.recipe.ensemble if method is None else run.recipe.ensemble.model_copy(update={"export": method})
+    began = time.monotonic()
+    oof, test = (Predictions.load(p) if (p := run.dir / f"{kind}.npz").exists() else None for kind in ("oof", "test"))
+    found = evaluate(oof, test, spec, run.recipe.seed)
+    pipeline = run.pipeline(Combiner(found.ensemble.to_module(), TemperatureModule(found.temperature)))
+    dataset = run.sources.test if run.sources.test is not None else run.sources.train
+    rows = np.linspace(0, len(dataset) - 1, min(PARITY_IMAGES, len(dataset))).astype(int)
+    report = exporting.export(pipeline, target, [dataset.pixels(int(row)) for row in rows], _card(run, found))
+    report |= {"path": str(target), "bytes": target.stat().st_size, "method": found.chosen}
+    _note_seconds(run, "export", time.monotonic() - began, {"export": report})
+    return report
+
+
+def _card(run: Run, found: Evaluation) -> dict[str, Any]:
+    """The model card inside the file: what it is, how good, how that is known."""
+    score = next(s for s in reversed(found.scores) if s["name"] == found.chosen and s["kind"] == "ensemble")
+    info = read_json(run.dir / "run.json")
+    return {
+        "name": run.recipe.name,
+        "method": found.chosen,
+        "temperature": found.temperature,
+        "digest": info["digest"],
+        "versions": info["versions"],
+        "backbones": [f"{m.backbone} + {m.head.kind}" for m in run.recipe.members],
+        "n_train": info["n_train"],
+        "score": {key: score[key] for key in ("accuracy", "interval", "level", "rows", "n", "protocol", "fitted_on")},
+    }
+
+
+def report(run: Run, out: Path | None = None) -> Path:
+    """Write a run's report.html."""
+    path, seconds = _timed(lambda: write_report([run.dir], out))
+    _note_seconds(run, "report", seconds, {})
+    return path
+
+
+def fit(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    budget_minutes: float = 20.0,
+    members: tuple[str, ...] = (),
+    overrides: tuple[str, ...] = (),
+    watcher: RunWatcher | None = None,
+) -> Run:
+    """Look at a folder of images, plan, train, ensemble, export and report: everything, within a time budget.
+
+    Args:
+        folder: class folders, or train/ [val/] test/ with class folders inside.
+        out: the run folder.
+        budget_minutes: bound on the wall time (0 = none).
+        members: timm names; by default three EfficientNet-Lite with linear, GRU and BiLSTM heads.
+        overrides: `a.b=c` changes to the recipe that the plan makes.
+        watcher: told how it goes on.
+
+    Raises:
+        ThreefoldError: the folder or the recipe cannot be used, with the remedy.
+    """
+    kept = Path(out) / "recipe.toml"
+    if kept.exists():  # an interrupted fit goes on with the recipe it chose, whatever the machine's speed is today
+        recipe, header = Recipe.load(kept), ""
+        if Path(recipe.data.root).resolve() != Path(folder).resolve():
+            raise RunError(
+                "the folder holds a run on other images", where=out, got=recipe.data.root, fix="choose another --out"
+            )
+    else:
+        plan = plan_folder(folder, budget_minutes, members, overrides)
+        recipe, header = plan.recipe, plan.explain()
+    run = train(recipe, out, watcher, header)
+    finish(run)
+    return run
+
+
+def finish(run: Run) -> None:
+    """Export and report a trained run, unless that is done."""
+    if not (run.dir / "model.onnx").exists():
+        export(run)
+    report(run)
+
+
+def _note_seconds(run: Run, step: str, seconds: float, more: dict[str, Any]) -> None:
+    results = run.results
+    write_json(run.dir / "results.json", {**results, **more, "seconds": {**results["seconds"], step: seconds}})
+
+
+def _timed(action: Callable[[], T]) -> tuple[T, float]:
+    began = time.monotonic()
+    return action(), time.monotonic() - began
+
+
+def ensemble(source: Path, methods: list[str], members: list[str]) -> Evaluation:
+    """Combine and score saved predictions.
+
+    Args:
+        source: a run folder, or an .npz with probs (m, n, k) and labels (n,).
+        methods: names of ENSEMBLES; `auto` = several, and a choice among them.
+        members: the members to use; empty = all.
+
+    Raises:
+        DataError: the predictions cannot be used, or a member or method is unknown.
+    """
+    unknown = [m for m in methods if m not in ENSEMBLES and m != "auto"]
+    if unknown:
+        raise DataError("unknown method", got=", ".join(unknown), expected=", ".join([*ENSEMBLES, "auto"]))
+    auto = "auto" in methods
+    names = tuple(ENSEMBLES) if auto else tuple(methods)
+    spec = EnsembleSpec.model_validate({"methods": names, "export": "auto" if auto or len(names) > 1 else names[0]})
+    if source.is_dir():
+        run = Run.open(source)
+        oof, test = (
+            Predictions.load(p) if (p := run.dir / f"{kind}.npz").exists() else None for kind in ("oof", "test")
+        )
+    else:
+        oof, test = Predictions.load(source), None
+    oof, test = (p.select(members) if p is not None and members else p for p in (oof, test))
+    return evaluate(oof, test, spec)
+
+
+def parse_minutes(text: str) -> float:
+    """Minutes of a duration: 90s, 20m, 2h, or a number of minutes.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    units = {"s": 1 / 60, "m": 1.0, "h": 60.0}
+    number, unit = (text[:-1], units[text[-1]]) if text and text[-1] in units else (text, 1.0)
+    try:
+        minutes = float(number) * unit
+    except ValueError:
+        minutes = -1.0
+    if not 0 <= minutes < 1e6:
+        raise RecipeError("not a duration", where="--budget", got=text, expected="90s, 20m, 2h or 0")
+    return minutes
+
+
+def sample_image(run: Run) -> tuple[Path, str]:
+    """Write one test image of a run as a PNG file beside it; returns its path and its true class."""
+    dataset = run.sources.test if run.sources.test is not None else run.sources.train
+    row = len(dataset) // 3
+    path = run.dir / "sample.png"
+    Image.fromarray(dataset.pixels(row)).save(path)
+    return path, dataset.classes[int(dataset.labels[row])]
+
+
+def predict_elsewhere(model: Path, image: Path) -> str:
+    """What `threefold predict` prints in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "threefold", "predict", str(model), str(image)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise ExportError(
+            "the exported file does not answer in a fresh process", where=model, got=done.stderr.strip()[-200:]
+        )
+    return done.stdout
+
+
+def catalogue(what: str, pattern: str = "*") -> list[str]:
+    """Names of what a recipe can use, a line each.
+
+    Raises:
+        RecipeError: nothing of that kind.
+    """
+    folder = Path(__file__).parent / "recipes"
+    lists: dict[str, Callable[[], list[str]]] = {
+        "backbones": lambda: timm.list_models(pattern, pretrained=True),
+        "heads": lambda: [f"{kind}: {describe(HeadSpec(kind=kind))}" for kind in get_args(HeadKind)],
+        "ensembles": lambda: list(ENSEMBLES),
+        "data": lambda: list(get_args(DataSpec.model_fields["source"].annotation)),
+        "recipes": lambda: sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.toml")),
+    }
+    if what not in lists:
+        raise RecipeError("nothing to list", got=what, expected=" or ".join(lists))
+    return lists[what]()

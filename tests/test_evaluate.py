@@ -1,0 +1,111 @@
+"""Scores, choice and calibration on arrays: nothing scored on what it was fitted on, test rows change nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from threefold.evaluate import evaluate
+from threefold.predictions import Predictions
+from threefold.recipe import EnsembleSpec
+
+ALL = EnsembleSpec(methods=("mean", "pruned", "vote", "stacked"))
+
+
+def pool(n: int, seed: int, kind: str = "oof", informative: bool = True, sharpness: float = 2.0) -> Predictions:
+    """Three members on n rows of four classes; `informative=False` gives labels that have nothing to do with them."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 4, n)
+    seen = labels if informative else rng.integers(0, 4, n)
+    logits = rng.normal(0, 1, (3, n, 4)) + sharpness * np.eye(4)[seen]
+    probs = np.exp(3 * logits)
+    probs = (probs / probs.sum(-1, keepdims=True)).astype(np.float32)
+    return Predictions(
+        probs=probs,
+        labels=labels,
+        ids=tuple(f"{kind}{i}" for i in range(n)),
+        classes=tuple("abcd"),
+        members=("x", "y", "z"),
+        kind=kind,
+        folds=np.arange(n) % 3 if kind == "oof" else None,
+    )  # type: ignore[arg-type]
+
+
+def score(found: object, name: str, rows: str) -> dict[str, object]:
+    return next(s for s in found.scores if (s["name"], s["rows"]) == (name, rows))  # type: ignore[attr-defined]
+
+
+def test_shuffled_labels_give_chance() -> None:
+    found = evaluate(pool(800, 0, informative=False), None, ALL)
+    for entry in found.scores:
+        low, high = entry["interval"]
+        assert low < 0.25 + 0.03
+        assert high > 0.25 - 0.03
+
+
+def test_test_rows_change_neither_the_choice_nor_the_fit() -> None:
+    oof = pool(600, 1)
+    a, b = evaluate(oof, pool(200, 2, "test"), ALL), evaluate(oof, pool(200, 3, "test", informative=False), ALL)
+    assert (a.chosen, a.reason, a.temperature) == (b.chosen, b.reason, b.temperature)
+    probs = pool(50, 4, "test").probs
+    np.testing.assert_array_equal(a.ensemble.predict_proba(probs), b.ensemble.predict_proba(probs))
+    assert [s for s in a.scores if s["rows"] == "oof"] == [s for s in b.scores if s["rows"] == "oof"]
+
+
+def test_overconfident_members_are_calibrated_without_changing_answers() -> None:
+    found = evaluate(pool(1500, 5, sharpness=1.0), pool(1500, 6, "test", sharpness=1.0), ALL)
+    member, mean = score(found, "x", "test"), score(found, "mean", "test")
+    assert found.temperature > 1.2
+    assert mean["ece"] < 0.5 * member["ece"]  # type: ignore[operator]
+    raw = pool(1500, 6, "test", sharpness=1.0).probs.mean(0)
+    assert mean["accuracy"] == pytest.approx((raw.argmax(1) == pool(1500, 6, "test").labels).mean())
+
+
+def test_calibrated_scores_are_cross_fitted() -> None:
+    """Changing the labels of one fold must not change that fold's calibrated probabilities."""
+    from threefold.evaluate import _calibrated
+
+    oof = pool(300, 7, sharpness=1.0)
+    labels = oof.labels.copy()
+    labels[oof.folds == 0] = (labels[oof.folds == 0] + 1) % 4
+    changed = Predictions(
+        probs=oof.probs,
+        labels=labels,
+        ids=oof.ids,
+        classes=oof.classes,
+        members=oof.members,
+        kind="oof",
+        folds=oof.folds,
+    )
+    probs = oof.probs.mean(0)
+    before, after = _calibrated(probs, oof), _calibrated(probs, changed)
+    np.testing.assert_array_equal(before[oof.folds == 0], after[oof.folds == 0])
+    assert np.abs(before - after).max() > 1e-3
+
+
+def test_without_folds_the_paper_protocol_says_what_it_has_seen() -> None:
+    test = pool(200, 8, "test")
+    paper = Predictions(
+        probs=test.probs,
+        labels=test.labels,
+        ids=test.ids,
+        classes=test.classes,
+        members=test.members,
+        kind="test",
+        protocol="paper",
+    )
+    found = evaluate(None, paper, ALL)
+    assert score(found, "stacked", "test")["fitted_on"] == "the scored rows"
+    assert score(found, "mean", "test")["fitted_on"] == "nothing"
+    assert len(found.warnings) == 2
+
+
+def test_comparisons_name_the_best_member_and_count_images() -> None:
+    found = evaluate(pool(400, 9), pool(400, 10, "test"), ALL)
+    test = pool(400, 10, "test")
+    hits = test.probs.argmax(-1) == test.labels
+    for entry in found.comparisons:
+        assert entry["b"] == "xyz"[hits.mean(1).argmax()]
+        assert 0 <= entry["p"] <= 1
+        assert entry["rows"] == "test"
+        assert str(entry["only_a"]) in entry["verdict"]

@@ -1,0 +1,96 @@
+"""The recipe: strict, overridable, and the same after a round trip."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_tree
+
+from threefold.errors import RecipeError
+from threefold.recipe import Recipe, packaged, resolve
+
+
+def parse(*sets: str, **changes: Any) -> Recipe:
+    return Recipe.parse(tiny_tree(Path("x"), **changes), sets)
+
+
+def test_dump_is_toml_that_gives_the_same_recipe() -> None:
+    recipe = parse()
+    text = recipe.dump("why\nit is so")
+    assert text.startswith("# why\n# it is so\n")
+    assert Recipe.parse(tomllib.loads(text)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.bach_size=3", ("train.bach_size", "did you mean batch_size?")),
+        ("members.gated.head.unit=3", ("members.1.head.unit", "did you mean units?")),
+        ("zzz=1", ("zzz", "known are name, seed")),
+        ("folds.k=0", ("folds.k", "greater than or equal to 1")),
+        ("stages.one.trainable=(", ("stages.0.trainable", "not a regular expression")),
+        ("members.gated.head.kind=rnnn", ("members.1.head.kind",)),
+        ("folds.k=1", ("folds.k = 1 leaves no out-of-fold rows",)),
+        ("folds.scheme=grouped", ("needs groups",)),
+        ("members.third.img_size=64", ("expected one of plain, gated",)),
+        ("data.group_regex=(a", ("data.group_regex", "not a regular expression")),
+        ("data.group_regex=a", ("set folds.scheme = grouped",)),
+        ("train.optimizer=adam-keras", ("set train.weight_decay = 0",)),
+        ("views.n=3", ("set views.n = 1",)),
+        ("train", ("expected path=value",)),
+        ("name.x=1", ("name is a value",)),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_it(override: str, words: tuple[str, ...]) -> None:
+    with pytest.raises(RecipeError) as error:
+        parse(override)
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_overrides_reach_tables_by_name_and_by_index() -> None:
+    recipe = parse("members.gated.img_size=64", 'members.0.head={kind="lstm", units=4}', "train.device=cuda", "seed=7")
+    assert recipe.member("gated").img_size == 64
+    assert recipe.member("plain").head.kind == "lstm"
+    assert recipe.train.device == "cuda"
+    assert recipe.seed == 7
+
+
+def test_names_must_differ() -> None:
+    with pytest.raises(RecipeError, match="members need different names, gated stands there twice"):
+        parse("members.plain.name=gated")
+
+
+def test_jobs_cover_members_folds_and_stages_once() -> None:
+    jobs = parse("folds.final=refit").jobs()
+    assert len(jobs) == len(set(jobs)) == 2 * 3 * 2
+    assert {job.fold for job in jobs} == {0, 1, -1}
+    assert jobs[0].path == "jobs/plain/fold0/one"
+
+
+def test_digest_changes_with_what_matters_only() -> None:
+    assert parse().digest() == parse("name=other", "budget_minutes=3").digest()
+    assert parse().digest() != parse("seed=1").digest()
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot read the recipe"):
+        Recipe.load(tmp_path / "none.toml")
+    bad = tmp_path / "bad.toml"
+    bad.write_text("a = [")
+    with pytest.raises(RecipeError, match="not valid TOML"):
+        Recipe.load(bad)
+    bad.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="not valid TOML"):
+        Recipe.load(bad)
+
+
+def test_packaged_recipes_parse() -> None:
+    assert packaged("demo").name == "demo"
+    assert resolve("demo", ["seed=3"]).seed == 3
+    with pytest.raises(RecipeError, match=r"no such recipe.*demo"):
+        packaged("dmeo")
