@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load, save
 from scipy.special import softmax
 
+from threefold import combiners
 from threefold.combiners import (
     Ensemble,
     GreedyEnsemble,
@@ -292,6 +293,13 @@ def test_greedy_is_never_worse_than_the_best_member_on_its_own_rows(seed: int, s
     assert (ensemble.weights_ > 0).sum() <= size
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_greedy_with_more_picks_is_never_worse_on_its_own_rows(seed: int) -> None:
+    probs, labels = scored(6, 40, seed=seed)
+    fits = [(GreedyEnsemble(size).fit(probs, labels).predict(probs) == labels).mean() for size in range(1, 9)]
+    assert fits == sorted(fits)
+
+
 def test_greedy_breaks_ties_in_accuracy_by_log_loss() -> None:
     labels = np.array([0, 1, 0, 1])
     unsure = np.where(labels[:, None] == np.arange(2), 0.6, 0.4)
@@ -312,6 +320,22 @@ def test_the_stacked_network_is_the_papers() -> None:
         "Softmax",
     ]
     assert (module[2].negative_slope, module[3].p, module.training) == (0.2, 0.5, False)
+
+
+def test_dropout_is_one_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    flips = combiners._coin_flips(np.random.default_rng(0), (333, 301))
+    assert flips.shape == (333, 301)
+    assert set(np.unique(flips)) == {0, 1}
+    assert flips.mean() == pytest.approx(0.5, abs=0.01)
+    # With everything dropped no gradient passes the hidden layer, in either direction; with nothing, it does.
+    probs, labels = scored()
+    fits = []
+    for kept in (np.zeros, np.ones):
+        monkeypatch.setattr(combiners, "_coin_flips", lambda _, shape, kept=kept: kept(shape, np.uint8))
+        fits += [StackedEnsemble(16, epochs=epochs, lr=0.1).fit(probs, labels).state() for epochs in (0, 2)]
+    untouched = {name: (fits[0][name] == fits[1][name]).all() for name in fits[0]}
+    assert untouched == {"hidden_weight_": True, "hidden_bias_": True, "output_weight_": True, "output_bias_": False}
+    assert not any((fits[2][name] == fits[3][name]).all() for name in fits[2])
 
 
 def test_stacking_learns_what_no_average_can() -> None:

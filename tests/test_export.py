@@ -15,13 +15,12 @@ import torch
 from PIL import Image
 
 import threefold
-from threefold import export as exporting
-from threefold import workflow
+from threefold import exporting, workflow
 from threefold.ensemble import ENSEMBLES, TemperatureModule, make_ensemble
 from threefold.errors import DataError, ExportError
 from threefold.evaluate import evaluate
+from threefold.exporting import fold_batch_norm
 from threefold.files import read_arrays
-from threefold.graph import fold_batch_norm
 from threefold.pipeline import Combiner, Pipeline
 from threefold.predict import Predictor
 from threefold.run import Run

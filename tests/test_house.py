@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src/threefold").glob("*.py"))
 # A module may import those before it only.
 ORDER = [
-    "errors", "files", "recipe", "images", "listing", "datasets", "splits", "augment", "heads", "optim", "model", "predict", "pixels", "train",
-    "predictions", "combiners", "ensemble", "stats", "evaluate", "pipeline", "provenance", "run", "graph", "export", "answers", "serve", "charts", "report",
+    "errors", "files", "recipe", "images", "listing", "datasets", "splits", "augment", "heads", "optim", "model", "predict", "pixels", "stages",
+    "predictions", "combiners", "ensemble", "stats", "evaluate", "pipeline", "provenance", "run", "runtime", "exporting", "answers", "serve", "charts", "report",
     "plan", "workflow", "terminal", "cli", "__init__", "__main__",
 ]  # fmt: skip
 NO_TORCH = {

@@ -81,15 +81,15 @@ def test_wilson_at_its_ends() -> None:
 
 
 def test_reliability_by_hand() -> None:
-    # Bins of a fifth: confidences 0.55 and 0.6 are in (0.4, 0.6], 0.7 in (0.6, 0.8], 0.9 and 1.0 in (0.8, 1].
-    top = np.array([0.55, 0.6, 0.7, 0.9, 1.0])
+    # Bins of an eighth: 0.6 and 0.625 are in (0.5, 0.625], 0.7 in (0.625, 0.75], 0.9 and 1.0 in (0.875, 1].
+    top = np.array([0.6, 0.625, 0.7, 0.9, 1.0])
     probs = np.column_stack([top, 1 - top])
     labels = np.array([0, 1, 0, 0, 0])
-    curve = stats.reliability_curve(probs, labels, bins=5)
-    assert curve.confidence == pytest.approx([0.575, 0.7, 0.95])
+    curve = stats.reliability_curve(probs, labels, bins=8)
+    assert curve.confidence == pytest.approx([0.6125, 0.7, 0.95])
     assert curve.accuracy == pytest.approx([0.5, 1, 1])
     assert curve.n.tolist() == [2, 1, 2]
-    assert stats.ece(probs, labels, bins=5) == pytest.approx((2 * 0.075 + 1 * 0.3 + 2 * 0.05) / 5)
+    assert stats.ece(probs, labels, bins=8) == pytest.approx((2 * 0.1125 + 1 * 0.3 + 2 * 0.05) / 5)
 
 
 def test_ece_tells_calibrated_from_overconfident() -> None:

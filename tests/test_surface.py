@@ -61,6 +61,14 @@ def test_public_names_exist_and_are_documented() -> None:
         _ = threefold.nothing  # type: ignore[attr-defined]
 
 
+def test_public_functions_stay_functions_after_their_modules_are_imported() -> None:
+    import threefold.workflow  # imports every module there is
+
+    assert not {name for name in threefold.__all__ if isinstance(getattr(threefold, name), type(threefold))}
+    assert callable(threefold.train)
+    assert callable(threefold.export)
+
+
 def test_importing_and_help_are_light() -> None:
     code = "import sys, threefold, threefold.cli; assert not {'torch', 'timm', 'matplotlib', 'onnxruntime'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -25,9 +25,9 @@ _HOME = {
     "Run": "run",
     "export": "workflow",
     "fit": "workflow",
-    "report": "workflow",
+    "write_report": "report",
     "train": "workflow",
-    "load": "export",
+    "load": "runtime",
 }
 
 __all__ = sorted(_HOME)

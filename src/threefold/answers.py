@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from threefold.errors import DataError
-from threefold.export import Model, load
 from threefold.images import IMAGE_SUFFIXES
+from threefold.runtime import Model, load
 
 
 def find_images(sources: Iterable[str], listing: IO[str] | None = None) -> Iterator[Path]:

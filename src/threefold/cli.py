@@ -91,7 +91,7 @@ def demo(
 @app.command()
 def fit(
     folder: Annotated[
-        Path, typer.Argument(help="One folder per class, or train/ [val/] test/ with class folders inside.")
+        Path, typer.Argument(help="One folder per class, or train/, val/, test/ with class folders inside.")
     ],
     out_dir: Annotated[Path | None, typer.Option("--out", help="The run folder (default runs/NAME).")] = None,
     budget: Annotated[str, typer.Option("--budget", help="Bound on the wall time: 90s, 20m, 2h; 0 = none.")] = "20m",
@@ -138,7 +138,7 @@ def plan(
         out.print(made.recipe.dump(made.explain()), markup=False)
         return
     loaded = resolve(recipe, sets or ())
-    out.print(loaded.dump(f"jobs: {len(loaded.jobs())}, digest {loaded.digest()[:12]}"), markup=False)
+    out.print(loaded.dump(f"digest {loaded.digest()[:12]}"), markup=False)
 
 
 @app.command()

@@ -1,16 +1,14 @@
 """Ensembles: the members' probabilities (m, n, k) to one answer (n, k), in scikit-learn's grammar.
 
-`fit(probs, labels)` returns the ensemble, fitted state ends in an underscore, `to_module()` gives the same arithmetic
-as a torch module for export, `state()` and `from_state()` move the fitted arrays through safetensors. Everything but
-training the stacked ensemble is numpy; torch is imported only where a module is made or trained.
-
-Fit on out-of-fold rows: on rows that the members were trained on, their probabilities are near one-hot and say nothing.
+`to_module()` gives the same arithmetic as a torch module for export; torch is imported only there and to train the
+stacked ensemble. Fit on out-of-fold rows: on rows that members were trained on, their probabilities say nothing.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
@@ -262,6 +260,19 @@ class GreedyEnsemble(_LinearEnsemble):
         self.weights_ = np.bincount(picks[:size], minlength=m) / size
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Steps of milliseconds gain nothing from threads, and lose much where other processes want the cores too."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class StackedEnsemble(Ensemble):
     """The paper's E2E-3M head: a small network on the members' concatenated softmaxes (section 3.3, Algorithm 1).
 
@@ -297,7 +308,7 @@ class StackedEnsemble(Ensemble):
         m, n, k = probs.shape
         inputs, targets = torch.tensor(probs.swapaxes(0, 1), dtype=torch.float32), torch.tensor(labels)
         draw, steps = np.random.default_rng(self.seed), -(-n // self.batch_size)
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with _one_thread(), torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.default_generator.manual_seed(self.seed)  # the CPU's only: torch.manual_seed would touch the GPU's
             network = _stacked_network(m, k, self.hidden)
             optimizer = torch.optim.Adam(network.parameters(), lr=self.lr, eps=1e-7)

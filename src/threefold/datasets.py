@@ -242,10 +242,7 @@ def _groups(ids: Sequence[str], pattern: str) -> tuple[str, ...] | None:
     """The group of each id: the pattern's first group, or all that it matches."""
     if not pattern:
         return None
-    try:
-        regex = re.compile(pattern)
-    except re.error as error:
-        raise DataError("data.group_regex is not a regular expression", where=pattern, got=error) from None
+    regex = re.compile(pattern)
     groups = []
     for name in ids:
         match = regex.search(name)

@@ -138,7 +138,8 @@ def choose(candidates: Mapping[str, np.ndarray], labels: npt.ArrayLike) -> tuple
             break
     top = f"{hits[best].mean():.4f} out of fold"
     if name == best:
-        return name, f"the best, {top}; no simpler method comes within one standard error"
+        rest = "and the simplest" if name == next(iter(hits)) else "no simpler method comes within one standard error"
+        return name, f"the best, {top}; {rest}"
     return name, f"{hits[name].mean():.4f}, within one standard error ({error:.4f}) of {best}, {top}, and simpler"
 
 

@@ -9,16 +9,11 @@ class ThreefoldError(Exception):
     def __init__(
         self, what: str, *, where: object = "", expected: object = "", got: object = "", fix: str = ""
     ) -> None:
-        parts = [what if not where else f"{what}: {where}"]
-        if expected != "" or got != "":
-            parts.append(
-                f"expected {expected}, got {got}"
-                if expected != "" and got != ""
-                else f"{'expected' if expected != '' else 'got'} {expected if expected != '' else got}"
-            )
+        told = [f"{word} {value}" for word, value in (("expected", str(expected)), ("got", str(got))) if value]
+        parts = [f"{what}: {where}" if str(where) else what, ", ".join(told)]
         if fix:
             parts.append(f"fix: {fix}")
-        super().__init__("; ".join(" ".join(str(part).split()) for part in parts))
+        super().__init__("; ".join(" ".join(part.split()) for part in parts if part))
 
 
 class RecipeError(ThreefoldError):

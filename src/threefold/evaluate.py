@@ -59,7 +59,7 @@ def evaluate(oof: Predictions | None, test: Predictions | None, spec: EnsembleSp
     """
     fit_rows = oof if oof is not None else test
     assert fit_rows is not None
-    methods = spec.methods if spec.export in ("auto", *spec.methods) else (*spec.methods, spec.export)
+    methods: tuple[str, ...] = spec.methods if spec.export in ("auto", *spec.methods) else (*spec.methods, spec.export)
     crossed = {name: _crossed(name, fit_rows, seed) for name in methods}
     chosen, reason = choose(crossed, fit_rows.labels) if spec.export == "auto" else (spec.export, "named by the recipe")
     fitted = {name: make_ensemble(name, seed).fit(fit_rows.probs, fit_rows.labels) for name in methods}

@@ -32,6 +32,8 @@ class Member(nn.Module):
     `forward` maps pixels, float (b, 3, s, s) in 0..255, to logits (b, k). No softmax inside.
     """
 
+    backbone: Any  # timm's networks share a contract, not a type
+    head: nn.Module
     mean: Tensor
     std: Tensor
 
@@ -46,8 +48,11 @@ class Member(nn.Module):
         """Logits (b, k) of pixels (b, 3, s, s) in 0..255."""
         features = self.backbone.forward_features((pixels - self.mean) / self.std)
         if self.head.takes_map:
-            return self.head(self._as_map(features))
-        return self.head(self.backbone.forward_head(features, pre_logits=True))
+            features = self._as_map(features)
+        else:
+            features = self.backbone.forward_head(features, pre_logits=True)
+        logits: Tensor = self.head(features)
+        return logits
 
     def _as_map(self, features: Tensor) -> Tensor:
         """Feature map (b, c, h, w), also from a transformer's tokens (b, t, c) or from channels-last maps."""
@@ -75,7 +80,7 @@ def build_member(spec: MemberSpec, num_classes: int, *, pretrained: bool = True)
     return Member(backbone, build_head(spec.head, width, num_classes), config["mean"], config["std"])
 
 
-def _create_backbone(spec: MemberSpec, pretrained: bool) -> nn.Module:
+def _create_backbone(spec: MemberSpec, pretrained: bool) -> Any:
     """The timm backbone without its classifier, with weights if asked for."""
     architecture = spec.backbone.split(".")[0]
     if not timm.is_model(architecture):

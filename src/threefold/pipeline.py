@@ -6,6 +6,8 @@ what is served. Only `images.decode` (file -> RGB uint8) stays outside.
 
 from __future__ import annotations
 
+from typing import Literal, cast
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from threefold.predict import Predictor
 class MemberPipeline(nn.Module):
     """One member's way from uint8 (b, h, w, 3) to probabilities (b, k), averaged over its fold models."""
 
-    def __init__(self, predictors: list[Predictor], canvas: int, resize: str) -> None:
+    def __init__(self, predictors: list[Predictor], canvas: int, resize: Literal["squash", "crop"]) -> None:
         super().__init__()
         self.predictors = nn.ModuleList(predictors)
         self.canvas, self.resize = canvas, resize
@@ -37,7 +39,7 @@ class Combiner(nn.Module):
 
     def forward(self, member_probs: Tensor) -> Tensor:
         """Probabilities (b, k)."""
-        return self.temperature(self.ensemble(member_probs))
+        return cast(Tensor, self.temperature(self.ensemble(member_probs)))
 
 
 class Pipeline(nn.Module):

@@ -47,7 +47,8 @@ class Pixels:
         path = self.folder / f"{split}-{resize}-{side}.npy"
         if not path.exists():
             _fill_cache(path, dataset, side, resize)
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        return array
 
     def remove(self) -> None:
         """Delete the cache; it is only needed while jobs are to be done."""

@@ -105,13 +105,14 @@ def plan_folder(
         spec["img_size"] = size
     augment, why = _augment(print_)
     choices += why
-    tree = {
-        "name": Path(folder).resolve().name.replace(" ", "-") or "run",
+    batch = _batch(print_, device)
+    tree: dict[str, Any] = {
+        "name": re.sub(r"[^A-Za-z0-9._-]", "-", Path(folder).resolve().name).lstrip("._-") or "run",
         "budget_minutes": 0.0 if not budget_minutes else round(_training_seconds(budget_minutes * 60) / 60, 2),
-        "data": data, "folds": {"k": folds}, "augment": augment, "train": {"batch_size": _batch(print_, device)},
+        "data": data, "folds": {"k": folds}, "augment": augment, "train": {"batch_size": batch},
         "stages": _stages(epochs, frozen), "members": specs,
     }  # fmt: skip
-    choices.append(Choice("train.batch_size", tree["train"]["batch_size"], f"{print_.n} images on {device.type}"))
+    choices.append(Choice("train.batch_size", batch, f"{print_.n} images on {device.type}"))
     if frozen:
         choices.append(
             Choice(
@@ -120,14 +121,13 @@ def plan_folder(
                 "no accelerator: early blocks and depthwise kernels stay as pretrained, which makes a step several times cheaper",
             )
         )
-    tree["name"] = re.sub(r"[^A-Za-z0-9._-]", "-", tree["name"]).lstrip(".-_") or "run"
     return Plan(Recipe.parse(tree, overrides, where="plan"), choices)
 
 
 def _data_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """The data section as the overrides leave it, so that the plan looks at the data that the run will see."""
     stub = {"stages": [{"name": "s", "epochs": 1, "lr": 1e-3}], "members": [{"name": "m", "backbone": "none"}]}
-    mine = [o for o in overrides if o.startswith("data.")]
+    mine = [o for o in overrides if o.startswith(("data.", "folds."))]
     return {
         k: v
         for k, v in Recipe.parse(stub, mine).data.model_dump().items()
@@ -239,7 +239,7 @@ def _probe(
 ) -> float:
     """Best seconds per image of three training steps after a warm-up."""
     member = build_member(MemberSpec(**{**spec, "img_size": size, "weights": "none"}), num_classes, pretrained=False)
-    member = member.to(device, memory_format=torch.channels_last)
+    member.to(device=device).to(memory_format=torch.channels_last)
     set_trainable(member, StageSpec(name="probe", epochs=1, lr=1e-3, frozen=frozen))
     optimizer = torch.optim.AdamW([p for p in member.parameters() if p.requires_grad], fused=True)
     images = torch.rand(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
@@ -248,7 +248,7 @@ def _probe(
     times = []
     for _ in range(4):
         began = time.perf_counter()
-        torch.nn.functional.cross_entropy(member(images), labels).backward()
+        torch.nn.functional.cross_entropy(member(images), labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":

@@ -26,10 +26,11 @@ class Predictor(nn.Module):
         """Probabilities (b, k)."""
         if self.views is None or self.views.count == 1:
             seen = pixels if self.views is None else self.views(pixels)[0]
-            return self.member(seen).float().softmax(-1)
+            probs: Tensor = self.member(seen).float().softmax(-1)
+            return probs
         views = self.views(pixels)
-        logits = self.member(views.flatten(0, 1)).float()
-        return logits.softmax(-1).unflatten(0, (self.views.count, -1)).mean(0)
+        logits: Tensor = self.member(views.flatten(0, 1)).float()
+        return logits.softmax(-1).reshape(self.views.count, -1, logits.shape[-1]).mean(0)
 
 
 def pick_device(name: str) -> torch.device:

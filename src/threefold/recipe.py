@@ -71,7 +71,7 @@ class FoldSpec(Section):
 
 
 class AugmentSpec(Section):
-    """Training augmentation; defaults are off, `paper` values are in docs/concepts.md (paper section 4.1, authors' code)."""
+    """Training augmentation; defaults are off, `paper` values are in docs/recipes.md (paper section 4.1, authors' code)."""
 
     rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
     """Largest rotation, degrees either way."""
@@ -283,7 +283,7 @@ class Recipe(Section):
         return next(m for m in self.members if m.name == name)
 
     def digest(self) -> str:
-        """SHA-256 of everything that can change a result (not the name, not the budget)."""
+        """SHA-256 of all that says what is trained; the name and the budget, which only cuts it short, are left out."""
         tree = self.model_dump(mode="json", exclude={"name", "budget_minutes"})
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
@@ -310,7 +310,7 @@ def _fields_at(loc: tuple[Any, ...]) -> Iterable[str]:
         if isinstance(part, str):
             hint = section.model_fields[part].annotation
             section = next((a for a in (hint, *get_args(hint)) if isinstance(a, type) and issubclass(a, Section)), hint)
-    return section.model_fields.keys()
+    return list(section.model_fields)
 
 
 def _override(tree: dict[str, Any], text: str) -> None:

@@ -30,7 +30,7 @@ from threefold.predictions import Predictions
 from threefold.provenance import commit, hardware, stable_seed, versions
 from threefold.recipe import Job, MemberSpec, Recipe, fold_name
 from threefold.splits import Roles, assign_roles, refit_roles
-from threefold.train import Silent, StageTask, Watcher, train_stage
+from threefold.stages import Silent, StageTask, Watcher, train_stage
 
 FORMAT = 1
 """Version of the run folder's layout, raised when an older reader would misread it."""
@@ -260,7 +260,7 @@ def _do(run: Run, job: Job, pixels: Pixels, clock: _Clock) -> None:
         verify(previous)
         load_weights(member, previous / "weights.safetensors")
     device = pick_device(recipe.train.device)
-    member = member.to(device, memory_format=torch.channels_last)
+    member.to(device=device).to(memory_format=torch.channels_last)
     task = StageTask(
         recipe.stages[number],
         recipe,

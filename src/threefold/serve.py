@@ -11,8 +11,8 @@ from fastapi import FastAPI, HTTPException, UploadFile
 from fastapi import File as FileField
 
 from threefold.errors import DataError
-from threefold.export import Model, load
 from threefold.images import decode
+from threefold.runtime import Model, load
 
 MAX_FILES = 64
 MAX_BYTES = 20 * 2**20

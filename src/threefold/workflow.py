@@ -14,9 +14,9 @@ import numpy as np
 import timm
 from PIL import Image
 
-from threefold import export as exporting
-from threefold.ensemble import ENSEMBLES, TemperatureModule
-from threefold.errors import DataError, ExportError, RecipeError, RunError
+from threefold import exporting
+from threefold.ensemble import ENSEMBLES, Ensemble, TemperatureModule, make_ensemble
+from threefold.errors import ExportError, RecipeError, RunError
 from threefold.evaluate import Evaluation, evaluate, per_class
 from threefold.files import read_arrays, read_json, write_arrays, write_json
 from threefold.heads import describe
@@ -56,13 +56,13 @@ def train(recipe: Recipe, out: str | Path, watcher: RunWatcher | None = None, he
 
 def evaluate_run(run: Run) -> Evaluation:
     """Score and choose ensembles on a run's predictions."""
-    oof, test = (Predictions.load(p) if (p := run.dir / f"{kind}.npz").exists() else None for kind in ("oof", "test"))
-    return evaluate(oof, test, run.recipe.ensemble, run.recipe.seed)
+    return evaluate(*saved_predictions(run), run.recipe.ensemble, run.recipe.seed)
 
 
 def _write_results(run: Run, found: Evaluation, seconds: dict[str, float]) -> None:
     """Write results.json, chosen.npz and the pictures of the most confident mistakes."""
     info = read_json(run.dir / "run.json")
+    write_arrays(run.dir / "ensemble.npz", **found.ensemble.state())
     write_arrays(run.dir / "chosen.npz", probs=found.probs, labels=found.rows.labels, ids=np.array(found.rows.ids))
     write_arrays(run.dir / "thumbs.npz", **{**_preview(run), **_mistakes(run, found)})
     write_json(run.dir / "results.json", {
@@ -117,33 +117,68 @@ def export(run: Run, path: str | Path | None = None, method: str | None = None) 
             "the run is not complete", where=run.dir, fix=f"threefold train {run.dir / 'recipe.toml'} --out {run.dir}"
         )
     target = Path(path) if path is not None else run.dir / "model.onnx"
-    spec = run.recipe.ensemble if method is None else run.recipe.ensemble.model_copy(update={"export": method})
     began = time.monotonic()
-    oof, test = (Predictions.load(p) if (p := run.dir / f"{kind}.npz").exists() else None for kind in ("oof", "test"))
-    found = evaluate(oof, test, spec, run.recipe.seed)
-    pipeline = run.pipeline(Combiner(found.ensemble.to_module(), TemperatureModule(found.temperature)))
+    combiner, fitted = _fitted(run) if method is None else _fit_again(run, method)
+    pipeline = run.pipeline(combiner)
     dataset = run.sources.test if run.sources.test is not None else run.sources.train
     rows = np.linspace(0, len(dataset) - 1, min(PARITY_IMAGES, len(dataset))).astype(int)
-    report = exporting.export(pipeline, target, [dataset.pixels(int(row)) for row in rows], _card(run, found))
-    report |= {"path": str(target), "bytes": target.stat().st_size, "method": found.chosen}
+    report = exporting.export(pipeline, target, [dataset.pixels(int(row)) for row in rows], {**_card(run), **fitted})
+    report |= {"path": str(target), "bytes": target.stat().st_size, "method": fitted["method"]}
     _note_seconds(run, "export", time.monotonic() - began, {"export": report})
     return report
 
 
-def _card(run: Run, found: Evaluation) -> dict[str, Any]:
-    """The model card inside the file: what it is, how good, how that is known."""
-    score = next(s for s in reversed(found.scores) if s["name"] == found.chosen and s["kind"] == "ensemble")
+def _fitted(run: Run) -> tuple[Combiner, dict[str, Any]]:
+    """The run's chosen ensemble as it was fitted and scored, and what the model card says of it."""
+    results = run.results
+    ensemble = type(make_ensemble(results["chosen"])).from_state(read_arrays(run.dir / "ensemble.npz"))
+    return _combiner(ensemble, results["temperature"]), _card_of(
+        results["chosen"], results["temperature"], results["scores"]
+    )
+
+
+def _fit_again(run: Run, method: str) -> tuple[Combiner, dict[str, Any]]:
+    """Another method, fitted and scored now."""
+    spec = EnsembleSpec.model_validate({"methods": [check_method(method)], "export": method})
+    found = evaluate(*saved_predictions(run), spec, run.recipe.seed)
+    return _combiner(found.ensemble, found.temperature), _card_of(method, found.temperature, found.scores)
+
+
+def _combiner(ensemble: Ensemble, temperature: float) -> Combiner:
+    return Combiner(ensemble.to_module(), TemperatureModule(temperature))
+
+
+def _card_of(method: str, temperature: float, scores: list[dict[str, Any]]) -> dict[str, Any]:
+    score = next(s for s in reversed(scores) if s["name"] == method and s["kind"] == "ensemble")
+    keys = ("accuracy", "interval", "level", "rows", "n", "protocol", "fitted_on")
+    return {"method": method, "temperature": temperature, "score": {key: score[key] for key in keys}}
+
+
+def _card(run: Run) -> dict[str, Any]:
+    """What the model card inside the file says of the run."""
     info = read_json(run.dir / "run.json")
+    backbones = [f"{m.backbone} + {m.head.kind}" for m in run.recipe.members]
     return {
         "name": run.recipe.name,
-        "method": found.chosen,
-        "temperature": found.temperature,
-        "digest": info["digest"],
-        "versions": info["versions"],
-        "backbones": [f"{m.backbone} + {m.head.kind}" for m in run.recipe.members],
-        "n_train": info["n_train"],
-        "score": {key: score[key] for key in ("accuracy", "interval", "level", "rows", "n", "protocol", "fitted_on")},
+        "backbones": backbones,
+        **{key: info[key] for key in ("digest", "versions", "n_train")},
     }
+
+
+def saved_predictions(run: Run) -> tuple[Predictions | None, Predictions | None]:
+    """A run's out-of-fold and test predictions, None where it has none."""
+    oof, test = (Predictions.load(p) if (p := run.dir / f"{kind}.npz").exists() else None for kind in ("oof", "test"))
+    return oof, test
+
+
+def check_method(method: str) -> str:
+    """The method, if there is one of that name.
+
+    Raises:
+        RecipeError: there is none; the message names the nearest.
+    """
+    make_ensemble(method)
+    return method
 
 
 def report(run: Run, out: Path | None = None) -> Path:
@@ -178,6 +213,12 @@ def fit(
     kept = Path(out) / "recipe.toml"
     if kept.exists():  # an interrupted fit goes on with the recipe it chose, whatever the machine's speed is today
         recipe, header = Recipe.load(kept), ""
+        if Recipe.load(kept, overrides) != recipe or (members and tuple(m.backbone for m in recipe.members) != members):
+            raise RunError(
+                "the folder holds a run of another recipe",
+                where=out,
+                fix="choose another --out, or leave out --set and --members to go on",
+            )
         if Path(recipe.data.root).resolve() != Path(folder).resolve():
             raise RunError(
                 "the folder holds a run on other images", where=out, got=recipe.data.root, fix="choose another --out"
@@ -218,21 +259,19 @@ def ensemble(source: Path, methods: list[str], members: list[str]) -> Evaluation
     Raises:
         DataError: the predictions cannot be used, or a member or method is unknown.
     """
-    unknown = [m for m in methods if m not in ENSEMBLES and m != "auto"]
-    if unknown:
-        raise DataError("unknown method", got=", ".join(unknown), expected=", ".join([*ENSEMBLES, "auto"]))
+    methods = [m if m == "auto" else check_method(m) for m in methods]
     auto = "auto" in methods
     names = tuple(ENSEMBLES) if auto else tuple(methods)
     spec = EnsembleSpec.model_validate({"methods": names, "export": "auto" if auto or len(names) > 1 else names[0]})
+    seed = 0
     if source.is_dir():
         run = Run.open(source)
-        oof, test = (
-            Predictions.load(p) if (p := run.dir / f"{kind}.npz").exists() else None for kind in ("oof", "test")
-        )
+        seed = run.recipe.seed
+        oof, test = saved_predictions(run)
     else:
         oof, test = Predictions.load(source), None
     oof, test = (p.select(members) if p is not None and members else p for p in (oof, test))
-    return evaluate(oof, test, spec)
+    return evaluate(oof, test, spec, seed)
 
 
 def parse_minutes(text: str) -> float:

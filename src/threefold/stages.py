@@ -94,7 +94,7 @@ class Checkpoint:
 
 
 def train_stage(member: Member, task: StageTask) -> StageOutcome:
-    """Train one stage; the member ends with the best weights, which are never worse on select than those it started with.
+    """Train one stage; the member ends with the best weights, which are after the first stage never worse on select than its start.
 
     Raises:
         RunError: the loss is not a number.
@@ -139,9 +139,7 @@ class _Loop:
         self.generator = torch.Generator().manual_seed(task.seed)
         self.steps_per_epoch = max(1, round(len(task.fit[1]) / spec.batch_size))
         self.step, self.cut = 0, False
-        self.average = (
-            AveragedModel(member, multi_avg_fn=get_ema_multi_avg_fn(spec.ema), use_buffers=True) if spec.ema else None
-        )
+        self.average = _average(member, spec.ema) if spec.ema else None
         self.weight = (
             _class_weights(task.fit[1], task.num_classes, self.device) if spec.class_weights == "balanced" else None
         )
@@ -211,7 +209,7 @@ class _Loop:
             share = len(part) / len(rows)
             with autocast(self.precision, self.device):
                 part_loss = self._loss(part)
-            (part_loss * share).backward()
+            (part_loss * share).backward()  # type: ignore[no-untyped-call]
             loss += float(part_loss.detach()) * share
         if self.spec.clip_grad:
             torch.nn.utils.clip_grad_norm_(self.member.parameters(), self.spec.clip_grad)
@@ -227,30 +225,40 @@ class _Loop:
         images = to_pixels(pixels[rows], self.device)
         images, targets = self.augment(images, torch.from_numpy(labels[rows]).to(self.device))
         logits = self.member(images.contiguous(memory_format=torch.channels_last)).float()
-        return functional.cross_entropy(logits, targets, weight=self.weight, label_smoothing=self.augment.smoothing)
+        return functional.cross_entropy(logits, targets, weight=self.weight, label_smoothing=self.spec.label_smoothing)
 
 
 class _Augmentation:
     """The recipe's augmentation of a batch: the paper's warp, then timm's erasing and mixing where asked for."""
 
     def __init__(self, task: StageTask) -> None:
-        spec, smoothing = task.recipe.augment, task.recipe.train.label_smoothing
+        spec = task.recipe.augment
         self.warp = Augment(spec)
         self.generator = torch.Generator().manual_seed(task.seed + 1)
         self.erase = RandomErasing(spec.erasing, mode="const", device="cpu") if spec.erasing else None
-        mixing = bool(spec.mixup or spec.cutmix)
         self.mix = (
-            Mixup(spec.mixup, spec.cutmix, label_smoothing=smoothing, num_classes=task.num_classes) if mixing else None
+            Mixup(spec.mixup, spec.cutmix, label_smoothing=0.0, num_classes=task.num_classes)
+            if spec.mixup or spec.cutmix
+            else None
         )
-        self.smoothing = 0.0 if mixing else smoothing
+        self.num_classes = task.num_classes
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         images = self.warp(images, self.generator)
         if self.erase is not None:
             images = self.erase(images)
-        if self.mix is not None and len(images) % 2 == 0:
-            images, labels = self.mix(images, labels)
+        if self.mix is not None:  # timm mixes pairs; the last of an odd batch stays as it is
+            even = len(images) - len(images) % 2
+            mixed, targets = self.mix(images[:even], labels[:even])
+            rest = functional.one_hot(labels[even:], self.num_classes).to(targets.dtype)
+            images, labels = torch.cat([mixed, images[even:]]), torch.cat([targets, rest])
         return images, labels
+
+
+def _average(member: Member, decay: float) -> AveragedModel:
+    """Exponential moving average of weights and batch norm statistics."""
+    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    return AveragedModel(member, multi_avg_fn=average, use_buffers=True)
 
 
 def _optimizer(member: Member, spec: TrainSpec, stage: StageSpec) -> torch.optim.Optimizer:

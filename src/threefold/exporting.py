@@ -1,14 +1,18 @@
-"""The pipeline as one ONNX graph: every architecture traced once, fold copies grafted with their own weights.
+"""The pipeline as one ONNX file, written only if it answers the same.
 
+Every architecture is traced once, fold copies are grafted with their own weights.
 Tracing dominates the cost of an export, so what can be shared is: the resize by canvas, the network by architecture.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+import tempfile
 import warnings
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import numpy as np
 import onnx
@@ -17,18 +21,93 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from threefold.augment import resize_square
-from threefold.errors import ExportError
+from threefold.errors import ExportError, RunError
+from threefold.files import write_bytes
 from threefold.pipeline import MemberPipeline, Pipeline
 from threefold.predict import Predictor
+from threefold.runtime import FORMAT, KEY, load
 
+TOLERANCE = 1e-4
+"""Largest difference of a probability between the file and the pipeline in eager PyTorch (float32)."""
+TOO_LARGE = 2**31 - 2**20
 OPSET = 20
 IR_VERSION = 10
+
+
+def export(
+    pipeline: Pipeline, path: str | Path, images: Sequence[np.ndarray], metadata: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write the pipeline as one ONNX file; nothing is written if its answers differ from the pipeline's.
+
+    Args:
+        pipeline: what to export, in eval mode on the CPU.
+        path: file to write, `.onnx`.
+        images: real images uint8 (h, w, 3), any sizes, on which the answers are compared.
+        metadata: model card to store with the file (plain values).
+
+    Returns:
+        The parity report: images, max_difference, top1_agreement, tolerance.
+
+    Raises:
+        ExportError: the answers differ, the model is above 2 GB, or the file cannot be written.
+    """
+    target = Path(path)
+    if target.suffix != ".onnx":
+        raise ExportError("cannot export to this kind of file", where=target, expected="a name that ends in .onnx")
+    model = build_graph(pipeline)
+    return _gate(model, target, pipeline, images, dict(metadata or {}))
+
+
+def _gate(
+    model: Any, target: Path, pipeline: Pipeline, images: Sequence[np.ndarray], metadata: dict[str, Any]
+) -> dict[str, Any]:
+    """Compare the file's answers with the pipeline's, then write it with the comparison inside."""
+    card = {"format": FORMAT, "classes": list(pipeline.classes), "members": list(pipeline.names), **metadata}
+    _set_card(model, card)
+    if model.ByteSize() > TOO_LARGE:
+        raise ExportError(
+            "the model is too large for one file",
+            where=target,
+            expected="at most 2 GB",
+            got=f"{model.ByteSize() / 2**30:.1f} GB",
+            fix='use folds.final = "refit", or fewer members',
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Path(folder) / "model.onnx"
+        trial.write_bytes(model.SerializeToString())
+        answers = load(trial).predict_proba(images)
+    expected = pipeline.predict_proba(list(images))
+    report = {
+        "images": len(images),
+        "max_difference": float(np.abs(answers - expected).max()),
+        "top1_agreement": float((answers.argmax(1) == expected.argmax(1)).mean()),
+        "tolerance": TOLERANCE,
+    }
+    if not report["max_difference"] <= TOLERANCE:
+        raise ExportError(
+            "the exported file would answer differently, so it was not written",
+            where=target,
+            expected=f"difference <= {TOLERANCE}",
+            got=f"{report['max_difference']:.2e} over {len(images)} images",
+        )
+    _set_card(model, {**card, "parity": report})
+    try:
+        write_bytes(target, model.SerializeToString())
+    except RunError as error:
+        raise ExportError(str(error)) from None
+    return report
+
+
+def _set_card(model: Any, card: dict[str, Any]) -> None:
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, {KEY: json.dumps(card, ensure_ascii=False, default=float)})
 
 
 def build_graph(pipeline: Pipeline) -> onnx.ModelProto:
     """The pipeline as an ONNX model: images uint8 (b, h, w, 3) to probs (b, k) and member_probs (b, m, k)."""
     graph = _Joiner()
-    outputs = [_add_member(graph, f"m{i}_", member) for i, member in enumerate(pipeline.members)]
+    members = cast(Iterable[MemberPipeline], pipeline.members)
+    outputs = [_add_member(graph, f"m{i}_", member) for i, member in enumerate(members)]
     stacked = graph.stack([graph.mean(copies, f"m{i}_probs") for i, copies in enumerate(outputs)], "member_probs")
     _add_combiner(graph, pipeline, stacked)
     return graph.finish(len(pipeline.classes), len(pipeline.names))
@@ -64,7 +143,8 @@ def _add_member(graph: _Joiner, prefix: str, member: MemberPipeline) -> list[str
             (0, 1, 2),
         )
         graph.graft(resize, f"{canvas}_", {"images": "images"}, {"pixels": canvas})
-    fused = [fold_batch_norm(predictor, member.canvas) for predictor in member.predictors]
+    predictors = cast(Iterable[Predictor], member.predictors)
+    fused = [fold_batch_norm(predictor, member.canvas) for predictor in predictors]
     example = torch.zeros(2, 3, member.canvas, member.canvas)
     first = _trace(fused[0], example, ("pixels", "probs"), (0,))
     names = []
@@ -118,7 +198,7 @@ def fold_batch_norm(predictor: Predictor, canvas: int) -> nn.Module:
     """
     network = copy.deepcopy(predictor).float().eval()
     made: dict[int, tuple[nn.Module, Tensor]] = {}
-    pairs: list[tuple[nn.Module, nn.Module]] = []
+    pairs: list[tuple[Any, Any]] = []
 
     def after_conv(module: nn.Module, _: Any, output: Tensor) -> None:
         made[id(output)] = (module, output)
@@ -137,13 +217,8 @@ def fold_batch_norm(predictor: Predictor, canvas: int) -> nn.Module:
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )
-        _replace(
-            network,
-            norm,
-            nn.Sequential(
-                *[part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if part is not None]
-            ),
-        )
+        rest = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if part is not None]
+        _replace(network, norm, nn.Sequential(*rest))
     for module in list(network.modules()):
         if isinstance(module, nn.Hardtanh):
             _replace(network, module, _Clamp(module.min_val, module.max_val))

@@ -15,7 +15,7 @@ from threefold.errors import RecipeError, RunError
 from threefold.model import Member, build_member
 from threefold.predict import Predictor, pick_device, pick_precision, predict_probs
 from threefold.recipe import Recipe
-from threefold.train import StageTask, train_stage
+from threefold.stages import StageTask, train_stage
 
 
 def data(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
