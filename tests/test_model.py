@@ -42,7 +42,9 @@ def package_state(architecture: str) -> dict[str, torch.Tensor]:
 def photograph(name: str) -> torch.Tensor:
     """uint8 (1, h, w, 3)."""
     pixels = (
-        load_sample_image(name) if name == "china.jpg" else np.asarray(Image.open(get_sample_data(name)).convert("RGB"))
+        load_sample_image(name)
+        if name == "china.jpg"
+        else np.asarray(Image.open(str(get_sample_data(name, asfileobj=False))).convert("RGB"))
     )
     return torch.from_numpy(pixels.copy())[None]
 

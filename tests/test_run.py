@@ -149,7 +149,7 @@ def test_paper_protocol_selects_on_test_and_says_so(images: Path, tmp_path: Path
     scores = run.results["scores"]
     assert {s["protocol"] for s in scores} == {"paper"}
     assert {s["rows"] for s in scores} == {"test"}
-    assert any("selected on test" in note for note in run.results["notes"])
+    assert any("selected on the scored rows" in note for note in run.results["notes"])
     stacked = next(s for s in scores if s["name"] == "stacked")
     assert stacked["fitted_on"] == "the scored rows"
 

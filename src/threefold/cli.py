@@ -233,10 +233,10 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port to listen on.")] = 8000,
 ) -> None:
-    """Answer over HTTP: POST /predict with image files, GET /health, GET /docs."""
+    """Answer over HTTP: POST /predict with image files, GET /health, GET /openapi.json."""
     from threefold.serve import run_server
 
-    out.print(f"http://{host}:{port}/docs  (Ctrl-C stops)")
+    out.print(f"curl -F files=@IMAGE http://{host}:{port}/predict   (Ctrl-C stops)")
     run_server(model, host, port)
 
 
@@ -271,6 +271,7 @@ def _show_results(run: Run) -> None:
 
     results = run.results
     out.print(score_table(results["scores"], results["chosen"]))
+    out.print(f"< chosen: {results['chosen']} ({_plain(results['chosen_reason'])})")
     last = next(s for s in reversed(results["scores"]) if s["name"] == results["chosen"] and s["kind"] == "ensemble")
     low, high = last["interval"]
     out.print(

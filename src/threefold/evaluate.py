@@ -1,8 +1,8 @@
 """From members' probabilities to scored ensembles and one choice, on arrays only.
 
 Out-of-fold rows fit the ensembles and their temperatures and choose among them; what is fitted is scored on them
-cross-fitted. Test rows, where there are any, are looked at once, after everything is fixed. Every ensemble is scored as
-it would be exported: calibrated.
+cross-fitted. Test rows, where there are any, are looked at once, after everything is fixed. Members and ensembles are
+scored as they would be exported: calibrated.
 """
 
 from __future__ import annotations
@@ -63,22 +63,25 @@ def evaluate(oof: Predictions | None, test: Predictions | None, spec: EnsembleSp
     crossed = {name: _crossed(name, fit_rows, seed) for name in methods}
     chosen, reason = choose(crossed, fit_rows.labels) if spec.export == "auto" else (spec.export, "named by the recipe")
     fitted = {name: make_ensemble(name, seed).fit(fit_rows.probs, fit_rows.labels) for name in methods}
-    temperatures = {name: fit_temperature(probs, fit_rows.labels) for name, probs in crossed.items()}
+    raw = {**_singles(fit_rows), **crossed}
+    temperatures = {name: fit_temperature(probs, fit_rows.labels) for name, probs in raw.items()}
     tables = []
     if oof is not None:
-        tables.append(
-            (oof, {name: _calibrated(probs, oof) for name, probs in crossed.items()}, "oof rows, cross-fitted")
-        )
+        tables.append((oof, {name: _calibrated(probs, oof) for name, probs in raw.items()}, "oof rows, cross-fitted"))
     if test is not None:
-        on_test = {
-            name: apply_temperature(e.predict_proba(test.probs), temperatures[name]) for name, e in fitted.items()
-        }
-        tables.append((test, on_test, "oof rows" if oof is not None else "the scored rows"))
+        answers = {**_singles(test), **{name: ensemble.predict_proba(test.probs) for name, ensemble in fitted.items()}}
+        warm = {name: apply_temperature(probs, temperatures[name]) for name, probs in answers.items()}
+        tables.append((test, warm, "oof rows" if oof is not None else "the scored rows"))
     scores = [entry for rows, table, fitted_on in tables for entry in _scores(rows, table, fitted, fitted_on)]
     rows, table, _ = tables[-1]
     probs = table[chosen].astype(np.float32)
-    comparisons, warnings = _comparisons(rows, table), _warnings(oof, test)
+    comparisons, warnings = _comparisons(rows, {name: table[name] for name in methods}), _warnings(oof, test)
     return Evaluation(scores, comparisons, chosen, reason, fitted[chosen], temperatures[chosen], rows, probs, warnings)
+
+
+def _singles(rows: Predictions) -> dict[str, np.ndarray]:
+    """Each member by itself."""
+    return dict(zip(rows.members, rows.probs, strict=True))
 
 
 def _crossed(name: str, rows: Predictions, seed: int) -> np.ndarray:
@@ -112,15 +115,15 @@ def _usable_folds(rows: Predictions) -> np.ndarray | None:
 def _scores(
     rows: Predictions, table: dict[str, np.ndarray], fitted: dict[str, Ensemble], fitted_on: str
 ) -> list[dict[str, Any]]:
-    singles = [(name, "member", rows.probs[i], "nothing") for i, name in enumerate(rows.members)]
-    ensembles = [
-        (name, "ensemble", probs, fitted_on if fitted[name].needs_fit else "nothing") for name, probs in table.items()
-    ]
-    return [
-        {**stats.score_table(probs, rows.labels, level=LEVEL), "name": name, "kind": kind, "rows": rows.kind,
-         "protocol": rows.protocol, "fitted_on": fitted}
-        for name, kind, probs, fitted in singles + ensembles
-    ]  # fmt: skip
+    """The entries of results.json for one kind of rows."""
+    entries = []
+    for name, probs in table.items():
+        needs_fit = name in fitted and fitted[name].needs_fit
+        entries.append({
+            **stats.score_table(probs, rows.labels, level=LEVEL), "name": name, "kind": "ensemble" if name in fitted else "member",
+            "rows": rows.kind, "protocol": rows.protocol, "fitted_on": fitted_on if needs_fit else "nothing but its temperature",
+        })  # fmt: skip
+    return entries
 
 
 def _comparisons(rows: Predictions, table: dict[str, np.ndarray]) -> list[dict[str, Any]]:
@@ -140,7 +143,7 @@ def _warnings(oof: Predictions | None, test: Predictions | None) -> list[str]:
     warnings = []
     if (test if test is not None else oof).protocol == "paper":  # type: ignore[union-attr]
         warnings.append(
-            "selected on test: checkpoints were chosen on the rows that are scored, so the figures are optimistic"
+            "selected on the scored rows: under the paper protocol checkpoints are chosen on the rows that are scored, so the figures are optimistic"
         )
     if oof is None:
         warnings.append("no out-of-fold rows: fitted ensembles and the choice among them have seen the scored rows")

@@ -107,7 +107,7 @@ def plan_folder(
     choices += why
     batch = _batch(print_, device)
     tree: dict[str, Any] = {
-        "name": re.sub(r"[^A-Za-z0-9._-]", "-", Path(folder).resolve().name).lstrip("._-") or "run",
+        "name": re.sub(r"[^A-Za-z0-9_-]", "-", Path(folder).resolve().name).lstrip("_-")[:80] or "run",
         "budget_minutes": 0.0 if not budget_minutes else round(_training_seconds(budget_minutes * 60) / 60, 2),
         "data": data, "folds": {"k": folds}, "augment": augment, "train": {"batch_size": batch},
         "stages": _stages(epochs, frozen), "members": specs,

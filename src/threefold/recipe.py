@@ -21,7 +21,7 @@ from threefold.errors import RecipeError
 
 HeadKind = Literal["linear", "mlp", "rnn", "gru", "lstm", "birnn", "bigru", "bilstm"]
 Method = Literal["mean", "pruned", "vote", "top2", "weighted", "stacked", "greedy"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 

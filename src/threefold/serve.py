@@ -19,8 +19,13 @@ MAX_BYTES = 20 * 2**20
 
 
 def make_app(model: Model) -> FastAPI:
-    """The application around a loaded model: POST /predict, GET /health, GET /docs."""
-    app = FastAPI(title="threefold", description=f"{model.card.get('name', 'model')}: {len(model.classes)} classes")
+    """The application around a loaded model: POST /predict, GET /health, GET /openapi.json."""
+    app = FastAPI(
+        title="threefold",
+        docs_url=None,
+        redoc_url=None,
+        description=f"{model.card.get('name', 'model')}: {len(model.classes)} classes",
+    )
 
     @app.get("/health")
     def health() -> dict[str, Any]:

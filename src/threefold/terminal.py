@@ -81,28 +81,14 @@ class TerminalWatcher:
 
 
 def score_table(scores: Sequence[dict[str, Any]], chosen: str | None = None) -> Table:
-    """Scores as a table, ensembles below members, the chosen one marked."""
+    """Scores as a table, ensembles below members, the chosen one marked; what was fitted where is in results.json."""
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for name, side in (
-        ("", "left"),
-        ("rows", "left"),
-        ("accuracy", "right"),
-        ("95 % interval", "right"),
-        ("log loss", "right"),
-        ("ECE", "right"),
-        ("fitted on", "left"),
-    ):
-        table.add_column(name, justify=side)  # type: ignore[arg-type]
+    for name in ("", "rows", "accuracy", "95 % interval", "log loss", "ECE"):
+        table.add_column(name, justify="left" if name in ("", "rows") else "right", no_wrap=True)
     for s in scores:
-        mark = " [bold green]<- chosen[/]" if s["kind"] == "ensemble" and s["name"] == chosen else ""
-        style = "bold" if s["kind"] == "ensemble" else ""
-        table.add_row(
-            f"[{style}]{s['name']}[/]{mark}" if style else s["name"],
-            f"{s['rows']} ({s['n']})",
-            f"{s['accuracy']:.4f}",
-            f"{s['interval'][0]:.4f} - {s['interval'][1]:.4f}",
-            f"{s['log_loss']:.4f}",
-            f"{s['ece']:.4f}",
-            s["fitted_on"],
-        )
+        name = f"[bold]{s['name']}[/]" if s["kind"] == "ensemble" else s["name"]
+        mark = " [bold green]<[/]" if s["kind"] == "ensemble" and s["name"] == chosen else ""
+        interval = f"{s['interval'][0]:.4f} - {s['interval'][1]:.4f}"
+        figures = [f"{s[key]:.4f}" for key in ("accuracy", "log_loss", "ece")]
+        table.add_row(name + mark, f"{s['rows']} ({s['n']})", figures[0], interval, *figures[1:])
     return table
