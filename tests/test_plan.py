@@ -11,7 +11,7 @@ from threefold import plan as planning
 from threefold import workflow
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.plan import plan_folder
-from threefold.recipe import Recipe
+from threefold.recipe import Recipe, parse_minutes
 
 
 def folder(root: Path, names: list[str], count: int = 6, side: int = 40) -> Path:
@@ -80,13 +80,13 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "minutes"), [("90s", 1.5), ("20m", 20), ("2h", 120), ("0", 0), ("1.5", 1.5)])
 def test_durations(text: str, minutes: float) -> None:
-    assert workflow.parse_minutes(text) == minutes
+    assert parse_minutes(text) == minutes
 
 
 @pytest.mark.parametrize("text", ["", "soon", "-3m", "nan", "m"])
 def test_durations_that_are_none(text: str) -> None:
     with pytest.raises(RecipeError, match="not a duration: --budget"):
-        workflow.parse_minutes(text)
+        parse_minutes(text)
 
 
 def test_fit_from_a_folder_to_a_file_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,10 +100,12 @@ def fit(
     verbose: Verbose = False,
 ) -> None:
     """Plan, train, ensemble, report, export: one command from a folder of images to one file."""
-    from threefold import workflow
+    from threefold.recipe import parse_minutes
 
     target = out_dir or Path("runs") / folder.resolve().name
-    minutes = workflow.parse_minutes(budget)
+    minutes = parse_minutes(budget)
+    from threefold import workflow
+
     with _watched(verbose, f"threefold fit {folder} --out {target}") as watcher:
         run = workflow.fit(
             folder,
@@ -127,14 +129,12 @@ def plan(
     sets: Sets = None,
 ) -> None:
     """Print the recipe that would run, every value written out, with reasons; or the jobs of a recipe."""
-    from threefold import workflow
-    from threefold.plan import plan_folder
-    from threefold.recipe import resolve
+    from threefold.recipe import parse_minutes, resolve
 
     if Path(recipe).is_dir():
-        made = plan_folder(
-            recipe, workflow.parse_minutes(budget), tuple(filter(None, members.split(","))), tuple(sets or ())
-        )
+        from threefold.plan import plan_folder
+
+        made = plan_folder(recipe, parse_minutes(budget), tuple(filter(None, members.split(","))), tuple(sets or ()))
         out.print(made.recipe.dump(made.explain()), markup=False)
         return
     loaded = resolve(recipe, sets or ())
@@ -149,11 +149,13 @@ def train(
     verbose: Verbose = False,
 ) -> None:
     """Train, cross-validate, ensemble and score what a recipe says; run again to go on where it stopped."""
-    from threefold import workflow
     from threefold.recipe import resolve
 
+    loaded = resolve(recipe, sets or ())  # before torch is imported: a typing error is answered at once
+    from threefold import workflow
+
     with _watched(verbose, f"threefold train {recipe} --out {out_dir}") as watcher:
-        run = workflow.train(resolve(recipe, sets or ()), out_dir, watcher)
+        run = workflow.train(loaded, out_dir, watcher)
         workflow.report(run)
     _show_results(run)
     _show_places(run, f"threefold export {run.dir} --out model.onnx")
@@ -259,9 +261,9 @@ def list_(
     pattern: Annotated[str, typer.Argument(help="For backbones: a pattern, e.g. '*convnext*'.")] = "*",
 ) -> None:
     """Name what a recipe can use."""
-    from threefold import workflow
+    from threefold.catalogue import catalogue
 
-    for line in workflow.catalogue(what, pattern):
+    for line in catalogue(what, pattern):
         out.print(line, markup=False)
 
 

@@ -180,6 +180,7 @@ def _effort(
     speeds = {s["name"]: _speed(s, len(seen.classes), device, frozen) for s in specs}
     available = _training_seconds(budget)
     options = [(s, k, _at_least(e, seen.n, k)) for s in SIZES if s <= natural for k, e in allowed]
+    options += [(*options[-1][:2], e) for e in range(options[-1][2] - 1, 1, -1)]  # where nothing fits, fewer epochs
     costs = {o: _seconds(o, seen.n, speeds) for o in options}
     size, k, epochs = next((o for o in options if costs[o] <= available), min(options, key=lambda o: costs[o]))
     expected = costs[size, k, epochs]

@@ -18,7 +18,9 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from threefold.errors import RecipeError
+from threefold.overrides import apply_override
 
+_PACKAGED = Path(__file__).parent / "recipes"
 HeadKind = Literal["linear", "mlp", "rnn", "gru", "lstm", "birnn", "bigru", "bilstm"]
 Method = Literal["mean", "pruned", "vote", "top2", "weighted", "stacked", "greedy"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]
@@ -265,7 +267,7 @@ class Recipe(Section):
     def parse(cls, tree: dict[str, Any], overrides: Iterable[str] = (), where: str = "recipe") -> Recipe:
         """Build a recipe from a tree of plain values; `overrides` are `a.b=c` strings."""
         for override in overrides:
-            _override(tree, override)
+            apply_override(tree, override)
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
@@ -313,44 +315,6 @@ def _fields_at(loc: tuple[Any, ...]) -> Iterable[str]:
     return list(section.model_fields)
 
 
-def _override(tree: dict[str, Any], text: str) -> None:
-    """Apply one `a.b=c` to the tree in place; the value is TOML where it parses as such, else a string."""
-    path, equals, raw = text.partition("=")
-    if not equals or not path.strip():
-        raise RecipeError("cannot apply --set", where=text, expected="path=value, for example train.batch_size=64")
-    try:
-        value = tomllib.loads(f"v = {raw}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = raw
-    *parents, last = path.strip().split(".")
-    node: Any = tree
-    for part in parents:
-        node = _child(node, part, text)
-    if isinstance(node, list):
-        node[_index(node, last, text)] = value
-    else:
-        node[last] = value
-
-
-def _child(node: Any, part: str, text: str) -> Any:
-    if isinstance(node, list):
-        return node[_index(node, part, text)]
-    child = node.setdefault(part, {})
-    if not isinstance(child, (dict, list)):
-        raise RecipeError("cannot apply --set", where=text, got=f"{part} is a value, not a table")
-    return child
-
-
-def _index(items: list[Any], part: str, text: str) -> int:
-    """Position in a list of tables, by number or by the table's name."""
-    names = [str(item.get("name")) for item in items if isinstance(item, dict)]
-    if part in names:
-        return names.index(part)
-    if part.isdigit() and int(part) < len(items):
-        return int(part)
-    raise RecipeError("cannot apply --set", where=text, expected=f"one of {', '.join(names)} or an index", got=part)
-
-
 def _toml(tree: dict[str, Any], prefix: str = "") -> str:
     """Write a tree of plain values as TOML: values first, then tables, then lists of tables."""
     lines, tables = [], []
@@ -378,13 +342,33 @@ def packaged(name: str, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: there is none of that name.
     """
-    folder = Path(__file__).parent / "recipes"
-    if not (folder / f"{name}.toml").is_file():
-        names = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.toml"))
-        raise RecipeError("no such recipe", got=name, expected=f"a .toml file or one of {', '.join(names)}")
-    return Recipe.load(folder / f"{name}.toml", overrides)
+    if name not in packaged_names():
+        raise RecipeError("no such recipe", got=name, expected=f"a .toml file or one of {', '.join(packaged_names())}")
+    return Recipe.load(_PACKAGED / f"{name}.toml", overrides)
+
+
+def packaged_names() -> list[str]:
+    """Names of the recipes that come with threefold."""
+    return sorted(str(p.relative_to(_PACKAGED).with_suffix("")) for p in _PACKAGED.rglob("*.toml"))
 
 
 def resolve(text: str, overrides: Iterable[str] = ()) -> Recipe:
     """A recipe by file path or by the name of a packaged one."""
     return Recipe.load(text, overrides) if text.endswith(".toml") else packaged(text, overrides)
+
+
+def parse_minutes(text: str) -> float:
+    """Minutes of a duration: 90s, 20m, 2h, or a number of minutes.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    units = {"s": 1 / 60, "m": 1.0, "h": 60.0}
+    number, unit = (text[:-1], units[text[-1]]) if text and text[-1] in units else (text, 1.0)
+    try:
+        minutes = float(number) * unit
+    except ValueError:
+        minutes = -1.0
+    if not 0 <= minutes < 1e6:
+        raise RecipeError("not a duration", where="--budget", got=text, expected="90s, 20m, 2h or 0")
+    return minutes

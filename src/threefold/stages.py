@@ -138,7 +138,7 @@ class _Loop:
         self.augment = _Augmentation(task)
         self.generator = torch.Generator().manual_seed(task.seed)
         self.steps_per_epoch = max(1, round(len(task.fit[1]) / spec.batch_size))
-        self.step, self.cut = 0, False
+        self.step, self.cut, self.began = 0, False, time.monotonic()
         self.average = _average(member, spec.ema) if spec.ema else None
         self.weight = (
             _class_weights(task.fit[1], task.num_classes, self.device) if spec.class_weights == "balanced" else None
@@ -200,7 +200,8 @@ class _Loop:
     def _step(self, rows: np.ndarray) -> float:
         """One optimizer step over `accumulate` micro-batches; returns the mean loss."""
         stage = self.task.stage
-        lr = lr_at(stage.schedule, stage.lr, self.step, self.steps_per_epoch * stage.epochs, stage.epochs)
+        total = self.steps_per_epoch * stage.epochs
+        lr = lr_at(stage.schedule, stage.lr, self._position(total), total, stage.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         loss = 0.0
@@ -219,6 +220,13 @@ class _Loop:
             self.average.update_parameters(self.member)
         self.step += 1
         return loss
+
+    def _position(self, total: int) -> int:
+        """Where the schedule stands: the step, or further where a time budget is being used up faster."""
+        if math.isinf(self.task.deadline):
+            return self.step
+        used = (time.monotonic() - self.began) / max(self.task.deadline - self.began, 1e-9)
+        return max(self.step, min(total - 1, int(used * total)))
 
     def _loss(self, rows: np.ndarray) -> Tensor:
         pixels, labels = self.task.fit

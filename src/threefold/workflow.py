@@ -8,22 +8,21 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import numpy as np
-import timm
 from PIL import Image
 
 from threefold import exporting
 from threefold.ensemble import ENSEMBLES, Ensemble, TemperatureModule, make_ensemble
-from threefold.errors import ExportError, RecipeError, RunError
+from threefold.errors import ExportError, RunError
 from threefold.evaluate import Evaluation, evaluate, per_class
 from threefold.files import read_arrays, read_json, write_arrays, write_json
 from threefold.heads import describe
 from threefold.pipeline import Combiner
 from threefold.plan import plan_folder
 from threefold.predictions import Predictions
-from threefold.recipe import DataSpec, EnsembleSpec, HeadKind, HeadSpec, Recipe
+from threefold.recipe import EnsembleSpec, Recipe
 from threefold.report import write_report
 from threefold.run import Run, RunWatcher, train_members
 
@@ -274,23 +273,6 @@ def ensemble(source: Path, methods: list[str], members: list[str]) -> Evaluation
     return evaluate(oof, test, spec, seed)
 
 
-def parse_minutes(text: str) -> float:
-    """Minutes of a duration: 90s, 20m, 2h, or a number of minutes.
-
-    Raises:
-        RecipeError: it is none.
-    """
-    units = {"s": 1 / 60, "m": 1.0, "h": 60.0}
-    number, unit = (text[:-1], units[text[-1]]) if text and text[-1] in units else (text, 1.0)
-    try:
-        minutes = float(number) * unit
-    except ValueError:
-        minutes = -1.0
-    if not 0 <= minutes < 1e6:
-        raise RecipeError("not a duration", where="--budget", got=text, expected="90s, 20m, 2h or 0")
-    return minutes
-
-
 def sample_image(run: Run) -> tuple[Path, str]:
     """Write one test image of a run as a PNG file beside it; returns its path and its true class."""
     dataset = run.sources.test if run.sources.test is not None else run.sources.train
@@ -313,22 +295,3 @@ def predict_elsewhere(model: Path, image: Path) -> str:
             "the exported file does not answer in a fresh process", where=model, got=done.stderr.strip()[-200:]
         )
     return done.stdout
-
-
-def catalogue(what: str, pattern: str = "*") -> list[str]:
-    """Names of what a recipe can use, a line each.
-
-    Raises:
-        RecipeError: nothing of that kind.
-    """
-    folder = Path(__file__).parent / "recipes"
-    lists: dict[str, Callable[[], list[str]]] = {
-        "backbones": lambda: timm.list_models(pattern, pretrained=True),
-        "heads": lambda: [f"{kind}: {describe(HeadSpec(kind=kind))}" for kind in get_args(HeadKind)],
-        "ensembles": lambda: list(ENSEMBLES),
-        "data": lambda: list(get_args(DataSpec.model_fields["source"].annotation)),
-        "recipes": lambda: sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.toml")),
-    }
-    if what not in lists:
-        raise RecipeError("nothing to list", got=what, expected=" or ".join(lists))
-    return lists[what]()

@@ -1,0 +1,49 @@
+"""Names of what a recipe can use; each kind imports only what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import get_args
+
+from threefold.errors import RecipeError
+from threefold.recipe import DataSpec, HeadKind, HeadSpec, packaged_names
+
+
+def catalogue(what: str, pattern: str = "*") -> list[str]:
+    """Names of what a recipe can use, a line each.
+
+    Args:
+        what: backbones, heads, ensembles, data or recipes.
+        pattern: for backbones, with `*` for anything.
+
+    Raises:
+        RecipeError: nothing of that kind.
+    """
+    lists: dict[str, Callable[[], list[str]]] = {
+        "backbones": lambda: _backbones(pattern),
+        "heads": _heads,
+        "ensembles": _ensembles,
+        "data": lambda: list(get_args(DataSpec.model_fields["source"].annotation)),
+        "recipes": packaged_names,
+    }
+    if what not in lists:
+        raise RecipeError("nothing to list", got=what, expected=" or ".join(lists))
+    return lists[what]()
+
+
+def _backbones(pattern: str) -> list[str]:
+    import timm
+
+    return list(timm.list_models(pattern, pretrained=True))
+
+
+def _heads() -> list[str]:
+    from threefold.heads import describe
+
+    return [f"{kind}: {describe(HeadSpec(kind=kind))}" for kind in get_args(HeadKind)]
+
+
+def _ensembles() -> list[str]:
+    from threefold.ensemble import ENSEMBLES
+
+    return list(ENSEMBLES)
