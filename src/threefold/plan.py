@@ -156,7 +156,7 @@ def _members(names: Sequence[str]) -> list[dict[str, Any]]:
 
 def _training_seconds(budget: float) -> float:
     """What of a budget is left for training after planning, scoring, export and report."""
-    return max(0.55 * budget, budget - 150)
+    return max(0.5 * budget, budget - 100)
 
 
 def _effort(
