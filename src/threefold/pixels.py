@@ -17,6 +17,10 @@ from threefold.recipe import MemberSpec
 from threefold.splits import Roles
 
 
+CHUNK = 32
+"""Images decoded at a time: enough to resize small ones together, few enough for large photographs to fit in memory."""
+
+
 class Pixels:
     """The decoded-once cache: every image as a uint8 square of each size in use, on disk, memory-mapped."""
 
@@ -64,9 +68,8 @@ def _fill_cache(path: Path, dataset: ImageDataset, side: int, resize: Any) -> No
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(dataset), side, side, 3))
-        for row in range(len(dataset)):
-            image = torch.from_numpy(np.ascontiguousarray(dataset.pixels(row)[None]))
-            array[row] = resize_square(image, side, resize)[0].permute(1, 2, 0).to(torch.uint8).numpy()
+        for rows in np.array_split(np.arange(len(dataset)), max(1, len(dataset) // CHUNK)):
+            _resize_rows(array, dataset, rows, side, resize)
         array.flush()
         os.replace(temporary, path)
     except OSError as error:
@@ -77,3 +80,15 @@ def _fill_cache(path: Path, dataset: ImageDataset, side: int, resize: Any) -> No
             got=error.strerror or error,
             fix=f"it needs {len(dataset) * side * side * 3 / 1e6:.0f} MB: free disk space or choose another --out",
         ) from None
+
+
+def _resize_rows(array: np.ndarray, dataset: ImageDataset, rows: np.ndarray, side: int, resize: Any) -> None:
+    """Decode some rows and resize those of one shape together; an image's result does not depend on its company."""
+    by_shape: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
+    for row in rows:
+        image = dataset.pixels(int(row))
+        by_shape.setdefault(image.shape, []).append((int(row), image))
+    for group in by_shape.values():
+        images = torch.from_numpy(np.stack([image for _, image in group]))
+        squares = resize_square(images, side, resize).permute(0, 2, 3, 1).to(torch.uint8).numpy()
+        array[[row for row, _ in group]] = squares
