@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from threefold.datasets import ImageDataset, Sources
 from threefold.errors import RunError
 from threefold.recipe import MemberSpec
 from threefold.splits import Roles
-
 
 CHUNK = 32
 """Images decoded at a time: enough to resize small ones together, few enough for large photographs to fit in memory."""
@@ -73,7 +73,8 @@ def _fill_cache(path: Path, dataset: ImageDataset, side: int, resize: Any) -> No
         array.flush()
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise RunError(
             "cannot write the image cache",
             where=path,
