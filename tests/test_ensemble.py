@@ -169,15 +169,15 @@ def test_the_simplest_within_one_standard_error_is_chosen() -> None:
     # 89 against 90 nested rows: the difference is 0.01, its standard error 0.00995; 88 against 90: 0.02 against 0.014.
     name, reason = choose({"stacked": right(90), "mean": right(90)}, labels)
     assert name == "mean"
-    assert reason == "the best, 0.9000 out of fold; and the simplest"
+    assert reason == "the best, 0.9000 cross-fitted; and the simplest"
     name, reason = choose({"stacked": right(90), "mean": right(88)}, labels)
     assert name == "stacked"
-    assert reason == "the best, 0.9000 out of fold; no simpler method comes within one standard error"
+    assert reason == "the best, 0.9000 cross-fitted; no simpler method comes within one standard error"
     scattered = right(89)[np.random.default_rng(0).permutation(100)]  # one image fewer, but many differ
     name, reason = choose({"stacked": right(90), "vote": scattered, "pruned": right(50)}, labels)
     assert name == "vote"
     assert reason.startswith("0.8900, within one standard error (0.0")
-    assert reason.endswith("of stacked, 0.9000 out of fold, and simpler")
+    assert reason.endswith("of stacked, 0.9000 cross-fitted, and simpler")
 
 
 def test_the_choice_does_not_depend_on_the_order_of_the_candidates() -> None:

@@ -174,11 +174,11 @@ def ensemble(
     as_json: Json = False,
 ) -> None:
     """Combine saved predictions, from a run or from anywhere, and score the result."""
-    from threefold import workflow
+    from threefold.evaluate import evaluate_saved
     from threefold.terminal import score_table
 
     names = [n for text in members or () for n in text.split(",") if n]
-    found = workflow.ensemble(source, [m for text in method or ["auto"] for m in text.split(",") if m], names)
+    found = evaluate_saved(source, [m for text in method or ["auto"] for m in text.split(",") if m], names)
     if as_json:
         _print_json(
             {

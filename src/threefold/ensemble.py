@@ -136,7 +136,7 @@ def choose(candidates: Mapping[str, np.ndarray], labels: npt.ArrayLike) -> tuple
         error = difference.std() / len(difference) ** 0.5
         if name == best or difference.mean() <= error:
             break
-    top = f"{hits[best].mean():.4f} out of fold"
+    top = f"{hits[best].mean():.4f} cross-fitted"
     if name == best:
         rest = "and the simplest" if name == next(iter(hits)) else "no simpler method comes within one standard error"
         return name, f"the best, {top}; {rest}"

@@ -7,15 +7,18 @@ scored as they would be exported: calibrated.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from threefold import stats
-from threefold.ensemble import Ensemble, apply_temperature, choose, cross_fit, fit_temperature, make_ensemble
+from threefold.ensemble import ENSEMBLES, Ensemble, apply_temperature, choose, cross_fit, fit_temperature, make_ensemble
+from threefold.errors import RunError
 from threefold.predictions import Predictions
-from threefold.recipe import EnsembleSpec
+from threefold.recipe import EnsembleSpec, Recipe
 
 LEVEL = 0.95
 
@@ -153,3 +156,48 @@ def _warnings(oof: Predictions | None, test: Predictions | None) -> list[str]:
 def per_class(rows: Predictions, probs: np.ndarray) -> list[dict[str, Any]]:
     """Recall and precision of each class with intervals, for results.json."""
     return [dict(entry) for entry in stats.per_class(probs, rows.labels, rows.classes, level=LEVEL)]
+
+
+def saved_predictions(run: Path) -> tuple[Predictions | None, Predictions | None]:
+    """A run folder's out-of-fold and test predictions, None where it has none."""
+    oof, test = (Predictions.load(p) if (p := run / f"{kind}.npz").exists() else None for kind in ("oof", "test"))
+    return oof, test
+
+
+def check_method(method: str) -> str:
+    """The method, if there is one of that name.
+
+    Raises:
+        RecipeError: there is none; the message names the nearest.
+    """
+    make_ensemble(method)
+    return method
+
+
+def evaluate_saved(source: Path, methods: Sequence[str], members: Sequence[str] = ()) -> Evaluation:
+    """Combine and score saved predictions.
+
+    Args:
+        source: a run folder, or an .npz with probs (m, n, k) and labels (n,).
+        methods: names of ENSEMBLES; `auto` = all of them, and a choice among them.
+        members: the members to use; empty = all.
+
+    Raises:
+        DataError: the predictions cannot be used, or a member is unknown.
+        RecipeError: a method is unknown.
+        RunError: the run folder has no predictions yet.
+    """
+    auto = "auto" in methods
+    names = tuple(ENSEMBLES) if auto else tuple(check_method(m) for m in methods)
+    spec = EnsembleSpec.model_validate({"methods": names, "export": "auto" if auto or len(names) > 1 else names[0]})
+    if not source.is_dir():
+        return evaluate(_picked(Predictions.load(source), members), None, spec)
+    oof, test = saved_predictions(source)
+    if oof is None and test is None:
+        raise RunError("no predictions", where=source, expected="oof.npz or test.npz", fix="give a finished run folder")
+    seed = Recipe.load(source / "recipe.toml").seed
+    return evaluate(_picked(oof, members), _picked(test, members), spec, seed)
+
+
+def _picked(rows: Predictions | None, members: Sequence[str]) -> Predictions | None:
+    return rows.select(members) if rows is not None and members else rows

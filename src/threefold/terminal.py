@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from threefold.recipe import Job, fold_name
+
+NAME = 22
+"""Characters of a name in a table that fits 80 columns; the ends of long names differ, so these are kept."""
 
 
 class TerminalWatcher:
@@ -83,12 +87,18 @@ class TerminalWatcher:
 def score_table(scores: Sequence[dict[str, Any]], chosen: str | None = None) -> Table:
     """Scores as a table, ensembles below members, the chosen one marked; what was fitted where is in results.json."""
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("", "rows", "accuracy", "95 % interval", "log loss", "ECE"):
+    for name in ("", "rows", "% right", "95 % interval", "log loss", "ECE"):
         table.add_column(name, justify="left" if name in ("", "rows") else "right", no_wrap=True)
     for s in scores:
-        name = f"[bold]{s['name']}[/]" if s["kind"] == "ensemble" else s["name"]
+        short = s["name"] if len(s["name"]) <= NAME else "…" + s["name"][1 - NAME :]
+        name = f"[bold]{escape(short)}[/]" if s["kind"] == "ensemble" else escape(short)
         mark = " [bold green]<[/]" if s["kind"] == "ensemble" and s["name"] == chosen else ""
-        interval = f"{s['interval'][0]:.4f} - {s['interval'][1]:.4f}"
-        figures = [f"{s[key]:.4f}" for key in ("accuracy", "log_loss", "ece")]
-        table.add_row(name + mark, f"{s['rows']} ({s['n']})", figures[0], interval, *figures[1:])
+        low, high = s["interval"]
+        figures = [
+            f"{100 * s['accuracy']:.2f}",
+            f"{100 * low:.2f} - {100 * high:.2f}",
+            f"{s['log_loss']:.3f}",
+            f"{s['ece']:.3f}",
+        ]
+        table.add_row(name + mark, f"{s['rows']} {s['n']}", *figures)
     return table

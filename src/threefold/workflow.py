@@ -14,14 +14,13 @@ import numpy as np
 from PIL import Image
 
 from threefold import exporting
-from threefold.ensemble import ENSEMBLES, Ensemble, TemperatureModule, make_ensemble
+from threefold.ensemble import Ensemble, TemperatureModule, make_ensemble
 from threefold.errors import ExportError, RunError
-from threefold.evaluate import Evaluation, evaluate, per_class
+from threefold.evaluate import Evaluation, check_method, evaluate, per_class, saved_predictions
 from threefold.files import read_arrays, read_json, write_arrays, write_json
 from threefold.heads import describe
 from threefold.pipeline import Combiner
 from threefold.plan import plan_folder
-from threefold.predictions import Predictions
 from threefold.recipe import EnsembleSpec, Recipe
 from threefold.report import write_report
 from threefold.run import Run, RunWatcher, train_members
@@ -55,7 +54,7 @@ def train(recipe: Recipe, out: str | Path, watcher: RunWatcher | None = None, he
 
 def evaluate_run(run: Run) -> Evaluation:
     """Score and choose ensembles on a run's predictions."""
-    return evaluate(*saved_predictions(run), run.recipe.ensemble, run.recipe.seed)
+    return evaluate(*saved_predictions(run.dir), run.recipe.ensemble, run.recipe.seed)
 
 
 def _write_results(run: Run, found: Evaluation, seconds: dict[str, float]) -> None:
@@ -139,7 +138,7 @@ def _fitted(run: Run) -> tuple[Combiner, dict[str, Any]]:
 def _fit_again(run: Run, method: str) -> tuple[Combiner, dict[str, Any]]:
     """Another method, fitted and scored now."""
     spec = EnsembleSpec.model_validate({"methods": [check_method(method)], "export": method})
-    found = evaluate(*saved_predictions(run), spec, run.recipe.seed)
+    found = evaluate(*saved_predictions(run.dir), spec, run.recipe.seed)
     return _combiner(found.ensemble, found.temperature), _card_of(method, found.temperature, found.scores)
 
 
@@ -162,22 +161,6 @@ def _card(run: Run) -> dict[str, Any]:
         "backbones": backbones,
         **{key: info[key] for key in ("digest", "versions", "n_train")},
     }
-
-
-def saved_predictions(run: Run) -> tuple[Predictions | None, Predictions | None]:
-    """A run's out-of-fold and test predictions, None where it has none."""
-    oof, test = (Predictions.load(p) if (p := run.dir / f"{kind}.npz").exists() else None for kind in ("oof", "test"))
-    return oof, test
-
-
-def check_method(method: str) -> str:
-    """The method, if there is one of that name.
-
-    Raises:
-        RecipeError: there is none; the message names the nearest.
-    """
-    make_ensemble(method)
-    return method
 
 
 def report(run: Run, out: Path | None = None) -> Path:
@@ -245,32 +228,6 @@ def _note_seconds(run: Run, step: str, seconds: float, more: dict[str, Any]) -> 
 def _timed(action: Callable[[], T]) -> tuple[T, float]:
     began = time.monotonic()
     return action(), time.monotonic() - began
-
-
-def ensemble(source: Path, methods: list[str], members: list[str]) -> Evaluation:
-    """Combine and score saved predictions.
-
-    Args:
-        source: a run folder, or an .npz with probs (m, n, k) and labels (n,).
-        methods: names of ENSEMBLES; `auto` = several, and a choice among them.
-        members: the members to use; empty = all.
-
-    Raises:
-        DataError: the predictions cannot be used, or a member or method is unknown.
-    """
-    methods = [m if m == "auto" else check_method(m) for m in methods]
-    auto = "auto" in methods
-    names = tuple(ENSEMBLES) if auto else tuple(methods)
-    spec = EnsembleSpec.model_validate({"methods": names, "export": "auto" if auto or len(names) > 1 else names[0]})
-    seed = 0
-    if source.is_dir():
-        run = Run.open(source)
-        seed = run.recipe.seed
-        oof, test = saved_predictions(run)
-    else:
-        oof, test = Predictions.load(source), None
-    oof, test = (p.select(members) if p is not None and members else p for p in (oof, test))
-    return evaluate(oof, test, spec, seed)
 
 
 def sample_image(run: Run) -> tuple[Path, str]:
