@@ -48,7 +48,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(recipe: Path, tmp_path: Path, si
     if sign == signal.SIGINT:
         assert cut.returncode == 130
         assert f"Go on with: threefold train {recipe} --out {tmp_path / 'cut'}" in errors
-    again = start("train", str(recipe), "--out", str(tmp_path / "cut"))
+    again = start("train", str(recipe), "--out", str(tmp_path / "cut"), "--verbose")
     output, _ = again.communicate()
     assert again.returncode == 0
     assert "already done" in output

@@ -30,7 +30,7 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Change one recipe value, e.g. train.batch_size=64."),
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", help="A line per epoch; tracebacks for our own bugs.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="A line per job and epoch.")]
 Out = Annotated[Path, typer.Option("--out", help="The run folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 

@@ -17,7 +17,7 @@ NAME = 22
 
 
 class TerminalWatcher:
-    """Shows a progress bar on a terminal, one line per job otherwise; `verbose` adds a line per epoch."""
+    """Shows a progress bar on a terminal and nothing elsewhere; `verbose` adds a line per job and epoch."""
 
     def __init__(self, console: Console, verbose: bool = False) -> None:
         self.console, self.verbose = console, verbose
@@ -51,10 +51,8 @@ class TerminalWatcher:
         self._close()
         self.current, self.seen = job, 0
         label = f"{job.member} {fold_name(job.fold)} {job.stage}"
-        if skipped:
-            self.console.print(f"[dim]{label}: already done[/dim]")
-        elif not self.console.is_terminal:
-            self.console.print(label)
+        if self.verbose or (skipped and self.console.is_terminal):
+            self.console.print(f"[dim]{label}{': already done' if skipped else ''}[/]")
         self.progress.update(self.bar, description=label)
 
     def batch(self, images: int) -> None:
@@ -76,7 +74,7 @@ class TerminalWatcher:
 
     def note(self, text: str) -> None:
         """A line to be read."""
-        self.console.print(f"[yellow]note[/yellow] {text}", highlight=False)
+        self.console.print(f"[yellow]note[/yellow] {escape(text)}", highlight=False)
 
     def _close(self) -> None:
         """A job that stopped early, or was skipped, still fills its part of the bar."""

@@ -208,6 +208,9 @@ def fit(
     else:
         plan = plan_folder(folder, budget_minutes, members, overrides)
         recipe, header = plan.recipe, plan.explain()
+        if watcher:
+            for choice in plan.choices:
+                watcher.note(f"{choice.key} = {choice.value}: {choice.reason}")
     run = train(recipe, out, watcher, header)
     finish(run)
     return run

@@ -1,0 +1,60 @@
+"""What the terminal shows: quiet in a pipe, whole names and brackets, a table of 80 columns."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich.console import Console
+
+from threefold.recipe import Job
+from threefold.terminal import TerminalWatcher, score_table
+
+RECORD: dict[str, Any] = {"epoch": 0, "loss": 1.0, "select_accuracy": 0.5, "images_per_second": 10.0}
+
+
+def watch(verbose: bool, terminal: bool) -> str:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=terminal, width=100, color_system=None)
+    with TerminalWatcher(console, verbose) as watcher:
+        watcher.note("frozen = blocks\\.[0-2]")
+        watcher.plan([Job("a", 0, "one"), Job("a", 0, "two")], [40, 20])
+        watcher.job(Job("a", 0, "one"), skipped=True)
+        watcher.job(Job("a", 0, "two"), skipped=False)
+        watcher.batch(20)
+        watcher.epoch(RECORD)
+    return stream.getvalue()
+
+
+def test_in_a_pipe_only_notes_are_printed_and_brackets_survive() -> None:
+    assert watch(verbose=False, terminal=False) == "note frozen = blocks\\.[0-2]\n"
+
+
+def test_verbose_names_jobs_and_epochs() -> None:
+    text = watch(verbose=True, terminal=False)
+    assert "a fold0 one: already done" in text
+    assert "a fold0 two epoch 0: loss 1.000, select 0.5000, 10 images/s" in text
+
+
+def test_on_a_terminal_the_bar_names_the_job() -> None:
+    assert "a fold0 two" in watch(verbose=False, terminal=True)
+
+
+def test_the_table_fits_80_columns_and_keeps_the_ends_of_long_names() -> None:
+    entry = {
+        "kind": "member",
+        "rows": "foreign",
+        "n": 10000,
+        "accuracy": 0.9555,
+        "interval": [0.95, 0.96],
+        "log_loss": 0.1,
+        "ece": 0.01,
+    }
+    stream = io.StringIO()
+    names = ["short", "a_very_long_name_that_ends_in_its_backbone_[x]_SEResNeXt101"]
+    Console(file=stream, width=80, color_system=None).print(score_table([{**entry, "name": n} for n in names]))
+    text = stream.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "_SEResNeXt101" in text
+    assert "95.00 - 96.00" in text
+    assert "foreign 10000" in text
