@@ -65,7 +65,6 @@ class Fingerprint(NamedTuple):
     smallest_class: int
     largest_class: int
     side: int
-    has_test: bool
 
 
 def plan_folder(
@@ -86,7 +85,7 @@ def plan_folder(
     data: dict[str, Any] = {"source": "folder", "root": str(Path(folder).resolve())}
     data |= _data_overrides(overrides)
     sources = load_data(DataSpec(**data), 0)
-    print_ = _fingerprint(sources.train, sources.test is not None)
+    seen = _fingerprint(sources.train)
     device = pick_device("auto")
     specs = _members(members)
     frozen = CPU_FROZEN if device.type == "cpu" else ""
@@ -99,20 +98,20 @@ def plan_folder(
             else "three pretrained networks of different size and head that need no model hub",
         )
     ]
-    size, folds, epochs, more = _effort(print_, specs, device, budget_minutes * 60, frozen)
+    size, folds, epochs, more = _effort(seen, specs, device, budget_minutes * 60, frozen)
     choices += more
     for spec in specs:
         spec["img_size"] = size
-    augment, why = _augment(print_)
+    augment, why = _augment(seen)
     choices += why
-    batch = _batch(print_, device)
+    batch = _batch(seen, device)
     tree: dict[str, Any] = {
         "name": re.sub(r"[^A-Za-z0-9_-]", "-", Path(folder).resolve().name).lstrip("_-")[:80] or "run",
         "budget_minutes": 0.0 if not budget_minutes else round(_training_seconds(budget_minutes * 60) / 60, 2),
         "data": data, "folds": {"k": folds}, "augment": augment, "train": {"batch_size": batch},
         "stages": _stages(epochs, frozen), "members": specs,
     }  # fmt: skip
-    choices.append(Choice("train.batch_size", batch, f"{print_.n} images on {device.type}"))
+    choices.append(Choice("train.batch_size", batch, f"{seen.n} images on {device.type}"))
     if frozen:
         choices.append(
             Choice(
@@ -135,12 +134,12 @@ def _data_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _fingerprint(train: ImageDataset, has_test: bool) -> Fingerprint:
+def _fingerprint(train: ImageDataset) -> Fingerprint:
     """Counts of everything, and the median side of a sample of the images."""
     counts = np.bincount(train.labels, minlength=len(train.classes))
     rows = np.linspace(0, len(train) - 1, min(32, len(train))).astype(int)
     sides = [min(train.pixels(int(row)).shape[:2]) for row in rows]
-    return Fingerprint(len(train), train.classes, int(counts.min()), int(counts.max()), int(np.median(sides)), has_test)
+    return Fingerprint(len(train), train.classes, int(counts.min()), int(counts.max()), int(np.median(sides)))
 
 
 def _members(names: Sequence[str]) -> list[dict[str, Any]]:
