@@ -28,18 +28,27 @@ def hashes(run: Path) -> dict[str, str]:
     return {str(p.relative_to(run)): sha256(p) for p in sorted(run.rglob("*")) if p.suffix in (".safetensors", ".npz")}
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.toml"
-    path.write_text(Recipe.parse(tiny_tree(make_folder(tmp_path / "images", 12, 4))).dump())
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stopped")
+    path = folder / "tiny.toml"
+    path.write_text(Recipe.parse(tiny_tree(make_folder(folder / "images", 12, 4))).dump())
     return path
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Path) -> dict[str, str]:
+    """Hashes of an uninterrupted run."""
+    run = start("train", str(recipe), "--out", str(recipe.parent / "whole"))
+    assert run.communicate()[1] == ""
+    return hashes(recipe.parent / "whole")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_run_goes_on_to_the_same_bits(recipe: Path, tmp_path: Path, sign: signal.Signals) -> None:
-    whole = start("train", str(recipe), "--out", str(tmp_path / "whole"))
-    assert whole.communicate()[1] == ""
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    recipe: Path, whole: dict[str, str], tmp_path: Path, sign: signal.Signals
+) -> None:
     cut = start("train", str(recipe), "--out", str(tmp_path / "cut"))
     while not list((tmp_path / "cut").rglob("done.json")) and cut.poll() is None:
         time.sleep(0.01)
@@ -52,14 +61,14 @@ def test_a_stopped_run_goes_on_to_the_same_bits(recipe: Path, tmp_path: Path, si
     output, _ = again.communicate()
     assert again.returncode == 0
     assert "already done" in output
-    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+    assert hashes(tmp_path / "cut") == whole
 
 
 def test_fit_keeps_its_budget_and_ends_in_a_file_that_answers(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "my photos", 30)
     began = time.monotonic()
     fit = start(
-        "fit", str(root), "--out", str(tmp_path / "run"), "--budget", "2m", "--members", "tf_efficientnet_lite0"
+        "fit", str(root), "--out", str(tmp_path / "run"), "--budget", "1m", "--members", "tf_efficientnet_lite0"
     )
     output, errors = fit.communicate()
     assert fit.returncode == 0, errors
