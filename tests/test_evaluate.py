@@ -99,7 +99,7 @@ def test_without_folds_the_paper_protocol_says_what_it_has_seen() -> None:
     )
     found = evaluate(None, paper, ALL)
     assert score(found, "weighted", "test")["fitted_on"] == "the scored rows"
-    assert score(found, "mean", "test")["fitted_on"] == "nothing but its temperature"
+    assert score(found, "mean", "test")["fitted_on"] == "temperature only"
     assert len(found.warnings) == 2
 
 

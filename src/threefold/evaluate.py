@@ -124,7 +124,7 @@ def _scores(
         needs_fit = name in fitted and fitted[name].needs_fit
         entries.append({
             **stats.score_table(probs, rows.labels, level=LEVEL), "name": name, "kind": "ensemble" if name in fitted else "member",
-            "rows": rows.kind, "protocol": rows.protocol, "fitted_on": fitted_on if needs_fit else "nothing but its temperature",
+            "rows": rows.kind, "protocol": rows.protocol, "fitted_on": fitted_on if needs_fit else "temperature only",
         })  # fmt: skip
     return entries
 
