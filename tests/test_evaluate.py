@@ -112,3 +112,20 @@ def test_comparisons_name_the_best_member_and_count_images() -> None:
         assert 0 <= entry["p"] <= 1
         assert entry["rows"] == "test"
         assert str(entry["only_a"]) in entry["verdict"]
+
+
+def test_a_member_called_like_a_method_keeps_its_own_score() -> None:
+    oof = pool(400, 11)
+    named = Predictions(
+        probs=oof.probs,
+        labels=oof.labels,
+        ids=oof.ids,
+        classes=oof.classes,
+        members=("mean", "y", "z"),
+        kind="oof",
+        folds=oof.folds,
+    )
+    scores = {(s["kind"], s["name"]): s["accuracy"] for s in evaluate(named, None, ALL).scores}
+    assert len(scores) == 3 + len(ALL.methods)
+    assert scores["member", "mean"] == (oof.probs[0].argmax(1) == oof.labels).mean()
+    assert scores["ensemble", "mean"] != scores["member", "mean"]

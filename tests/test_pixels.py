@@ -60,3 +60,15 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(RunError, match=r"cannot write the image cache.*it needs 0 MB"):
         cache(tmp_path)[0].rows("train", SPEC, np.array([0]))
+
+
+def test_a_disk_that_is_full_is_found_before_the_file_is_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full, raising=False)
+    with pytest.raises(RunError, match=r"cannot write the image cache: .*No space left on device.*free disk space"):
+        cache(tmp_path)[0].rows("train", SPEC, np.array([0]))
+    assert not list((tmp_path / "cache").iterdir())

@@ -178,3 +178,16 @@ def test_results_hold_every_score_with_interval_protocol_and_rows(finished: Run)
         assert s["protocol"] == "honest"
         assert s["n"] == (12 if s["rows"] == "test" else 36)
     assert not (finished.dir / "cache").exists()
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "flat", 10)
+    run = workflow.train(small(root), tmp_path / "run")
+    before = weights(run)
+    (run.dir / "results.json").unlink()
+    (root / "red" / "000.png").rename(root / "blue" / "moved.png")
+    with pytest.raises(
+        RunError, match=r"images have changed since the run began.*restore them, or choose another --out"
+    ):
+        workflow.train(small(root), tmp_path / "run")
+    assert weights(run) == before

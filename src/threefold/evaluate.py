@@ -21,6 +21,8 @@ from threefold.predictions import Predictions
 from threefold.recipe import EnsembleSpec, Recipe
 
 LEVEL = 0.95
+Key = tuple[str, str]
+"""Kind (member or ensemble) and name: a member may be called like a method."""
 
 
 @dataclass
@@ -66,25 +68,30 @@ def evaluate(oof: Predictions | None, test: Predictions | None, spec: EnsembleSp
     crossed = {name: _crossed(name, fit_rows, seed) for name in methods}
     chosen, reason = choose(crossed, fit_rows.labels) if spec.export == "auto" else (spec.export, "named by the recipe")
     fitted = {name: make_ensemble(name, seed).fit(fit_rows.probs, fit_rows.labels) for name in methods}
-    raw = {**_singles(fit_rows), **crossed}
-    temperatures = {name: fit_temperature(probs, fit_rows.labels) for name, probs in raw.items()}
+    raw = {**_singles(fit_rows), **_ensembles(crossed)}
+    temperatures = {key: fit_temperature(probs, fit_rows.labels) for key, probs in raw.items()}
     tables = []
     if oof is not None:
-        tables.append((oof, {name: _calibrated(probs, oof) for name, probs in raw.items()}, "oof rows, cross-fitted"))
+        tables.append((oof, {key: _calibrated(probs, oof) for key, probs in raw.items()}, "oof rows, cross-fitted"))
     if test is not None:
-        answers = {**_singles(test), **{name: ensemble.predict_proba(test.probs) for name, ensemble in fitted.items()}}
-        warm = {name: apply_temperature(probs, temperatures[name]) for name, probs in answers.items()}
+        answers = _ensembles({name: ensemble.predict_proba(test.probs) for name, ensemble in fitted.items()})
+        warm = {k: apply_temperature(probs, temperatures[k]) for k, probs in {**_singles(test), **answers}.items()}
         tables.append((test, warm, "oof rows" if oof is not None else "the scored rows"))
     scores = [entry for rows, table, fitted_on in tables for entry in _scores(rows, table, fitted, fitted_on)]
     rows, table, _ = tables[-1]
-    probs = table[chosen].astype(np.float32)
-    comparisons, warnings = _comparisons(rows, {name: table[name] for name in methods}), _warnings(oof, test)
-    return Evaluation(scores, comparisons, chosen, reason, fitted[chosen], temperatures[chosen], rows, probs, warnings)
+    key = ("ensemble", chosen)
+    probs, temperature = table[key].astype(np.float32), temperatures[key]
+    comparisons, warnings = _comparisons(rows, {n: table["ensemble", n] for n in methods}), _warnings(oof, test)
+    return Evaluation(scores, comparisons, chosen, reason, fitted[chosen], temperature, rows, probs, warnings)
 
 
-def _singles(rows: Predictions) -> dict[str, np.ndarray]:
+def _singles(rows: Predictions) -> dict[Key, np.ndarray]:
     """Each member by itself."""
-    return dict(zip(rows.members, rows.probs, strict=True))
+    return {("member", name): probs for name, probs in zip(rows.members, rows.probs, strict=True)}
+
+
+def _ensembles(table: dict[str, np.ndarray]) -> dict[Key, np.ndarray]:
+    return {("ensemble", name): probs for name, probs in table.items()}
 
 
 def _crossed(name: str, rows: Predictions, seed: int) -> np.ndarray:
@@ -116,14 +123,14 @@ def _usable_folds(rows: Predictions) -> np.ndarray | None:
 
 
 def _scores(
-    rows: Predictions, table: dict[str, np.ndarray], fitted: dict[str, Ensemble], fitted_on: str
+    rows: Predictions, table: dict[Key, np.ndarray], fitted: dict[str, Ensemble], fitted_on: str
 ) -> list[dict[str, Any]]:
     """The entries of results.json for one kind of rows."""
     entries = []
-    for name, probs in table.items():
-        needs_fit = name in fitted and fitted[name].needs_fit
+    for (kind, name), probs in table.items():
+        needs_fit = kind == "ensemble" and fitted[name].needs_fit
         entries.append({
-            **stats.score_table(probs, rows.labels, level=LEVEL), "name": name, "kind": "ensemble" if name in fitted else "member",
+            **stats.score_table(probs, rows.labels, level=LEVEL), "name": name, "kind": kind,
             "rows": rows.kind, "protocol": rows.protocol, "fitted_on": fitted_on if needs_fit else "temperature only",
         })  # fmt: skip
     return entries

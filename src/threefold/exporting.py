@@ -74,7 +74,7 @@ def _gate(
         )
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / "model.onnx"
-        trial.write_bytes(model.SerializeToString())
+        _write(model, trial)
         answers = load(trial).predict_proba(images)
     expected = pipeline.predict_proba(list(images))
     report = {
@@ -91,11 +91,15 @@ def _gate(
             got=f"{report['max_difference']:.2e} over {len(images)} images",
         )
     _set_card(model, {**card, "parity": report})
+    _write(model, target)
+    return report
+
+
+def _write(model: Any, path: Path) -> None:
     try:
-        write_bytes(target, model.SerializeToString())
+        write_bytes(path, model.SerializeToString())
     except RunError as error:
         raise ExportError(str(error)) from None
-    return report
 
 
 def _set_card(model: Any, card: dict[str, Any]) -> None:

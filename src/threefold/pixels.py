@@ -68,6 +68,7 @@ def _fill_cache(path: Path, dataset: ImageDataset, side: int, resize: Any) -> No
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(dataset), side, side, 3))
+        _reserve(temporary)
         for rows in np.array_split(np.arange(len(dataset)), max(1, len(dataset) // CHUNK)):
             _resize_rows(array, dataset, rows, side, resize)
         array.flush()
@@ -81,6 +82,13 @@ def _fill_cache(path: Path, dataset: ImageDataset, side: int, resize: Any) -> No
             got=error.strerror or error,
             fix=f"it needs {len(dataset) * side * side * 3 / 1e6:.0f} MB: free disk space or choose another --out",
         ) from None
+
+
+def _reserve(path: Path) -> None:
+    """Claim a sparse file's space now: a disk that fills up under a memory map kills the process, here it is an error."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _resize_rows(array: np.ndarray, dataset: ImageDataset, rows: np.ndarray, side: int, resize: Any) -> None:

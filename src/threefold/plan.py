@@ -63,7 +63,6 @@ class Fingerprint(NamedTuple):
     n: int
     classes: tuple[str, ...]
     smallest_class: int
-    largest_class: int
     side: int
 
 
@@ -127,11 +126,8 @@ def _data_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """The data section as the overrides leave it, so that the plan looks at the data that the run will see."""
     stub = {"stages": [{"name": "s", "epochs": 1, "lr": 1e-3}], "members": [{"name": "m", "backbone": "none"}]}
     mine = [o for o in overrides if o.startswith(("data.", "folds."))]
-    return {
-        k: v
-        for k, v in Recipe.parse(stub, mine).data.model_dump().items()
-        if f"data.{k}=" in {o.split("=")[0] + "=" for o in mine}
-    }
+    named = {override.partition("=")[0].strip() for override in mine}
+    return {key: value for key, value in Recipe.parse(stub, mine).data.model_dump().items() if f"data.{key}" in named}
 
 
 def _fingerprint(train: ImageDataset) -> Fingerprint:
@@ -139,7 +135,7 @@ def _fingerprint(train: ImageDataset) -> Fingerprint:
     counts = np.bincount(train.labels, minlength=len(train.classes))
     rows = np.linspace(0, len(train) - 1, min(32, len(train))).astype(int)
     sides = [min(train.pixels(int(row)).shape[:2]) for row in rows]
-    return Fingerprint(len(train), train.classes, int(counts.min()), int(counts.max()), int(np.median(sides)))
+    return Fingerprint(len(train), train.classes, int(counts.min()), int(np.median(sides)))
 
 
 def _members(names: Sequence[str]) -> list[dict[str, Any]]:

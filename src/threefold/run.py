@@ -6,6 +6,7 @@ same command again does only what is missing.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -316,18 +317,10 @@ def assemble(run: Run) -> None:
         probs = np.full((len(names), len(train), len(train.classes)), np.nan, np.float32)
         owner = np.full(len(train), -1)
         for fold in folds:
-            rows = run.roles[fold].score
-            if (owner[rows] >= 0).any():
-                raise RunError(
-                    "a row is scored by two folds", where=run.dir, got=train.ids[int(rows[owner[rows] >= 0][0])]
-                )
+            rows = run.roles[fold].score  # a partition: `assign_roles` has checked it
             owner[rows] = fold
             for index, name in enumerate(names):
                 probs[index, rows] = arrays[name, fold]["score"]
-        if (owner < 0).any():
-            raise RunError(
-                "a row is scored by no fold", where=run.dir, got=train.ids[int(np.flatnonzero(owner < 0)[0])]
-            )
         Predictions(
             probs=probs, labels=train.labels, ids=train.ids, groups=train.groups, folds=owner, kind="oof", **common
         ).save(run.dir / "oof.npz")
@@ -379,10 +372,25 @@ def _differences(a: Recipe, b: Recipe) -> Iterator[str]:
             yield from inner
 
 
+def _data_digest(sources: Sources) -> str:
+    """SHA-256 of which images there are and what they show (their names and labels, not their pixels)."""
+    parts = [(d.ids, d.labels.tolist(), d.groups) for d in (sources.train, sources.test) if d is not None]
+    return hashlib.sha256(repr((sources.train.classes, parts)).encode()).hexdigest()
+
+
 def _write_info(run: Run) -> None:
-    sources = run.sources
-    write_json(run.dir / "run.json", {
-        "format": FORMAT, "digest": run.recipe.digest(), "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    """Write run.json; a run that goes on must find the images that it began with, or folds would be mixed up."""
+    sources, path = run.sources, run.dir / "run.json"
+    data = _data_digest(sources)
+    if path.exists() and read_json(path).get("data") != data:
+        raise RunError(
+            "the images have changed since the run began",
+            where=run.dir,
+            got=f"{len(sources.train)} training images, other names or labels than before",
+            fix="restore them, or choose another --out",
+        )
+    write_json(path, {
+        "format": FORMAT, "digest": run.recipe.digest(), "data": data, "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "hardware": hardware(), "threads": torch.get_num_threads(), "commit": commit(),
         "classes": list(sources.train.classes), "n_train": len(sources.train),

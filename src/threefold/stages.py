@@ -133,7 +133,7 @@ class _Loop:
         self.member, self.task, self.spec = member, task, spec
         self.device = next(member.parameters()).device
         self.precision = pick_precision(spec.precision, self.device)
-        self.trainable = set_trainable(member, task.stage)
+        set_trainable(member, task.stage)
         self.optimizer = _optimizer(member, spec, task.stage)
         self.augment = _Augmentation(task)
         self.generator = torch.Generator().manual_seed(task.seed)
