@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from conftest import make_folder, tiny_tree
 
-from threefold import run as run_module
+from threefold import jobs as jobs_module
 from threefold import workflow
 from threefold.errors import RunError
 from threefold.files import sha256
+from threefold.jobs import train_members
 from threefold.recipe import Job, Recipe
-from threefold.run import Run, train_members
+from threefold.run import Run
 
 
 def small(images: Path, *sets: str) -> Recipe:
@@ -45,11 +46,11 @@ def test_out_of_fold_covers_every_row_once_with_the_fold_that_did_not_see_it(fin
         assert set(rows) == set(roles.score)
         assert not set(rows) & (set(roles.fit) | set(roles.select))
         stored = np.load(finished.folder(Job("plain", fold, "two")) / "probs.npz")
-        np.testing.assert_array_equal(oof.probs[0, stored["rows"]], stored["score"])
+        np.testing.assert_array_equal(oof.probs[0, stored["rows"]], stored["score"][0])
 
 
 def test_test_rows_are_the_mean_of_the_fold_models(finished: Run) -> None:
-    parts = [np.load(finished.folder(Job("gated", fold, "two")) / "probs.npz")["test"] for fold in (0, 1)]
+    parts = [np.load(finished.folder(Job("gated", fold, "two")) / "probs.npz")["test"][0] for fold in (0, 1)]
     np.testing.assert_allclose(finished.predictions("test").probs[1], np.mean(parts, axis=0), atol=1e-7)
 
 
@@ -59,7 +60,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
 ) -> None:
     whole = Run.create(small(images), tmp_path / "whole")
     train_members(whole)
-    done, real = [], run_module.train_stage
+    done, real = [], jobs_module.train_stage
 
     def interrupted(*args: Any) -> Any:
         if len(done) == stop_after:
@@ -67,10 +68,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
         done.append(1)
         return real(*args)
 
-    monkeypatch.setattr(run_module, "train_stage", interrupted)
+    monkeypatch.setattr(jobs_module, "train_stage", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_members(Run.create(small(images), tmp_path / "cut"))
-    monkeypatch.setattr(run_module, "train_stage", real)
+    monkeypatch.setattr(jobs_module, "train_stage", real)
     again = Run.create(small(images), tmp_path / "cut")
     train_members(again)
     assert weights(again) == weights(whole)
@@ -80,7 +81,7 @@ def test_a_finished_run_is_not_trained_again(finished: Run, monkeypatch: pytest.
     def forbidden(*_: Any) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(run_module, "train_stage", forbidden)
+    monkeypatch.setattr(jobs_module, "train_stage", forbidden)
     again = workflow.train(finished.recipe, finished.dir)
     assert all(again.done(job) for job in again.jobs)
     train_members(Run.create(finished.recipe, finished.dir))
@@ -157,7 +158,7 @@ def test_paper_protocol_selects_on_test_and_says_so(images: Path, tmp_path: Path
 def test_refit_answers_on_test_with_one_model(images: Path, tmp_path: Path) -> None:
     run = workflow.train(small(images, "folds.final=refit"), tmp_path / "refit")
     stored = np.load(run.folder(Job("plain", -1, "two")) / "probs.npz")
-    np.testing.assert_array_equal(run.predictions("test").probs[0], stored["test"])
+    np.testing.assert_array_equal(run.predictions("test").probs[0], stored["test"][0])
     assert run.predictions("oof").probs.shape == (1, 36, 3)
 
 

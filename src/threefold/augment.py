@@ -192,15 +192,18 @@ class Views(nn.Module):
 
     `center`: the centre of the canvas. `flip`: that and its mirror image. `random-crops`: n different crops, the same
     for all images and at every call. `five-crop`: centre and corners. `ten-crop`: those and their mirror images.
-    `multi-scale`: the centred 1.0, 0.9 and 0.8 of the canvas, resized.
+    `multi-scale`: the centred 1.0, 0.9 and 0.8 of the canvas, resized. `count` keeps only the first views; 0 is the whole
+    image at img_size, without any.
 
     Raises:
         RecipeError: the canvas has no room for the crops, which would all be the same.
     """
 
-    def __init__(self, spec: ViewSpec, img_size: int, seed: int) -> None:
+    def __init__(self, spec: ViewSpec, img_size: int, seed: int, count: int | None = None) -> None:
         super().__init__()
-        self.kind, self.img_size = spec.kind, img_size
+        if count == 0:
+            spec = ViewSpec()
+        self.kind, self.img_size, self._first = spec.kind, img_size, count or None
         self._canvas = round(img_size * spec.upsample)
         self.corners = self._corners(spec.n, seed)
         """Top and left of each crop, before mirroring."""
@@ -217,6 +220,8 @@ class Views(nn.Module):
     @property
     def count(self) -> int:
         """Number of views."""
+        if self._first:
+            return self._first
         if self.kind == "multi-scale":
             return len(SCALES)
         return len(self.corners) * (2 if self.kind in ("flip", "ten-crop") else 1)
@@ -224,13 +229,13 @@ class Views(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Cut the views out of images (b, 3, canvas, canvas); returns (v, b, 3, img_size, img_size)."""
         if self.kind == "multi-scale":
-            scales = zip(self.get_buffer("places"), self.get_buffer("weights"), strict=True)
+            scales = list(zip(self.get_buffer("places"), self.get_buffer("weights"), strict=True))[: self._first]
             return torch.stack([_weighted_rows(_weighted_rows(images, *taps).mT, *taps).mT for taps in scales])
         size = self.img_size
         views = [images[:, :, top : top + size, left : left + size] for top, left in self.corners]
         if self.kind in ("flip", "ten-crop"):
             views += [view.flip(3) for view in views]
-        return torch.stack(views)
+        return torch.stack(views[: self._first])
 
     def _corners(self, count: int, seed: int) -> tuple[tuple[int, int], ...]:
         room = self._canvas - self.img_size
@@ -259,6 +264,18 @@ class Views(nn.Module):
         most = int((matrices > 0).sum(dim=2).max())
         weights, places = matrices.topk(most, dim=2)
         return places.mT.contiguous(), weights.mT.contiguous()
+
+
+def view_counts(spec: ViewSpec) -> tuple[int, ...]:
+    """The numbers of leading views to choose from, fewest first; 0 is the whole image, where crops would cut it.
+
+    Of random crops 1, 3, 5, 7, 9 and n (the paper's), of ten crops one, five and ten, else any number.
+    """
+    n = {"center": 1, "flip": 2, "random-crops": spec.n, "five-crop": 5, "ten-crop": 10, "multi-scale": len(SCALES)}
+    total = n[spec.kind]
+    wanted = {"five-crop": (1, 5), "ten-crop": (1, 5, 10), "random-crops": (1, 3, 5, 7, 9, total)}
+    counts = sorted({c for c in wanted.get(spec.kind, range(1, total + 1)) if c <= total})
+    return (0, *counts) if spec.upsample > 1.0 else tuple(counts)
 
 
 def _weighted_rows(images: Tensor, places: Tensor, weights: Tensor) -> Tensor:

@@ -171,6 +171,9 @@ def ensemble(
     members: Annotated[
         list[str] | None, typer.Option("--members", help="Only these members; may be repeated or separated by commas.")
     ] = None,
+    top: Annotated[
+        int, typer.Option("--top", min=0, help="Combine only so many, the most accurate out of fold; 0 = all.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Combine saved predictions, from a run or from anywhere, and score the result."""
@@ -178,7 +181,7 @@ def ensemble(
     from threefold.terminal import score_table
 
     names = [n for text in members or () for n in text.split(",") if n]
-    found = evaluate_saved(source, [m for text in method or ["auto"] for m in text.split(",") if m], names)
+    found = evaluate_saved(source, [m for text in method or ["auto"] for m in text.split(",") if m], names, top)
     if as_json:
         _print_json(
             {
@@ -201,12 +204,15 @@ def export(
     run_dir: Annotated[Path, typer.Argument(help="A finished run folder.")],
     target: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("model.onnx"),
     method: Annotated[str | None, typer.Option("--method", help="Another ensemble than the chosen one.")] = None,
+    members: Annotated[
+        str, typer.Option("--members", help="Only these members, separated by commas; one alone is exported as it is.")
+    ] = "",
 ) -> None:
     """Write one ONNX file that answers as the run does; refuses if the answers differ."""
     from threefold import workflow
     from threefold.run import Run
 
-    made = workflow.export(Run.open(run_dir), target, method)
+    made = workflow.export(Run.open(run_dir), target, method, [n for n in members.split(",") if n])
     out.print(
         f"{made['path']}: {made['bytes'] / 1e6:.1f} MB, {made['method']}; against the pipeline on {made['images']} images: "
         f"largest difference {made['max_difference']:.1e}, same class {made['top1_agreement']:.0%}"

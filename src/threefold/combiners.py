@@ -310,7 +310,7 @@ class StackedEnsemble(Ensemble):
         draw, steps = np.random.default_rng(self.seed), -(-n // self.batch_size)
         with _one_thread(), torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.default_generator.manual_seed(self.seed)  # the CPU's only: torch.manual_seed would touch the GPU's
-            network = _stacked_network(m, k, self.hidden)
+            network = stacked_network(m, k, self.hidden)
             optimizer = torch.optim.Adam(network.parameters(), lr=self.lr, eps=1e-7)
             epochs = max(40, -(-600 // steps)) if self.epochs is None else self.epochs
             for rows in (rows for _ in range(epochs) for rows in np.array_split(draw.permutation(n), steps)):
@@ -341,7 +341,7 @@ class StackedEnsemble(Ensemble):
         hidden, inputs = self.state()["hidden_weight_"].shape
         k = len(self.output_bias_)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            network = _stacked_network(inputs // k, k, hidden)
+            network = stacked_network(inputs // k, k, hidden)
             for name, parameter in zip(self._state, network.parameters(), strict=True):
                 parameter.copy_(torch.tensor(getattr(self, name)))
         return network.eval()
@@ -372,7 +372,7 @@ def _pruning_module(keep: int, values: bool) -> nn.Module:
     return Pruning()
 
 
-def _stacked_network(m: int, k: int, hidden: int) -> nn.Sequential:
+def stacked_network(m: int, k: int, hidden: int) -> nn.Sequential:
     """Algorithm 1's network with Keras' initialisation: Glorot uniform kernels, zero biases."""
     from torch import nn
 

@@ -7,8 +7,9 @@ scored as they would be exported: calibrated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import numpy as np
 
 from threefold import stats
 from threefold.ensemble import ENSEMBLES, Ensemble, apply_temperature, choose, cross_fit, fit_temperature, make_ensemble
-from threefold.errors import RunError
+from threefold.errors import RecipeError, RunError
 from threefold.predictions import Predictions
 from threefold.recipe import EnsembleSpec, Recipe
+from threefold.selection import build_ensemble
 
 LEVEL = 0.95
 Key = tuple[str, str]
@@ -34,6 +36,7 @@ class Evaluation:
         comparisons: paired tests of every ensemble against the best single member.
         chosen, reason: the method that is exported, and why.
         ensemble, temperature: that method fitted on all out-of-fold rows, and its calibration.
+        combined: the members that it was given.
         rows: the rows of the headline: test, or oof where there is no test split.
         probs: the chosen ensemble's probabilities on those rows (n, k), calibrated.
         warnings: what weakens the figures, in plain words.
@@ -44,6 +47,7 @@ class Evaluation:
     chosen: str
     reason: str
     ensemble: Ensemble
+    combined: tuple[str, ...]
     temperature: float
     rows: Predictions
     probs: np.ndarray
@@ -56,33 +60,37 @@ def evaluate(oof: Predictions | None, test: Predictions | None, spec: EnsembleSp
     Args:
         oof: out-of-fold predictions; None only where a paper protocol has no folds.
         test: test predictions, or None.
-        spec: methods, and which one to export.
+        spec: methods, members to combine, and which method to export.
         seed: seed of the stacked ensemble.
 
     Without out-of-fold rows the fitted methods can only be fitted on the test rows, as the authors did: their scores are
     then marked "fitted on the scored rows".
     """
-    fit_rows = oof if oof is not None else test
-    assert fit_rows is not None
+    everyone = oof if oof is not None else test
+    assert everyone is not None
+    combined = spec.members or everyone.members
+    fit_rows = everyone.select(combined)
     methods: tuple[str, ...] = spec.methods if spec.export in ("auto", *spec.methods) else (*spec.methods, spec.export)
-    crossed = {name: _crossed(name, fit_rows, seed) for name in methods}
+    make = {name: partial(build_ensemble, name, spec, seed) for name in methods}
+    crossed = {name: _crossed(make[name], fit_rows) for name in methods}
     chosen, reason = choose(crossed, fit_rows.labels) if spec.export == "auto" else (spec.export, "named by the recipe")
-    fitted = {name: make_ensemble(name, seed).fit(fit_rows.probs, fit_rows.labels) for name in methods}
-    raw = {**_singles(fit_rows), **_ensembles(crossed)}
+    fitted = {name: make[name]().fit(fit_rows.probs, fit_rows.labels) for name in methods}
+    raw = {**_singles(everyone), **_ensembles(crossed)}
     temperatures = {key: fit_temperature(probs, fit_rows.labels) for key, probs in raw.items()}
     tables = []
     if oof is not None:
         tables.append((oof, {key: _calibrated(probs, oof) for key, probs in raw.items()}, "oof rows, cross-fitted"))
     if test is not None:
-        answers = _ensembles({name: ensemble.predict_proba(test.probs) for name, ensemble in fitted.items()})
+        picked = test.select(combined).probs
+        answers = _ensembles({name: ensemble.predict_proba(picked) for name, ensemble in fitted.items()})
         warm = {k: apply_temperature(probs, temperatures[k]) for k, probs in {**_singles(test), **answers}.items()}
         tables.append((test, warm, "oof rows" if oof is not None else "the scored rows"))
     scores = [entry for rows, table, fitted_on in tables for entry in _scores(rows, table, fitted, fitted_on)]
     rows, table, _ = tables[-1]
     key = ("ensemble", chosen)
     probs, temperature = table[key].astype(np.float32), temperatures[key]
-    comparisons, warnings = _comparisons(rows, {n: table["ensemble", n] for n in methods}), _warnings(oof, test)
-    return Evaluation(scores, comparisons, chosen, reason, fitted[chosen], temperature, rows, probs, warnings)
+    comparisons, warnings = _comparisons(rows, table, combined), _warnings(oof, test)
+    return Evaluation(scores, comparisons, chosen, reason, fitted[chosen], combined, temperature, rows, probs, warnings)
 
 
 def _singles(rows: Predictions) -> dict[Key, np.ndarray]:
@@ -94,11 +102,9 @@ def _ensembles(table: dict[str, np.ndarray]) -> dict[Key, np.ndarray]:
     return {("ensemble", name): probs for name, probs in table.items()}
 
 
-def _crossed(name: str, rows: Predictions, seed: int) -> np.ndarray:
+def _crossed(make: Callable[[], Ensemble], rows: Predictions) -> np.ndarray:
     """Probabilities of a method where no row was predicted by an ensemble fitted on it."""
-    return cross_fit(
-        lambda: make_ensemble(name, seed), rows.probs, rows.labels, folds=_usable_folds(rows), groups=rows.groups
-    )
+    return cross_fit(make, rows.probs, rows.labels, folds=_usable_folds(rows), groups=rows.groups)
 
 
 class _Temperature:
@@ -136,16 +142,17 @@ def _scores(
     return entries
 
 
-def _comparisons(rows: Predictions, table: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Each ensemble against the best single member on the same rows, exact McNemar with Holm's correction."""
-    hits = rows.probs.argmax(-1) == rows.labels
-    best = int(hits.mean(1).argmax())
-    found = [stats.mcnemar_exact(probs.argmax(1) == rows.labels, hits[best]) for probs in table.values()]
+def _comparisons(rows: Predictions, table: dict[Key, np.ndarray], combined: Sequence[str]) -> list[dict[str, Any]]:
+    """What combines members against the best of them on the same rows, exact McNemar with Holm's correction."""
+    hits = {name: probs.argmax(1) == rows.labels for name, probs in zip(rows.members, rows.probs, strict=True)}
+    best = max(combined, key=lambda name: hits[name].mean())
+    contenders = {n: probs for (kind, n), probs in table.items() if kind == "ensemble" or n not in combined}
+    found = [stats.mcnemar_exact(probs.argmax(1) == rows.labels, hits[best]) for probs in contenders.values()]
     adjusted = stats.holm([p for _, _, p in found])
     return [
-        {"a": name, "b": rows.members[best], "rows": rows.kind, "only_a": a, "only_b": b, "p": float(p),
-         "verdict": stats.verdict(name, rows.members[best], a, b, float(p))}
-        for name, (a, b, _), p in zip(table, found, adjusted, strict=True)
+        {"a": name, "b": best, "rows": rows.kind, "only_a": a, "only_b": b, "p": float(p),
+         "verdict": stats.verdict(name, best, a, b, float(p))}
+        for name, (a, b, _), p in zip(contenders, found, adjusted, strict=True)
     ]  # fmt: skip
 
 
@@ -181,30 +188,49 @@ def check_method(method: str) -> str:
     return method
 
 
-def evaluate_saved(source: Path, methods: Sequence[str], members: Sequence[str] = ()) -> Evaluation:
+def evaluate_saved(source: Path, methods: Sequence[str], members: Sequence[str] = (), top: int = 0) -> Evaluation:
     """Combine and score saved predictions.
 
     Args:
         source: a run folder, or an .npz with probs (m, n, k) and labels (n,).
         methods: names of ENSEMBLES; `auto` = all of them, and a choice among them.
-        members: the members to use; empty = all.
+        members: the members to use; empty = all, in a run those that its recipe combines.
+        top: combine only that many, the most accurate of the fitting rows; 0 = all.
 
     Raises:
         DataError: the predictions cannot be used, or a member is unknown.
-        RecipeError: a method is unknown.
+        RecipeError: a method is unknown, or there are fewer members than `top`.
         RunError: the run folder has no predictions yet.
     """
     auto = "auto" in methods
     names = tuple(ENSEMBLES) if auto else tuple(check_method(m) for m in methods)
-    spec = EnsembleSpec.model_validate({"methods": names, "export": "auto" if auto or len(names) > 1 else names[0]})
+    changes: dict[str, Any] = {"methods": names, "export": "auto" if auto or len(names) > 1 else names[0], "top": top}
     if not source.is_dir():
-        return evaluate(_picked(Predictions.load(source), members), None, spec)
+        foreign = _picked(Predictions.load(source), members)
+        return evaluate(foreign, None, _checked_top(EnsembleSpec.model_validate(changes), foreign))
     oof, test = saved_predictions(source)
-    if oof is None and test is None:
+    rows = oof if oof is not None else test
+    if rows is None:
         raise RunError("no predictions", where=source, expected="oof.npz or test.npz", fix="give a finished run folder")
-    seed = Recipe.load(source / "recipe.toml").seed
-    return evaluate(_picked(oof, members), _picked(test, members), spec, seed)
+    recipe = Recipe.load(source / "recipe.toml")
+    if members:
+        oof, test = (_picked(part, members) if part is not None else None for part in (oof, test))
+    else:
+        changes["members"] = recipe.combined
+    spec = EnsembleSpec.model_validate(
+        {**recipe.ensemble.model_dump(), **changes, **({} if top else {"top": recipe.ensemble.top})}
+    )
+    return evaluate(oof, test, _checked_top(spec, rows), recipe.seed)
 
 
-def _picked(rows: Predictions | None, members: Sequence[str]) -> Predictions | None:
-    return rows.select(members) if rows is not None and members else rows
+def _checked_top(spec: EnsembleSpec, rows: Predictions) -> EnsembleSpec:
+    count = len(spec.members or rows.members)
+    if spec.top > count:
+        raise RecipeError(
+            "more members to select than there are", where="top", expected=f"at most {count}", got=spec.top
+        )
+    return spec
+
+
+def _picked(rows: Predictions, members: Sequence[str]) -> Predictions:
+    return rows.select(members) if members else rows

@@ -23,7 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from threefold.augment import resize_square
 from threefold.errors import ExportError, RunError
 from threefold.files import write_bytes
-from threefold.pipeline import MemberPipeline, Pipeline
+from threefold.pipeline import MemberPipeline, Pipeline, mix
 from threefold.predict import Predictor
 from threefold.runtime import FORMAT, KEY, load
 
@@ -112,7 +112,13 @@ def build_graph(pipeline: Pipeline) -> onnx.ModelProto:
     graph = _Joiner()
     members = cast(Iterable[MemberPipeline], pipeline.members)
     outputs = [_add_member(graph, f"m{i}_", member) for i, member in enumerate(members)]
-    stacked = graph.stack([graph.mean(copies, f"m{i}_probs") for i, copies in enumerate(outputs)], "member_probs")
+    if pipeline.mixing is None:
+        stacked = graph.stack([graph.mean(copies, f"m{i}_probs") for i, copies in enumerate(outputs)], "member_probs")
+    else:
+        nets = graph.stack([name for copies in outputs for name in copies], "network_probs")
+        mixing = _trace(_Mix(pipeline.mixing), torch.rand(2, pipeline.mixing.shape[1], 3), ("nets", "mixed"), (0, 2))
+        graph.graft(mixing, "mix_", {"nets": nets}, {"mixed": "member_probs"})
+        stacked = "member_probs"
     _add_combiner(graph, pipeline, stacked)
     return graph.finish(len(pipeline.classes), len(pipeline.names))
 
@@ -178,6 +184,17 @@ class _Resize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return resize_square(images, self.canvas, self.mode)
+
+
+class _Mix(nn.Module):
+    """The members' answers from those of all networks, where members are not in every fold."""
+
+    def __init__(self, mixing: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mixing", mixing)
+
+    def forward(self, nets: Tensor) -> Tensor:
+        return mix(nets, self.get_buffer("mixing"))
 
 
 def _with_weights(model: Any, old: nn.Module, new: nn.Module) -> Any | None:

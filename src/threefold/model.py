@@ -177,7 +177,7 @@ def _load_local(backbone: nn.Module, path: Path) -> None:
     backbone.load_state_dict({name: state[name] for name in wanted})
 
 
-def set_trainable(member: Member, stage: StageSpec) -> list[str]:
+def set_trainable(member: nn.Module, stage: StageSpec) -> list[str]:
     """Freeze what the stage does not train; returns the names of the trainable parameters.
 
     Raises:
@@ -199,31 +199,40 @@ def set_trainable(member: Member, stage: StageSpec) -> list[str]:
     return names
 
 
-def train_mode(member: Member) -> None:
-    """Training mode, but modules whose own parameters are all frozen stay in eval mode: their statistics do not drift."""
+def train_mode(member: nn.Module) -> None:
+    """Training mode, but what is wholly frozen stays in eval mode: its statistics do not drift, no noise is added to it."""
     member.train()
     for module in member.modules():
-        own = list(module.parameters(recurse=False))
-        if own and not any(p.requires_grad for p in own):
+        inside = list(module.parameters())
+        if inside and not any(p.requires_grad for p in inside):
             module.eval()
 
 
-def parameter_groups(member: Member, lr: float, layer_decay: float) -> Iterator[dict[str, Any]]:
+def parameter_groups(member: nn.Module, lr: float, layer_decay: float) -> Iterator[dict[str, Any]]:
     """Optimizer groups of the trainable parameters; `layer_decay` < 1 lowers the rate block by block below the head."""
     if layer_decay == 1.0:
         yield {"params": [p for p in member.parameters() if p.requires_grad], "scale": 1.0}
         return
-    matcher = timm.models.group_parameters(member.backbone, member.backbone.group_matcher(coarse=False))
-    layer_of = {name: layer for layer, names in matcher.items() for name in names}
-    depth = max(layer_of.values(), default=0) + 1
-    by_layer: dict[int, list[nn.Parameter]] = {}
+    by_height: dict[int, list[nn.Parameter]] = {}
+    heights = _heights(member)
     for name, parameter in member.named_parameters():
         if parameter.requires_grad:
-            layer = layer_of.get(name.removeprefix("backbone."), depth)
-            by_layer.setdefault(layer, []).append(parameter)
-    for layer, parameters in sorted(by_layer.items()):
-        scale = layer_decay ** (depth - layer)
+            by_height.setdefault(heights.get(name, 0), []).append(parameter)
+    for height, parameters in sorted(by_height.items(), reverse=True):
+        scale = layer_decay**height
         yield {"params": parameters, "scale": scale, "lr": lr * scale}
+
+
+def _heights(member: nn.Module) -> dict[str, int]:
+    """How many blocks below the head each parameter of a backbone lies; of every backbone, where members are joined."""
+    found: dict[str, int] = {}
+    for path, module in member.named_modules():
+        if isinstance(module, Member):
+            prefix = f"{path}.backbone." if path else "backbone."
+            groups = timm.models.group_parameters(module.backbone, module.backbone.group_matcher(coarse=False))
+            depth = max(groups, default=0) + 1
+            found |= {prefix + name: depth - layer for layer, names in groups.items() for name in names}
+    return found
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
@@ -235,7 +244,7 @@ def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
     write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}))
 
 
-def load_weights(member: Member, path: Path) -> None:
+def load_weights(member: nn.Module, path: Path) -> None:
     """Load weights written by `save_weights`.
 
     Raises:

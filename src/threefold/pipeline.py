@@ -6,6 +6,7 @@ what is served. Only `images.decode` (file -> RGB uint8) stays outside.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, cast
 
 import numpy as np
@@ -26,8 +27,17 @@ class MemberPipeline(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Probabilities (b, k)."""
+        return self.per_fold(images).mean(0)
+
+    def per_fold(self, images: Tensor) -> Tensor:
+        """Probabilities (f, b, k) of each fold model."""
         pixels = resize_square(images, self.canvas, self.resize)
-        return torch.stack([predictor(pixels) for predictor in self.predictors]).mean(0)
+        return torch.stack([predictor(pixels) for predictor in self.predictors])
+
+
+def mix(nets: Tensor, mixing: Tensor) -> Tensor:
+    """Answers of members (b, m, k) from those of all networks (b, j, k) and weights (m, j)."""
+    return (mixing[None, :, :, None] * nets[:, None]).sum(2)
 
 
 class Combiner(nn.Module):
@@ -45,21 +55,43 @@ class Combiner(nn.Module):
 class Pipeline(nn.Module):
     """The deployable whole; always in eval mode.
 
+    Args:
+        members: the networks, by member.
+        combiner: ensemble and temperature.
+        classes: the class names.
+        names: the members of the second output, where they are not those of `members`.
+        mixing: (m, networks) weights that make the members' answers of all fold models, where members are not in every
+            fold; None = each member is the mean of its own.
+
     Attributes:
         names: the members' names, in the order of the second output.
         classes: the class names, in the order of the last axis.
     """
 
-    def __init__(self, members: dict[str, MemberPipeline], combiner: Combiner, classes: tuple[str, ...]) -> None:
+    mixing: Tensor | None
+
+    def __init__(
+        self,
+        members: dict[str, MemberPipeline],
+        combiner: Combiner,
+        classes: tuple[str, ...],
+        names: Sequence[str] | None = None,
+        mixing: np.ndarray | None = None,
+    ) -> None:
         super().__init__()
         self.members = nn.ModuleList(members.values())
         self.combiner = combiner
-        self.names, self.classes = tuple(members), classes
+        self.names, self.classes = tuple(names if names is not None else members), classes
+        self.register_buffer("mixing", None if mixing is None else torch.tensor(mixing, dtype=torch.float32))
         self.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 (b, h, w, 3) to probabilities (b, k) and each member's (b, m, k)."""
-        member_probs = torch.stack([member(images) for member in self.members], 1)
+        if self.mixing is None:
+            member_probs = torch.stack([member(images) for member in self.members], 1)
+        else:
+            nets = torch.cat([cast(MemberPipeline, member).per_fold(images) for member in self.members])
+            member_probs = mix(nets.transpose(0, 1), self.mixing)
         return self.combiner(member_probs), member_probs
 
     @torch.inference_mode()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -28,9 +30,26 @@ class Predictor(nn.Module):
             seen = pixels if self.views is None else self.views(pixels)[0]
             probs: Tensor = self.member(seen).float().softmax(-1)
             return probs
-        views = self.views(pixels)
+        return self.per_view(pixels).mean(0)
+
+    def per_view(self, pixels: Tensor) -> Tensor:
+        """Probabilities (v, b, k) of each view by itself."""
+        views = pixels[None] if self.views is None else self.views(pixels)
         logits: Tensor = self.member(views.flatten(0, 1)).float()
-        return logits.softmax(-1).reshape(self.views.count, -1, logits.shape[-1]).mean(0)
+        return logits.softmax(-1).reshape(len(views), -1, logits.shape[-1])
+
+
+class FirstViews(nn.Module):
+    """What a predictor would answer with its first n views only, for several n at once: (b, len(counts), k)."""
+
+    def __init__(self, predictor: Predictor, counts: Sequence[int]) -> None:
+        super().__init__()
+        self.predictor, self.counts = predictor, counts
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Probabilities (b, len(counts), k) of pixels (b, 3, canvas, canvas)."""
+        per_view = self.predictor.per_view(pixels)
+        return torch.stack([per_view[:n].mean(0) for n in self.counts], 1)
 
 
 def pick_device(name: str) -> torch.device:
@@ -75,9 +94,9 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 @torch.inference_mode()
 def predict_probs(
-    predictor: Predictor, pixels: np.ndarray, precision: str = "float32", batch_size: int = 128
+    predictor: nn.Module, pixels: np.ndarray, precision: str = "float32", batch_size: int = 128
 ) -> np.ndarray:
-    """Probabilities float32 (n, k) of pixels uint8 (n, canvas, canvas, 3); leaves the predictor in eval mode."""
+    """What a predictor answers on pixels uint8 (n, canvas, canvas, 3): float32 (n, k); leaves it in eval mode."""
     predictor.eval()
     device = next(predictor.parameters()).device
     parts = []

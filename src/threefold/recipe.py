@@ -9,181 +9,55 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from threefold.errors import RecipeError
 from threefold.overrides import apply_override
+from threefold.sections import (
+    AugmentSpec,
+    DataSpec,
+    EnsembleSpec,
+    FoldSpec,
+    HeadKind,
+    HeadSpec,
+    MemberSpec,
+    Method,
+    Name,
+    Section,
+    StackedSpec,
+    StageSpec,
+    TrainSpec,
+    ViewSpec,
+)
+
+__all__ = [
+    "AugmentSpec",
+    "DataSpec",
+    "EnsembleSpec",
+    "FoldSpec",
+    "HeadKind",
+    "HeadSpec",
+    "Job",
+    "MemberSpec",
+    "Method",
+    "Recipe",
+    "StackedSpec",
+    "StageSpec",
+    "TrainSpec",
+    "ViewSpec",
+    "fold_name",
+    "packaged",
+    "packaged_names",
+    "parse_minutes",
+    "resolve",
+]
 
 _PACKAGED = Path(__file__).parent / "recipes"
-HeadKind = Literal["linear", "mlp", "rnn", "gru", "lstm", "birnn", "bigru", "bilstm"]
-Method = Literal["mean", "pruned", "vote", "top2", "weighted", "stacked", "greedy"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class Section(BaseModel):
-    """A frozen table of a recipe that refuses unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _regex(value: str) -> str:
-    """The value, if it is a regular expression."""
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"not a regular expression: {error}") from None
-    return value
-
-
-class DataSpec(Section):
-    """Where the images come from."""
-
-    source: Literal["folder", "csv", "demo", "fashion-mnist"] = "folder"
-    root: str = ""
-    """Folder of class folders (or of train/ [val/] test/), CSV file, or folder of the idx files."""
-    bad_images: Literal["fail", "skip"] = "fail"
-    """What to do with files that cannot be read: stop and list them, or leave them out and record that."""
-    group_regex: str = ""
-    """Pattern searched in each image's path; its first group (or the match) names the group kept in one fold."""
-    limit_per_class: Annotated[int, Field(ge=0)] = 0
-    """Use only this many training images of each class, drawn by the recipe's seed (0 = all)."""
-
-    @field_validator("group_regex")
-    @classmethod
-    def _is_regex(cls, value: str) -> str:
-        return _regex(value)
-
-
-class FoldSpec(Section):
-    """Cross-validation. In each fold the rows are split into fit, select and score."""
-
-    k: Annotated[int, Field(ge=1, le=50)] = 5
-    scheme: Literal["stratified", "grouped", "leave-one-group-out"] = "stratified"
-    select: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.15
-    """Share of a fold's training rows kept for choosing checkpoints and stages (honest protocol only)."""
-    final: Literal["average", "refit"] = "average"
-    """What answers on new images: the k fold models averaged, or one model fitted again on all rows."""
-
-
-class AugmentSpec(Section):
-    """Training augmentation; defaults are off, `paper` values are in docs/recipes.md (paper section 4.1, authors' code)."""
-
-    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Largest rotation, degrees either way."""
-    shift: Share = 0.0
-    """Largest shift either way, share of the side."""
-    shear: Annotated[float, Field(ge=0, le=89)] = 0.0
-    """Largest shear angle, degrees."""
-    zoom: Share = 0.0
-    """Scale drawn from 1 +- zoom, for each axis by itself."""
-    channel_shift: Annotated[float, Field(ge=0, le=255)] = 0.0
-    """One offset per image, on the 0-255 scale, clipped to the image's own range."""
-    hflip: bool = False
-    vflip: bool = False
-    erasing: Share = 0.0
-    """Probability of erasing a random rectangle (timm RandomErasing)."""
-    mixup: Annotated[float, Field(ge=0)] = 0.0
-    cutmix: Annotated[float, Field(ge=0)] = 0.0
-
-
-class ViewSpec(Section):
-    """Test-time views whose softmaxes are averaged (paper section 4.3)."""
-
-    kind: Literal["center", "flip", "random-crops", "five-crop", "ten-crop", "multi-scale"] = "center"
-    n: Annotated[int, Field(ge=1, le=64)] = 1
-    """How many random crops (kind = random-crops)."""
-    upsample: Annotated[float, Field(ge=1.0, le=2.0)] = 1.0
-    """Image side before cropping, as a multiple of img_size (540/501 = 1.078 in the paper)."""
-
-
-class TrainSpec(Section):
-    """How every stage is trained."""
-
-    batch_size: Annotated[int, Field(ge=2)] = 32
-    accumulate: Annotated[int, Field(ge=1)] = 1
-    """Micro-batches per optimizer step."""
-    optimizer: Literal["adam-keras", "adam", "adamw", "sgd"] = "adamw"
-    """adam-keras = the paper's (Keras form, epsilon outside the bias correction)."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Learning rate multiplier per block, from the head down."""
-    label_smoothing: Share = 0.0
-    class_weights: Literal["none", "balanced"] = "none"
-    sampler: Literal["shuffle", "balanced"] = "shuffle"
-    clip_grad: Annotated[float, Field(ge=0)] = 0.0
-    """Largest global gradient norm (0 = no clipping)."""
-    ema: Share = 0.0
-    """Decay of the exponential moving average of the weights (0 = off)."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: str = "auto"
-    gate: bool = True
-    """Keep a stage only if it helps on the select rows by more than its noise (always off under `paper`)."""
-
-
-class StageSpec(Section):
-    """One learning-rate phase; it starts from the best weights so far, with a fresh optimizer (paper section 4.4)."""
-
-    name: Name
-    epochs: Annotated[int, Field(ge=1)]
-    lr: Annotated[float, Field(gt=0)]
-    schedule: Literal["constant", "time", "cosine", "one-cycle"] = "time"
-    """time = the paper's eq. 26, lr / (1 + decay * batches) with decay = lr / epochs."""
-    trainable: str = "."
-    """Regex over parameter names; what it does not find is frozen."""
-    frozen: str = ""
-    """Regex over parameter names that stay frozen even where `trainable` finds them."""
-
-    @field_validator("trainable", "frozen")
-    @classmethod
-    def _is_regex(cls, value: str) -> str:
-        return _regex(value)
-
-
-class HeadSpec(Section):
-    """What stands on the pooled features: [recurrent] -> Gaussian noise -> [FC, relu] -> linear (paper figure 2)."""
-
-    kind: HeadKind = "linear"
-    units: Annotated[int, Field(ge=2)] = 2048
-    """Outputs of the recurrent layer (both directions together)."""
-    fc: Annotated[int, Field(ge=0)] = 0
-    """Width of the fully connected layer before the classifier (the paper: 1024 to 4096; 0 = none)."""
-    noise: Annotated[float, Field(ge=0)] = 0.1
-    """Standard deviation of the Gaussian noise on the features, training only."""
-    activation: Literal["torch", "keras"] = "torch"
-    """Gate nonlinearity: sigmoid, or Keras 2.2's hard sigmoid."""
-    reset_after: bool = True
-    """GRU form: True = torch and TF 2; False = Keras 2.2, the paper's."""
-    sequence: Literal["pooled", "rows", "spatial"] = "pooled"
-    """pooled = one time step, as in the paper; rows and spatial run over the feature map, T > 1."""
-
-
-class MemberSpec(Section):
-    """One network of the ensemble."""
-
-    name: Name
-    backbone: str
-    """Any timm name, with or without a tag (`tf_efficientnet_lite0.in1k`)."""
-    weights: str = "pretrained"
-    """pretrained, none, or the path of a local .safetensors or .pth file."""
-    img_size: Annotated[int, Field(ge=16, le=2048)] = 224
-    head: HeadSpec = HeadSpec()
-    resize: Literal["squash", "crop"] = "squash"
-    """How any image becomes a square: both sides scaled (the paper), or the largest centred square kept."""
-
-
-class EnsembleSpec(Section):
-    """How the members' softmaxes are combined; each method is scored cross-fitted on out-of-fold rows."""
-
-    methods: tuple[Method, ...] = ("mean", "pruned", "stacked")
-    export: Literal["auto", "mean", "pruned", "vote", "top2", "weighted", "stacked", "greedy"] = "auto"
-    """Which one goes into the exported file; auto = the simplest within one standard error of the best out-of-fold."""
 
 
 class Job(NamedTuple):
@@ -228,6 +102,19 @@ class Recipe(Section):
             twice = sorted({n for n in names if names.count(n) > 1})
             if twice:
                 raise ValueError(f"{what} need different names, {', '.join(twice)} stands there twice")
+        self._check_folds()
+        self._check_members()
+        if self.train.optimizer == "adam-keras" and self.train.weight_decay:
+            raise ValueError("adam-keras, the paper's optimizer, has no weight decay; set train.weight_decay = 0")
+        if self.views.n > 1 and self.views.kind != "random-crops":
+            raise ValueError(
+                f"views.n counts random crops and would be ignored by views.kind = {self.views.kind}; set views.n = 1"
+            )
+        if self.views.choose and self.views.kind == "center" and self.views.upsample == 1.0:
+            raise ValueError("views.choose has nothing to choose from: set views.kind to other views than center")
+        return self
+
+    def _check_folds(self) -> None:
         if self.folds.k == 1 and self.protocol == "honest" and self.folds.scheme != "leave-one-group-out":
             raise ValueError("folds.k = 1 leaves no out-of-fold rows; the honest protocol needs folds.k >= 2")
         if self.folds.scheme != "stratified" and not (self.data.group_regex or self.data.source == "csv"):
@@ -238,13 +125,45 @@ class Recipe(Section):
             raise ValueError(
                 "data.group_regex is given, but folds.scheme = stratified would ignore it; set folds.scheme = grouped"
             )
-        if self.train.optimizer == "adam-keras" and self.train.weight_decay:
-            raise ValueError("adam-keras, the paper's optimizer, has no weight decay; set train.weight_decay = 0")
-        if self.views.n > 1 and self.views.kind != "random-crops":
+
+    def _check_members(self) -> None:
+        """What the parts of the recipe say of members: those named exist, and can be joined, trained and combined."""
+        known = {m.name: m for m in self.members}
+        named = [("ensemble.members", self.ensemble.members), *((f"stage {s.name}", s.members) for s in self.stages)]
+        for where, names in [*named, *((f"member {m.name}, joins", m.joins) for m in self.members)]:
+            for name in names:
+                if name not in known:
+                    raise ValueError(f"{where} names {name}, which is no member; there are {', '.join(known)}")
+        for member in self.members:
+            if not self.stages_of(member.name):
+                raise ValueError(f"member {member.name} has no stage: every stage names other members")
+            if member.folds and self.folds.final == "refit":
+                raise ValueError(f"member {member.name} is in some folds only, which folds.final = refit would ignore")
+            for name in member.joins:
+                self._check_join(member, known[name])
+        if self.ensemble.top > len(self.combined):
             raise ValueError(
-                f"views.n counts random crops and would be ignored by views.kind = {self.views.kind}; set views.n = 1"
+                f"ensemble.top = {self.ensemble.top}, but there are {len(self.combined)} members to combine"
             )
-        return self
+
+    def _check_join(self, member: MemberSpec, base: MemberSpec) -> None:
+        where = f"member {member.name} joins {base.name}, which"
+        if base.joins or self.members.index(base) > self.members.index(member):
+            raise ValueError(f"{where} must be a member with a backbone of its own that comes before it")
+        if (base.img_size, base.resize) != (member.img_size, member.resize):
+            raise ValueError(f"{where} must have the same img_size and resize: one batch of images goes into all")
+        if base.folds and not (member.folds and set(member.folds) <= set(base.folds)):
+            raise ValueError(f"{where} is in folds {list(base.folds)} only; give {member.name} the same")
+
+    @property
+    def combined(self) -> tuple[str, ...]:
+        """Names of the members that ensembles combine: those of ensemble.members, or all with a backbone of their own."""
+        return self.ensemble.members or tuple(m.name for m in self.members if not m.joins)
+
+    def stages_of(self, member: str) -> tuple[StageSpec, ...]:
+        """The stages that a member goes through: those that name it, else those that name no member."""
+        own = tuple(s for s in self.stages if member in s.members)
+        return own or tuple(s for s in self.stages if not s.members)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -278,7 +197,13 @@ class Recipe(Section):
     def jobs(self, folds: int | None = None) -> list[Job]:
         """Every job in the order of execution; `folds` where the data decide their number (leave-one-group-out)."""
         numbers = list(range(folds or self.folds.k)) + ([-1] if self.folds.final == "refit" else [])
-        return [Job(m.name, f, s.name) for m in self.members for f in numbers for s in self.stages]
+        return [
+            Job(m.name, f, s.name)
+            for m in self.members
+            for f in numbers
+            if not m.folds or f in m.folds
+            for s in self.stages_of(m.name)
+        ]
 
     def member(self, name: str) -> MemberSpec:
         """The member of that name."""

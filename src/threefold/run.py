@@ -1,4 +1,4 @@
-"""The run folder: jobs that are named, independent and done once; predictions assembled out of fold.
+"""The run folder: jobs that are named, independent and done once, and what can be read from it when they are.
 
 A job is one stage of one member in one fold. Its `done.json` is written last, so what has it is whole, and running the
 same command again does only what is missing.
@@ -6,32 +6,26 @@ same command again does only what is missing.
 
 from __future__ import annotations
 
-import hashlib
-import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
-from threefold.augment import Augment, Views
+from threefold.augment import Views
 from threefold.datasets import Sources, load_data
 from threefold.errors import RunError
-from threefold.files import read_arrays, read_json, sha256, write_arrays, write_bytes, write_json
-from threefold.model import Member, build_member, load_weights, save_weights
+from threefold.files import read_json, sha256, write_bytes
+from threefold.joint import JointMember, build_joint
+from threefold.model import Member, build_member, load_weights
 from threefold.pipeline import Combiner, MemberPipeline, Pipeline
-from threefold.pixels import Pixels
-from threefold.predict import Predictor, pick_device, pick_precision, predict_probs, to_pixels
+from threefold.predict import Predictor
 from threefold.predictions import Predictions
-from threefold.provenance import commit, hardware, stable_seed, versions
-from threefold.recipe import Job, MemberSpec, Recipe, fold_name
+from threefold.recipe import Job, MemberSpec, Recipe
 from threefold.splits import Roles, assign_roles, refit_roles
-from threefold.stages import Silent, StageTask, Watcher, train_stage
+from threefold.stages import Silent, Watcher
 
 FORMAT = 1
 """Version of the run folder's layout, raised when an older reader would misread it."""
@@ -137,7 +131,7 @@ class Run:
 
     def done(self, job: Job) -> bool:
         """Whether a job is complete: its own weights are there, or those of a later stage that took them over."""
-        stages = [stage.name for stage in self.recipe.stages]
+        stages = [stage.name for stage in self.recipe.stages_of(job.member)]
         later = [self.folder(job._replace(stage=name)) for name in stages[stages.index(job.stage) :]]
         return (later[0] / "done.json").exists() and any(
             (f / "done.json").exists() and (f / "weights.safetensors").exists() for f in later
@@ -164,183 +158,83 @@ class Run:
         tree: dict[str, Any] = read_json(self.dir / "results.json")
         return tree
 
-    def views(self, member: MemberSpec) -> Views:
-        """The member's test-time views."""
+    def all_views(self, member: MemberSpec) -> Views:
+        """The member's test-time views, all that the recipe names."""
         return Views(self.recipe.views, member.img_size, self.recipe.seed)
 
-    def load_member(self, spec: MemberSpec, fold: int, num_classes: int) -> Member:
+    def views(self, member: MemberSpec) -> Views:
+        """The member's test-time views, those that were chosen."""
+        path = self.dir / "views.json"
+        count = read_json(path)["views"] if self.recipe.views.choose and path.exists() else None
+        return Views(self.recipe.views, member.img_size, self.recipe.seed, count)
+
+    @property
+    def final_folds(self) -> list[int]:
+        """The fold models that answer on new images: the refitted one, or all."""
+        return [-1] if self.recipe.folds.final == "refit" else list(range(read_json(self.dir / "run.json")["folds"]))
+
+    def build(self, spec: MemberSpec, num_classes: int, *, pretrained: bool = False) -> Member | JointMember:
+        """A member's network with a fresh head; a member that joins others with theirs as they begin."""
+        if not spec.joins:
+            return build_member(spec, num_classes, pretrained=pretrained)
+        bases = [build_member(self.recipe.member(name), num_classes, pretrained=False) for name in spec.joins]
+        return build_joint(spec.head, bases, num_classes)
+
+    def last_job(self, member: str, fold: int) -> Job:
+        """The job whose weights a member has in a fold when all is done."""
+        return Job(member, fold, self.recipe.stages_of(member)[-1].name)
+
+    def load_member(self, spec: MemberSpec, fold: int, num_classes: int) -> Member | JointMember:
         """A trained fold model, in eval mode on the CPU.
 
         Raises:
             RunError: it is missing or damaged.
         """
-        member = build_member(spec, num_classes, pretrained=False)
-        path = self.folder(Job(spec.name, fold, self.recipe.stages[-1].name))
+        member = self.build(spec, num_classes)
+        path = self.folder(self.last_job(spec.name, fold))
         verify(path)
         load_weights(member, path / "weights.safetensors")
         return member.eval()
 
     def pipeline(self, combiner: Combiner, members: Sequence[str] | None = None) -> Pipeline:
-        """The deployable module of this run's members (all, or those named) and a combiner."""
-        info = read_json(self.dir / "run.json")
-        classes = tuple(info["classes"])
-        folds = [-1] if self.recipe.folds.final == "refit" else range(info["folds"])
+        """The deployable module of a combiner and the members that it combines (by default the recipe's)."""
+        classes = tuple(read_json(self.dir / "run.json")["classes"])
+        names = list(members if members is not None else self.recipe.combined)
+        everyone = [m.name for m in self.recipe.members]
+        mixing = np.stack([stand_ins(self.recipe, fold) for fold in self.final_folds])[
+            :, [everyone.index(n) for n in names]
+        ]
         parts = {}
-        for spec in self.recipe.members:
-            if members is None or spec.name in members:
+        for j, spec in enumerate(self.recipe.members):
+            folds = [f for f, weights in zip(self.final_folds, mixing, strict=True) if weights[:, j].any()]
+            if folds:
                 views = self.views(spec)
                 nets = [Predictor(self.load_member(spec, fold, len(classes)), views) for fold in folds]
                 parts[spec.name] = MemberPipeline(nets, views.canvas, spec.resize)
-        return Pipeline(parts, combiner, classes)
+        weights = np.concatenate(
+            [mixing[:, :, everyone.index(n)][mixing[:, :, everyone.index(n)].any(1)] for n in parts]
+        )
+        plain = list(parts) == names and bool((mixing == mixing[0]).all())
+        return Pipeline(parts, combiner, classes, names, None if plain else weights.T / len(mixing))
 
 
-def train_members(run: Run) -> None:
-    """Do every job that is missing, then write run.json, oof.npz and test.npz.
+def stand_ins(recipe: Recipe, fold: int) -> np.ndarray:
+    """Weights (m, m): how much of member j's network of this fold goes into member i's answer.
+
+    The identity, but for members that are not in the fold: for them the mean of those that are stands in, so that the mean
+    over all members is the mean over those present (the paper's Table 3: three members in some folds, one in the others).
 
     Raises:
-        ThreefoldError: bad data, a full disk, weights that cannot be had.
+        RunError: no member that ensembles combine is in the fold.
     """
-    sources = run.sources
-    for note in [*sources.notes, *_group_note(run)]:
-        run.watcher.note(note)
-    _write_info(run)
-    pixels = Pixels(run.sources, run.views, run.dir / "cache")
-    jobs = run.jobs
-    run.watcher.plan(jobs, [len(run.roles[j.fold].fit) * _epochs(run.recipe, j) for j in jobs])
-    clock = _Clock(run, jobs)
-    for job in jobs:
-        skipped = run.done(job)
-        run.watcher.job(job, skipped)
-        if not skipped:
-            _do(run, job, pixels, clock)
-    assemble(run)
-    write_arrays(run.dir / "thumbs.npz", **_preview(run, pixels))
-    pixels.remove()
-
-
-def _group_note(run: Run) -> list[str]:
-    """A warning where the data have groups that the folds do not keep together."""
-    if run.sources.train.groups is None or run.recipe.folds.scheme != "stratified":
-        return []
-    return [
-        "the images have groups, but folds.scheme = stratified lets a group be in fit and in score; set folds.scheme = grouped"
-    ]
-
-
-def _epochs(recipe: Recipe, job: Job) -> int:
-    return next(stage.epochs for stage in recipe.stages if stage.name == job.stage)
-
-
-class _Clock:
-    """Shares out the time budget: every job may use its part of what is left, by epochs times images."""
-
-    def __init__(self, run: Run, jobs: Sequence[Job]) -> None:
-        self.run = run
-        spent = sum(read_json(run.folder(j) / "done.json")["seconds"] for j in jobs if run.done(j))
-        self.end = time.monotonic() + run.recipe.budget_minutes * 60 - spent if run.recipe.budget_minutes else math.inf
-        self.left = {j: _epochs(run.recipe, j) * len(run.roles[j.fold].fit) for j in jobs if not run.done(j)}
-
-    def deadline(self, job: Job) -> float:
-        """When this job must stop."""
-        if math.isinf(self.end):
-            return math.inf
-        now, total = time.monotonic(), sum(self.left.values())
-        return now + max(0.0, self.end - now) * self.left.pop(job) / total
-
-
-def _do(run: Run, job: Job, pixels: Pixels, clock: _Clock) -> None:
-    """One job: start weights -> stage -> weights, history, probabilities of the last stage, done.json."""
-    began, recipe, spec = time.monotonic(), run.recipe, run.recipe.member(job.member)
-    stages = [stage.name for stage in recipe.stages]
-    number, roles, classes = stages.index(job.stage), run.roles[job.fold], run.sources.train.classes
-    seed = stable_seed(recipe.seed, job.member, str(job.fold), job.stage)
-    torch.manual_seed(seed)
-    member = build_member(spec, len(classes), pretrained=number == 0)
-    previous = run.folder(job._replace(stage=stages[number - 1]))
-    if number:
-        verify(previous)
-        load_weights(member, previous / "weights.safetensors")
-    device = pick_device(recipe.train.device)
-    member.to(device=device).to(memory_format=torch.channels_last)
-    task = StageTask(
-        recipe.stages[number],
-        recipe,
-        pixels.rows("train", spec, roles.fit),
-        pixels.select(spec, roles),
-        seed,
-        len(classes),
-        first=number == 0,
-        deadline=clock.deadline(job),
-        watcher=run.watcher,
-    )
-    outcome = train_stage(member, task)
-    folder = run.folder(job)
-    save_weights(outcome.state, folder / "weights.safetensors")
-    write_json(folder / "history.json", outcome.history)
-    if number == len(stages) - 1:
-        predictor = Predictor(member, run.views(spec).to(device))
-        write_arrays(folder / "probs.npz", **_predict(run, predictor, spec, roles, pixels))
-    hashes = {
-        path.name: sha256(path)
-        for path in sorted(folder.iterdir())
-        if path.name != "done.json" and not path.name.startswith(".")
-    }
-    write_json(folder / "done.json", {"job": job._asdict(), "seconds": time.monotonic() - began, "files": hashes})
-    if number:
-        (previous / "weights.safetensors").unlink(missing_ok=True)  # the next stage has taken them over
-
-
-def _predict(run: Run, predictor: Predictor, spec: MemberSpec, roles: Roles, pixels: Pixels) -> dict[str, np.ndarray]:
-    """Probabilities on the rows that this fold scores, and on the test split."""
-    precision = pick_precision(run.recipe.train.precision, next(predictor.parameters()).device)
-    arrays = {"rows": roles.score}
-    if len(roles.score):
-        arrays["score"] = predict_probs(predictor, pixels.rows("train", spec, roles.score, views=True)[0], precision)
-    if run.sources.test is not None:
-        rows = np.arange(len(run.sources.test))
-        arrays["test"] = predict_probs(predictor, pixels.rows("test", spec, rows, views=True)[0], precision)
-    return arrays
-
-
-def assemble(run: Run) -> None:
-    """Put the folds together: oof.npz covers every row once, test.npz averages the fold models (or the refit one)."""
-    train, test, stage = run.sources.train, run.sources.test, run.recipe.stages[-1].name
-    arrays = {
-        (m.name, f): read_arrays(run.folder(Job(m.name, f, stage)) / "probs.npz")
-        for m in run.recipe.members
-        for f in run.roles
-    }
-    names = tuple(m.name for m in run.recipe.members)
-    common: dict[str, Any] = {"classes": train.classes, "members": names, "protocol": run.recipe.protocol}
-    folds = [f for f, roles in run.roles.items() if f >= 0 and len(roles.score)]
-    if folds:
-        probs = np.full((len(names), len(train), len(train.classes)), np.nan, np.float32)
-        owner = np.full(len(train), -1)
-        for fold in folds:
-            rows = run.roles[fold].score  # a partition: `assign_roles` has checked it
-            owner[rows] = fold
-            for index, name in enumerate(names):
-                probs[index, rows] = arrays[name, fold]["score"]
-        Predictions(
-            probs=probs, labels=train.labels, ids=train.ids, groups=train.groups, folds=owner, kind="oof", **common
-        ).save(run.dir / "oof.npz")
-    if test is not None:
-        final = [-1] if -1 in run.roles else list(run.roles)
-        probs = np.stack(
-            [np.mean([arrays[name, f]["test"] for f in final], axis=0, dtype=np.float32) for name in names]
+    members = recipe.members
+    present = np.array([fold < 0 or not m.folds or fold in m.folds for m in members])
+    others = present & np.array([m.name in recipe.combined for m in members])
+    if not others.any():
+        raise RunError(
+            "a fold has no member", where=f"members.*.folds, fold {fold}", fix="let one member be in all folds"
         )
-        Predictions(probs=probs, labels=test.labels, ids=test.ids, groups=test.groups, kind="test", **common).save(
-            run.dir / "test.npz"
-        )
-
-
-def _preview(run: Run, pixels: Pixels, count: int = 16) -> dict[str, np.ndarray]:
-    """A few training images as the network sees them, augmented, for the report."""
-    spec = run.recipe.members[0]
-    rows = np.linspace(0, len(run.sources.train) - 1, count).astype(int)
-    images = to_pixels(pixels.rows("train", spec, rows)[0], torch.device("cpu"))
-    seen = Augment(run.recipe.augment)(images, torch.Generator().manual_seed(run.recipe.seed))
-    return {"preview": seen.round().clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8).numpy()}
+    return np.where(present[:, None], np.eye(len(members)), others / others.sum())
 
 
 def verify(folder: Path) -> None:
@@ -370,31 +264,3 @@ def _differences(a: Recipe, b: Recipe) -> Iterator[str]:
                 else [key]
             )
             yield from inner
-
-
-def _data_digest(sources: Sources) -> str:
-    """SHA-256 of which images there are and what they show (their names and labels, not their pixels)."""
-    parts = [(d.ids, d.labels.tolist(), d.groups) for d in (sources.train, sources.test) if d is not None]
-    return hashlib.sha256(repr((sources.train.classes, parts)).encode()).hexdigest()
-
-
-def _write_info(run: Run) -> None:
-    """Write run.json; a run that goes on must find the images that it began with, or folds would be mixed up."""
-    sources, path = run.sources, run.dir / "run.json"
-    data = _data_digest(sources)
-    if path.exists() and read_json(path).get("data") != data:
-        raise RunError(
-            "the images have changed since the run began",
-            where=run.dir,
-            got=f"{len(sources.train)} training images, other names or labels than before",
-            fix="restore them, or choose another --out",
-        )
-    write_json(path, {
-        "format": FORMAT, "digest": run.recipe.digest(), "data": data, "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "hardware": hardware(), "threads": torch.get_num_threads(), "commit": commit(),
-        "classes": list(sources.train.classes), "n_train": len(sources.train),
-        "n_test": len(sources.test) if sources.test is not None else 0, "folds": sum(f >= 0 for f in run.roles),
-        "notes": [*sources.notes, *_group_note(run)], "skipped": [f"{bad.path}: {bad.reason}" for bad in sources.skipped],
-        "roles": {fold_name(f): {"fit": len(r.fit), "select": len(r.select), "score": len(r.score)} for f, r in run.roles.items()},
-    })  # fmt: skip

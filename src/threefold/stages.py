@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as functional
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from threefold.augment import Augment
 from threefold.errors import RunError
-from threefold.model import Member, parameter_groups, set_trainable, train_mode
+from threefold.model import parameter_groups, set_trainable, train_mode
 from threefold.optim import KerasAdam, lr_at
 from threefold.predict import Predictor, autocast, pick_precision, predict_probs, to_pixels
 from threefold.recipe import Recipe, StageSpec, TrainSpec
@@ -56,7 +56,8 @@ class StageTask:
     """What one stage is trained and chosen on.
 
     `fit` and `select` are pairs of pixels uint8 (n, s, s, 3) and labels int64 (n,). `first` marks the stage that starts
-    from a random head: the gate cannot apply to it. `deadline` is a time.monotonic() value, or infinity.
+    from a random head: the gate cannot apply to it. `deadline` is a time.monotonic() value, or infinity. `batch_size` 0 is
+    the recipe's.
     """
 
     stage: StageSpec
@@ -66,6 +67,7 @@ class StageTask:
     seed: int
     num_classes: int
     first: bool = True
+    batch_size: int = 0
     deadline: float = math.inf
     watcher: Watcher = field(default_factory=Silent)
 
@@ -93,7 +95,7 @@ class Checkpoint:
         return (self.accuracy, -float(self.losses.mean())) > (other.accuracy, -float(other.losses.mean()))
 
 
-def train_stage(member: Member, task: StageTask) -> StageOutcome:
+def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
     """Train one stage; the member ends with the best weights, which are after the first stage never worse on select than its start.
 
     Raises:
@@ -128,7 +130,7 @@ def train_stage(member: Member, task: StageTask) -> StageOutcome:
 class _Loop:
     """Optimizer, augmentation and counters of one stage."""
 
-    def __init__(self, member: Member, task: StageTask) -> None:
+    def __init__(self, member: nn.Module, task: StageTask) -> None:
         spec = task.recipe.train
         self.member, self.task, self.spec = member, task, spec
         self.device = next(member.parameters()).device
@@ -137,7 +139,7 @@ class _Loop:
         self.optimizer = _optimizer(member, spec, task.stage)
         self.augment = _Augmentation(task)
         self.generator = torch.Generator().manual_seed(task.seed)
-        self.steps_per_epoch = max(1, round(len(task.fit[1]) / spec.batch_size))
+        self.steps_per_epoch = max(1, round(len(task.fit[1]) / (task.batch_size or spec.batch_size)))
         self.step, self.cut, self.began = 0, False, time.monotonic()
         self.average = _average(member, spec.ema) if spec.ema else None
         self.weight = (
@@ -263,13 +265,13 @@ class _Augmentation:
         return images, labels
 
 
-def _average(member: Member, decay: float) -> AveragedModel:
+def _average(member: nn.Module, decay: float) -> AveragedModel:
     """Exponential moving average of weights and batch norm statistics."""
     average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
     return AveragedModel(member, multi_avg_fn=average, use_buffers=True)
 
 
-def _optimizer(member: Member, spec: TrainSpec, stage: StageSpec) -> torch.optim.Optimizer:
+def _optimizer(member: nn.Module, spec: TrainSpec, stage: StageSpec) -> torch.optim.Optimizer:
     groups = list(parameter_groups(member, stage.lr, spec.layer_decay))
     if spec.optimizer == "adam-keras":
         return KerasAdam(groups, lr=stage.lr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,16 +14,19 @@ import numpy as np
 from PIL import Image
 
 from threefold import exporting
-from threefold.ensemble import Ensemble, TemperatureModule, make_ensemble
+from threefold.ensemble import Ensemble, TemperatureModule
 from threefold.errors import ExportError, RunError
-from threefold.evaluate import Evaluation, check_method, evaluate, per_class, saved_predictions
+from threefold.evaluate import Evaluation, evaluate, evaluate_saved, per_class, saved_predictions
 from threefold.files import read_arrays, read_json, write_arrays, write_json
 from threefold.heads import describe
+from threefold.jobs import train_members
+from threefold.joint import describe_joint
 from threefold.pipeline import Combiner
 from threefold.plan import plan_folder
-from threefold.recipe import EnsembleSpec, Recipe
+from threefold.recipe import MemberSpec, Recipe
 from threefold.report import write_report
-from threefold.run import Run, RunWatcher, train_members
+from threefold.run import Run, RunWatcher
+from threefold.selection import restore
 
 T = TypeVar("T")
 GALLERY = 48
@@ -54,7 +57,8 @@ def train(recipe: Recipe, out: str | Path, watcher: RunWatcher | None = None, he
 
 def evaluate_run(run: Run) -> Evaluation:
     """Score and choose ensembles on a run's predictions."""
-    return evaluate(*saved_predictions(run.dir), run.recipe.ensemble, run.recipe.seed)
+    spec = run.recipe.ensemble.model_copy(update={"members": run.recipe.combined})
+    return evaluate(*saved_predictions(run.dir), spec, run.recipe.seed)
 
 
 def _write_results(run: Run, found: Evaluation, seconds: dict[str, float]) -> None:
@@ -66,7 +70,7 @@ def _write_results(run: Run, found: Evaluation, seconds: dict[str, float]) -> No
     write_json(run.dir / "results.json", {
         "name": run.recipe.name, "protocol": run.recipe.protocol, "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **{key: info[key] for key in ("classes", "commit", "hardware", "threads", "digest")},
-        "seconds": seconds, "scores": found.scores, "comparisons": found.comparisons, "chosen": found.chosen,
+        "seconds": seconds, "scores": found.scores, "comparisons": found.comparisons, "chosen": found.chosen, "combined": found.combined,
         "chosen_reason": found.reason, "temperature": found.temperature, "per_class": per_class(found.rows, found.probs),
         "members": _member_table(run), "notes": [*found.warnings, *info["notes"]],
     })  # fmt: skip
@@ -92,16 +96,27 @@ def _mistakes(run: Run, found: Evaluation) -> dict[str, np.ndarray]:
 
 
 def _member_table(run: Run) -> list[dict[str, Any]]:
-    first = next(fold for fold in run.roles)
+    def parameters(spec: MemberSpec) -> int:
+        return sum(p.numel() for p in run.build(spec, len(run.sources.train.classes)).parameters())
+
     return [
-        {"name": spec.name, "backbone": spec.backbone, "head": describe(spec.head), "img_size": spec.img_size, "weights": spec.weights,
-         "parameters": sum(p.numel() for p in run.load_member(spec, first, len(run.sources.train.classes)).parameters())}
+        {"name": spec.name, "backbone": spec.backbone or " + ".join(spec.joins), "img_size": spec.img_size, "weights": spec.weights,
+         "head": describe_joint(spec.head, spec.joins) if spec.joins else describe(spec.head),
+         "parameters": parameters(spec)}
         for spec in run.recipe.members
     ]  # fmt: skip
 
 
-def export(run: Run, path: str | Path | None = None, method: str | None = None) -> dict[str, Any]:
-    """Write a run's chosen ensemble (or another method) as one file, behind the parity gate.
+def export(
+    run: Run, path: str | Path | None = None, method: str | None = None, members: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Write a run's chosen ensemble as one file, behind the parity gate.
+
+    Args:
+        run: a finished run.
+        path: the file (default model.onnx in the run folder).
+        method: another method than the chosen one.
+        members: other members than those that the recipe combines; one alone is exported as it is, by `mean`.
 
     Returns:
         The parity report, with the file's path and size in bytes.
@@ -116,8 +131,9 @@ def export(run: Run, path: str | Path | None = None, method: str | None = None) 
         )
     target = Path(path) if path is not None else run.dir / "model.onnx"
     began = time.monotonic()
-    combiner, fitted = _fitted(run) if method is None else _fit_again(run, method)
-    pipeline = run.pipeline(combiner)
+    again = method is not None or bool(members)
+    combiner, names, fitted = _fit_again(run, method or "mean", members) if again else _fitted(run)
+    pipeline = run.pipeline(combiner, names)
     dataset = run.sources.test if run.sources.test is not None else run.sources.train
     rows = np.linspace(0, len(dataset) - 1, min(PARITY_IMAGES, len(dataset))).astype(int)
     report = exporting.export(pipeline, target, [dataset.pixels(int(row)) for row in rows], {**_card(run), **fitted})
@@ -126,20 +142,19 @@ def export(run: Run, path: str | Path | None = None, method: str | None = None) 
     return report
 
 
-def _fitted(run: Run) -> tuple[Combiner, dict[str, Any]]:
-    """The run's chosen ensemble as it was fitted and scored, and what the model card says of it."""
+def _fitted(run: Run) -> tuple[Combiner, list[str], dict[str, Any]]:
+    """The run's chosen ensemble as it was fitted and scored, its members, and what the model card says of it."""
     results = run.results
-    ensemble = type(make_ensemble(results["chosen"])).from_state(read_arrays(run.dir / "ensemble.npz"))
-    return _combiner(ensemble, results["temperature"]), _card_of(
-        results["chosen"], results["temperature"], results["scores"]
-    )
+    ensemble, names = restore(results["chosen"], read_arrays(run.dir / "ensemble.npz"), results["combined"])
+    card = _card_of(results["chosen"], results["temperature"], results["scores"])
+    return _combiner(ensemble, results["temperature"]), names, card
 
 
-def _fit_again(run: Run, method: str) -> tuple[Combiner, dict[str, Any]]:
-    """Another method, fitted and scored now."""
-    spec = EnsembleSpec.model_validate({"methods": [check_method(method)], "export": method})
-    found = evaluate(*saved_predictions(run.dir), spec, run.recipe.seed)
-    return _combiner(found.ensemble, found.temperature), _card_of(method, found.temperature, found.scores)
+def _fit_again(run: Run, method: str, members: Sequence[str]) -> tuple[Combiner, list[str], dict[str, Any]]:
+    """Another method or other members, fitted and scored now."""
+    found = evaluate_saved(run.dir, [method], members)
+    ensemble, names = restore(method, found.ensemble.state(), found.combined)
+    return _combiner(ensemble, found.temperature), names, _card_of(method, found.temperature, found.scores)
 
 
 def _combiner(ensemble: Ensemble, temperature: float) -> Combiner:

@@ -1,0 +1,117 @@
+"""The folds of a run put together: out-of-fold and test predictions, the choice of views, members that are not in every fold.
+
+Everything here is arithmetic on the jobs' saved probabilities (c, r, k), where c counts the numbers of views that can be
+chosen from (one, where nothing is to be chosen).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from threefold.augment import view_counts
+from threefold.choice import simplest
+from threefold.files import read_arrays, write_json
+from threefold.predictions import Predictions
+from threefold.run import Run, stand_ins
+
+
+def assemble(run: Run) -> None:
+    """Write oof.npz, which covers every row once, test.npz, the average of the fold models, and views.json.
+
+    Raises:
+        RunError: a fold has no member.
+    """
+    arrays = _read(run)
+    oof, test = _out_of_fold(run, arrays), _on_test(run, arrays)
+    owner = np.full(len(run.sources.train), -1)
+    for fold, roles in run.roles.items():
+        if fold >= 0:
+            owner[roles.score] = fold
+    if run.recipe.views.choose:
+        oof, test = _choose_views(run, oof, test, owner)
+    names = tuple(m.name for m in run.recipe.members)
+    common: dict[str, Any] = {"classes": run.sources.train.classes, "members": names, "protocol": run.recipe.protocol}
+    for kind, data, probs in (("oof", run.sources.train, oof), ("test", run.sources.test, test)):
+        if probs is not None and data is not None:
+            folds = owner if kind == "oof" else None
+            rows = Predictions(
+                probs=probs[0], labels=data.labels, ids=data.ids, groups=data.groups, kind=kind, folds=folds, **common  # type: ignore[arg-type]
+            )  # fmt: skip
+            rows.save(run.dir / f"{kind}.npz")
+
+
+Saved = dict[tuple[str, int], dict[str, np.ndarray]]
+"""Arrays of every member and fold."""
+
+
+def _read(run: Run) -> Saved:
+    """Saved probabilities of every member in each of its folds."""
+    found = {}
+    for member in run.recipe.members:
+        for fold in run.roles:
+            if not member.folds or fold in member.folds:
+                found[member.name, fold] = read_arrays(run.folder(run.last_job(member.name, fold)) / "probs.npz")
+    return found
+
+
+def _mixed(run: Run, fold: int, arrays: Saved, which: str) -> np.ndarray:
+    """Every member's probabilities (c, m, r, k) in a fold, stand-ins included."""
+    names = [m.name for m in run.recipe.members]
+    weights = stand_ins(run.recipe, fold)
+    there = [j for j, name in enumerate(names) if (name, fold) in arrays]
+    stacked = np.stack([arrays[names[j], fold][which] for j in there])
+    if len(there) == len(names):
+        return stacked.swapaxes(0, 1)
+    return np.asarray(np.einsum("ij,jcrk->cirk", weights[:, there], stacked), np.float32)
+
+
+def _out_of_fold(run: Run, arrays: Saved) -> np.ndarray | None:
+    """Probabilities (c, m, n, k) of every training row by the fold that did not see it; None without folds."""
+    folds = [fold for fold, roles in run.roles.items() if fold >= 0 and len(roles.score)]
+    probs = None
+    for fold in folds:
+        part = _mixed(run, fold, arrays, "score")
+        if probs is None:
+            c, m, _, k = part.shape
+            probs = np.full((c, m, len(run.sources.train), k), np.nan, np.float32)
+        probs[:, :, run.roles[fold].score] = part  # a partition: `assign_roles` has checked it
+    return probs
+
+
+def _on_test(run: Run, arrays: Saved) -> np.ndarray | None:
+    """Probabilities (c, m, n, k) of the test rows: the fold models averaged, or the refitted model."""
+    if run.sources.test is None:
+        return None
+    parts = [_mixed(run, fold, arrays, "test") for fold in run.final_folds]
+    return np.asarray(np.mean(parts, axis=0, dtype=np.float32))
+
+
+def _choose_views(
+    run: Run, oof: np.ndarray | None, test: np.ndarray | None, owner: np.ndarray
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Keep the fewest views within one standard error of the best, by the mean over the members; write views.json.
+
+    A fold's own rows are answered with the views that the other folds' rows choose, so the out-of-fold scores stay
+    honest; new images with those that all rows choose. Without folds the test rows choose, as the authors let them.
+    """
+    counts, members = view_counts(run.recipe.views), list(run.recipe.combined)
+    index = [i for i, m in enumerate(run.recipe.members) if m.name in members]
+    data, probs = (run.sources.train, oof) if oof is not None else (run.sources.test, test)
+    assert data is not None
+    assert probs is not None
+    hits = probs[:, index].mean(1).argmax(-1) == data.labels
+    final = simplest(list(hits))
+    kept = None
+    if oof is not None:
+        kept = np.empty_like(oof[:1])
+        for fold in np.unique(owner):
+            mine = owner == fold
+            kept[:, :, mine] = oof[simplest(list(hits[:, ~mine])).chosen][:, mine]
+    write_json(run.dir / "views.json", {
+        "views": counts[final.chosen], "chosen_on": "out-of-fold rows" if oof is not None else "the scored rows",
+        "accuracy": {str(count): float(row.mean()) for count, row in zip(counts, hits, strict=True)},
+        "best": counts[final.best], "standard_error": final.error,
+    })  # fmt: skip
+    return kept, test[[final.chosen]] if test is not None else None

@@ -1,0 +1,201 @@
+"""Doing the jobs of a run, in order, each once: train a stage, save it, predict with the last one."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from threefold.assembly import assemble
+from threefold.augment import Augment, Views, view_counts
+from threefold.datasets import Sources
+from threefold.errors import RunError
+from threefold.files import read_json, sha256, write_arrays, write_json
+from threefold.joint import JointMember
+from threefold.model import load_weights, save_weights
+from threefold.pixels import Pixels
+from threefold.predict import FirstViews, Predictor, pick_device, pick_precision, predict_probs, to_pixels
+from threefold.provenance import commit, hardware, stable_seed, versions
+from threefold.recipe import Job, MemberSpec, Recipe, fold_name
+from threefold.run import FORMAT, Run, verify
+from threefold.splits import Roles
+from threefold.stages import StageTask, train_stage
+
+
+def train_members(run: Run) -> None:
+    """Do every job that is missing, then write run.json, oof.npz and test.npz.
+
+    Raises:
+        ThreefoldError: bad data, a full disk, weights that cannot be had.
+    """
+    sources = run.sources
+    for note in [*sources.notes, *_group_note(run)]:
+        run.watcher.note(note)
+    _write_info(run)
+    pixels = Pixels(run.sources, run.all_views, run.dir / "cache")
+    jobs = run.jobs
+    run.watcher.plan(jobs, [len(run.roles[j.fold].fit) * _epochs(run.recipe, j) for j in jobs])
+    clock = _Clock(run, jobs)
+    for job in jobs:
+        skipped = run.done(job)
+        run.watcher.job(job, skipped)
+        if not skipped:
+            _do(run, job, pixels, clock)
+    assemble(run)
+    write_arrays(run.dir / "thumbs.npz", **_preview(run, pixels))
+    pixels.remove()
+
+
+def _group_note(run: Run) -> list[str]:
+    """A warning where the data have groups that the folds do not keep together."""
+    if run.sources.train.groups is None or run.recipe.folds.scheme != "stratified":
+        return []
+    return [
+        "the images have groups, but folds.scheme = stratified lets a group be in fit and in score; set folds.scheme = grouped"
+    ]
+
+
+def _epochs(recipe: Recipe, job: Job) -> int:
+    return next(stage.epochs for stage in recipe.stages if stage.name == job.stage)
+
+
+class _Clock:
+    """Shares out the time budget: every job may use its part of what is left, by epochs times images."""
+
+    def __init__(self, run: Run, jobs: Sequence[Job]) -> None:
+        self.run = run
+        spent = sum(read_json(run.folder(j) / "done.json")["seconds"] for j in jobs if run.done(j))
+        self.end = time.monotonic() + run.recipe.budget_minutes * 60 - spent if run.recipe.budget_minutes else math.inf
+        self.left = {j: _epochs(run.recipe, j) * len(run.roles[j.fold].fit) for j in jobs if not run.done(j)}
+
+    def deadline(self, job: Job) -> float:
+        """When this job must stop."""
+        if math.isinf(self.end):
+            return math.inf
+        now, total = time.monotonic(), sum(self.left.values())
+        return now + max(0.0, self.end - now) * self.left.pop(job) / total
+
+
+def _do(run: Run, job: Job, pixels: Pixels, clock: _Clock) -> None:
+    """One job: start weights -> stage -> weights, history, probabilities of the last stage, done.json."""
+    began, recipe, spec = time.monotonic(), run.recipe, run.recipe.member(job.member)
+    stages = recipe.stages_of(job.member)
+    number = [stage.name for stage in stages].index(job.stage)
+    roles, classes = run.roles[job.fold], run.sources.train.classes
+    seed = stable_seed(recipe.seed, job.member, str(job.fold), job.stage)
+    torch.manual_seed(seed)
+    previous = run.folder(job._replace(stage=stages[number - 1].name)) if number else None
+    member = _start(run, spec, job.fold, previous)
+    task = StageTask(
+        stages[number],
+        recipe,
+        pixels.rows("train", spec, roles.fit),
+        pixels.select(spec, roles),
+        seed,
+        len(classes),
+        first=number == 0,
+        batch_size=spec.batch_size,
+        deadline=clock.deadline(job),
+        watcher=run.watcher,
+    )
+    outcome = train_stage(member, task)
+    folder = run.folder(job)
+    save_weights(outcome.state, folder / "weights.safetensors")
+    write_json(folder / "history.json", outcome.history)
+    if number == len(stages) - 1:
+        write_arrays(folder / "probs.npz", **_predict(run, member, spec, roles, pixels))
+    hashes = {
+        path.name: sha256(path)
+        for path in sorted(folder.iterdir())
+        if path.name != "done.json" and not path.name.startswith(".")
+    }
+    write_json(folder / "done.json", {"job": job._asdict(), "seconds": time.monotonic() - began, "files": hashes})
+    if previous is not None:
+        (previous / "weights.safetensors").unlink(missing_ok=True)  # the next stage has taken them over
+
+
+def _start(run: Run, spec: MemberSpec, fold: int, previous: Path | None) -> nn.Module:
+    """The network as a stage finds it: with pretrained weights, with those of the stage before, or of the members it joins."""
+    member = run.build(spec, len(run.sources.train.classes), pretrained=previous is None)
+    if previous is not None:
+        verify(previous)
+        load_weights(member, previous / "weights.safetensors")
+    elif isinstance(member, JointMember):
+        for name, base in zip(spec.joins, member.bases, strict=True):
+            folder = run.folder(run.last_job(name, fold))
+            verify(folder)
+            load_weights(base, folder / "weights.safetensors")
+    return member.to(device=pick_device(run.recipe.train.device)).to(memory_format=torch.channels_last)
+
+
+def _predict(run: Run, member: nn.Module, spec: MemberSpec, roles: Roles, pixels: Pixels) -> dict[str, np.ndarray]:
+    """Probabilities (c, r, k) on the rows that this fold scores, and on the test split, for each choice of views."""
+    arrays = {"rows": roles.score}
+    if len(roles.score):
+        arrays["score"] = _by_views(run, member, spec, pixels, "train", roles.score)
+    if run.sources.test is not None:
+        arrays["test"] = _by_views(run, member, spec, pixels, "test", np.arange(len(run.sources.test)))
+    return arrays
+
+
+def _by_views(
+    run: Run, member: nn.Module, spec: MemberSpec, pixels: Pixels, split: str, rows: np.ndarray
+) -> np.ndarray:
+    device = next(member.parameters()).device
+    precision = pick_precision(run.recipe.train.precision, device)
+    counts = view_counts(run.recipe.views) if run.recipe.views.choose else ()
+    predictor: nn.Module = Predictor(member, run.all_views(spec).to(device))
+    if counts:
+        predictor = FirstViews(predictor, [count for count in counts if count])  # type: ignore[arg-type]
+    probs = predict_probs(predictor, pixels.rows(split, spec, rows, views=True)[0], precision)
+    if not counts:
+        return probs[None]
+    probs = probs.swapaxes(0, 1)
+    if counts[0]:
+        return probs
+    whole = Predictor(member, Views(run.recipe.views, spec.img_size, run.recipe.seed, 0).to(device))
+    return np.concatenate([predict_probs(whole, pixels.rows(split, spec, rows)[0], precision)[None], probs])
+
+
+def _preview(run: Run, pixels: Pixels, count: int = 16) -> dict[str, np.ndarray]:
+    """A few training images as the network sees them, augmented, for the report."""
+    spec = next(m for m in run.recipe.members if not m.joins)
+    rows = np.linspace(0, len(run.sources.train) - 1, count).astype(int)
+    images = to_pixels(pixels.rows("train", spec, rows)[0], torch.device("cpu"))
+    seen = Augment(run.recipe.augment)(images, torch.Generator().manual_seed(run.recipe.seed))
+    return {"preview": seen.round().clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8).numpy()}
+
+
+def _data_digest(sources: Sources) -> str:
+    """SHA-256 of which images there are and what they show (their names and labels, not their pixels)."""
+    parts = [(d.ids, d.labels.tolist(), d.groups) for d in (sources.train, sources.test) if d is not None]
+    return hashlib.sha256(repr((sources.train.classes, parts)).encode()).hexdigest()
+
+
+def _write_info(run: Run) -> None:
+    """Write run.json; a run that goes on must find the images that it began with, or folds would be mixed up."""
+    sources, path = run.sources, run.dir / "run.json"
+    data = _data_digest(sources)
+    if path.exists() and read_json(path).get("data") != data:
+        raise RunError(
+            "the images have changed since the run began",
+            where=run.dir,
+            got=f"{len(sources.train)} training images, other names or labels than before",
+            fix="restore them, or choose another --out",
+        )
+    write_json(path, {
+        "format": FORMAT, "digest": run.recipe.digest(), "data": data, "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "hardware": hardware(), "threads": torch.get_num_threads(), "commit": commit(),
+        "classes": list(sources.train.classes), "n_train": len(sources.train),
+        "n_test": len(sources.test) if sources.test is not None else 0, "folds": sum(f >= 0 for f in run.roles),
+        "notes": [*sources.notes, *_group_note(run)], "skipped": [f"{bad.path}: {bad.reason}" for bad in sources.skipped],
+        "roles": {fold_name(f): {"fit": len(r.fit), "select": len(r.select), "score": len(r.score)} for f, r in run.roles.items()},
+    })  # fmt: skip
