@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fnmatch import fnmatch
 from typing import get_args
 
+from threefold.backbones import PAPER_BACKBONES
 from threefold.errors import RecipeError
 from threefold.recipe import DataSpec, HeadKind, HeadSpec, packaged_names
 
@@ -14,7 +16,7 @@ def catalogue(what: str, pattern: str = "*") -> list[str]:
 
     Args:
         what: backbones, heads, ensembles, data or recipes.
-        pattern: for backbones, with `*` for anything.
+        pattern: for backbones, with `*` for anything; the paper's names for them come last.
 
     Raises:
         RecipeError: nothing of that kind.
@@ -34,7 +36,12 @@ def catalogue(what: str, pattern: str = "*") -> list[str]:
 def _backbones(pattern: str) -> list[str]:
     import timm
 
-    return list(timm.list_models(pattern, pretrained=True))
+    known = list(timm.list_models(pattern, pretrained=True))
+    return known + [
+        f"{row.name}: {row.timm}, the paper's, {row.authors_scaling} there; weights: {row.weights}"
+        for row in PAPER_BACKBONES
+        if fnmatch(row.name.lower(), pattern.lower()) or row.timm in known
+    ]
 
 
 def _heads() -> list[str]:

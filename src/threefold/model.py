@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from threefold.backbones import resolve_backbone
 from threefold.errors import RecipeError, RunError
 from threefold.files import write_bytes
 from threefold.heads import build_head
@@ -71,7 +72,7 @@ def build_member(spec: MemberSpec, num_classes: int, *, pretrained: bool = True)
     Raises:
         RecipeError: the backbone is unknown, or its weights cannot be had (with the remedies).
     """
-    backbone = _create_backbone(spec, pretrained and spec.weights == "pretrained")
+    backbone = create_backbone(spec, pretrained and spec.weights == "pretrained")
     if pretrained and spec.weights not in ("pretrained", "none"):
         _load_local(backbone, Path(spec.weights))
     config = timm.data.resolve_model_data_config(backbone)
@@ -80,9 +81,18 @@ def build_member(spec: MemberSpec, num_classes: int, *, pretrained: bool = True)
     return Member(backbone, build_head(spec.head, width, num_classes), config["mean"], config["std"])
 
 
-def _create_backbone(spec: MemberSpec, pretrained: bool) -> Any:
-    """The timm backbone without its classifier, with weights if asked for."""
-    architecture = spec.backbone.split(".")[0]
+def create_backbone(spec: MemberSpec, pretrained: bool) -> Any:
+    """The timm backbone without its classifier, with weights if asked for.
+
+    Args:
+        spec: its `backbone` is timm's name or the paper's, its `img_size` sets a vision transformer's token grid.
+        pretrained: load the weights of the tag.
+
+    Raises:
+        RecipeError: the backbone is unknown, or its weights cannot be had (with the remedies).
+    """
+    name = resolve_backbone(spec.backbone)
+    architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         near = timm.list_models(f"*{architecture[:8]}*")[:5]
         raise RecipeError(
@@ -100,11 +110,22 @@ def _create_backbone(spec: MemberSpec, pretrained: bool) -> Any:
         _load_in_order(backbone, package)
         return backbone
     try:
-        return timm.create_model(spec.backbone, pretrained=pretrained, **options)
+        return _without_hidden_layers(timm.create_model(name, pretrained=pretrained, **options))
     except Exception as error:
         if not pretrained:
             raise RecipeError("cannot build the backbone", where=f"member {spec.name}", got=error) from error
         raise _weights_error(spec, error) from error
+
+
+def _without_hidden_layers(backbone: Any) -> Any:
+    """Drop what timm leaves of VGG's ImageNet classifier, two layers of 4096 with 119.5 million weights.
+
+    The paper puts its head on the average of VGG19's 512 feature maps (figure 2: "the top layers excluded", then global pooling).
+    """
+    if isinstance(backbone, timm.models.vgg.VGG):
+        backbone.pre_logits = nn.Identity()
+        backbone.head_hidden_size = backbone.head.num_features = backbone.num_features
+    return backbone
 
 
 def _needs_img_size(architecture: str) -> bool:
