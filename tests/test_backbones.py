@@ -218,7 +218,6 @@ def test_the_authors_ensemble_of_three() -> None:
 
 SMALLEST = 75
 """Side below which the Inception networks have nothing left; odd, as 299 is, so that padding is not symmetric."""
-QUICK = ["MobileNetV1"]
 NEWER = {
     "tf_efficientnetv2_s": 75,
     "convnext_tiny": 75,
@@ -288,9 +287,8 @@ def build_train_export(name: str, size: int, path: Path) -> dict[str, Any]:
     return {"name": name, "size": size, "bytes": path.stat().st_size, "spread": spread, **report}
 
 
-@pytest.mark.parametrize(
-    "name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in (*NAMES, *NEWER) if n not in QUICK)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", [*NAMES, *NEWER])
 def test_it_builds_learns_and_exports(name: str, tmp_path: Path) -> None:
     report = build_train_export(name, NEWER.get(name, SMALLEST), tmp_path / "m.onnx")
     assert report["max_difference"] <= exporting.TOLERANCE

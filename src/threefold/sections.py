@@ -162,7 +162,7 @@ class MemberSpec(Section):
 
     name: Name
     backbone: str = ""
-    """Any timm name, with or without a tag (`tf_efficientnet_lite0.in1k`)."""
+    """Any timm name, with or without a tag (`tf_efficientnet_lite0.in1k`), or the paper's (`InceptionV3`)."""
     joins: tuple[str, ...] = ()
     """Members to join instead of a backbone: their trained networks of the same fold, side by side, with the head on their
     concatenated softmaxes (E2E-3M, paper section 3.3): `mlp` is Algorithm 1's network, `linear` is equation 19's."""

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from threefold import exporting
+from threefold.cost import cost
 from threefold.ensemble import Ensemble, TemperatureModule
 from threefold.errors import ExportError, RunError
 from threefold.evaluate import Evaluation, evaluate, evaluate_saved, per_class, saved_predictions
@@ -96,13 +97,13 @@ def _mistakes(run: Run, found: Evaluation) -> dict[str, np.ndarray]:
 
 
 def _member_table(run: Run) -> list[dict[str, Any]]:
-    def parameters(spec: MemberSpec) -> int:
-        return sum(p.numel() for p in run.build(spec, len(run.sources.train.classes)).parameters())
+    def costs(spec: MemberSpec) -> dict[str, int]:
+        return cost(run.build(spec, len(run.sources.train.classes)), spec.img_size)._asdict()
 
     return [
         {"name": spec.name, "backbone": spec.backbone or " + ".join(spec.joins), "img_size": spec.img_size, "weights": spec.weights,
          "head": describe_joint(spec.head, spec.joins) if spec.joins else describe(spec.head),
-         "parameters": parameters(spec)}
+         **costs(spec)}
         for spec in run.recipe.members
     ]  # fmt: skip
 
