@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from threefold import stats
+from threefold import paired, stats
 from threefold.ensemble import ENSEMBLES, Ensemble, apply_temperature, choose, cross_fit, fit_temperature, make_ensemble
 from threefold.errors import RunError
 from threefold.predictions import Predictions
@@ -140,11 +140,11 @@ def _comparisons(rows: Predictions, table: dict[str, np.ndarray]) -> list[dict[s
     """Each ensemble against the best single member on the same rows, exact McNemar with Holm's correction."""
     hits = rows.probs.argmax(-1) == rows.labels
     best = int(hits.mean(1).argmax())
-    found = [stats.mcnemar_exact(probs.argmax(1) == rows.labels, hits[best]) for probs in table.values()]
-    adjusted = stats.holm([p for _, _, p in found])
+    found = [paired.mcnemar_exact(probs.argmax(1) == rows.labels, hits[best]) for probs in table.values()]
+    adjusted = paired.holm([p for _, _, p in found])
     return [
         {"a": name, "b": rows.members[best], "rows": rows.kind, "only_a": a, "only_b": b, "p": float(p),
-         "verdict": stats.verdict(name, rows.members[best], a, b, float(p))}
+         "verdict": paired.verdict(name, rows.members[best], a, b, float(p))}
         for name, (a, b, _), p in zip(table, found, adjusted, strict=True)
     ]  # fmt: skip
 
