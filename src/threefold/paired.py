@@ -343,7 +343,7 @@ def verdict(
     """A McNemar test of a against b as one sentence; `p` may be adjusted for several tests.
 
     Example: "no evidence of a difference: 141 against 140 images, p = 1.00"; with `test` "exact McNemar" and `n` 10,000
-    it ends in "(exact McNemar, p = 1.00); about 22,056,000 images would be needed to show a difference of this size".
+    it ends in "(exact McNemar, p = 1.00); about 23,000,000 images would be needed to show a difference of this size".
 
     Args:
         a: name of the first.
