@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from threefold import train
+from threefold.paired import mcnemar_exact
 from threefold.predictions import Predictions
 from threefold.provenance import commit, hardware
 from threefold.recipe import packaged
-from threefold.stats import mcnemar_exact
 
 DRAWS = 4000
 
@@ -36,7 +36,9 @@ def table(kind: str, rows: list[Predictions]) -> None:
     """One line per head."""
     hits = np.stack([p.probs.argmax(-1) == p.labels for p in rows]).astype(float)  # seeds, members, images
     print(f"\n{kind}, {hits.shape[2]} images, {hits.shape[0]} seeds")
-    print(f"{'head':14}{'accuracy':>10}{'lowest':>9}{'highest':>9}{'minus std':>11}{'95 % interval':>22}  McNemar, by seed")
+    print(
+        f"{'head':14}{'accuracy':>10}{'lowest':>9}{'highest':>9}{'minus std':>11}{'95 % interval':>22}  McNemar, by seed"
+    )
     for i, name in enumerate(rows[0].members):
         per_seed, difference = hits[:, i].mean(1), hits[:, i] - hits[:, 0]
         cells = f"{name:14}{per_seed.mean():10.4f}{per_seed.min():9.4f}{per_seed.max():9.4f}"
@@ -57,11 +59,16 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[])
     args = parser.parse_args()
     runs = [
-        train(packaged(args.recipe, [*args.set, f"seed={seed}"]), args.runs / f"seed{seed}") for seed in range(args.seeds)
+        train(packaged(args.recipe, [*args.set, f"seed={seed}"]), args.runs / f"seed{seed}")
+        for seed in range(args.seeds)
     ]
     minutes = sum(run.results["seconds"]["train"] for run in runs) / 60
-    print(f"{args.recipe}: {minutes:.0f} minutes of training, {runs[0].results['hardware']}, {runs[0].results['threads']} threads,")
-    print(f"trained at commit {runs[0].results['commit']}, {runs[0].results['created'][:10]}; read on {hardware()}, {commit()}")
+    print(
+        f"{args.recipe}: {minutes:.0f} minutes of training, {runs[0].results['hardware']}, {runs[0].results['threads']} threads,"
+    )
+    print(
+        f"trained at commit {runs[0].results['commit']}, {runs[0].results['created'][:10]}; read on {hardware()}, {commit()}"
+    )
     table("out of fold", [run.predictions("oof") for run in runs])
     if runs[0].sources.test is not None:
         table("test (two fold models averaged)", [run.predictions("test") for run in runs])

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from threefold.augment import Views, resize_square
 from threefold.datasets import load_data
 from threefold.model import build_member
+from threefold.paired import mcnemar_exact
 from threefold.provenance import commit, hardware
 from threefold.recipe import DataSpec, FoldSpec, MemberSpec, ViewSpec
 from threefold.splits import assign_roles
-from threefold.stats import mcnemar_exact, wilson_interval
+from threefold.stats import wilson_interval
 
 
 class OverViews(nn.Module):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import softmax
 
-from threefold import stats
+from threefold import paired, stats
 from threefold.combiners import Ensemble, MeanEnsemble, WeightedEnsemble
 from threefold.ensemble import (
     ENSEMBLES,
@@ -277,11 +277,11 @@ def test_the_papers_ensemble_beats_its_best_member_and_its_heads_do_not_differ(a
     ensemble = stats.correct(MeanEnsemble().predict_proba(mixed.probs), mixed.labels)
     best = max(mixed.members, key=lambda name: hits[name].sum())
     assert best.endswith("SEResNeXt101")
-    only_ensemble, only_best, p = stats.mcnemar_exact(ensemble, hits[best])
+    only_ensemble, only_best, p = paired.mcnemar_exact(ensemble, hits[best])
     assert (only_ensemble, only_best) == (114, 77)
     assert p == pytest.approx(0.009, abs=5e-4)
     std, gru = (hits[f"FashionMNIST_SEResNext101_LRG299_{name}"] for name in ("Mul", "GRU_Mul"))
-    found = stats.mcnemar_exact(std, gru)
+    found = paired.mcnemar_exact(std, gru)
     assert found == (141, 140, 1.0)
-    sentence = stats.verdict("LRG299", "GRU", *found)
+    sentence = paired.verdict("LRG299", "GRU", *found)
     assert sentence == "no evidence of a difference: 141 against 140 images, p = 1.00"

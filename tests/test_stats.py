@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap
 from sklearn import metrics
 
 from threefold import stats
@@ -54,7 +52,7 @@ def test_per_class_figures_equal_scikit_learns_and_are_none_where_undefined(
         assert (entry["class"], entry["n"]) == (f"c{i}", n[i])
         for name, value in (("precision", precision[i]), ("recall", recall[i]), ("f1", f1[i])):
             assert entry[name] == (None if np.isnan(value) else pytest.approx(value))
-        for name, interval in (("recall", "interval"), ("precision", "precision_interval")):
+        for name, interval in (("recall", "interval"), ("precision", "precision_interval"), ("f1", "f1_interval")):
             low, high = entry[interval]
             assert (low, high) == (0, 1) if entry[name] is None else low <= entry[name] <= high
 
@@ -110,113 +108,31 @@ def test_ece_lies_between_the_mean_gap_and_one(data: tuple[np.ndarray, np.ndarra
     assert stats.reliability_curve(probs, labels).n.sum() == len(labels)
 
 
-@LAW
-@given(rows=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=200))
-def test_mcnemar_is_the_binomial_test_of_discordant_rows(rows: list[tuple[bool, bool]]) -> None:
-    a, b = np.array(rows).T
-    only_a, only_b, p = stats.mcnemar_exact(a, b)
-    assert only_a == sum(x and not y for x, y in rows)
-    assert only_b == sum(y and not x for x, y in rows)
-    assert p == pytest.approx(binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0)
-    assert stats.mcnemar_exact(b, a) == (only_b, only_a, p)
-
-
-def test_paired_tests_refuse_rows_that_do_not_pair() -> None:
-    for a, b in (([1], [1, 0]), ([], []), ([[1]], [[1]])):
-        with pytest.raises(DataError, match="one value per row"):
-            stats.mcnemar_exact(a, b)
-    with pytest.raises(DataError, match="groups have the wrong length"):
-        stats.paired_bootstrap([1, 0], [0, 0], groups=["a"])
-    with pytest.raises(DataError, match="confidence level"):
-        stats.paired_bootstrap([1, 0], [0, 0], level=95)
-
-
-def test_bootstrap_interval_is_the_normal_one_for_many_rows() -> None:
-    rng = np.random.default_rng(1)
-    a, b = rng.random(2000) < 0.9, rng.random(2000) < 0.8
-    found = stats.paired_bootstrap(a, b)
-    difference = a.astype(float) - b
-    error = difference.std() / len(difference) ** 0.5
-    assert found.estimate == pytest.approx(difference.mean())
-    assert found.low == pytest.approx(difference.mean() - 1.96 * error, abs=0.2 * error)
-    assert found.high == pytest.approx(difference.mean() + 1.96 * error, abs=0.2 * error)
-    assert stats.paired_bootstrap(a, b) == found
-    assert stats.paired_bootstrap(a, b, seed=1) != found
-
-
-def test_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(2)
-    covered = 0
-    for i in range(200):
-        found = stats.paired_bootstrap(rng.normal(0.3, 1, 60), rng.normal(0, 1, 60), level=0.9, resamples=300, seed=i)
-        covered += found.low <= 0.3 <= found.high
-    assert 0.82 <= covered / 200 <= 0.96
-
-
-def test_groups_widen_the_interval_where_rows_repeat() -> None:
-    rng = np.random.default_rng(3)
-    a, b = (np.repeat(rng.random(40) < share, 25).astype(float) for share in (0.8, 0.6))
-    groups = [f"patient{i // 25}" for i in range(1000)]
-    alone, grouped = stats.paired_bootstrap(a, b), stats.paired_bootstrap(a, b, groups)
-    assert grouped.estimate == alone.estimate
-    assert 3.5 < (grouped.high - grouped.low) / (alone.high - alone.low) < 6.5  # 5 = sqrt(25) in theory
-
-
-def test_groups_of_one_row_are_rows() -> None:
-    a, b = np.array([1, 0, 1, 1.0]), np.array([0, 0, 1, 0.0])
-    assert stats.paired_bootstrap(a, b, list("abcd")) == stats.paired_bootstrap(a, b)
-
-
-def test_holm_by_hand() -> None:
-    assert stats.holm([0.04, 0.01, 0.03, 0.005]) == pytest.approx([0.06, 0.03, 0.06, 0.02])
-    assert stats.holm([0.9, 0.8]) == pytest.approx([1, 1])
-    assert stats.holm([]).shape == (0,)
-    for wrong in ([1.2, 0.1], [-0.1], [np.nan], 0.5):
-        with pytest.raises(DataError):
-            stats.holm(wrong)
-
-
-@LAW
-@given(p=st.lists(st.floats(0, 1), min_size=1, max_size=8), alpha=st.sampled_from([0.01, 0.05, 0.2, 0.5]))
-def test_holm_rejects_exactly_what_the_step_down_procedure_rejects(p: list[float], alpha: float) -> None:
-    adjusted = stats.holm(p)
-    ordered = sorted(range(len(p)), key=lambda i: p[i])
-    rejected = itertools.takewhile(lambda step: p[step[1]] * (len(p) - step[0]) <= alpha, enumerate(ordered))
-    assert {i for i in range(len(p)) if adjusted[i] <= alpha} == {i for _, i in rejected}
-    assert (adjusted >= np.array(p)).all()
-    assert adjusted.max() <= 1
-
-
-@pytest.mark.parametrize(
-    ("counts", "sentence"),
-    [
-        ((141, 140, 1.0), "no evidence of a difference: 141 against 140 images, p = 1.00"),
-        ((114, 77, 0.00901), "mean is better than net: 114 against 77 images, p = 0.009"),
-        ((77, 114, 0.00901), "net is better than mean: 114 against 77 images, p = 0.009"),
-        ((90, 10, 1e-9), "mean is better than net: 90 against 10 images, p < 0.001"),
-        ((114, 77, 0.0501), "no evidence of a difference: 114 against 77 images, p = 0.050"),
-        ((3, 1, 0.625), "no evidence of a difference: 3 against 1 images, p = 0.62"),
-    ],
-)
-def test_verdicts_in_words(counts: tuple[int, int, float], sentence: str) -> None:
-    assert stats.verdict("mean", "net", *counts) == sentence
-
-
 def test_a_score_has_the_figures_of_results_json() -> None:
     probs = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]])
     labels = np.array([0, 1, 1, 1])
     entry = stats.score_table(probs, labels, level=0.9)
-    assert list(entry) == ["n", "accuracy", "interval", "level", "log_loss", "ece"]
+    assert list(entry)[:6] == ["n", "accuracy", "interval", "level", "log_loss", "ece"]
+    assert list(entry)[6:] == ["brier", "balanced_accuracy", "balanced_accuracy_interval", "macro_f1", "roc_auc"]
     assert (entry["n"], entry["accuracy"], entry["level"]) == (4, 0.75, 0.9)
     assert entry["interval"] == list(stats.wilson_interval(3, 4, 0.9))
     assert entry["log_loss"] == stats.log_loss(probs, labels)
     assert entry["ece"] == stats.ece(probs, labels)
+    for name in ("brier", "balanced_accuracy", "macro_f1", "roc_auc"):
+        assert entry[name] == getattr(stats, name)(probs, labels)
     assert all(type(value) in (int, float, list) for value in entry.values())
+    alone = stats.score_table(probs[:1], [0])
+    assert (alone["roc_auc"], alone["balanced_accuracy"]) == (None, 1.0)
+    grouped = stats.score_table(probs, labels, 0.9, ["a", "a", "b", "b"])
+    assert grouped["interval"] == list(stats.share_interval(stats.correct(probs, labels), ["a", "a", "b", "b"], 0.9))
+    assert {key for key in entry if entry[key] != grouped[key]} <= {"interval", "balanced_accuracy_interval"}
 
 
 @pytest.mark.parametrize(
-    "score", [stats.accuracy, stats.log_loss, stats.brier, stats.ece, stats.confusion_matrix, stats.score_table]
-)
+    "score",
+    [stats.accuracy, stats.log_loss, stats.brier, stats.ece, stats.confusion_matrix, stats.score_table, stats.roc_auc,
+     stats.balanced_accuracy, stats.macro_f1, stats.top_k_accuracy],
+)  # fmt: skip
 def test_scores_refuse_what_does_not_fit(score) -> None:
     with pytest.raises(DataError, match="labels have the wrong shape"):
         score(np.full((3, 2), 0.5), [0, 1])
@@ -229,3 +145,130 @@ def test_scores_refuse_what_does_not_fit(score) -> None:
 def test_per_class_refuses_another_number_of_names() -> None:
     with pytest.raises(DataError, match="class names"):
         stats.per_class(np.full((2, 2), 0.5), [0, 1], ["a"])
+
+
+def groups_of(shares: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Hits (n,) of groups with these shares and sizes (groups,), and the group of each."""
+    part = np.repeat(np.arange(len(sizes)), sizes)
+    return rng.random(len(part)) < shares[part], part
+
+
+@LAW
+@given(hits=st.lists(st.booleans(), min_size=2, max_size=60), level=st.sampled_from([0.8, 0.95]))
+def test_groups_of_one_row_are_rows_for_a_share(hits: list[bool], level: float) -> None:
+    rows = stats.wilson_interval(sum(hits), len(hits), level)
+    assert stats.share_interval(hits, level=level) == rows
+    assert stats.share_interval(hits, list(range(len(hits))), level) == pytest.approx(rows)
+
+
+@LAW
+@given(seed=st.integers(0, 999), groups=st.integers(2, 20), largest=st.integers(1, 30))
+def test_groups_never_narrow_the_interval_of_a_share(seed: int, groups: int, largest: int) -> None:
+    rng = np.random.default_rng(seed)
+    hits, part = groups_of(rng.random(groups), rng.integers(1, largest + 1, groups), rng)
+    alone, found = stats.share_interval(hits), stats.share_interval(hits, part)
+    assert 0 <= found.low <= alone.low + 1e-12
+    assert alone.high - 1e-12 <= found.high <= 1
+    assert found.low - 1e-12 <= hits.mean() <= found.high + 1e-12
+
+
+def test_groups_that_are_alike_count_once_each() -> None:
+    hits = np.repeat(np.random.default_rng(0).random(400) < 0.7, 10)
+    found = stats.share_interval(hits, np.repeat(np.arange(400), 10))
+    assert found == pytest.approx(stats.wilson_interval(hits.sum() / 10, 400), abs=5e-4)
+    assert stats.share_interval(np.ones(40), np.repeat(np.arange(4), 10)).low < stats.wilson_interval(4, 4).low
+    assert stats.share_interval(np.ones(40), ["one"] * 40) == (0, 1)
+
+
+def test_the_interval_of_a_grouped_share_covers_as_often_as_it_says() -> None:
+    rng, covered = np.random.default_rng(4), np.zeros(2)
+    for _ in range(300):
+        hits, part = groups_of(rng.beta(8, 2, 25), rng.integers(5, 30, 25), rng)
+        found = (stats.share_interval(hits, part), stats.share_interval(hits))
+        covered += [interval.low <= 0.8 <= interval.high for interval in found]
+    assert 0.92 <= covered[0] / 300 <= 0.98
+    assert covered[1] / 300 < 0.85  # rows alone: too sure
+
+
+def test_shares_are_of_rows_that_count() -> None:
+    hits, among = np.array([1, 0, 1, 0, 0]), np.array([1, 1, 1, 0, 0])
+    assert stats.share_interval(hits, among=among) == stats.wilson_interval(2, 3)
+    assert stats.share_interval(np.zeros(2), ["a", "b"], among=np.zeros(2)) == (0, 1)
+    for wrong in ([1, 1], [0, 1, 1, 0, 0]):
+        with pytest.raises(DataError, match="hits lie outside the rows that count"):
+            stats.share_interval(hits, among=wrong)
+    with pytest.raises(DataError, match="groups have the wrong length"):
+        stats.share_interval(hits, ["a"])
+    with pytest.raises(DataError, match="confidence level"):
+        stats.share_interval(hits, level=1)
+
+
+def answers(n: int, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities (n, k) that are often right, and labels of rarer and rarer classes."""
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(k, n, p=np.arange(1, k + 1) / np.arange(1, k + 1).sum())
+    logits = rng.normal(0, 1, (n, k)) + 1.5 * np.eye(k)[labels]
+    return np.exp(logits) / np.exp(logits).sum(1, keepdims=True), labels
+
+
+@pytest.mark.parametrize("name", ["balanced_accuracy", "macro_f1", "log_loss", "brier"])
+def test_bootstrap_equals_scipys_which_copies_the_rows(name: str) -> None:
+    probs, labels = answers(250, 3, 5)
+    score = getattr(stats, name)
+    low, high = bootstrap(
+        (np.arange(250),), lambda rows: score(probs[rows], labels[rows]), vectorized=False, n_resamples=1500,
+        method="percentile", rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    found = stats.bootstrap_interval(name, probs, labels)
+    assert found == pytest.approx((low, high), abs=0.09 * (high - low))
+    assert found.low < score(probs, labels) < found.high
+    assert stats.bootstrap_interval(name, probs, labels) == found
+    assert stats.bootstrap_interval(name, probs, labels, seed=1) != found
+
+
+def test_whole_groups_are_drawn() -> None:
+    probs, labels = answers(60, 3, 6)
+    many, groups = (np.repeat(probs, 16, 0), np.repeat(labels, 16)), np.repeat(np.arange(60), 16)
+    for name in ("balanced_accuracy", "log_loss"):
+        few = stats.bootstrap_interval(name, probs, labels)
+        assert stats.bootstrap_interval(name, *many, groups) == pytest.approx(few, abs=0.15 * (few.high - few.low))
+        alone = stats.bootstrap_interval(name, *many)
+        assert 3 < (few.high - few.low) / (alone.high - alone.low) < 5.2  # 4 = sqrt(16) in theory
+
+
+def test_any_function_of_weighted_rows_can_be_bootstrapped() -> None:
+    probs, labels = answers(200, 3, 7)
+    found = stats.bootstrap_interval(lambda p, y, w: (p.argmax(1) == y) @ w / w.sum(0), probs, labels, resamples=5000)
+    assert found == pytest.approx(stats.wilson_interval(int(stats.correct(probs, labels).sum()), 200), abs=0.012)
+
+
+def test_bootstrap_refuses() -> None:
+    probs, labels = answers(20, 3, 8)
+    for change, message in (
+        ({"score": "ece"}, "unknown score: ece"),
+        ({"resamples": 10}, "too few bootstrap resamples"),
+        ({"level": 0}, "confidence level"),
+        ({"groups": ["a"]}, "wrong length"),
+        ({"score": "roc_auc", "labels": np.zeros(20, int)}, "not defined in any"),
+    ):
+        with pytest.raises(DataError, match=message):
+            stats.bootstrap_interval(**{"score": "accuracy", "probs": probs, "labels": labels, **change})
+    with pytest.raises(DataError, match="rows of two classes"):
+        stats.roc_auc(probs, np.zeros(20, int))
+    with pytest.raises(DataError, match="top >= 1"):
+        stats.top_k_accuracy(probs, labels, 0)
+
+
+def test_the_interval_of_f1_is_the_bootstraps_and_has_a_width_at_the_end() -> None:
+    probs, labels = answers(2000, 3, 9)
+
+    def f1(p: np.ndarray, y: np.ndarray, w: np.ndarray) -> np.ndarray:
+        return 2 * ((p.argmax(1) == 1) & (y == 1)) @ w / ((p.argmax(1) == 1) @ w + (y == 1) @ w)
+
+    groups = np.arange(2000) // 20
+    for part in (None, groups):
+        found = stats.per_class(probs, labels, ["a", "b", "c"], groups=part)[1]["f1_interval"]
+        assert found == pytest.approx(stats.bootstrap_interval(f1, probs, labels, part), abs=0.006)
+    sure = stats.per_class(np.eye(2)[[0] * 20 + [1] * 5], [0] * 20 + [1] * 5, ["a", "b"])
+    assert [entry["f1"] for entry in sure] == [1, 1]
+    assert sure[1]["f1_interval"][0] < sure[0]["f1_interval"][0] < 1

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from threefold import stats
+from threefold import paired, stats
 from threefold.ensemble import ENSEMBLES, Ensemble, apply_temperature, choose, cross_fit, fit_temperature, make_ensemble
 from threefold.errors import RecipeError, RunError
 from threefold.predictions import Predictions
@@ -147,11 +147,11 @@ def _comparisons(rows: Predictions, table: dict[Key, np.ndarray], combined: Sequ
     hits = {name: probs.argmax(1) == rows.labels for name, probs in zip(rows.members, rows.probs, strict=True)}
     best = max(combined, key=lambda name: hits[name].mean())
     contenders = {n: probs for (kind, n), probs in table.items() if kind == "ensemble" or n not in combined}
-    found = [stats.mcnemar_exact(probs.argmax(1) == rows.labels, hits[best]) for probs in contenders.values()]
-    adjusted = stats.holm([p for _, _, p in found])
+    found = [paired.mcnemar_exact(probs.argmax(1) == rows.labels, hits[best]) for probs in contenders.values()]
+    adjusted = paired.holm([p for _, _, p in found])
     return [
         {"a": name, "b": best, "rows": rows.kind, "only_a": a, "only_b": b, "p": float(p),
-         "verdict": stats.verdict(name, best, a, b, float(p))}
+         "verdict": paired.verdict(name, best, a, b, float(p))}
         for name, (a, b, _), p in zip(contenders, found, adjusted, strict=True)
     ]  # fmt: skip
 

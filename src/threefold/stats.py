@@ -1,7 +1,8 @@
-"""How good, how sure, and is it better: scores, intervals and paired tests on probabilities and labels, in float64.
+"""How good and how sure: scores of one set of probabilities, with intervals, in float64. Two sets: `paired.py`.
 
-Everywhere `probs` is (n, k) with rows that sum to 1 and `labels` is (n,) class numbers. Numbers that are not defined
-(the recall of a class without images) are None in tables, never 0.
+Everywhere `probs` is (n, k) with rows that sum to 1, `labels` is (n,) class numbers, and `groups`, where given, is (n,)
+names of what is drawn as a whole (patient, signer): rows of a group are not independent, and intervals then speak of
+other groups. Numbers that are not defined (the recall of a class without images) are None in tables, never 0.
 """
 
 from __future__ import annotations
@@ -11,33 +12,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binom, norm
+from scipy.stats import norm, t
 
 from threefold.errors import DataError
-from threefold.predictions import FLOOR, check_labels, check_probs
-
-
-class Interval(NamedTuple):
-    """Lower and upper end of a confidence interval."""
-
-    low: float
-    high: float
-
-
-class Difference(NamedTuple):
-    """A mean paired difference a - b with its interval."""
-
-    estimate: float
-    low: float
-    high: float
-
-
-class McNemar(NamedTuple):
-    """Discordant rows of two classifiers and the two-sided exact p-value."""
-
-    only_a: int
-    only_b: int
-    p: float
+from threefold.predictions import check_labels, check_probs
+from threefold.resampling import (
+    RESAMPLES,
+    Interval,
+    cell_weights,
+    check_draws,
+    check_groups,
+    check_hits,
+    check_level,
+    percentile_interval,
+    row_weights,
+)
+from threefold.weighted import COUNTED, Weighted, check_score, in_top, score_value
 
 
 class Reliability(NamedTuple):
@@ -63,22 +53,47 @@ def correct(probs: npt.ArrayLike, labels: npt.ArrayLike) -> np.ndarray:
     return np.asarray(array.argmax(-1) == truth)
 
 
-def wilson_interval(correct: int, n: int, level: float = 0.95) -> Interval:
-    """Wilson's score interval of a share, correct / n (Wilson 1927); (0, 1) where there are no rows.
+def top_k_accuracy(probs: npt.ArrayLike, labels: npt.ArrayLike, top: int = 5) -> float:
+    """Share of rows whose label is among the `top` largest probabilities; ties go to the first classes.
 
     Raises:
-        DataError: counts that cannot be, or a level outside 0..1.
+        DataError: probabilities or labels are not usable, or `top` is below 1.
     """
-    if not 0 <= correct <= n:
-        raise DataError("not a share", expected="0 <= correct <= n", got=f"{correct} of {n}")
-    _check_level(level)
-    if n == 0:
-        return Interval(0.0, 1.0)
-    z2 = float(norm.ppf((1 + level) / 2)) ** 2
-    centre = (correct + z2 / 2) / (n + z2)
-    half = (z2 * (correct * (n - correct) / n + z2 / 4)) ** 0.5 / (n + z2)
-    # At the ends the formula gives exactly 0 and 1, but for rounding.
-    return Interval(0.0 if correct == 0 else centre - half, 1.0 if correct == n else centre + half)
+    if top < 1:
+        raise DataError("top-k accuracy needs at least one answer", expected="top >= 1", got=top)
+    return float(in_top(top, *_checked(probs, labels)).mean())
+
+
+def balanced_accuracy(probs: npt.ArrayLike, labels: npt.ArrayLike) -> float:
+    """Mean recall of the classes that have rows (Brodersen et al. 2010): each class counts alike, however rare.
+
+    Raises:
+        DataError: probabilities or labels are not usable.
+    """
+    return score_value("balanced_accuracy", *_checked(probs, labels))
+
+
+def macro_f1(probs: npt.ArrayLike, labels: npt.ArrayLike) -> float:
+    """Mean F1 of the classes that are some row's label or answer.
+
+    Raises:
+        DataError: probabilities or labels are not usable.
+    """
+    return score_value("macro_f1", *_checked(probs, labels))
+
+
+def roc_auc(probs: npt.ArrayLike, labels: npt.ArrayLike) -> float:
+    """Area under the ROC curve (Hanley and McNeil 1982): chance that a row of the class has the larger probability.
+
+    Two classes: of class 1. More: mean over the classes that have rows, each against the rest.
+
+    Raises:
+        DataError: probabilities or labels are not usable, or all rows have one label.
+    """
+    found = score_value("roc_auc", *_checked(probs, labels))
+    if np.isnan(found):
+        raise DataError("ROC AUC needs rows of two classes", got="one class")
+    return found
 
 
 def log_loss(probs: npt.ArrayLike, labels: npt.ArrayLike) -> float:
@@ -87,8 +102,7 @@ def log_loss(probs: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     Raises:
         DataError: probabilities or labels are not usable.
     """
-    array, truth = _checked(probs, labels)
-    return float(-np.log(np.maximum(array[np.arange(len(truth)), truth], FLOOR)).mean())
+    return score_value("log_loss", *_checked(probs, labels))
 
 
 def brier(probs: npt.ArrayLike, labels: npt.ArrayLike) -> float:
@@ -97,9 +111,7 @@ def brier(probs: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     Raises:
         DataError: probabilities or labels are not usable.
     """
-    array, truth = _checked(probs, labels)
-    hit = array[np.arange(len(truth)), truth]
-    return float(((array**2).sum(-1) - 2 * hit + 1).mean())
+    return score_value("brier", *_checked(probs, labels))
 
 
 def reliability_curve(probs: npt.ArrayLike, labels: npt.ArrayLike, bins: int = 15) -> Reliability:
@@ -138,140 +150,186 @@ def confusion_matrix(probs: npt.ArrayLike, labels: npt.ArrayLike) -> np.ndarray:
     return np.bincount(truth * k + array.argmax(-1), minlength=k * k).reshape(k, k).astype(np.int64)
 
 
+def wilson_interval(correct: float, n: float, level: float = 0.95) -> Interval:
+    """Wilson's score interval of a share, correct / n (Wilson 1927); (0, 1) where there are no rows.
+
+    Raises:
+        DataError: counts that cannot be, or a level outside 0..1.
+    """
+    if not 0 <= correct <= n < np.inf:
+        raise DataError("not a share", expected="0 <= correct <= n", got=f"{correct} of {n}")
+    check_level(level)
+    if n == 0:
+        return Interval(0.0, 1.0)
+    z2 = float(norm.ppf((1 + level) / 2)) ** 2
+    centre = (correct + z2 / 2) / (n + z2)
+    half = (z2 * (correct * (n - correct) / n + z2 / 4)) ** 0.5 / (n + z2)
+    # At the ends the formula gives exactly 0 and 1, but for rounding.
+    return Interval(0.0 if correct == 0 else centre - half, 1.0 if correct == n else centre + half)
+
+
+def share_interval(
+    hits: npt.ArrayLike, groups: npt.ArrayLike | None = None, level: float = 0.95, among: npt.ArrayLike | None = None
+) -> Interval:
+    """Interval of the share of rows that hit, such as an accuracy: Wilson's, on as many rows as the groups are worth.
+
+    With groups, n is divided by the design effect of the share, a ratio of group totals (Rao and Scott 1992), never
+    raised by it, and multiplied with the squared ratio of t quantiles for n - 1 and groups - 1 degrees of freedom (Korn
+    and Graubard 1998). Wilson's interval on the effective n is the one that Franco et al. (2019) recommend. Where all or
+    no rows hit, the design effect cannot be seen; each group then counts as wholly alike. One group alone says nothing
+    about others: (0, 1).
+
+    Args:
+        hits: (n,) booleans.
+        groups: (n,) names, or None: rows are independent.
+        level: confidence level.
+        among: (n,) booleans, the rows that count; None = all. No hits are outside them.
+
+    Raises:
+        DataError: lengths differ, `hits` are not booleans, or a level outside 0..1.
+    """
+    hit = check_hits(hits)
+    counted = np.ones(len(hit), bool) if among is None else check_hits(among)
+    if counted.shape != hit.shape or (hit & ~counted).any():
+        raise DataError("hits lie outside the rows that count", expected="`among` holds every hit")
+    check_level(level)
+    right, n = float(hit.sum()), float(counted.sum())
+    if groups is None or n == 0:
+        return wilson_interval(right, n, level)
+    part = check_groups(groups, len(hit))
+    sizes = np.bincount(part, counted)
+    effective = _effective_rows(np.bincount(part, hit)[sizes > 0], sizes[sizes > 0], level)
+    return wilson_interval(min(right / n * effective, effective), effective, level)
+
+
 def per_class(
-    probs: npt.ArrayLike, labels: npt.ArrayLike, classes: Sequence[str], level: float = 0.95
+    probs: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    classes: Sequence[str],
+    level: float = 0.95,
+    groups: npt.ArrayLike | None = None,
 ) -> list[dict[str, Any]]:
-    """One entry per class: class, n, recall, interval (of the recall), precision, precision_interval, f1.
+    """One entry per class: class, n, recall, interval (of the recall), precision, precision_interval, f1, f1_interval.
+
+    All three intervals are `share_interval`s. F1 = 2 s / (1 + s) where s is the share of hits among the rows that are
+    of the class or called so, so the interval of s gives that of F1 (the indirect Wilson method of Lam et al. 2023,
+    arXiv:2309.14621); unlike a bootstrap it has a width where every row, or none, is right.
 
     Raises:
-        DataError: probabilities or labels are not usable, or the number of class names is another.
+        DataError: probabilities, labels or groups are not usable, or the number of class names is another.
     """
-    matrix = confusion_matrix(probs, labels)
-    if len(classes) != len(matrix):
-        raise DataError("class names do not match the probabilities", expected=len(matrix), got=len(classes))
-    columns = zip(classes, matrix.diagonal().tolist(), matrix.sum(1).tolist(), matrix.sum(0).tolist(), strict=True)
-    return [
-        {
-            "class": name,
-            "n": n,
-            "recall": _share(hit, n),
-            "interval": list(wilson_interval(hit, n, level)),
-            "precision": _share(hit, predicted),
-            "precision_interval": list(wilson_interval(hit, predicted, level)),
-            "f1": _share(2 * hit, n + predicted),
-        }
-        for name, hit, n, predicted in columns
-    ]
+    array, truth = _checked(probs, labels)
+    if len(classes) != array.shape[1]:
+        raise DataError("class names do not match the probabilities", expected=array.shape[1], got=len(classes))
+    part = None if groups is None else check_groups(groups, len(truth))
+    answer = array.argmax(-1)
+    return [{"class": name, **_class_figures(truth == c, answer == c, part, level)} for c, name in enumerate(classes)]
 
 
-def mcnemar_exact(correct_a: npt.ArrayLike, correct_b: npt.ArrayLike) -> McNemar:
-    """Exact McNemar test on paired booleans (n,): is one right more often where just one of the two is right?
-
-    Two-sided binomial test of the discordant rows against one half; p = 1 where there are none.
-
-    Raises:
-        DataError: different lengths.
-    """
-    a, b = _paired(correct_a, correct_b, bool)
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    p = min(1.0, 2 * float(binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))
-    return McNemar(only_a, only_b, p)
-
-
-def paired_bootstrap(
-    a: npt.ArrayLike,
-    b: npt.ArrayLike,
-    groups: Sequence[str] | None = None,
+def bootstrap_interval(
+    score: str | Weighted,
+    probs: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    groups: npt.ArrayLike | None = None,
     *,
     level: float = 0.95,
-    resamples: int = 2000,
+    resamples: int = RESAMPLES,
     seed: int = 0,
-) -> Difference:
-    """Mean of a - b with a percentile bootstrap interval; a and b are per-row scores (n,), such as `correct`.
+) -> Interval:
+    """Percentile bootstrap interval of a score (Efron 1979); with groups, whole groups are drawn (cluster bootstrap).
 
-    With groups, whole groups are drawn (cluster bootstrap): rows of one patient or signer are not independent.
+    Resamples in which the score is not defined are left out. With fewer than about 20 rows or groups the interval is
+    too narrow. The calibration error is not among the names: resampling adds noise to each of its bins, so that its
+    interval would lie above the score.
 
-    Raises:
-        DataError: different lengths, or a level outside 0..1.
-    """
-    first, second = _paired(a, b, np.float64)
-    _check_level(level)
-    difference = first - second
-    part = np.arange(len(difference)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    if part.shape != difference.shape:
-        raise DataError("groups have the wrong length", expected=len(difference), got=len(part))
-    sums, counts = np.bincount(part, difference), np.bincount(part)
-    rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for i in range(resamples):
-        drawn = rng.integers(0, len(sums), len(sums))
-        means[i] = sums[drawn].sum() / counts[drawn].sum()
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Difference(float(difference.mean()), float(low), float(high))
-
-
-def holm(pvalues: npt.ArrayLike) -> np.ndarray:
-    """p-values (tests,) adjusted for their number by Holm's step-down method (Holm 1979), in the order given.
+    Args:
+        score: a name of SCORES, or a function of probs (n, k), labels (n,) and weights (n, r) to values (r,).
+        probs: (n, k).
+        labels: (n,).
+        groups: (n,) names, or None.
+        level: confidence level.
+        resamples: number of draws.
+        seed: of the draws.
 
     Raises:
-        DataError: not probabilities.
+        DataError: unusable probabilities, labels or groups, an unknown score, or one that no resample defines.
     """
-    p = np.asarray(pvalues, dtype=np.float64)
-    if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
-        raise DataError("p-values must be a list of numbers in 0..1", got=p.tolist())
-    order = np.argsort(p, kind="stable")
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
-    return adjusted
+    array, truth = _checked(probs, labels)
+    function = check_score(score)
+    part = None if groups is None else check_groups(groups, len(truth))
+    check_draws(level, resamples)
+    if score in COUNTED:
+        # These see no more of a row than its label and answer: rows that agree in both are drawn together.
+        k = array.shape[1]
+        cells, at = np.unique(truth * k + array.argmax(-1), return_inverse=True)
+        array, truth = np.eye(k)[cells % k], cells // k
+        draws = cell_weights(at, part, resamples, seed)
+    else:
+        draws = row_weights(len(truth), part, resamples, seed)
+    return percentile_interval(np.concatenate([function(array, truth, weights) for weights in draws]), level)
 
 
-def verdict(a: str, b: str, only_a: int, only_b: int, p: float, alpha: float = 0.05) -> str:
-    """A McNemar test of a against b as one sentence; `p` may be adjusted for several tests.
-
-    Example: "no evidence of a difference: 141 against 140 images, p = 1.00".
-    """
-    shown = "p < 0.001" if p < 0.001 else f"p = {p:.2f}" if p >= 0.1 else f"p = {p:.3f}"
-    if p > alpha:
-        return f"no evidence of a difference: {only_a} against {only_b} images, {shown}"
-    better, worse = (a, b) if only_a > only_b else (b, a)
-    return f"{better} is better than {worse}: {max(only_a, only_b)} against {min(only_a, only_b)} images, {shown}"
-
-
-def score_table(probs: npt.ArrayLike, labels: npt.ArrayLike, level: float = 0.95) -> dict[str, Any]:
-    """The figures of one entry of `results.json`'s "scores": n, accuracy, interval, level, log_loss, ece.
+def score_table(
+    probs: npt.ArrayLike, labels: npt.ArrayLike, level: float = 0.95, groups: npt.ArrayLike | None = None
+) -> dict[str, Any]:
+    """The figures of one entry of `results.json`'s "scores": n, accuracy, interval, level, log_loss, ece, brier,
+    balanced_accuracy, balanced_accuracy_interval, macro_f1, roc_auc (None where all rows have one label).
 
     What was scored, on which rows and fitted on what is known to the caller, who adds it.
 
     Raises:
-        DataError: probabilities or labels are not usable.
+        DataError: probabilities, labels or groups are not usable.
     """
-    hits = correct(probs, labels)
+    hits, area = correct(probs, labels), score_value("roc_auc", *_checked(probs, labels))
     return {
         "n": len(hits),
         "accuracy": float(hits.mean()),
-        "interval": list(wilson_interval(int(hits.sum()), len(hits), level)),
+        "interval": list(share_interval(hits, groups, level)),
         "level": level,
         "log_loss": log_loss(probs, labels),
         "ece": ece(probs, labels),
+        "brier": brier(probs, labels),
+        "balanced_accuracy": balanced_accuracy(probs, labels),
+        "balanced_accuracy_interval": list(bootstrap_interval("balanced_accuracy", probs, labels, groups, level=level)),
+        "macro_f1": macro_f1(probs, labels),
+        "roc_auc": None if np.isnan(area) else area,
     }
+
+
+def _class_figures(member: np.ndarray, answered: np.ndarray, part: np.ndarray | None, level: float) -> dict[str, Any]:
+    """Figures of one class from the rows of it and those called so."""
+    hit, union = member & answered, member | answered
+    right, n, predicted = int(hit.sum()), int(member.sum()), int(answered.sum())
+    ends = share_interval(hit, part, level, union)
+    return {
+        "n": n,
+        "recall": _share(right, n),
+        "interval": list(share_interval(hit, part, level, member)),
+        "precision": _share(right, predicted),
+        "precision_interval": list(share_interval(hit, part, level, answered)),
+        "f1": _share(2 * right, n + predicted),
+        "f1_interval": [2 * end / (1 + end) for end in ends],
+    }
+
+
+def _effective_rows(hits: np.ndarray, sizes: np.ndarray, level: float) -> float:
+    """How many independent rows say as much about the share as groups of these hits and sizes (groups,)."""
+    groups, n = len(sizes), sizes.sum()
+    if groups < 2:
+        return 0.0
+    share = hits.sum() / n
+    if 0 < share < 1:
+        spread = ((hits - share * sizes) ** 2).sum() * groups / (groups - 1) / n**2
+        worth = n / max(1.0, spread / (share * (1 - share) / (n - 1)))
+    else:
+        worth = n**2 / (sizes**2).sum()
+    tail = (1 + level) / 2
+    return float(worth * (t.ppf(tail, n - 1) / t.ppf(tail, groups - 1)) ** 2)
 
 
 def _checked(probs: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     array = check_probs(probs, 2).astype(np.float64)
     return array, check_labels(labels, *array.shape)
-
-
-def _paired(a: npt.ArrayLike, b: npt.ArrayLike, dtype: npt.DTypeLike) -> tuple[np.ndarray, np.ndarray]:
-    """Two per-row arrays of the same length."""
-    first, second = np.asarray(a, dtype=dtype), np.asarray(b, dtype=dtype)
-    if first.ndim != 1 or first.shape != second.shape or not len(first):
-        raise DataError("paired scores need one value per row each", expected=first.shape, got=second.shape)
-    return first, second
-
-
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise DataError("a confidence level lies between 0 and 1", got=level)
 
 
 def _share(part: int, whole: int) -> float | None:

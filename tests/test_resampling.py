@@ -1,0 +1,107 @@
+"""Bootstrap draws: how often rows, groups and cells are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from threefold import resampling
+from threefold.errors import DataError
+
+LAW = settings(max_examples=40, deadline=None)
+
+
+def together(chunks) -> np.ndarray:
+    return np.concatenate(list(chunks), axis=1)
+
+
+@LAW
+@given(n=st.integers(1, 40), resamples=st.integers(1, 30), chunk=st.integers(1, 200), seed=st.integers(0, 99))
+def test_as_many_are_drawn_as_there_are(n: int, resamples: int, chunk: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    part, cells = (np.unique(rng.integers(0, 6, n), return_inverse=True)[1] for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resampling, "_CHUNK", chunk)
+        rows, grouped, per_cell, both = (
+            together(draws)
+            for draws in (
+                resampling.row_weights(n, None, resamples, seed),
+                resampling.row_weights(n, part, resamples, seed),
+                resampling.cell_weights(cells, None, resamples, seed),
+                resampling.cell_weights(cells, part, resamples, seed),
+            )
+        )
+    assert rows.shape == grouped.shape == (n, resamples)
+    assert per_cell.shape == both.shape == (cells.max() + 1, resamples)
+    assert (rows.sum(0) == n).all()
+    assert (per_cell.sum(0) == n).all()
+    first = np.unique(part, return_index=True)[1]
+    assert (grouped == grouped[first][part]).all()  # a group comes whole or not at all
+    assert (grouped[first].sum(0) == part.max() + 1).all()
+    assert (both == [[grouped[cells == c, r].sum() for r in range(resamples)] for c in range(len(both))]).all()
+
+
+@pytest.mark.parametrize(
+    "draw", [resampling.unit_weights, lambda n, r, s: resampling.cell_weights(np.arange(n), None, r, s)]
+)
+def test_draws_are_multinomial(draw: Callable) -> None:
+    weights = together(draw(20, 20_000, 0))
+    assert weights.mean(1) == pytest.approx(np.ones(20), abs=0.04)
+    assert weights.var(1) == pytest.approx(np.full(20, 0.95), abs=0.06)
+    assert np.corrcoef(weights)[0, 1] == pytest.approx(-1 / 19, abs=0.03)
+    assert (together(draw(20, 50, 7)) == together(draw(20, 50, 7))).all()
+    assert (together(draw(20, 50, 7)) != together(draw(20, 50, 8))).any()
+
+
+def test_an_interval_leaves_out_draws_without_a_value() -> None:
+    values = np.concatenate([np.arange(101.0), [np.nan] * 50])
+    assert resampling.percentile_interval(values, 0.9) == pytest.approx((5, 95))
+    with pytest.raises(DataError, match="not defined in any bootstrap resample"):
+        resampling.percentile_interval(np.full(3, np.nan), 0.9)
+
+
+def test_groups_are_numbered_by_name() -> None:
+    assert resampling.check_groups(["b", "a", "b"], 3).tolist() == [1, 0, 1]
+    assert resampling.check_groups(np.array([7, 3, 7]), 3).tolist() == [1, 0, 1]
+    assert resampling.check_groups(np.array(["x", 3, "x"], dtype=object), 3).tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (["a"], r"groups have the wrong length; expected \(3,\), got \(1,\)"),
+        (np.ones((3, 1), int), "wrong length"),
+        ("abc", "wrong length"),
+        (["a", None, "b"], "a group has no name: row 1"),
+        ([1.0, np.nan, 2.0], "a group has no name: row 0"),
+        (np.array([1.0, np.nan, 2.0]), "a group has no name: row 0"),
+    ],
+)
+def test_groups_without_sense_are_refused(groups: object, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        resampling.check_groups(groups, 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("hits", [[0.5, 1], ["yes", "no"], [2, 0], [np.nan], [], [[1]], 1, [[1], [1, 0]], [None]])
+def test_hits_are_booleans(hits: object) -> None:
+    with pytest.raises(DataError, match="hits"):
+        resampling.check_hits(hits)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("values", [["a"], [], [[1.0]], [np.nan], [np.inf], 3.0, [[1], [1, 2]]])
+def test_scores_are_finite_numbers(values: object) -> None:
+    with pytest.raises(DataError, match="scores"):
+        resampling.check_numbers(values)  # type: ignore[arg-type]
+
+
+def test_few_draws_have_no_ends() -> None:
+    resampling.check_draws(0.95, 40)
+    with pytest.raises(DataError, match="expected at least 40, got 39"):
+        resampling.check_draws(0.95, 39)
+    for level in (0, 1, 95, np.nan):
+        with pytest.raises(DataError, match="confidence level"):
+            resampling.check_draws(level, 2000)
