@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize_scalar
-from scipy.special import softmax
 
+from threefold.calibration import TemperatureModule, apply_temperature, fit_temperature
 from threefold.combiners import (
     Ensemble,
     GreedyEnsemble,
@@ -24,10 +23,7 @@ from threefold.combiners import (
     WeightedEnsemble,
 )
 from threefold.errors import DataError, RecipeError
-from threefold.predictions import FLOOR, check_labels, check_probs
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from threefold.predictions import check_labels, check_probs
 
 __all__ = [
     "ENSEMBLES",
@@ -143,50 +139,6 @@ def choose(candidates: Mapping[str, np.ndarray], labels: npt.ArrayLike) -> tuple
     return name, f"{hits[name].mean():.4f}, within one standard error ({error:.4f}) of {best}, {top}, and simpler"
 
 
-def fit_temperature(probs: npt.ArrayLike, labels: npt.ArrayLike) -> float:
-    """The T in 0.05..20 that minimises the log loss of softmax(log(probs) / T) (Guo et al. 2017); probs (n, k).
-
-    Raises:
-        DataError: probabilities or labels are not usable.
-    """
-    array = check_probs(probs, 2)
-    truth = check_labels(labels, *array.shape)
-
-    def loss(log_temperature: float) -> float:
-        scaled = apply_temperature(array, float(np.exp(log_temperature)))
-        return float(-np.log(np.maximum(scaled[np.arange(len(truth)), truth], np.finfo(np.float64).tiny)).mean())
-
-    return float(np.exp(minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded").x))
-
-
-def apply_temperature(probs: npt.ArrayLike, temperature: float) -> np.ndarray:
-    """softmax(log(probs) / temperature), (n, k) float64; probabilities below FLOOR count as FLOOR.
-
-    Raises:
-        DataError: probabilities are not usable, or the temperature is not above 0.
-    """
-    _check_temperature(temperature)
-    logs = np.log(np.maximum(check_probs(probs, 2).astype(np.float64), FLOOR))
-    return np.asarray(softmax(logs / temperature, axis=-1))
-
-
-def TemperatureModule(temperature: float) -> nn.Module:
-    """`apply_temperature` as a torch module, (b, k) to (b, k); a function, so that importing this needs no torch.
-
-    Raises:
-        DataError: the temperature is not above 0.
-    """
-    import torch
-
-    _check_temperature(temperature)
-
-    class Temperature(torch.nn.Module):
-        def forward(self, probs: Tensor) -> Tensor:
-            return (probs.clamp(min=FLOOR).log() / temperature).softmax(-1)
-
-    return Temperature()
-
-
 def _stratified_parts(labels: np.ndarray, groups: Sequence[str] | None) -> np.ndarray:
     """Part number (n,) of each row, classes spread evenly; groups, where there are any, kept whole.
 
@@ -207,8 +159,3 @@ def _stratified_parts(labels: np.ndarray, groups: Sequence[str] | None) -> np.nd
         chosen[group] = (load @ counts[group]).argmin()
         load[chosen[group]] += counts[group]
     return chosen[number]
-
-
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise DataError("a temperature is above 0", got=temperature)
