@@ -13,7 +13,7 @@ SOURCES = sorted((ROOT / "src/threefold").glob("*.py"))
 # A module may import those before it only.
 ORDER = [
     "errors", "files", "overrides", "recipe", "images", "listing", "datasets", "splits", "augment", "heads", "optim", "model", "predict", "pixels", "stages",
-    "predictions", "combiners", "ensemble", "stats", "evaluate", "catalogue", "pipeline", "provenance", "run", "runtime", "exporting", "answers", "serve", "charts", "report",
+    "predictions", "combiners", "crossfit", "learned", "loglinear", "stacked", "ensemble", "diversity", "stats", "evaluate", "catalogue", "pipeline", "provenance", "run", "runtime", "exporting", "answers", "serve", "charts", "report",
     "plan", "workflow", "terminal", "cli", "__init__", "__main__",
 ]  # fmt: skip
 TORCH = {
