@@ -96,7 +96,7 @@ def test_using_a_method_before_fit_is_an_error(method: str) -> None:
     ):
         with pytest.raises(RunError, match=r"not fitted.*call fit"):
             use()
-    with pytest.raises(DataError, match="not the state of a"):
+    with pytest.raises(DataError, match=r"not the state of an?"):
         ensemble.from_state({})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from pools import scored
+from pools import draw_pool, scored
 
 from threefold import stacked
 from threefold.combiners import MeanEnsemble
@@ -78,16 +78,17 @@ def test_a_long_input_is_answered_in_parts_without_a_seam() -> None:
     assert found[8150:8200] == pytest.approx(ensemble.predict_proba(probs), abs=1e-6)
 
 
-def test_the_share_is_none_where_the_network_learned_nothing_and_all_where_the_mean_is_poison() -> None:
+def test_the_share_is_large_where_the_mean_is_poison() -> None:
     probs, labels = scored(m=2, n=600, seed=1)
-    shuffled = np.random.default_rng(0).permutation(labels)
-    lost = ShrunkStackedEnsemble(64, epochs=40, lr=1e-2).fit(probs[:, :150], labels[:150])
-    lost.share_ = np.asarray(0.0)
-    assert lost.predict_proba(probs) == pytest.approx(MeanEnsemble().predict_proba(probs))
-    noise = np.full((2, 150, 4), 0.25)  # members that know nothing: no share is better than another
-    assert ShrunkStackedEnsemble(16, epochs=2).fit(noise, shuffled[:150]).share_ == 0
     probs[1] = probs[1][:, [1, 0, 3, 2]]
     assert ShrunkStackedEnsemble(128, epochs=60, lr=1e-3).fit(probs, labels).share_ >= 0.8
+
+
+def test_members_that_know_nothing_leave_the_mean() -> None:
+    probs, labels = np.full((2, 150, 4), 0.25), np.random.default_rng(0).integers(0, 4, 150)
+    ensemble = ShrunkStackedEnsemble(16, epochs=2).fit(probs, labels)
+    assert ensemble.share_ == 0
+    assert (ensemble.predict_proba(probs) == 0.25).all()
 
 
 def test_a_share_mixes_the_papers_network_with_the_mean() -> None:
@@ -100,12 +101,12 @@ def test_a_share_mixes_the_papers_network_with_the_mean() -> None:
 
 
 def test_an_overfitted_network_is_shrunk() -> None:
-    """Few rows, a high rate, many epochs: sure where it is wrong; the mixture costs less than either the network."""
-    probs, labels = scored(n=60, seed=2)
-    more, truth = scored(n=2000, seed=3)
-    args = {"hidden": 64, "epochs": 200, "lr": 3e-2}
-    rows = np.arange(2000)
-    shrunk, full = (kind(**args).fit(probs, labels) for kind in (ShrunkStackedEnsemble, StackedEnsemble))
-    loss = [-np.log(np.maximum(e.predict_proba(more)[rows, truth], 1e-7)).mean() for e in (shrunk, full)]
-    assert shrunk.share_ < 1
-    assert loss[0] < loss[1]
+    """A hundred rows, many steps: the network is sure where it is wrong, and worse than the mean."""
+    probs, labels, new, truth = draw_pool("equal", 0, n=100, test=1000)
+    kinds = [kind(64, epochs=100, lr=1e-2) for kind in (ShrunkStackedEnsemble, StackedEnsemble)]
+    shrunk, full, mean = (e.fit(probs, labels) for e in (*kinds, MeanEnsemble()))
+    loss = [-np.log(e.predict_proba(new)[np.arange(1000), truth] + 1e-7).mean() for e in (shrunk, full, mean)]
+    assert shrunk.share_ < 0.5
+    assert loss[0] < loss[2] < loss[1]
+    same, labels, _, _ = draw_pool("null", 0, n=100, test=1)
+    assert ShrunkStackedEnsemble(64, epochs=100, lr=1e-2).fit(same, labels).share_ == 0

@@ -167,7 +167,7 @@ class AutoEnsemble(Ensemble):
             auto.name_ = bytes(np.asarray(state["method"], np.uint8)).decode()
             auto.ensemble_ = type(make_ensemble(auto.name_)).from_state(state)
         except (KeyError, ValueError, RecipeError):
-            raise DataError("not the state of a AutoEnsemble", expected="method", got=", ".join(state)) from None
+            raise DataError("not the state of an AutoEnsemble", expected="method", got=", ".join(state)) from None
         auto.reason_ = "read from a file"
         return auto
 

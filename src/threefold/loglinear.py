@@ -221,7 +221,7 @@ class _LogLinear:
 
 def _start(m: int, k: int) -> np.ndarray:
     """Parameters of logistic stacking (m + 1 + k,) that are the mean."""
-    return np.eye(m + 1 + k)[m]
+    return np.asarray(np.eye(m + 1 + k)[m])
 
 
 def _logs(probs: np.ndarray) -> np.ndarray:
