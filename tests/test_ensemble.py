@@ -119,7 +119,8 @@ def test_auto_is_the_chosen_candidate_fitted_on_all_rows() -> None:
     crossed = {name: cross_fit(lambda name=name: make_ensemble(name), probs, labels) for name in CANDIDATES}
     assert (auto.name_, auto.reason_) == choose(crossed, labels)
     assert auto.name_ != "mean"
-    assert (auto.predict_proba(new) == make_ensemble(auto.name_).fit(probs, labels).predict_proba(new)).all()
+    raw = make_ensemble(auto.name_).fit(probs, labels).predict_proba(new)
+    assert (auto.predict_proba(new) == apply_temperature(raw, fit_temperature(crossed[auto.name_], labels))).all()
     assert make_ensemble("auto", seed=3).seed == 3
 
 

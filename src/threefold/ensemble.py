@@ -88,6 +88,9 @@ def make_ensemble(name: str, seed: int = 0) -> Ensemble:
 class AutoEnsemble(Ensemble):
     """The candidate that `choose` picks after cross-fitting each on the rows of the fit, then fitted on all of them.
 
+    It answers at the temperature of those cross-fitted probabilities: candidates are calibrated differently, and the
+    parts of a cross-fit may choose different ones.
+
     `cross_fit(AutoEnsemble, probs, labels)` is nested: it scores the whole procedure, the choice included, so unlike the
     score of the winner it is not too good. The mean is the simplest candidate, so what replaces it has to be better by
     more than one standard error.
@@ -100,6 +103,7 @@ class AutoEnsemble(Ensemble):
     Attributes:
         name_, reason_: the method, and why, in words.
         ensemble_: that method, fitted.
+        temperature_: () its calibration.
 
     Raises:
         RecipeError: no candidate, or one that is not a method.
@@ -109,6 +113,7 @@ class AutoEnsemble(Ensemble):
     ensemble_: Ensemble
     name_: str
     reason_: str
+    temperature_: np.ndarray
 
     def __init__(self, candidates: Sequence[str] = CANDIDATES, *, rows: int = 10_000, seed: int = 0) -> None:
         if rows < 2:
@@ -122,6 +127,7 @@ class AutoEnsemble(Ensemble):
 
     def _fit(self, probs: np.ndarray, labels: np.ndarray) -> None:
         n = len(labels)
+        self.temperature_ = np.asarray(1.0)
         if len(self.candidates) == 1 or n == 1:
             self.name_, self.reason_ = self.candidates[0], "nothing to choose from" if n > 1 else "one row only"
         else:
@@ -134,26 +140,30 @@ class AutoEnsemble(Ensemble):
                 for name, table in crossed.items():
                     table[held] = make_ensemble(name, self.seed).fit(rest, truth[~held]).predict_proba(asked)
             self.name_, self.reason_ = choose(crossed, truth)
+            self.temperature_ = np.asarray(fit_temperature(crossed[self.name_], truth))
             if len(truth) < n:
                 self.reason_ += f"; chosen on {len(truth):,} of {n:,} rows"
         self.ensemble_ = make_ensemble(self.name_, self.seed).fit(probs, labels)
 
     def _combine(self, probs: np.ndarray) -> np.ndarray:
-        return self.ensemble_.predict_proba(probs)
+        return apply_temperature(self.ensemble_.predict_proba(probs), float(self.temperature_))
 
     def to_module(self) -> nn.Module:
-        """The chosen method's module."""
+        """The chosen method's module, then the temperature."""
+        from torch import nn
+
         self._require_fit()
-        return self.ensemble_.to_module()
+        return nn.Sequential(self.ensemble_.to_module(), TemperatureModule(float(self.temperature_))).eval()
 
     def state(self) -> dict[str, np.ndarray]:
-        """The chosen method's arrays, and its name as bytes, which every array format can hold.
+        """The chosen method's arrays, the temperature, and the name as bytes, which every array format can hold.
 
         Raises:
             RunError: not fitted.
         """
         self._require_fit()
-        return {"method": np.frombuffer(self.name_.encode(), np.uint8), **self.ensemble_.state()}
+        name = np.frombuffer(self.name_.encode(), np.uint8)
+        return {"method": name, "temperature": self.temperature_, **self.ensemble_.state()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> Self:
@@ -166,8 +176,11 @@ class AutoEnsemble(Ensemble):
         try:
             auto.name_ = bytes(np.asarray(state["method"], np.uint8)).decode()
             auto.ensemble_ = type(make_ensemble(auto.name_)).from_state(state)
+            auto.temperature_ = np.asarray(state["temperature"])
         except (KeyError, ValueError, RecipeError):
-            raise DataError("not the state of an AutoEnsemble", expected="method", got=", ".join(state)) from None
+            raise DataError(
+                "not the state of an AutoEnsemble", expected="method, temperature", got=", ".join(state)
+            ) from None
         auto.reason_ = "read from a file"
         return auto
 
