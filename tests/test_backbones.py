@@ -17,13 +17,14 @@ from torch import nn
 from threefold import exporting
 from threefold.backbones import INCEPTION_STATS, PAPER_BACKBONES, paper_backbone, resolve_backbone
 from threefold.catalogue import catalogue
-from threefold.combiners import MeanEnsemble, StackedEnsemble
+from threefold.combiners import MeanEnsemble
 from threefold.ensemble import TemperatureModule
 from threefold.heads import build_head, full_parameters
 from threefold.model import Member, build_member, set_trainable, train_mode
 from threefold.pipeline import Combiner, MemberPipeline, Pipeline
 from threefold.predict import Predictor, to_pixels
 from threefold.recipe import HeadSpec, MemberSpec, StageSpec
+from threefold.stacked import StackedEnsemble
 
 NAMES = [row.name for row in PAPER_BACKBONES]
 

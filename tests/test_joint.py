@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import tiny_tree
 
-from threefold.combiners import stacked_network
 from threefold.joint import JointMember, build_joint, describe_joint
 from threefold.model import Member, build_member, parameter_groups, set_trainable, train_mode
 from threefold.recipe import HeadSpec, MemberSpec, Recipe, StageSpec
+from threefold.stacked import stacked_network
 from threefold.stages import StageTask, train_stage
 
 

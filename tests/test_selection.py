@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from threefold.combiners import MeanEnsemble, StackedEnsemble
+from threefold.combiners import MeanEnsemble
 from threefold.ensemble import ENSEMBLES, cross_fit
 from threefold.errors import RecipeError
 from threefold.recipe import EnsembleSpec
 from threefold.selection import SelectedEnsemble, build_ensemble, restore
+from threefold.stacked import StackedEnsemble
 
 
 def pool(n: int = 600, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

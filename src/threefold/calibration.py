@@ -69,9 +69,13 @@ def fit_temperature(probs: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     array = check_probs(probs, 2)
     truth = check_labels(labels, *array.shape)
 
+    logs = np.log(np.maximum(array.astype(np.float64), FLOOR))
+    logs -= logs.max(1, keepdims=True)
+    hits = logs[np.arange(len(truth)), truth]
+    most = -np.log(np.finfo(np.float64).tiny)
+
     def loss(temperature: float) -> float:
-        scaled = apply_temperature(array, temperature)
-        return float(-np.log(np.maximum(scaled[np.arange(len(truth)), truth], np.finfo(np.float64).tiny)).mean())
+        return float(np.minimum(np.log(np.exp(logs / temperature).sum(1)) - hits / temperature, most).mean())
 
     return _best_temperature(loss)
 

@@ -28,7 +28,8 @@ import numpy.typing as npt
 
 from threefold.errors import DataError, RunError
 from threefold.predictions import check_labels, check_probs
-from threefold.stats import Interval, wilson_interval
+from threefold.resampling import Interval
+from threefold.stats import wilson_interval
 
 Method = Literal["lac", "aps", "raps"]
 

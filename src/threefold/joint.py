@@ -14,9 +14,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from threefold.combiners import stacked_network
 from threefold.model import Member
 from threefold.recipe import HeadSpec
+from threefold.stacked import stacked_network
 
 STACKED_WIDTH = 4096
 """Width of the hidden layer of Algorithm 1, where `fc` is not set."""

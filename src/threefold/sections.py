@@ -11,7 +11,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 HeadKind = Literal["linear", "mlp", "rnn", "gru", "lstm", "birnn", "bigru", "bilstm"]
-Method = Literal["mean", "pruned", "vote", "top2", "weighted", "stacked", "greedy"]
+Method = Literal[
+    "mean", "best", "vote", "pruned", "top2", "weighted", "greedy", "pool", "logistic", "stacked-shrunk", "stacked"
+]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -204,7 +206,7 @@ class EnsembleSpec(Section):
     """How the members' softmaxes are combined; each method is scored cross-fitted on out-of-fold rows."""
 
     methods: tuple[Method, ...] = ("mean", "pruned", "stacked")
-    export: Literal["auto", "mean", "pruned", "vote", "top2", "weighted", "stacked", "greedy"] = "auto"
+    export: Literal["auto"] | Method = "auto"
     """Which one goes into the exported file; auto = the simplest within one standard error of the best out-of-fold."""
     members: tuple[str, ...] = ()
     """The members to combine (empty = all that have a backbone of their own)."""

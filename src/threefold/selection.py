@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from threefold.combiners import Ensemble, StackedEnsemble
+from threefold.combiners import Ensemble
 from threefold.ensemble import make_ensemble
 from threefold.errors import RecipeError
 from threefold.recipe import EnsembleSpec
+from threefold.stacked import StackedEnsemble
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

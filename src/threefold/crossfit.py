@@ -1,0 +1,72 @@
+"""Cross-fitting: every row answered by an ensemble that was fitted on other rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from threefold.combiners import Ensemble
+from threefold.errors import DataError
+from threefold.predictions import check_labels, check_probs
+
+PARTS: Final = 5
+"""Parts of a cross-fit where the caller has no folds."""
+
+
+def cross_fit(
+    ensemble_factory: Callable[[], Ensemble],
+    probs: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    folds: npt.ArrayLike | None = None,
+    groups: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Probabilities (n, k) where each row is predicted by an ensemble that was fitted on other rows.
+
+    Args:
+        ensemble_factory: makes an ensemble that is not fitted.
+        probs: (m, n, k) out-of-fold probabilities of the members.
+        labels: (n,).
+        folds: (n,) part of each row; None = five stratified parts.
+        groups: (n,) what must stay in one part, where `folds` is None.
+
+    Raises:
+        DataError: probabilities or labels are not usable, or the rows make fewer than two parts.
+    """
+    array = check_probs(probs, 3)
+    _, n, k = array.shape
+    truth = check_labels(labels, n, k)
+    part = np.asarray(folds) if folds is not None else stratified_parts(truth, groups)
+    if part.shape != (n,):
+        raise DataError("folds have the wrong shape", expected=f"({n},), one per row", got=part.shape)
+    if len(np.unique(part)) < 2:
+        raise DataError("rows cannot be cross-fitted", expected="two parts at least", got="all rows in one")
+    answer = np.empty((n, k))
+    for value in np.unique(part):
+        held = part == value
+        answer[held] = ensemble_factory().fit(array[:, ~held], truth[~held]).predict_proba(array[:, held])
+    return answer
+
+
+def stratified_parts(labels: np.ndarray, groups: Sequence[str] | None = None, parts: int = PARTS) -> np.ndarray:
+    """Part number (n,) of each row, classes spread evenly; groups, where there are any, kept whole.
+
+    Unlike scikit-learn's splitters this also takes classes with fewer rows than parts, without a warning.
+    """
+    rng = np.random.default_rng(0)
+    if groups is None:
+        part = np.empty(len(labels), dtype=np.int64)
+        part[np.lexsort((rng.random(len(labels)), labels))] = np.arange(len(labels)) % parts
+        return part
+    if len(groups) != len(labels):
+        raise DataError("groups do not match the labels", expected=len(labels), got=len(groups))
+    names, number = np.unique(np.asarray(groups), return_inverse=True)
+    counts = np.zeros((len(names), int(labels.max()) + 1))
+    np.add.at(counts, (number, labels), 1)
+    chosen, load = np.empty(len(names), dtype=np.int64), np.zeros((parts, counts.shape[1]))
+    for group in np.argsort(-counts.sum(1), kind="stable"):  # the largest first, each to where its classes are rarest
+        chosen[group] = (load @ counts[group]).argmin()
+        load[chosen[group]] += counts[group]
+    return chosen[number]

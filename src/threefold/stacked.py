@@ -1,0 +1,178 @@
+"""The paper's trained combiner, E2E-3M: a small network on the members' concatenated softmaxes; and the same, shrunk.
+
+torch is imported only to train and to export: a fitted one answers in numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, ClassVar, Final
+
+import numpy as np
+from scipy.special import softmax
+
+from threefold.combiners import Ensemble, MeanEnsemble, check_fitted_on
+from threefold.crossfit import stratified_parts
+from threefold.predictions import FLOOR
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+SHARES: Final = tuple(i / 10 for i in range(11))
+"""Shares of the network that the shrunk stacked ensemble chooses from."""
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Steps of milliseconds gain nothing from threads, and lose much where other processes want the cores too."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class StackedEnsemble(Ensemble):
+    """The paper's E2E-3M head: a small network on the members' concatenated softmaxes (section 3.3, Algorithm 1).
+
+    m*k -> Linear(hidden) -> LeakyReLU(0.2) -> Dropout(0.5) -> Linear(k) -> softmax; 167,946 parameters for three
+    members and ten classes. Trained on cached probabilities, which equals training behind frozen members. Keras'
+    initialisation and Adam epsilon; a fixed number of epochs, so that no row is used to stop. Same seed, same weights.
+
+    Args:
+        hidden: width of the hidden layer.
+        epochs: None = 40, or as many as make 600 steps where rows are few: fewer leave the softmax flat.
+        lr: Adam's learning rate.
+        batch_size: rows per step.
+        seed: of the weights, the order of rows and the dropout.
+
+    Attributes:
+        hidden_weight_, hidden_bias_, output_weight_, output_bias_: float32, as in torch.nn.Linear.
+    """
+
+    _state: ClassVar[tuple[str, ...]] = ("hidden_weight_", "hidden_bias_", "output_weight_", "output_bias_")
+    hidden_weight_: np.ndarray
+    hidden_bias_: np.ndarray
+    output_weight_: np.ndarray
+    output_bias_: np.ndarray
+
+    def __init__(
+        self, hidden: int = 4096, *, epochs: int | None = None, lr: float = 1e-4, batch_size: int = 200, seed: int = 0
+    ) -> None:
+        self.hidden, self.epochs, self.lr, self.batch_size, self.seed = hidden, epochs, lr, batch_size, seed
+
+    def _fit(self, probs: np.ndarray, labels: np.ndarray) -> None:
+        import torch
+
+        m, n, k = probs.shape
+        inputs, targets = torch.tensor(probs.swapaxes(0, 1), dtype=torch.float32), torch.tensor(labels)
+        draw, steps = np.random.default_rng(self.seed), -(-n // self.batch_size)
+        with _one_thread(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.default_generator.manual_seed(self.seed)  # the CPU's only: torch.manual_seed would touch the GPU's
+            network = stacked_network(m, k, self.hidden)
+            optimizer = torch.optim.Adam(
+                network.parameters(), lr=self.lr, eps=1e-7, fused=True
+            )  # the same steps in 2/3 of the time
+            epochs = max(40, -(-600 // steps)) if self.epochs is None else self.epochs
+            for rows in (rows for _ in range(epochs) for rows in np.array_split(draw.permutation(n), steps)):
+                optimizer.zero_grad()
+                kept = torch.from_numpy(_coin_flips(draw, (len(rows), self.hidden)))
+                logits = network[4](network[:3](inputs[rows]) * (2.0 * kept))
+                torch.autograd.backward(torch.nn.functional.cross_entropy(logits, targets[rows]))
+                optimizer.step()
+        for name, parameter in zip(StackedEnsemble._state, network.parameters(), strict=True):
+            setattr(self, name, parameter.detach().numpy().copy())
+
+    def _combine(self, probs: np.ndarray) -> np.ndarray:
+        m, n, k = probs.shape
+        check_fitted_on(self.hidden_weight_.shape[1], m * k, "members times classes")
+        check_fitted_on(self.output_weight_.shape[0], k, "classes")
+        inputs = probs.swapaxes(0, 1).reshape(n, m * k).astype(np.float32)
+        return np.concatenate([self._answer(inputs[i : i + 8192]) for i in range(0, n, 8192)])  # bounds the memory
+
+    def _answer(self, inputs: np.ndarray) -> np.ndarray:
+        hidden = inputs @ self.hidden_weight_.T + self.hidden_bias_
+        logits = np.where(hidden > 0, hidden, 0.2 * hidden) @ self.output_weight_.T + self.output_bias_
+        return np.asarray(softmax(logits.astype(np.float64), axis=-1))
+
+    def to_module(self) -> nn.Module:
+        """The trained network, dropout off."""
+        import torch
+
+        hidden, inputs = self.state()["hidden_weight_"].shape
+        k = len(self.output_bias_)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            network = stacked_network(inputs // k, k, hidden)
+            for name, parameter in zip(StackedEnsemble._state, network.parameters(), strict=True):
+                parameter.copy_(torch.tensor(getattr(self, name)))
+        return network.eval()
+
+
+class ShrunkStackedEnsemble(StackedEnsemble):
+    """The stacked network mixed with the mean: share * stacked + (1 - share) * mean.
+
+    The share is chosen on the rows of the fit, cross-fitted in `parts` parts: the smallest of 0, 0.1, ... 1 within one
+    standard error of the least log loss (Breiman's rule), so that a network that cannot be told from the mean is left
+    out. Costs `parts` fits of the network more; all arguments are those of StackedEnsemble.
+
+    Attributes:
+        share_: () the share of the network.
+    """
+
+    _state = (*StackedEnsemble._state, "share_")
+    share_: np.ndarray
+    parts: int = 3
+
+    def _fit(self, probs: np.ndarray, labels: np.ndarray) -> None:
+        part, rows = stratified_parts(labels, parts=self.parts), np.arange(len(labels))
+        mean = MeanEnsemble().predict_proba(probs)
+        stacked = mean.copy()
+        for value in np.unique(part) if part.any() else ():
+            held = part == value
+            super()._fit(probs[:, ~held], labels[~held])
+            stacked[held] = super()._combine(probs[:, held])
+        hits = [table[rows, labels] for table in (stacked, mean)]
+        losses = np.array([-np.log(np.maximum(s * hits[0] + (1 - s) * hits[1], FLOOR)) for s in SHARES])
+        away = losses - losses[losses.mean(1).argmin()]
+        within = away.mean(1) <= away.std(1) / len(labels) ** 0.5
+        self.share_ = np.asarray(SHARES[int(within.argmax())])
+        super()._fit(probs, labels)
+
+    def _combine(self, probs: np.ndarray) -> np.ndarray:
+        return np.asarray(self.share_ * super()._combine(probs) + (1 - self.share_) * MeanEnsemble()._combine(probs))
+
+    def to_module(self) -> nn.Module:
+        """The trained network and the mean, mixed."""
+        import torch
+
+        class Mixed(torch.nn.Module):
+            def __init__(self, network: nn.Module, share: float) -> None:
+                super().__init__()
+                self.network, self.share = network, share
+
+            def forward(self, probs: Tensor) -> Tensor:
+                mixed: Tensor = self.share * self.network(probs) + (1 - self.share) * probs.mean(1)
+                return mixed
+
+        return Mixed(super().to_module(), float(self.state()["share_"])).eval()
+
+
+def stacked_network(m: int, k: int, hidden: int) -> nn.Sequential:
+    """Algorithm 1's network with Keras' initialisation: Glorot uniform kernels, zero biases."""
+    from torch import nn
+
+    first, last = nn.Linear(m * k, hidden), nn.Linear(hidden, k)
+    for layer in (first, last):
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(nn.Flatten(), first, nn.LeakyReLU(0.2), nn.Dropout(0.5), last, nn.Softmax(-1))
+
+
+def _coin_flips(draw: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """Fair zeros and ones, uint8: dropout at rate 1/2 from random bits; torch's own takes half of a step's time."""
+    count = shape[0] * shape[1]
+    return np.unpackbits(np.frombuffer(draw.bytes(-(-count // 8)), np.uint8), count=count).reshape(shape)

@@ -1,0 +1,112 @@
+"""The paper's trained combiner, and the same shrunk toward the mean."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pools import draw_pool, scored
+
+from threefold import stacked
+from threefold.combiners import MeanEnsemble
+from threefold.errors import DataError
+from threefold.stacked import SHARES, ShrunkStackedEnsemble, StackedEnsemble
+
+
+def small(seed: int = 0) -> StackedEnsemble:
+    return StackedEnsemble(64, epochs=30, lr=1e-2, seed=seed)
+
+
+def test_a_stacked_ensemble_refuses_other_classes_with_the_same_product() -> None:
+    ensemble = small().fit(*scored(m=3, k=4))
+    with pytest.raises(DataError, match="fitted on other classes; expected 4, got 3"):
+        ensemble.predict_proba(scored(m=4, k=3)[0])
+
+
+def test_thestacked_network_is_the_papers() -> None:
+    probs, labels = scored(n=20, k=10)
+    module = StackedEnsemble(epochs=1).fit(probs, labels).to_module()
+    assert sum(p.numel() for p in module.parameters()) == 167_946
+    assert [type(layer).__name__ for layer in module] == [
+        "Flatten",
+        "Linear",
+        "LeakyReLU",
+        "Dropout",
+        "Linear",
+        "Softmax",
+    ]
+    assert (module[2].negative_slope, module[3].p, module.training) == (0.2, 0.5, False)
+
+
+def test_dropout_is_one_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    flips = stacked._coin_flips(np.random.default_rng(0), (333, 301))
+    assert flips.shape == (333, 301)
+    assert set(np.unique(flips)) == {0, 1}
+    assert flips.mean() == pytest.approx(0.5, abs=0.01)
+    # With everything dropped no gradient passes the hidden layer, in either direction; with nothing, it does.
+    probs, labels = scored()
+    fits = []
+    for kept in (np.zeros, np.ones):
+        monkeypatch.setattr(stacked, "_coin_flips", lambda _, shape, kept=kept: kept(shape, np.uint8))
+        fits += [StackedEnsemble(16, epochs=epochs, lr=0.1).fit(probs, labels).state() for epochs in (0, 2)]
+    untouched = {name: (fits[0][name] == fits[1][name]).all() for name in fits[0]}
+    assert untouched == {"hidden_weight_": True, "hidden_bias_": True, "output_weight_": True, "output_bias_": False}
+    assert not any((fits[2][name] == fits[3][name]).all() for name in fits[2])
+
+
+def test_stacking_learns_what_no_average_can() -> None:
+    """One member has two classes swapped: right for the stacker, poison for the mean."""
+    probs, labels = scored(m=2, n=600, seed=1)
+    probs[1] = probs[1][:, [1, 0, 3, 2]]
+    fit, held = slice(0, 400), slice(400, 600)
+    ensemble = StackedEnsemble(256, epochs=60, lr=1e-3).fit(probs[:, fit], labels[fit])
+    learned = (ensemble.predict(probs[:, held]) == labels[held]).mean()
+    assert learned > (MeanEnsemble().predict(probs[:, held]) == labels[held]).mean() + 0.1
+    assert learned >= (probs[:, held].argmax(-1) == labels[held]).mean(1).max()
+
+
+def test_a_stacked_ensemble_that_cannot_learn_stays_at_chance() -> None:
+    probs, labels = scored(n=300)
+    shuffled = np.random.default_rng(0).permutation(labels)
+    found = StackedEnsemble(64, epochs=3).fit(probs[:, :200], shuffled[:200]).predict(probs[:, 200:])
+    assert abs((found == shuffled[200:]).mean() - 0.25) < 0.15
+
+
+def test_a_long_input_is_answered_in_parts_without_a_seam() -> None:
+    probs, labels = scored(n=50)
+    ensemble = small().fit(probs, labels)
+    found = ensemble.predict_proba(np.tile(probs, (1, 170, 1)))
+    assert found[8150:8200] == pytest.approx(ensemble.predict_proba(probs), abs=1e-6)
+
+
+def test_the_share_is_large_where_the_mean_is_poison() -> None:
+    probs, labels = scored(m=2, n=600, seed=1)
+    probs[1] = probs[1][:, [1, 0, 3, 2]]
+    assert ShrunkStackedEnsemble(128, epochs=60, lr=1e-3).fit(probs, labels).share_ >= 0.8
+
+
+def test_members_that_know_nothing_leave_the_mean() -> None:
+    probs, labels = np.full((2, 150, 4), 0.25), np.random.default_rng(0).integers(0, 4, 150)
+    ensemble = ShrunkStackedEnsemble(16, epochs=2).fit(probs, labels)
+    assert ensemble.share_ == 0
+    assert (ensemble.predict_proba(probs) == 0.25).all()
+
+
+def test_a_share_mixes_the_papers_network_with_the_mean() -> None:
+    probs, labels = scored()
+    ensemble = ShrunkStackedEnsemble(64, epochs=30, lr=1e-2).fit(probs, labels)
+    assert float(ensemble.share_) in SHARES
+    network = small().fit(probs, labels).predict_proba(probs)
+    mean = MeanEnsemble().predict_proba(probs)
+    assert ensemble.predict_proba(probs) == pytest.approx(ensemble.share_ * network + (1 - ensemble.share_) * mean)
+
+
+def test_an_overfitted_network_is_shrunk() -> None:
+    """A hundred rows, many steps: the network is sure where it is wrong, and worse than the mean."""
+    probs, labels, new, truth = draw_pool("equal", 0, n=100, test=1000)
+    kinds = [kind(64, epochs=100, lr=1e-2) for kind in (ShrunkStackedEnsemble, StackedEnsemble)]
+    shrunk, full, mean = (e.fit(probs, labels) for e in (*kinds, MeanEnsemble()))
+    loss = [-np.log(e.predict_proba(new)[np.arange(1000), truth] + 1e-7).mean() for e in (shrunk, full, mean)]
+    assert shrunk.share_ < 0.5
+    assert loss[0] < loss[2] < loss[1]
+    same, labels, _, _ = draw_pool("null", 0, n=100, test=1)
+    assert ShrunkStackedEnsemble(64, epochs=100, lr=1e-2).fit(same, labels).share_ == 0
