@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest, bootstrap, t
 from sklearn import metrics
 
 from threefold import stats
@@ -170,6 +170,13 @@ def test_groups_never_narrow_the_interval_of_a_share(seed: int, groups: int, lar
     assert 0 <= found.low <= alone.low + 1e-12
     assert alone.high - 1e-12 <= found.high <= 1
     assert found.low - 1e-12 <= hits.mean() <= found.high + 1e-12
+
+
+def test_the_design_effect_by_hand() -> None:
+    # 4, 2 and 0 of 4 right: variance 8 * 3/2 / 12^2 = 1/12 against 0.25 / 11 of rows alone, so 12 rows are worth 36/11.
+    hits = [1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
+    worth = 36 / 11 * (t.ppf(0.975, 11) / t.ppf(0.975, 2)) ** 2
+    assert stats.share_interval(hits, list("aaaabbbbcccc")) == pytest.approx(stats.wilson_interval(worth / 2, worth))
 
 
 def test_groups_that_are_alike_count_once_each() -> None:
