@@ -3,8 +3,8 @@
     uv run python bench/head_seeds.py [--runs FOLDER] [--seeds 5] [--set a.b=c ...]
 
 Finished runs in the folder are read, missing ones are trained. Each head against `std`: the mean paired difference in
-accuracy with an interval over other seeds AND other images (bootstrap that draws seeds and images with replacement, Owen
-2007), and per seed the exact McNemar counts.
+accuracy with an interval for other seeds AND other images (`paired.seeds_difference`, crossed random effects), and per
+seed the exact McNemar counts.
 """
 
 from __future__ import annotations
@@ -15,21 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from threefold import train
-from threefold.paired import mcnemar_exact
+from threefold.paired import mcnemar_exact, seeds_difference
 from threefold.predictions import Predictions
 from threefold.provenance import commit, hardware
 from threefold.recipe import packaged
-
-DRAWS = 4000
-
-
-def interval(differences: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
-    """95 % interval of the mean of differences (seeds, images), both axes drawn again."""
-    s, n = differences.shape
-    seeds = rng.multinomial(s, np.full(s, 1 / s), DRAWS) / s
-    images = rng.multinomial(n, np.full(n, 1 / n), DRAWS) / n
-    means = np.einsum("ds,sn,dn->d", seeds, differences, images, optimize=True)
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
 def table(kind: str, rows: list[Predictions]) -> None:
@@ -37,16 +26,16 @@ def table(kind: str, rows: list[Predictions]) -> None:
     hits = np.stack([p.probs.argmax(-1) == p.labels for p in rows]).astype(float)  # seeds, members, images
     print(f"\n{kind}, {hits.shape[2]} images, {hits.shape[0]} seeds")
     print(
-        f"{'head':14}{'accuracy':>10}{'lowest':>9}{'highest':>9}{'minus std':>11}{'95 % interval':>22}  McNemar, by seed"
+        f"{'head':14}{'accuracy':>10}{'lowest':>9}{'highest':>9}{'minus std':>11}{'95 % interval':>22}{'p':>7}  McNemar, by seed"
     )
     for i, name in enumerate(rows[0].members):
-        per_seed, difference = hits[:, i].mean(1), hits[:, i] - hits[:, 0]
+        per_seed = hits[:, i].mean(1)
         cells = f"{name:14}{per_seed.mean():10.4f}{per_seed.min():9.4f}{per_seed.max():9.4f}"
         if i:
-            low, high = interval(difference, np.random.default_rng(0))
+            found = seeds_difference(hits[:, i] > 0, hits[:, 0] > 0)
             counts = [mcnemar_exact(a[i] > 0, a[0] > 0) for a in hits]
             words = ", ".join(f"{c.only_a}:{c.only_b} (p {c.p:.2g})" for c in counts)
-            cells += f"{difference.mean():+11.4f}{f'[{low:+.4f}, {high:+.4f}]':>22}  {words}"
+            cells += f"{found.estimate:+11.4f}{f'[{found.low:+.4f}, {found.high:+.4f}]':>22}{found.p:7.2f}  {words}"
         print(cells)
 
 
