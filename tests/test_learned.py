@@ -119,8 +119,10 @@ def test_ties_between_classes_go_to_the_first_while_picking() -> None:
     labels = np.array([1, 1, 1, 0])
     unsure, right = np.full((4, 2), 0.5), np.eye(2)[labels] * 0.2 + 0.4
     assert BestEnsemble().fit(np.stack([unsure, right]), labels).weights_.tolist() == [0, 1]
-    apart = np.stack([[[0.25, 0.75]] * 3 + [[0.75, 0.25]], [[0.75, 0.25]] * 4])  # their mean is a tie on three rows
-    assert GreedyEnsemble(2, start=2).fit(apart, labels).weights_.tolist() == [1, 0]
+    ones = np.ones(3, int)
+    first = [[0.25, 0.75], [0.25, 0.75], [0.75, 0.25]]
+    second = [[0.7, 0.3], [0.7, 0.3], [0.25, 0.75]]  # with the first: right twice, and a tie, which is class 0
+    assert GreedyEnsemble(2).fit(np.array([first, second]), ones).weights_.tolist() == [1, 0]
 
 
 @LAW

@@ -80,8 +80,9 @@ def test_with_the_strongest_ridge_logistic_stacking_answers_as_the_mean(seed: in
 
 
 def test_the_ridge_is_strong_where_nothing_is_to_be_learned_and_weak_where_much_is() -> None:
-    probs, labels, _, _ = draw_pool("null", 0, n=150, test=1)
-    assert LogisticEnsemble().fit(probs, labels).ridge_ >= 100
+    for kind in ("null", "few"):  # the standard error decides: by the least log loss alone hardly one is strong
+        pools = (draw_pool(kind, seed, n=100, test=1) for seed in range(6))
+        assert sum(LogisticEnsemble().fit(probs, labels).ridge_ >= 1e4 for probs, labels, _, _ in pools) >= 4
     probs, labels, _, _ = draw_pool("guessers", 0, n=1500, test=1)
     assert LogisticEnsemble().fit(probs, labels).ridge_ <= 10
 
