@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src/threefold").glob("*.py"))
 # A module may import those before it only.
 ORDER = [
-    "errors", "files", "overrides", "recipe", "images", "listing", "datasets", "splits", "augment", "heads", "optim", "model", "predict", "pixels", "stages",
+    "errors", "files", "overrides", "recipe", "images", "listing", "archives", "pickled", "official", "arrays", "photos", "tables", "datasets", "fetch", "datacheck", "samples", "splits", "augment", "heads", "optim", "model", "predict", "pixels", "stages",
     "predictions", "combiners", "ensemble", "stats", "evaluate", "catalogue", "pipeline", "provenance", "run", "runtime", "exporting", "answers", "serve", "charts", "report",
     "plan", "workflow", "terminal", "cli", "__init__", "__main__",
 ]  # fmt: skip

@@ -23,6 +23,12 @@ from threefold.overrides import apply_override
 _PACKAGED = Path(__file__).parent / "recipes"
 HeadKind = Literal["linear", "mlp", "rnn", "gru", "lstm", "birnn", "bigru", "bilstm"]
 Method = Literal["mean", "pruned", "vote", "top2", "weighted", "stacked", "greedy"]
+Source = Literal[
+    "folder", "csv", "demo", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "inaturalist2019", "icassava2019",
+    "cassava2020", "surrey-asl", "parquet", "huggingface",
+]  # fmt: skip
+WITH_GROUPS = ("csv", "parquet", "huggingface", "surrey-asl")
+WITH_EXTRA = ("svhn", "inaturalist2019", "icassava2019")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -45,9 +51,13 @@ def _regex(value: str) -> str:
 class DataSpec(Section):
     """Where the images come from."""
 
-    source: Literal["folder", "csv", "demo", "fashion-mnist"] = "folder"
+    source: Source = "folder"
     root: str = ""
-    """Folder of class folders (or of train/ [val/] test/), CSV file, or folder of the idx files."""
+    """Folder of class folders (or of train/ [val/] test/), CSV or parquet file, hub name, or where the official files
+    or archives of a named data set lie."""
+    extra: bool = False
+    """Train also on the images that are published beside the training set: SVHN's extra images, the official
+    validation images of iNaturalist 2019 (then nothing is held out) and of iCassava 2019."""
     bad_images: Literal["fail", "skip"] = "fail"
     """What to do with files that cannot be read: stop and list them, or leave them out and record that."""
     group_regex: str = ""
@@ -59,6 +69,14 @@ class DataSpec(Section):
     @classmethod
     def _is_regex(cls, value: str) -> str:
         return _regex(value)
+
+    @model_validator(mode="after")
+    def _extra_exists(self) -> DataSpec:
+        if self.extra and self.source not in WITH_EXTRA:
+            raise ValueError(
+                f"extra would be ignored by source = {self.source}; {', '.join(WITH_EXTRA)} have extra images"
+            )
+        return self
 
 
 class FoldSpec(Section):
@@ -230,7 +248,7 @@ class Recipe(Section):
                 raise ValueError(f"{what} need different names, {', '.join(twice)} stands there twice")
         if self.folds.k == 1 and self.protocol == "honest" and self.folds.scheme != "leave-one-group-out":
             raise ValueError("folds.k = 1 leaves no out-of-fold rows; the honest protocol needs folds.k >= 2")
-        if self.folds.scheme != "stratified" and not (self.data.group_regex or self.data.source == "csv"):
+        if self.folds.scheme != "stratified" and not (self.data.group_regex or self.data.source in WITH_GROUPS):
             raise ValueError(
                 f"folds.scheme = {self.folds.scheme} needs groups: set data.group_regex, or use a CSV with a group column"
             )
