@@ -200,7 +200,9 @@ def _as_data_errors(archive: Path) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise error if str(archive) in str(error) else DataError(f"{error}", where=archive) from None
+        if str(archive) in str(error):
+            raise
+        raise DataError("cannot use the archive", where=archive, got=error) from None
     except OSError as error:
         what = "the archive is damaged" if error.errno is None else "cannot read the archive"
         raise DataError(what, where=archive, got=error.strerror or error) from None

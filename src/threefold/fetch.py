@@ -166,6 +166,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
         if not newurl.startswith("https:" if req.type == "https" else ("http:", "https:")):
+            fp.close()
             raise DataError("the server redirects to an unsafe address", where=req.full_url, got=newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
@@ -202,6 +203,7 @@ def _receive(url: str, remote: Remote, part: Path, watcher: Watcher | None, paus
         except DataError:
             raise
         except urllib.error.HTTPError as error:
+            error.close()
             if error.code == 416:  # the part is longer than the file now is
                 part.unlink(missing_ok=True)
             elif error.code < 500 and error.code not in (408, 429):

@@ -25,6 +25,7 @@ _NAMES = {
     "numpy ndarray": "ndarray",
     "numpy dtype": "dtype",
     "_codecs encode": "encode",
+    "__builtin__ bytes": "bytes",
 }
 
 
@@ -78,7 +79,7 @@ def read_batch(content: bytes, where: str | Path) -> dict[str, Any]:
             "the pickle asks for more than plain data",
             where=where,
             got=refused,
-            fix="do not use this file; get the official one (threefold checks its checksum)",
+            fix="do not use this file; get the official one with threefold data fetch, which checks it",
         ) from None
     except Exception as error:  # hostile or damaged opcodes reach the stack in any order
         raise DataError("cannot read the pickle", where=where, got=str(error)[:200] or type(error).__name__) from None
@@ -158,6 +159,8 @@ class _Machine:
             self.stack.append(_Type(_text(arguments[0])))
         elif known == "encode" and len(arguments) == 2 and _text(arguments[1]) in ("latin1", "latin-1"):
             self.stack.append(arguments[0].encode("latin-1"))
+        elif known == "bytes" and arguments == ():  # what Python 3 makes of b"" for protocol 2
+            self.stack.append(b"")
         else:
             raise _Refused(f"a call of {known or type(function).__name__}")
 
