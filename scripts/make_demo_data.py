@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from threefold.datasets import FASHION_MNIST_ROOT, read_idx
+from threefold.arrays import FASHION_MNIST_ROOT, read_idx
 
 SEED = 2017
 PER_CLASS = {"train": 300, "test": 100}

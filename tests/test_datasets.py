@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from threefold.datasets import FASHION_MNIST_CLASSES, FASHION_MNIST_ROOT, ImageDataset, load_data, read_idx
+from threefold.arrays import FASHION_MNIST_ROOT, read_idx
+from threefold.datasets import ImageDataset, load_data
 from threefold.errors import DataError
 from threefold.images import BadImage
+from threefold.official import FASHION_MNIST_CLASSES
 from threefold.recipe import DataSpec
 
 REPOSITORY = Path(__file__).parents[1]

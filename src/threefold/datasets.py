@@ -1,48 +1,31 @@
-"""Data sets: a folder of class folders, a CSV file, Fashion-MNIST, or the small part of it that is packaged.
+"""Data sets: every source of a recipe ends in an `ImageDataset` here.
 
-Each source ends in an `ImageDataset`. What cannot be used stops here, with the names of the files; what is left out
+The formats are read by `listing` (folders, CSV), `arrays`, `photos` (the paper's data sets) and `tables` (parquet, hub). What cannot be used stops here, with the names of the files; what is left out
 by request, and what a careful reader would want to know (duplicates, ignored files), is written down in `Sources`.
 Imports no torch.
 """
 
 from __future__ import annotations
 
-import gzip
 import os
 import re
-import struct
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from math import prod
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from threefold.arrays import FASHION_MNIST_ROOT, numbered, read_cifar, read_mnist, read_svhn
 from threefold.errors import DataError
 from threefold.images import BadImage, check_all, decode, same_content
-from threefold.listing import Item, Listing, list_csv, list_folder, shorten
+from threefold.listing import Decoded, Encoded, Item, Listing, list_csv, list_folder, shorten
+from threefold.official import FASHION_MNIST_CLASSES
+from threefold.photos import list_cassava2020, list_icassava, list_inaturalist, list_surrey
 from threefold.recipe import DataSpec
-
-FASHION_MNIST_ROOT = "/usr/share/datasets/fashion-mnist"
-"""Where the Debian package `dataset-fashion-mnist` puts its files."""
-
-FASHION_MNIST_CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-"""Names of the labels 0 to 9."""
+from threefold.tables import list_huggingface, list_parquet
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +33,7 @@ class ImageDataset:
     """Images with labels; everything but the pixels is in memory.
 
     Attributes:
-        images: image files, or uint8 pixels (n, h, w) or (n, h, w, 3).
+        images: image files, image files in a table, or uint8 pixels (n, h, w) or (n, h, w, 3).
         labels: class number of each image (n,) int64.
         ids: unique name of each image; the sources give rows in ascending order of it.
         classes: class names; a label is a position here.
@@ -60,7 +43,7 @@ class ImageDataset:
         DataError: the parts differ in length, ids repeat, or labels have no class.
     """
 
-    images: Sequence[Path] | NDArray[np.uint8]
+    images: Sequence[Path] | Encoded | NDArray[np.uint8]
     labels: NDArray[np.int64]
     ids: tuple[str, ...]
     classes: tuple[str, ...]
@@ -89,11 +72,16 @@ class ImageDataset:
         at = np.arange(len(self))[np.asarray(rows)]
         return replace(
             self,
-            images=self.images[at] if isinstance(self.images, np.ndarray) else tuple(self.images[i] for i in at),
+            images=self._images(at),
             labels=self.labels[at],
             ids=tuple(self.ids[i] for i in at),
             groups=None if self.groups is None else tuple(self.groups[i] for i in at),
         )
+
+    def _images(self, at: NDArray[np.int64]) -> Sequence[Path] | Encoded | NDArray[np.uint8]:
+        if isinstance(self.images, np.ndarray):
+            return self.images[at]
+        return self.images.take(at) if isinstance(self.images, Encoded) else tuple(self.images[i] for i in at)
 
     def pixels(self, i: int) -> NDArray[np.uint8]:
         """Image i as uint8 (h, w, 3), decoded now where it is a file.
@@ -136,13 +124,30 @@ def load_data(spec: DataSpec, seed: int) -> Sources:
         DataError: images or labels are missing, unreadable or contradict each other.
     """
     if spec.source == "demo":
-        return _from_arrays(*_demo_arrays(), spec, seed)
-    if spec.source == "fashion-mnist":
-        return _from_arrays(*_fashion_mnist_arrays(Path(spec.root or FASHION_MNIST_ROOT).expanduser()), spec, seed)
-    if not spec.root:
+        return _from_arrays(_demo(), spec, seed)
+    root = spec.root or (FASHION_MNIST_ROOT if spec.source == "fashion-mnist" else "")
+    if not root:
         raise DataError("data.root is not set", fix="set data.root to a folder of class folders, or to a CSV file")
-    root = Path(spec.root).expanduser()
-    return _from_files(list_folder(root) if spec.source == "folder" else list_csv(root), spec, seed)
+    if spec.source == "huggingface":
+        return _from_files(list_huggingface(root), spec, seed)
+    path = Path(root).expanduser()
+    decoded: dict[str, Callable[[], Decoded]] = {
+        **dict.fromkeys(("mnist", "fashion-mnist"), lambda: read_mnist(path, spec.source)),
+        **dict.fromkeys(("cifar10", "cifar100"), lambda: read_cifar(path, spec.source)),
+        "svhn": lambda: read_svhn(path, spec.extra),
+    }
+    if spec.source in decoded:
+        return _from_arrays(decoded[spec.source](), spec, seed)
+    listed: dict[str, Callable[[], Listing]] = {
+        "folder": lambda: list_folder(path),
+        "csv": lambda: list_csv(path),
+        "parquet": lambda: list_parquet(path),
+        "inaturalist2019": lambda: list_inaturalist(path, spec.extra),
+        "icassava2019": lambda: list_icassava(path, spec.extra),
+        "cassava2020": lambda: list_cassava2020(path),
+        "surrey-asl": lambda: list_surrey(path),
+    }
+    return _from_files(listed[spec.source](), spec, seed)
 
 
 def _from_files(listing: Listing, spec: DataSpec, seed: int) -> Sources:
@@ -152,23 +157,23 @@ def _from_files(listing: Listing, spec: DataSpec, seed: int) -> Sources:
             "groups are given twice", where=spec.root, fix="empty data.group_regex or drop the CSV's group column"
         )
     train, test = (sorted(item for item in listing.items if item.part == part) for part in ("train", "test"))
-    classes = _classes({item.label for item in train}, {item.label for item in test})
+    classes = _classes({item.label for item in train}, {item.label for item in test}, listing.classes)
     train = [train[row] for row in _limited([item.label for item in train], spec.limit_per_class, seed)]
-    bad = _verify([item.path for item in train + test], spec)
+    bad = _verify(train + test, listing.encoded, spec)
     gone = {image.path for image in bad if not image.readable}
     train, test = ([item for item in part if item.path not in gone] for part in (train, test))
     _require_two_of_each(train, classes)
     if not test and any(item.part == "test" for item in listing.items):
         raise DataError("none of the test images can be read", where=spec.root)
 
-    parts = [_dataset(part, classes, spec.group_regex) for part in (train, test) if part]
-    notes = listing.notes + _mislabelled(bad) + _duplicates(train, test) + _shared_groups(parts)
+    parts = [_dataset(part, classes, spec.group_regex, listing.encoded) for part in (train, test) if part]
+    notes = listing.notes + _mislabelled(bad) + _duplicates(train + test, listing.encoded) + _shared_groups(parts)
     skipped = tuple(image for image in bad if not image.readable)
     return Sources(parts[0], parts[1] if test else None, tuple(notes), skipped)
 
 
-def _classes(train: set[str], test: set[str]) -> tuple[str, ...]:
-    """Class names in natural order (`2` before `10`); train and test must agree on them."""
+def _classes(train: set[str], test: set[str], official: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Class names in official or in natural order (`2` before `10`); train and test must agree on them."""
     if len(train) < 2:
         got = f"only {shorten(train)}" if train else "no training images"
         raise DataError("there is nothing to tell apart", expected="training images of 2 or more classes", got=got)
@@ -179,7 +184,7 @@ def _classes(train: set[str], test: set[str]) -> tuple[str, ...]:
             got=" and ".join(f"only in {part}: {shorten(names)}" for part, names in sides.items() if names),
             fix="give both the same class names",
         )
-    return tuple(_natural(train))
+    return official or tuple(_natural(train))
 
 
 def _natural(names: Iterable[str]) -> list[str]:
@@ -202,16 +207,22 @@ def _limited(labels: ArrayLike, limit: int, seed: int) -> NDArray[np.int64]:
     return np.sort(np.concatenate(drawn))
 
 
-def _verify(paths: Sequence[Path], spec: DataSpec) -> list[BadImage]:
-    """Decode every file once; under `fail`, stop if anything is wrong."""
-    bad = check_all(paths, workers=min(8, os.cpu_count() or 1))
+def _verify(items: Sequence[Item], encoded: Encoded | None, spec: DataSpec) -> list[BadImage]:
+    """Decode every image once; under `fail`, stop if anything is wrong."""
+    paths = [item.path for item in items]
+    bad = check_all(paths, min(8, os.cpu_count() or 1), _contents(items, encoded))
     if bad and spec.bad_images == "fail":
         raise DataError(
-            f"{len(bad)} of {len(paths)} images cannot be used",
+            f"{len(bad)} of {len(items)} images cannot be used",
             got=shorten(f"{image.path} ({image.reason})" for image in bad),
             fix='repair, rename or remove them, or set data.bad_images = "skip"',
         )
     return bad
+
+
+def _contents(items: Sequence[Item], encoded: Encoded | None) -> Encoded | None:
+    """The image files of these rows of a table; None where the items are files themselves."""
+    return None if encoded is None else encoded.take([item.row for item in items])
 
 
 def _require_two_of_each(train: list[Item], classes: tuple[str, ...]) -> None:
@@ -225,12 +236,12 @@ def _require_two_of_each(train: list[Item], classes: tuple[str, ...]) -> None:
         )
 
 
-def _dataset(items: list[Item], classes: tuple[str, ...], group_regex: str) -> ImageDataset:
+def _dataset(items: list[Item], classes: tuple[str, ...], group_regex: str, encoded: Encoded | None) -> ImageDataset:
     ids = tuple(item.id for item in items)
     number = {name: label for label, name in enumerate(classes)}
     listed = tuple(item.group for item in items if item.group is not None)
     return ImageDataset(
-        images=tuple(item.path for item in items),
+        images=_contents(items, encoded) or tuple(item.path for item in items),
         labels=np.array([number[item.label] for item in items], dtype=np.int64),
         ids=ids,
         classes=classes,
@@ -259,13 +270,12 @@ def _mislabelled(bad: list[BadImage]) -> list[str]:
     return [f"{len(named)} images were read although their names mislead: {shorten(named)}"] if named else []
 
 
-def _duplicates(train: list[Item], test: list[Item]) -> list[str]:
+def _duplicates(items: list[Item], encoded: Encoded | None) -> list[str]:
     """Notes about files that are equal byte for byte."""
-    items = train + test
     across: list[str] = []
     contradicting: list[str] = []
     within = 0
-    for rows in same_content([item.path for item in items]):
+    for rows in same_content([item.path for item in items], _contents(items, encoded)):
         same = [items[row] for row in rows]
         in_test = [item.id for item in same if item.part == "test"]
         in_train = len(same) - len(in_test)
@@ -289,66 +299,23 @@ def _shared_groups(parts: list[ImageDataset]) -> list[str]:
     return [f"{len(shared)} groups stand in train and in test: {shorten(sorted(shared))}"] if shared else []
 
 
-def read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
-    """Read a gzipped idx file of bytes, the format of MNIST, with `ndim` axes.
-
-    Raises:
-        DataError: the file is missing, not gzip, not idx with that many axes, or of another length than it says.
-    """
-    try:
-        with gzip.open(path) as stream:
-            content = stream.read()
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError("cannot read the idx file", where=path, got=getattr(error, "strerror", "") or error) from None
-    magic = bytes([0, 0, 8, ndim])  # 8 = unsigned bytes
-    if content[:4] != magic:
-        raise DataError("not such an idx file", where=path, expected=f"magic {magic.hex()}", got=content[:4].hex())
-    body = content[4 + 4 * ndim :]
-    shape = struct.unpack_from(f">{ndim}L", content.ljust(4 + 4 * ndim, b"\0"), 4)
-    if len(body) != prod(shape):
-        raise DataError("the idx file is not complete", where=path, expected=f"{prod(shape)} bytes", got=len(body))
-    return np.frombuffer(body, dtype=np.uint8).reshape(shape)
-
-
-def _fashion_mnist_arrays(root: Path) -> tuple[ImageDataset, ImageDataset]:
-    """The official split, from the four .gz files."""
-    parts = []
-    for part, prefix in (("train", "train"), ("test", "t10k")):
-        files = [root / f"{prefix}-{what}.gz" for what in ("images-idx3-ubyte", "labels-idx1-ubyte")]
-        absent = [path for path in files if not path.is_file()]
-        if absent:
-            raise DataError(
-                "there is no such file of Fashion-MNIST",
-                where=absent[0],
-                fix="install the Debian package dataset-fashion-mnist, or set data.root to the folder of the .gz files",
-            )
-        images, labels = read_idx(files[0], 3), read_idx(files[1], 1)
-        if len(images) != len(labels):
-            raise DataError("images and labels differ in number", where=files[1], expected=len(images), got=len(labels))
-        parts.append(_array_dataset(part, images, labels, np.arange(len(labels))))
-    return parts[0], parts[1]
-
-
-def _demo_arrays() -> tuple[ImageDataset, ImageDataset]:
+def _demo() -> Decoded:
     """The packaged part of Fashion-MNIST, as scripts/make_demo_data.py wrote it."""
     asset = resources.files("threefold") / "assets" / "fashion_mnist" / "data.npz"
     with asset.open("rb") as stream, np.load(stream, allow_pickle=False) as data:
         train, test = (
-            _array_dataset(part, data[f"{part}_images"], data[f"{part}_labels"], data[f"{part}_rows"])
+            numbered(part, data[f"{part}_images"], data[f"{part}_labels"], data[f"{part}_rows"])
             for part in ("train", "test")
         )
-    return train, test
+    return Decoded(train, test, FASHION_MNIST_CLASSES, [])
 
 
-def _array_dataset(
-    part: str, images: NDArray[np.uint8], labels: NDArray[np.uint8], rows: NDArray[np.integer]
-) -> ImageDataset:
-    """Fashion-MNIST images; ids are the part and the row in the official file."""
-    ids = tuple(f"{part}/{row:05d}" for row in rows)
-    return ImageDataset(images, labels.astype(np.int64), ids, FASHION_MNIST_CLASSES)
-
-
-def _from_arrays(train: ImageDataset, test: ImageDataset, spec: DataSpec, seed: int) -> Sources:
-    train = train.subset(_limited(train.labels, spec.limit_per_class, seed))
-    parts = [replace(part, groups=_groups(part.ids, spec.group_regex)) for part in (train, test)]
-    return Sources(parts[0], parts[1], tuple(_shared_groups(parts)), ())
+def _from_arrays(data: Decoded, spec: DataSpec, seed: int) -> Sources:
+    """Pixels in memory need no check; they are copied only where some are left out."""
+    train, test = (
+        ImageDataset(part.images, part.labels, part.ids, data.classes, _groups(part.ids, spec.group_regex))
+        for part in (data.train, data.test)
+    )
+    if spec.limit_per_class:
+        train = train.subset(_limited(train.labels, spec.limit_per_class, seed))
+    return Sources(train, test, tuple(data.notes + _shared_groups([train, test])), ())

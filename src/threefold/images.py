@@ -120,32 +120,43 @@ def decode(source: str | Path | bytes | BinaryIO) -> NDArray[np.uint8]:
         raise DataError("cannot read the image", where=where, got=error) from None
 
 
-def check(path: str | Path) -> BadImage | None:
-    """Decode a file completely; say what is wrong with it, also where its name promises another format."""
+def check(path: str | Path, content: bytes | None = None) -> BadImage | None:
+    """Decode a file completely; say what is wrong with it, also where its name promises another format.
+
+    Args:
+        path: the file, or the name of `content`.
+        content: the file's bytes, where they lie elsewhere.
+    """
     path = Path(path)
     try:
-        content = _read(path)[1]
+        found = _read(path if content is None else content)[1]
     except _Unreadable as error:
         return BadImage(path, " ".join(str(error).split()))
-    if IMAGE_SUFFIXES.get(path.suffix.lower(), content) != content:
-        return BadImage(path, f"content is {content}, name says {path.suffix}", readable=True)
+    if IMAGE_SUFFIXES.get(path.suffix.lower(), found) != found:
+        return BadImage(path, f"content is {found}, name says {path.suffix}", readable=True)
     return None
 
 
-def check_all(paths: Sequence[str | Path], workers: int = 4) -> list[BadImage]:
+def check_all(paths: Sequence[str | Path], workers: int = 4, contents: Sequence[bytes] | None = None) -> list[BadImage]:
     """What `check` objects to among many files, in their order; decoded by that many threads."""
+
+    def check_one(place: int) -> BadImage | None:
+        return check(paths[place], None if contents is None else contents[place])
+
     with ThreadPoolExecutor(workers) as pool:
-        return [bad for bad in pool.map(check, paths) if bad is not None]
+        return [bad for bad in pool.map(check_one, range(len(paths))) if bad is not None]
 
 
-def same_content(paths: Sequence[Path]) -> list[list[int]]:
+def same_content(paths: Sequence[Path], contents: Sequence[bytes] | None = None) -> list[list[int]]:
     """Positions of files that are equal byte for byte, one list per content that stands there more than once.
 
-    Only files of equal size are read.
+    Only files of equal size are read; of `contents`, where the bytes lie elsewhere, all are.
 
     Raises:
         DataError: a file cannot be read.
     """
+    if contents is not None:
+        return _positions([hashlib.sha256(content).digest() for content in contents])
     try:
         sizes = _positions([path.stat().st_size for path in paths])
         rows = sorted(row for same in sizes for row in same)

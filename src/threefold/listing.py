@@ -1,13 +1,16 @@
-"""Which image files there are, and what their folders or a CSV file say of them; no image is opened here."""
+"""Which images there are, and what their folders or a table say of them; no image is opened here."""
 
 from __future__ import annotations
 
 import csv
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from threefold.errors import DataError
 from threefold.images import IMAGE_SUFFIXES
@@ -17,19 +20,69 @@ _SHOWN = 10
 
 
 class Item(NamedTuple):
-    """One listed image file; `part` is train or test, `group` what a CSV file says of it."""
+    """One listed image; `part` is train or test, `group` what the source says of it, `row` its place in a table."""
 
     id: str
     path: Path
     label: str
     part: str
     group: str | None = None
+    row: int = -1
+
+
+class Encoded(Sequence[bytes]):
+    """Image files that lie in a table: each is read when it is asked for, and none is kept.
+
+    Args:
+        read: gives the bytes of the image file in a row of the table.
+        rows: the rows of the table (n), in order.
+    """
+
+    def __init__(self, read: Callable[[int], bytes], rows: NDArray[np.int64]) -> None:
+        self._read, self._rows = read, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, at: SupportsIndex) -> bytes: ...
+    @overload
+    def __getitem__(self, at: slice) -> Encoded: ...
+    def __getitem__(self, at: SupportsIndex | slice) -> bytes | Encoded:
+        return Encoded(self._read, self._rows[at]) if isinstance(at, slice) else self._read(int(self._rows[at]))
+
+    def take(self, at: NDArray[np.int64] | Sequence[int]) -> Encoded:
+        """The images at these positions, in this order."""
+        return Encoded(self._read, self._rows[np.asarray(at, dtype=np.int64)])
 
 
 class Listing(NamedTuple):
-    """The image files of a folder or of a CSV file, and sentences about what was joined or ignored."""
+    """The images of a source, and sentences about what was joined or ignored."""
 
     items: list[Item]
+    notes: list[str]
+    classes: tuple[str, ...] = ()
+    """Official order of the class names; empty = natural order of the labels."""
+    encoded: Encoded | None = None
+    """Every image of a table, where the items are rows and not files; `Item.path` is then only a name."""
+
+
+class Pixels(NamedTuple):
+    """Decoded images of one part of a data set."""
+
+    images: NDArray[np.uint8]
+    """(n, h, w) or (n, h, w, 3)."""
+    labels: NDArray[np.int64]
+    """(n,)"""
+    ids: tuple[str, ...]
+
+
+class Decoded(NamedTuple):
+    """A data set whose official files hold pixels and no image files."""
+
+    train: Pixels
+    test: Pixels
+    classes: tuple[str, ...]
     notes: list[str]
 
 

@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 from threefold.errors import RecipeError
 from threefold.overrides import apply_override
 from threefold.sections import (
+    WITH_GROUPS,
     AugmentSpec,
     DataSpec,
     EnsembleSpec,
@@ -117,7 +118,7 @@ class Recipe(Section):
     def _check_folds(self) -> None:
         if self.folds.k == 1 and self.protocol == "honest" and self.folds.scheme != "leave-one-group-out":
             raise ValueError("folds.k = 1 leaves no out-of-fold rows; the honest protocol needs folds.k >= 2")
-        if self.folds.scheme != "stratified" and not (self.data.group_regex or self.data.source == "csv"):
+        if self.folds.scheme != "stratified" and not (self.data.group_regex or self.data.source in WITH_GROUPS):
             raise ValueError(
                 f"folds.scheme = {self.folds.scheme} needs groups: set data.group_regex, or use a CSV with a group column"
             )

@@ -14,6 +14,12 @@ HeadKind = Literal["linear", "mlp", "rnn", "gru", "lstm", "birnn", "bigru", "bil
 Method = Literal[
     "mean", "best", "vote", "pruned", "top2", "weighted", "greedy", "pool", "logistic", "stacked-shrunk", "stacked"
 ]
+Source = Literal[
+    "folder", "csv", "demo", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "inaturalist2019", "icassava2019",
+    "cassava2020", "surrey-asl", "parquet", "huggingface",
+]  # fmt: skip
+WITH_GROUPS = ("csv", "parquet", "huggingface", "surrey-asl")
+WITH_EXTRA = ("svhn", "inaturalist2019", "icassava2019")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -36,9 +42,13 @@ def _regex(value: str) -> str:
 class DataSpec(Section):
     """Where the images come from."""
 
-    source: Literal["folder", "csv", "demo", "fashion-mnist"] = "folder"
+    source: Source = "folder"
     root: str = ""
-    """Folder of class folders (or of train/ [val/] test/), CSV file, or folder of the idx files."""
+    """Folder of class folders (or of train/ [val/] test/), CSV or parquet file, hub name, or where the official files
+    or archives of a named data set lie."""
+    extra: bool = False
+    """Train also on the images that are published beside the training set: SVHN's extra images, the official
+    validation images of iNaturalist 2019 (then nothing is held out) and of iCassava 2019."""
     bad_images: Literal["fail", "skip"] = "fail"
     """What to do with files that cannot be read: stop and list them, or leave them out and record that."""
     group_regex: str = ""
@@ -50,6 +60,14 @@ class DataSpec(Section):
     @classmethod
     def _is_regex(cls, value: str) -> str:
         return _regex(value)
+
+    @model_validator(mode="after")
+    def _extra_exists(self) -> DataSpec:
+        if self.extra and self.source not in WITH_EXTRA:
+            raise ValueError(
+                f"extra would be ignored by source = {self.source}; {', '.join(WITH_EXTRA)} have extra images"
+            )
+        return self
 
 
 class FoldSpec(Section):

@@ -1,0 +1,137 @@
+"""A look at a data set before anything is trained on it: counts, sizes, and what a careful reader would want to know."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from threefold.datasets import ImageDataset, Sources, load_data
+from threefold.errors import DataError
+from threefold.listing import shorten
+from threefold.recipe import DataSpec
+
+FEW = 20
+"""Fewer training images of a class than this are pointed out: of 5 folds each then scores on 3 or less of them."""
+
+UNEVEN = 10
+"""A largest class that many times the smallest is pointed out."""
+
+_LOOKED_AT = 200
+
+
+class Finding(NamedTuple):
+    """Something about a data set that is worth knowing."""
+
+    level: Literal["error", "warning", "note"]
+    """error = a run would stop; warning = scores may mislead; note = good to know."""
+    what: str
+    """One sentence."""
+    number: int
+    """How many images, classes or groups it is about; 0 = the whole."""
+
+
+class DataCheck(NamedTuple):
+    """What a data set holds, as plain data."""
+
+    classes: dict[str, dict[str, int]]
+    """Images of each class by part (train, test), in the order of the labels."""
+    groups: dict[str, int]
+    """Training images of each group; empty where the data have none (none are guessed)."""
+    sizes: dict[str, int]
+    """Images of each `width x height` among at most 200 training images that are spread evenly over the rows."""
+    skipped: dict[str, str]
+    """Files that cannot be read, and why."""
+    findings: tuple[Finding, ...]
+
+    @property
+    def usable(self) -> bool:
+        """Whether a run could begin."""
+        return all(finding.level != "error" for finding in self.findings)
+
+
+def check_data(spec: DataSpec, seed: int = 0) -> DataCheck:
+    """Read every image that a recipe's `data` names, and say what is there.
+
+    Files that cannot be read are listed and the rest is looked at, whatever `bad_images` says; each is an error
+    under `fail` and a warning under `skip`.
+
+    Args:
+        spec: the `data` table of a recipe.
+        seed: the recipe's seed, for `limit_per_class`.
+
+    Returns:
+        Counts and findings; where the data cannot be loaded at all, one finding of level error.
+    """
+    try:
+        sources = load_data(spec.model_copy(update={"bad_images": "skip"}), seed)
+    except DataError as error:
+        return DataCheck({}, {}, {}, {}, (Finding("error", str(error), 0),))
+    train = sources.train
+    skipped = {str(image.path): image.reason for image in sources.skipped}
+    sizes = _sizes(train)
+    return DataCheck(
+        _counts(sources),
+        dict(sorted(Counter(train.groups or ()).items())),
+        sizes,
+        skipped,
+        tuple(_unreadable(skipped, spec) + _about_classes(train) + _about_sizes(sizes) + _notes(sources)),
+    )
+
+
+def _counts(sources: Sources) -> dict[str, dict[str, int]]:
+    parts = {"train": sources.train} | ({"test": sources.test} if sources.test is not None else {})
+    counted = {part: np.bincount(data.labels, minlength=len(data.classes)) for part, data in parts.items()}
+    return {
+        name: {part: int(counts[label]) for part, counts in counted.items()}
+        for label, name in enumerate(sources.train.classes)
+    }
+
+
+def _sizes(train: ImageDataset) -> dict[str, int]:
+    rows = np.unique(np.linspace(0, len(train) - 1, _LOOKED_AT).astype(int))
+    shapes = Counter(train.pixels(int(row)).shape for row in rows)
+    return {f"{width} x {height}": count for (height, width, _), count in shapes.most_common()}
+
+
+def _unreadable(skipped: dict[str, str], spec: DataSpec) -> list[Finding]:
+    if not skipped:
+        return []
+    what = f"images cannot be read: {shorten(f'{path} ({reason})' for path, reason in skipped.items())}"
+    return [Finding("error" if spec.bad_images == "fail" else "warning", what, len(skipped))]
+
+
+def _about_classes(train: ImageDataset) -> list[Finding]:
+    """Classes with few images, and classes of very different size."""
+    counts = np.bincount(train.labels, minlength=len(train.classes))
+    few = [f"{train.classes[label]} ({counts[label]})" for label in np.flatnonzero(counts < FEW)]
+    found = (
+        [Finding("warning", f"classes with fewer than {FEW} training images: {shorten(few)}", len(few))] if few else []
+    )
+    if counts.min() and counts.max() >= UNEVEN * counts.min():
+        what = f"the largest class has {counts.max() / counts.min():.0f} times the images of the smallest"
+        found.append(Finding("warning", what + "; accuracy alone will mislead", 0))
+    return found
+
+
+def _about_sizes(sizes: dict[str, int]) -> list[Finding]:
+    sides = [tuple(map(int, size.split(" x "))) for size in sizes]
+    small = min(min(side) for side in sides)
+    found = []
+    if len(sizes) > 1:
+        large = max(max(side) for side in sides)
+        found.append(Finding("note", f"images differ in size: sides of {small} to {large} pixels", 0))
+    elongated = [size for size, side in zip(sizes, sides, strict=True) if max(side) > 2 * min(side)]
+    if elongated:
+        what = f"images more than twice as long as wide, which resize = squash distorts: {shorten(elongated)}"
+        found.append(Finding("note", what, sum(sizes[size] for size in elongated)))
+    return found
+
+
+def _notes(sources: Sources) -> list[Finding]:
+    """What the reader of the data noted; copies in several parts, and groups in both, make scores too good."""
+    return [
+        Finding("warning" if "copies" in note or "stand in train and in test" in note else "note", note, 0)
+        for note in sources.notes
+    ]

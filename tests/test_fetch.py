@@ -1,0 +1,337 @@
+"""Downloads from a server on this machine: resumed, bounded, checked; and every way in which a server can fail."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from threefold import fetch as fetching
+from threefold.datasets import load_data
+from threefold.errors import DataError
+from threefold.fetch import download, fetch
+from threefold.official import OFFICIAL, Official, Remote, official
+from threefold.recipe import DataSpec
+from threefold.samples import write_sample
+
+CONTENT = os.urandom(3_000_000)
+
+
+class Server(ThreadingHTTPServer):
+    """What it has, how it behaves, and what it was asked."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {"/file": CONTENT}
+        self.asked: list[tuple[str, str | None]] = []
+        self.cuts = 0  # answers that break off half way
+        self.ranges = True
+        self.etag = '"one"'
+        self.errors: list[int] = []
+        self.redirects: dict[str, str] = {}
+        self.length: int | None = None  # a length that is not true
+        self.shift = 0  # answers to ranges that begin elsewhere
+
+    def url(self, path: str = "/file") -> str:
+        return f"http://127.0.0.1:{self.server_port}{path}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        server = self.server
+        asked = self.headers.get("Range")
+        server.asked.append((self.path, asked))
+        if server.errors:
+            return self.send_error(server.errors.pop(0))
+        if self.path in server.redirects:
+            self.send_response(302)
+            self.send_header("Location", server.redirects[self.path])
+            return self.end_headers()
+        if self.path not in server.files:
+            return self.send_error(404)
+        content, start = server.files[self.path], 0
+        if asked and server.ranges and self.headers.get("If-Range") == server.etag:
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(content):
+                return self.send_error(416)
+        self.send_response(206 if start else 200)
+        if start:
+            first = start + server.shift
+            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+        if server.etag:
+            self.send_header("ETag", server.etag)
+        body = content[start:]
+        self.send_header("Content-Length", str(len(body) if server.length is None else server.length))
+        self.end_headers()
+        if server.cuts:
+            server.cuts -= 1
+            body = body[: len(body) // 2]
+        self.wfile.write(body)
+        self.close_connection = True
+        return None
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def remote(server: Server, **facts: Any) -> Remote:
+    return Remote("file", (server.url(),), **facts)
+
+
+def get(remote: Remote, folder: Path, **options: Any) -> Path:
+    return download(remote, folder, pause=0.0, **options)
+
+
+SHA256, MD5 = hashlib.sha256(CONTENT).hexdigest(), hashlib.md5(CONTENT).hexdigest()
+
+
+def test_a_whole_file_is_checked_and_told_of(server: Server, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    path = get(remote(server, md5=MD5, sha256=SHA256), tmp_path, watcher=lambda *now: told.append(now))
+    assert path.read_bytes() == CONTENT
+    assert told[-1] == ("file", len(CONTENT), len(CONTENT))
+    assert [now[1] for now in told] == sorted(now[1] for now in told)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fetched.json", "file"]
+    get(remote(server, md5=MD5), tmp_path)
+    assert len(server.asked) == 1  # it is there already
+
+
+def test_a_cut_download_goes_on_where_it_stopped(server: Server, tmp_path: Path) -> None:
+    server.cuts = 2
+    assert get(remote(server, sha256=SHA256), tmp_path).read_bytes() == CONTENT
+    assert [asked for _, asked in server.asked] == [None, "bytes=1500000-", "bytes=2250000-"]
+
+
+def test_the_next_call_goes_on_too(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "_TRIES", 1)
+    server.cuts = 1
+    with pytest.raises(DataError, match="broke off too often: http.*1,500,000 of 3,000,000 bytes.*is kept"):  # noqa: RUF043
+        get(remote(server), tmp_path)
+    assert (tmp_path / "file.part").stat().st_size == 1_500_000
+    assert get(remote(server, sha256=SHA256), tmp_path).read_bytes() == CONTENT
+    assert server.asked[1] == ("/file", "bytes=1500000-")
+
+
+@pytest.mark.parametrize("change", ["no ranges", "another version", "no version"])
+def test_what_cannot_be_resumed_begins_again(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """A server without Range, one that has a new file, and one that does not say which file it has."""
+    monkeypatch.setattr(fetching, "_TRIES", 1)
+    server.etag = "" if change == "no version" else '"one"'
+    server.cuts = 1
+    with pytest.raises(DataError, match="broke off"):
+        get(remote(server), tmp_path)
+    server.ranges = change != "no ranges"
+    if change == "another version":
+        server.etag, server.files["/file"] = '"two"', CONTENT[::-1]
+    assert get(remote(server), tmp_path).read_bytes() == server.files["/file"]
+    assert server.asked[1][1] == (None if change == "no version" else "bytes=1500000-")
+
+
+def test_a_part_that_is_too_long_begins_again(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file.part").write_bytes(CONTENT + b"more")
+    (tmp_path / "file.part.from").write_text(f'{server.url()}\n"one"')
+    assert get(remote(server, sha256=SHA256), tmp_path).read_bytes() == CONTENT
+
+
+def test_a_wrong_checksum_is_put_aside(server: Server, tmp_path: Path) -> None:
+    for facts in ({"md5": "0" * 32}, {"sha256": "0" * 64}):
+        with pytest.raises(DataError, match=r"not the published one: .*file\.refused; expected (md5|sha256) 0000"):
+            get(remote(server, **facts), tmp_path)
+        assert [p.name for p in tmp_path.iterdir()] == ["file.refused"]
+    assert get(remote(server, md5=MD5), tmp_path).read_bytes() == CONTENT
+
+
+def test_a_file_that_is_there_is_checked_and_left(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"mine")
+    with pytest.raises(DataError, match="not the published one: .*fix: remove it"):  # noqa: RUF043
+        get(remote(server, md5=MD5), tmp_path)
+    assert (tmp_path / "file").read_bytes() == b"mine"
+
+
+def test_without_a_published_checksum_the_first_is_recorded(server: Server, tmp_path: Path) -> None:
+    get(remote(server), tmp_path)
+    assert json.loads((tmp_path / "fetched.json").read_text()) == {"file": SHA256}
+    (tmp_path / "file").unlink()
+    server.files["/file"] = b"other"
+    with pytest.raises(DataError, match="the file has changed"):
+        get(remote(server), tmp_path)
+    (tmp_path / "fetched.json").write_text("{")
+    with pytest.raises(DataError, match="record of downloads is damaged"):
+        get(remote(server), tmp_path)
+
+
+def test_redirects_are_followed_within_http(server: Server, tmp_path: Path) -> None:
+    server.redirects = {"/file": "/elsewhere"}
+    server.files["/elsewhere"] = CONTENT
+    server.cuts = 1
+    assert get(remote(server, sha256=SHA256), tmp_path).read_bytes() == CONTENT
+    assert server.asked[-1] == ("/elsewhere", "bytes=1500000-")
+    for target in (f"file://{tmp_path}/file", "ftp://127.0.0.1/file"):
+        server.redirects = {"/file": target}
+        with pytest.raises(DataError, match=r"redirects to an unsafe address|is not allowed"):
+            get(Remote("other", (server.url(),)), tmp_path)
+    server.redirects = {"/file": "/file"}
+    with pytest.raises(DataError, match="302"):
+        get(Remote("other", (server.url(),)), tmp_path)
+
+
+def test_from_https_nothing_leads_to_http() -> None:
+    import urllib.request
+    from email.message import Message
+    from io import BytesIO
+
+    secure, handler = urllib.request.Request("https://example.org/a"), fetching._Redirects()
+    with pytest.raises(DataError, match="unsafe address"):
+        handler.redirect_request(secure, BytesIO(), 302, "Found", Message(), "http://example.org/a")
+    assert handler.redirect_request(secure, BytesIO(), 302, "Found", Message(), "https://example.org/b") is not None
+
+
+def test_refusals_errors_and_mirrors(server: Server, tmp_path: Path) -> None:
+    absent = server.url("/absent")
+    with pytest.raises(DataError, match="the server refuses: .*/absent; got 404 Not Found"):  # noqa: RUF043
+        get(Remote("file", (absent,)), tmp_path)
+    assert len(server.asked) == 1  # no second try
+    server.errors = [503, 429]
+    assert get(Remote("file", (absent, server.url()), sha256=SHA256), tmp_path).read_bytes() == CONTENT
+    server.errors = [500] * 99
+    with pytest.raises(DataError, match="broke off too often: .*500"):  # noqa: RUF043
+        get(Remote("other", (server.url(),)), tmp_path)
+    assert len(server.errors) == 99 - 5
+    with pytest.raises(DataError, match="broke off too often.*refused"):  # noqa: RUF043
+        get(Remote("other", ("http://127.0.0.1:1/file",)), tmp_path)
+
+
+def test_sizes_that_do_not_agree(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="file of another size: .*expected 5, got 3000000"):  # noqa: RUF043
+        get(remote(server, size=5), tmp_path)
+    server.cuts, server.shift = 1, 7
+    with pytest.raises(DataError, match="another part than was asked for: .*expected bytes 1500000-"):  # noqa: RUF043
+        get(remote(server), tmp_path)
+
+
+def test_the_disk_is_looked_at_first(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=fetching._RESERVE + 2_999_999)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with pytest.raises(DataError, match="the disk is too small"):
+        get(remote(server), tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=fetching._RESERVE + 3_000_000))
+    get(remote(server), tmp_path)
+
+
+# Data sets ------------------------------------------------------------------------------------------------------------
+
+
+def served(server: Server, name: str, root: Path, monkeypatch: pytest.MonkeyPatch, **facts: Any) -> Official:
+    """The data set of that name, with this server in place of its own and a sample in place of its files."""
+    files = []
+    for old in OFFICIAL[name].files:
+        server.files[f"/{old.name}"] = (root / old.name).read_bytes()
+        digest = hashlib.sha256(server.files[f"/{old.name}"]).hexdigest()
+        files.append(old._replace(urls=(server.url(f"/{old.name}"),), size=0, md5="", sha256=digest))
+    known = OFFICIAL[name]._replace(files=tuple(files), **facts)
+    monkeypatch.setitem(OFFICIAL, name, known)
+    return known
+
+
+def test_a_fetched_data_set_loads(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served(server, "icassava2019", write_sample("icassava2019", tmp_path / "made", per_class=2), monkeypatch)
+    root = tmp_path / "deep/data"
+    with pytest.raises(DataError, match=r"terms of iCassava 2019 have to be accepted: .*add --accept-licence"):
+        fetch("icassava2019", root)
+    assert not root.exists()
+    (archive,) = fetch("icassava2019", root, accept_licence=True)
+    assert archive.with_name(archive.name + ".unpacked").is_dir()
+    assert len(load_data(DataSpec(source="icassava2019", root=str(root)), 0).train) == 10
+    served(server, "mnist", write_sample("mnist", tmp_path / "made", per_class=2), monkeypatch)
+    assert [path.name for path in fetch("mnist", root)] == [file.name for file in OFFICIAL["mnist"].files]
+    assert len(load_data(DataSpec(source="mnist", root=str(root)), 0).train) == 20
+
+
+def test_a_hostile_archive_writes_nothing_outside(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with zipfile.ZipFile(tmp_path / "cassavaleafdata.zip", "w") as archive:
+        archive.writestr("../../outside", "x")
+    served(server, "icassava2019", tmp_path, monkeypatch)
+    with pytest.raises(DataError, match="unsafe name"):
+        fetch("icassava2019", tmp_path / "a/b", accept_licence=True)
+    assert not list(tmp_path.rglob("outside"))
+
+
+def test_what_cannot_be_fetched(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not a published data set that is known; expected mnist"):
+        fetch("folder", tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot make the folder"):
+        fetch("mnist", tmp_path / "file")
+
+
+def test_every_data_set_has_its_facts() -> None:
+    for name in OFFICIAL:
+        known = official(name)
+        assert bool(known.files) != bool(known.kaggle), name
+        for file in known.files + known.extra_files:
+            assert all(url.startswith(("http://", "https://")) and url.endswith(file.name) for url in file.urls)
+            assert len(file.md5) in (0, 32)
+            assert len(file.sha256) in (0, 64)
+            unchecked = file.name in ("categories.json.tar.gz", "fingerspelling5.tar.bz2")
+            assert bool(file.md5 or file.sha256) != unchecked, file.name
+
+
+# Kaggle ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home without a token, and a path without Kaggle's program."""
+    for name in ("KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_API_TOKEN", "KAGGLE_CONFIG_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin") + ":/usr/bin:/bin")
+    (tmp_path / "bin").mkdir()
+    return tmp_path / "home"
+
+
+def test_kaggle_without_and_with_its_program(tmp_path: Path, home: Path) -> None:
+    with pytest.raises(DataError, match=r"needs a Kaggle account: .*download all files as .*\.zip.*kaggle\.json"):
+        fetch("cassava2020", tmp_path / "data", accept_licence=True)
+    made = write_sample("cassava2020", tmp_path / "made", per_class=2)
+    shutil.make_archive(str(tmp_path / "made"), "zip", made)
+    program = tmp_path / "bin/kaggle"
+    program.write_text(
+        f'#!/bin/sh\necho 403 - Forbidden >&2\n[ -f "{home}/ok" ] && cp "{tmp_path}/made.zip" "$6/$4.zip"\n'
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    with pytest.raises(DataError, match="needs a Kaggle account"):
+        fetch("cassava2020", tmp_path / "data", accept_licence=True)
+    (home / ".kaggle").mkdir(parents=True)
+    (home / ".kaggle/kaggle.json").write_text("{}")
+    with pytest.raises(DataError, match="could not download: cassava-leaf-disease-classification; got 403 - Forbidden"):
+        fetch("cassava2020", tmp_path / "data", accept_licence=True)
+    (home / "ok").write_text("")
+    (archive,) = fetch("cassava2020", tmp_path / "data", accept_licence=True)
+    assert archive.name == "cassava-leaf-disease-classification.zip"
+    assert len(load_data(DataSpec(source="cassava2020", root=str(tmp_path / "data")), 0).train) == 10
