@@ -78,7 +78,7 @@ def build_ensemble(name: str, spec: EnsembleSpec, seed: int = 0) -> Ensemble:
     ensemble = make_ensemble(name, seed)
     if isinstance(ensemble, StackedEnsemble):
         s = spec.stacked
-        ensemble = StackedEnsemble(s.hidden, epochs=s.epochs or None, lr=s.lr, batch_size=s.batch_size, seed=seed)
+        ensemble = type(ensemble)(s.hidden, epochs=s.epochs or None, lr=s.lr, batch_size=s.batch_size, seed=seed)
     return SelectedEnsemble(ensemble, spec.top) if spec.top else ensemble
 
 
