@@ -8,6 +8,7 @@ from typing import get_args
 
 from threefold.backbones import PAPER_BACKBONES
 from threefold.errors import RecipeError
+from threefold.official import OFFICIAL, Official
 from threefold.recipe import DataSpec, HeadKind, HeadSpec, packaged_names
 
 
@@ -25,7 +26,7 @@ def catalogue(what: str, pattern: str = "*") -> list[str]:
         "backbones": lambda: _backbones(pattern),
         "heads": _heads,
         "ensembles": _ensembles,
-        "data": lambda: list(get_args(DataSpec.model_fields["source"].annotation)),
+        "data": _data,
         "recipes": packaged_names,
     }
     if what not in lists:
@@ -42,6 +43,24 @@ def _backbones(pattern: str) -> list[str]:
         for row in PAPER_BACKBONES
         if fnmatch(row.name.lower(), pattern.lower()) or row.timm in known
     ]
+
+
+def _data() -> list[str]:
+    """Sources; of published data sets with their size, and whether their terms have to be accepted."""
+    lines = []
+    for name in get_args(DataSpec.model_fields["source"].annotation):
+        known = OFFICIAL.get(name)
+        lines.append(name if known is None else f"{name}: {known.title}, {_counts(known)}{_terms(known)}")
+    return lines
+
+
+def _counts(known: Official) -> str:
+    parts = (("training", known.train), ("test", known.test), ("extra", known.extra))
+    return ", ".join(f"{count:,} {part}" for part, count in parts if count)
+
+
+def _terms(known: Official) -> str:
+    return f"; terms: {known.licence}" if known.accept else ""
 
 
 def _heads() -> list[str]:

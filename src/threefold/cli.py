@@ -166,7 +166,7 @@ def ensemble(
     source: Annotated[Path, typer.Argument(help="A run folder, or predictions as .npz (probs, labels).")],
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", help="mean, pruned, vote, top2, weighted, stacked, greedy or auto; may be repeated."),
+        typer.Option("--method", help="auto, or names of `threefold list ensembles`; may be repeated."),
     ] = None,
     members: Annotated[
         list[str] | None, typer.Option("--members", help="Only these members; may be repeated or separated by commas.")

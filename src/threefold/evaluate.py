@@ -23,6 +23,8 @@ from threefold.recipe import EnsembleSpec, Recipe
 from threefold.selection import build_ensemble
 
 LEVEL = 0.95
+AUTO = tuple(name for name in ENSEMBLES if name != "stacked-shrunk")
+"""What `auto` scores and chooses from: all but the method that fits the stacked network four times."""
 Key = tuple[str, str]
 """Kind (member or ensemble) and name: a member may be called like a method."""
 
@@ -193,7 +195,7 @@ def evaluate_saved(source: Path, methods: Sequence[str], members: Sequence[str] 
 
     Args:
         source: a run folder, or an .npz with probs (m, n, k) and labels (n,).
-        methods: names of ENSEMBLES; `auto` = all of them, and a choice among them.
+        methods: names of ENSEMBLES; `auto` = those of AUTO, and a choice among them.
         members: the members to use; empty = all, in a run those that its recipe combines.
         top: combine only that many, the most accurate of the fitting rows; 0 = all.
 
@@ -203,7 +205,7 @@ def evaluate_saved(source: Path, methods: Sequence[str], members: Sequence[str] 
         RunError: the run folder has no predictions yet.
     """
     auto = "auto" in methods
-    names = tuple(ENSEMBLES) if auto else tuple(check_method(m) for m in methods)
+    names = AUTO if auto else tuple(check_method(m) for m in methods)
     changes: dict[str, Any] = {"methods": names, "export": "auto" if auto or len(names) > 1 else names[0], "top": top}
     if not source.is_dir():
         foreign = _picked(Predictions.load(source), members)
