@@ -92,7 +92,18 @@ def test_no_name_leads_out(name: str) -> None:
     assert safe[1:2] != ":"
 
 
-UNSAFE = ["../out.txt", "/etc/out.txt", "a/../../out.txt", "..\\out.txt", "C:out.txt", "a\nb", "x" * 300, "a/\udcff"]
+UNSAFE = [
+    "../out.txt",
+    "/etc/out.txt",
+    "a/../../out.txt",
+    "..\\out.txt",
+    "C:out.txt",
+    "./C:out.txt",
+    "a/C:out.txt",
+    "a\nb",
+    "x" * 300,
+    "a/\udcff",
+]
 
 
 @pytest.mark.parametrize("name", UNSAFE, ids=ascii)

@@ -65,7 +65,7 @@ def safe_name(name: str) -> str:
     unsafe = (
         name.startswith("/")
         or ".." in parts
-        or re.match(r"[A-Za-z]:", name)
+        or any(re.match(r".:", part) for part in parts)
         or re.search(r"[\\\x00-\x1f\x7f\ud800-\udfff]", name)
         or any(len(part.encode("utf-8", "replace")) > 255 for part in parts)
     )
