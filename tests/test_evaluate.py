@@ -66,22 +66,13 @@ def test_overconfident_members_are_calibrated_without_changing_answers() -> None
 
 def test_calibrated_scores_are_cross_fitted() -> None:
     """Changing the labels of one fold must not change that fold's calibrated probabilities."""
-    from threefold.evaluate import _calibrated
+    from threefold.calibration import fit_calibration
 
     oof = pool(300, 7, sharpness=1.0)
     labels = oof.labels.copy()
     labels[oof.folds == 0] = (labels[oof.folds == 0] + 1) % 4
-    changed = Predictions(
-        probs=oof.probs,
-        labels=labels,
-        ids=oof.ids,
-        classes=oof.classes,
-        members=oof.members,
-        kind="oof",
-        folds=oof.folds,
-    )
     probs = oof.probs.mean(0)
-    before, after = _calibrated(probs, oof), _calibrated(probs, changed)
+    before, after = (fit_calibration("temperature", probs, y, oof.folds).probs for y in (oof.labels, labels))
     np.testing.assert_array_equal(before[oof.folds == 0], after[oof.folds == 0])
     assert np.abs(before - after).max() > 1e-3
 

@@ -13,9 +13,9 @@ SOURCES = sorted((ROOT / "src/threefold").glob("*.py"))
 # A module may import those before it only.
 ORDER = [
     "errors", "files", "overrides", "sections", "recipe", "backbones", "images", "listing", "archives", "pickled", "official", "arrays", "photos", "tables", "datasets", "fetch", "datacheck", "samples", "splits", "augment", "heads", "optim", "model", "cost", "predict",
-    "pixels", "stages", "predictions", "choice", "combiners", "crossfit", "learned", "loglinear", "stacked", "calibration", "joint", "ensemble", "diversity", "selection", "resampling", "weighted", "stats", "conformal", "audit", "paired", "evaluate", "catalogue", "pipeline", "provenance", "run", "assembly", "jobs",
+    "pixels", "stages", "ledger", "predictions", "choice", "combiners", "crossfit", "learned", "loglinear", "stacked", "calibration", "joint", "ensemble", "diversity", "selection", "resampling", "weighted", "stats", "conformal", "audit", "paired", "uncertainty", "formats", "optimism", "scoring", "evaluate", "saved", "compare", "catalogue", "pipeline", "gradcam", "provenance", "run", "assembly", "findings", "jobs", "gallery", "results",
     "runtime", "exporting", "answers", "serve", "charts", "report",
-    "plan", "workflow", "terminal", "cli", "__init__", "__main__",
+    "plan", "workflow", "terminal", "console", "cli_saved", "cli", "__init__", "__main__",
 ]  # fmt: skip
 TORCH = {
     "augment",
@@ -32,6 +32,8 @@ TORCH = {
     "joint",
     "exporting",
     "plan",
+    "gallery",
+    "gradcam",
 }
 PUBLIC = re.compile(r"^[^_]")
 
