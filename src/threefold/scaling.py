@@ -162,7 +162,7 @@ def _newton(z: np.ndarray, truth: np.ndarray, shrinkage: float) -> np.ndarray | 
             return None
         gain, share = float(slope @ step), 1.0
         if gain < 1e-9 * n:
-            return (x - step).reshape(2, k)
+            return np.asarray((x - step).reshape(2, k))
         while True:
             lower, next_p = look(x - share * step)
             if lower <= value - 1e-4 * share * gain:
