@@ -23,7 +23,7 @@ TORCH = {
     "optim",
     "model",
     "cost",
-    "predict", "gradcam",
+    "predict",
     "pixels",
     "stages",
     "pipeline",
