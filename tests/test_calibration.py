@@ -310,7 +310,9 @@ def test_results_of_older_runs_have_a_temperature_only() -> None:
     assert (old.name, old.temperature) == ("temperature", pytest.approx(1.7))
     assert old.apply(probs) == pytest.approx(apply_temperature(probs, 1.7))
     new = fit_calibration("vector", probs, labels)
-    assert (saved_calibration({"temperature": None, "calibration": new.state()}, 3).apply(probs) == new.apply(probs)).all()
+    assert (
+        saved_calibration({"temperature": None, "calibration": new.state()}, 3).apply(probs) == new.apply(probs)
+    ).all()
     for results, message in (
         ({}, "no calibration in the results"),
         ({"temperature": None}, "no calibration in the results"),

@@ -48,7 +48,7 @@ def test_shuffled_labels_give_chance() -> None:
 def test_test_rows_change_neither_the_choice_nor_the_fit() -> None:
     oof = pool(600, 1)
     a, b = evaluate(oof, pool(200, 2, "test"), ALL), evaluate(oof, pool(200, 3, "test", informative=False), ALL)
-    assert (a.chosen, a.reason, a.temperature) == (b.chosen, b.reason, b.temperature)
+    assert (a.chosen, a.reason, a.calibration.temperature) == (b.chosen, b.reason, b.calibration.temperature)
     probs = pool(50, 4, "test").probs
     np.testing.assert_array_equal(a.ensemble.predict_proba(probs), b.ensemble.predict_proba(probs))
     assert [s for s in a.scores if s["rows"] == "oof"] == [s for s in b.scores if s["rows"] == "oof"]
@@ -57,7 +57,7 @@ def test_test_rows_change_neither_the_choice_nor_the_fit() -> None:
 def test_overconfident_members_are_calibrated_without_changing_answers() -> None:
     found = evaluate(pool(1500, 5, sharpness=1.0), pool(1500, 6, "test", sharpness=1.0), ALL)
     mean = score(found, "mean", "test")
-    assert found.temperature > 1.2
+    assert found.calibration.temperature > 1.2
     test = pool(1500, 6, "test", sharpness=1.0)
     raw = test.probs.mean(0)
     assert mean["ece"] < 0.5 * ece(raw, test.labels)  # type: ignore[operator]

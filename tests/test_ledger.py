@@ -26,7 +26,13 @@ def noise(n: int, k: int = 4, m: int = 6, seed: int = 0, **more: object) -> Pred
     """Members that know nothing: shuffled labels."""
     rng = np.random.default_rng(seed)
     ids = tuple(f"image{i}" for i in range(n))
-    tree = {"ids": ids, "classes": tuple("abcdefgh"[:k]), "members": tuple(f"m{i}" for i in range(m)), "kind": "oof", **more}
+    tree = {
+        "ids": ids,
+        "classes": tuple("abcdefgh"[:k]),
+        "members": tuple(f"m{i}" for i in range(m)),
+        "kind": "oof",
+        **more,
+    }
     return Predictions(probs=rng.dirichlet(np.ones(k), (m, n)).astype(np.float32), labels=rng.integers(0, k, n), **tree)  # type: ignore[arg-type]
 
 
@@ -58,7 +64,9 @@ def test_scoring_on_seen_rows_raises_or_is_stamped() -> None:
         honest = score_ensemble(ensemble, rows.rows(range(40, 60)))
         assert honest["apparent"] is False
         assert honest["n"] == 20
-        with pytest.raises(DataError, match=r"seen by what is scored: \w+; expected none, got 1 of 21, the first image39; fix: "):
+        with pytest.raises(
+            DataError, match=r"seen by what is scored: \w+; expected none, got 1 of 21, the first image39; fix: "
+        ):
             score_ensemble(ensemble, rows.rows(range(39, 60)))
         assert score_ensemble(ensemble, rows.rows(range(39, 60)), apparent=True)["apparent"] is True
     mean = MeanEnsemble().fit(rows.probs, rows.labels, rows.ids)
@@ -83,7 +91,12 @@ def test_a_ledger_refuses_overlap_and_tells_what_was_seen() -> None:
     with pytest.raises(DataError, match="got 1 of 2, the first b"):
         ledger.declare_elsewhere("ensembles", ["a", "b"], ["b", "c"], "test")
     first, second = ledger.table()
-    assert first == {"what": "weights", "saw": "2 of 4 oof rows, 2 times", "answers": "4 oof rows, each time the others", "overlap": 0}
+    assert first == {
+        "what": "weights",
+        "saw": "2 of 4 oof rows, 2 times",
+        "answers": "4 oof rows, each time the others",
+        "overlap": 0,
+    }
     assert (second["what"], second["overlap"]) == ("checkpoints", 1)
 
 
@@ -100,7 +113,9 @@ def test_predictions_of_a_network_that_saw_the_row_cannot_be_made(tmp_path: Path
         bad[0, 1] += bit
         with pytest.raises(DataError, match=f"fitted on them: {what}"):
             noise(4, folds=np.array([0, 0, 1, 1]), roles=bad)
-    paper = noise(4, folds=np.array([0, 0, 1, 1]), roles=np.where(roles == SCORE, SCORE + SELECT, FIT), protocol="paper")
+    paper = noise(
+        4, folds=np.array([0, 0, 1, 1]), roles=np.where(roles == SCORE, SCORE + SELECT, FIT), protocol="paper"
+    )
     assert {line["what"]: line["overlap"] for line in paper.ledger().table()}["checkpoints and stages"] == 4
     for bad in (roles[:1], roles[:, :3], roles.astype(float), roles + 8):
         with pytest.raises(DataError, match="roles"):
@@ -111,7 +126,11 @@ def test_predictions_of_a_network_that_saw_the_row_cannot_be_made(tmp_path: Path
 
 @settings(deadline=None, max_examples=20)
 @given(
-    n=st.integers(150, 300), k=st.integers(2, 6), folds=st.sampled_from([None, 2, 5]), grouped=st.booleans(), seed=st.integers(0, 99)
+    n=st.integers(150, 300),
+    k=st.integers(2, 6),
+    folds=st.sampled_from([None, 2, 5]),
+    grouped=st.booleans(),
+    seed=st.integers(0, 99),
 )
 def test_a_planted_canary_never_leaks(n: int, k: int, folds: int | None, grouped: bool, seed: int) -> None:
     """What memorises labels is always right on rows of its fit, and right by chance where it is cross-fitted."""
@@ -131,7 +150,11 @@ def test_a_planted_canary_never_leaks(n: int, k: int, folds: int | None, grouped
 
 
 @settings(deadline=None, max_examples=15)
-@given(scheme=st.sampled_from(["stratified", "grouped", "leave-one-group-out"]), k=st.integers(2, 5), seed=st.integers(0, 99))
+@given(
+    scheme=st.sampled_from(["stratified", "grouped", "leave-one-group-out"]),
+    k=st.integers(2, 5),
+    seed=st.integers(0, 99),
+)
 def test_networks_that_memorise_never_answer_what_they_saw(scheme: str, k: int, seed: int) -> None:
     """The canary as a network: it knows the labels of all its fit and select rows. Through the folds it knows nothing."""
     n, classes = 240, 4

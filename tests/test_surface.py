@@ -121,7 +121,9 @@ def test_ensemble_on_a_run_and_on_foreign_predictions(finished: Run) -> None:
     found = runner.invoke(app, ["ensemble", str(finished.dir), "--method", "mean", "--method", "vote", "--json"])
     scores = json.loads(found.output)["scores"]
     assert {(s["name"], s["rows"]) for s in scores} >= {("mean", "oof"), ("mean", "test"), ("vote", "oof")}
-    assert ("vote", "test") not in {(s["name"], s["rows"]) for s in scores}  # the test rows were opened once, without it
+    assert ("vote", "test") not in {
+        (s["name"], s["rows"]) for s in scores
+    }  # the test rows were opened once, without it
     assert any("by train; not scored on them: vote" in line for line in json.loads(found.output)["warnings"])
     foreign = runner.invoke(
         app, ["ensemble", str(finished.dir / "oof.npz"), "--members", "plain,gated", "--method", "pruned"]

@@ -13,7 +13,8 @@ import numpy as np
 from threefold import paired, stats
 from threefold.errors import DataError
 from threefold.files import read_arrays, read_json
-from threefold.formats import join_predictions, read_predictions
+from threefold.formats import read_predictions
+from threefold.joining import join_predictions
 from threefold.predictions import Predictions
 from threefold.saved import saved_predictions
 from threefold.scoring import LEVEL

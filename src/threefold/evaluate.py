@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from threefold.calibration import Calibration, apply_vector, fit_calibration
+from threefold.calibration import Calibration, fit_calibration
 from threefold.diversity import TOLERANCE, duplicates
 from threefold.ensemble import BestEnsemble, Ensemble, choose, cross_fit
 from threefold.ledger import Ledger
@@ -62,11 +62,6 @@ class Evaluation:
     expected: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    @property
-    def temperature(self) -> float | None:
-        """The chosen ensemble's temperature; None where it is calibrated class by class."""
-        return None if self.calibration.name == "vector" else float(1 / self.calibration.scaling.scale[0])
-
 
 def evaluate(oof: Predictions | None, test: Predictions | None, spec: EnsembleSpec, seed: int = 0) -> Evaluation:
     """Score members and ensembles, choose one, fit and calibrate it.
@@ -101,7 +96,7 @@ def evaluate(oof: Predictions | None, test: Predictions | None, spec: EnsembleSp
     if test is not None:
         answers = _ensembles({n: e.predict_proba(test.select(fit_rows.members).probs) for n, e in fitted.items()})
         both = {**_singles(test), **answers}
-        sealed = {key: apply_vector(probs, warm[key].scaling) for key, probs in both.items()}
+        sealed = {key: warm[key].apply(probs) for key, probs in both.items()}
         tables.append((test, sealed, "oof rows" if oof is not None else "the scored rows"))
         if oof is not None:
             work.ledger.declare_elsewhere("ensembles, calibration, choice of the method", oof.ids, test.ids, "test")

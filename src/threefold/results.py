@@ -38,8 +38,7 @@ def write_results(run: Run, found: Evaluation, seconds: dict[str, float]) -> Non
     """Write results.json, ensemble.npz, chosen.npz, suspects.csv and thumbs.npz."""
     info, oof = read_json(run.dir / "run.json"), saved_predictions(run.dir)[0]
     seen = {} if found.ensemble.seen_ is None else {"seen": found.ensemble.seen_.keys}
-    calibration = {f"calibration_{name}": values for name, values in found.calibration.scaling._asdict().items()}
-    write_arrays(run.dir / "ensemble.npz", **found.ensemble.state(), **seen, **calibration)
+    write_arrays(run.dir / "ensemble.npz", **found.ensemble.state(), **seen)
     write_arrays(run.dir / "chosen.npz", probs=found.probs, labels=found.rows.labels, ids=np.array(found.rows.ids))
     audit, suspects = audit_run(run, oof, found.calibration.probs)
     write_arrays(run.dir / "thumbs.npz", **{**_preview(run), **pictures(run, found, suspects)})
@@ -49,8 +48,8 @@ def write_results(run: Run, found: Evaluation, seconds: dict[str, float]) -> Non
         **{key: info[key] for key in ("classes", "commit", "hardware", "threads", "digest")},
         "seconds": seconds, "expected": found.expected, "scores": _with_costs(run, found, members),
         "comparisons": found.comparisons, "chosen": found.chosen, "combined": found.combined,
-        "chosen_reason": found.reason, "temperature": found.temperature,
-        "calibration": {"name": found.calibration.name, "reason": found.calibration.reason, "temperature": found.temperature},
+        "chosen_reason": found.reason, "temperature": found.calibration.temperature,
+        "calibration": found.calibration.state(),
         "conformal": _uncertainty(run, found), "per_class": per_class(found.rows, found.probs), "members": members,
         "optimism": [*choices_optimism(run), *found.optimism], "ledger": found.ledger, "test_opened": when_opened(run.dir),
         "audit": audit, "notes": [*found.warnings, *audit["warnings"], *info["notes"]],
@@ -65,7 +64,7 @@ def _uncertainty(run: Run, found: Evaluation) -> dict[str, Any]:
         found.calibration.probs, rows.labels, alpha=spec.miss, reject=spec.reject, groups=rows.groups, folds=folds
     )
     if found.rows.kind == "test":
-        made = made.measure(found.probs, found.rows.labels, "test")
+        made = made.measure(found.probs, found.rows.labels, "test", found.rows.groups)
     return made.as_dict()
 
 

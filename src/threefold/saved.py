@@ -15,14 +15,15 @@ from threefold.ensemble import ENSEMBLES, make_ensemble
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.evaluate import Evaluation, evaluate
 from threefold.files import read_json
-from threefold.formats import join_predictions, read_predictions
+from threefold.formats import read_predictions
+from threefold.joining import join_predictions
 from threefold.ledger import open_test, when_opened
 from threefold.predictions import Predictions
 from threefold.recipe import EnsembleSpec, Recipe
 from threefold.scoring import LEVEL, per_class
 
-AUTO = tuple(name for name in ENSEMBLES if name != "stacked-shrunk")
-"""What `auto` scores and chooses from: all but the method that fits the stacked network four times."""
+AUTO = tuple(name for name in ENSEMBLES if not name.startswith("stacked"))
+"""What `auto` scores and chooses from: all that is fitted in seconds; `--method auto,stacked` takes the network, too."""
 
 
 def saved_predictions(run: Path) -> tuple[Predictions | None, Predictions | None]:
@@ -76,7 +77,7 @@ def evaluate_saved(
 
     Args:
         sources: a run folder, or files of predictions, joined by the rows' ids.
-        methods: names of ENSEMBLES; `auto` = those of AUTO, and a choice among them.
+        methods: names of ENSEMBLES; `auto` among them adds those of AUTO, and a choice among all.
         members: the members to use; empty = all, in a run those that its recipe combines.
         top: combine only that many, the most accurate of the fitting rows; 0 = all.
         reopen: score on a run's test rows again, and note it in the run folder.
@@ -87,7 +88,8 @@ def evaluate_saved(
         RunError: the run folder has no predictions yet.
     """
     auto = "auto" in methods
-    names = AUTO if auto else tuple(check_method(m) for m in methods)
+    named = [check_method(m) for m in methods if m != "auto"]
+    names = tuple(dict.fromkeys([*(AUTO if auto else ()), *named]))
     changes: dict[str, Any] = {"methods": names, "export": "auto" if auto or len(names) > 1 else names[0], "top": top}
     paths = [sources] if isinstance(sources, Path) else list(sources)
     if len(paths) == 1 and paths[0].is_dir():
@@ -148,7 +150,7 @@ def ensemble_tree(sources: Sequence[Path], found: Evaluation) -> dict[str, Any]:
     return {
         "kind": "ensemble", "source": [str(s) for s in sources], "n": len(rows), "classes": list(rows.classes),
         "scores": found.scores, "expected": found.expected, "comparisons": found.comparisons, "chosen": found.chosen,
-        "chosen_reason": found.reason, "calibration": {"name": found.calibration.name, "temperature": found.temperature},
+        "chosen_reason": found.reason, "calibration": {"name": found.calibration.name, "temperature": found.calibration.temperature},
         "combined": list(found.combined), "warnings": found.warnings, "optimism": found.optimism, "ledger": found.ledger,
         "per_class": per_class(found.rows, found.probs), **_many(rows),
     }  # fmt: skip

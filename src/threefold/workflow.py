@@ -13,8 +13,7 @@ import numpy as np
 from PIL import Image
 
 from threefold import exporting
-from threefold.calibration import VectorModule, VectorScaling, as_scaling
-from threefold.combiners import Ensemble
+from threefold.calibration import Calibration, saved_calibration
 from threefold.errors import ExportError, RunError
 from threefold.files import read_arrays, read_json, write_json
 from threefold.jobs import train_members
@@ -26,6 +25,7 @@ from threefold.results import evaluate_run, write_results
 from threefold.run import Run, RunWatcher
 from threefold.saved import evaluate_saved
 from threefold.selection import restore
+from threefold.uncertainty import uncertainty_card
 
 T = TypeVar("T")
 PARITY_IMAGES = 16
@@ -89,32 +89,29 @@ def export(
 
 def _fitted(run: Run) -> tuple[Combiner, list[str], dict[str, Any]]:
     """The run's chosen ensemble as it was fitted and scored, its members, and what the model card says of it."""
-    results, arrays = run.results, read_arrays(run.dir / "ensemble.npz")
-    ensemble, names = restore(results["chosen"], arrays, results["combined"])
-    if "calibration_scale" in arrays:
-        scaling = VectorScaling(arrays["calibration_scale"], arrays["calibration_bias"])
-    else:  # a run of an earlier version
-        scaling = as_scaling(results["temperature"], len(results["classes"]))
-    more = {key: results[key] for key in ("conformal",) if results.get(key)}
-    return _combiner(ensemble, scaling), names, {**_card_of(results["chosen"], results, results["scores"]), **more}
+    results = run.results
+    ensemble, names = restore(results["chosen"], read_arrays(run.dir / "ensemble.npz"), results["combined"])
+    calibration = saved_calibration(results, len(results["classes"]))
+    sets = uncertainty_card(results["conformal"]) if "conformal" in results else {}
+    combiner = Combiner(ensemble.to_module(), calibration.to_module())
+    return combiner, names, {**_card_of(results["chosen"], calibration, results["scores"]), **sets}
 
 
 def _fit_again(run: Run, method: str, members: Sequence[str]) -> tuple[Combiner, list[str], dict[str, Any]]:
     """Another method or other members, fitted and scored now."""
     found = evaluate_saved(run.dir, [method], members)
     ensemble, names = restore(method, found.ensemble.state(), found.combined)
-    told = {"temperature": found.temperature, "calibration": {"name": found.calibration.name}}
-    return _combiner(ensemble, found.calibration.scaling), names, _card_of(method, told, found.scores)
+    combiner = Combiner(ensemble.to_module(), found.calibration.to_module())
+    return combiner, names, _card_of(method, found.calibration, found.scores)
 
 
-def _combiner(ensemble: Ensemble, scaling: VectorScaling) -> Combiner:
-    return Combiner(ensemble.to_module(), VectorModule(scaling))
-
-
-def _card_of(method: str, told: dict[str, Any], scores: list[dict[str, Any]]) -> dict[str, Any]:
+def _card_of(method: str, calibration: Calibration, scores: list[dict[str, Any]]) -> dict[str, Any]:
     score = next(s for s in reversed(scores) if s["name"] == method and s["kind"] == "ensemble")
     keys = ("accuracy", "interval", "level", "rows", "n", "protocol", "fitted_on")
-    return {"method": method, "temperature": told["temperature"], "score": {key: score[key] for key in keys}}
+    return {
+        "method": method, "temperature": calibration.temperature, "calibration": calibration.state(),
+        "score": {key: score[key] for key in keys},
+    }  # fmt: skip
 
 
 def _card(run: Run) -> dict[str, Any]:
