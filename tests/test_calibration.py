@@ -300,7 +300,7 @@ def test_a_scaling_is_the_same_after_npz_and_json(tmp_path: Path) -> None:
         assert (again.scale == scaling.scale).all()
         assert (again.bias == scaling.bias).all()
     for broken in ({"scale": [1.0]}, {"scale": [1.0, "a"], "bias": [0, 0]}, {"scale": [1.0], "bias": [0.0, 0.0]}):
-        with pytest.raises(DataError, match="not the state of a scaling|two lists of finite numbers"):
+        with pytest.raises(DataError, match=r"not the state of a scaling|two lists of finite numbers"):
             scaling_from_state(broken)
 
 
@@ -310,7 +310,9 @@ def test_results_of_older_runs_have_a_temperature_only() -> None:
     assert (old.name, old.temperature) == ("temperature", pytest.approx(1.7))
     assert old.apply(probs) == pytest.approx(apply_temperature(probs, 1.7))
     new = fit_calibration("vector", probs, labels)
-    assert (saved_calibration({"temperature": None, "calibration": new.state()}, 3).apply(probs) == new.apply(probs)).all()
+    assert (
+        saved_calibration({"temperature": None, "calibration": new.state()}, 3).apply(probs) == new.apply(probs)
+    ).all()
     for results, message in (
         ({}, "no calibration in the results"),
         ({"temperature": None}, "no calibration in the results"),

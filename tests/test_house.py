@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src/threefold").glob("*.py"))
 # A module may import those before it only.
 ORDER = [
-    "errors", "files", "overrides", "sections", "recipe", "backbones", "images", "listing", "archives", "pickled", "official", "arrays", "photos", "tables", "datasets", "fetch", "datacheck", "samples", "splits", "augment", "heads", "optim", "model", "cost", "predict", "gradcam",
-    "pixels", "stages", "predictions", "choice", "combiners", "crossfit", "learned", "loglinear", "stacked", "scaling", "calibration", "joint", "ensemble", "diversity", "selection", "resampling", "weighted", "stats", "conformal", "uncertainty", "audit", "paired", "evaluate", "catalogue", "pipeline", "provenance", "run", "assembly", "jobs",
+    "errors", "files", "overrides", "sections", "recipe", "backbones", "images", "listing", "archives", "pickled", "official", "arrays", "photos", "tables", "datasets", "fetch", "datacheck", "samples", "splits", "augment", "heads", "optim", "model", "cost", "predict",
+    "pixels", "stages", "predictions", "choice", "combiners", "crossfit", "learned", "loglinear", "stacked", "scaling", "calibration", "joint", "gradcam", "ensemble", "diversity", "selection", "resampling", "weighted", "stats", "conformal", "uncertainty", "audit", "paired", "evaluate", "catalogue", "pipeline", "provenance", "run", "assembly", "jobs",
     "runtime", "exporting", "answers", "serve", "charts", "report",
     "plan", "workflow", "terminal", "cli", "__init__", "__main__",
 ]  # fmt: skip
@@ -23,13 +23,14 @@ TORCH = {
     "optim",
     "model",
     "cost",
-    "predict", "gradcam",
+    "predict",
     "pixels",
     "stages",
     "pipeline",
     "provenance",
     "jobs",
     "joint",
+    "gradcam",
     "exporting",
     "plan",
 }

@@ -136,9 +136,7 @@ def saved_calibration(results: Mapping[str, Any], k: int) -> Calibration:
     else:
         raise DataError("no calibration in the results", expected='"calibration" or "temperature"')
     if len(found.scaling.scale) != k:
-        raise DataError(
-            "the calibration is of other classes", expected=f"{k} classes", got=len(found.scaling.scale)
-        )
+        raise DataError("the calibration is of other classes", expected=f"{k} classes", got=len(found.scaling.scale))
     return found
 
 

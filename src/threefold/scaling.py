@@ -286,5 +286,3 @@ def _check_scaling(scaling: VectorScaling) -> tuple[np.ndarray, np.ndarray]:
     if scale.ndim != 1 or scale.shape != bias.shape or not (np.isfinite(scale) & np.isfinite(bias)).all():
         raise DataError("a scaling is two lists of finite numbers, one each per class", got=(scale.shape, bias.shape))
     return scale, bias
-
-
