@@ -300,7 +300,7 @@ def test_a_scaling_is_the_same_after_npz_and_json(tmp_path: Path) -> None:
         assert (again.scale == scaling.scale).all()
         assert (again.bias == scaling.bias).all()
     for broken in ({"scale": [1.0]}, {"scale": [1.0, "a"], "bias": [0, 0]}, {"scale": [1.0], "bias": [0.0, 0.0]}):
-        with pytest.raises(DataError, match="not the state of a scaling|two lists of finite numbers"):
+        with pytest.raises(DataError, match=r"not the state of a scaling|two lists of finite numbers"):
             scaling_from_state(broken)
 
 

@@ -113,7 +113,7 @@ def test_the_card_has_what_the_file_reads() -> None:
     card = uncertainty_card(json.loads(json.dumps(told)))
     assert card == {"conformal": told["sets"], "unknown": told["unknown"]}
     for broken in ({}, {"sets": [{}], "unknown": {}}, {**told, "unknown": {"state": {"score": "1 - max"}}}):
-        with pytest.raises(DataError, match="not the uncertainty of a run|not the state of"):
+        with pytest.raises(DataError, match=r"not the (uncertainty of a run|state of)"):
             uncertainty_card(broken)
 
 
