@@ -6,6 +6,7 @@ What the arrays mean is not known here: `adapters` says that.
 from __future__ import annotations
 
 import math
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -160,8 +161,9 @@ def read_pt(path: Path) -> dict[str, np.ndarray]:
     try:
         tree = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises errors of many types on damaged and on refused files
-        got = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), type(error).__name__)
-        raise DataError("the file holds more than tensors, or is damaged", where=path, got=got[:160], fix=fix) from None
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        got = found.group(1) if found else type(error).__name__
+        raise DataError("the file holds more than tensors, or is damaged", where=path, got=got[:100], fix=fix) from None
     if isinstance(tree, tuple | list) and len(tree) == 2:
         tree = dict(zip(("probs", "labels"), tree, strict=True))
     if not isinstance(tree, dict):
