@@ -62,7 +62,9 @@ def number_columns(header: Sequence[str], where: str) -> Sequence[str]:
     if _is_timm(columns):
         return [name for name in header if _TIMM.fullmatch(name)]
     if not columns & {"label", "path"}:
-        near = [name for name in header if name.strip().lower() in COLUMNS or difflib.get_close_matches(name, COLUMNS)]
+        near = [
+            name for name in header if difflib.get_close_matches(name.strip().lower(), ("label", "path"), cutoff=0.8)
+        ]
         got = ", ".join(header)[:80] + (f"; did you mean {near[0]}" if near else "")
         raise DataError("the table has neither labels nor paths", where=where, expected=_EXPECTED, got=got)
     if "member" in columns and not columns & {"id", "path"}:

@@ -22,6 +22,10 @@ from threefold.errors import DataError
 MAX_JSON: Final = 256 << 20
 """JSON is parsed whole and takes about ten times its size."""
 
+_NUMBERS = ("float", "double", "halffloat", "int", "uint")
+_TEXTS = ("string", "large_string", "dictionary", "list", "large_list", "fixed_size_list")
+"""How Arrow's names of types begin."""
+
 
 class Table(NamedTuple):
     """Columns of one file.
@@ -127,48 +131,45 @@ def read_parquet(path: Path, choose: Chooser) -> Table:
         DataError: pyarrow is not installed, the file is damaged or too large, has an empty cell, or columns that are
             neither text nor numbers.
     """
-    where = str(path)
     parquet = pyarrow(".parquet")
     try:
-        file = parquet.ParquetFile(path)
-        header = list(file.schema_arrow.names)
-        rows = int(file.metadata.num_rows)
-    except Exception as error:  # pyarrow raises errors of many types on damaged files
+        with parquet.ParquetFile(path) as file:
+            header = list(file.schema_arrow.names)
+            check_names(header, path)
+            names = tuple(choose(header, str(path)))
+            rows = int(file.metadata.num_rows)
+            limit(rows * len(header) * 8, path)
+            limit(sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)), path)
+            table = file.read()
+        _refuse_cells(table, names, path)
+        text = {name: _cells(table.column(name)) for name in header if name not in names}
+        numbers = np.empty((rows, len(names)), np.float64)
+        for i, name in enumerate(names):
+            numbers[:, i] = table.column(name).to_numpy()
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow raises errors of many types on damaged files, some only as cells are read
         raise DataError("cannot read the parquet file", where=path, got=str(error)[:160], fix=WHOLE) from None
-    check_names(header, path)
-    names = tuple(choose(header, where))
-    limit(rows * len(header) * 8, path)
-    limit(sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)), path)
-    if not rows:
+    return Table(str(path), text, names, numbers)
+
+
+def _refuse_cells(table: Any, names: Sequence[str], path: Path) -> None:
+    """No rows, empty cells, and columns of types that are not expected."""
+    if not table.num_rows:
         raise DataError("the table has a header and no rows", where=path, fix=WHOLE)
-    try:
-        table = file.read()
-    except Exception as error:
-        raise DataError("cannot read the parquet file", where=path, got=str(error)[:160], fix=WHOLE) from None
-    for name in header:
-        if table.column(name).null_count:
-            raise DataError("a cell is empty", where=path, got=f"column {name}, {table.column(name).null_count} cells")
-    numbers = np.empty((rows, len(names)), np.float64)
-    for i, name in enumerate(names):
-        column = table.column(name)
-        if not str(column.type).startswith(("float", "double", "halffloat", "int", "uint")) or "interval" in str(
-            column.type
-        ):
-            raise DataError("a number column holds something else", where=f"{path}, column {name}", got=column.type)
-        numbers[:, i] = column.to_numpy()
-    return Table(where, {name: _cells(table.column(name), path, name) for name in header if name not in names},
-                 names, numbers)  # fmt: skip
+    for name in table.column_names:
+        column, where = table.column(name), f"{path}, column {name}"
+        kind = str(column.type)
+        if column.null_count:
+            raise DataError("a cell is empty", where=where, got=f"{column.null_count} empty cells")
+        if name in names and not kind.startswith(_NUMBERS):
+            raise DataError("a number column holds something else", where=where, got=kind)
+        if name not in names and not kind.startswith((*_NUMBERS, *_TEXTS)):
+            raise DataError("a column is neither text nor numbers", where=where, got=kind)
 
 
-def _cells(column: Any, path: Path, name: str) -> list[Any]:
-    kind = str(column.type)
-    if kind.startswith("dictionary"):
-        column, kind = column.cast(column.type.value_type), str(column.type.value_type)
-    if "list" in kind:
-        return list(column.to_pylist())
-    if kind not in ("string", "large_string", "string_view") and not kind.lstrip("u").startswith("int"):
-        raise DataError("a column is neither text nor whole numbers", where=f"{path}, column {name}", got=kind)
-    return [str(cell) for cell in column.to_pylist()]
+def _cells(column: Any) -> list[Any]:
+    return [cell if isinstance(cell, list) else str(cell) for cell in column.to_pylist()]
 
 
 def pyarrow(part: str = "") -> Any:

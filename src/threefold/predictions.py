@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import tokenize
 import zipfile
 import zlib
 from collections import Counter
@@ -35,8 +36,9 @@ FLOOR: Final = 1e-7
 
 _SOFTMAX = "apply softmax to logits first"
 
-_DAMAGED = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
-"""What numpy and zipfile raise on files that are cut, altered, encrypted, or claim absurd sizes."""
+_DAMAGED = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error,
+            SyntaxError, tokenize.TokenError)  # fmt: skip
+"""What numpy and zipfile raise on files that are cut, altered, encrypted, or claim absurd sizes; the last two for headers."""
 
 
 def check_probs(probs: npt.ArrayLike, ndim: int) -> np.ndarray:
