@@ -64,9 +64,7 @@ def pairs(hits: dict[str, np.ndarray], table: list[tuple[str, str]]) -> None:
 
 def claims(rows: Predictions) -> None:
     """The paper's comparisons."""
-    hits = {
-        short(name): probs.argmax(-1) == rows.labels for name, probs in zip(rows.members, rows.probs, strict=True)
-    }
+    hits = {short(name): probs.argmax(-1) == rows.labels for name, probs in zip(rows.members, rows.probs, strict=True)}
     mixed = rows.select([name for name in rows.members if "_Mixed_" in name])
     for method in ("mean", "pruned", "vote"):
         hits[method] = make_ensemble(method).predict_proba(mixed.probs).argmax(-1) == rows.labels

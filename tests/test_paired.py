@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nulls import equals, grouped_equals, softmaxes, trained
 from scipy.stats import binom, binomtest, t, ttest_1samp, ttest_rel
 
 from threefold import paired, stats
@@ -151,12 +152,6 @@ def test_the_mid_p_value_counts_what_was_seen_by_half(only_a: int, only_b: int) 
     assert mid <= exact or mid == pytest.approx(exact)
 
 
-def equals(rng: np.random.Generator, n: int, discordant: float) -> tuple[np.ndarray, np.ndarray]:
-    """Hits of two equally good classifiers of which just one is right on about this share of rows."""
-    both, coin, differ = rng.random(n) < 0.8, rng.random(n) < 0.5, rng.random(n) < discordant
-    return np.where(differ, coin, both), np.where(differ, ~coin, both)
-
-
 @pytest.mark.parametrize("n", [100, 1000])
 def test_equal_classifiers_are_told_apart_no_more_often_than_said(n: int) -> None:
     rng = np.random.default_rng(n)
@@ -257,13 +252,6 @@ def test_a_t_test_refuses() -> None:
     ):
         with pytest.raises(DataError, match=message):
             paired.corrected_t_test(a, b, *rows)
-
-
-def trained(rng: np.random.Generator, s: int, n: int, seeds: float, groups: np.ndarray | None = None) -> np.ndarray:
-    """Hits (2, s, n) of two equally good recipes whose seeds differ by this much, and whose favourite images differ."""
-    taste = rng.normal(0, 0.8, n) if groups is None else rng.normal(0, 0.8, groups.max() + 1)[groups]
-    easy, luck = rng.normal(1.6, 1.2, n), rng.normal(0, seeds, (2, s, 1))
-    return easy + np.array([0.5, -0.5])[:, None, None] * taste + luck + rng.normal(0, 1, (2, s, n)) > 0
 
 
 @pytest.mark.parametrize("seeds", [0.0, 0.3])
