@@ -2,7 +2,7 @@
 
     uv run python bench/laws.py null  [--pairs 1000] [--rows 300]
     uv run python bench/laws.py power [--pairs 2000]
-    uv run python bench/laws.py noise [--pairs 100] [--rows 500]
+    uv run python bench/laws.py noise [--pairs 50] [--rows 500]
 
 null: how often each test at the 5 % level tells two equally good classifiers apart, with the binomial interval of that
 rate (Wilson's 95 %). A test that is given the rows of groups one by one, or one seed for all, is in the table to show
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=None)
     parser.add_argument("--rows", type=int, default=None)
     args = parser.parse_args()
-    pairs, rows = {"null": (1000, 300), "power": (2000, 0), "noise": (100, 500)}[args.table]
+    pairs, rows = {"null": (1000, 300), "power": (2000, 0), "noise": (50, 500)}[args.table]
     args.pairs, args.rows = args.pairs or pairs, args.rows or rows
     print(f"{hardware()}, commit {commit()}")
     {"null": null, "power": power, "noise": picking}[args.table](args)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nulls import equals, grouped_equals, softmaxes, trained
+from nulls import equals, trained
 from scipy.stats import binom, binomtest, t, ttest_1samp, ttest_rel
 
 from threefold import paired, stats
@@ -139,6 +139,13 @@ def test_mcnemar_of_groups_of_one_row_is_that_of_rows(rows: list[tuple[bool, boo
     a, b, _ = np.array(rows).T
     alone = paired.mcnemar_exact(a, b, mid_p=mid_p)
     assert paired.mcnemar_exact(a, b, np.arange(len(a)), mid_p=mid_p) == pytest.approx(alone)
+
+
+@LAW
+@given(p=st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_equals_statsmodels(p: list[float]) -> None:
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    assert paired.holm(p) == pytest.approx(multitest.multipletests(p, method="holm")[1])
 
 
 @LAW
