@@ -172,7 +172,7 @@ def figure(cases: list[Case], target: Path) -> None:
     axes.plot([0, n, 2 * n], [0, 100, 100], color="#999999", lw=1, ls="--")
     axes.plot([0, 2 * n], [0, 200 * n / rows], color="#999999", lw=1, ls=":")
     at = int(0.8 * n)
-    axes.annotate("every image looked at is wrong", (0.42 * n, 42), (0.08 * n, 62), color="#666666", fontsize=9)
+    axes.annotate("every image looked at is wrong", (0.88 * n, 88), (0.06 * n, 88), color="#666666", fontsize=9)
     axes.text(1.45 * n, 200 * n / rows * 0.725 + 2.5, "looking at random", color="#666666", fontsize=9)
     arrow = {"arrowstyle": "-", "lw": 0.8}
     axes.annotate("mean of the three members", (at, middle["mean"][at - 1]), (0.97 * n, 66), color="#1f5fa8",
