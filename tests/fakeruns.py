@@ -18,7 +18,19 @@ from threefold.recipe import Recipe
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 LOOKALIKE = (6, 3, 4, 1, 2, 7, 0, 9, 5, 7)
 """For every garment the one that it is most often taken for."""
-ENSEMBLES = ("mean", "best", "vote", "pruned", "top2", "weighted", "greedy", "pool", "logistic", "stacked-shrunk", "stacked")
+ENSEMBLES = (
+    "mean",
+    "best",
+    "vote",
+    "pruned",
+    "top2",
+    "weighted",
+    "greedy",
+    "pool",
+    "logistic",
+    "stacked-shrunk",
+    "stacked",
+)
 
 
 def fake_run(
@@ -56,7 +68,9 @@ def fake_run(
     return folder
 
 
-def full_run(folder: Path, classes: tuple[str, ...] = FASHION, *, n: int = 1000, members: int = 3, evil: str = "") -> Path:
+def full_run(
+    folder: Path, classes: tuple[str, ...] = FASHION, *, n: int = 1000, members: int = 3, evil: str = ""
+) -> Path:
     """Write a run folder with every key that the report knows; `evil` is put into every text that is not a class."""
     fake_run(folder, classes, n=n, curves=True, images=False, notes=(f"12 images are very dark{evil}",))
     truth = garments()[1] if classes == FASHION and n == 1000 else None
@@ -90,7 +104,9 @@ def full_run(folder: Path, classes: tuple[str, ...] = FASHION, *, n: int = 1000,
     return folder
 
 
-def fake_tree(kind: str, members: int = 5, classes: tuple[str, ...] = FASHION, n: int = 1000, evil: str = "") -> dict[str, Any]:
+def fake_tree(
+    kind: str, members: int = 5, classes: tuple[str, ...] = FASHION, n: int = 1000, evil: str = ""
+) -> dict[str, Any]:
     """What `threefold ensemble|evaluate|compare --json` prints."""
     names = [f"{name}{evil}" for name in ("efficientnet_b4 STD", *(f"member {i:02d}" for i in range(1, members)))]
     scores = fake_scores(names, "foreign", n)
@@ -98,7 +114,8 @@ def fake_tree(kind: str, members: int = 5, classes: tuple[str, ...] = FASHION, n
         scores = [s for s in scores if s["kind"] == "member"]
     matrix = np.abs(np.subtract.outer(np.arange(members), np.arange(members))) * 0.01 + 0.05 * (1 - np.eye(members))
     gain = 0.88 + 0.03 * (1 - 1 / np.arange(1, members + 1))
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]] if kind == "compare" else [("mean", names[-1])]
+    every = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    pairs = {"ensemble": [("mean", names[-1])], "evaluate": [(names[0], names[-1])], "compare": every}[kind]
     return {
         "kind": kind, "source": [f"preds.npz{evil}"], "scores": scores, "chosen": "mean" if kind == "ensemble" else None,
         "chosen_reason": "the simplest of the best" if kind == "ensemble" else "", "comparisons": fake_comparisons(pairs, scores),
@@ -132,8 +149,19 @@ def fake_scores(members: list[str], rows: str, n: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(len(members))
     macs = [int(4e7 * (1 + 0.6 * i + 0.1 * rng.random())) for i in range(len(members))]
     costs = {"best": macs[-1], "greedy": sum(macs[: len(macs) // 2 + 1])}
-    listed = [("ensemble", name, (0.884 if name == "greedy" else 0.872 if name == "best" else 0.889) + 0.002 * rng.normal(), costs.get(name, sum(macs))) for name in ENSEMBLES]
-    listed += [("member", name, min(0.885, 0.855 + 0.007 * i) + 0.002 * rng.normal(), macs[i]) for i, name in enumerate(members)]
+    listed = [
+        (
+            "ensemble",
+            name,
+            (0.884 if name == "greedy" else 0.872 if name == "best" else 0.889) + 0.002 * rng.normal(),
+            costs.get(name, sum(macs)),
+        )
+        for name in ENSEMBLES
+    ]
+    listed += [
+        ("member", name, min(0.885, 0.855 + 0.007 * i) + 0.002 * rng.normal(), macs[i])
+        for i, name in enumerate(members)
+    ]
     scores = []
     for kind, name, share, cost in listed:
         right = round(share * n)
@@ -147,9 +175,22 @@ def fake_scores(members: list[str], rows: str, n: int) -> list[dict[str, Any]]:
 
 def fake_optimism(evil: str = "") -> list[dict[str, Any]]:
     """One entry for every kind of choice."""
-    told = {"checkpoint": "the epoch with the best accuracy", "stage": "which stages are kept", "views": "how many views are averaged",
-            "member": "the most accurate of three networks", "method": "the best of eleven ensembles", f"stacked{evil}": "weights of a small network"}
-    figures = ((0.893, 0.874, 0.012), (0.881, 0.879, 0.008), (0.884, 0.884, 0.006), (0.879, 0.875, 0.009), (0.894, 0.889, 0.004), (0.921, 0.887, 0.007))
+    told = {
+        "checkpoint": "the epoch with the best accuracy",
+        "stage": "which stages are kept",
+        "views": "how many views are averaged",
+        "member": "the most accurate of three networks",
+        "method": "the best of eleven ensembles",
+        f"stacked{evil}": "weights of a small network",
+    }
+    figures = (
+        (0.893, 0.874, 0.012),
+        (0.881, 0.879, 0.008),
+        (0.884, 0.884, 0.006),
+        (0.879, 0.875, 0.009),
+        (0.894, 0.889, 0.004),
+        (0.921, 0.887, 0.007),
+    )
     return [
         {"choice": choice, "told": words + evil, "apparent": a, "honest": h, "difference": a - h, "interval": [a - h - half, a - h + half],
          "n": 3000, "apparent_rows": "select rows", "honest_rows": "score rows"}
@@ -189,7 +230,9 @@ def answers(
 @functools.cache
 def garments() -> tuple[np.ndarray, np.ndarray]:
     """The demo's test images as a run keeps them, (1000, 96, 96, 3), and their labels."""
-    with np.load(str(resources.files("threefold") / "assets" / "fashion_mnist" / "data.npz"), allow_pickle=False) as file:
+    with np.load(
+        str(resources.files("threefold") / "assets" / "fashion_mnist" / "data.npz"), allow_pickle=False
+    ) as file:
         small, labels = file["test_images"], file["test_labels"].astype(np.int64)
     large = [Image.fromarray(image).resize((96, 96), Image.Resampling.BILINEAR).convert("RGB") for image in small]
     return np.stack([np.asarray(image) for image in large]), labels
@@ -202,7 +245,9 @@ def _thumbs(probs: np.ndarray, labels: np.ndarray, ids: np.ndarray) -> dict[str,
     worst = wrong[np.argsort(-probs[wrong].max(1), kind="stable")][:48]
     grid = np.linspace(-1, 1, 96)
     centres = np.random.default_rng(3).uniform(-0.6, 0.6, (len(worst), 2))
-    cams = np.stack([255 * np.exp(-((grid - x) ** 2 + (grid[:, None] - y) ** 2) / 0.2) for x, y in centres]).astype(np.uint8)
+    cams = np.stack([255 * np.exp(-((grid - x) ** 2 + (grid[:, None] - y) ** 2) / 0.2) for x, y in centres]).astype(
+        np.uint8
+    )
     cams[2] = 0
     pairs = wrong[: 12 * 8]
     return {

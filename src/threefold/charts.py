@@ -126,7 +126,8 @@ def frequency_grid(right: int, low: int, high: int, of: int) -> Markup:
     def squares(first: int, last: int) -> str:
         side = f"{1 - gap:g}"
         return "".join(
-            f"M{cell % columns} {cell // columns}h{side}v{side}h-{side}z" for cell in range(max(0, first), min(of, last))
+            f"M{cell % columns} {cell // columns}h{side}v{side}h-{side}z"
+            for cell in range(max(0, first), min(of, last))
         )
 
     label = f"{of} squares: about {right} right, between {low} and {high}"
@@ -155,7 +156,9 @@ def optimism(rows: Sequence[Mapping[str, Any]]) -> Markup:
         axes.xaxis.set_major_formatter(percent_ticks())
         axes.set_xlabel("share of images answered right")
 
-    return draw_svg(draw, (WIDTH, 0.8 + 0.4 * len(rows)), "Accuracy that every choice appears to reach, and really reaches")
+    return draw_svg(
+        draw, (WIDTH, 0.8 + 0.4 * len(rows)), "Accuracy that every choice appears to reach, and really reaches"
+    )
 
 
 def pareto(points: Sequence[Mapping[str, Any]], level: float) -> Markup:
@@ -170,7 +173,7 @@ def pareto(points: Sequence[Mapping[str, Any]], level: float) -> Markup:
     numbered = sorted((p for p in points if p["number"]), key=lambda p: (p["macs"], p["number"]))
     logs = np.log10([float(p["macs"]) for p in numbered])
     span = max(float(np.ptp(np.log10([float(p["macs"]) for p in points]))), 0.5)
-    places = _side_by_side(logs, min(0.027, 0.8 / len(numbered)) * span * 1.12)
+    places = _side_by_side(logs, 0.021 * span * 1.12)
 
     def draw(axes: Axes) -> None:
         for point in points:
@@ -201,8 +204,17 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> Markup:
         axes.axvline(0, color=SOFT, linewidth=1.0, linestyle=_DASHED)
         for line, row in enumerate(rows):
             colour = ACCENT if row["sure"] else INK
-            axes.plot([100 * v for v in row["interval"]], (line, line), color=colour, linewidth=2, solid_capstyle="round")
-            axes.plot(100 * row["difference"], line, "o", color=colour, markersize=6, fillstyle="full" if row["sure"] else "none")
+            axes.plot(
+                [100 * v for v in row["interval"]], (line, line), color=colour, linewidth=2, solid_capstyle="round"
+            )
+            axes.plot(
+                100 * row["difference"],
+                line,
+                "o",
+                color=colour,
+                markersize=6,
+                fillstyle="full" if row["sure"] else "none",
+            )
         _name_lines(axes, [f"{short_name(row['a'], 20)} − {short_name(row['b'], 20)}" for row in rows])
         axes.set_xlabel("difference in points; right of the line the first is better")
 
@@ -221,8 +233,10 @@ def size_curve(curve: Mapping[str, Any]) -> Markup:
     def draw(axes: Axes) -> None:
         axes.fill_between(sizes, curve["low"], curve["high"], color=LINE, alpha=0.6, linewidth=0)
         axes.plot(sizes, curve["mean"], color=SOFT, linewidth=1.5)
-        axes.plot(sizes, curve["ordered"], color=ACCENT, linewidth=1.8, marker="o" if len(sizes) <= 15 else "", markersize=4)
-        axes.set(xlabel="number of members", ylabel="answered right")
+        axes.plot(
+            sizes, curve["ordered"], color=ACCENT, linewidth=1.8, marker="o" if len(sizes) <= 15 else "", markersize=4
+        )
+        axes.set(xlim=(0.5, len(sizes) + 0.5), xlabel="number of members", ylabel="answered right")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
         axes.yaxis.set_major_formatter(percent_ticks())
         axes.grid(axis="y")
@@ -256,10 +270,17 @@ def _draw_cost(axes: Axes, x: float, point: Mapping[str, Any]) -> None:
     axes.plot(x, point["accuracy"], "o", color=colour, markersize=6)
     if point["chosen"]:
         axes.plot(x, point["accuracy"], "o", color=colour, markersize=12, fillstyle="none", markeredgewidth=1.5)
-    place = {"ha": "center", "va": "bottom", "fontsize": 8.0, "weight": "bold" if point["chosen"] else "normal"}
-    above = (0, 2 + 8 * (point["number"] % 2))  # neighbours' numbers would touch on one line
+    place: Any = {"ha": "center", "va": "bottom", "fontsize": 8.0, "weight": "bold" if point["chosen"] else "normal"}
+    above = (x, 1.01 + 0.04 * (point["number"] % 3))  # on one line the numbers of neighbours would touch
+    leader = {"arrowstyle": "-", "color": LINE, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
     axes.annotate(
-        str(point["number"]), (x, point["interval"][1]), above, textcoords="offset points", color=colour, **place
+        str(point["number"]),
+        (x, point["interval"][1]),
+        above,
+        textcoords=("data", "axes fraction"),
+        arrowprops=leader,
+        color=colour,
+        **place,
     )
 
 
@@ -274,9 +295,12 @@ def _cost_ticks(axes: Axes) -> None:
     low, high = axes.get_xlim()
     powers = range(int(np.floor(low)), int(np.ceil(high)) + 1)
     for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
-        ticks = [step * 10.0**power for power in powers for step in steps if low <= np.log10(step * 10.0**power) <= high]
-        if len(ticks) >= 4:
+        ticks = [
+            step * 10.0**power for power in powers for step in steps if low <= np.log10(step * 10.0**power) <= high
+        ]
+        if len(ticks) >= 3:
             break
+    ticks = ticks[:: -(-len(ticks) // 6)]
     axes.set_xticks(np.log10(ticks), [short_count(tick) for tick in ticks])
 
 

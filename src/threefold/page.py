@@ -22,9 +22,7 @@ _Array = np.ndarray[Any, Any]
 _Tree = Mapping[str, Any]
 
 
-def write_page(
-    path: Path, title: str, found: _Tree, probs: _Array | None = None, labels: _Array | None = None
-) -> Path:
+def write_page(path: Path, title: str, found: _Tree, probs: _Array | None = None, labels: _Array | None = None) -> Path:
     """Write one HTML page about saved predictions.
 
     Args:
@@ -45,7 +43,9 @@ def write_page(
         DataError: probabilities or labels are not usable.
     """
     if found.get("kind") not in KINDS:
-        raise RunError("not a tree of saved predictions", where=title, expected=" or ".join(KINDS), got=found.get("kind"))
+        raise RunError(
+            "not a tree of saved predictions", where=title, expected=" or ".join(KINDS), got=found.get("kind")
+        )
     if not found.get("scores"):
         raise RunError("there is no score to show", where=title)
     try:

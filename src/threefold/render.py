@@ -12,7 +12,20 @@ from jinja2.exceptions import UndefinedError
 from threefold.charts import short_count
 from threefold.errors import RunError
 
-_MONTHS = "January February March April May June July August September October November December".split()
+_MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
 
 
 def render(template: str, where: str, **context: Any) -> str:

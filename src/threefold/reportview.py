@@ -54,7 +54,9 @@ def shared_view(
     level = score["level"] if score else tree["scores"][0]["level"]
     most = max((s["n"] for s in tree["scores"] if s["rows"] == rows), default=0)
     classes = tree.get("classes") or [c["class"] for c in tree.get("per_class") or ()]
-    drawn = probs is not None and labels is not None
+    confusion = curve = None
+    if probs is not None and labels is not None:
+        confusion, curve = confusion_view(probs, labels, classes, thumbs), charts.reliability(probs, labels, level)
     return {
         "score": score,
         "rows": rows,
@@ -66,8 +68,8 @@ def shared_view(
         "cost": cost_view(tree["scores"], rows, tree.get("chosen"), level),
         "comparisons": paired_rows(tree.get("comparisons") or (), tree["scores"], level),
         "per_class": sorted(tree.get("per_class") or (), key=lambda c: 2.0 if c["recall"] is None else c["recall"]),
-        "confusion": confusion_view(probs, labels, classes, thumbs) if drawn else None,
-        "reliability": charts.reliability(probs, labels, level) if probs is not None and labels is not None else None,
+        "confusion": confusion,
+        "reliability": curve,
         "calibration": tree.get("calibration"),
         "temperature": tree.get("temperature"),
         "conformal": tree.get("conformal"),
@@ -88,7 +90,9 @@ def main_rows(scores: Sequence[_Tree]) -> str:
 def natural_frequency(score: _Tree) -> dict[str, Any]:
     """An accuracy as "so many of so many": of 100 where that shows the interval, else of 1,000 or 10,000; with its picture."""
     for of in (100, 1000, 10_000):
-        low, right, high = (round(of * share) for share in (score["interval"][0], score["accuracy"], score["interval"][1]))
+        low, right, high = (
+            round(of * share) for share in (score["interval"][0], score["accuracy"], score["interval"][1])
+        )
         if (low < right < high < of) or of == 10_000:
             break
     grid = charts.frequency_grid(right, low, high, of) if of <= 1000 else None
@@ -125,7 +129,11 @@ def cost_view(scores: Sequence[_Tree], rows: str, chosen: str | None, level: flo
     picked = next((p for p in points if p["chosen"]), None)
     told = None
     if picked and single:
-        told = {"times": picked["macs"] / single["macs"], "gain": picked["accuracy"] - single["accuracy"], "single": single["name"]}
+        told = {
+            "times": picked["macs"] / single["macs"],
+            "gain": picked["accuracy"] - single["accuracy"],
+            "single": single["name"],
+        }
     return {"points": points, "chart": charts.pareto(points, level), "told": told, "unnumbered": len(points) - number}
 
 
