@@ -14,7 +14,7 @@ SOURCES = sorted((ROOT / "src/threefold").glob("*.py"))
 ORDER = [
     "errors", "files", "overrides", "sections", "recipe", "backbones", "images", "listing", "archives", "pickled", "official", "arrays", "photos", "tables", "datasets", "fetch", "datacheck", "samples", "splits", "augment", "heads", "optim", "model", "cost", "predict", "gradcam",
     "pixels", "stages", "ledger", "predictions", "joining", "containers", "columns", "parts", "adapters", "formats", "choice", "combiners", "crossfit", "learned", "loglinear", "stacked", "scaling", "calibration", "joint", "ensemble", "diversity", "selection", "resampling", "weighted", "stats", "conformal", "uncertainty", "audit", "paired", "optimism", "scoring", "evaluate", "saved", "compare", "catalogue", "pipeline", "provenance", "run", "assembly", "findings", "jobs", "gallery", "results",
-    "runtime", "exporting", "answers", "serve", "charts", "report",
+    "runtime", "exporting", "answers", "serve", "svg", "charts", "pictures", "render", "reportview", "report", "page",
     "plan", "workflow", "terminal", "console", "cli_saved", "cli", "__init__", "__main__",
 ]  # fmt: skip
 TORCH = {
