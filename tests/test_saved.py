@@ -58,9 +58,7 @@ def test_the_meter_says_what_each_choice_promised(tmp_path: Path) -> None:
     for line in lines.values():
         assert line["difference"] == pytest.approx(line["apparent"] - line["honest"])
         assert line["interval"][0] <= line["difference"] <= line["interval"][1]
-    assert tree["expected"]["accuracy"] == pytest.approx(
-        lines["method"]["honest"]
-    )  # no test rows
+    assert tree["expected"]["accuracy"] == pytest.approx(lines["method"]["honest"])  # no test rows
     assert "the choice of the method cross-fitted too" in tree["expected"]["told"]
     assert all(line["overlap"] == 0 for line in tree["ledger"])
     assert tree["diversity"]["members"] == [f"m{i}" for i in range(12)]

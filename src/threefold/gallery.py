@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
-import torch
 from PIL import Image
 
 from threefold.audit import Suspect
 from threefold.evaluate import Evaluation
 from threefold.gradcam import ensemble_cam
+from threefold.recipe import MemberSpec
 from threefold.run import Run
 from threefold.stats import confusion_matrix
 
@@ -72,15 +72,19 @@ def _cams(run: Run, found: Evaluation, rows: np.ndarray) -> np.ndarray:
     answers = found.probs.argmax(1)
     for fold in np.unique(folds[rows]):
         mine = np.flatnonzero(folds[rows] == fold)
-        images = torch.from_numpy(_small(run, found.rows.kind, rows[mine]))
-        maps = ensemble_cam(_networks(run, found, int(fold)), images, torch.from_numpy(answers[rows[mine]]))
+        images = _small(run, found.rows.kind, rows[mine])
+        specs = _specs(run, found, int(fold))
+        nets = [run.load_member(spec, int(fold), len(found.rows.classes)) for spec in specs]
+        sizes, resizes = [spec.img_size for spec in specs], [spec.resize for spec in specs]
+        maps = ensemble_cam(nets, images, answers[rows[mine]], sizes=sizes, resizes=resizes)
         heat[mine] = np.round(255 * maps).astype(np.uint8)
     return heat
 
 
-def _networks(run: Run, found: Evaluation, fold: int) -> list[torch.nn.Module]:
-    specs = [m for m in run.recipe.members if m.name in found.combined and (fold < 0 or not m.folds or fold in m.folds)]
-    return [run.load_member(spec, fold, len(found.rows.classes)) for spec in specs]
+def _specs(run: Run, found: Evaluation, fold: int) -> list[MemberSpec]:
+    """The combined members that have a network in the fold."""
+    here = (m for m in run.recipe.members if fold < 0 or not m.folds or fold in m.folds)
+    return [spec for spec in here if spec.name in found.combined]
 
 
 def _small(run: Run, kind: str, rows: np.ndarray) -> np.ndarray:

@@ -150,7 +150,7 @@ def ensemble_tree(sources: Sequence[Path], found: Evaluation) -> dict[str, Any]:
     return {
         "kind": "ensemble", "source": [str(s) for s in sources], "n": len(rows), "classes": list(rows.classes),
         "scores": found.scores, "expected": found.expected, "comparisons": found.comparisons, "chosen": found.chosen,
-        "chosen_reason": found.reason, "calibration": {"name": found.calibration.name, "temperature": found.calibration.temperature},
+        "chosen_reason": found.reason, "calibration": found.calibration.state(),
         "combined": list(found.combined), "warnings": found.warnings, "optimism": found.optimism, "ledger": found.ledger,
         "per_class": per_class(found.rows, found.probs), **_many(rows),
     }  # fmt: skip
