@@ -29,6 +29,9 @@ from threefold.predictions import Predictions, check_probs
 NEAR: Final = 0.01
 """Largest distance, 1 - correlation, of near copies (see `find_duplicates`)."""
 
+LISTED: Final = 100
+"""Suspects and pairs of copies in results.json; a CSV file has every suspect."""
+
 _SIDE: Final = 32
 """Pixels of the grey square that is compared."""
 
@@ -121,6 +124,27 @@ def find_suspects(
     quality, top = ensemble[np.arange(len(labels)), predictions.labels], ensemble.argmax(-1)
     rows = [row for row in np.argsort(quality, kind="stable") if flagged[row] and top[row] != predictions.labels[row]]
     return [_suspect(predictions, int(row), int(top[row]), ensemble[row]) for row in rows[:limit]]
+
+
+def list_suspects(predictions: Predictions, probs: npt.ArrayLike | None = None) -> tuple[list[Suspect], str]:
+    """`find_suspects`, or none and why: cleanlab is an extra."""
+    try:
+        return find_suspects(predictions, probs=probs), ""
+    except RunError as error:
+        return [], str(error)
+
+
+def audit_tree(suspects: Sequence[Suspect], missing: str) -> dict[str, Any]:
+    """The audit as plain values for results.json and pages: the first LISTED suspects, how many there are, why there is none."""
+    listed = [suspect._asdict() for suspect in suspects[:LISTED]]
+    return {
+        "suspects": listed,
+        "n_suspects": len(suspects),
+        "file": "",
+        "missing": missing,
+        "warnings": [],
+        "duplicates": None,
+    }
 
 
 def _suspect(predictions: Predictions, row: int, top: int, probs: np.ndarray) -> Suspect:

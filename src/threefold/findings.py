@@ -10,16 +10,17 @@ from typing import Any, Final
 import numpy as np
 
 from threefold.audit import (
+    LISTED,
     Duplicate,
     Duplicates,
     Suspect,
+    audit_tree,
     duplicate_warnings,
     find_duplicates,
-    find_suspects,
     guess_pattern,
+    list_suspects,
     write_suspects,
 )
-from threefold.errors import RunError
 from threefold.files import read_json, write_json
 from threefold.pixels import Pixels
 from threefold.predictions import Predictions
@@ -28,8 +29,7 @@ from threefold.run import Run
 MOST_IMAGES: Final = 20_000
 """Copies are looked for among so many images at most: the time grows with the square of their number."""
 
-LISTED: Final = 100
-"""Suspects in results.json, and pairs of copies; the CSV file has every suspect."""
+_NO_ROWS: Final = "labels are audited on out-of-fold rows of the honest protocol, which this run does not have"
 
 
 def find_copies(run: Run, pixels: Pixels) -> None:
@@ -67,7 +67,8 @@ def audit_run(run: Run, rows: Predictions | None, probs: np.ndarray) -> tuple[di
         rows: its out-of-fold predictions, or None.
         probs: (n, k) the chosen ensemble's probabilities on them, cross-fitted.
     """
-    suspects, missing = _suspects(rows, probs)
+    honest = rows is not None and rows.kind == "oof" and rows.protocol == "honest"
+    suspects, missing = list_suspects(rows, probs) if rows is not None and honest else ([], _NO_ROWS)
     if not missing:
         write_suspects(run.dir / "suspects.csv", suspects)
     path = run.dir / "duplicates.json"
@@ -78,21 +79,9 @@ def audit_run(run: Run, rows: Predictions | None, probs: np.ndarray) -> tuple[di
         warnings += duplicate_warnings(Duplicates(pairs, copies["found"])) + (
             [copies["told"]] if copies["told"] else []
         )
-    return {
-        "suspects": [suspect._asdict() for suspect in suspects[:LISTED]], "n_suspects": len(suspects),
-        "file": "" if missing else "suspects.csv", "missing": missing, "warnings": warnings,
-        "duplicates": {"found": copies["found"], "pairs": copies["pairs"][:LISTED]} if copies else None,
-    }, suspects  # fmt: skip
-
-
-def _suspects(rows: Predictions | None, probs: np.ndarray) -> tuple[list[Suspect], str]:
-    """Suspects, or why none were looked for."""
-    if rows is None or rows.kind != "oof" or rows.protocol != "honest":
-        return [], "labels are audited on out-of-fold rows of the honest protocol, which this run does not have"
-    try:
-        return find_suspects(rows, probs=probs), ""
-    except RunError as error:  # cleanlab is an extra
-        return [], str(error)
+    told = {"found": copies["found"], "pairs": copies["pairs"][:LISTED]} if copies else None
+    more = {"file": "" if missing else "suspects.csv", "warnings": warnings, "duplicates": told}
+    return {**audit_tree(suspects, missing), **more}, suspects
 
 
 def _group_warnings(run: Run) -> list[str]:

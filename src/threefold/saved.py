@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from threefold import stats
+from threefold.audit import audit_tree, list_suspects
 from threefold.calibration import apply_temperature, fit_temperature
 from threefold.diversity import diversity, duplicates, size_curve
 from threefold.ensemble import ENSEMBLES, make_ensemble
@@ -178,7 +179,8 @@ def score_saved(sources: Sequence[Path], members: Sequence[str] = ()) -> tuple[d
     return {
         "kind": "evaluate", "source": [str(s) for s in sources], "n": len(rows), "classes": list(rows.classes),
         "scores": scores, "chosen": None, "chosen_reason": "", "comparisons": [], "warnings": warnings,
-        "per_class": per_class(rows, rows.probs[best]), "per_class_of": rows.members[best], **_many(rows),
+        "per_class": per_class(rows, rows.probs[best]), "per_class_of": rows.members[best],
+        "audit": audit_tree(*list_suspects(rows)), **_many(rows),
     }, rows  # fmt: skip
 
 
