@@ -274,17 +274,19 @@ def duplicate_warnings(duplicates: Duplicates) -> list[str]:
     """What the pairs mean for honest scores, in plain words; empty where there is nothing to say."""
     if not duplicates.found:
         return []
-    pairs = duplicates.pairs
-    listed = "" if len(pairs) == duplicates.found else f", counted among the closest {len(pairs)}"
-    notes = [f"{duplicates.found} pairs of images are equal or nearly so; look at them: near is not always the same"]
-    across = [f"{pair.a} = {pair.b}" for pair in pairs if pair.same_part is False]
-    if across:
-        notes.append(
-            f"{len(across)} of these pairs are in two folds or splits{listed}, which makes scores too good: {_some(across)}"
-        )
-    differ = [f"{pair.a} = {pair.b}" for pair in pairs if pair.same_label is False]
-    if differ:
-        notes.append(f"{len(differ)} of these pairs have two labels{listed}: {_some(differ)}")
+    pairs, notes = duplicates.pairs, []
+    equal, listed = [p for p in pairs if p.distance == 0], "" if len(pairs) == duplicates.found else " of those listed"
+    near = [p for p in pairs if p.distance > 0]
+    for what, some, meant in (
+        (f"{len(equal)} pairs of images are equal", equal, "which makes scores too good"),
+        (f"{duplicates.found - len(equal)} pairs of images look nearly the same, which need not be copies", near, "look at them"),
+    ):  # fmt: skip
+        if some:
+            across = [f"{p.a} = {p.b}" for p in some if p.same_part is False]
+            differ = [f"{p.a} = {p.b}" for p in some if p.same_label is False]
+            told = [f"{len(across)}{listed} are in two folds or splits, {meant}: {_some(across)}"] if across else []
+            told += [f"{len(differ)}{listed} have two labels: {_some(differ)}"] if differ else []
+            notes.append("; ".join([what, *told]))
     return notes
 
 

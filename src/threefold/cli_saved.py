@@ -88,7 +88,10 @@ def evaluate(sources: Sources, members: Members = None, as_json: Json = False, h
     out.print(f"\nclasses, hardest first ({plain(tree['per_class_of'])})")
     out.print(class_table(tree["per_class"]))
     same = tree.get("diversity", {}).get("duplicates", [])
-    for line in [*tree["warnings"], *(f"the same predictions under several names: {', '.join(group)}" for group in same)]:
+    for line in [
+        *tree["warnings"],
+        *(f"the same predictions under several names: {', '.join(group)}" for group in same),
+    ]:
         out.print(f"  {plain(line)}")
     if tree["audit"]["n_suspects"]:
         told = f"{tree['audit']['n_suspects']} labels look wrong, if these are held-out predictions (--json or --html lists them); the first:"

@@ -159,13 +159,21 @@ class _Work:
         if chose and len(crossed) > 1:
             self.nested, _ = nested_choice(crossed, rows.labels, self.folds, rows.groups)
             told = f"the method, {chosen} of {len(crossed)}"
-            lines.append(self._line("method", told, crossed[chosen], self.nested))
+            names = "cross-fitted, chosen on", "cross-fitted, choice included"
+            lines.append(self._line("method", told, crossed[chosen], self.nested, names))
         return lines
 
-    def _line(self, choice: str, told: str, apparent: np.ndarray, honest: np.ndarray) -> dict[str, Any]:
+    def _line(
+        self,
+        choice: str,
+        told: str,
+        apparent: np.ndarray,
+        honest: np.ndarray,
+        rows_names: tuple[str, str] = ("of the fit", "cross-fitted"),
+    ) -> dict[str, Any]:
         rows = self.rows
         a, b = (Counts.of(correct(probs, rows.labels)) for probs in (apparent, honest))
-        names = f"{rows.kind} rows of the fit", f"{rows.kind} rows, cross-fitted"
+        names = f"{rows.kind} rows, {rows_names[0]}", f"{rows.kind} rows, {rows_names[1]}"
         return optimism_entry(choice, told, a, b, rows.groups, rows=names)
 
 
