@@ -161,8 +161,8 @@ def read_pt(path: Path) -> dict[str, np.ndarray]:
     try:
         tree = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises errors of many types on damaged and on refused files
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        got = found.group(1) if found else type(error).__name__
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        got = named.group(1) if named else type(error).__name__
         raise DataError("the file holds more than tensors, or is damaged", where=path, got=got[:100], fix=fix) from None
     if isinstance(tree, tuple | list) and len(tree) == 2:
         tree = dict(zip(("probs", "labels"), tree, strict=True))
