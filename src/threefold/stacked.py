@@ -224,9 +224,11 @@ def _turn(network: nn.Sequential, directions: np.ndarray) -> None:
     import torch
     from torch import nn
 
+    first = network[1]
+    assert isinstance(first, nn.Linear)
     with torch.no_grad():
-        turned = nn.Linear(directions.shape[1], network[1].out_features)
-        turned.weight.copy_(network[1].weight @ torch.from_numpy(directions))
+        turned = nn.Linear(directions.shape[1], first.out_features)
+        turned.weight.copy_(first.weight @ torch.from_numpy(directions))
         turned.bias.zero_()
     network[1] = turned
 
