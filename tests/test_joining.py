@@ -85,7 +85,8 @@ def test_ids_that_only_look_made_up_are_ids() -> None:
     for parts in ([bare, turned], [turned, bare]):
         found = join_predictions(parts)
         at = found.ids.index("row0001")
-        assert (found.probs[found.members.index("x"), at] == other().probs[0, 1]).all()
+        for member, row in (("net0", bare.probs[0, 1]), ("x", turned.probs[0, 4])):
+            assert (found.probs[found.members.index(member), at] == row).all()
 
 
 def test_missing_and_surplus_ids_are_counted_and_named() -> None:
