@@ -73,7 +73,7 @@ def test_compare_of_two_is_a_verdict(tmp_path: Path) -> None:
     page = Page(write_page(tmp_path / "page.html", "a.npz, b.npz", tree))
     (comparison,) = tree["comparisons"]
     assert page.text.count(comparison["verdict"]) == 2
-    assert f'class="headline">{comparison["verdict"]}'.replace("'", "&#39;") in page.source
+    assert f"{comparison['a']} against {comparison['b']}: {comparison['verdict']} The most accurate is" in page.text
     cells = re.search(r'class="paired">.*?<tbody><tr>(.*?)</tr>', page.source, re.S)
     assert cells is not None
     a, b = tree["scores"]
