@@ -64,7 +64,7 @@ def ensemble(
     found = evaluate_saved(sources, _split(method) or ["auto"], _split(members), top, reopen, Beside(labels, classes))
     tree = ensemble_tree(sources, found)
     shown = [score for score in tree["scores"] if score["rows"] == found.rows.kind]  # the page is about these rows
-    _page(html, "ensemble", {**tree, "scores": shown}, found.probs, found.rows.labels)
+    _page(html, {**tree, "scores": shown}, found.probs, found.rows.labels)
     if as_json:
         print_json(tree)
         return
@@ -96,7 +96,7 @@ def evaluate(
 
     tree, rows = score_saved(sources, _split(members), Beside(labels, classes))
     best = max(range(len(rows.members)), key=lambda i: tree["scores"][i]["accuracy"])
-    _page(html, "evaluate", tree, rows.probs[best], rows.labels)
+    _page(html, tree, rows.probs[best], rows.labels)
     if as_json:
         print_json(tree)
         return
@@ -137,7 +137,7 @@ def compare(
     from threefold.saved import Beside
 
     tree, rows = compare_saved(sources, shared, Beside(labels, classes))
-    _page(html, "compare", tree, rows.probs[0], rows.labels)
+    _page(html, tree, rows.probs[0], rows.labels)
     if as_json:
         print_json(tree)
         return
@@ -172,11 +172,11 @@ def _split(words: Sequence[str] | None) -> list[str]:
     return [word for text in words or () for word in text.split(",") if word]
 
 
-def _page(html: Path | None, verb: str, tree: dict[str, Any], probs: np.ndarray, labels: np.ndarray) -> None:
+def _page(html: Path | None, tree: dict[str, Any], probs: np.ndarray, labels: np.ndarray) -> None:
     if html is not None:
         from threefold.page import write_page
 
-        write_page(html, f"threefold {verb}", tree, probs, labels)
+        write_page(html, ", ".join(Path(source).name for source in tree["source"]), tree, probs, labels)
 
 
 def _told(html: Path | None) -> None:
