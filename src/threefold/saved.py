@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from threefold import stats
 from threefold.audit import audit_tree, list_suspects
 from threefold.calibration import apply_temperature, fit_temperature
+from threefold.crossfit import stratified_parts
 from threefold.diversity import diversity, duplicates, size_curve
 from threefold.ensemble import ENSEMBLES, make_ensemble
 from threefold.errors import DataError, RecipeError, RunError
@@ -25,6 +26,9 @@ from threefold.scoring import LEVEL, per_class
 
 AUTO = tuple(name for name in ENSEMBLES if not name.startswith("stacked"))
 """What `auto` scores and chooses from: all that is fitted in seconds; `--method auto,stacked` takes the network, too."""
+
+CURVE: Final = 5000
+"""Rows of the accuracy-against-size curve: a stratified part where there are more."""
 
 
 def saved_predictions(run: Path) -> tuple[Predictions | None, Predictions | None]:
@@ -202,7 +206,8 @@ def score_saved(
         "kind": "evaluate", "source": [str(s) for s in sources], "n": len(rows), "classes": list(rows.classes),
         "scores": scores, "chosen": None, "chosen_reason": "", "comparisons": [], "warnings": warnings,
         "per_class": per_class(rows, rows.probs[best]), "per_class_of": rows.members[best],
-        "audit": audit_tree(*list_suspects(rows)), **_many(rows),
+        "audit": audit_tree(*list_suspects(rows)),
+        **_many(rows, duplicates(rows.probs) if len(rows.members) > 1 else ()),
     }, rows  # fmt: skip
 
 
@@ -225,19 +230,20 @@ def _warmed(probs: np.ndarray, rows: Predictions) -> dict[str, float]:
     }
 
 
-def _many(rows: Predictions) -> dict[str, Any]:
+def _many(rows: Predictions, same: Sequence[Sequence[int]] = ()) -> dict[str, Any]:
     """How members differ, which are the same, and what another one brings; nothing where there is one."""
     if len(rows.members) < 2:
         return {}
-    names, curve = rows.members, size_curve(rows.probs, rows.labels)
-    found = diversity(rows.probs, rows.labels)
+    names, found = rows.members, diversity(rows.probs, rows.labels)
+    some = stratified_parts(rows.labels, parts=-(-len(rows) // CURVE)) == 0
+    curve = size_curve(rows.probs[:, some], rows.labels[some])
     return {
         "diversity": {
             "members": list(names), "disagreement": found.disagreement.tolist(), "means": found.means(),
-            "duplicates": [[names[i] for i in group] for group in duplicates(rows.probs)],
+            "duplicates": [[names[i] for i in group] for group in same],
         },
         "size_curve": {
             "mean": curve.random.tolist(), "low": curve.low.tolist(), "high": curve.high.tolist(),
-            "ordered": curve.ordered.tolist(), "order": [names[i] for i in curve.order],
+            "ordered": curve.ordered.tolist(), "order": [names[i] for i in curve.order], "n": int(some.sum()),
         },
     }  # fmt: skip

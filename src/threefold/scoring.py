@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import numpy as np
@@ -49,11 +50,13 @@ def score_entries(
         fitted_on: the rows that those were fitted on that learn anything.
     """
     apparent = fitted_on == "the scored rows"
+    with ThreadPoolExecutor() as pool:
+        figures = pool.map(lambda probs: stats.score_table(probs, rows.labels, LEVEL, rows.groups), table.values())
     entries = []
-    for (kind, name), probs in table.items():
+    for (kind, name), found in zip(table, figures, strict=True):
         learns = kind == "ensemble" and fitted[name].needs_fit
         entries.append({
-            **stats.score_table(probs, rows.labels, LEVEL, rows.groups), "name": name, "kind": kind, "rows": rows.kind,
+            **found, "name": name, "kind": kind, "rows": rows.kind,
             "protocol": rows.protocol, "fitted_on": fitted_on if learns else "temperature only", "apparent": learns and apparent,
         })  # fmt: skip
     return entries
