@@ -75,12 +75,21 @@ def comparisons(
     names = {key: probs for key, probs in table.items() if key[0] == "ensemble" or key[1] not in combined}
     primary = ("ensemble", chosen)
     order = [primary, *(key for key in names if key != primary)]
-    found = [paired.mcnemar_exact(names[key].argmax(1) == rows.labels, hits[best], rows.groups) for key in order]
+    right = [names[key].argmax(1) == rows.labels for key in order]
+    found = [paired.mcnemar_exact(mine, hits[best], rows.groups) for mine in right]
     p = [found[0].p, *paired.holm([test.p for test in found[1:]])]
     return [
-        compared(rows, (key[1], best), test, float(value)) | {"primary": key == primary}
-        for key, test, value in zip(order, found, p, strict=True)
+        compared(rows, (key[1], best), test, float(value))
+        | _difference(mine, hits[best], rows)
+        | {"primary": key == primary}
+        for key, mine, test, value in zip(order, right, found, p, strict=True)
     ]
+
+
+def _difference(a: np.ndarray, b: np.ndarray, rows: Predictions) -> dict[str, Any]:
+    """Difference in accuracy with its bootstrap interval, over whole groups where there are any."""
+    found = paired.paired_bootstrap(a, b, rows.groups)
+    return {"difference": found.estimate, "interval": [found.low, found.high]}
 
 
 def compared(rows: Predictions, names: tuple[str, str], test: paired.McNemar, p: float) -> dict[str, Any]:
