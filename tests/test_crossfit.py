@@ -19,14 +19,14 @@ LAW = settings(max_examples=50, deadline=None)
 class Memory(Ensemble):
     """Answers 1 for the label of a row it has seen, found by its probabilities; a leak would make it perfect."""
 
-    _state = ("seen_",)
-    seen_: dict[bytes, int]
+    _state = ("known_",)
+    known_: dict[bytes, int]
 
     def _fit(self, probs, labels):
-        self.seen_ = {probs[:, i].tobytes(): int(labels[i]) for i in range(len(labels))}
+        self.known_ = {probs[:, i].tobytes(): int(labels[i]) for i in range(len(labels))}
 
     def _combine(self, probs):
-        answers = [self.seen_.get(probs[:, i].tobytes(), 0) for i in range(probs.shape[1])]
+        answers = [self.known_.get(probs[:, i].tobytes(), 0) for i in range(probs.shape[1])]
         return np.eye(probs.shape[2])[answers]
 
     def to_module(self):
@@ -71,7 +71,7 @@ def parts_of(labels: np.ndarray, groups: list[str] | None = None) -> np.ndarray:
 
 
 @pytest.mark.parametrize("folds", [None, np.arange(60) % 3])
-def test_no_row_is_predicted_by_an_ensemble_that_has_seen_it(folds: np.ndarray | None) -> None:
+def test_no_row_is_predicted_by_an_ensemble_that_has_known_it(folds: np.ndarray | None) -> None:
     labels = np.array([1, 2] * 30)
     probs = numbered(60)
     assert (Memory().fit(probs, labels).predict(probs) == labels).all()

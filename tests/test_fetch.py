@@ -227,6 +227,9 @@ def test_refusals_errors_and_mirrors(server: Server, tmp_path: Path) -> None:
 def test_sizes_that_do_not_agree(server: Server, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="file of another size: .*expected 5, got 3000000"):  # noqa: RUF043
         get(remote(server, size=5), tmp_path)
+
+
+def test_parts_that_do_not_agree(server: Server, tmp_path: Path) -> None:
     server.cuts, server.shift = 1, 7
     with pytest.raises(DataError, match="another part than was asked for: .*expected bytes 1500000-"):  # noqa: RUF043
         get(remote(server), tmp_path)

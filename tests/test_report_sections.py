@@ -284,3 +284,12 @@ def test_without_test_rows_the_headline_pays_for_the_choice() -> None:
     assert expected_score({"expected": expected}, score) == {**score, "accuracy": 0.89, "interval": [0.87, 0.91]}
     assert expected_score({"expected": {**expected, "rows": "test"}}, score) == score
     assert expected_score({}, score) == score
+
+
+def test_costs_that_are_nearly_equal_have_an_axis() -> None:
+    point = {"kind": "member", "accuracy": 0.8, "interval": [0.7, 0.9], "parameters": 1, "front": True, "chosen": False}
+    points = [
+        {**point, "name": n, "macs": c, "number": i + 1}
+        for i, (n, c) in enumerate((("a", 8_123_456), ("b", 8_123_999)))
+    ]
+    assert "8.12 million" in charts.pareto(points, 0.95)

@@ -300,6 +300,8 @@ def _cost_ticks(axes: Axes) -> None:
         ]
         if len(ticks) >= 3:
             break
+    if not ticks:  # all cost nearly the same: no round number lies between
+        ticks = [10 ** ((low + high) / 2)]
     ticks = ticks[:: -(-len(ticks) // 6)]
     axes.set_xticks(np.log10(ticks), [short_count(tick) for tick in ticks])
 

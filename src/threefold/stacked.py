@@ -100,7 +100,7 @@ class StackedEnsemble(Ensemble):
         """Weights and biases of a network on inputs (n, m k), or on their parts (n, RANK) along `directions`."""
         import torch
 
-        rows, targets = torch.from_numpy(inputs), torch.tensor(labels)
+        rows, targets = torch.tensor(inputs), torch.tensor(labels)  # copies: predictions are read-only
         draw, n = np.random.default_rng(self.seed), len(labels)
         with _one_thread(), torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.default_generator.manual_seed(self.seed)  # the CPU's only: torch.manual_seed would touch the GPU's
