@@ -14,7 +14,7 @@ SOURCES = sorted((ROOT / "src/threefold").glob("*.py"))
 ORDER = [
     "errors", "files", "overrides", "sections", "recipe", "backbones", "images", "listing", "archives", "pickled", "official", "arrays", "photos", "tables", "datasets", "fetch", "datacheck", "samples", "splits", "augment", "heads", "optim", "model", "cost", "predict",
     "pixels", "stages", "predictions", "choice", "combiners", "crossfit", "learned", "loglinear", "stacked", "calibration", "joint", "ensemble", "diversity", "selection", "resampling", "weighted", "stats", "conformal", "audit", "paired", "evaluate", "catalogue", "pipeline", "provenance", "run", "assembly", "jobs",
-    "runtime", "exporting", "answers", "serve", "charts", "report",
+    "modelfile", "runtime", "exporting", "answers", "limits", "gauges", "batching", "guard", "serve", "charts", "report",
     "plan", "workflow", "terminal", "cli", "__init__", "__main__",
 ]  # fmt: skip
 TORCH = {

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 
 from threefold.errors import ExportError
 from threefold.images import decode
+from threefold.modelfile import MEMORY, open_session, read_card
 
 FORMAT = 1
 """Version of the model card inside a file."""
@@ -28,17 +27,9 @@ class Model:
         members: names of the members, in the order of `explain`'s second axis.
     """
 
-    def __init__(self, path: str | Path, threads: int = 0) -> None:
+    def __init__(self, path: str | Path, threads: int = 0, *, memory: int = MEMORY, spin: bool = True) -> None:
         self.path, self.threads = Path(path), threads
-        raw = self.session.get_modelmeta().custom_metadata_map.get(KEY)
-        if raw is None:
-            raise ExportError(
-                "not a threefold model",
-                where=path,
-                got="an ONNX file without threefold's metadata",
-                fix="export one with `threefold export RUN --out model.onnx`",
-            )
-        self.card: dict[str, Any] = json.loads(raw)
+        self.card: dict[str, Any] = read_card(self.path, KEY)
         if self.card.get("format") != FORMAT:
             raise ExportError(
                 "the model file has another format",
@@ -49,26 +40,7 @@ class Model:
             )
         self.classes: tuple[str, ...] = tuple(self.card["classes"])
         self.members: tuple[str, ...] = tuple(self.card["members"])
-
-    @cached_property
-    def session(self) -> Any:
-        """The onnxruntime session."""
-        import onnxruntime
-
-        if not self.path.is_file():
-            raise ExportError("no such model file", where=self.path)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.log_severity_level = 3
-        try:
-            return onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise ExportError(
-                "cannot read the model file",
-                where=self.path,
-                got=" ".join(str(error).split())[:160],
-                fix="give a .onnx file that threefold exported",
-            ) from None
+        self.session = open_session(self.path, threads, memory, spin)
 
     def explain(self, images: Iterable[str | Path | bytes | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Probabilities float32 (n, k) and each member's (n, m, k) of files, encoded bytes or uint8 arrays (h, w, 3).
