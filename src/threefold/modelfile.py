@@ -284,15 +284,15 @@ def _outside_bytes(folder: Path, entries: list[tuple[bytes, bytes]]) -> int:
         raise _Bad("a tensor outside the file with no or several locations")
     name = os.fsdecode(names[0])
     if name in ("", ".", "..") or any(sign in name for sign in "/\\:\0"):
-        raise _Bad(f"external data that is not a plain file beside the model: {ascii(name[:100])}")
+        raise _Bad(f"external data that is not a plain file beside the model: {name[:100]!a}")
     found = os.lstat(folder / name)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
-        raise _Bad(f"external data that is a link, or not a regular file: {ascii(name[:100])}")
+        raise _Bad(f"external data that is a link, or not a regular file: {name[:100]!a}")
     numbers = {key: int(value[:20]) for key, value in entries if key in (b"offset", b"length")}
     offset = numbers.get(b"offset", 0)
     length = numbers.get(b"length", found.st_size - offset)
     if offset < 0 or length < 0 or offset + length > found.st_size:
-        raise _Bad(f"external data beyond the end of its file: {ascii(name[:100])}")
+        raise _Bad(f"external data beyond the end of its file: {name[:100]!a}")
     return length
 
 
