@@ -40,7 +40,8 @@ _PARTS: Final[Mapping[str, Mapping[int, str]]] = {
     "sparse": {1: "tensor", 2: "tensor"},
 }
 _METADATA, _INPUT, _OUTPUT = 14, 11, 12  # in a model; in its graph
-_DIMS, _EXTERNAL_DATA, _DATA_LOCATION = 1, 13, 14  # in a tensor
+_DIMS, _DATA_TYPE, _RAW, _EXTERNAL_DATA, _DATA_LOCATION = 1, 2, 9, 13, 14  # in a tensor
+_BYTES: Final = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}  # by data type
 _VALUES: Final = (4, 5, 6, 7, 9, 10, 11)  # where a tensor keeps its values
 _UINT8, _FLOAT = 2, 1
 _LOADING = threading.Lock()
@@ -167,7 +168,7 @@ class _Reader:
                 raise _Bad(f"more than {MAX_FIELDS:,} fields")
             tag, begin = self.varint(begin, end)
             number, kind = tag >> 3, tag & 7
-            if kind == 0:
+            if kind == 0 and number:
                 value, begin = self.varint(begin, end)
                 yield number, kind, value, value
                 continue
@@ -195,7 +196,7 @@ class _Reader:
 
     def walk(self, kind: str, begin: int, end: int, depth: int = 0) -> None:
         """Check every tensor below a message."""
-        if depth > 4 * MAX_DEPTH:  # a graph in a graph is four messages deeper
+        if depth > 3 * MAX_DEPTH + 4:  # a graph in a graph is three messages deeper
             raise _Bad(f"graphs nested more than {MAX_DEPTH} deep")
         if kind == "tensor":
             self.check_tensor(begin, end)
@@ -208,22 +209,33 @@ class _Reader:
     def check_tensor(self, begin: int, end: int) -> None:
         """A tensor has the values that its shape promises, and they are where they may be."""
         dims: list[int] = []
-        held, outside, location = 0, False, []
+        held, type_size, raw, outside, location = (
+            0,
+            0.5,
+            False,
+            False,
+            [],
+        )  # two values in a byte is the densest that ONNX knows
         for number, kind, a, b in self.scan(begin, end):
             if number == _DIMS:
                 dims += [a] if kind == 0 else self.packed(a, b)
             elif number in _VALUES:
                 held += 8 if kind == 0 else max(b - a, 1)
+                raw |= number == _RAW
+            elif number == _DATA_TYPE and kind == 0:
+                type_size = _BYTES.get(a, 0.5)
             elif number == _EXTERNAL_DATA and kind == 2:
                 location.append(self.entry(a, b))
             elif number == _DATA_LOCATION and kind == 0:
                 outside |= a != 0
         if outside or location:
             held = _outside_bytes(self.folder, location)
+        elif not raw:  # written one by one, numbers may be shorter than their type
+            type_size = 0.5
         count = 1
         for dim in dims:
             count *= dim
-            if dim >= 2**63 or count > 2 * held:  # two values in a byte is the densest that ONNX knows
+            if dim >= 2**63 or count * type_size > held:
                 raise _Bad(f"a tensor of shape {dims[:8]} with only {held:,} bytes of values")
 
     def packed(self, begin: int, end: int) -> list[int]:
@@ -285,7 +297,10 @@ def _outside_bytes(folder: Path, entries: list[tuple[bytes, bytes]]) -> int:
     name = os.fsdecode(names[0])
     if name in ("", ".", "..") or any(sign in name for sign in "/\\:\0"):
         raise _Bad(f"external data that is not a plain file beside the model: {name[:100]!a}")
-    found = os.lstat(folder / name)
+    try:
+        found = os.lstat(folder / name)
+    except OSError:
+        raise _Bad(f"external data that is not there: {name[:100]!a}") from None
     if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
         raise _Bad(f"external data that is a link, or not a regular file: {name[:100]!a}")
     numbers = {key: int(value[:20]) for key, value in entries if key in (b"offset", b"length")}

@@ -41,11 +41,9 @@ function askForKey() {
 }
 
 function add(files) {
-  for (const file of files) {
-    const article = frame(file);
-    byId("answers").prepend(article);
-    waiting.push({ file, article });
-  }
+  const jobs = Array.from(files, (file) => ({ file, article: frame(file) }));
+  byId("answers").prepend(...jobs.map((job) => job.article));
+  waiting.push(...jobs);
   next();
 }
 
@@ -116,10 +114,13 @@ function describe(found) {
 const percentWidth = (p) => `${Math.max(0, Math.min(100, 100 * p))}%`;
 
 function describeSet(names) {
-  const sets = (card?.conformal ?? []).find((entry) => entry?.state?.by_class === false);
-  const share = sets ? `holds the right class ${percent(1 - sets.state.alpha)} of the time` : "prediction set";
-  return make("p", { class: "set" }, make("span", { class: "soft" }, `Set that ${share}:`), ...(names.length ? names.map((name) => make("b", {}, name)) : ["none of the classes"]));
+  const sets = setsOf(card ?? {});
+  const told = sets ? `${asked(sets)} set (measured ${percent(sets.coverage)}):` : "Set:";
+  return make("p", { class: "set" }, make("span", { class: "soft" }, told), ...(names.length ? names.map((name) => make("b", {}, name)) : ["none of the classes"]));
 }
+
+const setsOf = ({ conformal }) => (conformal ?? []).find((entry) => entry?.state?.by_class === false);
+const asked = ({ state }) => `${Number((100 * (1 - state.alpha)).toFixed(2))} %`;
 
 function describeMembers(found) {
   const rows = Object.entries(found.members).map(([name, opinion]) => {
@@ -154,9 +155,9 @@ async function showCard() {
 
 const range = ({ accuracy, interval }) => `${percent(accuracy)}${interval ? ` (${percent(interval[0])} to ${percent(interval[1])})` : ""}`;
 
-function factsOf({ score, conformal, unknown, parity, versions, ...card }) {
+function factsOf({ score, unknown, parity, versions, ...card }) {
   const level = score?.level ? `${100 * score.level} % interval` : "interval";
-  const sets = (conformal ?? []).find((entry) => entry?.state?.by_class === false);
+  const sets = setsOf(card);
   return {
     "Accuracy": score && `${range(score)}, ${level}`,
     "Scored on": score && `${score.n} rows, ${score.rows}; fitted on ${score.fitted_on}`,
@@ -166,7 +167,7 @@ function factsOf({ score, conformal, unknown, parity, versions, ...card }) {
     "Classes": card.classes.length > 60 ? `${card.classes.slice(0, 60).join(", ")} … and ${card.classes.length - 60} more` : card.classes.join(", "),
     "Training images": card.n_train === undefined ? undefined : String(card.n_train),
     "Temperature": typeof card.temperature === "number" ? card.temperature.toPrecision(3) : undefined,
-    "Prediction sets": sets && `asked ${percent(1 - sets.state.alpha)}; measured ${percent(sets.coverage)} on ${sets.n} rows (${sets.rows}), ${Number(sets.mean_size).toFixed(2)} classes on average`,
+    "Prediction sets": sets && `asked ${asked(sets)}; measured ${percent(sets.coverage)} on ${sets.n} rows (${sets.rows}), ${Number(sets.mean_size).toFixed(2)} classes on average`,
     "Unknown images": unknown && `${percent(unknown.rate)} of images of a class may be called unknown; measured ${percent(unknown.measured)}`,
     "File against pipeline": parity && `largest difference ${Number(parity.max_difference).toExponential(1)} on ${parity.images} images`,
     "Versions": versions && Object.entries(versions).map((pair) => pair.join(" ")).join(", "),
