@@ -183,6 +183,12 @@ def test_absurd_shapes_are_refused(tmp_path: Path, dims: list[int]) -> None:
     assert "bytes of values" in refused(write_model(tmp_path / "m.onnx", model))
 
 
+def test_empty_tensors_are_sound(tmp_path: Path) -> None:
+    model = colour_graph()
+    model.graph.initializer.append(helper.make_tensor("none", TensorProto.FLOAT, [5, 0], []))
+    assert modelfile.read_card(write_model(tmp_path / "m.onnx", model), "threefold") == card()
+
+
 def test_graphs_in_graphs_without_end_are_refused(tmp_path: Path) -> None:
     model, inner = colour_graph(), helper.make_graph([], "g", [], [])
     for _ in range(25):

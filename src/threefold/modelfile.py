@@ -8,6 +8,7 @@ onnx.proto3 (ONNX IR 10).
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import stat
@@ -209,13 +210,8 @@ class _Reader:
     def check_tensor(self, begin: int, end: int) -> None:
         """A tensor has the values that its shape promises, and they are where they may be."""
         dims: list[int] = []
-        held, type_size, raw, outside, location = (
-            0,
-            0.5,
-            False,
-            False,
-            [],
-        )  # two values in a byte is the densest that ONNX knows
+        held, bits, raw, outside = 0, 4, False, False  # no type of ONNX has fewer than 4 bits
+        location: list[tuple[bytes, bytes]] = []
         for number, kind, a, b in self.scan(begin, end):
             if number == _DIMS:
                 dims += [a] if kind == 0 else self.packed(a, b)
@@ -223,7 +219,7 @@ class _Reader:
                 held += 8 if kind == 0 else max(b - a, 1)
                 raw |= number == _RAW
             elif number == _DATA_TYPE and kind == 0:
-                type_size = _BYTES.get(a, 0.5)
+                bits = 8 * _BYTES[a] if a in _BYTES else 4
             elif number == _EXTERNAL_DATA and kind == 2:
                 location.append(self.entry(a, b))
             elif number == _DATA_LOCATION and kind == 0:
@@ -231,12 +227,9 @@ class _Reader:
         if outside or location:
             held = _outside_bytes(self.folder, location)
         elif not raw:  # written one by one, numbers may be shorter than their type
-            type_size = 0.5
-        count = 1
-        for dim in dims:
-            count *= dim
-            if dim >= 2**63 or count * type_size > held:
-                raise _Bad(f"a tensor of shape {dims[:8]} with only {held:,} bytes of values")
+            bits = 4
+        if len(dims) > 64 or max(dims, default=0) >= 2**40 or math.prod(dims) * bits > 8 * held:
+            raise _Bad(f"a tensor of shape {dims[:8]} with only {held:,} bytes of values")
 
     def packed(self, begin: int, end: int) -> list[int]:
         """Several numbers in one field."""
