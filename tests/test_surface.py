@@ -25,7 +25,7 @@ SURFACE = {
     "ensemble": {"--method", "--members", "--top", "--json"},
     "export": {"--out", "--method", "--members"},
     "predict": {"--top", "--json", "--csv"},
-    "serve": {"--host", "--port"},
+    "serve": {"--host", "--port", "--api-key", "--limit"},
     "report": {"--out"},
     "list": set(),
 }
