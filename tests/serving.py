@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
@@ -88,3 +91,28 @@ def serving(path: Path, limits: Limits | None = None, **options: Any) -> Iterato
     finally:
         server.should_exit = True
         thread.join(30)
+
+
+SERVER = """
+import sys, pathlib
+from threefold.serve import run_server
+run_server(pathlib.Path(sys.argv[1]), port=0, ready=lambda address: print(address, flush=True))
+"""
+
+
+@contextmanager
+def process(path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server in a process of its own, and its address."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert server.stdout is not None
+        yield server, server.stdout.readline().strip()
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def post(address: str, content: bytes, name: str = "a.png") -> httpx.Response:
+    return httpx.post(f"{address}/predict", files={"files": (name, content)}, timeout=60)
