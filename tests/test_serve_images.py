@@ -34,7 +34,7 @@ def png(width: int, height: int, data: bytes = b"") -> bytes:
 
 
 def text_bomb() -> bytes:
-    body = b"note\0\0" + zlib.compress(bytes(500 * 2**20))
+    body = b"note\0\0" + zlib.compress(bytes(100 * 2**20))
     start, rest = RED[:33], RED[33:]
     return start + struct.pack(">I", len(body)) + b"zTXt" + body + struct.pack(">I", zlib.crc32(b"zTXt" + body)) + rest
 
@@ -47,9 +47,9 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 def scan_bomb() -> bytes:
     """A progressive JPEG whose last scan stands there again and again."""
-    whole = saved(Image.new("RGB", (2000, 2000), (9, 99, 199)), "JPEG", progressive=True)
+    whole = saved(Image.new("RGB", (1000, 1000), (9, 99, 199)), "JPEG", progressive=True)
     last = whole[whole.rindex(b"\xff\xda") : -2]
-    return whole[:-2] + last * 20_000 + b"\xff\xd9"
+    return whole[:-2] + last * 5_000 + b"\xff\xd9"
 
 
 def webp(width: int, height: int) -> bytes:
@@ -64,7 +64,7 @@ def webp(width: int, height: int) -> bytes:
 
 
 def gif_frames() -> bytes:
-    frames = [Image.new("P", (4000, 4000), i) for i in range(40)]
+    frames = [Image.new("P", (2000, 2000), i) for i in range(20)]
     return saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
 
 
