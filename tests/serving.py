@@ -23,6 +23,14 @@ from threefold import serve
 from threefold.limits import Limits
 from threefold.runtime import KEY, Model
 
+UNCERTAIN: dict[str, Any] = {
+    "conformal": [
+        {"by_class": False, "state": {"method": "lac", "by_class": False, "never_empty": True, "alpha": 0.1, "n": 500, "k": 3, "thresholds": [0.8]},
+         "n": 1000, "coverage": 0.912, "interval": [0.893, 0.928], "mean_size": 1.2, "single": 0.8, "rows": "test"},
+    ],
+    "unknown": {"state": {"score": "1 - max", "rate": 0.05, "n": 500, "threshold": 0.6}, "rate": 0.05, "measured": 0.048, "n": 1000},
+}  # fmt: skip
+"""Keys of a card with prediction sets and a threshold for unknown images."""
 CLASSES, MEMBERS = ("blue", "green", "red"), ("sharp", "soft")
 
 

@@ -13,9 +13,9 @@ SOURCES = sorted((ROOT / "src/threefold").glob("*.py"))
 # A module may import those before it only.
 ORDER = [
     "errors", "files", "overrides", "sections", "recipe", "backbones", "images", "listing", "archives", "pickled", "official", "arrays", "photos", "tables", "datasets", "fetch", "datacheck", "samples", "splits", "augment", "heads", "optim", "model", "cost", "predict",
-    "pixels", "stages", "predictions", "choice", "combiners", "crossfit", "learned", "loglinear", "stacked", "calibration", "joint", "ensemble", "diversity", "selection", "resampling", "weighted", "stats", "conformal", "audit", "paired", "evaluate", "catalogue", "pipeline", "provenance", "run", "assembly", "jobs",
-    "modelfile", "runtime", "exporting", "answers", "limits", "gauges", "batching", "intake", "replies", "guard", "serve", "charts", "report",
-    "plan", "workflow", "terminal", "cli", "__init__", "__main__",
+    "pixels", "stages", "ledger", "predictions", "joining", "containers", "columns", "parts", "adapters", "formats", "choice", "combiners", "crossfit", "learned", "loglinear", "stacked", "scaling", "calibration", "joint", "gradcam", "ensemble", "diversity", "selection", "resampling", "weighted", "stats", "conformal", "uncertainty", "audit", "paired", "optimism", "scoring", "evaluate", "saved", "compare", "catalogue", "pipeline", "provenance", "run", "assembly", "findings", "jobs", "gallery", "results",
+    "modelfile", "runtime", "exporting", "answers", "limits", "gauges", "batching", "intake", "replies", "guard", "serve", "svg", "charts", "pictures", "render", "reportview", "report", "page",
+    "plan", "workflow", "terminal", "console", "cli_saved", "cli", "__init__", "__main__",
 ]  # fmt: skip
 TORCH = {
     "augment",
@@ -32,6 +32,7 @@ TORCH = {
     "joint",
     "exporting",
     "plan",
+    "gradcam",
 }
 PUBLIC = re.compile(r"^[^_]")
 

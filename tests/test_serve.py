@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from serving import CLASSES, MEMBERS, card, picture, serving, write_model
+from serving import CLASSES, MEMBERS, UNCERTAIN, card, picture, serving, write_model
 
 import threefold
 from threefold import serve
@@ -138,15 +138,15 @@ def test_a_card_with_numbers_that_json_has_not(tmp_path: Path) -> None:
         assert client.get("/card").json()["score"] == {"accuracy": None, "interval": [0, None]}
 
 
-def test_sets_and_unknown_where_the_model_has_them(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "sets", {False: "thresholds"}, raising=False)
-    monkeypatch.setattr(model, "sets_of", lambda probs: [["red", "blue"]] * len(probs), raising=False)
-    monkeypatch.setattr(model, "unknown", "threshold", raising=False)
-    monkeypatch.setattr(model, "unknown_of", lambda probs: probs.max(1) < 0.5, raising=False)
+def test_sets_and_unknown_where_the_model_has_them(tmp_path: Path) -> None:
+    model = threefold.load(write_model(tmp_path / "m.onnx", told=card(**UNCERTAIN)))
+    contents = [RED, GREEN, picture((99, 99, 99))]
     with TestClient(serve.make_app(model)) as client:
-        sure, unsure = post(client, RED, picture((99, 99, 99))).json()["answers"]
-    assert (sure["set"], sure["unknown"]) == (["red", "blue"], False)
-    assert unsure["unknown"] is True
+        answers = post(client, *contents).json()["answers"]
+        assert client.get("/card").json()["conformal"] == UNCERTAIN["conformal"]
+    assert [a["set"] for a in answers] == model.predict_sets(contents)
+    assert [a["unknown"] for a in answers] == model.is_unknown(contents).tolist() == [False, False, True]
+    assert [len(a["set"]) for a in answers] == [1, 1, 3]
 
 
 def test_no_set_is_not_an_empty_set(client: TestClient) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import picture, serving, write_model
+from serving import UNCERTAIN, card, picture, serving, write_model
 
 import threefold
 from threefold.limits import Limits
@@ -183,6 +183,22 @@ def test_the_card_is_shown(browser: Any, address: str) -> None:
         "blue, green, red",
     ):
         assert part in text
+
+
+def test_prediction_sets_and_unknown_images(browser: Any, tmp_path: Path) -> None:
+    grey = tmp_path / "grey.png"
+    grey.write_bytes(picture((99, 99, 99)))
+    with serving(write_model(tmp_path / "m.onnx", told=card(**UNCERTAIN))) as address:
+        open_page(browser, address)
+        choose(browser, grey)
+        (text,) = articles(browser, 1)
+        assert "90 % set (measured 91.2 %):" in text
+        assert "Unlike the images that the model knows" in text
+        assert len(browser.find_elements("css selector", ".set b")) == 3
+        browser.execute_script("document.getElementById('card').open = true")
+        assert (
+            "asked 90 %; measured 91.2 % on 1000 rows (test), 1.20 classes" in browser.find_element("id", "facts").text
+        )
 
 
 def emulate(browser: Any, width: int, dark: bool) -> None:

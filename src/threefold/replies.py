@@ -79,8 +79,8 @@ def _top(model: Model, probs: np.ndarray, top: int) -> list[Share]:
 def _doubt(model: Model, probs: np.ndarray) -> dict[str, Any]:
     """The prediction set and whether the image is unknown, as far as the model has thresholds."""
     told: dict[str, Any] = {}
-    if False in getattr(model, "sets", {}):
-        told["set"] = model.sets_of(probs[None])[0]  # type: ignore[attr-defined]
-    if getattr(model, "unknown", None) is not None:
-        told["unknown"] = bool(model.unknown_of(probs[None])[0])  # type: ignore[attr-defined]
+    if False in model.sets:
+        told["set"] = model.sets_of(probs[None])[0]
+    if model.unknown is not None:
+        told["unknown"] = bool(model.unknown_of(probs[None])[0])
     return told

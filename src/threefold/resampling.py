@@ -143,6 +143,8 @@ def cell_weights(cells: np.ndarray, part: np.ndarray | None, resamples: int, see
     """
     if part is not None:
         table = csr_array((np.ones(len(cells)), (cells, part)))
+        if table.shape[0] * table.shape[1] <= _CHUNK:
+            table = table.toarray()  # a dense product is many times faster; the sums are whole numbers either way
         for weights in unit_weights(table.shape[1], resamples, seed):
             step = max(1, _CHUNK // table.shape[0])
             for start in range(0, weights.shape[1], step):
