@@ -238,9 +238,9 @@ def test_a_file_without_or_with_two_cards_is_refused(tmp_path: Path) -> None:
 
 
 def greedy(when: str) -> onnx.ModelProto:
-    """A sound-looking file of 1 kB whose graph asks for 64 GB, when the image comes or as soon as it can."""
+    """A sound-looking file of 1 kB whose graph asks for 8 GB, when the image comes or as soon as it can."""
     model = colour_graph()
-    big = helper.make_tensor("big", TensorProto.INT64, [2], [128_000, 128_000])
+    big = helper.make_tensor("big", TensorProto.INT64, [2], [45_000, 45_000])
     model.graph.initializer.append(big)
     model.graph.initializer.append(helper.make_tensor("half", TensorProto.FLOAT, [1, 1], [0.5]))
     source = "half" if when == "at once" else "first"
