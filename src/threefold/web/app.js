@@ -14,8 +14,8 @@ function make(tag, attributes = {}, ...children) {
 }
 
 function percent(p) {
-  if (p > 0.9995) return "> 99.9 %";
-  return p < 0.0005 ? "< 0.1 %" : `${(100 * p).toFixed(1)} %`;
+  if (p > 0.9995) return ">\u00a099.9\u00a0%";
+  return p < 0.0005 ? "<\u00a00.1\u00a0%" : `${(100 * p).toFixed(1)}\u00a0%`;
 }
 
 const headers = () => (key ? { authorization: `Bearer ${key}` } : {});
@@ -120,7 +120,7 @@ function describeSet(names) {
 }
 
 const setsOf = ({ conformal }) => (conformal ?? []).find((entry) => entry?.state?.by_class === false);
-const asked = ({ state }) => `${Number((100 * (1 - state.alpha)).toFixed(2))} %`;
+const asked = ({ state }) => `${Number((100 * (1 - state.alpha)).toFixed(2))}\u00a0%`;
 
 function describeMembers(found) {
   const rows = Object.entries(found.members).map(([name, opinion]) => {
