@@ -60,11 +60,11 @@ def verb(args: argparse.Namespace) -> None:
     """One line per method: the whole command in a process of its own."""
     print(f"{args.members} members, {args.rows:,} rows, {args.classes} classes; {hardware()}, commit {commit()}")
     print(f"{'threefold ensemble':22}{'CPU s':>8}{'wall s':>8}{'peak MB':>9}", flush=True)
-    probs, labels, _, _ = draw_pool("equal", 0, args.rows, 1, args.members, args.classes)
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "pool.npz")
-        np.savez(path, probs=probs, labels=labels)
-        del probs
+        sizes = [f"--{name}={getattr(args, name)}" for name in ("members", "rows", "classes")]
+        # A child's peak counts what its parent held when it was started: this process must stay small.
+        subprocess.run([sys.executable, __file__, "draw", path, *sizes], check=True)
         for name in args.methods or [name for name in QUICK if name != "auto"]:
             command, began = ["threefold", "ensemble", path, "--method", name], time.perf_counter()
             process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL)
@@ -74,6 +74,12 @@ def verb(args: argparse.Namespace) -> None:
             failed = f"  failed ({process.returncode})" if process.returncode else ""
             wall = time.perf_counter() - began
             print(f"{name:22}{spent:8.1f}{wall:8.1f}{used.ru_maxrss / 1024:9.0f}{failed}", flush=True)
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Write a pool to the file."""
+    probs, labels, _, _ = draw_pool("equal", 0, args.rows, 1, args.members, args.classes)
+    np.savez(args.file, probs=probs, labels=labels)
 
 
 def one(args: argparse.Namespace) -> None:
@@ -168,7 +174,7 @@ def saved(args: argparse.Namespace) -> None:
 def main() -> None:
     """Run one of the tables."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("table", choices=["speed", "verb", "one", "pools", "saved"])
+    parser.add_argument("table", choices=["speed", "verb", "draw", "one", "pools", "saved"])
     parser.add_argument("file", nargs="?")
     parser.add_argument("--members", type=int, default=55)
     parser.add_argument("--rows", type=int, default=26_000)
@@ -179,7 +185,7 @@ def main() -> None:
     for name in ("kinds", "methods"):
         parser.add_argument(f"--{name}", type=lambda text: text.split(","), default=None)
     args = parser.parse_args()
-    {"speed": speed, "verb": verb, "one": one, "pools": pools, "saved": saved}[args.table](args)
+    {"speed": speed, "verb": verb, "draw": draw, "one": one, "pools": pools, "saved": saved}[args.table](args)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from threefold.calibration import (
     fit_averaged_temperature,
     fit_calibration,
     fit_temperature,
+    fit_temperatures,
     fit_vector,
     saved_calibration,
     scaling_from_state,
@@ -366,3 +367,18 @@ def test_bad_input_is_told_in_one_line() -> None:
         choose_calibration(probs, labels, folds=[0, 1, 2])
     with pytest.raises(DataError, match="cannot be cross-fitted; expected two parts at least, got all rows in one"):
         choose_calibration(probs, labels, folds=np.zeros(20, int))
+
+
+@pytest.mark.parametrize(("n", "sharp"), [(3000, 1.0), (40, 8.0), (12, 0.1)])
+def test_temperatures_of_parts_are_those_of_single_fits(n: int, sharp: float) -> None:
+    rng = np.random.default_rng(n)
+    labels = rng.integers(0, 4, n)
+    logits = sharp * (rng.normal(0, 1, (n, 4)) + np.eye(4)[labels])
+    probs = np.exp(logits - logits.max(1, keepdims=True))
+    probs /= probs.sum(1, keepdims=True)
+    part = np.arange(n) % 5
+    whole, apart = fit_temperatures(probs, labels, part)
+    assert whole == pytest.approx(fit_temperature(probs, labels), rel=1e-7)
+    for value, temperature in apart.items():
+        rest = part != value
+        assert temperature == pytest.approx(fit_temperature(probs[rest], labels[rest]), rel=1e-5)

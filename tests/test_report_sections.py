@@ -21,6 +21,7 @@ from threefold import charts
 from threefold.errors import RunError
 from threefold.files import read_arrays, write_arrays
 from threefold.report import write_report
+from threefold.reportview import expected_score
 
 HOSTILE = ' <script>alert("x")</script> 木漏れ日 🙂 $x^2$ &amp; ' + "w" * 120
 
@@ -275,3 +276,11 @@ def test_a_browser_shows_it_in_both_schemes(
 def test_answers_of_the_fixture_are_usable() -> None:
     probs, labels = answers(np.random.default_rng(0), 1000, 10)
     assert 0.85 < (probs.argmax(1) == labels).mean() < 0.95
+
+
+def test_without_test_rows_the_headline_pays_for_the_choice() -> None:
+    score = {"rows": "oof", "accuracy": 0.9, "interval": [0.88, 0.92], "n": 900}
+    expected = {"rows": "oof", "accuracy": 0.89, "interval": [0.87, 0.91], "n": 900}
+    assert expected_score({"expected": expected}, score) == {**score, "accuracy": 0.89, "interval": [0.87, 0.91]}
+    assert expected_score({"expected": {**expected, "rows": "test"}}, score) == score
+    assert expected_score({}, score) == score

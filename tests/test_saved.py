@@ -108,3 +108,24 @@ def test_a_runs_results_say_who_saw_what(finished: Run) -> None:
     mean = next(s for s in results["scores"] if s["name"] == "mean")
     member = next(s for s in results["scores"] if s["name"] == "plain")
     assert mean["macs"] > member["macs"] > 0
+
+
+def test_an_array_alone_takes_labels_and_names_from_beside_it(tmp_path: Path) -> None:
+    rows = pool(2)
+    np.save(tmp_path / "net.npy", rows.probs[1])
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+    (tmp_path / "labels.csv").write_text("label\n" + "\n".join("abc"[y] for y in rows.labels) + "\n")
+    words = ["evaluate", str(tmp_path / "net.npy"), "--json"]
+    assert runner.invoke(app, words).exit_code == 1
+    more = ["--labels", str(tmp_path / "labels.csv"), "--classes", str(tmp_path / "classes.txt")]
+    tree = json.loads(runner.invoke(app, [*words, *more]).output)
+    assert tree["scores"][0]["name"] == "net"
+    assert tree["scores"][0]["accuracy"] == pytest.approx((rows.probs[1].argmax(1) == rows.labels).mean())
+
+
+def test_a_page_about_a_run(finished: Run, tmp_path: Path) -> None:
+    for words in (["ensemble", "--method", "mean,vote"], ["evaluate"], ["compare"]):
+        page = tmp_path / f"{words[0]}.html"
+        done = runner.invoke(app, [words[0], str(finished.dir), *words[1:], "--html", str(page)])
+        assert done.exit_code == 0, done.output
+        assert page.stat().st_size > 10_000

@@ -29,6 +29,7 @@ from threefold.scaling import (
     as_scaling,
     best_temperature,
     fit_temperature,
+    fit_temperatures,
     fit_vector,
     floored_logs,
     scaling_from_state,
@@ -165,8 +166,19 @@ def fit_calibration(
     if name not in METHODS:
         raise DataError("unknown calibration", expected=", ".join((*METHODS, "auto")), got=name)
     array, truth, part = _checked(probs, labels, folds, groups)
+    if name == "temperature":
+        return _temperature(array, truth, part)
     crossed = _crossed((name,), array, truth, part)[name]
     return Calibration(name, _fits((name,), array, truth)[name], crossed, "named by the recipe")
+
+
+def _temperature(probs: np.ndarray, labels: np.ndarray, part: np.ndarray) -> Calibration:
+    """Temperature scaling, its fits on the parts' rests from that on all rows."""
+    whole, apart = fit_temperatures(probs, labels, part)
+    crossed = np.empty(probs.shape)
+    for value, temperature in apart.items():
+        crossed[part == value] = apply_temperature(probs[part == value], temperature)
+    return Calibration("temperature", as_scaling(whole, probs.shape[1]), crossed, "named by the recipe")
 
 
 def choose_calibration(

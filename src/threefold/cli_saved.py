@@ -25,6 +25,14 @@ Members = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Html = Annotated[Path | None, typer.Option("--html", help="Write a page of it, too.")]
 
+Labels = Annotated[
+    Path | None,
+    typer.Option("--labels", help="A table with label and id for files without labels; folder = from the paths."),
+]
+Classes = Annotated[
+    Path | None, typer.Option("--classes", help="A text file of class names, one a line, for files without.")
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
@@ -45,15 +53,18 @@ def ensemble(
     reopen: Annotated[
         bool, typer.Option("--reopen-test", help="Score on a run's test rows again; the run folder notes it.")
     ] = False,
+    labels: Labels = None,
+    classes: Classes = None,
     as_json: Json = False,
     html: Html = None,
 ) -> None:
     """Combine saved predictions, from a run or from anywhere, and score the result."""
-    from threefold.saved import ensemble_tree, evaluate_saved
+    from threefold.saved import Beside, ensemble_tree, evaluate_saved
 
-    found = evaluate_saved(sources, _split(method) or ["auto"], _split(members), top, reopen)
+    found = evaluate_saved(sources, _split(method) or ["auto"], _split(members), top, reopen, Beside(labels, classes))
     tree = ensemble_tree(sources, found)
-    _page(html, "ensemble", tree, found.probs, found.rows.labels)
+    shown = [score for score in tree["scores"] if score["rows"] == found.rows.kind]  # the page is about these rows
+    _page(html, {**tree, "scores": shown}, found.probs, found.rows.labels)
     if as_json:
         print_json(tree)
         return
@@ -72,13 +83,20 @@ def ensemble(
     _told(html)
 
 
-def evaluate(sources: Sources, members: Members = None, as_json: Json = False, html: Html = None) -> None:
+def evaluate(
+    sources: Sources,
+    members: Members = None,
+    labels: Labels = None,
+    classes: Classes = None,
+    as_json: Json = False,
+    html: Html = None,
+) -> None:
     """Score predictions as they are: nothing fitted, nothing chosen."""
-    from threefold.saved import score_saved
+    from threefold.saved import Beside, score_saved
 
-    tree, rows = score_saved(sources, _split(members))
+    tree, rows = score_saved(sources, _split(members), Beside(labels, classes))
     best = max(range(len(rows.members)), key=lambda i: tree["scores"][i]["accuracy"])
-    _page(html, "evaluate", tree, rows.probs[best], rows.labels)
+    _page(html, tree, rows.probs[best], rows.labels)
     if as_json:
         print_json(tree)
         return
@@ -109,14 +127,17 @@ def compare(
         ),
     ],
     shared: Annotated[bool, typer.Option("--shared", help="Compare on the rows that all of them have.")] = False,
+    labels: Labels = None,
+    classes: Classes = None,
     as_json: Json = False,
     html: Html = None,
 ) -> None:
     """Is one better than the other? Paired tests of every pair on the same rows, with Holm's correction."""
     from threefold.compare import compare_saved
+    from threefold.saved import Beside
 
-    tree, rows = compare_saved(sources, shared)
-    _page(html, "compare", tree, rows.probs[0], rows.labels)
+    tree, rows = compare_saved(sources, shared, Beside(labels, classes))
+    _page(html, tree, rows.probs[0], rows.labels)
     if as_json:
         print_json(tree)
         return
@@ -151,11 +172,11 @@ def _split(words: Sequence[str] | None) -> list[str]:
     return [word for text in words or () for word in text.split(",") if word]
 
 
-def _page(html: Path | None, verb: str, tree: dict[str, Any], probs: np.ndarray, labels: np.ndarray) -> None:
+def _page(html: Path | None, tree: dict[str, Any], probs: np.ndarray, labels: np.ndarray) -> None:
     if html is not None:
         from threefold.page import write_page
 
-        write_page(html, f"threefold {verb}", tree, probs, labels)
+        write_page(html, ", ".join(Path(source).name for source in tree["source"]), tree, probs, labels)
 
 
 def _told(html: Path | None) -> None:

@@ -13,10 +13,9 @@ import numpy as np
 from threefold import paired, stats
 from threefold.errors import DataError
 from threefold.files import read_arrays, read_json
-from threefold.formats import read_predictions
 from threefold.joining import join_predictions
 from threefold.predictions import Predictions
-from threefold.saved import saved_predictions
+from threefold.saved import Beside, read_file, saved_predictions
 from threefold.scoring import LEVEL
 
 MOST: Final = 20
@@ -31,7 +30,9 @@ class _Contender:
     rows: Predictions
 
 
-def compare_saved(sources: Sequence[str], shared: bool = False) -> tuple[dict[str, Any], Predictions]:
+def compare_saved(
+    sources: Sequence[str], shared: bool = False, beside: Beside | None = None
+) -> tuple[dict[str, Any], Predictions]:
     """Compare every pair of contenders on the same rows; what `threefold compare` prints and its page shows.
 
     A source is `PATH` or `PATH:NAME`. A run folder stands for its chosen ensemble (calibrated, on the test rows where there are
@@ -42,6 +43,7 @@ def compare_saved(sources: Sequence[str], shared: bool = False) -> tuple[dict[st
     Args:
         sources: the contenders.
         shared: compare on the rows that all have; otherwise missing rows are an error.
+        beside: labels and class names of files without.
 
     Returns:
         The JSON tree (kind, source, n, scores, pairs, cochran_q, warnings), and the predictions that were compared.
@@ -50,7 +52,7 @@ def compare_saved(sources: Sequence[str], shared: bool = False) -> tuple[dict[st
         DataError: fewer than two contenders or more than MOST, a name is ambiguous, or the predictions do not belong together.
         RunError: a run folder is not complete.
     """
-    contenders = _expand(sources[0]) if len(sources) == 1 else [_read(source) for source in sources]
+    contenders = _expand(sources[0], beside) if len(sources) == 1 else [_read(s, beside) for s in sources]
     if not 2 <= len(contenders) <= MOST:
         raise DataError("cannot compare", expected=f"2 to {MOST} contenders", got=len(contenders), fix="name them: A B, or FILE:MEMBER")  # fmt: skip
     rows = _joined(contenders, shared)
@@ -70,20 +72,20 @@ def compare_saved(sources: Sequence[str], shared: bool = False) -> tuple[dict[st
     return tree, rows
 
 
-def _expand(source: str) -> list[_Contender]:
+def _expand(source: str, beside: Beside | None) -> list[_Contender]:
     """Every member of one source, and a run's chosen ensemble."""
     path = Path(source)
     if not path.is_dir():
-        rows = read_predictions(path)
+        rows = read_file(path, beside)
         return [_Contender(name, rows.select([name])) for name in rows.members]
     chosen = _chosen(path)
     rows = _rows_like(path, chosen)
     return [chosen, *(_Contender(name, rows.select([name])) for name in rows.members)]
 
 
-def _read(source: str) -> _Contender:
+def _read(source: str, beside: Beside | None) -> _Contender:
     """One contender; several paths, separated by commas, are its seeds."""
-    parts = [_read_one(part) for part in source.split(",") if part]
+    parts = [_read_one(part, beside) for part in source.split(",") if part]
     if not parts:
         raise DataError("a contender has no path", got=source)
     if len(parts) == 1:
@@ -92,7 +94,7 @@ def _read(source: str) -> _Contender:
     return _Contender(f"{parts[0].name} ({len(parts)} seeds)", join_predictions(named))
 
 
-def _read_one(source: str) -> _Contender:
+def _read_one(source: str, beside: Beside | None) -> _Contender:
     path, name = Path(source), ""
     if not path.exists() and ":" in source:
         left, _, name = source.rpartition(":")
@@ -102,7 +104,7 @@ def _read_one(source: str) -> _Contender:
         if name:
             return _Contender(f"{path.name}:{name}", _rows_like(path, chosen).select([name]))
         return replace(chosen, name=path.name)
-    rows = read_predictions(path)
+    rows = read_file(path, beside)
     if name:
         return _Contender(f"{path.stem}:{name}", rows.select([name]))
     if len(rows.members) > 1:

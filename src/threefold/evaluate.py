@@ -8,6 +8,7 @@ scored as they would be exported: calibrated. A ledger notes every fit, and refu
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -88,7 +89,8 @@ def evaluate(oof: Predictions | None, test: Predictions | None, spec: EnsembleSp
     crossed = {name: table for name, (_, table) in work.fitted.items()}
     chosen, reason = choose(crossed, fit_rows.labels) if spec.export == "auto" else (spec.export, "named by the recipe")
     raw = {**_singles(everyone), **_ensembles(crossed)}
-    warm = {key: work.calibrate(spec.calibration, probs) for key, probs in raw.items()}
+    with ThreadPoolExecutor() as pool:  # numpy lets go of the interpreter: as fast as there are cores
+        warm = dict(zip(raw, pool.map(partial(work.calibrate, spec.calibration), raw.values()), strict=True))
     fitted = {name: ensemble for name, (ensemble, _) in work.fitted.items()}
     tables = []
     if oof is not None:

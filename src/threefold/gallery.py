@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Final
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from threefold.audit import Suspect
 from threefold.evaluate import Evaluation
-from threefold.gradcam import ensemble_cam
+from threefold.gradcam import NoMap, ensemble_cam
 from threefold.recipe import MemberSpec
 from threefold.run import Run
 from threefold.stats import confusion_matrix
@@ -76,7 +77,9 @@ def _cams(run: Run, found: Evaluation, rows: np.ndarray) -> np.ndarray:
         specs = _specs(run, found, int(fold))
         nets = [run.load_member(spec, int(fold), len(found.rows.classes)) for spec in specs]
         sizes, resizes = [spec.img_size for spec in specs], [spec.resize for spec in specs]
-        maps = ensemble_cam(nets, images, answers[rows[mine]], sizes=sizes, resizes=resizes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NoMap)  # a backbone without a map leaves the picture without heat
+            maps = ensemble_cam(nets, images, answers[rows[mine]], sizes=sizes, resizes=resizes)
         heat[mine] = np.round(255 * maps).astype(np.uint8)
     return heat
 

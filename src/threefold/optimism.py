@@ -16,7 +16,7 @@ import numpy.typing as npt
 from threefold.crossfit import stratified_parts
 from threefold.ensemble import choose
 from threefold.errors import DataError
-from threefold.resampling import RESAMPLES, check_groups, percentile_interval, unit_weights
+from threefold.resampling import RESAMPLES, check_groups, column_sums, percentile_interval
 
 
 class Counts(NamedTuple):
@@ -68,8 +68,7 @@ def optimism_entry(
     part = np.arange(n) if groups is None else check_groups(groups, n)
     columns = np.stack([np.bincount(part, values) for values in (*apparent, *honest)])
     draws = []
-    for weights in unit_weights(columns.shape[1], RESAMPLES, seed):
-        a, na, h, nh = columns @ weights
+    for a, na, h, nh in column_sums(columns, RESAMPLES, seed):
         with np.errstate(invalid="ignore", divide="ignore"):  # a draw without answers is left out below
             draws.append(a / na - h / nh)
     difference = apparent.share() - honest.share()

@@ -50,6 +50,7 @@ def shared_view(
         labels: (n,), or None.
         thumbs: pictures.
     """
+    score = expected_score(tree, score)
     rows = score["rows"] if score else main_rows(tree["scores"])
     level = score["level"] if score else tree["scores"][0]["level"]
     most = max((s["n"] for s in tree["scores"] if s["rows"] == rows), default=0)
@@ -80,6 +81,14 @@ def shared_view(
         "diversity": diversity_view(tree.get("diversity")),
         "size_curve": size_view(tree.get("size_curve")),
     }
+
+
+def expected_score(tree: _Tree, score: _Tree | None) -> _Tree | None:
+    """The headline's score with what to expect of new images: without test rows the choice of the method is paid for."""
+    expected = tree.get("expected")
+    if score is None or not expected or expected["rows"] != score["rows"]:
+        return score
+    return {**score, "accuracy": expected["accuracy"], "interval": expected["interval"]}
 
 
 def main_rows(scores: Sequence[_Tree]) -> str:

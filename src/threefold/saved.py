@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from threefold import stats
 from threefold.audit import audit_tree, list_suspects
 from threefold.calibration import apply_temperature, fit_temperature
+from threefold.crossfit import stratified_parts
 from threefold.diversity import diversity, duplicates, size_curve
 from threefold.ensemble import ENSEMBLES, make_ensemble
 from threefold.errors import DataError, RecipeError, RunError
@@ -26,6 +27,9 @@ from threefold.scoring import LEVEL, per_class
 AUTO = tuple(name for name in ENSEMBLES if not name.startswith("stacked"))
 """What `auto` scores and chooses from: all that is fitted in seconds; `--method auto,stacked` takes the network, too."""
 
+CURVE: Final = 5000
+"""Rows of the accuracy-against-size curve: a stratified part where there are more."""
+
 
 def saved_predictions(run: Path) -> tuple[Predictions | None, Predictions | None]:
     """A run folder's out-of-fold and test predictions, None where it has none."""
@@ -33,8 +37,20 @@ def saved_predictions(run: Path) -> tuple[Predictions | None, Predictions | None
     return oof, test
 
 
-def read_sources(sources: Sequence[Path], members: Sequence[str] = ()) -> Predictions:
+class Beside(NamedTuple):
+    """What a file of probabilities lacks and another has: labels (a table, or "folder"), class names (a text file)."""
+
+    labels: Path | None = None
+    classes: Path | None = None
+
+
+def read_sources(sources: Sequence[Path], members: Sequence[str] = (), beside: Beside | None = None) -> Predictions:
     """Predictions of one file or several, joined by the rows' ids; of a run folder, the out-of-fold rows.
+
+    Args:
+        sources: run folders or files, see `formats.read_predictions`.
+        members: only these; empty = all.
+        beside: labels and class names of files without.
 
     Raises:
         DataError: a file cannot be used, the files do not belong together, or a member is unknown.
@@ -42,9 +58,15 @@ def read_sources(sources: Sequence[Path], members: Sequence[str] = ()) -> Predic
     """
     if not sources:
         raise DataError("no predictions given", expected="a run folder or files of predictions")
-    parts = [_out_of_fold(s) if s.is_dir() else read_predictions(s) for s in sources]
+    parts = [_out_of_fold(s) if s.is_dir() else read_file(s, beside) for s in sources]
     rows = parts[0] if len(parts) == 1 else join_predictions(parts)
     return rows.select(members) if members else rows
+
+
+def read_file(path: Path, beside: Beside | None = None) -> Predictions:
+    """`formats.read_predictions` with what lies beside the file."""
+    told = beside or Beside()
+    return read_predictions(path, labels=told.labels, classes=told.classes)
 
 
 def _out_of_fold(run: Path) -> Predictions:
@@ -70,6 +92,7 @@ def evaluate_saved(
     members: Sequence[str] = (),
     top: int = 0,
     reopen: bool = False,
+    beside: Beside | None = None,
 ) -> Evaluation:
     """Combine and score saved predictions.
 
@@ -82,6 +105,7 @@ def evaluate_saved(
         members: the members to use; empty = all, in a run those that its recipe combines.
         top: combine only that many, the most accurate of the fitting rows; 0 = all.
         reopen: score on a run's test rows again, and note it in the run folder.
+        beside: labels and class names of files without.
 
     Raises:
         DataError: the predictions cannot be used, or a member is unknown.
@@ -97,7 +121,7 @@ def evaluate_saved(
         return _evaluate_run(paths[0], changes, members, reopen)
     if reopen:
         raise DataError("only a run has test rows to open", where=paths[0], fix="leave out --reopen-test")
-    rows = read_sources(paths, members)
+    rows = read_sources(paths, members, beside)
     return evaluate(rows, None, _checked_top(EnsembleSpec.model_validate(changes), rows))
 
 
@@ -157,7 +181,9 @@ def ensemble_tree(sources: Sequence[Path], found: Evaluation) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def score_saved(sources: Sequence[Path], members: Sequence[str] = ()) -> tuple[dict[str, Any], Predictions]:
+def score_saved(
+    sources: Sequence[Path], members: Sequence[str] = (), beside: Beside | None = None
+) -> tuple[dict[str, Any], Predictions]:
     """Score members as they are, nothing fitted, nothing calibrated; what `threefold evaluate` prints and shows.
 
     Besides the scores: what a temperature would do (fitted on other rows than it is scored on), the classes of the most accurate
@@ -167,7 +193,7 @@ def score_saved(sources: Sequence[Path], members: Sequence[str] = ()) -> tuple[d
         DataError: the predictions cannot be used, or a member is unknown.
         RunError: a run folder has no out-of-fold rows.
     """
-    rows = read_sources(sources, members)
+    rows = read_sources(sources, members, beside)
     scores = []
     for name, probs in zip(rows.members, rows.probs, strict=True):
         told = {"name": name, "kind": "member", "rows": rows.kind, "protocol": rows.protocol, "fitted_on": "nothing", "apparent": False}  # fmt: skip
@@ -180,7 +206,8 @@ def score_saved(sources: Sequence[Path], members: Sequence[str] = ()) -> tuple[d
         "kind": "evaluate", "source": [str(s) for s in sources], "n": len(rows), "classes": list(rows.classes),
         "scores": scores, "chosen": None, "chosen_reason": "", "comparisons": [], "warnings": warnings,
         "per_class": per_class(rows, rows.probs[best]), "per_class_of": rows.members[best],
-        "audit": audit_tree(*list_suspects(rows)), **_many(rows),
+        "audit": audit_tree(*list_suspects(rows)),
+        **_many(rows, duplicates(rows.probs) if len(rows.members) > 1 else ()),
     }, rows  # fmt: skip
 
 
@@ -203,19 +230,20 @@ def _warmed(probs: np.ndarray, rows: Predictions) -> dict[str, float]:
     }
 
 
-def _many(rows: Predictions) -> dict[str, Any]:
+def _many(rows: Predictions, same: Sequence[Sequence[int]] = ()) -> dict[str, Any]:
     """How members differ, which are the same, and what another one brings; nothing where there is one."""
     if len(rows.members) < 2:
         return {}
-    names, curve = rows.members, size_curve(rows.probs, rows.labels)
-    found = diversity(rows.probs, rows.labels)
+    names, found = rows.members, diversity(rows.probs, rows.labels)
+    some = stratified_parts(rows.labels, parts=-(-len(rows) // CURVE)) == 0
+    curve = size_curve(rows.probs[:, some], rows.labels[some])
     return {
         "diversity": {
             "members": list(names), "disagreement": found.disagreement.tolist(), "means": found.means(),
-            "duplicates": [[names[i] for i in group] for group in duplicates(rows.probs)],
+            "duplicates": [[names[i] for i in group] for group in same],
         },
         "size_curve": {
             "mean": curve.random.tolist(), "low": curve.low.tolist(), "high": curve.high.tolist(),
-            "ordered": curve.ordered.tolist(), "order": [names[i] for i in curve.order],
+            "ordered": curve.ordered.tolist(), "order": [names[i] for i in curve.order], "n": int(some.sum()),
         },
     }  # fmt: skip

@@ -52,29 +52,83 @@ def fit_temperature(probs: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     array = check_probs(probs, 2)
     truth = check_labels(labels, *array.shape)
 
-    logs = floored_logs(array)
-    logs -= logs.max(1, keepdims=True)
-    hit = logs[np.arange(len(truth)), truth].mean()
-    squares = logs**2
+    return float(1 / _heat(_logs_by_class(array), truth)[0])
 
-    def slope(heat: float) -> tuple[float, float]:
-        """First and second derivative of the log loss by 1 / T, in which it is convex."""
-        p = np.exp(heat * logs)
-        total = p.sum(1)
-        first, second = np.einsum("nk,nk->n", p, logs) / total, np.einsum("nk,nk->n", p, squares) / total
-        return float(first.mean() - hit), float((second - first**2).mean())
 
+def fit_temperatures(probs: npt.ArrayLike, labels: npt.ArrayLike, part: np.ndarray) -> tuple[float, dict[Any, float]]:
+    """`fit_temperature` on all rows, and for each part on the rows outside it, in a quarter of the time of single fits.
+
+    Newton's method converges quadratically: from the last point of the fit on all rows, whose derivatives are known row by
+    row, two steps reach the minimum of each part's rest; where they do not, that is fitted by itself.
+
+    Args:
+        probs: (n, k).
+        labels: (n,).
+        part: (n,) the part of each row, two at least.
+
+    Raises:
+        DataError: probabilities or labels are not usable.
+    """
+    array = check_probs(probs, 2)
+    truth = check_labels(labels, *array.shape)
+    logs = _logs_by_class(array)
+    heat, near, rise, bend = _heat(logs, truth)
+    apart = {}
+    for value in np.unique(part):
+        rest = part != value
+        some, own, found = logs[:, rest], truth[rest], near
+        for step in range(2):
+            by_row = (rise[rest], bend[rest]) if step == 0 else _slopes(some, own, found)
+            away = _step(*by_row)
+            if not abs(away) < 0.1 * found:
+                break
+            found -= away
+        else:
+            if abs(away) < 1e-3 * found:
+                apart[value] = float(1 / found)
+                continue
+        apart[value] = float(1 / _heat(some, own)[0])
+    return float(1 / heat), apart
+
+
+def _logs_by_class(probs: np.ndarray) -> np.ndarray:
+    """Floored logs (k, n), the largest of each row 0: with the classes first, sums over them take whole rows at a time."""
+    logs = np.ascontiguousarray(floored_logs(probs).T)
+    return np.asarray(logs - logs.max(0))
+
+
+def _slopes(logs: np.ndarray, truth: np.ndarray, heat: float) -> tuple[np.ndarray, np.ndarray]:
+    """First and second derivative (n,) of each row's log loss by 1 / T, in which it is convex; logs (k, n)."""
+    p = np.exp(heat * logs)
+    total = p.sum(0)
+    p *= logs
+    first = p.sum(0) / total
+    p *= logs
+    return first - logs[truth, np.arange(len(truth))], p.sum(0) / total - first**2
+
+
+def _step(rise: np.ndarray, bend: np.ndarray) -> float:
+    """Newton's step from the rows' derivatives; infinite where there is no bend."""
+    curve = float(bend.mean())
+    return float(rise.mean()) / curve if curve > 0 else np.inf
+
+
+def _heat(logs: np.ndarray, truth: np.ndarray) -> tuple[float, float, np.ndarray, np.ndarray]:
+    """The best 1 / T, the last point at which derivatives were taken, and these, row by row."""
     low, high, heat = 1 / HIGHEST, 1 / LOWEST, 1.0
     for _ in range(100):
-        rise, bend = slope(heat)
-        if rise == 0:  # also where every row is uniform, and no temperature matters
+        rise, bend = _slopes(logs, truth, heat)
+        slope = float(rise.mean())
+        last = heat
+        if slope == 0:  # also where every row is uniform, and no temperature matters
             break
-        low, high = (low, heat) if rise > 0 else (heat, high)
-        step = heat - rise / bend if bend > 0 else 0.0
-        last, heat = heat, step if low < step < high else (low * high) ** 0.5
-        if abs(heat / last - 1) < 1e-8:
+        low, high = (low, heat) if slope > 0 else (heat, high)
+        step = heat - _step(rise, bend)
+        newton = low < step < high
+        heat = step if newton else (low * high) ** 0.5
+        if abs(heat / last - 1) < (1e-5 if newton else 1e-8):  # a Newton step this small leaves its square
             break
-    return float(1 / heat)
+    return heat, last, rise, bend
 
 
 def apply_temperature(probs: npt.ArrayLike, temperature: float) -> np.ndarray:

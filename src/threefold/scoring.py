@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import numpy as np
@@ -49,11 +50,13 @@ def score_entries(
         fitted_on: the rows that those were fitted on that learn anything.
     """
     apparent = fitted_on == "the scored rows"
+    with ThreadPoolExecutor() as pool:
+        figures = pool.map(lambda probs: stats.score_table(probs, rows.labels, LEVEL, rows.groups), table.values())
     entries = []
-    for (kind, name), probs in table.items():
+    for (kind, name), found in zip(table, figures, strict=True):
         learns = kind == "ensemble" and fitted[name].needs_fit
         entries.append({
-            **stats.score_table(probs, rows.labels, LEVEL, rows.groups), "name": name, "kind": kind, "rows": rows.kind,
+            **found, "name": name, "kind": kind, "rows": rows.kind,
             "protocol": rows.protocol, "fitted_on": fitted_on if learns else "temperature only", "apparent": learns and apparent,
         })  # fmt: skip
     return entries
@@ -72,12 +75,21 @@ def comparisons(
     names = {key: probs for key, probs in table.items() if key[0] == "ensemble" or key[1] not in combined}
     primary = ("ensemble", chosen)
     order = [primary, *(key for key in names if key != primary)]
-    found = [paired.mcnemar_exact(names[key].argmax(1) == rows.labels, hits[best], rows.groups) for key in order]
+    right = [names[key].argmax(1) == rows.labels for key in order]
+    found = [paired.mcnemar_exact(mine, hits[best], rows.groups) for mine in right]
     p = [found[0].p, *paired.holm([test.p for test in found[1:]])]
     return [
-        compared(rows, (key[1], best), test, float(value)) | {"primary": key == primary}
-        for key, test, value in zip(order, found, p, strict=True)
+        compared(rows, (key[1], best), test, float(value))
+        | _difference(mine, hits[best], rows)
+        | {"primary": key == primary}
+        for key, mine, test, value in zip(order, right, found, p, strict=True)
     ]
+
+
+def _difference(a: np.ndarray, b: np.ndarray, rows: Predictions) -> dict[str, Any]:
+    """Difference in accuracy with its bootstrap interval, over whole groups where there are any."""
+    found = paired.paired_bootstrap(a, b, rows.groups)
+    return {"difference": found.estimate, "interval": [found.low, found.high]}
 
 
 def compared(rows: Predictions, names: tuple[str, str], test: paired.McNemar, p: float) -> dict[str, Any]:

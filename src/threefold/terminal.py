@@ -127,13 +127,13 @@ def class_table(classes: Sequence[dict[str, Any]], most: int = 12) -> Table:
 def pair_table(pairs: Sequence[dict[str, Any]]) -> Table:
     """Paired comparisons: images that only one has right, the difference with its interval, p after Holm's correction."""
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("A", "B", "only A", "only B", "A - B, points", "95 % interval", "p (Holm)"):
+    for name in ("A", "B", "A only", "B only", "points", "95 % interval", "Holm p"):
         table.add_column(name, justify="left" if name in ("A", "B") else "right", no_wrap=True)
     for pair in pairs:
         low, high = pair["interval"]
         counts = ["-" if pair[side] is None else f"{pair[side]:,}" for side in ("only_a", "only_b")]
-        figures = [f"{100 * pair['difference']:+.2f}", f"{100 * low:+.2f} - {100 * high:+.2f}", f"{pair['p']:.2g}"]
-        table.add_row(escape(_short(pair["a"])), escape(_short(pair["b"])), *counts, *figures)
+        figures = [f"{100 * pair['difference']:+.2f}", f"{100 * low:+.2f} to {100 * high:+.2f}", f"{pair['p']:.2g}"]
+        table.add_row(*(escape(_short(pair[side], 18)) for side in ("a", "b")), *counts, *figures)
     return table
 
 
@@ -155,5 +155,5 @@ def optimism_table(lines: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= NAME else "…" + name[1 - NAME :]
+def _short(name: str, most: int = NAME) -> str:
+    return name if len(name) <= most else "…" + name[1 - most :]
