@@ -165,7 +165,8 @@ def test_the_keyboard_is_enough(browser: Any, address: str, files: dict[str, Pat
         assert browser.execute_script(FOCUSED) == [name, "solid"]
     webdriver.ActionChains(browser).send_keys(Keys.ENTER).perform()
     assert until(lambda: browser.find_elements("css selector", "#card[open]"))
-    webdriver.ActionChains(browser).send_keys(Keys.SHIFT, Keys.TAB, Keys.NULL).send_keys(Keys.ENTER).perform()
+    chain = webdriver.ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT)
+    chain.send_keys(Keys.ENTER).perform()
     until(lambda: not browser.find_elements("css selector", "article"))
 
 

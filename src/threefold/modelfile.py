@@ -121,7 +121,7 @@ def open_session(path: Path, threads: int = 0, memory: int = MEMORY, spin: bool 
     try:
         with _LOADING:  # a session keeps the allocator that was registered last when it was made
             onnxruntime.create_and_register_allocator(where, arena)
-            return Session(str(path), options, providers=["CPUExecutionProvider"])
+            return Session(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)  # it would print
     except Exception as error:
         raise ExportError(
             "cannot read the model file",
