@@ -14,7 +14,7 @@ SOURCES = sorted((ROOT / "src/threefold").glob("*.py"))
 ORDER = [
     "errors", "files", "overrides", "sections", "recipe", "backbones", "images", "listing", "archives", "pickled", "official", "arrays", "photos", "tables", "datasets", "fetch", "datacheck", "samples", "splits", "augment", "heads", "optim", "model", "cost", "predict",
     "pixels", "stages", "ledger", "predictions", "joining", "containers", "columns", "parts", "adapters", "formats", "choice", "combiners", "crossfit", "learned", "loglinear", "stacked", "scaling", "calibration", "joint", "gradcam", "ensemble", "diversity", "selection", "resampling", "weighted", "stats", "conformal", "uncertainty", "audit", "paired", "optimism", "scoring", "evaluate", "saved", "compare", "catalogue", "pipeline", "provenance", "run", "assembly", "findings", "jobs", "gallery", "results",
-    "runtime", "exporting", "answers", "serve", "svg", "charts", "pictures", "render", "reportview", "report", "page",
+    "modelfile", "runtime", "exporting", "answers", "limits", "gauges", "batching", "intake", "replies", "guard", "serve", "svg", "charts", "pictures", "render", "reportview", "report", "page",
     "plan", "workflow", "terminal", "console", "cli_saved", "cli", "__init__", "__main__",
 ]  # fmt: skip
 TORCH = {
@@ -94,9 +94,8 @@ def test_the_array_half_and_the_runtime_half_do_not_import_torch() -> None:
     for name in ("ensemble", "stats"):
         assert "threefold.model" not in by_name[name]
     assert {n for n in by_name["serve"] if n.startswith("threefold")} <= {
-        "threefold.runtime",
-        "threefold.errors",
-        "threefold.images",
+        f"threefold.{name}"
+        for name in ("errors", "runtime", "limits", "gauges", "batching", "intake", "replies", "guard")
     }
 
 

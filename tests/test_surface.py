@@ -28,7 +28,7 @@ SURFACE = {
     "compare": {"--shared", "--labels", "--classes", "--json", "--html"},
     "export": {"--out", "--method", "--members"},
     "predict": {"--top", "--json", "--csv"},
-    "serve": {"--host", "--port"},
+    "serve": {"--host", "--port", "--api-key", "--limit"},
     "report": {"--out"},
     "list": set(),
 }

@@ -193,13 +193,26 @@ def predict(
 def serve(
     model: Annotated[Path, typer.Argument(help="An exported model file.")],
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option("--port", help="Port to listen on; 0 = any free one.")] = 8000,
+    api_key: Annotated[
+        str, typer.Option("--api-key", envvar="THREEFOLD_API_KEY", help="Ask for this key.", show_default=False)
+    ] = "",
+    limits: Annotated[
+        list[str] | None,
+        typer.Option("--limit", metavar="NAME=NUMBER", help="Change one limit, e.g. pixels=50000000; may be repeated."),
+    ] = None,
 ) -> None:
-    """Answer over HTTP: POST /predict with image files, GET /health, GET /openapi.json."""
-    from threefold.serve import run_server
+    """A page to drop images on, and POST /predict for programs; GET /card, /health, /metrics, /openapi.json."""
+    from threefold.limits import Limits
+    from threefold.serve import LOOPBACK, run_server
 
-    out.print(f"curl -F files=@IMAGE http://{host}:{port}/predict   (Ctrl-C stops)")
-    run_server(model, host, port)
+    def ready(address: str) -> None:
+        out.print(f"{address}   a page for people (Ctrl-C stops)", markup=False)
+        out.print(f"curl -F files=@IMAGE {address}/predict", markup=False)
+        if host not in LOOPBACK and not api_key:
+            err.print("[yellow]note[/] no API key: whoever reaches this address can use the model")
+
+    run_server(model, host, port, api_key, Limits().changed(limits or ()), ready)
 
 
 @app.command("list")

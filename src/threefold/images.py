@@ -36,6 +36,9 @@ from threefold.errors import DataError
 MAX_PIXELS = 89_478_485
 """Largest width x height that is decoded (a quarter of a GiB as RGB); more is taken for a decompression bomb."""
 
+MAX_SCANS = 100
+"""Most scans of a JPEG that `measure` lets pass; encoders make about ten, and each may cost as much as a whole image."""
+
 IMAGE_SUFFIXES = {
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
@@ -93,8 +96,16 @@ class BadImage(NamedTuple):
     """True where the pixels can be read and only the name promises another format."""
 
 
+class TooManyPixels(DataError):
+    """An image is larger than what is read; it may be sound."""
+
+
 class _Unreadable(Exception):
     """The reason why there are no pixels."""
+
+
+class _TooManyPixels(_Unreadable):
+    """There are too many."""
 
 
 def decode(source: str | Path | bytes | BinaryIO) -> NDArray[np.uint8]:
@@ -118,6 +129,25 @@ def decode(source: str | Path | bytes | BinaryIO) -> NDArray[np.uint8]:
     except _Unreadable as error:
         where = source if isinstance(source, (str, Path)) else getattr(source, "name", "") or "image bytes"
         raise DataError("cannot read the image", where=where, got=error) from None
+
+
+def measure(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of an image as its header gives them (EXIF not applied); no pixel is decoded.
+
+    Raises:
+        TooManyPixels: more than `max_pixels`.
+        DataError: not one of the six formats, a damaged header, or a JPEG of more than `MAX_SCANS` scans, which takes
+            minutes to decode.
+    """
+    stream = io.BytesIO(content)
+    try:
+        image = _open(stream, max_pixels)[0]
+        if image.format == "JPEG" and content.count(b"\xff\xda") > MAX_SCANS:
+            raise _Unreadable(f"a JPEG of more than {MAX_SCANS} scans")
+        return image.size
+    except _Unreadable as error:
+        kind = TooManyPixels if isinstance(error, _TooManyPixels) else DataError
+        raise kind("cannot read the image", where="image bytes", got=error) from None
 
 
 def check(path: str | Path, content: bytes | None = None) -> BadImage | None:
@@ -194,19 +224,28 @@ def _read(source: str | Path | bytes | BinaryIO) -> tuple[NDArray[np.uint8], str
         return _decode(stream)
 
 
-def _decode(stream: BinaryIO) -> tuple[NDArray[np.uint8], str]:
+def _open(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[ImageFile.ImageFile, str]:
+    """The image, its pixels not decoded, and its format."""
     head = stream.read(32)
     stream.seek(0)
     content = _sniff(head)
-    _require_size(_declared_size(head, content))
+    _require_size(_declared_size(head, content), max_pixels)
     try:
         image = _READERS[content](stream)
-        _require_size(image.size)
+    except Exception as error:  # on damaged content Pillow raises errors of nearly every type
+        raise _Unreadable(f"damaged or truncated {content}: {error or type(error).__name__}") from None
+    _require_size(image.size, max_pixels)
+    return image, content
+
+
+def _decode(stream: BinaryIO) -> tuple[NDArray[np.uint8], str]:
+    image, content = _open(stream)
+    try:
         image.load()
         return _to_rgb(_upright(image)), content
     except _Unreadable:
         raise
-    except Exception as error:  # on damaged content Pillow raises errors of nearly every type
+    except Exception as error:
         raise _Unreadable(f"damaged or truncated {content}: {error or type(error).__name__}") from None
 
 
@@ -243,10 +282,10 @@ def _declared_size(head: bytes, content: str) -> tuple[int, int]:
     return 1, 1
 
 
-def _require_size(size: tuple[int, int]) -> None:
+def _require_size(size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
-    if width * height > MAX_PIXELS:
-        raise _Unreadable(f"{width} x {height} pixels, more than the {MAX_PIXELS:,} that are read")
+    if width * height > max_pixels:
+        raise _TooManyPixels(f"{width} x {height} pixels, more than the {max_pixels:,} that are read")
 
 
 def _upright(image: ImageFile.ImageFile) -> Image.Image:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import numpy as np
 from threefold.conformal import ConformalSets, UnknownThreshold
 from threefold.errors import DataError, ExportError
 from threefold.images import decode
+from threefold.modelfile import MEMORY, open_session, read_card
 
 FORMAT = 1
 """Version of the model card inside a file."""
@@ -32,17 +31,9 @@ class Model:
         unknown: the threshold for images of no class; None in a file without.
     """
 
-    def __init__(self, path: str | Path, threads: int = 0) -> None:
+    def __init__(self, path: str | Path, threads: int = 0, *, memory: int = MEMORY, spin: bool = True) -> None:
         self.path, self.threads = Path(path), threads
-        raw = self.session.get_modelmeta().custom_metadata_map.get(KEY)
-        if raw is None:
-            raise ExportError(
-                "not a threefold model",
-                where=path,
-                got="an ONNX file without threefold's metadata",
-                fix="export one with `threefold export RUN --out model.onnx`",
-            )
-        self.card: dict[str, Any] = json.loads(raw)
+        self.card: dict[str, Any] = read_card(self.path, KEY)
         if self.card.get("format") != FORMAT:
             raise ExportError(
                 "the model file has another format",
@@ -54,6 +45,7 @@ class Model:
         self.classes: tuple[str, ...] = tuple(self.card["classes"])
         self.members: tuple[str, ...] = tuple(self.card["members"])
         self.sets, self.unknown = self._uncertainty()
+        self.session = open_session(self.path, threads, memory, spin)
 
     def _uncertainty(self) -> tuple[dict[bool, ConformalSets], UnknownThreshold | None]:
         """What the card says of sets and of unknown images, as far as it does."""
@@ -63,7 +55,7 @@ class Model:
                 raise DataError("sets of other classes", expected=len(self.classes), got=[sets.k_ for sets in found])
             told = self.card.get("unknown")
             unknown = None if not told else UnknownThreshold.from_state(told["state"])
-        except (DataError, KeyError, TypeError, AttributeError) as error:
+        except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ExportError(
                 "the model card is damaged",
                 where=self.path,
@@ -71,26 +63,6 @@ class Model:
                 fix="export it again from the run",
             ) from None
         return {sets.by_class: sets for sets in found}, unknown
-
-    @cached_property
-    def session(self) -> Any:
-        """The onnxruntime session."""
-        import onnxruntime
-
-        if not self.path.is_file():
-            raise ExportError("no such model file", where=self.path)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.log_severity_level = 3
-        try:
-            return onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise ExportError(
-                "cannot read the model file",
-                where=self.path,
-                got=" ".join(str(error).split())[:160],
-                fix="give a .onnx file that threefold exported",
-            ) from None
 
     def explain(self, images: Iterable[str | Path | bytes | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Probabilities float32 (n, k) and each member's (n, m, k) of files, encoded bytes or uint8 arrays (h, w, 3).
