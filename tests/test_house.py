@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src/threefold").glob("*.py"))
 # A module may import those before it only.
 ORDER = [
-    "errors", "files", "overrides", "sections", "recipe", "backbones", "images", "listing", "archives", "pickled", "official", "arrays", "photos", "tables", "datasets", "fetch", "datacheck", "samples", "splits", "augment", "heads", "optim", "model", "cost", "predict",
-    "pixels", "stages", "predictions", "choice", "combiners", "crossfit", "learned", "loglinear", "stacked", "calibration", "joint", "ensemble", "diversity", "selection", "resampling", "weighted", "stats", "conformal", "audit", "paired", "evaluate", "catalogue", "pipeline", "provenance", "run", "assembly", "jobs",
+    "errors", "files", "overrides", "sections", "recipe", "scales", "paper_items", "backbones", "images", "listing", "archives", "pickled", "official", "arrays", "photos", "tables", "datasets", "fetch", "samples", "splits", "augment", "heads", "optim", "model", "cost", "predict",
+    "pixels", "stages", "predictions", "choice", "combiners", "crossfit", "learned", "loglinear", "stacked", "calibration", "joint", "ensemble", "diversity", "selection", "resampling", "weighted", "stats", "conformal", "audit", "datacheck", "paired", "evaluate", "catalogue", "pipeline", "provenance", "run", "assembly", "jobs",
     "runtime", "exporting", "answers", "serve", "charts", "report",
-    "plan", "workflow", "terminal", "cli", "__init__", "__main__",
+    "plan", "workflow", "reproduce", "paper_figures", "terminal", "cli_data", "cli", "__init__", "__main__",
 ]  # fmt: skip
 TORCH = {
     "augment",
