@@ -74,6 +74,8 @@ def with_protocol(tree: dict[str, Any], protocol: Protocol, scale: Scale) -> Non
     grouped = tree["folds"]["scheme"] == "leave-one-group-out"
     if protocol == "honest" and tree["folds"]["k"] == 1 and not grouped:
         tree["folds"] |= {"k": 2, "final": "average" if scale == "small" else "refit"}
+    if protocol == "honest" and scale == "small" and tree["folds"]["final"] == "refit":
+        tree["folds"]["final"] = "average"
     if protocol == "paper" and tree["folds"]["final"] == "refit":
         tree["folds"] |= {"k": 1, "final": "average"}
 
