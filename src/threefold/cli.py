@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from threefold.cli_data import register
 from threefold.errors import ThreefoldError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Cross-validated ensembles of fine-tuned ConvNets, with honest scores, in one file.",
 )
+register(app)
 out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 
 Sets = Annotated[

@@ -66,6 +66,8 @@ class Item(NamedTuple):
     stages: Mapping[str, tuple[float, ...]] = {}
     """Best accuracy of each stage in the authors' notebooks, by member."""
     honest_only: bool = False
+    smoke: tuple[str, ...] = ()
+    """Members of a smoke run, where all of them would take too long; empty = all."""
 
 
 LITE = ("tf_efficientnet_lite0.in1k", "tf_efficientnet_lite1.in1k", "tf_efficientnet_lite2.in1k")
@@ -211,7 +213,7 @@ _B = tuple(Cell(n, "", _member(n)) for n in ("efficientnetv2-std", "convnext-bir
 _BEYOND = (*_B, Cell("mean of the three", "", _mean(*(c.row for c in _B))))
 
 
-def _small(names: tuple[str, ...] | list[str], **more: object) -> Small:
+def _small(names: tuple[str, ...], **more: object) -> Small:
     """The Lite networks in turn for these members."""
     return Small({name: LITE[i % 3] for i, name in enumerate(names)}, **more)  # type: ignore[arg-type]
 
@@ -244,7 +246,7 @@ ITEMS: dict[str, Item] = {item.name: item for item in (
          }), "curves", honest_only=True),
     Item("figure11", "Figure 11: three stages on Fashion-MNIST", _plan("paper/figure11", "fashion-mnist", _F11), _F11,
          tuple((c.label, _F11[0].label) for c in _F11[1:4]),
-         _small([n for n in (_TRIO[0], *_F11_STAGES)]), "curves", _F11_STAGES),
+         _small((_TRIO[0], *_F11_STAGES)), "curves", _F11_STAGES),
     Item("table4", "Table 4: AVG, EXT and E2E-3M, Fashion-MNIST", _plan("paper/figure11", "fashion-mnist", _T4), _T4,
          ((_T4[0].label, _T4[3].label), (_T4[1].label, _T4[0].label), (_T4[2].label, _T4[0].label)), _small((*_TRIO, "e2e-3m"))),
     Item("figure12", "Figure 12: three stages on CIFAR-10", _plan("paper/figure12", "cifar10", _F12), _F12,
@@ -259,11 +261,12 @@ ITEMS: dict[str, Item] = {item.name: item for item in (
          ), (*_T6_10, *_T6_100, *_T6_SVHN),
          (("CIFAR-10 ensemble", "CIFAR-10 EfficientNetB5-345"), ("CIFAR-100 ensemble", "CIFAR-100 efficientnetb6"), ("SVHN ensemble", "SVHN efficientnetb6")),
          Small({**dict.fromkeys(("efficientnetb0", "efficientnetb4-299"), LITE[0]), **dict.fromkeys(("efficientnetb1", "efficientnetb5-345"), LITE[1]),
-                **dict.fromkeys(("efficientnetb3", "seresnext101-std"), LITE[2])}, 64, 100)),
+                **dict.fromkeys(("efficientnetb3", "seresnext101-std"), LITE[2])}, 64, 100),
+         smoke=("seresnext101-std", "efficientnetb5-345", "efficientnetb0", "efficientnetb6", "inception-resnetv2", "xception")),
     Item("table7", "Table 7: Surrey finger spelling, a signer left out at a time", _plan("paper/table7", "surrey-asl", _T7), _T7,
          ((_T7[2].label, _T7[1].label), (_T7[1].label, _T7[0].label)), Small({"mobilenetv1": LITE[0], "inceptionv3": LITE[1]}, 96, 100), "groups"),
     Item("beyond", "Beyond the paper: newer networks, BiRNN and BiGRU, any folder of images", _plan("beyond", "folder", _BEYOND), _BEYOND,
-         tuple((_BEYOND[3].label, c.label) for c in _B), _small([c.row for c in _B], img_size=96, limit_per_class=200)),
+         tuple((_BEYOND[3].label, c.label) for c in _B), _small(tuple(c.row for c in _B), img_size=96, limit_per_class=200)),
 )}  # fmt: skip
 """Every table and figure with values or a claim, by name."""
 

@@ -87,7 +87,10 @@ def plan_recipe(asked: Asked, plan: Plan) -> Recipe | None:
         ThreefoldError: no data are given, or an override cannot be applied.
     """
     recipe = packaged(plan.recipe)
-    members = [n for n in plan.members if asked.scale != "small" or n in asked.item.small.members]
+    kept = {"small": tuple(asked.item.small.members), "smoke": asked.item.smoke or plan.members}.get(
+        asked.scale, plan.members
+    )
+    members = [n for n in plan.members if n in kept]
     if not members:
         return None
     tree = keep_members(recipe, members)

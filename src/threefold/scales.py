@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast, get_args
 
+from threefold.errors import RecipeError
 from threefold.recipe import Recipe
 
 Scale = Literal["full", "small", "smoke"]
@@ -29,6 +30,18 @@ _TINY = {
 """timm's test networks by what a backbone's name has in it; any other is a `test_resnet`."""
 
 _SMOKE_SIDE = 32
+
+
+def check_words(scale: str, protocol: str) -> tuple[Scale, Protocol]:
+    """Both, if they are a scale and a protocol.
+
+    Raises:
+        RecipeError: one is not.
+    """
+    for word, known in ((scale, get_args(Scale)), (protocol, get_args(Protocol))):
+        if word not in known:
+            raise RecipeError("no such word", got=word, expected=" or ".join(known))
+    return cast("Scale", scale), cast("Protocol", protocol)
 
 
 class Small(NamedTuple):
