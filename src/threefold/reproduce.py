@@ -254,7 +254,7 @@ def _comparisons(pairs: Sequence[tuple[str, str]], found: Mapping[str, Rows]) ->
     """Paired tests on the same images, Holm's correction over the item."""
     usable = [(a, b) for a, b in pairs if a in found and b in found and found[a].ids == found[b].ids]
     entries = [_compare(a, b, found[a], found[b]) for a, b in usable]
-    adjusted = paired.holm([entry["p"] for entry in entries]) if entries else []
+    adjusted = paired.holm([entry["p"] for entry in entries]) if entries else np.zeros(0)
     for entry, p in zip(entries, adjusted, strict=True):
         entry["p_holm"] = float(p)
         entry["verdict"] = _verdict(entry)
