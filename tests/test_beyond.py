@@ -23,9 +23,9 @@ SMALL = {"efficientnetv2": "test_efficientnet", "convnext": "convnext_atto", "vi
 @pytest.mark.parametrize(
     ("family", "head"),
     [
-        ("efficientnetv2", HeadSpec(kind="linear", fc=16)),
-        ("convnext", HeadSpec(kind="birnn", units=16, fc=16, sequence="rows")),
-        ("convnext", HeadSpec(kind="bigru", units=16, sequence="spatial")),
+        ("efficientnetv2", HeadSpec(kind="birnn", units=16, fc=16, sequence="rows")),
+        ("efficientnetv2", HeadSpec(kind="bigru", units=16, sequence="spatial")),
+        ("convnext", HeadSpec(kind="linear", fc=16)),
         ("vit", HeadSpec(kind="bigru", units=16, fc=16)),
         ("vit", HeadSpec(kind="birnn", units=16)),
     ],
@@ -47,7 +47,7 @@ def test_it_builds_learns_and_exports(family: str, head: HeadSpec, tmp_path: Pat
 def test_the_recipe_names_what_it_promises() -> None:
     recipe = packaged("beyond")
     assert [family for m, family in zip(recipe.members, SMALL, strict=True) if family[:3] in m.backbone] == list(SMALL)
-    assert [m.head.kind for m in recipe.members] == ["linear", "birnn", "bigru"]
+    assert [m.head.kind for m in recipe.members] == ["birnn", "linear", "bigru"]
     with torch.device("meta"):
         for member in recipe.members:
             build_member(member.model_copy(update={"weights": "none"}), 3, pretrained=False)

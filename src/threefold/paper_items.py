@@ -209,7 +209,7 @@ _T7 = (
     Cell("InceptionV3", "", _member("inceptionv3")),
     Cell("mean of both", "", _mean("mobilenetv1", "inceptionv3"), 0.949),
 )
-_B = tuple(Cell(n, "", _member(n)) for n in ("efficientnetv2-std", "convnext-birnn", "vit-bigru"))
+_B = tuple(Cell(n, "", _member(n)) for n in ("efficientnetv2-birnn", "convnext-std", "vit-bigru"))
 _BEYOND = (*_B, Cell("mean of the three", "", _mean(*(c.row for c in _B))))
 
 
