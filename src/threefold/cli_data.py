@@ -143,8 +143,7 @@ def reproduce(
 
 
 def _show_items(root: Path) -> None:
-    from threefold.paper_items import PICTURES, SAME
-    from threefold.reproduce import states
+    from threefold.paper_items import PICTURES, SAME, states
 
     table = Table(box=None, header_style="dim", pad_edge=False)
     for column in ("item", "what", "data", f"run here, in {root}"):
@@ -163,10 +162,12 @@ def _show_found(found: Mapping[str, Any]) -> None:
     """Our values beside the paper's, then the tests and what has to be said."""
     out.print(f"{found['title']}: {found['scale']}, protocol {found['protocol']}, {len(found['seeds'])} seed{'s' * (len(found['seeds']) > 1)}")  # fmt: skip
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("", "paper", "ours", "95 % interval", "rows"):
-        table.add_column(name, justify="left" if name in ("", "rows") else "right")
+    network = ("network here",) if found["scale"] == "small" else ()  # what stands in for the one in the row's name
+    for name in ("", "paper", "ours", "95 % interval", "rows", *network):
+        table.add_column(name, justify="left" if name in ("", "rows", *network) else "right")
     for cell in found["cells"]:
-        table.add_row(escape(f"{cell['row']} {cell['column']}".strip()), *_figures(cell))
+        here = (escape(str(cell.get("backbone", ""))),) if network else ()
+        table.add_row(escape(f"{cell['row']} {cell['column']}".strip()), *_figures(cell), *here)
     out.print(table)
     if found["stages"]:
         _show_stages(found["stages"])

@@ -14,6 +14,11 @@ from matplotlib.ticker import PercentFormatter
 from threefold.files import write_bytes
 
 _OURS, _PAPER = "#1f5fa8", "#c2541b"
+_SCALES = {
+    "full": "full scale",
+    "small": "small: other networks, fewer images and epochs than the paper's",
+    "smoke": "smoke: made-up pictures, says nothing about the paper",
+}
 _COLOURS = ("#1f5fa8", "#2e8b57", "#8a4fa3", "#b8860b", "#444444", "#c04080", "#2f8f9d")
 
 
@@ -34,7 +39,8 @@ def draw_figure(found: Mapping[str, Any], path: Path) -> Path:
     draw = {"curves": _curves, "flops": _flops}.get(found["draw"], _dots)
     draw(figure.add_subplot(), found)
     figure.suptitle(
-        f"{found['title']}\n{found['scale']}, protocol {found['protocol']}, {found['trained'][:10]}", fontsize=10
+        f"{found['title']}\n{_SCALES[found['scale']]}, protocol {found['protocol']}, {found['trained'][:10]}",
+        fontsize=10,
     )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": ""})

@@ -7,9 +7,11 @@ Where a label of the paper is wrong, the note says so (docs/paper.md, "The paper
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from threefold.errors import RecipeError
+from threefold.files import read_json
 from threefold.scales import Small
 
 
@@ -295,3 +297,16 @@ def item(name: str) -> Item:
     if key not in ITEMS:
         raise RecipeError("the paper has no such item here", got=name, expected=f"one of {', '.join([*ITEMS, *SAME])}")
     return ITEMS[key]
+
+
+def states(root: Path) -> list[dict[str, str]]:
+    """Every item with what it is, and what was run of it below `root` (`ITEM-SCALE-PROTOCOL/reproduce.json`)."""
+    lines = []
+    for name, known in ITEMS.items():
+        done = []
+        for path in sorted(root.glob(f"{name}-*/reproduce.json")):
+            found = read_json(path)
+            done.append(f"{found['scale']}, {found['protocol']}, {found['trained'][:10]}")
+        source = ", ".join(dict.fromkeys(plan.source for plan in known.plans))
+        lines.append({"name": name, "title": known.title, "data": source, "state": "; ".join(done) or "not run"})
+    return lines

@@ -18,7 +18,7 @@ from threefold.augment import view_counts
 from threefold.errors import DataError, RecipeError
 from threefold.evaluate import evaluate_saved, saved_predictions
 from threefold.files import read_arrays, read_json, write_json
-from threefold.paper_items import ITEMS, Answer, Cell, Item, Plan
+from threefold.paper_items import Answer, Cell, Item, Plan
 from threefold.recipe import Recipe, packaged
 from threefold.run import Run, RunWatcher
 from threefold.samples import write_sample
@@ -326,16 +326,3 @@ def _notes(asked: Asked, runs: Mapping[str, Sequence[Run]]) -> list[str]:
     if asked.scale != "full" and len(runs) < len(asked.item.plans):
         notes.append(f"left out at this scale: {', '.join(p.name for p in asked.item.plans if p.name not in runs)}")
     return notes
-
-
-def states(root: Path) -> list[dict[str, str]]:
-    """Every item with what it is, and what was run of it below `root` (`ITEM-SCALE-PROTOCOL/reproduce.json`)."""
-    lines = []
-    for name, known in ITEMS.items():
-        done = []
-        for path in sorted(root.glob(f"{name}-*/reproduce.json")):
-            found = read_json(path)
-            done.append(f"{found['scale']}, {found['protocol']}, {found['trained'][:10]}")
-        source = ", ".join(dict.fromkeys(plan.source for plan in known.plans))
-        lines.append({"name": name, "title": known.title, "data": source, "state": "; ".join(done) or "not run"})
-    return lines
