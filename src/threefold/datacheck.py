@@ -160,7 +160,9 @@ def _copies(sources: Sources) -> list[Finding]:
         np.array([data.labels[row] for _, data, row in rows]),
         np.array([name for name, _, _ in rows]),
     )
-    return [Finding("note" if i == 0 else "warning", what, 0) for i, what in enumerate(duplicate_warnings(found))]
+    # Images of one plain kind are near without being copies: only equal ones are a warning.
+    level: Literal["warning", "note"] = "warning" if any(pair.distance == 0 for pair in found.pairs) else "note"
+    return [Finding("note" if i == 0 else level, what, 0) for i, what in enumerate(duplicate_warnings(found))]
 
 
 def _counts(sources: Sources) -> dict[str, dict[str, int]]:
