@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from threefold import reproduce as again
 from threefold.cli import app
 from threefold.datasets import load_data
+from threefold.ensemble import make_ensemble
 from threefold.errors import DataError, RecipeError
 from threefold.files import write_arrays, write_json
 from threefold.paper_figures import draw_figure
@@ -54,6 +55,9 @@ def test_an_item_names_what_its_recipes_have(known: Item) -> None:
     for cell in known.cells:
         names = {*cell.answer.members, *([] if cell.answer.kind == "ensemble" else [cell.answer.name])}
         assert names <= there[cell.answer.run], cell.label
+        assert (
+            cell.answer.kind != "ensemble" or not make_ensemble(cell.answer.name).needs_fit
+        )  # scored where it is asked
         assert cell.paper is None or 0.7 < cell.paper < 1
     assert {label for pair in known.pairs for label in pair} <= set(labels)
     everyone = set.union(*there.values())

@@ -15,10 +15,11 @@ import numpy as np
 
 from threefold import paired, stats
 from threefold.augment import view_counts
+from threefold.ensemble import make_ensemble
 from threefold.errors import DataError, RecipeError
-from threefold.evaluate import evaluate_saved, saved_predictions
 from threefold.files import read_arrays, read_json, write_json
 from threefold.paper_items import Answer, Cell, Item, Plan
+from threefold.predictions import Predictions
 from threefold.recipe import Recipe, packaged
 from threefold.run import Run, RunWatcher
 from threefold.samples import write_sample
@@ -176,14 +177,18 @@ def _rows(runs: Mapping[str, Sequence[Run]], answer: Answer) -> Rows | None:
 
 
 def _hits(run: Run, answer: Answer) -> Rows | None:
-    oof, test = saved_predictions(run.dir)
-    rows = test if test is not None else oof
-    assert rows is not None
+    """What an answer has right on the test rows, or out of fold where there are none.
+
+    Which members and methods are asked was fixed by the item before the run, and none of the methods is fitted.
+    """
+    test = run.dir / "test.npz"
+    rows = Predictions.load(test if test.exists() else run.dir / "oof.npz")
     there = [m for m in answer.members if m in rows.members]
     if answer.kind == "ensemble":
         if len(there) < 2:
             return None
-        probs = evaluate_saved(run.dir, [answer.name], there).probs
+        picked = rows.select(there)
+        probs = make_ensemble(answer.name).fit(picked.probs, picked.labels).predict_proba(picked.probs)
     elif answer.name not in rows.members:
         return None
     elif answer.kind == "folds":
