@@ -1,13 +1,17 @@
 """Finding wrong labels: an ensemble's out-of-fold probabilities against a single model's, on labels flipped on purpose.
 
-    uv run --group dev python bench/label_audit.py [RUN | PREDS.npz] [--flips 0.05] [--seeds 3] [--rows 3000] [--folds 5]
+    uv run python bench/label_audit.py [RUN | PREDS.npz] [--flips 0.05] [--seeds 3] [--rows 3000] [--folds 5] [--small]
+        [--figure docs/label_flips.png]
 
-Without a source: logistic regression, random forest and a small perceptron on the packaged Fashion-MNIST images (PCA of the
-pixels), trained out-of-fold on the flipped labels, as it would happen. With a run folder or an .npz, its labels are
-flipped afterwards: its members were trained on the unflipped labels, so the figures are optimistic; nothing is trained.
+Without a source: logistic regressions on the frozen features of the three packaged pretrained networks (56 px), one member
+each; with --small, logistic regression, random forest and a small perceptron on PCA of the pixels. Both on the packaged
+Fashion-MNIST images, trained out-of-fold on the flipped labels, as it would happen. With a run folder or an .npz, its
+labels are flipped afterwards: its members were trained on the unflipped labels, so the figures are optimistic.
 
-Prints how well each ranks the flipped labels (AUROC, average precision, precision among as many as were flipped), by 1 - its
-probability of the label, or its margin to the likeliest other class; and precision and recall of `find_suspects`.
+Prints how well each ranks the flipped labels by 1 - its probability of the label, or its margin to the likeliest other
+class: AUROC, average precision (area under precision and recall), the share found among the first n, 2 n and 3 n images where n
+were flipped; precision and recall of `find_suspects`; and the mean's average precision minus each member's, by 1 - p, with a
+bootstrap interval over images (the same draws for both, averaged over the seeds).
 """
 
 from __future__ import annotations
@@ -26,13 +30,20 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from threefold.audit import find_suspects
 from threefold.datasets import load_data
 from threefold.predictions import Predictions
+from threefold.provenance import commit, hardware
 from threefold.recipe import DataSpec
 
-COLUMNS = ("AUROC", "av. precision", "precision at n", "suspects", "precision", "recall")
+COLUMNS = ("AUROC", "av. precision", "found in n", "in 2 n", "in 3 n", "suspects", "precision", "recall")
+
+NETWORKS = ("tf_efficientnet_lite0.in1k", "tf_efficientnet_lite1.in1k", "tf_efficientnet_lite2.in1k")
+
+Case = tuple[Predictions, np.ndarray]
+"""Out-of-fold predictions with flipped labels, and which labels were flipped (n,)."""
 
 
 def flip(labels: np.ndarray, k: int, share: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -43,29 +54,54 @@ def flip(labels: np.ndarray, k: int, share: float, rng: np.random.Generator) -> 
     return np.where(flipped, moved, labels), flipped
 
 
-def trained(share: float, seeds: int, rows: int, folds: int) -> Iterator[tuple[Predictions, np.ndarray]]:
-    """Out-of-fold predictions of three small models that were trained on flipped labels."""
+def frozen(rows: int) -> list[np.ndarray]:
+    """Pooled features (n, c) of the packaged images from each packaged network, as its weights are."""
+    import torch
+
+    from threefold.augment import resize_square
+    from threefold.model import build_member
+    from threefold.recipe import MemberSpec
+
+    data, found = load_data(DataSpec(source="demo"), 0).train, []
+    pixels = torch.from_numpy(np.stack([data.pixels(row) for row in range(min(rows, len(data)))]))
+    for name in NETWORKS:
+        member, parts = build_member(MemberSpec(name="m", backbone=name, img_size=56), 10).eval(), []
+        with torch.inference_mode():
+            for batch in pixels.split(100):
+                images = (resize_square(batch, 56, "squash") - member.mean) / member.std
+                parts.append(member.backbone.forward_head(member.backbone.forward_features(images), pre_logits=True))
+        found.append(torch.cat(parts).numpy())
+    return found
+
+
+def trained(share: float, seeds: int, rows: int, folds: int, small: bool) -> Iterator[Case]:
+    """Out-of-fold predictions of three cheap members that were trained on flipped labels."""
     train = load_data(DataSpec(source="demo"), 0).train
     pixels = np.asarray(train.images).reshape(len(train), -1) / 255.0
+    features = [] if small else frozen(len(train))
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
         pick = np.sort(rng.permutation(len(train))[:rows])
-        x, (labels, flipped) = pixels[pick], flip(train.labels[pick], len(train.classes), share, rng)
-        models = {
-            "logistic": LogisticRegression(C=0.1, max_iter=300),
-            "forest": RandomForestClassifier(100, random_state=seed),
-            "perceptron": MLPClassifier((100,), max_iter=20, random_state=seed),
+        labels, flipped = flip(train.labels[pick], len(train.classes), share, rng)
+        members = {
+            "logistic": (pixels, LogisticRegression(C=0.1, max_iter=300)),
+            "forest": (pixels, RandomForestClassifier(100, random_state=seed)),
+            "perceptron": (pixels, MLPClassifier((100,), max_iter=20, random_state=seed)),
         }
-        probs = np.zeros((len(models), len(x), len(train.classes)))
-        for fit, score in StratifiedKFold(folds, shuffle=True, random_state=seed).split(x, labels):
-            for m, model in enumerate(models.values()):
-                fitted = make_pipeline(PCA(50, random_state=seed), model).fit(x[fit], labels[fit])
-                probs[m, score] = fitted.predict_proba(x[score])
+        if not small:
+            members = {f"lite{i}": (x, LogisticRegression(C=0.01, max_iter=200)) for i, x in enumerate(features)}
+        probs = np.zeros((len(members), len(pick), len(train.classes)))
+        for fit, score in StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels):
+            for m, (x, model) in enumerate(members.values()):
+                reduced = PCA(50 if small else 200, random_state=seed)
+                steps = (reduced, model) if small else (StandardScaler(), reduced, model)
+                fitted = make_pipeline(*steps).fit(x[pick][fit], labels[fit])
+                probs[m, score] = fitted.predict_proba(x[pick][score])
         ids = tuple(train.ids[row] for row in pick)
-        yield Predictions(probs, labels, ids, train.classes, tuple(models), kind="oof"), flipped
+        yield Predictions(probs, labels, ids, train.classes, tuple(members), kind="oof"), flipped
 
 
-def given(source: Path, share: float, seeds: int) -> Iterator[tuple[Predictions, np.ndarray]]:
+def given(source: Path, share: float, seeds: int) -> Iterator[Case]:
     """Saved predictions, with labels flipped afterwards."""
     saved = Predictions.load(source / "oof.npz" if source.is_dir() else source)
     for seed in range(seeds):
@@ -75,13 +111,14 @@ def given(source: Path, share: float, seeds: int) -> Iterator[tuple[Predictions,
 
 def judge(predictions: Predictions, score: np.ndarray, flipped: np.ndarray, probs: np.ndarray) -> list[float]:
     """One row of the table; a large score is suspect."""
-    first = np.argsort(-score, kind="stable")[: flipped.sum()]
+    n = int(flipped.sum())
+    caught = np.cumsum(flipped[np.argsort(-score, kind="stable")]) / n
     found = [predictions.ids.index(s.id) for s in find_suspects(predictions, probs=probs)]
     hits = flipped[found].sum()
     return [
         roc_auc_score(flipped, score),
         average_precision_score(flipped, score),
-        flipped[first].mean(),
+        *(caught[times * n - 1] for times in (1, 2, 3)),
         len(found),
         hits / max(1, len(found)),
         hits / flipped.sum(),
@@ -95,6 +132,61 @@ def scores(probs: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
     return {"1 - p": 1 - mine, "margin": others - mine}
 
 
+def gains(cases: list[Case], draws: int = 300) -> dict[str, np.ndarray]:
+    """Average precision of the mean minus each member's, by 1 - p: estimate, then bootstrap draws, averaged over seeds."""
+    found: dict[str, list[np.ndarray]] = {}
+    for seed, (predictions, flipped) in enumerate(cases):
+        labels, rng = predictions.labels, np.random.default_rng(seed)
+        n = len(labels)
+        picks = [np.arange(n), *(rng.integers(0, n, n) for _ in range(draws))]
+        together = scores(predictions.probs.mean(0), labels)["1 - p"]
+        areas = [average_precision_score(flipped[pick], together[pick]) for pick in picks]
+        for name, probs in zip(predictions.members, predictions.probs, strict=True):
+            alone = scores(probs, labels)["1 - p"]
+            less = [average_precision_score(flipped[pick], alone[pick]) for pick in picks]
+            found.setdefault(name, []).append(np.array(areas) - less)
+    return {name: np.mean(runs, 0) for name, runs in found.items()}
+
+
+def figure(cases: list[Case], target: Path) -> None:
+    """Share of the flipped labels found against the images looked at, the most suspect first; averaged over seeds."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    curves: dict[str, list[np.ndarray]] = {}
+    for predictions, flipped in cases:
+        table = dict(zip(predictions.members, predictions.probs, strict=True)) | {"mean": predictions.probs.mean(0)}
+        for name, probs in table.items():
+            order = np.argsort(-scores(probs, predictions.labels)["1 - p"], kind="stable")
+            curves.setdefault(name, []).append(np.cumsum(flipped[order]) / flipped.sum())
+    n, rows = int(flipped.sum()), len(flipped)
+    middle = {name: 100 * np.mean(runs, 0)[: 2 * n] for name, runs in curves.items()}
+    worst = min(middle, key=lambda name: middle[name].mean())
+    plot, axes = plt.subplots(figsize=(7.5, 4.6), dpi=130, layout="constrained")
+    looked = np.arange(1, 2 * n + 1)
+    for name, curve in middle.items():
+        style = {"color": "#1f5fa8", "lw": 2.4} if name == "mean" else {"color": "#b0622b", "lw": 1.2}
+        axes.plot(looked, curve, **style, zorder=3 if name == "mean" else 2)
+    axes.plot([0, n, 2 * n], [0, 100, 100], color="#999999", lw=1, ls="--")
+    axes.plot([0, 2 * n], [0, 200 * n / rows], color="#999999", lw=1, ls=":")
+    at = int(0.8 * n)
+    axes.annotate("every image looked at is wrong", (0.88 * n, 88), (0.06 * n, 88), color="#666666", fontsize=9)
+    axes.text(1.45 * n, 200 * n / rows * 0.725 + 2.5, "looking at random", color="#666666", fontsize=9)
+    arrow = {"arrowstyle": "-", "lw": 0.8}
+    axes.annotate("mean of the three members", (at, middle["mean"][at - 1]), (0.97 * n, 66), color="#1f5fa8",
+                  fontsize=10, weight="bold", arrowprops=arrow | {"color": "#1f5fa8"})  # fmt: skip
+    axes.annotate("each member alone", (at, middle[worst][at - 1]), (0.97 * n, 50), color="#b0622b", fontsize=10,
+                  arrowprops=arrow | {"color": "#b0622b"})  # fmt: skip
+    axes.set(xlim=(0, 2 * n), ylim=(0, 103), xlabel=f"images looked at, the most suspect first ({rows:,} in all)")
+    axes.set_ylabel(f"found of the {n} flipped labels, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#eeeeee", zorder=0)
+    plot.savefig(target, facecolor="white")
+    plt.close(plot)
+
+
 def main() -> None:
     """Print the table, averaged over seeds."""
     parser = argparse.ArgumentParser()
@@ -103,13 +195,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=3000)
     parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--small", action="store_true", help="members on pixels, without the pretrained networks")
+    parser.add_argument("--figure", type=Path, help="where to draw the share found against the images looked at")
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # models that have not converged
-    cases = (
+    cases = list(
         given(args.source, args.flips, args.seeds)
         if args.source
-        else trained(args.flips, args.seeds, args.rows, args.folds)
+        else trained(args.flips, args.seeds, args.rows, args.folds, args.small)
     )
+    print(f"{hardware()}, commit {commit()}")
+    accuracy = np.mean([(p.probs.argmax(-1) == np.where(f, -1, p.labels))[:, ~f].mean(1) for p, f in cases], 0)
+    named = zip(cases[0][0].members, accuracy, strict=True)
+    print("out-of-fold accuracy on labels not flipped: " + ", ".join(f"{name} {value:.3f}" for name, value in named))
     table: dict[str, list[list[float]]] = {}
     for predictions, flipped in cases:
         candidates = dict(zip(predictions.members, predictions.probs, strict=True))
@@ -126,6 +224,12 @@ def main() -> None:
             f"{name:{width}}"
             + "".join(f"{v:16.1f}" if c == "suspects" else f"{v:16.3f}" for c, v in zip(COLUMNS, mean, strict=True))
         )
+    print("\naverage precision by 1 - p, the mean's minus each member's, 95 % bootstrap interval over images:")
+    for name, values in gains(cases).items():
+        low, high = np.quantile(values[1:], [0.025, 0.975])
+        print(f"{name:{width}}{values[0]:+8.3f} [{low:+.3f}, {high:+.3f}]")
+    if args.figure:
+        figure(cases, args.figure)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ Temperature itself is tested in test_ensemble, where its public names are.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -15,19 +18,27 @@ from sklearn.linear_model import LogisticRegression
 
 from threefold import stats
 from threefold.calibration import (
+    METHODS,
+    Calibration,
     VectorModule,
     VectorScaling,
-    _parts,
     _standard_error,
     apply_temperature,
     apply_vector,
     as_scaling,
     choose_calibration,
     fit_averaged_temperature,
+    fit_calibration,
     fit_temperature,
+    fit_temperatures,
     fit_vector,
+    saved_calibration,
+    scaling_from_state,
+    scaling_state,
 )
+from threefold.crossfit import stratified_parts
 from threefold.errors import DataError
+from threefold.scaling import _FEWEST, _bounded, _newton, floored_logs
 
 LAW = settings(max_examples=40, deadline=None)
 
@@ -238,15 +249,103 @@ def test_rows_of_one_group_count_as_one() -> None:
 
 
 def test_groups_stay_in_one_part_of_the_choice() -> None:
-    labels = np.random.default_rng(0).integers(0, 3, 90)
-    unit = np.arange(90) // 6
-    part = _parts(labels, unit)
-    assert all(len(set(part[unit == g])) == 1 for g in range(15))
-    assert np.bincount(part).tolist() == [18] * 5
     probs, truth = tilted(4, 90)
-    names = [f"g{g:02d}" for g in unit]
-    grouped = choose_calibration(probs, truth, groups=names)
-    assert grouped.probs == pytest.approx(choose_calibration(probs, truth, _parts(truth, unit), names).probs)
+    names = [f"g{g:02d}" for g in np.arange(90) // 6]
+    part = stratified_parts(truth, names)
+    assert all(len(set(part[np.array(names) == name])) == 1 for name in names)
+    for name in ("temperature", "auto"):
+        grouped = fit_calibration(name, probs, truth, groups=names)
+        assert grouped.probs == pytest.approx(fit_calibration(name, probs, truth, part, names).probs)
+    plain = fit_calibration("temperature", probs, truth)
+    assert plain.probs != pytest.approx(fit_calibration("temperature", probs, truth, groups=names).probs, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_calibration_by_name_is_fitted_on_all_rows_and_crossed(name: str) -> None:
+    probs, labels = tilted(5, 300)
+    part = np.arange(300) % 3
+    found = fit_calibration(name, probs, labels, part)
+    assert found.name == name
+    one = {
+        "none": lambda p, y: as_scaling(1.0, 3),
+        "temperature": lambda p, y: as_scaling(fit_temperature(p, y), 3),
+        "vector": fit_vector,
+    }[name]
+    assert found.apply(probs) == pytest.approx(apply_vector(probs, one(probs, labels)), abs=1e-6)
+    for value in range(3):
+        held = part == value
+        expected = apply_vector(probs[held], one(probs[~held], labels[~held]))
+        assert found.probs[held] == pytest.approx(expected, abs=1e-6)
+
+
+@LAW
+@given(name=st.sampled_from([*METHODS, "auto"]), seed=st.integers(0, 99))
+def test_a_calibration_is_the_same_after_json_and_as_a_module(name: str, seed: int) -> None:
+    probs, labels = tilted(seed, 120)
+    found = fit_calibration(name, probs, labels)
+    again = Calibration.from_state(json.loads(json.dumps(found.state(), allow_nan=False)))
+    assert (again.name, again.reason) == (found.name, found.reason)
+    assert again.temperature == found.temperature
+    assert (again.apply(probs) == found.apply(probs)).all()
+    with torch.inference_mode():
+        answers = again.to_module()(torch.tensor(probs, dtype=torch.float32)).numpy()
+    assert answers == pytest.approx(found.apply(probs), abs=1e-5)
+
+
+def test_a_scaling_is_the_same_after_npz_and_json(tmp_path: Path) -> None:
+    scaling = fit_vector(*tilted(6, 80))
+    np.savez(tmp_path / "a.npz", **scaling_state(scaling))
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
+        from_npz = scaling_from_state(arrays)
+    for again in (from_npz, scaling_from_state(json.loads(json.dumps(scaling_state(scaling))))):
+        assert (again.scale == scaling.scale).all()
+        assert (again.bias == scaling.bias).all()
+    for broken in ({"scale": [1.0]}, {"scale": [1.0, "a"], "bias": [0, 0]}, {"scale": [1.0], "bias": [0.0, 0.0]}):
+        with pytest.raises(DataError, match=r"not the state of a scaling|two lists of finite numbers"):
+            scaling_from_state(broken)
+
+
+def test_results_of_older_runs_have_a_temperature_only() -> None:
+    probs, labels = tilted(7, 100)
+    old = saved_calibration({"temperature": 1.7}, 3)
+    assert (old.name, old.temperature) == ("temperature", pytest.approx(1.7))
+    assert old.apply(probs) == pytest.approx(apply_temperature(probs, 1.7))
+    new = fit_calibration("vector", probs, labels)
+    assert (
+        saved_calibration({"temperature": None, "calibration": new.state()}, 3).apply(probs) == new.apply(probs)
+    ).all()
+    for results, message in (
+        ({}, "no calibration in the results"),
+        ({"temperature": None}, "no calibration in the results"),
+        ({"temperature": -1.0}, "a temperature is above 0"),
+        ({"calibration": new.state()}, "of other classes; expected 4 classes, got 3"),
+        ({"calibration": {**new.state(), "name": "platt"}}, "expected none or temperature or vector, got platt"),
+    ):
+        with pytest.raises(DataError, match=message):
+            saved_calibration(results, 4)
+
+
+def test_the_temperature_is_the_minimum_of_the_log_loss() -> None:
+    for seed in range(5):
+        probs, labels = tilted(seed, 400)
+        best = fit_temperature(probs, labels)
+        here = stats.log_loss(apply_temperature(probs, best), labels)
+        assert all(here < stats.log_loss(apply_temperature(probs, best * f), labels) for f in (0.99, 1.01))
+    assert fit_temperature(np.full((9, 3), 1 / 3), np.arange(9) % 3) == 1.0
+
+
+@LAW
+@given(seed=st.integers(0, 999), n=st.integers(1, 60), k=st.integers(2, 8), shrinkage=st.floats(0.1, 100))
+def test_newtons_steps_end_where_a_bounded_search_does(seed: int, n: int, k: int, shrinkage: float) -> None:
+    rng = np.random.default_rng(seed)
+    z, truth = floored_logs(rng.dirichlet(np.full(k, 0.3), n)), rng.integers(0, k, n)
+    found = _newton(z, truth, shrinkage)
+    assert found is not None
+    slow = _bounded(z, truth, shrinkage)
+    if found[0].min() > _FEWEST:
+        assert found == pytest.approx(slow, abs=5e-3)
+    else:  # the bound acts: `fit_vector` takes the search
+        assert slow[0].min() == pytest.approx(_FEWEST)
 
 
 def test_bad_input_is_told_in_one_line() -> None:
@@ -259,9 +358,27 @@ def test_bad_input_is_told_in_one_line() -> None:
         as_scaling(1.0, 3, as_scaling(1.0, 2))
     with pytest.raises(DataError, match="two lists of finite numbers"):
         VectorModule(VectorScaling(np.array([1.0, np.nan]), np.zeros(2)))
-    with pytest.raises(DataError, match="groups do not match the labels; expected 20, got 3"):
-        choose_calibration(probs, labels, groups=["a", "b", "c"])
+    for name in ("temperature", "auto"):
+        with pytest.raises(DataError, match="groups do not match the labels; expected 20, got 3"):
+            fit_calibration(name, probs, labels, groups=["a", "b", "c"])
+    with pytest.raises(DataError, match="unknown calibration; expected none, temperature, vector, auto, got platt"):
+        fit_calibration("platt", probs, labels)
     with pytest.raises(DataError, match=r"folds have the wrong shape; expected \(20,\), one per row, got \(3,\)"):
         choose_calibration(probs, labels, folds=[0, 1, 2])
     with pytest.raises(DataError, match="cannot be cross-fitted; expected two parts at least, got all rows in one"):
         choose_calibration(probs, labels, folds=np.zeros(20, int))
+
+
+@pytest.mark.parametrize(("n", "sharp"), [(3000, 1.0), (40, 8.0), (12, 0.1)])
+def test_temperatures_of_parts_are_those_of_single_fits(n: int, sharp: float) -> None:
+    rng = np.random.default_rng(n)
+    labels = rng.integers(0, 4, n)
+    logits = sharp * (rng.normal(0, 1, (n, 4)) + np.eye(4)[labels])
+    probs = np.exp(logits - logits.max(1, keepdims=True))
+    probs /= probs.sum(1, keepdims=True)
+    part = np.arange(n) % 5
+    whole, apart = fit_temperatures(probs, labels, part)
+    assert whole == pytest.approx(fit_temperature(probs, labels), rel=1e-7)
+    for value, temperature in apart.items():
+        rest = part != value
+        assert temperature == pytest.approx(fit_temperature(probs[rest], labels[rest]), rel=1e-5)

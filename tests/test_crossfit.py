@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pools import scored
 
 from threefold.combiners import Ensemble, MeanEnsemble
 from threefold.crossfit import cross_fit
@@ -129,3 +130,12 @@ def test_rows_that_make_no_two_parts_are_refused() -> None:
         cross_fit(MeanEnsemble, probs, labels, groups=["one"] * 6)
     with pytest.raises(DataError, match="groups do not match"):
         cross_fit(MeanEnsemble, probs, labels, groups=["one", "two"])
+
+
+def test_what_learns_nothing_is_not_cut_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    probs, labels = scored(3, 60)
+    calls = []
+    plain = MeanEnsemble._combine
+    monkeypatch.setattr(MeanEnsemble, "_combine", lambda self, p: calls.append(p.shape) or plain(self, p))
+    assert (cross_fit(MeanEnsemble, probs, labels) == plain(MeanEnsemble(), probs)).all()
+    assert calls == [(3, 60, 4)]

@@ -48,7 +48,7 @@ def test_shuffled_labels_give_chance() -> None:
 def test_test_rows_change_neither_the_choice_nor_the_fit() -> None:
     oof = pool(600, 1)
     a, b = evaluate(oof, pool(200, 2, "test"), ALL), evaluate(oof, pool(200, 3, "test", informative=False), ALL)
-    assert (a.chosen, a.reason, a.temperature) == (b.chosen, b.reason, b.temperature)
+    assert (a.chosen, a.reason, a.calibration.temperature) == (b.chosen, b.reason, b.calibration.temperature)
     probs = pool(50, 4, "test").probs
     np.testing.assert_array_equal(a.ensemble.predict_proba(probs), b.ensemble.predict_proba(probs))
     assert [s for s in a.scores if s["rows"] == "oof"] == [s for s in b.scores if s["rows"] == "oof"]
@@ -57,7 +57,7 @@ def test_test_rows_change_neither_the_choice_nor_the_fit() -> None:
 def test_overconfident_members_are_calibrated_without_changing_answers() -> None:
     found = evaluate(pool(1500, 5, sharpness=1.0), pool(1500, 6, "test", sharpness=1.0), ALL)
     mean = score(found, "mean", "test")
-    assert found.temperature > 1.2
+    assert found.calibration.temperature > 1.2
     test = pool(1500, 6, "test", sharpness=1.0)
     raw = test.probs.mean(0)
     assert mean["ece"] < 0.5 * ece(raw, test.labels)  # type: ignore[operator]
@@ -66,22 +66,13 @@ def test_overconfident_members_are_calibrated_without_changing_answers() -> None
 
 def test_calibrated_scores_are_cross_fitted() -> None:
     """Changing the labels of one fold must not change that fold's calibrated probabilities."""
-    from threefold.evaluate import _calibrated
+    from threefold.calibration import fit_calibration
 
     oof = pool(300, 7, sharpness=1.0)
     labels = oof.labels.copy()
     labels[oof.folds == 0] = (labels[oof.folds == 0] + 1) % 4
-    changed = Predictions(
-        probs=oof.probs,
-        labels=labels,
-        ids=oof.ids,
-        classes=oof.classes,
-        members=oof.members,
-        kind="oof",
-        folds=oof.folds,
-    )
     probs = oof.probs.mean(0)
-    before, after = _calibrated(probs, oof), _calibrated(probs, changed)
+    before, after = (fit_calibration("temperature", probs, y, oof.folds).probs for y in (oof.labels, labels))
     np.testing.assert_array_equal(before[oof.folds == 0], after[oof.folds == 0])
     assert np.abs(before - after).max() > 1e-3
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nulls import equals, trained
 from scipy.stats import binom, binomtest, t, ttest_1samp, ttest_rel
 
 from threefold import paired, stats
@@ -141,6 +142,13 @@ def test_mcnemar_of_groups_of_one_row_is_that_of_rows(rows: list[tuple[bool, boo
 
 
 @LAW
+@given(p=st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_equals_statsmodels(p: list[float]) -> None:
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    assert paired.holm(p) == pytest.approx(multitest.multipletests(p, method="holm")[1])
+
+
+@LAW
 @given(only_a=st.integers(0, 60), only_b=st.integers(0, 60))
 def test_the_mid_p_value_counts_what_was_seen_by_half(only_a: int, only_b: int) -> None:
     a, b = np.repeat([1, 0], [only_a, only_b + 1]), np.repeat([0, 1, 0], [only_a, only_b, 1])
@@ -149,12 +157,6 @@ def test_the_mid_p_value_counts_what_was_seen_by_half(only_a: int, only_b: int) 
     # Fagerland et al. (2013), equation for the mid-p McNemar test.
     assert mid == pytest.approx(2 * binom.cdf(fewer - 1, n, 0.5) + binom.pmf(fewer, n, 0.5))
     assert mid <= exact or mid == pytest.approx(exact)
-
-
-def equals(rng: np.random.Generator, n: int, discordant: float) -> tuple[np.ndarray, np.ndarray]:
-    """Hits of two equally good classifiers of which just one is right on about this share of rows."""
-    both, coin, differ = rng.random(n) < 0.8, rng.random(n) < 0.5, rng.random(n) < discordant
-    return np.where(differ, coin, both), np.where(differ, ~coin, both)
 
 
 @pytest.mark.parametrize("n", [100, 1000])
@@ -257,13 +259,6 @@ def test_a_t_test_refuses() -> None:
     ):
         with pytest.raises(DataError, match=message):
             paired.corrected_t_test(a, b, *rows)
-
-
-def trained(rng: np.random.Generator, s: int, n: int, seeds: float, groups: np.ndarray | None = None) -> np.ndarray:
-    """Hits (2, s, n) of two equally good recipes whose seeds differ by this much, and whose favourite images differ."""
-    taste = rng.normal(0, 0.8, n) if groups is None else rng.normal(0, 0.8, groups.max() + 1)[groups]
-    easy, luck = rng.normal(1.6, 1.2, n), rng.normal(0, seeds, (2, s, 1))
-    return easy + np.array([0.5, -0.5])[:, None, None] * taste + luck + rng.normal(0, 1, (2, s, n)) > 0
 
 
 @pytest.mark.parametrize("seeds", [0.0, 0.3])

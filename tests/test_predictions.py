@@ -219,6 +219,14 @@ def test_object_arrays_are_refused_and_never_unpickled(tmp_path, name):
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.parametrize("header", ["{'descr': '<f4', 'shape': (2, 3", "{'descr': '<f4',\n   1\n  2: }"])
+def test_a_header_that_python_cannot_parse_is_refused(tmp_path, header):
+    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+    with zipfile.ZipFile(tmp_path / "p.npz", "w") as archive:
+        archive.writestr("probs.npy", content)
+    refuse(tmp_path / "p.npz", "damaged")
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_a_damaged_file_is_refused_or_unchanged(tmp_path_factory, data):

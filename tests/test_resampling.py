@@ -105,3 +105,15 @@ def test_few_draws_have_no_ends() -> None:
     for level in (0, 1, 95, np.nan):
         with pytest.raises(DataError, match="confidence level"):
             resampling.check_draws(level, 2000)
+
+
+def test_sums_over_drawn_units_have_the_same_law_for_few_kinds_of_units_and_many() -> None:
+    rng = np.random.default_rng(0)
+    kinds = rng.integers(0, 2, (2, 4000)).astype(float)
+    many = np.stack([kinds[0], np.arange(4000.0)])  # no two units alike: drawn one by one
+    for columns in (kinds, many):
+        sums = np.concatenate(list(resampling.column_sums(columns, 2000, 1)), axis=1)
+        assert sums.shape == (2, 2000)
+        share = columns[0].mean()
+        assert abs(sums[0].mean() - columns[0].sum()) < 4 * (4000 * share * (1 - share) / 2000) ** 0.5
+        assert abs(sums[0].std() / (4000 * share * (1 - share)) ** 0.5 - 1) < 0.06

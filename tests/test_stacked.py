@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from pools import draw_pool, scored
 
 from threefold import stacked
@@ -110,3 +111,34 @@ def test_an_overfitted_network_is_shrunk() -> None:
     assert loss[0] < loss[2] < loss[1]
     same, labels, _, _ = draw_pool("null", 0, n=100, test=1)
     assert ShrunkStackedEnsemble(64, epochs=100, lr=1e-2).fit(same, labels).share_ == 0
+
+
+def test_many_members_and_rows_are_fitted_in_short_to_a_network_of_the_same_form(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    probs, labels, new, truth = draw_pool("varied", 0, n=2000, test=1000, m=20)
+    monkeypatch.setattr(stacked, "ROWS", 2000)
+    monkeypatch.setattr(stacked, "STEPS", 30)
+    found = StackedEnsemble(512)
+    steps = list(found._batches(np.random.default_rng(0), 2000, short=True))
+    assert len(steps) == 30
+    assert sorted(np.concatenate(steps[:10])) == list(range(2000))
+    found.fit(probs, labels)
+    assert found.hidden_weight_.shape == (512, 200)
+    assert np.linalg.matrix_rank(found.hidden_weight_) == stacked.RANK
+    right = (found.predict(new) == truth).mean()
+    assert right > (MeanEnsemble().predict(new) == truth).mean() + 0.05
+    full = StackedEnsemble(512, epochs=1).fit(probs, labels)  # epochs that are asked for are epochs
+    assert np.linalg.matrix_rank(full.hidden_weight_) > stacked.RANK
+    with torch.inference_mode():
+        answer = found.to_module()(torch.tensor(new.swapaxes(0, 1))).numpy()
+    assert answer == pytest.approx(found.predict_proba(new), abs=1e-5)
+
+
+def test_the_papers_three_members_and_few_rows_are_never_fitted_in_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(StackedEnsemble, "_batches", lambda self, draw, n, short: seen.append(short) or iter(()))
+    for m, n in ((3, stacked.ROWS), (17, stacked.ROWS - 1), (17, stacked.ROWS)):
+        probs = np.full((m, n, 10), 0.1, np.float32)
+        StackedEnsemble(8).fit(probs, np.arange(n) % 10)
+    assert seen == [False, False, True]

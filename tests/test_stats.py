@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, bootstrap, t
 from sklearn import metrics
+from sklearn.calibration import calibration_curve
 
 from threefold import stats
 from threefold.errors import DataError
+from threefold.weighted import SCORES, score_value
 
 LAW = settings(max_examples=60, deadline=None)
 
@@ -31,6 +35,14 @@ def test_scores_equal_scikit_learns(data: tuple[np.ndarray, np.ndarray]) -> None
     numbers = np.arange(probs.shape[1])
     assert stats.accuracy(probs, labels) == pytest.approx(metrics.accuracy_score(labels, probs.argmax(1)), abs=1e-12)
     assert stats.log_loss(probs, labels) == pytest.approx(metrics.log_loss(labels, probs, labels=numbers), rel=1e-9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # answers that are no row's label
+        recall = metrics.balanced_accuracy_score(labels, probs.argmax(1))
+        assert stats.balanced_accuracy(probs, labels) == pytest.approx(recall)
+    if len(numbers) == 2:
+        assert stats.brier(probs, labels) == pytest.approx(
+            2 * metrics.brier_score_loss(labels, probs[:, 1], pos_label=1)
+        )
     one_hot = np.eye(len(numbers))[labels]
     assert stats.brier(probs, labels) == pytest.approx(((probs - one_hot) ** 2).sum(1).mean(), rel=1e-9)
     expected = metrics.confusion_matrix(labels, probs.argmax(1), labels=numbers)
@@ -55,6 +67,32 @@ def test_per_class_figures_equal_scikit_learns_and_are_none_where_undefined(
         for name, interval in (("recall", "interval"), ("precision", "precision_interval"), ("f1", "f1_interval")):
             low, high = entry[interval]
             assert (low, high) == (0, 1) if entry[name] is None else low <= entry[name] <= high
+
+
+@LAW
+@given(data=scored(), bins=st.integers(1, 20))
+def test_the_reliability_curve_is_scikit_learns_and_the_calibration_error_its_definition(
+    data: tuple[np.ndarray, np.ndarray], bins: int
+) -> None:
+    probs, labels = data
+    confidence, hits = probs.max(1), probs.argmax(1) == labels
+    curve = stats.reliability_curve(probs, labels, bins)
+    if 0 < hits.sum() < len(hits):  # scikit-learn's wants both kinds of rows
+        accuracy, middle = calibration_curve(hits, confidence, n_bins=bins)
+        assert curve.accuracy == pytest.approx(accuracy)
+        assert curve.confidence == pytest.approx(middle)
+    where = np.ceil(confidence * bins)  # Guo et al. (2017), equation 3: bins closed at their upper ends
+    gaps = [abs((confidence - hits)[where == b].sum()) for b in range(1, bins + 1)]
+    assert stats.ece(probs, labels, bins) == pytest.approx(sum(gaps) / len(labels))
+
+
+@LAW
+@given(n=st.integers(1, 500), share=st.floats(0, 1), level=st.floats(0.5, 0.999))
+def test_wilson_equals_statsmodels(n: int, share: float, level: float) -> None:
+    proportion = pytest.importorskip("statsmodels.stats.proportion")
+    correct = round(share * n)
+    expected = proportion.proportion_confint(correct, n, 1 - level, "wilson")
+    assert stats.wilson_interval(correct, n, level) == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_sure_miss_costs_the_floor_and_not_infinity() -> None:
@@ -279,3 +317,27 @@ def test_the_interval_of_f1_is_the_bootstraps_and_has_a_width_at_the_end() -> No
     sure = stats.per_class(np.eye(2)[[0] * 20 + [1] * 5], [0] * 20 + [1] * 5, ["a", "b"])
     assert [entry["f1"] for entry in sure] == [1, 1]
     assert sure[1]["f1_interval"][0] < sure[0]["f1_interval"][0] < 1
+
+
+@LAW
+@given(data=scored())
+def test_an_area_by_sorting_is_that_of_weighted_rows(data: tuple[np.ndarray, np.ndarray]) -> None:
+    probs, labels = data
+    tied = np.round(probs, 1) + 1e-3
+    tied /= tied.sum(1, keepdims=True)
+    for table in (probs, tied):
+        plain = SCORES["roc_auc"](table, labels, np.ones((len(labels), 1)))[0]
+        assert score_value("roc_auc", table, labels) == pytest.approx(plain, abs=1e-15, nan_ok=True)
+
+
+def test_a_table_of_scores_is_its_parts() -> None:
+    rng = np.random.default_rng(0)
+    probs, labels = rng.dirichlet(np.ones(4), 300), rng.integers(0, 4, 300)
+    entry = stats.score_table(probs, labels)
+    for name in ("accuracy", "log_loss", "ece", "brier", "balanced_accuracy", "macro_f1", "roc_auc"):
+        assert entry[name] == getattr(stats, name)(probs, labels)
+    assert entry["balanced_accuracy_interval"] == list(stats.bootstrap_interval("balanced_accuracy", probs, labels))
+    own = stats.bootstrap_interval(
+        SCORES["balanced_accuracy"], probs, labels, resamples=4000
+    )  # row by row, not by cells
+    assert entry["balanced_accuracy_interval"] == pytest.approx(own, abs=0.006)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,9 @@ SURFACE = {
     "fit": {"--out", "--budget", "--members", "--set", "--verbose"},
     "plan": {"--budget", "--members", "--set"},
     "train": {"--out", "--set", "--verbose"},
-    "ensemble": {"--method", "--members", "--top", "--json"},
+    "ensemble": {"--method", "--members", "--top", "--reopen-test", "--labels", "--classes", "--json", "--html"},
+    "evaluate": {"--members", "--labels", "--classes", "--json", "--html"},
+    "compare": {"--shared", "--labels", "--classes", "--json", "--html"},
     "export": {"--out", "--method", "--members"},
     "predict": {"--top", "--json", "--csv"},
     "serve": {"--host", "--port"},
@@ -123,12 +126,27 @@ def test_predict_names_bad_files_and_goes_on(finished: Run, tmp_path: Path) -> N
 def test_ensemble_on_a_run_and_on_foreign_predictions(finished: Run) -> None:
     found = runner.invoke(app, ["ensemble", str(finished.dir), "--method", "mean", "--method", "vote", "--json"])
     scores = json.loads(found.output)["scores"]
-    assert {(s["name"], s["rows"]) for s in scores} >= {("mean", "oof"), ("vote", "test")}
+    assert {(s["name"], s["rows"]) for s in scores} >= {("mean", "oof"), ("mean", "test"), ("vote", "oof")}
+    assert ("vote", "test") not in {
+        (s["name"], s["rows"]) for s in scores
+    }  # the test rows were opened once, without it
+    assert any("by train; not scored on them: vote" in line for line in json.loads(found.output)["warnings"])
     foreign = runner.invoke(
         app, ["ensemble", str(finished.dir / "oof.npz"), "--members", "plain,gated", "--method", "pruned"]
     )
     assert foreign.exit_code == 0
     assert "pruned" in foreign.output
+
+
+def test_test_rows_are_opened_again_only_when_asked_for_and_that_is_noted(finished: Run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished.dir, run)
+    before = json.loads((run / "ledger.json").read_text())["test_opened"]
+    assert [entry["by"] for entry in before] == ["train"]
+    found = runner.invoke(app, ["ensemble", str(run), "--method", "vote", "--reopen-test", "--json"])
+    assert ("vote", "test") in {(s["name"], s["rows"]) for s in json.loads(found.output)["scores"]}
+    after = json.loads((run / "ledger.json").read_text())["test_opened"]
+    assert [entry["by"] for entry in after] == ["train", "ensemble"]
 
 
 def test_the_authors_published_predictions_replay_through_the_command() -> None:

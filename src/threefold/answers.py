@@ -44,7 +44,7 @@ def find_images(sources: Iterable[str], listing: IO[str] | None = None) -> Itera
 
 
 def answer(model: Model, path: Path, top: int) -> dict[str, Any]:
-    """One image's answer: label, probability, the `top` classes, all probabilities.
+    """One image's answer: label, probability, the `top` classes, all probabilities; set and unknown where the file has them.
 
     Raises:
         DataError: the image cannot be read.
@@ -56,7 +56,19 @@ def answer(model: Model, path: Path, top: int) -> dict[str, Any]:
         "top": [{"label": model.classes[i], "probability": float(probs[0][i])} for i in order],
         "members": {name: model.classes[int(p.argmax())] for name, p in zip(model.members, members[0], strict=True)},
         "probs": [float(p) for p in probs[0]],
+        **({"set": model.sets_of(probs)[0]} if False in model.sets else {}),
+        **({"unknown": bool(model.unknown_of(probs)[0])} if model.unknown else {}),
     }  # fmt: skip
+
+
+def as_text(found: dict[str, Any], model: Model) -> str:
+    """An answer in one line: the likeliest classes, the set where the file has sets, and "unknown?" where it is."""
+    parts = [f"{found['image']}: " + ", ".join(f"{t['label']} {t['probability']:.1%}" for t in found["top"])]
+    if "set" in found:
+        parts.append(f"{100 * (1 - model.sets[False].alpha_):.4g}% set {{{', '.join(found['set'])}}}")
+    if found.get("unknown"):
+        parts.append("unknown?")
+    return "; ".join(parts)
 
 
 def write(stream: IO[str], errors: Console, model_path: Path, sources: Sequence[str], top: int, form: str) -> int:
@@ -80,7 +92,5 @@ def write(stream: IO[str], errors: Console, model_path: Path, sources: Sequence[
             del found["probs"]
             stream.write(json.dumps(found, ensure_ascii=False) + "\n")
         else:
-            stream.write(
-                f"{found['image']}: " + ", ".join(f"{t['label']} {t['probability']:.1%}" for t in found["top"]) + "\n"
-            )
+            stream.write(as_text(found, model) + "\n")
     return failed

@@ -12,8 +12,11 @@ import numpy as np
 
 from threefold.augment import view_counts
 from threefold.choice import simplest
-from threefold.files import read_arrays, write_json
+from threefold.files import read_arrays, read_json, write_json
+from threefold.ledger import FIT, SCORE, SELECT
+from threefold.optimism import Counts, optimism_entry
 from threefold.predictions import Predictions
+from threefold.recipe import Job
 from threefold.run import Run, stand_ins
 
 
@@ -25,21 +28,30 @@ def assemble(run: Run) -> None:
     """
     arrays = _read(run)
     oof, test = _out_of_fold(run, arrays), _on_test(run, arrays)
-    owner = np.full(len(run.sources.train), -1)
-    for fold, roles in run.roles.items():
-        if fold >= 0:
-            owner[roles.score] = fold
+    owner, roles = _who_saw(run)
     if run.recipe.views.choose:
         oof, test = _choose_views(run, oof, test, owner)
     names = tuple(m.name for m in run.recipe.members)
     common: dict[str, Any] = {"classes": run.sources.train.classes, "members": names, "protocol": run.recipe.protocol}
     for kind, data, probs in (("oof", run.sources.train, oof), ("test", run.sources.test, test)):
         if probs is not None and data is not None:
-            folds = owner if kind == "oof" else None
+            seen = {"folds": owner, "roles": roles} if kind == "oof" else {}
             rows = Predictions(
-                probs=probs[0], labels=data.labels, ids=data.ids, groups=data.groups, kind=kind, folds=folds, **common  # type: ignore[arg-type]
+                probs=probs[0], labels=data.labels, ids=data.ids, groups=data.groups, kind=kind, **seen, **common  # type: ignore[arg-type]
             )  # fmt: skip
             rows.save(run.dir / f"{kind}.npz")
+
+
+def _who_saw(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """The fold that answers each row (n,), and what each fold's networks do with it (f, n)."""
+    folds = {fold: roles for fold, roles in run.roles.items() if fold >= 0}
+    owner = np.full(len(run.sources.train), -1)
+    table = np.zeros((len(folds), len(owner)), np.int8)
+    for fold, roles in folds.items():
+        owner[roles.score] = fold
+        for rows, bit in ((roles.fit, FIT), (roles.select, SELECT), (roles.score, SCORE)):
+            table[fold, rows] += bit
+    return owner, table
 
 
 Saved = dict[tuple[str, int], dict[str, np.ndarray]]
@@ -103,15 +115,67 @@ def _choose_views(
     assert probs is not None
     hits = probs[:, index].mean(1).argmax(-1) == data.labels
     final = simplest(list(hits))
-    kept = None
+    kept, line = None, []
     if oof is not None:
         kept = np.empty_like(oof[:1])
         for fold in np.unique(owner):
             mine = owner == fold
             kept[:, :, mine] = oof[simplest(list(hits[:, ~mine])).chosen][:, mine]
+        honest = kept[0, index].mean(0).argmax(-1) == data.labels
+        told, rows = f"the number of views, {counts[final.chosen]}", ("oof rows", "oof rows, cross-fitted")
+        pair = Counts.of(hits[final.chosen]), Counts.of(honest)
+        line = [optimism_entry("views", told, *pair, data.groups, rows=rows)]
     write_json(run.dir / "views.json", {
         "views": counts[final.chosen], "chosen_on": "out-of-fold rows" if oof is not None else "the scored rows",
         "accuracy": {str(count): float(row.mean()) for count, row in zip(counts, hits, strict=True)},
-        "best": counts[final.best], "standard_error": final.error,
+        "best": counts[final.best], "standard_error": final.error, "optimism": line,
     })  # fmt: skip
     return kept, test[[final.chosen]] if test is not None else None
+
+
+def choices_optimism(run: Run) -> list[dict[str, Any]]:
+    """The optimism meter's lines for checkpoints, stages and views of a run whose jobs are done; none under `paper`.
+
+    Select rows and score rows are other images in each fold, so a difference is that of two samples, both drawn anew.
+    """
+    jobs = [run.folder(job) / "choice.npz" for job in run.jobs]
+    if run.recipe.protocol == "paper" or not all(path.exists() for path in jobs):
+        return []
+    lines = [line for line in (_checkpoints(run), _stages(run)) if line]
+    path = run.dir / "views.json"
+    return lines + (read_json(path)["optimism"] if run.recipe.views.choose and path.exists() else [])
+
+
+def _tally(run: Run, last: bool) -> tuple[Counts, Counts]:
+    """Right answers of all members on their select rows and score rows, by image; after the last stage or the first."""
+    columns = np.zeros((4, len(run.sources.train)))
+    for member in run.recipe.members:
+        stages = run.recipe.stages_of(member.name)
+        for fold, roles in run.roles.items():
+            if fold < 0 or (member.folds and fold not in member.folds):
+                continue
+            job = Job(member.name, fold, stages[-1 if last else 0].name)
+            arrays = read_arrays(run.folder(job) / "choice.npz")
+            for at, rows, hits in ((0, roles.select, arrays["select"]), (2, roles.score, arrays["score"])):
+                columns[at, rows] += hits
+                columns[at + 1, rows] += 1
+    return Counts(*columns[:2]), Counts(*columns[2:])
+
+
+_ROLES = ("select rows", "score rows")
+
+
+def _checkpoints(run: Run) -> dict[str, Any]:
+    told = "the best epoch and stage of every network"
+    return optimism_entry("checkpoint", told, *_tally(run, last=True), run.sources.train.groups, rows=_ROLES)
+
+
+def _stages(run: Run) -> dict[str, Any] | None:
+    """What later stages promised on the select rows, added to what the first reached on the score rows, against the truth."""
+    if all(len(run.recipe.stages_of(m.name)) < 2 for m in run.recipe.members):
+        return None
+    (select, score), (select_first, score_first) = _tally(run, last=True), _tally(run, last=False)
+    scale = score.answers.sum() / select.answers.sum()
+    promised = Counts(score_first.right + scale * (select.right - select_first.right), score.answers)
+    told = "which later stages to keep"
+    return optimism_entry("stage", told, promised, score, run.sources.train.groups, rows=_ROLES)

@@ -29,6 +29,9 @@ from threefold.predictions import Predictions, check_probs
 NEAR: Final = 0.01
 """Largest distance, 1 - correlation, of near copies (see `find_duplicates`)."""
 
+LISTED: Final = 100
+"""Suspects and pairs of copies in results.json; a CSV file has every suspect."""
+
 _SIDE: Final = 32
 """Pixels of the grey square that is compared."""
 
@@ -121,6 +124,27 @@ def find_suspects(
     quality, top = ensemble[np.arange(len(labels)), predictions.labels], ensemble.argmax(-1)
     rows = [row for row in np.argsort(quality, kind="stable") if flagged[row] and top[row] != predictions.labels[row]]
     return [_suspect(predictions, int(row), int(top[row]), ensemble[row]) for row in rows[:limit]]
+
+
+def list_suspects(predictions: Predictions, probs: npt.ArrayLike | None = None) -> tuple[list[Suspect], str]:
+    """`find_suspects`, or none and why: cleanlab is an extra."""
+    try:
+        return find_suspects(predictions, probs=probs), ""
+    except RunError as error:
+        return [], str(error)
+
+
+def audit_tree(suspects: Sequence[Suspect], missing: str) -> dict[str, Any]:
+    """The audit as plain values for results.json and pages: the first LISTED suspects, how many there are, why there is none."""
+    listed = [suspect._asdict() for suspect in suspects[:LISTED]]
+    return {
+        "suspects": listed,
+        "n_suspects": len(suspects),
+        "file": "",
+        "missing": missing,
+        "warnings": [],
+        "duplicates": None,
+    }
 
 
 def _suspect(predictions: Predictions, row: int, top: int, probs: np.ndarray) -> Suspect:
@@ -250,17 +274,19 @@ def duplicate_warnings(duplicates: Duplicates) -> list[str]:
     """What the pairs mean for honest scores, in plain words; empty where there is nothing to say."""
     if not duplicates.found:
         return []
-    pairs = duplicates.pairs
-    listed = "" if len(pairs) == duplicates.found else f", counted among the closest {len(pairs)}"
-    notes = [f"{duplicates.found} pairs of images are equal or nearly so; look at them: near is not always the same"]
-    across = [f"{pair.a} = {pair.b}" for pair in pairs if pair.same_part is False]
-    if across:
-        notes.append(
-            f"{len(across)} of these pairs are in two folds or splits{listed}, which makes scores too good: {_some(across)}"
-        )
-    differ = [f"{pair.a} = {pair.b}" for pair in pairs if pair.same_label is False]
-    if differ:
-        notes.append(f"{len(differ)} of these pairs have two labels{listed}: {_some(differ)}")
+    pairs, notes = duplicates.pairs, []
+    equal, listed = [p for p in pairs if p.distance == 0], "" if len(pairs) == duplicates.found else " of those listed"
+    near = [p for p in pairs if p.distance > 0]
+    for what, some, meant in (
+        (f"{len(equal)} pairs of images are equal", equal, "which makes scores too good"),
+        (f"{duplicates.found - len(equal)} pairs of images look nearly the same, which need not be copies", near, "look at them"),
+    ):  # fmt: skip
+        if some:
+            across = [f"{p.a} = {p.b}" for p in some if p.same_part is False]
+            differ = [f"{p.a} = {p.b}" for p in some if p.same_label is False]
+            told = [f"{len(across)}{listed} are in two folds or splits, {meant}: {_some(across)}"] if across else []
+            told += [f"{len(differ)}{listed} have two labels: {_some(differ)}"] if differ else []
+            notes.append("; ".join([what, *told]))
     return notes
 
 

@@ -1,110 +1,275 @@
 """Calibration: probabilities (n, k) that mean what they say, fitted on rows that no model has seen.
 
-Temperature and vector scaling (Guo et al. 2017, "On calibration of modern neural networks", section 4.2), the choice among
-none, temperature and vector, and the temperature of an average of fold models, which out-of-fold rows alone do not
-tell. Imports no torch until a module is asked for.
+The choice among none, temperature and vector scaling, cross-fitted; and the temperature of an average of fold models,
+which out-of-fold rows alone do not tell. The scalings themselves are in `scaling`, and can be imported from here.
+Imports no torch until a module is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize, minimize_scalar
-from scipy.special import log_softmax, logsumexp, softmax
+from scipy.special import logsumexp, softmax
 
+from threefold.crossfit import stratified_parts
 from threefold.errors import DataError
 from threefold.predictions import FLOOR, check_labels, check_probs
+from threefold.scaling import (
+    HIGHEST,
+    LOWEST,
+    SHRINKAGE,
+    TemperatureModule,
+    VectorModule,
+    VectorScaling,
+    apply_temperature,
+    apply_vector,
+    as_scaling,
+    best_temperature,
+    fit_temperature,
+    fit_temperatures,
+    fit_vector,
+    floored_logs,
+    scaling_from_state,
+    scaling_state,
+)
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
-LOWEST: Final = 0.05
-"""Smallest temperature that is fitted."""
+__all__ = [
+    "HIGHEST",
+    "LOWEST",
+    "METHODS",
+    "SHRINKAGE",
+    "Calibration",
+    "TemperatureModule",
+    "VectorModule",
+    "VectorScaling",
+    "apply_temperature",
+    "apply_vector",
+    "as_scaling",
+    "choose_calibration",
+    "fit_averaged_temperature",
+    "fit_calibration",
+    "fit_temperature",
+    "fit_vector",
+    "saved_calibration",
+    "scaling_from_state",
+    "scaling_state",
+]
 
-HIGHEST: Final = 20.0
-"""Largest temperature that is fitted."""
+Method = Literal["none", "temperature", "vector"]
 
-SHRINKAGE: Final = 10.0
-"""Weight of the pull of vector scaling towards temperature scaling, in rows for each class."""
-
-_PARTS: Final = 5
-"""Parts of a cross-fit where the caller has no folds."""
-
-_FEWEST: Final = 1e-3
-"""Smallest scale of a class, as a share of the temperature's: a scale of 0 or below would turn a class around."""
-
-
-class VectorScaling(NamedTuple):
-    """Scale and bias of each class, both (k,): softmax(scale * log(probs) + bias)."""
-
-    scale: np.ndarray
-    bias: np.ndarray
+METHODS: Final[tuple[Method, ...]] = get_args(Method)
+"""Ways to calibrate, the simplest first."""
 
 
 class Calibration(NamedTuple):
-    """A chosen calibration.
+    """A fitted calibration.
 
     Attributes:
         name: none, temperature or vector.
         scaling: the same as scale and bias for each class; a temperature T is the scale 1 / T and the bias 0.
-        probs: (n, k), what the choice was made on: every row calibrated by what was fitted on other rows.
+        probs: (n, k) float64, every row calibrated by what was fitted on other rows; (0, k) where it was read from a file.
         reason: why this one, in words.
     """
 
-    name: str
+    name: Method
     scaling: VectorScaling
     probs: np.ndarray
     reason: str
 
+    @property
+    def temperature(self) -> float | None:
+        """The temperature, 1 without a calibration; None for vector scaling, which has no single one."""
+        return None if self.name == "vector" else float(1 / self.scaling.scale[0])
 
-def fit_temperature(probs: npt.ArrayLike, labels: npt.ArrayLike) -> float:
-    """The T in 0.05..20 that minimises the log loss of softmax(log(probs) / T) (Guo et al. 2017); probs (n, k).
+    def apply(self, probs: npt.ArrayLike) -> np.ndarray:
+        """Calibrated probabilities (n, k) float64; with the name none, as they are.
+
+        Raises:
+            DataError: probabilities are not usable, or of other classes.
+        """
+        if self.name == "none":
+            return check_probs(probs, 2).astype(np.float64)
+        return apply_vector(probs, self.scaling)
+
+    def to_module(self) -> nn.Module:
+        """The same as a torch module, (b, k) to (b, k), for `pipeline.Combiner`."""
+        from torch import nn
+
+        if self.temperature is None:
+            return VectorModule(self.scaling)
+        return nn.Identity() if self.name == "none" else TemperatureModule(self.temperature)
+
+    def state(self) -> dict[str, Any]:
+        """What results.json and a model card need, as plain values: name, temperature, scale, bias, reason."""
+        told = {"name": self.name, "temperature": self.temperature, **scaling_state(self.scaling)}
+        return {**told, "reason": self.reason}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """The calibration whose `state` this is, without the probabilities that it was chosen on.
+
+        Raises:
+            DataError: a value is missing or cannot be.
+        """
+        scaling, name = scaling_from_state(state), state.get("name")
+        if name not in METHODS:
+            raise DataError("not the state of a calibration", expected=" or ".join(METHODS), got=name)
+        return cls(name, scaling, np.empty((0, len(scaling.scale))), str(state.get("reason", "")))
+
+
+def saved_calibration(results: Mapping[str, Any], k: int) -> Calibration:
+    """The calibration in results.json: its "calibration", or the "temperature" alone that older runs have.
 
     Raises:
-        DataError: probabilities or labels are not usable.
+        DataError: neither is there, or it is of other classes than k.
     """
+    if "calibration" in results:
+        found = Calibration.from_state(results["calibration"])
+    elif results.get("temperature"):
+        scaling = as_scaling(float(results["temperature"]), k)
+        found = Calibration("temperature", scaling, np.empty((0, k)), "the only calibration of this run's version")
+    else:
+        raise DataError("no calibration in the results", expected='"calibration" or "temperature"')
+    if len(found.scaling.scale) != k:
+        raise DataError("the calibration is of other classes", expected=f"{k} classes", got=len(found.scaling.scale))
+    return found
+
+
+def fit_calibration(
+    name: str,
+    probs: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    folds: npt.ArrayLike | None = None,
+    groups: Sequence[str] | None = None,
+) -> Calibration:
+    """A calibration fitted on all rows, with every row calibrated by what was fitted on other rows.
+
+    Args:
+        name: none, temperature, vector, or auto = the choice of `choose_calibration`.
+        probs: (n, k) out-of-fold probabilities.
+        labels: (n,).
+        folds: (n,) part of each row; None = five parts, with classes or whole groups spread over them.
+        groups: (n,) what must stay in one part where `folds` is None.
+
+    Raises:
+        DataError: the name is unknown, probabilities, labels, folds or groups are not usable, or the rows make fewer
+            than two parts.
+    """
+    if name == "auto":
+        return choose_calibration(probs, labels, folds, groups)
+    if name not in METHODS:
+        raise DataError("unknown calibration", expected=", ".join((*METHODS, "auto")), got=name)
+    array, truth, part = _checked(probs, labels, folds, groups)
+    if name == "temperature":
+        return _temperature(array, truth, part)
+    crossed = _crossed((name,), array, truth, part)[name]
+    return Calibration(name, _fits((name,), array, truth)[name], crossed, "named by the recipe")
+
+
+def _temperature(probs: np.ndarray, labels: np.ndarray, part: np.ndarray) -> Calibration:
+    """Temperature scaling, its fits on the parts' rests from that on all rows."""
+    whole, apart = fit_temperatures(probs, labels, part)
+    crossed = np.empty(probs.shape)
+    for value, temperature in apart.items():
+        crossed[part == value] = apply_temperature(probs[part == value], temperature)
+    return Calibration("temperature", as_scaling(whole, probs.shape[1]), crossed, "named by the recipe")
+
+
+def choose_calibration(
+    probs: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    folds: npt.ArrayLike | None = None,
+    groups: Sequence[str] | None = None,
+) -> Calibration:
+    """None, temperature or vector: the simplest whose log loss is within one standard error of the best, cross-fitted.
+
+    The standard error is that of the paired difference in log loss, row by row, or group by group (Breiman et al. 1984,
+    section 3.4.3, for the rule).
+
+    Args:
+        probs: (n, k) out-of-fold probabilities.
+        labels: (n,).
+        folds: (n,) part of each row; None = five parts, with classes or whole groups spread over them.
+        groups: (n,) rows that are not independent of each other.
+
+    Raises:
+        DataError: probabilities, labels, folds or groups are not usable, or the rows make fewer than two parts.
+    """
+    array, truth, part = _checked(probs, labels, folds, groups)
+    unit = np.arange(len(truth)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    if unit.shape != truth.shape:
+        raise DataError("groups do not match the labels", expected=len(truth), got=len(unit))
+    crossed = _crossed(METHODS, array, truth, part)
+    losses = {name: -np.log(np.maximum(p[np.arange(len(p)), truth], FLOOR)) for name, p in crossed.items()}
+    name, reason = _simplest(losses, unit)
+    return Calibration(name, _fits(METHODS, array, truth)[name], crossed[name], reason)
+
+
+def _checked(
+    probs: npt.ArrayLike, labels: npt.ArrayLike, folds: npt.ArrayLike | None, groups: Sequence[str] | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Probabilities (n, k), labels (n,) and the part of each row (n,)."""
     array = check_probs(probs, 2)
     truth = check_labels(labels, *array.shape)
-
-    logs = np.log(np.maximum(array.astype(np.float64), FLOOR))
-    logs -= logs.max(1, keepdims=True)
-    hits = logs[np.arange(len(truth)), truth]
-    most = -np.log(np.finfo(np.float64).tiny)
-
-    def loss(temperature: float) -> float:
-        return float(np.minimum(np.log(np.exp(logs / temperature).sum(1)) - hits / temperature, most).mean())
-
-    return _best_temperature(loss)
+    part = np.asarray(folds) if folds is not None else stratified_parts(truth, groups)
+    if part.shape != truth.shape:
+        raise DataError("folds have the wrong shape", expected=f"({len(truth)},), one per row", got=part.shape)
+    if len(np.unique(part)) < 2:
+        raise DataError("rows cannot be cross-fitted", expected="two parts at least", got="all rows in one")
+    return array, truth, part
 
 
-def apply_temperature(probs: npt.ArrayLike, temperature: float) -> np.ndarray:
-    """softmax(log(probs) / temperature), (n, k) float64; probabilities below FLOOR count as FLOOR.
+def _simplest(losses: dict[Method, np.ndarray], unit: np.ndarray) -> tuple[Method, str]:
+    """The first of the candidates within one standard error of the smallest loss, and why."""
+    best = min(losses, key=lambda name: losses[name].mean())
+    for name, mine in losses.items():
+        difference = mine - losses[best]
+        error = _standard_error(difference, unit)
+        if name == best or difference.mean() <= error:
+            break
+    least = f"log loss {losses[best].mean():.4f} cross-fitted"
+    if name == best:
+        rest = "and the simplest" if name == next(iter(losses)) else "nothing simpler comes within one standard error"
+        return name, f"the best, {least}; {rest}"
+    return name, f"{losses[name].mean():.4f}, within one standard error ({error:.4f}) of {best}, {least}, and simpler"
 
-    Raises:
-        DataError: probabilities are not usable, or the temperature is not above 0.
-    """
-    _check_temperature(temperature)
-    return np.asarray(softmax(_logs(check_probs(probs, 2)) / temperature, axis=-1))
+
+def _standard_error(values: np.ndarray, unit: np.ndarray) -> float:
+    """Standard error of a mean whose rows are independent only between units."""
+    sums = np.bincount(unit, values - values.mean())
+    return float(np.sqrt((sums**2).sum()) / len(values))
 
 
-def TemperatureModule(temperature: float) -> nn.Module:
-    """`apply_temperature` as a torch module, (b, k) to (b, k); a function, so that importing this needs no torch.
+def _fits(names: Sequence[Method], probs: np.ndarray, labels: np.ndarray) -> dict[Method, VectorScaling]:
+    """Each calibration fitted on these rows; vector scaling starts from the temperature, which is fitted once."""
+    k = probs.shape[1]
+    found: dict[Method, VectorScaling] = {"none": as_scaling(1.0, k)}
+    if set(names) - {"none"}:
+        temperature = fit_temperature(probs, labels)
+        found["temperature"] = as_scaling(temperature, k)
+        if "vector" in names:
+            found["vector"] = fit_vector(probs, labels, temperature=temperature)
+    return found
 
-    Raises:
-        DataError: the temperature is not above 0.
-    """
-    import torch
 
-    _check_temperature(temperature)
-
-    class Temperature(torch.nn.Module):
-        def forward(self, probs: Tensor) -> Tensor:
-            return (probs.clamp(min=FLOOR).log() / temperature).softmax(-1)
-
-    return Temperature()
+def _crossed(
+    names: Sequence[Method], probs: np.ndarray, labels: np.ndarray, part: np.ndarray
+) -> dict[Method, np.ndarray]:
+    """Probabilities (n, k) by each calibration, where each row is calibrated by what was fitted on other parts."""
+    answers = {name: probs.astype(np.float64) for name in names}
+    fitted = [name for name in names if name != "none"]
+    for value in np.unique(part) if fitted else ():
+        held = part == value
+        scalings = _fits(fitted, probs[~held], labels[~held])
+        for name in fitted:
+            answers[name][held] = apply_vector(probs[held], scalings[name])
+    return answers
 
 
 def fit_averaged_temperature(
@@ -151,8 +316,8 @@ def fit_averaged_temperature(
     folds = check_probs(fold_probs, 3)
     answer = check_probs(folds.mean(0, dtype=np.float64) if answers is None else answers, 2)
     _check_folds(array, folds, answer, answers is not None, averaged)
-    single, z = _logs(array), _logs(folds)
-    mean, final = z.mean(0), _logs(answer)
+    single, z = floored_logs(array), floored_logs(folds)
+    mean, final = z.mean(0), floored_logs(answer)
     hit = float(single[np.arange(len(truth)), truth].mean())
 
     def fitted(logs: np.ndarray, gap: float) -> float:
@@ -160,7 +325,7 @@ def fit_averaged_temperature(
             softened = logsumexp(logs / t, axis=-1).mean() - logsumexp(z / t, axis=-1).mean()
             return float(logsumexp(single / t, axis=-1).mean() + softened - (hit + gap) / t)
 
-        return _best_temperature(loss)
+        return best_temperature(loss)
 
     posterior = softmax(mean / fitted(mean, 0.0), axis=-1)
     temperature = fitted(final, float((posterior * (final - mean)).sum(-1).mean()))
@@ -169,198 +334,6 @@ def fit_averaged_temperature(
     alone = fit_temperature(array, truth)
     step = (1 - 1 / averaged) / (1 - 1 / len(folds))
     return float(np.clip(alone + (temperature - alone) * step, LOWEST, HIGHEST))
-
-
-def fit_vector(probs: npt.ArrayLike, labels: npt.ArrayLike, shrinkage: float = SHRINKAGE) -> VectorScaling:
-    """Scale and bias of each class that minimise the log loss (vector scaling, Guo et al. 2017), pulled to temperature.
-
-    The penalty is shrinkage / 2 * sum(bias ** 2 + (scale * T - 1) ** 2) on the summed log loss, with T from
-    `fit_temperature`: a class with few rows stays near the temperature, and with a large shrinkage all do. The problem
-    is convex, so the result does not depend on a start. Scales stay above 0.
-
-    Raises:
-        DataError: probabilities or labels are not usable, or the shrinkage is not above 0.
-    """
-    array = check_probs(probs, 2)
-    n, k = array.shape
-    truth = check_labels(labels, n, k)
-    if not 0 < shrinkage < np.inf:
-        raise DataError("the shrinkage of vector scaling is a number above 0", got=shrinkage)
-    temperature = fit_temperature(array, truth)
-    z = _logs(array) / temperature
-
-    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        scale, bias = parameters.reshape(2, k)
-        logs = log_softmax(scale * z + bias, axis=-1)
-        error = np.exp(logs)
-        error[np.arange(n), truth] -= 1
-        value = -logs[np.arange(n), truth].sum() + shrinkage / 2 * (bias @ bias + (scale - 1) @ (scale - 1))
-        slope = np.concatenate([(error * z).sum(0) + shrinkage * (scale - 1), error.sum(0) + shrinkage * bias])
-        return value / n, slope / n
-
-    start = np.concatenate([np.ones(k), np.zeros(k)])
-    bounds = [(_FEWEST, None)] * k + [(None, None)] * k
-    scale, bias = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x.reshape(2, k)
-    return VectorScaling(scale / temperature, bias)
-
-
-def apply_vector(probs: npt.ArrayLike, scaling: VectorScaling) -> np.ndarray:
-    """softmax(scale * log(probs) + bias), (n, k) float64; probabilities below FLOOR count as FLOOR.
-
-    Raises:
-        DataError: probabilities are not usable, or of another number of classes than the scaling.
-    """
-    array = check_probs(probs, 2)
-    scale, bias = _check_scaling(scaling)
-    if len(scale) != array.shape[1]:
-        raise DataError("the scaling is of other classes", expected=f"{len(scale)} classes", got=array.shape[1])
-    return np.asarray(softmax(_logs(array) * scale + bias, axis=-1))
-
-
-def VectorModule(scaling: VectorScaling) -> nn.Module:
-    """`apply_vector` as a torch module, (b, k) to (b, k); scale and bias are buffers.
-
-    Raises:
-        DataError: the scaling is not usable.
-    """
-    import torch
-
-    scale, bias = _check_scaling(scaling)
-
-    class Vector(torch.nn.Module):
-        scale: Tensor
-        bias: Tensor
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
-            self.register_buffer("bias", torch.tensor(bias, dtype=torch.float32))
-
-        def forward(self, probs: Tensor) -> Tensor:
-            return (probs.clamp(min=FLOOR).log() * self.scale + self.bias).softmax(-1)
-
-    return Vector()
-
-
-def as_scaling(temperature: float, k: int, scaling: VectorScaling | None = None) -> VectorScaling:
-    """A temperature for k classes as a scaling; after another scaling, where one is given.
-
-    Raises:
-        DataError: the temperature is not above 0, or the scaling is of other classes.
-    """
-    _check_temperature(temperature)
-    scale, bias = _check_scaling(scaling or VectorScaling(np.ones(k), np.zeros(k)))
-    if len(scale) != k:
-        raise DataError("the scaling is of other classes", expected=f"{k} classes", got=len(scale))
-    return VectorScaling(scale / temperature, bias / temperature)
-
-
-_METHODS: Final[dict[str, Callable[[np.ndarray, np.ndarray], VectorScaling]]] = {
-    "none": lambda probs, _: as_scaling(1.0, probs.shape[1]),
-    "temperature": lambda probs, labels: as_scaling(fit_temperature(probs, labels), probs.shape[1]),
-    "vector": fit_vector,
-}
-"""Ways to calibrate, the simplest first."""
-
-
-def choose_calibration(
-    probs: npt.ArrayLike,
-    labels: npt.ArrayLike,
-    folds: npt.ArrayLike | None = None,
-    groups: Sequence[str] | None = None,
-) -> Calibration:
-    """None, temperature or vector: the simplest whose log loss is within one standard error of the best, cross-fitted.
-
-    The standard error is that of the paired difference in log loss, row by row, or group by group (Breiman et al. 1984,
-    section 3.4.3, for the rule).
-
-    Args:
-        probs: (n, k) out-of-fold probabilities.
-        labels: (n,).
-        folds: (n,) part of each row; None = five parts, with classes or whole groups spread over them.
-        groups: (n,) rows that are not independent of each other.
-
-    Raises:
-        DataError: probabilities, labels, folds or groups are not usable, or the rows make fewer than two parts.
-    """
-    array = check_probs(probs, 2)
-    truth = check_labels(labels, *array.shape)
-    unit = np.arange(len(truth)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    if unit.shape != truth.shape:
-        raise DataError("groups do not match the labels", expected=len(truth), got=len(unit))
-    part = np.asarray(folds) if folds is not None else _parts(truth, None if groups is None else unit)
-    if part.shape != truth.shape:
-        raise DataError("folds have the wrong shape", expected=f"({len(truth)},), one per row", got=part.shape)
-    if len(np.unique(part)) < 2:
-        raise DataError("rows cannot be cross-fitted", expected="two parts at least", got="all rows in one")
-    crossed = {name: _crossed(fit, array, truth, part) for name, fit in _METHODS.items()}
-    losses = {name: -np.log(np.maximum(p[np.arange(len(p)), truth], FLOOR)) for name, p in crossed.items()}
-    name, reason = _simplest(losses, unit)
-    return Calibration(name, _METHODS[name](array, truth), crossed[name], reason)
-
-
-def _simplest(losses: dict[str, np.ndarray], unit: np.ndarray) -> tuple[str, str]:
-    """The first of the candidates within one standard error of the smallest loss, and why."""
-    best = min(losses, key=lambda name: losses[name].mean())
-    for name, mine in losses.items():
-        difference = mine - losses[best]
-        error = _standard_error(difference, unit)
-        if name == best or difference.mean() <= error:
-            break
-    least = f"log loss {losses[best].mean():.4f} cross-fitted"
-    if name == best:
-        rest = "and the simplest" if name == next(iter(losses)) else "nothing simpler comes within one standard error"
-        return name, f"the best, {least}; {rest}"
-    return name, f"{losses[name].mean():.4f}, within one standard error ({error:.4f}) of {best}, {least}, and simpler"
-
-
-def _standard_error(values: np.ndarray, unit: np.ndarray) -> float:
-    """Standard error of a mean whose rows are independent only between units."""
-    sums = np.bincount(unit, values - values.mean())
-    return float(np.sqrt((sums**2).sum()) / len(values))
-
-
-def _crossed(
-    fit: Callable[[np.ndarray, np.ndarray], VectorScaling], probs: np.ndarray, labels: np.ndarray, part: np.ndarray
-) -> np.ndarray:
-    """Probabilities (n, k) where each row is calibrated by what was fitted on other parts."""
-    answer = np.empty(probs.shape)
-    for value in np.unique(part):
-        held = part == value
-        answer[held] = apply_vector(probs[held], fit(probs[~held], labels[~held]))
-    return answer
-
-
-def _parts(labels: np.ndarray, unit: np.ndarray | None) -> np.ndarray:
-    """Part number (n,): classes spread evenly, or groups kept whole."""
-    rng = np.random.default_rng(0)
-    if unit is not None:
-        return np.asarray((rng.permutation(unit.max() + 1) % _PARTS)[unit])
-    part = np.empty(len(labels), dtype=np.int64)
-    part[np.lexsort((rng.random(len(labels)), labels))] = np.arange(len(labels)) % _PARTS
-    return part
-
-
-def _best_temperature(loss: Callable[[float], float]) -> float:
-    """The temperature of least loss, searched on a logarithmic scale."""
-    found = minimize_scalar(lambda log: loss(float(np.exp(log))), bounds=np.log((LOWEST, HIGHEST)), method="bounded")
-    return float(np.exp(found.x))
-
-
-def _logs(probs: np.ndarray) -> np.ndarray:
-    return np.asarray(np.log(np.maximum(probs.astype(np.float64), FLOOR)))
-
-
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise DataError("a temperature is above 0", got=temperature)
-
-
-def _check_scaling(scaling: VectorScaling) -> tuple[np.ndarray, np.ndarray]:
-    scale, bias = (np.asarray(part, dtype=np.float64) for part in scaling)
-    if scale.ndim != 1 or scale.shape != bias.shape or not (np.isfinite(scale) & np.isfinite(bias)).all():
-        raise DataError("a scaling is two lists of finite numbers, one each per class", got=(scale.shape, bias.shape))
-    return scale, bias
 
 
 def _check_folds(oof: np.ndarray, folds: np.ndarray, answer: np.ndarray, given: bool, averaged: int | None) -> None:

@@ -1,65 +1,59 @@
-"""The report's charts: inline SVG in the page's colours (CSS variables), so that one chart serves light and dark."""
+"""The charts of the report and of the page about saved predictions, as inline SVG.
+
+Every function gives an SVG element in the colours of the page. Scores are drawn as given; nothing is computed here but the points
+of the reliability curve, and where dots are set so that they do not hide each other.
+"""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
+from scipy.optimize import isotonic_regression
 
 from threefold import stats
+from threefold.svg import ACCENT, INK, LINE, SOFT, draw_svg, percent_ticks, short_name
 
-# Drawn in these stand-in colours, which become the page's variables in the finished SVG.
-_INK, _SOFT, _LINE, _ACCENT = "#010203", "#040506", "#070809", "#0a0b0c"
-_VARIABLES = {_INK: "var(--ink)", _SOFT: "var(--soft)", _LINE: "var(--line)", _ACCENT: "var(--accent)"}
-_STYLE: Any = {  # Any: newer matplotlib types the keys, older does not
-    "svg.fonttype": "none",
-    "svg.hashsalt": "threefold",
-    "text.parse_math": False,
-    "font.size": 9.0,
-    "text.color": _INK,
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _SOFT,
-    "xtick.color": _SOFT,
-    "ytick.color": _SOFT,
-    "grid.color": _LINE,
-    "grid.linewidth": 0.6,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-}
+LINES = 24
+"""Scores with a line of their own; the members beyond them share one."""
+WIDTH = 5.6
+"""Inches of a chart over the whole width: its 9 point letters can still be read on a telephone, and are not huge on a screen."""
 _BINS = 10
+_DASHED: Any = (0, (3, 3))
 _Array = np.ndarray[Any, Any]
+_Score = Mapping[str, Any]
 
 
-def score_dots(scores: Sequence[Mapping[str, Any]]) -> Markup:
+def score_dots(scores: Sequence[_Score], most: int = LINES) -> Markup:
     """Accuracy and interval of every ensemble and member, in the order given.
 
     Args:
         scores: entries of results.json's `scores`. Those on the same rows as the first get full dots, the others rings.
+        most: of more names than this, the last ones share one line without intervals.
     """
-    names = list(dict.fromkeys(s["name"] for s in scores))
+    keys = list(dict.fromkeys((s["kind"], s["name"]) for s in scores))
+    alone = keys if len(keys) <= most else keys[: most - 1]
+    names = [short_name(name) for _, name in alone]
+    if len(keys) > len(alone):
+        names.append(f"{len(keys) - len(alone)} others")
 
     def draw(axes: Axes) -> None:
         for score in scores:
-            _draw_score(axes, score, names.index(score["name"]), score["rows"] == scores[0]["rows"])
-        axes.set_yticks(range(len(names)), names)
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.tick_params(axis="y", length=0, labelcolor=_INK)
-        axes.spines["left"].set_visible(False)
-        axes.xaxis.set_major_formatter(_percent_ticks())
+            main, key = score["rows"] == scores[0]["rows"], (score["kind"], score["name"])
+            if key in alone:
+                _draw_score(axes, score, alone.index(key), main)
+            elif main:
+                axes.plot(score["accuracy"], len(alone), "o", color=SOFT, markersize=4, alpha=0.6)
+        _name_lines(axes, names)
+        axes.xaxis.set_major_formatter(percent_ticks())
         axes.set_xlabel("share of images answered right")
-        axes.grid(axis="x")
 
-    return _svg(draw, (6.6, 0.8 + 0.36 * len(names)), "Accuracy of every ensemble and member, with its interval")
+    height = 0.8 + (0.36 if len(names) <= 16 else 0.28) * len(names)
+    return draw_svg(draw, (WIDTH, height), "Accuracy of every ensemble and member, with its interval")
 
 
 def learning_curve(name: str, stages: Sequence[Sequence[Mapping[str, Any]]], limits: tuple[float, float]) -> Markup:
@@ -78,17 +72,17 @@ def learning_curve(name: str, stages: Sequence[Sequence[Mapping[str, Any]]], lim
             if not width:
                 continue
             if start:
-                axes.axvline(start, color=_LINE, linewidth=1.0)
+                axes.axvline(start, color=LINE, linewidth=1.0)
             for history in histories:
                 _draw_stage(axes, history, start)
             axes.text(start + width / 2, 1.03, f"stage {number}", transform=axes.get_xaxis_transform(), ha="center")
             start += width
         axes.set(xlim=(0, start), ylim=limits, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-        axes.yaxis.set_major_formatter(_percent_ticks())
+        axes.yaxis.set_major_formatter(percent_ticks())
         axes.grid(axis="y")
 
-    return _svg(draw, (4.2, 2.7), f"Learning curve of {name}: accuracy on the select rows after each epoch")
+    return draw_svg(draw, (4.2, 2.7), f"Learning curve of {name}: accuracy on the select rows after each epoch")
 
 
 def reliability(probs: _Array, labels: _Array, level: float) -> Markup:
@@ -103,28 +97,219 @@ def reliability(probs: _Array, labels: _Array, level: float) -> Markup:
 
     def draw(axes: Axes) -> None:
         # The bins are closed at their upper end, so the mean confidence says which bin a point is.
-        axes.bar((np.ceil(curve.confidence * _BINS) - 0.5) / _BINS, curve.n / len(labels), 0.9 / _BINS, color=_LINE)
+        axes.bar((np.ceil(curve.confidence * _BINS) - 0.5) / _BINS, curve.n / len(labels), 0.9 / _BINS, color=LINE)
         for x, share, n in zip(*curve, strict=True):
             interval = stats.wilson_interval(round(share * n), int(n), level)
-            axes.plot((x, x), interval, color=_ACCENT, linewidth=1.2)
-            axes.plot(x, share, "o", color=_ACCENT, markersize=5)
-        axes.plot((0, 1), (0, 1), color=_SOFT, linewidth=1.0, linestyle=(0, (3, 3)))
+            axes.plot((x, x), interval, color=ACCENT, linewidth=1.2)
+            axes.plot(x, share, "o", color=ACCENT, markersize=5)
+        axes.plot((0, 1), (0, 1), color=SOFT, linewidth=1.0, linestyle=_DASHED)
         axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="stated confidence", ylabel="share answered right")
-        axes.xaxis.set_major_formatter(_percent_ticks())
-        axes.yaxis.set_major_formatter(_percent_ticks())
+        axes.xaxis.set_major_formatter(percent_ticks())
+        axes.yaxis.set_major_formatter(percent_ticks())
         axes.grid(axis="both")
 
-    return _svg(draw, (4.4, 3.8), "Share of right answers against stated confidence")
+    return draw_svg(draw, (4.4, 3.8), "Share of right answers against stated confidence")
 
 
-def _draw_score(axes: Axes, score: Mapping[str, Any], line: int, main: bool) -> None:
+def frequency_grid(right: int, low: int, high: int, of: int) -> Markup:
+    """So many squares of 100 or 1,000: surely right, right or wrong as luck has it, surely wrong.
+
+    Args:
+        right: answers expected to be right.
+        low: the fewest that the interval allows.
+        high: the most.
+        of: squares in all, a multiple of 10.
+    """
+    columns = 10 if of <= 100 else 40
+    gap, rows = (0.16, -(-of // columns))
+
+    def squares(first: int, last: int) -> str:
+        side = f"{1 - gap:g}"
+        return "".join(
+            f"M{cell % columns} {cell // columns}h{side}v{side}h-{side}z"
+            for cell in range(max(0, first), min(of, last))
+        )
+
+    label = f"{of} squares: about {right} right, between {low} and {high}"
+    parts = (("sure", squares(0, low)), ("maybe", squares(low, high)), ("wrong", squares(high, of)))
+    drawn = "".join(f'<path class="{name}" d="{path}"/>' for name, path in parts if path)
+    return Markup(f'<svg role="img" aria-label="{label}" viewBox="0 0 {columns} {rows}">{drawn}</svg>')
+
+
+def optimism(rows: Sequence[Mapping[str, Any]]) -> Markup:
+    """For every choice, an arrow from the accuracy that it appears to reach to the one measured on rows it has not seen.
+
+    Args:
+        rows: entries with name, apparent, honest (shares) and difference.
+    """
+
+    def draw(axes: Axes) -> None:
+        for line, row in enumerate(rows):
+            a, h = row["apparent"], row["honest"]
+            axes.plot(a, line, "o", color=SOFT, markersize=7, fillstyle="none", markeredgewidth=1.3)
+            if a != h:
+                style = {"arrowstyle": "-|>", "color": SOFT, "shrinkA": 4, "shrinkB": 4, "linewidth": 1.2}
+                axes.annotate("", (h, line), (a, line), arrowprops=style)
+            axes.plot(h, line, "o", color=ACCENT, markersize=7)
+        _name_lines(axes, [short_name(row["name"]) for row in rows])
+        axes.margins(x=0.12)
+        axes.xaxis.set_major_formatter(percent_ticks())
+        axes.set_xlabel("share of images answered right")
+
+    return draw_svg(
+        draw, (WIDTH, 0.8 + 0.4 * len(rows)), "Accuracy that every choice appears to reach, and really reaches"
+    )
+
+
+def pareto(points: Sequence[Mapping[str, Any]], level: float) -> Markup:
+    """Accuracy against multiply-adds of every ensemble and member, the front of the best for the cost, the chosen one marked.
+
+    Dots of nearly the same cost are set side by side. Points with a number are drawn with interval and number, the others small.
+
+    Args:
+        points: entries with macs (above 0), accuracy, interval, kind, number (or None), front and chosen.
+        level: of the intervals, for the axis' name.
+    """
+    numbered = sorted((p for p in points if p["number"]), key=lambda p: (p["macs"], p["number"]))
+    logs = np.log10([float(p["macs"]) for p in numbered])
+    span = max(float(np.ptp(np.log10([float(p["macs"]) for p in points]))), 0.5)
+    places = _side_by_side(logs, 0.021 * span * 1.12)
+
+    def draw(axes: Axes) -> None:
+        for point in points:
+            if not point["number"]:
+                axes.plot(np.log10(point["macs"]), point["accuracy"], "o", color=SOFT, markersize=3, alpha=0.5)
+        front = [(x, p["accuracy"]) for x, p in zip(places, numbered, strict=True) if p["front"]]
+        axes.step(*zip(*front, strict=True), where="post", color=LINE, linewidth=2.5, zorder=1)
+        for x, point in zip(places, numbered, strict=True):
+            _draw_cost(axes, float(x), point)
+        every = [*places, *(np.log10(p["macs"]) for p in points)]
+        axes.set_xlim(min(every) - 0.06 * span, max(every) + 0.06 * span)
+        _cost_ticks(axes)
+        axes.yaxis.set_major_formatter(percent_ticks())
+        axes.set(xlabel="multiply-adds for one image", ylabel=f"answered right, with {100 * level:g}\u00a0% interval")
+        axes.grid(axis="y")
+
+    return draw_svg(draw, (WIDTH, 4.0), "Accuracy against multiply-adds for one image")
+
+
+def differences(rows: Sequence[Mapping[str, Any]]) -> Markup:
+    """Difference in accuracy of every pair with its interval, in points; zero is marked.
+
+    Args:
+        rows: entries with a, b, difference, interval (shares) and sure (the interval's colour: evidence or none).
+    """
+
+    def draw(axes: Axes) -> None:
+        axes.axvline(0, color=SOFT, linewidth=1.0, linestyle=_DASHED)
+        for line, row in enumerate(rows):
+            colour = ACCENT if row["sure"] else INK
+            axes.plot(
+                [100 * v for v in row["interval"]], (line, line), color=colour, linewidth=2, solid_capstyle="round"
+            )
+            axes.plot(
+                100 * row["difference"],
+                line,
+                "o",
+                color=colour,
+                markersize=6,
+                fillstyle="full" if row["sure"] else "none",
+            )
+        _name_lines(axes, [f"{short_name(row['a'], 20)} − {short_name(row['b'], 20)}" for row in rows])
+        axes.set_xlabel("difference in points; right of the line the first is better")
+
+    height = 0.9 + (0.36 if len(rows) <= 16 else 0.26) * len(rows)
+    return draw_svg(draw, (WIDTH, height), "Differences in accuracy with their intervals")
+
+
+def size_curve(curve: Mapping[str, Any]) -> Markup:
+    """Accuracy of the mean of 1, 2, ... members: average and spread over random orders, and the best members first.
+
+    Args:
+        curve: mean, low, high, ordered: a share for each number of members.
+    """
+    sizes = np.arange(1, len(curve["mean"]) + 1)
+
+    def draw(axes: Axes) -> None:
+        axes.fill_between(sizes, curve["low"], curve["high"], color=LINE, alpha=0.6, linewidth=0)
+        axes.plot(sizes, curve["mean"], color=SOFT, linewidth=1.5)
+        axes.plot(
+            sizes, curve["ordered"], color=ACCENT, linewidth=1.8, marker="o" if len(sizes) <= 15 else "", markersize=4
+        )
+        axes.set(xlim=(0.5, len(sizes) + 0.5), xlabel="number of members", ylabel="answered right")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
+        axes.yaxis.set_major_formatter(percent_ticks())
+        axes.grid(axis="y")
+
+    return draw_svg(draw, (WIDTH, 3.2), "Accuracy against the number of members that are averaged")
+
+
+def _name_lines(axes: Axes, names: Sequence[str]) -> None:
+    """One named line per entry, from the top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x")
+
+
+def _draw_score(axes: Axes, score: _Score, line: int, main: bool) -> None:
     if main:
-        colour = _ACCENT if score["kind"] == "ensemble" else _INK
+        colour = ACCENT if score["kind"] == "ensemble" else INK
         axes.plot(score["interval"], (line, line), color=colour, linewidth=2.0, solid_capstyle="round")
         axes.plot(score["accuracy"], line, "o", color=colour, markersize=6)
     else:
-        axes.plot(score["interval"], (line + 0.3, line + 0.3), color=_SOFT, linewidth=1.0)
-        axes.plot(score["accuracy"], line + 0.3, "o", color=_SOFT, markersize=4, fillstyle="none")
+        axes.plot(score["interval"], (line + 0.3, line + 0.3), color=SOFT, linewidth=1.0)
+        axes.plot(score["accuracy"], line + 0.3, "o", color=SOFT, markersize=4, fillstyle="none")
+
+
+def _draw_cost(axes: Axes, x: float, point: Mapping[str, Any]) -> None:
+    """A dot with its interval, its number above; a ring round the chosen one."""
+    colour = ACCENT if point["kind"] == "ensemble" else INK
+    axes.plot((x, x), point["interval"], color=colour, linewidth=1.0, alpha=0.6)
+    axes.plot(x, point["accuracy"], "o", color=colour, markersize=6)
+    if point["chosen"]:
+        axes.plot(x, point["accuracy"], "o", color=colour, markersize=12, fillstyle="none", markeredgewidth=1.5)
+    place: Any = {"ha": "center", "va": "bottom", "fontsize": 8.0, "weight": "bold" if point["chosen"] else "normal"}
+    above = (x, 1.01 + 0.04 * (point["number"] % 3))  # on one line the numbers of neighbours would touch
+    leader = {"arrowstyle": "-", "color": LINE, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate(
+        str(point["number"]),
+        (x, point["interval"][1]),
+        above,
+        textcoords=("data", "axes fraction"),
+        arrowprops=leader,
+        color=colour,
+        **place,
+    )
+
+
+def _side_by_side(places: _Array, gap: float) -> _Array:
+    """Ascending places moved as little as possible (least squares) so that neighbours are at least `gap` apart."""
+    steps = gap * np.arange(len(places))
+    return np.asarray(isotonic_regression(places - steps).x + steps)
+
+
+def _cost_ticks(axes: Axes) -> None:
+    """Names for round numbers on an axis of powers of ten."""
+    low, high = axes.get_xlim()
+    powers = range(int(np.floor(low)), int(np.ceil(high)) + 1)
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        ticks = [
+            step * 10.0**power for power in powers for step in steps if low <= np.log10(step * 10.0**power) <= high
+        ]
+        if len(ticks) >= 3:
+            break
+    ticks = ticks[:: -(-len(ticks) // 6)]
+    axes.set_xticks(np.log10(ticks), [short_count(tick) for tick in ticks])
+
+
+def short_count(value: float) -> str:
+    """A large count in words: 412 million, 1.24 billion."""
+    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+        if value >= 0.9995 * size:  # what would be rounded to 1,000 has the next word
+            return f"{value / size:.3g} {word}"
+    return f"{value:.3g}"
 
 
 def _draw_stage(axes: Axes, history: Mapping[str, Any], start: int) -> None:
@@ -134,31 +319,10 @@ def _draw_stage(axes: Axes, history: Mapping[str, Any], start: int) -> None:
     # A later stage begins at the weights it was handed; before the first there is nothing worth a line.
     led = ([start, *x], [history["started_from"], *y]) if start else (x, y)
     if not history["kept"]:
-        axes.plot(*led, color=_SOFT, linewidth=1.2, linestyle=(0, (2, 2)))
-        axes.plot(x[-1:], y[-1:], "x", color=_SOFT, markersize=5, clip_on=False)
+        axes.plot(*led, color=SOFT, linewidth=1.2, linestyle=(0, (2, 2)))
+        axes.plot(x[-1:], y[-1:], "x", color=SOFT, markersize=5, clip_on=False)
         return
-    axes.plot(*led, color=_ACCENT, linewidth=1.2)
+    axes.plot(*led, color=ACCENT, linewidth=1.2)
     best = [place for place, epoch in enumerate(history["epochs"]) if epoch["epoch"] == history["best_epoch"]]
     for place in best:
-        axes.plot(x[place], y[place], "o", color=_ACCENT, markersize=4, clip_on=False)
-
-
-def _percent_ticks() -> PercentFormatter:
-    return PercentFormatter(1.0, symbol="\u00a0%")
-
-
-def _svg(draw: Callable[[Axes], None], size: tuple[float, float], label: str) -> Markup:
-    """Draw with matplotlib (`size` in inches), and keep of its file what an HTML page needs."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure.add_subplot())
-        buffer = io.StringIO()
-        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # not unique over the charts of one page, and nothing refers to them
-    svg = re.sub(r' (?:xmlns(?::xlink)?|width|height)="[^"]*"', "", svg, count=4)
-    for stand_in, variable in _VARIABLES.items():
-        svg = svg.replace(stand_in, variable)
-    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{Markup.escape(label)}"', 1))
+        axes.plot(x[place], y[place], "o", color=ACCENT, markersize=4, clip_on=False)

@@ -6,12 +6,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from threefold.cli_data import register
+from threefold.cli_data import register as register_data
+from threefold.cli_saved import Json
+from threefold.cli_saved import register as register_saved
+from threefold.console import err, out, plain
 from threefold.errors import ThreefoldError
 
 if TYPE_CHECKING:
@@ -25,16 +27,12 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Cross-validated ensembles of fine-tuned ConvNets, with honest scores, in one file.",
 )
-register(app)
-out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
-
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Change one recipe value, e.g. train.batch_size=64."),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", help="A line per job and epoch.")]
 Out = Annotated[Path, typer.Option("--out", help="The run folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
 def main() -> None:
@@ -42,17 +40,10 @@ def main() -> None:
     try:
         app()
     except ThreefoldError as error:
-        err.print(f"[bold red]error[/] {_plain(error)}")
+        err.print(f"[bold red]error[/] {plain(error)}")
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(0)
-
-
-def _plain(text: object) -> str:
-    """Text without Rich markup."""
-    from rich.markup import escape
-
-    return escape(str(text))
 
 
 @contextmanager
@@ -64,7 +55,7 @@ def _watched(verbose: bool, again: str) -> Iterator[TerminalWatcher]:
         with TerminalWatcher(out, verbose) as watcher:
             yield watcher
     except KeyboardInterrupt:
-        err.print(f"[yellow]stopped[/]; what is done is kept. Go on with: {_plain(again)}")
+        err.print(f"[yellow]stopped[/]; what is done is kept. Go on with: {plain(again)}")
         raise SystemExit(130) from None
 
 
@@ -164,44 +155,6 @@ def train(
 
 
 @app.command()
-def ensemble(
-    source: Annotated[Path, typer.Argument(help="A run folder, or predictions as .npz (probs, labels).")],
-    method: Annotated[
-        list[str] | None,
-        typer.Option("--method", help="auto, or names of `threefold list ensembles`; may be repeated."),
-    ] = None,
-    members: Annotated[
-        list[str] | None, typer.Option("--members", help="Only these members; may be repeated or separated by commas.")
-    ] = None,
-    top: Annotated[
-        int, typer.Option("--top", min=0, help="Combine only so many, the most accurate out of fold; 0 = all.")
-    ] = 0,
-    as_json: Json = False,
-) -> None:
-    """Combine saved predictions, from a run or from anywhere, and score the result."""
-    from threefold.evaluate import evaluate_saved
-    from threefold.terminal import score_table
-
-    names = [n for text in members or () for n in text.split(",") if n]
-    found = evaluate_saved(source, [m for text in method or ["auto"] for m in text.split(",") if m], names, top)
-    if as_json:
-        _print_json(
-            {
-                "scores": found.scores,
-                "comparisons": found.comparisons,
-                "chosen": found.chosen,
-                "chosen_reason": found.reason,
-                "warnings": found.warnings,
-            }
-        )
-        return
-    out.print(score_table(found.scores, found.chosen))
-    out.print(f"chosen: {found.chosen} ({_plain(found.reason)})")
-    for line in [*(c["verdict"] for c in found.comparisons), *found.warnings]:
-        out.print(f"  {_plain(line)}")
-
-
-@app.command()
 def export(
     run_dir: Annotated[Path, typer.Argument(help="A finished run folder.")],
     target: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("model.onnx"),
@@ -250,19 +203,6 @@ def serve(
     run_server(model, host, port)
 
 
-@app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="One or more finished run folders.")],
-    target: Annotated[
-        Path | None, typer.Option("--out", help="The file to write (default: report.html in the first run).")
-    ] = None,
-) -> None:
-    """Write the HTML report of one run, or of several side by side."""
-    from threefold.report import write_report
-
-    out.print(str(write_report(runs, target)), markup=False)
-
-
 @app.command("list")
 def list_(
     what: Annotated[str, typer.Argument(help="backbones, heads, ensembles, data or recipes.")],
@@ -281,12 +221,21 @@ def _show_results(run: Run) -> None:
 
     results = run.results
     out.print(score_table(results["scores"], results["chosen"]))
-    out.print(f"< chosen: {results['chosen']} ({_plain(results['chosen_reason'])})")
-    last = next(s for s in reversed(results["scores"]) if s["name"] == results["chosen"] and s["kind"] == "ensemble")
-    low, high = last["interval"]
+    out.print(f"< chosen: {results['chosen']} ({plain(results['chosen_reason'])})")
+    expected = results["expected"]
+    low, high = expected["interval"]
+    told = f"{expected['n']:,} {expected['told']}, protocol {results['protocol']}"
     out.print(
-        f"\nExpect [bold]{last['accuracy']:.1%}[/] of new images to be right (95 % interval {low:.1%} to {high:.1%}; {last['n']} {last['rows']} rows, protocol {last['protocol']})."
+        f"\nExpect [bold]{expected['accuracy']:.1%}[/] of new images to be right (95 % interval {low:.1%} to {high:.1%}; {told})."
     )
+    for key, what in (("optimism", "optimism of"), ("audit", "suspect labels")):
+        if key == "optimism" and results["optimism"]:
+            most = max(results["optimism"], key=lambda line: line["difference"])
+            out.print(f"{what} {most['told']}: {100 * most['difference']:+.1f} points on the rows it was chosen on")
+        if key == "audit" and results["audit"]["n_suspects"]:
+            out.print(
+                f"{what}: {results['audit']['n_suspects']}, in {run.dir / results['audit']['file']}", markup=False
+            )
 
 
 def _show_places(run: Run, *next_commands: str) -> None:
@@ -299,7 +248,5 @@ def _show_places(run: Run, *next_commands: str) -> None:
         out.print(f"next   {command}", markup=False)
 
 
-def _print_json(tree: Any) -> None:
-    import json
-
-    print(json.dumps(tree, indent=1, ensure_ascii=False, default=float))
+register_saved(app)
+register_data(app)

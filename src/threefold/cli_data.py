@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from threefold.console import err, out, print_json
 
 if TYPE_CHECKING:
     from threefold.datacheck import DataCheck
     from threefold.fetch import Watcher
     from threefold.scales import Protocol, Scale
 
-out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 _MARKS = {"error": "[bold red]error[/]", "warning": "[yellow]warning[/]", "note": "note"}
 
 
@@ -83,9 +83,7 @@ def check(
 
     found = check_data(find_spec(source, kind))
     if as_json:
-        import json
-
-        print(json.dumps({**found._asdict(), "findings": [f._asdict() for f in found.findings], "usable": found.usable}, indent=1, ensure_ascii=False))  # fmt: skip
+        print_json({**found._asdict(), "findings": [f._asdict() for f in found.findings], "usable": found.usable})
     else:
         _show_check(found)
     if not found.usable:

@@ -8,13 +8,14 @@ rows: on rows that members were trained on, their probabilities say nothing.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from threefold.errors import DataError, RecipeError, RunError
+from threefold.ledger import Seen
 from threefold.predictions import check_labels, check_probs
 
 if TYPE_CHECKING:
@@ -27,20 +28,25 @@ class Ensemble(ABC):
     Attributes:
         needs_fit: whether `fit` learns anything; where it does not, `predict_proba` works at once.
         seed: for methods that draw random numbers; the others ignore it.
+        seen_: the rows of the fit, where `fit` was told their ids; else None.
     """
 
     needs_fit: ClassVar[bool] = True
     seed: int = 0
+    seen_: Seen | None = None
     _state: ClassVar[tuple[str, ...]] = ()
 
-    def fit(self, probs: npt.ArrayLike, labels: npt.ArrayLike) -> Self:
-        """Learn from probabilities (m, n, k) and labels (n,).
+    def fit(self, probs: npt.ArrayLike, labels: npt.ArrayLike, ids: Sequence[str] | None = None) -> Self:
+        """Learn from probabilities (m, n, k) and labels (n,); `ids` (n) declare the rows that are seen by it.
 
         Raises:
-            DataError: probabilities or labels are not usable.
+            DataError: probabilities, labels or ids are not usable.
         """
         array = check_probs(probs, 3)
+        if ids is not None and len(ids) != array.shape[1]:
+            raise DataError("ids do not match the probabilities", expected=array.shape[1], got=len(ids))
         self._fit(array, check_labels(labels, *array.shape[1:]))
+        self.seen_ = Seen.of(ids) if ids is not None and self.needs_fit else None
         return self
 
     def predict_proba(self, probs: npt.ArrayLike) -> np.ndarray:

@@ -15,21 +15,24 @@ out-of-fold rows is a simplification of those with no such proof. Where the aver
 (`calibration.fit_averaged_temperature`) its sets were smaller than those and covered about 1 - alpha (0.89 to 0.92 where 0.90 was asked);
 without, an average is too unsure, and its sets are too large. Hence: measure the coverage on rows with labels that
 nothing was fitted on, and quote that.
+
+Exported files read their sets with this module, so scipy is imported only where something is measured.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Final, Literal, NamedTuple, Self, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from threefold.errors import DataError, RunError
 from threefold.predictions import check_labels, check_probs
-from threefold.resampling import Interval
-from threefold.stats import wilson_interval
+
+if TYPE_CHECKING:
+    from threefold.resampling import Interval
 
 Method = Literal["lac", "aps", "raps"]
 
@@ -46,7 +49,7 @@ class Coverage(NamedTuple):
     Attributes:
         n: number of rows.
         coverage: share of rows whose set holds the label.
-        interval: Wilson's 95 % interval of the coverage.
+        interval: Wilson's 95 % interval of the coverage, on as many rows as the groups are worth (`stats.share_interval`).
         mean_size: mean number of classes in a set.
         single: share of sets with one class.
     """
@@ -59,7 +62,7 @@ class Coverage(NamedTuple):
 
 
 class Rejection(NamedTuple):
-    """Share of n rows that were called unknown, with Wilson's 95 % interval."""
+    """Share of n rows that were called unknown, with Wilson's 95 % interval, on as many rows as the groups are worth."""
 
     n: int
     rate: float
@@ -175,14 +178,14 @@ class ConformalSets:
             sets[np.arange(len(sets)), np.asarray(probs).argmax(-1)] = True
         return np.asarray(sets)
 
-    def measure(self, probs: npt.ArrayLike, labels: npt.ArrayLike) -> Coverage:
-        """Coverage and size of the sets on rows that `fit` has not seen.
+    def measure(self, probs: npt.ArrayLike, labels: npt.ArrayLike, groups: npt.ArrayLike | None = None) -> Coverage:
+        """Coverage and size of the sets on rows that `fit` has not seen; groups (n,) as of `measure_sets`.
 
         Raises:
-            DataError: probabilities or labels are not usable.
+            DataError: probabilities, labels or groups are not usable.
             RunError: not fitted.
         """
-        return measure_sets(self.predict_sets(probs), labels)
+        return measure_sets(self.predict_sets(probs), labels, groups)
 
     def state(self) -> dict[str, Any]:
         """What a model card needs, as plain values; a threshold of None = always in the set. See `from_state`.
@@ -220,12 +223,19 @@ class ConformalSets:
             raise RunError("the sets are not fitted", fix="call fit(probs, labels, alpha) first")
 
 
-def measure_sets(sets: npt.ArrayLike, labels: npt.ArrayLike) -> Coverage:
+def measure_sets(sets: npt.ArrayLike, labels: npt.ArrayLike, groups: npt.ArrayLike | None = None) -> Coverage:
     """Coverage and size of sets, booleans (n, k), on rows with labels (n,).
 
+    Args:
+        sets: which classes are in the set of each row.
+        labels: the right class of each row.
+        groups: (n,) names of what belongs together, which widens the interval; None = rows are independent.
+
     Raises:
-        DataError: not booleans (n, k), or labels are not usable.
+        DataError: not booleans (n, k), or labels or groups are not usable.
     """
+    from threefold.stats import share_interval
+
     array = np.asarray(sets)
     if array.dtype != np.bool_ or array.ndim != 2 or 0 in array.shape:
         raise DataError("sets must be booleans (rows, classes)", got=f"{array.dtype} {array.shape}")
@@ -234,7 +244,7 @@ def measure_sets(sets: npt.ArrayLike, labels: npt.ArrayLike) -> Coverage:
     return Coverage(
         n,
         float(hits.mean()),
-        wilson_interval(int(hits.sum()), n),
+        share_interval(hits, groups),
         float(size.mean()),
         float((size == 1).mean()),
     )
@@ -329,15 +339,14 @@ class UnknownThreshold:
             raise RunError("the threshold is not fitted", fix="call fit(probs, rate) first")
         return np.asarray(self.score(probs) > self.threshold_)
 
-    def measure(self, probs: npt.ArrayLike) -> Rejection:
+    def measure(self, probs: npt.ArrayLike, groups: npt.ArrayLike | None = None) -> Rejection:
         """The share that is called unknown: of known rows the false rejects, of unknown ones those found.
 
         Raises:
-            DataError: probabilities are not usable.
+            DataError: probabilities or groups are not usable.
             RunError: not fitted.
         """
-        unknown = self.is_unknown(probs)
-        return Rejection(len(unknown), float(unknown.mean()), wilson_interval(int(unknown.sum()), len(unknown)))
+        return measure_unknown(self.is_unknown(probs), groups)
 
     def state(self) -> dict[str, Any]:
         """Plain values for a model card: unknown where 1 - max(probs) > threshold (None = never).
@@ -349,6 +358,37 @@ class UnknownThreshold:
             raise RunError("the threshold is not fitted", fix="call fit(probs, rate) first")
         threshold = None if math.isinf(self.threshold_) else self.threshold_
         return {"score": "1 - max", "rate": self.rate_, "n": self.n_, "threshold": threshold}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """The threshold whose `state` this is.
+
+        Raises:
+            DataError: a value is missing or cannot be, or the score is another one.
+        """
+        unknown = cls()
+        try:
+            limit, score = state["threshold"], state["score"]
+            unknown.threshold_ = math.inf if limit is None else float(limit)
+            unknown.rate_, unknown.n_ = float(state["rate"]), int(state["n"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError("not the state of UnknownThreshold", got=f"{type(error).__name__} {error}") from None
+        if score != "1 - max":
+            raise DataError("not the state of UnknownThreshold", expected="the score 1 - max", got=score)
+        return unknown
+
+
+def measure_unknown(unknown: npt.ArrayLike, groups: npt.ArrayLike | None = None) -> Rejection:
+    """Share of rows (n,), booleans, that are called unknown; groups as of `measure_sets`.
+
+    Raises:
+        DataError: not booleans (n,), or groups are not usable.
+    """
+    from threefold.stats import share_interval
+
+    interval = share_interval(unknown, groups)
+    flags = np.asarray(unknown)
+    return Rejection(len(flags), float(flags.mean()), interval)
 
 
 def _check_share(name: str, value: float) -> None:

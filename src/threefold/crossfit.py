@@ -22,6 +22,7 @@ def cross_fit(
     labels: npt.ArrayLike,
     folds: npt.ArrayLike | None = None,
     groups: Sequence[str] | None = None,
+    declare: Callable[[np.ndarray, np.ndarray], None] | None = None,
 ) -> np.ndarray:
     """Probabilities (n, k) where each row is predicted by an ensemble that was fitted on other rows.
 
@@ -31,6 +32,7 @@ def cross_fit(
         labels: (n,).
         folds: (n,) part of each row; None = five stratified parts.
         groups: (n,) what must stay in one part, where `folds` is None.
+        declare: told of every fit: rows seen and rows answered, booleans (n,) each (`Ledger.declare`).
 
     Raises:
         DataError: probabilities or labels are not usable, or the rows make fewer than two parts.
@@ -43,9 +45,14 @@ def cross_fit(
         raise DataError("folds have the wrong shape", expected=f"({n},), one per row", got=part.shape)
     if len(np.unique(part)) < 2:
         raise DataError("rows cannot be cross-fitted", expected="two parts at least", got="all rows in one")
+    first = ensemble_factory()
+    if not getattr(first, "needs_fit", True):
+        return first.predict_proba(array)  # nothing is learned, so every part would get the same answers
     answer = np.empty((n, k))
     for value in np.unique(part):
         held = part == value
+        if declare:
+            declare(~held, held)
         answer[held] = ensemble_factory().fit(array[:, ~held], truth[~held]).predict_proba(array[:, held])
     return answer
 

@@ -17,7 +17,8 @@ from threefold.assembly import assemble
 from threefold.augment import Augment, Views, view_counts
 from threefold.datasets import Sources
 from threefold.errors import RunError
-from threefold.files import read_json, sha256, write_arrays, write_json
+from threefold.files import read_arrays, read_json, sha256, write_arrays, write_json
+from threefold.findings import find_copies
 from threefold.joint import JointMember
 from threefold.model import load_weights, save_weights
 from threefold.pixels import Pixels
@@ -26,7 +27,7 @@ from threefold.provenance import commit, hardware, stable_seed, versions
 from threefold.recipe import Job, MemberSpec, Recipe, fold_name
 from threefold.run import FORMAT, Run, verify
 from threefold.splits import Roles
-from threefold.stages import StageTask, train_stage
+from threefold.stages import StageOutcome, StageTask, train_stage
 
 
 def train_members(run: Run) -> None:
@@ -50,6 +51,7 @@ def train_members(run: Run) -> None:
             _do(run, job, pixels, clock)
     assemble(run)
     write_arrays(run.dir / "thumbs.npz", **_preview(run, pixels))
+    find_copies(run, pixels)
     pixels.remove()
 
 
@@ -109,6 +111,7 @@ def _do(run: Run, job: Job, pixels: Pixels, clock: _Clock) -> None:
     folder = run.folder(job)
     save_weights(outcome.state, folder / "weights.safetensors")
     write_json(folder / "history.json", outcome.history)
+    write_arrays(folder / "choice.npz", **_choice(run, member, spec, roles, pixels, outcome, previous))
     if number == len(stages) - 1:
         write_arrays(folder / "probs.npz", **_predict(run, member, spec, roles, pixels))
     hashes = {
@@ -133,6 +136,27 @@ def _start(run: Run, spec: MemberSpec, fold: int, previous: Path | None) -> nn.M
             verify(folder)
             load_weights(base, folder / "weights.safetensors")
     return member.to(device=pick_device(run.recipe.train.device)).to(memory_format=torch.channels_last)
+
+
+def _choice(
+    run: Run,
+    member: nn.Module,
+    spec: MemberSpec,
+    roles: Roles,
+    pixels: Pixels,
+    outcome: StageOutcome,
+    previous: Path | None,
+) -> dict[str, np.ndarray]:
+    """Which select rows the kept weights have right, and which score rows, both without views: how optimistic the choice was."""
+    arrays = {"select": outcome.hits}
+    before = previous / "choice.npz" if previous is not None else None
+    if before is not None and not outcome.history["kept"] and before.exists():
+        return read_arrays(before)
+    if len(roles.score):
+        images, labels = pixels.rows("train", spec, roles.score)
+        precision = pick_precision(run.recipe.train.precision, next(member.parameters()).device)
+        arrays["score"] = predict_probs(Predictor(member), images, precision).argmax(1) == labels
+    return arrays
 
 
 def _predict(run: Run, member: nn.Module, spec: MemberSpec, roles: Roles, pixels: Pixels) -> dict[str, np.ndarray]:

@@ -21,9 +21,9 @@ from threefold.resampling import (
     check_hits,
     check_level,
     check_numbers,
+    column_sums,
     percentile_interval,
     row_weights,
-    unit_weights,
 )
 from threefold.weighted import Weighted, check_score
 
@@ -139,8 +139,8 @@ def paired_bootstrap(
     check_draws(level, resamples)
     difference = first - second
     part = np.arange(len(first)) if groups is None else check_groups(groups, len(first))
-    sums, counts = np.bincount(part, difference), np.bincount(part).astype(np.float64)
-    means = [sums @ weights / (counts @ weights) for weights in unit_weights(len(sums), resamples, seed)]
+    columns = np.stack([np.bincount(part, difference), np.bincount(part)])
+    means = [sums / counts for sums, counts in column_sums(columns, resamples, seed)]
     return Difference(float(difference.mean()), *percentile_interval(np.concatenate(means), level))
 
 

@@ -1,6 +1,6 @@
 """Everything that happens at inference, as one module: uint8 images in, calibrated probabilities out.
 
-Resize, normalisation, views, members, ensemble and temperature are inside, so what is evaluated is what is exported is
+Resize, normalisation, views, members, ensemble and calibration are inside, so what is evaluated is what is exported is
 what is served. Only `images.decode` (file -> RGB uint8) stays outside.
 """
 
@@ -41,15 +41,20 @@ def mix(nets: Tensor, mixing: Tensor) -> Tensor:
 
 
 class Combiner(nn.Module):
-    """Ensemble and temperature: member probabilities (b, m, k) to probabilities (b, k)."""
+    """Ensemble and calibration: member probabilities (b, m, k) to probabilities (b, k).
 
-    def __init__(self, ensemble: nn.Module, temperature: nn.Module) -> None:
+    Args:
+        ensemble: (b, m, k) to (b, k), an ensemble's `to_module()`.
+        calibration: (b, k) to (b, k), a calibration's `to_module()`, or `TemperatureModule(t)`; None = as they are.
+    """
+
+    def __init__(self, ensemble: nn.Module, calibration: nn.Module | None = None) -> None:
         super().__init__()
-        self.ensemble, self.temperature = ensemble, temperature
+        self.ensemble, self.calibration = ensemble, calibration if calibration is not None else nn.Identity()
 
     def forward(self, member_probs: Tensor) -> Tensor:
         """Probabilities (b, k)."""
-        return cast(Tensor, self.temperature(self.ensemble(member_probs)))
+        return cast(Tensor, self.calibration(self.ensemble(member_probs)))
 
 
 class Pipeline(nn.Module):
@@ -57,7 +62,7 @@ class Pipeline(nn.Module):
 
     Args:
         members: the networks, by member.
-        combiner: ensemble and temperature.
+        combiner: ensemble and calibration.
         classes: the class names.
         names: the members of the second output, where they are not those of `members`.
         mixing: (m, networks) weights that make the members' answers of all fold models, where members are not in every

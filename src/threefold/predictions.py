@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import tokenize
 import zipfile
 import zlib
 from collections import Counter
@@ -22,6 +23,7 @@ import numpy.typing as npt
 
 from threefold.errors import DataError
 from threefold.files import write_arrays
+from threefold.ledger import FIT, SCORE, SELECT, Ledger
 
 Protocol = Literal["honest", "paper"]
 Kind = Literal["oof", "test", "foreign"]
@@ -34,8 +36,9 @@ FLOOR: Final = 1e-7
 
 _SOFTMAX = "apply softmax to logits first"
 
-_DAMAGED = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
-"""What numpy and zipfile raise on files that are cut, altered, encrypted, or claim absurd sizes."""
+_DAMAGED = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error,
+            SyntaxError, tokenize.TokenError)  # fmt: skip
+"""What numpy and zipfile raise on files that are cut, altered, encrypted, or claim absurd sizes; the last two for headers."""
 
 
 def check_probs(probs: npt.ArrayLike, ndim: int) -> np.ndarray:
@@ -96,9 +99,10 @@ class Predictions:
         protocol: honest = nothing was chosen on these rows; paper = checkpoints were.
         kind: oof = out-of-fold rows, test = a test split, foreign = from elsewhere, nothing known.
         folds: (n,) int64, the fold that scored each row, -1 where that does not apply; or None.
+        roles: (f, n) int8, what each fold's networks did with each row: the sum of ledger.FIT, SELECT and SCORE; or None.
 
     Raises:
-        DataError: the parts are wrong or contradict each other.
+        DataError: the parts are wrong or contradict each other, or a row is answered by networks that saw it.
     """
 
     probs: np.ndarray
@@ -110,6 +114,7 @@ class Predictions:
     protocol: Protocol = "honest"
     kind: Kind = "foreign"
     folds: np.ndarray | None = None
+    roles: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         probs = check_probs(self.probs, 3).astype(np.float32, copy=False)
@@ -124,6 +129,24 @@ class Predictions:
         for name, allowed in (("protocol", get_args(Protocol)), ("kind", get_args(Kind))):
             if getattr(self, name) not in allowed:
                 raise DataError(f"unknown {name}", expected=" or ".join(allowed), got=getattr(self, name))
+        if self.roles is not None:
+            self._set("roles", _read_only(_check_roles(self.roles, self.folds, n)))
+            self.ledger()
+
+    def ledger(self) -> Ledger:
+        """What the members' networks saw of these rows; empty where that is not known (`roles` is None).
+
+        Raises:
+            DataError: under the honest protocol, a row is answered by networks that saw it.
+        """
+        ledger = Ledger(len(self), self.kind)
+        if self.roles is not None and self.folds is not None:
+            for fold, roles in enumerate(self.roles):
+                answers = self.folds == fold
+                ledger.declare("weights of the members", (roles & FIT) > 0, answers)
+                chosen = (roles & SELECT) > 0
+                ledger.declare("checkpoints and stages", chosen, answers, apparent=self.protocol == "paper")
+        return ledger
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -140,8 +163,7 @@ class Predictions:
         """
         strings = {"ids": self.ids, "classes": self.classes, "members": self.members, "groups": self.groups}
         arrays = {name: np.array(values, dtype=np.str_) for name, values in strings.items() if values is not None}
-        if self.folds is not None:
-            arrays["folds"] = self.folds
+        arrays |= {name: value for name in ("folds", "roles") if (value := getattr(self, name)) is not None}
         provenance = json.dumps({"protocol": self.protocol, "kind": self.kind})
         write_arrays(Path(path), probs=self.probs, labels=self.labels, provenance=np.array(provenance), **arrays)
 
@@ -192,6 +214,7 @@ class Predictions:
             ids=tuple(self.ids[i] for i in chosen),
             groups=None if self.groups is None else tuple(self.groups[i] for i in chosen),
             folds=None if self.folds is None else self.folds[chosen],
+            roles=None if self.roles is None else self.roles[:, chosen],
         )
 
     def align(self, other: Predictions) -> tuple[Predictions, Predictions]:
@@ -254,7 +277,7 @@ def _complete(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     }
     for name in {"ids", "classes", "members", "groups"} & arrays.keys():
         tree[name] = tuple(map(str, np.atleast_1d(arrays[name])))
-    tree |= {name: arrays[name] for name in ("labels", "folds") if name in arrays}
+    tree |= {name: arrays[name] for name in ("labels", "folds", "roles") if name in arrays}
     return tree | {"probs": probs} | _provenance(arrays.get("provenance"))
 
 
@@ -285,6 +308,18 @@ def _check_folds(folds: npt.ArrayLike, n: int) -> np.ndarray:
     if array.shape != (n,) or array.dtype.kind not in "iu":
         raise DataError("folds have the wrong shape", expected=f"({n},) integers", got=f"{array.shape} {array.dtype}")
     return array.astype(np.int64)
+
+
+def _check_roles(roles: npt.ArrayLike, folds: np.ndarray | None, n: int) -> np.ndarray:
+    array = np.asarray(roles)
+    if array.ndim != 2 or array.shape[1] != n or array.dtype.kind not in "iu" or folds is None:
+        got = f"{array.shape} {array.dtype}" + ("" if folds is not None else ", no folds")
+        raise DataError("roles have the wrong shape", expected=f"(folds, {n}) integers, and folds ({n},)", got=got)
+    if (folds >= len(array)).any():
+        raise DataError("roles are missing", expected=f"{int(folds.max()) + 1} folds", got=len(array))
+    if ((array < 0) | (array > FIT + SELECT + SCORE)).any():
+        raise DataError("roles are sums of 1 (fit), 2 (select) and 4 (score)", got=f"{array.min()} to {array.max()}")
+    return array.astype(np.int8)
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:

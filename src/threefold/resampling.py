@@ -20,6 +20,9 @@ RESAMPLES: Final = 2000
 _CHUNK: Final = 2_000_000
 """Weights in memory at a time: 16 MB, and a score makes a few arrays of that size."""
 
+_MANY_UNITS: Final = 2000
+"""Fewer units are drawn one by one: that is quick, and scores that are computed in two ways then see the same draws."""
+
 
 class Interval(NamedTuple):
     """Lower and upper end of a confidence interval."""
@@ -143,6 +146,8 @@ def cell_weights(cells: np.ndarray, part: np.ndarray | None, resamples: int, see
     """
     if part is not None:
         table = csr_array((np.ones(len(cells)), (cells, part)))
+        if table.shape[0] * table.shape[1] <= _CHUNK:
+            table = table.toarray()  # a dense product is many times faster; the sums are whole numbers either way
         for weights in unit_weights(table.shape[1], resamples, seed):
             step = max(1, _CHUNK // table.shape[0])
             for start in range(0, weights.shape[1], step):
@@ -153,6 +158,23 @@ def cell_weights(cells: np.ndarray, part: np.ndarray | None, resamples: int, see
     for start in range(0, resamples, step):
         drawn = rng.multinomial(len(cells), counts / len(cells), size=min(step, resamples - start))
         yield drawn.T.astype(np.float64)
+
+
+def column_sums(columns: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Sums of columns (c, u) over drawn units, (c, r) at a time; units whose columns are equal are drawn together.
+
+    Args:
+        columns: what each of u units adds to c sums.
+        resamples: number of draws.
+        seed: of the draws.
+    """
+    distinct, cells = np.unique(columns, axis=1, return_inverse=True)
+    if columns.shape[1] > _MANY_UNITS and distinct.shape[1] * 8 <= columns.shape[1]:
+        for weights in cell_weights(cells.ravel(), None, resamples, seed):
+            yield distinct @ weights
+    else:
+        for weights in unit_weights(columns.shape[1], resamples, seed):
+            yield columns @ weights
 
 
 def percentile_interval(values: np.ndarray, level: float) -> Interval:

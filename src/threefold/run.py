@@ -173,6 +173,10 @@ class Run:
         """The fold models that answer on new images: the refitted one, or all."""
         return [-1] if self.recipe.folds.final == "refit" else list(range(read_json(self.dir / "run.json")["folds"]))
 
+    def networks(self, spec: MemberSpec) -> int:
+        """How many trained networks of a member answer on new images."""
+        return sum(fold < 0 or not spec.folds or fold in spec.folds for fold in self.final_folds)
+
     def build(self, spec: MemberSpec, num_classes: int, *, pretrained: bool = False) -> Member | JointMember:
         """A member's network with a fresh head; a member that joins others with theirs as they begin."""
         if not spec.joins:

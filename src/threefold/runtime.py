@@ -1,4 +1,4 @@
-"""An exported file, loaded: images in, probabilities out, with numpy, pillow and onnxruntime only."""
+"""An exported file, loaded: images in, probabilities and sets of classes out, with numpy, pillow and onnxruntime only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from threefold.errors import ExportError
+from threefold.conformal import ConformalSets, UnknownThreshold
+from threefold.errors import DataError, ExportError
 from threefold.images import decode
 
 FORMAT = 1
@@ -23,9 +24,12 @@ class Model:
     """An exported file: images in, probabilities out. Needs numpy, pillow and onnxruntime only.
 
     Attributes:
-        card: the stored model card (score, protocol, parity, ...).
+        card: the stored model card (score, protocol, parity, ...). Files that have them: "conformal", a list of
+            {"state": of a `ConformalSets`, "coverage", ...}, and "unknown", {"state": of an `UnknownThreshold`, ...}.
         classes: class names, in the order of the probabilities.
         members: names of the members, in the order of `explain`'s second axis.
+        sets: prediction sets by whether each class has a threshold of its own; empty in a file without.
+        unknown: the threshold for images of no class; None in a file without.
     """
 
     def __init__(self, path: str | Path, threads: int = 0) -> None:
@@ -49,6 +53,24 @@ class Model:
             )
         self.classes: tuple[str, ...] = tuple(self.card["classes"])
         self.members: tuple[str, ...] = tuple(self.card["members"])
+        self.sets, self.unknown = self._uncertainty()
+
+    def _uncertainty(self) -> tuple[dict[bool, ConformalSets], UnknownThreshold | None]:
+        """What the card says of sets and of unknown images, as far as it does."""
+        try:
+            found = [ConformalSets.from_state(entry["state"]) for entry in self.card.get("conformal") or ()]
+            if any(sets.k_ != len(self.classes) for sets in found):
+                raise DataError("sets of other classes", expected=len(self.classes), got=[sets.k_ for sets in found])
+            told = self.card.get("unknown")
+            unknown = None if not told else UnknownThreshold.from_state(told["state"])
+        except (DataError, KeyError, TypeError, AttributeError) as error:
+            raise ExportError(
+                "the model card is damaged",
+                where=self.path,
+                got=f"conformal or unknown: {error}",
+                fix="export it again from the run",
+            ) from None
+        return {sets.by_class: sets for sets in found}, unknown
 
     @cached_property
     def session(self) -> Any:
@@ -90,6 +112,67 @@ class Model:
     def predict(self, images: Iterable[str | Path | bytes | np.ndarray]) -> list[str]:
         """The most probable class name of each image."""
         return [self.classes[i] for i in self.predict_proba(images).argmax(1)]
+
+    def predict_sets(
+        self, images: Iterable[str | Path | bytes | np.ndarray], by_class: bool = False
+    ) -> list[list[str]]:
+        """Class names that together hold the right one as often as the card's alpha says, the likeliest first.
+
+        Args:
+            images: files, encoded bytes or uint8 arrays (h, w, 3).
+            by_class: the sets with a threshold for each class, which aim at that share for every class by itself.
+
+        Raises:
+            ExportError: the file has no such sets.
+            DataError: an image cannot be read.
+        """
+        self._sets(by_class)
+        return self.sets_of(self.predict_proba(images), by_class)
+
+    def is_unknown(self, images: Iterable[str | Path | bytes | np.ndarray]) -> np.ndarray:
+        """Booleans (n,): the model is less sure than of nearly all images of a class; see `conformal.UnknownThreshold`.
+
+        Raises:
+            ExportError: the file has no threshold for unknown images.
+            DataError: an image cannot be read.
+        """
+        self._threshold()
+        return self.unknown_of(self.predict_proba(images))
+
+    def sets_of(self, probs: np.ndarray, by_class: bool = False) -> list[list[str]]:
+        """The sets that belong to probabilities (n, k) of this file, as `predict_sets`.
+
+        Raises:
+            ExportError: the file has no such sets.
+        """
+        sets = self._sets(by_class)
+        if not len(probs):
+            return []
+        rows = zip(np.argsort(-probs, axis=1, kind="stable"), sets.predict_sets(probs), strict=True)
+        return [[self.classes[i] for i in order if inside[i]] for order, inside in rows]
+
+    def unknown_of(self, probs: np.ndarray) -> np.ndarray:
+        """Which of the probabilities (n, k) of this file belong to unknown images, as `is_unknown`.
+
+        Raises:
+            ExportError: the file has no threshold for unknown images.
+        """
+        threshold = self._threshold()
+        return threshold.is_unknown(probs) if len(probs) else np.zeros(0, bool)
+
+    def _sets(self, by_class: bool) -> ConformalSets:
+        if by_class not in self.sets:
+            raise self._lacks("prediction sets by class" if by_class else "prediction sets")
+        return self.sets[by_class]
+
+    def _threshold(self) -> UnknownThreshold:
+        if self.unknown is None:
+            raise self._lacks("threshold for unknown images")
+        return self.unknown
+
+    def _lacks(self, what: str) -> ExportError:
+        fix = "export it again with this version from a run that has them"
+        return ExportError(f"the model file has no {what}", where=self.path, fix=fix)
 
 
 def as_image(image: str | Path | bytes | np.ndarray) -> np.ndarray:

@@ -230,4 +230,10 @@ class EnsembleSpec(Section):
     """The members to combine (empty = all that have a backbone of their own)."""
     top: Annotated[int, Field(ge=0)] = 0
     """Combine only this many, the most accurate out of fold (the paper's top three; 0 = all)."""
+    calibration: Literal["none", "temperature", "vector", "auto"] = "temperature"
+    """Fitted on out-of-fold rows, scored cross-fitted, carried into the file; auto = the simplest within one standard error."""
+    miss: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of images whose right class may be missing from the prediction set (conformal alpha)."""
+    reject: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of images of the classes that may be called unknown."""
     stacked: StackedSpec = StackedSpec()

@@ -74,10 +74,11 @@ class StageTask:
 
 @dataclass
 class StageOutcome:
-    """The best weights after a stage, and its history.json."""
+    """The best weights after a stage, its history.json, and which select rows they have right, booleans (n,)."""
 
     state: State
     history: dict[str, Any]
+    hits: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
         "started_from": start.accuracy,
         "reason": reason + ("; cut short by the time budget" if cut else ""),
     }
-    return StageOutcome(chosen.state, history)
+    return StageOutcome(chosen.state, history, chosen.hits)
 
 
 class _Loop:

@@ -121,12 +121,7 @@ def reliability_curve(probs: npt.ArrayLike, labels: npt.ArrayLike, bins: int = 1
         DataError: probabilities or labels are not usable.
     """
     array, truth = _checked(probs, labels)
-    confidence, hit = array.max(-1), array.argmax(-1) == truth
-    where = np.digitize(confidence, np.linspace(0, 1, bins + 1)[1:-1], right=True)
-    count = np.bincount(where, minlength=bins)
-    used = count > 0
-    means = [np.bincount(where, weights, minlength=bins)[used] / count[used] for weights in (confidence, hit)]
-    return Reliability(means[0], means[1], count[used])
+    return _reliability(array.max(-1), array.argmax(-1) == truth, bins)
 
 
 def ece(probs: npt.ArrayLike, labels: npt.ArrayLike, bins: int = 15) -> float:
@@ -135,8 +130,7 @@ def ece(probs: npt.ArrayLike, labels: npt.ArrayLike, bins: int = 15) -> float:
     Raises:
         DataError: probabilities or labels are not usable.
     """
-    curve = reliability_curve(probs, labels, bins)
-    return float(np.abs(curve.confidence - curve.accuracy) @ curve.n / curve.n.sum())
+    return _ece(reliability_curve(probs, labels, bins))
 
 
 def confusion_matrix(probs: npt.ArrayLike, labels: npt.ArrayLike) -> np.ndarray:
@@ -260,8 +254,10 @@ def bootstrap_interval(
     check_draws(level, resamples)
     if score in COUNTED:
         # These see no more of a row than its label and answer: rows that agree in both are drawn together.
-        k = array.shape[1]
-        cells, at = np.unique(truth * k + array.argmax(-1), return_inverse=True)
+        k, answer = array.shape[1], array.argmax(-1)
+        if score != "macro_f1":  # any other class is as wrong as the one that was called: fewer cells to draw
+            answer = np.where(answer == truth, truth, (truth + 1) % k)
+        cells, at = np.unique(truth * k + answer, return_inverse=True)
         array, truth = np.eye(k)[cells % k], cells // k
         draws = cell_weights(at, part, resamples, seed)
     else:
@@ -280,20 +276,36 @@ def score_table(
     Raises:
         DataError: probabilities, labels or groups are not usable.
     """
-    hits, area = correct(probs, labels), score_value("roc_auc", *_checked(probs, labels))
+    array, truth = _checked(probs, labels)
+    hits = array.argmax(-1) == truth
+    values = {name: score_value(name, array, truth) for name in ("log_loss", "brier", "macro_f1", "roc_auc")}
+    curve = _reliability(array.max(-1), hits)
     return {
         "n": len(hits),
         "accuracy": float(hits.mean()),
         "interval": list(share_interval(hits, groups, level)),
         "level": level,
-        "log_loss": log_loss(probs, labels),
-        "ece": ece(probs, labels),
-        "brier": brier(probs, labels),
-        "balanced_accuracy": balanced_accuracy(probs, labels),
-        "balanced_accuracy_interval": list(bootstrap_interval("balanced_accuracy", probs, labels, groups, level=level)),
-        "macro_f1": macro_f1(probs, labels),
-        "roc_auc": None if np.isnan(area) else area,
+        "log_loss": values["log_loss"],
+        "ece": _ece(curve),
+        "brier": values["brier"],
+        "balanced_accuracy": score_value("balanced_accuracy", array, truth),
+        "balanced_accuracy_interval": list(bootstrap_interval("balanced_accuracy", array, truth, groups, level=level)),
+        "macro_f1": values["macro_f1"],
+        "roc_auc": None if np.isnan(values["roc_auc"]) else values["roc_auc"],
     }
+
+
+def _reliability(confidence: np.ndarray, hit: np.ndarray, bins: int = 15) -> Reliability:
+    """`reliability_curve` of largest probabilities (n,) and which rows are right (n,)."""
+    where = np.digitize(confidence, np.linspace(0, 1, bins + 1)[1:-1], right=True)
+    count = np.bincount(where, minlength=bins)
+    used = count > 0
+    means = [np.bincount(where, weights, minlength=bins)[used] / count[used] for weights in (confidence, hit)]
+    return Reliability(means[0], means[1], count[used])
+
+
+def _ece(curve: Reliability) -> float:
+    return float(np.abs(curve.confidence - curve.accuracy) @ curve.n / curve.n.sum())
 
 
 def _class_figures(member: np.ndarray, answered: np.ndarray, part: np.ndarray | None, level: float) -> dict[str, Any]:

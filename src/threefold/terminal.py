@@ -90,7 +90,7 @@ def score_table(scores: Sequence[dict[str, Any]], chosen: str | None = None) -> 
     for name in ("", "rows", "% right", "95 % interval", "log loss", "ECE"):
         table.add_column(name, justify="left" if name in ("", "rows") else "right", no_wrap=True)
     for s in scores:
-        short = s["name"] if len(s["name"]) <= NAME else "…" + s["name"][1 - NAME :]
+        short = _short(s["name"])
         name = f"[bold]{escape(short)}[/]" if s["kind"] == "ensemble" else escape(short)
         mark = " [bold green]<[/]" if s["kind"] == "ensemble" and s["name"] == chosen else ""
         low, high = s["interval"]
@@ -102,3 +102,60 @@ def score_table(scores: Sequence[dict[str, Any]], chosen: str | None = None) -> 
         ]
         table.add_row(name + mark, f"{s['rows']} {s['n']}", *figures)
     return table
+
+
+def class_table(classes: Sequence[dict[str, Any]], most: int = 12) -> Table:
+    """Recall, precision and F1 of the classes that are hardest to find; the rest is in the JSON and on the page."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("", "images", "% found", "95 % interval", "% right when named", "F1"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    known = [c for c in classes if c["recall"] is not None]
+    for c in sorted(known, key=lambda c: float(c["recall"]))[:most]:
+        low, high = c["interval"]
+        right = "-" if c["precision"] is None else f"{100 * c['precision']:.1f}"
+        row = [
+            f"{c['n']:,}",
+            f"{100 * c['recall']:.1f}",
+            f"{100 * low:.1f} - {100 * high:.1f}",
+            right,
+            f"{c['f1']:.3f}",
+        ]
+        table.add_row(escape(_short(c["class"])), *row)
+    if len(known) > most:
+        table.add_row(f"[dim]and {len(known) - most} more[/]")
+    return table
+
+
+def pair_table(pairs: Sequence[dict[str, Any]]) -> Table:
+    """Paired comparisons: images that only one has right, the difference with its interval, p after Holm's correction."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("A", "B", "A only", "B only", "points", "95 % interval", "Holm p"):
+        table.add_column(name, justify="left" if name in ("A", "B") else "right", no_wrap=True)
+    for pair in pairs:
+        low, high = pair["interval"]
+        counts = ["-" if pair[side] is None else f"{pair[side]:,}" for side in ("only_a", "only_b")]
+        figures = [f"{100 * pair['difference']:+.2f}", f"{100 * low:+.2f} to {100 * high:+.2f}", f"{pair['p']:.2g}"]
+        table.add_row(*(escape(_short(pair[side], 18)) for side in ("a", "b")), *counts, *figures)
+    return table
+
+
+def optimism_table(lines: Sequence[dict[str, Any]]) -> Table:
+    """What each choice promised on the rows it was made on, and what it is worth on others."""
+    table = Table(
+        box=None,
+        header_style="dim",
+        pad_edge=False,
+        title="[dim]optimism: % right on the rows of the choice, and on others[/]",
+        title_justify="left",
+    )
+    for name in ("choice", "apparent", "honest", "difference", "95 % interval"):
+        table.add_column(name, justify="left" if name == "choice" else "right", no_wrap=True)
+    for line in lines:
+        low, high = (f"{100 * end:+.2f}" for end in line["interval"])
+        figures = [f"{100 * line['apparent']:.2f}", f"{100 * line['honest']:.2f}", f"{100 * line['difference']:+.2f}"]
+        table.add_row(escape(line["told"]), *figures, f"{low} to {high}")
+    return table
+
+
+def _short(name: str, most: int = NAME) -> str:
+    return name if len(name) <= most else "…" + name[1 - most :]

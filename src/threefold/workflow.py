@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,24 +13,21 @@ import numpy as np
 from PIL import Image
 
 from threefold import exporting
-from threefold.cost import cost
-from threefold.ensemble import Ensemble, TemperatureModule
+from threefold.calibration import Calibration, saved_calibration
 from threefold.errors import ExportError, RunError
-from threefold.evaluate import Evaluation, evaluate, evaluate_saved, per_class, saved_predictions
-from threefold.files import read_arrays, read_json, write_arrays, write_json
-from threefold.heads import describe
+from threefold.files import read_arrays, read_json, write_json
 from threefold.jobs import train_members
-from threefold.joint import describe_joint
 from threefold.pipeline import Combiner
 from threefold.plan import plan_folder
-from threefold.recipe import MemberSpec, Recipe
+from threefold.recipe import Recipe
 from threefold.report import write_report
+from threefold.results import evaluate_run, write_results
 from threefold.run import Run, RunWatcher
+from threefold.saved import evaluate_saved
 from threefold.selection import restore
+from threefold.uncertainty import uncertainty_card
 
 T = TypeVar("T")
-GALLERY = 48
-"""Most confident mistakes whose pictures are kept for the report."""
 PARITY_IMAGES = 16
 
 
@@ -52,60 +48,8 @@ def train(recipe: Recipe, out: str | Path, watcher: RunWatcher | None = None, he
         train_members(run)
         found, seconds = _timed(lambda: evaluate_run(run))
         trained = sum(read_json(run.folder(job) / "done.json")["seconds"] for job in run.jobs)
-        _write_results(run, found, {"train": trained, "ensemble": seconds})
+        write_results(run, found, {"train": trained, "ensemble": seconds})
     return run
-
-
-def evaluate_run(run: Run) -> Evaluation:
-    """Score and choose ensembles on a run's predictions."""
-    spec = run.recipe.ensemble.model_copy(update={"members": run.recipe.combined})
-    return evaluate(*saved_predictions(run.dir), spec, run.recipe.seed)
-
-
-def _write_results(run: Run, found: Evaluation, seconds: dict[str, float]) -> None:
-    """Write results.json, chosen.npz and the pictures of the most confident mistakes."""
-    info = read_json(run.dir / "run.json")
-    write_arrays(run.dir / "ensemble.npz", **found.ensemble.state())
-    write_arrays(run.dir / "chosen.npz", probs=found.probs, labels=found.rows.labels, ids=np.array(found.rows.ids))
-    write_arrays(run.dir / "thumbs.npz", **{**_preview(run), **_mistakes(run, found)})
-    write_json(run.dir / "results.json", {
-        "name": run.recipe.name, "protocol": run.recipe.protocol, "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **{key: info[key] for key in ("classes", "commit", "hardware", "threads", "digest")},
-        "seconds": seconds, "scores": found.scores, "comparisons": found.comparisons, "chosen": found.chosen, "combined": found.combined,
-        "chosen_reason": found.reason, "temperature": found.temperature, "per_class": per_class(found.rows, found.probs),
-        "members": _member_table(run), "notes": [*found.warnings, *info["notes"]],
-    })  # fmt: skip
-
-
-def _preview(run: Run) -> dict[str, np.ndarray]:
-    path = run.dir / "thumbs.npz"
-    return {name: value for name, value in read_arrays(path).items() if name == "preview"} if path.exists() else {}
-
-
-def _mistakes(run: Run, found: Evaluation) -> dict[str, np.ndarray]:
-    """Small pictures of the mistakes with the highest confidence, most confident first."""
-    dataset = run.sources.test if found.rows.kind == "test" else run.sources.train
-    assert dataset is not None
-    wrong = np.flatnonzero(found.probs.argmax(1) != found.rows.labels)
-    worst = wrong[np.argsort(-found.probs[wrong].max(1), kind="stable")][:GALLERY]
-    images = [
-        np.asarray(Image.fromarray(dataset.pixels(int(row))).resize((96, 96), Image.Resampling.BILINEAR))
-        for row in worst
-    ]
-    ids = np.array([found.rows.ids[row] for row in worst], dtype=np.str_)
-    return {"images": np.stack(images) if images else np.zeros((0, 96, 96, 3), np.uint8), "ids": ids}
-
-
-def _member_table(run: Run) -> list[dict[str, Any]]:
-    def costs(spec: MemberSpec) -> dict[str, int]:
-        return cost(run.build(spec, len(run.sources.train.classes)), spec.img_size)._asdict()
-
-    return [
-        {"name": spec.name, "backbone": spec.backbone or " + ".join(spec.joins), "img_size": spec.img_size, "weights": spec.weights,
-         "head": describe_joint(spec.head, spec.joins) if spec.joins else describe(spec.head),
-         **costs(spec)}
-        for spec in run.recipe.members
-    ]  # fmt: skip
 
 
 def export(
@@ -147,25 +91,27 @@ def _fitted(run: Run) -> tuple[Combiner, list[str], dict[str, Any]]:
     """The run's chosen ensemble as it was fitted and scored, its members, and what the model card says of it."""
     results = run.results
     ensemble, names = restore(results["chosen"], read_arrays(run.dir / "ensemble.npz"), results["combined"])
-    card = _card_of(results["chosen"], results["temperature"], results["scores"])
-    return _combiner(ensemble, results["temperature"]), names, card
+    calibration = saved_calibration(results, len(results["classes"]))
+    sets = uncertainty_card(results["conformal"]) if "conformal" in results else {}
+    combiner = Combiner(ensemble.to_module(), calibration.to_module())
+    return combiner, names, {**_card_of(results["chosen"], calibration, results["scores"]), **sets}
 
 
 def _fit_again(run: Run, method: str, members: Sequence[str]) -> tuple[Combiner, list[str], dict[str, Any]]:
     """Another method or other members, fitted and scored now."""
     found = evaluate_saved(run.dir, [method], members)
     ensemble, names = restore(method, found.ensemble.state(), found.combined)
-    return _combiner(ensemble, found.temperature), names, _card_of(method, found.temperature, found.scores)
+    combiner = Combiner(ensemble.to_module(), found.calibration.to_module())
+    return combiner, names, _card_of(method, found.calibration, found.scores)
 
 
-def _combiner(ensemble: Ensemble, temperature: float) -> Combiner:
-    return Combiner(ensemble.to_module(), TemperatureModule(temperature))
-
-
-def _card_of(method: str, temperature: float, scores: list[dict[str, Any]]) -> dict[str, Any]:
+def _card_of(method: str, calibration: Calibration, scores: list[dict[str, Any]]) -> dict[str, Any]:
     score = next(s for s in reversed(scores) if s["name"] == method and s["kind"] == "ensemble")
     keys = ("accuracy", "interval", "level", "rows", "n", "protocol", "fitted_on")
-    return {"method": method, "temperature": temperature, "score": {key: score[key] for key in keys}}
+    return {
+        "method": method, "temperature": calibration.temperature, "calibration": calibration.state(),
+        "score": {key: score[key] for key in keys},
+    }  # fmt: skip
 
 
 def _card(run: Run) -> dict[str, Any]:

@@ -1,0 +1,157 @@
+"""Do the tests keep their promises? False alarms of equals, power, and what a choice among pure noise looks like.
+
+    uv run python bench/laws.py null  [--pairs 1000] [--rows 300]
+    uv run python bench/laws.py power [--pairs 2000]
+    uv run python bench/laws.py noise [--pairs 50] [--rows 500]
+
+null: how often each test at the 5 % level tells two equally good classifiers apart, with the binomial interval of that
+rate (Wilson's 95 %). A test that is given the rows of groups one by one, or one seed for all, is in the table to show
+what goes wrong. power: how often the exact McNemar test finds a true difference, at multiples of `required_rows`.
+noise: accuracy of the best of M members that guess, picked on the rows that are scored and cross-fitted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from nulls import equals, expected_best, grouped_equals, noise, softmaxes, trained
+
+from threefold.ensemble import cross_fit, make_ensemble
+from threefold.paired import (
+    Difference,
+    SeedsDifference,
+    cochran_q,
+    mcnemar_exact,
+    paired_bootstrap,
+    required_rows,
+    score_difference,
+    seeds_difference,
+)
+from threefold.provenance import commit, hardware
+from threefold.stats import wilson_interval
+
+Rng = np.random.Generator
+
+
+def excludes(found: Difference | SeedsDifference) -> bool:
+    """Whether the interval leaves out no difference."""
+    return not found.low <= 0 <= found.high
+
+
+def row_tests(rows: int) -> dict[str, Callable[[Rng], list[bool]]]:
+    """Draws of equals and what is said of them: a name -> a function to one answer per test."""
+
+    def by_row(rng: Rng) -> list[bool]:
+        a, b = equals(rng, rows, 0.2)
+        return [
+            mcnemar_exact(a, b).p <= 0.05,
+            mcnemar_exact(a, b, mid_p=True).p <= 0.05,
+            excludes(paired_bootstrap(a, b)),
+        ]
+
+    def by_group(rng: Rng) -> list[bool]:
+        a, b, part = grouped_equals(rng, max(2, rows // 8), 8, 0.2)
+        return [
+            mcnemar_exact(a, b, part).p <= 0.05,
+            mcnemar_exact(a, b, part, mid_p=True).p <= 0.05,
+            excludes(paired_bootstrap(a, b, part)),
+            mcnemar_exact(a, b).p <= 0.05,
+        ]
+
+    def by_seed(rng: Rng) -> list[bool]:
+        a, b = trained(rng, 4, rows, 0.3)
+        return [seeds_difference(a, b).p <= 0.05, mcnemar_exact(a[0], b[0]).p <= 0.05]
+
+    def of_loss(rng: Rng) -> list[bool]:
+        a, b, labels = softmaxes(rng, rows)
+        return [excludes(score_difference("log_loss", a, b, labels))]
+
+    def several(rng: Rng) -> list[bool]:
+        easy = rng.random(rows) < 0.7
+        return [cochran_q(np.where(easy, True, rng.random((5, rows)) < 0.5)).p <= 0.05]
+
+    return {
+        "McNemar, exact|McNemar, mid-p|paired bootstrap, accuracy": by_row,
+        "McNemar by groups, exact|McNemar by groups, mid-p|paired bootstrap by groups|  McNemar, groups ignored": by_group,
+        "four seeds, crossed|  McNemar of the first seeds": by_seed,
+        "paired bootstrap, log loss": of_loss,
+        "Cochran's Q, five classifiers": several,
+    }
+
+
+def null(args: argparse.Namespace) -> None:
+    """False alarms."""
+    print(f"{args.pairs} pairs of equals, {args.rows} rows each (groups of 1 to 15, {args.rows // 8} of them)")
+    print(f"{'test at 5 %':34}{'false alarms':>13}{'95 % interval':>20}")
+    for number, (names, draw) in enumerate(row_tests(args.rows).items()):
+        rng = np.random.default_rng(number)
+        told = np.array([draw(rng) for _ in range(args.pairs)])
+        for name, alarms in zip(names.split("|"), told.T, strict=True):
+            low, high = wilson_interval(int(alarms.sum()), args.pairs)
+            print(f"{name:34}{alarms.mean():13.1%}{f'[{low:.1%}, {high:.1%}]':>20}", flush=True)
+
+
+def power(args: argparse.Namespace) -> None:
+    """Power against rows."""
+    print("exact McNemar, 5 % level; required_rows is for 80 % power of the test in its normal form")
+    for discordant, difference in ((0.1, 0.02), (0.05, 0.01), (0.02, 0.01)):
+        needed = required_rows(discordant, difference)
+        print(f"\n{discordant:.0%} discordant, {difference:.0%} better: required_rows {needed:,}")
+        print(f"{'rows':>8}{'power':>8}{'95 % interval':>20}")
+        shares = [(discordant + difference) / 2, (discordant - difference) / 2]
+        for multiple in (0.25, 0.5, 1, 1.5, 2):
+            n, rng = round(needed * multiple), np.random.default_rng(0)
+            found = 0
+            for only_a, only_b in rng.multinomial(n, [*shares, 1 - discordant], args.pairs)[:, :2]:
+                a = np.arange(only_a + only_b) < only_a  # rows on which both agree do not enter the test
+                found += mcnemar_exact(a, ~a).p <= 0.05 if len(a) else 0
+            low, high = wilson_interval(found, args.pairs)
+            print(f"{n:8,}{found / args.pairs:8.1%}{f'[{low:.1%}, {high:.1%}]':>20}", flush=True)
+
+
+def picking(args: argparse.Namespace) -> None:
+    """The best of members that guess."""
+    k = 10
+    print(
+        f"{args.pairs} pools of members that guess, {args.rows} rows, {k} classes: chance is {1 / k:.4f} (s.e. below)"
+    )
+    print(f"{'members':>8}{'theory':>9}{'best, scored rows':>20}{'best, cross-fitted':>20}", end="")
+    print(f"{'greedy, scored rows':>21}{'greedy, cross-fitted':>22}")
+    for m in (1, 4, 16, 64, 256):
+        rng, found = np.random.default_rng(m), []
+        for _ in range(args.pairs):
+            probs, labels = noise(rng, m, args.rows, k)
+            row = []
+            for name in ("best", "greedy") if m <= 16 else ("best",):  # greedy takes minutes beyond
+                apparent = make_ensemble(name).fit(probs, labels).predict_proba(probs)
+                crossed = cross_fit(lambda name=name: make_ensemble(name), probs, labels)
+                row += [(apparent.argmax(1) == labels).mean(), (crossed.argmax(1) == labels).mean()]
+            found.append(row)
+        middle, error = np.mean(found, 0), np.std(found, 0, ddof=1) / args.pairs**0.5
+        cells = [f"{a:.4f} ({e:.4f})" for a, e in zip(middle, error, strict=True)]
+        cells += [""] * (4 - len(cells))
+        theory = expected_best(m, args.rows, k)
+        print(f"{m:8}{theory:9.4f}{cells[0]:>20}{cells[1]:>20}{cells[2]:>21}{cells[3]:>22}", flush=True)
+
+
+def main() -> None:
+    """Print one of the tables."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("table", choices=["null", "power", "noise"])
+    parser.add_argument("--pairs", type=int, default=None)
+    parser.add_argument("--rows", type=int, default=None)
+    args = parser.parse_args()
+    pairs, rows = {"null": (1000, 300), "power": (2000, 0), "noise": (50, 500)}[args.table]
+    args.pairs, args.rows = args.pairs or pairs, args.rows or rows
+    print(f"{hardware()}, commit {commit()}")
+    {"null": null, "power": power, "noise": picking}[args.table](args)
+
+
+if __name__ == "__main__":
+    main()

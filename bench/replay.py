@@ -1,0 +1,152 @@
+"""The authors' own Fashion-MNIST predictions, tested again: what they show, and what an honest choice would have shown.
+
+    uv run python bench/replay.py PREDS.npz [--methods mean,pool,...] [--all]
+
+PREDS.npz holds the authors' ten softmaxes on the 10,000 test images (`members` name them). Prints three tables:
+
+pairs: the paper's comparisons, right alone against right alone, exact McNemar tests, and the images that would be needed to
+show a difference of the size seen. Verdicts take each question by itself; the Holm column is for whoever asks them all.
+choice: the best subset of the members' mean, picked on the rows that are scored (as the paper did) and cross-fitted.
+methods: every ensemble on all members, copies counted once, cross-fitted in five stratified parts, against the mean.
+`--all` adds the two that train a network (minutes).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from pathlib import Path
+
+import numpy as np
+
+from threefold.crossfit import stratified_parts
+from threefold.diversity import distinct, duplicates
+from threefold.ensemble import ENSEMBLES, apply_temperature, cross_fit, fit_temperature, make_ensemble
+from threefold.paired import Difference, holm, mcnemar_exact, paired_bootstrap, required_rows_from_counts, verdict
+from threefold.predictions import FLOOR, Predictions
+from threefold.provenance import commit, hardware
+from threefold.stats import wilson_interval
+
+NETWORKS = ("stacked-shrunk", "stacked")
+SHORT = {"FashionMNIST_": "", "MulModel_": "", "Mixed_STDSE_LSTMXc_STD_IcR_299_": "Mixed/", "_Mul": "", "_2111_v1": ""}
+
+
+def short(name: str) -> str:
+    """A file's name without what all of them share."""
+    for long, brief in SHORT.items():
+        name = name.replace(long, brief)
+    return name
+
+
+def share(hits: np.ndarray) -> str:
+    """Accuracy with Wilson's interval."""
+    low, high = wilson_interval(int(hits.sum()), len(hits))
+    return f"{hits.mean():.4f} [{low:.4f}, {high:.4f}]"
+
+
+def signed(found: Difference) -> str:
+    """A difference with its interval."""
+    return f"{found.estimate:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+
+
+def pairs(hits: dict[str, np.ndarray], table: list[tuple[str, str]]) -> None:
+    """One line per comparison of two rows of hits."""
+    print(f"\n{'pairs':47}{'right alone':>12}{'difference, 95 % interval':>29}{'p':>9}{'Holm':>9}{'images needed':>15}")
+    found = [mcnemar_exact(hits[a], hits[b]) for a, b in table]
+    for (a, b), (only_a, only_b, p), adjusted in zip(table, found, holm([f.p for f in found]), strict=True):
+        n = len(hits[a])
+        needed = f"{required_rows_from_counts(only_a, only_b, n):,}" if only_a != only_b else "no number"
+        moved = signed(paired_bootstrap(hits[a], hits[b]))
+        print(f"{a + ' - ' + b:47}{f'{only_a} : {only_b}':>12}{moved:>29}{p:9.4f}{adjusted:9.4f}{needed:>15}")
+        print(f"    {verdict(a, b, only_a, only_b, p, test='exact McNemar', n=n)}")
+
+
+def claims(rows: Predictions) -> None:
+    """The paper's comparisons."""
+    hits = {short(name): probs.argmax(-1) == rows.labels for name, probs in zip(rows.members, rows.probs, strict=True)}
+    mixed = rows.select([name for name in rows.members if "_Mixed_" in name])
+    for method in ("mean", "pruned", "vote"):
+        hits[method] = make_ensemble(method).predict_proba(mixed.probs).argmax(-1) == rows.labels
+    best = short(max(mixed.members, key=lambda name: hits[short(name)].sum()))
+    std, gru = "SEResNext101_LRG299", "SEResNext101_LRG299_GRU"
+    for name in ("mean", "pruned", "vote", best, std, gru):
+        print(f"{name:32}{share(hits[name])}")
+    table = [("mean", best), ("pruned", best), ("vote", best), ("mean", "pruned"), (std, gru), (best, std)]
+    pairs(hits, table)
+
+
+def subset_hits(probs: np.ndarray, labels: np.ndarray) -> tuple[list[tuple[int, ...]], np.ndarray]:
+    """Every subset of the members, and which rows its mean has right (subsets, n)."""
+    numbers = range(len(probs))
+    subsets = [s for size in range(1, len(probs) + 1) for s in itertools.combinations(numbers, size)]
+    return subsets, np.stack([probs[list(s)].sum(0, dtype=np.float64).argmax(-1) == labels for s in subsets])
+
+
+def choice(rows: Predictions, keep: list[int]) -> None:
+    """The best subset, apparent and cross-fitted, against the mean of all."""
+    probs, labels = rows.probs[keep], rows.labels
+    subsets, hits = subset_hits(probs, labels)
+    everyone = hits[-1]
+    part, honest, chosen = stratified_parts(labels), np.zeros(len(labels), bool), []
+    for value in np.unique(part):
+        held = part == value
+        chosen.append(int(hits[:, ~held].sum(1).argmax()))
+        honest[held] = hits[chosen[-1], held]
+    apparent = hits[hits.sum(1).argmax()]
+    print(f"\nchoice: the best of {len(subsets)} subsets of {len(keep)} networks (of {len(rows.members)} files)")
+    print(f"{'picked on the scored rows':38}{share(apparent)}")
+    print(f"{'picked on other rows (five parts)':38}{share(honest)}")
+    print(f"{'mean of all, nothing picked':38}{share(everyone)}")
+    print(f"optimism of the choice {100 * (apparent.mean() - honest.mean()):+.2f} points; picked in the five parts:")
+    for value, index in enumerate(chosen):
+        print(f"    {value}: {', '.join(short(rows.members[keep[i]]) for i in subsets[index])}")
+    pairs({"picked elsewhere": honest, "all": everyone}, [("picked elsewhere", "all")])
+
+
+def methods(rows: Predictions, keep: list[int], names: list[str]) -> None:
+    """Every ensemble cross-fitted, against the mean of all and the best single member."""
+    probs, labels = rows.probs[keep], rows.labels
+    at = np.arange(len(labels))
+    hits, losses, times = {}, {}, {}
+    for name in names:
+        began = time.process_time()
+        answer = cross_fit(lambda name=name: make_ensemble(name), probs, labels)
+        hits[name] = answer.argmax(-1) == labels
+        warm = apply_temperature(answer, fit_temperature(answer, labels))
+        losses[name] = -np.log(np.maximum(warm[at, labels], FLOOR))
+        times[name] = time.process_time() - began
+    found = {name: mcnemar_exact(hits[name], hits["mean"]) for name in names if name != "mean"}
+    adjusted = dict(zip(found, holm([f.p for f in found.values()]), strict=True))
+    print(f"\n{'methods, cross-fitted':22}{'accuracy, 95 % interval':>26}{'log loss':>10}{'minus mean':>29}", end="")
+    print(f"{'right alone':>13}{'p':>8}{'Holm':>8}{'CPU s':>8}")
+    for name in names:
+        line = f"{name:22}{share(hits[name]):>26}{losses[name].mean():10.4f}"
+        if name in found:
+            a, b, p = found[name]
+            moved = signed(paired_bootstrap(hits[name], hits["mean"]))
+            line += f"{moved:>29}{f'{a} : {b}':>13}{p:8.3f}{adjusted[name]:8.3f}{times[name]:8.1f}"
+        print(line, flush=True)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=None)
+    parser.add_argument("--all", action="store_true", help="also the methods that train a network")
+    args = parser.parse_args()
+    rows = Predictions.load(args.file)
+    print(f"{len(rows.members)} files, {len(rows):,} images; {hardware()}, commit {commit()}")
+    claims(rows)
+    keep = distinct(rows.probs)
+    for group in duplicates(rows.probs):
+        print(f"\none network, counted once: {', '.join(short(rows.members[i]) for i in group)}", end="")
+    print()
+    choice(rows, keep)
+    names = args.methods or [n for n in (*ENSEMBLES, "auto") if args.all or n not in NETWORKS]
+    methods(rows, keep, ["mean", *(n for n in names if n != "mean")])
+
+
+if __name__ == "__main__":
+    main()

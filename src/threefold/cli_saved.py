@@ -1,0 +1,184 @@
+"""Verbs on saved predictions and finished runs: ensemble, evaluate, compare, report. Seconds, no network, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from threefold.console import out, plain, print_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Sources = Annotated[
+    list[Path],
+    typer.Argument(
+        help="A run folder, or predictions: .npz, .csv, .parquet; several files are joined by the rows' ids."
+    ),
+]
+Members = Annotated[
+    list[str] | None, typer.Option("--members", help="Only these members; may be repeated or separated by commas.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Html = Annotated[Path | None, typer.Option("--html", help="Write a page of it, too.")]
+
+Labels = Annotated[
+    Path | None,
+    typer.Option("--labels", help="A table with label and id for files without labels; folder = from the paths."),
+]
+Classes = Annotated[
+    Path | None, typer.Option("--classes", help="A text file of class names, one a line, for files without.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs."""
+    for verb in (ensemble, evaluate, compare, report):
+        app.command()(verb)
+
+
+def ensemble(
+    sources: Sources,
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="auto, or names of `threefold list ensembles`; may be repeated."),
+    ] = None,
+    members: Members = None,
+    top: Annotated[
+        int, typer.Option("--top", min=0, help="Combine only so many, the most accurate out of fold; 0 = all.")
+    ] = 0,
+    reopen: Annotated[
+        bool, typer.Option("--reopen-test", help="Score on a run's test rows again; the run folder notes it.")
+    ] = False,
+    labels: Labels = None,
+    classes: Classes = None,
+    as_json: Json = False,
+    html: Html = None,
+) -> None:
+    """Combine saved predictions, from a run or from anywhere, and score the result."""
+    from threefold.saved import Beside, ensemble_tree, evaluate_saved
+
+    found = evaluate_saved(sources, _split(method) or ["auto"], _split(members), top, reopen, Beside(labels, classes))
+    tree = ensemble_tree(sources, found)
+    shown = [score for score in tree["scores"] if score["rows"] == found.rows.kind]  # the page is about these rows
+    _page(html, {**tree, "scores": shown}, found.probs, found.rows.labels)
+    if as_json:
+        print_json(tree)
+        return
+    from threefold.terminal import optimism_table, score_table
+
+    out.print(score_table(found.scores, found.chosen))
+    out.print(f"chosen: {found.chosen} ({plain(found.reason)})")
+    for line in [*(c["verdict"] for c in found.comparisons), *found.warnings]:
+        out.print(f"  {plain(line)}")
+    if found.optimism:
+        out.print(optimism_table(found.optimism))
+    expected = found.expected
+    low, high = expected["interval"]
+    told = f"{expected['n']:,} {expected['told']}"
+    out.print(f"\nExpect [bold]{expected['accuracy']:.1%}[/] of new images to be right (95 % interval {low:.1%} to {high:.1%}; {plain(told)}).")  # fmt: skip
+    _told(html)
+
+
+def evaluate(
+    sources: Sources,
+    members: Members = None,
+    labels: Labels = None,
+    classes: Classes = None,
+    as_json: Json = False,
+    html: Html = None,
+) -> None:
+    """Score predictions as they are: nothing fitted, nothing chosen."""
+    from threefold.saved import Beside, score_saved
+
+    tree, rows = score_saved(sources, _split(members), Beside(labels, classes))
+    best = max(range(len(rows.members)), key=lambda i: tree["scores"][i]["accuracy"])
+    _page(html, tree, rows.probs[best], rows.labels)
+    if as_json:
+        print_json(tree)
+        return
+    from threefold.terminal import class_table, score_table
+
+    out.print(score_table(tree["scores"]))
+    out.print(f"\nclasses, hardest first ({plain(tree['per_class_of'])})")
+    out.print(class_table(tree["per_class"]))
+    same = tree.get("diversity", {}).get("duplicates", [])
+    for line in [
+        *tree["warnings"],
+        *(f"the same predictions under several names: {', '.join(group)}" for group in same),
+    ]:
+        out.print(f"  {plain(line)}")
+    if tree["audit"]["n_suspects"]:
+        told = f"{tree['audit']['n_suspects']} labels look wrong, if these are held-out predictions (--json or --html lists them); the first:"
+        out.print(
+            f"  {told} {plain(tree['audit']['suspects'][0]['id'])}, {plain(tree['audit']['suspects'][0]['reason'])}"
+        )
+    _told(html)
+
+
+def compare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="PATH or PATH:MEMBER, two or more; A1,A2,A3 are seeds of one recipe; one alone: its members."
+        ),
+    ],
+    shared: Annotated[bool, typer.Option("--shared", help="Compare on the rows that all of them have.")] = False,
+    labels: Labels = None,
+    classes: Classes = None,
+    as_json: Json = False,
+    html: Html = None,
+) -> None:
+    """Is one better than the other? Paired tests of every pair on the same rows, with Holm's correction."""
+    from threefold.compare import compare_saved
+    from threefold.saved import Beside
+
+    tree, rows = compare_saved(sources, shared, Beside(labels, classes))
+    _page(html, tree, rows.probs[0], rows.labels)
+    if as_json:
+        print_json(tree)
+        return
+    from threefold.terminal import pair_table, score_table
+
+    out.print(score_table(tree["scores"]))
+    out.print()
+    out.print(pair_table(tree["comparisons"]))
+    for pair in tree["comparisons"]:
+        out.print(f"  {plain(pair['verdict'])}")
+    if "cochran_q" in tree:
+        q = tree["cochran_q"]
+        out.print(f"  all together: Cochran's Q {q['q']:.2f}, {q['df']} degrees of freedom, p = {q['p']:.2g}")
+    for line in tree["warnings"]:
+        out.print(f"  {plain(line)}")
+    _told(html)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="One or more finished run folders.")],
+    target: Annotated[
+        Path | None, typer.Option("--out", help="The file to write (default: report.html in the first run).")
+    ] = None,
+) -> None:
+    """Write the HTML report of one run, or of several side by side."""
+    from threefold.report import write_report
+
+    out.print(str(write_report(runs, target)), markup=False)
+
+
+def _split(words: Sequence[str] | None) -> list[str]:
+    return [word for text in words or () for word in text.split(",") if word]
+
+
+def _page(html: Path | None, tree: dict[str, Any], probs: np.ndarray, labels: np.ndarray) -> None:
+    if html is not None:
+        from threefold.page import write_page
+
+        write_page(html, ", ".join(Path(source).name for source in tree["source"]), tree, probs, labels)
+
+
+def _told(html: Path | None) -> None:
+    if html is not None:
+        out.print(f"page   {html}", markup=False)

@@ -1,0 +1,97 @@
+"""What a run finds out about its own data: suspect labels, copies of images, file names that tell of groups.
+
+Nothing is edited, moved or left out: suspects are listed in a CSV file and shown in the report, the rest is warned of.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+
+from threefold.audit import (
+    LISTED,
+    Duplicate,
+    Duplicates,
+    Suspect,
+    audit_tree,
+    duplicate_warnings,
+    find_duplicates,
+    guess_pattern,
+    list_suspects,
+    write_suspects,
+)
+from threefold.files import read_json, write_json
+from threefold.pixels import Pixels
+from threefold.predictions import Predictions
+from threefold.run import Run
+
+MOST_IMAGES: Final = 20_000
+"""Copies are looked for among so many images at most: the time grows with the square of their number."""
+
+_NO_ROWS: Final = "labels are audited on out-of-fold rows of the honest protocol, which this run does not have"
+
+
+def find_copies(run: Run, pixels: Pixels) -> None:
+    """Write duplicates.json: equal and near images of the run's squares, across folds and splits; once."""
+    path = run.dir / "duplicates.json"
+    if path.exists():
+        return
+    train, test = run.sources.train, run.sources.test
+    count = len(train) + (len(test) if test is not None else 0)
+    if count > MOST_IMAGES:
+        told = f"copies were not looked for among {count:,} images; `threefold data check` does so"
+        write_json(path, {"found": 0, "pairs": [], "told": told})
+        return
+    spec = next(m for m in run.recipe.members if not m.joins)
+    owner = np.full(len(train), -1)
+    for fold, roles in run.roles.items():
+        if fold >= 0:
+            owner[roles.score] = fold
+    parts = [f"fold {fold}" for fold in owner] + ["test"] * (count - len(train))
+    ids, labels = list(train.ids), train.labels
+    squares = [pixels.rows("train", spec, np.arange(len(train)))[0]]
+    if test is not None:
+        ids, labels = [*ids, *test.ids], np.concatenate([labels, test.labels])
+        squares.append(pixels.rows("test", spec, np.arange(len(test)))[0])
+    found = find_duplicates((image for part in squares for image in part), ids, labels, parts)
+    pairs = [pair._asdict() for pair in found.pairs]
+    write_json(path, {"found": found.found, "pairs": pairs, "told": ""})
+
+
+def audit_run(run: Run, rows: Predictions | None, probs: np.ndarray) -> tuple[dict[str, Any], list[Suspect]]:
+    """The `audit` of results.json, and the suspects, the most suspect first; writes suspects.csv.
+
+    Args:
+        run: a run whose jobs are done.
+        rows: its out-of-fold predictions, or None.
+        probs: (n, k) the chosen ensemble's probabilities on them, cross-fitted.
+    """
+    honest = rows is not None and rows.kind == "oof" and rows.protocol == "honest"
+    suspects, missing = list_suspects(rows, probs) if rows is not None and honest else ([], _NO_ROWS)
+    if not missing:
+        write_suspects(run.dir / "suspects.csv", suspects)
+    path = run.dir / "duplicates.json"
+    copies = read_json(path) if path.exists() else None
+    warnings = _group_warnings(run)
+    if copies:
+        pairs = [Duplicate(**pair) for pair in copies["pairs"]]
+        warnings += duplicate_warnings(Duplicates(pairs, copies["found"])) + (
+            [copies["told"]] if copies["told"] else []
+        )
+    told = {"found": copies["found"], "pairs": copies["pairs"][:LISTED]} if copies else None
+    more = {"file": "" if missing else "suspects.csv", "warnings": warnings, "duplicates": told}
+    return {**audit_tree(suspects, missing), **more}, suspects
+
+
+def _group_warnings(run: Run) -> list[str]:
+    """A question to the owner of the data where file names look like groups that the folds do not keep together."""
+    if run.sources.train.groups is not None:
+        return []
+    pattern = guess_pattern(run.sources.train.ids)
+    if pattern is None:
+        return []
+    told = (
+        "file names look as if several images belong together (a person, a clip), and folds do not keep them together"
+    )
+    return [f"{told}; if so, set data.group_regex = '{pattern}' and folds.scheme = grouped: scores may be too good"]

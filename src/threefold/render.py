@@ -1,0 +1,116 @@
+"""Templates to HTML: how numbers, times and names are written on every page."""
+
+from __future__ import annotations
+
+import functools
+from datetime import UTC, datetime
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2.exceptions import UndefinedError
+
+from threefold.charts import short_count
+from threefold.errors import RunError
+
+_MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
+
+
+def render(template: str, where: str, **context: Any) -> str:
+    """A page from a template of this package; all text is escaped.
+
+    Args:
+        template: its file name.
+        where: what the data were read from, for the error.
+        context: what the template shows.
+
+    Raises:
+        RunError: the data lack a key.
+    """
+    try:
+        return _environment().get_template(template).render(**context)
+    except (UndefinedError, KeyError) as error:
+        raise RunError("results.json or a history.json lacks a key", where=where, expected=error) from None
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("threefold", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        percent=percent,
+        number=number,
+        duration=duration,
+        when=when,
+        points=points,
+        big=short_count,
+        chance=chance,
+        rows_name=rows_name,
+    )
+    return environment
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share as per cent; a dash where there is none."""
+    return "–" if value is None else f"{100 * float(value):.{digits}f}\u00a0%"
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    """A number with commas; a dash where there is none."""
+    return "–" if value is None else f"{float(value):,.{digits}f}"
+
+
+def points(value: float | None, digits: int = 1) -> str:
+    """A difference of shares in points, with its sign; a dash where there is none."""
+    if value is None:
+        return "–"
+    text = f"{100 * float(value):+.{digits}f}"
+    return f"{float(text):.{digits}f}" if float(text) == 0 else text.replace("-", "−")
+
+
+def rows_name(rows: str) -> str:
+    """What a person calls a kind of rows; an unknown kind stays as it is."""
+    return {"oof": "out-of-fold", "test": "test", "foreign": "given"}.get(rows, rows)
+
+
+def chance(p: float) -> str:
+    """A p-value as `paired.verdict` writes it."""
+    return "< 0.001" if p < 0.001 else f"{p:.2f}" if p >= 0.1 else f"{p:.3f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def when(text: str) -> str:
+    """An ISO time as a person writes it, in UTC: 24 November 2026, 06:15 UTC; what is no such time stays as it is."""
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        return text
+    if time.tzinfo is not None:
+        time = time.astimezone(UTC)
+    zone = " UTC" if time.tzinfo is not None else ""
+    return f"{time.day} {_MONTHS[time.month - 1]} {time.year}, {time:%H:%M}{zone}"

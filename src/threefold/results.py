@@ -1,0 +1,114 @@
+"""What a finished run says: results.json, the chosen ensemble's arrays, the pictures; and when its test rows were opened."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from threefold.assembly import choices_optimism
+from threefold.combiners import Ensemble, LinearEnsemble
+from threefold.cost import cost
+from threefold.evaluate import Evaluation, evaluate
+from threefold.files import read_arrays, read_json, write_arrays, write_json
+from threefold.findings import audit_run
+from threefold.gallery import pictures
+from threefold.heads import describe
+from threefold.joint import describe_joint
+from threefold.ledger import open_test, when_opened
+from threefold.recipe import MemberSpec
+from threefold.run import Run
+from threefold.saved import saved_predictions
+from threefold.scoring import per_class
+from threefold.selection import SelectedEnsemble
+from threefold.uncertainty import fit_uncertainty
+
+
+def evaluate_run(run: Run) -> Evaluation:
+    """Score and choose ensembles on a run's predictions; opens the test rows, where there are any."""
+    spec = run.recipe.ensemble.model_copy(update={"members": run.recipe.combined})
+    oof, test = saved_predictions(run.dir)
+    if test is not None:
+        open_test(run.dir, "train", len(test))
+    return evaluate(oof, test, spec, run.recipe.seed)
+
+
+def write_results(run: Run, found: Evaluation, seconds: dict[str, float]) -> None:
+    """Write results.json, ensemble.npz, chosen.npz, suspects.csv and thumbs.npz."""
+    info, oof = read_json(run.dir / "run.json"), saved_predictions(run.dir)[0]
+    seen = {} if found.ensemble.seen_ is None else {"seen": found.ensemble.seen_.keys}
+    write_arrays(run.dir / "ensemble.npz", **found.ensemble.state(), **seen)
+    write_arrays(run.dir / "chosen.npz", probs=found.probs, labels=found.rows.labels, ids=np.array(found.rows.ids))
+    audit, suspects = audit_run(run, oof, found.calibration.probs)
+    write_arrays(run.dir / "thumbs.npz", **{**_preview(run), **pictures(run, found, suspects)})
+    members = _member_table(run)
+    write_json(run.dir / "results.json", {
+        "name": run.recipe.name, "protocol": run.recipe.protocol, "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **{key: info[key] for key in ("classes", "commit", "hardware", "threads", "digest")},
+        "seconds": seconds, "expected": found.expected, "scores": _with_costs(run, found, members),
+        "comparisons": found.comparisons, "chosen": found.chosen, "combined": found.combined,
+        "chosen_reason": found.reason, "temperature": found.calibration.temperature,
+        "calibration": found.calibration.state(),
+        "conformal": _uncertainty(run, found), "per_class": per_class(found.rows, found.probs), "members": members,
+        "optimism": [*choices_optimism(run), *found.optimism], "ledger": found.ledger, "test_opened": when_opened(run.dir),
+        "audit": audit, "notes": [*found.warnings, *audit["warnings"], *info["notes"]],
+    })  # fmt: skip
+
+
+def _uncertainty(run: Run, found: Evaluation) -> dict[str, Any]:
+    """Prediction sets and the unknown threshold of the chosen ensemble, measured on test rows where there are any."""
+    rows, spec = found.fit_rows, run.recipe.ensemble
+    folds = rows.folds if rows.folds is not None and len(np.unique(rows.folds)) > 1 else None
+    made = fit_uncertainty(
+        found.calibration.probs, rows.labels, alpha=spec.miss, reject=spec.reject, groups=rows.groups, folds=folds
+    )
+    if found.rows.kind == "test":
+        made = made.measure(found.probs, found.rows.labels, "test", found.rows.groups)
+    return made.as_dict()
+
+
+def _preview(run: Run) -> dict[str, np.ndarray]:
+    path = run.dir / "thumbs.npz"
+    return {name: value for name, value in read_arrays(path).items() if name == "preview"} if path.exists() else {}
+
+
+def _member_table(run: Run) -> list[dict[str, Any]]:
+    def costs(spec: MemberSpec) -> dict[str, int]:
+        return cost(run.build(spec, len(run.sources.train.classes)), spec.img_size)._asdict()
+
+    return [
+        {"name": spec.name, "backbone": spec.backbone or " + ".join(spec.joins), "img_size": spec.img_size, "weights": spec.weights,
+         "head": describe_joint(spec.head, spec.joins) if spec.joins else describe(spec.head),
+         **costs(spec)}
+        for spec in run.recipe.members
+    ]  # fmt: skip
+
+
+def _with_costs(run: Run, found: Evaluation, members: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The scores, each with what an answer to a new image costs: every network that takes part, in every fold, for every view."""
+    one = {row["name"]: row for row in members}
+    scores = []
+    for score in found.scores:
+        names = _used(found, score)
+        nets = {name: run.networks(run.recipe.member(name)) for name in names}
+        macs = sum(one[n]["flops"] * count * max(1, run.views(run.recipe.member(n)).count) for n, count in nets.items())
+        parameters = sum(one[n]["parameters"] * count for n, count in nets.items())
+        scores.append({**score, "macs": macs, "parameters": parameters})
+    return scores
+
+
+def _used(found: Evaluation, score: dict[str, Any]) -> list[str]:
+    """Names of the members that an answer needs."""
+    if score["kind"] == "member":
+        return [score["name"]]
+    return used_members(found.fitted[score["name"]], found.combined)
+
+
+def used_members(ensemble: Ensemble, names: tuple[str, ...]) -> list[str]:
+    """The members that a fitted ensemble looks at: those with a weight, or those selected."""
+    if isinstance(ensemble, SelectedEnsemble):
+        return used_members(ensemble.inner, tuple(names[i] for i in ensemble.chosen_))
+    if isinstance(ensemble, LinearEnsemble):
+        return [name for name, weight in zip(names, ensemble.weights_, strict=True) if weight > 0]
+    return list(names)

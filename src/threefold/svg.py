@@ -1,0 +1,79 @@
+"""Matplotlib drawings as inline SVG in the page's colours (CSS variables), so that one drawing serves light and dark."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any, Final
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+INK: Final = "#010203"
+SOFT: Final = "#040506"
+LINE: Final = "#070809"
+ACCENT: Final = "#0a0b0c"
+"""Stand-in colours of a drawing, which become the page's variables in the finished SVG."""
+
+_VARIABLES = {INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)", ACCENT: "var(--accent)"}
+_STYLE: Any = {  # Any: newer matplotlib types the keys, older does not
+    "svg.fonttype": "none",
+    "svg.hashsalt": "threefold",
+    "text.parse_math": False,
+    "font.size": 9.0,
+    "text.color": INK,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": SOFT,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+}
+
+
+def draw_svg(draw: Callable[[Axes], None], size: tuple[float, float], label: str) -> Markup:
+    """What `draw` puts on a pair of axes, as an SVG element for an HTML page.
+
+    Args:
+        draw: draws with the colours of this module.
+        size: width and height in inches; the page scales it to the width that there is.
+        label: what a screen reader says.
+    """
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # The browser's fonts draw the text; matplotlib only measures it, and may lack a glyph.
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font|.*Matplotlib currently does not support")
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.add_subplot())
+        buffer = io.StringIO()
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # not unique over the charts of one page, and nothing refers to them
+    svg = re.sub(r' (?:xmlns(?::xlink)?|width|height)="[^"]*"', "", svg, count=4)
+    for stand_in, variable in _VARIABLES.items():
+        svg = svg.replace(stand_in, variable)
+    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{Markup.escape(label)}"', 1))
+
+
+def percent_ticks() -> PercentFormatter:
+    """Shares as per cent, with the space that belongs before the sign."""
+    return PercentFormatter(1.0, symbol="\u00a0%")
+
+
+def short_name(name: str, most: int = 26) -> str:
+    """A name that fits beside a chart: the middle of a long one left out, since the ends of long names differ."""
+    name = " ".join(name.split())
+    if len(name) <= most:
+        return name
+    head = most // 3
+    return f"{name[:head]}…{name[head + 1 - most :]}"

@@ -1,0 +1,220 @@
+"""Who saw which rows: a score on seen rows is refused, or called apparent; memorised labels never reach an honest score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from threefold.combiners import Ensemble
+from threefold.crossfit import cross_fit
+from threefold.ensemble import AutoEnsemble, GreedyEnsemble, MeanEnsemble, WeightedEnsemble, make_ensemble
+from threefold.errors import DataError
+from threefold.evaluate import evaluate
+from threefold.ledger import FIT, SCORE, SELECT, Ledger, Seen, open_test, when_opened
+from threefold.predictions import Predictions
+from threefold.recipe import EnsembleSpec, FoldSpec
+from threefold.scoring import score_ensemble
+from threefold.splits import assign_roles
+from threefold.stats import accuracy, share_interval
+
+
+def noise(n: int, k: int = 4, m: int = 6, seed: int = 0, **more: object) -> Predictions:
+    """Members that know nothing: shuffled labels."""
+    rng = np.random.default_rng(seed)
+    ids = tuple(f"image{i}" for i in range(n))
+    tree = {
+        "ids": ids,
+        "classes": tuple("abcdefgh"[:k]),
+        "members": tuple(f"m{i}" for i in range(m)),
+        "kind": "oof",
+        **more,
+    }
+    return Predictions(probs=rng.dirichlet(np.ones(k), (m, n)).astype(np.float32), labels=rng.integers(0, k, n), **tree)  # type: ignore[arg-type]
+
+
+class Memoriser(Ensemble):
+    """The canary: answers the rows of its fit with their labels, all others by chance."""
+
+    _state = ("known_",)
+    known_: dict[bytes, int]
+
+    def _fit(self, probs: np.ndarray, labels: np.ndarray) -> None:
+        self.known_ = {probs[:, i].tobytes(): int(y) for i, y in enumerate(labels)}
+
+    def _combine(self, probs: np.ndarray) -> np.ndarray:
+        n, k = probs.shape[1:]
+        answer = np.random.default_rng(1).dirichlet(np.ones(k), n)
+        for i in range(n):
+            if (label := self.known_.get(probs[:, i].tobytes())) is not None:
+                answer[i] = np.eye(k)[label]
+        return answer
+
+    def to_module(self):  # type: ignore[no-untyped-def]
+        raise NotImplementedError
+
+
+def test_scoring_on_seen_rows_raises_or_is_stamped() -> None:
+    rows = noise(60)
+    for ensemble in (GreedyEnsemble(), WeightedEnsemble(), AutoEnsemble(("mean", "weighted"))):
+        ensemble.fit(rows.probs[:, :40], rows.labels[:40], rows.ids[:40])
+        honest = score_ensemble(ensemble, rows.rows(range(40, 60)))
+        assert honest["apparent"] is False
+        assert honest["n"] == 20
+        with pytest.raises(
+            DataError, match=r"seen by what is scored: \w+; expected none, got 1 of 21, the first image39; fix: "
+        ):
+            score_ensemble(ensemble, rows.rows(range(39, 60)))
+        assert score_ensemble(ensemble, rows.rows(range(39, 60)), apparent=True)["apparent"] is True
+    mean = MeanEnsemble().fit(rows.probs, rows.labels, rows.ids)
+    assert score_ensemble(mean, rows)["apparent"] is False  # it learns nothing
+
+
+def test_the_order_of_rows_and_the_file_do_not_matter() -> None:
+    seen = Seen.of(["b", "a", "ü"])
+    np.testing.assert_array_equal(seen.among(["a", "c", "ü"]), [True, False, True])
+    assert not Seen.of([]).among(["a"]).any()
+
+
+def test_a_ledger_refuses_overlap_and_tells_what_was_seen() -> None:
+    ledger = Ledger(4, "oof")
+    ledger.declare("weights", [1, 1, 0, 0], [0, 0, 1, 1])
+    ledger.declare("weights", [0, 0, 1, 1], [1, 1, 0, 0])
+    with pytest.raises(DataError, match=r"scored by what was fitted on them: weights; expected none, got 1 rows"):
+        ledger.declare("weights", [1, 0, 0, 0], [1, 0, 0, 1])
+    with pytest.raises(DataError, match="a ledger of other rows: weights"):
+        ledger.declare("weights", [1, 0], [0, 1])
+    ledger.declare("checkpoints", [1, 0, 0, 0], [1, 1, 0, 0], apparent=True)
+    with pytest.raises(DataError, match="got 1 of 2, the first b"):
+        ledger.declare_elsewhere("ensembles", ["a", "b"], ["b", "c"], "test")
+    first, second = ledger.table()
+    assert first == {
+        "what": "weights",
+        "saw": "2 of 4 oof rows, 2 times",
+        "answers": "4 oof rows, each time the others",
+        "overlap": 0,
+    }
+    assert (second["what"], second["overlap"]) == ("checkpoints", 1)
+
+
+def test_predictions_of_a_network_that_saw_the_row_cannot_be_made(tmp_path: Path) -> None:
+    roles = np.array([[SCORE, SCORE, FIT, SELECT], [FIT, SELECT, SCORE, SCORE]], np.int8)
+    rows = noise(4, folds=np.array([0, 0, 1, 1]), roles=roles)
+    rows.save(tmp_path / "oof.npz")
+    back = Predictions.load(tmp_path / "oof.npz")
+    np.testing.assert_array_equal(back.roles, roles)
+    assert [line["overlap"] for line in back.ledger().table()] == [0, 0]
+    np.testing.assert_array_equal(rows.rows([3, 0]).roles, roles[:, [3, 0]])
+    for bit, what in ((FIT, "weights of the members"), (SELECT, "checkpoints and stages")):
+        bad = roles.copy()
+        bad[0, 1] += bit
+        with pytest.raises(DataError, match=f"fitted on them: {what}"):
+            noise(4, folds=np.array([0, 0, 1, 1]), roles=bad)
+    paper = noise(
+        4, folds=np.array([0, 0, 1, 1]), roles=np.where(roles == SCORE, SCORE + SELECT, FIT), protocol="paper"
+    )
+    assert {line["what"]: line["overlap"] for line in paper.ledger().table()}["checkpoints and stages"] == 4
+    for bad in (roles[:1], roles[:, :3], roles.astype(float), roles + 8):
+        with pytest.raises(DataError, match="roles"):
+            noise(4, folds=np.array([0, 0, 1, 1]), roles=bad)
+    with pytest.raises(DataError, match="no folds"):
+        noise(4, roles=roles)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    n=st.integers(150, 300),
+    k=st.integers(2, 6),
+    folds=st.sampled_from([None, 2, 5]),
+    grouped=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_planted_canary_never_leaks(n: int, k: int, folds: int | None, grouped: bool, seed: int) -> None:
+    """What memorises labels is always right on rows of its fit, and right by chance where it is cross-fitted."""
+    rows = noise(n, k, 2, seed)
+    part = None if folds is None else np.arange(n) % folds
+    groups = [f"g{i // 3}" for i in range(n)] if grouped else None
+    ledger = Ledger(n, "oof")
+
+    def declare(saw: np.ndarray, answers: np.ndarray) -> None:
+        ledger.declare("canary", saw, answers)
+
+    honest = cross_fit(Memoriser, rows.probs, rows.labels, part, groups, declare)
+    assert accuracy(Memoriser().fit(rows.probs, rows.labels).predict_proba(rows.probs), rows.labels) == 1
+    low, high = share_interval(honest.argmax(1) == rows.labels, level=0.9999)
+    assert low <= 1 / k <= high
+    assert ledger.table()[0]["overlap"] == 0
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    scheme=st.sampled_from(["stratified", "grouped", "leave-one-group-out"]),
+    k=st.integers(2, 5),
+    seed=st.integers(0, 99),
+)
+def test_networks_that_memorise_never_answer_what_they_saw(scheme: str, k: int, seed: int) -> None:
+    """The canary as a network: it knows the labels of all its fit and select rows. Through the folds it knows nothing."""
+    n, classes = 240, 4
+    rng = np.random.default_rng(seed)
+    labels, groups = rng.integers(0, classes, n), [f"g{i % 12}" for i in range(n)]
+    spec = FoldSpec.model_validate({"k": k, "scheme": scheme})
+    roles = assign_roles(labels, groups, spec, "honest", seed)
+    probs, folds, table = np.empty((1, n, classes), np.float32), np.full(n, -1), np.zeros((len(roles), n), np.int8)
+    for fold, part in enumerate(roles):
+        known = np.union1d(part.fit, part.select)
+        answer = rng.dirichlet(np.ones(classes), n)
+        answer[known] = np.eye(classes)[labels[known]]
+        probs[0, part.score], folds[part.score] = answer[part.score], fold
+        table[fold, part.fit], table[fold, part.select], table[fold, part.score] = FIT, SELECT, SCORE
+    rows = Predictions(
+        probs=probs, labels=labels, ids=tuple(map(str, range(n))), classes=tuple("abcd"), members=("canary",),
+        groups=tuple(groups), kind="oof", folds=folds, roles=table,
+    )  # fmt: skip
+    found = evaluate(rows, None, EnsembleSpec(methods=("mean",), export="mean"))
+    entry = found.scores[0]
+    assert abs(entry["accuracy"] - 1 / classes) < 0.13  # 4.6 standard errors
+    assert [line["overlap"] for line in found.ledger] == [0, 0]
+
+
+def test_shuffled_labels_give_chance_while_the_apparent_score_rises() -> None:
+    rows = noise(600, 4, 20, 3, folds=np.arange(600) % 3)
+    spec = EnsembleSpec(methods=("mean", "weighted", "greedy", "logistic"), export="greedy")
+    found = evaluate(rows, None, spec)
+    for entry in found.scores:
+        low, high = share_interval(np.arange(entry["n"]) < round(entry["accuracy"] * entry["n"]), level=0.999)
+        assert low <= 0.25 <= high, entry["name"]
+    apparent = {line["choice"]: line for line in found.optimism}
+    assert apparent["greedy"]["apparent"] > 0.25 + 3 * (0.1875 / 600) ** 0.5
+    assert apparent["greedy"]["interval"][0] > 0
+    assert apparent["member"]["difference"] > 0.01
+    assert abs(apparent["greedy"]["honest"] - 0.25) < 0.06
+
+
+def test_a_test_image_among_the_training_rows_is_refused() -> None:
+    oof = noise(60, folds=np.arange(60) % 2)
+    test = noise(20, seed=1, kind="test", ids=("image3", *(f"t{i}" for i in range(19))))
+    with pytest.raises(DataError, match=r"choice of the method; expected none, got 1 of 20, the first image3"):
+        evaluate(oof, test, EnsembleSpec(methods=("mean", "weighted")))
+
+
+def test_opening_the_test_rows_is_noted_once_for_training_and_each_time_after(tmp_path: Path) -> None:
+    assert when_opened(tmp_path) is None
+    for by in ("train", "train", "ensemble", "ensemble"):
+        open_test(tmp_path, by, 7)
+    found = when_opened(tmp_path)
+    assert found is not None
+    assert (found["by"], found["rows"], found["times"]) == ("train", 7, 3)
+
+
+def test_every_method_declares_its_rows() -> None:
+    rows = noise(40, 3, 3)
+    for name in ("best", "weighted", "greedy", "pool", "logistic"):
+        fitted = make_ensemble(name).fit(rows.probs, rows.labels, rows.ids)
+        assert fitted.seen_ is not None
+        assert fitted.seen_.among(rows.ids).all(), name
+        assert make_ensemble(name).fit(rows.probs, rows.labels).seen_ is None
+    with pytest.raises(DataError, match="ids do not match"):
+        GreedyEnsemble().fit(rows.probs, rows.labels, rows.ids[:3])

@@ -1,0 +1,131 @@
+"""Saved predictions, combined and scored: one file, several, a run; the verbs' JSON and tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_compare import model, save
+from typer.testing import CliRunner
+
+from threefold.cli import app
+from threefold.errors import DataError, RunError
+from threefold.predictions import Predictions
+from threefold.run import Run
+from threefold.saved import ensemble_tree, evaluate_saved, read_sources, score_saved
+
+runner = CliRunner()
+
+
+def pool(m: int = 4, n: int = 240) -> Predictions:
+    parts = [model(n, 0.7 + 0.02 * i, seed=i) for i in range(m)]
+    probs = np.concatenate([part.probs for part in parts])
+    first = parts[0]
+    return Predictions(probs=probs, labels=first.labels, ids=first.ids, classes=first.classes, members=tuple(f"m{i}" for i in range(m)))  # fmt: skip
+
+
+def test_several_files_are_joined_by_id(tmp_path: Path) -> None:
+    files = save(tmp_path, a=model(seed=1, name="a"), b=model(seed=2, name="b").rows(np.random.default_rng(0).permutation(300)))  # fmt: skip
+    rows = read_sources([Path(f) for f in files])
+    assert rows.members == ("a", "b")
+    np.testing.assert_array_equal(rows.probs[1], model(seed=2).probs[0])
+    assert read_sources([Path(files[0])], ["a"]).members == ("a",)
+    with pytest.raises(DataError, match="no predictions given"):
+        read_sources([])
+    with pytest.raises(RunError, match="no out-of-fold predictions"):
+        read_sources([tmp_path])
+
+
+def test_a_copy_of_a_member_counts_once_and_is_named(tmp_path: Path) -> None:
+    rows = pool()
+    twice = Predictions(probs=np.concatenate([rows.probs, rows.probs[:1]]), labels=rows.labels, ids=rows.ids, classes=rows.classes, members=(*rows.members, "again"))  # fmt: skip
+    twice.save(tmp_path / "twice.npz")
+    rows.save(tmp_path / "once.npz")
+    found, plain = (evaluate_saved(tmp_path / f"{n}.npz", ["mean", "greedy"]) for n in ("twice", "once"))
+    assert found.combined == plain.combined
+    assert "again answers as m0 does; the two count once" in found.warnings
+    means = [next(s for s in f.scores if s["name"] == "mean") for f in (found, plain)]
+    assert means[0] == means[1]
+
+
+def test_the_meter_says_what_each_choice_promised(tmp_path: Path) -> None:
+    pool(12).save(tmp_path / "p.npz")
+    tree = ensemble_tree([tmp_path / "p.npz"], evaluate_saved(tmp_path / "p.npz", ["auto"]))
+    lines = {line["choice"]: line for line in tree["optimism"]}
+    assert {"member", "weighted", "greedy", "method"} <= set(lines)
+    for line in lines.values():
+        assert line["difference"] == pytest.approx(line["apparent"] - line["honest"])
+        assert line["interval"][0] <= line["difference"] <= line["interval"][1]
+    assert tree["expected"]["accuracy"] == pytest.approx(lines["method"]["honest"])  # no test rows
+    assert "the choice of the method cross-fitted too" in tree["expected"]["told"]
+    assert all(line["overlap"] == 0 for line in tree["ledger"])
+    assert tree["diversity"]["members"] == [f"m{i}" for i in range(12)]
+    assert len(tree["size_curve"]["mean"]) == 12
+
+
+def test_evaluate_fits_nothing(tmp_path: Path) -> None:
+    rows = pool(2)
+    rows.save(tmp_path / "p.npz")
+    tree, _ = score_saved([tmp_path / "p.npz"])
+    loss = -np.log(rows.probs[0, np.arange(240), rows.labels]).mean()
+    assert tree["scores"][0]["log_loss"] == pytest.approx(loss, rel=1e-5)
+    assert tree["scores"][0]["fitted_on"] == "nothing"
+    assert tree["scores"][0]["calibrated_log_loss"] < tree["scores"][0]["log_loss"] + 0.01
+    assert tree["per_class_of"] == "m1"
+
+
+def test_verbs_print_tables_and_json(tmp_path: Path) -> None:
+    pool(3).save(tmp_path / "p.npz")
+    path = str(tmp_path / "p.npz")
+    for words in (["ensemble", path, "--method", "auto"], ["evaluate", path], ["compare", path]):
+        text = runner.invoke(app, words)
+        assert text.exit_code == 0, text.output
+        assert "m0" in text.output
+        tree = json.loads(runner.invoke(app, [*words, "--json"]).output)
+        assert tree["kind"] == words[0]
+        assert tree["source"] == [path]
+        page = tmp_path / f"{words[0]}.html"
+        assert runner.invoke(app, [*words, "--html", str(page)]).exit_code == 0
+        assert "<!doctype html>" in page.read_text(encoding="utf-8").lower()
+    assert "Expect" in runner.invoke(app, ["ensemble", path]).output
+    assert "no evidence" in runner.invoke(app, ["compare", path]).output or "is better" in runner.invoke(app, ["compare", path]).output  # fmt: skip
+
+
+def test_a_runs_results_say_who_saw_what(finished: Run) -> None:
+    results = finished.results
+    lines = {line["what"]: line for line in results["ledger"]}
+    assert {"weights of the members", "checkpoints and stages", "ensemble stacked"} <= set(lines)
+    assert all(line["overlap"] == 0 for line in lines.values())
+    assert lines["ensembles, calibration, choice of the method"]["answers"] == "12 test rows"
+    assert results["test_opened"]["times"] == 1
+    assert {"checkpoint", "stage", "member", "stacked", "method"} <= {line["choice"] for line in results["optimism"]}
+    assert results["expected"]["rows"] == "test"
+    assert [entry["by_class"] for entry in results["conformal"]["sets"]] == [False, True]
+    assert results["audit"]["missing"] == ""
+    assert (finished.dir / "suspects.csv").exists()
+    mean = next(s for s in results["scores"] if s["name"] == "mean")
+    member = next(s for s in results["scores"] if s["name"] == "plain")
+    assert mean["macs"] > member["macs"] > 0
+
+
+def test_an_array_alone_takes_labels_and_names_from_beside_it(tmp_path: Path) -> None:
+    rows = pool(2)
+    np.save(tmp_path / "net.npy", rows.probs[1])
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+    (tmp_path / "labels.csv").write_text("label\n" + "\n".join("abc"[y] for y in rows.labels) + "\n")
+    words = ["evaluate", str(tmp_path / "net.npy"), "--json"]
+    assert runner.invoke(app, words).exit_code == 1
+    more = ["--labels", str(tmp_path / "labels.csv"), "--classes", str(tmp_path / "classes.txt")]
+    tree = json.loads(runner.invoke(app, [*words, *more]).output)
+    assert tree["scores"][0]["name"] == "net"
+    assert tree["scores"][0]["accuracy"] == pytest.approx((rows.probs[1].argmax(1) == rows.labels).mean())
+
+
+def test_a_page_about_a_run(finished: Run, tmp_path: Path) -> None:
+    for words in (["ensemble", "--method", "mean,vote"], ["evaluate"], ["compare"]):
+        page = tmp_path / f"{words[0]}.html"
+        done = runner.invoke(app, [words[0], str(finished.dir), *words[1:], "--html", str(page)])
+        assert done.exit_code == 0, done.output
+        assert page.stat().st_size > 10_000

@@ -1,0 +1,133 @@
+"""Sets and the unknown mark of an ensemble: fitted on all rows, measured on rows that the thresholds have not seen."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from threefold.conformal import ConformalSets, UnknownThreshold
+from threefold.errors import DataError
+from threefold.stats import wilson_interval
+from threefold.uncertainty import CROSS_FITTED, fit_uncertainty, uncertainty_card
+
+
+def rows(seed: int, n: int, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities that are right about themselves, and labels drawn from them; the last classes are harder."""
+    rng = np.random.default_rng(seed)
+    probs = softmax(rng.normal(0, 2, (n, k)) + np.linspace(1, 0, k), -1)
+    labels = (rng.random((n, 1)) > probs.cumsum(1)).sum(1).clip(max=k - 1)
+    return probs, labels
+
+
+def test_the_contract_of_the_results_file() -> None:
+    told = fit_uncertainty(*rows(0, 400), alpha=0.2, reject=0.1).as_dict()
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    assert list(told) == ["alpha", "sets", "unknown"]
+    assert told["alpha"] == 0.2
+    keys = {"by_class", "state", "n", "coverage", "interval", "mean_size", "single", "rows"}
+    assert [set(entry) for entry in told["sets"]] == [keys, keys]
+    assert [entry["by_class"] for entry in told["sets"]] == [False, True]
+    assert set(told["unknown"]) == {"state", "rate", "measured", "interval", "n", "rows"}
+    assert told["unknown"]["rate"] == 0.1
+    assert {told["unknown"]["rows"], *(entry["rows"] for entry in told["sets"])} == {CROSS_FITTED}
+
+
+def test_thresholds_come_from_all_rows_and_figures_from_other_parts() -> None:
+    probs, labels = rows(1, 300)
+    part = np.arange(300) % 3
+    found = fit_uncertainty(probs, labels, folds=part).as_dict()
+    for by_class in (False, True):
+        assert found["sets"][by_class]["state"] == ConformalSets(by_class=by_class).fit(probs, labels, 0.1).state()
+        hits, sizes = [], []
+        for value in range(3):
+            held = part == value
+            sets = ConformalSets(by_class=by_class).fit(probs[~held], labels[~held], 0.1).predict_sets(probs[held])
+            hits += list(sets[np.arange(len(sets)), labels[held]])
+            sizes += list(sets.sum(1))
+        assert found["sets"][by_class]["coverage"] == pytest.approx(np.mean(hits))
+        assert found["sets"][by_class]["mean_size"] == pytest.approx(np.mean(sizes))
+        assert found["sets"][by_class]["interval"] == pytest.approx(wilson_interval(int(np.sum(hits)), 300))
+    assert found["unknown"]["state"] == UnknownThreshold().fit(probs, 0.05).state()
+    rejected = [UnknownThreshold().fit(probs[part != v], 0.05).is_unknown(probs[part == v]).sum() for v in range(3)]
+    assert found["unknown"]["measured"] == pytest.approx(np.sum(rejected) / 300)
+
+
+def test_a_test_split_replaces_the_figures_and_leaves_the_thresholds() -> None:
+    fitted = fit_uncertainty(*rows(2, 300))
+    probs, labels = rows(3, 200)
+    told = fitted.measure(probs, labels, "test").as_dict()
+    sets = fitted.sets[0].predict_sets(probs)
+    assert told["sets"][0]["coverage"] == sets[np.arange(200), labels].mean()
+    assert told["sets"][0]["n"] == told["unknown"]["n"] == 200
+    assert {told["unknown"]["rows"], *(entry["rows"] for entry in told["sets"])} == {"test"}
+    assert told["unknown"]["measured"] == (1 - probs.max(1) > fitted.unknown.threshold_).mean()
+    before = fitted.as_dict()
+    assert before["sets"][0]["rows"] == CROSS_FITTED
+    assert [e["state"] for e in before["sets"]] == [e["state"] for e in told["sets"]]
+
+
+def test_cross_fitted_figures_say_what_new_rows_will_show() -> None:
+    """On average over draws; thresholds that are measured on their own rows would look better than they are with few rows."""
+    gaps = []
+    for seed in range(40):
+        fitted = fit_uncertainty(*rows(seed, 60), alpha=0.3)
+        fresh = fitted.measure(*rows(1000 + seed, 2000))
+        gaps.append([
+            *(a.coverage - b.coverage for a, b in zip(fitted.coverage, fresh.coverage, strict=True)),
+            fitted.rejection.rate - fresh.rejection.rate,
+        ])  # fmt: skip
+    assert np.abs(np.mean(gaps, 0)).max() < 0.025
+
+
+def grouped(seed: int, groups: int = 30, each: int = 10) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Groups whose rows are all easy or all hard, and are alike."""
+    probs, labels = rows(seed, groups)
+    heat = np.random.default_rng(seed).choice([0.3, 3.0], groups)[:, None]
+    warm = softmax(np.log(probs) / heat, -1)
+    return np.repeat(warm, each, 0), np.repeat(labels, each), [f"p{g}" for g in np.repeat(np.arange(groups), each)]
+
+
+def test_groups_stay_whole_and_widen_the_intervals() -> None:
+    probs, labels, names = grouped(4)
+    alone, whole = (fit_uncertainty(probs, labels, groups=g) for g in (None, names))
+    assert [s.state() for s in alone.sets] == [s.state() for s in whole.sets]
+    for a, b in (
+        (alone.coverage[0].interval, whole.coverage[0].interval),
+        (alone.rejection.interval, whole.rejection.interval),
+    ):
+        assert b.high - b.low > 1.5 * (a.high - a.low)
+    number = np.repeat(np.arange(30), 10)
+    kept, torn = (fit_uncertainty(probs, labels, groups=names, folds=f) for f in (number % 4, np.arange(300) % 4))
+    again = fit_uncertainty(probs, labels, folds=number % 4)
+    assert kept.coverage[0].coverage == again.coverage[0].coverage
+    assert torn == whole or torn.coverage == whole.coverage  # such folds are not used
+    told = whole.measure(probs, labels, groups=names).coverage[0]
+    assert told.interval.high - told.interval.low > 1.5 * np.ptp(whole.measure(probs, labels).coverage[0].interval)
+
+
+def test_the_card_has_what_the_file_reads() -> None:
+    told = fit_uncertainty(*rows(5, 100)).as_dict()
+    card = uncertainty_card(json.loads(json.dumps(told)))
+    assert card == {"conformal": told["sets"], "unknown": told["unknown"]}
+    for broken in ({}, {"sets": [{}], "unknown": {}}, {**told, "unknown": {"state": {"score": "1 - max"}}}):
+        with pytest.raises(DataError, match=r"not the (uncertainty of a run|state of)"):
+            uncertainty_card(broken)
+
+
+def test_bad_input_is_told_in_one_line() -> None:
+    probs, labels = rows(6, 20)
+    for use, message in (
+        ({"alpha": 0.0}, "alpha is between 0 and 1"),
+        ({"reject": 1.0}, "rate is between 0 and 1"),
+        ({"folds": [0, 1]}, r"folds have the wrong shape; expected \(20,\)"),
+        ({"folds": np.zeros(20, int)}, "cannot be cross-fitted; expected two parts at least"),
+        ({"groups": ["a"] * 20}, "cannot be cross-fitted; expected two parts at least"),
+        ({"groups": ["a"]}, r"groups have the wrong length; expected \(20,\)"),
+    ):
+        with pytest.raises(DataError, match=message):
+            fit_uncertainty(probs, labels, **use)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="labels are out of range"):
+        fit_uncertainty(probs, labels + 4)
