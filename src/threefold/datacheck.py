@@ -161,8 +161,8 @@ def _copies(sources: Sources) -> list[Finding]:
         np.array([name for name, _, _ in rows]),
     )
     # Images of one plain kind are near without being copies: only equal ones are a warning.
-    level: Literal["warning", "note"] = "warning" if any(pair.distance == 0 for pair in found.pairs) else "note"
-    return [Finding("note" if i == 0 else level, what, 0) for i, what in enumerate(duplicate_warnings(found))]
+    told = duplicate_warnings(found)
+    return [Finding("warning" if "are equal" in what else "note", what, 0) for what in told]
 
 
 def _counts(sources: Sources) -> dict[str, dict[str, int]]:
