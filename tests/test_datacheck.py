@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from threefold.datacheck import check_data
+from threefold import datacheck
+from threefold.datacheck import check_data, find_spec
+from threefold.errors import DataError, RecipeError
 from threefold.recipe import DataSpec
 from threefold.samples import write_sample
 
@@ -46,6 +48,7 @@ def test_counts_sizes_and_findings(tmp_path: Path) -> None:
         ("note", "images more than twice as long as wide, which resize = squash distorts", 3),
         ("warning", "1 test images are exact copies of training images", 0),
         ("warning", "1 images stand in several classes as exact copies", 0),
+        ("warning", "1 pairs of images are equal; 1 are in two folds or splits, which makes scores too good", 0),
     }
     assert check_data(spec(tmp_path, bad_images="skip")).usable
     assert json.loads(json.dumps(found._asdict()))["classes"] == found.classes
@@ -65,7 +68,64 @@ def test_groups_are_counted_and_arrays_are_looked_at(tmp_path: Path) -> None:
     write_sample("mnist", tmp_path / "mnist", per_class=25)
     found = check_data(DataSpec(source="mnist", root=str(tmp_path / "mnist")))
     assert found.classes == {str(i): {"train": 25, "test": 12} for i in range(10)}
-    assert [finding.level for finding in found.findings] == ["note"]
+    told = [finding.what for finding in found.findings if "pairs" not in finding.what]  # made-up pictures are alike
+    assert [what.split(":")[0] for what in told] == ["not the whole of MNIST"]
+    assert found.guessed_regex == ""
+
+
+def test_groups_are_guessed_from_file_names(tmp_path: Path) -> None:
+    """Only a note: nothing is grouped; the pattern works as it is told."""
+    for label, name in enumerate(("cat", "dog")):
+        for i in range(24):
+            write(tmp_path / name / f"patient{i % 6}_{i}.png", 100 * label + i)
+    found = check_data(spec(tmp_path))
+    assert found.groups == {}
+    (told,) = [f for f in found.findings if "file names look like 6 groups" in f.what]
+    assert (told.level, told.number) == ("note", 6)
+    grouped = check_data(spec(tmp_path, group_regex=found.guessed_regex))
+    assert grouped.groups == {f"patient{i}": 8 for i in range(6)}
+    assert grouped.guessed_regex == ""
+
+
+def test_near_copies_are_looked_for_in_small_data_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        for i in range(3):
+            (tmp_path / label).mkdir(exist_ok=True)
+            pixels = rng.integers(0, 255, (8, 8, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / label / f"{i}.png")
+    with Image.open(tmp_path / "cat/0.png") as first:
+        first.resize((48, 48)).save(tmp_path / "cat/copy.png")
+    (near,) = [f for f in check_data(spec(tmp_path)).findings if "pairs" in f.what]
+    assert (near.level, near.what[:39]) == ("note", "1 pairs of images look nearly the same,")
+    monkeypatch.setattr(datacheck, "NEAR_COPIES", 6)
+    told = [f.what for f in check_data(spec(tmp_path)).findings]
+    assert "near copies are not looked for among more than 6 images" in told
+    assert not any("pairs" in what for what in told)
+
+
+@pytest.mark.parametrize(
+    ("sample", "folder", "kind"),
+    [("svhn", "a", "svhn"), ("mnist", "b", "mnist"), ("fashion-mnist", "my-fashion", "fashion-mnist"), ("cifar10", "c", "cifar10"),
+     ("cifar100", "d", "cifar100"), ("surrey-asl", "e", "surrey-asl"), ("icassava2019", "f", "icassava2019"),
+     ("inaturalist2019", "g", "inaturalist2019"), ("cassava2020", "h", "cassava2020"), ("folder", "i", "folder")],
+)  # fmt: skip
+def test_a_folder_is_known_by_its_files(tmp_path: Path, sample: str, folder: str, kind: str) -> None:
+    root = write_sample(sample, tmp_path / folder, per_class=2)
+    assert find_spec(str(root)).source == kind
+
+
+def test_what_is_named_is_found(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("path,label\n")
+    assert find_spec(str(tmp_path / "t.csv")).source == "csv"
+    assert find_spec(str(tmp_path), "csv").source == "csv"
+    assert find_spec("demo").source == "demo"
+    root = write_sample("icassava2019", tmp_path / "made", per_class=2)
+    assert find_spec(str(root / "cassavaleafdata.zip")).source == "icassava2019"
+    with pytest.raises(DataError, match="nothing to look at: svhn; fix: threefold data fetch svhn --to FOLDER"):
+        find_spec("svhn")
+    with pytest.raises(RecipeError, match="not a source of data: --as; expected folder"):
+        find_spec(str(tmp_path), "photos")
 
 
 @pytest.mark.parametrize("per_class", [19, 20])

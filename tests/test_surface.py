@@ -31,6 +31,10 @@ SURFACE = {
     "serve": {"--host", "--port", "--api-key", "--limit"},
     "report": {"--out"},
     "list": set(),
+    "data": set(),
+    "data fetch": {"--to", "--extra", "--accept-licence"},
+    "data check": {"--as", "--json"},
+    "reproduce": {"--scale", "--protocol", "--out", "--data", "--seeds", "--set"},
 }
 
 
@@ -41,7 +45,9 @@ def threefold_command(*words: str, stdin: str = "") -> subprocess.CompletedProce
 
 
 def test_verbs_and_flags_are_those_written_down() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    groups = {name: c.commands for name, c in commands.items() if hasattr(c, "commands")}
+    commands |= {f"{name} {verb}": c for name, verbs in groups.items() for verb, c in verbs.items()}
     found = {
         name: {o for p in c.params for o in p.opts if o.startswith("--") and o != "--help"}
         for name, c in commands.items()
@@ -51,7 +57,7 @@ def test_verbs_and_flags_are_those_written_down() -> None:
 
 def test_every_verb_explains_itself() -> None:
     for verb in SURFACE:
-        result = runner.invoke(app, [verb, "--help"])
+        result = runner.invoke(app, [*verb.split(), "--help"])
         assert result.exit_code == 0
         assert len(result.output) > 100
 

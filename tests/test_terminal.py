@@ -58,3 +58,14 @@ def test_the_table_fits_80_columns_and_keeps_the_ends_of_long_names() -> None:
     assert "_SEResNeXt101" in text
     assert "95.00 - 96.00" in text
     assert "foreign 10000" in text
+
+
+def test_one_watcher_follows_several_runs() -> None:
+    """The last job of a run is no job of the next one."""
+    with TerminalWatcher(Console(file=io.StringIO())) as watcher:
+        for member in ("a", "b"):
+            job = Job(member, 0, "one")
+            watcher.plan([job], [10])
+            watcher.job(job, skipped=False)
+            watcher.batch(4)
+        assert [task.completed for task in watcher.progress.tasks] == [10, 4]

@@ -71,7 +71,7 @@ def read_mnist(root: Path, name: str) -> Decoded:
     Raises:
         DataError: a file is missing, damaged, or labels and images differ in number.
     """
-    fix = f"set data.root to the folder of the four files, or run: threefold data fetch {name} --root {root}"
+    fix = f"set data.root to the folder of the four files, or run: threefold data fetch {name} --to {root}"
     if name == "fashion-mnist":
         fix = "install the Debian package dataset-fashion-mnist, or " + fix
     parts = []
@@ -139,7 +139,7 @@ def read_cifar(root: Path, name: str) -> Decoded:
 
 def _cifar_files(root: Path, layouts: tuple[_Layout, ...], name: str) -> tuple[_Layout, dict[str, bytes], Path]:
     """The version that is there, its files' contents, and where they were found."""
-    fix = f"set data.root to their folder or archive, or run: threefold data fetch {name} --root {root}"
+    fix = f"set data.root to their folder or archive, or run: threefold data fetch {name} --to {root}"
     for layout in layouts:
         names = (*layout.train, layout.test, layout.names)
         archives = [root] if root.is_file() else [root / layout.archive]
@@ -274,7 +274,7 @@ def _mat_images(path: Path) -> int:
     from scipy.io import whosmat
 
     if not path.is_file():
-        fix = f"set data.root to the folder of the .mat files, or run: threefold data fetch svhn --root {path.parent}"
+        fix = f"set data.root to the folder of the .mat files, or run: threefold data fetch svhn --to {path.parent}"
         raise DataError("there is no such file of SVHN", where=path, fix=fix)
     found = {name: (shape, kind) for name, shape, kind in _mat(whosmat, path)}
     shape, kind = found.get("X", ((), ""))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from threefold.cli_data import register as register_data
 from threefold.cli_saved import Json
 from threefold.cli_saved import register as register_saved
 from threefold.console import err, out, plain
@@ -261,3 +262,4 @@ def _show_places(run: Run, *next_commands: str) -> None:
 
 
 register_saved(app)
+register_data(app)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
+from threefold.audit import duplicate_warnings, find_duplicates, guess_pattern
 from threefold.datasets import ImageDataset, Sources, load_data
-from threefold.errors import DataError
+from threefold.errors import DataError, RecipeError
 from threefold.listing import shorten
-from threefold.recipe import DataSpec
+from threefold.recipe import DataSpec, Recipe
+from threefold.scales import OFFICIAL_PLACES
 
 FEW = 20
 """Fewer training images of a class than this are pointed out: of 5 folds each then scores on 3 or less of them."""
 
 UNEVEN = 10
 """A largest class that many times the smallest is pointed out."""
+
+NEAR_COPIES = 20_000
+"""Near copies are looked for among at most so many images: the time grows with the square of the number."""
 
 _LOOKED_AT = 200
 
@@ -38,12 +44,14 @@ class DataCheck(NamedTuple):
     classes: dict[str, dict[str, int]]
     """Images of each class by part (train, test), in the order of the labels."""
     groups: dict[str, int]
-    """Training images of each group; empty where the data have none (none are guessed)."""
+    """Training images of each group; empty where the data say nothing of groups."""
     sizes: dict[str, int]
     """Images of each `width x height` among at most 200 training images that are spread evenly over the rows."""
     skipped: dict[str, str]
     """Files that cannot be read, and why."""
     findings: tuple[Finding, ...]
+    guessed_regex: str = ""
+    """A pattern for `data.group_regex` that splits the file names into plausible groups; a guess, empty where there is none."""
 
     @property
     def usable(self) -> bool:
@@ -70,14 +78,91 @@ def check_data(spec: DataSpec, seed: int = 0) -> DataCheck:
         return DataCheck({}, {}, {}, {}, (Finding("error", str(error), 0),))
     train = sources.train
     skipped = {str(image.path): image.reason for image in sources.skipped}
-    sizes = _sizes(train)
+    sizes, guessed = _sizes(train), _guess(train)
+    findings = _unreadable(skipped, spec) + _about_classes(train) + _about_sizes(sizes) + _notes(sources)
     return DataCheck(
         _counts(sources),
         dict(sorted(Counter(train.groups or ()).items())),
         sizes,
         skipped,
-        tuple(_unreadable(skipped, spec) + _about_classes(train) + _about_sizes(sizes) + _notes(sources)),
+        tuple(findings + _copies(sources) + ([_about_guess(train, guessed)] if guessed else [])),
+        guessed,
     )
+
+
+def find_spec(source: str, kind: str = "") -> DataSpec:
+    """The `data` table for what a person names.
+
+    Args:
+        source: a folder, archive, CSV or parquet file, a recipe (.toml), or `demo`.
+        kind: the data set that lies there; empty = what the files look like, else class folders.
+
+    Raises:
+        DataError: there is nothing of that name.
+        RecipeError: `kind` is no source, or the recipe cannot be used.
+    """
+    if source.endswith(".toml"):
+        return Recipe.load(source).data
+    known = get_args(DataSpec.model_fields["source"].annotation)
+    if kind and kind not in known:
+        raise RecipeError("not a source of data", where="--as", got=kind, expected=shorten(known))
+    if source == "demo":
+        return DataSpec(source="demo")
+    path = Path(source).expanduser()
+    if not path.exists() and kind != "huggingface":
+        fix = f"threefold data fetch {source} --to FOLDER, then check FOLDER" if source in OFFICIAL_PLACES else ""
+        raise DataError("there is nothing to look at", where=source, fix=fix)
+    return DataSpec.model_validate({"source": kind or _looks_like(path), "root": source})
+
+
+def _looks_like(path: Path) -> str:
+    """The source that the files at a path look like."""
+    if path.suffix.lower() in (".csv", ".parquet"):
+        return path.suffix.lower()[1:]
+    here, name = (path.parent, path.name) if path.is_file() else (path, "")
+    for source, patterns in OFFICIAL_PLACES.items():
+        found = {file for pattern in patterns for file in here.glob(pattern)}
+        if found and (not name or path in found):
+            # MNIST and Fashion-MNIST have the same file names.
+            grey = source in ("mnist", "fashion-mnist")
+            return source if not grey else "fashion-mnist" if "fashion" in str(path.resolve()).lower() else "mnist"
+    return "folder"
+
+
+def _guess(train: ImageDataset) -> str:
+    """The pattern of plausible groups in file names, where the data have none."""
+    if train.groups is not None or isinstance(train.images, np.ndarray):
+        return ""
+    return guess_pattern(train.ids) or ""
+
+
+def _about_guess(train: ImageDataset, pattern: str) -> Finding:
+    import re
+
+    groups = {found.group(1) for name in train.ids if (found := re.search(pattern, name))}
+    what = (
+        f"file names look like {len(groups)} groups ({shorten(sorted(groups)[:3])} ...): if images of one belong together, set "
+        f"folds.scheme = grouped and data.group_regex = '{pattern}'"
+    )
+    return Finding("note", what, len(groups))
+
+
+def _copies(sources: Sources) -> list[Finding]:
+    """Pairs of images that are equal or nearly so, over both parts."""
+    parts = {"train": sources.train} | ({"test": sources.test} if sources.test is not None else {})
+    count = sum(map(len, parts.values()))
+    if count > NEAR_COPIES:
+        return [Finding("note", f"near copies are not looked for among more than {NEAR_COPIES:,} images", 0)]
+    rows = [(name, data, row) for name, data in parts.items() for row in range(len(data))]
+    found = find_duplicates(
+        (data.pixels(row) for _, data, row in rows),
+        [f"{data.ids[row]}" for _, data, row in rows],
+        np.array([data.labels[row] for _, data, row in rows]),
+        np.array([name for name, _, _ in rows]),
+    )
+    # Images of one plain kind are near without being copies: only equal ones are a warning.
+    told = duplicate_warnings(found)
+    return [Finding("warning" if "are equal" in what else "note", what, 0) for what in told]
 
 
 def _counts(sources: Sources) -> dict[str, dict[str, int]]:

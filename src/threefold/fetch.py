@@ -7,11 +7,13 @@ download is recorded in `fetched.json` and later ones have to agree with it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import os
 import re
 import shutil
+import socket
 import ssl
 import subprocess
 import time
@@ -34,6 +36,7 @@ Watcher = Callable[[str, int, int], None]
 _BLOCK = 1 << 20
 _RESERVE = 1 << 28
 _TRIES = 5
+_UNREACHED = {errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN}
 _TIMEOUT = 60.0
 
 
@@ -219,10 +222,20 @@ def _receive(url: str, remote: Remote, part: Path, watcher: Watcher | None, paus
         ) as error:
             reason = getattr(error, "reason", None) or error or type(error).__name__
         tries = 1 if _size(part) > before else tries + 1
+        if tries >= 2 and _unreached(reason):
+            fix = f"check the network, or download it elsewhere and put it at {part.with_suffix('')}"
+            raise DataError("the server cannot be reached", where=url, got=reason, fix=fix)
         if tries >= _TRIES:
             fix = "run the same command again: what has arrived is kept"
             raise DataError("the download broke off too often", where=url, got=reason, fix=fix)
         time.sleep(pause * 2 ** (tries - 1))
+
+
+def _unreached(reason: object) -> bool:
+    """Whether no server answered at all: the name is not found, nobody listens, or a proxy does not let through."""
+    if isinstance(reason, socket.gaierror):
+        return True
+    return isinstance(reason, OSError) and (reason.errno in _UNREACHED or "Tunnel connection failed" in str(reason))
 
 
 def _size(path: Path) -> int:
@@ -281,7 +294,7 @@ def _require_disk(part: Path, more: int) -> None:
             where=part.parent,
             expected=f"{(more + _RESERVE) / 1e9:.1f} GB free",
             got=f"{free / 1e9:.1f} GB",
-            fix="free disk space or choose another --root; what has arrived is kept",
+            fix="free disk space or choose another --to; what has arrived is kept",
         )
 
 

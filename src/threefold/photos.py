@@ -35,7 +35,7 @@ def _found(root: Path, archives: tuple[str, ...], has: Callable[[Path], bool], n
         if found:
             return found
         ahead += [place / archive for archive in archives if (place / archive).is_file()]
-    fix = f"set data.root to its folder or archive, or run: threefold data fetch {name} --root {root}"
+    fix = f"set data.root to its folder or archive, or run: threefold data fetch {name} --to {root}"
     raise DataError("the data set is not there", where=root, expected=expected, fix=fix)
 
 

@@ -363,7 +363,17 @@ def _write_surrey(root: Path, rng: np.random.Generator, per_class: int) -> None:
             _put(folder / f"depth_{number}", stream.getvalue())
 
 
+def _write_folder(root: Path, rng: np.random.Generator, per_class: int) -> None:
+    """Class folders of PNG files below train/ and test/."""
+    names = ("one", "two", "three")
+    for part, count in (("train", per_class), ("test", _half(per_class))):
+        labels = np.repeat(np.arange(len(names)), count)
+        for i, (label, pixels) in enumerate(zip(labels, draw(labels, len(names), (40, 48), rng), strict=True)):
+            _put(root / part / names[label] / f"{i % count:03d}.png", _encoded(pixels, "PNG"))
+
+
 SAMPLES: dict[str, Callable[[Path, np.random.Generator, int], None]] = {
+    "folder": _write_folder,
     "mnist": _write_idx,
     "fashion-mnist": _write_idx,
     "cifar10": _write_cifar10,

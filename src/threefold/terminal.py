@@ -42,7 +42,9 @@ class TerminalWatcher:
         self.progress.stop()
 
     def plan(self, jobs: Sequence[Job], images: Sequence[int]) -> None:
-        """Set up the bar over all jobs."""
+        """Set up the bar over all jobs; a run before this one has its bar filled."""
+        self._close()
+        self.current = None
         self.images = dict(zip(jobs, images, strict=True))
         self.bar = self.progress.add_task("training", total=sum(images), speed="")
 

@@ -1,0 +1,195 @@
+"""The verbs about data sets and the paper: `data fetch`, `data check`, `reproduce`. No logic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from threefold.console import err, out, print_json
+
+if TYPE_CHECKING:
+    from threefold.datacheck import DataCheck
+    from threefold.fetch import Watcher
+    from threefold.scales import Protocol, Scale
+
+_MARKS = {"error": "[bold red]error[/]", "warning": "[yellow]warning[/]", "note": "note"}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line.
+
+    Args:
+        app: the command line.
+    """
+    data = typer.Typer(no_args_is_help=True, help="Get a published data set, or look at one before training on it.")
+    data.command("fetch")(fetch)
+    data.command("check")(check)
+    app.add_typer(data, name="data")
+    app.command("reproduce")(reproduce)
+
+
+def fetch(
+    name: Annotated[str, typer.Argument(help="A published data set: see `threefold list data`.")],
+    to: Annotated[Path | None, typer.Option("--to", help="The folder (default data/NAME).")] = None,
+    extra: Annotated[bool, typer.Option("--extra", help="Also the files that data.extra needs.")] = False,
+    accept: Annotated[bool, typer.Option("--accept-licence", help="You accept the terms that are shown.")] = False,
+) -> None:
+    """Get a data set from where it is published: resumed, checked against its checksum, unpacked safely."""
+    from threefold import fetch as fetching
+    from threefold.official import official
+
+    known, folder = official(name), to or Path("data") / name
+    out.print(f"{known.title}: {known.home}\nterms: {known.licence}", markup=False)
+    with _Download() as watcher:
+        paths = fetching.fetch(name, folder, extra=extra, accept_licence=accept, watcher=watcher)
+    for path in paths:
+        out.print(f"{path}  {path.stat().st_size / 1e6:.1f} MB", markup=False)
+    out.print(f'next   threefold data check {folder} --as {name}\n       data.source = "{name}", data.root = "{folder}"', markup=False)  # fmt: skip
+
+
+class _Download:
+    """A progress bar on a terminal, nothing elsewhere."""
+
+    def __enter__(self) -> Watcher:
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        self.bar = Progress(*columns, console=out, transient=True, disable=not out.is_terminal)
+        self.tasks: dict[str, Any] = {}
+        self.bar.start()
+        return self._told
+
+    def _told(self, name: str, there: int, total: int) -> None:
+        if name not in self.tasks:
+            self.tasks[name] = self.bar.add_task(name, total=total or None)
+        self.bar.update(self.tasks[name], completed=there)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+
+def check(
+    source: Annotated[str, typer.Argument(help="A folder, archive, CSV or parquet file, a recipe, or `demo`.")],
+    kind: Annotated[str, typer.Option("--as", help="The data set that lies there, if its files do not tell.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """Say what a data set holds: classes, sizes, files that cannot be read, copies, groups. Exit code 1 if a run would stop."""
+    from threefold.datacheck import check_data, find_spec
+
+    found = check_data(find_spec(source, kind))
+    if as_json:
+        print_json({**found._asdict(), "findings": [f._asdict() for f in found.findings], "usable": found.usable})
+    else:
+        _show_check(found)
+    if not found.usable:
+        raise SystemExit(1)
+
+
+def _show_check(found: DataCheck) -> None:
+    parts = {part: sum(c.get(part, 0) for c in found.classes.values()) for part in ("train", "test")}
+    if found.classes:
+        counts = [c["train"] for c in found.classes.values()]
+        test = f", {parts['test']:,} test images" if parts["test"] else ", no test images"
+        out.print(f"{parts['train']:,} training images{test}, {len(found.classes)} classes ({min(counts):,} to {max(counts):,} training images each)")  # fmt: skip
+        sizes = [f"{size} ({count})" for size, count in list(found.sizes.items())[:5]]
+        out.print(f"sizes, of {sum(found.sizes.values())} looked at: {', '.join(sizes)}{' ...' if len(found.sizes) > 5 else ''}")  # fmt: skip
+    if found.groups:
+        out.print(f"{len(found.groups)} groups of {min(found.groups.values()):,} to {max(found.groups.values()):,} training images")  # fmt: skip
+    for finding in found.findings:
+        text = f"{finding.number:,} {finding.what}" if finding.number and "cannot be read" in finding.what else finding.what  # fmt: skip
+        out.print(f"{_MARKS[finding.level]} {escape(text)}")
+    out.print("a run could begin" if found.usable else "a run would stop here")
+
+
+def reproduce(
+    name: Annotated[str, typer.Argument(metavar="ITEM", help="A table or figure of the paper; `list` names them.")] = "list",
+    scale: Annotated[str, typer.Option("--scale", help="full, small (CPU, within an hour) or smoke (made-up data).")] = "small",
+    protocol: Annotated[str, typer.Option("--protocol", help="honest, or paper: chosen on the test split, as the authors did.")] = "honest",
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder of the runs (default runs/reproduce/ITEM-SCALE-PROTOCOL).")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Where the data set lies: official files, class folders, or a CSV file.")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Train with so many seeds, and compare over them.")] = 1,
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change one recipe value.")] = None,
+) -> None:  # fmt: skip
+    """Run a table or figure of the paper again, and show it beside the paper's values."""
+    from threefold.paper_items import item
+    from threefold.scales import check_words
+
+    if name == "list":
+        _show_items(Path("runs/reproduce"))
+        return
+    known = item(name)
+    which: tuple[Scale, Protocol] = check_words(scale, protocol)
+    folder = out_dir or Path("runs/reproduce") / f"{known.name}-{scale}-{protocol}"
+    from threefold import reproduce as again  # torch from here on
+    from threefold.paper_figures import draw_figure
+    from threefold.terminal import TerminalWatcher
+
+    asked = again.Asked(known, *which, folder, data, seeds, tuple(sets or ()))
+    try:
+        with TerminalWatcher(out) as watcher:
+            found = again.reproduce(asked, watcher)
+    except KeyboardInterrupt:
+        err.print("[yellow]stopped[/]; what is done is kept. The same command goes on")
+        raise SystemExit(130) from None
+    _show_found(found)
+    out.print(f"\nfigure {draw_figure(found, folder / 'reproduce.png')}\nvalues {folder / 'reproduce.json'}", markup=False)  # fmt: skip
+
+
+def _show_items(root: Path) -> None:
+    from threefold.paper_items import PICTURES, SAME, states
+
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for column in ("item", "what", "data", f"run here, in {root}"):
+        table.add_column(column, no_wrap=column == "item")
+    for line in states(root):
+        table.add_row(*(escape(line[key]) for key in ("name", "title", "data", "state")))
+    for figure, same in SAME.items():
+        table.add_row(figure, f"the values of {same}", "", "")
+    for figure, what in PICTURES.items():
+        table.add_row(figure, what, "", "no values")
+    out.print(table)
+    out.print("next   threefold reproduce ITEM [--scale full|small|smoke] [--protocol honest|paper] [--data FOLDER]", markup=False)  # fmt: skip
+
+
+def _show_found(found: Mapping[str, Any]) -> None:
+    """Our values beside the paper's, then the tests and what has to be said."""
+    out.print(f"{found['title']}: {found['scale']}, protocol {found['protocol']}, {len(found['seeds'])} seed{'s' * (len(found['seeds']) > 1)}")  # fmt: skip
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    network = ("network here",) if found["scale"] == "small" else ()  # what stands in for the one in the row's name
+    for name in ("", "paper", "ours", "95 % interval", "rows", *network):
+        table.add_column(name, justify="left" if name in ("", "rows", *network) else "right")
+    for cell in found["cells"]:
+        here = (escape(str(cell.get("backbone", ""))),) if network else ()
+        table.add_row(escape(f"{cell['row']} {cell['column']}".strip()), *_figures(cell), *here)
+    out.print(table)
+    if found["stages"]:
+        _show_stages(found["stages"])
+    for line in found["comparisons"]:
+        low, high = line["interval"]
+        out.print(f"  {escape(line['a'])} - {escape(line['b'])}: {line['difference']:+.4f} ({low:+.4f} to {high:+.4f}); {escape(line['verdict'])}")  # fmt: skip
+    for note in found["notes"]:
+        out.print(f"[yellow]note[/] {escape(note)}")
+
+
+def _figures(cell: Mapping[str, Any]) -> Sequence[str]:
+    paper = f"{cell['paper']:.4f}" if cell["paper"] is not None else "-"
+    if cell["ours"] is None:
+        return paper, "-", "", "not at this scale"
+    low, high = cell["interval"]
+    return paper, f"{cell['ours']:.4f}", f"{low:.4f} - {high:.4f}", f"{cell['rows']} {cell['n']}"
+
+
+def _show_stages(stages: Sequence[Mapping[str, Any]]) -> None:
+    """The best epoch of every stage on the select rows, mean over folds."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("run", "member", "stage", "rate", "authors' best", "our best, select rows", "folds that kept it"):
+        table.add_column(name, justify="left" if name in ("run", "member", "stage") else "right")
+    for s in stages:
+        paper = f"{s['paper']:.4f}" if s["paper"] is not None else "-"
+        table.add_row(s["run"], s["member"], s["stage"], f"{s['lr']:g}", paper, f"{s['best']:.4f}", f"{s['kept']} of {s['folds']}")  # fmt: skip
+    out.print(table)

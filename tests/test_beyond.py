@@ -1,0 +1,53 @@
+"""Beyond the paper's list: newer families and the BiRNN and BiGRU heads build, learn and export with fresh weights, at small size.
+
+The whole networks of the recipe `beyond` do so in `test_backbones.py` (long); here the smallest of each family does, under the heads of
+the paper's future work, by the same functions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_backbones import coarse_pictures, learn, pipeline_of, settle
+
+from threefold import exporting
+from threefold.model import build_member
+from threefold.predict import to_pixels
+from threefold.recipe import HeadSpec, MemberSpec, packaged
+
+SMALL = {"efficientnetv2": "test_efficientnet", "convnext": "convnext_atto", "vit": "vit_tiny_patch16_224"}
+
+
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [
+        ("efficientnetv2", HeadSpec(kind="birnn", units=16, fc=16, sequence="rows")),
+        ("efficientnetv2", HeadSpec(kind="bigru", units=16, sequence="spatial")),
+        ("convnext", HeadSpec(kind="linear", fc=16)),
+        ("vit", HeadSpec(kind="bigru", units=16, fc=16)),
+        ("vit", HeadSpec(kind="birnn", units=16)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value.kind}-{value.sequence}",
+)
+def test_it_builds_learns_and_exports(family: str, head: HeadSpec, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    spec = MemberSpec(name="m", backbone=SMALL[family], weights="none", img_size=64, head=head)
+    member = build_member(spec, 3)
+    pictures = coarse_pictures(64)
+    pixels = to_pixels(pictures, torch.device("cpu"))
+    learn(member, pixels)
+    settle(member, pixels)
+    report = exporting.export(pipeline_of(member, 64), tmp_path / "m.onnx", list(pictures))
+    assert report["max_difference"] <= exporting.TOLERANCE
+    assert report["top1_agreement"] == 1.0
+
+
+def test_the_recipe_names_what_it_promises() -> None:
+    recipe = packaged("beyond")
+    assert [family for m, family in zip(recipe.members, SMALL, strict=True) if family[:3] in m.backbone] == list(SMALL)
+    assert [m.head.kind for m in recipe.members] == ["birnn", "linear", "bigru"]
+    with torch.device("meta"):
+        for member in recipe.members:
+            build_member(member.model_copy(update={"weights": "none"}), 3, pretrained=False)
