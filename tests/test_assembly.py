@@ -76,6 +76,7 @@ def test_the_exported_file_has_the_chosen_views_and_the_stand_ins(partial: Run) 
     np.testing.assert_allclose(members, partial.predictions("test").probs[:3].transpose(1, 0, 2), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_member_alone_can_be_exported_the_joint_network_too(partial: Run, tmp_path: Path) -> None:
     test = partial.sources.test
     assert test is not None

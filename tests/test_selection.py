@@ -43,7 +43,9 @@ def test_a_member_that_is_good_on_its_own_rows_only_is_not_chosen_there() -> Non
     np.testing.assert_allclose(crossed[held], probs[best][held], atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ENSEMBLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "stacked-shrunk" else ()) for n in ENSEMBLES]
+)
 def test_every_method_goes_on_the_selection_and_comes_back(name: str) -> None:
     probs, labels = pool(200)
     spec = EnsembleSpec(top=3, methods=("mean",))

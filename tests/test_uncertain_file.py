@@ -80,7 +80,10 @@ def made(world: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tup
     return threefold.load(path), uncertainty, probs
 
 
-@pytest.mark.parametrize("name", ["none", "temperature", "vector"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("none", marks=pytest.mark.slow), pytest.param("temperature", marks=pytest.mark.slow), "vector"],
+)
 def test_the_file_answers_with_its_calibration(world: dict[str, Any], tmp_path: Path, name: str) -> None:
     _, expected = written(world, tmp_path / "m.onnx", name)
     np.testing.assert_allclose(threefold.load(tmp_path / "m.onnx").predict_proba(pictures()), expected, atol=1e-5)
