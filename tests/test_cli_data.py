@@ -83,7 +83,7 @@ def test_check_as_text_and_as_json(tmp_path: Path) -> None:
     found = json.loads(runner.invoke(app, ["data", "check", str(tmp_path), "--json"]).output)
     assert found["classes"] == {"cat": {"train": 24}, "dog": {"train": 25}}
     assert found["usable"] is True
-    assert {f["level"] for f in found["findings"]} == {"warning", "note"}
+    assert {f["level"] for f in found["findings"]} == {"warning"}  # of equal images; near ones are notes
     (tmp_path / "dog/bad.png").write_bytes(b"GIF89a")
     (tmp_path / "dog/copy.png").rename(tmp_path / "dog/user9_9.png")
     done = runner.invoke(app, ["data", "check", str(tmp_path)])

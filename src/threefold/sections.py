@@ -215,7 +215,7 @@ class StackedSpec(Section):
 
     hidden: Annotated[int, Field(ge=1)] = 4096
     epochs: Annotated[int, Field(ge=0)] = 0
-    """0 = 40, or as many as make 600 steps where rows are few."""
+    """0 = 40, or as many as make 600 steps where rows are few; a short fit with many members and many rows (see `stacked`)."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
     batch_size: Annotated[int, Field(ge=1)] = 200
 

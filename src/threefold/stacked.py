@@ -72,6 +72,7 @@ class StackedEnsemble(Ensemble):
         hidden_weight_, hidden_bias_, output_weight_, output_bias_: float32, as in torch.nn.Linear.
     """
 
+    parallel = False
     _state: ClassVar[tuple[str, ...]] = ("hidden_weight_", "hidden_bias_", "output_weight_", "output_bias_")
     hidden_weight_: np.ndarray
     hidden_bias_: np.ndarray
@@ -164,6 +165,7 @@ class ShrunkStackedEnsemble(StackedEnsemble):
         share_: () the share of the network.
     """
 
+    parallel = False
     _state = (*StackedEnsemble._state, "share_")
     share_: np.ndarray
     parts: int = 3
