@@ -8,6 +8,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from threefold.combiners import Ensemble
 from threefold.errors import DataError
@@ -60,9 +61,14 @@ def cross_fit(
         return ensemble_factory().fit(array[:, ~held], truth[~held]).predict_proba(array[:, held])
 
     answer = np.empty((n, k))
-    with ThreadPoolExecutor(None if getattr(first, "parallel", False) and array.size > _LARGE else 1) as pool:
-        for held, probs in zip(helds, pool.map(answered, helds), strict=True):
-            answer[held] = probs
+    if getattr(first, "parallel", False) and array.size > _LARGE:
+        # Threads of the linear algebra in threads of ours would wait for each other.
+        with threadpool_limits(1, "blas"), ThreadPoolExecutor() as pool:
+            found = list(pool.map(answered, helds))
+    else:
+        found = [answered(held) for held in helds]
+    for held, probs in zip(helds, found, strict=True):
+        answer[held] = probs
     return answer
 
 
