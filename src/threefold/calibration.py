@@ -154,7 +154,7 @@ def fit_calibration(
         name: none, temperature, vector, or auto = the choice of `choose_calibration`.
         probs: (n, k) out-of-fold probabilities.
         labels: (n,).
-        folds: (n,) part of each row; None = five parts, with classes or whole groups spread over them.
+        folds: (n,) part of each row; None = `stratified_parts`, classes or whole groups spread over them.
         groups: (n,) what must stay in one part where `folds` is None.
 
     Raises:
@@ -195,7 +195,7 @@ def choose_calibration(
     Args:
         probs: (n, k) out-of-fold probabilities.
         labels: (n,).
-        folds: (n,) part of each row; None = five parts, with classes or whole groups spread over them.
+        folds: (n,) part of each row; None = `stratified_parts`, classes or whole groups spread over them.
         groups: (n,) rows that are not independent of each other.
 
     Raises:

@@ -47,8 +47,13 @@ class Ensemble(ABC):
         array = check_probs(probs, 3)
         if ids is not None and len(ids) != array.shape[1]:
             raise DataError("ids do not match the probabilities", expected=array.shape[1], got=len(ids))
-        self._fit(array, check_labels(labels, *array.shape[1:]))
+        self.fit_checked(array, check_labels(labels, *array.shape[1:]))
         self.seen_ = Seen.of(ids) if ids is not None and self.needs_fit else None
+        return self
+
+    def fit_checked(self, probs: np.ndarray, labels: np.ndarray) -> Self:
+        """`fit` on arrays that `check_probs` and `check_labels` have passed; a look at 14 million numbers takes its time."""
+        self._fit(probs, labels)
         return self
 
     def predict_proba(self, probs: npt.ArrayLike) -> np.ndarray:

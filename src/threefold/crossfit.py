@@ -18,7 +18,10 @@ _LARGE: Final = 1_000_000
 """Probabilities from which on parts are fitted side by side; below, threads cost more than they gain."""
 
 PARTS: Final = 5
-"""Parts of a cross-fit where the caller has no folds."""
+"""Parts of a cross-fit where the caller has no folds, and there are MANY_ROWS or fewer."""
+
+MANY_ROWS: Final = 10_000
+"""With more rows there are two parts: the half of them that a fit then has is as good as four fifths of fewer, at a third of the time."""
 
 
 def cross_fit(
@@ -35,7 +38,7 @@ def cross_fit(
         ensemble_factory: makes an ensemble that is not fitted.
         probs: (m, n, k) out-of-fold probabilities of the members.
         labels: (n,).
-        folds: (n,) part of each row; None = five stratified parts.
+        folds: (n,) part of each row; None = `stratified_parts`.
         groups: (n,) what must stay in one part, where `folds` is None.
         declare: told of every fit: rows seen and rows answered, booleans (n,) each (`Ledger.declare`).
 
@@ -58,7 +61,7 @@ def cross_fit(
         declare(~held, held)  # type: ignore[misc]
 
     def answered(held: np.ndarray) -> np.ndarray:
-        return ensemble_factory().fit(array[:, ~held], truth[~held]).predict_proba(array[:, held])
+        return ensemble_factory().fit_checked(array[:, ~held], truth[~held])._combine(array[:, held])
 
     answer = np.empty((n, k))
     if getattr(first, "parallel", False) and array.size > _LARGE:
@@ -72,11 +75,16 @@ def cross_fit(
     return answer
 
 
-def stratified_parts(labels: np.ndarray, groups: Sequence[str] | None = None, parts: int = PARTS) -> np.ndarray:
+def stratified_parts(
+    labels: np.ndarray, groups: Sequence[str] | None = None, parts: int | None = None
+) -> np.ndarray:
     """Part number (n,) of each row, classes spread evenly; groups, where there are any, kept whole.
 
-    Unlike scikit-learn's splitters this also takes classes with fewer rows than parts, without a warning.
+    Without a number of parts there are PARTS, or two of more than MANY_ROWS rows. Unlike scikit-learn's splitters this also takes
+    classes with fewer rows than parts, without a warning.
     """
+    if parts is None:
+        parts = PARTS if len(labels) <= MANY_ROWS else 2
     rng = np.random.default_rng(0)
     if groups is None:
         part = np.empty(len(labels), dtype=np.int64)

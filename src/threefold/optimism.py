@@ -90,7 +90,7 @@ def nested_choice(
     Args:
         tables: method -> probabilities (n, k), cross-fitted.
         labels: (n,).
-        folds: (n,) part of each row; None = five stratified parts.
+        folds: (n,) part of each row; None = `stratified_parts`.
         groups: (n,) what must stay in one part, where `folds` is None.
 
     Raises:

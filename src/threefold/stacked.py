@@ -73,6 +73,7 @@ class StackedEnsemble(Ensemble):
     """
 
     parallel = False
+    _thin: tuple[np.ndarray, np.ndarray] | None = None
     _state: ClassVar[tuple[str, ...]] = ("hidden_weight_", "hidden_bias_", "output_weight_", "output_bias_")
     hidden_weight_: np.ndarray
     hidden_bias_: np.ndarray
@@ -92,7 +93,9 @@ class StackedEnsemble(Ensemble):
         weights = self._trained(inputs if directions is None else inputs @ directions, labels, m, k, directions)
         for name, value in zip(StackedEnsemble._state, weights, strict=True):
             setattr(self, name, value)
+        self._thin = None
         if directions is not None:
+            self._thin = directions, self.hidden_weight_
             self.hidden_weight_ = self.hidden_weight_ @ directions.T
 
     def _trained(
@@ -137,7 +140,10 @@ class StackedEnsemble(Ensemble):
         return np.concatenate([self._answer(inputs[i : i + 8192]) for i in range(0, n, 8192)])  # bounds the memory
 
     def _answer(self, inputs: np.ndarray) -> np.ndarray:
-        hidden = inputs @ self.hidden_weight_.T + self.hidden_bias_
+        if self._thin is not None:  # the same product in a tenth of the time
+            hidden = (inputs @ self._thin[0]) @ self._thin[1].T + self.hidden_bias_
+        else:
+            hidden = inputs @ self.hidden_weight_.T + self.hidden_bias_
         logits = np.where(hidden > 0, hidden, 0.2 * hidden) @ self.output_weight_.T + self.output_bias_
         return np.asarray(softmax(logits.astype(np.float64), axis=-1))
 

@@ -128,7 +128,7 @@ def fit_uncertainty(
         reject: share of images of a class that may be called unknown.
         groups: (n,) names of what belongs together, or None.
         folds: (n,) the part of each row in the cross-fit of the figures; not used where they tear groups apart. None =
-            five parts, with classes or whole groups spread over them.
+            `stratified_parts`, classes or whole groups spread over them.
 
     Raises:
         DataError: probabilities, labels, folds or groups are not usable, a share is not between 0 and 1, or the rows make
