@@ -75,9 +75,7 @@ def cross_fit(
     return answer
 
 
-def stratified_parts(
-    labels: np.ndarray, groups: Sequence[str] | None = None, parts: int | None = None
-) -> np.ndarray:
+def stratified_parts(labels: np.ndarray, groups: Sequence[str] | None = None, parts: int | None = None) -> np.ndarray:
     """Part number (n,) of each row, classes spread evenly; groups, where there are any, kept whole.
 
     Without a number of parts there are PARTS, or two of more than MANY_ROWS rows. Unlike scikit-learn's splitters this also takes
