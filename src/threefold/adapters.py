@@ -18,6 +18,7 @@ import numpy as np
 from threefold.columns import Table
 from threefold.errors import DataError
 from threefold.parts import Parts
+from threefold.predictions import read_provenance
 
 COLUMNS: Final = ("id", "path", "label", "group", "fold", "roles", "member", "protocol", "kind")
 """Columns with a meaning of their own; every other column of a table is a class."""
@@ -252,7 +253,7 @@ def from_arrays(arrays: dict[str, np.ndarray], where: str) -> Parts:
         extra["groups"] = texts["groups"]
     return Parts(
         where, arrays["probs"], labels, texts.get("ids"), texts.get("paths"), texts.get("classes"),
-        texts.get("members"), extra=extra | _provenance(arrays.get("provenance"), where),
+        texts.get("members"), extra=extra | read_provenance(arrays.get("provenance"), where),
     )  # fmt: skip
 
 
@@ -300,13 +301,3 @@ def _refuse_unclear(arrays: dict[str, np.ndarray], classes: tuple[str, ...], whe
             "it is not clear whether labels are numbers of columns or of classes", where=where,
             expected="classes as text, or named classes_ as scikit-learn does", got=", ".join(classes)[:60],
         )  # fmt: skip
-
-
-def _provenance(array: np.ndarray | None, where: str) -> dict[str, Any]:
-    if array is None:
-        return {}
-    try:
-        tree = json.loads(str(array))
-        return {"protocol": tree["protocol"], "kind": tree["kind"]}
-    except (ValueError, KeyError, TypeError):
-        raise DataError("the provenance is not readable", where=where, got=str(array)[:80]) from None

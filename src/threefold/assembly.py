@@ -28,7 +28,7 @@ def assemble(run: Run) -> None:
     """
     arrays = _read(run)
     oof, test = _out_of_fold(run, arrays), _on_test(run, arrays)
-    owner, roles = _who_saw(run)
+    owner, roles = who_saw(run)
     if run.recipe.views.choose:
         oof, test = _choose_views(run, oof, test, owner)
     names = tuple(m.name for m in run.recipe.members)
@@ -42,7 +42,7 @@ def assemble(run: Run) -> None:
             rows.save(run.dir / f"{kind}.npz")
 
 
-def _who_saw(run: Run) -> tuple[np.ndarray, np.ndarray]:
+def who_saw(run: Run) -> tuple[np.ndarray, np.ndarray]:
     """The fold that answers each row (n,), and what each fold's networks do with it (f, n)."""
     folds = {fold: roles for fold, roles in run.roles.items() if fold >= 0}
     owner = np.full(len(run.sources.train), -1)

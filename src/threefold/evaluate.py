@@ -126,12 +126,6 @@ class _Work:
     fitted: dict[str, tuple[Ensemble, np.ndarray]]
     nested: np.ndarray | None = None
 
-    @property
-    def folds(self) -> np.ndarray | None:
-        """The run's own folds where there are at least two of them."""
-        folds = self.rows.folds
-        return folds if folds is not None and len(np.unique(folds)) > 1 else None
-
     def cross(self, name: str, make: Callable[[], Ensemble]) -> None:
         """Fit a method on all rows, and cross-fit it, where it learns anything."""
         rows, ensemble = self.rows, make().fit(self.rows.probs, self.rows.labels, self.rows.ids)
@@ -140,11 +134,11 @@ class _Work:
 
     def _crossed(self, name: str, make: Callable[[], Ensemble]) -> np.ndarray:
         rows, declare = self.rows, partial(self.ledger.declare, f"ensemble {name}")
-        return cross_fit(make, rows.probs, rows.labels, self.folds, rows.groups, declare)
+        return cross_fit(make, rows.probs, rows.labels, self.rows.parts, rows.groups, declare)
 
     def calibrate(self, name: str, probs: np.ndarray) -> Calibration:
         """A calibration of that name, with cross-fitted probabilities."""
-        return fit_calibration(name, probs, self.rows.labels, self.folds, self.rows.groups)
+        return fit_calibration(name, probs, self.rows.labels, self.rows.parts, self.rows.groups)
 
     def optimism(self, crossed: dict[str, np.ndarray], chosen: str, chose: bool) -> list[dict[str, Any]]:
         """The meter's lines for what was chosen or fitted on these rows."""
@@ -159,7 +153,7 @@ class _Work:
             if ensemble.needs_fit and name != "best":
                 lines.append(self._line(name, f"what {name} learns", ensemble.predict_proba(rows.probs), table))
         if chose and len(crossed) > 1:
-            self.nested, _ = nested_choice(crossed, rows.labels, self.folds, rows.groups)
+            self.nested, _ = nested_choice(crossed, rows.labels, self.rows.parts, rows.groups)
             told = f"the method, {chosen} of {len(crossed)}"
             names = "cross-fitted, chosen on", "cross-fitted, choice included"
             lines.append(self._line("method", told, crossed[chosen], self.nested, names))

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from threefold.assembly import who_saw
 from threefold.audit import (
     LISTED,
     Duplicate,
@@ -21,13 +22,11 @@ from threefold.audit import (
     list_suspects,
     write_suspects,
 )
+from threefold.datacheck import NEAR_COPIES
 from threefold.files import read_json, write_json
 from threefold.pixels import Pixels
 from threefold.predictions import Predictions
 from threefold.run import Run
-
-MOST_IMAGES: Final = 20_000
-"""Copies are looked for among so many images at most: the time grows with the square of their number."""
 
 _NO_ROWS: Final = "labels are audited on out-of-fold rows of the honest protocol, which this run does not have"
 
@@ -39,16 +38,12 @@ def find_copies(run: Run, pixels: Pixels) -> None:
         return
     train, test = run.sources.train, run.sources.test
     count = len(train) + (len(test) if test is not None else 0)
-    if count > MOST_IMAGES:
-        told = f"copies were not looked for among {count:,} images; `threefold data check` does so"
+    if count > NEAR_COPIES:
+        told = f"copies are not looked for among more than {NEAR_COPIES:,} images, and there are {count:,}"
         write_json(path, {"found": 0, "pairs": [], "told": told})
         return
     spec = next(m for m in run.recipe.members if not m.joins)
-    owner = np.full(len(train), -1)
-    for fold, roles in run.roles.items():
-        if fold >= 0:
-            owner[roles.score] = fold
-    parts = [f"fold {fold}" for fold in owner] + ["test"] * (count - len(train))
+    parts = [f"fold {fold}" for fold in who_saw(run)[0]] + ["test"] * (count - len(train))
     ids, labels = list(train.ids), train.labels
     squares = [pixels.rows("train", spec, np.arange(len(train)))[0]]
     if test is not None:

@@ -148,6 +148,11 @@ class Predictions:
                 ledger.declare("checkpoints and stages", chosen, answers, apparent=self.protocol == "paper")
         return ledger
 
+    @property
+    def parts(self) -> np.ndarray | None:
+        """The folds as parts of a cross-fit; None where there are not two of them at least."""
+        return self.folds if self.folds is not None and len(np.unique(self.folds)) > 1 else None
+
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
@@ -278,11 +283,15 @@ def _complete(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     for name in {"ids", "classes", "members", "groups"} & arrays.keys():
         tree[name] = tuple(map(str, np.atleast_1d(arrays[name])))
     tree |= {name: arrays[name] for name in ("labels", "folds", "roles") if name in arrays}
-    return tree | {"probs": probs} | _provenance(arrays.get("provenance"))
+    return tree | {"probs": probs} | read_provenance(arrays.get("provenance"))
 
 
-def _provenance(array: np.ndarray | None) -> dict[str, Any]:
-    """Protocol and kind from the file's JSON string; nothing where another program wrote the file."""
+def read_provenance(array: np.ndarray | None, where: str = "") -> dict[str, Any]:
+    """Protocol and kind from a file's JSON string; nothing where another program wrote the file.
+
+    Raises:
+        DataError: it is not such a string.
+    """
     if array is None:
         return {}
     try:
@@ -290,7 +299,7 @@ def _provenance(array: np.ndarray | None) -> dict[str, Any]:
         return {"protocol": tree["protocol"], "kind": tree["kind"]}
     except (ValueError, KeyError, TypeError):
         expected = 'JSON with "protocol" and "kind"'
-        raise DataError("the provenance is not readable", expected=expected, got=str(array)[:80]) from None
+        raise DataError("the provenance is not readable", where=where, expected=expected, got=str(array)[:80]) from None
 
 
 def _check_names(name: str, values: Iterable[str], count: int, unique: bool) -> tuple[str, ...]:

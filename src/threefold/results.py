@@ -59,9 +59,8 @@ def write_results(run: Run, found: Evaluation, seconds: dict[str, float]) -> Non
 def _uncertainty(run: Run, found: Evaluation) -> dict[str, Any]:
     """Prediction sets and the unknown threshold of the chosen ensemble, measured on test rows where there are any."""
     rows, spec = found.fit_rows, run.recipe.ensemble
-    folds = rows.folds if rows.folds is not None and len(np.unique(rows.folds)) > 1 else None
     made = fit_uncertainty(
-        found.calibration.probs, rows.labels, alpha=spec.miss, reject=spec.reject, groups=rows.groups, folds=folds
+        found.calibration.probs, rows.labels, alpha=spec.miss, reject=spec.reject, groups=rows.groups, folds=rows.parts
     )
     if found.rows.kind == "test":
         made = made.measure(found.probs, found.rows.labels, "test", found.rows.groups)

@@ -44,7 +44,7 @@ class VectorScaling(NamedTuple):
 
 
 _MANY: Final = 100_000
-"""Probabilities from which on derivatives are taken in float32: their mean over so many rows is as exact, in a third of the time."""
+"""Probabilities from which on derivatives are taken in float32: their mean over so many rows is as exact, and sooner there."""
 
 
 def fit_temperature(probs: npt.ArrayLike, labels: npt.ArrayLike) -> float:
@@ -60,7 +60,7 @@ def fit_temperature(probs: npt.ArrayLike, labels: npt.ArrayLike) -> float:
 
 
 def fit_temperatures(probs: npt.ArrayLike, labels: npt.ArrayLike, part: np.ndarray) -> tuple[float, dict[Any, float]]:
-    """`fit_temperature` on all rows, and for each part on the rows outside it, in a quarter of the time of single fits.
+    """`fit_temperature` on all rows, and for each part on the rows outside it, in a third of the time of single fits (docs/LOG.md).
 
     Newton's method converges quadratically: from the last point of the fit on all rows, whose derivatives are known row by
     row, two steps reach the minimum of each part's rest; where they do not, that is fitted by itself.

@@ -140,7 +140,7 @@ class StackedEnsemble(Ensemble):
         return np.concatenate([self._answer(inputs[i : i + 8192]) for i in range(0, n, 8192)])  # bounds the memory
 
     def _answer(self, inputs: np.ndarray) -> np.ndarray:
-        if self._thin is not None:  # the same product in a tenth of the time
+        if self._thin is not None:  # the same product with far fewer multiplications
             hidden = (inputs @ self._thin[0]) @ self._thin[1].T + self.hidden_bias_
         else:
             hidden = inputs @ self.hidden_weight_.T + self.hidden_bias_
