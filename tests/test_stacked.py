@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -142,3 +145,51 @@ def test_the_papers_three_members_and_few_rows_are_never_fitted_in_short(monkeyp
         probs = np.full((m, n, 10), 0.1, np.float32)
         StackedEnsemble(8).fit(probs, np.arange(n) % 10)
     assert seen == [False, False, True]
+
+
+def test_a_fit_takes_the_steps_that_torch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same weights, rows and dropout through autograd and torch.optim.Adam."""
+    probs, labels = scored(n=90)
+    start = StackedEnsemble(16, epochs=0).fit(probs, labels).to_module()
+    taken: list[tuple[np.ndarray, np.ndarray]] = []
+    gradients = stacked._gradients
+
+    def noted(network: list[np.ndarray], inputs: np.ndarray, truth: np.ndarray, kept: np.ndarray) -> list[np.ndarray]:
+        taken.append((inputs, kept))
+        return gradients(network, inputs, truth, kept)
+
+    monkeypatch.setattr(stacked, "_gradients", noted)
+    found = StackedEnsemble(16, epochs=4, lr=1e-2, batch_size=30).fit(probs, labels).state()
+    assert len(taken) == 12
+    table = probs.swapaxes(0, 1).reshape(90, -1)
+    optimizer = torch.optim.Adam(start.parameters(), lr=1e-2, eps=1e-7)
+    for inputs, kept in taken:
+        truth = labels[[int((table == row).all(1).argmax()) for row in inputs]]
+        logits = start[4](start[2](start[1](torch.tensor(inputs))) * 2 * torch.tensor(kept))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits, torch.tensor(truth)).backward()
+        optimizer.step()
+    for mine, theirs in zip(found.values(), start.parameters(), strict=True):
+        assert mine == pytest.approx(theirs.detach().numpy(), abs=1e-5)
+
+
+def test_first_weights_are_keras() -> None:
+    kernel = stacked._glorot(np.random.default_rng(0), 300, 100)
+    bound = (6 / 400) ** 0.5
+    assert kernel.dtype == np.float32
+    assert abs(kernel).max() == pytest.approx(bound, rel=1e-3)
+    assert kernel.std() == pytest.approx(bound / 3**0.5, rel=0.02)
+    assert kernel.mean() == pytest.approx(0, abs=1e-3)
+
+
+def test_a_fit_and_its_answers_need_no_torch() -> None:
+    code = """if True:
+        import sys
+        import numpy as np
+        from threefold.ensemble import make_ensemble
+        probs = np.full((2, 6, 3), 1 / 3)
+        for name in ("stacked", "stacked-shrunk"):
+            make_ensemble(name).fit(probs, [0, 1, 2, 0, 1, 2]).predict_proba(probs)
+        assert "torch" not in sys.modules
+    """
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
