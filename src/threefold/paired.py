@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binom, chi2, norm, t
+from scipy.special import bdtr, betaln, chdtrc, ndtri, stdtr, stdtrit  # scipy.stats takes a second to import
 
 from threefold.errors import DataError
 from threefold.predictions import check_labels, check_probs
@@ -108,7 +108,7 @@ def mcnemar_exact(
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     if groups is None:
         fewer, n = min(only_a, only_b), only_a + only_b
-        p = 2 * float(binom.cdf(fewer, n, 0.5)) - mid_p * float(binom.pmf(fewer, n, 0.5))
+        p = 2 * float(bdtr(fewer, n, 0.5)) - mid_p * float(_heads(np.asarray(fewer), n))
         return McNemar(only_a, only_b, min(1.0, p))
     sums = np.bincount(check_groups(groups, len(a)), a.astype(np.float64) - b).round().astype(np.int64)
     chances = _sign_flips(np.abs(sums))
@@ -204,7 +204,7 @@ def cochran_q(correct: npt.ArrayLike) -> CochranQ:
     columns, rows = hits.sum(1), hits.sum(0)
     spread = float((rows * (m - rows)).sum())
     q = m * (m - 1) * float(((columns - columns.mean()) ** 2).sum()) / spread if spread else 0.0
-    return CochranQ(q, m - 1, float(chi2.sf(q, m - 1)))
+    return CochranQ(q, m - 1, float(chdtrc(m - 1, q)))
 
 
 def holm(pvalues: npt.ArrayLike) -> np.ndarray:
@@ -320,7 +320,7 @@ def required_rows(discordant: float, difference: float, power: float = 0.8, alph
         )
     if not 0 < alpha < power < 1:
         raise DataError("no such test", expected="0 < alpha < power < 1", got=f"alpha {alpha}, power {power}")
-    root = norm.ppf(1 - alpha / 2) * discordant**0.5 + norm.ppf(power) * (discordant - size**2) ** 0.5
+    root = ndtri(1 - alpha / 2) * discordant**0.5 + ndtri(power) * (discordant - size**2) ** 0.5
     return int(np.ceil((root / size) ** 2))
 
 
@@ -373,9 +373,14 @@ def _sign_flips(sizes: np.ndarray) -> np.ndarray:
     chances = np.ones(1)
     for size, count in zip(*np.unique(sizes[sizes > 0], return_counts=True), strict=True):
         step = np.zeros(int(size * count) + 1)
-        step[::size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        step[::size] = _heads(np.arange(count + 1), count)
         chances = np.convolve(chances, step)
     return chances
+
+
+def _heads(k: np.ndarray, n: int) -> np.ndarray:
+    """Chance of k heads in n throws of a fair coin."""
+    return np.asarray(np.exp(-betaln(k + 1, n - k + 1) - np.log(n + 1) - n * np.log(2)))
 
 
 def _t_test(mean: float, variance: float, df: float, level: float) -> TTest:
@@ -383,8 +388,8 @@ def _t_test(mean: float, variance: float, df: float, level: float) -> TTest:
     if variance == 0:
         return TTest(mean, mean, mean, float(np.sign(mean) * np.inf) if mean else 0.0, df, float(mean == 0))
     error = variance**0.5
-    half = float(t.ppf((1 + level) / 2, df)) * error
-    return TTest(mean, mean - half, mean + half, mean / error, df, float(2 * t.sf(abs(mean) / error, df)))
+    half = float(stdtrit(df, (1 + level) / 2)) * error
+    return TTest(mean, mean - half, mean + half, mean / error, df, float(2 * stdtr(df, -abs(mean) / error)))
 
 
 def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -55,6 +55,8 @@ def check_probs(probs: npt.ArrayLike, ndim: int) -> np.ndarray:
         raise DataError("probabilities have the wrong shape", expected=f"{axes}, at least two classes", got=array.shape)
     if array.dtype.kind != "f":
         array = array.astype(np.float32)
+    if _usual(array):
+        return array
     if not np.isfinite(array).all():
         raise DataError("probabilities are NaN or infinite", where=_first(~np.isfinite(array)))
     if array.min() < 0:
@@ -66,6 +68,13 @@ def check_probs(probs: npt.ArrayLike, ndim: int) -> np.ndarray:
             "probabilities of a row do not sum to 1", where=_first(off), got=f"{sums[off][0]:.4g}", fix=_SOFTMAX
         )
     return array
+
+
+def _usual(array: np.ndarray) -> bool:
+    """Nothing to complain of, at a glance: a third of the time of looking for each fault. NaN and infinity fail both comparisons."""
+    wide = array if array.dtype != np.float16 else array.astype(np.float32)
+    sums = wide @ np.ones(array.shape[-1], wide.dtype)
+    return bool(array.min() >= 0 and np.abs(sums - 1).max() < SUM_TOLERANCE / 2)
 
 
 def check_labels(labels: npt.ArrayLike, n: int, k: int) -> np.ndarray:

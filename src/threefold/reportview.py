@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from threefold import charts, stats
 from threefold.pictures import Thumbs, data_uri
@@ -153,7 +153,7 @@ def paired_interval(only_a: int, only_b: int, n: int, level: float) -> tuple[flo
     to each count. Rows count as independent.
     """
     a, b = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
-    half = float(norm.ppf((1 + level) / 2)) * ((a + b - (a - b) ** 2) / (n + 2)) ** 0.5
+    half = float(ndtri((1 + level) / 2)) * ((a + b - (a - b) ** 2) / (n + 2)) ** 0.5
     return max(-1.0, a - b - half), min(1.0, a - b + half)
 
 

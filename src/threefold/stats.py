@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import norm, t
+from scipy.special import ndtri, stdtrit  # scipy.stats takes a second to import
 
 from threefold.errors import DataError
 from threefold.predictions import check_labels, check_probs
@@ -155,7 +155,7 @@ def wilson_interval(correct: float, n: float, level: float = 0.95) -> Interval:
     check_level(level)
     if n == 0:
         return Interval(0.0, 1.0)
-    z2 = float(norm.ppf((1 + level) / 2)) ** 2
+    z2 = float(ndtri((1 + level) / 2)) ** 2
     centre = (correct + z2 / 2) / (n + z2)
     half = (z2 * (correct * (n - correct) / n + z2 / 4)) ** 0.5 / (n + z2)
     # At the ends the formula gives exactly 0 and 1, but for rounding.
@@ -336,7 +336,7 @@ def _effective_rows(hits: np.ndarray, sizes: np.ndarray, level: float) -> float:
     else:
         worth = n**2 / (sizes**2).sum()
     tail = (1 + level) / 2
-    return float(worth * (t.ppf(tail, n - 1) / t.ppf(tail, groups - 1)) ** 2)
+    return float(worth * (stdtrit(n - 1, tail) / stdtrit(groups - 1, tail)) ** 2)
 
 
 def _checked(probs: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
