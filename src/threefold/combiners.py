@@ -27,13 +27,11 @@ class Ensemble(ABC):
 
     Attributes:
         needs_fit: whether `fit` learns anything; where it does not, `predict_proba` works at once.
-        parallel: whether several may be fitted at a time in threads of one process; torch's global state forbids it.
         seed: for methods that draw random numbers; the others ignore it.
         seen_: the rows of the fit, where `fit` was told their ids; else None.
     """
 
     needs_fit: ClassVar[bool] = True
-    parallel: bool = True
     seed: int = 0
     seen_: Seen | None = None
     _state: ClassVar[tuple[str, ...]] = ()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,8 @@ from threefold.combiners import Ensemble
 from threefold.errors import DataError
 from threefold.predictions import check_labels, check_probs
 
-_LARGE: Final = 1_000_000
-"""Probabilities from which on parts are fitted side by side; below, threads cost more than they gain."""
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 
 PARTS: Final = 5
 """Parts of a cross-fit where the caller has no folds, and there are MANY_ROWS or fewer."""
@@ -64,15 +65,19 @@ def cross_fit(
         return ensemble_factory().fit_checked(array[:, ~held], truth[~held])._combine(array[:, held])
 
     answer = np.empty((n, k))
-    if getattr(first, "parallel", False) and array.size > _LARGE:
-        # Threads of the linear algebra in threads of ours would wait for each other.
-        with threadpool_limits(1, "blas"), ThreadPoolExecutor() as pool:
-            found = list(pool.map(answered, helds))
-    else:
-        found = [answered(held) for held in helds]
-    for held, probs in zip(helds, found, strict=True):
-        answer[held] = probs
+    for held, found in zip(helds, side_by_side(answered, helds), strict=True):
+        answer[held] = found
     return answer
+
+
+def side_by_side(work: Callable[[Item], Answer], items: Iterable[Item]) -> list[Answer]:
+    """`work` of every item, in their order, on all cores: numpy and scipy let go of the interpreter while they compute.
+
+    The linear algebra keeps to one thread: threads of it in threads of ours would wait for each other, and its sums would round
+    differently with the number of cores.
+    """
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(work, items))
 
 
 def stratified_parts(labels: np.ndarray, groups: Sequence[str] | None = None, parts: int | None = None) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from threefold.crossfit import stratified_parts
+from threefold.crossfit import side_by_side, stratified_parts
 from threefold.errors import DataError
 from threefold.predictions import FLOOR, check_labels, check_probs
 
@@ -168,14 +168,18 @@ def size_curve(probs: npt.ArrayLike, labels: npt.ArrayLike, draws: int = 20, see
     if draws < 1:
         raise DataError("a curve needs a draw", expected="1 or more", got=draws)
     rng = np.random.default_rng(seed)
-    curves = np.array([_hits(array, truth, rng.permutation(m)) for _ in range(draws)]) / n
+    orders = [rng.permutation(m) for _ in range(draws)]
+    curves = np.array(side_by_side(lambda order: _hits(array, truth, order), orders)) / n
     hits = array[:, np.arange(n), truth].astype(np.float64)
-    part, ordered = stratified_parts(truth), np.zeros(m)
-    for value in np.unique(part):
+    part = stratified_parts(truth)
+
+    def held_out(value: int) -> np.ndarray:
         held = part == value
         order = _order(hits[:, ~held] if part.any() else hits)
-        ordered += _hits(array[:, held], truth[held], np.array(order))
-    return SizeCurve(curves.mean(0), curves.min(0), curves.max(0), ordered / n, _order(hits))
+        return _hits(array[:, held], truth[held], np.array(order))
+
+    ordered = np.sum(side_by_side(held_out, np.unique(part)), axis=0) / n
+    return SizeCurve(curves.mean(0), curves.min(0), curves.max(0), ordered, _order(hits))
 
 
 def _hits(probs: np.ndarray, labels: np.ndarray, order: np.ndarray) -> np.ndarray:

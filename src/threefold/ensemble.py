@@ -123,7 +123,6 @@ class AutoEnsemble(Ensemble):
             make_ensemble(name)
         self.candidates = tuple(sorted(set(candidates), key=list(ENSEMBLES).index))
         self.rows, self.seed = rows, seed
-        self.parallel = all(make_ensemble(name).parallel for name in self.candidates)
 
     def _fit(self, probs: np.ndarray, labels: np.ndarray) -> None:
         n = len(labels)

@@ -8,14 +8,14 @@ scored as they would be exported: calibrated. A ledger notes every fit, and refu
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from threefold.calibration import Calibration, fit_calibration
+from threefold.crossfit import side_by_side
 from threefold.diversity import TOLERANCE, duplicates
 from threefold.ensemble import BestEnsemble, Ensemble, choose, cross_fit
 from threefold.ledger import Ledger
@@ -84,13 +84,11 @@ def evaluate(oof: Predictions | None, test: Predictions | None, spec: EnsembleSp
     fit_rows, copies = _distinct(everyone.select(spec.members or everyone.members))
     work = _Work(fit_rows, everyone.ledger(), {})
     methods: tuple[str, ...] = spec.methods if spec.export in ("auto", *spec.methods) else (*spec.methods, spec.export)
-    for name in methods:
-        work.cross(name, partial(build_ensemble, name, spec, seed))
+    work.cross({name: partial(build_ensemble, name, spec, seed) for name in methods})
     crossed = {name: table for name, (_, table) in work.fitted.items()}
     chosen, reason = choose(crossed, fit_rows.labels) if spec.export == "auto" else (spec.export, "named by the recipe")
     raw = {**_singles(everyone), **_ensembles(crossed)}
-    with ThreadPoolExecutor() as pool:  # numpy lets go of the interpreter: as fast as there are cores
-        warm = dict(zip(raw, pool.map(partial(work.calibrate, spec.calibration), raw.values()), strict=True))
+    warm = dict(zip(raw, side_by_side(partial(work.calibrate, spec.calibration), raw.values()), strict=True))
     fitted = {name: ensemble for name, (ensemble, _) in work.fitted.items()}
     tables = []
     if oof is not None:
@@ -126,15 +124,30 @@ class _Work:
     fitted: dict[str, tuple[Ensemble, np.ndarray]]
     nested: np.ndarray | None = None
 
-    def cross(self, name: str, make: Callable[[], Ensemble]) -> None:
-        """Fit a method on all rows, and cross-fit it, where it learns anything."""
-        rows, ensemble = self.rows, make().fit(self.rows.probs, self.rows.labels, self.rows.ids)
-        table = ensemble.predict_proba(rows.probs) if not ensemble.needs_fit else self._crossed(name, make)
-        self.fitted[name] = ensemble, table
+    def cross(self, methods: dict[str, Callable[[], Ensemble]]) -> None:
+        """Fit methods on all rows, and cross-fit them, where they learn anything."""
+        fitted = side_by_side(self._crossed, methods.values())
+        for name, (ensemble, table, fits) in zip(methods, fitted, strict=True):
+            self.declare(name, fits)
+            self.fitted[name] = ensemble, table
 
-    def _crossed(self, name: str, make: Callable[[], Ensemble]) -> np.ndarray:
-        rows, declare = self.rows, partial(self.ledger.declare, f"ensemble {name}")
-        return cross_fit(make, rows.probs, rows.labels, self.rows.parts, rows.groups, declare)
+    def _crossed(
+        self, make: Callable[[], Ensemble]
+    ) -> tuple[Ensemble, np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+        """A method fitted on all rows, its cross-fitted probabilities, and the rows that each of its fits saw and answers."""
+        rows, fits = self.rows, list[tuple[np.ndarray, np.ndarray]]()
+        whole = partial(make().fit, rows.probs, rows.labels, rows.ids)
+        apart = partial(
+            cross_fit, make, rows.probs, rows.labels, rows.parts, rows.groups, lambda *fit: fits.append(fit)
+        )
+        tasks: tuple[Callable[[], Ensemble | np.ndarray], ...] = whole, apart
+        ensemble, table = side_by_side(lambda task: task(), tasks)
+        return cast(Ensemble, ensemble), cast(np.ndarray, table), fits
+
+    def declare(self, name: str, fits: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Note a method's fits in the ledger."""
+        for saw, answers in fits:
+            self.ledger.declare(f"ensemble {name}", saw, answers)
 
     def calibrate(self, name: str, probs: np.ndarray) -> Calibration:
         """A calibration of that name, with cross-fitted probabilities."""
@@ -144,20 +157,25 @@ class _Work:
         """The meter's lines for what was chosen or fitted on these rows."""
         rows, lines = self.rows, []
         if len(rows.members) > 1:
-            best = self.fitted.get("best")
-            ensemble = best[0] if best else BestEnsemble().fit(rows.probs, rows.labels)
-            honest = best[1] if best else self._crossed("best", BestEnsemble)
+            if "best" in self.fitted:
+                ensemble, honest = self.fitted["best"]
+            else:
+                ensemble, honest, fits = self._crossed(BestEnsemble)
+                self.declare("best", fits)
             told = f"the best of {len(rows.members)} members"
             lines.append(self._line("member", told, ensemble.predict_proba(rows.probs), honest))
-        for name, (ensemble, table) in self.fitted.items():
-            if ensemble.needs_fit and name != "best":
-                lines.append(self._line(name, f"what {name} learns", ensemble.predict_proba(rows.probs), table))
+        learned = [name for name, (ensemble, _) in self.fitted.items() if ensemble.needs_fit and name != "best"]
+        lines += side_by_side(self._learned_line, learned)
         if chose and len(crossed) > 1:
             self.nested, _ = nested_choice(crossed, rows.labels, self.rows.parts, rows.groups)
             told = f"the method, {chosen} of {len(crossed)}"
             names = "cross-fitted, chosen on", "cross-fitted, choice included"
             lines.append(self._line("method", told, crossed[chosen], self.nested, names))
         return lines
+
+    def _learned_line(self, name: str) -> dict[str, Any]:
+        ensemble, table = self.fitted[name]
+        return self._line(name, f"what {name} learns", ensemble.predict_proba(self.rows.probs), table)
 
     def _line(
         self,

@@ -46,7 +46,7 @@ class LogPoolEnsemble(Ensemble):
     def _fit(self, probs: np.ndarray, labels: np.ndarray) -> None:
         m = len(probs)
         apart = self.ridge * (m * np.eye(m) - 1)
-        model = _LogLinear(_logs(probs), labels, apart + 1, np.full(m, 1 / m), positive=True)
+        model = _LogLinear(_logs(probs.swapaxes(1, 2)), labels, apart + 1, np.full(m, 1 / m), positive=True)
         self.weights_ = model.solve(np.full(m, 1 / m))
 
     def _combine(self, probs: np.ndarray) -> np.ndarray:
@@ -99,23 +99,24 @@ class LogisticEnsemble(Ensemble):
     def _chosen_ridge(self, logs: np.ndarray, labels: np.ndarray) -> float:
         if len(labels) > _ROWS:
             rows = np.sort(np.random.default_rng(0).permutation(len(labels))[:_ROWS])
-            logs, labels = logs[:, rows], labels[rows]
+            logs, labels = logs[..., rows], labels[rows]
         part, ridges = stratified_parts(labels), RIDGES
         if part.max() == 0:
             return ridges[0]
         losses = np.empty((len(ridges), len(labels)))
         for value in np.unique(part):
-            held, theta = part == value, _start(len(logs) - 1, logs.shape[2])
+            held, theta = part == value, _start(len(logs) - 1, logs.shape[1])
+            rest, asked = np.ascontiguousarray(logs[..., ~held]), np.ascontiguousarray(logs[..., held])
             for row, ridge in enumerate(ridges):
-                theta = self._model(logs[:, ~held], labels[~held], ridge).solve(theta, 1e-4)
-                losses[row, held] = self._model(logs[:, held], labels[held], ridge).losses(theta)
+                theta = self._model(rest, labels[~held], ridge).solve(theta, 1e-4)
+                losses[row, held] = self._model(asked, labels[held], ridge).losses(theta)
         away = losses - losses[losses.mean(1).argmin()]
         within = away.mean(1) <= away.std(1) / len(labels) ** 0.5
         return ridges[int(within.argmax())]
 
     @staticmethod
     def _model(logs: np.ndarray, labels: np.ndarray, ridge: float) -> _LogLinear:
-        m, k = len(logs) - 1, logs.shape[2]
+        m, k = len(logs) - 1, logs.shape[1]
         penalty = np.diag(np.r_[np.full(m, m * ridge), 1.0, np.full(k, ridge)])
         return _LogLinear(logs, labels, penalty, _start(m, k), bias=True)
 
@@ -135,7 +136,7 @@ class _LogLinear:
     """softmax(sum theta_j x_j + bias) with a quadratic penalty around `centre`, fitted by Newton's method.
 
     Args:
-        x: (p, n, k) float32 features.
+        x: (p, k, n) features; rows last, so that sums over classes take whole rows at a time.
         labels: (n,).
         penalty: (q, q), q = p, or p + k with a bias; the loss is summed over rows plus (theta - centre)' penalty (..).
         centre: (q,).
@@ -155,18 +156,18 @@ class _LogLinear:
         self.x = np.ascontiguousarray(x, dtype=np.float32)  # a slice over rows is not: every reshape would copy it
         self.labels, self.penalty, self.centre = labels, penalty, centre
         self.bias, self.positive = bias, positive
-        self.p, self.n, self.k = x.shape
+        self.p, self.k, self.n = x.shape
 
     def logits(self, theta: np.ndarray) -> np.ndarray:
-        """(n, k) float64."""
+        """(k, n) float64."""
         flat = theta[: self.p].astype(np.float32) @ self.x.reshape(self.p, -1)
-        logits = flat.reshape(self.n, self.k).astype(np.float64)
-        return logits + theta[self.p :] if self.bias else logits
+        logits = flat.reshape(self.k, self.n).astype(np.float64)
+        return logits + theta[self.p :, None] if self.bias else logits
 
     def losses(self, theta: np.ndarray) -> np.ndarray:
         """Log loss of each row (n,), without the penalty."""
         logits = self.logits(theta)
-        return np.asarray(logsumexp(logits, axis=1) - logits[np.arange(self.n), self.labels])
+        return np.asarray(logsumexp(logits, axis=0) - logits[self.labels, np.arange(self.n)])
 
     def value(self, theta: np.ndarray) -> float:
         """What is minimised."""
@@ -175,20 +176,20 @@ class _LogLinear:
 
     def slope_and_curvature(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Gradient (q,) and Hessian (q, q) of `value`."""
-        probs = softmax(self.logits(theta), axis=1)
+        probs = softmax(self.logits(theta), axis=0)
         short = probs.astype(np.float32)
         residual = short.copy()
-        residual[np.arange(self.n), self.labels] -= 1
+        residual[self.labels, np.arange(self.n)] -= 1
         flat = self.x.reshape(self.p, -1)
         slope = (flat @ residual.reshape(-1)).astype(np.float64)
-        roots, centred = np.sqrt(short), self.x - np.einsum("jnk,nk->jn", self.x, short)[..., None]
+        roots, centred = np.sqrt(short), self.x - np.einsum("jkn,kn->jn", self.x, short)[:, None]
         centred *= roots
         square = centred.reshape(self.p, -1)
         curvature = (square @ square.T).astype(np.float64)
         if self.bias:
-            slope = np.r_[slope, residual.sum(0, dtype=np.float64)]
-            mixed = np.einsum("jnk,nk->jk", centred, roots)
-            curvature = np.block([[curvature, mixed], [mixed.T, np.diag(probs.sum(0)) - probs.T @ probs]])
+            slope = np.r_[slope, residual.sum(1, dtype=np.float64)]
+            mixed = np.einsum("jkn,kn->jk", centred, roots)
+            curvature = np.block([[curvature, mixed], [mixed.T, np.diag(probs.sum(1)) - probs @ probs.T]])
         return slope + 2 * self.penalty @ (theta - self.centre), curvature + 2 * self.penalty
 
     def solve(self, theta: np.ndarray, tolerance: float = 1e-5) -> np.ndarray:
@@ -230,10 +231,11 @@ def _logs(probs: np.ndarray) -> np.ndarray:
 
 
 def _with_mean(probs: np.ndarray) -> np.ndarray:
-    """Logarithms (m + 1, n, k) float32 of the members and of their mean."""
-    logs = np.empty((len(probs) + 1, *probs.shape[1:]), np.float32)
+    """Logarithms (m + 1, k, n) float32 of the members (m, n, k) and of their mean."""
+    m, n, k = probs.shape
+    logs = np.empty((m + 1, k, n), np.float32)
     for row, member in enumerate([*probs, probs.mean(0, dtype=np.float64)]):
-        logs[row] = _logs(member)
+        logs[row] = _logs(member.T)
     return logs
 
 

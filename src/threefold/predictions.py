@@ -208,6 +208,8 @@ class Predictions:
                 inside = [member for member in self.members if name.lower() in member.lower()]
                 near = inside or difflib.get_close_matches(name, self.members, cutoff=0.4) or self.members
                 raise DataError("no such member", where=name, expected=f"one of {', '.join(near)}")
+        if tuple(names) == self.members:
+            return self
         return replace(self, probs=self.probs[[self.members.index(name) for name in names]], members=tuple(names))
 
     def rows(self, index: npt.ArrayLike) -> Predictions:

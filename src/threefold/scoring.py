@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import numpy as np
 
 from threefold import paired, stats
 from threefold.combiners import Ensemble
+from threefold.crossfit import side_by_side
 from threefold.predictions import Predictions
 
 LEVEL: Final = 0.95
@@ -50,8 +50,7 @@ def score_entries(
         fitted_on: the rows that those were fitted on that learn anything.
     """
     apparent = fitted_on == "the scored rows"
-    with ThreadPoolExecutor() as pool:
-        figures = pool.map(lambda probs: stats.score_table(probs, rows.labels, LEVEL, rows.groups), table.values())
+    figures = side_by_side(lambda probs: stats.score_table(probs, rows.labels, LEVEL, rows.groups), table.values())
     entries = []
     for (kind, name), found in zip(table, figures, strict=True):
         learns = kind == "ensemble" and fitted[name].needs_fit

@@ -38,7 +38,7 @@ class SelectedEnsemble(Ensemble):
     def __init__(self, inner: Ensemble, top: int = 3) -> None:
         if top < 1:
             raise RecipeError("a selection has a member", where="top", expected="1 or more", got=top)
-        self.inner, self.top, self.parallel = inner, top, inner.parallel
+        self.inner, self.top = inner, top
 
     def state(self) -> dict[str, np.ndarray]:
         """The members' numbers and the inner ensemble's arrays; read them with `restore`."""

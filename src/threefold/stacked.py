@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MANY: Final = 16
 """Members beyond which the fit is short where rows are many: the paper has three, and the full fit takes minutes there."""
 
-ROWS: Final = 13_000
+ROWS: Final = 8_000
 """Rows from which on the fit may be short; with fewer its steps are many passes over them, and it overfits."""
 
 RANK: Final = 64
@@ -118,7 +118,7 @@ class StackedEnsemble(Ensemble):
         check_fitted_on(self.hidden_weight_.shape[1], m * k, "members times classes")
         check_fitted_on(self.output_weight_.shape[0], k, "classes")
         inputs = probs.swapaxes(0, 1).reshape(n, m * k).astype(np.float32)
-        return np.concatenate([self._answer(inputs[i : i + 1024]) for i in range(0, n, 1024)])  # bounds the memory
+        return np.concatenate([self._answer(inputs[i : i + 256]) for i in range(0, n, 256)])  # what the cache holds
 
     def _answer(self, inputs: np.ndarray) -> np.ndarray:
         if self._thin is not None:  # the same product with far fewer multiplications
@@ -147,7 +147,8 @@ class ShrunkStackedEnsemble(StackedEnsemble):
 
     The share is chosen on the rows of the fit, cross-fitted in `parts` parts: the smallest of 0, 0.1, ... 1 within one
     standard error of the least log loss (Breiman's rule), so that a network that cannot be told from the mean is left
-    out. Costs `parts` fits of the network more; all arguments are those of StackedEnsemble.
+    out. Costs `parts` fits of the network more; from ROWS rows on none: the network then never sees a sixth of them, on
+    which the share is chosen. All arguments are those of StackedEnsemble.
 
     Attributes:
         share_: () the share of the network.
@@ -158,19 +159,18 @@ class ShrunkStackedEnsemble(StackedEnsemble):
     parts: int = 3
 
     def _fit(self, probs: np.ndarray, labels: np.ndarray) -> None:
-        part, rows = stratified_parts(labels, parts=self.parts), np.arange(len(labels))
+        many = len(labels) >= ROWS
+        part, asked = stratified_parts(labels, parts=6 if many else self.parts), np.zeros(len(labels), bool)
         mean = MeanEnsemble().predict_proba(probs)
         stacked = mean.copy()
-        for value in np.unique(part) if part.any() else ():
+        for value in np.unique(part)[: 1 if many else None] if part.any() else ():
             held = part == value
             super()._fit(probs[:, ~held], labels[~held])
             stacked[held] = super()._combine(probs[:, held])
-        hits = [table[rows, labels] for table in (stacked, mean)]
-        losses = np.array([-np.log(np.maximum(s * hits[0] + (1 - s) * hits[1], FLOOR)) for s in SHARES])
-        away = losses - losses[losses.mean(1).argmin()]
-        within = away.mean(1) <= away.std(1) / len(labels) ** 0.5
-        self.share_ = np.asarray(SHARES[int(within.argmax())])
-        super()._fit(probs, labels)
+            asked |= held
+        self.share_ = _share(stacked, mean, labels, asked if asked.any() else ~asked)
+        if not many:
+            super()._fit(probs, labels)
 
     def _combine(self, probs: np.ndarray) -> np.ndarray:
         return np.asarray(self.share_ * super()._combine(probs) + (1 - self.share_) * MeanEnsemble()._combine(probs))
@@ -189,6 +189,16 @@ class ShrunkStackedEnsemble(StackedEnsemble):
                 return mixed
 
         return Mixed(super().to_module(), float(self.state()["share_"])).eval()
+
+
+def _share(stacked: np.ndarray, mean: np.ndarray, labels: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """The share () of the network, chosen on the rows `asked`, which it has not seen."""
+    rows = np.flatnonzero(asked)
+    hits = [table[rows, labels[rows]] for table in (stacked, mean)]
+    losses = np.array([-np.log(np.maximum(s * hits[0] + (1 - s) * hits[1], FLOOR)) for s in SHARES])
+    away = losses - losses[losses.mean(1).argmin()]
+    within = away.mean(1) <= away.std(1) / len(rows) ** 0.5
+    return np.asarray(SHARES[int(within.argmax())])
 
 
 def stacked_network(m: int, k: int, hidden: int) -> nn.Sequential:

@@ -116,6 +116,9 @@ def _ordered_pairs(score: np.ndarray, positive: np.ndarray, weights: np.ndarray)
 
 def _sums(where: np.ndarray, count: int, weights: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
     """Sums of weights (n, r) by class or level `where` (n,): (count, r); of the chosen rows (n,) booleans only."""
+    if weights.shape[1] == 1:
+        counted = weights[:, 0] if rows is None else np.where(rows, weights[:, 0], 0.0)
+        return np.bincount(where, counted, count)[:, None]
     at = np.arange(len(where)) if rows is None else np.flatnonzero(rows)
     return np.asarray(csr_array((np.ones(len(at)), (where[at], at)), shape=(count, len(where))) @ weights)
 
