@@ -168,7 +168,7 @@ def fake_scores(members: list[str], rows: str, n: int) -> list[dict[str, Any]]:
         fitted = kind == "ensemble" and name not in ("mean", "vote", "pruned", "top2")
         scores.append({"name": name, "kind": kind, "rows": rows, "n": n, "accuracy": right / n, "level": 0.95,
                        "interval": list(stats.wilson_interval(right, n)), "log_loss": 1.2 - share, "ece": 0.021, "protocol": "honest",
-                       "fitted_on": ("oof rows" if rows == "test" else "oof rows, cross-fitted") if fitted else "temperature only",
+                       "fitted_on": ("oof rows" if rows == "test" else "oof rows, cross-fitted") if fitted else "calibration only",
                        "macs": cost, "parameters": cost // 12})  # fmt: skip
     return scores
 

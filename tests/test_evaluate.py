@@ -90,7 +90,7 @@ def test_without_folds_the_paper_protocol_says_what_it_has_seen() -> None:
     )
     found = evaluate(None, paper, ALL)
     assert score(found, "weighted", "test")["fitted_on"] == "the scored rows"
-    assert score(found, "mean", "test")["fitted_on"] == "temperature only"
+    assert score(found, "mean", "test")["fitted_on"] == "calibration only"
     assert len(found.warnings) == 2
 
 

@@ -310,6 +310,8 @@ def test_an_item_runs_measures_and_draws(tmp_path: Path) -> None:
     assert [(s["run"], s["member"], s["stage"], s["lr"]) for s in found["stages"]][:2] == [("run", "one", "once", 1e-3), ("run", "three", "stage1", 1e-3)]  # fmt: skip
     assert [e["test"] for e in found["comparisons"]] == ["crossed random effects over seeds and images"] * 2
     assert found["commit"]
+    folder = next((tmp_path / "runs/reproduce/figure10-smoke-honest").glob("*/seed*"))
+    assert [entry["by"] for entry in json.loads((folder / "ledger.json").read_text())["test_opened"]] == ["train", "reproduce"]  # fmt: skip
     listing = subprocess.run(
         [sys.executable, "-c", "import sys, threefold.cli, threefold.paper_items as p; p.states(p.Path('.')); assert 'torch' not in sys.modules"],
         check=False,

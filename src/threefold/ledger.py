@@ -135,9 +135,13 @@ class Ledger:
 
 
 def open_test(run: Path, by: str, rows: int) -> None:
-    """Note in a run folder's ledger.json that a verb opens its test rows; training that is begun again opens them once."""
+    """Note in a run folder's ledger.json that a verb opens its test rows.
+
+    Training that is begun again opens them once, and so does a reproduction: what it asks is fixed before the run.
+    """
     opened = _opened(run)
-    if not (by == "train" and opened):
+    again = opened if by == "train" else [entry for entry in opened if entry["by"] == by == "reproduce"]
+    if not again:
         entry = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "by": by, "rows": rows}
         write_json(run / "ledger.json", {"test_opened": [*opened, entry]})
 

@@ -18,6 +18,7 @@ from threefold.augment import view_counts
 from threefold.ensemble import make_ensemble
 from threefold.errors import DataError, RecipeError
 from threefold.files import read_arrays, read_json, write_json
+from threefold.ledger import open_test
 from threefold.paper_items import Answer, Cell, Item, Plan
 from threefold.predictions import Predictions
 from threefold.recipe import Recipe, packaged
@@ -183,6 +184,8 @@ def _hits(run: Run, answer: Answer) -> Rows | None:
     """
     test = run.dir / "test.npz"
     rows = Predictions.load(test if test.exists() else run.dir / "oof.npz")
+    if rows.kind == "test":
+        open_test(run.dir, "reproduce", len(rows))
     there = [m for m in answer.members if m in rows.members]
     if answer.kind == "ensemble":
         if len(there) < 2:

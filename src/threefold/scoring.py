@@ -56,7 +56,7 @@ def score_entries(
         learns = kind == "ensemble" and fitted[name].needs_fit
         entries.append({
             **found, "name": name, "kind": kind, "rows": rows.kind,
-            "protocol": rows.protocol, "fitted_on": fitted_on if learns else "temperature only", "apparent": learns and apparent,
+            "protocol": rows.protocol, "fitted_on": fitted_on if learns else "calibration only", "apparent": learns and apparent,
         })  # fmt: skip
     return entries
 
