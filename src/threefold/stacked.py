@@ -46,8 +46,8 @@ class StackedEnsemble(Ensemble):
 
     With more than MANY members, ROWS rows or more and no epochs given the fit is short: the hidden layer sees the RANK leading directions of
     the inputs, which gradient descent stays close to anyway, for STEPS steps at 20 times the learning rate, falling to
-    nothing. The fitted network is of the same form. With 55 members of 26,000 rows that takes a fortieth of the time and
-    was no worse; with 1,000 rows it overfits (docs/LOG.md).
+    nothing. The fitted network is of the same form. With 55 members of 26,000 rows that takes seconds in
+    place of minutes and was no worse; with 1,000 rows it overfits (docs/LOG.md).
 
     Args:
         hidden: width of the hidden layer.
