@@ -26,7 +26,7 @@ def test_a_stacked_ensemble_refuses_other_classes_with_the_same_product() -> Non
         ensemble.predict_proba(scored(m=4, k=3)[0])
 
 
-def test_thestacked_network_is_the_papers() -> None:
+def test_the_stacked_network_is_the_papers() -> None:
     probs, labels = scored(n=20, k=10)
     module = StackedEnsemble(epochs=1).fit(probs, labels).to_module()
     assert sum(p.numel() for p in module.parameters()) == 167_946
