@@ -40,10 +40,14 @@ def main() -> None:
     try:
         app()
     except ThreefoldError as error:
-        err.print(f"[bold red]error[/] {plain(error)}")
+        _tell(error)
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(0)
+
+
+def _tell(error: ThreefoldError) -> None:
+    err.print(f"[bold red]error[/] {plain(error)}")
 
 
 @contextmanager
@@ -213,7 +217,8 @@ def predict(
     """Classify images with an exported file; needs neither torch nor the run."""
     from threefold import answers
 
-    failed = answers.write(sys.stdout, err, model, images, top, "json" if as_json else "csv" if csv else "text")
+    form = "json" if as_json else "csv" if csv else "text"
+    failed = answers.write(sys.stdout, _tell, model, images, top, form)
     if failed:
         raise SystemExit(1)
 
