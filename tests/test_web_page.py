@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 import threefold
 from threefold import webruntime
 from threefold.cli import app
+from threefold.conformal import ConformalSets
 from threefold.errors import ExportError
 from threefold.images import decode
 from threefold.run import Run
@@ -203,31 +204,50 @@ def test_bad_files_are_refused_with_a_reason(browser: Any, address: str) -> None
 
 
 def test_probabilities_sets_and_the_unknown_mark_are_those_of_python(
-    browser: Any, address: str, runtime: Path, tmp_path: Path
+    browser: Any, address: str, tmp_path: Path
 ) -> None:
-    noisy = [encode(np.clip(photo().astype(int) + shift, 0, 255).astype(np.uint8), "PNG") for shift in ((90, -90, 0), (9, 9, 9))]  # fmt: skip
-    files = [*noisy, picture((200, 30, 30)), picture((99, 99, 99)), picture((0, 60, 99), kind="JPEG")]
-    state = UNCERTAIN["conformal"][0]["state"]
-    kinds = [
-        {"method": "lac", "thresholds": [0.8]}, {"method": "aps", "thresholds": [0.9]}, {"method": "raps", "thresholds": [None]},
-        {"method": "aps", "never_empty": False, "thresholds": [0.05]},
-    ]  # fmt: skip
-    for i, kind in enumerate(kinds):
-        told = card(unknown=UNCERTAIN["unknown"], conformal=[{"by_class": False, "state": {**state, **kind}}])
-        path = write_model(tmp_path / f"{i}.onnx", told=told)
-        write_web(path, tmp_path / f"site{i}", runtime)
-        model = threefold.load(path)
-        with hosting(tmp_path / f"site{i}") as found:
-            open_page(browser, found)
-            answers = [ask(browser, content) for content in files]
-        probs, members = model.explain(files)
-        assert np.abs(np.array([a["probs"] for a in answers]) - probs).max() < 1e-6
-        assert [a["set"] for a in answers] == model.sets_of(probs)
-        assert [a["unknown"] for a in answers] == model.unknown_of(probs).tolist()
-        for found_answer, rows in zip(answers, members, strict=True):
-            for name, row in zip(model.members, rows, strict=True):
-                top = {share["label"]: share["probability"] for share in found_answer["members"][name]["top"]}
-                assert max(abs(top[label] - p) for label, p in zip(model.classes, row, strict=True)) < 1e-6
+    noisy = [np.clip(photo().astype(int) + shift, 0, 255).astype(np.uint8) for shift in ((90, -90, 0), (9, 9, 9))]
+    files = [*(encode(image, "PNG") for image in noisy), picture((200, 30, 30)), picture((99, 99, 99)), picture((0, 60, 99), kind="JPEG")]  # fmt: skip
+    model = threefold.load(write_model(tmp_path / "m.onnx", told=card(**UNCERTAIN)))
+    open_page(browser, address)
+    answers = [ask(browser, content) for content in files]
+    probs, members = model.explain(files)
+    assert np.abs(np.array([a["probs"] for a in answers]) - probs).max() < 1e-6
+    assert [a["set"] for a in answers] == model.sets_of(probs)
+    assert [a["unknown"] for a in answers] == model.unknown_of(probs).tolist() == [False, True, False, True, False]
+    for found, rows in zip(answers, members, strict=True):
+        for name, row in zip(model.members, rows, strict=True):
+            top = {share["label"]: share["probability"] for share in found["members"][name]["top"]}
+            assert max(abs(top[label] - p) for label, p in zip(model.classes, row, strict=True)) < 1e-6
+
+
+SETS = """
+const [rows, states, done] = arguments;
+import("./sets.js").then((m) => states.map((state) => rows.map((row) => m.setOf(Float32Array.from(row), state)))).then(done, (error) => done(String(error)));
+"""
+
+
+def test_every_kind_of_set_is_that_of_python(browser: Any, address: str) -> None:
+    open_page(browser, address)
+    rng = np.random.default_rng(2)
+    probs = rng.dirichlet(np.full(12, 0.5), 60).astype(np.float32)
+    ties = probs[:5].round(1) + np.float32(0.1)
+    probs[:5] = ties / ties.sum(1, keepdims=True)
+    labels = np.array([rng.choice(12, p=row / row.sum()) for row in probs.astype(float)])
+    sets = [
+        ConformalSets(method, by_class=by_class, never_empty=never_empty).fit(probs, labels, alpha)
+        for method in ("lac", "aps", "raps")
+        for by_class in (False, True)
+        for never_empty in (False, True)
+        for alpha in (0.005, 0.1, 0.7)  # the first is too small for 60 rows: every class is in every set
+    ]
+    found = browser.execute_async_script(SETS, probs.tolist(), [s.state() for s in sets])
+    sizes = set()
+    for told, ours in zip(found, sets, strict=True):
+        for places, inside, row in zip(told, ours.predict_sets(probs), probs, strict=True):
+            assert places == [i for i in np.argsort(-row, kind="stable") if inside[i]]
+            sizes.add(len(places))
+    assert {0, 1, 2, 12} <= sizes
 
 
 def test_a_real_run_answers_in_the_browser_as_in_python(
