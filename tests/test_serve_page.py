@@ -4,37 +4,19 @@ from __future__ import annotations
 
 import base64
 import json
-import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import CONTRAST, a_browser, articles, choose, emulate, needs_chromium, until, webdriver  # noqa: F401
 from serving import UNCERTAIN, card, picture, serving, write_model
 
 import threefold
 from threefold.limits import Limits
 from threefold.run import Run
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: uv sync --group browser")
-CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER),
-    reason="needs chromium and chromedriver, as in Debian's packages chromium, chromium-driver",
-)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1000,1400"):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield found
-    found.quit()
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +37,6 @@ def files(tmp_path: Path) -> dict[str, Path]:
     return paths
 
 
-def until(true: Callable[[], Any], seconds: float = 60) -> Any:
-    began = time.monotonic()
-    while not (found := true()):
-        assert time.monotonic() - began < seconds
-        time.sleep(0.05)
-    return found
-
-
 def open_page(browser: Any, address: str) -> None:
     browser.get(address)
     until(lambda: "expect" in browser.find_element("id", "headline").text or _card_failed(browser))
@@ -72,16 +46,6 @@ def open_page(browser: Any, address: str) -> None:
 
 def _card_failed(browser: Any) -> bool:
     return "cannot" in browser.find_element("id", "headline").text
-
-
-def choose(browser: Any, *paths: Path) -> None:
-    browser.find_element("id", "pick").send_keys("\n".join(map(str, paths)))
-
-
-def articles(browser: Any, count: int) -> list[str]:
-    """The text of the answers once all are there."""
-    until(lambda: len(browser.find_elements("css selector", "article h2")) == count)
-    return [a.text for a in browser.find_elements("css selector", "article")]
 
 
 def test_real_images_get_the_answers_of_the_file(browser: Any, finished: Run) -> None:
@@ -200,25 +164,6 @@ def test_prediction_sets_and_unknown_images(browser: Any, tmp_path: Path) -> Non
         assert (
             "asked 90 %; measured 91.2 % on 1000 rows (test), 1.20 classes" in browser.find_element("id", "facts").text
         )
-
-
-def emulate(browser: Any, width: int, dark: bool) -> None:
-    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    value = "dark" if dark else "light"
-    browser.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": value}]}
-    )
-
-
-CONTRAST = """
-const light = (c) => { const [r, g, b] = c.match(/[\\d.]+/g).map((v) => { v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-const behind = (e) => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor; if (!c.endsWith(", 0)")) return c; } return "rgb(255, 255, 255)"; };
-return [...document.querySelectorAll("body *")].filter((e) => e.offsetParent && [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())).map((e) => {
-  const [a, b] = [light(getComputedStyle(e).color), light(behind(e))];
-  return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), e.tagName + " " + e.textContent.slice(0, 30)];
-});
-"""
 
 
 @pytest.mark.parametrize("dark", [False, True])

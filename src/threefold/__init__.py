@@ -37,7 +37,14 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'threefold' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"threefold.{_HOME[name]}"), name)
+    home = _HOME[name]
+    try:
+        return getattr(importlib.import_module(f"threefold.{home}"), name)
+    except ModuleNotFoundError as error:
+        from threefold.extras import MODULES, explained
+
+        missing = explained(error, MODULES.get(home, "all"), f"threefold.{name}")
+        raise missing or error from None
 
 
 def __dir__() -> list[str]:

@@ -1,5 +1,5 @@
 """`python -m threefold`."""
 
-from threefold.cli import main
+from threefold.entry import main
 
 main()

@@ -5,13 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from rich.console import Console
-from rich.markup import escape
 
 from threefold.errors import DataError
 from threefold.images import IMAGE_SUFFIXES
@@ -71,8 +69,15 @@ def as_text(found: dict[str, Any], model: Model) -> str:
     return "; ".join(parts)
 
 
-def write(stream: IO[str], errors: Console, model_path: Path, sources: Sequence[str], top: int, form: str) -> int:
-    """Answer every image in its order; unreadable ones are named on `errors` and counted in the result."""
+def write(
+    stream: IO[str],
+    tell: Callable[[DataError], object],
+    model_path: Path,
+    sources: Sequence[str],
+    top: int,
+    form: str,
+) -> int:
+    """Answer every image in its order; `tell` is told of unreadable ones, which are counted in the result."""
     model, failed = load(model_path), 0
     rows = csv.writer(stream) if form == "csv" else None
     if rows:
@@ -82,7 +87,7 @@ def write(stream: IO[str], errors: Console, model_path: Path, sources: Sequence[
             found = answer(model, path, top)
         except DataError as error:
             failed += 1
-            errors.print(f"[bold red]error[/] {escape(str(error))}")
+            tell(error)
             continue
         if rows:
             rows.writerow(

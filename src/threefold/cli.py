@@ -14,7 +14,7 @@ from threefold.cli_data import register as register_data
 from threefold.cli_saved import Json
 from threefold.cli_saved import register as register_saved
 from threefold.console import err, out, plain
-from threefold.errors import ThreefoldError
+from threefold.errors import ExportError, ThreefoldError
 
 if TYPE_CHECKING:
     from threefold.run import Run
@@ -40,10 +40,14 @@ def main() -> None:
     try:
         app()
     except ThreefoldError as error:
-        err.print(f"[bold red]error[/] {plain(error)}")
+        _tell(error)
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(0)
+
+
+def _tell(error: ThreefoldError) -> None:
+    err.print(f"[bold red]error[/] {plain(error)}")
 
 
 @contextmanager
@@ -156,14 +160,28 @@ def train(
 
 @app.command()
 def export(
-    run_dir: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    run_dir: Annotated[Path, typer.Argument(help="A finished run folder; for --web alone, an exported .onnx file.")],
     target: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("model.onnx"),
     method: Annotated[str | None, typer.Option("--method", help="Another ensemble than the chosen one.")] = None,
     members: Annotated[
         str, typer.Option("--members", help="Only these members, separated by commas; one alone is exported as it is.")
     ] = "",
+    web: Annotated[
+        Path | None, typer.Option("--web", metavar="DIR", help="Write a folder that classifies in the browser, too.")
+    ] = None,
+    web_runtime: Annotated[
+        Path | None,
+        typer.Option(
+            "--web-runtime", metavar="PATH", help="onnxruntime-web, a .tgz or a folder (default: npm gets it)."
+        ),
+    ] = None,
 ) -> None:
     """Write one ONNX file that answers as the run does; refuses if the answers differ."""
+    if run_dir.is_file():
+        if web is None or method or members:
+            raise ExportError("this is an exported file", where=run_dir, fix="give a run folder, or only --web DIR")
+        _write_web(run_dir, web, web_runtime)
+        return
     from threefold import workflow
     from threefold.run import Run
 
@@ -172,6 +190,20 @@ def export(
         f"{made['path']}: {made['bytes'] / 1e6:.1f} MB, {made['method']}; against the pipeline on {made['images']} images: "
         f"largest difference {made['max_difference']:.1e}, same class {made['top1_agreement']:.0%}"
     )
+    if web is not None:
+        _write_web(target, web, web_runtime)
+
+
+def _write_web(model: Path, folder: Path, runtime: Path | None) -> None:
+    from threefold.webfolder import write_web
+
+    made = write_web(model, folder, runtime)
+    out.print(
+        f"{made['path']}: {made['bytes'] / 1e6:.1f} MB, of which {made['runtime']} {made['runtime_bytes'] / 1e6:.1f} MB; "
+        "put it on any static web host",
+        markup=False,
+    )
+    out.print(f"next   python -m http.server --bind 127.0.0.1 --directory {made['path']} 8080", markup=False)
 
 
 @app.command()
@@ -185,7 +217,8 @@ def predict(
     """Classify images with an exported file; needs neither torch nor the run."""
     from threefold import answers
 
-    failed = answers.write(sys.stdout, err, model, images, top, "json" if as_json else "csv" if csv else "text")
+    form = "json" if as_json else "csv" if csv else "text"
+    failed = answers.write(sys.stdout, _tell, model, images, top, form)
     if failed:
         raise SystemExit(1)
 

@@ -30,3 +30,7 @@ class RunError(ThreefoldError):
 
 class ExportError(ThreefoldError):
     """A model file cannot be written, read, or does not answer as the pipeline it came from."""
+
+
+class MissingExtraError(ThreefoldError, ImportError):
+    """Packages of an extra are not installed; the line names the pip command that installs them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,15 @@ def as_image(image: str | Path | bytes | np.ndarray) -> np.ndarray:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ExportError("not an image array", expected="uint8 (h, w, 3)", got=f"{image.dtype} {image.shape}")
     return image
+
+
+def as_json(tree: Any) -> Any:
+    """A model card as JSON can hold it everywhere: numbers that are not finite become null."""
+    if isinstance(tree, dict):
+        return {str(key): as_json(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [as_json(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def load(path: str | Path, threads: int = 0) -> Model:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
@@ -25,12 +24,18 @@ from threefold.guard import Guard, protocol
 from threefold.intake import BODY, Image, read_images, size_of, unreadable
 from threefold.limits import Limits, Refusal
 from threefold.replies import Answers, Failure, describe
-from threefold.runtime import Model
+from threefold.runtime import Model, as_json
 
 MEMORY: Final = 2**30
 """Bytes that onnxruntime may take beside twice the size of the model file."""
 LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
-PAGE: Final = {"/": "index.html", "/style.css": "style.css", "/app.js": "app.js", "/icon.svg": "icon.svg"}
+PAGE: Final = {
+    "/": "index.html",
+    "/style.css": "style.css",
+    "/app.js": "app.js",
+    "/backend.js": "server.js",
+    "/icon.svg": "icon.svg",
+}
 KINDS: Final = {
     "html": "text/html; charset=utf-8",
     "css": "text/css; charset=utf-8",
@@ -74,7 +79,7 @@ def make_app(model: Model, limits: Limits | None = None, api_key: str = "", host
     async def card() -> dict[str, Any]:
         """The model card: what the model is, how it was scored, with which versions; and this server's limits."""
         return {
-            **_plain(model.card),
+            **as_json(model.card),
             "limits": {k: getattr(limits, k) for k in ("files", "file_bytes", "pixels", "side")},
         }
 
@@ -139,15 +144,6 @@ async def _refusing(answer: Awaitable[Any], name: str) -> Any:
         raise unreadable(error, name) from None
     except ExportError:
         raise Refusal(503, "model", "the model cannot answer for this image", name) from None
-
-
-def _plain(tree: Any) -> Any:
-    """Values that JSON can hold: numbers that are not finite become null."""
-    if isinstance(tree, dict):
-        return {str(key): _plain(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_plain(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def _add_page(app: FastAPI) -> None:

@@ -1,10 +1,11 @@
-"use strict";
-// Sends each image by itself to /predict, two at a time, and shows the answers, the latest first.
+// Shows the answers for images that are chosen, dropped or pasted, the latest first. Who answers is the back end's business:
+// backend.js is server.js where `threefold serve` sends this page, and browser.js in the folder of `threefold export --web`.
+
+import * as backend from "./backend.js";
 
 const byId = (id) => document.getElementById(id);
-const AT_ONCE = 2;
 const waiting = [];
-let running = 0, done = 0, failed = 0, key = "", card = null;
+let running = 0, done = 0, failed = 0, card = null;
 
 function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -18,28 +19,6 @@ function percent(p) {
   return p < 0.0005 ? "<\u00a00.1\u00a0%" : `${(100 * p).toFixed(1)}\u00a0%`;
 }
 
-const headers = () => (key ? { authorization: `Bearer ${key}` } : {});
-
-async function ask(path, options = {}) {
-  let response;
-  try {
-    response = await fetch(path, { ...options, headers: headers() });
-  } catch {
-    throw new Error("the server does not answer");
-  }
-  const tree = await response.json().catch(() => null);
-  if (response.ok && tree) return tree;
-  if (response.status === 401) askForKey();
-  const error = new Error(tree?.error?.message ?? `the server answered ${response.status}`);
-  error.again = response.status === 429 || response.status === 503;
-  throw error;
-}
-
-function askForKey() {
-  byId("key").hidden = false;
-  byId("key-text").focus();
-}
-
 function add(files) {
   const jobs = Array.from(files, (file) => ({ file, article: frame(file) }));
   byId("answers").prepend(...jobs.map((job) => job.article));
@@ -49,7 +28,7 @@ function add(files) {
 
 function next() {
   tell();
-  while (running < AT_ONCE && waiting.length) {
+  while (running < backend.AT_ONCE && waiting.length) {
     const job = waiting.shift();
     if (!job.article.isConnected) continue; // removed while it waited
     running += 1;
@@ -60,25 +39,13 @@ function next() {
 async function answer({ file, article }) {
   const body = article.querySelector(".body");
   try {
-    const found = (await patient(file)).answers[0];
+    const note = body.querySelector("p");
+    const found = await backend.answer(file, (text) => { note.textContent = text; });
     body.replaceChildren(...describe(found));
     done += 1;
   } catch (error) {
     body.replaceChildren(make("h2", {}, "No answer"), make("p", { class: "note bad" }, error.message));
     failed += 1;
-  }
-}
-
-async function patient(file) {
-  for (let pause = 500; ; pause *= 2) {
-    const form = new FormData();
-    form.append("files", file, file.name || "image");
-    try {
-      return await ask("predict?top=5", { method: "POST", body: form });
-    } catch (error) {
-      if (!error.again || pause > 4000) throw error;
-      await new Promise((resolve) => setTimeout(resolve, pause));
-    }
   }
 }
 
@@ -142,13 +109,14 @@ function tell() {
 }
 
 async function showCard() {
-  card = await ask("card");
+  card = await backend.card();
   const { score, limits } = card;
   byId("name").textContent = card.name ?? "threefold";
   document.title = `${card.name ?? "model"} · threefold`;
   const size = `${card.classes.length} classes, ${card.members.length} ${card.members.length === 1 ? "member" : "members"}`;
   byId("headline").textContent = score ? `${size}; expect ${range(score)} of new images to be right` : size;
-  byId("bounds").textContent = `JPEG, PNG, WebP, BMP, TIFF, GIF; up to ${Math.floor(limits.file_bytes / 2 ** 20)} MB and ${Math.floor(limits.pixels / 1e6)} megapixels each`;
+  byId("bounds").textContent = `${backend.FORMATS}; up to ${Math.floor(limits.file_bytes / 2 ** 20)} MB and ${Math.floor(limits.pixels / 1e6)} megapixels each`;
+  byId("where").textContent = backend.note(card);
   const facts = Object.entries(factsOf(card)).filter(([, value]) => value !== undefined && value !== "");
   byId("facts").replaceChildren(...facts.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
 }
@@ -170,6 +138,7 @@ function factsOf({ score, unknown, parity, versions, ...card }) {
     "Prediction sets": sets && `asked ${asked(sets)}; measured ${percent(sets.coverage)} on ${sets.n} rows (${sets.rows}), ${Number(sets.mean_size).toFixed(2)} classes on average`,
     "Unknown images": unknown && `${percent(unknown.rate)} of images of a class may be called unknown; measured ${percent(unknown.measured)}`,
     "File against pipeline": parity && `largest difference ${Number(parity.max_difference).toExponential(1)} on ${parity.images} images`,
+    "Runs on": card.runtime,
     "Versions": versions && Object.entries(versions).map((pair) => pair.join(" ")).join(", "),
     "Recipe digest": typeof card.digest === "string" ? card.digest.slice(0, 12) : undefined,
   };
@@ -177,17 +146,12 @@ function factsOf({ score, unknown, parity, versions, ...card }) {
 
 byId("pick").onchange = (event) => { add(event.target.files); event.target.value = ""; };
 byId("clear").onclick = () => { byId("answers").replaceChildren(); waiting.length = done = failed = 0; tell(); byId("pick").focus(); };
-byId("key").onsubmit = (event) => {
-  event.preventDefault();
-  key = byId("key-text").value;
-  byId("key").hidden = true;
-  showCard().catch(fail);
-};
 document.addEventListener("paste", (event) => add(event.clipboardData.files));
 document.addEventListener("dragover", (event) => { event.preventDefault(); document.body.classList.add("over"); });
 document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) document.body.classList.remove("over"); });
 document.addEventListener("drop", (event) => { event.preventDefault(); document.body.classList.remove("over"); add(event.dataTransfer.files); });
-byId("curl").textContent = `curl -F files=@IMAGE ${location.origin}/predict`;
 
 function fail(error) { byId("headline").textContent = `The model card cannot be shown: ${error.message}`; }
-showCard().catch(fail);
+const showOrFail = () => showCard().catch(fail);
+backend.start(showOrFail);
+showOrFail();
