@@ -15,6 +15,9 @@ from threefold.predictions import Predictions
 LEVEL: Final = 0.95
 """Confidence level of every interval."""
 
+TAUGHT: Final = "apparent: the teachers learned from these labels"
+"""Where out-of-fold rows of a student stand that its teachers have seen."""
+
 Key = tuple[str, str]
 """Kind (member or ensemble) and name: a member may be called like a method."""
 
@@ -49,7 +52,7 @@ def score_entries(
         fitted: the ensembles by method.
         fitted_on: the rows that those were fitted on that learn anything.
     """
-    apparent = fitted_on == "the scored rows"
+    apparent, taught = fitted_on == "the scored rows", rows.protocol == "taught"
     with ThreadPoolExecutor() as pool:
         figures = pool.map(lambda probs: stats.score_table(probs, rows.labels, LEVEL, rows.groups), table.values())
     entries = []
@@ -57,7 +60,8 @@ def score_entries(
         learns = kind == "ensemble" and fitted[name].needs_fit
         entries.append({
             **found, "name": name, "kind": kind, "rows": rows.kind,
-            "protocol": rows.protocol, "fitted_on": fitted_on if learns else "temperature only", "apparent": learns and apparent,
+            "protocol": rows.protocol, "apparent": taught or (learns and apparent),
+            "fitted_on": TAUGHT if taught else fitted_on if learns else "temperature only",
         })  # fmt: skip
     return entries
 

@@ -157,5 +157,29 @@ def optimism_table(lines: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def distill_tables(found: dict[str, Any]) -> list[Table]:
+    """Student, twin and teacher: scores with what each costs, for each kind of rows."""
+    costs = {line["name"]: line for line in found["costs"]}
+    own = costs[found["student"]]
+    tables = []
+    for part in found["tables"]:
+        table = Table(box=None, header_style="dim", pad_edge=False)
+        for name in ("", "rows", "% right", "95 % interval", "log loss", "M weights", "M mult-adds", "cost"):
+            table.add_column(name, justify="left" if name in ("", "rows") else "right", no_wrap=True)
+        for s in part["scores"]:
+            (low, high), cost = s["interval"], costs[s["name"]]
+            figures = [
+                f"{100 * s['accuracy']:.2f}",
+                f"{100 * low:.2f} - {100 * high:.2f}",
+                f"{s['log_loss']:.3f}",
+                f"{cost['parameters'] / 1e6:.1f}",
+                f"{cost['macs'] / 1e6:,.0f}",
+                f"{cost['macs'] / own['macs']:.1f} x",
+            ]
+            table.add_row(escape(_short(s["name"])), f"{part['rows']} {s['n']}", *figures)
+        tables.append(table)
+    return tables
+
+
 def _short(name: str, most: int = NAME) -> str:
     return name if len(name) <= most else "…" + name[1 - most :]
