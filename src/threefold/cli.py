@@ -280,12 +280,14 @@ def _show_student(run: Run) -> None:
 
     results = run.results
     found = results["distill"]
-    for table, part in zip(distill_tables(found), found["tables"], strict=True):
+    *scores, costs = distill_tables(found)
+    for table, part in zip(scores, found["tables"], strict=True):
         out.print(table)
         out.print(pair_table(part["comparisons"]))
         for pair in part["comparisons"]:
             out.print(f"  {plain(pair['verdict'])}")
         out.print()
+    out.print(costs)
     for note in results["notes"]:
         out.print(f"[yellow]note[/] {plain(note)}", highlight=False)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from threefold import workflow
 from threefold.errors import RecipeError
+from threefold.files import write_json
 from threefold.ledger import open_test
 from threefold.recipe import MemberSpec, Recipe
 from threefold.run import Run, RunWatcher
@@ -55,7 +56,19 @@ def distill(
     if test is not None and not finished:
         open_test(teacher.dir, "distill", len(test))
     workflow.finish(trained)
+    _note_bytes(trained, teacher)
     return trained
+
+
+def _note_bytes(run: Run, teacher: Run) -> None:
+    """Add the sizes of both exported files to results.json, where there are two."""
+    results = run.results
+    sizes = {results["distill"]["student"]: run.dir, results["distill"]["teacher"]["name"]: teacher.dir}
+    for line in results["distill"]["costs"]:
+        path = sizes[line["name"]] / "model.onnx" if line["name"] in sizes else Path()
+        if path.is_file():
+            line["bytes"] = path.stat().st_size
+    write_json(run.dir / "results.json", results)
 
 
 def default_folder(run: str | Path, student: str) -> Path:
