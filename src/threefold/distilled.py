@@ -46,8 +46,10 @@ def distilled(run: Run, scores: Sequence[dict[str, Any]]) -> dict[str, Any] | No
         lines = dict(zip([*names, called], [*own, beside], strict=True))
         costs = {name: {key: line[key] for key in ("parameters", "macs")} for name, line in lines.items()}
         together = _together(rows.select(names), called, _answers_of(teaching, rows))
+        right = {name: line["accuracy"] for name, line in lines.items()}
         tables.append({
-            "rows": rows.kind, "comparisons": pair_members(together),
+            "rows": rows.kind,
+            "comparisons": [{**c, "accuracy_a": right[c["a"]], "accuracy_b": right[c["b"]]} for c in pair_members(together)],
             "scores": [{"name": name, **{key: line[key] for key in _FIGURES}} for name, line in lines.items()],
         })  # fmt: skip
     told = {fold: {k: v for k, v in teaching.targets(fold).told.items() if k != "key"} for fold in run.roles}

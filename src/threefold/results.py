@@ -50,7 +50,7 @@ def write_results(run: Run, found: Evaluation, seconds: dict[str, float]) -> Non
         "name": run.recipe.name, "protocol": run.recipe.protocol, "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **{key: info[key] for key in ("classes", "commit", "hardware", "threads", "digest")},
         "seconds": seconds, "expected": found.expected, "scores": scores,
-        "comparisons": found.comparisons, "chosen": found.chosen, "combined": found.combined,
+        "comparisons": taught["tables"][0]["comparisons"] if taught else found.comparisons, "chosen": found.chosen, "combined": found.combined,
         "chosen_reason": found.reason, "temperature": found.calibration.temperature,
         "calibration": found.calibration.state(),
         "conformal": _uncertainty(run, found), "per_class": per_class(found.rows, found.probs), "members": members,
