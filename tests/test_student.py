@@ -74,12 +74,12 @@ def test_the_teachers_folder_notes_that_its_test_rows_were_opened_once_more(taug
 def test_a_member_is_taken_with_its_head_and_a_timm_name_gets_a_linear_one(finished: Run) -> None:
     by_name = student_recipe(finished, "run", "gated")
     assert by_name.members[0].model_copy(update={"name": "gated"}) == finished.recipe.member("gated")
-    other = student_recipe(finished, "run", "test_vit", ["members.student.img_size=48", "distill.alpha=0.5"])
+    other = student_recipe(finished, "run", "test_vit", ["members.student.img_size=48", "distill.alpha=0.25"])
     student, twin = other.members
     assert (student.backbone, student.head.kind, student.img_size, twin.img_size) == ("test_vit", "linear", 48, 48)
     assert (student.name, twin.name, other.folds.final, other.combined) == ("student", "student-labels", "refit", ("student",))  # fmt: skip
     assert other.distill is not None
-    assert (other.distill.alpha, other.distill.twin) == (0.5, "student-labels")
+    assert (other.distill.alpha, other.distill.twin) == (0.25, "student-labels")
     assert [s.model_copy(update={"members": ()}) for s in finished.recipe.stages] == list(other.stages)
     joined = Recipe.parse({**finished.recipe.model_dump(exclude_none=True), "members": [
         *(m.model_dump() | {"img_size": 32} for m in finished.recipe.members),

@@ -266,7 +266,7 @@ def test_what_cannot_teach_or_be_taught_is_told_in_one_line(
     ):
         with pytest.raises(RecipeError, match=told):
             student_recipe(flat, str(flat.dir), "plain", sets)
-    tree = nested.recipe.model_dump(exclude_none=True)
+    tree = nested.recipe.model_dump(mode="json", exclude_none=True)
     with pytest.raises(RecipeError, match=r"distill\.twin differs from student in its name only"):
         Recipe.parse(tree, ["members.student-labels.img_size=48"])
 

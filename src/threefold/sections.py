@@ -249,7 +249,7 @@ class DistillSpec(Section):
     twin: str = ""
     """A member that differs from the student in its name and in learning from labels only; it begins from the same weights and
     sees the same batches. Empty = none."""
-    alpha: Annotated[float, Field(ge=0, le=1)] = 0.9
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the ensemble's probabilities in the loss; the rest is cross-entropy with the labels."""
     temperature: Annotated[float, Field(gt=0, le=100)] = 2.0
     """Softens both sides: softmax(log(p) / temperature) teaches softmax(logits / temperature)."""

@@ -37,7 +37,7 @@ def distill(
         run: the folder of the finished run that teaches.
         student: a member of that run, to be trained again with its head, or a timm name (a linear head).
         out: the new run folder (default: beside the run, named after both).
-        overrides: `a.b=c` changes to the student's recipe, such as distill.alpha=0.5 or members.student.img_size=64.
+        overrides: `a.b=c` changes to the student's recipe, such as distill.alpha=0.9 or members.student.img_size=64.
         watcher: told how it goes on.
 
     Raises:
