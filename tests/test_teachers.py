@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from threefold import jobs, workflow
+from threefold.compare import compare_saved
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.jobs import train_members
 from threefold.ledger import FIT, SCORE, TEACH
@@ -24,7 +25,7 @@ from threefold.predict import Predictor, predict_probs
 from threefold.predictions import Predictions
 from threefold.recipe import MemberSpec, Recipe
 from threefold.run import Run
-from threefold.saved import evaluate_saved
+from threefold.saved import evaluate_saved, score_saved
 from threefold.stages import StageOutcome, StageTask
 from threefold.student import student_recipe
 from threefold.teachers import Teaching, answers, teacher_run
@@ -172,6 +173,9 @@ def test_what_leaks_is_stamped_everywhere_and_cannot_be_called_honest(finished: 
     assert [t["rows"] for t in run.results["distill"]["tables"]] == ["test"]
     assert run.results["optimism"] == []
     assert {s["protocol"] for s in evaluate_saved(run.dir, ["mean"]).scores if s["rows"] == "oof"} == {"taught"}
+    for tree, _ in (score_saved([run.dir]), compare_saved([str(run.dir / "oof.npz")])):
+        assert all(s["apparent"] for s in tree["scores"])
+        assert any(line.startswith("apparent") for line in tree["warnings"])
     arrays = dict(np.load(run.dir / "oof.npz"))
     arrays["provenance"] = np.array(json.dumps({"protocol": "honest", "kind": "oof"}))
     np.savez(tmp_path / "lie.npz", **arrays)

@@ -157,7 +157,7 @@ def _score(rows: Predictions, name: str, probs: np.ndarray) -> dict[str, Any]:
         for key in ("accuracy", "log_loss", "ece", "brier", "balanced_accuracy", "macro_f1"):
             table[key] = float(np.mean([t[key] for t in tables]))
         table["seeds"] = [t["accuracy"] for t in tables]
-    return {**table, "name": name, "kind": "contender", "rows": rows.kind, "protocol": rows.protocol, "fitted_on": "", "apparent": False}  # fmt: skip
+    return {**table, "name": name, "kind": "contender", "rows": rows.kind, "protocol": rows.protocol, "fitted_on": "", "apparent": rows.protocol == "taught"}  # fmt: skip
 
 
 def _pairs(rows: Predictions, names: Sequence[str], hits: Sequence[np.ndarray]) -> list[dict[str, Any]]:

@@ -150,7 +150,7 @@ class Predictions:
                 ledger.declare("checkpoints and stages", chosen, answers, apparent=self.protocol == "paper")
                 taught = (roles & TEACH) > 0
                 if taught.any():
-                    ledger.declare("teachers of the student", taught, answers, apparent=self.protocol == "taught")
+                    ledger.declare("teachers of the student", taught, answers, apparent=self.protocol != "honest")
         return ledger
 
     @property

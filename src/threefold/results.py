@@ -23,6 +23,7 @@ from threefold.run import Run
 from threefold.saved import saved_predictions
 from threefold.scoring import per_class
 from threefold.selection import SelectedEnsemble
+from threefold.teachers import Teaching
 from threefold.uncertainty import fit_uncertainty
 
 
@@ -32,6 +33,9 @@ def evaluate_run(run: Run) -> Evaluation:
     oof, test = saved_predictions(run.dir)
     if test is not None:
         open_test(run.dir, "train", len(test))
+        teaching = Teaching.of(run)
+        if teaching is not None:
+            open_test(teaching.teacher.dir, "distill", len(test))
     return evaluate(oof, test, spec, run.recipe.seed)
 
 

@@ -38,7 +38,7 @@ def score_ensemble(ensemble: Ensemble, rows: Predictions, *, apparent: bool = Fa
     """
     seen = ensemble.seen_ is not None and ensemble.seen_.check(type(ensemble).__name__, rows.ids, apparent)
     table = stats.score_table(ensemble.predict_proba(rows.probs), rows.labels, LEVEL, rows.groups)
-    return {**table, "rows": rows.kind, "protocol": rows.protocol, "apparent": seen}
+    return {**table, "rows": rows.kind, "protocol": rows.protocol, "apparent": seen or rows.protocol == "taught"}
 
 
 def score_entries(

@@ -23,7 +23,7 @@ import numpy as np
 from threefold.datasets import ImageDataset, Sources
 from threefold.errors import RunError
 from threefold.evaluate import evaluate
-from threefold.files import read_arrays, sha256, write_arrays
+from threefold.files import read_arrays, read_json, sha256, write_arrays
 from threefold.predictions import Predictions
 from threefold.recipe import DistillSpec, Recipe, fold_name
 from threefold.run import Run
@@ -243,7 +243,7 @@ def answers(run: Run, method: str | None) -> tuple[Predictions, np.ndarray, dict
 
 def _nested_recipe(teacher: Run, inner: int, fold: int) -> Recipe:
     """The teacher's recipe for fewer rows: other folds, every member in all of them, its share of the time."""
-    recipe, folds = teacher.recipe, len(teacher.roles)
+    recipe, folds = teacher.recipe, read_json(teacher.dir / "run.json")["folds"]
     scheme = "stratified" if recipe.folds.scheme == "stratified" else "grouped"
     return recipe.model_copy(
         update={
