@@ -41,6 +41,7 @@ def test_the_command_makes_a_whole_run_beside_its_teacher(taught: tuple[Path, Pa
         assert word in printed, word
     assert all(len(line) <= 80 for line in printed.splitlines() if "%" in line and "-" in line and "test 12" in line)
     model = threefold.load(folder / "model.onnx")
+    assert model.card["taught_by"].endswith("of teacher")
     test = run.sources.test
     assert test is not None
     found = np.load(folder / "chosen.npz")["probs"][:4]
