@@ -117,7 +117,7 @@ def test_predictions_of_a_network_that_saw_the_row_cannot_be_made(tmp_path: Path
         4, folds=np.array([0, 0, 1, 1]), roles=np.where(roles == SCORE, SCORE + SELECT, FIT), protocol="paper"
     )
     assert {line["what"]: line["overlap"] for line in paper.ledger().table()}["checkpoints and stages"] == 4
-    for bad in (roles[:1], roles[:, :3], roles.astype(float), roles + 8):
+    for bad in (roles[:1], roles[:, :3], roles.astype(float), roles + 16):
         with pytest.raises(DataError, match="roles"):
             noise(4, folds=np.array([0, 0, 1, 1]), roles=bad)
     with pytest.raises(DataError, match="no folds"):

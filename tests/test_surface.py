@@ -27,6 +27,7 @@ SURFACE = {
     "evaluate": {"--members", "--labels", "--classes", "--json", "--html"},
     "compare": {"--shared", "--labels", "--classes", "--json", "--html"},
     "export": {"--out", "--method", "--members", "--web", "--web-runtime"},
+    "distill": {"--student", "--out", "--set", "--verbose"},
     "predict": {"--top", "--json", "--csv"},
     "serve": {"--host", "--port", "--api-key", "--limit"},
     "report": {"--out"},

@@ -23,6 +23,7 @@ _HOME = {
     "GreedyEnsemble": "ensemble",
     "StackedEnsemble": "ensemble",
     "Run": "run",
+    "distill": "student",
     "export": "workflow",
     "fit": "workflow",
     "write_report": "report",

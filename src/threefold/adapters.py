@@ -119,7 +119,7 @@ def _own(table: Table, rows: Any, member: str | None) -> Parts:
     if "roles" in text:
         if len({len(cell) for cell in text["roles"]}) > 1:
             raise DataError("the cells of a column differ in length", where=f"{where}, column roles")
-        digits = _whole_numbers([digit for cell in text["roles"] for digit in cell], f"{where}, column roles")
+        digits = _digits("".join(text["roles"]), f"{where}, column roles")
         extra["roles"] = digits.reshape(len(index), -1).T.astype(np.int8)
     members = (member,) if member is not None else None
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as such
@@ -141,6 +141,14 @@ def _whole_numbers(cells: Sequence[str], where: str) -> np.ndarray:
     if bad is not None:
         raise DataError("a cell is no whole number", where=where, got=bad[:40])
     return np.array([int(cell) for cell in cells], np.int64)
+
+
+def _digits(text: str, where: str) -> np.ndarray:
+    """Hexadecimal digits as numbers."""
+    bad = re.search(r"[^0-9a-f]", text)
+    if bad is not None:
+        raise DataError("a cell is no row of digits", where=where, expected="0 to f", got=bad[0])
+    return np.array([int(digit, 16) for digit in text], np.int64)
 
 
 # timm -----------------------------------------------------------------------------------------------------------------

@@ -13,11 +13,12 @@ import numpy as np
 from threefold.augment import view_counts
 from threefold.choice import simplest
 from threefold.files import read_arrays, read_json, write_json
-from threefold.ledger import FIT, SCORE, SELECT
+from threefold.ledger import FIT, SCORE, SELECT, TEACH
 from threefold.optimism import Counts, optimism_entry
 from threefold.predictions import Predictions
 from threefold.recipe import Job
 from threefold.run import Run, stand_ins
+from threefold.teachers import Teaching
 
 
 def assemble(run: Run) -> None:
@@ -32,10 +33,16 @@ def assemble(run: Run) -> None:
     if run.recipe.views.choose:
         oof, test = _choose_views(run, oof, test, owner)
     names = tuple(m.name for m in run.recipe.members)
-    common: dict[str, Any] = {"classes": run.sources.train.classes, "members": names, "protocol": run.recipe.protocol}
+    common: dict[str, Any] = {"classes": run.sources.train.classes, "members": names}
     for kind, data, probs in (("oof", run.sources.train, oof), ("test", run.sources.test, test)):
         if probs is not None and data is not None:
-            seen = {"folds": owner, "roles": roles} if kind == "oof" else {}
+            seen: dict[str, Any] = {"protocol": run.recipe.protocol}
+            if kind == "oof":
+                seen = {
+                    "folds": owner,
+                    "roles": roles,
+                    "protocol": "taught" if taught(owner, roles) else run.recipe.protocol,
+                }
             rows = Predictions(
                 probs=probs[0], labels=data.labels, ids=data.ids, groups=data.groups, kind=kind, **seen, **common  # type: ignore[arg-type]
             )  # fmt: skip
@@ -51,7 +58,15 @@ def who_saw(run: Run) -> tuple[np.ndarray, np.ndarray]:
         owner[roles.score] = fold
         for rows, bit in ((roles.fit, FIT), (roles.select, SELECT), (roles.score, SCORE)):
             table[fold, rows] += bit
+    teaching = Teaching.of(run)
+    for fold in folds if teaching is not None else ():
+        table[fold] += TEACH * teaching.targets(fold).seen  # type: ignore[union-attr]
     return owner, table
+
+
+def taught(owner: np.ndarray, roles: np.ndarray) -> bool:
+    """Whether a row is answered by a student whose teachers learned from its label."""
+    return bool(any((roles[fold, owner == fold] & TEACH).any() for fold in range(len(roles))))
 
 
 Saved = dict[tuple[str, int], dict[str, np.ndarray]]
@@ -134,12 +149,12 @@ def _choose_views(
 
 
 def choices_optimism(run: Run) -> list[dict[str, Any]]:
-    """The optimism meter's lines for checkpoints, stages and views of a run whose jobs are done; none under `paper`.
+    """The optimism meter's lines for checkpoints, stages and views of a run whose jobs are done; none under `paper`, or where score rows are apparent.
 
     Select rows and score rows are other images in each fold, so a difference is that of two samples, both drawn anew.
     """
     jobs = [run.folder(job) / "choice.npz" for job in run.jobs]
-    if run.recipe.protocol == "paper" or not all(path.exists() for path in jobs):
+    if run.recipe.protocol == "paper" or not all(path.exists() for path in jobs) or taught(*who_saw(run)):
         return []
     lines = [line for line in (_checkpoints(run), _stages(run)) if line]
     path = run.dir / "views.json"

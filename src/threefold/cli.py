@@ -207,6 +207,29 @@ def _write_web(model: Path, folder: Path, runtime: Path | None) -> None:
 
 
 @app.command()
+def distill(
+    run_dir: Annotated[Path, typer.Argument(help="A finished run folder: the teacher.")],
+    student: Annotated[str, typer.Option("--student", help="A member of the run, or any timm name.")],
+    out_dir: Annotated[Path | None, typer.Option("--out", help="The run folder (default RUN-NAME).")] = None,
+    sets: Sets = None,
+    verbose: Verbose = False,
+) -> None:
+    """Teach one small network what a run's ensemble knows, beside a twin that learns from labels; compare, export, report."""
+    from threefold.student import default_folder
+    from threefold.student import distill as teach
+
+    target = out_dir or default_folder(run_dir, student)
+    with _watched(verbose, f"threefold distill {run_dir} --student {student} --out {target}") as watcher:
+        run = teach(run_dir, student, target, overrides=sets or (), watcher=watcher)
+    _show_student(run)
+    _show_places(
+        run,
+        f"threefold predict {run.dir / 'model.onnx'} IMAGE...",
+        f"threefold report {run_dir} {run.dir} --out both.html",
+    )
+
+
+@app.command()
 def predict(
     model: Annotated[Path, typer.Argument(help="An exported model file.")],
     images: Annotated[list[str], typer.Argument(help="Files, folders, or - for a list on standard input.")],
@@ -282,6 +305,24 @@ def _show_results(run: Run) -> None:
             out.print(
                 f"{what}: {results['audit']['n_suspects']}, in {run.dir / results['audit']['file']}", markup=False
             )
+
+
+def _show_student(run: Run) -> None:
+    """Student, twin and teacher on the same rows, and the verdicts."""
+    from threefold.terminal import distill_tables, pair_table
+
+    results = run.results
+    found = results["distill"]
+    *scores, costs = distill_tables(found)
+    for table, part in zip(scores, found["tables"], strict=True):
+        out.print(table)
+        out.print(pair_table(part["comparisons"]))
+        for pair in part["comparisons"]:
+            out.print(f"  {plain(pair['verdict'])}")
+        out.print()
+    out.print(costs)
+    for note in results["notes"]:
+        out.print(f"[yellow]note[/] {plain(note)}", highlight=False)
 
 
 def _show_places(run: Run, *next_commands: str) -> None:

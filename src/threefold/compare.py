@@ -157,7 +157,7 @@ def _score(rows: Predictions, name: str, probs: np.ndarray) -> dict[str, Any]:
         for key in ("accuracy", "log_loss", "ece", "brier", "balanced_accuracy", "macro_f1"):
             table[key] = float(np.mean([t[key] for t in tables]))
         table["seeds"] = [t["accuracy"] for t in tables]
-    return {**table, "name": name, "kind": "contender", "rows": rows.kind, "protocol": rows.protocol, "fitted_on": "", "apparent": False}  # fmt: skip
+    return {**table, "name": name, "kind": "contender", "rows": rows.kind, "protocol": rows.protocol, "fitted_on": "", "apparent": rows.protocol == "taught"}  # fmt: skip
 
 
 def _pairs(rows: Predictions, names: Sequence[str], hits: Sequence[np.ndarray]) -> list[dict[str, Any]]:
@@ -183,6 +183,11 @@ def _pair(rows: Predictions, a: str, b: str, hits_a: np.ndarray, hits_b: np.ndar
     told = "exact McNemar" if rows.groups is None else "McNemar over whole groups"
     line |= {"difference": found.estimate, "interval": [found.low, found.high], "p_alone": test.p, "test": told}
     return line | {"only_a": test.only_a, "only_b": test.only_b, **_over_folds(rows, one, other)}
+
+
+def pair_members(rows: Predictions) -> list[dict[str, Any]]:
+    """Every pair of the members of some predictions, as `compare_saved` has them."""
+    return _pairs(rows, rows.members, [(probs.argmax(-1) == rows.labels)[None] for probs in rows.probs])
 
 
 def _over_folds(rows: Predictions, a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
@@ -211,6 +216,8 @@ def _warnings(rows: Predictions, contenders: Sequence[_Contender]) -> list[str]:
         warnings.append("predictions from elsewhere: that no model was trained or chosen on these rows is not known")
     if any(c.rows.protocol == "paper" for c in contenders):
         warnings.append("protocol paper: checkpoints were chosen on rows that are scored, which flatters")
+    if any(c.rows.protocol == "taught" for c in contenders):
+        warnings.append("apparent: the teachers of a student learned from the labels of these rows, which flatters it")
     lost = max(len(c.rows) for c in contenders) - len(rows)
     if lost:
         warnings.append(f"{lost:,} rows are not in all of them and were left out")

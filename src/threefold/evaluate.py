@@ -226,6 +226,10 @@ def _warnings(oof: Predictions | None, test: Predictions | None) -> list[str]:
         warnings.append(
             "selected on the scored rows: under the paper protocol checkpoints are chosen on the rows that are scored, so the figures are optimistic"
         )
+    if oof is not None and oof.protocol == "taught":
+        warnings.append(
+            "out-of-fold scores are apparent: the student's teachers learned from the labels of these rows; only test rows count"
+        )
     if oof is None:
         warnings.append("no out-of-fold rows: fitted ensembles and the choice among them have seen the scored rows")
     return warnings

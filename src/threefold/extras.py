@@ -15,6 +15,7 @@ VERBS: Final = {
     "plan": "train",
     "train": "train",
     "export": "train",
+    "distill": "train",
     "reproduce": "train",
     "list": "train",
     "data": "report",
@@ -31,6 +32,7 @@ MODULES: Final = {
     "recipe": "report",
     "report": "report",
     "run": "train",
+    "student": "train",
     "workflow": "train",
 }
 """The extra of the modules that public names come from; the others need none."""

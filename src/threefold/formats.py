@@ -158,7 +158,9 @@ def _columns(rows: Predictions, member: int) -> dict[str, Any]:
         columns["fold"] = rows.folds.tolist()
     roles = getattr(rows, "roles", None)
     if roles is not None:
-        columns["roles"] = ["".join(map(str, of_row)) for of_row in roles.T.tolist()]  # a digit, 0 to 7, for each fold
+        columns["roles"] = [
+            "".join(f"{role:x}" for role in of_row) for of_row in roles.T.tolist()
+        ]  # a digit, 0 to f, for each fold
     columns["member"] = [rows.members[member]] * n
     if (rows.protocol, rows.kind) != ("honest", "foreign"):
         columns |= {"protocol": [rows.protocol] * n, "kind": [rows.kind] * n}

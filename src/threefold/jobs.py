@@ -28,6 +28,7 @@ from threefold.recipe import Job, MemberSpec, Recipe, fold_name
 from threefold.run import FORMAT, Run, verify
 from threefold.splits import Roles
 from threefold.stages import StageOutcome, StageTask, train_stage
+from threefold.teachers import Teaching
 
 
 def train_members(run: Run) -> None:
@@ -40,6 +41,23 @@ def train_members(run: Run) -> None:
     for note in [*sources.notes, *_group_note(run)]:
         run.watcher.note(note)
     _write_info(run)
+    teaching = Teaching.of(run)
+    if teaching is not None:
+        teaching.prepare(_train_teachers)
+    pixels = _do_all(run)
+    write_arrays(run.dir / "thumbs.npz", **_preview(run, pixels))
+    find_copies(run, pixels)
+    pixels.remove()
+
+
+def _train_teachers(run: Run) -> None:
+    """Train a run of teachers as far as its out-of-fold answers."""
+    _write_info(run)
+    _do_all(run).remove()
+
+
+def _do_all(run: Run) -> Pixels:
+    """Every job that is missing, then oof.npz and test.npz; returns the cache."""
     pixels = Pixels(run.sources, run.all_views, run.dir / "cache")
     jobs = run.jobs
     run.watcher.plan(jobs, [len(run.roles[j.fold].fit) * _epochs(run.recipe, j) for j in jobs])
@@ -50,9 +68,7 @@ def train_members(run: Run) -> None:
         if not skipped:
             _do(run, job, pixels, clock)
     assemble(run)
-    write_arrays(run.dir / "thumbs.npz", **_preview(run, pixels))
-    find_copies(run, pixels)
-    pixels.remove()
+    return pixels
 
 
 def _group_note(run: Run) -> list[str]:
@@ -91,7 +107,7 @@ def _do(run: Run, job: Job, pixels: Pixels, clock: _Clock) -> None:
     stages = recipe.stages_of(job.member)
     number = [stage.name for stage in stages].index(job.stage)
     roles, classes = run.roles[job.fold], run.sources.train.classes
-    seed = stable_seed(recipe.seed, job.member, str(job.fold), job.stage)
+    seed = stable_seed(recipe.seed, recipe.seed_name(job.member), str(job.fold), job.stage)
     torch.manual_seed(seed)
     previous = run.folder(job._replace(stage=stages[number - 1].name)) if number else None
     member = _start(run, spec, job.fold, previous)
@@ -106,6 +122,7 @@ def _do(run: Run, job: Job, pixels: Pixels, clock: _Clock) -> None:
         batch_size=spec.batch_size,
         deadline=clock.deadline(job),
         watcher=run.watcher,
+        soft=_soft(run, job),
     )
     outcome = train_stage(member, task)
     folder = run.folder(job)
@@ -122,6 +139,14 @@ def _do(run: Run, job: Job, pixels: Pixels, clock: _Clock) -> None:
     write_json(folder / "done.json", {"job": job._asdict(), "seconds": time.monotonic() - began, "files": hashes})
     if previous is not None:
         (previous / "weights.safetensors").unlink(missing_ok=True)  # the next stage has taken them over
+
+
+def _soft(run: Run, job: Job) -> np.ndarray | None:
+    """A teacher's probabilities on the fit rows, for a student."""
+    teaching = Teaching.of(run)
+    if teaching is None or not run.recipe.soft(job.member):
+        return None
+    return teaching.targets(job.fold).of(run.roles[job.fold].fit)
 
 
 def _start(run: Run, spec: MemberSpec, fold: int, previous: Path | None) -> nn.Module:

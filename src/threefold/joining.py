@@ -23,7 +23,7 @@ def join_predictions(parts: Sequence[Predictions]) -> Predictions:
     Rows are matched by id. A part whose ids were made up when its file was read (row0000, row0001, ...) has nothing but
     its order: it is matched by that, which needs the same number of rows and the same label in every row. Classes are
     matched by name. What the parts do not agree on is not kept: different folds give none, different kinds
-    give foreign; one part of the paper's protocol makes the whole of that protocol.
+    give foreign; one part of the paper's protocol, or a taught one, makes the whole so.
 
     Raises:
         DataError: nothing to join; members with the same name; ids that one part has and another has not; ids in
@@ -47,7 +47,7 @@ def join_predictions(parts: Sequence[Predictions]) -> Predictions:
         probs=np.concatenate([part.probs for part in aligned]),
         members=tuple(name for part in aligned for name in part.members),
         groups=_groups(aligned),
-        protocol="paper" if any(part.protocol == "paper" for part in aligned) else "honest",
+        protocol=next((p for p in ("paper", "taught") if any(part.protocol == p for part in aligned)), "honest"),
         kind=first.kind if len(kinds) == 1 else "foreign",
         **common,
     )

@@ -29,6 +29,9 @@ SELECT: Final = 2
 SCORE: Final = 4
 """Bit of `Predictions.roles`: the row is answered."""
 
+TEACH: Final = 8
+"""Bit of `Predictions.roles`: the teacher of a member learned from the row's label."""
+
 _FIX = "score what was fitted on other rows (cross_fit), or ask for the apparent score (apparent=True)"
 
 

@@ -23,9 +23,9 @@ import numpy.typing as npt
 
 from threefold.errors import DataError
 from threefold.files import write_arrays
-from threefold.ledger import FIT, SCORE, SELECT, Ledger
+from threefold.ledger import FIT, SCORE, SELECT, TEACH, Ledger
 
-Protocol = Literal["honest", "paper"]
+Protocol = Literal["honest", "paper", "taught"]
 Kind = Literal["oof", "test", "foreign"]
 
 SUM_TOLERANCE: Final = 1e-3
@@ -105,10 +105,12 @@ class Predictions:
         classes: k class names.
         members: m unique member names.
         groups: n names of what must stay in one fold (patient, signer), or None.
-        protocol: honest = nothing was chosen on these rows; paper = checkpoints were.
+        protocol: honest = nothing was chosen on these rows; paper = checkpoints were; taught = a student's teachers learned from
+            the labels of these rows.
         kind: oof = out-of-fold rows, test = a test split, foreign = from elsewhere, nothing known.
         folds: (n,) int64, the fold that scored each row, -1 where that does not apply; or None.
-        roles: (f, n) int8, what each fold's networks did with each row: the sum of ledger.FIT, SELECT and SCORE; or None.
+        roles: (f, n) int8, what each fold's networks did with each row: the sum of ledger.FIT, SELECT, SCORE and
+            TEACH (its teacher learned from the row); or None.
 
     Raises:
         DataError: the parts are wrong or contradict each other, or a row is answered by networks that saw it.
@@ -155,6 +157,9 @@ class Predictions:
                 ledger.declare("weights of the members", (roles & FIT) > 0, answers)
                 chosen = (roles & SELECT) > 0
                 ledger.declare("checkpoints and stages", chosen, answers, apparent=self.protocol == "paper")
+                taught = (roles & TEACH) > 0
+                if taught.any():
+                    ledger.declare("teachers of the student", taught, answers, apparent=self.protocol != "honest")
         return ledger
 
     @property
@@ -337,8 +342,9 @@ def _check_roles(roles: npt.ArrayLike, folds: np.ndarray | None, n: int) -> np.n
         raise DataError("roles have the wrong shape", expected=f"(folds, {n}) integers, and folds ({n},)", got=got)
     if (folds >= len(array)).any():
         raise DataError("roles are missing", expected=f"{int(folds.max()) + 1} folds", got=len(array))
-    if ((array < 0) | (array > FIT + SELECT + SCORE)).any():
-        raise DataError("roles are sums of 1 (fit), 2 (select) and 4 (score)", got=f"{array.min()} to {array.max()}")
+    if ((array < 0) | (array > FIT + SELECT + SCORE + TEACH)).any():
+        told = "roles are sums of 1 (fit), 2 (select), 4 (score) and 8 (teach)"
+        raise DataError(told, got=f"{array.min()} to {array.max()}")
     return array.astype(np.int8)
 
 

@@ -22,6 +22,7 @@ from threefold.sections import (
     WITH_GROUPS,
     AugmentSpec,
     DataSpec,
+    DistillSpec,
     EnsembleSpec,
     FoldSpec,
     HeadKind,
@@ -39,6 +40,7 @@ from threefold.sections import (
 __all__ = [
     "AugmentSpec",
     "DataSpec",
+    "DistillSpec",
     "EnsembleSpec",
     "FoldSpec",
     "HeadKind",
@@ -96,6 +98,8 @@ class Recipe(Section):
     ensemble: EnsembleSpec = EnsembleSpec()
     stages: Annotated[tuple[StageSpec, ...], Field(min_length=1)]
     members: Annotated[tuple[MemberSpec, ...], Field(min_length=1)]
+    distill: DistillSpec | None = None
+    """Who teaches one of the members; without this table all learn from labels."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -105,6 +109,7 @@ class Recipe(Section):
                 raise ValueError(f"{what} need different names, {', '.join(twice)} stands there twice")
         self._check_folds()
         self._check_members()
+        self._check_distill()
         if self.train.optimizer == "adam-keras" and self.train.weight_decay:
             raise ValueError("adam-keras, the paper's optimizer, has no weight decay; set train.weight_decay = 0")
         if self.views.n > 1 and self.views.kind != "random-crops":
@@ -145,6 +150,31 @@ class Recipe(Section):
         if self.ensemble.top > len(self.combined):
             raise ValueError(
                 f"ensemble.top = {self.ensemble.top}, but there are {len(self.combined)} members to combine"
+            )
+
+    def _check_distill(self) -> None:
+        """The student and its twin are members, of one kind in all else, and the run is honest."""
+        spec = self.distill
+        if spec is None:
+            return
+        if self.protocol == "paper":
+            raise ValueError(
+                "distill needs protocol = honest: a student is compared on rows that nothing was chosen on"
+            )
+        names = [m.name for m in self.members]
+        for key, name in (("student", spec.student), ("twin", spec.twin)):
+            if name not in names and (key == "student" or name):
+                raise ValueError(f"distill.{key} names {name}, which is no member; there are {', '.join(names)}")
+        student = self.member(spec.student)
+        if student.joins or student.folds:
+            raise ValueError("distill.student has a backbone of its own and is in all folds: leave out joins and folds")
+        if spec.twin and (
+            spec.twin == spec.student
+            or self.member(spec.twin).model_copy(update={"name": spec.student}) != student
+            or self.stages_of(spec.twin) != self.stages_of(spec.student)
+        ):
+            raise ValueError(
+                f"distill.twin differs from {spec.student} in its name only, or the comparison means nothing"
             )
 
     def _check_join(self, member: MemberSpec, base: MemberSpec) -> None:
@@ -210,15 +240,23 @@ class Recipe(Section):
         """The member of that name."""
         return next(m for m in self.members if m.name == name)
 
+    def soft(self, member: str) -> DistillSpec | None:
+        """How a member learns from another run's ensemble; None for members that learn from labels."""
+        return self.distill if self.distill is not None and self.distill.student == member else None
+
+    def seed_name(self, member: str) -> str:
+        """Whose name a member's seeds are made of: its own, for a twin the student's."""
+        return self.distill.student if self.distill is not None and member == self.distill.twin else member
+
     def digest(self) -> str:
         """SHA-256 of all that says what is trained; the name and the budget, which only cuts it short, are left out."""
-        tree = self.model_dump(mode="json", exclude={"name", "budget_minutes"})
+        tree = self.model_dump(mode="json", exclude={"name", "budget_minutes"}, exclude_none=True)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
     def dump(self, header: str = "") -> str:
         """The resolved recipe as TOML text, every default written out; `header` becomes comments above it."""
         comments = "".join(f"# {line}".rstrip() + "\n" for line in header.splitlines())
-        return comments + _toml(self.model_dump(mode="json"))
+        return comments + _toml(self.model_dump(mode="json", exclude_none=True))
 
 
 def _explain(error: Any) -> str:

@@ -160,7 +160,7 @@ def paired_interval(only_a: int, only_b: int, n: int, level: float) -> tuple[flo
 def paired_rows(comparisons: Sequence[_Tree], scores: Sequence[_Tree], level: float) -> dict[str, Any] | None:
     """Paired tests as a table and a chart: accuracy of both, difference and interval beside the counts, evidence first.
 
-    An entry may bring `difference`, `interval` and `n`; else they follow from its counts and the scores.
+    An entry may bring `difference`, `interval`, `n` and both accuracies; else they follow from its counts and the scores.
     """
     if not comparisons:
         return None
@@ -172,7 +172,7 @@ def paired_rows(comparisons: Sequence[_Tree], scores: Sequence[_Tree], level: fl
         if n:
             difference = (c["only_a"] - c["only_b"]) / n if difference is None else difference
             interval = paired_interval(c["only_a"], c["only_b"], n, level) if interval is None else interval
-        found.append({**c, "n": n, "accuracy_a": a and a["accuracy"], "accuracy_b": b and b["accuracy"],
+        found.append({**c, "n": n, "accuracy_a": c.get("accuracy_a", a and a["accuracy"]), "accuracy_b": c.get("accuracy_b", b and b["accuracy"]),
                       "difference": difference, "interval": interval, "sure": c["p"] <= EVIDENCE})  # fmt: skip
     if len(found) > BARS:
         found.sort(key=lambda c: c["p"])

@@ -10,6 +10,7 @@ import numpy as np
 from threefold.assembly import choices_optimism
 from threefold.combiners import Ensemble, LinearEnsemble
 from threefold.cost import cost
+from threefold.distilled import distilled
 from threefold.evaluate import Evaluation, evaluate
 from threefold.files import read_arrays, read_json, write_arrays, write_json
 from threefold.findings import audit_run
@@ -22,6 +23,7 @@ from threefold.run import Run
 from threefold.saved import saved_predictions
 from threefold.scoring import per_class
 from threefold.selection import SelectedEnsemble
+from threefold.teachers import Teaching
 from threefold.uncertainty import fit_uncertainty
 
 
@@ -31,6 +33,9 @@ def evaluate_run(run: Run) -> Evaluation:
     oof, test = saved_predictions(run.dir)
     if test is not None:
         open_test(run.dir, "train", len(test))
+        teaching = Teaching.of(run)
+        if teaching is not None:
+            open_test(teaching.teacher.dir, "distill", len(test))
     return evaluate(oof, test, spec, run.recipe.seed)
 
 
@@ -43,16 +48,19 @@ def write_results(run: Run, found: Evaluation, seconds: dict[str, float]) -> Non
     audit, suspects = audit_run(run, oof, found.calibration.probs)
     write_arrays(run.dir / "thumbs.npz", **{**_preview(run), **pictures(run, found, suspects)})
     members = _member_table(run)
+    scores = _with_costs(run, found, members)
+    taught = distilled(run, scores)
     write_json(run.dir / "results.json", {
         "name": run.recipe.name, "protocol": run.recipe.protocol, "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **{key: info[key] for key in ("classes", "commit", "hardware", "threads", "digest")},
-        "seconds": seconds, "expected": found.expected, "scores": _with_costs(run, found, members),
-        "comparisons": found.comparisons, "chosen": found.chosen, "combined": found.combined,
+        "seconds": seconds, "expected": found.expected, "scores": scores,
+        "comparisons": taught["tables"][0]["comparisons"] if taught else found.comparisons, "chosen": found.chosen, "combined": found.combined,
         "chosen_reason": found.reason, "temperature": found.calibration.temperature,
         "calibration": found.calibration.state(),
         "conformal": _uncertainty(run, found), "per_class": per_class(found.rows, found.probs), "members": members,
         "optimism": [*choices_optimism(run), *found.optimism], "ledger": found.ledger, "test_opened": when_opened(run.dir),
         "audit": audit, "notes": [*found.warnings, *audit["warnings"], *info["notes"]],
+        **({"distill": taught} if taught else {}),
     })  # fmt: skip
 
 

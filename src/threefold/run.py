@@ -64,6 +64,8 @@ class Run:
     dir: Path
     recipe: Recipe
     watcher: RunWatcher = field(default_factory=SilentRun)
+    given: Sources | None = None
+    """Images in place of those that the recipe names: a part of them, for the teachers of a student."""
 
     @classmethod
     def create(cls, recipe: Recipe, out: str | Path, watcher: RunWatcher | None = None, header: str = "") -> Run:
@@ -108,7 +110,7 @@ class Run:
     @cached_property
     def sources(self) -> Sources:
         """The images that the recipe names."""
-        return load_data(self.recipe.data, self.recipe.seed)
+        return self.given or load_data(self.recipe.data, self.recipe.seed)
 
     @cached_property
     def roles(self) -> dict[int, Roles]:
@@ -259,12 +261,12 @@ def verify(folder: Path) -> None:
 
 def _differences(a: Recipe, b: Recipe) -> Iterator[str]:
     """Paths of the values in which two recipes differ."""
-    left, right = a.model_dump(mode="json"), b.model_dump(mode="json")
+    left, right = (r.model_dump(mode="json") for r in (a, b))
     for key in left:
         if left[key] != right[key] and key not in ("name", "budget_minutes"):
             inner = (
                 [f"{key}.{k}" for k in left[key] if left[key][k] != right[key].get(k)]
-                if isinstance(left[key], dict)
+                if isinstance(left[key], dict) and isinstance(right[key], dict)
                 else [key]
             )
             yield from inner

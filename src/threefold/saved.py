@@ -196,12 +196,13 @@ def score_saved(
     rows = read_sources(sources, members, beside)
     scores = []
     for name, probs in zip(rows.members, rows.probs, strict=True):
-        told = {"name": name, "kind": "member", "rows": rows.kind, "protocol": rows.protocol, "fitted_on": "nothing", "apparent": False}  # fmt: skip
+        told = {"name": name, "kind": "member", "rows": rows.kind, "protocol": rows.protocol, "fitted_on": "nothing", "apparent": rows.protocol == "taught"}  # fmt: skip
         scores.append({**stats.score_table(probs, rows.labels, LEVEL, rows.groups), **told, **_top(probs, rows), **_warmed(probs, rows)})  # fmt: skip
+    taught = ["apparent: the teachers of a student learned from the labels of these rows"]
     best = max(range(len(scores)), key=lambda i: scores[i]["accuracy"])
     warnings = (
         [] if rows.kind != "foreign" else ["predictions from elsewhere: what their models have seen is not known"]
-    )
+    ) + (taught if rows.protocol == "taught" else [])
     return {
         "kind": "evaluate", "source": [str(s) for s in sources], "n": len(rows), "classes": list(rows.classes),
         "scores": scores, "chosen": None, "chosen_reason": "", "comparisons": [], "warnings": warnings,

@@ -15,6 +15,9 @@ from threefold.predictions import Predictions
 LEVEL: Final = 0.95
 """Confidence level of every interval."""
 
+TAUGHT: Final = "apparent: the teachers learned from these labels"
+"""Where out-of-fold rows of a student stand that its teachers have seen."""
+
 Key = tuple[str, str]
 """Kind (member or ensemble) and name: a member may be called like a method."""
 
@@ -35,7 +38,7 @@ def score_ensemble(ensemble: Ensemble, rows: Predictions, *, apparent: bool = Fa
     """
     seen = ensemble.seen_ is not None and ensemble.seen_.check(type(ensemble).__name__, rows.ids, apparent)
     table = stats.score_table(ensemble.predict_proba(rows.probs), rows.labels, LEVEL, rows.groups)
-    return {**table, "rows": rows.kind, "protocol": rows.protocol, "apparent": seen}
+    return {**table, "rows": rows.kind, "protocol": rows.protocol, "apparent": seen or rows.protocol == "taught"}
 
 
 def score_entries(
@@ -49,14 +52,15 @@ def score_entries(
         fitted: the ensembles by method.
         fitted_on: the rows that those were fitted on that learn anything.
     """
-    apparent = fitted_on == "the scored rows"
+    apparent, taught = fitted_on == "the scored rows", rows.protocol == "taught"
     figures = side_by_side(lambda probs: stats.score_table(probs, rows.labels, LEVEL, rows.groups), table.values())
     entries = []
     for (kind, name), found in zip(table, figures, strict=True):
         learns = kind == "ensemble" and fitted[name].needs_fit
         entries.append({
             **found, "name": name, "kind": kind, "rows": rows.kind,
-            "protocol": rows.protocol, "fitted_on": fitted_on if learns else "calibration only", "apparent": learns and apparent,
+            "protocol": rows.protocol, "apparent": taught or (learns and apparent),
+            "fitted_on": TAUGHT if taught else fitted_on if learns else "calibration only",
         })  # fmt: skip
     return entries
 

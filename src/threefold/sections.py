@@ -237,3 +237,30 @@ class EnsembleSpec(Section):
     reject: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of images of the classes that may be called unknown."""
     stacked: StackedSpec = StackedSpec()
+
+
+class DistillSpec(Section):
+    """A student: one member that learns from the out-of-fold probabilities of a finished run's ensemble (Hinton et al. 2015)."""
+
+    run: str
+    """Folder of the finished run that teaches."""
+    student: Name = "student"
+    """The member that learns from the ensemble; all others learn from the labels only."""
+    twin: str = ""
+    """A member that differs from the student in its name and in learning from labels only; it begins from the same weights and
+    sees the same batches. Empty = none."""
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the ensemble's probabilities in the loss; the rest is cross-entropy with the labels."""
+    temperature: Annotated[float, Field(gt=0, le=100)] = 2.0
+    """Softens both sides: softmax(log(p) / temperature) teaches softmax(logits / temperature)."""
+    inner: Annotated[int, Field(ge=0, le=50)] = 2
+    """Folds of the teachers that are trained anew for each fold of the student, without its scored rows (2 costs about as much as
+    the run that teaches). 0 = the run's own answers teach every fold: its networks learned from the scored rows, so scores on
+    out-of-fold rows are apparent, and only test rows count."""
+
+    @field_validator("inner")
+    @classmethod
+    def _is_a_split(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("one fold answers no row out of fold; set 2 or more, or 0")
+        return value

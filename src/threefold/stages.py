@@ -26,7 +26,8 @@ from threefold.errors import RunError
 from threefold.model import parameter_groups, set_trainable, train_mode
 from threefold.optim import KerasAdam, lr_at
 from threefold.predict import Predictor, autocast, pick_precision, predict_probs, to_pixels
-from threefold.recipe import Recipe, StageSpec, TrainSpec
+from threefold.recipe import DistillSpec, Recipe, StageSpec, TrainSpec
+from threefold.softloss import soft_loss, soften
 
 State = dict[str, Tensor]
 
@@ -57,7 +58,7 @@ class StageTask:
 
     `fit` and `select` are pairs of pixels uint8 (n, s, s, 3) and labels int64 (n,). `first` marks the stage that starts
     from a random head: the gate cannot apply to it. `deadline` is a time.monotonic() value, or infinity. `batch_size` 0 is
-    the recipe's.
+    the recipe's. `soft` (n, k) are a teacher's probabilities on the fit rows, for a student.
     """
 
     stage: StageSpec
@@ -70,6 +71,7 @@ class StageTask:
     batch_size: int = 0
     deadline: float = math.inf
     watcher: Watcher = field(default_factory=Silent)
+    soft: np.ndarray | None = None
 
 
 @dataclass
@@ -143,6 +145,7 @@ class _Loop:
         self.steps_per_epoch = max(1, round(len(task.fit[1]) / (task.batch_size or spec.batch_size)))
         self.step, self.cut, self.began = 0, False, time.monotonic()
         self.average = _average(member, spec.ema) if spec.ema else None
+        self.soft = _softened(task, self.device)
         self.weight = (
             _class_weights(task.fit[1], task.num_classes, self.device) if spec.class_weights == "balanced" else None
         )
@@ -234,9 +237,15 @@ class _Loop:
     def _loss(self, rows: np.ndarray) -> Tensor:
         pixels, labels = self.task.fit
         images = to_pixels(pixels[rows], self.device)
-        images, targets = self.augment(images, torch.from_numpy(labels[rows]).to(self.device))
+        own = torch.from_numpy(labels[rows]).to(self.device)
+        soft = self.soft[1][torch.from_numpy(rows)] if self.soft is not None else None
+        images, targets, soft = self.augment(images, own, soft)
         logits = self.member(images.contiguous(memory_format=torch.channels_last)).float()
-        return functional.cross_entropy(logits, targets, weight=self.weight, label_smoothing=self.spec.label_smoothing)
+        hard = functional.cross_entropy(logits, targets, weight=self.weight, label_smoothing=self.spec.label_smoothing)
+        if self.soft is None or soft is None:
+            return hard
+        spec = self.soft[0]
+        return (1 - spec.alpha) * hard + spec.alpha * soft_loss(logits, soft, spec.temperature)
 
 
 class _Augmentation:
@@ -254,16 +263,27 @@ class _Augmentation:
         )
         self.num_classes = task.num_classes
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, labels: Tensor, soft: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Images, labels (or shares of classes) and a teacher's probabilities, mixed alike."""
         images = self.warp(images, self.generator)
         if self.erase is not None:
             images = self.erase(images)
         if self.mix is not None:  # timm mixes pairs; the last of an odd batch stays as it is
             even = len(images) - len(images) % 2
-            mixed, targets = self.mix(images[:even], labels[:even])
-            rest = functional.one_hot(labels[even:], self.num_classes).to(targets.dtype)
-            images, labels = torch.cat([mixed, images[even:]]), torch.cat([targets, rest])
-        return images, labels
+            self.mix.num_classes = even  # each image a class of its own: the answer then says how much of whom is in it
+            mixed, shares = self.mix(images[:even], torch.arange(even, device=labels.device))
+            images, labels = torch.cat([mixed, images[even:]]), functional.one_hot(labels, self.num_classes).to(shares.dtype)  # fmt: skip
+            labels = torch.cat([shares @ labels[:even], labels[even:]])
+            soft = torch.cat([shares @ soft[:even], soft[even:]]) if soft is not None else None
+        return images, labels, soft
+
+
+def _softened(task: StageTask, device: torch.device) -> tuple[DistillSpec, Tensor] | None:
+    """How a student learns, and its teacher's softened probabilities on the fit rows (n, k)."""
+    spec = task.recipe.distill
+    if task.soft is None or spec is None:
+        return None
+    return spec, soften(task.soft, spec.temperature, device)
 
 
 def _average(member: nn.Module, decay: float) -> AveragedModel:

@@ -157,5 +157,36 @@ def optimism_table(lines: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def distill_tables(found: dict[str, Any]) -> list[Table]:
+    """Student, twin and teacher: a table of scores for each kind of rows, then one of what an answer costs."""
+    scores = []
+    for part in found["tables"]:
+        table = Table(box=None, header_style="dim", pad_edge=False)
+        for name in ("", "rows", "% right", "95 % interval", "log loss", "ECE"):
+            table.add_column(name, justify="left" if name in ("", "rows") else "right", no_wrap=True)
+        for s in part["scores"]:
+            low, high = s["interval"]
+            figures = [f"{100 * s['accuracy']:.2f}", f"{100 * low:.2f} - {100 * high:.2f}"]
+            figures += [f"{s['log_loss']:.3f}", f"{s['ece']:.3f}"]
+            table.add_row(escape(_short(s["name"])), f"{part['rows']} {s['n']}", *figures)
+        scores.append(table)
+    return [*scores, _costs(found)]
+
+
+def _costs(found: dict[str, Any]) -> Table:
+    """Weights, multiply-adds and bytes, each also as a multiple of the student's."""
+    own = next(line for line in found["costs"] if line["name"] == found["student"])
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("an answer costs", "weights", "", "multiply-adds", "", "file", ""):
+        table.add_column(name, justify="left" if name.startswith("an") else "right", no_wrap=True)
+    for line in found["costs"]:
+        row = []
+        for key, unit in (("parameters", "M"), ("macs", "M"), ("bytes", "MB")):
+            known = key in line and key in own
+            row += [f"{line[key] / 1e6:,.1f} {unit}", f"{line[key] / own[key]:.1f} x"] if known else ["", ""]
+        table.add_row(escape(_short(line["name"])), *row)
+    return table
+
+
 def _short(name: str, most: int = NAME) -> str:
     return name if len(name) <= most else "…" + name[1 - most :]

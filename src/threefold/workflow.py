@@ -118,9 +118,11 @@ def _card(run: Run) -> dict[str, Any]:
     """What the model card inside the file says of the run."""
     info = read_json(run.dir / "run.json")
     backbones = [f"{m.backbone} + {m.head.kind}" for m in run.recipe.members]
+    taught = run.results.get("distill")
     return {
         "name": run.recipe.name,
         "backbones": backbones,
+        **({"taught_by": taught["teacher"]["name"]} if taught else {}),
         **{key: info[key] for key in ("digest", "versions", "n_train")},
     }
 
