@@ -77,7 +77,9 @@ class _Split:
         inputs = [*old.graph.input, helper.make_tensor_value_info(STOP, TensorProto.FLOAT, [stages - 1])]
         outputs = [*old.graph.output, helper.make_tensor_value_info(ASKED, TensorProto.INT64, ["batch"])]
         weights = [tensor for name, tensor in self.weights.items() if name not in self.inner]
-        graph = helper.make_graph(_sorted([*self.main, *self.new]), old.graph.name, inputs, outputs, initializer=weights)
+        graph = helper.make_graph(
+            _sorted([*self.main, *self.new]), old.graph.name, inputs, outputs, initializer=weights
+        )
         made = helper.make_model(graph, producer_name=old.producer_name, ir_version=old.ir_version)
         del made.opset_import[:]
         made.opset_import.extend(old.opset_import)
@@ -134,7 +136,9 @@ def _add_exit(graph: _Split, cascade: Cascade, s: int) -> None:
     """After stage s: the calibrated mean of the members so far, how sure it is, who stops here and who goes on."""
     asked = [i for stage in cascade.stages[: s + 1] for i in stage]
     mean = graph.add("Mean", [f"m{i}_probs" for i in asked], f"exit{s}_mean")
-    logs = graph.add("Log", [graph.add("Max", [mean, graph.constant("floor", FLOOR, np.float32)], f"exit{s}_max")], f"exit{s}_log")
+    logs = graph.add(
+        "Log", [graph.add("Max", [mean, graph.constant("floor", FLOOR, np.float32)], f"exit{s}_max")], f"exit{s}_log"
+    )
     heat = graph.constant(f"exit{s}_heat", 1 / cascade.temperatures_[s], np.float32)
     probs = graph.add("Softmax", [graph.add("Mul", [logs, heat], f"exit{s}_mul")], f"exit{s}_probs", axis=-1)
     two = [f"exit{s}_first", f"exit{s}_ranks"]
@@ -171,7 +175,9 @@ def _add_branch(graph: _Split, s: int) -> None:
         node.input[:] = [fed.get(name, name) for name in node.input]
     inner += nodes
     outer = graph.stages[s]
-    inner += [helper.make_node("ScatterND", ["no_probs", f"stage{s}_places", name], [f"stage{s}_{name}"]) for name in outer]
+    inner += [
+        helper.make_node("ScatterND", ["no_probs", f"stage{s}_places", name], [f"stage{s}_{name}"]) for name in outer
+    ]
     graph.inner.update(own)
 
     def ends(prefix: str) -> list[Any]:
@@ -183,7 +189,9 @@ def _add_branch(graph: _Split, s: int) -> None:
     number = graph.add("Cast", [f"active{s}"], f"active{s}_number", to=TensorProto.INT32)
     most = graph.add("ReduceMax", [number], f"active{s}_most", keepdims=0)
     graph.add("Cast", [most], f"active{s}_any", to=TensorProto.BOOL)
-    graph.new.append(helper.make_node("If", [f"active{s}_any"], outer, name=f"stage{s}", then_branch=then, else_branch=skip))
+    graph.new.append(
+        helper.make_node("If", [f"active{s}_any"], outer, name=f"stage{s}", then_branch=then, else_branch=skip)
+    )
 
 
 def _add_answer(graph: _Split, stages: int) -> None:

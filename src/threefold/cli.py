@@ -14,7 +14,7 @@ from threefold.cli_data import register as register_data
 from threefold.cli_saved import Json
 from threefold.cli_saved import register as register_saved
 from threefold.console import err, out, plain
-from threefold.errors import ThreefoldError
+from threefold.errors import RecipeError, ThreefoldError
 
 if TYPE_CHECKING:
     from threefold.run import Run
@@ -32,6 +32,11 @@ Sets = Annotated[
     typer.Option("--set", metavar="PATH=VALUE", help="Change one recipe value, e.g. train.batch_size=64."),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", help="A line per job and epoch.")]
+Mode = Annotated[str, typer.Option("--mode", help="full: every member; fast: stop where the first members are sure.")]
+Milliseconds = Annotated[
+    str,
+    typer.Option("--budget", help="Time of the model for an image, e.g. 15ms: as many members as fit, measured here."),
+]
 Out = Annotated[Path, typer.Option("--out", help="The run folder.")]
 
 
@@ -181,11 +186,14 @@ def predict(
     top: Annotated[int, typer.Option("--top", min=1, help="How many classes to name.")] = 3,
     as_json: Json = False,
     csv: Annotated[bool, typer.Option("--csv", help="One row per image with every probability.")] = False,
+    mode: Mode = "full",
+    budget: Milliseconds = "",
 ) -> None:
     """Classify images with an exported file; needs neither torch nor the run."""
     from threefold import answers
 
-    failed = answers.write(sys.stdout, err, model, images, top, "json" if as_json else "csv" if csv else "text")
+    form = "json" if as_json else "csv" if csv else "text"
+    failed = answers.write(sys.stdout, err, model, images, top, form, mode, _milliseconds(budget, mode))
     if failed:
         raise SystemExit(1)
 
@@ -202,6 +210,8 @@ def serve(
         list[str] | None,
         typer.Option("--limit", metavar="NAME=NUMBER", help="Change one limit, e.g. pixels=50000000; may be repeated."),
     ] = None,
+    mode: Mode = "full",
+    budget: Milliseconds = "",
 ) -> None:
     """A page to drop images on, and POST /predict for programs; GET /card, /health, /metrics, /openapi.json."""
     from threefold.limits import Limits
@@ -213,7 +223,8 @@ def serve(
         if host not in LOOPBACK and not api_key:
             err.print("[yellow]note[/] no API key: whoever reaches this address can use the model")
 
-    run_server(model, host, port, api_key, Limits().changed(limits or ()), ready)
+    milliseconds = _milliseconds(budget, mode)
+    run_server(model, host, port, api_key, Limits().changed(limits or ()), ready, mode, milliseconds)
 
 
 @app.command("list")
@@ -226,6 +237,15 @@ def list_(
 
     for line in catalogue(what, pattern):
         out.print(line, markup=False)
+
+
+def _milliseconds(budget: str, mode: str) -> float:
+    """The budget of an image in milliseconds, 0 without one; it chooses the mode itself."""
+    from threefold.cascade import parse_budget
+
+    if budget and mode != "full":
+        raise RecipeError("a budget chooses the mode", where="--mode", got=mode, fix="give --mode or --budget")
+    return parse_budget(budget) if budget else 0.0
 
 
 def _show_results(run: Run) -> None:

@@ -73,6 +73,8 @@ def shared_view(
         "calibration": tree.get("calibration"),
         "temperature": tree.get("temperature"),
         "conformal": tree.get("conformal"),
+        "cascade": tree.get("cascade"),
+        "latency": (tree.get("export") or {}).get("latency"),
         "optimism": optimism_view(tree.get("optimism")),
         "audit": audit_view(tree.get("audit"), thumbs),
         "ledger": tree.get("ledger"),

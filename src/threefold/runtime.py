@@ -50,7 +50,10 @@ class Model:
         sets: prediction sets by whether each class has a threshold of its own; empty in a file without.
         unknown: the threshold for images of no class; None in a file without.
         cascade: which members are asked in which order in the mode "fast"; None in a file without.
+        caps: for each number of stages but all: accuracy with at most so many, of the full ensemble, and on which rows.
     """
+
+    caps: Sequence[tuple[float, float, str]] = ()
 
     def __init__(self, path: str | Path, threads: int = 0, *, memory: int = MEMORY, spin: bool = True) -> None:
         self.path, self.threads = Path(path), threads
@@ -91,10 +94,12 @@ class Model:
         if self.card.get("cascade") is None:
             return None
         try:
-            found = Cascade.from_state(self.card["cascade"]["state"])
+            told = self.card["cascade"]
+            found = Cascade.from_state(told["state"])
+            self.caps = [(float(c["accuracy"]), float(c["full"]), str(c["rows"])) for c in told.get("caps", ())]
             if sum(map(len, found.stages)) != len(self.members):
                 raise DataError("a cascade of other members", expected=len(self.members), got=found.stages)
-        except DataError as error:
+        except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ExportError(
                 "the model card is damaged",
                 where=self.path,
@@ -119,7 +124,8 @@ class Model:
         names, fed = ["probs", "member_probs"], {"images": images}
         if self.cascade is None:
             self.stops(mode, most)
-            return Asked(*self.session.run(names, fed, options), None)
+            probs, members = self.session.run(names, fed, options)
+            return Asked(probs, members, None)
         return Asked(*self.session.run([*names, "asked"], {**fed, "stop": self.stops(mode, most)}, options))
 
     def stops(self, mode: str = "full", most: int = 0) -> np.ndarray:
@@ -146,11 +152,10 @@ class Model:
         self.stops(mode, most)
         answers = [self.run(as_image(image)[None], mode, most) for image in images]
         k, m = len(self.classes), len(self.members)
-        empty = Asked(np.zeros((0, k), np.float32), np.zeros((0, m, k), np.float32), np.zeros(0, np.int64))
-        probs, members = (np.concatenate([empty[i], *(a[i] for a in answers)]) for i in (0, 1))  # type: ignore[list-item]
-        if self.cascade is None:
-            return Asked(probs, members, None)
-        return Asked(probs, members, np.concatenate([empty.asked, *(a.asked for a in answers)]))  # type: ignore[list-item]
+        probs = np.concatenate([np.zeros((0, k), np.float32), *(a.probs for a in answers)])
+        members = np.concatenate([np.zeros((0, m, k), np.float32), *(a.members for a in answers)])
+        asked = np.array([int(a.asked[0]) for a in answers if a.asked is not None], np.int64)
+        return Asked(probs, members, None if self.cascade is None else asked)
 
     def explain(self, images: Iterable[Picture], mode: str = "full", most: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Probabilities float32 (n, k) and each member's (n, m, k); as `ask`."""
@@ -163,6 +168,12 @@ class Model:
     def predict(self, images: Iterable[Picture], mode: str = "full", most: int = 0) -> list[str]:
         """The most probable class name of each image; as `ask`."""
         return [self.classes[i] for i in self.predict_proba(images, mode, most).argmax(1)]
+
+    def asked_members(self, stages: int | None) -> list[int]:
+        """Numbers of the members that were asked in so many stages, in the file's order; all where there is no cascade."""
+        if self.cascade is None or stages is None:
+            return list(range(len(self.members)))
+        return sorted(i for stage in self.cascade.stages[:stages] for i in stage)
 
     def latency(self, images: Sequence[np.ndarray], repeats: int = 3) -> dict[str, Any]:
         """Milliseconds of an image on this machine, one at a time, decoding not counted.
@@ -177,7 +188,8 @@ class Model:
         """
         settings: dict[Any, tuple[str, int]] = {"full": ("full", 0)}
         if self.cascade is not None:
-            settings |= {"fast": ("fast", 0), **{s: ("full", s) for s in range(1, len(self.cascade.stages))}}
+            settings |= {s: ("full", s) for s in range(1, len(self.cascade.stages))}
+            settings["fast"] = "fast", 0
         taken: dict[Any, list[float]] = {name: [] for name in settings}
         for turn in range(repeats + 1):
             for image in images:

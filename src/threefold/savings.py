@@ -208,11 +208,13 @@ def saving(
     shares = np.bincount(found.asked - 1, minlength=len(so_far)) / n
     return Saving(
         n, float(right.mean()), float(right_full.mean()), float(right.mean() - right_full.mean()), interval,
-        test.only_a, test.only_b, test.p, float(other.mean()), tuple(share_interval(other, groups)),
+        test.only_a, test.only_b, test.p, float(other.mean()), share_interval(other, groups),
         disagreement_bound(int(other.sum()), n), tuple(shares.tolist()), float(shares @ so_far / so_far[-1]), rows,
     )  # fmt: skip
 
 
 def _plain(one: Saving) -> dict[str, Any]:
     """A saving as JSON has it."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in one._asdict().items()}
+    return {
+        name: list(map(float, value)) if isinstance(value, tuple) else value for name, value in one._asdict().items()
+    }
