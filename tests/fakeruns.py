@@ -92,7 +92,8 @@ def full_run(
         "chosen_reason": f"the simplest within one standard error of the best (stacked){evil}",
         "comparisons": fake_comparisons([(name, names[2]) for name in ENSEMBLES], tree["scores"][: len(names) + len(ENSEMBLES)]),
         "optimism": fake_optimism(evil),
-        "conformal": fake_conformal(n),
+        "conformal": fake_conformal(n), "cascade": fake_cascade(names[:3], n),
+        "export": {"latency": {"full": 17.3, "fast": 7.1, "stages": [4.4, 10.4, 17.3], "n": 16, "threads": 0}},
         "audit": {"suspects": suspects, "n_suspects": 57, "file": "suspects.csv", "duplicates": {"found": 31, "pairs": pairs},
                   "warnings": [f"8 of these pairs are in two folds or splits{evil}"], "missing": ""},
         "ledger": [{"what": f"temperature{evil}", "saw": "out-of-fold rows of the other folds", "answers": "out-of-fold rows", "overlap": 0},
@@ -206,6 +207,17 @@ def fake_conformal(n: int) -> dict[str, Any]:
         "sets": [{"by_class": False, "state": {}, **one}, {"by_class": True, "state": {}, **one, "mean_size": 1.31}],
         "unknown": {"state": {}, "rate": 0.05, "measured": 0.047, "interval": [0.035, 0.062], "n": n, "rows": "test"},
     }
+
+
+def fake_cascade(names: list[str], n: int) -> dict[str, Any]:
+    """A cascade of three members, measured out-of-fold and on test rows."""
+    one = {"n": n, "accuracy": 0.883, "full": 0.884, "difference": -0.001, "interval": [-0.0035, 0.0013], "only_fast": 2, "only_full": 3,
+           "p": 1.0, "disagreement": 0.0062, "disagreement_interval": [0.0031, 0.0107], "bound": 0.0099, "shares": [0.6, 0.25, 0.15],
+           "macs": 0.46, "rows": "test"}  # fmt: skip
+    state = {"score": "margin", "stages": [[0], [1], [2]], "thresholds": [0.71, 2.0], "temperatures": [1.3, 1.0],
+             "disagreement": 0.005, "level": 0.95, "n": 3000}  # fmt: skip
+    return {"state": state, "members": names, "costs": [58e6, 79e6, 91e6], "measured": [{**one, "n": 3000, "rows": "oof, cross-fitted"}, one],
+            "caps": [{**one, "accuracy": 0.851}, {**one, "accuracy": 0.877}]}  # fmt: skip
 
 
 def fake_recipe(name: str, protocol: str, export: str) -> Recipe:

@@ -28,7 +28,7 @@ class Fake:
         self.gate.set()
         self.at_once = self.most_at_once = 0
 
-    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, images: np.ndarray, mode: str) -> tuple[np.ndarray, ...]:
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         self.gate.wait(20)
@@ -144,7 +144,7 @@ def test_a_bad_image_fails_alone(batcher: Batcher, fake: Fake) -> None:
 
 def test_a_batch_that_fails_is_tried_one_by_one() -> None:
     class Failing(Fake):
-        def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def __call__(self, images: np.ndarray, mode: str) -> tuple[np.ndarray, ...]:
             answer = super().__call__(images)
             if len(images) > 1 or images[0, 0, 0, 0] == 13:
                 raise ExportError("too much memory")

@@ -14,7 +14,7 @@ from htmlpage import Page
 from threefold import charts, paired
 from threefold.errors import DataError, RunError
 from threefold.page import KINDS, write_page
-from threefold.reportview import paired_interval
+from threefold.stats import paired_interval
 
 HOSTILE = " <script>alert(1)</script> 木漏れ日" + "w" * 90
 

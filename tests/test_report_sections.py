@@ -55,8 +55,8 @@ def test_whole_page(full: Page) -> None:
     full.is_sound()
     headings = re.findall(r"<h2>(.*?)</h2>", full.source)
     assert headings == [
-        "Which classes are confused", "Members against ensembles", "What does accuracy cost?", "Can its confidence be trusted?",
-        "If it may name several classes", "How much picking the best flatters", "Most confident mistakes",
+        "Which classes are confused", "Members against ensembles", "What does accuracy cost?", "If it may stop early",
+        "Can its confidence be trusted?", "If it may name several classes", "How much picking the best flatters", "Most confident mistakes",
         "Labels and images to look at", "Learning curves", "What augmentation does to the training images",
         "How this was measured", "Words used here",
     ]  # fmt: skip
@@ -173,11 +173,19 @@ def test_ledger_shows_what_was_seen(full: Page) -> None:
 def test_an_old_run_says_plainly_what_it_lacks(tmp_path: Path) -> None:
     page = Page(write_report([fake_run(tmp_path / "run", n=200)]))
     page.is_sound()
-    for words in ("say nothing of their cost", "Sets of several classes were not measured", "What its choices flatter was not measured",
+    for words in ("say nothing of their cost", "Sets of several classes were not measured", "Stopping early was not measured", "What its choices flatter was not measured",
                   "The labels of this run were not audited"):  # fmt: skip
         assert words in page.text
     assert "Grad-CAM" not in page.text
     assert "What saw which rows" not in page.text
+
+
+def test_stopping_early_is_told_with_what_it_costs_and_saves(full: Page) -> None:
+    for words in ("need 46 % of the multiply-adds, and 88.3 % of images are right in place of 88.4 %", "difference -0.10 points",
+                  "0.62 % get another class", "lite0 0.710 60.0 % 25 % 4.4 85.1 %", "+ lite1 never 25.0 % 60 % 10.4 87.7 %",
+                  "+ lite2 the whole ensemble 15.0 % 100 % 17.3 88.3 %", "7.1 ms on average when it may stop early",
+                  "thresholds chosen on other folds' rows"):  # fmt: skip
+        assert words in full.text, words
 
 
 @pytest.mark.usefixtures("no_charts")
@@ -188,6 +196,9 @@ def test_an_old_run_says_plainly_what_it_lacks(tmp_path: Path) -> None:
      "No label looks wrong, and no two images are the same."),
     (lambda tree: tree.update(optimism=[]), "What its choices flatter was not measured"),
     (lambda tree: tree["conformal"].update(unknown=None), "sets of on average 1.2 classes"),
+    (lambda tree: tree.update(cascade={"missing": "members are not in every fold"}), "always asks every member: members are not in every fold."),
+    (lambda tree: tree.pop("export"), "46 % of the multiply-adds"),
+    (lambda tree: tree["cascade"]["measured"].pop(), "on which nothing of this was measured"),
     (lambda tree: tree.update(calibration={"name": "none", "reason": "", "temperature": None}), "without a correction."),
     (lambda tree: tree.update(calibration=None, temperature=1.5), "calibrated (temperature 1.50)"),
     (lambda tree: [s.update(macs=None) for s in tree["scores"]], "say nothing of their cost"),

@@ -22,15 +22,16 @@ BATCH_PIXELS = 4_000_000
 WORKERS = 2
 """Threads: one decodes while the model works for the other."""
 
-Answer = tuple[np.ndarray, np.ndarray]
-"""Probabilities (k,) and each member's (m, k)."""
-Run = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""The model: uint8 (b, h, w, 3) to probabilities (b, k) and each member's (b, m, k)."""
+Answer = tuple[np.ndarray, ...]
+"""Probabilities (k,), each member's (m, k), and what else the model tells of an image."""
+Run = Callable[[np.ndarray, str], tuple[np.ndarray, ...]]
+"""The model: uint8 (b, h, w, 3) and a mode to probabilities (b, k), each member's (b, m, k), and more of length b."""
 
 
 class _Job(NamedTuple):
     content: bytes
     size: tuple[int, int]
+    mode: str
     answer: Future[Answer]
 
     @property
@@ -39,7 +40,7 @@ class _Job(NamedTuple):
 
 
 class Batcher:
-    """Answers images in threads of its own, in the order in which they come, those of one size together.
+    """Answers images in threads of its own, in the order in which they come, those of one size and mode together.
 
     Args:
         run: the model; may be called by several threads.
@@ -56,8 +57,10 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, content: bytes, size: tuple[int, int]) -> Future[Answer]:
+    def submit(self, content: bytes, size: tuple[int, int], mode: str = "full") -> Future[Answer]:
         """Ask for the answer of an image file of that width and height, as `images.measure` finds them.
+
+        The mode is handed to the model.
 
         The future fails with DataError where the image cannot be decoded, with ExportError where the model fails.
 
@@ -68,7 +71,7 @@ class Batcher:
         with self._news:
             if not self._open:
                 raise RuntimeError("closed")
-            self._jobs.append(_Job(content, size, answer))
+            self._jobs.append(_Job(content, size, mode, answer))
             self._news.notify()
         return answer
 
@@ -107,7 +110,7 @@ class Batcher:
         if first is None:
             return []
         most = max(1, min(self._batch, BATCH_PIXELS // max(first.pixels, 1)))
-        alike = [job for job in self._jobs if job.size == first.size][:most]
+        alike = [job for job in self._jobs if (job.size, job.mode) == (first.size, first.mode)][:most]
         taken = {id(job) for job in alike}
         self._jobs = [job for job in self._jobs if id(job) not in taken]
         self._large |= first.pixels > BATCH_PIXELS
@@ -131,7 +134,7 @@ class Batcher:
     def _infer(self, group: list[tuple[_Job, np.ndarray]]) -> None:
         try:
             images = [pixels for _, pixels in group]
-            probs, members = self._run(images[0][None] if len(images) == 1 else np.stack(images))
+            found = self._run(images[0][None] if len(images) == 1 else np.stack(images), group[0][0].mode)
         except BaseException as error:
             if len(group) > 1 and isinstance(error, ThreefoldError):
                 for one in group:  # a batch may ask for more memory than its images do one by one
@@ -142,4 +145,4 @@ class Batcher:
             return
         self._watch(len(group))
         for i, (job, _) in enumerate(group):
-            job.answer.set_result((probs[i], members[i]))
+            job.answer.set_result(tuple(part[i] for part in found))

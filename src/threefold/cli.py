@@ -32,6 +32,11 @@ Sets = Annotated[
     typer.Option("--set", metavar="PATH=VALUE", help="Change one recipe value, e.g. train.batch_size=64."),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", help="A line per job and epoch.")]
+Mode = Annotated[str, typer.Option("--mode", help="full: every member; fast: stop where the first members are sure.")]
+Milliseconds = Annotated[
+    str,
+    typer.Option("--budget", help="Time of the model for an image, e.g. 15ms: as many members as fit, measured here."),
+]
 Out = Annotated[Path, typer.Option("--out", help="The run folder.")]
 
 
@@ -46,8 +51,9 @@ def main() -> None:
         sys.exit(0)
 
 
-def _tell(error: ThreefoldError) -> None:
-    err.print(f"[bold red]error[/] {plain(error)}")
+def _tell(what: ThreefoldError | str) -> None:
+    sign = "[bold red]error[/] " if isinstance(what, ThreefoldError) else ""
+    err.print(f"{sign}{plain(what)}", highlight=False)
 
 
 @contextmanager
@@ -236,12 +242,15 @@ def predict(
     top: Annotated[int, typer.Option("--top", min=1, help="How many classes to name.")] = 3,
     as_json: Json = False,
     csv: Annotated[bool, typer.Option("--csv", help="One row per image with every probability.")] = False,
+    mode: Mode = "full",
+    budget: Milliseconds = "",
 ) -> None:
     """Classify images with an exported file; needs neither torch nor the run."""
     from threefold import answers
 
     form = "json" if as_json else "csv" if csv else "text"
-    failed = answers.write(sys.stdout, _tell, model, images, top, form)
+    spent = answers.milliseconds(budget, mode)
+    failed = answers.write(sys.stdout, _tell, model, images, top, form, mode, spent)
     if failed:
         raise SystemExit(1)
 
@@ -258,8 +267,11 @@ def serve(
         list[str] | None,
         typer.Option("--limit", metavar="NAME=NUMBER", help="Change one limit, e.g. pixels=50000000; may be repeated."),
     ] = None,
+    mode: Mode = "full",
+    budget: Milliseconds = "",
 ) -> None:
     """A page to drop images on, and POST /predict for programs; GET /card, /health, /metrics, /openapi.json."""
+    from threefold.answers import milliseconds
     from threefold.limits import Limits
     from threefold.serve import LOOPBACK, run_server
 
@@ -269,7 +281,8 @@ def serve(
         if host not in LOOPBACK and not api_key:
             err.print("[yellow]note[/] no API key: whoever reaches this address can use the model")
 
-    run_server(model, host, port, api_key, Limits().changed(limits or ()), ready)
+    spent = milliseconds(budget, mode)
+    run_server(model, host, port, api_key, Limits().changed(limits or ()), ready, mode, spent)
 
 
 @app.command("list")

@@ -57,13 +57,18 @@ def _predict(words: Sequence[str]) -> None:
     parser.add_argument("--top", type=int, default=3, help="How many classes to name.")
     parser.add_argument("--json", action="store_true", help="Machine-readable output.")
     parser.add_argument("--csv", action="store_true", help="One row per image with every probability.")
+    parser.add_argument(
+        "--mode", default="full", help="full: every member; fast: stop where the first members are sure."
+    )
+    parser.add_argument("--budget", default="", help="Time of the model for an image, e.g. 15ms; see the cascade.")
     given = parser.parse_intermixed_args(words)
     if given.top < 1:
         parser.error("--top is at least 1")
     form = "json" if given.json else "csv" if given.csv else "text"
 
-    def tell(error: object) -> None:
-        print(f"error {error}", file=sys.stderr)
+    def tell(what: object) -> None:
+        print(f"error {what}" if isinstance(what, ThreefoldError) else what, file=sys.stderr)
 
-    if answers.write(sys.stdout, tell, given.model, given.images, given.top, form):
+    spent = answers.milliseconds(given.budget, given.mode)
+    if answers.write(sys.stdout, tell, given.model, given.images, given.top, form, given.mode, spent):
         sys.exit(1)

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from threefold.augment import resize_square
+from threefold.cascade import Cascade
+from threefold.cascading import add_cascade
 from threefold.errors import ExportError, RunError
 from threefold.files import write_bytes
 from threefold.pipeline import MemberPipeline, Pipeline, mix
@@ -35,7 +37,11 @@ IR_VERSION = 10
 
 
 def export(
-    pipeline: Pipeline, path: str | Path, images: Sequence[np.ndarray], metadata: Mapping[str, Any] | None = None
+    pipeline: Pipeline,
+    path: str | Path,
+    images: Sequence[np.ndarray],
+    metadata: Mapping[str, Any] | None = None,
+    cascade: Cascade | None = None,
 ) -> dict[str, Any]:
     """Write the pipeline as one ONNX file; nothing is written if its answers differ from the pipeline's.
 
@@ -43,7 +49,8 @@ def export(
         pipeline: what to export, in eval mode on the CPU.
         path: file to write, `.onnx`.
         images: real images uint8 (h, w, 3), any sizes, on which the answers are compared.
-        metadata: model card to store with the file (plain values).
+        metadata: model card to store with the file (plain values); with a cascade its "cascade" holds that one's state.
+        cascade: fitted, of the pipeline's members; the file can then stop early, see `cascading`.
 
     Returns:
         The parity report: images, max_difference, top1_agreement, tolerance.
@@ -55,6 +62,8 @@ def export(
     if target.suffix != ".onnx":
         raise ExportError("cannot export to this kind of file", where=target, expected="a name that ends in .onnx")
     model = build_graph(pipeline)
+    if cascade is not None:
+        model = add_cascade(model, cascade, network_names(pipeline))
     return _gate(model, target, pipeline, images, dict(metadata or {}))
 
 
@@ -121,6 +130,18 @@ def build_graph(pipeline: Pipeline) -> onnx.ModelProto:
         stacked = "member_probs"
     _add_combiner(graph, pipeline, stacked)
     return graph.finish(len(pipeline.classes), len(pipeline.names))
+
+
+def network_names(pipeline: Pipeline) -> list[list[str]]:
+    """For each member the graph's values (b, k) that its networks give.
+
+    Raises:
+        ExportError: members are mixed over folds, so that no network is one member's alone.
+    """
+    if pipeline.mixing is not None:
+        raise ExportError("members that are not in every fold have no cascade", fix="ensemble.disagreement = 0")
+    members = cast(Iterable[MemberPipeline], pipeline.members)
+    return [[f"m{i}_fold{fold}_probs" for fold in range(len(member.predictors))] for i, member in enumerate(members)]
 
 
 def _trace(module: nn.Module, example: Tensor, names: tuple[str, str], dynamic: tuple[int, ...]) -> Any:

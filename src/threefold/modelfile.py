@@ -44,7 +44,7 @@ _METADATA, _INPUT, _OUTPUT = 14, 11, 12  # in a model; in its graph
 _DIMS, _DATA_TYPE, _RAW, _EXTERNAL_DATA, _DATA_LOCATION = 1, 2, 9, 13, 14  # in a tensor
 _BYTES: Final = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}  # by data type
 _VALUES: Final = (4, 5, 6, 7, 9, 10, 11)  # where a tensor keeps its values
-_UINT8, _FLOAT = 2, 1
+_UINT8, _FLOAT, _INT64 = 2, 1, 7
 _LOADING = threading.Lock()
 
 
@@ -257,10 +257,13 @@ class _Reader:
                 if number in (_INPUT, _OUTPUT):
                     name, kind, shape = self.value(*value)
                     ends[number, name] = kind, shape
-        k, m = len(card["classes"]), len(card["members"])
+        k, m, stages = len(card["classes"]), len(card["members"]), _stages(card)
         wanted = {(_INPUT, "images"): (_UINT8, [-1, -1, -1, 3]), (_OUTPUT, "probs"): (_FLOAT, [-1, k]),
                   (_OUTPUT, "member_probs"): (_FLOAT, [-1, m, k])}  # fmt: skip
-        if len([1 for number, _ in ends if number == _INPUT]) != 1 or any(ends.get(e) != v for e, v in wanted.items()):
+        if stages:
+            wanted |= {(_INPUT, "stop"): (_FLOAT, [stages - 1]), (_OUTPUT, "asked"): (_INT64, [-1])}
+        inputs = [name for number, name in ends if number == _INPUT]
+        if len(inputs) != (2 if stages else 1) or any(ends.get(e) != v for e, v in wanted.items()):
             raise _Bad(f"inputs or outputs are not those of a pipeline with {m} members and {k} classes")
 
     def value(self, begin: int, end: int) -> tuple[str, int, list[int]]:
@@ -321,6 +324,20 @@ def _parse_card(found: list[bytes]) -> dict[str, Any]:
         if len(set(names)) != len(names):
             raise _Bad(f"the model card has two {key} of one name")
     return card
+
+
+def _stages(card: Mapping[str, Any]) -> int:
+    """How many stages the card's cascade has; 0 without one."""
+    told = card.get("cascade")
+    if told is None:
+        return 0
+    try:
+        stages = len(told["state"]["stages"])
+    except (KeyError, TypeError, IndexError):
+        stages = 0
+    if not 2 <= stages <= MAX_MEMBERS:
+        raise _Bad("the model card has a cascade without stages")
+    return stages
 
 
 def _is_name(name: Any) -> bool:

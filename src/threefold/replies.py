@@ -33,10 +33,13 @@ class Answer(BaseModel):
     probability: float
     top: list[Share]
     members: dict[str, Opinion]
+    """Those that were asked: in the mode "fast" not always all."""
     set: list[str] | None = None
     """The prediction set, where the model has a threshold for it."""
     unknown: bool | None = None
     """Whether the image looks like none of the classes, where the model has a threshold for it."""
+    asked: int | None = None
+    """How many members were asked, where the model has a cascade."""
 
 
 class Answers(BaseModel):
@@ -59,16 +62,20 @@ class Failure(BaseModel):
     error: Problem
 
 
-def describe(model: Model, name: str, probs: np.ndarray, members: np.ndarray, top: int) -> Answer:
-    """An answer from probabilities (k,) and those of the members (m, k)."""
+def describe(
+    model: Model, name: str, probs: np.ndarray, members: np.ndarray, asked: np.ndarray | None = None, *, top: int
+) -> Answer:
+    """An answer from probabilities (k,), those of the members (m, k) and, of a cascade, how many stages were asked ()."""
     first, *_ = shares = _top(model, probs, top)
     told = {}
-    for member, row in zip(model.members, members, strict=True):
+    present = model.asked_members(None if asked is None else int(asked))
+    for member, row in ((model.members[i], members[i]) for i in present):
         best = _top(model, row, top)
         told[member] = Opinion(label=best[0].label, probability=best[0].probability, top=best)
     return Answer(
-        file=name, label=first.label, probability=first.probability, top=shares, members=told, **_doubt(model, probs)
-    )
+        file=name, label=first.label, probability=first.probability, top=shares, members=told,
+        asked=None if asked is None else len(present), **_doubt(model, probs),
+    )  # fmt: skip
 
 
 def _top(model: Model, probs: np.ndarray, top: int) -> list[Share]:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtri
 
 from threefold import charts, stats
 from threefold.pictures import Thumbs, data_uri
@@ -74,6 +73,8 @@ def shared_view(
         "calibration": tree.get("calibration"),
         "temperature": tree.get("temperature"),
         "conformal": tree.get("conformal"),
+        "cascade": tree.get("cascade"),
+        "latency": (tree.get("export") or {}).get("latency"),
         "optimism": optimism_view(tree.get("optimism")),
         "audit": audit_view(tree.get("audit"), thumbs),
         "ledger": tree.get("ledger"),
@@ -146,17 +147,6 @@ def cost_view(scores: Sequence[_Tree], rows: str, chosen: str | None, level: flo
     return {"points": points, "chart": charts.pareto(points, level), "told": told, "unnumbered": len(points) - number}
 
 
-def paired_interval(only_a: int, only_b: int, n: int, level: float) -> tuple[float, float]:
-    """Interval of the difference of two accuracies on the same n rows, from the rows that just one of the two has right.
-
-    The adjusted Wald interval of Bonett and Price (2012), which Fagerland et al. (2014) recommend for paired shares: one row is added
-    to each count. Rows count as independent.
-    """
-    a, b = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
-    half = float(ndtri((1 + level) / 2)) * ((a + b - (a - b) ** 2) / (n + 2)) ** 0.5
-    return max(-1.0, a - b - half), min(1.0, a - b + half)
-
-
 def paired_rows(comparisons: Sequence[_Tree], scores: Sequence[_Tree], level: float) -> dict[str, Any] | None:
     """Paired tests as a table and a chart: accuracy of both, difference and interval beside the counts, evidence first.
 
@@ -171,7 +161,7 @@ def paired_rows(comparisons: Sequence[_Tree], scores: Sequence[_Tree], level: fl
         difference, interval = c.get("difference"), c.get("interval")
         if n:
             difference = (c["only_a"] - c["only_b"]) / n if difference is None else difference
-            interval = paired_interval(c["only_a"], c["only_b"], n, level) if interval is None else interval
+            interval = stats.paired_interval(c["only_a"], c["only_b"], n, level) if interval is None else interval
         found.append({**c, "n": n, "accuracy_a": c.get("accuracy_a", a and a["accuracy"]), "accuracy_b": c.get("accuracy_b", b and b["accuracy"]),
                       "difference": difference, "interval": interval, "sure": c["p"] <= EVIDENCE})  # fmt: skip
     if len(found) > BARS:

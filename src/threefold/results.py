@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from threefold.assembly import choices_optimism
+from threefold.cascade import stages_by_cost
 from threefold.combiners import Ensemble, LinearEnsemble
 from threefold.cost import cost
 from threefold.distilled import distilled
@@ -21,6 +22,7 @@ from threefold.ledger import open_test, when_opened
 from threefold.recipe import MemberSpec
 from threefold.run import Run
 from threefold.saved import saved_predictions
+from threefold.savings import fit_savings
 from threefold.scoring import per_class
 from threefold.selection import SelectedEnsemble
 from threefold.teachers import Teaching
@@ -57,7 +59,7 @@ def write_results(run: Run, found: Evaluation, seconds: dict[str, float]) -> Non
         "comparisons": taught["tables"][0]["comparisons"] if taught else found.comparisons, "chosen": found.chosen, "combined": found.combined,
         "chosen_reason": found.reason, "temperature": found.calibration.temperature,
         "calibration": found.calibration.state(),
-        "conformal": _uncertainty(run, found), "per_class": per_class(found.rows, found.probs), "members": members,
+        "conformal": _uncertainty(run, found), "cascade": _cascade(run, found, members), "per_class": per_class(found.rows, found.probs), "members": members,
         "optimism": [*choices_optimism(run), *found.optimism], "ledger": found.ledger, "test_opened": when_opened(run.dir),
         "audit": audit, "notes": [*found.warnings, *audit["warnings"], *info["notes"]],
         **({"distill": taught} if taught else {}),
@@ -73,6 +75,38 @@ def _uncertainty(run: Run, found: Evaluation) -> dict[str, Any]:
     if found.rows.kind == "test":
         made = made.measure(found.probs, found.rows.labels, "test", found.rows.groups)
     return made.as_dict()
+
+
+def _cascade(run: Run, found: Evaluation, members: list[dict[str, Any]]) -> dict[str, Any]:
+    """The cascade of the chosen ensemble, measured cross-fitted and on test rows where there are any; else why there is none."""
+    oof, test = saved_predictions(run.dir)
+    names, used = members_in_file(found.ensemble, found.combined), used_members(found.ensemble, found.combined)
+    share = run.recipe.ensemble.disagreement
+    reasons = {
+        "the recipe wants none (ensemble.disagreement = 0)": not share,
+        "the chosen ensemble looks at one member only": len(used) < 2,
+        "members are not in every fold": any(spec.folds for spec in run.recipe.members),
+        "there are no out-of-fold rows to choose its thresholds on": oof is None,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            return {"missing": reason}
+    one = {row["name"]: row["flops"] for row in members}
+    costs = [float(one[n] * _passes(run, n)) for n in names]
+    stages, rows = stages_by_cost(costs, [names.index(n) for n in used]), found.fit_rows
+    made = fit_savings(
+        rows.select(names).probs, rows.labels, found.calibration.probs, stages,
+        costs=costs, members=names, disagreement=share, groups=rows.groups, folds=rows.parts,
+    )  # fmt: skip
+    if test is not None:
+        made = made.measure(test.select(names).probs, test.labels, found.probs, "test", test.groups)
+    return made.as_dict()
+
+
+def _passes(run: Run, name: str) -> int:
+    """How often an image goes through a network of the member: once for each of its networks and views."""
+    spec = run.recipe.member(name)
+    return run.networks(spec) * max(1, run.views(spec).count)
 
 
 def _preview(run: Run) -> dict[str, np.ndarray]:
@@ -98,9 +132,8 @@ def _with_costs(run: Run, found: Evaluation, members: list[dict[str, Any]]) -> l
     scores = []
     for score in found.scores:
         names = _used(found, score)
-        nets = {name: run.networks(run.recipe.member(name)) for name in names}
-        macs = sum(one[n]["flops"] * count * max(1, run.views(run.recipe.member(n)).count) for n, count in nets.items())
-        parameters = sum(one[n]["parameters"] * count for n, count in nets.items())
+        macs = sum(one[n]["flops"] * _passes(run, n) for n in names)
+        parameters = sum(one[n]["parameters"] * run.networks(run.recipe.member(n)) for n in names)
         scores.append({**score, "macs": macs, "parameters": parameters})
     return scores
 
@@ -119,3 +152,8 @@ def used_members(ensemble: Ensemble, names: tuple[str, ...]) -> list[str]:
     if isinstance(ensemble, LinearEnsemble):
         return [name for name, weight in zip(names, ensemble.weights_, strict=True) if weight > 0]
     return list(names)
+
+
+def members_in_file(ensemble: Ensemble, names: tuple[str, ...]) -> list[str]:
+    """The members whose networks an exported file holds: all, or those selected."""
+    return [names[i] for i in ensemble.chosen_] if isinstance(ensemble, SelectedEnsemble) else list(names)

@@ -236,6 +236,8 @@ class EnsembleSpec(Section):
     """Share of images whose right class may be missing from the prediction set (conformal alpha)."""
     reject: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of images of the classes that may be called unknown."""
+    disagreement: Share = 0.005
+    """Share of images whose class may be another than the full ensemble's where a cascade stops early (0 = no cascade)."""
     stacked: StackedSpec = StackedSpec()
 
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequ
 from contextlib import asynccontextmanager
 from importlib.resources import files as resources
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal, cast
 
 import numpy as np
 import uvicorn
@@ -17,7 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from threefold.batching import BATCH_PIXELS, Batcher
+from threefold.batching import BATCH_PIXELS, Answer, Batcher, Run
 from threefold.errors import DataError, ExportError, RunError
 from threefold.gauges import Gauges
 from threefold.guard import Guard, protocol
@@ -28,6 +28,9 @@ from threefold.runtime import Model, as_json
 
 MEMORY: Final = 2**30
 """Bytes that onnxruntime may take beside twice the size of the model file."""
+SAMPLE: Final = (256, 256, 3)
+"""The grey image on which a budget is measured."""
+Mode = Literal["full", "fast"]
 LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 PAGE: Final = {
     "/": "index.html",
@@ -44,7 +47,14 @@ KINDS: Final = {
 }
 
 
-def make_app(model: Model, limits: Limits | None = None, api_key: str = "", hosts: Collection[str] = ()) -> FastAPI:
+def make_app(
+    model: Model,
+    limits: Limits | None = None,
+    api_key: str = "",
+    hosts: Collection[str] = (),
+    mode: Mode = "full",
+    most: int = 0,
+) -> FastAPI:
     """The application around a loaded model: the page, POST /predict, GET /card, /health, /metrics, /openapi.json.
 
     Args:
@@ -52,14 +62,21 @@ def make_app(model: Model, limits: Limits | None = None, api_key: str = "", host
         limits: what is taken (default: `Limits()`).
         api_key: what /predict, /card and /metrics ask for; empty = nothing.
         hosts: the only host names that are answered to; empty = any.
+        mode: how requests are answered that name no mode, see `Model.run`.
+        most: stages of the cascade that "fast" asks at most; 0 = all.
+
+    Raises:
+        ExportError: the model has no cascade and one is asked for.
     """
+    model.stops(mode, most)
+    standard = mode
     limits = limits or Limits()
     batcher: list[Batcher] = []
     gauges = Gauges(lambda: sum(b.waiting() for b in batcher))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        batcher.append(Batcher(runner(model), limits.batch, gauges.batches.observe))
+        batcher.append(Batcher(runner(model, most), limits.batch, gauges.batches.observe))
         yield
         await asyncio.to_thread(batcher.pop().close)  # what is in flight has been answered by now
 
@@ -77,10 +94,11 @@ def make_app(model: Model, limits: Limits | None = None, api_key: str = "", host
 
     @app.get("/card")
     async def card() -> dict[str, Any]:
-        """The model card: what the model is, how it was scored, with which versions; and this server's limits."""
+        """The model card: what the model is, how it was scored, with which versions; this server's limits and mode."""
         return {
             **as_json(model.card),
             "limits": {k: getattr(limits, k) for k in ("files", "file_bytes", "pixels", "side")},
+            **({} if model.cascade is None else {"mode": standard, "most": most}),
         }
 
     @app.get("/metrics")
@@ -91,40 +109,44 @@ def make_app(model: Model, limits: Limits | None = None, api_key: str = "", host
     failures = {s: {"model": Failure} for s in (400, 401, 408, 413, 415, 429, 503)}
 
     @app.post("/predict", response_model=Answers, response_model_exclude_none=True, responses=failures, openapi_extra=BODY)  # type: ignore[arg-type] # fmt: skip
-    async def predict(request: Request, top: Annotated[int, Query(ge=1, le=1000)] = 3) -> Answers:
+    async def predict(
+        request: Request, top: Annotated[int, Query(ge=1, le=1000)] = 3, mode: Mode | None = None
+    ) -> Answers:
         """The most probable classes of each image, each member's opinion, and the prediction set if the model has one."""
+        if mode == "fast" and model.cascade is None:
+            raise Refusal(400, "mode", "this model has no cascade, so there is no mode but full")
         images = await read_images(request, limits)
         try:
             async with asyncio.timeout(limits.answer_seconds):
-                found = await _answer_all(batcher[0], images, limits)
+                found = await _answer_all(batcher[0], images, limits, mode or standard)
         except TimeoutError:
             raise Refusal(503, "timeout", f"no answer within {limits.answer_seconds} seconds; try again") from None
         gauges.images.inc(len(found))
-        return Answers(answers=[describe(model, i.name, *f, top) for i, f in zip(images, found, strict=True)])
+        return Answers(answers=[describe(model, i.name, *f, top=top) for i, f in zip(images, found, strict=True)])
 
     return app
 
 
-def runner(model: Model) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """The model on a batch, giving back the memory that a large image took."""
+def runner(model: Model, most: int = 0) -> Run:
+    """The model on a batch, giving back the memory that a large image took; with so many stages "fast" is content."""
     import onnxruntime
 
     frugal = onnxruntime.RunOptions()
     frugal.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
-    def run(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def run(images: np.ndarray, mode: str) -> Answer:
         large = images.size > BATCH_PIXELS
-        probs, members = model.session.run(["probs", "member_probs"], {"images": images}, frugal if large else None)
-        return probs, members
+        found = model.run(images, mode, most if mode == "fast" else 0, frugal if large else None)
+        return found[:2] if found.asked is None else (found.probs, found.members, found.asked)
 
     return run
 
 
-async def _answer_all(batcher: Batcher, images: Sequence[Image], limits: Limits) -> list[tuple[np.ndarray, np.ndarray]]:
+async def _answer_all(batcher: Batcher, images: Sequence[Image], limits: Limits, mode: str) -> list[Answer]:
     """Answers in the order of the images; if one cannot be had the request fails and what still waits is dropped."""
     sizes = await asyncio.to_thread(lambda: [size_of(image, limits) for image in images])
-    futures = [asyncio.wrap_future(batcher.submit(i.content, size)) for i, size in zip(images, sizes, strict=True)]
-    found: list[tuple[np.ndarray, np.ndarray]] = []
+    futures = [asyncio.wrap_future(batcher.submit(i.content, s, mode)) for i, s in zip(images, sizes, strict=True)]
+    found: list[Answer] = []
     try:
         for image, future in zip(images, futures, strict=True):
             found.append(await _refusing(future, image.name))
@@ -196,6 +218,8 @@ def run_server(
     api_key: str = "",
     limits: Limits | None = None,
     ready: Callable[[str], object] = lambda _: None,
+    mode: str = "full",
+    budget: float = 0.0,
 ) -> None:
     """Serve an exported file until SIGINT or SIGTERM; what is in flight then is still answered.
 
@@ -206,26 +230,32 @@ def run_server(
         api_key: what /predict, /card and /metrics ask for; empty = nothing.
         limits: what is taken.
         ready: told the address of the page once the port is open.
+        mode: how requests are answered that name no mode.
+        budget: milliseconds of the model for an image of 256 x 256, see `Model.afford`; it chooses the mode. 0 = none.
 
     Raises:
-        ExportError: the file is not a threefold model.
+        ExportError: the file is not a threefold model, has no cascade where one is asked for, or the budget is too small.
         RunError: the address cannot be had.
     """
-    model = Model(path, memory=MEMORY, spin=False)
-    server, listener = make_server(model, host, port, limits or Limits(), api_key)
+    model, most = Model(path, memory=MEMORY, spin=False), 0
+    if budget:
+        mode, most = model.afford(budget, np.full(SAMPLE, 128, np.uint8))
+    server, listener = make_server(model, host, port, limits or Limits(), api_key, mode, most)
     with listener:
         ready(f"http://{_shown(host)}:{listener.getsockname()[1]}")
         server.run(sockets=[listener])
 
 
 def make_server(
-    model: Model, host: str, port: int, limits: Limits, api_key: str = ""
+    model: Model, host: str, port: int, limits: Limits, api_key: str = "", mode: str = "full", most: int = 0
 ) -> tuple[uvicorn.Server, socket.socket]:
-    """A server that is not running yet, and the open port that it is to be run with.
+    """A server that is not running yet, and the open port that it is to be run with; the arguments are those of `make_app`.
 
     Raises:
+        ExportError: the mode is unknown, or the model has no cascade and one is asked for.
         RunError: the address cannot be had.
     """
+    model.stops(mode, most)
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=512)
@@ -235,7 +265,7 @@ def make_server(
         ) from None
     hosts = {*map(_shown, LOOPBACK), _shown(host.lower())} if host in LOOPBACK else set()
     config = uvicorn.Config(
-        make_app(model, limits, api_key, hosts), http=protocol(limits), ws="none", lifespan="on", log_level="warning",
+        make_app(model, limits, api_key, hosts, cast(Mode, mode), most), http=protocol(limits), ws="none", lifespan="on", log_level="warning",
         server_header=False, access_log=False, timeout_graceful_shutdown=limits.body_seconds + limits.answer_seconds,
     )  # fmt: skip
     return _Server(config), listener

@@ -162,6 +162,17 @@ def wilson_interval(correct: float, n: float, level: float = 0.95) -> Interval:
     return Interval(0.0 if correct == 0 else centre - half, 1.0 if correct == n else centre + half)
 
 
+def paired_interval(only_a: int, only_b: int, n: int, level: float) -> tuple[float, float]:
+    """Interval of the difference of two accuracies on the same n rows, from the rows that just one of the two has right.
+
+    The adjusted Wald interval of Bonett and Price (2012), which Fagerland et al. (2014) recommend for paired shares: one row is added
+    to each count. Rows count as independent.
+    """
+    a, b = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
+    half = float(ndtri((1 + level) / 2)) * ((a + b - (a - b) ** 2) / (n + 2)) ** 0.5
+    return max(-1.0, a - b - half), min(1.0, a - b + half)
+
+
 def share_interval(
     hits: npt.ArrayLike, groups: npt.ArrayLike | None = None, level: float = 0.95, among: npt.ArrayLike | None = None
 ) -> Interval:

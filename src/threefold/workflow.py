@@ -14,6 +14,7 @@ from PIL import Image
 
 from threefold import exporting
 from threefold.calibration import Calibration, saved_calibration
+from threefold.cascade import Cascade
 from threefold.errors import ExportError, RunError
 from threefold.files import read_arrays, read_json, write_json
 from threefold.jobs import train_members
@@ -23,7 +24,9 @@ from threefold.recipe import Recipe
 from threefold.report import write_report
 from threefold.results import evaluate_run, write_results
 from threefold.run import Run, RunWatcher
+from threefold.runtime import load
 from threefold.saved import evaluate_saved
+from threefold.savings import cascade_card
 from threefold.selection import restore
 from threefold.uncertainty import uncertainty_card
 
@@ -64,7 +67,7 @@ def export(
         members: other members than those that the recipe combines; one alone is exported as it is, by `mean`.
 
     Returns:
-        The parity report, with the file's path and size in bytes.
+        The parity report, with the file's path, its size in bytes, and its latency (`runtime.Model.latency`).
 
     Raises:
         ExportError: the answers differ, or the file cannot be written.
@@ -81,8 +84,11 @@ def export(
     pipeline = run.pipeline(combiner, names)
     dataset = run.sources.test if run.sources.test is not None else run.sources.train
     rows = np.linspace(0, len(dataset) - 1, min(PARITY_IMAGES, len(dataset))).astype(int)
-    report = exporting.export(pipeline, target, [dataset.pixels(int(row)) for row in rows], {**_card(run), **fitted})
+    images = [dataset.pixels(int(row)) for row in rows]
+    cascade = Cascade.from_state(fitted["cascade"]["state"]) if "cascade" in fitted else None
+    report = exporting.export(pipeline, target, images, {**_card(run), **fitted}, cascade)
     report |= {"path": str(target), "bytes": target.stat().st_size, "method": fitted["method"]}
+    report |= {"latency": load(target).latency(images)}
     _note_seconds(run, "export", time.monotonic() - began, {"export": report})
     return report
 
@@ -93,6 +99,8 @@ def _fitted(run: Run) -> tuple[Combiner, list[str], dict[str, Any]]:
     ensemble, names = restore(results["chosen"], read_arrays(run.dir / "ensemble.npz"), results["combined"])
     calibration = saved_calibration(results, len(results["classes"]))
     sets = uncertainty_card(results["conformal"]) if "conformal" in results else {}
+    if results.get("cascade", {}).get("members") == names:
+        sets |= cascade_card(results["cascade"])
     combiner = Combiner(ensemble.to_module(), calibration.to_module())
     return combiner, names, {**_card_of(results["chosen"], calibration, results["scores"]), **sets}
 

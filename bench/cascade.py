@@ -1,0 +1,146 @@
+"""What a cascade saves and what it costs: accuracy, multiply-adds and latency against the full ensemble.
+
+    uv run python bench/cascade.py runs/demo                        # a finished run: its out-of-fold and test rows, its model.onnx
+    uv run python bench/cascade.py predictions.npz --members A,B,C  # saved predictions: the mean, cross-fitted; every member costs one
+    uv run python bench/cascade.py model.onnx --images folder       # latency of a file by mode and stages
+
+A run is asked at several shares of disagreement; its thresholds are those of all out-of-fold rows on test rows and those of the other
+folds' rows on out-of-fold rows. `--networks` adds a grain that is not built: one network after another instead of one member.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+import threefold
+from threefold.answers import find_images
+from threefold.calibration import fit_calibration
+from threefold.cascade import Cascade, stages_by_cost
+from threefold.ensemble import MeanEnsemble
+from threefold.files import read_arrays
+from threefold.formats import read_predictions
+from threefold.images import decode
+from threefold.provenance import commit, hardware
+from threefold.results import evaluate_run, members_in_file, used_members
+from threefold.run import Run
+from threefold.savings import Saving, Savings, fit_savings
+
+SHARES = (0.0025, 0.005, 0.01, 0.02)
+HEAD = "| disagreement asked | rows | n | full | cascade | difference (points), 95 % interval | McNemar p | other class | stop after each stage | MACs |"
+
+
+def line(share: float, found: Saving) -> str:
+    """One row of the table."""
+    low, high = (100 * value for value in found.interval)
+    stops = " / ".join(f"{100 * value:.1f}" for value in found.shares)
+    return (
+        f"| {share:.2%} | {found.rows} | {found.n:,} | {found.full:.4f} | {found.accuracy:.4f} "
+        f"| {100 * found.difference:+.2f} [{low:+.2f}, {high:+.2f}] | {found.p:.2f} | {found.disagreement:.2%} | {stops} | {found.macs:.3f} |"
+    )
+
+
+def table(made: Sequence[tuple[float, Savings]]) -> None:
+    """Every share, on every kind of rows."""
+    print(HEAD)
+    print("|" + "---|" * (HEAD.count("|") - 1))
+    for share, savings in made:
+        for found in savings.measured:
+            print(line(share, found))
+
+
+def saved(path: Path, names: Sequence[str]) -> None:
+    """Saved predictions, combined by the calibrated mean."""
+    rows = read_predictions(path)
+    rows = rows.select(names or rows.members)
+    full = fit_calibration(
+        "temperature", MeanEnsemble().predict_proba(rows.probs), rows.labels, rows.parts, rows.groups
+    ).probs
+    costs = [1.0] * len(rows.members)
+    print(f"{len(rows.members)} members of one cost, mean, {len(rows):,} {rows.kind} rows")
+    table([(share, fit_savings(rows.probs, rows.labels, full, stages_by_cost(costs), costs=costs, members=rows.members,
+                               disagreement=share, groups=rows.groups, folds=rows.parts)) for share in SHARES])  # fmt: skip
+
+
+def run(folder: Path, networks: bool) -> None:
+    """A finished run's chosen ensemble."""
+    this = Run.open(folder)
+    found, results = evaluate_run(this), this.results
+    names = members_in_file(found.ensemble, found.combined)
+    used = [names.index(name) for name in used_members(found.ensemble, found.combined)]
+    flops = {row["name"]: row["flops"] for row in results["members"]}
+    counts = {n: this.networks(this.recipe.member(n)) * max(1, this.views(this.recipe.member(n)).count) for n in names}
+    costs = [float(flops[name] * counts[name]) for name in names]
+    rows, made = found.fit_rows, []
+    for share in SHARES:
+        one = fit_savings(rows.select(names).probs, rows.labels, found.calibration.probs, stages_by_cost(costs, used),
+                          costs=costs, members=names, disagreement=share, groups=rows.groups, folds=rows.parts)  # fmt: skip
+        if found.rows.kind == "test":
+            test = found.rows
+            one = one.measure(test.select(names).probs, test.labels, found.probs, "test", test.groups)
+            if networks:
+                finer(this, names, costs, one.cascade, found.probs, test.labels, share)
+        made.append((share, one))
+    print(
+        f"{folder.name}: {found.chosen} of {', '.join(names)}; costs {', '.join(f'{c / 1e6:.0f} M' for c in costs)} multiply-adds"
+    )
+    table(made)
+    if (folder / "model.onnx").is_file():
+        pixels = this.sources.test or this.sources.train
+        latency(folder / "model.onnx", [pixels.pixels(int(i)) for i in np.linspace(0, len(pixels) - 1, 100)])
+
+
+def finer(
+    this: Run,
+    names: Sequence[str],
+    costs: Sequence[float],
+    cascade: Cascade,
+    full: np.ndarray,
+    labels: np.ndarray,
+    share: float,
+) -> None:
+    """On test rows: the networks of one fold after another, then all that is left."""
+    for fold in this.final_folds:
+        paths = [this.folder(this.last_job(name, fold)) / "probs.npz" for name in names]
+        probs = np.stack([read_arrays(path)["test"].mean(0) for path in paths])
+        # The last stage's answer is the full ensemble's, whatever is given for its members.
+        answer = cascade.predict(probs, full)
+        order = [costs[i] for stage in cascade.stages for i in stage]
+        so_far = np.cumsum(order) / (len(this.final_folds) * sum(order))
+        so_far[-1] = 1.0
+        other = (answer.probs.argmax(1) != full.argmax(1)).mean()
+        print(f"by network, fold {fold}, {share:.2%} asked: other class {other:.2%}, accuracy {(answer.probs.argmax(1) == labels).mean():.4f}, "
+              f"MACs {so_far[answer.asked - 1].mean():.3f}")  # fmt: skip
+
+
+def latency(path: Path, images: Sequence[np.ndarray]) -> None:
+    """Milliseconds of an image, by mode and by number of stages, in turns."""
+    for threads in (1, 0):
+        told = threefold.load(path, threads).latency(images)
+        full, stages = told["full"], told.get("stages", [])
+        print(f"{len(images)} images, threads {threads or 'all'}: full {full:.2f} ms (median); fast {told.get('fast', float('nan')):.2f} ms (mean), "
+              f"{told.get('fast', float('nan')) / full:.2f} x; stages {', '.join(f'{s:.2f}' for s in stages)} ms")  # fmt: skip
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--members", default="")
+    parser.add_argument("--images", default="")
+    parser.add_argument("--networks", action="store_true")
+    words = parser.parse_args()
+    print(f"{hardware()}, commit {commit()}")
+    if words.path.is_dir():
+        run(words.path, words.networks)
+    elif words.path.suffix == ".onnx":
+        latency(words.path, [decode(path) for path in find_images([words.images])][:100])
+    else:
+        saved(words.path, [name for name in words.members.split(",") if name])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""The cascade on arrays: its answers, its bound, its scores, its state."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import beta
+
+from threefold.cascade import LEVEL, NEVER, Cascade, disagreement_bound, margins, parse_budget, stages_by_cost
+from threefold.ensemble import StackedEnsemble
+from threefold.errors import DataError, RunError
+from threefold.savings import CROSS_FITTED, cascade_card, fit_savings
+
+STAGES = [[0], [1], [2]]
+
+
+def world(seed: int, n: int, m: int = 3, k: int = 4, noise: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Members (m, n, k) that see the same truth through noise of their own, and labels."""
+    rng = np.random.default_rng(seed)
+    truth = rng.normal(0, 2, (n, k))
+    probs = np.exp(truth + noise * rng.normal(size=(m, n, k)))
+    return probs / probs.sum(-1, keepdims=True), (truth + rng.gumbel(size=(n, k))).argmax(1)
+
+
+def fitted(seed: int = 0, n: int = 2000, disagreement: float = 0.02) -> tuple[Cascade, np.ndarray, np.ndarray]:
+    probs, labels = world(seed, n)
+    return Cascade(STAGES).fit(probs, labels, probs.mean(0), disagreement), probs, labels
+
+
+def test_whoever_never_stops_gets_the_full_answer_bit_for_bit() -> None:
+    probs, labels = world(1, 400)
+    full = StackedEnsemble(16, epochs=3).fit(probs, labels).predict_proba(probs)
+    cascade = Cascade(STAGES).fit(probs, labels, full, 0.05)
+    found = cascade.predict(probs, full, cascade.stops("full"))
+    np.testing.assert_array_equal(found.probs, full)
+    assert (found.asked == 3).all()
+    fast = cascade.predict(probs, full)
+    late = fast.asked == 3
+    assert 0 < late.sum() < 400
+    np.testing.assert_array_equal(fast.probs[late], full[late])
+    assert np.abs(fast.probs[~late] - full[~late]).max() > 0.01
+
+
+def test_a_threshold_of_nothing_asks_the_first_member_only() -> None:
+    cascade, probs, _ = fitted()
+    found = cascade.predict(probs, probs.mean(0), [0.0, NEVER])
+    assert (found.asked == 1).all()
+    heat = probs[0] ** (1 / cascade.temperatures_[0])
+    np.testing.assert_allclose(found.probs, heat / heat.sum(1, keepdims=True), atol=1e-9)
+    for most in (1, 2):
+        assert cascade.predict(probs, probs.mean(0), cascade.stops("full", most)).asked.tolist() == [most] * 2000
+        assert cascade.predict(probs, probs.mean(0), cascade.stops("fast", most)).asked.max() == most
+
+
+def test_the_rows_of_the_fit_disagree_no_more_than_the_bound_allows() -> None:
+    cascade, probs, _ = fitted()
+    found = cascade.predict(probs, probs.mean(0))
+    other = int((found.probs.argmax(1) != probs.mean(0).argmax(1)).sum())
+    assert 0 < disagreement_bound(other, 2000) <= 0.02
+    assert disagreement_bound(other + 2, 2000) > 0.02  # and not by much: one row is charged for the second stage
+    assert disagreement_bound(3, 100) == pytest.approx(beta.ppf(LEVEL, 4, 97))
+    assert disagreement_bound(100, 100) == 1.0
+
+
+def test_too_few_rows_let_nobody_stop() -> None:
+    cascade, probs, _ = fitted(n=100, disagreement=0.005)
+    assert cascade.thresholds_.tolist() == [NEVER, NEVER]
+    assert (cascade.predict(probs, probs.mean(0)).asked == 3).all()
+
+
+@pytest.mark.parametrize(("members", "disagreement"), [(2, 0.02), (4, 0.02), (4, 0.01)])
+def test_the_bound_holds_on_new_rows_as_often_as_it_says(members: int, disagreement: float) -> None:
+    """Fitted on 800 rows of a large pool again and again: the pool's disagreement is above the asked share in 5 % of draws at most."""
+    probs, labels = world(2, 8_000, members, noise=1.2)
+    full, rng, draws = probs.mean(0), np.random.default_rng(0), 100
+    above = 0
+    for _ in range(draws):
+        rows = rng.choice(8_000, 800, replace=False)
+        cascade = Cascade([[i] for i in range(members)]).fit(probs[:, rows], labels[rows], full[rows], disagreement)
+        found = cascade.predict(probs, full)
+        above += (found.probs.argmax(1) != full.argmax(1)).mean() > disagreement
+    assert above <= (1 - LEVEL) * draws + 2 * (LEVEL * (1 - LEVEL) * draws) ** 0.5
+
+
+def test_rows_of_one_margin_stop_together() -> None:
+    probs = np.tile(np.array([[0.7, 0.3], [0.3, 0.7]]), (2, 500, 1))
+    probs[1, 0] = [0.0, 1.0]  # one of a thousand equal rows gets another class from both than from the first
+    cascade = Cascade([[0], [1]]).fit(probs, np.arange(1000) % 2, probs.mean(0), 0.005)
+    assert set(cascade.predict(probs, probs.mean(0)).asked) == {1}
+    probs[1, :12:2] = [0.0, 1.0]
+    cascade = Cascade([[0], [1]]).fit(probs, np.arange(1000) % 2, probs.mean(0), 0.005)
+    assert set(cascade.predict(probs, probs.mean(0)).asked) == {2}
+
+
+def test_cross_fitted_figures_use_no_row_that_they_are_of() -> None:
+    """Whatever one part says, the thresholds that answer it are the same."""
+    probs, labels = world(3, 900)
+    full, part = probs.mean(0), np.arange(900) % 3
+    found = fit_savings(probs, labels, full, STAGES, costs=[1, 2, 3], members="abc", disagreement=0.02, folds=part)
+    right, asked, other = np.empty(900, bool), np.empty(900, int), np.empty(900, bool)
+    for value in range(3):
+        held = part == value
+        cascade = Cascade(STAGES).fit(probs[:, ~held], labels[~held], full[~held], 0.02)
+        one = cascade.predict(probs[:, held], full[held])
+        right[held], asked[held] = one.probs.argmax(1) == labels[held], one.asked
+        other[held] = one.probs.argmax(1) != full[held].argmax(1)
+    told = found.measured[0]
+    assert (told.accuracy, told.disagreement, told.rows) == (right.mean(), other.mean(), CROSS_FITTED)
+    assert told.shares == tuple(np.bincount(asked, minlength=4)[1:] / 900)
+    assert told.macs == pytest.approx(np.array([1 / 6, 3 / 6, 1])[asked - 1].mean())
+    whole = full.argmax(1) == labels
+    assert (told.only_fast, told.only_full) == ((right & ~whole).sum(), (whole & ~right).sum())
+    assert told.interval[0] <= told.difference == right.mean() - whole.mean() <= told.interval[1]
+    assert found.cascade.state() == Cascade(STAGES).fit(probs, labels, full, 0.02).state()
+    assert [round(cap.shares[0], 9) for cap in found.caps] == [1.0, round(told.shares[0], 9)]
+
+
+def test_test_rows_are_measured_with_the_thresholds_of_all_rows() -> None:
+    probs, labels = world(4, 900)
+    new, truth = world(5, 500)
+    found = fit_savings(probs, labels, probs.mean(0), STAGES, costs=[1, 1, 1], members="abc", disagreement=0.02)
+    both = found.measure(new, truth, new.mean(0))
+    assert [m.rows for m in both.measured] == [CROSS_FITTED, "test"]
+    answer = found.cascade.predict(new, new.mean(0))
+    assert both.measured[1].accuracy == (answer.probs.argmax(1) == truth).mean()
+    assert both.caps[0].rows == "test"
+    assert both.caps[0].macs == pytest.approx(1 / 3)
+
+
+def test_groups_stay_whole_and_widen_the_intervals() -> None:
+    probs, labels = (np.repeat(part, 10, axis) for part, axis in zip(world(6, 60), (1, 0), strict=True))
+    groups = [f"p{i // 10}" for i in range(600)]
+    alone, whole = (fit_savings(probs, labels, probs.mean(0), STAGES, costs=[1, 1, 1], members="abc", disagreement=0.05, groups=g)
+                    for g in (None, groups))  # fmt: skip
+    assert alone.cascade.state() == whole.cascade.state()
+    assert np.ptp(whole.measured[0].disagreement_interval) > 1.2 * np.ptp(alone.measured[0].disagreement_interval)
+
+
+def test_the_state_goes_round_and_the_card_has_it() -> None:
+    cascade, probs, labels = fitted()
+    again = Cascade.from_state(json.loads(json.dumps(cascade.state(), allow_nan=False)))
+    for a, b in zip(cascade.predict(probs, probs.mean(0)), again.predict(probs, probs.mean(0)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    told = fit_savings(
+        probs, labels, probs.mean(0), STAGES, costs=[1, 2, 3], members="abc", disagreement=0.02
+    ).as_dict()
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    assert list(told) == ["state", "members", "costs", "measured", "caps"]
+    assert cascade_card(told)["cascade"]["state"] == cascade.state()
+    for broken in ({}, {"state": {}}, {**told, "state": {**told["state"], "thresholds": [0.5]}}):
+        with pytest.raises(DataError, match=r"not the (cascade of a run|state of a cascade)"):
+            cascade_card(broken)
+
+
+@pytest.mark.parametrize("change", [
+    {"stages": [[0], [0]]}, {"stages": [[0, 1, 2]]}, {"stages": 3}, {"stages": [[0], [1], ["x"]]}, {"stages": [[0], [1], [2e99]]},
+    {"thresholds": [0.5]}, {"thresholds": [float("nan"), 0.5]}, {"thresholds": [-1.0, 0.5]}, {"thresholds": "ab"},
+    {"temperatures": [0.0, 1.0]}, {"temperatures": [1.0, float("inf")]}, {"temperatures": None}, {"score": "top"}, {"n": None},
+])  # fmt: skip
+def test_a_state_that_cannot_be_is_refused_in_one_line(change: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"not the sta(te|ges) of a cascade") as error:
+        Cascade.from_state({**fitted(n=200)[0].state(), **change})
+    assert "\n" not in str(error.value)
+
+
+def test_stages_come_by_cost_and_idle_members_with_the_last() -> None:
+    assert stages_by_cost([3, 1, 2]) == [[1], [2], [0]]
+    assert stages_by_cost([1, 1]) == [[0], [1]]
+    assert stages_by_cost([1, 5, 3, 2], used=[1, 2]) == [[2], [1, 0, 3]]
+    np.testing.assert_allclose(margins(np.array([[0.2, 0.7, 0.1], [0.5, 0.0, 0.5]])), [0.5, 0.0])
+
+
+def test_budgets_are_read() -> None:
+    assert [parse_budget(text) for text in ("15ms", "0.5s", " 2.5 ms ")] == [15.0, 500.0, 2.5]
+    for text in ("15", "ms", "-3ms", "0ms", "1m", "1e3ms", "nan ms", "", "9" * 400 + "ms"):
+        with pytest.raises(DataError, match="not a time for an image; expected a number with ms or s"):
+            parse_budget(text)
+
+
+def test_bad_input_is_told_in_one_line() -> None:
+    probs, labels = world(7, 50)
+    for act, kind, message in (
+        (lambda: Cascade(STAGES).fit(probs, labels, probs.mean(0), 0.0), DataError, "disagreement is between 0 and 1"),
+        (lambda: Cascade([[0], [1]]).fit(probs, labels, probs.mean(0)), DataError, "the cascade is of other members"),
+        (lambda: Cascade([[0, 1, 2]]), DataError, "not the stages of a cascade"),
+        (lambda: Cascade(STAGES).predict(probs, probs.mean(0)), RunError, "the cascade is not fitted"),
+        (lambda: fitted()[0].stops("quick"), DataError, "unknown mode; expected full or fast"),
+        (lambda: fitted()[0].stops("fast", 4), DataError, "there are not so many stages"),
+        (lambda: fit_savings(probs, labels, probs.mean(0), STAGES, costs=[1], members="abc"), DataError, "costs or names"),
+        (lambda: fit_savings(probs, labels, probs.mean(0), STAGES, costs=[1, 1, 1], members="abc", folds=np.zeros(50)), DataError,
+         "cannot be cross-fitted"),
+    ):  # fmt: skip
+        with pytest.raises(kind, match=message):
+            act()
