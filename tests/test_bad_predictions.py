@@ -78,7 +78,7 @@ TEXTS: dict[str, tuple[str | bytes, str]] = {
     "an unknown label": (GOOD + "c,cow,1,0\n", "a label is no class.*row 2; expected one of cat, dog, got cow"),
     "a label nearly right": (GOOD + "c,Cat,1,0\n", "expected cat, or another, got Cat"),
     "a fold that is no number": ("label,fold,cat,dog\ncat,one,1,0\n", "no whole number.*column fold; got one"),
-    "an unknown protocol": ("label,protocol,cat,dog\ncat,fair,1,0\n", "unknown protocol; expected honest or paper, got fair"),
+    "an unknown protocol": ("label,protocol,cat,dog\ncat,fair,1,0\n", "unknown protocol; expected honest or paper or taught, got fair"),
     "two protocols": ("label,protocol,cat,dog\ncat,honest,1,0\ncat,paper,1,0\n", "same in all rows.*honest, paper"),
     "Latin 1": (GOOD.encode() + "c,cät,1,0\n".encode("latin-1"), "not UTF-8.*0xe4.*utf-8"),
     "UTF-16": (GOOD.encode("utf-16"), "UTF-16 text content; fix: save it as UTF-8"),
