@@ -26,7 +26,7 @@ SURFACE = {
     "ensemble": {"--method", "--members", "--top", "--reopen-test", "--labels", "--classes", "--json", "--html"},
     "evaluate": {"--members", "--labels", "--classes", "--json", "--html"},
     "compare": {"--shared", "--labels", "--classes", "--json", "--html"},
-    "export": {"--out", "--method", "--members"},
+    "export": {"--out", "--method", "--members", "--precision"},
     "predict": {"--top", "--json", "--csv"},
     "serve": {"--host", "--port", "--api-key", "--limit"},
     "report": {"--out"},

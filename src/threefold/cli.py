@@ -162,15 +162,18 @@ def export(
     members: Annotated[
         str, typer.Option("--members", help="Only these members, separated by commas; one alone is exported as it is.")
     ] = "",
+    precision: Annotated[
+        str, typer.Option("--precision", help="Of the members' weights: float32, float16, bfloat16 or int8.")
+    ] = "float32",
 ) -> None:
     """Write one ONNX file that answers as the run does; refuses if the answers differ."""
     from threefold import workflow
+    from threefold.parity import told
     from threefold.run import Run
 
-    made = workflow.export(Run.open(run_dir), target, method, [n for n in members.split(",") if n])
+    made = workflow.export(Run.open(run_dir), target, method, [n for n in members.split(",") if n], precision)
     out.print(
-        f"{made['path']}: {made['bytes'] / 1e6:.1f} MB, {made['method']}; against the pipeline on {made['images']} images: "
-        f"largest difference {made['max_difference']:.1e}, same class {made['top1_agreement']:.0%}"
+        f"{made['path']}: {made['bytes'] / 1e6:.1f} MB, {made['method']}, {precision}; {told(made)}", markup=False
     )
 
 
