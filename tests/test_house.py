@@ -14,7 +14,7 @@ SOURCES = sorted((ROOT / "src/threefold").glob("*.py"))
 ORDER = [
     "errors", "files", "overrides", "sections", "recipe", "scales", "paper_items", "backbones", "images", "listing", "archives", "pickled", "official", "arrays", "photos", "tables", "datasets", "fetch", "samples", "splits", "augment", "heads", "optim", "model", "cost", "predict",
     "pixels", "stages", "ledger", "predictions", "joining", "containers", "columns", "parts", "adapters", "formats", "choice", "combiners", "crossfit", "learned", "loglinear", "stacked", "scaling", "calibration", "joint", "gradcam", "ensemble", "diversity", "selection", "resampling", "weighted", "stats", "conformal", "uncertainty", "audit", "datacheck", "paired", "optimism", "scoring", "evaluate", "saved", "compare", "catalogue", "pipeline", "provenance", "run", "assembly", "findings", "jobs", "gallery", "results",
-    "parity", "precision", "modelfile", "runtime", "exporting", "answers", "limits", "gauges", "batching", "intake", "replies", "guard", "serve", "svg", "charts", "pictures", "render", "reportview", "report", "page",
+    "parity", "precision", "bundle", "modelfile", "runtime", "exporting", "targets", "answers", "limits", "gauges", "batching", "intake", "replies", "guard", "serve", "svg", "charts", "pictures", "render", "reportview", "report", "page",
     "plan", "workflow", "reproduce", "paper_figures", "terminal", "console", "cli_saved", "cli_data", "cli", "__init__", "__main__",
 ]  # fmt: skip
 TORCH = {
@@ -31,6 +31,7 @@ TORCH = {
     "jobs",
     "joint",
     "exporting",
+    "targets",
     "plan",
     "gradcam",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from test_export import pictures, whole
 from torch import nn
 
 import threefold
-from threefold import exporting, workflow
+from threefold import exporting, targets, workflow
 from threefold.errors import ExportError
 from threefold.files import sha256
 from threefold.parity import TOLERANCES, check, compare
@@ -27,7 +28,7 @@ class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = [3, 16, 16, 16, 16, 16, 16, 16, 32]
-        pairs = zip(widths, widths[1:], strict=False)
+        pairs = itertools.pairwise(widths)
         self.convs = nn.Sequential(
             *(nn.Sequential(nn.Conv2d(a, b, 3, 2 if b == 32 else 1, 1), nn.ReLU()) for a, b in pairs)
         )
@@ -150,7 +151,7 @@ def test_int8_is_calibrated_on_training_images_only(finished: Run, monkeypatch: 
         seen.update(words)
         raise ExportError("seen")
 
-    monkeypatch.setattr(exporting, "export", spy)
+    monkeypatch.setattr(targets, "export", spy)
     with pytest.raises(ExportError, match="seen"):
         workflow.export(finished, "never.onnx", precision="int8")
     train, test = finished.sources.train, finished.sources.test

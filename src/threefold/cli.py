@@ -157,7 +157,9 @@ def train(
 @app.command()
 def export(
     run_dir: Annotated[Path, typer.Argument(help="A finished run folder.")],
-    target: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("model.onnx"),
+    target: Annotated[
+        Path, typer.Option("--out", help="The file to write: .onnx, .pt2 (torch) or .xml (OpenVINO).")
+    ] = Path("model.onnx"),
     method: Annotated[str | None, typer.Option("--method", help="Another ensemble than the chosen one.")] = None,
     members: Annotated[
         str, typer.Option("--members", help="Only these members, separated by commas; one alone is exported as it is.")
@@ -166,7 +168,7 @@ def export(
         str, typer.Option("--precision", help="Of the members' weights: float32, float16, bfloat16 or int8.")
     ] = "float32",
 ) -> None:
-    """Write one ONNX file that answers as the run does; refuses if the answers differ."""
+    """Write one file that answers as the run does; refuses if the answers differ."""
     from threefold import workflow
     from threefold.parity import told
     from threefold.run import Run

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from threefold.augment import resize_square
-from threefold.errors import ExportError, RunError
-from threefold.files import write_bytes
+from threefold.bundle import publish, staged
+from threefold.errors import ExportError
 from threefold.parity import TOLERANCES, check, compare
 from threefold.pipeline import MemberPipeline, Pipeline, describe_preprocessing, mix
 from threefold.precision import check_precision, convert
@@ -32,7 +31,6 @@ from threefold.runtime import FORMAT, KEY, load
 
 TOLERANCE = TOLERANCES["float32"].difference
 """Largest difference of a probability between the file and the pipeline in eager PyTorch (float32)."""
-TOO_LARGE = 2**31 - 2**20
 OPSET = 20
 IR_VERSION = 10
 
@@ -50,6 +48,8 @@ def export(
 ) -> dict[str, Any]:
     """Write the pipeline as one ONNX file; nothing is written if its answers differ from the pipeline's.
 
+    Above 2 GB the weights are in a data file beside it, see `bundle`.
+
     Args:
         pipeline: what to export, in eval mode on the CPU.
         path: file to write, `.onnx`.
@@ -61,10 +61,10 @@ def export(
         calibration: training images uint8 (h, w, 3) that int8 takes its ranges from.
 
     Returns:
-        The parity report of `parity.compare`.
+        The parity report of `parity.compare`, with the bytes written.
 
     Raises:
-        ExportError: the answers differ, the precision is unknown, the model is above 2 GB, or the file cannot be written.
+        ExportError: the answers differ, the precision is unknown, or the file cannot be written.
     """
     target = Path(path)
     if target.suffix != ".onnx":
@@ -92,31 +92,15 @@ def _gate(
     measure: Callable[[np.ndarray], dict[str, Any]],
 ) -> dict[str, Any]:
     """Compare the file's answers with the pipeline's, then write it with the comparison inside."""
-    _set_card(model, card)
-    if model.ByteSize() > TOO_LARGE:
-        raise ExportError(
-            "the model is too large for one file",
-            where=target,
-            expected="at most 2 GB",
-            got=f"{model.ByteSize() / 2**30:.1f} GB",
-            fix='use folds.final = "refit", or fewer members',
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        trial = Path(folder) / "model.onnx"
-        _write(model, trial)
-        answers = load(trial).predict_proba(images)
-    report = measure(answers)
-    check(report, target)
-    _set_card(model, {**card, "parity": report})
-    _write(model, target)
-    return report
 
+    def seal(more: Mapping[str, Any]) -> None:
+        _set_card(model, {**card, **more})
 
-def _write(model: Any, path: Path) -> None:
-    try:
-        write_bytes(path, model.SerializeToString())
-    except RunError as error:
-        raise ExportError(str(error)) from None
+    with staged(model, target, seal) as trial:
+        report = measure(load(trial.model).predict_proba(images))
+        check(report, target)
+        seal({**trial.told, "parity": report})
+        return {**report, "bytes": publish(model, trial, target)}
 
 
 def _set_card(model: Any, card: dict[str, Any]) -> None:
@@ -351,8 +335,9 @@ class _Joiner:
             self.nodes, "threefold",
             [value("images", onnx.TensorProto.UINT8, ["batch", "height", "width", 3])],
             [value("probs", onnx.TensorProto.FLOAT, ["batch", num_classes]), value("member_probs", onnx.TensorProto.FLOAT, ["batch", num_members, num_classes])],
-            initializer=self.initializers,
         )  # fmt: skip
-        return onnx.helper.make_model(
+        model = onnx.helper.make_model(
             graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], producer_name="threefold", ir_version=IR_VERSION
         )
+        model.graph.initializer.extend(self.initializers)  # last: above 2 GB a graph can no longer be copied whole
+        return model

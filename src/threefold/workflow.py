@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from threefold import exporting
+from threefold import targets
 from threefold.calibration import Calibration, saved_calibration
 from threefold.datasets import ImageDataset
 from threefold.errors import ExportError, RunError
@@ -20,7 +20,7 @@ from threefold.files import read_arrays, read_json, sha256, write_json
 from threefold.jobs import train_members
 from threefold.pipeline import Combiner
 from threefold.plan import plan_folder
-from threefold.precision import CALIBRATION_IMAGES, check_precision
+from threefold.precision import CALIBRATION_IMAGES
 from threefold.recipe import Recipe
 from threefold.report import write_report
 from threefold.results import evaluate_run, write_results
@@ -66,7 +66,7 @@ def export(
 
     Args:
         run: a finished run.
-        path: the file (default model.onnx in the run folder).
+        path: the file, .onnx, .pt2 or .xml (default model.onnx in the run folder).
         method: another method than the chosen one.
         members: other members than those that the recipe combines; one alone is exported as it is, by `mean`.
         precision: of the members' weights: float32, float16, bfloat16, or int8, which is calibrated on training images.
@@ -75,15 +75,15 @@ def export(
         The parity report, with the file's path and size in bytes.
 
     Raises:
-        ExportError: the answers differ, the precision is unknown, or the file cannot be written.
+        ExportError: the answers differ, there is no such kind of file or precision, or the file cannot be written.
         RunError: the run is not complete.
     """
-    check_precision(precision)
+    target = Path(path) if path is not None else run.dir / "model.onnx"
+    targets.check_kind(target, precision)
     if not (run.dir / "results.json").exists():
         raise RunError(
             "the run is not complete", where=run.dir, fix=f"threefold train {run.dir / 'recipe.toml'} --out {run.dir}"
         )
-    target = Path(path) if path is not None else run.dir / "model.onnx"
     began = time.monotonic()
     again = method is not None or bool(members)
     combiner, names, fitted = _fit_again(run, method or "mean", members) if again else _fitted(run)
@@ -92,12 +92,12 @@ def export(
     train, test = run.sources.train, run.sources.test
     kind, dataset = ("train, seen by the networks", train) if test is None else ("test", test)
     rows = _spread(dataset, PARITY_IMAGES[precision])
-    report = exporting.export(
+    report = targets.export(
         pipeline, target, [dataset.pixels(row) for row in rows], card,
         labels=dataset.labels[rows], rows=kind, precision=precision,
         calibration=[train.pixels(row) for row in _spread(train, CALIBRATION_IMAGES)] if precision == "int8" else (),
     )  # fmt: skip
-    report |= {"path": str(target), "bytes": target.stat().st_size, "method": fitted["method"]}
+    report |= {"path": str(target), "method": fitted["method"]}
     _note_seconds(run, "export", time.monotonic() - began, {"export": report})
     return report
 
