@@ -152,7 +152,7 @@ def test_inputs_that_are_not_images(finished: Run, tmp_path: Path) -> None:
 
 
 def test_another_suffix_is_refused(finished: Run, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"ends in \.onnx"):
+    with pytest.raises(ExportError, match=r"ends in \.onnx, \.pt2 or \.xml"):
         workflow.export(finished, tmp_path / "model.pkl")
 
 

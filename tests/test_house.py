@@ -14,7 +14,7 @@ SOURCES = sorted((ROOT / "src/threefold").glob("*.py"))
 ORDER = [
     "errors", "extras", "files", "overrides", "sections", "recipe", "scales", "paper_items", "backbones", "images", "listing", "archives", "pickled", "official", "arrays", "photos", "tables", "datasets", "fetch", "samples", "splits", "augment", "heads", "optim", "model", "cost", "predict",
     "pixels", "softloss", "stages", "ledger", "predictions", "joining", "containers", "columns", "parts", "adapters", "formats", "choice", "combiners", "crossfit", "learned", "loglinear", "stacked", "scaling", "calibration", "joint", "gradcam", "ensemble", "diversity", "selection", "resampling", "weighted", "stats", "conformal", "uncertainty", "audit", "datacheck", "paired", "cascade", "savings", "optimism", "scoring", "evaluate", "saved", "compare", "catalogue", "pipeline", "provenance", "run", "teachers", "assembly", "findings", "jobs", "gallery", "distilled", "results",
-    "modelfile", "runtime", "cascading", "exporting", "answers", "limits", "webruntime", "webfolder", "gauges", "batching", "intake", "replies", "guard", "serve", "svg", "charts", "pictures", "render", "reportview", "report", "page",
+    "parity", "precision", "bundle", "modelfile", "runtime", "cascading", "exporting", "targets", "answers", "limits", "webruntime", "webfolder", "gauges", "batching", "intake", "replies", "guard", "serve", "svg", "charts", "pictures", "render", "reportview", "report", "page",
     "plan", "workflow", "student", "reproduce", "paper_figures", "terminal", "console", "cli_saved", "cli_data", "cli", "entry", "__init__", "__main__",
 ]  # fmt: skip
 TORCH = {
@@ -34,6 +34,7 @@ TORCH = {
     "plan",
     "gradcam",
     "softloss",
+    "targets",
 }
 PUBLIC = re.compile(r"^[^_]")
 

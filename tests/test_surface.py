@@ -26,7 +26,7 @@ SURFACE = {
     "ensemble": {"--method", "--members", "--top", "--reopen-test", "--labels", "--classes", "--json", "--html"},
     "evaluate": {"--members", "--labels", "--classes", "--json", "--html"},
     "compare": {"--shared", "--labels", "--classes", "--json", "--html"},
-    "export": {"--out", "--method", "--members", "--web", "--web-runtime"},
+    "export": {"--out", "--method", "--members", "--precision", "--web", "--web-runtime"},
     "distill": {"--student", "--out", "--set", "--verbose"},
     "predict": {"--top", "--json", "--csv", "--mode", "--budget"},
     "serve": {"--host", "--port", "--api-key", "--limit", "--mode", "--budget"},

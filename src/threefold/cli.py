@@ -167,11 +167,16 @@ def train(
 @app.command()
 def export(
     run_dir: Annotated[Path, typer.Argument(help="A finished run folder; for --web alone, an exported .onnx file.")],
-    target: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("model.onnx"),
+    target: Annotated[
+        Path, typer.Option("--out", help="The file to write: .onnx, .pt2 (torch) or .xml (OpenVINO).")
+    ] = Path("model.onnx"),
     method: Annotated[str | None, typer.Option("--method", help="Another ensemble than the chosen one.")] = None,
     members: Annotated[
         str, typer.Option("--members", help="Only these members, separated by commas; one alone is exported as it is.")
     ] = "",
+    precision: Annotated[
+        str, typer.Option("--precision", help="Of the members' weights: float32, float16, bfloat16 or int8.")
+    ] = "float32",
     web: Annotated[
         Path | None, typer.Option("--web", metavar="DIR", help="Write a folder that classifies in the browser, too.")
     ] = None,
@@ -182,19 +187,21 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write one ONNX file that answers as the run does; refuses if the answers differ."""
+    """Write one file that answers as the run does; refuses if the answers differ."""
     if run_dir.is_file():
         if web is None or method or members:
             raise ExportError("this is an exported file", where=run_dir, fix="give a run folder, or only --web DIR")
         _write_web(run_dir, web, web_runtime)
         return
+    if web is not None and target.suffix != ".onnx":
+        raise ExportError("the browser reads ONNX", where=target, fix="with --web, --out ends in .onnx")
     from threefold import workflow
+    from threefold.parity import told
     from threefold.run import Run
 
-    made = workflow.export(Run.open(run_dir), target, method, [n for n in members.split(",") if n])
+    made = workflow.export(Run.open(run_dir), target, method, [n for n in members.split(",") if n], precision)
     out.print(
-        f"{made['path']}: {made['bytes'] / 1e6:.1f} MB, {made['method']}; against the pipeline on {made['images']} images: "
-        f"largest difference {made['max_difference']:.1e}, same class {made['top1_agreement']:.0%}"
+        f"{made['path']}: {made['bytes'] / 1e6:.1f} MB, {made['method']}, {precision}; {told(made)}", markup=False
     )
     if web is not None:
         _write_web(target, web, web_runtime)

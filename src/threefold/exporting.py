@@ -8,30 +8,31 @@ from __future__ import annotations
 
 import copy
 import json
-import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from threefold.augment import resize_square
+from threefold.bundle import publish, staged
 from threefold.cascade import Cascade
 from threefold.cascading import add_cascade
-from threefold.errors import ExportError, RunError
-from threefold.files import write_bytes
-from threefold.pipeline import MemberPipeline, Pipeline, mix
+from threefold.errors import ExportError
+from threefold.parity import TOLERANCES, check, compare
+from threefold.pipeline import MemberPipeline, Pipeline, describe_preprocessing, mix
+from threefold.precision import check_precision, convert
 from threefold.predict import Predictor
 from threefold.runtime import FORMAT, KEY, load
 
-TOLERANCE = 1e-4
+TOLERANCE = TOLERANCES["float32"].difference
 """Largest difference of a probability between the file and the pipeline in eager PyTorch (float32)."""
-TOO_LARGE = 2**31 - 2**20
 OPSET = 20
 IR_VERSION = 10
 
@@ -41,74 +42,71 @@ def export(
     path: str | Path,
     images: Sequence[np.ndarray],
     metadata: Mapping[str, Any] | None = None,
+    *,
+    labels: npt.ArrayLike | None = None,
+    rows: str = "",
+    precision: str = "float32",
+    calibration: Sequence[np.ndarray] = (),
     cascade: Cascade | None = None,
 ) -> dict[str, Any]:
     """Write the pipeline as one ONNX file; nothing is written if its answers differ from the pipeline's.
+
+    Above 2 GB the weights are in a data file beside it, see `bundle`.
 
     Args:
         pipeline: what to export, in eval mode on the CPU.
         path: file to write, `.onnx`.
         images: real images uint8 (h, w, 3), any sizes, on which the answers are compared.
         metadata: model card to store with the file (plain values); with a cascade its "cascade" holds that one's state.
+        labels: class numbers of the images, where they are known: right answers lost and gained are counted.
+        rows: which images these are, for the card.
+        precision: of the members' weights, one of `precision.PRECISIONS`; its tolerances are in `parity.TOLERANCES`.
+        calibration: training images uint8 (h, w, 3) that int8 takes its ranges from.
         cascade: fitted, of the pipeline's members; the file can then stop early, see `cascading`.
 
     Returns:
-        The parity report: images, max_difference, top1_agreement, tolerance.
+        The parity report of `parity.compare`, with the bytes written.
 
     Raises:
-        ExportError: the answers differ, the model is above 2 GB, or the file cannot be written.
+        ExportError: the answers differ, the precision is unknown, or the file cannot be written.
     """
     target = Path(path)
     if target.suffix != ".onnx":
         raise ExportError("cannot export to this kind of file", where=target, expected="a name that ends in .onnx")
-    model = build_graph(pipeline)
+    check_precision(precision)
+    model = build_graph(pipeline, precision, calibration)
     if cascade is not None:
         model = add_cascade(model, cascade, network_names(pipeline))
-    return _gate(model, target, pipeline, images, dict(metadata or {}))
+    expected = pipeline.predict_proba(list(images))
+    card = card_of(pipeline, precision, dict(metadata or {}))
+    return _gate(model, target, card, images, lambda answers: compare(expected, answers, precision, labels, rows))
+
+
+def card_of(pipeline: Pipeline, precision: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    """The model card: what every file says, and the metadata of its run."""
+    return {
+        "format": FORMAT, "classes": list(pipeline.classes), "members": list(pipeline.names), "precision": precision,
+        "opset": OPSET, "preprocessing": describe_preprocessing(pipeline), **metadata,
+    }  # fmt: skip
 
 
 def _gate(
-    model: Any, target: Path, pipeline: Pipeline, images: Sequence[np.ndarray], metadata: dict[str, Any]
+    model: Any,
+    target: Path,
+    card: dict[str, Any],
+    images: Sequence[np.ndarray],
+    measure: Callable[[np.ndarray], dict[str, Any]],
 ) -> dict[str, Any]:
     """Compare the file's answers with the pipeline's, then write it with the comparison inside."""
-    card = {"format": FORMAT, "classes": list(pipeline.classes), "members": list(pipeline.names), **metadata}
-    _set_card(model, card)
-    if model.ByteSize() > TOO_LARGE:
-        raise ExportError(
-            "the model is too large for one file",
-            where=target,
-            expected="at most 2 GB",
-            got=f"{model.ByteSize() / 2**30:.1f} GB",
-            fix='use folds.final = "refit", or fewer members',
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        trial = Path(folder) / "model.onnx"
-        _write(model, trial)
-        answers = load(trial).predict_proba(images)
-    expected = pipeline.predict_proba(list(images))
-    report = {
-        "images": len(images),
-        "max_difference": float(np.abs(answers - expected).max()),
-        "top1_agreement": float((answers.argmax(1) == expected.argmax(1)).mean()),
-        "tolerance": TOLERANCE,
-    }
-    if not report["max_difference"] <= TOLERANCE:
-        raise ExportError(
-            "the exported file would answer differently, so it was not written",
-            where=target,
-            expected=f"difference <= {TOLERANCE}",
-            got=f"{report['max_difference']:.2e} over {len(images)} images",
-        )
-    _set_card(model, {**card, "parity": report})
-    _write(model, target)
-    return report
 
+    def seal(more: Mapping[str, Any]) -> None:
+        _set_card(model, {**card, **more})
 
-def _write(model: Any, path: Path) -> None:
-    try:
-        write_bytes(path, model.SerializeToString())
-    except RunError as error:
-        raise ExportError(str(error)) from None
+    with staged(model, target, seal) as trial:
+        report = measure(load(trial.model).predict_proba(images))
+        check(report, target)
+        seal({**trial.told, "parity": report})
+        return {**report, "bytes": publish(model, trial, target)}
 
 
 def _set_card(model: Any, card: dict[str, Any]) -> None:
@@ -116,11 +114,19 @@ def _set_card(model: Any, card: dict[str, Any]) -> None:
     onnx.helper.set_model_props(model, {KEY: json.dumps(card, ensure_ascii=False, default=float)})
 
 
-def build_graph(pipeline: Pipeline) -> onnx.ModelProto:
-    """The pipeline as an ONNX model: images uint8 (b, h, w, 3) to probs (b, k) and member_probs (b, m, k)."""
+def build_graph(
+    pipeline: Pipeline, precision: str = "float32", calibration: Sequence[np.ndarray] = ()
+) -> onnx.ModelProto:
+    """The pipeline as an ONNX model: images uint8 (b, h, w, 3) to probs (b, k) and member_probs (b, m, k).
+
+    Args:
+        pipeline: what to build.
+        precision: of the members' weights.
+        calibration: training images uint8 (h, w, 3), for int8.
+    """
     graph = _Joiner()
     members = cast(Iterable[MemberPipeline], pipeline.members)
-    outputs = [_add_member(graph, f"m{i}_", member) for i, member in enumerate(members)]
+    outputs = [_add_member(graph, f"m{i}_", member, precision, calibration) for i, member in enumerate(members)]
     if pipeline.mixing is None:
         stacked = graph.stack([graph.mean(copies, f"m{i}_probs") for i, copies in enumerate(outputs)], "member_probs")
     else:
@@ -163,7 +169,9 @@ def _trace(module: nn.Module, example: Tensor, names: tuple[str, str], dynamic: 
     return program.model_proto
 
 
-def _add_member(graph: _Joiner, prefix: str, member: MemberPipeline) -> list[str]:
+def _add_member(
+    graph: _Joiner, prefix: str, member: MemberPipeline, precision: str, calibration: Sequence[np.ndarray]
+) -> list[str]:
     """Graft one member: its resize once, then every fold model; returns the names of their probabilities."""
     canvas = f"pixels_{member.canvas}_{member.resize}"
     if canvas not in graph.values:
@@ -179,6 +187,7 @@ def _add_member(graph: _Joiner, prefix: str, member: MemberPipeline) -> list[str
     example = torch.zeros(2, 3, member.canvas, member.canvas)
     first = _trace(fused[0], example, ("pixels", "probs"), (0,))
     names = []
+    pixels = member.pixels(calibration) if precision == "int8" else None
     for fold, predictor in enumerate(fused):
         model = (
             first
@@ -186,6 +195,7 @@ def _add_member(graph: _Joiner, prefix: str, member: MemberPipeline) -> list[str
             else _with_weights(first, fused[0], predictor) or _trace(predictor, example, ("pixels", "probs"), (0,))
         )
         names.append(f"{prefix}fold{fold}_probs")
+        model = convert(model, precision, pixels)
         graph.graft(model, f"{prefix}fold{fold}_", {"pixels": canvas}, {"probs": names[-1]})
     return names
 
@@ -343,8 +353,9 @@ class _Joiner:
             self.nodes, "threefold",
             [value("images", onnx.TensorProto.UINT8, ["batch", "height", "width", 3])],
             [value("probs", onnx.TensorProto.FLOAT, ["batch", num_classes]), value("member_probs", onnx.TensorProto.FLOAT, ["batch", num_members, num_classes])],
-            initializer=self.initializers,
         )  # fmt: skip
-        return onnx.helper.make_model(
+        model = onnx.helper.make_model(
             graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], producer_name="threefold", ir_version=IR_VERSION
         )
+        model.graph.initializer.extend(self.initializers)  # last: above 2 GB a graph can no longer be copied whole
+        return model

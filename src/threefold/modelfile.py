@@ -86,6 +86,19 @@ def read_card(path: str | Path, key: str) -> dict[str, Any]:
         ) from None
 
 
+def bytes_beside(path: Path, card: Mapping[str, Any]) -> int:
+    """Bytes of a bundle's data file, as it is on disk; 0 of a single file. `read_card` has checked what the tensors name."""
+    bundle = card.get("bundle")
+    name = bundle.get("file") if isinstance(bundle, Mapping) else None
+    if not isinstance(name, str) or name in ("", ".", "..") or any(sign in name for sign in "/\\:\0"):
+        return 0
+    try:
+        found = os.lstat(path.parent / name)
+    except OSError:
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
+
+
 def open_session(path: Path, threads: int = 0, memory: int = MEMORY, spin: bool = True) -> Any:
     """An onnxruntime session on the CPU whose memory is bounded and whose errors are one line.
 

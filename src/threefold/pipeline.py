@@ -6,8 +6,9 @@ what is served. Only `images.decode` (file -> RGB uint8) stays outside.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, cast
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, Literal, cast
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 
 from threefold.augment import resize_square
 from threefold.predict import Predictor
+
+BATCH: Final = 16
+"""Images of one size that `predict_proba` gives to the networks at once."""
 
 
 class MemberPipeline(nn.Module):
@@ -33,6 +37,14 @@ class MemberPipeline(nn.Module):
         """Probabilities (f, b, k) of each fold model."""
         pixels = resize_square(images, self.canvas, self.resize)
         return torch.stack([predictor(pixels) for predictor in self.predictors])
+
+    @torch.inference_mode()
+    def pixels(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """What the networks see of uint8 images (h, w, 3) of any sizes: float32 (n, 3, canvas, canvas) in 0..255."""
+        seen = [
+            resize_square(torch.from_numpy(image[None].copy()), self.canvas, self.resize).numpy() for image in images
+        ]
+        return np.concatenate(seen) if seen else np.zeros((0, 3, self.canvas, self.canvas), np.float32)
 
 
 def mix(nets: Tensor, mixing: Tensor) -> Tensor:
@@ -101,7 +113,29 @@ class Pipeline(nn.Module):
 
     @torch.inference_mode()
     def predict_proba(self, images: list[np.ndarray]) -> np.ndarray:
-        """Probabilities float32 (n, k) of uint8 images (h, w, 3) of any sizes, one at a time."""
-        return np.concatenate(
-            [self(torch.from_numpy(np.ascontiguousarray(image[None])))[0].numpy() for image in images]
+        """Probabilities float32 (n, k) of uint8 images (h, w, 3) of any sizes; neighbours of one size go together."""
+        runs = (list(same) for _, same in itertools.groupby(images, key=np.shape))
+        stacks = (np.stack(run[i : i + BATCH]) for run in runs for i in range(0, len(run), BATCH))
+        return np.concatenate([self(torch.from_numpy(stack))[0].numpy() for stack in stacks])
+
+
+def describe_preprocessing(pipeline: Pipeline) -> list[dict[str, Any]]:
+    """What happens to an image before each member's networks, as plain values: resize, pixels, normalisation, views."""
+    told = []
+    for member in cast(Iterable[MemberPipeline], pipeline.members):
+        predictor = cast(Predictor, member.predictors[0])
+        norms = [m for m in predictor.modules() if hasattr(m, "mean") and hasattr(m, "std")]
+        views = predictor.views
+        told.append(
+            {
+                "input": "uint8 RGB (height, width, 3), upright",
+                "resize": member.resize,
+                "filter": "triangle, antialiased",
+                "pixels": member.canvas,
+                "mean": [cast(Tensor, m.mean).flatten().tolist() for m in norms],
+                "std": [cast(Tensor, m.std).flatten().tolist() for m in norms],
+                "scale": "0..255",
+                "views": {"kind": views.kind, "count": views.count, "pixels": views.img_size} if views else None,
+            }
         )
+    return told

@@ -14,7 +14,7 @@ from threefold.cascade import MODES, Cascade
 from threefold.conformal import ConformalSets, UnknownThreshold
 from threefold.errors import DataError, ExportError
 from threefold.images import decode
-from threefold.modelfile import MEMORY, open_session, read_card
+from threefold.modelfile import MEMORY, bytes_beside, open_session, read_card
 
 FORMAT = 1
 """Version of the model card inside a file."""
@@ -71,7 +71,8 @@ class Model:
         self.members: tuple[str, ...] = tuple(self.card["members"])
         self.sets, self.unknown = self._uncertainty()
         self.cascade = self._cascade()
-        self.session = open_session(self.path, threads, memory, spin)
+        beside = bytes_beside(self.path, self.card)
+        self.session = open_session(self.path, threads, memory + 2 * beside, spin)
 
     def _uncertainty(self) -> tuple[dict[bool, ConformalSets], UnknownThreshold | None]:
         """What the card says of sets and of unknown images, as far as it does."""

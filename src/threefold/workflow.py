@@ -12,14 +12,16 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from threefold import exporting
+from threefold import targets
 from threefold.calibration import Calibration, saved_calibration
 from threefold.cascade import Cascade
+from threefold.datasets import ImageDataset
 from threefold.errors import ExportError, RunError
-from threefold.files import read_arrays, read_json, write_json
+from threefold.files import read_arrays, read_json, sha256, write_json
 from threefold.jobs import train_members
 from threefold.pipeline import Combiner
 from threefold.plan import plan_folder
+from threefold.precision import CALIBRATION_IMAGES
 from threefold.recipe import Recipe
 from threefold.report import write_report
 from threefold.results import evaluate_run, write_results
@@ -31,7 +33,8 @@ from threefold.selection import restore
 from threefold.uncertainty import uncertainty_card
 
 T = TypeVar("T")
-PARITY_IMAGES = 16
+PARITY_IMAGES = {"float32": 64, "float16": 512, "bfloat16": 512, "int8": 512}
+"""Images that a file is compared with the pipeline on; rounding shows on few, changed classes on many."""
 
 
 def train(recipe: Recipe, out: str | Path, watcher: RunWatcher | None = None, header: str = "") -> Run:
@@ -56,41 +59,75 @@ def train(recipe: Recipe, out: str | Path, watcher: RunWatcher | None = None, he
 
 
 def export(
-    run: Run, path: str | Path | None = None, method: str | None = None, members: Sequence[str] = ()
+    run: Run,
+    path: str | Path | None = None,
+    method: str | None = None,
+    members: Sequence[str] = (),
+    precision: str = "float32",
 ) -> dict[str, Any]:
     """Write a run's chosen ensemble as one file, behind the parity gate.
 
     Args:
         run: a finished run.
-        path: the file (default model.onnx in the run folder).
+        path: the file, .onnx, .pt2 or .xml (default model.onnx in the run folder).
         method: another method than the chosen one.
         members: other members than those that the recipe combines; one alone is exported as it is, by `mean`.
+        precision: of the members' weights: float32, float16, bfloat16, or int8, which is calibrated on training images.
 
     Returns:
         The parity report, with the file's path, its size in bytes, and its latency (`runtime.Model.latency`).
 
     Raises:
-        ExportError: the answers differ, or the file cannot be written.
+        ExportError: the answers differ, there is no such kind of file or precision, or the file cannot be written.
         RunError: the run is not complete.
     """
+    target = Path(path) if path is not None else run.dir / "model.onnx"
+    targets.check_kind(target, precision)
     if not (run.dir / "results.json").exists():
         raise RunError(
             "the run is not complete", where=run.dir, fix=f"threefold train {run.dir / 'recipe.toml'} --out {run.dir}"
         )
-    target = Path(path) if path is not None else run.dir / "model.onnx"
     began = time.monotonic()
     again = method is not None or bool(members)
     combiner, names, fitted = _fit_again(run, method or "mean", members) if again else _fitted(run)
     pipeline = run.pipeline(combiner, names)
-    dataset = run.sources.test if run.sources.test is not None else run.sources.train
-    rows = np.linspace(0, len(dataset) - 1, min(PARITY_IMAGES, len(dataset))).astype(int)
-    images = [dataset.pixels(int(row)) for row in rows]
-    cascade = Cascade.from_state(fitted["cascade"]["state"]) if "cascade" in fitted else None
-    report = exporting.export(pipeline, target, images, {**_card(run), **fitted}, cascade)
-    report |= {"path": str(target), "bytes": target.stat().st_size, "method": fitted["method"]}
-    report |= {"latency": load(target).latency(images)}
+    card = {**_card(run), "hashes": _hashes(run), **fitted}
+    train, test = run.sources.train, run.sources.test
+    kind, dataset = ("train, seen by the networks", train) if test is None else ("test", test)
+    rows = _spread(dataset, PARITY_IMAGES[precision])
+    images = [dataset.pixels(row) for row in rows]
+    report = targets.export(
+        pipeline, target, images, card, labels=dataset.labels[rows], rows=kind, precision=precision,
+        calibration=[train.pixels(row) for row in _spread(train, CALIBRATION_IMAGES)] if precision == "int8" else (),
+        cascade=Cascade.from_state(fitted["cascade"]["state"]) if "cascade" in fitted else None,
+    )  # fmt: skip
+    report |= {"path": str(target), "method": fitted["method"]}
+    if target.suffix == ".onnx":
+        report |= {"latency": load(target).latency(images[:16])}
     _note_seconds(run, "export", time.monotonic() - began, {"export": report})
     return report
+
+
+def _spread(dataset: ImageDataset, count: int) -> list[int]:
+    """Rows of a data set, evenly spread."""
+    return [int(row) for row in np.linspace(0, len(dataset) - 1, min(count, len(dataset)))]
+
+
+def _hashes(run: Run) -> dict[str, Any]:
+    """What the file was made of: the recipe, names and labels of the images, fitted ensemble, and every network's weights (SHA-256)."""
+    info = read_json(run.dir / "run.json")
+    jobs = [(spec, run.last_job(spec.name, fold)) for spec in run.recipe.members for fold in run.final_folds]
+    done = {
+        f"{job.member}/{job.fold}": read_json(run.folder(job) / "done.json")["files"]["weights.safetensors"]
+        for spec, job in jobs
+        if job.fold < 0 or not spec.folds or job.fold in spec.folds
+    }
+    return {
+        "recipe": info["digest"],
+        "data": info["data"],
+        "ensemble": sha256(run.dir / "ensemble.npz"),
+        "weights": done,
+    }
 
 
 def _fitted(run: Run) -> tuple[Combiner, list[str], dict[str, Any]]:

@@ -1,0 +1,121 @@
+"""How long one image takes: the exported file against the same pipeline in eager PyTorch at its best setting.
+
+    uv run python bench/latency.py RUN [--model MODEL] [--rounds 30] [--compile]
+
+Eager: every combination of 1 or 2 threads and contiguous or channels-last weights, in inference mode on one uint8 image;
+bfloat16 autocast too, where one try is not five times slower. File: `threefold.load`'s session with 1 and 2 threads. All take
+turns in one process, so that other work on the machine meets all of them; a round gives every candidate one call to warm up and
+one that counts. The best of a side is the one with the least median; the ratio is the median over rounds of best by best.
+`--compile` adds torch.compile in its default mode; that is not eager, and has a line of its own. Both sides start from the
+decoded image. Processor time is printed beside the clock: it is what is left of the answer where the machine is shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import threefold
+from threefold import workflow
+from threefold.pipeline import Pipeline
+from threefold.provenance import commit, hardware
+from threefold.run import Run
+
+THREADS = (1, 2)
+Call = Callable[[], Any]
+
+
+def eager(pipeline: Any, image: torch.Tensor, threads: int, half: bool = False) -> Call:
+    """One answer of the pipeline in PyTorch."""
+
+    def call() -> None:
+        torch.set_num_threads(threads)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            pipeline(image)
+
+    return call
+
+
+def exported(path: Path, image: np.ndarray, threads: int) -> Call:
+    """One answer of the file."""
+    model = threefold.load(path, threads)
+    return lambda: model.explain([image])
+
+
+def candidates(pipeline: Pipeline, path: Path, image: np.ndarray, compiled: bool) -> dict[str, Call]:
+    """What takes turns."""
+    tensor = torch.from_numpy(image[None])
+    last = copy.deepcopy(pipeline)
+    for module in last.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    found: dict[str, Call] = {}
+    for threads in THREADS:
+        found[f"file, {threads} threads"] = exported(path, image, threads)
+        for name, module in (("contiguous", pipeline), ("channels last", last)):
+            found[f"eager, {name}, {threads} threads"] = eager(module, tensor, threads)
+    plain, half = found["eager, channels last, 1 threads"], eager(last, tensor, 1, half=True)
+    if timed(half)[0] < 5 * timed(plain)[0]:
+        for threads in THREADS:
+            found[f"eager, channels last, bfloat16, {threads} threads"] = eager(last, tensor, threads, half=True)
+    else:
+        print("bfloat16 autocast: more than five times slower in one try, left out")
+    if compiled:
+        for threads in THREADS:
+            found[f"compiled, {threads} threads"] = eager(torch.compile(pipeline), tensor, threads)
+    return found
+
+
+def timed(call: Call) -> tuple[float, float]:
+    """Seconds and processor seconds of a call after one that does not count."""
+    call()
+    began, busy = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - began, time.process_time() - busy
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    run = Run.open(args.run)
+    combiner, names, _ = workflow._fitted(run)
+    pipeline = run.pipeline(combiner, names)
+    dataset = run.sources.test or run.sources.train
+    image = dataset.pixels(0)
+    path = args.model or args.run / "model.onnx"
+    print(f"{hardware()}, torch {torch.__version__}, commit {commit()}, {time.strftime('%Y-%m-%d')}; {len(names)} members, {run.networks(run.recipe.members[0])} folds, one image {image.shape}")  # fmt: skip
+    calls = candidates(pipeline, path, image, args.compile)
+    for call in calls.values():
+        timed(call)
+    taken = {name: np.array([(0.0, 0.0)] * args.rounds) for name in calls}
+    for i in range(args.rounds):
+        for name, call in calls.items():
+            taken[name][i] = timed(call)
+    print(f"{'':44}{'median ms':>10}{'least':>8}{'CPU ms':>8}")
+    for name, times in taken.items():
+        wall, busy = 1000 * times.T
+        print(f"{name:44}{np.median(wall):10.1f}{wall.min():8.1f}{np.median(busy):8.1f}")
+    for other in ("eager", "compiled")[: 2 if args.compile else 1]:
+        for what, axis in (("clock", 0), ("processor time", 1)):
+            best = {
+                side: min((n for n in taken if n.startswith(side)), key=lambda n: float(np.median(taken[n][:, axis])))
+                for side in ("file", other)
+            }
+            ratio = np.median(taken[best["file"]][:, axis] / taken[best[other]][:, axis])
+            print(f"by {what}: {best['file']} / {best[other]} = {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()

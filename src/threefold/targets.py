@@ -1,0 +1,181 @@
+"""The kinds of file a pipeline can be exported to, by the name's ending, each behind the same gate.
+
+`.onnx` is what `threefold.load`, `predict` and `serve` read. `.pt2` is torch's own format: `torch.export.load(PATH).module()` maps
+uint8 images (b, h, w, 3) to probs and member_probs. Loading one uses pickle inside torch, so load only files of your own; threefold
+never loads one but the file that it has just written. `.xml` is OpenVINO's, with the weights in a `.bin` beside it; loading
+it runs no code of the file. The model card is in the file `threefold.json` of the first, in the rt_info `threefold` of the second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from threefold import exporting
+from threefold.bundle import staged
+from threefold.cascade import Cascade
+from threefold.errors import ExportError
+from threefold.parity import check, compare
+from threefold.pipeline import Pipeline
+from threefold.precision import check_precision
+from threefold.runtime import KEY
+
+SUFFIXES: Final = (".onnx", ".pt2", ".xml")
+CARD_FILE: Final = f"{KEY}.json"
+"""Name of the model card inside a .pt2 file (torch.export's extra_files)."""
+Measure = Callable[[np.ndarray], dict[str, Any]]
+
+
+def export(
+    pipeline: Pipeline,
+    path: str | Path,
+    images: Sequence[np.ndarray],
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    labels: npt.ArrayLike | None = None,
+    rows: str = "",
+    precision: str = "float32",
+    calibration: Sequence[np.ndarray] = (),
+    cascade: Cascade | None = None,
+) -> dict[str, Any]:
+    """Write the pipeline as the kind of file that the name ends in; arguments and result are `exporting.export`'s.
+
+    A cascade is in `.onnx` files only; the others ask every member.
+
+    Raises:
+        ExportError: no such kind of file, or not in this precision; OpenVINO is not installed; the answers differ; or
+            the file cannot be written. Nothing is written then.
+    """
+    target = Path(path)
+    check_kind(target, precision)
+    if target.suffix == ".onnx":
+        return exporting.export(
+            pipeline, target, images, metadata,
+            labels=labels, rows=rows, precision=precision, calibration=calibration, cascade=cascade,
+        )  # fmt: skip
+    kept = {key: value for key, value in (metadata or {}).items() if key != "cascade"}
+    card = exporting.card_of(pipeline, precision, kept)
+    expected = pipeline.predict_proba(list(images))
+
+    def measure(answers: np.ndarray) -> dict[str, Any]:
+        report = compare(expected, answers, precision, labels, rows)
+        check(report, target)
+        return report
+
+    if target.suffix == ".pt2":
+        return _to_pt2(pipeline, target, images, {**card, "opset": None}, measure)
+    return _to_openvino(exporting.build_graph(pipeline, precision, calibration), target, images, card, measure)
+
+
+def check_kind(target: Path, precision: str) -> None:
+    """Refuse a kind of file that cannot be written, before anything takes time.
+
+    Raises:
+        ExportError: see `export`.
+    """
+    check_precision(precision)
+    if target.suffix not in SUFFIXES:
+        raise ExportError(
+            "cannot export to this kind of file", where=target, expected="a name that ends in .onnx, .pt2 or .xml"
+        )
+    if target.suffix == ".pt2" and precision != "float32":
+        raise ExportError(
+            "a .pt2 file holds float32 only", where=target, got=precision, fix="use a name that ends in .onnx or .xml"
+        )
+    if target.suffix == ".xml":
+        _openvino(target)
+
+
+def _openvino(target: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of modules that it has renamed
+            import openvino
+    except ImportError:
+        raise ExportError(
+            "OpenVINO is not installed", where=target, fix="pip install openvino (or threefold with the extra openvino)"
+        ) from None
+    return openvino
+
+
+def answers_of(call: Callable[[np.ndarray], np.ndarray], images: Sequence[np.ndarray]) -> np.ndarray:
+    """Probabilities (n, k) of images, each by itself as uint8 (1, h, w, 3)."""
+    return np.concatenate([call(np.ascontiguousarray(image[None])) for image in images])
+
+
+def _to_pt2(
+    pipeline: Pipeline, target: Path, images: Sequence[np.ndarray], card: dict[str, Any], measure: Measure
+) -> dict[str, Any]:
+    dynamic = dict.fromkeys((0, 1, 2), torch.export.Dim.DYNAMIC)
+    with _stage(target) as folder, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch warns about its own internals
+        example = torch.zeros(2, 30, 40, 3, dtype=torch.uint8)
+        program = torch.export.export(pipeline, (example,), dynamic_shapes=(dynamic,))
+        trial = Path(folder) / target.name
+        _save(program, trial, card, target)
+        loaded = torch.export.load(trial).module()
+        report = measure(answers_of(lambda image: loaded(torch.from_numpy(image))[0].numpy(), images))
+        _save(program, trial, {**card, "parity": report}, target)
+        _place(trial, target)
+    return {**report, "bytes": target.stat().st_size}
+
+
+def _save(program: Any, path: Path, card: dict[str, Any], target: Path) -> None:
+    try:
+        torch.export.save(program, path, extra_files={CARD_FILE: json.dumps(card, ensure_ascii=False, default=float)})
+    except (OSError, RuntimeError) as error:
+        raise ExportError("cannot write", where=target, got=str(error).splitlines()[0][:160]) from None
+
+
+def _to_openvino(
+    model: Any, target: Path, images: Sequence[np.ndarray], card: dict[str, Any], measure: Measure
+) -> dict[str, Any]:
+    openvino = _openvino(target)
+    with _stage(target) as folder, staged(model, Path(folder) / "model.onnx", lambda _: None) as onnx_file:
+        converted = openvino.convert_model(onnx_file.model)
+        trial = Path(folder) / target.name
+        openvino.save_model(converted, trial, compress_to_fp16=False)  # the precision is the graph's own
+        report = measure(_ask_openvino(openvino, trial, images))
+        converted.set_rt_info(json.dumps({**card, "parity": report}, ensure_ascii=False, default=float), [KEY])
+        openvino.save_model(converted, trial, compress_to_fp16=False)
+        weights = target.with_suffix(".bin")
+        with suppress(FileNotFoundError):
+            target.unlink()  # so that no .xml ever stands beside the weights of another
+        _place(trial.with_suffix(".bin"), weights)
+        _place(trial, target)
+    return {**report, "bytes": target.stat().st_size + weights.stat().st_size}
+
+
+def _ask_openvino(openvino: Any, model: Path, images: Sequence[np.ndarray]) -> np.ndarray:
+    """The file's answers on OpenVINO's CPU runtime; the hint keeps it from computing in bfloat16 where the processor can."""
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return answers_of(lambda image: np.array(compiled({"images": image})["probs"]), images)
+
+
+def _stage(target: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder beside the target, in which a file is written and tried before it takes its place."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise ExportError("cannot write", where=target, got=error.strerror or error) from None
+
+
+def _place(trial: Path, target: Path) -> None:
+    """Move a finished file into its place in one step, its content on the disk first."""
+    try:
+        with open(trial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(trial, target)
+    except OSError as error:
+        raise ExportError("cannot write", where=target, got=error.strerror or error) from None
