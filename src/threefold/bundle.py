@@ -46,7 +46,7 @@ def weight_bytes(model: Any) -> int:
 
 
 def _bytes(tensor: Any) -> int:
-    return math.prod(tensor.dims) * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    return int(math.prod(tensor.dims)) * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 @contextmanager
@@ -69,7 +69,8 @@ def staged(model: Any, target: Path, seal: Callable[[Mapping[str, Any]], None]) 
     except OSError as error:
         raise ExportError("cannot write", where=target, got=error.strerror or error) from None
     with holder as folder:
-        data, told = None, {}
+        data: Path | None = None
+        told: Mapping[str, Any] = {}
         if large:
             data, told = _move_weights(model, Path(folder), target.name)
         seal(told)
