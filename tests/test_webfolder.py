@@ -93,6 +93,9 @@ def test_the_same_command_again_replaces_the_folder_and_nothing_else_is_ever_rep
         webfolder.write_web(model, tmp_path, runtime)
     with pytest.raises(ExportError, match="cannot write the folder"):
         webfolder.write_web(model, model, runtime)
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(ExportError, match="other files"):
+        webfolder.write_web(model, tmp_path / "link", runtime)
     (tmp_path / "empty").mkdir()
     webfolder.write_web(model, tmp_path / "empty", runtime)
 
@@ -158,3 +161,27 @@ def test_the_command_takes_an_exported_file(tmp_path: Path) -> None:
     assert (tmp_path / "web/index.html").exists()
     for more in (["export", str(model)], [*words, "--method", "mean"]):
         assert isinstance(CliRunner().invoke(app, more).exception, ExportError)
+
+
+def test_a_folder_that_is_not_free_is_refused_before_the_export(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "no run"), "--web", str(tmp_path)])
+    assert "the folder holds other files" in str(done.exception)
+
+
+def test_the_old_folder_stays_where_the_new_one_cannot_be_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, runtime, folder = write_model(tmp_path / "m.onnx"), package(tmp_path / "ort.tgz"), tmp_path / "web"
+    webfolder.write_web(model, folder, runtime)
+    write_model(model, told=card(name="new"))
+    replace = webfolder.os.replace
+
+    def fails(source: Path, target: Path) -> None:
+        if Path(source).suffix == ".part":
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(webfolder.os, "replace", fails)
+    with pytest.raises(ExportError, match="No space left on device"):
+        webfolder.write_web(model, folder, runtime)
+    assert json.loads((folder / "card.json").read_text())["name"] == "colours"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "ort.tgz", "web"]

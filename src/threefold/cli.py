@@ -188,6 +188,10 @@ def export(
     ] = None,
 ) -> None:
     """Write one file that answers as the run does; refuses if the answers differ."""
+    if web is not None:
+        from threefold.webfolder import require_free
+
+        require_free(web)  # before the minutes that an export takes
     if run_dir.is_file():
         if web is None or method or members:
             raise ExportError("this is an exported file", where=run_dir, fix="give a run folder, or only --web DIR")

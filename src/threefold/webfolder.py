@@ -58,7 +58,7 @@ def write_web(
     """
     source, target, limits = Path(model), Path(folder), limits or Limits()
     loaded = Model(source)
-    _require_free(target)
+    require_free(target)
     parts = read_runtime(runtime)
     growing = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}.part")
     try:
@@ -83,13 +83,17 @@ def write_web(
             "runtime_bytes": sum(map(len, parts.values())), "runtime": card["runtime"]}  # fmt: skip
 
 
-def _require_free(target: Path) -> None:
-    """Nothing of somebody else's is overwritten."""
+def require_free(target: Path) -> None:
+    """Refuse a folder that `write_web` would have to refuse: nothing of somebody else's is overwritten.
+
+    Raises:
+        ExportError: it is a link or a file, or holds other files than such a folder's.
+    """
     try:
         found = set(os.listdir(target)) if target.exists() else set()
     except OSError as error:
         raise ExportError("cannot write the folder", where=target, got=error.strerror or error) from None
-    if found and (target.is_symlink() or found - OURS or "card.json" not in found):
+    if target.is_symlink() or (found and (found - OURS or "card.json" not in found)):
         got = ", ".join(sorted(found - OURS)[:3]) or "something else"
         raise ExportError("the folder holds other files", where=target, got=got, fix="choose a new folder")
 
@@ -169,5 +173,10 @@ def _move(growing: Path, target: Path) -> None:
     old = growing.with_suffix(".old")
     if target.exists():
         os.replace(target, old)
-    os.replace(growing, target)
+    try:
+        os.replace(growing, target)
+    except OSError:
+        if old.exists():
+            os.replace(old, target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
