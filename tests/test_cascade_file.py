@@ -22,11 +22,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 import threefold
-from threefold import answers, exporting, serve, workflow
+from threefold import answers, bundle, exporting, precision, serve, workflow
 from threefold.cascade import Cascade, margins
 from threefold.cascading import add_cascade
 from threefold.cli import app
 from threefold.errors import ExportError
+from threefold.parity import compare
 from threefold.pipeline import Combiner, MemberPipeline, Pipeline
 from threefold.predict import Predictor
 from threefold.run import Run
@@ -66,6 +67,12 @@ def middles(cascade: Cascade, probs: np.ndarray, full: np.ndarray) -> np.ndarray
     return np.array(found)
 
 
+def write(graph: Any, path: Path, pipeline: Pipeline, images: list[np.ndarray], card: dict[str, Any]) -> dict[str, Any]:
+    """A graph as a file, if it answers as the pipeline."""
+    expected, told = pipeline.predict_proba(images), exporting.card_of(pipeline, "float32", card)
+    return exporting._gate(graph, path, told, images, lambda found: compare(expected, found))
+
+
 @pytest.fixture(scope="module")
 def world() -> dict[str, Any]:
     """Three members of two networks each on two canvases, a stacked ensemble, and a cascade that sends rows everywhere."""
@@ -93,7 +100,7 @@ def world() -> dict[str, Any]:
 def model(world: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Model:
     path = tmp_path_factory.mktemp("file") / "model.onnx"
     graph = add_cascade(world["graph"], world["cascade"], exporting.network_names(world["pipeline"]))
-    report = exporting._gate(graph, path, world["pipeline"], pictures(20), world["card"])
+    report = write(graph, path, world["pipeline"], pictures(20), world["card"])
     assert report["max_difference"] < 1e-5
     return threefold.load(path)
 
@@ -103,8 +110,28 @@ def flat(world: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Mod
     """The same without a cascade."""
     path, graph = tmp_path_factory.mktemp("flat") / "model.onnx", onnx.ModelProto()
     graph.CopyFrom(world["graph"])
-    exporting._gate(graph, path, world["pipeline"], pictures(4), {})
+    write(graph, path, world["pipeline"], pictures(4), {})
     return threefold.load(path)
+
+
+def test_weights_of_later_members_go_into_a_bundle_and_into_half_precision(
+    world: dict[str, Any], model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = pictures(side=9)
+    expected = [model.run(image[None], "fast") for image in images]
+    for name, value in (("LIMIT", 50), ("SMALLEST", 40)):
+        monkeypatch.setattr(bundle, name, value)
+    monkeypatch.setattr(precision, "SMALLEST", 4)
+    for kind, close in (("float32", 1e-6), ("float16", 0.02)):
+        path = tmp_path / f"{kind}.onnx"
+        exporting.export(world["pipeline"], path, pictures(20), world["card"], precision=kind, cascade=world["cascade"])
+        large = [t for t in bundle._tensors(onnx.load(path, load_external_data=False).graph) if t.external_data]
+        assert len(large) > 6  # of all three members
+        found = [threefold.load(path).run(image[None], "fast") for image in images]
+        for mine, theirs in zip(found, expected, strict=True):
+            if kind == "float16" and mine.asked != theirs.asked:
+                continue  # a row beside a threshold
+            assert mine.probs == pytest.approx(theirs.probs, abs=close)
 
 
 def test_who_knows_nothing_of_it_gets_the_answer_of_the_file_without_bit_for_bit(model: Model, flat: Model) -> None:

@@ -42,7 +42,16 @@ class Staged(NamedTuple):
 
 def weight_bytes(model: Any) -> int:
     """Bytes of a model's tensors, without serialising it (which fails above 2 GB)."""
-    return sum(_bytes(tensor) for tensor in model.graph.initializer)
+    return sum(_bytes(tensor) for tensor in _tensors(model.graph))
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    """A graph's weights, those of its branches among them: a cascade keeps later members there."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _tensors(attribute.g)
 
 
 def _bytes(tensor: Any) -> int:
@@ -121,7 +130,7 @@ def data_file(target: Path) -> Path | None:
         head = onnx.load(target, load_external_data=False)
     except Exception:  # nothing there, or not a model: then there is nothing of ours beside it
         return None
-    named = {entry.value for t in head.graph.initializer for entry in t.external_data if entry.key == "location"}
+    named = {entry.value for t in _tensors(head.graph) for entry in t.external_data if entry.key == "location"}
     names = [name for name in named if re.fullmatch(re.escape(target.name) + r"\.[0-9a-f]{16}\.bin", name)]
     return target.parent / names[0] if len(named) == len(names) == 1 else None
 
@@ -132,7 +141,7 @@ def _move_weights(model: Any, folder: Path, name: str) -> tuple[Path, dict[str, 
     moved: list[tuple[Any, int, int]] = []
     try:
         with open(path, "wb") as file:
-            for tensor in model.graph.initializer:
+            for tensor in _tensors(model.graph):
                 if (
                     _bytes(tensor) < SMALLEST or tensor.data_type == onnx.TensorProto.INT64
                 ):  # shapes, read with the graph
