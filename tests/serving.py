@@ -94,6 +94,7 @@ def serving(path: Path, limits: Limits | None = None, **options: Any) -> Iterato
     thread.start()
     try:
         while not server.started:
+            assert thread.is_alive(), "the server ended before it started"
             time.sleep(0.01)
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:

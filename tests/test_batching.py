@@ -63,9 +63,11 @@ def hold(batcher: Batcher, fake: Fake) -> list[Future[batching.Answer]]:
     """Keep every worker busy, so that what is asked next waits."""
     fake.gate.clear()
     busy = [ask(batcher, picture((1, 1, 1), (100 + i, 1))) for i in range(batching.WORKERS)]
-    while fake.at_once < batching.WORKERS:
+    for _ in range(20_000):
+        if fake.at_once == batching.WORKERS:
+            return busy
         time.sleep(0.001)
-    return busy
+    raise AssertionError("the workers did not come to the gate")
 
 
 @settings(max_examples=15, deadline=None)
@@ -145,7 +147,7 @@ def test_a_bad_image_fails_alone(batcher: Batcher, fake: Fake) -> None:
 def test_a_batch_that_fails_is_tried_one_by_one() -> None:
     class Failing(Fake):
         def __call__(self, images: np.ndarray, mode: str) -> tuple[np.ndarray, ...]:
-            answer = super().__call__(images)
+            answer = super().__call__(images, mode)
             if len(images) > 1 or images[0, 0, 0, 0] == 13:
                 raise ExportError("too much memory")
             return answer
