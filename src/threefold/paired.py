@@ -290,9 +290,7 @@ def seeds_difference(
     of_images = s * float(((images - mean) ** 2).sum()) / (n - 1)
     of_rest = float(((cells - seeds[:, None] - images + mean) ** 2).sum()) / ((s - 1) * (n - 1))
     of_seeds = max(of_seeds, of_rest)
-    beyond = max(of_images - of_rest, 0.0)
-    if beyond < 1e-9 * of_rest:  # equal but for rounding, which must not change the degrees of freedom
-        beyond = 0.0
+    beyond = of_images - of_rest if of_images > (1 + 1e-9) * of_rest else 0.0  # rounding must not change the freedom
     freedom = of_seeds**2 / (s - 1)
     if beyond:
         freedom += of_images**2 / (n - 1) + of_rest**2 / ((s - 1) * (n - 1))
