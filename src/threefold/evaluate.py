@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import numpy as np
 
 from threefold.calibration import Calibration, fit_calibration
-from threefold.crossfit import side_by_side
+from threefold.crossfit import side_by_side, stratified_parts
 from threefold.diversity import TOLERANCE, duplicates
 from threefold.ensemble import BestEnsemble, Ensemble, choose, cross_fit
 from threefold.ledger import Ledger
@@ -124,6 +124,12 @@ class _Work:
     fitted: dict[str, tuple[Ensemble, np.ndarray]]
     nested: np.ndarray | None = None
 
+    @cached_property
+    def parts(self) -> np.ndarray:
+        """The parts of every cross-fit: the run's folds, or stratified ones, made once for all members."""
+        rows = self.rows
+        return rows.parts if rows.parts is not None else stratified_parts(rows.labels, rows.groups)
+
     def cross(self, methods: dict[str, Callable[[], Ensemble]]) -> None:
         """Fit methods on all rows, and cross-fit them, where they learn anything."""
         fitted = side_by_side(self._crossed, methods.values())
@@ -138,7 +144,7 @@ class _Work:
         rows, fits = self.rows, list[tuple[np.ndarray, np.ndarray]]()
         whole = partial(make().fit, rows.probs, rows.labels, rows.ids)
         apart = partial(
-            cross_fit, make, rows.probs, rows.labels, rows.parts, rows.groups, lambda *fit: fits.append(fit)
+            cross_fit, make, rows.probs, rows.labels, self.parts, rows.groups, lambda *fit: fits.append(fit)
         )
         tasks: tuple[Callable[[], Ensemble | np.ndarray], ...] = whole, apart
         ensemble, table = side_by_side(lambda task: task(), tasks)
@@ -151,7 +157,7 @@ class _Work:
 
     def calibrate(self, name: str, probs: np.ndarray) -> Calibration:
         """A calibration of that name, with cross-fitted probabilities."""
-        return fit_calibration(name, probs, self.rows.labels, self.rows.parts, self.rows.groups)
+        return fit_calibration(name, probs, self.rows.labels, self.parts, self.rows.groups)
 
     def optimism(self, crossed: dict[str, np.ndarray], chosen: str, chose: bool) -> list[dict[str, Any]]:
         """The meter's lines for what was chosen or fitted on these rows."""
