@@ -56,7 +56,7 @@ def export_pipeline(path: Path, size: int) -> None:
     """Three packaged members with random heads, as one file."""
     import torch
 
-    from threefold import exporting
+    from threefold import targets
     from threefold.ensemble import MeanEnsemble, TemperatureModule
     from threefold.model import build_member
     from threefold.pipeline import Combiner, MemberPipeline, Pipeline
@@ -71,7 +71,7 @@ def export_pipeline(path: Path, size: int) -> None:
         members[name] = MemberPipeline([Predictor(build_member(spec, 10))], size, "squash")
     mean = MeanEnsemble().fit(np.full((3, 10, 10), 0.1, np.float32), np.arange(10)).to_module()
     pipeline = Pipeline(members, Combiner(mean, TemperatureModule(1.0)), tuple("abcdefghij"))
-    exporting.export(pipeline, path, pictures(np.random.default_rng(1), 4), {"name": "bench", "method": "mean"})
+    targets.export(pipeline, path, pictures(np.random.default_rng(1), 4), {"name": "bench", "method": "mean"})
 
 
 def pictures(rng: np.random.Generator, count: int) -> list[np.ndarray]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: uv sync --group browser")
@@ -47,6 +48,15 @@ def articles(browser: Any, count: int) -> list[str]:
     """The text of the answers once all are there."""
     until(lambda: len(browser.find_elements("css selector", "article h2")) == count)
     return [a.text for a in browser.find_elements("css selector", "article")]
+
+
+def check_article(text: str, name: str, members: Sequence[str], p: np.ndarray, opinions: np.ndarray) -> None:
+    """An answer names its image, its share, and every member's: probabilities (k,) and (m, k)."""
+    assert name in text
+    assert f"{100 * p.max():.1f} %" in text
+    for member, row in zip(members, opinions, strict=True):
+        assert f"{member} " in text.replace("\n", " ")
+        assert f"{100 * row.max():.1f} %" in text
 
 
 def emulate(browser: Any, width: int, dark: bool) -> None:

@@ -14,13 +14,14 @@ import timm
 import torch
 from torch import nn
 
-from threefold import exporting
+from threefold import targets
 from threefold.backbones import INCEPTION_STATS, PAPER_BACKBONES, paper_backbone, resolve_backbone
 from threefold.catalogue import catalogue
 from threefold.combiners import MeanEnsemble
 from threefold.ensemble import TemperatureModule
 from threefold.heads import build_head, full_parameters
 from threefold.model import Member, build_member, set_trainable, train_mode
+from threefold.parity import TOLERANCES
 from threefold.pipeline import Combiner, MemberPipeline, Pipeline
 from threefold.predict import Predictor, to_pixels
 from threefold.recipe import HeadSpec, MemberSpec, StageSpec
@@ -282,7 +283,7 @@ def build_train_export(name: str, size: int, path: Path) -> dict[str, Any]:
     trained = time.monotonic()
     settle(member, pixels)
     pipeline = pipeline_of(member, size)
-    report = exporting.export(pipeline, path, list(pictures))
+    report = targets.export(pipeline, path, list(pictures))
     report |= {"build": built - began, "step": trained - built, "export": time.monotonic() - trained}
     spread = float(np.ptp(pipeline.predict_proba(list(pictures)), axis=0).max())
     return {"name": name, "size": size, "bytes": path.stat().st_size, "spread": spread, **report}
@@ -292,7 +293,7 @@ def build_train_export(name: str, size: int, path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("name", [*NAMES, *NEWER])
 def test_it_builds_learns_and_exports(name: str, tmp_path: Path) -> None:
     report = build_train_export(name, NEWER.get(name, SMALLEST), tmp_path / "m.onnx")
-    assert report["max_difference"] <= exporting.TOLERANCE
+    assert report["max_difference"] <= TOLERANCES["float32"].difference
     assert report["top1_agreement"] == 1.0
-    assert report["spread"] > 10 * exporting.TOLERANCE  # the answers depend on the image
+    assert report["spread"] > 10 * TOLERANCES["float32"].difference  # the answers depend on the image
     print(json.dumps(report))

@@ -12,8 +12,9 @@ import pytest
 import torch
 from test_backbones import coarse_pictures, learn, pipeline_of, settle
 
-from threefold import exporting
+from threefold import targets
 from threefold.model import build_member
+from threefold.parity import TOLERANCES
 from threefold.predict import to_pixels
 from threefold.recipe import HeadSpec, MemberSpec, packaged
 
@@ -39,8 +40,8 @@ def test_it_builds_learns_and_exports(family: str, head: HeadSpec, tmp_path: Pat
     pixels = to_pixels(pictures, torch.device("cpu"))
     learn(member, pixels)
     settle(member, pixels)
-    report = exporting.export(pipeline_of(member, 64), tmp_path / "m.onnx", list(pictures))
-    assert report["max_difference"] <= exporting.TOLERANCE
+    report = targets.export(pipeline_of(member, 64), tmp_path / "m.onnx", list(pictures))
+    assert report["max_difference"] <= TOLERANCES["float32"].difference
     assert report["top1_agreement"] == 1.0
 
 

@@ -15,6 +15,7 @@ import threefold
 from threefold import bundle, exporting, modelfile
 from threefold.errors import ExportError
 from threefold.files import sha256
+from threefold.parity import check
 from threefold.runtime import KEY
 
 RED = np.full((5, 7, 3), (200, 0, 0), np.uint8)
@@ -34,10 +35,17 @@ def write(path: Path, scale: float = 1.0, wrong: bool = False) -> dict[str, Any]
     weights.raw_data = (np.frombuffer(weights.raw_data, np.float32) * scale).astype(np.float32).tobytes()
 
     def measure(answers: np.ndarray) -> dict[str, Any]:
-        report = {"images": 1, "max_difference": 0.0, "tolerance": 1e-4, "changed": int(wrong), "changed_tolerance": 0}
-        return {**report, "precision": "float32", "loss_tolerance": 0, "answer": answers[0].tolist()}
+        report: dict[str, Any] = {
+            "images": 1,
+            "max_difference": 0.0,
+            "tolerance": 1e-4,
+            "changed": int(wrong),
+            "changed_tolerance": 0,
+        }
+        report |= {"precision": "float32", "loss_tolerance": 0, "answer": answers[0].tolist()}
+        return check(report, path)
 
-    return exporting._gate(model, path, card(), [RED], measure)
+    return exporting.write_onnx(model, path, card(), [RED], measure)
 
 
 @pytest.mark.usefixtures("small_limit")

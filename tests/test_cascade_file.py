@@ -22,12 +22,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 import threefold
-from threefold import answers, bundle, exporting, precision, serve, workflow
+from threefold import answers, bundle, exporting, precision, serve, targets, workflow
 from threefold.cascade import Cascade, margins
 from threefold.cascading import add_cascade
 from threefold.cli import app
 from threefold.errors import ExportError
-from threefold.parity import compare
+from threefold.parity import check, compare
 from threefold.pipeline import Combiner, MemberPipeline, Pipeline
 from threefold.predict import Predictor
 from threefold.run import Run
@@ -70,7 +70,7 @@ def middles(cascade: Cascade, probs: np.ndarray, full: np.ndarray) -> np.ndarray
 def write(graph: Any, path: Path, pipeline: Pipeline, images: list[np.ndarray], card: dict[str, Any]) -> dict[str, Any]:
     """A graph as a file, if it answers as the pipeline."""
     expected, told = pipeline.predict_proba(images), exporting.card_of(pipeline, "float32", card)
-    return exporting._gate(graph, path, told, images, lambda found: compare(expected, found))
+    return exporting.write_onnx(graph, path, told, images, lambda found: check(compare(expected, found), path))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_later_members_in_half_precision(
 ) -> None:
     monkeypatch.setattr(precision, "SMALLEST", 4)
     pipeline, card, path = world["pipeline"], world["card"], tmp_path / "m.onnx"
-    exporting.export(pipeline, path, pictures(20), card, precision="float16", cascade=world["cascade"])
+    targets.export(pipeline, path, pictures(20), card, precision="float16", cascade=world["cascade"])
     found, same = threefold.load(path), 0
     for image in pictures(side=9):
         mine, theirs = (each.run(image[None], "fast") for each in (found, model))

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import threefold
-from threefold import exporting, workflow
+from threefold import targets, workflow
 from threefold.ensemble import ENSEMBLES, TemperatureModule, make_ensemble
 from threefold.errors import DataError, ExportError
 from threefold.evaluate import evaluate
@@ -62,7 +62,7 @@ def test_sizes_never_seen_in_tracing_agree_with_eager(finished: Run) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ENSEMBLES)
 def test_every_ensemble_exports_exactly(finished: Run, tmp_path: Path, method: str) -> None:
-    report = exporting.export(whole(finished, method), tmp_path / "m.onnx", pictures())
+    report = targets.export(whole(finished, method), tmp_path / "m.onnx", pictures())
     assert report["max_difference"] < 1e-5
     assert report["top1_agreement"] == 1.0
 
@@ -74,7 +74,7 @@ def test_answers_that_differ_are_refused_and_nothing_is_written(
     honest = Pipeline.predict_proba
     monkeypatch.setattr(Pipeline, "predict_proba", lambda self, images: honest(self, images)[:, ::-1])
     with pytest.raises(ExportError, match=r"would answer differently.*expected difference <= 0.0001"):
-        exporting.export(pipeline, tmp_path / "m.onnx", pictures(2))
+        targets.export(pipeline, tmp_path / "m.onnx", pictures(2))
     assert not (tmp_path / "m.onnx").exists()
 
 

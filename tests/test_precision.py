@@ -169,7 +169,7 @@ def test_a_precision_that_changes_too_much_is_not_written(
 ) -> None:
     monkeypatch.setitem(TOLERANCES, "bfloat16", TOLERANCES["bfloat16"]._replace(difference=1e-9))  # type: ignore[arg-type]
     with pytest.raises(ExportError, match=r"expected difference <= 1e-09, got \d\.\d\de-\d\d over 6 images; fix: use"):
-        exporting.export(whole(finished), tmp_path / "m.onnx", pictures(), precision="bfloat16")
+        targets.export(whole(finished), tmp_path / "m.onnx", pictures(), precision="bfloat16")
     assert not list(tmp_path.iterdir())
     with pytest.raises(ExportError, match=r"expected float32 \| float16 \| bfloat16 \| int8, got int4"):
         workflow.export(finished, tmp_path / "m.onnx", precision="int4")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import CONTRAST, a_browser, articles, choose, emulate, needs_chromium, until, webdriver  # noqa: F401
+from browsing import CONTRAST, a_browser, articles, check_article, choose, emulate, needs_chromium, until, webdriver  # noqa: F401
 from serving import UNCERTAIN, card, picture, serving, write_model
 
 import threefold
@@ -57,11 +57,7 @@ def test_real_images_get_the_answers_of_the_file(browser: Any, finished: Run) ->
         choose(browser, *images)
         shown = articles(browser, len(images))
     for text, image, p, opinions in zip(shown, images, probs, members, strict=True):
-        assert image.name in text
-        assert f"{100 * p.max():.1f} %" in text
-        for name, row in zip(model.members, opinions, strict=True):
-            assert f"{name} " in text.replace("\n", " ")
-            assert f"{100 * row.max():.1f} %" in text
+        check_article(text, image.name, model.members, p, opinions)
 
 
 def test_answers_refusals_and_removal(browser: Any, address: str, files: dict[str, Path]) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 import threefold
-from threefold import answers, exporting
+from threefold import answers, exporting, targets
 from threefold.calibration import fit_calibration
 from threefold.ensemble import MeanEnsemble
 from threefold.errors import ExportError
@@ -67,7 +67,7 @@ def written(world: dict[str, Any], path: Path, name: str) -> tuple[Uncertainty, 
     uncertainty = fit_uncertainty(found.probs, world["labels"], alpha=0.2, reject=0.1)
     pipeline = Pipeline(world["members"], Combiner(MeanEnsemble().to_module(), found.to_module()), CLASSES)
     card = {"calibration": found.state(), **uncertainty_card(uncertainty.as_dict())}
-    report = exporting.export(pipeline, path, pictures(20), card)
+    report = targets.export(pipeline, path, pictures(20), card)
     assert report["max_difference"] < 1e-5
     return uncertainty, found.apply(world["probs"])
 
@@ -127,7 +127,7 @@ def test_predict_prints_the_set_and_the_doubt(made: tuple[Model, Uncertainty, np
 
 def test_files_without_sets_work_as_before_and_say_what_they_lack(world: dict[str, Any], tmp_path: Path) -> None:
     pipeline = Pipeline(world["members"], Combiner(MeanEnsemble().to_module()), CLASSES)
-    exporting.export(pipeline, tmp_path / "old.onnx", pictures(4))
+    targets.export(pipeline, tmp_path / "old.onnx", pictures(4))
     model = threefold.load(tmp_path / "old.onnx")
     for use, what in ((model.predict_sets, "prediction sets"), (model.is_unknown, "threshold for unknown images")):
         with pytest.raises(

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browsing import CONTRAST, a_browser, articles, choose, emulate, needs_chromium, until, webdriver  # noqa: F401
+from browsing import CONTRAST, a_browser, articles, check_article, choose, emulate, needs_chromium, until, webdriver  # noqa: F401
 from PIL import Image
 from serving import UNCERTAIN, card, picture, write_model
 from typer.testing import CliRunner
@@ -278,11 +278,7 @@ def test_a_real_run_answers_in_the_browser_as_in_python(
     assert difference[-2] < 1e-2
     assert "damaged or truncated PNG" in shown.pop()
     for text, image, p, opinions in zip(shown, images, probs, members, strict=True):
-        assert image.name in text
-        assert f"{100 * p.max():.1f} %" in text
-        for name, row in zip(model.members, opinions, strict=True):
-            assert f"{name} " in text.replace("\n", " ")
-            assert f"{100 * row.max():.1f} %" in text
+        check_article(text, image.name, model.members, p, opinions)
 
 
 def test_the_page_shows_the_card_and_where_the_model_runs(browser: Any, address: str) -> None:

@@ -239,9 +239,9 @@ def parse_budget(text: str) -> float:
 
 def disagreement_bound(other: int, n: int, level: float = LEVEL) -> float:
     """One-sided upper bound of a share of which `other` of n rows were seen (Clopper and Pearson 1934)."""
-    from scipy.stats import beta
+    from scipy.special import betaincinv
 
-    return 1.0 if other >= n else float(beta.ppf(level, other + 1, n - other))
+    return 1.0 if other >= n else float(betaincinv(other + 1, n - other, level))
 
 
 def _allowed(n: int, disagreement: float) -> int:

@@ -173,7 +173,7 @@ class _Work:
         learned = [name for name, (ensemble, _) in self.fitted.items() if ensemble.needs_fit and name != "best"]
         lines += side_by_side(self._learned_line, learned)
         if chose and len(crossed) > 1:
-            self.nested, _ = nested_choice(crossed, rows.labels, self.rows.parts, rows.groups)
+            self.nested, _ = nested_choice(crossed, rows.labels, self.parts, rows.groups)
             told = f"the method, {chosen} of {len(crossed)}"
             names = "cross-fitted, chosen on", "cross-fitted, choice included"
             lines.append(self._line("method", told, crossed[chosen], self.nested, names))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import torch
 from torch import Tensor, nn
@@ -22,64 +21,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from threefold.augment import resize_square
 from threefold.bundle import publish, staged
-from threefold.cascade import Cascade
-from threefold.cascading import add_cascade
 from threefold.errors import ExportError
-from threefold.parity import TOLERANCES, check, compare
 from threefold.pipeline import MemberPipeline, Pipeline, describe_preprocessing, mix
-from threefold.precision import check_precision, convert
+from threefold.precision import convert
 from threefold.predict import Predictor
 from threefold.runtime import FORMAT, KEY, load
 
-TOLERANCE = TOLERANCES["float32"].difference
-"""Largest difference of a probability between the file and the pipeline in eager PyTorch (float32)."""
 OPSET = 20
 IR_VERSION = 10
-
-
-def export(
-    pipeline: Pipeline,
-    path: str | Path,
-    images: Sequence[np.ndarray],
-    metadata: Mapping[str, Any] | None = None,
-    *,
-    labels: npt.ArrayLike | None = None,
-    rows: str = "",
-    precision: str = "float32",
-    calibration: Sequence[np.ndarray] = (),
-    cascade: Cascade | None = None,
-) -> dict[str, Any]:
-    """Write the pipeline as one ONNX file; nothing is written if its answers differ from the pipeline's.
-
-    Above 2 GB the weights are in a data file beside it, see `bundle`.
-
-    Args:
-        pipeline: what to export, in eval mode on the CPU.
-        path: file to write, `.onnx`.
-        images: real images uint8 (h, w, 3), any sizes, on which the answers are compared.
-        metadata: model card to store with the file (plain values); with a cascade its "cascade" holds that one's state.
-        labels: class numbers of the images, where they are known: right answers lost and gained are counted.
-        rows: which images these are, for the card.
-        precision: of the members' weights, one of `precision.PRECISIONS`; its tolerances are in `parity.TOLERANCES`.
-        calibration: training images uint8 (h, w, 3) that int8 takes its ranges from.
-        cascade: fitted, of the pipeline's members; the file can then stop early, see `cascading`.
-
-    Returns:
-        The parity report of `parity.compare`, with the bytes written.
-
-    Raises:
-        ExportError: the answers differ, the precision is unknown, or the file cannot be written.
-    """
-    target = Path(path)
-    if target.suffix != ".onnx":
-        raise ExportError("cannot export to this kind of file", where=target, expected="a name that ends in .onnx")
-    check_precision(precision)
-    model = build_graph(pipeline, precision, calibration)
-    if cascade is not None:
-        model = add_cascade(model, cascade, network_names(pipeline))
-    expected = pipeline.predict_proba(list(images))
-    card = card_of(pipeline, precision, dict(metadata or {}))
-    return _gate(model, target, card, images, lambda answers: compare(expected, answers, precision, labels, rows))
 
 
 def card_of(pipeline: Pipeline, precision: str, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -90,21 +39,34 @@ def card_of(pipeline: Pipeline, precision: str, metadata: dict[str, Any]) -> dic
     }  # fmt: skip
 
 
-def _gate(
+def write_onnx(
     model: Any,
     target: Path,
     card: dict[str, Any],
     images: Sequence[np.ndarray],
     measure: Callable[[np.ndarray], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Compare the file's answers with the pipeline's, then write it with the comparison inside."""
+    """Write a graph with its card, if its answers pass; above 2 GB with the weights in a data file beside it, see `bundle`.
+
+    Args:
+        model: images -> probs, member_probs.
+        target: file to write.
+        card: the model card; the parity report joins it.
+        images: uint8 (h, w, 3), any sizes, that the file answers before it takes its place.
+        measure: the parity report of those answers (n, k); raises where they do not pass.
+
+    Returns:
+        The parity report, with the bytes written.
+
+    Raises:
+        ExportError: the file cannot be written, or `measure` refuses.
+    """
 
     def seal(more: Mapping[str, Any]) -> None:
         _set_card(model, {**card, **more})
 
     with staged(model, target, seal) as trial:
         report = measure(load(trial.model).predict_proba(images))
-        check(report, target)
         seal({**trial.told, "parity": report})
         return {**report, "bytes": publish(model, trial, target)}
 

@@ -90,7 +90,7 @@ def bytes_beside(path: Path, card: Mapping[str, Any]) -> int:
     """Bytes of a bundle's data file, as it is on disk; 0 of a single file. `read_card` has checked what the tensors name."""
     bundle = card.get("bundle")
     name = bundle.get("file") if isinstance(bundle, Mapping) else None
-    if not isinstance(name, str) or name in ("", ".", "..") or any(sign in name for sign in "/\\:\0"):
+    if not isinstance(name, str) or not _is_plain(name):
         return 0
     try:
         found = os.lstat(path.parent / name)
@@ -298,13 +298,18 @@ class _Reader:
         return next((a for number, kind, a, _ in self.scan(begin, end) if (number, kind) == (1, 0)), -1)
 
 
+def _is_plain(name: str) -> bool:
+    """A name of a file in the same folder, and of nothing else."""
+    return name not in ("", ".", "..") and not any(sign in name for sign in "/\\:\0")
+
+
 def _outside_bytes(folder: Path, entries: list[tuple[bytes, bytes]]) -> int:
     """How many bytes a plain file beside the model has for a tensor; everything but a plain file is refused."""
     names = [value for key, value in entries if key == b"location"]
     if len(names) != 1:
         raise _Bad("a tensor outside the file with no or several locations")
     name = os.fsdecode(names[0])
-    if name in ("", ".", "..") or any(sign in name for sign in "/\\:\0"):
+    if not _is_plain(name):
         raise _Bad(f"external data that is not a plain file beside the model: {name[:100]!a}")
     try:
         found = os.lstat(folder / name)

@@ -93,8 +93,8 @@ def _allowed(share: float, images: int) -> int:
     return max(1, int(share * images)) if share else 0
 
 
-def check(report: Mapping[str, Any], where: object) -> None:
-    """Refuse a file that changes more than its precision may.
+def check(report: dict[str, Any], where: object) -> dict[str, Any]:
+    """The report, unless the file changes more than its precision may.
 
     Args:
         report: what `compare` measured.
@@ -134,6 +134,7 @@ def check(report: Mapping[str, Any], where: object) -> None:
             got=got,
             fix="" if report["precision"] == "float32" else "use --precision float16 or float32",
         )
+    return report
 
 
 def told(report: Mapping[str, Any]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,39 +77,34 @@ class Model:
 
     def _uncertainty(self) -> tuple[dict[bool, ConformalSets], UnknownThreshold | None]:
         """What the card says of sets and of unknown images, as far as it does."""
-        try:
+        with self._reading("conformal or unknown"):
             found = [ConformalSets.from_state(entry["state"]) for entry in self.card.get("conformal") or ()]
             if any(sets.k_ != len(self.classes) for sets in found):
                 raise DataError("sets of other classes", expected=len(self.classes), got=[sets.k_ for sets in found])
             told = self.card.get("unknown")
             unknown = None if not told else UnknownThreshold.from_state(told["state"])
-        except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ExportError(
-                "the model card is damaged",
-                where=self.path,
-                got=f"conformal or unknown: {error}",
-                fix="export it again from the run",
-            ) from None
         return {sets.by_class: sets for sets in found}, unknown
 
     def _cascade(self) -> Cascade | None:
         """What the card says of a cascade, if it does; `modelfile` has checked the graph's inputs against it."""
         if self.card.get("cascade") is None:
             return None
-        try:
+        with self._reading("cascade"):
             told = self.card["cascade"]
             found = Cascade.from_state(told["state"])
             self.caps = [(float(c["accuracy"]), float(c["full"]), str(c["rows"])) for c in told.get("caps", ())]
             if sum(map(len, found.stages)) != len(self.members):
                 raise DataError("a cascade of other members", expected=len(self.members), got=found.stages)
-        except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ExportError(
-                "the model card is damaged",
-                where=self.path,
-                got=f"cascade: {error}",
-                fix="export it again from the run",
-            ) from None
         return found
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """Whatever is wrong with a part of the card is one line that names it."""
+        try:
+            yield
+        except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
+            fix = "export it again from the run"
+            raise ExportError("the model card is damaged", where=self.path, got=f"{what}: {error}", fix=fix) from None
 
     def run(self, images: np.ndarray, mode: str = "full", most: int = 0, options: Any = None) -> Asked:
         """The model on a batch: uint8 (b, h, w, 3); every image gets the same answer as alone.

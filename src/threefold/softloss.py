@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import numpy as np
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-FLOOR: Final = 1e-7
-"""Smallest probability of a teacher that a logarithm sees, as in `predictions.FLOOR`."""
+from threefold.predictions import FLOOR
 
 
 def soften(probs: np.ndarray, temperature: float, device: torch.device) -> Tensor:

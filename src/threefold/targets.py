@@ -24,6 +24,7 @@ import torch
 from threefold import exporting
 from threefold.bundle import staged
 from threefold.cascade import Cascade
+from threefold.cascading import add_cascade
 from threefold.errors import ExportError
 from threefold.parity import check, compare
 from threefold.pipeline import Pipeline
@@ -48,33 +49,46 @@ def export(
     calibration: Sequence[np.ndarray] = (),
     cascade: Cascade | None = None,
 ) -> dict[str, Any]:
-    """Write the pipeline as the kind of file that the name ends in; arguments and result are `exporting.export`'s.
+    """Write the pipeline as the kind of file that the name ends in; nothing is written if its answers differ from the pipeline's.
 
     A cascade is in `.onnx` files only; the others ask every member.
 
+    Args:
+        pipeline: what to export, in eval mode on the CPU.
+        path: file to write, one of SUFFIXES.
+        images: real images uint8 (h, w, 3), any sizes, on which the answers are compared.
+        metadata: model card to store with the file (plain values); with a cascade its "cascade" holds that one's state.
+        labels: class numbers of the images, where they are known: right answers lost and gained are counted.
+        rows: which images these are, for the card.
+        precision: of the members' weights, one of `precision.PRECISIONS`; its tolerances are in `parity.TOLERANCES`.
+        calibration: training images uint8 (h, w, 3) that int8 takes its ranges from.
+        cascade: fitted, of the pipeline's members; the file can then stop early, see `cascading`.
+
+    Returns:
+        The parity report of `parity.compare`, with the bytes written.
+
     Raises:
         ExportError: no such kind of file, or not in this precision; OpenVINO is not installed; the answers differ; or
-            the file cannot be written. Nothing is written then.
+            the file cannot be written.
     """
-    target = Path(path)
+    target, told = Path(path), dict(metadata or {})
     check_kind(target, precision)
-    if target.suffix == ".onnx":
-        return exporting.export(
-            pipeline, target, images, metadata,
-            labels=labels, rows=rows, precision=precision, calibration=calibration, cascade=cascade,
-        )  # fmt: skip
-    kept = {key: value for key, value in (metadata or {}).items() if key != "cascade"}
-    card = exporting.card_of(pipeline, precision, kept)
+    if target.suffix != ".onnx":
+        told.pop("cascade", None)
+    card = exporting.card_of(pipeline, precision, told)
     expected = pipeline.predict_proba(list(images))
 
     def measure(answers: np.ndarray) -> dict[str, Any]:
-        report = compare(expected, answers, precision, labels, rows)
-        check(report, target)
-        return report
+        return check(compare(expected, answers, precision, labels, rows), target)
 
     if target.suffix == ".pt2":
         return _to_pt2(pipeline, target, images, {**card, "opset": None}, measure)
-    return _to_openvino(exporting.build_graph(pipeline, precision, calibration), target, images, card, measure)
+    graph = exporting.build_graph(pipeline, precision, calibration)
+    if target.suffix == ".xml":
+        return _to_openvino(graph, target, images, card, measure)
+    if cascade is not None:
+        graph = add_cascade(graph, cascade, exporting.network_names(pipeline))
+    return exporting.write_onnx(graph, target, card, images, measure)
 
 
 def check_kind(target: Path, precision: str) -> None:
