@@ -208,7 +208,9 @@ def rush(address: str, cases: list[Case], clients: int, seconds: float) -> np.nd
     took, busy = time.monotonic() - began, time.process_time() - busy
     for place, status, body in answers:
         expected = cases[place].expected
-        assert status == 200 and isinstance(expected, dict) and judged(body, expected) == "right", (status, body)
+        assert status == 200, (status, body)
+        assert isinstance(expected, dict)
+        assert judged(body, expected) == "right", body
     return np.array([len(answers), took, busy])
 
 

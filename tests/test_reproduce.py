@@ -199,6 +199,16 @@ def test_where_the_data_are(tmp_path: Path) -> None:
     assert plans(Asked(item("table1"), "small", overrides=("seed=3",)))[0].seed == 3
 
 
+def test_of_several_data_sets_those_run_that_are_there(tmp_path: Path) -> None:
+    asked = Asked(item("table6"), "small", data=tmp_path)
+    with pytest.raises(DataError, match=r"no data set of this item lies there: .*; expected a folder for any of cifar10, cifar100, svhn"):  # fmt: skip
+        again.at_hand(asked)
+    (tmp_path / "cifar100").mkdir()
+    assert [plan.name for plan in again.at_hand(asked)] == ["cifar100"]
+    assert len(again.at_hand(asked._replace(scale="smoke"))) == 3
+    assert again._notes(asked, {})[-2:] == ["no data at hand: cifar10, svhn", "left out at this scale: cifar100"]
+
+
 def test_names(tmp_path: Path) -> None:
     assert {name: item(name).name for name in SAME} == SAME
     for name in PICTURES:

@@ -58,7 +58,7 @@ class Rows(NamedTuple):
 
 
 def reproduce(asked: Asked, watcher: RunWatcher | None = None) -> dict[str, Any]:
-    """Run what is missing of an item and measure its cells.
+    """Run what is missing of an item and measure its cells; of an item of several data sets, those that lie there.
 
     Args:
         asked: the item, and how.
@@ -73,7 +73,7 @@ def reproduce(asked: Asked, watcher: RunWatcher | None = None) -> dict[str, Any]
     if asked.item.honest_only and asked.protocol == "paper":
         raise RecipeError("there is no gate under protocol = paper, which this item is about", where=asked.item.name)
     runs: dict[str, list[Run]] = {}
-    for plan in asked.item.plans:
+    for plan in at_hand(asked):
         recipe = plan_recipe(asked, plan)
         if recipe is not None:
             runs[plan.name] = [_run(asked, plan, recipe, i, watcher) for i in range(asked.seeds)]
@@ -107,6 +107,26 @@ def plan_recipe(asked: Asked, plan: Plan) -> Recipe | None:
     return Recipe.parse(tree, (*plan.overrides, *asked.overrides), where=f"{asked.item.name}, {plan.name}")
 
 
+def at_hand(asked: Asked) -> list[Plan]:
+    """The runs of an item whose data can be there: all, or of several data sets those with a folder in `asked.data`.
+
+    Raises:
+        DataError: not one of several has its folder.
+    """
+    plans, root = asked.item.plans, asked.data
+    if root is None or asked.scale == "smoke" or not _several(asked.item):
+        return list(plans)
+    there = [plan for plan in plans if (root / plan.source).exists()]
+    if not there:
+        names = ", ".join(plan.source for plan in plans)
+        raise DataError("no data set of this item lies there", where=root, expected=f"a folder for any of {names}")
+    return there
+
+
+def _several(item: Item) -> bool:
+    return len({plan.source for plan in item.plans}) > 1
+
+
 def _other_source(tree: dict[str, Any]) -> None:
     """Images that are not the paper's data set have no extra part, and their groups, if any, from a table."""
     tree["data"]["extra"] = False
@@ -123,8 +143,7 @@ def _data(asked: Asked, plan: Plan) -> dict[str, Any]:
             write_sample(plan.source, root, per_class=PER_CLASS.get(plan.source, 8))
         return {"source": plan.source, "root": str(root)}
     if asked.data is not None:
-        several = len({p.source for p in asked.item.plans}) > 1
-        return data_table(plan.source, asked.data / plan.source if several else asked.data)
+        return data_table(plan.source, asked.data / plan.source if _several(asked.item) else asked.data)
     if plan.source == "fashion-mnist":
         return {"source": "demo" if asked.scale == "small" else plan.source, "root": ""}
     fix = "add --data FOLDER"
@@ -331,6 +350,11 @@ def _notes(asked: Asked, runs: Mapping[str, Sequence[Run]]) -> list[str]:
         if data.source != next(p.source for p in asked.item.plans if p.name == name):
             notes.append(f"{name}: images from {data.source} {data.root}".rstrip())
     notes += sorted({note for several in runs.values() for run in several for note in run.results["notes"]})
-    if asked.scale != "full" and len(runs) < len(asked.item.plans):
-        notes.append(f"left out at this scale: {', '.join(p.name for p in asked.item.plans if p.name not in runs)}")
+    there = [plan.name for plan in at_hand(asked)]
+    for why, names in (
+        ("no data at hand", [p.name for p in asked.item.plans if p.name not in there]),
+        ("left out at this scale", [name for name in there if name not in runs]),
+    ):
+        if names:
+            notes.append(f"{why}: {', '.join(names)}")
     return notes
