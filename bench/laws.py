@@ -3,11 +3,14 @@
     uv run python bench/laws.py null  [--pairs 1000] [--rows 300]
     uv run python bench/laws.py power [--pairs 2000]
     uv run python bench/laws.py noise [--pairs 50] [--rows 500]
+    uv run python bench/laws.py cascade [--pairs 200] [--rows 1000]
 
 null: how often each test at the 5 % level tells two equally good classifiers apart, with the binomial interval of that
 rate (Wilson's 95 %). A test that is given the rows of groups one by one, or one seed for all, is in the table to show
 what goes wrong. power: how often the exact McNemar test finds a true difference, at multiples of `required_rows`.
 noise: accuracy of the best of M members that guess, picked on the rows that are scored and cross-fitted.
+cascade: how often three members that stop early disagree with all three more often than was allowed, in 40,000 rows of
+4,000 groups, with thresholds from rows of whole groups; at most 5 % of draws may.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from nulls import equals, expected_best, grouped_equals, noise, softmaxes, trained
 
+from threefold.cascade import Cascade
 from threefold.ensemble import cross_fit, make_ensemble
 from threefold.paired import (
     Difference,
@@ -140,17 +144,52 @@ def picking(args: argparse.Namespace) -> None:
         print(f"{m:8}{theory:9.4f}{cells[0]:>20}{cells[1]:>20}{cells[2]:>21}{cells[3]:>22}", flush=True)
 
 
+def grouped_members(rng: Rng, groups: int, alike: float, size: int = 10, m: int = 3, k: int = 5) -> np.ndarray:
+    """Members (m, groups * size, k) that see the same truth through noise; a share of both is the group's own."""
+
+    def drawn(*lead: int) -> np.ndarray:
+        parts = rng.normal(size=(*lead, groups, 1, k)), rng.normal(size=(*lead, groups, size, k))
+        return np.asarray(alike**0.5 * parts[0] + (1 - alike) ** 0.5 * parts[1]).reshape(*lead, groups * size, k)
+
+    probs = np.exp(2 * drawn() + 1.2 * drawn(m))
+    return np.asarray(probs / probs.sum(-1, keepdims=True))
+
+
+def stopping(args: argparse.Namespace) -> None:
+    """The bound of a cascade, with groups and without."""
+    print(f"{args.pairs} draws of {args.rows} rows, groups of 10, three members")
+    print(f"{'alike':>6}{'allowed':>9}{'groups':>9}{'broken':>8}{'95 % interval':>18}{'asked':>8}")
+    for alike in (0.0, 0.3, 0.7, 0.95):
+        world = grouped_members(np.random.default_rng(0), 4000, alike)
+        full = world.mean(0)
+        for allowed in (0.01, 0.02):
+            for told in (False, True):
+                rng, broken, asked = np.random.default_rng(1), 0, 0.0
+                for _ in range(args.pairs):
+                    picked = rng.choice(4000, args.rows // 10, replace=False)
+                    rows = (10 * picked[:, None] + np.arange(10)).ravel()
+                    groups = rows // 10 if told else None
+                    labels = full[rows].argmax(1)  # they fit temperatures, which move no class
+                    fitted = Cascade([[0], [1], [2]]).fit(world[:, rows], labels, full[rows], allowed, groups)
+                    answer = fitted.predict(world, full)
+                    broken += bool((answer.probs.argmax(1) != full.argmax(1)).mean() > allowed)
+                    asked += answer.asked.mean() / 3 / args.pairs
+                low, high = wilson_interval(broken, args.pairs)
+                share, span = broken / args.pairs, f"[{low:.1%}, {high:.1%}]"
+                print(f"{alike:6}{allowed:9.0%}{'told' if told else 'ignored':>9}{share:8.1%}{span:>18}{asked:8.1%}", flush=True)  # fmt: skip
+
+
 def main() -> None:
     """Print one of the tables."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("table", choices=["null", "power", "noise"])
+    parser.add_argument("table", choices=["null", "power", "noise", "cascade"])
     parser.add_argument("--pairs", type=int, default=None)
     parser.add_argument("--rows", type=int, default=None)
     args = parser.parse_args()
-    pairs, rows = {"null": (1000, 300), "power": (2000, 0), "noise": (50, 500)}[args.table]
+    pairs, rows = {"null": (1000, 300), "power": (2000, 0), "noise": (50, 500), "cascade": (200, 1000)}[args.table]
     args.pairs, args.rows = args.pairs or pairs, args.rows or rows
     print(f"{hardware()}, commit {commit()}")
-    {"null": null, "power": power, "noise": picking}[args.table](args)
+    {"null": null, "power": power, "noise": picking, "cascade": stopping}[args.table](args)
 
 
 if __name__ == "__main__":

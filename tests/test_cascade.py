@@ -58,11 +58,12 @@ def test_a_threshold_of_nothing_asks_the_first_member_only() -> None:
 def test_the_rows_of_the_fit_disagree_no_more_than_the_bound_allows() -> None:
     cascade, probs, _ = fitted()
     found = cascade.predict(probs, probs.mean(0))
-    other = int((found.probs.argmax(1) != probs.mean(0).argmax(1)).sum())
-    assert 0 < disagreement_bound(other, 2000) <= 0.02
-    assert disagreement_bound(other + 2, 2000) > 0.02  # and not by much: one row is charged for the second stage
-    assert disagreement_bound(3, 100) == pytest.approx(beta.ppf(LEVEL, 4, 97))
-    assert disagreement_bound(100, 100) == 1.0
+    other = found.probs.argmax(1) != probs.mean(0).argmax(1)
+    assert 0 < disagreement_bound(other) <= 0.02
+    more = np.arange(2000) < other.sum() + 2
+    assert disagreement_bound(more) > 0.02  # and not by much: one row is charged for the second stage
+    assert disagreement_bound(np.arange(100) < 3) == pytest.approx(beta.ppf(LEVEL, 4, 97))
+    assert disagreement_bound(np.ones(100)) == 1.0
 
 
 def test_too_few_rows_let_nobody_stop() -> None:
@@ -133,10 +134,26 @@ def test_test_rows_are_measured_with_the_thresholds_of_all_rows() -> None:
 def test_groups_stay_whole_and_widen_the_intervals() -> None:
     probs, labels = (np.repeat(part, 10, axis) for part, axis in zip(world(6, 60), (1, 0), strict=True))
     groups = [f"p{i // 10}" for i in range(600)]
-    alone, whole = (fit_savings(probs, labels, probs.mean(0), STAGES, costs=[1, 1, 1], members="abc", disagreement=0.05, groups=g)
+    alone, whole = (fit_savings(probs, labels, probs.mean(0), STAGES, costs=[1, 1, 1], members="abc", disagreement=0.2, groups=g)
                     for g in (None, groups))  # fmt: skip
-    assert alone.cascade.state() == whole.cascade.state()
-    assert np.ptp(whole.measured[0].disagreement_interval) > 1.2 * np.ptp(alone.measured[0].disagreement_interval)
+    a, b = alone.measured[0], whole.measured[0]
+    assert np.ptp(b.disagreement_interval) / b.disagreement > np.ptp(a.disagreement_interval) / a.disagreement
+    assert whole.cascade.thresholds_[0] > alone.cascade.thresholds_[0]
+
+
+def test_ten_copies_of_a_row_in_one_group_allow_no_more_than_the_row_alone() -> None:
+    probs, labels = world(6, 600)
+    many, truth, groups = np.repeat(probs, 10, 1), np.repeat(labels, 10), [f"p{i // 10}" for i in range(6000)]
+    once, grouped, blind = (
+        Cascade(STAGES).fit(p, y, p.mean(0), 0.05, g)
+        for p, y, g in ((probs, labels, None), (many, truth, groups), (many, truth, None))
+    )
+    first = [cascade.thresholds_[0] for cascade in (blind, once, grouped)]
+    assert first == sorted(first)
+    assert first[0] < first[1] < NEVER
+    assert first[2] < 1.1 * first[1]
+    hits = np.repeat(np.arange(600) < 30, 10)
+    assert disagreement_bound(hits, groups) == pytest.approx(disagreement_bound(np.arange(600) < 30), rel=0.01)
 
 
 def test_the_state_goes_round_and_the_card_has_it() -> None:

@@ -7,10 +7,11 @@ whatever its method. A stage is a member with all of its fold networks.
 What is promised. The thresholds are chosen so that the share of images whose class differs from the full ensemble's is at
 most `disagreement`, by a one-sided Clopper-Pearson bound on the rows of the fit (Bates et al. 2021, "Distribution-free,
 risk-controlling prediction sets", whose proof covers the first stage). Later stages choose on what the first left, which no
-proof covers: each is charged one row, as if the next below its threshold had another class. In simulations the bound then
-holds as often as it says, without the charge it does not (docs/LOG.md, tests/test_cascade.py). Rows count as independent: with groups the bound is too narrow. Out-of-fold rows are answered by
-one network of each member, new images by the mean of its fold networks, so that on new images nothing is promised at
-all: measure there, and quote that.
+proof covers: each is charged one row, as if the next below its threshold had another class. With groups the bound counts as
+many rows as they are worth (Korn and Graubard 1998), judged by the classes of the first stage, and a stage is charged the
+rows that one independent row stands for. In simulations the bound then holds as often as it says (`bench/laws.py cascade`).
+Out-of-fold rows are answered by one network of each member, new images by the mean of its fold networks, so that on new
+images nothing is promised at all: measure there, and quote that.
 
 Exported files read their cascade with this module, so scipy is imported only where something is fitted.
 """
@@ -78,7 +79,12 @@ class Cascade:
             raise DataError("not the stages of a cascade", expected="every member once, two stages or more", got=stages)
 
     def fit(
-        self, probs: npt.ArrayLike, labels: npt.ArrayLike, full: npt.ArrayLike, disagreement: float = 0.005
+        self,
+        probs: npt.ArrayLike,
+        labels: npt.ArrayLike,
+        full: npt.ArrayLike,
+        disagreement: float = 0.005,
+        groups: npt.ArrayLike | None = None,
     ) -> Self:
         """Choose temperatures and thresholds on rows that the members have not seen.
 
@@ -87,9 +93,10 @@ class Cascade:
             labels: (n,); they fit the temperatures only.
             full: (n, k) what the full ensemble answers, calibrated.
             disagreement: share of rows that may get another class than the full ensemble's.
+            groups: (n,) names of what belongs together, or None: rows are independent.
 
         Raises:
-            DataError: probabilities or labels are not usable, of other members, or the share is not between 0 and 1.
+            DataError: probabilities, labels or groups are not usable, of other members, or the share is not between 0 and 1.
         """
         if not 0 < disagreement < 1:
             raise DataError("disagreement is between 0 and 1", got=disagreement)
@@ -99,13 +106,14 @@ class Cascade:
         truth = check_labels(labels, *wanted.shape)
         means = self._means(array)
         self.temperatures_ = np.array([fit_temperature(mean, truth) for mean in means])
-        most = _allowed(len(truth), disagreement)
-        later = min(len(means) - 1, max(most, 0))
+        worth = _worth(means[0].argmax(1) != wanted.argmax(1), groups)
+        most, charge = _allowed(len(truth), disagreement, worth), math.ceil(len(truth) / max(worth, 1.0))
+        later = min(len(means) - 1, max(most, 0) // charge)
         left, wrong, thresholds = np.ones(len(truth), bool), 0, []
         for s, (mean, temperature) in enumerate(zip(means, self.temperatures_, strict=True)):
             warm = _warmed(mean, temperature)
             sure, other = margins(warm), warm.argmax(1) != wanted.argmax(1)
-            thresholds.append(_threshold(sure[left], other[left], most - later - wrong if s <= later else -1))
+            thresholds.append(_threshold(sure[left], other[left], most - later * charge - wrong if s <= later else -1))
             stops = left & (sure >= thresholds[-1])
             wrong += int(other[stops].sum())
             left &= ~stops
@@ -237,19 +245,43 @@ def parse_budget(text: str) -> float:
     return value
 
 
-def disagreement_bound(other: int, n: int, level: float = LEVEL) -> float:
-    """One-sided upper bound of a share of which `other` of n rows were seen (Clopper and Pearson 1934)."""
+def disagreement_bound(other: npt.ArrayLike, groups: npt.ArrayLike | None = None, level: float = LEVEL) -> float:
+    """One-sided upper bound of the share of which these rows are a sample (Clopper and Pearson 1934).
+
+    With groups it counts as many rows as they are worth (Korn and Graubard 1998, `stats.effective_rows`).
+
+    Args:
+        other: (n,) booleans.
+        groups: (n,) names of what belongs together, or None: rows are independent.
+        level: confidence.
+
+    Raises:
+        DataError: groups are not usable.
+    """
+    seen = np.asarray(other, bool)
+    return _bound(seen.mean(), _worth(seen, groups, level), level)
+
+
+def _bound(share: float, n: float, level: float = LEVEL) -> float:
+    """Clopper and Pearson's, of n rows, which need not be a whole number."""
     from scipy.special import betaincinv
 
-    return 1.0 if other >= n else float(betaincinv(other + 1, n - other, level))
+    return 1.0 if share >= 1 or n <= 0 else float(betaincinv(share * n + 1, n - share * n, level))
 
 
-def _allowed(n: int, disagreement: float) -> int:
+def _worth(other: np.ndarray, groups: npt.ArrayLike | None, level: float = LEVEL) -> float:
+    """How many independent rows these are worth in a one-sided bound."""
+    from threefold.stats import effective_rows
+
+    return float(len(other)) if groups is None else effective_rows(other, groups, 2 * level - 1)
+
+
+def _allowed(n: int, disagreement: float, worth: float) -> int:
     """The most rows of n that may disagree with the bound still kept; -1 where none may stop."""
     low, high = -1, n
     while low < high:  # the bound rises with the count
         middle = math.ceil((low + high) / 2)
-        if disagreement_bound(middle, n) <= disagreement:
+        if _bound(middle / n, worth) <= disagreement:
             low = middle
         else:
             high = middle - 1

@@ -139,7 +139,7 @@ def fit_savings(
         costs: (m,) multiply-adds of each member for an image.
         members: m names.
         disagreement: share of images that may get another class than the full ensemble's.
-        groups: (n,) names of what belongs together, or None: they stay whole in the cross-fit, and intervals count them.
+        groups: (n,) names of what belongs together, or None: they stay whole in the cross-fit, and bound and intervals count them.
         folds: (n,) the part of each row in the cross-fit; None = `stratified_parts`.
 
     Raises:
@@ -163,11 +163,12 @@ def fit_savings(
             answer[held], asked[held] = fitted.predict(array[:, held], wanted[held], fitted.stops("fast", most))
         return saving(cascade, Answered(answer, asked), wanted, truth, costs, CROSS_FITTED, groups)
 
-    cascade = Cascade(stages).fit(array, truth, wanted, disagreement)
-    apart = {
-        value: Cascade(stages).fit(array[:, part != value], truth[part != value], wanted[part != value], disagreement)
-        for value in np.unique(part)
-    }
+    def fitted(among: np.ndarray) -> Cascade:
+        mine = None if names is None else np.asarray(names)[among]
+        return Cascade(stages).fit(array[:, among], truth[among], wanted[among], disagreement, mine)
+
+    cascade = fitted(np.ones(len(truth), bool))
+    apart = {value: fitted(part != value) for value in np.unique(part)}
     first, *caps = [crossed(most) for most in range(len(cascade.stages))]
     return Savings(cascade, tuple(members), tuple(map(float, costs)), (first,), tuple(caps))
 
@@ -209,7 +210,7 @@ def saving(
     return Saving(
         n, float(right.mean()), float(right_full.mean()), float(right.mean() - right_full.mean()), interval,
         test.only_a, test.only_b, test.p, float(other.mean()), share_interval(other, groups),
-        disagreement_bound(int(other.sum()), n), tuple(shares.tolist()), float(shares @ so_far / so_far[-1]), rows,
+        disagreement_bound(other, groups), tuple(shares.tolist()), float(shares @ so_far / so_far[-1]), rows,
     )  # fmt: skip
 
 

@@ -207,6 +207,23 @@ def share_interval(
     return wilson_interval(min(right / n * effective, effective), effective, level)
 
 
+def effective_rows(hits: npt.ArrayLike, groups: npt.ArrayLike, level: float = 0.95) -> float:
+    """How many independent rows say as much about the share of hits as these; see `share_interval`. At most n.
+
+    Args:
+        hits: (n,) booleans.
+        groups: (n,) names of what belongs together.
+        level: confidence level of a two-sided interval.
+
+    Raises:
+        DataError: lengths differ, `hits` are not booleans, or a level outside 0..1.
+    """
+    hit = check_hits(hits)
+    check_level(level)
+    part = check_groups(groups, len(hit))
+    return min(float(len(hit)), _effective_rows(np.bincount(part, hit), np.bincount(part), level))
+
+
 def per_class(
     probs: npt.ArrayLike,
     labels: npt.ArrayLike,
