@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -202,11 +203,13 @@ def test_a_test_image_among_the_training_rows_is_refused() -> None:
 
 def test_opening_the_test_rows_is_noted_once_for_training_and_each_time_after(tmp_path: Path) -> None:
     assert when_opened(tmp_path) is None
-    for by in ("train", "train", "ensemble", "ensemble"):
+    for by in ("train", "train", "ensemble", "ensemble", "export", "export"):
         open_test(tmp_path, by, 7)
     found = when_opened(tmp_path)
     assert found is not None
     assert (found["by"], found["rows"], found["times"]) == ("train", 7, 3)
+    noted = json.loads((tmp_path / "ledger.json").read_text())["test_opened"]
+    assert [entry["by"] for entry in noted] == ["train", "ensemble", "ensemble", "export"]
 
 
 def test_every_method_declares_its_rows() -> None:

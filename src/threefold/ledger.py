@@ -140,18 +140,21 @@ class Ledger:
 def open_test(run: Path, by: str, rows: int) -> None:
     """Note in a run folder's ledger.json that a verb opens its test rows.
 
-    Training that is begun again opens them once, and so does a reproduction: what it asks is fixed before the run.
+    Training that is begun again opens them once, and so do a reproduction and an export: what they ask is fixed before.
     """
     opened = _opened(run)
-    again = opened if by == "train" else [entry for entry in opened if entry["by"] == by == "reproduce"]
+    again = opened if by == "train" else [entry for entry in opened if entry["by"] == by in ("reproduce", "export")]
     if not again:
         entry = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "by": by, "rows": rows}
         write_json(run / "ledger.json", {"test_opened": [*opened, entry]})
 
 
 def when_opened(run: Path) -> dict[str, Any] | None:
-    """When a run's test rows were first opened: at, by, rows, times (how often in all); None if never."""
-    opened = _opened(run)
+    """When a run's test rows were first opened: at, by, rows, times (how often in all); None if never.
+
+    An export is not counted: it asks whether a file answers as the run does, and tells no score.
+    """
+    opened = [entry for entry in _opened(run) if entry["by"] != "export"]
     return {**opened[0], "times": len(opened)} if opened else None
 
 

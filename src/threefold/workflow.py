@@ -19,6 +19,7 @@ from threefold.datasets import ImageDataset
 from threefold.errors import ExportError, RunError
 from threefold.files import read_arrays, read_json, sha256, write_json
 from threefold.jobs import train_members
+from threefold.ledger import open_test
 from threefold.pipeline import Combiner
 from threefold.plan import plan_folder
 from threefold.precision import CALIBRATION_IMAGES
@@ -101,6 +102,8 @@ def export(
         calibration=[train.pixels(row) for row in _spread(train, CALIBRATION_IMAGES)] if precision == "int8" else (),
         cascade=Cascade.from_state(fitted["cascade"]["state"]) if "cascade" in fitted else None,
     )  # fmt: skip
+    if test is not None:  # the gate counts right answers
+        open_test(run.dir, "export", len(rows))
     report |= {"path": str(target), "method": fitted["method"]}
     if target.suffix == ".onnx":
         report |= {"latency": load(target).latency(images[:16])}
