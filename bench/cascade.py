@@ -11,8 +11,9 @@ folds' rows on out-of-fold rows. `--networks` adds a grain that is not built: on
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ import threefold
 from threefold.answers import find_images
 from threefold.calibration import fit_calibration
 from threefold.cascade import Cascade, stages_by_cost
+from threefold.conformal import ConformalSets, UnknownThreshold
 from threefold.ensemble import MeanEnsemble
 from threefold.files import read_arrays
 from threefold.formats import read_predictions
@@ -81,6 +83,7 @@ def run(folder: Path, networks: bool) -> None:
         if found.rows.kind == "test":
             test = found.rows
             one = one.measure(test.select(names).probs, test.labels, found.probs, "test", test.groups)
+            doubt(results["conformal"], one.cascade, test.select(names).probs, found.probs, test.labels, share)
             if networks:
                 finer(this, names, costs, one.cascade, found.probs, test.labels, share)
         made.append((share, one))
@@ -91,6 +94,18 @@ def run(folder: Path, networks: bool) -> None:
     if (folder / "model.onnx").is_file():
         pixels = this.sources.test or this.sources.train
         latency(folder / "model.onnx", [pixels.pixels(int(i)) for i in np.linspace(0, len(pixels) - 1, 100)])
+
+
+def doubt(told: Mapping[str, Any], cascade: Cascade, probs: np.ndarray, full: np.ndarray, labels: np.ndarray, share: float) -> None:  # fmt: skip
+    """Prediction sets and the unknown mark of a run on test rows, of full and of early answers."""
+    unknown = UnknownThreshold.from_state(told["unknown"]["state"])
+    for mode, answers in (("full", full), ("fast", cascade.predict(probs, full).probs)):
+        words = []
+        for entry in told["sets"]:
+            found = ConformalSets.from_state(entry["state"]).measure(answers, labels)
+            low, high = found.interval
+            words.append(f"{'by class' if entry['by_class'] else 'sets'} cover {found.coverage:.4f} [{low:.4f}, {high:.4f}], mean size {found.mean_size:.3f}")  # fmt: skip
+        print(f"{share:.2%} asked, test, {mode}: {'; '.join(words)}; unknown {unknown.is_unknown(answers).mean():.2%}")
 
 
 def finer(
