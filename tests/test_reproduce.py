@@ -62,6 +62,10 @@ def test_an_item_names_what_its_recipes_have(known: Item) -> None:
     assert {label for pair in known.pairs for label in pair} <= set(labels)
     everyone = set.union(*there.values())
     assert set(known.small.members) | set(known.smoke) | set(known.stages) <= everyone
+    cells = {cell.label: cell for cell in known.cells}
+    for a, b in ((cells[a], cells[b]) for a, b in known.pairs):
+        nets = {known.small.members.get(cell.answer.name) for cell in (a, b)} - {None}
+        assert a.row != b.row or len(nets) < 2, f"{a.label} and {b.label} are compared on two networks"
 
 
 def test_every_recipe_of_the_paper_is_used_and_says_what_it_is() -> None:

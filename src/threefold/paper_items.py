@@ -225,9 +225,14 @@ _SMALL_HEADS = Small({
     for backbone, lite in (("mobilenetv1", LITE[0]), ("inceptionv3", LITE[1]))
     for head in ("std", "rnn", "gru", "bilstm")
 })  # fmt: skip
-_SMALL_CIFAR = _small(
-    ("seresnext101-std", "xception-std", "efficientnetb5-345", "xception-gru"), img_size=64, limit_per_class=300
+_SMALL_CIFAR = Small(
+    {"seresnext101-std": LITE[0], "xception-std": LITE[1], "xception-gru": LITE[1], "efficientnetb5-345": LITE[2]},
+    64,
+    300,
 )
+_SMALL_STAGES = Small({
+    **{f"seresnext101-{head}": LITE[0] for head in ("std", "rnn", "gru", "bilstm")}, _TRIO[1]: LITE[1], _TRIO[2]: LITE[2],
+})  # fmt: skip
 _ONE_LITE = {f"inception-resnetv2-{head}": LITE[1] for head in ("gru", "std", "bilstm")}
 
 ITEMS: dict[str, Item] = {item.name: item for item in (
@@ -248,7 +253,7 @@ ITEMS: dict[str, Item] = {item.name: item for item in (
          }), "curves", honest_only=True),
     Item("figure11", "Figure 11: three stages on Fashion-MNIST", _plan("paper/figure11", "fashion-mnist", _F11), _F11,
          tuple((c.label, _F11[0].label) for c in _F11[1:4]),
-         _small((_TRIO[0], *_F11_STAGES)), "curves", _F11_STAGES),
+         _SMALL_STAGES, "curves", _F11_STAGES),
     Item("table4", "Table 4: AVG, EXT and E2E-3M, Fashion-MNIST", _plan("paper/figure11", "fashion-mnist", _T4), _T4,
          ((_T4[0].label, _T4[3].label), (_T4[1].label, _T4[0].label), (_T4[2].label, _T4[0].label)), _small((*_TRIO, "e2e-3m"))),
     Item("figure12", "Figure 12: three stages on CIFAR-10", _plan("paper/figure12", "cifar10", _F12), _F12,
