@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from threefold.recipe import Job
-from threefold.terminal import TerminalWatcher, score_table
+from threefold.terminal import TerminalWatcher, score_table, verdict_line
 
 RECORD: dict[str, Any] = {"epoch": 0, "loss": 1.0, "select_accuracy": 0.5, "images_per_second": 10.0}
 
@@ -69,3 +69,10 @@ def test_one_watcher_follows_several_runs() -> None:
             watcher.job(job, skipped=False)
             watcher.batch(4)
         assert [task.completed for task in watcher.progress.tasks] == [10, 4]
+
+
+def test_a_verdict_says_of_whom_it_is() -> None:
+    better = {"a": "x", "b": "y", "verdict": "y is better than x: 9 against 1 images"}
+    none = {"a": "x", "b": "y", "verdict": "no evidence of a difference: 3 against 3 images"}
+    assert verdict_line(better) == better["verdict"]
+    assert verdict_line(none) == "x and y: no evidence of a difference: 3 against 3 images"

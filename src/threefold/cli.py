@@ -333,7 +333,7 @@ def _show_results(run: Run) -> None:
 
 def _show_student(run: Run) -> None:
     """Student, twin and teacher on the same rows, and the verdicts."""
-    from threefold.terminal import distill_tables, pair_table
+    from threefold.terminal import distill_tables, pair_table, verdict_line
 
     results = run.results
     found = results["distill"]
@@ -342,7 +342,7 @@ def _show_student(run: Run) -> None:
         out.print(table)
         out.print(pair_table(part["comparisons"]))
         for pair in part["comparisons"]:
-            out.print(f"  {plain(pair['verdict'])}")
+            out.print(f"  {plain(verdict_line(pair))}")
         out.print()
     out.print(costs)
     for note in results["notes"]:

@@ -68,11 +68,11 @@ def ensemble(
     if as_json:
         print_json(tree)
         return
-    from threefold.terminal import optimism_table, score_table
+    from threefold.terminal import optimism_table, score_table, verdict_line
 
     out.print(score_table(found.scores, found.chosen))
     out.print(f"chosen: {found.chosen} ({plain(found.reason)})")
-    for line in [*(c["verdict"] for c in found.comparisons), *found.warnings]:
+    for line in [*map(verdict_line, found.comparisons), *found.warnings]:
         out.print(f"  {plain(line)}")
     if found.optimism:
         out.print(optimism_table(found.optimism))
@@ -141,13 +141,13 @@ def compare(
     if as_json:
         print_json(tree)
         return
-    from threefold.terminal import pair_table, score_table
+    from threefold.terminal import pair_table, score_table, verdict_line
 
     out.print(score_table(tree["scores"]))
     out.print()
     out.print(pair_table(tree["comparisons"]))
     for pair in tree["comparisons"]:
-        out.print(f"  {plain(pair['verdict'])}")
+        out.print(f"  {plain(verdict_line(pair))}")
     if "cochran_q" in tree:
         q = tree["cochran_q"]
         out.print(f"  all together: Cochran's Q {q['q']:.2f}, {q['df']} degrees of freedom, p = {q['p']:.2g}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -190,3 +190,9 @@ def _costs(found: dict[str, Any]) -> Table:
 
 def _short(name: str, most: int = NAME) -> str:
     return name if len(name) <= most else "…" + name[1 - most :]
+
+
+def verdict_line(pair: Mapping[str, Any]) -> str:
+    """A comparison's verdict as a sentence of its own: it says of whom, also where no one is better."""
+    a, b, told = pair["a"], pair["b"], str(pair["verdict"])
+    return told if told.startswith((f"{a} ", f"{b} ")) else f"{a} and {b}: {told}"
