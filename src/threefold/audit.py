@@ -330,6 +330,18 @@ def guess_groups(ids: Sequence[str]) -> dict[str, str] | None:
     return {name: match.group(1) for name in ids if (match := re.search(pattern, name))}
 
 
+def group_question(ids: Sequence[str]) -> str:
+    """What to ask the owner of images whose names look like groups (a person, a clip); empty where they do not."""
+    groups, pattern = guess_groups(ids), guess_pattern(ids)
+    if groups is None:
+        return ""
+    names = sorted(set(groups.values()))
+    return (
+        f"file names look like {len(names):,} groups ({', '.join(names[:3])} ...): if images of one belong together, set "
+        f"folds.scheme = grouped and data.group_regex = '{pattern}', else scores are too good"
+    )
+
+
 def _some(names: Sequence[str], count: int = 3) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 

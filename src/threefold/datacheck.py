@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from threefold.audit import duplicate_warnings, find_duplicates, guess_pattern
+from threefold.audit import duplicate_warnings, find_duplicates, group_question, guess_groups, guess_pattern
 from threefold.datasets import ImageDataset, Sources, load_data
 from threefold.errors import DataError, RecipeError
 from threefold.listing import shorten
@@ -85,7 +85,7 @@ def check_data(spec: DataSpec, seed: int = 0) -> DataCheck:
         dict(sorted(Counter(train.groups or ()).items())),
         sizes,
         skipped,
-        tuple(findings + _copies(sources) + ([_about_guess(train, guessed)] if guessed else [])),
+        tuple(findings + _copies(sources) + (_about_groups(train) if guessed else [])),
         guessed,
     )
 
@@ -136,15 +136,9 @@ def _guess(train: ImageDataset) -> str:
     return guess_pattern(train.ids) or ""
 
 
-def _about_guess(train: ImageDataset, pattern: str) -> Finding:
-    import re
-
-    groups = {found.group(1) for name in train.ids if (found := re.search(pattern, name))}
-    what = (
-        f"file names look like {len(groups)} groups ({shorten(sorted(groups)[:3])} ...): if images of one belong together, set "
-        f"folds.scheme = grouped and data.group_regex = '{pattern}'"
-    )
-    return Finding("note", what, len(groups))
+def _about_groups(train: ImageDataset) -> list[Finding]:
+    groups = guess_groups(train.ids) or {}
+    return [Finding("note", group_question(train.ids), len(set(groups.values())))]
 
 
 def _copies(sources: Sources) -> list[Finding]:

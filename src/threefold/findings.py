@@ -18,7 +18,7 @@ from threefold.audit import (
     audit_tree,
     duplicate_warnings,
     find_duplicates,
-    guess_pattern,
+    group_question,
     list_suspects,
     write_suspects,
 )
@@ -83,10 +83,5 @@ def _group_warnings(run: Run) -> list[str]:
     """A question to the owner of the data where file names look like groups that the folds do not keep together."""
     if run.sources.train.groups is not None:
         return []
-    pattern = guess_pattern(run.sources.train.ids)
-    if pattern is None:
-        return []
-    told = (
-        "file names look as if several images belong together (a person, a clip), and folds do not keep them together"
-    )
-    return [f"{told}; if so, set data.group_regex = '{pattern}' and folds.scheme = grouped: scores may be too good"]
+    question = group_question(run.sources.train.ids)
+    return [question] if question else []
