@@ -143,29 +143,39 @@ def reproduce(
 def _show_items(root: Path) -> None:
     from threefold.paper_items import PICTURES, SAME, states
 
+    lines = states(root)
+    done = any(line["state"] != "not run" for line in lines)
+    names = ("item", "what", "data", *([f"run here, in {root}"] if done else []))
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for column in ("item", "what", "data", f"run here, in {root}"):
+    for column in names:
         table.add_column(column, no_wrap=column == "item")
-    for line in states(root):
-        table.add_row(*(escape(line[key]) for key in ("name", "title", "data", "state")))
+    for line in lines:
+        table.add_row(*(escape(line[key]) for key in ("name", "title", "data", "state")[: len(names)]))
     for figure, same in SAME.items():
-        table.add_row(figure, f"the values of {same}", "", "")
+        table.add_row(figure, f"the values of {same}")
     for figure, what in PICTURES.items():
-        table.add_row(figure, what, "", "no values")
+        table.add_row(figure, f"{what}; no values")
     out.print(table)
+    if not done:
+        out.print(f"none of them has been run in {root}", markup=False)
     out.print("next   threefold reproduce ITEM [--scale full|small|smoke] [--protocol honest|paper] [--data FOLDER]", markup=False)  # fmt: skip
 
 
 def _show_found(found: Mapping[str, Any]) -> None:
     """Our values beside the paper's, then the tests and what has to be said."""
-    out.print(f"{found['title']}: {found['scale']}, protocol {found['protocol']}, {len(found['seeds'])} seed{'s' * (len(found['seeds']) > 1)}")  # fmt: skip
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    network = ("network here",) if found["scale"] == "small" else ()  # what stands in for the one in the row's name
-    for name in ("", "paper", "ours", "95 % interval", "rows", *network):
-        table.add_column(name, justify="left" if name in ("", "rows", *network) else "right")
+    kinds = {_kind(cell) for cell in found["cells"] if cell["ours"] is not None}
+    one = f", {kinds.pop()} images" if len(kinds) == 1 else ""
+    out.print(f"{found['title']}: {found['scale']}, protocol {found['protocol']}, {len(found['seeds'])} seed{'s' * (len(found['seeds']) > 1)}{one}")  # fmt: skip
+    network = found["scale"] == "small"  # what stands in for the one in the row's name
+    table = _table(
+        "", "paper", "ours", "95 % interval", *([] if one else ["rows"]), *(["network here"] if network else [])
+    )
     for cell in found["cells"]:
-        here = (escape(str(cell.get("backbone", ""))),) if network else ()
-        table.add_row(escape(f"{cell['row']} {cell['column']}".strip()), *_figures(cell), *here)
+        there = cell["ours"] is not None
+        kind = [] if one else [_kind(cell) if there else ""]
+        table.add_row(
+            f"{cell['row']} {cell['column']}".strip(), *_figures(cell), *kind, *([_network(cell)] if network else [])
+        )
     out.print(table)
     if found["stages"]:
         _show_stages(found["stages"])
@@ -176,20 +186,38 @@ def _show_found(found: Mapping[str, Any]) -> None:
         out.print(f"[yellow]note[/] {escape(note)}")
 
 
+def _table(*names: str) -> Table:
+    """A table whose first columns are words and whose others are figures; nothing is broken over lines while it fits."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in names:
+        words = name in ("", "rows", "network here", "run", "member", "stage")
+        table.add_column(name, justify="left" if words else "right", no_wrap=True)
+    return table
+
+
+def _kind(cell: Mapping[str, Any]) -> str:
+    return f"{cell['n']:,} {cell['rows']}"
+
+
+def _network(cell: Mapping[str, Any]) -> str:
+    """timm's name without the tag of its weights."""
+    joined = str(cell.get("backbone", "")).split(" + ")
+    return f"{len(joined)} joined" if len(joined) > 1 else joined[0].partition(".")[0]
+
+
 def _figures(cell: Mapping[str, Any]) -> Sequence[str]:
     paper = f"{cell['paper']:.4f}" if cell["paper"] is not None else "-"
     if cell["ours"] is None:
-        return paper, "-", "", "not at this scale"
+        return paper, "-", "not run here"
     low, high = cell["interval"]
-    return paper, f"{cell['ours']:.4f}", f"{low:.4f} - {high:.4f}", f"{cell['rows']} {cell['n']}"
+    return paper, f"{cell['ours']:.4f}", f"{low:.4f} - {high:.4f}"
 
 
 def _show_stages(stages: Sequence[Mapping[str, Any]]) -> None:
     """The best epoch of every stage on the select rows, mean over folds."""
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("run", "member", "stage", "rate", "authors' best", "our best, select rows", "folds that kept it"):
-        table.add_column(name, justify="left" if name in ("run", "member", "stage") else "right")
+    runs = ["run"] if len({s["run"] for s in stages}) > 1 else []
+    table = _table(*runs, "member", "stage", "rate", "authors", "select rows", "folds kept")
     for s in stages:
         paper = f"{s['paper']:.4f}" if s["paper"] is not None else "-"
-        table.add_row(s["run"], s["member"], s["stage"], f"{s['lr']:g}", paper, f"{s['best']:.4f}", f"{s['kept']} of {s['folds']}")  # fmt: skip
+        table.add_row(*(s[key] for key in runs), s["member"], s["stage"], f"{s['lr']:g}", paper, f"{s['best']:.4f}", f"{s['kept']} of {s['folds']}")  # fmt: skip
     out.print(table)
