@@ -4,8 +4,8 @@
     uv run python bench/cascade.py predictions.npz --members A,B,C  # saved predictions: the mean, cross-fitted; every member costs one
     uv run python bench/cascade.py model.onnx --images folder       # latency of a file by mode and stages
 
-A run is asked at several shares of disagreement; its thresholds are those of all out-of-fold rows on test rows and those of the other
-folds' rows on out-of-fold rows. `--networks` adds a grain that is not built: one network after another instead of one member.
+A run is asked at several shares of disagreement; its thresholds are those of all out-of-fold rows on test rows and those of other
+parts' rows on out-of-fold rows. `--networks` adds a grain that is not built: one network after another instead of one member.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def saved(path: Path, names: Sequence[str]) -> None:
     costs = [1.0] * len(rows.members)
     print(f"{len(rows.members)} members of one cost, mean, {len(rows):,} {rows.kind} rows")
     table([(share, fit_savings(rows.probs, rows.labels, full, stages_by_cost(costs), costs=costs, members=rows.members,
-                               disagreement=share, groups=rows.groups, folds=rows.parts)) for share in SHARES])  # fmt: skip
+                               disagreement=share, groups=rows.groups)) for share in SHARES])  # fmt: skip
 
 
 def run(folder: Path, networks: bool) -> None:
@@ -79,7 +79,7 @@ def run(folder: Path, networks: bool) -> None:
     rows, made = found.fit_rows, []
     for share in SHARES:
         one = fit_savings(rows.select(names).probs, rows.labels, found.calibration.probs, stages_by_cost(costs, used),
-                          costs=costs, members=names, disagreement=share, groups=rows.groups, folds=rows.parts)  # fmt: skip
+                          costs=costs, members=names, disagreement=share, groups=rows.groups)  # fmt: skip
         if found.rows.kind == "test":
             test = found.rows
             one = one.measure(test.select(names).probs, test.labels, found.probs, "test", test.groups)

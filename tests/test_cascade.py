@@ -10,6 +10,7 @@ import pytest
 from scipy.stats import beta
 
 from threefold.cascade import LEVEL, NEVER, Cascade, disagreement_bound, margins, parse_budget, stages_by_cost
+from threefold.crossfit import stratified_parts
 from threefold.ensemble import StackedEnsemble
 from threefold.errors import DataError, RunError
 from threefold.savings import CROSS_FITTED, cascade_card, fit_savings
@@ -99,10 +100,10 @@ def test_rows_of_one_margin_stop_together() -> None:
 def test_cross_fitted_figures_use_no_row_that_they_are_of() -> None:
     """Whatever one part says, the thresholds that answer it are the same."""
     probs, labels = world(3, 900)
-    full, part = probs.mean(0), np.arange(900) % 3
-    found = fit_savings(probs, labels, full, STAGES, costs=[1, 2, 3], members="abc", disagreement=0.02, folds=part)
+    full, part = probs.mean(0), stratified_parts(labels)
+    found = fit_savings(probs, labels, full, STAGES, costs=[1, 2, 3], members="abc", disagreement=0.02)
     right, asked, other = np.empty(900, bool), np.empty(900, int), np.empty(900, bool)
-    for value in range(3):
+    for value in np.unique(part):
         held = part == value
         cascade = Cascade(STAGES).fit(probs[:, ~held], labels[~held], full[~held], 0.02)
         one = cascade.predict(probs[:, held], full[held])
@@ -207,7 +208,7 @@ def test_bad_input_is_told_in_one_line() -> None:
         (lambda: fitted()[0].stops("quick"), DataError, "unknown mode; expected full or fast"),
         (lambda: fitted()[0].stops("fast", 4), DataError, "there are not so many stages"),
         (lambda: fit_savings(probs, labels, probs.mean(0), STAGES, costs=[1], members="abc"), DataError, "costs or names"),
-        (lambda: fit_savings(probs, labels, probs.mean(0), STAGES, costs=[1, 1, 1], members="abc", folds=np.zeros(50)), DataError,
+        (lambda: fit_savings(probs[:, :9], labels[:9], probs[:, :9].mean(0), STAGES, costs=[1, 1, 1], members="abc", groups=["a"] * 9), DataError,
          "cannot be cross-fitted"),
     ):  # fmt: skip
         with pytest.raises(kind, match=message):

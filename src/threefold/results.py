@@ -96,7 +96,7 @@ def _cascade(run: Run, found: Evaluation, members: list[dict[str, Any]]) -> dict
     stages, rows = stages_by_cost(costs, [names.index(n) for n in used]), found.fit_rows
     made = fit_savings(
         rows.select(names).probs, rows.labels, found.calibration.probs, stages,
-        costs=costs, members=names, disagreement=share, groups=rows.groups, folds=rows.parts,
+        costs=costs, members=names, disagreement=share, groups=rows.groups,
     )  # fmt: skip
     if test is not None:
         made = made.measure(test.select(names).probs, test.labels, found.probs, "test", test.groups)

@@ -127,7 +127,6 @@ def fit_savings(
     members: Sequence[str],
     disagreement: float = 0.005,
     groups: npt.ArrayLike | None = None,
-    folds: npt.ArrayLike | None = None,
 ) -> Savings:
     """Fit a cascade on out-of-fold rows, and score it cross-fitted on them.
 
@@ -140,7 +139,6 @@ def fit_savings(
         members: m names.
         disagreement: share of images that may get another class than the full ensemble's.
         groups: (n,) names of what belongs together, or None: they stay whole in the cross-fit, and bound and intervals count them.
-        folds: (n,) the part of each row in the cross-fit; None = `stratified_parts`.
 
     Raises:
         DataError: the parts are not usable or contradict each other, or the rows make fewer than two parts.
@@ -150,9 +148,7 @@ def fit_savings(
     if not len(costs) == len(members) == len(array):
         raise DataError("costs or names are of other members", expected=len(array), got=(len(costs), len(members)))
     names = None if groups is None else [str(g) for g in np.asarray(groups)]
-    part = stratified_parts(truth, names) if folds is None else np.asarray(folds)
-    if part.shape != truth.shape:
-        raise DataError("folds have the wrong shape", expected=f"({len(truth)},), one per row", got=part.shape)
+    part = stratified_parts(truth, names)  # not the folds: two of them would leave the thresholds half of the rows
     if len(np.unique(part)) < 2:
         raise DataError("rows cannot be cross-fitted", expected="two parts at least", got="all rows in one")
 
