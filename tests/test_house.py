@@ -13,7 +13,7 @@ SOURCES = sorted((ROOT / "src/threefold").glob("*.py"))
 # A module may import those before it only.
 ORDER = [
     "errors", "extras", "files", "overrides", "sections", "recipe", "scales", "paper_items", "backbones", "images", "listing", "archives", "pickled", "official", "arrays", "photos", "tables", "datasets", "fetch", "samples", "splits", "augment", "heads", "optim", "model", "cost", "predict",
-    "pixels", "ledger", "predictions", "softloss", "stages", "joining", "containers", "columns", "parts", "adapters", "formats", "choice", "combiners", "crossfit", "learned", "loglinear", "stacked", "scaling", "calibration", "joint", "gradcam", "ensemble", "diversity", "selection", "resampling", "weighted", "stats", "conformal", "uncertainty", "audit", "datacheck", "paired", "cascade", "savings", "optimism", "scoring", "evaluate", "saved", "compare", "catalogue", "pipeline", "provenance", "run", "teachers", "assembly", "findings", "jobs", "gallery", "distilled", "results",
+    "pixels", "ledger", "predictions", "softloss", "checkpoints", "midway", "stages", "joining", "containers", "columns", "parts", "adapters", "formats", "choice", "combiners", "crossfit", "learned", "loglinear", "stacked", "scaling", "calibration", "joint", "gradcam", "ensemble", "diversity", "selection", "resampling", "weighted", "stats", "conformal", "uncertainty", "audit", "datacheck", "paired", "cascade", "savings", "optimism", "scoring", "evaluate", "saved", "compare", "catalogue", "pipeline", "provenance", "run", "teachers", "assembly", "findings", "jobs", "gallery", "distilled", "results",
     "parity", "precision", "bundle", "modelfile", "runtime", "cascading", "exporting", "targets", "answers", "limits", "webruntime", "webfolder", "gauges", "batching", "intake", "replies", "guard", "serve", "svg", "charts", "pictures", "render", "reportview", "report", "page",
     "plan", "workflow", "student", "reproduce", "paper_figures", "terminal", "console", "cli_saved", "cli_data", "cli", "entry", "__init__", "__main__",
 ]  # fmt: skip
@@ -25,6 +25,8 @@ TORCH = {
     "cost",
     "predict",
     "pixels",
+    "checkpoints",
+    "midway",
     "stages",
     "pipeline",
     "provenance",

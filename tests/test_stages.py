@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import COLOURS, tiny_tree
 
-from threefold import stages
+from threefold.checkpoints import Checkpoint, gate
 from threefold.errors import RecipeError, RunError
 from threefold.model import Member, build_member
 from threefold.predict import Predictor, pick_device, pick_precision, predict_probs
@@ -69,8 +69,8 @@ def test_a_stage_that_ruins_the_weights_gives_back_those_it_started_with() -> No
     assert all(torch.equal(start[name], value) for name, value in member.state_dict().items())
 
 
-def checkpoint(losses: np.ndarray, hits: np.ndarray, epoch: int) -> stages.Checkpoint:
-    return stages.Checkpoint({}, float(hits.mean()), losses, hits, epoch)
+def checkpoint(losses: np.ndarray, hits: np.ndarray, epoch: int) -> Checkpoint:
+    return Checkpoint({}, float(hits.mean()), losses, hits, epoch)
 
 
 def test_the_gate_keeps_what_helps_by_more_than_its_noise_and_drops_the_rest() -> None:
@@ -78,21 +78,28 @@ def test_the_gate_keeps_what_helps_by_more_than_its_noise_and_drops_the_rest() -
     start = checkpoint(rng.uniform(0, 1, 200), rng.random(200) < 0.8, -1)
     noisy = checkpoint(start.losses + rng.normal(0, 1, 200), start.hits, 0)
     better = checkpoint(start.losses - rng.uniform(0, 0.2, 200), start.hits, 0)
-    later = task(first=False)
-    assert not stages._gate(start, noisy, later)[0]
-    assert stages._gate(start, better, later)[0]
-    assert not stages._gate(start, start, later)[0]
-    assert stages._gate(start, noisy, task(first=True))[0]
-    assert stages._gate(start, noisy, task("protocol=paper", first=False))[0]
-    assert stages._gate(start, noisy, task("train.gate=false", first=False))[0]
+    assert not gate(start, noisy, first=False, on=True)[0]
+    assert gate(start, better, first=False, on=True)[0]
+    assert not gate(start, start, first=False, on=True)[0]
+    assert gate(start, noisy, first=True, on=True)[0]
+    assert gate(start, noisy, first=False, on=False)[0]
+
+
+@pytest.mark.parametrize(("sets", "told"), [
+    ((), ("helped by more than its noise", "within its noise")), (("protocol=paper",), ("gate off",)), (("train.gate=false",), ("gate off",)),
+])  # fmt: skip
+def test_the_recipe_says_whether_there_is_a_gate(sets: tuple[str, ...], told: tuple[str, ...]) -> None:
+    outcome = train_stage(fresh(), task("stages.one.epochs=3", *sets, first=False))
+    assert outcome.history["reason"].startswith(told)
 
 
 def test_the_gate_lets_pure_noise_through_rarely() -> None:
     rng = np.random.default_rng(1)
-    later, kept = task(first=False), 0
+    kept = 0
     for _ in range(400):
         start = checkpoint(rng.uniform(0, 1, 100), rng.random(100) < 0.8, -1)
-        kept += stages._gate(start, checkpoint(start.losses + rng.normal(0, 0.3, 100), start.hits, 0), later)[0]
+        noisy = checkpoint(start.losses + rng.normal(0, 0.3, 100), start.hits, 0)
+        kept += gate(start, noisy, first=False, on=True)[0]
     assert 0.10 < kept / 400 < 0.22  # one standard error of a normal: 16 %
 
 

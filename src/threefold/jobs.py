@@ -123,9 +123,9 @@ def _do(run: Run, job: Job, pixels: Pixels, clock: _Clock) -> None:
         deadline=clock.deadline(job),
         watcher=run.watcher,
         soft=_soft(run, job),
+        keep=(folder := run.folder(job)) / ".midway",
     )
     outcome = train_stage(member, task)
-    folder = run.folder(job)
     save_weights(outcome.state, folder / "weights.safetensors")
     write_json(folder / "history.json", outcome.history)
     write_arrays(folder / "choice.npz", **_choice(run, member, spec, roles, pixels, outcome, previous))
@@ -136,7 +136,9 @@ def _do(run: Run, job: Job, pixels: Pixels, clock: _Clock) -> None:
         for path in sorted(folder.iterdir())
         if path.name != "done.json" and not path.name.startswith(".")
     }
-    write_json(folder / "done.json", {"job": job._asdict(), "seconds": time.monotonic() - began, "files": hashes})
+    seconds = outcome.earlier + time.monotonic() - began
+    write_json(folder / "done.json", {"job": job._asdict(), "seconds": seconds, "files": hashes})
+    (folder / ".midway").unlink(missing_ok=True)
     if previous is not None:
         (previous / "weights.safetensors").unlink(missing_ok=True)  # the next stage has taken them over
 

@@ -1,7 +1,8 @@
 """The stage loop: one member, one learning-rate phase, from its best weights so far to better ones or the same.
 
 Every stage is a pure function of its start weights, its rows and its seed, so a stage that is run again gives the same
-bits (same machine, same versions). The caller owns files; this module owns tensors.
+bits (same machine, same versions), also where it was killed and goes on from what it keeps between epochs (`midway`). The
+caller owns all other files; this module owns tensors.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,15 +23,25 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from threefold import midway
 from threefold.augment import Augment
+from threefold.checkpoints import Checkpoint, State, gate
 from threefold.errors import RunError
+from threefold.midway import (
+    Midway,
+    load_midway,
+    mark_of,
+    optimizer_state,
+    random_state,
+    restore_optimizer,
+    restore_random,
+    save_midway,
+)
 from threefold.model import parameter_groups, set_trainable, train_mode
 from threefold.optim import KerasAdam, lr_at
 from threefold.predict import Predictor, autocast, pick_precision, predict_probs, to_pixels
 from threefold.recipe import DistillSpec, Recipe, StageSpec, TrainSpec
 from threefold.softloss import soft_loss, soften
-
-State = dict[str, Tensor]
 
 
 class Watcher(Protocol):
@@ -58,7 +70,8 @@ class StageTask:
 
     `fit` and `select` are pairs of pixels uint8 (n, s, s, 3) and labels int64 (n,). `first` marks the stage that starts
     from a random head: the gate cannot apply to it. `deadline` is a time.monotonic() value, or infinity. `batch_size` 0 is
-    the recipe's. `soft` (n, k) are a teacher's probabilities on the fit rows, for a student.
+    the recipe's. `soft` (n, k) are a teacher's probabilities on the fit rows, for a student. `keep` is where the stage
+    keeps itself between epochs, at most once in `midway.EVERY` seconds, to go on from when it is begun again; None = nowhere.
     """
 
     stage: StageSpec
@@ -72,30 +85,17 @@ class StageTask:
     deadline: float = math.inf
     watcher: Watcher = field(default_factory=Silent)
     soft: np.ndarray | None = None
+    keep: Path | None = None
 
 
 @dataclass
 class StageOutcome:
-    """The best weights after a stage, its history.json, and which select rows they have right, booleans (n,)."""
+    """The best weights after a stage, its history.json, which select rows they have right, booleans (n,), and the seconds before it was begun again."""
 
     state: State
     history: dict[str, Any]
     hits: np.ndarray
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Weights with what they reach on the select rows."""
-
-    state: State
-    accuracy: float
-    losses: np.ndarray
-    hits: np.ndarray
-    epoch: int
-
-    def better_than(self, other: Checkpoint) -> bool:
-        """Higher accuracy, ties broken by lower log loss (as in the authors' code)."""
-        return (self.accuracy, -float(self.losses.mean())) > (other.accuracy, -float(other.losses.mean()))
+    earlier: float = 0.0
 
 
 def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
@@ -108,15 +108,16 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
     _seed_all(task.seed)
     loop = _Loop(member, task)
     start = loop.checkpoint(-1)
-    best, records = start, []
-    for epoch in range(task.stage.epochs):
+    best, records = loop.go_on(start)
+    for epoch in range(len(records), task.stage.epochs):
         record, checkpoint = loop.epoch(epoch)
         records.append(record)
         task.watcher.epoch(record)
         best = checkpoint if (best is start and task.first) or checkpoint.better_than(best) else best
+        loop.keep(best, records)
         if time.monotonic() > task.deadline:
             break
-    kept, reason = _gate(start, best, task)
+    kept, reason = gate(start, best, task.first, task.recipe.train.gate and task.recipe.protocol != "paper")
     chosen = best if kept else start
     member.load_state_dict(chosen.state)
     cut = len(records) < task.stage.epochs or loop.cut
@@ -127,7 +128,7 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
         "started_from": start.accuracy,
         "reason": reason + ("; cut short by the time budget" if cut else ""),
     }
-    return StageOutcome(chosen.state, history, chosen.hits)
+    return StageOutcome(chosen.state, history, chosen.hits, loop.earlier)
 
 
 class _Loop:
@@ -144,11 +145,56 @@ class _Loop:
         self.generator = torch.Generator().manual_seed(task.seed)
         self.steps_per_epoch = max(1, round(len(task.fit[1]) / (task.batch_size or spec.batch_size)))
         self.step, self.cut, self.began = 0, False, time.monotonic()
+        self.mark, self.kept, self.earlier = "", self.began, 0.0
         self.average = _average(member, spec.ema) if spec.ema else None
         self.soft = _softened(task, self.device)
         self.weight = (
             _class_weights(task.fit[1], task.num_classes, self.device) if spec.class_weights == "balanced" else None
         )
+
+    def go_on(self, start: Checkpoint) -> tuple[Checkpoint, list[dict[str, Any]]]:
+        """The best checkpoint and the epochs so far: none, or those of a stage that was killed, whose state is put back."""
+        task = self.task
+        if task.keep is None:
+            return start, []
+        self.mark = mark_of((task.seed, task.stage, task.recipe.digest(), len(task.fit[1])), start.state)
+        found = load_midway(task.keep, self.mark)
+        if found is None:
+            return start, []
+        values = found.values
+        self.member.load_state_dict(found.part("member"))
+        if self.average is not None:
+            self.average.load_state_dict(found.part("average"))
+        restore_optimizer(self.optimizer, found.part("optimizer"), values["optimizer"])
+        restore_random(self.device, self._generators(), found.part("random"), values["random"])
+        self.step, self.earlier = values["step"], values["seconds"]
+        task.watcher.batch(len(task.fit[1]) * len(values["records"]))
+        if values["best"] < 0:
+            return start, values["records"]
+        losses, hits = (found.tensors[name].numpy() for name in ("losses", "hits"))
+        return Checkpoint(found.part("best"), float(hits.mean()), losses, hits, values["best"]), values["records"]
+
+    def keep(self, best: Checkpoint, records: list[dict[str, Any]]) -> None:
+        """Write down where the stage stands, unless it has just been done, or the stage is over."""
+        now, task = time.monotonic(), self.task
+        if task.keep is None or now - self.kept < midway.EVERY or len(records) == task.stage.epochs:
+            return
+        optimizer, drawn = optimizer_state(self.optimizer), random_state(self.device, self._generators())
+        parts = {"member": self.member.state_dict(), "optimizer": optimizer.tensors, "random": drawn.tensors}
+        if self.average is not None:
+            parts["average"] = self.average.state_dict()
+        alone = {}
+        if best.epoch >= 0:
+            parts["best"] = best.state
+            alone = {"losses": torch.from_numpy(best.losses), "hits": torch.from_numpy(best.hits)}
+        values = {"records": records, "best": best.epoch, "step": self.step, "seconds": self.earlier + now - self.began,
+                  "optimizer": optimizer.values, "random": drawn.values}  # fmt: skip
+        tensors = {f"{part}/{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
+        save_midway(task.keep, self.mark, Midway({**tensors, **alone}, values))
+        self.kept = time.monotonic()
+
+    def _generators(self) -> dict[str, torch.Generator]:
+        return {"batches": self.generator, "augment": self.augment.generator}
 
     def epoch(self, number: int) -> tuple[dict[str, Any], Checkpoint]:
         """Train one epoch and measure it on the select rows."""
@@ -308,30 +354,6 @@ def _class_weights(labels: np.ndarray, num_classes: int, device: torch.device) -
     """n / (k * count) for each class, as scikit-learn's `balanced`."""
     counts = np.bincount(labels, minlength=num_classes).clip(min=1)
     return torch.tensor(len(labels) / (num_classes * counts), dtype=torch.float32, device=device)
-
-
-def _gate(start: Checkpoint, best: Checkpoint, task: StageTask) -> tuple[bool, str]:
-    """Whether the stage's best weights replace those it started from.
-
-    Honest protocol: the paired fall of the log loss, or the paired rise of the accuracy, on the select rows must exceed
-    its standard error. Paper protocol and first stages: the best checkpoint always counts.
-    """
-    if best is start:
-        return False, "no epoch was better on the select rows"
-    if task.first or task.recipe.protocol == "paper" or not task.recipe.train.gate:
-        return True, "first stage" if task.first else "gate off"
-    loss_gain, loss_error = _paired(start.losses - best.losses)
-    gain, error = _paired(best.hits.astype(float) - start.hits.astype(float))
-    kept = loss_gain > loss_error or gain > error
-    words = f"select accuracy {gain:+.4f} +- {error:.4f}, log loss {-loss_gain:+.4f} +- {loss_error:.4f}"
-    return kept, f"{'helped by more than its noise' if kept else 'within its noise'}: {words}"
-
-
-def _paired(differences: np.ndarray) -> tuple[float, float]:
-    """Mean and standard error of paired differences."""
-    return float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences))) if len(
-        differences
-    ) > 1 else math.inf
 
 
 def _seed_all(seed: int) -> None:
