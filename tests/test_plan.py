@@ -71,6 +71,14 @@ def test_members_and_overrides_are_taken(tmp_path: Path) -> None:
     assert all(line.startswith("#") for line in plan.recipe.dump(plan.explain()).splitlines()[: len(plan.choices) + 1])
 
 
+def test_the_images_that_were_looked_at_are_handed_on_where_the_recipe_has_the_same(tmp_path: Path) -> None:
+    root = folder(tmp_path / "a", ["cat", "dog"], 8)
+    for sets, same in (((), True), (("data.limit_per_class=4",), True), (("data.limit_per_class=4", "seed=3"), False), (("seed=3",), True)):  # fmt: skip
+        plan = planning.plan_folder(root, overrides=sets)
+        assert (plan.sources is not None) == same, sets
+        assert plan.sources is None or len(plan.sources.train) == (8 if "limit" in "".join(sets) else 16)
+
+
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         plan_folder(tmp_path / "none", 0)
@@ -100,13 +108,15 @@ def test_fit_from_a_folder_to_a_file_and_again(tmp_path: Path, monkeypatch: pyte
         "stages.1.frozen=",
         "stages.2.frozen=",
     )
-    run = workflow.fit(
-        root,
-        tmp_path / "run",
-        budget_minutes=0,
-        members=("test_resnet", "test_efficientnet"),
-        overrides=(*sets, "folds.k=2"),
-    )
+    with monkeypatch.context() as once:
+        once.setattr("threefold.run.load_data", None)  # the plan has read and verified the images
+        run = workflow.fit(
+            root,
+            tmp_path / "run",
+            budget_minutes=0,
+            members=("test_resnet", "test_efficientnet"),
+            overrides=(*sets, "folds.k=2"),
+        )
     assert (run.dir / "model.onnx").exists()
     assert (run.dir / "report.html").exists()
     assert run.results["classes"] == ["dög", "çat"] or run.results["classes"] == ["çat", "dög"]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from threefold.datasets import ImageDataset, load_data
+from threefold.datasets import ImageDataset, Sources, load_data
 from threefold.model import build_member, set_trainable, train_mode
 from threefold.predict import pick_device
 from threefold.recipe import DataSpec, MemberSpec, Recipe, StageSpec
@@ -48,6 +48,8 @@ class Plan:
 
     recipe: Recipe
     choices: list[Choice] = field(default_factory=list)
+    sources: Sources | None = None
+    """The verified images that the plan looked at, if they are those of the recipe."""
 
     def explain(self) -> str:
         """The reasons as lines, for the head of the recipe's file."""
@@ -83,7 +85,8 @@ def plan_folder(
     """
     data: dict[str, Any] = {"source": "folder", "root": str(Path(folder).resolve())}
     data |= _data_overrides(overrides)
-    sources = load_data(DataSpec(**data), 0)
+    spec = DataSpec(**data)
+    sources = load_data(spec, 0)
     seen = _fingerprint(sources.train)
     device = pick_device("auto")
     specs = _members(members)
@@ -99,8 +102,8 @@ def plan_folder(
     ]
     size, folds, epochs, more = _effort(seen, specs, device, budget_minutes * 60, frozen)
     choices += more
-    for spec in specs:
-        spec["img_size"] = size
+    for member in specs:
+        member["img_size"] = size
     augment, why = _augment(seen)
     choices += why
     batch = _batch(seen, device)
@@ -119,7 +122,9 @@ def plan_folder(
                 "no accelerator: early blocks and depthwise kernels stay as pretrained, which makes a step several times cheaper",
             )
         )
-    return Plan(Recipe.parse(tree, overrides, where="plan"), choices)
+    recipe = Recipe.parse(tree, overrides, where="plan")
+    same = recipe.data == spec and not (recipe.seed and spec.limit_per_class)
+    return Plan(recipe, choices, sources if same else None)
 
 
 def _data_overrides(overrides: Sequence[str]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class Run:
     recipe: Recipe
     watcher: RunWatcher = field(default_factory=SilentRun)
     given: Sources | None = None
-    """Images in place of those that the recipe names: a part of them, for the teachers of a student."""
+    """Images in place of reading those that the recipe names: the same, verified already, or a part of them, for the teachers of a student."""
 
     @classmethod
     def create(cls, recipe: Recipe, out: str | Path, watcher: RunWatcher | None = None, header: str = "") -> Run:

@@ -15,7 +15,7 @@ from PIL import Image
 from threefold import targets
 from threefold.calibration import Calibration, saved_calibration
 from threefold.cascade import Cascade
-from threefold.datasets import ImageDataset
+from threefold.datasets import ImageDataset, Sources
 from threefold.errors import ExportError, RunError
 from threefold.files import read_arrays, read_json, sha256, write_json
 from threefold.jobs import train_members
@@ -38,7 +38,13 @@ PARITY_IMAGES = {"float32": 64, "float16": 512, "bfloat16": 512, "int8": 512}
 """Images that a file is compared with the pipeline on; rounding shows on few, changed classes on many."""
 
 
-def train(recipe: Recipe, out: str | Path, watcher: RunWatcher | None = None, header: str = "") -> Run:
+def train(
+    recipe: Recipe,
+    out: str | Path,
+    watcher: RunWatcher | None = None,
+    header: str = "",
+    sources: Sources | None = None,
+) -> Run:
     """Train every member in every fold, ensemble and score them; resumable, and quick when all is done.
 
     Args:
@@ -46,11 +52,13 @@ def train(recipe: Recipe, out: str | Path, watcher: RunWatcher | None = None, he
         out: the run folder; a folder of the same recipe is continued.
         watcher: told how it goes on; silent by default.
         header: comment lines for the recipe's copy in the run folder.
+        sources: the recipe's images, where they have been read and verified already.
 
     Raises:
         ThreefoldError: bad recipe, data or folder, each with its remedy.
     """
     run = Run.create(recipe, out, watcher, header)
+    run.given = sources
     if not (run.dir / "results.json").exists():
         train_members(run)
         found, seconds = _timed(lambda: evaluate_run(run))
@@ -206,7 +214,7 @@ def fit(
     """
     kept = Path(out) / "recipe.toml"
     if kept.exists():  # an interrupted fit goes on with the recipe it chose, whatever the machine's speed is today
-        recipe, header = Recipe.load(kept), ""
+        recipe, header, sources = Recipe.load(kept), "", None
         if Recipe.load(kept, overrides) != recipe or (members and tuple(m.backbone for m in recipe.members) != members):
             raise RunError(
                 "the folder holds a run of another recipe",
@@ -219,11 +227,11 @@ def fit(
             )
     else:
         plan = plan_folder(folder, budget_minutes, members, overrides)
-        recipe, header = plan.recipe, plan.explain()
+        recipe, header, sources = plan.recipe, plan.explain(), plan.sources
         if watcher:
             for choice in plan.choices:
                 watcher.note(f"{choice.key} = {choice.value}: {choice.reason}")
-    run = train(recipe, out, watcher, header)
+    run = train(recipe, out, watcher, header, sources)
     finish(run)
     return run
 
