@@ -184,7 +184,7 @@ def test_stopping_early_is_told_with_what_it_costs_and_saves(full: Page) -> None
     for words in ("need 46 % of the multiply-adds, and 88.3 % of images are right in place of 88.4 %", "difference -0.10 points",
                   "0.62 % get another class", "lite0 0.710 60.0 % 25 % 4.4 85.1 %", "+ lite1 never 25.0 % 60 % 10.4 87.7 %",
                   "+ lite2 the whole ensemble 15.0 % 100 % 17.3 88.3 %", "7.1 ms on average when it may stop early",
-                  "thresholds chosen on other folds' rows"):  # fmt: skip
+                  "thresholds chosen on other rows"):  # fmt: skip
         assert words in full.text, words
 
 
