@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,19 @@ def test_a_finished_run_is_not_trained_again(finished: Run, monkeypatch: pytest.
     again = workflow.train(finished.recipe, finished.dir)
     assert all(again.done(job) for job in again.jobs)
     train_members(Run.create(finished.recipe, finished.dir))
+
+
+def test_two_processes_do_not_work_in_one_run(tiny: Recipe, tmp_path: Path) -> None:
+    code = "import sys, time, filelock; held = filelock.FileLock(sys.argv[1]); held.acquire(); print('held', flush=True); time.sleep(60)"
+    run = Run.create(tiny, tmp_path / "run")
+    with subprocess.Popen([sys.executable, "-c", code, str(run.dir / ".lock")], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(RunError, match=r"another process is at work in this run.*choose another --out"):
+            workflow.train(tiny, run.dir)
+        other.kill()
+    with run.alone():  # a process that is killed lets go
+        assert not (run.dir / "jobs").exists()
 
 
 def test_a_folder_of_another_recipe_is_refused(finished: Run) -> None:

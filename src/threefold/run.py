@@ -7,12 +7,14 @@ same command again does only what is missing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from threefold.augment import Views
 from threefold.datasets import Sources, load_data
@@ -106,6 +108,24 @@ class Run:
                 fix="give the folder that `threefold train --out` or `threefold fit` made",
             )
         return cls(folder, Recipe.load(folder / "recipe.toml"))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder against other processes; a process that is killed lets go of it.
+
+        Raises:
+            RunError: another one holds it.
+        """
+        held = FileLock(self.dir / ".lock", timeout=0)
+        try:
+            with suppress(NotImplementedError):  # a file system without locks
+                held.acquire()
+        except Timeout:
+            raise RunError("another process is at work in this run", where=self.dir, fix="wait for it, or choose another --out") from None  # fmt: skip
+        try:
+            yield
+        finally:
+            held.release()
 
     @cached_property
     def sources(self) -> Sources:

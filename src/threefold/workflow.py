@@ -55,15 +55,16 @@ def train(
         sources: the recipe's images, where they have been read and verified already.
 
     Raises:
-        ThreefoldError: bad recipe, data or folder, each with its remedy.
+        ThreefoldError: bad recipe, data or folder, or another process is at work in it, each with its remedy.
     """
     run = Run.create(recipe, out, watcher, header)
     run.given = sources
     if not (run.dir / "results.json").exists():
-        train_members(run)
-        found, seconds = _timed(lambda: evaluate_run(run))
-        trained = sum(read_json(run.folder(job) / "done.json")["seconds"] for job in run.jobs)
-        write_results(run, found, {"train": trained, "ensemble": seconds})
+        with run.alone():
+            train_members(run)
+            found, seconds = _timed(lambda: evaluate_run(run))
+            trained = sum(read_json(run.folder(job) / "done.json")["seconds"] for job in run.jobs)
+            write_results(run, found, {"train": trained, "ensemble": seconds})
     return run
 
 
