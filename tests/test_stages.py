@@ -103,6 +103,17 @@ def test_the_gate_lets_pure_noise_through_rarely() -> None:
     assert 0.10 < kept / 400 < 0.22  # one standard error of a normal: 16 %
 
 
+def test_too_little_memory_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr("threefold.stages._Loop._loss", full)
+    with pytest.raises(
+        RunError, match=r"not enough memory: stage one; got \d+ images at once; fix: set train.accumulate = 2 "
+    ):
+        train_stage(fresh(), task())
+
+
 OPTIONS = [
     (),
     ("train.optimizer=adam-keras", "train.weight_decay=0", "stages.one.schedule=time"),

@@ -102,7 +102,7 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
     """Train one stage; the member ends with the best weights, which are after the first stage never worse on select than its start.
 
     Raises:
-        RunError: the loss is not a number.
+        RunError: the loss is not a number, or the accelerator has not enough memory.
         RecipeError: the stage's regexes leave nothing to train.
     """
     _seed_all(task.seed)
@@ -201,7 +201,11 @@ class _Loop:
         began, total, images = time.monotonic(), 0.0, 0
         train_mode(self.member)
         for rows in self._batches():
-            loss = self._step(rows)
+            try:
+                loss = self._step(rows)
+            except torch.OutOfMemoryError:
+                raise RunError("the accelerator has not enough memory", where=f"stage {self.task.stage.name}", got=f"{len(rows)} images at once",
+                               fix=f"set train.accumulate = {2 * self.spec.accumulate} (the same batch, in smaller parts)") from None  # fmt: skip
             if not math.isfinite(loss):
                 raise RunError(
                     "the loss is not a number",
