@@ -120,6 +120,18 @@ def test_what_cannot_be_compared_is_one_clear_line(tmp_path: Path, make: object,
     assert "\n" not in str(error.value)
 
 
+def test_the_mean_of_members_is_a_contender(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet(np.ones(4), (3, 60))
+    rows = Predictions(probs=probs, labels=rng.integers(0, 4, 60), ids=tuple(map(str, range(60))), classes=tuple("abcd"), members=("x", "y", "p+q"), kind="foreign")  # fmt: skip
+    rows.save(tmp_path / "all.npz")
+    tree, read = compare_saved([f"{tmp_path}/all.npz:x+y", f"{tmp_path}/all.npz:p+q"])
+    np.testing.assert_allclose(read.probs, [rows.probs[:2].mean(0), rows.probs[2]], atol=1e-7)
+    assert [score["name"] for score in tree["scores"]] == ["all:x+y", "all:p+q"]
+    with pytest.raises(DataError, match="no such member"):
+        compare_saved([f"{tmp_path}/all.npz:x+z", f"{tmp_path}/all.npz:x"])
+
+
 @pytest.mark.skipif(not AUTHORS.exists(), reason="the authors' predictions are not at hand")
 def test_the_authors_heads_do_not_differ() -> None:
     names = [str(n) for n in np.load(AUTHORS, allow_pickle=False)["members"]]

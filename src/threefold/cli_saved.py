@@ -123,7 +123,7 @@ def compare(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="PATH or PATH:MEMBER, two or more; A1,A2,A3 are seeds of one recipe; one alone: its members."
+            help="PATH or PATH:MEMBER, two or more; PATH:A+B is the mean of members; A1,A2,A3 are seeds of one recipe; one alone: its members."
         ),
     ],
     shared: Annotated[bool, typer.Option("--shared", help="Compare on the rows that all of them have.")] = False,

@@ -36,7 +36,7 @@ def compare_saved(
     """Compare every pair of contenders on the same rows; what `threefold compare` prints and its page shows.
 
     A source is `PATH` or `PATH:NAME`. A run folder stands for its chosen ensemble (calibrated, on the test rows where there are
-    any), with NAME for a member of it; a file of predictions for its only member, with NAME for one of several. One source alone
+    any), with NAME for a member of it; a file of predictions for its only member, with NAME for one of several; A+B as NAME is the mean of members. One source alone
     stands for all its members. `PATH,PATH,...` are several seeds of one recipe: the interval and the p-value of its differences
     then speak of other seeds and other images alike.
 
@@ -102,14 +102,22 @@ def _read_one(source: str, beside: Beside | None) -> _Contender:
     if path.is_dir():
         chosen = _chosen(path)
         if name:
-            return _Contender(f"{path.name}:{name}", _rows_like(path, chosen).select([name]))
+            return _Contender(f"{path.name}:{name}", _picked(_rows_like(path, chosen), name))
         return replace(chosen, name=path.name)
     rows = read_file(path, beside)
     if name:
-        return _Contender(f"{path.stem}:{name}", rows.select([name]))
+        return _Contender(f"{path.stem}:{name}", _picked(rows, name))
     if len(rows.members) > 1:
         raise DataError("the file has several members", where=path, expected=f"one, for example {path}:{rows.members[0]}", got=", ".join(rows.members[:5]))  # fmt: skip
     return _Contender(path.stem, rows)
+
+
+def _picked(rows: Predictions, name: str) -> Predictions:
+    """One member, or the mean of several, A+B."""
+    if name in rows.members or "+" not in name:
+        return rows.select([name])
+    several = rows.select(name.split("+"))
+    return replace(several, probs=several.probs.mean(0, keepdims=True), members=(name,))
 
 
 def _chosen(run: Path) -> _Contender:

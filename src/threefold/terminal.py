@@ -135,7 +135,7 @@ def pair_table(pairs: Sequence[dict[str, Any]]) -> Table:
         low, high = pair["interval"]
         counts = ["-" if pair[side] is None else f"{pair[side]:,}" for side in ("only_a", "only_b")]
         figures = [f"{100 * pair['difference']:+.2f}", f"{100 * low:+.2f} to {100 * high:+.2f}", f"{pair['p']:.2g}"]
-        table.add_row(*(escape(_short(pair[side], 18)) for side in ("a", "b")), *counts, *figures)
+        table.add_row(*(escape(_short(pair[side], 13)) for side in ("a", "b")), *counts, *figures)
     return table
 
 
