@@ -221,6 +221,15 @@ def test_groups_given_twice(root: Path) -> None:
     assert "groups are given twice" in message_of(DataSpec(source="csv", root=str(root / "data.csv"), group_regex="."))
 
 
+def test_one_group_for_all_is_told_before_anything_is_trained(root: Path) -> None:
+    (root / "data.csv").write_text(
+        "\n".join(f"{line},{'group' if i == 0 else 'g'}" for i, line in enumerate(GOOD.split()))
+    )
+    message = message_of(DataSpec(source="csv", root=str(root / "data.csv")))
+    assert "all training images are of one group" in message
+    assert "expected two groups or more, or none, got g; fix: leave the groups out" in message
+
+
 # Data: idx files ------------------------------------------------------------------------------------------------------
 
 

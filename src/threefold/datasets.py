@@ -167,6 +167,10 @@ def _from_files(listing: Listing, spec: DataSpec, seed: int) -> Sources:
         raise DataError("none of the test images can be read", where=spec.root)
 
     parts = [_dataset(part, classes, spec.group_regex, listing.encoded) for part in (train, test) if part]
+    groups = set(parts[0].groups or ())
+    if len(groups) == 1:  # no interval could speak of others, and nothing could be cross-fitted
+        raise DataError("all training images are of one group", where=spec.root, expected="two groups or more, or none", got=groups.pop(),
+                        fix="leave the groups out")  # fmt: skip
     notes = listing.notes + _mislabelled(bad) + _duplicates(train + test, listing.encoded) + _shared_groups(parts)
     skipped = tuple(image for image in bad if not image.readable)
     return Sources(parts[0], parts[1] if test else None, tuple(notes), skipped)

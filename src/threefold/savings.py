@@ -159,12 +159,12 @@ def fit_savings(
             answer[held], asked[held] = fitted.predict(array[:, held], wanted[held], fitted.stops("fast", most))
         return saving(cascade, Answered(answer, asked), wanted, truth, costs, CROSS_FITTED, groups)
 
-    def fitted(among: np.ndarray) -> Cascade:
+    def fit_on(among: np.ndarray) -> Cascade:
         mine = None if names is None else np.asarray(names)[among]
         return Cascade(stages).fit(array[:, among], truth[among], wanted[among], disagreement, mine)
 
-    cascade = fitted(np.ones(len(truth), bool))
-    apart = {value: fitted(part != value) for value in np.unique(part)}
+    cascade = fit_on(np.ones(len(truth), bool))
+    apart = {value: fit_on(part != value) for value in np.unique(part)}
     first, *caps = [crossed(most) for most in range(len(cascade.stages))]
     return Savings(cascade, tuple(members), tuple(map(float, costs)), (first,), tuple(caps))
 
