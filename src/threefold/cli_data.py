@@ -191,7 +191,7 @@ def _table(*names: str) -> Table:
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in names:
         words = name in ("", "rows", "network here", "run", "member", "stage")
-        table.add_column(name, justify="left" if words else "right", no_wrap=True)
+        table.add_column(name, justify="left" if words else "right", no_wrap=True, min_width=None if words else 6)
     return table
 
 
@@ -200,9 +200,9 @@ def _kind(cell: Mapping[str, Any]) -> str:
 
 
 def _network(cell: Mapping[str, Any]) -> str:
-    """timm's name without the tag of its weights."""
+    """timm's name without where its weights are from."""
     joined = str(cell.get("backbone", "")).split(" + ")
-    return f"{len(joined)} joined" if len(joined) > 1 else joined[0].partition(".")[0]
+    return f"{len(joined)} joined" if len(joined) > 1 else joined[0].partition(".")[0].removeprefix("tf_")
 
 
 def _figures(cell: Mapping[str, Any]) -> Sequence[str]:
