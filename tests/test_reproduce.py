@@ -210,6 +210,8 @@ def test_of_several_data_sets_those_run_that_are_there(tmp_path: Path) -> None:
     (tmp_path / "cifar100").mkdir()
     assert [plan.name for plan in again.at_hand(asked)] == ["cifar100"]
     assert len(again.at_hand(asked._replace(scale="smoke"))) == 3
+    runs = [SimpleNamespace(results={"notes": [f"{n} pairs of images look nearly the same: {n}"]}, recipe=SimpleNamespace(data=SimpleNamespace(source="svhn"), members=())) for n in (3, 44)]  # fmt: skip
+    assert [note for note in again._notes(asked, {"svhn": runs}) if "pairs" in note] == ["3 pairs of images look nearly the same: 3"]  # fmt: skip
     assert again._notes(asked, {})[-2:] == ["no data at hand: cifar10, svhn", "left out at this scale: cifar100"]
 
 

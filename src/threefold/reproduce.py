@@ -6,6 +6,7 @@ its interval, the paired tests, hardware, date and commit.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -349,7 +350,8 @@ def _notes(asked: Asked, runs: Mapping[str, Sequence[Run]]) -> list[str]:
         data = several[0].recipe.data
         if data.source != next(p.source for p in asked.item.plans if p.name == name):
             notes.append(f"{name}: images from {data.source} {data.root}".rstrip())
-    notes += sorted({note for several in runs.values() for run in several for note in run.results["notes"]})
+    said = {re.sub(r"[0-9,]+", "", note)[:60]: note for several in runs.values() for run in reversed(several) for note in run.results["notes"]}  # fmt: skip
+    notes += sorted(said.values())  # what seeds say in nearly the same words is said once
     there = [plan.name for plan in at_hand(asked)]
     for why, names in (
         ("no data at hand", [p.name for p in asked.item.plans if p.name not in there]),
