@@ -83,7 +83,8 @@ def _curves(axes: Axes, found: Mapping[str, Any]) -> None:
         for stage in stages:
             x = range(start + 1, start + 1 + len(stage["select"]))
             label = (f"{member}, {run}" if several else member) if stage is stages[0] else None
-            axes.plot(x, stage["select"], "-", color=colour, linewidth=1.2, label=label)
+            # With points: a stage of one epoch has no line.
+            axes.plot(x, stage["select"], ".-", color=colour, linewidth=1.2, markersize=5, label=label)
             start += len(stage["select"])
             if stage["paper"] is not None:
                 axes.plot(start, stage["paper"], "D", color=colour, fillstyle="none", markersize=6)
