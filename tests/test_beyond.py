@@ -26,9 +26,9 @@ SMALL = {"efficientnetv2": "test_efficientnet", "convnext": "convnext_atto", "vi
     [
         ("efficientnetv2", HeadSpec(kind="birnn", units=16, fc=16, sequence="rows")),
         ("efficientnetv2", HeadSpec(kind="bigru", units=16, sequence="spatial")),
-        ("convnext", HeadSpec(kind="linear", fc=16)),
+        pytest.param("convnext", HeadSpec(kind="linear", fc=16), marks=pytest.mark.slow),
         ("vit", HeadSpec(kind="bigru", units=16, fc=16)),
-        ("vit", HeadSpec(kind="birnn", units=16)),
+        pytest.param("vit", HeadSpec(kind="birnn", units=16), marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value.kind}-{value.sequence}",
 )
