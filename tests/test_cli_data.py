@@ -15,6 +15,7 @@ from test_surface import threefold_command
 from typer.testing import CliRunner
 
 from threefold.cli import app
+from threefold.cli_data import _show_found
 from threefold.official import OFFICIAL
 from threefold.samples import write_sample
 
@@ -104,3 +105,11 @@ def test_exit_codes() -> None:
     assert (absent.returncode, absent.stderr) == (1, "error there is nothing to look at: nowhere\n")
     unknown = threefold_command("data", "fetch", "imagenet")
     assert unknown.stderr.startswith("error not a published data set that is known")
+
+
+def test_names_in_brackets_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    cell = {"row": "MobileNetV1", "column": "[red]", "paper": None, "ours": 0.5, "interval": [0.4, 0.6], "n": 9, "rows": "oof", "backbone": "net.x"}  # fmt: skip
+    _show_found({"title": "T", "scale": "small", "protocol": "honest", "seeds": [1], "cells": [cell], "stages": [], "comparisons": [], "notes": []})  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "MobileNetV1 [red]" in shown
+    assert "1 seed, 9 oof images" in shown

@@ -174,7 +174,10 @@ def _show_found(found: Mapping[str, Any]) -> None:
         there = cell["ours"] is not None
         kind = [] if one else [_kind(cell) if there else ""]
         table.add_row(
-            f"{cell['row']} {cell['column']}".strip(), *_figures(cell), *kind, *([_network(cell)] if network else [])
+            escape(f"{cell['row']} {cell['column']}".strip()),
+            *_figures(cell),
+            *kind,
+            *([_network(cell)] if network else []),
         )
     out.print(table)
     if found["stages"]:
@@ -202,7 +205,7 @@ def _kind(cell: Mapping[str, Any]) -> str:
 def _network(cell: Mapping[str, Any]) -> str:
     """timm's name without where its weights are from."""
     joined = str(cell.get("backbone", "")).split(" + ")
-    return f"{len(joined)} joined" if len(joined) > 1 else joined[0].partition(".")[0].removeprefix("tf_")
+    return f"{len(joined)} joined" if len(joined) > 1 else escape(joined[0].partition(".")[0].removeprefix("tf_"))
 
 
 def _figures(cell: Mapping[str, Any]) -> Sequence[str]:

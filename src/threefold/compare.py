@@ -36,9 +36,9 @@ def compare_saved(
     """Compare every pair of contenders on the same rows; what `threefold compare` prints and its page shows.
 
     A source is `PATH` or `PATH:NAME`. A run folder stands for its chosen ensemble (calibrated, on the test rows where there are
-    any), with NAME for a member of it; a file of predictions for its only member, with NAME for one of several; A+B as NAME is the mean of members. One source alone
-    stands for all its members. `PATH,PATH,...` are several seeds of one recipe: the interval and the p-value of its differences
-    then speak of other seeds and other images alike.
+    any), with NAME for a member of it; a file of predictions for its only member, with NAME for one of several. A+B as NAME is
+    the mean of members. One source alone stands for all its members. `PATH,PATH,...` are several seeds of one recipe: the
+    interval and the p-value of its differences then speak of other seeds and other images alike.
 
     Args:
         sources: the contenders.

@@ -109,6 +109,7 @@ def _do(run: Run, job: Job, pixels: Pixels, clock: _Clock) -> None:
     roles, classes = run.roles[job.fold], run.sources.train.classes
     seed = stable_seed(recipe.seed, recipe.seed_name(job.member), str(job.fold), job.stage)
     torch.manual_seed(seed)
+    folder = run.folder(job)
     previous = run.folder(job._replace(stage=stages[number - 1].name)) if number else None
     member = _start(run, spec, job.fold, previous)
     task = StageTask(
@@ -123,7 +124,7 @@ def _do(run: Run, job: Job, pixels: Pixels, clock: _Clock) -> None:
         deadline=clock.deadline(job),
         watcher=run.watcher,
         soft=_soft(run, job),
-        keep=(folder := run.folder(job)) / ".midway",
+        keep=folder / ".midway",
     )
     outcome = train_stage(member, task)
     save_weights(outcome.state, folder / "weights.safetensors")
