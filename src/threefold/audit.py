@@ -330,16 +330,14 @@ def guess_groups(ids: Sequence[str]) -> dict[str, str] | None:
     return {name: match.group(1) for name in ids if (match := re.search(pattern, name))}
 
 
-def group_question(ids: Sequence[str]) -> str:
-    """What to ask the owner of images whose names look like groups (a person, a clip); empty where they do not."""
-    groups, pattern = guess_groups(ids), guess_pattern(ids)
-    if groups is None:
-        return ""
-    names = sorted(set(groups.values()))
-    return (
+def group_question(ids: Sequence[str], pattern: str) -> tuple[str, int]:
+    """What to ask the owner of images whose names look like groups (a person, a clip) by a pattern of `guess_pattern`; and how many groups."""
+    names = sorted({match.group(1) for name in ids if (match := re.search(pattern, name))})
+    told = (
         f"file names look like {len(names):,} groups ({', '.join(names[:3])} ...): if images of one belong together, set "
         f"folds.scheme = grouped and data.group_regex = '{pattern}', else scores are too good"
     )
+    return told, len(names)
 
 
 def _some(names: Sequence[str], count: int = 3) -> str:

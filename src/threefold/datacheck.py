@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from threefold.audit import duplicate_warnings, find_duplicates, group_question, guess_groups, guess_pattern
+from threefold.audit import duplicate_warnings, find_duplicates, group_question, guess_pattern
 from threefold.datasets import ImageDataset, Sources, load_data
 from threefold.errors import DataError, RecipeError
 from threefold.listing import shorten
@@ -85,7 +85,9 @@ def check_data(spec: DataSpec, seed: int = 0) -> DataCheck:
         dict(sorted(Counter(train.groups or ()).items())),
         sizes,
         skipped,
-        tuple(findings + _copies(sources) + (_about_groups(train) if guessed else [])),
+        tuple(
+            findings + _copies(sources) + ([Finding("note", *group_question(train.ids, guessed))] if guessed else [])
+        ),
         guessed,
     )
 
@@ -134,11 +136,6 @@ def _guess(train: ImageDataset) -> str:
     if train.groups is not None or isinstance(train.images, np.ndarray):
         return ""
     return guess_pattern(train.ids) or ""
-
-
-def _about_groups(train: ImageDataset) -> list[Finding]:
-    groups = guess_groups(train.ids) or {}
-    return [Finding("note", group_question(train.ids), len(set(groups.values())))]
 
 
 def _copies(sources: Sources) -> list[Finding]:

@@ -19,6 +19,7 @@ from threefold.audit import (
     duplicate_warnings,
     find_duplicates,
     group_question,
+    guess_pattern,
     list_suspects,
     write_suspects,
 )
@@ -83,5 +84,6 @@ def _group_warnings(run: Run) -> list[str]:
     """A question to the owner of the data where file names look like groups that the folds do not keep together."""
     if run.sources.train.groups is not None:
         return []
-    question = group_question(run.sources.train.ids)
-    return [question] if question else []
+    ids = run.sources.train.ids
+    pattern = guess_pattern(ids)
+    return [group_question(ids, pattern)[0]] if pattern else []
