@@ -59,12 +59,32 @@ def saved(path: Path, names: Sequence[str]) -> None:
     rows = read_predictions(path)
     rows = rows.select(names or rows.members)
     full = fit_calibration(
-        "temperature", MeanEnsemble().predict_proba(rows.probs), rows.labels, rows.parts, rows.groups
+        "temperature",
+        MeanEnsemble().predict_proba(rows.probs),
+        rows.labels,
+        rows.parts,
+        rows.groups,
     ).probs
     costs = [1.0] * len(rows.members)
     print(f"{len(rows.members)} members of one cost, mean, {len(rows):,} {rows.kind} rows")
-    table([(share, fit_savings(rows.probs, rows.labels, full, stages_by_cost(costs), costs=costs, members=rows.members,
-                               disagreement=share, groups=rows.groups)) for share in SHARES])  # fmt: skip
+    table(
+        [
+            (
+                share,
+                fit_savings(
+                    rows.probs,
+                    rows.labels,
+                    full,
+                    stages_by_cost(costs),
+                    costs=costs,
+                    members=rows.members,
+                    disagreement=share,
+                    groups=rows.groups,
+                ),
+            )
+            for share in SHARES
+        ]
+    )
 
 
 def run(folder: Path, networks: bool) -> None:
@@ -74,16 +94,36 @@ def run(folder: Path, networks: bool) -> None:
     names = members_in_file(found.ensemble, found.combined)
     used = [names.index(name) for name in used_members(found.ensemble, found.combined)]
     flops = {row["name"]: row["flops"] for row in results["members"]}
-    counts = {n: this.networks(this.recipe.member(n)) * max(1, this.views(this.recipe.member(n)).count) for n in names}
+    counts = {
+        n: this.networks(this.recipe.member(n)) * max(1, this.views(this.recipe.member(n)).count)
+        for n in names
+    }
     costs = [float(flops[name] * counts[name]) for name in names]
     rows, made = found.fit_rows, []
     for share in SHARES:
-        one = fit_savings(rows.select(names).probs, rows.labels, found.calibration.probs, stages_by_cost(costs, used),
-                          costs=costs, members=names, disagreement=share, groups=rows.groups)  # fmt: skip
+        one = fit_savings(
+            rows.select(names).probs,
+            rows.labels,
+            found.calibration.probs,
+            stages_by_cost(costs, used),
+            costs=costs,
+            members=names,
+            disagreement=share,
+            groups=rows.groups,
+        )
         if found.rows.kind == "test":
             test = found.rows
-            one = one.measure(test.select(names).probs, test.labels, found.probs, "test", test.groups)
-            doubt(results["conformal"], one.cascade, test.select(names).probs, found.probs, test.labels, share)
+            one = one.measure(
+                test.select(names).probs, test.labels, found.probs, "test", test.groups
+            )
+            doubt(
+                results["conformal"],
+                one.cascade,
+                test.select(names).probs,
+                found.probs,
+                test.labels,
+                share,
+            )
             if networks:
                 finer(this, names, costs, one.cascade, found.probs, test.labels, share)
         made.append((share, one))
@@ -93,10 +133,20 @@ def run(folder: Path, networks: bool) -> None:
     table(made)
     if (folder / "model.onnx").is_file():
         pixels = this.sources.test or this.sources.train
-        latency(folder / "model.onnx", [pixels.pixels(int(i)) for i in np.linspace(0, len(pixels) - 1, 100)])
+        latency(
+            folder / "model.onnx",
+            [pixels.pixels(int(i)) for i in np.linspace(0, len(pixels) - 1, 100)],
+        )
 
 
-def doubt(told: Mapping[str, Any], cascade: Cascade, probs: np.ndarray, full: np.ndarray, labels: np.ndarray, share: float) -> None:  # fmt: skip
+def doubt(
+    told: Mapping[str, Any],
+    cascade: Cascade,
+    probs: np.ndarray,
+    full: np.ndarray,
+    labels: np.ndarray,
+    share: float,
+) -> None:
     """Prediction sets and the unknown mark of a run on test rows, of full and of early answers."""
     unknown = UnknownThreshold.from_state(told["unknown"]["state"])
     for mode, answers in (("full", full), ("fast", cascade.predict(probs, full).probs)):
@@ -104,8 +154,12 @@ def doubt(told: Mapping[str, Any], cascade: Cascade, probs: np.ndarray, full: np
         for entry in told["sets"]:
             found = ConformalSets.from_state(entry["state"]).measure(answers, labels)
             low, high = found.interval
-            words.append(f"{'by class' if entry['by_class'] else 'sets'} cover {found.coverage:.4f} [{low:.4f}, {high:.4f}], mean size {found.mean_size:.3f}")  # fmt: skip
-        print(f"{share:.2%} asked, test, {mode}: {'; '.join(words)}; unknown {unknown.is_unknown(answers).mean():.2%}")
+            words.append(
+                f"{'by class' if entry['by_class'] else 'sets'} cover {found.coverage:.4f} [{low:.4f}, {high:.4f}], mean size {found.mean_size:.3f}"
+            )
+        print(
+            f"{share:.2%} asked, test, {mode}: {'; '.join(words)}; unknown {unknown.is_unknown(answers).mean():.2%}"
+        )
 
 
 def finer(
@@ -127,8 +181,10 @@ def finer(
         so_far = np.cumsum(order) / (len(this.final_folds) * sum(order))
         so_far[-1] = 1.0
         other = (answer.probs.argmax(1) != full.argmax(1)).mean()
-        print(f"by network, fold {fold}, {share:.2%} asked: other class {other:.2%}, accuracy {(answer.probs.argmax(1) == labels).mean():.4f}, "
-              f"MACs {so_far[answer.asked - 1].mean():.3f}")  # fmt: skip
+        print(
+            f"by network, fold {fold}, {share:.2%} asked: other class {other:.2%}, accuracy {(answer.probs.argmax(1) == labels).mean():.4f}, "
+            f"MACs {so_far[answer.asked - 1].mean():.3f}"
+        )
 
 
 def latency(path: Path, images: Sequence[np.ndarray]) -> None:
@@ -136,13 +192,17 @@ def latency(path: Path, images: Sequence[np.ndarray]) -> None:
     for threads in (1, 0):
         told = threefold.load(path, threads).latency(images)
         full, stages = told["full"], told.get("stages", [])
-        print(f"{len(images)} images, threads {threads or 'all'}: full {full:.2f} ms (median); fast {told.get('fast', float('nan')):.2f} ms (mean), "
-              f"{told.get('fast', float('nan')) / full:.2f} x; stages {', '.join(f'{s:.2f}' for s in stages)} ms")  # fmt: skip
+        print(
+            f"{len(images)} images, threads {threads or 'all'}: full {full:.2f} ms (median); fast {told.get('fast', float('nan')):.2f} ms (mean), "
+            f"{told.get('fast', float('nan')) / full:.2f} x; stages {', '.join(f'{s:.2f}' for s in stages)} ms"
+        )
 
 
 def main() -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("path", type=Path)
     parser.add_argument("--members", default="")
     parser.add_argument("--images", default="")

@@ -36,7 +36,12 @@ def band(n: int, fresh: int, alpha: float) -> tuple[float, float, float]:
 
 
 def resplit_sets(
-    probs: np.ndarray, labels: np.ndarray, alpha: float, times: int, by_class: bool, never_empty: bool
+    probs: np.ndarray,
+    labels: np.ndarray,
+    alpha: float,
+    times: int,
+    by_class: bool,
+    never_empty: bool,
 ) -> dict[str, float]:
     """Mean figures of the sets over the resplits, and how often the hits lie within their band or not below it."""
     rng, rows = np.random.default_rng(0), []
@@ -44,18 +49,32 @@ def resplit_sets(
     for _ in range(times):
         order = rng.permutation(len(labels))
         used, fresh = order[:half], order[half:]
-        sets = ConformalSets(by_class=by_class, never_empty=never_empty).fit(probs[used], labels[used], alpha)
+        sets = ConformalSets(by_class=by_class, never_empty=never_empty).fit(
+            probs[used], labels[used], alpha
+        )
         inside = sets.predict_sets(probs[fresh])
         hits = inside[np.arange(len(fresh)), labels[fresh]]
         parts = [labels == c for c in range(k)] if by_class else [np.ones(len(labels), bool)]
         found = [
-            (hits[part[fresh]].sum(), *band(int(part[used].sum()), int(part[fresh].sum()), alpha)) for part in parts
+            (hits[part[fresh]].sum(), *band(int(part[used].sum()), int(part[fresh].sum()), alpha))
+            for part in parts
         ]
         within = np.mean([low <= hit <= high for hit, low, high, _ in found])
         above = np.mean([low <= hit for hit, low, _, _ in found])
         expected = sum(mean for *_, mean in found) / len(fresh)
-        rows.append((hits.mean(), expected, within, above, inside.sum(1).mean(), (inside.sum(1) == 1).mean()))
-    return dict(zip(("coverage", "law", "within", "above", "size", "single"), np.mean(rows, 0), strict=True))
+        rows.append(
+            (
+                hits.mean(),
+                expected,
+                within,
+                above,
+                inside.sum(1).mean(),
+                (inside.sum(1) == 1).mean(),
+            )
+        )
+    return dict(
+        zip(("coverage", "law", "within", "above", "size", "single"), np.mean(rows, 0), strict=True)
+    )
 
 
 def resplit_unknown(probs: np.ndarray, rate: float, times: int) -> tuple[float, float, float]:
@@ -71,7 +90,9 @@ def resplit_unknown(probs: np.ndarray, rate: float, times: int) -> tuple[float, 
     return float(rejected), float(expected), float(within)
 
 
-def cross_fitted_error(probs: np.ndarray, labels: np.ndarray, alpha: float, times: int) -> np.ndarray:
+def cross_fitted_error(
+    probs: np.ndarray, labels: np.ndarray, alpha: float, times: int
+) -> np.ndarray:
     """Cross-fitted figures minus those of the other half (marginal, by class, rejects): mean, then standard deviation (3,)."""
     rng, rows, half = np.random.default_rng(0), [], len(labels) // 2
     for _ in range(times):
@@ -89,14 +110,18 @@ def main() -> int:
     parser.add_argument("predictions", type=Path)
     parser.add_argument("--keep", default="")
     parser.add_argument("--times", type=int, default=200)
-    parser.add_argument("--alphas", type=lambda text: [float(a) for a in text.split(",")], default=[0.1, 0.05, 0.02])
+    parser.add_argument(
+        "--alphas", type=lambda text: [float(a) for a in text.split(",")], default=[0.1, 0.05, 0.02]
+    )
     args = parser.parse_args()
     rows = Predictions.load(args.predictions)
     names = [name for name in rows.members if args.keep in name]
     probs = rows.select(names).probs.mean(0, dtype=np.float64)
     labels, times = rows.labels, args.times
     right = (probs.argmax(1) == labels).mean()
-    print(f"mean of {len(names)} members, right on {right:.4f} of {len(labels):,} rows; {times} resplits in halves")
+    print(
+        f"mean of {len(names)} members, right on {right:.4f} of {len(labels):,} rows; {times} resplits in halves"
+    )
     print(f"{hardware()}, {date.today()}, commit {commit()}")
     head = ("coverage", "law", "in band", "not below", "mean size", "single")
     print(f"{'lac sets':28}{'alpha':>6}" + "".join(f"{name:>11}" for name in head), flush=True)
@@ -105,7 +130,10 @@ def main() -> int:
             name = f"{'by class' if by_class else 'marginal'}, {'never empty' if never_empty else 'exact'}"
             for alpha in args.alphas:
                 found = resplit_sets(probs, labels, alpha, times, by_class, never_empty)
-                print(f"{name:28}{alpha:6}" + "".join(f"{value:11.4f}" for value in found.values()), flush=True)
+                print(
+                    f"{name:28}{alpha:6}" + "".join(f"{value:11.4f}" for value in found.values()),
+                    flush=True,
+                )
     for rate in args.alphas:
         rejected, expected, within = resplit_unknown(probs, rate, times)
         print(
@@ -114,7 +142,9 @@ def main() -> int:
     for alpha in args.alphas:
         mean, spread = cross_fitted_error(probs, labels, alpha, times)
         told = ", ".join(f"{m:+.4f} ({s:.4f})" for m, s in zip(mean, spread, strict=True))
-        print(f"cross-fitted minus the other half, alpha {alpha}; marginal, by class, rejects at 0.05: {told}")
+        print(
+            f"cross-fitted minus the other half, alpha {alpha}; marginal, by class, rejects at 0.05: {told}"
+        )
     return 0
 
 

@@ -23,7 +23,9 @@ def main() -> None:
         wall = time.monotonic() - began
         results = json.loads((out / "results.json").read_text())
         memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-        seconds = results["seconds"] | {"start, data, prediction": wall - sum(results["seconds"].values())}
+        seconds = results["seconds"] | {
+            "start, data, prediction": wall - sum(results["seconds"].values())
+        }
         print(
             f"\n{results['hardware']}, {results['threads']} threads, commit {results['commit']}, {results['created'][:10]}"
         )
@@ -32,7 +34,9 @@ def main() -> None:
         print(f"{'whole':24} {wall:7.1f} s   peak memory {memory:.2f} GB")
         for s in results["scores"]:
             if s["rows"] == "test":
-                print(f"{s['name']:24} {s['accuracy']:.4f} [{s['interval'][0]:.4f}, {s['interval'][1]:.4f}]")
+                print(
+                    f"{s['name']:24} {s['accuracy']:.4f} [{s['interval'][0]:.4f}, {s['interval'][1]:.4f}]"
+                )
 
 
 if __name__ == "__main__":

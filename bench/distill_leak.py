@@ -32,14 +32,18 @@ def features(member: Member, images: ImageDataset) -> Tensor:
     """Pooled features (n, d) at 56 pixels, standardised."""
     parts = []
     for rows in np.array_split(np.arange(len(images)), len(images) // 50):
-        batch = resize_square(torch.from_numpy(np.stack([images.pixels(int(i)) for i in rows])), 56, "squash").float()
+        batch = resize_square(
+            torch.from_numpy(np.stack([images.pixels(int(i)) for i in rows])), 56, "squash"
+        ).float()
         with torch.no_grad():
             maps = member.backbone.forward_features((batch - member.mean) / member.std)
             parts.append(member.backbone.forward_head(maps, pre_logits=True))
     return torch.cat(parts)
 
 
-def fitted(x: Tensor, y: np.ndarray, soft: np.ndarray | None = None, alpha: float = 0.0, t: float = 1.0) -> Tensor:
+def fitted(
+    x: Tensor, y: np.ndarray, soft: np.ndarray | None = None, alpha: float = 0.0, t: float = 1.0
+) -> Tensor:
     """A linear head (d + 1, k) by L-BFGS, hardly regularised: with as many weights as rows it memorises."""
     x1, labels = torch.cat([x, torch.ones(len(x), 1)], 1), torch.from_numpy(y)
     softened = soften(soft, t, CPU) if soft is not None else None
@@ -49,7 +53,9 @@ def fitted(x: Tensor, y: np.ndarray, soft: np.ndarray | None = None, alpha: floa
     def loss() -> Tensor:
         optimizer.zero_grad()
         logits = x1 @ head
-        total = (1 - alpha) * torch.nn.functional.cross_entropy(logits, labels) + 1e-5 * (head**2).sum()
+        total = (1 - alpha) * torch.nn.functional.cross_entropy(logits, labels) + 1e-5 * (
+            head**2
+        ).sum()
         if softened is not None:
             total = total + alpha * soft_loss(logits, softened, t)
         total.backward()  # type: ignore[no-untyped-call]
@@ -65,7 +71,9 @@ def answer(head: Tensor, x: Tensor) -> np.ndarray:
     return logits.double().softmax(-1).numpy()
 
 
-def out_of_fold(x: Tensor, y: np.ndarray, parts: np.ndarray, learn: Callable[[np.ndarray], Tensor]) -> np.ndarray:
+def out_of_fold(
+    x: Tensor, y: np.ndarray, parts: np.ndarray, learn: Callable[[np.ndarray], Tensor]
+) -> np.ndarray:
     """Each part answered by the head that `learn` makes of the other rows, given as booleans."""
     probs = np.empty((len(y), K))
     for part in np.unique(parts):
@@ -94,8 +102,18 @@ def leak(x: Tensor, truth: np.ndarray) -> None:
     honest = twin.argmax(1) == y
     show("twin, labels only", honest, planted, honest)
     for alpha, t in SETTINGS:
-        for name, soft in (("the run's own teachers", own[None].repeat(2, 0)), ("nested teachers", nested)):
-            probs = out_of_fold(x, y, parts, lambda rows, s=soft, a=alpha, h=t: fitted(x[rows], y[rows], s[int(parts[~rows][0])][rows], a, h))  # type: ignore[misc]  # fmt: skip
+        for name, soft in (
+            ("the run's own teachers", own[None].repeat(2, 0)),
+            ("nested teachers", nested),
+        ):
+            probs = out_of_fold(
+                x,
+                y,
+                parts,
+                lambda rows, s=soft, a=alpha, h=t: fitted(
+                    x[rows], y[rows], s[int(parts[~rows][0])][rows], a, h
+                ),
+            )  # type: ignore[misc]
             show(f"alpha {alpha}, temperature {t}: {name}", probs.argmax(1) == y, planted, honest)
 
 
@@ -103,18 +121,24 @@ def show(name: str, right: np.ndarray, planted: np.ndarray, twin: np.ndarray) ->
     """One line: share right by the labels as given, and among the changed ones, where right means the wrong label."""
     low, high = share_interval(right[planted])
     test = mcnemar_exact(right[planted], twin[planted])
-    print(f"{name:52} all {right.mean():.4f}   changed {right[planted].mean():.4f} [{low:.4f}, {high:.4f}], against the twin p = {test.p:.2g}")  # fmt: skip
+    print(
+        f"{name:52} all {right.mean():.4f}   changed {right[planted].mean():.4f} [{low:.4f}, {high:.4f}], against the twin p = {test.p:.2g}"
+    )
 
 
 def settings(x: Tensor, y: np.ndarray, test: Tensor, truth: np.ndarray) -> None:
     """Right labels: heads on all training rows, taught out of fold, scored on the test rows."""
     soft = taught(x, y, stratified_parts(y, parts=2))
     twin = answer(fitted(x, y), test).argmax(1) == truth
-    print(f"\n{len(y)} rows, labels as they are; test rows {len(truth)}\n{'twin, labels only':40} {twin.mean():.4f}")
+    print(
+        f"\n{len(y)} rows, labels as they are; test rows {len(truth)}\n{'twin, labels only':40} {twin.mean():.4f}"
+    )
     for alpha, t in SETTINGS:
         right = answer(fitted(x, y, soft, alpha, t), test).argmax(1) == truth
         p = mcnemar_exact(right, twin)
-        print(f"alpha {alpha}, temperature {t:<19} {right.mean():.4f}   {p.only_a} against {p.only_b}, p = {p.p:.2g}")
+        print(
+            f"alpha {alpha}, temperature {t:<19} {right.mean():.4f}   {p.only_a} against {p.only_b}, p = {p.p:.2g}"
+        )
 
 
 def main() -> None:

@@ -29,7 +29,13 @@ from scipy.stats import t as student
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from pools import KINDS, draw_pool
 
-from threefold.ensemble import ENSEMBLES, AutoEnsemble, apply_temperature, cross_fit, fit_temperature
+from threefold.ensemble import (
+    ENSEMBLES,
+    AutoEnsemble,
+    apply_temperature,
+    cross_fit,
+    fit_temperature,
+)
 from threefold.ensemble import make_ensemble as make
 from threefold.paired import holm
 from threefold.predictions import FLOOR, Predictions
@@ -45,7 +51,9 @@ def losses(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def speed(args: argparse.Namespace) -> None:
     """One line per method, each from a process of its own."""
-    print(f"{args.members} members, {args.rows:,} rows, {args.classes} classes; {hardware()}, commit {commit()}")
+    print(
+        f"{args.members} members, {args.rows:,} rows, {args.classes} classes; {hardware()}, commit {commit()}"
+    )
     print(f"{'method':16}{'fit s':>8}{'cross-fit s':>13}{'peak MB':>9}", flush=True)
     probs, labels, _, _ = draw_pool("equal", 0, args.rows, 1, args.members, args.classes)
     with tempfile.TemporaryDirectory() as folder:
@@ -58,26 +66,37 @@ def speed(args: argparse.Namespace) -> None:
 
 def verb(args: argparse.Namespace) -> None:
     """One line per method: the whole command in a process of its own."""
-    print(f"{args.members} members, {args.rows:,} rows, {args.classes} classes; {hardware()}, commit {commit()}")
+    print(
+        f"{args.members} members, {args.rows:,} rows, {args.classes} classes; {hardware()}, commit {commit()}"
+    )
     print(f"{'threefold ensemble':22}{'CPU s':>8}{'wall s':>8}{'peak MB':>9}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "pool.npz")
         sizes = [f"--{name}={getattr(args, name)}" for name in ("members", "rows", "classes")]
         # A child's peak counts what its parent held when it was started: this process must stay small.
         subprocess.run([sys.executable, __file__, "draw", path, *sizes], check=True)
-        env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        env = {
+            name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
+        }
         subprocess.run(
-            [sys.executable, "-m", "threefold", "ensemble", path], stdout=subprocess.DEVNULL, env=env, check=True
+            [sys.executable, "-m", "threefold", "ensemble", path],
+            stdout=subprocess.DEVNULL,
+            env=env,
+            check=True,
         )
         for name in args.methods or (*ENSEMBLES, "auto"):
             command, began = ["threefold", "ensemble", path, "--method", name], time.perf_counter()
-            process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, env=env)
+            process = subprocess.Popen(
+                [sys.executable, "-m", *command], stdout=subprocess.DEVNULL, env=env
+            )
             _, status, used = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
             spent = used.ru_utime + used.ru_stime
             failed = f"  failed ({process.returncode})" if process.returncode else ""
             wall = time.perf_counter() - began
-            print(f"{name:22}{spent:8.1f}{wall:8.1f}{used.ru_maxrss / 1024:9.0f}{failed}", flush=True)
+            print(
+                f"{name:22}{spent:8.1f}{wall:8.1f}{used.ru_maxrss / 1024:9.0f}{failed}", flush=True
+            )
 
 
 def draw(args: argparse.Namespace) -> None:
@@ -91,7 +110,10 @@ def one(args: argparse.Namespace) -> None:
     with np.load(args.file, allow_pickle=False) as file:
         probs, labels = file["probs"], file["labels"]
     name, times = args.methods[0], []
-    for action in (lambda: make(name).fit(probs, labels), lambda: cross_fit(lambda: make(name), probs, labels)):
+    for action in (
+        lambda: make(name).fit(probs, labels),
+        lambda: cross_fit(lambda: make(name), probs, labels),
+    ):
         began = time.process_time()
         action()
         times.append(time.process_time() - began)
@@ -113,7 +135,9 @@ def pools(args: argparse.Namespace) -> None:
             found = judged(draw_pool(kind, seed), methods, args.raw)
             means.append(found["mean"])
             for name in methods:
-                gains[name].append((found[name][0] - found["mean"][0], found[name][1] - found["mean"][1]))
+                gains[name].append(
+                    (found[name][0] - found["mean"][0], found[name][1] - found["mean"][1])
+                )
         print(
             f"\n{kind}: mean {np.mean(means, 0)[0]:.2f}"
             + ("" if args.raw else f", log loss {np.mean(means, 0)[1]:.4f}")
@@ -123,12 +147,22 @@ def pools(args: argparse.Namespace) -> None:
             worst = min(value for value, _ in values)
             line = f"  {name:14}{middle[0]:+7.2f} ({error[0]:.2f}) worst {worst:+6.2f}"
             print(line if args.raw else f"{line}  {middle[1]:+8.4f} ({error[1]:.4f})", flush=True)
-            p = student.cdf(middle[0] / error[0], len(values) - 1) if error[0] else float(middle[0] >= 0)
+            p = (
+                student.cdf(middle[0] / error[0], len(values) - 1)
+                if error[0]
+                else float(middle[0] >= 0)
+            )
             tests[name, kind] = middle[0], float(p)
-    print(f"\nmean accuracy below the mean's: one-sided t-test over draws, Holm over {len(tests)} tests, 5 %")
+    print(
+        f"\nmean accuracy below the mean's: one-sided t-test over draws, Holm over {len(tests)} tests, 5 %"
+    )
     adjusted = dict(zip(tests, holm([p for _, p in tests.values()]), strict=True))
     for name in methods:
-        lost = [f"{kind} {tests[name, kind][0]:+.2f}" for n, kind in tests if n == name and adjusted[n, kind] <= 0.05]
+        lost = [
+            f"{kind} {tests[name, kind][0]:+.2f}"
+            for n, kind in tests
+            if n == name and adjusted[n, kind] <= 0.05
+        ]
         print(f"  {name:14}{'loses: ' + ', '.join(lost) if lost else 'never'}")
 
 
@@ -145,10 +179,14 @@ def judged(
         if raw:
             found[name] = right, 0.0
             continue
-        if isinstance(ensemble, AutoEnsemble):  # its own cross-fit is nested and takes 30 fits of each candidate
+        if isinstance(
+            ensemble, AutoEnsemble
+        ):  # its own cross-fit is nested and takes 30 fits of each candidate
             heat[name] = heat[ensemble.name_]
         else:
-            heat[name] = fit_temperature(cross_fit(lambda name=name: make(name), fit, labels), labels)
+            heat[name] = fit_temperature(
+                cross_fit(lambda name=name: make(name), fit, labels), labels
+            )
         found[name] = right, float(losses(apply_temperature(answer, heat[name]), truth).mean())
     return found
 
@@ -158,14 +196,18 @@ def saved(args: argparse.Namespace) -> None:
     rows = Predictions.load(args.file)
     if args.keep:
         rows = rows.select([name for name in rows.members if args.keep in name])
-    print(f"{rows.probs.shape}, commit {commit()}; accuracy in %, gains in points (s.e.), log loss calibrated")
+    print(
+        f"{rows.probs.shape}, commit {commit()}; accuracy in %, gains in points (s.e.), log loss calibrated"
+    )
     base = None
     for name in args.methods or QUICK:
         began = time.perf_counter()
         crossed = cross_fit(lambda name=name: make(name), rows.probs, rows.labels)
         took = time.perf_counter() - began
         right = 100.0 * (crossed.argmax(1) == rows.labels)
-        loss = losses(apply_temperature(crossed, fit_temperature(crossed, rows.labels)), rows.labels)
+        loss = losses(
+            apply_temperature(crossed, fit_temperature(crossed, rows.labels)), rows.labels
+        )
         base = base or (right, loss)
         a, b = right - base[0], loss - base[1]
         root = len(a) ** 0.5
@@ -185,11 +227,15 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--keep", default="", help="saved: members whose name holds this")
-    parser.add_argument("--raw", action="store_true", help="pools: accuracy only, without the fits for temperatures")
+    parser.add_argument(
+        "--raw", action="store_true", help="pools: accuracy only, without the fits for temperatures"
+    )
     for name in ("kinds", "methods"):
         parser.add_argument(f"--{name}", type=lambda text: text.split(","), default=None)
     args = parser.parse_args()
-    {"speed": speed, "verb": verb, "draw": draw, "one": one, "pools": pools, "saved": saved}[args.table](args)
+    {"speed": speed, "verb": verb, "draw": draw, "one": one, "pools": pools, "saved": saved}[
+        args.table
+    ](args)
 
 
 if __name__ == "__main__":

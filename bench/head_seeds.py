@@ -23,7 +23,9 @@ from threefold.recipe import packaged
 
 def table(kind: str, rows: list[Predictions]) -> None:
     """One line per head."""
-    hits = np.stack([p.probs.argmax(-1) == p.labels for p in rows]).astype(float)  # seeds, members, images
+    hits = np.stack([p.probs.argmax(-1) == p.labels for p in rows]).astype(
+        float
+    )  # seeds, members, images
     print(f"\n{kind}, {hits.shape[2]} images, {hits.shape[0]} seeds")
     print(
         f"{'head':14}{'accuracy':>10}{'lowest':>9}{'highest':>9}{'minus std':>11}{'95 % interval':>22}{'p':>7}  McNemar, by seed"

@@ -40,7 +40,9 @@ class FullLayer(nn.Module):
 def make(backbone: str, kind: str, size: int, device: torch.device, full: bool = False) -> Member:
     """A member with the paper's head: 2048 units, noise 0.1, FC 1024, 10 classes."""
     fc = {"fc": 1024, "units": 2048}
-    spec = MemberSpec(name="m", backbone=backbone, weights="none", img_size=size, head=HeadSpec(kind=kind, **fc))  # type: ignore[arg-type]
+    spec = MemberSpec(
+        name="m", backbone=backbone, weights="none", img_size=size, head=HeadSpec(kind=kind, **fc)
+    )  # type: ignore[arg-type]
     member = build_member(spec, 10)
     if full:
         member.head.recurrent = FullLayer(expand(member.head.recurrent))
@@ -96,12 +98,17 @@ def main() -> None:
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (args.batch,), device=device)
     variants = {kind: make(args.backbone, kind, args.size, device) for kind in KINDS}
-    variants |= {f"{kind} full": make(args.backbone, kind, args.size, device, full=True) for kind in FULL}
+    variants |= {
+        f"{kind} full": make(args.backbone, kind, args.size, device, full=True) for kind in FULL
+    }
     print(
         f"{args.backbone} {args.size} px batch {args.batch}, {hardware()}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {commit()}"
     )
     print(f"{'head':14}{'parameters':>12}{'train ms':>10}{'x STD':>8}{'infer ms':>10}{'x STD':>8}")
-    actions = {name: (trainer(member, images, labels), looker(member, images)) for name, member in variants.items()}
+    actions = {
+        name: (trainer(member, images, labels), looker(member, images))
+        for name, member in variants.items()
+    }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     for _ in range(args.rounds + 2):
         for name, (step, look) in actions.items():

@@ -38,15 +38,30 @@ from threefold.predictions import Predictions
 from threefold.provenance import commit, hardware
 from threefold.recipe import DataSpec
 
-COLUMNS = ("AUROC", "av. precision", "found in n", "in 2 n", "in 3 n", "suspects", "precision", "recall")
+COLUMNS = (
+    "AUROC",
+    "av. precision",
+    "found in n",
+    "in 2 n",
+    "in 3 n",
+    "suspects",
+    "precision",
+    "recall",
+)
 
-NETWORKS = ("tf_efficientnet_lite0.in1k", "tf_efficientnet_lite1.in1k", "tf_efficientnet_lite2.in1k")
+NETWORKS = (
+    "tf_efficientnet_lite0.in1k",
+    "tf_efficientnet_lite1.in1k",
+    "tf_efficientnet_lite2.in1k",
+)
 
 Case = tuple[Predictions, np.ndarray]
 """Out-of-fold predictions with flipped labels, and which labels were flipped (n,)."""
 
 
-def flip(labels: np.ndarray, k: int, share: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def flip(
+    labels: np.ndarray, k: int, share: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Labels of which a share has become another class at random, and which those are."""
     flipped = np.zeros(len(labels), bool)
     flipped[rng.choice(len(labels), round(share * len(labels)), replace=False)] = True
@@ -65,11 +80,18 @@ def frozen(rows: int) -> list[np.ndarray]:
     data, found = load_data(DataSpec(source="demo"), 0).train, []
     pixels = torch.from_numpy(np.stack([data.pixels(row) for row in range(min(rows, len(data)))]))
     for name in NETWORKS:
-        member, parts = build_member(MemberSpec(name="m", backbone=name, img_size=56), 10).eval(), []
+        member, parts = (
+            build_member(MemberSpec(name="m", backbone=name, img_size=56), 10).eval(),
+            [],
+        )
         with torch.inference_mode():
             for batch in pixels.split(100):
                 images = (resize_square(batch, 56, "squash") - member.mean) / member.std
-                parts.append(member.backbone.forward_head(member.backbone.forward_features(images), pre_logits=True))
+                parts.append(
+                    member.backbone.forward_head(
+                        member.backbone.forward_features(images), pre_logits=True
+                    )
+                )
         found.append(torch.cat(parts).numpy())
     return found
 
@@ -89,9 +111,14 @@ def trained(share: float, seeds: int, rows: int, folds: int, small: bool) -> Ite
             "perceptron": (pixels, MLPClassifier((100,), max_iter=20, random_state=seed)),
         }
         if not small:
-            members = {f"lite{i}": (x, LogisticRegression(C=0.01, max_iter=200)) for i, x in enumerate(features)}
+            members = {
+                f"lite{i}": (x, LogisticRegression(C=0.01, max_iter=200))
+                for i, x in enumerate(features)
+            }
         probs = np.zeros((len(members), len(pick), len(train.classes)))
-        for fit, score in StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels):
+        for fit, score in StratifiedKFold(folds, shuffle=True, random_state=seed).split(
+            labels, labels
+        ):
             for m, (x, model) in enumerate(members.values()):
                 reduced = PCA(50 if small else 200, random_state=seed)
                 steps = (reduced, model) if small else (StandardScaler(), reduced, model)
@@ -109,7 +136,9 @@ def given(source: Path, share: float, seeds: int) -> Iterator[Case]:
         yield replace(saved, labels=labels), flipped
 
 
-def judge(predictions: Predictions, score: np.ndarray, flipped: np.ndarray, probs: np.ndarray) -> list[float]:
+def judge(
+    predictions: Predictions, score: np.ndarray, flipped: np.ndarray, probs: np.ndarray
+) -> list[float]:
     """One row of the table; a large score is suspect."""
     n = int(flipped.sum())
     caught = np.cumsum(flipped[np.argsort(-score, kind="stable")]) / n
@@ -157,7 +186,9 @@ def figure(cases: list[Case], target: Path) -> None:
 
     curves: dict[str, list[np.ndarray]] = {}
     for predictions, flipped in cases:
-        table = dict(zip(predictions.members, predictions.probs, strict=True)) | {"mean": predictions.probs.mean(0)}
+        table = dict(zip(predictions.members, predictions.probs, strict=True)) | {
+            "mean": predictions.probs.mean(0)
+        }
         for name, probs in table.items():
             order = np.argsort(-scores(probs, predictions.labels)["1 - p"], kind="stable")
             curves.setdefault(name, []).append(np.cumsum(flipped[order]) / flipped.sum())
@@ -167,19 +198,46 @@ def figure(cases: list[Case], target: Path) -> None:
     plot, axes = plt.subplots(figsize=(7.5, 4.6), dpi=130, layout="constrained")
     looked = np.arange(1, 2 * n + 1)
     for name, curve in middle.items():
-        style = {"color": "#1f5fa8", "lw": 2.4} if name == "mean" else {"color": "#b0622b", "lw": 1.2}
+        style = (
+            {"color": "#1f5fa8", "lw": 2.4} if name == "mean" else {"color": "#b0622b", "lw": 1.2}
+        )
         axes.plot(looked, curve, **style, zorder=3 if name == "mean" else 2)
     axes.plot([0, n, 2 * n], [0, 100, 100], color="#999999", lw=1, ls="--")
     axes.plot([0, 2 * n], [0, 200 * n / rows], color="#999999", lw=1, ls=":")
     at = int(0.8 * n)
-    axes.annotate("every image looked at is wrong", (0.88 * n, 88), (0.06 * n, 88), color="#666666", fontsize=9)
-    axes.text(1.45 * n, 200 * n / rows * 0.725 + 2.5, "looking at random", color="#666666", fontsize=9)
+    axes.annotate(
+        "every image looked at is wrong",
+        (0.88 * n, 88),
+        (0.06 * n, 88),
+        color="#666666",
+        fontsize=9,
+    )
+    axes.text(
+        1.45 * n, 200 * n / rows * 0.725 + 2.5, "looking at random", color="#666666", fontsize=9
+    )
     arrow = {"arrowstyle": "-", "lw": 0.8}
-    axes.annotate("mean of the three members", (at, middle["mean"][at - 1]), (0.97 * n, 66), color="#1f5fa8",
-                  fontsize=10, weight="bold", arrowprops=arrow | {"color": "#1f5fa8"})  # fmt: skip
-    axes.annotate("each member alone", (at, middle[worst][at - 1]), (0.97 * n, 50), color="#b0622b", fontsize=10,
-                  arrowprops=arrow | {"color": "#b0622b"})  # fmt: skip
-    axes.set(xlim=(0, 2 * n), ylim=(0, 103), xlabel=f"images looked at, the most suspect first ({rows:,} in all)")
+    axes.annotate(
+        "mean of the three members",
+        (at, middle["mean"][at - 1]),
+        (0.97 * n, 66),
+        color="#1f5fa8",
+        fontsize=10,
+        weight="bold",
+        arrowprops=arrow | {"color": "#1f5fa8"},
+    )
+    axes.annotate(
+        "each member alone",
+        (at, middle[worst][at - 1]),
+        (0.97 * n, 50),
+        color="#b0622b",
+        fontsize=10,
+        arrowprops=arrow | {"color": "#b0622b"},
+    )
+    axes.set(
+        xlim=(0, 2 * n),
+        ylim=(0, 103),
+        xlabel=f"images looked at, the most suspect first ({rows:,} in all)",
+    )
     axes.set_ylabel(f"found of the {n} flipped labels, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#eeeeee", zorder=0)
@@ -195,8 +253,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=3000)
     parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--small", action="store_true", help="members on pixels, without the pretrained networks")
-    parser.add_argument("--figure", type=Path, help="where to draw the share found against the images looked at")
+    parser.add_argument(
+        "--small", action="store_true", help="members on pixels, without the pretrained networks"
+    )
+    parser.add_argument(
+        "--figure", type=Path, help="where to draw the share found against the images looked at"
+    )
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # models that have not converged
     cases = list(
@@ -205,15 +267,22 @@ def main() -> None:
         else trained(args.flips, args.seeds, args.rows, args.folds, args.small)
     )
     print(f"{hardware()}, commit {commit()}")
-    accuracy = np.mean([(p.probs.argmax(-1) == np.where(f, -1, p.labels))[:, ~f].mean(1) for p, f in cases], 0)
+    accuracy = np.mean(
+        [(p.probs.argmax(-1) == np.where(f, -1, p.labels))[:, ~f].mean(1) for p, f in cases], 0
+    )
     named = zip(cases[0][0].members, accuracy, strict=True)
-    print("out-of-fold accuracy on labels not flipped: " + ", ".join(f"{name} {value:.3f}" for name, value in named))
+    print(
+        "out-of-fold accuracy on labels not flipped: "
+        + ", ".join(f"{name} {value:.3f}" for name, value in named)
+    )
     table: dict[str, list[list[float]]] = {}
     for predictions, flipped in cases:
         candidates = dict(zip(predictions.members, predictions.probs, strict=True))
         for name, probs in {**candidates, "mean of all": predictions.probs.mean(0)}.items():
             for how, score in scores(probs, predictions.labels).items():
-                table.setdefault(f"{name}, {how}", []).append(judge(predictions, score, flipped, probs))
+                table.setdefault(f"{name}, {how}", []).append(
+                    judge(predictions, score, flipped, probs)
+                )
     how = "flipped after training (optimistic)" if args.source else "flipped before training"
     print(f"{len(flipped)} rows, {flipped.sum()} labels {how}, {args.seeds} seeds")
     width = max(map(len, table))
@@ -222,9 +291,14 @@ def main() -> None:
         mean = np.mean(runs, 0)
         print(
             f"{name:{width}}"
-            + "".join(f"{v:16.1f}" if c == "suspects" else f"{v:16.3f}" for c, v in zip(COLUMNS, mean, strict=True))
+            + "".join(
+                f"{v:16.1f}" if c == "suspects" else f"{v:16.3f}"
+                for c, v in zip(COLUMNS, mean, strict=True)
+            )
         )
-    print("\naverage precision by 1 - p, the mean's minus each member's, 95 % bootstrap interval over images:")
+    print(
+        "\naverage precision by 1 - p, the mean's minus each member's, 95 % bootstrap interval over images:"
+    )
     for name, values in gains(cases).items():
         low, high = np.quantile(values[1:], [0.025, 0.975])
         print(f"{name:{width}}{values[0]:+8.3f} [{low:+.3f}, {high:+.3f}]")

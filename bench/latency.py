@@ -49,7 +49,9 @@ def exported(path: Path, image: np.ndarray, threads: int) -> Call:
     return lambda: model.explain([image])
 
 
-def candidates(pipeline: Pipeline, path: Path, image: np.ndarray, compiled: bool) -> dict[str, Call]:
+def candidates(
+    pipeline: Pipeline, path: Path, image: np.ndarray, compiled: bool
+) -> dict[str, Call]:
     """What takes turns."""
     tensor = torch.from_numpy(image[None])
     last = copy.deepcopy(pipeline)
@@ -64,7 +66,9 @@ def candidates(pipeline: Pipeline, path: Path, image: np.ndarray, compiled: bool
     plain, half = found["eager, channels last, 1 threads"], eager(last, tensor, 1, half=True)
     if timed(half)[0] < 5 * timed(plain)[0]:
         for threads in THREADS:
-            found[f"eager, channels last, bfloat16, {threads} threads"] = eager(last, tensor, threads, half=True)
+            found[f"eager, channels last, bfloat16, {threads} threads"] = eager(
+                last, tensor, threads, half=True
+            )
     else:
         print("bfloat16 autocast: more than five times slower in one try, left out")
     if compiled:
@@ -95,7 +99,9 @@ def main() -> None:
     dataset = run.sources.test or run.sources.train
     image = dataset.pixels(0)
     path = args.model or args.run / "model.onnx"
-    print(f"{hardware()}, torch {torch.__version__}, commit {commit()}, {time.strftime('%Y-%m-%d')}; {len(names)} members, {run.networks(run.recipe.members[0])} folds, one image {image.shape}")  # fmt: skip
+    print(
+        f"{hardware()}, torch {torch.__version__}, commit {commit()}, {time.strftime('%Y-%m-%d')}; {len(names)} members, {run.networks(run.recipe.members[0])} folds, one image {image.shape}"
+    )
     calls = candidates(pipeline, path, image, args.compile)
     for call in calls.values():
         timed(call)
@@ -110,7 +116,10 @@ def main() -> None:
     for other in ("eager", "compiled")[: 2 if args.compile else 1]:
         for what, axis in (("clock", 0), ("processor time", 1)):
             best = {
-                side: min((n for n in taken if n.startswith(side)), key=lambda n: float(np.median(taken[n][:, axis])))
+                side: min(
+                    (n for n in taken if n.startswith(side)),
+                    key=lambda n: float(np.median(taken[n][:, axis])),
+                )
                 for side in ("file", other)
             }
             ratio = np.median(taken[best["file"]][:, axis] / taken[best[other]][:, axis])

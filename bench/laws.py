@@ -91,7 +91,9 @@ def row_tests(rows: int) -> dict[str, Callable[[Rng], list[bool]]]:
 
 def null(args: argparse.Namespace) -> None:
     """False alarms."""
-    print(f"{args.pairs} pairs of equals, {args.rows} rows each (groups of 1 to 15, {args.rows // 8} of them)")
+    print(
+        f"{args.pairs} pairs of equals, {args.rows} rows each (groups of 1 to 15, {args.rows // 8} of them)"
+    )
     print(f"{'test at 5 %':34}{'false alarms':>13}{'95 % interval':>20}")
     for number, (names, draw) in enumerate(row_tests(args.rows).items()):
         rng = np.random.default_rng(number)
@@ -103,7 +105,9 @@ def null(args: argparse.Namespace) -> None:
 
 def power(args: argparse.Namespace) -> None:
     """Power against rows."""
-    print("exact McNemar, 5 % level; required_rows is for 80 % power of the test in its normal form")
+    print(
+        "exact McNemar, 5 % level; required_rows is for 80 % power of the test in its normal form"
+    )
     for discordant, difference in ((0.1, 0.02), (0.05, 0.01), (0.02, 0.01)):
         needed = required_rows(discordant, difference)
         print(f"\n{discordant:.0%} discordant, {difference:.0%} better: required_rows {needed:,}")
@@ -113,7 +117,9 @@ def power(args: argparse.Namespace) -> None:
             n, rng = round(needed * multiple), np.random.default_rng(0)
             found = 0
             for only_a, only_b in rng.multinomial(n, [*shares, 1 - discordant], args.pairs)[:, :2]:
-                a = np.arange(only_a + only_b) < only_a  # rows on which both agree do not enter the test
+                a = (
+                    np.arange(only_a + only_b) < only_a
+                )  # rows on which both agree do not enter the test
                 found += mcnemar_exact(a, ~a).p <= 0.05 if len(a) else 0
             low, high = wilson_interval(found, args.pairs)
             print(f"{n:8,}{found / args.pairs:8.1%}{f'[{low:.1%}, {high:.1%}]':>20}", flush=True)
@@ -141,15 +147,22 @@ def picking(args: argparse.Namespace) -> None:
         cells = [f"{a:.4f} ({e:.4f})" for a, e in zip(middle, error, strict=True)]
         cells += [""] * (4 - len(cells))
         theory = expected_best(m, args.rows, k)
-        print(f"{m:8}{theory:9.4f}{cells[0]:>20}{cells[1]:>20}{cells[2]:>21}{cells[3]:>22}", flush=True)
+        print(
+            f"{m:8}{theory:9.4f}{cells[0]:>20}{cells[1]:>20}{cells[2]:>21}{cells[3]:>22}",
+            flush=True,
+        )
 
 
-def grouped_members(rng: Rng, groups: int, alike: float, size: int = 10, m: int = 3, k: int = 5) -> np.ndarray:
+def grouped_members(
+    rng: Rng, groups: int, alike: float, size: int = 10, m: int = 3, k: int = 5
+) -> np.ndarray:
     """Members (m, groups * size, k) that see the same truth through noise; a share of both is the group's own."""
 
     def drawn(*lead: int) -> np.ndarray:
         parts = rng.normal(size=(*lead, groups, 1, k)), rng.normal(size=(*lead, groups, size, k))
-        return np.asarray(alike**0.5 * parts[0] + (1 - alike) ** 0.5 * parts[1]).reshape(*lead, groups * size, k)
+        return np.asarray(alike**0.5 * parts[0] + (1 - alike) ** 0.5 * parts[1]).reshape(
+            *lead, groups * size, k
+        )
 
     probs = np.exp(2 * drawn() + 1.2 * drawn(m))
     return np.asarray(probs / probs.sum(-1, keepdims=True))
@@ -170,13 +183,18 @@ def stopping(args: argparse.Namespace) -> None:
                     rows = (10 * picked[:, None] + np.arange(10)).ravel()
                     groups = rows // 10 if told else None
                     labels = full[rows].argmax(1)  # they fit temperatures, which move no class
-                    fitted = Cascade([[0], [1], [2]]).fit(world[:, rows], labels, full[rows], allowed, groups)
+                    fitted = Cascade([[0], [1], [2]]).fit(
+                        world[:, rows], labels, full[rows], allowed, groups
+                    )
                     answer = fitted.predict(world, full)
                     broken += bool((answer.probs.argmax(1) != full.argmax(1)).mean() > allowed)
                     asked += answer.asked.mean() / 3 / args.pairs
                 low, high = wilson_interval(broken, args.pairs)
                 share, span = broken / args.pairs, f"[{low:.1%}, {high:.1%}]"
-                print(f"{alike:6}{allowed:9.0%}{'told' if told else 'ignored':>9}{share:8.1%}{span:>18}{asked:8.1%}", flush=True)  # fmt: skip
+                print(
+                    f"{alike:6}{allowed:9.0%}{'told' if told else 'ignored':>9}{share:8.1%}{span:>18}{asked:8.1%}",
+                    flush=True,
+                )
 
 
 def main() -> None:
@@ -186,7 +204,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=None)
     parser.add_argument("--rows", type=int, default=None)
     args = parser.parse_args()
-    pairs, rows = {"null": (1000, 300), "power": (2000, 0), "noise": (50, 500), "cascade": (200, 1000)}[args.table]
+    pairs, rows = {
+        "null": (1000, 300),
+        "power": (2000, 0),
+        "noise": (50, 500),
+        "cascade": (200, 1000),
+    }[args.table]
     args.pairs, args.rows = args.pairs or pairs, args.rows or rows
     print(f"{hardware()}, commit {commit()}")
     {"null": null, "power": power, "noise": picking, "cascade": stopping}[args.table](args)

@@ -64,10 +64,15 @@ def main() -> None:
     pipeline = run.pipeline(combiner, names)
     rows = workflow._spread(test, args.images)
     images = [test.pixels(row) for row in rows]
-    print(f"{hardware()}, torch {torch.__version__}, commit {commit()}, {time.strftime('%Y-%m-%d')}; {len(images)} test images, {len(names)} members", flush=True)  # fmt: skip
+    print(
+        f"{hardware()}, torch {torch.__version__}, commit {commit()}, {time.strftime('%Y-%m-%d')}; {len(images)} test images, {len(names)} members",
+        flush=True,
+    )
     expected = pipeline.predict_proba(images)
     calibration = [train.pixels(row) for row in workflow._spread(train, CALIBRATION_IMAGES)]
-    print(f"{'precision':10}{'MB':>8}{'largest':>10}{'99 %':>10}{'other class':>13}{'right':>14}{'lost':>6}{'gained':>8}{'CPU ms an image':>17}")  # fmt: skip
+    print(
+        f"{'precision':10}{'MB':>8}{'largest':>10}{'99 %':>10}{'other class':>13}{'right':>14}{'lost':>6}{'gained':>8}{'CPU ms an image':>17}"
+    )
     for precision in args.precisions.split(","):
         model = exporting.build_graph(pipeline, precision, calibration)
         exporting._set_card(model, exporting.card_of(pipeline, precision, {}))

@@ -22,14 +22,33 @@ import numpy as np
 
 from threefold.crossfit import stratified_parts
 from threefold.diversity import distinct, duplicates
-from threefold.ensemble import ENSEMBLES, apply_temperature, cross_fit, fit_temperature, make_ensemble
-from threefold.paired import Difference, holm, mcnemar_exact, paired_bootstrap, required_rows_from_counts, verdict
+from threefold.ensemble import (
+    ENSEMBLES,
+    apply_temperature,
+    cross_fit,
+    fit_temperature,
+    make_ensemble,
+)
+from threefold.paired import (
+    Difference,
+    holm,
+    mcnemar_exact,
+    paired_bootstrap,
+    required_rows_from_counts,
+    verdict,
+)
 from threefold.predictions import FLOOR, Predictions
 from threefold.provenance import commit, hardware
 from threefold.stats import wilson_interval
 
 NETWORKS = ("stacked-shrunk", "stacked")
-SHORT = {"FashionMNIST_": "", "MulModel_": "", "Mixed_STDSE_LSTMXc_STD_IcR_299_": "Mixed/", "_Mul": "", "_2111_v1": ""}
+SHORT = {
+    "FashionMNIST_": "",
+    "MulModel_": "",
+    "Mixed_STDSE_LSTMXc_STD_IcR_299_": "Mixed/",
+    "_Mul": "",
+    "_2111_v1": "",
+}
 
 
 def short(name: str) -> str:
@@ -52,19 +71,30 @@ def signed(found: Difference) -> str:
 
 def pairs(hits: dict[str, np.ndarray], table: list[tuple[str, str]]) -> None:
     """One line per comparison of two rows of hits."""
-    print(f"\n{'pairs':47}{'right alone':>12}{'difference, 95 % interval':>29}{'p':>9}{'Holm':>9}{'images needed':>15}")
+    print(
+        f"\n{'pairs':47}{'right alone':>12}{'difference, 95 % interval':>29}{'p':>9}{'Holm':>9}{'images needed':>15}"
+    )
     found = [mcnemar_exact(hits[a], hits[b]) for a, b in table]
-    for (a, b), (only_a, only_b, p), adjusted in zip(table, found, holm([f.p for f in found]), strict=True):
+    for (a, b), (only_a, only_b, p), adjusted in zip(
+        table, found, holm([f.p for f in found]), strict=True
+    ):
         n = len(hits[a])
-        needed = f"{required_rows_from_counts(only_a, only_b, n):,}" if only_a != only_b else "no number"
+        needed = (
+            f"{required_rows_from_counts(only_a, only_b, n):,}" if only_a != only_b else "no number"
+        )
         moved = signed(paired_bootstrap(hits[a], hits[b]))
-        print(f"{a + ' - ' + b:47}{f'{only_a} : {only_b}':>12}{moved:>29}{p:9.4f}{adjusted:9.4f}{needed:>15}")
+        print(
+            f"{a + ' - ' + b:47}{f'{only_a} : {only_b}':>12}{moved:>29}{p:9.4f}{adjusted:9.4f}{needed:>15}"
+        )
         print(f"    {verdict(a, b, only_a, only_b, p, test='exact McNemar', n=n)}")
 
 
 def claims(rows: Predictions) -> None:
     """The paper's comparisons."""
-    hits = {short(name): probs.argmax(-1) == rows.labels for name, probs in zip(rows.members, rows.probs, strict=True)}
+    hits = {
+        short(name): probs.argmax(-1) == rows.labels
+        for name, probs in zip(rows.members, rows.probs, strict=True)
+    }
     mixed = rows.select([name for name in rows.members if "_Mixed_" in name])
     for method in ("mean", "pruned", "vote"):
         hits[method] = make_ensemble(method).predict_proba(mixed.probs).argmax(-1) == rows.labels
@@ -72,15 +102,26 @@ def claims(rows: Predictions) -> None:
     std, gru = "SEResNext101_LRG299", "SEResNext101_LRG299_GRU"
     for name in ("mean", "pruned", "vote", best, std, gru):
         print(f"{name:32}{share(hits[name])}")
-    table = [("mean", best), ("pruned", best), ("vote", best), ("mean", "pruned"), (std, gru), (best, std)]
+    table = [
+        ("mean", best),
+        ("pruned", best),
+        ("vote", best),
+        ("mean", "pruned"),
+        (std, gru),
+        (best, std),
+    ]
     pairs(hits, table)
 
 
 def subset_hits(probs: np.ndarray, labels: np.ndarray) -> tuple[list[tuple[int, ...]], np.ndarray]:
     """Every subset of the members, and which rows its mean has right (subsets, n)."""
     numbers = range(len(probs))
-    subsets = [s for size in range(1, len(probs) + 1) for s in itertools.combinations(numbers, size)]
-    return subsets, np.stack([probs[list(s)].sum(0, dtype=np.float64).argmax(-1) == labels for s in subsets])
+    subsets = [
+        s for size in range(1, len(probs) + 1) for s in itertools.combinations(numbers, size)
+    ]
+    return subsets, np.stack(
+        [probs[list(s)].sum(0, dtype=np.float64).argmax(-1) == labels for s in subsets]
+    )
 
 
 def choice(rows: Predictions, keep: list[int]) -> None:
@@ -94,11 +135,15 @@ def choice(rows: Predictions, keep: list[int]) -> None:
         chosen.append(int(hits[:, ~held].sum(1).argmax()))
         honest[held] = hits[chosen[-1], held]
     apparent = hits[hits.sum(1).argmax()]
-    print(f"\nchoice: the best of {len(subsets)} subsets of {len(keep)} networks (of {len(rows.members)} files)")
+    print(
+        f"\nchoice: the best of {len(subsets)} subsets of {len(keep)} networks (of {len(rows.members)} files)"
+    )
     print(f"{'picked on the scored rows':38}{share(apparent)}")
     print(f"{'picked on other rows (five parts)':38}{share(honest)}")
     print(f"{'mean of all, nothing picked':38}{share(everyone)}")
-    print(f"optimism of the choice {100 * (apparent.mean() - honest.mean()):+.2f} points; picked in the five parts:")
+    print(
+        f"optimism of the choice {100 * (apparent.mean() - honest.mean()):+.2f} points; picked in the five parts:"
+    )
     for value, index in enumerate(chosen):
         print(f"    {value}: {', '.join(short(rows.members[keep[i]]) for i in subsets[index])}")
     pairs({"picked elsewhere": honest, "all": everyone}, [("picked elsewhere", "all")])
@@ -118,7 +163,10 @@ def methods(rows: Predictions, keep: list[int], names: list[str]) -> None:
         times[name] = time.process_time() - began
     found = {name: mcnemar_exact(hits[name], hits["mean"]) for name in names if name != "mean"}
     adjusted = dict(zip(found, holm([f.p for f in found.values()]), strict=True))
-    print(f"\n{'methods, cross-fitted':22}{'accuracy, 95 % interval':>26}{'log loss':>10}{'minus mean':>29}", end="")
+    print(
+        f"\n{'methods, cross-fitted':22}{'accuracy, 95 % interval':>26}{'log loss':>10}{'minus mean':>29}",
+        end="",
+    )
     print(f"{'right alone':>13}{'p':>8}{'Holm':>8}{'CPU s':>8}")
     for name in names:
         line = f"{name:22}{share(hits[name]):>26}{losses[name].mean():10.4f}"
@@ -141,7 +189,10 @@ def main() -> None:
     claims(rows)
     keep = distinct(rows.probs)
     for group in duplicates(rows.probs):
-        print(f"\none network, counted once: {', '.join(short(rows.members[i]) for i in group)}", end="")
+        print(
+            f"\none network, counted once: {', '.join(short(rows.members[i]) for i in group)}",
+            end="",
+        )
     print()
     choice(rows, keep)
     names = args.methods or [n for n in (*ENSEMBLES, "auto") if args.all or n not in NETWORKS]

@@ -74,7 +74,9 @@ def export_pipeline(path: Path, size: int) -> None:
         members[name] = MemberPipeline([Predictor(build_member(spec, 10))], size, "squash")
     mean = MeanEnsemble().fit(np.full((3, 10, 10), 0.1, np.float32), np.arange(10)).to_module()
     pipeline = Pipeline(members, Combiner(mean, TemperatureModule(1.0)), tuple("abcdefghij"))
-    targets.export(pipeline, path, pictures(np.random.default_rng(1), 4), {"name": "bench", "method": "mean"})
+    targets.export(
+        pipeline, path, pictures(np.random.default_rng(1), 4), {"name": "bench", "method": "mean"}
+    )
 
 
 def pictures(rng: np.random.Generator, count: int) -> list[np.ndarray]:
@@ -82,7 +84,9 @@ def pictures(rng: np.random.Generator, count: int) -> list[np.ndarray]:
     found = []
     for i in range(count):
         small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-        found.append(np.asarray(small.resize((320, 240) if i % 4 else (240, 320), Image.Resampling.BICUBIC)))
+        found.append(
+            np.asarray(small.resize((320, 240) if i % 4 else (240, 320), Image.Resampling.BICUBIC))
+        )
     return found
 
 
@@ -95,23 +99,35 @@ def encoded(image: np.ndarray, kind: str) -> bytes:
 
 def answers_of(model: Model, files: list[bytes]) -> list[dict[str, float]]:
     """Each file's probabilities by class, one file at a time."""
-    return [dict(zip(model.classes, map(float, probs), strict=True)) for probs in model.predict_proba(files)]
+    return [
+        dict(zip(model.classes, map(float, probs), strict=True))
+        for probs in model.predict_proba(files)
+    ]
 
 
 def make_cases(model: Model, count: int) -> list[Case]:
     """Requests with their answers, one in twenty bad."""
     rng = np.random.default_rng(0)
-    files = [encoded(image, "JPEG" if i % 2 else "PNG") for i, image in enumerate(pictures(rng, IMAGES))]
+    files = [
+        encoded(image, "JPEG" if i % 2 else "PNG") for i, image in enumerate(pictures(rng, IMAGES))
+    ]
     answers = answers_of(model, files)
     side = int(Limits().pixels ** 0.5) + 2
     huge = b"GIF89a" + side.to_bytes(2, "little") * 2 + b"\xf0\0\0" + bytes(30)
-    bad = [Case(b"not a picture", "form", 415), Case(files[1][:-2000], "form", 415), Case(b"***", "json", 400),
-           Case(huge, "form", 413), Case(b"", "none", 415)]  # fmt: skip
+    bad = [
+        Case(b"not a picture", "form", 415),
+        Case(files[1][:-2000], "form", 415),
+        Case(b"***", "json", 400),
+        Case(huge, "form", 413),
+        Case(b"", "none", 415),
+    ]
     cases = []
     for i in range(count):
         good = int(rng.integers(IMAGES))
         kind = "json" if i % 5 == 4 else "form"
-        cases.append(bad[i // 20 % len(bad)] if i % 20 == 7 else Case(files[good], kind, answers[good]))
+        cases.append(
+            bad[i // 20 % len(bad)] if i % 20 == 7 else Case(files[good], kind, answers[good])
+        )
     return cases
 
 
@@ -125,7 +141,11 @@ def send(client: httpx.Client, case: Case) -> str:
     else:
         response = client.post("/predict")
     if isinstance(case.expected, int):
-        return "refused" if response.status_code == case.expected else f"status {response.status_code} for a bad one"
+        return (
+            "refused"
+            if response.status_code == case.expected
+            else f"status {response.status_code} for a bad one"
+        )
     if response.status_code != 200:
         return f"status {response.status_code} for a good one"
     return judged(response.content, case.expected)
@@ -133,11 +153,17 @@ def send(client: httpx.Client, case: Case) -> str:
 
 def judged(body: bytes, expected: dict[str, float]) -> str:
     """Whether an answer has these probabilities."""
-    found = {share["label"]: share["probability"] for share in json.loads(body)["answers"][0]["top"]}
-    return "right" if all(abs(found[label] - p) < 1e-5 for label, p in expected.items()) else "wrong"
+    found = {
+        share["label"]: share["probability"] for share in json.loads(body)["answers"][0]["top"]
+    }
+    return (
+        "right" if all(abs(found[label] - p) < 1e-5 for label, p in expected.items()) else "wrong"
+    )
 
 
-def storm(address: str, cases: list[Case], clients: int, seconds: float = 0.0) -> tuple[Counter[str], float]:
+def storm(
+    address: str, cases: list[Case], clients: int, seconds: float = 0.0
+) -> tuple[Counter[str], float]:
     """Send all cases once, or again and again for some seconds, from that many clients; outcomes and seconds."""
     outcomes: Counter[str] = Counter()
     lock, turn, began = threading.Lock(), iter(range(10**9)), time.monotonic()
@@ -216,9 +242,15 @@ def rush(address: str, cases: list[Case], clients: int, seconds: float) -> np.nd
 
 def throughput(pid: int, address: str, model: Model, clients: int, batch: int) -> None:
     """Bare session and server in turns."""
-    images = [image for image in pictures(np.random.default_rng(2), IMAGES) if image.shape == (240, 320, 3)]
+    images = [
+        image
+        for image in pictures(np.random.default_rng(2), IMAGES)
+        if image.shape == (240, 320, 3)
+    ]
     files = [encoded(image, "JPEG") for image in images]
-    cases = [Case(content, "form", p) for content, p in zip(files, answers_of(model, files), strict=True)]
+    cases = [
+        Case(content, "form", p) for content, p in zip(files, answers_of(model, files), strict=True)
+    ]
     rush(address, cases, clients, 1.0)  # warm
     alone, served = [], []
     for _ in range(6):
@@ -251,27 +283,36 @@ def main() -> None:
         path = args.model or Path(folder) / "model.onnx"
         if not args.model:
             export_pipeline(path, args.size)
-        print(f"{hardware()}, commit {commit()}, {time.strftime('%Y-%m-%d')}; {path.stat().st_size / 1e6:.0f} MB model at {args.size} px")  # fmt: skip
+        print(
+            f"{hardware()}, commit {commit()}, {time.strftime('%Y-%m-%d')}; {path.stat().st_size / 1e6:.0f} MB model at {args.size} px"
+        )
         model = Model(path, spin=False)
         cases = make_cases(model, args.requests)
-        with subprocess.Popen([sys.executable, "-c", SERVER, str(path)], stdout=subprocess.PIPE, text=True) as server:
+        with subprocess.Popen(
+            [sys.executable, "-c", SERVER, str(path)], stdout=subprocess.PIPE, text=True
+        ) as server:
             try:
                 assert server.stdout is not None
                 address = server.stdout.readline().strip()
                 started = megabytes(server.pid)
                 outcomes, seconds = storm(address, cases, args.clients)
-                print(f"{args.requests} requests, {args.clients} clients, {seconds:.0f} s: {dict(outcomes)}; memory {started:.0f} -> {megabytes(server.pid):.0f} MB")  # fmt: skip
+                print(
+                    f"{args.requests} requests, {args.clients} clients, {seconds:.0f} s: {dict(outcomes)}; memory {started:.0f} -> {megabytes(server.pid):.0f} MB"
+                )
                 assert set(outcomes) == {"right", "refused"}
                 marks = [megabytes(server.pid)]
                 for _ in range(6):
                     outcomes, _ = storm(address, cases, args.clients, 10 * args.minutes)
                     assert set(outcomes) <= {"right", "refused"}, outcomes
                     marks.append(megabytes(server.pid))
-                print(f"{args.minutes:g} minutes more: memory {' '.join(f'{m:.0f}' for m in marks)} MB")
+                print(
+                    f"{args.minutes:g} minutes more: memory {' '.join(f'{m:.0f}' for m in marks)} MB"
+                )
                 throughput(server.pid, address, model, args.clients, Limits().batch)
                 text = httpx.get(f"{address}/metrics", trust_env=False).text
                 sizes = {
-                    m[1]: float(m[2]) for m in re.finditer(r'batch_images_bucket\{le="([\d.+Inf]+)"\} ([\d.]+)', text)
+                    m[1]: float(m[2])
+                    for m in re.finditer(r'batch_images_bucket\{le="([\d.+Inf]+)"\} ([\d.]+)', text)
                 }
                 print(f"batches of at most so many images: {sizes}")
             finally:

@@ -29,7 +29,10 @@ class OverViews(nn.Module):
 
     def __init__(self, width: int, num_classes: int, units: int = 512) -> None:
         super().__init__()
-        self.gru, self.classifier = nn.GRU(width, units, batch_first=True), nn.Linear(units, num_classes)
+        self.gru, self.classifier = (
+            nn.GRU(width, units, batch_first=True),
+            nn.Linear(units, num_classes),
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (b, k)."""
@@ -42,7 +45,10 @@ class PerView(nn.Module):
 
     def __init__(self, width: int, num_classes: int, units: int = 512) -> None:
         super().__init__()
-        self.gru, self.classifier = nn.GRU(width, units, batch_first=True), nn.Linear(units, num_classes)
+        self.gru, self.classifier = (
+            nn.GRU(width, units, batch_first=True),
+            nn.Linear(units, num_classes),
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (b, k)."""
@@ -55,12 +61,19 @@ class PerView(nn.Module):
 def features_of(pixels: np.ndarray, size: int) -> Tensor:
     """Pooled features (n, 5, c) of five crops."""
     spec = MemberSpec(name="m", backbone="tf_efficientnet_lite0.in1k", img_size=size)
-    member, views = build_member(spec, 10).eval(), Views(ViewSpec(kind="five-crop", upsample=1.15), size, 0)
+    member, views = (
+        build_member(spec, 10).eval(),
+        Views(ViewSpec(kind="five-crop", upsample=1.15), size, 0),
+    )
     parts = []
     for begin in range(0, len(pixels), 64):
-        crops = views(resize_square(torch.from_numpy(pixels[begin : begin + 64]), views.canvas, "squash"))
+        crops = views(
+            resize_square(torch.from_numpy(pixels[begin : begin + 64]), views.canvas, "squash")
+        )
         flat = (crops.flatten(0, 1) - member.mean) / member.std
-        found = member.backbone.forward_head(member.backbone.forward_features(flat), pre_logits=True)
+        found = member.backbone.forward_head(
+            member.backbone.forward_features(flat), pre_logits=True
+        )
         parts.append(found.reshape(5, -1, found.shape[-1]).transpose(0, 1))
     return torch.cat(parts)
 
@@ -95,11 +108,15 @@ def main() -> None:
             head = kind(features.shape[2], len(data.classes))
             train(head, features[roles.fit], labels[roles.fit], args.epochs)
             with torch.inference_mode():
-                hits[name][roles.score] = (head(features[roles.score]).argmax(1) == labels[roles.score]).numpy()
+                hits[name][roles.score] = (
+                    head(features[roles.score]).argmax(1) == labels[roles.score]
+                ).numpy()
         low, high = wilson_interval(int(hits[name].sum()), len(data))
         print(f"{name:22}{hits[name].mean():.4f} [{low:.4f}, {high:.4f}]")
     a, b, p = mcnemar_exact(hits["GRU over 5 views"], hits["mean of 5 softmaxes"])
-    print(f"GRU alone right {a}, mean alone right {b}, p = {p:.3f}; {args.size} px, {hardware()}, commit {commit()}")
+    print(
+        f"GRU alone right {a}, mean alone right {b}, p = {p:.3f}; {args.size} px, {hardware()}, commit {commit()}"
+    )
 
 
 if __name__ == "__main__":

@@ -57,7 +57,10 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def photographs() -> list[Image.Image]:
-    named = [Path(sklearn.datasets.__file__).parent / "images" / name for name in ("china.jpg", "flower.jpg")]
+    named = [
+        Path(sklearn.datasets.__file__).parent / "images" / name
+        for name in ("china.jpg", "flower.jpg")
+    ]
     named.append(Path(matplotlib.get_data_path()) / "sample_data/grace_hopper.jpg")
     return [Image.open(path).convert("RGB") for path in named]
 
@@ -69,14 +72,18 @@ def every_kind(image: Image.Image) -> dict[str, bytes]:
     glass = image.copy()
     glass.putalpha(image.convert("L"))
     return {
-        "PNG": saved(image, "PNG"), "PNG, half transparent": saved(glass, "PNG"),
+        "PNG": saved(image, "PNG"),
+        "PNG, half transparent": saved(glass, "PNG"),
         "JPEG 4:2:0, quality 75": saved(image, "JPEG", quality=75),
         "JPEG 4:4:4, quality 95": saved(image, "JPEG", quality=95, subsampling=0),
         "JPEG, progressive": saved(image, "JPEG", quality=85, progressive=True),
         "JPEG, to be turned": saved(image, "JPEG", quality=85, exif=exif),
-        "WebP, lossy": saved(image, "WEBP", quality=80), "WebP, to be turned": saved(image, "WEBP", lossless=True, exif=exif),
-        "PNG, 16-bit grey": saved(Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 251), "PNG"),
-    }  # fmt: skip
+        "WebP, lossy": saved(image, "WEBP", quality=80),
+        "WebP, to be turned": saved(image, "WEBP", lossless=True, exif=exif),
+        "PNG, 16-bit grey": saved(
+            Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 251), "PNG"
+        ),
+    }
 
 
 def chromium() -> Any:
@@ -84,20 +91,28 @@ def chromium() -> Any:
     options.binary_location = shutil.which("chromium") or ""
     for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
         options.add_argument(word)
-    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    found = webdriver.Chrome(
+        options=options, service=webdriver.ChromeService(shutil.which("chromedriver"))
+    )
     found.set_script_timeout(300)
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     model = threefold.load(args.model, threads=1)
-    with np.load(resources("threefold") / "assets/fashion_mnist/data.npz", allow_pickle=False) as asset:
-        small = [saved(Image.fromarray(pixels), "PNG") for pixels in asset["test_images"][: args.images]]
+    with np.load(
+        resources("threefold") / "assets/fashion_mnist/data.npz", allow_pickle=False
+    ) as asset:
+        small = [
+            saved(Image.fromarray(pixels), "PNG") for pixels in asset["test_images"][: args.images]
+        ]
     kinds: dict[str, list[bytes]] = {f"Fashion-MNIST, PNG ({len(small)} images)": small}
     for photo in photographs():
         for kind, content in every_kind(photo).items():
@@ -119,18 +134,28 @@ def main() -> None:
             server.shutdown()
 
 
-def measure(browser: Any, model: threefold.runtime.Model, kinds: dict[str, list[bytes]], rounds: int) -> None:
+def measure(
+    browser: Any, model: threefold.runtime.Model, kinds: dict[str, list[bytes]], rounds: int
+) -> None:
     """Print the table of differences, then the times."""
 
-    def ask(content: bytes, module: str = "./backend.js", call: str = "answer", limits: Any = None) -> Any:
-        return browser.execute_async_script(ASK, module, call, base64.b64encode(content).decode(), limits)
+    def ask(
+        content: bytes, module: str = "./backend.js", call: str = "answer", limits: Any = None
+    ) -> Any:
+        return browser.execute_async_script(
+            ASK, module, call, base64.b64encode(content).decode(), limits
+        )
 
     limits = {"file_bytes": 10**8, "pixels": 10**8, "side": 10**5}
     time.sleep(1)  # the card arrives
     began = time.monotonic()
     ask(kinds["PNG"][0])
-    print(f"first answer, the model fetched from this machine and started: {time.monotonic() - began:.1f} s")
-    print(f"{'files':32} {'pixels: most':>12} {'share other':>12} {'probability: most':>18} {'same class':>11}")
+    print(
+        f"first answer, the model fetched from this machine and started: {time.monotonic() - began:.1f} s"
+    )
+    print(
+        f"{'files':32} {'pixels: most':>12} {'share other':>12} {'probability: most':>18} {'same class':>11}"
+    )
     for kind, files in kinds.items():
         pixels, probs = [], []
         for content in files:
@@ -143,7 +168,10 @@ def measure(browser: Any, model: threefold.runtime.Model, kinds: dict[str, list[
         apart = max(float(np.abs(a - b).max()) for a, b in probs)
         same = sum(a.argmax() == b.argmax() for a, b in probs)
         print(f"{kind:32} {most:12} {other:12.4%} {apart:18.1e} {same:7} of {len(files)}")
-    for name, content in (("28 x 28", next(iter(kinds.values()))[0]), ("640 x 427", kinds["PNG"][0])):
+    for name, content in (
+        ("28 x 28", next(iter(kinds.values()))[0]),
+        ("640 x 427", kinds["PNG"][0]),
+    ):
         theirs, ours, image = [], [], decode(content)
         for _ in range(rounds):
             theirs.append(ask(content)["milliseconds"])

@@ -27,7 +27,9 @@ OUT = Path(__file__).parents[1] / "src/threefold/assets/fashion_mnist/data.npz"
 def choose_rows(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
     """Ascending rows, `per_class` of each label."""
     rng = np.random.default_rng(seed)
-    drawn = [rng.permutation(np.flatnonzero(labels == label))[:per_class] for label in np.unique(labels)]
+    drawn = [
+        rng.permutation(np.flatnonzero(labels == label))[:per_class] for label in np.unique(labels)
+    ]
     return np.sort(np.concatenate(drawn)).astype(np.int32)
 
 
@@ -37,7 +39,9 @@ def choose(source: Path) -> dict[str, np.ndarray]:
     for part, per_class in PER_CLASS.items():
         labels = read_idx(source / f"{PREFIX[part]}-labels-idx1-ubyte.gz", 1)
         rows = choose_rows(labels, per_class, SEED)
-        arrays[f"{part}_images"] = read_idx(source / f"{PREFIX[part]}-images-idx3-ubyte.gz", 3)[rows]
+        arrays[f"{part}_images"] = read_idx(source / f"{PREFIX[part]}-images-idx3-ubyte.gz", 3)[
+            rows
+        ]
         arrays[f"{part}_labels"] = labels[rows]
         arrays[f"{part}_rows"] = rows
     return arrays
@@ -59,7 +63,10 @@ def main() -> None:
     """Write the file and print what it holds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--source", type=Path, default=Path(FASHION_MNIST_ROOT), help="folder of the four idx .gz files"
+        "--source",
+        type=Path,
+        default=Path(FASHION_MNIST_ROOT),
+        help="folder of the four idx .gz files",
     )
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()

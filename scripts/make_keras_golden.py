@@ -41,13 +41,18 @@ def run_layers(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
     Good to about 1e-7: Keras' matmul on torch computes in float32 whatever the floatx.
     """
-    inputs = {"one": rng.normal(size=(BATCH, 1, FEATURES)), "many": rng.normal(size=(BATCH, STEPS, FEATURES))}
+    inputs = {
+        "one": rng.normal(size=(BATCH, 1, FEATURES)),
+        "many": rng.normal(size=(BATCH, STEPS, FEATURES)),
+    }
     arrays = {f"inputs/{name}": values for name, values in inputs.items()}
     for gate_name, gate in (("sigmoid", "sigmoid"), ("hard", keras_2_hard_sigmoid)):
         for name, layer in layers(gate).items():
             layer.build((None, None, FEATURES))
             # Wide enough that some gates leave the linear part of the hard sigmoid.
-            layer.set_weights([rng.normal(scale=1.5, size=weight.shape) for weight in layer.weights])
+            layer.set_weights(
+                [rng.normal(scale=1.5, size=weight.shape) for weight in layer.weights]
+            )
             key = f"{gate_name}/{name}"
             arrays |= {f"{key}/weight{i}": weight for i, weight in enumerate(layer.get_weights())}
             for length in ("one", "many") if gate_name == "sigmoid" else ("one",):
@@ -82,7 +87,9 @@ def main() -> None:
     arrays = run_layers(rng) | run_adam(rng) | {"keras_version": np.array(keras.__version__)}
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(TARGET, **arrays)
-    print(f"{TARGET.name}: {len(arrays)} arrays, {TARGET.stat().st_size} bytes, Keras {keras.__version__}")
+    print(
+        f"{TARGET.name}: {len(arrays)} arrays, {TARGET.stat().st_size} bytes, Keras {keras.__version__}"
+    )
 
 
 if __name__ == "__main__":

@@ -11,8 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: uv sync --group browser")
-CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
+webdriver = pytest.importorskip(
+    "selenium.webdriver", reason="needs selenium: uv sync --group browser"
+)
+CHROMIUM, DRIVER = (
+    shutil.which("chromium") or shutil.which("chromium-browser"),
+    shutil.which("chromedriver"),
+)
 needs_chromium = pytest.mark.skipif(
     not (CHROMIUM and DRIVER),
     reason="needs chromium and chromedriver, as in Debian's packages chromium, chromium-driver",
@@ -24,7 +29,12 @@ def a_browser() -> Iterator[Any]:
     """A headless Chromium."""
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1000,1400"):
+    for word in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--window-size=1000,1400",
+    ):
         options.add_argument(word)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     found = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
@@ -50,7 +60,9 @@ def articles(browser: Any, count: int) -> list[str]:
     return [a.text for a in browser.find_elements("css selector", "article")]
 
 
-def check_article(text: str, name: str, members: Sequence[str], p: np.ndarray, opinions: np.ndarray) -> None:
+def check_article(
+    text: str, name: str, members: Sequence[str], p: np.ndarray, opinions: np.ndarray
+) -> None:
     """An answer names its image, its share, and every member's: probabilities (k,) and (m, k)."""
     assert name in text
     assert f"{100 * p.max():.1f} %" in text
@@ -64,7 +76,8 @@ def emulate(browser: Any, width: int, dark: bool) -> None:
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     value = "dark" if dark else "light"
     browser.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": value}]}
+        "Emulation.setEmulatedMedia",
+        {"features": [{"name": "prefers-color-scheme", "value": value}]},
     )
 
 

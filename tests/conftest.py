@@ -8,7 +8,9 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers with several threads each get in each other's way
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # workers with several threads each get in each other's way
 
 import numpy as np
 import pytest
@@ -19,10 +21,14 @@ from threefold.recipe import Recipe
 COLOURS = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 200)}
 
 
-def paint(path: Path, colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (40, 32)) -> None:
+def paint(
+    path: Path, colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (40, 32)
+) -> None:
     """Write a noisy picture of one colour."""
     rng = np.random.default_rng(seed)
-    pixels = np.clip(np.array(colour) + rng.normal(0, 60, (*size[::-1], 3)), 0, 255).astype(np.uint8)
+    pixels = np.clip(np.array(colour) + rng.normal(0, 60, (*size[::-1], 3)), 0, 255).astype(
+        np.uint8
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
 
@@ -32,7 +38,11 @@ def make_folder(root: Path, per_class: int = 12, test: int = 0) -> Path:
     for split, count in (("train", per_class), ("test", test)) if test else (("", per_class),):
         for c, (name, colour) in enumerate(COLOURS.items()):
             for i in range(count):
-                paint(root / split / name / f"{i:03d}.png", colour, hash((split == "test", c, i)) % 2**31)
+                paint(
+                    root / split / name / f"{i:03d}.png",
+                    colour,
+                    hash((split == "test", c, i)) % 2**31,
+                )
     return root
 
 
@@ -45,13 +55,21 @@ def tiny_tree(root: Path, **changes: Any) -> dict[str, Any]:
         "augment": {"hflip": True, "rotation": 10.0},
         "train": {"batch_size": 8, "device": "cpu"},
         "ensemble": {"methods": ["mean", "pruned", "stacked"]},
-        "stages": [{"name": "one", "epochs": 2, "lr": 3e-3, "schedule": "one-cycle"}, {"name": "two", "epochs": 1, "lr": 3e-4}],
+        "stages": [
+            {"name": "one", "epochs": 2, "lr": 3e-3, "schedule": "one-cycle"},
+            {"name": "two", "epochs": 1, "lr": 3e-4},
+        ],
         "members": [
             {"name": "plain", "backbone": "test_resnet", "weights": "none", "img_size": 32},
-            {"name": "gated", "backbone": "test_efficientnet", "weights": "none", "img_size": 40,
-             "head": {"kind": "gru", "units": 16, "fc": 8}},
+            {
+                "name": "gated",
+                "backbone": "test_efficientnet",
+                "weights": "none",
+                "img_size": 40,
+                "head": {"kind": "gru", "units": 16, "fc": 8},
+            },
         ],
-    }  # fmt: skip
+    }
     return {**tree, **changes}
 
 

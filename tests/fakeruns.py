@@ -15,7 +15,18 @@ from threefold import paired, stats
 from threefold.files import write_arrays, write_json
 from threefold.recipe import Recipe
 
-FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+FASHION = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 LOOKALIKE = (6, 3, 4, 1, 2, 7, 0, 9, 5, 7)
 """For every garment the one that it is most often taken for."""
 ENSEMBLES = (
@@ -50,11 +61,19 @@ def fake_run(
     recipe = fake_recipe(folder.name, protocol, export)
     folder.mkdir(parents=True)
     (folder / "recipe.toml").write_text(recipe.dump("made by a test"), encoding="utf-8")
-    write_json(folder / "run.json", {
-        "digest": recipe.digest(), "versions": {"threefold": "0.1.0", "torch": "2.15.0"}, "classes": classes,
-        "n_train": 3000, "n_test": n if rows == "test" else 0, "folds": 3, "skipped": ["a/broken.png: truncated"],
-        "roles": {f"fold{f}": {"fit": 1700, "select": 300, "score": 1000} for f in range(3)},
-    })  # fmt: skip
+    write_json(
+        folder / "run.json",
+        {
+            "digest": recipe.digest(),
+            "versions": {"threefold": "0.1.0", "torch": "2.15.0"},
+            "classes": classes,
+            "n_train": 3000,
+            "n_test": n if rows == "test" else 0,
+            "folds": 3,
+            "skipped": ["a/broken.png: truncated"],
+            "roles": {f"fold{f}": {"fit": 1700, "select": 300, "score": 1000} for f in range(3)},
+        },
+    )
     for member, top in zip(recipe.members, (0.85, 0.86, 0.875), strict=True):
         for fold in range(3 * curves):
             _write_histories(folder / "jobs" / member.name / f"fold{fold}", recipe, top, rng)
@@ -69,38 +88,100 @@ def fake_run(
 
 
 def full_run(
-    folder: Path, classes: tuple[str, ...] = FASHION, *, n: int = 1000, members: int = 3, evil: str = ""
+    folder: Path,
+    classes: tuple[str, ...] = FASHION,
+    *,
+    n: int = 1000,
+    members: int = 3,
+    evil: str = "",
 ) -> Path:
     """Write a run folder with every key that the report knows; `evil` is put into every text that is not a class."""
-    fake_run(folder, classes, n=n, curves=True, images=False, notes=(f"12 images are very dark{evil}",))
+    fake_run(
+        folder, classes, n=n, curves=True, images=False, notes=(f"12 images are very dark{evil}",)
+    )
     truth = garments()[1] if classes == FASHION and n == 1000 else None
     probs, labels = answers(np.random.default_rng(0), n, len(classes), truth)
     ids = np.array([f"test/{row:05d}.png{evil}" for row in range(n)])
     write_arrays(folder / "chosen.npz", probs=probs, labels=labels, ids=ids)
     write_arrays(folder / "thumbs.npz", **_thumbs(probs, labels, ids))
     tree = _results(fake_recipe(folder.name, "honest", "auto"), classes, n, "test", ())
-    names = [f"{name}{evil}" for name in ("lite0", "lite1", "lite2", *(f"member {i:02d}" for i in range(3, members)))]
-    tree["scores"] = [s for rows, count in (("test", n), ("oof", 3000)) for s in fake_scores(names, rows, count)]
-    suspects = [{"id": f"train/{i:05d}.png{evil}", "label": classes[i % len(classes)], "suggested": classes[(i + 3) % len(classes)],
-                 "score": 0.002 * (i + 1), "reason": f"labelled so; the ensemble that never saw it says otherwise{evil}"}
-                for i in range(40)]  # fmt: skip
-    pairs = [{"a": f"train/{i:05d}.png{evil}", "b": f"test/{i:05d}.png", "distance": 0.001 * i, "same_label": i % 4 > 0,
-              "same_part": (True, False, None)[i % 3]} for i in range(25)]  # fmt: skip
+    names = [
+        f"{name}{evil}"
+        for name in ("lite0", "lite1", "lite2", *(f"member {i:02d}" for i in range(3, members)))
+    ]
+    tree["scores"] = [
+        s for rows, count in (("test", n), ("oof", 3000)) for s in fake_scores(names, rows, count)
+    ]
+    suspects = [
+        {
+            "id": f"train/{i:05d}.png{evil}",
+            "label": classes[i % len(classes)],
+            "suggested": classes[(i + 3) % len(classes)],
+            "score": 0.002 * (i + 1),
+            "reason": f"labelled so; the ensemble that never saw it says otherwise{evil}",
+        }
+        for i in range(40)
+    ]
+    pairs = [
+        {
+            "a": f"train/{i:05d}.png{evil}",
+            "b": f"test/{i:05d}.png",
+            "distance": 0.001 * i,
+            "same_label": i % 4 > 0,
+            "same_part": (True, False, None)[i % 3],
+        }
+        for i in range(25)
+    ]
     figures = stats.per_class(probs, labels, classes)
     tree |= {
-        "per_class": [{k: c[k] for k in ("class", "n", "recall", "interval", "precision")} for c in figures],
+        "per_class": [
+            {k: c[k] for k in ("class", "n", "recall", "interval", "precision")} for c in figures
+        ],
         "chosen_reason": f"the simplest within one standard error of the best (stacked){evil}",
-        "comparisons": fake_comparisons([(name, names[2]) for name in ENSEMBLES], tree["scores"][: len(names) + len(ENSEMBLES)]),
+        "comparisons": fake_comparisons(
+            [(name, names[2]) for name in ENSEMBLES], tree["scores"][: len(names) + len(ENSEMBLES)]
+        ),
         "optimism": fake_optimism(evil),
-        "conformal": fake_conformal(n), "cascade": fake_cascade(names[:3], n),
-        "export": {"latency": {"full": 17.3, "fast": 7.1, "stages": [4.4, 10.4, 17.3], "n": 16, "threads": 0}},
-        "audit": {"suspects": suspects, "n_suspects": 57, "file": "suspects.csv", "duplicates": {"found": 31, "pairs": pairs},
-                  "warnings": [f"8 of these pairs are in two folds or splits{evil}"], "missing": ""},
-        "ledger": [{"what": f"temperature{evil}", "saw": "out-of-fold rows of the other folds", "answers": "out-of-fold rows", "overlap": 0},
-                   {"what": "choice of the ensemble", "saw": "out-of-fold rows", "answers": "out-of-fold rows", "overlap": 3000}],
+        "conformal": fake_conformal(n),
+        "cascade": fake_cascade(names[:3], n),
+        "export": {
+            "latency": {
+                "full": 17.3,
+                "fast": 7.1,
+                "stages": [4.4, 10.4, 17.3],
+                "n": 16,
+                "threads": 0,
+            }
+        },
+        "audit": {
+            "suspects": suspects,
+            "n_suspects": 57,
+            "file": "suspects.csv",
+            "duplicates": {"found": 31, "pairs": pairs},
+            "warnings": [f"8 of these pairs are in two folds or splits{evil}"],
+            "missing": "",
+        },
+        "ledger": [
+            {
+                "what": f"temperature{evil}",
+                "saw": "out-of-fold rows of the other folds",
+                "answers": "out-of-fold rows",
+                "overlap": 0,
+            },
+            {
+                "what": "choice of the ensemble",
+                "saw": "out-of-fold rows",
+                "answers": "out-of-fold rows",
+                "overlap": 3000,
+            },
+        ],
         "test_opened": {"at": "2026-11-24T06:15:30+00:00", "by": "train", "rows": n, "times": 1},
-        "calibration": {"name": "temperature", "reason": f"the least log loss out of fold{evil}", "temperature": 1.21},
-    }  # fmt: skip
+        "calibration": {
+            "name": "temperature",
+            "reason": f"the least log loss out of fold{evil}",
+            "temperature": 1.21,
+        },
+    }
     write_json(folder / "results.json", tree)
     return folder
 
@@ -109,40 +190,79 @@ def fake_tree(
     kind: str, members: int = 5, classes: tuple[str, ...] = FASHION, n: int = 1000, evil: str = ""
 ) -> dict[str, Any]:
     """What `threefold ensemble|evaluate|compare --json` prints."""
-    names = [f"{name}{evil}" for name in ("efficientnet_b4 STD", *(f"member {i:02d}" for i in range(1, members)))]
+    names = [
+        f"{name}{evil}"
+        for name in ("efficientnet_b4 STD", *(f"member {i:02d}" for i in range(1, members)))
+    ]
     scores = fake_scores(names, "foreign", n)
     if kind != "ensemble":
         scores = [s for s in scores if s["kind"] == "member"]
-    matrix = np.abs(np.subtract.outer(np.arange(members), np.arange(members))) * 0.01 + 0.05 * (1 - np.eye(members))
+    matrix = np.abs(np.subtract.outer(np.arange(members), np.arange(members))) * 0.01 + 0.05 * (
+        1 - np.eye(members)
+    )
     gain = 0.88 + 0.03 * (1 - 1 / np.arange(1, members + 1))
     every = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    pairs = {"ensemble": [("mean", names[-1])], "evaluate": [(names[0], names[-1])], "compare": every}[kind]
+    pairs = {
+        "ensemble": [("mean", names[-1])],
+        "evaluate": [(names[0], names[-1])],
+        "compare": every,
+    }[kind]
     return {
-        "kind": kind, "source": [f"preds.npz{evil}"], "scores": scores, "chosen": "mean" if kind == "ensemble" else None,
-        "chosen_reason": "the simplest of the best" if kind == "ensemble" else "", "comparisons": fake_comparisons(pairs, scores),
+        "kind": kind,
+        "source": [f"preds.npz{evil}"],
+        "scores": scores,
+        "chosen": "mean" if kind == "ensemble" else None,
+        "chosen_reason": "the simplest of the best" if kind == "ensemble" else "",
+        "comparisons": fake_comparisons(pairs, scores),
         "warnings": [f"no out-of-fold rows{evil}"],
-        "per_class": [{"class": name, "n": n // len(classes), "recall": 0.7, "interval": [0.6, 0.8], "precision": None} for name in classes],
+        "per_class": [
+            {
+                "class": name,
+                "n": n // len(classes),
+                "recall": 0.7,
+                "interval": [0.6, 0.8],
+                "precision": None,
+            }
+            for name in classes
+        ],
         "optimism": fake_optimism(evil),
         "diversity": {"members": names, "disagreement": matrix.tolist(), "duplicates": [names[:2]]},
-        "size_curve": {"mean": gain.tolist(), "low": (gain - 0.01).tolist(), "high": (gain + 0.01).tolist(),
-                       "ordered": (gain + 0.005).tolist(), "order": names},
-    }  # fmt: skip
+        "size_curve": {
+            "mean": gain.tolist(),
+            "low": (gain - 0.01).tolist(),
+            "high": (gain + 0.01).tolist(),
+            "ordered": (gain + 0.005).tolist(),
+            "order": names,
+        },
+    }
 
 
-def fake_comparisons(pairs: list[tuple[str, str]], scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def fake_comparisons(
+    pairs: list[tuple[str, str]], scores: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """McNemar's tests that agree with the scores, where 5 rows in 100 are right for one of the two only."""
     by_name = {s["name"]: s for s in scores}
     counts = []
     for a, b in pairs:
-        n, gap = by_name[a]["n"], round((by_name[a]["accuracy"] - by_name[b]["accuracy"]) * by_name[a]["n"])
+        n, gap = (
+            by_name[a]["n"],
+            round((by_name[a]["accuracy"] - by_name[b]["accuracy"]) * by_name[a]["n"]),
+        )
         both = max(n // 20, abs(gap))
         counts.append(((both + gap) // 2, (both + gap) // 2 - gap))
     ps = paired.holm([float(binomtest(a, a + b).pvalue) if a + b else 1.0 for a, b in counts])
     return [
-        {"a": a, "b": b, "only_a": only_a, "only_b": only_b, "p": float(p), "rows": by_name[a]["rows"],
-         "verdict": paired.verdict(a, b, only_a, only_b, float(p))}
+        {
+            "a": a,
+            "b": b,
+            "only_a": only_a,
+            "only_b": only_b,
+            "p": float(p),
+            "rows": by_name[a]["rows"],
+            "verdict": paired.verdict(a, b, only_a, only_b, float(p)),
+        }
         for (a, b), (only_a, only_b), p in zip(pairs, counts, ps, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def fake_scores(members: list[str], rows: str, n: int) -> list[dict[str, Any]]:
@@ -154,7 +274,8 @@ def fake_scores(members: list[str], rows: str, n: int) -> list[dict[str, Any]]:
         (
             "ensemble",
             name,
-            (0.884 if name == "greedy" else 0.872 if name == "best" else 0.889) + 0.002 * rng.normal(),
+            (0.884 if name == "greedy" else 0.872 if name == "best" else 0.889)
+            + 0.002 * rng.normal(),
             costs.get(name, sum(macs)),
         )
         for name in ENSEMBLES
@@ -167,10 +288,25 @@ def fake_scores(members: list[str], rows: str, n: int) -> list[dict[str, Any]]:
     for kind, name, share, cost in listed:
         right = round(share * n)
         fitted = kind == "ensemble" and name not in ("mean", "vote", "pruned", "top2")
-        scores.append({"name": name, "kind": kind, "rows": rows, "n": n, "accuracy": right / n, "level": 0.95,
-                       "interval": list(stats.wilson_interval(right, n)), "log_loss": 1.2 - share, "ece": 0.021, "protocol": "honest",
-                       "fitted_on": ("oof rows" if rows == "test" else "oof rows, cross-fitted") if fitted else "calibration only",
-                       "macs": cost, "parameters": cost // 12})  # fmt: skip
+        scores.append(
+            {
+                "name": name,
+                "kind": kind,
+                "rows": rows,
+                "n": n,
+                "accuracy": right / n,
+                "level": 0.95,
+                "interval": list(stats.wilson_interval(right, n)),
+                "log_loss": 1.2 - share,
+                "ece": 0.021,
+                "protocol": "honest",
+                "fitted_on": ("oof rows" if rows == "test" else "oof rows, cross-fitted")
+                if fitted
+                else "calibration only",
+                "macs": cost,
+                "parameters": cost // 12,
+            }
+        )
     return scores
 
 
@@ -193,36 +329,90 @@ def fake_optimism(evil: str = "") -> list[dict[str, Any]]:
         (0.921, 0.887, 0.007),
     )
     return [
-        {"choice": choice, "told": words + evil, "apparent": a, "honest": h, "difference": a - h, "interval": [a - h - half, a - h + half],
-         "n": 3000, "apparent_rows": "select rows", "honest_rows": "score rows"}
+        {
+            "choice": choice,
+            "told": words + evil,
+            "apparent": a,
+            "honest": h,
+            "difference": a - h,
+            "interval": [a - h - half, a - h + half],
+            "n": 3000,
+            "apparent_rows": "select rows",
+            "honest_rows": "score rows",
+        }
         for (choice, words), (a, h, half) in zip(told.items(), figures, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def fake_conformal(n: int) -> dict[str, Any]:
     """Sets without and with a threshold per class, and a threshold for unknown images."""
-    one = {"n": n, "coverage": 0.903, "interval": [0.883, 0.92], "mean_size": 1.18, "single": 0.84, "rows": "test"}
+    one = {
+        "n": n,
+        "coverage": 0.903,
+        "interval": [0.883, 0.92],
+        "mean_size": 1.18,
+        "single": 0.84,
+        "rows": "test",
+    }
     return {
         "alpha": 0.1,
-        "sets": [{"by_class": False, "state": {}, **one}, {"by_class": True, "state": {}, **one, "mean_size": 1.31}],
-        "unknown": {"state": {}, "rate": 0.05, "measured": 0.047, "interval": [0.035, 0.062], "n": n, "rows": "test"},
+        "sets": [
+            {"by_class": False, "state": {}, **one},
+            {"by_class": True, "state": {}, **one, "mean_size": 1.31},
+        ],
+        "unknown": {
+            "state": {},
+            "rate": 0.05,
+            "measured": 0.047,
+            "interval": [0.035, 0.062],
+            "n": n,
+            "rows": "test",
+        },
     }
 
 
 def fake_cascade(names: list[str], n: int) -> dict[str, Any]:
     """A cascade of three members, measured out-of-fold and on test rows."""
-    one = {"n": n, "accuracy": 0.883, "full": 0.884, "difference": -0.001, "interval": [-0.0035, 0.0013], "only_fast": 2, "only_full": 3,
-           "p": 1.0, "disagreement": 0.0062, "disagreement_interval": [0.0031, 0.0107], "bound": 0.0099, "shares": [0.6, 0.25, 0.15],
-           "macs": 0.46, "rows": "test"}  # fmt: skip
-    state = {"score": "margin", "stages": [[0], [1], [2]], "thresholds": [0.71, 2.0], "temperatures": [1.3, 1.0],
-             "disagreement": 0.005, "level": 0.95, "n": 3000}  # fmt: skip
-    return {"state": state, "members": names, "costs": [58e6, 79e6, 91e6], "measured": [{**one, "n": 3000, "rows": "oof, cross-fitted"}, one],
-            "caps": [{**one, "accuracy": 0.851}, {**one, "accuracy": 0.877}]}  # fmt: skip
+    one = {
+        "n": n,
+        "accuracy": 0.883,
+        "full": 0.884,
+        "difference": -0.001,
+        "interval": [-0.0035, 0.0013],
+        "only_fast": 2,
+        "only_full": 3,
+        "p": 1.0,
+        "disagreement": 0.0062,
+        "disagreement_interval": [0.0031, 0.0107],
+        "bound": 0.0099,
+        "shares": [0.6, 0.25, 0.15],
+        "macs": 0.46,
+        "rows": "test",
+    }
+    state = {
+        "score": "margin",
+        "stages": [[0], [1], [2]],
+        "thresholds": [0.71, 2.0],
+        "temperatures": [1.3, 1.0],
+        "disagreement": 0.005,
+        "level": 0.95,
+        "n": 3000,
+    }
+    return {
+        "state": state,
+        "members": names,
+        "costs": [58e6, 79e6, 91e6],
+        "measured": [{**one, "n": 3000, "rows": "oof, cross-fitted"}, one],
+        "caps": [{**one, "accuracy": 0.851}, {**one, "accuracy": 0.877}],
+    }
 
 
 def fake_recipe(name: str, protocol: str, export: str) -> Recipe:
     """Three members, three stages."""
-    members = [{"name": f"lite{i}", "backbone": f"tf_efficientnet_lite{i}", "img_size": 64} for i in range(3)]
+    members = [
+        {"name": f"lite{i}", "backbone": f"tf_efficientnet_lite{i}", "img_size": 64}
+        for i in range(3)
+    ]
     stages = [{"name": f"lr{i}", "epochs": (6, 4, 3)[i - 3], "lr": 10.0**-i} for i in (3, 4, 5)]
     tree = {"name": name, "protocol": protocol, "folds": {"k": 3}, "ensemble": {"export": export}}
     return Recipe.parse({**tree, "members": members, "stages": stages})
@@ -243,10 +433,14 @@ def answers(
 def garments() -> tuple[np.ndarray, np.ndarray]:
     """The demo's test images as a run keeps them, (1000, 96, 96, 3), and their labels."""
     with np.load(
-        str(resources.files("threefold") / "assets" / "fashion_mnist" / "data.npz"), allow_pickle=False
+        str(resources.files("threefold") / "assets" / "fashion_mnist" / "data.npz"),
+        allow_pickle=False,
     ) as file:
         small, labels = file["test_images"], file["test_labels"].astype(np.int64)
-    large = [Image.fromarray(image).resize((96, 96), Image.Resampling.BILINEAR).convert("RGB") for image in small]
+    large = [
+        Image.fromarray(image).resize((96, 96), Image.Resampling.BILINEAR).convert("RGB")
+        for image in small
+    ]
     return np.stack([np.asarray(image) for image in large]), labels
 
 
@@ -257,54 +451,127 @@ def _thumbs(probs: np.ndarray, labels: np.ndarray, ids: np.ndarray) -> dict[str,
     worst = wrong[np.argsort(-probs[wrong].max(1), kind="stable")][:48]
     grid = np.linspace(-1, 1, 96)
     centres = np.random.default_rng(3).uniform(-0.6, 0.6, (len(worst), 2))
-    cams = np.stack([255 * np.exp(-((grid - x) ** 2 + (grid[:, None] - y) ** 2) / 0.2) for x, y in centres]).astype(
-        np.uint8
-    )
+    cams = np.stack(
+        [255 * np.exp(-((grid - x) ** 2 + (grid[:, None] - y) ** 2) / 0.2) for x, y in centres]
+    ).astype(np.uint8)
     cams[2] = 0
     pairs = wrong[: 12 * 8]
     return {
-        "preview": images[:16], "ids": ids[worst], "images": images[worst % 1000], "cams": cams,
-        "suspect_ids": np.array([str(i).replace("test", "train") for i in ids[:20]]), "suspect_images": images[100:120],
-        "pair_ids": ids[pairs], "pair_images": images[pairs % 1000], "pair_true": labels[pairs], "pair_answer": top[pairs],
-    }  # fmt: skip
+        "preview": images[:16],
+        "ids": ids[worst],
+        "images": images[worst % 1000],
+        "cams": cams,
+        "suspect_ids": np.array([str(i).replace("test", "train") for i in ids[:20]]),
+        "suspect_images": images[100:120],
+        "pair_ids": ids[pairs],
+        "pair_images": images[pairs % 1000],
+        "pair_true": labels[pairs],
+        "pair_answer": top[pairs],
+    }
 
 
 def _write_histories(folder: Path, recipe: Recipe, top: float, rng: np.random.Generator) -> None:
     reached = 0.1
     for number, stage in enumerate(recipe.stages):
-        gains = (1 - np.exp(-np.arange(1, stage.epochs + 1))) * (top - reached if number == 0 else 0.012)
+        gains = (1 - np.exp(-np.arange(1, stage.epochs + 1))) * (
+            top - reached if number == 0 else 0.012
+        )
         accuracy = reached + gains + rng.normal(0, 0.003, stage.epochs)
         kept = number < 2
         best = int(accuracy.argmax())
-        epochs = [{"epoch": e, "loss": 0.5, "select_accuracy": float(a)} for e, a in enumerate(accuracy)]
-        reason = "first stage" if number == 0 else "helped by more than its noise" if kept else "within its noise"
-        outcome = {"kept": kept, "best_epoch": best if kept else -1, "started_from": reached, "reason": reason}
+        epochs = [
+            {"epoch": e, "loss": 0.5, "select_accuracy": float(a)} for e, a in enumerate(accuracy)
+        ]
+        reason = (
+            "first stage"
+            if number == 0
+            else "helped by more than its noise"
+            if kept
+            else "within its noise"
+        )
+        outcome = {
+            "kept": kept,
+            "best_epoch": best if kept else -1,
+            "started_from": reached,
+            "reason": reason,
+        }
         write_json(folder / stage.name / "history.json", {"epochs": epochs, **outcome})
         reached = float(accuracy[best]) if kept else reached
 
 
-def _results(recipe: Recipe, classes: tuple[str, ...], n: int, rows: str, notes: tuple[str, ...]) -> dict[str, Any]:
-    listed = (("ensemble", "mean", 0.889, "nothing"), ("ensemble", "pruned", 0.887, "nothing"),
-              ("ensemble", "stacked", 0.891, "oof rows"), ("member", "lite0", 0.861, "nothing"),
-              ("member", "lite1", 0.868, "nothing"), ("member", "lite2", 0.872, "nothing"))  # fmt: skip
+def _results(
+    recipe: Recipe, classes: tuple[str, ...], n: int, rows: str, notes: tuple[str, ...]
+) -> dict[str, Any]:
+    listed = (
+        ("ensemble", "mean", 0.889, "nothing"),
+        ("ensemble", "pruned", 0.887, "nothing"),
+        ("ensemble", "stacked", 0.891, "oof rows"),
+        ("member", "lite0", 0.861, "nothing"),
+        ("member", "lite1", 0.868, "nothing"),
+        ("member", "lite2", 0.872, "nothing"),
+    )
     scores = [
-        {"name": name, "kind": kind, "rows": part, "n": n if part == rows else 3000, "accuracy": accuracy + shift,
-         "interval": [accuracy + shift - 0.021, accuracy + shift + 0.018], "level": 0.95, "log_loss": 1.2 - accuracy,
-         "ece": 0.021, "protocol": recipe.protocol,
-         "fitted_on": "oof rows, cross-fitted" if (part, fitted) == ("oof", "oof rows") else fitted}
+        {
+            "name": name,
+            "kind": kind,
+            "rows": part,
+            "n": n if part == rows else 3000,
+            "accuracy": accuracy + shift,
+            "interval": [accuracy + shift - 0.021, accuracy + shift + 0.018],
+            "level": 0.95,
+            "log_loss": 1.2 - accuracy,
+            "ece": 0.021,
+            "protocol": recipe.protocol,
+            "fitted_on": "oof rows, cross-fitted"
+            if (part, fitted) == ("oof", "oof rows")
+            else fitted,
+        }
         for part, shift in ((("test", 0.0), ("oof", -0.006)) if rows == "test" else (("oof", 0.0),))
         for kind, name, accuracy, fitted in listed
-    ]  # fmt: skip
+    ]
     return {
-        "name": recipe.name, "protocol": recipe.protocol, "classes": classes, "created": "2026-11-20T10:00:00+00:00",
-        "commit": "abc1234", "hardware": "AMD EPYC, 2 cores", "threads": 2,
-        "seconds": {"train": 1270.4, "ensemble": 12.0, "export": 8.0, "report": 2.0}, "scores": scores,
-        "comparisons": [{"a": "mean", "b": "lite2", "rows": rows, "only_a": 41, "only_b": 24, "p": 0.046,
-                         "verdict": "some evidence that mean is better: 41 against 24 images, p = 0.046"}],
-        "chosen": "mean", "chosen_reason": "the simplest within one standard error of the best (stacked)",
-        "per_class": [{"class": name, "n": n // len(classes), "recall": 0.6 + 0.39 * i / len(classes),
-                       "interval": [0.55, 0.99], "precision": 0.9} for i, name in enumerate(classes)],
-        "members": [{"name": m.name, "backbone": m.backbone, "head": "linear on the pooled features", "img_size": 64,
-                     "parameters": 3_400_000, "weights": "pretrained"} for m in recipe.members],
+        "name": recipe.name,
+        "protocol": recipe.protocol,
+        "classes": classes,
+        "created": "2026-11-20T10:00:00+00:00",
+        "commit": "abc1234",
+        "hardware": "AMD EPYC, 2 cores",
+        "threads": 2,
+        "seconds": {"train": 1270.4, "ensemble": 12.0, "export": 8.0, "report": 2.0},
+        "scores": scores,
+        "comparisons": [
+            {
+                "a": "mean",
+                "b": "lite2",
+                "rows": rows,
+                "only_a": 41,
+                "only_b": 24,
+                "p": 0.046,
+                "verdict": "some evidence that mean is better: 41 against 24 images, p = 0.046",
+            }
+        ],
+        "chosen": "mean",
+        "chosen_reason": "the simplest within one standard error of the best (stacked)",
+        "per_class": [
+            {
+                "class": name,
+                "n": n // len(classes),
+                "recall": 0.6 + 0.39 * i / len(classes),
+                "interval": [0.55, 0.99],
+                "precision": 0.9,
+            }
+            for i, name in enumerate(classes)
+        ],
+        "members": [
+            {
+                "name": m.name,
+                "backbone": m.backbone,
+                "head": "linear on the pooled features",
+                "img_size": 64,
+                "parameters": 3_400_000,
+                "weights": "pretrained",
+            }
+            for m in recipe.members
+        ],
         "notes": list(notes),
-    }  # fmt: skip
+    }

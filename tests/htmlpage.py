@@ -46,11 +46,17 @@ class Page(HTMLParser):
     def needs_nothing_else(self) -> None:
         """Fail unless the page names no other file, no address and no script."""
         pointing = ("src", "href", "xlink:href", "action", "srcset", "data")
-        links = [value or "" for _, attrs in self.tags for key, value in attrs.items() if key in pointing]
+        links = [
+            value or "" for _, attrs in self.tags for key, value in attrs.items() if key in pointing
+        ]
         assert [link for link in links if not link.startswith(("#", "data:image/"))] == []
-        assert not {"script", "link", "iframe", "object", "base", "form"} & {tag for tag, _ in self.tags}
+        assert not {"script", "link", "iframe", "object", "base", "form"} & {
+            tag for tag, _ in self.tags
+        }
         assert not any(key.startswith("on") for _, attrs in self.tags for key in attrs)
-        policy = [attrs["content"] for tag, attrs in self.tags if tag == "meta" and "http-equiv" in attrs]
+        policy = [
+            attrs["content"] for tag, attrs in self.tags if tag == "meta" and "http-equiv" in attrs
+        ]
         assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
 
     def is_sound(self) -> None:
@@ -61,8 +67,16 @@ class Page(HTMLParser):
         assert levels.count(1) == 1
         assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
         assert all("alt" in attrs for tag, attrs in self.tags if tag == "img")
-        assert all(attrs.get("aria-label") and attrs.get("role") == "img" for tag, attrs in self.tags if tag == "svg")
-        ids = [attrs["id"] for tag, attrs in self.tags if "id" in attrs and tag in ("article", "section", "g")]
+        assert all(
+            attrs.get("aria-label") and attrs.get("role") == "img"
+            for tag, attrs in self.tags
+            if tag == "svg"
+        )
+        ids = [
+            attrs["id"]
+            for tag, attrs in self.tags
+            if "id" in attrs and tag in ("article", "section", "g")
+        ]
         assert len(ids) == len(set(ids))
         targets = [(attrs.get("href") or "")[1:] for tag, attrs in self.tags if tag == "a"]
         assert set(targets) <= set(ids)

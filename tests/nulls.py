@@ -26,14 +26,22 @@ def grouped_equals(
     return np.where(differ, winner, both), np.where(differ, ~winner, both), part
 
 
-def trained(rng: np.random.Generator, s: int, n: int, seeds: float, groups: np.ndarray | None = None) -> np.ndarray:
+def trained(
+    rng: np.random.Generator, s: int, n: int, seeds: float, groups: np.ndarray | None = None
+) -> np.ndarray:
     """Hits (2, s, n) of two equally good recipes whose seeds differ by this much, and whose favourite images differ."""
-    taste = rng.normal(0, 0.8, n) if groups is None else rng.normal(0, 0.8, groups.max() + 1)[groups]
+    taste = (
+        rng.normal(0, 0.8, n) if groups is None else rng.normal(0, 0.8, groups.max() + 1)[groups]
+    )
     easy, luck = rng.normal(1.6, 1.2, n), rng.normal(0, seeds, (2, s, 1))
-    return easy + np.array([0.5, -0.5])[:, None, None] * taste + luck + rng.normal(0, 1, (2, s, n)) > 0
+    return (
+        easy + np.array([0.5, -0.5])[:, None, None] * taste + luck + rng.normal(0, 1, (2, s, n)) > 0
+    )
 
 
-def softmaxes(rng: np.random.Generator, n: int, k: int = 5) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def softmaxes(
+    rng: np.random.Generator, n: int, k: int = 5
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Probabilities (n, k) of two equally good classifiers that share part of their errors, and labels (n,)."""
     labels = rng.integers(0, k, n)
     shared = 2.0 * np.eye(k)[labels] + rng.normal(size=(n, k))

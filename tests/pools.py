@@ -6,8 +6,20 @@ import numpy as np
 from scipy.special import softmax
 
 KINDS = (
-    "equal", "dominant", "guessers", "varied", "copies", "few", "many-classes", "miscalibrated", "label-noise", "experts", "swapped", "sure-misses", "null",
-)  # fmt: skip
+    "equal",
+    "dominant",
+    "guessers",
+    "varied",
+    "copies",
+    "few",
+    "many-classes",
+    "miscalibrated",
+    "label-noise",
+    "experts",
+    "swapped",
+    "sure-misses",
+    "null",
+)
 
 
 def draw_pool(

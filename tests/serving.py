@@ -25,23 +25,62 @@ from threefold.runtime import KEY, Model
 
 UNCERTAIN: dict[str, Any] = {
     "conformal": [
-        {"by_class": False, "state": {"method": "lac", "by_class": False, "never_empty": True, "alpha": 0.1, "n": 500, "k": 3, "thresholds": [0.8]},
-         "n": 1000, "coverage": 0.912, "interval": [0.893, 0.928], "mean_size": 1.2, "single": 0.8, "rows": "test"},
+        {
+            "by_class": False,
+            "state": {
+                "method": "lac",
+                "by_class": False,
+                "never_empty": True,
+                "alpha": 0.1,
+                "n": 500,
+                "k": 3,
+                "thresholds": [0.8],
+            },
+            "n": 1000,
+            "coverage": 0.912,
+            "interval": [0.893, 0.928],
+            "mean_size": 1.2,
+            "single": 0.8,
+            "rows": "test",
+        },
     ],
-    "unknown": {"state": {"score": "1 - max", "rate": 0.05, "n": 500, "threshold": 0.6}, "rate": 0.05, "measured": 0.048, "n": 1000},
-}  # fmt: skip
+    "unknown": {
+        "state": {"score": "1 - max", "rate": 0.05, "n": 500, "threshold": 0.6},
+        "rate": 0.05,
+        "measured": 0.048,
+        "n": 1000,
+    },
+}
 """Keys of a card with prediction sets and a threshold for unknown images."""
 CLASSES, MEMBERS = ("blue", "green", "red"), ("sharp", "soft")
 
 
 def card(**changes: Any) -> dict[str, Any]:
     """A model card as `workflow.export` writes it."""
-    score = {"accuracy": 0.884, "interval": [0.863, 0.902], "level": 0.95, "rows": "test", "n": 1000,
-             "protocol": "honest", "fitted_on": "oof"}  # fmt: skip
-    return {"format": 1, "name": "colours", "classes": list(CLASSES), "members": list(MEMBERS), "method": "mean",
-            "temperature": 1.23, "score": score, "backbones": ["mean + linear", "mean + gru"], "n_train": 3000, "digest": "0123456789abcdef",
-            "versions": {"threefold": "0.1.0", "torch": "2.15.0"},
-            "parity": {"images": 16, "max_difference": 3e-7, "top1_agreement": 1.0, "tolerance": 1e-4}, **changes}  # fmt: skip
+    score = {
+        "accuracy": 0.884,
+        "interval": [0.863, 0.902],
+        "level": 0.95,
+        "rows": "test",
+        "n": 1000,
+        "protocol": "honest",
+        "fitted_on": "oof",
+    }
+    return {
+        "format": 1,
+        "name": "colours",
+        "classes": list(CLASSES),
+        "members": list(MEMBERS),
+        "method": "mean",
+        "temperature": 1.23,
+        "score": score,
+        "backbones": ["mean + linear", "mean + gru"],
+        "n_train": 3000,
+        "digest": "0123456789abcdef",
+        "versions": {"threefold": "0.1.0", "torch": "2.15.0"},
+        "parity": {"images": 16, "max_difference": 3e-7, "top1_agreement": 1.0, "tolerance": 1e-4},
+        **changes,
+    }
 
 
 def colour_graph() -> onnx.ModelProto:
@@ -57,16 +96,23 @@ def colour_graph() -> onnx.ModelProto:
     ]
     weights = np.eye(3, dtype=np.float32)[::-1] / 40
     held = [
-        tensor("axes", TensorProto.INT64, [2], [1, 2]), tensor("one", TensorProto.INT64, [1], [1]),
+        tensor("axes", TensorProto.INT64, [2], [1, 2]),
+        tensor("one", TensorProto.INT64, [1], [1]),
         helper.make_tensor("weights", TensorProto.FLOAT, [3, 3], weights.tobytes(), raw=True),
         tensor("scales", TensorProto.FLOAT, [2, 1], [1.0, 0.25]),
-    ]  # fmt: skip
+    ]
     nodes.insert(3, node("Unsqueeze", ["logits", "one"], ["rows"]))
     nodes[4] = node("Mul", ["rows", "scales"], ["scaled"])
     graph = helper.make_graph(
-        nodes, "colours", [value("images", TensorProto.UINT8, ["b", "h", "w", 3])],
-        [value("probs", TensorProto.FLOAT, ["b", 3]), value("member_probs", TensorProto.FLOAT, ["b", 2, 3])], held,
-    )  # fmt: skip
+        nodes,
+        "colours",
+        [value("images", TensorProto.UINT8, ["b", "h", "w", 3])],
+        [
+            value("probs", TensorProto.FLOAT, ["b", 3]),
+            value("member_probs", TensorProto.FLOAT, ["b", 2, 3]),
+        ],
+        held,
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
@@ -79,7 +125,9 @@ def write_model(path: Path, model: onnx.ModelProto | None = None, told: Any = No
     return path
 
 
-def picture(colour: tuple[int, int, int], size: tuple[int, int] = (12, 8), kind: str = "PNG", **options: Any) -> bytes:
+def picture(
+    colour: tuple[int, int, int], size: tuple[int, int] = (12, 8), kind: str = "PNG", **options: Any
+) -> bytes:
     """An image file of one colour."""
     buffer = io.BytesIO()
     Image.new("RGB", size, colour).save(buffer, kind, **options)
@@ -113,7 +161,10 @@ run_server(pathlib.Path(sys.argv[1]), port=0, ready=lambda address: print(addres
 def process(path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server in a process of its own, and its address."""
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", SERVER, str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         assert server.stdout is not None

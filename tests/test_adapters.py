@@ -55,7 +55,9 @@ def keras(**changes: Any) -> dict[str, Any]:
 def test_keras_generator(tmp_path: Path) -> None:
     np.savez(tmp_path / "net.npz", **keras())
     expect(read_predictions(tmp_path / "net.npz"))
-    np.savez(tmp_path / "net.npz", **keras(class_indices=json.dumps({"2": 3, "1": 1, "10": 2, "0": 0})))
+    np.savez(
+        tmp_path / "net.npz", **keras(class_indices=json.dumps({"2": 3, "1": 1, "10": 2, "0": 0}))
+    )
     expect(read_predictions(tmp_path / "net.npz"))
     np.savez(tmp_path / "net.npz", **keras(classes=None))  # the folders of filenames say the same
     expect(read_predictions(tmp_path / "net.npz"))
@@ -73,7 +75,12 @@ def test_keras_npy_with_a_table_of_labels(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("\n".join(["id,label", *rows]))
     expect(read_predictions(tmp_path / "net.npy", labels=tmp_path / "labels.csv", classes=CLASSES))
     refused(tmp_path / "net.npy", "there are no labels")
-    refused(tmp_path / "net.npy", "misfit|do not fit|names", labels=tmp_path / "labels.csv", classes=["0", "1"])
+    refused(
+        tmp_path / "net.npy",
+        "misfit|do not fit|names",
+        labels=tmp_path / "labels.csv",
+        classes=["0", "1"],
+    )
 
 
 def test_the_numbers_of_keras_are_columns_and_not_names(tmp_path: Path) -> None:
@@ -87,18 +94,35 @@ def test_the_numbers_of_keras_are_columns_and_not_names(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"class_indices": {"0": 0, "1": 1}}, "never unpickled.*a dict as list"),
-        ({"class_indices": "0, 1, 10, 2"}, r"class_indices is not usable.*list\(data.class_indices\)"),
-        ({"class_indices": json.dumps({"0": 0, "1": 1, "10": 2, "2": 9})}, "class_indices is not usable"),
+        (
+            {"class_indices": "0, 1, 10, 2"},
+            r"class_indices is not usable.*list\(data.class_indices\)",
+        ),
+        (
+            {"class_indices": json.dumps({"0": 0, "1": 1, "10": 2, "2": 9})},
+            "class_indices is not usable",
+        ),
         ({"class_indices": json.dumps(["0"])}, "class_indices is not usable"),
         ({"class_indices": None}, "probabilities are missing.*save class_indices"),
         ({"classes": LABELS[::-1]}, "a row has two labels.*0/0.png"),
         ({"predictions": PROBS[:, :1]}, "one number per row.*sigmoid"),
-        ({"filenames": [f"{i}.png" for i in range(12)], "classes": None}, "class of a path is not clear"),
-        ({"filenames": FILES[:3]}, "paths do not fit the probabilities.*expected 12, one per row, got 3"),
-        ({"filenames": [f"10/{name}" for name in FILES]}, "class of a path is not clear.*folders 0 and 10"),
+        (
+            {"filenames": [f"{i}.png" for i in range(12)], "classes": None},
+            "class of a path is not clear",
+        ),
+        (
+            {"filenames": FILES[:3]},
+            "paths do not fit the probabilities.*expected 12, one per row, got 3",
+        ),
+        (
+            {"filenames": [f"10/{name}" for name in FILES]},
+            "class of a path is not clear.*folders 0 and 10",
+        ),
     ],
 )
-def test_keras_files_that_cannot_be_used(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_keras_files_that_cannot_be_used(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     np.savez(tmp_path / "net.npz", **keras(**changes))
     refused(tmp_path / "net.npz", message)
 
@@ -110,16 +134,29 @@ def test_scikit_learn(tmp_path: Path) -> None:
     from sklearn.linear_model import LogisticRegression
 
     features = np.random.default_rng(1).normal(size=(30, 3))
-    for values in (np.array([3, 5, 2])[np.arange(30) % 3], np.array(["no", "yes", "maybe"])[np.arange(30) % 3]):
+    for values in (
+        np.array([3, 5, 2])[np.arange(30) % 3],
+        np.array(["no", "yes", "maybe"])[np.arange(30) % 3],
+    ):
         model = LogisticRegression().fit(features, values)
-        np.savez(tmp_path / "net.npz", probs=model.predict_proba(features), labels=values, classes_=model.classes_)
+        np.savez(
+            tmp_path / "net.npz",
+            probs=model.predict_proba(features),
+            labels=values,
+            classes_=model.classes_,
+        )
         found = read_predictions(tmp_path / "net.npz")
         assert [found.classes[i] for i in found.labels] == [str(value) for value in values]
         right = (found.probs[0].argmax(-1) == found.labels).mean()
         assert right == model.score(features, values)
     # the same under the plain name: 2 may be the class 2 or column 2
     values = np.array([3, 5, 2])[np.arange(30) % 3]
-    np.savez(tmp_path / "net.npz", probs=np.eye(3)[np.arange(30) % 3], labels=np.minimum(values, 2), classes=[2, 3, 5])
+    np.savez(
+        tmp_path / "net.npz",
+        probs=np.eye(3)[np.arange(30) % 3],
+        labels=np.minimum(values, 2),
+        classes=[2, 3, 5],
+    )
     refused(tmp_path / "net.npz", "numbers of columns or of classes.*classes_")
 
 
@@ -129,16 +166,34 @@ def test_scikit_learn(tmp_path: Path) -> None:
 def test_fastai(tmp_path: Path) -> None:
     import torch
 
-    probs, targets, items = torch.tensor(PROBS), torch.tensor(LABELS), [Path("/data/valid") / name for name in FILES]
-    np.savez(tmp_path / "net.npz", probs=probs.numpy(), labels=targets.numpy(), classes=list(CLASSES),
-             paths=[str(item) for item in items])  # fmt: skip
+    probs, targets, items = (
+        torch.tensor(PROBS),
+        torch.tensor(LABELS),
+        [Path("/data/valid") / name for name in FILES],
+    )
+    np.savez(
+        tmp_path / "net.npz",
+        probs=probs.numpy(),
+        labels=targets.numpy(),
+        classes=list(CLASSES),
+        paths=[str(item) for item in items],
+    )
     expect(read_predictions(tmp_path / "net.npz"))
-    tree = {"probs": probs, "labels": targets, "classes": list(CLASSES), "paths": [str(item) for item in items]}
+    tree = {
+        "probs": probs,
+        "labels": targets,
+        "classes": list(CLASSES),
+        "paths": [str(item) for item in items],
+    }
     torch.save(tree, tmp_path / "net.pt")
     expect(read_predictions(tmp_path / "net.pt"))
     torch.save((probs, targets), tmp_path / "pair.pt")  # what get_preds returns
     pair = read_predictions(tmp_path / "pair.pt", classes=CLASSES)
-    assert (pair.ids[0], pair.members, pair.labels.tolist()) == ("row0000", ("pair",), LABELS.tolist())
+    assert (pair.ids[0], pair.members, pair.labels.tolist()) == (
+        "row0000",
+        ("pair",),
+        LABELS.tolist(),
+    )
 
 
 class TensorBase:
@@ -150,9 +205,15 @@ def test_a_pt_file_is_never_unpickled(tmp_path: Path, legacy: bool) -> None:
     import torch
 
     options = {"_use_new_zipfile_serialization": not legacy}
-    torch.save({"probs": torch.tensor(PROBS), "labels": TensorBase()}, tmp_path / "net.pt", **options)
+    torch.save(
+        {"probs": torch.tensor(PROBS), "labels": TensorBase()}, tmp_path / "net.pt", **options
+    )
     refused(tmp_path / "net.pt", "more than tensors.*numpy.savez")
-    torch.save({"probs": torch.tensor(PROBS), "labels": torch.tensor(LABELS)}, tmp_path / "net.pt", **options)
+    torch.save(
+        {"probs": torch.tensor(PROBS), "labels": torch.tensor(LABELS)},
+        tmp_path / "net.pt",
+        **options,
+    )
     assert read_predictions(tmp_path / "net.pt").labels.tolist() == LABELS.tolist()
 
 
@@ -174,7 +235,9 @@ def test_other_pt_files_are_refused(tmp_path: Path, tree: Any, message: str) -> 
 def test_a_pt_file_cannot_claim_memory(tmp_path: Path) -> None:
     import torch
 
-    torch.save({"probs": torch.ones(1).expand(10**7, 10**5), "labels": torch.zeros(2)}, tmp_path / "net.pt")
+    torch.save(
+        {"probs": torch.ones(1).expand(10**7, 10**5), "labels": torch.zeros(2)}, tmp_path / "net.pt"
+    )
     assert (tmp_path / "net.pt").stat().st_size < 10_000
     refused(tmp_path / "net.pt", "too large.*at most 4096 MiB")
 
@@ -184,8 +247,12 @@ def test_a_pt_file_cannot_claim_memory(tmp_path: Path) -> None:
 
 def test_ultralytics(tmp_path: Path) -> None:
     names = dict(enumerate(CLASSES))
-    np.savez(tmp_path / "net.npz", probs=list(PROBS), paths=[f"/data/test/{name}" for name in FILES],
-             classes=list(names.values()))  # fmt: skip
+    np.savez(
+        tmp_path / "net.npz",
+        probs=list(PROBS),
+        paths=[f"/data/test/{name}" for name in FILES],
+        classes=list(names.values()),
+    )
     expect(read_predictions(tmp_path / "net.npz"))
 
 
@@ -193,7 +260,10 @@ def test_ultralytics(tmp_path: Path) -> None:
     ("name", "text"),
     [
         ("r.csv", "name,class,confidence\n10,2,0.54066\n0,0,0.26054\n1,1,0.10118\n2,3,0.09762\n"),
-        ("r.json", '[{"name":"10","class":2,"confidence":0.54066},{"name":"0","class":0,"confidence":0.26054}]'),
+        (
+            "r.json",
+            '[{"name":"10","class":2,"confidence":0.54066},{"name":"0","class":0,"confidence":0.26054}]',
+        ),
     ],
 )
 def test_the_five_best_classes_of_ultralytics_are_refused_with_what_to_save(
@@ -209,17 +279,32 @@ NATURAL = ("0", "1", "2", "10")  # how timm numbers these folders
 COLUMNS = [CLASSES.index(name) for name in NATURAL]
 
 
-def timm(path: Path, fmt: str, topk: int = 0, *, separate: bool = False, index: bool = False, label: str = "",
-         fullname: bool = True, column: str = "prob", classes: tuple[str, ...] = NATURAL) -> None:  # fmt: skip
+def timm(
+    path: Path,
+    fmt: str,
+    topk: int = 0,
+    *,
+    separate: bool = False,
+    index: bool = False,
+    label: str = "",
+    fullname: bool = True,
+    column: str = "prob",
+    classes: tuple[str, ...] = NATURAL,
+) -> None:
     """Write a file as inference.py does with --topk, --results-separate-col, --include-index, --label-type, --fullname."""
     pandas = pytest.importorskip("pandas")
     outputs = PROBS[:, COLUMNS]
     ranks = np.argsort(-outputs, axis=1, kind="stable")[:, : topk or 4]
     if topk:
         outputs = np.take_along_axis(outputs, ranks, axis=1)
-    data: dict[str, Any] = {"filename": FILES if fullname else [name.replace("/", "_") for name in FILES]}
-    parts = {"index": ranks if index and topk else None, "label": np.array(classes, object)[ranks] if label and topk else None,
-             column: outputs}  # fmt: skip
+    data: dict[str, Any] = {
+        "filename": FILES if fullname else [name.replace("/", "_") for name in FILES]
+    }
+    parts = {
+        "index": ranks if index and topk else None,
+        "label": np.array(classes, object)[ranks] if label and topk else None,
+        column: outputs,
+    }
     for name, values in parts.items():
         if values is not None:
             many = values.shape[1] > 1
@@ -266,7 +351,10 @@ def test_separate_columns_of_timm_in_parquet_are_exact(tmp_path: Path) -> None:
 
 def test_timm_without_folders_takes_labels_from_a_table(tmp_path: Path) -> None:
     timm(tmp_path / "net.csv", "csv", fullname=False)
-    refused(tmp_path / "net.csv", "class names are not known.*expected 4 class folders.*got 0.*--fullname")
+    refused(
+        tmp_path / "net.csv",
+        "class names are not known.*expected 4 class folders.*got 0.*--fullname",
+    )
     rows = [f"{name.replace('/', '_')},{name.partition('/')[0]}" for name in FILES]
     (tmp_path / "labels.csv").write_text("\n".join(["id,label", *rows[::-1]]))
     found = read_predictions(tmp_path / "net.csv", labels=tmp_path / "labels.csv", classes=NATURAL)
@@ -284,7 +372,10 @@ def test_timm_without_folders_takes_labels_from_a_table(tmp_path: Path) -> None:
         ({"topk": 3, "label": "name"}, "best 3 classes"),
         ({"topk": 4}, "sorted, so which class"),
         ({"topk": 0, "column": "logit"}, "these are logits.*output-type"),
-        ({"topk": 4, "index": True, "label": "name", "classes": ("a", "a", "b", "c")}, "same name.*--label-type name"),
+        (
+            {"topk": 4, "index": True, "label": "name", "classes": ("a", "a", "b", "c")},
+            "same name.*--label-type name",
+        ),
     ],
 )
 def test_timm_files_that_cannot_make_an_ensemble(
@@ -315,12 +406,23 @@ def test_one_ensemble_of_five_tools(tmp_path: Path) -> None:
     timm(tmp_path / "timm.csv", "csv")
     paths = [f"D:\\test\\{name}".replace("/", "\\") for name in FILES]
     order = np.random.default_rng(0).permutation(12)
-    np.savez(tmp_path / "yolo.npz", probs=PROBS[order], paths=np.array(paths)[order], classes=CLASSES)
-    torch.save({"probs": torch.tensor(PROBS), "paths": FILES, "classes": list(CLASSES)}, tmp_path / "fastai.pt")
+    np.savez(
+        tmp_path / "yolo.npz", probs=PROBS[order], paths=np.array(paths)[order], classes=CLASSES
+    )
+    torch.save(
+        {"probs": torch.tensor(PROBS), "paths": FILES, "classes": list(CLASSES)},
+        tmp_path / "fastai.pt",
+    )
     names = np.array(CLASSES)[LABELS]
-    np.savez(tmp_path / "forest.npz", probs=PROBS, labels=names, classes_=np.array(CLASSES), ids=FILES)
-    found = join_predictions([read_predictions(tmp_path / name) for name in
-                              ("keras.npz", "timm.csv", "yolo.npz", "fastai.pt", "forest.npz")])  # fmt: skip
+    np.savez(
+        tmp_path / "forest.npz", probs=PROBS, labels=names, classes_=np.array(CLASSES), ids=FILES
+    )
+    found = join_predictions(
+        [
+            read_predictions(tmp_path / name)
+            for name in ("keras.npz", "timm.csv", "yolo.npz", "fastai.pt", "forest.npz")
+        ]
+    )
     assert found.members == ("keras", "timm", "yolo", "fastai", "forest")
     assert found.classes == CLASSES
     assert np.allclose(found.probs, PROBS, atol=1e-6, rtol=0)

@@ -23,7 +23,9 @@ from threefold.errors import DataError
 FILES = {"a.txt": b"one", "folder/b.bin": bytes(range(256)) * 9000, "folder/deep/empty": b""}
 
 
-def entry(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+def entry(
+    name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, link: str = ""
+) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.size, info.type, info.linkname = size, kind, link
     return info
@@ -49,7 +51,9 @@ def tar_of(path: Path, files: dict[str, bytes], mode: str) -> Path:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
 
 
 @pytest.mark.parametrize("kind", ["w:", "w:gz", "w:bz2", "zip"])
@@ -62,7 +66,10 @@ def test_what_is_packed_comes_out(tmp_path: Path, kind: str) -> None:
     assert tree(folder) == FILES
     assert [member.name for member in members(archive)] == list(FILES)
     assert read_members(archive, ["b.bin", "absent"]) == {"b.bin": FILES["folder/b.bin"]}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.archive", "data.archive.unpacked"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "data.archive",
+        "data.archive.unpacked",
+    ]
 
 
 def test_a_folder_that_is_there_is_kept(tmp_path: Path) -> None:
@@ -174,7 +181,11 @@ SMALL = Limits(members=5, ratio=20, small=1 << 16, reserve=0)
 
 def bomb(path: Path, kind: str) -> Path:
     zeros = bytes(1 << 22)
-    return write_zip(path, {"a": zeros}) if kind == "zip" else write_tar(path, [(entry("a", len(zeros)), zeros)], kind)
+    return (
+        write_zip(path, {"a": zeros})
+        if kind == "zip"
+        else write_tar(path, [(entry("a", len(zeros)), zeros)], kind)
+    )
 
 
 @pytest.mark.parametrize("kind", ["zip", "w:gz", "w:bz2"])
@@ -183,7 +194,9 @@ def test_a_bomb_is_met_early(tmp_path: Path, kind: str) -> None:
     with pytest.raises(DataError, match="decompression bomb"):
         unpack(archive, tmp_path / "out", SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert len(tree(unpack(archive, tmp_path / "out", SMALL._replace(small=1 << 23)))["a"]) == 1 << 22
+    assert (
+        len(tree(unpack(archive, tmp_path / "out", SMALL._replace(small=1 << 23)))["a"]) == 1 << 22
+    )
 
 
 def test_bytes_behind_the_last_member_are_counted(tmp_path: Path) -> None:
@@ -197,15 +210,19 @@ def test_bytes_behind_the_last_member_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 def test_too_many_members(tmp_path: Path, kind: str) -> None:
     files = {f"{i}": b"" for i in range(6)}
-    archive = write_zip(tmp_path / "a", files) if kind == "zip" else tar_of(tmp_path / "a", files, "w:gz")
+    archive = (
+        write_zip(tmp_path / "a", files) if kind == "zip" else tar_of(tmp_path / "a", files, "w:gz")
+    )
     with pytest.raises(DataError, match="too many members"):
         unpack(archive, tmp_path / "out", SMALL)
 
 
 def test_memory_stays_at_a_few_blocks(tmp_path: Path) -> None:
     content = os.urandom(1 << 16) * 256  # 16 MiB
-    for name, write in {"tar": lambda p: write_tar(p, [(entry("a", len(content)), content)], "w:"),
-                        "zip": lambda p: write_zip(p, {"a": content}, zipfile.ZIP_STORED)}.items():  # fmt: skip
+    for name, write in {
+        "tar": lambda p: write_tar(p, [(entry("a", len(content)), content)], "w:"),
+        "zip": lambda p: write_zip(p, {"a": content}, zipfile.ZIP_STORED),
+    }.items():
         archive = write(tmp_path / name)
         tracemalloc.start()
         unpack(archive, tmp_path / f"{name}.out")
@@ -238,9 +255,15 @@ DAMAGED: dict[str, Callable[[bytes, bytes], bytes]] = {
 @pytest.mark.parametrize("case", DAMAGED)
 def test_damaged_archives_are_one_line(tmp_path: Path, case: str) -> None:
     files = {"a": os.urandom(5000), "b": os.urandom(5000)}
-    sound = tar_of(tmp_path / "1", files, "w:gz").read_bytes(), write_zip(tmp_path / "2", files).read_bytes()
+    sound = (
+        tar_of(tmp_path / "1", files, "w:gz").read_bytes(),
+        write_zip(tmp_path / "2", files).read_bytes(),
+    )
     (tmp_path / "a").write_bytes(DAMAGED[case](*sound))
-    for use in (lambda: unpack(tmp_path / "a", tmp_path / "out"), lambda: read_members(tmp_path / "a", ["a", "b"])):
+    for use in (
+        lambda: unpack(tmp_path / "a", tmp_path / "out"),
+        lambda: read_members(tmp_path / "a", ["a", "b"]),
+    ):
         with pytest.raises(DataError) as caught:
             use()
         assert str(tmp_path / "a") in str(caught.value)

@@ -41,7 +41,9 @@ def test_mnist_gzipped_plain_and_below_raw(tmp_path: Path) -> None:
     for path in (tmp_path / "MNIST/raw").iterdir():
         (tmp_path / path.name.removesuffix(".gz")).write_bytes(gzip.decompress(path.read_bytes()))
     assert np.array_equal(read_mnist(tmp_path, "mnist").train.images, sources.train.images)
-    assert sources.notes == ("not the whole of MNIST: 60 training and 30 test images, published are 60,000 and 10,000",)
+    assert sources.notes == (
+        "not the whole of MNIST: 60 training and 30 test images, published are 60,000 and 10,000",
+    )
 
 
 def test_an_idx_header_takes_no_memory(tmp_path: Path) -> None:
@@ -55,8 +57,18 @@ def test_an_idx_header_takes_no_memory(tmp_path: Path) -> None:
 # CIFAR ----------------------------------------------------------------------------------------------------------------
 
 SETS = {
-    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz", "cifar-10-batches-bin", "cifar-10-binary.tar.gz"),
-    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz", "cifar-100-binary", "cifar-100-binary.tar.gz"),
+    "cifar10": (
+        "cifar-10-batches-py",
+        "cifar-10-python.tar.gz",
+        "cifar-10-batches-bin",
+        "cifar-10-binary.tar.gz",
+    ),
+    "cifar100": (
+        "cifar-100-python",
+        "cifar-100-python.tar.gz",
+        "cifar-100-binary",
+        "cifar-100-binary.tar.gz",
+    ),
 }
 
 
@@ -71,11 +83,20 @@ def to_binary(folder: Path, target: Path, name: str) -> None:
     for path in folder.iterdir():
         tree = unpickled(path)
         if b"data" in tree:
-            labels = [tree[b"coarse_labels"], tree[b"fine_labels"]] if name == "cifar100" else [tree[b"labels"]]
-            records = np.column_stack([np.array(column, np.uint8) for column in labels] + [tree[b"data"]])
+            labels = (
+                [tree[b"coarse_labels"], tree[b"fine_labels"]]
+                if name == "cifar100"
+                else [tree[b"labels"]]
+            )
+            records = np.column_stack(
+                [np.array(column, np.uint8) for column in labels] + [tree[b"data"]]
+            )
             (target / f"{path.name}.bin").write_bytes(records.tobytes())
         else:
-            for key, file in ((b"fine_label_names", "fine_label_names.txt"), (b"label_names", "batches.meta.txt")):
+            for key, file in (
+                (b"fine_label_names", "fine_label_names.txt"),
+                (b"label_names", "batches.meta.txt"),
+            ):
                 if key in tree:
                     (target / file).write_bytes(b"\n".join(tree[key]) + b"\n")
 
@@ -107,7 +128,9 @@ def test_cifar_in_every_form(tmp_path: Path, name: str) -> None:
     assert not list(tmp_path.glob("**/*.unpacked"))
 
 
-@pytest.mark.parametrize(("name", "classes"), [("cifar10", CIFAR10_CLASSES), ("cifar100", CIFAR100_CLASSES)])
+@pytest.mark.parametrize(
+    ("name", "classes"), [("cifar10", CIFAR10_CLASSES), ("cifar100", CIFAR100_CLASSES)]
+)
 def test_cifar_is_what_its_page_says(tmp_path: Path, name: str, classes: tuple[str, ...]) -> None:
     """Row-major planes of red, green and blue; batches in order; names from the meta file."""
     write_sample(name, tmp_path, per_class=2)
@@ -117,7 +140,11 @@ def test_cifar_is_what_its_page_says(tmp_path: Path, name: str, classes: tuple[s
     assert (len(sources.train), len(sources.test)) == (2 * len(classes), len(classes))
     batches = [f"data_batch_{i}" for i in range(1, 6)] if name == "cifar10" else ["train"]
     trees = [unpickled(tmp_path / SETS[name][0] / batch) for batch in batches]
-    labels = [label for tree in trees for label in tree[b"labels" if name == "cifar10" else b"fine_labels"]]
+    labels = [
+        label
+        for tree in trees
+        for label in tree[b"labels" if name == "cifar10" else b"fine_labels"]
+    ]
     data = np.concatenate([tree[b"data"] for tree in trees])
     assert sources.train.labels.tolist() == labels
     for row in (0, len(labels) - 1):
@@ -127,13 +154,30 @@ def test_cifar_is_what_its_page_says(tmp_path: Path, name: str, classes: tuple[s
 
 
 BAD_CIFAR: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda f: (f / "data_batch_4").unlink(), "files of the data set are missing: .*data_batch_4"),
-    "nothing": (shutil.rmtree, "is not there: .*cifar-10-batches-py/ or cifar-10-python.tar.gz.*data fetch cifar10"),
-    "hostile": (lambda f: (f / "test_batch").write_bytes(b"cos\nsystem\n(S'true'\ntR."), "the name os.system"),
-    "cut": (lambda f: (f / "test_batch").write_bytes((f / "test_batch").read_bytes()[:-99]), "cannot read the pickle"),
-    "no data": (lambda f: (f / "test_batch").write_bytes(pickle_as_python2({"labels": [1]})), "not a batch of CIFAR"),
+    "missing": (
+        lambda f: (f / "data_batch_4").unlink(),
+        "files of the data set are missing: .*data_batch_4",
+    ),
+    "nothing": (
+        shutil.rmtree,
+        "is not there: .*cifar-10-batches-py/ or cifar-10-python.tar.gz.*data fetch cifar10",
+    ),
+    "hostile": (
+        lambda f: (f / "test_batch").write_bytes(b"cos\nsystem\n(S'true'\ntR."),
+        "the name os.system",
+    ),
+    "cut": (
+        lambda f: (f / "test_batch").write_bytes((f / "test_batch").read_bytes()[:-99]),
+        "cannot read the pickle",
+    ),
+    "no data": (
+        lambda f: (f / "test_batch").write_bytes(pickle_as_python2({"labels": [1]})),
+        "not a batch of CIFAR",
+    ),
     "label": (
-        lambda f: (f / "test_batch").write_bytes(pickle_as_python2({"data": np.zeros((1, 3072), np.uint8), "labels": [10]})),
+        lambda f: (f / "test_batch").write_bytes(
+            pickle_as_python2({"data": np.zeros((1, 3072), np.uint8), "labels": [10]})
+        ),
         "labels do not fit the classes: .*test_batch",
     ),
     "huge label": (
@@ -142,9 +186,15 @@ BAD_CIFAR: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "labels do not fit the classes",
     ),
-    "names": (lambda f: (f / "batches.meta").write_bytes(pickle_as_python2({"label_names": ["a"]})), "got 1"),
-    "no names": (lambda f: (f / "batches.meta").write_bytes(pickle_as_python2({"a": 1})), "no class names"),
-}  # fmt: skip
+    "names": (
+        lambda f: (f / "batches.meta").write_bytes(pickle_as_python2({"label_names": ["a"]})),
+        "got 1",
+    ),
+    "no names": (
+        lambda f: (f / "batches.meta").write_bytes(pickle_as_python2({"a": 1})),
+        "no class names",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD_CIFAR)
@@ -206,7 +256,10 @@ BAD_MAT = {
     "floats": (mat(X=X.astype(float), y=Y), "got .*double"),
     "label 0": (mat(X=X, y=Y - 1), "4 labels from 1 to 10"),
     "fewer labels": (mat(X=X, y=Y[:3]), "not a file of SVHN"),
-    "claims": (mat(X=X, y=Y).replace(np.int32(4).tobytes(), np.int32(2**30).tobytes(), 1), "MATLAB|not a file of SVHN"),
+    "claims": (
+        mat(X=X, y=Y).replace(np.int32(4).tobytes(), np.int32(2**30).tobytes(), 1),
+        "MATLAB|not a file of SVHN",
+    ),
 }
 
 

@@ -28,12 +28,25 @@ def partial(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Two folds; `b` is in the first only; crops are chosen out of fold; `joint` joins a and c."""
     tree = tiny_tree(
         images,
-        members=[member("a"), member("b", folds=[0], batch_size=12), member("c", backbone="test_efficientnet"),
-                 member("joint", backbone="", weights="pretrained", joins=["a", "c"], head={"kind": "mlp", "fc": 16})],
+        members=[
+            member("a"),
+            member("b", folds=[0], batch_size=12),
+            member("c", backbone="test_efficientnet"),
+            member(
+                "joint",
+                backbone="",
+                weights="pretrained",
+                joins=["a", "c"],
+                head={"kind": "mlp", "fc": 16},
+            ),
+        ],
         views={"kind": "random-crops", "n": 3, "upsample": 1.25, "choose": True},
-        stages=[{"name": "one", "epochs": 2, "lr": 3e-3}, {"name": "two", "epochs": 1, "lr": 3e-4},
-                {"name": "heads", "epochs": 3, "lr": 1e-2, "trainable": "^head", "members": ["joint"]}],
-    )  # fmt: skip
+        stages=[
+            {"name": "one", "epochs": 2, "lr": 3e-3},
+            {"name": "two", "epochs": 1, "lr": 3e-4},
+            {"name": "heads", "epochs": 3, "lr": 1e-2, "trainable": "^head", "members": ["joint"]},
+        ],
+    )
     del tree["members"][3]["weights"]
     run = workflow.train(Recipe.parse(tree), tmp_path_factory.mktemp("runs") / "partial")
     workflow.finish(run)
@@ -60,12 +73,18 @@ def test_where_a_member_is_absent_the_mean_of_those_present_stands_in(partial: R
 
 
 def test_on_new_images_every_fold_answers_with_its_own_members(partial: Run) -> None:
-    index = view_counts(partial.recipe.views).index(json.loads((partial.dir / "views.json").read_text())["views"])
-    saved = {(m, f): read_arrays(partial.folder(partial.last_job(m, f)) / "probs.npz")["test"][index]
-             for m, f in (("a", 0), ("b", 0), ("c", 0), ("a", 1), ("c", 1))}  # fmt: skip
+    index = view_counts(partial.recipe.views).index(
+        json.loads((partial.dir / "views.json").read_text())["views"]
+    )
+    saved = {
+        (m, f): read_arrays(partial.folder(partial.last_job(m, f)) / "probs.npz")["test"][index]
+        for m, f in (("a", 0), ("b", 0), ("c", 0), ("a", 1), ("c", 1))
+    }
     first = (saved["a", 0] + saved["b", 0] + saved["c", 0]) / 3
     second = (saved["a", 1] + saved["c", 1]) / 2
-    np.testing.assert_allclose(partial.predictions("test").probs[:3].mean(0), (first + second) / 2, atol=1e-6)
+    np.testing.assert_allclose(
+        partial.predictions("test").probs[:3].mean(0), (first + second) / 2, atol=1e-6
+    )
 
 
 def test_the_exported_file_has_the_chosen_views_and_the_stand_ins(partial: Run) -> None:
@@ -73,11 +92,15 @@ def test_the_exported_file_has_the_chosen_views_and_the_stand_ins(partial: Run) 
     assert test is not None
     assert model.members == ("a", "b", "c")
     _, members = model.explain([test.pixels(i) for i in range(len(test))])
-    np.testing.assert_allclose(members, partial.predictions("test").probs[:3].transpose(1, 0, 2), atol=1e-5)
+    np.testing.assert_allclose(
+        members, partial.predictions("test").probs[:3].transpose(1, 0, 2), atol=1e-5
+    )
 
 
 @pytest.mark.slow
-def test_one_member_alone_can_be_exported_the_joint_network_too(partial: Run, tmp_path: Path) -> None:
+def test_one_member_alone_can_be_exported_the_joint_network_too(
+    partial: Run, tmp_path: Path
+) -> None:
     test = partial.sources.test
     assert test is not None
     pictures = [test.pixels(i) for i in range(len(test))]
@@ -125,7 +148,9 @@ def test_numbers_of_views_to_choose_from(spec: dict[str, Any], counts: tuple[int
 
 
 def test_stand_ins_without_anybody_present_are_refused(images: Path) -> None:
-    recipe = Recipe.parse(tiny_tree(images, members=[member("a", folds=[0]), member("b", folds=[0])]))
+    recipe = Recipe.parse(
+        tiny_tree(images, members=[member("a", folds=[0]), member("b", folds=[0])])
+    )
     np.testing.assert_array_equal(stand_ins(recipe, 0), np.eye(2))
     with pytest.raises(RunError, match=r"a fold has no member: members\.\*\.folds, fold 1"):
         stand_ins(recipe, 1)
@@ -138,20 +163,40 @@ del JOIN["weights"]
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"members": [member("a"), member("b"), {**JOIN, "joins": ["a", "x"]}]}, "names x, which is no member"),
+        (
+            {"members": [member("a"), member("b"), {**JOIN, "joins": ["a", "x"]}]},
+            "names x, which is no member",
+        ),
         ({"members": [member("a"), JOIN, member("b")]}, "comes before it"),
         ({"members": [member("a"), member("b", img_size=40), JOIN]}, "same img_size"),
         ({"members": [member("a"), member("b", folds=[1]), JOIN]}, r"is in folds \[1\] only"),
         ({"members": [member("a"), member("b"), {**JOIN, "joins": ["a"]}]}, "two members or more"),
-        ({"members": [member("a"), member("b"), {**JOIN, "backbone": "resnet18"}]}, "one of the two"),
-        ({"members": [member("a"), member("b"), {**JOIN, "head": {"units": 4}}]}, "only kind and fc"),
-        ({"members": [member("a", folds=[0])], "folds": {"k": 2, "final": "refit"}}, "would ignore"),
+        (
+            {"members": [member("a"), member("b"), {**JOIN, "backbone": "resnet18"}]},
+            "one of the two",
+        ),
+        (
+            {"members": [member("a"), member("b"), {**JOIN, "head": {"units": 4}}]},
+            "only kind and fc",
+        ),
+        (
+            {"members": [member("a", folds=[0])], "folds": {"k": 2, "final": "refit"}},
+            "would ignore",
+        ),
         ({"members": [member("a")], "ensemble": {"top": 2}}, "there are 1 members"),
         ({"members": [member("a")], "ensemble": {"members": ["z"]}}, "names z"),
-        ({"members": [member("a"), member("b")], "stages": [{"name": "s", "epochs": 1, "lr": 1, "members": ["b"]}]}, "a has no stage"),
+        (
+            {
+                "members": [member("a"), member("b")],
+                "stages": [{"name": "s", "epochs": 1, "lr": 1, "members": ["b"]}],
+            },
+            "a has no stage",
+        ),
         ({"members": [member("a")], "views": {"choose": True}}, "nothing to choose from"),
     ],
-)  # fmt: skip
-def test_members_that_do_not_fit_together_are_refused(images: Path, changes: dict[str, Any], words: str) -> None:
+)
+def test_members_that_do_not_fit_together_are_refused(
+    images: Path, changes: dict[str, Any], words: str
+) -> None:
     with pytest.raises(RecipeError, match=words):
         Recipe.parse(tiny_tree(images, **changes))

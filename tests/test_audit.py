@@ -34,7 +34,9 @@ from threefold.recipe import DataSpec
 LAW = settings(max_examples=40, deadline=None)
 
 
-def flipped_world(seed: int = 0, n: int = 400, flips: int = 20, members: int = 3) -> tuple[Predictions, np.ndarray]:
+def flipped_world(
+    seed: int = 0, n: int = 400, flips: int = 20, members: int = 3
+) -> tuple[Predictions, np.ndarray]:
     """Members that mostly see the true class, and labels of which some were flipped."""
     rng = np.random.default_rng(seed)
     truth, names = rng.integers(0, 4, n), ("ant", "bee", "cat", "dog")
@@ -43,7 +45,9 @@ def flipped_world(seed: int = 0, n: int = 400, flips: int = 20, members: int = 3
     logits = 5 * np.eye(4)[truth] + rng.normal(0, 1.2, (members, n, 4))
     probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     ids = tuple(f"{names[y]}/{i:04d}.jpg" for i, y in enumerate(labels))
-    made = Predictions(probs, labels, ids, names, tuple(f"m{i}" for i in range(members)), kind="oof")
+    made = Predictions(
+        probs, labels, ids, names, tuple(f"m{i}" for i in range(members)), kind="oof"
+    )
     return made, rows
 
 
@@ -83,7 +87,9 @@ def test_the_reason_says_who_says_what() -> None:
     labels = np.array([0, 1] * 15)
     probs[:, 4], probs[2, 4] = [0.02, 0.98], [0.55, 0.45]
     for kind, who in (("oof", "the ensemble that never saw it"), ("foreign", "the ensemble")):
-        rows = Predictions(probs, labels, tuple(map(str, range(30))), ("cat", "dog"), ("a", "b", "c"), kind=kind)  # type: ignore[arg-type]
+        rows = Predictions(
+            probs, labels, tuple(map(str, range(30))), ("cat", "dog"), ("a", "b", "c"), kind=kind
+        )  # type: ignore[arg-type]
         (suspect,) = find_suspects(rows)
         assert suspect[:3] == ("4", "cat", "dog")
         assert suspect.score == pytest.approx((0.02 + 0.02 + 0.55) / 3, abs=1e-4)
@@ -117,16 +123,23 @@ def test_the_ensembles_own_probabilities_are_used_where_given() -> None:
     predictions, _ = flipped_world()
     sure = 0.96 * np.eye(4)[predictions.labels] + 0.01
     assert find_suspects(predictions, probs=sure) == []
-    with pytest.raises(DataError, match=r"of other rows or classes; expected \(400, 4\), got \(399, 4\)"):
+    with pytest.raises(
+        DataError, match=r"of other rows or classes; expected \(400, 4\), got \(399, 4\)"
+    ):
         find_suspects(predictions, probs=sure[1:])
     with pytest.raises(DataError, match="the limit is 1 or more; got 0"):
         find_suspects(predictions, 0)
 
 
-def test_without_cleanlab_the_command_that_installs_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_cleanlab_the_command_that_installs_it_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "cleanlab", None)
     monkeypatch.delitem(sys.modules, "cleanlab.filter", raising=False)
-    with pytest.raises(RunError, match=r"need cleanlab, which is not installed; fix: pip install 'threefold\[audit\]'"):
+    with pytest.raises(
+        RunError,
+        match=r"need cleanlab, which is not installed; fix: pip install 'threefold\[audit\]'",
+    ):
         find_suspects(flipped_world()[0])
 
 
@@ -174,7 +187,10 @@ def test_planted_near_copies_are_found(pictures: list[np.ndarray], how: str) -> 
 def test_photographs_that_differ_are_no_copies() -> None:
     rng = np.random.default_rng(0)
     waves = rng.normal(size=(600, 6, 6, 3))  # coarse random pictures, made larger
-    images = [np.asarray(Image.fromarray(np.uint8(128 + 40 * w.clip(-3, 3))).resize((48, 40))) for w in waves]
+    images = [
+        np.asarray(Image.fromarray(np.uint8(128 + 40 * w.clip(-3, 3))).resize((48, 40)))
+        for w in waves
+    ]
     assert find_duplicates(images, [str(i) for i in range(600)]).pairs == []
 
 
@@ -184,7 +200,10 @@ def test_equal_images_are_paired_with_the_first_and_flat_ones_are_not_near() -> 
     black, grey = np.zeros((40, 40, 3), np.uint8), np.full((40, 40, 3), 128, np.uint8)
     images = [picture, black, picture.copy(), grey, picture.copy(), black.copy()]
     found = find_duplicates(
-        images, list("abcdef"), [0, 0, 1, 0, 0, 0], ["train", "train", "train", "test", "test", "test"]
+        images,
+        list("abcdef"),
+        [0, 0, 1, 0, 0, 0],
+        ["train", "train", "train", "test", "test", "test"],
     )
     assert [tuple(p) for p in found.pairs] == [
         ("a", "c", 0.0, False, True),
@@ -207,7 +226,10 @@ def test_equal_images_are_paired_with_the_first_and_flat_ones_are_not_near() -> 
 def test_the_pairs_do_not_depend_on_the_order_of_the_images(seed: int, n: int) -> None:
     rng = np.random.default_rng(seed)
     base = rng.integers(0, 256, (3, 12, 12)).astype(np.uint8)
-    images = [base[i] ^ np.uint8(b) for i, b in zip(rng.integers(0, 3, n), rng.integers(0, 3, n), strict=True)]
+    images = [
+        base[i] ^ np.uint8(b)
+        for i, b in zip(rng.integers(0, 3, n), rng.integers(0, 3, n), strict=True)
+    ]
     ids = [f"{i}" for i in range(n)]
     order = rng.permutation(n)
     one = find_duplicates(images, ids, distance=0.0)
@@ -228,19 +250,28 @@ def test_blocks_do_not_hide_pairs_and_the_closest_are_listed(
     assert few.found == whole.found
     assert [p[:2] for p in few.pairs] == [p[:2] for p in parts.pairs[:4]]
     assert [p.distance for p in parts.pairs] == sorted(p.distance for p in parts.pairs)
-    assert not any("two folds" in note and " of those listed are in" not in note for note in duplicate_warnings(few))
+    assert not any(
+        "two folds" in note and " of those listed are in" not in note
+        for note in duplicate_warnings(few)
+    )
 
 
 def test_duplicates_are_a_csv_file(tmp_path: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (9, 9)).astype(np.uint8)
-    write_duplicates(tmp_path / "d.csv", find_duplicates([picture, picture], ["x", "y"], labels=["one", "two"]))
-    assert (tmp_path / "d.csv").read_text().splitlines() == ["a,b,distance,same_label,same_part", "x,y,0,False,"]
+    write_duplicates(
+        tmp_path / "d.csv", find_duplicates([picture, picture], ["x", "y"], labels=["one", "two"])
+    )
+    assert (tmp_path / "d.csv").read_text().splitlines() == [
+        "a,b,distance,same_label,same_part",
+        "x,y,0,False,",
+    ]
 
 
 def test_bad_images_and_columns_are_told_in_one_line() -> None:
     good = np.zeros((4, 4), np.uint8)
     with pytest.raises(
-        DataError, match=r"not an image: b; expected uint8 \(h, w\) or \(h, w, 3\), got float64 \(4, 4\)"
+        DataError,
+        match=r"not an image: b; expected uint8 \(h, w\) or \(h, w, 3\), got float64 \(4, 4\)",
     ):
         find_duplicates([good, good * 1.0], ["a", "b"])
     with pytest.raises(DataError, match="not an image: a; expected one pixel at least"):
@@ -258,8 +289,15 @@ def test_bad_images_and_columns_are_told_in_one_line() -> None:
     assert find_duplicates([], []).pairs == []
 
 
-def names(template: str, groups: int = 6, each: int = 4, classes: tuple[str, ...] = ("cat", "dog")) -> list[str]:
-    return [template.format(c=c, g=g, letter="ABCDEFGHIJ"[g], i=i, n=g * each + i) for c in classes for g in range(groups) for i in range(each)]  # fmt: skip
+def names(
+    template: str, groups: int = 6, each: int = 4, classes: tuple[str, ...] = ("cat", "dog")
+) -> list[str]:
+    return [
+        template.format(c=c, g=g, letter="ABCDEFGHIJ"[g], i=i, n=g * each + i)
+        for c in classes
+        for g in range(groups)
+        for i in range(each)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,21 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from threefold.augment import Augment, Draws, Views, affine_warp, resize_square, shift_channels, triangle_weights
+from threefold.augment import (
+    Augment,
+    Draws,
+    Views,
+    affine_warp,
+    resize_square,
+    shift_channels,
+    triangle_weights,
+)
 from threefold.errors import RecipeError
 from threefold.recipe import AugmentSpec, ViewSpec
 
-PAPER = AugmentSpec(rotation=30, shift=0.3, shear=0.3, zoom=0.3, channel_shift=10, hflip=True, vflip=True)
+PAPER = AugmentSpec(
+    rotation=30, shift=0.3, shear=0.3, zoom=0.3, channel_shift=10, hflip=True, vflip=True
+)
 
 
 def random_images(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -41,7 +51,16 @@ def centred_square(images: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("mode", ["squash", "crop"])
 @pytest.mark.parametrize(
     ("height", "width", "size"),
-    [(28, 28, 64), (30, 17, 224), (17, 30, 16), (100, 75, 64), (75, 100, 64), (301, 203, 64), (64, 64, 64), (1, 5, 16)],
+    [
+        (28, 28, 64),
+        (30, 17, 224),
+        (17, 30, 16),
+        (100, 75, 64),
+        (75, 100, 64),
+        (301, 203, 64),
+        (64, 64, 64),
+        (1, 5, 16),
+    ],
 )
 def test_resize_is_pillows(height: int, width: int, size: int, mode: str) -> None:
     """Within one level: some Pillow versions round after the rows where we round after the columns."""
@@ -50,7 +69,9 @@ def test_resize_is_pillows(height: int, width: int, size: int, mode: str) -> Non
     assert resized.shape == (2, 3, size, size)
     assert resized.dtype == torch.float32
     assert torch.equal(resized, resized.round())
-    for image, mine in zip(centred_square(images) if mode == "crop" else images, resized, strict=True):
+    for image, mine in zip(
+        centred_square(images) if mode == "crop" else images, resized, strict=True
+    ):
         difference = np.abs(mine.numpy() - pillow(image, (size, size)))
         assert difference.max() <= 1
         assert difference.mean() < 0.3
@@ -61,7 +82,9 @@ def test_resize_is_pillows(height: int, width: int, size: int, mode: str) -> Non
 def test_resize_of_one_side_is_pillows(length: int, across: bool) -> None:
     """With one pass only there is one rounding, and the result is Pillow's but for exact ties."""
     images = random_images(1, 64, length) if across else random_images(1, length, 64)
-    difference = np.abs(resize_square(images, 64, "squash")[0].numpy() - pillow(images[0], (64, 64)))
+    difference = np.abs(
+        resize_square(images, 64, "squash")[0].numpy() - pillow(images[0], (64, 64))
+    )
     assert difference.max() <= 1
     assert difference.mean() < 0.01
 
@@ -74,9 +97,13 @@ def test_resize_of_one_side_is_pillows(length: int, across: bool) -> None:
     value=st.integers(0, 255),
     mode=st.sampled_from(["squash", "crop"]),
 )
-def test_resize_keeps_a_flat_image_flat(height: int, width: int, size: int, value: int, mode: str) -> None:
+def test_resize_keeps_a_flat_image_flat(
+    height: int, width: int, size: int, value: int, mode: str
+) -> None:
     images = torch.full((1, height, width, 3), value, dtype=torch.uint8)
-    assert torch.equal(resize_square(images, size, mode), torch.full((1, 3, size, size), float(value)))
+    assert torch.equal(
+        resize_square(images, size, mode), torch.full((1, 3, size, size), float(value))
+    )
 
 
 def test_resize_of_the_same_size_changes_nothing() -> None:
@@ -90,8 +117,12 @@ def test_crop_sees_only_the_centred_square() -> None:
     changed[:, :, :15] = 255 - changed[:, :, :15]
     changed[:, :, 35:] = 255 - changed[:, :, 35:]
     for size in (8, 40):
-        assert torch.equal(resize_square(images, size, "crop"), resize_square(changed, size, "crop"))
-        assert not torch.equal(resize_square(images, size, "squash"), resize_square(changed, size, "squash"))
+        assert torch.equal(
+            resize_square(images, size, "crop"), resize_square(changed, size, "crop")
+        )
+        assert not torch.equal(
+            resize_square(images, size, "squash"), resize_square(changed, size, "squash")
+        )
 
 
 def test_resize_sums_are_exact() -> None:
@@ -115,7 +146,9 @@ class Resize(torch.nn.Module):
 def test_resize_exports_with_dynamic_batch_height_and_width(mode: str) -> None:
     dynamic = torch.export.Dim.DYNAMIC
     program = torch.export.export(
-        Resize(mode), (random_images(2, 40, 50),), dynamic_shapes=({0: dynamic, 1: dynamic, 2: dynamic},)
+        Resize(mode),
+        (random_images(2, 40, 50),),
+        dynamic_shapes=({0: dynamic, 1: dynamic, 2: dynamic},),
     )
     for count, height, width in ((2, 40, 50), (1, 50, 40), (3, 24, 24), (1, 9, 100), (5, 33, 7)):
         images = random_images(count, height, width)
@@ -123,10 +156,17 @@ def test_resize_exports_with_dynamic_batch_height_and_width(mode: str) -> None:
 
 
 def keras_matrix(
-    angle: float, shift: tuple[float, float], shear: float, zoom: tuple[float, float], height: int, width: int
+    angle: float,
+    shift: tuple[float, float],
+    shear: float,
+    zoom: tuple[float, float],
+    height: int,
+    width: int,
 ) -> np.ndarray:
     """The product R T S Z of keras-preprocessing, about the centre of the pixel grid, on (row, column, 1)."""
-    rotation = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    rotation = np.array(
+        [[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]]
+    )
     move = np.array([[1, 0, shift[0] * height], [0, 1, shift[1] * width], [0, 0, 1]])
     slant = np.array([[1, -np.sin(shear), 0], [0, np.cos(shear), 0], [0, 0, 1]])
     scale = np.diag([zoom[0], zoom[1], 1])
@@ -136,7 +176,9 @@ def keras_matrix(
 
 def scipy_warp(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     linear, offset = matrix[:2, :2], matrix[:2, 2]
-    return np.stack([ndimage.affine_transform(c, linear, offset, order=1, mode="nearest") for c in image])
+    return np.stack(
+        [ndimage.affine_transform(c, linear, offset, order=1, mode="nearest") for c in image]
+    )
 
 
 @pytest.mark.parametrize(("height", "width"), [(24, 24), (20, 31)])
@@ -146,8 +188,13 @@ def test_warp_is_scipys_and_keras(height: int, width: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     images = rng.uniform(0, 255, size=(5, 3, height, width))
     angle, shear = rng.uniform(-np.pi, np.pi, size=5), rng.uniform(-0.8, 0.8, size=5)
-    shift, zoom = rng.uniform(-0.4, 0.4, size=(5, 2)), rng.uniform(0.6, 1.4, size=(5, 2)) * [1, (-1) ** seed]
-    draws = Draws(*(torch.from_numpy(part).float() for part in (angle, shift, shear, zoom, np.zeros(5))))
+    shift, zoom = (
+        rng.uniform(-0.4, 0.4, size=(5, 2)),
+        rng.uniform(0.6, 1.4, size=(5, 2)) * [1, (-1) ** seed],
+    )
+    draws = Draws(
+        *(torch.from_numpy(part).float() for part in (angle, shift, shear, zoom, np.zeros(5)))
+    )
     warped = affine_warp(torch.from_numpy(images).float(), draws).numpy()
     for i in range(5):
         matrix = keras_matrix(angle[i], tuple(shift[i]), shear[i], tuple(zoom[i]), height, width)
@@ -159,8 +206,12 @@ def test_flips_are_mirror_images() -> None:
     for options, dims in (({"hflip": True}, (3,)), ({"vflip": True}, (2,))):
         augmented = Augment(AugmentSpec(**options))(images, torch.Generator().manual_seed(0))
         mirrored = images.flip(dims).float()
-        flipped = [torch.allclose(a, m, atol=0.02) for a, m in zip(augmented, mirrored, strict=True)]
-        kept = [torch.allclose(a, x, atol=0.02) for a, x in zip(augmented, images.float(), strict=True)]
+        flipped = [
+            torch.allclose(a, m, atol=0.02) for a, m in zip(augmented, mirrored, strict=True)
+        ]
+        kept = [
+            torch.allclose(a, x, atol=0.02) for a, x in zip(augmented, images.float(), strict=True)
+        ]
         assert [f != k for f, k in zip(flipped, kept, strict=True)] == [True] * 64
         assert 16 < sum(flipped) < 48
 
@@ -193,7 +244,11 @@ def test_draws_fill_their_ranges() -> None:
     draws = Augment(PAPER).draw(20_000, torch.Generator().manual_seed(0))
     shapes = [tuple(part.shape[1:]) for part in draws]
     assert shapes == [(), (2,), (), (2,), ()]
-    for part, limit in ((draws.angle, np.radians(30)), (draws.shear, np.radians(0.3)), (draws.channel, 10.0)):
+    for part, limit in (
+        (draws.angle, np.radians(30)),
+        (draws.shear, np.radians(0.3)),
+        (draws.channel, 10.0),
+    ):
         assert 0.99 * limit < float(part.max()) <= limit
         assert -limit <= float(part.min()) < -0.99 * limit
     assert 0.29 < float(draws.shift.amax(0).min()) <= float(draws.shift.amax()) <= 0.3
@@ -203,14 +258,25 @@ def test_draws_fill_their_ranges() -> None:
     assert 1.29 < float(scale.max()) <= 1.3
     assert torch.allclose((draws.zoom < 0).float().mean(0), torch.tensor([0.5, 0.5]), atol=0.02)
     columns = torch.stack(
-        [draws.angle, *draws.shift.T, draws.shear, *scale.T, *(draws.zoom < 0).T.float(), draws.channel]
+        [
+            draws.angle,
+            *draws.shift.T,
+            draws.shear,
+            *scale.T,
+            *(draws.zoom < 0).T.float(),
+            draws.channel,
+        ]
     )
-    assert float((torch.corrcoef(columns) - torch.eye(9)).abs().max()) < 0.04, "knobs share their randomness"
+    assert float((torch.corrcoef(columns) - torch.eye(9)).abs().max()) < 0.04, (
+        "knobs share their randomness"
+    )
 
 
 def test_turning_one_knob_leaves_the_draws_of_the_others() -> None:
     all_on = Augment(PAPER).draw(6, torch.Generator().manual_seed(0))
-    few = Augment(AugmentSpec(rotation=30, channel_shift=10)).draw(6, torch.Generator().manual_seed(0))
+    few = Augment(AugmentSpec(rotation=30, channel_shift=10)).draw(
+        6, torch.Generator().manual_seed(0)
+    )
     assert torch.equal(all_on.angle, few.angle)
     assert torch.equal(all_on.channel, few.channel)
     assert torch.equal(few.zoom, torch.ones(6, 2))
@@ -218,22 +284,35 @@ def test_turning_one_knob_leaves_the_draws_of_the_others() -> None:
 
 
 def test_channel_shift_keeps_to_the_range_of_the_image() -> None:
-    images = torch.tensor([[10.0, 100.0, 200.0], [0.0, 5.0, 8.0]]).view(2, 3, 1, 1).expand(2, 3, 2, 2)
+    images = (
+        torch.tensor([[10.0, 100.0, 200.0], [0.0, 5.0, 8.0]]).view(2, 3, 1, 1).expand(2, 3, 2, 2)
+    )
     shifted = shift_channels(images, torch.tensor([50.0, -6.0]))
     assert shifted[0, :, 0, 0].tolist() == [60.0, 150.0, 200.0]
     assert shifted[1, :, 0, 0].tolist() == [0.0, 0.0, 2.0]
     augmented = Augment(AugmentSpec(channel_shift=20))(images, torch.Generator().manual_seed(0))
     assert not torch.equal(augmented, images)
-    assert torch.equal(augmented.clamp(images.amin((1, 2, 3), True), images.amax((1, 2, 3), True)), augmented)
+    assert torch.equal(
+        augmented.clamp(images.amin((1, 2, 3), True), images.amax((1, 2, 3), True)), augmented
+    )
 
 
-def views(kind: str, upsample: float = 1.25, n: int = 1, img_size: int = 16, seed: int = 0) -> Views:
+def views(
+    kind: str, upsample: float = 1.25, n: int = 1, img_size: int = 16, seed: int = 0
+) -> Views:
     return Views(ViewSpec(kind=kind, upsample=upsample, n=n), img_size, seed)
 
 
 @pytest.mark.parametrize(
     ("kind", "count"),
-    [("center", 1), ("flip", 2), ("random-crops", 7), ("five-crop", 5), ("ten-crop", 10), ("multi-scale", 3)],
+    [
+        ("center", 1),
+        ("flip", 2),
+        ("random-crops", 7),
+        ("five-crop", 5),
+        ("ten-crop", 10),
+        ("multi-scale", 3),
+    ],
 )
 def test_counts_and_shapes_of_views(kind: str, count: int) -> None:
     module = views(kind, n=7 if kind == "random-crops" else 1)
@@ -253,7 +332,9 @@ def test_positions_of_views() -> None:
     assert torch.equal(views("center")(images), torch.stack(crops[:1]))
     assert torch.equal(views("flip")(images), torch.stack([crops[0], crops[0].flip(3)]))
     assert torch.equal(views("five-crop")(images), torch.stack(crops))
-    assert torch.equal(views("ten-crop")(images), torch.stack([*crops, *(crop.flip(3) for crop in crops)]))
+    assert torch.equal(
+        views("ten-crop")(images), torch.stack([*crops, *(crop.flip(3) for crop in crops)])
+    )
 
 
 def test_center_without_upsampling_is_the_identity() -> None:
@@ -286,7 +367,9 @@ def test_multi_scale_resizes_centred_crops() -> None:
     for view, side in zip(views("multi-scale")(images), (20, 18, 16), strict=True):
         edge = (20 - side) // 2
         crop = images[:, :, edge : edge + side, edge : edge + side]
-        expected = torch.nn.functional.interpolate(crop, size=16, mode="bilinear", antialias=True, align_corners=False)
+        expected = torch.nn.functional.interpolate(
+            crop, size=16, mode="bilinear", antialias=True, align_corners=False
+        )
         torch.testing.assert_close(view, expected, rtol=0, atol=0.02)
 
 
@@ -295,7 +378,9 @@ def test_views_export_and_add_nothing_to_the_state(kind: str) -> None:
     module = views(kind)
     assert not module.state_dict()
     images = torch.rand(2, 3, 20, 20)
-    program = torch.export.export(module, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    program = torch.export.export(
+        module, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
+    )
     assert torch.equal(program.module()(images[:1]), module(images[:1]))
 
 

@@ -78,16 +78,25 @@ def test_names(written: str, meant: str) -> None:
 def test_the_list_shows_the_papers_names() -> None:
     lines = catalogue("backbones", "*xception*")
     assert "xception65.tf_in1k" in lines
-    assert lines[-1].startswith("Xception: legacy_xception.tf_in1k, the paper's, -1..1 there; weights: the same")
+    assert lines[-1].startswith(
+        "Xception: legacy_xception.tf_in1k, the paper's, -1..1 there; weights: the same"
+    )
     assert len([line for line in lines if ": " in line]) == 1
     assert len([line for line in catalogue("backbones") if ": " in line]) == len(NAMES)
-    assert catalogue("backbones", "EfficientNetB7")[0].startswith("EfficientNetB7: tf_efficientnet_b7.aa_in1k")
+    assert catalogue("backbones", "EfficientNetB7")[0].startswith(
+        "EfficientNetB7: tf_efficientnet_b7.aa_in1k"
+    )
 
 
 def test_vgg_ends_in_its_feature_maps() -> None:
     """Keras' VGG19 without top: 16 convolutions, 20,024,384 parameters, 512 features; the average of the last map."""
-    assert count(on_meta(MemberSpec(name="m", backbone="VGG19", weights="none")).backbone) == 20_024_384
-    member = build_member(MemberSpec(name="m", backbone="vgg11", weights="none", img_size=64), 3).eval()
+    assert (
+        count(on_meta(MemberSpec(name="m", backbone="VGG19", weights="none")).backbone)
+        == 20_024_384
+    )
+    member = build_member(
+        MemberSpec(name="m", backbone="vgg11", weights="none", img_size=64), 3
+    ).eval()
     pixels = torch.rand(2, 3, 64, 64) * 255
     maps = member.backbone.forward_features((pixels - member.mean) / member.std)
     torch.testing.assert_close(member(pixels), member.head(maps.mean((2, 3))))
@@ -128,7 +137,9 @@ def keras_backbone(name: str) -> int:
         assert NO_SCALE[name] == -sum(norm.weight.numel() for norm in norms)
     if name in CONV_BIAS:
         convolutions = [module for module in backbone.modules() if isinstance(module, nn.Conv2d)]
-        assert CONV_BIAS[name] == sum(conv.out_channels for conv in convolutions if conv.bias is None)
+        assert CONV_BIAS[name] == sum(
+            conv.out_channels for conv in convolutions if conv.bias is None
+        )
     return count(backbone) + statistics + NO_SCALE.get(name, 0) + CONV_BIAS.get(name, 0)
 
 
@@ -154,7 +165,16 @@ class Total(NamedTuple):
 SE_BLOCKS = sum(blocks * 2 * c * c // 16 for c, blocks in ((320, 11), (1088, 21), (2080, 12)))
 """Squeeze-and-excitation without biases, reduction 16, after every block and reduction of Inception-ResNet-v2 (44)."""
 B_SERIES_CIFAR100 = (5_463_808, 7_989_476, 9_313_878, 12_459_916, 19_612_348)
-B_SERIES_SVHN = (5_371_558, 7_897_226, 9_221_628, 12_367_666, 19_520_098, 30_621_946, 43_330_706, 66_730_394)
+B_SERIES_SVHN = (
+    5_371_558,
+    7_897_226,
+    9_221_628,
+    12_367_666,
+    19_520_098,
+    30_621_946,
+    43_330_706,
+    66_730_394,
+)
 
 TOTALS = [
     Total("cifar-10", "SEResNeXt101", 51_261_114, 10, 2048),
@@ -164,7 +184,10 @@ TOTALS = [
     Total("cifar-10", "Inception-ResNetV2", 57_505_002, 10, 2048),
     Total("cifar-10", "Inception-ResNetV2", 80_579_818, 10, 2048, "gru"),
     Total("cifar-10", "EfficientNetB5", 30_621_946, 10, 1024),
-    *(Total("cifar-100", f"EfficientNetB{i}", n, 100, 1024) for i, n in enumerate(B_SERIES_CIFAR100)),
+    *(
+        Total("cifar-100", f"EfficientNetB{i}", n, 100, 1024)
+        for i, n in enumerate(B_SERIES_CIFAR100)
+    ),
     Total("cifar-100", "SEResNeXt101", 49_244_948, 100, 1024),
     Total("cifar-100", "Xception", 25_262_732, 100, 2048),
     Total("cifar-100", "Inception-ResNetV2", 56_013_124, 100, 1024),
@@ -186,7 +209,16 @@ TOTALS = [
     Total("inaturalist", "SEResNeXt101", 53_310_114, 1010, 2048),
     # These two have a BiLSTM with 2048 units in each direction; the second one's backbone has squeeze-and-excitation.
     Total("inaturalist", "InceptionV3", 109_847_314, 1010, 4096, "bilstm", 4096),
-    Total("inaturalist", "Inception-ResNetV2", 143_730_386, 1010, 4096, "bilstm", 4096, extra=SE_BLOCKS),
+    Total(
+        "inaturalist",
+        "Inception-ResNetV2",
+        143_730_386,
+        1010,
+        4096,
+        "bilstm",
+        4096,
+        extra=SE_BLOCKS,
+    ),
 ]
 
 
@@ -194,14 +226,24 @@ def keras_total(total: Total) -> int:
     """What Keras prints for the model: backbone, recurrent layer with its dead weights, fully connected layers."""
     row = paper_backbone(total.backbone)
     assert row is not None
-    spec = HeadSpec(kind=total.kind, units=total.units, fc=total.fc, reset_after=False, activation="keras")
+    spec = HeadSpec(
+        kind=total.kind, units=total.units, fc=total.fc, reset_after=False, activation="keras"
+    )
     with torch.device("meta"):
         head = build_head(spec, row.features, total.classes)
     recurrent = full_parameters(spec.kind, row.features, total.units, reset_after=False)
-    return keras_backbone(total.backbone) + recurrent + count(head.fc) + count(head.classifier) + total.extra
+    return (
+        keras_backbone(total.backbone)
+        + recurrent
+        + count(head.fc)
+        + count(head.classifier)
+        + total.extra
+    )
 
 
-@pytest.mark.parametrize("total", TOTALS, ids=lambda t: f"{t.data}-{t.backbone}-{t.kind}-{t.printed}")
+@pytest.mark.parametrize(
+    "total", TOTALS, ids=lambda t: f"{t.data}-{t.backbone}-{t.kind}-{t.printed}"
+)
 def test_the_authors_totals(total: Total) -> None:
     assert keras_total(total) == total.printed
 
@@ -250,7 +292,9 @@ def learn(member: Member, pixels: torch.Tensor) -> None:
         assert torch.isfinite(p.grad).all(), name
         assert not p.grad.abs().max() > 1e-6 or not torch.equal(before[name], p), name
     # ResNet50's blocks begin as the identity: only their last norms learn in the first step.
-    assert sum(bool(p.grad.any()) for p in member.parameters() if p.grad is not None) > 0.25 * len(before)
+    assert sum(bool(p.grad.any()) for p in member.parameters() if p.grad is not None) > 0.25 * len(
+        before
+    )
 
 
 def settle(member: Member, pixels: torch.Tensor) -> None:
@@ -284,7 +328,11 @@ def build_train_export(name: str, size: int, path: Path) -> dict[str, Any]:
     settle(member, pixels)
     pipeline = pipeline_of(member, size)
     report = targets.export(pipeline, path, list(pictures))
-    report |= {"build": built - began, "step": trained - built, "export": time.monotonic() - trained}
+    report |= {
+        "build": built - began,
+        "step": trained - built,
+        "export": time.monotonic() - trained,
+    }
     spread = float(np.ptp(pipeline.predict_proba(list(pictures)), axis=0).max())
     return {"name": name, "size": size, "bytes": path.stat().st_size, "spread": spread, **report}
 
@@ -295,5 +343,7 @@ def test_it_builds_learns_and_exports(name: str, tmp_path: Path) -> None:
     report = build_train_export(name, NEWER.get(name, SMALLEST), tmp_path / "m.onnx")
     assert report["max_difference"] <= TOLERANCES["float32"].difference
     assert report["top1_agreement"] == 1.0
-    assert report["spread"] > 10 * TOLERANCES["float32"].difference  # the answers depend on the image
+    assert (
+        report["spread"] > 10 * TOLERANCES["float32"].difference
+    )  # the answers depend on the image
     print(json.dumps(report))

@@ -34,7 +34,12 @@ def message_of(spec: DataSpec) -> str:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A sound data set that each case spoils."""
-    ids = [f"{part}/{name}/{i}.png" for part in ("train", "test") for name in ("cat", "dog") for i in range(3)]
+    ids = [
+        f"{part}/{name}/{i}.png"
+        for part in ("train", "test")
+        for name in ("cat", "dog")
+        for i in range(3)
+    ]
     for shade, name in enumerate(ids):
         write_image(tmp_path / "my data" / name, shade)
     return tmp_path / "my data"
@@ -58,7 +63,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "missing folder": (shutil.rmtree, ["the image folder does not exist", "my data"]),
     "empty folder": (empty, ["there are no class folders", "my data", "one folder per class"]),
     "empty train": (lambda r: empty(r / "train"), ["my data"]),
-    "class without images": (lambda r: empty(r / "train/dog"), ["class folder has no images", "train/dog"]),
+    "class without images": (
+        lambda r: empty(r / "train/dog"),
+        ["class folder has no images", "train/dog"],
+    ),
     "class with text only": (
         lambda r: (empty(r / "test/dog"), (r / "test/dog/a.txt").write_text("a")),
         ["class folder has no images", "test/dog"],
@@ -71,26 +79,47 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda r: [(r / f"train/dog/{i}.png").unlink() for i in (0, 1)],
         ["fewer than 2 usable training images", "dog (1)"],
     ),
-    "class missing in test": (lambda r: shutil.rmtree(r / "test/dog"), ["classes differ", "only in train: dog"]),
-    "class missing in train": (lambda r: shutil.rmtree(r / "train/dog"), ["2 or more classes", "only cat"]),
+    "class missing in test": (
+        lambda r: shutil.rmtree(r / "test/dog"),
+        ["classes differ", "only in train: dog"],
+    ),
+    "class missing in train": (
+        lambda r: shutil.rmtree(r / "train/dog"),
+        ["2 or more classes", "only cat"],
+    ),
     "class spelt otherwise": (
         lambda r: (r / "test/dog").rename(r / "test/Dog"),
         ["only in train: dog and only in test: Dog", "same class names"],
     ),
-    "no train": (lambda r: shutil.rmtree(r / "train"), ["neither split nor one folder per class", "got test/"]),
+    "no train": (
+        lambda r: shutil.rmtree(r / "train"),
+        ["neither split nor one folder per class", "got test/"],
+    ),
     "class beside the split": (
         lambda r: shutil.copytree(r / "train/cat", r / "cow"),
         ["neither split nor one folder per class", "cow/"],
     ),
     "no test images left": (lambda r: empty(r / "test"), ["my data"]),
-    "zero bytes": (lambda r: (r / "train/dog/1.png").write_bytes(b""), ["1 of 12 images", "train/dog/1.png", "empty"]),
-    "truncated": (lambda r: truncate(r / "test/cat/2.png"), ["1 of 12", "test/cat/2.png", "truncated"]),
-    "text": (lambda r: (r / "train/cat/0.png").write_text("hello\nworld"), ["train/cat/0.png", "not an image"]),
+    "zero bytes": (
+        lambda r: (r / "train/dog/1.png").write_bytes(b""),
+        ["1 of 12 images", "train/dog/1.png", "empty"],
+    ),
+    "truncated": (
+        lambda r: truncate(r / "test/cat/2.png"),
+        ["1 of 12", "test/cat/2.png", "truncated"],
+    ),
+    "text": (
+        lambda r: (r / "train/cat/0.png").write_text("hello\nworld"),
+        ["train/cat/0.png", "not an image"],
+    ),
     "name that misleads": (
         lambda r: (r / "train/cat/0.png").rename(r / "train/cat/0.jpg"),
         ["train/cat/0.jpg (content is PNG, name says .jpg)", "rename"],
     ),
-    "broken link": (lambda r: (r / "train/cat/x.png").symlink_to("gone.png"), ["train/cat/x.png", "No such file"]),
+    "broken link": (
+        lambda r: (r / "train/cat/x.png").symlink_to("gone.png"),
+        ["train/cat/x.png", "No such file"],
+    ),
     "folder called like an image": (lambda r: (r / "x.png").mkdir(), ["neither split", "x.png/"]),
 }
 
@@ -115,7 +144,10 @@ def test_a_folder_that_may_not_be_read(root: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "listdir", guarded)
     message = message_of(DataSpec(root=str(root)))
     assert "cannot read the folder" in message
-    assert "train/dog; got Permission denied" in message or "test/dog; got Permission denied" in message
+    assert (
+        "train/dog; got Permission denied" in message
+        or "test/dog; got Permission denied" in message
+    )
 
 
 def test_a_file_name_that_is_not_unicode(root: Path) -> None:
@@ -172,13 +204,18 @@ def test_group_patterns(root: Path, pattern: str, expected: list[str]) -> None:
 
 # Data: CSV ------------------------------------------------------------------------------------------------------------
 
-GOOD = "path,label\n" + "".join(f"train/{name}/{i}.png,{name}\n" for name in ("cat", "dog") for i in range(3))
+GOOD = "path,label\n" + "".join(
+    f"train/{name}/{i}.png,{name}\n" for name in ("cat", "dog") for i in range(3)
+)
 CSVS: dict[str, tuple[bytes, list[str]]] = {
     "empty": (b"", ["no column path and label", "an empty file"]),
     "no path": (GOOD.replace("path,", "file,").encode(), ["no column path", "got file,label"]),
     "no label": (GOOD.replace("label", "class").encode(), ["no column label", "got path,class"]),
     "semicolons": (GOOD.replace(",", ";").encode(), ["no column path and label", "got path;label"]),
-    "path twice": ((GOOD + "./train/cat/1.png,dog\n").encode(), ["stand in the CSV file twice", "train/cat/1.png"]),
+    "path twice": (
+        (GOOD + "./train/cat/1.png,dog\n").encode(),
+        ["stand in the CSV file twice", "train/cat/1.png"],
+    ),
     "missing files": (
         (GOOD + "train/cow/1.png,cat\ntrain/cow/2.png,cat\n").encode(),
         ["2 files", "train/cow/1.png, train/cow/2.png"],
@@ -187,11 +224,17 @@ CSVS: dict[str, tuple[bytes, list[str]]] = {
     "missing cell": ((GOOD + "train/cat/9.png\n").encode(), ["line 8", "not empty"]),
     "surplus cell": ((GOOD + "train/cat/9.png,cat,5\n").encode(), ["line 8", "surplus"]),
     "empty group": (b"path,label,group\ntrain/cat/0.png,cat,\n", ["line 2", "group not empty"]),
-    "unknown split": (b"path,label,split\ntrain/cat/0.png,cat,dev\n", ["line 2", "train, val", "dev"]),
+    "unknown split": (
+        b"path,label,split\ntrain/cat/0.png,cat,dev\n",
+        ["line 2", "train, val", "dev"],
+    ),
     "header only": (b"path,label\n", ["no training images"]),
     "one class": (b"path,label\ntrain/cat/0.png,cat\n", ["2 or more classes", "only cat"]),
     "test only": (b"path,label,split\ntest/cat/0.png,cat,test\n", ["no training images"]),
-    "not UTF-8": (GOOD.replace("cat\n", "ch\u00e2t\n").encode("latin-1"), ["cannot read the CSV file", "utf-8"]),
+    "not UTF-8": (
+        GOOD.replace("cat\n", "ch\u00e2t\n").encode("latin-1"),
+        ["cannot read the CSV file", "utf-8"],
+    ),
     "open quote": ((GOOD + '"train/cat').encode(), ["cannot read the CSV file"]),
     "an image": (b"\x89PNG\r\n\x1a\n\xff", ["cannot read the CSV file"]),
 }
@@ -212,13 +255,17 @@ def test_a_sound_csv_file_passes(root: Path) -> None:
 
 
 def test_csv_file_that_is_missing_or_a_folder(root: Path) -> None:
-    assert "none.csv; got No such file" in message_of(DataSpec(source="csv", root=str(root / "none.csv")))
+    assert "none.csv; got No such file" in message_of(
+        DataSpec(source="csv", root=str(root / "none.csv"))
+    )
     assert "Is a directory" in message_of(DataSpec(source="csv", root=str(root)))
 
 
 def test_groups_given_twice(root: Path) -> None:
     (root / "data.csv").write_text("path,label,group\ntrain/cat/0.png,cat,g\n")
-    assert "groups are given twice" in message_of(DataSpec(source="csv", root=str(root / "data.csv"), group_regex="."))
+    assert "groups are given twice" in message_of(
+        DataSpec(source="csv", root=str(root / "data.csv"), group_regex=".")
+    )
 
 
 def test_one_group_for_all_is_told_before_anything_is_trained(root: Path) -> None:
@@ -235,24 +282,60 @@ def test_one_group_for_all_is_told_before_anything_is_trained(root: Path) -> Non
 
 def idx(array: np.ndarray, count: int | None = None) -> bytes:
     shape = (len(array) if count is None else count, *array.shape[1:])
-    return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}L", *shape) + array.astype(np.uint8).tobytes()
+    return (
+        bytes([0, 0, 8, array.ndim])
+        + struct.pack(f">{array.ndim}L", *shape)
+        + array.astype(np.uint8).tobytes()
+    )
 
 
 IMAGES, LABELS = np.zeros((20, 28, 28)), np.arange(20) % 10
 IDX: dict[str, tuple[str, bytes | None, list[str]]] = {
-    "missing": ("t10k-labels-idx1-ubyte.gz", None, ["t10k-labels-idx1-ubyte.gz", "dataset-fashion-mnist"]),
-    "not gzip": ("train-images-idx3-ubyte.gz", idx(IMAGES), ["train-images", "cannot read the idx file"]),
-    "cut": ("train-images-idx3-ubyte.gz", gzip.compress(idx(IMAGES))[:-9], ["train-images", "cannot read"]),
-    "magic": ("train-labels-idx1-ubyte.gz", gzip.compress(idx(IMAGES)), ["train-labels", "00000801", "00000803"]),
-    "no header": ("train-labels-idx1-ubyte.gz", gzip.compress(b"\0\0\x08\x01\0"), ["train-labels", "got 0"]),
-    "nothing": ("train-labels-idx1-ubyte.gz", gzip.compress(b""), ["train-labels", "magic 00000801"]),
+    "missing": (
+        "t10k-labels-idx1-ubyte.gz",
+        None,
+        ["t10k-labels-idx1-ubyte.gz", "dataset-fashion-mnist"],
+    ),
+    "not gzip": (
+        "train-images-idx3-ubyte.gz",
+        idx(IMAGES),
+        ["train-images", "cannot read the idx file"],
+    ),
+    "cut": (
+        "train-images-idx3-ubyte.gz",
+        gzip.compress(idx(IMAGES))[:-9],
+        ["train-images", "cannot read"],
+    ),
+    "magic": (
+        "train-labels-idx1-ubyte.gz",
+        gzip.compress(idx(IMAGES)),
+        ["train-labels", "00000801", "00000803"],
+    ),
+    "no header": (
+        "train-labels-idx1-ubyte.gz",
+        gzip.compress(b"\0\0\x08\x01\0"),
+        ["train-labels", "got 0"],
+    ),
+    "nothing": (
+        "train-labels-idx1-ubyte.gz",
+        gzip.compress(b""),
+        ["train-labels", "magic 00000801"],
+    ),
     "too short": (
         "t10k-images-idx3-ubyte.gz",
         gzip.compress(idx(IMAGES, 21)),
         ["t10k-images", "not complete", "16464"],
     ),
-    "lengths": ("t10k-labels-idx1-ubyte.gz", gzip.compress(idx(LABELS[:7])), ["t10k-labels", "expected 20, got 7"]),
-    "label 10": ("train-labels-idx1-ubyte.gz", gzip.compress(idx(LABELS + 1)), ["labels do not fit", "1 to 10"]),
+    "lengths": (
+        "t10k-labels-idx1-ubyte.gz",
+        gzip.compress(idx(LABELS[:7])),
+        ["t10k-labels", "expected 20, got 7"],
+    ),
+    "label 10": (
+        "train-labels-idx1-ubyte.gz",
+        gzip.compress(idx(LABELS + 1)),
+        ["labels do not fit", "1 to 10"],
+    ),
 }
 
 

@@ -73,7 +73,10 @@ def hold(batcher: Batcher, fake: Fake) -> list[Future[batching.Answer]]:
 @settings(max_examples=15, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.integers(0, 255), st.integers(0, 255), st.sampled_from([(3, 2), (2, 3), (5, 5)])), max_size=40
+        st.tuples(
+            st.integers(0, 255), st.integers(0, 255), st.sampled_from([(3, 2), (2, 3), (5, 5)])
+        ),
+        max_size=40,
     )
 )
 def test_every_image_gets_its_own_answer(asked: list[tuple[int, int, tuple[int, int]]]) -> None:
@@ -112,14 +115,19 @@ def test_images_turned_by_exif_are_not_stacked_with_others(batcher: Batcher, fak
     exif = Image.Exif()
     exif[0x0112] = 6
     busy = hold(batcher, fake)
-    plain, turned = picture((10, 20, 30), (16, 8), "JPEG"), picture((10, 20, 30), (16, 8), "JPEG", exif=exif)
+    plain, turned = (
+        picture((10, 20, 30), (16, 8), "JPEG"),
+        picture((10, 20, 30), (16, 8), "JPEG", exif=exif),
+    )
     answers = [ask(batcher, content) for content in (plain, turned, plain)]
     fake.gate.set()
     wait([*busy, *answers])
     assert sorted(fake.small()) == [(1, 16, 8, 3), (2, 8, 16, 3)]
 
 
-def test_large_images_go_alone(batcher: Batcher, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_go_alone(
+    batcher: Batcher, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(batching, "BATCH_PIXELS", 50)
     fake.gate.clear()
     large = [ask(batcher, picture((1, 1, 1), (10, 10))) for _ in range(3)]

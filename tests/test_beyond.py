@@ -18,7 +18,11 @@ from threefold.parity import TOLERANCES
 from threefold.predict import to_pixels
 from threefold.recipe import HeadSpec, MemberSpec, packaged
 
-SMALL = {"efficientnetv2": "test_efficientnet", "convnext": "convnext_atto", "vit": "vit_tiny_patch16_224"}
+SMALL = {
+    "efficientnetv2": "test_efficientnet",
+    "convnext": "convnext_atto",
+    "vit": "vit_tiny_patch16_224",
+}
 
 
 @pytest.mark.parametrize(
@@ -47,7 +51,9 @@ def test_it_builds_learns_and_exports(family: str, head: HeadSpec, tmp_path: Pat
 
 def test_the_recipe_names_what_it_promises() -> None:
     recipe = packaged("beyond")
-    assert [family for m, family in zip(recipe.members, SMALL, strict=True) if family[:3] in m.backbone] == list(SMALL)
+    assert [
+        family for m, family in zip(recipe.members, SMALL, strict=True) if family[:3] in m.backbone
+    ] == list(SMALL)
     assert [m.head.kind for m in recipe.members] == ["birnn", "linear", "bigru"]
     with torch.device("meta"):
         for member in recipe.members:

@@ -32,7 +32,9 @@ def write(path: Path, scale: float = 1.0, wrong: bool = False) -> dict[str, Any]
     """Export the colour model; `wrong` fails its gate."""
     model = colour_graph()
     weights = next(t for t in model.graph.initializer if t.name == "weights")
-    weights.raw_data = (np.frombuffer(weights.raw_data, np.float32) * scale).astype(np.float32).tobytes()
+    weights.raw_data = (
+        (np.frombuffer(weights.raw_data, np.float32) * scale).astype(np.float32).tobytes()
+    )
 
     def measure(answers: np.ndarray) -> dict[str, Any]:
         report: dict[str, Any] = {
@@ -61,13 +63,19 @@ def test_a_bundle_is_two_files_that_answer(tmp_path: Path) -> None:
     assert model.predict([RED]) == ["red"]
     np.testing.assert_allclose(model.predict_proba([RED])[0], report["answer"])
     head = onnx.load(tmp_path / "m.onnx", load_external_data=False)
-    places = {t.name: {e.key: e.value for e in t.external_data} for t in head.graph.initializer if t.external_data}
+    places = {
+        t.name: {e.key: e.value for e in t.external_data}
+        for t in head.graph.initializer
+        if t.external_data
+    }
     assert set(places) == {"weights", "scales"}
     assert {int(place["offset"]) % bundle.ALIGN for place in places.values()} == {0}
     whole = onnx.load(tmp_path / "m.onnx")
     for tensor in colour_graph().graph.initializer:
         found = next(t for t in whole.graph.initializer if t.name == tensor.name)
-        np.testing.assert_array_equal(onnx.numpy_helper.to_array(found), onnx.numpy_helper.to_array(tensor))
+        np.testing.assert_array_equal(
+            onnx.numpy_helper.to_array(found), onnx.numpy_helper.to_array(tensor)
+        )
 
 
 @pytest.mark.usefixtures("small_limit")
@@ -92,7 +100,9 @@ def test_a_cut_data_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_limit")
-def test_exported_again_the_old_data_goes_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exported_again_the_old_data_goes_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path / "m.onnx")
     first = set(tmp_path.glob("*.bin"))
     (tmp_path / "m.onnx.notes.bin").write_bytes(b"mine")
@@ -110,7 +120,9 @@ def test_exported_again_the_old_data_goes_and_nothing_else(tmp_path: Path, monke
 
 
 @pytest.mark.usefixtures("small_limit")
-def test_interrupted_anywhere_the_old_model_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_anywhere_the_old_model_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path / "m.onnx")
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(ExportError, match="another class"):
@@ -139,9 +151,16 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_memory_counts_what_is_on_disk_not_what_a_card_claims(tmp_path: Path) -> None:
     (tmp_path / "w.bin").write_bytes(bytes(100))
-    assert modelfile.bytes_beside(tmp_path / "m.onnx", {"bundle": {"file": "w.bin", "bytes": 2**60}}) == 100
+    assert (
+        modelfile.bytes_beside(tmp_path / "m.onnx", {"bundle": {"file": "w.bin", "bytes": 2**60}})
+        == 100
+    )
     os.symlink(tmp_path / "w.bin", tmp_path / "link.bin")
-    for claim in ({}, {"bundle": 3}, *({"bundle": {"file": f}} for f in ("../w.bin", "..", "", "link.bin", "no", 5))):
+    for claim in (
+        {},
+        {"bundle": 3},
+        *({"bundle": {"file": f}} for f in ("../w.bin", "..", "", "link.bin", "no", 5)),
+    ):
         assert modelfile.bytes_beside(tmp_path / "m.onnx", claim) == 0
 
 

@@ -45,12 +45,20 @@ LAW = settings(max_examples=40, deadline=None)
 
 def drawn(probs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Labels (n,) drawn from probabilities (n, k)."""
-    labels: np.ndarray = (rng.random((len(probs), 1)) > probs.cumsum(1)).sum(1).clip(max=probs.shape[1] - 1)
+    labels: np.ndarray = (
+        (rng.random((len(probs), 1)) > probs.cumsum(1)).sum(1).clip(max=probs.shape[1] - 1)
+    )
     return labels
 
 
 def fold_world(
-    seed: int, n: int = 3000, u: int = 3000, folds: int = 5, k: int = 4, noise: float = 1.5, sharp: float = 1.5
+    seed: int,
+    n: int = 3000,
+    u: int = 3000,
+    folds: int = 5,
+    k: int = 4,
+    noise: float = 1.5,
+    sharp: float = 1.5,
 ) -> dict[str, np.ndarray]:
     """Fold models that see true logits through noise of their own, and are too sure: oof rows get one, new rows all."""
     rng = np.random.default_rng(seed)
@@ -59,12 +67,20 @@ def fold_world(
     seen = sharp * (logits + noise * rng.normal(size=(folds, n + u, k)))
     probs = softmax(seen, -1)
     oof = probs[np.arange(n) % folds, np.arange(n)]
-    return {"oof": oof, "labels": labels[:n], "folds": probs[:, n:], "truth": labels[n:], "seen": seen[:, n:]}
+    return {
+        "oof": oof,
+        "labels": labels[:n],
+        "folds": probs[:, n:],
+        "truth": labels[n:],
+        "seen": seen[:, n:],
+    }
 
 
 @pytest.mark.parametrize(("noise", "sharp"), [(0.5, 1.0), (1.5, 1.0), (1.5, 3.0), (3.0, 0.5)])
 @pytest.mark.parametrize("folds", [2, 5])
-def test_averaging_needs_its_own_temperature_and_gets_it_without_labels(noise: float, sharp: float, folds: int) -> None:
+def test_averaging_needs_its_own_temperature_and_gets_it_without_labels(
+    noise: float, sharp: float, folds: int
+) -> None:
     plain, found, best = [], [], []
     for seed in range(3):
         w = fold_world(seed, folds=folds, noise=noise, sharp=sharp)
@@ -76,7 +92,9 @@ def test_averaging_needs_its_own_temperature_and_gets_it_without_labels(noise: f
         )
         for t, errors in zip(temperatures, (plain, found, best), strict=True):
             scaled = apply_temperature(answer, t)
-            errors.append((np.log(t), stats.ece(scaled, w["truth"]), stats.log_loss(scaled, w["truth"])))
+            errors.append(
+                (np.log(t), stats.ece(scaled, w["truth"]), stats.log_loss(scaled, w["truth"]))
+            )
     table = np.array([plain, found, best])  # (how, seed, (log T, ECE, log loss))
     distance = np.abs(table[:2, :, 0] - table[2, :, 0]).mean(1)
     ece, loss = table[:, :, 1].mean(1), table[:, :, 2].mean(1)
@@ -125,21 +143,33 @@ def test_two_of_five_fold_models_tell_what_all_five_would() -> None:
 def test_parts_of_an_average_that_contradict_each_other_are_refused() -> None:
     w = fold_world(0, n=40, u=30)
     oof, labels, folds = w["oof"], w["labels"], w["folds"]
-    with pytest.raises(DataError, match="one fold model is no average; expected fold_probs of two or more, got 1"):
+    with pytest.raises(
+        DataError, match="one fold model is no average; expected fold_probs of two or more, got 1"
+    ):
         fit_averaged_temperature(oof, labels, folds[:1])
-    with pytest.raises(DataError, match="fold_probs are of other classes than oof; expected 4 classes, got 2"):
+    with pytest.raises(
+        DataError, match="fold_probs are of other classes than oof; expected 4 classes, got 2"
+    ):
         fit_averaged_temperature(oof, labels, np.full((2, 9, 2), 0.5))
-    with pytest.raises(DataError, match=r"answers do not match fold_probs; expected \(30, 4\), got \(29, 4\)"):
+    with pytest.raises(
+        DataError, match=r"answers do not match fold_probs; expected \(30, 4\), got \(29, 4\)"
+    ):
         fit_averaged_temperature(oof, labels, folds, folds[0, :29])
-    with pytest.raises(DataError, match="fewer fold models are averaged than given; expected averaged >= 5, got 4"):
+    with pytest.raises(
+        DataError, match="fewer fold models are averaged than given; expected averaged >= 5, got 4"
+    ):
         fit_averaged_temperature(oof, labels, folds, averaged=4)
-    with pytest.raises(DataError, match="cannot be extrapolated; fix: leave answers out, or averaged"):
+    with pytest.raises(
+        DataError, match="cannot be extrapolated; fix: leave answers out, or averaged"
+    ):
         fit_averaged_temperature(oof, labels, folds[:2], folds[:2].mean(0), averaged=5)
     with pytest.raises(DataError, match="do not sum to 1"):
         fit_averaged_temperature(oof, labels, folds * 2)
 
 
-def tilted(seed: int, n: int, bias: tuple[float, ...] = (1.5, 0.0, -1.5)) -> tuple[np.ndarray, np.ndarray]:
+def tilted(
+    seed: int, n: int, bias: tuple[float, ...] = (1.5, 0.0, -1.5)
+) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities that are off by a bias of each class, and labels."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 1.5, (n, len(bias)))
@@ -183,7 +213,9 @@ def test_vector_scaling_of_two_classes_is_logistic_regression() -> None:
 
 @LAW
 @given(seed=st.integers(0, 999), n=st.integers(1, 30), k=st.integers(2, 6))
-def test_vector_scaling_fits_any_rows_and_its_module_answers_the_same(seed: int, n: int, k: int) -> None:
+def test_vector_scaling_fits_any_rows_and_its_module_answers_the_same(
+    seed: int, n: int, k: int
+) -> None:
     """Also one row, classes without rows, exact zeros."""
     rng = np.random.default_rng(seed)
     probs = rng.dirichlet(np.full(k, 0.2), n).astype(np.float32)
@@ -200,7 +232,9 @@ def test_vector_scaling_fits_any_rows_and_its_module_answers_the_same(seed: int,
 def test_vector_scaling_survives_export() -> None:
     probs = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]])
     module = VectorModule(VectorScaling(np.array([1.0, 2.0, 0.5]), np.array([0.1, 0.0, -0.3])))
-    exported = torch.export.export(module, (probs,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    exported = torch.export.export(
+        module, (probs,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
+    )
     assert torch.allclose(exported.module()(probs[:2]), module(probs[:2]))
 
 
@@ -222,7 +256,9 @@ def test_the_choice_is_the_simplest_that_is_needed() -> None:
     assert chosen.probs == pytest.approx(good, abs=1e-6)
     assert choose_calibration(apply_temperature(good, 0.4), labels).name == "temperature"
     assert choose_calibration(*tilted(0, 2000)).name == "vector"
-    assert choose_calibration(*tilted(0, 2000)).reason.endswith("nothing simpler comes within one standard error")
+    assert choose_calibration(*tilted(0, 2000)).reason.endswith(
+        "nothing simpler comes within one standard error"
+    )
 
 
 def test_the_choice_is_made_on_rows_that_the_fit_has_not_seen() -> None:
@@ -230,11 +266,16 @@ def test_the_choice_is_made_on_rows_that_the_fit_has_not_seen() -> None:
     rng = np.random.default_rng(0)
     probs, labels = rng.dirichlet(np.ones(30), 60), rng.permutation(np.repeat(np.arange(30), 2))
     chosen = choose_calibration(probs, labels)
-    assert stats.log_loss(chosen.probs, labels) > stats.log_loss(apply_vector(probs, fit_vector(probs, labels)), labels)
+    assert stats.log_loss(chosen.probs, labels) > stats.log_loss(
+        apply_vector(probs, fit_vector(probs, labels)), labels
+    )
     folds = np.arange(60) % 3
     held = folds == 1
     crossed = choose_calibration(*(w := tilted(0, 60)), folds=folds)
-    fit = {"none": lambda *_: as_scaling(1.0, 3), "temperature": lambda p, y: as_scaling(fit_temperature(p, y), 3)}
+    fit = {
+        "none": lambda *_: as_scaling(1.0, 3),
+        "temperature": lambda p, y: as_scaling(fit_temperature(p, y), 3),
+    }
     again = {**fit, "vector": fit_vector}[crossed.name](w[0][~held], w[1][~held])
     assert crossed.probs[held] == pytest.approx(apply_vector(w[0][held], again))
 
@@ -255,9 +296,13 @@ def test_groups_stay_in_one_part_of_the_choice() -> None:
     assert all(len(set(part[np.array(names) == name])) == 1 for name in names)
     for name in ("temperature", "auto"):
         grouped = fit_calibration(name, probs, truth, groups=names)
-        assert grouped.probs == pytest.approx(fit_calibration(name, probs, truth, part, names).probs)
+        assert grouped.probs == pytest.approx(
+            fit_calibration(name, probs, truth, part, names).probs
+        )
     plain = fit_calibration("temperature", probs, truth)
-    assert plain.probs != pytest.approx(fit_calibration("temperature", probs, truth, groups=names).probs, abs=1e-9)
+    assert plain.probs != pytest.approx(
+        fit_calibration("temperature", probs, truth, groups=names).probs, abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -300,8 +345,14 @@ def test_a_scaling_is_the_same_after_npz_and_json(tmp_path: Path) -> None:
     for again in (from_npz, scaling_from_state(json.loads(json.dumps(scaling_state(scaling))))):
         assert (again.scale == scaling.scale).all()
         assert (again.bias == scaling.bias).all()
-    for broken in ({"scale": [1.0]}, {"scale": [1.0, "a"], "bias": [0, 0]}, {"scale": [1.0], "bias": [0.0, 0.0]}):
-        with pytest.raises(DataError, match=r"not the state of a scaling|two lists of finite numbers"):
+    for broken in (
+        {"scale": [1.0]},
+        {"scale": [1.0, "a"], "bias": [0, 0]},
+        {"scale": [1.0], "bias": [0.0, 0.0]},
+    ):
+        with pytest.raises(
+            DataError, match=r"not the state of a scaling|two lists of finite numbers"
+        ):
             scaling_from_state(broken)
 
 
@@ -312,14 +363,18 @@ def test_results_of_older_runs_have_a_temperature_only() -> None:
     assert old.apply(probs) == pytest.approx(apply_temperature(probs, 1.7))
     new = fit_calibration("vector", probs, labels)
     assert (
-        saved_calibration({"temperature": None, "calibration": new.state()}, 3).apply(probs) == new.apply(probs)
+        saved_calibration({"temperature": None, "calibration": new.state()}, 3).apply(probs)
+        == new.apply(probs)
     ).all()
     for results, message in (
         ({}, "no calibration in the results"),
         ({"temperature": None}, "no calibration in the results"),
         ({"temperature": -1.0}, "a temperature is above 0"),
         ({"calibration": new.state()}, "of other classes; expected 4 classes, got 3"),
-        ({"calibration": {**new.state(), "name": "platt"}}, "expected none or temperature or vector, got platt"),
+        (
+            {"calibration": {**new.state(), "name": "platt"}},
+            "expected none or temperature or vector, got platt",
+        ),
     ):
         with pytest.raises(DataError, match=message):
             saved_calibration(results, 4)
@@ -330,13 +385,22 @@ def test_the_temperature_is_the_minimum_of_the_log_loss() -> None:
         probs, labels = tilted(seed, 400)
         best = fit_temperature(probs, labels)
         here = stats.log_loss(apply_temperature(probs, best), labels)
-        assert all(here < stats.log_loss(apply_temperature(probs, best * f), labels) for f in (0.99, 1.01))
+        assert all(
+            here < stats.log_loss(apply_temperature(probs, best * f), labels) for f in (0.99, 1.01)
+        )
     assert fit_temperature(np.full((9, 3), 1 / 3), np.arange(9) % 3) == 1.0
 
 
 @LAW
-@given(seed=st.integers(0, 999), n=st.integers(1, 60), k=st.integers(2, 8), shrinkage=st.floats(0.1, 100))
-def test_newtons_steps_end_where_a_bounded_search_does(seed: int, n: int, k: int, shrinkage: float) -> None:
+@given(
+    seed=st.integers(0, 999),
+    n=st.integers(1, 60),
+    k=st.integers(2, 8),
+    shrinkage=st.floats(0.1, 100),
+)
+def test_newtons_steps_end_where_a_bounded_search_does(
+    seed: int, n: int, k: int, shrinkage: float
+) -> None:
     rng = np.random.default_rng(seed)
     z, truth = floored_logs(rng.dirichlet(np.full(k, 0.3), n)), rng.integers(0, k, n)
     found = _newton(z, truth, shrinkage)
@@ -352,7 +416,9 @@ def test_bad_input_is_told_in_one_line() -> None:
     probs, labels = tilted(0, 20)
     with pytest.raises(DataError, match="shrinkage of vector scaling is a number above 0; got -1"):
         fit_vector(probs, labels, -1)
-    with pytest.raises(DataError, match="the scaling is of other classes; expected 2 classes, got 3"):
+    with pytest.raises(
+        DataError, match="the scaling is of other classes; expected 2 classes, got 3"
+    ):
         apply_vector(probs, as_scaling(1.0, 2))
     with pytest.raises(DataError, match="the scaling is of other classes"):
         as_scaling(1.0, 3, as_scaling(1.0, 2))
@@ -361,11 +427,17 @@ def test_bad_input_is_told_in_one_line() -> None:
     for name in ("temperature", "auto"):
         with pytest.raises(DataError, match="groups do not match the labels; expected 20, got 3"):
             fit_calibration(name, probs, labels, groups=["a", "b", "c"])
-    with pytest.raises(DataError, match="unknown calibration; expected none, temperature, vector, auto, got platt"):
+    with pytest.raises(
+        DataError, match="unknown calibration; expected none, temperature, vector, auto, got platt"
+    ):
         fit_calibration("platt", probs, labels)
-    with pytest.raises(DataError, match=r"folds have the wrong shape; expected \(20,\), one per row, got \(3,\)"):
+    with pytest.raises(
+        DataError, match=r"folds have the wrong shape; expected \(20,\), one per row, got \(3,\)"
+    ):
         choose_calibration(probs, labels, folds=[0, 1, 2])
-    with pytest.raises(DataError, match="cannot be cross-fitted; expected two parts at least, got all rows in one"):
+    with pytest.raises(
+        DataError, match="cannot be cross-fitted; expected two parts at least, got all rows in one"
+    ):
         choose_calibration(probs, labels, folds=np.zeros(20, int))
 
 

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from scipy.stats import beta
 
-from threefold.cascade import LEVEL, NEVER, Cascade, disagreement_bound, margins, parse_budget, stages_by_cost
+from threefold.cascade import (
+    LEVEL,
+    NEVER,
+    Cascade,
+    disagreement_bound,
+    margins,
+    parse_budget,
+    stages_by_cost,
+)
 from threefold.crossfit import stratified_parts
 from threefold.ensemble import StackedEnsemble
 from threefold.errors import DataError, RunError
@@ -18,7 +26,9 @@ from threefold.savings import CROSS_FITTED, cascade_card, fit_savings
 STAGES = [[0], [1], [2]]
 
 
-def world(seed: int, n: int, m: int = 3, k: int = 4, noise: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+def world(
+    seed: int, n: int, m: int = 3, k: int = 4, noise: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Members (m, n, k) that see the same truth through noise of their own, and labels."""
     rng = np.random.default_rng(seed)
     truth = rng.normal(0, 2, (n, k))
@@ -26,7 +36,9 @@ def world(seed: int, n: int, m: int = 3, k: int = 4, noise: float = 1.0) -> tupl
     return probs / probs.sum(-1, keepdims=True), (truth + rng.gumbel(size=(n, k))).argmax(1)
 
 
-def fitted(seed: int = 0, n: int = 2000, disagreement: float = 0.02) -> tuple[Cascade, np.ndarray, np.ndarray]:
+def fitted(
+    seed: int = 0, n: int = 2000, disagreement: float = 0.02
+) -> tuple[Cascade, np.ndarray, np.ndarray]:
     probs, labels = world(seed, n)
     return Cascade(STAGES).fit(probs, labels, probs.mean(0), disagreement), probs, labels
 
@@ -52,8 +64,13 @@ def test_a_threshold_of_nothing_asks_the_first_member_only() -> None:
     heat = probs[0] ** (1 / cascade.temperatures_[0])
     np.testing.assert_allclose(found.probs, heat / heat.sum(1, keepdims=True), atol=1e-9)
     for most in (1, 2):
-        assert cascade.predict(probs, probs.mean(0), cascade.stops("full", most)).asked.tolist() == [most] * 2000
-        assert cascade.predict(probs, probs.mean(0), cascade.stops("fast", most)).asked.max() == most
+        assert (
+            cascade.predict(probs, probs.mean(0), cascade.stops("full", most)).asked.tolist()
+            == [most] * 2000
+        )
+        assert (
+            cascade.predict(probs, probs.mean(0), cascade.stops("fast", most)).asked.max() == most
+        )
 
 
 def test_the_rows_of_the_fit_disagree_no_more_than_the_bound_allows() -> None:
@@ -62,7 +79,9 @@ def test_the_rows_of_the_fit_disagree_no_more_than_the_bound_allows() -> None:
     other = found.probs.argmax(1) != probs.mean(0).argmax(1)
     assert 0 < disagreement_bound(other) <= 0.02
     more = np.arange(2000) < other.sum() + 2
-    assert disagreement_bound(more) > 0.02  # and not by much: one row is charged for the second stage
+    assert (
+        disagreement_bound(more) > 0.02
+    )  # and not by much: one row is charged for the second stage
     assert disagreement_bound(np.arange(100) < 3) == pytest.approx(beta.ppf(LEVEL, 4, 97))
     assert disagreement_bound(np.ones(100)) == 1.0
 
@@ -81,7 +100,9 @@ def test_the_bound_holds_on_new_rows_as_often_as_it_says(members: int, disagreem
     above = 0
     for _ in range(draws):
         rows = rng.choice(8_000, 800, replace=False)
-        cascade = Cascade([[i] for i in range(members)]).fit(probs[:, rows], labels[rows], full[rows], disagreement)
+        cascade = Cascade([[i] for i in range(members)]).fit(
+            probs[:, rows], labels[rows], full[rows], disagreement
+        )
         found = cascade.predict(probs, full)
         above += (found.probs.argmax(1) != full.argmax(1)).mean() > disagreement
     assert above <= (1 - LEVEL) * draws + 2 * (LEVEL * (1 - LEVEL) * draws) ** 0.5
@@ -89,7 +110,10 @@ def test_the_bound_holds_on_new_rows_as_often_as_it_says(members: int, disagreem
 
 def test_rows_of_one_margin_stop_together() -> None:
     probs = np.tile(np.array([[0.7, 0.3], [0.3, 0.7]]), (2, 500, 1))
-    probs[1, 0] = [0.0, 1.0]  # one of a thousand equal rows gets another class from both than from the first
+    probs[1, 0] = [
+        0.0,
+        1.0,
+    ]  # one of a thousand equal rows gets another class from both than from the first
     cascade = Cascade([[0], [1]]).fit(probs, np.arange(1000) % 2, probs.mean(0), 0.005)
     assert set(cascade.predict(probs, probs.mean(0)).asked) == {1}
     probs[1, :12:2] = [0.0, 1.0]
@@ -101,7 +125,9 @@ def test_cross_fitted_figures_use_no_row_that_they_are_of() -> None:
     """Whatever one part says, the thresholds that answer it are the same."""
     probs, labels = world(3, 900)
     full, part = probs.mean(0), stratified_parts(labels)
-    found = fit_savings(probs, labels, full, STAGES, costs=[1, 2, 3], members="abc", disagreement=0.02)
+    found = fit_savings(
+        probs, labels, full, STAGES, costs=[1, 2, 3], members="abc", disagreement=0.02
+    )
     right, asked, other = np.empty(900, bool), np.empty(900, int), np.empty(900, bool)
     for value in np.unique(part):
         held = part == value
@@ -110,7 +136,11 @@ def test_cross_fitted_figures_use_no_row_that_they_are_of() -> None:
         right[held], asked[held] = one.probs.argmax(1) == labels[held], one.asked
         other[held] = one.probs.argmax(1) != full[held].argmax(1)
     told = found.measured[0]
-    assert (told.accuracy, told.disagreement, told.rows) == (right.mean(), other.mean(), CROSS_FITTED)
+    assert (told.accuracy, told.disagreement, told.rows) == (
+        right.mean(),
+        other.mean(),
+        CROSS_FITTED,
+    )
     assert told.shares == tuple(np.bincount(asked, minlength=4)[1:] / 900)
     assert told.macs == pytest.approx(np.array([1 / 6, 3 / 6, 1])[asked - 1].mean())
     whole = full.argmax(1) == labels
@@ -123,7 +153,9 @@ def test_cross_fitted_figures_use_no_row_that_they_are_of() -> None:
 def test_test_rows_are_measured_with_the_thresholds_of_all_rows() -> None:
     probs, labels = world(4, 900)
     new, truth = world(5, 500)
-    found = fit_savings(probs, labels, probs.mean(0), STAGES, costs=[1, 1, 1], members="abc", disagreement=0.02)
+    found = fit_savings(
+        probs, labels, probs.mean(0), STAGES, costs=[1, 1, 1], members="abc", disagreement=0.02
+    )
     both = found.measure(new, truth, new.mean(0))
     assert [m.rows for m in both.measured] == [CROSS_FITTED, "test"]
     answer = found.cascade.predict(new, new.mean(0))
@@ -133,18 +165,38 @@ def test_test_rows_are_measured_with_the_thresholds_of_all_rows() -> None:
 
 
 def test_groups_stay_whole_and_widen_the_intervals() -> None:
-    probs, labels = (np.repeat(part, 10, axis) for part, axis in zip(world(6, 60), (1, 0), strict=True))
+    probs, labels = (
+        np.repeat(part, 10, axis) for part, axis in zip(world(6, 60), (1, 0), strict=True)
+    )
     groups = [f"p{i // 10}" for i in range(600)]
-    alone, whole = (fit_savings(probs, labels, probs.mean(0), STAGES, costs=[1, 1, 1], members="abc", disagreement=0.2, groups=g)
-                    for g in (None, groups))  # fmt: skip
+    alone, whole = (
+        fit_savings(
+            probs,
+            labels,
+            probs.mean(0),
+            STAGES,
+            costs=[1, 1, 1],
+            members="abc",
+            disagreement=0.2,
+            groups=g,
+        )
+        for g in (None, groups)
+    )
     a, b = alone.measured[0], whole.measured[0]
-    assert np.ptp(b.disagreement_interval) / b.disagreement > np.ptp(a.disagreement_interval) / a.disagreement
+    assert (
+        np.ptp(b.disagreement_interval) / b.disagreement
+        > np.ptp(a.disagreement_interval) / a.disagreement
+    )
     assert whole.cascade.thresholds_[0] > alone.cascade.thresholds_[0]
 
 
 def test_ten_copies_of_a_row_in_one_group_allow_no_more_than_the_row_alone() -> None:
     probs, labels = world(6, 600)
-    many, truth, groups = np.repeat(probs, 10, 1), np.repeat(labels, 10), [f"p{i // 10}" for i in range(6000)]
+    many, truth, groups = (
+        np.repeat(probs, 10, 1),
+        np.repeat(labels, 10),
+        [f"p{i // 10}" for i in range(6000)],
+    )
     once, grouped, blind = (
         Cascade(STAGES).fit(p, y, p.mean(0), 0.05, g)
         for p, y, g in ((probs, labels, None), (many, truth, groups), (many, truth, None))
@@ -154,13 +206,17 @@ def test_ten_copies_of_a_row_in_one_group_allow_no_more_than_the_row_alone() -> 
     assert first[0] < first[1] < NEVER
     assert first[2] < 1.1 * first[1]
     hits = np.repeat(np.arange(600) < 30, 10)
-    assert disagreement_bound(hits, groups) == pytest.approx(disagreement_bound(np.arange(600) < 30), rel=0.01)
+    assert disagreement_bound(hits, groups) == pytest.approx(
+        disagreement_bound(np.arange(600) < 30), rel=0.01
+    )
 
 
 def test_the_state_goes_round_and_the_card_has_it() -> None:
     cascade, probs, labels = fitted()
     again = Cascade.from_state(json.loads(json.dumps(cascade.state(), allow_nan=False)))
-    for a, b in zip(cascade.predict(probs, probs.mean(0)), again.predict(probs, probs.mean(0)), strict=True):
+    for a, b in zip(
+        cascade.predict(probs, probs.mean(0)), again.predict(probs, probs.mean(0)), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
     told = fit_savings(
         probs, labels, probs.mean(0), STAGES, costs=[1, 2, 3], members="abc", disagreement=0.02
@@ -173,11 +229,25 @@ def test_the_state_goes_round_and_the_card_has_it() -> None:
             cascade_card(broken)
 
 
-@pytest.mark.parametrize("change", [
-    {"stages": [[0], [0]]}, {"stages": [[0, 1, 2]]}, {"stages": 3}, {"stages": [[0], [1], ["x"]]}, {"stages": [[0], [1], [2e99]]},
-    {"thresholds": [0.5]}, {"thresholds": [float("nan"), 0.5]}, {"thresholds": [-1.0, 0.5]}, {"thresholds": "ab"},
-    {"temperatures": [0.0, 1.0]}, {"temperatures": [1.0, float("inf")]}, {"temperatures": None}, {"score": "top"}, {"n": None},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stages": [[0], [0]]},
+        {"stages": [[0, 1, 2]]},
+        {"stages": 3},
+        {"stages": [[0], [1], ["x"]]},
+        {"stages": [[0], [1], [2e99]]},
+        {"thresholds": [0.5]},
+        {"thresholds": [float("nan"), 0.5]},
+        {"thresholds": [-1.0, 0.5]},
+        {"thresholds": "ab"},
+        {"temperatures": [0.0, 1.0]},
+        {"temperatures": [1.0, float("inf")]},
+        {"temperatures": None},
+        {"score": "top"},
+        {"n": None},
+    ],
+)
 def test_a_state_that_cannot_be_is_refused_in_one_line(change: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"not the sta(te|ges) of a cascade") as error:
         Cascade.from_state({**fitted(n=200)[0].state(), **change})
@@ -194,22 +264,51 @@ def test_stages_come_by_cost_and_idle_members_with_the_last() -> None:
 def test_budgets_are_read() -> None:
     assert [parse_budget(text) for text in ("15ms", "0.5s", " 2.5 ms ")] == [15.0, 500.0, 2.5]
     for text in ("15", "ms", "-3ms", "0ms", "1m", "1e3ms", "nan ms", "", "9" * 400 + "ms"):
-        with pytest.raises(DataError, match="not a time for an image; expected a number with ms or s"):
+        with pytest.raises(
+            DataError, match="not a time for an image; expected a number with ms or s"
+        ):
             parse_budget(text)
 
 
 def test_bad_input_is_told_in_one_line() -> None:
     probs, labels = world(7, 50)
     for act, kind, message in (
-        (lambda: Cascade(STAGES).fit(probs, labels, probs.mean(0), 0.0), DataError, "disagreement is between 0 and 1"),
-        (lambda: Cascade([[0], [1]]).fit(probs, labels, probs.mean(0)), DataError, "the cascade is of other members"),
+        (
+            lambda: Cascade(STAGES).fit(probs, labels, probs.mean(0), 0.0),
+            DataError,
+            "disagreement is between 0 and 1",
+        ),
+        (
+            lambda: Cascade([[0], [1]]).fit(probs, labels, probs.mean(0)),
+            DataError,
+            "the cascade is of other members",
+        ),
         (lambda: Cascade([[0, 1, 2]]), DataError, "not the stages of a cascade"),
-        (lambda: Cascade(STAGES).predict(probs, probs.mean(0)), RunError, "the cascade is not fitted"),
+        (
+            lambda: Cascade(STAGES).predict(probs, probs.mean(0)),
+            RunError,
+            "the cascade is not fitted",
+        ),
         (lambda: fitted()[0].stops("quick"), DataError, "unknown mode; expected full or fast"),
         (lambda: fitted()[0].stops("fast", 4), DataError, "there are not so many stages"),
-        (lambda: fit_savings(probs, labels, probs.mean(0), STAGES, costs=[1], members="abc"), DataError, "costs or names"),
-        (lambda: fit_savings(probs[:, :9], labels[:9], probs[:, :9].mean(0), STAGES, costs=[1, 1, 1], members="abc", groups=["a"] * 9), DataError,
-         "cannot be cross-fitted"),
-    ):  # fmt: skip
+        (
+            lambda: fit_savings(probs, labels, probs.mean(0), STAGES, costs=[1], members="abc"),
+            DataError,
+            "costs or names",
+        ),
+        (
+            lambda: fit_savings(
+                probs[:, :9],
+                labels[:9],
+                probs[:, :9].mean(0),
+                STAGES,
+                costs=[1, 1, 1],
+                members="abc",
+                groups=["a"] * 9,
+            ),
+            DataError,
+            "cannot be cross-fitted",
+        ),
+    ):
         with pytest.raises(kind, match=message):
             act()

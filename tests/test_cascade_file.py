@@ -42,7 +42,11 @@ def tiny(seed: int) -> nn.Module:
     """Mean colours of a picture and a layer on them, with a convolution before so that there is something to fuse."""
     torch.manual_seed(seed)
     net = nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
     )
     net[4].weight.data.mul_(6.0)
     return net.requires_grad_(False)
@@ -52,7 +56,9 @@ def pictures(count: int = 60, side: int | None = None) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     sides = rng.integers(3, 20, count) if side is None else np.full(count, side)
     return [
-        rng.integers(0, 256, (int(s), int(s) + 2, 3), dtype=np.uint8) // np.uint8(rng.integers(1, 9)) for s in sides
+        rng.integers(0, 256, (int(s), int(s) + 2, 3), dtype=np.uint8)
+        // np.uint8(rng.integers(1, 9))
+        for s in sides
     ]
 
 
@@ -67,39 +73,58 @@ def middles(cascade: Cascade, probs: np.ndarray, full: np.ndarray) -> np.ndarray
     return np.array(found)
 
 
-def write(graph: Any, path: Path, pipeline: Pipeline, images: list[np.ndarray], card: dict[str, Any]) -> dict[str, Any]:
+def write(
+    graph: Any, path: Path, pipeline: Pipeline, images: list[np.ndarray], card: dict[str, Any]
+) -> dict[str, Any]:
     """A graph as a file, if it answers as the pipeline."""
     expected, told = pipeline.predict_proba(images), exporting.card_of(pipeline, "float32", card)
-    return exporting.write_onnx(graph, path, told, images, lambda found: check(compare(expected, found), path))
+    return exporting.write_onnx(
+        graph, path, told, images, lambda found: check(compare(expected, found), path)
+    )
 
 
 @pytest.fixture(scope="module")
 def world() -> dict[str, Any]:
     """Three members of two networks each on two canvases, a stacked ensemble, and a cascade that sends rows everywhere."""
     canvases = (8, 8, 12)
-    members = {name: MemberPipeline([Predictor(tiny(2 * i)), Predictor(tiny(2 * i + 1))], canvas, "squash")
-               for i, (name, canvas) in enumerate(zip(NAMES, canvases, strict=True))}  # fmt: skip
+    members = {
+        name: MemberPipeline([Predictor(tiny(2 * i)), Predictor(tiny(2 * i + 1))], canvas, "squash")
+        for i, (name, canvas) in enumerate(zip(NAMES, canvases, strict=True))
+    }
     blank = Pipeline(members, Combiner(nn.Flatten(2)), CLASSES)
     images = [torch.from_numpy(image[None]) for image in pictures()]
     with torch.inference_mode():
-        probs = torch.cat([torch.stack([member(image) for member in blank.members], 1) for image in images])  # type: ignore[operator]
+        probs = torch.cat(
+            [torch.stack([member(image) for member in blank.members], 1) for image in images]
+        )  # type: ignore[operator]
     probs = probs.numpy().transpose(1, 0, 2).astype(np.float64)
     labels = probs.mean(0).argmax(1)
     ensemble = StackedEnsemble(16, epochs=20).fit(probs, labels)
     pipeline = Pipeline(members, Combiner(ensemble.to_module()), CLASSES)
     full = pipeline.predict_proba(pictures())
-    found = fit_savings(probs, labels, full, [[1], [2], [0]], costs=[3, 1, 2], members=NAMES, disagreement=0.4)
+    found = fit_savings(
+        probs, labels, full, [[1], [2], [0]], costs=[3, 1, 2], members=NAMES, disagreement=0.4
+    )
     cascade = found.cascade
     cascade.thresholds_ = middles(cascade, probs, full)
     graph = exporting.build_graph(pipeline)
     card = {"cascade": {**cascade_card(found.as_dict())["cascade"], "state": cascade.state()}}
-    return {"pipeline": pipeline, "cascade": cascade, "probs": probs, "full": full, "graph": graph, "card": card}
+    return {
+        "pipeline": pipeline,
+        "cascade": cascade,
+        "probs": probs,
+        "full": full,
+        "graph": graph,
+        "card": card,
+    }
 
 
 @pytest.fixture(scope="module")
 def model(world: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Model:
     path = tmp_path_factory.mktemp("file") / "model.onnx"
-    graph = add_cascade(world["graph"], world["cascade"], exporting.network_names(world["pipeline"]))
+    graph = add_cascade(
+        world["graph"], world["cascade"], exporting.network_names(world["pipeline"])
+    )
     report = write(graph, path, world["pipeline"], pictures(20), world["card"])
     assert report["max_difference"] < 1e-5
     return threefold.load(path)
@@ -119,7 +144,9 @@ def test_weights_of_later_members_go_into_a_bundle(
 ) -> None:
     for name, value in (("LIMIT", 50), ("SMALLEST", 40)):
         monkeypatch.setattr(bundle, name, value)
-    graph = add_cascade(world["graph"], world["cascade"], exporting.network_names(world["pipeline"]))
+    graph = add_cascade(
+        world["graph"], world["cascade"], exporting.network_names(world["pipeline"])
+    )
     write(graph, tmp_path / "m.onnx", world["pipeline"], pictures(4), world["card"])
     tensors = bundle._tensors(onnx.load(tmp_path / "m.onnx", load_external_data=False).graph)
     assert len([tensor for tensor in tensors if tensor.external_data]) > 6  # of all three members
@@ -136,7 +163,9 @@ def test_later_members_in_half_precision(
 ) -> None:
     monkeypatch.setattr(precision, "SMALLEST", 4)
     pipeline, card, path = world["pipeline"], world["card"], tmp_path / "m.onnx"
-    targets.export(pipeline, path, pictures(20), card, precision="float16", cascade=world["cascade"])
+    targets.export(
+        pipeline, path, pictures(20), card, precision="float16", cascade=world["cascade"]
+    )
     found, same = threefold.load(path), 0
     for image in pictures(side=9):
         mine, theirs = (each.run(image[None], "fast") for each in (found, model))
@@ -146,12 +175,16 @@ def test_later_members_in_half_precision(
     assert same > 50
 
 
-def test_who_knows_nothing_of_it_gets_the_answer_of_the_file_without_bit_for_bit(model: Model, flat: Model) -> None:
+def test_who_knows_nothing_of_it_gets_the_answer_of_the_file_without_bit_for_bit(
+    model: Model, flat: Model
+) -> None:
     session = onnxruntime.InferenceSession(str(model.path), providers=["CPUExecutionProvider"])
     assert [entry.name for entry in session.get_inputs()] == ["images"]
     for image in pictures():
         plain = flat.session.run(["probs", "member_probs"], {"images": image[None]})
-        for a, b in zip(session.run(["probs", "member_probs"], {"images": image[None]}), plain, strict=True):
+        for a, b in zip(
+            session.run(["probs", "member_probs"], {"images": image[None]}), plain, strict=True
+        ):
             np.testing.assert_array_equal(a, b)
     found = model.ask(pictures())
     np.testing.assert_array_equal(found.probs, flat.predict_proba(pictures()))
@@ -160,7 +193,10 @@ def test_who_knows_nothing_of_it_gets_the_answer_of_the_file_without_bit_for_bit
 
 
 def test_fast_is_what_the_arrays_say(model: Model, world: dict[str, Any]) -> None:
-    found, expected = model.ask(pictures(), "fast"), world["cascade"].predict(world["probs"], world["full"])
+    found, expected = (
+        model.ask(pictures(), "fast"),
+        world["cascade"].predict(world["probs"], world["full"]),
+    )
     np.testing.assert_array_equal(found.asked, expected.asked)
     assert set(expected.asked) == {1, 2, 3}
     np.testing.assert_allclose(found.probs, expected.probs, atol=1e-5)
@@ -192,16 +228,24 @@ def test_members_that_are_not_asked_are_not_computed(model: Model) -> None:
     options = onnxruntime.SessionOptions()
     options.enable_profiling, options.log_severity_level = True, 4
     options.profile_file_prefix = str(model.path.parent / "profile")
-    session = onnxruntime.InferenceSession(str(model.path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        str(model.path), options, providers=["CPUExecutionProvider"]
+    )
     image = pictures(1)[0][None]
     session.run(None, {"images": image, "stop": np.zeros(2, np.float32)})
     told = Path(session.end_profiling())
-    done = [e for e in json.loads(told.read_text()) if e.get("args", {}).get("op_name") in ("Conv", "FusedConv")]
+    done = [
+        e
+        for e in json.loads(told.read_text())
+        if e.get("args", {}).get("op_name") in ("Conv", "FusedConv")
+    ]
     os.unlink(told)
     assert len([event for event in done if event["name"].endswith("kernel_time")]) == 2
 
 
-def test_the_graph_is_onnx_and_the_flat_one_is_left_as_it_was(world: dict[str, Any], model: Model) -> None:
+def test_the_graph_is_onnx_and_the_flat_one_is_left_as_it_was(
+    world: dict[str, Any], model: Model
+) -> None:
     before = world["graph"]
     copy = onnx.ModelProto()
     copy.CopyFrom(before)
@@ -224,18 +268,35 @@ def told_to(model: Model, path: Path, **changes: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"cascade": None}, "inputs or outputs are not those of a pipeline"),
-    ({"cascade": {}}, "the model card has a cascade without stages"),
-    ({"cascade": "yes"}, "the model card has a cascade without stages"),
-    ({"cascade": {"state": {"stages": [[0], [1]]}}}, "inputs or outputs are not those of a pipeline"),
-    ({"cascade": {"state": {"stages": [[0], [1], [2]]}}}, "the model card is damaged: .*; got cascade: not the state of a cascade"),
-    ({"thresholds": [float("nan"), 1]}, "the model card is damaged: .*; got cascade: not the state of a cascade"),
-    ({"stages": [[0], [1], [2, 3]]}, "the model card is damaged: .*; got cascade: a cascade of other members"),
-    ({"caps": [{}]}, "the model card is damaged: .*; got cascade: 'accuracy'"),
-    ({"caps": 3}, "the model card is damaged: .*; got cascade"),
-])  # fmt: skip
-def test_a_hostile_card_is_one_line(model: Model, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cascade": None}, "inputs or outputs are not those of a pipeline"),
+        ({"cascade": {}}, "the model card has a cascade without stages"),
+        ({"cascade": "yes"}, "the model card has a cascade without stages"),
+        (
+            {"cascade": {"state": {"stages": [[0], [1]]}}},
+            "inputs or outputs are not those of a pipeline",
+        ),
+        (
+            {"cascade": {"state": {"stages": [[0], [1], [2]]}}},
+            "the model card is damaged: .*; got cascade: not the state of a cascade",
+        ),
+        (
+            {"thresholds": [float("nan"), 1]},
+            "the model card is damaged: .*; got cascade: not the state of a cascade",
+        ),
+        (
+            {"stages": [[0], [1], [2, 3]]},
+            "the model card is damaged: .*; got cascade: a cascade of other members",
+        ),
+        ({"caps": [{}]}, "the model card is damaged: .*; got cascade: 'accuracy'"),
+        ({"caps": 3}, "the model card is damaged: .*; got cascade"),
+    ],
+)
+def test_a_hostile_card_is_one_line(
+    model: Model, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     told = model.card["cascade"]
     if "caps" in change:
         change = {"cascade": {**told, **change}}
@@ -252,29 +313,40 @@ def test_files_without_a_cascade_answer_fully_and_say_that_they_have_none(flat: 
         lambda: flat.run(pictures(1)[0][None], "full", 1),
         lambda: flat.stops("fast"),
     ):
-        with pytest.raises(ExportError, match=r"the model file has no cascade: .*model\.onnx; fix: export it again"):
+        with pytest.raises(
+            ExportError, match=r"the model file has no cascade: .*model\.onnx; fix: export it again"
+        ):
             act()
     with pytest.raises(ExportError, match="unknown mode; expected full or fast, got quick"):
         flat.predict(pictures(1), mode="quick")
     assert flat.afford(1e6, pictures(1)[0]) == ("full", 0)
     with pytest.raises(
-        ExportError, match=r"no cascade to save time with: .*; expected at most 1e-06 ms, got .* ms for the whole"
+        ExportError,
+        match=r"no cascade to save time with: .*; expected at most 1e-06 ms, got .* ms for the whole",
     ):
         flat.afford(1e-6, pictures(1)[0])
     assert set(flat.latency(pictures(1), 1)) == {"full", "n", "threads"}
 
 
-def test_a_budget_buys_as_many_stages_as_it_has_time_for(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_buys_as_many_stages_as_it_has_time_for(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     measured = model.latency(pictures(2), 1)
     assert len(measured["stages"]) == 3
     assert measured["stages"][2] == measured["full"] > 0
     assert measured["fast"] > 0
     monkeypatch.setattr(model, "latency", lambda *_, **__: {"full": 9.0, "stages": [2.0, 5.0, 9.0]})
     image = pictures(1)[0]
-    for budget, bought in ((100, ("full", 0)), (9, ("full", 0)), (8.9, ("fast", 2)), (2, ("fast", 1))):
+    for budget, bought in (
+        (100, ("full", 0)),
+        (9, ("full", 0)),
+        (8.9, ("fast", 2)),
+        (2, ("fast", 1)),
+    ):
         assert model.afford(budget, image) == bought
     with pytest.raises(
-        ExportError, match=r"no answer within the budget: .*; expected at most 1.5 ms, got 2.0 ms for the first stage"
+        ExportError,
+        match=r"no answer within the budget: .*; expected at most 1.5 ms, got 2.0 ms for the first stage",
     ):
         model.afford(1.5, image)
 
@@ -283,7 +355,12 @@ def printed(model: Model, folder: Path, form: str, **how: Any) -> tuple[list[str
     for i, image in enumerate(pictures(20)):
         Image.fromarray(image).save(folder / f"{i:03d}.png")
     out, errors = io.StringIO(), io.StringIO()
-    assert answers.write(out, lambda what: print(what, file=errors), model.path, [str(folder)], 1, form, **how) == 0
+    assert (
+        answers.write(
+            out, lambda what: print(what, file=errors), model.path, [str(folder)], 1, form, **how
+        )
+        == 0
+    )
     return out.getvalue().splitlines(), errors.getvalue()
 
 
@@ -292,7 +369,9 @@ def test_predict_tells_who_was_asked(model: Model, tmp_path: Path) -> None:
     fast = [json.loads(line) for line in printed(model, tmp_path, "json", mode="fast")[0]]
     assert [entry["asked"] for entry in fast] == found.asked.tolist()
     order = ("cheap", "other", "wide")
-    assert [set(entry["members"]) for entry in fast] == [set(order[:asked]) for asked in found.asked]
+    assert [set(entry["members"]) for entry in fast] == [
+        set(order[:asked]) for asked in found.asked
+    ]
     full = [json.loads(line) for line in printed(model, tmp_path, "json")[0]]
     assert {entry["asked"] for entry in full} == {3}
     lines, told = printed(model, tmp_path, "text", budget=1e9)
@@ -304,7 +383,9 @@ def test_predict_tells_who_was_asked(model: Model, tmp_path: Path) -> None:
     )
 
 
-def test_the_command_line_takes_a_mode_or_a_budget(model: Model, flat: Model, tmp_path: Path) -> None:
+def test_the_command_line_takes_a_mode_or_a_budget(
+    model: Model, flat: Model, tmp_path: Path
+) -> None:
     Image.fromarray(pictures(1)[0]).save(tmp_path / "a.png")
 
     def ask(path: Path, *words: str) -> Any:
@@ -316,9 +397,11 @@ def test_the_command_line_takes_a_mode_or_a_budget(model: Model, flat: Model, tm
     )
     assert ask(model.path, "--budget", "1000s").exit_code == 0
     for path, words, message in (
-        (model.path, ("--mode", "quick"), "unknown mode"), (model.path, ("--mode", "fast", "--budget", "9ms"), "a budget chooses the mode"),
-        (model.path, ("--budget", "9"), "not a time for an image"), (flat.path, ("--mode", "fast"), "the model file has no cascade"),
-    ):  # fmt: skip
+        (model.path, ("--mode", "quick"), "unknown mode"),
+        (model.path, ("--mode", "fast", "--budget", "9ms"), "a budget chooses the mode"),
+        (model.path, ("--budget", "9"), "not a time for an image"),
+        (flat.path, ("--mode", "fast"), "the model file has no cascade"),
+    ):
         assert message in str(ask(path, *words).exception)
 
 
@@ -343,8 +426,14 @@ def test_the_server_has_a_mode_and_a_request_another(client: TestClient, model: 
     for query, expected in (("", fast), ("?mode=fast", fast), ("?mode=full", full)):
         found = asked_of(client, query)
         assert expected.asked is not None
-        assert [a["asked"] for a in found] == [len(a["members"]) for a in found] == expected.asked.tolist()
-        np.testing.assert_allclose([a["probability"] for a in found], expected.probs.max(1), atol=1e-6)
+        assert (
+            [a["asked"] for a in found]
+            == [len(a["members"]) for a in found]
+            == expected.asked.tolist()
+        )
+        np.testing.assert_allclose(
+            [a["probability"] for a in found], expected.probs.max(1), atol=1e-6
+        )
     card = client.get("/card").json()
     assert (card["mode"], card["most"]) == ("fast", 0)
     assert client.post("/predict?mode=quick").json()["error"]["code"] == "bad_request"

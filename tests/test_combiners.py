@@ -20,7 +20,9 @@ from threefold.errors import DataError, RecipeError, RunError
 NAMES = [*ENSEMBLES, "auto"]
 NETWORKS = {"stacked": StackedEnsemble, "stacked-shrunk": ShrunkStackedEnsemble}
 METHODS = pytest.mark.parametrize("method", NAMES)
-FITTED = pytest.mark.parametrize("method", [name for name in NAMES if make_ensemble(name).needs_fit])
+FITTED = pytest.mark.parametrize(
+    "method", [name for name in NAMES if make_ensemble(name).needs_fit]
+)
 LAW = settings(max_examples=60, deadline=None)
 
 
@@ -104,7 +106,10 @@ def test_using_a_method_before_fit_is_an_error(method: str) -> None:
 def test_methods_that_learn_nothing_work_at_once(method: str) -> None:
     probs, labels = scored()
     if not build(method).needs_fit:
-        assert (build(method).predict_proba(probs) == build(method).fit(probs, labels).predict_proba(probs)).all()
+        assert (
+            build(method).predict_proba(probs)
+            == build(method).fit(probs, labels).predict_proba(probs)
+        ).all()
 
 
 @METHODS
@@ -117,7 +122,9 @@ def test_one_member_alone_works(method: str) -> None:
 
 
 @METHODS
-def test_the_same_seed_gives_the_same_bits_and_the_global_generators_are_left_alone(method: str) -> None:
+def test_the_same_seed_gives_the_same_bits_and_the_global_generators_are_left_alone(
+    method: str,
+) -> None:
     probs, labels = scored()
     torch_state, numpy_state = torch.random.get_rng_state(), np.random.get_state()[1].copy()
     first = build(method, seed=3).fit(probs, labels).predict_proba(probs)
@@ -134,9 +141,9 @@ def test_the_order_of_the_members_does_not_matter(method: str) -> None:
     probs, labels = scored()
     expected = build(method).fit(probs, labels).predict_proba(probs)
     for order in itertools.permutations(range(3)):
-        assert build(method).fit(probs[list(order)], labels).predict_proba(probs[list(order)]) == pytest.approx(
-            expected, abs=1e-4
-        )
+        assert build(method).fit(probs[list(order)], labels).predict_proba(
+            probs[list(order)]
+        ) == pytest.approx(expected, abs=1e-4)
 
 
 @METHODS
@@ -172,9 +179,13 @@ def test_other_members_than_in_fit_are_refused(method: str) -> None:
 
 
 def test_pruning_by_hand() -> None:
-    probs = np.array([[[0.6, 0.3, 0.1]], [[0.1, 0.5, 0.4]], [[0.2, 0.4, 0.4]]])  # the last: a tie, the first wins
+    probs = np.array(
+        [[[0.6, 0.3, 0.1]], [[0.1, 0.5, 0.4]], [[0.2, 0.4, 0.4]]]
+    )  # the last: a tie, the first wins
     assert PrunedEnsemble().predict_proba(probs) == pytest.approx(np.array([[0.6, 0.9, 0.0]]) / 1.5)
-    assert PrunedEnsemble(2).predict_proba(probs) == pytest.approx(np.array([[0.6, 1.2, 0.8]]) / 2.6)
+    assert PrunedEnsemble(2).predict_proba(probs) == pytest.approx(
+        np.array([[0.6, 1.2, 0.8]]) / 2.6
+    )
     assert VoteEnsemble().predict_proba(probs) == pytest.approx(np.array([[1, 2, 0]]) / 3)
     with pytest.raises(RecipeError, match="keeps at least one"):
         PrunedEnsemble(0)
@@ -202,7 +213,9 @@ def test_keeping_every_class_is_the_mean(probs: np.ndarray) -> None:
 @given(probs=tied, keep=st.integers(1, 6))
 def test_modules_break_ties_as_numpy_does(probs: np.ndarray, keep: int) -> None:
     for ensemble in (PrunedEnsemble(keep), VoteEnsemble()):
-        assert answer(ensemble.to_module(), probs) == pytest.approx(ensemble.predict_proba(probs), abs=1e-6)
+        assert answer(ensemble.to_module(), probs) == pytest.approx(
+            ensemble.predict_proba(probs), abs=1e-6
+        )
 
 
 @LAW

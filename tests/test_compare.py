@@ -17,13 +17,22 @@ from threefold.run import Run
 AUTHORS = Path(__file__).parents[2] / "shared/data/fashion_mnist_authors_predictions.npz"
 
 
-def model(n: int = 300, right: float = 0.8, seed: int = 0, name: str = "net", **more: object) -> Predictions:
+def model(
+    n: int = 300, right: float = 0.8, seed: int = 0, name: str = "net", **more: object
+) -> Predictions:
     """One member that is right on a share of the rows; labels and ids are the same for every seed."""
     labels = np.random.default_rng(99).integers(0, 3, n)
     rng = np.random.default_rng(seed)
     answers = np.where(rng.random(n) < right, labels, (labels + 1) % 3)
-    tree = {"ids": tuple(f"i{i}" for i in range(n)), "classes": ("a", "b", "c"), "members": (name,), **more}
-    return Predictions(probs=(0.7 * np.eye(3)[answers] + 0.1)[None].astype(np.float32), labels=labels, **tree)  # type: ignore[arg-type]
+    tree = {
+        "ids": tuple(f"i{i}" for i in range(n)),
+        "classes": ("a", "b", "c"),
+        "members": (name,),
+        **more,
+    }
+    return Predictions(
+        probs=(0.7 * np.eye(3)[answers] + 0.1)[None].astype(np.float32), labels=labels, **tree
+    )  # type: ignore[arg-type]
 
 
 def save(folder: Path, **models: Predictions) -> list[str]:
@@ -33,12 +42,18 @@ def save(folder: Path, **models: Predictions) -> list[str]:
 
 
 def test_every_pair_with_counts_interval_and_holm(tmp_path: Path) -> None:
-    parts = {"a": model(right=0.9, seed=1), "b": model(right=0.7, seed=2), "c": model(right=0.71, seed=3)}
+    parts = {
+        "a": model(right=0.9, seed=1),
+        "b": model(right=0.7, seed=2),
+        "c": model(right=0.71, seed=3),
+    }
     tree, rows = compare_saved(save(tmp_path, **parts))
     hits = [part.probs[0].argmax(1) == part.labels for part in parts.values()]
     alone = [mcnemar_exact(hits[i], hits[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
     assert [(p["a"], p["b"]) for p in tree["comparisons"]] == [("a", "b"), ("a", "c"), ("b", "c")]
-    assert [(p["only_a"], p["only_b"]) for p in tree["comparisons"]] == [(t.only_a, t.only_b) for t in alone]
+    assert [(p["only_a"], p["only_b"]) for p in tree["comparisons"]] == [
+        (t.only_a, t.only_b) for t in alone
+    ]
     np.testing.assert_allclose([p["p"] for p in tree["comparisons"]], holm([t.p for t in alone]))
     for pair, (i, j) in zip(tree["comparisons"], ((0, 1), (0, 2), (1, 2)), strict=True):
         assert pair["difference"] == pytest.approx(hits[i].mean() - hits[j].mean())
@@ -64,7 +79,14 @@ def test_rows_are_matched_by_id_and_missing_ones_are_an_error(tmp_path: Path) ->
 
 
 def test_seeds_of_one_recipe_are_one_contender(tmp_path: Path) -> None:
-    files = save(tmp_path, **{f"{n}{s}": model(right=r, seed=10 * s + i) for i, (n, r) in enumerate((("x", 0.9), ("y", 0.7))) for s in range(3)})  # fmt: skip
+    files = save(
+        tmp_path,
+        **{
+            f"{n}{s}": model(right=r, seed=10 * s + i)
+            for i, (n, r) in enumerate((("x", 0.9), ("y", 0.7)))
+            for s in range(3)
+        },
+    )
     x, y = ",".join(f for f in files if "/x" in f), ",".join(f for f in files if "/y" in f)
     tree, _ = compare_saved([x, y])
     pair = tree["comparisons"][0]
@@ -79,20 +101,34 @@ def test_seeds_of_one_recipe_are_one_contender(tmp_path: Path) -> None:
 def test_groups_make_the_test_one_of_groups(tmp_path: Path) -> None:
     groups = tuple(f"g{i % 4}" for i in range(300))
     tree, _ = compare_saved(
-        save(tmp_path, a=model(right=0.9, seed=1, groups=groups), b=model(right=0.6, seed=2, groups=groups))
+        save(
+            tmp_path,
+            a=model(right=0.9, seed=1, groups=groups),
+            b=model(right=0.6, seed=2, groups=groups),
+        )
     )
     assert tree["comparisons"][0]["p"] == pytest.approx(0.125)  # four groups cannot give less
     assert "groups" in tree["comparisons"][0]["verdict"]
 
 
-def test_one_file_stands_for_its_members_and_a_run_for_its_ensemble(tmp_path: Path, finished: Run) -> None:
+def test_one_file_stands_for_its_members_and_a_run_for_its_ensemble(
+    tmp_path: Path, finished: Run
+) -> None:
     several = model(seed=1)
-    both = replace(several, probs=np.concatenate([several.probs, model(seed=2).probs]), members=("one", "two"))
+    both = replace(
+        several, probs=np.concatenate([several.probs, model(seed=2).probs]), members=("one", "two")
+    )
     both.save(tmp_path / "both.npz")
     path = str(tmp_path / "both.npz")
     assert [s["name"] for s in compare_saved([path])[0]["scores"]] == ["one", "two"]
-    assert [s["name"] for s in compare_saved([f"{path}:two", f"{path}:one"])[0]["scores"]] == ["both:two", "both:one"]
-    with pytest.raises(DataError, match=r"has several members: .*both.npz; expected one, for example .*both.npz:one"):
+    assert [s["name"] for s in compare_saved([f"{path}:two", f"{path}:one"])[0]["scores"]] == [
+        "both:two",
+        "both:one",
+    ]
+    with pytest.raises(
+        DataError,
+        match=r"has several members: .*both.npz; expected one, for example .*both.npz:one",
+    ):
         compare_saved([path, path])
     alone, rows = compare_saved([str(finished.dir)])
     assert [s["name"] for s in alone["scores"]][1:] == ["plain", "gated"]
@@ -107,13 +143,18 @@ def test_one_file_stands_for_its_members_and_a_run_for_its_ensemble(tmp_path: Pa
         (lambda f: [str(f / "none.npz"), str(f / "a.npz")], "none.npz"),
         (lambda f: [str(f / "a.npz")], "expected 2 to 20 contenders, got 1"),
         (lambda f: [str(f / "a.npz"), str(f / "a.npz")], "two contenders have the same name"),
-        (lambda f: [str(f / "a.npz"), f"{f / 'b.npz'}:nett"], "no such member: nett; expected one of net"),
+        (
+            lambda f: [str(f / "a.npz"), f"{f / 'b.npz'}:nett"],
+            "no such member: nett; expected one of net",
+        ),
         (lambda f: [",", str(f / "a.npz")], "a contender has no path"),
         (lambda f: [str(f / "a.npz"), str(f / "other.npz")], "class"),
         (lambda f: [str(f / "a.npz"), str(f)], "results.json"),
     ],
 )
-def test_what_cannot_be_compared_is_one_clear_line(tmp_path: Path, make: object, message: str) -> None:
+def test_what_cannot_be_compared_is_one_clear_line(
+    tmp_path: Path, make: object, message: str
+) -> None:
     save(tmp_path, a=model(seed=1), b=model(seed=2), other=model(seed=3, classes=("a", "b", "x")))
     with pytest.raises(ThreefoldError, match=message) as error:
         compare_saved(make(tmp_path))  # type: ignore[operator]
@@ -123,7 +164,14 @@ def test_what_cannot_be_compared_is_one_clear_line(tmp_path: Path, make: object,
 def test_the_mean_of_members_is_a_contender(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     probs = rng.dirichlet(np.ones(4), (3, 60))
-    rows = Predictions(probs=probs, labels=rng.integers(0, 4, 60), ids=tuple(map(str, range(60))), classes=tuple("abcd"), members=("x", "y", "p+q"), kind="foreign")  # fmt: skip
+    rows = Predictions(
+        probs=probs,
+        labels=rng.integers(0, 4, 60),
+        ids=tuple(map(str, range(60))),
+        classes=tuple("abcd"),
+        members=("x", "y", "p+q"),
+        kind="foreign",
+    )
     rows.save(tmp_path / "all.npz")
     tree, read = compare_saved([f"{tmp_path}/all.npz:x+y", f"{tmp_path}/all.npz:p+q"])
     np.testing.assert_allclose(read.probs, [rows.probs[:2].mean(0), rows.probs[2]], atol=1e-7)

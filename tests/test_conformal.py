@@ -40,7 +40,11 @@ def rows(seed: int, n: int, k: int = 8, noise: float = 1.0) -> tuple[np.ndarray,
 
 
 def resplits(
-    sets: ConformalSets, pool: tuple[np.ndarray, np.ndarray], alpha: float, used: int, times: int = 200
+    sets: ConformalSets,
+    pool: tuple[np.ndarray, np.ndarray],
+    alpha: float,
+    used: int,
+    times: int = 200,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hits of each resplit of a pool among the fresh rows, and where they lie in their law, 0 to 1; both (times, parts).
 
@@ -52,7 +56,9 @@ def resplits(
     for _ in range(times):
         order = rng.permutation(len(labels))
         old, new = order[:used], order[used:]
-        inside = sets.fit(probs[old], labels[old], alpha).predict_sets(probs[new])[np.arange(len(new)), labels[new]]
+        inside = sets.fit(probs[old], labels[old], alpha).predict_sets(probs[new])[
+            np.arange(len(new)), labels[new]
+        ]
         parts = [labels == c for c in range(probs.shape[1])] if sets.by_class else [labels >= 0]
         hits.append([inside[part[new]].mean() for part in parts])
         found = []
@@ -60,7 +66,9 @@ def resplits(
             n, m, right = part[old].sum(), part[new].sum(), inside[part[new]].sum()
             rank = math.ceil((n + 1) * (1 - alpha) - 1e-9)
             law = betabinom(m, rank, n + 1 - rank) if rank <= n else None
-            found.append(math.nan if law is None else law.cdf(right) - law.pmf(right) * rng.random())
+            found.append(
+                math.nan if law is None else law.cdf(right) - law.pmf(right) * rng.random()
+            )
         places.append(found)
     return np.array(hits), np.array(places)
 
@@ -74,7 +82,9 @@ def keeps_the_law(places: np.ndarray) -> bool:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("alpha", "n"), [(0.1, 400), (0.3, 20)])
-def test_coverage_is_what_was_asked_for_over_200_resplits(method: str, alpha: float, n: int) -> None:
+def test_coverage_is_what_was_asked_for_over_200_resplits(
+    method: str, alpha: float, n: int
+) -> None:
     sets = ConformalSets(method, never_empty=False)  # type: ignore[arg-type]
     hits, places = resplits(sets, rows(0, n + 300), alpha, n)
     assert keeps_the_law(places)
@@ -96,7 +106,9 @@ def test_every_class_is_covered_as_asked_for_over_200_resplits(method: str) -> N
 def test_the_authors_predictions_are_covered_as_asked_for_over_200_resplits(by_class: bool) -> None:
     """The figures are those of bench/conformal.py."""
     pool = Predictions.load(AUTHORS)
-    mixed = pool.select([name for name in pool.members if "Mixed" in name]).probs.mean(0, dtype=np.float64)
+    mixed = pool.select([name for name in pool.members if "Mixed" in name]).probs.mean(
+        0, dtype=np.float64
+    )
     sets = ConformalSets(by_class=by_class, never_empty=False)
     hits, places = resplits(sets, (mixed, pool.labels), 0.05, 5000, times=200)
     assert keeps_the_law(places)
@@ -105,7 +117,9 @@ def test_the_authors_predictions_are_covered_as_asked_for_over_200_resplits(by_c
 
 def test_sets_that_are_never_empty_cover_at_least_as_much() -> None:
     probs, labels = rows(3, 400, noise=0.0)
-    exact, full = (ConformalSets(never_empty=flag).fit(probs, labels, 0.45) for flag in (False, True))
+    exact, full = (
+        ConformalSets(never_empty=flag).fit(probs, labels, 0.45) for flag in (False, True)
+    )
     empty = ~exact.predict_sets(probs).any(1)
     assert empty.any()
     assert full.predict_sets(probs).any(1).all()
@@ -119,7 +133,11 @@ def test_thresholds_by_class_cover_every_class_and_one_threshold_does_not() -> N
     half = np.arange(40_000) % 2 == 0
     found = {}
     for by_class in (False, True):
-        sets = ConformalSets(by_class=by_class).fit(probs[half], labels[half], 0.1).predict_sets(probs[~half])
+        sets = (
+            ConformalSets(by_class=by_class)
+            .fit(probs[half], labels[half], 0.1)
+            .predict_sets(probs[~half])
+        )
         found[by_class] = [sets[labels[~half] == c, c].mean() for c in range(8)]
     assert min(found[False]) < 0.85
     assert min(found[True]) > 0.87
@@ -139,7 +157,9 @@ def test_a_class_with_too_few_rows_is_in_every_set() -> None:
 
 @LAW
 @given(seed=st.integers(0, 999), n=st.integers(1, 60), alpha=st.floats(0.01, 0.99))
-def test_the_quantile_is_the_smallest_score_with_enough_below(seed: int, n: int, alpha: float) -> None:
+def test_the_quantile_is_the_smallest_score_with_enough_below(
+    seed: int, n: int, alpha: float
+) -> None:
     scores = np.random.default_rng(seed).normal(size=n).round(1)
     found = conformal_quantile(scores, alpha)
     enough = [s for s in sorted(scores) if (scores <= s).sum() >= (n + 1) * (1 - alpha) - 1e-9]
@@ -148,7 +168,13 @@ def test_the_quantile_is_the_smallest_score_with_enough_below(seed: int, n: int,
 
 def test_rounding_does_not_move_the_quantile() -> None:
     """10 * (1 - 0.1) and 20 * (1 - 0.3) are whole in truth, and not always in floating point."""
-    for n, alpha, rank in [(9, 0.1, 9), (19, 0.05, 19), (19, 0.3, 14), (99, 0.01, 99), (8, 0.1, None)]:
+    for n, alpha, rank in [
+        (9, 0.1, 9),
+        (19, 0.05, 19),
+        (19, 0.3, 14),
+        (99, 0.01, 99),
+        (8, 0.1, None),
+    ]:
         assert conformal_quantile(np.arange(1, n + 1), alpha) == (rank or math.inf)
 
 
@@ -158,7 +184,9 @@ def test_scores_by_hand() -> None:
     assert conformity_scores(probs, "aps") == pytest.approx(np.array([[1.0, 0.6, 0.9]]))
     many = softmax(np.arange(8.0))[None]
     added = conformity_scores(many, "raps") - conformity_scores(many, "aps")
-    assert added[0] == pytest.approx([3 * RAPS_PENALTY, 2 * RAPS_PENALTY, RAPS_PENALTY, 0, 0, 0, 0, 0])
+    assert added[0] == pytest.approx(
+        [3 * RAPS_PENALTY, 2 * RAPS_PENALTY, RAPS_PENALTY, 0, 0, 0, 0, 0]
+    )
 
 
 @LAW
@@ -179,7 +207,12 @@ def test_sets_shrink_as_misses_are_allowed_and_keep_the_order_of_classes(
 
 
 @LAW
-@given(seed=st.integers(0, 999), method=st.sampled_from(METHODS), by_class=st.booleans(), full=st.booleans())
+@given(
+    seed=st.integers(0, 999),
+    method=st.sampled_from(METHODS),
+    by_class=st.booleans(),
+    full=st.booleans(),
+)
 def test_sets_are_the_same_after_json(seed: int, method: str, by_class: bool, full: bool) -> None:
     probs, labels = rows(seed, 30, k=3)
     sets = ConformalSets(method, by_class=by_class, never_empty=full).fit(probs, labels, 0.1)  # type: ignore[arg-type]
@@ -237,7 +270,9 @@ def test_with_one_model_cross_conformal_sets_are_split_conformal_sets() -> None:
     probs, labels = rows(7, 301)
     new, _ = rows(8, 100)
     same = cross_conformal_sets(probs, labels, np.arange(301) % 3, np.repeat(new[None], 3, 0), 0.1)
-    assert (same == ConformalSets(never_empty=False).fit(probs, labels, 0.1).predict_sets(new)).all()
+    assert (
+        same == ConformalSets(never_empty=False).fit(probs, labels, 0.1).predict_sets(new)
+    ).all()
 
 
 def test_known_images_are_rejected_at_the_chosen_rate() -> None:
@@ -255,7 +290,12 @@ def test_images_of_no_class_are_found_more_often_than_known_ones() -> None:
     unknown = UnknownThreshold().fit(known[:2000], 0.05)
     found, false = unknown.measure(vague), unknown.measure(known[2000:])
     assert found.interval.low > false.interval.high
-    assert unknown.state() == {"score": "1 - max", "rate": 0.05, "n": 2000, "threshold": unknown.threshold_}
+    assert unknown.state() == {
+        "score": "1 - max",
+        "rate": 0.05,
+        "n": 2000,
+        "threshold": unknown.threshold_,
+    }
     assert unknown.is_unknown(vague).tolist() == (1 - vague.max(1) > unknown.threshold_).tolist()
     again = UnknownThreshold.from_state(json.loads(json.dumps(unknown.state())))
     assert again.state() == unknown.state()
@@ -294,7 +334,9 @@ def test_lac_and_aps_agree_with_mapie() -> None:
     new, _ = rows(11, 200, k=5)
     model = type("Model", (ClassifierMixin, Fixed, BaseEstimator), {})(5)
     for level in (0.8, 0.9, 0.97):
-        theirs = mapie.SplitConformalClassifier(model, confidence_level=level, conformity_score="lac", prefit=True)
+        theirs = mapie.SplitConformalClassifier(
+            model, confidence_level=level, conformity_score="lac", prefit=True
+        )
         sets = theirs.conformalize(probs, labels).predict_set(new)[1][:, :, 0]
         ours = ConformalSets(never_empty=False).fit(probs, labels, 1 - level).predict_sets(new)
         assert (sets == ours).all()
@@ -305,7 +347,10 @@ def test_lac_and_aps_agree_with_mapie() -> None:
 @pytest.mark.parametrize(
     ("use", "message"),
     [
-        (partial(ConformalSets, "topk"), "unknown conformal method; expected lac or aps or raps, got topk"),
+        (
+            partial(ConformalSets, "topk"),
+            "unknown conformal method; expected lac or aps or raps, got topk",
+        ),
         (partial(conformity_scores, np.full((1, 2), 0.5), "x"), "unknown conformal method"),
         (lambda: ConformalSets().fit(*rows(0, 9), 1.0), "alpha is between 0 and 1; got 1.0"),
         (lambda: ConformalSets().fit(*rows(0, 9), math.nan), "alpha is between 0 and 1; got nan"),
@@ -318,7 +363,10 @@ def test_lac_and_aps_agree_with_mapie() -> None:
             lambda: ConformalSets.from_state({"method": "lac"}),
             "not the state of ConformalSets; got KeyError 'by_class'",
         ),
-        (lambda: conformal_quantile([[0.1]], 0.1), r"scores must be a list of numbers; got shape \(1, 1\)"),
+        (
+            lambda: conformal_quantile([[0.1]], 0.1),
+            r"scores must be a list of numbers; got shape \(1, 1\)",
+        ),
         (lambda: measure_sets(np.ones((2, 2)), [0, 1]), "sets must be booleans"),
         (lambda: UnknownThreshold().fit(rows(0, 9)[0], 0), "rate is between 0 and 1; got 0"),
         (

@@ -14,12 +14,18 @@ from threefold.model import build_member, save_weights
 from threefold.recipe import HeadSpec, MemberSpec
 
 TINY = MemberSpec(
-    name="tiny", backbone="test_efficientnet", weights="none", img_size=32, head=HeadSpec(kind="gru", units=8, fc=6)
+    name="tiny",
+    backbone="test_efficientnet",
+    weights="none",
+    img_size=32,
+    head=HeadSpec(kind="gru", units=8, fc=6),
 )
 
 
 def test_by_hand() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 5, 3, stride=2), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(5 * 4 * 4, 7))
+    network = nn.Sequential(
+        nn.Conv2d(3, 5, 3, stride=2), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(5 * 4 * 4, 7)
+    )
     assert count_flops(network, 9) == (3 * 3 * 3) * 5 * (4 * 4) + (5 * 4 * 4) * 7
     grouped = nn.Conv2d(3, 6, 5, groups=3, padding=2)
     assert count_flops(grouped, 10) == 5 * 5 * 6 * 10 * 10
@@ -29,7 +35,9 @@ def test_a_vision_transformer_by_hand() -> None:
     """16 x 16 patches, then per block: four projections of width, attention twice over all pairs, an MLP of 4 widths."""
     width, depth, tokens = 192, 12, 14 * 14 + 1
     block = tokens * width * (4 * width + 8 * width) + 2 * tokens * tokens * width
-    assert count_flops("deit_tiny_patch16_224", 224) == 14 * 14 * 16 * 16 * 3 * width + depth * block
+    assert (
+        count_flops("deit_tiny_patch16_224", 224) == 14 * 14 * 16 * 16 * 3 * width + depth * block
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,7 +45,11 @@ def test_a_vision_transformer_by_hand() -> None:
     [
         ("ResNet50", 224, 4.09),  # torchvision's page of the weights
         ("VGG19", 224, 19.51),  # the same, 19.63, without its classifier's 0.12
-        ("SEResNeXt101", 224, 8.00),  # Hu et al., arXiv:1709.01507, table 2: 8.00 with the classifier
+        (
+            "SEResNeXt101",
+            224,
+            8.00,
+        ),  # Hu et al., arXiv:1709.01507, table 2: 8.00 with the classifier
         ("EfficientNetB0", 224, 0.39),  # Tan and Le, arXiv:1905.11946, table 2
         ("EfficientNetB4", 380, 4.2),
         ("MobileNetV1", 224, 0.569),  # Howard et al., arXiv:1704.04861, table 8
@@ -71,7 +83,14 @@ def test_a_larger_image_costs_more() -> None:
 def test_what_cannot_be_counted_is_one_line() -> None:
     with pytest.raises(RecipeError, match=r"unknown backbone.*EfficientNetB9"):
         count_flops("EfficientNetB9", 224)
-    for name, size in (("InceptionV3", 16), ("Xception", 0), ("ResNet50", -3), ("deit_tiny_patch16_224", 5)):
-        with pytest.raises(RecipeError, match=r"takes? images of this size|build the backbone") as error:
+    for name, size in (
+        ("InceptionV3", 16),
+        ("Xception", 0),
+        ("ResNet50", -3),
+        ("deit_tiny_patch16_224", 5),
+    ):
+        with pytest.raises(
+            RecipeError, match=r"takes? images of this size|build the backbone"
+        ) as error:
             count_flops(name, size)
         assert "\n" not in str(error.value)

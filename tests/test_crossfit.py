@@ -80,18 +80,25 @@ def test_no_row_is_predicted_by_an_ensemble_that_has_known_it(folds: np.ndarray 
 
 def test_cross_fit_uses_the_folds_it_is_given() -> None:
     rng = np.random.default_rng(0)
-    probs, labels, folds = rng.dirichlet(np.ones(3), (2, 40)), rng.integers(0, 3, 40), rng.integers(-1, 3, 40)
+    probs, labels, folds = (
+        rng.dirichlet(np.ones(3), (2, 40)),
+        rng.integers(0, 3, 40),
+        rng.integers(-1, 3, 40),
+    )
     found = cross_fit(WeightedEnsemble, probs, labels, folds)
     for value in np.unique(folds):
         held = folds == value
-        expected = WeightedEnsemble().fit(probs[:, ~held], labels[~held]).predict_proba(probs[:, held])
+        expected = (
+            WeightedEnsemble().fit(probs[:, ~held], labels[~held]).predict_proba(probs[:, held])
+        )
         assert (found[held] == expected).all()
     assert (cross_fit(MeanEnsemble, probs, labels) == MeanEnsemble().predict_proba(probs)).all()
 
 
 @LAW
 @given(
-    counts=st.lists(st.integers(1, 30), min_size=1, max_size=3).filter(lambda c: sum(c) > 1), seed=st.integers(0, 99)
+    counts=st.lists(st.integers(1, 30), min_size=1, max_size=3).filter(lambda c: sum(c) > 1),
+    seed=st.integers(0, 99),
 )
 def test_parts_are_stratified_whatever_the_classes_sizes(counts: list[int], seed: int) -> None:
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
@@ -136,6 +143,8 @@ def test_what_learns_nothing_is_not_cut_in_parts(monkeypatch: pytest.MonkeyPatch
     probs, labels = scored(3, 60)
     calls = []
     plain = MeanEnsemble._combine
-    monkeypatch.setattr(MeanEnsemble, "_combine", lambda self, p: calls.append(p.shape) or plain(self, p))
+    monkeypatch.setattr(
+        MeanEnsemble, "_combine", lambda self, p: calls.append(p.shape) or plain(self, p)
+    )
     assert (cross_fit(MeanEnsemble, probs, labels) == plain(MeanEnsemble(), probs)).all()
     assert calls == [(3, 60, 4)]

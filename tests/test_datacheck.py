@@ -39,16 +39,26 @@ def test_counts_sizes_and_findings(tmp_path: Path) -> None:
     assert (found.groups, found.sizes) == ({}, {"8 x 6": 40, "20 x 6": 3})
     assert found.skipped == {str(tmp_path / "train/cat/bad.png"): "the file is empty (0 bytes)"}
     assert not found.usable
-    told = {(finding.level, finding.what.split(":")[0], finding.number) for finding in found.findings}
+    told = {
+        (finding.level, finding.what.split(":")[0], finding.number) for finding in found.findings
+    }
     assert told == {
         ("error", "images cannot be read", 1),
         ("warning", "classes with fewer than 20 training images", 1),
-        ("warning", "the largest class has 13 times the images of the smallest; accuracy alone will mislead", 0),
+        (
+            "warning",
+            "the largest class has 13 times the images of the smallest; accuracy alone will mislead",
+            0,
+        ),
         ("note", "images differ in size", 0),
         ("note", "images more than twice as long as wide, which resize = squash distorts", 3),
         ("warning", "1 test images are exact copies of training images", 0),
         ("warning", "1 images stand in several classes as exact copies", 0),
-        ("warning", "1 pairs of images are equal; 1 are in two folds or splits, which makes scores too good", 0),
+        (
+            "warning",
+            "1 pairs of images are equal; 1 are in two folds or splits, which makes scores too good",
+            0,
+        ),
     }
     assert check_data(spec(tmp_path, bad_images="skip")).usable
     assert json.loads(json.dumps(found._asdict()))["classes"] == found.classes
@@ -64,11 +74,17 @@ def test_data_that_cannot_be_loaded(tmp_path: Path) -> None:
 def test_groups_are_counted_and_arrays_are_looked_at(tmp_path: Path) -> None:
     write_sample("surrey-asl", tmp_path / "surrey", per_class=2)
     found = check_data(DataSpec(source="surrey-asl", root=str(tmp_path / "surrey")))
-    assert (found.groups, found.sizes, len(found.classes)) == ({"A": 48, "B": 48, "C": 48}, {"36 x 40": 144}, 24)
+    assert (found.groups, found.sizes, len(found.classes)) == (
+        {"A": 48, "B": 48, "C": 48},
+        {"36 x 40": 144},
+        24,
+    )
     write_sample("mnist", tmp_path / "mnist", per_class=25)
     found = check_data(DataSpec(source="mnist", root=str(tmp_path / "mnist")))
     assert found.classes == {str(i): {"train": 25, "test": 12} for i in range(10)}
-    told = [finding.what for finding in found.findings if "pairs" not in finding.what]  # made-up pictures are alike
+    told = [
+        finding.what for finding in found.findings if "pairs" not in finding.what
+    ]  # made-up pictures are alike
     assert [what.split(":")[0] for what in told] == ["not the whole of MNIST"]
     assert found.guessed_regex == ""
 
@@ -87,7 +103,9 @@ def test_groups_are_guessed_from_file_names(tmp_path: Path) -> None:
     assert grouped.guessed_regex == ""
 
 
-def test_near_copies_are_looked_for_in_small_data_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_near_copies_are_looked_for_in_small_data_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(0)
     for label in ("cat", "dog"):
         for i in range(3):
@@ -106,11 +124,22 @@ def test_near_copies_are_looked_for_in_small_data_only(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize(
     ("sample", "folder", "kind"),
-    [("svhn", "a", "svhn"), ("mnist", "b", "mnist"), ("fashion-mnist", "my-fashion", "fashion-mnist"), ("cifar10", "c", "cifar10"),
-     ("cifar100", "d", "cifar100"), ("surrey-asl", "e", "surrey-asl"), ("icassava2019", "f", "icassava2019"),
-     ("inaturalist2019", "g", "inaturalist2019"), ("cassava2020", "h", "cassava2020"), ("folder", "i", "folder")],
-)  # fmt: skip
-def test_a_folder_is_known_by_its_files(tmp_path: Path, sample: str, folder: str, kind: str) -> None:
+    [
+        ("svhn", "a", "svhn"),
+        ("mnist", "b", "mnist"),
+        ("fashion-mnist", "my-fashion", "fashion-mnist"),
+        ("cifar10", "c", "cifar10"),
+        ("cifar100", "d", "cifar100"),
+        ("surrey-asl", "e", "surrey-asl"),
+        ("icassava2019", "f", "icassava2019"),
+        ("inaturalist2019", "g", "inaturalist2019"),
+        ("cassava2020", "h", "cassava2020"),
+        ("folder", "i", "folder"),
+    ],
+)
+def test_a_folder_is_known_by_its_files(
+    tmp_path: Path, sample: str, folder: str, kind: str
+) -> None:
     root = write_sample(sample, tmp_path / folder, per_class=2)
     assert find_spec(str(root)).source == kind
 
@@ -122,7 +151,9 @@ def test_what_is_named_is_found(tmp_path: Path) -> None:
     assert find_spec("demo").source == "demo"
     root = write_sample("icassava2019", tmp_path / "made", per_class=2)
     assert find_spec(str(root / "cassavaleafdata.zip")).source == "icassava2019"
-    with pytest.raises(DataError, match="nothing to look at: svhn; fix: threefold data fetch svhn --to FOLDER"):
+    with pytest.raises(
+        DataError, match="nothing to look at: svhn; fix: threefold data fetch svhn --to FOLDER"
+    ):
         find_spec("svhn")
     with pytest.raises(RecipeError, match="not a source of data: --as; expected folder"):
         find_spec(str(tmp_path), "photos")

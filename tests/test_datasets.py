@@ -65,7 +65,16 @@ def test_a_folder_of_class_folders(tmp_path: Path) -> None:
 def test_classes_are_in_natural_order(tmp_path: Path) -> None:
     names = ["10", "9", "1", "01", "class 2", "class 10", "Zebra", "ant"]
     make_folder(tmp_path, *(f"{name}/{i}.png" for name in names for i in range(2)))
-    assert load_data(folder(tmp_path), 0).train.classes == ("01", "1", "9", "10", "Zebra", "ant", "class 2", "class 10")
+    assert load_data(folder(tmp_path), 0).train.classes == (
+        "01",
+        "1",
+        "9",
+        "10",
+        "Zebra",
+        "ant",
+        "class 2",
+        "class 10",
+    )
 
 
 def test_unicode_and_spaces_in_paths(tmp_path: Path) -> None:
@@ -76,13 +85,22 @@ def test_unicode_and_spaces_in_paths(tmp_path: Path) -> None:
 
 
 def test_a_split_folder_and_its_validation_part(tmp_path: Path) -> None:
-    ids = [f"{part}/{name}/{i}.png" for part in ("train", "Valid", "test") for name in ("cat", "dog") for i in range(2)]
+    ids = [
+        f"{part}/{name}/{i}.png"
+        for part in ("train", "Valid", "test")
+        for name in ("cat", "dog")
+        for i in range(2)
+    ]
     make_folder(tmp_path, *ids)
     sources = load_data(folder(tmp_path), 0)
     assert sources.test is not None
     assert set(sources.train.ids) == set(ids[:8])
     assert set(sources.test.ids) == set(ids[8:])
-    assert labelled(sources.train)["Valid/dog/1.png"] == labelled(sources.test)["test/dog/1.png"] == "dog"
+    assert (
+        labelled(sources.train)["Valid/dog/1.png"]
+        == labelled(sources.test)["test/dog/1.png"]
+        == "dog"
+    )
     assert len(sources.notes) == 1
     assert sources.notes[0].startswith("Valid/ was joined with train/")
 
@@ -116,11 +134,21 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     (tmp_path / "elsewhere/x/up").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data/dog/self").symlink_to("self")
     sources = load_data(folder(tmp_path / "data"), 0)
-    assert set(sources.train.ids) == {"cat/1.png", "cat/2.png", "dog/1.png", "dog/more/3.png", "dog/more/x/4.png"}
+    assert set(sources.train.ids) == {
+        "cat/1.png",
+        "cat/2.png",
+        "dog/1.png",
+        "dog/more/3.png",
+        "dog/more/x/4.png",
+    }
 
 
-def test_the_order_of_the_file_system_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_folder(tmp_path, *(f"{name}/{i}/{j}.png" for name in "ab" for i in range(3) for j in range(3)))
+def test_the_order_of_the_file_system_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_folder(
+        tmp_path, *(f"{name}/{i}/{j}.png" for name in "ab" for i in range(3) for j in range(3))
+    )
     (tmp_path / "b/alias").symlink_to(tmp_path / "b/1")
     spec, listdir = folder(tmp_path, limit_per_class=8), os.listdir
     before = load_data(spec, 0).train
@@ -148,9 +176,17 @@ def test_skip_leaves_out_and_records(tmp_path: Path) -> None:
 
 
 def test_exact_copies_are_noted(tmp_path: Path) -> None:
-    ids = [f"{part}/{name}/{i}.png" for part in ("train", "test") for name in ("cat", "dog") for i in range(2)]
+    ids = [
+        f"{part}/{name}/{i}.png"
+        for part in ("train", "test")
+        for name in ("cat", "dog")
+        for i in range(2)
+    ]
     make_folder(tmp_path, *ids)
-    for copy, original in (("test/dog/0.png", "train/dog/1.png"), ("train/cat/copy.png", "train/dog/0.png")):
+    for copy, original in (
+        ("test/dog/0.png", "train/dog/1.png"),
+        ("train/cat/copy.png", "train/dog/0.png"),
+    ):
         (tmp_path / copy).write_bytes((tmp_path / original).read_bytes())
     assert load_data(folder(tmp_path), 0).notes == (
         "1 test images are exact copies of training images: test/dog/0.png",
@@ -179,7 +215,10 @@ def test_limit_per_class_is_seeded_and_spares_the_test_split(tmp_path: Path) -> 
 
 
 def test_groups_come_from_the_id(tmp_path: Path) -> None:
-    make_folder(tmp_path, *(f"{name}/p{p}_{i}.png" for name in ("cat", "dog") for p in (1, 2) for i in range(2)))
+    make_folder(
+        tmp_path,
+        *(f"{name}/p{p}_{i}.png" for name in ("cat", "dog") for p in (1, 2) for i in range(2)),
+    )
     with_parentheses = load_data(folder(tmp_path, group_regex=r"/p(\d)_"), 0).train
     whole_match = load_data(folder(tmp_path, group_regex=r"p\d"), 0).train
     assert with_parentheses.groups == ("1", "1", "2", "2") * 2
@@ -213,9 +252,13 @@ def test_a_csv_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="line 4"):
         load_data(DataSpec(source="csv", root=str(table)), 0)
     lines = ["label, path ,split,group,weight"]
-    lines += [f'"cat, small",./images/{i}.png,{part},s{i % 2},1' for i, part in ((3, "train"), (0, "Val"), (5, "test"))]
     lines += [
-        f" dog ,images/../images/{i}.png,{part},s{i % 2}," for i, part in ((1, "train"), (2, "train"), (4, "test"))
+        f'"cat, small",./images/{i}.png,{part},s{i % 2},1'
+        for i, part in ((3, "train"), (0, "Val"), (5, "test"))
+    ]
+    lines += [
+        f" dog ,images/../images/{i}.png,{part},s{i % 2},"
+        for i, part in ((1, "train"), (2, "train"), (4, "test"))
     ]
     table.write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
     sources = load_data(DataSpec(source="csv", root=str(table)), 0)
@@ -233,7 +276,9 @@ def test_a_csv_file(tmp_path: Path) -> None:
 
 def test_a_csv_file_without_optional_columns(tmp_path: Path) -> None:
     make_folder(tmp_path, "0.png", "1.png", "2.png", "3.png")
-    (tmp_path / "data.csv").write_text("path,label\n" + "".join(f"{i}.png,{'ab'[i % 2]}\n" for i in range(4)))
+    (tmp_path / "data.csv").write_text(
+        "path,label\n" + "".join(f"{i}.png,{'ab'[i % 2]}\n" for i in range(4))
+    )
     sources = load_data(DataSpec(source="csv", root=str(tmp_path / "data.csv")), 0)
     assert (len(sources.train), sources.test, sources.train.groups) == (4, None, None)
 
@@ -284,7 +329,9 @@ def test_the_demo_needs_no_file_but_its_own() -> None:
 
 @pytest.mark.skipif(not Path(FASHION_MNIST_ROOT).is_dir(), reason="Fashion-MNIST is not installed")
 def test_the_demo_is_what_its_script_chooses() -> None:
-    spec = importlib.util.spec_from_file_location("make_demo_data", REPOSITORY / "scripts/make_demo_data.py")
+    spec = importlib.util.spec_from_file_location(
+        "make_demo_data", REPOSITORY / "scripts/make_demo_data.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
@@ -308,13 +355,23 @@ def test_the_demo_is_what_its_script_chooses() -> None:
 
 def test_subset_keeps_rows_together(tmp_path: Path) -> None:
     images = np.arange(5 * 6, dtype=np.uint8).reshape(5, 2, 3)
-    data = ImageDataset(images, np.array([0, 1, 0, 1, 0]), tuple("abcde"), ("x", "y"), tuple("ppqqr"))
+    data = ImageDataset(
+        images, np.array([0, 1, 0, 1, 0]), tuple("abcde"), ("x", "y"), tuple("ppqqr")
+    )
     part = data.subset([3, 0])
-    assert (part.ids, part.groups, part.labels.tolist(), part.classes) == (("d", "a"), ("q", "p"), [1, 0], ("x", "y"))
+    assert (part.ids, part.groups, part.labels.tolist(), part.classes) == (
+        ("d", "a"),
+        ("q", "p"),
+        [1, 0],
+        ("x", "y"),
+    )
     assert np.array_equal(part.pixels(0)[..., 1], images[3])
     assert data.subset(data.labels == 1).ids == ("b", "d")
     files = ImageDataset(
-        [write_image(tmp_path / f"{i}.png", i) for i in range(3)], np.zeros(3, int), tuple("abc"), ("x",)
+        [write_image(tmp_path / f"{i}.png", i) for i in range(3)],
+        np.zeros(3, int),
+        tuple("abc"),
+        ("x",),
     )
     assert files.subset(np.array([2])).pixels(0)[0, 0].tolist() == [2, 2, 2]
     with pytest.raises(IndexError):
@@ -331,4 +388,6 @@ def test_pixels_are_a_copy() -> None:
 def test_data_sets_import_no_torch() -> None:
     code = "import sys, threefold.datasets; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+    )

@@ -43,14 +43,28 @@ def images(folder: Path) -> list[Path]:
     exif[0x0112] = 6
     plain, glass = Image.fromarray(rgb), Image.fromarray(rgba)
     made = {
-        "rgb.png": (plain, {}), "grey.png": (plain.convert("L"), {}), "palette.png": (plain.convert("P"), {"transparency": 3}),
-        "glass.png": (glass, {}), "la.png": (glass.convert("LA"), {}), "side.jpg": (plain, {"exif": exif}), "side.png": (plain, {"exif": exif}),
-        "cmyk.jpg": (plain.convert("CMYK"), {}), "glass.webp": (glass, {"lossless": True}), "a.gif": (plain, {}), "a.bmp": (plain, {}),
-        "a.tif": (plain, {}), "deep.png": (Image.fromarray(rgb[..., 0].astype(np.uint16) * 250), {}), "deep.tif": (Image.fromarray(rgb[..., 1].astype(np.uint16) * 255), {}),
-    }  # fmt: skip
+        "rgb.png": (plain, {}),
+        "grey.png": (plain.convert("L"), {}),
+        "palette.png": (plain.convert("P"), {"transparency": 3}),
+        "glass.png": (glass, {}),
+        "la.png": (glass.convert("LA"), {}),
+        "side.jpg": (plain, {"exif": exif}),
+        "side.png": (plain, {"exif": exif}),
+        "cmyk.jpg": (plain.convert("CMYK"), {}),
+        "glass.webp": (glass, {"lossless": True}),
+        "a.gif": (plain, {}),
+        "a.bmp": (plain, {}),
+        "a.tif": (plain, {}),
+        "deep.png": (Image.fromarray(rgb[..., 0].astype(np.uint16) * 250), {}),
+        "deep.tif": (Image.fromarray(rgb[..., 1].astype(np.uint16) * 255), {}),
+    }
     for name, (image, options) in made.items():
         buffer = io.BytesIO()
-        image.save(buffer, {".jpg": "JPEG", ".tif": "TIFF"}.get(Path(name).suffix, Path(name).suffix[1:].upper()), **options)  # fmt: skip
+        image.save(
+            buffer,
+            {".jpg": "JPEG", ".tif": "TIFF"}.get(Path(name).suffix, Path(name).suffix[1:].upper()),
+            **options,
+        )
         (folder / name).write_bytes(buffer.getvalue())
     return [folder / name for name in made]
 
@@ -59,7 +73,11 @@ def test_it_is_short_and_knows_three_packages() -> None:
     text = program()
     assert len([line for line in text.splitlines() if line.strip()]) <= 20
     assert not re.search(r"import threefold|from threefold", text)
-    assert set(re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)) == {"json", "numpy", "PIL"}
+    assert set(re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)) == {
+        "json",
+        "numpy",
+        "PIL",
+    }
     assert "onnxruntime" in text
 
 
@@ -77,7 +95,9 @@ def test_it_decodes_and_answers_as_threefold_does(
     expected = []
     for path, probs in zip(files, loaded.predict_proba(files), strict=True):
         best = np.argsort(-probs, kind="stable")
-        expected.append(f"{path}: " + ", ".join(f"{loaded.classes[i]} {probs[i]:.1%}" for i in best))
+        expected.append(
+            f"{path}: " + ", ".join(f"{loaded.classes[i]} {probs[i]:.1%}" for i in best)
+        )
     assert capsys.readouterr().out.splitlines() == expected
 
 
@@ -86,7 +106,17 @@ def test_it_runs_where_threefold_is_not_installed(finished: Run, tmp_path: Path)
     (tmp_path / "program.py").write_text(program(), encoding="utf-8")
     paths = [str(Path(finished.recipe.data.root) / i) for i in finished.sources.test.ids[:3]]  # type: ignore[union-attr]
     words = [str(finished.dir / "model.onnx"), *paths]
-    done = subprocess.run([sys.executable, "-c", ALONE, str(tmp_path / "program.py"), *words], capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(tmp_path / "program.py"), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.stderr == ""
-    told = subprocess.run([sys.executable, "-m", "threefold", "predict", *words], capture_output=True, text=True, check=True)  # fmt: skip
+    told = subprocess.run(
+        [sys.executable, "-m", "threefold", "predict", *words],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.splitlines() == [line.partition(";")[0] for line in told.stdout.splitlines()]

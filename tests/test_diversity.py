@@ -66,7 +66,9 @@ def test_groups_are_ascending_disjoint_and_leave_one_of_each(seed: int, copies: 
 
 def test_diversity_by_hand() -> None:
     labels = np.zeros(10, int)
-    right = np.array([[1] * 8 + [0] * 2, [1] * 6 + [0, 0, 1, 0]])  # both 6, first only 2, second only 1, neither 1
+    right = np.array(
+        [[1] * 8 + [0] * 2, [1] * 6 + [0, 0, 1, 0]]
+    )  # both 6, first only 2, second only 1, neither 1
     probs = np.where(right[..., None] == 1, [0.9, 0.1], [0.1, 0.9])
     found = diversity(probs, labels)
     assert found.disagreement[0, 1] == pytest.approx(0.3)
@@ -87,7 +89,9 @@ def test_kappa_is_scikit_learns_and_every_measure_is_symmetric(seed: int, m: int
     probs /= probs.sum(-1, keepdims=True)
     found, right = diversity(probs, labels), probs.argmax(-1) == labels
     for i, j in itertools.combinations(range(m), 2):
-        assert found.kappa[i, j] == pytest.approx(cohen_kappa_score(right[i], right[j]), nan_ok=True)
+        assert found.kappa[i, j] == pytest.approx(
+            cohen_kappa_score(right[i], right[j]), nan_ok=True
+        )
     for name in ("disagreement", "double_fault", "q", "kappa", "agreement"):
         table = getattr(found, name)
         assert table == pytest.approx(table.T, nan_ok=True)
@@ -113,10 +117,16 @@ def test_the_curve_ends_at_the_mean_of_all_and_begins_at_single_members() -> Non
     assert (curve.random[-1], curve.low[-1], curve.high[-1]) == pytest.approx((everyone,) * 3)
     assert curve.ordered[-1] == pytest.approx(everyone)
     assert curve.random[0] == pytest.approx(single.mean(), abs=0.01)
-    assert (curve.low[0], curve.high[0]) == (pytest.approx(single.min()), pytest.approx(single.max()))
+    assert (curve.low[0], curve.high[0]) == (
+        pytest.approx(single.min()),
+        pytest.approx(single.max()),
+    )
     assert curve.random[-1] > curve.random[0]
     assert sorted(curve.order) == list(range(6))
-    assert (size_curve(probs, labels, seed=1).random[:-1] != size_curve(probs, labels, seed=2).random[:-1]).any()
+    assert (
+        size_curve(probs, labels, seed=1).random[:-1]
+        != size_curve(probs, labels, seed=2).random[:-1]
+    ).any()
 
 
 def test_the_greedy_order_is_that_of_trying_every_member() -> None:

@@ -21,14 +21,22 @@ pytestmark = pytest.mark.slow
 def start(*words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "threefold", *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         # A shell's background job ignores Ctrl-C, and so would all that it starts.
-        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) if os.name == "posix" else None,
-    )  # fmt: skip
+        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        if os.name == "posix"
+        else None,
+    )
 
 
 def hashes(run: Path) -> dict[str, str]:
-    return {str(p.relative_to(run)): sha256(p) for p in sorted(run.rglob("*")) if p.suffix in (".safetensors", ".npz")}
+    return {
+        str(p.relative_to(run)): sha256(p)
+        for p in sorted(run.rglob("*"))
+        if p.suffix in (".safetensors", ".npz")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -71,15 +79,31 @@ def test_fit_keeps_its_budget_and_ends_in_a_file_that_answers(tmp_path: Path) ->
     root = make_folder(tmp_path / "my photos", 30)
     began = time.monotonic()
     fit = start(
-        "fit", str(root), "--out", str(tmp_path / "run"), "--budget", "1m", "--members", "tf_efficientnet_lite0"
+        "fit",
+        str(root),
+        "--out",
+        str(tmp_path / "run"),
+        "--budget",
+        "1m",
+        "--members",
+        "tf_efficientnet_lite0",
     )
     output, errors = fit.communicate()
     assert fit.returncode == 0, errors
     assert "Expect" in output
     assert time.monotonic() - began < 240  # a bound on what is planned, not a benchmark
     answer = subprocess.run(
-        [sys.executable, "-m", "threefold", "predict", str(tmp_path / "run/model.onnx"), str(root / "red")],
-        capture_output=True, text=True, check=True,
-    ).stdout.splitlines()  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "threefold",
+            "predict",
+            str(tmp_path / "run/model.onnx"),
+            str(root / "red"),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
     assert len(answer) == 30
     assert sum(": red " in line for line in answer) >= 27

@@ -37,14 +37,26 @@ LAW = settings(max_examples=50, deadline=None)
 
 def test_every_method_of_a_recipe_exists_and_in_the_order_of_simplicity() -> None:
     assert list(ENSEMBLES) == [
-        "mean", "best", "vote", "pruned", "top2", "weighted", "greedy", "pool", "logistic", "stacked-shrunk", "stacked",
-    ]  # fmt: skip
+        "mean",
+        "best",
+        "vote",
+        "pruned",
+        "top2",
+        "weighted",
+        "greedy",
+        "pool",
+        "logistic",
+        "stacked-shrunk",
+        "stacked",
+    ]
     keys = EnsembleSpec.model_json_schema()["properties"]
     assert keys["methods"]["items"]["enum"] == list(ENSEMBLES)
     for name in ("auto", *ENSEMBLES):
         assert EnsembleSpec(export=name).export == name
     assert make_ensemble("stacked", seed=5).seed == 5
-    with pytest.raises(RecipeError, match=r"no such ensemble method: staked; expected one of stacked$"):
+    with pytest.raises(
+        RecipeError, match=r"no such ensemble method: staked; expected one of stacked$"
+    ):
         make_ensemble("staked")
     with pytest.raises(RecipeError, match="expected one of mean, best, vote"):
         make_ensemble("xyz")
@@ -59,11 +71,17 @@ def test_the_simplest_within_one_standard_error_is_chosen() -> None:
     labels = np.zeros(100, int)
     name, reason = choose({"stacked": right(90), "mean": right(90)}, labels)
     assert name == "mean"
-    assert reason == "the best, log loss 0.3251, accuracy 0.9000 cross-fitted; and the simplest"  # the entropy of 0.9
+    assert (
+        reason == "the best, log loss 0.3251, accuracy 0.9000 cross-fitted; and the simplest"
+    )  # the entropy of 0.9
     name, reason = choose({"stacked": right(90), "mean": right(80)}, labels)
     assert name == "stacked"
-    assert reason.endswith("accuracy 0.9000 cross-fitted; no simpler method comes within one standard error")
-    scattered = right(89)[np.random.default_rng(0).permutation(100)]  # one image fewer, but many differ
+    assert reason.endswith(
+        "accuracy 0.9000 cross-fitted; no simpler method comes within one standard error"
+    )
+    scattered = right(89)[
+        np.random.default_rng(0).permutation(100)
+    ]  # one image fewer, but many differ
     name, reason = choose({"stacked": right(90), "vote": scattered, "pruned": right(89)}, labels)
     assert name == "vote"
     assert reason.startswith("log loss 0.346")
@@ -116,11 +134,16 @@ def test_a_choice_needs_known_candidates() -> None:
 def test_auto_is_the_chosen_candidate_fitted_on_all_rows() -> None:
     probs, labels, new, _ = draw_pool("dominant", 0, n=400, test=200)
     auto = AutoEnsemble().fit(probs, labels)
-    crossed = {name: cross_fit(lambda name=name: make_ensemble(name), probs, labels) for name in CANDIDATES}
+    crossed = {
+        name: cross_fit(lambda name=name: make_ensemble(name), probs, labels) for name in CANDIDATES
+    }
     assert (auto.name_, auto.reason_) == choose(crossed, labels)
     assert auto.name_ != "mean"
     raw = make_ensemble(auto.name_).fit(probs, labels).predict_proba(new)
-    assert (auto.predict_proba(new) == apply_temperature(raw, fit_temperature(crossed[auto.name_], labels))).all()
+    assert (
+        auto.predict_proba(new)
+        == apply_temperature(raw, fit_temperature(crossed[auto.name_], labels))
+    ).all()
     assert make_ensemble("auto", seed=3).seed == 3
 
 
@@ -139,7 +162,9 @@ def test_auto_does_not_lose_to_the_mean(kind: str) -> None:
     gains = []
     for seed in range(4):
         probs, labels, new, truth = draw_pool(kind, seed, n=300, test=2000)
-        right = [e.fit(probs, labels).predict(new) == truth for e in (AutoEnsemble(), MeanEnsemble())]
+        right = [
+            e.fit(probs, labels).predict(new) == truth for e in (AutoEnsemble(), MeanEnsemble())
+        ]
         gains.append(100 * (right[0].mean() - right[1].mean()))
     error = np.std(gains, ddof=1) / 2
     assert np.mean(gains) > -2 * error - 0.3
@@ -147,7 +172,9 @@ def test_auto_does_not_lose_to_the_mean(kind: str) -> None:
 
 def test_auto_takes_the_dominant_member_or_as_good() -> None:
     probs, labels, new, truth = draw_pool("dominant", 1, n=500, test=2000)
-    auto, best = (e.fit(probs, labels).predict(new) == truth for e in (AutoEnsemble(), make_ensemble("best")))
+    auto, best = (
+        e.fit(probs, labels).predict(new) == truth for e in (AutoEnsemble(), make_ensemble("best"))
+    )
     assert auto.mean() > best.mean() - 0.01
     assert auto.mean() > (MeanEnsemble().predict(new) == truth).mean() + 0.05
 
@@ -170,7 +197,10 @@ def test_auto_refuses_what_it_cannot_choose_from() -> None:
         AutoEnsemble(["median"])
     with pytest.raises(RecipeError, match="auto cannot choose: rows"):
         AutoEnsemble(rows=1)
-    for state in ({"method": np.frombuffer(b"median", np.uint8)}, {"method": np.array([255], np.uint8)}):
+    for state in (
+        {"method": np.frombuffer(b"median", np.uint8)},
+        {"method": np.array([255], np.uint8)},
+    ):
         with pytest.raises(DataError, match="not the state of an AutoEnsemble"):
             AutoEnsemble.from_state(state)
 
@@ -195,7 +225,9 @@ def test_temperature_keeps_the_order_of_the_classes(temperature: float, seed: in
     assert found.sum(1) == pytest.approx(1)
     assert (found.argmax(1) == probs.argmax(1)).all()
     with torch.inference_mode():
-        assert TemperatureModule(temperature)(torch.tensor(probs)).numpy() == pytest.approx(found, abs=1e-6)
+        assert TemperatureModule(temperature)(torch.tensor(probs)).numpy() == pytest.approx(
+            found, abs=1e-6
+        )
 
 
 def test_temperature_of_one_changes_nothing_but_exact_zeros() -> None:
@@ -212,13 +244,18 @@ def test_temperature_is_bounded_where_every_row_is_right() -> None:
 
 def test_temperature_survives_export() -> None:
     probs = torch.full((3, 4), 0.25)
-    exported = torch.export.export(TemperatureModule(2.0), (probs,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    exported = torch.export.export(
+        TemperatureModule(2.0), (probs,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
+    )
     assert torch.allclose(exported.module()(probs[:2]), probs[:2])
 
 
 @pytest.mark.parametrize("temperature", [0, -1, np.nan])
 def test_a_temperature_is_positive(temperature: float) -> None:
-    for use in (lambda: apply_temperature(right(1), temperature), lambda: TemperatureModule(temperature)):
+    for use in (
+        lambda: apply_temperature(right(1), temperature),
+        lambda: TemperatureModule(temperature),
+    ):
         with pytest.raises(DataError, match="above 0"):
             use()
 
@@ -230,7 +267,11 @@ def test_the_array_half_starts_without_torch() -> None:
         "[e.make_ensemble(n).fit(p, y).predict(p) for n in (*e.CANDIDATES, 'vote', 'top2', 'auto')];"
         "sys.exit('torch' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(filter(None, sys.path))})
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        env={"PYTHONPATH": ":".join(filter(None, sys.path))},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -240,15 +281,21 @@ def authors() -> Predictions:
     return Predictions.load(AUTHORS)
 
 
-@pytest.mark.parametrize(("method", "right"), [("mean", 9592), ("pruned", 9591), ("vote", 9590), ("top2", 9592)])
+@pytest.mark.parametrize(
+    ("method", "right"), [("mean", 9592), ("pruned", 9591), ("vote", 9590), ("top2", 9592)]
+)
 def test_the_papers_fashion_mnist_ensembles(authors: Predictions, method: str, right: int) -> None:
     """Table 4: AVG 0.9592, EXT 0.9591 from the authors' own three softmaxes."""
     mixed = authors.select([name for name in authors.members if "_Mixed_" in name])
     assert len(mixed.members) == 3
-    assert stats.correct(make_ensemble(method).predict_proba(mixed.probs), mixed.labels).sum() == right
+    assert (
+        stats.correct(make_ensemble(method).predict_proba(mixed.probs), mixed.labels).sum() == right
+    )
 
 
-def test_the_papers_ensemble_beats_its_best_member_and_its_heads_do_not_differ(authors: Predictions) -> None:
+def test_the_papers_ensemble_beats_its_best_member_and_its_heads_do_not_differ(
+    authors: Predictions,
+) -> None:
     hits = dict(zip(authors.members, authors.probs.argmax(-1) == authors.labels, strict=True))
     mixed = authors.select([name for name in authors.members if "_Mixed_" in name])
     ensemble = stats.correct(MeanEnsemble().predict_proba(mixed.probs), mixed.labels)

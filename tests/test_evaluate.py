@@ -13,7 +13,9 @@ from threefold.stats import ece
 ALL = EnsembleSpec(methods=("mean", "pruned", "vote", "weighted"))
 
 
-def pool(n: int, seed: int, kind: str = "oof", informative: bool = True, sharpness: float = 2.0) -> Predictions:
+def pool(
+    n: int, seed: int, kind: str = "oof", informative: bool = True, sharpness: float = 2.0
+) -> Predictions:
     """Three members on n rows of four classes; `informative=False` gives labels that have nothing to do with them."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 4, n)
@@ -47,11 +49,20 @@ def test_shuffled_labels_give_chance() -> None:
 
 def test_test_rows_change_neither_the_choice_nor_the_fit() -> None:
     oof = pool(600, 1)
-    a, b = evaluate(oof, pool(200, 2, "test"), ALL), evaluate(oof, pool(200, 3, "test", informative=False), ALL)
-    assert (a.chosen, a.reason, a.calibration.temperature) == (b.chosen, b.reason, b.calibration.temperature)
+    a, b = (
+        evaluate(oof, pool(200, 2, "test"), ALL),
+        evaluate(oof, pool(200, 3, "test", informative=False), ALL),
+    )
+    assert (a.chosen, a.reason, a.calibration.temperature) == (
+        b.chosen,
+        b.reason,
+        b.calibration.temperature,
+    )
     probs = pool(50, 4, "test").probs
     np.testing.assert_array_equal(a.ensemble.predict_proba(probs), b.ensemble.predict_proba(probs))
-    assert [s for s in a.scores if s["rows"] == "oof"] == [s for s in b.scores if s["rows"] == "oof"]
+    assert [s for s in a.scores if s["rows"] == "oof"] == [
+        s for s in b.scores if s["rows"] == "oof"
+    ]
 
 
 def test_overconfident_members_are_calibrated_without_changing_answers() -> None:
@@ -72,7 +83,9 @@ def test_calibrated_scores_are_cross_fitted() -> None:
     labels = oof.labels.copy()
     labels[oof.folds == 0] = (labels[oof.folds == 0] + 1) % 4
     probs = oof.probs.mean(0)
-    before, after = (fit_calibration("temperature", probs, y, oof.folds).probs for y in (oof.labels, labels))
+    before, after = (
+        fit_calibration("temperature", probs, y, oof.folds).probs for y in (oof.labels, labels)
+    )
     np.testing.assert_array_equal(before[oof.folds == 0], after[oof.folds == 0])
     assert np.abs(before - after).max() > 1e-3
 

@@ -28,13 +28,19 @@ from threefold.run import Run
 
 def whole(run: Run, method: str = "mean") -> Pipeline:
     oof = run.predictions("oof")
-    return run.pipeline(Combiner(make_ensemble(method).fit(oof.probs, oof.labels).to_module(), TemperatureModule(1.3)))
+    return run.pipeline(
+        Combiner(
+            make_ensemble(method).fit(oof.probs, oof.labels).to_module(), TemperatureModule(1.3)
+        )
+    )
 
 
 def pictures(count: int = 6) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     return [
-        rng.integers(0, 256, (int(rng.integers(3, 90)), int(rng.integers(3, 90)), 3), dtype=np.uint8)
+        rng.integers(
+            0, 256, (int(rng.integers(3, 90)), int(rng.integers(3, 90)), 3), dtype=np.uint8
+        )
         for _ in range(count)
     ]
 
@@ -46,7 +52,9 @@ def test_the_file_of_a_run_answers_as_its_predictions_say(finished: Run) -> None
     chosen = read_arrays(finished.dir / "chosen.npz")
     answers, members = model.explain([test.pixels(i) for i in range(len(test))])
     np.testing.assert_allclose(answers, chosen["probs"], atol=1e-5)
-    np.testing.assert_allclose(members, finished.predictions("test").probs.transpose(1, 0, 2), atol=1e-5)
+    np.testing.assert_allclose(
+        members, finished.predictions("test").probs.transpose(1, 0, 2), atol=1e-5
+    )
     paths = [finished.recipe.data.root + "/" + i for i in test.ids]
     np.testing.assert_array_equal(model.predict_proba(paths), answers)
 
@@ -54,9 +62,13 @@ def test_the_file_of_a_run_answers_as_its_predictions_say(finished: Run) -> None
 def test_sizes_never_seen_in_tracing_agree_with_eager(finished: Run) -> None:
     model = threefold.load(finished.dir / "model.onnx")
     found = workflow.evaluate_run(finished)
-    pipeline = finished.pipeline(Combiner(found.ensemble.to_module(), found.calibration.to_module()))
+    pipeline = finished.pipeline(
+        Combiner(found.ensemble.to_module(), found.calibration.to_module())
+    )
     images = [*pictures(), np.zeros((1, 1, 3), np.uint8), np.full((300, 7, 3), 255, np.uint8)]
-    np.testing.assert_allclose(model.predict_proba(images), pipeline.predict_proba(images), atol=1e-5)
+    np.testing.assert_allclose(
+        model.predict_proba(images), pipeline.predict_proba(images), atol=1e-5
+    )
 
 
 @pytest.mark.slow
@@ -72,8 +84,12 @@ def test_answers_that_differ_are_refused_and_nothing_is_written(
 ) -> None:
     pipeline = whole(finished)
     honest = Pipeline.predict_proba
-    monkeypatch.setattr(Pipeline, "predict_proba", lambda self, images: honest(self, images)[:, ::-1])
-    with pytest.raises(ExportError, match=r"would answer differently.*expected difference <= 0.0001"):
+    monkeypatch.setattr(
+        Pipeline, "predict_proba", lambda self, images: honest(self, images)[:, ::-1]
+    )
+    with pytest.raises(
+        ExportError, match=r"would answer differently.*expected difference <= 0.0001"
+    ):
         targets.export(pipeline, tmp_path / "m.onnx", pictures(2))
     assert not (tmp_path / "m.onnx").exists()
 
@@ -90,12 +106,16 @@ def test_folding_batch_norm_keeps_the_answers(finished: Run) -> None:
 def test_the_graph_has_no_recurrent_operator_and_no_outside_data(finished: Run) -> None:
     model = onnx.load(finished.dir / "model.onnx", load_external_data=False)
     branches = [node for node in model.graph.node if node.op_type == "If"]
-    assert [node.name for node in branches] == ["stage1"]  # of two members the second, see `cascading`
+    assert [node.name for node in branches] == [
+        "stage1"
+    ]  # of two members the second, see `cascading`
     inner = [node for branch in branches for part in branch.attribute for node in part.g.node]
     nodes = [node for node in [*model.graph.node, *inner] if node not in branches]
     assert not {node.op_type for node in nodes} & {"RNN", "GRU", "LSTM", "Loop", "Scan", "If"}
     assert {node.domain for node in nodes} <= {"", "ai.onnx"}
-    assert not any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer)
+    assert not any(
+        tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer
+    )
     onnx.checker.check_model(model)
 
 
@@ -122,7 +142,11 @@ def test_loading_and_predicting_need_no_torch(finished: Run) -> None:
 @pytest.mark.parametrize("kind", ["missing", "empty", "text", "pickle", "foreign"])
 def test_a_file_that_is_not_ours_is_one_clear_error(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "model.onnx"
-    content: dict[str, Any] = {"empty": b"", "text": b"hello", "pickle": b"\x80\x04cposix\nsystem\n"}
+    content: dict[str, Any] = {
+        "empty": b"",
+        "text": b"hello",
+        "pickle": b"\x80\x04cposix\nsystem\n",
+    }
     if kind == "foreign":
         graph = onnx.helper.make_graph(
             [onnx.helper.make_node("Identity", ["a"], ["b"])],
@@ -130,7 +154,12 @@ def test_a_file_that_is_not_ours_is_one_clear_error(tmp_path: Path, kind: str) -
             [onnx.helper.make_tensor_value_info("a", 1, [1])],
             [onnx.helper.make_tensor_value_info("b", 1, [1])],
         )
-        onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), path)
+        onnx.save(
+            onnx.helper.make_model(
+                graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10
+            ),
+            path,
+        )
     elif kind != "missing":
         path.write_bytes(content[kind])
     with pytest.raises(ExportError) as error:
@@ -158,9 +187,15 @@ def test_another_suffix_is_refused(finished: Run, tmp_path: Path) -> None:
 
 def test_evaluation_on_arrays_matches_the_results_file(finished: Run) -> None:
     found = evaluate(
-        finished.predictions("oof"), finished.predictions("test"), finished.recipe.ensemble, finished.recipe.seed
+        finished.predictions("oof"),
+        finished.predictions("test"),
+        finished.recipe.ensemble,
+        finished.recipe.seed,
     )
     costs = ("macs", "parameters")  # these come from the networks
-    stored = [{key: value for key, value in s.items() if key not in costs} for s in finished.results["scores"]]
+    stored = [
+        {key: value for key, value in s.items() if key not in costs}
+        for s in finished.results["scores"]
+    ]
     assert json.loads(json.dumps(found.scores, default=float)) == stored
     assert found.chosen == finished.results["chosen"]

@@ -38,7 +38,9 @@ COMMAND = BARE + "from threefold.entry import main\nmain()"
 
 def bare(code: str, *words: str) -> subprocess.CompletedProcess[str]:
     """Python in a process of its own to which the extras' packages are not installed."""
-    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     folder = tmp_path_factory.mktemp("bare")
     (folder / "red.png").write_bytes(picture((200, 30, 30)))
     (folder / "bad.png").write_bytes(b"x")
-    return write_model(folder / "m.onnx", told=card(**UNCERTAIN)), folder / "red.png", folder / "bad.png"
+    return (
+        write_model(folder / "m.onnx", told=card(**UNCERTAIN)),
+        folder / "red.png",
+        folder / "bad.png",
+    )
 
 
 def test_three_packages_are_required() -> None:
@@ -62,14 +68,23 @@ def test_load_and_predict_need_nothing_else(files: tuple[Path, Path, Path]) -> N
     done = bare(code, str(model), str(red))
     assert done.stderr == ""
     loaded = threefold.load(model)
-    expected = (loaded.predict([red]), loaded.predict_sets([red]), loaded.is_unknown([red]), loaded.predict_proba([red]).tolist())  # fmt: skip
+    expected = (
+        loaded.predict([red]),
+        loaded.predict_sets([red]),
+        loaded.is_unknown([red]),
+        loaded.predict_proba([red]).tolist(),
+    )
     assert done.stdout.strip() == " ".join(map(str, expected))
 
 
 @pytest.mark.parametrize("form", [[], ["--json"], ["--csv"], ["--top", "1"]])
-def test_predict_answers_as_with_everything_installed(files: tuple[Path, Path, Path], form: list[str]) -> None:
+def test_predict_answers_as_with_everything_installed(
+    files: tuple[Path, Path, Path], form: list[str]
+) -> None:
     words = ["predict", *map(str, files), *form]
-    whole = subprocess.run([sys.executable, "-m", "threefold", *words], capture_output=True, text=True, check=False)
+    whole = subprocess.run(
+        [sys.executable, "-m", "threefold", *words], capture_output=True, text=True, check=False
+    )
     found = bare(COMMAND, *words)
     assert found.stdout == whole.stdout != ""
     assert found.stderr == whole.stderr
@@ -81,7 +96,12 @@ def test_predict_has_the_same_flags_and_codes(files: tuple[Path, Path, Path]) ->
     told = bare(COMMAND, "predict", "--help").stdout
     assert set(re.findall(r"--\w+", told)) == SURFACE["predict"] | {"--help"}
     model, red, _ = map(str, files)
-    for words, code in (([model, red], 0), ([red, red], 1), ([model], 2), ([model, red, "--top", "0"], 2)):
+    for words, code in (
+        ([model, red], 0),
+        ([red, red], 1),
+        ([model], 2),
+        ([model, red, "--top", "0"], 2),
+    ):
         assert bare(COMMAND, "predict", *words).returncode == code
     assert bare(COMMAND, "predict", red, red).stderr.count("\n") == 1
 
@@ -102,12 +122,21 @@ def test_every_other_verb_says_what_to_install(verb: str) -> None:
 
 def test_a_verb_whose_own_packages_are_missing_says_so(files: tuple[Path, Path, Path]) -> None:
     """With the command line's packages there and others not."""
-    code = COMMAND.replace("PACKAGES\n", "PACKAGES as ALL\nPACKAGES = ALL - {'typer', 'rich', 'pydantic', 'pydantic_core'}\n")  # fmt: skip
+    code = COMMAND.replace(
+        "PACKAGES\n",
+        "PACKAGES as ALL\nPACKAGES = ALL - {'typer', 'rich', 'pydantic', 'pydantic_core'}\n",
+    )
     for words, line in (
-        (["serve", str(files[0])], r"serve needs .*; got no \w+; fix: pip install 'threefold\[serve\]'"),
+        (
+            ["serve", str(files[0])],
+            r"serve needs .*; got no \w+; fix: pip install 'threefold\[serve\]'",
+        ),
         (["evaluate", "x.npz"], r"evaluate needs .*; fix: pip install 'threefold\[report\]'"),
         (["train", "demo", "--out", "x"], r"train needs .*; fix: pip install 'threefold\[train\]'"),
-        (["list", "backbones"], r"list needs .*; got no timm; fix: pip install 'threefold\[train\]'"),
+        (
+            ["list", "backbones"],
+            r"list needs .*; got no timm; fix: pip install 'threefold\[train\]'",
+        ),
     ):
         done = bare(code, *words)
         assert re.fullmatch(rf"error threefold {line}\n", done.stderr), done.stderr
@@ -116,9 +145,14 @@ def test_a_verb_whose_own_packages_are_missing_says_so(files: tuple[Path, Path, 
 
 
 def test_public_names_say_it_too() -> None:
-    code = BARE + "import threefold\ntry:\n    threefold.fit\nexcept ImportError as error:\n    print(type(error).__name__, error)"  # fmt: skip
+    code = (
+        BARE
+        + "import threefold\ntry:\n    threefold.fit\nexcept ImportError as error:\n    print(type(error).__name__, error)"
+    )
     done = bare(code)
-    assert done.stdout.startswith("MissingExtraError threefold.fit needs packages that are not installed; got no ")
+    assert done.stdout.startswith(
+        "MissingExtraError threefold.fit needs packages that are not installed; got no "
+    )
     assert "fix: pip install 'threefold[train]'" in done.stdout
 
 
@@ -142,8 +176,14 @@ def requirements(extra: str) -> set[str]:
 
 def test_every_verb_has_an_extra_and_every_package_of_an_extra_is_known() -> None:
     assert set(extras.VERBS) == {name.partition(" ")[0] for name in SURFACE}
-    assert {*extras.VERBS.values(), *extras.MODULES.values()} <= set(PROJECT["optional-dependencies"])
-    assert requirements("all") == requirements("train") | requirements("serve") >= requirements("report")
+    assert {*extras.VERBS.values(), *extras.MODULES.values()} <= set(
+        PROJECT["optional-dependencies"]
+    )
+    assert (
+        requirements("all")
+        == requirements("train") | requirements("serve")
+        >= requirements("report")
+    )
     modules: dict[str, set[str]] = {}
     for module, names in packages_distributions().items():
         for name in names:
@@ -160,7 +200,9 @@ def test_the_wheel_in_a_fresh_environment(tmp_path: Path, files: tuple[Path, Pat
         pytest.skip("needs uv on the path")
 
     def run(*words: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False, cwd=tmp_path)
+        done = subprocess.run(
+            [*map(str, words)], capture_output=True, text=True, check=False, cwd=tmp_path
+        )
         assert done.returncode == code, (words, done.stderr)
         return done
 
@@ -168,7 +210,12 @@ def test_the_wheel_in_a_fresh_environment(tmp_path: Path, files: tuple[Path, Pat
     run(uv, "venv", "--python", sys.executable, tmp_path / "env")
     python = tmp_path / "env" / "bin" / "python"
     run(uv, "pip", "install", "--python", python, *tmp_path.glob("*.whl"))
-    installed = {line["name"] for line in json.loads(run(uv, "pip", "list", "--python", python, "--format", "json").stdout)}  # fmt: skip
+    installed = {
+        line["name"]
+        for line in json.loads(
+            run(uv, "pip", "list", "--python", python, "--format", "json").stdout
+        )
+    }
     assert {"numpy", "pillow", "onnxruntime", "threefold"} <= installed
     assert not installed & {*requirements("all"), "pydantic"}
     model, red, _ = files
@@ -177,9 +224,7 @@ def test_the_wheel_in_a_fresh_environment(tmp_path: Path, files: tuple[Path, Pat
     assert answer == threefold.load(model).predict_proba([red]).tolist()
     command = tmp_path / "env" / "bin" / "threefold"
     assert run(command, "predict", model, red).stdout.startswith(f"{red}: red ")
-    line = (
-        "error threefold train needs packages that are not installed; got no typer; fix: pip install 'threefold[train]'"
-    )
+    line = "error threefold train needs packages that are not installed; got no typer; fix: pip install 'threefold[train]'"
     assert run(command, "train", "demo", "--out", "x", code=1).stderr.strip() == line
     run(uv, "pip", "install", "--python", python, f"{next(tmp_path.glob('*.whl'))}[cli]")
     assert run(command, "predict", model, red).stdout.startswith(f"{red}: red ")

@@ -80,7 +80,9 @@ class Handler(BaseHTTPRequestHandler):
         if server.etag:
             self.send_header("ETag", server.etag)
         body = content[start:]
-        self.send_header("Content-Length", str(len(body) if server.length is None else server.length))
+        self.send_header(
+            "Content-Length", str(len(body) if server.length is None else server.length)
+        )
         self.end_headers()
         if server.cuts:
             server.cuts -= 1
@@ -113,7 +115,9 @@ SHA256, MD5 = hashlib.sha256(CONTENT).hexdigest(), hashlib.md5(CONTENT).hexdiges
 
 def test_a_whole_file_is_checked_and_told_of(server: Server, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    path = get(remote(server, md5=MD5, sha256=SHA256), tmp_path, watcher=lambda *now: told.append(now))
+    path = get(
+        remote(server, md5=MD5, sha256=SHA256), tmp_path, watcher=lambda *now: told.append(now)
+    )
     assert path.read_bytes() == CONTENT
     assert told[-1] == ("file", len(CONTENT), len(CONTENT))
     assert [now[1] for now in told] == sorted(now[1] for now in told)
@@ -128,10 +132,14 @@ def test_a_cut_download_goes_on_where_it_stopped(server: Server, tmp_path: Path)
     assert [asked for _, asked in server.asked] == [None, "bytes=1500000-", "bytes=2250000-"]
 
 
-def test_the_next_call_goes_on_too(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_call_goes_on_too(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fetching, "_TRIES", 1)
     server.cuts = 1
-    with pytest.raises(DataError, match="broke off too often: http.*1,500,000 of 3,000,000 bytes.*is kept"):  # noqa: RUF043
+    with pytest.raises(
+        DataError, match=r"broke off too often: http.*1,500,000 of 3,000,000 bytes.*is kept"
+    ):
         get(remote(server), tmp_path)
     assert (tmp_path / "file.part").stat().st_size == 1_500_000
     assert get(remote(server, sha256=SHA256), tmp_path).read_bytes() == CONTENT
@@ -163,7 +171,9 @@ def test_a_part_that_is_too_long_begins_again(server: Server, tmp_path: Path) ->
 
 def test_a_wrong_checksum_is_put_aside(server: Server, tmp_path: Path) -> None:
     for facts in ({"md5": "0" * 32}, {"sha256": "0" * 64}):
-        with pytest.raises(DataError, match=r"not the published one: .*file\.refused; expected (md5|sha256) 0000"):
+        with pytest.raises(
+            DataError, match=r"not the published one: .*file\.refused; expected (md5|sha256) 0000"
+        ):
             get(remote(server, **facts), tmp_path)
         assert [p.name for p in tmp_path.iterdir()] == ["file.refused"]
     assert get(remote(server, md5=MD5), tmp_path).read_bytes() == CONTENT
@@ -211,7 +221,12 @@ def test_from_https_nothing_leads_to_http() -> None:
     secure, handler = urllib.request.Request("https://example.org/a"), fetching._Redirects()
     with pytest.raises(DataError, match="unsafe address"):
         handler.redirect_request(secure, BytesIO(), 302, "Found", Message(), "http://example.org/a")
-    assert handler.redirect_request(secure, BytesIO(), 302, "Found", Message(), "https://example.org/b") is not None
+    assert (
+        handler.redirect_request(
+            secure, BytesIO(), 302, "Found", Message(), "https://example.org/b"
+        )
+        is not None
+    )
 
 
 def test_refusals_errors_and_mirrors(server: Server, tmp_path: Path) -> None:
@@ -220,7 +235,9 @@ def test_refusals_errors_and_mirrors(server: Server, tmp_path: Path) -> None:
         get(Remote("file", (absent,)), tmp_path)
     assert len(server.asked) == 1  # no second try
     server.errors = [503, 429]
-    assert get(Remote("file", (absent, server.url()), sha256=SHA256), tmp_path).read_bytes() == CONTENT
+    assert (
+        get(Remote("file", (absent, server.url()), sha256=SHA256), tmp_path).read_bytes() == CONTENT
+    )
     server.errors = [500] * 99
     with pytest.raises(DataError, match="broke off too often: .*500"):  # noqa: RUF043
         get(Remote("other", (server.url(),)), tmp_path)
@@ -230,14 +247,21 @@ def test_refusals_errors_and_mirrors(server: Server, tmp_path: Path) -> None:
 def test_no_network_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody listens; the name is not found; a proxy does not let through. What has arrived before is kept."""
     (tmp_path / "other.part").write_bytes(b"half")
-    with pytest.raises(DataError, match=r"cannot be reached: http.*refused; fix: check the network.*/other$") as told:
+    with pytest.raises(
+        DataError, match=r"cannot be reached: http.*refused; fix: check the network.*/other$"
+    ) as told:
         get(Remote("other", ("http://127.0.0.1:1/file",)), tmp_path)
     assert "\n" not in str(told.value)
     assert (tmp_path / "other.part").read_bytes() == b"half"
-    for reason in (socket.gaierror(-2, "Name or service not known"), OSError("Tunnel connection failed: 403")):
+    for reason in (
+        socket.gaierror(-2, "Name or service not known"),
+        OSError("Tunnel connection failed: 403"),
+    ):
         asked: list[str] = []
 
-        def refuse(url: str, *_: object, reason: OSError = reason, asked: list[str] = asked) -> None:
+        def refuse(
+            url: str, *_: object, reason: OSError = reason, asked: list[str] = asked
+        ) -> None:
             asked.append(url)
             raise urllib.error.URLError(reason)
 
@@ -254,45 +278,66 @@ def test_sizes_that_do_not_agree(server: Server, tmp_path: Path) -> None:
 
 def test_parts_that_do_not_agree(server: Server, tmp_path: Path) -> None:
     server.cuts, server.shift = 1, 7
-    with pytest.raises(DataError, match="another part than was asked for: .*expected bytes 1500000-"):  # noqa: RUF043
+    with pytest.raises(
+        DataError, match=r"another part than was asked for: .*expected bytes 1500000-"
+    ):
         get(remote(server), tmp_path)
 
 
-def test_the_disk_is_looked_at_first(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_disk_is_looked_at_first(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     free = shutil.disk_usage(tmp_path)._replace(free=fetching._RESERVE + 2_999_999)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     with pytest.raises(DataError, match="the disk is too small"):
         get(remote(server), tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=fetching._RESERVE + 3_000_000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: free._replace(free=fetching._RESERVE + 3_000_000)
+    )
     get(remote(server), tmp_path)
 
 
 # Data sets ------------------------------------------------------------------------------------------------------------
 
 
-def served(server: Server, name: str, root: Path, monkeypatch: pytest.MonkeyPatch, **facts: Any) -> Official:
+def served(
+    server: Server, name: str, root: Path, monkeypatch: pytest.MonkeyPatch, **facts: Any
+) -> Official:
     """The data set of that name, with this server in place of its own and a sample in place of its files."""
     files = []
     for old in OFFICIAL[name].files:
         server.files[f"/{old.name}"] = (root / old.name).read_bytes()
         digest = hashlib.sha256(server.files[f"/{old.name}"]).hexdigest()
-        files.append(old._replace(urls=(server.url(f"/{old.name}"),), size=0, md5="", sha256=digest))
+        files.append(
+            old._replace(urls=(server.url(f"/{old.name}"),), size=0, md5="", sha256=digest)
+        )
     known = OFFICIAL[name]._replace(files=tuple(files), **facts)
     monkeypatch.setitem(OFFICIAL, name, known)
     return known
 
 
-def test_a_fetched_data_set_loads(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    served(server, "icassava2019", write_sample("icassava2019", tmp_path / "made", per_class=2), monkeypatch)
+def test_a_fetched_data_set_loads(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served(
+        server,
+        "icassava2019",
+        write_sample("icassava2019", tmp_path / "made", per_class=2),
+        monkeypatch,
+    )
     root = tmp_path / "deep/data"
-    with pytest.raises(DataError, match=r"terms of iCassava 2019 have to be accepted: .*add --accept-licence"):
+    with pytest.raises(
+        DataError, match=r"terms of iCassava 2019 have to be accepted: .*add --accept-licence"
+    ):
         fetch("icassava2019", root)
     assert not root.exists()
     (archive,) = fetch("icassava2019", root, accept_licence=True)
     assert archive.with_name(archive.name + ".unpacked").is_dir()
     assert len(load_data(DataSpec(source="icassava2019", root=str(root)), 0).train) == 10
     served(server, "mnist", write_sample("mnist", tmp_path / "made", per_class=2), monkeypatch)
-    assert [path.name for path in fetch("mnist", root)] == [file.name for file in OFFICIAL["mnist"].files]
+    assert [path.name for path in fetch("mnist", root)] == [
+        file.name for file in OFFICIAL["mnist"].files
+    ]
     assert len(load_data(DataSpec(source="mnist", root=str(root)), 0).train) == 20
 
 
@@ -320,7 +365,10 @@ def test_every_data_set_has_its_facts() -> None:
         known = official(name)
         assert bool(known.files) != bool(known.kaggle), name
         for file in known.files + known.extra_files:
-            assert all(url.startswith(("http://", "https://")) and url.endswith(file.name) for url in file.urls)
+            assert all(
+                url.startswith(("http://", "https://")) and url.endswith(file.name)
+                for url in file.urls
+            )
             assert len(file.md5) in (0, 32)
             assert len(file.sha256) in (0, 64)
             unchecked = file.name in ("categories.json.tar.gz", "fingerspelling5.tar.bz2")
@@ -342,7 +390,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_kaggle_without_and_with_its_program(tmp_path: Path, home: Path) -> None:
-    with pytest.raises(DataError, match=r"needs a Kaggle account: .*download all files as .*\.zip.*kaggle\.json"):
+    with pytest.raises(
+        DataError, match=r"needs a Kaggle account: .*download all files as .*\.zip.*kaggle\.json"
+    ):
         fetch("cassava2020", tmp_path / "data", accept_licence=True)
     made = write_sample("cassava2020", tmp_path / "made", per_class=2)
     shutil.make_archive(str(tmp_path / "made"), "zip", made)
@@ -355,9 +405,14 @@ def test_kaggle_without_and_with_its_program(tmp_path: Path, home: Path) -> None
         fetch("cassava2020", tmp_path / "data", accept_licence=True)
     (home / ".kaggle").mkdir(parents=True)
     (home / ".kaggle/kaggle.json").write_text("{}")
-    with pytest.raises(DataError, match="could not download: cassava-leaf-disease-classification; got 403 - Forbidden"):
+    with pytest.raises(
+        DataError,
+        match="could not download: cassava-leaf-disease-classification; got 403 - Forbidden",
+    ):
         fetch("cassava2020", tmp_path / "data", accept_licence=True)
     (home / "ok").write_text("")
     (archive,) = fetch("cassava2020", tmp_path / "data", accept_licence=True)
     assert archive.name == "cassava-leaf-disease-classification.zip"
-    assert len(load_data(DataSpec(source="cassava2020", root=str(tmp_path / "data")), 0).train) == 10
+    assert (
+        len(load_data(DataSpec(source="cassava2020", root=str(tmp_path / "data")), 0).train) == 10
+    )

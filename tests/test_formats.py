@@ -32,7 +32,9 @@ tables = predictions().filter(holdable)
 @pytest.mark.parametrize("suffix", ["npz", "csv", "parquet"])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_what_is_written_is_what_is_read(tmp_path_factory: pytest.TempPathFactory, suffix: str, data: Any) -> None:
+def test_what_is_written_is_what_is_read(
+    tmp_path_factory: pytest.TempPathFactory, suffix: str, data: Any
+) -> None:
     if suffix == "parquet":
         pytest.importorskip("pyarrow")
     original = data.draw(predictions() if suffix == "npz" else tables)
@@ -41,7 +43,9 @@ def test_what_is_written_is_what_is_read(tmp_path_factory: pytest.TempPathFactor
     assert same(read_predictions(path), original)
 
 
-@pytest.mark.skipif("roles" not in {field.name for field in fields(Predictions)}, reason="predictions without roles")
+@pytest.mark.skipif(
+    "roles" not in {field.name for field in fields(Predictions)}, reason="predictions without roles"
+)
 @pytest.mark.parametrize("suffix", ["npz", "csv", "parquet"])
 def test_roles_come_back(tmp_path: Path, suffix: str) -> None:
     if suffix == "parquet":
@@ -56,7 +60,18 @@ def test_roles_come_back(tmp_path: Path, suffix: str) -> None:
 
 def test_no_field_of_predictions_is_forgotten_by_the_tables() -> None:
     """Who adds a field to Predictions must write it to CSV and parquet, too, or it is lost there without a word."""
-    known = {"probs", "labels", "ids", "classes", "members", "groups", "protocol", "kind", "folds", "roles"}
+    known = {
+        "probs",
+        "labels",
+        "ids",
+        "classes",
+        "members",
+        "groups",
+        "protocol",
+        "kind",
+        "folds",
+        "roles",
+    }
     assert {field.name for field in fields(Predictions)} <= known
 
 
@@ -65,7 +80,9 @@ def test_a_mark_of_the_papers_protocol_survives_pandas(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     original = make(m=1, protocol="paper", kind="test")
     write_predictions(original, tmp_path / "a.parquet")
-    pandas.read_parquet(tmp_path / "a.parquet").sort_values("id", ascending=False).to_parquet(tmp_path / "b.parquet")
+    pandas.read_parquet(tmp_path / "a.parquet").sort_values("id", ascending=False).to_parquet(
+        tmp_path / "b.parquet"
+    )
     found = read_predictions(tmp_path / "b.parquet")
     assert (found.protocol, found.kind) == ("paper", "test")
     assert same(found.rows(np.arange(6)[::-1]), original)
@@ -75,7 +92,12 @@ def test_the_line_of_the_docs_writes_a_file_that_is_read(tmp_path: Path) -> None
     pandas = pytest.importorskip("pandas")
     pytest.importorskip("pyarrow")
     one = make(m=1)
-    classes, ids, names, probs = one.classes, one.ids, [one.classes[i] for i in one.labels], one.probs[0]
+    classes, ids, names, probs = (
+        one.classes,
+        one.ids,
+        [one.classes[i] for i in one.labels],
+        one.probs[0],
+    )
     frame = pandas.DataFrame(probs, columns=classes).assign(id=ids, label=names)
     frame.to_csv(tmp_path / "net0.csv", index=False)
     frame.to_parquet(tmp_path / "net0.parquet", index=False)
@@ -84,8 +106,10 @@ def test_the_line_of_the_docs_writes_a_file_that_is_read(tmp_path: Path) -> None
     np.savez(tmp_path / "net0.npz", probs=probs, labels=one.labels, ids=ids, classes=classes)
     assert same(read_predictions(tmp_path / "net0.npz"), one)
     two = make()
-    parts = [pandas.DataFrame(p, columns=classes).assign(id=ids, label=names, member=m)
-             for m, p in zip(two.members, two.probs, strict=True)]  # fmt: skip
+    parts = [
+        pandas.DataFrame(p, columns=classes).assign(id=ids, label=names, member=m)
+        for m, p in zip(two.members, two.probs, strict=True)
+    ]
     pandas.concat(parts).to_csv(tmp_path / "both.csv", index=False)
     assert same(read_predictions(tmp_path / "both.csv"), two)
 
@@ -123,8 +147,14 @@ def test_labels_may_be_column_numbers_where_no_class_is_named_by_a_number(tmp_pa
 
 
 def test_paths_give_labels_and_ids_that_do_not_depend_on_the_machine(tmp_path: Path) -> None:
-    mine = read(tmp_path, "path,cat,dog\n/home/me/test/cat/1.jpg,1,0\n/home/me/test/dog/x/1.jpg,0,1\n", "a.csv")
-    theirs = read(tmp_path, "path,cat,dog\nD:\\test\\cat\\1.jpg,1,0\nD:\\test\\dog\\x\\1.jpg,0,1\n", "b.csv")
+    mine = read(
+        tmp_path,
+        "path,cat,dog\n/home/me/test/cat/1.jpg,1,0\n/home/me/test/dog/x/1.jpg,0,1\n",
+        "a.csv",
+    )
+    theirs = read(
+        tmp_path, "path,cat,dog\nD:\\test\\cat\\1.jpg,1,0\nD:\\test\\dog\\x\\1.jpg,0,1\n", "b.csv"
+    )
     assert mine.ids == theirs.ids == ("cat/1.jpg", "dog/x/1.jpg")
     assert mine.labels.tolist() == theirs.labels.tolist() == [0, 1]
 
@@ -144,13 +174,25 @@ def test_labels_from_a_table_beside_the_file(tmp_path: Path) -> None:
     assert (found.labels.tolist(), found.groups, found.ids) == ([1, 0], ("z", "y"), ("a", "b"))
     np.save(tmp_path / "net.npy", np.array([[0.5, 0.5], [1, 0], [0, 1]]))
     found = read_predictions(tmp_path / "net.npy", labels=truth, classes=["cat", "dog"])
-    assert (found.ids, found.labels.tolist(), found.members) == (("c", "b", "a"), [1, 0, 1], ("net",))
+    assert (found.ids, found.labels.tolist(), found.members) == (
+        ("c", "b", "a"),
+        [1, 0, 1],
+        ("net",),
+    )
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
-    assert same(read_predictions(tmp_path / "net.npy", labels=truth, classes=tmp_path / "classes.txt"), found)
+    assert same(
+        read_predictions(tmp_path / "net.npy", labels=truth, classes=tmp_path / "classes.txt"),
+        found,
+    )
 
 
 def test_labels_from_folders_when_asked(tmp_path: Path) -> None:
-    np.savez(tmp_path / "net.npz", probs=np.eye(2), ids=["t/dog/1.png", "t/cat/1.png"], classes=["cat", "dog"])
+    np.savez(
+        tmp_path / "net.npz",
+        probs=np.eye(2),
+        ids=["t/dog/1.png", "t/cat/1.png"],
+        classes=["cat", "dog"],
+    )
     with pytest.raises(DataError, match="there are no labels"):
         read_predictions(tmp_path / "net.npz")
     found = read_predictions(tmp_path / "net.npz", labels="folder")
@@ -177,13 +219,28 @@ def test_labels_beside_the_file_that_do_not_fit_are_refused(tmp_path: Path) -> N
         (tmp_path / "labels.csv").write_text(text)
         refused(message, tmp_path / "net.npz", labels=tmp_path / "labels.csv")
     (tmp_path / "labels.csv").write_text("label\ncat\ndog\n")
-    refused("order of the classes is not known", tmp_path / "net.npy", labels=tmp_path / "labels.csv")
-    refused("2 names, one per column.*got 3", tmp_path / "net.npy", labels=tmp_path / "labels.csv", classes=[*"abc"])
     refused(
-        "cannot read the class names", tmp_path / "net.npy", labels=tmp_path / "labels.csv", classes=tmp_path / "no"
+        "order of the classes is not known", tmp_path / "net.npy", labels=tmp_path / "labels.csv"
+    )
+    refused(
+        "2 names, one per column.*got 3",
+        tmp_path / "net.npy",
+        labels=tmp_path / "labels.csv",
+        classes=[*"abc"],
+    )
+    refused(
+        "cannot read the class names",
+        tmp_path / "net.npy",
+        labels=tmp_path / "labels.csv",
+        classes=tmp_path / "no",
     )
     refused("labels must be a table", tmp_path / "net.npz", labels=tmp_path / "net.npz")
-    refused("names its classes otherwise", tmp_path / "net.npz", labels=tmp_path / "labels.csv", classes=("dog", "cat"))
+    refused(
+        "names its classes otherwise",
+        tmp_path / "net.npz",
+        labels=tmp_path / "labels.csv",
+        classes=("dog", "cat"),
+    )
     refused("there are no paths", tmp_path / "net.npy", labels="folder")
 
 
@@ -197,7 +254,10 @@ def test_two_sources_of_labels_must_agree(tmp_path: Path) -> None:
 
 def test_names_that_a_table_cannot_hold_are_refused(tmp_path: Path) -> None:
     for change, message in (
-        ({"classes": ("a", "label", "c")}, "a class has the name of a column.*got label; fix: write .npz"),
+        (
+            {"classes": ("a", "label", "c")},
+            "a class has the name of a column.*got label; fix: write .npz",
+        ),
         ({"classes": ("a", "", "c")}, "an empty name"),
         ({"members": ("a\0", "b")}, "cannot be written to a table"),
         ({"ids": ("", *"abcde")}, "cannot be written to a table"),
@@ -211,16 +271,22 @@ def test_names_that_a_table_cannot_hold_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_predictions(make(), tmp_path / "x.csv")
     before = (tmp_path / "x.csv").read_bytes()
-    monkeypatch.setattr("os.fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        "os.fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(RunError, match="No space left"):
         write_predictions(make(m=1), tmp_path / "x.csv")
     assert (tmp_path / "x.csv").read_bytes() == before
 
 
-def test_without_pyarrow_parquet_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pyarrow_parquet_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1" + bytes(100))
 
     def absent(name: str) -> None:

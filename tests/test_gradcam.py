@@ -31,11 +31,16 @@ class Net(nn.Module):
         return x.mean((2, 3))
 
 
-def small(spec: HeadSpec | None = None, channels: int = 6, seed: int = 0, classes: int = 3) -> Member:
+def small(
+    spec: HeadSpec | None = None, channels: int = 6, seed: int = 0, classes: int = 3
+) -> Member:
     torch.manual_seed(seed)
     body = nn.Sequential(nn.Conv2d(3, channels, 3, 2, 1), nn.Tanh())
     member = Member(
-        Net(body, channels), build_head(spec or HeadSpec(kind="linear"), channels, classes), (0.5,) * 3, (0.25,) * 3
+        Net(body, channels),
+        build_head(spec or HeadSpec(kind="linear"), channels, classes),
+        (0.5,) * 3,
+        (0.25,) * 3,
     )
     return member.eval()
 
@@ -62,7 +67,10 @@ def trained() -> Member:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU()]
     member = Member(
-        Net(nn.Sequential(*layers), 16), build_head(HeadSpec(kind="linear"), 16, 2), (0.5,) * 3, (0.25,) * 3
+        Net(nn.Sequential(*layers), 16),
+        build_head(HeadSpec(kind="linear"), 16, 2),
+        (0.5,) * 3,
+        (0.25,) * 3,
     )
     images, labels, _ = planted(256, 1)
     pixels, truth = torch.tensor(images).permute(0, 3, 1, 2).float(), torch.tensor(labels)
@@ -77,7 +85,9 @@ def trained() -> Member:
 def test_the_heat_lies_on_the_planted_square(trained: Member) -> None:
     images, labels, corners = planted(64, 2)
     with torch.inference_mode():
-        right = trained(torch.tensor(images).permute(0, 3, 1, 2).float()).argmax(1).numpy() == labels
+        right = (
+            trained(torch.tensor(images).permute(0, 3, 1, 2).float()).argmax(1).numpy() == labels
+        )
     assert right.mean() > 0.95
     heat = grad_cam(trained, images, labels)
     assert heat.shape == (64, 32, 32)
@@ -149,7 +159,9 @@ def test_nothing_of_the_member_is_changed() -> None:
     assert all(p.grad is None for p in member.parameters())
     assert "forward_features" not in vars(member.backbone)
     with torch.inference_mode():
-        np.testing.assert_array_equal(grad_cam(member, noise(), [0, 1, 2, 1]), first)  # no noise, no mode of the caller
+        np.testing.assert_array_equal(
+            grad_cam(member, noise(), [0, 1, 2, 1]), first
+        )  # no noise, no mode of the caller
     with pytest.raises(DataError, match="no such class; expected 0 to 2, got 3"):
         grad_cam(member, noise(), [0, 1, 2, 3])
     assert {name: p.requires_grad for name, p in member.named_parameters()} == flags
@@ -166,14 +178,21 @@ def test_images_of_a_batch_do_not_act_on_each_other_and_classes_matter() -> None
 
 
 def test_joined_members_and_ensembles_are_means() -> None:
-    bases, images, classes = [small(seed=0), small(HeadSpec(kind="rnn", units=4), seed=1)], noise(), [0, 1, 2, 0]
+    bases, images, classes = (
+        [small(seed=0), small(HeadSpec(kind="rnn", units=4), seed=1)],
+        noise(),
+        [0, 1, 2, 0],
+    )
     joined = build_joint(HeadSpec(kind="linear"), bases, 3)
     assert isinstance(joined, JointMember)
     maps = [grad_cam(base, images, classes) for base in bases]
     np.testing.assert_allclose(grad_cam(joined, images, classes), np.mean(maps, 0), atol=1e-6)
     np.testing.assert_allclose(ensemble_cam(bases, images, classes), np.mean(maps, 0), atol=1e-6)
     sized = ensemble_cam(bases, images, classes, sizes=[8, 24], resizes=["squash", "crop"])
-    parts = [grad_cam(bases[0], images, classes, size=8), grad_cam(bases[1], images, classes, size=24, resize="crop")]
+    parts = [
+        grad_cam(bases[0], images, classes, size=8),
+        grad_cam(bases[1], images, classes, size=24, resize="crop"),
+    ]
     np.testing.assert_allclose(sized, np.mean(parts, 0), atol=1e-6)
     assert np.abs(parts[0] - maps[0]).max() > 0.01
 
@@ -181,13 +200,20 @@ def test_joined_members_and_ensembles_are_means() -> None:
 def test_heat_is_put_back_where_the_member_saw_it(trained: Member) -> None:
     """A wide picture: squashed as a whole, or its middle alone, outside which there is no heat."""
     images, labels, corners = planted(8, 3)
-    wide = np.concatenate([np.full((8, 32, 16, 3), 128, np.uint8), images, np.full((8, 32, 16, 3), 128, np.uint8)], 2)
+    wide = np.concatenate(
+        [np.full((8, 32, 16, 3), 128, np.uint8), images, np.full((8, 32, 16, 3), 128, np.uint8)], 2
+    )
     middle = grad_cam(trained, wide, labels, size=32, resize="crop")
     assert middle.shape == (8, 32, 64)
     assert not middle[:, :, :16].any()
     assert not middle[:, :, 48:].any()
     np.testing.assert_allclose(middle[:, :, 16:48], grad_cam(trained, images, labels), atol=1e-6)
-    hottest = np.stack(np.unravel_index(grad_cam(trained, wide, labels, size=32).reshape(8, -1).argmax(1), (32, 64)), 1)
+    hottest = np.stack(
+        np.unravel_index(
+            grad_cam(trained, wide, labels, size=32).reshape(8, -1).argmax(1), (32, 64)
+        ),
+        1,
+    )
     assert ((hottest - [0, 16]) // 16 == corners).all(1).mean() >= 0.75
 
 
@@ -204,7 +230,13 @@ def test_heat_is_put_back_where_the_member_saw_it(trained: Member) -> None:
 )
 def test_families_of_timm_give_a_map(backbone: str, size: int) -> None:
     torch.manual_seed(0)
-    spec = MemberSpec(name="a", backbone=backbone, weights="none", img_size=size, head=HeadSpec(kind="gru", units=8))
+    spec = MemberSpec(
+        name="a",
+        backbone=backbone,
+        weights="none",
+        img_size=size,
+        head=HeadSpec(kind="gru", units=8),
+    )
     member, images = build_member(spec, 4, pretrained=False), noise(2, 48)
     images[:, 20:30, 5:15] = 255
     with warnings.catch_warnings():
@@ -231,7 +263,9 @@ class Tokens(Net):
 def test_a_backbone_without_a_map_gives_zeros_and_says_so() -> None:
     member = small()
     member.backbone = Tokens(member.backbone.body, 6)
-    with pytest.warns(NoMap, match=r"Tokens has no map of places \(its features are \(7, 6\)\): no heat"):
+    with pytest.warns(
+        NoMap, match=r"Tokens has no map of places \(its features are \(7, 6\)\): no heat"
+    ):
         heat = grad_cam(member, noise(2), [0, 1])
     assert heat.shape == (2, 16, 16)
     assert not heat.any()
@@ -239,9 +273,13 @@ def test_a_backbone_without_a_map_gives_zeros_and_says_so() -> None:
 
 def test_bad_input_is_told_in_one_line() -> None:
     member = small()
-    with pytest.raises(DataError, match=r"not a batch of images; expected uint8 \(b, h, w, 3\), got float64"):
+    with pytest.raises(
+        DataError, match=r"not a batch of images; expected uint8 \(b, h, w, 3\), got float64"
+    ):
         grad_cam(member, noise() / 255, [0] * 4)
-    with pytest.raises(DataError, match=r"one class number per image; expected \(4,\), got int64 \(3,\)"):
+    with pytest.raises(
+        DataError, match=r"one class number per image; expected \(4,\), got int64 \(3,\)"
+    ):
         grad_cam(member, noise(), [0, 1, 2])
     with pytest.raises(DataError, match="no such class; expected 0 to 2, got -1"):
         grad_cam(member, noise(1), [-1])

@@ -31,10 +31,16 @@ GOLDEN = np.load(Path(__file__).parent / "golden" / "keras_heads.npz", allow_pic
 TORCH_LAYERS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 RECURRENT_KINDS = ["rnn", "gru", "lstm", "birnn", "bigru", "bilstm"]
 LIVE_ROWS = {"rnn": [0], "gru": [0, 1, 2], "lstm": [0, 2, 3]}
-KERAS_TO_TORCH = {"rnn": [0], "gru": [1, 0, 2], "lstm": [0, 1, 2, 3]}  # Keras: GRU z r h, LSTM i f c o
+KERAS_TO_TORCH = {
+    "rnn": [0],
+    "gru": [1, 0, 2],
+    "lstm": [0, 1, 2, 3],
+}  # Keras: GRU z r h, LSTM i f c o
 
 
-def torch_layer(kind: str, features: int = 5, units: int = 3, **options: object) -> nn.RNN | nn.GRU | nn.LSTM:
+def torch_layer(
+    kind: str, features: int = 5, units: int = 3, **options: object
+) -> nn.RNN | nn.GRU | nn.LSTM:
     torch.manual_seed(3)
     return TORCH_LAYERS[kind.removeprefix("bi")](
         features, units, batch_first=True, bidirectional=kind.startswith("bi"), **options
@@ -55,7 +61,9 @@ def from_keras(key: str, directions: int = 1) -> nn.RNN | nn.GRU | nn.LSTM | One
         rows = torch.cat([torch.arange(units), torch.arange(2 * units, 3 * units)])
         step.load_state_dict({"input.weight": weights[0].T[rows], "input.bias": weights[2][rows]})
         return step
-    module = TORCH_LAYERS[cell](features, units, batch_first=True, bidirectional=directions == 2).double()
+    module = TORCH_LAYERS[cell](
+        features, units, batch_first=True, bidirectional=directions == 2
+    ).double()
     state = {}
     for suffix, (kernel, recurrent, bias) in zip(
         ("_l0", "_l0_reverse"), zip(*[iter(weights)] * 3, strict=True), strict=False
@@ -65,7 +73,10 @@ def from_keras(key: str, directions: int = 1) -> nn.RNN | nn.GRU | nn.LSTM | One
         def reorder(array: torch.Tensor) -> torch.Tensor:
             return torch.cat([array.split(units)[gate] for gate in KERAS_TO_TORCH[cell]])
 
-        state |= {f"weight_ih{suffix}": reorder(kernel.T), f"weight_hh{suffix}": reorder(recurrent.T)}
+        state |= {
+            f"weight_ih{suffix}": reorder(kernel.T),
+            f"weight_hh{suffix}": reorder(recurrent.T),
+        }
         state |= {f"bias_ih{suffix}": reorder(biases[0]), f"bias_hh{suffix}": reorder(biases[1])}
     module.load_state_dict(state)
     return module
@@ -73,7 +84,9 @@ def from_keras(key: str, directions: int = 1) -> nn.RNN | nn.GRU | nn.LSTM | One
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("kind", RECURRENT_KINDS)
-def test_one_step_has_the_outputs_and_live_gradients_of_torch(kind: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_one_step_has_the_outputs_and_live_gradients_of_torch(
+    kind: str, dtype: torch.dtype, tolerance: float
+) -> None:
     full = torch_layer(kind).to(dtype)
     step = collapse(full)
     x = torch.randn(7, 5, dtype=dtype, requires_grad=True)
@@ -90,7 +103,8 @@ def test_one_step_has_the_outputs_and_live_gradients_of_torch(kind: str, dtype: 
     live, stored = LIVE_ROWS[cell], STORED_GATES[cell]
     for direction, suffix in enumerate(("_l0", "_l0_reverse")[:directions]):
         weight, bias, hidden_bias, hidden = (
-            full.get_parameter(name + suffix).grad for name in ("weight_ih", "bias_ih", "bias_hh", "weight_hh")
+            full.get_parameter(name + suffix).grad
+            for name in ("weight_ih", "bias_ih", "bias_hh", "weight_hh")
         )
         mine = step.input.weight.grad.view(len(live), directions, 3, 5)[:, direction]
         torch.testing.assert_close(mine, weight.view(stored, 3, 5)[live], **close)
@@ -158,7 +172,9 @@ def test_one_step_is_keras(gate: str, name: str) -> None:
     step = layer if isinstance(layer, OneStep) else collapse(layer)
     step.activation = "keras" if gate == "hard" else "torch"
     output = step(torch.from_numpy(GOLDEN["inputs/one"][:, 0]))
-    np.testing.assert_allclose(output.detach().numpy(), GOLDEN[f"{gate}/{name}/output_one"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        output.detach().numpy(), GOLDEN[f"{gate}/{name}/output_one"], rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,7 +188,11 @@ def test_heads_over_several_steps_are_keras(kind: str, name: str) -> None:
         ("rows", torch.stack((steps - 0.5, steps + 0.5), dim=3)),
         ("spatial", steps.unflatten(2, (2, 2))),
     ):
-        head = build_head(HeadSpec(kind=kind, units=units, sequence=sequence), 6, units).double().eval()
+        head = (
+            build_head(HeadSpec(kind=kind, units=units, sequence=sequence), 6, units)
+            .double()
+            .eval()
+        )
         head.recurrent.load_state_dict(layer.state_dict())
         with torch.no_grad():
             head.classifier.weight.copy_(torch.eye(units))
@@ -196,7 +216,9 @@ COUNTS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "reset_after", "features", "keras", "torch_count", "live"), COUNTS)
+@pytest.mark.parametrize(
+    ("kind", "reset_after", "features", "keras", "torch_count", "live"), COUNTS
+)
 def test_parameter_counts(
     kind: str, reset_after: bool, features: int, keras: int, torch_count: int | None, live: int
 ) -> None:
@@ -209,7 +231,10 @@ def test_parameter_counts(
                 full_parameters(kind, features, 2048, reset_after=reset_after, keras=False)
         else:
             assert full_parameters(kind, features, 2048, keras=False) == torch_count
-            assert count(torch_layer(kind, features, 1024 if kind == "bilstm" else 2048)) == torch_count
+            assert (
+                count(torch_layer(kind, features, 1024 if kind == "bilstm" else 2048))
+                == torch_count
+            )
 
 
 @pytest.mark.parametrize("kind", [*RECURRENT_KINDS, "linear", "mlp"])
@@ -311,7 +336,9 @@ def test_torch_start_is_distributed_as_torch_starts(kind: str) -> None:
     full = collapse(torch_layer(kind, 20, units // (2 if kind.startswith("bi") else 1)))
     for (name, mine), theirs in zip(step.named_parameters(), full.parameters(), strict=True):
         gates = len(mine) // units
-        for a, b in zip(mine.detach().view(gates, -1), theirs.detach().view(gates, -1), strict=True):
+        for a, b in zip(
+            mine.detach().view(gates, -1), theirs.detach().view(gates, -1), strict=True
+        ):
             assert abs(float(a.std() / b.std()) - 1) < 0.1, name
             assert abs(float(a.abs().max() / b.abs().max()) - 1) < 0.1, name
 
@@ -320,7 +347,10 @@ def test_torch_start_is_distributed_as_torch_starts(kind: str) -> None:
     ("options", "sentence"),
     [
         ({"kind": "linear"}, "Linear classifier on the pooled features."),
-        ({"kind": "mlp"}, "Linear classifier on the pooled features through a hidden layer of 1024 units."),
+        (
+            {"kind": "mlp"},
+            "Linear classifier on the pooled features through a hidden layer of 1024 units.",
+        ),
         (
             {"kind": "gru"},
             "GRU over one time step: the recurrent weights cannot act, so this is a gated dense layer of 2048 units.",

@@ -19,7 +19,15 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from threefold.errors import DataError
-from threefold.images import IMAGE_SUFFIXES, MAX_PIXELS, BadImage, check, check_all, decode, same_content
+from threefold.images import (
+    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    BadImage,
+    check,
+    check_all,
+    decode,
+    same_content,
+)
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (12, 20, 3), dtype=np.uint8)
@@ -39,7 +47,8 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     header = struct.pack(">LLBBBBB", width, height, 8, 2, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">L", len(data)) + name + data + struct.pack(">L", zlib.crc32(name + data)) for name, data in parts
+        struct.pack(">L", len(data)) + name + data + struct.pack(">L", zlib.crc32(name + data))
+        for name, data in parts
     )
 
 
@@ -84,9 +93,18 @@ def test_every_kind_of_source_gives_the_same(tmp_path: Path) -> None:
     path = tmp_path / "a b é.png"
     path.write_bytes(content)
     with path.open("rb") as stream:
-        results = [decode(path), decode(str(path)), decode(content), decode(io.BytesIO(content)), decode(stream)]
+        results = [
+            decode(path),
+            decode(str(path)),
+            decode(content),
+            decode(io.BytesIO(content)),
+            decode(stream),
+        ]
     assert all(np.array_equal(result, PIXELS) for result in results)
-    assert all(result.dtype == np.uint8 and result.flags.writeable and result.flags.c_contiguous for result in results)
+    assert all(
+        result.dtype == np.uint8 and result.flags.writeable and result.flags.c_contiguous
+        for result in results
+    )
 
 
 def test_the_content_decides_and_not_the_name(tmp_path: Path) -> None:
@@ -117,8 +135,12 @@ TURNS = {
 def test_exif_rotation_is_applied(format: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"PNG": {}, "WEBP": {"lossless": True}, "TIFF": {"compression": "tiff_deflate"}}[format]
-    assert np.array_equal(decode(encode(PIXELS, format, exif=exif, **options)), TURNS[orientation](PIXELS))
+    options = {"PNG": {}, "WEBP": {"lossless": True}, "TIFF": {"compression": "tiff_deflate"}}[
+        format
+    ]
+    assert np.array_equal(
+        decode(encode(PIXELS, format, exif=exif, **options)), TURNS[orientation](PIXELS)
+    )
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -130,7 +152,8 @@ def test_exif_rotation_of_a_jpeg_in_both_byte_orders(order: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "block", [b"", b"II", b"nonsense", b"II*\0", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff\x01"]
+    "block",
+    [b"", b"II", b"nonsense", b"II*\0", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff\x01"],
 )
 def test_a_damaged_exif_block_turns_nothing(block: bytes) -> None:
     assert np.array_equal(decode(encode(PIXELS, "PNG", exif=b"Exif\0\0" + block)), PIXELS)
@@ -143,11 +166,16 @@ def test_an_orientation_that_does_not_exist_turns_nothing() -> None:
 
 
 def test_grey_is_repeated() -> None:
-    assert np.array_equal(decode(encode(PIXELS[..., 0], "PNG")), np.repeat(PIXELS[..., :1], 3, axis=2))
+    assert np.array_equal(
+        decode(encode(PIXELS[..., 0], "PNG")), np.repeat(PIXELS[..., :1], 3, axis=2)
+    )
 
 
 def test_one_bit_is_black_and_white() -> None:
-    assert decode(encode(Image.fromarray(np.eye(3, dtype=bool)), "PNG"))[:, :, 1].tolist() == (np.eye(3) * 255).tolist()
+    assert (
+        decode(encode(Image.fromarray(np.eye(3, dtype=bool)), "PNG"))[:, :, 1].tolist()
+        == (np.eye(3) * 255).tolist()
+    )
 
 
 def test_transparent_pixels_lie_on_white() -> None:
@@ -173,7 +201,10 @@ def test_palette_with_transparency_lies_on_white() -> None:
 
 def test_a_transparent_colour_lies_on_white() -> None:
     rgb = np.array([[[10, 20, 30], [11, 20, 30]]], dtype=np.uint8)
-    assert decode(encode(rgb, "PNG", transparency=(10, 20, 30)))[0].tolist() == [[255] * 3, [11, 20, 30]]
+    assert decode(encode(rgb, "PNG", transparency=(10, 20, 30)))[0].tolist() == [
+        [255] * 3,
+        [11, 20, 30],
+    ]
 
 
 def test_cmyk_is_converted() -> None:
@@ -191,9 +222,26 @@ def test_16_bit_grey_is_scaled_and_not_clipped(format: str) -> None:
 
 def test_16_bit_big_endian_grey_is_scaled() -> None:
     data = GREY16.astype(">u2").tobytes()
-    tags = [(256, 4), (257, 2), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, 2), (279, len(data))]
+    tags = [
+        (256, 4),
+        (257, 2),
+        (258, 16),
+        (259, 1),
+        (262, 1),
+        (273, 8),
+        (277, 1),
+        (278, 2),
+        (279, len(data)),
+    ]
     entries = b"".join(struct.pack(">HHLHH", tag, 3, 1, value, 0) for tag, value in tags)
-    content = b"MM\0*" + struct.pack(">L", 8 + len(data)) + data + struct.pack(">H", len(tags)) + entries + b"\0" * 4
+    content = (
+        b"MM\0*"
+        + struct.pack(">L", 8 + len(data))
+        + data
+        + struct.pack(">H", len(tags))
+        + entries
+        + b"\0" * 4
+    )
     assert np.array_equal(decode(content)[..., 2], GREY16_AS_8)
 
 
@@ -211,7 +259,9 @@ def test_16_bit_transparent_value_lies_on_white() -> None:
         (np.array([[0, 25700, 65535]], dtype=np.int32), [0, 100, 255]),
     ],
 )
-def test_32_bit_grey_takes_the_smallest_range_that_holds_it(values: np.ndarray, expected: list[int]) -> None:
+def test_32_bit_grey_takes_the_smallest_range_that_holds_it(
+    values: np.ndarray, expected: list[int]
+) -> None:
     assert decode(encode(values, "TIFF"))[0, :, 0].tolist() == expected
 
 
@@ -234,7 +284,9 @@ def test_the_first_frame_of_an_animation(format: str) -> None:
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
-def test_truncated_files_are_refused_with_path_and_reason(tmp_path: Path, format: str, share: float) -> None:
+def test_truncated_files_are_refused_with_path_and_reason(
+    tmp_path: Path, format: str, share: float
+) -> None:
     content = encode(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8), format)
     path = tmp_path / "half image.bin"
     path.write_bytes(content[: max(8, int(len(content) * share))])
@@ -257,7 +309,17 @@ def test_truncated_files_are_refused_with_path_and_reason(tmp_path: Path, format
         (b"GIF89a\0", "GIF"),
         (webp(5, 5, b"VP8X"), "WebP"),
     ],
-    ids=["empty", "text", "eps", "psd", "svg", "ppm", "png-without-pixels", "gif-header", "webp-header"],
+    ids=[
+        "empty",
+        "text",
+        "eps",
+        "psd",
+        "svg",
+        "ppm",
+        "png-without-pixels",
+        "gif-header",
+        "webp-header",
+    ],
 )
 def test_what_is_no_image_is_refused(content: bytes, reason: str) -> None:
     with pytest.raises(DataError, match=reason) as error:
@@ -268,7 +330,11 @@ def test_what_is_no_image_is_refused(content: bytes, reason: str) -> None:
 
 def test_missing_files_folders_and_pipes_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
-    for name, reason in (("no.png", "No such file"), ("", "not a regular file"), ("pipe.png", "not a regular file")):
+    for name, reason in (
+        ("no.png", "No such file"),
+        ("", "not a regular file"),
+        ("pipe.png", "not a regular file"),
+    ):
         with pytest.raises(DataError, match=reason):
             decode(tmp_path / name)
     with pytest.raises(DataError, match="null"):
@@ -277,7 +343,17 @@ def test_missing_files_folders_and_pipes_are_refused(tmp_path: Path) -> None:
 
 def tiff_header(width: int, height: int) -> bytes:
     """A TIFF by hand that declares a size and has next to no pixels."""
-    tags = [(256, width), (257, height), (258, 8), (259, 1), (262, 1), (273, 200), (277, 1), (278, height), (279, 9)]
+    tags = [
+        (256, width),
+        (257, height),
+        (258, 8),
+        (259, 1),
+        (262, 1),
+        (273, 200),
+        (277, 1),
+        (278, height),
+        (279, 9),
+    ]
     return (
         b"II*\0"
         + struct.pack("<LH", 8, len(tags))
@@ -289,13 +365,18 @@ def tiff_header(width: int, height: int) -> bytes:
 BOMBS = {
     "png": png(50_000, 50_000),
     "png-just-above": png(10_000, 8_948),  # where Pillow would only warn
-    "gif": b"GIF89a" + struct.pack("<HHBBB", 65_535, 65_535, 0, 0, 0) + b",\0\0\0\0\xff\xff\xff\xff\0\x08\0;",
-    "gif-frame": b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0, 0, 0) + b",\0\0\0\0\xff\xff\xff\xff\0\x08\0;",
+    "gif": b"GIF89a"
+    + struct.pack("<HHBBB", 65_535, 65_535, 0, 0, 0)
+    + b",\0\0\0\0\xff\xff\xff\xff\0\x08\0;",
+    "gif-frame": b"GIF89a"
+    + struct.pack("<HHBBB", 1, 1, 0, 0, 0)
+    + b",\0\0\0\0\xff\xff\xff\xff\0\x08\0;",
     "tiff": tiff_header(60_000, 60_000),
     "webp": webp(16_000, 16_000, b"VP8X"),
     "webp-lossless": webp(16_000, 16_000, b"VP8L"),
     "webp-lossy": webp(16_000, 16_000, b"VP8 "),
-    "bmp": b"BM" + struct.pack("<LHHLLllHHLLllLL", 54, 0, 0, 54, 40, 40_000, 40_000, 1, 24, 0, 0, 0, 0, 0, 0),
+    "bmp": b"BM"
+    + struct.pack("<LHHLLllHHLLllLL", 54, 0, 0, 54, 40, 40_000, 40_000, 1, 24, 0, 0, 0, 0, 0, 0),
     "png-text": png(4, 4, (b"zTXt", b"k\0\0" + zlib.compress(b"a" * 5_000_000))),
 }
 
@@ -329,7 +410,9 @@ def test_any_damage_gives_pixels_or_a_data_error(data: st.DataObject) -> None:
         assert decode(bytes(content)).shape[2] == 3
 
 
-DAMAGED_BASES = [encode(PIXELS, name) for name in ("JPEG", "PNG", "WEBP", "BMP", "GIF")] + [encode(GREY16, "PNG")]
+DAMAGED_BASES = [encode(PIXELS, name) for name in ("JPEG", "PNG", "WEBP", "BMP", "GIF")] + [
+    encode(GREY16, "PNG")
+]
 
 
 # Checking files -------------------------------------------------------------------------------------------------------

@@ -26,13 +26,19 @@ def without_ids(rows: Predictions, **changes: Any) -> Predictions:
 
 def reordered(rows: Predictions, order: list[int]) -> Predictions:
     """The classes in another order."""
-    return replace(rows, probs=rows.probs[:, :, order], labels=np.argsort(order)[rows.labels],
-                   classes=tuple(rows.classes[i] for i in order))  # fmt: skip
+    return replace(
+        rows,
+        probs=rows.probs[:, :, order],
+        labels=np.argsort(order)[rows.labels],
+        classes=tuple(rows.classes[i] for i in order),
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(original=predictions(), data=st.data())
-def test_parts_in_any_order_of_rows_and_classes_give_the_whole_back(original: Predictions, data: Any) -> None:
+def test_parts_in_any_order_of_rows_and_classes_give_the_whole_back(
+    original: Predictions, data: Any
+) -> None:
     parts = []
     for i, name in enumerate(original.members):
         part = original.select([name])
@@ -62,10 +68,17 @@ def test_files_without_ids_are_matched_by_order_and_labels() -> None:
         assert found.ids == named.ids
         assert (found.probs[parts.index(bare) * 2] == bare.probs[0]).all()
     assert join_predictions([without_ids(make()), bare]).ids[0] == "row0000"
-    refused("lengths differ: x, y; expected 6 rows as in net0, net1, got 5", named, without_ids(other(n=5)))
+    refused(
+        "lengths differ: x, y; expected 6 rows as in net0, net1, got 5",
+        named,
+        without_ids(other(n=5)),
+    )
     refused("lengths differ", without_ids(make()), without_ids(other(n=5)))
-    refused(r"two labels: train/0.png \(6 of 6 rows\).*expected a.*got b.*save ids",
-            named, without_ids(other(labels=(np.arange(6) + 1) % 3)))  # fmt: skip
+    refused(
+        r"two labels: train/0.png \(6 of 6 rows\).*expected a.*got b.*save ids",
+        named,
+        without_ids(other(labels=(np.arange(6) + 1) % 3)),
+    )
     refused("two labels", without_ids(make()), without_ids(other(labels=(np.arange(6) + 1) % 3)))
 
 
@@ -75,7 +88,10 @@ def test_files_without_ids_need_one_order_of_the_others() -> None:
     assert join_predictions([make(), turned]).ids == make().ids
     third = without_ids(make(members=("p", "q")))
     refused(
-        "in different orders.*p, q; expected the order of net0, net1, got another order in x, y", make(), turned, third
+        "in different orders.*p, q; expected the order of net0, net1, got another order in x, y",
+        make(),
+        turned,
+        third,
     )
 
 
@@ -90,26 +106,51 @@ def test_ids_that_only_look_made_up_are_ids() -> None:
 
 
 def test_missing_and_surplus_ids_are_counted_and_named() -> None:
-    refused(r"rows are not the same: x, y; expected the 6 ids of net0, net1, got 2 missing, the first is train/1.png",
-            make(), other().rows([0, 2, 4, 5]))  # fmt: skip
-    refused("got 2 that the other has not, the first is train/1.png", make().rows([0, 2, 4, 5]), other())
-    refused("6 missing, the first is train/0.png and 6 that the other has not, the first is u",
-            make(), other(ids=tuple("uvwxyz")))  # fmt: skip
+    refused(
+        r"rows are not the same: x, y; expected the 6 ids of net0, net1, got 2 missing, the first is train/1.png",
+        make(),
+        other().rows([0, 2, 4, 5]),
+    )
+    refused(
+        "got 2 that the other has not, the first is train/1.png", make().rows([0, 2, 4, 5]), other()
+    )
+    refused(
+        "6 missing, the first is train/0.png and 6 that the other has not, the first is u",
+        make(),
+        other(ids=tuple("uvwxyz")),
+    )
 
 
 def test_other_classes_are_refused_with_the_nearest() -> None:
     first = make(classes=("cat", "dog", "cow"))
-    refused("class names differ: x, y; expected 3 classes as in net0, net1, nearest cow, got 3 classes, among them Cow",
-            first, other(classes=("cat", "dog", "Cow")))  # fmt: skip
+    refused(
+        "class names differ: x, y; expected 3 classes as in net0, net1, nearest cow, got 3 classes, among them Cow",
+        first,
+        other(classes=("cat", "dog", "Cow")),
+    )
     refused("expected 3 classes.*got 4 classes, among them d", make(), other(k=4))
-    refused("expected 4 classes.*got 3 classes, without d", make(k=4, labels=np.zeros(6, int)), other())
+    refused(
+        "expected 4 classes.*got 3 classes, without d", make(k=4, labels=np.zeros(6, int)), other()
+    )
 
 
 def test_other_labels_groups_and_members_with_one_name_are_refused() -> None:
-    refused(r"two labels: train/1.png \(1 of 6 rows\); expected b as in net0, net1, got c in x, y",
-            make(), other(labels=np.array([0, 2, 2, 0, 1, 2])))  # fmt: skip
-    refused("two groups: train/5.png; expected c, got d", make(groups=tuple("aabbcc")), other(groups=tuple("aabbcd")))
-    refused("same name; got net0 in inputs 1 and 3, 1 more; fix: name the members apart", make(), other(), make())
+    refused(
+        r"two labels: train/1.png \(1 of 6 rows\); expected b as in net0, net1, got c in x, y",
+        make(),
+        other(labels=np.array([0, 2, 2, 0, 1, 2])),
+    )
+    refused(
+        "two groups: train/5.png; expected c, got d",
+        make(groups=tuple("aabbcc")),
+        other(groups=tuple("aabbcd")),
+    )
+    refused(
+        "same name; got net0 in inputs 1 and 3, 1 more; fix: name the members apart",
+        make(),
+        other(),
+        make(),
+    )
 
 
 def test_only_what_all_agree_on_is_kept() -> None:

@@ -16,7 +16,10 @@ from threefold.stages import StageTask, train_stage
 
 def base(backbone: str = "test_resnet", head: HeadSpec | None = None) -> Member:
     return build_member(
-        MemberSpec(name="m", backbone=backbone, weights="none", img_size=32, head=head or HeadSpec()), 10
+        MemberSpec(
+            name="m", backbone=backbone, weights="none", img_size=32, head=head or HeadSpec()
+        ),
+        10,
     )
 
 
@@ -32,7 +35,9 @@ def trainable(network: torch.nn.Module, regex: str) -> int:
 
 
 def test_the_trainable_parameters_of_a_frozen_joint_network_are_the_authors() -> None:
-    assert trainable(joint(), "^head") == 167_946  # printed by the authors' notebook for three members, ten classes
+    assert (
+        trainable(joint(), "^head") == 167_946
+    )  # printed by the authors' notebook for three members, ten classes
     assert trainable(joint("linear"), "^head") == 310  # equation 19 and its bias
     everything = joint()
     assert trainable(everything, ".") == sum(p.numel() for p in everything.parameters())
@@ -51,14 +56,20 @@ def test_frozen_members_stay_in_evaluation_and_do_not_change() -> None:
     set_trainable(network, StageSpec(name="s", epochs=1, lr=1.0, trainable="^head"))
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     train_mode(network)
-    assert not any(module.training for b in network.bases for module in b.modules())  # batch norm, noise, dropout
+    assert not any(
+        module.training for b in network.bases for module in b.modules()
+    )  # batch norm, noise, dropout
     assert network.head.training
     rng = np.random.default_rng(0)
     data = rng.integers(0, 255, (24, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, 24)
     recipe = Recipe.parse(tiny_tree("."))  # type: ignore[arg-type]
     stage = StageSpec(name="s", epochs=1, lr=1e-2, trainable="^head")
     train_stage(network, StageTask(stage, recipe, data, data, 0, 10))
-    changed = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
+    changed = {
+        name
+        for name, tensor in network.state_dict().items()
+        if not torch.equal(tensor, before[name])
+    }
     assert changed
     assert all(name.startswith("head.") for name in changed)
 
@@ -67,7 +78,9 @@ def test_trainable_members_learn_through_the_joint_head() -> None:
     network = joint()
     set_trainable(network, StageSpec(name="s", epochs=1, lr=1.0))
     train_mode(network)
-    torch.nn.functional.cross_entropy(network(torch.rand(6, 3, 32, 32) * 255), torch.arange(6)).backward()
+    torch.nn.functional.cross_entropy(
+        network(torch.rand(6, 3, 32, 32) * 255), torch.arange(6)
+    ).backward()
     for b in network.bases:
         assert any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in b.parameters())
 
@@ -85,7 +98,9 @@ def test_layer_decay_reaches_into_every_member() -> None:
         assert scale[id(stem)] < 0.5
 
 
-@pytest.mark.parametrize(("kind", "words"), [("mlp", "a hidden layer of 4096 units"), ("linear", "one linear layer")])
+@pytest.mark.parametrize(
+    ("kind", "words"), [("mlp", "a hidden layer of 4096 units"), ("linear", "one linear layer")]
+)
 def test_it_is_described_in_plain_words(kind: str, words: str) -> None:
     text = describe_joint(HeadSpec(kind=kind), ["a", "b"])  # type: ignore[arg-type]
     assert text == f"a, b joined into one network: {words} on their softmaxes."

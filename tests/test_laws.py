@@ -24,15 +24,22 @@ def test_an_a_a_test_rejects_at_5_percent_and_two_points() -> None:
     rng = np.random.default_rng(0)
     pairs = [equals(rng, 400, 0.3) for _ in range(PAIRS)]
     assert 0.03 <= rate([paired.mcnemar_exact(a, b).p <= 0.05 for a, b in pairs]) <= 0.07
-    assert 0.03 <= rate([paired.mcnemar_exact(a, b, mid_p=True).p <= 0.05 for a, b in pairs]) <= 0.07
-    assert 0.03 <= rate([not within(paired.paired_bootstrap(a, b, resamples=400)) for a, b in pairs[:200]]) <= 0.07
+    assert (
+        0.03 <= rate([paired.mcnemar_exact(a, b, mid_p=True).p <= 0.05 for a, b in pairs]) <= 0.07
+    )
+    assert (
+        0.03
+        <= rate([not within(paired.paired_bootstrap(a, b, resamples=400)) for a, b in pairs[:200]])
+        <= 0.07
+    )
 
 
 def test_an_a_a_test_of_groups_rejects_at_5_percent_where_rows_alone_do_not() -> None:
     rng = np.random.default_rng(1)
     pairs = [grouped_equals(rng, 60, 8, 0.4) for _ in range(PAIRS)]
     exact, mid = (
-        rate([paired.mcnemar_exact(a, b, part, mid_p=mid).p <= 0.05 for a, b, part in pairs]) for mid in (False, True)
+        rate([paired.mcnemar_exact(a, b, part, mid_p=mid).p <= 0.05 for a, b, part in pairs])
+        for mid in (False, True)
     )
     assert 0.025 <= exact <= mid <= 0.07
     drawn = [paired.paired_bootstrap(a, b, part, resamples=400) for a, b, part in pairs[:200]]
@@ -50,7 +57,9 @@ def test_an_a_a_test_of_seeds_rejects_at_5_percent_where_one_seed_does_not() -> 
 def test_an_a_a_test_of_log_losses_and_of_five_classifiers() -> None:
     rng = np.random.default_rng(3)
     pairs = [softmaxes(rng, 250) for _ in range(200)]
-    drawn = [paired.score_difference("log_loss", a, b, labels, resamples=400) for a, b, labels in pairs]
+    drawn = [
+        paired.score_difference("log_loss", a, b, labels, resamples=400) for a, b, labels in pairs
+    ]
     assert 0.03 <= rate([not within(found) for found in drawn]) <= 0.07
     easy = rng.random((2000, 1, 300)) < 0.7
     hits = easy | (rng.random((2000, 5, 300)) < 0.5)
@@ -62,7 +71,15 @@ def test_the_exact_test_has_the_power_that_required_rows_promise_less_a_little()
     rng, found = np.random.default_rng(0), []
     for multiple in (0.25, 1, 2):
         counts = rng.multinomial(round(n * multiple), [0.065, 0.035, 0.9], 500)[:, :2]
-        found.append(rate([paired.mcnemar_exact(a := np.arange(x + y) < x, ~a).p <= 0.05 for x, y in counts if x + y]))
+        found.append(
+            rate(
+                [
+                    paired.mcnemar_exact(a := np.arange(x + y) < x, ~a).p <= 0.05
+                    for x, y in counts
+                    if x + y
+                ]
+            )
+        )
     assert found[0] < 0.4
     assert 0.72 <= found[1] <= 0.82
     assert found[2] > 0.95
@@ -76,7 +93,9 @@ def test_the_best_of_guessing_members_looks_as_good_as_theory_says_and_is_not(m:
     for i in range(draws):
         probs, labels = noise(rng, m, n, k)
         apparent[i] = (make_ensemble("best").fit(probs, labels).predict(probs) == labels).mean()
-        honest[i] = (cross_fit(lambda: make_ensemble("best"), probs, labels).argmax(1) == labels).mean()
+        honest[i] = (
+            cross_fit(lambda: make_ensemble("best"), probs, labels).argmax(1) == labels
+        ).mean()
     error = 4 / draws**0.5
     assert abs(apparent.mean() - expected_best(m, n, k)) < error * apparent.std(ddof=1)
     assert abs(honest.mean() - 1 / k) < error * honest.std(ddof=1)

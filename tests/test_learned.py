@@ -20,7 +20,9 @@ def test_weights_minimise_the_penalised_log_loss() -> None:
     hits = probs[:, np.arange(200), labels].astype(float)
     grid = np.linspace(0, 1, 2001)
     loss = [-np.log(w * hits[0] + (1 - w) * hits[1]).sum() + 10 * 2 * (w - 0.5) ** 2 for w in grid]
-    assert WeightedEnsemble(ridge=10).fit(probs, labels).weights_[0] == pytest.approx(grid[np.argmin(loss)], abs=2e-3)
+    assert WeightedEnsemble(ridge=10).fit(probs, labels).weights_[0] == pytest.approx(
+        grid[np.argmin(loss)], abs=2e-3
+    )
 
 
 def test_weights_stay_near_equal_for_few_rows_and_leave_for_many() -> None:
@@ -37,7 +39,9 @@ def test_weights_stay_near_equal_for_few_rows_and_leave_for_many() -> None:
 
 @LAW
 @given(seed=st.integers(0, 10_000), m=st.integers(1, 6), n=st.integers(1, 60))
-def test_weights_are_on_the_simplex_and_fit_no_worse_than_equal_ones(seed: int, m: int, n: int) -> None:
+def test_weights_are_on_the_simplex_and_fit_no_worse_than_equal_ones(
+    seed: int, m: int, n: int
+) -> None:
     probs, labels = scored(m, n, seed=seed)
     weights = WeightedEnsemble().fit(probs, labels).weights_
     assert weights.min() >= 0
@@ -48,7 +52,11 @@ def test_weights_are_on_the_simplex_and_fit_no_worse_than_equal_ones(seed: int, 
 
 def test_greedy_takes_the_best_member_first_then_what_helps_it() -> None:
     labels = np.array([0] * 6 + [1] * 4)
-    wrong = [[9], [6, 7], [0, 1]]  # rows that each member misses: a is best; b's misses are covered by the others
+    wrong = [
+        [9],
+        [6, 7],
+        [0, 1],
+    ]  # rows that each member misses: a is best; b's misses are covered by the others
     sure = np.where(labels[:, None] == np.arange(2), 0.9, 0.1)
     members = []
     for rows in wrong:
@@ -78,7 +86,10 @@ def test_greedy_is_never_worse_than_the_best_member_on_its_own_rows(seed: int, s
 @pytest.mark.parametrize("seed", range(10))
 def test_greedy_with_more_picks_is_never_worse_on_its_own_rows(seed: int) -> None:
     probs, labels = scored(6, 40, seed=seed)
-    fits = [(GreedyEnsemble(size).fit(probs, labels).predict(probs) == labels).mean() for size in range(1, 9)]
+    fits = [
+        (GreedyEnsemble(size).fit(probs, labels).predict(probs) == labels).mean()
+        for size in range(1, 9)
+    ]
     assert fits == sorted(fits)
 
 
@@ -95,7 +106,9 @@ def plain_greedy(probs: np.ndarray, labels: np.ndarray, picks: int) -> np.ndarra
 
     def rank(chosen: list[int]) -> tuple[float, float]:
         mean = probs[chosen].mean(0, dtype=np.float64)
-        return float((mean.argmax(-1) == labels).mean()), round(float(np.log(mean[rows, labels]).mean()), 12)
+        return float((mean.argmax(-1) == labels).mean()), round(
+            float(np.log(mean[rows, labels]).mean()), 12
+        )
 
     chosen: list[int] = []
     best, kept = (-1.0, 0.0), chosen
@@ -108,7 +121,9 @@ def plain_greedy(probs: np.ndarray, labels: np.ndarray, picks: int) -> np.ndarra
 
 @LAW
 @given(seed=st.integers(0, 10_000), picks=st.integers(1, 12), m=st.integers(1, 6))
-def test_greedy_is_the_plain_algorithm_though_it_looks_at_open_rows_only(seed: int, picks: int, m: int) -> None:
+def test_greedy_is_the_plain_algorithm_though_it_looks_at_open_rows_only(
+    seed: int, picks: int, m: int
+) -> None:
     probs, labels = scored(m, 60, seed=seed)
     sharp = softmax(np.log(probs) * 4, -1).astype(np.float32)  # many rows settled
     expected = plain_greedy(sharp, labels, picks)
@@ -121,7 +136,11 @@ def test_ties_between_classes_go_to_the_first_while_picking() -> None:
     assert BestEnsemble().fit(np.stack([unsure, right]), labels).weights_.tolist() == [0, 1]
     ones = np.ones(3, int)
     first = [[0.25, 0.75], [0.25, 0.75], [0.75, 0.25]]
-    second = [[0.7, 0.3], [0.7, 0.3], [0.25, 0.75]]  # with the first: right twice, and a tie, which is class 0
+    second = [
+        [0.7, 0.3],
+        [0.7, 0.3],
+        [0.25, 0.75],
+    ]  # with the first: right twice, and a tie, which is class 0
     assert GreedyEnsemble(2).fit(np.array([first, second]), ones).weights_.tolist() == [1, 0]
 
 
@@ -136,7 +155,9 @@ def test_a_sorted_start_is_no_worse_than_its_best_member(seed: int, start: int) 
 
 def test_bags_average_picks_from_halves_of_the_members() -> None:
     probs, labels = scored(6, 200)
-    one, many = (GreedyEnsemble(5, bags=bags, seed=2).fit(probs, labels).weights_ for bags in (1, 30))
+    one, many = (
+        GreedyEnsemble(5, bags=bags, seed=2).fit(probs, labels).weights_ for bags in (1, 30)
+    )
     assert (one > 0).sum() <= 3
     assert (many > 0).sum() > 3
     assert many.sum() == pytest.approx(1)
@@ -146,7 +167,10 @@ def test_bags_average_picks_from_halves_of_the_members() -> None:
 
 @pytest.mark.parametrize("wrong", [{"max_members": 0}, {"start": 0}, {"bags": -1}])
 def test_a_greedy_ensemble_refuses_what_makes_none(wrong: dict[str, int]) -> None:
-    with pytest.raises(RecipeError, match=rf"greedy ensemble cannot be made: {next(iter(wrong))}; expected \d or more"):
+    with pytest.raises(
+        RecipeError,
+        match=rf"greedy ensemble cannot be made: {next(iter(wrong))}; expected \d or more",
+    ):
         GreedyEnsemble(**wrong)
 
 

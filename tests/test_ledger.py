@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from threefold.combiners import Ensemble
 from threefold.crossfit import cross_fit
-from threefold.ensemble import AutoEnsemble, GreedyEnsemble, MeanEnsemble, WeightedEnsemble, make_ensemble
+from threefold.ensemble import (
+    AutoEnsemble,
+    GreedyEnsemble,
+    MeanEnsemble,
+    WeightedEnsemble,
+    make_ensemble,
+)
 from threefold.errors import DataError
 from threefold.evaluate import evaluate
 from threefold.ledger import FIT, SCORE, SELECT, Ledger, Seen, open_test, when_opened
@@ -34,7 +40,11 @@ def noise(n: int, k: int = 4, m: int = 6, seed: int = 0, **more: object) -> Pred
         "kind": "oof",
         **more,
     }
-    return Predictions(probs=rng.dirichlet(np.ones(k), (m, n)).astype(np.float32), labels=rng.integers(0, k, n), **tree)  # type: ignore[arg-type]
+    return Predictions(
+        probs=rng.dirichlet(np.ones(k), (m, n)).astype(np.float32),
+        labels=rng.integers(0, k, n),
+        **tree,
+    )  # type: ignore[arg-type]
 
 
 class Memoriser(Ensemble):
@@ -66,7 +76,8 @@ def test_scoring_on_seen_rows_raises_or_is_stamped() -> None:
         assert honest["apparent"] is False
         assert honest["n"] == 20
         with pytest.raises(
-            DataError, match=r"seen by what is scored: \w+; expected none, got 1 of 21, the first image39; fix: "
+            DataError,
+            match=r"seen by what is scored: \w+; expected none, got 1 of 21, the first image39; fix: ",
         ):
             score_ensemble(ensemble, rows.rows(range(39, 60)))
         assert score_ensemble(ensemble, rows.rows(range(39, 60)), apparent=True)["apparent"] is True
@@ -84,7 +95,9 @@ def test_a_ledger_refuses_overlap_and_tells_what_was_seen() -> None:
     ledger = Ledger(4, "oof")
     ledger.declare("weights", [1, 1, 0, 0], [0, 0, 1, 1])
     ledger.declare("weights", [0, 0, 1, 1], [1, 1, 0, 0])
-    with pytest.raises(DataError, match=r"scored by what was fitted on them: weights; expected none, got 1 rows"):
+    with pytest.raises(
+        DataError, match=r"scored by what was fitted on them: weights; expected none, got 1 rows"
+    ):
         ledger.declare("weights", [1, 0, 0, 0], [1, 0, 0, 1])
     with pytest.raises(DataError, match="a ledger of other rows: weights"):
         ledger.declare("weights", [1, 0], [0, 1])
@@ -115,9 +128,14 @@ def test_predictions_of_a_network_that_saw_the_row_cannot_be_made(tmp_path: Path
         with pytest.raises(DataError, match=f"fitted on them: {what}"):
             noise(4, folds=np.array([0, 0, 1, 1]), roles=bad)
     paper = noise(
-        4, folds=np.array([0, 0, 1, 1]), roles=np.where(roles == SCORE, SCORE + SELECT, FIT), protocol="paper"
+        4,
+        folds=np.array([0, 0, 1, 1]),
+        roles=np.where(roles == SCORE, SCORE + SELECT, FIT),
+        protocol="paper",
     )
-    assert {line["what"]: line["overlap"] for line in paper.ledger().table()}["checkpoints and stages"] == 4
+    assert {line["what"]: line["overlap"] for line in paper.ledger().table()}[
+        "checkpoints and stages"
+    ] == 4
     for bad in (roles[:1], roles[:, :3], roles.astype(float), roles + 16):
         with pytest.raises(DataError, match="roles"):
             noise(4, folds=np.array([0, 0, 1, 1]), roles=bad)
@@ -133,7 +151,9 @@ def test_predictions_of_a_network_that_saw_the_row_cannot_be_made(tmp_path: Path
     grouped=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_a_planted_canary_never_leaks(n: int, k: int, folds: int | None, grouped: bool, seed: int) -> None:
+def test_a_planted_canary_never_leaks(
+    n: int, k: int, folds: int | None, grouped: bool, seed: int
+) -> None:
     """What memorises labels is always right on rows of its fit, and right by chance where it is cross-fitted."""
     rows = noise(n, k, 2, seed)
     part = None if folds is None else np.arange(n) % folds
@@ -144,7 +164,10 @@ def test_a_planted_canary_never_leaks(n: int, k: int, folds: int | None, grouped
         ledger.declare("canary", saw, answers)
 
     honest = cross_fit(Memoriser, rows.probs, rows.labels, part, groups, declare)
-    assert accuracy(Memoriser().fit(rows.probs, rows.labels).predict_proba(rows.probs), rows.labels) == 1
+    assert (
+        accuracy(Memoriser().fit(rows.probs, rows.labels).predict_proba(rows.probs), rows.labels)
+        == 1
+    )
     low, high = share_interval(honest.argmax(1) == rows.labels, level=0.9999)
     assert low <= 1 / k <= high
     assert ledger.table()[0]["overlap"] == 0
@@ -163,17 +186,32 @@ def test_networks_that_memorise_never_answer_what_they_saw(scheme: str, k: int, 
     labels, groups = rng.integers(0, classes, n), [f"g{i % 12}" for i in range(n)]
     spec = FoldSpec.model_validate({"k": k, "scheme": scheme})
     roles = assign_roles(labels, groups, spec, "honest", seed)
-    probs, folds, table = np.empty((1, n, classes), np.float32), np.full(n, -1), np.zeros((len(roles), n), np.int8)
+    probs, folds, table = (
+        np.empty((1, n, classes), np.float32),
+        np.full(n, -1),
+        np.zeros((len(roles), n), np.int8),
+    )
     for fold, part in enumerate(roles):
         known = np.union1d(part.fit, part.select)
         answer = rng.dirichlet(np.ones(classes), n)
         answer[known] = np.eye(classes)[labels[known]]
         probs[0, part.score], folds[part.score] = answer[part.score], fold
-        table[fold, part.fit], table[fold, part.select], table[fold, part.score] = FIT, SELECT, SCORE
+        table[fold, part.fit], table[fold, part.select], table[fold, part.score] = (
+            FIT,
+            SELECT,
+            SCORE,
+        )
     rows = Predictions(
-        probs=probs, labels=labels, ids=tuple(map(str, range(n))), classes=tuple("abcd"), members=("canary",),
-        groups=tuple(groups), kind="oof", folds=folds, roles=table,
-    )  # fmt: skip
+        probs=probs,
+        labels=labels,
+        ids=tuple(map(str, range(n))),
+        classes=tuple("abcd"),
+        members=("canary",),
+        groups=tuple(groups),
+        kind="oof",
+        folds=folds,
+        roles=table,
+    )
     found = evaluate(rows, None, EnsembleSpec(methods=("mean",), export="mean"))
     entry = found.scores[0]
     assert abs(entry["accuracy"] - 1 / classes) < 0.13  # 4.6 standard errors
@@ -185,7 +223,9 @@ def test_shuffled_labels_give_chance_while_the_apparent_score_rises() -> None:
     spec = EnsembleSpec(methods=("mean", "weighted", "greedy", "logistic"), export="greedy")
     found = evaluate(rows, None, spec)
     for entry in found.scores:
-        low, high = share_interval(np.arange(entry["n"]) < round(entry["accuracy"] * entry["n"]), level=0.999)
+        low, high = share_interval(
+            np.arange(entry["n"]) < round(entry["accuracy"] * entry["n"]), level=0.999
+        )
         assert low <= 0.25 <= high, entry["name"]
     apparent = {line["choice"]: line for line in found.optimism}
     assert apparent["greedy"]["apparent"] > 0.25 + 3 * (0.1875 / 600) ** 0.5
@@ -197,11 +237,15 @@ def test_shuffled_labels_give_chance_while_the_apparent_score_rises() -> None:
 def test_a_test_image_among_the_training_rows_is_refused() -> None:
     oof = noise(60, folds=np.arange(60) % 2)
     test = noise(20, seed=1, kind="test", ids=("image3", *(f"t{i}" for i in range(19))))
-    with pytest.raises(DataError, match=r"choice of the method; expected none, got 1 of 20, the first image3"):
+    with pytest.raises(
+        DataError, match=r"choice of the method; expected none, got 1 of 20, the first image3"
+    ):
         evaluate(oof, test, EnsembleSpec(methods=("mean", "weighted")))
 
 
-def test_opening_the_test_rows_is_noted_once_for_training_and_each_time_after(tmp_path: Path) -> None:
+def test_opening_the_test_rows_is_noted_once_for_training_and_each_time_after(
+    tmp_path: Path,
+) -> None:
     assert when_opened(tmp_path) is None
     for by in ("train", "train", "ensemble", "ensemble", "export", "export"):
         open_test(tmp_path, by, 7)

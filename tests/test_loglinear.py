@@ -30,7 +30,9 @@ def test_the_pool_minimises_its_penalised_log_loss(ridge: float) -> None:
         apart = ridge * 4 * ((w - w.mean()) ** 2).sum() + (w.sum() - 1) ** 2
         return loss(np.tensordot(w, logs, 1), labels) + apart
 
-    expected = minimize(value, np.full(4, 0.25), method="L-BFGS-B", bounds=[(0, None)] * 4, options={"ftol": 1e-14})
+    expected = minimize(
+        value, np.full(4, 0.25), method="L-BFGS-B", bounds=[(0, None)] * 4, options={"ftol": 1e-14}
+    )
     found = LogPoolEnsemble(ridge).fit(probs, labels).weights_
     assert value(found) <= expected.fun + 1e-3
     assert found == pytest.approx(expected.x, abs=5e-3)
@@ -70,7 +72,9 @@ def test_logistic_stacking_minimises_its_penalised_log_loss(ridge: float) -> Non
 
 @LAW
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 60), m=st.integers(1, 5))
-def test_with_the_strongest_ridge_logistic_stacking_answers_as_the_mean(seed: int, n: int, m: int) -> None:
+def test_with_the_strongest_ridge_logistic_stacking_answers_as_the_mean(
+    seed: int, n: int, m: int
+) -> None:
     probs, labels = scored(m, n, seed=seed)
     new, _ = scored(m, 30, seed=seed + 1)
     mean = MeanEnsemble().predict_proba(new)
@@ -80,9 +84,17 @@ def test_with_the_strongest_ridge_logistic_stacking_answers_as_the_mean(seed: in
 
 
 def test_the_ridge_is_strong_where_nothing_is_to_be_learned_and_weak_where_much_is() -> None:
-    for kind in ("null", "few"):  # the standard error decides: by the least log loss alone hardly one is strong
+    for kind in (
+        "null",
+        "few",
+    ):  # the standard error decides: by the least log loss alone hardly one is strong
         pools = (draw_pool(kind, seed, n=100, test=1) for seed in range(6))
-        assert sum(LogisticEnsemble().fit(probs, labels).ridge_ >= 1e4 for probs, labels, _, _ in pools) >= 4
+        assert (
+            sum(
+                LogisticEnsemble().fit(probs, labels).ridge_ >= 1e4 for probs, labels, _, _ in pools
+            )
+            >= 4
+        )
     probs, labels, _, _ = draw_pool("guessers", 0, n=1500, test=1)
     assert LogisticEnsemble().fit(probs, labels).ridge_ <= 10
 
@@ -90,7 +102,10 @@ def test_the_ridge_is_strong_where_nothing_is_to_be_learned_and_weak_where_much_
 @pytest.mark.parametrize("seed", range(3))
 def test_few_rows_do_not_carry_logistic_stacking_far_from_the_mean(seed: int) -> None:
     probs, labels, new, truth = draw_pool("few", seed)
-    found, mean = ((e.fit(probs, labels).predict(new) == truth).mean() for e in (LogisticEnsemble(), MeanEnsemble()))
+    found, mean = (
+        (e.fit(probs, labels).predict(new) == truth).mean()
+        for e in (LogisticEnsemble(), MeanEnsemble())
+    )
     assert found > mean - 0.02
 
 

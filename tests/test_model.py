@@ -77,12 +77,16 @@ def test_two_swapped_tensors_are_noticed_by_the_photographs(architecture: str) -
 
 
 def test_the_member_has_the_packaged_weights() -> None:
-    member = build_member(MemberSpec(name="m", backbone="tf_efficientnet_lite0.in1k", img_size=32), 5)
+    member = build_member(
+        MemberSpec(name="m", backbone="tf_efficientnet_lite0.in1k", img_size=32), 5
+    )
     source = list(package_state("tf_efficientnet_lite0").values())
     target = list(member.backbone.state_dict().values())
     assert len(target) == len(source) - 2 == 294
     assert all(torch.equal(a, b) for a, b in zip(target, source, strict=False))
-    with pytest.raises(RecipeError, match=r"conv_stem.weight.*expected \(32, 3, 3, 3\), got \(32,\)"):
+    with pytest.raises(
+        RecipeError, match=r"conv_stem.weight.*expected \(32, 3, 3, 3\), got \(32,\)"
+    ):
         load_in_order(member.backbone, dict(enumerate([*source[1:], source[0]])))  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="expected 294 tensors, got 293"):
         load_in_order(member.backbone, dict(enumerate(source[1:])))  # type: ignore[arg-type]
@@ -97,7 +101,9 @@ def test_normalisation_is_the_weights_own_and_inside() -> None:
     torch.testing.assert_close(member(pixels), by_hand)
 
 
-@pytest.mark.parametrize("backbone", ["test_efficientnet", "test_resnet", "test_convnext", "test_vit", "test_mambaout"])
+@pytest.mark.parametrize(
+    "backbone", ["test_efficientnet", "test_resnet", "test_convnext", "test_vit", "test_mambaout"]
+)
 @pytest.mark.parametrize("sequence", ["pooled", "rows", "spatial"])
 def test_every_family_takes_every_head(backbone: str, sequence: str) -> None:
     spec = MemberSpec(
@@ -115,7 +121,9 @@ def test_every_family_takes_every_head(backbone: str, sequence: str) -> None:
 
 
 def test_an_unknown_backbone_names_near_ones() -> None:
-    with pytest.raises(RecipeError, match=r"unknown backbone: member m.*efficientnet_b9.*list backbones"):
+    with pytest.raises(
+        RecipeError, match=r"unknown backbone: member m.*efficientnet_b9.*list backbones"
+    ):
         build_member(MemberSpec(name="m", backbone="efficientnet_b9"), 2)
 
 
@@ -159,7 +167,9 @@ def test_freezing_by_regex_and_frozen_norms_stay_still() -> None:
     before = {name: value.clone() for name, value in member.backbone.state_dict().items()}
     train_mode(member)
     member(torch.rand(4, 3, 32, 32) * 255)
-    assert all(torch.equal(before[name], value) for name, value in member.backbone.state_dict().items())
+    assert all(
+        torch.equal(before[name], value) for name, value in member.backbone.state_dict().items()
+    )
     with pytest.raises(RecipeError, match="nothing to train"):
         set_trainable(member, StageSpec(name="s", epochs=1, lr=1, trainable="nowhere"))
 
@@ -179,7 +189,8 @@ def test_weights_round_trip_and_damage_is_named(tmp_path: Path) -> None:
     save_weights(member.state_dict(), tmp_path / "w.safetensors")
     load_weights(other, tmp_path / "w.safetensors")
     assert all(
-        torch.equal(a, b) for a, b in zip(member.state_dict().values(), other.state_dict().values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(member.state_dict().values(), other.state_dict().values(), strict=True)
     )
     data = (tmp_path / "w.safetensors").read_bytes()
     (tmp_path / "w.safetensors").write_bytes(data[: len(data) // 2])

@@ -75,7 +75,10 @@ def object_archive() -> bytes:
         (b"hello", "damaged or truncated"),
         (b"\xff" * 4096, "damaged or truncated"),
         (b"\x00" * 4096, "damaged or truncated"),
-        (b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\x7f", "damaged or truncated"),  # a graph of 2**63 bytes
+        (
+            b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\x7f",
+            "damaged or truncated",
+        ),  # a graph of 2**63 bytes
     ],
 )
 def test_what_is_not_onnx(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -124,22 +127,36 @@ def test_weights_in_a_plain_file_beside_the_model_are_read(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "location", ["../weights.bin", "ABSOLUTE", "./weights.bin", "sub/../../weights.bin", "..\\weights.bin", "c:weights.bin", "..", ""]
-)  # fmt: skip
+    "location",
+    [
+        "../weights.bin",
+        "ABSOLUTE",
+        "./weights.bin",
+        "sub/../../weights.bin",
+        "..\\weights.bin",
+        "c:weights.bin",
+        "..",
+        "",
+    ],
+)
 def test_weights_elsewhere_are_refused(tmp_path: Path, location: str) -> None:
     path = outside(location.replace("ABSOLUTE", str(tmp_path / "weights.bin")), tmp_path)
     assert "not a plain file beside the model" in refused(path)
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
-def test_weights_behind_a_link_are_refused(tmp_path: Path, link: Callable[[Path, Path], None]) -> None:
+def test_weights_behind_a_link_are_refused(
+    tmp_path: Path, link: Callable[[Path, Path], None]
+) -> None:
     path = outside("weights.bin", tmp_path)
     (tmp_path / "inside/weights.bin").unlink()
     link(tmp_path / "weights.bin", tmp_path / "inside/weights.bin")
     assert "is a link" in refused(path)
 
 
-@pytest.mark.parametrize("more", [{"offset": 30}, {"length": 37}, {"offset": -8}, {"offset": 2**62}, {"length": 2**64}])
+@pytest.mark.parametrize(
+    "more", [{"offset": 30}, {"length": 37}, {"offset": -8}, {"offset": 2**62}, {"length": 2**64}]
+)
 def test_weights_beyond_their_file_are_refused(tmp_path: Path, more: dict[str, int]) -> None:
     text = refused(outside("weights.bin", tmp_path, **more))
     assert "beyond the end" in text or "of shape [3, 3] with only" in text
@@ -156,14 +173,22 @@ def hidden_in(place: str) -> onnx.ModelProto:
     tensor.data_location = TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="../secret")
     constant = helper.make_node("Constant", [], ["c"])
-    constant.attribute.append(onnx.AttributeProto(name="value", type=onnx.AttributeProto.TENSOR, t=tensor))
-    inner = helper.make_graph([constant], "inner", [], [helper.make_tensor_value_info("c", TensorProto.FLOAT, [3])])
+    constant.attribute.append(
+        onnx.AttributeProto(name="value", type=onnx.AttributeProto.TENSOR, t=tensor)
+    )
+    inner = helper.make_graph(
+        [constant], "inner", [], [helper.make_tensor_value_info("c", TensorProto.FLOAT, [3])]
+    )
     if place == "attribute":
         model.graph.node.insert(0, constant)
     elif place == "subgraph":
-        model.graph.node.append(helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner))
+        model.graph.node.append(
+            helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner)
+        )
     elif place == "function":
-        model.functions.append(helper.make_function("own", "f", [], ["c"], [constant], [helper.make_opsetid("", 20)]))
+        model.functions.append(
+            helper.make_function("own", "f", [], ["c"], [constant], [helper.make_opsetid("", 20)])
+        )
     elif place == "sparse":
         model.graph.sparse_initializer.append(onnx.SparseTensorProto(values=tensor, dims=[3]))
     else:
@@ -176,7 +201,9 @@ def test_outside_tensors_are_found_wherever_they_hide(tmp_path: Path, place: str
     assert "'../secret'" in refused(write_model(tmp_path / "m.onnx", hidden_in(place)))
 
 
-@pytest.mark.parametrize("dims", [[10**9, 10**9], [2**40], [3, 3, 1000], [-1, 3], [2**62, 2**62, 0, 5]])
+@pytest.mark.parametrize(
+    "dims", [[10**9, 10**9], [2**40], [3, 3, 1000], [-1, 3], [2**62, 2**62, 0, 5]]
+)
 def test_absurd_shapes_are_refused(tmp_path: Path, dims: list[int]) -> None:
     model = colour_graph()
     next(t for t in model.graph.initializer if t.name == "weights").dims[:] = dims
@@ -192,12 +219,16 @@ def test_empty_tensors_are_sound(tmp_path: Path) -> None:
 def test_graphs_in_graphs_without_end_are_refused(tmp_path: Path) -> None:
     model, inner = colour_graph(), helper.make_graph([], "g", [], [])
     for _ in range(25):
-        inner = helper.make_graph([helper.make_node("If", ["x"], ["y"], then_branch=inner)], "g", [], [])
+        inner = helper.make_graph(
+            [helper.make_node("If", ["x"], ["y"], then_branch=inner)], "g", [], []
+        )
     model.graph.node.append(helper.make_node("If", ["x"], ["y"], then_branch=inner))
     assert "nested more than" in refused(write_model(tmp_path / "m.onnx", model))
 
 
-def test_more_fields_than_any_model_has_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_fields_than_any_model_has_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(modelfile, "MAX_FIELDS", 20_000)
     write_model(tmp_path / "m.onnx")
     with (tmp_path / "m.onnx").open("ab") as file:
@@ -217,8 +248,14 @@ def test_more_fields_than_any_model_has_are_refused(tmp_path: Path, monkeypatch:
         (json.dumps(card(classes=["a", "b", 3])), "no classes"),
         (json.dumps(card(classes=["a", "b", "c\x1b[2J"])), "no classes"),
         (json.dumps(card(classes=["a", "b", "a"])), "two classes of one name"),
-        (json.dumps(card(members=["only"])), "not those of a pipeline with 1 members and 3 classes"),
-        (json.dumps(card(classes=["a", "b"])), "not those of a pipeline with 2 members and 2 classes"),
+        (
+            json.dumps(card(members=["only"])),
+            "not those of a pipeline with 1 members and 3 classes",
+        ),
+        (
+            json.dumps(card(classes=["a", "b"])),
+            "not those of a pipeline with 2 members and 2 classes",
+        ),
         (json.dumps(card(format=99)), "another format"),
         (json.dumps(card(blob="x" * modelfile.MAX_CARD_BYTES)), "longer than 4 MB"),
     ],
@@ -244,7 +281,11 @@ def greedy(when: str) -> onnx.ModelProto:
     model.graph.initializer.append(big)
     model.graph.initializer.append(helper.make_tensor("half", TensorProto.FLOAT, [1, 1], [0.5]))
     source = "half" if when == "at once" else "first"
-    nodes = [] if when == "at once" else [helper.make_node("Gather", ["logits", "one0"], ["first"], axis=1)]
+    nodes = (
+        []
+        if when == "at once"
+        else [helper.make_node("Gather", ["logits", "one0"], ["first"], axis=1)]
+    )
     model.graph.initializer.append(helper.make_tensor("one0", TensorProto.INT64, [1], [0]))
     nodes += [
         helper.make_node("Expand", [source, "big"], ["huge"]),
@@ -261,7 +302,9 @@ def greedy(when: str) -> onnx.ModelProto:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 @pytest.mark.parametrize("when", ["at once", "with the image"])
-def test_a_graph_that_asks_for_more_memory_than_there_is_is_stopped(tmp_path: Path, when: str) -> None:
+def test_a_graph_that_asks_for_more_memory_than_there_is_is_stopped(
+    tmp_path: Path, when: str
+) -> None:
     path = write_model(tmp_path / "m.onnx", greedy(when))
     code = (
         "import sys, numpy as np, threefold\n"
@@ -269,7 +312,9 @@ def test_a_graph_that_asks_for_more_memory_than_there_is_is_stopped(tmp_path: Pa
         "except threefold.ExportError as error: print(error)\n"
         "print(next(int(line.split()[1]) // 1024 for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     message, peak = done.stdout.splitlines()

@@ -31,7 +31,9 @@ def test_adam_follows_keras_with_time_decay(dtype: torch.dtype, tolerance: float
     optimizer = KerasAdam([param], lr=LR)
     for step in range(STEPS):
         descend(param, optimizer, range(step, step + 1))
-        np.testing.assert_allclose(param.detach().numpy(), GOLDEN["adam/after"][step], rtol=0, atol=tolerance)
+        np.testing.assert_allclose(
+            param.detach().numpy(), GOLDEN["adam/after"][step], rtol=0, atol=tolerance
+        )
 
 
 def test_adam_of_torch_differs_from_keras() -> None:
@@ -54,9 +56,14 @@ def test_adam_resumes_from_its_state() -> None:
 
 def test_adam_updates_many_parameters_as_it_does_one() -> None:
     """Also with groups, and with a parameter that gets its first gradient late."""
-    start, gradients = torch.from_numpy(GOLDEN["adam/start"]), torch.from_numpy(GOLDEN["adam/gradients"])
+    start, gradients = (
+        torch.from_numpy(GOLDEN["adam/start"]),
+        torch.from_numpy(GOLDEN["adam/gradients"]),
+    )
     early, late, never = (torch.nn.Parameter(start.clone()) for _ in range(3))
-    optimizer = KerasAdam([{"params": [early, late, never]}, {"params": torch.nn.Parameter(start.clone()), "lr": 0.5}])
+    optimizer = KerasAdam(
+        [{"params": [early, late, never]}, {"params": torch.nn.Parameter(start.clone()), "lr": 0.5}]
+    )
     for step in range(STEPS):
         early.grad = gradients[step].clone()
         if step >= 5:
@@ -94,7 +101,9 @@ def test_adam_has_no_weight_decay() -> None:
 def test_time_decay_is_the_papers() -> None:
     assert lr_at("time", 1e-3, 0, 63_000, 20) == 1e-3
     # SVHN, EfficientNet-B0: 3,148 steps an epoch for 20 epochs leave 0.24 of the rate.
-    assert lr_at("time", 1e-3, 20 * 3148, 20 * 3148, 20) / 1e-3 == pytest.approx(1 / (1 + 1e-3 * 3148), rel=1e-12)
+    assert lr_at("time", 1e-3, 20 * 3148, 20 * 3148, 20) / 1e-3 == pytest.approx(
+        1 / (1 + 1e-3 * 3148), rel=1e-12
+    )
 
 
 def torch_rates(steps: int, schedule: type, **options: object) -> list[float]:
@@ -111,8 +120,12 @@ def torch_rates(steps: int, schedule: type, **options: object) -> list[float]:
 @pytest.mark.parametrize("steps", [10, 57])
 def test_cosine_and_one_cycle_are_torchs(steps: int) -> None:
     cosine = torch_rates(steps, torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps)
-    assert [lr_at("cosine", 0.1, i, steps, 5) for i in range(steps)] == pytest.approx(cosine, rel=1e-9)
-    one_cycle = torch_rates(steps, torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=steps + 1)
+    assert [lr_at("cosine", 0.1, i, steps, 5) for i in range(steps)] == pytest.approx(
+        cosine, rel=1e-9
+    )
+    one_cycle = torch_rates(
+        steps, torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=steps + 1
+    )
     mine = [lr_at("one-cycle", 0.1, i, steps + 1, 5) for i in range(steps)]
     assert mine == pytest.approx(one_cycle, rel=1e-9)
 

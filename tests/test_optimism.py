@@ -33,7 +33,9 @@ def test_images_may_be_answered_often_or_never() -> None:
 def test_groups_are_drawn_whole() -> None:
     hits = np.repeat(np.arange(40) % 2 == 0, 25)
     alone = entry(Counts.of(hits), Counts.of(np.zeros(1000, bool)))["interval"]
-    whole = entry(Counts.of(hits), Counts.of(np.zeros(1000, bool)), [f"g{i // 25}" for i in range(1000)])["interval"]
+    whole = entry(
+        Counts.of(hits), Counts.of(np.zeros(1000, bool)), [f"g{i // 25}" for i in range(1000)]
+    )["interval"]
     assert whole[1] - whole[0] > 3 * (alone[1] - alone[0])  # type: ignore[index]
 
 
@@ -77,7 +79,9 @@ def test_a_nested_choice_never_sees_the_rows_that_it_answers() -> None:
     after, _ = nested_choice(tables, changed, folds)
     np.testing.assert_array_equal(before[folds == 0], after[folds == 0])
     for fold in range(3):
-        assert any((before[folds == fold] == table[folds == fold]).all() for table in tables.values())
+        assert any(
+            (before[folds == fold] == table[folds == fold]).all() for table in tables.values()
+        )
 
 
 def test_bad_counts() -> None:

@@ -50,7 +50,9 @@ def test_every_kind_is_one_sound_file(tmp_path: Path, kind: str) -> None:
 @pytest.mark.usefixtures("no_charts")
 def test_ensemble_begins_with_the_chosen(tmp_path: Path) -> None:
     page = Page(write_page(tmp_path / "page.html", "preds.npz", fake_tree("ensemble")))
-    assert re.search(r"Expect 8\d\.\d % of new images to be right about \d\d of 100 , between", page.text)
+    assert re.search(
+        r"Expect 8\d\.\d % of new images to be right about \d\d of 100 , between", page.text
+    )
     assert "Whether the members had seen these rows is not known here" in page.text
     assert "Chosen ensemble mean : the simplest of the best" in page.text
     assert "on these very rows" not in page.text
@@ -62,7 +64,11 @@ def test_evaluate_says_that_the_best_of_several_is_lucky(tmp_path: Path) -> None
     page = Page(write_page(tmp_path / "page.html", "preds.npz", tree))
     best = max(tree["scores"], key=lambda s: s["accuracy"])["name"]
     assert f"This is {best} , the most accurate of 5 on these very rows" in page.text
-    alone = Page(write_page(tmp_path / "alone.html", "preds.npz", {"kind": "evaluate", "scores": tree["scores"][:1]}))
+    alone = Page(
+        write_page(
+            tmp_path / "alone.html", "preds.npz", {"kind": "evaluate", "scores": tree["scores"][:1]}
+        )
+    )
     assert "so a little luck" not in alone.text
     assert "How members differ" not in alone.text
 
@@ -73,21 +79,28 @@ def test_compare_of_two_is_a_verdict(tmp_path: Path) -> None:
     page = Page(write_page(tmp_path / "page.html", "a.npz, b.npz", tree))
     (comparison,) = tree["comparisons"]
     assert page.text.count(comparison["verdict"]) == 2
-    assert f"{comparison['a']} against {comparison['b']}: {comparison['verdict']} The most accurate is" in page.text
+    assert (
+        f"{comparison['a']} against {comparison['b']}: {comparison['verdict']} The most accurate is"
+        in page.text
+    )
     cells = re.search(r'class="paired">.*?<tbody><tr>(.*?)</tr>', page.source, re.S)
     assert cells is not None
     a, b = tree["scores"]
     told = " ".join(re.sub(r"<[^>]+>", " ", cells[1]).replace("\u00a0", " ").split())
     low, high = paired_interval(comparison["only_a"], comparison["only_b"], 1000, 0.95)
     figures = f"{a['accuracy']:.1%} {b['accuracy']:.1%}".replace("%", " %")
-    gap = f"{100 * (a['accuracy'] - b['accuracy']):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})".replace("-", "−")
+    gap = f"{100 * (a['accuracy'] - b['accuracy']):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})".replace(
+        "-", "−"
+    )
     assert figures in told
     assert gap in told
     assert f" {comparison['only_a']} {comparison['only_b']} " in told
 
 
 def test_many_members_stay_readable(tmp_path: Path) -> None:
-    target = write_page(tmp_path / "page.html", "pool.npz", fake_tree("compare", members=55, n=26000))
+    target = write_page(
+        tmp_path / "page.html", "pool.npz", fake_tree("compare", members=55, n=26000)
+    )
     page = Page(target)
     page.is_sound()
     assert target.stat().st_size < 1_000_000
@@ -106,11 +119,16 @@ def test_given_differences_come_before_those_from_counts(tmp_path: Path) -> None
     assert "+1.2 (−20.0 to +30.0)" in page.text
 
 
-@pytest.mark.parametrize(("only_a", "only_b", "n"), [(41, 24, 1000), (5, 30, 300), (141, 140, 10000), (0, 12, 500)])
+@pytest.mark.parametrize(
+    ("only_a", "only_b", "n"), [(41, 24, 1000), (5, 30, 300), (141, 140, 10000), (0, 12, 500)]
+)
 def test_interval_from_counts_is_that_of_the_bootstrap(only_a: int, only_b: int, n: int) -> None:
     first, second = np.zeros(n, bool), np.zeros(n, bool)
     first[:only_a], second[only_a : only_a + only_b] = True, True
-    found, drawn = paired_interval(only_a, only_b, n, 0.95), paired.paired_bootstrap(first, second, resamples=4000)
+    found, drawn = (
+        paired_interval(only_a, only_b, n, 0.95),
+        paired.paired_bootstrap(first, second, resamples=4000),
+    )
     width = drawn.high - drawn.low
     np.testing.assert_allclose(found, drawn[1:], atol=0.12 * width)
 
@@ -119,7 +137,10 @@ def test_interval_from_counts_covers() -> None:
     """500 draws of 200 rows at a difference of 5 points: 95 % of the intervals hold it, within three standard errors."""
     rng = np.random.default_rng(0)
     draws = rng.multinomial(200, (0.1, 0.05, 0.85), 500)
-    held = sum(low <= 0.05 <= high for low, high in (paired_interval(a, b, 200, 0.95) for a, b, _ in draws.tolist()))
+    held = sum(
+        low <= 0.05 <= high
+        for low, high in (paired_interval(a, b, 200, 0.95) for a, b, _ in draws.tolist())
+    )
     assert abs(held / 500 - 0.95) < 0.03
 
 
@@ -134,7 +155,17 @@ def test_hostile_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "drop", ["comparisons", "warnings", "per_class", "optimism", "diversity", "size_curve", "source", "chosen_reason"]
+    "drop",
+    [
+        "comparisons",
+        "warnings",
+        "per_class",
+        "optimism",
+        "diversity",
+        "size_curve",
+        "source",
+        "chosen_reason",
+    ],
 )
 @pytest.mark.usefixtures("no_charts")
 def test_everything_but_kind_and_scores_may_be_missing(tmp_path: Path, drop: str) -> None:
@@ -162,11 +193,17 @@ def test_paper_protocol_is_stamped(tmp_path: Path) -> None:
     assert "of new images to be right" not in page.text
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"kind": "other"}, "expected ensemble or evaluate or compare, got other"),
-    ({"scores": []}, "there is no score to show"),
-    ({"scores": [{"name": "x", "kind": "member", "rows": "oof", "n": 3, "accuracy": 1.0}]}, "lacks a key"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kind": "other"}, "expected ensemble or evaluate or compare, got other"),
+        ({"scores": []}, "there is no score to show"),
+        (
+            {"scores": [{"name": "x", "kind": "member", "rows": "oof", "n": 3, "accuracy": 1.0}]},
+            "lacks a key",
+        ),
+    ],
+)
 def test_bad_trees_are_one_line(tmp_path: Path, change: dict[str, Any], words: str) -> None:
     with pytest.raises(RunError, match=words) as caught:
         write_page(tmp_path / "x.html", "x", {**fake_tree("ensemble", members=2), **change})

@@ -55,7 +55,9 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(2)
     covered = 0
     for i in range(200):
-        found = paired.paired_bootstrap(rng.normal(0.3, 1, 60), rng.normal(0, 1, 60), level=0.9, resamples=300, seed=i)
+        found = paired.paired_bootstrap(
+            rng.normal(0.3, 1, 60), rng.normal(0, 1, 60), level=0.9, resamples=300, seed=i
+        )
         covered += found.low <= 0.3 <= found.high
     assert 0.82 <= covered / 200 <= 0.96
 
@@ -66,7 +68,9 @@ def test_groups_widen_the_interval_where_rows_repeat() -> None:
     groups = [f"patient{i // 25}" for i in range(1000)]
     alone, grouped = paired.paired_bootstrap(a, b), paired.paired_bootstrap(a, b, groups)
     assert grouped.estimate == alone.estimate
-    assert 3.5 < (grouped.high - grouped.low) / (alone.high - alone.low) < 6.5  # 5 = sqrt(25) in theory
+    assert (
+        3.5 < (grouped.high - grouped.low) / (alone.high - alone.low) < 6.5
+    )  # 5 = sqrt(25) in theory
 
 
 def test_groups_of_one_row_are_rows() -> None:
@@ -84,11 +88,18 @@ def test_holm_by_hand() -> None:
 
 
 @LAW
-@given(p=st.lists(st.floats(0, 1), min_size=1, max_size=8), alpha=st.sampled_from([0.01, 0.05, 0.2, 0.5]))
-def test_holm_rejects_exactly_what_the_step_down_procedure_rejects(p: list[float], alpha: float) -> None:
+@given(
+    p=st.lists(st.floats(0, 1), min_size=1, max_size=8),
+    alpha=st.sampled_from([0.01, 0.05, 0.2, 0.5]),
+)
+def test_holm_rejects_exactly_what_the_step_down_procedure_rejects(
+    p: list[float], alpha: float
+) -> None:
     adjusted = paired.holm(p)
     ordered = sorted(range(len(p)), key=lambda i: p[i])
-    rejected = itertools.takewhile(lambda step: p[step[1]] * (len(p) - step[0]) <= alpha, enumerate(ordered))
+    rejected = itertools.takewhile(
+        lambda step: p[step[1]] * (len(p) - step[0]) <= alpha, enumerate(ordered)
+    )
     assert {i for i in range(len(p)) if adjusted[i] <= alpha} == {i for _, i in rejected}
     assert (adjusted >= np.array(p)).all()
     assert adjusted.max() <= 1
@@ -113,9 +124,18 @@ def test_a_verdict_names_its_test_and_the_images_that_were_needed() -> None:
     told = "no evidence of a difference: 141 against 140 images (exact McNemar, p = 1.00)"
     assert paired.verdict("STD", "GRU", 141, 140, 1.0, test="exact McNemar") == told
     sentence = paired.verdict("STD", "GRU", 141, 140, 1.0, test="exact McNemar", n=10_000)
-    assert sentence == f"{told}; about 23,000,000 images would be needed to show a difference of this size"
-    assert paired.verdict("a", "b", 5, 5, 1.0, n=100) == "no evidence of a difference: 5 against 5 images, p = 1.00"
-    assert paired.verdict("a", "b", 30, 5, 1e-4, n=99) == "a is better than b: 30 against 5 images, p < 0.001"
+    assert (
+        sentence
+        == f"{told}; about 23,000,000 images would be needed to show a difference of this size"
+    )
+    assert (
+        paired.verdict("a", "b", 5, 5, 1.0, n=100)
+        == "no evidence of a difference: 5 against 5 images, p = 1.00"
+    )
+    assert (
+        paired.verdict("a", "b", 30, 5, 1e-4, n=99)
+        == "a is better than b: 30 against 5 images, p < 0.001"
+    )
 
 
 HITS = st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 5)), min_size=1, max_size=60)
@@ -123,19 +143,29 @@ HITS = st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 5)), min_
 
 @LAW
 @given(rows=HITS, mid_p=st.booleans())
-def test_mcnemar_with_groups_is_the_enumeration_of_all_signs(rows: list[tuple[bool, bool, int]], mid_p: bool) -> None:
+def test_mcnemar_with_groups_is_the_enumeration_of_all_signs(
+    rows: list[tuple[bool, bool, int]], mid_p: bool
+) -> None:
     a, b, groups = np.array(rows).T
     found = paired.mcnemar_exact(a, b, groups, mid_p=mid_p)
     sums = [(a - b)[groups == g].sum() for g in np.unique(groups)]
     seen = abs(sum(sums))
-    all_sums = np.array([abs(np.dot(signs, sums)) for signs in itertools.product((-1, 1), repeat=len(sums))])
+    all_sums = np.array(
+        [abs(np.dot(signs, sums)) for signs in itertools.product((-1, 1), repeat=len(sums))]
+    )
     expected = (all_sums > seen).mean() + (all_sums == seen).mean() * (0.5 if mid_p and seen else 1)
-    assert found == (((a == 1) & (b == 0)).sum(), ((b == 1) & (a == 0)).sum(), pytest.approx(expected))
+    assert found == (
+        ((a == 1) & (b == 0)).sum(),
+        ((b == 1) & (a == 0)).sum(),
+        pytest.approx(expected),
+    )
 
 
 @LAW
 @given(rows=HITS, mid_p=st.booleans())
-def test_mcnemar_of_groups_of_one_row_is_that_of_rows(rows: list[tuple[bool, bool, int]], mid_p: bool) -> None:
+def test_mcnemar_of_groups_of_one_row_is_that_of_rows(
+    rows: list[tuple[bool, bool, int]], mid_p: bool
+) -> None:
     a, b, _ = np.array(rows).T
     alone = paired.mcnemar_exact(a, b, mid_p=mid_p)
     assert paired.mcnemar_exact(a, b, np.arange(len(a)), mid_p=mid_p) == pytest.approx(alone)
@@ -166,19 +196,29 @@ def test_equal_classifiers_are_told_apart_no_more_often_than_said(n: int) -> Non
     exact = sum(paired.mcnemar_exact(a, b).p <= 0.05 for a, b in pairs)
     mid = sum(paired.mcnemar_exact(a, b, mid_p=True).p <= 0.05 for a, b in pairs)
     assert 1 <= exact <= mid <= 14  # of 200: 5 % and two points
-    grouped = [paired.mcnemar_exact(np.repeat(a, 8), np.repeat(b, 8), np.arange(8 * n) // 8).p for a, b in pairs]
+    grouped = [
+        paired.mcnemar_exact(np.repeat(a, 8), np.repeat(b, 8), np.arange(8 * n) // 8).p
+        for a, b in pairs
+    ]
     assert grouped == pytest.approx([paired.mcnemar_exact(a, b).p for a, b in pairs])
-    assert sum(paired.mcnemar_exact(np.repeat(a, 8), np.repeat(b, 8)).p <= 0.05 for a, b in pairs) > 60
+    assert (
+        sum(paired.mcnemar_exact(np.repeat(a, 8), np.repeat(b, 8)).p <= 0.05 for a, b in pairs) > 60
+    )
 
 
 def test_a_score_difference_is_paired() -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 300)
     logits = rng.normal(0, 1, (300, 3)) + 1.2 * np.eye(3)[labels]
-    a, b = (np.exp(z) / np.exp(z).sum(1, keepdims=True) for z in (logits, logits + rng.normal(0, 0.5, (300, 3))))
+    a, b = (
+        np.exp(z) / np.exp(z).sum(1, keepdims=True)
+        for z in (logits, logits + rng.normal(0, 0.5, (300, 3)))
+    )
     for groups in (None, np.arange(300) // 5):
         hits = paired.paired_bootstrap(stats.correct(a, labels), stats.correct(b, labels), groups)
-        assert paired.score_difference("accuracy", a, b, labels, groups) == pytest.approx(hits, abs=1e-9)
+        assert paired.score_difference("accuracy", a, b, labels, groups) == pytest.approx(
+            hits, abs=1e-9
+        )
     found = paired.score_difference("log_loss", a, b, labels)
     assert found.estimate == pytest.approx(stats.log_loss(a, labels) - stats.log_loss(b, labels))
     assert found.low < found.estimate < found.high
@@ -213,7 +253,9 @@ def test_cochrans_q_equals_statsmodels(seed: int, m: int, n: int) -> None:
         a, b, _ = paired.mcnemar_exact(*hits)
         assert found.q == pytest.approx((a - b) ** 2 / (a + b) if a + b else 0)
         counts = [[(hits[0] & hits[1]).sum(), a], [b, (~hits[0] & ~hits[1]).sum()]]
-        assert table.mcnemar(counts, exact=True).pvalue == pytest.approx(paired.mcnemar_exact(*hits).p)
+        assert table.mcnemar(counts, exact=True).pvalue == pytest.approx(
+            paired.mcnemar_exact(*hits).p
+        )
 
 
 def test_cochrans_q_compares_classifiers() -> None:
@@ -232,7 +274,9 @@ def test_the_corrected_t_test_by_hand() -> None:
     assert found.estimate == pytest.approx(0.02)
     assert (found.t, found.df) == pytest.approx((3, 2))
     assert found.p == pytest.approx(2 * t.sf(3, 2))
-    assert (found.low, found.high) == pytest.approx((0.02 - t.ppf(0.975, 2) / 150, 0.02 + t.ppf(0.975, 2) / 150))
+    assert (found.low, found.high) == pytest.approx(
+        (0.02 - t.ppf(0.975, 2) / 150, 0.02 + t.ppf(0.975, 2) / 150)
+    )
 
 
 @LAW
@@ -245,7 +289,14 @@ def test_with_few_scored_rows_it_is_the_plain_t_test(seed: int, splits: int) -> 
 
 
 def test_differences_without_spread() -> None:
-    assert paired.corrected_t_test([0.5, 0.75], [0.25, 0.5], 2, 1) == (0.25, 0.25, 0.25, np.inf, 1, 0)
+    assert paired.corrected_t_test([0.5, 0.75], [0.25, 0.5], 2, 1) == (
+        0.25,
+        0.25,
+        0.25,
+        np.inf,
+        1,
+        0,
+    )
     assert paired.corrected_t_test([0.5, 0.75], [0.5, 0.75], 2, 1) == (0, 0, 0, 0, 1, 1)
 
 
@@ -273,20 +324,28 @@ def test_seeds_intervals_cover_other_seeds_and_other_images(seeds: float, groupe
         alone += abs(found.per_seed[0]) <= 1.96 * (a[0].astype(float) - b[0]).std() / 200**0.5
     assert covered / 150 >= 0.92
     if seeds:
-        assert alone / 150 < 0.8  # the interval of one pair of seeds, as if its rows were all there is
+        assert (
+            alone / 150 < 0.8
+        )  # the interval of one pair of seeds, as if its rows were all there is
 
 
 @LAW
 @given(seed=st.integers(0, 999), s=st.integers(2, 5), n=st.integers(2, 40))
-def test_seeds_difference_is_antisymmetric_and_groups_of_one_row_are_rows(seed: int, s: int, n: int) -> None:
+def test_seeds_difference_is_antisymmetric_and_groups_of_one_row_are_rows(
+    seed: int, s: int, n: int
+) -> None:
     a, b = trained(np.random.default_rng(seed), s, n, 0.3)
     found, turned = paired.seeds_difference(a, b), paired.seeds_difference(b, a)
-    assert (turned.estimate, turned.low, turned.high) == pytest.approx((-found.estimate, -found.high, -found.low))
+    assert (turned.estimate, turned.low, turned.high) == pytest.approx(
+        (-found.estimate, -found.high, -found.low)
+    )
     assert turned.p == pytest.approx(found.p)
     assert found.per_seed == pytest.approx((a.mean(1) - b.mean(1)).tolist())
     assert found.low <= found.estimate <= found.high
     assert 0 <= found.seeds_share <= 1
-    assert paired.seeds_difference(a, b, [f"r{i:02d}" for i in range(n)])[:4] == pytest.approx(found[:4], abs=1e-9)
+    assert paired.seeds_difference(a, b, [f"r{i:02d}" for i in range(n)])[:4] == pytest.approx(
+        found[:4], abs=1e-9
+    )
 
 
 def test_with_very_many_images_only_the_seeds_count() -> None:
@@ -309,7 +368,12 @@ def test_seeds_that_repeat_leave_the_interval_of_the_images() -> None:
 def test_seeds_difference_refuses() -> None:
     hits = np.array([[1, 0, 1], [1, 1, 1]])
     for a, b, groups, message in (
-        (hits[:1], hits[:1], None, "one seed says nothing of other seeds.*fix: use paired_bootstrap"),
+        (
+            hits[:1],
+            hits[:1],
+            None,
+            "one seed says nothing of other seeds.*fix: use paired_bootstrap",
+        ),
         (hits, hits[:, :2], None, "one value per row each"),
         (hits[0], hits[0], None, "value per row"),
         (hits * 0.5, hits, None, "right or wrong"),
@@ -321,7 +385,9 @@ def test_seeds_difference_refuses() -> None:
 
 
 @pytest.mark.parametrize(("discordant", "difference"), [(0.1, 0.03), (0.3, -0.06), (0.05, 0.05)])
-def test_the_required_rows_give_the_power_that_was_asked(discordant: float, difference: float) -> None:
+def test_the_required_rows_give_the_power_that_was_asked(
+    discordant: float, difference: float
+) -> None:
     n = paired.required_rows(discordant, difference)
     shares = [(discordant + difference) / 2, (discordant - difference) / 2, 1 - discordant]
     counts = np.random.default_rng(0).multinomial(n, shares, 20_000)[:, :2]
@@ -334,7 +400,11 @@ def test_the_required_rows_give_the_power_that_was_asked(discordant: float, diff
 def test_required_rows_by_hand_and_from_counts() -> None:
     # (1.959964 sqrt(0.2) + 0.841621 sqrt(0.2 - 0.01))^2 / 0.01 = 154.6
     assert paired.required_rows(0.2, 0.1) == 155
-    assert paired.required_rows_from_counts(15, 5, 100) == paired.required_rows_from_counts(5, 15, 100) == 155
+    assert (
+        paired.required_rows_from_counts(15, 5, 100)
+        == paired.required_rows_from_counts(5, 15, 100)
+        == 155
+    )
 
 
 def test_required_rows_refuse() -> None:

@@ -57,7 +57,10 @@ def test_inaturalist_holds_out_the_official_validation_images(tmp_path: Path) ->
     write_sample("inaturalist2019", tmp_path)
     sources = load("inaturalist2019", tmp_path)
     assert sources.test is not None
-    assert (count(sources.train), count(sources.test)) == ({str(i): 6 for i in range(6)}, {str(i): 3 for i in range(6)})
+    assert (count(sources.train), count(sources.test)) == (
+        {str(i): 6 for i in range(6)},
+        {str(i): 3 for i in range(6)},
+    )
     assert sources.train.classes == tuple("012345")
     for part, data in (("train", sources.train), ("val", sources.test)):
         tree = annotations(tmp_path, part)
@@ -79,15 +82,18 @@ def test_inaturalist_classes_are_in_the_order_of_their_numbers(tmp_path: Path) -
     )
     train = load("inaturalist2019", tmp_path).train
     assert train.classes == ("Zea mays", "Ajuga (1)", "Ajuga (2)", "Bombus", "Apis", "Corvus")
-    assert {name.split("/")[2]: label for name, label in zip(train.ids, train.labels.tolist(), strict=True)} == {
-        str(i): i for i in range(6)
-    }
+    assert {
+        name.split("/")[2]: label
+        for name, label in zip(train.ids, train.labels.tolist(), strict=True)
+    } == {str(i): i for i in range(6)}
 
 
 def test_inaturalist_from_its_archive(tmp_path: Path) -> None:
     write_sample("inaturalist2019", tmp_path / "plain", per_class=2)
     write_sample("inaturalist2019", tmp_path / "packed", per_class=2)
-    shutil.make_archive(str(tmp_path / "packed/train_val2019"), "gztar", tmp_path / "packed", "train_val2019")
+    shutil.make_archive(
+        str(tmp_path / "packed/train_val2019"), "gztar", tmp_path / "packed", "train_val2019"
+    )
     shutil.rmtree(tmp_path / "packed/train_val2019")
     plain = load("inaturalist2019", tmp_path / "plain")
     for root in (tmp_path / "packed", tmp_path / "packed/train_val2019.tar.gz"):
@@ -108,17 +114,44 @@ def leave_out(root: Path) -> None:
 
 
 BAD_INAT: dict[str, tuple[Callable[[Path], object], str]] = {
-    "nothing": (lambda r: shutil.rmtree(r / "train_val2019"), "is not there: .*train_val2019/ .*fetch inaturalist2019"),
-    "no annotations": (lambda r: (r / "val2019.json.tar.gz").unlink(), "no such file of iNaturalist 2019: .*val2019.json"),
-    "no JSON": (lambda r: write_json(r, "train", None) or (r / "train2019.json").write_text("{"), "not valid JSON"),
-    "no key": (change("val", lambda t: t.pop("images")), "annotations cannot be read: .*val2019.json; got KeyError"),
-    "no image": (change("train", lambda t: t["images"].pop()), "annotations cannot be read.*got KeyError"),
-    "no category": (change("train", lambda t: t["annotations"][0].update(category_id=9)), "labels have no category: .*got 9"),
-    "a list": (lambda r: write_json(r, "train", [1]), "categories cannot be read|annotations cannot be read"),
-    "twice": (change("val", lambda t: t["annotations"].append(t["annotations"][0])), "images are listed twice"),
-    "outside": (change("val", lambda t: t["images"][0].update(file_name="../x.jpg")), "unsafe name"),
+    "nothing": (
+        lambda r: shutil.rmtree(r / "train_val2019"),
+        "is not there: .*train_val2019/ .*fetch inaturalist2019",
+    ),
+    "no annotations": (
+        lambda r: (r / "val2019.json.tar.gz").unlink(),
+        "no such file of iNaturalist 2019: .*val2019.json",
+    ),
+    "no JSON": (
+        lambda r: write_json(r, "train", None) or (r / "train2019.json").write_text("{"),
+        "not valid JSON",
+    ),
+    "no key": (
+        change("val", lambda t: t.pop("images")),
+        "annotations cannot be read: .*val2019.json; got KeyError",
+    ),
+    "no image": (
+        change("train", lambda t: t["images"].pop()),
+        "annotations cannot be read.*got KeyError",
+    ),
+    "no category": (
+        change("train", lambda t: t["annotations"][0].update(category_id=9)),
+        "labels have no category: .*got 9",
+    ),
+    "a list": (
+        lambda r: write_json(r, "train", [1]),
+        "categories cannot be read|annotations cannot be read",
+    ),
+    "twice": (
+        change("val", lambda t: t["annotations"].append(t["annotations"][0])),
+        "images are listed twice",
+    ),
+    "outside": (
+        change("val", lambda t: t["images"][0].update(file_name="../x.jpg")),
+        "unsafe name",
+    ),
     "absent": (leave_out, "1 listed images do not exist"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_INAT)
@@ -144,7 +177,9 @@ def test_icassava_with_three_labelled_parts(tmp_path: Path) -> None:
     folder = tmp_path / "cassavaleafdata.zip.unpacked/cassavaleafdata"
     assert np.array_equal(sources.train.pixels(0), decode(folder / sources.train.ids[0]))
     for root in (folder, folder.parent, tmp_path / "cassavaleafdata.zip"):
-        assert count(load("icassava2019", root, extra=True).train) == dict.fromkeys(CASSAVA_CLASSES, 9)
+        assert count(load("icassava2019", root, extra=True).train) == dict.fromkeys(
+            CASSAVA_CLASSES, 9
+        )
 
 
 def test_icassava_as_kaggle_gives_it(tmp_path: Path) -> None:
@@ -162,7 +197,10 @@ def test_icassava_as_kaggle_gives_it(tmp_path: Path) -> None:
     assert (count(sources.train), sources.test) == (dict.fromkeys(CASSAVA_CLASSES, 2), None)
     unpacked = tmp_path / "kaggle/cassava-disease.zip.unpacked/train.zip.unpacked"
     shutil.copytree(folder / "test/cbb", unpacked / "test/0")
-    assert load("icassava2019", unpacked).notes[-1] == "the test images have no labels and are not used"
+    assert (
+        load("icassava2019", unpacked).notes[-1]
+        == "the test images have no labels and are not used"
+    )
     with pytest.raises(DataError, match="no extra images"):
         load("icassava2019", unpacked, extra=True)
     shutil.rmtree(unpacked / "train/healthy")
@@ -174,10 +212,13 @@ def test_cassava2020(tmp_path: Path) -> None:
     write_sample("cassava2020", tmp_path / "made")
     sources = load("cassava2020", tmp_path / "made")
     assert (sources.train.classes, sources.test) == (CASSAVA_2020_CLASSES, None)
-    rows = dict(line.split(",") for line in (tmp_path / "made/train.csv").read_text().splitlines()[1:])
-    assert {name: str(label) for name, label in zip(sources.train.ids, sources.train.labels, strict=True)} == {
-        f"train_images/{name}": label for name, label in rows.items()
-    }
+    rows = dict(
+        line.split(",") for line in (tmp_path / "made/train.csv").read_text().splitlines()[1:]
+    )
+    assert {
+        name: str(label)
+        for name, label in zip(sources.train.ids, sources.train.labels, strict=True)
+    } == {f"train_images/{name}": label for name, label in rows.items()}
     assert sources.notes[-1] == "the test images have no labels and are not used"
     archive = zip_up(tmp_path / "made", tmp_path / "cassava-leaf-disease-classification.zip")
     for root in (archive, tmp_path):
@@ -186,13 +227,28 @@ def test_cassava2020(tmp_path: Path) -> None:
 
 BAD_CASSAVA: dict[str, tuple[Callable[[Path], object], str]] = {
     "no table": (lambda r: (r / "train.csv").unlink(), "cannot read the file: .*train.csv"),
-    "no names": (lambda r: (r / "label_num_to_disease_map.json").unlink(), "cannot read the file: .*disease_map.json"),
+    "no names": (
+        lambda r: (r / "label_num_to_disease_map.json").unlink(),
+        "cannot read the file: .*disease_map.json",
+    ),
     "columns": (lambda r: (r / "train.csv").write_text("a,b\n1,2\n"), "expected image_id,label"),
-    "text": (lambda r: (r / "train.csv").write_text("image_id,label\nx.jpg,cmd\n"), "labels cannot be read"),
+    "text": (
+        lambda r: (r / "train.csv").write_text("image_id,label\nx.jpg,cmd\n"),
+        "labels cannot be read",
+    ),
     "label 9": (lambda r: (r / "train.csv").write_text("image_id,label\nx.jpg,9\n"), "KeyError 9"),
-    "a list": (lambda r: (r / "label_num_to_disease_map.json").write_text("[]"), "labels cannot be read"),
-    "absent": (lambda r: (r / "train.csv").write_text("image_id,label\nx.jpg,1\n"), "1 listed images do not exist"),
-    "outside": (lambda r: (r / "train.csv").write_text("image_id,label\n../x.jpg,1\n"), "unsafe name"),
+    "a list": (
+        lambda r: (r / "label_num_to_disease_map.json").write_text("[]"),
+        "labels cannot be read",
+    ),
+    "absent": (
+        lambda r: (r / "train.csv").write_text("image_id,label\nx.jpg,1\n"),
+        "1 listed images do not exist",
+    ),
+    "outside": (
+        lambda r: (r / "train.csv").write_text("image_id,label\n../x.jpg,1\n"),
+        "unsafe name",
+    ),
 }
 
 
@@ -221,7 +277,9 @@ def test_surrey_has_signers_as_groups(tmp_path: Path) -> None:
     assert np.array_equal(train.pixels(0), decode(tmp_path / "dataset5" / train.ids[0]))
     shutil.make_archive(str(tmp_path / "fingerspelling5"), "bztar", tmp_path, "dataset5")
     (tmp_path / "alone").mkdir()
-    archive = (tmp_path / "fingerspelling5.tar.bz2").rename(tmp_path / "alone/fingerspelling5.tar.bz2")
+    archive = (tmp_path / "fingerspelling5.tar.bz2").rename(
+        tmp_path / "alone/fingerspelling5.tar.bz2"
+    )
     for root in (tmp_path / "dataset5", archive, archive.parent):
         assert load("surrey-asl", root).train.ids == train.ids
     (tmp_path / "dataset5/B/j").mkdir()
@@ -240,7 +298,9 @@ def test_recipes_know_groups_and_extra_images() -> None:
             "stages": [{"name": "a", "epochs": 1, "lr": 1}],
             "members": [{"name": "m", "backbone": "x"}],
         }
-        return Recipe.parse({**parts, "data": {"root": "x", **data}, "folds": {"scheme": "leave-one-group-out"}})
+        return Recipe.parse(
+            {**parts, "data": {"root": "x", **data}, "folds": {"scheme": "leave-one-group-out"}}
+        )
 
     assert recipe(source="surrey-asl").folds.scheme == "leave-one-group-out"
     with pytest.raises(RecipeError, match="needs groups"):

@@ -19,7 +19,11 @@ from threefold.official import CIFAR10_CLASSES, CIFAR100_CLASSES, CIFAR100_SUPER
 from threefold.pickled import read_batch
 from threefold.samples import pickle_as_python2
 
-META10: dict[str, Any] = {"num_cases_per_batch": 10_000, "label_names": list(CIFAR10_CLASSES), "num_vis": 3072}
+META10: dict[str, Any] = {
+    "num_cases_per_batch": 10_000,
+    "label_names": list(CIFAR10_CLASSES),
+    "num_vis": 3072,
+}
 META100: dict[str, Any] = {
     "fine_label_names": list(CIFAR100_CLASSES),
     "coarse_label_names": list(CIFAR100_SUPERCLASSES),
@@ -28,17 +32,31 @@ META100: dict[str, Any] = {
 
 def test_the_official_meta_files_byte_for_byte() -> None:
     """The checksums are those that torchvision has for batches.meta and meta: the format here is the official one."""
-    md5 = {name: hashlib.md5(pickle_as_python2(meta)).hexdigest() for name, meta in (("10", META10), ("100", META100))}
-    assert md5 == {"10": "5ff9c542aee3614f3951f8cda6e48888", "100": "7973b15100ade9c7d40fb424638fde48"}
+    md5 = {
+        name: hashlib.md5(pickle_as_python2(meta)).hexdigest()
+        for name, meta in (("10", META10), ("100", META100))
+    }
+    assert md5 == {
+        "10": "5ff9c542aee3614f3951f8cda6e48888",
+        "100": "7973b15100ade9c7d40fb424638fde48",
+    }
     read = read_batch(pickle_as_python2(META10), "meta")
     assert read == {**META10, "label_names": [name.encode() for name in CIFAR10_CLASSES]}
 
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.text(max_size=9) | st.binary(max_size=300),
-    lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**60), 2**60)
+    | st.text(max_size=9)
+    | st.binary(max_size=300),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=12,
-)  # fmt: skip
+)
 
 
 @given(st.dictionaries(st.text(max_size=5), PLAIN, max_size=4), st.integers(2, 5))
@@ -92,10 +110,15 @@ HOSTILE: dict[str, Any] = {
 
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_pickles_do_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, protocol: int) -> None:
+def test_hostile_pickles_do_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, protocol: int
+) -> None:
     monkeypatch.chdir(tmp_path)
     content = pickle.dumps({"data": [HOSTILE[case]]}, protocol)
-    with pytest.raises(DataError, match=r"asks for more than plain data: batch; got (the name|opcode|a call|a state)"):
+    with pytest.raises(
+        DataError,
+        match=r"asks for more than plain data: batch; got (the name|opcode|a call|a state)",
+    ):
         read_batch(content, "batch")
     assert not list(tmp_path.iterdir())
 
@@ -121,7 +144,9 @@ def test_hostile_opcodes_do_nothing(case: str) -> None:
 
 @given(st.binary(max_size=60), st.integers(0, 400))
 def test_any_bytes_end_in_a_dictionary_or_in_one_line(noise: bytes, at: int) -> None:
-    sound = pickle_as_python2({"data": np.zeros((2, 3), np.uint8), "labels": [1, 2], "names": ["a", "b"]})
+    sound = pickle_as_python2(
+        {"data": np.zeros((2, 3), np.uint8), "labels": [1, 2], "names": ["a", "b"]}
+    )
     for content in (noise, sound[:at], sound[:at] + noise + sound[at + len(noise) :]):
         with suppress(DataError):
             assert isinstance(read_batch(content, "x"), dict)

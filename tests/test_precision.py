@@ -30,7 +30,10 @@ class Small(nn.Module):
         widths = [3, 16, 16, 16, 16, 16, 16, 16, 32]
         pairs = itertools.pairwise(widths)
         self.convs = nn.Sequential(
-            *(nn.Sequential(nn.Conv2d(a, b, 3, 2 if b == 32 else 1, 1), nn.ReLU()) for a, b in pairs)
+            *(
+                nn.Sequential(nn.Conv2d(a, b, 3, 2 if b == 32 else 1, 1), nn.ReLU())
+                for a, b in pairs
+            )
         )
         self.fc = nn.Linear(32, 40)
 
@@ -50,7 +53,9 @@ def small() -> onnx.ModelProto:
 
 
 def answers(model: onnx.ModelProto, pixels: np.ndarray) -> np.ndarray:
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     found: np.ndarray = session.run(["probs"], {"pixels": pixels})[0]
     return found
 
@@ -63,7 +68,9 @@ def held(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     return {tensor.name: tensor for tensor in model.graph.initializer}
 
 
-@pytest.mark.parametrize(("precision", "torchs"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("precision", "torchs"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)]
+)
 def test_halves_are_the_nearest_values_and_take_half_the_bytes(
     small: onnx.ModelProto, precision: str, torchs: torch.dtype
 ) -> None:
@@ -75,7 +82,9 @@ def test_halves_are_the_nearest_values_and_take_half_the_bytes(
         for t in small.graph.initializer
         if t.data_type == onnx.TensorProto.FLOAT and np.prod(t.dims, dtype=int) >= SMALLEST
     ]
-    assert len(large) == 8  # seven convolutions and the linear layer; the first convolution and biases are small
+    assert (
+        len(large) == 8
+    )  # seven convolutions and the linear layer; the first convolution and biases are small
     for tensor in large:
         twin = stored[f"{tensor.name}_{precision}"]
         values = onnx.numpy_helper.to_array(tensor)
@@ -94,31 +103,56 @@ def test_converting_leaves_the_model_as_it_is(small: onnx.ModelProto) -> None:
     assert small.SerializeToString() == before
 
 
-def test_int8_computes_in_int8_but_for_the_first_layers_and_the_softmax(small: onnx.ModelProto) -> None:
+def test_int8_computes_in_int8_but_for_the_first_layers_and_the_softmax(
+    small: onnx.ModelProto,
+) -> None:
     model = convert(small, "int8", noise(64))
     assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
-    weights = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) >= 2]
-    assert len(weights) == 7  # a quarter of eight convolutions stays float32; the linear layer is int8
+    weights = [
+        t
+        for t in model.graph.initializer
+        if t.data_type == onnx.TensorProto.INT8 and len(t.dims) >= 2
+    ]
+    assert (
+        len(weights) == 7
+    )  # a quarter of eight convolutions stays float32; the linear layer is int8
     for tensor in weights:
         assert np.abs(onnx.numpy_helper.to_array(tensor)).max() <= 64  # 7 bits: no kernel overflows
     scales = held(model)
-    per_channel = [t for t in scales.values() if t.name.endswith("_scale") and list(t.dims) in ([16], [32], [40])]
+    per_channel = [
+        t
+        for t in scales.values()
+        if t.name.endswith("_scale") and list(t.dims) in ([16], [32], [40])
+    ]
     assert len(per_channel) >= 7
     producers = {out: node for node in model.graph.node for out in node.output}
     softmax = next(node for node in model.graph.node if node.op_type == "Softmax")
     assert producers[softmax.output[0]].op_type == "Softmax"
-    quantised = {name for node in model.graph.node if node.op_type == "QuantizeLinear" for name in node.input[:1]}
+    quantised = {
+        name
+        for node in model.graph.node
+        if node.op_type == "QuantizeLinear"
+        for name in node.input[:1]
+    }
     assert "pixels" not in quantised
     assert "probs" not in quantised
     pixels = noise(20, seed=1)
-    assert np.abs(answers(model, pixels) - answers(small, pixels)).max() < TOLERANCES["int8"].difference
+    assert (
+        np.abs(answers(model, pixels) - answers(small, pixels)).max()
+        < TOLERANCES["int8"].difference
+    )
 
 
 def test_int8_ranges_come_from_the_images_it_is_given(small: onnx.ModelProto) -> None:
-    bright, grey = (convert(small, "int8", images) for images in (noise(16), np.full_like(noise(16), 120)))
+    bright, grey = (
+        convert(small, "int8", images) for images in (noise(16), np.full_like(noise(16), 120))
+    )
     pixels = noise(20)
     exact = answers(small, pixels)
-    assert np.abs(answers(bright, pixels) - exact).mean() < np.abs(answers(grey, pixels) - exact).mean()
+    assert (
+        np.abs(answers(bright, pixels) - exact).mean()
+        < np.abs(answers(grey, pixels) - exact).mean()
+    )
     with pytest.raises(ExportError, match="needs training images"):
         convert(small, "int8")
 
@@ -137,14 +171,19 @@ def test_every_precision_of_a_run(finished: Run, tmp_path: Path) -> None:
         assert accuracy["after"] - accuracy["before"] == accuracy["gained"] - accuracy["lost"]
         test = finished.sources.test
         assert test is not None
-        right = np.array(model.predict([test.pixels(i) for i in range(12)])) == np.array(test.classes)[test.labels]
+        right = (
+            np.array(model.predict([test.pixels(i) for i in range(12)]))
+            == np.array(test.classes)[test.labels]
+        )
         assert right.sum() == accuracy["after"]
     whole_bytes = (finished.dir / "model.onnx").stat().st_size
     assert sizes["float16"] < 0.75 * whole_bytes
     assert abs(sizes["float16"] - sizes["bfloat16"]) < 20_000
 
 
-def test_int8_is_calibrated_on_training_images_only(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_is_calibrated_on_training_images_only(
+    finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = {}
 
     def spy(*args: object, **words: object) -> dict[str, object]:
@@ -168,10 +207,15 @@ def test_a_precision_that_changes_too_much_is_not_written(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(TOLERANCES, "bfloat16", TOLERANCES["bfloat16"]._replace(difference=1e-9))  # type: ignore[arg-type]
-    with pytest.raises(ExportError, match=r"expected difference <= 1e-09, got \d\.\d\de-\d\d over 6 images; fix: use"):
+    with pytest.raises(
+        ExportError,
+        match=r"expected difference <= 1e-09, got \d\.\d\de-\d\d over 6 images; fix: use",
+    ):
         targets.export(whole(finished), tmp_path / "m.onnx", pictures(), precision="bfloat16")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ExportError, match=r"expected float32 \| float16 \| bfloat16 \| int8, got int4"):
+    with pytest.raises(
+        ExportError, match=r"expected float32 \| float16 \| bfloat16 \| int8, got int4"
+    ):
         workflow.export(finished, tmp_path / "m.onnx", precision="int4")
 
 
@@ -184,8 +228,13 @@ def test_the_report_counts_what_changed() -> None:
     assert report["max_difference"] == pytest.approx(0.4)
     assert (report["top1_agreement"], report["changed"], report["ties"]) == (0.25, 3, 0)
     assert report["accuracy"] == {
-        "before": 2, "after": 2, "lost": 1, "gained": 1, "change": 0.0, "counted_loss": 0
-    }  # fmt: skip
+        "before": 2,
+        "after": 2,
+        "lost": 1,
+        "gained": 1,
+        "change": 0.0,
+        "counted_loss": 0,
+    }
 
 
 def test_ties_are_not_counted_as_changed() -> None:
@@ -204,7 +253,9 @@ def test_ties_are_not_counted_as_changed() -> None:
         (2, [0] * 100, r"at most 1 right answers of 100 lost on balance, got 2"),
     ],
 )
-def test_changed_classes_and_lost_answers_are_refused(moved: int, labels: list[int] | None, message: str) -> None:
+def test_changed_classes_and_lost_answers_are_refused(
+    moved: int, labels: list[int] | None, message: str
+) -> None:
     near = np.tile(np.array([[0.51, 0.49]], np.float32), (100, 1))
     after = near.copy()
     after[:moved] = after[:moved, ::-1]
@@ -223,9 +274,18 @@ def test_the_card_names_what_the_file_was_made_of(finished: Run) -> None:
     assert (card["precision"], card["opset"]) == ("float32", exporting.OPSET)
     first, second = card["preprocessing"]
     assert (first["pixels"], second["pixels"], first["resize"]) == (32, 40, "squash")
-    assert first["mean"][0] == pytest.approx([255 * m for m in finished.load_member(finished.recipe.members[0], 0, 3).backbone.default_cfg["mean"]])  # fmt: skip
+    assert first["mean"][0] == pytest.approx(
+        [
+            255 * m
+            for m in finished.load_member(finished.recipe.members[0], 0, 3).backbone.default_cfg[
+                "mean"
+            ]
+        ]
+    )
     assert set(card["hashes"]["weights"]) == {"plain/0", "plain/1", "gated/0", "gated/1"}
     job = finished.last_job("gated", 1)
-    assert card["hashes"]["weights"]["gated/1"] == sha256(finished.folder(job) / "weights.safetensors")
+    assert card["hashes"]["weights"]["gated/1"] == sha256(
+        finished.folder(job) / "weights.safetensors"
+    )
     assert card["hashes"]["recipe"] == finished.recipe.digest()
     assert card["parity"]["accuracy"]["lost"] == 0

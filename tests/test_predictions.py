@@ -44,7 +44,8 @@ def same(a: Predictions, b: Predictions) -> bool:
     arrays = [(a.probs, b.probs), (a.labels, b.labels), (a.folds, b.folds)]
     plain = ("ids", "classes", "members", "groups", "protocol", "kind")
     return all(getattr(a, name) == getattr(b, name) for name in plain) and all(
-        (x is None and y is None) or (x.dtype == y.dtype and x.tobytes() == y.tobytes()) for x, y in arrays
+        (x is None and y is None) or (x.dtype == y.dtype and x.tobytes() == y.tobytes())
+        for x, y in arrays
     )
 
 
@@ -125,7 +126,12 @@ def test_default_ids_sort_in_row_order(tmp_path):
 
 def test_numbers_of_other_types_are_taken_without_loss(tmp_path):
     one_hot = np.eye(3, dtype=np.uint8)[None, np.arange(6) % 3]
-    np.savez(tmp_path / "p.npz", probs=one_hot, labels=(np.arange(6) % 3).astype(np.uint8), ids=np.arange(6))
+    np.savez(
+        tmp_path / "p.npz",
+        probs=one_hot,
+        labels=(np.arange(6) % 3).astype(np.uint8),
+        ids=np.arange(6),
+    )
     found = Predictions.load(tmp_path / "p.npz")
     assert found.probs.dtype == np.float32
     assert found.labels.dtype == np.int64
@@ -142,21 +148,36 @@ BROKEN = {
     "no rows": ({"probs": probs[:, :0], "labels": np.zeros(0, int)}, "wrong shape"),
     "one class": ({"probs": np.ones((2, 6, 1))}, "at least two classes"),
     "text for numbers": ({"probs": probs.astype(str)}, "must be numbers"),
-    "NaN": ({"probs": np.where(np.arange(3) == 1, np.nan, probs)}, r"NaN or infinite: index \(0, 0, 1\)"),
+    "NaN": (
+        {"probs": np.where(np.arange(3) == 1, np.nan, probs)},
+        r"NaN or infinite: index \(0, 0, 1\)",
+    ),
     "infinite": ({"probs": np.where(np.arange(3) == 1, np.inf, probs)}, "NaN or infinite"),
     "negative": ({"probs": np.array([[[1.5, -0.5]] * 6])}, r"negative: index \(0, 0, 1\).*softmax"),
     "logits": ({"probs": probs * 7}, r"sum to 1: index \(0, 0\); got 7; fix: apply softmax"),
     "sums a little off": ({"probs": probs * 1.002}, "do not sum to 1"),
-    "label too large": ({"labels": np.array([0, 1, 2, 0, 1, 3])}, "out of range: index 5; expected 0 to 2, got 3"),
+    "label too large": (
+        {"labels": np.array([0, 1, 2, 0, 1, 3])},
+        "out of range: index 5; expected 0 to 2, got 3",
+    ),
     "label negative": ({"labels": np.array([0, 1, 2, 0, 1, -1])}, "out of range"),
     "labels as floats": ({"labels": np.zeros(6)}, "class numbers"),
-    "one-hot labels": ({"labels": np.eye(3, dtype=int)[[0, 1, 2, 0, 1, 2]]}, r"labels have the wrong shape"),
+    "one-hot labels": (
+        {"labels": np.eye(3, dtype=int)[[0, 1, 2, 0, 1, 2]]},
+        r"labels have the wrong shape",
+    ),
     "labels too few": ({"labels": np.zeros(5, int)}, r"expected \(6,\), one per row, got \(5,\)"),
     "ids twice": ({"ids": np.array(list("abcdea"))}, "ids are not unique; got a twice"),
     "ids too few": ({"ids": np.array(list("abc"))}, "ids do not match.*expected 6 names, got 3"),
-    "class names too many": ({"classes": np.array(list("abcd"))}, "classes do not match.*expected 3 names, got 4"),
+    "class names too many": (
+        {"classes": np.array(list("abcd"))},
+        "classes do not match.*expected 3 names, got 4",
+    ),
     "class names twice": ({"classes": np.array(list("aba"))}, "classes are not unique"),
-    "members too few": ({"members": np.array(["x"])}, "members do not match.*expected 2 names, got 1"),
+    "members too few": (
+        {"members": np.array(["x"])},
+        "members do not match.*expected 2 names, got 1",
+    ),
     "groups too few": ({"groups": np.array(["x"])}, "groups do not match"),
     "folds too few": ({"folds": np.zeros(2, int)}, "folds have the wrong shape"),
     "provenance is not JSON": ({"provenance": np.array("{")}, "provenance is not readable"),
@@ -165,7 +186,10 @@ BROKEN = {
         {"provenance": np.array('{"protocol": "x", "kind": "oof"}')},
         "unknown protocol; expected honest",
     ),
-    "unknown kind": ({"provenance": np.array('{"protocol": "paper", "kind": "x"}')}, "unknown kind"),
+    "unknown kind": (
+        {"provenance": np.array('{"protocol": "paper", "kind": "x"}')},
+        "unknown kind",
+    ),
 }
 
 
@@ -214,12 +238,16 @@ class Bomb:
 
 @pytest.mark.parametrize("name", ["probs", "labels", "ids", "members", "provenance"])
 def test_object_arrays_are_refused_and_never_unpickled(tmp_path, name):
-    np.savez(tmp_path / "p.npz", **raw(**{name: np.array([Bomb(tmp_path / "exploded")], dtype=object)}))
+    np.savez(
+        tmp_path / "p.npz", **raw(**{name: np.array([Bomb(tmp_path / "exploded")], dtype=object)})
+    )
     refuse(tmp_path / "p.npz", "never unpickled.*string arrays")
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("header", ["{'descr': '<f4', 'shape': (2, 3", "{'descr': '<f4',\n   1\n  2: }"])
+@pytest.mark.parametrize(
+    "header", ["{'descr': '<f4', 'shape': (2, 3", "{'descr': '<f4',\n   1\n  2: }"]
+)
 def test_a_header_that_python_cannot_parse_is_refused(tmp_path, header):
     content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
     with zipfile.ZipFile(tmp_path / "p.npz", "w") as archive:
@@ -262,7 +290,9 @@ def test_select_keeps_the_members_in_the_order_asked_for():
 
 def test_an_unknown_member_is_an_error_that_names_the_nearest():
     found = make(m=3, members=("lite0", "lite1", "resnet"))
-    with pytest.raises(DataError, match=r"no such member: lite2; expected one of lite[01], lite[01]$"):
+    with pytest.raises(
+        DataError, match=r"no such member: lite2; expected one of lite[01], lite[01]$"
+    ):
         found.select(["lite2"])
     with pytest.raises(DataError, match=r"expected one of resnet$"):
         found.select(["NET"])

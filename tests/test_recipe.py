@@ -53,7 +53,12 @@ def test_a_wrong_value_is_one_line_that_names_it(override: str, words: tuple[str
 
 
 def test_overrides_reach_tables_by_name_and_by_index() -> None:
-    recipe = parse("members.gated.img_size=64", 'members.0.head={kind="lstm", units=4}', "train.device=cuda", "seed=7")
+    recipe = parse(
+        "members.gated.img_size=64",
+        'members.0.head={kind="lstm", units=4}',
+        "train.device=cuda",
+        "seed=7",
+    )
     assert recipe.member("gated").img_size == 64
     assert recipe.member("plain").head.kind == "lstm"
     assert recipe.train.device == "cuda"

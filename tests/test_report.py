@@ -40,9 +40,7 @@ def test_one_file_that_needs_nothing_else(demo: Page) -> None:
 
 
 def test_says_what_to_expect_in_plain_numbers(demo: Page) -> None:
-    words = (
-        "Expect 88.9 % of new images to be right about 89 of 100 , between 87 and 91 (95 % interval 86.8 % to 90.7 %)"
-    )
+    words = "Expect 88.9 % of new images to be right about 89 of 100 , between 87 and 91 (95 % interval 86.8 % to 90.7 %)"
     assert words in demo.text
     assert "the test set, opened at the end; when was not written down" in demo.text
     assert "the simplest within one standard error of the best (stacked)" in demo.text
@@ -58,22 +56,35 @@ def test_is_well_formed_and_accessible(demo: Page) -> None:
 def test_charts_take_the_colours_of_the_page(demo: Page) -> None:
     charts = "".join(re.findall(r"<svg.*?</svg>", demo.source, re.S))
     assert not re.search(r"#[0-9a-f]{6}(?![0-9a-f\"])", charts)
-    assert {"var(--ink)", "var(--soft)", "var(--line)", "var(--accent)"} == set(re.findall(r"var\(--\w+\)", charts))
+    assert {"var(--ink)", "var(--soft)", "var(--line)", "var(--accent)"} == set(
+        re.findall(r"var\(--\w+\)", charts)
+    )
     assert "prefers-color-scheme: dark" in demo.source
 
 
 @pytest.mark.usefixtures("no_charts")
 def test_confusions_and_mistakes_come_from_the_chosen_probabilities(tmp_path: Path) -> None:
     folder = fake_run(tmp_path / "run", ("cat", "dog", "eel"), n=4)
-    probs = np.array([[0.9, 0.1, 0.0], [0.2, 0.7, 0.1], [0.6, 0.3, 0.1], [0.05, 0.95, 0.0]], np.float32)
-    write_arrays(folder / "chosen.npz", probs=probs, labels=np.array([0, 0, 1, 2]), ids=np.array(["a", "b", "c", "d"]))
+    probs = np.array(
+        [[0.9, 0.1, 0.0], [0.2, 0.7, 0.1], [0.6, 0.3, 0.1], [0.05, 0.95, 0.0]], np.float32
+    )
+    write_arrays(
+        folder / "chosen.npz",
+        probs=probs,
+        labels=np.array([0, 0, 1, 2]),
+        ids=np.array(["a", "b", "c", "d"]),
+    )
     page = Page(write_report([folder]))
     matrix = page.source[page.source.index('class="matrix"') :]
     cells = re.findall(r'<td(?: class="(right|wrong)"[^>]*)?>(\d*)</td>', matrix)
     right, wrong, none = ("right", "1"), ("wrong", "1"), ("", "")
     never_right = ("right", "0")
     assert cells[:9] == [right, wrong, none, wrong, never_right, none, none, wrong, never_right]
-    order = ["eel answered dog 95.0 % sure", "cat answered dog 70.0 % sure", "dog answered cat 60.0 % sure"]
+    order = [
+        "eel answered dog 95.0 % sure",
+        "cat answered dog 70.0 % sure",
+        "dog answered cat 60.0 % sure",
+    ]
     places = [page.text.index(words) for words in order]
     assert places == sorted(places)
     assert "3 images of 4 were answered wrong" in page.text
@@ -81,7 +92,9 @@ def test_confusions_and_mistakes_come_from_the_chosen_probabilities(tmp_path: Pa
 
 def test_learning_curves_mark_what_the_gate_dropped(demo: Page) -> None:
     assert demo.text.count("within its noise") == 9
-    curves = re.findall(r'<svg role="img" aria-label="Learning curve of lite.*?</svg>', demo.source, re.S)
+    curves = re.findall(
+        r'<svg role="img" aria-label="Learning curve of lite.*?</svg>', demo.source, re.S
+    )
     assert len(curves) == 3
     assert all(chart.count("stroke-dasharray") == 3 for chart in curves)
 
@@ -97,17 +110,32 @@ def test_names_cannot_inject_markup(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_charts")
-@pytest.mark.parametrize(("rows", "protocol", "export", "kind", "words"), [
-    ("test", "honest", "auto", "honest", "nothing was chosen on the rows scored here"),
-    ("oof", "honest", "auto", "honest", "only the choice between the ensembles saw these scores"),
-    ("oof", "honest", "mean", "honest", "nothing was chosen on the rows scored here"),
-    ("test", "paper", "auto", "paper", "selected on test"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "protocol", "export", "kind", "words"),
+    [
+        ("test", "honest", "auto", "honest", "nothing was chosen on the rows scored here"),
+        (
+            "oof",
+            "honest",
+            "auto",
+            "honest",
+            "only the choice between the ensembles saw these scores",
+        ),
+        ("oof", "honest", "mean", "honest", "nothing was chosen on the rows scored here"),
+        ("test", "paper", "auto", "paper", "selected on test"),
+    ],
+)
 def test_stamp_says_what_the_scores_are_worth(
     tmp_path: Path, rows: str, protocol: str, export: str, kind: str, words: str
 ) -> None:
-    page = Page(write_report([fake_run(tmp_path / "run", n=200, rows=rows, protocol=protocol, export=export)]))
-    assert [attrs["class"] for tag, attrs in page.tags if "stamp" in (attrs.get("class") or "")] == [f"stamp {kind}"]
+    page = Page(
+        write_report(
+            [fake_run(tmp_path / "run", n=200, rows=rows, protocol=protocol, export=export)]
+        )
+    )
+    assert [
+        attrs["class"] for tag, attrs in page.tags if "stamp" in (attrs.get("class") or "")
+    ] == [f"stamp {kind}"]
     assert words in page.text
     assert ("Expect 88.9 %" in page.text) == (protocol == "honest")
 
@@ -115,7 +143,9 @@ def test_stamp_says_what_the_scores_are_worth(
 @pytest.mark.usefixtures("no_charts")
 @pytest.mark.parametrize("k", [2, 30, 31, 40])
 def test_matrix_only_where_it_can_be_read(tmp_path: Path, k: int) -> None:
-    page = Page(write_report([fake_run(tmp_path / "run", tuple(f"class {i}" for i in range(k)), n=400)]))
+    page = Page(
+        write_report([fake_run(tmp_path / "run", tuple(f"class {i}" for i in range(k)), n=400)])
+    )
     assert ("matrix" in [attrs.get("class") for _, attrs in page.tags]) == (k <= 30)
     assert "Most frequent mistakes" in page.text
     assert page.open == []
@@ -141,7 +171,9 @@ def test_large_images_are_reduced(tmp_path: Path) -> None:
     wrong = np.flatnonzero(probs.argmax(axis=1) != labels)
     wrong = wrong[np.argsort(-probs[wrong].max(1), kind="stable")][:10]
     write_arrays(folder / "chosen.npz", probs=probs, labels=labels, ids=np.arange(400).astype(str))
-    write_arrays(folder / "thumbs.npz", images=noise[: len(wrong)], ids=wrong.astype(str), preview=noise[:2])
+    write_arrays(
+        folder / "thumbs.npz", images=noise[: len(wrong)], ids=wrong.astype(str), preview=noise[:2]
+    )
     page = Page(write_report([folder]))
     sizes = [_image(attrs["src"]).size for tag, attrs in page.tags if tag == "img"]
     assert len(sizes) == 12
@@ -198,7 +230,9 @@ def test_refuses_files_that_do_not_belong_together(tmp_path: Path) -> None:
     folder = fake_run(tmp_path / "run", n=20)
     probs, labels = answers(np.random.default_rng(0), 19, 10)
     write_arrays(folder / "chosen.npz", probs=probs, labels=labels, ids=np.arange(19).astype(str))
-    with pytest.raises(RunError, match=r"do not belong together.*expected \(20, 10\), got probs \(19, 10\)"):
+    with pytest.raises(
+        RunError, match=r"do not belong together.*expected \(20, 10\), got probs \(19, 10\)"
+    ):
         write_report([folder])
 
 
@@ -216,13 +250,16 @@ def _edit(path: Path, change: Any) -> None:
 
 
 @pytest.mark.usefixtures("no_charts")
-@pytest.mark.parametrize(("change", "words"), [
-    (lambda tree: tree.pop("scores"), "lacks a key"),
-    (lambda tree: tree.pop("chosen_reason"), "chosen_reason"),
-    (lambda tree: tree["members"][0].pop("head"), "head"),
-    (lambda tree: tree["scores"][0].pop("log_loss"), "log_loss"),
-    (lambda tree: tree.update(chosen="other"), "an ensemble named other"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tree: tree.pop("scores"), "lacks a key"),
+        (lambda tree: tree.pop("chosen_reason"), "chosen_reason"),
+        (lambda tree: tree["members"][0].pop("head"), "head"),
+        (lambda tree: tree["scores"][0].pop("log_loss"), "log_loss"),
+        (lambda tree: tree.update(chosen="other"), "an ensemble named other"),
+    ],
+)
 def test_malformed_results_are_one_clear_line(tmp_path: Path, change: Any, words: str) -> None:
     folder = fake_run(tmp_path / "run", n=20)
     _edit(folder / "results.json", change)

@@ -55,11 +55,20 @@ def test_whole_page(full: Page) -> None:
     full.is_sound()
     headings = re.findall(r"<h2>(.*?)</h2>", full.source)
     assert headings == [
-        "Which classes are confused", "Members against ensembles", "What does accuracy cost?", "If it may stop early",
-        "Can its confidence be trusted?", "If it may name several classes", "How much picking the best flatters", "Most confident mistakes",
-        "Labels and images to look at", "Learning curves", "What augmentation does to the training images",
-        "How this was measured", "Words used here",
-    ]  # fmt: skip
+        "Which classes are confused",
+        "Members against ensembles",
+        "What does accuracy cost?",
+        "If it may stop early",
+        "Can its confidence be trusted?",
+        "If it may name several classes",
+        "How much picking the best flatters",
+        "Most confident mistakes",
+        "Labels and images to look at",
+        "Learning curves",
+        "What augmentation does to the training images",
+        "How this was measured",
+        "Words used here",
+    ]
     assert len(full.source) < 1_500_000
 
 
@@ -69,21 +78,28 @@ def test_first_screen_says_how_many_and_on_which_rows_and_when(full: Page) -> No
         "the test set, which took no part in training or choosing. It was opened on 24 November 2026, 06:15 UTC, once."
         in full.text
     )
-    squares = re.search(r'<svg role="img" aria-label="100 squares: about 89 right.*?</svg>', full.source)
+    squares = re.search(
+        r'<svg role="img" aria-label="100 squares: about 89 right.*?</svg>', full.source
+    )
     assert squares is not None
     assert [path.count("M") for path in re.findall(r' d="([^"]*)"', squares[0])] == [87, 4, 9]
 
 
 @pytest.mark.usefixtures("no_charts")
 @pytest.mark.parametrize(
-    ("rows", "times", "words"), [("test", 3, "the test rows were opened 3 times"), ("oof", 0, "out-of-fold")]
+    ("rows", "times", "words"),
+    [("test", 3, "the test rows were opened 3 times"), ("oof", 0, "out-of-fold")],
 )
-def test_opening_often_and_never(folder: Path, tmp_path: Path, rows: str, times: int, words: str) -> None:
+def test_opening_often_and_never(
+    folder: Path, tmp_path: Path, rows: str, times: int, words: str
+) -> None:
     if rows == "oof":
         page = Page(write_report([fake_run(tmp_path / "run", rows="oof", n=200)]))
         assert "opened" not in page.text
     else:
-        page = changed(folder, tmp_path / "run", lambda tree: tree["test_opened"].update(times=times))
+        page = changed(
+            folder, tmp_path / "run", lambda tree: tree["test_opened"].update(times=times)
+        )
         assert "; 3 times in all." in page.text
         assert sum("stamp" in (attrs.get("class") or "") for _, attrs in page.tags) == 2
     assert words in page.text
@@ -96,7 +112,10 @@ def test_confused_pairs_have_their_pictures(full: Page, folder: Path) -> None:
     chosen = read_arrays(folder / "chosen.npz")
     top, labels = chosen["probs"].argmax(1), chosen["labels"]
     count, back = (int(((labels == a) & (top == b)).sum()) for a, b in ((5, 7), (7, 5)))
-    assert f"Sandal taken for Sneaker {count} images, {count / (labels == 5).sum():.1%}" in full.text.replace(" %", "%")
+    assert (
+        f"Sandal taken for Sneaker {count} images, {count / (labels == 5).sum():.1%}"
+        in full.text.replace(" %", "%")
+    )
     assert f"of the class; the other way round: {back}" in full.text
     ids = re.findall(r'<span title="(.*?)">', pairs[0])
     rows = [list(map(str, chosen["ids"])).index(name) for name in ids]
@@ -104,7 +123,9 @@ def test_confused_pairs_have_their_pictures(full: Page, folder: Path) -> None:
 
 
 def test_heat_is_laid_over_the_mistakes(full: Page, folder: Path) -> None:
-    section = full.source[full.source.index('id="run1-mistakes"') : full.source.index('id="run1-audit"')]
+    section = full.source[
+        full.source.index('id="run1-mistakes"') : full.source.index('id="run1-audit"')
+    ]
     overlays = re.findall(r'<img class="heat" src="data:image/png;base64,([^"]+)"', section)
     assert len(overlays) == 23
     assert section.count("no map") == 1
@@ -112,7 +133,9 @@ def test_heat_is_laid_over_the_mistakes(full: Page, folder: Path) -> None:
     assert heat.shape == (32, 32, 4)
     cam = read_arrays(folder / "thumbs.npz")["cams"][0]
     hottest = np.unravel_index(heat[..., 3].argmax(), (32, 32))
-    np.testing.assert_allclose(hottest, np.array(np.unravel_index(cam.argmax(), cam.shape)) / 3, atol=1.5)
+    np.testing.assert_allclose(
+        hottest, np.array(np.unravel_index(cam.argmax(), cam.shape)) / 3, atol=1.5
+    )
     assert heat[..., 3].min() == 0
     assert "It does not mean that they ignored the rest" in full.text
 
@@ -134,16 +157,31 @@ def test_optimism_says_what_each_choice_flatters(full: Page) -> None:
 def test_sets_unknown_images_and_calibration(full: Page) -> None:
     assert "sets of on average 1.2 classes hold the right one for 90.3 % of images" in full.text
     assert "Of images that do belong to one, 4.7 % are then turned away by mistake" in full.text
-    assert "one number for all classes (temperature scaling, 1.21): the least log loss out of fold" in full.text
+    assert (
+        "one number for all classes (temperature scaling, 1.21): the least log loss out of fold"
+        in full.text
+    )
 
 
 def test_cost_table_and_front(folder: Path, full: Page) -> None:
-    scores = [s for s in json.loads((folder / "results.json").read_text())["scores"] if s["rows"] == "test"]
-    front = {s["name"] for s in scores if not any(o["macs"] <= s["macs"] and o["accuracy"] > s["accuracy"] for o in scores)
-             and not any(o["macs"] < s["macs"] and o["accuracy"] == s["accuracy"] for o in scores)}  # fmt: skip
-    section = full.source[full.source.index('id="run1-cost"') : full.source.index('id="run1-reliability"')]
+    scores = [
+        s
+        for s in json.loads((folder / "results.json").read_text())["scores"]
+        if s["rows"] == "test"
+    ]
+    front = {
+        s["name"]
+        for s in scores
+        if not any(o["macs"] <= s["macs"] and o["accuracy"] > s["accuracy"] for o in scores)
+        and not any(o["macs"] < s["macs"] and o["accuracy"] == s["accuracy"] for o in scores)
+    }
+    section = full.source[
+        full.source.index('id="run1-cost"') : full.source.index('id="run1-reliability"')
+    ]
     rows = re.findall(r"<tr.*?>(.*?)</tr>", section, re.S)
-    told = {re.search(r'<th scope="row">(\S+?)[\s<]', row)[1] for row in rows if "<td>yes</td>" in row}  # type: ignore[index]
+    told = {
+        re.search(r'<th scope="row">(\S+?)[\s<]', row)[1] for row in rows if "<td>yes</td>" in row
+    }  # type: ignore[index]
     assert told <= front
     assert {"lite0", "lite1"} <= told
     chosen, single = (next(s for s in scores if s["name"] == name) for name in ("mean", "lite2"))
@@ -154,10 +192,15 @@ def test_cost_table_and_front(folder: Path, full: Page) -> None:
 
 
 def test_audit_shows_suspects_and_the_pairs_that_matter_first(full: Page) -> None:
-    section = full.source[full.source.index('id="run1-audit"') : full.source.index('id="run1-learning"')]
+    section = full.source[
+        full.source.index('id="run1-audit"') : full.source.index('id="run1-learning"')
+    ]
     assert section.count("<figure>") == 24
     assert section.count("no image kept") == 4
-    assert "57 labels look wrong to networks that never saw the image; here are the 24 most doubtful" in full.text
+    assert (
+        "57 labels look wrong to networks that never saw the image; here are the 24 most doubtful"
+        in full.text
+    )
     parts = re.findall(r"<td>(two parts|same|–)</td></tr>", section)
     assert len(parts) == 20
     assert set(parts[:8]) == {"two parts"}
@@ -173,37 +216,77 @@ def test_ledger_shows_what_was_seen(full: Page) -> None:
 def test_an_old_run_says_plainly_what_it_lacks(tmp_path: Path) -> None:
     page = Page(write_report([fake_run(tmp_path / "run", n=200)]))
     page.is_sound()
-    for words in ("say nothing of their cost", "Sets of several classes were not measured", "Stopping early was not measured", "What its choices flatter was not measured",
-                  "The labels of this run were not audited"):  # fmt: skip
+    for words in (
+        "say nothing of their cost",
+        "Sets of several classes were not measured",
+        "Stopping early was not measured",
+        "What its choices flatter was not measured",
+        "The labels of this run were not audited",
+    ):
         assert words in page.text
     assert "Grad-CAM" not in page.text
     assert "What saw which rows" not in page.text
 
 
 def test_stopping_early_is_told_with_what_it_costs_and_saves(full: Page) -> None:
-    for words in ("need 46 % of the multiply-adds, and 88.3 % of images are right in place of 88.4 %", "difference -0.10 points",
-                  "0.62 % get another class", "lite0 0.710 60.0 % 25 % 4.4 85.1 %", "+ lite1 never 25.0 % 60 % 10.4 87.7 %",
-                  "+ lite2 the whole ensemble 15.0 % 100 % 17.3 88.3 %", "7.1 ms on average when it may stop early",
-                  "thresholds chosen on other rows"):  # fmt: skip
+    for words in (
+        "need 46 % of the multiply-adds, and 88.3 % of images are right in place of 88.4 %",
+        "difference -0.10 points",
+        "0.62 % get another class",
+        "lite0 0.710 60.0 % 25 % 4.4 85.1 %",
+        "+ lite1 never 25.0 % 60 % 10.4 87.7 %",
+        "+ lite2 the whole ensemble 15.0 % 100 % 17.3 88.3 %",
+        "7.1 ms on average when it may stop early",
+        "thresholds chosen on other rows",
+    ):
         assert words in full.text, words
 
 
 @pytest.mark.usefixtures("no_charts")
-@pytest.mark.parametrize(("change", "words"), [
-    (lambda tree: tree["audit"].update(suspects=[], n_suspects=0, duplicates=None, missing="cleanlab is not installed", warnings=[]),
-     "No audit was made: cleanlab is not installed."),
-    (lambda tree: tree["audit"].update(suspects=[], n_suspects=0, duplicates={"found": 0, "pairs": []}, warnings=[]),
-     "No label looks wrong, and no two images are the same."),
-    (lambda tree: tree.update(optimism=[]), "What its choices flatter was not measured"),
-    (lambda tree: tree["conformal"].update(unknown=None), "sets of on average 1.2 classes"),
-    (lambda tree: tree.update(cascade={"missing": "members are not in every fold"}), "always asks every member: members are not in every fold."),
-    (lambda tree: tree.pop("export"), "46 % of the multiply-adds"),
-    (lambda tree: tree["cascade"]["measured"].pop(), "on which nothing of this was measured"),
-    (lambda tree: tree.update(calibration={"name": "none", "reason": "", "temperature": None}), "without a correction."),
-    (lambda tree: tree.update(calibration=None, temperature=1.5), "calibrated (temperature 1.50)"),
-    (lambda tree: [s.update(macs=None) for s in tree["scores"]], "say nothing of their cost"),
-    (lambda tree: tree.update(ledger=[], test_opened=None, comparisons=[]), "when was not written down"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda tree: tree["audit"].update(
+                suspects=[],
+                n_suspects=0,
+                duplicates=None,
+                missing="cleanlab is not installed",
+                warnings=[],
+            ),
+            "No audit was made: cleanlab is not installed.",
+        ),
+        (
+            lambda tree: tree["audit"].update(
+                suspects=[], n_suspects=0, duplicates={"found": 0, "pairs": []}, warnings=[]
+            ),
+            "No label looks wrong, and no two images are the same.",
+        ),
+        (lambda tree: tree.update(optimism=[]), "What its choices flatter was not measured"),
+        (lambda tree: tree["conformal"].update(unknown=None), "sets of on average 1.2 classes"),
+        (
+            lambda tree: tree.update(cascade={"missing": "members are not in every fold"}),
+            "always asks every member: members are not in every fold.",
+        ),
+        (lambda tree: tree.pop("export"), "46 % of the multiply-adds"),
+        (lambda tree: tree["cascade"]["measured"].pop(), "on which nothing of this was measured"),
+        (
+            lambda tree: tree.update(
+                calibration={"name": "none", "reason": "", "temperature": None}
+            ),
+            "without a correction.",
+        ),
+        (
+            lambda tree: tree.update(calibration=None, temperature=1.5),
+            "calibrated (temperature 1.50)",
+        ),
+        (lambda tree: [s.update(macs=None) for s in tree["scores"]], "say nothing of their cost"),
+        (
+            lambda tree: tree.update(ledger=[], test_opened=None, comparisons=[]),
+            "when was not written down",
+        ),
+    ],
+)
 def test_parts_that_are_missing(folder: Path, tmp_path: Path, change: Any, words: str) -> None:
     page = changed(folder, tmp_path / "run", change)
     assert words in page.text
@@ -247,7 +330,9 @@ def test_a_page_of_large_pictures_is_below_ten_megabytes(folder: Path, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["cams", "suspect_images", "pair_true"])
-def test_pictures_that_do_not_belong_together_are_refused(folder: Path, tmp_path: Path, name: str) -> None:
+def test_pictures_that_do_not_belong_together_are_refused(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
     target = tmp_path / "run"
     shutil.copytree(folder, target)
     thumbs = read_arrays(target / "thumbs.npz")
@@ -257,10 +342,19 @@ def test_pictures_that_do_not_belong_together_are_refused(folder: Path, tmp_path
 
 
 def test_a_member_may_be_called_like_an_ensemble(folder: Path, tmp_path: Path) -> None:
-    page = changed(folder, tmp_path / "run", lambda tree: tree.update(
-        scores=[*fake_scores(["mean", "b"], "test", 1000), *fake_scores(["mean", "b"], "oof", 3000)]
-    ))  # fmt: skip
-    assert page.source.count('class="tag">chosen') == 3  # twice among the scores, once among the costs
+    page = changed(
+        folder,
+        tmp_path / "run",
+        lambda tree: tree.update(
+            scores=[
+                *fake_scores(["mean", "b"], "test", 1000),
+                *fake_scores(["mean", "b"], "oof", 3000),
+            ]
+        ),
+    )
+    assert (
+        page.source.count('class="tag">chosen') == 3
+    )  # twice among the scores, once among the costs
     dots = re.search(r'<svg role="img" aria-label="Accuracy of every.*?</svg>', page.source, re.S)
     assert dots is not None
     assert len(re.findall(r">mean<", dots[0])) == 2
@@ -273,11 +367,22 @@ def test_a_browser_shows_it_in_both_schemes(
     full: Page, folder: Path, tmp_path: Path, scheme: int, paper: tuple[int, ...]
 ) -> None:
     page, shot = write_report([folder], tmp_path / "page.html"), tmp_path / "shot.png"
-    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-               f"--blink-settings=preferredColorScheme={scheme}", "--window-size=1000,1400"]  # fmt: skip
-    with open(tmp_path / "log", "w") as log:  # a file: the browser's helpers outlive it and would hold a pipe open
+    browser = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--blink-settings=preferredColorScheme={scheme}",
+        "--window-size=1000,1400",
+    ]
+    with open(
+        tmp_path / "log", "w"
+    ) as log:  # a file: the browser's helpers outlive it and would hold a pipe open
         command = [*browser, f"--screenshot={shot}", page.as_uri()]
-        subprocess.run(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, timeout=120, check=True)
+        subprocess.run(
+            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, timeout=120, check=True
+        )
     assert "CONSOLE" not in (tmp_path / "log").read_text(errors="replace")
     image = np.asarray(Image.open(shot).convert("RGB"))
     assert tuple(image[5, 5]) == paper
@@ -292,13 +397,24 @@ def test_answers_of_the_fixture_are_usable() -> None:
 def test_without_test_rows_the_headline_pays_for_the_choice() -> None:
     score = {"rows": "oof", "accuracy": 0.9, "interval": [0.88, 0.92], "n": 900}
     expected = {"rows": "oof", "accuracy": 0.89, "interval": [0.87, 0.91], "n": 900}
-    assert expected_score({"expected": expected}, score) == {**score, "accuracy": 0.89, "interval": [0.87, 0.91]}
+    assert expected_score({"expected": expected}, score) == {
+        **score,
+        "accuracy": 0.89,
+        "interval": [0.87, 0.91],
+    }
     assert expected_score({"expected": {**expected, "rows": "test"}}, score) == score
     assert expected_score({}, score) == score
 
 
 def test_costs_that_are_nearly_equal_have_an_axis() -> None:
-    point = {"kind": "member", "accuracy": 0.8, "interval": [0.7, 0.9], "parameters": 1, "front": True, "chosen": False}
+    point = {
+        "kind": "member",
+        "accuracy": 0.8,
+        "interval": [0.7, 0.9],
+        "parameters": 1,
+        "front": True,
+        "chosen": False,
+    }
     points = [
         {**point, "name": n, "macs": c, "number": i + 1}
         for i, (n, c) in enumerate((("a", 8_123_456), ("b", 8_123_999)))

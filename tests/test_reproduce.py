@@ -45,14 +45,20 @@ def plans(asked: Asked) -> list[Recipe]:
 
 @pytest.mark.parametrize("known", ITEMS.values(), ids=list(ITEMS))
 def test_an_item_names_what_its_recipes_have(known: Item) -> None:
-    there = {plan.name: {m.name for m in packaged(plan.recipe, plan.overrides).members} for plan in known.plans}
+    there = {
+        plan.name: {m.name for m in packaged(plan.recipe, plan.overrides).members}
+        for plan in known.plans
+    }
     labels = [cell.label for cell in known.cells]
     assert len(set(labels)) == len(labels)
     for plan in known.plans:
         assert set(plan.members) <= there[plan.name]
         assert packaged(plan.recipe).data.source == plan.source
     for cell in known.cells:
-        names = {*cell.answer.members, *([] if cell.answer.kind == "ensemble" else [cell.answer.name])}
+        names = {
+            *cell.answer.members,
+            *([] if cell.answer.kind == "ensemble" else [cell.answer.name]),
+        }
         assert names <= there[cell.answer.run], cell.label
         assert (
             cell.answer.kind != "ensemble" or not make_ensemble(cell.answer.name).needs_fit
@@ -64,7 +70,9 @@ def test_an_item_names_what_its_recipes_have(known: Item) -> None:
     cells = {cell.label: cell for cell in known.cells}
     for a, b in ((cells[a], cells[b]) for a, b in known.pairs):
         nets = {known.small.members.get(cell.answer.name) for cell in (a, b)} - {None}
-        assert a.row != b.row or len(nets) < 2, f"{a.label} and {b.label} are compared on two networks"
+        assert a.row != b.row or len(nets) < 2, (
+            f"{a.label} and {b.label} are compared on two networks"
+        )
 
 
 def test_every_recipe_of_the_paper_is_used_and_says_what_it_is() -> None:
@@ -84,10 +92,18 @@ def test_every_recipe_of_the_paper_is_used_and_says_what_it_is() -> None:
 def test_the_authors_settings(name: str) -> None:
     """What holds for every recipe of the paper, and the values that differ (paper sections 4.1 to 4.7, notebooks)."""
     recipe = packaged(name)
-    assert (recipe.train.optimizer, recipe.train.precision, recipe.train.weight_decay) == ("adam-keras", "float32", 0)
+    assert (recipe.train.optimizer, recipe.train.precision, recipe.train.weight_decay) == (
+        "adam-keras",
+        "float32",
+        0,
+    )
     assert recipe.augment.model_dump(exclude={"hflip", "vflip", "erasing", "mixup", "cutmix"}) == {
-        "rotation": 30, "shift": 0.3, "shear": 0.3, "zoom": 0.3, "channel_shift": 10,
-    }  # fmt: skip
+        "rotation": 30,
+        "shift": 0.3,
+        "shear": 0.3,
+        "zoom": 0.3,
+        "channel_shift": 10,
+    }
     flips = name not in ("paper/table6-svhn", "paper/table7")
     assert (recipe.augment.hflip, recipe.augment.vflip) == (flips, flips)
     assert recipe.protocol == ("honest" if name == "paper/figure10" else "paper")
@@ -96,7 +112,11 @@ def test_the_authors_settings(name: str) -> None:
             assert len(member.joins) == 3
             assert member.head.kind == "mlp"
             continue
-        assert (member.head.noise, member.head.activation, member.head.units) == (0.1, "keras", 2048)
+        assert (member.head.noise, member.head.activation, member.head.units) == (
+            0.1,
+            "keras",
+            2048,
+        )
         assert member.head.kind != "gru" or not member.head.reset_after
         rates = [(stage.lr, stage.epochs) for stage in recipe.stages_of(member.name)]
         assert rates == STAGES[name] or (name, member.name) in ODD_STAGES
@@ -106,19 +126,51 @@ def test_the_authors_settings(name: str) -> None:
 
 THREE = [(1e-4, 40), (1e-5, 15), (1e-6, 15)]
 STAGES = {
-    "paper/table1": [(1e-4, 30)], "paper/table2": [(1e-4, 30)], "paper/table3": [(2e-4, 10), (1e-5, 10), (1e-5, 10)],
-    "paper/figure4": [(1e-5, 30)], "paper/figure10": THREE, "paper/figure11": THREE, "paper/figure12": THREE,
-    "paper/table6-cifar100": THREE, "paper/table6-svhn": [(1e-3, 20), (1e-4, 15)], "paper/table7": [(1e-3, 40), (1e-4, 15), (1e-5, 15)],
-}  # fmt: skip
-ODD_STAGES = {("paper/figure4", "seresnext101-421"), ("paper/figure10", "one"), ("paper/table6-cifar100", "efficientnetb0")}  # fmt: skip
+    "paper/table1": [(1e-4, 30)],
+    "paper/table2": [(1e-4, 30)],
+    "paper/table3": [(2e-4, 10), (1e-5, 10), (1e-5, 10)],
+    "paper/figure4": [(1e-5, 30)],
+    "paper/figure10": THREE,
+    "paper/figure11": THREE,
+    "paper/figure12": THREE,
+    "paper/table6-cifar100": THREE,
+    "paper/table6-svhn": [(1e-3, 20), (1e-4, 15)],
+    "paper/table7": [(1e-3, 40), (1e-4, 15), (1e-5, 15)],
+}
+ODD_STAGES = {
+    ("paper/figure4", "seresnext101-421"),
+    ("paper/figure10", "one"),
+    ("paper/table6-cifar100", "efficientnetb0"),
+}
 BATCHES = {
-    "paper/figure11": {"seresnext101-std": 40, "seresnext101-bilstm": 30, "xception-bilstm": 100, "inception-resnetv2-std": 120},
-    "paper/figure12": {"efficientnetb4-299": 48, "efficientnetb5-345": 36, "xception-gru": 100, "e2e-3m": 200},
-    "paper/table6-cifar100": {"efficientnetb0": 160, "efficientnetb1": 128, "efficientnetb3": 96, "efficientnetb7": 72},
-    "paper/table6-svhn": {"efficientnetb0": 192, "efficientnetb5": 48, "efficientnetb6": 36, "efficientnetb7": 24, "xception": 64},
+    "paper/figure11": {
+        "seresnext101-std": 40,
+        "seresnext101-bilstm": 30,
+        "xception-bilstm": 100,
+        "inception-resnetv2-std": 120,
+    },
+    "paper/figure12": {
+        "efficientnetb4-299": 48,
+        "efficientnetb5-345": 36,
+        "xception-gru": 100,
+        "e2e-3m": 200,
+    },
+    "paper/table6-cifar100": {
+        "efficientnetb0": 160,
+        "efficientnetb1": 128,
+        "efficientnetb3": 96,
+        "efficientnetb7": 72,
+    },
+    "paper/table6-svhn": {
+        "efficientnetb0": 192,
+        "efficientnetb5": 48,
+        "efficientnetb6": 36,
+        "efficientnetb7": 24,
+        "xception": 64,
+    },
     "paper/table7": {"mobilenetv1": 64, "inceptionv3": 32},
     "paper/table3": {"seresnext101": 20},
-}  # fmt: skip
+}
 
 
 # Plans ----------------------------------------------------------------------------------------------------------------
@@ -158,7 +210,11 @@ def test_protocols_change_folds_only_where_the_authors_had_none(tmp_path: Path) 
     assert folds("table1", "full", "paper") == (1, "stratified", "average")
     assert folds("table1", "full", "honest") == (2, "stratified", "refit")
     assert folds("table1", "small", "honest") == (2, "stratified", "average")
-    assert folds("table3", "full", "honest") == folds("table3", "full", "paper") == (5, "stratified", "average")
+    assert (
+        folds("table3", "full", "honest")
+        == folds("table3", "full", "paper")
+        == (5, "stratified", "average")
+    )
     assert folds("table7", "full", "honest")[1] == "leave-one-group-out"
     assert folds("figure10", "small", "honest") == (2, "stratified", "average")
 
@@ -174,7 +230,9 @@ def test_a_full_run_under_the_papers_protocol_is_the_recipe_itself(tmp_path: Pat
         whole.folds,
     )
     assert made.stages == whole.stages[:3]  # the joint network's stage goes with it
-    assert "e2e-3m" in [m.name for m in plans(Asked(item("table4"), "full", "paper", data=tmp_path))[0].members]
+    assert "e2e-3m" in [
+        m.name for m in plans(Asked(item("table4"), "full", "paper", data=tmp_path))[0].members
+    ]
 
 
 def test_sizes_that_differ_still_differ_in_a_smoke_run(tmp_path: Path) -> None:
@@ -183,7 +241,9 @@ def test_sizes_that_differ_still_differ_in_a_smoke_run(tmp_path: Path) -> None:
 
 
 def test_where_the_data_are(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="table7 needs surrey-asl data; fix: .*threefold data fetch surrey-asl --to"):  # noqa: RUF043
+    with pytest.raises(
+        DataError, match=r"table7 needs surrey-asl data; fix: .*threefold data fetch surrey-asl --to"
+    ):
         plans(Asked(item("table7"), "full"))
     assert plans(Asked(item("table1"), "small"))[0].data.source == "demo"
     assert plans(Asked(item("table1"), "full"))[0].data.source == "fashion-mnist"
@@ -192,26 +252,44 @@ def test_where_the_data_are(tmp_path: Path) -> None:
         "cifar100",
         "svhn",
     }
-    assert plans(Asked(item("table6"), "full", data=tmp_path))[2].data.root == str(tmp_path / "svhn")
+    assert plans(Asked(item("table6"), "full", data=tmp_path))[2].data.root == str(
+        tmp_path / "svhn"
+    )
     photos = write_sample("folder", tmp_path / "photos", per_class=2)
     assert data_table("cifar10", photos)["source"] == "folder"
     assert data_table("svhn", write_sample("svhn", tmp_path / "s", per_class=2))["source"] == "svhn"
     # Hands without known signers: any folds; with a table that names groups: grouped.
     assert plans(Asked(item("table7"), "small", data=photos))[0].folds.scheme == "stratified"
-    assert plans(Asked(item("table7"), "small", data=tmp_path / "t.csv"))[0].folds.scheme == "grouped"
+    assert (
+        plans(Asked(item("table7"), "small", data=tmp_path / "t.csv"))[0].folds.scheme == "grouped"
+    )
     assert plans(Asked(item("table1"), "small", overrides=("seed=3",)))[0].seed == 3
 
 
 def test_of_several_data_sets_those_run_that_are_there(tmp_path: Path) -> None:
     asked = Asked(item("table6"), "small", data=tmp_path)
-    with pytest.raises(DataError, match=r"no data set of this item lies there: .*; expected a folder for any of cifar10, cifar100, svhn"):  # fmt: skip
+    with pytest.raises(
+        DataError,
+        match=r"no data set of this item lies there: .*; expected a folder for any of cifar10, cifar100, svhn",
+    ):
         again.at_hand(asked)
     (tmp_path / "cifar100").mkdir()
     assert [plan.name for plan in again.at_hand(asked)] == ["cifar100"]
     assert len(again.at_hand(asked._replace(scale="smoke"))) == 3
-    runs = [SimpleNamespace(results={"notes": [f"{n} pairs of images look nearly the same: {n}"]}, recipe=SimpleNamespace(data=SimpleNamespace(source="svhn"), members=())) for n in (3, 44)]  # fmt: skip
-    assert [note for note in again._notes(asked, {"svhn": runs}) if "pairs" in note] == ["3 pairs of images look nearly the same: 3"]  # fmt: skip
-    assert again._notes(asked, {})[-2:] == ["no data at hand: cifar10, svhn", "left out at this scale: cifar100"]
+    runs = [
+        SimpleNamespace(
+            results={"notes": [f"{n} pairs of images look nearly the same: {n}"]},
+            recipe=SimpleNamespace(data=SimpleNamespace(source="svhn"), members=()),
+        )
+        for n in (3, 44)
+    ]
+    assert [note for note in again._notes(asked, {"svhn": runs}) if "pairs" in note] == [
+        "3 pairs of images look nearly the same: 3"
+    ]
+    assert again._notes(asked, {})[-2:] == [
+        "no data at hand: cifar10, svhn",
+        "left out at this scale: cifar100",
+    ]
 
 
 def test_names(tmp_path: Path) -> None:
@@ -228,15 +306,25 @@ def test_names(tmp_path: Path) -> None:
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
-def fake_run(folder: Path, hits: dict[str, list[bool]], groups: tuple[str, ...] | None = None) -> Any:
+def fake_run(
+    folder: Path, hits: dict[str, list[bool]], groups: tuple[str, ...] | None = None
+) -> Any:
     """A run folder with predictions of two classes that are right on these rows."""
     right = np.array(list(hits.values()))
     probs = np.where(right[..., None], [0.9, 0.1], [0.1, 0.9])
     ids = tuple(f"i{n}" for n in range(right.shape[1]))
     Predictions(
-        probs=probs, labels=np.zeros(right.shape[1], int), ids=ids, classes=("a", "b"), members=tuple(hits), groups=groups, kind="test"
-    ).save(folder / "test.npz")  # fmt: skip
-    names = [{"name": n, "backbone": "net", "img_size": 8, "parameters": 5, "flops": 7} for n in hits]
+        probs=probs,
+        labels=np.zeros(right.shape[1], int),
+        ids=ids,
+        classes=("a", "b"),
+        members=tuple(hits),
+        groups=groups,
+        kind="test",
+    ).save(folder / "test.npz")
+    names = [
+        {"name": n, "backbone": "net", "img_size": 8, "parameters": 5, "flops": 7} for n in hits
+    ]
     return SimpleNamespace(dir=folder, results={"members": names})
 
 
@@ -244,7 +332,10 @@ def test_cells_over_groups_and_seeds_by_hand(tmp_path: Path) -> None:
     """Two signers of 4 and 2 images: the paper's mean counts signers alike, 1/2 of (3/4 + 1/2)."""
     groups = ("A", "A", "A", "A", "B", "B")
     runs = {
-        "run": [fake_run(tmp_path / str(s), {"x": [True, True, True, s == 1, True, False]}, groups) for s in (0, 1)]
+        "run": [
+            fake_run(tmp_path / str(s), {"x": [True, True, True, s == 1, True, False]}, groups)
+            for s in (0, 1)
+        ]
     }
     cell = Cell("X", "", Answer("member", "x"), 0.949)
     rows = again._rows(runs, cell.answer)  # type: ignore[arg-type]
@@ -271,7 +362,9 @@ def test_comparisons_by_hand() -> None:
         "b": Rows(worse, ids, None, "test"),
         "c": Rows(base, ids[::-1], None, "test"),
     }
-    (first,) = again._comparisons((("a", "b"), ("a", "c"), ("a", "d")), found)  # other images, and a cell left out
+    (first,) = again._comparisons(
+        (("a", "b"), ("a", "c"), ("a", "d")), found
+    )  # other images, and a cell left out
     assert (first["only_a"], first["only_b"], first["difference"]) == (12, 0, 0.3)
     assert first["p"] == pytest.approx(2 * 0.5**12) == first["p_holm"]
     assert first["verdict"].startswith("a is better than b: 12 against 0 images")
@@ -292,11 +385,16 @@ def test_several_networks_in_some_folds_only(tmp_path: Path) -> None:
     for (name, fold), array in probs.items():
         write_arrays(tmp_path / f"{name}{fold}/probs.npz", test=array, score=array)
     run = SimpleNamespace(
-        recipe=SimpleNamespace(views=packaged("demo").views), roles={f: SimpleNamespace(score=np.arange(2 * f, 2 * f + 2)) for f in range(3)},
-        folder=lambda job: tmp_path / job, last_job=lambda name, fold: f"{name}{fold}", dir=tmp_path,
-    )  # fmt: skip
+        recipe=SimpleNamespace(views=packaged("demo").views),
+        roles={f: SimpleNamespace(score=np.arange(2 * f, 2 * f + 2)) for f in range(3)},
+        folder=lambda job: tmp_path / job,
+        last_job=lambda name, fold: f"{name}{fold}",
+        dir=tmp_path,
+    )
     answer = Answer("folds", "x", ("x", "y"), (1,))
-    np.testing.assert_allclose(again._mixed(run, answer, (2, 2), "test"), (0.1 + (0.2 + 0.7) / 2 + 0.3) / 3)  # type: ignore[arg-type]
+    np.testing.assert_allclose(
+        again._mixed(run, answer, (2, 2), "test"), (0.1 + (0.2 + 0.7) / 2 + 0.3) / 3
+    )  # type: ignore[arg-type]
     out_of_fold = again._mixed(run, answer, (6, 2), "oof")  # type: ignore[arg-type]
     np.testing.assert_allclose(out_of_fold[:, 0], [0.1, 0.1, 0.45, 0.45, 0.3, 0.3])
 
@@ -306,7 +404,18 @@ def test_several_networks_in_some_folds_only(tmp_path: Path) -> None:
 
 def smoke(name: str, folder: Path, protocol: str = "honest", *more: str) -> dict[str, Any]:
     done = runner.invoke(
-        app, ["reproduce", name, "--scale", "smoke", "--protocol", protocol, "--out", str(folder), *more]
+        app,
+        [
+            "reproduce",
+            name,
+            "--scale",
+            "smoke",
+            "--protocol",
+            protocol,
+            "--out",
+            str(folder),
+            *more,
+        ],
     )
     assert done.exit_code == 0, done.output
     found: dict[str, Any] = json.loads((folder / "reproduce.json").read_text())
@@ -318,19 +427,32 @@ def smoke(name: str, folder: Path, protocol: str = "honest", *more: str) -> dict
 
 
 def test_an_item_runs_measures_and_draws(tmp_path: Path) -> None:
-    found = smoke("figure10", tmp_path / "runs/reproduce/figure10-smoke-honest", "honest", "--seeds", "2")
+    found = smoke(
+        "figure10", tmp_path / "runs/reproduce/figure10-smoke-honest", "honest", "--seeds", "2"
+    )
     assert [c["row"] for c in found["cells"]] == ["one stage", "three stages", "three stages, gate"]
     assert all(0 <= c["interval"][0] <= c["ours"] <= c["interval"][1] <= 1 for c in found["cells"])
     assert [len(c["per_seed"]) for c in found["cells"]] == [2, 2, 2]
-    assert [(s["run"], s["member"], s["stage"], s["lr"]) for s in found["stages"]][:2] == [("run", "one", "once", 1e-3), ("run", "three", "stage1", 1e-3)]  # fmt: skip
-    assert [e["test"] for e in found["comparisons"]] == ["crossed random effects over seeds and images"] * 2
+    assert [(s["run"], s["member"], s["stage"], s["lr"]) for s in found["stages"]][:2] == [
+        ("run", "one", "once", 1e-3),
+        ("run", "three", "stage1", 1e-3),
+    ]
+    assert [e["test"] for e in found["comparisons"]] == [
+        "crossed random effects over seeds and images"
+    ] * 2
     assert found["commit"]
     folder = next((tmp_path / "runs/reproduce/figure10-smoke-honest").glob("*/seed*"))
-    assert [entry["by"] for entry in json.loads((folder / "ledger.json").read_text())["test_opened"]] == ["train", "reproduce"]  # fmt: skip
+    assert [
+        entry["by"] for entry in json.loads((folder / "ledger.json").read_text())["test_opened"]
+    ] == ["train", "reproduce"]
     listing = subprocess.run(
-        [sys.executable, "-c", "import sys, threefold.cli, threefold.paper_items as p; p.states(p.Path('.')); assert 'torch' not in sys.modules"],
+        [
+            sys.executable,
+            "-c",
+            "import sys, threefold.cli, threefold.paper_items as p; p.states(p.Path('.')); assert 'torch' not in sys.modules",
+        ],
         check=False,
-    )  # fmt: skip
+    )
     assert listing.returncode == 0  # the list is instant
     state = {line["name"]: line["state"] for line in states(tmp_path / "runs/reproduce")}
     assert state["figure10"] == f"smoke, honest, {found['trained'][:10]}"
@@ -365,7 +487,9 @@ def check_smoke(name: str, folder: Path, protocol: str = "honest") -> None:
     assert smoke(name, folder, protocol)["trained"] == found["trained"]  # nothing is trained again
 
 
-def test_what_the_command_lists_and_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_command_lists_and_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     listed = runner.invoke(app, ["reproduce"]).output
     for name in [*ITEMS, *SAME, *PICTURES]:

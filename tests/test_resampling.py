@@ -20,7 +20,12 @@ def together(chunks) -> np.ndarray:
 
 
 @LAW
-@given(n=st.integers(1, 40), resamples=st.integers(1, 30), chunk=st.integers(1, 200), seed=st.integers(0, 99))
+@given(
+    n=st.integers(1, 40),
+    resamples=st.integers(1, 30),
+    chunk=st.integers(1, 200),
+    seed=st.integers(0, 99),
+)
 def test_as_many_are_drawn_as_there_are(n: int, resamples: int, chunk: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     part, cells = (np.unique(rng.integers(0, 6, n), return_inverse=True)[1] for _ in range(2))
@@ -42,11 +47,14 @@ def test_as_many_are_drawn_as_there_are(n: int, resamples: int, chunk: int, seed
     first = np.unique(part, return_index=True)[1]
     assert (grouped == grouped[first][part]).all()  # a group comes whole or not at all
     assert (grouped[first].sum(0) == part.max() + 1).all()
-    assert (both == [[grouped[cells == c, r].sum() for r in range(resamples)] for c in range(len(both))]).all()
+    assert (
+        both == [[grouped[cells == c, r].sum() for r in range(resamples)] for c in range(len(both))]
+    ).all()
 
 
 @pytest.mark.parametrize(
-    "draw", [resampling.unit_weights, lambda n, r, s: resampling.cell_weights(np.arange(n), None, r, s)]
+    "draw",
+    [resampling.unit_weights, lambda n, r, s: resampling.cell_weights(np.arange(n), None, r, s)],
 )
 def test_draws_are_multinomial(draw: Callable) -> None:
     weights = together(draw(20, 20_000, 0))
@@ -86,7 +94,9 @@ def test_groups_without_sense_are_refused(groups: object, message: str) -> None:
         resampling.check_groups(groups, 3)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("hits", [[0.5, 1], ["yes", "no"], [2, 0], [np.nan], [], [[1]], 1, [[1], [1, 0]], [None]])
+@pytest.mark.parametrize(
+    "hits", [[0.5, 1], ["yes", "no"], [2, 0], [np.nan], [], [[1]], 1, [[1], [1, 0]], [None]]
+)
 def test_hits_are_booleans(hits: object) -> None:
     with pytest.raises(DataError, match="hits"):
         resampling.check_hits(hits)  # type: ignore[arg-type]
@@ -115,5 +125,7 @@ def test_sums_over_drawn_units_have_the_same_law_for_few_kinds_of_units_and_many
         sums = np.concatenate(list(resampling.column_sums(columns, 2000, 1)), axis=1)
         assert sums.shape == (2, 2000)
         share = columns[0].mean()
-        assert abs(sums[0].mean() - columns[0].sum()) < 4 * (4000 * share * (1 - share) / 2000) ** 0.5
+        assert (
+            abs(sums[0].mean() - columns[0].sum()) < 4 * (4000 * share * (1 - share) / 2000) ** 0.5
+        )
         assert abs(sums[0].std() / (4000 * share * (1 - share)) ** 0.5 - 1) < 0.06

@@ -52,8 +52,13 @@ def test_out_of_fold_covers_every_row_once_with_the_fold_that_did_not_see_it(fin
 
 
 def test_test_rows_are_the_mean_of_the_fold_models(finished: Run) -> None:
-    parts = [np.load(finished.folder(Job("gated", fold, "two")) / "probs.npz")["test"][0] for fold in (0, 1)]
-    np.testing.assert_allclose(finished.predictions("test").probs[1], np.mean(parts, axis=0), atol=1e-7)
+    parts = [
+        np.load(finished.folder(Job("gated", fold, "two")) / "probs.npz")["test"][0]
+        for fold in (0, 1)
+    ]
+    np.testing.assert_allclose(
+        finished.predictions("test").probs[1], np.mean(parts, axis=0), atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])
@@ -79,7 +84,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     assert weights(again) == weights(whole)
 
 
-def test_a_finished_run_is_not_trained_again(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_is_not_trained_again(
+    finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def forbidden(*_: Any) -> None:
         raise AssertionError("trained again")
 
@@ -92,10 +99,14 @@ def test_a_finished_run_is_not_trained_again(finished: Run, monkeypatch: pytest.
 def test_two_processes_do_not_work_in_one_run(tiny: Recipe, tmp_path: Path) -> None:
     code = "import sys, time, filelock; held = filelock.FileLock(sys.argv[1]); held.acquire(); print('held', flush=True); time.sleep(60)"
     run = Run.create(tiny, tmp_path / "run")
-    with subprocess.Popen([sys.executable, "-c", code, str(run.dir / ".lock")], stdout=subprocess.PIPE) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(run.dir / ".lock")], stdout=subprocess.PIPE
+    ) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with pytest.raises(RunError, match=r"another process is at work in this run.*choose another --out"):
+        with pytest.raises(
+            RunError, match=r"another process is at work in this run.*choose another --out"
+        ):
             workflow.train(tiny, run.dir)
         other.kill()
     with run.alone():  # a process that is killed lets go
@@ -104,7 +115,9 @@ def test_two_processes_do_not_work_in_one_run(tiny: Recipe, tmp_path: Path) -> N
 
 def test_a_folder_of_another_recipe_is_refused(finished: Run) -> None:
     other = Recipe.parse(finished.recipe.model_dump(), ["train.batch_size=4", "seed=9"])
-    with pytest.raises(RunError, match=r"another recipe.*seed.*train\.batch_size.*choose another --out"):
+    with pytest.raises(
+        RunError, match=r"another recipe.*seed.*train\.batch_size.*choose another --out"
+    ):
         Run.create(other, finished.dir)
     Run.create(Recipe.parse(finished.recipe.model_dump(), ["name=renamed"]), finished.dir)
 
@@ -145,7 +158,9 @@ def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_later(
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RunError, match=r"cannot write: .*No space left on device.*run the same command again"):
+    with pytest.raises(
+        RunError, match=r"cannot write: .*No space left on device.*run the same command again"
+    ):
         train_members(run)
     monkeypatch.setattr(os, "fsync", real)
     assert not list(run.dir.rglob("*.tmp"))
@@ -188,7 +203,9 @@ def test_without_a_test_split_the_headline_is_out_of_fold(tmp_path: Path) -> Non
 def test_results_hold_every_score_with_interval_protocol_and_rows(finished: Run) -> None:
     results = json.loads((finished.dir / "results.json").read_text())
     names = {(s["name"], s["rows"]) for s in results["scores"]}
-    assert names == {(n, r) for n in ("plain", "gated", "mean", "pruned", "stacked") for r in ("oof", "test")}
+    assert names == {
+        (n, r) for n in ("plain", "gated", "mean", "pruned", "stacked") for r in ("oof", "test")
+    }
     for s in results["scores"]:
         assert 0 <= s["interval"][0] <= s["accuracy"] <= s["interval"][1] <= 1
         assert s["protocol"] == "honest"
@@ -203,7 +220,8 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path: Path) -> None:
     (run.dir / "results.json").unlink()
     (root / "red" / "000.png").rename(root / "blue" / "moved.png")
     with pytest.raises(
-        RunError, match=r"images have changed since the run began.*restore them, or choose another --out"
+        RunError,
+        match=r"images have changed since the run began.*restore them, or choose another --out",
     ):
         workflow.train(small(root), tmp_path / "run")
     assert weights(run) == before

@@ -42,7 +42,9 @@ def test_classes_can_be_told_apart(classes: int, grey: bool) -> None:
     def features(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         images = draw(labels, classes, (28, 28), rng).astype(float)
         images = images[..., 1:2] if grey else images
-        spectrum = np.abs(np.fft.fft2(images.mean(-1) - images.mean((1, 2, 3))[:, None, None]))[:, :6, :]
+        spectrum = np.abs(np.fft.fft2(images.mean(-1) - images.mean((1, 2, 3))[:, None, None]))[
+            :, :6, :
+        ]
         return np.column_stack([images.mean((1, 2)), spectrum.reshape(len(labels), -1) / 300])
 
     rng, labels = np.random.default_rng(0), np.repeat(np.arange(classes), 8)

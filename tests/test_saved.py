@@ -23,11 +23,21 @@ def pool(m: int = 4, n: int = 240) -> Predictions:
     parts = [model(n, 0.7 + 0.02 * i, seed=i) for i in range(m)]
     probs = np.concatenate([part.probs for part in parts])
     first = parts[0]
-    return Predictions(probs=probs, labels=first.labels, ids=first.ids, classes=first.classes, members=tuple(f"m{i}" for i in range(m)))  # fmt: skip
+    return Predictions(
+        probs=probs,
+        labels=first.labels,
+        ids=first.ids,
+        classes=first.classes,
+        members=tuple(f"m{i}" for i in range(m)),
+    )
 
 
 def test_several_files_are_joined_by_id(tmp_path: Path) -> None:
-    files = save(tmp_path, a=model(seed=1, name="a"), b=model(seed=2, name="b").rows(np.random.default_rng(0).permutation(300)))  # fmt: skip
+    files = save(
+        tmp_path,
+        a=model(seed=1, name="a"),
+        b=model(seed=2, name="b").rows(np.random.default_rng(0).permutation(300)),
+    )
     rows = read_sources([Path(f) for f in files])
     assert rows.members == ("a", "b")
     np.testing.assert_array_equal(rows.probs[1], model(seed=2).probs[0])
@@ -40,10 +50,18 @@ def test_several_files_are_joined_by_id(tmp_path: Path) -> None:
 
 def test_a_copy_of_a_member_counts_once_and_is_named(tmp_path: Path) -> None:
     rows = pool()
-    twice = Predictions(probs=np.concatenate([rows.probs, rows.probs[:1]]), labels=rows.labels, ids=rows.ids, classes=rows.classes, members=(*rows.members, "again"))  # fmt: skip
+    twice = Predictions(
+        probs=np.concatenate([rows.probs, rows.probs[:1]]),
+        labels=rows.labels,
+        ids=rows.ids,
+        classes=rows.classes,
+        members=(*rows.members, "again"),
+    )
     twice.save(tmp_path / "twice.npz")
     rows.save(tmp_path / "once.npz")
-    found, plain = (evaluate_saved(tmp_path / f"{n}.npz", ["mean", "greedy"]) for n in ("twice", "once"))
+    found, plain = (
+        evaluate_saved(tmp_path / f"{n}.npz", ["mean", "greedy"]) for n in ("twice", "once")
+    )
     assert found.combined == plain.combined
     assert "again answers as m0 does; the two count once" in found.warnings
     means = [next(s for s in f.scores if s["name"] == "mean") for f in (found, plain)]
@@ -90,7 +108,10 @@ def test_verbs_print_tables_and_json(tmp_path: Path) -> None:
         assert runner.invoke(app, [*words, "--html", str(page)]).exit_code == 0
         assert "<!doctype html>" in page.read_text(encoding="utf-8").lower()
     assert "Expect" in runner.invoke(app, ["ensemble", path]).output
-    assert "no evidence" in runner.invoke(app, ["compare", path]).output or "is better" in runner.invoke(app, ["compare", path]).output  # fmt: skip
+    assert (
+        "no evidence" in runner.invoke(app, ["compare", path]).output
+        or "is better" in runner.invoke(app, ["compare", path]).output
+    )
 
 
 def test_a_runs_results_say_who_saw_what(finished: Run) -> None:
@@ -100,7 +121,9 @@ def test_a_runs_results_say_who_saw_what(finished: Run) -> None:
     assert all(line["overlap"] == 0 for line in lines.values())
     assert lines["ensembles, calibration, choice of the method"]["answers"] == "12 test rows"
     assert results["test_opened"]["times"] == 1
-    assert {"checkpoint", "stage", "member", "stacked", "method"} <= {line["choice"] for line in results["optimism"]}
+    assert {"checkpoint", "stage", "member", "stacked", "method"} <= {
+        line["choice"] for line in results["optimism"]
+    }
     assert results["expected"]["rows"] == "test"
     assert [entry["by_class"] for entry in results["conformal"]["sets"]] == [False, True]
     assert results["audit"]["missing"] == ""
@@ -114,13 +137,17 @@ def test_an_array_alone_takes_labels_and_names_from_beside_it(tmp_path: Path) ->
     rows = pool(2)
     np.save(tmp_path / "net.npy", rows.probs[1])
     (tmp_path / "classes.txt").write_text("a\nb\nc\n")
-    (tmp_path / "labels.csv").write_text("label\n" + "\n".join("abc"[y] for y in rows.labels) + "\n")
+    (tmp_path / "labels.csv").write_text(
+        "label\n" + "\n".join("abc"[y] for y in rows.labels) + "\n"
+    )
     words = ["evaluate", str(tmp_path / "net.npy"), "--json"]
     assert runner.invoke(app, words).exit_code == 1
     more = ["--labels", str(tmp_path / "labels.csv"), "--classes", str(tmp_path / "classes.txt")]
     tree = json.loads(runner.invoke(app, [*words, *more]).output)
     assert tree["scores"][0]["name"] == "net"
-    assert tree["scores"][0]["accuracy"] == pytest.approx((rows.probs[1].argmax(1) == rows.labels).mean())
+    assert tree["scores"][0]["accuracy"] == pytest.approx(
+        (rows.probs[1].argmax(1) == rows.labels).mean()
+    )
 
 
 def test_a_page_about_a_run(finished: Run, tmp_path: Path) -> None:

@@ -28,23 +28,30 @@ def test_it_takes_the_most_accurate_and_combines_only_them() -> None:
     probs, labels = pool()
     chosen = SelectedEnsemble(MeanEnsemble(), 3).fit(probs, labels)
     np.testing.assert_array_equal(chosen.chosen_, [1, 3, 4])
-    np.testing.assert_array_equal(chosen.predict_proba(probs), MeanEnsemble().predict_proba(probs[[1, 3, 4]]))
+    np.testing.assert_array_equal(
+        chosen.predict_proba(probs), MeanEnsemble().predict_proba(probs[[1, 3, 4]])
+    )
 
 
 def test_a_member_that_is_good_on_its_own_rows_only_is_not_chosen_there() -> None:
     probs, labels = pool()
     folds = np.arange(len(labels)) % 2
-    probs[0] = np.where(folds[:, None] == 0, np.eye(4)[labels], 0.25)  # a canary: knows the labels of part 0
+    probs[0] = np.where(
+        folds[:, None] == 0, np.eye(4)[labels], 0.25
+    )  # a canary: knows the labels of part 0
     crossed = cross_fit(lambda: SelectedEnsemble(MeanEnsemble(), 1), probs, labels, folds)
     held = folds == 0
-    assert (crossed[held].argmax(1) == labels[held]).mean() < 0.99  # part 0 is answered by what part 1 chose
+    assert (
+        crossed[held].argmax(1) == labels[held]
+    ).mean() < 0.99  # part 0 is answered by what part 1 chose
     best = int((probs.argmax(-1) == labels)[:, ~held].mean(1).argmax())
     assert best != 0
     np.testing.assert_allclose(crossed[held], probs[best][held], atol=1e-7)
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n == "stacked-shrunk" else ()) for n in ENSEMBLES]
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n == "stacked-shrunk" else ()) for n in ENSEMBLES],
 )
 def test_every_method_goes_on_the_selection_and_comes_back(name: str) -> None:
     probs, labels = pool(200)
@@ -60,7 +67,9 @@ def test_every_method_goes_on_the_selection_and_comes_back(name: str) -> None:
 
 
 def test_the_recipe_sets_the_stacked_network() -> None:
-    spec = EnsembleSpec.model_validate({"stacked": {"hidden": 7, "epochs": 2, "lr": 1e-5, "batch_size": 120}})
+    spec = EnsembleSpec.model_validate(
+        {"stacked": {"hidden": 7, "epochs": 2, "lr": 1e-5, "batch_size": 120}}
+    )
     made = build_ensemble("stacked", spec, 5)
     assert isinstance(made, StackedEnsemble)
     assert (made.hidden, made.epochs, made.lr, made.batch_size, made.seed) == (7, 2, 1e-5, 120, 5)

@@ -39,7 +39,9 @@ def client(model: Model) -> Iterator[TestClient]:
 
 def post(client: Any, *contents: bytes, **options: Any) -> Any:
     return client.post(
-        "/predict", files=[("files", (f"{i}.png", c, "image/png")) for i, c in enumerate(contents)], **options
+        "/predict",
+        files=[("files", (f"{i}.png", c, "image/png")) for i, c in enumerate(contents)],
+        **options,
     )
 
 
@@ -60,12 +62,15 @@ def test_answers_are_those_of_the_file(finished: Run) -> None:
     probs, members = threefold.load(path).explain(images)
     with TestClient(serve.make_app(threefold.load(path))) as client:
         answers = client.post(
-            "/predict?top=3", files=[("files", (p.name, p.read_bytes(), "image/png")) for p in images]
+            "/predict?top=3",
+            files=[("files", (p.name, p.read_bytes(), "image/png")) for p in images],
         ).json()["answers"]
     assert [a["file"] for a in answers] == [p.name for p in images]
     for answer, expected, opinions in zip(answers, probs, members, strict=True):
         found = {t["label"]: t["probability"] for t in answer["top"]}
-        assert [found[c] for c in ("blue", "green", "red")] == pytest.approx(expected.tolist(), abs=1e-6)
+        assert [found[c] for c in ("blue", "green", "red")] == pytest.approx(
+            expected.tolist(), abs=1e-6
+        )
         assert answer["label"] == ("blue", "green", "red")[expected.argmax()]
         assert set(answer["members"]) == {"plain", "gated"}
         assert [m["probability"] for m in answer["members"].values()] == pytest.approx(
@@ -75,9 +80,9 @@ def test_answers_are_those_of_the_file(finished: Run) -> None:
 
 def test_multipart_and_base64_give_the_same_answers(client: TestClient) -> None:
     form = post(client, RED, GREEN).json()["answers"]
-    tree = client.post("/predict", json={"images": [base64.b64encode(c).decode() for c in (RED, GREEN)]}).json()[
-        "answers"
-    ]
+    tree = client.post(
+        "/predict", json={"images": [base64.b64encode(c).decode() for c in (RED, GREEN)]}
+    ).json()["answers"]
     assert [a["file"] for a in tree] == ["image 0", "image 1"]
     assert [{**a, "file": ""} for a in form] == [{**a, "file": ""} for a in tree]
     assert [a["label"] for a in form] == ["red", "green"]
@@ -86,9 +91,15 @@ def test_multipart_and_base64_give_the_same_answers(client: TestClient) -> None:
 
 def test_top(client: TestClient) -> None:
     assert len(post(client, RED).json()["answers"][0]["top"]) == 3
-    assert len(client.post("/predict?top=1", files={"files": ("a", RED)}).json()["answers"][0]["top"]) == 1
+    assert (
+        len(client.post("/predict?top=1", files={"files": ("a", RED)}).json()["answers"][0]["top"])
+        == 1
+    )
     for bad in ("0", "-1", "x", "1e9"):
-        assert why(client.post(f"/predict?top={bad}", files={"files": ("a", RED)}), 400) == "bad_request"
+        assert (
+            why(client.post(f"/predict?top={bad}", files={"files": ("a", RED)}), 400)
+            == "bad_request"
+        )
 
 
 def test_many_clients_at_once_are_not_mixed_up(model: Model) -> None:
@@ -128,12 +139,20 @@ def test_health_card_metrics_and_description(client: TestClient) -> None:
     assert "made" not in client.get("/metrics").text
     described = client.get("/openapi.json").json()["paths"]
     assert set(described) == {"/predict", "/health", "/card", "/metrics"}
-    assert set(described["/predict"]["post"]["requestBody"]["content"]) == {"multipart/form-data", "application/json"}
-    assert {"200", "400", "408", "413", "415", "429", "503"} <= set(described["/predict"]["post"]["responses"])
+    assert set(described["/predict"]["post"]["requestBody"]["content"]) == {
+        "multipart/form-data",
+        "application/json",
+    }
+    assert {"200", "400", "408", "413", "415", "429", "503"} <= set(
+        described["/predict"]["post"]["responses"]
+    )
 
 
 def test_a_card_with_numbers_that_json_has_not(tmp_path: Path) -> None:
-    path = write_model(tmp_path / "m.onnx", told=card(score={"accuracy": float("nan"), "interval": [0, float("inf")]}))
+    path = write_model(
+        tmp_path / "m.onnx",
+        told=card(score={"accuracy": float("nan"), "interval": [0, float("inf")]}),
+    )
     with TestClient(serve.make_app(threefold.load(path))) as client:
         assert client.get("/card").json()["score"] == {"accuracy": None, "interval": [0, None]}
 
@@ -145,7 +164,11 @@ def test_sets_and_unknown_where_the_model_has_them(tmp_path: Path) -> None:
         answers = post(client, *contents).json()["answers"]
         assert client.get("/card").json()["conformal"] == UNCERTAIN["conformal"]
     assert [a["set"] for a in answers] == model.predict_sets(contents)
-    assert [a["unknown"] for a in answers] == model.is_unknown(contents).tolist() == [False, False, True]
+    assert (
+        [a["unknown"] for a in answers]
+        == model.is_unknown(contents).tolist()
+        == [False, False, True]
+    )
     assert [len(a["set"]) for a in answers] == [1, 1, 3]
 
 
@@ -175,14 +198,22 @@ def test_no_set_is_not_an_empty_set(client: TestClient) -> None:
         (b"--b\r\n\r\nx\r\n--b--\r\n", "multipart/form-data; boundary=b", 400, "bad_form"),
     ],
 )
-def test_bodies_that_are_refused(client: TestClient, content: bytes, kind: str, status: int, code: str) -> None:
-    assert why(client.post("/predict", content=content, headers={"content-type": kind}), status) == code
+def test_bodies_that_are_refused(
+    client: TestClient, content: bytes, kind: str, status: int, code: str
+) -> None:
+    assert (
+        why(client.post("/predict", content=content, headers={"content-type": kind}), status)
+        == code
+    )
 
 
 def test_requests_that_are_refused(client: TestClient) -> None:
     assert why(client.post("/predict"), 415) == "media_type"
     assert why(client.post("/predict", files={"other": ("a.png", RED)}), 400) == "no_images"
-    assert why(client.post("/predict", data={"files": "text"}, files={"other": ("a.png", RED)}), 400) == "not_a_file"
+    assert (
+        why(client.post("/predict", data={"files": "text"}, files={"other": ("a.png", RED)}), 400)
+        == "not_a_file"
+    )
     assert why(client.get("/predict"), 405) == "http"
     assert why(client.get("/nothing"), 404) == "http"
     for path in ("/..%2f..%2fetc/passwd", "/web/../serve.py", "/predict/", "/docs", "/index.html"):
@@ -195,7 +226,9 @@ def test_the_file_that_is_bad_is_named(client: TestClient) -> None:
     assert refused.json()["error"]["file"] == "1.png"
     assert why(post(client, RED, RED[:-30]), 415) == "not_an_image"
     assert why(post(client, b""), 415) == "not_an_image"
-    hostile = client.post("/predict", files=[("files", ("<script>\x1b[2J" * 100, b"x"))]).json()["error"]["file"]
+    hostile = client.post("/predict", files=[("files", ("<script>\x1b[2J" * 100, b"x"))]).json()[
+        "error"
+    ]["file"]
     assert len(hostile) <= 200
 
 
@@ -209,7 +242,11 @@ def test_limits_on_files_bytes_and_pixels(model: Model) -> None:
         assert why(post(client, bytes(3000)), 413) == "too_many_bytes"
         assert (
             why(
-                client.post("/predict", content=iter([bytes(900)] * 3), headers={"content-type": "application/json"}),
+                client.post(
+                    "/predict",
+                    content=iter([bytes(900)] * 3),
+                    headers={"content-type": "application/json"},
+                ),
                 413,
             )
             == "too_many_bytes"
@@ -220,7 +257,9 @@ def test_limits_on_files_bytes_and_pixels(model: Model) -> None:
 
 def test_a_model_that_fails_is_not_a_stack_trace(model: Model) -> None:
     failing = threefold.load(model.path)
-    failing.session = type("Session", (), {"run": lambda *_: (_ for _ in ()).throw(ValueError("secret /tmp/x"))})()
+    failing.session = type(
+        "Session", (), {"run": lambda *_: (_ for _ in ()).throw(ValueError("secret /tmp/x"))}
+    )()
     with TestClient(serve.make_app(failing), raise_server_exceptions=False) as client:
         assert why(post(client, RED), 500) == "internal"
         assert "secret" not in post(client, RED).text
@@ -235,13 +274,18 @@ def test_the_api_key(model: Model) -> None:
         for wrong in ("Bearer nope", "Bearer ", "Basic s3cret", "s3cret"):
             assert why(post(client, RED, headers={"authorization": wrong}), 401) == "no_key"
         right = {"authorization": "bearer s3cret-ü".encode()}
-        assert post(client, RED, headers=right).status_code == client.get("/card", headers=right).status_code == 200
+        assert (
+            post(client, RED, headers=right).status_code
+            == client.get("/card", headers=right).status_code
+            == 200
+        )
         assert client.get("/").status_code == client.get("/health").status_code == 200
 
 
 def test_hosts_and_origins(model: Model) -> None:
     with TestClient(
-        serve.make_app(model, hosts={"127.0.0.1", "localhost", "[::1]"}), base_url="http://127.0.0.1:8000"
+        serve.make_app(model, hosts={"127.0.0.1", "localhost", "[::1]"}),
+        base_url="http://127.0.0.1:8000",
     ) as client:
         assert post(client, RED, headers={"origin": "http://127.0.0.1:8000"}).status_code == 200
         for origin in ("https://evil.example", "null", "http://127.0.0.1:9000"):
@@ -253,8 +297,15 @@ def test_hosts_and_origins(model: Model) -> None:
 
 
 def test_every_answer_has_the_headers_that_keep_it_in_its_place(client: TestClient) -> None:
-    for response in (client.get("/"), client.get("/nothing"), post(client, b"x"), client.get("/app.js")):
-        assert response.headers["content-security-policy"].startswith("default-src 'none'; script-src 'self'")
+    for response in (
+        client.get("/"),
+        client.get("/nothing"),
+        post(client, b"x"),
+        client.get("/app.js"),
+    ):
+        assert response.headers["content-security-policy"].startswith(
+            "default-src 'none'; script-src 'self'"
+        )
         assert "unsafe" not in response.headers["content-security-policy"]
         assert response.headers["x-content-type-options"] == "nosniff"
         assert "access-control-allow-origin" not in response.headers
@@ -270,17 +321,32 @@ def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
 
 def test_limits_by_name() -> None:
     assert Limits().changed(["pixels=5", "files=2"]) == Limits(pixels=5, files=2)
-    for bad in ("nothing=1", "pixels", "pixels=", "pixels=-1", "pixels=0", "pixels=1.5", "pixels=²"):
+    for bad in (
+        "nothing=1",
+        "pixels",
+        "pixels=",
+        "pixels=-1",
+        "pixels=0",
+        "pixels=1.5",
+        "pixels=²",
+    ):
         with pytest.raises(RecipeError, match=r"no such limit|not a limit"):
             Limits().changed([bad])
 
 
 def test_a_port_in_use_is_one_clear_error(model: Model) -> None:
-    with serving(model.path) as address, pytest.raises(RunError, match=r"cannot listen: 127\.0\.0\.1:\d+; got Address"):
+    with (
+        serving(model.path) as address,
+        pytest.raises(RunError, match=r"cannot listen: 127\.0\.0\.1:\d+; got Address"),
+    ):
         serve.run_server(model.path, port=int(address.rpartition(":")[2]))
 
 
 def test_the_description_is_valid_json_schema_of_the_answers(client: TestClient) -> None:
     schema = client.get("/openapi.json").json()["components"]["schemas"]["Answer"]
-    assert set(schema["required"]) <= set(post(client, RED).json()["answers"][0]) <= set(schema["properties"])
+    assert (
+        set(schema["required"])
+        <= set(post(client, RED).json()["answers"][0])
+        <= set(schema["properties"])
+    )
     assert json.dumps(schema)

@@ -27,7 +27,9 @@ def png(width: int, height: int, data: bytes = b"") -> bytes:
     """A PNG of that size whose pixels are `data`, compressed."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     start = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + start + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
@@ -36,7 +38,14 @@ def png(width: int, height: int, data: bytes = b"") -> bytes:
 def text_bomb() -> bytes:
     body = b"note\0\0" + zlib.compress(bytes(100 * 2**20))
     start, rest = RED[:33], RED[33:]
-    return start + struct.pack(">I", len(body)) + b"zTXt" + body + struct.pack(">I", zlib.crc32(b"zTXt" + body)) + rest
+    return (
+        start
+        + struct.pack(">I", len(body))
+        + b"zTXt"
+        + body
+        + struct.pack(">I", zlib.crc32(b"zTXt" + body))
+        + rest
+    )
 
 
 def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -96,18 +105,30 @@ def hostile() -> dict[str, tuple[bytes, int]]:
         "png that fits in a header": (png(2**31 - 1, 1), 413),
         "png of 19 megapixels of nothing": (png(4500, 4300, bytes(4300 * (3 * 4500 + 1))), 200),
         "png text bomb": (text_bomb(), 415),
-        "gif bomb": (b"GIF89a" + struct.pack("<HH", 65535, 65535) + b"\xf0\0\0" + bytes(6) + b"," + bytes(20), 413),
+        "gif bomb": (
+            b"GIF89a"
+            + struct.pack("<HH", 65535, 65535)
+            + b"\xf0\0\0"
+            + bytes(6)
+            + b","
+            + bytes(20),
+            413,
+        ),
         "gif of many frames": (gif_frames(), 200),
         "webp bomb": (webp(2**24, 2**24), 413),
         "tiff bomb": (tiff(2**31, 2**31), 413),
-        "bmp bomb": (b"BM" + struct.pack("<IIIIiiHHIIIIII", 100, 0, 54, 40, 2**30, 2**30, 1, 24, 0, 0, 0, 0, 0, 0), 413),
+        "bmp bomb": (
+            b"BM"
+            + struct.pack("<IIIIiiHHIIIIII", 100, 0, 54, 40, 2**30, 2**30, 1, 24, 0, 0, 0, 0, 0, 0),
+            413,
+        ),
         "jpeg of many scans": (scan_bomb(), 415),
         "30,000 x 1": (saved(Image.new("RGB", (30_000, 1)), "PNG"), 413),
         "16,384 x 1": (saved(Image.new("RGB", (16_384, 1)), "PNG"), 200),
         "broken exif": (broken_exif(), 200),
         "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415),
         "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 415),
-    }  # fmt: skip
+    }
 
 
 def megabytes(pid: int, key: str) -> int:
@@ -127,7 +148,11 @@ def test_hostile_images_cost_little_memory_and_time(path: Path) -> None:
     with process(path) as (server, address):
         assert post(address, RED).status_code == 200
         with ThreadPoolExecutor(4) as pool:
-            asked = [(n, s, pool.submit(post, address, c)) for n, (c, s) in hostile().items() for _ in range(2)]
+            asked = [
+                (n, s, pool.submit(post, address, c))
+                for n, (c, s) in hostile().items()
+                for _ in range(2)
+            ]
             for name, status, response in asked:
                 assert response.result().status_code == status, (name, response.result().text)
         assert megabytes(server.pid, "VmHWM") < 1000
@@ -137,6 +162,8 @@ def test_hostile_images_cost_little_memory_and_time(path: Path) -> None:
 def test_scans_are_counted() -> None:
     assert scan_bomb().count(b"\xff\xda") > MAX_SCANS
     assert (
-        saved(Image.effect_noise((600, 400), 90).convert("RGB"), "JPEG", progressive=True).count(b"\xff\xda")
+        saved(Image.effect_noise((600, 400), 90).convert("RGB"), "JPEG", progressive=True).count(
+            b"\xff\xda"
+        )
         < MAX_SCANS / 5
     )

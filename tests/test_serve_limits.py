@@ -162,11 +162,19 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 
 def test_more_requests_than_can_be_answered(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with held(monkeypatch) as gate, serving(path, Limits(requests=3)) as address, ThreadPoolExecutor(3) as pool:
+    with (
+        held(monkeypatch) as gate,
+        serving(path, Limits(requests=3)) as address,
+        ThreadPoolExecutor(3) as pool,
+    ):
         running = [pool.submit(post, address, RED) for _ in range(3)]
         _until(lambda: "threefold_requests_in_flight 3.0" in httpx.get(f"{address}/metrics").text)
         refused = post(address, RED)
-        assert (refused.status_code, refused.json()["error"]["code"], refused.headers["retry-after"]) == (
+        assert (
+            refused.status_code,
+            refused.json()["error"]["code"],
+            refused.headers["retry-after"],
+        ) == (
             429,
             "busy",
             "1",
@@ -285,11 +293,15 @@ def test_random_bytes_never_make_an_internal_error(path: Path) -> None:
     rng = np.random.default_rng(0)
     with serving(path) as address, httpx.Client(timeout=30) as client:
         for _ in range(60):
-            kind = ("application/json", "multipart/form-data; boundary=b", "image/png")[rng.integers(3)]
+            kind = ("application/json", "multipart/form-data; boundary=b", "image/png")[
+                rng.integers(3)
+            ]
             content = bytes(rng.integers(0, 256, rng.integers(0, 300), dtype=np.uint8))
             if rng.random() < 0.5:
                 damaged = bytearray(BOUNDARY + RED + b"\r\n--b--\r\n")
                 damaged[rng.integers(len(damaged))] = rng.integers(256)
                 content = bytes(damaged)
-            response = client.post(f"{address}/predict", content=content, headers={"content-type": kind})
+            response = client.post(
+                f"{address}/predict", content=content, headers={"content-type": kind}
+            )
             assert response.status_code in (200, 400, 413, 415), response.text

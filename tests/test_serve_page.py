@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import CONTRAST, a_browser, articles, check_article, choose, emulate, needs_chromium, until, webdriver  # noqa: F401
+from browsing import (
+    CONTRAST,
+    articles,
+    check_article,
+    choose,
+    emulate,
+    needs_chromium,
+    until,
+    webdriver,
+)
 from serving import UNCERTAIN, card, picture, serving, write_model
 
 import threefold
@@ -21,14 +30,21 @@ pytestmark = needs_chromium
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with serving(write_model(tmp_path_factory.mktemp("model") / "m.onnx"), Limits(file_bytes=100_000)) as found:
+    with serving(
+        write_model(tmp_path_factory.mktemp("model") / "m.onnx"), Limits(file_bytes=100_000)
+    ) as found:
         yield found
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
     """Images with the names that people give them, and one that is none."""
-    made = {"red": "my red flower.png", "green": "ü <b>green.jpg", "blue": "blue.tif", "bad": "notes.png"}
+    made = {
+        "red": "my red flower.png",
+        "green": "ü <b>green.jpg",
+        "blue": "blue.tif",
+        "bad": "notes.png",
+    }
     paths = {key: tmp_path / name for key, name in made.items()}
     paths["red"].write_bytes(picture((200, 30, 30), (300, 200)))
     paths["green"].write_bytes(picture((30, 200, 30), (200, 300), "JPEG"))
@@ -78,7 +94,9 @@ def test_answers_refusals_and_removal(browser: Any, address: str, files: dict[st
     assert not browser.find_elements("css selector", "article")
 
 
-def test_the_models_of_one_file_is_asked_with_the_bytes_as_they_are(browser: Any, address: str, tmp_path: Path) -> None:
+def test_the_models_of_one_file_is_asked_with_the_bytes_as_they_are(
+    browser: Any, address: str, tmp_path: Path
+) -> None:
     open_page(browser, address)
     big = tmp_path / "big.png"
     big.write_bytes(picture((9, 9, 9)) + bytes(100_001))
@@ -98,10 +116,14 @@ return event.defaultPrevented;
 """
 
 
-@pytest.mark.parametrize(("kind", "target"), [("paste", "body"), ("drop", "#drop"), ("drop", "footer, h1")])
+@pytest.mark.parametrize(
+    ("kind", "target"), [("paste", "body"), ("drop", "#drop"), ("drop", "footer, h1")]
+)
 def test_pasted_and_dropped(browser: Any, address: str, kind: str, target: str) -> None:
     open_page(browser, address)
-    prevented = browser.execute_script(SEND, kind, base64.b64encode(picture((30, 30, 200))).decode(), target)
+    prevented = browser.execute_script(
+        SEND, kind, base64.b64encode(picture((30, 30, 200))).decode(), target
+    )
     assert prevented == (kind == "drop")  # else the browser would leave the page for the image
     assert "\nblue\n" in articles(browser, 1)[0]
 
@@ -125,7 +147,9 @@ def test_the_keyboard_is_enough(browser: Any, address: str, files: dict[str, Pat
         assert browser.execute_script(FOCUSED) == [name, "solid"]
     webdriver.ActionChains(browser).send_keys(Keys.ENTER).perform()
     assert until(lambda: browser.find_elements("css selector", "#card[open]"))
-    chain = webdriver.ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT)
+    chain = (
+        webdriver.ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT)
+    )
     chain.send_keys(Keys.ENTER).perform()
     until(lambda: not browser.find_elements("css selector", "article"))
 
@@ -133,7 +157,10 @@ def test_the_keyboard_is_enough(browser: Any, address: str, files: dict[str, Pat
 def test_the_card_is_shown(browser: Any, address: str) -> None:
     open_page(browser, address)
     assert browser.find_element("id", "name").text == "colours"
-    assert "expect 88.4 % (86.3 % to 90.2 %) of new images to be right" in browser.find_element("id", "headline").text
+    assert (
+        "expect 88.4 % (86.3 % to 90.2 %) of new images to be right"
+        in browser.find_element("id", "headline").text
+    )
     browser.execute_script("document.getElementById('card').open = true")
     text = browser.find_element("id", "facts").text
     for part in (
@@ -158,20 +185,25 @@ def test_prediction_sets_and_unknown_images(browser: Any, tmp_path: Path) -> Non
         assert len(browser.find_elements("css selector", ".set b")) == 3
         browser.execute_script("document.getElementById('card').open = true")
         assert (
-            "asked 90 %; measured 91.2 % on 1000 rows (test), 1.20 classes" in browser.find_element("id", "facts").text
+            "asked 90 %; measured 91.2 % on 1000 rows (test), 1.20 classes"
+            in browser.find_element("id", "facts").text
         )
 
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [320, 390, 1000])
-def test_any_width_light_and_dark(browser: Any, address: str, files: dict[str, Path], width: int, dark: bool) -> None:
+def test_any_width_light_and_dark(
+    browser: Any, address: str, files: dict[str, Path], width: int, dark: bool
+) -> None:
     """Nothing sticks out to the side, and every text has at least WCAG's contrast of 4.5."""
     try:
         emulate(browser, width, dark)
         open_page(browser, address)
         choose(browser, files["red"], files["bad"])
         articles(browser, 2)
-        browser.execute_script("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+        browser.execute_script(
+            "document.querySelectorAll('details').forEach((d) => { d.open = true; })"
+        )
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
         paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
         assert (paper == "rgb(255, 255, 255)") != dark
@@ -189,15 +221,24 @@ def test_it_loads_nothing_from_elsewhere_and_breaks_no_policy(
     choose(browser, files["red"], files["green"])
     articles(browser, 2)
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+    asked = {
+        m["params"]["request"]["url"]
+        for m in messages
+        if m["method"] == "Network.requestWillBeSent"
+    }
     assert f"{address}/predict?top=5" in asked
     assert all(url.startswith((address, "blob:", "data:")) for url in asked)
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     # A script that got into the page would reach nothing.
-    assert browser.execute_async_script(
-        "const done = arguments[0]; fetch('http://127.0.0.1:9/').then(() => done('sent'), () => done('refused'))"
-    ) == "refused"  # fmt: skip
-    assert any("Content Security Policy" in entry["message"] for entry in browser.get_log("browser"))
+    assert (
+        browser.execute_async_script(
+            "const done = arguments[0]; fetch('http://127.0.0.1:9/').then(() => done('sent'), () => done('refused'))"
+        )
+        == "refused"
+    )
+    assert any(
+        "Content Security Policy" in entry["message"] for entry in browser.get_log("browser")
+    )
 
 
 def test_the_page_asks_for_the_key(browser: Any, tmp_path: Path, files: dict[str, Path]) -> None:

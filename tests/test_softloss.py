@@ -28,7 +28,9 @@ def logits(n: int = 6, k: int = 4, seed: int = 0) -> torch.Tensor:
 def test_softening_is_the_temperature_of_calibration(temperature: float) -> None:
     probs = logits().softmax(-1).numpy()
     probs[0] = [1, 0, 0, 0]
-    np.testing.assert_allclose(soften(probs, temperature, CPU).numpy(), apply_temperature(probs, temperature), atol=1e-6)  # fmt: skip
+    np.testing.assert_allclose(
+        soften(probs, temperature, CPU).numpy(), apply_temperature(probs, temperature), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
@@ -51,7 +53,9 @@ def test_when_hot_its_gradient_is_the_difference_of_centred_logits() -> None:
     teacher, own = logits(), logits(seed=1).requires_grad_()
     (found,) = torch.autograd.grad(soft_loss(own, (teacher / 1e4).softmax(-1), 1e4), own)
     gap = own.detach() - teacher
-    torch.testing.assert_close(found * len(own), (gap - gap.mean(-1, keepdim=True)) / own.shape[1], rtol=1e-3, atol=1e-5)  # fmt: skip
+    torch.testing.assert_close(
+        found * len(own), (gap - gap.mean(-1, keepdim=True)) / own.shape[1], rtol=1e-3, atol=1e-5
+    )
 
 
 def trained(*sets: str, soft: np.ndarray | None = None, fit: Any = None) -> dict[str, torch.Tensor]:
@@ -60,7 +64,15 @@ def trained(*sets: str, soft: np.ndarray | None = None, fit: Any = None) -> dict
     recipe = Recipe.parse(tree, ["train.gate=false", "stages.one.schedule=constant", *sets])
     torch.manual_seed(0)
     member = build_member(recipe.member("plain"), 3)
-    task = StageTask(recipe.stages[0], recipe, fit=fit or data(25, 0), select=data(12, 1), seed=1, num_classes=3, soft=soft)  # fmt: skip
+    task = StageTask(
+        recipe.stages[0],
+        recipe,
+        fit=fit or data(25, 0),
+        select=data(12, 1),
+        seed=1,
+        num_classes=3,
+        soft=soft,
+    )
     return train_stage(member, task).state
 
 
@@ -76,13 +88,19 @@ def test_without_a_share_for_the_teacher_the_student_is_its_twin_bit_for_bit() -
 
 def test_with_all_for_the_teacher_labels_of_fit_rows_teach_nothing() -> None:
     soft, (pixels, labels) = np.random.default_rng(0).dirichlet(np.ones(3), 25), data(25, 0)
-    ours, other = (trained("distill.alpha=1", soft=soft, fit=(pixels, y)) for y in (labels, (labels + 1) % 3))
+    ours, other = (
+        trained("distill.alpha=1", soft=soft, fit=(pixels, y)) for y in (labels, (labels + 1) % 3)
+    )
     assert same(ours, other)
-    ours, other = (trained("distill.alpha=0.5", soft=soft, fit=(pixels, y)) for y in (labels, (labels + 1) % 3))
+    ours, other = (
+        trained("distill.alpha=0.5", soft=soft, fit=(pixels, y)) for y in (labels, (labels + 1) % 3)
+    )
     assert not same(ours, other)
 
 
-@pytest.mark.parametrize("mixing", [(), ("augment.mixup=0.4", "augment.cutmix=1.0")], ids=["plain", "mixed"])
+@pytest.mark.parametrize(
+    "mixing", [(), ("augment.mixup=0.4", "augment.cutmix=1.0")], ids=["plain", "mixed"]
+)
 def test_a_teacher_that_says_the_labels_teaches_what_labels_do(mixing: tuple[str, ...]) -> None:
     """Also where images are mixed: the teacher's probabilities are mixed as the labels are. Plain SGD, so that gradients show."""
     sets = ("distill.alpha=1", "distill.temperature=1", "train.optimizer=sgd", *mixing)

@@ -22,7 +22,12 @@ def rows(draw: st.DrawFn) -> tuple[np.ndarray, list[str], FoldSpec, int]:
     labels = np.repeat(np.arange(len(counts)), counts)
     labels = labels[np.random.default_rng(draw(st.integers(0, 99))).permutation(len(labels))]
     number = draw(st.integers(k, 12))
-    groups = [f"g{g}" for g in draw(st.lists(st.integers(0, number - 1), min_size=len(labels), max_size=len(labels)))]
+    groups = [
+        f"g{g}"
+        for g in draw(
+            st.lists(st.integers(0, number - 1), min_size=len(labels), max_size=len(labels))
+        )
+    ]
     scheme = draw(st.sampled_from(["stratified", "grouped", "leave-one-group-out"]))
     spec = FoldSpec(k=k, scheme=scheme, select=draw(st.sampled_from([0.05, 0.15, 0.4])))
     return labels, groups, spec, draw(st.integers(-(2**40), 2**40))
@@ -48,7 +53,9 @@ def test_every_row_is_scored_exactly_once(case, protocol) -> None:
     labels, groups, spec, seed = case
     roles = roles_or_skip(labels, groups, spec, protocol, seed)
     assert len(roles) == (len(set(groups)) if spec.scheme == "leave-one-group-out" else spec.k)
-    assert np.array_equal(np.sort(np.concatenate([part.score for part in roles])), np.arange(len(labels)))
+    assert np.array_equal(
+        np.sort(np.concatenate([part.score for part in roles])), np.arange(len(labels))
+    )
 
 
 @LAW
@@ -58,7 +65,9 @@ def test_honest_roles_are_disjoint_and_use_every_row(case) -> None:
     for part in roles_or_skip(labels, groups, spec, "honest", seed):
         together = np.concatenate(part)
         assert np.array_equal(np.sort(together), np.arange(len(labels)))
-        assert all(len(role) and (np.diff(role) > 0).all() and role.dtype == np.int64 for role in part)
+        assert all(
+            len(role) and (np.diff(role) > 0).all() and role.dtype == np.int64 for role in part
+        )
         assert set(labels[part.fit]) == set(labels)
 
 
@@ -68,7 +77,9 @@ def test_paper_roles_select_on_what_is_scored(case) -> None:
     labels, groups, spec, seed = case
     for part in roles_or_skip(labels, groups, spec, "paper", seed):
         assert np.array_equal(part.select, part.score)
-        assert np.array_equal(np.sort(np.concatenate([part.fit, part.score])), np.arange(len(labels)))
+        assert np.array_equal(
+            np.sort(np.concatenate([part.fit, part.score])), np.arange(len(labels))
+        )
 
 
 @LAW
@@ -93,7 +104,9 @@ def test_names_of_classes_and_groups_do_not_matter(case, random) -> None:
     renamed = list(range(len(set(labels))))
     random.shuffle(renamed)
     hidden = {name: f"{random.random()} {name}" for name in set(groups)}
-    again = assign_roles(np.array(renamed)[labels] + 3, [hidden[g] for g in groups], spec, "honest", seed)
+    again = assign_roles(
+        np.array(renamed)[labels] + 3, [hidden[g] for g in groups], spec, "honest", seed
+    )
     assert same(roles, again)
 
 
@@ -128,7 +141,9 @@ def test_select_in_whole_groups_comes_near_its_share() -> None:
     for part in assign_roles(labels, [str(g) for g in groups], spec, "honest", 0):
         outside = len(part.fit) + len(part.select)
         assert abs(len(part.select) / outside - 0.2) < 0.03
-        shares = np.bincount(labels[part.select]) / np.bincount(labels[np.concatenate([part.fit, part.select])])
+        shares = np.bincount(labels[part.select]) / np.bincount(
+            labels[np.concatenate([part.fit, part.select])]
+        )
         assert np.abs(shares - 0.2).max() < 0.06
 
 
@@ -140,7 +155,9 @@ def test_two_images_outside_the_scored_rows_serve_both_roles() -> None:
 def test_large_groups_still_leave_one_for_select() -> None:
     labels = np.tile([0, 1], 30)
     groups = [f"signer{i // 20}" for i in range(60)]
-    roles = assign_roles(labels, groups, FoldSpec(scheme="leave-one-group-out", select=0.1), "honest", 0)
+    roles = assign_roles(
+        labels, groups, FoldSpec(scheme="leave-one-group-out", select=0.1), "honest", 0
+    )
     assert [len(part.fit) for part in roles] == [20, 20, 20]
     assert [part.score[0] for part in roles] == [0, 20, 40]
 
@@ -209,15 +226,35 @@ def test_folds_that_are_no_partition_are_an_internal_error() -> None:
 @pytest.mark.parametrize(
     ("labels", "groups", "options", "expected"),
     [
-        ([0] * 9 + [1] * 3, None, {"k": 5}, ["class ring", "5 folds", "expected 5 or more, got 3", "lower folds.k"]),
+        (
+            [0] * 9 + [1] * 3,
+            None,
+            {"k": 5},
+            ["class ring", "5 folds", "expected 5 or more, got 3", "lower folds.k"],
+        ),
         ([0, 1] * 9, None, {"k": 1}, ["folds.k = 1"]),
         ([0, 1] * 9, None, {"scheme": "grouped"}, ["grouped needs groups", "group_regex"]),
         ([0, 1] * 9, None, {"scheme": "leave-one-group-out"}, ["leave-one-group-out needs groups"]),
         ([0, 1] * 9, ["a"], {"scheme": "grouped"}, ["expected 18 groups, got 1"]),
         ([0, 1] * 9, ["a"] * 18, {"scheme": "leave-one-group-out"}, ["several groups", "got 1"]),
-        ([0, 1] * 9, ["a", "a", "b"] * 6, {"scheme": "grouped", "k": 3}, ["too few groups for 3 folds", "got 2"]),
-        ([0, 1] * 9, ["a", "b"] * 9, {"scheme": "grouped", "k": 2}, ["no images of class", "to train on"]),
-        ([0, 0, 1, 1] * 3, ["a", "b"] * 6, {"scheme": "grouped", "k": 2}, ["fold 0 leaves no images to choose"]),
+        (
+            [0, 1] * 9,
+            ["a", "a", "b"] * 6,
+            {"scheme": "grouped", "k": 3},
+            ["too few groups for 3 folds", "got 2"],
+        ),
+        (
+            [0, 1] * 9,
+            ["a", "b"] * 9,
+            {"scheme": "grouped", "k": 2},
+            ["no images of class", "to train on"],
+        ),
+        (
+            [0, 0, 1, 1] * 3,
+            ["a", "b"] * 6,
+            {"scheme": "grouped", "k": 2},
+            ["fold 0 leaves no images to choose"],
+        ),
         ([0, 1, 0, 1], None, {"k": 2}, ["fold 0 leaves no images to choose"]),
     ],
 )

@@ -50,10 +50,20 @@ def test_dropout_is_one_half(monkeypatch: pytest.MonkeyPatch) -> None:
     probs, labels = scored()
     fits = []
     for kept in (np.zeros, np.ones):
-        monkeypatch.setattr(stacked, "_coin_flips", lambda _, shape, kept=kept: kept(shape, np.uint8))
-        fits += [StackedEnsemble(16, epochs=epochs, lr=0.1).fit(probs, labels).state() for epochs in (0, 2)]
+        monkeypatch.setattr(
+            stacked, "_coin_flips", lambda _, shape, kept=kept: kept(shape, np.uint8)
+        )
+        fits += [
+            StackedEnsemble(16, epochs=epochs, lr=0.1).fit(probs, labels).state()
+            for epochs in (0, 2)
+        ]
     untouched = {name: (fits[0][name] == fits[1][name]).all() for name in fits[0]}
-    assert untouched == {"hidden_weight_": True, "hidden_bias_": True, "output_weight_": True, "output_bias_": False}
+    assert untouched == {
+        "hidden_weight_": True,
+        "hidden_bias_": True,
+        "output_weight_": True,
+        "output_bias_": False,
+    }
     assert not any((fits[2][name] == fits[3][name]).all() for name in fits[2])
 
 
@@ -71,7 +81,9 @@ def test_stacking_learns_what_no_average_can() -> None:
 def test_a_stacked_ensemble_that_cannot_learn_stays_at_chance() -> None:
     probs, labels = scored(n=300)
     shuffled = np.random.default_rng(0).permutation(labels)
-    found = StackedEnsemble(64, epochs=3).fit(probs[:, :200], shuffled[:200]).predict(probs[:, 200:])
+    found = (
+        StackedEnsemble(64, epochs=3).fit(probs[:, :200], shuffled[:200]).predict(probs[:, 200:])
+    )
     assert abs((found == shuffled[200:]).mean() - 0.25) < 0.15
 
 
@@ -101,7 +113,9 @@ def test_a_share_mixes_the_papers_network_with_the_mean() -> None:
     assert float(ensemble.share_) in SHARES
     network = small().fit(probs, labels).predict_proba(probs)
     mean = MeanEnsemble().predict_proba(probs)
-    assert ensemble.predict_proba(probs) == pytest.approx(ensemble.share_ * network + (1 - ensemble.share_) * mean)
+    assert ensemble.predict_proba(probs) == pytest.approx(
+        ensemble.share_ * network + (1 - ensemble.share_) * mean
+    )
 
 
 def test_an_overfitted_network_is_shrunk() -> None:
@@ -109,7 +123,10 @@ def test_an_overfitted_network_is_shrunk() -> None:
     probs, labels, new, truth = draw_pool("equal", 0, n=100, test=1000)
     kinds = [kind(64, epochs=100, lr=1e-2) for kind in (ShrunkStackedEnsemble, StackedEnsemble)]
     shrunk, full, mean = (e.fit(probs, labels) for e in (*kinds, MeanEnsemble()))
-    loss = [-np.log(e.predict_proba(new)[np.arange(1000), truth] + 1e-7).mean() for e in (shrunk, full, mean)]
+    loss = [
+        -np.log(e.predict_proba(new)[np.arange(1000), truth] + 1e-7).mean()
+        for e in (shrunk, full, mean)
+    ]
     assert shrunk.share_ < 0.5
     assert loss[0] < loss[2] < loss[1]
     same, labels, _, _ = draw_pool("null", 0, n=100, test=1)
@@ -138,9 +155,13 @@ def test_many_members_and_rows_are_fitted_in_short_to_a_network_of_the_same_form
     assert answer == pytest.approx(found.predict_proba(new), abs=1e-5)
 
 
-def test_the_papers_three_members_and_few_rows_are_never_fitted_in_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_papers_three_members_and_few_rows_are_never_fitted_in_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen = []
-    monkeypatch.setattr(StackedEnsemble, "_batches", lambda self, draw, n, short: seen.append(short) or iter(()))
+    monkeypatch.setattr(
+        StackedEnsemble, "_batches", lambda self, draw, n, short: seen.append(short) or iter(())
+    )
     for m, n in ((3, stacked.ROWS), (17, stacked.ROWS - 1), (17, stacked.ROWS)):
         probs = np.full((m, n, 10), 0.1, np.float32)
         StackedEnsemble(8).fit(probs, np.arange(n) % 10)
@@ -154,7 +175,9 @@ def test_a_fit_takes_the_steps_that_torch_takes(monkeypatch: pytest.MonkeyPatch)
     taken: list[tuple[np.ndarray, np.ndarray]] = []
     gradients = stacked._gradients
 
-    def noted(network: list[np.ndarray], inputs: np.ndarray, truth: np.ndarray, kept: np.ndarray) -> list[np.ndarray]:
+    def noted(
+        network: list[np.ndarray], inputs: np.ndarray, truth: np.ndarray, kept: np.ndarray
+    ) -> list[np.ndarray]:
         taken.append((inputs, kept))
         return gradients(network, inputs, truth, kept)
 

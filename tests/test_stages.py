@@ -23,7 +23,9 @@ def data(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Coloured noise (n, 32, 32, 3) with its class."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % 3
-    pixels = np.array(list(COLOURS.values()))[labels][:, None, None, :] + rng.normal(0, 70, (n, 32, 32, 3))
+    pixels = np.array(list(COLOURS.values()))[labels][:, None, None, :] + rng.normal(
+        0, 70, (n, 32, 32, 3)
+    )
     return np.clip(pixels, 0, 255).astype(np.uint8), labels
 
 
@@ -47,7 +49,9 @@ def test_it_learns_and_keeps_the_best_weights() -> None:
     assert outcome.history["best_epoch"] == best["epoch"]
     probs = predict_probs(Predictor(member), data(12, 1)[0])
     assert (probs.argmax(1) == data(12, 1)[1]).mean() == best["select_accuracy"]
-    assert all(torch.equal(outcome.state[name], value) for name, value in member.state_dict().items())
+    assert all(
+        torch.equal(outcome.state[name], value) for name, value in member.state_dict().items()
+    )
 
 
 def test_a_stage_that_ruins_the_weights_gives_back_those_it_started_with() -> None:
@@ -85,10 +89,17 @@ def test_the_gate_keeps_what_helps_by_more_than_its_noise_and_drops_the_rest() -
     assert gate(start, noisy, first=False, on=False)[0]
 
 
-@pytest.mark.parametrize(("sets", "told"), [
-    ((), ("helped by more than its noise", "within its noise")), (("protocol=paper",), ("gate off",)), (("train.gate=false",), ("gate off",)),
-])  # fmt: skip
-def test_the_recipe_says_whether_there_is_a_gate(sets: tuple[str, ...], told: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("sets", "told"),
+    [
+        ((), ("helped by more than its noise", "within its noise")),
+        (("protocol=paper",), ("gate off",)),
+        (("train.gate=false",), ("gate off",)),
+    ],
+)
+def test_the_recipe_says_whether_there_is_a_gate(
+    sets: tuple[str, ...], told: tuple[str, ...]
+) -> None:
     outcome = train_stage(fresh(), task("stages.one.epochs=3", *sets, first=False))
     assert outcome.history["reason"].startswith(told)
 
@@ -109,7 +120,8 @@ def test_too_little_memory_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("threefold.stages._Loop._loss", full)
     with pytest.raises(
-        RunError, match=r"not enough memory: stage one; got \d+ images at once; fix: set train.accumulate = 2 "
+        RunError,
+        match=r"not enough memory: stage one; got \d+ images at once; fix: set train.accumulate = 2 ",
     ):
         train_stage(fresh(), task())
 
@@ -135,7 +147,8 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: o[0].split("=")[0] if o else "plain")
 def test_every_option_acts_and_repeats_bit_for_bit(options: tuple[str, ...]) -> None:
     first, second, plain = (
-        train_stage(fresh("gated"), task(*o, "stages.one.epochs=1")).state for o in (options, options, ())
+        train_stage(fresh("gated"), task(*o, "stages.one.epochs=1")).state
+        for o in (options, options, ())
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
     if options:
@@ -152,7 +165,8 @@ def test_accumulation_gives_the_step_of_the_whole_batch() -> None:
     )
     member_sets = ("members.plain.head.noise=0.0",)
     whole, parts = (
-        train_stage(fresh_quiet(), task(*sets, *member_sets, f"train.accumulate={a}")).state for a in (1, 4)
+        train_stage(fresh_quiet(), task(*sets, *member_sets, f"train.accumulate={a}")).state
+        for a in (1, 4)
     )
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-6)
@@ -160,14 +174,21 @@ def test_accumulation_gives_the_step_of_the_whole_batch() -> None:
 
 def fresh_quiet() -> Member:
     torch.manual_seed(0)
-    return build_member(Recipe.parse(tiny_tree(Path("x")), ["members.plain.head.noise=0.0"]).member("plain"), 3)
+    return build_member(
+        Recipe.parse(tiny_tree(Path("x")), ["members.plain.head.noise=0.0"]).member("plain"), 3
+    )
 
 
 def test_a_loss_that_is_no_number_stops_with_a_remedy() -> None:
     with pytest.raises(RunError, match=r"not a number: stage one, epoch \d+.*lower the stage's lr"):
         train_stage(
             fresh(),
-            task("stages.one.lr=1e30", "train.optimizer=sgd", "stages.one.schedule=constant", "stages.one.epochs=5"),
+            task(
+                "stages.one.lr=1e30",
+                "train.optimizer=sgd",
+                "stages.one.schedule=constant",
+                "stages.one.epochs=5",
+            ),
         )
 
 

@@ -33,8 +33,12 @@ def scored(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 def test_scores_equal_scikit_learns(data: tuple[np.ndarray, np.ndarray]) -> None:
     probs, labels = data
     numbers = np.arange(probs.shape[1])
-    assert stats.accuracy(probs, labels) == pytest.approx(metrics.accuracy_score(labels, probs.argmax(1)), abs=1e-12)
-    assert stats.log_loss(probs, labels) == pytest.approx(metrics.log_loss(labels, probs, labels=numbers), rel=1e-9)
+    assert stats.accuracy(probs, labels) == pytest.approx(
+        metrics.accuracy_score(labels, probs.argmax(1)), abs=1e-12
+    )
+    assert stats.log_loss(probs, labels) == pytest.approx(
+        metrics.log_loss(labels, probs, labels=numbers), rel=1e-9
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # answers that are no row's label
         recall = metrics.balanced_accuracy_score(labels, probs.argmax(1))
@@ -44,7 +48,9 @@ def test_scores_equal_scikit_learns(data: tuple[np.ndarray, np.ndarray]) -> None
             2 * metrics.brier_score_loss(labels, probs[:, 1], pos_label=1)
         )
     one_hot = np.eye(len(numbers))[labels]
-    assert stats.brier(probs, labels) == pytest.approx(((probs - one_hot) ** 2).sum(1).mean(), rel=1e-9)
+    assert stats.brier(probs, labels) == pytest.approx(
+        ((probs - one_hot) ** 2).sum(1).mean(), rel=1e-9
+    )
     expected = metrics.confusion_matrix(labels, probs.argmax(1), labels=numbers)
     assert (stats.confusion_matrix(probs, labels) == expected).all()
 
@@ -64,7 +70,11 @@ def test_per_class_figures_equal_scikit_learns_and_are_none_where_undefined(
         assert (entry["class"], entry["n"]) == (f"c{i}", n[i])
         for name, value in (("precision", precision[i]), ("recall", recall[i]), ("f1", f1[i])):
             assert entry[name] == (None if np.isnan(value) else pytest.approx(value))
-        for name, interval in (("recall", "interval"), ("precision", "precision_interval"), ("f1", "f1_interval")):
+        for name, interval in (
+            ("recall", "interval"),
+            ("precision", "precision_interval"),
+            ("f1", "f1_interval"),
+        ):
             low, high = entry[interval]
             assert (low, high) == (0, 1) if entry[name] is None else low <= entry[name] <= high
 
@@ -81,7 +91,9 @@ def test_the_reliability_curve_is_scikit_learns_and_the_calibration_error_its_de
         accuracy, middle = calibration_curve(hits, confidence, n_bins=bins)
         assert curve.accuracy == pytest.approx(accuracy)
         assert curve.confidence == pytest.approx(middle)
-    where = np.ceil(confidence * bins)  # Guo et al. (2017), equation 3: bins closed at their upper ends
+    where = np.ceil(
+        confidence * bins
+    )  # Guo et al. (2017), equation 3: bins closed at their upper ends
     gaps = [abs((confidence - hits)[where == b].sum()) for b in range(1, bins + 1)]
     assert stats.ece(probs, labels, bins) == pytest.approx(sum(gaps) / len(labels))
 
@@ -104,7 +116,9 @@ def test_a_sure_miss_costs_the_floor_and_not_infinity() -> None:
 def test_wilson_equals_scipys(n: int, share: float, level: float) -> None:
     correct = round(n * share)
     expected = binomtest(correct, n).proportion_ci(level, "wilson")
-    assert stats.wilson_interval(correct, n, level) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert stats.wilson_interval(correct, n, level) == pytest.approx(
+        (expected.low, expected.high), abs=1e-12
+    )
 
 
 def test_wilson_at_its_ends() -> None:
@@ -151,7 +165,13 @@ def test_a_score_has_the_figures_of_results_json() -> None:
     labels = np.array([0, 1, 1, 1])
     entry = stats.score_table(probs, labels, level=0.9)
     assert list(entry)[:6] == ["n", "accuracy", "interval", "level", "log_loss", "ece"]
-    assert list(entry)[6:] == ["brier", "balanced_accuracy", "balanced_accuracy_interval", "macro_f1", "roc_auc"]
+    assert list(entry)[6:] == [
+        "brier",
+        "balanced_accuracy",
+        "balanced_accuracy_interval",
+        "macro_f1",
+        "roc_auc",
+    ]
     assert (entry["n"], entry["accuracy"], entry["level"]) == (4, 0.75, 0.9)
     assert entry["interval"] == list(stats.wilson_interval(3, 4, 0.9))
     assert entry["log_loss"] == stats.log_loss(probs, labels)
@@ -162,15 +182,30 @@ def test_a_score_has_the_figures_of_results_json() -> None:
     alone = stats.score_table(probs[:1], [0])
     assert (alone["roc_auc"], alone["balanced_accuracy"]) == (None, 1.0)
     grouped = stats.score_table(probs, labels, 0.9, ["a", "a", "b", "b"])
-    assert grouped["interval"] == list(stats.share_interval(stats.correct(probs, labels), ["a", "a", "b", "b"], 0.9))
-    assert {key for key in entry if entry[key] != grouped[key]} <= {"interval", "balanced_accuracy_interval"}
+    assert grouped["interval"] == list(
+        stats.share_interval(stats.correct(probs, labels), ["a", "a", "b", "b"], 0.9)
+    )
+    assert {key for key in entry if entry[key] != grouped[key]} <= {
+        "interval",
+        "balanced_accuracy_interval",
+    }
 
 
 @pytest.mark.parametrize(
     "score",
-    [stats.accuracy, stats.log_loss, stats.brier, stats.ece, stats.confusion_matrix, stats.score_table, stats.roc_auc,
-     stats.balanced_accuracy, stats.macro_f1, stats.top_k_accuracy],
-)  # fmt: skip
+    [
+        stats.accuracy,
+        stats.log_loss,
+        stats.brier,
+        stats.ece,
+        stats.confusion_matrix,
+        stats.score_table,
+        stats.roc_auc,
+        stats.balanced_accuracy,
+        stats.macro_f1,
+        stats.top_k_accuracy,
+    ],
+)
 def test_scores_refuse_what_does_not_fit(score) -> None:
     with pytest.raises(DataError, match="labels have the wrong shape"):
         score(np.full((3, 2), 0.5), [0, 1])
@@ -185,7 +220,9 @@ def test_per_class_refuses_another_number_of_names() -> None:
         stats.per_class(np.full((2, 2), 0.5), [0, 1], ["a"])
 
 
-def groups_of(shares: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def groups_of(
+    shares: np.ndarray, sizes: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Hits (n,) of groups with these shares and sizes (groups,), and the group of each."""
     part = np.repeat(np.arange(len(sizes)), sizes)
     return rng.random(len(part)) < shares[part], part
@@ -214,14 +251,19 @@ def test_the_design_effect_by_hand() -> None:
     # 4, 2 and 0 of 4 right: variance 8 * 3/2 / 12^2 = 1/12 against 0.25 / 11 of rows alone, so 12 rows are worth 36/11.
     hits = [1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
     worth = 36 / 11 * (t.ppf(0.975, 11) / t.ppf(0.975, 2)) ** 2
-    assert stats.share_interval(hits, list("aaaabbbbcccc")) == pytest.approx(stats.wilson_interval(worth / 2, worth))
+    assert stats.share_interval(hits, list("aaaabbbbcccc")) == pytest.approx(
+        stats.wilson_interval(worth / 2, worth)
+    )
 
 
 def test_groups_that_are_alike_count_once_each() -> None:
     hits = np.repeat(np.random.default_rng(0).random(400) < 0.7, 10)
     found = stats.share_interval(hits, np.repeat(np.arange(400), 10))
     assert found == pytest.approx(stats.wilson_interval(hits.sum() / 10, 400), abs=5e-4)
-    assert stats.share_interval(np.ones(40), np.repeat(np.arange(4), 10)).low < stats.wilson_interval(4, 4).low
+    assert (
+        stats.share_interval(np.ones(40), np.repeat(np.arange(4), 10)).low
+        < stats.wilson_interval(4, 4).low
+    )
     assert stats.share_interval(np.ones(40), ["one"] * 40) == (0, 1)
 
 
@@ -261,9 +303,13 @@ def test_bootstrap_equals_scipys_which_copies_the_rows(name: str) -> None:
     probs, labels = answers(250, 3, 5)
     score = getattr(stats, name)
     low, high = bootstrap(
-        (np.arange(250),), lambda rows: score(probs[rows], labels[rows]), vectorized=False, n_resamples=1500,
-        method="percentile", rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
+        (np.arange(250),),
+        lambda rows: score(probs[rows], labels[rows]),
+        vectorized=False,
+        n_resamples=1500,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
     found = stats.bootstrap_interval(name, probs, labels)
     assert found == pytest.approx((low, high), abs=0.09 * (high - low))
     assert found.low < score(probs, labels) < found.high
@@ -276,15 +322,21 @@ def test_whole_groups_are_drawn() -> None:
     many, groups = (np.repeat(probs, 16, 0), np.repeat(labels, 16)), np.repeat(np.arange(60), 16)
     for name in ("balanced_accuracy", "log_loss"):
         few = stats.bootstrap_interval(name, probs, labels)
-        assert stats.bootstrap_interval(name, *many, groups) == pytest.approx(few, abs=0.15 * (few.high - few.low))
+        assert stats.bootstrap_interval(name, *many, groups) == pytest.approx(
+            few, abs=0.15 * (few.high - few.low)
+        )
         alone = stats.bootstrap_interval(name, *many)
         assert 3 < (few.high - few.low) / (alone.high - alone.low) < 5.2  # 4 = sqrt(16) in theory
 
 
 def test_any_function_of_weighted_rows_can_be_bootstrapped() -> None:
     probs, labels = answers(200, 3, 7)
-    found = stats.bootstrap_interval(lambda p, y, w: (p.argmax(1) == y) @ w / w.sum(0), probs, labels, resamples=5000)
-    assert found == pytest.approx(stats.wilson_interval(int(stats.correct(probs, labels).sum()), 200), abs=0.012)
+    found = stats.bootstrap_interval(
+        lambda p, y, w: (p.argmax(1) == y) @ w / w.sum(0), probs, labels, resamples=5000
+    )
+    assert found == pytest.approx(
+        stats.wilson_interval(int(stats.correct(probs, labels).sum()), 200), abs=0.012
+    )
 
 
 def test_bootstrap_refuses() -> None:
@@ -297,7 +349,9 @@ def test_bootstrap_refuses() -> None:
         ({"score": "roc_auc", "labels": np.zeros(20, int)}, "not defined in any"),
     ):
         with pytest.raises(DataError, match=message):
-            stats.bootstrap_interval(**{"score": "accuracy", "probs": probs, "labels": labels, **change})
+            stats.bootstrap_interval(
+                **{"score": "accuracy", "probs": probs, "labels": labels, **change}
+            )
     with pytest.raises(DataError, match="rows of two classes"):
         stats.roc_auc(probs, np.zeros(20, int))
     with pytest.raises(DataError, match="top >= 1"):
@@ -334,9 +388,19 @@ def test_a_table_of_scores_is_its_parts() -> None:
     rng = np.random.default_rng(0)
     probs, labels = rng.dirichlet(np.ones(4), 300), rng.integers(0, 4, 300)
     entry = stats.score_table(probs, labels)
-    for name in ("accuracy", "log_loss", "ece", "brier", "balanced_accuracy", "macro_f1", "roc_auc"):
+    for name in (
+        "accuracy",
+        "log_loss",
+        "ece",
+        "brier",
+        "balanced_accuracy",
+        "macro_f1",
+        "roc_auc",
+    ):
         assert entry[name] == getattr(stats, name)(probs, labels)
-    assert entry["balanced_accuracy_interval"] == list(stats.bootstrap_interval("balanced_accuracy", probs, labels))
+    assert entry["balanced_accuracy_interval"] == list(
+        stats.bootstrap_interval("balanced_accuracy", probs, labels)
+    )
     own = stats.bootstrap_interval(
         SCORES["balanced_accuracy"], probs, labels, resamples=4000
     )  # row by row, not by cells

@@ -23,7 +23,16 @@ SURFACE = {
     "fit": {"--out", "--budget", "--members", "--set", "--verbose"},
     "plan": {"--budget", "--members", "--set"},
     "train": {"--out", "--set", "--verbose"},
-    "ensemble": {"--method", "--members", "--top", "--reopen-test", "--labels", "--classes", "--json", "--html"},
+    "ensemble": {
+        "--method",
+        "--members",
+        "--top",
+        "--reopen-test",
+        "--labels",
+        "--classes",
+        "--json",
+        "--html",
+    },
     "evaluate": {"--members", "--labels", "--classes", "--json", "--html"},
     "compare": {"--shared", "--labels", "--classes", "--json", "--html"},
     "export": {"--out", "--method", "--members", "--precision", "--web", "--web-runtime"},
@@ -41,7 +50,11 @@ SURFACE = {
 
 def threefold_command(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "threefold", *words], capture_output=True, text=True, input=stdin, check=False
+        [sys.executable, "-m", "threefold", *words],
+        capture_output=True,
+        text=True,
+        input=stdin,
+        check=False,
     )
 
 
@@ -74,7 +87,9 @@ def test_public_names_exist_and_are_documented() -> None:
 def test_public_functions_stay_functions_after_their_modules_are_imported() -> None:
     import threefold.workflow  # imports every module there is
 
-    assert not {name for name in threefold.__all__ if isinstance(getattr(threefold, name), type(threefold))}
+    assert not {
+        name for name in threefold.__all__ if isinstance(getattr(threefold, name), type(threefold))
+    }
     assert callable(threefold.train)
     assert callable(threefold.export)
 
@@ -94,9 +109,16 @@ def test_exit_codes() -> None:
 
 
 def test_list() -> None:
-    for what, word in (("heads", "bilstm"), ("ensembles", "pruned"), ("recipes", "demo"), ("data", "folder")):
+    for what, word in (
+        ("heads", "bilstm"),
+        ("ensembles", "pruned"),
+        ("recipes", "demo"),
+        ("data", "folder"),
+    ):
         assert word in runner.invoke(app, ["list", what]).output
-    assert "tf_efficientnet_lite0.in1k" in runner.invoke(app, ["list", "backbones", "*lite0*"]).output
+    assert (
+        "tf_efficientnet_lite0.in1k" in runner.invoke(app, ["list", "backbones", "*lite0*"]).output
+    )
 
 
 def test_predict_files_folders_lists_and_forms(finished: Run) -> None:
@@ -108,7 +130,9 @@ def test_predict_files_folders_lists_and_forms(finished: Run) -> None:
     table = runner.invoke(app, ["predict", model, str(root / "test"), "--csv"]).output.splitlines()
     assert table[0] == "image,label,probability,blue,green,red"
     assert len(table) == 1 + len(ids)
-    listed = runner.invoke(app, ["predict", model, "-", "--json"], input=f"{root / ids[1]}\n{root / ids[2]}\n")
+    listed = runner.invoke(
+        app, ["predict", model, "-", "--json"], input=f"{root / ids[1]}\n{root / ids[2]}\n"
+    )
     answers = [json.loads(line) for line in listed.output.splitlines()]
     assert [a["image"] for a in answers] == [str(root / ids[1]), str(root / ids[2])]
     assert set(answers[0]["members"]) == {"plain", "gated"}
@@ -117,34 +141,62 @@ def test_predict_files_folders_lists_and_forms(finished: Run) -> None:
 def test_predict_names_bad_files_and_goes_on(finished: Run, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     good = Path(finished.recipe.data.root) / finished.sources.test.ids[0]  # type: ignore[union-attr]
-    done = threefold_command("predict", str(finished.dir / "model.onnx"), str(tmp_path / "broken.png"), str(good))
+    done = threefold_command(
+        "predict", str(finished.dir / "model.onnx"), str(tmp_path / "broken.png"), str(good)
+    )
     assert done.returncode == 1
     assert "broken.png" in done.stderr
     assert done.stdout.startswith(str(good))
-    assert threefold_command("predict", str(finished.dir / "model.onnx"), str(tmp_path / "none.png")).returncode == 1
+    assert (
+        threefold_command(
+            "predict", str(finished.dir / "model.onnx"), str(tmp_path / "none.png")
+        ).returncode
+        == 1
+    )
 
 
 def test_ensemble_on_a_run_and_on_foreign_predictions(finished: Run) -> None:
-    found = runner.invoke(app, ["ensemble", str(finished.dir), "--method", "mean", "--method", "vote", "--json"])
+    found = runner.invoke(
+        app, ["ensemble", str(finished.dir), "--method", "mean", "--method", "vote", "--json"]
+    )
     scores = json.loads(found.output)["scores"]
-    assert {(s["name"], s["rows"]) for s in scores} >= {("mean", "oof"), ("mean", "test"), ("vote", "oof")}
+    assert {(s["name"], s["rows"]) for s in scores} >= {
+        ("mean", "oof"),
+        ("mean", "test"),
+        ("vote", "oof"),
+    }
     assert ("vote", "test") not in {
         (s["name"], s["rows"]) for s in scores
     }  # the test rows were opened once, without it
-    assert any("by train; not scored on them: vote" in line for line in json.loads(found.output)["warnings"])
+    assert any(
+        "by train; not scored on them: vote" in line
+        for line in json.loads(found.output)["warnings"]
+    )
     foreign = runner.invoke(
-        app, ["ensemble", str(finished.dir / "oof.npz"), "--members", "plain,gated", "--method", "pruned"]
+        app,
+        [
+            "ensemble",
+            str(finished.dir / "oof.npz"),
+            "--members",
+            "plain,gated",
+            "--method",
+            "pruned",
+        ],
     )
     assert foreign.exit_code == 0
     assert "pruned" in foreign.output
 
 
-def test_test_rows_are_opened_again_only_when_asked_for_and_that_is_noted(finished: Run, tmp_path: Path) -> None:
+def test_test_rows_are_opened_again_only_when_asked_for_and_that_is_noted(
+    finished: Run, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished.dir, run)
     before = json.loads((run / "ledger.json").read_text())["test_opened"]
     assert [entry["by"] for entry in before if entry["by"] != "export"] == ["train"]
-    found = runner.invoke(app, ["ensemble", str(run), "--method", "vote", "--reopen-test", "--json"])
+    found = runner.invoke(
+        app, ["ensemble", str(run), "--method", "vote", "--reopen-test", "--json"]
+    )
     assert ("vote", "test") in {(s["name"], s["rows"]) for s in json.loads(found.output)["scores"]}
     after = json.loads((run / "ledger.json").read_text())["test_opened"]
     assert [entry["by"] for entry in after if entry["by"] != "export"] == ["train", "ensemble"]
@@ -158,7 +210,13 @@ def test_the_authors_published_predictions_replay_through_the_command() -> None:
 
     names = [str(n) for n in np.load(path)["members"] if "Mixed" in str(n)]
     done = threefold_command(
-        "ensemble", str(path), "--members", ",".join(names), "--method", "mean,pruned,vote", "--json"
+        "ensemble",
+        str(path),
+        "--members",
+        ",".join(names),
+        "--method",
+        "mean,pruned,vote",
+        "--json",
     )
     scores = {s["name"]: s["accuracy"] for s in json.loads(done.stdout)["scores"]}
     assert (scores["mean"], scores["pruned"], scores["vote"]) == (0.9592, 0.9591, 0.9590)

@@ -37,7 +37,9 @@ def write(file: Path, names: list[str] | None = None, **columns: Any) -> Path:
     table = pa.table(columns)
     if names:
         features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        table = table.replace_schema_metadata(
+            {"huggingface": json.dumps({"info": {"features": features}})}
+        )
     pq.write_table(table, file, row_group_size=2)
     return file
 
@@ -54,7 +56,11 @@ def test_bytes_labels_splits_groups_and_ids(tmp_path: Path) -> None:
     sources = load(path)
     train, test = sources.train, sources.test
     assert test is not None
-    assert (train.classes, train.ids, test.ids) == (("cat", "dog"), ("i0", "i3", "i4", "i5", "i6", "i7"), ("i1", "i2"))
+    assert (train.classes, train.ids, test.ids) == (
+        ("cat", "dog"),
+        ("i0", "i3", "i4", "i5", "i6", "i7"),
+        ("i1", "i2"),
+    )
     assert [int(train.pixels(i)[0, 0, 0]) for i in range(6)] == [7, 4, 3, 2, 1, 0]
     assert train.labels.tolist() == [0, 1, 0, 1, 0, 1]
     assert train.groups == ("g3", "g2", "g1", "g1", "g0", "g0")
@@ -72,7 +78,12 @@ def test_files_as_the_hub_keeps_them(tmp_path: Path) -> None:
         ("test-00000", (6, 7)),
     ):
         cells = [{"bytes": png(shade), "path": f"{shade}.png"} for shade in shades]
-        write(tmp_path / f"{part}.parquet", ["wolf", "ant"], image=cells, label=[shade % 2 for shade in shades])
+        write(
+            tmp_path / f"{part}.parquet",
+            ["wolf", "ant"],
+            image=cells,
+            label=[shade % 2 for shade in shades],
+        )
     sources = load(tmp_path)
     assert sources.test is not None
     assert sources.train.classes == ("wolf", "ant")
@@ -102,7 +113,9 @@ def test_bad_images_and_copies_are_found_in_tables_too(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", image=images, label=list("abaab"), id=list("vwxyz"))
     with pytest.raises(DataError, match=r"1 of 5 images cannot be used; got z \(not an image"):
         load(path)
-    path = write(tmp_path / "a.parquet", image=[*images, png(9)], label=list("abaabb"), id=list("uvwxyz"))
+    path = write(
+        tmp_path / "a.parquet", image=[*images, png(9)], label=list("abaabb"), id=list("uvwxyz")
+    )
     sources = load(path, bad_images="skip")
     assert [str(bad.path) for bad in sources.skipped] == ["y"]
     assert "copies of others" in sources.notes[0]
@@ -115,12 +128,18 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no label": ({"image": GOOD["image"]}, "not the columns .*got image"),
     "no image": ({"label": GOOD["label"]}, "not the columns .*expected image or path, and label"),
     "empty cell": ({**GOOD, "label": ["a", None, "a", "b"]}, "row 1; expected no empty cell"),
-    "no picture": ({**GOOD, "image": [png(0), None, png(2), png(3)]}, "row 1; expected bytes, got NoneType"),
+    "no picture": (
+        {**GOOD, "image": [png(0), None, png(2), png(3)]},
+        "row 1; expected bytes, got NoneType",
+    ),
     "number": ({**GOOD, "image": [1, 2, 3, 4]}, "the cell has no image"),
     "float": ({**GOOD, "label": [0.5, 1.0, 1.0, 0.5]}, "neither text nor a whole number"),
     "split": ({**GOOD, "split": ["train", "x", "test", "test"]}, "split one of"),
     "ids": ({**GOOD, "id": ["a", "a", "b", "c"]}, "ids are not unique"),
-    "path only": ({**GOOD, "image": [{"bytes": None, "path": "/etc/passwd"}] * 4}, "the cell has no image"),
+    "path only": (
+        {**GOOD, "image": [{"bytes": None, "path": "/etc/passwd"}] * 4},
+        "the cell has no image",
+    ),
 }
 
 
@@ -143,7 +162,8 @@ def test_bad_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "package", "extra"), [("parquet", "pyarrow", "parquet"), ("huggingface", "datasets", "hf")]
+    ("source", "package", "extra"),
+    [("parquet", "pyarrow", "parquet"), ("huggingface", "datasets", "hf")],
 )
 def test_a_package_that_is_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, package: str, extra: str
@@ -153,7 +173,9 @@ def test_a_package_that_is_not_there(
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr("importlib.import_module", lambda name: real("no_such_package"))
-    with pytest.raises(DataError, match=rf'{package} is not installed; fix: pip install "threefold\[{extra}\]"'):
+    with pytest.raises(
+        DataError, match=rf'{package} is not installed; fix: pip install "threefold\[{extra}\]"'
+    ):
         load(tmp_path, source)
 
 
@@ -163,7 +185,11 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     hub = pytest.importorskip("datasets")
     monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     features = hub.Features(
-        {"img": hub.Image(), "fine_label": hub.ClassLabel(names=["wolf", "ant"]), "note": hub.Value("string")}
+        {
+            "img": hub.Image(),
+            "fine_label": hub.ClassLabel(names=["wolf", "ant"]),
+            "note": hub.Value("string"),
+        }
     )
     (tmp_path / "data").mkdir()
     for part, shades in (("train", range(4)), ("validation", range(4, 6)), ("test", range(6, 8))):
@@ -172,7 +198,9 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             "fine_label": [shade % 2 for shade in shades],
             "note": ["x"] * len(shades),
         }
-        hub.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / f"data/{part}.parquet"))
+        hub.Dataset.from_dict(rows, features=features).to_parquet(
+            str(tmp_path / f"data/{part}.parquet")
+        )
     sources = load(tmp_path / "data", "huggingface")
     assert sources.test is not None
     assert (sources.train.classes, len(sources.train), len(sources.test)) == (("wolf", "ant"), 6, 2)

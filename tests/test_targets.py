@@ -47,12 +47,17 @@ class Mean(nn.Module):
 
 @pytest.fixture(scope="module")
 def tiny_pipeline() -> Pipeline:
-    members = {name: MemberPipeline([Predictor(Tiny(i)), Predictor(Tiny(9 + i))], 16 + i, "squash") for i, name in enumerate("ab")}  # fmt: skip
+    members = {
+        name: MemberPipeline([Predictor(Tiny(i)), Predictor(Tiny(9 + i))], 16 + i, "squash")
+        for i, name in enumerate("ab")
+    }
     return Pipeline(members, Combiner(Mean()), ("w", "x", "y", "z"))
 
 
 def export(pipeline: Pipeline, path: Path, **words: Any) -> dict[str, Any]:
-    return targets.export(pipeline, path, pictures(), {"name": "tiny"}, labels=[0] * 6, rows="test", **words)
+    return targets.export(
+        pipeline, path, pictures(), {"name": "tiny"}, labels=[0] * 6, rows="test", **words
+    )
 
 
 def test_a_pt2_file_answers_for_any_batch_and_size(tiny_pipeline: Pipeline, tmp_path: Path) -> None:
@@ -64,7 +69,11 @@ def test_a_pt2_file_answers_for_any_batch_and_size(tiny_pipeline: Pipeline, tmp_
         warnings.simplefilter("ignore")
         program = torch.export.load(tmp_path / "m.pt2", extra_files=extra)
     card = json.loads(extra[targets.CARD_FILE])
-    assert (card["classes"], card["members"], card["name"]) == (["w", "x", "y", "z"], ["a", "b"], "tiny")
+    assert (card["classes"], card["members"], card["name"]) == (
+        ["w", "x", "y", "z"],
+        ["a", "b"],
+        "tiny",
+    )
     assert card["parity"]["images"] == 6
     module = program.module()
     for shape in ((1, 9, 31, 3), (5, 40, 17, 3), (2, 16, 16, 3)):
@@ -77,7 +86,11 @@ def test_a_pt2_file_answers_for_any_batch_and_size(tiny_pipeline: Pipeline, tmp_
 def test_our_pt2_files_hold_no_pickled_weights(tiny_pipeline: Pipeline, tmp_path: Path) -> None:
     export(tiny_pipeline, tmp_path / "m.pt2")
     with zipfile.ZipFile(tmp_path / "m.pt2") as archive:
-        configs = [n for n in archive.namelist() if n.endswith(".json") and ("weights" in n or "constants" in n)]
+        configs = [
+            n
+            for n in archive.namelist()
+            if n.endswith(".json") and ("weights" in n or "constants" in n)
+        ]
         assert configs
         for name in configs:
             assert '"use_pickle": true' not in archive.read(name).decode(), name
@@ -87,13 +100,19 @@ def test_our_pt2_files_hold_no_pickled_weights(tiny_pipeline: Pipeline, tmp_path
 @pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
 def test_an_openvino_file_answers(tiny_pipeline: Pipeline, tmp_path: Path, precision: str) -> None:
     openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
-    report = export(tiny_pipeline, tmp_path / "m.xml", precision=precision, calibration=pictures(20))
+    report = export(
+        tiny_pipeline, tmp_path / "m.xml", precision=precision, calibration=pictures(20)
+    )
     assert report["max_difference"] <= report["tolerance"]
     assert sorted(os.listdir(tmp_path)) == ["m.bin", "m.xml"]
     assert report["bytes"] == sum(path.stat().st_size for path in tmp_path.iterdir())
     model = openvino.Core().read_model(tmp_path / "m.xml")
     card = json.loads(model.get_rt_info(["threefold"]).astype(str))
-    assert (card["classes"], card["precision"], card["parity"]["rows"]) == (["w", "x", "y", "z"], precision, "test")
+    assert (card["classes"], card["precision"], card["parity"]["rows"]) == (
+        ["w", "x", "y", "z"],
+        precision,
+        "test",
+    )
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     images = np.random.default_rng(0).integers(0, 256, (3, 33, 21, 3), dtype=np.uint8)
     probs, members = (value.detach().numpy() for value in tiny_pipeline(torch.from_numpy(images)))
@@ -108,7 +127,9 @@ def test_without_openvino_the_error_says_what_to_install(
     tiny_pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(ExportError, match=r"OpenVINO is not installed: .*m\.xml; fix: pip install openvino"):
+    with pytest.raises(
+        ExportError, match=r"OpenVINO is not installed: .*m\.xml; fix: pip install openvino"
+    ):
         export(tiny_pipeline, tmp_path / "m.xml")
     assert not list(tmp_path.iterdir())
 
@@ -121,7 +142,9 @@ def test_answers_that_differ_leave_nothing_and_the_old_file(
         pytest.importorskip("openvino", reason="OpenVINO is not installed")
     (tmp_path / name).write_text("old")
     honest = Pipeline.predict_proba
-    monkeypatch.setattr(Pipeline, "predict_proba", lambda self, images: honest(self, images)[:, ::-1])
+    monkeypatch.setattr(
+        Pipeline, "predict_proba", lambda self, images: honest(self, images)[:, ::-1]
+    )
     with pytest.raises(ExportError, match="would answer differently"):
         export(tiny_pipeline, tmp_path / name)
     assert os.listdir(tmp_path) == [name]

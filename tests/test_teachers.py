@@ -45,10 +45,16 @@ def features(member: Member, pixels: np.ndarray) -> np.ndarray:
 def least_squares(member: Member, task: StageTask) -> StageOutcome:
     """In place of a stage: the head that is nearest to labels, or to a teacher's logarithms, on the fit rows. It memorises."""
     x = features(member.eval(), task.fit[0])
-    y = np.eye(task.num_classes)[task.fit[1]] if task.soft is None else np.log(task.soft.astype(np.float64))
+    y = (
+        np.eye(task.num_classes)[task.fit[1]]
+        if task.soft is None
+        else np.log(task.soft.astype(np.float64))
+    )
     y = y - y.mean(1, keepdims=True)
     scale = np.abs(y).max()  # targets of a teacher that knows nothing are nearly flat
-    solved = np.linalg.solve(x.T @ x + 1e-7 * np.trace(x.T @ x) / x.shape[1] * np.eye(x.shape[1]), x.T @ (y / scale))
+    solved = np.linalg.solve(
+        x.T @ x + 1e-7 * np.trace(x.T @ x) / x.shape[1] * np.eye(x.shape[1]), x.T @ (y / scale)
+    )
     linear = [m for m in member.head.modules() if isinstance(m, torch.nn.Linear)][-1]
     with torch.no_grad():
         linear.weight.copy_(torch.from_numpy(solved[:-1].T))
@@ -66,19 +72,35 @@ def canary_tree(root: Path, per_class: int = 100) -> dict[str, Any]:
             (root / split / name).mkdir(parents=True)
             for i in range(count):
                 patches = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-                patches.resize((32, 32), Image.Resampling.BICUBIC).save(root / split / name / f"{i:03d}.png")
-    weights = root.with_suffix(".safetensors")  # all networks begin from the same, as pretrained ones do
+                patches.resize((32, 32), Image.Resampling.BICUBIC).save(
+                    root / split / name / f"{i:03d}.png"
+                )
+    weights = root.with_suffix(
+        ".safetensors"
+    )  # all networks begin from the same, as pretrained ones do
     spec = MemberSpec(name="only", backbone="test_vit", img_size=32)
     save_file(create_backbone(spec, pretrained=False).state_dict(), str(weights))
     return {
-        "data": {"root": str(root)}, "folds": {"k": 2, "select": 0.1}, "ensemble": {"methods": ["mean"]},
+        "data": {"root": str(root)},
+        "folds": {"k": 2, "select": 0.1},
+        "ensemble": {"methods": ["mean"]},
         "train": {"device": "cpu", "precision": "float32"},
         "stages": [{"name": "one", "epochs": 1, "lr": 0.1, "trainable": "head"}],
-        "members": [{"name": "only", "backbone": "test_vit", "weights": str(weights), "img_size": 32, "head": {"noise": 0.0}}],
-    }  # fmt: skip
+        "members": [
+            {
+                "name": "only",
+                "backbone": "test_vit",
+                "weights": str(weights),
+                "img_size": 32,
+                "head": {"noise": 0.0},
+            }
+        ],
+    }
 
 
-@pytest.mark.parametrize("inner", [0, 2], ids=["the run's own answers", "teachers without the scored rows"])
+@pytest.mark.parametrize(
+    "inner", [0, 2], ids=["the run's own answers", "teachers without the scored rows"]
+)
 def test_a_memorising_teacher_hands_on_the_labels_of_scored_rows_unless_it_never_saw_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: int
 ) -> None:
@@ -86,16 +108,25 @@ def test_a_memorising_teacher_hands_on_the_labels_of_scored_rows_unless_it_never
     monkeypatch.setattr(jobs, "train_stage", least_squares)
     run = workflow.train(Recipe.parse(canary_tree(tmp_path / "images")), tmp_path / "run")
     oof = run.predictions("oof")
-    assert abs(float((oof.probs[0].argmax(1) == oof.labels).mean()) - 0.5) < 0.11  # the teacher itself is out of fold
-    recipe = student_recipe(run, str(run.dir), "only", [f"distill.inner={inner}", "distill.alpha=1"])
+    assert (
+        abs(float((oof.probs[0].argmax(1) == oof.labels).mean()) - 0.5) < 0.11
+    )  # the teacher itself is out of fold
+    recipe = student_recipe(
+        run, str(run.dir), "only", [f"distill.inner={inner}", "distill.alpha=1"]
+    )
     student = workflow.train(recipe, tmp_path / "student").predictions("oof")
-    right = {name: float((p.argmax(1) == student.labels).mean()) for name, p in zip(student.members, student.probs, strict=True)}  # fmt: skip
+    right = {
+        name: float((p.argmax(1) == student.labels).mean())
+        for name, p in zip(student.members, student.probs, strict=True)
+    }
     assert abs(right["student-labels"] - 0.5) < 0.11
     if inner:
         assert abs(right["student"] - 0.5) < 0.11
         assert student.protocol == "honest"
     else:
-        assert right["student"] > 0.7, "the leak is large where it can be, or this test could not see one"
+        assert right["student"] > 0.7, (
+            "the leak is large where it can be, or this test could not see one"
+        )
         assert student.protocol == "taught"
 
 
@@ -103,7 +134,9 @@ def test_a_memorising_teacher_hands_on_the_labels_of_scored_rows_unless_it_never
 def flat(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run of one small network without test images."""
     root = tmp_path_factory.mktemp("flat")
-    tree = tiny_tree(make_folder(root / "images", 12)) | {"ensemble": {"methods": ["mean", "pruned"]}}
+    tree = tiny_tree(make_folder(root / "images", 12)) | {
+        "ensemble": {"methods": ["mean", "pruned"]}
+    }
     tree["members"] = [tree["members"][0], {**tree["members"][0], "name": "other"}]
     return workflow.train(Recipe.parse(tree, ["stages.one.epochs=1"]), root / "run")
 
@@ -115,7 +148,9 @@ def nested(flat: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return workflow.train(recipe, tmp_path_factory.mktemp("student") / "run")
 
 
-def test_every_row_has_a_target_by_networks_that_never_saw_it_nor_any_scored_row(flat: Run, nested: Run) -> None:
+def test_every_row_has_a_target_by_networks_that_never_saw_it_nor_any_scored_row(
+    flat: Run, nested: Run
+) -> None:
     teaching = Teaching.of(nested)
     assert teaching is not None
     for fold, roles in nested.roles.items():
@@ -149,7 +184,10 @@ def test_honest_scores_of_a_student_stand_beside_twin_and_teacher(flat: Run, nes
     names = ["student", "student-labels", f"{chosen} of {flat.dir.name}"]
     assert [s["name"] for s in table["scores"]] == names == [c["name"] for c in found["costs"]]
     headline = next(s for s in flat.results["scores"] if s["name"] == chosen)
-    assert table["scores"][2] == {"name": names[2], **{k: headline[k] for k in ("accuracy", "interval", "log_loss", "ece", "n")}}  # fmt: skip
+    assert table["scores"][2] == {
+        "name": names[2],
+        **{k: headline[k] for k in ("accuracy", "interval", "log_loss", "ece", "n")},
+    }
     pairs = {(c["a"], c["b"]): c for c in table["comparisons"]}
     assert set(pairs) == {(names[0], names[1]), (names[0], names[2]), (names[1], names[2])}
     gap = table["scores"][0]["accuracy"] - table["scores"][2]["accuracy"]
@@ -160,20 +198,32 @@ def test_honest_scores_of_a_student_stand_beside_twin_and_teacher(flat: Run, nes
     assert all(s["protocol"] == "honest" and not s["apparent"] for s in nested.results["scores"])
 
 
-def test_what_leaks_is_stamped_everywhere_and_cannot_be_called_honest(finished: Run, tmp_path: Path) -> None:
-    shutil.copytree(finished.dir, tmp_path / "teacher")  # its ledger will be told that the test rows were opened again
+def test_what_leaks_is_stamped_everywhere_and_cannot_be_called_honest(
+    finished: Run, tmp_path: Path
+) -> None:
+    shutil.copytree(
+        finished.dir, tmp_path / "teacher"
+    )  # its ledger will be told that the test rows were opened again
     recipe = student_recipe(finished, str(tmp_path / "teacher"), "plain", ["stages.one.epochs=1"])
     assert recipe.distill is not None
     assert recipe.distill.inner == 0  # there are test rows
     run = workflow.train(recipe, tmp_path / "student")
     oof, scores = run.predictions("oof"), run.results["scores"]
     assert oof.protocol == "taught"
-    assert {(s["rows"], s["apparent"], s["protocol"]) for s in scores} == {("oof", True, "taught"), ("test", False, "honest")}  # fmt: skip
+    assert {(s["rows"], s["apparent"], s["protocol"]) for s in scores} == {
+        ("oof", True, "taught"),
+        ("test", False, "honest"),
+    }
     assert any("out-of-fold scores are apparent" in note for note in run.results["notes"])
-    assert any(line["what"] == "teachers of the student" and line["overlap"] == 36 for line in run.results["ledger"])
+    assert any(
+        line["what"] == "teachers of the student" and line["overlap"] == 36
+        for line in run.results["ledger"]
+    )
     assert [t["rows"] for t in run.results["distill"]["tables"]] == ["test"]
     assert run.results["optimism"] == []
-    assert {s["protocol"] for s in evaluate_saved(run.dir, ["mean"]).scores if s["rows"] == "oof"} == {"taught"}
+    assert {
+        s["protocol"] for s in evaluate_saved(run.dir, ["mean"]).scores if s["rows"] == "oof"
+    } == {"taught"}
     for tree, _ in (score_saved([run.dir]), compare_saved([str(run.dir / "oof.npz")])):
         assert all(s["apparent"] for s in tree["scores"])
         assert any(line.startswith("apparent") for line in tree["warnings"])
@@ -188,10 +238,17 @@ def test_the_bit_alone_makes_a_score_apparent() -> None:
     rng = np.random.default_rng(0)
     roles = np.array([[SCORE, FIT], [FIT + TEACH, SCORE]], np.int8)
     values: dict[str, Any] = {
-        "probs": rng.dirichlet(np.ones(2), (1, 2)), "labels": np.array([0, 1]), "ids": ("a", "b"), "classes": ("x", "y"),
-        "members": ("m",), "kind": "oof", "folds": np.array([0, 1]),
-    }  # fmt: skip
-    assert Predictions(**values, roles=roles).ledger().table()[-1]["what"] == "teachers of the student"
+        "probs": rng.dirichlet(np.ones(2), (1, 2)),
+        "labels": np.array([0, 1]),
+        "ids": ("a", "b"),
+        "classes": ("x", "y"),
+        "members": ("m",),
+        "kind": "oof",
+        "folds": np.array([0, 1]),
+    }
+    assert (
+        Predictions(**values, roles=roles).ledger().table()[-1]["what"] == "teachers of the student"
+    )
     with pytest.raises(DataError, match="fitted on them: teachers of the student"):
         Predictions(**values, roles=roles + np.array([[TEACH, 0], [0, 0]], np.int8))
     Predictions(**values, roles=roles + np.array([[TEACH, 0], [0, 0]], np.int8), protocol="taught")
@@ -234,7 +291,8 @@ def test_a_teacher_that_was_trained_again_or_has_other_images_is_refused(
     oof = Predictions.load(teacher / "oof.npz")
     oof.rows(np.arange(len(oof))[::-1]).save(teacher / "oof.npz")
     with pytest.raises(
-        RunError, match=r"student's training images are not those of the run that teaches.*restore the images"
+        RunError,
+        match=r"student's training images are not those of the run that teaches.*restore the images",
     ):
         _ = Teaching.of(moved).teacher  # type: ignore[union-attr]
     (teacher / "oof.npz").unlink()
@@ -252,14 +310,20 @@ def test_what_cannot_teach_or_be_taught_is_told_in_one_line(
     with pytest.raises(RunError, match=r"not finished.*threefold train"):
         teacher_run(tmp_path / "cut")
     shutil.copytree(flat.dir, tmp_path / "paper")
-    text = (tmp_path / "paper/recipe.toml").read_text().replace('protocol = "honest"', 'protocol = "paper"')
+    text = (
+        (tmp_path / "paper/recipe.toml")
+        .read_text()
+        .replace('protocol = "honest"', 'protocol = "paper"')
+    )
     (tmp_path / "paper/recipe.toml").write_text(text)
     with pytest.raises(RunError, match=r"protocol paper cannot teach.*protocol=honest"):
         teacher_run(tmp_path / "paper")
     with pytest.raises(RunError, match=r"a student cannot teach.*give the run that taught it"):
         teacher_run(nested.dir)
     recipe = student_recipe(flat, str(flat.dir), "plain", ["distill.inner=0"])
-    with pytest.raises(RunError, match=r"no row would be left for an honest score.*distill\.inner = 2"):
+    with pytest.raises(
+        RunError, match=r"no row would be left for an honest score.*distill\.inner = 2"
+    ):
         workflow.train(recipe, tmp_path / "leaky")
     for sets, told in (
         (["distill.inner=1"], "one fold answers no row out of fold"),
@@ -279,7 +343,11 @@ def test_what_cannot_teach_or_be_taught_is_told_in_one_line(
 def test_recipes_without_a_student_have_the_digest_they_had(flat: Run) -> None:
     assert "distill" not in flat.recipe.dump()
     again = Recipe.load(flat.dir / "recipe.toml")
-    assert again.digest() == flat.recipe.digest() == json.loads((flat.dir / "run.json").read_text())["digest"]
+    assert (
+        again.digest()
+        == flat.recipe.digest()
+        == json.loads((flat.dir / "run.json").read_text())["digest"]
+    )
     text = nested_text = student_recipe(flat, str(flat.dir), "plain").dump()
     assert "[distill]" in nested_text
     (flat.dir.parent / "student.toml").write_text(text)

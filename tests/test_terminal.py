@@ -10,7 +10,12 @@ from rich.console import Console
 from threefold.recipe import Job
 from threefold.terminal import TerminalWatcher, score_table, verdict_line
 
-RECORD: dict[str, Any] = {"epoch": 0, "loss": 1.0, "select_accuracy": 0.5, "images_per_second": 10.0}
+RECORD: dict[str, Any] = {
+    "epoch": 0,
+    "loss": 1.0,
+    "select_accuracy": 0.5,
+    "images_per_second": 10.0,
+}
 
 
 def watch(verbose: bool, terminal: bool) -> str:
@@ -52,7 +57,9 @@ def test_the_table_fits_80_columns_and_keeps_the_ends_of_long_names() -> None:
     }
     stream = io.StringIO()
     names = ["short", "a_very_long_name_that_ends_in_its_backbone_[x]_SEResNeXt101"]
-    Console(file=stream, width=80, color_system=None).print(score_table([{**entry, "name": n} for n in names]))
+    Console(file=stream, width=80, color_system=None).print(
+        score_table([{**entry, "name": n} for n in names])
+    )
     text = stream.getvalue()
     assert max(map(len, text.splitlines())) <= 80
     assert "_SEResNeXt101" in text

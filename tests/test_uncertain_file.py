@@ -31,7 +31,9 @@ CLASSES = ("oak", "elm", "ash")
 def tiny(seed: int) -> nn.Module:
     """Mean colours of a picture and a layer on them: it answers differently on every picture, and is too sure."""
     torch.manual_seed(seed)
-    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)).requires_grad_(False)
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)).requires_grad_(
+        False
+    )
     net[2].weight.mul_(0.15)
     return net
 
@@ -54,7 +56,9 @@ def truth(probs: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def world() -> dict[str, Any]:
-    members = {name: MemberPipeline([Predictor(tiny(i))], 8, "squash") for i, name in enumerate(("a", "b"))}
+    members = {
+        name: MemberPipeline([Predictor(tiny(i))], 8, "squash") for i, name in enumerate(("a", "b"))
+    }
     plain = Pipeline(members, Combiner(MeanEnsemble().to_module()), CLASSES)
     probs = plain.predict_proba(pictures())
     return {"members": members, "probs": probs, "labels": truth(probs)}
@@ -65,7 +69,9 @@ def written(world: dict[str, Any], path: Path, name: str) -> tuple[Uncertainty, 
     found = fit_calibration(name, world["probs"], world["labels"])
     assert found.name == name
     uncertainty = fit_uncertainty(found.probs, world["labels"], alpha=0.2, reject=0.1)
-    pipeline = Pipeline(world["members"], Combiner(MeanEnsemble().to_module(), found.to_module()), CLASSES)
+    pipeline = Pipeline(
+        world["members"], Combiner(MeanEnsemble().to_module(), found.to_module()), CLASSES
+    )
     card = {"calibration": found.state(), **uncertainty_card(uncertainty.as_dict())}
     report = targets.export(pipeline, path, pictures(20), card)
     assert report["max_difference"] < 1e-5
@@ -73,7 +79,9 @@ def written(world: dict[str, Any], path: Path, name: str) -> tuple[Uncertainty, 
 
 
 @pytest.fixture(scope="module")
-def made(world: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Uncertainty, np.ndarray]:
+def made(
+    world: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Model, Uncertainty, np.ndarray]:
     path = tmp_path_factory.mktemp("file") / "model.onnx"
     uncertainty, probs = written(world, path, "vector")
     return threefold.load(path), uncertainty, probs
@@ -81,21 +89,33 @@ def made(world: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tup
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param("none", marks=pytest.mark.slow), pytest.param("temperature", marks=pytest.mark.slow), "vector"],
+    [
+        pytest.param("none", marks=pytest.mark.slow),
+        pytest.param("temperature", marks=pytest.mark.slow),
+        "vector",
+    ],
 )
-def test_the_file_answers_with_its_calibration(world: dict[str, Any], tmp_path: Path, name: str) -> None:
+def test_the_file_answers_with_its_calibration(
+    world: dict[str, Any], tmp_path: Path, name: str
+) -> None:
     _, expected = written(world, tmp_path / "m.onnx", name)
-    np.testing.assert_allclose(threefold.load(tmp_path / "m.onnx").predict_proba(pictures()), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        threefold.load(tmp_path / "m.onnx").predict_proba(pictures()), expected, atol=1e-5
+    )
     if name != "none":
         assert np.abs(expected - world["probs"]).max() > 0.05
 
 
-def test_the_file_gives_the_sets_that_were_measured(made: tuple[Model, Uncertainty, np.ndarray]) -> None:
+def test_the_file_gives_the_sets_that_were_measured(
+    made: tuple[Model, Uncertainty, np.ndarray],
+) -> None:
     model, uncertainty, probs = made
     for by_class in (False, True):
         inside = uncertainty.sets[by_class].predict_sets(probs)
         sets = model.predict_sets(pictures(), by_class)
-        assert [set(s) for s in sets] == [{CLASSES[i] for i in np.flatnonzero(row)} for row in inside]
+        assert [set(s) for s in sets] == [
+            {CLASSES[i] for i in np.flatnonzero(row)} for row in inside
+        ]
         assert [s[0] for s in sets] == model.predict(pictures())
         assert {len(s) for s in sets} > {1}
     assert model.predict_sets(pictures()) != model.predict_sets(pictures(), by_class=True)
@@ -114,7 +134,9 @@ def answered(model: Model, tmp_path: Path, form: str) -> list[str]:
     return out.getvalue().splitlines()
 
 
-def test_predict_prints_the_set_and_the_doubt(made: tuple[Model, Uncertainty, np.ndarray], tmp_path: Path) -> None:
+def test_predict_prints_the_set_and_the_doubt(
+    made: tuple[Model, Uncertainty, np.ndarray], tmp_path: Path
+) -> None:
     model, uncertainty, probs = made
     sets, unknown = model.predict_sets(pictures()), uncertainty.unknown.is_unknown(probs)
     for line, names, doubt in zip(answered(model, tmp_path, "text"), sets, unknown, strict=True):
@@ -125,11 +147,16 @@ def test_predict_prints_the_set_and_the_doubt(made: tuple[Model, Uncertainty, np
     assert [entry["unknown"] for entry in told] == unknown.tolist()
 
 
-def test_files_without_sets_work_as_before_and_say_what_they_lack(world: dict[str, Any], tmp_path: Path) -> None:
+def test_files_without_sets_work_as_before_and_say_what_they_lack(
+    world: dict[str, Any], tmp_path: Path
+) -> None:
     pipeline = Pipeline(world["members"], Combiner(MeanEnsemble().to_module()), CLASSES)
     targets.export(pipeline, tmp_path / "old.onnx", pictures(4))
     model = threefold.load(tmp_path / "old.onnx")
-    for use, what in ((model.predict_sets, "prediction sets"), (model.is_unknown, "threshold for unknown images")):
+    for use, what in (
+        (model.predict_sets, "prediction sets"),
+        (model.is_unknown, "threshold for unknown images"),
+    ):
         with pytest.raises(
             ExportError, match=rf"the model file has no {what}: .*old\.onnx; fix: export it again"
         ) as error:
@@ -151,17 +178,23 @@ def test_files_without_sets_work_as_before_and_say_what_they_lack(world: dict[st
         {"unknown": {"state": {"score": "1 - max"}}},
     ],
 )
-def test_a_damaged_card_is_one_line(world: dict[str, Any], tmp_path: Path, card: dict[str, Any], made: Any) -> None:
+def test_a_damaged_card_is_one_line(
+    world: dict[str, Any], tmp_path: Path, card: dict[str, Any], made: Any
+) -> None:
     import onnx
 
     model = onnx.load(made[0].path)
     exporting._set_card(model, {**made[0].card, **card})
     onnx.save(model, tmp_path / "m.onnx")
-    with pytest.raises(ExportError, match=r"the model card is damaged: .*m\.onnx; got conformal or unknown: "):
+    with pytest.raises(
+        ExportError, match=r"the model card is damaged: .*m\.onnx; got conformal or unknown: "
+    ):
         threefold.load(tmp_path / "m.onnx")
 
 
-def test_sets_need_no_torch_and_no_scipy(made: tuple[Model, Uncertainty, np.ndarray], tmp_path: Path) -> None:
+def test_sets_need_no_torch_and_no_scipy(
+    made: tuple[Model, Uncertainty, np.ndarray], tmp_path: Path
+) -> None:
     Image.fromarray(pictures(1)[0]).save(tmp_path / "a.png")
     code = (
         f"import sys, threefold; m = threefold.load({str(made[0].path)!r}); a = [{str(tmp_path / 'a.png')!r}];"

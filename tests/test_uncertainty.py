@@ -40,18 +40,30 @@ def test_thresholds_come_from_all_rows_and_figures_from_other_parts() -> None:
     part = np.arange(300) % 3
     found = fit_uncertainty(probs, labels, folds=part).as_dict()
     for by_class in (False, True):
-        assert found["sets"][by_class]["state"] == ConformalSets(by_class=by_class).fit(probs, labels, 0.1).state()
+        assert (
+            found["sets"][by_class]["state"]
+            == ConformalSets(by_class=by_class).fit(probs, labels, 0.1).state()
+        )
         hits, sizes = [], []
         for value in range(3):
             held = part == value
-            sets = ConformalSets(by_class=by_class).fit(probs[~held], labels[~held], 0.1).predict_sets(probs[held])
+            sets = (
+                ConformalSets(by_class=by_class)
+                .fit(probs[~held], labels[~held], 0.1)
+                .predict_sets(probs[held])
+            )
             hits += list(sets[np.arange(len(sets)), labels[held]])
             sizes += list(sets.sum(1))
         assert found["sets"][by_class]["coverage"] == pytest.approx(np.mean(hits))
         assert found["sets"][by_class]["mean_size"] == pytest.approx(np.mean(sizes))
-        assert found["sets"][by_class]["interval"] == pytest.approx(wilson_interval(int(np.sum(hits)), 300))
+        assert found["sets"][by_class]["interval"] == pytest.approx(
+            wilson_interval(int(np.sum(hits)), 300)
+        )
     assert found["unknown"]["state"] == UnknownThreshold().fit(probs, 0.05).state()
-    rejected = [UnknownThreshold().fit(probs[part != v], 0.05).is_unknown(probs[part == v]).sum() for v in range(3)]
+    rejected = [
+        UnknownThreshold().fit(probs[part != v], 0.05).is_unknown(probs[part == v]).sum()
+        for v in range(3)
+    ]
     assert found["unknown"]["measured"] == pytest.approx(np.sum(rejected) / 300)
 
 
@@ -75,19 +87,30 @@ def test_cross_fitted_figures_say_what_new_rows_will_show() -> None:
     for seed in range(40):
         fitted = fit_uncertainty(*rows(seed, 60), alpha=0.3)
         fresh = fitted.measure(*rows(1000 + seed, 2000))
-        gaps.append([
-            *(a.coverage - b.coverage for a, b in zip(fitted.coverage, fresh.coverage, strict=True)),
-            fitted.rejection.rate - fresh.rejection.rate,
-        ])  # fmt: skip
+        gaps.append(
+            [
+                *(
+                    a.coverage - b.coverage
+                    for a, b in zip(fitted.coverage, fresh.coverage, strict=True)
+                ),
+                fitted.rejection.rate - fresh.rejection.rate,
+            ]
+        )
     assert np.abs(np.mean(gaps, 0)).max() < 0.025
 
 
-def grouped(seed: int, groups: int = 30, each: int = 10) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def grouped(
+    seed: int, groups: int = 30, each: int = 10
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Groups whose rows are all easy or all hard, and are alike."""
     probs, labels = rows(seed, groups)
     heat = np.random.default_rng(seed).choice([0.3, 3.0], groups)[:, None]
     warm = softmax(np.log(probs) / heat, -1)
-    return np.repeat(warm, each, 0), np.repeat(labels, each), [f"p{g}" for g in np.repeat(np.arange(groups), each)]
+    return (
+        np.repeat(warm, each, 0),
+        np.repeat(labels, each),
+        [f"p{g}" for g in np.repeat(np.arange(groups), each)],
+    )
 
 
 def test_groups_stay_whole_and_widen_the_intervals() -> None:
@@ -100,19 +123,28 @@ def test_groups_stay_whole_and_widen_the_intervals() -> None:
     ):
         assert b.high - b.low > 1.5 * (a.high - a.low)
     number = np.repeat(np.arange(30), 10)
-    kept, torn = (fit_uncertainty(probs, labels, groups=names, folds=f) for f in (number % 4, np.arange(300) % 4))
+    kept, torn = (
+        fit_uncertainty(probs, labels, groups=names, folds=f)
+        for f in (number % 4, np.arange(300) % 4)
+    )
     again = fit_uncertainty(probs, labels, folds=number % 4)
     assert kept.coverage[0].coverage == again.coverage[0].coverage
     assert torn == whole or torn.coverage == whole.coverage  # such folds are not used
     told = whole.measure(probs, labels, groups=names).coverage[0]
-    assert told.interval.high - told.interval.low > 1.5 * np.ptp(whole.measure(probs, labels).coverage[0].interval)
+    assert told.interval.high - told.interval.low > 1.5 * np.ptp(
+        whole.measure(probs, labels).coverage[0].interval
+    )
 
 
 def test_the_card_has_what_the_file_reads() -> None:
     told = fit_uncertainty(*rows(5, 100)).as_dict()
     card = uncertainty_card(json.loads(json.dumps(told)))
     assert card == {"conformal": told["sets"], "unknown": told["unknown"]}
-    for broken in ({}, {"sets": [{}], "unknown": {}}, {**told, "unknown": {"state": {"score": "1 - max"}}}):
+    for broken in (
+        {},
+        {"sets": [{}], "unknown": {}},
+        {**told, "unknown": {"state": {"score": "1 - max"}}},
+    ):
         with pytest.raises(DataError, match=r"not the (uncertainty of a run|state of)"):
             uncertainty_card(broken)
 

@@ -18,7 +18,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browsing import CONTRAST, a_browser, articles, check_article, choose, emulate, needs_chromium, until, webdriver  # noqa: F401
+from browsing import (
+    CONTRAST,
+    articles,
+    check_article,
+    choose,
+    emulate,
+    needs_chromium,
+    until,
+    webdriver,
+)
 from PIL import Image
 from serving import UNCERTAIN, card, picture, write_model
 from typer.testing import CliRunner
@@ -61,7 +70,9 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 @contextmanager
 def hosting(folder: Path) -> Iterator[str]:
     """The folder on a static server."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=folder)
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/"
@@ -104,20 +115,28 @@ def pixels(browser: Any, content: bytes) -> Any:
     found = ask(browser, content, "./decode.js", "decode")
     if isinstance(found, str):
         return found
-    return np.frombuffer(base64.b64decode(found["data"]), np.uint8).reshape(found["height"], found["width"], 3)
+    return np.frombuffer(base64.b64decode(found["data"]), np.uint8).reshape(
+        found["height"], found["width"], 3
+    )
 
 
 def photo(channels: int = 3, size: tuple[int, int] = (61, 83)) -> np.ndarray:
     """Something like a photograph: smooth, with noise."""
     rng = np.random.default_rng(5)
     coarse = rng.integers(0, 256, (8, 8, channels)).astype(np.uint8)
-    planes = [np.asarray(Image.fromarray(coarse[..., c]).resize(size[::-1], 3)) for c in range(channels)]
-    return np.clip(np.stack(planes, -1) + rng.normal(0, 6, (*size, channels)), 0, 255).astype(np.uint8)
+    planes = [
+        np.asarray(Image.fromarray(coarse[..., c]).resize(size[::-1], 3)) for c in range(channels)
+    ]
+    return np.clip(np.stack(planes, -1) + rng.normal(0, 6, (*size, channels)), 0, 255).astype(
+        np.uint8
+    )
 
 
 def encode(image: Image.Image | np.ndarray, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **options)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(
+        buffer, kind, **options
+    )
     return buffer.getvalue()
 
 
@@ -134,7 +153,12 @@ def filtered(values: np.ndarray, kind: int) -> bytes:
     found = b"\x89PNG\r\n\x1a\n"
     header = struct.pack(">IIBBBBB", values.shape[1], len(values), 16, 0, 0, 0, 0)
     for name, content in ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")):
-        found += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        found += (
+            struct.pack(">I", len(content))
+            + name
+            + content
+            + struct.pack(">I", zlib.crc32(name + content))
+        )
     return found
 
 
@@ -153,7 +177,10 @@ def every_kind() -> dict[str, tuple[bytes, int]]:
         "cut-out png": (encode(cut, "PNG"), 0),
         "16-bit grey png": (encode(deep, "PNG"), 0),
         "16-bit grey png, turned": (encode(deep, "PNG", exif=turned(8)), 0),
-        "16-bit grey png, one value transparent": (encode(deep, "PNG", transparency=int(deep[9, 9])), 0),
+        "16-bit grey png, one value transparent": (
+            encode(deep, "PNG", transparency=int(deep[9, 9])),
+            0,
+        ),
         **{f"16-bit grey png, filter {f}": (filtered(deep, f), 0) for f in range(5)},
         "bmp": (encode(rgb, "BMP"), 0),
         "gif": (encode(plain, "GIF"), 0),
@@ -187,7 +214,10 @@ def test_bad_files_are_refused_with_a_reason(browser: Any, address: str) -> None
     bomb[16:24] = (60_000).to_bytes(4, "big") * 2
     for content, reason in (
         (b"", "the file is empty"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>", "not an image (the content is none of"),
+        (
+            b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>",
+            "not an image (the content is none of",
+        ),
         (encode(rgb, "TIFF"), "a TIFF file"),
         (encode(rgb, "PNG")[:2000], "damaged or truncated PNG"),
         (encode(rgb, "JPEG")[:900], "damaged or truncated JPEG"),
@@ -196,8 +226,14 @@ def test_bad_files_are_refused_with_a_reason(browser: Any, address: str) -> None
         (encode(rgb, "WEBP", lossless=True)[:900], "damaged or truncated WebP"),
         (encode(rgb, "BMP")[:900], "damaged or truncated BMP"),
         (bytes(bomb), "an image may have 20,000,000 pixels"),
-        (encode(np.zeros((1, 17_000, 3), np.uint8), "PNG"), "an image may be 16,384 pixels wide or high"),
-        (encode(np.zeros((1, 17_000, 3), np.uint8), "BMP"), "an image may be 16,384 pixels wide or high"),
+        (
+            encode(np.zeros((1, 17_000, 3), np.uint8), "PNG"),
+            "an image may be 16,384 pixels wide or high",
+        ),
+        (
+            encode(np.zeros((1, 17_000, 3), np.uint8), "BMP"),
+            "an image may be 16,384 pixels wide or high",
+        ),
         (encode(rgb, "PNG") + bytes(20 * 2**20), "a file may have 20,971,520 bytes"),
     ):
         assert reason in ask(browser, content), reason
@@ -206,19 +242,33 @@ def test_bad_files_are_refused_with_a_reason(browser: Any, address: str) -> None
 def test_probabilities_sets_and_the_unknown_mark_are_those_of_python(
     browser: Any, address: str, tmp_path: Path
 ) -> None:
-    noisy = [np.clip(photo().astype(int) + shift, 0, 255).astype(np.uint8) for shift in ((90, -90, 0), (9, 9, 9))]
-    files = [*(encode(image, "PNG") for image in noisy), picture((200, 30, 30)), picture((99, 99, 99)), picture((0, 60, 99), kind="JPEG")]  # fmt: skip
+    noisy = [
+        np.clip(photo().astype(int) + shift, 0, 255).astype(np.uint8)
+        for shift in ((90, -90, 0), (9, 9, 9))
+    ]
+    files = [
+        *(encode(image, "PNG") for image in noisy),
+        picture((200, 30, 30)),
+        picture((99, 99, 99)),
+        picture((0, 60, 99), kind="JPEG"),
+    ]
     model = threefold.load(write_model(tmp_path / "m.onnx", told=card(**UNCERTAIN)))
     open_page(browser, address)
     answers = [ask(browser, content) for content in files]
     probs, members = model.explain(files)
     assert np.abs(np.array([a["probs"] for a in answers]) - probs).max() < 1e-6
     assert [a["set"] for a in answers] == model.sets_of(probs)
-    assert [a["unknown"] for a in answers] == model.unknown_of(probs).tolist() == [False, True, False, True, False]
+    assert (
+        [a["unknown"] for a in answers]
+        == model.unknown_of(probs).tolist()
+        == [False, True, False, True, False]
+    )
     for found, rows in zip(answers, members, strict=True):
         for name, row in zip(model.members, rows, strict=True):
             top = {share["label"]: share["probability"] for share in found["members"][name]["top"]}
-            assert max(abs(top[label] - p) for label, p in zip(model.classes, row, strict=True)) < 1e-6
+            assert (
+                max(abs(top[label] - p) for label, p in zip(model.classes, row, strict=True)) < 1e-6
+            )
 
 
 SETS = """
@@ -239,7 +289,11 @@ def test_every_kind_of_set_is_that_of_python(browser: Any, address: str) -> None
         for method in ("lac", "aps", "raps")
         for by_class in (False, True)
         for never_empty in (False, True)
-        for alpha in (0.005, 0.1, 0.7)  # the first is too small for 60 rows: every class is in every set
+        for alpha in (
+            0.005,
+            0.1,
+            0.7,
+        )  # the first is too small for 60 rows: every class is in every set
     ]
     found = browser.execute_async_script(SETS, probs.tolist(), [s.state() for s in sets])
     sizes = set()
@@ -288,11 +342,18 @@ def test_the_page_shows_the_card_and_where_the_model_runs(browser: Any, address:
     assert not browser.find_element("id", "program").is_displayed()
     browser.execute_script("document.getElementById('card').open = true")
     text = browser.find_element("id", "facts").text
-    for part in ("honest", "1000 rows, test", "sharp (mean + linear)", f"onnxruntime-web {webruntime.VERSION}"):
+    for part in (
+        "honest",
+        "1000 rows, test",
+        "sharp (mean + linear)",
+        f"onnxruntime-web {webruntime.VERSION}",
+    ):
         assert part in text
 
 
-def test_it_loads_its_own_files_only_and_breaks_no_policy(browser: Any, address: str, tmp_path: Path) -> None:
+def test_it_loads_its_own_files_only_and_breaks_no_policy(
+    browser: Any, address: str, tmp_path: Path
+) -> None:
     red = tmp_path / "red.png"
     red.write_bytes(picture((200, 30, 30)))
     open_page(browser, address)
@@ -300,16 +361,24 @@ def test_it_loads_its_own_files_only_and_breaks_no_policy(browser: Any, address:
     choose(browser, red)
     articles(browser, 1)
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+    asked = {
+        m["params"]["request"]["url"]
+        for m in messages
+        if m["method"] == "Network.requestWillBeSent"
+    }
     assert f"{address}worker.js" in asked
     assert all(url.startswith((address, "blob:", "data:")) for url in asked)
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     refused = "const done = arguments[0]; fetch('http://127.0.0.1:9/').then(() => done('sent'), () => done('refused'))"
     assert browser.execute_async_script(refused) == "refused"
-    assert any("Content Security Policy" in entry["message"] for entry in browser.get_log("browser"))
+    assert any(
+        "Content Security Policy" in entry["message"] for entry in browser.get_log("browser")
+    )
 
 
-def test_a_missing_or_exchanged_model_is_told_and_tried_again(browser: Any, runtime: Path, tmp_path: Path) -> None:
+def test_a_missing_or_exchanged_model_is_told_and_tried_again(
+    browser: Any, runtime: Path, tmp_path: Path
+) -> None:
     model, site = write_model(tmp_path / "m.onnx"), tmp_path / "site"
     write_web(model, site, runtime)
     whole, red = (site / "model.onnx").read_bytes(), picture((200, 30, 30))
@@ -325,7 +394,9 @@ def test_a_missing_or_exchanged_model_is_told_and_tried_again(browser: Any, runt
         assert ask(browser, red)["label"] == "red"
 
 
-def test_opened_as_a_file_it_says_what_it_needs(browser: Any, runtime: Path, tmp_path: Path) -> None:
+def test_opened_as_a_file_it_says_what_it_needs(
+    browser: Any, runtime: Path, tmp_path: Path
+) -> None:
     write_web(write_model(tmp_path / "m.onnx"), tmp_path / "site", runtime)
     browser.get((tmp_path / "site/index.html").as_uri())
     assert "needs a web server" in browser.find_element("id", "headline").text
@@ -333,7 +404,9 @@ def test_opened_as_a_file_it_says_what_it_needs(browser: Any, runtime: Path, tmp
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [390, 1000])
-def test_any_width_light_and_dark(browser: Any, address: str, tmp_path: Path, width: int, dark: bool) -> None:
+def test_any_width_light_and_dark(
+    browser: Any, address: str, tmp_path: Path, width: int, dark: bool
+) -> None:
     red, bad = tmp_path / "red.png", tmp_path / "bad.png"
     red.write_bytes(picture((200, 30, 30)))
     bad.write_bytes(b"x")
@@ -342,7 +415,9 @@ def test_any_width_light_and_dark(browser: Any, address: str, tmp_path: Path, wi
         open_page(browser, address)
         choose(browser, red, bad)
         articles(browser, 2)
-        browser.execute_script("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+        browser.execute_script(
+            "document.querySelectorAll('details').forEach((d) => { d.open = true; })"
+        )
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
         assert not [found for found in browser.execute_script(CONTRAST) if found[0] < 4.5]
     finally:

@@ -27,7 +27,10 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     """A runtime of a few bytes in the place of the real one."""
     import hashlib
 
-    parts = {ours: (name, hashlib.sha256(PINNED[ours]).hexdigest()) for ours, (name, _) in webruntime.PARTS.items()}
+    parts = {
+        ours: (name, hashlib.sha256(PINNED[ours]).hexdigest())
+        for ours, (name, _) in webruntime.PARTS.items()
+    }
     monkeypatch.setattr(webruntime, "PARTS", parts)
 
 
@@ -62,7 +65,11 @@ def test_the_folder_holds_what_it_needs_and_asks_nobody_else(tmp_path: Path) -> 
     assert {path.name for path in folder.iterdir()} == webfolder.OURS
     assert made["bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert (folder / "model.onnx").read_bytes() == model.read_bytes()
-    assert {path.name: path.read_bytes() for path in (folder / "ort").iterdir() if path.name != "LICENSE"} == PINNED
+    assert {
+        path.name: path.read_bytes()
+        for path in (folder / "ort").iterdir()
+        if path.name != "LICENSE"
+    } == PINNED
     told = json.loads((folder / "card.json").read_text())
     assert told["classes"] == list(Model(model).classes)
     assert told["temperature"] is None
@@ -72,21 +79,32 @@ def test_the_folder_holds_what_it_needs_and_asks_nobody_else(tmp_path: Path) -> 
     assert "unsafe" not in page
     for path in (*folder.glob("*.js"), folder / "index.html", folder / "style.css"):
         assert not re.search(r"https?:|//\w+\.\w|@import", path.read_text()), path.name
-    assert set(re.findall(r'from "\./([\w/.]+)"', "".join(p.read_text() for p in folder.glob("*.js")))) <= {
-        str(path.relative_to(folder)) for path in folder.rglob("*.js")
-    }
-    assert "88.4% (86.3% to 90.2%); 1000 rows, test, protocol honest" in (folder / "README.md").read_text()
+    assert set(
+        re.findall(r'from "\./([\w/.]+)"', "".join(p.read_text() for p in folder.glob("*.js")))
+    ) <= {str(path.relative_to(folder)) for path in folder.rglob("*.js")}
+    assert (
+        "88.4% (86.3% to 90.2%); 1000 rows, test, protocol honest"
+        in (folder / "README.md").read_text()
+    )
 
 
-def test_the_same_command_again_replaces_the_folder_and_nothing_else_is_ever_replaced(tmp_path: Path) -> None:
-    model, runtime, folder = write_model(tmp_path / "m.onnx"), package(tmp_path / "ort.tgz"), tmp_path / "web"
+def test_the_same_command_again_replaces_the_folder_and_nothing_else_is_ever_replaced(
+    tmp_path: Path,
+) -> None:
+    model, runtime, folder = (
+        write_model(tmp_path / "m.onnx"),
+        package(tmp_path / "ort.tgz"),
+        tmp_path / "web",
+    )
     webfolder.write_web(model, folder, runtime)
     write_model(model, told=card(name="new"))
     webfolder.write_web(model, folder, runtime)
     assert json.loads((folder / "card.json").read_text())["name"] == "new"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "ort.tgz", "web"]
     (folder / "mine.txt").write_text("keep")
-    with pytest.raises(ExportError, match=r"other files: .*web; got mine.txt; fix: choose a new folder"):
+    with pytest.raises(
+        ExportError, match=r"other files: .*web; got mine.txt; fix: choose a new folder"
+    ):
         webfolder.write_web(model, folder, runtime)
     assert (folder / "mine.txt").read_text() == "keep"
     with pytest.raises(ExportError, match="other files"):
@@ -118,22 +136,36 @@ def test_the_runtime_comes_from_a_package_or_a_folder_and_is_the_pinned_one(tmp_
         assert "--web-runtime PATH" in str(error.value)
 
 
-def test_npm_is_asked_for_exactly_one_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npm_is_asked_for_exactly_one_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     archive = package(tmp_path / "ort.tgz")
-    asked = npm(tmp_path / "bin", f'echo "$@" > {tmp_path}/asked; cp {archive} onnxruntime-web-0.tgz')
+    asked = npm(
+        tmp_path / "bin", f'echo "$@" > {tmp_path}/asked; cp {archive} onnxruntime-web-0.tgz'
+    )
     monkeypatch.setenv("PATH", f"{asked}:/usr/bin:/bin")
     assert webruntime.read_runtime() == PINNED
-    assert (tmp_path / "asked").read_text().split()[:3] == ["pack", f"onnxruntime-web@{webruntime.VERSION}", "--ignore-scripts"]  # fmt: skip
+    assert (tmp_path / "asked").read_text().split()[:3] == [
+        "pack",
+        f"onnxruntime-web@{webruntime.VERSION}",
+        "--ignore-scripts",
+    ]
 
 
 def test_without_npm_or_where_it_fails_one_line_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ExportError, match=r"npm is needed.*npm pack onnxruntime-web@.*--web-runtime PATH"):
+    with pytest.raises(
+        ExportError, match=r"npm is needed.*npm pack onnxruntime-web@.*--web-runtime PATH"
+    ):
         webruntime.read_runtime()
-    monkeypatch.setenv("PATH", f"{npm(tmp_path / 'bin', 'echo no network >&2; exit 1')}:/usr/bin:/bin")
-    with pytest.raises(ExportError, match="npm cannot get onnxruntime-web; got no network; fix: install npm"):
+    monkeypatch.setenv(
+        "PATH", f"{npm(tmp_path / 'bin', 'echo no network >&2; exit 1')}:/usr/bin:/bin"
+    )
+    with pytest.raises(
+        ExportError, match="npm cannot get onnxruntime-web; got no network; fix: install npm"
+    ):
         webruntime.read_runtime()
     assert not list(tmp_path.glob("**/*.tgz"))
 
@@ -169,8 +201,14 @@ def test_a_folder_that_is_not_free_is_refused_before_the_export(tmp_path: Path) 
     assert "the folder holds other files" in str(done.exception)
 
 
-def test_the_old_folder_stays_where_the_new_one_cannot_be_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, runtime, folder = write_model(tmp_path / "m.onnx"), package(tmp_path / "ort.tgz"), tmp_path / "web"
+def test_the_old_folder_stays_where_the_new_one_cannot_be_put(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, runtime, folder = (
+        write_model(tmp_path / "m.onnx"),
+        package(tmp_path / "ort.tgz"),
+        tmp_path / "web",
+    )
     webfolder.write_web(model, folder, runtime)
     write_model(model, told=card(name="new"))
     replace = webfolder.os.replace

@@ -27,7 +27,9 @@ def scored(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @LAW
 @given(data=scored(), name=st.sampled_from(sorted(weighted.SCORES)))
-def test_a_weight_is_a_number_of_copies(data: tuple[np.ndarray, np.ndarray, np.ndarray], name: str) -> None:
+def test_a_weight_is_a_number_of_copies(
+    data: tuple[np.ndarray, np.ndarray, np.ndarray], name: str
+) -> None:
     probs, labels, weights = data
     found = weighted.SCORES[name](probs, labels, weights)
     copies = [np.repeat(np.arange(len(labels)), column.astype(int)) for column in weights.T]
@@ -46,7 +48,9 @@ def test_scores_equal_scikit_learns(data: tuple[np.ndarray, np.ndarray, np.ndarr
         seen = np.unique(here)
         expected = {
             "accuracy": metrics.accuracy_score(here, told, sample_weight=w),
-            "balanced_accuracy": metrics.recall_score(here, told, labels=seen, average="macro", sample_weight=w),
+            "balanced_accuracy": metrics.recall_score(
+                here, told, labels=seen, average="macro", sample_weight=w
+            ),
             "macro_f1": metrics.f1_score(here, told, average="macro", sample_weight=w),
             "log_loss": metrics.log_loss(here, probs[used], labels=np.arange(k), sample_weight=w),
         }
@@ -57,22 +61,35 @@ def test_scores_equal_scikit_learns(data: tuple[np.ndarray, np.ndarray, np.ndarr
         ]
         expected["roc_auc"] = np.mean(areas) if areas else np.nan
         for name, value in expected.items():
-            assert weighted.SCORES[name](probs, labels, column[:, None])[0] == pytest.approx(value, nan_ok=True), name
+            assert weighted.SCORES[name](probs, labels, column[:, None])[0] == pytest.approx(
+                value, nan_ok=True
+            ), name
 
 
 @pytest.mark.parametrize("top", [1, 2, 3, 5])
 def test_top_k_equals_scikit_learns_without_ties(top: int) -> None:
     rng = np.random.default_rng(0)
     probs, labels = rng.dirichlet(np.ones(6), 300), rng.integers(0, 6, 300)
-    assert stats.top_k_accuracy(probs, labels, top) == pytest.approx(metrics.top_k_accuracy_score(labels, probs, k=top))
+    assert stats.top_k_accuracy(probs, labels, top) == pytest.approx(
+        metrics.top_k_accuracy_score(labels, probs, k=top)
+    )
     if f"top{top}" in weighted.SCORES:
-        assert weighted.score_value(f"top{top}", probs, labels) == stats.top_k_accuracy(probs, labels, top)
+        assert weighted.score_value(f"top{top}", probs, labels) == stats.top_k_accuracy(
+            probs, labels, top
+        )
 
 
 def test_top_1_breaks_ties_as_the_accuracy_does() -> None:
     probs = np.full((4, 4), 0.25)
-    assert stats.top_k_accuracy(probs, np.arange(4), 1) == stats.accuracy(probs, np.arange(4)) == 0.25
-    assert [stats.top_k_accuracy(probs, np.arange(4), top) for top in (2, 3, 4, 9)] == [0.5, 0.75, 1, 1]
+    assert (
+        stats.top_k_accuracy(probs, np.arange(4), 1) == stats.accuracy(probs, np.arange(4)) == 0.25
+    )
+    assert [stats.top_k_accuracy(probs, np.arange(4), top) for top in (2, 3, 4, 9)] == [
+        0.5,
+        0.75,
+        1,
+        1,
+    ]
 
 
 def test_the_area_by_hand() -> None:

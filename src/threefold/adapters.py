@@ -23,7 +23,18 @@ from threefold.predictions import read_provenance
 COLUMNS: Final = ("id", "path", "label", "group", "fold", "roles", "member", "protocol", "kind")
 """Columns with a meaning of their own; every other column of a table is a class."""
 
-ARRAYS: Final = ("probs", "labels", "ids", "paths", "classes", "members", "groups", "folds", "roles", "provenance")
+ARRAYS: Final = (
+    "probs",
+    "labels",
+    "ids",
+    "paths",
+    "classes",
+    "members",
+    "groups",
+    "folds",
+    "roles",
+    "provenance",
+)
 """Names of arrays in .npz and .pt files."""
 
 FOREIGN: Final = ("predictions", "filenames", "class_indices", "classes_")
@@ -56,35 +67,60 @@ def number_columns(header: Sequence[str], where: str) -> Sequence[str]:
     """
     columns = set(header)
     if {"name", "class", "confidence"} <= columns:
-        raise DataError("these are Ultralytics' best five classes", where=where, expected="every class of every image",
-                        got=", ".join(header)[:80], fix=_ULTRALYTICS_FIX)  # fmt: skip
+        raise DataError(
+            "these are Ultralytics' best five classes",
+            where=where,
+            expected="every class of every image",
+            got=", ".join(header)[:80],
+            fix=_ULTRALYTICS_FIX,
+        )
     if {"top1", "top5", "param_count"} <= columns:
-        raise DataError("these are scores of timm's validate.py and no predictions", where=where, fix=_TIMM_FIX)
+        raise DataError(
+            "these are scores of timm's validate.py and no predictions", where=where, fix=_TIMM_FIX
+        )
     if _is_timm(columns):
         return [name for name in header if _TIMM.fullmatch(name)]
     if not columns & {"label", "path"}:
         near = [
-            name for name in header if difflib.get_close_matches(name.strip().lower(), ("label", "path"), cutoff=0.8)
+            name
+            for name in header
+            if difflib.get_close_matches(name.strip().lower(), ("label", "path"), cutoff=0.8)
         ]
         got = ", ".join(header)[:80] + (f"; did you mean {near[0]}" if near else "")
-        raise DataError("the table has neither labels nor paths", where=where, expected=_EXPECTED, got=got)
+        raise DataError(
+            "the table has neither labels nor paths", where=where, expected=_EXPECTED, got=got
+        )
     if "member" in columns and not columns & {"id", "path"}:
-        raise DataError("a table with a column member needs ids", where=where, expected=_EXPECTED,
-                        got=", ".join(header)[:80])  # fmt: skip
+        raise DataError(
+            "a table with a column member needs ids",
+            where=where,
+            expected=_EXPECTED,
+            got=", ".join(header)[:80],
+        )
     if {"id", "path"} <= columns:
         raise DataError("a table has id or path, not both", where=where, expected=_EXPECTED)
     numbered = next((name for name in header if name not in COLUMNS and is_no_class(name)), None)
     if numbered is not None:
-        raise DataError("a column holds row numbers", where=where, got=numbered, fix="to_csv(..., index=False)")
+        raise DataError(
+            "a column holds row numbers", where=where, got=numbered, fix="to_csv(..., index=False)"
+        )
     classes = [name for name in header if name not in COLUMNS]
     if len(classes) < 2:
         fix = "for a sigmoid p of two classes write a column 1 - p, too"
-        raise DataError("too few class columns", where=where, expected=_EXPECTED, got=", ".join(header)[:80], fix=fix)
+        raise DataError(
+            "too few class columns",
+            where=where,
+            expected=_EXPECTED,
+            got=", ".join(header)[:80],
+            fix=fix,
+        )
     return classes
 
 
 def _is_timm(columns: set[str]) -> bool:
-    return "filename" in columns and not columns & {"id", "path"} and bool(columns & set(_TIMM_LISTS))
+    return (
+        "filename" in columns and not columns & {"id", "path"} and bool(columns & set(_TIMM_LISTS))
+    )
 
 
 def from_table(table: Table) -> list[Parts]:
@@ -110,7 +146,9 @@ def _own(table: Table, rows: Any, member: str | None) -> Parts:
     text = {name: [cells[row] for row in index] for name, cells in table.text.items()}
     where = table.where + (f" member {member}" if member is not None else "")
     extra: dict[str, Any] = {
-        name: _one(text[name], f"{where}, column {name}") for name in ("protocol", "kind") if name in text
+        name: _one(text[name], f"{where}, column {name}")
+        for name in ("protocol", "kind")
+        if name in text
     }
     if "group" in text:
         extra["groups"] = tuple(text["group"])
@@ -118,20 +156,32 @@ def _own(table: Table, rows: Any, member: str | None) -> Parts:
         extra["folds"] = _whole_numbers(text["fold"], f"{where}, column fold")
     if "roles" in text:
         if len({len(cell) for cell in text["roles"]}) > 1:
-            raise DataError("the cells of a column differ in length", where=f"{where}, column roles")
+            raise DataError(
+                "the cells of a column differ in length", where=f"{where}, column roles"
+            )
         digits = _digits("".join(text["roles"]), f"{where}, column roles")
         extra["roles"] = digits.reshape(len(index), -1).T.astype(np.int8)
     members = (member,) if member is not None else None
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as such
         probs = table.numbers[index].astype(np.float32)
-    return Parts(where, probs, text.get("label"), text.get("id"), text.get("path"),
-                 table.names, members, extra=extra)  # fmt: skip
+    return Parts(
+        where,
+        probs,
+        text.get("label"),
+        text.get("id"),
+        text.get("path"),
+        table.names,
+        members,
+        extra=extra,
+    )
 
 
 def _one(cells: list[str], where: str) -> str:
     if len(set(cells)) > 1:
         raise DataError(
-            "a column must say the same in all rows of a member", where=where, got=", ".join(sorted(set(cells))[:3])
+            "a column must say the same in all rows of a member",
+            where=where,
+            got=", ".join(sorted(set(cells))[:3]),
         )
     return cells[0]
 
@@ -161,19 +211,33 @@ def _from_timm(table: Table) -> Parts:
     where = table.where
     numbers = {name: table.numbers[:, i] for i, name in enumerate(table.names)}
     if any(name.split("_")[0] == "logit" for name in (*table.text, *table.names)):
-        raise DataError("these are logits", where=where, fix="run inference.py without --output-type logit")
+        raise DataError(
+            "these are logits", where=where, fix="run inference.py without --output-type logit"
+        )
     probs = _ranks(table, numbers, "prob")
     if probs is None:
-        raise DataError("the outputs are not in the file", where=where, expected="columns prob or prob_0, prob_1, ...",
-                        fix=_TIMM_FIX)  # fmt: skip
+        raise DataError(
+            "the outputs are not in the file",
+            where=where,
+            expected="columns prob or prob_0, prob_1, ...",
+            fix=_TIMM_FIX,
+        )
     index, label = _ranks(table, numbers, "index"), _ranks(table, numbers, "label")
     k = probs.shape[1]
     if k == 1:
-        raise DataError("the file has the best class of each row", where=where, expected="every class", fix=_TIMM_FIX)
+        raise DataError(
+            "the file has the best class of each row",
+            where=where,
+            expected="every class",
+            fix=_TIMM_FIX,
+        )
     classes = None
     if index is None and label is None and (np.diff(probs, axis=1) <= 0).all():
-        raise DataError("the outputs of every row are sorted, so which class they are of is not known", where=where,
-                        fix=_TIMM_FIX)  # fmt: skip
+        raise DataError(
+            "the outputs of every row are sorted, so which class they are of is not known",
+            where=where,
+            fix=_TIMM_FIX,
+        )
     if label is not None:
         first = list(dict.fromkeys(label.ravel().tolist()))
         classes = tuple(sorted(first)) if index is None else tuple(_by_number(index, label, where))
@@ -181,8 +245,12 @@ def _from_timm(table: Table) -> Parts:
         index = np.array([[rank.get(name, -1) for name in row] for row in label])
     if index is not None:
         if (np.sort(index, axis=1) != np.arange(k)).any():
-            raise DataError(f"the file has the best {k} classes of each row", where=where, expected="every class",
-                            fix=_TIMM_FIX)  # fmt: skip
+            raise DataError(
+                f"the file has the best {k} classes of each row",
+                where=where,
+                expected="every class",
+                fix=_TIMM_FIX,
+            )
         probs = np.take_along_axis(probs, np.argsort(index, axis=1), axis=1)
     return Parts(where, probs, paths=table.text["filename"], classes=classes, natural=True)
 
@@ -193,7 +261,9 @@ def _ranks(table: Table, numbers: dict[str, np.ndarray], name: str) -> np.ndarra
     if name in table.text:
         rows = [_list(cell, name) for cell in table.text[name]]
         if len({len(row) for row in rows}) > 1:
-            raise DataError("the lists of a column differ in length", where=f"{table.where}, column {name}")
+            raise DataError(
+                "the lists of a column differ in length", where=f"{table.where}, column {name}"
+            )
         values: list[Any] = rows
     else:
         found = [columns[f"{name}_{i}"] for i in range(len(columns)) if f"{name}_{i}" in columns]
@@ -206,7 +276,9 @@ def _ranks(table: Table, numbers: dict[str, np.ndarray], name: str) -> np.ndarra
         return np.array([[float(cell) for cell in row] for row in values], np.float64)
     except (TypeError, ValueError) as error:
         raise DataError(
-            "a cell is no list of numbers", where=f"{table.where}, column {name}", got=str(error)[:80]
+            "a cell is no list of numbers",
+            where=f"{table.where}, column {name}",
+            got=str(error)[:80],
         ) from None
 
 
@@ -225,7 +297,11 @@ def _by_number(index: np.ndarray, label: np.ndarray, where: str) -> list[str]:
     named = dict(zip(index.ravel().astype(int).tolist(), label.ravel().tolist(), strict=True))
     names = [named[i] for i in sorted(named)]
     if len(set(names)) < len(names):
-        raise DataError("two classes have the same name", where=where, fix="run inference.py with --label-type name")
+        raise DataError(
+            "two classes have the same name",
+            where=where,
+            fix="run inference.py with --label-type name",
+        )
     return names
 
 
@@ -248,21 +324,35 @@ def from_arrays(arrays: dict[str, np.ndarray], where: str) -> Parts:
             arrays["labels"] = np.array(_names(arrays["labels"]), dtype=np.str_)
     _refuse_misspelt(arrays, where)
     if "probs" not in arrays:
-        raise DataError("the probabilities are missing", where=where, expected="an array probs (n, k) or (m, n, k)",
-                        got=", ".join(arrays)[:80] or "no arrays",
-                        fix="save class_indices=list(data.class_indices), too" if {*FOREIGN} & {*arrays} else "")  # fmt: skip
+        raise DataError(
+            "the probabilities are missing",
+            where=where,
+            expected="an array probs (n, k) or (m, n, k)",
+            got=", ".join(arrays)[:80] or "no arrays",
+            fix="save class_indices=list(data.class_indices), too"
+            if {*FOREIGN} & {*arrays}
+            else "",
+        )
     labels = arrays.get("labels")
     texts = {
-        name: tuple(_names(arrays[name])) for name in ("ids", "paths", "classes", "members", "groups") if name in arrays
+        name: tuple(_names(arrays[name]))
+        for name in ("ids", "paths", "classes", "members", "groups")
+        if name in arrays
     }
     _refuse_unclear(arrays, texts.get("classes", ()), where)
     extra: dict[str, Any] = {name: arrays[name] for name in ("folds", "roles") if name in arrays}
     if "groups" in texts:
         extra["groups"] = texts["groups"]
     return Parts(
-        where, arrays["probs"], labels, texts.get("ids"), texts.get("paths"), texts.get("classes"),
-        texts.get("members"), extra=extra | read_provenance(arrays.get("provenance"), where),
-    )  # fmt: skip
+        where,
+        arrays["probs"],
+        labels,
+        texts.get("ids"),
+        texts.get("paths"),
+        texts.get("classes"),
+        texts.get("members"),
+        extra=extra | read_provenance(arrays.get("provenance"), where),
+    )
 
 
 def _keras(arrays: dict[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
@@ -277,8 +367,12 @@ def _keras(arrays: dict[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
         except (ValueError, TypeError, AttributeError):
             usable = False
         if not usable:
-            raise DataError("class_indices is not usable", where=where, expected="list(data.class_indices)",
-                            got=str(given)[:80])  # fmt: skip
+            raise DataError(
+                "class_indices is not usable",
+                where=where,
+                expected="list(data.class_indices)",
+                got=str(given)[:80],
+            )
     if "classes" in arrays:
         arrays["labels"] = arrays.pop("classes")
     for theirs, ours in (("filenames", "paths"), ("predictions", "probs")):
@@ -303,9 +397,13 @@ def _refuse_misspelt(arrays: dict[str, np.ndarray], where: str) -> None:
 
 def _refuse_unclear(arrays: dict[str, np.ndarray], classes: tuple[str, ...], where: str) -> None:
     """Labels 1, 2 beside classes 1, 2: numbers of columns or names? Nobody can know."""
-    numbers = all(name in arrays and arrays[name].dtype.kind in "iuf" for name in ("classes", "labels"))
+    numbers = all(
+        name in arrays and arrays[name].dtype.kind in "iuf" for name in ("classes", "labels")
+    )
     if numbers and classes != tuple(map(str, range(len(classes)))):
         raise DataError(
-            "it is not clear whether labels are numbers of columns or of classes", where=where,
-            expected="classes as text, or named classes_ as scikit-learn does", got=", ".join(classes)[:60],
-        )  # fmt: skip
+            "it is not clear whether labels are numbers of columns or of classes",
+            where=where,
+            expected="classes as text, or named classes_ as scikit-learn does",
+            got=", ".join(classes)[:60],
+        )

@@ -26,9 +26,13 @@ def find_images(sources: Iterable[str], listing: IO[str] | None = None) -> Itera
     for source in sources:
         path = Path(source)
         if source == "-":
-            yield from (Path(line) for text in listing or sys.stdin if (line := text.rstrip("\r\n")))
+            yield from (
+                Path(line) for text in listing or sys.stdin if (line := text.rstrip("\r\n"))
+            )
         elif path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            found = sorted(
+                p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
+            )
             if not found:
                 raise DataError(
                     "no images in the folder",
@@ -42,7 +46,9 @@ def find_images(sources: Iterable[str], listing: IO[str] | None = None) -> Itera
             raise DataError("no such file or folder", where=path)
 
 
-def answer(model: Model, image: Path, top: int, mode: str = "full", most: int = 0) -> dict[str, Any]:
+def answer(
+    model: Model, image: Path, top: int, mode: str = "full", most: int = 0
+) -> dict[str, Any]:
     """One image's answer: label, probability, the `top` classes, all probabilities; set and unknown where the file has them.
 
     With a cascade also "asked", the number of members that were, and only those in "members"; `mode` and `most` as of
@@ -56,21 +62,28 @@ def answer(model: Model, image: Path, top: int, mode: str = "full", most: int = 
     present = model.asked_members(None if asked is None else int(asked[0]))
     order = np.argsort(-probs[0], kind="stable")[:top]
     return {
-        "image": str(image), "label": model.classes[order[0]], "probability": float(probs[0][order[0]]),
+        "image": str(image),
+        "label": model.classes[order[0]],
+        "probability": float(probs[0][order[0]]),
         "top": [{"label": model.classes[i], "probability": float(probs[0][i])} for i in order],
         "members": {model.members[i]: model.classes[int(members[0][i].argmax())] for i in present},
         "probs": [float(p) for p in probs[0]],
         **({"set": model.sets_of(probs)[0]} if False in model.sets else {}),
         **({"unknown": bool(model.unknown_of(probs)[0])} if model.unknown else {}),
         **({"asked": len(present)} if model.cascade else {}),
-    }  # fmt: skip
+    }
 
 
 def as_text(found: dict[str, Any], model: Model) -> str:
     """An answer in one line: the likeliest classes, the set where the file has sets, and "unknown?" where it is."""
-    parts = [f"{found['image']}: " + ", ".join(f"{t['label']} {t['probability']:.1%}" for t in found["top"])]
+    parts = [
+        f"{found['image']}: "
+        + ", ".join(f"{t['label']} {t['probability']:.1%}" for t in found["top"])
+    ]
     if "set" in found:
-        parts.append(f"{100 * (1 - model.sets[False].alpha_):.4g}% set {{{', '.join(found['set'])}}}")
+        parts.append(
+            f"{100 * (1 - model.sets[False].alpha_):.4g}% set {{{', '.join(found['set'])}}}"
+        )
     if found.get("unknown"):
         parts.append("unknown?")
     return "; ".join(parts)
@@ -120,7 +133,12 @@ def write(
             continue
         if rows:
             rows.writerow(
-                [found["image"], found["label"], f"{found['probability']:.6f}", *(f"{p:.6f}" for p in found["probs"])]
+                [
+                    found["image"],
+                    found["label"],
+                    f"{found['probability']:.6f}",
+                    *(f"{p:.6f}" for p in found["probs"]),
+                ]
             )
         elif form == "json":
             del found["probs"]
@@ -137,7 +155,9 @@ def milliseconds(budget: str, mode: str) -> float:
         RecipeError: it cannot be read, or there is a mode beside it, which it chooses itself.
     """
     if budget and mode != "full":
-        raise RecipeError("a budget chooses the mode", where="--mode", got=mode, fix="give --mode or --budget")
+        raise RecipeError(
+            "a budget chooses the mode", where="--mode", got=mode, fix="give --mode or --budget"
+        )
     return parse_budget(budget) if budget else 0.0
 
 

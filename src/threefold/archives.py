@@ -160,7 +160,9 @@ def read_members(archive: Path, names: Iterable[str], largest: int = 1 << 28) ->
             if base in wanted and base not in found:
                 found[base] = _read(member.stream, largest)
                 if len(found[base]) > largest:
-                    raise DataError("the archive has a member that is too large", got=f"{member.name}")
+                    raise DataError(
+                        "the archive has a member that is too large", got=f"{member.name}"
+                    )
     return found
 
 
@@ -207,9 +209,19 @@ def _as_data_errors(archive: Path) -> Iterator[None]:
         what = "the archive is damaged" if error.errno is None else "cannot read the archive"
         raise DataError(what, where=archive, got=error.strerror or error) from None
     except (
-        EOFError, RecursionError, ValueError, NotImplementedError, RuntimeError, struct.error, zlib.error, tarfile.TarError, zipfile.BadZipFile
-    ) as error:  # fmt: skip
-        raise DataError("the archive is damaged", where=archive, got=str(error) or type(error).__name__) from None
+        EOFError,
+        RecursionError,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+        struct.error,
+        zlib.error,
+        tarfile.TarError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise DataError(
+            "the archive is damaged", where=archive, got=str(error) or type(error).__name__
+        ) from None
 
 
 class _Budget:
@@ -225,7 +237,9 @@ class _Budget:
         self.members_left -= 1
         if self.members_left < 0:
             raise DataError(
-                "the archive has too many members", where=self.archive, expected=f"{self.limits.members:,} at most"
+                "the archive has too many members",
+                where=self.archive,
+                expected=f"{self.limits.members:,} at most",
             )
 
     def spend(self, n: int) -> None:
@@ -276,9 +290,13 @@ def _tar_members(stream: IO[bytes], budget: _Budget) -> Iterator[Member]:
             name = safe_name(info.name)
             if info.isdir():
                 continue
-            content = tar.extractfile(info) if info.isreg() and not info.issparse() and name else None
+            content = (
+                tar.extractfile(info) if info.isreg() and not info.issparse() and name else None
+            )
             if content is None:
-                raise DataError("the archive has a member that is no plain file", got=f"{name} ({_kind(info)})")
+                raise DataError(
+                    "the archive has a member that is no plain file", got=f"{name} ({_kind(info)})"
+                )
             yield Member(name, content)
         while forward.read(_BLOCK):  # the checksum of the compressed stream stands at its end
             pass
@@ -301,10 +319,24 @@ def _zip_members(file: IO[bytes], budget: _Budget) -> Iterator[Member]:
             if info.is_dir():
                 continue
             kind = stat.S_IFMT(info.external_attr >> 16)
-            plain = kind in (0, stat.S_IFREG) and info.orig_filename.rstrip("\0") == info.filename and name
-            if not plain or info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                what = "a link or a special file" if not plain else "encrypted, or packed by a method that is not read"
-                raise DataError("the archive has a member that is no plain file", got=f"{name} ({what})")
+            plain = (
+                kind in (0, stat.S_IFREG)
+                and info.orig_filename.rstrip("\0") == info.filename
+                and name
+            )
+            if (
+                not plain
+                or info.flag_bits & 1
+                or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+            ):
+                what = (
+                    "a link or a special file"
+                    if not plain
+                    else "encrypted, or packed by a method that is not read"
+                )
+                raise DataError(
+                    "the archive has a member that is no plain file", got=f"{name} ({what})"
+                )
             with archive.open(info) as content:
                 yield Member(name, cast(IO[bytes], _Counted(content, budget)))
 

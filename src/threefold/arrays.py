@@ -30,7 +30,9 @@ _LARGEST = 1 << 30
 _RECORD = 3 * 32 * 32
 
 
-def numbered(part: str, images: NDArray[np.uint8], labels: NDArray[Any], rows: NDArray[np.integer]) -> Pixels:
+def numbered(
+    part: str, images: NDArray[np.uint8], labels: NDArray[Any], rows: NDArray[np.integer]
+) -> Pixels:
     """Images whose ids are their part and their row in the official file."""
     width = max(5, len(str(rows[-1]))) if len(rows) else 5
     return Pixels(images, labels.astype(np.int64), tuple(f"{part}/{row:0{width}d}" for row in rows))
@@ -53,11 +55,20 @@ def read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
             shape = struct.unpack_from(f">{ndim}L", head.ljust(length, b"\0"), 4)
             body = stream.read(min(prod(shape), _LARGEST) + 1) if head[:4] == magic else b""
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError("cannot read the idx file", where=path, got=getattr(error, "strerror", "") or error) from None
+        raise DataError(
+            "cannot read the idx file", where=path, got=getattr(error, "strerror", "") or error
+        ) from None
     if head[:4] != magic:
-        raise DataError("not such an idx file", where=path, expected=f"magic {magic.hex()}", got=head[:4].hex())
+        raise DataError(
+            "not such an idx file", where=path, expected=f"magic {magic.hex()}", got=head[:4].hex()
+        )
     if len(body) != prod(shape):
-        raise DataError("the idx file is not complete", where=path, expected=f"{prod(shape)} bytes", got=len(body))
+        raise DataError(
+            "the idx file is not complete",
+            where=path,
+            expected=f"{prod(shape)} bytes",
+            got=len(body),
+        )
     return np.frombuffer(body, dtype=np.uint8).reshape(shape)
 
 
@@ -82,10 +93,17 @@ def read_mnist(root: Path, name: str) -> Decoded:
         )
         if len(images) != len(labels):
             where = _idx_file(root, f"{prefix}-labels-idx1-ubyte", fix)
-            raise DataError("images and labels differ in number", where=where, expected=len(images), got=len(labels))
+            raise DataError(
+                "images and labels differ in number",
+                where=where,
+                expected=len(images),
+                got=len(labels),
+            )
         parts.append(numbered(part, images, labels, np.arange(len(labels))))
     classes = FASHION_MNIST_CLASSES if name == "fashion-mnist" else DIGITS
-    return Decoded(parts[0], parts[1], classes, count_note(name, len(parts[0].ids), len(parts[1].ids)))
+    return Decoded(
+        parts[0], parts[1], classes, count_note(name, len(parts[0].ids), len(parts[1].ids))
+    )
 
 
 def _idx_file(root: Path, name: str, fix: str) -> Path:
@@ -127,19 +145,27 @@ def read_cifar(root: Path, name: str) -> Decoded:
     layout, files, where = _cifar_files(root, _LAYOUTS[name], name)
     classes = tuple(layout.read_names(files[layout.names], f"{where}/{layout.names}"))
     if len(classes) != (10 if name == "cifar10" else 100):
-        raise DataError("the class names are not complete", where=f"{where}/{layout.names}", got=len(classes))
+        raise DataError(
+            "the class names are not complete", where=f"{where}/{layout.names}", got=len(classes)
+        )
     parts = []
     for part, batches in (("train", layout.train), ("test", (layout.test,))):
         read = [layout.read(files[batch], f"{where}/{batch}", len(classes)) for batch in batches]
         images = np.concatenate([images for images, _ in read])
         labels = np.concatenate([labels for _, labels in read])
         parts.append(numbered(part, images, labels, np.arange(len(labels))))
-    return Decoded(parts[0], parts[1], classes, count_note(name, len(parts[0].ids), len(parts[1].ids)))
+    return Decoded(
+        parts[0], parts[1], classes, count_note(name, len(parts[0].ids), len(parts[1].ids))
+    )
 
 
-def _cifar_files(root: Path, layouts: tuple[_Layout, ...], name: str) -> tuple[_Layout, dict[str, bytes], Path]:
+def _cifar_files(
+    root: Path, layouts: tuple[_Layout, ...], name: str
+) -> tuple[_Layout, dict[str, bytes], Path]:
     """The version that is there, its files' contents, and where they were found."""
-    fix = f"set data.root to their folder or archive, or run: threefold data fetch {name} --to {root}"
+    fix = (
+        f"set data.root to their folder or archive, or run: threefold data fetch {name} --to {root}"
+    )
     for layout in layouts:
         names = (*layout.train, layout.test, layout.names)
         archives = [root] if root.is_file() else [root / layout.archive]
@@ -147,7 +173,12 @@ def _cifar_files(root: Path, layouts: tuple[_Layout, ...], name: str) -> tuple[_
             if (folder / layout.train[0]).is_file():
                 absent = [file for file in names if not (folder / file).is_file()]
                 if absent:
-                    raise DataError("files of the data set are missing", where=folder, got=shorten(absent), fix=fix)
+                    raise DataError(
+                        "files of the data set are missing",
+                        where=folder,
+                        got=shorten(absent),
+                        fix=fix,
+                    )
                 return layout, {file: _content(folder / file) for file in names}, folder
         for archive in archives:
             if archive.is_file() and set(found := read_members(archive, names)) == set(names):
@@ -163,7 +194,9 @@ def _content(path: Path) -> bytes:
         raise DataError("cannot read the file", where=path, got=error.strerror or error) from None
 
 
-def _read_pickled(content: bytes, where: str, classes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _read_pickled(
+    content: bytes, where: str, classes: int
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Images (n, 32, 32, 3) and labels (n) of a pickled batch."""
     tree = read_batch(content, where)
     images: Any = tree.get("data")
@@ -171,17 +204,30 @@ def _read_pickled(content: bytes, where: str, classes: int) -> tuple[NDArray[np.
     numbers = isinstance(labels, list) and all(isinstance(label, int) for label in labels)
     if not (isinstance(images, np.ndarray) and numbers and images.shape == (len(labels), _RECORD)):
         raise DataError(
-            "not a batch of CIFAR", where=where, expected="data (n, 3072) and n labels", got=shorten(map(str, tree))
+            "not a batch of CIFAR",
+            where=where,
+            expected="data (n, 3072) and n labels",
+            got=shorten(map(str, tree)),
         )
-    return _upright(images, np.clip(np.array(labels, dtype=object), -1, classes).astype(np.int64), where, classes)
+    return _upright(
+        images,
+        np.clip(np.array(labels, dtype=object), -1, classes).astype(np.int64),
+        where,
+        classes,
+    )
 
 
-def _read_binary(content: bytes, where: str, classes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _read_binary(
+    content: bytes, where: str, classes: int
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Images and labels of a binary batch: one label byte (CIFAR-100: coarse and fine), then 3072 bytes."""
     ahead = 2 if classes == 100 else 1
     if not content or len(content) % (ahead + _RECORD):
         raise DataError(
-            "not a binary batch of CIFAR", where=where, expected=f"records of {ahead + _RECORD} bytes", got=len(content)
+            "not a binary batch of CIFAR",
+            where=where,
+            expected=f"records of {ahead + _RECORD} bytes",
+            got=len(content),
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, ahead + _RECORD)
     return _upright(records[:, ahead:], records[:, ahead - 1].astype(np.int64), where, classes)
@@ -191,7 +237,9 @@ def _upright(
     planes: NDArray[np.uint8], labels: NDArray[np.int64], where: str, classes: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
-        raise DataError("labels do not fit the classes", where=where, expected=f"0 to {classes - 1}")
+        raise DataError(
+            "labels do not fit the classes", where=where, expected=f"0 to {classes - 1}"
+        )
     return np.ascontiguousarray(planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), labels
 
 
@@ -200,7 +248,9 @@ def _pickled_names(content: bytes, where: str) -> list[str]:
     names = tree.get("fine_label_names", tree.get("label_names"))
     if not isinstance(names, list):
         raise DataError("there are no class names", where=where, got=shorten(map(str, tree)))
-    return [name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name) for name in names]
+    return [
+        name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name) for name in names
+    ]
 
 
 def _listed_names(content: bytes, where: str) -> list[str]:
@@ -210,24 +260,45 @@ def _listed_names(content: bytes, where: str) -> list[str]:
 _LAYOUTS = {
     "cifar10": (
         _Layout(
-            "cifar-10-batches-py", "cifar-10-python.tar.gz", tuple(f"data_batch_{i}" for i in range(1, 6)),
-            "test_batch", "batches.meta", _read_pickled, _pickled_names,
+            "cifar-10-batches-py",
+            "cifar-10-python.tar.gz",
+            tuple(f"data_batch_{i}" for i in range(1, 6)),
+            "test_batch",
+            "batches.meta",
+            _read_pickled,
+            _pickled_names,
         ),
         _Layout(
-            "cifar-10-batches-bin", "cifar-10-binary.tar.gz", tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
-            "test_batch.bin", "batches.meta.txt", _read_binary, _listed_names,
+            "cifar-10-batches-bin",
+            "cifar-10-binary.tar.gz",
+            tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
+            "test_batch.bin",
+            "batches.meta.txt",
+            _read_binary,
+            _listed_names,
         ),
     ),
     "cifar100": (
         _Layout(
-            "cifar-100-python", "cifar-100-python.tar.gz", ("train",), "test", "meta", _read_pickled, _pickled_names
+            "cifar-100-python",
+            "cifar-100-python.tar.gz",
+            ("train",),
+            "test",
+            "meta",
+            _read_pickled,
+            _pickled_names,
         ),
         _Layout(
-            "cifar-100-binary", "cifar-100-binary.tar.gz", ("train.bin",), "test.bin", "fine_label_names.txt",
-            _read_binary, _listed_names,
+            "cifar-100-binary",
+            "cifar-100-binary.tar.gz",
+            ("train.bin",),
+            "test.bin",
+            "fine_label_names.txt",
+            _read_binary,
+            _listed_names,
         ),
     ),
-}  # fmt: skip
+}
 
 
 # SVHN -----------------------------------------------------------------------------------------------------------------
@@ -246,7 +317,9 @@ def read_svhn(root: Path, extra: bool) -> Decoded:
     Raises:
         DataError: a file is missing, damaged, or not of this format.
     """
-    train = _read_mats([root / f"{part}_32x32.mat" for part in (["extra"] if extra else []) + ["train"]])
+    train = _read_mats(
+        [root / f"{part}_32x32.mat" for part in (["extra"] if extra else []) + ["train"]]
+    )
     test = _read_mats([root / "test_32x32.mat"])
     return Decoded(train, test, DIGITS, count_note("svhn", len(train.ids), len(test.ids), extra))
 
@@ -263,7 +336,9 @@ def _read_mats(paths: list[Path]) -> Pixels:
         images[rows] = _mat_variable(path, "X").transpose(3, 0, 1, 2)
         digits = _mat_variable(path, "y").ravel()
         if len(digits) != count or not np.isin(digits, range(1, 11)).all():
-            raise DataError("labels do not fit the images", where=path, expected=f"{count} labels from 1 to 10")
+            raise DataError(
+                "labels do not fit the images", where=path, expected=f"{count} labels from 1 to 10"
+            )
         labels[rows] = digits % 10
         ids += [f"{path.name.split('_')[0]}/{row:06d}" for row in range(count)]
     return Pixels(images, labels, tuple(ids))
@@ -287,9 +362,12 @@ def _mat_images(path: Path) -> int:
     )
     if not sound or shape[3] * _RECORD > 1032 * path.stat().st_size:
         raise DataError(
-            "not a file of SVHN's cropped digits", where=path, expected="X (32, 32, 3, n) of uint8 and y (n, 1)",
-            got=", ".join(f"{name} {shape} of {kind}" for name, (shape, kind) in found.items()) or "no variables",
-        )  # fmt: skip
+            "not a file of SVHN's cropped digits",
+            where=path,
+            expected="X (32, 32, 3, n) of uint8 and y (n, 1)",
+            got=", ".join(f"{name} {shape} of {kind}" for name, (shape, kind) in found.items())
+            or "no variables",
+        )
     return int(shape[3])
 
 

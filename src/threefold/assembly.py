@@ -44,8 +44,14 @@ def assemble(run: Run) -> None:
                     "protocol": "taught" if taught(owner, roles) else run.recipe.protocol,
                 }
             rows = Predictions(
-                probs=probs[0], labels=data.labels, ids=data.ids, groups=data.groups, kind=kind, **seen, **common  # type: ignore[arg-type]
-            )  # fmt: skip
+                probs=probs[0],
+                labels=data.labels,
+                ids=data.ids,
+                groups=data.groups,
+                kind=kind,  # type: ignore[arg-type]
+                **seen,
+                **common,
+            )
             rows.save(run.dir / f"{kind}.npz")
 
 
@@ -79,7 +85,9 @@ def _read(run: Run) -> Saved:
     for member in run.recipe.members:
         for fold in run.roles:
             if not member.folds or fold in member.folds:
-                found[member.name, fold] = read_arrays(run.folder(run.last_job(member.name, fold)) / "probs.npz")
+                found[member.name, fold] = read_arrays(
+                    run.folder(run.last_job(member.name, fold)) / "probs.npz"
+                )
     return found
 
 
@@ -137,14 +145,25 @@ def _choose_views(
             mine = owner == fold
             kept[:, :, mine] = oof[simplest(list(hits[:, ~mine])).chosen][:, mine]
         honest = kept[0, index].mean(0).argmax(-1) == data.labels
-        told, rows = f"the number of views, {counts[final.chosen]}", ("oof rows", "oof rows, cross-fitted")
+        told, rows = (
+            f"the number of views, {counts[final.chosen]}",
+            ("oof rows", "oof rows, cross-fitted"),
+        )
         pair = Counts.of(hits[final.chosen]), Counts.of(honest)
         line = [optimism_entry("views", told, *pair, data.groups, rows=rows)]
-    write_json(run.dir / "views.json", {
-        "views": counts[final.chosen], "chosen_on": "out-of-fold rows" if oof is not None else "the scored rows",
-        "accuracy": {str(count): float(row.mean()) for count, row in zip(counts, hits, strict=True)},
-        "best": counts[final.best], "standard_error": final.error, "optimism": line,
-    })  # fmt: skip
+    write_json(
+        run.dir / "views.json",
+        {
+            "views": counts[final.chosen],
+            "chosen_on": "out-of-fold rows" if oof is not None else "the scored rows",
+            "accuracy": {
+                str(count): float(row.mean()) for count, row in zip(counts, hits, strict=True)
+            },
+            "best": counts[final.best],
+            "standard_error": final.error,
+            "optimism": line,
+        },
+    )
     return kept, test[[final.chosen]] if test is not None else None
 
 
@@ -154,11 +173,17 @@ def choices_optimism(run: Run) -> list[dict[str, Any]]:
     Select rows and score rows are other images in each fold, so a difference is that of two samples, both drawn anew.
     """
     jobs = [run.folder(job) / "choice.npz" for job in run.jobs]
-    if run.recipe.protocol == "paper" or not all(path.exists() for path in jobs) or taught(*who_saw(run)):
+    if (
+        run.recipe.protocol == "paper"
+        or not all(path.exists() for path in jobs)
+        or taught(*who_saw(run))
+    ):
         return []
     lines = [line for line in (_checkpoints(run), _stages(run)) if line]
     path = run.dir / "views.json"
-    return lines + (read_json(path)["optimism"] if run.recipe.views.choose and path.exists() else [])
+    return lines + (
+        read_json(path)["optimism"] if run.recipe.views.choose and path.exists() else []
+    )
 
 
 def _tally(run: Run, last: bool) -> tuple[Counts, Counts]:
@@ -171,7 +196,10 @@ def _tally(run: Run, last: bool) -> tuple[Counts, Counts]:
                 continue
             job = Job(member.name, fold, stages[-1 if last else 0].name)
             arrays = read_arrays(run.folder(job) / "choice.npz")
-            for at, rows, hits in ((0, roles.select, arrays["select"]), (2, roles.score, arrays["score"])):
+            for at, rows, hits in (
+                (0, roles.select, arrays["select"]),
+                (2, roles.score, arrays["score"]),
+            ):
                 columns[at, rows] += hits
                 columns[at + 1, rows] += 1
     return Counts(*columns[:2]), Counts(*columns[2:])
@@ -182,7 +210,9 @@ _ROLES = ("select rows", "score rows")
 
 def _checkpoints(run: Run) -> dict[str, Any]:
     told = "the best epoch and stage of every network"
-    return optimism_entry("checkpoint", told, *_tally(run, last=True), run.sources.train.groups, rows=_ROLES)
+    return optimism_entry(
+        "checkpoint", told, *_tally(run, last=True), run.sources.train.groups, rows=_ROLES
+    )
 
 
 def _stages(run: Run) -> dict[str, Any] | None:
@@ -191,6 +221,8 @@ def _stages(run: Run) -> dict[str, Any] | None:
         return None
     (select, score), (select_first, score_first) = _tally(run, last=True), _tally(run, last=False)
     scale = score.answers.sum() / select.answers.sum()
-    promised = Counts(score_first.right + scale * (select.right - select_first.right), score.answers)
+    promised = Counts(
+        score_first.right + scale * (select.right - select_first.right), score.answers
+    )
     told = "which later stages to keep"
     return optimism_entry("stage", told, promised, score, run.sources.train.groups, rows=_ROLES)

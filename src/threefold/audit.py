@@ -109,11 +109,15 @@ def find_suspects(
     mean = predictions.probs.mean(0, dtype=np.float64)
     ensemble = mean if probs is None else check_probs(probs, 2).astype(np.float64)
     if ensemble.shape != mean.shape:
-        raise DataError("probabilities are of other rows or classes", expected=mean.shape, got=ensemble.shape)
+        raise DataError(
+            "probabilities are of other rows or classes", expected=mean.shape, got=ensemble.shape
+        )
     if limit is not None and limit < 1:
         raise DataError("the limit is 1 or more", got=limit)
     ensemble = ensemble / ensemble.sum(-1, keepdims=True)
-    present, labels = np.unique(predictions.labels, return_inverse=True)  # cleanlab wants every class to have rows
+    present, labels = np.unique(
+        predictions.labels, return_inverse=True
+    )  # cleanlab wants every class to have rows
     if len(present) < 2:
         return []
     used = ensemble[:, present].clip(min=np.finfo(np.float32).tiny)
@@ -122,11 +126,17 @@ def find_suspects(
         warnings.simplefilter("ignore")  # of few rows in a class
         flagged = np.asarray(find(labels, used, n_jobs=1))
     quality, top = ensemble[np.arange(len(labels)), predictions.labels], ensemble.argmax(-1)
-    rows = [row for row in np.argsort(quality, kind="stable") if flagged[row] and top[row] != predictions.labels[row]]
+    rows = [
+        row
+        for row in np.argsort(quality, kind="stable")
+        if flagged[row] and top[row] != predictions.labels[row]
+    ]
     return [_suspect(predictions, int(row), int(top[row]), ensemble[row]) for row in rows[:limit]]
 
 
-def list_suspects(predictions: Predictions, probs: npt.ArrayLike | None = None) -> tuple[list[Suspect], str]:
+def list_suspects(
+    predictions: Predictions, probs: npt.ArrayLike | None = None
+) -> tuple[list[Suspect], str]:
     """`find_suspects`, or none and why: cleanlab is an extra."""
     try:
         return find_suspects(predictions, probs=probs), ""
@@ -152,7 +162,9 @@ def _suspect(predictions: Predictions, row: int, top: int, probs: np.ndarray) ->
     agree, of = int((predictions.probs[:, row].argmax(-1) == top).sum()), len(predictions.members)
     who = "the ensemble" if predictions.kind == "foreign" else "the ensemble that never saw it"
     reason = f"labelled {label}; {who} says {suggested} with {probs[top]:.2f}; {agree} of {of} members agree"
-    return Suspect(predictions.ids[row], label, suggested, float(probs[predictions.labels[row]]), reason)
+    return Suspect(
+        predictions.ids[row], label, suggested, float(probs[predictions.labels[row]]), reason
+    )
 
 
 def write_suspects(path: str | Path, suspects: Iterable[Suspect]) -> None:
@@ -218,11 +230,16 @@ def find_duplicates(
     def same(column: Sequence[object] | np.ndarray | None, a: int, b: int) -> bool | None:
         return None if column is None else bool(column[a] == column[b])
 
-    listed = [Duplicate(ids[a], ids[b], d, same(labels, a, b), same(parts, a, b)) for a, b, d in pairs[:limit]]
+    listed = [
+        Duplicate(ids[a], ids[b], d, same(labels, a, b), same(parts, a, b))
+        for a, b, d in pairs[:limit]
+    ]
     return Duplicates(listed, len(equal) + found)
 
 
-def _equal(images: Iterable[np.ndarray], ids: Sequence[str]) -> tuple[list[int], list[tuple[int, int]], list[Any]]:
+def _equal(
+    images: Iterable[np.ndarray], ids: Sequence[str]
+) -> tuple[list[int], list[tuple[int, int]], list[Any]]:
     """Rows of the different images, pairs of (first, copy), and what is compared of the different images."""
     seen: dict[bytes, int] = {}
     pairs, features, count = [], [], 0
@@ -231,11 +248,17 @@ def _equal(images: Iterable[np.ndarray], ids: Sequence[str]) -> tuple[list[int],
         if count > len(ids):
             break
         array = np.ascontiguousarray(image)
-        if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
+        if (
+            array.dtype != np.uint8
+            or array.ndim not in (2, 3)
+            or (array.ndim == 3 and array.shape[2] != 3)
+        ):
             expected, got = "uint8 (h, w) or (h, w, 3)", f"{array.dtype} {array.shape}"
             raise DataError("not an image", where=ids[row], expected=expected, got=got)
         if 0 in array.shape:
-            raise DataError("not an image", where=ids[row], expected="one pixel at least", got=array.shape)
+            raise DataError(
+                "not an image", where=ids[row], expected="one pixel at least", got=array.shape
+            )
         digest = hashlib.sha256(repr(array.shape).encode() + array.tobytes()).digest()
         if digest in seen:
             pairs.append((seen[digest], row))
@@ -243,7 +266,11 @@ def _equal(images: Iterable[np.ndarray], ids: Sequence[str]) -> tuple[list[int],
             seen[digest] = row
             features.append(_feature(array))
     if count != len(ids):
-        raise DataError("images do not match the ids", expected=len(ids), got="more" if count > len(ids) else count)
+        raise DataError(
+            "images do not match the ids",
+            expected=len(ids),
+            got="more" if count > len(ids) else count,
+        )
     return list(seen.values()), pairs, features
 
 
@@ -254,10 +281,14 @@ def _feature(image: np.ndarray) -> np.ndarray:
     small = grey.resize((_SIDE, _SIDE), Image.Resampling.BOX if large else Image.Resampling.BICUBIC)
     waves = dctn(np.asarray(small, np.float32), norm="ortho")[:_KEPT, :_KEPT].ravel()[1:]
     length = float(np.linalg.norm(waves))
-    return np.asarray(waves / length if length >= _FLAT * _SIDE else np.zeros_like(waves), np.float32)
+    return np.asarray(
+        waves / length if length >= _FLAT * _SIDE else np.zeros_like(waves), np.float32
+    )
 
 
-def _near(features: np.ndarray, distance: float, limit: int) -> tuple[list[tuple[int, int, float]], int]:
+def _near(
+    features: np.ndarray, distance: float, limit: int
+) -> tuple[list[tuple[int, int, float]], int]:
     """Pairs of rows within the distance, the closest first and at most `limit`, and their number."""
     kept, found = np.empty((3, 0)), 0
     for start in range(0, len(features) if distance > 0 else 0, _BLOCK):
@@ -275,16 +306,27 @@ def duplicate_warnings(duplicates: Duplicates) -> list[str]:
     if not duplicates.found:
         return []
     pairs, notes = duplicates.pairs, []
-    equal, listed = [p for p in pairs if p.distance == 0], "" if len(pairs) == duplicates.found else " of those listed"
+    equal, listed = (
+        [p for p in pairs if p.distance == 0],
+        "" if len(pairs) == duplicates.found else " of those listed",
+    )
     near = [p for p in pairs if p.distance > 0]
     for what, some, meant in (
         (f"{len(equal)} pairs of images are equal", equal, "which makes scores too good"),
-        (f"{duplicates.found - len(equal)} pairs of images look nearly the same, which need not be copies", near, "look at them"),
-    ):  # fmt: skip
+        (
+            f"{duplicates.found - len(equal)} pairs of images look nearly the same, which need not be copies",
+            near,
+            "look at them",
+        ),
+    ):
         if some:
             across = [f"{p.a} = {p.b}" for p in some if p.same_part is False]
             differ = [f"{p.a} = {p.b}" for p in some if p.same_label is False]
-            told = [f"{len(across)}{listed} are in two folds or splits, {meant}: {_some(across)}"] if across else []
+            told = (
+                [f"{len(across)}{listed} are in two folds or splits, {meant}: {_some(across)}"]
+                if across
+                else []
+            )
             told += [f"{len(differ)}{listed} have two labels: {_some(differ)}"] if differ else []
             notes.append("; ".join([what, *told]))
     return notes
@@ -313,8 +355,14 @@ def guess_pattern(ids: Sequence[str]) -> str | None:
         sizes = Counter(groups)
         folders = [_SPLIT.sub("", name).rpartition("/")[0].partition("/")[0] for name in ids]
         of_folder = {pair[0] for pair in Counter(zip(folders, groups, strict=True))}
-        one_per_class = len(sizes) <= len(of_folder) or {g.casefold() for g in sizes} <= {f.casefold() for f in folders}
-        if 2 <= len(sizes) <= len(ids) / 2 and max(sizes.values()) <= len(ids) / 2 and not one_per_class:
+        one_per_class = len(sizes) <= len(of_folder) or {g.casefold() for g in sizes} <= {
+            f.casefold() for f in folders
+        }
+        if (
+            2 <= len(sizes) <= len(ids) / 2
+            and max(sizes.values()) <= len(ids) / 2
+            and not one_per_class
+        ):
             return pattern
     return None
 
@@ -341,7 +389,9 @@ def group_question(ids: Sequence[str], pattern: str) -> tuple[str, int]:
 
 
 def _some(names: Sequence[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+    return ", ".join(names[:count]) + (
+        f" and {len(names) - count} more" if len(names) > count else ""
+    )
 
 
 def _write_csv(path: str | Path, header: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> None:
@@ -350,7 +400,10 @@ def _write_csv(path: str | Path, header: Sequence[str], rows: Iterable[tuple[Any
     table.writerow(header)
     for row in rows:
         table.writerow(
-            [f"{value:.6g}" if isinstance(value, float) else "" if value is None else value for value in row]
+            [
+                f"{value:.6g}" if isinstance(value, float) else "" if value is None else value
+                for value in row
+            ]
         )
     write_bytes(Path(path), text.getvalue().encode())
 

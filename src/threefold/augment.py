@@ -127,12 +127,15 @@ class Augment:
         """Parameters for `count` images; each knob has its own column, so turning one on leaves the others' draws."""
         uniform = torch.rand((count, 9), generator=generator, device=generator.device)
         spread = 2.0 * uniform - 1.0
-        flips = torch.tensor([0.5 * self.spec.vflip, 0.5 * self.spec.hflip], device=generator.device)
+        flips = torch.tensor(
+            [0.5 * self.spec.vflip, 0.5 * self.spec.hflip], device=generator.device
+        )
         return Draws(
             angle=torch.deg2rad(spread[:, 0] * self.spec.rotation),
             shift=spread[:, 1:3] * self.spec.shift,
             shear=torch.deg2rad(spread[:, 3] * self.spec.shear),
-            zoom=(1.0 + spread[:, 4:6] * self.spec.zoom) * torch.where(uniform[:, 6:8] < flips, -1.0, 1.0),
+            zoom=(1.0 + spread[:, 4:6] * self.spec.zoom)
+            * torch.where(uniform[:, 6:8] < flips, -1.0, 1.0),
             channel=spread[:, 8] * self.spec.channel_shift,
         )
 
@@ -229,8 +232,12 @@ class Views(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Cut the views out of images (b, 3, canvas, canvas); returns (v, b, 3, img_size, img_size)."""
         if self.kind == "multi-scale":
-            scales = list(zip(self.get_buffer("places"), self.get_buffer("weights"), strict=True))[: self._first]
-            return torch.stack([_weighted_rows(_weighted_rows(images, *taps).mT, *taps).mT for taps in scales])
+            scales = list(zip(self.get_buffer("places"), self.get_buffer("weights"), strict=True))[
+                : self._first
+            ]
+            return torch.stack(
+                [_weighted_rows(_weighted_rows(images, *taps).mT, *taps).mT for taps in scales]
+            )
         size = self.img_size
         views = [images[:, :, top : top + size, left : left + size] for top, left in self.corners]
         if self.kind in ("flip", "ten-crop"):
@@ -243,8 +250,12 @@ class Views(nn.Module):
         if self.kind == "random-crops":
             places = (room + 1) ** 2
             if count > places:
-                raise self._no_room(f"{count} different crops", f"{places} in a canvas of {self._canvas} pixels")
-            order = torch.randperm(places, generator=torch.Generator().manual_seed(seed))[:count].tolist()
+                raise self._no_room(
+                    f"{count} different crops", f"{places} in a canvas of {self._canvas} pixels"
+                )
+            order = torch.randperm(places, generator=torch.Generator().manual_seed(seed))[
+                :count
+            ].tolist()
             return tuple(divmod(place, room + 1) for place in order)
         if self.kind in ("five-crop", "ten-crop"):
             if room < 2:
@@ -254,13 +265,23 @@ class Views(nn.Module):
 
     def _no_room(self, expected: str, got: str) -> RecipeError:
         fix = "set views.upsample above 1, for example 1.08"
-        return RecipeError(f"views.kind = {self.kind}, img_size {self.img_size}", expected=expected, got=got, fix=fix)
+        return RecipeError(
+            f"views.kind = {self.kind}, img_size {self.img_size}",
+            expected=expected,
+            got=got,
+            fix=fix,
+        )
 
     def _taps(self) -> tuple[Tensor, Tensor]:
         """Pixels that each scale reads for each pixel of the view, and their weights; both (scales, taps, img_size)."""
         sides = [round(self._canvas * scale) for scale in SCALES]
-        spans = [(torch.tensor(float((self._canvas - side) // 2)), torch.tensor(float(side))) for side in sides]
-        matrices = torch.stack([triangle_weights(self._canvas, *span, self.img_size) for span in spans])
+        spans = [
+            (torch.tensor(float((self._canvas - side) // 2)), torch.tensor(float(side)))
+            for side in sides
+        ]
+        matrices = torch.stack(
+            [triangle_weights(self._canvas, *span, self.img_size) for span in spans]
+        )
         most = int((matrices > 0).sum(dim=2).max())
         weights, places = matrices.topk(most, dim=2)
         return places.mT.contiguous(), weights.mT.contiguous()
@@ -271,7 +292,14 @@ def view_counts(spec: ViewSpec) -> tuple[int, ...]:
 
     Of random crops 1, 3, 5, 7, 9 and n (the paper's), of ten crops one, five and ten, else any number.
     """
-    n = {"center": 1, "flip": 2, "random-crops": spec.n, "five-crop": 5, "ten-crop": 10, "multi-scale": len(SCALES)}
+    n = {
+        "center": 1,
+        "flip": 2,
+        "random-crops": spec.n,
+        "five-crop": 5,
+        "ten-crop": 10,
+        "multi-scale": len(SCALES),
+    }
     total = n[spec.kind]
     wanted = {"five-crop": (1, 5), "ten-crop": (1, 5, 10), "random-crops": (1, 3, 5, 7, 9, total)}
     counts = sorted({c for c in wanted.get(spec.kind, range(1, total + 1)) if c <= total})
@@ -281,4 +309,6 @@ def view_counts(spec: ViewSpec) -> tuple[int, ...]:
 def _weighted_rows(images: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     """Sum over taps of rows `places` (taps, size) times `weights`; no matrix product, which autocast would round."""
     taps = zip(places, weights, strict=True)
-    return torch.stack([images.index_select(2, place) * weight.unsqueeze(1) for place, weight in taps]).sum(dim=0)
+    return torch.stack(
+        [images.index_select(2, place) * weight.unsqueeze(1) for place, weight in taps]
+    ).sum(dim=0)

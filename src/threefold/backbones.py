@@ -42,42 +42,90 @@ _B_FEATURES = (1280, 1280, 1408, 1536, 1792, 2048, 2304, 2560)
 
 PAPER_BACKBONES: tuple[PaperBackbone, ...] = (
     PaperBackbone(
-        "InceptionV3", "inception_v3.tf_in1k", (299, 401, 421), 2048, "-1..1", INCEPTION_STATS,
-        "keras.applications", "TF-Slim's checkpoint of 2016",
+        "InceptionV3",
+        "inception_v3.tf_in1k",
+        (299, 401, 421),
+        2048,
+        "-1..1",
+        INCEPTION_STATS,
+        "keras.applications",
+        "TF-Slim's checkpoint of 2016",
     ),
     PaperBackbone(
-        "ResNet50", "resnet50.tv_in1k", (299,), 2048, "bgr", IMAGENET_STATS,
-        "keras.applications", "another training: Keras has the Caffe weights, which timm has not; in timm the stride of "
+        "ResNet50",
+        "resnet50.tv_in1k",
+        (299,),
+        2048,
+        "bgr",
+        IMAGENET_STATS,
+        "keras.applications",
+        "another training: Keras has the Caffe weights, which timm has not; in timm the stride of "
         "a block is in its 3 x 3 convolution and convolutions have no bias",
     ),
     PaperBackbone(
-        "Inception-ResNetV2", "inception_resnet_v2.tf_in1k", (299, 421, 501), 1536, "-1..1", INCEPTION_STATS,
-        "keras.applications", "the same: TF-Slim's checkpoint of 2016-08-30",
+        "Inception-ResNetV2",
+        "inception_resnet_v2.tf_in1k",
+        (299, 421, 501),
+        1536,
+        "-1..1",
+        INCEPTION_STATS,
+        "keras.applications",
+        "the same: TF-Slim's checkpoint of 2016-08-30",
     ),
     PaperBackbone(
-        "Xception", "legacy_xception.tf_in1k", (299, 421, 501), 2048, "-1..1", INCEPTION_STATS,
-        "keras.applications", "the same: ported from Keras",
+        "Xception",
+        "legacy_xception.tf_in1k",
+        (299, 421, 501),
+        2048,
+        "-1..1",
+        INCEPTION_STATS,
+        "keras.applications",
+        "the same: ported from Keras",
     ),
     PaperBackbone(
-        "MobileNetV1", "mobilenetv1_100.ra4_e3600_r224_in1k", (224, 299), 1024, "-1..1", INCEPTION_STATS,
-        "keras.applications", "another training, of 2024 and much longer: the only weights in timm; ReLU6 as in Keras",
+        "MobileNetV1",
+        "mobilenetv1_100.ra4_e3600_r224_in1k",
+        (224, 299),
+        1024,
+        "-1..1",
+        INCEPTION_STATS,
+        "keras.applications",
+        "another training, of 2024 and much longer: the only weights in timm; ReLU6 as in Keras",
     ),
     PaperBackbone(
-        "VGG19", "vgg19.tv_in1k", (224,), 512, "bgr", IMAGENET_STATS,
-        "keras.applications", "another training: Keras has Oxford's Caffe weights, which timm has not",
+        "VGG19",
+        "vgg19.tv_in1k",
+        (224,),
+        512,
+        "bgr",
+        IMAGENET_STATS,
+        "keras.applications",
+        "another training: Keras has Oxford's Caffe weights, which timm has not",
     ),
     PaperBackbone(
-        "SEResNeXt101", "legacy_seresnext101_32x4d.in1k", (299, 421, 501), 2048, "imagenet", IMAGENET_STATS,
-        "classification_models", "the same: both ported from Cadene's pretrained-models.pytorch",
+        "SEResNeXt101",
+        "legacy_seresnext101_32x4d.in1k",
+        (299, 421, 501),
+        2048,
+        "imagenet",
+        IMAGENET_STATS,
+        "classification_models",
+        "the same: both ported from Cadene's pretrained-models.pytorch",
     ),
     *(
         PaperBackbone(
-            f"EfficientNetB{i}", f"tf_efficientnet_b{i}.aa_in1k", (299, 345) if i == 5 else (299,), _B_FEATURES[i],
-            "imagenet", IMAGENET_STATS, "efficientnet", _AUTOAUGMENT,
+            f"EfficientNetB{i}",
+            f"tf_efficientnet_b{i}.aa_in1k",
+            (299, 345) if i == 5 else (299,),
+            _B_FEATURES[i],
+            "imagenet",
+            IMAGENET_STATS,
+            "efficientnet",
+            _AUTOAUGMENT,
         )
         for i in range(8)
     ),
-)  # fmt: skip
+)
 """Every backbone of the paper. The notebook of ResNet50 and VGG19 is lost: their scaling is Keras' own for them, the
 size of VGG19 that of its weights. The paper prints 244 for MobileNetV1, which is 224; the notebook used 299."""
 

@@ -48,12 +48,17 @@ class Batcher:
         watch: told how many images each batch has.
     """
 
-    def __init__(self, run: Run, batch: int = 8, watch: Callable[[int], object] = lambda _: None) -> None:
+    def __init__(
+        self, run: Run, batch: int = 8, watch: Callable[[int], object] = lambda _: None
+    ) -> None:
         self._run, self._batch, self._watch = run, batch, watch
         self._jobs: list[_Job] = []
         self._news = threading.Condition()
         self._large, self._open = False, True
-        self._threads = [threading.Thread(target=self._work, name=f"batch{i}", daemon=True) for i in range(WORKERS)]
+        self._threads = [
+            threading.Thread(target=self._work, name=f"batch{i}", daemon=True)
+            for i in range(WORKERS)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -106,11 +111,15 @@ class Batcher:
     def _take(self) -> list[_Job]:
         """The next batch: the oldest job that may start and those of its size; called with the lock held."""
         self._jobs = [job for job in self._jobs if not job.answer.cancelled()]
-        first = next((job for job in self._jobs if not (self._large and job.pixels > BATCH_PIXELS)), None)
+        first = next(
+            (job for job in self._jobs if not (self._large and job.pixels > BATCH_PIXELS)), None
+        )
         if first is None:
             return []
         most = max(1, min(self._batch, BATCH_PIXELS // max(first.pixels, 1)))
-        alike = [job for job in self._jobs if (job.size, job.mode) == (first.size, first.mode)][:most]
+        alike = [job for job in self._jobs if (job.size, job.mode) == (first.size, first.mode)][
+            :most
+        ]
         taken = {id(job) for job in alike}
         self._jobs = [job for job in self._jobs if id(job) not in taken]
         self._large |= first.pixels > BATCH_PIXELS
@@ -134,7 +143,9 @@ class Batcher:
     def _infer(self, group: list[tuple[_Job, np.ndarray]]) -> None:
         try:
             images = [pixels for _, pixels in group]
-            found = self._run(images[0][None] if len(images) == 1 else np.stack(images), group[0][0].mode)
+            found = self._run(
+                images[0][None] if len(images) == 1 else np.stack(images), group[0][0].mode
+            )
         except BaseException as error:
             if len(group) > 1 and isinstance(error, ThreefoldError):
                 for one in group:  # a batch may ask for more memory than its images do one by one

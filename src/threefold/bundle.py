@@ -55,7 +55,9 @@ def _tensors(graph: Any) -> Iterator[Any]:
 
 
 def _bytes(tensor: Any) -> int:
-    return int(math.prod(tensor.dims)) * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    return int(math.prod(tensor.dims)) * int(
+        onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    )
 
 
 @contextmanager
@@ -74,7 +76,9 @@ def staged(model: Any, target: Path, seal: Callable[[Mapping[str, Any]], None]) 
     try:
         if large:
             target.parent.mkdir(parents=True, exist_ok=True)
-        holder = tempfile.TemporaryDirectory(dir=target.parent if large else None, prefix=f".{target.name}.")
+        holder = tempfile.TemporaryDirectory(
+            dir=target.parent if large else None, prefix=f".{target.name}."
+        )
     except OSError as error:
         raise ExportError("cannot write", where=target, got=error.strerror or error) from None
     with holder as folder:
@@ -130,8 +134,17 @@ def data_file(target: Path) -> Path | None:
         head = onnx.load(target, load_external_data=False)
     except Exception:  # nothing there, or not a model: then there is nothing of ours beside it
         return None
-    named = {entry.value for t in _tensors(head.graph) for entry in t.external_data if entry.key == "location"}
-    names = [name for name in named if re.fullmatch(re.escape(target.name) + r"\.[0-9a-f]{16}\.bin", name)]
+    named = {
+        entry.value
+        for t in _tensors(head.graph)
+        for entry in t.external_data
+        if entry.key == "location"
+    }
+    names = [
+        name
+        for name in named
+        if re.fullmatch(re.escape(target.name) + r"\.[0-9a-f]{16}\.bin", name)
+    ]
     return target.parent / names[0] if len(named) == len(names) == 1 else None
 
 

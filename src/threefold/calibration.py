@@ -119,7 +119,9 @@ class Calibration(NamedTuple):
         """
         scaling, name = scaling_from_state(state), state.get("name")
         if name not in METHODS:
-            raise DataError("not the state of a calibration", expected=" or ".join(METHODS), got=name)
+            raise DataError(
+                "not the state of a calibration", expected=" or ".join(METHODS), got=name
+            )
         return cls(name, scaling, np.empty((0, len(scaling.scale))), str(state.get("reason", "")))
 
 
@@ -133,11 +135,17 @@ def saved_calibration(results: Mapping[str, Any], k: int) -> Calibration:
         found = Calibration.from_state(results["calibration"])
     elif results.get("temperature"):
         scaling = as_scaling(float(results["temperature"]), k)
-        found = Calibration("temperature", scaling, np.empty((0, k)), "the only calibration of this run's version")
+        found = Calibration(
+            "temperature", scaling, np.empty((0, k)), "the only calibration of this run's version"
+        )
     else:
         raise DataError("no calibration in the results", expected='"calibration" or "temperature"')
     if len(found.scaling.scale) != k:
-        raise DataError("the calibration is of other classes", expected=f"{k} classes", got=len(found.scaling.scale))
+        raise DataError(
+            "the calibration is of other classes",
+            expected=f"{k} classes",
+            got=len(found.scaling.scale),
+        )
     return found
 
 
@@ -178,7 +186,9 @@ def _temperature(probs: np.ndarray, labels: np.ndarray, part: np.ndarray) -> Cal
     values, at = np.unique(part, return_inverse=True)
     by_row = np.array([apart[value] for value in values])[at][:, None]
     crossed = softmax(floored_logs(probs) / by_row, axis=-1)
-    return Calibration("temperature", as_scaling(whole, probs.shape[1]), crossed, "named by the recipe")
+    return Calibration(
+        "temperature", as_scaling(whole, probs.shape[1]), crossed, "named by the recipe"
+    )
 
 
 def choose_calibration(
@@ -202,26 +212,39 @@ def choose_calibration(
         DataError: probabilities, labels, folds or groups are not usable, or the rows make fewer than two parts.
     """
     array, truth, part = _checked(probs, labels, folds, groups)
-    unit = np.arange(len(truth)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    unit = (
+        np.arange(len(truth))
+        if groups is None
+        else np.unique(np.asarray(groups), return_inverse=True)[1]
+    )
     if unit.shape != truth.shape:
         raise DataError("groups do not match the labels", expected=len(truth), got=len(unit))
     crossed = _crossed(METHODS, array, truth, part)
-    losses = {name: -np.log(np.maximum(p[np.arange(len(p)), truth], FLOOR)) for name, p in crossed.items()}
+    losses = {
+        name: -np.log(np.maximum(p[np.arange(len(p)), truth], FLOOR)) for name, p in crossed.items()
+    }
     name, reason = _simplest(losses, unit)
     return Calibration(name, _fits(METHODS, array, truth)[name], crossed[name], reason)
 
 
 def _checked(
-    probs: npt.ArrayLike, labels: npt.ArrayLike, folds: npt.ArrayLike | None, groups: Sequence[str] | None
+    probs: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    folds: npt.ArrayLike | None,
+    groups: Sequence[str] | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Probabilities (n, k), labels (n,) and the part of each row (n,)."""
     array = check_probs(probs, 2)
     truth = check_labels(labels, *array.shape)
     part = np.asarray(folds) if folds is not None else stratified_parts(truth, groups)
     if part.shape != truth.shape:
-        raise DataError("folds have the wrong shape", expected=f"({len(truth)},), one per row", got=part.shape)
+        raise DataError(
+            "folds have the wrong shape", expected=f"({len(truth)},), one per row", got=part.shape
+        )
     if len(np.unique(part)) < 2:
-        raise DataError("rows cannot be cross-fitted", expected="two parts at least", got="all rows in one")
+        raise DataError(
+            "rows cannot be cross-fitted", expected="two parts at least", got="all rows in one"
+        )
     return array, truth, part
 
 
@@ -235,9 +258,16 @@ def _simplest(losses: dict[Method, np.ndarray], unit: np.ndarray) -> tuple[Metho
             break
     least = f"log loss {losses[best].mean():.4f} cross-fitted"
     if name == best:
-        rest = "and the simplest" if name == next(iter(losses)) else "nothing simpler comes within one standard error"
+        rest = (
+            "and the simplest"
+            if name == next(iter(losses))
+            else "nothing simpler comes within one standard error"
+        )
         return name, f"the best, {least}; {rest}"
-    return name, f"{losses[name].mean():.4f}, within one standard error ({error:.4f}) of {best}, {least}, and simpler"
+    return (
+        name,
+        f"{losses[name].mean():.4f}, within one standard error ({error:.4f}) of {best}, {least}, and simpler",
+    )
 
 
 def _standard_error(values: np.ndarray, unit: np.ndarray) -> float:
@@ -246,7 +276,9 @@ def _standard_error(values: np.ndarray, unit: np.ndarray) -> float:
     return float(np.sqrt((sums**2).sum()) / len(values))
 
 
-def _fits(names: Sequence[Method], probs: np.ndarray, labels: np.ndarray) -> dict[Method, VectorScaling]:
+def _fits(
+    names: Sequence[Method], probs: np.ndarray, labels: np.ndarray
+) -> dict[Method, VectorScaling]:
     """Each calibration fitted on these rows; vector scaling starts from the temperature, which is fitted once."""
     k = probs.shape[1]
     found: dict[Method, VectorScaling] = {"none": as_scaling(1.0, k)}
@@ -336,16 +368,25 @@ def fit_averaged_temperature(
     return float(np.clip(alone + (temperature - alone) * step, LOWEST, HIGHEST))
 
 
-def _check_folds(oof: np.ndarray, folds: np.ndarray, answer: np.ndarray, given: bool, averaged: int | None) -> None:
+def _check_folds(
+    oof: np.ndarray, folds: np.ndarray, answer: np.ndarray, given: bool, averaged: int | None
+) -> None:
     """The parts of `fit_averaged_temperature` fit together."""
     f, u, k = folds.shape
     if f < 2:
         raise DataError("one fold model is no average", expected="fold_probs of two or more", got=f)
     if k != oof.shape[1]:
-        raise DataError("fold_probs are of other classes than oof", expected=f"{oof.shape[1]} classes", got=k)
+        raise DataError(
+            "fold_probs are of other classes than oof", expected=f"{oof.shape[1]} classes", got=k
+        )
     if answer.shape != (u, k):
         raise DataError("answers do not match fold_probs", expected=(u, k), got=answer.shape)
     if averaged is not None and averaged < f:
-        raise DataError("fewer fold models are averaged than given", expected=f"averaged >= {f}", got=averaged)
+        raise DataError(
+            "fewer fold models are averaged than given", expected=f"averaged >= {f}", got=averaged
+        )
     if averaged is not None and averaged > f and given:
-        raise DataError("answers of some fold models cannot be extrapolated", fix="leave answers out, or averaged")
+        raise DataError(
+            "answers of some fold models cannot be extrapolated",
+            fix="leave answers out, or averaged",
+        )

@@ -73,10 +73,16 @@ class Cascade:
     n_: int
 
     def __init__(self, stages: Sequence[Sequence[int]]) -> None:
-        self.stages: tuple[tuple[int, ...], ...] = tuple(tuple(int(i) for i in stage) for stage in stages)
+        self.stages: tuple[tuple[int, ...], ...] = tuple(
+            tuple(int(i) for i in stage) for stage in stages
+        )
         asked = sorted(i for stage in self.stages for i in stage)
         if len(self.stages) < 2 or not all(self.stages) or asked != list(range(len(asked))):
-            raise DataError("not the stages of a cascade", expected="every member once, two stages or more", got=stages)
+            raise DataError(
+                "not the stages of a cascade",
+                expected="every member once, two stages or more",
+                got=stages,
+            )
 
     def fit(
         self,
@@ -107,20 +113,33 @@ class Cascade:
         means = self._means(array)
         self.temperatures_ = np.array([fit_temperature(mean, truth) for mean in means])
         worth = _worth(means[0].argmax(1) != wanted.argmax(1), groups)
-        most, charge = _allowed(len(truth), disagreement, worth), math.ceil(len(truth) / max(worth, 1.0))
+        most, charge = (
+            _allowed(len(truth), disagreement, worth),
+            math.ceil(len(truth) / max(worth, 1.0)),
+        )
         later = min(len(means) - 1, max(most, 0) // charge)
         left, wrong, thresholds = np.ones(len(truth), bool), 0, []
         for s, (mean, temperature) in enumerate(zip(means, self.temperatures_, strict=True)):
             warm = _warmed(mean, temperature)
             sure, other = margins(warm), warm.argmax(1) != wanted.argmax(1)
-            thresholds.append(_threshold(sure[left], other[left], most - later * charge - wrong if s <= later else -1))
+            thresholds.append(
+                _threshold(
+                    sure[left], other[left], most - later * charge - wrong if s <= later else -1
+                )
+            )
             stops = left & (sure >= thresholds[-1])
             wrong += int(other[stops].sum())
             left &= ~stops
-        self.thresholds_, self.disagreement_, self.n_ = np.array(thresholds), float(disagreement), len(truth)
+        self.thresholds_, self.disagreement_, self.n_ = (
+            np.array(thresholds),
+            float(disagreement),
+            len(truth),
+        )
         return self
 
-    def predict(self, probs: npt.ArrayLike, full: npt.ArrayLike, stops: npt.ArrayLike | None = None) -> Answered:
+    def predict(
+        self, probs: npt.ArrayLike, full: npt.ArrayLike, stops: npt.ArrayLike | None = None
+    ) -> Answered:
         """The answers: early ones of the members so far, the others those of the full ensemble.
 
         Args:
@@ -136,7 +155,9 @@ class Cascade:
         array, wanted = self._checked(probs, full)
         bars = self.thresholds_ if stops is None else np.asarray(stops, np.float64)
         answer, asked = wanted.astype(np.float64), np.full(len(wanted), len(self.stages))
-        warm = [_warmed(mean, t) for mean, t in zip(self._means(array), self.temperatures_, strict=True)]
+        warm = [
+            _warmed(mean, t) for mean, t in zip(self._means(array), self.temperatures_, strict=True)
+        ]
         for s in reversed(range(len(bars))):
             stop = margins(warm[s]) >= bars[s]
             answer[stop], asked[stop] = warm[s][stop], s + 1
@@ -153,7 +174,9 @@ class Cascade:
         if mode not in MODES:
             raise DataError("unknown mode", expected=" or ".join(MODES), got=mode)
         if not 0 <= most <= len(self.stages):
-            raise DataError("there are not so many stages", expected=f"0 to {len(self.stages)}", got=most)
+            raise DataError(
+                "there are not so many stages", expected=f"0 to {len(self.stages)}", got=most
+            )
         found = np.full(len(self.thresholds_), NEVER) if mode == "full" else self.thresholds_.copy()
         if most:
             found[most - 1 :] = 0.0
@@ -167,10 +190,14 @@ class Cascade:
         """
         self._require_fit()
         return {
-            "score": "margin", "stages": [list(stage) for stage in self.stages],
-            "thresholds": self.thresholds_.tolist(), "temperatures": self.temperatures_.tolist(),
-            "disagreement": self.disagreement_, "level": LEVEL, "n": self.n_,
-        }  # fmt: skip
+            "score": "margin",
+            "stages": [list(stage) for stage in self.stages],
+            "thresholds": self.thresholds_.tolist(),
+            "temperatures": self.temperatures_.tolist(),
+            "disagreement": self.disagreement_,
+            "level": LEVEL,
+            "n": self.n_,
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
@@ -187,9 +214,17 @@ class Cascade:
             made.temperatures_ = np.array([float(value) for value in state["temperatures"]])
             made.disagreement_, made.n_ = float(state["disagreement"]), int(state["n"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise DataError("not the state of a cascade", got=f"{type(error).__name__} {error}"[:200]) from None
-        for name, values, low in (("thresholds", made.thresholds_, 0.0), ("temperatures", made.temperatures_, 1e-6)):
-            if len(values) != len(made.stages) - 1 or not (np.isfinite(values) & (values >= low)).all():
+            raise DataError(
+                "not the state of a cascade", got=f"{type(error).__name__} {error}"[:200]
+            ) from None
+        for name, values, low in (
+            ("thresholds", made.thresholds_, 0.0),
+            ("temperatures", made.temperatures_, 1e-6),
+        ):
+            if (
+                len(values) != len(made.stages) - 1
+                or not (np.isfinite(values) & (values >= low)).all()
+            ):
                 raise DataError("not the state of a cascade", got=f"{name} {values.tolist()}"[:200])
         return made
 
@@ -198,13 +233,18 @@ class Cascade:
         members = sum(map(len, self.stages))
         if array.shape != (members, *wanted.shape):
             raise DataError(
-                "the cascade is of other members, rows or classes", expected=(members, *wanted.shape), got=array.shape
+                "the cascade is of other members, rows or classes",
+                expected=(members, *wanted.shape),
+                got=array.shape,
             )
         return array, wanted
 
     def _means(self, probs: np.ndarray) -> list[np.ndarray]:
         """Mean (n, k) of the members asked after each stage but the last."""
-        asked = [[i for stage in self.stages[: s + 1] for i in stage] for s in range(len(self.stages) - 1)]
+        asked = [
+            [i for stage in self.stages[: s + 1] for i in stage]
+            for s in range(len(self.stages) - 1)
+        ]
         return [probs[members].mean(0, dtype=np.float64) for members in asked]
 
     def _require_fit(self) -> None:
@@ -241,11 +281,15 @@ def parse_budget(text: str) -> float:
     found = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(ms|s)\s*", text)
     value = float(found[1]) * (1000 if found[2] == "s" else 1) if found else 0.0
     if not value > 0:
-        raise DataError("not a time for an image", expected="a number with ms or s, such as 15ms", got=text[:40])
+        raise DataError(
+            "not a time for an image", expected="a number with ms or s, such as 15ms", got=text[:40]
+        )
     return value
 
 
-def disagreement_bound(other: npt.ArrayLike, groups: npt.ArrayLike | None = None, level: float = LEVEL) -> float:
+def disagreement_bound(
+    other: npt.ArrayLike, groups: npt.ArrayLike | None = None, level: float = LEVEL
+) -> float:
     """One-sided upper bound of the share of which these rows are a sample (Clopper and Pearson 1934).
 
     With groups it counts as many rows as they are worth (Korn and Graubard 1998, `stats.effective_rows`).

@@ -36,8 +36,12 @@ def add_cascade(model: Any, cascade: Cascade, networks: Sequence[Sequence[str]])
         ExportError: the cascade is of other members, or a network's nodes cannot be told from the rest.
     """
     if sorted(i for stage in cascade.stages for i in stage) != list(range(len(networks))):
-        raise ExportError("the cascade is of other members", expected=len(networks), got=cascade.stages)
-    graph = _Split(model, [[name for i in stage for name in networks[i]] for stage in cascade.stages])
+        raise ExportError(
+            "the cascade is of other members", expected=len(networks), got=cascade.stages
+        )
+    graph = _Split(
+        model, [[name for i in stage for name in networks[i]] for stage in cascade.stages]
+    )
     for s in range(1, len(cascade.stages)):
         _add_exit(graph, cascade, s - 1)
         _add_branch(graph, s)
@@ -53,7 +57,9 @@ class _Split:
         nodes = [_copied(node) for node in model.graph.node]
         made_by = {name: i for i, node in enumerate(nodes) for name in node.output}
         needs = [_ancestors(nodes, made_by, names) for names in stages]
-        alone = [need.difference(*(other for other in needs if other is not need)) for need in needs]
+        alone = [
+            need.difference(*(other for other in needs if other is not need)) for need in needs
+        ]
         moved = set().union(*alone[1:])
         self.parts = [[nodes[i] for i in sorted(mine)] for mine in alone]
         self.main = [node for i, node in enumerate(nodes) if i not in moved]
@@ -74,8 +80,14 @@ class _Split:
     def finish(self, stages: int) -> Any:
         """The new model, its nodes in an order in which each follows what it needs."""
         old = self.model
-        inputs = [*old.graph.input, helper.make_tensor_value_info(STOP, TensorProto.FLOAT, [stages - 1])]
-        outputs = [*old.graph.output, helper.make_tensor_value_info(ASKED, TensorProto.INT64, ["batch"])]
+        inputs = [
+            *old.graph.input,
+            helper.make_tensor_value_info(STOP, TensorProto.FLOAT, [stages - 1]),
+        ]
+        outputs = [
+            *old.graph.output,
+            helper.make_tensor_value_info(ASKED, TensorProto.INT64, ["batch"]),
+        ]
         weights = [tensor for name, tensor in self.weights.items() if name not in self.inner]
         graph = helper.make_graph(
             _sorted([*self.main, *self.new]), old.graph.name, inputs, outputs, initializer=weights
@@ -137,19 +149,33 @@ def _add_exit(graph: _Split, cascade: Cascade, s: int) -> None:
     asked = [i for stage in cascade.stages[: s + 1] for i in stage]
     mean = graph.add("Mean", [f"m{i}_probs" for i in asked], f"exit{s}_mean")
     logs = graph.add(
-        "Log", [graph.add("Max", [mean, graph.constant("floor", FLOOR, np.float32)], f"exit{s}_max")], f"exit{s}_log"
+        "Log",
+        [graph.add("Max", [mean, graph.constant("floor", FLOOR, np.float32)], f"exit{s}_max")],
+        f"exit{s}_log",
     )
     heat = graph.constant(f"exit{s}_heat", 1 / cascade.temperatures_[s], np.float32)
-    probs = graph.add("Softmax", [graph.add("Mul", [logs, heat], f"exit{s}_mul")], f"exit{s}_probs", axis=-1)
+    probs = graph.add(
+        "Softmax", [graph.add("Mul", [logs, heat], f"exit{s}_mul")], f"exit{s}_probs", axis=-1
+    )
     two = [f"exit{s}_first", f"exit{s}_ranks"]
-    graph.new.append(helper.make_node("TopK", [probs, graph.constant("two", [2], np.int64)], two, name=two[0]))
-    first = graph.add("Gather", [two[0], graph.constant("place0", 0, np.int64)], f"exit{s}_top", axis=1)
-    second = graph.add("Gather", [two[0], graph.constant("place1", 1, np.int64)], f"exit{s}_next", axis=1)
+    graph.new.append(
+        helper.make_node("TopK", [probs, graph.constant("two", [2], np.int64)], two, name=two[0])
+    )
+    first = graph.add(
+        "Gather", [two[0], graph.constant("place0", 0, np.int64)], f"exit{s}_top", axis=1
+    )
+    second = graph.add(
+        "Gather", [two[0], graph.constant("place1", 1, np.int64)], f"exit{s}_next", axis=1
+    )
     margin = graph.add("Sub", [first, second], f"exit{s}_margin")
-    wanted = graph.add("Gather", [STOP, graph.constant(f"place{s}", s, np.int64)], f"exit{s}_stop", axis=0)
+    wanted = graph.add(
+        "Gather", [STOP, graph.constant(f"place{s}", s, np.int64)], f"exit{s}_stop", axis=0
+    )
     sure = graph.add("GreaterOrEqual", [margin, wanted], f"exit{s}_sure")
     unsure = graph.add("Not", [sure], f"exit{s}_unsure")
-    graph.add("And", [f"active{s}", unsure], f"active{s + 1}") if s else graph.add("Identity", [unsure], "active1")
+    graph.add("And", [f"active{s}", unsure], f"active{s + 1}") if s else graph.add(
+        "Identity", [unsure], "active1"
+    )
     graph.add("Unsqueeze", [sure, graph.constant("axis_last", [1], np.int64)], f"exit{s}_rows")
 
 
@@ -159,15 +185,21 @@ def _add_branch(graph: _Split, s: int) -> None:
     made = {name for node in nodes for name in node.output}
     taken = [name for node in nodes for name in node.input if name and name not in made]
     elsewhere = {name for node in graph.main for name in node.input}
-    elsewhere |= {name for part in graph.parts if part is not nodes for node in part for name in node.input}
+    elsewhere |= {
+        name for part in graph.parts if part is not nodes for node in part for name in node.input
+    }
     own = dict.fromkeys(name for name in taken if name in weights and name not in elsewhere)
     rows = dict.fromkeys(name for name in taken if name not in weights)
     if not set(graph.stages[s]) <= made:
-        raise ExportError("a stage of the cascade shares all of its nodes with others", got=graph.stages[s])
+        raise ExportError(
+            "a stage of the cascade shares all of its nodes with others", got=graph.stages[s]
+        )
     index = f"stage{s}_index"
-    inner = [helper.make_node("NonZero", [f"active{s}"], [f"stage{s}_found"]),
-             helper.make_node("Squeeze", [f"stage{s}_found", "axis_first"], [index]),
-             helper.make_node("Unsqueeze", [index, "axis_last"], [f"stage{s}_places"])]  # fmt: skip
+    inner = [
+        helper.make_node("NonZero", [f"active{s}"], [f"stage{s}_found"]),
+        helper.make_node("Squeeze", [f"stage{s}_found", "axis_first"], [index]),
+        helper.make_node("Unsqueeze", [index, "axis_last"], [f"stage{s}_places"]),
+    ]
     graph.constant("axis_first", [0], np.int64)
     fed = {name: f"stage{s}_{name}" for name in rows}
     inner += [helper.make_node("Gather", [name, index], [fed[name]], axis=0) for name in rows]
@@ -176,21 +208,29 @@ def _add_branch(graph: _Split, s: int) -> None:
     inner += nodes
     outer = graph.stages[s]
     inner += [
-        helper.make_node("ScatterND", ["no_probs", f"stage{s}_places", name], [f"stage{s}_{name}"]) for name in outer
+        helper.make_node("ScatterND", ["no_probs", f"stage{s}_places", name], [f"stage{s}_{name}"])
+        for name in outer
     ]
     graph.inner.update(own)
 
     def ends(prefix: str) -> list[Any]:
-        return [helper.make_tensor_value_info(f"{prefix}_{name}", TensorProto.FLOAT, None) for name in outer]
+        return [
+            helper.make_tensor_value_info(f"{prefix}_{name}", TensorProto.FLOAT, None)
+            for name in outer
+        ]
 
-    then = helper.make_graph(inner, f"stage{s}", [], ends(f"stage{s}"), initializer=[weights[name] for name in own])
+    then = helper.make_graph(
+        inner, f"stage{s}", [], ends(f"stage{s}"), initializer=[weights[name] for name in own]
+    )
     nothing = [helper.make_node("Identity", ["no_probs"], [f"skip{s}_{name}"]) for name in outer]
     skip = helper.make_graph(nothing, f"skip{s}", [], ends(f"skip{s}"))
     number = graph.add("Cast", [f"active{s}"], f"active{s}_number", to=TensorProto.INT32)
     most = graph.add("ReduceMax", [number], f"active{s}_most", keepdims=0)
     graph.add("Cast", [most], f"active{s}_any", to=TensorProto.BOOL)
     graph.new.append(
-        helper.make_node("If", [f"active{s}_any"], outer, name=f"stage{s}", then_branch=then, else_branch=skip)
+        helper.make_node(
+            "If", [f"active{s}_any"], outer, name=f"stage{s}", then_branch=then, else_branch=skip
+        )
     )
 
 
@@ -204,8 +244,13 @@ def _add_answer(graph: _Split, stages: int) -> None:
             places[:] = ["full_probs" if name == "probs" else name for name in places]
     answer = "full_probs"
     for s in reversed(range(stages - 1)):
-        answer = graph.add("Where", [f"exit{s}_rows", f"exit{s}_probs", answer], f"answer{s}" if s else "probs")
-    counts = [graph.add("Cast", [f"active{s}"], f"active{s}_count", to=TensorProto.INT64) for s in range(1, stages)]
+        answer = graph.add(
+            "Where", [f"exit{s}_rows", f"exit{s}_probs", answer], f"answer{s}" if s else "probs"
+        )
+    counts = [
+        graph.add("Cast", [f"active{s}"], f"active{s}_count", to=TensorProto.INT64)
+        for s in range(1, stages)
+    ]
     one = graph.constant("one_stage", 1, np.int64)
     total = counts[0]
     for s, count in enumerate(counts[1:], 2):

@@ -50,7 +50,9 @@ def _data() -> list[str]:
     lines = []
     for name in get_args(DataSpec.model_fields["source"].annotation):
         known = OFFICIAL.get(name)
-        lines.append(name if known is None else f"{name}: {known.title}, {_counts(known)}{_terms(known)}")
+        lines.append(
+            name if known is None else f"{name}: {known.title}, {_counts(known)}{_terms(known)}"
+        )
     return lines
 
 

@@ -53,10 +53,14 @@ def score_dots(scores: Sequence[_Score], most: int = LINES) -> Markup:
         axes.set_xlabel("share of images answered right")
 
     height = 0.8 + (0.36 if len(names) <= 16 else 0.28) * len(names)
-    return draw_svg(draw, (WIDTH, height), "Accuracy of every ensemble and member, with its interval")
+    return draw_svg(
+        draw, (WIDTH, height), "Accuracy of every ensemble and member, with its interval"
+    )
 
 
-def learning_curve(name: str, stages: Sequence[Sequence[Mapping[str, Any]]], limits: tuple[float, float]) -> Markup:
+def learning_curve(
+    name: str, stages: Sequence[Sequence[Mapping[str, Any]]], limits: tuple[float, float]
+) -> Markup:
     """Accuracy on the select rows, epoch by epoch, of one member: stages side by side, one line per fold.
 
     Args:
@@ -75,14 +79,22 @@ def learning_curve(name: str, stages: Sequence[Sequence[Mapping[str, Any]]], lim
                 axes.axvline(start, color=LINE, linewidth=1.0)
             for history in histories:
                 _draw_stage(axes, history, start)
-            axes.text(start + width / 2, 1.03, f"stage {number}", transform=axes.get_xaxis_transform(), ha="center")
+            axes.text(
+                start + width / 2,
+                1.03,
+                f"stage {number}",
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+            )
             start += width
         axes.set(xlim=(0, start), ylim=limits, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         axes.yaxis.set_major_formatter(percent_ticks())
         axes.grid(axis="y")
 
-    return draw_svg(draw, (4.2, 2.7), f"Learning curve of {name}: accuracy on the select rows after each epoch")
+    return draw_svg(
+        draw, (4.2, 2.7), f"Learning curve of {name}: accuracy on the select rows after each epoch"
+    )
 
 
 def reliability(probs: _Array, labels: _Array, level: float) -> Markup:
@@ -97,13 +109,23 @@ def reliability(probs: _Array, labels: _Array, level: float) -> Markup:
 
     def draw(axes: Axes) -> None:
         # The bins are closed at their upper end, so the mean confidence says which bin a point is.
-        axes.bar((np.ceil(curve.confidence * _BINS) - 0.5) / _BINS, curve.n / len(labels), 0.9 / _BINS, color=LINE)
+        axes.bar(
+            (np.ceil(curve.confidence * _BINS) - 0.5) / _BINS,
+            curve.n / len(labels),
+            0.9 / _BINS,
+            color=LINE,
+        )
         for x, share, n in zip(*curve, strict=True):
             interval = stats.wilson_interval(round(share * n), int(n), level)
             axes.plot((x, x), interval, color=ACCENT, linewidth=1.2)
             axes.plot(x, share, "o", color=ACCENT, markersize=5)
         axes.plot((0, 1), (0, 1), color=SOFT, linewidth=1.0, linestyle=_DASHED)
-        axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="stated confidence", ylabel="share answered right")
+        axes.set(
+            xlim=(0, 1.02),
+            ylim=(0, 1.02),
+            xlabel="stated confidence",
+            ylabel="share answered right",
+        )
         axes.xaxis.set_major_formatter(percent_ticks())
         axes.yaxis.set_major_formatter(percent_ticks())
         axes.grid(axis="both")
@@ -133,7 +155,9 @@ def frequency_grid(right: int, low: int, high: int, of: int) -> Markup:
     label = f"{of} squares: about {right} right, between {low} and {high}"
     parts = (("sure", squares(0, low)), ("maybe", squares(low, high)), ("wrong", squares(high, of)))
     drawn = "".join(f'<path class="{name}" d="{path}"/>' for name, path in parts if path)
-    return Markup(f'<svg role="img" aria-label="{label}" viewBox="0 0 {columns} {rows}">{drawn}</svg>')
+    return Markup(
+        f'<svg role="img" aria-label="{label}" viewBox="0 0 {columns} {rows}">{drawn}</svg>'
+    )
 
 
 def optimism(rows: Sequence[Mapping[str, Any]]) -> Markup:
@@ -148,7 +172,13 @@ def optimism(rows: Sequence[Mapping[str, Any]]) -> Markup:
             a, h = row["apparent"], row["honest"]
             axes.plot(a, line, "o", color=SOFT, markersize=7, fillstyle="none", markeredgewidth=1.3)
             if a != h:
-                style = {"arrowstyle": "-|>", "color": SOFT, "shrinkA": 4, "shrinkB": 4, "linewidth": 1.2}
+                style = {
+                    "arrowstyle": "-|>",
+                    "color": SOFT,
+                    "shrinkA": 4,
+                    "shrinkB": 4,
+                    "linewidth": 1.2,
+                }
                 axes.annotate("", (h, line), (a, line), arrowprops=style)
             axes.plot(h, line, "o", color=ACCENT, markersize=7)
         _name_lines(axes, [short_name(row["name"]) for row in rows])
@@ -157,7 +187,9 @@ def optimism(rows: Sequence[Mapping[str, Any]]) -> Markup:
         axes.set_xlabel("share of images answered right")
 
     return draw_svg(
-        draw, (WIDTH, 0.8 + 0.4 * len(rows)), "Accuracy that every choice appears to reach, and really reaches"
+        draw,
+        (WIDTH, 0.8 + 0.4 * len(rows)),
+        "Accuracy that every choice appears to reach, and really reaches",
     )
 
 
@@ -178,7 +210,14 @@ def pareto(points: Sequence[Mapping[str, Any]], level: float) -> Markup:
     def draw(axes: Axes) -> None:
         for point in points:
             if not point["number"]:
-                axes.plot(np.log10(point["macs"]), point["accuracy"], "o", color=SOFT, markersize=3, alpha=0.5)
+                axes.plot(
+                    np.log10(point["macs"]),
+                    point["accuracy"],
+                    "o",
+                    color=SOFT,
+                    markersize=3,
+                    alpha=0.5,
+                )
         front = [(x, p["accuracy"]) for x, p in zip(places, numbered, strict=True) if p["front"]]
         axes.step(*zip(*front, strict=True), where="post", color=LINE, linewidth=2.5, zorder=1)
         for x, point in zip(places, numbered, strict=True):
@@ -187,7 +226,10 @@ def pareto(points: Sequence[Mapping[str, Any]], level: float) -> Markup:
         axes.set_xlim(min(every) - 0.06 * span, max(every) + 0.06 * span)
         _cost_ticks(axes)
         axes.yaxis.set_major_formatter(percent_ticks())
-        axes.set(xlabel="multiply-adds for one image", ylabel=f"answered right, with {100 * level:g}\u00a0% interval")
+        axes.set(
+            xlabel="multiply-adds for one image",
+            ylabel=f"answered right, with {100 * level:g}\u00a0% interval",
+        )
         axes.grid(axis="y")
 
     return draw_svg(draw, (WIDTH, 4.0), "Accuracy against multiply-adds for one image")
@@ -205,7 +247,11 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> Markup:
         for line, row in enumerate(rows):
             colour = ACCENT if row["sure"] else INK
             axes.plot(
-                [100 * v for v in row["interval"]], (line, line), color=colour, linewidth=2, solid_capstyle="round"
+                [100 * v for v in row["interval"]],
+                (line, line),
+                color=colour,
+                linewidth=2,
+                solid_capstyle="round",
             )
             axes.plot(
                 100 * row["difference"],
@@ -215,7 +261,9 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> Markup:
                 markersize=6,
                 fillstyle="full" if row["sure"] else "none",
             )
-        _name_lines(axes, [f"{short_name(row['a'], 20)} − {short_name(row['b'], 20)}" for row in rows])
+        _name_lines(
+            axes, [f"{short_name(row['a'], 20)} − {short_name(row['b'], 20)}" for row in rows]
+        )
         axes.set_xlabel("difference in points; right of the line the first is better")
 
     height = 0.9 + (0.36 if len(rows) <= 16 else 0.26) * len(rows)
@@ -234,7 +282,12 @@ def size_curve(curve: Mapping[str, Any]) -> Markup:
         axes.fill_between(sizes, curve["low"], curve["high"], color=LINE, alpha=0.6, linewidth=0)
         axes.plot(sizes, curve["mean"], color=SOFT, linewidth=1.5)
         axes.plot(
-            sizes, curve["ordered"], color=ACCENT, linewidth=1.8, marker="o" if len(sizes) <= 15 else "", markersize=4
+            sizes,
+            curve["ordered"],
+            color=ACCENT,
+            linewidth=1.8,
+            marker="o" if len(sizes) <= 15 else "",
+            markersize=4,
         )
         axes.set(xlim=(0.5, len(sizes) + 0.5), xlabel="number of members", ylabel="answered right")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
@@ -256,7 +309,9 @@ def _name_lines(axes: Axes, names: Sequence[str]) -> None:
 def _draw_score(axes: Axes, score: _Score, line: int, main: bool) -> None:
     if main:
         colour = ACCENT if score["kind"] == "ensemble" else INK
-        axes.plot(score["interval"], (line, line), color=colour, linewidth=2.0, solid_capstyle="round")
+        axes.plot(
+            score["interval"], (line, line), color=colour, linewidth=2.0, solid_capstyle="round"
+        )
         axes.plot(score["accuracy"], line, "o", color=colour, markersize=6)
     else:
         axes.plot(score["interval"], (line + 0.3, line + 0.3), color=SOFT, linewidth=1.0)
@@ -269,9 +324,25 @@ def _draw_cost(axes: Axes, x: float, point: Mapping[str, Any]) -> None:
     axes.plot((x, x), point["interval"], color=colour, linewidth=1.0, alpha=0.6)
     axes.plot(x, point["accuracy"], "o", color=colour, markersize=6)
     if point["chosen"]:
-        axes.plot(x, point["accuracy"], "o", color=colour, markersize=12, fillstyle="none", markeredgewidth=1.5)
-    place: Any = {"ha": "center", "va": "bottom", "fontsize": 8.0, "weight": "bold" if point["chosen"] else "normal"}
-    above = (x, 1.01 + 0.04 * (point["number"] % 3))  # on one line the numbers of neighbours would touch
+        axes.plot(
+            x,
+            point["accuracy"],
+            "o",
+            color=colour,
+            markersize=12,
+            fillstyle="none",
+            markeredgewidth=1.5,
+        )
+    place: Any = {
+        "ha": "center",
+        "va": "bottom",
+        "fontsize": 8.0,
+        "weight": "bold" if point["chosen"] else "normal",
+    }
+    above = (
+        x,
+        1.01 + 0.04 * (point["number"] % 3),
+    )  # on one line the numbers of neighbours would touch
     leader = {"arrowstyle": "-", "color": LINE, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
     axes.annotate(
         str(point["number"]),
@@ -296,7 +367,10 @@ def _cost_ticks(axes: Axes) -> None:
     powers = range(int(np.floor(low)), int(np.ceil(high)) + 1)
     for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
         ticks = [
-            step * 10.0**power for power in powers for step in steps if low <= np.log10(step * 10.0**power) <= high
+            step * 10.0**power
+            for power in powers
+            for step in steps
+            if low <= np.log10(step * 10.0**power) <= high
         ]
         if len(ticks) >= 3:
             break
@@ -325,6 +399,10 @@ def _draw_stage(axes: Axes, history: Mapping[str, Any], start: int) -> None:
         axes.plot(x[-1:], y[-1:], "x", color=SOFT, markersize=5, clip_on=False)
         return
     axes.plot(*led, color=ACCENT, linewidth=1.2)
-    best = [place for place, epoch in enumerate(history["epochs"]) if epoch["epoch"] == history["best_epoch"]]
+    best = [
+        place
+        for place, epoch in enumerate(history["epochs"])
+        if epoch["epoch"] == history["best_epoch"]
+    ]
     for place in best:
         axes.plot(x[place], y[place], "o", color=ACCENT, markersize=4, clip_on=False)

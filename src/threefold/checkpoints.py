@@ -23,7 +23,10 @@ class Checkpoint:
 
     def better_than(self, other: Checkpoint) -> bool:
         """Higher accuracy, ties broken by lower log loss (as in the authors' code)."""
-        return (self.accuracy, -float(self.losses.mean())) > (other.accuracy, -float(other.losses.mean()))
+        return (self.accuracy, -float(self.losses.mean())) > (
+            other.accuracy,
+            -float(other.losses.mean()),
+        )
 
 
 def gate(start: Checkpoint, best: Checkpoint, first: bool, on: bool) -> tuple[bool, str]:
@@ -52,4 +55,6 @@ def gate(start: Checkpoint, best: Checkpoint, first: bool, on: bool) -> tuple[bo
 def _paired(differences: np.ndarray) -> tuple[float, float]:
     """Mean and standard error of paired differences."""
     n = len(differences)
-    return float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(n)) if n > 1 else math.inf
+    return float(differences.mean()), float(
+        differences.std(ddof=1) / math.sqrt(n)
+    ) if n > 1 else math.inf

@@ -29,13 +29,21 @@ app = typer.Typer(
 )
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="Change one recipe value, e.g. train.batch_size=64."),
+    typer.Option(
+        "--set", metavar="PATH=VALUE", help="Change one recipe value, e.g. train.batch_size=64."
+    ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", help="A line per job and epoch.")]
-Mode = Annotated[str, typer.Option("--mode", help="full: every member; fast: stop where the first members are sure.")]
+Mode = Annotated[
+    str,
+    typer.Option("--mode", help="full: every member; fast: stop where the first members are sure."),
+]
 Milliseconds = Annotated[
     str,
-    typer.Option("--budget", help="Time of the model for an image, e.g. 15ms: as many members as fit, measured here."),
+    typer.Option(
+        "--budget",
+        help="Time of the model for an image, e.g. 15ms: as many members as fit, measured here.",
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", help="The run folder.")]
 
@@ -88,17 +96,28 @@ def demo(
     _show_results(run)
     out.print(f"\n{image.name} (a {truth}), asked of the exported file in a fresh process:")
     out.print(workflow.predict_elsewhere(run.dir / "model.onnx", image).rstrip())
-    _show_places(run, f"threefold serve {run.dir / 'model.onnx'}", "threefold fit FOLDER_OF_YOUR_IMAGES")
+    _show_places(
+        run, f"threefold serve {run.dir / 'model.onnx'}", "threefold fit FOLDER_OF_YOUR_IMAGES"
+    )
 
 
 @app.command()
 def fit(
     folder: Annotated[
-        Path, typer.Argument(help="One folder per class, or train/, val/, test/ with class folders inside.")
+        Path,
+        typer.Argument(
+            help="One folder per class, or train/, val/, test/ with class folders inside."
+        ),
     ],
-    out_dir: Annotated[Path | None, typer.Option("--out", help="The run folder (default runs/NAME).")] = None,
-    budget: Annotated[str, typer.Option("--budget", help="Bound on the wall time: 90s, 20m, 2h; 0 = none.")] = "20m",
-    members: Annotated[str, typer.Option("--members", help="timm names, separated by commas.")] = "",
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="The run folder (default runs/NAME).")
+    ] = None,
+    budget: Annotated[
+        str, typer.Option("--budget", help="Bound on the wall time: 90s, 20m, 2h; 0 = none.")
+    ] = "20m",
+    members: Annotated[
+        str, typer.Option("--members", help="timm names, separated by commas.")
+    ] = "",
     sets: Sets = None,
     verbose: Verbose = False,
 ) -> None:
@@ -120,15 +139,23 @@ def fit(
         )
     _show_results(run)
     _show_places(
-        run, f"threefold predict {run.dir / 'model.onnx'} IMAGE...", f"threefold serve {run.dir / 'model.onnx'}"
+        run,
+        f"threefold predict {run.dir / 'model.onnx'} IMAGE...",
+        f"threefold serve {run.dir / 'model.onnx'}",
     )
 
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A folder of images, a recipe file, or a packaged recipe's name.")],
-    budget: Annotated[str, typer.Option("--budget", help="Bound on the wall time: 90s, 20m, 2h; 0 = none.")] = "20m",
-    members: Annotated[str, typer.Option("--members", help="timm names, separated by commas (for a folder).")] = "",
+    recipe: Annotated[
+        str, typer.Argument(help="A folder of images, a recipe file, or a packaged recipe's name.")
+    ],
+    budget: Annotated[
+        str, typer.Option("--budget", help="Bound on the wall time: 90s, 20m, 2h; 0 = none.")
+    ] = "20m",
+    members: Annotated[
+        str, typer.Option("--members", help="timm names, separated by commas (for a folder).")
+    ] = "",
     sets: Sets = None,
 ) -> None:
     """Print the recipe that would run, every value written out, with reasons; or the jobs of a recipe."""
@@ -137,7 +164,12 @@ def plan(
     if Path(recipe).is_dir():
         from threefold.plan import plan_folder
 
-        made = plan_folder(recipe, parse_minutes(budget), tuple(filter(None, members.split(","))), tuple(sets or ()))
+        made = plan_folder(
+            recipe,
+            parse_minutes(budget),
+            tuple(filter(None, members.split(","))),
+            tuple(sets or ()),
+        )
         out.print(made.recipe.dump(made.explain()), markup=False)
         return
     loaded = resolve(recipe, sets or ())
@@ -154,7 +186,9 @@ def train(
     """Train, cross-validate, ensemble and score what a recipe says; run again to go on where it stopped."""
     from threefold.recipe import resolve
 
-    loaded = resolve(recipe, sets or ())  # before torch is imported: a typing error is answered at once
+    loaded = resolve(
+        recipe, sets or ()
+    )  # before torch is imported: a typing error is answered at once
     from threefold import workflow
 
     with _watched(verbose, f"threefold train {recipe} --out {out_dir}") as watcher:
@@ -166,24 +200,41 @@ def train(
 
 @app.command()
 def export(
-    run_dir: Annotated[Path, typer.Argument(help="A finished run folder; for --web alone, an exported .onnx file.")],
+    run_dir: Annotated[
+        Path, typer.Argument(help="A finished run folder; for --web alone, an exported .onnx file.")
+    ],
     target: Annotated[
-        Path, typer.Option("--out", help="The file to write: .onnx, .pt2 (torch) or .xml (OpenVINO).")
+        Path,
+        typer.Option("--out", help="The file to write: .onnx, .pt2 (torch) or .xml (OpenVINO)."),
     ] = Path("model.onnx"),
-    method: Annotated[str | None, typer.Option("--method", help="Another ensemble than the chosen one.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="Another ensemble than the chosen one.")
+    ] = None,
     members: Annotated[
-        str, typer.Option("--members", help="Only these members, separated by commas; one alone is exported as it is.")
+        str,
+        typer.Option(
+            "--members",
+            help="Only these members, separated by commas; one alone is exported as it is.",
+        ),
     ] = "",
     precision: Annotated[
-        str, typer.Option("--precision", help="Of the members' weights: float32, float16, bfloat16 or int8.")
+        str,
+        typer.Option(
+            "--precision", help="Of the members' weights: float32, float16, bfloat16 or int8."
+        ),
     ] = "float32",
     web: Annotated[
-        Path | None, typer.Option("--web", metavar="DIR", help="Write a folder that classifies in the browser, too.")
+        Path | None,
+        typer.Option(
+            "--web", metavar="DIR", help="Write a folder that classifies in the browser, too."
+        ),
     ] = None,
     web_runtime: Annotated[
         Path | None,
         typer.Option(
-            "--web-runtime", metavar="PATH", help="onnxruntime-web, a .tgz or a folder (default: npm gets it)."
+            "--web-runtime",
+            metavar="PATH",
+            help="onnxruntime-web, a .tgz or a folder (default: npm gets it).",
         ),
     ] = None,
 ) -> None:
@@ -194,18 +245,27 @@ def export(
         require_free(web)  # before the minutes that an export takes
     if run_dir.is_file():
         if web is None or method or members:
-            raise ExportError("this is an exported file", where=run_dir, fix="give a run folder, or only --web DIR")
+            raise ExportError(
+                "this is an exported file",
+                where=run_dir,
+                fix="give a run folder, or only --web DIR",
+            )
         _write_web(run_dir, web, web_runtime)
         return
     if web is not None and target.suffix != ".onnx":
-        raise ExportError("the browser reads ONNX", where=target, fix="with --web, --out ends in .onnx")
+        raise ExportError(
+            "the browser reads ONNX", where=target, fix="with --web, --out ends in .onnx"
+        )
     from threefold import workflow
     from threefold.parity import told
     from threefold.run import Run
 
-    made = workflow.export(Run.open(run_dir), target, method, [n for n in members.split(",") if n], precision)
+    made = workflow.export(
+        Run.open(run_dir), target, method, [n for n in members.split(",") if n], precision
+    )
     out.print(
-        f"{made['path']}: {made['bytes'] / 1e6:.1f} MB, {made['method']}, {precision}; {told(made)}", markup=False
+        f"{made['path']}: {made['bytes'] / 1e6:.1f} MB, {made['method']}, {precision}; {told(made)}",
+        markup=False,
     )
     if web is not None:
         _write_web(target, web, web_runtime)
@@ -220,14 +280,21 @@ def _write_web(model: Path, folder: Path, runtime: Path | None) -> None:
         "put it on any static web host",
         markup=False,
     )
-    out.print(f"next   python -m http.server --bind 127.0.0.1 --directory {made['path']} 8080", markup=False)
+    out.print(
+        f"next   python -m http.server --bind 127.0.0.1 --directory {made['path']} 8080",
+        markup=False,
+    )
 
 
 @app.command()
 def distill(
     run_dir: Annotated[Path, typer.Argument(help="A finished run folder: the teacher.")],
-    student: Annotated[str, typer.Option("--student", help="A member of the run, or any timm name.")],
-    out_dir: Annotated[Path | None, typer.Option("--out", help="The run folder (default RUN-NAME).")] = None,
+    student: Annotated[
+        str, typer.Option("--student", help="A member of the run, or any timm name.")
+    ],
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="The run folder (default RUN-NAME).")
+    ] = None,
     sets: Sets = None,
     verbose: Verbose = False,
 ) -> None:
@@ -236,7 +303,9 @@ def distill(
     from threefold.student import distill as teach
 
     target = out_dir or default_folder(run_dir, student)
-    with _watched(verbose, f"threefold distill {run_dir} --student {student} --out {target}") as watcher:
+    with _watched(
+        verbose, f"threefold distill {run_dir} --student {student} --out {target}"
+    ) as watcher:
         run = teach(run_dir, student, target, overrides=sets or (), watcher=watcher)
     _show_student(run)
     _show_places(
@@ -249,10 +318,14 @@ def distill(
 @app.command()
 def predict(
     model: Annotated[Path, typer.Argument(help="An exported model file.")],
-    images: Annotated[list[str], typer.Argument(help="Files, folders, or - for a list on standard input.")],
+    images: Annotated[
+        list[str], typer.Argument(help="Files, folders, or - for a list on standard input.")
+    ],
     top: Annotated[int, typer.Option("--top", min=1, help="How many classes to name.")] = 3,
     as_json: Json = False,
-    csv: Annotated[bool, typer.Option("--csv", help="One row per image with every probability.")] = False,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="One row per image with every probability.")
+    ] = False,
     mode: Mode = "full",
     budget: Milliseconds = "",
 ) -> None:
@@ -270,13 +343,22 @@ def predict(
 def serve(
     model: Annotated[Path, typer.Argument(help="An exported model file.")],
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="Port to listen on; 0 = any free one.")] = 8000,
+    port: Annotated[
+        int, typer.Option("--port", help="Port to listen on; 0 = any free one.")
+    ] = 8000,
     api_key: Annotated[
-        str, typer.Option("--api-key", envvar="THREEFOLD_API_KEY", help="Ask for this key.", show_default=False)
+        str,
+        typer.Option(
+            "--api-key", envvar="THREEFOLD_API_KEY", help="Ask for this key.", show_default=False
+        ),
     ] = "",
     limits: Annotated[
         list[str] | None,
-        typer.Option("--limit", metavar="NAME=NUMBER", help="Change one limit, e.g. pixels=50000000; may be repeated."),
+        typer.Option(
+            "--limit",
+            metavar="NAME=NUMBER",
+            help="Change one limit, e.g. pixels=50000000; may be repeated.",
+        ),
     ] = None,
     mode: Mode = "full",
     budget: Milliseconds = "",
@@ -299,7 +381,9 @@ def serve(
 @app.command("list")
 def list_(
     what: Annotated[str, typer.Argument(help="backbones, heads, ensembles, data or recipes.")],
-    pattern: Annotated[str, typer.Argument(help="For backbones: a pattern, e.g. '*convnext*'.")] = "*",
+    pattern: Annotated[
+        str, typer.Argument(help="For backbones: a pattern, e.g. '*convnext*'.")
+    ] = "*",
 ) -> None:
     """Name what a recipe can use."""
     from threefold.catalogue import catalogue
@@ -324,10 +408,13 @@ def _show_results(run: Run) -> None:
     for key, what in (("optimism", "optimism of"), ("audit", "suspect labels")):
         if key == "optimism" and results["optimism"]:
             most = max(results["optimism"], key=lambda line: line["difference"])
-            out.print(f"{what} {most['told']}: {100 * most['difference']:+.1f} points on the rows it was chosen on")
+            out.print(
+                f"{what} {most['told']}: {100 * most['difference']:+.1f} points on the rows it was chosen on"
+            )
         if key == "audit" and results["audit"]["n_suspects"]:
             out.print(
-                f"{what}: {results['audit']['n_suspects']}, in {run.dir / results['audit']['file']}", markup=False
+                f"{what}: {results['audit']['n_suspects']}, in {run.dir / results['audit']['file']}",
+                markup=False,
             )
 
 
@@ -352,7 +439,12 @@ def _show_student(run: Run) -> None:
 def _show_places(run: Run, *next_commands: str) -> None:
     """Where things are, and what to type next."""
     out.print()
-    for name, path in (("report", "report.html"), ("model", "model.onnx"), ("scores", "results.json"), ("run", "")):
+    for name, path in (
+        ("report", "report.html"),
+        ("model", "model.onnx"),
+        ("scores", "results.json"),
+        ("run", ""),
+    ):
         if (run.dir / path).exists():
             out.print(f"{name:7}{run.dir / path}", markup=False)
     for command in next_commands:

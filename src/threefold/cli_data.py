@@ -26,7 +26,9 @@ def register(app: typer.Typer) -> None:
     Args:
         app: the command line.
     """
-    data = typer.Typer(no_args_is_help=True, help="Get a published data set, or look at one before training on it.")
+    data = typer.Typer(
+        no_args_is_help=True, help="Get a published data set, or look at one before training on it."
+    )
     data.command("fetch")(fetch)
     data.command("check")(check)
     app.add_typer(data, name="data")
@@ -36,8 +38,12 @@ def register(app: typer.Typer) -> None:
 def fetch(
     name: Annotated[str, typer.Argument(help="A published data set: see `threefold list data`.")],
     to: Annotated[Path | None, typer.Option("--to", help="The folder (default data/NAME).")] = None,
-    extra: Annotated[bool, typer.Option("--extra", help="Also the files that data.extra needs.")] = False,
-    accept: Annotated[bool, typer.Option("--accept-licence", help="You accept the terms that are shown.")] = False,
+    extra: Annotated[
+        bool, typer.Option("--extra", help="Also the files that data.extra needs.")
+    ] = False,
+    accept: Annotated[
+        bool, typer.Option("--accept-licence", help="You accept the terms that are shown.")
+    ] = False,
 ) -> None:
     """Get a data set from where it is published: resumed, checked against its checksum, unpacked safely."""
     from threefold import fetch as fetching
@@ -49,16 +55,30 @@ def fetch(
         paths = fetching.fetch(name, folder, extra=extra, accept_licence=accept, watcher=watcher)
     for path in paths:
         out.print(f"{path}  {path.stat().st_size / 1e6:.1f} MB", markup=False)
-    out.print(f'next   threefold data check {folder} --as {name}\n       data.source = "{name}", data.root = "{folder}"', markup=False)  # fmt: skip
+    out.print(
+        f'next   threefold data check {folder} --as {name}\n       data.source = "{name}", data.root = "{folder}"',
+        markup=False,
+    )
 
 
 class _Download:
     """A progress bar on a terminal, nothing elsewhere."""
 
     def __enter__(self) -> Watcher:
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TransferSpeedColumn,
+        )
 
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+        )
         self.bar = Progress(*columns, console=out, transient=True, disable=not out.is_terminal)
         self.tasks: dict[str, Any] = {}
         self.bar.start()
@@ -74,8 +94,12 @@ class _Download:
 
 
 def check(
-    source: Annotated[str, typer.Argument(help="A folder, archive, CSV or parquet file, a recipe, or `demo`.")],
-    kind: Annotated[str, typer.Option("--as", help="The data set that lies there, if its files do not tell.")] = "",
+    source: Annotated[
+        str, typer.Argument(help="A folder, archive, CSV or parquet file, a recipe, or `demo`.")
+    ],
+    kind: Annotated[
+        str, typer.Option("--as", help="The data set that lies there, if its files do not tell.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Say what a data set holds: classes, sizes, files that cannot be read, copies, groups. Exit code 1 if a run would stop."""
@@ -83,7 +107,13 @@ def check(
 
     found = check_data(find_spec(source, kind))
     if as_json:
-        print_json({**found._asdict(), "findings": [f._asdict() for f in found.findings], "usable": found.usable})
+        print_json(
+            {
+                **found._asdict(),
+                "findings": [f._asdict() for f in found.findings],
+                "usable": found.usable,
+            }
+        )
     else:
         _show_check(found)
     if not found.usable:
@@ -91,30 +121,68 @@ def check(
 
 
 def _show_check(found: DataCheck) -> None:
-    parts = {part: sum(c.get(part, 0) for c in found.classes.values()) for part in ("train", "test")}
+    parts = {
+        part: sum(c.get(part, 0) for c in found.classes.values()) for part in ("train", "test")
+    }
     if found.classes:
         counts = [c["train"] for c in found.classes.values()]
         test = f", {parts['test']:,} test images" if parts["test"] else ", no test images"
-        out.print(f"{parts['train']:,} training images{test}, {len(found.classes)} classes ({min(counts):,} to {max(counts):,} training images each)")  # fmt: skip
+        out.print(
+            f"{parts['train']:,} training images{test}, {len(found.classes)} classes ({min(counts):,} to {max(counts):,} training images each)"
+        )
         sizes = [f"{size} ({count})" for size, count in list(found.sizes.items())[:5]]
-        out.print(f"sizes, of {sum(found.sizes.values())} looked at: {', '.join(sizes)}{' ...' if len(found.sizes) > 5 else ''}")  # fmt: skip
+        out.print(
+            f"sizes, of {sum(found.sizes.values())} looked at: {', '.join(sizes)}{' ...' if len(found.sizes) > 5 else ''}"
+        )
     if found.groups:
-        out.print(f"{len(found.groups)} groups of {min(found.groups.values()):,} to {max(found.groups.values()):,} training images")  # fmt: skip
+        out.print(
+            f"{len(found.groups)} groups of {min(found.groups.values()):,} to {max(found.groups.values()):,} training images"
+        )
     for finding in found.findings:
-        text = f"{finding.number:,} {finding.what}" if finding.number and "cannot be read" in finding.what else finding.what  # fmt: skip
+        text = (
+            f"{finding.number:,} {finding.what}"
+            if finding.number and "cannot be read" in finding.what
+            else finding.what
+        )
         out.print(f"{_MARKS[finding.level]} {escape(text)}")
     out.print("a run could begin" if found.usable else "a run would stop here")
 
 
 def reproduce(
-    name: Annotated[str, typer.Argument(metavar="ITEM", help="A table or figure of the paper; `list` names them.")] = "list",
-    scale: Annotated[str, typer.Option("--scale", help="full, small (CPU, within an hour) or smoke (made-up data).")] = "small",
-    protocol: Annotated[str, typer.Option("--protocol", help="honest, or paper: chosen on the test split, as the authors did.")] = "honest",
-    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder of the runs (default runs/reproduce/ITEM-SCALE-PROTOCOL).")] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Where the data set lies: official files, class folders, or a CSV file.")] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Train with so many seeds, and compare over them.")] = 1,
-    sets: Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change one recipe value.")] = None,
-) -> None:  # fmt: skip
+    name: Annotated[
+        str,
+        typer.Argument(metavar="ITEM", help="A table or figure of the paper; `list` names them."),
+    ] = "list",
+    scale: Annotated[
+        str,
+        typer.Option("--scale", help="full, small (CPU, within an hour) or smoke (made-up data)."),
+    ] = "small",
+    protocol: Annotated[
+        str,
+        typer.Option(
+            "--protocol", help="honest, or paper: chosen on the test split, as the authors did."
+        ),
+    ] = "honest",
+    out_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Folder of the runs (default runs/reproduce/ITEM-SCALE-PROTOCOL)."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", help="Where the data set lies: official files, class folders, or a CSV file."
+        ),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, help="Train with so many seeds, and compare over them.")
+    ] = 1,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="Change one recipe value."),
+    ] = None,
+) -> None:
     """Run a table or figure of the paper again, and show it beside the paper's values."""
     from threefold.paper_items import item
     from threefold.scales import check_words
@@ -137,7 +205,10 @@ def reproduce(
         err.print("[yellow]stopped[/]; what is done is kept. The same command goes on")
         raise SystemExit(130) from None
     _show_found(found)
-    out.print(f"\nfigure {draw_figure(found, folder / 'reproduce.png')}\nvalues {folder / 'reproduce.json'}", markup=False)  # fmt: skip
+    out.print(
+        f"\nfigure {draw_figure(found, folder / 'reproduce.png')}\nvalues {folder / 'reproduce.json'}",
+        markup=False,
+    )
 
 
 def _show_items(root: Path) -> None:
@@ -150,7 +221,9 @@ def _show_items(root: Path) -> None:
     for column in names:
         table.add_column(column, no_wrap=column == "item")
     for line in lines:
-        table.add_row(*(escape(line[key]) for key in ("name", "title", "data", "state")[: len(names)]))
+        table.add_row(
+            *(escape(line[key]) for key in ("name", "title", "data", "state")[: len(names)])
+        )
     for figure, same in SAME.items():
         table.add_row(figure, f"the values of {same}")
     for figure, what in PICTURES.items():
@@ -158,17 +231,27 @@ def _show_items(root: Path) -> None:
     out.print(table)
     if not done:
         out.print(f"none of them has been run in {root}", markup=False)
-    out.print("next   threefold reproduce ITEM [--scale full|small|smoke] [--protocol honest|paper] [--data FOLDER]", markup=False)  # fmt: skip
+    out.print(
+        "next   threefold reproduce ITEM [--scale full|small|smoke] [--protocol honest|paper] [--data FOLDER]",
+        markup=False,
+    )
 
 
 def _show_found(found: Mapping[str, Any]) -> None:
     """Our values beside the paper's, then the tests and what has to be said."""
     kinds = {_kind(cell) for cell in found["cells"] if cell["ours"] is not None}
     one = f", {kinds.pop()} images" if len(kinds) == 1 else ""
-    out.print(f"{found['title']}: {found['scale']}, protocol {found['protocol']}, {len(found['seeds'])} seed{'s' * (len(found['seeds']) > 1)}{one}")  # fmt: skip
+    out.print(
+        f"{found['title']}: {found['scale']}, protocol {found['protocol']}, {len(found['seeds'])} seed{'s' * (len(found['seeds']) > 1)}{one}"
+    )
     network = found["scale"] == "small"  # what stands in for the one in the row's name
     table = _table(
-        "", "paper", "ours", "95 % interval", *([] if one else ["rows"]), *(["network here"] if network else [])
+        "",
+        "paper",
+        "ours",
+        "95 % interval",
+        *([] if one else ["rows"]),
+        *(["network here"] if network else []),
     )
     for cell in found["cells"]:
         there = cell["ours"] is not None
@@ -184,7 +267,9 @@ def _show_found(found: Mapping[str, Any]) -> None:
         _show_stages(found["stages"])
     for line in found["comparisons"]:
         low, high = line["interval"]
-        out.print(f"  {escape(line['a'])} - {escape(line['b'])}: {line['difference']:+.4f} ({low:+.4f} to {high:+.4f}); {escape(line['verdict'])}")  # fmt: skip
+        out.print(
+            f"  {escape(line['a'])} - {escape(line['b'])}: {line['difference']:+.4f} ({low:+.4f} to {high:+.4f}); {escape(line['verdict'])}"
+        )
     for note in found["notes"]:
         out.print(f"[yellow]note[/] {escape(note)}")
 
@@ -194,7 +279,9 @@ def _table(*names: str) -> Table:
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in names:
         words = name in ("", "rows", "network here", "run", "member", "stage")
-        table.add_column(name, justify="left" if words else "right", no_wrap=True, min_width=None if words else 6)
+        table.add_column(
+            name, justify="left" if words else "right", no_wrap=True, min_width=None if words else 6
+        )
     return table
 
 
@@ -205,7 +292,11 @@ def _kind(cell: Mapping[str, Any]) -> str:
 def _network(cell: Mapping[str, Any]) -> str:
     """timm's name without where its weights are from."""
     joined = str(cell.get("backbone", "")).split(" + ")
-    return f"{len(joined)} joined" if len(joined) > 1 else escape(joined[0].partition(".")[0].removeprefix("tf_"))
+    return (
+        f"{len(joined)} joined"
+        if len(joined) > 1
+        else escape(joined[0].partition(".")[0].removeprefix("tf_"))
+    )
 
 
 def _figures(cell: Mapping[str, Any]) -> Sequence[str]:
@@ -222,5 +313,13 @@ def _show_stages(stages: Sequence[Mapping[str, Any]]) -> None:
     table = _table(*runs, "member", "stage", "rate", "authors", "select rows", "folds kept")
     for s in stages:
         paper = f"{s['paper']:.4f}" if s["paper"] is not None else "-"
-        table.add_row(*(s[key] for key in runs), s["member"], s["stage"], f"{s['lr']:g}", paper, f"{s['best']:.4f}", f"{s['kept']} of {s['folds']}")  # fmt: skip
+        table.add_row(
+            *(s[key] for key in runs),
+            s["member"],
+            s["stage"],
+            f"{s['lr']:g}",
+            paper,
+            f"{s['best']:.4f}",
+            f"{s['kept']} of {s['folds']}",
+        )
     out.print(table)

@@ -20,17 +20,22 @@ Sources = Annotated[
     ),
 ]
 Members = Annotated[
-    list[str] | None, typer.Option("--members", help="Only these members; may be repeated or separated by commas.")
+    list[str] | None,
+    typer.Option("--members", help="Only these members; may be repeated or separated by commas."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Html = Annotated[Path | None, typer.Option("--html", help="Write a page of it, too.")]
 
 Labels = Annotated[
     Path | None,
-    typer.Option("--labels", help="A table with label and id for files without labels; folder = from the paths."),
+    typer.Option(
+        "--labels",
+        help="A table with label and id for files without labels; folder = from the paths.",
+    ),
 ]
 Classes = Annotated[
-    Path | None, typer.Option("--classes", help="A text file of class names, one a line, for files without.")
+    Path | None,
+    typer.Option("--classes", help="A text file of class names, one a line, for files without."),
 ]
 
 
@@ -44,14 +49,22 @@ def ensemble(
     sources: Sources,
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", help="auto, or names of `threefold list ensembles`; may be repeated."),
+        typer.Option(
+            "--method", help="auto, or names of `threefold list ensembles`; may be repeated."
+        ),
     ] = None,
     members: Members = None,
     top: Annotated[
-        int, typer.Option("--top", min=0, help="Combine only so many, the most accurate out of fold; 0 = all.")
+        int,
+        typer.Option(
+            "--top", min=0, help="Combine only so many, the most accurate out of fold; 0 = all."
+        ),
     ] = 0,
     reopen: Annotated[
-        bool, typer.Option("--reopen-test", help="Score on a run's test rows again; the run folder notes it.")
+        bool,
+        typer.Option(
+            "--reopen-test", help="Score on a run's test rows again; the run folder notes it."
+        ),
     ] = False,
     labels: Labels = None,
     classes: Classes = None,
@@ -61,9 +74,13 @@ def ensemble(
     """Combine saved predictions, from a run or from anywhere, and score the result."""
     from threefold.saved import Beside, ensemble_tree, evaluate_saved
 
-    found = evaluate_saved(sources, _split(method) or ["auto"], _split(members), top, reopen, Beside(labels, classes))
+    found = evaluate_saved(
+        sources, _split(method) or ["auto"], _split(members), top, reopen, Beside(labels, classes)
+    )
     tree = ensemble_tree(sources, found)
-    shown = [score for score in tree["scores"] if score["rows"] == found.rows.kind]  # the page is about these rows
+    shown = [
+        score for score in tree["scores"] if score["rows"] == found.rows.kind
+    ]  # the page is about these rows
     _page(html, {**tree, "scores": shown}, found.probs, found.rows.labels)
     if as_json:
         print_json(tree)
@@ -79,7 +96,9 @@ def ensemble(
     expected = found.expected
     low, high = expected["interval"]
     told = f"{expected['n']:,} {expected['told']}"
-    out.print(f"\nExpect [bold]{expected['accuracy']:.1%}[/] of new images to be right (95 % interval {low:.1%} to {high:.1%}; {plain(told)}).")  # fmt: skip
+    out.print(
+        f"\nExpect [bold]{expected['accuracy']:.1%}[/] of new images to be right (95 % interval {low:.1%} to {high:.1%}; {plain(told)})."
+    )
     _told(html)
 
 
@@ -126,7 +145,9 @@ def compare(
             help="PATH or PATH:MEMBER, two or more; PATH:A+B is the mean of members; A1,A2,A3 are seeds of one recipe; one alone: its members."
         ),
     ],
-    shared: Annotated[bool, typer.Option("--shared", help="Compare on the rows that all of them have.")] = False,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="Compare on the rows that all of them have.")
+    ] = False,
     labels: Labels = None,
     classes: Classes = None,
     as_json: Json = False,
@@ -150,7 +171,9 @@ def compare(
         out.print(f"  {plain(verdict_line(pair))}")
     if "cochran_q" in tree:
         q = tree["cochran_q"]
-        out.print(f"  all together: Cochran's Q {q['q']:.2f}, {q['df']} degrees of freedom, p = {q['p']:.2g}")
+        out.print(
+            f"  all together: Cochran's Q {q['q']:.2f}, {q['df']} degrees of freedom, p = {q['p']:.2g}"
+        )
     for line in tree["warnings"]:
         out.print(f"  {plain(line)}")
     _told(html)
@@ -159,7 +182,8 @@ def compare(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="One or more finished run folders.")],
     target: Annotated[
-        Path | None, typer.Option("--out", help="The file to write (default: report.html in the first run).")
+        Path | None,
+        typer.Option("--out", help="The file to write (default: report.html in the first run)."),
     ] = None,
 ) -> None:
     """Write the HTML report of one run, or of several side by side."""
@@ -176,7 +200,9 @@ def _page(html: Path | None, tree: dict[str, Any], probs: np.ndarray, labels: np
     if html is not None:
         from threefold.page import write_page
 
-        write_page(html, ", ".join(Path(source).name for source in tree["source"]), tree, probs, labels)
+        write_page(
+            html, ", ".join(Path(source).name for source in tree["source"]), tree, probs, labels
+        )
 
 
 def _told(html: Path | None) -> None:

@@ -56,13 +56,23 @@ def check_names(names: Sequence[str], where: str | Path) -> None:
     if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
         mark = next(mark for mark in ";\t|" if mark in names[0])
         got = "tabs" if mark == "\t" else mark
-        raise DataError("the columns are not separated by commas", where=where, got=got, fix='to_csv(..., sep=",")')
+        raise DataError(
+            "the columns are not separated by commas",
+            where=where,
+            got=got,
+            fix='to_csv(..., sep=",")',
+        )
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice and twice[0]:
         raise DataError("two columns have the same name", where=where, got=twice[0])
     if not names or "" in names:
         fix = "leave the row numbers out: to_csv(..., index=False)"
-        raise DataError("a column has no name", where=where, got=",".join(names)[:80] or "an empty line", fix=fix)
+        raise DataError(
+            "a column has no name",
+            where=where,
+            got=",".join(names)[:80] or "an empty line",
+            fix=fix,
+        )
 
 
 def read_csv(path: Path, choose: Chooser) -> Table:
@@ -91,11 +101,18 @@ def read_csv(path: Path, choose: Chooser) -> Table:
                 count += 1
                 if len(row) != len(header):
                     expected = f"{len(header)} cells as in the header"
-                    raise DataError("a row has too many or too few cells", where=f"{path} line {reader.line_num}",
-                                    expected=expected, got=len(row))  # fmt: skip
+                    raise DataError(
+                        "a row has too many or too few cells",
+                        where=f"{path} line {reader.line_num}",
+                        expected=expected,
+                        got=len(row),
+                    )
                 if "" in row:
-                    raise DataError("a cell is empty", where=f"{path} line {reader.line_num}",
-                                    got=f"column {header[row.index('')]}")  # fmt: skip
+                    raise DataError(
+                        "a cell is empty",
+                        where=f"{path} line {reader.line_num}",
+                        got=f"column {header[row.index('')]}",
+                    )
                 for cells, i in zip(text, others, strict=True):
                     cells.append(shared.setdefault(row[i], row[i]))  # ids come back once per member
                 try:
@@ -103,14 +120,22 @@ def read_csv(path: Path, choose: Chooser) -> Table:
                 except ValueError:
                     _refuse_text(row, header, at, f"{path} line {reader.line_num}")
     except UnicodeDecodeError as error:
-        raise DataError("the CSV file is not UTF-8", where=path, got=f"byte {error.object[error.start]:#x}",
-                        fix='to_csv(..., encoding="utf-8")') from None  # fmt: skip
+        raise DataError(
+            "the CSV file is not UTF-8",
+            where=path,
+            got=f"byte {error.object[error.start]:#x}",
+            fix='to_csv(..., encoding="utf-8")',
+        ) from None
     except (OSError, csv.Error) as error:
-        raise DataError("cannot read the CSV file", where=path, got=getattr(error, "strerror", "") or error) from None
+        raise DataError(
+            "cannot read the CSV file", where=path, got=getattr(error, "strerror", "") or error
+        ) from None
     if not count:
         raise DataError("the table has a header and no rows", where=path, fix=WHOLE)
     columns = {header[i]: cells for i, cells in zip(others, text, strict=True)}
-    return Table(where, columns, names, np.frombuffer(numbers, np.float64).reshape(count, len(names)))
+    return Table(
+        where, columns, names, np.frombuffer(numbers, np.float64).reshape(count, len(names))
+    )
 
 
 def _refuse_text(row: list[str], header: list[str], at: list[int], where: str) -> None:
@@ -120,8 +145,13 @@ def _refuse_text(row: list[str], header: list[str], at: list[int], where: str) -
         except ValueError:
             comma = row[i].count(",") == 1 and row[i].replace(",", "").isdigit()
             fix = "write decimal points, not commas" if comma else ""
-            raise DataError("a number column holds text", where=f"{where}, column {header[i]}",
-                            expected="a probability", got=row[i][:60], fix=fix) from None  # fmt: skip
+            raise DataError(
+                "a number column holds text",
+                where=f"{where}, column {header[i]}",
+                expected="a probability",
+                got=row[i][:60],
+                fix=fix,
+            ) from None
 
 
 def read_parquet(path: Path, choose: Chooser) -> Table:
@@ -139,7 +169,13 @@ def read_parquet(path: Path, choose: Chooser) -> Table:
             names = tuple(choose(header, str(path)))
             rows = int(file.metadata.num_rows)
             limit(rows * len(header) * 8, path)
-            limit(sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)), path)
+            limit(
+                sum(
+                    file.metadata.row_group(i).total_byte_size
+                    for i in range(file.metadata.num_row_groups)
+                ),
+                path,
+            )
             table = file.read()
         _refuse_cells(table, names, path)
         text = {name: _cells(table.column(name)) for name in header if name not in names}
@@ -148,8 +184,12 @@ def read_parquet(path: Path, choose: Chooser) -> Table:
             numbers[:, i] = table.column(name).to_numpy()
     except DataError:
         raise
-    except Exception as error:  # pyarrow raises errors of many types on damaged files, some only as cells are read
-        raise DataError("cannot read the parquet file", where=path, got=str(error)[:160], fix=WHOLE) from None
+    except (
+        Exception
+    ) as error:  # pyarrow raises errors of many types on damaged files, some only as cells are read
+        raise DataError(
+            "cannot read the parquet file", where=path, got=str(error)[:160], fix=WHOLE
+        ) from None
     return Table(str(path), text, names, numbers)
 
 
@@ -181,7 +221,9 @@ def pyarrow(part: str = "") -> Any:
     try:
         return importlib.import_module("pyarrow" + part)
     except ImportError:
-        raise DataError("parquet needs the package pyarrow", fix="pip install 'threefold[parquet]'") from None
+        raise DataError(
+            "parquet needs the package pyarrow", fix="pip install 'threefold[parquet]'"
+        ) from None
 
 
 def read_json(path: Path, choose: Chooser) -> Table:
@@ -194,8 +236,13 @@ def read_json(path: Path, choose: Chooser) -> Table:
     """
     if path.stat().st_size > MAX_JSON:
         got = f"{path.stat().st_size >> 20} MiB"
-        raise DataError("the JSON file is too large", where=path, expected=f"at most {MAX_JSON >> 20} MiB", got=got,
-                        fix="save .csv or .parquet")  # fmt: skip
+        raise DataError(
+            "the JSON file is too large",
+            where=path,
+            expected=f"at most {MAX_JSON >> 20} MiB",
+            got=got,
+            fix="save .csv or .parquet",
+        )
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
@@ -206,7 +253,9 @@ def read_json(path: Path, choose: Chooser) -> Table:
     try:
         tree = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError("cannot read the JSON file", where=path, got=str(error)[:160], fix=WHOLE) from None
+        raise DataError(
+            "cannot read the JSON file", where=path, got=str(error)[:160], fix=WHOLE
+        ) from None
     rows = _rows(tree)
     if not rows:
         raise DataError("the JSON file is not a table", where=path, expected="rows with columns")
@@ -216,22 +265,40 @@ def read_json(path: Path, choose: Chooser) -> Table:
     numbers = np.empty((len(rows), len(names)), np.float64)
     for i, row in enumerate(rows):
         if list(row) != header or None in row.values():
-            raise DataError("a row differs from the others or has an empty cell", where=f"{path} row {i}",
-                            expected=", ".join(header)[:80], got=", ".join(map(str, row.values()))[:80])  # fmt: skip
+            raise DataError(
+                "a row differs from the others or has an empty cell",
+                where=f"{path} row {i}",
+                expected=", ".join(header)[:80],
+                got=", ".join(map(str, row.values()))[:80],
+            )
         for j, name in enumerate(names):
-            if isinstance(row[name], bool) or not isinstance(row[name], int | float) or abs(row[name]) > 1e300:
-                raise DataError("a number column holds something else", where=f"{path} row {i}, column {name}",
-                                got=str(row[name])[:60])  # fmt: skip
+            if (
+                isinstance(row[name], bool)
+                or not isinstance(row[name], int | float)
+                or abs(row[name]) > 1e300
+            ):
+                raise DataError(
+                    "a number column holds something else",
+                    where=f"{path} row {i}, column {name}",
+                    got=str(row[name])[:60],
+                )
             numbers[i, j] = row[name]
-    text = {name: [row[name] if isinstance(row[name], list) else str(row[name]) for row in rows]
-            for name in header if name not in names}  # fmt: skip
+    text = {
+        name: [row[name] if isinstance(row[name], list) else str(row[name]) for row in rows]
+        for name in header
+        if name not in names
+    }
     return Table(str(path), text, names, numbers)
 
 
 def _rows(tree: Any) -> list[dict[str, Any]]:
     """The rows of any of the three forms; none where it is no table."""
     rows: Iterable[Any] = tree if isinstance(tree, list) else ()
-    if isinstance(tree, dict) and isinstance(tree.get("columns"), list) and isinstance(tree.get("data"), list):
+    if (
+        isinstance(tree, dict)
+        and isinstance(tree.get("columns"), list)
+        and isinstance(tree.get("data"), list)
+    ):
         header = [str(name) for name in tree["columns"]]
         whole = all(isinstance(row, list) and len(row) == len(header) for row in tree["data"])
         rows = [dict(zip(header, row, strict=True)) for row in tree["data"]] if whole else ()

@@ -36,7 +36,9 @@ class Ensemble(ABC):
     seen_: Seen | None = None
     _state: ClassVar[tuple[str, ...]] = ()
 
-    def fit(self, probs: npt.ArrayLike, labels: npt.ArrayLike, ids: Sequence[str] | None = None) -> Self:
+    def fit(
+        self, probs: npt.ArrayLike, labels: npt.ArrayLike, ids: Sequence[str] | None = None
+    ) -> Self:
         """Learn from probabilities (m, n, k) and labels (n,); `ids` (n) declare the rows that are seen by it.
 
         Raises:
@@ -44,7 +46,9 @@ class Ensemble(ABC):
         """
         array = check_probs(probs, 3)
         if ids is not None and len(ids) != array.shape[1]:
-            raise DataError("ids do not match the probabilities", expected=array.shape[1], got=len(ids))
+            raise DataError(
+                "ids do not match the probabilities", expected=array.shape[1], got=len(ids)
+            )
         self.fit_checked(array, check_labels(labels, *array.shape[1:]))
         self.seen_ = Seen.of(ids) if ids is not None and self.needs_fit else None
         return self
@@ -88,7 +92,9 @@ class Ensemble(ABC):
         for name in cls._state:
             if name not in state:
                 raise DataError(
-                    f"not the state of a {cls.__name__}", expected=", ".join(cls._state), got=", ".join(state)
+                    f"not the state of a {cls.__name__}",
+                    expected=", ".join(cls._state),
+                    got=", ".join(state),
                 )
             setattr(ensemble, name, np.asarray(state[name]))
         return ensemble
@@ -105,7 +111,11 @@ class Ensemble(ABC):
 
     def _require_fit(self) -> None:
         if self.needs_fit and not hasattr(self, self._state[0]):
-            raise RunError("the ensemble is not fitted", where=type(self).__name__, fix="call fit(probs, labels) first")
+            raise RunError(
+                "the ensemble is not fitted",
+                where=type(self).__name__,
+                fix="call fit(probs, labels) first",
+            )
 
 
 class MeanEnsemble(Ensemble):
@@ -143,7 +153,10 @@ class PrunedEnsemble(Ensemble):
     def __init__(self, keep: int = 1) -> None:
         if keep < 1:
             raise RecipeError(
-                "a pruned ensemble keeps at least one value", where="keep", expected="1 or more", got=keep
+                "a pruned ensemble keeps at least one value",
+                where="keep",
+                expected="1 or more",
+                got=keep,
             )
         self.keep = keep
 

@@ -52,9 +52,16 @@ def compare_saved(
         DataError: fewer than two contenders or more than MOST, a name is ambiguous, or the predictions do not belong together.
         RunError: a run folder is not complete.
     """
-    contenders = _expand(sources[0], beside) if len(sources) == 1 else [_read(s, beside) for s in sources]
+    contenders = (
+        _expand(sources[0], beside) if len(sources) == 1 else [_read(s, beside) for s in sources]
+    )
     if not 2 <= len(contenders) <= MOST:
-        raise DataError("cannot compare", expected=f"2 to {MOST} contenders", got=len(contenders), fix="name them: A B, or FILE:MEMBER")  # fmt: skip
+        raise DataError(
+            "cannot compare",
+            expected=f"2 to {MOST} contenders",
+            got=len(contenders),
+            fix="name them: A B, or FILE:MEMBER",
+        )
     rows = _joined(contenders, shared)
     starts = np.cumsum([0, *(len(c.rows.members) for c in contenders)])
     probs = [rows.probs[a:b] for a, b in pairwise(starts)]
@@ -62,10 +69,16 @@ def compare_saved(
     hits = [part.argmax(-1) == rows.labels for part in probs]
     pairs = _pairs(rows, names, hits)
     tree = {
-        "kind": "compare", "source": list(sources), "n": len(rows), "classes": list(rows.classes), "chosen": None, "chosen_reason": "",
+        "kind": "compare",
+        "source": list(sources),
+        "n": len(rows),
+        "classes": list(rows.classes),
+        "chosen": None,
+        "chosen_reason": "",
         "scores": [_score(rows, name, part) for name, part in zip(names, probs, strict=True)],
-        "comparisons": pairs, "warnings": _warnings(rows, contenders),
-    }  # fmt: skip
+        "comparisons": pairs,
+        "warnings": _warnings(rows, contenders),
+    }
     if len(names) > 2 and all(len(part) == 1 for part in hits):
         test = paired.cochran_q(np.concatenate(hits))
         tree["cochran_q"] = {"q": test.q, "df": test.df, "p": test.p}
@@ -108,7 +121,12 @@ def _read_one(source: str, beside: Beside | None) -> _Contender:
     if name:
         return _Contender(f"{path.stem}:{name}", _picked(rows, name))
     if len(rows.members) > 1:
-        raise DataError("the file has several members", where=path, expected=f"one, for example {path}:{rows.members[0]}", got=", ".join(rows.members[:5]))  # fmt: skip
+        raise DataError(
+            "the file has several members",
+            where=path,
+            expected=f"one, for example {path}:{rows.members[0]}",
+            got=", ".join(rows.members[:5]),
+        )
     return _Contender(path.stem, rows)
 
 
@@ -146,13 +164,23 @@ def _joined(contenders: Sequence[_Contender], shared: bool) -> Predictions:
     names = [contender.name for contender in contenders]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise DataError("two contenders have the same name", got=twice, fix="rename a file or folder")
-    parts = [replace(c.rows, members=tuple(f"{c.name}/{m}" for m in c.rows.members)) for c in contenders]
+        raise DataError(
+            "two contenders have the same name", got=twice, fix="rename a file or folder"
+        )
+    parts = [
+        replace(c.rows, members=tuple(f"{c.name}/{m}" for m in c.rows.members)) for c in contenders
+    ]
     if shared:
         common = set.intersection(*(set(part.ids) for part in parts))
         if not common:
-            raise DataError("no row is in all of them", expected=f"ids such as {parts[0].ids[0]}", got=parts[1].ids[0])
-        parts = [part.rows([i for i, name in enumerate(part.ids) if name in common]) for part in parts]
+            raise DataError(
+                "no row is in all of them",
+                expected=f"ids such as {parts[0].ids[0]}",
+                got=parts[1].ids[0],
+            )
+        parts = [
+            part.rows([i for i, name in enumerate(part.ids) if name in common]) for part in parts
+        ]
     return join_predictions(parts)
 
 
@@ -165,37 +193,73 @@ def _score(rows: Predictions, name: str, probs: np.ndarray) -> dict[str, Any]:
         for key in ("accuracy", "log_loss", "ece", "brier", "balanced_accuracy", "macro_f1"):
             table[key] = float(np.mean([t[key] for t in tables]))
         table["seeds"] = [t["accuracy"] for t in tables]
-    return {**table, "name": name, "kind": "contender", "rows": rows.kind, "protocol": rows.protocol, "fitted_on": "", "apparent": rows.protocol == "taught"}  # fmt: skip
+    return {
+        **table,
+        "name": name,
+        "kind": "contender",
+        "rows": rows.kind,
+        "protocol": rows.protocol,
+        "fitted_on": "",
+        "apparent": rows.protocol == "taught",
+    }
 
 
-def _pairs(rows: Predictions, names: Sequence[str], hits: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+def _pairs(
+    rows: Predictions, names: Sequence[str], hits: Sequence[np.ndarray]
+) -> list[dict[str, Any]]:
     """A line per pair, p-values under Holm's correction over all pairs."""
-    lines = [_pair(rows, names[i], names[j], hits[i], hits[j]) for i, j in combinations(range(len(names)), 2)]
+    lines = [
+        _pair(rows, names[i], names[j], hits[i], hits[j])
+        for i, j in combinations(range(len(names)), 2)
+    ]
     for line, p in zip(lines, paired.holm([line["p_alone"] for line in lines]), strict=True):
         line["p"] = float(p)
         line["verdict"] = _verdict(line, len(rows), rows.groups is not None)
     return lines
 
 
-def _pair(rows: Predictions, a: str, b: str, hits_a: np.ndarray, hits_b: np.ndarray) -> dict[str, Any]:
+def _pair(
+    rows: Predictions, a: str, b: str, hits_a: np.ndarray, hits_b: np.ndarray
+) -> dict[str, Any]:
     line: dict[str, Any] = {"a": a, "b": b, "rows": rows.kind}
     if len(hits_a) == len(hits_b) > 1:
         seeds = paired.seeds_difference(hits_a, hits_b, rows.groups)
-        line |= {"difference": seeds.estimate, "interval": [seeds.low, seeds.high], "p_alone": seeds.p, "seeds": list(seeds.per_seed)}  # fmt: skip
-        return line | {"test": f"{len(hits_a)} seeds, crossed random effects", "only_a": None, "only_b": None}
+        line |= {
+            "difference": seeds.estimate,
+            "interval": [seeds.low, seeds.high],
+            "p_alone": seeds.p,
+            "seeds": list(seeds.per_seed),
+        }
+        return line | {
+            "test": f"{len(hits_a)} seeds, crossed random effects",
+            "only_a": None,
+            "only_b": None,
+        }
     if len(hits_a) != len(hits_b):
-        raise DataError("seeds are paired", where=f"{a} and {b}", expected="as many of one as of the other", got=f"{len(hits_a)} and {len(hits_b)}")  # fmt: skip
+        raise DataError(
+            "seeds are paired",
+            where=f"{a} and {b}",
+            expected="as many of one as of the other",
+            got=f"{len(hits_a)} and {len(hits_b)}",
+        )
     one, other = hits_a[0], hits_b[0]
     test = paired.mcnemar_exact(one, other, rows.groups)
     found = paired.paired_bootstrap(one, other, rows.groups)
     told = "exact McNemar" if rows.groups is None else "McNemar over whole groups"
-    line |= {"difference": found.estimate, "interval": [found.low, found.high], "p_alone": test.p, "test": told}
+    line |= {
+        "difference": found.estimate,
+        "interval": [found.low, found.high],
+        "p_alone": test.p,
+        "test": told,
+    }
     return line | {"only_a": test.only_a, "only_b": test.only_b, **_over_folds(rows, one, other)}
 
 
 def pair_members(rows: Predictions) -> list[dict[str, Any]]:
     """Every pair of the members of some predictions, as `compare_saved` has them."""
-    return _pairs(rows, rows.members, [(probs.argmax(-1) == rows.labels)[None] for probs in rows.probs])
+    return _pairs(
+        rows, rows.members, [(probs.argmax(-1) == rows.labels)[None] for probs in rows.probs]
+    )
 
 
 def _over_folds(rows: Predictions, a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
@@ -204,14 +268,24 @@ def _over_folds(rows: Predictions, a: np.ndarray, b: np.ndarray) -> dict[str, An
     if folds is None or (folds < 0).any() or len(np.unique(folds)) < 2:
         return {}
     first, second = ([hits[folds == fold].mean() for fold in np.unique(folds)] for hits in (a, b))
-    return {"p_over_folds": paired.corrected_t_test(first, second, n_fit=len(first) - 1, n_score=1).p}
+    return {
+        "p_over_folds": paired.corrected_t_test(first, second, n_fit=len(first) - 1, n_score=1).p
+    }
 
 
 def _verdict(line: dict[str, Any], n: int, grouped: bool) -> str:
     if line["only_a"] is not None:
-        return paired.verdict(line["a"], line["b"], line["only_a"], line["only_b"], line["p"], test=line["test"], n=0 if grouped else n)  # fmt: skip
+        return paired.verdict(
+            line["a"],
+            line["b"],
+            line["only_a"],
+            line["only_b"],
+            line["p"],
+            test=line["test"],
+            n=0 if grouped else n,
+        )
     low, high = line["interval"]
-    shown = f"{100 * line['difference']:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}] ({line['test']}, p = {line['p']:.2g})"  # fmt: skip
+    shown = f"{100 * line['difference']:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}] ({line['test']}, p = {line['p']:.2g})"
     if line["p"] > 0.05:
         return f"no evidence of a difference: {shown}"
     better, worse = (line["a"], line["b"]) if line["difference"] > 0 else (line["b"], line["a"])
@@ -221,11 +295,17 @@ def _verdict(line: dict[str, Any], n: int, grouped: bool) -> str:
 def _warnings(rows: Predictions, contenders: Sequence[_Contender]) -> list[str]:
     warnings = []
     if rows.kind == "foreign":
-        warnings.append("predictions from elsewhere: that no model was trained or chosen on these rows is not known")
+        warnings.append(
+            "predictions from elsewhere: that no model was trained or chosen on these rows is not known"
+        )
     if any(c.rows.protocol == "paper" for c in contenders):
-        warnings.append("protocol paper: checkpoints were chosen on rows that are scored, which flatters")
+        warnings.append(
+            "protocol paper: checkpoints were chosen on rows that are scored, which flatters"
+        )
     if any(c.rows.protocol == "taught" for c in contenders):
-        warnings.append("apparent: the teachers of a student learned from the labels of these rows, which flatters it")
+        warnings.append(
+            "apparent: the teachers of a student learned from the labels of these rows, which flatters it"
+        )
     lost = max(len(c.rows) for c in contenders) - len(rows)
     if lost:
         warnings.append(f"{lost:,} rows are not in all of them and were left out")

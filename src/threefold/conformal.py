@@ -79,7 +79,9 @@ def conformal_quantile(scores: npt.ArrayLike, alpha: float) -> float:
     array = np.asarray(scores, dtype=np.float64)
     if array.ndim != 1 or np.isnan(array).any():
         raise DataError("scores must be a list of numbers", got=f"shape {array.shape}")
-    rank = math.ceil((len(array) + 1) * (1 - alpha) - 1e-9)  # 10 * (1 - 0.1) is a little above 9 in floating point
+    rank = math.ceil(
+        (len(array) + 1) * (1 - alpha) - 1e-9
+    )  # 10 * (1 - 0.1) is a little above 9 in floating point
     return float(np.partition(array, rank - 1)[rank - 1]) if rank <= len(array) else math.inf
 
 
@@ -95,7 +97,9 @@ def conformity_scores(probs: npt.ArrayLike, method: Method = "lac") -> np.ndarra
     """
     array = check_probs(probs, 2).astype(np.float64)
     if method not in get_args(Method):
-        raise DataError("unknown conformal method", expected=" or ".join(get_args(Method)), got=method)
+        raise DataError(
+            "unknown conformal method", expected=" or ".join(get_args(Method)), got=method
+        )
     if method == "lac":
         return np.asarray(1 - array)
     order = np.argsort(-array, axis=-1, kind="stable")
@@ -132,9 +136,13 @@ class ConformalSets:
     n_: int
     k_: int
 
-    def __init__(self, method: Method = "lac", *, by_class: bool = False, never_empty: bool = True) -> None:
+    def __init__(
+        self, method: Method = "lac", *, by_class: bool = False, never_empty: bool = True
+    ) -> None:
         if method not in get_args(Method):
-            raise DataError("unknown conformal method", expected=" or ".join(get_args(Method)), got=method)
+            raise DataError(
+                "unknown conformal method", expected=" or ".join(get_args(Method)), got=method
+            )
         self.method, self.by_class, self.never_empty = method, by_class, never_empty
 
     def fit(self, probs: npt.ArrayLike, labels: npt.ArrayLike, alpha: float = 0.1) -> Self:
@@ -172,13 +180,19 @@ class ConformalSets:
         self._require_fit()
         scores = conformity_scores(probs, self.method)
         if scores.shape[1] != self.k_:
-            raise DataError("the sets were fitted on other classes", expected=f"{self.k_} classes", got=scores.shape[1])
+            raise DataError(
+                "the sets were fitted on other classes",
+                expected=f"{self.k_} classes",
+                got=scores.shape[1],
+            )
         sets = scores <= self.thresholds_
         if self.never_empty:
             sets[np.arange(len(sets)), np.asarray(probs).argmax(-1)] = True
         return np.asarray(sets)
 
-    def measure(self, probs: npt.ArrayLike, labels: npt.ArrayLike, groups: npt.ArrayLike | None = None) -> Coverage:
+    def measure(
+        self, probs: npt.ArrayLike, labels: npt.ArrayLike, groups: npt.ArrayLike | None = None
+    ) -> Coverage:
         """Coverage and size of the sets on rows that `fit` has not seen; groups (n,) as of `measure_sets`.
 
         Raises:
@@ -198,8 +212,18 @@ class ConformalSets:
         """
         self._require_fit()
         thresholds = [None if math.isinf(t) else float(t) for t in self.thresholds_]
-        options = {"method": self.method, "by_class": self.by_class, "never_empty": self.never_empty}
-        return {**options, "alpha": self.alpha_, "n": self.n_, "k": self.k_, "thresholds": thresholds}
+        options = {
+            "method": self.method,
+            "by_class": self.by_class,
+            "never_empty": self.never_empty,
+        }
+        return {
+            **options,
+            "alpha": self.alpha_,
+            "n": self.n_,
+            "k": self.k_,
+            "thresholds": thresholds,
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
@@ -209,13 +233,23 @@ class ConformalSets:
             DataError: a value is missing or cannot be.
         """
         try:
-            sets = cls(state["method"], by_class=bool(state["by_class"]), never_empty=bool(state["never_empty"]))
+            sets = cls(
+                state["method"],
+                by_class=bool(state["by_class"]),
+                never_empty=bool(state["never_empty"]),
+            )
             sets.alpha_, sets.n_, sets.k_ = float(state["alpha"]), int(state["n"]), int(state["k"])
-            sets.thresholds_ = np.array([math.inf if t is None else float(t) for t in state["thresholds"]])
+            sets.thresholds_ = np.array(
+                [math.inf if t is None else float(t) for t in state["thresholds"]]
+            )
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError("not the state of ConformalSets", got=f"{type(error).__name__} {error}") from None
+            raise DataError(
+                "not the state of ConformalSets", got=f"{type(error).__name__} {error}"
+            ) from None
         if len(sets.thresholds_) != (sets.k_ if sets.by_class else 1):
-            raise DataError("not the state of ConformalSets", got=f"{len(sets.thresholds_)} thresholds")
+            raise DataError(
+                "not the state of ConformalSets", got=f"{len(sets.thresholds_)} thresholds"
+            )
         return sets
 
     def _require_fit(self) -> None:
@@ -223,7 +257,9 @@ class ConformalSets:
             raise RunError("the sets are not fitted", fix="call fit(probs, labels, alpha) first")
 
 
-def measure_sets(sets: npt.ArrayLike, labels: npt.ArrayLike, groups: npt.ArrayLike | None = None) -> Coverage:
+def measure_sets(
+    sets: npt.ArrayLike, labels: npt.ArrayLike, groups: npt.ArrayLike | None = None
+) -> Coverage:
     """Coverage and size of sets, booleans (n, k), on rows with labels (n,).
 
     Args:
@@ -280,11 +316,15 @@ def cross_conformal_sets(
     truth, new = check_labels(labels, n, k), check_probs(fold_probs, 3)
     fold = check_labels(folds, n, len(new))
     if new.shape[2] != k:
-        raise DataError("fold_probs are of other classes than oof", expected=f"{k} classes", got=new.shape[2])
+        raise DataError(
+            "fold_probs are of other classes than oof", expected=f"{k} classes", got=new.shape[2]
+        )
     mine, atypical = scores[np.arange(n), truth], np.ones(new.shape[1:])
     for f, probs in enumerate(new):
         known = np.sort(mine[fold == f])
-        atypical += len(known) - np.searchsorted(known, conformity_scores(probs, method), side="left")
+        atypical += len(known) - np.searchsorted(
+            known, conformity_scores(probs, method), side="left"
+        )
     return np.asarray(atypical > alpha * (n + 1) + 1e-9)
 
 
@@ -316,7 +356,11 @@ class UnknownThreshold:
         """
         _check_share("rate", rate)
         scores = self.score(probs)
-        self.threshold_, self.rate_, self.n_ = conformal_quantile(scores, rate), float(rate), len(scores)
+        self.threshold_, self.rate_, self.n_ = (
+            conformal_quantile(scores, rate),
+            float(rate),
+            len(scores),
+        )
         return self
 
     @staticmethod
@@ -372,9 +416,13 @@ class UnknownThreshold:
             unknown.threshold_ = math.inf if limit is None else float(limit)
             unknown.rate_, unknown.n_ = float(state["rate"]), int(state["n"])
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError("not the state of UnknownThreshold", got=f"{type(error).__name__} {error}") from None
+            raise DataError(
+                "not the state of UnknownThreshold", got=f"{type(error).__name__} {error}"
+            ) from None
         if score != "1 - max":
-            raise DataError("not the state of UnknownThreshold", expected="the score 1 - max", got=score)
+            raise DataError(
+                "not the state of UnknownThreshold", expected="the score 1 - max", got=score
+            )
         return unknown
 
 

@@ -21,12 +21,28 @@ MAX_BYTES: Final = 4 << 30
 """What one file may claim in memory: 4 GiB, as float32 50,000 rows of 1,000 classes from 21 members."""
 
 _MAGIC = (
-    (b"PK\x03\x04", "zip"), (b"PK\x05\x06", "zip"), (b"\x93NUMPY", "npy"), (b"PAR1", "parquet"),
-    (b"\x89HDF", "HDF5"), (b"\x1f\x8b", "gzip"), (b"\xff\xfe", "UTF-16 text"), (b"\xfe\xff", "UTF-16 text"),
-    (b"\x80\x02", "pickle"), (b"\x80\x03", "pickle"), (b"\x80\x04", "pickle"), (b"\x80\x05", "pickle"),
-)  # fmt: skip
-_SUFFIXES = {".npz": "npz", ".npy": "npy", ".parquet": "parquet", ".pt": "pt", ".pth": "pt", ".json": "json",
-             ".csv": "csv"}  # fmt: skip
+    (b"PK\x03\x04", "zip"),
+    (b"PK\x05\x06", "zip"),
+    (b"\x93NUMPY", "npy"),
+    (b"PAR1", "parquet"),
+    (b"\x89HDF", "HDF5"),
+    (b"\x1f\x8b", "gzip"),
+    (b"\xff\xfe", "UTF-16 text"),
+    (b"\xfe\xff", "UTF-16 text"),
+    (b"\x80\x02", "pickle"),
+    (b"\x80\x03", "pickle"),
+    (b"\x80\x04", "pickle"),
+    (b"\x80\x05", "pickle"),
+)
+_SUFFIXES = {
+    ".npz": "npz",
+    ".npy": "npy",
+    ".parquet": "parquet",
+    ".pt": "pt",
+    ".pth": "pt",
+    ".json": "json",
+    ".csv": "csv",
+}
 WHOLE: Final = "write the file again, and copy it whole"
 """What helps against files that were cut off."""
 
@@ -38,31 +54,51 @@ def content_of(path: Path) -> str:
         DataError: no such file, empty, of another kind, or its name ends in what it is not.
     """
     if not path.is_file():
-        raise DataError("cannot read the predictions", where=path, got="a folder" if path.is_dir() else "no such file")
+        raise DataError(
+            "cannot read the predictions",
+            where=path,
+            got="a folder" if path.is_dir() else "no such file",
+        )
     try:
         with open(path, "rb") as file:
             start = file.read(4096)
     except OSError as error:
-        raise DataError("cannot read the predictions", where=path, got=error.strerror or error) from None
+        raise DataError(
+            "cannot read the predictions", where=path, got=error.strerror or error
+        ) from None
     if not start:
         raise DataError("the predictions file is empty", where=path, got="0 bytes", fix=WHOLE)
-    found = next((kind for magic, kind in _MAGIC if start.startswith(magic)), "binary" if b"\0" in start else "text")
+    found = next(
+        (kind for magic, kind in _MAGIC if start.startswith(magic)),
+        "binary" if b"\0" in start else "text",
+    )
     if found == "zip":
         found = _zip_content(path)
     elif found == "text":
-        found = "json" if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[") else "csv"
+        found = (
+            "json" if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[") else "csv"
+        )
     named = _SUFFIXES.get(path.suffix.lower(), found)
     if named == found and found in _SUFFIXES.values():
         return found
     if found == "pickle" and named == "pt":
         return "pt"  # torch.save of before 2020; it is read with weights_only, too
-    fix = f"rename the file to end in .{found}" if found in _SUFFIXES.values() else "save .npz, .csv or .parquet"
+    fix = (
+        f"rename the file to end in .{found}"
+        if found in _SUFFIXES.values()
+        else "save .npz, .csv or .parquet"
+    )
     if found == "UTF-16 text":
         fix = "save it as UTF-8"
     raise DataError(
-        "the content of the file is not what its name says" if path.suffix.lower() in _SUFFIXES else "unknown format",
-        where=path, expected=named if named != found else ", ".join(_SUFFIXES), got=f"{found} content", fix=fix,
-    )  # fmt: skip
+        "the content of the file is not what its name says"
+        if path.suffix.lower() in _SUFFIXES
+        else "unknown format",
+        where=path,
+        expected=named if named != found else ", ".join(_SUFFIXES),
+        got=f"{found} content",
+        fix=fix,
+    )
 
 
 def _zip_content(path: Path) -> str:
@@ -71,7 +107,9 @@ def _zip_content(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
-        raise DataError("the file is cut off or damaged", where=path, got="a zip without its end", fix=WHOLE) from None
+        raise DataError(
+            "the file is cut off or damaged", where=path, got="a zip without its end", fix=WHOLE
+        ) from None
     if any(name.endswith("/data.pkl") for name in names):
         return "pt"
     return "npz" if any(name.endswith(".npy") for name in names) else "zip"
@@ -89,7 +127,9 @@ def npz_headers(path: Path) -> dict[str, np.dtype[Any]]:
         for info in archive.infolist():
             name = info.filename.removesuffix(".npy")
             if name == info.filename:  # numpy would read it whole, whatever its size
-                raise DataError("the .npz holds something else than arrays", where=path, got=name[:80])
+                raise DataError(
+                    "the .npz holds something else than arrays", where=path, got=name[:80]
+                )
             with archive.open(info) as file:
                 found[name], size = _npy_header(file, f"{path}: {name}", info.file_size)  # type: ignore[arg-type]
             total += size
@@ -124,7 +164,10 @@ def read_npy(path: Path) -> np.ndarray:
 def _npy_header(file: BinaryIO, where: str, length: int) -> tuple[np.dtype[Any], int]:
     """Type and bytes of the array in an .npy of this length."""
     version = np.lib.format.read_magic(file)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
     if read is None:
         raise ValueError(f"npy version {version}")
     shape, _, dtype = read(file)
@@ -137,9 +180,12 @@ def _npy_header(file: BinaryIO, where: str, length: int) -> tuple[np.dtype[Any],
     size = math.prod(shape) * dtype.itemsize  # Python's integers: no overflow
     if size != length - file.tell():
         raise DataError(
-            "the array is cut off or damaged", where=where, expected=f"{size} bytes for {shape}",
-            got=length - file.tell(), fix=WHOLE,
-        )  # fmt: skip
+            "the array is cut off or damaged",
+            where=where,
+            expected=f"{size} bytes for {shape}",
+            got=length - file.tell(),
+            fix=WHOLE,
+        )
     return dtype, size
 
 
@@ -163,26 +209,45 @@ def read_pt(path: Path) -> dict[str, np.ndarray]:
     except Exception as error:  # torch raises errors of many types on damaged and on refused files
         named = re.search(r"GLOBAL (\S+)", str(error))
         got = named.group(1) if named else type(error).__name__
-        raise DataError("the file holds more than tensors, or is damaged", where=path, got=got[:100], fix=fix) from None
+        raise DataError(
+            "the file holds more than tensors, or is damaged", where=path, got=got[:100], fix=fix
+        ) from None
     if isinstance(tree, tuple | list) and len(tree) == 2:
         tree = dict(zip(("probs", "labels"), tree, strict=True))
     if not isinstance(tree, dict):
-        raise DataError("the file is not a dict and not (probs, labels)", where=path, got=type(tree).__name__, fix=fix)
+        raise DataError(
+            "the file is not a dict and not (probs, labels)",
+            where=path,
+            got=type(tree).__name__,
+            fix=fix,
+        )
     found = {}
     for name, value in tree.items():
-        plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized
+        plain = (
+            isinstance(value, torch.Tensor)
+            and value.layout == torch.strided
+            and not value.is_quantized
+        )
         if plain and value.device.type == "cpu":
             limit(value.numel() * value.element_size(), path)
             found[str(name)] = (
-                (value.float() if value.dtype == torch.bfloat16 else value).detach().resolve_conj().numpy()
+                (value.float() if value.dtype == torch.bfloat16 else value)
+                .detach()
+                .resolve_conj()
+                .numpy()
             )
         elif isinstance(value, list | tuple) and all(isinstance(cell, str) for cell in value):
             limit(len(value) * max(map(len, value), default=0) * 4, path)
             found[str(name)] = np.array(value, dtype=np.str_)
         else:
             expected = "tensors and lists of text"
-            raise DataError("a value cannot be used", where=f"{path}: {name}", expected=expected,
-                            got=type(value).__name__, fix=fix)  # fmt: skip
+            raise DataError(
+                "a value cannot be used",
+                where=f"{path}: {name}",
+                expected=expected,
+                got=type(value).__name__,
+                fix=fix,
+            )
     return found
 
 
@@ -194,9 +259,12 @@ def limit(size: int, path: Path) -> None:
     """
     if size > MAX_BYTES:
         raise DataError(
-            "the file is too large", where=path, expected=f"at most {MAX_BYTES >> 20} MiB", got=f"{size >> 20} MiB",
+            "the file is too large",
+            where=path,
+            expected=f"at most {MAX_BYTES >> 20} MiB",
+            got=f"{size >> 20} MiB",
             fix="save float32, and one file per model",
-        )  # fmt: skip
+        )
 
 
 @contextmanager
@@ -206,6 +274,8 @@ def _refusing(path: Path) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except Exception as error:  # numpy and zipfile raise errors of many types, even those of Python's tokenizer
+    except (
+        Exception
+    ) as error:  # numpy and zipfile raise errors of many types, even those of Python's tokenizer
         got = f"{type(error).__name__}: {str(error)[:120]}"
         raise DataError("the file is cut off or damaged", where=path, got=got, fix=WHOLE) from None

@@ -27,7 +27,9 @@ class Cost(NamedTuple):
 def cost(network: nn.Module, img_size: int) -> Cost:
     """Parameters, multiply-adds and bytes of a network; see `count_flops` for the arguments and the errors."""
     stored = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
-    return Cost(sum(p.numel() for p in network.parameters()), count_flops(network, img_size), stored)
+    return Cost(
+        sum(p.numel() for p in network.parameters()), count_flops(network, img_size), stored
+    )
 
 
 def count_flops(network: nn.Module | str, img_size: int) -> int:
@@ -45,7 +47,9 @@ def count_flops(network: nn.Module | str, img_size: int) -> int:
         RecipeError: the name is unknown, or the network does not take images of that size.
     """
     if isinstance(network, str):
-        spec = MemberSpec.model_construct(name=network, backbone=network, weights="none", img_size=img_size)
+        spec = MemberSpec.model_construct(
+            name=network, backbone=network, weights="none", img_size=img_size
+        )
         with torch.device("meta"):
             network = cast("nn.Module", create_backbone(spec, pretrained=False))
     tensors = dict(network.named_parameters(remove_duplicate=False)) | dict(

@@ -51,18 +51,26 @@ def cross_fit(
     truth = check_labels(labels, n, k)
     part = np.asarray(folds) if folds is not None else stratified_parts(truth, groups)
     if part.shape != (n,):
-        raise DataError("folds have the wrong shape", expected=f"({n},), one per row", got=part.shape)
+        raise DataError(
+            "folds have the wrong shape", expected=f"({n},), one per row", got=part.shape
+        )
     if len(np.unique(part)) < 2:
-        raise DataError("rows cannot be cross-fitted", expected="two parts at least", got="all rows in one")
+        raise DataError(
+            "rows cannot be cross-fitted", expected="two parts at least", got="all rows in one"
+        )
     first = ensemble_factory()
     if not getattr(first, "needs_fit", True):
-        return first.predict_proba(array)  # nothing is learned, so every part would get the same answers
+        return first.predict_proba(
+            array
+        )  # nothing is learned, so every part would get the same answers
     helds = [part == value for value in np.unique(part)]
     for held in helds if declare else ():
         declare(~held, held)  # type: ignore[misc]
 
     def answered(held: np.ndarray) -> np.ndarray:
-        return ensemble_factory().fit_checked(array[:, ~held], truth[~held])._combine(array[:, held])
+        return (
+            ensemble_factory().fit_checked(array[:, ~held], truth[~held])._combine(array[:, held])
+        )
 
     answer = np.empty((n, k))
     for held, found in zip(helds, side_by_side(answered, helds), strict=True):
@@ -80,7 +88,9 @@ def side_by_side(work: Callable[[Item], Answer], items: Iterable[Item]) -> list[
         return list(pool.map(work, items))
 
 
-def stratified_parts(labels: np.ndarray, groups: Sequence[str] | None = None, parts: int | None = None) -> np.ndarray:
+def stratified_parts(
+    labels: np.ndarray, groups: Sequence[str] | None = None, parts: int | None = None
+) -> np.ndarray:
     """Part number (n,) of each row, classes spread evenly; groups, where there are any, kept whole.
 
     Without a number of parts there are PARTS, or two of more than MANY_ROWS rows. Unlike scikit-learn's splitters this also takes
@@ -99,7 +109,9 @@ def stratified_parts(labels: np.ndarray, groups: Sequence[str] | None = None, pa
     counts = np.zeros((len(names), int(labels.max()) + 1))
     np.add.at(counts, (number, labels), 1)
     chosen, load = np.empty(len(names), dtype=np.int64), np.zeros((parts, counts.shape[1]))
-    for group in np.argsort(-counts.sum(1), kind="stable"):  # the largest first, each to where its classes are rarest
+    for group in np.argsort(
+        -counts.sum(1), kind="stable"
+    ):  # the largest first, each to where its classes are rarest
         chosen[group] = (load @ counts[group]).argmin()
         load[chosen[group]] += counts[group]
     return chosen[number]

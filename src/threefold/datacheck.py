@@ -79,14 +79,18 @@ def check_data(spec: DataSpec, seed: int = 0) -> DataCheck:
     train = sources.train
     skipped = {str(image.path): image.reason for image in sources.skipped}
     sizes, guessed = _sizes(train), _guess(train)
-    findings = _unreadable(skipped, spec) + _about_classes(train) + _about_sizes(sizes) + _notes(sources)
+    findings = (
+        _unreadable(skipped, spec) + _about_classes(train) + _about_sizes(sizes) + _notes(sources)
+    )
     return DataCheck(
         _counts(sources),
         dict(sorted(Counter(train.groups or ()).items())),
         sizes,
         skipped,
         tuple(
-            findings + _copies(sources) + ([Finding("note", *group_question(train.ids, guessed))] if guessed else [])
+            findings
+            + _copies(sources)
+            + ([Finding("note", *group_question(train.ids, guessed))] if guessed else [])
         ),
         guessed,
     )
@@ -112,7 +116,11 @@ def find_spec(source: str, kind: str = "") -> DataSpec:
         return DataSpec(source="demo")
     path = Path(source).expanduser()
     if not path.exists() and kind != "huggingface":
-        fix = f"threefold data fetch {source} --to FOLDER, then check FOLDER" if source in OFFICIAL_PLACES else ""
+        fix = (
+            f"threefold data fetch {source} --to FOLDER, then check FOLDER"
+            if source in OFFICIAL_PLACES
+            else ""
+        )
         raise DataError("there is nothing to look at", where=source, fix=fix)
     return DataSpec.model_validate({"source": kind or _looks_like(path), "root": source})
 
@@ -127,7 +135,13 @@ def _looks_like(path: Path) -> str:
         if found and (not name or path in found):
             # MNIST and Fashion-MNIST have the same file names.
             grey = source in ("mnist", "fashion-mnist")
-            return source if not grey else "fashion-mnist" if "fashion" in str(path.resolve()).lower() else "mnist"
+            return (
+                source
+                if not grey
+                else "fashion-mnist"
+                if "fashion" in str(path.resolve()).lower()
+                else "mnist"
+            )
     return "folder"
 
 
@@ -143,7 +157,11 @@ def _copies(sources: Sources) -> list[Finding]:
     parts = {"train": sources.train} | ({"test": sources.test} if sources.test is not None else {})
     count = sum(map(len, parts.values()))
     if count > NEAR_COPIES:
-        return [Finding("note", f"near copies are not looked for among more than {NEAR_COPIES:,} images", 0)]
+        return [
+            Finding(
+                "note", f"near copies are not looked for among more than {NEAR_COPIES:,} images", 0
+            )
+        ]
     rows = [(name, data, row) for name, data in parts.items() for row in range(len(data))]
     found = find_duplicates(
         (data.pixels(row) for _, data, row in rows),
@@ -158,7 +176,9 @@ def _copies(sources: Sources) -> list[Finding]:
 
 def _counts(sources: Sources) -> dict[str, dict[str, int]]:
     parts = {"train": sources.train} | ({"test": sources.test} if sources.test is not None else {})
-    counted = {part: np.bincount(data.labels, minlength=len(data.classes)) for part, data in parts.items()}
+    counted = {
+        part: np.bincount(data.labels, minlength=len(data.classes)) for part, data in parts.items()
+    }
     return {
         name: {part: int(counts[label]) for part, counts in counted.items()}
         for label, name in enumerate(sources.train.classes)
@@ -183,7 +203,15 @@ def _about_classes(train: ImageDataset) -> list[Finding]:
     counts = np.bincount(train.labels, minlength=len(train.classes))
     few = [f"{train.classes[label]} ({counts[label]})" for label in np.flatnonzero(counts < FEW)]
     found = (
-        [Finding("warning", f"classes with fewer than {FEW} training images: {shorten(few)}", len(few))] if few else []
+        [
+            Finding(
+                "warning",
+                f"classes with fewer than {FEW} training images: {shorten(few)}",
+                len(few),
+            )
+        ]
+        if few
+        else []
     )
     if counts.min() and counts.max() >= UNEVEN * counts.min():
         what = f"the largest class has {counts.max() / counts.min():.0f} times the images of the smallest"
@@ -197,7 +225,9 @@ def _about_sizes(sizes: dict[str, int]) -> list[Finding]:
     found = []
     if len(sizes) > 1:
         large = max(max(side) for side in sides)
-        found.append(Finding("note", f"images differ in size: sides of {small} to {large} pixels", 0))
+        found.append(
+            Finding("note", f"images differ in size: sides of {small} to {large} pixels", 0)
+        )
     elongated = [size for size, side in zip(sizes, sides, strict=True) if max(side) > 2 * min(side)]
     if elongated:
         what = f"images more than twice as long as wide, which resize = squash distorts: {shorten(elongated)}"
@@ -208,6 +238,10 @@ def _about_sizes(sizes: dict[str, int]) -> list[Finding]:
 def _notes(sources: Sources) -> list[Finding]:
     """What the reader of the data noted; copies in several parts, and groups in both, make scores too good."""
     return [
-        Finding("warning" if "copies" in note or "stand in train and in test" in note else "note", note, 0)
+        Finding(
+            "warning" if "copies" in note or "stand in train and in test" in note else "note",
+            note,
+            0,
+        )
         for note in sources.notes
     ]

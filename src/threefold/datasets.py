@@ -50,14 +50,20 @@ class ImageDataset:
     groups: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        columns = [self.images, self.labels, self.ids] + ([] if self.groups is None else [self.groups])
+        columns = [self.images, self.labels, self.ids] + (
+            [] if self.groups is None else [self.groups]
+        )
         lengths = [len(column) for column in columns]
         if len(set(lengths)) > 1:
-            raise DataError("images, labels, ids and groups differ in number", got=", ".join(map(str, lengths)))
+            raise DataError(
+                "images, labels, ids and groups differ in number", got=", ".join(map(str, lengths))
+            )
         if len(set(self.ids)) < len(self.ids):
             twice = [name for name, count in Counter(self.ids).items() if count > 1]
             raise DataError("ids are not unique", got=shorten(twice))
-        if len(self.labels) and not (self.labels.min() >= 0 and self.labels.max() < len(self.classes)):
+        if len(self.labels) and not (
+            self.labels.min() >= 0 and self.labels.max() < len(self.classes)
+        ):
             raise DataError(
                 "labels do not fit the classes",
                 expected=f"0 to {len(self.classes) - 1}",
@@ -81,7 +87,11 @@ class ImageDataset:
     def _images(self, at: NDArray[np.int64]) -> Sequence[Path] | Encoded | NDArray[np.uint8]:
         if isinstance(self.images, np.ndarray):
             return self.images[at]
-        return self.images.take(at) if isinstance(self.images, Encoded) else tuple(self.images[i] for i in at)
+        return (
+            self.images.take(at)
+            if isinstance(self.images, Encoded)
+            else tuple(self.images[i] for i in at)
+        )
 
     def pixels(self, i: int) -> NDArray[np.uint8]:
         """Image i as uint8 (h, w, 3), decoded now where it is a file.
@@ -127,7 +137,10 @@ def load_data(spec: DataSpec, seed: int) -> Sources:
         return _from_arrays(_demo(), spec, seed)
     root = spec.root or (FASHION_MNIST_ROOT if spec.source == "fashion-mnist" else "")
     if not root:
-        raise DataError("data.root is not set", fix="set data.root to a folder of class folders, or to a CSV file")
+        raise DataError(
+            "data.root is not set",
+            fix="set data.root to a folder of class folders, or to a CSV file",
+        )
     if spec.source == "huggingface":
         return _from_files(list_huggingface(root), spec, seed)
     path = Path(root).expanduser()
@@ -154,11 +167,19 @@ def _from_files(listing: Listing, spec: DataSpec, seed: int) -> Sources:
     """Verify listed files and give them labels."""
     if spec.group_regex and any(item.group for item in listing.items):
         raise DataError(
-            "groups are given twice", where=spec.root, fix="empty data.group_regex or drop the CSV's group column"
+            "groups are given twice",
+            where=spec.root,
+            fix="empty data.group_regex or drop the CSV's group column",
         )
-    train, test = (sorted(item for item in listing.items if item.part == part) for part in ("train", "test"))
-    classes = _classes({item.label for item in train}, {item.label for item in test}, listing.classes)
-    train = [train[row] for row in _limited([item.label for item in train], spec.limit_per_class, seed)]
+    train, test = (
+        sorted(item for item in listing.items if item.part == part) for part in ("train", "test")
+    )
+    classes = _classes(
+        {item.label for item in train}, {item.label for item in test}, listing.classes
+    )
+    train = [
+        train[row] for row in _limited([item.label for item in train], spec.limit_per_class, seed)
+    ]
     bad = _verify(train + test, listing.encoded, spec)
     gone = {image.path for image in bad if not image.readable}
     train, test = ([item for item in part if item.path not in gone] for part in (train, test))
@@ -166,12 +187,24 @@ def _from_files(listing: Listing, spec: DataSpec, seed: int) -> Sources:
     if not test and any(item.part == "test" for item in listing.items):
         raise DataError("none of the test images can be read", where=spec.root)
 
-    parts = [_dataset(part, classes, spec.group_regex, listing.encoded) for part in (train, test) if part]
+    parts = [
+        _dataset(part, classes, spec.group_regex, listing.encoded) for part in (train, test) if part
+    ]
     groups = set(parts[0].groups or ())
     if len(groups) == 1:  # no interval could speak of others, and nothing could be cross-fitted
-        raise DataError("all training images are of one group", where=spec.root, expected="two groups or more, or none", got=groups.pop(),
-                        fix="leave the groups out")  # fmt: skip
-    notes = listing.notes + _mislabelled(bad) + _duplicates(train + test, listing.encoded) + _shared_groups(parts)
+        raise DataError(
+            "all training images are of one group",
+            where=spec.root,
+            expected="two groups or more, or none",
+            got=groups.pop(),
+            fix="leave the groups out",
+        )
+    notes = (
+        listing.notes
+        + _mislabelled(bad)
+        + _duplicates(train + test, listing.encoded)
+        + _shared_groups(parts)
+    )
     skipped = tuple(image for image in bad if not image.readable)
     return Sources(parts[0], parts[1] if test else None, tuple(notes), skipped)
 
@@ -180,12 +213,18 @@ def _classes(train: set[str], test: set[str], official: tuple[str, ...] = ()) ->
     """Class names in official or in natural order (`2` before `10`); train and test must agree on them."""
     if len(train) < 2:
         got = f"only {shorten(train)}" if train else "no training images"
-        raise DataError("there is nothing to tell apart", expected="training images of 2 or more classes", got=got)
+        raise DataError(
+            "there is nothing to tell apart",
+            expected="training images of 2 or more classes",
+            got=got,
+        )
     if test and train != test:
         sides = {"train": _natural(train - test), "test": _natural(test - train)}
         raise DataError(
             "classes differ between train and test",
-            got=" and ".join(f"only in {part}: {shorten(names)}" for part, names in sides.items() if names),
+            got=" and ".join(
+                f"only in {part}: {shorten(names)}" for part, names in sides.items() if names
+            ),
             fix="give both the same class names",
         )
     return official or tuple(_natural(train))
@@ -196,7 +235,9 @@ def _natural(names: Iterable[str]) -> list[str]:
 
     def key(name: str) -> tuple[list[tuple[int, str]], str]:
         pieces = re.split(r"([0-9]+)", name)
-        return [(int(piece), "") if place % 2 else (0, piece) for place, piece in enumerate(pieces)], name
+        return [
+            (int(piece), "") if place % 2 else (0, piece) for place, piece in enumerate(pieces)
+        ], name
 
     return sorted(names, key=key)
 
@@ -207,7 +248,9 @@ def _limited(labels: ArrayLike, limit: int, seed: int) -> NDArray[np.int64]:
     if not limit:
         return np.arange(len(labels))
     rng = np.random.default_rng(seed % 2**32)
-    drawn = [rng.permutation(np.flatnonzero(labels == label))[:limit] for label in np.unique(labels)]
+    drawn = [
+        rng.permutation(np.flatnonzero(labels == label))[:limit] for label in np.unique(labels)
+    ]
     return np.sort(np.concatenate(drawn))
 
 
@@ -240,7 +283,9 @@ def _require_two_of_each(train: list[Item], classes: tuple[str, ...]) -> None:
         )
 
 
-def _dataset(items: list[Item], classes: tuple[str, ...], group_regex: str, encoded: Encoded | None) -> ImageDataset:
+def _dataset(
+    items: list[Item], classes: tuple[str, ...], group_regex: str, encoded: Encoded | None
+) -> ImageDataset:
     ids = tuple(item.id for item in items)
     number = {name: label for label, name in enumerate(classes)}
     listed = tuple(item.group for item in items if item.group is not None)
@@ -263,7 +308,9 @@ def _groups(ids: Sequence[str], pattern: str) -> tuple[str, ...] | None:
         match = regex.search(name)
         group = match.group(1 if regex.groups else 0) if match else None
         if not group:
-            raise DataError("data.group_regex finds no group", where=name, expected=f"a match of {pattern}")
+            raise DataError(
+                "data.group_regex finds no group", where=name, expected=f"a match of {pattern}"
+            )
         groups.append(group)
     return tuple(groups)
 
@@ -271,7 +318,11 @@ def _groups(ids: Sequence[str], pattern: str) -> tuple[str, ...] | None:
 def _mislabelled(bad: list[BadImage]) -> list[str]:
     """A note about readable files whose name promises another format."""
     named = [f"{image.path} ({image.reason})" for image in bad if image.readable]
-    return [f"{len(named)} images were read although their names mislead: {shorten(named)}"] if named else []
+    return (
+        [f"{len(named)} images were read although their names mislead: {shorten(named)}"]
+        if named
+        else []
+    )
 
 
 def _duplicates(items: list[Item], encoded: Encoded | None) -> list[str]:
@@ -289,18 +340,30 @@ def _duplicates(items: list[Item], encoded: Encoded | None) -> list[str]:
             contradicting.append(" = ".join(item.id for item in same))
     notes = []
     if across:
-        notes.append(f"{len(across)} test images are exact copies of training images: {shorten(across)}")
+        notes.append(
+            f"{len(across)} test images are exact copies of training images: {shorten(across)}"
+        )
     if within:
-        notes.append(f"{within} training images are exact copies of others; copies may fall into different folds")
+        notes.append(
+            f"{within} training images are exact copies of others; copies may fall into different folds"
+        )
     if contradicting:
-        notes.append(f"{len(contradicting)} images stand in several classes as exact copies: {shorten(contradicting)}")
+        notes.append(
+            f"{len(contradicting)} images stand in several classes as exact copies: {shorten(contradicting)}"
+        )
     return notes
 
 
 def _shared_groups(parts: list[ImageDataset]) -> list[str]:
     """A note about groups on both sides of the official split."""
-    shared = set.intersection(*(set(part.groups or ()) for part in parts)) if len(parts) == 2 else set()
-    return [f"{len(shared)} groups stand in train and in test: {shorten(sorted(shared))}"] if shared else []
+    shared = (
+        set.intersection(*(set(part.groups or ()) for part in parts)) if len(parts) == 2 else set()
+    )
+    return (
+        [f"{len(shared)} groups stand in train and in test: {shorten(sorted(shared))}"]
+        if shared
+        else []
+    )
 
 
 def _demo() -> Decoded:
@@ -317,7 +380,9 @@ def _demo() -> Decoded:
 def _from_arrays(data: Decoded, spec: DataSpec, seed: int) -> Sources:
     """Pixels in memory need no check; they are copied only where some are left out."""
     train, test = (
-        ImageDataset(part.images, part.labels, part.ids, data.classes, _groups(part.ids, spec.group_regex))
+        ImageDataset(
+            part.images, part.labels, part.ids, data.classes, _groups(part.ids, spec.group_regex)
+        )
         for part in (data.train, data.test)
     )
     if spec.limit_per_class:

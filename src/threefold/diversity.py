@@ -42,7 +42,10 @@ class Diversity:
         """Each measure averaged over the pairs of different members; NaN where none has a value."""
         upper = np.triu_indices(len(self.q), 1)
         pairs = {name: getattr(self, name)[upper] for name in self.__dataclass_fields__}
-        return {name: float(np.mean(v[~np.isnan(v)])) if (~np.isnan(v)).any() else np.nan for name, v in pairs.items()}
+        return {
+            name: float(np.mean(v[~np.isnan(v)])) if (~np.isnan(v)).any() else np.nan
+            for name, v in pairs.items()
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +97,11 @@ def duplicates(probs: npt.ArrayLike, tolerance: float = TOLERANCE) -> list[tuple
                 continue  # far apart on a part of the rows already
             if _apart(array[i], array[j]) <= most:
                 first[first == first[j]] = first[i]
-    return [tuple(map(int, np.flatnonzero(first == value))) for value in np.unique(first) if (first == value).sum() > 1]
+    return [
+        tuple(map(int, np.flatnonzero(first == value)))
+        for value in np.unique(first)
+        if (first == value).sum() > 1
+    ]
 
 
 def _apart(a: np.ndarray, b: np.ndarray) -> float:
@@ -123,7 +130,8 @@ def diversity(probs: npt.ArrayLike, labels: npt.ArrayLike) -> Diversity:
     right = (preds == check_labels(labels, *array.shape[1:])).astype(np.float64)
     wrong = 1 - right
     both, neither, one, other = (
-        a @ b.T / right.shape[1] for a, b in ((right, right), (wrong, wrong), (right, wrong), (wrong, right))
+        a @ b.T / right.shape[1]
+        for a, b in ((right, right), (wrong, wrong), (right, wrong), (wrong, right))
     )
     with np.errstate(invalid="ignore"):  # 0 / 0 = NaN: no row decides it
         q = (both * neither - one * other) / (both * neither + one * other)
@@ -150,7 +158,9 @@ def greedy_order(probs: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[int, ...]
     return _order(array[:, np.arange(len(truth)), truth].astype(np.float64))
 
 
-def size_curve(probs: npt.ArrayLike, labels: npt.ArrayLike, draws: int = 20, seed: int = 0) -> SizeCurve:
+def size_curve(
+    probs: npt.ArrayLike, labels: npt.ArrayLike, draws: int = 20, seed: int = 0
+) -> SizeCurve:
     """Accuracy of the mean against the number of members: what another member still brings.
 
     Args:

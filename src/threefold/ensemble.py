@@ -78,7 +78,9 @@ def make_ensemble(name: str, seed: int = 0) -> Ensemble:
         return AutoEnsemble(seed=seed)
     if name not in ENSEMBLES:
         near = difflib.get_close_matches(name, ENSEMBLES, n=1, cutoff=0.5) or list(ENSEMBLES)
-        raise RecipeError("no such ensemble method", where=name, expected=f"one of {', '.join(near)}")
+        raise RecipeError(
+            "no such ensemble method", where=name, expected=f"one of {', '.join(near)}"
+        )
     ensemble = ENSEMBLES[name]()
     ensemble.seed = seed
     return ensemble
@@ -114,11 +116,18 @@ class AutoEnsemble(Ensemble):
     reason_: str
     temperature_: np.ndarray
 
-    def __init__(self, candidates: Sequence[str] = CANDIDATES, *, rows: int = 10_000, seed: int = 0) -> None:
+    def __init__(
+        self, candidates: Sequence[str] = CANDIDATES, *, rows: int = 10_000, seed: int = 0
+    ) -> None:
         if rows < 2:
             raise RecipeError("auto cannot choose", where="rows", expected="2 or more", got=rows)
         if not candidates or "auto" in candidates:
-            raise RecipeError("auto cannot choose", where="candidates", expected=", ".join(ENSEMBLES), got=candidates)
+            raise RecipeError(
+                "auto cannot choose",
+                where="candidates",
+                expected=", ".join(ENSEMBLES),
+                got=candidates,
+            )
         for name in candidates:
             make_ensemble(name)
         self.candidates = tuple(sorted(set(candidates), key=list(ENSEMBLES).index))
@@ -128,7 +137,10 @@ class AutoEnsemble(Ensemble):
         n = len(labels)
         self.temperature_ = np.asarray(1.0)
         if len(self.candidates) == 1 or n == 1:
-            self.name_, self.reason_ = self.candidates[0], "nothing to choose from" if n > 1 else "one row only"
+            self.name_, self.reason_ = (
+                self.candidates[0],
+                "nothing to choose from" if n > 1 else "one row only",
+            )
         else:
             some = stratified_parts(labels, parts=-(-n // self.rows)) == 0
             part, truth, few = stratified_parts(labels[some]), labels[some], probs[:, some]
@@ -137,7 +149,9 @@ class AutoEnsemble(Ensemble):
                 held = part == value
                 rest, asked = few[:, ~held], few[:, held]
                 for name, table in crossed.items():
-                    table[held] = make_ensemble(name, self.seed).fit(rest, truth[~held]).predict_proba(asked)
+                    table[held] = (
+                        make_ensemble(name, self.seed).fit(rest, truth[~held]).predict_proba(asked)
+                    )
             self.name_, self.reason_ = choose(crossed, truth)
             self.temperature_ = np.asarray(fit_temperature(crossed[self.name_], truth))
             if len(truth) < n:
@@ -152,7 +166,9 @@ class AutoEnsemble(Ensemble):
         from torch import nn
 
         self._require_fit()
-        return nn.Sequential(self.ensemble_.to_module(), TemperatureModule(float(self.temperature_))).eval()
+        return nn.Sequential(
+            self.ensemble_.to_module(), TemperatureModule(float(self.temperature_))
+        ).eval()
 
     def state(self) -> dict[str, np.ndarray]:
         """The chosen method's arrays, the temperature, and the name as bytes, which every array format can hold.
@@ -178,7 +194,9 @@ class AutoEnsemble(Ensemble):
             auto.temperature_ = np.asarray(state["temperature"])
         except (KeyError, ValueError, RecipeError):
             raise DataError(
-                "not the state of an AutoEnsemble", expected="method, temperature", got=", ".join(state)
+                "not the state of an AutoEnsemble",
+                expected="method, temperature",
+                got=", ".join(state),
             ) from None
         auto.reason_ = "read from a file"
         return auto
@@ -203,7 +221,9 @@ def choose(candidates: Mapping[str, np.ndarray], labels: npt.ArrayLike) -> tuple
     if not candidates:
         raise DataError("there is no ensemble to choose from", expected="one candidate at least")
     if unknown := [name for name in candidates if name not in ENSEMBLES]:
-        raise RecipeError("no such ensemble method", where=unknown[0], expected=f"one of {', '.join(ENSEMBLES)}")
+        raise RecipeError(
+            "no such ensemble method", where=unknown[0], expected=f"one of {', '.join(ENSEMBLES)}"
+        )
     names = sorted(candidates, key=list(ENSEMBLES).index)
     right = {name: _right(candidates[name], labels) for name in names}
     simplest = names[0]
@@ -222,7 +242,11 @@ def choose(candidates: Mapping[str, np.ndarray], labels: npt.ArrayLike) -> tuple
             name,
             f"{found}, within one standard error ({error:.4f}) of {best}, {losses[best].mean():.4f}, and simpler",
         )
-    rest = "and the simplest" if name == simplest else "no simpler method comes within one standard error"
+    rest = (
+        "and the simplest"
+        if name == simplest
+        else "no simpler method comes within one standard error"
+    )
     if len(standing) < len(names) and name == simplest:
         rest += " of those that classify no fewer rows correctly"
     return name, f"the best, {found}; {rest}"

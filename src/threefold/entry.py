@@ -53,14 +53,22 @@ def _predict(words: Sequence[str]) -> None:
         epilog="The other verbs need more packages, e.g. pip install 'threefold[cli]'.",
     )
     parser.add_argument("model", type=Path, help="An exported model file.")
-    parser.add_argument("images", nargs="+", help="Files, folders, or - for a list on standard input.")
+    parser.add_argument(
+        "images", nargs="+", help="Files, folders, or - for a list on standard input."
+    )
     parser.add_argument("--top", type=int, default=3, help="How many classes to name.")
     parser.add_argument("--json", action="store_true", help="Machine-readable output.")
-    parser.add_argument("--csv", action="store_true", help="One row per image with every probability.")
     parser.add_argument(
-        "--mode", default="full", help="full: every member; fast: stop where the first members are sure."
+        "--csv", action="store_true", help="One row per image with every probability."
     )
-    parser.add_argument("--budget", default="", help="Time of the model for an image, e.g. 15ms; see the cascade.")
+    parser.add_argument(
+        "--mode",
+        default="full",
+        help="full: every member; fast: stop where the first members are sure.",
+    )
+    parser.add_argument(
+        "--budget", default="", help="Time of the model for an image, e.g. 15ms; see the cascade."
+    )
     given = parser.parse_intermixed_args(words)
     if given.top < 1:
         parser.error("--top is at least 1")
@@ -70,5 +78,7 @@ def _predict(words: Sequence[str]) -> None:
         print(f"error {what}" if isinstance(what, ThreefoldError) else what, file=sys.stderr)
 
     spent = answers.milliseconds(given.budget, given.mode)
-    if answers.write(sys.stdout, tell, given.model, given.images, given.top, form, given.mode, spent):
+    if answers.write(
+        sys.stdout, tell, given.model, given.images, given.top, form, given.mode, spent
+    ):
         sys.exit(1)

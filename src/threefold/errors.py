@@ -7,9 +7,19 @@ class ThreefoldError(Exception):
     """Base of every error that is the input's fault; the command line prints it without a traceback and exits 1."""
 
     def __init__(
-        self, what: str, *, where: object = "", expected: object = "", got: object = "", fix: str = ""
+        self,
+        what: str,
+        *,
+        where: object = "",
+        expected: object = "",
+        got: object = "",
+        fix: str = "",
     ) -> None:
-        told = [f"{word} {value}" for word, value in (("expected", str(expected)), ("got", str(got))) if value]
+        told = [
+            f"{word} {value}"
+            for word, value in (("expected", str(expected)), ("got", str(got)))
+            if value
+        ]
         parts = [f"{what}: {where}" if str(where) else what, ", ".join(told)]
         if fix:
             parts.append(f"fix: {fix}")

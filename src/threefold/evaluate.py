@@ -64,7 +64,9 @@ class Evaluation:
     warnings: list[str] = field(default_factory=list)
 
 
-def evaluate(oof: Predictions | None, test: Predictions | None, spec: EnsembleSpec, seed: int = 0) -> Evaluation:
+def evaluate(
+    oof: Predictions | None, test: Predictions | None, spec: EnsembleSpec, seed: int = 0
+) -> Evaluation:
     """Score members and ensembles, choose one, fit and calibrate it.
 
     Args:
@@ -83,32 +85,59 @@ def evaluate(oof: Predictions | None, test: Predictions | None, spec: EnsembleSp
     assert everyone is not None
     fit_rows, copies = _distinct(everyone.select(spec.members or everyone.members))
     work = _Work(fit_rows, everyone.ledger(), {})
-    methods: tuple[str, ...] = spec.methods if spec.export in ("auto", *spec.methods) else (*spec.methods, spec.export)
+    methods: tuple[str, ...] = (
+        spec.methods if spec.export in ("auto", *spec.methods) else (*spec.methods, spec.export)
+    )
     work.cross({name: partial(build_ensemble, name, spec, seed) for name in methods})
     crossed = {name: table for name, (_, table) in work.fitted.items()}
-    chosen, reason = choose(crossed, fit_rows.labels) if spec.export == "auto" else (spec.export, "named by the recipe")
+    chosen, reason = (
+        choose(crossed, fit_rows.labels)
+        if spec.export == "auto"
+        else (spec.export, "named by the recipe")
+    )
     raw = {**_singles(everyone), **_ensembles(crossed)}
-    warm = dict(zip(raw, side_by_side(partial(work.calibrate, spec.calibration), raw.values()), strict=True))
+    warm = dict(
+        zip(raw, side_by_side(partial(work.calibrate, spec.calibration), raw.values()), strict=True)
+    )
     fitted = {name: ensemble for name, (ensemble, _) in work.fitted.items()}
     tables = []
     if oof is not None:
         tables.append((oof, {key: c.probs for key, c in warm.items()}, "oof rows, cross-fitted"))
     if test is not None:
-        answers = _ensembles({n: e.predict_proba(test.select(fit_rows.members).probs) for n, e in fitted.items()})
+        answers = _ensembles(
+            {n: e.predict_proba(test.select(fit_rows.members).probs) for n, e in fitted.items()}
+        )
         both = {**_singles(test), **answers}
         sealed = {key: warm[key].apply(probs) for key, probs in both.items()}
         tables.append((test, sealed, "oof rows" if oof is not None else "the scored rows"))
         if oof is not None:
-            work.ledger.declare_elsewhere("ensembles, calibration, choice of the method", oof.ids, test.ids, "test")
+            work.ledger.declare_elsewhere(
+                "ensembles, calibration, choice of the method", oof.ids, test.ids, "test"
+            )
     rows, table, _ = tables[-1]
     key = ("ensemble", chosen)
     optimism = work.optimism(crossed, chosen, spec.export == "auto") if oof is not None else []
     return Evaluation(
-        [entry for part, scored, fitted_on in tables for entry in score_entries(part, scored, fitted, fitted_on)],
-        comparisons(rows, table, fit_rows.members, chosen), chosen, reason, fitted[chosen], fit_rows.members, warm[key],
-        rows, table[key].astype(np.float32), fit_rows, fitted, optimism, work.ledger.table(),
-        _expected(rows, table[key], work.nested if test is None else None), [*copies, *_warnings(oof, test)],
-    )  # fmt: skip
+        [
+            entry
+            for part, scored, fitted_on in tables
+            for entry in score_entries(part, scored, fitted, fitted_on)
+        ],
+        comparisons(rows, table, fit_rows.members, chosen),
+        chosen,
+        reason,
+        fitted[chosen],
+        fit_rows.members,
+        warm[key],
+        rows,
+        table[key].astype(np.float32),
+        fit_rows,
+        fitted,
+        optimism,
+        work.ledger.table(),
+        _expected(rows, table[key], work.nested if test is None else None),
+        [*copies, *_warnings(oof, test)],
+    )
 
 
 @dataclass
@@ -144,7 +173,13 @@ class _Work:
         rows, fits = self.rows, list[tuple[np.ndarray, np.ndarray]]()
         whole = partial(make().fit, rows.probs, rows.labels, rows.ids)
         apart = partial(
-            cross_fit, make, rows.probs, rows.labels, self.parts, rows.groups, lambda *fit: fits.append(fit)
+            cross_fit,
+            make,
+            rows.probs,
+            rows.labels,
+            self.parts,
+            rows.groups,
+            lambda *fit: fits.append(fit),
         )
         tasks: tuple[Callable[[], Ensemble | np.ndarray], ...] = whole, apart
         ensemble, table = side_by_side(lambda task: task(), tasks)
@@ -159,7 +194,9 @@ class _Work:
         """A calibration of that name, with cross-fitted probabilities."""
         return fit_calibration(name, probs, self.rows.labels, self.parts, self.rows.groups)
 
-    def optimism(self, crossed: dict[str, np.ndarray], chosen: str, chose: bool) -> list[dict[str, Any]]:
+    def optimism(
+        self, crossed: dict[str, np.ndarray], chosen: str, chose: bool
+    ) -> list[dict[str, Any]]:
         """The meter's lines for what was chosen or fitted on these rows."""
         rows, lines = self.rows, []
         if len(rows.members) > 1:
@@ -170,7 +207,11 @@ class _Work:
                 self.declare("best", fits)
             told = f"the best of {len(rows.members)} members"
             lines.append(self._line("member", told, ensemble.predict_proba(rows.probs), honest))
-        learned = [name for name, (ensemble, _) in self.fitted.items() if ensemble.needs_fit and name != "best"]
+        learned = [
+            name
+            for name, (ensemble, _) in self.fitted.items()
+            if ensemble.needs_fit and name != "best"
+        ]
         lines += side_by_side(self._learned_line, learned)
         if chose and len(crossed) > 1:
             self.nested, _ = nested_choice(crossed, rows.labels, self.parts, rows.groups)
@@ -181,7 +222,9 @@ class _Work:
 
     def _learned_line(self, name: str) -> dict[str, Any]:
         ensemble, table = self.fitted[name]
-        return self._line(name, f"what {name} learns", ensemble.predict_proba(self.rows.probs), table)
+        return self._line(
+            name, f"what {name} learns", ensemble.predict_proba(self.rows.probs), table
+        )
 
     def _line(
         self,
@@ -200,11 +243,16 @@ class _Work:
 def _distinct(rows: Predictions) -> tuple[Predictions, list[str]]:
     """The members with duplicates counted once, and a sentence for each that was left out."""
     # Of a run's own members only equal ones are copies: small networks that are unsure of everything are alike all the same.
-    found = duplicates(rows.probs, TOLERANCE if rows.kind == "foreign" else 1e-6) if len(rows.members) > 1 else []
+    found = (
+        duplicates(rows.probs, TOLERANCE if rows.kind == "foreign" else 1e-6)
+        if len(rows.members) > 1
+        else []
+    )
     extra = {i: group[0] for group in found for i in group[1:]}
     names = [name for i, name in enumerate(rows.members) if i not in extra]
     told = [
-        f"{rows.members[i]} answers as {rows.members[first]} does; the two count once" for i, first in extra.items()
+        f"{rows.members[i]} answers as {rows.members[first]} does; the two count once"
+        for i, first in extra.items()
     ]
     return rows.select(names), told
 
@@ -221,9 +269,17 @@ def _ensembles(table: dict[str, np.ndarray]) -> dict[Key, np.ndarray]:
 def _expected(rows: Predictions, probs: np.ndarray, nested: np.ndarray | None) -> dict[str, Any]:
     """What to expect of new images; without test rows, the choice of the method is cross-fitted too."""
     hits = correct(probs if nested is None else nested, rows.labels)
-    told = f"{rows.kind} rows" + ("" if nested is None else ", the choice of the method cross-fitted too")
+    told = f"{rows.kind} rows" + (
+        "" if nested is None else ", the choice of the method cross-fitted too"
+    )
     interval = list(share_interval(hits, rows.groups))
-    return {"accuracy": float(hits.mean()), "interval": interval, "n": len(hits), "rows": rows.kind, "told": told}
+    return {
+        "accuracy": float(hits.mean()),
+        "interval": interval,
+        "n": len(hits),
+        "rows": rows.kind,
+        "told": told,
+    }
 
 
 def _warnings(oof: Predictions | None, test: Predictions | None) -> list[str]:
@@ -237,5 +293,7 @@ def _warnings(oof: Predictions | None, test: Predictions | None) -> list[str]:
             "out-of-fold scores are apparent: the student's teachers learned from the labels of these rows; only test rows count"
         )
     if oof is None:
-        warnings.append("no out-of-fold rows: fitted ensembles and the choice among them have seen the scored rows")
+        warnings.append(
+            "no out-of-fold rows: fitted ensembles and the choice among them have seen the scored rows"
+        )
     return warnings

@@ -34,9 +34,14 @@ IR_VERSION = 10
 def card_of(pipeline: Pipeline, precision: str, metadata: dict[str, Any]) -> dict[str, Any]:
     """The model card: what every file says, and the metadata of its run."""
     return {
-        "format": FORMAT, "classes": list(pipeline.classes), "members": list(pipeline.names), "precision": precision,
-        "opset": OPSET, "preprocessing": describe_preprocessing(pipeline), **metadata,
-    }  # fmt: skip
+        "format": FORMAT,
+        "classes": list(pipeline.classes),
+        "members": list(pipeline.names),
+        "precision": precision,
+        "opset": OPSET,
+        "preprocessing": describe_preprocessing(pipeline),
+        **metadata,
+    }
 
 
 def write_onnx(
@@ -88,12 +93,22 @@ def build_graph(
     """
     graph = _Joiner()
     members = cast(Iterable[MemberPipeline], pipeline.members)
-    outputs = [_add_member(graph, f"m{i}_", member, precision, calibration) for i, member in enumerate(members)]
+    outputs = [
+        _add_member(graph, f"m{i}_", member, precision, calibration)
+        for i, member in enumerate(members)
+    ]
     if pipeline.mixing is None:
-        stacked = graph.stack([graph.mean(copies, f"m{i}_probs") for i, copies in enumerate(outputs)], "member_probs")
+        stacked = graph.stack(
+            [graph.mean(copies, f"m{i}_probs") for i, copies in enumerate(outputs)], "member_probs"
+        )
     else:
         nets = graph.stack([name for copies in outputs for name in copies], "network_probs")
-        mixing = _trace(_Mix(pipeline.mixing), torch.rand(2, pipeline.mixing.shape[1], 3), ("nets", "mixed"), (0, 2))
+        mixing = _trace(
+            _Mix(pipeline.mixing),
+            torch.rand(2, pipeline.mixing.shape[1], 3),
+            ("nets", "mixed"),
+            (0, 2),
+        )
         graph.graft(mixing, "mix_", {"nets": nets}, {"mixed": "member_probs"})
         stacked = "member_probs"
     _add_combiner(graph, pipeline, stacked)
@@ -107,12 +122,19 @@ def network_names(pipeline: Pipeline) -> list[list[str]]:
         ExportError: members are mixed over folds, so that no network is one member's alone.
     """
     if pipeline.mixing is not None:
-        raise ExportError("members that are not in every fold have no cascade", fix="ensemble.disagreement = 0")
+        raise ExportError(
+            "members that are not in every fold have no cascade", fix="ensemble.disagreement = 0"
+        )
     members = cast(Iterable[MemberPipeline], pipeline.members)
-    return [[f"m{i}_fold{fold}_probs" for fold in range(len(member.predictors))] for i, member in enumerate(members)]
+    return [
+        [f"m{i}_fold{fold}_probs" for fold in range(len(member.predictors))]
+        for i, member in enumerate(members)
+    ]
 
 
-def _trace(module: nn.Module, example: Tensor, names: tuple[str, str], dynamic: tuple[int, ...]) -> Any:
+def _trace(
+    module: nn.Module, example: Tensor, names: tuple[str, str], dynamic: tuple[int, ...]
+) -> Any:
     """ONNX model of a module with one input and one output; the axes in `dynamic` may have any length."""
     shapes = (dict.fromkeys(dynamic, torch.export.Dim.DYNAMIC),)
     with warnings.catch_warnings():
@@ -132,7 +154,11 @@ def _trace(module: nn.Module, example: Tensor, names: tuple[str, str], dynamic: 
 
 
 def _add_member(
-    graph: _Joiner, prefix: str, member: MemberPipeline, precision: str, calibration: Sequence[np.ndarray]
+    graph: _Joiner,
+    prefix: str,
+    member: MemberPipeline,
+    precision: str,
+    calibration: Sequence[np.ndarray],
 ) -> list[str]:
     """Graft one member: its resize once, then every fold model; returns the names of their probabilities."""
     canvas = f"pixels_{member.canvas}_{member.resize}"
@@ -154,7 +180,8 @@ def _add_member(
         model = (
             first
             if fold == 0
-            else _with_weights(first, fused[0], predictor) or _trace(predictor, example, ("pixels", "probs"), (0,))
+            else _with_weights(first, fused[0], predictor)
+            or _trace(predictor, example, ("pixels", "probs"), (0,))
         )
         names.append(f"{prefix}fold{fold}_probs")
         model = convert(model, precision, pixels)
@@ -198,7 +225,9 @@ def _with_weights(model: Any, old: nn.Module, new: nn.Module) -> Any | None:
     before, after = old.state_dict(), new.state_dict()
     for name, tensor in after.items():
         found = initializers.get(name)
-        if found is None or not np.array_equal(onnx.numpy_helper.to_array(found), before[name].numpy()):
+        if found is None or not np.array_equal(
+            onnx.numpy_helper.to_array(found), before[name].numpy()
+        ):
             return None
         found.CopyFrom(onnx.numpy_helper.from_array(tensor.numpy(), name))
     return twin
@@ -221,17 +250,33 @@ def fold_batch_norm(predictor: Predictor, canvas: int) -> nn.Module:
         if id(inputs[0]) in made:
             pairs.append((made[id(inputs[0])][0], module))
 
-    hooks = [m.register_forward_hook(after_conv) for m in network.modules() if isinstance(m, nn.Conv2d)]
-    hooks += [m.register_forward_pre_hook(before_norm) for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    hooks = [
+        m.register_forward_hook(after_conv) for m in network.modules() if isinstance(m, nn.Conv2d)
+    ]
+    hooks += [
+        m.register_forward_pre_hook(before_norm)
+        for m in network.modules()
+        if isinstance(m, nn.BatchNorm2d)
+    ]
     with torch.no_grad():
         network(torch.zeros(1, 3, canvas, canvas))
     for hook in hooks:
         hook.remove()
     for conv, norm in pairs:
         conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            conv.weight,
+            conv.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.eps,
+            norm.weight,
+            norm.bias,
         )
-        rest = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if part is not None]
+        rest = [
+            part
+            for part in (getattr(norm, "drop", None), getattr(norm, "act", None))
+            if part is not None
+        ]
         _replace(network, norm, nn.Sequential(*rest))
     for module in list(network.modules()):
         if isinstance(module, nn.Hardtanh):
@@ -266,11 +311,15 @@ class _Joiner:
         self.initializers: list[Any] = []
         self.values: set[str] = {"images"}
 
-    def graft(self, model: Any, prefix: str, inputs: dict[str, str], outputs: dict[str, str]) -> None:
+    def graft(
+        self, model: Any, prefix: str, inputs: dict[str, str], outputs: dict[str, str]
+    ) -> None:
         """Add a model's nodes; its input and output names become the outer names given, all others get the prefix."""
         if model.functions:
             raise ExportError(
-                "the exporter made functions that cannot be joined", where=prefix, got=[f.name for f in model.functions]
+                "the exporter made functions that cannot be joined",
+                where=prefix,
+                got=[f.name for f in model.functions],
             )
         outer = {**inputs, **outputs, "": ""}
         for node in model.graph.node:
@@ -291,7 +340,9 @@ class _Joiner:
 
     def mean(self, names: Sequence[str], output: str) -> str:
         """Average of values of equal shape."""
-        self.nodes.append(onnx.helper.make_node("Mean", list(names), [output], name=f"{output}_mean"))
+        self.nodes.append(
+            onnx.helper.make_node("Mean", list(names), [output], name=f"{output}_mean")
+        )
         return output
 
     def stack(self, names: Sequence[str], output: str) -> str:
@@ -299,11 +350,17 @@ class _Joiner:
         self.initializers.append(onnx.numpy_helper.from_array(np.array([1], np.int64), "axis_1"))
         for name in names:
             self.nodes.append(
-                onnx.helper.make_node("Unsqueeze", [name, "axis_1"], [f"{name}_row"], name=f"{name}_unsqueeze")
+                onnx.helper.make_node(
+                    "Unsqueeze", [name, "axis_1"], [f"{name}_row"], name=f"{name}_unsqueeze"
+                )
             )
         self.nodes.append(
             onnx.helper.make_node(
-                "Concat", [f"{name}_row" for name in names], [output], name=f"{output}_concat", axis=1
+                "Concat",
+                [f"{name}_row" for name in names],
+                [output],
+                name=f"{output}_concat",
+                axis=1,
             )
         )
         return output
@@ -312,12 +369,21 @@ class _Joiner:
         """The whole model: images -> probs, member_probs."""
         value = onnx.helper.make_tensor_value_info
         graph = onnx.helper.make_graph(
-            self.nodes, "threefold",
+            self.nodes,
+            "threefold",
             [value("images", onnx.TensorProto.UINT8, ["batch", "height", "width", 3])],
-            [value("probs", onnx.TensorProto.FLOAT, ["batch", num_classes]), value("member_probs", onnx.TensorProto.FLOAT, ["batch", num_members, num_classes])],
-        )  # fmt: skip
-        model = onnx.helper.make_model(
-            graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], producer_name="threefold", ir_version=IR_VERSION
+            [
+                value("probs", onnx.TensorProto.FLOAT, ["batch", num_classes]),
+                value("member_probs", onnx.TensorProto.FLOAT, ["batch", num_members, num_classes]),
+            ],
         )
-        model.graph.initializer.extend(self.initializers)  # last: above 2 GB a graph can no longer be copied whole
+        model = onnx.helper.make_model(
+            graph,
+            opset_imports=[onnx.helper.make_opsetid("", OPSET)],
+            producer_name="threefold",
+            ir_version=IR_VERSION,
+        )
+        model.graph.initializer.extend(
+            self.initializers
+        )  # last: above 2 GB a graph can no longer be copied whole
         return model

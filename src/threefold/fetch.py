@@ -77,7 +77,9 @@ def fetch(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError("cannot make the folder", where=folder, got=error.strerror or error) from None
+        raise DataError(
+            "cannot make the folder", where=folder, got=error.strerror or error
+        ) from None
     if known.kaggle:
         return [_from_kaggle(known, folder)]
     paths = []
@@ -88,7 +90,9 @@ def fetch(
     return paths
 
 
-def download(remote: Remote, folder: Path, watcher: Watcher | None = None, pause: float = 1.0) -> Path:
+def download(
+    remote: Remote, folder: Path, watcher: Watcher | None = None, pause: float = 1.0
+) -> Path:
     """One file, from the first of its addresses that gives it.
 
     Args:
@@ -110,7 +114,9 @@ def download(remote: Remote, folder: Path, watcher: Watcher | None = None, pause
         else:
             _require_checksum(target, remote, None)
     except OSError as error:
-        raise DataError("cannot write", where=error.filename or target, got=error.strerror or error) from None
+        raise DataError(
+            "cannot write", where=error.filename or target, got=error.strerror or error
+        ) from None
     return target
 
 
@@ -134,11 +140,15 @@ def _require_checksum(path: Path, remote: Remote, aside: Path | None) -> None:
             os.replace(path, aside)
             _sidecar(path).unlink(missing_ok=True)
         raise DataError(
-            "the file is not the published one" if remote.md5 or remote.sha256 else "the file has changed",
+            "the file is not the published one"
+            if remote.md5 or remote.sha256
+            else "the file has changed",
             where=aside or path,
             expected=f"{wrong[0]} {expected[wrong[0]]}",
             got=got[wrong[0]],
-            fix="run the same command again to download it anew" if aside else "remove it and run the command again",
+            fix="run the same command again to download it anew"
+            if aside
+            else "remove it and run the command again",
         )
     if recorded.get(remote.name) != got["sha256"]:
         write_json(record, {**recorded, remote.name: got["sha256"]})
@@ -151,7 +161,9 @@ def _recorded(record: Path) -> dict[str, str]:
     try:
         tree = read_json(record)
     except RunError as error:
-        raise DataError("the record of downloads is damaged", where=record, got=error, fix="remove it") from None
+        raise DataError(
+            "the record of downloads is damaged", where=record, got=error, fix="remove it"
+        ) from None
     return {str(name): str(value) for name, value in tree.items()} if isinstance(tree, dict) else {}
 
 
@@ -166,11 +178,19 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows within HTTP, and never from https to http."""
 
     def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: Any,
+        newurl: str,
     ) -> urllib.request.Request | None:
         if not newurl.startswith("https:" if req.type == "https" else ("http:", "https:")):
             fp.close()
-            raise DataError("the server redirects to an unsafe address", where=req.full_url, got=newurl)
+            raise DataError(
+                "the server redirects to an unsafe address", where=req.full_url, got=newurl
+            )
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -178,11 +198,17 @@ def _open(url: str, headers: dict[str, str]) -> Any:
     """Open an address; only http and https, so that no server can point to a local file."""
     opener = urllib.request.OpenerDirector()
     for handler in (
-        urllib.request.ProxyHandler(), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler(),
-        urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor(), _Redirects(),
-    ):  # fmt: skip
+        urllib.request.ProxyHandler(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        _Redirects(),
+    ):
         opener.add_handler(handler)
-    request = urllib.request.Request(url, headers={"User-Agent": "threefold", "Accept-Encoding": "identity", **headers})
+    request = urllib.request.Request(
+        url, headers={"User-Agent": "threefold", "Accept-Encoding": "identity", **headers}
+    )
     return opener.open(request, timeout=_TIMEOUT)
 
 
@@ -210,7 +236,9 @@ def _receive(url: str, remote: Remote, part: Path, watcher: Watcher | None, paus
             if error.code == 416:  # the part is longer than the file now is
                 part.unlink(missing_ok=True)
             elif error.code < 500 and error.code not in (408, 429):
-                raise DataError("the server refuses", where=url, got=f"{error.code} {error.reason}") from None
+                raise DataError(
+                    "the server refuses", where=url, got=f"{error.code} {error.reason}"
+                ) from None
             reason: object = f"{error.code} {error.reason}"
         except (
             _Cut,
@@ -223,7 +251,9 @@ def _receive(url: str, remote: Remote, part: Path, watcher: Watcher | None, paus
             reason = getattr(error, "reason", None) or error or type(error).__name__
         tries = 1 if _size(part) > before else tries + 1
         if tries >= 2 and _unreached(reason):
-            fix = f"check the network, or download it elsewhere and put it at {part.with_suffix('')}"
+            fix = (
+                f"check the network, or download it elsewhere and put it at {part.with_suffix('')}"
+            )
             raise DataError("the server cannot be reached", where=url, got=reason, fix=fix)
         if tries >= _TRIES:
             fix = "run the same command again: what has arrived is kept"
@@ -235,7 +265,9 @@ def _unreached(reason: object) -> bool:
     """Whether no server answered at all: the name is not found, nobody listens, or a proxy does not let through."""
     if isinstance(reason, socket.gaierror):
         return True
-    return isinstance(reason, OSError) and (reason.errno in _UNREACHED or "Tunnel connection failed" in str(reason))
+    return isinstance(reason, OSError) and (
+        reason.errno in _UNREACHED or "Tunnel connection failed" in str(reason)
+    )
 
 
 def _size(path: Path) -> int:
@@ -255,7 +287,11 @@ def _answer(status: int, headers: Message, asked: int, url: str) -> _Answer:
         return _Answer(0, length)
     found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range") or "")
     if not found or int(found[1]) != asked:
-        raise DataError("the server gives another part than was asked for", where=url, expected=f"bytes {asked}-")
+        raise DataError(
+            "the server gives another part than was asked for",
+            where=url,
+            expected=f"bytes {asked}-",
+        )
     return _Answer(asked, int(found[3]) if found[3] != "*" else asked + length)
 
 
@@ -266,10 +302,16 @@ def _receive_once(url: str, remote: Remote, part: Path, watcher: Watcher | None)
     with _open(url, headers) as response:
         start, total = _answer(response.status, response.headers, have, url)
         if remote.size and total and total != remote.size:
-            raise DataError("the server has a file of another size", where=url, expected=remote.size, got=total)
+            raise DataError(
+                "the server has a file of another size", where=url, expected=remote.size, got=total
+            )
         _require_disk(part, (total or remote.size) - start)
         etag = response.headers.get("ETag") or ""
-        strong = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified") or ""
+        strong = (
+            etag
+            if etag and not etag.startswith("W/")
+            else response.headers.get("Last-Modified") or ""
+        )
         _sidecar(part).write_text(f"{url}\n{strong}", encoding="utf-8")
         with open(part, "r+b" if start else "wb") as file:
             file.seek(start)
@@ -331,14 +373,20 @@ def _from_kaggle(known: Official, folder: Path) -> Path:
         if done.returncode or not archive.is_file():
             told = (done.stderr.strip() or done.stdout.strip() or "no file").splitlines()[-1]
             fix = f"accept the rules at {known.home}, then run the same command again"
-            raise DataError("Kaggle's program could not download", where=known.kaggle, got=told[:200], fix=fix)
+            raise DataError(
+                "Kaggle's program could not download", where=known.kaggle, got=told[:200], fix=fix
+            )
     _require_checksum(archive, Remote(archive.name, ()), None)
     unpacked(archive)
     return archive
 
 
 def _has_kaggle_token() -> bool:
-    if os.environ.get("KAGGLE_API_TOKEN") or (os.environ.get("KAGGLE_USERNAME") and os.environ.get("KAGGLE_KEY")):
+    if os.environ.get("KAGGLE_API_TOKEN") or (
+        os.environ.get("KAGGLE_USERNAME") and os.environ.get("KAGGLE_KEY")
+    ):
         return True
     folders = [os.environ.get("KAGGLE_CONFIG_DIR"), "~/.kaggle", "~/.config/kaggle"]
-    return any((Path(folder).expanduser() / "kaggle.json").is_file() for folder in folders if folder)
+    return any(
+        (Path(folder).expanduser() / "kaggle.json").is_file() for folder in folders if folder
+    )

@@ -43,7 +43,9 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, tree: Any) -> None:
     """Write a tree of plain values as readable JSON."""
-    write_bytes(path, (json.dumps(tree, indent=1, ensure_ascii=False, default=float) + "\n").encode())
+    write_bytes(
+        path, (json.dumps(tree, indent=1, ensure_ascii=False, default=float) + "\n").encode()
+    )
 
 
 def read_json(path: Path) -> Any:
@@ -77,7 +79,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except Exception as error:
-        raise RunError("cannot read arrays", where=path, got=f"{type(error).__name__}: {str(error)[:120]}") from None
+        raise RunError(
+            "cannot read arrays", where=path, got=f"{type(error).__name__}: {str(error)[:120]}"
+        ) from None
 
 
 def sha256(path: Path) -> str:

@@ -29,7 +29,9 @@ from threefold.pixels import Pixels
 from threefold.predictions import Predictions
 from threefold.run import Run
 
-_NO_ROWS: Final = "labels are audited on out-of-fold rows of the honest protocol, which this run does not have"
+_NO_ROWS: Final = (
+    "labels are audited on out-of-fold rows of the honest protocol, which this run does not have"
+)
 
 
 def find_copies(run: Run, pixels: Pixels) -> None:
@@ -55,7 +57,9 @@ def find_copies(run: Run, pixels: Pixels) -> None:
     write_json(path, {"found": found.found, "pairs": pairs, "told": ""})
 
 
-def audit_run(run: Run, rows: Predictions | None, probs: np.ndarray) -> tuple[dict[str, Any], list[Suspect]]:
+def audit_run(
+    run: Run, rows: Predictions | None, probs: np.ndarray
+) -> tuple[dict[str, Any], list[Suspect]]:
     """The `audit` of results.json, and the suspects, the most suspect first; writes suspects.csv.
 
     Args:
@@ -64,7 +68,9 @@ def audit_run(run: Run, rows: Predictions | None, probs: np.ndarray) -> tuple[di
         probs: (n, k) the chosen ensemble's probabilities on them, cross-fitted.
     """
     honest = rows is not None and rows.kind == "oof" and rows.protocol == "honest"
-    suspects, missing = list_suspects(rows, probs) if rows is not None and honest else ([], _NO_ROWS)
+    suspects, missing = (
+        list_suspects(rows, probs) if rows is not None and honest else ([], _NO_ROWS)
+    )
     if not missing:
         write_suspects(run.dir / "suspects.csv", suspects)
     path = run.dir / "duplicates.json"

@@ -44,7 +44,12 @@ def read_predictions(
     content = content_of(path)
     truth = _truth(labels)
     names = _class_names(classes)
-    if content == "npz" and truth is None and names is None and _is_plain(headers := npz_headers(path)):
+    if (
+        content == "npz"
+        and truth is None
+        and names is None
+        and _is_plain(headers := npz_headers(path))
+    ):
         found = Predictions.load(path)  # threefold's own file, or one with the same arrays
         named = "members" in headers
     else:
@@ -61,7 +66,11 @@ def read_predictions(
 def _is_plain(headers: dict[str, np.dtype[Any]]) -> bool:
     """Whether an .npz has numbers as labels, text as classes, and no array that needs more than Predictions.load."""
     text = headers.get("classes", np.dtype(np.str_)).kind == "U"
-    return text and headers.get("labels", np.dtype("U")).kind in "iu" and headers.keys() <= {*ARRAYS} - {"paths"}
+    return (
+        text
+        and headers.get("labels", np.dtype("U")).kind in "iu"
+        and headers.keys() <= {*ARRAYS} - {"paths"}
+    )
 
 
 def _parts(path: Path, content: str) -> list[Parts]:
@@ -84,16 +93,26 @@ def _truth(labels: str | Path | None) -> Truth | Literal["folder"] | None:
     def choose(header: Sequence[str], where: str) -> Sequence[str]:
         if "label" not in header:
             raise DataError(
-                "the table of labels has no column label", where=where, expected="id,label", got=", ".join(header)[:80]
+                "the table of labels has no column label",
+                where=where,
+                expected="id,label",
+                got=", ".join(header)[:80],
             )
         return []
 
     path = Path(labels)
     content = content_of(path)
     if content not in ("csv", "parquet"):
-        raise DataError("labels must be a table", where=path, expected=".csv or .parquet", got=content)
+        raise DataError(
+            "labels must be a table", where=path, expected=".csv or .parquet", got=content
+        )
     table: Table = (read_csv if content == "csv" else read_parquet)(path, choose)
-    return Truth(str(path), table.text.get("id", table.text.get("path")), table.text["label"], table.text.get("group"))
+    return Truth(
+        str(path),
+        table.text.get("id", table.text.get("path")),
+        table.text["label"],
+        table.text.get("group"),
+    )
 
 
 def _class_names(classes: Classes | None) -> tuple[str, ...] | None:
@@ -106,7 +125,10 @@ def _class_names(classes: Classes | None) -> tuple[str, ...] | None:
     except (OSError, UnicodeDecodeError) as error:
         got = getattr(error, "strerror", "") or "not UTF-8"
         raise DataError(
-            "cannot read the class names", where=classes, expected="a text file, one name a line", got=got
+            "cannot read the class names",
+            where=classes,
+            expected="a text file, one name a line",
+            got=got,
         ) from None
     return tuple(name for name in names if name)
 
@@ -131,17 +153,29 @@ def write_predictions(rows: Predictions, path: str | Path) -> None:
         _check_names(rows, path)
         write_bytes(path, (_csv if suffix == ".csv" else _parquet)(rows, path))
     else:
-        raise DataError("unknown format", where=path, expected=".npz, .csv or .parquet", got=suffix or "no suffix")
+        raise DataError(
+            "unknown format",
+            where=path,
+            expected=".npz, .csv or .parquet",
+            got=suffix or "no suffix",
+        )
 
 
 def _check_names(rows: Predictions, path: Path) -> None:
     taken = next((name for name in rows.classes if is_no_class(name)), None)
     if taken is not None:
-        raise DataError("a class has the name of a column", where=path, got=taken or "an empty name", fix="write .npz")
+        raise DataError(
+            "a class has the name of a column",
+            where=path,
+            got=taken or "an empty name",
+            fix="write .npz",
+        )
     every = [*rows.ids, *rows.members, *(rows.groups or ()), *rows.classes]
     bad = next((name for name in every if not name or "\0" in name or _is_broken(name)), None)
     if bad is not None:
-        raise DataError("a name cannot be written to a table", where=path, got=f"{bad!a}", fix="write .npz")
+        raise DataError(
+            "a name cannot be written to a table", where=path, got=f"{bad!a}", fix="write .npz"
+        )
 
 
 def _is_broken(name: str) -> bool:
@@ -151,7 +185,10 @@ def _is_broken(name: str) -> bool:
 def _columns(rows: Predictions, member: int) -> dict[str, Any]:
     """The columns of one member before its probabilities."""
     n = len(rows)
-    columns: dict[str, Any] = {"id": rows.ids, "label": [rows.classes[label] for label in rows.labels]}
+    columns: dict[str, Any] = {
+        "id": rows.ids,
+        "label": [rows.classes[label] for label in rows.labels],
+    }
     if rows.groups is not None:
         columns["group"] = rows.groups
     if rows.folds is not None:
@@ -183,7 +220,12 @@ def _csv(rows: Predictions, path: Path) -> bytes:
 def _parquet(rows: Predictions, path: Path) -> bytes:
     arrow, parquet = pyarrow(), pyarrow(".parquet")
     tables = [
-        arrow.table({**_columns(rows, member), **dict(zip(rows.classes, np.ascontiguousarray(probs.T), strict=True))})
+        arrow.table(
+            {
+                **_columns(rows, member),
+                **dict(zip(rows.classes, np.ascontiguousarray(probs.T), strict=True)),
+            }
+        )
         for member, probs in enumerate(rows.probs)
     ]
     sink = arrow.BufferOutputStream()

@@ -55,12 +55,16 @@ def _pairs(run: Run, found: Evaluation, worst: np.ndarray) -> dict[str, np.ndarr
     answers, rows = found.probs.argmax(1), []
     for cell in np.argsort(-counts, axis=None, kind="stable")[:PAIRS]:
         true, answer = divmod(int(cell), len(counts))
-        rows += [row for row in worst if found.rows.labels[row] == true and answers[row] == answer][:PER_PAIR]
+        rows += [row for row in worst if found.rows.labels[row] == true and answers[row] == answer][
+            :PER_PAIR
+        ]
     index = np.array(rows, int)
     return {
-        "pair_ids": _names([found.rows.ids[row] for row in index]), "pair_images": _small(run, found.rows.kind, index),
-        "pair_true": found.rows.labels[index], "pair_answer": answers[index],
-    }  # fmt: skip
+        "pair_ids": _names([found.rows.ids[row] for row in index]),
+        "pair_images": _small(run, found.rows.kind, index),
+        "pair_true": found.rows.labels[index],
+        "pair_answer": answers[index],
+    }
 
 
 def _cams(run: Run, found: Evaluation, rows: np.ndarray) -> np.ndarray:
@@ -69,7 +73,11 @@ def _cams(run: Run, found: Evaluation, rows: np.ndarray) -> np.ndarray:
     A row is explained by networks that have not seen it: those of its fold, or for test rows those of the first fold.
     """
     heat = np.zeros((len(rows), SIDE, SIDE), np.uint8)
-    folds = found.rows.folds if found.rows.folds is not None else np.full(len(found.rows), run.final_folds[0])
+    folds = (
+        found.rows.folds
+        if found.rows.folds is not None
+        else np.full(len(found.rows), run.final_folds[0])
+    )
     answers = found.probs.argmax(1)
     for fold in np.unique(folds[rows]):
         mine = np.flatnonzero(folds[rows] == fold)
@@ -78,7 +86,9 @@ def _cams(run: Run, found: Evaluation, rows: np.ndarray) -> np.ndarray:
         nets = [run.load_member(spec, int(fold), len(found.rows.classes)) for spec in specs]
         sizes, resizes = [spec.img_size for spec in specs], [spec.resize for spec in specs]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NoMap)  # a backbone without a map leaves the picture without heat
+            warnings.simplefilter(
+                "ignore", NoMap
+            )  # a backbone without a map leaves the picture without heat
             maps = ensemble_cam(nets, images, answers[rows[mine]], sizes=sizes, resizes=resizes)
         heat[mine] = np.round(255 * maps).astype(np.uint8)
     return heat
@@ -94,8 +104,15 @@ def _small(run: Run, kind: str, rows: np.ndarray) -> np.ndarray:
     """Pictures uint8 (r, 96, 96, 3) of rows of the training or test images."""
     dataset = run.sources.test if kind == "test" else run.sources.train
     assert dataset is not None
-    images = [Image.fromarray(dataset.pixels(int(row))).resize((SIDE, SIDE), Image.Resampling.BILINEAR) for row in rows]
-    return np.stack([np.asarray(image) for image in images]) if images else np.zeros((0, SIDE, SIDE, 3), np.uint8)
+    images = [
+        Image.fromarray(dataset.pixels(int(row))).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+        for row in rows
+    ]
+    return (
+        np.stack([np.asarray(image) for image in images])
+        if images
+        else np.zeros((0, SIDE, SIDE, 3), np.uint8)
+    )
 
 
 def _names(names: Sequence[str]) -> np.ndarray:

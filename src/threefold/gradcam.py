@@ -32,7 +32,12 @@ class NoMap(UserWarning):
 
 
 def grad_cam(
-    member: nn.Module, images: np.ndarray, classes: npt.ArrayLike, *, size: int | None = None, resize: Resize = "squash"
+    member: nn.Module,
+    images: np.ndarray,
+    classes: npt.ArrayLike,
+    *,
+    size: int | None = None,
+    resize: Resize = "squash",
 ) -> np.ndarray:
     """Heat of each pixel for one class per image: float32 (b, h, w) in 0..1; the hottest place of an image is 1.
 
@@ -53,29 +58,47 @@ def grad_cam(
     """
     array, wanted = np.asarray(images), np.asarray(classes)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape:
-        raise DataError("not a batch of images", expected="uint8 (b, h, w, 3)", got=f"{array.dtype} {array.shape}")
+        raise DataError(
+            "not a batch of images",
+            expected="uint8 (b, h, w, 3)",
+            got=f"{array.dtype} {array.shape}",
+        )
     if wanted.shape != array.shape[:1] or wanted.dtype.kind not in "iu":
-        raise DataError("one class number per image", expected=array.shape[:1], got=f"{wanted.dtype} {wanted.shape}")
+        raise DataError(
+            "one class number per image",
+            expected=array.shape[:1],
+            got=f"{wanted.dtype} {wanted.shape}",
+        )
     if isinstance(member, JointMember):
         bases = [grad_cam(base, array, wanted, size=size, resize=resize) for base in member.bases]
         return np.asarray(np.mean(bases, axis=0, dtype=np.float32))
     if not isinstance(member, Member):
         raise DataError(
-            "cannot look into this network", expected="a Member or a JointMember", got=type(member).__name__
+            "cannot look into this network",
+            expected="a Member or a JointMember",
+            got=type(member).__name__,
         )
     device = next(member.parameters()).device
     pixels = torch.from_numpy(np.ascontiguousarray(array)).to(device)
-    pixels = pixels.permute(0, 3, 1, 2).float() if size is None else resize_square(pixels, size, resize)
-    features, slopes = _evidence(member, pixels, torch.from_numpy(wanted.astype(np.int64)).to(device))
+    pixels = (
+        pixels.permute(0, 3, 1, 2).float() if size is None else resize_square(pixels, size, resize)
+    )
+    features, slopes = _evidence(
+        member, pixels, torch.from_numpy(wanted.astype(np.int64)).to(device)
+    )
     grid = _as_map(member.backbone, features)
     if grid is None:
         kind, shape = type(member.backbone).__name__, tuple(features.shape[1:])
-        warnings.warn(f"{kind} has no map of places (its features are {shape}): no heat", NoMap, stacklevel=2)
+        warnings.warn(
+            f"{kind} has no map of places (its features are {shape}): no heat", NoMap, stacklevel=2
+        )
         return np.zeros(array.shape[:3], np.float32)
     weights = _as_map(member.backbone, slopes)
     assert weights is not None
     heat = (weights.mean((2, 3), keepdim=True) * grid).sum(1, keepdim=True).relu()
-    found = _on_image(heat, array.shape[1], array.shape[2], resize if size is not None else "squash")
+    found = _on_image(
+        heat, array.shape[1], array.shape[2], resize if size is not None else "squash"
+    )
     return np.asarray(found.cpu().numpy())
 
 
@@ -114,12 +137,20 @@ def _evidence(member: Member, pixels: Tensor, classes: Tensor) -> tuple[Tensor, 
     """The features that are looked at, and the gradient of each image's class logit by them, both of one shape."""
     # cuDNN's recurrent layers have no backward pass in eval mode.
     plain = torch.backends.cudnn.flags(enabled=False) if pixels.is_cuda else nullcontext()
-    with torch.inference_mode(False), torch.enable_grad(), plain, _at_rest(member), _leaf(member) as caught:
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        plain,
+        _at_rest(member),
+        _leaf(member) as caught,
+    ):
         logits = member(pixels.clone())
         if classes.min() < 0 or classes.max() >= logits.shape[1]:
             got = int(classes.max() if classes.max() >= logits.shape[1] else classes.min())
             raise DataError("no such class", expected=f"0 to {logits.shape[1] - 1}", got=got)
-        score = logits.gather(1, classes.clone()[:, None]).sum()  # images do not act on each other in eval mode
+        score = logits.gather(
+            1, classes.clone()[:, None]
+        ).sum()  # images do not act on each other in eval mode
         (slopes,) = torch.autograd.grad(score, caught)
     return caught[0].detach().float(), slopes.float()
 
@@ -151,8 +182,14 @@ def _leaf(member: Member) -> Iterator[list[Tensor]]:
         return caught[0]
 
     backbone = member.backbone
-    if getattr(backbone, "global_pool", None) == "token" and not member.head.takes_map and hasattr(backbone, "blocks"):
-        hook = backbone.blocks[-1].register_forward_pre_hook(lambda _, inputs: (catch(inputs[0]), *inputs[1:]))
+    if (
+        getattr(backbone, "global_pool", None) == "token"
+        and not member.head.takes_map
+        and hasattr(backbone, "blocks")
+    ):
+        hook = backbone.blocks[-1].register_forward_pre_hook(
+            lambda _, inputs: (catch(inputs[0]), *inputs[1:])
+        )
         try:
             yield caught
         finally:
@@ -169,7 +206,9 @@ def _leaf(member: Member) -> Iterator[list[Tensor]]:
 def _as_map(backbone: Any, features: Tensor) -> Tensor | None:
     """Features as (b, c, h, w): maps with channels first or last, or patch tokens on timm's grid; None if they have none."""
     if features.ndim == 4:
-        return features if features.shape[1] == backbone.num_features else features.permute(0, 3, 1, 2)
+        return (
+            features if features.shape[1] == backbone.num_features else features.permute(0, 3, 1, 2)
+        )
     if features.ndim != 3:
         return None
     count = features.shape[1]
@@ -187,6 +226,8 @@ def _on_image(heat: Tensor, height: int, width: int, resize: Resize) -> Tensor:
     whole = heat.new_zeros(len(heat), height, width)
     down, across = (min(height, width),) * 2 if resize == "crop" else (height, width)
     top, left = (height - down) // 2, (width - across) // 2
-    whole[:, top : top + down, left : left + across] = interpolate(heat, (down, across), mode="bilinear")[:, 0]
+    whole[:, top : top + down, left : left + across] = interpolate(
+        heat, (down, across), mode="bilinear"
+    )[:, 0]
     most = whole.amax((1, 2), keepdim=True)
     return torch.where(most > 0, whole / most, 0.0)

@@ -47,7 +47,12 @@ class Guard:
     """
 
     def __init__(
-        self, app: Any, limits: Limits, gauges: Gauges, api_key: str = "", hosts: Collection[str] = ()
+        self,
+        app: Any,
+        limits: Limits,
+        gauges: Gauges,
+        api_key: str = "",
+        hosts: Collection[str] = (),
     ) -> None:
         self.app, self.limits, self.gauges = app, limits, gauges
         self.api_key, self.hosts = api_key.encode(), frozenset(hosts)
@@ -84,7 +89,9 @@ class Guard:
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1").lower()
         if self.hosts and _without_port(host) not in self.hosts:
-            raise Refusal(421, "wrong_host", f"this server answers to {', '.join(sorted(self.hosts))} only")
+            raise Refusal(
+                421, "wrong_host", f"this server answers to {', '.join(sorted(self.hosts))} only"
+            )
         origin = headers.get(b"origin")
         if origin is not None and origin.decode("latin-1").lower().partition("://")[2] != host:
             raise Refusal(403, "wrong_origin", "pages of other origins cannot use this server")
@@ -94,7 +101,9 @@ class Guard:
         if len(length) > 15 or int(length) > self.limits.body_bytes:
             raise _too_long(self.limits)
         if scope["path"] == "/predict" and self.running >= self.limits.requests:
-            raise Refusal(429, "busy", f"{self.limits.requests} requests are being answered; try again")
+            raise Refusal(
+                429, "busy", f"{self.limits.requests} requests are being answered; try again"
+            )
 
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
         word, _, key = headers.get(b"authorization", b"").partition(b" ")
@@ -115,7 +124,9 @@ class Guard:
                     message = await receive()
             except TimeoutError:
                 raise Refusal(
-                    408, "slow", f"the request did not arrive within {self.limits.body_seconds} seconds"
+                    408,
+                    "slow",
+                    f"the request did not arrive within {self.limits.body_seconds} seconds",
                 ) from None
             whole = not message.get("more_body", False)
             size = len(message.get("body", b""))
@@ -130,7 +141,9 @@ class Guard:
 
         return read
 
-    def _answering(self, scope: MutableMapping[str, Any], send: Send, state: dict[str, int]) -> Send:
+    def _answering(
+        self, scope: MutableMapping[str, Any], send: Send, state: dict[str, int]
+    ) -> Send:
         """Answers with the headers that every one has; a client that does not take its answer is left."""
 
         async def write(message: Message) -> None:
@@ -162,7 +175,11 @@ def _without_port(host: str) -> str:
 async def refuse(send: Send, refusal: Refusal) -> None:
     """Send a refusal as JSON."""
     body = json.dumps(refusal.tree()).encode()
-    headers = {"content-type": "application/json", "content-length": str(len(body)), **refusal.headers()}
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        **refusal.headers(),
+    }
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": refusal.status, "headers": raw})
     await send({"type": "http.response.body", "body": body})
@@ -198,7 +215,11 @@ def protocol(limits: Limits) -> type[H11Protocol]:
             self.loop.call_later(limits.body_seconds + 1, self.abort_if_stuck)
 
         def send_400_response(self, msg: str) -> None:
-            if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            if (
+                self.cycle is not None
+                and self.cycle.response_started
+                and not self.cycle.response_complete
+            ):
                 self.transport.abort()
             else:
                 self.end(400, "bad_request", "this is not HTTP/1.1")

@@ -30,7 +30,11 @@ MLP_WIDTH = 1024
 STORED_GATES: dict[Cell, int] = {"rnn": 1, "gru": 3, "lstm": 4}
 """Blocks of weights in the full form of each layer."""
 
-RECURRENT: dict[Cell, type[nn.RNN] | type[nn.GRU] | type[nn.LSTM]] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+RECURRENT: dict[Cell, type[nn.RNN] | type[nn.GRU] | type[nn.LSTM]] = {
+    "rnn": nn.RNN,
+    "gru": nn.GRU,
+    "lstm": nn.LSTM,
+}
 """Torch's layer for each cell."""
 
 
@@ -59,7 +63,12 @@ class OneStep(nn.Module):
     cell: Cell
 
     def __init__(
-        self, in_features: int, units: int, gate_order: tuple[int, ...], activation: Activation, directions: int
+        self,
+        in_features: int,
+        units: int,
+        gate_order: tuple[int, ...],
+        activation: Activation,
+        directions: int,
     ) -> None:
         super().__init__()
         if units % directions:
@@ -96,7 +105,9 @@ class OneStepRNN(OneStep):
 
     cell = "rnn"
 
-    def __init__(self, in_features: int, units: int, *, activation: Activation = "torch", directions: int = 1) -> None:
+    def __init__(
+        self, in_features: int, units: int, *, activation: Activation = "torch", directions: int = 1
+    ) -> None:
         super().__init__(in_features, units, (0,), activation, directions)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,7 +120,9 @@ class OneStepLSTM(OneStep):
 
     cell = "lstm"
 
-    def __init__(self, in_features: int, units: int, *, activation: Activation = "torch", directions: int = 1) -> None:
+    def __init__(
+        self, in_features: int, units: int, *, activation: Activation = "torch", directions: int = 1
+    ) -> None:
         super().__init__(in_features, units, (0, 2, 3), activation, directions)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,7 +149,9 @@ class OneStepGRU(OneStep):
         directions: int = 1,
         reset_after: bool = True,
     ) -> None:
-        super().__init__(in_features, units, (0, 1, 2) if reset_after else (1, 2), activation, directions)
+        super().__init__(
+            in_features, units, (0, 1, 2) if reset_after else (1, 2), activation, directions
+        )
         self.reset_after = reset_after
         if reset_after:
             self.hidden_bias = nn.Parameter(torch.zeros(units))
@@ -168,11 +183,17 @@ def collapse(module: nn.RNN | nn.GRU | nn.LSTM) -> OneStep:
         RecipeError: several layers, no bias, an LSTM projection, or an RNN with ReLU.
     """
     if module.num_layers != 1 or not module.bias or module.proj_size or module.mode == "RNN_RELU":
-        raise RecipeError("cannot collapse this layer", expected="one layer with bias, tanh, no projection", got=module)
+        raise RecipeError(
+            "cannot collapse this layer",
+            expected="one layer with bias, tanh, no projection",
+            got=module,
+        )
     directions = 2 if module.bidirectional else 1
     layers: dict[str, type[OneStepRNN] | type[OneStepLSTM] | type[OneStepGRU]]
     layers = {"RNN_TANH": OneStepRNN, "LSTM": OneStepLSTM, "GRU": OneStepGRU}
-    step = layers[module.mode](module.input_size, directions * module.hidden_size, directions=directions)
+    step = layers[module.mode](
+        module.input_size, directions * module.hidden_size, directions=directions
+    )
     step.to(cast("Tensor", module.weight_ih_l0))
     with torch.no_grad():
         for full, live in zip(_full_parts(module), _live_parts(step), strict=True):
@@ -185,7 +206,9 @@ def collapse(module: nn.RNN | nn.GRU | nn.LSTM) -> OneStep:
     return step
 
 
-def expand(step: OneStep, dead_init: Callable[[Tensor], object] = nn.init.zeros_) -> nn.RNN | nn.GRU | nn.LSTM:
+def expand(
+    step: OneStep, dead_init: Callable[[Tensor], object] = nn.init.zeros_
+) -> nn.RNN | nn.GRU | nn.LSTM:
     """The torch layer (batch first) that computes what `step` does when it is given one time step and no state.
 
     Args:
@@ -196,11 +219,17 @@ def expand(step: OneStep, dead_init: Callable[[Tensor], object] = nn.init.zeros_
         RecipeError: torch has no such layer: hard sigmoid gates, or a GRU without reset_after.
     """
     if step.activation == "keras" and step.cell != "rnn":
-        raise RecipeError("torch has no recurrent layer with hard sigmoid gates", fix="use activation = torch")
+        raise RecipeError(
+            "torch has no recurrent layer with hard sigmoid gates", fix="use activation = torch"
+        )
     if isinstance(step, OneStepGRU) and not step.reset_after:
-        raise RecipeError("torch has no GRU that resets before the product", fix="use reset_after = true")
+        raise RecipeError(
+            "torch has no GRU that resets before the product", fix="use reset_after = true"
+        )
     width = step.units // step.directions
-    module = RECURRENT[step.cell](step.input.in_features, width, batch_first=True, bidirectional=step.directions == 2)
+    module = RECURRENT[step.cell](
+        step.input.in_features, width, batch_first=True, bidirectional=step.directions == 2
+    )
     module.to(step.input.weight)
     with torch.no_grad():
         for full, live in zip(_full_parts(module), _live_parts(step), strict=True):
@@ -215,12 +244,16 @@ def expand(step: OneStep, dead_init: Callable[[Tensor], object] = nn.init.zeros_
     return module
 
 
-def _full_parts(module: nn.RNN | nn.GRU | nn.LSTM) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _full_parts(
+    module: nn.RNN | nn.GRU | nn.LSTM,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """For each direction: input weights, input bias, hidden bias, hidden weights; gates along the first axis."""
     for suffix in ("_l0", "_l0_reverse")[: 2 if module.bidirectional else 1]:
         names = (f"weight_ih{suffix}", f"bias_ih{suffix}", f"bias_hh{suffix}", f"weight_hh{suffix}")
         tensors = [module.get_parameter(name).detach() for name in names]
-        weight, bias, hidden_bias, hidden = (part.view(-1, module.hidden_size, *part.shape[1:]) for part in tensors)
+        weight, bias, hidden_bias, hidden = (
+            part.view(-1, module.hidden_size, *part.shape[1:]) for part in tensors
+        )
         yield weight, bias, hidden_bias, hidden
 
 
@@ -230,7 +263,11 @@ def _live_parts(step: OneStep) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     weight = step.input.weight.detach().view(-1, *shape, step.input.in_features)
     bias = step.input.bias.detach().view(-1, *shape)
     apart = isinstance(step, OneStepGRU) and step.reset_after
-    hidden_bias = step.get_parameter("hidden_bias").detach().view(shape) if apart else bias.new_empty(shape[0], 0)
+    hidden_bias = (
+        step.get_parameter("hidden_bias").detach().view(shape)
+        if apart
+        else bias.new_empty(shape[0], 0)
+    )
     for direction in range(step.directions):
         yield weight[:, direction], bias[:, direction], hidden_bias[direction]
 
@@ -247,7 +284,9 @@ def full_parameters(
     if cell is None:
         return 0
     if cell == "gru" and not (reset_after or keras):
-        raise RecipeError("torch has no GRU that resets before the product", fix="count it with keras=True")
+        raise RecipeError(
+            "torch has no GRU that resets before the product", fix="count it with keras=True"
+        )
     width = units // directions
     biases = 1 if keras and not (cell == "gru" and reset_after) else 2
     return directions * STORED_GATES[cell] * width * (in_features + width + biases)
@@ -320,18 +359,27 @@ def _check(spec: HeadSpec) -> None:
     """Refuse what would otherwise be ignored."""
     cell, directions = _cell(spec.kind)
     if cell and spec.units % directions:
-        raise RecipeError(f"head.kind = {spec.kind}", expected="an even number of units", got=spec.units)
+        raise RecipeError(
+            f"head.kind = {spec.kind}", expected="an even number of units", got=spec.units
+        )
     if spec.sequence == "pooled":
         return
     where = f"head.sequence = {spec.sequence}"
     if not cell:
-        raise RecipeError(where, expected="a recurrent kind", got=spec.kind, fix='set head.sequence = "pooled"')
+        raise RecipeError(
+            where, expected="a recurrent kind", got=spec.kind, fix='set head.sequence = "pooled"'
+        )
     if spec.activation == "keras":
         raise RecipeError(
-            where, expected='activation = "torch"', got="keras", fix="hard sigmoid gates are one-step only"
+            where,
+            expected='activation = "torch"',
+            got="keras",
+            fix="hard sigmoid gates are one-step only",
         )
     if cell == "gru" and not spec.reset_after:
-        raise RecipeError(where, expected="reset_after = true", got="false", fix="that GRU is one-step only")
+        raise RecipeError(
+            where, expected="reset_after = true", got="false", fix="that GRU is one-step only"
+        )
 
 
 def _hidden_width(spec: HeadSpec) -> int:
@@ -343,7 +391,9 @@ def _recurrent(spec: HeadSpec, num_features: int) -> nn.Module:
     if cell is None:
         return nn.Identity()
     if spec.sequence != "pooled":
-        return RECURRENT[cell](num_features, spec.units // directions, batch_first=True, bidirectional=directions == 2)
+        return RECURRENT[cell](
+            num_features, spec.units // directions, batch_first=True, bidirectional=directions == 2
+        )
     if cell == "gru":
         form = partial(OneStepGRU, reset_after=spec.reset_after)
         return form(num_features, spec.units, activation=spec.activation, directions=directions)
@@ -382,6 +432,8 @@ def describe(spec: HeadSpec) -> str:
         why = "the recurrent weights cannot act, so this is a"
         return f"{name} over one time step: {why} {layer} of {spec.units} units{after}."
     steps = (
-        "rows of the feature map, top to bottom" if spec.sequence == "rows" else "places of the feature map, row by row"
+        "rows of the feature map, top to bottom"
+        if spec.sequence == "rows"
+        else "places of the feature map, row by row"
     )
     return f"{name} over the {steps}: really recurrent, {spec.units} units{after}."

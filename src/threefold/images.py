@@ -127,7 +127,11 @@ def decode(source: str | Path | bytes | BinaryIO) -> NDArray[np.uint8]:
     try:
         return _read(source)[0]
     except _Unreadable as error:
-        where = source if isinstance(source, (str, Path)) else getattr(source, "name", "") or "image bytes"
+        where = (
+            source
+            if isinstance(source, (str, Path))
+            else getattr(source, "name", "") or "image bytes"
+        )
         raise DataError("cannot read the image", where=where, got=error) from None
 
 
@@ -167,7 +171,9 @@ def check(path: str | Path, content: bytes | None = None) -> BadImage | None:
     return None
 
 
-def check_all(paths: Sequence[str | Path], workers: int = 4, contents: Sequence[bytes] | None = None) -> list[BadImage]:
+def check_all(
+    paths: Sequence[str | Path], workers: int = 4, contents: Sequence[bytes] | None = None
+) -> list[BadImage]:
     """What `check` objects to among many files, in their order; decoded by that many threads."""
 
     def check_one(place: int) -> BadImage | None:
@@ -192,7 +198,9 @@ def same_content(paths: Sequence[Path], contents: Sequence[bytes] | None = None)
         rows = sorted(row for same in sizes for row in same)
         digests = [_digest(paths[row]) for row in rows]
     except OSError as error:
-        raise DataError("cannot read the file", where=error.filename, got=error.strerror or error) from None
+        raise DataError(
+            "cannot read the file", where=error.filename, got=error.strerror or error
+        ) from None
     return [[rows[i] for i in same] for same in _positions(digests)]
 
 
@@ -233,7 +241,9 @@ def _open(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[ImageFile.Ima
     try:
         image = _READERS[content](stream)
     except Exception as error:  # on damaged content Pillow raises errors of nearly every type
-        raise _Unreadable(f"damaged or truncated {content}: {error or type(error).__name__}") from None
+        raise _Unreadable(
+            f"damaged or truncated {content}: {error or type(error).__name__}"
+        ) from None
     _require_size(image.size, max_pixels)
     return image, content
 
@@ -246,7 +256,9 @@ def _decode(stream: BinaryIO) -> tuple[NDArray[np.uint8], str]:
     except _Unreadable:
         raise
     except Exception as error:
-        raise _Unreadable(f"damaged or truncated {content}: {error or type(error).__name__}") from None
+        raise _Unreadable(
+            f"damaged or truncated {content}: {error or type(error).__name__}"
+        ) from None
 
 
 def _sniff(head: bytes) -> str:
@@ -270,7 +282,9 @@ def _declared_size(head: bytes, content: str) -> tuple[int, int]:
         if content == "GIF":
             return struct.unpack_from("<HH", head, 6)
         if content == "WebP" and head[12:16] == b"VP8X":
-            return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1
+            return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(
+                head[27:30], "little"
+            ) + 1
         if content == "WebP" and head[12:16] == b"VP8L":
             (bits,) = struct.unpack_from("<L", head, 21)
             return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
@@ -285,7 +299,9 @@ def _declared_size(head: bytes, content: str) -> tuple[int, int]:
 def _require_size(size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
     if width * height > max_pixels:
-        raise _TooManyPixels(f"{width} x {height} pixels, more than the {max_pixels:,} that are read")
+        raise _TooManyPixels(
+            f"{width} x {height} pixels, more than the {max_pixels:,} that are read"
+        )
 
 
 def _upright(image: ImageFile.ImageFile) -> Image.Image:
@@ -330,7 +346,9 @@ def _deep_grey_to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     values = np.asarray(image)
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= 65535):  # also true of NaN
-        raise _Unreadable(f"32-bit values from {low} to {high}, known are 0..1, 0..255 and 0..65535")
+        raise _Unreadable(
+            f"32-bit values from {low} to {high}, known are 0..1, 0..255 and 0..65535"
+        )
     whites = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
     white = next(white for white in whites if high <= white)
     grey = np.rint(values * (255.0 / white)).astype(np.uint8)

@@ -24,7 +24,9 @@ BODY: Final[dict[str, Any]] = {
                 "schema": {
                     "type": "object",
                     "required": ["files"],
-                    "properties": {"files": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+                    "properties": {
+                        "files": {"type": "array", "items": {"type": "string", "format": "binary"}}
+                    },
                 }
             },
             "application/json": {
@@ -69,12 +71,22 @@ async def read_images(request: Request, limits: Limits) -> list[Image]:
     elif kind == "application/json":
         images = await asyncio.to_thread(_read_json, await request.body(), limits)
     else:
-        raise Refusal(415, "media_type", "send multipart/form-data with `files`, or application/json with `images`")
+        raise Refusal(
+            415,
+            "media_type",
+            "send multipart/form-data with `files`, or application/json with `images`",
+        )
     if not images:
-        raise Refusal(400, "no_images", "the request has no images: multipart `files`, or JSON `images` in base64")
+        raise Refusal(
+            400,
+            "no_images",
+            "the request has no images: multipart `files`, or JSON `images` in base64",
+        )
     for image in images:
         if len(image.content) > limits.file_bytes:
-            raise Refusal(413, "too_many_bytes", f"a file may have {limits.file_bytes:,} bytes", image.name)
+            raise Refusal(
+                413, "too_many_bytes", f"a file may have {limits.file_bytes:,} bytes", image.name
+            )
     return images
 
 
@@ -83,8 +95,14 @@ async def _read_form(request: Request, limits: Limits) -> list[Image]:
         async with request.form(max_files=limits.files, max_fields=16, max_part_size=4096) as form:
             parts = [part for name, part in form.multi_items() if name == "files"]
             if not all(isinstance(part, UploadFile) for part in parts):
-                raise Refusal(400, "not_a_file", "`files` must be files: give each part a file name")
-            return [Image(_named(p.filename, i), await p.read()) for i, p in enumerate(parts) if isinstance(p, UploadFile)]  # fmt: skip
+                raise Refusal(
+                    400, "not_a_file", "`files` must be files: give each part a file name"
+                )
+            return [
+                Image(_named(p.filename, i), await p.read())
+                for i, p in enumerate(parts)
+                if isinstance(p, UploadFile)
+            ]
     except HTTPException as error:
         if "Too many files" in str(error.detail):
             raise _too_many(limits) from None
@@ -106,7 +124,12 @@ def _read_json(body: bytes, limits: Limits) -> list[Image]:
         try:
             images.append(Image(_named(None, i), base64.b64decode(text, validate=True)))
         except (binascii.Error, ValueError):
-            raise Refusal(400, "bad_base64", "not base64 (no data: prefix, no address, no line breaks)", _named(None, i)) from None  # fmt: skip
+            raise Refusal(
+                400,
+                "bad_base64",
+                "not base64 (no data: prefix, no address, no line breaks)",
+                _named(None, i),
+            ) from None
     return images
 
 
@@ -127,11 +150,15 @@ def size_of(image: Image, limits: Limits) -> tuple[int, int]:
     try:
         size = measure(image.content, limits.pixels)
     except TooManyPixels:
-        raise Refusal(413, "too_many_pixels", f"an image may have {limits.pixels:,} pixels", image.name) from None
+        raise Refusal(
+            413, "too_many_pixels", f"an image may have {limits.pixels:,} pixels", image.name
+        ) from None
     except DataError as error:
         raise unreadable(error, image.name) from None
     if max(size) > limits.side:
-        raise Refusal(413, "too_long", f"an image may be {limits.side:,} pixels wide or high", image.name)
+        raise Refusal(
+            413, "too_long", f"an image may be {limits.side:,} pixels wide or high", image.name
+        )
     return size
 
 

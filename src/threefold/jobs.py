@@ -22,7 +22,14 @@ from threefold.findings import find_copies
 from threefold.joint import JointMember
 from threefold.model import load_weights, save_weights
 from threefold.pixels import Pixels
-from threefold.predict import FirstViews, Predictor, pick_device, pick_precision, predict_probs, to_pixels
+from threefold.predict import (
+    FirstViews,
+    Predictor,
+    pick_device,
+    pick_precision,
+    predict_probs,
+    to_pixels,
+)
 from threefold.provenance import commit, hardware, stable_seed, versions
 from threefold.recipe import Job, MemberSpec, Recipe, fold_name
 from threefold.run import FORMAT, Run, verify
@@ -90,8 +97,14 @@ class _Clock:
     def __init__(self, run: Run, jobs: Sequence[Job]) -> None:
         self.run = run
         spent = sum(read_json(run.folder(j) / "done.json")["seconds"] for j in jobs if run.done(j))
-        self.end = time.monotonic() + run.recipe.budget_minutes * 60 - spent if run.recipe.budget_minutes else math.inf
-        self.left = {j: _epochs(run.recipe, j) * len(run.roles[j.fold].fit) for j in jobs if not run.done(j)}
+        self.end = (
+            time.monotonic() + run.recipe.budget_minutes * 60 - spent
+            if run.recipe.budget_minutes
+            else math.inf
+        )
+        self.left = {
+            j: _epochs(run.recipe, j) * len(run.roles[j.fold].fit) for j in jobs if not run.done(j)
+        }
 
     def deadline(self, job: Job) -> float:
         """When this job must stop."""
@@ -129,7 +142,9 @@ def _do(run: Run, job: Job, pixels: Pixels, clock: _Clock) -> None:
     outcome = train_stage(member, task)
     save_weights(outcome.state, folder / "weights.safetensors")
     write_json(folder / "history.json", outcome.history)
-    write_arrays(folder / "choice.npz", **_choice(run, member, spec, roles, pixels, outcome, previous))
+    write_arrays(
+        folder / "choice.npz", **_choice(run, member, spec, roles, pixels, outcome, previous)
+    )
     if number == len(stages) - 1:
         write_arrays(folder / "probs.npz", **_predict(run, member, spec, roles, pixels))
     hashes = {
@@ -141,7 +156,9 @@ def _do(run: Run, job: Job, pixels: Pixels, clock: _Clock) -> None:
     write_json(folder / "done.json", {"job": job._asdict(), "seconds": seconds, "files": hashes})
     (folder / ".midway").unlink(missing_ok=True)
     if previous is not None:
-        (previous / "weights.safetensors").unlink(missing_ok=True)  # the next stage has taken them over
+        (previous / "weights.safetensors").unlink(
+            missing_ok=True
+        )  # the next stage has taken them over
 
 
 def _soft(run: Run, job: Job) -> np.ndarray | None:
@@ -163,7 +180,9 @@ def _start(run: Run, spec: MemberSpec, fold: int, previous: Path | None) -> nn.M
             folder = run.folder(run.last_job(name, fold))
             verify(folder)
             load_weights(base, folder / "weights.safetensors")
-    return member.to(device=pick_device(run.recipe.train.device)).to(memory_format=torch.channels_last)
+    return member.to(device=pick_device(run.recipe.train.device)).to(
+        memory_format=torch.channels_last
+    )
 
 
 def _choice(
@@ -187,13 +206,17 @@ def _choice(
     return arrays
 
 
-def _predict(run: Run, member: nn.Module, spec: MemberSpec, roles: Roles, pixels: Pixels) -> dict[str, np.ndarray]:
+def _predict(
+    run: Run, member: nn.Module, spec: MemberSpec, roles: Roles, pixels: Pixels
+) -> dict[str, np.ndarray]:
     """Probabilities (c, r, k) on the rows that this fold scores, and on the test split, for each choice of views."""
     arrays = {"rows": roles.score}
     if len(roles.score):
         arrays["score"] = _by_views(run, member, spec, pixels, "train", roles.score)
     if run.sources.test is not None:
-        arrays["test"] = _by_views(run, member, spec, pixels, "test", np.arange(len(run.sources.test)))
+        arrays["test"] = _by_views(
+            run, member, spec, pixels, "test", np.arange(len(run.sources.test))
+        )
     return arrays
 
 
@@ -213,7 +236,9 @@ def _by_views(
     if counts[0]:
         return probs
     whole = Predictor(member, Views(run.recipe.views, spec.img_size, run.recipe.seed, 0).to(device))
-    return np.concatenate([predict_probs(whole, pixels.rows(split, spec, rows)[0], precision)[None], probs])
+    return np.concatenate(
+        [predict_probs(whole, pixels.rows(split, spec, rows)[0], precision)[None], probs]
+    )
 
 
 def _preview(run: Run, pixels: Pixels, count: int = 16) -> dict[str, np.ndarray]:
@@ -227,7 +252,9 @@ def _preview(run: Run, pixels: Pixels, count: int = 16) -> dict[str, np.ndarray]
 
 def _data_digest(sources: Sources) -> str:
     """SHA-256 of which images there are and what they show (their names and labels, not their pixels)."""
-    parts = [(d.ids, d.labels.tolist(), d.groups) for d in (sources.train, sources.test) if d is not None]
+    parts = [
+        (d.ids, d.labels.tolist(), d.groups) for d in (sources.train, sources.test) if d is not None
+    ]
     return hashlib.sha256(repr((sources.train.classes, parts)).encode()).hexdigest()
 
 
@@ -242,12 +269,26 @@ def _write_info(run: Run) -> None:
             got=f"{len(sources.train)} training images, other names or labels than before",
             fix="restore them, or choose another --out",
         )
-    write_json(path, {
-        "format": FORMAT, "digest": run.recipe.digest(), "data": data, "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "hardware": hardware(), "threads": torch.get_num_threads(), "commit": commit(),
-        "classes": list(sources.train.classes), "n_train": len(sources.train),
-        "n_test": len(sources.test) if sources.test is not None else 0, "folds": sum(f >= 0 for f in run.roles),
-        "notes": [*sources.notes, *_group_note(run)], "skipped": [f"{bad.path}: {bad.reason}" for bad in sources.skipped],
-        "roles": {fold_name(f): {"fit": len(r.fit), "select": len(r.select), "score": len(r.score)} for f, r in run.roles.items()},
-    })  # fmt: skip
+    write_json(
+        path,
+        {
+            "format": FORMAT,
+            "digest": run.recipe.digest(),
+            "data": data,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "hardware": hardware(),
+            "threads": torch.get_num_threads(),
+            "commit": commit(),
+            "classes": list(sources.train.classes),
+            "n_train": len(sources.train),
+            "n_test": len(sources.test) if sources.test is not None else 0,
+            "folds": sum(f >= 0 for f in run.roles),
+            "notes": [*sources.notes, *_group_note(run)],
+            "skipped": [f"{bad.path}: {bad.reason}" for bad in sources.skipped],
+            "roles": {
+                fold_name(f): {"fit": len(r.fit), "select": len(r.select), "score": len(r.score)}
+                for f, r in run.roles.items()
+            },
+        },
+    )

@@ -47,7 +47,10 @@ def join_predictions(parts: Sequence[Predictions]) -> Predictions:
         probs=np.concatenate([part.probs for part in aligned]),
         members=tuple(name for part in aligned for name in part.members),
         groups=_groups(aligned),
-        protocol=next((p for p in ("paper", "taught") if any(part.protocol == p for part in aligned)), "honest"),
+        protocol=next(
+            (p for p in ("paper", "taught") if any(part.protocol == p for part in aligned)),
+            "honest",
+        ),
         kind=first.kind if len(kinds) == 1 else "foreign",
         **common,
     )
@@ -61,7 +64,9 @@ def _made_up(part: Predictions) -> bool:
 
 def _called(part: Predictions) -> str:
     """The part's members, for messages."""
-    return ", ".join(part.members[:3]) + (f" and {len(part.members) - 3} more" if len(part.members) > 3 else "")
+    return ", ".join(part.members[:3]) + (
+        f" and {len(part.members) - 3} more" if len(part.members) > 3 else ""
+    )
 
 
 def _refuse_collisions(parts: Sequence[Predictions]) -> None:
@@ -69,7 +74,9 @@ def _refuse_collisions(parts: Sequence[Predictions]) -> None:
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
         places = [str(i + 1) for i, part in enumerate(parts) if twice[0] in part.members]
-        got = f"{twice[0]} in inputs {' and '.join(places)}" + (f", {len(twice) - 1} more" if len(twice) > 1 else "")
+        got = f"{twice[0]} in inputs {' and '.join(places)}" + (
+            f", {len(twice) - 1} more" if len(twice) > 1 else ""
+        )
         raise DataError("two members have the same name", got=got, fix=_RENAME)
 
 
@@ -117,8 +124,11 @@ def _positions(part: Predictions, first: Predictions) -> list[int]:
     missing = [name for name in first.ids if name not in there]
     surplus = sorted(there.keys() - set(first.ids), key=there.__getitem__)
     if missing or surplus:
-        told = [f"{len(names)} {word}, the first is {names[0]}" for word, names in
-                (("missing", missing), ("that the other has not", surplus)) if names]  # fmt: skip
+        told = [
+            f"{len(names)} {word}, the first is {names[0]}"
+            for word, names in (("missing", missing), ("that the other has not", surplus))
+            if names
+        ]
         raise DataError(
             "the rows are not the same",
             where=_called(part),
@@ -140,10 +150,16 @@ def _with_classes(part: Predictions, first: Predictions) -> Predictions:
     strange = [name for name in part.classes if name not in first.classes]
     absent = [name for name in first.classes if name not in part.classes]
     near = difflib.get_close_matches(strange[0], absent, 1, cutoff=0) if strange else []
-    expected = f"{len(first.classes)} classes as in {_called(first)}" + (f", nearest {near[0]}" if near else "")
-    got = f"{len(part.classes)} classes, " + (f"among them {strange[0]}" if strange else f"without {absent[0]}")
+    expected = f"{len(first.classes)} classes as in {_called(first)}" + (
+        f", nearest {near[0]}" if near else ""
+    )
+    got = f"{len(part.classes)} classes, " + (
+        f"among them {strange[0]}" if strange else f"without {absent[0]}"
+    )
     fix = "save the class names with every file, and name a class alike in all"
-    raise DataError("the class names differ", where=_called(part), expected=expected, got=got, fix=fix)
+    raise DataError(
+        "the class names differ", where=_called(part), expected=expected, got=got, fix=fix
+    )
 
 
 def _refuse_labels(part: Predictions, first: Predictions, by_order: bool) -> None:
@@ -155,7 +171,9 @@ def _refuse_labels(part: Predictions, first: Predictions, by_order: bool) -> Non
             where=f"{first.ids[row]} ({len(rows)} of {len(first)} rows)",
             expected=f"{first.classes[first.labels[row]]} as in {_called(first)}",
             got=f"{first.classes[part.labels[row]]} in {_called(part)}",
-            fix="save ids in every file: without them rows are matched by order" if by_order else "",
+            fix="save ids in every file: without them rows are matched by order"
+            if by_order
+            else "",
         )
 
 
@@ -173,7 +191,9 @@ def _groups(aligned: Sequence[Predictions]) -> tuple[str, ...] | None:
 def _folds(aligned: Sequence[Predictions]) -> np.ndarray | None:
     """The folds, where all parts have the same."""
     folds = aligned[0].folds
-    same = folds is not None and all(part.folds is not None and (part.folds == folds).all() for part in aligned)
+    same = folds is not None and all(
+        part.folds is not None and (part.folds == folds).all() for part in aligned
+    )
     return folds if same else None
 
 

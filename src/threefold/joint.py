@@ -35,7 +35,9 @@ class JointMember(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits (b, k) of pixels (b, 3, s, s) in 0..255."""
-        probs = [base(pixels).float().softmax(-1) for base in self.bases]  # bases in order: w_ij of eq. 19 follow them
+        probs = [
+            base(pixels).float().softmax(-1) for base in self.bases
+        ]  # bases in order: w_ij of eq. 19 follow them
         return cast(Tensor, self.head(torch.cat(probs, -1)))
 
 
@@ -56,5 +58,9 @@ def build_joint(spec: HeadSpec, bases: Sequence[Member], num_classes: int) -> Jo
 
 def describe_joint(spec: HeadSpec, joins: Sequence[str]) -> str:
     """One plain sentence that says what the network computes, for the report."""
-    layer = f"a hidden layer of {spec.fc or STACKED_WIDTH} units" if spec.kind == "mlp" else "one linear layer"
+    layer = (
+        f"a hidden layer of {spec.fc or STACKED_WIDTH} units"
+        if spec.kind == "mlp"
+        else "one linear layer"
+    )
     return f"{', '.join(joins)} joined into one network: {layer} on their softmaxes."

@@ -14,7 +14,9 @@ class BestEnsemble(LinearEnsemble):
     """The single member with the highest accuracy on the rows of the fit; ties go to the lower log loss."""
 
     def _fit(self, probs: np.ndarray, labels: np.ndarray) -> None:
-        self.weights_ = np.eye(len(probs))[max(range(len(probs)), key=_ranks(probs, labels).__getitem__)]
+        self.weights_ = np.eye(len(probs))[
+            max(range(len(probs)), key=_ranks(probs, labels).__getitem__)
+        ]
 
 
 class WeightedEnsemble(LinearEnsemble):
@@ -47,7 +49,9 @@ class WeightedEnsemble(LinearEnsemble):
             options={"ftol": 1e-10, "maxiter": 500},
         )
         if not found.success:
-            raise RunError("the members' weights did not converge", got=found.message, fix="raise ridge")
+            raise RunError(
+                "the members' weights did not converge", got=found.message, fix="raise ridge"
+            )
         weights = np.clip(found.x, 0, None)
         self.weights_ = weights / weights.sum()
 
@@ -69,11 +73,20 @@ class GreedyEnsemble(LinearEnsemble):
         RecipeError: max_members or start is below 1, or bags below 0.
     """
 
-    def __init__(self, max_members: int = 25, *, start: int = 1, bags: int = 0, seed: int = 0) -> None:
-        for name, value, least in (("max_members", max_members, 1), ("start", start, 1), ("bags", bags, 0)):
+    def __init__(
+        self, max_members: int = 25, *, start: int = 1, bags: int = 0, seed: int = 0
+    ) -> None:
+        for name, value, least in (
+            ("max_members", max_members, 1),
+            ("start", start, 1),
+            ("bags", bags, 0),
+        ):
             if value < least:
                 raise RecipeError(
-                    "a greedy ensemble cannot be made", where=name, expected=f"{least} or more", got=value
+                    "a greedy ensemble cannot be made",
+                    where=name,
+                    expected=f"{least} or more",
+                    got=value,
                 )
         self.max_members, self.start, self.bags, self.seed = max_members, start, bags, seed
 
@@ -84,7 +97,9 @@ class GreedyEnsemble(LinearEnsemble):
             return
         draw = np.random.default_rng(self.seed)
         halves = [draw.permutation(m)[: -(-m // 2)] for _ in range(self.bags)]
-        self.weights_ = np.mean([self._picked(probs, labels, np.sort(half)) for half in halves], axis=0)
+        self.weights_ = np.mean(
+            [self._picked(probs, labels, np.sort(half)) for half in halves], axis=0
+        )
 
     def _picked(self, probs: np.ndarray, labels: np.ndarray, pool: np.ndarray) -> np.ndarray:
         """Weights (m,) of the best sequence of picks among the members `pool`."""
@@ -99,8 +114,12 @@ class GreedyEnsemble(LinearEnsemble):
         ]
         keep = max(range(len(scores)), key=scores.__getitem__) + 1
         picks, scores = picks[:keep], scores[:keep]
-        turned = np.ascontiguousarray(probs.swapaxes(1, 2))  # classes first: maxima over them are many times faster
-        total = turned[picks].sum(0, dtype=np.float64) - 1e-12 * np.arange(k)[:, None]  # ties go to the first class
+        turned = np.ascontiguousarray(
+            probs.swapaxes(1, 2)
+        )  # classes first: maxima over them are many times faster
+        total = (
+            turned[picks].sum(0, dtype=np.float64) - 1e-12 * np.arange(k)[:, None]
+        )  # ties go to the first class
         for size in range(keep + 1, self.max_members + 1):
             pick, score = _next_pick(total, size, turned, hits, labels, pool)
             total += turned[pick]
@@ -111,7 +130,12 @@ class GreedyEnsemble(LinearEnsemble):
 
 
 def _next_pick(
-    total: np.ndarray, size: int, turned: np.ndarray, hits: np.ndarray, labels: np.ndarray, pool: np.ndarray
+    total: np.ndarray,
+    size: int,
+    turned: np.ndarray,
+    hits: np.ndarray,
+    labels: np.ndarray,
+    pool: np.ndarray,
 ) -> tuple[int, tuple[float, float]]:
     """The member that does best added to `total`, (k, n) summed probabilities, and how well; `turned` is (m, k, n).
 
@@ -127,7 +151,9 @@ def _next_pick(
         trial = part + turned[i][:, is_open]
         right[i] = settled + int((trial[truth, within] >= trial.max(0)).sum())
     most = max(right.values())
-    likelihood = {i: _likelihood((had + hits[i]) / size) for i, count in right.items() if count == most}
+    likelihood = {
+        i: _likelihood((had + hits[i]) / size) for i, count in right.items() if count == most
+    }
     pick = max(likelihood, key=likelihood.__getitem__)
     return pick, (most / len(labels), likelihood[pick])
 

@@ -32,7 +32,9 @@ SCORE: Final = 4
 TEACH: Final = 8
 """Bit of `Predictions.roles`: the teacher of a member learned from the row's label."""
 
-_FIX = "score what was fitted on other rows (cross_fit), or ask for the apparent score (apparent=True)"
+_FIX = (
+    "score what was fitted on other rows (cross_fit), or ask for the apparent score (apparent=True)"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,12 +61,21 @@ class Seen:
         seen = self.among(ids)
         if seen.any() and not apparent:
             got = f"{int(seen.sum()):,} of {len(ids):,}, the first {ids[int(seen.argmax())]}"
-            raise DataError("the rows were seen by what is scored", where=what, expected="none", got=got, fix=_FIX)
+            raise DataError(
+                "the rows were seen by what is scored",
+                where=what,
+                expected="none",
+                got=got,
+                fix=_FIX,
+            )
         return bool(seen.any())
 
 
 def _keys(ids: Iterable[str]) -> np.ndarray:
-    digests = (hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest() for name in ids)
+    digests = (
+        hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        for name in ids
+    )
     return np.frombuffer(b"".join(digests), np.uint64)
 
 
@@ -91,7 +102,9 @@ class Ledger:
         self._entries: dict[str, _Entry] = {}
         self._elsewhere: list[dict[str, Any]] = []
 
-    def declare(self, what: str, saw: npt.ArrayLike, answers: npt.ArrayLike, *, apparent: bool = False) -> None:
+    def declare(
+        self, what: str, saw: npt.ArrayLike, answers: npt.ArrayLike, *, apparent: bool = False
+    ) -> None:
         """Note one fit.
 
         Args:
@@ -105,17 +118,27 @@ class Ledger:
         """
         seen, answered = np.asarray(saw, bool), np.asarray(answers, bool)
         if seen.shape != (self.n,) or answered.shape != (self.n,):
-            raise DataError("a ledger of other rows", where=what, expected=f"({self.n},)", got=seen.shape)
+            raise DataError(
+                "a ledger of other rows", where=what, expected=f"({self.n},)", got=seen.shape
+            )
         both = int((seen & answered).sum())
         if both and not apparent:
-            raise DataError("rows are scored by what was fitted on them", where=what, expected="none", got=f"{both:,} rows", fix=_FIX)  # fmt: skip
+            raise DataError(
+                "rows are scored by what was fitted on them",
+                where=what,
+                expected="none",
+                got=f"{both:,} rows",
+                fix=_FIX,
+            )
         entry = self._entries.setdefault(what, _Entry())
         entry.parts += 1
         entry.saw.append(int(seen.sum()))
         entry.answers += int(answered.sum())
         entry.overlap += both
 
-    def declare_elsewhere(self, what: str, ids: Sequence[str], other: Sequence[str], rows: str) -> None:
+    def declare_elsewhere(
+        self, what: str, ids: Sequence[str], other: Sequence[str], rows: str
+    ) -> None:
         """Note something that was fitted on these rows and answers the rows of another table.
 
         Raises:
@@ -131,8 +154,12 @@ class Ledger:
         for what, entry in self._entries.items():
             low, high = min(entry.saw), max(entry.saw)
             told = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-            saw = f"{told} of {self.n:,} {self.rows} rows" + (f", {entry.parts} times" if entry.parts > 1 else "")
-            answers = f"{entry.answers:,} {self.rows} rows" + (", each time the others" if entry.parts > 1 and not entry.overlap else "")  # fmt: skip
+            saw = f"{told} of {self.n:,} {self.rows} rows" + (
+                f", {entry.parts} times" if entry.parts > 1 else ""
+            )
+            answers = f"{entry.answers:,} {self.rows} rows" + (
+                ", each time the others" if entry.parts > 1 and not entry.overlap else ""
+            )
             lines.append({"what": what, "saw": saw, "answers": answers, "overlap": entry.overlap})
         return lines + self._elsewhere
 
@@ -143,7 +170,11 @@ def open_test(run: Path, by: str, rows: int) -> None:
     Training that is begun again opens them once, and so do a reproduction and an export: what they ask is fixed before.
     """
     opened = _opened(run)
-    again = opened if by == "train" else [entry for entry in opened if entry["by"] == by in ("reproduce", "export")]
+    again = (
+        opened
+        if by == "train"
+        else [entry for entry in opened if entry["by"] == by in ("reproduce", "export")]
+    )
     if not again:
         entry = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "by": by, "rows": rows}
         write_json(run / "ledger.json", {"test_opened": [*opened, entry]})

@@ -50,9 +50,16 @@ class Limits:
         for change in changes:
             name, _, value = change.partition("=")
             if name not in known:
-                raise RecipeError("no such limit", got=name, expected=f"one of {', '.join(sorted(known))}")
+                raise RecipeError(
+                    "no such limit", got=name, expected=f"one of {', '.join(sorted(known))}"
+                )
             if not (value.isascii() and value.isdigit() and int(value[:15]) > 0):
-                raise RecipeError("not a limit", where=name, expected="a whole number above 0", got=value or "nothing")
+                raise RecipeError(
+                    "not a limit",
+                    where=name,
+                    expected="a whole number above 0",
+                    got=value or "nothing",
+                )
             found[name] = int(value[:15])
         return replace(self, **found)
 

@@ -49,7 +49,11 @@ class Encoded(Sequence[bytes]):
     @overload
     def __getitem__(self, at: slice) -> Encoded: ...
     def __getitem__(self, at: SupportsIndex | slice) -> bytes | Encoded:
-        return Encoded(self._read, self._rows[at]) if isinstance(at, slice) else self._read(int(self._rows[at]))
+        return (
+            Encoded(self._read, self._rows[at])
+            if isinstance(at, slice)
+            else self._read(int(self._rows[at]))
+        )
 
     def take(self, at: NDArray[np.int64] | Sequence[int]) -> Encoded:
         """The images at these positions, in this order."""
@@ -89,7 +93,9 @@ class Decoded(NamedTuple):
 def shorten(names: Iterable[str]) -> str:
     """The first few names of many, and how many more there are."""
     names = list(names)
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return ", ".join(names[:_SHOWN]) + (
+        f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    )
 
 
 def list_folder(root: Path) -> Listing:
@@ -116,15 +122,24 @@ def list_folder(root: Path) -> Listing:
         outside += files
         if not class_folders:
             raise DataError(
-                "there are no class folders", where=folder, fix="make one folder per class, with its images"
+                "there are no class folders",
+                where=folder,
+                fix="make one folder per class, with its images",
             )
         for class_folder in class_folders:
             images, rest = _walk(class_folder)
             others += rest
             if not images:
-                raise DataError("the class folder has no images", where=class_folder, fix="add images or remove it")
+                raise DataError(
+                    "the class folder has no images",
+                    where=class_folder,
+                    fix="add images or remove it",
+                )
             part = _PARTS[folder.name.lower()] if parts else "train"
-            items += [Item(path.relative_to(root).as_posix(), path, class_folder.name, part) for path in images]
+            items += [
+                Item(path.relative_to(root).as_posix(), path, class_folder.name, part)
+                for path in images
+            ]
     return Listing(items, notes + _ignored(outside, others))
 
 
@@ -133,7 +148,9 @@ def _ignored(outside: list[Path], others: list[Path]) -> list[str]:
     notes = []
     strays = [path.name for path in outside if _is_image(path)]
     if strays:
-        notes.append(f"{len(strays)} images outside of class folders were ignored: {shorten(strays)}")
+        notes.append(
+            f"{len(strays)} images outside of class folders were ignored: {shorten(strays)}"
+        )
     others = others + [path for path in outside if not _is_image(path)]
     if others:
         kinds = sorted({path.suffix.lower() or path.name for path in others})
@@ -159,7 +176,10 @@ def _parts_of(root: Path, folders: list[Path]) -> tuple[list[Path], list[str]]:
             got=shorten(f"{folder.name}/" for folder in folders),
         )
     joined = [folder.name for folder in parts if _PARTS[folder.name.lower()] != folder.name.lower()]
-    return parts, [f"{name}/ was joined with train/: each fold takes its own rows to choose on" for name in joined]
+    return parts, [
+        f"{name}/ was joined with train/: each fold takes its own rows to choose on"
+        for name in joined
+    ]
 
 
 def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -190,13 +210,21 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        raise DataError("cannot read the folder", where=folder, got=error.strerror or error) from None
+        raise DataError(
+            "cannot read the folder", where=folder, got=error.strerror or error
+        ) from None
     for name in names:
         # Such names can be opened but neither printed nor written into a run's files.
         if any("\ud800" <= letter <= "\udfff" for letter in name):
-            raise DataError("a file name is not valid Unicode", where=f"{folder}: {name!a}", fix="rename the file")
+            raise DataError(
+                "a file name is not valid Unicode",
+                where=f"{folder}: {name!a}",
+                fix="rename the file",
+            )
     paths = [folder / name for name in names if not name.startswith(".") and name != "__MACOSX"]
-    return [path for path in paths if os.path.isdir(path)], [path for path in paths if not os.path.isdir(path)]
+    return [path for path in paths if os.path.isdir(path)], [
+        path for path in paths if not os.path.isdir(path)
+    ]
 
 
 def list_csv(table: Path) -> Listing:
@@ -214,13 +242,17 @@ def list_csv(table: Path) -> Listing:
             _require_columns(columns, table)
             items = [_item(row, table, reader.line_num) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError("cannot read the CSV file", where=table, got=getattr(error, "strerror", "") or error) from None
+        raise DataError(
+            "cannot read the CSV file", where=table, got=getattr(error, "strerror", "") or error
+        ) from None
     twice = [name for name, count in Counter(item.id for item in items).items() if count > 1]
     if twice:
         raise DataError("paths stand in the CSV file twice", where=table, got=shorten(twice))
     absent = [item.id for item in items if not item.path.is_file()]
     if absent:
-        raise DataError(f"{len(absent)} files of the CSV file do not exist", where=table, got=shorten(absent))
+        raise DataError(
+            f"{len(absent)} files of the CSV file do not exist", where=table, got=shorten(absent)
+        )
     return Listing(items, [])
 
 

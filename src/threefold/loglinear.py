@@ -46,7 +46,9 @@ class LogPoolEnsemble(Ensemble):
     def _fit(self, probs: np.ndarray, labels: np.ndarray) -> None:
         m = len(probs)
         apart = self.ridge * (m * np.eye(m) - 1)
-        model = _LogLinear(_logs(probs.swapaxes(1, 2)), labels, apart + 1, np.full(m, 1 / m), positive=True)
+        model = _LogLinear(
+            _logs(probs.swapaxes(1, 2)), labels, apart + 1, np.full(m, 1 / m), positive=True
+        )
         self.weights_ = model.solve(np.full(m, 1 / m))
 
     def _combine(self, probs: np.ndarray) -> np.ndarray:
@@ -106,7 +108,10 @@ class LogisticEnsemble(Ensemble):
         losses = np.empty((len(ridges), len(labels)))
         for value in np.unique(part):
             held, theta = part == value, _start(len(logs) - 1, logs.shape[1])
-            rest, asked = np.ascontiguousarray(logs[..., ~held]), np.ascontiguousarray(logs[..., held])
+            rest, asked = (
+                np.ascontiguousarray(logs[..., ~held]),
+                np.ascontiguousarray(logs[..., held]),
+            )
             for row, ridge in enumerate(ridges):
                 theta = self._model(rest, labels[~held], ridge).solve(theta, 1e-4)
                 losses[row, held] = self._model(asked, labels[held], ridge).losses(theta)
@@ -124,7 +129,9 @@ class LogisticEnsemble(Ensemble):
         check_fitted_on(len(self.weights_) - 1, len(probs), "members")
         check_fitted_on(len(self.bias_), probs.shape[2], "classes")
         logs = _sum_of_logs(self.weights_[:-1], probs) + self.bias_
-        return np.asarray(softmax(logs + self.weights_[-1] * _logs(probs.mean(0, dtype=np.float64)), axis=-1))
+        return np.asarray(
+            softmax(logs + self.weights_[-1] * _logs(probs.mean(0, dtype=np.float64)), axis=-1)
+        )
 
     def to_module(self) -> nn.Module:
         """Softmax of the weighted sum of logarithms, that of the mean among them, plus the bias."""
@@ -153,7 +160,9 @@ class _LogLinear:
         bias: bool = False,
         positive: bool = False,
     ) -> None:
-        self.x = np.ascontiguousarray(x, dtype=np.float32)  # a slice over rows is not: every reshape would copy it
+        self.x = np.ascontiguousarray(
+            x, dtype=np.float32
+        )  # a slice over rows is not: every reshape would copy it
         self.labels, self.penalty, self.centre = labels, penalty, centre
         self.bias, self.positive = bias, positive
         self.p, self.k, self.n = x.shape
@@ -189,7 +198,9 @@ class _LogLinear:
         if self.bias:
             slope = np.r_[slope, residual.sum(1, dtype=np.float64)]
             mixed = np.einsum("jkn,kn->jk", centred, roots)
-            curvature = np.block([[curvature, mixed], [mixed.T, np.diag(probs.sum(1)) - probs @ probs.T]])
+            curvature = np.block(
+                [[curvature, mixed], [mixed.T, np.diag(probs.sum(1)) - probs @ probs.T]]
+            )
         return slope + 2 * self.penalty @ (theta - self.centre), curvature + 2 * self.penalty
 
     def solve(self, theta: np.ndarray, tolerance: float = 1e-5) -> np.ndarray:
@@ -203,7 +214,9 @@ class _LogLinear:
             slope, curvature = self.slope_and_curvature(theta)
             step = self._target(theta, slope, curvature) - theta
             gain = -slope @ step
-            if gain < tolerance * self.n:  # so near that the whole step is safe, and squares the distance
+            if (
+                gain < tolerance * self.n
+            ):  # so near that the whole step is safe, and squares the distance
                 return np.asarray(theta + step)
             length = 1.0
             while (new := self.value(theta + length * step)) > value - 1e-4 * length * gain:

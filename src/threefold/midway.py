@@ -35,7 +35,11 @@ class Midway(NamedTuple):
     def part(self, name: str) -> dict[str, Tensor]:
         """The tensors below a name, "name/rest" as "rest"."""
         start = f"{name}/"
-        return {key.removeprefix(start): value for key, value in self.tensors.items() if key.startswith(start)}
+        return {
+            key.removeprefix(start): value
+            for key, value in self.tensors.items()
+            if key.startswith(start)
+        }
 
 
 def mark_of(words: object, state: Mapping[str, Tensor]) -> str:
@@ -43,7 +47,9 @@ def mark_of(words: object, state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(repr((words, torch.__version__)).encode())
     for name in sorted(state):
         digest.update(name.encode())
-        digest.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -82,14 +88,20 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> Midway:
     return Midway(tensors, values)
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:  # fmt: skip
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> None:
     """Put back what `optimizer_state` told, each tensor in its parameter's place and memory layout."""
     params = _params(optimizer)
     for name, value in {**tensors, **values}.items():
         number, _, key = name.partition("/")
         param = params[int(number)]
         if isinstance(value, Tensor):
-            value = torch.empty_like(param).copy_(value) if value.shape == param.shape else value.to(param.device)
+            value = (
+                torch.empty_like(param).copy_(value)
+                if value.shape == param.shape
+                else value.to(param.device)
+            )
         optimizer.state[param][key] = value
 
 
@@ -99,14 +111,23 @@ def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def random_state(device: torch.device, own: Mapping[str, Generator]) -> Midway:
     """Every generator that training draws from: torch's, Python's, numpy's, the accelerator's, and those of its own."""
-    tensors = {name: generator.get_state() for name, generator in own.items()} | {"torch": torch.get_rng_state()}
+    tensors = {name: generator.get_state() for name, generator in own.items()} | {
+        "torch": torch.get_rng_state()
+    }
     if device.type == "cuda":
         tensors["cuda"] = torch.cuda.get_rng_state(device)
     _, words, *rest = np.random.get_state(legacy=True)
-    return Midway(tensors, {"python": random.getstate(), "numpy": [np.asarray(words).tolist(), *rest]})
+    return Midway(
+        tensors, {"python": random.getstate(), "numpy": [np.asarray(words).tolist(), *rest]}
+    )
 
 
-def restore_random(device: torch.device, own: Mapping[str, Generator], tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:  # fmt: skip
+def restore_random(
+    device: torch.device,
+    own: Mapping[str, Generator],
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Any],
+) -> None:
     """Put back what `random_state` told."""
     for name, generator in own.items():
         generator.set_state(tensors[name])

@@ -38,7 +38,9 @@ class Member(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self, backbone: nn.Module, head: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -60,7 +62,9 @@ class Member(nn.Module):
         if features.ndim == 3:
             patches = features[:, getattr(self.backbone, "num_prefix_tokens", 0) :]
             side = round(patches.shape[1] ** 0.5)
-            features = patches.reshape(patches.shape[0], side, -1, patches.shape[2]).permute(0, 3, 1, 2)
+            features = patches.reshape(patches.shape[0], side, -1, patches.shape[2]).permute(
+                0, 3, 1, 2
+            )
         elif features.shape[1] != self.backbone.num_features:
             features = features.permute(0, 3, 1, 2)
         return features
@@ -78,7 +82,9 @@ def build_member(spec: MemberSpec, num_classes: int, *, pretrained: bool = True)
     config = timm.data.resolve_model_data_config(backbone)
     uses_map = spec.head.kind not in ("linear", "mlp") and spec.head.sequence != "pooled"
     width = backbone.num_features if uses_map else backbone.head_hidden_size
-    return Member(backbone, build_head(spec.head, width, num_classes), config["mean"], config["std"])
+    return Member(
+        backbone, build_head(spec.head, width, num_classes), config["mean"], config["std"]
+    )
 
 
 def create_backbone(spec: MemberSpec, pretrained: bool) -> Any:
@@ -113,7 +119,9 @@ def create_backbone(spec: MemberSpec, pretrained: bool) -> Any:
         return _without_hidden_layers(timm.create_model(name, pretrained=pretrained, **options))
     except Exception as error:
         if not pretrained:
-            raise RecipeError("cannot build the backbone", where=f"member {spec.name}", got=error) from error
+            raise RecipeError(
+                "cannot build the backbone", where=f"member {spec.name}", got=error
+            ) from error
         raise _weights_error(spec, error) from error
 
 
@@ -149,7 +157,11 @@ def _load_in_order(backbone: nn.Module, package: str) -> None:
     Both describe the same network layer by layer under different names; shapes are checked, the classifier is left out.
     """
     found = importlib.util.find_spec(package)
-    folder = Path(found.submodule_search_locations[0]) if found and found.submodule_search_locations else Path()
+    folder = (
+        Path(found.submodule_search_locations[0])
+        if found and found.submodule_search_locations
+        else Path()
+    )
     source = torch.load(next(folder.glob("models/*.pth")), weights_only=True, map_location="cpu")
     load_in_order(backbone, source)
 
@@ -162,11 +174,16 @@ def load_in_order(backbone: nn.Module, source: Mapping[str, Tensor]) -> None:
     """
     target, values = backbone.state_dict(), list(source.values())[:-2]
     if len(values) != len(target):
-        raise RecipeError("weights do not fit the backbone", expected=f"{len(target)} tensors", got=len(values))
+        raise RecipeError(
+            "weights do not fit the backbone", expected=f"{len(target)} tensors", got=len(values)
+        )
     for (name, old), new in zip(target.items(), values, strict=True):
         if old.shape != new.shape:
             raise RecipeError(
-                "weights do not fit the backbone", where=name, expected=tuple(old.shape), got=tuple(new.shape)
+                "weights do not fit the backbone",
+                where=name,
+                expected=tuple(old.shape),
+                got=tuple(new.shape),
             )
     backbone.load_state_dict(dict(zip(target, values, strict=True)))
 
@@ -188,7 +205,9 @@ def _load_local(backbone: nn.Module, path: Path) -> None:
         ) from None
     state = state.get("state_dict", state)
     wanted = backbone.state_dict()
-    missing = [name for name in wanted if name not in state or state[name].shape != wanted[name].shape]
+    missing = [
+        name for name in wanted if name not in state or state[name].shape != wanted[name].shape
+    ]
     if missing:
         raise RecipeError(
             "weights do not fit the backbone",
@@ -206,7 +225,9 @@ def set_trainable(member: nn.Module, stage: StageSpec) -> list[str]:
     """
     names = []
     for name, parameter in member.named_parameters():
-        chosen = bool(re.search(stage.trainable, name)) and not (stage.frozen and re.search(stage.frozen, name))
+        chosen = bool(re.search(stage.trainable, name)) and not (
+            stage.frozen and re.search(stage.frozen, name)
+        )
         parameter.requires_grad_(chosen)
         if chosen:
             names.append(name)
@@ -250,9 +271,13 @@ def _heights(member: nn.Module) -> dict[str, int]:
     for path, module in member.named_modules():
         if isinstance(module, Member):
             prefix = f"{path}.backbone." if path else "backbone."
-            groups = timm.models.group_parameters(module.backbone, module.backbone.group_matcher(coarse=False))
+            groups = timm.models.group_parameters(
+                module.backbone, module.backbone.group_matcher(coarse=False)
+            )
             depth = max(groups, default=0) + 1
-            found |= {prefix + name: depth - layer for layer, names in groups.items() for name in names}
+            found |= {
+                prefix + name: depth - layer for layer, names in groups.items() for name in names
+            }
     return found
 
 
@@ -262,7 +287,9 @@ def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
     Raises:
         RunError: the disk is full or the folder cannot be written.
     """
-    write_bytes(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}))
+    write_bytes(
+        path, save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+    )
 
 
 def load_weights(member: nn.Module, path: Path) -> None:

@@ -42,7 +42,21 @@ _PARTS: Final[Mapping[str, Mapping[int, str]]] = {
 }
 _METADATA, _INPUT, _OUTPUT = 14, 11, 12  # in a model; in its graph
 _DIMS, _DATA_TYPE, _RAW, _EXTERNAL_DATA, _DATA_LOCATION = 1, 2, 9, 13, 14  # in a tensor
-_BYTES: Final = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}  # by data type
+_BYTES: Final = {
+    1: 4,
+    2: 1,
+    3: 1,
+    4: 2,
+    5: 2,
+    6: 4,
+    7: 8,
+    9: 1,
+    10: 2,
+    11: 8,
+    12: 4,
+    13: 8,
+    16: 2,
+}  # by data type
 _VALUES: Final = (4, 5, 6, 7, 9, 10, 11)  # where a tensor keeps its values
 _UINT8, _FLOAT, _INT64 = 2, 1, 7
 _LOADING = threading.Lock()
@@ -118,11 +132,15 @@ def open_session(path: Path, threads: int = 0, memory: int = MEMORY, spin: bool 
             try:
                 return super().run(*args, **words)
             except Exception as error:
-                raise ExportError("the model cannot answer", where=path, got=_short(error)) from None
+                raise ExportError(
+                    "the model cannot answer", where=path, got=_short(error)
+                ) from None
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # what goes wrong is raised; printed as well it would be said twice
+    options.log_severity_level = (
+        4  # what goes wrong is raised; printed as well it would be said twice
+    )
     options.add_session_config_entry("session.use_env_allocators", "1")
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -134,7 +152,9 @@ def open_session(path: Path, threads: int = 0, memory: int = MEMORY, spin: bool 
     try:
         with _LOADING:  # a session keeps the allocator that was registered last when it was made
             onnxruntime.create_and_register_allocator(where, arena)
-            return Session(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)  # it would print
+            return Session(
+                str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )  # it would print
     except Exception as error:
         raise ExportError(
             "cannot read the model file",
@@ -161,12 +181,18 @@ class _Reader:
     def card(self, key: str) -> dict[str, Any]:
         """Check everything; returns the card."""
         head = self.content[:8]
-        for magic, kind in ((b"\x80", "pickle"), (b"PK\x03\x04", "a zip archive"), (b"\x93NUMPY", "a NumPy array")):
+        for magic, kind in (
+            (b"\x80", "pickle"),
+            (b"PK\x03\x04", "a zip archive"),
+            (b"\x93NUMPY", "a NumPy array"),
+        ):
             if head.startswith(magic):
                 raise _Bad(f"not ONNX: it looks like {kind}, which is never opened")
         whole = (0, len(self.content))
         self.walk("model", *whole)
-        entries = [self.entry(*span) for number, span in self.messages(*whole) if number == _METADATA]
+        entries = [
+            self.entry(*span) for number, span in self.messages(*whole) if number == _METADATA
+        ]
         cards = [value for name, value in entries if name == key.encode()]
         if not cards:
             raise _Bad("an ONNX file without threefold's metadata: not a threefold model")
@@ -271,13 +297,18 @@ class _Reader:
                     name, kind, shape = self.value(*value)
                     ends[number, name] = kind, shape
         k, m, stages = len(card["classes"]), len(card["members"]), _stages(card)
-        wanted = {(_INPUT, "images"): (_UINT8, [-1, -1, -1, 3]), (_OUTPUT, "probs"): (_FLOAT, [-1, k]),
-                  (_OUTPUT, "member_probs"): (_FLOAT, [-1, m, k])}  # fmt: skip
+        wanted = {
+            (_INPUT, "images"): (_UINT8, [-1, -1, -1, 3]),
+            (_OUTPUT, "probs"): (_FLOAT, [-1, k]),
+            (_OUTPUT, "member_probs"): (_FLOAT, [-1, m, k]),
+        }
         if stages:
             wanted |= {(_INPUT, "stop"): (_FLOAT, [stages - 1]), (_OUTPUT, "asked"): (_INT64, [-1])}
         inputs = [name for number, name in ends if number == _INPUT]
         if len(inputs) != (2 if stages else 1) or any(ends.get(e) != v for e, v in wanted.items()):
-            raise _Bad(f"inputs or outputs are not those of a pipeline with {m} members and {k} classes")
+            raise _Bad(
+                f"inputs or outputs are not those of a pipeline with {m} members and {k} classes"
+            )
 
     def value(self, begin: int, end: int) -> tuple[str, int, list[int]]:
         """Name, element type and shape (-1 = any) of a ValueInfoProto."""
@@ -295,7 +326,9 @@ class _Reader:
 
     def dim(self, begin: int, end: int) -> int:
         """A fixed length, or -1."""
-        return next((a for number, kind, a, _ in self.scan(begin, end) if (number, kind) == (1, 0)), -1)
+        return next(
+            (a for number, kind, a, _ in self.scan(begin, end) if (number, kind) == (1, 0)), -1
+        )
 
 
 def _is_plain(name: str) -> bool:
@@ -328,7 +361,9 @@ def _outside_bytes(folder: Path, entries: list[tuple[bytes, bytes]]) -> int:
 def _parse_card(found: list[bytes]) -> dict[str, Any]:
     """The card as a tree, its names checked."""
     if len(found) > 1 or len(found[0]) > MAX_CARD_BYTES:
-        raise _Bad(f"the model card is there {len(found)} times, or longer than {MAX_CARD_BYTES // 2**20} MB")
+        raise _Bad(
+            f"the model card is there {len(found)} times, or longer than {MAX_CARD_BYTES // 2**20} MB"
+        )
     try:
         card = json.loads(found[0].decode())
     except (ValueError, RecursionError) as error:
@@ -360,4 +395,8 @@ def _stages(card: Mapping[str, Any]) -> int:
 
 def _is_name(name: Any) -> bool:
     """Text that can be shown anywhere: no control characters, which terminals obey."""
-    return isinstance(name, str) and 0 < len(name) <= 1000 and not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in name)
+    return (
+        isinstance(name, str)
+        and 0 < len(name) <= 1000
+        and not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in name)
+    )

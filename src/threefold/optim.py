@@ -96,10 +96,14 @@ class KerasAdam(torch.optim.Optimizer):
             gathered.setdefault(state["step"], []).append(param)
         return gathered
 
-    def _update(self, params: list[Tensor], count: int, lr: float, betas: tuple[float, float], eps: float) -> None:
+    def _update(
+        self, params: list[Tensor], count: int, lr: float, betas: tuple[float, float], eps: float
+    ) -> None:
         """One step for parameters that have all taken `count` steps, this one included."""
         grads = [param.grad for param in params if param.grad is not None]
-        means, squares = ([self.state[param][name] for param in params] for name in ("mean", "square"))
+        means, squares = (
+            [self.state[param][name] for param in params] for name in ("mean", "square")
+        )
         torch._foreach_lerp_(means, grads, 1.0 - betas[0])
         torch._foreach_mul_(squares, betas[1])
         torch._foreach_addcmul_(squares, grads, grads, 1.0 - betas[1])

@@ -61,7 +61,11 @@ def optimism_entry(
         DataError: the two are of other images, or one has no answer.
     """
     if apparent.right.shape != honest.right.shape:
-        raise DataError("optimism compares the same images", expected=apparent.right.shape, got=honest.right.shape)
+        raise DataError(
+            "optimism compares the same images",
+            expected=apparent.right.shape,
+            got=honest.right.shape,
+        )
     if not apparent.answers.sum() or not honest.answers.sum():
         raise DataError("optimism needs answers of both kinds", where=choice)
     n = len(apparent.right)
@@ -69,14 +73,22 @@ def optimism_entry(
     columns = np.stack([np.bincount(part, values) for values in (*apparent, *honest)])
     draws = []
     for a, na, h, nh in column_sums(columns, RESAMPLES, seed):
-        with np.errstate(invalid="ignore", divide="ignore"):  # a draw without answers is left out below
+        with np.errstate(
+            invalid="ignore", divide="ignore"
+        ):  # a draw without answers is left out below
             draws.append(a / na - h / nh)
     difference = apparent.share() - honest.share()
     return {
-        "choice": choice, "told": told, "apparent": apparent.share(), "honest": honest.share(), "difference": difference,
-        "interval": list(percentile_interval(np.concatenate(draws), 0.95)), "n": n,
-        "apparent_rows": rows[0], "honest_rows": rows[1],
-    }  # fmt: skip
+        "choice": choice,
+        "told": told,
+        "apparent": apparent.share(),
+        "honest": honest.share(),
+        "difference": difference,
+        "interval": list(percentile_interval(np.concatenate(draws), 0.95)),
+        "n": n,
+        "apparent_rows": rows[0],
+        "honest_rows": rows[1],
+    }
 
 
 def nested_choice(

@@ -12,7 +12,9 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
     """Apply one `a.b=c` to the tree in place; the value is TOML where it parses as such, else a string."""
     path, equals, raw = text.partition("=")
     if not equals or not path.strip():
-        raise RecipeError("cannot apply --set", where=text, expected="path=value, for example train.batch_size=64")
+        raise RecipeError(
+            "cannot apply --set", where=text, expected="path=value, for example train.batch_size=64"
+        )
     try:
         value = tomllib.loads(f"v = {raw}")["v"]
     except tomllib.TOMLDecodeError:
@@ -43,4 +45,9 @@ def _index(items: list[Any], part: str, text: str) -> int:
         return names.index(part)
     if part.isdigit() and int(part) < len(items):
         return int(part)
-    raise RecipeError("cannot apply --set", where=text, expected=f"one of {', '.join(names)} or an index", got=part)
+    raise RecipeError(
+        "cannot apply --set",
+        where=text,
+        expected=f"one of {', '.join(names)} or an index",
+        got=part,
+    )

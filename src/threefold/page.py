@@ -22,7 +22,9 @@ _Array = np.ndarray[Any, Any]
 _Tree = Mapping[str, Any]
 
 
-def write_page(path: Path, title: str, found: _Tree, probs: _Array | None = None, labels: _Array | None = None) -> Path:
+def write_page(
+    path: Path, title: str, found: _Tree, probs: _Array | None = None, labels: _Array | None = None
+) -> Path:
     """Write one HTML page about saved predictions.
 
     Args:
@@ -44,14 +46,19 @@ def write_page(path: Path, title: str, found: _Tree, probs: _Array | None = None
     """
     if found.get("kind") not in KINDS:
         raise RunError(
-            "not a tree of saved predictions", where=title, expected=" or ".join(KINDS), got=found.get("kind")
+            "not a tree of saved predictions",
+            where=title,
+            expected=" or ".join(KINDS),
+            got=found.get("kind"),
         )
     if not found.get("scores"):
         raise RunError("there is no score to show", where=title)
     try:
         view = _view(title, found, probs, labels)
     except KeyError as error:
-        raise RunError("the tree of saved predictions lacks a key", where=title, expected=error) from None
+        raise RunError(
+            "the tree of saved predictions lacks a key", where=title, expected=error
+        ) from None
     write_bytes(Path(path), render("page.html.j2", title, v=view).encode())
     return Path(path)
 
@@ -61,7 +68,12 @@ def _view(title: str, found: _Tree, probs: _Array | None, labels: _Array | None)
     if probs is not None and labels is not None and score is not None:
         shape, expected = (len(probs), len(labels)), (score["n"], score["n"])
         if shape != expected:
-            raise RunError("probabilities and scores do not belong together", where=title, expected=expected, got=shape)
+            raise RunError(
+                "probabilities and scores do not belong together",
+                where=title,
+                expected=expected,
+                got=shape,
+            )
     drawn = score is not None
     return {
         **shared_view(found, score, probs if drawn else None, labels if drawn else None, Thumbs()),

@@ -10,7 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import bdtr, betaln, chdtrc, ndtri, stdtr, stdtrit  # scipy.stats takes a second to import
+from scipy.special import (
+    bdtr,
+    betaln,
+    chdtrc,
+    ndtri,
+    stdtr,
+    stdtrit,
+)  # scipy.stats takes a second to import
 
 from threefold.errors import DataError
 from threefold.predictions import check_labels, check_probs
@@ -82,7 +89,11 @@ class SeedsDifference(NamedTuple):
 
 
 def mcnemar_exact(
-    correct_a: npt.ArrayLike, correct_b: npt.ArrayLike, groups: npt.ArrayLike | None = None, *, mid_p: bool = False
+    correct_a: npt.ArrayLike,
+    correct_b: npt.ArrayLike,
+    groups: npt.ArrayLike | None = None,
+    *,
+    mid_p: bool = False,
 ) -> McNemar:
     """Exact McNemar test: is one right more often on the rows where just one of the two is right?
 
@@ -110,12 +121,16 @@ def mcnemar_exact(
         fewer, n = min(only_a, only_b), only_a + only_b
         p = 2 * float(bdtr(fewer, n, 0.5)) - mid_p * float(_heads(np.asarray(fewer), n))
         return McNemar(only_a, only_b, min(1.0, p))
-    sums = np.bincount(check_groups(groups, len(a)), a.astype(np.float64) - b).round().astype(np.int64)
+    sums = (
+        np.bincount(check_groups(groups, len(a)), a.astype(np.float64) - b).round().astype(np.int64)
+    )
     chances = _sign_flips(np.abs(sums))
     # Entry i is the chance of a sum of 2 i - total: as far out as observed counts wholly, for mid-p just there by half.
     distance = np.abs(2 * np.arange(len(chances)) - np.abs(sums).sum())
     seen = abs(only_a - only_b)
-    p = float(chances[distance >= seen].sum()) - mid_p * 0.5 * float(chances[distance == seen].sum())
+    p = float(chances[distance >= seen].sum()) - mid_p * 0.5 * float(
+        chances[distance == seen].sum()
+    )
     return McNemar(only_a, only_b, 1.0 if mid_p and seen == 0 else min(1.0, p))
 
 
@@ -172,14 +187,18 @@ def score_difference(
     """
     a, b = (check_probs(probs, 2).astype(np.float64) for probs in (probs_a, probs_b))
     if a.shape != b.shape:
-        raise DataError("the two are not of the same rows and classes", expected=a.shape, got=b.shape)
+        raise DataError(
+            "the two are not of the same rows and classes", expected=a.shape, got=b.shape
+        )
     truth, function = check_labels(labels, *a.shape), check_score(score)
     part = None if groups is None else check_groups(groups, len(truth))
     check_draws(level, resamples)
     every = np.ones((len(truth), 1))
     estimate = float((function(a, truth, every) - function(b, truth, every))[0])
     if np.isnan(estimate):
-        raise DataError("the score is not defined on these rows", where=score if isinstance(score, str) else "")
+        raise DataError(
+            "the score is not defined on these rows", where=score if isinstance(score, str) else ""
+        )
     drawn = row_weights(len(truth), part, resamples, seed)
     values = [function(a, truth, weights) - function(b, truth, weights) for weights in drawn]
     return Difference(estimate, *percentile_interval(np.concatenate(values), level))
@@ -222,7 +241,9 @@ def holm(pvalues: npt.ArrayLike) -> np.ndarray:
     return adjusted
 
 
-def corrected_t_test(a: npt.ArrayLike, b: npt.ArrayLike, n_fit: float, n_score: float, level: float = 0.95) -> TTest:
+def corrected_t_test(
+    a: npt.ArrayLike, b: npt.ArrayLike, n_fit: float, n_score: float, level: float = 0.95
+) -> TTest:
     """Corrected resampled t-test of scores over folds or random splits (Nadeau and Bengio 2003).
 
     Fit rows are shared between splits, so the scores are not independent: 1 / J in the variance of their mean becomes
@@ -243,14 +264,21 @@ def corrected_t_test(a: npt.ArrayLike, b: npt.ArrayLike, n_fit: float, n_score: 
     if len(first) < 2:
         raise DataError("a t-test over splits needs two or more", got=len(first))
     if not (0 < n_fit < np.inf and 0 < n_score < np.inf):
-        raise DataError("splits have rows to fit and rows to score", expected="both above 0", got=(n_fit, n_score))
+        raise DataError(
+            "splits have rows to fit and rows to score",
+            expected="both above 0",
+            got=(n_fit, n_score),
+        )
     difference = first - second
     variance = float(difference.var(ddof=1)) * (1 / len(difference) + n_score / n_fit)
     return _t_test(float(difference.mean()), variance, len(difference) - 1, level)
 
 
 def seeds_difference(
-    correct_a: npt.ArrayLike, correct_b: npt.ArrayLike, groups: npt.ArrayLike | None = None, level: float = 0.95
+    correct_a: npt.ArrayLike,
+    correct_b: npt.ArrayLike,
+    groups: npt.ArrayLike | None = None,
+    level: float = 0.95,
 ) -> SeedsDifference:
     """Difference in accuracy of two recipes trained with several seeds, for other seeds and other images alike.
 
@@ -273,7 +301,11 @@ def seeds_difference(
     a, b = _pair(check_hits(correct_a, 2), check_hits(correct_b, 2))
     check_level(level)
     if len(a) < 2:
-        raise DataError("one seed says nothing of other seeds", expected="two or more", fix="use paired_bootstrap")
+        raise DataError(
+            "one seed says nothing of other seeds",
+            expected="two or more",
+            fix="use paired_bootstrap",
+        )
     cells = a.astype(np.float64) - b
     mean = float(cells.mean())
     if groups is not None:
@@ -290,7 +322,9 @@ def seeds_difference(
     of_images = s * float(((images - mean) ** 2).sum()) / (n - 1)
     of_rest = float(((cells - seeds[:, None] - images + mean) ** 2).sum()) / ((s - 1) * (n - 1))
     of_seeds = max(of_seeds, of_rest)
-    beyond = of_images - of_rest if of_images > (1 + 1e-9) * of_rest else 0.0  # rounding must not change the freedom
+    beyond = (
+        of_images - of_rest if of_images > (1 + 1e-9) * of_rest else 0.0
+    )  # rounding must not change the freedom
     freedom = of_seeds**2 / (s - 1)
     if beyond:
         freedom += of_images**2 / (n - 1) + of_rest**2 / ((s - 1) * (n - 1))
@@ -298,10 +332,14 @@ def seeds_difference(
     test = _t_test(mean, whole / (s * n), whole**2 / freedom if freedom else 1.0, level)
     low, high = max(test.low, -1.0), min(test.high, 1.0)
     per_seed = tuple((a.mean(1) - b.mean(1)).tolist())
-    return SeedsDifference(mean, low, high, test.p, per_seed, (of_seeds - of_rest) / whole if whole else 0.0)
+    return SeedsDifference(
+        mean, low, high, test.p, per_seed, (of_seeds - of_rest) / whole if whole else 0.0
+    )
 
 
-def required_rows(discordant: float, difference: float, power: float = 0.8, alpha: float = 0.05) -> int:
+def required_rows(
+    discordant: float, difference: float, power: float = 0.8, alpha: float = 0.05
+) -> int:
     """Rows that McNemar's test needs to find a difference in accuracy with this power (Connor 1987).
 
     Args:
@@ -316,15 +354,21 @@ def required_rows(discordant: float, difference: float, power: float = 0.8, alph
     size = abs(difference)
     if not 0 < size <= discordant <= 1:
         raise DataError(
-            "no such pair of classifiers", expected="0 < |difference| <= discordant <= 1", got=(difference, discordant)
+            "no such pair of classifiers",
+            expected="0 < |difference| <= discordant <= 1",
+            got=(difference, discordant),
         )
     if not 0 < alpha < power < 1:
-        raise DataError("no such test", expected="0 < alpha < power < 1", got=f"alpha {alpha}, power {power}")
+        raise DataError(
+            "no such test", expected="0 < alpha < power < 1", got=f"alpha {alpha}, power {power}"
+        )
     root = ndtri(1 - alpha / 2) * discordant**0.5 + ndtri(power) * (discordant - size**2) ** 0.5
     return int(np.ceil((root / size) ** 2))
 
 
-def required_rows_from_counts(only_a: int, only_b: int, n: int, power: float = 0.8, alpha: float = 0.05) -> int:
+def required_rows_from_counts(
+    only_a: int, only_b: int, n: int, power: float = 0.8, alpha: float = 0.05
+) -> int:
     """`required_rows` if the truth were as in a first look: discordant rows of n in all.
 
     Raises:
@@ -332,13 +376,23 @@ def required_rows_from_counts(only_a: int, only_b: int, n: int, power: float = 0
     """
     if only_a == only_b or min(only_a, only_b) < 0 or not only_a + only_b <= n:
         raise DataError(
-            "counts give no difference to look for", expected="unlike counts of n rows", got=(only_a, only_b, n)
+            "counts give no difference to look for",
+            expected="unlike counts of n rows",
+            got=(only_a, only_b, n),
         )
     return required_rows((only_a + only_b) / n, (only_a - only_b) / n, power, alpha)
 
 
 def verdict(
-    a: str, b: str, only_a: int, only_b: int, p: float, alpha: float = 0.05, *, test: str = "", n: int = 0
+    a: str,
+    b: str,
+    only_a: int,
+    only_b: int,
+    p: float,
+    alpha: float = 0.05,
+    *,
+    test: str = "",
+    n: int = 0,
 ) -> str:
     """A McNemar test of a against b as one sentence; `p` may be adjusted for several tests.
 
@@ -386,10 +440,14 @@ def _heads(k: np.ndarray, n: int) -> np.ndarray:
 def _t_test(mean: float, variance: float, df: float, level: float) -> TTest:
     """Student's test of a mean with this variance; a variance of zero leaves no doubt, except of no difference."""
     if variance == 0:
-        return TTest(mean, mean, mean, float(np.sign(mean) * np.inf) if mean else 0.0, df, float(mean == 0))
+        return TTest(
+            mean, mean, mean, float(np.sign(mean) * np.inf) if mean else 0.0, df, float(mean == 0)
+        )
     error = variance**0.5
     half = float(stdtrit(df, (1 + level) / 2)) * error
-    return TTest(mean, mean - half, mean + half, mean / error, df, float(2 * stdtr(df, -abs(mean) / error)))
+    return TTest(
+        mean, mean - half, mean + half, mean / error, df, float(2 * stdtr(df, -abs(mean) / error))
+    )
 
 
 def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -34,7 +34,9 @@ def draw_figure(found: Mapping[str, Any], path: Path) -> Path:
     """
     import io
 
-    height = 1.6 + 0.28 * max(8, len(found["cells"])) if found["draw"] in ("dots", "groups") else 5.0
+    height = (
+        1.6 + 0.28 * max(8, len(found["cells"])) if found["draw"] in ("dots", "groups") else 5.0
+    )
     figure = Figure(figsize=(8.0, height), dpi=120, layout="constrained")
     draw = {"curves": _curves, "flops": _flops}.get(found["draw"], _dots)
     draw(figure.add_subplot(), found)
@@ -55,7 +57,9 @@ def _dots(axes: Axes, found: Mapping[str, Any]) -> None:
         _ours(axes, cell, line)
         if cell["paper"] is not None:
             axes.plot(cell["paper"], line, "D", color=_PAPER, fillstyle="none", markersize=6)
-    axes.set_yticks(range(len(cells)), [f"{c['row']} {c['column']}".strip() for c in cells], fontsize=8)
+    axes.set_yticks(
+        range(len(cells)), [f"{c['row']} {c['column']}".strip() for c in cells], fontsize=8
+    )
     axes.set_ylim(len(cells) - 0.4, -0.6)
     axes.grid(axis="x", linewidth=0.4)
     axes.set_xlabel("share of images answered right")
@@ -84,7 +88,9 @@ def _curves(axes: Axes, found: Mapping[str, Any]) -> None:
             x = range(start + 1, start + 1 + len(stage["select"]))
             label = (f"{member}, {run}" if several else member) if stage is stages[0] else None
             # With points: a stage of one epoch has no line.
-            axes.plot(x, stage["select"], ".-", color=colour, linewidth=1.2, markersize=5, label=label)
+            axes.plot(
+                x, stage["select"], ".-", color=colour, linewidth=1.2, markersize=5, label=label
+            )
             start += len(stage["select"])
             if stage["paper"] is not None:
                 axes.plot(start, stage["paper"], "D", color=colour, fillstyle="none", markersize=6)
@@ -104,9 +110,13 @@ def _flops(axes: Axes, found: Mapping[str, Any]) -> None:
         x = cell["flops"] / 1e9
         if cell["ours"] is not None:
             axes.plot((x, x), cell["interval"], color=_OURS, linewidth=1.2)
-            axes.scatter(x, cell["ours"], s=30 + 300 * cell["parameters"] / largest, color=_OURS, alpha=0.5)
+            axes.scatter(
+                x, cell["ours"], s=30 + 300 * cell["parameters"] / largest, color=_OURS, alpha=0.5
+            )
             text = f"{cell['row']}\n{cell['parameters'] / 1e6:.1f} M"
-            axes.annotate(text, (x, cell["ours"]), fontsize=7, xytext=(6, 4), textcoords="offset points")
+            axes.annotate(
+                text, (x, cell["ours"]), fontsize=7, xytext=(6, 4), textcoords="offset points"
+            )
         if cell["paper"] is not None:
             axes.plot(x, cell["paper"], "D", color=_PAPER, fillstyle="none", markersize=6)
     axes.grid(linewidth=0.4)
@@ -118,6 +128,8 @@ def _flops(axes: Axes, found: Mapping[str, Any]) -> None:
 def _legend(axes: Axes) -> None:
     marks: Sequence[Line2D] = (
         Line2D([], [], color=_OURS, marker="o", label="ours, 95 % interval"),
-        Line2D([], [], color=_PAPER, marker="D", fillstyle="none", linestyle="none", label="the paper"),
+        Line2D(
+            [], [], color=_PAPER, marker="D", fillstyle="none", linestyle="none", label="the paper"
+        ),
     )
     axes.legend(handles=list(marks), fontsize=8)

@@ -69,7 +69,9 @@ def compare(
     report: dict[str, Any] = {
         "images": len(expected),
         "rows": rows,
-        "max_difference": float(np.abs(answers - expected).max(initial=0.0)) if np.isfinite(answers).all() else np.inf,
+        "max_difference": float(np.abs(answers - expected).max(initial=0.0))
+        if np.isfinite(answers).all()
+        else np.inf,
         "top1_agreement": float(1 - moved.mean()),
         "changed": int((moved & ~ties).sum()),
         "ties": int(ties.sum()),
@@ -82,9 +84,13 @@ def compare(
         right, kept = before == np.asarray(labels), after == np.asarray(labels)
         lost, gained = int((right & ~kept).sum()), int((~right & kept).sum())
         report["accuracy"] = {
-            "before": int(right.sum()), "after": int(kept.sum()), "lost": lost, "gained": gained,
-            "change": (gained - lost) / len(expected), "counted_loss": int((right & ~kept & ~ties).sum() - (~right & kept & ~ties).sum()),
-        }  # fmt: skip
+            "before": int(right.sum()),
+            "after": int(kept.sum()),
+            "lost": lost,
+            "gained": gained,
+            "change": (gained - lost) / len(expected),
+            "counted_loss": int((right & ~kept & ~ties).sum() - (~right & kept & ~ties).sum()),
+        }
     return report
 
 

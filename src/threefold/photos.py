@@ -20,7 +20,9 @@ from threefold.listing import Item, Listing, shorten
 from threefold.official import CASSAVA_CLASSES, SURREY_LETTERS, count_note
 
 
-def _found(root: Path, archives: tuple[str, ...], has: Callable[[Path], bool], name: str, expected: str) -> Path:
+def _found(
+    root: Path, archives: tuple[str, ...], has: Callable[[Path], bool], name: str, expected: str
+) -> Path:
     """The folder that `has` what is looked for: `root`, a folder in it, or what its archives unpack to.
 
     Kaggle's archives hold archives, so what was unpacked is looked through in the same way.
@@ -46,7 +48,9 @@ def _entries(folder: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise DataError("cannot read the folder", where=folder, got=error.strerror or error) from None
+        raise DataError(
+            "cannot read the folder", where=folder, got=error.strerror or error
+        ) from None
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -65,12 +69,18 @@ def _require(items: list[Item], table: Path) -> None:
     absent = [item.id for item in items if not item.path.is_file()]
     if absent:
         fix = "unpack the official archive again; it holds every listed image"
-        raise DataError(f"{len(absent)} listed images do not exist", where=table, got=shorten(absent), fix=fix)
+        raise DataError(
+            f"{len(absent)} listed images do not exist", where=table, got=shorten(absent), fix=fix
+        )
 
 
-def _listing(name: str, items: list[Item], classes: Iterable[str], notes: list[str], extra: bool = False) -> Listing:
+def _listing(
+    name: str, items: list[Item], classes: Iterable[str], notes: list[str], extra: bool = False
+) -> Listing:
     parts = Counter(item.part for item in items)
-    return Listing(items, count_note(name, parts["train"], parts["test"], extra) + notes, tuple(classes))
+    return Listing(
+        items, count_note(name, parts["train"], parts["test"], extra) + notes, tuple(classes)
+    )
 
 
 # iNaturalist 2019 -----------------------------------------------------------------------------------------------------
@@ -91,7 +101,9 @@ def list_inaturalist(root: Path, extra: bool) -> Listing:
     """
     expected = "train_val2019/ (or train_val2019.tar.gz), train2019.json and val2019.json"
     archives = ("train_val2019.tar.gz",)
-    images = _found(root, archives, lambda at: (at / "train_val2019").is_dir(), "inaturalist2019", expected)
+    images = _found(
+        root, archives, lambda at: (at / "train_val2019").is_dir(), "inaturalist2019", expected
+    )
     folders = [images, root.parent if root.is_file() else root, images.parent]
     trees = {part: _annotations(folders, f"{part}2019.json") for part in ("train", "val")}
     names = _category_names(folders, trees["train"][1])
@@ -102,7 +114,9 @@ def list_inaturalist(root: Path, extra: bool) -> Listing:
     ]
     _require(items, trees["train"][0])
     notes = ["the official validation images are trained on: nothing is held out"] if extra else []
-    return _listing("inaturalist2019", items, [names[number] for number in sorted(names)], notes, extra)
+    return _listing(
+        "inaturalist2019", items, [names[number] for number in sorted(names)], notes, extra
+    )
 
 
 def _annotations(folders: list[Path], name: str) -> tuple[Path, Any]:
@@ -111,10 +125,16 @@ def _annotations(folders: list[Path], name: str) -> tuple[Path, Any]:
         for path in (folder / name, folder / f"{name}.tar.gz"):
             if path.is_file():
                 try:
-                    content = path.read_bytes() if path.suffix == ".json" else read_members(path, [name]).get(name, b"")
+                    content = (
+                        path.read_bytes()
+                        if path.suffix == ".json"
+                        else read_members(path, [name]).get(name, b"")
+                    )
                     return path, json.loads(content)
                 except OSError as error:
-                    raise DataError("cannot read the file", where=path, got=error.strerror or error) from None
+                    raise DataError(
+                        "cannot read the file", where=path, got=error.strerror or error
+                    ) from None
                 except (ValueError, RecursionError) as error:
                     raise DataError("not valid JSON", where=path, got=error) from None
     raise DataError("there is no such file of iNaturalist 2019", where=folders[0] / name)
@@ -132,16 +152,22 @@ def _category_names(folders: list[Path], tree: Any) -> dict[int, str]:
             "the categories cannot be read", where=folders[0], got=f"{type(error).__name__} {error}"
         ) from None
     count = Counter(names.values())
-    return {number: name if count[name] == 1 else f"{name} ({number})" for number, name in names.items()}
+    return {
+        number: name if count[name] == 1 else f"{name} ({number})" for number, name in names.items()
+    }
 
 
 def _labelled(tree: Any, names: dict[int, str], table: Path) -> list[tuple[str, int]]:
     """File name and category number of each annotation."""
     try:
         files = {image["id"]: safe_name(image["file_name"]) for image in tree["images"]}
-        rows = [(files[entry["image_id"]], int(entry["category_id"])) for entry in tree["annotations"]]
+        rows = [
+            (files[entry["image_id"]], int(entry["category_id"])) for entry in tree["annotations"]
+        ]
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError("the annotations cannot be read", where=table, got=f"{type(error).__name__} {error}") from None
+        raise DataError(
+            "the annotations cannot be read", where=table, got=f"{type(error).__name__} {error}"
+        ) from None
     unknown = sorted({label for _, label in rows} - set(names))
     if unknown:
         raise DataError("labels have no category", where=table, got=shorten(map(str, unknown)))
@@ -165,7 +191,13 @@ def list_icassava(root: Path, extra: bool) -> Listing:
         DataError: there is no such folder, or class folders are missing.
     """
     archives = ("cassavaleafdata.zip", "cassava-disease.zip", "train.zip")
-    base = _found(root, archives, lambda folder: (folder / "train/cmd").is_dir(), "icassava2019", "train/cmd and so on")
+    base = _found(
+        root,
+        archives,
+        lambda folder: (folder / "train/cmd").is_dir(),
+        "icassava2019",
+        "train/cmd and so on",
+    )
     parts = {part: _folders(base / part) for part in ("train", "validation", "test")}
     items, notes = [], []
     for part, folders in parts.items():
@@ -175,15 +207,24 @@ def list_icassava(root: Path, extra: bool) -> Listing:
             raise DataError("class folders are missing", where=base / part, got=shorten(absent))
         if part == "validation" and not extra and known:
             unused = sum(len(_images(folder)) for folder in known)
-            notes.append(f"{unused:,} validation images are not used; data.extra = true adds them to the training set")
+            notes.append(
+                f"{unused:,} validation images are not used; data.extra = true adds them to the training set"
+            )
             continue
         for folder in known:
             items += [
-                Item(path.relative_to(base).as_posix(), path, folder.name, "test" if part == "test" else "train")
+                Item(
+                    path.relative_to(base).as_posix(),
+                    path,
+                    folder.name,
+                    "test" if part == "test" else "train",
+                )
                 for path in _images(folder)
             ]
     if extra and not any(item.id.startswith("validation/") for item in items):
-        raise DataError("there are no extra images", where=base, expected="validation/ with class folders")
+        raise DataError(
+            "there are no extra images", where=base, expected="validation/ with class folders"
+        )
     if parts["test"] and not any(item.part == "test" for item in items):
         notes.append("the test images have no labels and are not used")
     return _listing("icassava2019", items, CASSAVA_CLASSES, notes, extra)
@@ -202,22 +243,39 @@ def list_cassava2020(root: Path) -> Listing:
     """
     archives = ("cassava-leaf-disease-classification.zip",)
     expected = "train.csv, label_num_to_disease_map.json and train_images/"
-    base = _found(root, archives, lambda folder: (folder / "train_images").is_dir(), "cassava2020", expected)
+    base = _found(
+        root, archives, lambda folder: (folder / "train_images").is_dir(), "cassava2020", expected
+    )
     table, names_file = base / "train.csv", base / "label_num_to_disease_map.json"
     try:
-        names = {int(number): str(name) for number, name in json.loads(names_file.read_text("utf-8")).items()}
+        names = {
+            int(number): str(name)
+            for number, name in json.loads(names_file.read_text("utf-8")).items()
+        }
         with table.open(encoding="utf-8-sig", newline="") as stream:
-            rows = [(safe_name(row["image_id"]), int(row["label"])) for row in csv.DictReader(stream, strict=True)]
+            rows = [
+                (safe_name(row["image_id"]), int(row["label"]))
+                for row in csv.DictReader(stream, strict=True)
+            ]
         items = [
-            Item(f"train_images/{file}", base / "train_images" / file, names[label], "train") for file, label in rows
+            Item(f"train_images/{file}", base / "train_images" / file, names[label], "train")
+            for file, label in rows
         ]
     except OSError as error:
-        raise DataError("cannot read the file", where=error.filename, got=error.strerror or error) from None
+        raise DataError(
+            "cannot read the file", where=error.filename, got=error.strerror or error
+        ) from None
     except (csv.Error, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         got = f"{type(error).__name__} {error}"
-        raise DataError("the labels cannot be read", where=table, expected="image_id,label", got=got) from None
+        raise DataError(
+            "the labels cannot be read", where=table, expected="image_id,label", got=got
+        ) from None
     _require(items, table)
-    notes = ["the test images have no labels and are not used"] if (base / "test_images").is_dir() else []
+    notes = (
+        ["the test images have no labels and are not used"]
+        if (base / "test_images").is_dir()
+        else []
+    )
     return _listing("cassava2020", items, [names[number] for number in sorted(names)], notes)
 
 
@@ -237,20 +295,29 @@ def list_surrey(root: Path) -> Listing:
         DataError: there is no such folder, or a signer has folders that are no letters.
     """
     archives = ("fingerspelling5.tar.bz2",)
-    base = _found(root, archives, lambda folder: (folder / "A/a").is_dir(), "surrey-asl", "dataset5/A/a and so on")
+    base = _found(
+        root,
+        archives,
+        lambda folder: (folder / "A/a").is_dir(),
+        "surrey-asl",
+        "dataset5/A/a and so on",
+    )
     items, depth = [], 0
     for signer in _folders(base):
         if len(signer.name) != 1:
             continue
         strange = [folder.name for folder in _folders(signer) if folder.name not in SURREY_LETTERS]
         if strange:
-            raise DataError("folders are none of the 24 letters", where=signer, got=shorten(strange))
+            raise DataError(
+                "folders are none of the 24 letters", where=signer, got=shorten(strange)
+            )
         for letter in _folders(signer):
             images = _images(letter)
             colour = [path for path in images if path.name.startswith("color_")]
             depth += len(images) - len(colour)
             items += [
-                Item(path.relative_to(base).as_posix(), path, letter.name, "train", signer.name) for path in colour
+                Item(path.relative_to(base).as_posix(), path, letter.name, "train", signer.name)
+                for path in colour
             ]
     notes = [f"{depth:,} depth images are not used"] if depth else []
     return _listing("surrey-asl", items, SURREY_LETTERS, notes)

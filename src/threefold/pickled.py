@@ -82,10 +82,15 @@ def read_batch(content: bytes, where: str | Path) -> dict[str, Any]:
             fix="do not use this file; get the official one with threefold data fetch, which checks it",
         ) from None
     except Exception as error:  # hostile or damaged opcodes reach the stack in any order
-        raise DataError("cannot read the pickle", where=where, got=str(error)[:200] or type(error).__name__) from None
+        raise DataError(
+            "cannot read the pickle", where=where, got=str(error)[:200] or type(error).__name__
+        ) from None
     if not isinstance(tree, dict):
         raise DataError("the pickle is not a dictionary", where=where, got=type(tree).__name__)
-    return {_text(key): value.values if isinstance(value, _Array) else value for key, value in tree.items()}
+    return {
+        _text(key): value.values if isinstance(value, _Array) else value
+        for key, value in tree.items()
+    }
 
 
 def _text(key: object) -> str:
@@ -157,7 +162,11 @@ class _Machine:
             self.stack.append(_Array())
         elif known == "dtype" and isinstance(arguments[0], str | bytes):
             self.stack.append(_Type(_text(arguments[0])))
-        elif known == "encode" and len(arguments) == 2 and _text(arguments[1]) in ("latin1", "latin-1"):
+        elif (
+            known == "encode"
+            and len(arguments) == 2
+            and _text(arguments[1]) in ("latin1", "latin-1")
+        ):
             self.stack.append(arguments[0].encode("latin-1"))
         elif known == "bytes" and arguments == ():  # what Python 3 makes of b"" for protocol 2
             self.stack.append(b"")
@@ -171,9 +180,15 @@ class _Machine:
             _, shape, kind, by_columns, content = state
             if not isinstance(kind, _Type) or kind.code.lstrip("|") != "u1":
                 raise _Refused(f"an array of type {getattr(kind, 'code', kind)!s:.20}, expected u1")
-            if not isinstance(content, bytes) or len(content) != prod(shape) or min(shape, default=0) < 0:
+            if (
+                not isinstance(content, bytes)
+                or len(content) != prod(shape)
+                or min(shape, default=0) < 0
+            ):
                 raise ValueError(f"an array of shape {shape} with {len(content)} bytes")
-            target.values = np.frombuffer(content, np.uint8).reshape(shape, order="F" if by_columns else "C")
+            target.values = np.frombuffer(content, np.uint8).reshape(
+                shape, order="F" if by_columns else "C"
+            )
         elif not isinstance(target, _Type):
             raise _Refused(f"a state for {type(target).__name__}")
         self.stack.append(target)
@@ -188,7 +203,9 @@ _CONSTANTS: dict[str, Callable[[Any], Any]] = {
     "EMPTY_TUPLE": lambda _: (),
     "MARK": lambda _: _Mark,
     **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1"), lambda argument: argument),
-    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "SHORT_BINBYTES", "BINBYTES"), lambda argument: argument),
+    **dict.fromkeys(
+        ("BINUNICODE", "SHORT_BINUNICODE", "SHORT_BINBYTES", "BINBYTES"), lambda argument: argument
+    ),
     # Strings of Python 2, which pickletools decodes as latin-1.
     **dict.fromkeys(("SHORT_BINSTRING", "BINSTRING"), lambda argument: argument.encode("latin-1")),
 }

@@ -60,7 +60,12 @@ class Thumbs:
         for names in (*((key, *values) for key, values in _TABLES), _PAIRS):
             lengths = {name: len(arrays[name]) for name in names if name in arrays}
             if len(set(lengths.values())) > 1:
-                raise RunError("arrays do not belong together", where=path, expected="equal lengths", got=lengths)
+                raise RunError(
+                    "arrays do not belong together",
+                    where=path,
+                    expected="equal lengths",
+                    got=lengths,
+                )
         tables = [_by_id(arrays, key, value) for key, values in _TABLES for value in values]
         cams = {name: heat for name, heat in tables[1].items() if heat.any()}
         pairs: dict[tuple[int, int], list[tuple[str, _Array]]] = {}
@@ -82,7 +87,11 @@ def data_uri(pixels: _Array) -> str:
     exact = max(image.size) <= 64
     image.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG" if exact else "JPEG", **({"optimize": True} if exact else {"quality": 85}))
+    image.save(
+        buffer,
+        format="PNG" if exact else "JPEG",
+        **({"optimize": True} if exact else {"quality": 85}),
+    )
     return f"data:image/{'png' if exact else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

@@ -24,7 +24,9 @@ BATCH: Final = 16
 class MemberPipeline(nn.Module):
     """One member's way from uint8 (b, h, w, 3) to probabilities (b, k), averaged over its fold models."""
 
-    def __init__(self, predictors: list[Predictor], canvas: int, resize: Literal["squash", "crop"]) -> None:
+    def __init__(
+        self, predictors: list[Predictor], canvas: int, resize: Literal["squash", "crop"]
+    ) -> None:
         super().__init__()
         self.predictors = nn.ModuleList(predictors)
         self.canvas, self.resize = canvas, resize
@@ -42,9 +44,12 @@ class MemberPipeline(nn.Module):
     def pixels(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """What the networks see of uint8 images (h, w, 3) of any sizes: float32 (n, 3, canvas, canvas) in 0..255."""
         seen = [
-            resize_square(torch.from_numpy(image[None].copy()), self.canvas, self.resize).numpy() for image in images
+            resize_square(torch.from_numpy(image[None].copy()), self.canvas, self.resize).numpy()
+            for image in images
         ]
-        return np.concatenate(seen) if seen else np.zeros((0, 3, self.canvas, self.canvas), np.float32)
+        return (
+            np.concatenate(seen) if seen else np.zeros((0, 3, self.canvas, self.canvas), np.float32)
+        )
 
 
 def mix(nets: Tensor, mixing: Tensor) -> Tensor:
@@ -62,7 +67,10 @@ class Combiner(nn.Module):
 
     def __init__(self, ensemble: nn.Module, calibration: nn.Module | None = None) -> None:
         super().__init__()
-        self.ensemble, self.calibration = ensemble, calibration if calibration is not None else nn.Identity()
+        self.ensemble, self.calibration = (
+            ensemble,
+            calibration if calibration is not None else nn.Identity(),
+        )
 
     def forward(self, member_probs: Tensor) -> Tensor:
         """Probabilities (b, k)."""
@@ -99,7 +107,9 @@ class Pipeline(nn.Module):
         self.members = nn.ModuleList(members.values())
         self.combiner = combiner
         self.names, self.classes = tuple(names if names is not None else members), classes
-        self.register_buffer("mixing", None if mixing is None else torch.tensor(mixing, dtype=torch.float32))
+        self.register_buffer(
+            "mixing", None if mixing is None else torch.tensor(mixing, dtype=torch.float32)
+        )
         self.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +117,9 @@ class Pipeline(nn.Module):
         if self.mixing is None:
             member_probs = torch.stack([member(images) for member in self.members], 1)
         else:
-            nets = torch.cat([cast(MemberPipeline, member).per_fold(images) for member in self.members])
+            nets = torch.cat(
+                [cast(MemberPipeline, member).per_fold(images) for member in self.members]
+            )
             member_probs = mix(nets.transpose(0, 1), self.mixing)
         return self.combiner(member_probs), member_probs
 
@@ -135,7 +147,9 @@ def describe_preprocessing(pipeline: Pipeline) -> list[dict[str, Any]]:
                 "mean": [cast(Tensor, m.mean).flatten().tolist() for m in norms],
                 "std": [cast(Tensor, m.std).flatten().tolist() for m in norms],
                 "scale": "0..255",
-                "views": {"kind": views.kind, "count": views.count, "pixels": views.img_size} if views else None,
+                "views": {"kind": views.kind, "count": views.count, "pixels": views.img_size}
+                if views
+                else None,
             }
         )
     return told

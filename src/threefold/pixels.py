@@ -24,7 +24,9 @@ CHUNK = 32
 class Pixels:
     """The decoded-once cache: every image as a uint8 square of each size in use, on disk, memory-mapped."""
 
-    def __init__(self, sources: Sources, views: Callable[[MemberSpec], Views], folder: Path) -> None:
+    def __init__(
+        self, sources: Sources, views: Callable[[MemberSpec], Views], folder: Path
+    ) -> None:
         self.sources, self.views, self.folder = sources, views, folder
 
     def rows(
@@ -34,7 +36,9 @@ class Pixels:
         dataset = self.sources.train if split == "train" else self.sources.test
         assert dataset is not None
         side = self.views(spec).canvas if views else spec.img_size
-        return np.asarray(self._array(split, dataset, side, spec.resize)[rows]), dataset.labels[rows]
+        return np.asarray(self._array(split, dataset, side, spec.resize)[rows]), dataset.labels[
+            rows
+        ]
 
     def select(self, spec: MemberSpec, roles: Roles) -> tuple[np.ndarray, np.ndarray]:
         """The rows that checkpoints are chosen on: the fold's, or the test split where the paper protocol has no folds."""
@@ -43,7 +47,9 @@ class Pixels:
         test = self.sources.test
         if test is None:
             raise RunError(
-                "nothing to choose checkpoints on", where="folds.k = 1", expected="a test split, or folds.k >= 2"
+                "nothing to choose checkpoints on",
+                where="folds.k = 1",
+                expected="a test split, or folds.k >= 2",
             )
         return self.rows("test", spec, np.arange(len(test)))
 
@@ -91,7 +97,9 @@ def _reserve(path: Path) -> None:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
-def _resize_rows(array: np.ndarray, dataset: ImageDataset, rows: np.ndarray, side: int, resize: Any) -> None:
+def _resize_rows(
+    array: np.ndarray, dataset: ImageDataset, rows: np.ndarray, side: int, resize: Any
+) -> None:
     """Decode some rows and resize those of one shape together; an image's result does not depend on its company."""
     by_shape: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
     for row in rows:

@@ -69,7 +69,10 @@ class Fingerprint(NamedTuple):
 
 
 def plan_folder(
-    folder: str | Path, budget_minutes: float = 20.0, members: Sequence[str] = (), overrides: Sequence[str] = ()
+    folder: str | Path,
+    budget_minutes: float = 20.0,
+    members: Sequence[str] = (),
+    overrides: Sequence[str] = (),
 ) -> Plan:
     """Choose a recipe for a folder of images.
 
@@ -108,11 +111,18 @@ def plan_folder(
     choices += why
     batch = _batch(seen, device)
     tree: dict[str, Any] = {
-        "name": re.sub(r"[^A-Za-z0-9_-]", "-", Path(folder).resolve().name).lstrip("_-")[:80] or "run",
-        "budget_minutes": 0.0 if not budget_minutes else round(_training_seconds(budget_minutes * 60) / 60, 2),
-        "data": data, "folds": {"k": folds}, "augment": augment, "train": {"batch_size": batch},
-        "stages": _stages(epochs, frozen), "members": specs,
-    }  # fmt: skip
+        "name": re.sub(r"[^A-Za-z0-9_-]", "-", Path(folder).resolve().name).lstrip("_-")[:80]
+        or "run",
+        "budget_minutes": 0.0
+        if not budget_minutes
+        else round(_training_seconds(budget_minutes * 60) / 60, 2),
+        "data": data,
+        "folds": {"k": folds},
+        "augment": augment,
+        "train": {"batch_size": batch},
+        "stages": _stages(epochs, frozen),
+        "members": specs,
+    }
     choices.append(Choice("train.batch_size", batch, f"{seen.n} images on {device.type}"))
     if frozen:
         choices.append(
@@ -129,10 +139,17 @@ def plan_folder(
 
 def _data_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """The data section as the overrides leave it, so that the plan looks at the data that the run will see."""
-    stub = {"stages": [{"name": "s", "epochs": 1, "lr": 1e-3}], "members": [{"name": "m", "backbone": "none"}]}
+    stub = {
+        "stages": [{"name": "s", "epochs": 1, "lr": 1e-3}],
+        "members": [{"name": "m", "backbone": "none"}],
+    }
     mine = [o for o in overrides if o.startswith(("data.", "folds."))]
     named = {override.partition("=")[0].strip() for override in mine}
-    return {key: value for key, value in Recipe.parse(stub, mine).data.model_dump().items() if f"data.{key}" in named}
+    return {
+        key: value
+        for key, value in Recipe.parse(stub, mine).data.model_dump().items()
+        if f"data.{key}" in named
+    }
 
 
 def _fingerprint(train: ImageDataset) -> Fingerprint:
@@ -146,7 +163,10 @@ def _fingerprint(train: ImageDataset) -> Fingerprint:
 def _members(names: Sequence[str]) -> list[dict[str, Any]]:
     """Members as plain values; named ones get linear, GRU and BiLSTM heads in turn."""
     if not names:
-        return [{"name": name, "backbone": backbone, "head": dict(head)} for name, backbone, head in DEFAULT_MEMBERS]
+        return [
+            {"name": name, "backbone": backbone, "head": dict(head)}
+            for name, backbone, head in DEFAULT_MEMBERS
+        ]
     heads = [dict(head) for _, _, head in DEFAULT_MEMBERS]
     return [
         {"name": f"m{i}-{name.split('.')[0]}"[:80], "backbone": name, "head": heads[i % len(heads)]}
@@ -180,14 +200,16 @@ def _effort(
     speeds = {s["name"]: _speed(s, len(seen.classes), device, frozen) for s in specs}
     available = _training_seconds(budget)
     options = [(s, k, _at_least(e, seen.n, k)) for s in SIZES if s <= natural for k, e in allowed]
-    options += [(*options[-1][:2], e) for e in range(options[-1][2] - 1, 1, -1)]  # where nothing fits, fewer epochs
+    options += [
+        (*options[-1][:2], e) for e in range(options[-1][2] - 1, 1, -1)
+    ]  # where nothing fits, fewer epochs
     costs = {o: _seconds(o, seen.n, speeds) for o in options}
-    size, k, epochs = next((o for o in options if costs[o] <= available), min(options, key=lambda o: costs[o]))
+    size, k, epochs = next(
+        (o for o in options if costs[o] <= available), min(options, key=lambda o: costs[o])
+    )
     expected = costs[size, k, epochs]
     rate = sum(1 / _per_image(speed, size) for speed in speeds.values()) / len(speeds)
-    reason = (
-        f"about {expected / 60:.1f} of {available / 60:.1f} minutes for training, at {rate:.0f} images/s measured here"
-    )
+    reason = f"about {expected / 60:.1f} of {available / 60:.1f} minutes for training, at {rate:.0f} images/s measured here"
     if expected > available:
         reason += "; more than the budget, so stages will be cut short"
     return (
@@ -200,7 +222,11 @@ def _effort(
                 "folds.k",
                 k,
                 "each image is scored once by models that never saw it"
-                + (f"; the smallest class has {seen.smallest_class}" if seen.smallest_class < 5 else ""),
+                + (
+                    f"; the smallest class has {seen.smallest_class}"
+                    if seen.smallest_class < 5
+                    else ""
+                ),
             ),
             Choice(
                 "epochs",
@@ -228,7 +254,9 @@ def _per_image(speed: tuple[float, float], size: int) -> float:
     return speed[0] + speed[1] * size * size
 
 
-def _speed(spec: dict[str, Any], num_classes: int, device: torch.device, frozen: str) -> tuple[float, float]:
+def _speed(
+    spec: dict[str, Any], num_classes: int, device: torch.device, frozen: str
+) -> tuple[float, float]:
     """Seconds per image as (fixed, per pixel), from a few training steps on noise at two sizes."""
     small, large = ((size, _probe(spec, num_classes, device, frozen, size)) for size in (64, 128))
     slope = max(0.0, (large[1] - small[1]) / (large[0] ** 2 - small[0] ** 2))
@@ -236,14 +264,23 @@ def _speed(spec: dict[str, Any], num_classes: int, device: torch.device, frozen:
 
 
 def _probe(
-    spec: dict[str, Any], num_classes: int, device: torch.device, frozen: str, size: int, batch: int = 16
+    spec: dict[str, Any],
+    num_classes: int,
+    device: torch.device,
+    frozen: str,
+    size: int,
+    batch: int = 16,
 ) -> float:
     """Best seconds per image of three training steps after a warm-up."""
-    member = build_member(MemberSpec(**{**spec, "img_size": size, "weights": "none"}), num_classes, pretrained=False)
+    member = build_member(
+        MemberSpec(**{**spec, "img_size": size, "weights": "none"}), num_classes, pretrained=False
+    )
     member.to(device=device).to(memory_format=torch.channels_last)
     set_trainable(member, StageSpec(name="probe", epochs=1, lr=1e-3, frozen=frozen))
     optimizer = torch.optim.AdamW([p for p in member.parameters() if p.requires_grad], fused=True)
-    images = torch.rand(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    images = torch.rand(batch, 3, size, size, device=device).contiguous(
+        memory_format=torch.channels_last
+    )
     labels = torch.zeros(batch, dtype=torch.long, device=device)
     train_mode(member)
     times = []
@@ -262,7 +299,8 @@ def _augment(seen: Fingerprint) -> tuple[dict[str, Any], list[Choice]]:
     """Mild augmentation; mirror images only where class names do not read like characters or sides."""
     sided = re.compile(r"(^|[\W_])(left|right|clockwise)([\W_]|$)", re.IGNORECASE)
     characters = all(
-        re.fullmatch(r"(digit|letter|number|sign)?[\W_]*(\d+|[A-Za-z])", name, re.IGNORECASE) for name in seen.classes
+        re.fullmatch(r"(digit|letter|number|sign)?[\W_]*(\d+|[A-Za-z])", name, re.IGNORECASE)
+        for name in seen.classes
     )
     flip = not characters and not any(sided.search(name) for name in seen.classes)
     reason = (
@@ -272,7 +310,11 @@ def _augment(seen: Fingerprint) -> tuple[dict[str, Any], list[Choice]]:
     )
     return {"hflip": flip, "rotation": 10.0, "shift": 0.08, "zoom": 0.1}, [
         Choice("augment.hflip", str(flip).lower(), reason),
-        Choice("augment.vflip", "false", "photographs have an up and a down; set it for microscopy or aerial images"),
+        Choice(
+            "augment.vflip",
+            "false",
+            "photographs have an up and a down; set it for microscopy or aerial images",
+        ),
         Choice(
             "augment.rotation, shift, zoom",
             "10, 0.08, 0.1",
@@ -283,7 +325,9 @@ def _augment(seen: Fingerprint) -> tuple[dict[str, Any], list[Choice]]:
 
 def _batch(seen: Fingerprint, device: torch.device) -> int:
     """Smaller for few images; larger on an accelerator."""
-    return int(min(64 if device.type != "cpu" else 32, max(8, 2 ** int(math.log2(max(8, seen.n / 20))))))
+    return int(
+        min(64 if device.type != "cpu" else 32, max(8, 2 ** int(math.log2(max(8, seen.n / 20)))))
+    )
 
 
 def _stages(epochs: int, frozen: str) -> list[dict[str, Any]]:

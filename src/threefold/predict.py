@@ -59,7 +59,13 @@ def pick_device(name: str) -> torch.device:
         RecipeError: no such device here.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -101,7 +107,9 @@ def predict_probs(
     device = next(predictor.parameters()).device
     parts = []
     for begin in range(0, len(pixels), batch_size):
-        images = to_pixels(pixels[begin : begin + batch_size], device).contiguous(memory_format=torch.channels_last)
+        images = to_pixels(pixels[begin : begin + batch_size], device).contiguous(
+            memory_format=torch.channels_last
+        )
         with autocast(precision, device):
             parts.append(predictor(images).float().cpu().numpy())
     return np.concatenate(parts)

@@ -36,8 +36,18 @@ FLOOR: Final = 1e-7
 
 _SOFTMAX = "apply softmax to logits first"
 
-_DAMAGED = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error,
-            SyntaxError, tokenize.TokenError)  # fmt: skip
+_DAMAGED = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    RuntimeError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+    SyntaxError,
+    tokenize.TokenError,
+)
 """What numpy and zipfile raise on files that are cut, altered, encrypted, or claim absurd sizes; the last two for headers."""
 
 
@@ -52,7 +62,11 @@ def check_probs(probs: npt.ArrayLike, ndim: int) -> np.ndarray:
     if array.dtype.kind not in "biuf":
         raise DataError("probabilities must be numbers", got=f"dtype {array.dtype}")
     if array.ndim != ndim or 0 in array.shape or array.shape[-1] < 2:
-        raise DataError("probabilities have the wrong shape", expected=f"{axes}, at least two classes", got=array.shape)
+        raise DataError(
+            "probabilities have the wrong shape",
+            expected=f"{axes}, at least two classes",
+            got=array.shape,
+        )
     if array.dtype.kind != "f":
         array = array.astype(np.float32)
     if _usual(array):
@@ -65,7 +79,10 @@ def check_probs(probs: npt.ArrayLike, ndim: int) -> np.ndarray:
     off = np.abs(sums - 1) > SUM_TOLERANCE
     if off.any():
         raise DataError(
-            "probabilities of a row do not sum to 1", where=_first(off), got=f"{sums[off][0]:.4g}", fix=_SOFTMAX
+            "probabilities of a row do not sum to 1",
+            where=_first(off),
+            got=f"{sums[off][0]:.4g}",
+            fix=_SOFTMAX,
         )
     return array
 
@@ -85,12 +102,21 @@ def check_labels(labels: npt.ArrayLike, n: int, k: int) -> np.ndarray:
     """
     array = np.asarray(labels)
     if array.shape != (n,):
-        raise DataError("labels have the wrong shape", expected=f"({n},), one per row", got=array.shape)
+        raise DataError(
+            "labels have the wrong shape", expected=f"({n},), one per row", got=array.shape
+        )
     if array.dtype.kind not in "iu":
-        raise DataError("labels must be class numbers", expected="an integer array", got=f"dtype {array.dtype}")
+        raise DataError(
+            "labels must be class numbers", expected="an integer array", got=f"dtype {array.dtype}"
+        )
     bad = (array < 0) | (array >= k)
     if bad.any():
-        raise DataError("labels are out of range", where=_first(bad), expected=f"0 to {k - 1}", got=array[bad][0])
+        raise DataError(
+            "labels are out of range",
+            where=_first(bad),
+            expected=f"0 to {k - 1}",
+            got=array[bad][0],
+        )
     return array.astype(np.int64)
 
 
@@ -134,12 +160,19 @@ class Predictions:
         self._set("labels", _read_only(check_labels(self.labels, n, k)))
         if self.folds is not None:
             self._set("folds", _read_only(_check_folds(self.folds, n)))
-        for name, count, unique in (("ids", n, True), ("classes", k, True), ("members", m, True), ("groups", n, False)):
+        for name, count, unique in (
+            ("ids", n, True),
+            ("classes", k, True),
+            ("members", m, True),
+            ("groups", n, False),
+        ):
             if (values := getattr(self, name)) is not None:
                 self._set(name, _check_names(name, values, count, unique))
         for name, allowed in (("protocol", get_args(Protocol)), ("kind", get_args(Kind))):
             if getattr(self, name) not in allowed:
-                raise DataError(f"unknown {name}", expected=" or ".join(allowed), got=getattr(self, name))
+                raise DataError(
+                    f"unknown {name}", expected=" or ".join(allowed), got=getattr(self, name)
+                )
         if self.roles is not None:
             self._set("roles", _read_only(_check_roles(self.roles, self.folds, n)))
             self.ledger()
@@ -156,10 +189,17 @@ class Predictions:
                 answers = self.folds == fold
                 ledger.declare("weights of the members", (roles & FIT) > 0, answers)
                 chosen = (roles & SELECT) > 0
-                ledger.declare("checkpoints and stages", chosen, answers, apparent=self.protocol == "paper")
+                ledger.declare(
+                    "checkpoints and stages", chosen, answers, apparent=self.protocol == "paper"
+                )
                 taught = (roles & TEACH) > 0
                 if taught.any():
-                    ledger.declare("teachers of the student", taught, answers, apparent=self.protocol != "honest")
+                    ledger.declare(
+                        "teachers of the student",
+                        taught,
+                        answers,
+                        apparent=self.protocol != "honest",
+                    )
         return ledger
 
     @property
@@ -180,11 +220,28 @@ class Predictions:
         Raises:
             RunError: the file cannot be written.
         """
-        strings = {"ids": self.ids, "classes": self.classes, "members": self.members, "groups": self.groups}
-        arrays = {name: np.array(values, dtype=np.str_) for name, values in strings.items() if values is not None}
-        arrays |= {name: value for name in ("folds", "roles") if (value := getattr(self, name)) is not None}
+        strings = {
+            "ids": self.ids,
+            "classes": self.classes,
+            "members": self.members,
+            "groups": self.groups,
+        }
+        arrays = {
+            name: np.array(values, dtype=np.str_)
+            for name, values in strings.items()
+            if values is not None
+        }
+        arrays |= {
+            name: value for name in ("folds", "roles") if (value := getattr(self, name)) is not None
+        }
         provenance = json.dumps({"protocol": self.protocol, "kind": self.kind})
-        write_arrays(Path(path), probs=self.probs, labels=self.labels, provenance=np.array(provenance), **arrays)
+        write_arrays(
+            Path(path),
+            probs=self.probs,
+            labels=self.labels,
+            provenance=np.array(provenance),
+            **arrays,
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Predictions:
@@ -211,11 +268,19 @@ class Predictions:
         for name in names:
             if name not in self.members:
                 inside = [member for member in self.members if name.lower() in member.lower()]
-                near = inside or difflib.get_close_matches(name, self.members, cutoff=0.4) or self.members
+                near = (
+                    inside
+                    or difflib.get_close_matches(name, self.members, cutoff=0.4)
+                    or self.members
+                )
                 raise DataError("no such member", where=name, expected=f"one of {', '.join(near)}")
         if tuple(names) == self.members:
             return self
-        return replace(self, probs=self.probs[[self.members.index(name) for name in names]], members=tuple(names))
+        return replace(
+            self,
+            probs=self.probs[[self.members.index(name) for name in names]],
+            members=tuple(names),
+        )
 
     def rows(self, index: npt.ArrayLike) -> Predictions:
         """Only these rows, in this order; `index` holds row numbers, or one boolean per row.
@@ -247,25 +312,35 @@ class Predictions:
             DataError: other classes, no id in common, or different labels for the same id.
         """
         if self.classes != other.classes:
-            mine, theirs = next(pair for pair in zip_longest(self.classes, other.classes) if pair[0] != pair[1])
+            mine, theirs = next(
+                pair for pair in zip_longest(self.classes, other.classes) if pair[0] != pair[1]
+            )
             raise DataError("the two predictions have different classes", expected=mine, got=theirs)
         there = {name: row for row, name in enumerate(other.ids)}
         shared = [row for row, name in enumerate(self.ids) if name in there]
         if not shared:
             expected = f"ids such as {self.ids[0]}"
-            raise DataError("the two predictions have no row in common", expected=expected, got=other.ids[0])
+            raise DataError(
+                "the two predictions have no row in common", expected=expected, got=other.ids[0]
+            )
         a, b = self.rows(shared), other.rows([there[self.ids[row]] for row in shared])
         if (a.labels != b.labels).any():
             row = int(np.flatnonzero(a.labels != b.labels)[0])
             first, second = a.classes[a.labels[row]], b.classes[b.labels[row]]
-            raise DataError("the same row has two labels", where=a.ids[row], expected=first, got=second)
+            raise DataError(
+                "the same row has two labels", where=a.ids[row], expected=first, got=second
+            )
         return a, b
 
 
 def _read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Those of the named arrays that the file has, without ever unpickling."""
     if not path.is_file():
-        raise DataError("cannot read the predictions", where=path, got="a folder" if path.is_dir() else "no such file")
+        raise DataError(
+            "cannot read the predictions",
+            where=path,
+            got="a folder" if path.is_dir() else "no such file",
+        )
     fix = "write probs and labels with numpy.savez"
     if not zipfile.is_zipfile(path):
         raise DataError("the predictions are not an .npz file", where=path, fix=fix)
@@ -276,7 +351,9 @@ def _read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
         if "allow_pickle" in str(error):
             fix = "save names as plain string arrays: numpy.array(names, dtype=str)"
             raise DataError(
-                "the predictions hold Python objects, which are never unpickled", where=path, fix=fix
+                "the predictions hold Python objects, which are never unpickled",
+                where=path,
+                fix=fix,
             ) from None
         got = f"{type(error).__name__}: {str(error)[:120]}"
         raise DataError("the predictions file is damaged", where=path, got=got, fix=fix) from None
@@ -287,7 +364,9 @@ def _complete(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     missing = [name for name in ("probs", "labels") if name not in arrays]
     if missing:
         expected = "probs (m, n, k) or (n, k), and labels (n,)"
-        raise DataError("arrays are missing", expected=expected, got=f"no {' and no '.join(missing)}")
+        raise DataError(
+            "arrays are missing", expected=expected, got=f"no {' and no '.join(missing)}"
+        )
     probs = arrays["probs"][None] if arrays["probs"].ndim == 2 else arrays["probs"]
     m, n, k = check_probs(probs, 3).shape
     width = max(4, len(str(n - 1)))  # so that sorted ids are in row order
@@ -315,23 +394,33 @@ def read_provenance(array: np.ndarray | None, where: str = "") -> dict[str, Any]
         return {"protocol": tree["protocol"], "kind": tree["kind"]}
     except (ValueError, KeyError, TypeError):
         expected = 'JSON with "protocol" and "kind"'
-        raise DataError("the provenance is not readable", where=where, expected=expected, got=str(array)[:80]) from None
+        raise DataError(
+            "the provenance is not readable", where=where, expected=expected, got=str(array)[:80]
+        ) from None
 
 
 def _check_names(name: str, values: Iterable[str], count: int, unique: bool) -> tuple[str, ...]:
     """Names as a tuple of the right length, all different where they must be."""
     names = tuple(map(str, values))
     if len(names) != count:
-        raise DataError(f"{name} do not match the probabilities", expected=f"{count} names", got=len(names))
+        raise DataError(
+            f"{name} do not match the probabilities", expected=f"{count} names", got=len(names)
+        )
     if unique and len(set(names)) < count:
-        raise DataError(f"{name} are not unique", got=f"{Counter(names).most_common(1)[0][0]} twice or more")
+        raise DataError(
+            f"{name} are not unique", got=f"{Counter(names).most_common(1)[0][0]} twice or more"
+        )
     return names
 
 
 def _check_folds(folds: npt.ArrayLike, n: int) -> np.ndarray:
     array = np.asarray(folds)
     if array.shape != (n,) or array.dtype.kind not in "iu":
-        raise DataError("folds have the wrong shape", expected=f"({n},) integers", got=f"{array.shape} {array.dtype}")
+        raise DataError(
+            "folds have the wrong shape",
+            expected=f"({n},) integers",
+            got=f"{array.shape} {array.dtype}",
+        )
     return array.astype(np.int64)
 
 
@@ -339,9 +428,15 @@ def _check_roles(roles: npt.ArrayLike, folds: np.ndarray | None, n: int) -> np.n
     array = np.asarray(roles)
     if array.ndim != 2 or array.shape[1] != n or array.dtype.kind not in "iu" or folds is None:
         got = f"{array.shape} {array.dtype}" + ("" if folds is not None else ", no folds")
-        raise DataError("roles have the wrong shape", expected=f"(folds, {n}) integers, and folds ({n},)", got=got)
+        raise DataError(
+            "roles have the wrong shape",
+            expected=f"(folds, {n}) integers, and folds ({n},)",
+            got=got,
+        )
     if (folds >= len(array)).any():
-        raise DataError("roles are missing", expected=f"{int(folds.max()) + 1} folds", got=len(array))
+        raise DataError(
+            "roles are missing", expected=f"{int(folds.max()) + 1} folds", got=len(array)
+        )
     if ((array < 0) | (array > FIT + SELECT + SCORE + TEACH)).any():
         told = "roles are sums of 1 (fit), 2 (select), 4 (score) and 8 (teach)"
         raise DataError(told, got=f"{array.min()} to {array.max()}")

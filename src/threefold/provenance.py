@@ -14,7 +14,9 @@ import torch
 
 def versions() -> dict[str, str]:
     """Versions of what can change a result."""
-    return {name: importlib.metadata.version(name) for name in ("threefold", "torch", "timm", "numpy")}
+    return {
+        name: importlib.metadata.version(name) for name in ("threefold", "torch", "timm", "numpy")
+    }
 
 
 def hardware() -> str:
@@ -49,4 +51,6 @@ def commit() -> str:
 
 def stable_seed(*parts: object) -> int:
     """A seed below 2**31 that depends only on its parts."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
+    return (
+        int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
+    )

@@ -103,27 +103,44 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        for what, names in (("stages", [s.name for s in self.stages]), ("members", [m.name for m in self.members])):
+        for what, names in (
+            ("stages", [s.name for s in self.stages]),
+            ("members", [m.name for m in self.members]),
+        ):
             twice = sorted({n for n in names if names.count(n) > 1})
             if twice:
-                raise ValueError(f"{what} need different names, {', '.join(twice)} stands there twice")
+                raise ValueError(
+                    f"{what} need different names, {', '.join(twice)} stands there twice"
+                )
         self._check_folds()
         self._check_members()
         self._check_distill()
         if self.train.optimizer == "adam-keras" and self.train.weight_decay:
-            raise ValueError("adam-keras, the paper's optimizer, has no weight decay; set train.weight_decay = 0")
+            raise ValueError(
+                "adam-keras, the paper's optimizer, has no weight decay; set train.weight_decay = 0"
+            )
         if self.views.n > 1 and self.views.kind != "random-crops":
             raise ValueError(
                 f"views.n counts random crops and would be ignored by views.kind = {self.views.kind}; set views.n = 1"
             )
         if self.views.choose and self.views.kind == "center" and self.views.upsample == 1.0:
-            raise ValueError("views.choose has nothing to choose from: set views.kind to other views than center")
+            raise ValueError(
+                "views.choose has nothing to choose from: set views.kind to other views than center"
+            )
         return self
 
     def _check_folds(self) -> None:
-        if self.folds.k == 1 and self.protocol == "honest" and self.folds.scheme != "leave-one-group-out":
-            raise ValueError("folds.k = 1 leaves no out-of-fold rows; the honest protocol needs folds.k >= 2")
-        if self.folds.scheme != "stratified" and not (self.data.group_regex or self.data.source in WITH_GROUPS):
+        if (
+            self.folds.k == 1
+            and self.protocol == "honest"
+            and self.folds.scheme != "leave-one-group-out"
+        ):
+            raise ValueError(
+                "folds.k = 1 leaves no out-of-fold rows; the honest protocol needs folds.k >= 2"
+            )
+        if self.folds.scheme != "stratified" and not (
+            self.data.group_regex or self.data.source in WITH_GROUPS
+        ):
             raise ValueError(
                 f"folds.scheme = {self.folds.scheme} needs groups: set data.group_regex, or use a CSV with a group column"
             )
@@ -135,16 +152,25 @@ class Recipe(Section):
     def _check_members(self) -> None:
         """What the parts of the recipe say of members: those named exist, and can be joined, trained and combined."""
         known = {m.name: m for m in self.members}
-        named = [("ensemble.members", self.ensemble.members), *((f"stage {s.name}", s.members) for s in self.stages)]
+        named = [
+            ("ensemble.members", self.ensemble.members),
+            *((f"stage {s.name}", s.members) for s in self.stages),
+        ]
         for where, names in [*named, *((f"member {m.name}, joins", m.joins) for m in self.members)]:
             for name in names:
                 if name not in known:
-                    raise ValueError(f"{where} names {name}, which is no member; there are {', '.join(known)}")
+                    raise ValueError(
+                        f"{where} names {name}, which is no member; there are {', '.join(known)}"
+                    )
         for member in self.members:
             if not self.stages_of(member.name):
-                raise ValueError(f"member {member.name} has no stage: every stage names other members")
+                raise ValueError(
+                    f"member {member.name} has no stage: every stage names other members"
+                )
             if member.folds and self.folds.final == "refit":
-                raise ValueError(f"member {member.name} is in some folds only, which folds.final = refit would ignore")
+                raise ValueError(
+                    f"member {member.name} is in some folds only, which folds.final = refit would ignore"
+                )
             for name in member.joins:
                 self._check_join(member, known[name])
         if self.ensemble.top > len(self.combined):
@@ -164,10 +190,14 @@ class Recipe(Section):
         names = [m.name for m in self.members]
         for key, name in (("student", spec.student), ("twin", spec.twin)):
             if name not in names and (key == "student" or name):
-                raise ValueError(f"distill.{key} names {name}, which is no member; there are {', '.join(names)}")
+                raise ValueError(
+                    f"distill.{key} names {name}, which is no member; there are {', '.join(names)}"
+                )
         student = self.member(spec.student)
         if student.joins or student.folds:
-            raise ValueError("distill.student has a backbone of its own and is in all folds: leave out joins and folds")
+            raise ValueError(
+                "distill.student has a backbone of its own and is in all folds: leave out joins and folds"
+            )
         if spec.twin and (
             spec.twin == spec.student
             or self.member(spec.twin).model_copy(update={"name": spec.student}) != student
@@ -180,11 +210,17 @@ class Recipe(Section):
     def _check_join(self, member: MemberSpec, base: MemberSpec) -> None:
         where = f"member {member.name} joins {base.name}, which"
         if base.joins or self.members.index(base) > self.members.index(member):
-            raise ValueError(f"{where} must be a member with a backbone of its own that comes before it")
+            raise ValueError(
+                f"{where} must be a member with a backbone of its own that comes before it"
+            )
         if (base.img_size, base.resize) != (member.img_size, member.resize):
-            raise ValueError(f"{where} must have the same img_size and resize: one batch of images goes into all")
+            raise ValueError(
+                f"{where} must have the same img_size and resize: one batch of images goes into all"
+            )
         if base.folds and not (member.folds and set(member.folds) <= set(base.folds)):
-            raise ValueError(f"{where} is in folds {list(base.folds)} only; give {member.name} the same")
+            raise ValueError(
+                f"{where} is in folds {list(base.folds)} only; give {member.name} the same"
+            )
 
     @property
     def combined(self) -> tuple[str, ...]:
@@ -207,14 +243,19 @@ class Recipe(Section):
             tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise RecipeError(
-                "cannot read the recipe", where=path, got=error.strerror or error, fix="give the path of a .toml file"
+                "cannot read the recipe",
+                where=path,
+                got=error.strerror or error,
+                fix="give the path of a .toml file",
             ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RecipeError("the recipe is not valid TOML", where=path, got=error) from None
         return cls.parse(tree, overrides, where=str(path))
 
     @classmethod
-    def parse(cls, tree: dict[str, Any], overrides: Iterable[str] = (), where: str = "recipe") -> Recipe:
+    def parse(
+        cls, tree: dict[str, Any], overrides: Iterable[str] = (), where: str = "recipe"
+    ) -> Recipe:
         """Build a recipe from a tree of plain values; `overrides` are `a.b=c` strings."""
         for override in overrides:
             apply_override(tree, override)
@@ -222,7 +263,9 @@ class Recipe(Section):
             return cls.model_validate(tree)
         except ValidationError as error:
             raise RecipeError(
-                "the recipe is not usable", where=where, got="; ".join(map(_explain, error.errors()))
+                "the recipe is not usable",
+                where=where,
+                got="; ".join(map(_explain, error.errors())),
             ) from None
 
     def jobs(self, folds: int | None = None) -> list[Job]:
@@ -246,7 +289,11 @@ class Recipe(Section):
 
     def seed_name(self, member: str) -> str:
         """Whose name a member's seeds are made of: its own, for a twin the student's."""
-        return self.distill.student if self.distill is not None and member == self.distill.twin else member
+        return (
+            self.distill.student
+            if self.distill is not None and member == self.distill.twin
+            else member
+        )
 
     def digest(self) -> str:
         """SHA-256 of all that says what is trained; the name and the budget, which only cuts it short, are left out."""
@@ -266,7 +313,9 @@ def _explain(error: Any) -> str:
         return f"{path}: {error['msg'].removeprefix('Value error, ')}"
     known = list(_fields_at(error["loc"][:-1]))
     near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
-    return f"{path}: unknown key" + (f", did you mean {near[0]}?" if near else f", known are {', '.join(known)}")
+    return f"{path}: unknown key" + (
+        f", did you mean {near[0]}?" if near else f", known are {', '.join(known)}"
+    )
 
 
 def _fields_at(loc: tuple[Any, ...]) -> Iterable[str]:
@@ -275,7 +324,14 @@ def _fields_at(loc: tuple[Any, ...]) -> Iterable[str]:
     for part in loc:
         if isinstance(part, str):
             hint = section.model_fields[part].annotation
-            section = next((a for a in (hint, *get_args(hint)) if isinstance(a, type) and issubclass(a, Section)), hint)
+            section = next(
+                (
+                    a
+                    for a in (hint, *get_args(hint))
+                    if isinstance(a, type) and issubclass(a, Section)
+                ),
+                hint,
+            )
     return list(section.model_fields)
 
 
@@ -307,7 +363,11 @@ def packaged(name: str, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: there is none of that name.
     """
     if name not in packaged_names():
-        raise RecipeError("no such recipe", got=name, expected=f"a .toml file or one of {', '.join(packaged_names())}")
+        raise RecipeError(
+            "no such recipe",
+            got=name,
+            expected=f"a .toml file or one of {', '.join(packaged_names())}",
+        )
     return Recipe.load(_PACKAGED / f"{name}.toml", overrides)
 
 
@@ -334,5 +394,7 @@ def parse_minutes(text: str) -> float:
     except ValueError:
         minutes = -1.0
     if not 0 <= minutes < 1e6:
-        raise RecipeError("not a duration", where="--budget", got=text, expected="90s, 20m, 2h or 0")
+        raise RecipeError(
+            "not a duration", where="--budget", got=text, expected="90s, 20m, 2h or 0"
+        )
     return minutes

@@ -42,7 +42,9 @@ def render(template: str, where: str, **context: Any) -> str:
     try:
         return _environment().get_template(template).render(**context)
     except (UndefinedError, KeyError) as error:
-        raise RunError("results.json or a history.json lacks a key", where=where, expected=error) from None
+        raise RunError(
+            "results.json or a history.json lacks a key", where=where, expected=error
+        ) from None
 
 
 @functools.cache

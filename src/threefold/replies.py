@@ -63,7 +63,13 @@ class Failure(BaseModel):
 
 
 def describe(
-    model: Model, name: str, probs: np.ndarray, members: np.ndarray, asked: np.ndarray | None = None, *, top: int
+    model: Model,
+    name: str,
+    probs: np.ndarray,
+    members: np.ndarray,
+    asked: np.ndarray | None = None,
+    *,
+    top: int,
 ) -> Answer:
     """An answer from probabilities (k,), those of the members (m, k) and, of a cascade, how many stages were asked ()."""
     first, *_ = shares = _top(model, probs, top)
@@ -73,9 +79,14 @@ def describe(
         best = _top(model, row, top)
         told[member] = Opinion(label=best[0].label, probability=best[0].probability, top=best)
     return Answer(
-        file=name, label=first.label, probability=first.probability, top=shares, members=told,
-        asked=None if asked is None else len(present), **_doubt(model, probs),
-    )  # fmt: skip
+        file=name,
+        label=first.label,
+        probability=first.probability,
+        top=shares,
+        members=told,
+        asked=None if asked is None else len(present),
+        **_doubt(model, probs),
+    )
 
 
 def _top(model: Model, probs: np.ndarray, top: int) -> list[Share]:

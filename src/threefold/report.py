@@ -50,7 +50,11 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     if not run_dirs:
         raise RunError("nothing to report on", fix="give at least one run folder")
     runs = [_read_run(Path(folder)) for folder in run_dirs]
-    target = Path(out) if out else (runs[0].path if len(runs) == 1 else runs[0].path.parent) / "report.html"
+    target = (
+        Path(out)
+        if out
+        else (runs[0].path if len(runs) == 1 else runs[0].path.parent) / "report.html"
+    )
     where = ", ".join(str(run.path) for run in runs)
     write_bytes(target, render("report.html.j2", where, runs=_views(runs, where)).encode())
     return target
@@ -89,10 +93,15 @@ def _read_run(path: Path) -> _Run:
     chosen = _arrays(path / "chosen.npz", "probs", "labels", "ids")
     score = _chosen_score(results, path)
     expected = (score["n"], len(results["classes"]))
-    if chosen["probs"].shape != expected or not len(chosen["labels"]) == len(chosen["ids"]) == expected[0]:
+    if (
+        chosen["probs"].shape != expected
+        or not len(chosen["labels"]) == len(chosen["ids"]) == expected[0]
+    ):
         got = f"probs {chosen['probs'].shape}, {len(chosen['labels'])} labels, {len(chosen['ids'])} ids"
         where = f"{path / 'chosen.npz'} and results.json"
-        raise RunError("two files of the run do not belong together", where=where, expected=expected, got=got)
+        raise RunError(
+            "two files of the run do not belong together", where=where, expected=expected, got=got
+        )
     return _Run(
         path=path,
         recipe=Recipe.load(path / "recipe.toml"),
@@ -114,7 +123,9 @@ def _read_run(path: Path) -> _Run:
 def _arrays(path: Path, *needed: str) -> dict[str, _Array]:
     arrays = read_arrays(path)
     if not arrays.keys() >= set(needed):
-        raise RunError("arrays are missing", where=path, expected=", ".join(needed), got=", ".join(arrays))
+        raise RunError(
+            "arrays are missing", where=path, expected=", ".join(needed), got=", ".join(arrays)
+        )
     return arrays
 
 
@@ -122,11 +133,21 @@ def _chosen_score(results: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The headline: the chosen ensemble's score on the test rows, else on the out-of-fold rows."""
     try:
         scores: list[dict[str, Any]] = results["scores"]
-        mine = {s["rows"]: s for s in scores if s["kind"] == "ensemble" and s["name"] == results["chosen"]}
+        mine = {
+            s["rows"]: s
+            for s in scores
+            if s["kind"] == "ensemble" and s["name"] == results["chosen"]
+        }
     except KeyError as error:
-        raise RunError("results.json lacks a key", where=path / "results.json", expected=error) from None
+        raise RunError(
+            "results.json lacks a key", where=path / "results.json", expected=error
+        ) from None
     if not mine:
-        raise RunError("results.json has no score", where=path, expected=f"an ensemble named {results['chosen']}")
+        raise RunError(
+            "results.json has no score",
+            where=path,
+            expected=f"an ensemble named {results['chosen']}",
+        )
     score = mine.get("test") or mine["oof"]
     if score["rows"] == "oof" and score["fitted_on"] == "oof rows":
         raise RunError(
@@ -142,13 +163,19 @@ def _views(runs: Sequence[_Run], where: str) -> list[dict[str, Any]]:
     try:
         return [_view(run) for run in runs]
     except KeyError as error:
-        raise RunError("results.json or a history.json lacks a key", where=where, expected=error) from None
+        raise RunError(
+            "results.json or a history.json lacks a key", where=where, expected=error
+        ) from None
 
 
 def _view(run: _Run) -> dict[str, Any]:
     """What the template shows of one run; nothing in it is a score of our own making."""
     results, score, model = run.results, run.score, run.path / "model.onnx"
-    rivals = {s["name"] for s in results["scores"] if s["kind"] == "ensemble" and s["rows"] == score["rows"]}
+    rivals = {
+        s["name"]
+        for s in results["scores"]
+        if s["kind"] == "ensemble" and s["rows"] == score["rows"]
+    }
     return {
         **shared_view(results, score, run.probs, run.labels, run.thumbs),
         "run": run,
@@ -157,14 +184,18 @@ def _view(run: _Run) -> dict[str, Any]:
         "results": results,
         "info": run.info,
         "facts": _facts(run),
-        "chosen_on_rows": score["rows"] == "oof" and run.recipe.ensemble.export == "auto" and len(rivals) > 1,
+        "chosen_on_rows": score["rows"] == "oof"
+        and run.recipe.ensemble.export == "auto"
+        and len(rivals) > 1,
         "model_bytes": model.stat().st_size if model.is_file() else None,
         "mistakes": _mistakes(run),
         "heated": bool(run.thumbs.cams),
         "wrong": int((run.probs.argmax(axis=1) != run.labels).sum()),
         "curves": _learning_curves(run),
         "gates": [(*key, history) for key, history in run.histories.items()],
-        "preview": [] if run.thumbs.preview is None else [data_uri(image) for image in run.thumbs.preview[:PREVIEW]],
+        "preview": []
+        if run.thumbs.preview is None
+        else [data_uri(image) for image in run.thumbs.preview[:PREVIEW]],
     }
 
 
@@ -177,7 +208,9 @@ def _facts(run: _Run) -> list[tuple[str, str]]:
         "time": ", ".join(f"{part} {duration(value)}" for part, value in seconds.items()),
         "hardware": f"{results['hardware']}, {results['threads']} threads",
         "images": f"{number(info['n_train'])} to train, {number(info['n_test'])} to test",
-        "versions": ", ".join(f"{package} {version}" for package, version in info["versions"].items()),
+        "versions": ", ".join(
+            f"{package} {version}" for package, version in info["versions"].items()
+        ),
         "commit": results["commit"],
         "recipe digest": info["digest"],
     }
@@ -205,7 +238,11 @@ def _mistakes(run: _Run) -> list[dict[str, Any]]:
 
 def _learning_curves(run: _Run) -> list[tuple[str, Markup]]:
     """A chart for each member that has a history, all on the same accuracy axis."""
-    reached = [epoch["select_accuracy"] for history in run.histories.values() for epoch in history["epochs"]]
+    reached = [
+        epoch["select_accuracy"]
+        for history in run.histories.values()
+        for epoch in history["epochs"]
+    ]
     if not reached:
         return []
     margin = 0.05 * (max(reached) - min(reached)) or 0.01
@@ -213,7 +250,11 @@ def _learning_curves(run: _Run) -> list[tuple[str, Markup]]:
     curves = []
     for member in run.recipe.members:
         stages = [
-            [history for (name, _, part), history in run.histories.items() if (name, part) == (member.name, stage.name)]
+            [
+                history
+                for (name, _, part), history in run.histories.items()
+                if (name, part) == (member.name, stage.name)
+            ]
             for stage in run.recipe.stages
         ]
         if any(stages):

@@ -56,7 +56,10 @@ def shared_view(
     classes = tree.get("classes") or [c["class"] for c in tree.get("per_class") or ()]
     confusion = curve = None
     if probs is not None and labels is not None:
-        confusion, curve = confusion_view(probs, labels, classes, thumbs), charts.reliability(probs, labels, level)
+        confusion, curve = (
+            confusion_view(probs, labels, classes, thumbs),
+            charts.reliability(probs, labels, level),
+        )
     return {
         "score": score,
         "rows": rows,
@@ -64,10 +67,14 @@ def shared_view(
         "digits": 1 if most <= 2000 else 2,  # one image in a thousand is 0.1 %
         "natural": natural_frequency(score) if score else None,
         "groups": score_groups(tree["scores"], rows),
-        "dots": charts.score_dots(sorted(tree["scores"], key=lambda s: (s["kind"], s["rows"] != rows, -s["accuracy"]))),
+        "dots": charts.score_dots(
+            sorted(tree["scores"], key=lambda s: (s["kind"], s["rows"] != rows, -s["accuracy"]))
+        ),
         "cost": cost_view(tree["scores"], rows, tree.get("chosen"), level),
         "comparisons": paired_rows(tree.get("comparisons") or (), tree["scores"], level),
-        "per_class": sorted(tree.get("per_class") or (), key=lambda c: 2.0 if c["recall"] is None else c["recall"]),
+        "per_class": sorted(
+            tree.get("per_class") or (), key=lambda c: 2.0 if c["recall"] is None else c["recall"]
+        ),
         "confusion": confusion,
         "reliability": curve,
         "calibration": tree.get("calibration"),
@@ -101,7 +108,8 @@ def natural_frequency(score: _Tree) -> dict[str, Any]:
     """An accuracy as "so many of so many": of 100 where that shows the interval, else of 1,000 or 10,000; with its picture."""
     for of in (100, 1000, 10_000):
         low, right, high = (
-            round(of * share) for share in (score["interval"][0], score["accuracy"], score["interval"][1])
+            round(of * share)
+            for share in (score["interval"][0], score["accuracy"], score["interval"][1])
         )
         if (low < right < high < of) or of == 10_000:
             break
@@ -114,12 +122,17 @@ def score_groups(scores: Sequence[_Tree], rows: str) -> _Rows:
     keys = sorted({(s["rows"] != rows, s["rows"], s["kind"]) for s in scores})
     found = []
     for _, part, kind in keys:
-        entries = sorted((s for s in scores if (s["rows"], s["kind"]) == (part, kind)), key=lambda s: -s["accuracy"])
+        entries = sorted(
+            (s for s in scores if (s["rows"], s["kind"]) == (part, kind)),
+            key=lambda s: -s["accuracy"],
+        )
         found.append({"rows": part, "kind": kind, "n": entries[0]["n"], "scores": entries})
     return found
 
 
-def cost_view(scores: Sequence[_Tree], rows: str, chosen: str | None, level: float) -> dict[str, Any] | None:
+def cost_view(
+    scores: Sequence[_Tree], rows: str, chosen: str | None, level: float
+) -> dict[str, Any] | None:
     """Accuracy against multiply-adds: points, the front, and what the chosen ensemble costs beside the best member."""
     known = [s for s in scores if s["rows"] == rows and (s.get("macs") or 0) > 0]
     if len(known) < 2:
@@ -127,13 +140,23 @@ def cost_view(scores: Sequence[_Tree], rows: str, chosen: str | None, level: flo
     known.sort(key=lambda s: (s["macs"], -s["accuracy"]))
     best, points, number = -1.0, [], 0
     for score in known:
-        front, mine = score["accuracy"] > best, score["kind"] == "ensemble" and score["name"] == chosen
+        front, mine = (
+            score["accuracy"] > best,
+            score["kind"] == "ensemble" and score["name"] == chosen,
+        )
         best = max(best, score["accuracy"])
         numbered = front or mine or score["kind"] == "ensemble" or len(known) <= 30
         number += numbered
         keys = ("name", "kind", "macs", "accuracy", "interval")
-        points.append({**{k: score[k] for k in keys}, "parameters": score.get("parameters"), "front": front,
-                       "chosen": mine, "number": number if numbered else None})  # fmt: skip
+        points.append(
+            {
+                **{k: score[k] for k in keys},
+                "parameters": score.get("parameters"),
+                "front": front,
+                "chosen": mine,
+                "number": number if numbered else None,
+            }
+        )
     members = [p for p in points if p["kind"] == "member"]
     single = max(members, key=lambda p: p["accuracy"]) if members else None
     picked = next((p for p in points if p["chosen"]), None)
@@ -144,10 +167,17 @@ def cost_view(scores: Sequence[_Tree], rows: str, chosen: str | None, level: flo
             "gain": picked["accuracy"] - single["accuracy"],
             "single": single["name"],
         }
-    return {"points": points, "chart": charts.pareto(points, level), "told": told, "unnumbered": len(points) - number}
+    return {
+        "points": points,
+        "chart": charts.pareto(points, level),
+        "told": told,
+        "unnumbered": len(points) - number,
+    }
 
 
-def paired_rows(comparisons: Sequence[_Tree], scores: Sequence[_Tree], level: float) -> dict[str, Any] | None:
+def paired_rows(
+    comparisons: Sequence[_Tree], scores: Sequence[_Tree], level: float
+) -> dict[str, Any] | None:
     """Paired tests as a table and a chart: accuracy of both, difference and interval beside the counts, evidence first.
 
     An entry may bring `difference`, `interval`, `n` and both accuracies; else they follow from its counts and the scores.
@@ -156,14 +186,30 @@ def paired_rows(comparisons: Sequence[_Tree], scores: Sequence[_Tree], level: fl
         return None
     found: _Rows = []
     for c in comparisons:
-        a, b = _named(scores, c["a"], c["rows"], "ensemble"), _named(scores, c["b"], c["rows"], "member")
+        a, b = (
+            _named(scores, c["a"], c["rows"], "ensemble"),
+            _named(scores, c["b"], c["rows"], "member"),
+        )
         n = c.get("n") or (a["n"] if a else None) or (b["n"] if b else None)
         difference, interval = c.get("difference"), c.get("interval")
         if n:
             difference = (c["only_a"] - c["only_b"]) / n if difference is None else difference
-            interval = stats.paired_interval(c["only_a"], c["only_b"], n, level) if interval is None else interval
-        found.append({**c, "n": n, "accuracy_a": c.get("accuracy_a", a and a["accuracy"]), "accuracy_b": c.get("accuracy_b", b and b["accuracy"]),
-                      "difference": difference, "interval": interval, "sure": c["p"] <= EVIDENCE})  # fmt: skip
+            interval = (
+                stats.paired_interval(c["only_a"], c["only_b"], n, level)
+                if interval is None
+                else interval
+            )
+        found.append(
+            {
+                **c,
+                "n": n,
+                "accuracy_a": c.get("accuracy_a", a and a["accuracy"]),
+                "accuracy_b": c.get("accuracy_b", b and b["accuracy"]),
+                "difference": difference,
+                "interval": interval,
+                "sure": c["p"] <= EVIDENCE,
+            }
+        )
     if len(found) > BARS:
         found.sort(key=lambda c: c["p"])
     bars = [c for c in found if c["difference"] is not None][:BARS]
@@ -192,11 +238,19 @@ def optimism_view(entries: Sequence[_Tree] | None) -> dict[str, Any] | None:
         verdict = "unsure"
         if low is not None and high is not None:
             verdict = "flatters" if low > 0 else "modest" if high < 0 else "luck"
-        rows.append({**entry, "name": CHOICES.get(entry["choice"], f"fit of {entry['choice']}"), "verdict": verdict})
+        rows.append(
+            {
+                **entry,
+                "name": CHOICES.get(entry["choice"], f"fit of {entry['choice']}"),
+                "verdict": verdict,
+            }
+        )
     return {"rows": rows, "chart": charts.optimism(rows)}
 
 
-def confusion_view(probs: _Array, labels: _Array, classes: Sequence[str], thumbs: Thumbs) -> dict[str, Any]:
+def confusion_view(
+    probs: _Array, labels: _Array, classes: Sequence[str], thumbs: Thumbs
+) -> dict[str, Any]:
     """The matrix where it can be read, and the most confused pairs with their pictures.
 
     Args:
@@ -224,11 +278,20 @@ def _confused_pairs(wrong: _Array, shares: _Array, classes: Sequence[str], thumb
     order = np.argsort(-wrong, axis=None, kind="stable")[:PAIRS]
     cells = [divmod(int(cell), len(wrong)) for cell in order]
     return [
-        {"true": classes[i], "answer": classes[j], "count": int(wrong[i, j]), "share": float(shares[i, j]), "back": int(wrong[j, i]),
-         "pictures": [(name, data_uri(image)) for name, image in thumbs.pairs.get((i, j), [])[:PAIR_PICTURES]]}
+        {
+            "true": classes[i],
+            "answer": classes[j],
+            "count": int(wrong[i, j]),
+            "share": float(shares[i, j]),
+            "back": int(wrong[j, i]),
+            "pictures": [
+                (name, data_uri(image))
+                for name, image in thumbs.pairs.get((i, j), [])[:PAIR_PICTURES]
+            ],
+        }
         for i, j in cells
         if wrong[i, j] > 0
-    ]  # fmt: skip
+    ]
 
 
 def audit_view(audit: _Tree | None, thumbs: Thumbs) -> dict[str, Any] | None:
@@ -264,7 +327,11 @@ def diversity_view(found: _Tree | None) -> dict[str, Any] | None:
     values = matrix[upper]
 
     def pair(place: int) -> dict[str, Any]:
-        return {"a": members[upper[0][place]], "b": members[upper[1][place]], "share": float(values[place])}
+        return {
+            "a": members[upper[0][place]],
+            "b": members[upper[1][place]],
+            "share": float(values[place]),
+        }
 
     return {
         "members": members,
@@ -283,6 +350,16 @@ def size_view(curve: _Tree | None) -> dict[str, Any] | None:
     if curve is None or len(curve["mean"]) < 2:
         return None
     first, last = curve["mean"][0], curve["mean"][-1]
-    enough = next(i for i, share in enumerate(curve["mean"], 1) if last - share <= 0.1 * max(last - first, 0) + 1e-12)
-    return {"chart": charts.size_curve(curve), "first": first, "last": last, "all": len(curve["mean"]), "enough": enough,
-            "order": list(curve.get("order") or ())}  # fmt: skip
+    enough = next(
+        i
+        for i, share in enumerate(curve["mean"], 1)
+        if last - share <= 0.1 * max(last - first, 0) + 1e-12
+    )
+    return {
+        "chart": charts.size_curve(curve),
+        "first": first,
+        "last": last,
+        "all": len(curve["mean"]),
+        "enough": enough,
+        "order": list(curve.get("order") or ()),
+    }

@@ -25,7 +25,15 @@ from threefold.predictions import Predictions
 from threefold.recipe import Recipe, packaged
 from threefold.run import Run, RunWatcher
 from threefold.samples import write_sample
-from threefold.scales import Protocol, Scale, data_table, keep_members, make_tiny, shrink, with_protocol
+from threefold.scales import (
+    Protocol,
+    Scale,
+    data_table,
+    keep_members,
+    make_tiny,
+    shrink,
+    with_protocol,
+)
 from threefold.workflow import train
 
 LEVEL = 0.95
@@ -72,7 +80,10 @@ def reproduce(asked: Asked, watcher: RunWatcher | None = None) -> dict[str, Any]
         ThreefoldError: no data, no weights, or a recipe that cannot be used.
     """
     if asked.item.honest_only and asked.protocol == "paper":
-        raise RecipeError("there is no gate under protocol = paper, which this item is about", where=asked.item.name)
+        raise RecipeError(
+            "there is no gate under protocol = paper, which this item is about",
+            where=asked.item.name,
+        )
     runs: dict[str, list[Run]] = {}
     for plan in at_hand(asked):
         recipe = plan_recipe(asked, plan)
@@ -90,9 +101,10 @@ def plan_recipe(asked: Asked, plan: Plan) -> Recipe | None:
         ThreefoldError: no data are given, or an override cannot be applied.
     """
     recipe = packaged(plan.recipe)
-    kept = {"small": tuple(asked.item.small.members), "smoke": asked.item.smoke or plan.members}.get(
-        asked.scale, plan.members
-    )
+    kept = {
+        "small": tuple(asked.item.small.members),
+        "smoke": asked.item.smoke or plan.members,
+    }.get(asked.scale, plan.members)
     members = [n for n in plan.members if n in kept]
     if not members:
         return None
@@ -105,7 +117,9 @@ def plan_recipe(asked: Asked, plan: Plan) -> Recipe | None:
         shrink(tree, asked.item.small)
     elif asked.scale == "smoke":
         make_tiny(tree)
-    return Recipe.parse(tree, (*plan.overrides, *asked.overrides), where=f"{asked.item.name}, {plan.name}")
+    return Recipe.parse(
+        tree, (*plan.overrides, *asked.overrides), where=f"{asked.item.name}, {plan.name}"
+    )
 
 
 def at_hand(asked: Asked) -> list[Plan]:
@@ -120,7 +134,11 @@ def at_hand(asked: Asked) -> list[Plan]:
     there = [plan for plan in plans if (root / plan.source).exists()]
     if not there:
         names = ", ".join(plan.source for plan in plans)
-        raise DataError("no data set of this item lies there", where=root, expected=f"a folder for any of {names}")
+        raise DataError(
+            "no data set of this item lies there",
+            where=root,
+            expected=f"a folder for any of {names}",
+        )
     return there
 
 
@@ -144,7 +162,9 @@ def _data(asked: Asked, plan: Plan) -> dict[str, Any]:
             write_sample(plan.source, root, per_class=PER_CLASS.get(plan.source, 8))
         return {"source": plan.source, "root": str(root)}
     if asked.data is not None:
-        return data_table(plan.source, asked.data / plan.source if _several(asked.item) else asked.data)
+        return data_table(
+            plan.source, asked.data / plan.source if _several(asked.item) else asked.data
+        )
     if plan.source == "fashion-mnist":
         return {"source": "demo" if asked.scale == "small" else plan.source, "root": ""}
     fix = "add --data FOLDER"
@@ -176,15 +196,27 @@ def measure(asked: Asked, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     results = first.results
     seconds = sum(run.results["seconds"]["train"] for several in runs.values() for run in several)
     return {
-        "item": asked.item.name, "title": asked.item.title, "scale": asked.scale, "protocol": asked.protocol, "draw": asked.item.draw,
+        "item": asked.item.name,
+        "title": asked.item.title,
+        "scale": asked.scale,
+        "protocol": asked.protocol,
+        "draw": asked.item.draw,
         "seeds": [run.recipe.seed for run in next(iter(runs.values()))],
-        "created": datetime.now(UTC).isoformat(timespec="seconds"), "trained": results["created"], "hardware": results["hardware"],
-        "threads": results["threads"], "commit": results["commit"], "training_minutes": seconds / 60,
-        "cells": [entry for cell in asked.item.cells for entry in _entries(cell, found.get(cell.label), runs)],
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "trained": results["created"],
+        "hardware": results["hardware"],
+        "threads": results["threads"],
+        "commit": results["commit"],
+        "training_minutes": seconds / 60,
+        "cells": [
+            entry
+            for cell in asked.item.cells
+            for entry in _entries(cell, found.get(cell.label), runs)
+        ],
         "comparisons": _comparisons(asked.item.pairs, found),
         "stages": [entry for several in runs.values() for entry in _stages(asked.item, several[0])],
         "notes": _notes(asked, runs),
-    }  # fmt: skip
+    }
 
 
 def _rows(runs: Mapping[str, Sequence[Run]], answer: Answer) -> Rows | None:
@@ -211,7 +243,9 @@ def _hits(run: Run, answer: Answer) -> Rows | None:
         if len(there) < 2:
             return None
         picked = rows.select(there)
-        probs = make_ensemble(answer.name).fit(picked.probs, picked.labels).predict_proba(picked.probs)
+        probs = (
+            make_ensemble(answer.name).fit(picked.probs, picked.labels).predict_proba(picked.probs)
+        )
     elif answer.name not in rows.members:
         return None
     elif answer.kind == "folds":
@@ -224,13 +258,17 @@ def _hits(run: Run, answer: Answer) -> Rows | None:
 def _mixed(run: Run, answer: Answer, shape: tuple[int, ...], kind: str) -> np.ndarray:
     """Probabilities (n, k) of several networks in some folds and of one in the others (paper, table 3)."""
     views = run.recipe.views
-    choice = view_counts(views).index(read_json(run.dir / "views.json")["views"]) if views.choose else 0
+    choice = (
+        view_counts(views).index(read_json(run.dir / "views.json")["views"]) if views.choose else 0
+    )
     folds = [fold for fold in run.roles if fold >= 0]
     probs = np.zeros(shape)
     for fold in folds:
         names = answer.members if fold in answer.folds else (answer.name,)
         saved = [read_arrays(run.folder(run.last_job(name, fold)) / "probs.npz") for name in names]
-        part = np.mean([arrays["test" if kind == "test" else "score"][choice] for arrays in saved], axis=0)
+        part = np.mean(
+            [arrays["test" if kind == "test" else "score"][choice] for arrays in saved], axis=0
+        )
         if kind == "test":
             probs += part / len(folds)
         else:
@@ -238,12 +276,16 @@ def _mixed(run: Run, answer: Answer, shape: tuple[int, ...], kind: str) -> np.nd
     return probs
 
 
-def _entries(cell: Cell, rows: Rows | None, runs: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
+def _entries(
+    cell: Cell, rows: Rows | None, runs: Mapping[str, Sequence[Run]]
+) -> list[dict[str, Any]]:
     """A cell; of data with groups, one per group before it, and the mean over groups, as in the paper."""
     base = {"row": cell.row, "column": cell.column, "paper": cell.paper, "note": cell.note}
     cost = _cost(cell, runs)
     if rows is None:
-        return [{**base, "ours": None, "interval": None, "n": 0, "rows": "", "per_seed": [], **cost}]
+        return [
+            {**base, "ours": None, "interval": None, "n": 0, "rows": "", "per_seed": [], **cost}
+        ]
     whole = _score(rows.hits, rows.groups)
     if rows.groups is None:
         return [{**base, **whole, "rows": rows.kind, **cost}]
@@ -260,27 +302,44 @@ def _entries(cell: Cell, rows: Rows | None, runs: Mapping[str, Sequence[Run]]) -
         for name in np.unique(parts)
     ]
     mean = float(np.mean([entry["ours"] for entry in entries]))
-    note = cell.note or "mean over groups, each counts alike; the interval is that of all images, for other groups"
-    return [*entries, {**base, **whole, "column": "mean", "ours": mean, "rows": rows.kind, "note": note}]
+    note = (
+        cell.note
+        or "mean over groups, each counts alike; the interval is that of all images, for other groups"
+    )
+    return [
+        *entries,
+        {**base, **whole, "column": "mean", "ours": mean, "rows": rows.kind, "note": note},
+    ]
 
 
 def _score(hits: np.ndarray, groups: Sequence[str] | None = None) -> dict[str, Any]:
     """Mean over seeds; the interval counts images (or groups), not seeds."""
     intervals = np.array([stats.share_interval(row, groups, LEVEL) for row in hits])
     per_seed = hits.mean(1).tolist()
-    return {"ours": float(hits.mean()), "interval": intervals.mean(0).tolist(), "n": hits.shape[1], "per_seed": per_seed}  # fmt: skip
+    return {
+        "ours": float(hits.mean()),
+        "interval": intervals.mean(0).tolist(),
+        "n": hits.shape[1],
+        "per_seed": per_seed,
+    }
 
 
 def _cost(cell: Cell, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     """Parameters and multiply-adds of a member (figure 4)."""
     members = runs[cell.answer.run][0].results["members"] if cell.answer.run in runs else []
-    row = next((m for m in members if cell.answer.kind == "member" and m["name"] == cell.answer.name), None)
+    row = next(
+        (m for m in members if cell.answer.kind == "member" and m["name"] == cell.answer.name), None
+    )
     return {key: row[key] for key in ("backbone", "img_size", "parameters", "flops")} if row else {}
 
 
-def _comparisons(pairs: Sequence[tuple[str, str]], found: Mapping[str, Rows]) -> list[dict[str, Any]]:
+def _comparisons(
+    pairs: Sequence[tuple[str, str]], found: Mapping[str, Rows]
+) -> list[dict[str, Any]]:
     """Paired tests on the same images, Holm's correction over the item."""
-    usable = [(a, b) for a, b in pairs if a in found and b in found and found[a].ids == found[b].ids]
+    usable = [
+        (a, b) for a, b in pairs if a in found and b in found and found[a].ids == found[b].ids
+    ]
     entries = [_compare(a, b, found[a], found[b]) for a, b in usable]
     adjusted = paired.holm([entry["p"] for entry in entries]) if entries else np.zeros(0)
     for entry, p in zip(entries, adjusted, strict=True):
@@ -294,13 +353,27 @@ def _compare(a: str, b: str, left: Rows, right: Rows) -> dict[str, Any]:
     if len(left.hits) > 1:
         over = paired.seeds_difference(left.hits, right.hits, left.groups, LEVEL)
         test = "crossed random effects over seeds and images"
-        return {**base, "test": test, "difference": over.estimate, "interval": [over.low, over.high], "p": over.p, "per_seed": over.per_seed}  # fmt: skip
+        return {
+            **base,
+            "test": test,
+            "difference": over.estimate,
+            "interval": [over.low, over.high],
+            "p": over.p,
+            "per_seed": over.per_seed,
+        }
     counts = paired.mcnemar_exact(left.hits[0], right.hits[0], left.groups)
-    gap = paired.paired_bootstrap(left.hits[0].astype(float), right.hits[0].astype(float), left.groups, level=LEVEL)
+    gap = paired.paired_bootstrap(
+        left.hits[0].astype(float), right.hits[0].astype(float), left.groups, level=LEVEL
+    )
     return {
-        **base, "test": "exact McNemar", "difference": gap.estimate, "interval": [gap.low, gap.high], "p": counts.p,
-        "only_a": counts.only_a, "only_b": counts.only_b,
-    }  # fmt: skip
+        **base,
+        "test": "exact McNemar",
+        "difference": gap.estimate,
+        "interval": [gap.low, gap.high],
+        "p": counts.p,
+        "only_a": counts.only_a,
+        "only_b": counts.only_b,
+    }
 
 
 def _verdict(entry: Mapping[str, Any]) -> str:
@@ -325,12 +398,20 @@ def _stages(item: Item, run: Run) -> list[dict[str, Any]]:
             curves = [[epoch["select_accuracy"] for epoch in h["epochs"]] for h in histories]
             length = min(map(len, curves))
             told = item.stages.get(member.name, ())
-            entries.append({
-                "run": run.dir.parent.name, "member": member.name, "stage": stage.name, "number": number, "lr": stage.lr,
-                "select": np.mean([c[:length] for c in curves], axis=0).tolist(), "best": float(np.mean([max(c) for c in curves])),
-                "kept": sum(bool(h["kept"]) for h in histories), "folds": len(histories),
-                "paper": told[number] if number < len(told) else None,
-            })  # fmt: skip
+            entries.append(
+                {
+                    "run": run.dir.parent.name,
+                    "member": member.name,
+                    "stage": stage.name,
+                    "number": number,
+                    "lr": stage.lr,
+                    "select": np.mean([c[:length] for c in curves], axis=0).tolist(),
+                    "best": float(np.mean([max(c) for c in curves])),
+                    "kept": sum(bool(h["kept"]) for h in histories),
+                    "folds": len(histories),
+                    "paper": told[number] if number < len(told) else None,
+                }
+            )
     return entries
 
 
@@ -342,7 +423,14 @@ def _notes(asked: Asked, runs: Mapping[str, Sequence[Run]]) -> list[str]:
             "made-up pictures and tiny fresh networks: this shows that the path works, and nothing about the paper"
         )
     if asked.scale == "small":
-        stand_ins = sorted({m.backbone for several in runs.values() for m in several[0].recipe.members if m.backbone})
+        stand_ins = sorted(
+            {
+                m.backbone
+                for several in runs.values()
+                for m in several[0].recipe.members
+                if m.backbone
+            }
+        )
         notes.append(
             f"small: {', '.join(stand_ins)} in place of the paper's networks, fewer images and epochs; not the paper's setting"
         )
@@ -350,7 +438,12 @@ def _notes(asked: Asked, runs: Mapping[str, Sequence[Run]]) -> list[str]:
         data = several[0].recipe.data
         if data.source != next(p.source for p in asked.item.plans if p.name == name):
             notes.append(f"{name}: images from {data.source} {data.root}".rstrip())
-    said = {re.sub(r"[0-9,]+", "", note)[:60]: note for several in runs.values() for run in reversed(several) for note in run.results["notes"]}  # fmt: skip
+    said = {
+        re.sub(r"[0-9,]+", "", note)[:60]: note
+        for several in runs.values()
+        for run in reversed(several)
+        for note in run.results["notes"]
+    }
     notes += sorted(said.values())  # what seeds say in nearly the same words is said once
     there = [plan.name for plan in at_hand(asked)]
     for why, names in (

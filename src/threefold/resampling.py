@@ -50,7 +50,11 @@ def check_draws(level: float, resamples: int) -> None:
     check_level(level)
     fewest = int(np.ceil(round(2 / (1 - level), 6)))
     if resamples < fewest:
-        raise DataError("too few bootstrap resamples for the level", expected=f"at least {fewest}", got=resamples)
+        raise DataError(
+            "too few bootstrap resamples for the level",
+            expected=f"at least {fewest}",
+            got=resamples,
+        )
 
 
 def check_hits(hits: npt.ArrayLike, ndim: int = 1) -> np.ndarray:
@@ -62,7 +66,9 @@ def check_hits(hits: npt.ArrayLike, ndim: int = 1) -> np.ndarray:
     try:
         array = np.asarray(hits)
     except ValueError:
-        raise DataError("hits have rows of different lengths", expected="one value per row") from None
+        raise DataError(
+            "hits have rows of different lengths", expected="one value per row"
+        ) from None
     if array.ndim != ndim or 0 in array.shape:
         axes = "(n,)" if ndim == 1 else "(classifiers or seeds, n)"
         raise DataError("hits need one value per row", expected=axes, got=array.shape)
@@ -84,7 +90,9 @@ def check_numbers(values: npt.ArrayLike) -> np.ndarray:
     if array.ndim != 1 or not len(array):
         raise DataError("scores need one value per row", expected="(n,)", got=array.shape)
     if not np.isfinite(array).all():
-        raise DataError("scores are NaN or infinite", where=f"row {int((~np.isfinite(array)).argmax())}")
+        raise DataError(
+            "scores are NaN or infinite", where=f"row {int((~np.isfinite(array)).argmax())}"
+        )
     return array
 
 
@@ -101,7 +109,10 @@ def check_groups(groups: npt.ArrayLike, n: int) -> np.ndarray:
         for row, name in enumerate(array):
             if not isinstance(name, str | int | np.integer):
                 raise DataError(
-                    "a group has no name", where=f"row {row}", expected="a string or whole number", got=name
+                    "a group has no name",
+                    where=f"row {row}",
+                    expected="a string or whole number",
+                    got=name,
                 )
         array = np.array([str(name) for name in array])
     return np.asarray(np.unique(array, return_inverse=True)[1])
@@ -113,7 +124,9 @@ def unit_weights(units: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     step = max(1, _CHUNK // units)
     for start in range(0, resamples, step):
         r = min(step, resamples - start)
-        drawn = rng.integers(0, units, (units, r), dtype=np.uint32).astype(np.int64) * r + np.arange(r)
+        drawn = rng.integers(0, units, (units, r), dtype=np.uint32).astype(
+            np.int64
+        ) * r + np.arange(r)
         yield np.bincount(drawn.ravel(), minlength=units * r).reshape(units, r).astype(np.float64)
 
 
@@ -135,7 +148,9 @@ def row_weights(n: int, part: np.ndarray | None, resamples: int, seed: int) -> I
             yield weights[part, start : start + step]
 
 
-def cell_weights(cells: np.ndarray, part: np.ndarray | None, resamples: int, seed: int) -> Iterator[np.ndarray]:
+def cell_weights(
+    cells: np.ndarray, part: np.ndarray | None, resamples: int, seed: int
+) -> Iterator[np.ndarray]:
     """Rows drawn per cell, where rows of one cell are alike: float64 (cells, r) at a time, fast where cells are few.
 
     Args:
@@ -147,7 +162,9 @@ def cell_weights(cells: np.ndarray, part: np.ndarray | None, resamples: int, see
     if part is not None:
         table = csr_array((np.ones(len(cells)), (cells, part)))
         if table.shape[0] * table.shape[1] <= _CHUNK:
-            table = table.toarray()  # a dense product is many times faster; the sums are whole numbers either way
+            table = (
+                table.toarray()
+            )  # a dense product is many times faster; the sums are whole numbers either way
         for weights in unit_weights(table.shape[1], resamples, seed):
             step = max(1, _CHUNK // table.shape[0])
             for start in range(0, weights.shape[1], step):
@@ -185,6 +202,8 @@ def percentile_interval(values: np.ndarray, level: float) -> Interval:
     """
     found = values[~np.isnan(values)]
     if not len(found):
-        raise DataError("the score is not defined in any bootstrap resample", expected="rows of several classes")
+        raise DataError(
+            "the score is not defined in any bootstrap resample", expected="rows of several classes"
+        )
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high))

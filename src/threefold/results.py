@@ -46,31 +46,57 @@ def write_results(run: Run, found: Evaluation, seconds: dict[str, float]) -> Non
     info, oof = read_json(run.dir / "run.json"), saved_predictions(run.dir)[0]
     seen = {} if found.ensemble.seen_ is None else {"seen": found.ensemble.seen_.keys}
     write_arrays(run.dir / "ensemble.npz", **found.ensemble.state(), **seen)
-    write_arrays(run.dir / "chosen.npz", probs=found.probs, labels=found.rows.labels, ids=np.array(found.rows.ids))
+    write_arrays(
+        run.dir / "chosen.npz",
+        probs=found.probs,
+        labels=found.rows.labels,
+        ids=np.array(found.rows.ids),
+    )
     audit, suspects = audit_run(run, oof, found.calibration.probs)
     write_arrays(run.dir / "thumbs.npz", **{**_preview(run), **pictures(run, found, suspects)})
     members = _member_table(run)
     scores = _with_costs(run, found, members)
     taught = distilled(run, scores)
-    write_json(run.dir / "results.json", {
-        "name": run.recipe.name, "protocol": run.recipe.protocol, "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **{key: info[key] for key in ("classes", "commit", "hardware", "threads", "digest")},
-        "seconds": seconds, "expected": found.expected, "scores": scores,
-        "comparisons": taught["tables"][0]["comparisons"] if taught else found.comparisons, "chosen": found.chosen, "combined": found.combined,
-        "chosen_reason": found.reason, "temperature": found.calibration.temperature,
-        "calibration": found.calibration.state(),
-        "conformal": _uncertainty(run, found), "cascade": _cascade(run, found, members), "per_class": per_class(found.rows, found.probs), "members": members,
-        "optimism": [*choices_optimism(run), *found.optimism], "ledger": found.ledger, "test_opened": when_opened(run.dir),
-        "audit": audit, "notes": [*found.warnings, *audit["warnings"], *info["notes"]],
-        **({"distill": taught} if taught else {}),
-    })  # fmt: skip
+    write_json(
+        run.dir / "results.json",
+        {
+            "name": run.recipe.name,
+            "protocol": run.recipe.protocol,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            **{key: info[key] for key in ("classes", "commit", "hardware", "threads", "digest")},
+            "seconds": seconds,
+            "expected": found.expected,
+            "scores": scores,
+            "comparisons": taught["tables"][0]["comparisons"] if taught else found.comparisons,
+            "chosen": found.chosen,
+            "combined": found.combined,
+            "chosen_reason": found.reason,
+            "temperature": found.calibration.temperature,
+            "calibration": found.calibration.state(),
+            "conformal": _uncertainty(run, found),
+            "cascade": _cascade(run, found, members),
+            "per_class": per_class(found.rows, found.probs),
+            "members": members,
+            "optimism": [*choices_optimism(run), *found.optimism],
+            "ledger": found.ledger,
+            "test_opened": when_opened(run.dir),
+            "audit": audit,
+            "notes": [*found.warnings, *audit["warnings"], *info["notes"]],
+            **({"distill": taught} if taught else {}),
+        },
+    )
 
 
 def _uncertainty(run: Run, found: Evaluation) -> dict[str, Any]:
     """Prediction sets and the unknown threshold of the chosen ensemble, measured on test rows where there are any."""
     rows, spec = found.fit_rows, run.recipe.ensemble
     made = fit_uncertainty(
-        found.calibration.probs, rows.labels, alpha=spec.miss, reject=spec.reject, groups=rows.groups, folds=rows.parts
+        found.calibration.probs,
+        rows.labels,
+        alpha=spec.miss,
+        reject=spec.reject,
+        groups=rows.groups,
+        folds=rows.parts,
     )
     if found.rows.kind == "test":
         made = made.measure(found.probs, found.rows.labels, "test", found.rows.groups)
@@ -80,7 +106,10 @@ def _uncertainty(run: Run, found: Evaluation) -> dict[str, Any]:
 def _cascade(run: Run, found: Evaluation, members: list[dict[str, Any]]) -> dict[str, Any]:
     """The cascade of the chosen ensemble, measured cross-fitted and on test rows where there are any; else why there is none."""
     oof, test = saved_predictions(run.dir)
-    names, used = members_in_file(found.ensemble, found.combined), used_members(found.ensemble, found.combined)
+    names, used = (
+        members_in_file(found.ensemble, found.combined),
+        used_members(found.ensemble, found.combined),
+    )
     share = run.recipe.ensemble.disagreement
     reasons = {
         "the recipe wants none (ensemble.disagreement = 0)": not share,
@@ -95,9 +124,15 @@ def _cascade(run: Run, found: Evaluation, members: list[dict[str, Any]]) -> dict
     costs = [float(one[n] * _passes(run, n)) for n in names]
     stages, rows = stages_by_cost(costs, [names.index(n) for n in used]), found.fit_rows
     made = fit_savings(
-        rows.select(names).probs, rows.labels, found.calibration.probs, stages,
-        costs=costs, members=names, disagreement=share, groups=rows.groups,
-    )  # fmt: skip
+        rows.select(names).probs,
+        rows.labels,
+        found.calibration.probs,
+        stages,
+        costs=costs,
+        members=names,
+        disagreement=share,
+        groups=rows.groups,
+    )
     if test is not None:
         made = made.measure(test.select(names).probs, test.labels, found.probs, "test", test.groups)
     return made.as_dict()
@@ -111,7 +146,11 @@ def _passes(run: Run, name: str) -> int:
 
 def _preview(run: Run) -> dict[str, np.ndarray]:
     path = run.dir / "thumbs.npz"
-    return {name: value for name, value in read_arrays(path).items() if name == "preview"} if path.exists() else {}
+    return (
+        {name: value for name, value in read_arrays(path).items() if name == "preview"}
+        if path.exists()
+        else {}
+    )
 
 
 def _member_table(run: Run) -> list[dict[str, Any]]:
@@ -119,11 +158,16 @@ def _member_table(run: Run) -> list[dict[str, Any]]:
         return cost(run.build(spec, len(run.sources.train.classes)), spec.img_size)._asdict()
 
     return [
-        {"name": spec.name, "backbone": spec.backbone or " + ".join(spec.joins), "img_size": spec.img_size, "weights": spec.weights,
-         "head": describe_joint(spec.head, spec.joins) if spec.joins else describe(spec.head),
-         **costs(spec)}
+        {
+            "name": spec.name,
+            "backbone": spec.backbone or " + ".join(spec.joins),
+            "img_size": spec.img_size,
+            "weights": spec.weights,
+            "head": describe_joint(spec.head, spec.joins) if spec.joins else describe(spec.head),
+            **costs(spec),
+        }
         for spec in run.recipe.members
-    ]  # fmt: skip
+    ]
 
 
 def _with_costs(run: Run, found: Evaluation, members: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -156,4 +200,8 @@ def used_members(ensemble: Ensemble, names: tuple[str, ...]) -> list[str]:
 
 def members_in_file(ensemble: Ensemble, names: tuple[str, ...]) -> list[str]:
     """The members whose networks an exported file holds: all, or those selected."""
-    return [names[i] for i in ensemble.chosen_] if isinstance(ensemble, SelectedEnsemble) else list(names)
+    return (
+        [names[i] for i in ensemble.chosen_]
+        if isinstance(ensemble, SelectedEnsemble)
+        else list(names)
+    )

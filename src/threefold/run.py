@@ -70,7 +70,9 @@ class Run:
     """Images in place of reading those that the recipe names: the same, verified already, or a part of them, for the teachers of a student."""
 
     @classmethod
-    def create(cls, recipe: Recipe, out: str | Path, watcher: RunWatcher | None = None, header: str = "") -> Run:
+    def create(
+        cls, recipe: Recipe, out: str | Path, watcher: RunWatcher | None = None, header: str = ""
+    ) -> Run:
         """Begin a run folder, or go on with one that was made by the same recipe.
 
         Raises:
@@ -87,7 +89,9 @@ class Run:
                     fix="choose another --out, or delete the folder",
                 )
         elif run.dir.is_dir() and any(run.dir.iterdir()):
-            raise RunError("the folder is not empty and not a run", where=run.dir, fix="choose another --out")
+            raise RunError(
+                "the folder is not empty and not a run", where=run.dir, fix="choose another --out"
+            )
         else:
             write_bytes(run.dir / "recipe.toml", recipe.dump(header).encode())
         return run
@@ -121,7 +125,11 @@ class Run:
             with suppress(NotImplementedError):  # a file system without locks
                 held.acquire()
         except Timeout:
-            raise RunError("another process is at work in this run", where=self.dir, fix="wait for it, or choose another --out") from None  # fmt: skip
+            raise RunError(
+                "another process is at work in this run",
+                where=self.dir,
+                fix="wait for it, or choose another --out",
+            ) from None
         try:
             yield
         finally:
@@ -136,10 +144,14 @@ class Run:
     def roles(self) -> dict[int, Roles]:
         """Rows of each fold by role; -1 = refit."""
         train, spec = self.sources.train, self.recipe.folds
-        folds = assign_roles(train.labels, train.groups, spec, self.recipe.protocol, self.recipe.seed, train.classes)
+        folds = assign_roles(
+            train.labels, train.groups, spec, self.recipe.protocol, self.recipe.seed, train.classes
+        )
         roles = dict(enumerate(folds))
         if spec.final == "refit":
-            roles[-1] = refit_roles(train.labels, train.groups, spec, self.recipe.seed, train.classes)
+            roles[-1] = refit_roles(
+                train.labels, train.groups, spec, self.recipe.seed, train.classes
+            )
         return roles
 
     @property
@@ -154,7 +166,9 @@ class Run:
     def done(self, job: Job) -> bool:
         """Whether a job is complete: its own weights are there, or those of a later stage that took them over."""
         stages = [stage.name for stage in self.recipe.stages_of(job.member)]
-        later = [self.folder(job._replace(stage=name)) for name in stages[stages.index(job.stage) :]]
+        later = [
+            self.folder(job._replace(stage=name)) for name in stages[stages.index(job.stage) :]
+        ]
         return (later[0] / "done.json").exists() and any(
             (f / "done.json").exists() and (f / "weights.safetensors").exists() for f in later
         )
@@ -193,17 +207,26 @@ class Run:
     @property
     def final_folds(self) -> list[int]:
         """The fold models that answer on new images: the refitted one, or all."""
-        return [-1] if self.recipe.folds.final == "refit" else list(range(read_json(self.dir / "run.json")["folds"]))
+        return (
+            [-1]
+            if self.recipe.folds.final == "refit"
+            else list(range(read_json(self.dir / "run.json")["folds"]))
+        )
 
     def networks(self, spec: MemberSpec) -> int:
         """How many trained networks of a member answer on new images."""
         return sum(fold < 0 or not spec.folds or fold in spec.folds for fold in self.final_folds)
 
-    def build(self, spec: MemberSpec, num_classes: int, *, pretrained: bool = False) -> Member | JointMember:
+    def build(
+        self, spec: MemberSpec, num_classes: int, *, pretrained: bool = False
+    ) -> Member | JointMember:
         """A member's network with a fresh head; a member that joins others with theirs as they begin."""
         if not spec.joins:
             return build_member(spec, num_classes, pretrained=pretrained)
-        bases = [build_member(self.recipe.member(name), num_classes, pretrained=False) for name in spec.joins]
+        bases = [
+            build_member(self.recipe.member(name), num_classes, pretrained=False)
+            for name in spec.joins
+        ]
         return build_joint(spec.head, bases, num_classes)
 
     def last_job(self, member: str, fold: int) -> Job:
@@ -232,10 +255,16 @@ class Run:
         ]
         parts = {}
         for j, spec in enumerate(self.recipe.members):
-            folds = [f for f, weights in zip(self.final_folds, mixing, strict=True) if weights[:, j].any()]
+            folds = [
+                f
+                for f, weights in zip(self.final_folds, mixing, strict=True)
+                if weights[:, j].any()
+            ]
             if folds:
                 views = self.views(spec)
-                nets = [Predictor(self.load_member(spec, fold, len(classes)), views) for fold in folds]
+                nets = [
+                    Predictor(self.load_member(spec, fold, len(classes)), views) for fold in folds
+                ]
                 parts[spec.name] = MemberPipeline(nets, views.canvas, spec.resize)
         weights = np.concatenate(
             [mixing[:, :, everyone.index(n)][mixing[:, :, everyone.index(n)].any(1)] for n in parts]
@@ -258,7 +287,9 @@ def stand_ins(recipe: Recipe, fold: int) -> np.ndarray:
     others = present & np.array([m.name in recipe.combined for m in members])
     if not others.any():
         raise RunError(
-            "a fold has no member", where=f"members.*.folds, fold {fold}", fix="let one member be in all folds"
+            "a fold has no member",
+            where=f"members.*.folds, fold {fold}",
+            fix="let one member be in all folds",
         )
     return np.where(present[:, None], np.eye(len(members)), others / others.sum())
 

@@ -57,7 +57,9 @@ class Model:
 
     caps: Sequence[tuple[float, float, str]] = ()
 
-    def __init__(self, path: str | Path, threads: int = 0, *, memory: int = MEMORY, spin: bool = True) -> None:
+    def __init__(
+        self, path: str | Path, threads: int = 0, *, memory: int = MEMORY, spin: bool = True
+    ) -> None:
         self.path, self.threads = Path(path), threads
         self.card: dict[str, Any] = read_card(self.path, KEY)
         if self.card.get("format") != FORMAT:
@@ -78,9 +80,16 @@ class Model:
     def _uncertainty(self) -> tuple[dict[bool, ConformalSets], UnknownThreshold | None]:
         """What the card says of sets and of unknown images, as far as it does."""
         with self._reading("conformal or unknown"):
-            found = [ConformalSets.from_state(entry["state"]) for entry in self.card.get("conformal") or ()]
+            found = [
+                ConformalSets.from_state(entry["state"])
+                for entry in self.card.get("conformal") or ()
+            ]
             if any(sets.k_ != len(self.classes) for sets in found):
-                raise DataError("sets of other classes", expected=len(self.classes), got=[sets.k_ for sets in found])
+                raise DataError(
+                    "sets of other classes",
+                    expected=len(self.classes),
+                    got=[sets.k_ for sets in found],
+                )
             told = self.card.get("unknown")
             unknown = None if not told else UnknownThreshold.from_state(told["state"])
         return {sets.by_class: sets for sets in found}, unknown
@@ -92,9 +101,14 @@ class Model:
         with self._reading("cascade"):
             told = self.card["cascade"]
             found = Cascade.from_state(told["state"])
-            self.caps = [(float(c["accuracy"]), float(c["full"]), str(c["rows"])) for c in told.get("caps", ())]
+            self.caps = [
+                (float(c["accuracy"]), float(c["full"]), str(c["rows"]))
+                for c in told.get("caps", ())
+            ]
             if sum(map(len, found.stages)) != len(self.members):
-                raise DataError("a cascade of other members", expected=len(self.members), got=found.stages)
+                raise DataError(
+                    "a cascade of other members", expected=len(self.members), got=found.stages
+                )
         return found
 
     @contextmanager
@@ -104,9 +118,13 @@ class Model:
             yield
         except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
             fix = "export it again from the run"
-            raise ExportError("the model card is damaged", where=self.path, got=f"{what}: {error}", fix=fix) from None
+            raise ExportError(
+                "the model card is damaged", where=self.path, got=f"{what}: {error}", fix=fix
+            ) from None
 
-    def run(self, images: np.ndarray, mode: str = "full", most: int = 0, options: Any = None) -> Asked:
+    def run(
+        self, images: np.ndarray, mode: str = "full", most: int = 0, options: Any = None
+    ) -> Asked:
         """The model on a batch: uint8 (b, h, w, 3); every image gets the same answer as alone.
 
         Args:
@@ -124,7 +142,9 @@ class Model:
             self.stops(mode, most)
             probs, members = self.session.run(names, fed, options)
             return Asked(probs, members, None)
-        return Asked(*self.session.run([*names, "asked"], {**fed, "stop": self.stops(mode, most)}, options))
+        return Asked(
+            *self.session.run([*names, "asked"], {**fed, "stop": self.stops(mode, most)}, options)
+        )
 
     def stops(self, mode: str = "full", most: int = 0) -> np.ndarray:
         """What the graph's input `stop` takes for a mode, see `run`; empty in a file without a cascade.
@@ -155,11 +175,15 @@ class Model:
         asked = np.array([int(a.asked[0]) for a in answers if a.asked is not None], np.int64)
         return Asked(probs, members, None if self.cascade is None else asked)
 
-    def explain(self, images: Iterable[Picture], mode: str = "full", most: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def explain(
+        self, images: Iterable[Picture], mode: str = "full", most: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Probabilities float32 (n, k) and each member's (n, m, k); as `ask`."""
         return self.ask(images, mode, most)[:2]
 
-    def predict_proba(self, images: Iterable[Picture], mode: str = "full", most: int = 0) -> np.ndarray:
+    def predict_proba(
+        self, images: Iterable[Picture], mode: str = "full", most: int = 0
+    ) -> np.ndarray:
         """Probabilities float32 (n, k); as `ask`."""
         return self.ask(images, mode, most).probs
 
@@ -196,7 +220,11 @@ class Model:
                     self.run(image[None], mode, most)
                     if turn:  # the first warms up
                         taken[name].append(1000 * (time.perf_counter() - began))
-        told: dict[str, Any] = {"full": float(np.median(taken["full"])), "n": len(images), "threads": self.threads}
+        told: dict[str, Any] = {
+            "full": float(np.median(taken["full"])),
+            "n": len(images),
+            "threads": self.threads,
+        }
         if self.cascade is not None:
             stages = [float(np.median(taken[s])) for s in range(1, len(self.cascade.stages))]
             told |= {"fast": float(np.mean(taken["fast"])), "stages": [*stages, told["full"]]}
@@ -222,9 +250,15 @@ class Model:
         times = found.get("stages", [found["full"]])
         fit = [s for s, time in enumerate(times, 1) if time <= milliseconds]
         if not fit:
-            what = "no answer within the budget" if self.cascade else "the model file has no cascade to save time with"
+            what = (
+                "no answer within the budget"
+                if self.cascade
+                else "the model file has no cascade to save time with"
+            )
             got = f"{times[0]:.1f} ms for {'the first stage' if self.cascade else 'the whole'}"
-            raise ExportError(what, where=self.path, expected=f"at most {milliseconds:g} ms", got=got)
+            raise ExportError(
+                what, where=self.path, expected=f"at most {milliseconds:g} ms", got=got
+            )
         return ("full", 0) if fit[-1] == len(times) else ("fast", fit[-1])
 
     def predict_sets(self, images: Iterable[Picture], by_class: bool = False) -> list[list[str]]:
@@ -297,7 +331,9 @@ def as_image(image: Picture) -> np.ndarray:
     if not isinstance(image, np.ndarray):
         return decode(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ExportError("not an image array", expected="uint8 (h, w, 3)", got=f"{image.dtype} {image.shape}")
+        raise ExportError(
+            "not an image array", expected="uint8 (h, w, 3)", got=f"{image.dtype} {image.shape}"
+        )
     return image
 
 

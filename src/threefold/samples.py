@@ -62,7 +62,9 @@ def write_sample(name: str, root: str | Path, seed: int = 0, per_class: int = 6)
     if name not in SAMPLES:
         raise DataError("there is no sample of that data set", got=name, expected=shorten(SAMPLES))
     if per_class < 2:
-        raise DataError("a sample needs more images of each class", expected="2 or more", got=per_class)
+        raise DataError(
+            "a sample needs more images of each class", expected="2 or more", got=per_class
+        )
     SAMPLES[name](Path(root), np.random.default_rng(seed), per_class)
     return Path(root)
 
@@ -70,7 +72,9 @@ def write_sample(name: str, root: str | Path, seed: int = 0, per_class: int = 6)
 # Pictures -------------------------------------------------------------------------------------------------------------
 
 
-def draw(labels: _Labels, classes: int, shape: tuple[int, int], rng: np.random.Generator) -> _Images:
+def draw(
+    labels: _Labels, classes: int, shape: tuple[int, int], rng: np.random.Generator
+) -> _Images:
     """Pictures of these classes: stripes in the class's hue, direction and width, at a random place, with noise.
 
     Args:
@@ -156,18 +160,26 @@ class _Pickler:
 
     def remember(self) -> None:
         self.memo += 1
-        self.out += b"q" + bytes([self.memo]) if self.memo < 256 else b"r" + struct.pack("<L", self.memo)
+        self.out += (
+            b"q" + bytes([self.memo]) if self.memo < 256 else b"r" + struct.pack("<L", self.memo)
+        )
 
     def text(self, value: str) -> None:
         raw = value.encode("latin-1")
-        self.out += (b"U" + bytes([len(raw)]) if len(raw) < 256 else b"T" + struct.pack("<L", len(raw))) + raw
+        self.out += (
+            b"U" + bytes([len(raw)]) if len(raw) < 256 else b"T" + struct.pack("<L", len(raw))
+        ) + raw
         self.remember()
 
     def number(self, value: int) -> None:
         if value < 256:
             self.out += b"K" + bytes([value])
         else:
-            self.out += b"M" + struct.pack("<H", value) if value < 1 << 16 else b"J" + struct.pack("<l", value)
+            self.out += (
+                b"M" + struct.pack("<H", value)
+                if value < 1 << 16
+                else b"J" + struct.pack("<l", value)
+            )
 
     def value(self, value: Any) -> None:
         if isinstance(value, np.ndarray):
@@ -235,20 +247,27 @@ class _Pickler:
 
 def _planes(labels: _Labels, classes: int, rng: np.random.Generator) -> _Images:
     """Rows of 3072 bytes: all red, then all green, then all blue values."""
-    return np.ascontiguousarray(draw(labels, classes, (32, 32), rng).transpose(0, 3, 1, 2)).reshape(len(labels), -1)
+    return np.ascontiguousarray(draw(labels, classes, (32, 32), rng).transpose(0, 3, 1, 2)).reshape(
+        len(labels), -1
+    )
 
 
 def _write_cifar10(root: Path, rng: np.random.Generator, per_class: int) -> None:
     folder = root / "cifar-10-batches-py"
     labels = np.array_split(_shuffled(10, per_class, rng), 5)
-    batches = [(f"data_batch_{i + 1}", f"training batch {i + 1} of 5", batch) for i, batch in enumerate(labels)]
+    batches = [
+        (f"data_batch_{i + 1}", f"training batch {i + 1} of 5", batch)
+        for i, batch in enumerate(labels)
+    ]
     batches.append(("test_batch", "testing batch 1 of 1", _shuffled(10, _half(per_class), rng)))
     for name, title, batch in batches:
         tree = {
             "batch_label": title,
             "labels": batch.tolist(),
             "data": _planes(batch, 10, rng),
-            "filenames": [f"{CIFAR10_CLASSES[label]}_s_{i:06d}.png" for i, label in enumerate(batch)],
+            "filenames": [
+                f"{CIFAR10_CLASSES[label]}_s_{i:06d}.png" for i, label in enumerate(batch)
+            ],
         }
         _put(folder / name, pickle_as_python2(tree))
     meta = {"num_cases_per_batch": 10_000, "label_names": list(CIFAR10_CLASSES), "num_vis": 3072}
@@ -263,14 +282,19 @@ def _write_cifar100(root: Path, rng: np.random.Generator, per_class: int) -> Non
     ):
         labels = _shuffled(100, count, rng)
         tree = {
-            "filenames": [f"{CIFAR100_CLASSES[label]}_s_{i:06d}.png" for i, label in enumerate(labels)],
+            "filenames": [
+                f"{CIFAR100_CLASSES[label]}_s_{i:06d}.png" for i, label in enumerate(labels)
+            ],
             "batch_label": title,
             "fine_labels": labels.tolist(),
             "coarse_labels": (labels % 20).tolist(),
             "data": _planes(labels, 100, rng),
         }
         _put(folder / name, pickle_as_python2(tree))
-    meta = {"fine_label_names": list(CIFAR100_CLASSES), "coarse_label_names": list(CIFAR100_SUPERCLASSES)}
+    meta = {
+        "fine_label_names": list(CIFAR100_CLASSES),
+        "coarse_label_names": list(CIFAR100_SUPERCLASSES),
+    }
     _put(folder / "meta", pickle_as_python2(meta))
 
 
@@ -280,12 +304,18 @@ def _write_cifar100(root: Path, rng: np.random.Generator, per_class: int) -> Non
 def _write_svhn(root: Path, rng: np.random.Generator, per_class: int) -> None:
     from scipy.io import savemat
 
-    for part, count in (("train", per_class), ("extra", _half(per_class)), ("test", _half(per_class))):
+    for part, count in (
+        ("train", per_class),
+        ("extra", _half(per_class)),
+        ("test", _half(per_class)),
+    ):
         digits = _shuffled(10, count, rng)
         images = draw(digits, 10, (32, 32), rng).transpose(1, 2, 3, 0)
         stream = io.BytesIO()
         savemat(
-            stream, {"X": images, "y": np.where(digits == 0, 10, digits).astype(np.uint8)[:, None]}, do_compression=True
+            stream,
+            {"X": images, "y": np.where(digits == 0, 10, digits).astype(np.uint8)[:, None]},
+            do_compression=True,
         )
         _put(root / f"{part}_32x32.mat", stream.getvalue())
 
@@ -305,11 +335,24 @@ def _write_inaturalist(root: Path, rng: np.random.Generator, per_class: int) -> 
             file = f"train_val2019/{supers[label]}/{label}/{rng.bytes(16).hex()}.jpg"
             _put(root / file, _encoded(pixels, "JPEG"))
             images.append(
-                {"id": number, "file_name": file, "width": 60, "height": 48, "license": 3, "rights_holder": ""}
+                {
+                    "id": number,
+                    "file_name": file,
+                    "width": 60,
+                    "height": 48,
+                    "license": 3,
+                    "rights_holder": "",
+                }
             )
             annotations.append({"id": number, "image_id": number, "category_id": int(label)})
             number += 1
-        tree = {"info": {}, "images": images, "licenses": [], "annotations": annotations, "categories": categories}
+        tree = {
+            "info": {},
+            "images": images,
+            "licenses": [],
+            "annotations": annotations,
+            "categories": categories,
+        }
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w:gz") as archive:
             content = json.dumps(tree).encode()
@@ -323,12 +366,19 @@ def _write_icassava(root: Path, rng: np.random.Generator, per_class: int) -> Non
     """The edition with three labelled parts, as its archive."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
-        for part, count in (("train", per_class), ("test", _half(per_class)), ("validation", _half(per_class))):
+        for part, count in (
+            ("train", per_class),
+            ("test", _half(per_class)),
+            ("validation", _half(per_class)),
+        ):
             labels = np.repeat(np.arange(len(CASSAVA_CLASSES)), count)
-            for i, (label, pixels) in enumerate(zip(labels, draw(labels, 5, (50, 70), rng), strict=True)):
+            for i, (label, pixels) in enumerate(
+                zip(labels, draw(labels, 5, (50, 70), rng), strict=True)
+            ):
                 name = CASSAVA_CLASSES[label]
                 archive.writestr(
-                    f"cassavaleafdata/{part}/{name}/{part}-{name}-{i % count}.jpg", _encoded(pixels, "JPEG")
+                    f"cassavaleafdata/{part}/{name}/{part}-{name}-{i % count}.jpg",
+                    _encoded(pixels, "JPEG"),
                 )
     _put(root / "cassavaleafdata.zip", packed.getvalue())
 
@@ -344,14 +394,19 @@ def _write_cassava2020(root: Path, rng: np.random.Generator, per_class: int) -> 
     _put(root / "train.csv", table.getvalue().encode())
     names = {str(label): name for label, name in enumerate(CASSAVA_2020_CLASSES)}
     _put(root / "label_num_to_disease_map.json", json.dumps(names).encode())
-    _put(root / "test_images/2216849948.jpg", _encoded(draw(np.array([0]), 5, (60, 80), rng)[0], "JPEG"))
+    _put(
+        root / "test_images/2216849948.jpg",
+        _encoded(draw(np.array([0]), 5, (60, 80), rng)[0], "JPEG"),
+    )
 
 
 def _write_surrey(root: Path, rng: np.random.Generator, per_class: int) -> None:
     """Colour and depth images; the depth is 16-bit grey, as a Kinect gives it."""
     for signer in SIGNERS:
         labels = np.repeat(np.arange(len(SURREY_LETTERS)), per_class)
-        for i, (label, pixels) in enumerate(zip(labels, draw(labels, 24, (40, 36), rng), strict=True)):
+        for i, (label, pixels) in enumerate(
+            zip(labels, draw(labels, 24, (40, 36), rng), strict=True)
+        ):
             folder, number = (
                 root / "dataset5" / signer / SURREY_LETTERS[label],
                 f"{label:d}_{i % per_class + 2:04d}.png",
@@ -368,7 +423,9 @@ def _write_folder(root: Path, rng: np.random.Generator, per_class: int) -> None:
     names = ("one", "two", "three")
     for part, count in (("train", per_class), ("test", _half(per_class))):
         labels = np.repeat(np.arange(len(names)), count)
-        for i, (label, pixels) in enumerate(zip(labels, draw(labels, len(names), (40, 48), rng), strict=True)):
+        for i, (label, pixels) in enumerate(
+            zip(labels, draw(labels, len(names), (40, 48), rng), strict=True)
+        ):
             _put(root / part / names[label] / f"{i % count:03d}.png", _encoded(pixels, "PNG"))
 
 

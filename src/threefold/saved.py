@@ -33,7 +33,10 @@ CURVE: Final = 5000
 
 def saved_predictions(run: Path) -> tuple[Predictions | None, Predictions | None]:
     """A run folder's out-of-fold and test predictions, None where it has none."""
-    oof, test = (Predictions.load(p) if (p := run / f"{kind}.npz").exists() else None for kind in ("oof", "test"))
+    oof, test = (
+        Predictions.load(p) if (p := run / f"{kind}.npz").exists() else None
+        for kind in ("oof", "test")
+    )
     return oof, test
 
 
@@ -44,7 +47,9 @@ class Beside(NamedTuple):
     classes: Path | None = None
 
 
-def read_sources(sources: Sequence[Path], members: Sequence[str] = (), beside: Beside | None = None) -> Predictions:
+def read_sources(
+    sources: Sequence[Path], members: Sequence[str] = (), beside: Beside | None = None
+) -> Predictions:
     """Predictions of one file or several, joined by the rows' ids; of a run folder, the out-of-fold rows.
 
     Args:
@@ -72,7 +77,12 @@ def read_file(path: Path, beside: Beside | None = None) -> Predictions:
 def _out_of_fold(run: Path) -> Predictions:
     rows = saved_predictions(run)[0]
     if rows is None:
-        raise RunError("no out-of-fold predictions", where=run, expected="oof.npz", fix="give a finished run folder")
+        raise RunError(
+            "no out-of-fold predictions",
+            where=run,
+            expected="oof.npz",
+            fix="give a finished run folder",
+        )
     return rows
 
 
@@ -115,27 +125,44 @@ def evaluate_saved(
     auto = "auto" in methods
     named = [check_method(m) for m in methods if m != "auto"]
     names = tuple(dict.fromkeys([*(AUTO if auto else ()), *named]))
-    changes: dict[str, Any] = {"methods": names, "export": "auto" if auto or len(names) > 1 else names[0], "top": top}
+    changes: dict[str, Any] = {
+        "methods": names,
+        "export": "auto" if auto or len(names) > 1 else names[0],
+        "top": top,
+    }
     paths = [sources] if isinstance(sources, Path) else list(sources)
     if len(paths) == 1 and paths[0].is_dir():
         return _evaluate_run(paths[0], changes, members, reopen)
     if reopen:
-        raise DataError("only a run has test rows to open", where=paths[0], fix="leave out --reopen-test")
+        raise DataError(
+            "only a run has test rows to open", where=paths[0], fix="leave out --reopen-test"
+        )
     rows = read_sources(paths, members, beside)
     return evaluate(rows, None, _checked_top(EnsembleSpec.model_validate(changes), rows))
 
 
-def _evaluate_run(run: Path, changes: dict[str, Any], members: Sequence[str], reopen: bool) -> Evaluation:
+def _evaluate_run(
+    run: Path, changes: dict[str, Any], members: Sequence[str], reopen: bool
+) -> Evaluation:
     oof, test = saved_predictions(run)
     rows = oof if oof is not None else test
     if rows is None:
-        raise RunError("no predictions", where=run, expected="oof.npz or test.npz", fix="give a finished run folder")
+        raise RunError(
+            "no predictions",
+            where=run,
+            expected="oof.npz or test.npz",
+            fix="give a finished run folder",
+        )
     recipe = Recipe.load(run / "recipe.toml")
     if members:
         oof, test = (part.select(members) if part is not None else None for part in (oof, test))
     else:
         changes["members"] = recipe.combined
-    settings = {**recipe.ensemble.model_dump(), **changes, "top": changes["top"] or (0 if members else recipe.ensemble.top)}  # fmt: skip
+    settings = {
+        **recipe.ensemble.model_dump(),
+        **changes,
+        "top": changes["top"] or (0 if members else recipe.ensemble.top),
+    }
     spec = _checked_top(EnsembleSpec.model_validate(settings), rows)
     if oof is None or test is None or reopen:
         if test is not None and oof is not None:
@@ -154,17 +181,27 @@ def _recall_test(run: Path, found: Evaluation, same_top: bool) -> None:
     wanted = {(s["kind"], s["name"]) for s in found.scores if s["kind"] == "member" or same}
     kept = [s for s in stored["scores"] if s["rows"] == "test" and (s["kind"], s["name"]) in wanted]
     found.scores += kept
-    missing = [s["name"] for s in found.scores if s["rows"] == "oof" and (s["kind"], s["name"]) not in {(k["kind"], k["name"]) for k in kept}]  # fmt: skip
+    missing = [
+        s["name"]
+        for s in found.scores
+        if s["rows"] == "oof"
+        and (s["kind"], s["name"]) not in {(k["kind"], k["name"]) for k in kept}
+    ]
     if missing:
         when = f"were opened on {opened['at'][:10]} by {opened['by']}" if opened else "are sealed"
-        found.warnings.append(f"the test rows {when}; not scored on them: {', '.join(missing)} (--reopen-test does, and notes it)")  # fmt: skip
+        found.warnings.append(
+            f"the test rows {when}; not scored on them: {', '.join(missing)} (--reopen-test does, and notes it)"
+        )
 
 
 def _checked_top(spec: EnsembleSpec, rows: Predictions) -> EnsembleSpec:
     count = len(spec.members or rows.members)
     if spec.top > count:
         raise RecipeError(
-            "more members to select than there are", where="top", expected=f"at most {count}", got=spec.top
+            "more members to select than there are",
+            where="top",
+            expected=f"at most {count}",
+            got=spec.top,
         )
     return spec
 
@@ -173,12 +210,23 @@ def ensemble_tree(sources: Sequence[Path], found: Evaluation) -> dict[str, Any]:
     """What `threefold ensemble --json` prints and its page shows."""
     rows = found.fit_rows
     return {
-        "kind": "ensemble", "source": [str(s) for s in sources], "n": len(rows), "classes": list(rows.classes),
-        "scores": found.scores, "expected": found.expected, "comparisons": found.comparisons, "chosen": found.chosen,
-        "chosen_reason": found.reason, "calibration": found.calibration.state(),
-        "combined": list(found.combined), "warnings": found.warnings, "optimism": found.optimism, "ledger": found.ledger,
-        "per_class": per_class(found.rows, found.probs), **_many(rows),
-    }  # fmt: skip
+        "kind": "ensemble",
+        "source": [str(s) for s in sources],
+        "n": len(rows),
+        "classes": list(rows.classes),
+        "scores": found.scores,
+        "expected": found.expected,
+        "comparisons": found.comparisons,
+        "chosen": found.chosen,
+        "chosen_reason": found.reason,
+        "calibration": found.calibration.state(),
+        "combined": list(found.combined),
+        "warnings": found.warnings,
+        "optimism": found.optimism,
+        "ledger": found.ledger,
+        "per_class": per_class(found.rows, found.probs),
+        **_many(rows),
+    }
 
 
 def score_saved(
@@ -196,20 +244,44 @@ def score_saved(
     rows = read_sources(sources, members, beside)
     scores = []
     for name, probs in zip(rows.members, rows.probs, strict=True):
-        told = {"name": name, "kind": "member", "rows": rows.kind, "protocol": rows.protocol, "fitted_on": "nothing", "apparent": rows.protocol == "taught"}  # fmt: skip
-        scores.append({**stats.score_table(probs, rows.labels, LEVEL, rows.groups), **told, **_top(probs, rows), **_warmed(probs, rows)})  # fmt: skip
+        told = {
+            "name": name,
+            "kind": "member",
+            "rows": rows.kind,
+            "protocol": rows.protocol,
+            "fitted_on": "nothing",
+            "apparent": rows.protocol == "taught",
+        }
+        scores.append(
+            {
+                **stats.score_table(probs, rows.labels, LEVEL, rows.groups),
+                **told,
+                **_top(probs, rows),
+                **_warmed(probs, rows),
+            }
+        )
     taught = ["apparent: the teachers of a student learned from the labels of these rows"]
     best = max(range(len(scores)), key=lambda i: scores[i]["accuracy"])
     warnings = (
-        [] if rows.kind != "foreign" else ["predictions from elsewhere: what their models have seen is not known"]
+        []
+        if rows.kind != "foreign"
+        else ["predictions from elsewhere: what their models have seen is not known"]
     ) + (taught if rows.protocol == "taught" else [])
     return {
-        "kind": "evaluate", "source": [str(s) for s in sources], "n": len(rows), "classes": list(rows.classes),
-        "scores": scores, "chosen": None, "chosen_reason": "", "comparisons": [], "warnings": warnings,
-        "per_class": per_class(rows, rows.probs[best]), "per_class_of": rows.members[best],
+        "kind": "evaluate",
+        "source": [str(s) for s in sources],
+        "n": len(rows),
+        "classes": list(rows.classes),
+        "scores": scores,
+        "chosen": None,
+        "chosen_reason": "",
+        "comparisons": [],
+        "warnings": warnings,
+        "per_class": per_class(rows, rows.probs[best]),
+        "per_class_of": rows.members[best],
         "audit": audit_tree(*list_suspects(rows)),
         **_many(rows, duplicates(rows.probs) if len(rows.members) > 1 else ()),
-    }, rows  # fmt: skip
+    }, rows
 
 
 def _top(probs: np.ndarray, rows: Predictions) -> dict[str, float]:
@@ -223,7 +295,9 @@ def _warmed(probs: np.ndarray, rows: Predictions) -> dict[str, float]:
         return {}
     warm = np.empty(probs.shape)
     for held in (half, ~half):
-        warm[held] = apply_temperature(probs[held], fit_temperature(probs[~held], rows.labels[~held]))
+        warm[held] = apply_temperature(
+            probs[held], fit_temperature(probs[~held], rows.labels[~held])
+        )
     return {
         "temperature": fit_temperature(probs, rows.labels),
         "calibrated_log_loss": stats.log_loss(warm, rows.labels),
@@ -240,11 +314,17 @@ def _many(rows: Predictions, same: Sequence[Sequence[int]] = ()) -> dict[str, An
     curve = size_curve(rows.probs[:, some], rows.labels[some])
     return {
         "diversity": {
-            "members": list(names), "disagreement": found.disagreement.tolist(), "means": found.means(),
+            "members": list(names),
+            "disagreement": found.disagreement.tolist(),
+            "means": found.means(),
             "duplicates": [[names[i] for i in group] for group in same],
         },
         "size_curve": {
-            "mean": curve.random.tolist(), "low": curve.low.tolist(), "high": curve.high.tolist(),
-            "ordered": curve.ordered.tolist(), "order": [names[i] for i in curve.order], "n": int(some.sum()),
+            "mean": curve.random.tolist(),
+            "low": curve.low.tolist(),
+            "high": curve.high.tolist(),
+            "ordered": curve.ordered.tolist(),
+            "order": [names[i] for i in curve.order],
+            "n": int(some.sum()),
         },
-    }  # fmt: skip
+    }

@@ -99,9 +99,12 @@ class Savings:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for results.json: state, members, costs, measured, caps."""
         return {
-            "state": self.cascade.state(), "members": list(self.members), "costs": list(self.costs),
-            "measured": [_plain(one) for one in self.measured], "caps": [_plain(one) for one in self.caps],
-        }  # fmt: skip
+            "state": self.cascade.state(),
+            "members": list(self.members),
+            "costs": list(self.costs),
+            "measured": [_plain(one) for one in self.measured],
+            "caps": [_plain(one) for one in self.caps],
+        }
 
 
 def cascade_card(told: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,17 +149,27 @@ def fit_savings(
     array, wanted = check_probs(probs, 3), check_probs(full, 2)
     truth = check_labels(labels, *wanted.shape)
     if not len(costs) == len(members) == len(array):
-        raise DataError("costs or names are of other members", expected=len(array), got=(len(costs), len(members)))
+        raise DataError(
+            "costs or names are of other members",
+            expected=len(array),
+            got=(len(costs), len(members)),
+        )
     names = None if groups is None else [str(g) for g in np.asarray(groups)]
-    part = stratified_parts(truth, names)  # not the folds: two of them would leave the thresholds half of the rows
+    part = stratified_parts(
+        truth, names
+    )  # not the folds: two of them would leave the thresholds half of the rows
     if len(np.unique(part)) < 2:
-        raise DataError("rows cannot be cross-fitted", expected="two parts at least", got="all rows in one")
+        raise DataError(
+            "rows cannot be cross-fitted", expected="two parts at least", got="all rows in one"
+        )
 
     def crossed(most: int) -> Saving:
         answer, asked = np.empty(wanted.shape), np.empty(len(truth), np.int64)
         for value, fitted in apart.items():
             held = part == value
-            answer[held], asked[held] = fitted.predict(array[:, held], wanted[held], fitted.stops("fast", most))
+            answer[held], asked[held] = fitted.predict(
+                array[:, held], wanted[held], fitted.stops("fast", most)
+            )
         return saving(cascade, Answered(answer, asked), wanted, truth, costs, CROSS_FITTED, groups)
 
     def fit_on(among: np.ndarray) -> Cascade:
@@ -204,14 +217,26 @@ def saving(
     so_far = np.cumsum([sum(costs[i] for i in stage) for stage in cascade.stages])
     shares = np.bincount(found.asked - 1, minlength=len(so_far)) / n
     return Saving(
-        n, float(right.mean()), float(right_full.mean()), float(right.mean() - right_full.mean()), interval,
-        test.only_a, test.only_b, test.p, float(other.mean()), share_interval(other, groups),
-        disagreement_bound(other, groups), tuple(shares.tolist()), float(shares @ so_far / so_far[-1]), rows,
-    )  # fmt: skip
+        n,
+        float(right.mean()),
+        float(right_full.mean()),
+        float(right.mean() - right_full.mean()),
+        interval,
+        test.only_a,
+        test.only_b,
+        test.p,
+        float(other.mean()),
+        share_interval(other, groups),
+        disagreement_bound(other, groups),
+        tuple(shares.tolist()),
+        float(shares @ so_far / so_far[-1]),
+        rows,
+    )
 
 
 def _plain(one: Saving) -> dict[str, Any]:
     """A saving as JSON has it."""
     return {
-        name: list(map(float, value)) if isinstance(value, tuple) else value for name, value in one._asdict().items()
+        name: list(map(float, value)) if isinstance(value, tuple) else value
+        for name, value in one._asdict().items()
     }

@@ -101,7 +101,12 @@ def shrink(tree: dict[str, Any], small: Small) -> None:
             member["backbone"] = small.members[member["name"]]
             member["head"] |= {"activation": "torch", "reset_after": True}
     tree["augment"] = {"hflip": tree["augment"]["hflip"]}
-    tree["train"] |= {"batch_size": 32, "optimizer": "adamw", "weight_decay": 0.01, "precision": "auto"}
+    tree["train"] |= {
+        "batch_size": 32,
+        "optimizer": "adamw",
+        "weight_decay": 0.01,
+        "precision": "auto",
+    }
     tree["data"]["limit_per_class"] = small.limit_per_class
     for stage in tree["stages"]:
         _shrink_stage(stage, small, [m["name"] for m in tree["members"] if m["joins"]])
@@ -124,7 +129,10 @@ def make_tiny(tree: dict[str, Any]) -> None:
     sides = [m["img_size"] for m in tree["members"]]
     for member in tree["members"]:
         # In proportion, so that sizes that differ still differ.
-        member |= {"img_size": round(_SMOKE_SIDE * member["img_size"] / min(sides)), "batch_size": 0}
+        member |= {
+            "img_size": round(_SMOKE_SIDE * member["img_size"] / min(sides)),
+            "batch_size": 0,
+        }
         if not member["joins"]:
             member |= {"backbone": _tiny(member["backbone"]), "weights": "none"}
             member["head"] |= {"units": 8, "fc": min(member["head"]["fc"], 8)}
@@ -162,6 +170,8 @@ def data_table(source: str, root: Path) -> dict[str, Any]:
     """
     if root.suffix in (".csv", ".parquet"):
         return {"source": root.suffix[1:], "root": str(root)}
-    official = root.is_file() or any(next(root.glob(p), None) for p in OFFICIAL_PLACES.get(source, ()))
+    official = root.is_file() or any(
+        next(root.glob(p), None) for p in OFFICIAL_PLACES.get(source, ())
+    )
     folders = root.is_dir() and any(path.is_dir() for path in root.iterdir())
     return {"source": "folder" if folders and not official else source, "root": str(root)}

@@ -59,7 +59,9 @@ def fit_temperature(probs: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     return float(1 / _heat(_logs_by_class(array), truth)[0])
 
 
-def fit_temperatures(probs: npt.ArrayLike, labels: npt.ArrayLike, part: np.ndarray) -> tuple[float, dict[Any, float]]:
+def fit_temperatures(
+    probs: npt.ArrayLike, labels: npt.ArrayLike, part: np.ndarray
+) -> tuple[float, dict[Any, float]]:
     """`fit_temperature` on all rows, and for each part on the rows outside it, in a third of the time of single fits (docs/LOG.md).
 
     Newton's method converges quadratically: from the last point of the fit on all rows, whose derivatives are known row by
@@ -132,7 +134,9 @@ def _heat(logs: np.ndarray, truth: np.ndarray) -> tuple[float, float, np.ndarray
         step = heat - _step(rise, bend)
         newton = low < step < high
         heat = step if newton else (low * high) ** 0.5
-        if abs(heat / last - 1) < (1e-5 if newton else 1e-8):  # a Newton step this small leaves its square
+        if abs(heat / last - 1) < (
+            1e-5 if newton else 1e-8
+        ):  # a Newton step this small leaves its square
             break
     return heat, last, rise, bend
 
@@ -165,7 +169,10 @@ def TemperatureModule(temperature: float) -> nn.Module:
 
 
 def fit_vector(
-    probs: npt.ArrayLike, labels: npt.ArrayLike, shrinkage: float = SHRINKAGE, temperature: float | None = None
+    probs: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    shrinkage: float = SHRINKAGE,
+    temperature: float | None = None,
 ) -> VectorScaling:
     """Scale and bias of each class that minimise the log loss (vector scaling, Guo et al. 2017), pulled to temperature.
 
@@ -243,13 +250,19 @@ def _bounded(z: np.ndarray, truth: np.ndarray, shrinkage: float) -> np.ndarray:
         logs = log_softmax(scale * z + bias, axis=-1)
         error = np.exp(logs)
         error[np.arange(n), truth] -= 1
-        value = -logs[np.arange(n), truth].sum() + shrinkage / 2 * (bias @ bias + (scale - 1) @ (scale - 1))
-        slope = np.concatenate([(error * z).sum(0) + shrinkage * (scale - 1), error.sum(0) + shrinkage * bias])
+        value = -logs[np.arange(n), truth].sum() + shrinkage / 2 * (
+            bias @ bias + (scale - 1) @ (scale - 1)
+        )
+        slope = np.concatenate(
+            [(error * z).sum(0) + shrinkage * (scale - 1), error.sum(0) + shrinkage * bias]
+        )
         return value / n, slope / n
 
     start = np.concatenate([np.ones(k), np.zeros(k)])
     bounds = [(_FEWEST, None)] * k + [(None, None)] * k
-    return np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x.reshape(2, k))
+    return np.asarray(
+        minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x.reshape(2, k)
+    )
 
 
 def apply_vector(probs: npt.ArrayLike, scaling: VectorScaling) -> np.ndarray:
@@ -261,7 +274,9 @@ def apply_vector(probs: npt.ArrayLike, scaling: VectorScaling) -> np.ndarray:
     array = check_probs(probs, 2)
     scale, bias = _check_scaling(scaling)
     if len(scale) != array.shape[1]:
-        raise DataError("the scaling is of other classes", expected=f"{len(scale)} classes", got=array.shape[1])
+        raise DataError(
+            "the scaling is of other classes", expected=f"{len(scale)} classes", got=array.shape[1]
+        )
     return np.asarray(softmax(floored_logs(array) * scale + bias, axis=-1))
 
 
@@ -309,7 +324,9 @@ def scaling_from_state(state: Mapping[str, Any]) -> VectorScaling:
     try:
         return VectorScaling(*_check_scaling(VectorScaling(state["scale"], state["bias"])))
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError("not the state of a scaling", got=f"{type(error).__name__} {error}") from None
+        raise DataError(
+            "not the state of a scaling", got=f"{type(error).__name__} {error}"
+        ) from None
 
 
 def as_scaling(temperature: float, k: int, scaling: VectorScaling | None = None) -> VectorScaling:
@@ -327,7 +344,9 @@ def as_scaling(temperature: float, k: int, scaling: VectorScaling | None = None)
 
 def best_temperature(loss: Callable[[float], float]) -> float:
     """The temperature of least loss, searched on a logarithmic scale."""
-    found = minimize_scalar(lambda log: loss(float(np.exp(log))), bounds=np.log((LOWEST, HIGHEST)), method="bounded")
+    found = minimize_scalar(
+        lambda log: loss(float(np.exp(log))), bounds=np.log((LOWEST, HIGHEST)), method="bounded"
+    )
     return float(np.exp(found.x))
 
 
@@ -343,6 +362,13 @@ def _check_temperature(temperature: float) -> None:
 
 def _check_scaling(scaling: VectorScaling) -> tuple[np.ndarray, np.ndarray]:
     scale, bias = (np.asarray(part, dtype=np.float64) for part in scaling)
-    if scale.ndim != 1 or scale.shape != bias.shape or not (np.isfinite(scale) & np.isfinite(bias)).all():
-        raise DataError("a scaling is two lists of finite numbers, one each per class", got=(scale.shape, bias.shape))
+    if (
+        scale.ndim != 1
+        or scale.shape != bias.shape
+        or not (np.isfinite(scale) & np.isfinite(bias)).all()
+    ):
+        raise DataError(
+            "a scaling is two lists of finite numbers, one each per class",
+            got=(scale.shape, bias.shape),
+        )
     return scale, bias

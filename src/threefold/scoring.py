@@ -22,7 +22,9 @@ Key = tuple[str, str]
 """Kind (member or ensemble) and name: a member may be called like a method."""
 
 
-def score_ensemble(ensemble: Ensemble, rows: Predictions, *, apparent: bool = False) -> dict[str, Any]:
+def score_ensemble(
+    ensemble: Ensemble, rows: Predictions, *, apparent: bool = False
+) -> dict[str, Any]:
     """Score a fitted ensemble on rows that its `fit` has not seen.
 
     Args:
@@ -36,9 +38,16 @@ def score_ensemble(ensemble: Ensemble, rows: Predictions, *, apparent: bool = Fa
     Raises:
         DataError: it has, and an apparent score was not asked for; or the predictions do not fit.
     """
-    seen = ensemble.seen_ is not None and ensemble.seen_.check(type(ensemble).__name__, rows.ids, apparent)
+    seen = ensemble.seen_ is not None and ensemble.seen_.check(
+        type(ensemble).__name__, rows.ids, apparent
+    )
     table = stats.score_table(ensemble.predict_proba(rows.probs), rows.labels, LEVEL, rows.groups)
-    return {**table, "rows": rows.kind, "protocol": rows.protocol, "apparent": seen or rows.protocol == "taught"}
+    return {
+        **table,
+        "rows": rows.kind,
+        "protocol": rows.protocol,
+        "apparent": seen or rows.protocol == "taught",
+    }
 
 
 def score_entries(
@@ -53,15 +62,23 @@ def score_entries(
         fitted_on: the rows that those were fitted on that learn anything.
     """
     apparent, taught = fitted_on == "the scored rows", rows.protocol == "taught"
-    figures = side_by_side(lambda probs: stats.score_table(probs, rows.labels, LEVEL, rows.groups), table.values())
+    figures = side_by_side(
+        lambda probs: stats.score_table(probs, rows.labels, LEVEL, rows.groups), table.values()
+    )
     entries = []
     for (kind, name), found in zip(table, figures, strict=True):
         learns = kind == "ensemble" and fitted[name].needs_fit
-        entries.append({
-            **found, "name": name, "kind": kind, "rows": rows.kind,
-            "protocol": rows.protocol, "apparent": taught or (learns and apparent),
-            "fitted_on": TAUGHT if taught else fitted_on if learns else "calibration only",
-        })  # fmt: skip
+        entries.append(
+            {
+                **found,
+                "name": name,
+                "kind": kind,
+                "rows": rows.kind,
+                "protocol": rows.protocol,
+                "apparent": taught or (learns and apparent),
+                "fitted_on": TAUGHT if taught else fitted_on if learns else "calibration only",
+            }
+        )
     return entries
 
 
@@ -73,9 +90,14 @@ def comparisons(
     The chosen ensemble comes first, marked `primary`, and is one test by itself: it was chosen on other rows, or before these
     were looked at. The other ensembles, and members that join others, are a family of their own under Holm's correction.
     """
-    hits = {name: probs.argmax(1) == rows.labels for name, probs in zip(rows.members, rows.probs, strict=True)}
+    hits = {
+        name: probs.argmax(1) == rows.labels
+        for name, probs in zip(rows.members, rows.probs, strict=True)
+    }
     best = max(combined, key=lambda name: hits[name].mean())
-    names = {key: probs for key, probs in table.items() if key[0] == "ensemble" or key[1] not in combined}
+    names = {
+        key: probs for key, probs in table.items() if key[0] == "ensemble" or key[1] not in combined
+    }
     primary = ("ensemble", chosen)
     order = [primary, *(key for key in names if key != primary)]
     right = [names[key].argmax(1) == rows.labels for key in order]
@@ -95,15 +117,30 @@ def _difference(a: np.ndarray, b: np.ndarray, rows: Predictions) -> dict[str, An
     return {"difference": found.estimate, "interval": [found.low, found.high]}
 
 
-def compared(rows: Predictions, names: tuple[str, str], test: paired.McNemar, p: float) -> dict[str, Any]:
+def compared(
+    rows: Predictions, names: tuple[str, str], test: paired.McNemar, p: float
+) -> dict[str, Any]:
     """One comparison as a line of results.json, with its verdict in words."""
     a, b = names
     told = "McNemar test over whole groups" if rows.groups is not None else "exact McNemar test"
-    n = 0 if rows.groups is not None else len(rows)  # how many images are needed is not known for groups
+    n = (
+        0 if rows.groups is not None else len(rows)
+    )  # how many images are needed is not known for groups
     verdict = paired.verdict(a, b, test.only_a, test.only_b, p, test=told, n=n)
-    return {"a": a, "b": b, "rows": rows.kind, "only_a": test.only_a, "only_b": test.only_b, "p": p, "verdict": verdict}
+    return {
+        "a": a,
+        "b": b,
+        "rows": rows.kind,
+        "only_a": test.only_a,
+        "only_b": test.only_b,
+        "p": p,
+        "verdict": verdict,
+    }
 
 
 def per_class(rows: Predictions, probs: np.ndarray) -> list[dict[str, Any]]:
     """Recall, precision and F1 of each class with intervals, for results.json; probs (n, k)."""
-    return [dict(entry) for entry in stats.per_class(probs, rows.labels, rows.classes, LEVEL, rows.groups)]
+    return [
+        dict(entry)
+        for entry in stats.per_class(probs, rows.labels, rows.classes, LEVEL, rows.groups)
+    ]

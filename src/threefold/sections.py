@@ -12,12 +12,34 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 HeadKind = Literal["linear", "mlp", "rnn", "gru", "lstm", "birnn", "bigru", "bilstm"]
 Method = Literal[
-    "mean", "best", "vote", "pruned", "top2", "weighted", "greedy", "pool", "logistic", "stacked-shrunk", "stacked"
+    "mean",
+    "best",
+    "vote",
+    "pruned",
+    "top2",
+    "weighted",
+    "greedy",
+    "pool",
+    "logistic",
+    "stacked-shrunk",
+    "stacked",
 ]
 Source = Literal[
-    "folder", "csv", "demo", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "inaturalist2019", "icassava2019",
-    "cassava2020", "surrey-asl", "parquet", "huggingface",
-]  # fmt: skip
+    "folder",
+    "csv",
+    "demo",
+    "mnist",
+    "fashion-mnist",
+    "cifar10",
+    "cifar100",
+    "svhn",
+    "inaturalist2019",
+    "icassava2019",
+    "cassava2020",
+    "surrey-asl",
+    "parquet",
+    "huggingface",
+]
 WITH_GROUPS = ("csv", "parquet", "huggingface", "surrey-asl")
 WITH_EXTRA = ("svhn", "inaturalist2019", "icassava2019")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]
@@ -105,7 +127,9 @@ class AugmentSpec(Section):
 class ViewSpec(Section):
     """Test-time views whose softmaxes are averaged (paper section 4.3)."""
 
-    kind: Literal["center", "flip", "random-crops", "five-crop", "ten-crop", "multi-scale"] = "center"
+    kind: Literal["center", "flip", "random-crops", "five-crop", "ten-crop", "multi-scale"] = (
+        "center"
+    )
     n: Annotated[int, Field(ge=1, le=64)] = 1
     """How many random crops (kind = random-crops)."""
     upsample: Annotated[float, Field(ge=1.0, le=2.0)] = 1.0
@@ -200,13 +224,19 @@ class MemberSpec(Section):
     @model_validator(mode="after")
     def _one_kind(self) -> MemberSpec:
         if bool(self.backbone) == bool(self.joins):
-            raise ValueError("a member has a backbone, or members that it joins: give one of the two")
+            raise ValueError(
+                "a member has a backbone, or members that it joins: give one of the two"
+            )
         if self.joins and (self.head.kind not in ("linear", "mlp") or len(set(self.joins)) < 2):
-            raise ValueError("a member that joins needs two members or more, and head.kind linear or mlp")
+            raise ValueError(
+                "a member that joins needs two members or more, and head.kind linear or mlp"
+            )
         if self.joins and self.head != HeadSpec(kind=self.head.kind, fc=self.head.fc):
             raise ValueError("of the head of a member that joins only kind and fc can be set")
         if self.joins and self.weights != "pretrained":
-            raise ValueError("a member that joins begins from the weights of those it joins; leave out weights")
+            raise ValueError(
+                "a member that joins begins from the weights of those it joins; leave out weights"
+            )
         return self
 
 

@@ -37,7 +37,9 @@ class SelectedEnsemble(Ensemble):
 
     def __init__(self, inner: Ensemble, top: int = 3) -> None:
         if top < 1:
-            raise RecipeError("a selection has a member", where="top", expected="1 or more", got=top)
+            raise RecipeError(
+                "a selection has a member", where="top", expected="1 or more", got=top
+            )
         self.inner, self.top = inner, top
 
     def state(self) -> dict[str, np.ndarray]:
@@ -79,11 +81,15 @@ def build_ensemble(name: str, spec: EnsembleSpec, seed: int = 0) -> Ensemble:
     ensemble = make_ensemble(name, seed)
     if isinstance(ensemble, StackedEnsemble):
         s = spec.stacked
-        ensemble = type(ensemble)(s.hidden, epochs=s.epochs or None, lr=s.lr, batch_size=s.batch_size, seed=seed)
+        ensemble = type(ensemble)(
+            s.hidden, epochs=s.epochs or None, lr=s.lr, batch_size=s.batch_size, seed=seed
+        )
     return SelectedEnsemble(ensemble, spec.top) if spec.top else ensemble
 
 
-def restore(name: str, state: Mapping[str, np.ndarray], members: Sequence[str]) -> tuple[Ensemble, list[str]]:
+def restore(
+    name: str, state: Mapping[str, np.ndarray], members: Sequence[str]
+) -> tuple[Ensemble, list[str]]:
     """The ensemble that has this `state`, without the step of selection, and the members that it combines.
 
     Args:

@@ -82,7 +82,14 @@ def make_app(
 
     name = str(model.card.get("name") or "model")
     about = f"{name}: {len(model.classes)} classes, {len(model.members)} members"
-    app = FastAPI(title="threefold", description=about, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)  # fmt: skip
+    app = FastAPI(
+        title="threefold",
+        description=about,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
     app.add_middleware(Guard, limits=limits, gauges=gauges, api_key=api_key, hosts=hosts)
     _add_errors(app)
     _add_page(app)
@@ -108,7 +115,13 @@ def make_app(
 
     failures = {s: {"model": Failure} for s in (400, 401, 408, 413, 415, 429, 503)}
 
-    @app.post("/predict", response_model=Answers, response_model_exclude_none=True, responses=failures, openapi_extra=BODY)  # type: ignore[arg-type] # fmt: skip
+    @app.post(
+        "/predict",
+        response_model=Answers,
+        response_model_exclude_none=True,
+        responses=failures,  # type: ignore[arg-type]
+        openapi_extra=BODY,
+    )
     async def predict(
         request: Request, top: Annotated[int, Query(ge=1, le=1000)] = 3, mode: Mode | None = None
     ) -> Answers:
@@ -120,9 +133,15 @@ def make_app(
             async with asyncio.timeout(limits.answer_seconds):
                 found = await _answer_all(batcher[0], images, limits, mode or standard)
         except TimeoutError:
-            raise Refusal(503, "timeout", f"no answer within {limits.answer_seconds} seconds; try again") from None
+            raise Refusal(
+                503, "timeout", f"no answer within {limits.answer_seconds} seconds; try again"
+            ) from None
         gauges.images.inc(len(found))
-        return Answers(answers=[describe(model, i.name, *f, top=top) for i, f in zip(images, found, strict=True)])
+        return Answers(
+            answers=[
+                describe(model, i.name, *f, top=top) for i, f in zip(images, found, strict=True)
+            ]
+        )
 
     return app
 
@@ -142,10 +161,15 @@ def runner(model: Model, most: int = 0) -> Run:
     return run
 
 
-async def _answer_all(batcher: Batcher, images: Sequence[Image], limits: Limits, mode: str) -> list[Answer]:
+async def _answer_all(
+    batcher: Batcher, images: Sequence[Image], limits: Limits, mode: str
+) -> list[Answer]:
     """Answers in the order of the images; if one cannot be had the request fails and what still waits is dropped."""
     sizes = await asyncio.to_thread(lambda: [size_of(image, limits) for image in images])
-    futures = [asyncio.wrap_future(batcher.submit(i.content, s, mode)) for i, s in zip(images, sizes, strict=True)]
+    futures = [
+        asyncio.wrap_future(batcher.submit(i.content, s, mode))
+        for i, s in zip(images, sizes, strict=True)
+    ]
     found: list[Answer] = []
     try:
         for image, future in zip(images, futures, strict=True):
@@ -171,7 +195,10 @@ async def _refusing(answer: Awaitable[Any], name: str) -> Any:
 def _add_page(app: FastAPI) -> None:
     """The page's files, from memory."""
     for route, name in PAGE.items():
-        content, kind = (resources("threefold") / "web" / name).read_bytes(), KINDS[name.rpartition(".")[2]]
+        content, kind = (
+            (resources("threefold") / "web" / name).read_bytes(),
+            KINDS[name.rpartition(".")[2]],
+        )
 
         async def file(content: bytes = content, kind: str = kind) -> Response:
             return Response(content, media_type=kind)
@@ -247,7 +274,13 @@ def run_server(
 
 
 def make_server(
-    model: Model, host: str, port: int, limits: Limits, api_key: str = "", mode: str = "full", most: int = 0
+    model: Model,
+    host: str,
+    port: int,
+    limits: Limits,
+    api_key: str = "",
+    mode: str = "full",
+    most: int = 0,
 ) -> tuple[uvicorn.Server, socket.socket]:
     """A server that is not running yet, and the open port that it is to be run with; the arguments are those of `make_app`.
 
@@ -261,13 +294,22 @@ def make_server(
         listener = socket.create_server((host, port), family=family, backlog=512)
     except OSError as error:
         raise RunError(
-            "cannot listen", where=f"{host}:{port}", got=error.strerror or error, fix="choose another --port"
+            "cannot listen",
+            where=f"{host}:{port}",
+            got=error.strerror or error,
+            fix="choose another --port",
         ) from None
     hosts = {*map(_shown, LOOPBACK), _shown(host.lower())} if host in LOOPBACK else set()
     config = uvicorn.Config(
-        make_app(model, limits, api_key, hosts, cast(Mode, mode), most), http=protocol(limits), ws="none", lifespan="on", log_level="warning",
-        server_header=False, access_log=False, timeout_graceful_shutdown=limits.body_seconds + limits.answer_seconds,
-    )  # fmt: skip
+        make_app(model, limits, api_key, hosts, cast(Mode, mode), most),
+        http=protocol(limits),
+        ws="none",
+        lifespan="on",
+        log_level="warning",
+        server_header=False,
+        access_log=False,
+        timeout_graceful_shutdown=limits.body_seconds + limits.answer_seconds,
+    )
     return _Server(config), listener
 
 

@@ -112,7 +112,11 @@ def check_partition(roles: Sequence[Roles], n: int) -> None:
     """
     scored = np.concatenate([part.score for part in roles]) if roles else _NO_ROWS
     if not np.array_equal(np.sort(scored), np.arange(n)):
-        raise RunError("the folds do not score every row exactly once", expected=f"{n} rows", got=f"{len(scored)} rows")
+        raise RunError(
+            "the folds do not score every row exactly once",
+            expected=f"{n} rows",
+            got=f"{len(scored)} rows",
+        )
     for fold, part in enumerate(roles):
         if len(np.intersect1d(part.fit, np.union1d(part.select, part.score))):
             raise RunError("rows are fitted and also selected or scored on", where=f"fold {fold}")
@@ -122,7 +126,9 @@ def _codes(values: ArrayLike, names: Sequence[str] | None = None) -> _Codes:
     found, first, inverse = np.unique(np.asarray(values), return_index=True, return_inverse=True)
     order = np.argsort(first)
     rank = np.argsort(order)
-    return _Codes(rank[inverse], [names[value] if names is not None else f"{value}" for value in found[order]])
+    return _Codes(
+        rank[inverse], [names[value] if names is not None else f"{value}" for value in found[order]]
+    )
 
 
 def _group_codes(groups: Sequence[str] | None, spec: FoldSpec, n: int) -> _Codes | None:
@@ -131,7 +137,8 @@ def _group_codes(groups: Sequence[str] | None, spec: FoldSpec, n: int) -> _Codes
         return None
     if groups is None:
         raise DataError(
-            f"folds.scheme = {spec.scheme} needs groups", fix="set data.group_regex, or give the CSV a group column"
+            f"folds.scheme = {spec.scheme} needs groups",
+            fix="set data.group_regex, or give the CSV a group column",
         )
     if len(groups) != n:
         raise DataError("every image needs one group", expected=f"{n} groups", got=len(groups))
@@ -142,7 +149,11 @@ def _score_parts(kinds: _Codes, clusters: _Codes | None, spec: FoldSpec, seed: i
     """The scored rows of each fold."""
     if spec.scheme == "leave-one-group-out" and clusters is not None:
         if len(clusters.names) < 2:
-            raise DataError("leave-one-group-out needs several groups", expected="2 or more", got=len(clusters.names))
+            raise DataError(
+                "leave-one-group-out needs several groups",
+                expected="2 or more",
+                got=len(clusters.names),
+            )
         return [np.flatnonzero(clusters.of_row == group) for group in range(len(clusters.names))]
     _require_enough(kinds, clusters, spec.k)
     splitter = StratifiedKFold if clusters is None else StratifiedGroupKFold
@@ -150,7 +161,9 @@ def _score_parts(kinds: _Codes, clusters: _Codes | None, spec: FoldSpec, seed: i
     parts = dealer.split(kinds.of_row, kinds.of_row, None if clusters is None else clusters.of_row)
     scores = [np.asarray(score, dtype=np.int64) for _, score in parts]
     if not all(len(score) for score in scores):
-        raise DataError("the groups are too uneven for these folds", got=f"{spec.k} folds", fix="lower folds.k")
+        raise DataError(
+            "the groups are too uneven for these folds", got=f"{spec.k} folds", fix="lower folds.k"
+        )
     return scores
 
 
@@ -168,7 +181,10 @@ def _require_enough(kinds: _Codes, clusters: _Codes | None, k: int) -> None:
         )
     if clusters is not None and len(clusters.names) < k:
         raise DataError(
-            f"too few groups for {k} folds", expected=f"{k} or more", got=len(clusters.names), fix="lower folds.k"
+            f"too few groups for {k} folds",
+            expected=f"{k} or more",
+            got=len(clusters.names),
+            fix="lower folds.k",
         )
 
 
@@ -210,7 +226,9 @@ def _draw_rows(rest: Rows, codes: Rows, share: float, rng: np.random.Generator) 
     return np.sort(np.concatenate(drawn))
 
 
-def _draw_groups(rest: Rows, codes: Rows, groups: Rows, share: float, rng: np.random.Generator) -> Rows:
+def _draw_groups(
+    rest: Rows, codes: Rows, groups: Rows, share: float, rng: np.random.Generator
+) -> Rows:
     """Whole groups in random order, each taken if it brings the shares of all classes nearer to what is asked.
 
     Where every group is too large for that, the one that misses by least. No group may take the last of a class.

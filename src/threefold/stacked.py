@@ -61,23 +61,42 @@ class StackedEnsemble(Ensemble):
     """
 
     _thin: tuple[np.ndarray, np.ndarray] | None = None
-    _state: ClassVar[tuple[str, ...]] = ("hidden_weight_", "hidden_bias_", "output_weight_", "output_bias_")
+    _state: ClassVar[tuple[str, ...]] = (
+        "hidden_weight_",
+        "hidden_bias_",
+        "output_weight_",
+        "output_bias_",
+    )
     hidden_weight_: np.ndarray
     hidden_bias_: np.ndarray
     output_weight_: np.ndarray
     output_bias_: np.ndarray
 
     def __init__(
-        self, hidden: int = 4096, *, epochs: int | None = None, lr: float = 1e-4, batch_size: int = 200, seed: int = 0
+        self,
+        hidden: int = 4096,
+        *,
+        epochs: int | None = None,
+        lr: float = 1e-4,
+        batch_size: int = 200,
+        seed: int = 0,
     ) -> None:
-        self.hidden, self.epochs, self.lr, self.batch_size, self.seed = hidden, epochs, lr, batch_size, seed
+        self.hidden, self.epochs, self.lr, self.batch_size, self.seed = (
+            hidden,
+            epochs,
+            lr,
+            batch_size,
+            seed,
+        )
 
     def _fit(self, probs: np.ndarray, labels: np.ndarray) -> None:
         m, n, k = probs.shape
         inputs = np.ascontiguousarray(probs.swapaxes(0, 1), np.float32).reshape(n, m * k)
         short = self.epochs is None and m > MANY and m * k > RANK and n >= ROWS
         directions = _leading(inputs) if short else None
-        weights = self._trained(inputs if directions is None else inputs @ directions, labels, k, directions)
+        weights = self._trained(
+            inputs if directions is None else inputs @ directions, labels, k, directions
+        )
         for name, value in zip(StackedEnsemble._state, weights, strict=True):
             setattr(self, name, value)
         self._thin = None
@@ -110,7 +129,9 @@ class StackedEnsemble(Ensemble):
         steps = -(-n // self.batch_size)
         least = -(-(STEPS if short else 600) // steps)
         epochs = self.epochs if self.epochs is not None else least if short else max(40, least)
-        batches = (rows for _ in range(epochs) for rows in np.array_split(draw.permutation(n), steps))
+        batches = (
+            rows for _ in range(epochs) for rows in np.array_split(draw.permutation(n), steps)
+        )
         yield from islice(batches, STEPS if short else None)
 
     def _combine(self, probs: np.ndarray) -> np.ndarray:
@@ -118,7 +139,9 @@ class StackedEnsemble(Ensemble):
         check_fitted_on(self.hidden_weight_.shape[1], m * k, "members times classes")
         check_fitted_on(self.output_weight_.shape[0], k, "classes")
         inputs = probs.swapaxes(0, 1).reshape(n, m * k).astype(np.float32)
-        return np.concatenate([self._answer(inputs[i : i + 256]) for i in range(0, n, 256)])  # what the cache holds
+        return np.concatenate(
+            [self._answer(inputs[i : i + 256]) for i in range(0, n, 256)]
+        )  # what the cache holds
 
     def _answer(self, inputs: np.ndarray) -> np.ndarray:
         if self._thin is not None:  # the same product with far fewer multiplications
@@ -160,7 +183,10 @@ class ShrunkStackedEnsemble(StackedEnsemble):
 
     def _fit(self, probs: np.ndarray, labels: np.ndarray) -> None:
         many = len(labels) >= ROWS
-        part, asked = stratified_parts(labels, parts=6 if many else self.parts), np.zeros(len(labels), bool)
+        part, asked = (
+            stratified_parts(labels, parts=6 if many else self.parts),
+            np.zeros(len(labels), bool),
+        )
         mean = MeanEnsemble().predict_proba(probs)
         stacked = mean.copy()
         for value in np.unique(part)[: 1 if many else None] if part.any() else ():
@@ -173,7 +199,10 @@ class ShrunkStackedEnsemble(StackedEnsemble):
             super()._fit(probs, labels)
 
     def _combine(self, probs: np.ndarray) -> np.ndarray:
-        return np.asarray(self.share_ * super()._combine(probs) + (1 - self.share_) * MeanEnsemble()._combine(probs))
+        return np.asarray(
+            self.share_ * super()._combine(probs)
+            + (1 - self.share_) * MeanEnsemble()._combine(probs)
+        )
 
     def to_module(self) -> nn.Module:
         """The trained network and the mean, mixed."""
@@ -191,7 +220,9 @@ class ShrunkStackedEnsemble(StackedEnsemble):
         return Mixed(super().to_module(), float(self.state()["share_"])).eval()
 
 
-def _share(stacked: np.ndarray, mean: np.ndarray, labels: np.ndarray, asked: np.ndarray) -> np.ndarray:
+def _share(
+    stacked: np.ndarray, mean: np.ndarray, labels: np.ndarray, asked: np.ndarray
+) -> np.ndarray:
     """The share () of the network, chosen on the rows `asked`, which it has not seen."""
     rows = np.flatnonzero(asked)
     hits = [table[rows, labels[rows]] for table in (stacked, mean)]
@@ -209,7 +240,9 @@ def stacked_network(m: int, k: int, hidden: int) -> nn.Sequential:
     for layer in (first, last):
         nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(layer.bias)
-    return nn.Sequential(nn.Flatten(), first, nn.LeakyReLU(0.2), nn.Dropout(0.5), last, nn.Softmax(-1))
+    return nn.Sequential(
+        nn.Flatten(), first, nn.LeakyReLU(0.2), nn.Dropout(0.5), last, nn.Softmax(-1)
+    )
 
 
 def _leading(inputs: np.ndarray) -> np.ndarray:
@@ -224,7 +257,9 @@ def _glorot(draw: np.random.Generator, out: int, width: int) -> np.ndarray:
     return draw.uniform(-bound, bound, (out, width)).astype(np.float32)
 
 
-def _gradients(network: list[np.ndarray], inputs: np.ndarray, labels: np.ndarray, kept: np.ndarray) -> list[np.ndarray]:
+def _gradients(
+    network: list[np.ndarray], inputs: np.ndarray, labels: np.ndarray, kept: np.ndarray
+) -> list[np.ndarray]:
     """Gradients of the mean cross-entropy of one step with respect to weights and biases.
 
     Args:
@@ -237,7 +272,9 @@ def _gradients(network: list[np.ndarray], inputs: np.ndarray, labels: np.ndarray
     hidden = inputs @ weight.T
     hidden += bias
     # LeakyReLU and dropout are one factor, 0, 0.4 or 2, forward and back; made of integers, since np.where takes five times as long.
-    factor = np.multiply(((hidden > 0).view(np.uint8) * 4 + 1) * kept, np.float32(0.4), dtype=np.float32)
+    factor = np.multiply(
+        ((hidden > 0).view(np.uint8) * 4 + 1) * kept, np.float32(0.4), dtype=np.float32
+    )
     hidden *= factor
     logits = hidden @ output.T
     logits += shift
@@ -259,7 +296,9 @@ class _Adam:
     def step(self, gradients: list[np.ndarray], lr: float) -> None:
         self.steps += 1
         first, second = 1 - 0.9**self.steps, (1 - 0.999**self.steps) ** 0.5
-        for parameter, gradient, (mean, square) in zip(self.parameters, gradients, self.moments, strict=True):
+        for parameter, gradient, (mean, square) in zip(
+            self.parameters, gradients, self.moments, strict=True
+        ):
             mean += 0.1 * (gradient - mean)
             square += 0.001 * (gradient * gradient - square)
             scale = np.sqrt(square)
@@ -271,4 +310,6 @@ class _Adam:
 def _coin_flips(draw: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
     """Fair zeros and ones, uint8: dropout at rate 1/2 from random bits; torch's own takes half of a step's time."""
     count = shape[0] * shape[1]
-    return np.unpackbits(np.frombuffer(draw.bytes(-(-count // 8)), np.uint8), count=count).reshape(shape)
+    return np.unpackbits(np.frombuffer(draw.bytes(-(-count // 8)), np.uint8), count=count).reshape(
+        shape
+    )

@@ -113,11 +113,15 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
         record, checkpoint = loop.epoch(epoch)
         records.append(record)
         task.watcher.epoch(record)
-        best = checkpoint if (best is start and task.first) or checkpoint.better_than(best) else best
+        best = (
+            checkpoint if (best is start and task.first) or checkpoint.better_than(best) else best
+        )
         loop.keep(best, records)
         if time.monotonic() > task.deadline:
             break
-    kept, reason = gate(start, best, task.first, task.recipe.train.gate and task.recipe.protocol != "paper")
+    kept, reason = gate(
+        start, best, task.first, task.recipe.train.gate and task.recipe.protocol != "paper"
+    )
     chosen = best if kept else start
     member.load_state_dict(chosen.state)
     cut = len(records) < task.stage.epochs or loop.cut
@@ -143,13 +147,17 @@ class _Loop:
         self.optimizer = _optimizer(member, spec, task.stage)
         self.augment = _Augmentation(task)
         self.generator = torch.Generator().manual_seed(task.seed)
-        self.steps_per_epoch = max(1, round(len(task.fit[1]) / (task.batch_size or spec.batch_size)))
+        self.steps_per_epoch = max(
+            1, round(len(task.fit[1]) / (task.batch_size or spec.batch_size))
+        )
         self.step, self.cut, self.began = 0, False, time.monotonic()
         self.mark, self.kept, self.earlier = "", self.began, 0.0
         self.average = _average(member, spec.ema) if spec.ema else None
         self.soft = _softened(task, self.device)
         self.weight = (
-            _class_weights(task.fit[1], task.num_classes, self.device) if spec.class_weights == "balanced" else None
+            _class_weights(task.fit[1], task.num_classes, self.device)
+            if spec.class_weights == "balanced"
+            else None
         )
 
     def go_on(self, start: Checkpoint) -> tuple[Checkpoint, list[dict[str, Any]]]:
@@ -157,7 +165,9 @@ class _Loop:
         task = self.task
         if task.keep is None:
             return start, []
-        self.mark = mark_of((task.seed, task.stage, task.recipe.digest(), len(task.fit[1])), start.state)
+        self.mark = mark_of(
+            (task.seed, task.stage, task.recipe.digest(), len(task.fit[1])), start.state
+        )
         found = load_midway(task.keep, self.mark)
         if found is None:
             return start, []
@@ -172,24 +182,43 @@ class _Loop:
         if values["best"] < 0:
             return start, values["records"]
         losses, hits = (found.tensors[name].numpy() for name in ("losses", "hits"))
-        return Checkpoint(found.part("best"), float(hits.mean()), losses, hits, values["best"]), values["records"]
+        return Checkpoint(
+            found.part("best"), float(hits.mean()), losses, hits, values["best"]
+        ), values["records"]
 
     def keep(self, best: Checkpoint, records: list[dict[str, Any]]) -> None:
         """Write down where the stage stands, unless it has just been done, or the stage is over."""
         now, task = time.monotonic(), self.task
         if task.keep is None or now - self.kept < midway.EVERY or len(records) == task.stage.epochs:
             return
-        optimizer, drawn = optimizer_state(self.optimizer), random_state(self.device, self._generators())
-        parts = {"member": self.member.state_dict(), "optimizer": optimizer.tensors, "random": drawn.tensors}
+        optimizer, drawn = (
+            optimizer_state(self.optimizer),
+            random_state(self.device, self._generators()),
+        )
+        parts = {
+            "member": self.member.state_dict(),
+            "optimizer": optimizer.tensors,
+            "random": drawn.tensors,
+        }
         if self.average is not None:
             parts["average"] = self.average.state_dict()
         alone = {}
         if best.epoch >= 0:
             parts["best"] = best.state
             alone = {"losses": torch.from_numpy(best.losses), "hits": torch.from_numpy(best.hits)}
-        values = {"records": records, "best": best.epoch, "step": self.step, "seconds": self.earlier + now - self.began,
-                  "optimizer": optimizer.values, "random": drawn.values}  # fmt: skip
-        tensors = {f"{part}/{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
+        values = {
+            "records": records,
+            "best": best.epoch,
+            "step": self.step,
+            "seconds": self.earlier + now - self.began,
+            "optimizer": optimizer.values,
+            "random": drawn.values,
+        }
+        tensors = {
+            f"{part}/{name}": tensor
+            for part, state in parts.items()
+            for name, tensor in state.items()
+        }
         save_midway(task.keep, self.mark, Midway({**tensors, **alone}, values))
         self.kept = time.monotonic()
 
@@ -204,8 +233,12 @@ class _Loop:
             try:
                 loss = self._step(rows)
             except torch.OutOfMemoryError:
-                raise RunError("the accelerator has not enough memory", where=f"stage {self.task.stage.name}", got=f"{len(rows)} images at once",
-                               fix=f"set train.accumulate = {2 * self.spec.accumulate} (the same batch, in smaller parts)") from None  # fmt: skip
+                raise RunError(
+                    "the accelerator has not enough memory",
+                    where=f"stage {self.task.stage.name}",
+                    got=f"{len(rows)} images at once",
+                    fix=f"set train.accumulate = {2 * self.spec.accumulate} (the same batch, in smaller parts)",
+                ) from None
             if not math.isfinite(loss):
                 raise RunError(
                     "the loss is not a number",
@@ -236,7 +269,9 @@ class _Loop:
         source = self.average.module if self.average is not None and epoch >= 0 else self.member
         probs = predict_probs(Predictor(source), self.task.select[0], self.precision)
         labels = self.task.select[1]
-        losses = -np.log(np.clip(probs[np.arange(len(labels)), labels], 1e-7, 1.0)).astype(np.float64)
+        losses = -np.log(np.clip(probs[np.arange(len(labels)), labels], 1e-7, 1.0)).astype(
+            np.float64
+        )
         hits = probs.argmax(1) == labels
         state = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
         return Checkpoint(state, float(hits.mean()), losses, hits, epoch)
@@ -245,8 +280,12 @@ class _Loop:
         """Rows of each optimizer step; a last batch of one row would break batch norm and is left out."""
         labels = self.task.fit[1]
         if self.spec.sampler == "balanced":
-            weights = torch.from_numpy(1.0 / np.bincount(labels, minlength=self.task.num_classes)[labels])
-            order = torch.multinomial(weights, len(labels), replacement=True, generator=self.generator)
+            weights = torch.from_numpy(
+                1.0 / np.bincount(labels, minlength=self.task.num_classes)[labels]
+            )
+            order = torch.multinomial(
+                weights, len(labels), replacement=True, generator=self.generator
+            )
         else:
             order = torch.randperm(len(labels), generator=self.generator)
         for rows in np.array_split(order.numpy(), self.steps_per_epoch):
@@ -291,7 +330,9 @@ class _Loop:
         soft = self.soft[1][torch.from_numpy(rows)] if self.soft is not None else None
         images, targets, soft = self.augment(images, own, soft)
         logits = self.member(images.contiguous(memory_format=torch.channels_last)).float()
-        hard = functional.cross_entropy(logits, targets, weight=self.weight, label_smoothing=self.spec.label_smoothing)
+        hard = functional.cross_entropy(
+            logits, targets, weight=self.weight, label_smoothing=self.spec.label_smoothing
+        )
         if self.soft is None or soft is None:
             return hard
         spec = self.soft[0]
@@ -305,7 +346,9 @@ class _Augmentation:
         spec = task.recipe.augment
         self.warp = Augment(spec)
         self.generator = torch.Generator().manual_seed(task.seed + 1)
-        self.erase = RandomErasing(spec.erasing, mode="const", device="cpu") if spec.erasing else None
+        self.erase = (
+            RandomErasing(spec.erasing, mode="const", device="cpu") if spec.erasing else None
+        )
         self.mix = (
             Mixup(spec.mixup, spec.cutmix, label_smoothing=0.0, num_classes=task.num_classes)
             if spec.mixup or spec.cutmix
@@ -313,7 +356,9 @@ class _Augmentation:
         )
         self.num_classes = task.num_classes
 
-    def __call__(self, images: Tensor, labels: Tensor, soft: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def __call__(
+        self, images: Tensor, labels: Tensor, soft: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Images, labels (or shares of classes) and a teacher's probabilities, mixed alike."""
         images = self.warp(images, self.generator)
         if self.erase is not None:
@@ -322,7 +367,10 @@ class _Augmentation:
             even = len(images) - len(images) % 2
             self.mix.num_classes = even  # each image a class of its own: the answer then says how much of whom is in it
             mixed, shares = self.mix(images[:even], torch.arange(even, device=labels.device))
-            images, labels = torch.cat([mixed, images[even:]]), functional.one_hot(labels, self.num_classes).to(shares.dtype)  # fmt: skip
+            images, labels = (
+                torch.cat([mixed, images[even:]]),
+                functional.one_hot(labels, self.num_classes).to(shares.dtype),
+            )
             labels = torch.cat([shares @ labels[:even], labels[even:]])
             soft = torch.cat([shares @ soft[:even], soft[even:]]) if soft is not None else None
         return images, labels, soft
@@ -348,7 +396,12 @@ def _optimizer(member: nn.Module, spec: TrainSpec, stage: StageSpec) -> torch.op
         return KerasAdam(groups, lr=stage.lr)
     if spec.optimizer == "sgd":
         return torch.optim.SGD(
-            groups, lr=stage.lr, momentum=0.9, nesterov=True, weight_decay=spec.weight_decay, fused=True
+            groups,
+            lr=stage.lr,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=spec.weight_decay,
+            fused=True,
         )
     family = torch.optim.AdamW if spec.optimizer == "adamw" else torch.optim.Adam
     return family(groups, lr=stage.lr, weight_decay=spec.weight_decay, fused=True)

@@ -174,7 +174,10 @@ def paired_interval(only_a: int, only_b: int, n: int, level: float) -> tuple[flo
 
 
 def share_interval(
-    hits: npt.ArrayLike, groups: npt.ArrayLike | None = None, level: float = 0.95, among: npt.ArrayLike | None = None
+    hits: npt.ArrayLike,
+    groups: npt.ArrayLike | None = None,
+    level: float = 0.95,
+    among: npt.ArrayLike | None = None,
 ) -> Interval:
     """Interval of the share of rows that hit, such as an accuracy: Wilson's, on as many rows as the groups are worth.
 
@@ -242,10 +245,15 @@ def per_class(
     """
     array, truth = _checked(probs, labels)
     if len(classes) != array.shape[1]:
-        raise DataError("class names do not match the probabilities", expected=array.shape[1], got=len(classes))
+        raise DataError(
+            "class names do not match the probabilities", expected=array.shape[1], got=len(classes)
+        )
     part = None if groups is None else check_groups(groups, len(truth))
     answer = array.argmax(-1)
-    return [{"class": name, **_class_figures(truth == c, answer == c, part, level)} for c, name in enumerate(classes)]
+    return [
+        {"class": name, **_class_figures(truth == c, answer == c, part, level)}
+        for c, name in enumerate(classes)
+    ]
 
 
 def bootstrap_interval(
@@ -283,18 +291,25 @@ def bootstrap_interval(
     if score in COUNTED:
         # These see no more of a row than its label and answer: rows that agree in both are drawn together.
         k, answer = array.shape[1], array.argmax(-1)
-        if score != "macro_f1":  # any other class is as wrong as the one that was called: fewer cells to draw
+        if (
+            score != "macro_f1"
+        ):  # any other class is as wrong as the one that was called: fewer cells to draw
             answer = np.where(answer == truth, truth, (truth + 1) % k)
         cells, at = np.unique(truth * k + answer, return_inverse=True)
         array, truth = np.eye(k)[cells % k], cells // k
         draws = cell_weights(at, part, resamples, seed)
     else:
         draws = row_weights(len(truth), part, resamples, seed)
-    return percentile_interval(np.concatenate([function(array, truth, weights) for weights in draws]), level)
+    return percentile_interval(
+        np.concatenate([function(array, truth, weights) for weights in draws]), level
+    )
 
 
 def score_table(
-    probs: npt.ArrayLike, labels: npt.ArrayLike, level: float = 0.95, groups: npt.ArrayLike | None = None
+    probs: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    level: float = 0.95,
+    groups: npt.ArrayLike | None = None,
 ) -> dict[str, Any]:
     """The figures of one entry of `results.json`'s "scores": n, accuracy, interval, level, log_loss, ece, brier,
     balanced_accuracy, balanced_accuracy_interval, macro_f1, roc_auc (None where all rows have one label).
@@ -306,7 +321,10 @@ def score_table(
     """
     array, truth = _checked(probs, labels)
     hits = array.argmax(-1) == truth
-    values = {name: score_value(name, array, truth) for name in ("log_loss", "brier", "macro_f1", "roc_auc")}
+    values = {
+        name: score_value(name, array, truth)
+        for name in ("log_loss", "brier", "macro_f1", "roc_auc")
+    }
     curve = _reliability(array.max(-1), hits)
     return {
         "n": len(hits),
@@ -317,7 +335,9 @@ def score_table(
         "ece": _ece(curve),
         "brier": values["brier"],
         "balanced_accuracy": score_value("balanced_accuracy", array, truth),
-        "balanced_accuracy_interval": list(bootstrap_interval("balanced_accuracy", array, truth, groups, level=level)),
+        "balanced_accuracy_interval": list(
+            bootstrap_interval("balanced_accuracy", array, truth, groups, level=level)
+        ),
         "macro_f1": values["macro_f1"],
         "roc_auc": None if np.isnan(values["roc_auc"]) else values["roc_auc"],
     }
@@ -328,7 +348,10 @@ def _reliability(confidence: np.ndarray, hit: np.ndarray, bins: int = 15) -> Rel
     where = np.digitize(confidence, np.linspace(0, 1, bins + 1)[1:-1], right=True)
     count = np.bincount(where, minlength=bins)
     used = count > 0
-    means = [np.bincount(where, weights, minlength=bins)[used] / count[used] for weights in (confidence, hit)]
+    means = [
+        np.bincount(where, weights, minlength=bins)[used] / count[used]
+        for weights in (confidence, hit)
+    ]
     return Reliability(means[0], means[1], count[used])
 
 
@@ -336,7 +359,9 @@ def _ece(curve: Reliability) -> float:
     return float(np.abs(curve.confidence - curve.accuracy) @ curve.n / curve.n.sum())
 
 
-def _class_figures(member: np.ndarray, answered: np.ndarray, part: np.ndarray | None, level: float) -> dict[str, Any]:
+def _class_figures(
+    member: np.ndarray, answered: np.ndarray, part: np.ndarray | None, level: float
+) -> dict[str, Any]:
     """Figures of one class from the rows of it and those called so."""
     hit, union = member & answered, member | answered
     right, n, predicted = int(hit.sum()), int(member.sum()), int(answered.sum())

@@ -49,7 +49,9 @@ def distill(
     Run(target, recipe).build(
         recipe.members[0], 2, pretrained=True
     )  # an unknown student is told before teachers are trained
-    trained = workflow.train(recipe, target, watcher, f"made by threefold distill {run} --student {student}")
+    trained = workflow.train(
+        recipe, target, watcher, f"made by threefold distill {run} --student {student}"
+    )
     workflow.finish(trained)
     _note_bytes(trained, teacher)
     return trained
@@ -58,7 +60,10 @@ def distill(
 def _note_bytes(run: Run, teacher: Run) -> None:
     """Add the sizes of both exported files to results.json, where there are two."""
     results = run.results
-    sizes = {results["distill"]["student"]: run.dir, results["distill"]["teacher"]["name"]: teacher.dir}
+    sizes = {
+        results["distill"]["student"]: run.dir,
+        results["distill"]["teacher"]["name"]: teacher.dir,
+    }
     for line in results["distill"]["costs"]:
         path = sizes[line["name"]] / "model.onnx" if line["name"] in sizes else Path()
         if path.is_file():
@@ -84,19 +89,31 @@ def student_recipe(teacher: Run, run: str, student: str, overrides: Sequence[str
     tree: dict[str, Any] = recipe.model_dump(mode="json", exclude_none=True)
     like = next((m for m in recipe.members if m.name == student), None)
     if like is not None and like.joins:
-        raise RecipeError("a member that joins others is no student", got=student, fix="name a member with a backbone of its own, or a timm network")  # fmt: skip
+        raise RecipeError(
+            "a member that joins others is no student",
+            got=student,
+            fix="name a member with a backbone of its own, or a timm network",
+        )
     first = next(m for m in recipe.members if not m.joins)
-    spec = like or MemberSpec(name=STUDENT, backbone=student, img_size=first.img_size, resize=first.resize)
+    spec = like or MemberSpec(
+        name=STUDENT, backbone=student, img_size=first.img_size, resize=first.resize
+    )
     stages = recipe.stages_of((like or first).name)
     tree |= {
-        "name": f"{recipe.name[:60]}-student", "budget_minutes": 0.0,
+        "name": f"{recipe.name[:60]}-student",
+        "budget_minutes": 0.0,
         "folds": tree["folds"] | {"final": "refit"},
         "views": {},
-        "ensemble": tree["ensemble"] | {"methods": ["mean"], "export": "mean", "members": [STUDENT], "top": 0},
+        "ensemble": tree["ensemble"]
+        | {"methods": ["mean"], "export": "mean", "members": [STUDENT], "top": 0},
         "stages": [s.model_dump(mode="json") | {"members": []} for s in stages],
         "members": [spec.model_dump(mode="json") | {"name": STUDENT, "folds": []}],
-        "distill": {"run": run, "student": STUDENT, "inner": 2 if saved_predictions(teacher.dir)[1] is None else 0},
-    }  # fmt: skip
+        "distill": {
+            "run": run,
+            "student": STUDENT,
+            "inner": 2 if saved_predictions(teacher.dir)[1] is None else 0,
+        },
+    }
     alone = Recipe.parse(tree, overrides, where="the student's recipe")
     tree = alone.model_dump(mode="json", exclude_none=True)
     tree["members"] += [m | {"name": TWIN} for m in tree["members"] if m["name"] == STUDENT]

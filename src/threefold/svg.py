@@ -50,7 +50,9 @@ def draw_svg(draw: Callable[[Axes], None], size: tuple[float, float], label: str
     """
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         # The browser's fonts draw the text; matplotlib only measures it, and may lack a glyph.
-        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font|.*Matplotlib currently does not support")
+        warnings.filterwarnings(
+            "ignore", message=r"Glyph .* missing from font|.*Matplotlib currently does not support"
+        )
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.add_subplot())
         buffer = io.StringIO()
@@ -58,7 +60,9 @@ def draw_svg(draw: Callable[[Axes], None], size: tuple[float, float], label: str
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # not unique over the charts of one page, and nothing refers to them
+    svg = re.sub(
+        r'<g id="[^"]*"', "<g", svg
+    )  # not unique over the charts of one page, and nothing refers to them
     svg = re.sub(r' (?:xmlns(?::xlink)?|width|height)="[^"]*"', "", svg, count=4)
     for stand_in, variable in _VARIABLES.items():
         svg = svg.replace(stand_in, variable)

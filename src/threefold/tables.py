@@ -18,7 +18,14 @@ import numpy as np
 from threefold.errors import DataError
 from threefold.listing import Encoded, Item, Listing, shorten
 
-_PARTS = {"train": "train", "val": "train", "valid": "train", "validation": "train", "dev": "train", "test": "test"}
+_PARTS = {
+    "train": "train",
+    "val": "train",
+    "valid": "train",
+    "validation": "train",
+    "dev": "train",
+    "test": "test",
+}
 _IMAGES = ("image", "img", "picture", "photo")
 _LABELS = ("label", "labels", "fine_label", "class")
 
@@ -41,7 +48,9 @@ def _imported(name: str, extra: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         package = name.partition(".")[0]
-        raise DataError(f"the package {package} is not installed", fix=f'pip install "threefold[{extra}]"') from None
+        raise DataError(
+            f"the package {package} is not installed", fix=f'pip install "threefold[{extra}]"'
+        ) from None
 
 
 # parquet --------------------------------------------------------------------------------------------------------------
@@ -66,9 +75,13 @@ def list_parquet(root: Path) -> Listing:
         try:
             table = parquet.read_table(file)
         except Exception as error:  # pyarrow raises errors of many types on damaged files
-            raise DataError("cannot read the parquet file", where=file, got=str(error)[:200]) from None
+            raise DataError(
+                "cannot read the parquet file", where=file, got=str(error)[:200]
+            ) from None
         begin = re.match(r"[a-z]+", file.stem.lower())
-        parts.append(_Part(str(file), _PARTS.get(begin.group() if begin else "", "train"), table, None))
+        parts.append(
+            _Part(str(file), _PARTS.get(begin.group() if begin else "", "train"), table, None)
+        )
     folder = root if root.is_dir() else root.parent
     return _listing([part._replace(names=_hub_names(part.table)) for part in parts], folder)
 
@@ -107,8 +120,14 @@ def list_huggingface(name: str) -> Listing:
         raise DataError("cannot load the data set", where=name, got=got) from None
     parts = []
     for split, rows in loaded.items():
-        images = [column for column, feature in rows.features.items() if isinstance(feature, hub.Image)]
-        labels = [column for column, feature in rows.features.items() if isinstance(feature, hub.ClassLabel)]
+        images = [
+            column for column, feature in rows.features.items() if isinstance(feature, hub.Image)
+        ]
+        labels = [
+            column
+            for column, feature in rows.features.items()
+            if isinstance(feature, hub.ClassLabel)
+        ]
         label = next((column for column in (*_LABELS, *labels) if column in rows.features), None)
         if len(images) != 1 or label is None or split.lower() not in _PARTS:
             raise DataError(
@@ -119,9 +138,13 @@ def list_huggingface(name: str) -> Listing:
             )
         names = rows.features[label].names if label in labels else None
         table = rows.data.table.rename_columns(
-            [{images[0]: "image", label: "label"}.get(column, f"other {column}" if column in ("image", "label") else column)
-             for column in rows.data.column_names]
-        )  # fmt: skip
+            [
+                {images[0]: "image", label: "label"}.get(
+                    column, f"other {column}" if column in ("image", "label") else column
+                )
+                for column in rows.data.column_names
+            ]
+        )
         parts.append(_Part(split, _PARTS[split.lower()], table, names))
     return _listing(parts, None)
 
@@ -144,18 +167,26 @@ def _listing(parts: list[_Part], folder: Path | None) -> Listing:
         cells.append(part.table.column(image) if image else None)
         items += _items(part, image, len(items), folder)
     if len({cell is None for cell in cells}) > 1:
-        raise DataError("some files hold images and others name them", got=shorten(part.name for part in parts))
+        raise DataError(
+            "some files hold images and others name them", got=shorten(part.name for part in parts)
+        )
     if len({item.id for item in items}) < len(items):
         raise DataError("ids are not unique", where=shorten(part.name for part in parts))
     if cells[0] is None:
         absent = [item.id for item in items if not item.path.is_file()]
         if absent:
-            raise DataError(f"{len(absent)} files of the table do not exist", where=folder, got=shorten(absent))
+            raise DataError(
+                f"{len(absent)} files of the table do not exist", where=folder, got=shorten(absent)
+            )
         return Listing(items, [])
 
     def read(row: int) -> bytes:
         at = int(np.searchsorted(starts, row, side="right")) - 1
-        return _bytes(cells[at][row - starts[at]].as_py(), f"{parts[at].name} row {row - starts[at]}", folder is None)
+        return _bytes(
+            cells[at][row - starts[at]].as_py(),
+            f"{parts[at].name} row {row - starts[at]}",
+            folder is None,
+        )
 
     named = next((part.names for part in parts if part.names), [])
     used = {item.label for item in items}
@@ -175,7 +206,10 @@ def _items(part: _Part, image: str, start: int, folder: Path | None) -> Iterator
         )
     columns = {
         name: part.table.column(source).to_pylist()
-        for name, source in (("label", label), *((name, name) for name in ("path", "id", "group", "split")))
+        for name, source in (
+            ("label", label),
+            *((name, name) for name in ("path", "id", "group", "split")),
+        )
         if source in part.table.column_names
     }
     for row in range(part.table.num_rows):
@@ -205,7 +239,9 @@ def _label(value: object, names: list[str] | None, where: str) -> str:
     """The class name that a cell stands for."""
     if isinstance(value, int) and not isinstance(value, bool):
         if names is not None and not 0 <= value < len(names):
-            raise DataError("a label has no name", where=where, expected=f"0 to {len(names) - 1}", got=value)
+            raise DataError(
+                "a label has no name", where=where, expected=f"0 to {len(names) - 1}", got=value
+            )
         return names[value] if names is not None else str(value)
     if not isinstance(value, str) or not value.strip():
         raise DataError("a label is neither text nor a whole number", where=where, got=repr(value))
@@ -219,7 +255,11 @@ def _bytes(cell: Any, where: str, may_open: bool) -> bytes:
         try:
             return Path(cell["path"]).read_bytes()
         except OSError as error:
-            raise DataError("cannot read the file", where=cell["path"], got=error.strerror or error) from None
+            raise DataError(
+                "cannot read the file", where=cell["path"], got=error.strerror or error
+            ) from None
     if not isinstance(content, bytes):
-        raise DataError("the cell has no image", where=where, expected="bytes", got=type(content).__name__)
+        raise DataError(
+            "the cell has no image", where=where, expected="bytes", got=type(content).__name__
+        )
     return content

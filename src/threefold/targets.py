@@ -100,11 +100,16 @@ def check_kind(target: Path, precision: str) -> None:
     check_precision(precision)
     if target.suffix not in SUFFIXES:
         raise ExportError(
-            "cannot export to this kind of file", where=target, expected="a name that ends in .onnx, .pt2 or .xml"
+            "cannot export to this kind of file",
+            where=target,
+            expected="a name that ends in .onnx, .pt2 or .xml",
         )
     if target.suffix == ".pt2" and precision != "float32":
         raise ExportError(
-            "a .pt2 file holds float32 only", where=target, got=precision, fix="use a name that ends in .onnx or .xml"
+            "a .pt2 file holds float32 only",
+            where=target,
+            got=precision,
+            fix="use a name that ends in .onnx or .xml",
         )
     if target.suffix == ".xml":
         _openvino(target)
@@ -117,18 +122,26 @@ def _openvino(target: Path) -> Any:
             import openvino
     except ImportError:
         raise ExportError(
-            "OpenVINO is not installed", where=target, fix="pip install openvino (or threefold with the extra openvino)"
+            "OpenVINO is not installed",
+            where=target,
+            fix="pip install openvino (or threefold with the extra openvino)",
         ) from None
     return openvino
 
 
-def answers_of(call: Callable[[np.ndarray], np.ndarray], images: Sequence[np.ndarray]) -> np.ndarray:
+def answers_of(
+    call: Callable[[np.ndarray], np.ndarray], images: Sequence[np.ndarray]
+) -> np.ndarray:
     """Probabilities (n, k) of images, each by itself as uint8 (1, h, w, 3)."""
     return np.concatenate([call(np.ascontiguousarray(image[None])) for image in images])
 
 
 def _to_pt2(
-    pipeline: Pipeline, target: Path, images: Sequence[np.ndarray], card: dict[str, Any], measure: Measure
+    pipeline: Pipeline,
+    target: Path,
+    images: Sequence[np.ndarray],
+    card: dict[str, Any],
+    measure: Measure,
 ) -> dict[str, Any]:
     dynamic = dict.fromkeys((0, 1, 2), torch.export.Dim.DYNAMIC)
     with _stage(target) as folder, warnings.catch_warnings(), torch.no_grad():
@@ -138,7 +151,9 @@ def _to_pt2(
         trial = Path(folder) / target.name
         _save(program, trial, card, target)
         loaded = torch.export.load(trial).module()
-        report = measure(answers_of(lambda image: loaded(torch.from_numpy(image))[0].numpy(), images))
+        report = measure(
+            answers_of(lambda image: loaded(torch.from_numpy(image))[0].numpy(), images)
+        )
         _save(program, trial, {**card, "parity": report}, target)
         _place(trial, target)
     return {**report, "bytes": target.stat().st_size}
@@ -146,21 +161,34 @@ def _to_pt2(
 
 def _save(program: Any, path: Path, card: dict[str, Any], target: Path) -> None:
     try:
-        torch.export.save(program, path, extra_files={CARD_FILE: json.dumps(card, ensure_ascii=False, default=float)})
+        torch.export.save(
+            program,
+            path,
+            extra_files={CARD_FILE: json.dumps(card, ensure_ascii=False, default=float)},
+        )
     except (OSError, RuntimeError) as error:
-        raise ExportError("cannot write", where=target, got=str(error).splitlines()[0][:160]) from None
+        raise ExportError(
+            "cannot write", where=target, got=str(error).splitlines()[0][:160]
+        ) from None
 
 
 def _to_openvino(
     model: Any, target: Path, images: Sequence[np.ndarray], card: dict[str, Any], measure: Measure
 ) -> dict[str, Any]:
     openvino = _openvino(target)
-    with _stage(target) as folder, staged(model, Path(folder) / "model.onnx", lambda _: None) as onnx_file:
+    with (
+        _stage(target) as folder,
+        staged(model, Path(folder) / "model.onnx", lambda _: None) as onnx_file,
+    ):
         converted = openvino.convert_model(onnx_file.model)
         trial = Path(folder) / target.name
-        openvino.save_model(converted, trial, compress_to_fp16=False)  # the precision is the graph's own
+        openvino.save_model(
+            converted, trial, compress_to_fp16=False
+        )  # the precision is the graph's own
         report = measure(_ask_openvino(openvino, trial, images))
-        converted.set_rt_info(json.dumps({**card, "parity": report}, ensure_ascii=False, default=float), [KEY])
+        converted.set_rt_info(
+            json.dumps({**card, "parity": report}, ensure_ascii=False, default=float), [KEY]
+        )
         openvino.save_model(converted, trial, compress_to_fp16=False)
         weights = target.with_suffix(".bin")
         with suppress(FileNotFoundError):

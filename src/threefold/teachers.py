@@ -55,7 +55,11 @@ class Targets:
         at = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
         missing = self.rows[at] != rows
         if missing.any():
-            raise RunError("the teacher has no answer", where=f"row {rows[missing][0]}", expected=f"{len(rows)} rows")
+            raise RunError(
+                "the teacher has no answer",
+                where=f"row {rows[missing][0]}",
+                expected=f"{len(rows)} rows",
+            )
         return self.probs[at]
 
 
@@ -81,7 +85,10 @@ class Teaching:
         teacher = teacher_run(self.spec.run)
         sources = self.run.sources
         for kind, mine, theirs in zip(
-            ("training", "test"), (sources.train, sources.test), saved_predictions(teacher.dir), strict=True
+            ("training", "test"),
+            (sources.train, sources.test),
+            saved_predictions(teacher.dir),
+            strict=True,
         ):
             if (mine is None) != (theirs is None) or (
                 mine is not None and theirs is not None and _differ(mine, theirs)
@@ -129,7 +136,10 @@ class Teaching:
         arrays = read_arrays(path)
         told = json.loads(str(arrays["told"]))
         key = self._key(fold)
-        if told["key"] != {**key, "oof": key["oof"] or told["key"]["oof"]}:  # the run that taught may be gone by now
+        if told["key"] != {
+            **key,
+            "oof": key["oof"] or told["key"]["oof"],
+        }:  # the run that taught may be gone by now
             raise RunError(
                 "the targets are of another teacher, or it was trained again",
                 where=path,
@@ -158,9 +168,12 @@ class Teaching:
         )
         told |= {"key": self._key(fold), "seconds": time.monotonic() - began}
         write_arrays(
-            self.path(fold), rows=numbers[order], probs=probs[order].astype(np.float32), seen=seen,
+            self.path(fold),
+            rows=numbers[order],
+            probs=probs[order].astype(np.float32),
+            seen=seen,
             told=np.array(json.dumps(told)),
-        )  # fmt: skip
+        )
         if nested is not None:
             shutil.rmtree(nested.dir / "jobs")  # what the networks know is in the targets now
 
@@ -179,7 +192,12 @@ class Teaching:
         """What the targets of a fold depend on, besides the images."""
         oof = Path(self.spec.run) / "oof.npz"
         inner = self.spec.inner if fold >= 0 else 0
-        return {"run": self.spec.run, "oof": sha256(oof) if oof.exists() else "", "fold": fold, "inner": inner}
+        return {
+            "run": self.spec.run,
+            "oof": sha256(oof) if oof.exists() else "",
+            "fold": fold,
+            "inner": inner,
+        }
 
 
 def teacher_run(folder: str | Path) -> Run:
@@ -237,7 +255,11 @@ def answers(run: Run, method: str | None) -> tuple[Predictions, np.ndarray, dict
     found = evaluate(oof, None, spec, run.recipe.seed)
     probs = found.calibration.probs
     accuracy = float((probs.argmax(1) == oof.labels).mean())
-    told = {"method": found.chosen, "temperature": found.calibration.temperature, "accuracy": accuracy}
+    told = {
+        "method": found.chosen,
+        "temperature": found.calibration.temperature,
+        "accuracy": accuracy,
+    }
     return oof, probs, told
 
 
@@ -249,7 +271,9 @@ def _nested_recipe(teacher: Run, inner: int, fold: int) -> Recipe:
         update={
             "name": f"{recipe.name[:60]}-without-{fold_name(fold)}",
             "budget_minutes": recipe.budget_minutes / folds,
-            "folds": recipe.folds.model_copy(update={"k": inner, "scheme": scheme, "final": "average"}),
+            "folds": recipe.folds.model_copy(
+                update={"k": inner, "scheme": scheme, "final": "average"}
+            ),
             "members": tuple(m.model_copy(update={"folds": ()}) for m in recipe.members),
         }
     )

@@ -7,7 +7,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from threefold.recipe import Job, fold_name
@@ -29,7 +36,9 @@ class TerminalWatcher:
             TextColumn("[dim]{task.fields[speed]}"),
             MofNCompleteColumn(),
         ]
-        self.progress = Progress(*columns[:-1], console=console, transient=True, disable=not console.is_terminal)
+        self.progress = Progress(
+            *columns[:-1], console=console, transient=True, disable=not console.is_terminal
+        )
         self.images: dict[Job, int] = {}
         self.current: Job | None = None
         self.seen = 0
@@ -65,7 +74,8 @@ class TerminalWatcher:
     def epoch(self, record: dict[str, Any]) -> None:
         """Show the speed; with `verbose` the whole line."""
         self.progress.update(
-            self.bar, speed=f"{record['images_per_second']:.0f} images/s, select {record['select_accuracy']:.3f}"
+            self.bar,
+            speed=f"{record['images_per_second']:.0f} images/s, select {record['select_accuracy']:.3f}",
         )
         if self.verbose and self.current:
             self.console.print(
@@ -134,7 +144,11 @@ def pair_table(pairs: Sequence[dict[str, Any]]) -> Table:
     for pair in pairs:
         low, high = pair["interval"]
         counts = ["-" if pair[side] is None else f"{pair[side]:,}" for side in ("only_a", "only_b")]
-        figures = [f"{100 * pair['difference']:+.2f}", f"{100 * low:+.2f} to {100 * high:+.2f}", f"{pair['p']:.2g}"]
+        figures = [
+            f"{100 * pair['difference']:+.2f}",
+            f"{100 * low:+.2f} to {100 * high:+.2f}",
+            f"{pair['p']:.2g}",
+        ]
         table.add_row(*(escape(_short(pair[side], 13)) for side in ("a", "b")), *counts, *figures)
     return table
 
@@ -152,7 +166,11 @@ def optimism_table(lines: Sequence[dict[str, Any]]) -> Table:
         table.add_column(name, justify="left" if name == "choice" else "right", no_wrap=True)
     for line in lines:
         low, high = (f"{100 * end:+.2f}" for end in line["interval"])
-        figures = [f"{100 * line['apparent']:.2f}", f"{100 * line['honest']:.2f}", f"{100 * line['difference']:+.2f}"]
+        figures = [
+            f"{100 * line['apparent']:.2f}",
+            f"{100 * line['honest']:.2f}",
+            f"{100 * line['difference']:+.2f}",
+        ]
         table.add_row(escape(line["told"]), *figures, f"{low} to {high}")
     return table
 
@@ -163,7 +181,9 @@ def distill_tables(found: dict[str, Any]) -> list[Table]:
     for part in found["tables"]:
         table = Table(box=None, header_style="dim", pad_edge=False)
         for name in ("", "rows", "% right", "95 % interval", "log loss", "ECE"):
-            table.add_column(name, justify="left" if name in ("", "rows") else "right", no_wrap=True)
+            table.add_column(
+                name, justify="left" if name in ("", "rows") else "right", no_wrap=True
+            )
         for s in part["scores"]:
             low, high = s["interval"]
             figures = [f"{100 * s['accuracy']:.2f}", f"{100 * low:.2f} - {100 * high:.2f}"]
@@ -183,7 +203,11 @@ def _costs(found: dict[str, Any]) -> Table:
         row = []
         for key, unit in (("parameters", "M"), ("macs", "M"), ("bytes", "MB")):
             known = key in line and key in own
-            row += [f"{line[key] / 1e6:,.1f} {unit}", f"{line[key] / own[key]:.1f} x"] if known else ["", ""]
+            row += (
+                [f"{line[key] / 1e6:,.1f} {unit}", f"{line[key] / own[key]:.1f} x"]
+                if known
+                else ["", ""]
+            )
         table.add_row(escape(_short(line["name"])), *row)
     return table
 

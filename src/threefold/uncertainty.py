@@ -14,7 +14,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from threefold.conformal import ConformalSets, Coverage, Rejection, UnknownThreshold, measure_sets, measure_unknown
+from threefold.conformal import (
+    ConformalSets,
+    Coverage,
+    Rejection,
+    UnknownThreshold,
+    measure_sets,
+    measure_unknown,
+)
 from threefold.crossfit import stratified_parts
 from threefold.errors import DataError
 from threefold.predictions import check_labels, check_probs
@@ -47,7 +54,11 @@ class Uncertainty:
     rows: str
 
     def measure(
-        self, probs: npt.ArrayLike, labels: npt.ArrayLike, rows: str = "test", groups: npt.ArrayLike | None = None
+        self,
+        probs: npt.ArrayLike,
+        labels: npt.ArrayLike,
+        rows: str = "test",
+        groups: npt.ArrayLike | None = None,
     ) -> Uncertainty:
         """The same thresholds with the figures of rows that nothing was fitted on.
 
@@ -61,7 +72,9 @@ class Uncertainty:
             DataError: probabilities, labels or groups are not usable.
         """
         first, second = (sets.measure(probs, labels, groups) for sets in self.sets)
-        return replace(self, coverage=(first, second), rejection=self.unknown.measure(probs, groups), rows=rows)
+        return replace(
+            self, coverage=(first, second), rejection=self.unknown.measure(probs, groups), rows=rows
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for results.json: alpha, sets (marginal, by class) and unknown, each with state and figures."""
@@ -98,7 +111,9 @@ def uncertainty_card(told: Mapping[str, Any]) -> dict[str, Any]:
             ConformalSets.from_state(entry["state"])
         UnknownThreshold.from_state(unknown["state"])
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError("not the uncertainty of a run", got=f"{type(error).__name__} {error}") from None
+        raise DataError(
+            "not the uncertainty of a run", got=f"{type(error).__name__} {error}"
+        ) from None
     return {"conformal": sets, "unknown": unknown}
 
 
@@ -137,7 +152,10 @@ def fit_uncertainty(
     probs = check_probs(oof_probs, 2)
     truth = check_labels(labels, *probs.shape)
     part = _parts(truth, groups, folds)
-    sets = (ConformalSets().fit(probs, truth, alpha), ConformalSets(by_class=True).fit(probs, truth, alpha))
+    sets = (
+        ConformalSets().fit(probs, truth, alpha),
+        ConformalSets(by_class=True).fit(probs, truth, alpha),
+    )
     crossed, rejected = np.zeros((2, *probs.shape), bool), np.zeros(len(probs), bool)
     for value in np.unique(part):
         held = part == value
@@ -156,16 +174,22 @@ def fit_uncertainty(
     )
 
 
-def _parts(labels: np.ndarray, groups: npt.ArrayLike | None, folds: npt.ArrayLike | None) -> np.ndarray:
+def _parts(
+    labels: np.ndarray, groups: npt.ArrayLike | None, folds: npt.ArrayLike | None
+) -> np.ndarray:
     """The part of each row: the folds, unless they tear groups apart, or parts of whole groups."""
     number = None if groups is None else check_groups(groups, len(labels))
     part = None if folds is None else np.asarray(folds)
     if part is not None and part.shape != labels.shape:
-        raise DataError("folds have the wrong shape", expected=f"({len(labels)},), one per row", got=part.shape)
+        raise DataError(
+            "folds have the wrong shape", expected=f"({len(labels)},), one per row", got=part.shape
+        )
     if part is None or (number is not None and _torn(part, number)):
         part = stratified_parts(labels, None if number is None else [str(g) for g in number])
     if len(np.unique(part)) < 2:
-        raise DataError("rows cannot be cross-fitted", expected="two parts at least", got="all rows in one")
+        raise DataError(
+            "rows cannot be cross-fitted", expected="two parts at least", got="all rows in one"
+        )
     return part
 
 

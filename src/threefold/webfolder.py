@@ -40,7 +40,10 @@ MAX_BYTES: Final = 2**31 - 2**20
 
 
 def write_web(
-    model: str | Path, folder: str | Path, runtime: str | Path | None = None, limits: Limits | None = None
+    model: str | Path,
+    folder: str | Path,
+    runtime: str | Path | None = None,
+    limits: Limits | None = None,
 ) -> dict[str, Any]:
     """Write a folder that any static host can serve and that answers as the exported file does.
 
@@ -70,17 +73,29 @@ def write_web(
         for name, stored in PAGE.items():
             (growing / name).write_bytes(_stored(stored))
         card = _card(loaded, growing / "model.onnx", limits)
-        (growing / "card.json").write_text(json.dumps(card, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+        (growing / "card.json").write_text(
+            json.dumps(card, ensure_ascii=False, allow_nan=False), encoding="utf-8"
+        )
         (growing / "index.html").write_text(_index(card), encoding="utf-8")
         (growing / "README.md").write_text(_readme(card), encoding="utf-8")
         _move(growing, target)
     except OSError as error:
-        raise ExportError("cannot write the folder", where=target, got=error.strerror or error, fix="free disk space or choose another folder") from None  # fmt: skip
+        raise ExportError(
+            "cannot write the folder",
+            where=target,
+            got=error.strerror or error,
+            fix="free disk space or choose another folder",
+        ) from None
     finally:
         shutil.rmtree(growing, ignore_errors=True)
     whole = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    return {"path": str(target), "bytes": whole, "model_bytes": card["model"]["bytes"],
-            "runtime_bytes": sum(map(len, parts.values())), "runtime": card["runtime"]}  # fmt: skip
+    return {
+        "path": str(target),
+        "bytes": whole,
+        "model_bytes": card["model"]["bytes"],
+        "runtime_bytes": sum(map(len, parts.values())),
+        "runtime": card["runtime"],
+    }
 
 
 def require_free(target: Path) -> None:
@@ -92,24 +107,32 @@ def require_free(target: Path) -> None:
     try:
         found = set(os.listdir(target)) if target.exists() else set()
     except OSError as error:
-        raise ExportError("cannot write the folder", where=target, got=error.strerror or error) from None
+        raise ExportError(
+            "cannot write the folder", where=target, got=error.strerror or error
+        ) from None
     if target.is_symlink() or (found and (found - OURS or "card.json" not in found)):
         got = ", ".join(sorted(found - OURS)[:3]) or "something else"
-        raise ExportError("the folder holds other files", where=target, got=got, fix="choose a new folder")
+        raise ExportError(
+            "the folder holds other files", where=target, got=got, fix="choose a new folder"
+        )
 
 
 def _copy_model(source: Path, copy: Path) -> None:
     """The file alone; opened once more, so that one with weights outside of it is found out."""
     if source.stat().st_size > MAX_BYTES:
-        raise ExportError("the model is too large for a browser", where=source, expected="at most 2 GB")
+        raise ExportError(
+            "the model is too large for a browser", where=source, expected="at most 2 GB"
+        )
     shutil.copyfile(source, copy)
     try:
         Model(copy)
     except ExportError as error:
         raise ExportError(
             "the model does not work as one file by itself, which a browser needs",
-            where=source, got=str(error).partition("got ")[2] or error, fix="export it as one file",
-        ) from None  # fmt: skip
+            where=source,
+            got=str(error).partition("got ")[2] or error,
+            fix="export it as one file",
+        ) from None
 
 
 def _card(model: Model, copy: Path, limits: Limits) -> dict[str, Any]:

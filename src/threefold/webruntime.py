@@ -19,8 +19,14 @@ from threefold.errors import DataError, ExportError
 VERSION: Final = "1.30.0"
 """The version of the npm package onnxruntime-web."""
 PARTS: Final = {
-    "ort.js": ("ort.wasm.bundle.min.mjs", "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90"),
-    "ort.wasm": ("ort-wasm-simd-threaded.wasm", "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2"),
+    "ort.js": (
+        "ort.wasm.bundle.min.mjs",
+        "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90",
+    ),
+    "ort.wasm": (
+        "ort-wasm-simd-threaded.wasm",
+        "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
+    ),
 }
 """Name in the folder that is written -> name in the package's `dist`, SHA-256. The first is not called .mjs, which some
 static hosts do not send as a script."""
@@ -52,10 +58,14 @@ def _pack(folder: Path) -> Path:
     """Let npm download the package, which it checks against the registry's own hash."""
     npm = shutil.which("npm")
     if npm is None:
-        raise ExportError("npm is needed to get onnxruntime-web", got="no npm on the path", fix=_BY_HAND)
+        raise ExportError(
+            "npm is needed to get onnxruntime-web", got="no npm on the path", fix=_BY_HAND
+        )
     words = [npm, "pack", f"onnxruntime-web@{VERSION}", "--ignore-scripts", "--silent"]
     try:
-        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False, timeout=SECONDS)
+        done = subprocess.run(
+            words, cwd=folder, capture_output=True, text=True, check=False, timeout=SECONDS
+        )
         got = done.stderr.strip() or done.stdout.strip()
     except subprocess.TimeoutExpired:
         got = f"no answer within {SECONDS} seconds"
@@ -63,7 +73,9 @@ def _pack(folder: Path) -> Path:
         got = str(error.strerror)
     archives = sorted(folder.glob("*.tgz"))
     if len(archives) != 1:
-        raise ExportError("npm cannot get onnxruntime-web", got=got[-300:] or "nothing", fix=_BY_HAND)
+        raise ExportError(
+            "npm cannot get onnxruntime-web", got=got[-300:] or "nothing", fix=_BY_HAND
+        )
     return archives[0]
 
 
@@ -80,7 +92,9 @@ def _read(path: Path) -> dict[str, bytes]:
             if (found := next((p / name for p in places if (p / name).is_file()), None))
         }
     except (DataError, OSError) as error:
-        raise ExportError("cannot read onnxruntime-web", where=path, got=error, fix=_BY_HAND) from None
+        raise ExportError(
+            "cannot read onnxruntime-web", where=path, got=error, fix=_BY_HAND
+        ) from None
 
 
 def _checked(found: dict[str, bytes], where: object) -> dict[str, bytes]:

@@ -39,10 +39,14 @@ def score_value(score: str, probs: np.ndarray, labels: np.ndarray) -> float:
     return float(SCORES[score](probs, labels, np.ones((len(labels), 1)))[0])
 
 
-def _own_score(score: Weighted, probs: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _own_score(
+    score: Weighted, probs: np.ndarray, labels: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
     values = np.asarray(score(probs, labels, weights), dtype=np.float64)
     if values.shape != weights.shape[1:]:
-        raise DataError("a score gives one value per weighting", expected=weights.shape[1:], got=values.shape)
+        raise DataError(
+            "a score gives one value per weighting", expected=weights.shape[1:], got=values.shape
+        )
     return values
 
 
@@ -66,7 +70,10 @@ def _squared(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _row_mean(
-    values: Callable[[np.ndarray, np.ndarray], np.ndarray], probs: np.ndarray, labels: np.ndarray, weights: np.ndarray
+    values: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    probs: np.ndarray,
+    labels: np.ndarray,
+    weights: np.ndarray,
 ) -> np.ndarray:
     return np.asarray(values(probs, labels).astype(np.float64) @ weights / weights.sum(0))
 
@@ -85,8 +92,12 @@ def _macro_f1(probs: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.
 
 def _roc_auc(probs: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
     k = probs.shape[1]
-    pairs = [_ordered_pairs(probs[:, c], labels == c, weights) for c in ([1] if k == 2 else range(k))]
-    return _class_mean(np.array([below for below, _ in pairs]), np.array([total for _, total in pairs]))
+    pairs = [
+        _ordered_pairs(probs[:, c], labels == c, weights) for c in ([1] if k == 2 else range(k))
+    ]
+    return _class_mean(
+        np.array([below for below, _ in pairs]), np.array([total for _, total in pairs])
+    )
 
 
 def _plain_roc_auc(probs: np.ndarray, labels: np.ndarray) -> float:
@@ -95,17 +106,24 @@ def _plain_roc_auc(probs: np.ndarray, labels: np.ndarray) -> float:
     for c in [1] if probs.shape[1] == 2 else range(probs.shape[1]):
         mine = labels == c
         above, other = np.sort(probs[mine, c]), np.sort(probs[~mine, c])
-        ranks = np.searchsorted(other, above, "left").sum() + np.searchsorted(other, above, "right").sum()
+        ranks = (
+            np.searchsorted(other, above, "left").sum()
+            + np.searchsorted(other, above, "right").sum()
+        )
         below.append([ranks / 2])
         total.append([float(len(above)) * len(other)])
     return float(_class_mean(np.array(below), np.array(total))[0])
 
 
-def _ordered_pairs(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _ordered_pairs(
+    score: np.ndarray, positive: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Weight of the pairs of a positive and a negative row that the score orders right, ties by half; and of all pairs."""
     values, at = np.unique(score, return_inverse=True)
     # Neighbouring levels that hold rows of one kind only are one level: no pair of theirs is told apart.
-    has, lacks = (np.bincount(at[side], minlength=len(values)) > 0 for side in (positive, ~positive))
+    has, lacks = (
+        np.bincount(at[side], minlength=len(values)) > 0 for side in (positive, ~positive)
+    )
     kind = has + 2 * lacks
     level = np.cumsum(np.concatenate([[0], (kind[1:] != kind[:-1]) | (kind[1:] == 3)]))[at]
     count = int(level.max()) + 1
@@ -114,13 +132,17 @@ def _ordered_pairs(score: np.ndarray, positive: np.ndarray, weights: np.ndarray)
     return (above * below).sum(0), above.sum(0) * other.sum(0)
 
 
-def _sums(where: np.ndarray, count: int, weights: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+def _sums(
+    where: np.ndarray, count: int, weights: np.ndarray, rows: np.ndarray | None = None
+) -> np.ndarray:
     """Sums of weights (n, r) by class or level `where` (n,): (count, r); of the chosen rows (n,) booleans only."""
     if weights.shape[1] == 1:
         counted = weights[:, 0] if rows is None else np.where(rows, weights[:, 0], 0.0)
         return np.bincount(where, counted, count)[:, None]
     at = np.arange(len(where)) if rows is None else np.flatnonzero(rows)
-    return np.asarray(csr_array((np.ones(len(at)), (where[at], at)), shape=(count, len(where))) @ weights)
+    return np.asarray(
+        csr_array((np.ones(len(at)), (where[at], at)), shape=(count, len(where))) @ weights
+    )
 
 
 def _class_mean(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
@@ -128,7 +150,9 @@ def _class_mean(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
     used = wholes > 0
     shares = np.divide(parts, wholes, out=np.zeros_like(parts), where=used)
     count = used.sum(0)
-    return np.asarray(np.divide(shares.sum(0), count, out=np.full(count.shape, np.nan), where=count > 0))
+    return np.asarray(
+        np.divide(shares.sum(0), count, out=np.full(count.shape, np.nan), where=count > 0)
+    )
 
 
 COUNTED: Final = ("accuracy", "balanced_accuracy", "macro_f1")

@@ -95,7 +95,9 @@ def export(
     targets.check_kind(target, precision)
     if not (run.dir / "results.json").exists():
         raise RunError(
-            "the run is not complete", where=run.dir, fix=f"threefold train {run.dir / 'recipe.toml'} --out {run.dir}"
+            "the run is not complete",
+            where=run.dir,
+            fix=f"threefold train {run.dir / 'recipe.toml'} --out {run.dir}",
         )
     began = time.monotonic()
     again = method is not None or bool(members)
@@ -107,10 +109,18 @@ def export(
     rows = _spread(dataset, PARITY_IMAGES[precision])
     images = [dataset.pixels(row) for row in rows]
     report = targets.export(
-        pipeline, target, images, card, labels=dataset.labels[rows], rows=kind, precision=precision,
-        calibration=[train.pixels(row) for row in _spread(train, CALIBRATION_IMAGES)] if precision == "int8" else (),
+        pipeline,
+        target,
+        images,
+        card,
+        labels=dataset.labels[rows],
+        rows=kind,
+        precision=precision,
+        calibration=[train.pixels(row) for row in _spread(train, CALIBRATION_IMAGES)]
+        if precision == "int8"
+        else (),
         cascade=Cascade.from_state(fitted["cascade"]["state"]) if "cascade" in fitted else None,
-    )  # fmt: skip
+    )
     if test is not None:  # the gate counts right answers
         open_test(run.dir, "export", len(rows))
     report |= {"path": str(target), "method": fitted["method"]}
@@ -128,9 +138,15 @@ def _spread(dataset: ImageDataset, count: int) -> list[int]:
 def _hashes(run: Run) -> dict[str, Any]:
     """What the file was made of: the recipe, names and labels of the images, fitted ensemble, and every network's weights (SHA-256)."""
     info = read_json(run.dir / "run.json")
-    jobs = [(spec, run.last_job(spec.name, fold)) for spec in run.recipe.members for fold in run.final_folds]
+    jobs = [
+        (spec, run.last_job(spec.name, fold))
+        for spec in run.recipe.members
+        for fold in run.final_folds
+    ]
     done = {
-        f"{job.member}/{job.fold}": read_json(run.folder(job) / "done.json")["files"]["weights.safetensors"]
+        f"{job.member}/{job.fold}": read_json(run.folder(job) / "done.json")["files"][
+            "weights.safetensors"
+        ]
         for spec, job in jobs
         if job.fold < 0 or not spec.folds or job.fold in spec.folds
     }
@@ -145,7 +161,9 @@ def _hashes(run: Run) -> dict[str, Any]:
 def _fitted(run: Run) -> tuple[Combiner, list[str], dict[str, Any]]:
     """The run's chosen ensemble as it was fitted and scored, its members, and what the model card says of it."""
     results = run.results
-    ensemble, names = restore(results["chosen"], read_arrays(run.dir / "ensemble.npz"), results["combined"])
+    ensemble, names = restore(
+        results["chosen"], read_arrays(run.dir / "ensemble.npz"), results["combined"]
+    )
     calibration = saved_calibration(results, len(results["classes"]))
     sets = uncertainty_card(results["conformal"]) if "conformal" in results else {}
     if results.get("cascade", {}).get("members") == names:
@@ -154,7 +172,9 @@ def _fitted(run: Run) -> tuple[Combiner, list[str], dict[str, Any]]:
     return combiner, names, {**_card_of(results["chosen"], calibration, results["scores"]), **sets}
 
 
-def _fit_again(run: Run, method: str, members: Sequence[str]) -> tuple[Combiner, list[str], dict[str, Any]]:
+def _fit_again(
+    run: Run, method: str, members: Sequence[str]
+) -> tuple[Combiner, list[str], dict[str, Any]]:
     """Another method or other members, fitted and scored now."""
     found = evaluate_saved(run.dir, [method], members)
     ensemble, names = restore(method, found.ensemble.state(), found.combined)
@@ -166,9 +186,11 @@ def _card_of(method: str, calibration: Calibration, scores: list[dict[str, Any]]
     score = next(s for s in reversed(scores) if s["name"] == method and s["kind"] == "ensemble")
     keys = ("accuracy", "interval", "level", "rows", "n", "protocol", "fitted_on")
     return {
-        "method": method, "temperature": calibration.temperature, "calibration": calibration.state(),
+        "method": method,
+        "temperature": calibration.temperature,
+        "calibration": calibration.state(),
         "score": {key: score[key] for key in keys},
-    }  # fmt: skip
+    }
 
 
 def _card(run: Run) -> dict[str, Any]:
@@ -214,9 +236,13 @@ def fit(
         ThreefoldError: the folder or the recipe cannot be used, with the remedy.
     """
     kept = Path(out) / "recipe.toml"
-    if kept.exists():  # an interrupted fit goes on with the recipe it chose, whatever the machine's speed is today
+    if (
+        kept.exists()
+    ):  # an interrupted fit goes on with the recipe it chose, whatever the machine's speed is today
         recipe, header, sources = Recipe.load(kept), "", None
-        if Recipe.load(kept, overrides) != recipe or (members and tuple(m.backbone for m in recipe.members) != members):
+        if Recipe.load(kept, overrides) != recipe or (
+            members and tuple(m.backbone for m in recipe.members) != members
+        ):
             raise RunError(
                 "the folder holds a run of another recipe",
                 where=out,
@@ -224,7 +250,10 @@ def fit(
             )
         if Path(recipe.data.root).resolve() != Path(folder).resolve():
             raise RunError(
-                "the folder holds a run on other images", where=out, got=recipe.data.root, fix="choose another --out"
+                "the folder holds a run on other images",
+                where=out,
+                got=recipe.data.root,
+                fix="choose another --out",
             )
     else:
         plan = plan_folder(folder, budget_minutes, members, overrides)
@@ -246,7 +275,10 @@ def finish(run: Run) -> None:
 
 def _note_seconds(run: Run, step: str, seconds: float, more: dict[str, Any]) -> None:
     results = run.results
-    write_json(run.dir / "results.json", {**results, **more, "seconds": {**results["seconds"], step: seconds}})
+    write_json(
+        run.dir / "results.json",
+        {**results, **more, "seconds": {**results["seconds"], step: seconds}},
+    )
 
 
 def _timed(action: Callable[[], T]) -> tuple[T, float]:
@@ -273,6 +305,8 @@ def predict_elsewhere(model: Path, image: Path) -> str:
     )
     if done.returncode:
         raise ExportError(
-            "the exported file does not answer in a fresh process", where=model, got=done.stderr.strip()[-200:]
+            "the exported file does not answer in a fresh process",
+            where=model,
+            got=done.stderr.strip()[-200:],
         )
     return done.stdout
