@@ -242,7 +242,8 @@ def test_sizes_that_differ_still_differ_in_a_smoke_run(tmp_path: Path) -> None:
 
 def test_where_the_data_are(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"table7 needs surrey-asl data; fix: .*threefold data fetch surrey-asl --to"
+        DataError,
+        match=r"table7 needs surrey-asl data; fix: .*threefold data fetch surrey-asl --to",
     ):
         plans(Asked(item("table7"), "full"))
     assert plans(Asked(item("table1"), "small"))[0].data.source == "demo"
