@@ -38,7 +38,8 @@ from threefold.ensemble import (
 )
 from threefold.ensemble import make_ensemble as make
 from threefold.paired import holm
-from threefold.predictions import FLOOR, Predictions
+from threefold.predictions import Predictions
+from threefold.predictions__checks import FLOOR
 from threefold.provenance import commit, hardware
 
 QUICK = (*(name for name in ENSEMBLES if not name.startswith("stacked")), "auto")

@@ -37,7 +37,8 @@ from threefold.paired import (
     required_rows_from_counts,
     verdict,
 )
-from threefold.predictions import FLOOR, Predictions
+from threefold.predictions import Predictions
+from threefold.predictions__checks import FLOOR
 from threefold.provenance import commit, hardware
 from threefold.stats import wilson_interval
 

@@ -41,6 +41,7 @@ ORDER = [
     "predict",
     "pixels",
     "ledger",
+    "predictions__checks",
     "predictions",
     "softloss",
     "checkpoints",

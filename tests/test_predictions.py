@@ -328,28 +328,6 @@ def test_rows_takes_booleans_and_refuses_what_does_not_exist():
         make().rows([1, 1])
 
 
-@settings(max_examples=30, deadline=None)
-@given(order=st.permutations(range(6)), kept=st.sets(st.integers(0, 5), min_size=1))
-def test_align_matches_rows_by_id(order, kept):
-    whole = make()
-    other = whole.rows([i for i in order if i in kept])
-    a, b = whole.align(other)
-    assert a.ids == b.ids == tuple(whole.ids[i] for i in sorted(kept))
-    assert (a.probs == b.probs).all()
-    assert (a.labels == b.labels).all()
-
-
-def test_align_refuses_what_cannot_be_compared():
-    with pytest.raises(DataError, match="different classes; expected c, got z"):
-        make().align(make(classes=("a", "b", "z")))
-    with pytest.raises(DataError, match="different classes"):
-        make().align(make(k=4))
-    with pytest.raises(DataError, match="no row in common"):
-        make().align(make(ids=tuple("uvwxyz")))
-    with pytest.raises(DataError, match=r"two labels: train/1\.png; expected b, got c"):
-        make().align(make(labels=np.array([0, 2, 2, 0, 1, 2])))
-
-
 @pytest.mark.skipif(not AUTHORS.exists(), reason="the authors' predictions are not here")
 def test_the_authors_predictions_load():
     found = Predictions.load(AUTHORS)

@@ -24,7 +24,8 @@ from scipy.fft import dctn
 
 from threefold.errors import DataError, RunError
 from threefold.files import write_bytes
-from threefold.predictions import Predictions, check_probs
+from threefold.predictions import Predictions
+from threefold.predictions__checks import check_probs
 
 NEAR: Final = 0.01
 """Largest distance, 1 - correlation, of near copies (see `find_duplicates`)."""

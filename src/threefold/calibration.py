@@ -16,7 +16,7 @@ from scipy.special import logsumexp, softmax
 
 from threefold.crossfit import stratified_parts
 from threefold.errors import DataError
-from threefold.predictions import FLOOR, check_labels, check_probs
+from threefold.predictions__checks import FLOOR, check_labels, check_probs
 from threefold.scaling import (
     HIGHEST,
     LOWEST,

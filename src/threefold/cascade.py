@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from threefold.errors import DataError, RunError
-from threefold.predictions import FLOOR, check_labels, check_probs
+from threefold.predictions__checks import FLOOR, check_labels, check_probs
 
 NEVER: Final = 2.0
 """A threshold that no margin reaches."""

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 from threefold.cascade import NEVER, Cascade
 from threefold.errors import ExportError
-from threefold.predictions import FLOOR
+from threefold.predictions__checks import FLOOR
 
 STOP: Final = "stop"
 """The input: float (stages - 1,), the confidence at which the answer is given after each stage; its default is NEVER."""

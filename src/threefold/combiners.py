@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.ledger import Seen
-from threefold.predictions import check_labels, check_probs
+from threefold.predictions__checks import check_labels, check_probs
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -18,7 +18,7 @@ from threefold.crossfit import cross_fit, stratified_parts
 from threefold.errors import DataError, RecipeError
 from threefold.learned import BestEnsemble, GreedyEnsemble, WeightedEnsemble
 from threefold.loglinear import LogisticEnsemble, LogPoolEnsemble
-from threefold.predictions import FLOOR, check_labels, check_probs
+from threefold.predictions__checks import FLOOR, check_labels, check_probs
 from threefold.stacked import ShrunkStackedEnsemble, StackedEnsemble
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from scipy.optimize import minimize
 
 from threefold.combiners import LinearEnsemble
 from threefold.errors import RecipeError, RunError
-from threefold.predictions import FLOOR
+from threefold.predictions__checks import FLOOR
 
 
 class BestEnsemble(LinearEnsemble):

@@ -14,7 +14,7 @@ from scipy.special import logsumexp, softmax
 from threefold.combiners import Ensemble, check_fitted_on
 from threefold.crossfit import stratified_parts
 from threefold.errors import RecipeError, RunError
-from threefold.predictions import FLOOR
+from threefold.predictions__checks import FLOOR
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

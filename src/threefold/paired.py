@@ -20,7 +20,7 @@ from scipy.special import (
 )  # scipy.stats takes a second to import
 
 from threefold.errors import DataError
-from threefold.predictions import check_labels, check_probs
+from threefold.predictions__checks import check_labels, check_probs
 from threefold.resampling import (
     RESAMPLES,
     check_draws,

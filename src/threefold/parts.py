@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from threefold.errors import DataError
-from threefold.predictions import SUM_TOLERANCE, Predictions
+from threefold.predictions import Predictions
+from threefold.predictions__checks import SUM_TOLERANCE
 
 
 class Truth(NamedTuple):

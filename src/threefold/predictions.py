@@ -14,9 +14,8 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -24,17 +23,10 @@ import numpy.typing as npt
 from threefold.errors import DataError
 from threefold.files import write_arrays
 from threefold.ledger import FIT, SCORE, SELECT, TEACH, Ledger
+from threefold.predictions__checks import check_labels, check_probs
 
 Protocol = Literal["honest", "paper", "taught"]
 Kind = Literal["oof", "test", "foreign"]
-
-SUM_TOLERANCE: Final = 1e-3
-"""How far the probabilities of a row may be from a sum of 1 (float16 softmaxes stay below)."""
-
-FLOOR: Final = 1e-7
-"""Smallest probability that a logarithm sees: one sure miss costs 16.1, not infinity (votes give exact zeros)."""
-
-_SOFTMAX = "apply softmax to logits first"
 
 _DAMAGED = (
     OSError,
@@ -49,75 +41,6 @@ _DAMAGED = (
     tokenize.TokenError,
 )
 """What numpy and zipfile raise on files that are cut, altered, encrypted, or claim absurd sizes; the last two for headers."""
-
-
-def check_probs(probs: npt.ArrayLike, ndim: int) -> np.ndarray:
-    """Probabilities as a floating array, checked: (n, k) with `ndim` 2, (m, n, k) with 3.
-
-    Raises:
-        DataError: another shape, no rows, one class, NaN or infinite, negative, or rows that do not sum to 1.
-    """
-    array = np.asarray(probs)
-    axes = "(members, rows, classes)" if ndim == 3 else "(rows, classes)"
-    if array.dtype.kind not in "biuf":
-        raise DataError("probabilities must be numbers", got=f"dtype {array.dtype}")
-    if array.ndim != ndim or 0 in array.shape or array.shape[-1] < 2:
-        raise DataError(
-            "probabilities have the wrong shape",
-            expected=f"{axes}, at least two classes",
-            got=array.shape,
-        )
-    if array.dtype.kind != "f":
-        array = array.astype(np.float32)
-    if _usual(array):
-        return array
-    if not np.isfinite(array).all():
-        raise DataError("probabilities are NaN or infinite", where=_first(~np.isfinite(array)))
-    if array.min() < 0:
-        raise DataError("probabilities are negative", where=_first(array < 0), fix=_SOFTMAX)
-    sums = array.sum(-1, dtype=np.float64)
-    off = np.abs(sums - 1) > SUM_TOLERANCE
-    if off.any():
-        raise DataError(
-            "probabilities of a row do not sum to 1",
-            where=_first(off),
-            got=f"{sums[off][0]:.4g}",
-            fix=_SOFTMAX,
-        )
-    return array
-
-
-def _usual(array: np.ndarray) -> bool:
-    """Nothing to complain of, at a glance: a third of the time of looking for each fault. NaN and infinity fail both comparisons."""
-    wide = array if array.dtype != np.float16 else array.astype(np.float32)
-    sums = wide @ np.ones(array.shape[-1], wide.dtype)
-    return bool(array.min() >= 0 and np.abs(sums - 1).max() < SUM_TOLERANCE / 2)
-
-
-def check_labels(labels: npt.ArrayLike, n: int, k: int) -> np.ndarray:
-    """Labels as int64 (n,), checked to be class numbers in 0..k-1.
-
-    Raises:
-        DataError: another shape, not whole numbers, or out of range.
-    """
-    array = np.asarray(labels)
-    if array.shape != (n,):
-        raise DataError(
-            "labels have the wrong shape", expected=f"({n},), one per row", got=array.shape
-        )
-    if array.dtype.kind not in "iu":
-        raise DataError(
-            "labels must be class numbers", expected="an integer array", got=f"dtype {array.dtype}"
-        )
-    bad = (array < 0) | (array >= k)
-    if bad.any():
-        raise DataError(
-            "labels are out of range",
-            where=_first(bad),
-            expected=f"0 to {k - 1}",
-            got=array[bad][0],
-        )
-    return array.astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,35 +226,6 @@ class Predictions:
             roles=None if self.roles is None else self.roles[:, chosen],
         )
 
-    def align(self, other: Predictions) -> tuple[Predictions, Predictions]:
-        """The rows that both have, matched by id, in the order of the first.
-
-        Rows that only one of them has are left out: compare lengths where that matters.
-
-        Raises:
-            DataError: other classes, no id in common, or different labels for the same id.
-        """
-        if self.classes != other.classes:
-            mine, theirs = next(
-                pair for pair in zip_longest(self.classes, other.classes) if pair[0] != pair[1]
-            )
-            raise DataError("the two predictions have different classes", expected=mine, got=theirs)
-        there = {name: row for row, name in enumerate(other.ids)}
-        shared = [row for row, name in enumerate(self.ids) if name in there]
-        if not shared:
-            expected = f"ids such as {self.ids[0]}"
-            raise DataError(
-                "the two predictions have no row in common", expected=expected, got=other.ids[0]
-            )
-        a, b = self.rows(shared), other.rows([there[self.ids[row]] for row in shared])
-        if (a.labels != b.labels).any():
-            row = int(np.flatnonzero(a.labels != b.labels)[0])
-            first, second = a.classes[a.labels[row]], b.classes[b.labels[row]]
-            raise DataError(
-                "the same row has two labels", where=a.ids[row], expected=first, got=second
-            )
-        return a, b
-
 
 def _read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Those of the named arrays that the file has, without ever unpickling."""
@@ -448,9 +342,3 @@ def _read_only(array: np.ndarray) -> np.ndarray:
     view = array.view()
     view.flags.writeable = False
     return view
-
-
-def _first(mask: np.ndarray) -> str:
-    """Position of the first True, for a message."""
-    position = tuple(int(i) for i in np.unravel_index(int(np.argmax(mask)), mask.shape))
-    return f"index {position if len(position) > 1 else position[0]}"

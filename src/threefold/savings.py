@@ -13,7 +13,7 @@ from threefold.cascade import LEVEL, Answered, Cascade, disagreement_bound
 from threefold.crossfit import stratified_parts
 from threefold.errors import DataError
 from threefold.paired import mcnemar_exact, paired_bootstrap
-from threefold.predictions import check_labels, check_probs
+from threefold.predictions__checks import check_labels, check_probs
 from threefold.stats import paired_interval, share_interval
 
 CROSS_FITTED: Final = "oof, cross-fitted"

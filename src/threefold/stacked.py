@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 
 from threefold.combiners import Ensemble, MeanEnsemble, check_fitted_on
 from threefold.crossfit import stratified_parts
-from threefold.predictions import FLOOR
+from threefold.predictions__checks import FLOOR
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from threefold.errors import DataError
-from threefold.predictions import FLOOR
+from threefold.predictions__checks import FLOOR
 
 Weighted = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """A score of probs (n, k) and labels (n,) for r weightings of the rows (n, r): values (r,), NaN where not defined."""
