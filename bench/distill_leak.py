@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from threefold.augment import resize_square
 from threefold.calibration import apply_temperature, fit_temperature
 from threefold.crossfit import stratified_parts
 from threefold.datasets import ImageDataset, load_data
-from threefold.model import Member, build_member
+from threefold.models__member import Member, build_member
+from threefold.models__resize import resize_square
 from threefold.paired import mcnemar_exact
 from threefold.provenance import commit, hardware
 from threefold.recipe import packaged

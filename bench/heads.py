@@ -16,9 +16,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from threefold.heads import expand
-from threefold.model import Member, build_member
-from threefold.predict import pick_device
+from threefold.models__member import Member, build_member
+from threefold.models__pipeline import pick_device
+from threefold.models__recurrent import expand
 from threefold.provenance import commit, hardware
 from threefold.recipe import HeadSpec, MemberSpec
 

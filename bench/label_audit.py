@@ -73,8 +73,8 @@ def frozen(rows: int) -> list[np.ndarray]:
     """Pooled features (n, c) of the packaged images from each packaged network, as its weights are."""
     import torch
 
-    from threefold.augment import resize_square
-    from threefold.model import build_member
+    from threefold.models__member import build_member
+    from threefold.models__resize import resize_square
     from threefold.recipe import MemberSpec
 
     data, found = load_data(DataSpec(source="demo"), 0).train, []

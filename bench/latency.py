@@ -24,7 +24,7 @@ import torch
 
 import threefold
 from threefold import workflow
-from threefold.pipeline import Pipeline
+from threefold.models__pipeline import Pipeline
 from threefold.provenance import commit, hardware
 from threefold.run import Run
 

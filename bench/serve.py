@@ -61,9 +61,8 @@ def export_pipeline(path: Path, size: int) -> None:
 
     from threefold import targets
     from threefold.ensemble import MeanEnsemble, TemperatureModule
-    from threefold.model import build_member
-    from threefold.pipeline import Combiner, MemberPipeline, Pipeline
-    from threefold.predict import Predictor
+    from threefold.models__member import build_member
+    from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
     from threefold.recipe import MemberSpec
 
     torch.manual_seed(0)

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from threefold.augment import Views, resize_square
 from threefold.datasets import load_data
-from threefold.model import build_member
+from threefold.models__member import build_member
+from threefold.models__resize import resize_square
+from threefold.models__views import Views
 from threefold.paired import mcnemar_exact
 from threefold.provenance import commit, hardware
 from threefold.recipe import DataSpec, FoldSpec, MemberSpec, ViewSpec

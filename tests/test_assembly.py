@@ -12,9 +12,9 @@ from conftest import tiny_tree
 
 import threefold
 from threefold import workflow
-from threefold.augment import view_counts
 from threefold.errors import RecipeError, RunError
 from threefold.files import read_arrays
+from threefold.models__views import view_counts
 from threefold.recipe import Recipe, ViewSpec
 from threefold.run import Run, stand_ins
 

@@ -10,17 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from threefold.augment import (
-    Augment,
-    Draws,
-    Views,
-    affine_warp,
-    resize_square,
-    shift_channels,
-    triangle_weights,
-)
 from threefold.errors import RecipeError
+from threefold.models__resize import resize_square, triangle_weights
+from threefold.models__views import Views
 from threefold.recipe import AugmentSpec, ViewSpec
+from threefold.training__augment import Augment, Draws, affine_warp, shift_channels
 
 PAPER = AugmentSpec(
     rotation=30, shift=0.3, shear=0.3, zoom=0.3, channel_shift=10, hflip=True, vflip=True

@@ -19,13 +19,14 @@ from threefold.backbones import INCEPTION_STATS, PAPER_BACKBONES, paper_backbone
 from threefold.catalogue import catalogue
 from threefold.combiners import MeanEnsemble
 from threefold.ensemble import TemperatureModule
-from threefold.heads import build_head, full_parameters
-from threefold.model import Member, build_member, set_trainable, train_mode
+from threefold.heads import build_head
+from threefold.models__member import Member, build_member
+from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor, to_pixels
+from threefold.models__recurrent import full_parameters
 from threefold.parity import TOLERANCES
-from threefold.pipeline import Combiner, MemberPipeline, Pipeline
-from threefold.predict import Predictor, to_pixels
 from threefold.recipe import HeadSpec, MemberSpec, StageSpec
 from threefold.stacked import StackedEnsemble
+from threefold.training__optimizers import set_trainable, train_mode
 
 NAMES = [row.name for row in PAPER_BACKBONES]
 

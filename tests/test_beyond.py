@@ -13,9 +13,9 @@ import torch
 from test_backbones import coarse_pictures, learn, pipeline_of, settle
 
 from threefold import targets
-from threefold.model import build_member
+from threefold.models__member import build_member
+from threefold.models__pipeline import to_pixels
 from threefold.parity import TOLERANCES
-from threefold.predict import to_pixels
 from threefold.recipe import HeadSpec, MemberSpec, packaged
 
 SMALL = {

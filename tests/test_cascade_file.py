@@ -27,9 +27,8 @@ from threefold.cascade import Cascade, margins
 from threefold.cascading import add_cascade
 from threefold.cli import app
 from threefold.errors import ExportError
+from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.parity import check, compare
-from threefold.pipeline import Combiner, MemberPipeline, Pipeline
-from threefold.predict import Predictor
 from threefold.run import Run
 from threefold.runtime import Model
 from threefold.savings import cascade_card, fit_savings

@@ -10,7 +10,7 @@ from torch import nn
 
 from threefold.cost import Cost, cost, count_flops
 from threefold.errors import RecipeError
-from threefold.model import build_member, save_weights
+from threefold.models__member import build_member, save_weights
 from threefold.recipe import HeadSpec, MemberSpec
 
 TINY = MemberSpec(

@@ -21,8 +21,7 @@ from threefold.errors import DataError, ExportError
 from threefold.evaluate import evaluate
 from threefold.exporting import fold_batch_norm
 from threefold.files import read_arrays
-from threefold.pipeline import Combiner, Pipeline
-from threefold.predict import Predictor
+from threefold.models__pipeline import Combiner, Pipeline, Predictor
 from threefold.run import Run
 
 

@@ -12,9 +12,9 @@ from torch import nn
 from threefold.errors import DataError
 from threefold.gradcam import NoMap, ensemble_cam, grad_cam
 from threefold.heads import build_head
-from threefold.joint import JointMember, build_joint
-from threefold.model import Member, build_member, train_mode
+from threefold.models__member import JointMember, Member, build_joint, build_member
 from threefold.recipe import HeadSpec, MemberSpec
+from threefold.training__optimizers import train_mode
 
 
 class Net(nn.Module):

@@ -11,17 +11,14 @@ import torch
 from torch import nn
 
 from threefold.errors import RecipeError
-from threefold.heads import (
+from threefold.heads import GaussianNoise, Head, build_head, describe
+from threefold.models__recurrent import (
     STORED_GATES,
-    GaussianNoise,
-    Head,
     OneStep,
     OneStepGRU,
     OneStepLSTM,
     OneStepRNN,
-    build_head,
     collapse,
-    describe,
     expand,
     full_parameters,
 )

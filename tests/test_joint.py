@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import tiny_tree
 
-from threefold.joint import JointMember, build_joint, describe_joint
-from threefold.model import Member, build_member, parameter_groups, set_trainable, train_mode
+from threefold.models__member import JointMember, Member, build_joint, build_member, describe_joint
 from threefold.recipe import HeadSpec, MemberSpec, Recipe, StageSpec
 from threefold.stacked import stacked_network
 from threefold.stages import StageTask, train_stage
+from threefold.training__optimizers import parameter_groups, set_trainable, train_mode
 
 
 def base(backbone: str = "test_resnet", head: HeadSpec | None = None) -> Member:

@@ -13,19 +13,17 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 
-from threefold.augment import resize_square
 from threefold.errors import RecipeError, RunError
-from threefold.model import (
+from threefold.models__member import (
     PACKAGED,
     build_member,
     load_in_order,
     load_weights,
-    parameter_groups,
     save_weights,
-    set_trainable,
-    train_mode,
 )
+from threefold.models__resize import resize_square
 from threefold.recipe import HeadSpec, MemberSpec, StageSpec
+from threefold.training__optimizers import parameter_groups, set_trainable, train_mode
 
 # What two photographs that come with libraries show, as numbers of ImageNet's 1,000 classes.
 PHOTOGRAPHS = {"china.jpg": 698, "grace_hopper.jpg": 652}  # palace; military uniform

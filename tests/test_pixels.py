@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from threefold.augment import Views, resize_square
 from threefold.datasets import ImageDataset, Sources
 from threefold.errors import RunError
+from threefold.models__resize import resize_square
+from threefold.models__views import Views
 from threefold.pixels import CHUNK, Pixels
 from threefold.recipe import MemberSpec, ViewSpec
 from threefold.splits import Roles

@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_tree
 from test_stages import data
 
-from threefold.model import build_member
+from threefold.models__member import build_member
 from threefold.recipe import Recipe
 from threefold.scaling import apply_temperature
 from threefold.softloss import soft_loss, soften

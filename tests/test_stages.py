@@ -13,8 +13,8 @@ from conftest import COLOURS, tiny_tree
 
 from threefold.checkpoints import Checkpoint, gate
 from threefold.errors import RecipeError, RunError
-from threefold.model import Member, build_member
-from threefold.predict import Predictor, pick_device, pick_precision, predict_probs
+from threefold.models__member import Member, build_member
+from threefold.models__pipeline import Predictor, pick_device, pick_precision, predict_probs
 from threefold.recipe import Recipe
 from threefold.stages import StageTask, train_stage
 

@@ -18,8 +18,7 @@ from torch import nn
 
 from threefold import targets
 from threefold.errors import ExportError
-from threefold.pipeline import Combiner, MemberPipeline, Pipeline
-from threefold.predict import Predictor
+from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 
 
 class Tiny(nn.Module):

@@ -20,8 +20,8 @@ from threefold.compare import compare_saved
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.jobs import train_members
 from threefold.ledger import FIT, SCORE, TEACH
-from threefold.model import Member, create_backbone
-from threefold.predict import Predictor, predict_probs
+from threefold.models__member import Member, create_backbone
+from threefold.models__pipeline import Predictor, predict_probs
 from threefold.predictions import Predictions
 from threefold.recipe import MemberSpec, Recipe
 from threefold.run import Run

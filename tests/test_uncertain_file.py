@@ -20,8 +20,7 @@ from threefold import answers, exporting, targets
 from threefold.calibration import fit_calibration
 from threefold.ensemble import MeanEnsemble
 from threefold.errors import ExportError
-from threefold.pipeline import Combiner, MemberPipeline, Pipeline
-from threefold.predict import Predictor
+from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.runtime import Model
 from threefold.uncertainty import Uncertainty, fit_uncertainty, uncertainty_card
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from threefold.augment import view_counts
 from threefold.choice import simplest
 from threefold.files import read_arrays, read_json, write_json
 from threefold.ledger import FIT, SCORE, SELECT, TEACH
+from threefold.models__views import view_counts
 from threefold.optimism import Counts, optimism_entry
 from threefold.predictions import Predictions
 from threefold.recipe import Job

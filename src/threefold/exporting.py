@@ -19,12 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from threefold.augment import resize_square
 from threefold.bundle import publish, staged
 from threefold.errors import ExportError
-from threefold.pipeline import MemberPipeline, Pipeline, describe_preprocessing, mix
+from threefold.models__pipeline import (
+    MemberPipeline,
+    Pipeline,
+    Predictor,
+    describe_preprocessing,
+    mix,
+)
+from threefold.models__resize import resize_square
 from threefold.precision import convert
-from threefold.predict import Predictor
 from threefold.runtime import FORMAT, KEY, load
 
 OPSET = 20

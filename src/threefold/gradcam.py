@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from threefold.augment import resize_square
 from threefold.errors import DataError
-from threefold.joint import JointMember
-from threefold.model import Member
+from threefold.models__member import JointMember, Member
+from threefold.models__resize import resize_square
 
 Resize = Literal["squash", "crop"]
 

@@ -14,15 +14,12 @@ import torch
 from torch import nn
 
 from threefold.assembly import assemble
-from threefold.augment import Augment, Views, view_counts
 from threefold.datasets import Sources
 from threefold.errors import RunError
 from threefold.files import read_arrays, read_json, sha256, write_arrays, write_json
 from threefold.findings import find_copies
-from threefold.joint import JointMember
-from threefold.model import load_weights, save_weights
-from threefold.pixels import Pixels
-from threefold.predict import (
+from threefold.models__member import JointMember, load_weights, save_weights
+from threefold.models__pipeline import (
     FirstViews,
     Predictor,
     pick_device,
@@ -30,12 +27,15 @@ from threefold.predict import (
     predict_probs,
     to_pixels,
 )
+from threefold.models__views import Views, view_counts
+from threefold.pixels import Pixels
 from threefold.provenance import commit, hardware, stable_seed, versions
 from threefold.recipe import Job, MemberSpec, Recipe, fold_name
 from threefold.run import FORMAT, Run, verify
 from threefold.splits import Roles
 from threefold.stages import StageOutcome, StageTask, train_stage
 from threefold.teachers import Teaching
+from threefold.training__augment import Augment
 
 
 def train_members(run: Run) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from threefold.augment import Views, resize_square
 from threefold.datasets import ImageDataset, Sources
 from threefold.errors import RunError
+from threefold.models__resize import resize_square
+from threefold.models__views import Views
 from threefold.recipe import MemberSpec
 from threefold.splits import Roles
 

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from threefold.datasets import ImageDataset, Sources, load_data
-from threefold.model import build_member, set_trainable, train_mode
-from threefold.predict import pick_device
+from threefold.models__member import build_member
+from threefold.models__pipeline import pick_device
 from threefold.recipe import DataSpec, MemberSpec, Recipe, StageSpec
+from threefold.training__optimizers import set_trainable, train_mode
 
 DEFAULT_MEMBERS = (
     ("lite0-linear", "tf_efficientnet_lite0.in1k", {"kind": "linear"}),

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from threefold import paired, stats
-from threefold.augment import view_counts
 from threefold.ensemble import make_ensemble
 from threefold.errors import DataError, RecipeError
 from threefold.files import read_arrays, read_json, write_json
 from threefold.ledger import open_test
+from threefold.models__views import view_counts
 from threefold.paper_items import Answer, Cell, Item, Plan
 from threefold.predictions import Predictions
 from threefold.recipe import Recipe, packaged

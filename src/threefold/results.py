@@ -17,8 +17,8 @@ from threefold.files import read_arrays, read_json, write_arrays, write_json
 from threefold.findings import audit_run
 from threefold.gallery import pictures
 from threefold.heads import describe
-from threefold.joint import describe_joint
 from threefold.ledger import open_test, when_opened
+from threefold.models__member import describe_joint
 from threefold.recipe import MemberSpec
 from threefold.run import Run
 from threefold.saved import saved_predictions

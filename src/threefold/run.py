@@ -16,14 +16,12 @@ from typing import Any, Protocol
 import numpy as np
 from filelock import FileLock, Timeout
 
-from threefold.augment import Views
 from threefold.datasets import Sources, load_data
 from threefold.errors import RunError
 from threefold.files import read_json, sha256, write_bytes
-from threefold.joint import JointMember, build_joint
-from threefold.model import Member, build_member, load_weights
-from threefold.pipeline import Combiner, MemberPipeline, Pipeline
-from threefold.predict import Predictor
+from threefold.models__member import JointMember, Member, build_joint, build_member, load_weights
+from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
+from threefold.models__views import Views
 from threefold.predictions import Predictions
 from threefold.recipe import Job, MemberSpec, Recipe
 from threefold.splits import Roles, assign_roles, refit_roles

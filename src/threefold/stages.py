@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from threefold import midway
-from threefold.augment import Augment
 from threefold.checkpoints import Checkpoint, State, gate
 from threefold.errors import RunError
 from threefold.midway import (
@@ -37,11 +36,17 @@ from threefold.midway import (
     restore_random,
     save_midway,
 )
-from threefold.model import parameter_groups, set_trainable, train_mode
-from threefold.optim import KerasAdam, lr_at
-from threefold.predict import Predictor, autocast, pick_precision, predict_probs, to_pixels
+from threefold.models__pipeline import Predictor, autocast, pick_precision, predict_probs, to_pixels
 from threefold.recipe import DistillSpec, Recipe, StageSpec, TrainSpec
 from threefold.softloss import soft_loss, soften
+from threefold.training__augment import Augment
+from threefold.training__optimizers import (
+    KerasAdam,
+    lr_at,
+    parameter_groups,
+    set_trainable,
+    train_mode,
+)
 
 
 class Watcher(Protocol):

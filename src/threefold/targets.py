@@ -26,8 +26,8 @@ from threefold.bundle import staged
 from threefold.cascade import Cascade
 from threefold.cascading import add_cascade
 from threefold.errors import ExportError
+from threefold.models__pipeline import Pipeline
 from threefold.parity import check, compare
-from threefold.pipeline import Pipeline
 from threefold.precision import check_precision
 from threefold.runtime import KEY
 

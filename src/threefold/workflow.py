@@ -20,7 +20,7 @@ from threefold.errors import ExportError, RunError
 from threefold.files import read_arrays, read_json, sha256, write_json
 from threefold.jobs import train_members
 from threefold.ledger import open_test
-from threefold.pipeline import Combiner
+from threefold.models__pipeline import Combiner
 from threefold.plan import plan_folder
 from threefold.precision import CALIBRATION_IMAGES
 from threefold.recipe import Recipe

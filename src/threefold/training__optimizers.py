@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
+import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from threefold.errors import RecipeError
+from threefold.models__member import Member
+from threefold.recipe import StageSpec
 
 Schedule = Literal["constant", "time", "cosine", "one-cycle"]
 
@@ -111,3 +117,67 @@ class KerasAdam(torch.optim.Optimizer):
         torch._foreach_add_(roots, eps)
         rate = lr * math.sqrt(1.0 - betas[1] ** count) / (1.0 - betas[0] ** count)
         torch._foreach_addcdiv_(params, means, roots, -rate)
+
+
+def set_trainable(member: nn.Module, stage: StageSpec) -> list[str]:
+    """Freeze what the stage does not train; returns the names of the trainable parameters.
+
+    Raises:
+        RecipeError: the regexes leave nothing to train.
+    """
+    names = []
+    for name, parameter in member.named_parameters():
+        chosen = bool(re.search(stage.trainable, name)) and not (
+            stage.frozen and re.search(stage.frozen, name)
+        )
+        parameter.requires_grad_(chosen)
+        if chosen:
+            names.append(name)
+    if not names:
+        raise RecipeError(
+            "nothing to train",
+            where=f"stage {stage.name}",
+            got=f"trainable = {stage.trainable!r}, frozen = {stage.frozen!r}",
+            fix="parameters are named backbone.* and head.*",
+        )
+    return names
+
+
+def train_mode(member: nn.Module) -> None:
+    """Training mode, but what is wholly frozen stays in eval mode: its statistics do not drift, no noise is added to it."""
+    member.train()
+    for module in member.modules():
+        inside = list(module.parameters())
+        if inside and not any(p.requires_grad for p in inside):
+            module.eval()
+
+
+def parameter_groups(member: nn.Module, lr: float, layer_decay: float) -> Iterator[dict[str, Any]]:
+    """Optimizer groups of the trainable parameters; `layer_decay` < 1 lowers the rate block by block below the head."""
+    if layer_decay == 1.0:
+        yield {"params": [p for p in member.parameters() if p.requires_grad], "scale": 1.0}
+        return
+    by_height: dict[int, list[nn.Parameter]] = {}
+    heights = _heights(member)
+    for name, parameter in member.named_parameters():
+        if parameter.requires_grad:
+            by_height.setdefault(heights.get(name, 0), []).append(parameter)
+    for height, parameters in sorted(by_height.items(), reverse=True):
+        scale = layer_decay**height
+        yield {"params": parameters, "scale": scale, "lr": lr * scale}
+
+
+def _heights(member: nn.Module) -> dict[str, int]:
+    """How many blocks below the head each parameter of a backbone lies; of every backbone, where members are joined."""
+    found: dict[str, int] = {}
+    for path, module in member.named_modules():
+        if isinstance(module, Member):
+            prefix = f"{path}.backbone." if path else "backbone."
+            groups = timm.models.group_parameters(
+                module.backbone, module.backbone.group_matcher(coarse=False)
+            )
+            depth = max(groups, default=0) + 1
+            found |= {
+                prefix + name: depth - layer for layer, names in groups.items() for name in names
+            }
+    return found

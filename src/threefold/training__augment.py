@@ -1,0 +1,125 @@
+"""The paper's training augmentation (section 4.1): one affine warp and one brightness offset per image.
+
+Works on float tensors in 0..255 on any device. Random erasing, mixup and cutmix need the labels of a batch; they are in
+the stage loop.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from threefold.recipe import AugmentSpec
+
+
+class Draws(NamedTuple):
+    """One set of augmentation parameters per image."""
+
+    angle: Tensor
+    """Rotation (b,), radians."""
+    shift: Tensor
+    """Shift of rows and columns (b, 2), shares of the height and the width."""
+    shear: Tensor
+    """Shear angle (b,), radians."""
+    zoom: Tensor
+    """Scale of rows and columns (b, 2); negative where the axis is flipped."""
+    channel: Tensor
+    """Offset of all values (b,), on the 0..255 scale."""
+
+
+class Augment:
+    """The paper's training augmentation (section 4.1; values from the authors' code) as one bilinear warp per image.
+
+    Rotation, shift, shear, zoom and flips become one affine map, so pixels are interpolated once and one grid serves
+    all channels. What falls outside repeats the edge. Then one offset per image, clipped to that image's own range.
+    """
+
+    def __init__(self, spec: AugmentSpec) -> None:
+        self.spec = spec
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Augment a batch, each image by itself.
+
+        Args:
+            images: uint8 or float (b, 3, h, w), values 0..255.
+            generator: the only source of randomness, on any device.
+
+        Returns:
+            Tensor: float32 (b, 3, h, w), values 0..255.
+        """
+        draws = self.draw(images.shape[0], generator)
+        spec, pixels = self.spec, images.float()
+        if spec.rotation or spec.shift or spec.shear or spec.zoom or spec.hflip or spec.vflip:
+            pixels = affine_warp(pixels, Draws(*(part.to(images.device) for part in draws)))
+        if spec.channel_shift:
+            pixels = shift_channels(pixels, draws.channel.to(images.device))
+        return pixels
+
+    def draw(self, count: int, generator: torch.Generator) -> Draws:
+        """Parameters for `count` images; each knob has its own column, so turning one on leaves the others' draws."""
+        uniform = torch.rand((count, 9), generator=generator, device=generator.device)
+        spread = 2.0 * uniform - 1.0
+        flips = torch.tensor(
+            [0.5 * self.spec.vflip, 0.5 * self.spec.hflip], device=generator.device
+        )
+        return Draws(
+            angle=torch.deg2rad(spread[:, 0] * self.spec.rotation),
+            shift=spread[:, 1:3] * self.spec.shift,
+            shear=torch.deg2rad(spread[:, 3] * self.spec.shear),
+            zoom=(1.0 + spread[:, 4:6] * self.spec.zoom)
+            * torch.where(uniform[:, 6:8] < flips, -1.0, 1.0),
+            channel=spread[:, 8] * self.spec.channel_shift,
+        )
+
+
+def affine_warp(images: Tensor, draws: Draws) -> Tensor:
+    """Warp images as keras-preprocessing does: output pixel p is read at R (T (S (Z p))), measured from the centre.
+
+    R = [[cos a, -sin a], [sin a, cos a]] on (row, column), T adds the shift, S = [[1, -sin s], [0, cos s]], Z scales
+    (more than 1 shrinks the picture) and flips; R S = [[cos a, -sin(a + s)], [sin a, cos(a + s)]]. The centre is that
+    of the pixel grid, (side - 1) / 2; keras-preprocessing before 1.1.1 turned about a point one pixel off it.
+
+    Args:
+        images: float (b, c, h, w).
+        draws: parameters on the same device; `channel` is not used.
+
+    Returns:
+        Tensor: float (b, c, h, w), bilinear, edges repeated.
+    """
+    height, width = images.shape[2:]
+    cos, sin = draws.angle.cos(), draws.angle.sin()
+    cos_sheared, sin_sheared = (draws.angle + draws.shear).cos(), (draws.angle + draws.shear).sin()
+    rows, columns = draws.shift[:, 0] * height, draws.shift[:, 1] * width
+    # grid_sample counts from -1 to 1 across the image: a pixel is 2 / height or 2 / width. The grid is made by sums and
+    # not by affine_grid, whose matrix product would be rounded under TF32 or autocast.
+    down = _column((torch.arange(height, device=images.device) + 0.5) * 2.0 / height - 1.0, 1)
+    along = _column((torch.arange(width, device=images.device) + 0.5) * 2.0 / width - 1.0, 2)
+    down, along = down * _column(draws.zoom[:, 0]), along * _column(draws.zoom[:, 1])
+    read_row = (
+        _column(cos) * down
+        - _column(sin_sheared * width / height) * along
+        + _column((cos * rows - sin * columns) * 2.0 / height)
+    )
+    read_column = (
+        _column(sin * height / width) * down
+        + _column(cos_sheared) * along
+        + _column((sin * rows + cos * columns) * 2.0 / width)
+    )
+    grid = torch.stack((read_column, read_row), dim=3)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def _column(values: Tensor, dim: int = 0) -> Tensor:
+    """Put the values of a vector along axis `dim` of a (b, h, w) array."""
+    shape = [1, 1, 1]
+    shape[dim] = -1
+    return values.view(shape)
+
+
+def shift_channels(images: Tensor, offsets: Tensor) -> Tensor:
+    """Add one offset (b,) to each image (b, c, h, w), clipped to the range of values which that image has."""
+    low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)
+    return torch.clamp(images + offsets.view(-1, 1, 1, 1), low, high)
