@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from threefold.cli import app
 from threefold.cli_data import _show_found
-from threefold.official import OFFICIAL
+from threefold.data__published import PUBLISHED
 from threefold.samples import write_sample
 
 runner = CliRunner()
@@ -37,7 +37,7 @@ def test_fetch_shows_the_terms_and_ends_with_what_to_type(
     done = runner.invoke(app, ["data", "fetch", "mnist", "--to", str(tmp_path / "here")])
     assert done.exit_code == 0
     lines = done.output.splitlines()
-    assert lines[:2] == [f"MNIST: {OFFICIAL['mnist'].home}", "terms: CC BY-SA 3.0"]
+    assert lines[:2] == [f"MNIST: {PUBLISHED['mnist'].homepage}", "terms: CC BY-SA 3.0"]
     assert lines[2].startswith(str(tmp_path / "here/train-images-idx3-ubyte.gz"))
     assert f"next   threefold data check {tmp_path / 'here'} --as mnist" in lines
     found = runner.invoke(app, ["data", "check", str(tmp_path / "here"), "--as", "mnist"])
@@ -123,7 +123,7 @@ def test_exit_codes() -> None:
     absent = threefold_command("data", "check", "nowhere")
     assert (absent.returncode, absent.stderr) == (1, "error there is nothing to look at: nowhere\n")
     unknown = threefold_command("data", "fetch", "imagenet")
-    assert unknown.stderr.startswith("error not a published data set that is known")
+    assert unknown.stderr.startswith("error unknown published data set")
 
 
 def test_names_in_brackets_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from threefold.arrays import FASHION_MNIST_ROOT, read_idx
+from threefold.data__published import FASHION_MNIST_CLASSES
 from threefold.datasets import ImageDataset, load_data
 from threefold.errors import DataError
 from threefold.images import BadImage
-from threefold.official import FASHION_MNIST_CLASSES
 from threefold.recipe import DataSpec
 
 REPOSITORY = Path(__file__).parents[1]

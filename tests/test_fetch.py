@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 
 from threefold import fetch as fetching
+from threefold.data__published import PUBLISHED, PublishedDataset, RemoteFile, find_published
 from threefold.datasets import load_data
 from threefold.errors import DataError
 from threefold.fetch import download, fetch
-from threefold.official import OFFICIAL, Official, Remote, official
 from threefold.recipe import DataSpec
 from threefold.samples import write_sample
 
@@ -102,11 +102,11 @@ def server() -> Iterator[Server]:
         server.shutdown()
 
 
-def remote(server: Server, **facts: Any) -> Remote:
-    return Remote("file", (server.url(),), **facts)
+def remote(server: Server, **facts: Any) -> RemoteFile:
+    return RemoteFile("file", (server.url(),), **facts)
 
 
-def get(remote: Remote, folder: Path, **options: Any) -> Path:
+def get(remote: RemoteFile, folder: Path, **options: Any) -> Path:
     return download(remote, folder, pause=0.0, **options)
 
 
@@ -207,10 +207,10 @@ def test_redirects_are_followed_within_http(server: Server, tmp_path: Path) -> N
     for target in (f"file://{tmp_path}/file", "ftp://127.0.0.1/file"):
         server.redirects = {"/file": target}
         with pytest.raises(DataError, match=r"redirects to an unsafe address|is not allowed"):
-            get(Remote("other", (server.url(),)), tmp_path)
+            get(RemoteFile("other", (server.url(),)), tmp_path)
     server.redirects = {"/file": "/file"}
     with pytest.raises(DataError, match="302"):
-        get(Remote("other", (server.url(),)), tmp_path)
+        get(RemoteFile("other", (server.url(),)), tmp_path)
 
 
 def test_from_https_nothing_leads_to_http() -> None:
@@ -232,15 +232,16 @@ def test_from_https_nothing_leads_to_http() -> None:
 def test_refusals_errors_and_mirrors(server: Server, tmp_path: Path) -> None:
     absent = server.url("/absent")
     with pytest.raises(DataError, match="the server refuses: .*/absent; got 404 Not Found"):  # noqa: RUF043
-        get(Remote("file", (absent,)), tmp_path)
+        get(RemoteFile("file", (absent,)), tmp_path)
     assert len(server.asked) == 1  # no second try
     server.errors = [503, 429]
     assert (
-        get(Remote("file", (absent, server.url()), sha256=SHA256), tmp_path).read_bytes() == CONTENT
+        get(RemoteFile("file", (absent, server.url()), sha256=SHA256), tmp_path).read_bytes()
+        == CONTENT
     )
     server.errors = [500] * 99
     with pytest.raises(DataError, match="broke off too often: .*500"):  # noqa: RUF043
-        get(Remote("other", (server.url(),)), tmp_path)
+        get(RemoteFile("other", (server.url(),)), tmp_path)
     assert len(server.errors) == 99 - 5
 
 
@@ -250,7 +251,7 @@ def test_no_network_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(
         DataError, match=r"cannot be reached: http.*refused; fix: check the network.*/other$"
     ) as told:
-        get(Remote("other", ("http://127.0.0.1:1/file",)), tmp_path)
+        get(RemoteFile("other", ("http://127.0.0.1:1/file",)), tmp_path)
     assert "\n" not in str(told.value)
     assert (tmp_path / "other.part").read_bytes() == b"half"
     for reason in (
@@ -267,7 +268,7 @@ def test_no_network_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.Monk
 
         monkeypatch.setattr(fetching, "_open", refuse)
         with pytest.raises(DataError, match="cannot be reached: https://example.org/x; got "):  # noqa: RUF043
-            get(Remote("x", ("https://example.org/x",)), tmp_path)
+            get(RemoteFile("x", ("https://example.org/x",)), tmp_path)
         assert len(asked) == 2
 
 
@@ -302,17 +303,17 @@ def test_the_disk_is_looked_at_first(
 
 def served(
     server: Server, name: str, root: Path, monkeypatch: pytest.MonkeyPatch, **facts: Any
-) -> Official:
+) -> PublishedDataset:
     """The data set of that name, with this server in place of its own and a sample in place of its files."""
     files = []
-    for old in OFFICIAL[name].files:
+    for old in PUBLISHED[name].files:
         server.files[f"/{old.name}"] = (root / old.name).read_bytes()
         digest = hashlib.sha256(server.files[f"/{old.name}"]).hexdigest()
         files.append(
             old._replace(urls=(server.url(f"/{old.name}"),), size=0, md5="", sha256=digest)
         )
-    known = OFFICIAL[name]._replace(files=tuple(files), **facts)
-    monkeypatch.setitem(OFFICIAL, name, known)
+    known = PUBLISHED[name]._replace(files=tuple(files), **facts)
+    monkeypatch.setitem(PUBLISHED, name, known)
     return known
 
 
@@ -336,7 +337,7 @@ def test_a_fetched_data_set_loads(
     assert len(load_data(DataSpec(source="icassava2019", root=str(root)), 0).train) == 10
     served(server, "mnist", write_sample("mnist", tmp_path / "made", per_class=2), monkeypatch)
     assert [path.name for path in fetch("mnist", root)] == [
-        file.name for file in OFFICIAL["mnist"].files
+        file.name for file in PUBLISHED["mnist"].files
     ]
     assert len(load_data(DataSpec(source="mnist", root=str(root)), 0).train) == 20
 
@@ -353,7 +354,7 @@ def test_a_hostile_archive_writes_nothing_outside(
 
 
 def test_what_cannot_be_fetched(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="not a published data set that is known; expected mnist"):
+    with pytest.raises(DataError, match="unknown published data set; expected mnist"):
         fetch("folder", tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot make the folder"):
@@ -361,8 +362,8 @@ def test_what_cannot_be_fetched(tmp_path: Path) -> None:
 
 
 def test_every_data_set_has_its_facts() -> None:
-    for name in OFFICIAL:
-        known = official(name)
+    for name in PUBLISHED:
+        known = find_published(name)
         assert bool(known.files) != bool(known.kaggle), name
         for file in known.files + known.extra_files:
             assert all(

@@ -25,7 +25,7 @@ ORDER = [
     "listing",
     "archives",
     "pickled",
-    "official",
+    "data__published",
     "arrays",
     "photos",
     "tables",

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from threefold.archives import read_members
+from threefold.data__published import CASSAVA_2020_CLASSES, CASSAVA_CLASSES, SURREY_LETTERS
 from threefold.datasets import ImageDataset, Sources, load_data
 from threefold.errors import DataError, RecipeError
 from threefold.images import decode
-from threefold.official import CASSAVA_2020_CLASSES, CASSAVA_CLASSES, SURREY_LETTERS
 from threefold.recipe import DataSpec, Recipe
 from threefold.samples import write_sample
 

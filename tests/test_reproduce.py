@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from threefold import reproduce as again
 from threefold.cli import app
+from threefold.data__published import data_table
 from threefold.datasets import load_data
 from threefold.ensemble import make_ensemble
 from threefold.errors import DataError, RecipeError
@@ -28,7 +29,6 @@ from threefold.predictions import Predictions
 from threefold.recipe import Recipe, packaged, packaged_names
 from threefold.reproduce import Asked, Rows
 from threefold.samples import write_sample
-from threefold.scales import data_table
 
 runner = CliRunner()
 RECIPES = Path(again.__file__).parent / "recipes"

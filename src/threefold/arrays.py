@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from threefold.archives import read_members
+from threefold.data__published import DIGITS, FASHION_MNIST_CLASSES, count_note
 from threefold.errors import DataError
 from threefold.listing import Decoded, Pixels, shorten
-from threefold.official import DIGITS, FASHION_MNIST_CLASSES, count_note
 from threefold.pickled import read_batch
 
 FASHION_MNIST_ROOT = "/usr/share/datasets/fashion-mnist"

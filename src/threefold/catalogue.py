@@ -7,8 +7,8 @@ from fnmatch import fnmatch
 from typing import get_args
 
 from threefold.backbones import PAPER_BACKBONES
+from threefold.data__published import PUBLISHED, PublishedDataset
 from threefold.errors import RecipeError
-from threefold.official import OFFICIAL, Official
 from threefold.recipe import DataSpec, HeadKind, HeadSpec, packaged_names
 
 
@@ -49,20 +49,20 @@ def _data() -> list[str]:
     """Sources; of published data sets with their size, and whether their terms have to be accepted."""
     lines = []
     for name in get_args(DataSpec.model_fields["source"].annotation):
-        known = OFFICIAL.get(name)
+        known = PUBLISHED.get(name)
         lines.append(
             name if known is None else f"{name}: {known.title}, {_counts(known)}{_terms(known)}"
         )
     return lines
 
 
-def _counts(known: Official) -> str:
-    parts = (("training", known.train), ("test", known.test), ("extra", known.extra))
+def _counts(known: PublishedDataset) -> str:
+    parts = (("training", known.num_train), ("test", known.num_test), ("extra", known.num_extra))
     return ", ".join(f"{count:,} {part}" for part, count in parts if count)
 
 
-def _terms(known: Official) -> str:
-    return f"; terms: {known.licence}" if known.accept else ""
+def _terms(known: PublishedDataset) -> str:
+    return f"; terms: {known.licence}" if known.must_accept else ""
 
 
 def _heads() -> list[str]:

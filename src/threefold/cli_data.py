@@ -47,10 +47,10 @@ def fetch(
 ) -> None:
     """Get a data set from where it is published: resumed, checked against its checksum, unpacked safely."""
     from threefold import fetch as fetching
-    from threefold.official import official
+    from threefold.data__published import find_published
 
-    known, folder = official(name), to or Path("data") / name
-    out.print(f"{known.title}: {known.home}\nterms: {known.licence}", markup=False)
+    known, folder = find_published(name), to or Path("data") / name
+    out.print(f"{known.title}: {known.homepage}\nterms: {known.licence}", markup=False)
     with _Download() as watcher:
         paths = fetching.fetch(name, folder, extra=extra, accept_licence=accept, watcher=watcher)
     for path in paths:

@@ -9,11 +9,11 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 
 from threefold.audit import duplicate_warnings, find_duplicates, group_question, guess_pattern
+from threefold.data__published import FILE_PATTERNS
 from threefold.datasets import ImageDataset, Sources, load_data
 from threefold.errors import DataError, RecipeError
 from threefold.listing import shorten
 from threefold.recipe import DataSpec, Recipe
-from threefold.scales import OFFICIAL_PLACES
 
 FEW = 20
 """Fewer training images of a class than this are pointed out: of 5 folds each then scores on 3 or less of them."""
@@ -118,7 +118,7 @@ def find_spec(source: str, kind: str = "") -> DataSpec:
     if not path.exists() and kind != "huggingface":
         fix = (
             f"threefold data fetch {source} --to FOLDER, then check FOLDER"
-            if source in OFFICIAL_PLACES
+            if source in FILE_PATTERNS
             else ""
         )
         raise DataError("there is nothing to look at", where=source, fix=fix)
@@ -130,7 +130,7 @@ def _looks_like(path: Path) -> str:
     if path.suffix.lower() in (".csv", ".parquet"):
         return path.suffix.lower()[1:]
     here, name = (path.parent, path.name) if path.is_file() else (path, "")
-    for source, patterns in OFFICIAL_PLACES.items():
+    for source, patterns in FILE_PATTERNS.items():
         found = {file for pattern in patterns for file in here.glob(pattern)}
         if found and (not name or path in found):
             # MNIST and Fashion-MNIST have the same file names.

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from threefold.arrays import FASHION_MNIST_ROOT, numbered, read_cifar, read_mnist, read_svhn
+from threefold.data__published import FASHION_MNIST_CLASSES
 from threefold.errors import DataError
 from threefold.images import BadImage, check_all, decode, same_content
 from threefold.listing import Decoded, Encoded, Item, Listing, list_csv, list_folder, shorten
-from threefold.official import FASHION_MNIST_CLASSES
 from threefold.photos import list_cassava2020, list_icassava, list_inaturalist, list_surrey
 from threefold.recipe import DataSpec
 from threefold.tables import list_huggingface, list_parquet

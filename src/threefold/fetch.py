@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from threefold.archives import unpacked
+from threefold.data__published import PublishedDataset, RemoteFile, find_published
 from threefold.errors import DataError, RunError
 from threefold.files import read_json, write_json
-from threefold.official import Official, Remote, official
 
 Watcher = Callable[[str, int, int], None]
 """Told the file's name, the bytes that are there, and the bytes in all (0 = unknown)."""
@@ -53,10 +53,10 @@ def fetch(
     Files that are there already are checked and kept. Archives of image files are unpacked beside themselves.
 
     Args:
-        name: a `data.source` that is a published data set (`official.OFFICIAL`).
+        name: a `data.source` that is a published data set (`official.PUBLISHED`).
         root: the folder; it is made if need be.
         extra: also the files that `data.extra` needs.
-        accept_licence: the terms of use (`official(name).licence`) are accepted; needed where they restrict the use.
+        accept_licence: the terms of use (`find_published(name).licence`) are accepted; needed where they restrict the use.
         watcher: is told of the progress.
 
     Returns:
@@ -66,11 +66,11 @@ def fetch(
         DataError: the terms are not accepted, an account is needed, the disk is full, the server refuses or breaks
             off too often, or a checksum is wrong.
     """
-    known, folder = official(name), Path(root).expanduser()
-    if known.accept and not accept_licence:
+    known, folder = find_published(name), Path(root).expanduser()
+    if known.must_accept and not accept_licence:
         raise DataError(
             f"the terms of {known.title} have to be accepted",
-            where=known.home,
+            where=known.homepage,
             got=f"terms: {known.licence}",
             fix="read them there, then add --accept-licence",
         )
@@ -91,7 +91,7 @@ def fetch(
 
 
 def download(
-    remote: Remote, folder: Path, watcher: Watcher | None = None, pause: float = 1.0
+    remote: RemoteFile, folder: Path, watcher: Watcher | None = None, pause: float = 1.0
 ) -> Path:
     """One file, from the first of its addresses that gives it.
 
@@ -123,7 +123,7 @@ def download(
 # Checksums ------------------------------------------------------------------------------------------------------------
 
 
-def _require_checksum(path: Path, remote: Remote, aside: Path | None) -> None:
+def _require_checksum(path: Path, remote: RemoteFile, aside: Path | None) -> None:
     """The published checksums, or else the recorded one; a file that has another is moved `aside`, if that is given."""
     digests = {"md5": hashlib.md5(usedforsecurity=False), "sha256": hashlib.sha256()}
     with open(path, "rb") as file:
@@ -212,7 +212,7 @@ def _open(url: str, headers: dict[str, str]) -> Any:
     return opener.open(request, timeout=_TIMEOUT)
 
 
-def _receive_any(remote: Remote, part: Path, watcher: Watcher | None, pause: float) -> None:
+def _receive_any(remote: RemoteFile, part: Path, watcher: Watcher | None, pause: float) -> None:
     """Fill `part` from the first address that gives the whole file."""
     for url in remote.urls:
         try:
@@ -222,7 +222,9 @@ def _receive_any(remote: Remote, part: Path, watcher: Watcher | None, pause: flo
     raise last
 
 
-def _receive(url: str, remote: Remote, part: Path, watcher: Watcher | None, pause: float) -> None:
+def _receive(
+    url: str, remote: RemoteFile, part: Path, watcher: Watcher | None, pause: float
+) -> None:
     """Fill `part`, going on after cuts; a try that brought something does not count."""
     tries = 0
     while True:
@@ -295,7 +297,7 @@ def _answer(status: int, headers: Message, asked: int, url: str) -> _Answer:
     return _Answer(asked, int(found[3]) if found[3] != "*" else asked + length)
 
 
-def _receive_once(url: str, remote: Remote, part: Path, watcher: Watcher | None) -> None:
+def _receive_once(url: str, remote: RemoteFile, part: Path, watcher: Watcher | None) -> None:
     """Go on where `part` ends, if the server still has the same file; else begin again."""
     have, validator = _size(part), _validator(part, url)
     headers = {"Range": f"bytes={have}-", "If-Range": validator} if have and validator else {}
@@ -356,7 +358,7 @@ def _validator(part: Path, url: str) -> str:
 # Kaggle ---------------------------------------------------------------------------------------------------------------
 
 
-def _from_kaggle(known: Official, folder: Path) -> Path:
+def _from_kaggle(known: PublishedDataset, folder: Path) -> Path:
     """The archive of a competition, by Kaggle's own program, which needs the user's account."""
     archive = folder / f"{known.kaggle}.zip"
     if not archive.is_file():
@@ -364,7 +366,7 @@ def _from_kaggle(known: Official, folder: Path) -> Path:
         if program is None or not _has_kaggle_token():
             raise DataError(
                 f"{known.title} needs a Kaggle account",
-                where=known.home,
+                where=known.homepage,
                 fix=f"accept the rules there and download all files as {archive}; or pip install kaggle, put your API "
                 "token where it looks for it (~/.kaggle/kaggle.json), and run the same command again",
             )
@@ -372,11 +374,11 @@ def _from_kaggle(known: Official, folder: Path) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode or not archive.is_file():
             told = (done.stderr.strip() or done.stdout.strip() or "no file").splitlines()[-1]
-            fix = f"accept the rules at {known.home}, then run the same command again"
+            fix = f"accept the rules at {known.homepage}, then run the same command again"
             raise DataError(
                 "Kaggle's program could not download", where=known.kaggle, got=told[:200], fix=fix
             )
-    _require_checksum(archive, Remote(archive.name, ()), None)
+    _require_checksum(archive, RemoteFile(archive.name, ()), None)
     unpacked(archive)
     return archive
 

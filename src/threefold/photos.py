@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from threefold.archives import read_members, safe_name, unpacked
+from threefold.data__published import CASSAVA_CLASSES, SURREY_LETTERS, count_note
 from threefold.errors import DataError
 from threefold.images import IMAGE_SUFFIXES
 from threefold.listing import Item, Listing, shorten
-from threefold.official import CASSAVA_CLASSES, SURREY_LETTERS, count_note
 
 
 def _found(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from threefold import paired, stats
+from threefold.data__published import data_table
 from threefold.ensemble import make_ensemble
 from threefold.errors import DataError, RecipeError
 from threefold.files import read_arrays, read_json, write_json
@@ -28,7 +29,6 @@ from threefold.samples import write_sample
 from threefold.scales import (
     Protocol,
     Scale,
-    data_table,
     keep_members,
     make_tiny,
     shrink,

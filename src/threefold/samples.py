@@ -21,9 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from threefold.errors import DataError, RunError
-from threefold.listing import shorten
-from threefold.official import (
+from threefold.data__published import (
     CASSAVA_2020_CLASSES,
     CASSAVA_CLASSES,
     CIFAR10_CLASSES,
@@ -31,6 +29,8 @@ from threefold.official import (
     CIFAR100_SUPERCLASSES,
     SURREY_LETTERS,
 )
+from threefold.errors import DataError, RunError
+from threefold.listing import shorten
 
 SPECIES = (("Plants", 3), ("Insects", 2), ("Birds", 1))
 """Super categories of the made-up iNaturalist, and how many species each has."""

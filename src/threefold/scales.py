@@ -8,7 +8,6 @@ thousand weights, one epoch, pictures of `samples`. Imports no torch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 from threefold.errors import RecipeError
@@ -145,33 +144,3 @@ def make_tiny(tree: dict[str, Any]) -> None:
 
 def _tiny(backbone: str) -> str:
     return next((tiny for word, tiny in _TINY.items() if word in backbone.lower()), "test_resnet")
-
-
-OFFICIAL_PLACES: dict[str, tuple[str, ...]] = {
-    "fashion-mnist": ("*-ubyte*",),
-    "mnist": ("*-ubyte*",),
-    "cifar10": ("cifar-10-*", "data_batch_1*"),
-    "cifar100": ("cifar-100-*", "fine_label_names.txt", "meta"),
-    "svhn": ("*_32x32.mat",),
-    "inaturalist2019": ("train_val2019*",),
-    "icassava2019": ("cassavaleafdata*", "cassava-disease*", "train/cmd"),
-    "cassava2020": ("cassava-leaf-disease-classification*", "train_images"),
-    "surrey-asl": ("dataset5", "fingerspelling5*", "A/a"),
-}
-"""What lies in the folder of a data set in its official form (patterns); `arrays` and `photos` read it."""
-
-
-def data_table(source: str, root: Path) -> dict[str, Any]:
-    """The `data` values for what lies at `root`: the data set `source` in its official form, a CSV or parquet file, or class folders.
-
-    Args:
-        source: a published data set.
-        root: folder, archive or table.
-    """
-    if root.suffix in (".csv", ".parquet"):
-        return {"source": root.suffix[1:], "root": str(root)}
-    official = root.is_file() or any(
-        next(root.glob(p), None) for p in OFFICIAL_PLACES.get(source, ())
-    )
-    folders = root.is_dir() and any(path.is_dir() for path in root.iterdir())
-    return {"source": "folder" if folders and not official else source, "root": str(root)}
