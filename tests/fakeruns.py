@@ -163,15 +163,15 @@ def full_run(
         },
         "ledger": [
             {
-                "what": f"temperature{evil}",
-                "saw": "out-of-fold rows of the other folds",
-                "answers": "out-of-fold rows",
+                "step": f"temperature{evil}",
+                "fitted_on": "out-of-fold rows of the other folds",
+                "scored": "out-of-fold rows",
                 "overlap": 0,
             },
             {
-                "what": "choice of the ensemble",
-                "saw": "out-of-fold rows",
-                "answers": "out-of-fold rows",
+                "step": "choice of the ensemble",
+                "fitted_on": "out-of-fold rows",
+                "scored": "out-of-fold rows",
                 "overlap": 3000,
             },
         ],

@@ -21,7 +21,7 @@ from threefold.ensemble import (
 )
 from threefold.errors import DataError
 from threefold.evaluate import evaluate
-from threefold.ledger import FIT, SCORE, SELECT, Ledger, Seen, open_test, when_opened
+from threefold.ledger import FIT, SCORE, SELECT, Ledger, SeenRows, open_test, when_opened
 from threefold.predictions import Predictions
 from threefold.recipe import EnsembleSpec, FoldSpec
 from threefold.scoring import score_ensemble
@@ -77,7 +77,7 @@ def test_scoring_on_seen_rows_raises_or_is_stamped() -> None:
         assert honest["n"] == 20
         with pytest.raises(
             DataError,
-            match=r"seen by what is scored: \w+; expected none, got 1 of 21, the first image39; fix: ",
+            match=r"fitted on some of these rows: \w+; expected none, got 1 of 21, the first image39; fix: ",
         ):
             score_ensemble(ensemble, rows.rows(range(39, 60)))
         assert score_ensemble(ensemble, rows.rows(range(39, 60)), apparent=True)["apparent"] is True
@@ -86,9 +86,9 @@ def test_scoring_on_seen_rows_raises_or_is_stamped() -> None:
 
 
 def test_the_order_of_rows_and_the_file_do_not_matter() -> None:
-    seen = Seen.of(["b", "a", "ü"])
-    np.testing.assert_array_equal(seen.among(["a", "c", "ü"]), [True, False, True])
-    assert not Seen.of([]).among(["a"]).any()
+    seen = SeenRows.from_ids(["b", "a", "ü"])
+    np.testing.assert_array_equal(seen.contains(["a", "c", "ü"]), [True, False, True])
+    assert not SeenRows.from_ids([]).contains(["a"]).any()
 
 
 def test_a_ledger_refuses_overlap_and_tells_what_was_seen() -> None:
@@ -99,19 +99,19 @@ def test_a_ledger_refuses_overlap_and_tells_what_was_seen() -> None:
         DataError, match=r"scored by what was fitted on them: weights; expected none, got 1 rows"
     ):
         ledger.declare("weights", [1, 0, 0, 0], [1, 0, 0, 1])
-    with pytest.raises(DataError, match="a ledger of other rows: weights"):
+    with pytest.raises(DataError, match="another number of rows: weights"):
         ledger.declare("weights", [1, 0], [0, 1])
     ledger.declare("checkpoints", [1, 0, 0, 0], [1, 1, 0, 0], apparent=True)
     with pytest.raises(DataError, match="got 1 of 2, the first b"):
-        ledger.declare_elsewhere("ensembles", ["a", "b"], ["b", "c"], "test")
+        ledger.declare_other_table("ensembles", ["a", "b"], ["b", "c"], "test")
     first, second = ledger.table()
     assert first == {
-        "what": "weights",
-        "saw": "2 of 4 oof rows, 2 times",
-        "answers": "4 oof rows, each time the others",
+        "step": "weights",
+        "fitted_on": "2 of 4 oof rows, 2 times",
+        "scored": "4 oof rows, each time the others",
         "overlap": 0,
     }
-    assert (second["what"], second["overlap"]) == ("checkpoints", 1)
+    assert (second["step"], second["overlap"]) == ("checkpoints", 1)
 
 
 def test_predictions_of_a_network_that_saw_the_row_cannot_be_made(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_predictions_of_a_network_that_saw_the_row_cannot_be_made(tmp_path: Path
         roles=np.where(roles == SCORE, SCORE + SELECT, FIT),
         protocol="paper",
     )
-    assert {line["what"]: line["overlap"] for line in paper.ledger().table()}[
+    assert {line["step"]: line["overlap"] for line in paper.ledger().table()}[
         "checkpoints and stages"
     ] == 4
     for bad in (roles[:1], roles[:, :3], roles.astype(float), roles + 16):
@@ -261,7 +261,7 @@ def test_every_method_declares_its_rows() -> None:
     for name in ("best", "weighted", "greedy", "pool", "logistic"):
         fitted = make_ensemble(name).fit(rows.probs, rows.labels, rows.ids)
         assert fitted.seen_ is not None
-        assert fitted.seen_.among(rows.ids).all(), name
+        assert fitted.seen_.contains(rows.ids).all(), name
         assert make_ensemble(name).fit(rows.probs, rows.labels).seen_ is None
     with pytest.raises(DataError, match="ids do not match"):
         GreedyEnsemble().fit(rows.probs, rows.labels, rows.ids[:3])

@@ -225,7 +225,7 @@ def test_an_old_run_says_plainly_what_it_lacks(tmp_path: Path) -> None:
     ):
         assert words in page.text
     assert "Grad-CAM" not in page.text
-    assert "What saw which rows" not in page.text
+    assert "Which rows each step saw" not in page.text
 
 
 def test_stopping_early_is_told_with_what_it_costs_and_saves(full: Page) -> None:

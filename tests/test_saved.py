@@ -116,10 +116,10 @@ def test_verbs_print_tables_and_json(tmp_path: Path) -> None:
 
 def test_a_runs_results_say_who_saw_what(finished: Run) -> None:
     results = finished.results
-    lines = {line["what"]: line for line in results["ledger"]}
+    lines = {line["step"]: line for line in results["ledger"]}
     assert {"weights of the members", "checkpoints and stages", "ensemble stacked"} <= set(lines)
     assert all(line["overlap"] == 0 for line in lines.values())
-    assert lines["ensembles, calibration, choice of the method"]["answers"] == "12 test rows"
+    assert lines["ensembles, calibration, choice of the method"]["scored"] == "12 test rows"
     assert results["test_opened"]["times"] == 1
     assert {"checkpoint", "stage", "member", "stacked", "method"} <= {
         line["choice"] for line in results["optimism"]

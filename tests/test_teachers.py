@@ -216,7 +216,7 @@ def test_what_leaks_is_stamped_everywhere_and_cannot_be_called_honest(
     }
     assert any("out-of-fold scores are apparent" in note for note in run.results["notes"])
     assert any(
-        line["what"] == "teachers of the student" and line["overlap"] == 36
+        line["step"] == "teachers of the student" and line["overlap"] == 36
         for line in run.results["ledger"]
     )
     assert [t["rows"] for t in run.results["distill"]["tables"]] == ["test"]
@@ -247,7 +247,7 @@ def test_the_bit_alone_makes_a_score_apparent() -> None:
         "folds": np.array([0, 1]),
     }
     assert (
-        Predictions(**values, roles=roles).ledger().table()[-1]["what"] == "teachers of the student"
+        Predictions(**values, roles=roles).ledger().table()[-1]["step"] == "teachers of the student"
     )
     with pytest.raises(DataError, match="fitted on them: teachers of the student"):
         Predictions(**values, roles=roles + np.array([[TEACH, 0], [0, 0]], np.int8))

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from threefold.errors import DataError, RecipeError, RunError
-from threefold.ledger import Seen
+from threefold.ledger import SeenRows
 from threefold.predictions__checks import check_labels, check_probs
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Ensemble(ABC):
 
     needs_fit: ClassVar[bool] = True
     seed: int = 0
-    seen_: Seen | None = None
+    seen_: SeenRows | None = None
     _state: ClassVar[tuple[str, ...]] = ()
 
     def fit(
@@ -50,7 +50,7 @@ class Ensemble(ABC):
                 "ids do not match the probabilities", expected=array.shape[1], got=len(ids)
             )
         self.fit_checked(array, check_labels(labels, *array.shape[1:]))
-        self.seen_ = Seen.of(ids) if ids is not None and self.needs_fit else None
+        self.seen_ = SeenRows.from_ids(ids) if ids is not None and self.needs_fit else None
         return self
 
     def fit_checked(self, probs: np.ndarray, labels: np.ndarray) -> Self:

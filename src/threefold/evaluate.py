@@ -111,7 +111,7 @@ def evaluate(
         sealed = {key: warm[key].apply(probs) for key, probs in both.items()}
         tables.append((test, sealed, "oof rows" if oof is not None else "the scored rows"))
         if oof is not None:
-            work.ledger.declare_elsewhere(
+            work.ledger.declare_other_table(
                 "ensembles, calibration, choice of the method", oof.ids, test.ids, "test"
             )
     rows, table, _ = tables[-1]

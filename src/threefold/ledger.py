@@ -1,8 +1,10 @@
-"""Who saw which rows: what is fitted declares the rows it saw, and a score on one of them is refused, or called apparent.
+"""Record which rows each fitted step saw, and refuse honest scores on those rows.
 
-Three things hold this up. `Predictions.roles` says which rows the networks of each fold saw, and predictions whose rows were
-answered by a network that saw them cannot be made. A `Ledger` holds what each fitted step of an evaluation saw of one table of
-rows, and which of them it answers. `Seen` goes with a fitted ensemble, so that it is known on any other table.
+A score on rows that a step was fitted on must be called apparent.
+There are three safeguards. `Predictions.roles` says which rows the networks of each fold saw;
+predictions cannot be constructed if a row was scored by a network that saw it. A `Ledger` records,
+for one table of rows, what each fitted step of an evaluation saw and which rows it scores.
+`SeenRows` stays with a fitted ensemble, so that seen rows are recognised in any other table.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ SELECT: Final = 2
 """Bit of `Predictions.roles`: checkpoints and stages were chosen on the row."""
 
 SCORE: Final = 4
-"""Bit of `Predictions.roles`: the row is answered."""
+"""Bit of `Predictions.roles`: the row is scored."""
 
 TEACH: Final = 8
 """Bit of `Predictions.roles`: the teacher of a member learned from the row's label."""
@@ -38,40 +40,49 @@ _FIX = (
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """The rows that something was fitted on, by id: keys (r,) uint64, ascending, the first 8 bytes of BLAKE2b of each id."""
+class SeenRows:
+    """The rows that something was fitted on.
+
+    Attributes:
+        keys: (r,) uint64, ascending, the first 8 bytes of the BLAKE2b hash of each row's id.
+    """
 
     keys: np.ndarray
 
     @classmethod
-    def of(cls, ids: Iterable[str]) -> Seen:
-        """The rows of these ids."""
-        return cls(np.unique(_keys(ids)))
+    def from_ids(cls, ids: Iterable[str]) -> SeenRows:
+        """The rows with these ids."""
+        return cls(np.unique(_hash_ids(ids)))
 
-    def among(self, ids: Sequence[str]) -> np.ndarray:
+    def contains(self, ids: Sequence[str]) -> np.ndarray:
         """Which of these ids were seen: booleans (n,)."""
-        return np.isin(_keys(ids), self.keys)
+        return np.isin(_hash_ids(ids), self.keys)
 
-    def check(self, what: str, ids: Sequence[str], apparent: bool = False) -> bool:
-        """Whether a score on these rows is apparent: some of them were seen.
+    def check(self, step: str, ids: Sequence[str], apparent: bool = False) -> bool:
+        """Whether a score on these rows is apparent, that is, whether any of them were seen.
+
+        Args:
+            step: what is scored, for the message.
+            ids: ids of the scored rows.
+            apparent: the caller asks for an apparent score.
 
         Raises:
-            DataError: some were, and an apparent score was not asked for.
+            DataError: some rows were seen, and `apparent` is not set.
         """
-        seen = self.among(ids)
+        seen = self.contains(ids)
         if seen.any() and not apparent:
-            got = f"{int(seen.sum()):,} of {len(ids):,}, the first {ids[int(seen.argmax())]}"
             raise DataError(
-                "the rows were seen by what is scored",
-                where=what,
+                "what is scored was fitted on some of these rows",
+                where=step,
                 expected="none",
-                got=got,
+                got=f"{int(seen.sum()):,} of {len(ids):,}, the first {ids[int(seen.argmax())]}",
                 fix=_FIX,
             )
         return bool(seen.any())
 
 
-def _keys(ids: Iterable[str]) -> np.ndarray:
+def _hash_ids(ids: Iterable[str]) -> np.ndarray:
+    """64-bit hashes (n,) of ids."""
     digests = (
         hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         for name in ids
@@ -81,87 +92,99 @@ def _keys(ids: Iterable[str]) -> np.ndarray:
 
 @dataclass
 class _Entry:
-    """One fitted thing: rows that its fits saw, rows that it answers, rows of both."""
+    """All fits of one step: number of fits, and numbers of rows (of each fit, scored, in both)."""
 
-    parts: int = 0
-    saw: list[int] = field(default_factory=list)
-    answers: int = 0
+    fits: int = 0
+    fitted_on: list[int] = field(default_factory=list)
+    scored: int = 0
     overlap: int = 0
 
 
 class Ledger:
-    """What each fitted step saw of n rows, and which it answers.
+    """A record of the rows that each fitted step saw, and of the rows that it scores.
 
     Args:
         n: number of rows.
-        rows: what they are called (oof, test, foreign).
+        kind: name of the rows in the table (oof, test, foreign).
     """
 
-    def __init__(self, n: int, rows: str) -> None:
-        self.n, self.rows = n, rows
+    def __init__(self, n: int, kind: str) -> None:
+        self.n, self.kind = n, kind
         self._entries: dict[str, _Entry] = {}
-        self._elsewhere: list[dict[str, Any]] = []
+        self._other_tables: list[dict[str, Any]] = []
 
     def declare(
-        self, what: str, saw: npt.ArrayLike, answers: npt.ArrayLike, *, apparent: bool = False
+        self, step: str, fitted_on: npt.ArrayLike, scored: npt.ArrayLike, *, apparent: bool = False
     ) -> None:
-        """Note one fit.
+        """Record one fit.
 
         Args:
-            what: the fitted thing; its fits in several folds or parts are one line of `table`.
-            saw: (n,) booleans, the rows of the fit.
-            answers: (n,) booleans, the rows that are scored with it.
-            apparent: the score is called apparent (or "selected on the scored rows"): rows may be both.
+            step: name of the fitted step; its fits in several folds share one line of `table`.
+            fitted_on: (n,) booleans, the rows of the fit.
+            scored: (n,) booleans, the rows that the fit scores.
+            apparent: the score is called apparent (or "selected on the scored rows"), so a row may
+                be both fitted and scored.
 
         Raises:
-            DataError: another number of rows, or rows are both and `apparent` is not set.
+            DataError: the number of rows is wrong, or rows are both and `apparent` is not set.
         """
-        seen, answered = np.asarray(saw, bool), np.asarray(answers, bool)
-        if seen.shape != (self.n,) or answered.shape != (self.n,):
+        fitted_mask, scored_mask = np.asarray(fitted_on, bool), np.asarray(scored, bool)
+        if fitted_mask.shape != (self.n,) or scored_mask.shape != (self.n,):
             raise DataError(
-                "a ledger of other rows", where=what, expected=f"({self.n},)", got=seen.shape
+                "the ledger has another number of rows",
+                where=step,
+                expected=f"({self.n},)",
+                got=fitted_mask.shape,
             )
-        both = int((seen & answered).sum())
-        if both and not apparent:
+        overlap = int((fitted_mask & scored_mask).sum())
+        if overlap and not apparent:
             raise DataError(
                 "rows are scored by what was fitted on them",
-                where=what,
+                where=step,
                 expected="none",
-                got=f"{both:,} rows",
+                got=f"{overlap:,} rows",
                 fix=_FIX,
             )
-        entry = self._entries.setdefault(what, _Entry())
-        entry.parts += 1
-        entry.saw.append(int(seen.sum()))
-        entry.answers += int(answered.sum())
-        entry.overlap += both
+        entry = self._entries.setdefault(step, _Entry())
+        entry.fits += 1
+        entry.fitted_on.append(int(fitted_mask.sum()))
+        entry.scored += int(scored_mask.sum())
+        entry.overlap += overlap
 
-    def declare_elsewhere(
-        self, what: str, ids: Sequence[str], other: Sequence[str], rows: str
+    def declare_other_table(
+        self, step: str, ids: Sequence[str], other_ids: Sequence[str], other_kind: str
     ) -> None:
-        """Note something that was fitted on these rows and answers the rows of another table.
+        """Record a step that was fitted on these rows and scores the rows of another table.
 
         Raises:
             DataError: a row is in both tables.
         """
-        Seen.of(ids).check(what, other)
-        saw, answers = f"{len(ids):,} {self.rows} rows", f"{len(other):,} {rows} rows"
-        self._elsewhere.append({"what": what, "saw": saw, "answers": answers, "overlap": 0})
+        SeenRows.from_ids(ids).check(step, other_ids)
+        self._other_tables.append(
+            {
+                "step": step,
+                "fitted_on": f"{len(ids):,} {self.kind} rows",
+                "scored": f"{len(other_ids):,} {other_kind} rows",
+                "overlap": 0,
+            }
+        )
 
     def table(self) -> list[dict[str, Any]]:
-        """A line per fitted thing: what, saw, answers (in words), overlap (number of rows)."""
+        """One line per step: step, fitted_on and scored (in words), overlap (number of rows)."""
         lines = []
-        for what, entry in self._entries.items():
-            low, high = min(entry.saw), max(entry.saw)
-            told = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-            saw = f"{told} of {self.n:,} {self.rows} rows" + (
-                f", {entry.parts} times" if entry.parts > 1 else ""
+        for step, entry in self._entries.items():
+            low, high = min(entry.fitted_on), max(entry.fitted_on)
+            count = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+            fitted_on = f"{count} of {self.n:,} {self.kind} rows"
+            scored = f"{entry.scored:,} {self.kind} rows"
+            if entry.fits > 1:
+                fitted_on += f", {entry.fits} times"
+                if not entry.overlap:
+                    scored += ", each time the others"
+            lines.append(
+                {"step": step, "fitted_on": fitted_on, "scored": scored, "overlap": entry.overlap}
             )
-            answers = f"{entry.answers:,} {self.rows} rows" + (
-                ", each time the others" if entry.parts > 1 and not entry.overlap else ""
-            )
-            lines.append({"what": what, "saw": saw, "answers": answers, "overlap": entry.overlap})
-        return lines + self._elsewhere
+        return lines + self._other_tables
 
 
 def open_test(run: Path, by: str, rows: int) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from threefold.combiners import Ensemble
 from threefold.ensemble import make_ensemble
 from threefold.errors import RecipeError
-from threefold.ledger import Seen
+from threefold.ledger import SeenRows
 from threefold.recipe import EnsembleSpec
 from threefold.stacked import StackedEnsemble
 
@@ -98,5 +98,5 @@ def restore(
         members: names of the members that were there to choose from.
     """
     inner = type(make_ensemble(name)).from_state(state)
-    inner.seen_ = Seen(np.asarray(state["seen"])) if "seen" in state else None
+    inner.seen_ = SeenRows(np.asarray(state["seen"])) if "seen" in state else None
     return inner, [members[i] for i in state["chosen_"]] if "chosen_" in state else list(members)
