@@ -18,6 +18,7 @@ ORDER = [
     "overrides",
     "sections",
     "recipe",
+    "training__watcher",
     "scales",
     "paper_items",
     "backbones",

@@ -15,10 +15,11 @@ from threefold.errors import RunError
 from threefold.midway import Midway, load_midway, mark_of, save_midway
 from threefold.recipe import Job, Recipe
 from threefold.run import Run
-from threefold.stages import Silent, StageOutcome, StageTask, train_stage
+from threefold.stages import StageOutcome, StageTask, train_stage
+from threefold.training__watcher import Watcher
 
 
-class Stop(Silent):
+class Stop(Watcher):
     """Ends training in an epoch, and counts the images of all."""
 
     def __init__(self, epoch: int = -1) -> None:

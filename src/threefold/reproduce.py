@@ -24,7 +24,7 @@ from threefold.models__views import view_counts
 from threefold.paper_items import Answer, Cell, Item, Plan
 from threefold.predictions import Predictions
 from threefold.recipe import Recipe, packaged
-from threefold.run import Run, RunWatcher
+from threefold.run import Run
 from threefold.samples import write_sample
 from threefold.scales import (
     Protocol,
@@ -34,6 +34,7 @@ from threefold.scales import (
     shrink,
     with_protocol,
 )
+from threefold.training__watcher import Watcher
 from threefold.workflow import train
 
 LEVEL = 0.95
@@ -66,7 +67,7 @@ class Rows(NamedTuple):
     """oof or test."""
 
 
-def reproduce(asked: Asked, watcher: RunWatcher | None = None) -> dict[str, Any]:
+def reproduce(asked: Asked, watcher: Watcher | None = None) -> dict[str, Any]:
     """Run what is missing of an item and measure its cells; of an item of several data sets, those that lie there.
 
     Args:
@@ -173,7 +174,7 @@ def _data(asked: Asked, plan: Plan) -> dict[str, Any]:
     raise DataError(f"{asked.item.name} needs {plan.source} data", fix=fix)
 
 
-def _run(asked: Asked, plan: Plan, recipe: Recipe, i: int, watcher: RunWatcher | None) -> Run:
+def _run(asked: Asked, plan: Plan, recipe: Recipe, i: int, watcher: Watcher | None) -> Run:
     seed = recipe.seed + i
     header = f"threefold reproduce {asked.item.name} --scale {asked.scale} --protocol {asked.protocol}, seed {seed}"
     folder = asked.out / plan.name / f"seed{seed}"

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -25,36 +25,10 @@ from threefold.models__views import Views
 from threefold.predictions import Predictions
 from threefold.recipe import Job, MemberSpec, Recipe
 from threefold.splits import Roles, assign_roles, refit_roles
-from threefold.stages import Silent, Watcher
+from threefold.training__watcher import Watcher
 
 FORMAT = 1
 """Version of the run folder's layout, raised when an older reader would misread it."""
-
-
-class RunWatcher(Watcher, Protocol):
-    """A watcher that is also told of jobs."""
-
-    def plan(self, jobs: Sequence[Job], images: Sequence[int]) -> None:
-        """The jobs to come, and how many images each will train on."""
-
-    def job(self, job: Job, skipped: bool) -> None:
-        """A job begins, or is skipped because it is done."""
-
-    def note(self, text: str) -> None:
-        """Something worth a line."""
-
-
-class SilentRun(Silent):
-    """A run watcher that does nothing."""
-
-    def plan(self, jobs: Sequence[Job], images: Sequence[int]) -> None:
-        """Ignore."""
-
-    def job(self, job: Job, skipped: bool) -> None:
-        """Ignore."""
-
-    def note(self, text: str) -> None:
-        """Ignore."""
 
 
 @dataclass
@@ -63,20 +37,20 @@ class Run:
 
     dir: Path
     recipe: Recipe
-    watcher: RunWatcher = field(default_factory=SilentRun)
+    watcher: Watcher = field(default_factory=Watcher)
     given: Sources | None = None
     """Images in place of reading those that the recipe names: the same, verified already, or a part of them, for the teachers of a student."""
 
     @classmethod
     def create(
-        cls, recipe: Recipe, out: str | Path, watcher: RunWatcher | None = None, header: str = ""
+        cls, recipe: Recipe, out: str | Path, watcher: Watcher | None = None, header: str = ""
     ) -> Run:
         """Begin a run folder, or go on with one that was made by the same recipe.
 
         Raises:
             RunError: the folder belongs to another recipe, is not a run, or cannot be written.
         """
-        run = cls(Path(out), recipe, watcher or SilentRun())
+        run = cls(Path(out), recipe, watcher or Watcher())
         if (run.dir / "recipe.toml").exists():
             before = Recipe.load(run.dir / "recipe.toml")
             if before.digest() != recipe.digest():

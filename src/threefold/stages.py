@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,26 +47,7 @@ from threefold.training__optimizers import (
     set_trainable,
     train_mode,
 )
-
-
-class Watcher(Protocol):
-    """What wants to know how training goes on (a progress bar, a log)."""
-
-    def batch(self, images: int) -> None:
-        """`images` more have been trained on."""
-
-    def epoch(self, record: dict[str, Any]) -> None:
-        """An epoch has ended; `record` is its line of history.json."""
-
-
-class Silent:
-    """A watcher that does nothing."""
-
-    def batch(self, images: int) -> None:
-        """Ignore."""
-
-    def epoch(self, record: dict[str, Any]) -> None:
-        """Ignore."""
+from threefold.training__watcher import Watcher
 
 
 @dataclass(frozen=True)
@@ -88,7 +69,7 @@ class StageTask:
     first: bool = True
     batch_size: int = 0
     deadline: float = math.inf
-    watcher: Watcher = field(default_factory=Silent)
+    watcher: Watcher = field(default_factory=Watcher)
     soft: np.ndarray | None = None
     keep: Path | None = None
 

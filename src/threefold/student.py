@@ -11,9 +11,10 @@ from threefold import workflow
 from threefold.errors import RecipeError
 from threefold.files import write_json
 from threefold.recipe import MemberSpec, Recipe
-from threefold.run import Run, RunWatcher
+from threefold.run import Run
 from threefold.saved import saved_predictions
 from threefold.teachers import teacher_run
+from threefold.training__watcher import Watcher
 
 STUDENT, TWIN = "student", "student-labels"
 """Names of the two members of the run that `distill` makes."""
@@ -25,7 +26,7 @@ def distill(
     out: str | Path | None = None,
     *,
     overrides: Sequence[str] = (),
-    watcher: RunWatcher | None = None,
+    watcher: Watcher | None = None,
 ) -> Run:
     """Train one network on a finished run's out-of-fold ensemble probabilities, and its twin on labels; score, export, report.
 

@@ -18,12 +18,13 @@ from rich.progress import (
 from rich.table import Table
 
 from threefold.recipe import Job, fold_name
+from threefold.training__watcher import Watcher
 
 NAME = 22
 """Characters of a name in a table that fits 80 columns; the ends of long names differ, so these are kept."""
 
 
-class TerminalWatcher:
+class TerminalWatcher(Watcher):
     """Shows a progress bar on a terminal and nothing elsewhere; `verbose` adds a line per job and epoch."""
 
     def __init__(self, console: Console, verbose: bool = False) -> None:

@@ -26,11 +26,12 @@ from threefold.precision import CALIBRATION_IMAGES
 from threefold.recipe import Recipe
 from threefold.report import write_report
 from threefold.results import evaluate_run, write_results
-from threefold.run import Run, RunWatcher
+from threefold.run import Run
 from threefold.runtime import load
 from threefold.saved import evaluate_saved
 from threefold.savings import cascade_card
 from threefold.selection import restore
+from threefold.training__watcher import Watcher
 from threefold.uncertainty import uncertainty_card
 
 T = TypeVar("T")
@@ -41,7 +42,7 @@ PARITY_IMAGES = {"float32": 64, "float16": 512, "bfloat16": 512, "int8": 512}
 def train(
     recipe: Recipe,
     out: str | Path,
-    watcher: RunWatcher | None = None,
+    watcher: Watcher | None = None,
     header: str = "",
     sources: Sources | None = None,
 ) -> Run:
@@ -220,7 +221,7 @@ def fit(
     budget_minutes: float = 20.0,
     members: tuple[str, ...] = (),
     overrides: tuple[str, ...] = (),
-    watcher: RunWatcher | None = None,
+    watcher: Watcher | None = None,
 ) -> Run:
     """Look at a folder of images, plan, train, ensemble, export and report: everything, within a time budget.
 
