@@ -1,4 +1,4 @@
-"""Archives: what is sound comes out as it was; what is hostile is refused, and nothing is written outside."""
+"""Archives: sound ones unpack unchanged; hostile ones are refused and write nothing outside."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from threefold.archives import Limits, members, read_members, safe_name, unpack, unpacked
+from threefold.archives import (
+    ArchiveLimits,
+    iter_members,
+    read_members,
+    safe_name,
+    unpack,
+    unpack_beside,
+)
 from threefold.errors import DataError
 
 FILES = {"a.txt": b"one", "folder/b.bin": bytes(range(256)) * 9000, "folder/deep/empty": b""}
@@ -57,14 +64,16 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", ["w:", "w:gz", "w:bz2", "zip"])
-def test_what_is_packed_comes_out(tmp_path: Path, kind: str) -> None:
-    """The content decides the format; the name of the archive says nothing."""
+def test_every_format_unpacks_unchanged(tmp_path: Path, kind: str) -> None:
+    """The format is recognised by content, not by the name of the archive."""
     archive = tmp_path / "data.archive"
     write_zip(archive, FILES) if kind == "zip" else tar_of(archive, FILES, kind)
-    folder = unpacked(archive)
+
+    folder = unpack_beside(archive)
+
     assert folder == tmp_path / "data.archive.unpacked"
     assert tree(folder) == FILES
-    assert [member.name for member in members(archive)] == list(FILES)
+    assert [member.name for member in iter_members(archive)] == list(FILES)
     assert read_members(archive, ["b.bin", "absent"]) == {"b.bin": FILES["folder/b.bin"]}
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "data.archive",
@@ -72,9 +81,10 @@ def test_what_is_packed_comes_out(tmp_path: Path, kind: str) -> None:
     ]
 
 
-def test_a_folder_that_is_there_is_kept(tmp_path: Path) -> None:
+def test_an_unpacked_folder_is_kept(tmp_path: Path) -> None:
     archive = write_zip(tmp_path / "a.zip", FILES)
     (unpack(archive, tmp_path / "out") / "a.txt").write_bytes(b"changed")
+
     assert (unpack(archive, tmp_path / "out") / "a.txt").read_bytes() == b"changed"
 
 
@@ -82,17 +92,18 @@ SAFE = st.from_regex(r"[a-z0-9 ]{1,8}(/[a-z0-9 ]{1,8}){0,3}", fullmatch=True)
 
 
 @given(SAFE)
-def test_plain_names_are_kept(name: str) -> None:
+def test_safe_names_are_kept(name: str) -> None:
     assert safe_name(name) == safe_name("./" + name) == safe_name(name + "/") == name
 
 
 @given(st.text(max_size=30))
-def test_no_name_leads_out(name: str) -> None:
-    """Whatever is not refused stays below the folder, on this system and on Windows."""
+def test_accepted_names_stay_below_the_folder(name: str) -> None:
+    """On this system and on Windows."""
     try:
         safe = safe_name(name)
     except DataError:
         return
+
     assert os.path.normpath(f"/root/{safe}").startswith("/root")
     assert not set(safe) & set("\\\0\n")
     assert not safe.startswith("/")
@@ -115,7 +126,7 @@ UNSAFE = [
 
 @pytest.mark.parametrize("name", UNSAFE, ids=ascii)
 @pytest.mark.parametrize("kind", ["tar", "zip"])
-def test_names_that_lead_out_are_refused(tmp_path: Path, kind: str, name: str) -> None:
+def test_unsafe_names_are_refused(tmp_path: Path, kind: str, name: str) -> None:
     box = tmp_path / "box"
     box.mkdir()
     archive = box / "a"
@@ -125,6 +136,7 @@ def test_names_that_lead_out_are_refused(tmp_path: Path, kind: str, name: str) -
         write_zip(archive, {"good": b"1", name: b"bad"})
     else:
         pytest.skip("zipfile cannot write such a name")
+
     with pytest.raises(DataError, match="unsafe name"):
         unpack(archive, box / "out")
     assert [path.name for path in tmp_path.rglob("*")] == ["box", "a"]
@@ -143,6 +155,7 @@ SPECIAL = {
 @pytest.mark.parametrize("case", SPECIAL)
 def test_links_and_devices_are_refused(tmp_path: Path, case: str) -> None:
     archive = write_tar(tmp_path / "a.tar.gz", [(entry("good", 1), b"1"), (SPECIAL[case], b"")])
+
     with pytest.raises(DataError, match="no plain file"):
         unpack(archive, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar.gz"]
@@ -153,11 +166,12 @@ def test_a_link_in_a_zip_is_refused(tmp_path: Path) -> None:
     info.external_attr = (stat.S_IFLNK | 0o777) << 16
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr(info, "/etc")
+
     with pytest.raises(DataError, match="link or a special file"):
         unpack(tmp_path / "a.zip", tmp_path / "out")
 
 
-def test_encrypted_and_foreign_methods_are_refused(tmp_path: Path) -> None:
+def test_encrypted_and_unsupported_members_are_refused(tmp_path: Path) -> None:
     archive = write_zip(tmp_path / "a.zip", {"a": b"x" * 99}, zipfile.ZIP_LZMA)
     with pytest.raises(DataError, match="encrypted, or packed"):
         unpack(archive, tmp_path / "out")
@@ -170,13 +184,14 @@ def test_encrypted_and_foreign_methods_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("names", [("a", "a"), ("a", "a/b"), ("a", "./a")])
-def test_a_name_that_stands_there_twice_is_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+def test_duplicate_names_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
     archive = write_tar(tmp_path / "a.tar", [(entry(name, 1), b"1") for name in names], "w:")
+
     with pytest.raises(DataError, match=r"a\.tar; got the archive has a member twice"):
         unpack(archive, tmp_path / "out")
 
 
-SMALL = Limits(members=5, ratio=20, small=1 << 16, reserve=0)
+SMALL = ArchiveLimits(max_members=5, max_ratio=20, min_budget=1 << 16, disk_reserve=0)
 
 
 def bomb(path: Path, kind: str) -> Path:
@@ -189,26 +204,39 @@ def bomb(path: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["zip", "w:gz", "w:bz2"])
-def test_a_bomb_is_met_early(tmp_path: Path, kind: str) -> None:
+def test_a_decompression_bomb_is_refused(tmp_path: Path, kind: str) -> None:
     archive = bomb(tmp_path / "a", kind)
+
     with pytest.raises(DataError, match="decompression bomb"):
         unpack(archive, tmp_path / "out", SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (
-        len(tree(unpack(archive, tmp_path / "out", SMALL._replace(small=1 << 23)))["a"]) == 1 << 22
+        len(tree(unpack(archive, tmp_path / "out", SMALL._replace(min_budget=1 << 23)))["a"])
+        == 1 << 22
     )
 
 
-def test_bytes_behind_the_last_member_are_counted(tmp_path: Path) -> None:
-    """Also what no member owns has to be decompressed, so it counts."""
+def test_bytes_after_the_last_member_are_counted(tmp_path: Path) -> None:
+    """They have to be decompressed to reach the checksum."""
     tar = tar_of(tmp_path / "a.tar", {"a": b"1"}, "w:").read_bytes()
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(tar + bytes(1 << 22)))
+
     with pytest.raises(DataError, match="decompression bomb"):
-        list(members(tmp_path / "a.tar.gz", SMALL))
+        list(iter_members(tmp_path / "a.tar.gz", SMALL))
+
+
+def test_a_zip_gives_no_more_than_it_declares(tmp_path: Path) -> None:
+    archive = bomb(tmp_path / "a.zip", "zip")
+    content = bytearray(archive.read_bytes())
+    struct.pack_into("<L", content, content.index(b"PK\1\2") + 24, 1000)
+    archive.write_bytes(content)
+
+    with pytest.raises(DataError, match="the archive is damaged"):
+        unpack(archive, tmp_path / "out", SMALL)
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_too_many_members(tmp_path: Path, kind: str) -> None:
+def test_too_many_members_are_refused(tmp_path: Path, kind: str) -> None:
     files = {f"{i}": b"" for i in range(6)}
     archive = (
         write_zip(tmp_path / "a", files) if kind == "zip" else tar_of(tmp_path / "a", files, "w:gz")
@@ -232,13 +260,14 @@ def test_memory_stays_at_a_few_blocks(tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.out/a").read_bytes() == content
 
 
-def test_a_long_header_is_not_read_whole(tmp_path: Path) -> None:
-    """A tar may claim that the name of its next member is a gigabyte long."""
+def test_a_huge_tar_header_is_refused(tmp_path: Path) -> None:
+    """A tar may declare that the name of its next member is a gigabyte long."""
     header = tarfile.TarInfo("././@LongLink")
     header.type, header.size = tarfile.GNUTYPE_LONGNAME, 1 << 30
     (tmp_path / "a.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(4096))
+
     with pytest.raises(DataError, match="a header of 1073741824 bytes"):
-        list(members(tmp_path / "a.tar"))
+        list(iter_members(tmp_path / "a.tar"))
 
 
 DAMAGED: dict[str, Callable[[bytes, bytes], bytes]] = {
@@ -246,20 +275,21 @@ DAMAGED: dict[str, Callable[[bytes, bytes], bytes]] = {
     "wrong checksum of gzip": lambda tar, _: tar[:-8] + bytes(8),
     "cut zip": lambda _, zipped: zipped[: len(zipped) // 2],
     "changed zip": lambda _, zipped: zipped[:60] + bytes(20) + zipped[80:],
-    "table of a zip": lambda _, zipped: zipped[:-10] + struct.pack("<L", 1 << 29) + zipped[-6:],
+    "directory of a zip": lambda _, zipped: zipped[:-10] + struct.pack("<L", 1 << 29) + zipped[-6:],
     "no archive": lambda *_: b"GIF89a",
     "nothing": lambda *_: b"",
 }
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_damaged_archives_are_one_line(tmp_path: Path, case: str) -> None:
+def test_damaged_archives_are_refused_in_one_line(tmp_path: Path, case: str) -> None:
     files = {"a": os.urandom(5000), "b": os.urandom(5000)}
     sound = (
         tar_of(tmp_path / "1", files, "w:gz").read_bytes(),
         write_zip(tmp_path / "2", files).read_bytes(),
     )
     (tmp_path / "a").write_bytes(DAMAGED[case](*sound))
+
     for use in (
         lambda: unpack(tmp_path / "a", tmp_path / "out"),
         lambda: read_members(tmp_path / "a", ["a", "b"]),
@@ -272,15 +302,17 @@ def test_damaged_archives_are_one_line(tmp_path: Path, case: str) -> None:
         read_members(tmp_path / "absent", ["a"])
 
 
-def test_a_member_that_is_too_large_for_memory(tmp_path: Path) -> None:
+def test_a_member_too_large_for_memory_is_refused(tmp_path: Path) -> None:
     archive = write_zip(tmp_path / "a.zip", {"a": bytes(100)})
-    assert read_members(archive, ["a"], largest=100) == {"a": bytes(100)}
+
+    assert read_members(archive, ["a"], max_bytes=100) == {"a": bytes(100)}
     with pytest.raises(DataError, match="too large"):
-        read_members(archive, ["a"], largest=99)
+        read_members(archive, ["a"], max_bytes=99)
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_one_line(tmp_path: Path) -> None:
     archive = write_zip(tmp_path / "a.zip", FILES)
+
     with pytest.raises(DataError, match="No space left"):
-        unpack(archive, tmp_path / "out", Limits(reserve=1 << 62))
+        unpack(archive, tmp_path / "out", ArchiveLimits(disk_reserve=1 << 62))
     assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]

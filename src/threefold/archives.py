@@ -1,8 +1,9 @@
-"""Archives from elsewhere: unpacked in a stream, within bounds, and never outside of the folder that was asked for.
+"""Unpack zip and tar archives in a stream, within bounds, and never outside the target folder.
 
-Zip, tar, tar.gz and tar.bz2 are read; the content decides which it is. Only folders and plain files come out: links,
-devices, absolute names, `..`, drives and backslashes are refused, as are encrypted members and names that stand there
-twice. A bomb is met by counting what really comes out, not by believing headers. Memory stays at about one block.
+Zip, tar, tar.gz and tar.bz2 files are recognised by their content. Only folders and plain files are
+accepted. That is stricter than tarfile's `data` filter, which also accepts links within the target,
+strips leading slashes instead of refusing the name, and limits neither the number nor the size of
+the members. Sizes are counted on what is really decompressed. Memory stays at about one block.
 """
 
 from __future__ import annotations
@@ -27,39 +28,46 @@ from typing import IO, NamedTuple, cast
 from threefold.errors import DataError
 
 _BLOCK = 1 << 20
-_FORMATS = "a .zip, .tar, .tar.gz or .tar.bz2 file"
+_LARGEST_DIRECTORY = 1 << 28
+_BOMB = "the archive unpacks to far more than its size, as a decompression bomb does"
 
 
-class Limits(NamedTuple):
-    """What an archive may hold; a bomb is far beyond, the largest data set (iNaturalist 2019) far below."""
+class ArchiveLimits(NamedTuple):
+    """What an archive may hold.
 
-    members: int = 1_000_000
+    A decompression bomb is far beyond the defaults; the largest data set of the paper
+    (iNaturalist 2019) is far below.
+    """
+
+    max_members: int = 1_000_000
     """Files and folders together."""
-    ratio: int = 100
-    """Bytes that come out for each byte of the archive; images come out at about 1, the idx files of MNIST at 5."""
-    small: int = 1 << 26
-    """Bytes that any archive may unpack to, whatever its ratio."""
-    reserve: int = 1 << 28
-    """Bytes of free disk that are left alone."""
+    max_ratio: int = 100
+    """Unpacked bytes per byte of the archive; images have a ratio of about 1, MNIST of 5."""
+    min_budget: int = 1 << 26
+    """Unpacked bytes that are allowed whatever the ratio."""
+    disk_reserve: int = 1 << 28
+    """Bytes of the disk that stay free."""
 
 
-LIMITS = Limits()
-"""The limits that hold where none are given."""
+LIMITS = ArchiveLimits()
+"""The default limits."""
 
 
-class Member(NamedTuple):
-    """One plain file of an archive, to be read before the next one is asked for."""
+class ArchiveMember(NamedTuple):
+    """A plain file of an archive; it must be read before the next member is requested."""
 
     name: str
     """Relative POSIX path without `.` and `..`."""
+    size: int
+    """Bytes that the archive declares; the stream never gives more."""
     stream: IO[bytes]
 
 
 def safe_name(name: str) -> str:
-    """The relative POSIX path that a name stands for; empty for the root itself.
+    """Normalise a member's name to a relative POSIX path; empty for the root itself.
 
     Raises:
-        DataError: the name would lead out of the folder, or cannot be a file name on every system.
+        DataError: the name leads out of the folder, or is not a valid file name on every system.
     """
     parts = [part for part in name.split("/") if part not in ("", ".")]
     unsafe = (
@@ -74,18 +82,18 @@ def safe_name(name: str) -> str:
     return "/".join(parts)
 
 
-def unpacked(archive: Path) -> Path:
-    """The folder beside an archive that it is unpacked into, `<archive>.unpacked`; see `unpack`."""
+def unpack_beside(archive: Path) -> Path:
+    """Unpack an archive into `<archive>.unpacked` beside it; see `unpack`."""
     return unpack(archive, archive.with_name(archive.name + ".unpacked"))
 
 
-def unpack(archive: Path, target: Path, limits: Limits = LIMITS) -> Path:
-    """Unpack an archive into a new folder, which is whole or absent.
+def unpack(archive: Path, target: Path, limits: ArchiveLimits = LIMITS) -> Path:
+    """Unpack an archive into a new folder, which is complete or absent.
 
-    A folder of that name that exists already is taken as what an earlier call unpacked.
+    A folder of that name that exists already counts as unpacked by an earlier call.
 
     Args:
-        archive: zip, tar, tar.gz or tar.bz2.
+        archive: zip, tar, tar.gz or tar.bz2 file.
         target: the new folder.
         limits: what the archive may hold.
 
@@ -93,278 +101,216 @@ def unpack(archive: Path, target: Path, limits: Limits = LIMITS) -> Path:
         `target`.
 
     Raises:
-        DataError: the archive is damaged, unsafe or beyond the limits, or the disk is full or cannot be written.
+        DataError: the archive is damaged, unsafe or beyond the limits, or the disk is full or
+            read-only.
     """
     if target.is_dir():
         return target
-    growing = target.with_name(f".{target.name}.{os.getpid()}.part")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+    fix = "free disk space, or unpack it by hand into a writable folder"
     try:
-        with _as_data_errors(archive):
-            for member in members(archive, limits):
-                _write(growing / member.name, member.stream, limits)
-        with _writing(growing):
-            growing.mkdir(exist_ok=True)  # an archive may be empty
-            os.replace(growing, target)
+        with _one_line_errors(archive, "cannot unpack the archive", fix):
+            partial.mkdir(parents=True, exist_ok=True)
+            for member in _members(archive, limits):
+                _write(partial / member.name, member, limits.disk_reserve)
+            os.replace(partial, target)
     finally:
-        shutil.rmtree(growing, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
-def _write(path: Path, stream: IO[bytes], limits: Limits) -> None:
-    """A new file; the free disk is looked at before each block."""
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "xb")  # noqa: SIM115 (closed by the with below; reading the stream fails in another way)
-    with file:
-        while block := stream.read(_BLOCK):
-            with _writing(path):
-                if shutil.disk_usage(path.parent).free < len(block) + limits.reserve:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                file.write(block)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _write(path: Path, member: ArchiveMember, disk_reserve: int) -> None:
+    """Write a member to a new file if the disk has room for it."""
     try:
-        yield
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("xb")
     except (FileExistsError, NotADirectoryError):
         raise DataError("the archive has a member twice", got=path.name) from None
-    except OSError as error:
-        raise DataError(
-            "cannot unpack the archive",
-            where=path,
-            got=error.strerror or error,
-            fix="free disk space, or unpack it by hand into a folder that can be written",
-        ) from None
+    with file:
+        if shutil.disk_usage(path.parent).free < member.size + disk_reserve:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        for block in _blocks(member.stream):
+            file.write(block)
 
 
-def read_members(archive: Path, names: Iterable[str], largest: int = 1 << 28) -> dict[str, bytes]:
-    """The files of these base names, in memory; the first of each name counts.
+def read_members(archive: Path, names: Iterable[str], max_bytes: int = 1 << 28) -> dict[str, bytes]:
+    """Read the files with these base names into memory; the first of each name counts.
 
     Args:
-        archive: zip, tar, tar.gz or tar.bz2.
+        archive: zip, tar, tar.gz or tar.bz2 file.
         names: base names.
-        largest: bytes that one file may have.
+        max_bytes: the largest size of one file.
 
     Returns:
-        Content by base name; what the archive does not have is absent.
+        Content by base name; names that the archive does not have are absent.
 
     Raises:
         DataError: the archive is damaged, unsafe or beyond the limits, or a file is too large.
     """
-    wanted = set(names)
-    found: dict[str, bytes] = {}
-    with _as_data_errors(archive):
-        for member in members(archive):
+    names = set(names)
+    contents: dict[str, bytes] = {}
+    with _one_line_errors(archive, "cannot read the archive"):
+        for member in _members(archive, LIMITS):
             base = PurePosixPath(member.name).name
-            if base in wanted and base not in found:
-                found[base] = _read(member.stream, largest)
-                if len(found[base]) > largest:
-                    raise DataError(
-                        "the archive has a member that is too large", got=f"{member.name}"
-                    )
-    return found
+            if base in names and base not in contents:
+                if member.size > max_bytes:
+                    raise DataError("the archive has a member that is too large", got=member.name)
+                contents[base] = b"".join(_blocks(member.stream))
+    return contents
 
 
-def _read(stream: IO[bytes], largest: int) -> bytes:
-    """At most one block more than `largest`, in blocks."""
-    whole = bytearray()
-    while len(whole) <= largest and (block := stream.read(_BLOCK)):
-        whole += block
-    return bytes(whole)
-
-
-def members(archive: Path, limits: Limits = LIMITS) -> Iterator[Member]:
-    """The plain files of an archive, in its order.
+def iter_members(archive: Path, limits: ArchiveLimits = LIMITS) -> Iterator[ArchiveMember]:
+    """Iterate over the plain files of an archive, in its order.
 
     Raises:
         DataError: the archive is damaged, unsafe or beyond the limits.
     """
-    with _as_data_errors(archive), open(archive, "rb") as file:
-        head = file.read(262 + 512)
-        budget = _Budget(archive, os.fstat(file.fileno()).st_size, limits)
-        file.seek(0)
-        if head[:4] in (b"PK\3\4", b"PK\5\6"):
-            yield from _zip_members(file, budget)
-        elif head[:2] == b"\x1f\x8b":
-            yield from _tar_members(cast(IO[bytes], gzip.GzipFile(fileobj=file)), budget)
-        elif head[:3] == b"BZh":
-            yield from _tar_members(bz2.BZ2File(file), budget)
-        elif head[257:262] == b"ustar":
-            yield from _tar_members(file, budget)
-        else:
-            raise DataError("not an archive that is read", where=archive, expected=_FORMATS)
+    with _one_line_errors(archive, "cannot read the archive"):
+        yield from _members(archive, limits)
 
 
 @contextmanager
-def _as_data_errors(archive: Path) -> Iterator[None]:
-    """What the readers raise on damaged archives, as one DataError that names the archive."""
+def _one_line_errors(archive: Path, what: str, fix: str = "") -> Iterator[None]:
+    """Turn every error of the readers into a DataError that names the archive."""
     try:
         yield
     except DataError as error:
-        if str(archive) in str(error):
-            raise
         raise DataError("cannot use the archive", where=archive, got=error) from None
     except OSError as error:
-        what = "the archive is damaged" if error.errno is None else "cannot read the archive"
-        raise DataError(what, where=archive, got=error.strerror or error) from None
+        # gzip and bz2 report damaged data as an OSError without a number.
+        if error.errno is None:
+            raise DataError("the archive is damaged", where=archive, got=error) from None
+        raise DataError(what, where=archive, got=error.strerror, fix=fix) from None
     except (
         EOFError,
-        RecursionError,
-        ValueError,
         NotImplementedError,
         RuntimeError,
+        ValueError,
         struct.error,
-        zlib.error,
         tarfile.TarError,
         zipfile.BadZipFile,
+        zlib.error,
     ) as error:
-        raise DataError(
-            "the archive is damaged", where=archive, got=str(error) or type(error).__name__
-        ) from None
+        got = str(error) or type(error).__name__
+        raise DataError("the archive is damaged", where=archive, got=got) from None
 
 
-class _Budget:
-    """Counts what comes out of an archive and stops at its limits."""
-
-    def __init__(self, archive: Path, size: int, limits: Limits) -> None:
-        self.archive, self.limits = archive, limits
-        self.bytes_left = max(limits.small, limits.ratio * size)
-        self.members_left = limits.members
-
-    def count(self) -> None:
-        """One more member."""
-        self.members_left -= 1
-        if self.members_left < 0:
-            raise DataError(
-                "the archive has too many members",
-                where=self.archive,
-                expected=f"{self.limits.members:,} at most",
-            )
-
-    def spend(self, n: int) -> None:
-        """So many more bytes."""
-        self.bytes_left -= n
-        if self.bytes_left < 0:
-            raise DataError(
-                "the archive unpacks to far more than its size, as a decompression bomb does",
-                where=self.archive,
-                expected=f"{self.limits.ratio} bytes for each byte at most",
-            )
+def _members(archive: Path, limits: ArchiveLimits) -> Iterator[ArchiveMember]:
+    with open(archive, "rb") as file:
+        magic = file.read(512)
+        budget = max(limits.min_budget, limits.max_ratio * os.fstat(file.fileno()).st_size)
+        file.seek(0)
+        if magic[:4] in (b"PK\3\4", b"PK\5\6"):
+            yield from _zip_members(file, limits, budget)
+        elif magic[:2] == b"\x1f\x8b":
+            yield from _tar_members(cast(IO[bytes], gzip.GzipFile(fileobj=file)), limits, budget)
+        elif magic[:3] == b"BZh":
+            yield from _tar_members(bz2.BZ2File(file), limits, budget)
+        elif magic[257:262] == b"ustar":
+            yield from _tar_members(file, limits, budget)
+        else:
+            expected = "a .zip, .tar, .tar.gz or .tar.bz2 file"
+            raise DataError("the file is not a supported archive", expected=expected)
 
 
-class _Forward(io.RawIOBase):
-    """A stream that goes forward only, in bounded reads, and pays for every byte.
+def _blocks(stream: IO[bytes]) -> Iterator[bytes]:
+    while block := stream.read(_BLOCK):
+        yield block
 
-    A tar header may claim any length for the extra header that follows; tarfile would read it whole.
+
+def _check_count(count: int, limits: ArchiveLimits) -> None:
+    if count > limits.max_members:
+        expected = f"{limits.max_members:,} at most"
+        raise DataError("the archive has too many members", expected=expected)
+
+
+class _BoundedReader(io.RawIOBase):
+    """A forward-only stream that counts its bytes and refuses large reads.
+
+    tarfile reads an extension header in one call, whatever length the archive declares for it.
     """
 
-    def __init__(self, stream: IO[bytes], budget: _Budget) -> None:
-        self._stream, self._budget, self._at = stream, budget, 0
+    def __init__(self, stream: IO[bytes], budget: int) -> None:
+        self._stream, self._budget, self._position = stream, budget, 0
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= _BLOCK:
             raise ValueError(f"a header of {size} bytes")
         block = self._stream.read(size)
-        self._at += len(block)
-        self._budget.spend(len(block))
+        self._position += len(block)
+        if self._position > self._budget:
+            raise DataError(_BOMB, expected=f"{self._budget:,} bytes at most")
         return block
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        if whence or offset < self._at:
+        if whence or offset < self._position:
             raise ValueError("a member that begins before the end of another")
-        while self._at < offset and self.read(min(_BLOCK, offset - self._at)):
+        while self._position < offset and self.read(min(_BLOCK, offset - self._position)):
             pass
-        return self._at
+        return self._position
 
 
-def _tar_members(stream: IO[bytes], budget: _Budget) -> Iterator[Member]:
-    forward = _Forward(stream, budget)
-    with tarfile.open(fileobj=cast(IO[bytes], forward), mode="r:") as tar:
+def _tar_members(stream: IO[bytes], limits: ArchiveLimits, budget: int) -> Iterator[ArchiveMember]:
+    reader = cast(IO[bytes], _BoundedReader(stream, budget))
+    with tarfile.open(fileobj=reader, mode="r:") as tar:
+        count = 0
         while (info := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
-            budget.count()
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all of them
+            count += 1
+            _check_count(count, limits)
             name = safe_name(info.name)
             if info.isdir():
                 continue
-            content = (
-                tar.extractfile(info) if info.isreg() and not info.issparse() and name else None
-            )
-            if content is None:
-                raise DataError(
-                    "the archive has a member that is no plain file", got=f"{name} ({_kind(info)})"
-                )
-            yield Member(name, content)
-        while forward.read(_BLOCK):  # the checksum of the compressed stream stands at its end
+            content = tar.extractfile(info) if info.isreg() and not info.issparse() else None
+            if content is None or not name:
+                raise _not_a_plain_file(name, f"type {info.type!r} {info.linkname}".rstrip())
+            yield ArchiveMember(name, info.size, content)
+        # The checksum of the compressed stream is at its end.
+        for _ in _blocks(reader):
             pass
 
 
-def _kind(info: tarfile.TarInfo) -> str:
-    if info.issym():
-        return f"a symbolic link to {info.linkname}"
-    if info.islnk():
-        return f"a hard link to {info.linkname}"
-    return "a device" if info.isdev() else "a special file"
-
-
-def _zip_members(file: IO[bytes], budget: _Budget) -> Iterator[Member]:
-    _require_small_directory(file)
+def _zip_members(file: IO[bytes], limits: ArchiveLimits, budget: int) -> Iterator[ArchiveMember]:
+    _check_directory_size(file)
     with zipfile.ZipFile(file) as archive:
-        for info in archive.infolist():
-            budget.count()
+        infos = archive.infolist()
+        _check_count(len(infos), limits)
+        # zipfile gives no more bytes than the directory declares.
+        if sum(info.file_size for info in infos) > budget:
+            raise DataError(_BOMB, expected=f"{budget:,} bytes at most")
+        for info in infos:
             name = safe_name(info.filename)
             if info.is_dir():
                 continue
-            kind = stat.S_IFMT(info.external_attr >> 16)
-            plain = (
-                kind in (0, stat.S_IFREG)
-                and info.orig_filename.rstrip("\0") == info.filename
-                and name
-            )
-            if (
-                not plain
-                or info.flag_bits & 1
-                or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-            ):
-                what = (
-                    "a link or a special file"
-                    if not plain
-                    else "encrypted, or packed by a method that is not read"
-                )
-                raise DataError(
-                    "the archive has a member that is no plain file", got=f"{name} ({what})"
-                )
+            plain = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)
+            if not plain or not name or info.orig_filename.rstrip("\0") != info.filename:
+                raise _not_a_plain_file(name, "a link or a special file")
+            supported = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+            if info.flag_bits & 1 or not supported:
+                raise _not_a_plain_file(name, "encrypted, or packed by an unsupported method")
             with archive.open(info) as content:
-                yield Member(name, cast(IO[bytes], _Counted(content, budget)))
+                yield ArchiveMember(name, info.file_size, content)
 
 
-class _Counted(io.RawIOBase):
-    """A stream that pays for every byte that is read."""
-
-    def __init__(self, stream: IO[bytes], budget: _Budget) -> None:
-        self._stream, self._budget = stream, budget
-
-    def read(self, size: int = -1) -> bytes:
-        block = self._stream.read(min(size, _BLOCK) if size >= 0 else _BLOCK)
-        self._budget.spend(len(block))
-        return block
+def _not_a_plain_file(name: str, kind: str) -> DataError:
+    return DataError("the archive has a member that is no plain file", got=f"{name} ({kind})")
 
 
-def _require_small_directory(file: IO[bytes]) -> None:
-    """zipfile reads the table of members at once, however long it claims to be: bound it first."""
+def _check_directory_size(file: IO[bytes]) -> None:
+    """Refuse a zip with an oversized directory, because zipfile reads the directory at once."""
     end = file.seek(0, os.SEEK_END)
-    file.seek(max(0, end - 65_557 - 76))
+    file.seek(max(0, end - 65_557 - 76))  # the longest end record, and its 64-bit variant
     tail = file.read()
-    at = tail.rfind(b"PK\5\6")
-    if at < 0:
-        raise zipfile.BadZipFile("no table of members at its end")
-    (size,) = struct.unpack_from("<L", tail, at + 12)
-    wide = tail.rfind(b"PK\6\6", 0, at)
-    if size == 0xFFFFFFFF and wide >= 0:
-        (size,) = struct.unpack_from("<Q", tail, wide + 40)
-    if size > 1 << 28:
-        raise DataError("the archive has too many members", got=f"a table of {size:,} bytes")
+    record = tail.rfind(b"PK\5\6")
+    if record < 0:
+        raise zipfile.BadZipFile("no directory at its end")
+    (size,) = struct.unpack_from("<L", tail, record + 12)
+    record64 = tail.rfind(b"PK\6\6", 0, record)
+    if size == 0xFFFFFFFF and record64 >= 0:
+        (size,) = struct.unpack_from("<Q", tail, record64 + 40)
+    if size > _LARGEST_DIRECTORY:
+        raise DataError("the archive has too many members", got=f"a directory of {size:,} bytes")
     file.seek(0)

@@ -25,7 +25,7 @@ from email.message import Message
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from threefold.archives import unpacked
+from threefold.archives import unpack_beside
 from threefold.data__published import PublishedDataset, RemoteFile, find_published
 from threefold.errors import DataError, RunError
 from threefold.files import read_json, write_json
@@ -86,7 +86,7 @@ def fetch(
     for remote in known.files + (known.extra_files if extra else ()):
         paths.append(download(remote, folder, watcher))
         if remote.unpack:
-            unpacked(paths[-1])
+            unpack_beside(paths[-1])
     return paths
 
 
@@ -379,7 +379,7 @@ def _from_kaggle(known: PublishedDataset, folder: Path) -> Path:
                 "Kaggle's program could not download", where=known.kaggle, got=told[:200], fix=fix
             )
     _require_checksum(archive, RemoteFile(archive.name, ()), None)
-    unpacked(archive)
+    unpack_beside(archive)
     return archive
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from threefold.archives import read_members, safe_name, unpacked
+from threefold.archives import read_members, safe_name, unpack_beside
 from threefold.data__published import CASSAVA_CLASSES, SURREY_LETTERS, count_note
 from threefold.errors import DataError
 from threefold.images import IMAGE_SUFFIXES
@@ -31,7 +31,7 @@ def _found(
     while ahead:
         place = ahead.pop(0)
         if place.is_file():
-            ahead.append(unpacked(place))
+            ahead.append(unpack_beside(place))
             continue
         found = next((folder for folder in (place, *_folders(place)) if has(folder)), None)
         if found:
