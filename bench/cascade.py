@@ -93,12 +93,12 @@ def run(folder: Path, networks: bool) -> None:
     found, results = evaluate_run(this), this.results
     names = members_in_file(found.ensemble, found.combined)
     used = [names.index(name) for name in used_members(found.ensemble, found.combined)]
-    flops = {row["name"]: row["flops"] for row in results["members"]}
+    macs = {row["name"]: row["macs"] for row in results["members"]}
     counts = {
         n: this.networks(this.recipe.member(n)) * max(1, this.views(this.recipe.member(n)).count)
         for n in names
     }
-    costs = [float(flops[name] * counts[name]) for name in names]
+    costs = [float(macs[name] * counts[name]) for name in names]
     rows, made = found.fit_rows, []
     for share in SHARES:
         one = fit_savings(

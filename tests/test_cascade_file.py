@@ -470,7 +470,7 @@ def test_a_run_has_a_cascade_and_carries_it_into_the_file(finished: Run) -> None
     assert model.cascade.state() == told["state"] == Cascade.from_state(told["state"]).state()
     assert [m["rows"] for m in told["measured"]] == ["oof, cross-fitted", "test"]
     assert told["members"] == list(model.members)
-    costs = [row["flops"] * 2 for row in finished.results["members"]]
+    costs = [row["macs"] * 2 for row in finished.results["members"]]
     assert told["costs"] == costs
     assert told["state"]["stages"] == [[int(i)] for i in np.argsort(costs)]
     latency = finished.results["export"]["latency"]

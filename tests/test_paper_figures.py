@@ -13,7 +13,7 @@ from threefold.files import write_json
 from threefold.paper_figures import _curves, draw_figure
 
 
-@pytest.mark.parametrize("draw", ["dots", "groups", "flops", "curves"])
+@pytest.mark.parametrize("draw", ["dots", "groups", "macs", "curves"])
 def test_every_kind_of_figure_is_drawn(draw: str, tmp_path: Path) -> None:
     """Also where a cell was left out, and where the paper has no value."""
     cell = {
@@ -23,7 +23,7 @@ def test_every_kind_of_figure_is_drawn(draw: str, tmp_path: Path) -> None:
         "ours": 0.9,
         "interval": [0.8, 0.95],
         "per_seed": [0.89, 0.91],
-        "flops": 4e9,
+        "macs": 4e9,
         "parameters": 2e7,
     }
     cells = [cell, {**cell, "paper": None}, {**cell, "ours": None, "interval": None}]

@@ -324,7 +324,7 @@ def fake_run(
         kind="test",
     ).save(folder / "test.npz")
     names = [
-        {"name": n, "backbone": "net", "img_size": 8, "parameters": 5, "flops": 7} for n in hits
+        {"name": n, "backbone": "net", "img_size": 8, "parameters": 5, "macs": 7} for n in hits
     ]
     return SimpleNamespace(dir=folder, results={"members": names})
 

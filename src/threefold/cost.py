@@ -1,4 +1,4 @@
-"""What a network costs: parameters, multiply-adds of one image, bytes of its weights (the axes of the paper's figure 4)."""
+"""The cost of a network: parameters, multiply-adds of one image, bytes of its weights (figure 4)."""
 
 from __future__ import annotations
 
@@ -18,29 +18,39 @@ class Cost(NamedTuple):
     """Cost of one network on one image."""
 
     parameters: int
-    flops: int
-    """Multiply-adds, in the sense of the papers on ConvNets (figure 4 of ours): one product and one sum count once."""
+    macs: int
+    """Multiply-adds: a product and its sum count as one, as in the papers on ConvNets."""
     bytes: int
-    """Of the weights and the statistics of batch norm as they are stored, without the file's header."""
+    """Size of the weights and of batch norm's statistics in a file, without its header."""
 
 
-def cost(network: nn.Module, img_size: int) -> Cost:
-    """Parameters, multiply-adds and bytes of a network; see `count_flops` for the arguments and the errors."""
-    stored = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+def measure_cost(network: nn.Module, img_size: int) -> Cost:
+    """Count the parameters, multiply-adds and bytes of a network.
+
+    Args:
+        network: see `count_macs`.
+        img_size: side of the image in pixels.
+
+    Raises:
+        RecipeError: the network does not take images of that size.
+    """
+    state = network.state_dict().values()
     return Cost(
-        sum(p.numel() for p in network.parameters()), count_flops(network, img_size), stored
+        parameters=sum(p.numel() for p in network.parameters()),
+        macs=count_macs(network, img_size),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in state),
     )
 
 
-def count_flops(network: nn.Module | str, img_size: int) -> int:
-    """Multiply-adds of one forward pass of one image (3, img_size, img_size).
+def count_macs(network: nn.Module | str, img_size: int) -> int:
+    """Count the multiply-adds of one forward pass of one image (3, img_size, img_size).
 
-    Counted are convolutions, matrix products and attention, as torch.utils.flop_counter does; norms, activations,
-    pooling and the resize are not. Nothing is computed: the pass is on torch's meta device.
+    Convolutions, matrix products and attention count, as in torch.utils.flop_counter. Norms,
+    activations, pooling and the resize do not. The pass runs on torch's meta device, so nothing is computed.
 
     Args:
-        network: a module that takes (1, 3, img_size, img_size), left in eval mode; or a backbone's name, timm's or the
-            paper's, counted without a classifier.
+        network: a module that takes (1, 3, img_size, img_size); it is left in eval mode. Or the
+            name of a backbone, in timm or in the paper, counted without its classifier.
         img_size: side of the image in pixels.
 
     Raises:
@@ -52,9 +62,8 @@ def count_flops(network: nn.Module | str, img_size: int) -> int:
         )
         with torch.device("meta"):
             network = cast("nn.Module", create_backbone(spec, pretrained=False))
-    tensors = dict(network.named_parameters(remove_duplicate=False)) | dict(
-        network.named_buffers(remove_duplicate=False)
-    )
+    tensors: dict[str, torch.Tensor] = dict(network.named_parameters(remove_duplicate=False))
+    tensors |= network.named_buffers(remove_duplicate=False)
     shadows = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     network.eval()
     try:
@@ -67,5 +76,5 @@ def count_flops(network: nn.Module | str, img_size: int) -> int:
             expected="another img_size",
             got=f"{img_size}: {str(error)[:160]}",
         ) from None
-    # One multiply-add is two operations in torch's count.
+    # torch counts a multiply-add as two operations.
     return cast("int", counter.get_total_flops()) // 2

@@ -38,7 +38,7 @@ def draw_figure(found: Mapping[str, Any], path: Path) -> Path:
         1.6 + 0.28 * max(8, len(found["cells"])) if found["draw"] in ("dots", "groups") else 5.0
     )
     figure = Figure(figsize=(8.0, height), dpi=120, layout="constrained")
-    draw = {"curves": _curves, "flops": _flops}.get(found["draw"], _dots)
+    draw = {"curves": _curves, "macs": _macs}.get(found["draw"], _dots)
     draw(figure.add_subplot(), found)
     figure.suptitle(
         f"{found['title']}\n{_SCALES[found['scale']]}, protocol {found['protocol']}, {found['trained'][:10]}",
@@ -102,12 +102,12 @@ def _curves(axes: Axes, found: Mapping[str, Any]) -> None:
     axes.legend(fontsize=7)
 
 
-def _flops(axes: Axes, found: Mapping[str, Any]) -> None:
+def _macs(axes: Axes, found: Mapping[str, Any]) -> None:
     """Accuracy against multiply-adds, area by parameters (paper, figure 4)."""
-    cells = [c for c in found["cells"] if c.get("flops")]
+    cells = [c for c in found["cells"] if c.get("macs")]
     largest = max((c["parameters"] for c in cells), default=1)
     for cell in cells:
-        x = cell["flops"] / 1e9
+        x = cell["macs"] / 1e9
         if cell["ours"] is not None:
             axes.plot((x, x), cell["interval"], color=_OURS, linewidth=1.2)
             axes.scatter(

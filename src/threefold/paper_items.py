@@ -64,7 +64,7 @@ class Item(NamedTuple):
     pairs: tuple[tuple[str, str], ...]
     """Labels of cells that are compared by paired tests."""
     small: Small
-    draw: Literal["dots", "curves", "flops", "groups"] = "dots"
+    draw: Literal["dots", "curves", "macs", "groups"] = "dots"
     stages: Mapping[str, tuple[float, ...]] = {}
     """Best accuracy of each stage in the authors' notebooks, by member."""
     honest_only: bool = False
@@ -382,7 +382,7 @@ ITEMS: dict[str, Item] = {
             _small(
                 ("inceptionv3-299", "xception-421", "resnet50-299"), img_size=96, limit_per_class=10
             ),
-            "flops",
+            "macs",
         ),
         Item(
             "figure10",

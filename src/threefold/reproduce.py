@@ -331,7 +331,7 @@ def _cost(cell: Cell, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     row = next(
         (m for m in members if cell.answer.kind == "member" and m["name"] == cell.answer.name), None
     )
-    return {key: row[key] for key in ("backbone", "img_size", "parameters", "flops")} if row else {}
+    return {key: row[key] for key in ("backbone", "img_size", "parameters", "macs")} if row else {}
 
 
 def _comparisons(

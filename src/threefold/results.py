@@ -10,7 +10,7 @@ import numpy as np
 from threefold.assembly import choices_optimism
 from threefold.cascade import stages_by_cost
 from threefold.combiners import Ensemble, LinearEnsemble
-from threefold.cost import cost
+from threefold.cost import measure_cost
 from threefold.distilled import distilled
 from threefold.evaluate import Evaluation, evaluate
 from threefold.files import read_arrays, read_json, write_arrays, write_json
@@ -120,7 +120,7 @@ def _cascade(run: Run, found: Evaluation, members: list[dict[str, Any]]) -> dict
     for reason, holds in reasons.items():
         if holds:
             return {"missing": reason}
-    one = {row["name"]: row["flops"] for row in members}
+    one = {row["name"]: row["macs"] for row in members}
     costs = [float(one[n] * _passes(run, n)) for n in names]
     stages, rows = stages_by_cost(costs, [names.index(n) for n in used]), found.fit_rows
     made = fit_savings(
@@ -155,7 +155,9 @@ def _preview(run: Run) -> dict[str, np.ndarray]:
 
 def _member_table(run: Run) -> list[dict[str, Any]]:
     def costs(spec: MemberSpec) -> dict[str, int]:
-        return cost(run.build(spec, len(run.sources.train.classes)), spec.img_size)._asdict()
+        return measure_cost(
+            run.build(spec, len(run.sources.train.classes)), spec.img_size
+        )._asdict()
 
     return [
         {
@@ -176,7 +178,7 @@ def _with_costs(run: Run, found: Evaluation, members: list[dict[str, Any]]) -> l
     scores = []
     for score in found.scores:
         names = _used(found, score)
-        macs = sum(one[n]["flops"] * _passes(run, n) for n in names)
+        macs = sum(one[n]["macs"] * _passes(run, n) for n in names)
         parameters = sum(one[n]["parameters"] * run.networks(run.recipe.member(n)) for n in names)
         scores.append({**score, "macs": macs, "parameters": parameters})
     return scores
