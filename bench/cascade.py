@@ -22,7 +22,7 @@ from threefold.answers import find_images
 from threefold.calibration import fit_calibration
 from threefold.cascade import Cascade, stages_by_cost
 from threefold.conformal import ConformalSets, UnknownThreshold
-from threefold.ensemble import MeanEnsemble
+from threefold.ensembles__averaging import MeanEnsemble
 from threefold.files import read_arrays
 from threefold.formats import read_predictions
 from threefold.images import decode

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from threefold.calibration import apply_temperature, fit_temperature
 from threefold.crossfit import stratified_parts
 from threefold.datasets import ImageDataset, load_data
 from threefold.models__member import Member, build_member
@@ -21,6 +20,7 @@ from threefold.models__resize import resize_square
 from threefold.paired import mcnemar_exact
 from threefold.provenance import commit, hardware
 from threefold.recipe import packaged
+from threefold.scaling import apply_temperature, fit_temperature
 from threefold.softloss import soft_loss, soften
 from threefold.stats import share_interval
 

@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from nulls import equals, expected_best, grouped_equals, noise, softmaxes, trained
 
 from threefold.cascade import Cascade
-from threefold.ensemble import cross_fit, make_ensemble
+from threefold.crossfit import cross_fit
+from threefold.ensembles__registry import make_ensemble
 from threefold.paired import (
     Difference,
     SeedsDifference,

@@ -20,15 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from threefold.crossfit import stratified_parts
+from threefold.crossfit import cross_fit, stratified_parts
 from threefold.diversity import distinct, duplicates
-from threefold.ensemble import (
-    ENSEMBLES,
-    apply_temperature,
-    cross_fit,
-    fit_temperature,
-    make_ensemble,
-)
+from threefold.ensembles__registry import ENSEMBLES, make_ensemble
 from threefold.paired import (
     Difference,
     holm,
@@ -40,6 +34,7 @@ from threefold.paired import (
 from threefold.predictions import Predictions
 from threefold.predictions__checks import FLOOR
 from threefold.provenance import commit, hardware
+from threefold.scaling import apply_temperature, fit_temperature
 from threefold.stats import wilson_interval
 
 NETWORKS = ("stacked-shrunk", "stacked")
@@ -196,7 +191,7 @@ def main() -> None:
         )
     print()
     choice(rows, keep)
-    names = args.methods or [n for n in (*ENSEMBLES, "auto") if args.all or n not in NETWORKS]
+    names = args.methods or [n for n in ENSEMBLES if args.all or n not in NETWORKS]
     methods(rows, keep, ["mean", *(n for n in names if n != "mean")])
 
 

@@ -60,10 +60,11 @@ def export_pipeline(path: Path, size: int) -> None:
     import torch
 
     from threefold import targets
-    from threefold.ensemble import MeanEnsemble, TemperatureModule
+    from threefold.ensembles__averaging import MeanEnsemble
     from threefold.models__member import build_member
     from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
     from threefold.recipe import MemberSpec
+    from threefold.scaling import TemperatureModule
 
     torch.manual_seed(0)
     members = {}

@@ -17,14 +17,14 @@ from torch import nn
 from threefold import targets
 from threefold.backbones import INCEPTION_STATS, PAPER_BACKBONES, paper_backbone, resolve_backbone
 from threefold.catalogue import catalogue
-from threefold.combiners import MeanEnsemble
-from threefold.ensemble import TemperatureModule
+from threefold.ensembles__averaging import MeanEnsemble
 from threefold.heads import build_head
 from threefold.models__member import Member, build_member
 from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor, to_pixels
 from threefold.models__recurrent import full_parameters
 from threefold.parity import TOLERANCES
 from threefold.recipe import HeadSpec, MemberSpec, StageSpec
+from threefold.scaling import TemperatureModule
 from threefold.stacked import StackedEnsemble
 from threefold.training__optimizers import set_trainable, train_mode
 

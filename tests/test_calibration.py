@@ -20,25 +20,30 @@ from threefold import stats
 from threefold.calibration import (
     METHODS,
     Calibration,
-    VectorModule,
-    VectorScaling,
     _standard_error,
-    apply_temperature,
-    apply_vector,
-    as_scaling,
     choose_calibration,
     fit_averaged_temperature,
     fit_calibration,
-    fit_temperature,
-    fit_temperatures,
-    fit_vector,
     saved_calibration,
-    scaling_from_state,
-    scaling_state,
 )
 from threefold.crossfit import stratified_parts
 from threefold.errors import DataError
-from threefold.scaling import _FEWEST, _bounded, _newton, floored_logs
+from threefold.scaling import (
+    _FEWEST,
+    VectorModule,
+    VectorScaling,
+    _bounded,
+    _newton,
+    apply_temperature,
+    apply_vector,
+    as_scaling,
+    fit_temperature,
+    fit_temperatures,
+    fit_vector,
+    floored_logs,
+    scaling_from_state,
+    scaling_state,
+)
 
 LAW = settings(max_examples=40, deadline=None)
 

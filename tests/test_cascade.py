@@ -15,13 +15,12 @@ from threefold.cascade import (
     Cascade,
     disagreement_bound,
     margins,
-    parse_budget,
     stages_by_cost,
 )
 from threefold.crossfit import stratified_parts
-from threefold.ensemble import StackedEnsemble
 from threefold.errors import DataError, RunError
 from threefold.savings import CROSS_FITTED, cascade_card, fit_savings
+from threefold.stacked import StackedEnsemble
 
 STAGES = [[0], [1], [2]]
 
@@ -259,15 +258,6 @@ def test_stages_come_by_cost_and_idle_members_with_the_last() -> None:
     assert stages_by_cost([1, 1]) == [[0], [1]]
     assert stages_by_cost([1, 5, 3, 2], used=[1, 2]) == [[2], [1, 0, 3]]
     np.testing.assert_allclose(margins(np.array([[0.2, 0.7, 0.1], [0.5, 0.0, 0.5]])), [0.5, 0.0])
-
-
-def test_budgets_are_read() -> None:
-    assert [parse_budget(text) for text in ("15ms", "0.5s", " 2.5 ms ")] == [15.0, 500.0, 2.5]
-    for text in ("15", "ms", "-3ms", "0ms", "1m", "1e3ms", "nan ms", "", "9" * 400 + "ms"):
-        with pytest.raises(
-            DataError, match="not a time for an image; expected a number with ms or s"
-        ):
-            parse_budget(text)
 
 
 def test_bad_input_is_told_in_one_line() -> None:

@@ -13,11 +13,13 @@ from hypothesis.extra import numpy as hnp
 from pools import scored
 from safetensors.numpy import load, save
 
-from threefold.combiners import Ensemble, MeanEnsemble, PrunedEnsemble, VoteEnsemble
-from threefold.ensemble import ENSEMBLES, ShrunkStackedEnsemble, StackedEnsemble, make_ensemble
+from threefold.combiners import Ensemble
+from threefold.ensembles__averaging import MeanEnsemble, PrunedEnsemble, VoteEnsemble
+from threefold.ensembles__registry import ENSEMBLES, make_ensemble
 from threefold.errors import DataError, RecipeError, RunError
+from threefold.stacked import ShrunkStackedEnsemble, StackedEnsemble
 
-NAMES = [*ENSEMBLES, "auto"]
+NAMES = list(ENSEMBLES)
 NETWORKS = {"stacked": StackedEnsemble, "stacked-shrunk": ShrunkStackedEnsemble}
 METHODS = pytest.mark.parametrize("method", NAMES)
 FITTED = pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pools import scored
 
-from threefold.combiners import Ensemble, MeanEnsemble
+from threefold.combiners import Ensemble
 from threefold.crossfit import cross_fit
+from threefold.ensembles__averaging import MeanEnsemble, WeightedEnsemble
 from threefold.errors import DataError
-from threefold.learned import WeightedEnsemble
 
 LAW = settings(max_examples=50, deadline=None)
 

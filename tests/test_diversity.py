@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from pools import draw_pool, scored
 from sklearn.metrics import cohen_kappa_score
 
-from threefold.combiners import MeanEnsemble
 from threefold.diversity import distinct, diversity, duplicates, greedy_order, size_curve
+from threefold.ensembles__averaging import MeanEnsemble
 from threefold.errors import DataError
 from threefold.predictions import Predictions
 

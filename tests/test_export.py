@@ -16,13 +16,14 @@ from PIL import Image
 
 import threefold
 from threefold import targets, workflow
-from threefold.ensemble import ENSEMBLES, TemperatureModule, make_ensemble
+from threefold.ensembles__registry import ENSEMBLES, make_ensemble
 from threefold.errors import DataError, ExportError
 from threefold.evaluate import evaluate
 from threefold.exporting import fold_batch_norm
 from threefold.files import read_arrays
 from threefold.models__pipeline import Combiner, Pipeline, Predictor
 from threefold.run import Run
+from threefold.scaling import TemperatureModule
 
 
 def whole(run: Run, method: str = "mean") -> Pipeline:

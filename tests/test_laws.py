@@ -7,7 +7,8 @@ import pytest
 from nulls import equals, expected_best, grouped_equals, noise, softmaxes, trained
 
 from threefold import paired
-from threefold.ensemble import cross_fit, make_ensemble
+from threefold.crossfit import cross_fit
+from threefold.ensembles__registry import make_ensemble
 
 PAIRS = 400
 

@@ -12,13 +12,8 @@ from hypothesis import strategies as st
 
 from threefold.combiners import Ensemble
 from threefold.crossfit import cross_fit
-from threefold.ensemble import (
-    AutoEnsemble,
-    GreedyEnsemble,
-    MeanEnsemble,
-    WeightedEnsemble,
-    make_ensemble,
-)
+from threefold.ensembles__averaging import GreedyEnsemble, MeanEnsemble, WeightedEnsemble
+from threefold.ensembles__registry import SelectedEnsemble, make_ensemble
 from threefold.errors import DataError
 from threefold.evaluate import evaluate
 from threefold.ledger import FIT, SCORE, SELECT, Ledger, SeenRows, open_test, when_opened
@@ -70,7 +65,7 @@ class Memoriser(Ensemble):
 
 def test_scoring_on_seen_rows_raises_or_is_stamped() -> None:
     rows = noise(60)
-    for ensemble in (GreedyEnsemble(), WeightedEnsemble(), AutoEnsemble(("mean", "weighted"))):
+    for ensemble in (GreedyEnsemble(), WeightedEnsemble(), SelectedEnsemble(WeightedEnsemble())):
         ensemble.fit(rows.probs[:, :40], rows.labels[:40], rows.ids[:40])
         honest = score_ensemble(ensemble, rows.rows(range(40, 60)))
         assert honest["apparent"] is False

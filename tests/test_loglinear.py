@@ -10,7 +10,7 @@ from pools import draw_pool, scored
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
-from threefold.combiners import MeanEnsemble
+from threefold.ensembles__averaging import MeanEnsemble
 from threefold.errors import RecipeError
 from threefold.loglinear import RIDGES, LogisticEnsemble, LogPoolEnsemble
 

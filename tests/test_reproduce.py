@@ -21,7 +21,7 @@ from threefold import reproduce as again
 from threefold.cli import app
 from threefold.data__published import data_table
 from threefold.datasets import load_data
-from threefold.ensemble import make_ensemble
+from threefold.ensembles__registry import make_ensemble
 from threefold.errors import DataError, RecipeError
 from threefold.files import write_arrays
 from threefold.paper_items import ITEMS, PICTURES, SAME, Answer, Cell, Item, item, states

@@ -11,7 +11,7 @@ import torch
 from pools import draw_pool, scored
 
 from threefold import stacked
-from threefold.combiners import MeanEnsemble
+from threefold.ensembles__averaging import MeanEnsemble
 from threefold.errors import DataError
 from threefold.stacked import SHARES, ShrunkStackedEnsemble, StackedEnsemble
 
@@ -209,7 +209,7 @@ def test_a_fit_and_its_answers_need_no_torch() -> None:
     code = """if True:
         import sys
         import numpy as np
-        from threefold.ensemble import make_ensemble
+        from threefold.ensembles__registry import make_ensemble
         probs = np.full((2, 6, 3), 1 / 3)
         for name in ("stacked", "stacked-shrunk"):
             make_ensemble(name).fit(probs, [0, 1, 2, 0, 1, 2]).predict_proba(probs)

@@ -18,7 +18,7 @@ from torch import nn
 import threefold
 from threefold import answers, exporting, targets
 from threefold.calibration import fit_calibration
-from threefold.ensemble import MeanEnsemble
+from threefold.ensembles__averaging import MeanEnsemble
 from threefold.errors import ExportError
 from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.runtime import Model

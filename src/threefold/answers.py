@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import IO, Any
 
 import numpy as np
 
-from threefold.cascade import parse_budget
 from threefold.errors import DataError, RecipeError
 from threefold.images import IMAGE_SUFFIXES, decode
 from threefold.runtime import Model, load
@@ -146,6 +146,21 @@ def write(
         else:
             stream.write(as_text(found, model) + "\n")
     return failed
+
+
+def parse_budget(text: str) -> float:
+    """Parse a time such as 15ms or 0.5s into milliseconds.
+
+    Raises:
+        DataError: the text is not a positive number followed by ms or s.
+    """
+    match = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(ms|s)\s*", text)
+    value = float(match[1]) * (1000 if match[2] == "s" else 1) if match else 0.0
+    if not value > 0:
+        raise DataError(
+            "not a time for an image", expected="a number with ms or s, such as 15ms", got=text[:40]
+        )
+    return value
 
 
 def milliseconds(budget: str, mode: str) -> float:

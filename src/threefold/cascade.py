@@ -19,7 +19,6 @@ Exported files read their cascade with this module, so scipy is imported only wh
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple, Self
 
@@ -270,21 +269,6 @@ def margins(probs: np.ndarray) -> np.ndarray:
     """How sure (n, k) is: the largest probability less the next, (n,)."""
     two = np.partition(probs, probs.shape[1] - 2, axis=1)[:, -2:]
     return np.asarray(two[:, 1] - two[:, 0])
-
-
-def parse_budget(text: str) -> float:
-    """Milliseconds of a text such as 15ms or 0.5s.
-
-    Raises:
-        DataError: it is none.
-    """
-    found = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(ms|s)\s*", text)
-    value = float(found[1]) * (1000 if found[2] == "s" else 1) if found else 0.0
-    if not value > 0:
-        raise DataError(
-            "not a time for an image", expected="a number with ms or s, such as 15ms", got=text[:40]
-        )
-    return value
 
 
 def disagreement_bound(

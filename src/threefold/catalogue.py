@@ -72,6 +72,6 @@ def _heads() -> list[str]:
 
 
 def _ensembles() -> list[str]:
-    from threefold.ensemble import ENSEMBLES
+    from threefold.ensembles__registry import ENSEMBLES
 
     return list(ENSEMBLES)

@@ -59,7 +59,7 @@ def cross_fit(
             "rows cannot be cross-fitted", expected="two parts at least", got="all rows in one"
         )
     first = ensemble_factory()
-    if not getattr(first, "needs_fit", True):
+    if not first.needs_fit:
         return first.predict_proba(
             array
         )  # nothing is learned, so every part would get the same answers

@@ -15,15 +15,16 @@ from typing import Any, cast
 import numpy as np
 
 from threefold.calibration import Calibration, fit_calibration
-from threefold.crossfit import side_by_side, stratified_parts
+from threefold.combiners import Ensemble
+from threefold.crossfit import cross_fit, side_by_side, stratified_parts
 from threefold.diversity import TOLERANCE, duplicates
-from threefold.ensemble import BestEnsemble, Ensemble, choose, cross_fit
+from threefold.ensembles__averaging import BestEnsemble
+from threefold.ensembles__registry import build_ensemble, choose
 from threefold.ledger import Ledger
 from threefold.optimism import Counts, nested_choice, optimism_entry
 from threefold.predictions import Predictions
 from threefold.recipe import EnsembleSpec
 from threefold.scoring import Key, comparisons, score_entries
-from threefold.selection import build_ensemble
 from threefold.stats import correct, share_interval
 
 

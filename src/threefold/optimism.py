@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from threefold.crossfit import stratified_parts
-from threefold.ensemble import choose
+from threefold.ensembles__registry import choose
 from threefold.errors import DataError
 from threefold.resampling import RESAMPLES, check_groups, column_sums, percentile_interval
 

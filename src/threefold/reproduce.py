@@ -16,7 +16,7 @@ import numpy as np
 
 from threefold import paired, stats
 from threefold.data__published import data_table
-from threefold.ensemble import make_ensemble
+from threefold.ensembles__registry import make_ensemble
 from threefold.errors import DataError, RecipeError
 from threefold.files import read_arrays, read_json, write_json
 from threefold.ledger import open_test

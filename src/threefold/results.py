@@ -12,6 +12,7 @@ from threefold.cascade import stages_by_cost
 from threefold.combiners import Ensemble, LinearEnsemble
 from threefold.cost import measure_cost
 from threefold.distilled import distilled
+from threefold.ensembles__registry import SelectedEnsemble
 from threefold.evaluate import Evaluation, evaluate
 from threefold.files import read_arrays, read_json, write_arrays, write_json
 from threefold.findings import audit_run
@@ -24,7 +25,6 @@ from threefold.run import Run
 from threefold.saved import saved_predictions
 from threefold.savings import fit_savings
 from threefold.scoring import per_class
-from threefold.selection import SelectedEnsemble
 from threefold.teachers import Teaching
 from threefold.uncertainty import fit_uncertainty
 

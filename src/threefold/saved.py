@@ -10,10 +10,9 @@ import numpy as np
 
 from threefold import stats
 from threefold.audit import audit_tree, list_suspects
-from threefold.calibration import apply_temperature, fit_temperature
 from threefold.crossfit import stratified_parts
 from threefold.diversity import diversity, duplicates, size_curve
-from threefold.ensemble import ENSEMBLES, make_ensemble
+from threefold.ensembles__registry import ENSEMBLES, make_ensemble
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.evaluate import Evaluation, evaluate
 from threefold.files import read_json
@@ -22,6 +21,7 @@ from threefold.joining import join_predictions
 from threefold.ledger import open_test, when_opened
 from threefold.predictions import Predictions
 from threefold.recipe import EnsembleSpec, Recipe
+from threefold.scaling import apply_temperature, fit_temperature
 from threefold.scoring import LEVEL, per_class
 
 AUTO = tuple(name for name in ENSEMBLES if not name.startswith("stacked"))

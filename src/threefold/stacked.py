@@ -14,8 +14,9 @@ import numpy as np
 from scipy.special import softmax
 from threadpoolctl import threadpool_limits
 
-from threefold.combiners import Ensemble, MeanEnsemble, check_fitted_on
+from threefold.combiners import Ensemble, check_fitted_on
 from threefold.crossfit import stratified_parts
+from threefold.ensembles__averaging import MeanEnsemble
 from threefold.predictions__checks import FLOOR
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from threefold import targets
 from threefold.calibration import Calibration, saved_calibration
 from threefold.cascade import Cascade
 from threefold.datasets import ImageDataset, Sources
+from threefold.ensembles__registry import restore
 from threefold.errors import ExportError, RunError
 from threefold.files import read_arrays, read_json, sha256, write_json
 from threefold.jobs import train_members
@@ -30,7 +31,6 @@ from threefold.run import Run
 from threefold.runtime import load
 from threefold.saved import evaluate_saved
 from threefold.savings import cascade_card
-from threefold.selection import restore
 from threefold.training__watcher import Watcher
 from threefold.uncertainty import uncertainty_card
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from pools import scored
 from scipy.special import softmax
 
+from threefold.ensembles__averaging import BestEnsemble, GreedyEnsemble, WeightedEnsemble
 from threefold.errors import RecipeError
-from threefold.learned import BestEnsemble, GreedyEnsemble, WeightedEnsemble
 
 LAW = settings(max_examples=60, deadline=None)
 
