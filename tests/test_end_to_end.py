@@ -67,7 +67,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     _, errors = cut.communicate()
     if sign == signal.SIGINT:
         assert cut.returncode == 130
-        assert f"Go on with: threefold train {recipe} --out {tmp_path / 'cut'}" in errors
+        assert f"Resume with: threefold train {recipe} --out {tmp_path / 'cut'}" in errors
     again = start("train", str(recipe), "--out", str(tmp_path / "cut"), "--verbose")
     output, _ = again.communicate()
     assert again.returncode == 0

@@ -1,4 +1,4 @@
-"""`pip install threefold` is enough to load and predict; what needs more says which command installs it."""
+"""The base install loads and predicts; every other verb names the extra it needs."""
 
 from __future__ import annotations
 
@@ -27,17 +27,36 @@ import sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in PACKAGES:
+        if name.partition(".")[0] in ABSENT:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-from threefold.extras import PACKAGES
+from threefold.extras import OPTIONAL_PACKAGES
+ABSENT = OPTIONAL_PACKAGES
 sys.meta_path.insert(0, Absent())
 """
 COMMAND = BARE + "from threefold.entry import main\nmain()"
+NO_COMMAND_LINE = BARE + "ABSENT = OPTIONAL_PACKAGES | {'typer', 'rich', 'pydantic'}\n"
+WORDS = {
+    "demo": ["--out", "x"],
+    "fit": ["photos"],
+    "plan": ["."],
+    "train": ["demo", "--out", "x"],
+    "export": ["runs/x"],
+    "distill": ["runs/x", "--student", "y"],
+    "reproduce": ["table1"],
+    "list": ["heads"],
+    "data": ["check", "demo"],
+    "ensemble": ["x.npz"],
+    "evaluate": ["x.npz"],
+    "compare": ["x.npz", "y.npz"],
+    "report": ["runs/x"],
+    "serve": ["model.onnx"],
+}
+"""Arguments with which each verb passes the command line's own checks."""
 
 
 def bare(code: str, *words: str) -> subprocess.CompletedProcess[str]:
-    """Python in a process of its own to which the extras' packages are not installed."""
+    """Run Python code in a new process that cannot import the extras' packages."""
     return subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
     )
@@ -45,7 +64,7 @@ def bare(code: str, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """A model, a red image, and a file that is none."""
+    """A model, a red image, and a file that is not an image."""
     folder = tmp_path_factory.mktemp("bare")
     (folder / "red.png").write_bytes(picture((200, 30, 30)))
     (folder / "bad.png").write_bytes(b"x")
@@ -56,24 +75,31 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     )
 
 
-def test_three_packages_are_required() -> None:
+def test_the_base_install_requires_six_packages() -> None:
     names = {re.split(r"[>=\[]", line)[0] for line in PROJECT["dependencies"]}
-    assert names == {"numpy", "pillow", "onnxruntime"}
+
+    assert names == {"numpy", "pillow", "onnxruntime", "pydantic", "typer", "rich"}
 
 
-def test_load_and_predict_need_nothing_else(files: tuple[Path, Path, Path]) -> None:
+def test_load_and_predict_import_three_packages(files: tuple[Path, Path, Path]) -> None:
     model, red, _ = files
-    code = BARE + "import threefold\nm = threefold.load(sys.argv[1])\n"
-    code += "print(m.predict(sys.argv[2:]), m.predict_sets(sys.argv[2:]), m.is_unknown(sys.argv[2:]), m.predict_proba(sys.argv[2:]).tolist())"
-    done = bare(code, str(model), str(red))
-    assert done.stderr == ""
     loaded = threefold.load(model)
+    code = (
+        f"{NO_COMMAND_LINE}import threefold\n"
+        "m, images = threefold.load(sys.argv[1]), sys.argv[2:]\n"
+        "print(m.predict(images), m.predict_sets(images), m.is_unknown(images),"
+        " m.predict_proba(images).tolist())"
+    )
+
+    done = bare(code, str(model), str(red))
+
     expected = (
         loaded.predict([red]),
         loaded.predict_sets([red]),
         loaded.is_unknown([red]),
         loaded.predict_proba([red]).tolist(),
     )
+    assert done.stderr == ""
     assert done.stdout.strip() == " ".join(map(str, expected))
 
 
@@ -82,20 +108,24 @@ def test_predict_answers_as_with_everything_installed(
     files: tuple[Path, Path, Path], form: list[str]
 ) -> None:
     words = ["predict", *map(str, files), *form]
+
     whole = subprocess.run(
         [sys.executable, "-m", "threefold", *words], capture_output=True, text=True, check=False
     )
-    found = bare(COMMAND, *words)
-    assert found.stdout == whole.stdout != ""
-    assert found.stderr == whole.stderr
-    assert found.returncode == whole.returncode == 1
-    assert "bad.png" in found.stderr
+    base = bare(COMMAND, *words)
+
+    assert base.stdout == whole.stdout != ""
+    assert base.stderr == whole.stderr
+    assert base.returncode == whole.returncode == 1
+    assert "bad.png" in base.stderr
 
 
 def test_predict_has_the_same_flags_and_codes(files: tuple[Path, Path, Path]) -> None:
-    told = bare(COMMAND, "predict", "--help").stdout
-    assert set(re.findall(r"--\w+", told)) == SURFACE["predict"] | {"--help"}
     model, red, _ = map(str, files)
+
+    help_text = bare(COMMAND, "predict", "--help").stdout
+
+    assert set(re.findall(r"--[a-z]+", help_text)) == SURFACE["predict"] | {"--help"}
     for words, code in (
         ([model, red], 0),
         ([red, red], 1),
@@ -106,98 +136,86 @@ def test_predict_has_the_same_flags_and_codes(files: tuple[Path, Path, Path]) ->
     assert bare(COMMAND, "predict", red, red).stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("verb", [*extras.VERBS, "", "--help"])
+@pytest.mark.parametrize(("word", "expected"), [("--version", "threefold "), ("--help", "predict")])
+def test_version_and_help_work_in_the_base_install(word: str, expected: str) -> None:
+    done = bare(COMMAND, word)
+
+    assert done.returncode == 0
+    assert expected in done.stdout
+
+
+@pytest.mark.parametrize("verb", extras.VERB_EXTRAS)
 def test_every_other_verb_says_what_to_install(verb: str) -> None:
-    if verb == "predict":
-        return
-    done = bare(COMMAND, *filter(None, [verb]), "--out", "x")
-    extra = extras.VERBS.get(verb, "cli")
+    done = bare(COMMAND, verb, *WORDS[verb])
+
     assert done.returncode == 1
     assert done.stdout == ""
     assert re.fullmatch(
-        rf"error threefold ?\w* needs packages that are not installed; got no typer; fix: pip install 'threefold\[{extra}\]'\n",
+        rf"error threefold {verb} needs packages that are not installed; got no \w+; "
+        rf"fix: pip install 'threefold\[{extras.VERB_EXTRAS[verb]}\]'\n",
         done.stderr,
     )
 
 
-def test_a_verb_whose_own_packages_are_missing_says_so(files: tuple[Path, Path, Path]) -> None:
-    """With the command line's packages there and others not."""
-    code = COMMAND.replace(
-        "PACKAGES\n",
-        "PACKAGES as ALL\nPACKAGES = ALL - {'typer', 'rich', 'pydantic', 'pydantic_core'}\n",
-    )
-    for words, line in (
-        (
-            ["serve", str(files[0])],
-            r"serve needs .*; got no \w+; fix: pip install 'threefold\[serve\]'",
-        ),
-        (["evaluate", "x.npz"], r"evaluate needs .*; fix: pip install 'threefold\[report\]'"),
-        (["train", "demo", "--out", "x"], r"train needs .*; fix: pip install 'threefold\[train\]'"),
-        (
-            ["list", "backbones"],
-            r"list needs .*; got no timm; fix: pip install 'threefold\[train\]'",
-        ),
-    ):
-        done = bare(code, *words)
-        assert re.fullmatch(rf"error threefold {line}\n", done.stderr), done.stderr
-        assert done.returncode == 1
-    assert bare(code, "--help").returncode == 0
-
-
 def test_public_names_say_it_too() -> None:
     code = (
-        BARE
-        + "import threefold\ntry:\n    threefold.fit\nexcept ImportError as error:\n    print(type(error).__name__, error)"
+        f"{BARE}import threefold\n"
+        "try:\n    threefold.fit\n"
+        "except ImportError as error:\n    print(type(error).__name__, error)"
     )
+
     done = bare(code)
+
     assert done.stdout.startswith(
         "MissingExtraError threefold.fit needs packages that are not installed; got no "
     )
     assert "fix: pip install 'threefold[train]'" in done.stdout
 
 
-def test_an_error_of_our_own_is_not_taken_for_a_missing_package() -> None:
-    assert extras.explained(ModuleNotFoundError("x", name="threefold.nothing"), "all", "it") is None
-    found = extras.explained(ModuleNotFoundError("x", name="torch.nn"), "train", "it")
-    assert isinstance(found, MissingExtraError)
-    assert isinstance(found, ImportError)
+def test_only_optional_packages_count_as_missing() -> None:
+    ours = extras.missing_extra(ModuleNotFoundError("x", name="threefold.nothing"), "all", "it")
+    torch = extras.missing_extra(ModuleNotFoundError("x", name="torch.nn"), "train", "it")
+
+    assert ours is None
+    assert isinstance(torch, MissingExtraError)
+    assert isinstance(torch, ImportError)
 
 
 def requirements(extra: str) -> set[str]:
-    """Distributions that an extra asks for, through the extras that it includes."""
-    found: set[str] = set()
+    """The distributions that an extra installs, with those of the extras it includes."""
+    names: set[str] = set()
     for line in PROJECT["optional-dependencies"][extra]:
         if inner := re.fullmatch(r"threefold\[(\w+)\]", line):
-            found |= requirements(inner[1])
+            names |= requirements(inner[1])
         else:
-            found.add(re.split(r"[>=]", line)[0])
-    return found
+            names.add(re.split(r"[>=]", line)[0])
+    return names
 
 
-def test_every_verb_has_an_extra_and_every_package_of_an_extra_is_known() -> None:
-    assert set(extras.VERBS) == {name.partition(" ")[0] for name in SURFACE}
-    assert {*extras.VERBS.values(), *extras.MODULES.values()} <= set(
-        PROJECT["optional-dependencies"]
-    )
-    assert (
-        requirements("all")
-        == requirements("train") | requirements("serve")
-        >= requirements("report")
-    )
+def test_extras_cover_all_verbs_and_packages() -> None:
     modules: dict[str, set[str]] = {}
     for module, names in packages_distributions().items():
         for name in names:
             modules.setdefault(name.lower().replace("_", "-"), set()).add(module)
+
+    assert {*extras.VERB_EXTRAS, "predict"} == {name.partition(" ")[0] for name in SURFACE}
+    assert {*extras.VERB_EXTRAS.values(), *extras.MODULE_EXTRAS.values()} <= set(
+        PROJECT["optional-dependencies"]
+    )
+    assert requirements("all") == requirements("train") | requirements("serve")
+    assert requirements("train") >= requirements("report")
     for name in requirements("all"):
-        assert modules[name.replace("_", "-")] & extras.PACKAGES, name
+        assert modules[name.replace("_", "-")] & extras.OPTIONAL_PACKAGES, name
 
 
 @pytest.mark.slow
 def test_the_wheel_in_a_fresh_environment(tmp_path: Path, files: tuple[Path, Path, Path]) -> None:
-    """Built, installed with what it requires and no more, used."""
+    """Build the wheel, install it with its requirements and no more, and use it."""
     uv = shutil.which("uv")
     if uv is None:
         pytest.skip("needs uv on the path")
+    model, red, _ = files
+    python, command = (tmp_path / "env/bin" / name for name in ("python", "threefold"))
 
     def run(*words: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
@@ -208,24 +226,21 @@ def test_the_wheel_in_a_fresh_environment(tmp_path: Path, files: tuple[Path, Pat
 
     run(uv, "build", "--wheel", "--out-dir", tmp_path, ROOT)
     run(uv, "venv", "--python", sys.executable, tmp_path / "env")
-    python = tmp_path / "env" / "bin" / "python"
     run(uv, "pip", "install", "--python", python, *tmp_path.glob("*.whl"))
-    installed = {
-        line["name"]
-        for line in json.loads(
-            run(uv, "pip", "list", "--python", python, "--format", "json").stdout
-        )
-    }
-    assert {"numpy", "pillow", "onnxruntime", "threefold"} <= installed
-    assert not installed & {*requirements("all"), "pydantic"}
-    model, red, _ = files
-    asked = "import sys, threefold; print(threefold.load(sys.argv[1]).predict_proba(sys.argv[2:]).tolist())"
-    answer: Any = json.loads(run(python, "-c", asked, model, red).stdout)
+
+    packages = run(uv, "pip", "list", "--python", python, "--format", "json")
+    installed = {line["name"] for line in json.loads(packages.stdout)}
+    assert {"numpy", "pillow", "onnxruntime", "typer", "rich", "threefold"} <= installed
+    assert not installed & requirements("all")
+    code = (
+        "import sys, threefold\n"
+        "print(threefold.load(sys.argv[1]).predict_proba(sys.argv[2:]).tolist())"
+    )
+    answer: Any = json.loads(run(python, "-c", code, model, red).stdout)
     assert answer == threefold.load(model).predict_proba([red]).tolist()
-    command = tmp_path / "env" / "bin" / "threefold"
     assert run(command, "predict", model, red).stdout.startswith(f"{red}: red ")
-    line = "error threefold train needs packages that are not installed; got no typer; fix: pip install 'threefold[train]'"
-    assert run(command, "train", "demo", "--out", "x", code=1).stderr.strip() == line
-    run(uv, "pip", "install", "--python", python, f"{next(tmp_path.glob('*.whl'))}[cli]")
-    assert run(command, "predict", model, red).stdout.startswith(f"{red}: red ")
+    assert run(command, "--version").stdout == f"threefold {threefold.__version__}\n"
+    error = run(command, "train", "demo", "--out", "x", code=1).stderr
+    assert error.startswith("error threefold train needs packages that are not installed; got no ")
+    assert error.endswith("; fix: pip install 'threefold[train]'\n")
     assert "threefold[serve]" in run(command, "serve", model, code=1).stderr

@@ -1,4 +1,4 @@
-"""What users see stays what it is: verbs, flags, exit codes, public names."""
+"""The surface that users see: verbs, flags, exit codes, public names."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -17,6 +20,7 @@ from threefold.cli import app
 from threefold.run import Run
 
 runner = CliRunner()
+ROOT_FLAGS = {"--version", "--install-completion", "--show-completion"}
 # A training option is a recipe key, never a flag: think before adding one here.
 SURFACE = {
     "demo": {"--out", "--verbose"},
@@ -58,15 +62,38 @@ def threefold_command(*words: str, stdin: str = "") -> subprocess.CompletedProce
     )
 
 
+def flags_of(command: Any) -> set[str]:
+    """The long flags of a command, without --help."""
+    names = {name for parameter in command.params for name in parameter.opts}
+    return {name for name in names if name.startswith("--") and name != "--help"}
+
+
 def test_verbs_and_flags_are_those_written_down() -> None:
-    commands = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    root = typer.main.get_command(app)
+    commands = dict(root.commands)  # type: ignore[attr-defined]
     groups = {name: c.commands for name, c in commands.items() if hasattr(c, "commands")}
     commands |= {f"{name} {verb}": c for name, verbs in groups.items() for verb, c in verbs.items()}
-    found = {
-        name: {o for p in c.params for o in p.opts if o.startswith("--") and o != "--help"}
-        for name, c in commands.items()
-    }
-    assert found == SURFACE
+
+    flags = {name: flags_of(command) for name, command in commands.items()}
+
+    assert flags_of(root) == ROOT_FLAGS
+    assert flags == SURFACE
+
+
+def test_version() -> None:
+    done = threefold_command("--version")
+
+    assert (done.returncode, done.stdout) == (0, f"threefold {threefold.__version__}\n")
+
+
+def test_the_shell_completes_verbs() -> None:
+    words = {"COMP_WORDS": "threefold pre", "COMP_CWORD": "1"}
+
+    completed = runner.invoke(
+        app, env={"_THREEFOLD_COMPLETE": "complete_bash", **words}, prog_name="threefold"
+    )
+
+    assert completed.output.split() == ["predict"]
 
 
 def test_every_verb_explains_itself() -> None:
@@ -84,7 +111,7 @@ def test_public_names_exist_and_are_documented() -> None:
         _ = threefold.nothing  # type: ignore[attr-defined]
 
 
-def test_public_functions_stay_functions_after_their_modules_are_imported() -> None:
+def test_public_functions_are_not_hidden_by_their_modules() -> None:
     import threefold.workflow  # imports every module there is
 
     assert not {
@@ -95,137 +122,138 @@ def test_public_functions_stay_functions_after_their_modules_are_imported() -> N
 
 
 def test_importing_and_help_are_light() -> None:
-    code = "import sys, threefold, threefold.cli; assert not {'torch', 'timm', 'matplotlib', 'onnxruntime'} & set(sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    code = (
+        "import sys, threefold, threefold.cli\n"
+        "assert not {'torch', 'timm', 'matplotlib', 'onnxruntime'} & set(sys.modules)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+
+    assert done.returncode == 0
 
 
 def test_exit_codes() -> None:
-    assert threefold_command("list", "heads").returncode == 0
+    done = threefold_command("list", "heads")
     error = threefold_command("train", "nothing.toml", "--out", "x")
+    usage = threefold_command("train")
+
+    assert done.returncode == 0
     assert (error.returncode, error.stdout) == (1, "")
     assert error.stderr.startswith("error cannot read the recipe: nothing.toml")
     assert error.stderr.count("\n") == 1
-    assert threefold_command("train").returncode == 2
+    assert usage.returncode == 2
 
 
-def test_list() -> None:
-    for what, word in (
-        ("heads", "bilstm"),
-        ("ensembles", "pruned"),
-        ("recipes", "demo"),
-        ("data", "folder"),
-    ):
-        assert word in runner.invoke(app, ["list", what]).output
-    assert (
-        "tf_efficientnet_lite0.in1k" in runner.invoke(app, ["list", "backbones", "*lite0*"]).output
-    )
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["heads"], "bilstm"),
+        (["ensembles"], "pruned"),
+        (["recipes"], "demo"),
+        (["data"], "folder"),
+        (["backbones", "*lite0*"], "tf_efficientnet_lite0.in1k"),
+    ],
+)
+def test_list(words: list[str], expected: str) -> None:
+    assert expected in runner.invoke(app, ["list", *words]).output
 
 
 def test_predict_files_folders_lists_and_forms(finished: Run) -> None:
     model, root = str(finished.dir / "model.onnx"), Path(finished.recipe.data.root)
-    ids = finished.sources.test.ids  # type: ignore[union-attr]
+    ids = ids_of_test_images(finished)
+    two_paths = f"{root / ids[1]}\n{root / ids[2]}\n"
+
     text = runner.invoke(app, ["predict", model, str(root / ids[0]), "--top", "1"])
+    csv = runner.invoke(app, ["predict", model, str(root / "test"), "--csv"])
+    listed = runner.invoke(app, ["predict", model, "-", "--json"], input=two_paths)
+
     assert text.exit_code == 0
     assert text.output.startswith(str(root / ids[0]) + ": ")
-    table = runner.invoke(app, ["predict", model, str(root / "test"), "--csv"]).output.splitlines()
-    assert table[0] == "image,label,probability,blue,green,red"
-    assert len(table) == 1 + len(ids)
-    listed = runner.invoke(
-        app, ["predict", model, "-", "--json"], input=f"{root / ids[1]}\n{root / ids[2]}\n"
-    )
+    rows = csv.output.splitlines()
+    assert rows[0] == "image,label,probability,blue,green,red"
+    assert len(rows) == 1 + len(ids)
     answers = [json.loads(line) for line in listed.output.splitlines()]
     assert [a["image"] for a in answers] == [str(root / ids[1]), str(root / ids[2])]
     assert set(answers[0]["members"]) == {"plain", "gated"}
 
 
 def test_predict_names_bad_files_and_goes_on(finished: Run, tmp_path: Path) -> None:
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    good = Path(finished.recipe.data.root) / finished.sources.test.ids[0]  # type: ignore[union-attr]
-    done = threefold_command(
-        "predict", str(finished.dir / "model.onnx"), str(tmp_path / "broken.png"), str(good)
-    )
-    assert done.returncode == 1
-    assert "broken.png" in done.stderr
-    assert done.stdout.startswith(str(good))
-    assert (
-        threefold_command(
-            "predict", str(finished.dir / "model.onnx"), str(tmp_path / "none.png")
-        ).returncode
-        == 1
-    )
+    model = str(finished.dir / "model.onnx")
+    bad, missing = tmp_path / "broken.png", tmp_path / "none.png"
+    bad.write_bytes(b"\x89PNG\r\n\x1a\n")
+    good = Path(finished.recipe.data.root) / ids_of_test_images(finished)[0]
+
+    mixed = threefold_command("predict", model, str(bad), str(good))
+    nothing = threefold_command("predict", model, str(missing))
+
+    assert mixed.returncode == 1
+    assert "broken.png" in mixed.stderr
+    assert mixed.stdout.startswith(str(good))
+    assert nothing.returncode == 1
 
 
 def test_ensemble_on_a_run_and_on_foreign_predictions(finished: Run) -> None:
-    found = runner.invoke(
-        app, ["ensemble", str(finished.dir), "--method", "mean", "--method", "vote", "--json"]
-    )
-    scores = json.loads(found.output)["scores"]
-    assert {(s["name"], s["rows"]) for s in scores} >= {
-        ("mean", "oof"),
-        ("mean", "test"),
-        ("vote", "oof"),
-    }
-    assert ("vote", "test") not in {
-        (s["name"], s["rows"]) for s in scores
-    }  # the test rows were opened once, without it
-    assert any(
-        "by train; not scored on them: vote" in line
-        for line in json.loads(found.output)["warnings"]
-    )
+    methods = ["--method", "mean", "--method", "vote"]
+    oof = str(finished.dir / "oof.npz")
+
+    of_run = runner.invoke(app, ["ensemble", str(finished.dir), *methods, "--json"])
     foreign = runner.invoke(
-        app,
-        [
-            "ensemble",
-            str(finished.dir / "oof.npz"),
-            "--members",
-            "plain,gated",
-            "--method",
-            "pruned",
-        ],
+        app, ["ensemble", oof, "--members", "plain,gated", "--method", "pruned"]
     )
+
+    tree = json.loads(of_run.output)
+    scored = {(score["name"], score["rows"]) for score in tree["scores"]}
+    assert scored >= {("mean", "oof"), ("mean", "test"), ("vote", "oof")}
+    # The test rows were opened once, without the vote.
+    assert ("vote", "test") not in scored
+    assert any("by train; not scored on them: vote" in line for line in tree["warnings"])
     assert foreign.exit_code == 0
     assert "pruned" in foreign.output
 
 
-def test_test_rows_are_opened_again_only_when_asked_for_and_that_is_noted(
-    finished: Run, tmp_path: Path
-) -> None:
+def test_reopening_the_test_rows_is_explicit_and_recorded(finished: Run, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished.dir, run)
-    before = json.loads((run / "ledger.json").read_text())["test_opened"]
-    assert [entry["by"] for entry in before if entry["by"] != "export"] == ["train"]
-    found = runner.invoke(
+    before = openings(run)
+
+    result = runner.invoke(
         app, ["ensemble", str(run), "--method", "vote", "--reopen-test", "--json"]
     )
-    assert ("vote", "test") in {(s["name"], s["rows"]) for s in json.loads(found.output)["scores"]}
-    after = json.loads((run / "ledger.json").read_text())["test_opened"]
-    assert [entry["by"] for entry in after if entry["by"] != "export"] == ["train", "ensemble"]
+
+    scores = json.loads(result.output)["scores"]
+    assert ("vote", "test") in {(score["name"], score["rows"]) for score in scores}
+    assert before == ["train"]
+    assert openings(run) == ["train", "ensemble"]
 
 
-def test_the_authors_published_predictions_replay_through_the_command() -> None:
+def openings(run: Path) -> list[str]:
+    """Who opened a run's test rows, other than export."""
+    entries = json.loads((run / "ledger.json").read_text())["test_opened"]
+    return [entry["by"] for entry in entries if entry["by"] != "export"]
+
+
+def ids_of_test_images(run: Run) -> tuple[str, ...]:
+    """The ids of a run's test images."""
+    assert run.sources.test is not None
+    return tuple(run.sources.test.ids)
+
+
+def test_the_authors_published_predictions_give_their_scores() -> None:
     path = Path(__file__).parents[2] / "shared/data/fashion_mnist_authors_predictions.npz"
     if not path.exists():
         pytest.skip("the authors' predictions are not at hand")
-    import numpy as np
+    names = [str(name) for name in np.load(path)["members"] if "Mixed" in str(name)]
+    words = ["--members", ",".join(names), "--method", "mean,pruned,vote", "--json"]
 
-    names = [str(n) for n in np.load(path)["members"] if "Mixed" in str(n)]
-    done = threefold_command(
-        "ensemble",
-        str(path),
-        "--members",
-        ",".join(names),
-        "--method",
-        "mean,pruned,vote",
-        "--json",
-    )
-    scores = {s["name"]: s["accuracy"] for s in json.loads(done.stdout)["scores"]}
+    done = threefold_command("ensemble", str(path), *words)
+
+    scores = {score["name"]: score["accuracy"] for score in json.loads(done.stdout)["scores"]}
     assert (scores["mean"], scores["pruned"], scores["vote"]) == (0.9592, 0.9591, 0.9590)
 
 
 def test_plan_prints_a_recipe_with_reasons(images: Path) -> None:
     result = runner.invoke(app, ["plan", str(images), "--budget", "0"])
+
     assert result.exit_code == 0
     assert "# img_size = " in result.output
-    import tomllib
-
     assert tomllib.loads(result.output)["members"][0]["backbone"] == "tf_efficientnet_lite0.in1k"

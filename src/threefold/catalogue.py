@@ -1,4 +1,4 @@
-"""Names of what a recipe can use; each kind imports only what it needs."""
+"""The names a recipe can use; each kind imports only what it needs."""
 
 from __future__ import annotations
 
@@ -12,57 +12,58 @@ from threefold.errors import RecipeError
 from threefold.recipe import DataSpec, HeadKind, HeadSpec, packaged_names
 
 
-def catalogue(what: str, pattern: str = "*") -> list[str]:
-    """Names of what a recipe can use, a line each.
+def catalogue(kind: str, pattern: str = "*") -> list[str]:
+    """List the names a recipe can use, one per line.
 
     Args:
-        what: backbones, heads, ensembles, data or recipes.
-        pattern: for backbones, with `*` for anything; the paper's names for them come last.
+        kind: backbones, heads, ensembles, data or recipes.
+        pattern: a glob pattern for backbones. The paper's names for them come last.
 
     Raises:
-        RecipeError: nothing of that kind.
+        RecipeError: there is no such kind.
     """
     lists: dict[str, Callable[[], list[str]]] = {
         "backbones": lambda: _backbones(pattern),
         "heads": _heads,
         "ensembles": _ensembles,
-        "data": _data,
+        "data": _data_sources,
         "recipes": packaged_names,
     }
-    if what not in lists:
-        raise RecipeError("nothing to list", got=what, expected=" or ".join(lists))
-    return lists[what]()
+    if kind not in lists:
+        raise RecipeError("nothing to list", got=kind, expected=" or ".join(lists))
+    return lists[kind]()
 
 
 def _backbones(pattern: str) -> list[str]:
     import timm
 
-    known = list(timm.list_models(pattern, pretrained=True))
-    return known + [
+    names = list(timm.list_models(pattern, pretrained=True))
+    aliases = [
         f"{row.name}: {row.timm}, the paper's, {row.authors_scaling} there; weights: {row.weights}"
         for row in PAPER_BACKBONES
-        if fnmatch(row.name.lower(), pattern.lower()) or row.timm in known
+        if fnmatch(row.name.lower(), pattern.lower()) or row.timm in names
     ]
+    return names + aliases
 
 
-def _data() -> list[str]:
-    """Sources; of published data sets with their size, and whether their terms have to be accepted."""
+def _data_sources() -> list[str]:
+    """Name every source; add title, size and terms for published data sets."""
     lines = []
     for name in get_args(DataSpec.model_fields["source"].annotation):
-        known = PUBLISHED.get(name)
-        lines.append(
-            name if known is None else f"{name}: {known.title}, {_counts(known)}{_terms(known)}"
-        )
+        published = PUBLISHED.get(name)
+        lines.append(name if published is None else f"{name}: {_describe(published)}")
     return lines
 
 
-def _counts(known: PublishedDataset) -> str:
-    parts = (("training", known.num_train), ("test", known.num_test), ("extra", known.num_extra))
-    return ", ".join(f"{count:,} {part}" for part, count in parts if count)
-
-
-def _terms(known: PublishedDataset) -> str:
-    return f"; terms: {known.licence}" if known.must_accept else ""
+def _describe(published: PublishedDataset) -> str:
+    parts = {
+        "training": published.num_train,
+        "test": published.num_test,
+        "extra": published.num_extra,
+    }
+    counts = ", ".join(f"{count:,} {part}" for part, count in parts.items() if count)
+    terms = f"; terms: {published.licence}" if published.must_accept else ""
+    return f"{published.title}, {counts}{terms}"
 
 
 def _heads() -> list[str]:

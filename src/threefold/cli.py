@@ -1,104 +1,63 @@
-"""The command line: verbs that call functions and print. No logic; a training option is a recipe key, never a flag."""
+"""The command line: verbs that call functions and print.
+
+No logic lives here. A training option is a recipe key, never a flag.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from threefold.cli__demo import demo
+from threefold.cli__options import (
+    Backbones,
+    ImageTime,
+    Mode,
+    ModelFile,
+    RunOut,
+    Sets,
+    Verbose,
+    WallTime,
+)
+from threefold.cli__output import show_next_steps, show_results, show_student, watch_training
 from threefold.cli_data import register as register_data
 from threefold.cli_saved import Json
 from threefold.cli_saved import register as register_saved
-from threefold.console import err, out, plain
-from threefold.errors import ExportError, ThreefoldError
-
-if TYPE_CHECKING:
-    from threefold.run import Run
-    from threefold.terminal import TerminalWatcher
+from threefold.console import err, out, print_error
+from threefold.errors import ExportError
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Cross-validated ensembles of fine-tuned ConvNets, with honest scores, in one file.",
 )
-Sets = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="PATH=VALUE", help="Change one recipe value, e.g. train.batch_size=64."
-    ),
-]
-Verbose = Annotated[bool, typer.Option("--verbose", help="A line per job and epoch.")]
-Mode = Annotated[
-    str,
-    typer.Option("--mode", help="full: every member; fast: stop where the first members are sure."),
-]
-Milliseconds = Annotated[
-    str,
-    typer.Option(
-        "--budget",
-        help="Time of the model for an image, e.g. 15ms: as many members as fit, measured here.",
-    ),
-]
-Out = Annotated[Path, typer.Option("--out", help="The run folder.")]
 
 
-def main() -> None:
-    """Entry point: 0 ok, 1 an error that the user can mend (one line), 2 wrong usage, 130 interrupted."""
-    try:
-        app()
-    except ThreefoldError as error:
-        _tell(error)
-        sys.exit(1)
-    except BrokenPipeError:
-        sys.exit(0)
+def _print_version(requested: bool) -> None:
+    if requested:
+        from threefold import __version__
+
+        out.print(f"threefold {__version__}", markup=False)
+        raise typer.Exit
 
 
-def _tell(what: ThreefoldError | str) -> None:
-    sign = "[bold red]error[/] " if isinstance(what, ThreefoldError) else ""
-    err.print(f"{sign}{plain(what)}", highlight=False)
-
-
-@contextmanager
-def _watched(verbose: bool, again: str) -> Iterator[TerminalWatcher]:
-    """A progress bar; Ctrl-C says how to go on."""
-    from threefold.terminal import TerminalWatcher
-
-    try:
-        with TerminalWatcher(out, verbose) as watcher:
-            yield watcher
-    except KeyboardInterrupt:
-        err.print(f"[yellow]stopped[/]; what is done is kept. Go on with: {plain(again)}")
-        raise SystemExit(130) from None
-
-
-@app.command()
-def demo(
-    out_dir: Annotated[Path, typer.Option("--out", help="The run folder.")] = Path("runs/demo"),
-    verbose: Verbose = False,
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
 ) -> None:
-    """Real pretrained members on real images, on a CPU, in minutes: train, ensemble, report, export, predict."""
-    from threefold import workflow
-    from threefold.recipe import packaged
+    """Handle the options that belong to no verb."""
 
-    with _watched(verbose, f"threefold demo --out {out_dir}") as watcher:
-        out.print(
-            "threefold demo: 3 pretrained networks, 3,000 training images of Fashion-MNIST, 1,000 sealed test images"
-        )
-        run = workflow.train(packaged("demo"), out_dir, watcher)
-        workflow.finish(run)
-    image, truth = workflow.sample_image(run)
-    _show_results(run)
-    out.print(f"\n{image.name} (a {truth}), asked of the exported file in a fresh process:")
-    out.print(workflow.predict_elsewhere(run.dir / "model.onnx", image).rstrip())
-    _show_places(
-        run, f"threefold serve {run.dir / 'model.onnx'}", "threefold fit FOLDER_OF_YOUR_IMAGES"
-    )
+
+app.command()(demo)
 
 
 @app.command()
@@ -112,37 +71,30 @@ def fit(
     out_dir: Annotated[
         Path | None, typer.Option("--out", help="The run folder (default runs/NAME).")
     ] = None,
-    budget: Annotated[
-        str, typer.Option("--budget", help="Bound on the wall time: 90s, 20m, 2h; 0 = none.")
-    ] = "20m",
-    members: Annotated[
-        str, typer.Option("--members", help="timm names, separated by commas.")
-    ] = "",
+    budget: WallTime = "20m",
+    members: Backbones = "",
     sets: Sets = None,
     verbose: Verbose = False,
 ) -> None:
-    """Plan, train, ensemble, report, export: one command from a folder of images to one file."""
+    """Plan, train, ensemble, report and export: from a folder of images to one file."""
     from threefold.recipe import parse_minutes
 
+    minutes = parse_minutes(budget)  # before torch is imported, so that a typo fails at once
     target = out_dir or Path("runs") / folder.resolve().name
-    minutes = parse_minutes(budget)
     from threefold import workflow
 
-    with _watched(verbose, f"threefold fit {folder} --out {target}") as watcher:
+    with watch_training(verbose, f"threefold fit {folder} --out {target}") as watcher:
         run = workflow.fit(
             folder,
             target,
             budget_minutes=minutes,
-            members=tuple(filter(None, members.split(","))),
+            members=_split(members),
             overrides=tuple(sets or ()),
             watcher=watcher,
         )
-    _show_results(run)
-    _show_places(
-        run,
-        f"threefold predict {run.dir / 'model.onnx'} IMAGE...",
-        f"threefold serve {run.dir / 'model.onnx'}",
-    )
+    model = run.dir / "model.onnx"
+    show_results(run)
+    show_next_steps(run, f"threefold predict {model} IMAGE...", f"threefold serve {model}")
 
 
 @app.command()
@@ -150,27 +102,18 @@ def plan(
     recipe: Annotated[
         str, typer.Argument(help="A folder of images, a recipe file, or a packaged recipe's name.")
     ],
-    budget: Annotated[
-        str, typer.Option("--budget", help="Bound on the wall time: 90s, 20m, 2h; 0 = none.")
-    ] = "20m",
-    members: Annotated[
-        str, typer.Option("--members", help="timm names, separated by commas (for a folder).")
-    ] = "",
+    budget: WallTime = "20m",
+    members: Backbones = "",
     sets: Sets = None,
 ) -> None:
-    """Print the recipe that would run, every value written out, with reasons; or the jobs of a recipe."""
+    """Print the recipe that would run, with every value written out and the reasons for it."""
     from threefold.recipe import parse_minutes, resolve
 
     if Path(recipe).is_dir():
         from threefold.plan import plan_folder
 
-        made = plan_folder(
-            recipe,
-            parse_minutes(budget),
-            tuple(filter(None, members.split(","))),
-            tuple(sets or ()),
-        )
-        out.print(made.recipe.dump(made.explain()), markup=False)
+        planned = plan_folder(recipe, parse_minutes(budget), _split(members), tuple(sets or ()))
+        out.print(planned.recipe.dump(planned.explain()), markup=False)
         return
     loaded = resolve(recipe, sets or ())
     out.print(loaded.dump(f"digest {loaded.digest()[:12]}"), markup=False)
@@ -179,54 +122,54 @@ def plan(
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or a packaged recipe's name.")],
-    out_dir: Out,
+    out_dir: RunOut,
     sets: Sets = None,
     verbose: Verbose = False,
 ) -> None:
-    """Train, cross-validate, ensemble and score what a recipe says; run again to go on where it stopped."""
+    """Train, cross-validate, ensemble and score a recipe; run it again to resume."""
     from threefold.recipe import resolve
 
-    loaded = resolve(
-        recipe, sets or ()
-    )  # before torch is imported: a typing error is answered at once
+    loaded = resolve(recipe, sets or ())  # before torch is imported, so that a typo fails at once
     from threefold import workflow
 
-    with _watched(verbose, f"threefold train {recipe} --out {out_dir}") as watcher:
+    with watch_training(verbose, f"threefold train {recipe} --out {out_dir}") as watcher:
         run = workflow.train(loaded, out_dir, watcher)
         workflow.report(run)
-    _show_results(run)
-    _show_places(run, f"threefold export {run.dir} --out model.onnx")
+    show_results(run)
+    show_next_steps(run, f"threefold export {run.dir} --out model.onnx")
 
 
 @app.command()
 def export(
     run_dir: Annotated[
-        Path, typer.Argument(help="A finished run folder; for --web alone, an exported .onnx file.")
+        Path, typer.Argument(help="A finished run folder; with --web, also an exported .onnx file.")
     ],
     target: Annotated[
         Path,
         typer.Option("--out", help="The file to write: .onnx, .pt2 (torch) or .xml (OpenVINO)."),
     ] = Path("model.onnx"),
     method: Annotated[
-        str | None, typer.Option("--method", help="Another ensemble than the chosen one.")
+        str | None,
+        typer.Option("--method", help="Export this ensemble method in place of the chosen one."),
     ] = None,
     members: Annotated[
         str,
         typer.Option(
             "--members",
-            help="Only these members, separated by commas; one alone is exported as it is.",
+            help="Export only these members, separated by commas; a single one needs no ensemble.",
         ),
     ] = "",
     precision: Annotated[
         str,
         typer.Option(
-            "--precision", help="Of the members' weights: float32, float16, bfloat16 or int8."
+            "--precision",
+            help="Precision of the members' weights: float32, float16, bfloat16 or int8.",
         ),
     ] = "float32",
     web: Annotated[
         Path | None,
         typer.Option(
-            "--web", metavar="DIR", help="Write a folder that classifies in the browser, too."
+            "--web", metavar="DIR", help="Also write a folder that classifies in the browser."
         ),
     ] = None,
     web_runtime: Annotated[
@@ -234,15 +177,15 @@ def export(
         typer.Option(
             "--web-runtime",
             metavar="PATH",
-            help="onnxruntime-web, a .tgz or a folder (default: npm gets it).",
+            help="onnxruntime-web as a .tgz or a folder (default: fetched with npm).",
         ),
     ] = None,
 ) -> None:
-    """Write one file that answers as the run does; refuses if the answers differ."""
+    """Write one file that answers as the run does; refuse if the answers differ."""
     if web is not None:
         from threefold.webfolder import require_free
 
-        require_free(web)  # before the minutes that an export takes
+        require_free(web)  # before the export, which takes minutes
     if run_dir.is_file():
         if web is None or method or members:
             raise ExportError(
@@ -260,11 +203,10 @@ def export(
     from threefold.parity import told
     from threefold.run import Run
 
-    made = workflow.export(
-        Run.open(run_dir), target, method, [n for n in members.split(",") if n], precision
-    )
+    exported = workflow.export(Run.open(run_dir), target, method, _split(members), precision)
     out.print(
-        f"{made['path']}: {made['bytes'] / 1e6:.1f} MB, {made['method']}, {precision}; {told(made)}",
+        f"{exported['path']}: {exported['bytes'] / 1e6:.1f} MB, {exported['method']}, {precision}; "
+        f"{told(exported)}",
         markup=False,
     )
     if web is not None:
@@ -272,16 +214,18 @@ def export(
 
 
 def _write_web(model: Path, folder: Path, runtime: Path | None) -> None:
+    """Write the browser folder and say how to try it."""
     from threefold.webfolder import write_web
 
-    made = write_web(model, folder, runtime)
+    written = write_web(model, folder, runtime)
     out.print(
-        f"{made['path']}: {made['bytes'] / 1e6:.1f} MB, of which {made['runtime']} {made['runtime_bytes'] / 1e6:.1f} MB; "
+        f"{written['path']}: {written['bytes'] / 1e6:.1f} MB, of which "
+        f"{written['runtime']} {written['runtime_bytes'] / 1e6:.1f} MB; "
         "put it on any static web host",
         markup=False,
     )
     out.print(
-        f"next   python -m http.server --bind 127.0.0.1 --directory {made['path']} 8080",
+        f"next   python -m http.server --bind 127.0.0.1 --directory {written['path']} 8080",
         markup=False,
     )
 
@@ -298,17 +242,16 @@ def distill(
     sets: Sets = None,
     verbose: Verbose = False,
 ) -> None:
-    """Teach one small network what a run's ensemble knows, beside a twin that learns from labels; compare, export, report."""
+    """Train one small network on an ensemble's answers, beside a twin that learns from labels."""
     from threefold.student import default_folder
-    from threefold.student import distill as teach
+    from threefold.student import distill as distill_run
 
     target = out_dir or default_folder(run_dir, student)
-    with _watched(
-        verbose, f"threefold distill {run_dir} --student {student} --out {target}"
-    ) as watcher:
-        run = teach(run_dir, student, target, overrides=sets or (), watcher=watcher)
-    _show_student(run)
-    _show_places(
+    command = f"threefold distill {run_dir} --student {student} --out {target}"
+    with watch_training(verbose, command) as watcher:
+        run = distill_run(run_dir, student, target, overrides=sets or (), watcher=watcher)
+    show_student(run)
+    show_next_steps(
         run,
         f"threefold predict {run.dir / 'model.onnx'} IMAGE...",
         f"threefold report {run_dir} {run.dir} --out both.html",
@@ -317,7 +260,7 @@ def distill(
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(help="An exported model file.")],
+    model: ModelFile,
     images: Annotated[
         list[str], typer.Argument(help="Files, folders, or - for a list on standard input.")
     ],
@@ -327,21 +270,25 @@ def predict(
         bool, typer.Option("--csv", help="One row per image with every probability.")
     ] = False,
     mode: Mode = "full",
-    budget: Milliseconds = "",
+    budget: ImageTime = "",
 ) -> None:
     """Classify images with an exported file; needs neither torch nor the run."""
     from threefold import answers
 
-    form = "json" if as_json else "csv" if csv else "text"
-    spent = answers.milliseconds(budget, mode)
-    failed = answers.write(sys.stdout, _tell, model, images, top, form, mode, spent)
+    form = "text"
+    if csv:
+        form = "csv"
+    if as_json:
+        form = "json"
+    limit = answers.milliseconds(budget, mode)
+    failed = answers.write(sys.stdout, print_error, model, images, top, form, mode, limit)
     if failed:
         raise SystemExit(1)
 
 
 @app.command()
 def serve(
-    model: Annotated[Path, typer.Argument(help="An exported model file.")],
+    model: ModelFile,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", help="Port to listen on; 0 = any free one.")
@@ -349,7 +296,10 @@ def serve(
     api_key: Annotated[
         str,
         typer.Option(
-            "--api-key", envvar="THREEFOLD_API_KEY", help="Ask for this key.", show_default=False
+            "--api-key",
+            envvar="THREEFOLD_API_KEY",
+            help="Require this key with every request.",
+            show_default=False,
         ),
     ] = "",
     limits: Annotated[
@@ -361,21 +311,21 @@ def serve(
         ),
     ] = None,
     mode: Mode = "full",
-    budget: Milliseconds = "",
+    budget: ImageTime = "",
 ) -> None:
-    """A page to drop images on, and POST /predict for programs; GET /card, /health, /metrics, /openapi.json."""
+    """Serve a page to drop images on, and POST /predict for programs."""
     from threefold.answers import milliseconds
     from threefold.limits import Limits
     from threefold.serve import LOOPBACK, run_server
 
-    def ready(address: str) -> None:
+    def announce(address: str) -> None:
         out.print(f"{address}   a page for people (Ctrl-C stops)", markup=False)
         out.print(f"curl -F files=@IMAGE {address}/predict", markup=False)
         if host not in LOOPBACK and not api_key:
-            err.print("[yellow]note[/] no API key: whoever reaches this address can use the model")
+            err.print("[yellow]note[/] no API key: anyone who reaches this address can predict")
 
-    spent = milliseconds(budget, mode)
-    run_server(model, host, port, api_key, Limits().changed(limits or ()), ready, mode, spent)
+    limit = milliseconds(budget, mode)
+    run_server(model, host, port, api_key, Limits().changed(limits or ()), announce, mode, limit)
 
 
 @app.command("list")
@@ -392,63 +342,9 @@ def list_(
         out.print(line, markup=False)
 
 
-def _show_results(run: Run) -> None:
-    """The score table and the sentence that matters."""
-    from threefold.terminal import score_table
-
-    results = run.results
-    out.print(score_table(results["scores"], results["chosen"]))
-    out.print(f"< chosen: {results['chosen']} ({plain(results['chosen_reason'])})")
-    expected = results["expected"]
-    low, high = expected["interval"]
-    told = f"{expected['n']:,} {expected['told']}, protocol {results['protocol']}"
-    out.print(
-        f"\nExpect [bold]{expected['accuracy']:.1%}[/] of new images to be right (95 % interval {low:.1%} to {high:.1%}; {told})."
-    )
-    for key, what in (("optimism", "optimism of"), ("audit", "suspect labels")):
-        if key == "optimism" and results["optimism"]:
-            most = max(results["optimism"], key=lambda line: line["difference"])
-            out.print(
-                f"{what} {most['told']}: {100 * most['difference']:+.1f} points on the rows it was chosen on"
-            )
-        if key == "audit" and results["audit"]["n_suspects"]:
-            out.print(
-                f"{what}: {results['audit']['n_suspects']}, in {run.dir / results['audit']['file']}",
-                markup=False,
-            )
-
-
-def _show_student(run: Run) -> None:
-    """Student, twin and teacher on the same rows, and the verdicts."""
-    from threefold.terminal import distill_tables, pair_table, verdict_line
-
-    results = run.results
-    found = results["distill"]
-    *scores, costs = distill_tables(found)
-    for table, part in zip(scores, found["tables"], strict=True):
-        out.print(table)
-        out.print(pair_table(part["comparisons"]))
-        for pair in part["comparisons"]:
-            out.print(f"  {plain(verdict_line(pair))}")
-        out.print()
-    out.print(costs)
-    for note in results["notes"]:
-        out.print(f"[yellow]note[/] {plain(note)}", highlight=False)
-
-
-def _show_places(run: Run, *next_commands: str) -> None:
-    """Where things are, and what to type next."""
-    out.print()
-    for name, path in (
-        ("report", "report.html"),
-        ("model", "model.onnx"),
-        ("scores", "results.json"),
-        ("run", ""),
-    ):
-        if (run.dir / path).exists():
-            out.print(f"{name:7}{run.dir / path}", markup=False)
-    for command in next_commands:
-        out.print(f"next   {command}", markup=False)
+def _split(names: str) -> tuple[str, ...]:
+    """Split names at commas."""
+    return tuple(name for name in names.split(",") if name)
 
 
 register_saved(app)

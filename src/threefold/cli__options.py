@@ -1,0 +1,39 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Change one recipe value, e.g. train.batch_size=64; may be repeated.",
+    ),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Print a line per job and epoch.")]
+RunOut = Annotated[Path, typer.Option("--out", help="The run folder.")]
+WallTime = Annotated[
+    str, typer.Option("--budget", help="Limit on the wall time: 90s, 20m, 2h; 0 = none.")
+]
+Backbones = Annotated[
+    str, typer.Option("--members", help="timm names of the backbones, separated by commas.")
+]
+ModelFile = Annotated[Path, typer.Argument(help="An exported model file.")]
+Mode = Annotated[
+    str,
+    typer.Option(
+        "--mode", help="full: ask every member; fast: stop when the first members are sure."
+    ),
+]
+ImageTime = Annotated[
+    str,
+    typer.Option(
+        "--budget",
+        help="Time per image, e.g. 15ms: use as many members as fit, measured on this machine.",
+    ),
+]
