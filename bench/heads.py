@@ -20,7 +20,7 @@ from threefold.models__member import Member, build_member
 from threefold.models__pipeline import pick_device
 from threefold.models__recurrent import expand
 from threefold.provenance import commit, hardware
-from threefold.recipe import HeadSpec, MemberSpec
+from threefold.recipe_schema import HeadSpec, MemberSpec
 
 KINDS = ("linear", "rnn", "gru", "lstm", "bilstm")
 FULL = ("gru", "lstm", "bilstm")

@@ -36,7 +36,7 @@ from threefold.audit import find_suspects
 from threefold.datasets import load_data
 from threefold.predictions import Predictions
 from threefold.provenance import commit, hardware
-from threefold.recipe import DataSpec
+from threefold.recipe_schema import DataSpec
 
 COLUMNS = (
     "AUROC",
@@ -75,7 +75,7 @@ def frozen(rows: int) -> list[np.ndarray]:
 
     from threefold.models__member import build_member
     from threefold.models__resize import resize_square
-    from threefold.recipe import MemberSpec
+    from threefold.recipe_schema import MemberSpec
 
     data, found = load_data(DataSpec(source="demo"), 0).train, []
     pixels = torch.from_numpy(np.stack([data.pixels(row) for row in range(min(rows, len(data)))]))

@@ -63,7 +63,7 @@ def export_pipeline(path: Path, size: int) -> None:
     from threefold.ensembles__averaging import MeanEnsemble
     from threefold.models__member import build_member
     from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
-    from threefold.recipe import MemberSpec
+    from threefold.recipe_schema import MemberSpec
     from threefold.scaling import TemperatureModule
 
     torch.manual_seed(0)

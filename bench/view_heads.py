@@ -20,7 +20,7 @@ from threefold.models__resize import resize_square
 from threefold.models__views import Views
 from threefold.paired import mcnemar_exact
 from threefold.provenance import commit, hardware
-from threefold.recipe import DataSpec, FoldSpec, MemberSpec, ViewSpec
+from threefold.recipe_schema import DataSpec, FoldSpec, MemberSpec, ViewSpec
 from threefold.splits import assign_roles
 from threefold.stats import wilson_interval
 

@@ -18,7 +18,7 @@ from threefold.arrays import read_cifar, read_idx, read_mnist, read_svhn
 from threefold.data__published import CIFAR10_CLASSES, CIFAR100_CLASSES, DIGITS
 from threefold.datasets import Sources, load_data
 from threefold.errors import DataError
-from threefold.recipe import DataSpec
+from threefold.recipe_schema import DataSpec
 from threefold.samples import pickle_as_python2, write_sample
 
 

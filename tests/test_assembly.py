@@ -15,7 +15,8 @@ from threefold import workflow
 from threefold.errors import RecipeError, RunError
 from threefold.files import read_arrays
 from threefold.models__views import view_counts
-from threefold.recipe import Recipe, ViewSpec
+from threefold.recipe import Recipe
+from threefold.recipe_schema import ViewSpec
 from threefold.run import Run, stand_ins
 
 
@@ -165,15 +166,18 @@ del JOIN["weights"]
     [
         (
             {"members": [member("a"), member("b"), {**JOIN, "joins": ["a", "x"]}]},
-            "names x, which is no member",
+            "names an unknown member, x",
         ),
-        ({"members": [member("a"), JOIN, member("b")]}, "comes before it"),
+        ({"members": [member("a"), JOIN, member("b")]}, "come before"),
         ({"members": [member("a"), member("b", img_size=40), JOIN]}, "same img_size"),
-        ({"members": [member("a"), member("b", folds=[1]), JOIN]}, r"is in folds \[1\] only"),
-        ({"members": [member("a"), member("b"), {**JOIN, "joins": ["a"]}]}, "two members or more"),
+        ({"members": [member("a"), member("b", folds=[1]), JOIN]}, r"has only the folds \[1\]"),
+        (
+            {"members": [member("a"), member("b"), {**JOIN, "joins": ["a"]}]},
+            "at least two different members",
+        ),
         (
             {"members": [member("a"), member("b"), {**JOIN, "backbone": "resnet18"}]},
-            "one of the two",
+            "either backbone or joins",
         ),
         (
             {"members": [member("a"), member("b"), {**JOIN, "head": {"units": 4}}]},
@@ -181,10 +185,10 @@ del JOIN["weights"]
         ),
         (
             {"members": [member("a", folds=[0])], "folds": {"k": 2, "final": "refit"}},
-            "would ignore",
+            "folds.final = refit ignores",
         ),
-        ({"members": [member("a")], "ensemble": {"top": 2}}, "there are 1 members"),
-        ({"members": [member("a")], "ensemble": {"members": ["z"]}}, "names z"),
+        ({"members": [member("a")], "ensemble": {"top": 2}}, "exceeds the 1 members"),
+        ({"members": [member("a")], "ensemble": {"members": ["z"]}}, "names an unknown member, z"),
         (
             {
                 "members": [member("a"), member("b")],

@@ -29,7 +29,7 @@ from threefold.audit import (
 from threefold.datasets import load_data
 from threefold.errors import DataError, RunError
 from threefold.predictions import Predictions
-from threefold.recipe import DataSpec
+from threefold.recipe_schema import DataSpec
 
 LAW = settings(max_examples=40, deadline=None)
 

@@ -13,7 +13,7 @@ from scipy import ndimage
 from threefold.errors import RecipeError
 from threefold.models__resize import resize_square, triangle_weights
 from threefold.models__views import Views
-from threefold.recipe import AugmentSpec, ViewSpec
+from threefold.recipe_schema import AugmentSpec, ViewSpec
 from threefold.training__augment import Augment, Draws, affine_warp, shift_channels
 
 PAPER = AugmentSpec(

@@ -23,7 +23,7 @@ from threefold.models__member import Member, build_member
 from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor, to_pixels
 from threefold.models__recurrent import full_parameters
 from threefold.parity import TOLERANCES
-from threefold.recipe import HeadSpec, MemberSpec, StageSpec
+from threefold.recipe_schema import HeadSpec, MemberSpec, StageSpec
 from threefold.scaling import TemperatureModule
 from threefold.stacked import StackedEnsemble
 from threefold.training__optimizers import set_trainable, train_mode

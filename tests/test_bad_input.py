@@ -15,7 +15,7 @@ from PIL import Image
 
 from threefold.datasets import ImageDataset, load_data
 from threefold.errors import DataError
-from threefold.recipe import DataSpec
+from threefold.recipe_schema import DataSpec
 
 
 def message_of(spec: DataSpec) -> str:

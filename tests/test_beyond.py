@@ -16,7 +16,8 @@ from threefold import targets
 from threefold.models__member import build_member
 from threefold.models__pipeline import to_pixels
 from threefold.parity import TOLERANCES
-from threefold.recipe import HeadSpec, MemberSpec, packaged
+from threefold.recipe import packaged
+from threefold.recipe_schema import HeadSpec, MemberSpec
 
 SMALL = {
     "efficientnetv2": "test_efficientnet",

@@ -12,7 +12,7 @@ from PIL import Image
 from threefold import datacheck
 from threefold.datacheck import check_data, find_spec
 from threefold.errors import DataError, RecipeError
-from threefold.recipe import DataSpec
+from threefold.recipe_schema import DataSpec
 from threefold.samples import write_sample
 
 

@@ -20,7 +20,7 @@ from threefold.data__published import FASHION_MNIST_CLASSES
 from threefold.datasets import ImageDataset, load_data
 from threefold.errors import DataError
 from threefold.images import BadImage
-from threefold.recipe import DataSpec
+from threefold.recipe_schema import DataSpec
 
 REPOSITORY = Path(__file__).parents[1]
 ASSETS = REPOSITORY / "src/threefold/assets/fashion_mnist"

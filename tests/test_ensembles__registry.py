@@ -27,7 +27,7 @@ from threefold.ensembles__registry import (
 )
 from threefold.errors import DataError, RecipeError
 from threefold.predictions import Predictions
-from threefold.recipe import EnsembleSpec
+from threefold.recipe_schema import EnsembleSpec
 from threefold.scaling import apply_temperature
 from threefold.stacked import StackedEnsemble
 

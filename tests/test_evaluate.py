@@ -7,7 +7,7 @@ import pytest
 
 from threefold.evaluate import evaluate
 from threefold.predictions import Predictions
-from threefold.recipe import EnsembleSpec
+from threefold.recipe_schema import EnsembleSpec
 from threefold.stats import ece
 
 ALL = EnsembleSpec(methods=("mean", "pruned", "vote", "weighted"))

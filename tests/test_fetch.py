@@ -23,7 +23,7 @@ from threefold.data__published import PUBLISHED, PublishedDataset, RemoteFile, f
 from threefold.datasets import load_data
 from threefold.errors import DataError
 from threefold.fetch import download, fetch
-from threefold.recipe import DataSpec
+from threefold.recipe_schema import DataSpec
 from threefold.samples import write_sample
 
 CONTENT = os.urandom(3_000_000)

@@ -13,7 +13,7 @@ from threefold.errors import DataError
 from threefold.gradcam import NoMap, ensemble_cam, grad_cam
 from threefold.heads import build_head
 from threefold.models__member import JointMember, Member, build_joint, build_member
-from threefold.recipe import HeadSpec, MemberSpec
+from threefold.recipe_schema import HeadSpec, MemberSpec
 from threefold.training__optimizers import train_mode
 
 

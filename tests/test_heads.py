@@ -22,7 +22,7 @@ from threefold.models__recurrent import (
     expand,
     full_parameters,
 )
-from threefold.recipe import HeadSpec
+from threefold.recipe_schema import HeadSpec
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "keras_heads.npz", allow_pickle=False)
 TORCH_LAYERS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}

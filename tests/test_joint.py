@@ -8,7 +8,8 @@ import torch
 from conftest import tiny_tree
 
 from threefold.models__member import JointMember, Member, build_joint, build_member, describe_joint
-from threefold.recipe import HeadSpec, MemberSpec, Recipe, StageSpec
+from threefold.recipe import Recipe
+from threefold.recipe_schema import HeadSpec, MemberSpec, StageSpec
 from threefold.stacked import stacked_network
 from threefold.stages import StageTask, train_stage
 from threefold.training__optimizers import parameter_groups, set_trainable, train_mode

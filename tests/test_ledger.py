@@ -18,7 +18,7 @@ from threefold.errors import DataError
 from threefold.evaluate import evaluate
 from threefold.ledger import FIT, SCORE, SELECT, Ledger, SeenRows, open_test, when_opened
 from threefold.predictions import Predictions
-from threefold.recipe import EnsembleSpec, FoldSpec
+from threefold.recipe_schema import EnsembleSpec, FoldSpec
 from threefold.scoring import score_ensemble
 from threefold.splits import assign_roles
 from threefold.stats import accuracy, share_interval

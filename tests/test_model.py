@@ -22,7 +22,7 @@ from threefold.models__member import (
     save_weights,
 )
 from threefold.models__resize import resize_square
-from threefold.recipe import HeadSpec, MemberSpec, StageSpec
+from threefold.recipe_schema import HeadSpec, MemberSpec, StageSpec
 from threefold.training__optimizers import parameter_groups, set_trainable, train_mode
 
 # What two photographs that come with libraries show, as numbers of ImageNet's 1,000 classes.

@@ -18,7 +18,8 @@ from threefold.data__published import CASSAVA_2020_CLASSES, CASSAVA_CLASSES, SUR
 from threefold.datasets import ImageDataset, Sources, load_data
 from threefold.errors import DataError, RecipeError
 from threefold.images import decode
-from threefold.recipe import DataSpec, Recipe
+from threefold.recipe import Recipe
+from threefold.recipe_schema import DataSpec
 from threefold.samples import write_sample
 
 
@@ -305,5 +306,5 @@ def test_recipes_know_groups_and_extra_images() -> None:
     assert recipe(source="surrey-asl").folds.scheme == "leave-one-group-out"
     with pytest.raises(RecipeError, match="needs groups"):
         recipe(source="mnist")
-    with pytest.raises(RecipeError, match="extra would be ignored by source = surrey-asl; svhn"):
+    with pytest.raises(RecipeError, match="source = surrey-asl has no extra images; svhn"):
         recipe(source="surrey-asl", extra=True)

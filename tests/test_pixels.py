@@ -13,7 +13,7 @@ from threefold.errors import RunError
 from threefold.models__resize import resize_square
 from threefold.models__views import Views
 from threefold.pixels import CHUNK, Pixels
-from threefold.recipe import MemberSpec, ViewSpec
+from threefold.recipe_schema import MemberSpec, ViewSpec
 from threefold.splits import Roles
 
 SPEC = MemberSpec(name="m", backbone="test_resnet", img_size=24)

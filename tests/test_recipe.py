@@ -66,7 +66,7 @@ def test_overrides_reach_tables_by_name_and_by_index() -> None:
 
 
 def test_names_must_differ() -> None:
-    with pytest.raises(RecipeError, match="members need different names, gated stands there twice"):
+    with pytest.raises(RecipeError, match="members need different names; repeated: gated"):
         parse("members.plain.name=gated")
 
 

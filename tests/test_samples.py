@@ -9,7 +9,7 @@ import pytest
 
 from threefold.datasets import load_data
 from threefold.errors import DataError
-from threefold.recipe import DataSpec
+from threefold.recipe_schema import DataSpec
 from threefold.samples import SAMPLES, draw, write_sample
 
 

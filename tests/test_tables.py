@@ -17,7 +17,7 @@ from PIL import Image
 
 from threefold.datasets import Sources, load_data
 from threefold.errors import DataError
-from threefold.recipe import DataSpec
+from threefold.recipe_schema import DataSpec
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

@@ -23,7 +23,8 @@ from threefold.ledger import FIT, SCORE, TEACH
 from threefold.models__member import Member, create_backbone
 from threefold.models__pipeline import Predictor, predict_probs
 from threefold.predictions import Predictions
-from threefold.recipe import MemberSpec, Recipe
+from threefold.recipe import Recipe
+from threefold.recipe_schema import MemberSpec
 from threefold.run import Run
 from threefold.saved import evaluate_saved, score_saved
 from threefold.stages import StageOutcome, StageTask
@@ -326,7 +327,7 @@ def test_what_cannot_teach_or_be_taught_is_told_in_one_line(
     ):
         workflow.train(recipe, tmp_path / "leaky")
     for sets, told in (
-        (["distill.inner=1"], "one fold answers no row out of fold"),
+        (["distill.inner=1"], "a single inner fold has no out-of-fold rows"),
         (["distill.alpha=2"], "less than or equal to 1"),
         (["distill.temprature=2"], "did you mean temperature"),
         (["distill.student=nobody"], "distill.student names nobody"),

@@ -9,7 +9,8 @@ from typing import get_args
 from threefold.backbones import PAPER_BACKBONES
 from threefold.data__published import PUBLISHED, PublishedDataset
 from threefold.errors import RecipeError
-from threefold.recipe import DataSpec, HeadKind, HeadSpec, packaged_names
+from threefold.recipe import packaged_names
+from threefold.recipe_schema import DataSpec, HeadKind, HeadSpec
 
 
 def catalogue(kind: str, pattern: str = "*") -> list[str]:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from threefold.errors import RecipeError
 from threefold.models__member import create_backbone
-from threefold.recipe import MemberSpec
+from threefold.recipe_schema import MemberSpec
 
 
 class Cost(NamedTuple):

@@ -13,7 +13,8 @@ from threefold.data__published import FILE_PATTERNS
 from threefold.datasets import ImageDataset, Sources, load_data
 from threefold.errors import DataError, RecipeError
 from threefold.listing import shorten
-from threefold.recipe import DataSpec, Recipe
+from threefold.recipe import Recipe
+from threefold.recipe_schema import DataSpec
 
 FEW = 20
 """Fewer training images of a class than this are pointed out: of 5 folds each then scores on 3 or less of them."""

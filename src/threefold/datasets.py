@@ -24,7 +24,7 @@ from threefold.errors import DataError
 from threefold.images import BadImage, check_all, decode, same_content
 from threefold.listing import Decoded, Encoded, Item, Listing, list_csv, list_folder, shorten
 from threefold.photos import list_cassava2020, list_icassava, list_inaturalist, list_surrey
-from threefold.recipe import DataSpec
+from threefold.recipe_schema import DataSpec
 from threefold.tables import list_huggingface, list_parquet
 
 

@@ -1,10 +1,20 @@
-"""The errors that threefold raises for what a user can mend: one line that says what, where, expected, got, fix."""
+"""Errors that a user can mend, each in one line: what, where, expected, got, fix."""
 
 from __future__ import annotations
 
 
 class ThreefoldError(Exception):
-    """Base of every error that is the input's fault; the command line prints it without a traceback and exits 1."""
+    """Base of every error caused by bad input.
+
+    The command line prints it without a traceback and exits with status 1.
+
+    Args:
+        what: what is wrong.
+        where: the file, key or row concerned.
+        expected: what would have been right.
+        got: what was there instead.
+        fix: what the user can do about it.
+    """
 
     def __init__(
         self,
@@ -15,32 +25,32 @@ class ThreefoldError(Exception):
         got: object = "",
         fix: str = "",
     ) -> None:
-        told = [
-            f"{word} {value}"
-            for word, value in (("expected", str(expected)), ("got", str(got)))
-            if value
-        ]
-        parts = [f"{what}: {where}" if str(where) else what, ", ".join(told)]
+        contrast = []
+        if str(expected):
+            contrast.append(f"expected {expected}")
+        if str(got):
+            contrast.append(f"got {got}")
+        parts = [f"{what}: {where}" if str(where) else what, ", ".join(contrast)]
         if fix:
             parts.append(f"fix: {fix}")
         super().__init__("; ".join(" ".join(part.split()) for part in parts if part))
 
 
 class RecipeError(ThreefoldError):
-    """A recipe cannot be read, has an unknown key, or asks for what cannot be."""
+    """A recipe cannot be read, has an unknown key, or asks for something impossible."""
 
 
 class DataError(ThreefoldError):
-    """Images, labels or predictions are missing, unreadable or contradict each other."""
+    """Images, labels or predictions are missing, unreadable or inconsistent."""
 
 
 class RunError(ThreefoldError):
-    """A run folder cannot be written, belongs to another recipe, or is not complete."""
+    """A run folder cannot be written, belongs to another recipe, or is incomplete."""
 
 
 class ExportError(ThreefoldError):
-    """A model file cannot be written, read, or does not answer as the pipeline it came from."""
+    """A model file cannot be read or written, or its answers differ from its pipeline's."""
 
 
 class MissingExtraError(ThreefoldError, ImportError):
-    """Packages of an extra are not installed; the line names the pip command that installs them."""
+    """Optional packages are missing; the message names the pip command that installs them."""

@@ -23,7 +23,7 @@ from threefold.ensembles__registry import build_ensemble, choose
 from threefold.ledger import Ledger
 from threefold.optimism import Counts, nested_choice, optimism_entry
 from threefold.predictions import Predictions
-from threefold.recipe import EnsembleSpec
+from threefold.recipe_schema import EnsembleSpec
 from threefold.scoring import Key, comparisons, score_entries
 from threefold.stats import correct, share_interval
 

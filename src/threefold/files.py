@@ -1,4 +1,4 @@
-"""Files that are whole or absent: everything a run writes goes through here."""
+"""Atomic file writing and safe reading; everything a run writes goes through this module."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from threefold.errors import RunError
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never a part.
+    """Write a file atomically: a crash leaves the old content or the new, never a part.
 
     Raises:
-        RunError: the disk is full or the folder cannot be written.
+        RunError: the disk is full or the folder is not writable.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
@@ -37,12 +37,12 @@ def write_bytes(path: Path, data: bytes) -> None:
             "cannot write",
             where=path,
             got=error.strerror or error,
-            fix="free disk space or choose a folder that can be written, then run the same command again",
+            fix="free disk space or choose a writable folder, then run the same command again",
         ) from None
 
 
 def write_json(path: Path, tree: Any) -> None:
-    """Write a tree of plain values as readable JSON."""
+    """Write a tree of plain values as indented JSON."""
     write_bytes(
         path, (json.dumps(tree, indent=1, ensure_ascii=False, default=float) + "\n").encode()
     )
@@ -52,7 +52,7 @@ def read_json(path: Path) -> Any:
     """Read JSON.
 
     Raises:
-        RunError: missing or damaged.
+        RunError: the file is missing or damaged.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -63,17 +63,17 @@ def read_json(path: Path) -> Any:
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Write arrays as .npz, without pickle."""
+    """Write arrays as a compressed .npz file, without pickle."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     write_bytes(path, buffer.getvalue())
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read an .npz written by `write_arrays`; object arrays are refused.
+    """Read an .npz file written by `write_arrays`; object arrays are refused.
 
     Raises:
-        RunError: missing or damaged.
+        RunError: the file is missing or damaged.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -85,6 +85,6 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file's content."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

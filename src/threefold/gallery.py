@@ -12,7 +12,7 @@ from PIL import Image
 from threefold.audit import Suspect
 from threefold.evaluate import Evaluation
 from threefold.gradcam import NoMap, ensemble_cam
-from threefold.recipe import MemberSpec
+from threefold.recipe_schema import MemberSpec
 from threefold.run import Run
 from threefold.stats import confusion_matrix
 

@@ -25,7 +25,7 @@ from threefold.models__recurrent import (
     glorot_uniform,
     split_kind,
 )
-from threefold.recipe import HeadSpec
+from threefold.recipe_schema import HeadSpec
 
 MLP_WIDTH = 1024
 """Width of the hidden layer of `kind = "mlp"` where `fc` is not set (the paper's smallest)."""

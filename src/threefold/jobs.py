@@ -30,7 +30,8 @@ from threefold.models__pipeline import (
 from threefold.models__views import Views, view_counts
 from threefold.pixels import Pixels
 from threefold.provenance import commit, hardware, stable_seed, versions
-from threefold.recipe import Job, MemberSpec, Recipe, fold_name
+from threefold.recipe import Job, Recipe, fold_name
+from threefold.recipe_schema import MemberSpec
 from threefold.run import FORMAT, Run, verify
 from threefold.splits import Roles
 from threefold.stages import StageOutcome, StageTask, train_stage

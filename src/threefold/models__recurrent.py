@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from threefold.errors import RecipeError
-from threefold.recipe import HeadKind
+from threefold.recipe_schema import HeadKind
 
 Activation = Literal["torch", "keras"]
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from threefold.errors import RecipeError
 from threefold.models__resize import triangle_weights
-from threefold.recipe import ViewSpec
+from threefold.recipe_schema import ViewSpec
 
 SCALES = (1.0, 0.9, 0.8)
 """Shares of the canvas that the multi-scale views look at."""

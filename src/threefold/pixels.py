@@ -15,7 +15,7 @@ from threefold.datasets import ImageDataset, Sources
 from threefold.errors import RunError
 from threefold.models__resize import resize_square
 from threefold.models__views import Views
-from threefold.recipe import MemberSpec
+from threefold.recipe_schema import MemberSpec
 from threefold.splits import Roles
 
 CHUNK = 32

@@ -16,7 +16,8 @@ import torch
 from threefold.datasets import ImageDataset, Sources, load_data
 from threefold.models__member import build_member
 from threefold.models__pipeline import pick_device
-from threefold.recipe import DataSpec, MemberSpec, Recipe, StageSpec
+from threefold.recipe import Recipe
+from threefold.recipe_schema import DataSpec, MemberSpec, StageSpec
 from threefold.training__optimizers import set_trainable, train_mode
 
 DEFAULT_MEMBERS = (

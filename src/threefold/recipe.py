@@ -1,7 +1,8 @@
-"""The recipe: one TOML file that says everything about a run, read strictly into frozen models.
+"""The recipe: one TOML file that describes a whole run, read strictly into frozen models.
 
-An unknown key is an error that names the nearest known one. `--set a.b=c` changes one value; lists of tables are
-addressed by index or by name (`members.lite0.img_size=64`). Imports no torch, so that planning is instant.
+An unknown key is an error that names the nearest known one. `--set a.b=c` changes one value; a list
+of tables is addressed by index or by name (`members.lite0.img_size=64`). Imports no torch, so that
+planning is instant.
 """
 
 from __future__ import annotations
@@ -14,57 +15,30 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
+import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
 from threefold.errors import RecipeError
-from threefold.overrides import apply_override
-from threefold.sections import (
+from threefold.recipe_schema import (
     WITH_GROUPS,
     AugmentSpec,
     DataSpec,
     DistillSpec,
     EnsembleSpec,
     FoldSpec,
-    HeadKind,
-    HeadSpec,
     MemberSpec,
-    Method,
     Name,
     Section,
-    StackedSpec,
     StageSpec,
     TrainSpec,
     ViewSpec,
 )
 
-__all__ = [
-    "AugmentSpec",
-    "DataSpec",
-    "DistillSpec",
-    "EnsembleSpec",
-    "FoldSpec",
-    "HeadKind",
-    "HeadSpec",
-    "Job",
-    "MemberSpec",
-    "Method",
-    "Recipe",
-    "StackedSpec",
-    "StageSpec",
-    "TrainSpec",
-    "ViewSpec",
-    "fold_name",
-    "packaged",
-    "packaged_names",
-    "parse_minutes",
-    "resolve",
-]
-
 _PACKAGED = Path(__file__).parent / "recipes"
 
 
 class Job(NamedTuple):
-    """The unit of work and of resumption: one stage of one member in one fold (fold -1 = refit on all rows)."""
+    """The unit of work and of resumption: one stage of one member in one fold (-1 = refit)."""
 
     member: str
     fold: int
@@ -72,24 +46,24 @@ class Job(NamedTuple):
 
     @property
     def path(self) -> str:
-        """Folder of this job below the run folder."""
+        """Folder of this job, relative to the run folder."""
         return f"jobs/{self.member}/{fold_name(self.fold)}/{self.stage}"
 
 
 def fold_name(fold: int) -> str:
-    """Name of a fold's folder: fold0, fold1, ... or refit."""
+    """Return the name of a fold's folder: fold0, fold1, ... or refit."""
     return "refit" if fold < 0 else f"fold{fold}"
 
 
 class Recipe(Section):
-    """The whole of a run. Load with `Recipe.load`, write the resolved copy with `dump`."""
+    """Everything about a run. `Recipe.load` reads one; `dump` writes the resolved copy."""
 
     name: Name = "run"
     seed: int = 0
     protocol: Literal["honest", "paper"] = "honest"
-    """honest = nothing is chosen on the rows that are scored; paper = selects on them, as the authors did."""
+    """honest = scored rows choose nothing; paper = selects on them, as the authors did."""
     budget_minutes: Annotated[float, Field(ge=0)] = 0.0
-    """Bound on the wall time of training; stages are cut short to keep it (0 = none)."""
+    """Limit on the wall time of training; stages are cut short to meet it (0 = none)."""
     data: DataSpec = DataSpec()
     folds: FoldSpec = FoldSpec()
     augment: AugmentSpec = AugmentSpec()
@@ -99,7 +73,7 @@ class Recipe(Section):
     stages: Annotated[tuple[StageSpec, ...], Field(min_length=1)]
     members: Annotated[tuple[MemberSpec, ...], Field(min_length=1)]
     distill: DistillSpec | None = None
-    """Who teaches one of the members; without this table all learn from labels."""
+    """Distillation settings; without this table all members learn from labels."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -109,9 +83,7 @@ class Recipe(Section):
         ):
             twice = sorted({n for n in names if names.count(n) > 1})
             if twice:
-                raise ValueError(
-                    f"{what} need different names, {', '.join(twice)} stands there twice"
-                )
+                raise ValueError(f"{what} need different names; repeated: {', '.join(twice)}")
         self._check_folds()
         self._check_members()
         self._check_distill()
@@ -121,11 +93,12 @@ class Recipe(Section):
             )
         if self.views.n > 1 and self.views.kind != "random-crops":
             raise ValueError(
-                f"views.n counts random crops and would be ignored by views.kind = {self.views.kind}; set views.n = 1"
+                f"views.kind = {self.views.kind} ignores views.n, which counts random crops; "
+                "set views.n = 1"
             )
         if self.views.choose and self.views.kind == "center" and self.views.upsample == 1.0:
             raise ValueError(
-                "views.choose has nothing to choose from: set views.kind to other views than center"
+                "views.choose has nothing to choose from; set views.kind to more than center"
             )
         return self
 
@@ -142,15 +115,16 @@ class Recipe(Section):
             self.data.group_regex or self.data.source in WITH_GROUPS
         ):
             raise ValueError(
-                f"folds.scheme = {self.folds.scheme} needs groups: set data.group_regex, or use a CSV with a group column"
+                f"folds.scheme = {self.folds.scheme} needs groups; "
+                "set data.group_regex, or use a CSV file with a group column"
             )
         if self.folds.scheme == "stratified" and self.data.group_regex:
             raise ValueError(
-                "data.group_regex is given, but folds.scheme = stratified would ignore it; set folds.scheme = grouped"
+                "folds.scheme = stratified ignores data.group_regex; set folds.scheme = grouped"
             )
 
     def _check_members(self) -> None:
-        """What the parts of the recipe say of members: those named exist, and can be joined, trained and combined."""
+        """Check that the members named exist and can be joined, trained and combined."""
         known = {m.name: m for m in self.members}
         named = [
             ("ensemble.members", self.ensemble.members),
@@ -160,43 +134,43 @@ class Recipe(Section):
             for name in names:
                 if name not in known:
                     raise ValueError(
-                        f"{where} names {name}, which is no member; there are {', '.join(known)}"
+                        f"{where} names an unknown member, {name}; known: {', '.join(known)}"
                     )
         for member in self.members:
             if not self.stages_of(member.name):
                 raise ValueError(
-                    f"member {member.name} has no stage: every stage names other members"
+                    f"member {member.name} has no stage; every stage names other members"
                 )
             if member.folds and self.folds.final == "refit":
                 raise ValueError(
-                    f"member {member.name} is in some folds only, which folds.final = refit would ignore"
+                    f"folds.final = refit ignores the folds of member {member.name}; remove them"
                 )
             for name in member.joins:
                 self._check_join(member, known[name])
         if self.ensemble.top > len(self.combined):
             raise ValueError(
-                f"ensemble.top = {self.ensemble.top}, but there are {len(self.combined)} members to combine"
+                f"ensemble.top = {self.ensemble.top} exceeds the {len(self.combined)} members"
             )
 
     def _check_distill(self) -> None:
-        """The student and its twin are members, of one kind in all else, and the run is honest."""
+        """Check that student and twin are members that differ in name only, in an honest run."""
         spec = self.distill
         if spec is None:
             return
         if self.protocol == "paper":
             raise ValueError(
-                "distill needs protocol = honest: a student is compared on rows that nothing was chosen on"
+                "distill needs protocol = honest: it compares on rows that chose nothing"
             )
         names = [m.name for m in self.members]
         for key, name in (("student", spec.student), ("twin", spec.twin)):
             if name not in names and (key == "student" or name):
                 raise ValueError(
-                    f"distill.{key} names {name}, which is no member; there are {', '.join(names)}"
+                    f"distill.{key} names an unknown member, {name}; known: {', '.join(names)}"
                 )
         student = self.member(spec.student)
         if student.joins or student.folds:
             raise ValueError(
-                "distill.student has a backbone of its own and is in all folds: leave out joins and folds"
+                "distill.student needs its own backbone and all folds; remove joins and folds"
             )
         if spec.twin and (
             spec.twin == spec.student
@@ -204,31 +178,30 @@ class Recipe(Section):
             or self.stages_of(spec.twin) != self.stages_of(spec.student)
         ):
             raise ValueError(
-                f"distill.twin differs from {spec.student} in its name only, or the comparison means nothing"
+                f"distill.twin may differ from {spec.student} in its name only; "
+                "otherwise the comparison means nothing"
             )
 
     def _check_join(self, member: MemberSpec, base: MemberSpec) -> None:
         where = f"member {member.name} joins {base.name}, which"
         if base.joins or self.members.index(base) > self.members.index(member):
-            raise ValueError(
-                f"{where} must be a member with a backbone of its own that comes before it"
-            )
+            raise ValueError(f"{where} must have its own backbone and come before {member.name}")
         if (base.img_size, base.resize) != (member.img_size, member.resize):
             raise ValueError(
-                f"{where} must have the same img_size and resize: one batch of images goes into all"
+                f"{where} must have the same img_size and resize: all share one batch of images"
             )
         if base.folds and not (member.folds and set(member.folds) <= set(base.folds)):
             raise ValueError(
-                f"{where} is in folds {list(base.folds)} only; give {member.name} the same"
+                f"{where} has only the folds {list(base.folds)}; give {member.name} the same"
             )
 
     @property
     def combined(self) -> tuple[str, ...]:
-        """Names of the members that ensembles combine: those of ensemble.members, or all with a backbone of their own."""
+        """Members that ensembles combine: ensemble.members, or all with their own backbone."""
         return self.ensemble.members or tuple(m.name for m in self.members if not m.joins)
 
     def stages_of(self, member: str) -> tuple[StageSpec, ...]:
-        """The stages that a member goes through: those that name it, else those that name no member."""
+        """Return a member's stages: those that name it, or else those that name no member."""
         own = tuple(s for s in self.stages if member in s.members)
         return own or tuple(s for s in self.stages if not s.members)
 
@@ -237,7 +210,7 @@ class Recipe(Section):
         """Read a TOML recipe and apply `a.b=c` overrides.
 
         Raises:
-            RecipeError: the file is missing, not TOML, has unknown keys or wrong values.
+            RecipeError: the file is missing or not TOML, or has unknown keys or wrong values.
         """
         try:
             tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -256,20 +229,28 @@ class Recipe(Section):
     def parse(
         cls, tree: dict[str, Any], overrides: Iterable[str] = (), where: str = "recipe"
     ) -> Recipe:
-        """Build a recipe from a tree of plain values; `overrides` are `a.b=c` strings."""
+        """Build a recipe from a tree of plain values; `overrides` are `a.b=c` strings.
+
+        Raises:
+            RecipeError: an override cannot be applied, or a key or value is wrong.
+        """
         for override in overrides:
             apply_override(tree, override)
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
             raise RecipeError(
-                "the recipe is not usable",
+                "the recipe is invalid",
                 where=where,
                 got="; ".join(map(_explain, error.errors())),
             ) from None
 
     def jobs(self, folds: int | None = None) -> list[Job]:
-        """Every job in the order of execution; `folds` where the data decide their number (leave-one-group-out)."""
+        """Return every job in order of execution.
+
+        Args:
+            folds: number of folds where the data decide it (leave-one-group-out).
+        """
         numbers = list(range(folds or self.folds.k)) + ([-1] if self.folds.final == "refit" else [])
         return [
             Job(m.name, f, s.name)
@@ -280,87 +261,110 @@ class Recipe(Section):
         ]
 
     def member(self, name: str) -> MemberSpec:
-        """The member of that name."""
+        """Return the member of that name."""
         return next(m for m in self.members if m.name == name)
 
     def soft(self, member: str) -> DistillSpec | None:
-        """How a member learns from another run's ensemble; None for members that learn from labels."""
-        return self.distill if self.distill is not None and self.distill.student == member else None
+        """Return the distillation settings of a student; None for members that learn from labels."""
+        if self.distill is not None and self.distill.student == member:
+            return self.distill
+        return None
 
     def seed_name(self, member: str) -> str:
-        """Whose name a member's seeds are made of: its own, for a twin the student's."""
-        return (
-            self.distill.student
-            if self.distill is not None and member == self.distill.twin
-            else member
-        )
+        """Return the name that seeds a member: its own, or for a twin the student's."""
+        if self.distill is not None and member == self.distill.twin:
+            return self.distill.student
+        return member
 
     def digest(self) -> str:
-        """SHA-256 of all that says what is trained; the name and the budget, which only cuts it short, are left out."""
+        """Return the SHA-256 of everything but the name and the budget."""
         tree = self.model_dump(mode="json", exclude={"name", "budget_minutes"}, exclude_none=True)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
     def dump(self, header: str = "") -> str:
-        """The resolved recipe as TOML text, every default written out; `header` becomes comments above it."""
+        """Return the recipe as TOML, with every default written out, below `header` as comments."""
         comments = "".join(f"# {line}".rstrip() + "\n" for line in header.splitlines())
-        return comments + _toml(self.model_dump(mode="json", exclude_none=True))
+        return comments + tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
 def _explain(error: Any) -> str:
-    """One pydantic error as `path: what, did you mean`."""
+    """Describe one pydantic error as `path: problem`, with the nearest known key."""
     path = ".".join(str(part) for part in error["loc"]) or "recipe"
     if error["type"] != "extra_forbidden":
         return f"{path}: {error['msg'].removeprefix('Value error, ')}"
-    known = list(_fields_at(error["loc"][:-1]))
+    known = _fields_at(error["loc"][:-1])
     near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
-    return f"{path}: unknown key" + (
-        f", did you mean {near[0]}?" if near else f", known are {', '.join(known)}"
+    advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+    return f"{path}: unknown key, {advice}"
+
+
+def _fields_at(loc: tuple[Any, ...]) -> list[str]:
+    """Field names of the table at a pydantic error location."""
+    table: Any = Recipe
+    for part in loc:
+        if isinstance(part, int):  # an item of a list of tables
+            continue
+        annotation = table.model_fields[part].annotation
+        candidates = (annotation, *get_args(annotation))
+        tables = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
+        table = tables[0] if tables else annotation
+    return list(table.model_fields)
+
+
+def apply_override(tree: dict[str, Any], text: str) -> None:
+    """Apply one `a.b=c` to a tree in place; a value that is not valid TOML is taken as a string.
+
+    Raises:
+        RecipeError: the path does not exist, or the text has no `=`.
+    """
+    path, equals, raw = text.partition("=")
+    if not equals or not path.strip():
+        raise RecipeError(
+            "cannot apply --set", where=text, expected="path=value, for example train.batch_size=64"
+        )
+    try:
+        value = tomllib.loads(f"v = {raw}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    *parents, last = path.strip().split(".")
+    node: Any = tree
+    for part in parents:
+        node = _child(node, part, text)
+    if isinstance(node, list):
+        node[_index(node, last, text)] = value
+    else:
+        node[last] = value
+
+
+def _child(node: Any, part: str, text: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, text)]
+    child = node.setdefault(part, {})
+    if not isinstance(child, (dict, list)):
+        raise RecipeError("cannot apply --set", where=text, got=f"{part} is a value, not a table")
+    return child
+
+
+def _index(items: list[Any], part: str, text: str) -> int:
+    """Return the position in a list of tables, given its index or the table's name."""
+    names = [str(item.get("name")) for item in items if isinstance(item, dict)]
+    if part in names:
+        return names.index(part)
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    raise RecipeError(
+        "cannot apply --set",
+        where=text,
+        expected=f"one of {', '.join(names)} or an index",
+        got=part,
     )
 
 
-def _fields_at(loc: tuple[Any, ...]) -> Iterable[str]:
-    """Field names of the section that a pydantic error location points into."""
-    section: Any = Recipe
-    for part in loc:
-        if isinstance(part, str):
-            hint = section.model_fields[part].annotation
-            section = next(
-                (
-                    a
-                    for a in (hint, *get_args(hint))
-                    if isinstance(a, type) and issubclass(a, Section)
-                ),
-                hint,
-            )
-    return list(section.model_fields)
-
-
-def _toml(tree: dict[str, Any], prefix: str = "") -> str:
-    """Write a tree of plain values as TOML: values first, then tables, then lists of tables."""
-    lines, tables = [], []
-    for key, value in tree.items():
-        if isinstance(value, dict) and not prefix:
-            tables.append(f"\n[{key}]\n{_toml(value, key)}")
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            tables += [f"\n[[{key}]]\n{_toml(item, key)}" for item in value]
-        else:
-            lines.append(f"{key} = {_value(value)}\n")
-    return "".join(lines + tables)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{k} = {_value(v)}" for k, v in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_value, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)  # a JSON string, number or boolean is also TOML
-
-
 def packaged(name: str, overrides: Iterable[str] = ()) -> Recipe:
-    """A recipe that comes with threefold, by name (`demo`).
+    """Load a recipe that is part of threefold, by name (`demo`).
 
     Raises:
-        RecipeError: there is none of that name.
+        RecipeError: there is no recipe of that name.
     """
     if name not in packaged_names():
         raise RecipeError(
@@ -372,25 +376,27 @@ def packaged(name: str, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def packaged_names() -> list[str]:
-    """Names of the recipes that come with threefold."""
+    """Return the names of the packaged recipes."""
     return sorted(str(p.relative_to(_PACKAGED).with_suffix("")) for p in _PACKAGED.rglob("*.toml"))
 
 
 def resolve(text: str, overrides: Iterable[str] = ()) -> Recipe:
-    """A recipe by file path or by the name of a packaged one."""
+    """Load a recipe by file path or by the name of a packaged one."""
     return Recipe.load(text, overrides) if text.endswith(".toml") else packaged(text, overrides)
 
 
 def parse_minutes(text: str) -> float:
-    """Minutes of a duration: 90s, 20m, 2h, or a number of minutes.
+    """Parse a duration (90s, 20m, 2h, or a number of minutes) into minutes.
 
     Raises:
-        RecipeError: it is none.
+        RecipeError: the text is not a duration.
     """
     units = {"s": 1 / 60, "m": 1.0, "h": 60.0}
-    number, unit = (text[:-1], units[text[-1]]) if text and text[-1] in units else (text, 1.0)
+    number, factor = text, 1.0
+    if text and text[-1] in units:
+        number, factor = text[:-1], units[text[-1]]
     try:
-        minutes = float(number) * unit
+        minutes = float(number) * factor
     except ValueError:
         minutes = -1.0
     if not 0 <= minutes < 1e6:

@@ -20,7 +20,7 @@ from threefold.gallery import pictures
 from threefold.heads import describe
 from threefold.ledger import open_test, when_opened
 from threefold.models__member import describe_joint
-from threefold.recipe import MemberSpec
+from threefold.recipe_schema import MemberSpec
 from threefold.run import Run
 from threefold.saved import saved_predictions
 from threefold.savings import fit_savings

@@ -23,7 +23,8 @@ from threefold.models__member import JointMember, Member, build_joint, build_mem
 from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.models__views import Views
 from threefold.predictions import Predictions
-from threefold.recipe import Job, MemberSpec, Recipe
+from threefold.recipe import Job, Recipe
+from threefold.recipe_schema import MemberSpec
 from threefold.splits import Roles, assign_roles, refit_roles
 from threefold.training__watcher import Watcher
 

@@ -20,7 +20,8 @@ from threefold.formats import read_predictions
 from threefold.joining import join_predictions
 from threefold.ledger import open_test, when_opened
 from threefold.predictions import Predictions
-from threefold.recipe import EnsembleSpec, Recipe
+from threefold.recipe import Recipe
+from threefold.recipe_schema import EnsembleSpec
 from threefold.scaling import apply_temperature, fit_temperature
 from threefold.scoring import LEVEL, per_class
 

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from threefold.errors import DataError, RunError
-from threefold.recipe import FoldSpec
+from threefold.recipe_schema import FoldSpec
 
 Rows = NDArray[np.int64]
 _NO_ROWS: Rows = np.empty(0, dtype=np.int64)

@@ -37,7 +37,8 @@ from threefold.midway import (
     save_midway,
 )
 from threefold.models__pipeline import Predictor, autocast, pick_precision, predict_probs, to_pixels
-from threefold.recipe import DistillSpec, Recipe, StageSpec, TrainSpec
+from threefold.recipe import Recipe
+from threefold.recipe_schema import DistillSpec, StageSpec, TrainSpec
 from threefold.softloss import soft_loss, soften
 from threefold.training__augment import Augment
 from threefold.training__optimizers import (

@@ -10,7 +10,8 @@ from typing import Any
 from threefold import workflow
 from threefold.errors import RecipeError
 from threefold.files import write_json
-from threefold.recipe import MemberSpec, Recipe
+from threefold.recipe import Recipe
+from threefold.recipe_schema import MemberSpec
 from threefold.run import Run
 from threefold.saved import saved_predictions
 from threefold.teachers import teacher_run

@@ -25,7 +25,8 @@ from threefold.errors import RunError
 from threefold.evaluate import evaluate
 from threefold.files import read_arrays, read_json, sha256, write_arrays
 from threefold.predictions import Predictions
-from threefold.recipe import DistillSpec, Recipe, fold_name
+from threefold.recipe import Recipe, fold_name
+from threefold.recipe_schema import DistillSpec
 from threefold.run import Run
 from threefold.saved import saved_predictions
 

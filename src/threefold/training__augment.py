@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from threefold.recipe import AugmentSpec
+from threefold.recipe_schema import AugmentSpec
 
 
 class Draws(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from threefold.errors import RecipeError
 from threefold.models__member import Member
-from threefold.recipe import StageSpec
+from threefold.recipe_schema import StageSpec
 
 Schedule = Literal["constant", "time", "cosine", "one-cycle"]
 

@@ -1,6 +1,6 @@
-"""The sections of a recipe: frozen pydantic models, one per table, that refuse unknown keys.
+"""The tables of a recipe: frozen pydantic models that refuse unknown keys.
 
-`recipe` puts them together; what holds between sections is checked there. Imports no torch.
+`recipe.Recipe` combines them and checks what must hold between tables. Imports no torch.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Section(BaseModel):
 
 
 def _regex(value: str) -> str:
-    """The value, if it is a regular expression."""
+    """Return the value if it is a valid regular expression."""
     try:
         re.compile(value)
     except re.error as error:
@@ -66,17 +66,18 @@ class DataSpec(Section):
 
     source: Source = "folder"
     root: str = ""
-    """Folder of class folders (or of train/ [val/] test/), CSV or parquet file, hub name, or where the official files
-    or archives of a named data set lie."""
+    """A folder of class folders (or of train/, val/ and test/), a CSV or parquet file, a name on
+    the Hugging Face hub, or the folder of a named data set's official files or archives."""
     extra: bool = False
-    """Train also on the images that are published beside the training set: SVHN's extra images, the official
-    validation images of iNaturalist 2019 (then nothing is held out) and of iCassava 2019."""
+    """Also train on the additional labelled images: SVHN's extra set, or the official
+    validation images of iNaturalist 2019 (which leaves no test split) and iCassava 2019."""
     bad_images: Literal["fail", "skip"] = "fail"
-    """What to do with files that cannot be read: stop and list them, or leave them out and record that."""
+    """What to do with unreadable files: stop and list them, or skip and record them."""
     group_regex: str = ""
-    """Pattern searched in each image's path; its first group (or the match) names the group kept in one fold."""
+    """Pattern searched for in each image's path. Its first group, or else the whole match, names
+    the image's group; a group is never split between folds."""
     limit_per_class: Annotated[int, Field(ge=0)] = 0
-    """Use only this many training images of each class, drawn by the recipe's seed (0 = all)."""
+    """Training images per class, drawn by the recipe's seed (0 = all)."""
 
     @field_validator("group_regex")
     @classmethod
@@ -87,35 +88,39 @@ class DataSpec(Section):
     def _extra_exists(self) -> DataSpec:
         if self.extra and self.source not in WITH_EXTRA:
             raise ValueError(
-                f"extra would be ignored by source = {self.source}; {', '.join(WITH_EXTRA)} have extra images"
+                f"source = {self.source} has no extra images; {', '.join(WITH_EXTRA)} have some"
             )
         return self
 
 
 class FoldSpec(Section):
-    """Cross-validation. In each fold the rows are split into fit, select and score."""
+    """Cross-validation: each fold splits the rows into fit, select and score."""
 
     k: Annotated[int, Field(ge=1, le=50)] = 5
     scheme: Literal["stratified", "grouped", "leave-one-group-out"] = "stratified"
     select: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.15
-    """Share of a fold's training rows kept for choosing checkpoints and stages (honest protocol only)."""
+    """Share of a fold's training rows reserved for choosing checkpoints and stages (honest
+    protocol)."""
     final: Literal["average", "refit"] = "average"
-    """What answers on new images: the k fold models averaged, or one model fitted again on all rows."""
+    """What predicts new images: the mean of the k fold models, or one model refitted on all
+    rows."""
 
 
 class AugmentSpec(Section):
-    """Training augmentation; defaults are off, `paper` values are in docs/recipes.md (paper section 4.1, authors' code)."""
+    """Training augmentation, off by default; docs/recipes.md has the paper's values (section
+    4.1)."""
 
     rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Largest rotation, degrees either way."""
+    """Largest rotation in either direction, degrees."""
     shift: Share = 0.0
-    """Largest shift either way, share of the side."""
+    """Largest shift in either direction, as a share of the side."""
     shear: Annotated[float, Field(ge=0, le=89)] = 0.0
     """Largest shear angle, degrees."""
     zoom: Share = 0.0
-    """Scale drawn from 1 +- zoom, for each axis by itself."""
+    """Scale drawn from 1 ± zoom, independently for each axis."""
     channel_shift: Annotated[float, Field(ge=0, le=255)] = 0.0
-    """One offset per image, on the 0-255 scale, clipped to the image's own range."""
+    """Largest offset added to a whole image, on the 0-255 scale, clipped to the image's own
+    range."""
     hflip: bool = False
     vflip: bool = False
     erasing: Share = 0.0
@@ -125,30 +130,30 @@ class AugmentSpec(Section):
 
 
 class ViewSpec(Section):
-    """Test-time views whose softmaxes are averaged (paper section 4.3)."""
+    """Test-time augmentation: views whose softmaxes are averaged (paper section 4.3)."""
 
     kind: Literal["center", "flip", "random-crops", "five-crop", "ten-crop", "multi-scale"] = (
         "center"
     )
     n: Annotated[int, Field(ge=1, le=64)] = 1
-    """How many random crops (kind = random-crops)."""
+    """Number of random crops (kind = random-crops)."""
     upsample: Annotated[float, Field(ge=1.0, le=2.0)] = 1.0
     """Image side before cropping, as a multiple of img_size (540/501 = 1.078 in the paper)."""
     choose: bool = False
-    """Let the out-of-fold rows say how many of these views to keep, or none of them."""
+    """Choose on out-of-fold rows how many of these views to use, possibly none."""
 
 
 class TrainSpec(Section):
-    """How every stage is trained."""
+    """Settings common to all stages of training."""
 
     batch_size: Annotated[int, Field(ge=2)] = 32
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Micro-batches per optimizer step."""
     optimizer: Literal["adam-keras", "adam", "adamw", "sgd"] = "adamw"
-    """adam-keras = the paper's (Keras form, epsilon outside the bias correction)."""
+    """adam-keras = the paper's optimizer (Keras form: epsilon is not bias-corrected)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Learning rate multiplier per block, from the head down."""
+    """Learning-rate multiplier per block, from the head down."""
     label_smoothing: Share = 0.0
     class_weights: Literal["none", "balanced"] = "none"
     sampler: Literal["shuffle", "balanced"] = "shuffle"
@@ -159,23 +164,25 @@ class TrainSpec(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     gate: bool = True
-    """Keep a stage only if it helps on the select rows by more than its noise (always off under `paper`)."""
+    """Keep a stage only if it improves the select rows by more than noise (off under `paper`)."""
 
 
 class StageSpec(Section):
-    """One learning-rate phase; it starts from the best weights so far, with a fresh optimizer (paper section 4.4)."""
+    """One learning-rate phase, from the best weights so far, with a fresh optimizer (section
+    4.4)."""
 
     name: Name
     epochs: Annotated[int, Field(ge=1)]
     lr: Annotated[float, Field(gt=0)]
     schedule: Literal["constant", "time", "cosine", "one-cycle"] = "time"
-    """time = the paper's eq. 26, lr / (1 + decay * batches) with decay = lr / epochs."""
+    """time = the paper's equation 26: lr / (1 + decay * batches), with decay = lr / epochs."""
     trainable: str = "."
-    """Regex over parameter names; what it does not find is frozen."""
+    """Regular expression searched for in parameter names; parameters without a match are frozen."""
     frozen: str = ""
-    """Regex over parameter names that stay frozen even where `trainable` finds them."""
+    """Regular expression; parameters that match stay frozen even if `trainable` matches, too."""
     members: tuple[str, ...] = ()
-    """Whose stage this is. A member that no stage names goes through the stages that name none."""
+    """The members this stage trains. Members that no stage names use the stages with an empty
+    list."""
 
     @field_validator("trainable", "frozen")
     @classmethod
@@ -184,115 +191,123 @@ class StageSpec(Section):
 
 
 class HeadSpec(Section):
-    """What stands on the pooled features: [recurrent] -> Gaussian noise -> [FC, relu] -> linear (paper figure 2)."""
+    """The head: [recurrent] -> Gaussian noise -> [FC, ReLU] -> linear (paper figure 2)."""
 
     kind: HeadKind = "linear"
     units: Annotated[int, Field(ge=2)] = 2048
-    """Outputs of the recurrent layer (both directions together)."""
+    """Outputs of the recurrent layer, both directions together."""
     fc: Annotated[int, Field(ge=0)] = 0
-    """Width of the fully connected layer before the classifier (the paper: 1024 to 4096; 0 = none)."""
+    """Width of the hidden fully connected layer (paper: 1024 to 4096; 0 = none)."""
     noise: Annotated[float, Field(ge=0)] = 0.1
-    """Standard deviation of the Gaussian noise on the features, training only."""
+    """Standard deviation of the Gaussian noise added to the features in training."""
     activation: Literal["torch", "keras"] = "torch"
-    """Gate nonlinearity: sigmoid, or Keras 2.2's hard sigmoid."""
+    """Gate activation: torch = sigmoid, keras = Keras 2.2's hard sigmoid."""
     reset_after: bool = True
     """GRU form: True = torch and TF 2; False = Keras 2.2, the paper's."""
     sequence: Literal["pooled", "rows", "spatial"] = "pooled"
-    """pooled = one time step, as in the paper; rows and spatial run over the feature map, T > 1."""
+    """pooled = one time step, as in the paper; rows and spatial run over the feature map (T >
+    1)."""
 
 
 class MemberSpec(Section):
-    """One network of the ensemble: a backbone and a head, or several members joined into one network (`joins`)."""
+    """One network of the ensemble: a backbone with a head, or several joined members."""
 
     name: Name
     backbone: str = ""
-    """Any timm name, with or without a tag (`tf_efficientnet_lite0.in1k`), or the paper's (`InceptionV3`)."""
+    """A timm name, with or without a tag (`tf_efficientnet_lite0.in1k`), or the paper's
+    (`InceptionV3`)."""
     joins: tuple[str, ...] = ()
-    """Members to join instead of a backbone: their trained networks of the same fold, side by side, with the head on their
-    concatenated softmaxes (E2E-3M, paper section 3.3): `mlp` is Algorithm 1's network, `linear` is equation 19's."""
+    """Members to join instead of a backbone (E2E-3M, paper section 3.3): the head takes the
+    concatenated softmaxes of their trained networks of the same fold. Head `mlp` is Algorithm 1's
+    network, `linear` is equation 19's."""
     weights: str = "pretrained"
     """pretrained, none, or the path of a local .safetensors or .pth file."""
     img_size: Annotated[int, Field(ge=16, le=2048)] = 224
     head: HeadSpec = HeadSpec()
     resize: Literal["squash", "crop"] = "squash"
-    """How any image becomes a square: both sides scaled (the paper), or the largest centred square kept."""
+    """How an image becomes square: squash scales both sides (the paper), crop keeps the centre
+    square."""
     batch_size: Annotated[int, Field(ge=0)] = 0
-    """Images per optimizer step of this member (0 = train.batch_size)."""
+    """Batch size of this member (0 = train.batch_size)."""
     folds: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """The only folds this member is trained in (empty = all); in the others the mean of those present stands in for it."""
+    """Folds in which this member is trained (empty = all). In the others, the mean of the members
+    present replaces it."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> MemberSpec:
         if bool(self.backbone) == bool(self.joins):
-            raise ValueError(
-                "a member has a backbone, or members that it joins: give one of the two"
-            )
+            raise ValueError("a member needs either backbone or joins, and not both")
         if self.joins and (self.head.kind not in ("linear", "mlp") or len(set(self.joins)) < 2):
             raise ValueError(
-                "a member that joins needs two members or more, and head.kind linear or mlp"
+                "joins needs at least two different members, and head.kind linear or mlp"
             )
         if self.joins and self.head != HeadSpec(kind=self.head.kind, fc=self.head.fc):
-            raise ValueError("of the head of a member that joins only kind and fc can be set")
+            raise ValueError("the head of a member with joins accepts only kind and fc")
         if self.joins and self.weights != "pretrained":
             raise ValueError(
-                "a member that joins begins from the weights of those it joins; leave out weights"
+                "a member with joins starts from the weights of its members; remove weights"
             )
         return self
 
 
 class StackedSpec(Section):
-    """The head of the `stacked` ensemble: members' softmaxes -> hidden -> LeakyReLU -> dropout -> classes."""
+    """Network of the `stacked` ensemble: softmaxes, hidden, LeakyReLU, dropout, classes."""
 
     hidden: Annotated[int, Field(ge=1)] = 4096
     epochs: Annotated[int, Field(ge=0)] = 0
-    """0 = 40, or as many as make 600 steps where rows are few; a short fit with many members and many rows (see `stacked`)."""
+    """0 = automatic: 40, more when rows are few (at least 600 steps), fewer for very large
+    inputs."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
     batch_size: Annotated[int, Field(ge=1)] = 200
 
 
 class EnsembleSpec(Section):
-    """How the members' softmaxes are combined; each method is scored cross-fitted on out-of-fold rows."""
+    """How to combine the members; each method is scored cross-fitted on out-of-fold rows."""
 
     methods: tuple[Method, ...] = ("mean", "pruned", "stacked")
     export: Literal["auto"] | Method = "auto"
-    """Which one goes into the exported file; auto = the simplest within one standard error of the best out-of-fold."""
+    """The method to export; auto = the simplest within one standard error of the best, out of
+    fold."""
     members: tuple[str, ...] = ()
-    """The members to combine (empty = all that have a backbone of their own)."""
+    """The members to combine (empty = all with their own backbone)."""
     top: Annotated[int, Field(ge=0)] = 0
-    """Combine only this many, the most accurate out of fold (the paper's top three; 0 = all)."""
+    """Combine only this many members, the most accurate out of fold (paper: three; 0 = all)."""
     calibration: Literal["none", "temperature", "vector", "auto"] = "temperature"
-    """Fitted on out-of-fold rows, scored cross-fitted, carried into the file; auto = the simplest within one standard error."""
+    """Fitted on out-of-fold rows and scored cross-fitted; auto = the simplest within one standard
+    error."""
     miss: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of images whose right class may be missing from the prediction set (conformal alpha)."""
+    """Share of images whose true class may be missing from the prediction set (conformal alpha)."""
     reject: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of images of the classes that may be called unknown."""
+    """Share of images of known classes that may be rejected as unknown."""
     disagreement: Share = 0.005
-    """Share of images whose class may be another than the full ensemble's where a cascade stops early (0 = no cascade)."""
+    """Share of images whose class may differ from the full ensemble's when a cascade stops early
+    (0 = no cascade)."""
     stacked: StackedSpec = StackedSpec()
 
 
 class DistillSpec(Section):
-    """A student: one member that learns from the out-of-fold probabilities of a finished run's ensemble (Hinton et al. 2015)."""
+    """Distillation: one member learns from the ensemble of a finished run (Hinton et al., 2015)."""
 
     run: str
-    """Folder of the finished run that teaches."""
+    """Folder of the finished run that is the teacher."""
     student: Name = "student"
-    """The member that learns from the ensemble; all others learn from the labels only."""
+    """The member that learns from the teacher; all others learn from the labels only."""
     twin: str = ""
-    """A member that differs from the student in its name and in learning from labels only; it begins from the same weights and
-    sees the same batches. Empty = none."""
+    """A copy of the student that learns from labels only, with the same initial weights and
+    batches; the comparison shows what the teacher adds. Empty = none."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of the ensemble's probabilities in the loss; the rest is cross-entropy with the labels."""
+    """Weight of the teacher in the loss; the rest is cross-entropy with the labels."""
     temperature: Annotated[float, Field(gt=0, le=100)] = 2.0
-    """Softens both sides: softmax(log(p) / temperature) teaches softmax(logits / temperature)."""
+    """Temperature of both sides: softmax(log(p) / T) is the target of softmax(logits / T)."""
     inner: Annotated[int, Field(ge=0, le=50)] = 2
-    """Folds of the teachers that are trained anew for each fold of the student, without its scored rows (2 costs about as much as
-    the run that teaches). 0 = the run's own answers teach every fold: its networks learned from the scored rows, so scores on
-    out-of-fold rows are apparent, and only test rows count."""
+    """For each fold of the student, teachers are retrained without its scored rows, with this many
+    inner folds (2 costs about as much as the teacher's run). 0 = the run's own predictions teach
+    every fold; its networks saw the scored rows, so out-of-fold scores are apparent and only test
+    rows count."""
 
     @field_validator("inner")
     @classmethod
     def _is_a_split(cls, value: int) -> int:
         if value == 1:
-            raise ValueError("one fold answers no row out of fold; set 2 or more, or 0")
+            raise ValueError("a single inner fold has no out-of-fold rows; set 2 or more, or 0")
         return value
