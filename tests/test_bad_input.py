@@ -214,7 +214,7 @@ CSVS: dict[str, tuple[bytes, list[str]]] = {
     "semicolons": (GOOD.replace(",", ";").encode(), ["no column path and label", "got path;label"]),
     "path twice": (
         (GOOD + "./train/cat/1.png,dog\n").encode(),
-        ["stand in the CSV file twice", "train/cat/1.png"],
+        ["the CSV file repeats paths", "train/cat/1.png"],
     ),
     "missing files": (
         (GOOD + "train/cow/1.png,cat\ntrain/cow/2.png,cat\n").encode(),
@@ -225,8 +225,8 @@ CSVS: dict[str, tuple[bytes, list[str]]] = {
     "surplus cell": ((GOOD + "train/cat/9.png,cat,5\n").encode(), ["line 8", "surplus"]),
     "empty group": (b"path,label,group\ntrain/cat/0.png,cat,\n", ["line 2", "group not empty"]),
     "unknown split": (
-        b"path,label,split\ntrain/cat/0.png,cat,dev\n",
-        ["line 2", "train, val", "dev"],
+        b"path,label,split\ntrain/cat/0.png,cat,holdout\n",
+        ["line 2", "train, val", "holdout"],
     ),
     "header only": (b"path,label\n", ["no training images"]),
     "one class": (b"path,label\ntrain/cat/0.png,cat\n", ["2 or more classes", "only cat"]),

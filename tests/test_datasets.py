@@ -121,7 +121,7 @@ def test_hidden_files_are_not_seen_and_others_are_counted(tmp_path: Path) -> Non
     sources = load_data(folder(tmp_path), 0)
     assert len(sources.train) == 4
     assert sources.notes == (
-        "1 images outside of class folders were ignored: stray.png",
+        "1 images outside class folders were ignored: stray.png",
         "4 files that are not images were ignored: .md, .txt, Makefile",
     )
 

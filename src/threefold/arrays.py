@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from threefold.archives import read_members
 from threefold.data__published import DIGITS, FASHION_MNIST_CLASSES, count_note
 from threefold.errors import DataError
-from threefold.listing import Decoded, Pixels, shorten
+from threefold.listing import ArrayDataset, ImageArrays, shorten
 from threefold.pickled import read_batch
 
 FASHION_MNIST_ROOT = "/usr/share/datasets/fashion-mnist"
@@ -30,12 +30,14 @@ _LARGEST = 1 << 30
 _RECORD = 3 * 32 * 32
 
 
-def numbered(
+def with_row_ids(
     part: str, images: NDArray[np.uint8], labels: NDArray[Any], rows: NDArray[np.integer]
-) -> Pixels:
+) -> ImageArrays:
     """Images whose ids are their part and their row in the official file."""
     width = max(5, len(str(rows[-1]))) if len(rows) else 5
-    return Pixels(images, labels.astype(np.int64), tuple(f"{part}/{row:0{width}d}" for row in rows))
+    return ImageArrays(
+        images, labels.astype(np.int64), tuple(f"{part}/{row:0{width}d}" for row in rows)
+    )
 
 
 # idx ------------------------------------------------------------------------------------------------------------------
@@ -72,7 +74,7 @@ def read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
     return np.frombuffer(body, dtype=np.uint8).reshape(shape)
 
 
-def read_mnist(root: Path, name: str) -> Decoded:
+def read_mnist(root: Path, name: str) -> ArrayDataset:
     """The official split of MNIST or Fashion-MNIST (LeCun et al. 1998; Xiao et al. 2017).
 
     Args:
@@ -99,9 +101,9 @@ def read_mnist(root: Path, name: str) -> Decoded:
                 expected=len(images),
                 got=len(labels),
             )
-        parts.append(numbered(part, images, labels, np.arange(len(labels))))
+        parts.append(with_row_ids(part, images, labels, np.arange(len(labels))))
     classes = FASHION_MNIST_CLASSES if name == "fashion-mnist" else DIGITS
-    return Decoded(
+    return ArrayDataset(
         parts[0], parts[1], classes, count_note(name, len(parts[0].ids), len(parts[1].ids))
     )
 
@@ -130,7 +132,7 @@ class _Layout(NamedTuple):
     read_names: Callable[[bytes, str], list[str]]
 
 
-def read_cifar(root: Path, name: str) -> Decoded:
+def read_cifar(root: Path, name: str) -> ArrayDataset:
     """The official split of CIFAR-10 or CIFAR-100 with fine labels (Krizhevsky 2009), python or binary version.
 
     Pickled batches are read as plain data (`pickled.read_batch`); nothing in them is ever run.
@@ -153,8 +155,8 @@ def read_cifar(root: Path, name: str) -> Decoded:
         read = [layout.read(files[batch], f"{where}/{batch}", len(classes)) for batch in batches]
         images = np.concatenate([images for images, _ in read])
         labels = np.concatenate([labels for _, labels in read])
-        parts.append(numbered(part, images, labels, np.arange(len(labels))))
-    return Decoded(
+        parts.append(with_row_ids(part, images, labels, np.arange(len(labels))))
+    return ArrayDataset(
         parts[0], parts[1], classes, count_note(name, len(parts[0].ids), len(parts[1].ids))
     )
 
@@ -304,7 +306,7 @@ _LAYOUTS = {
 # SVHN -----------------------------------------------------------------------------------------------------------------
 
 
-def read_svhn(root: Path, extra: bool) -> Decoded:
+def read_svhn(root: Path, extra: bool) -> ArrayDataset:
     """SVHN, cropped digits (Netzer et al. 2011): train_32x32.mat, test_32x32.mat and, on request, extra_32x32.mat.
 
     The files call the digit 0 label 10; here a label is its digit. Each part is kept as bytes, and while a file is
@@ -321,10 +323,12 @@ def read_svhn(root: Path, extra: bool) -> Decoded:
         [root / f"{part}_32x32.mat" for part in (["extra"] if extra else []) + ["train"]]
     )
     test = _read_mats([root / "test_32x32.mat"])
-    return Decoded(train, test, DIGITS, count_note("svhn", len(train.ids), len(test.ids), extra))
+    return ArrayDataset(
+        train, test, DIGITS, count_note("svhn", len(train.ids), len(test.ids), extra)
+    )
 
 
-def _read_mats(paths: list[Path]) -> Pixels:
+def _read_mats(paths: list[Path]) -> ImageArrays:
     """The images of several files, one after the other."""
     counts = [_mat_images(path) for path in paths]
     images = np.empty((sum(counts), 32, 32, 3), np.uint8)
@@ -341,7 +345,7 @@ def _read_mats(paths: list[Path]) -> Pixels:
             )
         labels[rows] = digits % 10
         ids += [f"{path.name.split('_')[0]}/{row:06d}" for row in range(count)]
-    return Pixels(images, labels, tuple(ids))
+    return ImageArrays(images, labels, tuple(ids))
 
 
 def _mat_images(path: Path) -> int:

@@ -18,11 +18,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from threefold.arrays import FASHION_MNIST_ROOT, numbered, read_cifar, read_mnist, read_svhn
+from threefold.arrays import FASHION_MNIST_ROOT, read_cifar, read_mnist, read_svhn, with_row_ids
 from threefold.data__published import FASHION_MNIST_CLASSES
 from threefold.errors import DataError
 from threefold.images import BadImage, check_all, decode, same_content
-from threefold.listing import Decoded, Encoded, Item, Listing, list_csv, list_folder, shorten
+from threefold.listing import (
+    ArrayDataset,
+    EncodedImages,
+    ListedImage,
+    Listing,
+    list_csv,
+    list_folder,
+    shorten,
+)
 from threefold.photos import list_cassava2020, list_icassava, list_inaturalist, list_surrey
 from threefold.recipe_schema import DataSpec
 from threefold.tables import list_huggingface, list_parquet
@@ -43,7 +51,7 @@ class ImageDataset:
         DataError: the parts differ in length, ids repeat, or labels have no class.
     """
 
-    images: Sequence[Path] | Encoded | NDArray[np.uint8]
+    images: Sequence[Path] | EncodedImages | NDArray[np.uint8]
     labels: NDArray[np.int64]
     ids: tuple[str, ...]
     classes: tuple[str, ...]
@@ -84,12 +92,12 @@ class ImageDataset:
             groups=None if self.groups is None else tuple(self.groups[i] for i in at),
         )
 
-    def _images(self, at: NDArray[np.int64]) -> Sequence[Path] | Encoded | NDArray[np.uint8]:
+    def _images(self, at: NDArray[np.int64]) -> Sequence[Path] | EncodedImages | NDArray[np.uint8]:
         if isinstance(self.images, np.ndarray):
             return self.images[at]
         return (
             self.images.take(at)
-            if isinstance(self.images, Encoded)
+            if isinstance(self.images, EncodedImages)
             else tuple(self.images[i] for i in at)
         )
 
@@ -144,7 +152,7 @@ def load_data(spec: DataSpec, seed: int) -> Sources:
     if spec.source == "huggingface":
         return _from_files(list_huggingface(root), spec, seed)
     path = Path(root).expanduser()
-    decoded: dict[str, Callable[[], Decoded]] = {
+    decoded: dict[str, Callable[[], ArrayDataset]] = {
         **dict.fromkeys(("mnist", "fashion-mnist"), lambda: read_mnist(path, spec.source)),
         **dict.fromkeys(("cifar10", "cifar100"), lambda: read_cifar(path, spec.source)),
         "svhn": lambda: read_svhn(path, spec.extra),
@@ -254,7 +262,9 @@ def _limited(labels: ArrayLike, limit: int, seed: int) -> NDArray[np.int64]:
     return np.sort(np.concatenate(drawn))
 
 
-def _verify(items: Sequence[Item], encoded: Encoded | None, spec: DataSpec) -> list[BadImage]:
+def _verify(
+    items: Sequence[ListedImage], encoded: EncodedImages | None, spec: DataSpec
+) -> list[BadImage]:
     """Decode every image once; under `fail`, stop if anything is wrong."""
     paths = [item.path for item in items]
     bad = check_all(paths, min(8, os.cpu_count() or 1), _contents(items, encoded))
@@ -267,12 +277,12 @@ def _verify(items: Sequence[Item], encoded: Encoded | None, spec: DataSpec) -> l
     return bad
 
 
-def _contents(items: Sequence[Item], encoded: Encoded | None) -> Encoded | None:
+def _contents(items: Sequence[ListedImage], encoded: EncodedImages | None) -> EncodedImages | None:
     """The image files of these rows of a table; None where the items are files themselves."""
     return None if encoded is None else encoded.take([item.row for item in items])
 
 
-def _require_two_of_each(train: list[Item], classes: tuple[str, ...]) -> None:
+def _require_two_of_each(train: list[ListedImage], classes: tuple[str, ...]) -> None:
     counts = Counter(item.label for item in train)
     few = [f"{name} ({counts[name]})" for name in classes if counts[name] < 2]
     if few:
@@ -284,7 +294,10 @@ def _require_two_of_each(train: list[Item], classes: tuple[str, ...]) -> None:
 
 
 def _dataset(
-    items: list[Item], classes: tuple[str, ...], group_regex: str, encoded: Encoded | None
+    items: list[ListedImage],
+    classes: tuple[str, ...],
+    group_regex: str,
+    encoded: EncodedImages | None,
 ) -> ImageDataset:
     ids = tuple(item.id for item in items)
     number = {name: label for label, name in enumerate(classes)}
@@ -325,7 +338,7 @@ def _mislabelled(bad: list[BadImage]) -> list[str]:
     )
 
 
-def _duplicates(items: list[Item], encoded: Encoded | None) -> list[str]:
+def _duplicates(items: list[ListedImage], encoded: EncodedImages | None) -> list[str]:
     """Notes about files that are equal byte for byte."""
     across: list[str] = []
     contradicting: list[str] = []
@@ -366,18 +379,18 @@ def _shared_groups(parts: list[ImageDataset]) -> list[str]:
     )
 
 
-def _demo() -> Decoded:
+def _demo() -> ArrayDataset:
     """The packaged part of Fashion-MNIST, as scripts/make_demo_data.py wrote it."""
     asset = resources.files("threefold") / "assets" / "fashion_mnist" / "data.npz"
     with asset.open("rb") as stream, np.load(stream, allow_pickle=False) as data:
         train, test = (
-            numbered(part, data[f"{part}_images"], data[f"{part}_labels"], data[f"{part}_rows"])
+            with_row_ids(part, data[f"{part}_images"], data[f"{part}_labels"], data[f"{part}_rows"])
             for part in ("train", "test")
         )
-    return Decoded(train, test, FASHION_MNIST_CLASSES, [])
+    return ArrayDataset(train, test, FASHION_MNIST_CLASSES, [])
 
 
-def _from_arrays(data: Decoded, spec: DataSpec, seed: int) -> Sources:
+def _from_arrays(data: ArrayDataset, spec: DataSpec, seed: int) -> Sources:
     """Pixels in memory need no check; they are copied only where some are left out."""
     train, test = (
         ImageDataset(

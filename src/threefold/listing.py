@@ -1,4 +1,7 @@
-"""Which images there are, and what their folders or a table say of them; no image is opened here."""
+"""Images in class folders or in a CSV file, and the types that every source returns.
+
+Nothing here opens an image.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +18,38 @@ from numpy.typing import NDArray
 from threefold.errors import DataError
 from threefold.images import IMAGE_SUFFIXES
 
-_PARTS = {"train": "train", "val": "train", "valid": "train", "validation": "train", "test": "test"}
-_SHOWN = 10
+PARTS = {
+    "train": "train",
+    "val": "train",
+    "valid": "train",
+    "validation": "train",
+    "dev": "train",
+    "test": "test",
+}
+"""Names of splits, and the part that each belongs to; folds take their own validation rows."""
+
+_MAX_NAMES = 10
 
 
-class Item(NamedTuple):
-    """One listed image; `part` is train or test, `group` what the source says of it, `row` its place in a table."""
+class ListedImage(NamedTuple):
+    """One image of a source, not opened yet."""
 
     id: str
     path: Path
     label: str
     part: str
+    """`train` or `test`."""
     group: str | None = None
     row: int = -1
+    """Row in a table, for an image that is no file of its own."""
 
 
-class Encoded(Sequence[bytes]):
-    """Image files that lie in a table: each is read when it is asked for, and none is kept.
+class EncodedImages(Sequence[bytes]):
+    """Image files inside a table, each read on access.
 
     Args:
-        read: gives the bytes of the image file in a row of the table.
-        rows: the rows of the table (n), in order.
+        read: returns the encoded image of a row.
+        rows: rows of the table (n,).
     """
 
     def __init__(self, read: Callable[[int], bytes], rows: NDArray[np.int64]) -> None:
@@ -47,32 +61,31 @@ class Encoded(Sequence[bytes]):
     @overload
     def __getitem__(self, at: SupportsIndex) -> bytes: ...
     @overload
-    def __getitem__(self, at: slice) -> Encoded: ...
-    def __getitem__(self, at: SupportsIndex | slice) -> bytes | Encoded:
-        return (
-            Encoded(self._read, self._rows[at])
-            if isinstance(at, slice)
-            else self._read(int(self._rows[at]))
-        )
+    def __getitem__(self, at: slice) -> EncodedImages: ...
+    def __getitem__(self, at: SupportsIndex | slice) -> bytes | EncodedImages:
+        if isinstance(at, slice):
+            return EncodedImages(self._read, self._rows[at])
+        return self._read(int(self._rows[at]))
 
-    def take(self, at: NDArray[np.int64] | Sequence[int]) -> Encoded:
-        """The images at these positions, in this order."""
-        return Encoded(self._read, self._rows[np.asarray(at, dtype=np.int64)])
+    def take(self, at: NDArray[np.int64] | Sequence[int]) -> EncodedImages:
+        """Select the images at these positions, in this order."""
+        return EncodedImages(self._read, self._rows[np.asarray(at, dtype=np.int64)])
 
 
 class Listing(NamedTuple):
-    """The images of a source, and sentences about what was joined or ignored."""
+    """The image files of a source, not opened yet."""
 
-    items: list[Item]
+    items: list[ListedImage]
     notes: list[str]
+    """Sentences about what was joined or ignored."""
     classes: tuple[str, ...] = ()
     """Official order of the class names; empty = natural order of the labels."""
-    encoded: Encoded | None = None
-    """Every image of a table, where the items are rows and not files; `Item.path` is then only a name."""
+    encoded: EncodedImages | None = None
+    """The images of a table. `path` of its items is a name only, not a file."""
 
 
-class Pixels(NamedTuple):
-    """Decoded images of one part of a data set."""
+class ImageArrays(NamedTuple):
+    """Decoded images of the train or test part of a data set."""
 
     images: NDArray[np.uint8]
     """(n, h, w) or (n, h, w, 3)."""
@@ -81,76 +94,88 @@ class Pixels(NamedTuple):
     ids: tuple[str, ...]
 
 
-class Decoded(NamedTuple):
-    """A data set whose official files hold pixels and no image files."""
+class ArrayDataset(NamedTuple):
+    """A data set whose official files hold pixels instead of image files."""
 
-    train: Pixels
-    test: Pixels
+    train: ImageArrays
+    test: ImageArrays
     classes: tuple[str, ...]
     notes: list[str]
 
 
 def shorten(names: Iterable[str]) -> str:
-    """The first few names of many, and how many more there are."""
+    """Join the first few names, and say how many more there are."""
     names = list(names)
-    return ", ".join(names[:_SHOWN]) + (
-        f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    )
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more
+
+
+def find_repeated(items: Iterable[ListedImage]) -> list[str]:
+    """Ids that several items have."""
+    counts = Counter(item.id for item in items)
+    return [name for name, count in counts.items() if count > 1]
+
+
+def find_absent(items: Iterable[ListedImage]) -> list[str]:
+    """Ids of items whose file does not exist."""
+    return [item.id for item in items if not item.path.is_file()]
+
+
+# Folders
 
 
 def list_folder(root: Path) -> Listing:
-    """Images in class folders (at any depth) below `root`, or below its train/ [val/] [test/].
+    """List the images in class folders (at any depth) in `root`, or in its train/ [val/] [test/].
 
-    Ids are POSIX paths relative to `root`. Hidden files are not looked at; other files that are no images, and
-    images outside of class folders, are counted in the notes. `val` belongs to `train`.
+    Ids are POSIX paths relative to `root`. Hidden files are skipped. Other files that are not
+    images, and images outside class folders, are counted in the notes. `val` is part of `train`.
 
     Raises:
-        DataError: no such folder, one that cannot be read, no class folders, or a class folder without images.
+        DataError: there is no such folder, it cannot be read, it has no class folders, or a class
+            folder has no images.
     """
+    if os.path.isfile(root):
+        fix = 'for a CSV file set data.source = "csv"'
+        raise DataError("data.root is not a folder", where=root, fix=fix)
     if not os.path.isdir(root):
-        is_file = os.path.isfile(root)
-        raise DataError(
-            "data.root is not a folder" if is_file else "the image folder does not exist",
-            where=root,
-            fix='for a CSV file set data.source = "csv"' if is_file else "correct data.root",
-        )
-    folders, outside = _entries(root)
-    parts, notes = _parts_of(root, folders)
-    items, others = [], []
-    for folder in parts or [root]:
-        class_folders, files = _entries(folder) if parts else (folders, [])
-        outside += files
+        raise DataError("the image folder does not exist", where=root, fix="correct data.root")
+    folders, files = _list_entries(root)
+    split_folders, notes = _find_splits(root, folders)
+    items: list[ListedImage] = []
+    outside, others = list(files), []
+    for folder in split_folders or [root]:
+        part = "train"
+        class_folders = folders
+        if split_folders:
+            part = PARTS[folder.name.lower()]
+            class_folders, files = _list_entries(folder)
+            outside += files
         if not class_folders:
-            raise DataError(
-                "there are no class folders",
-                where=folder,
-                fix="make one folder per class, with its images",
-            )
+            fix = "make one folder per class, with its images"
+            raise DataError("there are no class folders", where=folder, fix=fix)
         for class_folder in class_folders:
             images, rest = _walk(class_folder)
             others += rest
             if not images:
-                raise DataError(
-                    "the class folder has no images",
-                    where=class_folder,
-                    fix="add images or remove it",
-                )
-            part = _PARTS[folder.name.lower()] if parts else "train"
-            items += [
-                Item(path.relative_to(root).as_posix(), path, class_folder.name, part)
-                for path in images
-            ]
-    return Listing(items, notes + _ignored(outside, others))
+                fix = "add images or remove it"
+                raise DataError("the class folder has no images", where=class_folder, fix=fix)
+            for path in images:
+                name = path.relative_to(root).as_posix()
+                items.append(ListedImage(name, path, label=class_folder.name, part=part))
+    return Listing(items, notes + _note_ignored(outside, others))
 
 
-def _ignored(outside: list[Path], others: list[Path]) -> list[str]:
-    """Notes about files that are not used."""
+def _note_ignored(outside: list[Path], others: list[Path]) -> list[str]:
+    """Notes about files that are not used.
+
+    Args:
+        outside: files outside class folders.
+        others: files in class folders that are not images.
+    """
     notes = []
     strays = [path.name for path in outside if _is_image(path)]
     if strays:
-        notes.append(
-            f"{len(strays)} images outside of class folders were ignored: {shorten(strays)}"
-        )
+        notes.append(f"{len(strays)} images outside class folders were ignored: {shorten(strays)}")
     others = others + [path for path in outside if not _is_image(path)]
     if others:
         kinds = sorted({path.suffix.lower() or path.name for path in others})
@@ -158,44 +183,48 @@ def _ignored(outside: list[Path], others: list[Path]) -> list[str]:
     return notes
 
 
-def _parts_of(root: Path, folders: list[Path]) -> tuple[list[Path], list[str]]:
-    """The folders train, val, test if the root is split into them; a class may have such a name if it holds images."""
-    parts = []
+def _find_splits(root: Path, folders: list[Path]) -> tuple[list[Path], list[str]]:
+    """Find the split folders and note what is joined; none if `root` holds class folders.
+
+    A class may be called `test` if its folder holds images directly.
+    """
+    splits = []
     for folder in folders:
-        if folder.name.lower() in _PARTS:
-            inside, files = _entries(folder)
+        if folder.name.lower() in PARTS:
+            inside, files = _list_entries(folder)
             if inside and not any(map(_is_image, files)):
-                parts.append(folder)
-    if not parts:
+                splits.append(folder)
+    if not splits:
         return [], []
-    if len(parts) < len(folders) or "train" not in {folder.name.lower() for folder in parts}:
+    if len(splits) < len(folders) or "train" not in {folder.name.lower() for folder in splits}:
         raise DataError(
             "the folder is neither split nor one folder per class",
             where=root,
             expected="only class folders, or only train/ [val/] [test/] with class folders in each",
             got=shorten(f"{folder.name}/" for folder in folders),
         )
-    joined = [folder.name for folder in parts if _PARTS[folder.name.lower()] != folder.name.lower()]
-    return parts, [
-        f"{name}/ was joined with train/: each fold takes its own rows to choose on"
-        for name in joined
+    notes = [
+        f"{folder.name}/ was joined with train/: each fold takes its own rows to choose on"
+        for folder in splits
+        if PARTS[folder.name.lower()] != folder.name.lower()
     ]
+    return splits, notes
 
 
 def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Image files and other files at any depth; links are followed, but no folder is entered twice."""
+    """Image files and other files at any depth; links are followed, each folder is entered once."""
     images: list[Path] = []
     others: list[Path] = []
     seen: set[tuple[int, int]] = set()
-    ahead = [folder]
-    while ahead:
-        here = ahead.pop()
-        status = here.stat()
+    stack = [folder]
+    while stack:
+        current = stack.pop()
+        status = current.stat()
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders, files = _entries(here)
-        ahead += reversed(folders)
+        folders, files = _list_entries(current)
+        stack += reversed(folders)
         for path in files:
             (images if _is_image(path) else others).append(path)
     return images, others
@@ -205,58 +234,56 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
-def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
+def _list_entries(folder: Path) -> tuple[list[Path], list[Path]]:
     """Folders and files in a folder, sorted by name, without hidden ones."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        raise DataError(
-            "cannot read the folder", where=folder, got=error.strerror or error
-        ) from None
+        got = error.strerror or error
+        raise DataError("cannot read the folder", where=folder, got=got) from None
     for name in names:
-        # Such names can be opened but neither printed nor written into a run's files.
+        # Such a file can be opened, but its name cannot be printed or written to a run's files.
         if any("\ud800" <= letter <= "\udfff" for letter in name):
-            raise DataError(
-                "a file name is not valid Unicode",
-                where=f"{folder}: {name!a}",
-                fix="rename the file",
-            )
+            where = f"{folder}: {name!a}"
+            raise DataError("a file name is not valid Unicode", where=where, fix="rename the file")
     paths = [folder / name for name in names if not name.startswith(".") and name != "__MACOSX"]
-    return [path for path in paths if os.path.isdir(path)], [
-        path for path in paths if not os.path.isdir(path)
-    ]
+    folders = [path for path in paths if os.path.isdir(path)]
+    return folders, [path for path in paths if not os.path.isdir(path)]
+
+
+# CSV
 
 
 def list_csv(table: Path) -> Listing:
-    """Rows `path,label[,group][,split]` of a CSV file (UTF-8, header first); paths are relative to its folder.
+    """List the rows `path,label[,group][,split]` of a CSV file (UTF-8, with a header).
 
-    Ids are the paths as POSIX, with `.` and `..` resolved. Other columns are not looked at.
+    Paths are relative to the CSV file. Ids are the paths as POSIX, with `.` and `..` resolved.
+    Other columns are ignored.
 
     Raises:
-        DataError: the file cannot be read, columns or cells are missing, a path stands there twice or does not exist.
+        DataError: the file cannot be read, columns or cells are missing, or a path is repeated or
+            does not exist.
     """
     try:
         with table.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, skipinitialspace=True, strict=True)
-            reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or ()]
-            _require_columns(columns, table)
-            items = [_item(row, table, reader.line_num) for row in reader]
+            columns = [name.strip() for name in reader.fieldnames or ()]
+            reader.fieldnames = columns
+            _check_columns(columns, table)
+            items = [_parse_row(row, table, reader.line_num) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            "cannot read the CSV file", where=table, got=getattr(error, "strerror", "") or error
-        ) from None
-    twice = [name for name, count in Counter(item.id for item in items).items() if count > 1]
-    if twice:
-        raise DataError("paths stand in the CSV file twice", where=table, got=shorten(twice))
-    absent = [item.id for item in items if not item.path.is_file()]
+        got = getattr(error, "strerror", "") or error
+        raise DataError("cannot read the CSV file", where=table, got=got) from None
+    repeated, absent = find_repeated(items), find_absent(items)
+    if repeated:
+        raise DataError("the CSV file repeats paths", where=table, got=shorten(repeated))
     if absent:
-        raise DataError(
-            f"{len(absent)} files of the CSV file do not exist", where=table, got=shorten(absent)
-        )
+        what = f"{len(absent)} files of the CSV file do not exist"
+        raise DataError(what, where=table, got=shorten(absent))
     return Listing(items, [])
 
 
-def _require_columns(columns: list[str], table: Path) -> None:
+def _check_columns(columns: list[str], table: Path) -> None:
     missing = [name for name in ("path", "label") if name not in columns]
     if missing:
         raise DataError(
@@ -267,18 +294,25 @@ def _require_columns(columns: list[str], table: Path) -> None:
         )
 
 
-def _item(row: dict[str, str | None], table: Path, line: int) -> Item:
-    """One row; csv puts surplus cells under the key None, and None into missing cells."""
+def _parse_row(row: dict[str, str | None], table: Path, line: int) -> ListedImage:
+    # csv collects surplus cells under the key None, and fills missing cells with None.
     surplus = None in row
     cells = {name: (row[name] or "").strip() for name in row if name is not None}
-    part = cells.get("split", "train").lower()
-    needed = [name for name in ("path", "label", "group") if name in cells]
-    if surplus or part not in _PARTS or not all(cells[name] for name in needed):
+    split = cells.get("split", "train").lower()
+    required = [name for name in ("path", "label", "group") if name in cells]
+    if surplus or split not in PARTS or not all(cells[name] for name in required):
+        columns = f"{len(cells)} cells, {', '.join(required)} not empty"
         raise DataError(
-            "the CSV file has a row that cannot be used",
+            "the CSV file has an invalid row",
             where=f"{table} line {line}",
-            expected=f"{len(cells)} cells, {', '.join(needed)} not empty, split one of {', '.join(_PARTS)}",
+            expected=f"{columns}, split one of {', '.join(PARTS)}",
             got=",".join(cells.values()) + (" and surplus cells" if surplus else ""),
         )
     name = Path(os.path.normpath(cells["path"])).as_posix()
-    return Item(name, table.parent / name, cells["label"], _PARTS[part], cells.get("group"))
+    return ListedImage(
+        id=name,
+        path=table.parent / name,
+        label=cells["label"],
+        part=PARTS[split],
+        group=cells.get("group"),
+    )

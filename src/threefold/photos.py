@@ -17,7 +17,7 @@ from threefold.archives import read_members, safe_name, unpack_beside
 from threefold.data__published import CASSAVA_CLASSES, SURREY_LETTERS, count_note
 from threefold.errors import DataError
 from threefold.images import IMAGE_SUFFIXES
-from threefold.listing import Item, Listing, shorten
+from threefold.listing import ListedImage, Listing, shorten
 
 
 def _found(
@@ -61,7 +61,7 @@ def _images(folder: Path) -> list[Path]:
     return [path for path in _entries(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
-def _require(items: list[Item], table: Path) -> None:
+def _require(items: list[ListedImage], table: Path) -> None:
     """Listed files have to exist, and only once."""
     twice = [name for name, count in Counter(item.id for item in items).items() if count > 1]
     if twice:
@@ -75,7 +75,11 @@ def _require(items: list[Item], table: Path) -> None:
 
 
 def _listing(
-    name: str, items: list[Item], classes: Iterable[str], notes: list[str], extra: bool = False
+    name: str,
+    items: list[ListedImage],
+    classes: Iterable[str],
+    notes: list[str],
+    extra: bool = False,
 ) -> Listing:
     parts = Counter(item.part for item in items)
     return Listing(
@@ -108,7 +112,9 @@ def list_inaturalist(root: Path, extra: bool) -> Listing:
     trees = {part: _annotations(folders, f"{part}2019.json") for part in ("train", "val")}
     names = _category_names(folders, trees["train"][1])
     items = [
-        Item(file, images / file, names[label], "test" if part == "val" and not extra else "train")
+        ListedImage(
+            file, images / file, names[label], "test" if part == "val" and not extra else "train"
+        )
         for part, (table, tree) in trees.items()
         for file, label in _labelled(tree, names, table)
     ]
@@ -213,7 +219,7 @@ def list_icassava(root: Path, extra: bool) -> Listing:
             continue
         for folder in known:
             items += [
-                Item(
+                ListedImage(
                     path.relative_to(base).as_posix(),
                     path,
                     folder.name,
@@ -258,7 +264,7 @@ def list_cassava2020(root: Path) -> Listing:
                 for row in csv.DictReader(stream, strict=True)
             ]
         items = [
-            Item(f"train_images/{file}", base / "train_images" / file, names[label], "train")
+            ListedImage(f"train_images/{file}", base / "train_images" / file, names[label], "train")
             for file, label in rows
         ]
     except OSError as error:
@@ -316,7 +322,9 @@ def list_surrey(root: Path) -> Listing:
             colour = [path for path in images if path.name.startswith("color_")]
             depth += len(images) - len(colour)
             items += [
-                Item(path.relative_to(base).as_posix(), path, letter.name, "train", signer.name)
+                ListedImage(
+                    path.relative_to(base).as_posix(), path, letter.name, "train", signer.name
+                )
                 for path in colour
             ]
     notes = [f"{depth:,} depth images are not used"] if depth else []

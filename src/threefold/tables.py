@@ -16,16 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from threefold.errors import DataError
-from threefold.listing import Encoded, Item, Listing, shorten
+from threefold.listing import PARTS, EncodedImages, ListedImage, Listing, shorten
 
-_PARTS = {
-    "train": "train",
-    "val": "train",
-    "valid": "train",
-    "validation": "train",
-    "dev": "train",
-    "test": "test",
-}
 _IMAGES = ("image", "img", "picture", "photo")
 _LABELS = ("label", "labels", "fine_label", "class")
 
@@ -80,7 +72,7 @@ def list_parquet(root: Path) -> Listing:
             ) from None
         begin = re.match(r"[a-z]+", file.stem.lower())
         parts.append(
-            _Part(str(file), _PARTS.get(begin.group() if begin else "", "train"), table, None)
+            _Part(str(file), PARTS.get(begin.group() if begin else "", "train"), table, None)
         )
     folder = root if root.is_dir() else root.parent
     return _listing([part._replace(names=_hub_names(part.table)) for part in parts], folder)
@@ -129,11 +121,11 @@ def list_huggingface(name: str) -> Listing:
             if isinstance(feature, hub.ClassLabel)
         ]
         label = next((column for column in (*_LABELS, *labels) if column in rows.features), None)
-        if len(images) != 1 or label is None or split.lower() not in _PARTS:
+        if len(images) != 1 or label is None or split.lower() not in PARTS:
             raise DataError(
                 "the data set is not one image and one label a row",
                 where=f"{name}, split {split}",
-                expected=f"splits {', '.join(_PARTS)}, one image feature, a label",
+                expected=f"splits {', '.join(PARTS)}, one image feature, a label",
                 got=", ".join(rows.features),
             )
         names = rows.features[label].names if label in labels else None
@@ -145,7 +137,7 @@ def list_huggingface(name: str) -> Listing:
                 for column in rows.data.column_names
             ]
         )
-        parts.append(_Part(split, _PARTS[split.lower()], table, names))
+        parts.append(_Part(split, PARTS[split.lower()], table, names))
     return _listing(parts, None)
 
 
@@ -160,7 +152,7 @@ def _listing(parts: list[_Part], folder: Path | None) -> Listing:
     """Items of all rows; `folder` is where paths begin, None where the hub's library has made them."""
     cells: list[Any] = []
     starts: list[int] = []
-    items: list[Item] = []
+    items: list[ListedImage] = []
     for part in parts:
         image = _column(part.table, _IMAGES)
         starts.append(len(items))
@@ -191,10 +183,10 @@ def _listing(parts: list[_Part], folder: Path | None) -> Listing:
     named = next((part.names for part in parts if part.names), [])
     used = {item.label for item in items}
     classes = tuple(name for name in named if name in used) if used <= set(named) else ()
-    return Listing(items, [], classes, Encoded(read, np.arange(len(items))))
+    return Listing(items, [], classes, EncodedImages(read, np.arange(len(items))))
 
 
-def _items(part: _Part, image: str, start: int, folder: Path | None) -> Iterator[Item]:
+def _items(part: _Part, image: str, start: int, folder: Path | None) -> Iterator[ListedImage]:
     """The rows of one part, without their images."""
     label = _column(part.table, _LABELS)
     if not label or not (image or "path" in part.table.column_names):
@@ -216,20 +208,20 @@ def _items(part: _Part, image: str, start: int, folder: Path | None) -> Iterator
         cells = {name: column[row] for name, column in columns.items()}
         where = f"{part.name} row {row}"
         split = str(cells.get("split", part.part)).lower()
-        if split not in _PARTS or any(cells[name] is None for name in cells):
+        if split not in PARTS or any(cells[name] is None for name in cells):
             raise DataError(
                 "the table has a row that cannot be used",
                 where=where,
-                expected=f"no empty cell, split one of {', '.join(_PARTS)}",
+                expected=f"no empty cell, split one of {', '.join(PARTS)}",
                 got=", ".join(f"{name} {value}" for name, value in cells.items()),
             )
         path = str(cells.get("path", ""))
-        name = str(cells.get("id", path or f"{_PARTS[split]}/{start + row:07d}"))
-        yield Item(
+        name = str(cells.get("id", path or f"{PARTS[split]}/{start + row:07d}"))
+        yield ListedImage(
             name,
             folder / path if folder and path and not image else Path(name),
             _label(cells["label"], part.names, where),
-            _PARTS[split],
+            PARTS[split],
             str(cells["group"]) if "group" in cells else None,
             start + row,
         )
