@@ -53,7 +53,8 @@ def tiny_tree(root: Path, **changes: Any) -> dict[str, Any]:
         "data": {"root": str(root)},
         "folds": {"k": 2, "select": 0.25},
         "augment": {"hflip": True, "rotation": 10.0},
-        "train": {"batch_size": 8, "device": "cpu"},
+        # Not "auto", which takes bfloat16 on some processors: exported files answer in float32.
+        "train": {"batch_size": 8, "device": "cpu", "precision": "float32"},
         "ensemble": {"methods": ["mean", "pruned", "stacked"]},
         "stages": [
             {"name": "one", "epochs": 2, "lr": 3e-3, "schedule": "one-cycle"},
