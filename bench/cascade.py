@@ -190,7 +190,7 @@ def finer(
 def latency(path: Path, images: Sequence[np.ndarray]) -> None:
     """Milliseconds of an image, by mode and by number of stages, in turns."""
     for threads in (1, 0):
-        told = threefold.load(path, threads).latency(images)
+        told = threefold.load(path, threads).measure_latency(images)
         full, stages = told["full"], told.get("stages", [])
         print(
             f"{len(images)} images, threads {threads or 'all'}: full {full:.2f} ms (median); fast {told.get('fast', float('nan')):.2f} ms (mean), "

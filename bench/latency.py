@@ -46,7 +46,7 @@ def eager(pipeline: Any, image: torch.Tensor, threads: int, half: bool = False) 
 def exported(path: Path, image: np.ndarray, threads: int) -> Call:
     """One answer of the file."""
     model = threefold.load(path, threads)
-    return lambda: model.explain([image])
+    return lambda: model.infer([image])
 
 
 def candidates(

@@ -92,7 +92,7 @@ def test_the_exported_file_has_the_chosen_views_and_the_stand_ins(partial: Run) 
     model, test = threefold.load(partial.dir / "model.onnx"), partial.sources.test
     assert test is not None
     assert model.members == ("a", "b", "c")
-    _, members = model.explain([test.pixels(i) for i in range(len(test))])
+    members = model.infer([test.pixels(i) for i in range(len(test))]).member_probs
     np.testing.assert_allclose(
         members, partial.predictions("test").probs[:3].transpose(1, 0, 2), atol=1e-5
     )
@@ -109,7 +109,7 @@ def test_one_member_alone_can_be_exported_the_joint_network_too(
         report = workflow.export(partial, tmp_path / f"{name}.onnx", members=[name])
         model = threefold.load(report["path"])
         assert model.members == (name,)
-        _, members = model.explain(pictures)
+        members = model.infer(pictures).member_probs
         np.testing.assert_allclose(members[:, 0], partial.predictions("test").probs[row], atol=1e-5)
 
 

@@ -17,6 +17,7 @@ from threefold import batching
 from threefold.batching import Batcher
 from threefold.errors import DataError, ExportError
 from threefold.images import measure
+from threefold.runtime import CascadePolicy, ModelOutput
 
 
 class Fake:
@@ -28,14 +29,14 @@ class Fake:
         self.gate.set()
         self.at_once = self.most_at_once = 0
 
-    def __call__(self, images: np.ndarray, mode: str) -> tuple[np.ndarray, ...]:
+    def __call__(self, images: np.ndarray, policy: CascadePolicy) -> ModelOutput:
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         self.gate.wait(20)
         self.batches.append(images.shape)
         self.at_once -= 1
         means = images.mean((1, 2))
-        return means, np.stack([means, 2 * means], 1)
+        return ModelOutput(means, np.stack([means, 2 * means], 1))
 
     def small(self) -> list[tuple[int, ...]]:
         """Batches of images that `hold` did not send."""
@@ -55,11 +56,11 @@ def batcher(fake: Fake) -> Iterator[Batcher]:
     made.close()
 
 
-def ask(batcher: Batcher, content: bytes) -> Future[batching.Answer]:
+def ask(batcher: Batcher, content: bytes) -> Future[ModelOutput]:
     return batcher.submit(content, measure(content))
 
 
-def hold(batcher: Batcher, fake: Fake) -> list[Future[batching.Answer]]:
+def hold(batcher: Batcher, fake: Fake) -> list[Future[ModelOutput]]:
     """Keep every worker busy, so that what is asked next waits."""
     fake.gate.clear()
     busy = [ask(batcher, picture((1, 1, 1), (100 + i, 1))) for i in range(batching.WORKERS)]
@@ -84,7 +85,8 @@ def test_every_image_gets_its_own_answer(asked: list[tuple[int, int, tuple[int, 
     batcher = Batcher(fake, batch=4)
     answers = [(ask(batcher, picture((r, g, 7), size)), (r, g, 7)) for r, g, size in asked]
     for answer, colour in answers:
-        probs, members = answer.result(20)
+        output = answer.result(20)
+        probs, members = output.probs[0], output.member_probs[0]
         assert tuple(probs) == colour
         assert tuple(members[1]) == tuple(2 * c for c in colour)
     batcher.close()
@@ -97,7 +99,7 @@ def test_what_waits_is_batched_by_size_the_oldest_first(batcher: Batcher, fake: 
     waiting = [ask(batcher, picture((i, 0, 0), size)) for i, size in enumerate(sizes)]
     assert batcher.waiting() == 7
     fake.gate.set()
-    assert [int(f.result(20)[0][0]) for f in waiting] == list(range(7))
+    assert [int(f.result(20).probs[0, 0]) for f in waiting] == list(range(7))
     wait(busy)
     assert sorted(fake.small()) == [(1, 4, 8, 3), (2, 6, 6, 3), (4, 4, 8, 3)]
 
@@ -146,7 +148,9 @@ def test_a_bad_image_fails_alone(batcher: Batcher, fake: Fake) -> None:
     good, broken = picture((9, 9, 9)), picture((9, 9, 9))[:-30]
     answers = [batcher.submit(content, (12, 8)) for content in (good, broken, good)]
     fake.gate.set()
-    assert tuple(answers[0].result(20)[0]) == tuple(answers[2].result(20)[0]) == (9, 9, 9)
+    assert (
+        tuple(answers[0].result(20).probs[0]) == tuple(answers[2].result(20).probs[0]) == (9, 9, 9)
+    )
     with pytest.raises(DataError):
         answers[1].result(20)
     wait(busy)
@@ -154,8 +158,8 @@ def test_a_bad_image_fails_alone(batcher: Batcher, fake: Fake) -> None:
 
 def test_a_batch_that_fails_is_tried_one_by_one() -> None:
     class Failing(Fake):
-        def __call__(self, images: np.ndarray, mode: str) -> tuple[np.ndarray, ...]:
-            answer = super().__call__(images, mode)
+        def __call__(self, images: np.ndarray, policy: CascadePolicy) -> ModelOutput:
+            answer = super().__call__(images, policy)
             if len(images) > 1 or images[0, 0, 0, 0] == 13:
                 raise ExportError("too much memory")
             return answer
@@ -165,7 +169,7 @@ def test_a_batch_that_fails_is_tried_one_by_one() -> None:
     busy = hold(batcher, fake)
     answers = [ask(batcher, picture((r, 0, 0))) for r in (12, 13, 14)]
     fake.gate.set()
-    assert [answers[0].result(20)[0][0], answers[2].result(20)[0][0]] == [12, 14]
+    assert [answers[0].result(20).probs[0, 0], answers[2].result(20).probs[0, 0]] == [12, 14]
     with pytest.raises(ExportError):
         answers[1].result(20)
     wait(busy)
@@ -190,7 +194,7 @@ def test_closing_answers_what_waits_and_takes_no_more(fake: Fake) -> None:
     fake.gate.set()
     closing.join(20)
     assert not closing.is_alive()
-    assert [int(f.result(0)[0][0]) for f in waiting] == list(range(5))
+    assert [int(f.result(0).probs[0, 0]) for f in waiting] == list(range(5))
     assert all(f.done() for f in busy)
     with pytest.raises(RuntimeError):
         ask(batcher, picture((1, 1, 1)))

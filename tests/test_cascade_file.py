@@ -30,7 +30,7 @@ from threefold.errors import ExportError
 from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.parity import check, compare
 from threefold.run import Run
-from threefold.runtime import Model
+from threefold.runtime import FAST, FULL, CascadePolicy, Model
 from threefold.savings import cascade_card, fit_savings
 from threefold.stacked import StackedEnsemble
 
@@ -151,9 +151,9 @@ def test_weights_of_later_members_go_into_a_bundle(
     assert len([tensor for tensor in tensors if tensor.external_data]) > 6  # of all three members
     found = threefold.load(tmp_path / "m.onnx")
     for image in pictures(20, side=9):
-        mine, theirs = (each.run(image[None], "fast") for each in (found, model))
+        mine, theirs = (each.run(image[None], FAST) for each in (found, model))
         assert (mine.probs == theirs.probs).all()
-        assert mine.asked == theirs.asked
+        assert mine.stages_used == theirs.stages_used
 
 
 @pytest.mark.slow
@@ -167,8 +167,8 @@ def test_later_members_in_half_precision(
     )
     found, same = threefold.load(path), 0
     for image in pictures(side=9):
-        mine, theirs = (each.run(image[None], "fast") for each in (found, model))
-        if mine.asked == theirs.asked:  # the others lie beside a threshold
+        mine, theirs = (each.run(image[None], FAST) for each in (found, model))
+        if mine.stages_used == theirs.stages_used:  # the others lie beside a threshold
             assert mine.probs == pytest.approx(theirs.probs, abs=0.02)
             same += 1
     assert same > 50
@@ -185,41 +185,50 @@ def test_who_knows_nothing_of_it_gets_the_answer_of_the_file_without_bit_for_bit
             session.run(["probs", "member_probs"], {"images": image[None]}), plain, strict=True
         ):
             np.testing.assert_array_equal(a, b)
-    found = model.ask(pictures())
-    np.testing.assert_array_equal(found.probs, flat.predict_proba(pictures()))
-    np.testing.assert_array_equal(found.asked, 3)
-    assert flat.ask(pictures(2)).asked is None
+    output = model.infer(pictures())
+    np.testing.assert_array_equal(output.probs, flat.predict_proba(pictures()))
+    np.testing.assert_array_equal(output.stages_used, 3)
+    assert flat.infer(pictures(2)).stages_used is None
 
 
 def test_fast_is_what_the_arrays_say(model: Model, world: dict[str, Any]) -> None:
-    found, expected = (
-        model.ask(pictures(), "fast"),
-        world["cascade"].predict(world["probs"], world["full"]),
-    )
-    np.testing.assert_array_equal(found.asked, expected.asked)
+    expected = world["cascade"].predict(world["probs"], world["full"])
+
+    fast, full = model.infer(pictures(), FAST), model.infer(pictures())
+
+    np.testing.assert_array_equal(fast.stages_used, expected.asked)
     assert set(expected.asked) == {1, 2, 3}
-    np.testing.assert_allclose(found.probs, expected.probs, atol=1e-5)
-    full = model.ask(pictures())
-    late = found.asked == 3
-    np.testing.assert_array_equal(found.probs[late], full.probs[late])
+    np.testing.assert_allclose(fast.probs, expected.probs, atol=1e-5)
+    late = fast.stages_used == 3
+    np.testing.assert_array_equal(fast.probs[late], full.probs[late])
     order = [stage[0] for stage in world["cascade"].stages]
-    for row, asked in enumerate(found.asked):
+    for row, stages in enumerate(fast.stages_used):
         for place, member in enumerate(order):
-            wanted = full.members[row, member] if place < asked else np.zeros(3)
-            np.testing.assert_array_equal(found.members[row, member], wanted)
-    np.testing.assert_array_equal(model.predict_proba(pictures(), mode="fast"), found.probs)
-    assert model.predict(pictures(), mode="fast") == [CLASSES[i] for i in found.probs.argmax(1)]
-    assert (model.ask(pictures(), "fast", most=2).asked == np.minimum(found.asked, 2)).all()
-    assert (model.ask(pictures(), "full", most=1).asked == 1).all()
+            probs = full.member_probs[row, member] if place < stages else np.zeros(3)
+            np.testing.assert_array_equal(fast.member_probs[row, member], probs)
+    np.testing.assert_array_equal(model.predict_proba(pictures(), FAST), fast.probs)
+    assert model.predict(pictures(), FAST) == [CLASSES[i] for i in fast.probs.argmax(1)]
 
 
-@pytest.mark.parametrize("mode", ["full", "fast"])
-def test_a_batch_answers_each_image_as_alone(model: Model, mode: str) -> None:
+def test_a_policy_limits_the_stages(model: Model) -> None:
+    fast = model.infer(pictures(), FAST)
+
+    two = model.infer(pictures(), CascadePolicy("fast", max_stages=2))
+    one = model.infer(pictures(), CascadePolicy("full", max_stages=1))
+
+    assert (two.stages_used == np.minimum(fast.stages_used, 2)).all()
+    assert (one.stages_used == 1).all()
+
+
+@pytest.mark.parametrize("policy", [FULL, FAST])
+def test_a_batch_answers_each_image_as_alone(model: Model, policy: CascadePolicy) -> None:
     images = pictures(30, side=9)
-    alone, together = model.ask(images, mode), model.run(np.stack(images), mode)
-    np.testing.assert_array_equal(alone.asked, together.asked)
+
+    alone, together = model.infer(images, policy), model.run(np.stack(images), policy)
+
+    np.testing.assert_array_equal(alone.stages_used, together.stages_used)
     np.testing.assert_allclose(alone.probs, together.probs, atol=1e-6)
-    np.testing.assert_allclose(alone.members, together.members, atol=1e-6)
+    np.testing.assert_allclose(alone.member_probs, together.member_probs, atol=1e-6)
 
 
 def test_members_that_are_not_asked_are_not_computed(model: Model) -> None:
@@ -306,79 +315,124 @@ def test_a_hostile_card_is_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_files_without_a_cascade_answer_fully_and_say_that_they_have_none(flat: Model) -> None:
-    for act in (
-        lambda: flat.ask(pictures(1), "fast"),
-        lambda: flat.run(pictures(1)[0][None], "full", 1),
-        lambda: flat.stops("fast"),
-    ):
+def test_a_file_without_a_cascade_says_so(flat: Model) -> None:
+    image = pictures(1)[0]
+    calls = (
+        lambda: flat.infer([image], FAST),
+        lambda: flat.run(image[None], CascadePolicy("full", max_stages=1)),
+        lambda: flat.stop_thresholds(FAST),
+    )
+
+    for call in calls:
         with pytest.raises(
             ExportError, match=r"the model file has no cascade: .*model\.onnx; fix: export it again"
         ):
-            act()
-    with pytest.raises(ExportError, match="unknown mode; expected full or fast, got quick"):
-        flat.predict(pictures(1), mode="quick")
-    assert flat.afford(1e6, pictures(1)[0]) == ("full", 0)
+            call()
+
+    assert set(flat.measure_latency([image], 1)) == {"full", "n", "threads"}
+
+
+def test_a_budget_without_a_cascade_is_all_or_nothing(flat: Model) -> None:
+    image = pictures(1)[0]
+
+    assert flat.resolve_budget(CascadePolicy(budget_ms=1e6), image) == FULL
     with pytest.raises(
         ExportError,
-        match=r"no cascade to save time with: .*; expected at most 1e-06 ms, got .* ms for the whole",
+        match=r"no cascade to save time with: .*; expected at most 1e-06 ms, got .* the whole model",
     ):
-        flat.afford(1e-6, pictures(1)[0])
-    assert set(flat.latency(pictures(1), 1)) == {"full", "n", "threads"}
+        flat.resolve_budget(CascadePolicy(budget_ms=1e-6), image)
 
 
-def test_a_budget_buys_as_many_stages_as_it_has_time_for(
-    model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measured = model.latency(pictures(2), 1)
+def test_policies_that_cannot_run_are_refused(model: Model) -> None:
+    with pytest.raises(ExportError, match="unknown mode; expected full or fast, got quick"):
+        CascadePolicy("quick")
+    with pytest.raises(ExportError, match="the time budget is not resolved"):
+        model.infer(pictures(1), CascadePolicy(budget_ms=5))
+
+
+def test_latency_is_measured_for_every_stage(model: Model) -> None:
+    measured = model.measure_latency(pictures(2), 1)
+
     assert len(measured["stages"]) == 3
     assert measured["stages"][2] == measured["full"] > 0
     assert measured["fast"] > 0
-    monkeypatch.setattr(model, "latency", lambda *_, **__: {"full": 9.0, "stages": [2.0, 5.0, 9.0]})
-    image = pictures(1)[0]
-    for budget, bought in (
-        (100, ("full", 0)),
-        (9, ("full", 0)),
-        (8.9, ("fast", 2)),
-        (2, ("fast", 1)),
-    ):
-        assert model.afford(budget, image) == bought
+
+
+@pytest.mark.parametrize(
+    ("budget", "policy"),
+    [
+        (100, FULL),
+        (9, FULL),
+        (8.9, CascadePolicy("fast", max_stages=2)),
+        (2, CascadePolicy("fast", max_stages=1)),
+    ],
+)
+def test_a_budget_buys_the_stages_it_has_time_for(
+    model: Model, monkeypatch: pytest.MonkeyPatch, budget: float, policy: CascadePolicy
+) -> None:
+    latency = {"full": 9.0, "stages": [2.0, 5.0, 9.0]}
+    monkeypatch.setattr(model, "measure_latency", lambda *_, **__: latency)
+
+    resolved = model.resolve_budget(CascadePolicy(budget_ms=budget), pictures(1)[0])
+
+    assert resolved == policy
+
+
+def test_a_budget_below_the_first_stage_is_refused(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latency = {"full": 9.0, "stages": [2.0, 5.0, 9.0]}
+    monkeypatch.setattr(model, "measure_latency", lambda *_, **__: latency)
+
     with pytest.raises(
         ExportError,
-        match=r"no answer within the budget: .*; expected at most 1.5 ms, got 2.0 ms for the first stage",
+        match=r"no answer within the budget: .*; expected at most 1.5 ms, got 2.0 ms for the first",
     ):
-        model.afford(1.5, image)
+        model.resolve_budget(CascadePolicy(budget_ms=1.5), pictures(1)[0])
 
 
-def printed(model: Model, folder: Path, form: str, **how: Any) -> tuple[list[str], str]:
-    for i, image in enumerate(pictures(20)):
+def save_pictures(folder: Path, count: int) -> None:
+    for i, image in enumerate(pictures(count)):
         Image.fromarray(image).save(folder / f"{i:03d}.png")
-    out, errors = io.StringIO(), io.StringIO()
-    assert (
-        answers.write(
-            out, lambda what: print(what, file=errors), model.path, [str(folder)], 1, form, **how
-        )
-        == 0
+
+
+def predict_folder(
+    model: Model, folder: Path, form: str, policy: CascadePolicy = FULL
+) -> tuple[list[str], str]:
+    """The lines that `predict` writes, and its notices."""
+    out, notices = io.StringIO(), io.StringIO()
+    failed = answers.write_predictions(
+        out, lambda text: print(text, file=notices), model.path, [str(folder)], 1, form, policy
     )
-    return out.getvalue().splitlines(), errors.getvalue()
+    assert failed == 0
+    return out.getvalue().splitlines(), notices.getvalue()
 
 
-def test_predict_tells_who_was_asked(model: Model, tmp_path: Path) -> None:
-    found = model.ask(pictures(20), "fast")
-    fast = [json.loads(line) for line in printed(model, tmp_path, "json", mode="fast")[0]]
-    assert [entry["asked"] for entry in fast] == found.asked.tolist()
+def test_predict_says_which_members_ran(model: Model, tmp_path: Path) -> None:
+    save_pictures(tmp_path, 20)
+    stages = model.infer(pictures(20), FAST).stages_used
+    assert stages is not None
     order = ("cheap", "other", "wide")
-    assert [set(entry["members"]) for entry in fast] == [
-        set(order[:asked]) for asked in found.asked
-    ]
-    full = [json.loads(line) for line in printed(model, tmp_path, "json")[0]]
-    assert {entry["asked"] for entry in full} == {3}
-    lines, told = printed(model, tmp_path, "text", budget=1e9)
-    assert told == "budget 1e+09 ms: every member for every image\n"
+
+    fast = [json.loads(line) for line in predict_folder(model, tmp_path, "json", FAST)[0]]
+    full = [json.loads(line) for line in predict_folder(model, tmp_path, "json")[0]]
+
+    assert [entry["members_used"] for entry in fast] == stages.tolist()
+    assert [set(entry["members"]) for entry in fast] == [set(order[:count]) for count in stages]
+    assert {entry["members_used"] for entry in full} == {3}
+
+
+def test_predict_says_what_a_budget_affords(model: Model, tmp_path: Path) -> None:
+    save_pictures(tmp_path, 20)
+    cap = model.caps[0]
+
+    lines, notice = predict_folder(model, tmp_path, "text", CascadePolicy(budget_ms=1e9))
+
+    assert notice == "budget 1e+09 ms: every member for every image\n"
     assert len(lines) == 20
-    accuracy, whole, rows = model.caps[0]
-    assert answers.afforded(model, "fast", 1) == (
-        f"at most 1 of 3 members for an image; so {accuracy:.1%} are right in place of {whole:.1%} ({rows} rows)"
+    assert answers.describe_policy(model, CascadePolicy("fast", max_stages=1)) == (
+        f"at most 1 of 3 members for an image; accuracy {cap.accuracy:.1%} "
+        f"instead of {cap.full_accuracy:.1%} ({cap.rows} rows)"
     )
 
 
@@ -387,76 +441,78 @@ def test_the_command_line_takes_a_mode_or_a_budget(
 ) -> None:
     Image.fromarray(pictures(1)[0]).save(tmp_path / "a.png")
 
-    def ask(path: Path, *words: str) -> Any:
-        return CliRunner().invoke(app, ["predict", str(path), str(tmp_path / "a.png"), *words])
+    def predict(path: Path, *flags: str) -> Any:
+        return CliRunner().invoke(app, ["predict", str(path), str(tmp_path / "a.png"), *flags])
 
-    assert (
-        json.loads(ask(model.path, "--mode", "fast", "--json").stdout)["asked"]
-        == model.ask(pictures(1), "fast").asked[0]
-    )
-    assert ask(model.path, "--budget", "1000s").exit_code == 0
-    for path, words, message in (
+    fast = json.loads(predict(model.path, "--mode", "fast", "--json").stdout)
+    stages = model.infer(pictures(1), FAST).stages_used
+    assert stages is not None
+    assert fast["members_used"] == stages[0]
+    assert predict(model.path, "--budget", "1000s").exit_code == 0
+    for path, flags, message in (
         (model.path, ("--mode", "quick"), "unknown mode"),
         (model.path, ("--mode", "fast", "--budget", "9ms"), "a budget chooses the mode"),
         (model.path, ("--budget", "9"), "not a time for an image"),
         (flat.path, ("--mode", "fast"), "the model file has no cascade"),
     ):
-        assert message in str(ask(path, *words).exception)
+        assert message in str(predict(path, *flags).exception)
 
 
 @pytest.fixture
 def client(model: Model) -> Iterator[TestClient]:
-    with TestClient(serve.make_app(model, mode="fast")) as found:
-        yield found
+    with TestClient(serve.make_app(model, policy=FAST)) as running:
+        yield running
 
 
-def asked_of(client: TestClient, query: str = "") -> list[dict[str, Any]]:
+def post_pictures(client: TestClient, query: str = "") -> list[dict[str, Any]]:
     files = []
     for i, image in enumerate(pictures(20, side=9)):
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "PNG")
         files.append(("files", (f"{i}.png", buffer.getvalue(), "image/png")))
-    found: list[dict[str, Any]] = client.post(f"/predict{query}", files=files).json()["answers"]
-    return found
+    entries: list[dict[str, Any]] = client.post(f"/predict{query}", files=files).json()["answers"]
+    return entries
 
 
-def test_the_server_has_a_mode_and_a_request_another(client: TestClient, model: Model) -> None:
-    fast, full = model.ask(pictures(20, side=9), "fast"), model.ask(pictures(20, side=9))
+def test_a_request_can_name_another_mode(client: TestClient, model: Model) -> None:
+    images = pictures(20, side=9)
+    fast, full = model.infer(images, FAST), model.infer(images)
+
     for query, expected in (("", fast), ("?mode=fast", fast), ("?mode=full", full)):
-        found = asked_of(client, query)
-        assert expected.asked is not None
-        assert (
-            [a["asked"] for a in found]
-            == [len(a["members"]) for a in found]
-            == expected.asked.tolist()
-        )
+        entries = post_pictures(client, query)
+        counts = [entry["members_used"] for entry in entries]
+        assert expected.stages_used is not None
+        assert counts == [len(entry["members"]) for entry in entries]
+        assert counts == expected.stages_used.tolist()
         np.testing.assert_allclose(
-            [a["probability"] for a in found], expected.probs.max(1), atol=1e-6
+            [entry["probability"] for entry in entries], expected.probs.max(1), atol=1e-6
         )
+
     card = client.get("/card").json()
-    assert (card["mode"], card["most"]) == ("fast", 0)
+    assert (card["mode"], card["max_stages"]) == ("fast", 0)
     assert client.post("/predict?mode=quick").json()["error"]["code"] == "bad_request"
 
 
-def test_a_server_under_a_budget_asks_no_more_than_that(model: Model) -> None:
-    with TestClient(serve.make_app(model, mode="fast", most=1)) as client:
-        assert {a["asked"] for a in asked_of(client)} == {1}
-        assert {a["asked"] for a in asked_of(client, "?mode=full")} == {3}
+def test_a_server_with_a_limit_runs_no_more_stages(model: Model) -> None:
+    policy = CascadePolicy("fast", max_stages=1)
+    with TestClient(serve.make_app(model, policy=policy)) as client:
+        assert {entry["members_used"] for entry in post_pictures(client)} == {1}
+        assert {entry["members_used"] for entry in post_pictures(client, "?mode=full")} == {3}
 
 
 def test_a_server_without_a_cascade_has_one_mode(flat: Model) -> None:
     with TestClient(serve.make_app(flat)) as client:
-        assert "asked" not in asked_of(client)[0]
+        assert "members_used" not in post_pictures(client)[0]
         refused = client.post("/predict?mode=fast")
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "mode")
     with pytest.raises(ExportError, match="the model file has no cascade"):
-        serve.make_app(flat, mode="fast")
+        serve.make_app(flat, policy=FAST)
 
 
 def test_the_cascade_needs_no_torch_and_no_scipy(model: Model, tmp_path: Path) -> None:
     Image.fromarray(pictures(1)[0]).save(tmp_path / "a.png")
     code = (
-        f"import sys, threefold; m = threefold.load({str(model.path)!r}); print(m.ask([{str(tmp_path / 'a.png')!r}], 'fast').asked);"
+        f"import sys, threefold; m = threefold.load({str(model.path)!r}); print(m.infer([{str(tmp_path / 'a.png')!r}], threefold.runtime.FAST).stages_used);"
         "bad = {'torch', 'timm', 'sklearn', 'scipy', 'onnx', 'pydantic'} & set(sys.modules); assert not bad, bad"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -50,13 +50,13 @@ def test_the_file_of_a_run_answers_as_its_predictions_say(finished: Run) -> None
     test = finished.sources.test
     assert test is not None
     chosen = read_arrays(finished.dir / "chosen.npz")
-    answers, members = model.explain([test.pixels(i) for i in range(len(test))])
-    np.testing.assert_allclose(answers, chosen["probs"], atol=1e-5)
+    output = model.infer([test.pixels(i) for i in range(len(test))])
+    np.testing.assert_allclose(output.probs, chosen["probs"], atol=1e-5)
     np.testing.assert_allclose(
-        members, finished.predictions("test").probs.transpose(1, 0, 2), atol=1e-5
+        output.member_probs, finished.predictions("test").probs.transpose(1, 0, 2), atol=1e-5
     )
     paths = [finished.recipe.data.root + "/" + i for i in test.ids]
-    np.testing.assert_array_equal(model.predict_proba(paths), answers)
+    np.testing.assert_array_equal(model.predict_proba(paths), output.probs)
 
 
 def test_sizes_never_seen_in_tracing_agree_with_eager(finished: Run) -> None:

@@ -59,7 +59,8 @@ def why(response: Any, status: int) -> str:
 def test_answers_are_those_of_the_file(finished: Run) -> None:
     path = finished.dir / "model.onnx"
     images = [Path(finished.recipe.data.root) / i for i in finished.sources.test.ids]  # type: ignore[union-attr]
-    probs, members = threefold.load(path).explain(images)
+    output = threefold.load(path).infer(images)
+    probs, members = output.probs, output.member_probs
     with TestClient(serve.make_app(threefold.load(path))) as client:
         answers = client.post(
             "/predict?top=3",

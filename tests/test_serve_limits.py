@@ -152,9 +152,9 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     gate = threading.Event()
     real = serve.runner
 
-    def slow(model: Any, most: int = 0) -> Any:
-        run = real(model, most)
-        return lambda images, mode: (gate.wait(30), run(images, mode))[1]
+    def slow(model: Any) -> Any:
+        run = real(model)
+        return lambda images, policy: (gate.wait(30), run(images, policy))[1]
 
     monkeypatch.setattr(serve, "runner", slow)
     yield gate

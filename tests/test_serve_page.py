@@ -67,7 +67,8 @@ def _card_failed(browser: Any) -> bool:
 def test_real_images_get_the_answers_of_the_file(browser: Any, finished: Run) -> None:
     images = [Path(finished.recipe.data.root) / i for i in finished.sources.test.ids[::5]]  # type: ignore[union-attr]
     model = threefold.load(finished.dir / "model.onnx")
-    probs, members = model.explain(images)
+    output = model.infer(images)
+    probs, members = output.probs, output.member_probs
     with serving(finished.dir / "model.onnx") as address:
         open_page(browser, address)
         choose(browser, *images)

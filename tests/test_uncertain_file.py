@@ -129,7 +129,7 @@ def answered(model: Model, tmp_path: Path, form: str) -> list[str]:
     for i, picture in enumerate(pictures()):
         Image.fromarray(picture).save(tmp_path / f"{i:03d}.png")
     out = io.StringIO()
-    assert answers.write(out, print, model.path, [str(tmp_path)], 2, form) == 0
+    assert answers.write_predictions(out, print, model.path, [str(tmp_path)], 2, form) == 0
     return out.getvalue().splitlines()
 
 

@@ -255,12 +255,13 @@ def test_probabilities_sets_and_the_unknown_mark_are_those_of_python(
     model = threefold.load(write_model(tmp_path / "m.onnx", told=card(**UNCERTAIN)))
     open_page(browser, address)
     answers = [ask(browser, content) for content in files]
-    probs, members = model.explain(files)
+    output = model.infer(files)
+    probs, members = output.probs, output.member_probs
     assert np.abs(np.array([a["probs"] for a in answers]) - probs).max() < 1e-6
-    assert [a["set"] for a in answers] == model.sets_of(probs)
+    assert [a["set"] for a in answers] == model.sets_from_probs(probs)
     assert (
         [a["unknown"] for a in answers]
-        == model.unknown_of(probs).tolist()
+        == model.unknown_from_probs(probs).tolist()
         == [False, True, False, True, False]
     )
     for found, rows in zip(answers, members, strict=True):
@@ -321,7 +322,8 @@ def test_a_real_run_answers_in_the_browser_as_in_python(
     (tmp_path / "broken.png").write_bytes(images[0].read_bytes()[:100])
     images += [jpeg, glass]
     model = threefold.load(tmp_path / "m.onnx")
-    probs, members = model.explain(images)
+    output = model.infer(images)
+    probs, members = output.probs, output.member_probs
     with hosting(tmp_path / "site") as found:
         open_page(browser, found)
         choose(browser, *images, tmp_path / "broken.png")

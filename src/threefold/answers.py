@@ -1,4 +1,4 @@
-"""Predictions of an exported file on files, folders and lists, as text, JSON or CSV. Imports no torch."""
+"""Predict files, folders and lists with an exported file, as text, JSON or CSV; needs no torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy as np
 
 from threefold.errors import DataError, RecipeError
 from threefold.images import IMAGE_SUFFIXES, decode
-from threefold.runtime import Model, load
+from threefold.runtime import FULL, CascadePolicy, Model, load
 
 
 def find_images(sources: Iterable[str], listing: IO[str] | None = None) -> Iterator[Path]:
-    """Files as given, every image below folders, and the lines of `listing` for `-`.
+    """Yield the files given, every image below the folders given, and the lines of `listing` for `-`.
 
     Raises:
         DataError: a path does not exist, or a folder holds no image.
@@ -26,162 +26,171 @@ def find_images(sources: Iterable[str], listing: IO[str] | None = None) -> Itera
     for source in sources:
         path = Path(source)
         if source == "-":
-            yield from (
-                Path(line) for text in listing or sys.stdin if (line := text.rstrip("\r\n"))
-            )
+            for line in listing or sys.stdin:
+                name = line.rstrip("\r\n")
+                if name:
+                    yield Path(name)
         elif path.is_dir():
-            found = sorted(
+            images = sorted(
                 p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
             )
-            if not found:
+            if not images:
                 raise DataError(
                     "no images in the folder",
                     where=path,
                     expected=f"files ending in {', '.join(sorted(IMAGE_SUFFIXES))}",
                 )
-            yield from found
+            yield from images
         elif path.exists():
             yield path
         else:
             raise DataError("no such file or folder", where=path)
 
 
-def answer(
-    model: Model, image: Path, top: int, mode: str = "full", most: int = 0
+def predict_image(
+    model: Model, image: Path, top: int, policy: CascadePolicy = FULL
 ) -> dict[str, Any]:
-    """One image's answer: label, probability, the `top` classes, all probabilities; set and unknown where the file has them.
+    """Predict one image as plain values for JSON.
 
-    With a cascade also "asked", the number of members that were, and only those in "members"; `mode` and `most` as of
-    `Model.run`.
+    Returns:
+        image, label, probability, the `top` classes, the label of each member that ran, and all
+        probs; "set" and "unknown" if the file has them; with a cascade also "members_used".
 
     Raises:
         DataError: the image cannot be read.
-        ExportError: the file has no cascade and one is asked for.
+        ExportError: the policy needs a cascade and the file has none.
     """
-    probs, members, asked = model.ask([image], mode, most)
-    present = model.asked_members(None if asked is None else int(asked[0]))
-    order = np.argsort(-probs[0], kind="stable")[:top]
-    return {
+    output = model.infer([image], policy)
+    probs, member_probs = output.probs[0], output.member_probs[0]
+    stages = None if output.stages_used is None else int(output.stages_used[0])
+    members = model.members_in_stages(stages)
+    order = np.argsort(-probs, kind="stable")[:top]
+    answer = {
         "image": str(image),
         "label": model.classes[order[0]],
-        "probability": float(probs[0][order[0]]),
-        "top": [{"label": model.classes[i], "probability": float(probs[0][i])} for i in order],
-        "members": {model.members[i]: model.classes[int(members[0][i].argmax())] for i in present},
-        "probs": [float(p) for p in probs[0]],
-        **({"set": model.sets_of(probs)[0]} if False in model.sets else {}),
-        **({"unknown": bool(model.unknown_of(probs)[0])} if model.unknown else {}),
-        **({"asked": len(present)} if model.cascade else {}),
+        "probability": float(probs[order[0]]),
+        "top": [{"label": model.classes[i], "probability": float(probs[i])} for i in order],
+        "members": {model.members[i]: model.classes[member_probs[i].argmax()] for i in members},
+        "probs": [float(p) for p in probs],
     }
+    if False in model.sets:
+        answer["set"] = model.sets_from_probs(output.probs)[0]
+    if model.unknown is not None:
+        answer["unknown"] = bool(model.unknown_from_probs(output.probs)[0])
+    if model.cascade is not None:
+        answer["members_used"] = len(members)
+    return answer
 
 
-def as_text(found: dict[str, Any], model: Model) -> str:
-    """An answer in one line: the likeliest classes, the set where the file has sets, and "unknown?" where it is."""
-    parts = [
-        f"{found['image']}: "
-        + ", ".join(f"{t['label']} {t['probability']:.1%}" for t in found["top"])
-    ]
-    if "set" in found:
-        parts.append(
-            f"{100 * (1 - model.sets[False].alpha_):.4g}% set {{{', '.join(found['set'])}}}"
-        )
-    if found.get("unknown"):
+def as_text(answer: dict[str, Any], model: Model) -> str:
+    """Format an answer of `predict_image` as one line."""
+    top = ", ".join(f"{entry['label']} {entry['probability']:.1%}" for entry in answer["top"])
+    parts = [f"{answer['image']}: {top}"]
+    if "set" in answer:
+        coverage = 100 * (1 - model.sets[False].alpha_)
+        parts.append(f"{coverage:.4g}% set {{{', '.join(answer['set'])}}}")
+    if answer.get("unknown"):
         parts.append("unknown?")
     return "; ".join(parts)
 
 
-def write(
+def write_predictions(
     stream: IO[str],
-    tell: Callable[[DataError | str], object],
+    notify: Callable[[DataError | str], object],
     model_path: Path,
     sources: Sequence[str],
     top: int,
     form: str,
-    mode: str = "full",
-    budget: float = 0.0,
+    policy: CascadePolicy = FULL,
 ) -> int:
-    """Answer every image in its order; unreadable ones are counted in the result.
+    """Predict every image in order and write the answers.
 
     Args:
-        stream: where answers go.
-        tell: is told of unreadable images, and of what a budget affords.
+        stream: where the answers go.
+        notify: called with the error of an unreadable image, and with what a budget affords.
         model_path: the exported file.
-        sources: files, folders, or - for a list.
+        sources: files, folders, or - for a list on standard input.
         top: how many classes to name.
         form: text, json or csv.
-        mode: as of `Model.run`.
-        budget: milliseconds for an image, see `Model.afford`; measured on the first image that can be read. 0 = none.
+        policy: how many members answer; a budget is measured on the first readable image.
+
+    Returns:
+        The number of images that could not be read.
 
     Raises:
-        ExportError: the file cannot be loaded, has no cascade where one is asked for, or the budget is too small.
-        DataError: a source is not there.
+        ExportError: the file cannot be loaded, the policy needs a cascade and the file has none, or
+            the budget is too small.
+        DataError: a source does not exist.
     """
-    model, failed, most = load(model_path), 0, 0
-    model.stops(mode)
+    model, failed = load(model_path), 0
+    if not policy.budget_ms:
+        model.stop_thresholds(policy)
     rows = csv.writer(stream) if form == "csv" else None
     if rows:
         rows.writerow(["image", "label", "probability", *model.classes])
     for path in find_images(sources):
         try:
-            if budget:
-                mode, most = model.afford(budget, decode(path))
-                tell(f"budget {budget:g} ms: {afforded(model, mode, most)}")
-                budget = 0.0
-            found = answer(model, path, top, mode, most)
+            if policy.budget_ms:
+                resolved = model.resolve_budget(policy, decode(path))
+                notify(f"budget {policy.budget_ms:g} ms: {describe_policy(model, resolved)}")
+                policy = resolved
+            answer = predict_image(model, path, top, policy)
         except DataError as error:
             failed += 1
-            tell(error)
+            notify(error)
             continue
+        probs = answer.pop("probs")
         if rows:
-            rows.writerow(
-                [
-                    found["image"],
-                    found["label"],
-                    f"{found['probability']:.6f}",
-                    *(f"{p:.6f}" for p in found["probs"]),
-                ]
-            )
+            numbers = [f"{p:.6f}" for p in (answer["probability"], *probs)]
+            rows.writerow([answer["image"], answer["label"], *numbers])
         elif form == "json":
-            del found["probs"]
-            stream.write(json.dumps(found, ensure_ascii=False) + "\n")
+            stream.write(json.dumps(answer, ensure_ascii=False) + "\n")
         else:
-            stream.write(as_text(found, model) + "\n")
+            stream.write(as_text(answer, model) + "\n")
     return failed
 
 
-def parse_budget(text: str) -> float:
-    """Parse a time such as 15ms or 0.5s into milliseconds.
+def parse_policy(mode: str, budget: str) -> CascadePolicy:
+    """The policy of the flags --mode and --budget; an empty budget is none.
 
     Raises:
-        DataError: the text is not a positive number followed by ms or s.
-    """
-    match = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(ms|s)\s*", text)
-    value = float(match[1]) * (1000 if match[2] == "s" else 1) if match else 0.0
-    if not value > 0:
-        raise DataError(
-            "not a time for an image", expected="a number with ms or s, such as 15ms", got=text[:40]
-        )
-    return value
-
-
-def milliseconds(budget: str, mode: str) -> float:
-    """The budget of an image in milliseconds, 0 without one.
-
-    Raises:
-        RecipeError: it cannot be read, or there is a mode beside it, which it chooses itself.
+        RecipeError: both are given, but a budget chooses the mode itself.
+        DataError: the budget cannot be read.
+        ExportError: the mode is unknown.
     """
     if budget and mode != "full":
         raise RecipeError(
             "a budget chooses the mode", where="--mode", got=mode, fix="give --mode or --budget"
         )
-    return parse_budget(budget) if budget else 0.0
+    return CascadePolicy(mode, budget_ms=parse_budget(budget) if budget else 0.0)
 
 
-def afforded(model: Model, mode: str, most: int) -> str:
-    """What `Model.afford` chose, in words, with what the card says of its accuracy."""
-    if mode == "full" or model.cascade is None:
+def parse_budget(text: str) -> float:
+    """Parse a time such as 15ms or 0.5s; returns milliseconds.
+
+    Raises:
+        DataError: the text is not a positive time.
+    """
+    match = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(ms|s)\s*", text)
+    milliseconds = 0.0
+    if match:
+        milliseconds = float(match[1]) * (1000 if match[2] == "s" else 1)
+    if milliseconds <= 0:
+        raise DataError(
+            "not a time for an image", expected="a number with ms or s, such as 15ms", got=text[:40]
+        )
+    return milliseconds
+
+
+def describe_policy(model: Model, policy: CascadePolicy) -> str:
+    """A policy in words, with the accuracy that the model card states for it."""
+    if policy.mode == "full" or model.cascade is None:
         return "every member for every image"
-    told = f"at most {len(model.asked_members(most))} of {len(model.members)} members for an image"
-    if len(model.caps) < most:
-        return told
-    accuracy, full, rows = model.caps[most - 1]
-    return f"{told}; so {accuracy:.1%} are right in place of {full:.1%} ({rows} rows)"
+    members = len(model.members_in_stages(policy.max_stages))
+    text = f"at most {members} of {len(model.members)} members for an image"
+    if len(model.caps) < policy.max_stages:
+        return text
+    cap = model.caps[policy.max_stages - 1]
+    return (
+        f"{text}; accuracy {cap.accuracy:.1%} instead of {cap.full_accuracy:.1%} ({cap.rows} rows)"
+    )

@@ -16,23 +16,22 @@ import numpy as np
 
 from threefold.errors import ThreefoldError
 from threefold.images import decode
+from threefold.runtime import FULL, CascadePolicy, ModelOutput
 
 BATCH_PIXELS = 4_000_000
 """Pixels of a batch of several images; a larger image goes alone, and no two of those at a time."""
 WORKERS = 2
 """Threads: one decodes while the model works for the other."""
 
-Answer = tuple[np.ndarray, ...]
-"""Probabilities (k,), each member's (m, k), and what else the model tells of an image."""
-Run = Callable[[np.ndarray, str], tuple[np.ndarray, ...]]
-"""The model: uint8 (b, h, w, 3) and a mode to probabilities (b, k), each member's (b, m, k), and more of length b."""
+Run = Callable[[np.ndarray, CascadePolicy], ModelOutput]
+"""The model: a batch uint8 (b, h, w, 3) and a policy to the output for b images."""
 
 
 class _Job(NamedTuple):
     content: bytes
     size: tuple[int, int]
-    mode: str
-    answer: Future[Answer]
+    policy: CascadePolicy
+    answer: Future[ModelOutput]
 
     @property
     def pixels(self) -> int:
@@ -40,7 +39,7 @@ class _Job(NamedTuple):
 
 
 class Batcher:
-    """Answers images in threads of its own, in the order in which they come, those of one size and mode together.
+    """Answers images in threads of its own, in the order in which they come, those of one size and policy together.
 
     Args:
         run: the model; may be called by several threads.
@@ -62,21 +61,21 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, content: bytes, size: tuple[int, int], mode: str = "full") -> Future[Answer]:
+    def submit(
+        self, content: bytes, size: tuple[int, int], policy: CascadePolicy = FULL
+    ) -> Future[ModelOutput]:
         """Ask for the answer of an image file of that width and height, as `images.measure` finds them.
-
-        The mode is handed to the model.
 
         The future fails with DataError where the image cannot be decoded, with ExportError where the model fails.
 
         Raises:
             RuntimeError: the batcher is closed.
         """
-        answer: Future[Answer] = Future()
+        answer: Future[ModelOutput] = Future()
         with self._news:
             if not self._open:
                 raise RuntimeError("closed")
-            self._jobs.append(_Job(content, size, mode, answer))
+            self._jobs.append(_Job(content, size, policy, answer))
             self._news.notify()
         return answer
 
@@ -117,7 +116,7 @@ class Batcher:
         if first is None:
             return []
         most = max(1, min(self._batch, BATCH_PIXELS // max(first.pixels, 1)))
-        alike = [job for job in self._jobs if (job.size, job.mode) == (first.size, first.mode)][
+        alike = [job for job in self._jobs if (job.size, job.policy) == (first.size, first.policy)][
             :most
         ]
         taken = {id(job) for job in alike}
@@ -143,9 +142,8 @@ class Batcher:
     def _infer(self, group: list[tuple[_Job, np.ndarray]]) -> None:
         try:
             images = [pixels for _, pixels in group]
-            found = self._run(
-                images[0][None] if len(images) == 1 else np.stack(images), group[0][0].mode
-            )
+            batch = images[0][None] if len(images) == 1 else np.stack(images)
+            output = self._run(batch, group[0][0].policy)
         except BaseException as error:
             if len(group) > 1 and isinstance(error, ThreefoldError):
                 for one in group:  # a batch may ask for more memory than its images do one by one
@@ -156,4 +154,4 @@ class Batcher:
             return
         self._watch(len(group))
         for i, (job, _) in enumerate(group):
-            job.answer.set_result(tuple(part[i] for part in found))
+            job.answer.set_result(output.row(i))

@@ -20,8 +20,8 @@ from threefold.predictions__checks import FLOOR
 
 STOP: Final = "stop"
 """The input: float (stages - 1,), the confidence at which the answer is given after each stage; its default is NEVER."""
-ASKED: Final = "asked"
-"""The output: int64 (b,), how many stages were asked for each image."""
+STAGES_USED: Final = "stages_used"
+"""The output: int64 (b,), how many stages of the cascade ran for each image."""
 
 
 def add_cascade(model: Any, cascade: Cascade, networks: Sequence[Sequence[str]]) -> Any:
@@ -86,7 +86,7 @@ class _Split:
         ]
         outputs = [
             *old.graph.output,
-            helper.make_tensor_value_info(ASKED, TensorProto.INT64, ["batch"]),
+            helper.make_tensor_value_info(STAGES_USED, TensorProto.INT64, ["batch"]),
         ]
         weights = [tensor for name, tensor in self.weights.items() if name not in self.inner]
         graph = helper.make_graph(
@@ -255,4 +255,4 @@ def _add_answer(graph: _Split, stages: int) -> None:
     total = counts[0]
     for s, count in enumerate(counts[1:], 2):
         total = graph.add("Add", [total, count], f"asked_{s}")
-    graph.add("Add", [total, one], ASKED)
+    graph.add("Add", [total, one], STAGES_USED)

@@ -280,8 +280,8 @@ def predict(
         form = "csv"
     if as_json:
         form = "json"
-    limit = answers.milliseconds(budget, mode)
-    failed = answers.write(sys.stdout, print_error, model, images, top, form, mode, limit)
+    policy = answers.parse_policy(mode, budget)
+    failed = answers.write_predictions(sys.stdout, print_error, model, images, top, form, policy)
     if failed:
         raise SystemExit(1)
 
@@ -314,7 +314,7 @@ def serve(
     budget: ImageTime = "",
 ) -> None:
     """Serve a page to drop images on, and POST /predict for programs."""
-    from threefold.answers import milliseconds
+    from threefold.answers import parse_policy
     from threefold.limits import Limits
     from threefold.serve import LOOPBACK, run_server
 
@@ -324,8 +324,8 @@ def serve(
         if host not in LOOPBACK and not api_key:
             err.print("[yellow]note[/] no API key: anyone who reaches this address can predict")
 
-    limit = milliseconds(budget, mode)
-    run_server(model, host, port, api_key, Limits().changed(limits or ()), announce, mode, limit)
+    policy = parse_policy(mode, budget)
+    run_server(model, host, port, api_key, Limits().changed(limits or ()), announce, policy)
 
 
 @app.command("list")

@@ -303,7 +303,10 @@ class _Reader:
             (_OUTPUT, "member_probs"): (_FLOAT, [-1, m, k]),
         }
         if stages:
-            wanted |= {(_INPUT, "stop"): (_FLOAT, [stages - 1]), (_OUTPUT, "asked"): (_INT64, [-1])}
+            wanted |= {
+                (_INPUT, "stop"): (_FLOAT, [stages - 1]),
+                (_OUTPUT, "stages_used"): (_INT64, [-1]),
+            }
         inputs = [name for number, name in ends if number == _INPUT]
         if len(inputs) != (2 if stages else 1) or any(ends.get(e) != v for e, v in wanted.items()):
             raise _Bad(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from threefold.runtime import Model
+from threefold.runtime import Model, ModelOutput
 
 
 class Share(BaseModel):
@@ -33,13 +33,13 @@ class Answer(BaseModel):
     probability: float
     top: list[Share]
     members: dict[str, Opinion]
-    """Those that were asked: in the mode "fast" not always all."""
+    """The members that ran; in mode "fast" not always all."""
     set: list[str] | None = None
     """The prediction set, where the model has a threshold for it."""
     unknown: bool | None = None
     """Whether the image looks like none of the classes, where the model has a threshold for it."""
-    asked: int | None = None
-    """How many members were asked, where the model has a cascade."""
+    members_used: int | None = None
+    """How many members ran, if the model has a cascade."""
 
 
 class Answers(BaseModel):
@@ -65,27 +65,27 @@ class Failure(BaseModel):
 def describe(
     model: Model,
     name: str,
-    probs: np.ndarray,
-    members: np.ndarray,
-    asked: np.ndarray | None = None,
-    *,
+    output: ModelOutput,
     top: int,
 ) -> Answer:
-    """An answer from probabilities (k,), those of the members (m, k) and, of a cascade, how many stages were asked ()."""
-    first, *_ = shares = _top(model, probs, top)
-    told = {}
-    present = model.asked_members(None if asked is None else int(asked))
-    for member, row in ((model.members[i], members[i]) for i in present):
-        best = _top(model, row, top)
-        told[member] = Opinion(label=best[0].label, probability=best[0].probability, top=best)
+    """Describe the model's output for one image; `top` classes are named."""
+    shares = _top(model, output.probs[0], top)
+    stages = None if output.stages_used is None else int(output.stages_used[0])
+    members = model.members_in_stages(stages)
+    opinions = {}
+    for i in members:
+        best = _top(model, output.member_probs[0, i], top)
+        opinions[model.members[i]] = Opinion(
+            label=best[0].label, probability=best[0].probability, top=best
+        )
     return Answer(
         file=name,
-        label=first.label,
-        probability=first.probability,
+        label=shares[0].label,
+        probability=shares[0].probability,
         top=shares,
-        members=told,
-        asked=None if asked is None else len(present),
-        **_doubt(model, probs),
+        members=opinions,
+        members_used=None if stages is None else len(members),
+        **_doubt(model, output.probs),
     )
 
 
@@ -98,7 +98,7 @@ def _doubt(model: Model, probs: np.ndarray) -> dict[str, Any]:
     """The prediction set and whether the image is unknown, as far as the model has thresholds."""
     told: dict[str, Any] = {}
     if False in model.sets:
-        told["set"] = model.sets_of(probs[None])[0]
+        told["set"] = model.sets_from_probs(probs)[0]
     if model.unknown is not None:
-        told["unknown"] = bool(model.unknown_of(probs[None])[0])
+        told["unknown"] = bool(model.unknown_from_probs(probs)[0])
     return told

@@ -1,13 +1,14 @@
-"""An exported file, loaded: images in, probabilities and sets of classes out, with numpy, pillow and onnxruntime only."""
+"""Load an exported file and predict with numpy, pillow and onnxruntime only."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -17,45 +18,86 @@ from threefold.errors import DataError, ExportError
 from threefold.images import decode
 from threefold.modelfile import MEMORY, bytes_beside, open_session, read_card
 
-FORMAT = 1
+FORMAT: Final = 1
 """Version of the model card inside a file."""
-KEY = "threefold"
-"""Where the model card stands in the file's metadata."""
-
+KEY: Final = "threefold"
+"""Key of the model card in the file's metadata."""
 
 Picture = str | Path | bytes | np.ndarray
 """A file, encoded bytes, or a uint8 array (h, w, 3)."""
 
 
-class Asked(NamedTuple):
-    """Answers of a model.
+@dataclass(frozen=True)
+class CascadePolicy:
+    """How many members of the cascade answer an image.
+
+    Attributes:
+        mode: "full" runs every member. "fast" stops as soon as the members so far are sure; if they
+            never are, the answer is that of "full".
+        max_stages: stop after this many stages, sure or not; 0 = no limit.
+        budget_ms: milliseconds of model time for an image; 0 = no limit. `Model.resolve_budget`
+            turns it into a mode and a limit on the stages.
+
+    Raises:
+        ExportError: the mode is unknown.
+    """
+
+    mode: str = "full"
+    max_stages: int = 0
+    budget_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ExportError("unknown mode", expected=" or ".join(MODES), got=self.mode)
+
+
+FULL: Final = CascadePolicy("full")
+FAST: Final = CascadePolicy("fast")
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """The answers of a model for n images.
 
     Attributes:
         probs: (n, k) float32.
-        members: (n, m, k) float32, each member's; zeros for those that were not asked.
-        asked: (n,) int64, how many stages of the cascade each image took; None in a file without a cascade.
+        member_probs: (n, m, k) float32; zeros for members that did not run.
+        stages_used: (n,) int64, the stages of the cascade that ran; None in a file without a cascade.
     """
 
     probs: np.ndarray
-    members: np.ndarray
-    asked: np.ndarray | None
+    member_probs: np.ndarray
+    stages_used: np.ndarray | None = None
+
+    def row(self, i: int) -> ModelOutput:
+        """The output for image i, with n = 1."""
+        stages = None if self.stages_used is None else self.stages_used[i : i + 1]
+        return ModelOutput(self.probs[i : i + 1], self.member_probs[i : i + 1], stages)
+
+
+class StageCap(NamedTuple):
+    """What a limit on the stages costs, as the model card states it."""
+
+    accuracy: float
+    full_accuracy: float
+    rows: str
 
 
 class Model:
-    """An exported file: images in, probabilities out. Needs numpy, pillow and onnxruntime only.
+    """An exported file: images in, probabilities out.
 
     Attributes:
-        card: the stored model card (score, protocol, parity, ...). Files that have them: "conformal", a list of
-            {"state": of a `ConformalSets`, "coverage", ...}, and "unknown", {"state": of an `UnknownThreshold`, ...}.
+        card: the stored model card (score, protocol, parity, ...). Optional keys: "conformal", a list
+            of {"state": of a `ConformalSets`, "coverage", ...}, and "unknown", {"state": of an
+            `UnknownThreshold`, ...}.
         classes: class names, in the order of the probabilities.
-        members: names of the members, in the order of `explain`'s second axis.
-        sets: prediction sets by whether each class has a threshold of its own; empty in a file without.
-        unknown: the threshold for images of no class; None in a file without.
-        cascade: which members are asked in which order in the mode "fast"; None in a file without.
-        caps: for each number of stages but all: accuracy with at most so many, of the full ensemble, and on which rows.
+        members: names of the members, in the order of `ModelOutput.member_probs`.
+        sets: prediction sets; the key says whether each class has its own threshold. Empty in a file
+            without prediction sets.
+        unknown: the threshold for images that belong to no class; None in a file without one.
+        cascade: the order in which members run in mode "fast"; None in a file without a cascade.
+        caps: accuracy when images stop after 1, 2, ... stages at the latest, without the last stage.
     """
-
-    caps: Sequence[tuple[float, float, str]] = ()
 
     def __init__(
         self, path: str | Path, threads: int = 0, *, memory: int = MEMORY, spin: bool = True
@@ -72,257 +114,254 @@ class Model:
             )
         self.classes: tuple[str, ...] = tuple(self.card["classes"])
         self.members: tuple[str, ...] = tuple(self.card["members"])
-        self.sets, self.unknown = self._uncertainty()
-        self.cascade = self._cascade()
-        beside = bytes_beside(self.path, self.card)
-        self.session = open_session(self.path, threads, memory + 2 * beside, spin)
+        self.sets: dict[bool, ConformalSets] = {}
+        self.unknown: UnknownThreshold | None = None
+        self.cascade: Cascade | None = None
+        self.caps: list[StageCap] = []
+        with self._card_part("conformal or unknown"):
+            self._read_uncertainty()
+        if self.card.get("cascade") is not None:
+            with self._card_part("cascade"):
+                self._read_cascade(self.card["cascade"])
+        data_bytes = bytes_beside(self.path, self.card)
+        self.session = open_session(self.path, threads, memory + 2 * data_bytes, spin)
 
-    def _uncertainty(self) -> tuple[dict[bool, ConformalSets], UnknownThreshold | None]:
-        """What the card says of sets and of unknown images, as far as it does."""
-        with self._reading("conformal or unknown"):
-            found = [
-                ConformalSets.from_state(entry["state"])
-                for entry in self.card.get("conformal") or ()
-            ]
-            if any(sets.k_ != len(self.classes) for sets in found):
+    def _read_uncertainty(self) -> None:
+        for entry in self.card.get("conformal") or ():
+            sets = ConformalSets.from_state(entry["state"])
+            if sets.k_ != len(self.classes):
                 raise DataError(
-                    "sets of other classes",
-                    expected=len(self.classes),
-                    got=[sets.k_ for sets in found],
+                    "prediction sets of other classes", expected=len(self.classes), got=sets.k_
                 )
-            told = self.card.get("unknown")
-            unknown = None if not told else UnknownThreshold.from_state(told["state"])
-        return {sets.by_class: sets for sets in found}, unknown
+            self.sets[sets.by_class] = sets
+        if self.card.get("unknown"):
+            self.unknown = UnknownThreshold.from_state(self.card["unknown"]["state"])
 
-    def _cascade(self) -> Cascade | None:
-        """What the card says of a cascade, if it does; `modelfile` has checked the graph's inputs against it."""
-        if self.card.get("cascade") is None:
-            return None
-        with self._reading("cascade"):
-            told = self.card["cascade"]
-            found = Cascade.from_state(told["state"])
-            self.caps = [
-                (float(c["accuracy"]), float(c["full"]), str(c["rows"]))
-                for c in told.get("caps", ())
-            ]
-            if sum(map(len, found.stages)) != len(self.members):
-                raise DataError(
-                    "a cascade of other members", expected=len(self.members), got=found.stages
-                )
-        return found
+    def _read_cascade(self, entry: Mapping[str, Any]) -> None:
+        """Read the card's cascade; `modelfile` has checked the graph's inputs against it."""
+        self.cascade = Cascade.from_state(entry["state"])
+        if sum(map(len, self.cascade.stages)) != len(self.members):
+            raise DataError(
+                "a cascade of other members", expected=len(self.members), got=self.cascade.stages
+            )
+        for cap in entry.get("caps", ()):
+            self.caps.append(StageCap(float(cap["accuracy"]), float(cap["full"]), str(cap["rows"])))
 
     @contextmanager
-    def _reading(self, what: str) -> Iterator[None]:
-        """Whatever is wrong with a part of the card is one line that names it."""
+    def _card_part(self, name: str) -> Iterator[None]:
+        """Report any fault in a part of the card as one line that names the part."""
         try:
             yield
         except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
-            fix = "export it again from the run"
             raise ExportError(
-                "the model card is damaged", where=self.path, got=f"{what}: {error}", fix=fix
+                "the model card is damaged",
+                where=self.path,
+                got=f"{name}: {error}",
+                fix="export it again from the run",
             ) from None
 
     def run(
-        self, images: np.ndarray, mode: str = "full", most: int = 0, options: Any = None
-    ) -> Asked:
-        """The model on a batch: uint8 (b, h, w, 3); every image gets the same answer as alone.
+        self, images: np.ndarray, policy: CascadePolicy = FULL, options: Any = None
+    ) -> ModelOutput:
+        """Run the model on a batch uint8 (b, h, w, 3); each image gets the same answer as alone.
 
         Args:
-            images: of one height and width.
-            mode: "full" asks every member. "fast" stops at an image as soon as the members so far are sure; where they never
-                are, the answer is that of "full".
-            most: with so many stages an image gets the answer of the members so far, sure or not; 0 = no such bound.
-            options: of onnxruntime.
+            images: the batch.
+            policy: how many members answer.
+            options: onnxruntime's RunOptions.
 
         Raises:
-            ExportError: the mode is unknown, or the file has no cascade and one is asked for.
+            ExportError: the policy needs a cascade and the file has none, or the model fails.
         """
-        names, fed = ["probs", "member_probs"], {"images": images}
-        if self.cascade is None:
-            self.stops(mode, most)
-            probs, members = self.session.run(names, fed, options)
-            return Asked(probs, members, None)
-        return Asked(
-            *self.session.run([*names, "asked"], {**fed, "stop": self.stops(mode, most)}, options)
-        )
-
-    def stops(self, mode: str = "full", most: int = 0) -> np.ndarray:
-        """What the graph's input `stop` takes for a mode, see `run`; empty in a file without a cascade.
-
-        Raises:
-            ExportError: the mode is unknown, or the file has no cascade and one is asked for.
-        """
-        if mode not in MODES:
-            raise ExportError("unknown mode", expected=" or ".join(MODES), got=mode)
+        thresholds = self.stop_thresholds(policy)
+        outputs, inputs = ["probs", "member_probs"], {"images": images}
         if self.cascade is not None:
-            return self.cascade.stops(mode, most)
-        if mode != "full" or most:
+            outputs.append("stages_used")
+            inputs["stop"] = thresholds
+        return ModelOutput(*self.session.run(outputs, inputs, options))
+
+    def stop_thresholds(self, policy: CascadePolicy) -> np.ndarray:
+        """The value of the graph's input `stop` for a policy; empty in a file without a cascade.
+
+        Raises:
+            ExportError: the policy needs a cascade and the file has none, or its budget is not
+                resolved.
+        """
+        if policy.budget_ms:
+            raise ExportError("the time budget is not resolved", fix="call resolve_budget first")
+        if self.cascade is not None:
+            return self.cascade.stops(policy.mode, policy.max_stages)
+        if policy != FULL:
             raise self._lacks("cascade")
         return np.zeros(0, np.float32)
 
-    def ask(self, images: Iterable[Picture], mode: str = "full", most: int = 0) -> Asked:
-        """Answers of files, encoded bytes or uint8 arrays (h, w, 3), one at a time; `mode` and `most` as of `run`.
+    def infer(self, images: Iterable[Picture], policy: CascadePolicy = FULL) -> ModelOutput:
+        """Run the model on files, encoded bytes or uint8 arrays (h, w, 3), one at a time.
 
         Raises:
-            DataError: an image cannot be read (its path and the reason).
-            ExportError: the mode is unknown, or the file has no cascade and one is asked for.
+            DataError: an image cannot be read (names its path and the reason).
+            ExportError: as `run`.
         """
-        self.stops(mode, most)
-        answers = [self.run(as_image(image)[None], mode, most) for image in images]
+        self.stop_thresholds(policy)
+        outputs = [self.run(as_image(image)[None], policy) for image in images]
         k, m = len(self.classes), len(self.members)
-        probs = np.concatenate([np.zeros((0, k), np.float32), *(a.probs for a in answers)])
-        members = np.concatenate([np.zeros((0, m, k), np.float32), *(a.members for a in answers)])
-        asked = np.array([int(a.asked[0]) for a in answers if a.asked is not None], np.int64)
-        return Asked(probs, members, None if self.cascade is None else asked)
+        probs = [np.zeros((0, k), np.float32), *(output.probs for output in outputs)]
+        members = [np.zeros((0, m, k), np.float32), *(output.member_probs for output in outputs)]
+        stages = None
+        if self.cascade is not None:
+            counts = [np.asarray(output.stages_used, np.int64) for output in outputs]
+            stages = np.concatenate([np.zeros(0, np.int64), *counts])
+        return ModelOutput(np.concatenate(probs), np.concatenate(members), stages)
 
-    def explain(
-        self, images: Iterable[Picture], mode: str = "full", most: int = 0
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Probabilities float32 (n, k) and each member's (n, m, k); as `ask`."""
-        return self.ask(images, mode, most)[:2]
+    def predict_proba(self, images: Iterable[Picture], policy: CascadePolicy = FULL) -> np.ndarray:
+        """Probabilities float32 (n, k); arguments and errors as `infer`."""
+        return self.infer(images, policy).probs
 
-    def predict_proba(
-        self, images: Iterable[Picture], mode: str = "full", most: int = 0
-    ) -> np.ndarray:
-        """Probabilities float32 (n, k); as `ask`."""
-        return self.ask(images, mode, most).probs
+    def predict(self, images: Iterable[Picture], policy: CascadePolicy = FULL) -> list[str]:
+        """The most probable class of each image; arguments and errors as `infer`."""
+        return [self.classes[i] for i in self.predict_proba(images, policy).argmax(1)]
 
-    def predict(self, images: Iterable[Picture], mode: str = "full", most: int = 0) -> list[str]:
-        """The most probable class name of each image; as `ask`."""
-        return [self.classes[i] for i in self.predict_proba(images, mode, most).argmax(1)]
-
-    def asked_members(self, stages: int | None) -> list[int]:
-        """Numbers of the members that were asked in so many stages, in the file's order; all where there is no cascade."""
+    def members_in_stages(self, stages: int | None) -> list[int]:
+        """Indices of the members in the first stages; all members in a file without a cascade."""
         if self.cascade is None or stages is None:
             return list(range(len(self.members)))
         return sorted(i for stage in self.cascade.stages[:stages] for i in stage)
 
-    def latency(self, images: Sequence[np.ndarray], repeats: int = 3) -> dict[str, Any]:
-        """Milliseconds of an image on this machine, one at a time, decoding not counted.
+    def measure_latency(self, images: Sequence[np.ndarray], repeats: int = 3) -> dict[str, Any]:
+        """Milliseconds per image on this machine, one image at a time, without decoding.
 
         Args:
-            images: uint8 (h, w, 3); the sizes count, since the resize is in the graph.
-            repeats: of each; the settings take turns, so that other work on the machine meets all of them alike.
+            images: uint8 (h, w, 3); their size matters, since the resize is part of the graph.
+            repeats: of each image. The policies take turns, so that other work on the machine
+                affects all of them alike.
 
         Returns:
-            "full": median. With a cascade also "fast", the mean, and "stages": for each number of stages the median of
-            stopping there whatever the image, the last as full. "n": images, "threads": onnxruntime's, 0 = one per core.
+            "full": median. With a cascade also "fast", the mean, and "stages": the median when every
+            image stops after 1, 2, ... stages, the last entry being that of "full". "n": number of
+            images. "threads": of onnxruntime, 0 = one per core.
         """
-        settings: dict[Any, tuple[str, int]] = {"full": ("full", 0)}
-        if self.cascade is not None:
-            settings |= {s: ("full", s) for s in range(1, len(self.cascade.stages))}
-            settings["fast"] = "fast", 0
-        taken: dict[Any, list[float]] = {name: [] for name in settings}
-        for turn in range(repeats + 1):
+        policies: dict[str | int, CascadePolicy] = {"full": FULL}
+        num_stages = 0 if self.cascade is None else len(self.cascade.stages)
+        for stages in range(1, num_stages):
+            policies[stages] = CascadePolicy("full", stages)
+        if num_stages:
+            policies["fast"] = FAST
+        times: dict[str | int, list[float]] = {name: [] for name in policies}
+        for repeat in range(repeats + 1):
             for image in images:
-                for name, (mode, most) in settings.items():
-                    began = time.perf_counter()
-                    self.run(image[None], mode, most)
-                    if turn:  # the first warms up
-                        taken[name].append(1000 * (time.perf_counter() - began))
-        told: dict[str, Any] = {
-            "full": float(np.median(taken["full"])),
+                for name, policy in policies.items():
+                    start = time.perf_counter()
+                    self.run(image[None], policy)
+                    if repeat > 0:  # the first round warms up
+                        times[name].append(1000 * (time.perf_counter() - start))
+        medians = {name: float(np.median(values)) for name, values in times.items()}
+        latency: dict[str, Any] = {
+            "full": medians["full"],
             "n": len(images),
             "threads": self.threads,
         }
-        if self.cascade is not None:
-            stages = [float(np.median(taken[s])) for s in range(1, len(self.cascade.stages))]
-            told |= {"fast": float(np.mean(taken["fast"])), "stages": [*stages, told["full"]]}
-        return told
+        if num_stages:
+            latency["fast"] = float(np.mean(times["fast"]))
+            latency["stages"] = [*(medians[s] for s in range(1, num_stages)), medians["full"]]
+        return latency
 
-    def afford(self, milliseconds: float, image: np.ndarray) -> tuple[str, int]:
-        """The mode and the most stages whose time on this machine is within a budget, for any image of this size.
+    def resolve_budget(self, policy: CascadePolicy, image: np.ndarray) -> CascadePolicy:
+        """Turn a time budget into a mode and a limit on stages, for images of this size.
 
-        Everything is asked where the time for that is within the budget. Else images stop as in "fast", and the latest after
-        as many stages as the budget has time for: what those cost is measured now, on this image.
+        Every member runs if there is time for all of them. Otherwise images stop as in mode "fast",
+        at the latest after as many stages as the budget allows, measured now on this image.
 
         Args:
-            milliseconds: of the model for one image, decoding not counted.
+            policy: with a `budget_ms`.
             image: uint8 (h, w, 3).
 
-        Returns:
-            `mode` and `most`, as `run` takes them.
-
         Raises:
-            ExportError: not even the first stage is within the budget, or the file has no cascade and the whole is not.
+            ExportError: the budget is too small for the first stage, or for the whole model in a
+                file without a cascade.
         """
-        found = self.latency([image], repeats=5)
-        times = found.get("stages", [found["full"]])
-        fit = [s for s, time in enumerate(times, 1) if time <= milliseconds]
-        if not fit:
-            what = (
-                "no answer within the budget"
-                if self.cascade
-                else "the model file has no cascade to save time with"
-            )
-            got = f"{times[0]:.1f} ms for {'the first stage' if self.cascade else 'the whole'}"
-            raise ExportError(
-                what, where=self.path, expected=f"at most {milliseconds:g} ms", got=got
-            )
-        return ("full", 0) if fit[-1] == len(times) else ("fast", fit[-1])
+        latency = self.measure_latency([image], repeats=5)
+        times = latency.get("stages", [latency["full"]])
+        affordable = [s for s, elapsed in enumerate(times, 1) if elapsed <= policy.budget_ms]
+        if affordable:
+            return FULL if affordable[-1] == len(times) else CascadePolicy("fast", affordable[-1])
+        if self.cascade is None:
+            what, part = "the model file has no cascade to save time with", "the whole model"
+        else:
+            what, part = "no answer within the budget", "the first stage"
+        raise ExportError(
+            what,
+            where=self.path,
+            expected=f"at most {policy.budget_ms:g} ms",
+            got=f"{times[0]:.1f} ms for {part}",
+        )
 
     def predict_sets(self, images: Iterable[Picture], by_class: bool = False) -> list[list[str]]:
-        """Class names that together hold the right one as often as the card's alpha says, the likeliest first.
+        """Prediction sets: class names, the most probable first.
+
+        A set contains the true class as often as 1 - alpha of the model card says.
 
         Args:
             images: files, encoded bytes or uint8 arrays (h, w, 3).
-            by_class: the sets with a threshold for each class, which aim at that share for every class by itself.
+            by_class: use a threshold for each class, so that the coverage holds class by class.
 
         Raises:
             ExportError: the file has no such sets.
             DataError: an image cannot be read.
         """
-        self._sets(by_class)
-        return self.sets_of(self.predict_proba(images), by_class)
+        self._require_sets(by_class)
+        return self.sets_from_probs(self.predict_proba(images), by_class)
 
     def is_unknown(self, images: Iterable[Picture]) -> np.ndarray:
-        """Booleans (n,): the model is less sure than of nearly all images of a class; see `conformal.UnknownThreshold`.
+        """Flag images, bool (n,), that look like no class; see `conformal.UnknownThreshold`.
 
         Raises:
             ExportError: the file has no threshold for unknown images.
             DataError: an image cannot be read.
         """
-        self._threshold()
-        return self.unknown_of(self.predict_proba(images))
+        self._require_unknown()
+        return self.unknown_from_probs(self.predict_proba(images))
 
-    def sets_of(self, probs: np.ndarray, by_class: bool = False) -> list[list[str]]:
-        """The sets that belong to probabilities (n, k) of this file, as `predict_sets`.
+    def sets_from_probs(self, probs: np.ndarray, by_class: bool = False) -> list[list[str]]:
+        """Prediction sets from probabilities (n, k) of this file, as `predict_sets`.
 
         Raises:
             ExportError: the file has no such sets.
         """
-        sets = self._sets(by_class)
+        sets = self._require_sets(by_class)
         if not len(probs):
             return []
         rows = zip(np.argsort(-probs, axis=1, kind="stable"), sets.predict_sets(probs), strict=True)
         return [[self.classes[i] for i in order if inside[i]] for order, inside in rows]
 
-    def unknown_of(self, probs: np.ndarray) -> np.ndarray:
-        """Which of the probabilities (n, k) of this file belong to unknown images, as `is_unknown`.
+    def unknown_from_probs(self, probs: np.ndarray) -> np.ndarray:
+        """Flag probabilities (n, k) of this file, as `is_unknown`.
 
         Raises:
             ExportError: the file has no threshold for unknown images.
         """
-        threshold = self._threshold()
+        threshold = self._require_unknown()
         return threshold.is_unknown(probs) if len(probs) else np.zeros(0, bool)
 
-    def _sets(self, by_class: bool) -> ConformalSets:
+    def _require_sets(self, by_class: bool) -> ConformalSets:
         if by_class not in self.sets:
             raise self._lacks("prediction sets by class" if by_class else "prediction sets")
         return self.sets[by_class]
 
-    def _threshold(self) -> UnknownThreshold:
+    def _require_unknown(self) -> UnknownThreshold:
         if self.unknown is None:
             raise self._lacks("threshold for unknown images")
         return self.unknown
 
     def _lacks(self, what: str) -> ExportError:
-        fix = "export it again with this version from a run that has them"
-        return ExportError(f"the model file has no {what}", where=self.path, fix=fix)
+        return ExportError(
+            f"the model file has no {what}",
+            where=self.path,
+            fix="export it again with this version from a run that has them",
+        )
 
 
 def as_image(image: Picture) -> np.ndarray:
-    """uint8 (h, w, 3) of a file, encoded bytes, or an array that already is one.
+    """Decode a file or encoded bytes to uint8 (h, w, 3); pass such an array through.
 
     Raises:
         ExportError: an array of another shape or type.
@@ -338,7 +377,7 @@ def as_image(image: Picture) -> np.ndarray:
 
 
 def as_json(tree: Any) -> Any:
-    """A model card as JSON can hold it everywhere: numbers that are not finite become null."""
+    """A model card as strict JSON: numbers that are not finite become null."""
     if isinstance(tree, dict):
         return {str(key): as_json(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -347,7 +386,7 @@ def as_json(tree: Any) -> Any:
 
 
 def load(path: str | Path, threads: int = 0) -> Model:
-    """Open an exported file; imports neither torch nor timm.
+    """Open an exported file; needs neither torch nor timm.
 
     Raises:
         ExportError: missing, damaged, or not a threefold model.

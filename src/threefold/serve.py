@@ -6,9 +6,10 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from importlib.resources import files as resources
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, cast
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import uvicorn
@@ -17,14 +18,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from threefold.batching import BATCH_PIXELS, Answer, Batcher, Run
+from threefold.batching import BATCH_PIXELS, Batcher, Run
 from threefold.errors import DataError, ExportError, RunError
 from threefold.gauges import Gauges
 from threefold.guard import Guard, protocol
 from threefold.intake import BODY, Image, read_images, size_of, unreadable
 from threefold.limits import Limits, Refusal
 from threefold.replies import Answers, Failure, describe
-from threefold.runtime import Model, as_json
+from threefold.runtime import FULL, CascadePolicy, Model, ModelOutput, as_json
 
 MEMORY: Final = 2**30
 """Bytes that onnxruntime may take beside twice the size of the model file."""
@@ -52,8 +53,7 @@ def make_app(
     limits: Limits | None = None,
     api_key: str = "",
     hosts: Collection[str] = (),
-    mode: Mode = "full",
-    most: int = 0,
+    policy: CascadePolicy = FULL,
 ) -> FastAPI:
     """The application around a loaded model: the page, POST /predict, GET /card, /health, /metrics, /openapi.json.
 
@@ -62,21 +62,20 @@ def make_app(
         limits: what is taken (default: `Limits()`).
         api_key: what /predict, /card and /metrics ask for; empty = nothing.
         hosts: the only host names that are answered to; empty = any.
-        mode: how requests are answered that name no mode, see `Model.run`.
-        most: stages of the cascade that "fast" asks at most; 0 = all.
+        policy: its mode is that of requests that name none; its limit on the stages is that of mode "fast".
 
     Raises:
         ExportError: the model has no cascade and one is asked for.
     """
-    model.stops(mode, most)
-    standard = mode
+    model.stop_thresholds(policy)
+    fast = replace(policy, mode="fast")
     limits = limits or Limits()
     batcher: list[Batcher] = []
     gauges = Gauges(lambda: sum(b.waiting() for b in batcher))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        batcher.append(Batcher(runner(model, most), limits.batch, gauges.batches.observe))
+        batcher.append(Batcher(runner(model), limits.batch, gauges.batches.observe))
         yield
         await asyncio.to_thread(batcher.pop().close)  # what is in flight has been answered by now
 
@@ -105,7 +104,11 @@ def make_app(
         return {
             **as_json(model.card),
             "limits": {k: getattr(limits, k) for k in ("files", "file_bytes", "pixels", "side")},
-            **({} if model.cascade is None else {"mode": standard, "most": most}),
+            **(
+                {}
+                if model.cascade is None
+                else {"mode": policy.mode, "max_stages": policy.max_stages}
+            ),
         }
 
     @app.get("/metrics")
@@ -131,56 +134,56 @@ def make_app(
         images = await read_images(request, limits)
         try:
             async with asyncio.timeout(limits.answer_seconds):
-                found = await _answer_all(batcher[0], images, limits, mode or standard)
+                policy_used = fast if (mode or policy.mode) == "fast" else FULL
+                outputs = await _answer_all(batcher[0], images, limits, policy_used)
         except TimeoutError:
             raise Refusal(
                 503, "timeout", f"no answer within {limits.answer_seconds} seconds; try again"
             ) from None
-        gauges.images.inc(len(found))
+        gauges.images.inc(len(outputs))
         return Answers(
             answers=[
-                describe(model, i.name, *f, top=top) for i, f in zip(images, found, strict=True)
+                describe(model, image.name, output, top)
+                for image, output in zip(images, outputs, strict=True)
             ]
         )
 
     return app
 
 
-def runner(model: Model, most: int = 0) -> Run:
-    """The model on a batch, giving back the memory that a large image took; with so many stages "fast" is content."""
+def runner(model: Model) -> Run:
+    """Run the model on a batch and give back the memory that a large image took."""
     import onnxruntime
 
     frugal = onnxruntime.RunOptions()
     frugal.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
-    def run(images: np.ndarray, mode: str) -> Answer:
-        large = images.size > BATCH_PIXELS
-        found = model.run(images, mode, most if mode == "fast" else 0, frugal if large else None)
-        return found[:2] if found.asked is None else (found.probs, found.members, found.asked)
+    def run(images: np.ndarray, policy: CascadePolicy) -> ModelOutput:
+        return model.run(images, policy, frugal if images.size > BATCH_PIXELS else None)
 
     return run
 
 
 async def _answer_all(
-    batcher: Batcher, images: Sequence[Image], limits: Limits, mode: str
-) -> list[Answer]:
+    batcher: Batcher, images: Sequence[Image], limits: Limits, policy: CascadePolicy
+) -> list[ModelOutput]:
     """Answers in the order of the images; if one cannot be had the request fails and what still waits is dropped."""
     sizes = await asyncio.to_thread(lambda: [size_of(image, limits) for image in images])
     futures = [
-        asyncio.wrap_future(batcher.submit(i.content, s, mode))
+        asyncio.wrap_future(batcher.submit(i.content, s, policy))
         for i, s in zip(images, sizes, strict=True)
     ]
-    found: list[Answer] = []
+    outputs: list[ModelOutput] = []
     try:
         for image, future in zip(images, futures, strict=True):
-            found.append(await _refusing(future, image.name))
+            outputs.append(await _refusing(future, image.name))
     finally:
         for future in futures:
             future.cancel()
             future.add_done_callback(
                 lambda f: f.cancelled() or f.exception()
             )  # an error that nobody waits for any more
-    return found
+    return outputs
 
 
 async def _refusing(answer: Awaitable[Any], name: str) -> Any:
@@ -245,8 +248,7 @@ def run_server(
     api_key: str = "",
     limits: Limits | None = None,
     ready: Callable[[str], object] = lambda _: None,
-    mode: str = "full",
-    budget: float = 0.0,
+    policy: CascadePolicy = FULL,
 ) -> None:
     """Serve an exported file until SIGINT or SIGTERM; what is in flight then is still answered.
 
@@ -257,17 +259,16 @@ def run_server(
         api_key: what /predict, /card and /metrics ask for; empty = nothing.
         limits: what is taken.
         ready: told the address of the page once the port is open.
-        mode: how requests are answered that name no mode.
-        budget: milliseconds of the model for an image of 256 x 256, see `Model.afford`; it chooses the mode. 0 = none.
+        policy: how many members answer; a time budget is measured on an image of 256 x 256.
 
     Raises:
         ExportError: the file is not a threefold model, has no cascade where one is asked for, or the budget is too small.
         RunError: the address cannot be had.
     """
-    model, most = Model(path, memory=MEMORY, spin=False), 0
-    if budget:
-        mode, most = model.afford(budget, np.full(SAMPLE, 128, np.uint8))
-    server, listener = make_server(model, host, port, limits or Limits(), api_key, mode, most)
+    model = Model(path, memory=MEMORY, spin=False)
+    if policy.budget_ms:
+        policy = model.resolve_budget(policy, np.full(SAMPLE, 128, np.uint8))
+    server, listener = make_server(model, host, port, limits or Limits(), api_key, policy)
     with listener:
         ready(f"http://{_shown(host)}:{listener.getsockname()[1]}")
         server.run(sockets=[listener])
@@ -279,16 +280,15 @@ def make_server(
     port: int,
     limits: Limits,
     api_key: str = "",
-    mode: str = "full",
-    most: int = 0,
+    policy: CascadePolicy = FULL,
 ) -> tuple[uvicorn.Server, socket.socket]:
     """A server that is not running yet, and the open port that it is to be run with; the arguments are those of `make_app`.
 
     Raises:
-        ExportError: the mode is unknown, or the model has no cascade and one is asked for.
+        ExportError: the policy needs a cascade and the model has none.
         RunError: the address cannot be had.
     """
-    model.stops(mode, most)
+    model.stop_thresholds(policy)
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=512)
@@ -301,7 +301,7 @@ def make_server(
         ) from None
     hosts = {*map(_shown, LOOPBACK), _shown(host.lower())} if host in LOOPBACK else set()
     config = uvicorn.Config(
-        make_app(model, limits, api_key, hosts, cast(Mode, mode), most),
+        make_app(model, limits, api_key, hosts, policy),
         http=protocol(limits),
         ws="none",
         lifespan="on",

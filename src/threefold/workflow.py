@@ -126,7 +126,7 @@ def export(
         open_test(run.dir, "export", len(rows))
     report |= {"path": str(target), "method": fitted["method"]}
     if target.suffix == ".onnx":
-        report |= {"latency": load(target).latency(images[:16])}
+        report |= {"latency": load(target).measure_latency(images[:16])}
     _note_seconds(run, "export", time.monotonic() - began, {"export": report})
     return report
 

@@ -96,7 +96,7 @@ function describeMembers(found) {
     return make("tr", {}, make("th", { scope: "row" }, name), label, make("td", { class: "n" }, percent(opinion.probability)));
   });
   const agree = Object.values(found.members).filter((opinion) => opinion.label === found.label).length;
-  const left = found.asked ? (card?.members?.length ?? rows.length) - rows.length : 0;
+  const left = found.members_used ? (card?.members?.length ?? rows.length) - rows.length : 0;
   const unasked = left > 0 ? `, ${left} not asked: the answer was sure without` : "";
   return make("table", {}, make("caption", {}, `Members: ${agree} of ${rows.length} agree${unasked}`), make("tbody", {}, ...rows));
 }
