@@ -64,7 +64,7 @@ def export_pipeline(path: Path, size: int) -> None:
     from threefold.models__member import build_member
     from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
     from threefold.recipe_schema import MemberSpec
-    from threefold.scaling import TemperatureModule
+    from threefold.scaling import temperature_module
 
     torch.manual_seed(0)
     members = {}
@@ -73,7 +73,7 @@ def export_pipeline(path: Path, size: int) -> None:
         spec = MemberSpec(name=name, backbone=f"tf_efficientnet_lite{i}.in1k", img_size=size)
         members[name] = MemberPipeline([Predictor(build_member(spec, 10))], size, "squash")
     mean = MeanEnsemble().fit(np.full((3, 10, 10), 0.1, np.float32), np.arange(10)).to_module()
-    pipeline = Pipeline(members, Combiner(mean, TemperatureModule(1.0)), tuple("abcdefghij"))
+    pipeline = Pipeline(members, Combiner(mean, temperature_module(1.0)), tuple("abcdefghij"))
     targets.export(
         pipeline, path, pictures(np.random.default_rng(1), 4), {"name": "bench", "method": "mean"}
     )

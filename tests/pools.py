@@ -73,3 +73,18 @@ def scored(m: int = 3, n: int = 90, k: int = 4, seed: int = 0) -> tuple[np.ndarr
     labels = rng.integers(0, k, n)
     logits = rng.normal(0, 1.5, (m, n, k)) + np.eye(k)[labels] * np.linspace(2, 3, m)[:, None, None]
     return softmax(logits, -1).astype(np.float32), labels
+
+
+def draw_labels(probs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Labels (n,) drawn from probabilities (n, k)."""
+    above = rng.random((len(probs), 1)) > probs.cumsum(1)
+    return np.asarray(above.sum(1).clip(max=probs.shape[1] - 1))
+
+
+def biased_probs(
+    seed: int, n: int, bias: tuple[float, ...] = (1.5, 0.0, -1.5)
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities (n, k) that are off by a bias of each class, and labels (n,)."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 1.5, (n, len(bias)))
+    return softmax(logits + np.array(bias), -1), draw_labels(softmax(logits, -1), rng)

@@ -24,7 +24,7 @@ from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predi
 from threefold.models__recurrent import full_parameters
 from threefold.parity import TOLERANCES
 from threefold.recipe_schema import HeadSpec, MemberSpec, StageSpec
-from threefold.scaling import TemperatureModule
+from threefold.scaling import temperature_module
 from threefold.stacked import StackedEnsemble
 from threefold.training__optimizers import set_trainable, train_mode
 
@@ -311,7 +311,7 @@ def settle(member: Member, pixels: torch.Tensor) -> None:
 def pipeline_of(member: Member, size: int) -> Pipeline:
     return Pipeline(
         {"m": MemberPipeline([Predictor(member)], size, "squash")},
-        Combiner(MeanEnsemble().to_module(), TemperatureModule(1.0)),
+        Combiner(MeanEnsemble().to_module(), temperature_module(1.0)),
         ("a", "b", "c"),
     )
 

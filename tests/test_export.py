@@ -23,14 +23,14 @@ from threefold.exporting import fold_batch_norm
 from threefold.files import read_arrays
 from threefold.models__pipeline import Combiner, Pipeline, Predictor
 from threefold.run import Run
-from threefold.scaling import TemperatureModule
+from threefold.scaling import temperature_module
 
 
 def whole(run: Run, method: str = "mean") -> Pipeline:
     oof = run.predictions("oof")
     return run.pipeline(
         Combiner(
-            make_ensemble(method).fit(oof.probs, oof.labels).to_module(), TemperatureModule(1.3)
+            make_ensemble(method).fit(oof.probs, oof.labels).to_module(), temperature_module(1.3)
         )
     )
 

@@ -63,7 +63,7 @@ class Combiner(nn.Module):
 
     Args:
         ensemble: (b, m, k) to (b, k), an ensemble's `to_module()`.
-        calibration: (b, k) to (b, k), a calibration's `to_module()`, or `TemperatureModule(t)`; None = as they are.
+        calibration: (b, k) to (b, k), a calibration's `to_module()`, or `temperature_module(t)`; None = as they are.
     """
 
     def __init__(self, ensemble: nn.Module, calibration: nn.Module | None = None) -> None:

@@ -1,17 +1,18 @@
-"""Temperature and vector scaling of probabilities (n, k): fitted, applied, as a torch module, and as plain values.
+"""Temperature and vector scaling of probabilities (n, k): fit, apply, torch modules, plain values.
 
-Guo et al. 2017, "On calibration of modern neural networks", section 4.2. Imports no torch until a module is asked for.
+Guo et al. 2017, "On calibration of modern neural networks", section 4.2. torch is imported only to
+make a module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
-from scipy.optimize import minimize, minimize_scalar
+from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
 from threefold.errors import DataError
@@ -21,19 +22,25 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 LOWEST: Final = 0.05
-"""Smallest temperature that is fitted."""
+"""Smallest temperature that a fit returns."""
 
 HIGHEST: Final = 20.0
-"""Largest temperature that is fitted."""
+"""Largest temperature that a fit returns."""
 
 SHRINKAGE: Final = 10.0
-"""Weight of the pull of vector scaling towards temperature scaling, in rows for each class."""
+"""Strength of the shrinkage of vector scaling toward temperature scaling, in rows per class."""
 
-_FEWEST: Final = 1e-3
-"""Smallest scale of a class, as a share of the temperature's: a scale of 0 or below would turn a class around."""
+SMALLEST_SCALE: Final = 1e-3
+"""Smallest scale of a class, relative to 1 / temperature; 0 or below would reverse a class."""
 
 _NEWTON_CLASSES: Final = 200
-"""Most classes for Newton's steps in vector scaling, whose matrix has the side 2 k; more take L-BFGS-B."""
+"""Most classes for Newton's method in vector scaling, whose Hessian is (2k, 2k); else L-BFGS-B."""
+
+_FLOAT32_SIZE: Final = 100_000
+"""Number of probabilities above which a temperature is fitted in float32.
+
+The mean derivative over so many rows is as exact in float32, and faster.
+"""
 
 
 class VectorScaling(NamedTuple):
@@ -43,34 +50,52 @@ class VectorScaling(NamedTuple):
     bias: np.ndarray
 
 
-_MANY: Final = 100_000
-"""Probabilities from which on derivatives are taken in float32: their mean over so many rows is as exact, and sooner there."""
+class _TemperatureFit(NamedTuple):
+    """Result of Newton's method.
+
+    Attributes:
+        inverse_temperature: the minimum.
+        point: the last point at which derivatives were computed.
+        slopes, curvatures: (n,) derivatives of each row's log loss there.
+    """
+
+    inverse_temperature: float
+    point: float
+    slopes: np.ndarray
+    curvatures: np.ndarray
 
 
 def fit_temperature(probs: npt.ArrayLike, labels: npt.ArrayLike) -> float:
-    """The T in 0.05..20 that minimises the log loss of softmax(log(probs) / T) (Guo et al. 2017); probs (n, k).
+    """Fit the temperature T in 0.05..20 that minimizes the log loss of softmax(log(probs) / T).
+
+    Args:
+        probs: (n, k).
+        labels: (n,).
 
     Raises:
         DataError: probabilities or labels are not usable.
     """
     array = check_probs(probs, 2)
     truth = check_labels(labels, *array.shape)
-
-    return float(1 / _heat(_logs_by_class(array), truth)[0])
+    return float(1 / _fit_inverse_temperature(_logs_by_class(array), truth).inverse_temperature)
 
 
 def fit_temperatures(
     probs: npt.ArrayLike, labels: npt.ArrayLike, part: np.ndarray
 ) -> tuple[float, dict[Any, float]]:
-    """`fit_temperature` on all rows, and for each part on the rows outside it, in a third of the time of single fits (docs/LOG.md).
+    """Fit a temperature on all rows, and one for each part on the rows outside it.
 
-    Newton's method converges quadratically: from the last point of the fit on all rows, whose derivatives are known row by
-    row, two steps reach the minimum of each part's rest; where they do not, that is fitted by itself.
+    This takes a third of the time of separate fits. Newton's method converges quadratically:
+    starting from the fit on all rows, whose derivatives are known row by row, two steps reach the
+    minimum without a part. If they do not, that minimum is fitted separately.
 
     Args:
         probs: (n, k).
         labels: (n,).
-        part: (n,) the part of each row, two at least.
+        part: (n,) the part of each row, at least two.
+
+    Returns:
+        The temperature of all rows, and by part the temperature of the rows outside it.
 
     Raises:
         DataError: probabilities or labels are not usable.
@@ -78,71 +103,92 @@ def fit_temperatures(
     array = check_probs(probs, 2)
     truth = check_labels(labels, *array.shape)
     logs = _logs_by_class(array)
-    heat, near, rise, bend = _heat(logs, truth)
-    apart = {}
+    fit = _fit_inverse_temperature(logs, truth)
+    temperatures = {}
     for value in np.unique(part):
         rest = part != value
-        some, own, found = logs[:, rest], truth[rest], near
-        for step in range(2):
-            by_row = (rise[rest], bend[rest]) if step == 0 else _slopes(some, own, found)
-            away = _step(*by_row)
-            if not abs(away) < 0.1 * found:
-                break
-            found -= away
-        else:
-            if abs(away) < 1e-3 * found:
-                apart[value] = float(1 / found)
-                continue
-        apart[value] = float(1 / _heat(some, own)[0])
-    return float(1 / heat), apart
+        rest_logs, rest_truth = logs[:, rest], truth[rest]
+        inverse_temperature = _refine(fit, rest, rest_logs, rest_truth)
+        if inverse_temperature is None:
+            inverse_temperature = _fit_inverse_temperature(
+                rest_logs, rest_truth
+            ).inverse_temperature
+        temperatures[value] = float(1 / inverse_temperature)
+    return float(1 / fit.inverse_temperature), temperatures
+
+
+def _refine(
+    fit: _TemperatureFit, rest: np.ndarray, logs: np.ndarray, labels: np.ndarray
+) -> float | None:
+    """Take two Newton steps from `fit` toward the minimum on the rows `rest`.
+
+    Returns None if the steps are too long to trust. `logs` and `labels` are those of `rest`.
+    """
+    step = _newton_step(fit.slopes[rest], fit.curvatures[rest])
+    if not abs(step) < 0.1 * fit.point:
+        return None
+    inverse_temperature = fit.point - step
+    step = _newton_step(*_derivatives(logs, labels, inverse_temperature))
+    if not abs(step) < 0.1 * inverse_temperature:
+        return None
+    inverse_temperature -= step
+    return inverse_temperature if abs(step) < 1e-3 * inverse_temperature else None
 
 
 def _logs_by_class(probs: np.ndarray) -> np.ndarray:
-    """Floored logs (k, n), the largest of each row 0: with the classes first, sums over them take whole rows at a time."""
+    """Return floored logs (k, n), shifted so that the largest of each row is 0.
+
+    With the classes first, sums over classes are sums of whole contiguous rows.
+    """
     logs = np.ascontiguousarray(floored_logs(probs).T)
     logs -= logs.max(0)
-    return logs.astype(np.float32) if logs.size > _MANY else logs
+    return logs.astype(np.float32) if logs.size > _FLOAT32_SIZE else logs
 
 
-def _slopes(logs: np.ndarray, truth: np.ndarray, heat: float) -> tuple[np.ndarray, np.ndarray]:
-    """First and second derivative (n,) of each row's log loss by 1 / T, in which it is convex; logs (k, n)."""
-    p = np.exp(logs.dtype.type(heat) * logs)
+def _derivatives(
+    logs: np.ndarray, labels: np.ndarray, inverse_temperature: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return slope and curvature (n,) of each row's log loss, which is convex in 1 / T."""
+    p = np.exp(logs.dtype.type(inverse_temperature) * logs)
     total = p.sum(0)
     p *= logs
     first = p.sum(0) / total
     p *= logs
-    rise, bend = first - logs[truth, np.arange(len(truth))], p.sum(0) / total - first**2
-    return rise.astype(np.float64), bend.astype(np.float64)
+    slopes = first - logs[labels, np.arange(len(labels))]
+    curvatures = p.sum(0) / total - first**2
+    return slopes.astype(np.float64), curvatures.astype(np.float64)
 
 
-def _step(rise: np.ndarray, bend: np.ndarray) -> float:
-    """Newton's step from the rows' derivatives; infinite where there is no bend."""
-    curve = float(bend.mean())
-    return float(rise.mean()) / curve if curve > 0 else np.inf
+def _newton_step(slopes: np.ndarray, curvatures: np.ndarray) -> float:
+    """Return Newton's step from the rows' derivatives; infinite without curvature."""
+    curvature = float(curvatures.mean())
+    return float(slopes.mean()) / curvature if curvature > 0 else np.inf
 
 
-def _heat(logs: np.ndarray, truth: np.ndarray) -> tuple[float, float, np.ndarray, np.ndarray]:
-    """The best 1 / T, the last point at which derivatives were taken, and these, row by row."""
-    low, high, heat = 1 / HIGHEST, 1 / LOWEST, 1.0
+def _fit_inverse_temperature(logs: np.ndarray, labels: np.ndarray) -> _TemperatureFit:
+    """Minimize the log loss by Newton's method, with bisection as a safeguard."""
+    low, high, inverse_temperature = 1 / HIGHEST, 1 / LOWEST, 1.0
     for _ in range(100):
-        rise, bend = _slopes(logs, truth, heat)
-        slope = float(rise.mean())
-        last = heat
-        if slope == 0:  # also where every row is uniform, and no temperature matters
+        slopes, curvatures = _derivatives(logs, labels, inverse_temperature)
+        slope = float(slopes.mean())
+        point = inverse_temperature
+        # The slope is also exactly 0 if every row is uniform, and no temperature matters.
+        if slope == 0:
             break
-        low, high = (low, heat) if slope > 0 else (heat, high)
-        step = heat - _step(rise, bend)
-        newton = low < step < high
-        heat = step if newton else (low * high) ** 0.5
-        if abs(heat / last - 1) < (
-            1e-5 if newton else 1e-8
-        ):  # a Newton step this small leaves its square
+        low, high = (low, point) if slope > 0 else (point, high)
+        newton = point - _newton_step(slopes, curvatures)
+        inside = low < newton < high
+        inverse_temperature = newton if inside else (low * high) ** 0.5
+        # The error after a Newton step is about the square of the step.
+        if abs(inverse_temperature / point - 1) < (1e-5 if inside else 1e-8):
             break
-    return heat, last, rise, bend
+    return _TemperatureFit(inverse_temperature, point=point, slopes=slopes, curvatures=curvatures)
 
 
 def apply_temperature(probs: npt.ArrayLike, temperature: float) -> np.ndarray:
-    """softmax(log(probs) / temperature), (n, k) float64; probabilities below FLOOR count as FLOOR.
+    """Return softmax(log(probs) / temperature), (n, k) float64.
+
+    Probabilities below FLOOR count as FLOOR.
 
     Raises:
         DataError: probabilities are not usable, or the temperature is not above 0.
@@ -151,8 +197,8 @@ def apply_temperature(probs: npt.ArrayLike, temperature: float) -> np.ndarray:
     return np.asarray(softmax(floored_logs(check_probs(probs, 2)) / temperature, axis=-1))
 
 
-def TemperatureModule(temperature: float) -> nn.Module:
-    """`apply_temperature` as a torch module, (b, k) to (b, k); a function, so that importing this needs no torch.
+def temperature_module(temperature: float) -> nn.Module:
+    """Return `apply_temperature` as a torch module, (b, k) to (b, k).
 
     Raises:
         DataError: the temperature is not above 0.
@@ -174,14 +220,21 @@ def fit_vector(
     shrinkage: float = SHRINKAGE,
     temperature: float | None = None,
 ) -> VectorScaling:
-    """Scale and bias of each class that minimise the log loss (vector scaling, Guo et al. 2017), pulled to temperature.
+    """Fit the scale and bias of each class that minimize the log loss, shrunk toward temperature.
 
-    The penalty is shrinkage / 2 * sum(bias ** 2 + (scale * T - 1) ** 2) on the summed log loss, with T from
-    `fit_temperature` (or as given): a class with few rows stays near the temperature, and with a large shrinkage all do.
-    The problem is convex, so the result does not depend on a start. Scales stay above 0.
+    The penalty on the summed log loss is shrinkage / 2 * sum(bias ** 2 + (scale * T - 1) ** 2):
+    a class with few rows stays near the temperature, and with a large shrinkage all do. The problem
+    is convex, so the result does not depend on a start. Scales stay above 0.
+
+    Args:
+        probs: (n, k).
+        labels: (n,).
+        shrinkage: strength of the penalty, in rows per class.
+        temperature: T in the penalty; None = `fit_temperature`.
 
     Raises:
-        DataError: probabilities or labels are not usable, or the shrinkage or the temperature is not above 0.
+        DataError: probabilities or labels are not usable, or the shrinkage or the temperature is
+            not above 0.
     """
     array = check_probs(probs, 2)
     n, k = array.shape
@@ -192,96 +245,109 @@ def fit_vector(
         temperature = fit_temperature(array, truth)
     _check_temperature(temperature)
     z = floored_logs(array) / temperature
-    found = _newton(z, truth, shrinkage) if k <= _NEWTON_CLASSES else None
-    if found is None or found[0].min() < _FEWEST:
-        found = _bounded(z, truth, shrinkage)
-    return VectorScaling(found[0] / temperature, found[1])
+    solution = minimize_newton(z, truth, shrinkage) if k <= _NEWTON_CLASSES else None
+    if solution is None or solution[0].min() < SMALLEST_SCALE:
+        solution = minimize_bounded(z, truth, shrinkage)
+    return VectorScaling(solution[0] / temperature, solution[1])
 
 
-def _newton(z: np.ndarray, truth: np.ndarray, shrinkage: float) -> np.ndarray | None:
-    """Scale and bias (2, k) by Newton's steps, each of them halved until the loss falls; None where they do not end."""
+def minimize_newton(z: np.ndarray, labels: np.ndarray, shrinkage: float) -> np.ndarray | None:
+    """Fit vector scaling by Newton's method with step halving, without bounds on the scales.
+
+    Args:
+        z: (n, k) log probabilities divided by the temperature.
+        labels: (n,).
+        shrinkage: strength of the penalty.
+
+    Returns:
+        Scale and bias (2, k), or None if the method does not converge.
+    """
     n, k = z.shape
-    counts, sums = np.bincount(truth, minlength=k), np.bincount(truth, z[np.arange(n), truth], k)
-    pull, places = np.repeat([1.0, 0.0], k), np.arange(k)
+    counts = np.bincount(labels, minlength=k)
+    sums = np.bincount(labels, z[np.arange(n), labels], k)
+    center, diagonal = np.repeat([1.0, 0.0], k), np.arange(k)
 
-    def look(x: np.ndarray) -> tuple[float, np.ndarray]:
+    def evaluate(x: np.ndarray) -> tuple[float, np.ndarray]:
         logits = x[:k] * z + x[k:]
         logits -= logits.max(1, keepdims=True)
         p = np.exp(logits)
         total = p.sum(1, keepdims=True)
         p /= total
-        value = np.log(total).sum() - logits[np.arange(n), truth].sum()
-        return float(value + shrinkage / 2 * ((x - pull) ** 2).sum()), p
+        loss = np.log(total).sum() - logits[np.arange(n), labels].sum()
+        return float(loss + shrinkage / 2 * ((x - center) ** 2).sum()), p
 
-    x = pull.copy()
-    value, p = look(x)
+    x = center.copy()
+    loss, p = evaluate(x)
     for _ in range(50):
         wide = np.concatenate([p * z, p], 1)
-        slope = wide.sum(0) - np.concatenate([sums, counts]) + shrinkage * (x - pull)
-        curve = -(wide.T @ wide) + shrinkage * np.eye(2 * k)
-        curve[places, places] += (wide[:, :k] * z).sum(0)
-        curve[places + k, places + k] += wide[:, k:].sum(0)
-        curve[places, places + k] += wide[:, :k].sum(0)
-        curve[places + k, places] += wide[:, :k].sum(0)
+        slope = wide.sum(0) - np.concatenate([sums, counts]) + shrinkage * (x - center)
+        hessian = -(wide.T @ wide) + shrinkage * np.eye(2 * k)
+        hessian[diagonal, diagonal] += (wide[:, :k] * z).sum(0)
+        hessian[diagonal + k, diagonal + k] += wide[:, k:].sum(0)
+        hessian[diagonal, diagonal + k] += wide[:, :k].sum(0)
+        hessian[diagonal + k, diagonal] += wide[:, :k].sum(0)
         try:
-            step = cho_solve(cho_factor(curve), slope)
+            step = cho_solve(cho_factor(hessian), slope)
         except LinAlgError:
             return None
-        gain, share = float(slope @ step), 1.0
+        gain, length = float(slope @ step), 1.0
         if gain < 1e-9 * n:
             return np.asarray((x - step).reshape(2, k))
         while True:
-            lower, next_p = look(x - share * step)
-            if lower <= value - 1e-4 * share * gain:
+            next_loss, next_p = evaluate(x - length * step)
+            if next_loss <= loss - 1e-4 * length * gain:
                 break
-            share /= 2
-            if share < 1e-6:
+            length /= 2
+            if length < 1e-6:
                 return None
-        x, value, p = x - share * step, lower, next_p
+        x, loss, p = x - length * step, next_loss, next_p
     return None
 
 
-def _bounded(z: np.ndarray, truth: np.ndarray, shrinkage: float) -> np.ndarray:
-    """Scale and bias (2, k) with scales kept above 0, in memory that grows with k, not k squared."""
+def minimize_bounded(z: np.ndarray, labels: np.ndarray, shrinkage: float) -> np.ndarray:
+    """Fit vector scaling by L-BFGS-B with scales of at least SMALLEST_SCALE.
+
+    Its memory grows with k instead of k squared. Arguments and result as in `minimize_newton`.
+    """
     n, k = z.shape
 
     def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         scale, bias = parameters.reshape(2, k)
         logs = log_softmax(scale * z + bias, axis=-1)
         error = np.exp(logs)
-        error[np.arange(n), truth] -= 1
-        value = -logs[np.arange(n), truth].sum() + shrinkage / 2 * (
-            bias @ bias + (scale - 1) @ (scale - 1)
-        )
+        error[np.arange(n), labels] -= 1
+        penalty = shrinkage / 2 * (bias @ bias + (scale - 1) @ (scale - 1))
+        value = -logs[np.arange(n), labels].sum() + penalty
         slope = np.concatenate(
             [(error * z).sum(0) + shrinkage * (scale - 1), error.sum(0) + shrinkage * bias]
         )
         return value / n, slope / n
 
     start = np.concatenate([np.ones(k), np.zeros(k)])
-    bounds = [(_FEWEST, None)] * k + [(None, None)] * k
-    return np.asarray(
-        minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x.reshape(2, k)
-    )
+    bounds = [(SMALLEST_SCALE, None)] * k + [(None, None)] * k
+    solution = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
+    return np.asarray(solution.x.reshape(2, k))
 
 
 def apply_vector(probs: npt.ArrayLike, scaling: VectorScaling) -> np.ndarray:
-    """softmax(scale * log(probs) + bias), (n, k) float64; probabilities below FLOOR count as FLOOR.
+    """Return softmax(scale * log(probs) + bias), (n, k) float64.
+
+    Probabilities below FLOOR count as FLOOR.
 
     Raises:
-        DataError: probabilities are not usable, or of another number of classes than the scaling.
+        DataError: probabilities are not usable, or have another number of classes than the scaling.
     """
     array = check_probs(probs, 2)
     scale, bias = _check_scaling(scaling)
     if len(scale) != array.shape[1]:
         raise DataError(
-            "the scaling is of other classes", expected=f"{len(scale)} classes", got=array.shape[1]
+            "the scaling is for other classes", expected=f"{len(scale)} classes", got=array.shape[1]
         )
     return np.asarray(softmax(floored_logs(array) * scale + bias, axis=-1))
 
 
-def VectorModule(scaling: VectorScaling) -> nn.Module:
-    """`apply_vector` as a torch module, (b, k) to (b, k); scale and bias are buffers.
+def vector_module(scaling: VectorScaling) -> nn.Module:
+    """Return `apply_vector` as a torch module, (b, k) to (b, k); scale and bias are buffers.
 
     Raises:
         DataError: the scaling is not usable.
@@ -306,7 +372,7 @@ def VectorModule(scaling: VectorScaling) -> nn.Module:
 
 
 def scaling_state(scaling: VectorScaling) -> dict[str, list[float]]:
-    """Scale and bias as plain lists, for JSON and npz; see `scaling_from_state`.
+    """Return scale and bias as plain lists, for JSON and npz.
 
     Raises:
         DataError: the scaling is not usable.
@@ -316,7 +382,7 @@ def scaling_state(scaling: VectorScaling) -> dict[str, list[float]]:
 
 
 def scaling_from_state(state: Mapping[str, Any]) -> VectorScaling:
-    """The scaling whose `scaling_state` this is, lists or arrays.
+    """Restore a scaling from its `scaling_state`, lists or arrays.
 
     Raises:
         DataError: a part is missing or not a list of finite numbers.
@@ -330,28 +396,20 @@ def scaling_from_state(state: Mapping[str, Any]) -> VectorScaling:
 
 
 def as_scaling(temperature: float, k: int, scaling: VectorScaling | None = None) -> VectorScaling:
-    """A temperature for k classes as a scaling; after another scaling, where one is given.
+    """Return a temperature for k classes as a scaling, applied after `scaling` if given.
 
     Raises:
-        DataError: the temperature is not above 0, or the scaling is of other classes.
+        DataError: the temperature is not above 0, or the scaling is for other classes.
     """
     _check_temperature(temperature)
     scale, bias = _check_scaling(scaling or VectorScaling(np.ones(k), np.zeros(k)))
     if len(scale) != k:
-        raise DataError("the scaling is of other classes", expected=f"{k} classes", got=len(scale))
+        raise DataError("the scaling is for other classes", expected=f"{k} classes", got=len(scale))
     return VectorScaling(scale / temperature, bias / temperature)
 
 
-def best_temperature(loss: Callable[[float], float]) -> float:
-    """The temperature of least loss, searched on a logarithmic scale."""
-    found = minimize_scalar(
-        lambda log: loss(float(np.exp(log))), bounds=np.log((LOWEST, HIGHEST)), method="bounded"
-    )
-    return float(np.exp(found.x))
-
-
 def floored_logs(probs: np.ndarray) -> np.ndarray:
-    """log(probs) in float64, probabilities below FLOOR as FLOOR; any shape."""
+    """Return log(probs) in float64, any shape; probabilities below FLOOR count as FLOOR."""
     return np.asarray(np.log(np.maximum(probs.astype(np.float64), FLOOR)))
 
 
@@ -361,12 +419,10 @@ def _check_temperature(temperature: float) -> None:
 
 
 def _check_scaling(scaling: VectorScaling) -> tuple[np.ndarray, np.ndarray]:
+    """Return scale and bias as float64."""
     scale, bias = (np.asarray(part, dtype=np.float64) for part in scaling)
-    if (
-        scale.ndim != 1
-        or scale.shape != bias.shape
-        or not (np.isfinite(scale) & np.isfinite(bias)).all()
-    ):
+    finite = (np.isfinite(scale) & np.isfinite(bias)).all() if scale.shape == bias.shape else False
+    if scale.ndim != 1 or not finite:
         raise DataError(
             "a scaling is two lists of finite numbers, one each per class",
             got=(scale.shape, bias.shape),
