@@ -220,7 +220,7 @@ def test_a_pt_file_is_never_unpickled(tmp_path: Path, legacy: bool) -> None:
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ([1, 2, 3], r"not a dict and not \(probs, labels\)"),
+        ([1, 2, 3], r"neither a dict nor a pair \(probs, labels\)"),
         ({"probs": 3}, "a value cannot be used.*probs; expected tensors"),
         ({"state": ["a"]}, "probabilities are missing"),
     ],
@@ -370,7 +370,7 @@ def test_timm_without_folders_takes_labels_from_a_table(tmp_path: Path) -> None:
         ({"topk": 1, "index": True, "label": "name"}, "best class of each row"),
         ({"topk": 3, "index": True}, "best 3 classes.*--topk 0"),
         ({"topk": 3, "label": "name"}, "best 3 classes"),
-        ({"topk": 4}, "sorted, so which class"),
+        ({"topk": 4}, "sorted, so their classes"),
         ({"topk": 0, "column": "logit"}, "these are logits.*output-type"),
         (
             {"topk": 4, "index": True, "label": "name", "classes": ("a", "a", "b", "c")},

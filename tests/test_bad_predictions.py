@@ -58,10 +58,10 @@ TEXTS: dict[str, tuple[str | bytes, str]] = {
     ),
     "logits": (
         GOOD + "c,cat,3.2,-1.5\n",
-        "no probabilities .logits.*row c.*got 3.2, -1.5 with sum 1.7; fix: apply softmax",
+        "not probabilities .logits.*row c.*got 3.2, -1.5 with sum 1.7; fix: apply softmax",
     ),
-    "logits that sum to 1": (GOOD + "c,cat,1.5,-0.5\n", "no probabilities .logits.*row c"),
-    "percent": (GOOD + "c,cat,75,25\n", "these are percent.*row c.*divide by 100"),
+    "logits that sum to 1": (GOOD + "c,cat,1.5,-0.5\n", "not probabilities .logits.*row c"),
+    "percent": (GOOD + "c,cat,75,25\n", "these are percentages.*row c.*divide by 100"),
     "log probabilities": (GOOD + "c,cat,-0.2877,-1.3863\n", "logarithms.*row c.*apply exp"),
     "two digits": (
         HEAD[:-1] + ",cow\na,cat,0.33,0.33,0.33\n",
@@ -110,12 +110,12 @@ TEXTS: dict[str, tuple[str | bytes, str]] = {
     ),
     "an unknown label": (
         GOOD + "c,cow,1,0\n",
-        "a label is no class.*row 2; expected one of cat, dog, got cow",
+        "a label is not a class.*row 2; expected one of cat, dog, got cow",
     ),
     "a label nearly right": (GOOD + "c,Cat,1,0\n", "expected cat, or another, got Cat"),
     "a fold that is no number": (
         "label,fold,cat,dog\ncat,one,1,0\n",
-        "no whole number.*column fold; got one",
+        "not a whole number.*column fold; got one",
     ),
     "an unknown protocol": (
         "label,protocol,cat,dog\ncat,fair,1,0\n",
@@ -127,7 +127,7 @@ TEXTS: dict[str, tuple[str | bytes, str]] = {
     ),
     "Latin 1": (GOOD.encode() + "c,cät,1,0\n".encode("latin-1"), "not UTF-8.*0xe4.*utf-8"),
     "UTF-16": (GOOD.encode("utf-16"), "UTF-16 text content; fix: save it as UTF-8"),
-    "binary": (bytes(range(256)) * 8, "not what its name says.*expected csv, got binary content"),
+    "binary": (bytes(range(256)) * 8, "contradicts its suffix.*expected csv, got binary content"),
     "zip named csv": (b"PK\x03\x04" + bytes(200), "cut off or damaged.*zip"),
     "gzip named csv": (b"\x1f\x8b\x08" + bytes(200), "expected csv, got gzip content"),
     "HDF5 named csv": (b"\x89HDF\r\n\x1a\n" + bytes(200), "got HDF5 content"),
@@ -169,7 +169,7 @@ JSONS = {
     "nested without end": ("[" * 100_000, "cannot read the JSON file"),
     "a name twice": (
         '{"a": {"prob": [1, 0]}, "a": {"prob": [1, 0]}}',
-        "names a thing twice.*got a",
+        "repeats a name.*got a",
     ),
     "rows that differ": (
         '{"a": {"prob_0": 1, "prob_1": 0}, "b": {"prob_0": 1}}',
@@ -241,7 +241,7 @@ NPZS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a smaller shape": (lambda path: forged(path, (2, 2)), "cut off or damaged"),
     "an entry that is no array": (
         lambda path: forged(path, (4, 4), "probs"),
-        "something else than arrays.*got probs",
+        "an entry that is not an array.*got probs",
     ),
 }
 
@@ -341,7 +341,7 @@ PARQUETS: dict[str, tuple[dict[str, Any], str]] = {
         "header and no rows|something else",
     ),
     "row numbers of pandas": ({"__index_level_0__": [0, 1]}, "row numbers.*__index_level_0__"),
-    "labels as fractions": ({"label": [0.5, 1.0]}, "a label is no class.*got 0.5"),
+    "labels as fractions": ({"label": [0.5, 1.0]}, "a label is not a class.*got 0.5"),
     "labels as dates": ({"label": [datetime.date(2026, 1, 1)] * 2}, "neither text nor numbers"),
 }
 

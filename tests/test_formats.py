@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_predictions import make, predictions, same
 
-from threefold.adapters import COLUMNS, is_no_class
+from threefold.adapters import COLUMNS, is_reserved_column
 from threefold.errors import DataError, RunError
 from threefold.formats import read_predictions, write_predictions
 from threefold.predictions import Predictions
@@ -21,7 +21,7 @@ from threefold.predictions import Predictions
 def holdable(rows: Predictions) -> bool:
     """Whether a table can hold the names; the strategy draws all of Unicode."""
     names = [*rows.ids, *rows.members, *rows.classes, *(rows.groups or ())]
-    return not any(map(is_no_class, rows.classes)) and not any(
+    return not any(map(is_reserved_column, rows.classes)) and not any(
         "\ud800" <= c <= "\udfff" for name in names for c in name
     )
 
@@ -140,7 +140,7 @@ def test_labels_may_be_column_numbers_where_no_class_is_named_by_a_number(tmp_pa
     assert read(tmp_path, "label,cat,dog\n1,0.25,0.75\n0,1,0\n").labels.tolist() == [1, 0]
     # Names win: the class named 10 is column 1 here, as Keras sorts folders by their text.
     assert read(tmp_path, "label,1,10,2\n10,0,1,0\n2,0,0,1\n").labels.tolist() == [1, 2]
-    with pytest.raises(DataError, match=r"a label is no class.*got 0"):
+    with pytest.raises(DataError, match=r"a label is not a class.*got 0"):
         read(tmp_path, "label,1,10,2\n0,0,1,0\n2,0,0,1\n")
     with pytest.raises(DataError, match="out of range"):
         read(tmp_path, "label,cat,dog\n1,0.25,0.75\n2,1,0\n")
@@ -210,7 +210,7 @@ def test_labels_beside_the_file_that_do_not_fit_are_refused(tmp_path: Path) -> N
     np.save(tmp_path / "net.npy", np.eye(2))
     for text, message in {
         "id,label\na,cat\n": r"labels are missing.*1 missing, the first is b",
-        "id,label\na,cat\nb,cow\n": "a label is no class.*row 1.*got cow",
+        "id,label\na,cat\nb,cow\n": "a label is not a class.*row 1.*got cow",
         "id,label\na,cat\na,dog\nb,cat\n": "ids are not unique.*got a",
         "id,truth\na,cat\nb,cat\n": "no column label",
         "label\ncat\n": "labels do not fit.*expected 2 rows.*got 1",
@@ -236,7 +236,7 @@ def test_labels_beside_the_file_that_do_not_fit_are_refused(tmp_path: Path) -> N
     )
     refused("labels must be a table", tmp_path / "net.npz", labels=tmp_path / "net.npz")
     refused(
-        "names its classes otherwise",
+        "the file has other class names",
         tmp_path / "net.npz",
         labels=tmp_path / "labels.csv",
         classes=("dog", "cat"),

@@ -111,11 +111,9 @@ def test_missing_and_surplus_ids_are_counted_and_named() -> None:
         make(),
         other().rows([0, 2, 4, 5]),
     )
+    refused("got 2 surplus, the first is train/1.png", make().rows([0, 2, 4, 5]), other())
     refused(
-        "got 2 that the other has not, the first is train/1.png", make().rows([0, 2, 4, 5]), other()
-    )
-    refused(
-        "6 missing, the first is train/0.png and 6 that the other has not, the first is u",
+        "6 missing, the first is train/0.png and 6 surplus, the first is u",
         make(),
         other(ids=tuple("uvwxyz")),
     )
@@ -146,7 +144,7 @@ def test_other_labels_groups_and_members_with_one_name_are_refused() -> None:
         other(groups=tuple("aabbcd")),
     )
     refused(
-        "same name; got net0 in inputs 1 and 3, 1 more; fix: name the members apart",
+        "same name; got net0 in inputs 1 and 3, 1 more; fix: give each member its own name",
         make(),
         other(),
         make(),

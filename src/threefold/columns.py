@@ -1,6 +1,6 @@
-"""Files of tables (CSV, parquet, JSON), read without trust and without pandas.
+"""Read untrusted tables (CSV, parquet, JSON) without pandas.
 
-What the columns mean is not known here: `adapters` says that.
+`adapters` knows what the columns mean.
 """
 
 from __future__ import annotations
@@ -11,29 +11,31 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 
-from threefold.containers import WHOLE, limit
+from threefold.containers import COPY_FIX, check_size
 from threefold.errors import DataError
 
 MAX_JSON: Final = 256 << 20
-"""JSON is parsed whole and takes about ten times its size."""
+"""Largest JSON file in bytes. It is parsed at once and takes about ten times its size."""
 
 _NUMBERS = ("float", "double", "halffloat", "int", "uint")
 _TEXTS = ("string", "large_string", "dictionary", "list", "large_list", "fixed_size_list")
-"""How Arrow's names of types begin."""
+"""Prefixes of the names of Arrow types."""
 
 
-class Table(NamedTuple):
-    """Columns of one file.
+@dataclass(frozen=True, eq=False)
+class Table:
+    """The columns of one file.
 
     Attributes:
         where: the file, for messages.
-        text: cells of the columns that are not numbers, as text (lists where a cell holds several values).
-        names: the q number columns, in the order of the file.
+        text: cells of the columns that are not numbers, as text or, for several values, as lists.
+        names: names of the q number columns, in the order of the file.
         numbers: (n, q) floats.
     """
 
@@ -43,82 +45,46 @@ class Table(NamedTuple):
     numbers: np.ndarray
 
 
-Chooser = Callable[[Sequence[str], str], Sequence[str]]
-"""Given all column names and the file, the names of those that hold numbers; raises where it does not know the table."""
+NumberColumns = Callable[[Sequence[str], str], Sequence[str]]
+"""Maps all column names and the file to the names of the number columns; refuses unknown tables."""
 
 
 def check_names(names: Sequence[str], where: str | Path) -> None:
-    """Column names as they must be.
+    """Check that every column has a name of its own.
 
     Raises:
-        DataError: no names, one of them empty, or twice the same.
+        DataError: there are no names, one is empty, or two are the same.
     """
-    if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
-        mark = next(mark for mark in ";\t|" if mark in names[0])
-        got = "tabs" if mark == "\t" else mark
+    separators = [mark for mark in ";\t|" if len(names) == 1 and mark in names[0]]
+    if separators:
         raise DataError(
             "the columns are not separated by commas",
             where=where,
-            got=got,
+            got="tabs" if separators[0] == "\t" else separators[0],
             fix='to_csv(..., sep=",")',
         )
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice and twice[0]:
-        raise DataError("two columns have the same name", where=where, got=twice[0])
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated and repeated[0]:
+        raise DataError("two columns have the same name", where=where, got=repeated[0])
     if not names or "" in names:
-        fix = "leave the row numbers out: to_csv(..., index=False)"
         raise DataError(
             "a column has no name",
             where=where,
             got=",".join(names)[:80] or "an empty line",
-            fix=fix,
+            fix="leave the row numbers out: to_csv(..., index=False)",
         )
 
 
-def read_csv(path: Path, choose: Chooser) -> Table:
-    """A CSV file: UTF-8 (with or without BOM), commas, a header, one cell per column in every row.
+def read_csv(path: Path, number_columns: NumberColumns) -> Table:
+    """Read a CSV file: UTF-8 (with or without BOM), commas, a header, no empty cells.
 
     Raises:
-        DataError: not such a file, no rows, an empty cell, or text in a number column.
+        DataError: the file is not like that, has no rows, or has text in a number column.
     """
-    where = str(path)
-    limit(path.stat().st_size, path)
-    numbers = array("d")
-    shared: dict[str, str] = {}
+    check_size(path.stat().st_size, path)
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, strict=True)
-            header = next(reader, [])
-            check_names(header, path)
-            names = tuple(choose(header, where))
-            at = [header.index(name) for name in names]
-            others = [i for i, name in enumerate(header) if name not in set(names)]
-            text: list[list[str]] = [[] for _ in others]
-            count = 0
-            for row in reader:
-                if not row:
-                    continue  # an empty line, as at the end of many files
-                count += 1
-                if len(row) != len(header):
-                    expected = f"{len(header)} cells as in the header"
-                    raise DataError(
-                        "a row has too many or too few cells",
-                        where=f"{path} line {reader.line_num}",
-                        expected=expected,
-                        got=len(row),
-                    )
-                if "" in row:
-                    raise DataError(
-                        "a cell is empty",
-                        where=f"{path} line {reader.line_num}",
-                        got=f"column {header[row.index('')]}",
-                    )
-                for cells, i in zip(text, others, strict=True):
-                    cells.append(shared.setdefault(row[i], row[i]))  # ids come back once per member
-                try:
-                    numbers.extend([float(row[i]) for i in at])
-                except ValueError:
-                    _refuse_text(row, header, at, f"{path} line {reader.line_num}")
+            return _parse_csv(csv.reader(stream, strict=True), path, number_columns)
     except UnicodeDecodeError as error:
         raise DataError(
             "the CSV file is not UTF-8",
@@ -130,73 +96,101 @@ def read_csv(path: Path, choose: Chooser) -> Table:
         raise DataError(
             "cannot read the CSV file", where=path, got=getattr(error, "strerror", "") or error
         ) from None
+
+
+def _parse_csv(reader: Any, path: Path, number_columns: NumberColumns) -> Table:
+    header: list[str] = next(reader, [])
+    check_names(header, path)
+    names = tuple(number_columns(header, str(path)))
+    number_positions = [header.index(name) for name in names]
+    text: dict[str, list[Any]] = {name: [] for name in header if name not in set(names)}
+    text_positions = [header.index(name) for name in text]
+    numbers = array("d")
+    shared: dict[str, str] = {}  # one copy of each text: every member repeats the ids
+    count = 0
+    for row in reader:
+        if not row:
+            continue  # many files end in an empty line
+        count += 1
+        where = f"{path} line {reader.line_num}"
+        if len(row) != len(header):
+            raise DataError(
+                "a row has too many or too few cells",
+                where=where,
+                expected=f"{len(header)} cells as in the header",
+                got=len(row),
+            )
+        if "" in row:
+            raise DataError("a cell is empty", where=where, got=f"column {header[row.index('')]}")
+        for cells, i in zip(text.values(), text_positions, strict=True):
+            cells.append(shared.setdefault(row[i], row[i]))
+        try:
+            numbers.extend([float(row[i]) for i in number_positions])
+        except ValueError:
+            raise _text_in_number_column(row, header, number_positions, where) from None
     if not count:
-        raise DataError("the table has a header and no rows", where=path, fix=WHOLE)
-    columns = {header[i]: cells for i, cells in zip(others, text, strict=True)}
-    return Table(
-        where, columns, names, np.frombuffer(numbers, np.float64).reshape(count, len(names))
-    )
+        raise DataError("the table has a header and no rows", where=path, fix=COPY_FIX)
+    values = np.frombuffer(numbers, np.float64).reshape(count, len(names))
+    return Table(where=str(path), text=text, names=names, numbers=values)
 
 
-def _refuse_text(row: list[str], header: list[str], at: list[int], where: str) -> None:
-    for i in at:
+def _text_in_number_column(
+    row: list[str], header: list[str], positions: list[int], where: str
+) -> DataError:
+    """The error for a row that has text in a number column."""
+    for i in positions:
         try:
             float(row[i])
         except ValueError:
-            comma = row[i].count(",") == 1 and row[i].replace(",", "").isdigit()
-            fix = "write decimal points, not commas" if comma else ""
-            raise DataError(
-                "a number column holds text",
-                where=f"{where}, column {header[i]}",
-                expected="a probability",
-                got=row[i][:60],
-                fix=fix,
-            ) from None
+            break
+    has_comma = row[i].count(",") == 1 and row[i].replace(",", "").isdigit()
+    return DataError(
+        "a number column holds text",
+        where=f"{where}, column {header[i]}",
+        expected="a probability",
+        got=row[i][:60],
+        fix="write decimal points, not commas" if has_comma else "",
+    )
 
 
-def read_parquet(path: Path, choose: Chooser) -> Table:
-    """A parquet file as a table.
+def read_parquet(path: Path, number_columns: NumberColumns) -> Table:
+    """Read a parquet file.
 
     Raises:
-        DataError: pyarrow is not installed, the file is damaged or too large, has an empty cell, or columns that are
-            neither text nor numbers.
+        DataError: pyarrow is not installed, the file is damaged or too large, a cell is empty, or a
+            column holds neither text nor numbers.
     """
-    parquet = pyarrow(".parquet")
+    parquet = import_pyarrow(".parquet")
     try:
         with parquet.ParquetFile(path) as file:
             header = list(file.schema_arrow.names)
             check_names(header, path)
-            names = tuple(choose(header, str(path)))
+            names = tuple(number_columns(header, str(path)))
             rows = int(file.metadata.num_rows)
-            limit(rows * len(header) * 8, path)
-            limit(
-                sum(
-                    file.metadata.row_group(i).total_byte_size
-                    for i in range(file.metadata.num_row_groups)
-                ),
-                path,
-            )
+            check_size(rows * len(header) * 8, path)
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            check_size(sum(group.total_byte_size for group in groups), path)
             table = file.read()
-        _refuse_cells(table, names, path)
-        text = {name: _cells(table.column(name)) for name in header if name not in names}
+        _check_cells(table, names, path)
+        text = {
+            name: _as_text(table.column(name).to_pylist()) for name in header if name not in names
+        }
         numbers = np.empty((rows, len(names)), np.float64)
         for i, name in enumerate(names):
             numbers[:, i] = table.column(name).to_numpy()
     except DataError:
         raise
-    except (
-        Exception
-    ) as error:  # pyarrow raises errors of many types on damaged files, some only as cells are read
+    except Exception as error:  # pyarrow raises many types, some only when cells are read
         raise DataError(
-            "cannot read the parquet file", where=path, got=str(error)[:160], fix=WHOLE
+            "cannot read the parquet file", where=path, got=str(error)[:160], fix=COPY_FIX
         ) from None
-    return Table(str(path), text, names, numbers)
+    return Table(where=str(path), text=text, names=names, numbers=numbers)
 
 
-def _refuse_cells(table: Any, names: Sequence[str], path: Path) -> None:
-    """No rows, empty cells, and columns of types that are not expected."""
+def _check_cells(table: Any, names: Sequence[str], path: Path) -> None:
+    """Refuse tables without rows, empty cells, and columns of unexpected types."""
     if not table.num_rows:
-        raise DataError("the table has a header and no rows", where=path, fix=WHOLE)
+        raise DataError("the table has a header and no rows", where=path, fix=COPY_FIX)
     for name in table.column_names:
         column, where = table.column(name), f"{path}, column {name}"
         kind = str(column.type)
@@ -208,60 +202,63 @@ def _refuse_cells(table: Any, names: Sequence[str], path: Path) -> None:
             raise DataError("a column is neither text nor numbers", where=where, got=kind)
 
 
-def _cells(column: Any) -> list[Any]:
-    return [cell if isinstance(cell, list) else str(cell) for cell in column.to_pylist()]
+def _as_text(cells: Iterable[Any]) -> list[Any]:
+    """Cells as text; lists stay lists."""
+    return [cell if isinstance(cell, list) else str(cell) for cell in cells]
 
 
-def pyarrow(part: str = "") -> Any:
-    """The pyarrow module, which is an extra of this package.
+def import_pyarrow(submodule: str = "") -> Any:
+    """Import pyarrow, which is an extra of this package.
 
     Raises:
-        DataError: it is not installed.
+        DataError: pyarrow is not installed.
     """
     try:
-        return importlib.import_module("pyarrow" + part)
+        return importlib.import_module("pyarrow" + submodule)
     except ImportError:
         raise DataError(
             "parquet needs the package pyarrow", fix="pip install 'threefold[parquet]'"
         ) from None
 
 
-def read_json(path: Path, choose: Chooser) -> Table:
-    """A table in one of pandas' JSON forms: {name: row}, [row, ...] or {columns: [...], data: [[...], ...]}.
+def read_json(path: Path, number_columns: NumberColumns) -> Table:
+    """Read a table in one of pandas' JSON forms.
 
-    In the first form the names of the rows become the column `filename`.
+    The forms are {name: row}, [row, ...] and {columns: [...], data: [[...], ...]}. In the first
+    form the names of the rows become the column `filename`.
 
     Raises:
-        DataError: not JSON, too large, another form, no rows, or rows that differ in their columns.
+        DataError: the file is not JSON, too large or of another form, has no rows, or has rows that
+            differ in their columns.
     """
     if path.stat().st_size > MAX_JSON:
-        got = f"{path.stat().st_size >> 20} MiB"
         raise DataError(
             "the JSON file is too large",
             where=path,
             expected=f"at most {MAX_JSON >> 20} MiB",
-            got=got,
+            got=f"{path.stat().st_size >> 20} MiB",
             fix="save .csv or .parquet",
         )
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-        if twice:
-            raise DataError("the JSON file names a thing twice", where=path, got=twice[0])
+    def refuse_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        if repeated:
+            raise DataError("the JSON file repeats a name", where=path, got=repeated[0])
         return dict(pairs)
 
     try:
-        tree = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
+        text = path.read_text(encoding="utf-8-sig")
+        tree = json.loads(text, object_pairs_hook=refuse_repeated_names)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
-            "cannot read the JSON file", where=path, got=str(error)[:160], fix=WHOLE
+            "cannot read the JSON file", where=path, got=str(error)[:160], fix=COPY_FIX
         ) from None
-    rows = _rows(tree)
+    rows = _json_rows(tree)
     if not rows:
         raise DataError("the JSON file is not a table", where=path, expected="rows with columns")
     header = list(rows[0])
     check_names(header, path)
-    names = tuple(choose(header, str(path)))
+    names = tuple(number_columns(header, str(path)))
     numbers = np.empty((len(rows), len(names)), np.float64)
     for i, row in enumerate(rows):
         if list(row) != header or None in row.values():
@@ -272,37 +269,34 @@ def read_json(path: Path, choose: Chooser) -> Table:
                 got=", ".join(map(str, row.values()))[:80],
             )
         for j, name in enumerate(names):
-            if (
-                isinstance(row[name], bool)
-                or not isinstance(row[name], int | float)
-                or abs(row[name]) > 1e300
-            ):
+            if not _is_number(row[name]):
                 raise DataError(
                     "a number column holds something else",
                     where=f"{path} row {i}, column {name}",
                     got=str(row[name])[:60],
                 )
             numbers[i, j] = row[name]
-    text = {
-        name: [row[name] if isinstance(row[name], list) else str(row[name]) for row in rows]
-        for name in header
-        if name not in names
-    }
-    return Table(str(path), text, names, numbers)
+    columns = {name: _as_text(row[name] for row in rows) for name in header if name not in names}
+    return Table(where=str(path), text=columns, names=names, numbers=numbers)
 
 
-def _rows(tree: Any) -> list[dict[str, Any]]:
-    """The rows of any of the three forms; none where it is no table."""
-    rows: Iterable[Any] = tree if isinstance(tree, list) else ()
-    if (
-        isinstance(tree, dict)
-        and isinstance(tree.get("columns"), list)
-        and isinstance(tree.get("data"), list)
-    ):
-        header = [str(name) for name in tree["columns"]]
-        whole = all(isinstance(row, list) and len(row) == len(header) for row in tree["data"])
-        rows = [dict(zip(header, row, strict=True)) for row in tree["data"]] if whole else ()
-    elif isinstance(tree, dict) and all(isinstance(row, dict) for row in tree.values()):
-        rows = [{"filename": name, **row} for name, row in tree.items()]
-    rows = list(rows)
+def _is_number(value: Any) -> bool:
+    """Whether a JSON value is a number that fits a float64."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return not abs(value) > 1e300
+
+
+def _json_rows(tree: Any) -> list[dict[str, Any]]:
+    """The rows of a JSON tree in any of the three forms; empty if it is not a table."""
+    rows: list[Any] = []
+    if isinstance(tree, list):
+        rows = tree
+    elif isinstance(tree, dict):
+        header, data = tree.get("columns"), tree.get("data")
+        if isinstance(header, list) and isinstance(data, list):
+            if all(isinstance(row, list) and len(row) == len(header) for row in data):
+                rows = [dict(zip(map(str, header), row, strict=True)) for row in data]
+        elif all(isinstance(row, dict) for row in tree.values()):
+            rows = [{"filename": name, **row} for name, row in tree.items()]
     return rows if all(isinstance(row, dict) for row in rows) else []

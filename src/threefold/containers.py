@@ -1,6 +1,7 @@
-"""Files of arrays, read without trust: sizes are checked before memory is taken, and nothing is unpickled.
+"""Read untrusted files of arrays, without pickle.
 
-What the arrays mean is not known here: `adapters` says that.
+Sizes are checked before memory is allocated.
+`adapters` knows what the arrays mean.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import numpy as np
 from threefold.errors import DataError
 
 MAX_BYTES: Final = 4 << 30
-"""What one file may claim in memory: 4 GiB, as float32 50,000 rows of 1,000 classes from 21 members."""
+"""Most memory that one file may take.
+
+4 GiB hold 50,000 rows of 1,000 classes from 21 members in float32."""
 
 _MAGIC = (
     (b"PK\x03\x04", "zip"),
@@ -43,15 +46,15 @@ _SUFFIXES = {
     ".json": "json",
     ".csv": "csv",
 }
-WHOLE: Final = "write the file again, and copy it whole"
-"""What helps against files that were cut off."""
+COPY_FIX: Final = "write the file again, and copy all of it"
+"""Advice for files that were cut off."""
 
 
 def content_of(path: Path) -> str:
-    """What a file is by its first bytes: npz, npy, parquet, pt, json or csv.
+    """Find the format of a file from its first bytes: npz, npy, parquet, pt, json or csv.
 
     Raises:
-        DataError: no such file, empty, of another kind, or its name ends in what it is not.
+        DataError: the file is missing, empty or of another format, or its suffix names another one.
     """
     if not path.is_file():
         raise DataError(
@@ -67,195 +70,200 @@ def content_of(path: Path) -> str:
             "cannot read the predictions", where=path, got=error.strerror or error
         ) from None
     if not start:
-        raise DataError("the predictions file is empty", where=path, got="0 bytes", fix=WHOLE)
-    found = next(
-        (kind for magic, kind in _MAGIC if start.startswith(magic)),
-        "binary" if b"\0" in start else "text",
-    )
-    if found == "zip":
-        found = _zip_content(path)
-    elif found == "text":
-        found = (
-            "json" if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[") else "csv"
-        )
-    named = _SUFFIXES.get(path.suffix.lower(), found)
-    if named == found and found in _SUFFIXES.values():
-        return found
-    if found == "pickle" and named == "pt":
-        return "pt"  # torch.save of before 2020; it is read with weights_only, too
-    fix = (
-        f"rename the file to end in .{found}"
-        if found in _SUFFIXES.values()
-        else "save .npz, .csv or .parquet"
-    )
-    if found == "UTF-16 text":
+        raise DataError("the predictions file is empty", where=path, got="0 bytes", fix=COPY_FIX)
+    content = _detect(path, start)
+    supported = content in _SUFFIXES.values()
+    expected = _SUFFIXES.get(path.suffix.lower())
+    if supported and expected in (content, None):
+        return content
+    if content == "pickle" and expected == "pt":
+        return "pt"  # the format of torch.save before 2020, which weights_only reads as well
+    fix = "save .npz, .csv or .parquet"
+    if content == "UTF-16 text":
         fix = "save it as UTF-8"
+    elif supported:
+        fix = f"rename the file to end in .{content}"
     raise DataError(
-        "the content of the file is not what its name says"
-        if path.suffix.lower() in _SUFFIXES
-        else "unknown format",
+        "unknown format" if expected is None else "the content of the file contradicts its suffix",
         where=path,
-        expected=named if named != found else ", ".join(_SUFFIXES),
-        got=f"{found} content",
+        expected=expected or ", ".join(_SUFFIXES),
+        got=f"{content} content",
         fix=fix,
     )
 
 
+def _detect(path: Path, start: bytes) -> str:
+    """The format of a file that starts with these bytes."""
+    for magic, content in _MAGIC:
+        if start.startswith(magic):
+            return _zip_content(path) if content == "zip" else content
+    if b"\0" in start:
+        return "binary"
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    return "json" if text[:1] in (b"{", b"[") else "csv"
+
+
 def _zip_content(path: Path) -> str:
-    """npz or pt, by the names inside."""
+    """npz, pt or zip, from the names of the entries."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
         raise DataError(
-            "the file is cut off or damaged", where=path, got="a zip without its end", fix=WHOLE
+            "the file is cut off or damaged", where=path, got="a zip without its end", fix=COPY_FIX
         ) from None
     if any(name.endswith("/data.pkl") for name in names):
         return "pt"
     return "npz" if any(name.endswith(".npy") for name in names) else "zip"
 
 
-def npz_headers(path: Path) -> dict[str, np.dtype[Any]]:
-    """Names and types of the arrays in an .npz, after their claimed sizes were compared with what is there.
+def npz_dtypes(path: Path) -> dict[str, np.dtype[Any]]:
+    """Names and types of the arrays in an .npz. Their claimed sizes are checked against the file.
 
     Raises:
-        DataError: damaged, larger than MAX_BYTES, or an array of Python objects (which is never unpickled).
+        DataError: the file is damaged, larger than MAX_BYTES, or has an array of Python objects.
     """
-    found: dict[str, np.dtype[Any]] = {}
+    dtypes: dict[str, np.dtype[Any]] = {}
     total = 0
-    with _refusing(path), zipfile.ZipFile(path) as archive:
+    with _one_line_errors(path), zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             name = info.filename.removesuffix(".npy")
-            if name == info.filename:  # numpy would read it whole, whatever its size
+            if name == info.filename:  # numpy would read the whole entry, whatever its size
                 raise DataError(
-                    "the .npz holds something else than arrays", where=path, got=name[:80]
+                    "the .npz has an entry that is not an array", where=path, got=name[:80]
                 )
             with archive.open(info) as file:
-                found[name], size = _npy_header(file, f"{path}: {name}", info.file_size)  # type: ignore[arg-type]
+                dtypes[name], size = _npy_header(file, f"{path}: {name}", info.file_size)  # type: ignore[arg-type]
             total += size
-    limit(total, path)
-    return found
+    check_size(total, path)
+    return dtypes
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an .npz, sizes checked first.
+    """All arrays of an .npz, after a check of their sizes.
 
     Raises:
-        DataError: as `npz_headers`.
+        DataError: as `npz_dtypes`.
     """
-    names = npz_headers(path)
-    with _refusing(path), np.load(path, allow_pickle=False) as file:
+    names = npz_dtypes(path)
+    with _one_line_errors(path), np.load(path, allow_pickle=False) as file:
         return {name: np.asarray(file[name]) for name in names}
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """The array of an .npy, its size checked first.
+    """The array of an .npy, after a check of its size.
 
     Raises:
-        DataError: damaged, larger than MAX_BYTES, or Python objects.
+        DataError: the file is damaged, larger than MAX_BYTES, or holds Python objects.
     """
-    with _refusing(path):
+    with _one_line_errors(path):
         with open(path, "rb") as file:
             _, size = _npy_header(file, str(path), path.stat().st_size)
-        limit(size, path)
+        check_size(size, path)
         return np.asarray(np.load(path, allow_pickle=False))
 
 
 def _npy_header(file: BinaryIO, where: str, length: int) -> tuple[np.dtype[Any], int]:
-    """Type and bytes of the array in an .npy of this length."""
+    """Type and size in bytes of the array in an .npy file of this length."""
     version = np.lib.format.read_magic(file)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
-    if read is None:
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    elif version == (2, 0):
+        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    else:
         raise ValueError(f"npy version {version}")
-    shape, _, dtype = read(file)
     if dtype.hasobject:
         raise DataError(
             "the file holds Python objects, which are never unpickled",
             where=where,
-            fix="save names as plain string arrays, numpy.array(names, dtype=str), and a dict as list(it)",
+            fix="save names as plain string arrays, numpy.array(names, dtype=str), "
+            "and a dict as list(it)",
         )
-    size = math.prod(shape) * dtype.itemsize  # Python's integers: no overflow
+    size = math.prod(shape) * dtype.itemsize  # Python integers do not overflow
     if size != length - file.tell():
         raise DataError(
             "the array is cut off or damaged",
             where=where,
             expected=f"{size} bytes for {shape}",
             got=length - file.tell(),
-            fix=WHOLE,
+            fix=COPY_FIX,
         )
     return dtype, size
 
 
 def read_pt(path: Path) -> dict[str, np.ndarray]:
-    """Tensors and lists of text saved with torch.save: a dict, or the pair (probs, labels) of `get_preds`.
+    """Tensors and lists of text saved with torch.save: a dict, or a pair (probs, labels).
 
-    Read with weights_only, which builds tensors and plain values and calls nothing.
+    fastai's `get_preds` returns the pair. The file is read with weights_only, which builds tensors
+    and plain values and calls nothing.
 
     Raises:
-        DataError: damaged, too large, or it holds other objects.
+        DataError: the file is damaged or too large, or holds other objects.
     """
     import torch
 
     fix = "save plain arrays: numpy.savez(path, probs=probs.numpy(), labels=labels.numpy())"
-    limit(path.stat().st_size, path)
+    check_size(path.stat().st_size, path)
     if zipfile.is_zipfile(path):
-        with _refusing(path), zipfile.ZipFile(path) as archive:
-            limit(sum(info.file_size for info in archive.infolist()), path)
+        with _one_line_errors(path), zipfile.ZipFile(path) as archive:
+            check_size(sum(info.file_size for info in archive.infolist()), path)
     try:
         tree = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises errors of many types on damaged and on refused files
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        got = named.group(1) if named else type(error).__name__
+    except Exception as error:  # torch raises many types on damaged and on refused files
+        refused = re.search(r"GLOBAL (\S+)", str(error))
         raise DataError(
-            "the file holds more than tensors, or is damaged", where=path, got=got[:100], fix=fix
+            "the file holds more than tensors, or is damaged",
+            where=path,
+            got=(refused.group(1) if refused else type(error).__name__)[:100],
+            fix=fix,
         ) from None
     if isinstance(tree, tuple | list) and len(tree) == 2:
         tree = dict(zip(("probs", "labels"), tree, strict=True))
     if not isinstance(tree, dict):
         raise DataError(
-            "the file is not a dict and not (probs, labels)",
+            "the file holds neither a dict nor a pair (probs, labels)",
             where=path,
             got=type(tree).__name__,
             fix=fix,
         )
-    found = {}
+    arrays = {}
     for name, value in tree.items():
-        plain = (
-            isinstance(value, torch.Tensor)
-            and value.layout == torch.strided
-            and not value.is_quantized
-        )
-        if plain and value.device.type == "cpu":
-            limit(value.numel() * value.element_size(), path)
-            found[str(name)] = (
-                (value.float() if value.dtype == torch.bfloat16 else value)
-                .detach()
-                .resolve_conj()
-                .numpy()
-            )
-        elif isinstance(value, list | tuple) and all(isinstance(cell, str) for cell in value):
-            limit(len(value) * max(map(len, value), default=0) * 4, path)
-            found[str(name)] = np.array(value, dtype=np.str_)
-        else:
-            expected = "tensors and lists of text"
+        array = _to_array(value, path)
+        if array is None:
             raise DataError(
                 "a value cannot be used",
                 where=f"{path}: {name}",
-                expected=expected,
+                expected="tensors and lists of text",
                 got=type(value).__name__,
                 fix=fix,
             )
-    return found
+        arrays[str(name)] = array
+    return arrays
 
 
-def limit(size: int, path: Path) -> None:
-    """Refuse a file that claims more than MAX_BYTES.
+def _to_array(value: Any, path: Path) -> np.ndarray | None:
+    """A dense CPU tensor or a list of text as an array; None for anything else."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+            return None
+        check_size(value.numel() * value.element_size(), path)
+        if value.dtype == torch.bfloat16:  # numpy has no such type
+            value = value.float()
+        array: np.ndarray = value.detach().resolve_conj().numpy()
+        return array
+    if isinstance(value, list | tuple) and all(isinstance(cell, str) for cell in value):
+        check_size(len(value) * max(map(len, value), default=0) * 4, path)
+        return np.array(value, dtype=np.str_)
+    return None
+
+
+def check_size(size: int, path: Path) -> None:
+    """Refuse a file that takes more than MAX_BYTES in memory.
 
     Raises:
-        DataError: it does.
+        DataError: the file is too large.
     """
     if size > MAX_BYTES:
         raise DataError(
@@ -268,14 +276,14 @@ def limit(size: int, path: Path) -> None:
 
 
 @contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    """Turns what numpy and zipfile raise on bad files into one line."""
+def _one_line_errors(path: Path) -> Iterator[None]:
+    """Turn what numpy and zipfile raise on bad files into one DataError."""
     try:
         yield
     except DataError:
         raise
-    except (
-        Exception
-    ) as error:  # numpy and zipfile raise errors of many types, even those of Python's tokenizer
+    except Exception as error:  # many types, even those of Python's tokenizer
         got = f"{type(error).__name__}: {str(error)[:120]}"
-        raise DataError("the file is cut off or damaged", where=path, got=got, fix=WHOLE) from None
+        raise DataError(
+            "the file is cut off or damaged", where=path, got=got, fix=COPY_FIX
+        ) from None

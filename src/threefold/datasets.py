@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from threefold.arrays import FASHION_MNIST_ROOT, read_cifar, read_mnist, read_svhn, with_row_ids
+from threefold.data__natural_order import natural_key
 from threefold.data__published import FASHION_MNIST_CLASSES
 from threefold.errors import DataError
 from threefold.images import BadImage, check_all, decode, same_content
@@ -227,7 +228,10 @@ def _classes(train: set[str], test: set[str], official: tuple[str, ...] = ()) ->
             got=got,
         )
     if test and train != test:
-        sides = {"train": _natural(train - test), "test": _natural(test - train)}
+        sides = {
+            "train": sorted(train - test, key=natural_key),
+            "test": sorted(test - train, key=natural_key),
+        }
         raise DataError(
             "classes differ between train and test",
             got=" and ".join(
@@ -235,19 +239,7 @@ def _classes(train: set[str], test: set[str], official: tuple[str, ...] = ()) ->
             ),
             fix="give both the same class names",
         )
-    return official or tuple(_natural(train))
-
-
-def _natural(names: Iterable[str]) -> list[str]:
-    """Sorted, with digits in names taken as numbers; names that differ only in leading zeros by their text."""
-
-    def key(name: str) -> tuple[list[tuple[int, str]], str]:
-        pieces = re.split(r"([0-9]+)", name)
-        return [
-            (int(piece), "") if place % 2 else (0, piece) for place, piece in enumerate(pieces)
-        ], name
-
-    return sorted(names, key=key)
+    return official or tuple(sorted(train, key=natural_key))
 
 
 def _limited(labels: ArrayLike, limit: int, seed: int) -> NDArray[np.int64]:

@@ -1,4 +1,7 @@
-"""Files of predictions: read whatever threefold knows, write .npz, .csv and .parquet. docs/formats.md has the conventions."""
+"""Read predictions from any known format; write .npz, .csv and .parquet.
+
+docs/formats.md describes the conventions.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,23 @@ import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from threefold.adapters import ARRAYS, from_arrays, from_table, is_no_class, number_columns
-from threefold.columns import Table, pyarrow, read_csv, read_json, read_parquet
-from threefold.containers import content_of, npz_headers, read_npy, read_npz, read_pt
+from threefold.adapters import (
+    ARRAYS,
+    from_arrays,
+    from_table,
+    is_reserved_column,
+    number_columns,
+)
+from threefold.columns import import_pyarrow, read_csv, read_json, read_parquet
+from threefold.containers import content_of, npz_dtypes, read_npy, read_npz, read_pt
 from threefold.errors import DataError
 from threefold.files import write_bytes
 from threefold.joining import join_predictions
-from threefold.parts import Parts, Truth, assemble
+from threefold.parts import FileContent, LabelSource, LabelTable, build_predictions
 from threefold.predictions import Predictions
 
 Classes = Sequence[str] | str | Path
@@ -26,93 +35,100 @@ Classes = Sequence[str] | str | Path
 def read_predictions(
     source: str | Path, *, labels: str | Path | None = None, classes: Classes | None = None
 ) -> Predictions:
-    """Read predictions of one or more members from a file: .npz, .npy, .csv, .parquet, .json (timm) or .pt.
+    """Read predictions of one or more members: .npz, .npy, .csv, .parquet, .json (timm) or .pt.
 
-    The content decides what it is; a name that says otherwise is an error. A single member without a name is called
-    as the file is.
+    The content of the file decides its format; a suffix that disagrees is an error. A single
+    member without a name is named after the file.
 
     Args:
         source: the file.
-        labels: where the file has none: a CSV file with `label`, and `id` (or `path`) unless its rows are in the
-            file's order; or "folder", which takes each row's label from the class folder in its id.
-        classes: names of the columns where the file has none: a sequence, or a text file with one name a line.
+        labels: for files without labels. A CSV or parquet file with `label`, and `id` (or `path`)
+            unless its rows are in the file's order; or "folder", which takes each row's label from
+            the class folder in its id.
+        classes: names of the columns, for files without them. A sequence, or a text file with one
+            name a line.
 
     Raises:
-        DataError: the file is missing, damaged or not known, or what it says cannot be used.
+        DataError: the file is missing, damaged or of unknown format, or its content cannot be used.
     """
     path = Path(source)
-    content = content_of(path)
-    truth = _truth(labels)
+    format_name = content_of(path)
+    label_source = _label_source(labels)
     names = _class_names(classes)
-    if (
-        content == "npz"
-        and truth is None
-        and names is None
-        and _is_plain(headers := npz_headers(path))
-    ):
-        found = Predictions.load(path)  # threefold's own file, or one with the same arrays
-        named = "members" in headers
-    else:
-        parts = _parts(path, content)
-        named = parts[0].members is not None
-        members = [assemble(part, truth, names) for part in parts]
-        try:
-            found = join_predictions(members)
-        except DataError as error:
-            raise DataError("the members do not fit together", where=path, got=error) from None
-    return found if named or len(found.members) > 1 else replace(found, members=(path.stem,))
+    if format_name == "npz" and label_source is None and names is None:
+        dtypes = npz_dtypes(path)
+        if _can_load_directly(dtypes):
+            predictions = Predictions.load(path)
+            return predictions if "members" in dtypes else _name_member(predictions, path)
+    contents = _read_content(path, format_name)
+    members = [build_predictions(content, label_source, names) for content in contents]
+    try:
+        predictions = join_predictions(members)
+    except DataError as error:
+        raise DataError("the members do not fit together", where=path, got=error) from None
+    return predictions if contents[0].members is not None else _name_member(predictions, path)
 
 
-def _is_plain(headers: dict[str, np.dtype[Any]]) -> bool:
-    """Whether an .npz has numbers as labels, text as classes, and no array that needs more than Predictions.load."""
-    text = headers.get("classes", np.dtype(np.str_)).kind == "U"
+def _name_member(predictions: Predictions, path: Path) -> Predictions:
+    """A single member takes the name of its file."""
+    if len(predictions.members) > 1:
+        return predictions
+    return replace(predictions, members=(path.stem,))
+
+
+def _can_load_directly(dtypes: dict[str, np.dtype[Any]]) -> bool:
+    """Whether `Predictions.load` can read an .npz: labels are numbers, classes text, no paths."""
     return (
-        text
-        and headers.get("labels", np.dtype("U")).kind in "iu"
-        and headers.keys() <= {*ARRAYS} - {"paths"}
+        dtypes.get("classes", np.dtype(np.str_)).kind == "U"
+        and dtypes.get("labels", np.dtype(np.str_)).kind in "iu"
+        and dtypes.keys() <= {*ARRAYS} - {"paths"}
     )
 
 
-def _parts(path: Path, content: str) -> list[Parts]:
+def _read_content(path: Path, format_name: str) -> list[FileContent]:
     where = str(path)
-    if content == "npz":
+    if format_name == "npz":
         return [from_arrays(read_npz(path), where)]
-    if content == "pt":
+    if format_name == "pt":
         return [from_arrays(read_pt(path), where)]
-    if content == "npy":
+    if format_name == "npy":
         return [from_arrays({"probs": read_npy(path)}, where)]
-    read = {"csv": read_csv, "parquet": read_parquet, "json": read_json}[content]
-    return from_table(read(path, number_columns))
+    read_table = {"csv": read_csv, "parquet": read_parquet, "json": read_json}[format_name]
+    return from_table(read_table(path, number_columns))
 
 
-def _truth(labels: str | Path | None) -> Truth | Literal["folder"] | None:
-    """The table of labels."""
-    if labels is None or labels == "folder":
-        return None if labels is None else "folder"
-
-    def choose(header: Sequence[str], where: str) -> Sequence[str]:
-        if "label" not in header:
-            raise DataError(
-                "the table of labels has no column label",
-                where=where,
-                expected="id,label",
-                got=", ".join(header)[:80],
-            )
-        return []
-
+def _label_source(labels: str | Path | None) -> LabelSource:
+    """The table of labels, read."""
+    if labels is None:
+        return None
+    if labels == "folder":
+        return "folder"
     path = Path(labels)
-    content = content_of(path)
-    if content not in ("csv", "parquet"):
+    format_name = content_of(path)
+    if format_name not in ("csv", "parquet"):
         raise DataError(
-            "labels must be a table", where=path, expected=".csv or .parquet", got=content
+            "labels must be a table", where=path, expected=".csv or .parquet", got=format_name
         )
-    table: Table = (read_csv if content == "csv" else read_parquet)(path, choose)
-    return Truth(
-        str(path),
-        table.text.get("id", table.text.get("path")),
-        table.text["label"],
-        table.text.get("group"),
+    read_table = read_csv if format_name == "csv" else read_parquet
+    table = read_table(path, _no_number_columns)
+    return LabelTable(
+        where=str(path),
+        labels=table.text["label"],
+        ids=table.text.get("id", table.text.get("path")),
+        groups=table.text.get("group"),
     )
+
+
+def _no_number_columns(header: Sequence[str], where: str) -> Sequence[str]:
+    """All columns of a table of labels are text."""
+    if "label" not in header:
+        raise DataError(
+            "the table of labels has no column label",
+            where=where,
+            expected="id,label",
+            got=", ".join(header)[:80],
+        )
+    return []
 
 
 def _class_names(classes: Classes | None) -> tuple[str, ...] | None:
@@ -123,35 +139,34 @@ def _class_names(classes: Classes | None) -> tuple[str, ...] | None:
     try:
         names = Path(classes).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        got = getattr(error, "strerror", "") or "not UTF-8"
         raise DataError(
             "cannot read the class names",
             where=classes,
             expected="a text file, one name a line",
-            got=got,
+            got=getattr(error, "strerror", "") or "not UTF-8",
         ) from None
     return tuple(name for name in names if name)
 
 
-# writing --------------------------------------------------------------------------------------------------------------
+def write_predictions(predictions: Predictions, path: str | Path) -> None:
+    """Write .npz, .csv or .parquet atomically; `read_predictions` returns the same predictions.
 
-
-def write_predictions(rows: Predictions, path: str | Path) -> None:
-    """Write .npz, .csv or .parquet, whole or not at all; `read_predictions` gives back the same.
-
-    Tables have one row per id and member. Probabilities are written with 9 digits in CSV, which give the same float32.
+    Tables have one row per id and member. CSV has 9 digits, which restore the same float32.
 
     Raises:
-        DataError: another suffix, or a name that a table cannot hold.
+        DataError: the suffix is unknown, or a table cannot hold one of the names.
         RunError: the file cannot be written.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix == ".npz":
-        rows.save(path)
-    elif suffix in (".csv", ".parquet"):
-        _check_names(rows, path)
-        write_bytes(path, (_csv if suffix == ".csv" else _parquet)(rows, path))
+        predictions.save(path)
+    elif suffix == ".csv":
+        _check_names(predictions, path)
+        write_bytes(path, _to_csv(predictions))
+    elif suffix == ".parquet":
+        _check_names(predictions, path)
+        write_bytes(path, _to_parquet(predictions))
     else:
         raise DataError(
             "unknown format",
@@ -161,73 +176,66 @@ def write_predictions(rows: Predictions, path: str | Path) -> None:
         )
 
 
-def _check_names(rows: Predictions, path: Path) -> None:
-    taken = next((name for name in rows.classes if is_no_class(name)), None)
-    if taken is not None:
-        raise DataError(
-            "a class has the name of a column",
-            where=path,
-            got=taken or "an empty name",
-            fix="write .npz",
-        )
-    every = [*rows.ids, *rows.members, *(rows.groups or ()), *rows.classes]
-    bad = next((name for name in every if not name or "\0" in name or _is_broken(name)), None)
-    if bad is not None:
-        raise DataError(
-            "a name cannot be written to a table", where=path, got=f"{bad!a}", fix="write .npz"
-        )
+def _check_names(predictions: Predictions, path: Path) -> None:
+    """Refuse names that a table cannot hold."""
+    for name in predictions.classes:
+        if is_reserved_column(name):
+            raise DataError(
+                "a class has the name of a column",
+                where=path,
+                got=name or "an empty name",
+                fix="write .npz",
+            )
+    groups = predictions.groups or ()
+    for name in (*predictions.ids, *predictions.members, *groups, *predictions.classes):
+        has_surrogate = any("\ud800" <= letter <= "\udfff" for letter in name)
+        if not name or "\0" in name or has_surrogate:
+            raise DataError(
+                "a name cannot be written to a table", where=path, got=f"{name!a}", fix="write .npz"
+            )
 
 
-def _is_broken(name: str) -> bool:
-    return any("\ud800" <= letter <= "\udfff" for letter in name)
-
-
-def _columns(rows: Predictions, member: int) -> dict[str, Any]:
-    """The columns of one member before its probabilities."""
-    n = len(rows)
+def _text_columns(predictions: Predictions, member: int) -> dict[str, Any]:
+    """The columns of one member that come before its probabilities."""
+    n = len(predictions)
     columns: dict[str, Any] = {
-        "id": rows.ids,
-        "label": [rows.classes[label] for label in rows.labels],
+        "id": predictions.ids,
+        "label": [predictions.classes[label] for label in predictions.labels],
     }
-    if rows.groups is not None:
-        columns["group"] = rows.groups
-    if rows.folds is not None:
-        columns["fold"] = rows.folds.tolist()
-    roles = getattr(rows, "roles", None)
-    if roles is not None:
+    if predictions.groups is not None:
+        columns["group"] = predictions.groups
+    if predictions.folds is not None:
+        columns["fold"] = predictions.folds.tolist()
+    if predictions.roles is not None:  # one hexadecimal digit for each fold
         columns["roles"] = [
-            "".join(f"{role:x}" for role in of_row) for of_row in roles.T.tolist()
-        ]  # a digit, 0 to f, for each fold
-    columns["member"] = [rows.members[member]] * n
-    if (rows.protocol, rows.kind) != ("honest", "foreign"):
-        columns |= {"protocol": [rows.protocol] * n, "kind": [rows.kind] * n}
+            "".join(f"{role:x}" for role in roles) for roles in predictions.roles.T.tolist()
+        ]
+    columns["member"] = [predictions.members[member]] * n
+    if (predictions.protocol, predictions.kind) != ("honest", "foreign"):
+        columns["protocol"] = [predictions.protocol] * n
+        columns["kind"] = [predictions.kind] * n
     return columns
 
 
-def _csv(rows: Predictions, path: Path) -> bytes:
+def _to_csv(predictions: Predictions) -> bytes:
     stream = io.StringIO()
     writer = csv.writer(stream)
-    line = ",".join(["%.9g"] * len(rows.classes))
-    for member, probs in enumerate(rows.probs):
-        columns = _columns(rows, member)
-        if not member:
-            writer.writerow([*columns, *rows.classes])
+    for member, probs in enumerate(predictions.probs):
+        columns = _text_columns(predictions, member)
+        if member == 0:
+            writer.writerow([*columns, *predictions.classes])
         for cells, values in zip(zip(*columns.values(), strict=True), probs.tolist(), strict=True):
-            writer.writerow([*cells, *(line % tuple(values)).split(",")])
+            writer.writerow([*cells, *(f"{value:.9g}" for value in values)])
     return stream.getvalue().encode()
 
 
-def _parquet(rows: Predictions, path: Path) -> bytes:
-    arrow, parquet = pyarrow(), pyarrow(".parquet")
-    tables = [
-        arrow.table(
-            {
-                **_columns(rows, member),
-                **dict(zip(rows.classes, np.ascontiguousarray(probs.T), strict=True)),
-            }
-        )
-        for member, probs in enumerate(rows.probs)
-    ]
+def _to_parquet(predictions: Predictions) -> bytes:
+    arrow, parquet = import_pyarrow(), import_pyarrow(".parquet")
+    tables = []
+    for member, probs in enumerate(predictions.probs):
+        columns = _text_columns(predictions, member)
+        columns |= zip(predictions.classes, np.ascontiguousarray(probs.T), strict=True)
+        tables.append(arrow.table(columns))
     sink = arrow.BufferOutputStream()
     parquet.write_table(arrow.concat_tables(tables), sink)
     return bytes(sink.getvalue())

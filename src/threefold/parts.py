@@ -1,45 +1,62 @@
-"""What a file from elsewhere says, put together to Predictions: labels found and compared, wrong numbers named.
+"""Turn the contents of a file into Predictions: find the labels and compare their sources.
 
-Labels come from the file, from a table of labels, or from the folder of each image's path. They are never guessed: with
-none of these the file is refused, and where there are two they must agree.
+Labels come from the file, from a separate table of labels, or from the folder of each image's
+path. They are never guessed. A file without any of these is refused, and where there are two
+sources they must agree.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
+from threefold.data__natural_order import natural_key
 from threefold.errors import DataError
-from threefold.predictions import Predictions
+from threefold.predictions import Predictions, default_names
 from threefold.predictions__checks import SUM_TOLERANCE
 
+_FIX_CLASS_ORDER = "save `classes` in the order of the columns, or give classes="
 
-class Truth(NamedTuple):
-    """A table of labels beside the file: n names of rows or nothing (then order is all there is), labels, groups."""
+
+@dataclass(frozen=True, eq=False)
+class LabelTable:
+    """A separate table of labels.
+
+    Attributes:
+        where: the file, for messages.
+        labels: n class names or numbers, as text.
+        ids: n names of rows, or None if the table is in the order of the predictions.
+        groups: n groups, or None.
+    """
 
     where: str
-    ids: list[str] | None
     labels: list[str]
-    groups: list[str] | None
+    ids: list[str] | None = None
+    groups: list[str] | None = None
 
 
-class Parts(NamedTuple):
-    """What one file says of one or more members.
+LabelSource = LabelTable | Literal["folder"] | None
+"""Labels from outside the file: a table, or "folder" if ids are paths below class folders."""
+
+
+@dataclass(frozen=True, eq=False)
+class FileContent:
+    """What one file says about one or more members.
 
     Attributes:
         where: the file, for messages.
         probs: (n, k) or (m, n, k), not yet checked.
-        labels: n names of classes, or (n,) numbers of columns; None where the file has none.
+        labels: n class names, or (n,) column numbers; None if the file has none.
         ids: n names of rows.
         paths: n paths of files below class folders.
         classes: k names, in the order of the columns of `probs`.
         members: m names.
-        natural: the columns are the folders in timm's natural order, where nothing names the classes.
+        timm_order: if nothing names the classes, the columns are the class folders in timm's order.
         extra: further arguments of Predictions.
     """
 
@@ -50,226 +67,220 @@ class Parts(NamedTuple):
     paths: Sequence[str] | None = None
     classes: tuple[str, ...] | None = None
     members: tuple[str, ...] | None = None
-    natural: bool = False
-    extra: Mapping[str, Any] = {}
+    timm_order: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-def assemble(
-    parts: Parts, truth: Truth | Literal["folder"] | None, classes: tuple[str, ...] | None
+def build_predictions(
+    content: FileContent, source: LabelSource, classes: tuple[str, ...] | None
 ) -> Predictions:
-    """Predictions of what a file says.
+    """Build Predictions from the content of a file.
 
     Args:
-        truth: labels from beside the file; "folder" = the ids are paths below class folders.
-        classes: names of the columns, for files that do not say.
+        content: what the file says.
+        source: labels from outside the file.
+        classes: names of the columns, for files that do not name them.
 
     Raises:
-        DataError: no labels or two that differ, unknown classes, or numbers that are no probabilities.
+        DataError: there are no labels, two sources of labels disagree, classes are unknown, or the
+            numbers are not probabilities.
     """
-    where = parts.where
-    probs = _three_axes(parts)
-    names = _classes(parts, classes, probs.shape[2])
-    paths = (parts.paths or parts.ids) if truth == "folder" else parts.paths
-    if truth == "folder" and not paths:
-        raise DataError(
-            "there are no paths to take labels from",
-            where=where,
-            fix="save `paths`, or give a CSV file",
-        )
-    if names is None and parts.natural and paths:
-        names = _natural_folders(paths, probs.shape[2], where)
-    _refuse_lengths(parts, probs.shape[1])
-    ids, found = parts.ids, []
-    groups = parts.extra.get("groups")
-    if parts.labels is not None:
-        found.append(_numbers(parts.labels, names, where))
+    where = content.where
+    probs = _with_member_axis(content)
+    m, n, k = probs.shape
+    names = _class_names(content, classes, k)
+    paths = content.paths
+    if source == "folder":
+        paths = paths or content.ids
+        if not paths:
+            raise DataError(
+                "there are no paths to take labels from",
+                where=where,
+                fix="save `paths`, or give a CSV file",
+            )
+    if names is None and content.timm_order and paths:
+        names = _timm_class_folders(paths, k, where)
+    _check_lengths(content, n)
+    ids, groups = content.ids, content.extra.get("groups")
+    labels: list[np.ndarray] = []  # one array per source
+    if content.labels is not None:
+        labels.append(_class_numbers(content.labels, names, where))
     if paths:
-        has_other = bool(found) or isinstance(truth, Truth)
-        ids, by_folder = _from_folders(paths, names, where, has_other)
-        found += [] if by_folder is None else [by_folder]
-    if isinstance(truth, Truth):
-        ids, rows = _matched(truth, ids, paths, probs.shape[1], where)
-        found.append(_numbers([truth.labels[row] for row in rows], names, truth.where))
-        groups = groups or (
-            None if truth.groups is None else tuple(truth.groups[row] for row in rows)
-        )
-    if not found:
+        required = not labels and not isinstance(source, LabelTable)
+        ids, folder_labels = _labels_from_folders(paths, names, where, required)
+        if folder_labels is not None:
+            labels.append(folder_labels)
+    if isinstance(source, LabelTable):
+        ids, rows = _match_rows(source, ids, paths, n, where)
+        labels.append(_class_numbers([source.labels[row] for row in rows], names, source.where))
+        if not groups and source.groups is not None:
+            groups = tuple(source.groups[row] for row in rows)
+    if not labels:
         raise DataError(
             "there are no labels",
             where=where,
             expected="labels in the file, `paths` below class folders, or a CSV file of labels",
             fix="add `labels`, or give labels= (a CSV file id,label; or folder)",
         )
-    for other in found[1:]:
-        _compare(found[0], other, ids, names, where)
-    _check(probs, ids, names, where)
-    made: dict[str, Any] = {"groups": groups, "labels": found[0]}
+    for other in labels[1:]:
+        _compare_labels(labels[0], other, ids, names, where)
+    _check_probs(probs, ids, names, where)
+    arguments: dict[str, Any] = {**default_names(m, n, k), **content.extra}
+    given = {"ids": ids, "classes": names, "members": content.members}
+    arguments |= {name: tuple(values) for name, values in given.items() if values}
+    arguments |= {"probs": probs, "labels": labels[0], "groups": groups}
     try:
-        return Predictions(
-            **{**parts.extra, **made}, probs=probs, **_named(parts, probs.shape, ids, names)
-        )
+        return Predictions(**arguments)
     except DataError as error:
         raise DataError("the predictions cannot be used", where=where, got=error) from None
 
 
-def _named(
-    parts: Parts, shape: tuple[int, ...], ids: Sequence[str] | None, names: Any
-) -> dict[str, Any]:
-    """The names, made up as `Predictions.load` does where the file has none."""
-    m, n, k = shape
-    width = max(4, len(str(n - 1)))
-    return {
-        "ids": tuple(ids) if ids is not None else tuple(f"row{i:0{width}d}" for i in range(n)),
-        "classes": names or tuple(map(str, range(k))),
-        "members": parts.members or tuple(f"member{i}" for i in range(m)),
-    }
-
-
-def _three_axes(parts: Parts) -> np.ndarray:
-    """(m, n, k), and what a sigmoid gives is named."""
-    probs = parts.probs
+def _with_member_axis(content: FileContent) -> np.ndarray:
+    """The probabilities as (m, n, k). Refuses the single column of a sigmoid."""
+    probs = content.probs
     if probs.dtype.kind not in "biuf":
         raise DataError(
-            "probabilities must be numbers", where=parts.where, got=f"dtype {probs.dtype}"
+            "probabilities must be numbers", where=content.where, got=f"dtype {probs.dtype}"
         )
     if probs.ndim == 1 or (probs.ndim in (2, 3) and probs.shape[-1] == 1):
-        fix = "for a sigmoid p of two classes save numpy.stack([1 - p, p], -1)"
         raise DataError(
             "one number per row is not enough",
-            where=parts.where,
+            where=content.where,
             expected="one column per class",
             got=f"shape {probs.shape}",
-            fix=fix,
+            fix="for a sigmoid p of two classes save numpy.stack([1 - p, p], -1)",
         )
     if probs.ndim not in (2, 3) or 0 in probs.shape:
         raise DataError(
             "probabilities have the wrong shape",
-            where=parts.where,
+            where=content.where,
             expected="(rows, classes) or (members, rows, classes)",
             got=probs.shape,
         )
     return probs[None] if probs.ndim == 2 else probs
 
 
-def _refuse_lengths(parts: Parts, n: int) -> None:
-    for name, values in (("labels", parts.labels), ("ids", parts.ids), ("paths", parts.paths)):
+def _check_lengths(content: FileContent, n: int) -> None:
+    for name in ("labels", "ids", "paths"):
+        values = getattr(content, name)
         if values is not None and np.shape(values)[:1] != (n,):
             raise DataError(
                 f"{name} do not fit the probabilities",
-                where=parts.where,
+                where=content.where,
                 expected=f"{n}, one per row",
                 got=len(values) if np.ndim(values) else "one",
             )
 
 
-# classes and labels ---------------------------------------------------------------------------------------------------
-
-
-def _classes(parts: Parts, given: tuple[str, ...] | None, k: int) -> tuple[str, ...] | None:
-    """Names of the columns from the file or the caller, if any."""
-    names = parts.classes or given
+def _class_names(
+    content: FileContent, given: tuple[str, ...] | None, k: int
+) -> tuple[str, ...] | None:
+    """Names of the columns from the file or the caller, if either has them."""
+    names = content.classes or given
     if names and given and names != given:
-        got = next((a for a, b in zip(names, given, strict=False) if a != b), f"{len(names)} names")
+        differing = [name for name, other in zip(names, given, strict=False) if name != other]
         raise DataError(
-            "the file names its classes otherwise",
-            where=parts.where,
+            "the file has other class names",
+            where=content.where,
             expected=", ".join(given),
-            got=got,
+            got=differing[0] if differing else f"{len(names)} names",
         )
     if names and len(names) != k:
         raise DataError(
             "the class names do not fit the probabilities",
-            where=parts.where,
+            where=content.where,
             expected=f"{k} names, one per column",
             got=f"{len(names)}: {', '.join(names)[:80]}",
         )
     return names
 
 
-def _numbers(
+def _class_numbers(
     labels: Sequence[str] | np.ndarray, names: tuple[str, ...] | None, where: str
 ) -> np.ndarray:
-    """Class numbers (n,) of names, or of numbers where no name is meant."""
+    """Class numbers (n,) from names, or from numbers if no class is named by a number."""
     if isinstance(labels, np.ndarray) and labels.dtype.kind not in "US":
         return labels
     cells = [str(cell) for cell in labels]
-    number = {name: i for i, name in enumerate(names or ())}
-    unknown = next((row for row, cell in enumerate(cells) if cell not in number), None)
+    number_of = {name: i for i, name in enumerate(names or ())}
+    unknown = next((row for row, cell in enumerate(cells) if cell not in number_of), None)
     if unknown is None:
-        return np.array([number[cell] for cell in cells], np.int64)
-    digits = all(cell.isascii() and cell.isdigit() for cell in cells)
-    if (
-        digits
-        and not any(cell in number for cell in cells)
-        and not any(name.isdigit() for name in number)
-    ):
-        return np.array([int(cell[:9]) for cell in cells], np.int64)  # out of range is found later
+        return np.array([number_of[cell] for cell in cells], np.int64)
+    cells_are_numbers = all(cell.isascii() and cell.isdigit() for cell in cells)
+    cells_name_a_class = any(cell in number_of for cell in cells)
+    names_are_numbers = any(name.isdigit() for name in number_of)
+    if cells_are_numbers and not cells_name_a_class and not names_are_numbers:
+        # Nine digits fit int64; Predictions refuses numbers out of range.
+        return np.array([int(cell[:9]) for cell in cells], np.int64)
     if names is None:
         raise DataError(
             "the order of the classes is not known",
             where=where,
             expected="class names beside the labels",
             got=f"label {cells[unknown]}",
-            fix="save `classes` in the order of the columns, or give classes=",
+            fix=_FIX_CLASS_ORDER,
         )
     near = difflib.get_close_matches(cells[unknown], names, 1, cutoff=0.6)
-    expected = f"{near[0]}, or another" if near else f"one of {', '.join(names[:10])}"
     raise DataError(
-        "a label is no class", where=f"{where} row {unknown}", expected=expected, got=cells[unknown]
+        "a label is not a class",
+        where=f"{where} row {unknown}",
+        expected=f"{near[0]}, or another" if near else f"one of {', '.join(names[:10])}",
+        got=cells[unknown],
     )
 
 
-def _from_folders(
-    paths: Sequence[str], names: tuple[str, ...] | None, where: str, has_other: bool
+def _labels_from_folders(
+    paths: Sequence[str], names: tuple[str, ...] | None, where: str, required: bool
 ) -> tuple[list[str], np.ndarray | None]:
-    """Ids (the path from the class folder on) and labels; only names where no path has a class and labels are known."""
+    """Ids and labels from paths that have a class name as a folder.
+
+    The id is the path from the class folder on. If labels are not required and no path has a class
+    folder, the ids are the paths and the labels None.
+    """
     if names is None:
-        if has_other:
+        if not required:
             return list(paths), None
-        raise DataError(
-            "the order of the classes is not known",
-            where=where,
-            fix="save `classes` in the order of the columns, or give classes=",
-        )
-    number = {name: i for i, name in enumerate(names)}
-    split = [_split(path) for path in paths]
-    classes = [
-        [i for i, folder in enumerate(folders[:-1]) if folder in number] for folders in split
-    ]
-    if has_other and not any(classes):
+        raise DataError("the order of the classes is not known", where=where, fix=_FIX_CLASS_ORDER)
+    number_of = {name: i for i, name in enumerate(names)}
+    ids: list[str] = []
+    labels: list[int] = []
+    unclear: list[tuple[str, set[str]]] = []
+    for path in paths:
+        pieces = _split_path(path)
+        positions = [i for i, folder in enumerate(pieces[:-1]) if folder in number_of]
+        folders = {pieces[i] for i in positions}
+        if len(folders) == 1:
+            ids.append("/".join(pieces[positions[0] :]))
+            labels.append(number_of[pieces[positions[0]]])
+        else:
+            unclear.append((path, folders))
+    if not required and not ids and not any(folders for _, folders in unclear):
         return list(paths), None
-    for path, folders, at in zip(paths, split, classes, strict=True):
-        found = {folders[i] for i in at}
-        if len(found) != 1:
-            got = f"folders {' and '.join(sorted(found))}" if found else path
-            raise DataError(
-                "the class of a path is not clear",
-                where=f"{where}: {path}",
-                expected=f"one folder named as a class ({', '.join(names)[:80]})",
-                got=got,
-                fix="keep the class folders in the paths; or save `ids` with `labels`, or give labels=",
-            )
-    ids = ["/".join(folders[at[0] :]) for folders, at in zip(split, classes, strict=True)]
-    return ids, np.array(
-        [number[folders[at[0]]] for folders, at in zip(split, classes, strict=True)], np.int64
+    if unclear:
+        path, folders = unclear[0]
+        raise DataError(
+            "the class of a path is not clear",
+            where=f"{where}: {path}",
+            expected=f"one folder named as a class ({', '.join(names)[:80]})",
+            got=f"folders {' and '.join(sorted(folders))}" if folders else path,
+            fix="keep the class folders in the paths; or save `ids` with `labels`, or give labels=",
+        )
+    return ids, np.array(labels, np.int64)
+
+
+def _split_path(path: str) -> list[str]:
+    """Folders and the file name of a POSIX or Windows path."""
+    separator = "/" if "/" in path else "\\"
+    return [piece for piece in path.split(separator) if piece not in ("", ".")]
+
+
+def _timm_class_folders(paths: Sequence[str], k: int, where: str) -> tuple[str, ...]:
+    """The folders that hold the files, in timm's order: natural order of the lower-case names."""
+    split = [_split_path(path) for path in paths]
+    folders = sorted(
+        {pieces[-2] for pieces in split if len(pieces) > 1},
+        key=lambda name: (natural_key(name.lower()), name),
     )
-
-
-def _split(path: str) -> list[str]:
-    """Folders and the file's name, of a POSIX or a Windows path."""
-    return [part for part in path.split("/" if "/" in path else "\\") if part not in ("", ".")]
-
-
-def _natural_folders(paths: Sequence[str], k: int, where: str) -> tuple[str, ...]:
-    """The folders that hold the files, in the order in which timm numbers them (numbers in names count as numbers)."""
-
-    def key(name: str) -> list[tuple[int, str]]:
-        return [
-            (int(part), "") if part.isdecimal() else (-1, part)
-            for part in re.split(r"(\d+)", name.lower())
-        ]
-
-    folders = sorted({folders[-2] for path in paths if len(folders := _split(path)) > 1}, key=key)
     if len(folders) != k:
         raise DataError(
             "the class names are not known",
@@ -281,44 +292,45 @@ def _natural_folders(paths: Sequence[str], k: int, where: str) -> tuple[str, ...
     return tuple(folders)
 
 
-def _matched(
-    truth: Truth, ids: Sequence[str] | None, paths: Sequence[str] | None, n: int, where: str
+def _match_rows(
+    table: LabelTable, ids: Sequence[str] | None, paths: Sequence[str] | None, n: int, where: str
 ) -> tuple[Sequence[str] | None, Sequence[int]]:
-    """Ids, and for each row its row in the table of labels."""
-    if truth.ids is None or ids is None:
-        if len(truth.labels) != n:
+    """Ids of the predictions, and the row in the table of labels for each of them."""
+    if table.ids is None or ids is None:
+        if len(table.labels) != n:
             raise DataError(
                 "the labels do not fit the predictions",
-                where=truth.where,
+                where=table.where,
                 expected=f"{n} rows as in {where}",
-                got=len(truth.labels),
+                got=len(table.labels),
             )
-        return (truth.ids if ids is None else ids), range(n)
-    there = {name: row for row, name in enumerate(truth.ids)}
-    if len(there) < len(truth.ids):
-        raise DataError(
-            "ids are not unique", where=truth.where, got=Counter(truth.ids).most_common(1)[0][0]
-        )
-    rows = [there.get(path, there.get(name)) for name, path in zip(ids, paths or ids, strict=True)]
+        return (table.ids if ids is None else ids), range(n)
+    row_of = {name: row for row, name in enumerate(table.ids)}
+    if len(row_of) < len(table.ids):
+        name, _ = Counter(table.ids).most_common(1)[0]
+        raise DataError("ids are not unique", where=table.where, got=name)
+    rows = [
+        row_of.get(path, row_of.get(name)) for name, path in zip(ids, paths or ids, strict=True)
+    ]
     missing = [name for name, row in zip(ids, rows, strict=True) if row is None]
     if missing:
         raise DataError(
             "labels are missing",
-            where=truth.where,
+            where=table.where,
             expected=f"the ids of {where}",
             got=f"{len(missing)} missing, the first is {missing[0]}",
         )
     return ids, [row for row in rows if row is not None]
 
 
-def _compare(
+def _compare_labels(
     first: np.ndarray,
     other: np.ndarray,
     ids: Sequence[str] | None,
     names: tuple[str, ...] | None,
     where: str,
 ) -> None:
-    """Two sources of labels must agree; both have n rows."""
+    """Refuse two sources of labels that disagree. Both have n rows."""
     if first.shape != other.shape:
         raise DataError(
             "labels have the wrong shape",
@@ -327,74 +339,79 @@ def _compare(
             got=first.shape,
         )
     rows = np.flatnonzero(first != other)
-    if len(rows):
-        row = int(rows[0])
-        mine, theirs = (
-            names[a[row]] if names and 0 <= a[row] < len(names) else a[row] for a in (first, other)
-        )
-        at = ids[row] if ids is not None else row
-        raise DataError("a row has two labels", where=f"{where}: {at}", expected=mine, got=theirs)
+    if not len(rows):
+        return
+    row = int(rows[0])
+
+    def name_of(label: Any) -> Any:
+        return names[label] if names and 0 <= label < len(names) else label
+
+    raise DataError(
+        "a row has two labels",
+        where=f"{where}: {ids[row] if ids is not None else row}",
+        expected=name_of(first[row]),
+        got=name_of(other[row]),
+    )
 
 
-# numbers --------------------------------------------------------------------------------------------------------------
-
-
-def _check(
+def _check_probs(
     probs: np.ndarray, ids: Sequence[str] | None, names: tuple[str, ...] | None, where: str
 ) -> None:
-    """Refuse what is not probabilities, naming the row and the likeliest reason."""
+    """Refuse numbers that are not probabilities, and name the row and the likely reason."""
 
-    def told(i: int, j: int) -> str:
-        return f"{where}, row {ids[j] if ids is not None else j}"
+    def describe_row(row: int) -> str:
+        return f"{where}, row {ids[row] if ids is not None else row}"
 
     bad = ~np.isfinite(probs)
     if bad.any():
-        i, j, c = np.argwhere(bad)[0]
+        member, row, column = np.argwhere(bad)[0]
         raise DataError(
             "a probability is not a number",
-            where=f"{told(i, j)}, class {names[c] if names else c}",
-            got=probs[i, j, c],
+            where=f"{describe_row(row)}, class {names[column] if names else column}",
+            got=probs[member, row, column],
         )
     sums = probs.sum(-1, dtype=np.float64)
     off = (np.abs(sums - 1) > SUM_TOLERANCE) | (probs < 0).any(-1)
     if off.any():
-        i, j = np.argwhere(off)[0]
-        row = np.asarray(probs[i, j], np.float64)
-        what, fix = _reason(row, names)
-        shown = ", ".join(f"{value:.4g}" for value in row[:4]) + (", ..." if len(row) > 4 else "")
+        member, row = np.argwhere(off)[0]
+        values = np.asarray(probs[member, row], np.float64)
+        what, fix = _diagnose(values, names)
+        shown = ", ".join(f"{value:.4g}" for value in values[:4])
+        more = ", ..." if len(values) > 4 else ""
         raise DataError(
             what,
-            where=told(i, j),
+            where=describe_row(row),
             expected="shares that sum to 1",
-            got=f"{shown} with sum {row.sum():.4g}",
+            got=f"{shown}{more} with sum {values.sum():.4g}",
             fix=fix,
         )
 
 
-def _reason(row: np.ndarray, names: tuple[str, ...] | None) -> tuple[str, str]:
-    """What numbers that do not sum to 1 most likely are, and what to do."""
+def _diagnose(row: np.ndarray, names: tuple[str, ...] | None) -> tuple[str, str]:
+    """What numbers that do not sum to 1 most likely are, and what to do about it."""
     total = row.sum()
-    pairs = [name.split(":", 1) for name in names or () if ":" in name]
-    if (row >= 0).all() and abs(total - 100) < 1:
-        return "these are percent", "divide by 100"
+    not_negative = (row >= 0).all()
+    if not_negative and abs(total - 100) < 1:
+        return "these are percentages", "divide by 100"
     if (row <= 0).all() and abs(np.exp(row).sum() - 1) < 0.01:
         return "these are logarithms of probabilities", "apply exp first"
-    if len(pairs) == len(row) and len({member for member, _ in pairs}) == round(total) > 1:
+    prefixes = [name.split(":", 1)[0] for name in names or () if ":" in name]
+    if len(prefixes) == len(row) and len(set(prefixes)) == round(total) > 1:
         return (
             "the columns are those of several members",
             "write one row per id and member, with a column `member`",
         )
-    if (row >= 0).all() and abs(total - 1) < 0.05:
+    if not_negative and abs(total - 1) < 0.05:
         return (
             "probabilities of a row do not sum to 1",
             "write at least 5 digits, and one column for every class",
         )
-    if (row >= 0).all() and (row <= 1).all() and total < 1:
+    if not_negative and (row <= 1).all() and total < 1:
         return (
             "probabilities of a row do not sum to 1",
-            "save all classes, not the best few; or these are sigmoids",
+            "save all classes, not only the most likely ones; these may also be sigmoid outputs",
         )
     return (
-        "these are no probabilities (logits?)",
-        "apply softmax first; every column but the named ones is a class",
+        "these are not probabilities (logits?)",
+        "apply softmax first; every column without a meaning of its own is a class",
     )

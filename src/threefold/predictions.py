@@ -1,25 +1,24 @@
-"""Predictions: the members' probabilities and what is known about them, where training ends and all the rest begins.
+"""Predictions: the members' probabilities for labelled rows, and their provenance.
 
-Ensembles, statistics and reports see only this. Files are .npz without pickle; strings are fixed-width unicode arrays,
-the provenance is one JSON string. A file from elsewhere needs only `probs` and `labels`.
+Training ends here; ensembles, statistics and reports start from here. Files are .npz without
+pickle: strings are fixed-width unicode arrays and the provenance is one JSON string. A file from
+another program needs only `probs` and `labels`.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-import tokenize
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from threefold.containers import content_of, read_npz
 from threefold.errors import DataError
 from threefold.files import write_arrays
 from threefold.ledger import FIT, SCORE, SELECT, TEACH, Ledger
@@ -28,24 +27,12 @@ from threefold.predictions__checks import check_labels, check_probs
 Protocol = Literal["honest", "paper", "taught"]
 Kind = Literal["oof", "test", "foreign"]
 
-_DAMAGED = (
-    OSError,
-    ValueError,
-    EOFError,
-    KeyError,
-    RuntimeError,
-    MemoryError,
-    zipfile.BadZipFile,
-    zlib.error,
-    SyntaxError,
-    tokenize.TokenError,
-)
-"""What numpy and zipfile raise on files that are cut, altered, encrypted, or claim absurd sizes; the last two for headers."""
-
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """Probabilities of m members for n rows and k classes, with labels and provenance. Checked; arrays are read-only.
+    """Probabilities of m members for n rows and k classes, with labels and provenance.
+
+    Everything is checked on construction, and the arrays are read-only.
 
     Attributes:
         probs: (m, n, k) float32, rows sum to 1.
@@ -54,15 +41,16 @@ class Predictions:
         classes: k class names.
         members: m unique member names.
         groups: n names of what must stay in one fold (patient, signer), or None.
-        protocol: honest = nothing was chosen on these rows; paper = checkpoints were; taught = a student's teachers learned from
-            the labels of these rows.
-        kind: oof = out-of-fold rows, test = a test split, foreign = from elsewhere, nothing known.
+        protocol: honest = nothing was chosen on these rows; paper = checkpoints were chosen on
+            them; taught = a student whose teachers learned from the labels of these rows.
+        kind: oof = out-of-fold rows, test = a test split, foreign = of unknown origin.
         folds: (n,) int64, the fold that scored each row, -1 where that does not apply; or None.
-        roles: (f, n) int8, what each fold's networks did with each row: the sum of ledger.FIT, SELECT, SCORE and
-            TEACH (its teacher learned from the row); or None.
+        roles: (f, n) int8, how the networks of each fold used each row: a sum of ledger.FIT,
+            SELECT, SCORE and TEACH; or None.
 
     Raises:
-        DataError: the parts are wrong or contradict each other, or a row is answered by networks that saw it.
+        DataError: an argument is wrong, arguments contradict each other, or a row is scored by
+            networks that saw it.
     """
 
     probs: np.ndarray
@@ -83,14 +71,11 @@ class Predictions:
         self._set("labels", _read_only(check_labels(self.labels, n, k)))
         if self.folds is not None:
             self._set("folds", _read_only(_check_folds(self.folds, n)))
-        for name, count, unique in (
-            ("ids", n, True),
-            ("classes", k, True),
-            ("members", m, True),
-            ("groups", n, False),
-        ):
-            if (values := getattr(self, name)) is not None:
-                self._set(name, _check_names(name, values, count, unique))
+        self._set("ids", _check_names("ids", self.ids, n))
+        self._set("classes", _check_names("classes", self.classes, k))
+        self._set("members", _check_names("members", self.members, m))
+        if self.groups is not None:
+            self._set("groups", _check_names("groups", self.groups, n, unique=False))
         for name, allowed in (("protocol", get_args(Protocol)), ("kind", get_args(Kind))):
             if getattr(self, name) not in allowed:
                 raise DataError(
@@ -98,37 +83,39 @@ class Predictions:
                 )
         if self.roles is not None:
             self._set("roles", _read_only(_check_roles(self.roles, self.folds, n)))
-            self.ledger()
+            self.ledger()  # refuses rows that are scored by networks that saw them
 
     def ledger(self) -> Ledger:
-        """What the members' networks saw of these rows; empty where that is not known (`roles` is None).
+        """Record what the members' networks saw of these rows; empty if `roles` is None.
 
         Raises:
-            DataError: under the honest protocol, a row is answered by networks that saw it.
+            DataError: under the honest protocol, a row is scored by networks that saw it.
         """
         ledger = Ledger(len(self), self.kind)
-        if self.roles is not None and self.folds is not None:
-            for fold, roles in enumerate(self.roles):
-                answers = self.folds == fold
-                ledger.declare("weights of the members", (roles & FIT) > 0, answers)
-                chosen = (roles & SELECT) > 0
+        if self.roles is None or self.folds is None:
+            return ledger
+        for fold, roles in enumerate(self.roles):
+            scored = self.folds == fold
+            ledger.declare("weights of the members", (roles & FIT) > 0, scored)
+            ledger.declare(
+                "checkpoints and stages",
+                (roles & SELECT) > 0,
+                scored,
+                apparent=self.protocol == "paper",
+            )
+            taught = (roles & TEACH) > 0
+            if taught.any():
                 ledger.declare(
-                    "checkpoints and stages", chosen, answers, apparent=self.protocol == "paper"
+                    "teachers of the student", taught, scored, apparent=self.protocol != "honest"
                 )
-                taught = (roles & TEACH) > 0
-                if taught.any():
-                    ledger.declare(
-                        "teachers of the student",
-                        taught,
-                        answers,
-                        apparent=self.protocol != "honest",
-                    )
         return ledger
 
     @property
     def parts(self) -> np.ndarray | None:
-        """The folds as parts of a cross-fit; None where there are not two of them at least."""
-        return self.folds if self.folds is not None and len(np.unique(self.folds)) > 1 else None
+        """The folds as parts of a cross-fit, or None if there are fewer than two of them."""
+        if self.folds is None or len(np.unique(self.folds)) < 2:
+            return None
+        return self.folds
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -138,47 +125,44 @@ class Predictions:
         return len(self.labels)
 
     def save(self, path: str | Path) -> None:
-        """Write an .npz, whole or not at all; `load` gives back the same bits.
+        """Write an .npz file atomically; `load` returns the same bits.
 
         Raises:
             RunError: the file cannot be written.
         """
-        strings = {
-            "ids": self.ids,
-            "classes": self.classes,
-            "members": self.members,
-            "groups": self.groups,
-        }
-        arrays = {
-            name: np.array(values, dtype=np.str_)
-            for name, values in strings.items()
-            if values is not None
-        }
-        arrays |= {
-            name: value for name in ("folds", "roles") if (value := getattr(self, name)) is not None
-        }
+        arrays: dict[str, np.ndarray] = {"probs": self.probs, "labels": self.labels}
         provenance = json.dumps({"protocol": self.protocol, "kind": self.kind})
-        write_arrays(
-            Path(path),
-            probs=self.probs,
-            labels=self.labels,
-            provenance=np.array(provenance),
-            **arrays,
-        )
+        arrays["provenance"] = np.array(provenance)
+        for name in ("ids", "classes", "members", "groups"):
+            if getattr(self, name) is not None:
+                arrays[name] = np.array(getattr(self, name), dtype=np.str_)
+        for name in ("folds", "roles"):
+            if getattr(self, name) is not None:
+                arrays[name] = getattr(self, name)
+        write_arrays(Path(path), **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> Predictions:
-        """Read an .npz written by `save` or by any other program.
+        """Read an .npz file written by `save` or by another program.
 
-        Required are `probs` (m, n, k) or (n, k) and `labels` (n,). Defaults: ids row0000.., classes 0..k-1,
-        members member0.., kind foreign.
+        `probs` (m, n, k) or (n, k) and `labels` (n,) are required. Missing names are filled in by
+        `default_names`; the default kind is foreign.
 
         Raises:
             DataError: the file is missing, is not an .npz, needs pickle, or its arrays are wrong.
         """
-        arrays = _read_npz(Path(path), [field.name for field in fields(cls)] + ["provenance"])
+        path = Path(path)
+        content = content_of(path)
+        if content != "npz":
+            raise DataError(
+                "the predictions are not an .npz file",
+                where=path,
+                got=f"{content} content",
+                fix="write probs and labels with numpy.savez",
+            )
+        arrays = read_npz(path)
         try:
-            return cls(**_complete(arrays))
+            return cls(**_arguments(arrays))
         except DataError as error:
             raise DataError("the predictions cannot be used", where=path, got=error) from None
 
@@ -186,17 +170,15 @@ class Predictions:
         """Only these members, in this order.
 
         Raises:
-            DataError: an unknown member (the message names the nearest), or no member.
+            DataError: a name is unknown (the message suggests the nearest), or there are no names.
         """
         for name in names:
             if name not in self.members:
-                inside = [member for member in self.members if name.lower() in member.lower()]
-                near = (
-                    inside
-                    or difflib.get_close_matches(name, self.members, cutoff=0.4)
-                    or self.members
-                )
-                raise DataError("no such member", where=name, expected=f"one of {', '.join(near)}")
+                near = [member for member in self.members if name.lower() in member.lower()]
+                if not near:
+                    near = difflib.get_close_matches(name, self.members, cutoff=0.4)
+                expected = ", ".join(near or self.members)
+                raise DataError("no such member", where=name, expected=f"one of {expected}")
         if tuple(names) == self.members:
             return self
         return replace(
@@ -206,10 +188,13 @@ class Predictions:
         )
 
     def rows(self, index: npt.ArrayLike) -> Predictions:
-        """Only these rows, in this order; `index` holds row numbers, or one boolean per row.
+        """Only these rows, in this order.
+
+        Args:
+            index: row numbers, or one boolean per row.
 
         Raises:
-            DataError: a row that does not exist, twice the same row, or no row.
+            DataError: a row does not exist or is repeated, or there are no rows.
         """
         try:
             chosen = np.atleast_1d(np.arange(len(self))[np.asarray(index)])
@@ -227,59 +212,46 @@ class Predictions:
         )
 
 
-def _read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Those of the named arrays that the file has, without ever unpickling."""
-    if not path.is_file():
-        raise DataError(
-            "cannot read the predictions",
-            where=path,
-            got="a folder" if path.is_dir() else "no such file",
-        )
-    fix = "write probs and labels with numpy.savez"
-    if not zipfile.is_zipfile(path):
-        raise DataError("the predictions are not an .npz file", where=path, fix=fix)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: np.asarray(file[name]) for name in names if name in file.files}
-    except _DAMAGED as error:
-        if "allow_pickle" in str(error):
-            fix = "save names as plain string arrays: numpy.array(names, dtype=str)"
-            raise DataError(
-                "the predictions hold Python objects, which are never unpickled",
-                where=path,
-                fix=fix,
-            ) from None
-        got = f"{type(error).__name__}: {str(error)[:120]}"
-        raise DataError("the predictions file is damaged", where=path, got=got, fix=fix) from None
+def default_ids(n: int) -> tuple[str, ...]:
+    """Ids for n rows without ids: row0000, row0001, ... Their sorted order is the row order."""
+    width = max(4, len(str(n - 1)))
+    return tuple(f"row{i:0{width}d}" for i in range(n))
 
 
-def _complete(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The arguments of Predictions from a file's arrays, with defaults for what another program did not write."""
-    missing = [name for name in ("probs", "labels") if name not in arrays]
-    if missing:
-        expected = "probs (m, n, k) or (n, k), and labels (n,)"
-        raise DataError(
-            "arrays are missing", expected=expected, got=f"no {' and no '.join(missing)}"
-        )
-    probs = arrays["probs"][None] if arrays["probs"].ndim == 2 else arrays["probs"]
-    m, n, k = check_probs(probs, 3).shape
-    width = max(4, len(str(n - 1)))  # so that sorted ids are in row order
-    tree: dict[str, Any] = {
-        "ids": tuple(f"row{i:0{width}d}" for i in range(n)),
+def default_names(m: int, n: int, k: int) -> dict[str, tuple[str, ...]]:
+    """Names for what a file leaves unnamed: `default_ids`, classes 0..k-1, members member0.."""
+    return {
+        "ids": default_ids(n),
         "classes": tuple(map(str, range(k))),
         "members": tuple(f"member{i}" for i in range(m)),
     }
-    for name in {"ids", "classes", "members", "groups"} & arrays.keys():
-        tree[name] = tuple(map(str, np.atleast_1d(arrays[name])))
-    tree |= {name: arrays[name] for name in ("labels", "folds", "roles") if name in arrays}
-    return tree | {"probs": probs} | read_provenance(arrays.get("provenance"))
 
 
-def read_provenance(array: np.ndarray | None, where: str = "") -> dict[str, Any]:
-    """Protocol and kind from a file's JSON string; nothing where another program wrote the file.
+def _arguments(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The arguments of Predictions from a file's arrays, with defaults for missing names."""
+    missing = [name for name in ("probs", "labels") if name not in arrays]
+    if missing:
+        raise DataError(
+            "arrays are missing",
+            expected="probs (m, n, k) or (n, k), and labels (n,)",
+            got=f"no {' and no '.join(missing)}",
+        )
+    probs = arrays["probs"][None] if arrays["probs"].ndim == 2 else arrays["probs"]
+    arguments: dict[str, Any] = {"probs": probs, **default_names(*check_probs(probs, 3).shape)}
+    for name in ("ids", "classes", "members", "groups"):
+        if name in arrays:
+            arguments[name] = tuple(map(str, np.atleast_1d(arrays[name])))
+    for name in ("labels", "folds", "roles"):
+        if name in arrays:
+            arguments[name] = arrays[name]
+    return arguments | parse_provenance(arrays.get("provenance"))
+
+
+def parse_provenance(array: np.ndarray | None, where: str = "") -> dict[str, Any]:
+    """Protocol and kind from a file's JSON string; empty if the file has none.
 
     Raises:
-        DataError: it is not such a string.
+        DataError: the string is not JSON with these two keys.
     """
     if array is None:
         return {}
@@ -287,23 +259,26 @@ def read_provenance(array: np.ndarray | None, where: str = "") -> dict[str, Any]
         tree = json.loads(str(array))
         return {"protocol": tree["protocol"], "kind": tree["kind"]}
     except (ValueError, KeyError, TypeError):
-        expected = 'JSON with "protocol" and "kind"'
         raise DataError(
-            "the provenance is not readable", where=where, expected=expected, got=str(array)[:80]
+            "the provenance is not readable",
+            where=where,
+            expected='JSON with "protocol" and "kind"',
+            got=str(array)[:80],
         ) from None
 
 
-def _check_names(name: str, values: Iterable[str], count: int, unique: bool) -> tuple[str, ...]:
-    """Names as a tuple of the right length, all different where they must be."""
+def _check_names(
+    field: str, values: Iterable[str], count: int, unique: bool = True
+) -> tuple[str, ...]:
+    """Names as a tuple of the right length, without repeats if they must be unique."""
     names = tuple(map(str, values))
     if len(names) != count:
         raise DataError(
-            f"{name} do not match the probabilities", expected=f"{count} names", got=len(names)
+            f"{field} do not match the probabilities", expected=f"{count} names", got=len(names)
         )
     if unique and len(set(names)) < count:
-        raise DataError(
-            f"{name} are not unique", got=f"{Counter(names).most_common(1)[0][0]} twice or more"
-        )
+        name, _ = Counter(names).most_common(1)[0]
+        raise DataError(f"{field} are not unique", got=f"{name} twice or more")
     return names
 
 
@@ -321,24 +296,26 @@ def _check_folds(folds: npt.ArrayLike, n: int) -> np.ndarray:
 def _check_roles(roles: npt.ArrayLike, folds: np.ndarray | None, n: int) -> np.ndarray:
     array = np.asarray(roles)
     if array.ndim != 2 or array.shape[1] != n or array.dtype.kind not in "iu" or folds is None:
-        got = f"{array.shape} {array.dtype}" + ("" if folds is not None else ", no folds")
         raise DataError(
             "roles have the wrong shape",
             expected=f"(folds, {n}) integers, and folds ({n},)",
-            got=got,
+            got=f"{array.shape} {array.dtype}" + ("" if folds is not None else ", no folds"),
         )
     if (folds >= len(array)).any():
         raise DataError(
             "roles are missing", expected=f"{int(folds.max()) + 1} folds", got=len(array)
         )
     if ((array < 0) | (array > FIT + SELECT + SCORE + TEACH)).any():
-        told = "roles are sums of 1 (fit), 2 (select), 4 (score) and 8 (teach)"
-        raise DataError(told, got=f"{array.min()} to {array.max()}")
+        raise DataError(
+            "roles are out of range",
+            expected="sums of 1 (fit), 2 (select), 4 (score) and 8 (teach)",
+            got=f"{array.min()} to {array.max()}",
+        )
     return array.astype(np.int8)
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:
-    """A view that cannot be written through: pruning in place would silently change later averages."""
+    """A view that cannot be written to: pruning in place would silently change later averages."""
     view = array.view()
     view.flags.writeable = False
     return view
