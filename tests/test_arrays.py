@@ -1,4 +1,4 @@
-"""MNIST, CIFAR and SVHN in their official formats: counts, labels, order, pixels, archives, and what is wrong."""
+"""MNIST, CIFAR and SVHN in their official formats, and damaged files of each."""
 
 from __future__ import annotations
 
@@ -13,48 +13,55 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support__cifar import pickle_as_python2, write_python_cifar
 
 from threefold.arrays import read_cifar, read_idx, read_mnist, read_svhn
 from threefold.data__published import CIFAR10_CLASSES, CIFAR100_CLASSES, DIGITS
 from threefold.datasets import Sources, load_data
 from threefold.errors import DataError
 from threefold.recipe_schema import DataSpec
-from threefold.samples import pickle_as_python2, write_sample
+from threefold.samples import write_sample
 
 
 def load(source: str, root: Path, **options: Any) -> Sources:
     return load_data(DataSpec(source=source, root=str(root), **options), 0)  # type: ignore[arg-type]
 
 
-# MNIST ----------------------------------------------------------------------------------------------------------------
+# MNIST
 
 
 def test_mnist_gzipped_plain_and_below_raw(tmp_path: Path) -> None:
     write_sample("mnist", tmp_path / "MNIST/raw")
+
     sources = load("mnist", tmp_path)
+
     assert sources.test is not None
     assert (sources.train.classes, len(sources.train), len(sources.test)) == (DIGITS, 60, 30)
     assert np.bincount(sources.train.labels).tolist() == [6] * 10
     assert sources.train.ids[:2] == ("train/00000", "train/00001")
     content = gzip.decompress((tmp_path / "MNIST/raw/train-images-idx3-ubyte.gz").read_bytes())
     assert sources.train.pixels(3)[..., 1].tobytes() == content[16 + 3 * 784 : 16 + 4 * 784]
-    for path in (tmp_path / "MNIST/raw").iterdir():
-        (tmp_path / path.name.removesuffix(".gz")).write_bytes(gzip.decompress(path.read_bytes()))
-    assert np.array_equal(read_mnist(tmp_path, "mnist").train.images, sources.train.images)
     assert sources.notes == (
         "not the whole of MNIST: 60 training and 30 test images, published are 60,000 and 10,000",
     )
+    for path in (tmp_path / "MNIST/raw").iterdir():
+        (tmp_path / path.name.removesuffix(".gz")).write_bytes(gzip.decompress(path.read_bytes()))
+    assert np.array_equal(read_mnist(tmp_path, "mnist").train.images, sources.train.images)
 
 
-def test_an_idx_header_takes_no_memory(tmp_path: Path) -> None:
+def test_an_idx_header_allocates_no_memory(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(bytes([0, 0, 8, 3]) + b"\xff" * 12 + b"x")
+
     with pytest.raises(DataError, match="not complete"):
         read_idx(tmp_path / "a", 3)
+
+
+def test_missing_mnist_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="threefold data fetch mnist"):
         read_mnist(tmp_path, "mnist")
 
 
-# CIFAR ----------------------------------------------------------------------------------------------------------------
+# CIFAR
 
 SETS = {
     "cifar10": (
@@ -72,49 +79,27 @@ SETS = {
 }
 
 
-def unpickled(path: Path) -> dict[bytes, Any]:
-    """As the authors' page says."""
+def unpickle(path: Path) -> dict[bytes, Any]:
+    """Read a batch as the authors' page says."""
     return pickle.loads(path.read_bytes(), encoding="bytes")
-
-
-def to_binary(folder: Path, target: Path, name: str) -> None:
-    """The binary version as the authors' page describes it."""
-    target.mkdir()
-    for path in folder.iterdir():
-        tree = unpickled(path)
-        if b"data" in tree:
-            labels = (
-                [tree[b"coarse_labels"], tree[b"fine_labels"]]
-                if name == "cifar100"
-                else [tree[b"labels"]]
-            )
-            records = np.column_stack(
-                [np.array(column, np.uint8) for column in labels] + [tree[b"data"]]
-            )
-            (target / f"{path.name}.bin").write_bytes(records.tobytes())
-        else:
-            for key, file in (
-                (b"fine_label_names", "fine_label_names.txt"),
-                (b"label_names", "batches.meta.txt"),
-            ):
-                if key in tree:
-                    (target / file).write_bytes(b"\n".join(tree[key]) + b"\n")
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_cifar_in_every_form(tmp_path: Path, name: str) -> None:
-    """Folder, folder above it, archive, folder of the archive, python and binary version: the same images."""
+    """A folder, its parent, an archive or its folder, in both versions: the same images."""
     python, python_archive, binary, binary_archive = SETS[name]
-    made = write_sample(name, tmp_path / "made", per_class=2)
-    to_binary(made / python, made / binary, name)
+    sample = tmp_path / "sample"
+    write_python_cifar(sample, name)
     for folder, archive in ((python, python_archive), (binary, binary_archive)):
         (tmp_path / folder).mkdir()
         with tarfile.open(tmp_path / folder / archive, "w:gz") as tar:
-            tar.add(made / folder, folder)
-    first = read_cifar(made, name)
+            tar.add(sample / folder, folder)
+
+    first = read_cifar(sample, name)
+
     for root in (
-        made / python,
-        made / binary,
+        sample / python,
+        sample / binary,
         tmp_path / python,
         tmp_path / binary,
         tmp_path / python / python_archive,
@@ -131,21 +116,20 @@ def test_cifar_in_every_form(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "classes"), [("cifar10", CIFAR10_CLASSES), ("cifar100", CIFAR100_CLASSES)]
 )
-def test_cifar_is_what_its_page_says(tmp_path: Path, name: str, classes: tuple[str, ...]) -> None:
+def test_cifar_agrees_with_its_page(tmp_path: Path, name: str, classes: tuple[str, ...]) -> None:
     """Row-major planes of red, green and blue; batches in order; names from the meta file."""
-    write_sample(name, tmp_path, per_class=2)
-    sources = load(name, tmp_path)
+    folder = write_python_cifar(tmp_path, name)
+    files = [f"data_batch_{i}" for i in range(1, 6)] if name == "cifar10" else ["train"]
+    batches = [unpickle(folder / file) for file in files]
+    key = b"labels" if name == "cifar10" else b"fine_labels"
+    labels = [label for batch in batches for label in batch[key]]
+    data = np.concatenate([batch[b"data"] for batch in batches])
+
+    sources = load(name, folder)
+
     assert sources.test is not None
     assert sources.train.classes == classes
     assert (len(sources.train), len(sources.test)) == (2 * len(classes), len(classes))
-    batches = [f"data_batch_{i}" for i in range(1, 6)] if name == "cifar10" else ["train"]
-    trees = [unpickled(tmp_path / SETS[name][0] / batch) for batch in batches]
-    labels = [
-        label
-        for tree in trees
-        for label in tree[b"labels" if name == "cifar10" else b"fine_labels"]
-    ]
-    data = np.concatenate([tree[b"data"] for tree in trees])
     assert sources.train.labels.tolist() == labels
     for row in (0, len(labels) - 1):
         assert [sources.train.pixels(row)[2, 5, c] for c in range(3)] == [
@@ -199,41 +183,52 @@ BAD_CIFAR: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("case", BAD_CIFAR)
 def test_bad_cifar(tmp_path: Path, case: str) -> None:
-    write_sample("cifar10", tmp_path, per_class=2)
+    folder = write_python_cifar(tmp_path, "cifar10")
+    shutil.rmtree(tmp_path / "cifar-10-batches-bin")
     spoil, message = BAD_CIFAR[case]
-    spoil(tmp_path / "cifar-10-batches-py")
+    spoil(folder)
+
     with pytest.raises(DataError, match=message):
         read_cifar(tmp_path, "cifar10")
 
 
 def test_a_binary_batch_of_another_length(tmp_path: Path) -> None:
     write_sample("cifar10", tmp_path, per_class=2)
-    to_binary(tmp_path / "cifar-10-batches-py", tmp_path / "cifar-10-batches-bin", "cifar10")
     with open(tmp_path / "cifar-10-batches-bin/test_batch.bin", "ab") as file:
         file.write(b"x")
+
     with pytest.raises(DataError, match="expected records of 3073 bytes"):
         read_cifar(tmp_path / "cifar-10-batches-bin", "cifar10")
 
 
-# SVHN -----------------------------------------------------------------------------------------------------------------
+# SVHN
 
 
-def test_svhn_with_and_without_extra(tmp_path: Path) -> None:
+def test_svhn_without_extra_images(tmp_path: Path) -> None:
     from scipy.io import loadmat
 
     write_sample("svhn", tmp_path)
+    official = loadmat(tmp_path / "train_32x32.mat")
+
     sources = load("svhn", tmp_path)
+
     assert sources.test is not None
     assert (len(sources.train), len(sources.test), sources.train.classes) == (60, 30, DIGITS)
-    official = loadmat(tmp_path / "train_32x32.mat")
     assert official["X"].shape == (32, 32, 3, 60)
     assert set(official["y"].ravel()) == set(range(1, 11))
     assert sources.train.labels.tolist() == [int(label) % 10 for label in official["y"].ravel()]
     assert np.array_equal(sources.train.pixels(7), official["X"][..., 7])
+
+
+def test_svhn_with_extra_images(tmp_path: Path) -> None:
+    write_sample("svhn", tmp_path)
+    plain = load("svhn", tmp_path).train
+
     extra = load("svhn", tmp_path, extra=True).train
+
     assert (len(extra), extra.ids[0], extra.ids[30]) == (90, "extra/000000", "train/000000")
     assert extra.ids == tuple(sorted(extra.ids))
-    assert np.array_equal(extra.pixels(37), sources.train.pixels(7))
+    assert np.array_equal(extra.pixels(37), plain.pixels(7))
     limited = load("svhn", tmp_path, extra=True, limit_per_class=2).train
     assert np.bincount(limited.labels).tolist() == [2] * 10
 
@@ -248,7 +243,7 @@ def mat(**variables: np.ndarray) -> bytes:
 
 X, Y = np.zeros((32, 32, 3, 4), np.uint8), np.array([[1], [2], [10], [9]], np.uint8)
 BAD_MAT = {
-    "missing": (None, "no such file of SVHN: .*train_32x32.mat.*data fetch svhn"),
+    "missing": (None, "a file of SVHN is missing: .*train_32x32.mat.*data fetch svhn"),
     "no MATLAB": (b"nothing", "cannot read the MATLAB file"),
     "cut": (mat(X=X, y=Y)[:-6], "cannot read the MATLAB file"),
     "cut early": (mat(X=X, y=Y)[:3000], "not a file of SVHN"),
@@ -269,5 +264,6 @@ def test_bad_svhn(tmp_path: Path, case: str) -> None:
     content, message = BAD_MAT[case]
     path = tmp_path / "train_32x32.mat"
     path.unlink() if content is None else path.write_bytes(content)
+
     with pytest.raises(DataError, match=message):
         read_svhn(tmp_path, extra=False)

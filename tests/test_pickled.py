@@ -1,4 +1,4 @@
-"""Pickled batches: plain data and arrays of bytes come out, and nothing else is obeyed."""
+"""Pickled batches: plain data and arrays of bytes are read, and everything else is refused."""
 
 from __future__ import annotations
 
@@ -13,35 +13,25 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support__cifar import META, pickle_as_python2
 
-from threefold.data__published import CIFAR10_CLASSES, CIFAR100_CLASSES, CIFAR100_SUPERCLASSES
+from threefold.data__published import CIFAR10_CLASSES
 from threefold.errors import DataError
 from threefold.pickled import read_batch
-from threefold.samples import pickle_as_python2
-
-META10: dict[str, Any] = {
-    "num_cases_per_batch": 10_000,
-    "label_names": list(CIFAR10_CLASSES),
-    "num_vis": 3072,
-}
-META100: dict[str, Any] = {
-    "fine_label_names": list(CIFAR100_CLASSES),
-    "coarse_label_names": list(CIFAR100_SUPERCLASSES),
-}
 
 
-def test_the_official_meta_files_byte_for_byte() -> None:
-    """The checksums are those that torchvision has for batches.meta and meta: the format here is the official one."""
-    md5 = {
-        name: hashlib.md5(pickle_as_python2(meta)).hexdigest()
-        for name, meta in (("10", META10), ("100", META100))
+def test_meta_files_equal_the_official_ones() -> None:
+    """The checksums are torchvision's for `batches.meta` and `meta`."""
+    contents = {name: pickle_as_python2(meta) for name, meta in META.items()}
+
+    meta = read_batch(contents["cifar10"], "meta")
+
+    assert {name: hashlib.md5(content).hexdigest() for name, content in contents.items()} == {
+        "cifar10": "5ff9c542aee3614f3951f8cda6e48888",
+        "cifar100": "7973b15100ade9c7d40fb424638fde48",
     }
-    assert md5 == {
-        "10": "5ff9c542aee3614f3951f8cda6e48888",
-        "100": "7973b15100ade9c7d40fb424638fde48",
-    }
-    read = read_batch(pickle_as_python2(META10), "meta")
-    assert read == {**META10, "label_names": [name.encode() for name in CIFAR10_CLASSES]}
+    label_names = [name.encode() for name in CIFAR10_CLASSES]
+    assert meta == {**META["cifar10"], "label_names": label_names}
 
 
 PLAIN = st.recursive(
@@ -60,19 +50,21 @@ PLAIN = st.recursive(
 
 
 @given(st.dictionaries(st.text(max_size=5), PLAIN, max_size=4), st.integers(2, 5))
-def test_plain_data_are_read_as_pickle_reads_them(tree: dict[str, Any], protocol: int) -> None:
+def test_plain_data_equals_what_pickle_reads(tree: dict[str, Any], protocol: int) -> None:
     assert read_batch(pickle.dumps(tree, protocol), "x") == tree
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_arrays_are_read_as_pickle_reads_them(protocol: int, order: str) -> None:
+def test_arrays_equal_what_pickle_reads(protocol: int, order: str) -> None:
     array = np.arange(24, dtype=np.uint8).reshape(4, 6).copy(order=order)  # type: ignore[call-overload]
-    read = read_batch(pickle.dumps({"data": array, "again": array}, protocol), "x")
-    assert read["data"] is read["again"]
-    assert np.array_equal(read["data"], array)
     official = pickle_as_python2({"data": array, "labels": [1, 300, 70_000], "text": "x" * 300})
     by_pickle = pickle.loads(official, encoding="bytes")
+
+    batch = read_batch(pickle.dumps({"data": array, "again": array}, protocol), "x")
+
+    assert batch["data"] is batch["again"]
+    assert np.array_equal(batch["data"], array)
     assert np.array_equal(by_pickle[b"data"], array)
     assert np.array_equal(read_batch(official, "x")["data"], array)
     assert by_pickle[b"labels"] == read_batch(official, "x")["labels"] == [1, 300, 70_000]
@@ -115,6 +107,7 @@ def test_hostile_pickles_do_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     content = pickle.dumps({"data": [HOSTILE[case]]}, protocol)
+
     with pytest.raises(
         DataError,
         match=r"asks for more than plain data: batch; got (the name|opcode|a call|a state)",
@@ -143,7 +136,7 @@ def test_hostile_opcodes_do_nothing(case: str) -> None:
 
 
 @given(st.binary(max_size=60), st.integers(0, 400))
-def test_any_bytes_end_in_a_dictionary_or_in_one_line(noise: bytes, at: int) -> None:
+def test_any_bytes_give_a_dictionary_or_a_data_error(noise: bytes, at: int) -> None:
     sound = pickle_as_python2(
         {"data": np.zeros((2, 3), np.uint8), "labels": [1, 2], "names": ["a", "b"]}
     )
@@ -152,10 +145,13 @@ def test_any_bytes_end_in_a_dictionary_or_in_one_line(noise: bytes, at: int) -> 
             assert isinstance(read_batch(content, "x"), dict)
 
 
-def test_shapes_that_do_not_fit_and_other_trees() -> None:
+def test_wrong_shapes_are_refused() -> None:
     content = pickle_as_python2({"data": np.zeros((2, 3), np.uint8)})
     for shape in (b"K\2K\4\x86", b"J\xff\xff\xff\xffJ\xfa\xff\xff\xff\x86"):
         with pytest.raises(DataError, match=r"cannot read the pickle: x; got an array of shape"):
             read_batch(content.replace(b"K\2K\3\x86", shape), "x")
+
+
+def test_other_trees_are_refused() -> None:
     with pytest.raises(DataError, match="not a dictionary: x; got list"):
         read_batch(pickle.dumps([1], 2), "x")

@@ -1,14 +1,13 @@
-"""The pickled batches of CIFAR, read as plain data: no object is built, nothing is imported, nothing is called.
+"""Read CIFAR's pickled batches as plain data, without unpickling them.
 
-A pickle is a program. Here its opcodes are taken apart (pickletools) and only those are obeyed that make numbers,
-strings, lists, tuples, dictionaries, and numpy arrays of bytes; the array's three constructors are known by name and
-replaced by a record of their arguments. Everything else is refused before it could act.
+A pickle is a program. Its opcodes are interpreted here, and only those are known that make numbers,
+strings, lists, tuples, dictionaries and numpy arrays of bytes. The constructors of an array are
+recognised by name and never called. Everything else is refused.
 """
 
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,213 +17,188 @@ from numpy.typing import NDArray
 
 from threefold.errors import DataError
 
-_ARRAY = "numpy.core.multiarray _reconstruct"
-_NAMES = {
-    _ARRAY: _ARRAY,
-    "numpy._core.multiarray _reconstruct": _ARRAY,
+_GLOBALS = {
+    "numpy.core.multiarray _reconstruct": "array",
+    "numpy._core.multiarray _reconstruct": "array",
     "numpy ndarray": "ndarray",
     "numpy dtype": "dtype",
     "_codecs encode": "encode",
     "__builtin__ bytes": "bytes",
 }
+_MARK = object()
 
 
-class _Name(NamedTuple):
-    """One of the names that may stand in the pickle of an array."""
+class _Global(NamedTuple):
+    """A name of `_GLOBALS`, which stands for a class or function."""
 
     name: str
 
 
-class _Mark:
-    """Where a list of arguments begins on the stack."""
-
-
-class _Array:
-    """An array that is still to get its shape and bytes."""
-
-    def __init__(self) -> None:
-        self.values: NDArray[np.uint8] | None = None
-
-
-class _Type(NamedTuple):
-    """The element type of an array, as text."""
-
+class _Dtype(NamedTuple):
     code: str
 
 
-class _Refused(Exception):
-    """Why the pickle is not obeyed."""
+class _Array:
+    """An array; BUILD gives it its values."""
+
+    values: NDArray[np.uint8] | None = None
+
+
+class _ForbiddenError(Exception):
+    """The pickle asks for more than plain data."""
 
 
 def read_batch(content: bytes, where: str | Path) -> dict[str, Any]:
-    """A pickled dictionary of numbers, strings, lists and uint8 arrays.
+    """Read a pickled dictionary of numbers, strings, lists and uint8 arrays.
 
     Args:
-        content: the bytes of the file (any pickle protocol; the official files have 2).
+        content: the bytes of the file, in pickle protocol 2 (the official files) to 5.
         where: its name, for messages.
 
     Returns:
-        The dictionary; keys and strings of Python 2 as str and bytes, arrays of uint8 in their shape.
+        The dictionary. Keys are str; other strings of Python 2 are bytes.
 
     Raises:
         DataError: the pickle is damaged, is no dictionary, or asks for anything else.
     """
-    machine = _Machine()
     try:
-        for opcode, argument, _ in pickletools.genops(content):
-            machine.obey(opcode.name, argument)
-        (tree,) = machine.stack
-    except _Refused as refused:
+        tree = _interpret(content)
+    except _ForbiddenError as error:
         raise DataError(
             "the pickle asks for more than plain data",
             where=where,
-            got=refused,
-            fix="do not use this file; get the official one with threefold data fetch, which checks it",
+            got=error,
+            fix="do not use this file; threefold data fetch gets the official one and checks it",
         ) from None
-    except Exception as error:  # hostile or damaged opcodes reach the stack in any order
-        raise DataError(
-            "cannot read the pickle", where=where, got=str(error)[:200] or type(error).__name__
-        ) from None
+    except Exception as error:  # damaged or hostile opcodes reach the stack in any order
+        got = str(error)[:200] or type(error).__name__
+        raise DataError("cannot read the pickle", where=where, got=got) from None
     if not isinstance(tree, dict):
         raise DataError("the pickle is not a dictionary", where=where, got=type(tree).__name__)
     return {
-        _text(key): value.values if isinstance(value, _Array) else value
+        _to_str(key): value.values if isinstance(value, _Array) else value
         for key, value in tree.items()
     }
 
 
-def _text(key: object) -> str:
-    return key.decode("latin-1") if isinstance(key, bytes) else str(key)
+def _interpret(content: bytes) -> Any:
+    """Run the opcodes on a stack and a memo, as the pickle protocol defines them."""
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+    argument: Any
+    for opcode, argument, _ in pickletools.genops(content):
+        match opcode.name:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(opcode.name == "NEWTRUE")
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "MARK":
+                stack.append(_MARK)
+            case "BININT" | "BININT1" | "BININT2" | "LONG1":
+                stack.append(argument)
+            case "BINUNICODE" | "SHORT_BINUNICODE" | "BINBYTES" | "SHORT_BINBYTES":
+                stack.append(argument)
+            case "BINSTRING" | "SHORT_BINSTRING":  # of Python 2; pickletools decodes latin-1
+                stack.append(argument.encode("latin-1"))
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "TUPLE":
+                stack.append(tuple(_pop_to_mark(stack)))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(_pop(stack, int(opcode.name[-1]))))
+            case "APPEND" | "APPENDS":
+                values = _pop(stack, 1) if opcode.name == "APPEND" else _pop_to_mark(stack)
+                _require(stack[-1], list).extend(values)
+            case "SETITEM" | "SETITEMS":
+                values = _pop(stack, 2) if opcode.name == "SETITEM" else _pop_to_mark(stack)
+                _require(stack[-1], dict).update(zip(values[::2], values[1::2], strict=True))
+            case "GLOBAL":
+                stack.append(_find_global(argument))
+            case "STACK_GLOBAL":
+                stack.append(_find_global(" ".join(map(_to_str, _pop(stack, 2)))))
+            case "REDUCE":
+                function, arguments = _pop(stack, 2)
+                stack.append(_call(function, arguments))
+            case "BUILD":
+                target, state = _pop(stack, 2)
+                _set_state(target, state)
+                stack.append(target)
+            case name:
+                raise _ForbiddenError(f"opcode {name}")
+    (value,) = stack
+    return value
 
 
-class _Machine:
-    """A stack and a memo, as the pickle protocol has them."""
-
-    def __init__(self) -> None:
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
-
-    def obey(self, name: str, argument: Any) -> None:
-        """One opcode."""
-        if name in ("PROTO", "FRAME", "STOP"):
-            return
-        if name in _CONSTANTS:
-            self.stack.append(_CONSTANTS[name](argument))
-        elif name in _ACTIONS:
-            _ACTIONS[name](self, argument)
-        else:
-            raise _Refused(f"opcode {name}")
-
-    def since_mark(self) -> list[Any]:
-        """What stands above the last mark, which is taken away."""
-        at = next(i for i in range(len(self.stack) - 1, -1, -1) if self.stack[i] is _Mark)
-        values = self.stack[at + 1 :]
-        del self.stack[at:]
-        return values
-
-    def pop(self, count: int) -> list[Any]:
-        """The last values."""
-        if count > len(self.stack):
-            raise ValueError("the stack is empty")
-        values = self.stack[len(self.stack) - count :]
-        del self.stack[len(self.stack) - count :]
-        return values
-
-    def put(self, at: int | None = None) -> None:
-        """Remember the last value."""
-        self.memo[len(self.memo) if at is None else at] = self.stack[-1]
-
-    def extend(self, values: list[Any]) -> None:
-        """Append to the list below."""
-        target = self.stack[-1]
-        if not isinstance(target, list):
-            raise _Refused(f"appending to {type(target).__name__}")
-        target += values
-
-    def update(self, values: list[Any]) -> None:
-        """Set keys of the dictionary below."""
-        target = self.stack[-1]
-        if not isinstance(target, dict):
-            raise _Refused(f"setting items of {type(target).__name__}")
-        target.update(zip(values[::2], values[1::2], strict=True))
-
-    def name(self, text: str) -> None:
-        """A global name, if it is one of those of an array."""
-        if text not in _NAMES:
-            raise _Refused(f"the name {text.replace(' ', '.', 1)[:100]}")
-        self.stack.append(_Name(_NAMES[text]))
-
-    def reduce(self) -> None:
-        """A call: only those of an array, which are written down and not made."""
-        function, arguments = self.pop(2)
-        known = function.name if isinstance(function, _Name) else None
-        if known == _ARRAY and arguments[0] == _Name("ndarray"):
-            self.stack.append(_Array())
-        elif known == "dtype" and isinstance(arguments[0], str | bytes):
-            self.stack.append(_Type(_text(arguments[0])))
-        elif (
-            known == "encode"
-            and len(arguments) == 2
-            and _text(arguments[1]) in ("latin1", "latin-1")
-        ):
-            self.stack.append(arguments[0].encode("latin-1"))
-        elif known == "bytes" and arguments == ():  # what Python 3 makes of b"" for protocol 2
-            self.stack.append(b"")
-        else:
-            raise _Refused(f"a call of {known or type(function).__name__}")
-
-    def build(self) -> None:
-        """The state of an array (version, shape, type, order, bytes) or of its type, which is ignored."""
-        target, state = self.pop(2)
-        if isinstance(target, _Array):
-            _, shape, kind, by_columns, content = state
-            if not isinstance(kind, _Type) or kind.code.lstrip("|") != "u1":
-                raise _Refused(f"an array of type {getattr(kind, 'code', kind)!s:.20}, expected u1")
-            if (
-                not isinstance(content, bytes)
-                or len(content) != prod(shape)
-                or min(shape, default=0) < 0
-            ):
-                raise ValueError(f"an array of shape {shape} with {len(content)} bytes")
-            target.values = np.frombuffer(content, np.uint8).reshape(
-                shape, order="F" if by_columns else "C"
-            )
-        elif not isinstance(target, _Type):
-            raise _Refused(f"a state for {type(target).__name__}")
-        self.stack.append(target)
+def _pop(stack: list[Any], count: int) -> list[Any]:
+    if count > len(stack):
+        raise ValueError("the stack is empty")
+    values = stack[len(stack) - count :]
+    del stack[len(stack) - count :]
+    return values
 
 
-_CONSTANTS: dict[str, Callable[[Any], Any]] = {
-    "NONE": lambda _: None,
-    "NEWTRUE": lambda _: True,
-    "NEWFALSE": lambda _: False,
-    "EMPTY_DICT": lambda _: {},
-    "EMPTY_LIST": lambda _: [],
-    "EMPTY_TUPLE": lambda _: (),
-    "MARK": lambda _: _Mark,
-    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1"), lambda argument: argument),
-    **dict.fromkeys(
-        ("BINUNICODE", "SHORT_BINUNICODE", "SHORT_BINBYTES", "BINBYTES"), lambda argument: argument
-    ),
-    # Strings of Python 2, which pickletools decodes as latin-1.
-    **dict.fromkeys(("SHORT_BINSTRING", "BINSTRING"), lambda argument: argument.encode("latin-1")),
-}
-_ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
-    "BINPUT": lambda machine, at: machine.put(at),
-    "LONG_BINPUT": lambda machine, at: machine.put(at),
-    "MEMOIZE": lambda machine, _: machine.put(),
-    "BINGET": lambda machine, at: machine.stack.append(machine.memo[at]),
-    "LONG_BINGET": lambda machine, at: machine.stack.append(machine.memo[at]),
-    "TUPLE": lambda machine, _: machine.stack.append(tuple(machine.since_mark())),
-    "TUPLE1": lambda machine, _: machine.stack.append(tuple(machine.pop(1))),
-    "TUPLE2": lambda machine, _: machine.stack.append(tuple(machine.pop(2))),
-    "TUPLE3": lambda machine, _: machine.stack.append(tuple(machine.pop(3))),
-    "APPEND": lambda machine, _: machine.extend(machine.pop(1)),
-    "APPENDS": lambda machine, _: machine.extend(machine.since_mark()),
-    "SETITEM": lambda machine, _: machine.update(machine.pop(2)),
-    "SETITEMS": lambda machine, _: machine.update(machine.since_mark()),
-    "GLOBAL": lambda machine, text: machine.name(text),
-    "STACK_GLOBAL": lambda machine, _: machine.name(" ".join(map(_text, machine.pop(2)))),
-    "REDUCE": lambda machine, _: machine.reduce(),
-    "BUILD": lambda machine, _: machine.build(),
-}
+def _pop_to_mark(stack: list[Any]) -> list[Any]:
+    count = next(i for i, value in enumerate(reversed(stack)) if value is _MARK)
+    values = _pop(stack, count)
+    stack.pop()
+    return values
+
+
+def _require(target: Any, kind: type) -> Any:
+    if not isinstance(target, kind):
+        raise _ForbiddenError(f"opcode that adds to {type(target).__name__}")
+    return target
+
+
+def _to_str(value: object) -> str:
+    return value.decode("latin-1") if isinstance(value, bytes) else str(value)
+
+
+def _find_global(name: str) -> _Global:
+    if name not in _GLOBALS:
+        raise _ForbiddenError(f"the name {name.replace(' ', '.', 1)[:100]}")
+    return _Global(_GLOBALS[name])
+
+
+def _call(function: object, arguments: Any) -> Any:
+    """Imitate the calls that the pickle of an array or of a bytes object makes."""
+    match function:
+        case _Global("array") if arguments[0] == _Global("ndarray"):
+            return _Array()
+        case _Global("dtype") if isinstance(arguments[0], str | bytes):
+            return _Dtype(_to_str(arguments[0]))
+        case _Global("encode") if _to_str(arguments[1]) in ("latin1", "latin-1"):
+            return arguments[0].encode("latin-1")
+        case _Global("bytes") if arguments == ():  # how protocol 2 stores b""
+            return b""
+    name = function.name if isinstance(function, _Global) else type(function).__name__
+    raise _ForbiddenError(f"a call of {name}")
+
+
+def _set_state(target: object, state: Any) -> None:
+    """Set the values of an array; the state of a dtype holds nothing that matters for bytes."""
+    if isinstance(target, _Dtype):
+        return
+    if not isinstance(target, _Array):
+        raise _ForbiddenError(f"a state for {type(target).__name__}")
+    _, shape, dtype, is_fortran, content = state
+    if not isinstance(dtype, _Dtype) or dtype.code.lstrip("|") != "u1":
+        code = getattr(dtype, "code", dtype)
+        raise _ForbiddenError(f"a state of an array of type {code!s:.20}, expected u1")
+    size = len(content) if isinstance(content, bytes) else -1
+    if size != prod(shape) or min(shape, default=0) < 0:
+        raise ValueError(f"an array of shape {shape} with {size} bytes")
+    order: Any = "F" if is_fortran else "C"
+    target.values = np.frombuffer(content, np.uint8).reshape(shape, order=order)

@@ -1,7 +1,8 @@
-"""Small made-up data sets in exactly the official formats, for tests and for smoke runs of the paper's tables.
+"""Synthetic data sets in the official formats, for tests and smoke runs of the paper's tables.
 
-Each class has a hue and a stripe pattern of its own, so that a network can learn them within seconds; the values say
-nothing about the real data. Files, folders, names, label numbers and byte layouts are those of the official data.
+Each class has its own hue and stripe pattern, so that a network can learn it within seconds; the
+images say nothing about the real data. Files, folders, names, label numbers and byte layouts are
+those of the official data.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,53 +33,49 @@ from threefold.errors import DataError, RunError
 from threefold.listing import shorten
 
 SPECIES = (("Plants", 3), ("Insects", 2), ("Birds", 1))
-"""Super categories of the made-up iNaturalist, and how many species each has."""
+"""Super-categories of the synthetic iNaturalist, and their number of species."""
 
 SIGNERS = ("A", "B", "C")
-"""Signers of the made-up Surrey set; the official one has A to E."""
+"""Signers of the synthetic Surrey set; the official one has A to E."""
 
 _Labels = NDArray[np.int64]
 _Images = NDArray[np.uint8]
 
 
 def write_sample(name: str, root: str | Path, seed: int = 0, per_class: int = 6) -> Path:
-    """Write a made-up data set in the official format of `name`.
+    """Write a synthetic data set in the official format of `name`.
 
     Args:
-        name: one of `SAMPLES`, which are values of `data.source`.
-        root: the folder; it is made if need be. What a recipe's `data.root` then has to be.
-        seed: of the pictures; the same arguments give the same pixels.
-        per_class: training images of each class (Surrey: of each class and signer), 2 or more; the parts that are
-            held out or extra have half as many, at least 1.
+        name: a key of `SAMPLES`, which is a `data.source`.
+        root: the folder, made if needed; what a recipe's `data.root` must be.
+        seed: seed of the images; equal arguments give equal pixels.
+        per_class: training images per class (Surrey: per class and signer), 2 or more. Held-out
+            and extra parts have half as many, at least 1.
 
     Returns:
         `root`.
 
     Raises:
-        DataError: no such data set, or too few images.
+        DataError: there is no such sample, or too few images are requested.
         RunError: the folder cannot be written.
     """
     if name not in SAMPLES:
         raise DataError("there is no sample of that data set", got=name, expected=shorten(SAMPLES))
     if per_class < 2:
-        raise DataError(
-            "a sample needs more images of each class", expected="2 or more", got=per_class
-        )
+        what = "a sample needs more images of each class"
+        raise DataError(what, expected="2 or more", got=per_class)
     SAMPLES[name](Path(root), np.random.default_rng(seed), per_class)
     return Path(root)
 
 
-# Pictures -------------------------------------------------------------------------------------------------------------
-
-
-def draw(
-    labels: _Labels, classes: int, shape: tuple[int, int], rng: np.random.Generator
+def draw_images(
+    labels: _Labels, num_classes: int, shape: tuple[int, int], rng: np.random.Generator
 ) -> _Images:
-    """Pictures of these classes: stripes in the class's hue, direction and width, at a random place, with noise.
+    """Draw stripes in the hue, direction and width of each class, with random phase and noise.
 
     Args:
-        labels: class numbers (n).
-        classes: how many classes there are.
+        labels: class numbers (n,).
+        num_classes: number of classes.
         shape: height and width in pixels.
         rng: source of phase, brightness and noise.
 
@@ -93,7 +89,7 @@ def draw(
     phase = rng.uniform(0, 2 * np.pi, len(labels))
     along = np.cos(angle)[:, None, None] * x + np.sin(angle)[:, None, None] * y
     stripes = np.sin(2 * np.pi * waves[:, None, None] * along + phase[:, None, None])
-    hue = 2 * np.pi * (labels / classes)[:, None] + np.array([0, 2, 4]) * np.pi / 3
+    hue = 2 * np.pi * (labels / num_classes)[:, None] + np.array([0, 2, 4]) * np.pi / 3
     colour = 0.5 + 0.4 * np.cos(hue)
     light = 0.75 + 0.2 * stripes + rng.normal(0, 0.05, stripes.shape)
     pixels = 255 * colour[:, None, None, :] * light[..., None]
@@ -101,17 +97,17 @@ def draw(
     return noisy
 
 
-def _shuffled(classes: int, count: int, rng: np.random.Generator) -> _Labels:
-    return rng.permutation(np.repeat(np.arange(classes), count))
+def _shuffled_labels(num_classes: int, count: int, rng: np.random.Generator) -> _Labels:
+    return rng.permutation(np.repeat(np.arange(num_classes), count))
 
 
-def _encoded(pixels: _Images, kind: str) -> bytes:
+def _encode(pixels: _Images | NDArray[np.uint16], format: str) -> bytes:
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, kind)
+    Image.fromarray(pixels).save(stream, format)
     return stream.getvalue()
 
 
-def _put(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
@@ -123,204 +119,59 @@ def _half(count: int) -> int:
     return max(1, count // 2)
 
 
-# idx ------------------------------------------------------------------------------------------------------------------
-
-
 def _write_idx(root: Path, rng: np.random.Generator, per_class: int) -> None:
-    """MNIST and Fashion-MNIST: grey values are the class's brightness and stripes."""
+    """MNIST and Fashion-MNIST."""
     for prefix, count in (("train", per_class), ("t10k", _half(per_class))):
-        labels = _shuffled(10, count, rng)
-        # Hue is lost in grey: the green channel of the picture varies with it.
-        images = draw(labels, 10, (28, 28), rng)[..., 1]
-        for what, array in (("images-idx3", images), ("labels-idx1", labels.astype(np.uint8))):
+        labels = _shuffled_labels(10, count, rng)
+        # Grey images have no hue, but the green channel differs between the hues.
+        images = draw_images(labels, 10, (28, 28), rng)[..., 1]
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels.astype(np.uint8))):
             header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}L", *array.shape)
             content = gzip.compress(header + array.tobytes(), mtime=0)
-            _put(root / f"{prefix}-{what}-ubyte.gz", content)
+            _write(root / f"{prefix}-{kind}-ubyte.gz", content)
 
 
-# CIFAR ----------------------------------------------------------------------------------------------------------------
-
-
-def pickle_as_python2(tree: dict[str, Any]) -> bytes:
-    """A dictionary as Python 2's cPickle writes it with protocol 2, the format of CIFAR's python version.
-
-    With the official names it gives the official `batches.meta` and `meta` byte for byte.
-
-    Args:
-        tree: values are whole numbers, strings, lists of these, or uint8 arrays of two axes.
-    """
-    writer = _Pickler()
-    writer.dictionary(tree)
-    return bytes(writer.out) + b"."
-
-
-class _Pickler:
-    def __init__(self) -> None:
-        self.out, self.memo = bytearray(b"\x80\x02"), 0
-
-    def remember(self) -> None:
-        self.memo += 1
-        self.out += (
-            b"q" + bytes([self.memo]) if self.memo < 256 else b"r" + struct.pack("<L", self.memo)
-        )
-
-    def text(self, value: str) -> None:
-        raw = value.encode("latin-1")
-        self.out += (
-            b"U" + bytes([len(raw)]) if len(raw) < 256 else b"T" + struct.pack("<L", len(raw))
-        ) + raw
-        self.remember()
-
-    def number(self, value: int) -> None:
-        if value < 256:
-            self.out += b"K" + bytes([value])
-        else:
-            self.out += (
-                b"M" + struct.pack("<H", value)
-                if value < 1 << 16
-                else b"J" + struct.pack("<l", value)
-            )
-
-    def value(self, value: Any) -> None:
-        if isinstance(value, np.ndarray):
-            self.array(value)
-        elif isinstance(value, list):
-            self.listing(value)
-        elif isinstance(value, str):
-            self.text(value)
-        else:
-            self.number(int(value))
-
-    def listing(self, values: list[Any]) -> None:
-        self.out += b"]"
-        self.remember()
-        for start in range(0, len(values), 1000):  # cPickle's batches
-            self.out += b"("
-            for value in values[start : start + 1000]:
-                self.value(value)
-            self.out += b"e"
-
-    def dictionary(self, tree: dict[str, Any]) -> None:
-        self.out += b"}"
-        self.remember()
-        self.out += b"("
-        for key, value in tree.items():
-            self.text(key)
-            self.value(value)
-        self.out += b"u"
-
-    def name(self, text: bytes) -> None:
-        self.out += b"c" + text
-        self.remember()
-
-    def array(self, array: _Images) -> None:
-        self.name(b"numpy.core.multiarray\n_reconstruct\n")
-        self.name(b"numpy\nndarray\n")
-        self.out += b"K\0\x85"
-        self.remember()
-        self.text("b")
-        self.out += b"\x87"
-        self.remember()
-        self.out += b"R"
-        self.remember()
-        self.out += b"(K\1"
-        for side in array.shape:
-            self.number(side)
-        self.out += b"\x86"
-        self.remember()
-        self.name(b"numpy\ndtype\n")
-        self.text("u1")
-        self.out += b"K\0K\1\x87"
-        self.remember()
-        self.out += b"R"
-        self.remember()
-        self.out += b"(K\3"
-        self.text("|")
-        self.out += b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0t"
-        self.remember()
-        self.out += b"b\x89"
-        self.text(array.tobytes().decode("latin-1"))
-        self.out += b"t"
-        self.remember()
-        self.out += b"b"
-
-
-def _planes(labels: _Labels, classes: int, rng: np.random.Generator) -> _Images:
-    """Rows of 3072 bytes: all red, then all green, then all blue values."""
-    return np.ascontiguousarray(draw(labels, classes, (32, 32), rng).transpose(0, 3, 1, 2)).reshape(
-        len(labels), -1
-    )
+def _cifar_records(
+    labels: _Labels, label_columns: list[_Labels], num_classes: int, rng: np.random.Generator
+) -> bytes:
+    """Records of the label bytes, then all red, all green and all blue values of an image."""
+    images = draw_images(labels, num_classes, (32, 32), rng)
+    planes = images.transpose(0, 3, 1, 2).reshape(len(labels), -1)
+    return np.column_stack([*label_columns, planes]).astype(np.uint8).tobytes()
 
 
 def _write_cifar10(root: Path, rng: np.random.Generator, per_class: int) -> None:
-    folder = root / "cifar-10-batches-py"
-    labels = np.array_split(_shuffled(10, per_class, rng), 5)
-    batches = [
-        (f"data_batch_{i + 1}", f"training batch {i + 1} of 5", batch)
-        for i, batch in enumerate(labels)
-    ]
-    batches.append(("test_batch", "testing batch 1 of 1", _shuffled(10, _half(per_class), rng)))
-    for name, title, batch in batches:
-        tree = {
-            "batch_label": title,
-            "labels": batch.tolist(),
-            "data": _planes(batch, 10, rng),
-            "filenames": [
-                f"{CIFAR10_CLASSES[label]}_s_{i:06d}.png" for i, label in enumerate(batch)
-            ],
-        }
-        _put(folder / name, pickle_as_python2(tree))
-    meta = {"num_cases_per_batch": 10_000, "label_names": list(CIFAR10_CLASSES), "num_vis": 3072}
-    _put(folder / "batches.meta", pickle_as_python2(meta))
+    """The binary version."""
+    folder = root / "cifar-10-batches-bin"
+    batches = np.array_split(_shuffled_labels(10, per_class, rng), 5)
+    files = [(f"data_batch_{i}.bin", labels) for i, labels in enumerate(batches, start=1)]
+    files.append(("test_batch.bin", _shuffled_labels(10, _half(per_class), rng)))
+    for name, labels in files:
+        _write(folder / name, _cifar_records(labels, [labels], 10, rng))
+    _write(folder / "batches.meta.txt", "\n".join([*CIFAR10_CLASSES, ""]).encode())
 
 
 def _write_cifar100(root: Path, rng: np.random.Generator, per_class: int) -> None:
-    folder = root / "cifar-100-python"
-    for name, title, count in (
-        ("train", "training batch 1 of 1", per_class),
-        ("test", "testing batch 1 of 1", _half(per_class)),
-    ):
-        labels = _shuffled(100, count, rng)
-        tree = {
-            "filenames": [
-                f"{CIFAR100_CLASSES[label]}_s_{i:06d}.png" for i, label in enumerate(labels)
-            ],
-            "batch_label": title,
-            "fine_labels": labels.tolist(),
-            "coarse_labels": (labels % 20).tolist(),
-            "data": _planes(labels, 100, rng),
-        }
-        _put(folder / name, pickle_as_python2(tree))
-    meta = {
-        "fine_label_names": list(CIFAR100_CLASSES),
-        "coarse_label_names": list(CIFAR100_SUPERCLASSES),
-    }
-    _put(folder / "meta", pickle_as_python2(meta))
-
-
-# SVHN -----------------------------------------------------------------------------------------------------------------
+    """The binary version."""
+    folder = root / "cifar-100-binary"
+    for name, count in (("train.bin", per_class), ("test.bin", _half(per_class))):
+        labels = _shuffled_labels(100, count, rng)
+        _write(folder / name, _cifar_records(labels, [labels % 20, labels], 100, rng))
+    _write(folder / "fine_label_names.txt", "\n".join([*CIFAR100_CLASSES, ""]).encode())
+    _write(folder / "coarse_label_names.txt", "\n".join([*CIFAR100_SUPERCLASSES, ""]).encode())
 
 
 def _write_svhn(root: Path, rng: np.random.Generator, per_class: int) -> None:
     from scipy.io import savemat
 
-    for part, count in (
-        ("train", per_class),
-        ("extra", _half(per_class)),
-        ("test", _half(per_class)),
-    ):
-        digits = _shuffled(10, count, rng)
-        images = draw(digits, 10, (32, 32), rng).transpose(1, 2, 3, 0)
+    half = _half(per_class)
+    for part, count in (("train", per_class), ("extra", half), ("test", half)):
+        digits = _shuffled_labels(10, count, rng)
+        images = draw_images(digits, 10, (32, 32), rng).transpose(1, 2, 3, 0)
+        labels = np.where(digits == 0, 10, digits).astype(np.uint8)[:, None]
         stream = io.BytesIO()
-        savemat(
-            stream,
-            {"X": images, "y": np.where(digits == 0, 10, digits).astype(np.uint8)[:, None]},
-            do_compression=True,
-        )
-        _put(root / f"{part}_32x32.mat", stream.getvalue())
-
-
-# Photos ---------------------------------------------------------------------------------------------------------------
+        savemat(stream, {"X": images, "y": labels}, do_compression=True)
+        _write(root / f"{part}_32x32.mat", stream.getvalue())
 
 
 def _write_inaturalist(root: Path, rng: np.random.Generator, per_class: int) -> None:
@@ -329,21 +180,14 @@ def _write_inaturalist(root: Path, rng: np.random.Generator, per_class: int) -> 
     categories = [{"id": i, "name": str(i), "supercategory": name} for i, name in enumerate(supers)]
     number = 0
     for part, count in (("train", per_class), ("val", _half(per_class))):
-        labels = _shuffled(len(supers), count, rng)
+        labels = _shuffled_labels(len(supers), count, rng)
+        pictures = draw_images(labels, len(supers), (48, 60), rng)
         images, annotations = [], []
-        for label, pixels in zip(labels, draw(labels, len(supers), (48, 60), rng), strict=True):
+        for label, pixels in zip(labels, pictures, strict=True):
             file = f"train_val2019/{supers[label]}/{label}/{rng.bytes(16).hex()}.jpg"
-            _put(root / file, _encoded(pixels, "JPEG"))
-            images.append(
-                {
-                    "id": number,
-                    "file_name": file,
-                    "width": 60,
-                    "height": 48,
-                    "license": 3,
-                    "rights_holder": "",
-                }
-            )
+            _write(root / file, _encode(pixels, "JPEG"))
+            image = {"id": number, "file_name": file, "width": 60, "height": 48}
+            images.append({**image, "license": 3, "rights_holder": ""})
             annotations.append({"id": number, "image_id": number, "category_id": int(label)})
             number += 1
         tree = {
@@ -353,69 +197,62 @@ def _write_inaturalist(root: Path, rng: np.random.Generator, per_class: int) -> 
             "annotations": annotations,
             "categories": categories,
         }
-        packed = io.BytesIO()
-        with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-            content = json.dumps(tree).encode()
-            entry = tarfile.TarInfo(f"{part}2019.json")
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-        _put(root / f"{part}2019.json.tar.gz", packed.getvalue())
+        _write(root / f"{part}2019.json.tar.gz", _pack_json(f"{part}2019.json", tree))
+
+
+def _pack_json(name: str, tree: object) -> bytes:
+    """A .tar.gz with one JSON file."""
+    content = json.dumps(tree).encode()
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        archive.addfile(entry, io.BytesIO(content))
+    return packed.getvalue()
 
 
 def _write_icassava(root: Path, rng: np.random.Generator, per_class: int) -> None:
     """The edition with three labelled parts, as its archive."""
+    half = _half(per_class)
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
-        for part, count in (
-            ("train", per_class),
-            ("test", _half(per_class)),
-            ("validation", _half(per_class)),
-        ):
+        for part, count in (("train", per_class), ("test", half), ("validation", half)):
             labels = np.repeat(np.arange(len(CASSAVA_CLASSES)), count)
-            for i, (label, pixels) in enumerate(
-                zip(labels, draw(labels, 5, (50, 70), rng), strict=True)
-            ):
+            images = draw_images(labels, 5, (50, 70), rng)
+            for i, (label, pixels) in enumerate(zip(labels, images, strict=True)):
                 name = CASSAVA_CLASSES[label]
-                archive.writestr(
-                    f"cassavaleafdata/{part}/{name}/{part}-{name}-{i % count}.jpg",
-                    _encoded(pixels, "JPEG"),
-                )
-    _put(root / "cassavaleafdata.zip", packed.getvalue())
+                file = f"cassavaleafdata/{part}/{name}/{part}-{name}-{i % count}.jpg"
+                archive.writestr(file, _encode(pixels, "JPEG"))
+    _write(root / "cassavaleafdata.zip", packed.getvalue())
 
 
 def _write_cassava2020(root: Path, rng: np.random.Generator, per_class: int) -> None:
-    labels = _shuffled(5, per_class, rng)
+    labels = _shuffled_labels(5, per_class, rng)
     rows = []
-    for label, pixels in zip(labels, draw(labels, 5, (60, 80), rng), strict=True):
-        rows.append((f"{rng.integers(10**6, 2**32)}.jpg", int(label)))
-        _put(root / "train_images" / rows[-1][0], _encoded(pixels, "JPEG"))
+    for label, pixels in zip(labels, draw_images(labels, 5, (60, 80), rng), strict=True):
+        file = f"{rng.integers(10**6, 2**32)}.jpg"
+        rows.append((file, int(label)))
+        _write(root / "train_images" / file, _encode(pixels, "JPEG"))
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows([("image_id", "label"), *rows])
-    _put(root / "train.csv", table.getvalue().encode())
+    _write(root / "train.csv", table.getvalue().encode())
     names = {str(label): name for label, name in enumerate(CASSAVA_2020_CLASSES)}
-    _put(root / "label_num_to_disease_map.json", json.dumps(names).encode())
-    _put(
-        root / "test_images/2216849948.jpg",
-        _encoded(draw(np.array([0]), 5, (60, 80), rng)[0], "JPEG"),
-    )
+    _write(root / "label_num_to_disease_map.json", json.dumps(names).encode())
+    (test_image,) = draw_images(np.array([0]), 5, (60, 80), rng)
+    _write(root / "test_images/2216849948.jpg", _encode(test_image, "JPEG"))
 
 
 def _write_surrey(root: Path, rng: np.random.Generator, per_class: int) -> None:
-    """Colour and depth images; the depth is 16-bit grey, as a Kinect gives it."""
+    """Colour images, and depth images in 16-bit grey as a Kinect gives them."""
     for signer in SIGNERS:
         labels = np.repeat(np.arange(len(SURREY_LETTERS)), per_class)
-        for i, (label, pixels) in enumerate(
-            zip(labels, draw(labels, 24, (40, 36), rng), strict=True)
-        ):
-            folder, number = (
-                root / "dataset5" / signer / SURREY_LETTERS[label],
-                f"{label:d}_{i % per_class + 2:04d}.png",
-            )
-            _put(folder / f"color_{number}", _encoded(pixels, "PNG"))
-            depth = Image.fromarray(rng.integers(0, 4000, pixels.shape[:2]).astype(np.uint16))
-            stream = io.BytesIO()
-            depth.save(stream, "PNG")
-            _put(folder / f"depth_{number}", stream.getvalue())
+        images = draw_images(labels, 24, (40, 36), rng)
+        for i, (label, pixels) in enumerate(zip(labels, images, strict=True)):
+            folder = root / "dataset5" / signer / SURREY_LETTERS[label]
+            number = f"{label:d}_{i % per_class + 2:04d}"
+            _write(folder / f"color_{number}.png", _encode(pixels, "PNG"))
+            depth = rng.integers(0, 4000, pixels.shape[:2]).astype(np.uint16)
+            _write(folder / f"depth_{number}.png", _encode(depth, "PNG"))
 
 
 def _write_folder(root: Path, rng: np.random.Generator, per_class: int) -> None:
@@ -423,10 +260,9 @@ def _write_folder(root: Path, rng: np.random.Generator, per_class: int) -> None:
     names = ("one", "two", "three")
     for part, count in (("train", per_class), ("test", _half(per_class))):
         labels = np.repeat(np.arange(len(names)), count)
-        for i, (label, pixels) in enumerate(
-            zip(labels, draw(labels, len(names), (40, 48), rng), strict=True)
-        ):
-            _put(root / part / names[label] / f"{i % count:03d}.png", _encoded(pixels, "PNG"))
+        images = draw_images(labels, len(names), (40, 48), rng)
+        for i, (label, pixels) in enumerate(zip(labels, images, strict=True)):
+            _write(root / part / names[label] / f"{i % count:03d}.png", _encode(pixels, "PNG"))
 
 
 SAMPLES: dict[str, Callable[[Path, np.random.Generator, int], None]] = {
@@ -441,4 +277,4 @@ SAMPLES: dict[str, Callable[[Path, np.random.Generator, int], None]] = {
     "cassava2020": _write_cassava2020,
     "surrey-asl": _write_surrey,
 }
-"""What can be made up, by the name that a recipe's `data.source` has for it."""
+"""The writer of each sample, by `data.source`."""
