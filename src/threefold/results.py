@@ -11,12 +11,9 @@ from threefold.assembly import choices_optimism
 from threefold.cascade import stages_by_cost
 from threefold.combiners import Ensemble, LinearEnsemble
 from threefold.cost import measure_cost
-from threefold.distilled import distilled
 from threefold.ensembles__registry import SelectedEnsemble
 from threefold.evaluate import Evaluation, evaluate
 from threefold.files import read_arrays, read_json, write_arrays, write_json
-from threefold.findings import audit_run
-from threefold.gallery import pictures
 from threefold.heads import describe
 from threefold.ledger import open_test, when_opened
 from threefold.models__member import describe_joint
@@ -25,7 +22,8 @@ from threefold.run import Run
 from threefold.saved import saved_predictions
 from threefold.savings import fit_savings
 from threefold.scoring import per_class
-from threefold.teachers import Teaching
+from threefold.training__diagnostics import audit_run, make_thumbnails
+from threefold.training__distillation import Distillation, distillation_results
 from threefold.uncertainty import fit_uncertainty
 
 
@@ -35,9 +33,9 @@ def evaluate_run(run: Run) -> Evaluation:
     oof, test = saved_predictions(run.dir)
     if test is not None:
         open_test(run.dir, "train", len(test))
-        teaching = Teaching.of(run)
-        if teaching is not None:
-            open_test(teaching.teacher.dir, "distill", len(test))
+        distillation = Distillation.of(run)
+        if distillation is not None:
+            open_test(distillation.teacher.dir, "distill", len(test))
     return evaluate(oof, test, spec, run.recipe.seed)
 
 
@@ -53,10 +51,12 @@ def write_results(run: Run, found: Evaluation, seconds: dict[str, float]) -> Non
         ids=np.array(found.rows.ids),
     )
     audit, suspects = audit_run(run, oof, found.calibration.probs)
-    write_arrays(run.dir / "thumbs.npz", **{**_preview(run), **pictures(run, found, suspects)})
+    write_arrays(
+        run.dir / "thumbs.npz", **{**_preview(run), **make_thumbnails(run, found, suspects)}
+    )
     members = _member_table(run)
     scores = _with_costs(run, found, members)
-    taught = distilled(run, scores)
+    distillation = distillation_results(run, scores)
     write_json(
         run.dir / "results.json",
         {
@@ -67,7 +67,9 @@ def write_results(run: Run, found: Evaluation, seconds: dict[str, float]) -> Non
             "seconds": seconds,
             "expected": found.expected,
             "scores": scores,
-            "comparisons": taught["tables"][0]["comparisons"] if taught else found.comparisons,
+            "comparisons": distillation["tables"][0]["comparisons"]
+            if distillation
+            else found.comparisons,
             "chosen": found.chosen,
             "combined": found.combined,
             "chosen_reason": found.reason,
@@ -82,7 +84,7 @@ def write_results(run: Run, found: Evaluation, seconds: dict[str, float]) -> Non
             "test_opened": when_opened(run.dir),
             "audit": audit,
             "notes": [*found.warnings, *audit["warnings"], *info["notes"]],
-            **({"distill": taught} if taught else {}),
+            **({"distill": distillation} if distillation else {}),
         },
     )
 

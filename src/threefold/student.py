@@ -14,7 +14,7 @@ from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
 from threefold.run import Run
 from threefold.saved import saved_predictions
-from threefold.teachers import teacher_run
+from threefold.training__distillation import open_teacher
 from threefold.training__watcher import Watcher
 
 STUDENT, TWIN = "student", "student-labels"
@@ -45,7 +45,7 @@ def distill(
         RunError: the run cannot teach, or its images have changed.
         RecipeError: the student is unknown, or an override cannot be used.
     """
-    teacher = teacher_run(run)
+    teacher = open_teacher(run)
     recipe = student_recipe(teacher, str(run), student, overrides)
     target = Path(out) if out is not None else default_folder(run, student)
     Run(target, recipe).build(
