@@ -1,258 +1,211 @@
-"""A cascade inside the ONNX graph: members are asked one after another, and of a batch only the rows that are unsure.
+"""Build a cascade into an ONNX graph: members run one after another, on the rows still unsure.
 
-onnxruntime computes the whole graph whatever outputs are asked for (measured, docs/LOG.md), so the later members stand in
-`If` nodes. A second input, `stop`, holds the confidence at which an answer is given after each stage. It has a default
-that no confidence reaches: who feeds images alone gets the full answer, from the same arithmetic as without a cascade.
+onnxruntime computes the whole graph whatever outputs are requested (measured, docs/LOG.md), so the
+later members live in `If` nodes. A second input, `stop`, holds the margin at which an answer is
+given after each stage. Its default is a margin that nothing reaches: a caller who feeds images
+alone gets the answer of the full ensemble, from the same arithmetic as without a cascade.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper
+import onnx_ir as ir
 
 from threefold.cascade import NEVER, Cascade
 from threefold.errors import ExportError
 from threefold.predictions__checks import FLOOR
 
 STOP: Final = "stop"
-"""The input: float (stages - 1,), the confidence at which the answer is given after each stage; its default is NEVER."""
+"""Input float (stages - 1,): the margin at which an answer is given after each stage."""
 STAGES_USED: Final = "stages_used"
-"""The output: int64 (b,), how many stages of the cascade ran for each image."""
+"""Output int64 (b,): how many stages of the cascade ran for each image."""
 
 
 def add_cascade(model: Any, cascade: Cascade, networks: Sequence[Sequence[str]]) -> Any:
-    """The model with a cascade in it, a new one.
+    """Return a copy of a model with a cascade built in.
 
     Args:
-        model: images -> probs, member_probs, with a value `m{i}_probs` (b, k) for each member.
+        model: ONNX, images -> probs, member_probs, with a value `m{i}_probs` (b, k) per member.
         cascade: fitted, of these members.
-        networks: for each member the names of the values (b, k) that its networks give.
+        networks: for each member the names of the values (b, k) that its networks produce.
 
     Raises:
-        ExportError: the cascade is of other members, or a network's nodes cannot be told from the rest.
+        ExportError: the cascade has other members, or a stage has no nodes of its own.
     """
     if sorted(i for stage in cascade.stages for i in stage) != list(range(len(networks))):
         raise ExportError(
             "the cascade is of other members", expected=len(networks), got=cascade.stages
         )
-    graph = _Split(
-        model, [[name for i in stage for name in networks[i]] for stage in cascade.stages]
-    )
-    for s in range(1, len(cascade.stages)):
-        _add_exit(graph, cascade, s - 1)
-        _add_branch(graph, s)
-    _add_answer(graph, len(cascade.stages))
-    return graph.finish(len(cascade.stages))
+    copy = ir.from_proto(model)
+    _Builder(copy.graph, cascade, networks).build()
+    copy.graph.sort()
+    return ir.to_proto(copy)
 
 
-class _Split:
-    """A graph's nodes, those that only one later stage needs apart from the rest."""
+class _Builder:
+    """Adds the nodes of a cascade to a graph, in any order."""
 
-    def __init__(self, model: Any, stages: list[list[str]]) -> None:
-        self.model, self.stages = model, stages
-        nodes = [_copied(node) for node in model.graph.node]
-        made_by = {name: i for i, node in enumerate(nodes) for name in node.output}
-        needs = [_ancestors(nodes, made_by, names) for names in stages]
-        alone = [
-            need.difference(*(other for other in needs if other is not need)) for need in needs
-        ]
-        moved = set().union(*alone[1:])
-        self.parts = [[nodes[i] for i in sorted(mine)] for mine in alone]
-        self.main = [node for i, node in enumerate(nodes) if i not in moved]
-        self.weights = {tensor.name: tensor for tensor in self.model.graph.initializer}
-        self.inner: set[str] = set()
-        self.new: list[Any] = []
-
-    def add(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        """A node of the outer graph; returns its output."""
-        self.new.append(helper.make_node(kind, list(inputs), [output], name=output, **attributes))
-        return output
-
-    def constant(self, name: str, value: Any, kind: Any) -> str:
-        """A named constant of the outer graph."""
-        self.weights[name] = onnx.numpy_helper.from_array(np.asarray(value, kind), name)
-        return name
-
-    def finish(self, stages: int) -> Any:
-        """The new model, its nodes in an order in which each follows what it needs."""
-        old = self.model
-        inputs = [
-            *old.graph.input,
-            helper.make_tensor_value_info(STOP, TensorProto.FLOAT, [stages - 1]),
-        ]
-        outputs = [
-            *old.graph.output,
-            helper.make_tensor_value_info(STAGES_USED, TensorProto.INT64, ["batch"]),
-        ]
-        weights = [tensor for name, tensor in self.weights.items() if name not in self.inner]
-        graph = helper.make_graph(
-            _sorted([*self.main, *self.new]), old.graph.name, inputs, outputs, initializer=weights
-        )
-        made = helper.make_model(graph, producer_name=old.producer_name, ir_version=old.ir_version)
-        del made.opset_import[:]
-        made.opset_import.extend(old.opset_import)
-        made.metadata_props.extend(old.metadata_props)
-        return made
-
-
-def _ancestors(nodes: Sequence[Any], made_by: dict[str, int], names: Sequence[str]) -> set[int]:
-    """Numbers of the nodes that values need."""
-    found: set[int] = set()
-    todo = [made_by[name] for name in names]
-    while todo:
-        number = todo.pop()
-        if number not in found:
-            found.add(number)
-            todo += [made_by[name] for name in nodes[number].input if name in made_by]
-    return found
-
-
-def _sorted(nodes: Sequence[Any]) -> list[Any]:
-    """Nodes so that each follows what it needs, otherwise as they come."""
-    made_by = {name: i for i, node in enumerate(nodes) for name in node.output}
-    needs = [[made_by[name] for name in _needs(node) if name in made_by] for node in nodes]
-    order: dict[int, None] = {}
-    todo = [(i, False) for i in reversed(range(len(nodes)))]
-    while todo:
-        number, ready = todo.pop()
-        if ready:
-            order[number] = None
-        elif number not in order:
-            todo.append((number, True))
-            todo += [(need, False) for need in needs[number] if need not in order]
-    return [nodes[i] for i in order]
-
-
-def _copied(node: Any) -> Any:
-    copy = onnx.NodeProto()
-    copy.CopyFrom(node)
-    return copy
-
-
-def _needs(node: Any) -> set[str]:
-    """Names that a node takes, those of its branches from outside among them."""
-    found = set(node.input)
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            inside = {name for inner in attribute.g.node for name in inner.output}
-            inside |= {tensor.name for tensor in attribute.g.initializer}
-            found |= {name for inner in attribute.g.node for name in inner.input} - inside
-    return found
-
-
-def _add_exit(graph: _Split, cascade: Cascade, s: int) -> None:
-    """After stage s: the calibrated mean of the members so far, how sure it is, who stops here and who goes on."""
-    asked = [i for stage in cascade.stages[: s + 1] for i in stage]
-    mean = graph.add("Mean", [f"m{i}_probs" for i in asked], f"exit{s}_mean")
-    logs = graph.add(
-        "Log",
-        [graph.add("Max", [mean, graph.constant("floor", FLOOR, np.float32)], f"exit{s}_max")],
-        f"exit{s}_log",
-    )
-    heat = graph.constant(f"exit{s}_heat", 1 / cascade.temperatures_[s], np.float32)
-    probs = graph.add(
-        "Softmax", [graph.add("Mul", [logs, heat], f"exit{s}_mul")], f"exit{s}_probs", axis=-1
-    )
-    two = [f"exit{s}_first", f"exit{s}_ranks"]
-    graph.new.append(
-        helper.make_node("TopK", [probs, graph.constant("two", [2], np.int64)], two, name=two[0])
-    )
-    first = graph.add(
-        "Gather", [two[0], graph.constant("place0", 0, np.int64)], f"exit{s}_top", axis=1
-    )
-    second = graph.add(
-        "Gather", [two[0], graph.constant("place1", 1, np.int64)], f"exit{s}_next", axis=1
-    )
-    margin = graph.add("Sub", [first, second], f"exit{s}_margin")
-    wanted = graph.add(
-        "Gather", [STOP, graph.constant(f"place{s}", s, np.int64)], f"exit{s}_stop", axis=0
-    )
-    sure = graph.add("GreaterOrEqual", [margin, wanted], f"exit{s}_sure")
-    unsure = graph.add("Not", [sure], f"exit{s}_unsure")
-    graph.add("And", [f"active{s}", unsure], f"active{s + 1}") if s else graph.add(
-        "Identity", [unsure], "active1"
-    )
-    graph.add("Unsqueeze", [sure, graph.constant("axis_last", [1], np.int64)], f"exit{s}_rows")
-
-
-def _add_branch(graph: _Split, s: int) -> None:
-    """Stage s on the rows that are still unsure; zeros for the others."""
-    nodes, weights = graph.parts[s], graph.weights
-    made = {name for node in nodes for name in node.output}
-    taken = [name for node in nodes for name in node.input if name and name not in made]
-    elsewhere = {name for node in graph.main for name in node.input}
-    elsewhere |= {
-        name for part in graph.parts if part is not nodes for node in part for name in node.input
-    }
-    own = dict.fromkeys(name for name in taken if name in weights and name not in elsewhere)
-    rows = dict.fromkeys(name for name in taken if name not in weights)
-    if not set(graph.stages[s]) <= made:
-        raise ExportError(
-            "a stage of the cascade shares all of its nodes with others", got=graph.stages[s]
-        )
-    index = f"stage{s}_index"
-    inner = [
-        helper.make_node("NonZero", [f"active{s}"], [f"stage{s}_found"]),
-        helper.make_node("Squeeze", [f"stage{s}_found", "axis_first"], [index]),
-        helper.make_node("Unsqueeze", [index, "axis_last"], [f"stage{s}_places"]),
-    ]
-    graph.constant("axis_first", [0], np.int64)
-    fed = {name: f"stage{s}_{name}" for name in rows}
-    inner += [helper.make_node("Gather", [name, index], [fed[name]], axis=0) for name in rows]
-    for node in nodes:
-        node.input[:] = [fed.get(name, name) for name in node.input]
-    inner += nodes
-    outer = graph.stages[s]
-    inner += [
-        helper.make_node("ScatterND", ["no_probs", f"stage{s}_places", name], [f"stage{s}_{name}"])
-        for name in outer
-    ]
-    graph.inner.update(own)
-
-    def ends(prefix: str) -> list[Any]:
-        return [
-            helper.make_tensor_value_info(f"{prefix}_{name}", TensorProto.FLOAT, None)
-            for name in outer
+    def __init__(
+        self, graph: ir.Graph, cascade: Cascade, networks: Sequence[Sequence[str]]
+    ) -> None:
+        self.graph, self.cascade, self.tape = graph, cascade, ir.tape.Tape(graph)
+        self.values = ir.convenience.create_value_mapping(graph)
+        self.stages = [
+            [self.values[name] for i in stage for name in networks[i]] for stage in cascade.stages
         ]
 
-    then = helper.make_graph(
-        inner, f"stage{s}", [], ends(f"stage{s}"), initializer=[weights[name] for name in own]
-    )
-    nothing = [helper.make_node("Identity", ["no_probs"], [f"skip{s}_{name}"]) for name in outer]
-    skip = helper.make_graph(nothing, f"skip{s}", [], ends(f"skip{s}"))
-    number = graph.add("Cast", [f"active{s}"], f"active{s}_number", to=TensorProto.INT32)
-    most = graph.add("ReduceMax", [number], f"active{s}_most", keepdims=0)
-    graph.add("Cast", [most], f"active{s}_any", to=TensorProto.BOOL)
-    graph.new.append(
-        helper.make_node(
-            "If", [f"active{s}_any"], outer, name=f"stage{s}", then_branch=then, else_branch=skip
+    def op(self, kind: str, inputs: Sequence[Any], name: str, **attributes: Any) -> Any:
+        """Add a node with one output of the same name; returns the output."""
+        return self.tape.op(kind, inputs, attributes, name=name, output=ir.Value(name=name))
+
+    def constant(self, name: str, value: Any, dtype: Any) -> Any:
+        """The initializer of that name, added if it is new."""
+        if name not in self.graph.initializers:
+            self.tape.initializer(ir.tensor(np.asarray(value, dtype), name=name))
+        return self.graph.initializers[name]
+
+    def build(self) -> None:
+        """Add an exit after every stage but the last, a branch for every stage but the first."""
+        exits = len(self.stages) - 1
+        thresholds = ir.tensor(np.full(exits, NEVER, np.float32), name=STOP)
+        self.graph.inputs.append(self.tape.initializer(thresholds))
+        shape = self.op("Shape", [self.stages[0][0]], "probs_shape")
+        zeros = self.op("ConstantOfShape", [shape], "no_probs")
+        needs = [_ancestors(outputs) for outputs in self.stages]
+        early: list[Any] = []
+        sure: list[Any] = []
+        active: list[Any] = []
+        for s in range(1, exits + 1):
+            early.append(self.add_exit(s - 1))
+            sure.append(self.add_test(s - 1, early[-1]))
+            unsure = self.op("Not", [sure[-1]], f"exit{s - 1}_unsure")
+            if s == 1:
+                active.append(unsure)
+            else:
+                active.append(self.op("And", [active[-1], unsure], f"active{s}"))
+            shared = set().union(*(need for other, need in enumerate(needs) if other != s))
+            self.add_branch(s, [n for n in needs[s] if n not in shared], active[-1], zeros)
+        self.add_answer(early, sure)
+        self.add_stages_used(active)
+
+    def add_exit(self, s: int) -> Any:
+        """Add the answer after stage s: the calibrated mean of the members so far."""
+        members = [i for stage in self.cascade.stages[: s + 1] for i in stage]
+        mean = self.op("Mean", [self.values[f"m{i}_probs"] for i in members], f"exit{s}_mean")
+        floor = self.constant("floor", FLOOR, np.float32)
+        logs = self.op("Log", [self.op("Max", [mean, floor], f"exit{s}_max")], f"exit{s}_log")
+        inverse = self.constant(
+            f"exit{s}_inverse_temperature", 1 / self.cascade.temperatures_[s], np.float32
         )
-    )
+        logits = self.op("Mul", [logs, inverse], f"exit{s}_mul")
+        return self.op("Softmax", [logits], f"exit{s}_probs", axis=-1)
+
+    def add_test(self, s: int, probs: Any) -> Any:
+        """Add the test whether the answer after stage s is sure enough, for each row."""
+        two = self.constant("two", [2], np.int64)
+        largest, _ = self.tape.op_multi_out(
+            "TopK",
+            [probs, two],
+            name=f"exit{s}_topk",
+            outputs=[ir.Value(name=f"exit{s}_largest"), ir.Value(name=f"exit{s}_indices")],
+        )
+        first, second = self.constant("place0", 0, np.int64), self.constant("place1", 1, np.int64)
+        top = self.op("Gather", [largest, first], f"exit{s}_top", axis=1)
+        runner_up = self.op("Gather", [largest, second], f"exit{s}_runner_up", axis=1)
+        margin = self.op("Sub", [top, runner_up], f"exit{s}_margin")
+        place = self.constant(f"place{s}", s, np.int64)
+        stop = self.op("Gather", [self.graph.initializers[STOP], place], f"exit{s}_stop", axis=0)
+        return self.op("GreaterOrEqual", [margin, stop], f"exit{s}_sure")
+
+    def add_branch(self, s: int, nodes: Sequence[Any], active: Any, zeros: Any) -> None:
+        """Move a stage's nodes into an `If` that runs them on the active rows; others get zeros."""
+        inside, outputs = set(nodes), self.stages[s]
+        if any(output.producer() not in inside for output in outputs):
+            raise ExportError(
+                "a stage of the cascade shares all of its nodes with others",
+                got=[output.name for output in outputs],
+            )
+        tape = ir.tape.Tape()
+        positions = tape.op("NonZero", [active])
+        index = tape.op("Squeeze", [positions, self.constant("axis_first", [0], np.int64)])
+        axis_last = self.constant("axis_last", [1], np.int64)
+        places = tape.op("Unsqueeze", [index, axis_last])
+        weights = []
+        inputs = dict.fromkeys(value for node in nodes for value in node.inputs)
+        for value in inputs:
+            if value is None or value.producer() in inside:
+                continue
+            if not value.is_initializer():
+                rows = tape.op("Gather", [value, index], {"axis": 0})
+                for node, i in tuple(value.uses()):
+                    if node in inside:
+                        node.replace_input_with(i, rows)
+            elif inside.issuperset(value.consumers()):
+                weights.append(self.graph.initializers.pop(value.name))
+        self.graph.remove(nodes)
+        results = []
+        for output in outputs:
+            results.append(ir.Value(name=output.name))
+            output.replace_all_uses_with(results[-1])
+            output.name = f"{output.name}_active"
+        scattered = [tape.op("ScatterND", [zeros, places, output]) for output in outputs]
+        skip = ir.tape.Tape()
+        skipped = [skip.op("Identity", [zeros]) for _ in outputs]
+        for value in (*scattered, *skipped):
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+        number = self.op("Cast", [active], f"active{s}_number", to=ir.DataType.INT32)
+        largest = self.op("ReduceMax", [number], f"active{s}_max", keepdims=0)
+        self.tape.op_multi_out(
+            "If",
+            [self.op("Cast", [largest], f"active{s}_any", to=ir.DataType.BOOL)],
+            {
+                "then_branch": ir.Graph(
+                    [],
+                    scattered,
+                    nodes=[*tape.nodes, *nodes],
+                    initializers=weights,
+                    name=f"stage{s}",
+                ),
+                "else_branch": ir.Graph([], skipped, nodes=skip.nodes, name=f"skip{s}"),
+            },
+            name=f"stage{s}",
+            outputs=results,
+        )
+
+    def add_answer(self, early: Sequence[Any], sure: Sequence[Any]) -> None:
+        """Add the answer: that of the first stage that was sure, else that of the ensemble."""
+        place = next(i for i, output in enumerate(self.graph.outputs) if output.name == "probs")
+        full = self.graph.outputs[place]
+        full.name = "full_probs"
+        axis_last = self.constant("axis_last", [1], np.int64)
+        answer = full
+        for s in reversed(range(len(sure))):
+            rows = self.op("Unsqueeze", [sure[s], axis_last], f"exit{s}_rows")
+            answer = self.op("Where", [rows, early[s], answer], f"answer{s}" if s else "probs")
+        answer.type, answer.shape = full.type, full.shape
+        self.graph.outputs[place] = answer
+
+    def add_stages_used(self, active: Sequence[Any]) -> None:
+        """Add the output that counts the stages that ran for each row."""
+        total = self.constant("one_stage", 1, np.int64)
+        for s, rows in enumerate(active, 1):
+            count = self.op("Cast", [rows], f"active{s}_count", to=ir.DataType.INT64)
+            name = STAGES_USED if s == len(active) else f"stages{s}"
+            total = self.op("Add", [count, total], name)
+        total.type, total.shape = ir.TensorType(ir.DataType.INT64), ir.Shape(["batch"])
+        self.graph.outputs.append(total)
 
 
-def _add_answer(graph: _Split, stages: int) -> None:
-    """The answer of the stage where each row stopped, and how many stages that took."""
-    graph.constant(STOP, np.full(stages - 1, NEVER), np.float32)
-    shape = graph.add("Shape", [graph.stages[0][0]], "probs_shape")
-    graph.add("ConstantOfShape", [shape], "no_probs")
-    for node in graph.main:
-        for places in (node.input, node.output):
-            places[:] = ["full_probs" if name == "probs" else name for name in places]
-    answer = "full_probs"
-    for s in reversed(range(stages - 1)):
-        answer = graph.add(
-            "Where", [f"exit{s}_rows", f"exit{s}_probs", answer], f"answer{s}" if s else "probs"
-        )
-    counts = [
-        graph.add("Cast", [f"active{s}"], f"active{s}_count", to=TensorProto.INT64)
-        for s in range(1, stages)
-    ]
-    one = graph.constant("one_stage", 1, np.int64)
-    total = counts[0]
-    for s, count in enumerate(counts[1:], 2):
-        total = graph.add("Add", [total, count], f"asked_{s}")
-    graph.add("Add", [total, one], STAGES_USED)
+def _ancestors(values: Iterable[Any]) -> dict[Any, None]:
+    """The nodes that the values depend on, as an ordered set."""
+    nodes: dict[Any, None] = {}
+    pending = [value.producer() for value in values]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in nodes:
+            nodes[node] = None
+            pending.extend(node.predecessors())
+    return nodes
