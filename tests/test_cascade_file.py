@@ -147,7 +147,7 @@ def test_weights_of_later_members_go_into_a_bundle(
         world["graph"], world["cascade"], exporting.network_names(world["pipeline"])
     )
     write(graph, tmp_path / "m.onnx", world["pipeline"], pictures(4), world["card"])
-    tensors = bundle._tensors(onnx.load(tmp_path / "m.onnx", load_external_data=False).graph)
+    tensors = bundle.weights(onnx.load(tmp_path / "m.onnx", load_external_data=False).graph)
     assert len([tensor for tensor in tensors if tensor.external_data]) > 6  # of all three members
     found = threefold.load(tmp_path / "m.onnx")
     for image in pictures(20, side=9):
@@ -271,7 +271,7 @@ def test_the_graph_is_onnx_and_the_flat_one_is_left_as_it_was(
 def told_to(model: Model, path: Path, **changes: Any) -> Path:
     """A copy of the file with another card."""
     copy = onnx.load(model.path)
-    exporting._set_card(copy, {**model.card, **changes})
+    bundle.set_card(copy, {**model.card, **changes})
     onnx.save(copy, path)
     return path
 

@@ -49,7 +49,7 @@ def small() -> onnx.ModelProto:
     network = Small().eval().requires_grad_(False)
     for part in network.convs:
         part[0].weight *= 2.5  # as drawn, every image gets nearly the same answer
-    return exporting._trace(network, torch.zeros(2, 3, 16, 16), ("pixels", "probs"), (0,))
+    return exporting.trace(network, torch.zeros(2, 3, 16, 16), ("pixels", "probs"), (0,))
 
 
 def answers(model: onnx.ModelProto, pixels: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 import threefold
-from threefold import answers, exporting, targets
+from threefold import answers, bundle, targets
 from threefold.calibration import fit_calibration
 from threefold.ensembles__averaging import MeanEnsemble
 from threefold.errors import ExportError
@@ -183,7 +183,7 @@ def test_a_damaged_card_is_one_line(
     import onnx
 
     model = onnx.load(made[0].path)
-    exporting._set_card(model, {**made[0].card, **card})
+    bundle.set_card(model, {**made[0].card, **card})
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(
         ExportError, match=r"the model card is damaged: .*m\.onnx; got conformal or unknown: "

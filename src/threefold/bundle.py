@@ -1,124 +1,142 @@
-"""Model files on disk: one file, or above 2 GB a bundle of the file and one data file beside it.
+"""Model files on disk: one file, or above 2 GB a bundle of the model and one data file beside it.
 
-Protobuf ends at 2 GB, so a larger model keeps its weights in a plain file in the same folder (ONNX's external data). The
-data file's name holds the hash of its content, and it is in place before the model file that names it: whatever interrupts an
-export, a model file that is there belongs to the data that it names, the old ones or the new ones. Both move together.
+Protobuf ends at 2 GB, so a larger model keeps its weights in a plain file in the same folder (ONNX's
+external data). The name of the data file contains the hash of its content, and the file is in place
+before the model file that names it. So a model file always belongs to the data that it names, the
+old or the new, wherever an export is interrupted. Both files have to be moved together.
 """
 
 from __future__ import annotations
 
 import glob
-import hashlib
-import math
+import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import onnx
+import onnx_ir as ir
 
 from threefold.errors import ExportError, RunError
-from threefold.files import write_bytes
+from threefold.files import sha256, write_bytes
+from threefold.runtime import KEY
 
 LIMIT: Final = 2**31 - 2**24
-"""Bytes of weights above which a bundle is written; what is left to 2 GB is for the graph and the card."""
+"""Bytes of weights above which a bundle is written; the rest of 2 GB is for the graph and the card."""
 SMALLEST: Final = 1024
 """Bytes of the smallest tensor that goes into the data file."""
 ALIGN: Final = 4096
-"""Tensors begin at multiples of this in the data file, so that runtimes can map them into memory."""
+"""Tensors start at multiples of this in the data file, so that runtimes can memory-map them."""
 
 
 class Staged(NamedTuple):
-    """A model on disk that is not yet in its place."""
+    """A model on disk that is not in its place yet."""
 
     model: Path
     data: Path | None
-    told: Mapping[str, Any]
-    """What the card says of a bundle: {"bundle": {"file", "bytes", "sha256"}}, or nothing."""
+    bundle: Mapping[str, Any]
+    """The entry of a bundle in the card: {"bundle": {"file", "bytes", "sha256"}}, or empty."""
 
 
-def weight_bytes(model: Any) -> int:
-    """Bytes of a model's tensors, without serialising it (which fails above 2 GB)."""
-    return sum(_bytes(tensor) for tensor in _tensors(model.graph))
+def set_card(model: Any, card: Mapping[str, Any]) -> None:
+    """Store a model card in the metadata of an ONNX model, in place of any other metadata."""
+    text = json.dumps(card, ensure_ascii=False, default=float)
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, {KEY: text})
 
 
-def _tensors(graph: Any) -> Iterator[Any]:
-    """A graph's weights, those of its branches among them: a cascade keeps later members there."""
+def weights(graph: Any) -> Iterator[Any]:
+    """Yield the tensors of a graph and of its branches, where a cascade keeps later members."""
     yield from graph.initializer
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _tensors(attribute.g)
-
-
-def _bytes(tensor: Any) -> int:
-    return int(math.prod(tensor.dims)) * int(
-        onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    )
+                yield from weights(attribute.g)
 
 
 @contextmanager
-def staged(model: Any, target: Path, seal: Callable[[Mapping[str, Any]], None]) -> Iterator[Staged]:
-    """Write a model where it can be tried; it is gone afterwards unless it was published.
+def staged(model: Any, target: Path, card: Mapping[str, Any] | None = None) -> Iterator[Staged]:
+    """Write a model where it can be tried; it is removed afterwards unless it was published.
 
     Args:
         model: ONNX model; above `LIMIT` its weights move out of it into the data file.
-        target: where it shall be in the end.
-        seal: puts the card into the model, with what a bundle adds to it.
+        target: where it will be published.
+        card: stored in the model, together with the entry of a bundle.
 
     Raises:
         ExportError: the files cannot be written.
     """
-    large = weight_bytes(model) > LIMIT
+    # Serialising the model to learn its size would fail above 2 GB.
+    large = sum(ir.from_proto(tensor).nbytes for tensor in weights(model.graph)) > LIMIT
     try:
         if large:
             target.parent.mkdir(parents=True, exist_ok=True)
-        holder = tempfile.TemporaryDirectory(
+        directory = tempfile.TemporaryDirectory(
             dir=target.parent if large else None, prefix=f".{target.name}."
         )
     except OSError as error:
         raise ExportError("cannot write", where=target, got=error.strerror or error) from None
-    with holder as folder:
+    with directory as folder:
         data: Path | None = None
-        told: Mapping[str, Any] = {}
+        bundle: dict[str, Any] = {}
         if large:
-            data, told = _move_weights(model, Path(folder), target.name)
-        seal(told)
+            data = _move_weights(model, Path(folder), target.name)
+            bundle["bundle"] = {
+                "file": data.name,
+                "bytes": data.stat().st_size,
+                "sha256": sha256(data),
+            }
+        if card is not None:
+            set_card(model, {**card, **bundle})
         trial = Path(folder) / "model.onnx"
         write_file(trial, model.SerializeToString())
-        yield Staged(trial, data, told)
+        yield Staged(trial, data, bundle)
 
 
-def publish(model: Any, found: Staged, target: Path) -> int:
-    """Put a staged model into its place, with the card it has now; returns its bytes, data file included.
+def publish(model: Any, trial: Staged, target: Path) -> int:
+    """Put a staged model in its place, with the card it has now.
+
+    Returns:
+        The bytes written, data file included.
 
     Raises:
         ExportError: the files cannot be written.
     """
-    before = data_file(target)
+    old_data = data_file(target)
     size = 0
-    if found.data is not None:
-        place = target.parent / found.data.name
-        size = found.data.stat().st_size
-        try:
-            os.replace(found.data, place)
-        except OSError as error:
-            raise ExportError("cannot write", where=place, got=error.strerror or error) from None
+    if trial.data is not None:
+        size = trial.data.stat().st_size
+        place_file(trial.data, target.parent / trial.data.name)
     write_file(target, model.SerializeToString())
-    if before is not None and (found.data is None or before.name != found.data.name):
+    if old_data is not None and (trial.data is None or old_data.name != trial.data.name):
         with suppress(OSError):
-            before.unlink()
+            old_data.unlink()
     return size + target.stat().st_size
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
+def place_file(trial: Path, target: Path) -> None:
+    """Move a finished file to its place in one step, its content on the disk first.
 
     Raises:
-        ExportError: it cannot be written.
+        ExportError: the file cannot be moved.
+    """
+    try:
+        with open(trial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(trial, target)
+    except OSError as error:
+        raise ExportError("cannot write", where=target, got=error.strerror or error) from None
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file completely or not at all.
+
+    Raises:
+        ExportError: the file cannot be written.
     """
     try:
         write_bytes(path, content)
@@ -127,58 +145,55 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def data_file(target: Path) -> Path | None:
-    """The data file of a bundle that stands at `target`; None of a single file, or where none of ours is there."""
+    """The data file of a bundle at `target`; None for a single file, or if the data is not ours."""
     if not any(target.parent.glob(f"{glob.escape(target.name)}.*.bin")):
         return None
     try:
-        head = onnx.load(target, load_external_data=False)
-    except Exception:  # nothing there, or not a model: then there is nothing of ours beside it
+        model = onnx.load(target, load_external_data=False)
+    except Exception:  # missing, or not a model: then nothing beside it is ours
         return None
-    named = {
+    locations = {
         entry.value
-        for t in _tensors(head.graph)
-        for entry in t.external_data
+        for tensor in weights(model.graph)
+        for entry in tensor.external_data
         if entry.key == "location"
     }
-    names = [
-        name
-        for name in named
-        if re.fullmatch(re.escape(target.name) + r"\.[0-9a-f]{16}\.bin", name)
-    ]
-    return target.parent / names[0] if len(named) == len(names) == 1 else None
+    if len(locations) != 1:
+        return None
+    name = locations.pop()
+    ours = re.fullmatch(re.escape(target.name) + r"\.[0-9a-f]{16}\.bin", name)
+    return target.parent / name if ours else None
 
 
-def _move_weights(model: Any, folder: Path, name: str) -> tuple[Path, dict[str, Any]]:
-    """Move the large tensors' bytes into one file in the folder; returns it and what the card says of it."""
-    digest, path, end = hashlib.sha256(), folder / "weights", 0
-    moved: list[tuple[Any, int, int]] = []
+def _move_weights(model: Any, folder: Path, name: str) -> Path:
+    """Move the bytes of the large tensors into one file in the folder; returns the file."""
+    tensors = []
+    for proto in weights(model.graph):
+        if proto.data_type == onnx.TensorProto.INT64:  # shapes, which are read with the graph
+            continue
+        tensor = ir.from_proto(proto)
+        if tensor.nbytes >= SMALLEST:
+            tensors.append((proto, tensor))
     try:
-        with open(path, "wb") as file:
-            for tensor in _tensors(model.graph):
-                if (
-                    _bytes(tensor) < SMALLEST or tensor.data_type == onnx.TensorProto.INT64
-                ):  # shapes, read with the graph
-                    continue
-                raw = tensor.raw_data or onnx.numpy_helper.to_array(tensor).tobytes()
-                gap = bytes(-end % ALIGN)
-                for part in (gap, raw):
-                    file.write(part)
-                    digest.update(part)
-                moved.append((tensor, end + len(gap), len(raw)))
-                end += len(gap) + len(raw)
-                tensor.ClearField("raw_data")
-            file.flush()
-            os.fsync(file.fileno())
-        data = folder / f"{name}.{digest.hexdigest()[:16]}.bin"
-        os.replace(path, data)
+        moved = ir.external_data.convert_tensors_to_external(
+            [tensor for _, tensor in tensors], folder, "weights", alignment=ALIGN, align_threshold=0
+        )
+        digest = sha256(folder / "weights")
+        data = folder / f"{name}.{digest[:16]}.bin"
+        os.replace(folder / "weights", data)
     except OSError as error:
         raise ExportError(
-            "cannot write", where=path.parent, got=error.strerror or error, fix="free disk space"
+            "cannot write", where=folder, got=error.strerror or error, fix="free disk space"
         ) from None
-    for tensor, offset, length in moved:
-        for field in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
-            tensor.ClearField(field)
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", data.name), ("offset", offset), ("length", length)):
-            tensor.external_data.add(key=key, value=str(value))
-    return data, {"bundle": {"file": data.name, "bytes": end, "sha256": digest.hexdigest()}}
+    for (proto, _), tensor in zip(tensors, moved, strict=True):
+        stored = ir.ExternalTensor(
+            data.name,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=tensor.name,
+        )
+        proto.Clear()
+        ir.serde.serialize_tensor_into(proto, stored)
+    return data

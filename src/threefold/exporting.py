@@ -7,9 +7,8 @@ Tracing dominates the cost of an export, so what can be shared is: the resize by
 from __future__ import annotations
 
 import copy
-import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from threefold.bundle import publish, staged
+from threefold.bundle import publish, set_card, staged
 from threefold.errors import ExportError
 from threefold.models__pipeline import (
     MemberPipeline,
@@ -30,7 +29,7 @@ from threefold.models__pipeline import (
 )
 from threefold.models__resize import resize_square
 from threefold.precision import convert
-from threefold.runtime import FORMAT, KEY, load
+from threefold.runtime import FORMAT, load
 
 OPSET = 20
 IR_VERSION = 10
@@ -72,18 +71,10 @@ def write_onnx(
         ExportError: the file cannot be written, or `measure` refuses.
     """
 
-    def seal(more: Mapping[str, Any]) -> None:
-        _set_card(model, {**card, **more})
-
-    with staged(model, target, seal) as trial:
+    with staged(model, target, card) as trial:
         report = measure(load(trial.model).predict_proba(images))
-        seal({**trial.told, "parity": report})
+        set_card(model, {**card, **trial.bundle, "parity": report})
         return {**report, "bytes": publish(model, trial, target)}
-
-
-def _set_card(model: Any, card: dict[str, Any]) -> None:
-    del model.metadata_props[:]
-    onnx.helper.set_model_props(model, {KEY: json.dumps(card, ensure_ascii=False, default=float)})
 
 
 def build_graph(
@@ -108,7 +99,7 @@ def build_graph(
         )
     else:
         nets = graph.stack([name for copies in outputs for name in copies], "network_probs")
-        mixing = _trace(
+        mixing = trace(
             _Mix(pipeline.mixing),
             torch.rand(2, pipeline.mixing.shape[1], 3),
             ("nets", "mixed"),
@@ -137,7 +128,7 @@ def network_names(pipeline: Pipeline) -> list[list[str]]:
     ]
 
 
-def _trace(
+def trace(
     module: nn.Module, example: Tensor, names: tuple[str, str], dynamic: tuple[int, ...]
 ) -> Any:
     """ONNX model of a module with one input and one output; the axes in `dynamic` may have any length."""
@@ -168,7 +159,7 @@ def _add_member(
     """Graft one member: its resize once, then every fold model; returns the names of their probabilities."""
     canvas = f"pixels_{member.canvas}_{member.resize}"
     if canvas not in graph.values:
-        resize = _trace(
+        resize = trace(
             _Resize(member.canvas, member.resize),
             torch.zeros(2, 30, 40, 3, dtype=torch.uint8),
             ("images", "pixels"),
@@ -178,7 +169,7 @@ def _add_member(
     predictors = cast(Iterable[Predictor], member.predictors)
     fused = [fold_batch_norm(predictor, member.canvas) for predictor in predictors]
     example = torch.zeros(2, 3, member.canvas, member.canvas)
-    first = _trace(fused[0], example, ("pixels", "probs"), (0,))
+    first = trace(fused[0], example, ("pixels", "probs"), (0,))
     names = []
     pixels = member.pixels(calibration) if precision == "int8" else None
     for fold, predictor in enumerate(fused):
@@ -186,7 +177,7 @@ def _add_member(
             first
             if fold == 0
             else _with_weights(first, fused[0], predictor)
-            or _trace(predictor, example, ("pixels", "probs"), (0,))
+            or trace(predictor, example, ("pixels", "probs"), (0,))
         )
         names.append(f"{prefix}fold{fold}_probs")
         model = convert(model, precision, pixels)
@@ -196,7 +187,7 @@ def _add_member(
 
 def _add_combiner(graph: _Joiner, pipeline: Pipeline, stacked: str) -> None:
     example = torch.full((2, len(pipeline.names), len(pipeline.classes)), 1 / len(pipeline.classes))
-    combiner = _trace(pipeline.combiner, example, ("member_probs", "probs"), (0,))
+    combiner = trace(pipeline.combiner, example, ("member_probs", "probs"), (0,))
     graph.graft(combiner, "ensemble_", {"member_probs": stacked}, {"probs": "probs"})
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
+import ml_dtypes
 import numpy as np
 import onnx
 
@@ -76,7 +77,7 @@ def convert(model: Any, precision: str, pixels: np.ndarray | None = None) -> Any
 
 def halve(model: Any, precision: str) -> Any:
     """Store a model's large float32 tensors in float16 or bfloat16, each followed by a cast back to float32."""
-    kind = onnx.TensorProto.FLOAT16 if precision == "float16" else onnx.TensorProto.BFLOAT16
+    dtype = np.float16 if precision == "float16" else ml_dtypes.bfloat16
     casts: list[Any] = []
     kept: list[Any] = []
     for tensor in model.graph.initializer:
@@ -84,10 +85,9 @@ def halve(model: Any, precision: str) -> Any:
         if tensor.data_type != onnx.TensorProto.FLOAT or values.size < SMALLEST:
             kept.append(tensor)
             continue
-        stored = onnx.TensorProto(
-            name=f"{tensor.name}_{precision}", dims=tensor.dims, data_type=kind
-        )
-        stored.raw_data = _half_bytes(values, precision)
+        with np.errstate(over="ignore"):  # overflow becomes infinite, and the parity gate refuses
+            halves = values.astype(dtype)
+        stored = onnx.numpy_helper.from_array(halves, f"{tensor.name}_{precision}")
         kept.append(stored)
         casts.append(
             onnx.helper.make_node(
@@ -104,18 +104,6 @@ def halve(model: Any, precision: str) -> Any:
     return onnx.helper.make_model(
         graph, opset_imports=model.opset_import, ir_version=model.ir_version
     )
-
-
-def _half_bytes(values: np.ndarray, precision: str) -> bytes:
-    """Little-endian bytes of the nearest half-precision values, ties to even."""
-    if precision == "float16":
-        with np.errstate(
-            over="ignore"
-        ):  # what is too large becomes infinite, and the parity gate refuses
-            return bytes(values.astype("<f2"))
-    bits = np.ascontiguousarray(values, "<f4").view("<u4")
-    rounded: np.ndarray = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return bytes(rounded.astype("<u2"))
 
 
 def quantise(model: Any, pixels: np.ndarray) -> Any:

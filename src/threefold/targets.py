@@ -9,7 +9,6 @@ it runs no code of the file. The model card is in the file `threefold.json` of t
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from threefold import exporting
-from threefold.bundle import staged
+from threefold.bundle import place_file, staged
 from threefold.cascade import Cascade
 from threefold.cascading import add_cascade
 from threefold.errors import ExportError
@@ -155,7 +154,7 @@ def _to_pt2(
             answers_of(lambda image: loaded(torch.from_numpy(image))[0].numpy(), images)
         )
         _save(program, trial, {**card, "parity": report}, target)
-        _place(trial, target)
+        place_file(trial, target)
     return {**report, "bytes": target.stat().st_size}
 
 
@@ -178,7 +177,7 @@ def _to_openvino(
     openvino = _openvino(target)
     with (
         _stage(target) as folder,
-        staged(model, Path(folder) / "model.onnx", lambda _: None) as onnx_file,
+        staged(model, Path(folder) / "model.onnx") as onnx_file,
     ):
         converted = openvino.convert_model(onnx_file.model)
         trial = Path(folder) / target.name
@@ -193,8 +192,8 @@ def _to_openvino(
         weights = target.with_suffix(".bin")
         with suppress(FileNotFoundError):
             target.unlink()  # so that no .xml ever stands beside the weights of another
-        _place(trial.with_suffix(".bin"), weights)
-        _place(trial, target)
+        place_file(trial.with_suffix(".bin"), weights)
+        place_file(trial, target)
     return {**report, "bytes": target.stat().st_size + weights.stat().st_size}
 
 
@@ -209,15 +208,5 @@ def _stage(target: Path) -> tempfile.TemporaryDirectory[str]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        raise ExportError("cannot write", where=target, got=error.strerror or error) from None
-
-
-def _place(trial: Path, target: Path) -> None:
-    """Move a finished file into its place in one step, its content on the disk first."""
-    try:
-        with open(trial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(trial, target)
     except OSError as error:
         raise ExportError("cannot write", where=target, got=error.strerror or error) from None
