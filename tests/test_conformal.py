@@ -20,7 +20,6 @@ from threefold.conformal import (
     UnknownThreshold,
     conformal_quantile,
     conformity_scores,
-    cross_conformal_sets,
     measure_sets,
 )
 from threefold.errors import DataError, RunError
@@ -149,10 +148,10 @@ def test_a_class_with_too_few_rows_is_in_every_set() -> None:
     probs, _ = rows(5, 17, k=2)
     labels = np.array([0] * 9 + [1] * 8)
     sets = ConformalSets(by_class=True).fit(probs, labels, 0.1)
-    assert sets.always_.tolist() == [1]
+    assert np.isinf(sets.thresholds_).tolist() == [False, True]
     assert sets.predict_sets(probs)[:, 1].all()
     assert not sets.predict_sets(np.array([[0.0, 1.0]]))[:, 0].any() or sets.thresholds_[0] == 1
-    assert ConformalSets().fit(probs[:8], labels[:8], 0.1).always_.tolist() == [0, 1]
+    assert np.isinf(ConformalSets().fit(probs[:8], labels[:8], 0.1).thresholds_).all()
 
 
 @LAW
@@ -237,42 +236,6 @@ def test_measured_coverage_by_hand() -> None:
     assert found[:2] == (4, 0.5)
     assert found[3:] == (1.0, 0.5)
     assert found.interval == pytest.approx((0.150, 0.850), abs=1e-3)
-
-
-def fold_models(seed: int, n: int, u: int, folds: int = 5) -> dict[str, np.ndarray]:
-    """Fold models that share a signal and have noise of their own."""
-    rng = np.random.default_rng(seed)
-    logits = rng.normal(0, 2, (n + u, 4))
-    labels = (rng.random((n + u, 1)) > softmax(logits, -1).cumsum(1)).sum(1).clip(max=3)
-    seen = softmax(1.5 * (logits + 1.5 * rng.normal(size=(folds, n + u, 4))), -1)
-    part = np.arange(n) % folds
-    return {
-        "oof": seen[part, np.arange(n)],
-        "labels": labels[:n],
-        "folds": part,
-        "new": seen[:, n:],
-        "truth": labels[n:],
-    }
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_cross_conformal_sets_cover_what_they_promise_and_mostly_more(method: str) -> None:
-    covered = []
-    for seed in range(20):
-        w = fold_models(seed, 250, 500)
-        sets = cross_conformal_sets(w["oof"], w["labels"], w["folds"], w["new"], 0.2, method)  # type: ignore[arg-type]
-        covered.append(measure_sets(sets, w["truth"]).coverage)
-    assert min(covered) >= 1 - 2 * 0.2
-    assert 0.78 <= np.mean(covered) <= 0.98
-
-
-def test_with_one_model_cross_conformal_sets_are_split_conformal_sets() -> None:
-    probs, labels = rows(7, 301)
-    new, _ = rows(8, 100)
-    same = cross_conformal_sets(probs, labels, np.arange(301) % 3, np.repeat(new[None], 3, 0), 0.1)
-    assert (
-        same == ConformalSets(never_empty=False).fit(probs, labels, 0.1).predict_sets(new)
-    ).all()
 
 
 def test_known_images_are_rejected_at_the_chosen_rate() -> None:
@@ -369,14 +332,6 @@ def test_lac_and_aps_agree_with_mapie() -> None:
         ),
         (lambda: measure_sets(np.ones((2, 2)), [0, 1]), "sets must be booleans"),
         (lambda: UnknownThreshold().fit(rows(0, 9)[0], 0), "rate is between 0 and 1; got 0"),
-        (
-            lambda: cross_conformal_sets(*rows(0, 4), [0, 1, 2, 1], rows(0, 6)[0].reshape(2, 3, 8)),
-            "labels are out of range",
-        ),
-        (
-            lambda: cross_conformal_sets(*rows(0, 4), [0, 1, 0, 1], np.full((2, 3, 4), 0.25)),
-            "fold_probs are of other classes than oof; expected 8 classes, got 4",
-        ),
     ],
 )
 def test_bad_input_is_told_in_one_line(use: partial, message: str) -> None:  # type: ignore[type-arg]

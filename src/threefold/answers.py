@@ -87,7 +87,7 @@ def as_text(answer: dict[str, Any], model: Model) -> str:
     top = ", ".join(f"{entry['label']} {entry['probability']:.1%}" for entry in answer["top"])
     parts = [f"{answer['image']}: {top}"]
     if "set" in answer:
-        coverage = 100 * (1 - model.sets[False].alpha_)
+        coverage = 100 * (1 - model.sets[False].alpha)
         parts.append(f"{coverage:.4g}% set {{{', '.join(answer['set'])}}}")
     if answer.get("unknown"):
         parts.append("unknown?")

@@ -1,22 +1,18 @@
-"""Sets of classes that hold the right one with a chosen probability, and a threshold for images of no class.
+"""Prediction sets with a chosen coverage, and a threshold for images of no known class.
 
-Split conformal prediction (Vovk et al. 2005; Angelopoulos and Bates 2023, "Conformal prediction: a gentle introduction"):
-a score says how badly a class fits a row, and a set holds the classes whose score is at most the
-ceil((n + 1) * (1 - alpha))-th smallest score of n labelled rows.
+Split conformal prediction (Vovk et al. 2005; Angelopoulos and Bates 2023, "Conformal prediction: a
+gentle introduction"): a score measures how badly a class fits a row, and a set contains the classes
+whose score is at most the ceil((n + 1) * (1 - alpha))-th smallest score of n labelled rows.
 
-What is promised. If the labelled rows and a new row are exchangeable and answered by the same model, the set holds the
-right class with probability 1 - alpha at least, over the draw of all of them; not for each image, not for each kind of
-image, and not where new images come from elsewhere. Out-of-fold rows are answered by k models, and a new row by
-their average, so that this proof does not apply. Sets in the style of cross-conformal prediction (Vovk 2015), which compare
-each fold's rows with the same fold's model (`cross_conformal_sets`), hold the class with probability 1 - 2 * alpha at
-least, but for a term that vanishes with the rows per fold (Barber et al. 2021, jackknife+ and CV+; Romano et al. 2020, for
-classes); in practice 1 - alpha or more, and the more fold models disagree, the larger the sets. `ConformalSets` on pooled
-out-of-fold rows is a simplification of those with no such proof. Where the average has a temperature of its own
-(`calibration.fit_averaged_temperature`) its sets were smaller than those and covered about 1 - alpha (0.89 to 0.92 where 0.90 was asked);
-without, an average is too unsure, and its sets are too large. Hence: measure the coverage on rows with labels that
-nothing was fitted on, and quote that.
+What is guaranteed. If the labelled rows and a new row are exchangeable and are answered by the same
+model, the set contains the right class with probability 1 - alpha or more, over the draw of all of
+them: not for each image, not for each kind of image, and not if new images come from elsewhere.
+Out-of-fold rows are answered by k models and a new row by their average, so this proof does not
+apply to them, and sets from pooled out-of-fold rows have no such guarantee. An average of fold
+models is less confident than each of them, which makes the sets too large. Hence: measure the
+coverage on labelled rows that nothing was fitted on, and quote that.
 
-Exported files read their sets with this module, so scipy is imported only where something is measured.
+Exported files read their sets with this module, so scipy is imported only to measure.
 """
 
 from __future__ import annotations
@@ -37,21 +33,22 @@ if TYPE_CHECKING:
 Method = Literal["lac", "aps", "raps"]
 
 RAPS_PENALTY: Final = 0.01
-"""What `raps` adds to the score for every rank after the free ones."""
+"""Penalty that `raps` adds to the score for every rank after the free ones."""
 
 RAPS_FREE: Final = 5
-"""Ranks without penalty in `raps`; both are the values of the example in Angelopoulos and Bates 2023."""
+"""Ranks without penalty in `raps`; both values are those of Angelopoulos and Bates 2023."""
 
 
 class Coverage(NamedTuple):
-    """How prediction sets did on n rows with labels.
+    """Coverage and size of prediction sets on n labelled rows.
 
     Attributes:
         n: number of rows.
-        coverage: share of rows whose set holds the label.
-        interval: Wilson's 95 % interval of the coverage, on as many rows as the groups are worth (`stats.share_interval`).
+        coverage: share of rows whose set contains the label.
+        interval: Wilson's 95 % interval of the coverage, on the effective number of rows if there
+            are groups (`stats.share_interval`).
         mean_size: mean number of classes in a set.
-        single: share of sets with one class.
+        single: share of sets with exactly one class.
     """
 
     n: int
@@ -62,7 +59,7 @@ class Coverage(NamedTuple):
 
 
 class Rejection(NamedTuple):
-    """Share of n rows that were called unknown, with Wilson's 95 % interval, on as many rows as the groups are worth."""
+    """Share of n rows called unknown, with Wilson's 95 % interval as in `Coverage`."""
 
     n: int
     rate: float
@@ -70,7 +67,7 @@ class Rejection(NamedTuple):
 
 
 def conformal_quantile(scores: npt.ArrayLike, alpha: float) -> float:
-    """The ceil((n + 1) * (1 - alpha))-th smallest of n scores; infinity where n is too small for that rank.
+    """Return the ceil((n + 1) * (1 - alpha))-th smallest of n scores; infinity if n < that rank.
 
     Raises:
         DataError: scores are not a list of numbers, or alpha is not between 0 and 1.
@@ -79,50 +76,52 @@ def conformal_quantile(scores: npt.ArrayLike, alpha: float) -> float:
     array = np.asarray(scores, dtype=np.float64)
     if array.ndim != 1 or np.isnan(array).any():
         raise DataError("scores must be a list of numbers", got=f"shape {array.shape}")
-    rank = math.ceil(
-        (len(array) + 1) * (1 - alpha) - 1e-9
-    )  # 10 * (1 - 0.1) is a little above 9 in floating point
+    # The tolerance absorbs rounding: 10 * (1 - 0.1) is slightly above 9 in floating point.
+    rank = math.ceil((len(array) + 1) * (1 - alpha) - 1e-9)
     return float(np.partition(array, rank - 1)[rank - 1]) if rank <= len(array) else math.inf
 
 
 def conformity_scores(probs: npt.ArrayLike, method: Method = "lac") -> np.ndarray:
-    """How badly each class fits each row: float64 (n, k), small = fits.
+    """Return how badly each class fits each row, float64 (n, k); small = fits.
 
-    lac: 1 - probability (Sadinle et al. 2019), the smallest sets on average. aps: the sum of the probabilities of this class
-    and all likelier ones (Romano et al. 2020), larger sets where the model hesitates; not randomised, so that an image always
-    gets the same set, which costs size where most rows are near certain. raps: aps plus a penalty on ranks after the fifth (Angelopoulos et al. 2021), for many classes.
+    lac: 1 - probability (Sadinle et al. 2019); the smallest sets on average. aps: the sum of the
+    probabilities of this class and all more likely ones (Romano et al. 2020); larger sets if the
+    model hesitates. It is not randomized, so that an image always gets the same set, which costs
+    size if most rows are near certain. raps: aps plus a penalty on ranks after the fifth
+    (Angelopoulos et al. 2021), for many classes.
+
+    Args:
+        probs: (n, k).
+        method: lac, aps or raps.
 
     Raises:
         DataError: probabilities are not usable, or the method is unknown.
     """
     array = check_probs(probs, 2).astype(np.float64)
-    if method not in get_args(Method):
-        raise DataError(
-            "unknown conformal method", expected=" or ".join(get_args(Method)), got=method
-        )
+    _check_method(method)
     if method == "lac":
         return np.asarray(1 - array)
     order = np.argsort(-array, axis=-1, kind="stable")
-    rising = np.take_along_axis(array, order, -1).cumsum(-1)
+    cumulative = np.take_along_axis(array, order, -1).cumsum(-1)
     if method == "raps":
-        rising += RAPS_PENALTY * np.maximum(np.arange(1, array.shape[1] + 1) - RAPS_FREE, 0)
+        cumulative += RAPS_PENALTY * np.maximum(np.arange(1, array.shape[1] + 1) - RAPS_FREE, 0)
     scores = np.empty_like(array)
-    np.put_along_axis(scores, order, rising, -1)
+    np.put_along_axis(scores, order, cumulative, -1)
     return scores
 
 
 class ConformalSets:
-    """Sets of classes from probabilities, by split conformal prediction; the module says what they promise.
+    """Prediction sets by split conformal prediction; the module docstring says what they guarantee.
 
     Args:
         method: lac, aps or raps, see `conformity_scores`.
-        by_class: one threshold per class (Mondrian, Vovk et al. 2005), which aims at 1 - alpha for every class by itself.
-            A class with fewer than about 1 / alpha rows cannot be left out of any set: see `always_`.
-        never_empty: always put the likeliest class into the set. Where the model is right more often than 1 - alpha, exact
-            sets must sometimes be empty; with this they are not, and cover more than asked.
+        by_class: one threshold per class (Mondrian, Vovk et al. 2005), which aims at 1 - alpha for
+            every class separately. A class with fewer than about 1 / alpha rows is in every set.
+        never_empty: always include the most likely class. If the model is right more often than
+            1 - alpha, exact sets must sometimes be empty; these are not, and cover more.
 
     Attributes:
-        alpha_: the share of misses that was asked for.
+        alpha: the share of sets that may miss the right class, as passed to `fit`.
         thresholds_: (1,) or, by class, (k,); infinity = always in the set.
         n_: number of rows in `fit`.
         k_: number of classes.
@@ -131,7 +130,7 @@ class ConformalSets:
         DataError: the method is unknown.
     """
 
-    alpha_: float
+    alpha: float
     thresholds_: np.ndarray
     n_: int
     k_: int
@@ -139,14 +138,16 @@ class ConformalSets:
     def __init__(
         self, method: Method = "lac", *, by_class: bool = False, never_empty: bool = True
     ) -> None:
-        if method not in get_args(Method):
-            raise DataError(
-                "unknown conformal method", expected=" or ".join(get_args(Method)), got=method
-            )
+        _check_method(method)
         self.method, self.by_class, self.never_empty = method, by_class, never_empty
 
     def fit(self, probs: npt.ArrayLike, labels: npt.ArrayLike, alpha: float = 0.1) -> Self:
-        """Thresholds from probabilities (n, k) of rows that the model has not seen, calibrated as they will be in use.
+        """Fit the thresholds on rows that the model has not seen.
+
+        Args:
+            probs: (n, k), calibrated as they will be in use.
+            labels: (n,).
+            alpha: share of sets that may miss the right class.
 
         Raises:
             DataError: probabilities or labels are not usable, or alpha is not between 0 and 1.
@@ -154,27 +155,17 @@ class ConformalSets:
         scores = conformity_scores(probs, self.method)
         n, k = scores.shape
         truth = check_labels(labels, n, k)
-        mine = scores[np.arange(n), truth]
-        parts = [mine[truth == c] for c in range(k)] if self.by_class else [mine]
+        true_scores = scores[np.arange(n), truth]
+        parts = [true_scores[truth == c] for c in range(k)] if self.by_class else [true_scores]
         self.thresholds_ = np.array([conformal_quantile(part, alpha) for part in parts])
-        self.alpha_, self.n_, self.k_ = float(alpha), n, k
+        self.alpha, self.n_, self.k_ = float(alpha), n, k
         return self
 
-    @property
-    def always_(self) -> np.ndarray:
-        """Class numbers that are in every set because `fit` saw too few rows of them.
-
-        Raises:
-            RunError: not fitted.
-        """
-        self._require_fit()
-        return np.flatnonzero(np.isinf(np.broadcast_to(self.thresholds_, self.k_)))
-
     def predict_sets(self, probs: npt.ArrayLike) -> np.ndarray:
-        """Which classes are in the set of each row: booleans (n, k).
+        """Return which classes are in the set of each row, booleans (n, k).
 
         Raises:
-            DataError: probabilities are not usable, or of other classes.
+            DataError: probabilities are not usable, or have other classes than in `fit`.
             RunError: not fitted.
         """
         self._require_fit()
@@ -193,7 +184,9 @@ class ConformalSets:
     def measure(
         self, probs: npt.ArrayLike, labels: npt.ArrayLike, groups: npt.ArrayLike | None = None
     ) -> Coverage:
-        """Coverage and size of the sets on rows that `fit` has not seen; groups (n,) as of `measure_sets`.
+        """Measure coverage and size of the sets on rows that `fit` has not seen.
+
+        The arguments are those of `measure_sets`, with probabilities (n, k) in place of sets.
 
         Raises:
             DataError: probabilities, labels or groups are not usable.
@@ -202,24 +195,21 @@ class ConformalSets:
         return measure_sets(self.predict_sets(probs), labels, groups)
 
     def state(self) -> dict[str, Any]:
-        """What a model card needs, as plain values; a threshold of None = always in the set. See `from_state`.
+        """Return plain values for the model card; a threshold of None = always in the set.
 
-        A reader without this package, for lac: class c is in the set where 1 - probs[c] <= thresholds[c or 0], and the
-        likeliest class too if never_empty.
+        To read them without this package, for lac: class c is in the set if 1 - probs[c] <=
+        thresholds[c or 0], and so is the most likely class if never_empty.
 
         Raises:
             RunError: not fitted.
         """
         self._require_fit()
         thresholds = [None if math.isinf(t) else float(t) for t in self.thresholds_]
-        options = {
+        return {
             "method": self.method,
             "by_class": self.by_class,
             "never_empty": self.never_empty,
-        }
-        return {
-            **options,
-            "alpha": self.alpha_,
+            "alpha": self.alpha,
             "n": self.n_,
             "k": self.k_,
             "thresholds": thresholds,
@@ -227,10 +217,10 @@ class ConformalSets:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """The sets whose `state` this is.
+        """Restore the sets from their `state`.
 
         Raises:
-            DataError: a value is missing or cannot be.
+            DataError: a value is missing or invalid.
         """
         try:
             sets = cls(
@@ -238,7 +228,7 @@ class ConformalSets:
                 by_class=bool(state["by_class"]),
                 never_empty=bool(state["never_empty"]),
             )
-            sets.alpha_, sets.n_, sets.k_ = float(state["alpha"]), int(state["n"]), int(state["k"])
+            sets.alpha, sets.n_, sets.k_ = float(state["alpha"]), int(state["n"]), int(state["k"])
             sets.thresholds_ = np.array(
                 [math.inf if t is None else float(t) for t in state["thresholds"]]
             )
@@ -260,12 +250,12 @@ class ConformalSets:
 def measure_sets(
     sets: npt.ArrayLike, labels: npt.ArrayLike, groups: npt.ArrayLike | None = None
 ) -> Coverage:
-    """Coverage and size of sets, booleans (n, k), on rows with labels (n,).
+    """Measure the coverage and size of prediction sets.
 
     Args:
-        sets: which classes are in the set of each row.
-        labels: the right class of each row.
-        groups: (n,) names of what belongs together, which widens the interval; None = rows are independent.
+        sets: (n, k) booleans: which classes are in the set of each row.
+        labels: (n,) the right class of each row.
+        groups: (n,) group names, which widen the interval; None = rows are independent.
 
     Raises:
         DataError: not booleans (n, k), or labels or groups are not usable.
@@ -276,68 +266,27 @@ def measure_sets(
     if array.dtype != np.bool_ or array.ndim != 2 or 0 in array.shape:
         raise DataError("sets must be booleans (rows, classes)", got=f"{array.dtype} {array.shape}")
     hits = array[np.arange(len(array)), check_labels(labels, *array.shape)]
-    size, n = array.sum(1), len(array)
+    sizes = array.sum(1)
     return Coverage(
-        n,
-        float(hits.mean()),
-        share_interval(hits, groups),
-        float(size.mean()),
-        float((size == 1).mean()),
+        n=len(array),
+        coverage=float(hits.mean()),
+        interval=share_interval(hits, groups),
+        mean_size=float(sizes.mean()),
+        single=float((sizes == 1).mean()),
     )
 
 
-def cross_conformal_sets(
-    oof: npt.ArrayLike,
-    labels: npt.ArrayLike,
-    folds: npt.ArrayLike,
-    fold_probs: npt.ArrayLike,
-    alpha: float = 0.1,
-    method: Method = "lac",
-) -> np.ndarray:
-    """Sets with the guarantee of CV+ (Barber et al. 2021; Romano et al. 2020), booleans (u, k).
-
-    Class c is in the set of a new row where (1 + #{out-of-fold rows i: score_i >= score of c by the fold model that answered
-    row i}) > alpha * (n + 1).
-
-    Args:
-        oof: (n, k) out-of-fold probabilities.
-        labels: (n,).
-        folds: (n,) the fold whose model answered each row: 0 to f - 1, the place in `fold_probs`.
-        fold_probs: (f, u, k) the new rows, answered by every fold model.
-        alpha: share of misses: at most 2 * alpha is promised (but for a small term), alpha or less is seen.
-        method: see `conformity_scores`.
-
-    Raises:
-        DataError: the parts are not usable or contradict each other.
-    """
-    _check_share("alpha", alpha)
-    scores = conformity_scores(oof, method)
-    n, k = scores.shape
-    truth, new = check_labels(labels, n, k), check_probs(fold_probs, 3)
-    fold = check_labels(folds, n, len(new))
-    if new.shape[2] != k:
-        raise DataError(
-            "fold_probs are of other classes than oof", expected=f"{k} classes", got=new.shape[2]
-        )
-    mine, atypical = scores[np.arange(n), truth], np.ones(new.shape[1:])
-    for f, probs in enumerate(new):
-        known = np.sort(mine[fold == f])
-        atypical += len(known) - np.searchsorted(
-            known, conformity_scores(probs, method), side="left"
-        )
-    return np.asarray(atypical > alpha * (n + 1) + 1e-9)
-
-
 class UnknownThreshold:
-    """Calls an image unknown where the model is less sure than it is of nearly all images that belong to a class.
+    """Calls an image unknown if the model is less sure of it than of nearly all known images.
 
-    The score is 1 - the largest probability (Hendrycks and Gimpel 2017). Energy needs the logits before softmax, which an
-    exported file does not give; the entropy says nearly the same and cannot be read off a bar chart. It finds images on which
-    the members hesitate or contradict each other, not those on which all are wrongly sure: measure it on such images.
+    The score is 1 - the largest probability (Hendrycks and Gimpel 2017). The energy score needs
+    logits, which an exported file does not return; entropy says nearly the same and cannot be read
+    off a bar chart. The score detects images on which the members hesitate or contradict each
+    other, not those on which all are confidently wrong: measure it on such images.
 
     Attributes:
-        rate_: the share of known images that may be called unknown.
-        threshold_: the largest score of an image that is called known; infinity = every image is.
+        rate_: share of known images that may be called unknown.
+        threshold_: the largest score of an image that is called known; infinity = all are known.
         n_: number of rows in `fit`.
     """
 
@@ -346,26 +295,28 @@ class UnknownThreshold:
     n_: int
 
     def fit(self, probs: npt.ArrayLike, rate: float = 0.05) -> Self:
-        """Choose the threshold on probabilities (n, k) of rows that belong to a class and that the model has not seen.
+        """Fit the threshold on known images that the model has not seen.
 
-        It is a conformal quantile: a new image of a class is rejected with probability `rate` at most, under the
-        assumptions that the module names.
+        It is a conformal quantile: a new image of a known class is rejected with probability `rate`
+        at most, under the assumptions in the module docstring.
+
+        Args:
+            probs: (n, k) probabilities of images of the known classes.
+            rate: share of known images that may be called unknown.
 
         Raises:
             DataError: probabilities are not usable, or the rate is not between 0 and 1.
         """
         _check_share("rate", rate)
         scores = self.score(probs)
-        self.threshold_, self.rate_, self.n_ = (
-            conformal_quantile(scores, rate),
-            float(rate),
-            len(scores),
-        )
+        self.threshold_ = conformal_quantile(scores, rate)
+        self.rate_ = float(rate)
+        self.n_ = len(scores)
         return self
 
     @staticmethod
     def score(probs: npt.ArrayLike) -> np.ndarray:
-        """1 - the largest probability, float64 (n,).
+        """Return 1 - the largest probability, float64 (n,).
 
         Raises:
             DataError: probabilities are not usable.
@@ -373,18 +324,19 @@ class UnknownThreshold:
         return np.asarray(1 - check_probs(probs, 2).astype(np.float64).max(-1))
 
     def is_unknown(self, probs: npt.ArrayLike) -> np.ndarray:
-        """Booleans (n,).
+        """Return whether each row is unknown, booleans (n,).
 
         Raises:
             DataError: probabilities are not usable.
             RunError: not fitted.
         """
-        if not hasattr(self, "threshold_"):
-            raise RunError("the threshold is not fitted", fix="call fit(probs, rate) first")
+        self._require_fit()
         return np.asarray(self.score(probs) > self.threshold_)
 
     def measure(self, probs: npt.ArrayLike, groups: npt.ArrayLike | None = None) -> Rejection:
-        """The share that is called unknown: of known rows the false rejects, of unknown ones those found.
+        """Measure the share of rows called unknown.
+
+        Of images of known classes these are the false rejections, of others the detections.
 
         Raises:
             DataError: probabilities or groups are not usable.
@@ -393,22 +345,23 @@ class UnknownThreshold:
         return measure_unknown(self.is_unknown(probs), groups)
 
     def state(self) -> dict[str, Any]:
-        """Plain values for a model card: unknown where 1 - max(probs) > threshold (None = never).
+        """Return plain values for the model card.
+
+        An image is unknown if 1 - max(probs) > threshold; None = never.
 
         Raises:
             RunError: not fitted.
         """
-        if not hasattr(self, "threshold_"):
-            raise RunError("the threshold is not fitted", fix="call fit(probs, rate) first")
+        self._require_fit()
         threshold = None if math.isinf(self.threshold_) else self.threshold_
         return {"score": "1 - max", "rate": self.rate_, "n": self.n_, "threshold": threshold}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """The threshold whose `state` this is.
+        """Restore the threshold from its `state`.
 
         Raises:
-            DataError: a value is missing or cannot be, or the score is another one.
+            DataError: a value is missing or invalid, or the score is a different one.
         """
         unknown = cls()
         try:
@@ -425,9 +378,17 @@ class UnknownThreshold:
             )
         return unknown
 
+    def _require_fit(self) -> None:
+        if not hasattr(self, "threshold_"):
+            raise RunError("the threshold is not fitted", fix="call fit(probs, rate) first")
+
 
 def measure_unknown(unknown: npt.ArrayLike, groups: npt.ArrayLike | None = None) -> Rejection:
-    """Share of rows (n,), booleans, that are called unknown; groups as of `measure_sets`.
+    """Measure the share of rows called unknown.
+
+    Args:
+        unknown: (n,) booleans.
+        groups: (n,) group names, which widen the interval; None = rows are independent.
 
     Raises:
         DataError: not booleans (n,), or groups are not usable.
@@ -436,7 +397,14 @@ def measure_unknown(unknown: npt.ArrayLike, groups: npt.ArrayLike | None = None)
 
     interval = share_interval(unknown, groups)
     flags = np.asarray(unknown)
-    return Rejection(len(flags), float(flags.mean()), interval)
+    return Rejection(n=len(flags), rate=float(flags.mean()), interval=interval)
+
+
+def _check_method(method: str) -> None:
+    if method not in get_args(Method):
+        raise DataError(
+            "unknown conformal method", expected=" or ".join(get_args(Method)), got=method
+        )
 
 
 def _check_share(name: str, value: float) -> None:

@@ -275,7 +275,7 @@ class EnsembleSpec(Section):
     calibration: Literal["none", "temperature", "vector", "auto"] = "temperature"
     """Fitted on out-of-fold rows and scored cross-fitted; auto = the simplest within one standard
     error."""
-    miss: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of images whose true class may be missing from the prediction set (conformal alpha)."""
     reject: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of images of known classes that may be rejected as unknown."""

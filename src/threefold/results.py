@@ -95,7 +95,7 @@ def _uncertainty(run: Run, found: Evaluation) -> dict[str, Any]:
     made = fit_uncertainty(
         found.calibration.probs,
         rows.labels,
-        alpha=spec.miss,
+        alpha=spec.alpha,
         reject=spec.reject,
         groups=rows.groups,
         folds=rows.parts,
