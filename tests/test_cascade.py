@@ -48,9 +48,9 @@ def test_whoever_never_stops_gets_the_full_answer_bit_for_bit() -> None:
     cascade = Cascade(STAGES).fit(probs, labels, full, 0.05)
     found = cascade.predict(probs, full, cascade.stops("full"))
     np.testing.assert_array_equal(found.probs, full)
-    assert (found.asked == 3).all()
+    assert (found.stages == 3).all()
     fast = cascade.predict(probs, full)
-    late = fast.asked == 3
+    late = fast.stages == 3
     assert 0 < late.sum() < 400
     np.testing.assert_array_equal(fast.probs[late], full[late])
     assert np.abs(fast.probs[~late] - full[~late]).max() > 0.01
@@ -59,16 +59,16 @@ def test_whoever_never_stops_gets_the_full_answer_bit_for_bit() -> None:
 def test_a_threshold_of_nothing_asks_the_first_member_only() -> None:
     cascade, probs, _ = fitted()
     found = cascade.predict(probs, probs.mean(0), [0.0, NEVER])
-    assert (found.asked == 1).all()
+    assert (found.stages == 1).all()
     heat = probs[0] ** (1 / cascade.temperatures_[0])
     np.testing.assert_allclose(found.probs, heat / heat.sum(1, keepdims=True), atol=1e-9)
     for most in (1, 2):
         assert (
-            cascade.predict(probs, probs.mean(0), cascade.stops("full", most)).asked.tolist()
+            cascade.predict(probs, probs.mean(0), cascade.stops("full", most)).stages.tolist()
             == [most] * 2000
         )
         assert (
-            cascade.predict(probs, probs.mean(0), cascade.stops("fast", most)).asked.max() == most
+            cascade.predict(probs, probs.mean(0), cascade.stops("fast", most)).stages.max() == most
         )
 
 
@@ -88,7 +88,7 @@ def test_the_rows_of_the_fit_disagree_no_more_than_the_bound_allows() -> None:
 def test_too_few_rows_let_nobody_stop() -> None:
     cascade, probs, _ = fitted(n=100, disagreement=0.005)
     assert cascade.thresholds_.tolist() == [NEVER, NEVER]
-    assert (cascade.predict(probs, probs.mean(0)).asked == 3).all()
+    assert (cascade.predict(probs, probs.mean(0)).stages == 3).all()
 
 
 @pytest.mark.parametrize(("members", "disagreement"), [(2, 0.02), (4, 0.02), (4, 0.01)])
@@ -114,10 +114,10 @@ def test_rows_of_one_margin_stop_together() -> None:
         1.0,
     ]  # one of a thousand equal rows gets another class from both than from the first
     cascade = Cascade([[0], [1]]).fit(probs, np.arange(1000) % 2, probs.mean(0), 0.005)
-    assert set(cascade.predict(probs, probs.mean(0)).asked) == {1}
+    assert set(cascade.predict(probs, probs.mean(0)).stages) == {1}
     probs[1, :12:2] = [0.0, 1.0]
     cascade = Cascade([[0], [1]]).fit(probs, np.arange(1000) % 2, probs.mean(0), 0.005)
-    assert set(cascade.predict(probs, probs.mean(0)).asked) == {2}
+    assert set(cascade.predict(probs, probs.mean(0)).stages) == {2}
 
 
 def test_cross_fitted_figures_use_no_row_that_they_are_of() -> None:
@@ -132,7 +132,7 @@ def test_cross_fitted_figures_use_no_row_that_they_are_of() -> None:
         held = part == value
         cascade = Cascade(STAGES).fit(probs[:, ~held], labels[~held], full[~held], 0.02)
         one = cascade.predict(probs[:, held], full[held])
-        right[held], asked[held] = one.probs.argmax(1) == labels[held], one.asked
+        right[held], asked[held] = one.probs.argmax(1) == labels[held], one.stages
         other[held] = one.probs.argmax(1) != full[held].argmax(1)
     told = found.measured[0]
     assert (told.accuracy, told.disagreement, told.rows) == (
@@ -271,7 +271,7 @@ def test_bad_input_is_told_in_one_line() -> None:
         (
             lambda: Cascade([[0], [1]]).fit(probs, labels, probs.mean(0)),
             DataError,
-            "the cascade is of other members",
+            "the cascade has other members",
         ),
         (lambda: Cascade([[0, 1, 2]]), DataError, "not the stages of a cascade"),
         (

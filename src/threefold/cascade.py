@@ -1,19 +1,22 @@
-"""A cascade: members are asked one after another, the cheapest first, until the answer is sure.
+"""A cascade: members run one stage after another, cheapest first, until the answer is confident.
 
-After each stage the members asked so far are averaged and calibrated; where the margin, the largest probability less the
-next, reaches the stage's threshold, that mean is the answer. Whoever is never sure gets the answer of the full ensemble,
-whatever its method. A stage is a member with all of its fold networks.
+After each stage the members so far are averaged and calibrated. If the margin (the largest
+probability minus the second largest) reaches the stage's threshold, that average is the answer.
+Rows that are never confident get the answer of the full ensemble, whatever its method. A stage is a
+member with all of its fold networks.
 
-What is promised. The thresholds are chosen so that the share of images whose class differs from the full ensemble's is at
-most `disagreement`, by a one-sided Clopper-Pearson bound on the rows of the fit (Bates et al. 2021, "Distribution-free,
-risk-controlling prediction sets", whose proof covers the first stage). Later stages choose on what the first left, which no
-proof covers: each is charged one row, as if the next below its threshold had another class. With groups the bound counts as
-many rows as they are worth (Korn and Graubard 1998), judged by the classes of the first stage, and a stage is charged the
-rows that one independent row stands for. In simulations the bound then holds as often as it says (`bench/laws.py cascade`).
-Out-of-fold rows are answered by one network of each member, new images by the mean of its fold networks, so that on new
-images nothing is promised at all: measure there, and quote that.
+What is guaranteed. The thresholds are chosen so that the share of images whose class differs from
+the full ensemble's is at most `disagreement`, by a one-sided Clopper-Pearson bound on the fit rows
+(Bates et al. 2021, "Distribution-free, risk-controlling prediction sets", whose proof covers the
+first stage). Later stages choose on the rows that the first one left, which no proof covers: each
+is charged one row, as if the next row below its threshold had another class. With groups, the bound
+uses the effective number of rows (Korn and Graubard 1998), estimated from the classes of the first
+stage, and a stage is charged the rows that one independent row stands for. In simulations the bound
+then holds as often as it claims (`bench/laws.py cascade`). Out-of-fold rows are answered by one
+network of each member, new images by the mean of its fold networks, so nothing is guaranteed on new
+images: measure there, and quote that.
 
-Exported files read their cascade with this module, so scipy is imported only where something is fitted.
+Exported files read their cascade with this module, so scipy is imported only to fit.
 """
 
 from __future__ import annotations
@@ -35,35 +38,35 @@ LEVEL: Final = 0.95
 """Confidence of the bound on the disagreement."""
 
 MODES: Final = ("full", "fast")
-"""Every member for every image, or as few as make the answer sure."""
+"""Run every member for every image, or only as many as make the answer confident."""
 
 
-class Answered(NamedTuple):
+class CascadeAnswers(NamedTuple):
     """Answers of a cascade.
 
     Attributes:
         probs: (n, k) float64.
-        asked: (n,) the number of stages that each took, 1 or more.
+        stages: (n,) number of stages that each row took, 1 or more.
     """
 
     probs: np.ndarray
-    asked: np.ndarray
+    stages: np.ndarray
 
 
 class Cascade:
-    """Members by stages, with a threshold and a temperature for each stage but the last.
+    """Stages of members, with a threshold and a temperature for each stage but the last.
 
     Args:
-        stages: numbers of the members that each stage asks; two stages or more, every member once.
+        stages: numbers of the members that each stage runs; two stages or more, each member once.
 
     Attributes:
-        thresholds_: (stages - 1,) the margin at which the answer is given; NEVER where no row of the fit may stop.
-        temperatures_: (stages - 1,) of the mean of the members so far.
-        disagreement_: the share of other classes than the full ensemble's that was allowed.
+        thresholds_: (stages - 1,) margin at which a stage answers; NEVER if no fit row may stop.
+        temperatures_: (stages - 1,) temperature of the mean of the members so far.
+        disagreement_: the share of rows that may get another class than the full ensemble's.
         n_: number of rows in `fit`.
 
     Raises:
-        DataError: fewer than two stages, or members that are missing or twice.
+        DataError: fewer than two stages, or members that are missing or repeated.
     """
 
     thresholds_: np.ndarray
@@ -75,8 +78,8 @@ class Cascade:
         self.stages: tuple[tuple[int, ...], ...] = tuple(
             tuple(int(i) for i in stage) for stage in stages
         )
-        asked = sorted(i for stage in self.stages for i in stage)
-        if len(self.stages) < 2 or not all(self.stages) or asked != list(range(len(asked))):
+        members = sorted(i for stage in self.stages for i in stage)
+        if len(self.stages) < 2 or not all(self.stages) or members != list(range(len(members))):
             raise DataError(
                 "not the stages of a cascade",
                 expected="every member once, two stages or more",
@@ -94,79 +97,80 @@ class Cascade:
         """Choose temperatures and thresholds on rows that the members have not seen.
 
         Args:
-            probs: (m, n, k) of the members.
-            labels: (n,); they fit the temperatures only.
-            full: (n, k) what the full ensemble answers, calibrated.
+            probs: (m, n, k) probabilities of the members.
+            labels: (n,); used to fit the temperatures only.
+            full: (n, k) calibrated answers of the full ensemble.
             disagreement: share of rows that may get another class than the full ensemble's.
-            groups: (n,) names of what belongs together, or None: rows are independent.
+            groups: (n,) group names; None = rows are independent.
 
         Raises:
-            DataError: probabilities, labels or groups are not usable, of other members, or the share is not between 0 and 1.
+            DataError: probabilities, labels or groups are not usable, the members differ, or the
+                share is not between 0 and 1.
         """
         if not 0 < disagreement < 1:
             raise DataError("disagreement is between 0 and 1", got=disagreement)
         from threefold.scaling import fit_temperature
 
-        array, wanted = self._checked(probs, full)
-        truth = check_labels(labels, *wanted.shape)
+        array, answers = self._check(probs, full)
+        truth = check_labels(labels, *answers.shape)
+        n, classes = len(truth), answers.argmax(1)
         means = self._means(array)
         self.temperatures_ = np.array([fit_temperature(mean, truth) for mean in means])
-        worth = _worth(means[0].argmax(1) != wanted.argmax(1), groups)
-        most, charge = (
-            _allowed(len(truth), disagreement, worth),
-            math.ceil(len(truth) / max(worth, 1.0)),
-        )
-        later = min(len(means) - 1, max(most, 0) // charge)
-        left, wrong, thresholds = np.ones(len(truth), bool), 0, []
+        effective_n = _effective_rows(means[0].argmax(1) != classes, groups)
+        allowed = _allowed_errors(n, disagreement, effective_n)
+        charge = math.ceil(n / max(effective_n, 1.0))
+        later_stages = min(len(means) - 1, max(allowed, 0) // charge)
+        open_rows, errors, thresholds = np.ones(n, bool), 0, []
         for s, (mean, temperature) in enumerate(zip(means, self.temperatures_, strict=True)):
-            warm = _warmed(mean, temperature)
-            sure, other = margins(warm), warm.argmax(1) != wanted.argmax(1)
-            thresholds.append(
-                _threshold(
-                    sure[left], other[left], most - later * charge - wrong if s <= later else -1
-                )
-            )
-            stops = left & (sure >= thresholds[-1])
-            wrong += int(other[stops].sum())
-            left &= ~stops
-        self.thresholds_, self.disagreement_, self.n_ = (
-            np.array(thresholds),
-            float(disagreement),
-            len(truth),
-        )
+            calibrated = _apply_temperature(mean, temperature)
+            margin, differs = margins(calibrated), calibrated.argmax(1) != classes
+            budget = allowed - later_stages * charge - errors if s <= later_stages else -1
+            thresholds.append(_threshold(margin[open_rows], differs[open_rows], budget))
+            stops = open_rows & (margin >= thresholds[-1])
+            errors += int(differs[stops].sum())
+            open_rows &= ~stops
+        self.thresholds_ = np.array(thresholds)
+        self.disagreement_ = float(disagreement)
+        self.n_ = n
         return self
 
     def predict(
         self, probs: npt.ArrayLike, full: npt.ArrayLike, stops: npt.ArrayLike | None = None
-    ) -> Answered:
-        """The answers: early ones of the members so far, the others those of the full ensemble.
+    ) -> CascadeAnswers:
+        """Answer rows by the first confident stage, and the others by the full ensemble.
 
         Args:
-            probs: (m, n, k) of the members.
-            full: (n, k) what the full ensemble answers.
-            stops: thresholds as `stops` gives them; None = those of the fit.
+            probs: (m, n, k) probabilities of the members.
+            full: (n, k) answers of the full ensemble.
+            stops: thresholds from `stops`; None = those of the fit.
 
         Raises:
-            DataError: probabilities are not usable, or of other members.
+            DataError: probabilities are not usable, or the members differ.
             RunError: not fitted.
         """
         self._require_fit()
-        array, wanted = self._checked(probs, full)
-        bars = self.thresholds_ if stops is None else np.asarray(stops, np.float64)
-        answer, asked = wanted.astype(np.float64), np.full(len(wanted), len(self.stages))
-        warm = [
-            _warmed(mean, t) for mean, t in zip(self._means(array), self.temperatures_, strict=True)
+        array, full_answers = self._check(probs, full)
+        thresholds = self.thresholds_ if stops is None else np.asarray(stops, np.float64)
+        answers = full_answers.astype(np.float64)
+        stages = np.full(len(answers), len(self.stages))
+        calibrated = [
+            _apply_temperature(mean, temperature)
+            for mean, temperature in zip(self._means(array), self.temperatures_, strict=True)
         ]
-        for s in reversed(range(len(bars))):
-            stop = margins(warm[s]) >= bars[s]
-            answer[stop], asked[stop] = warm[s][stop], s + 1
-        return Answered(answer, asked)
+        for s in reversed(range(len(thresholds))):
+            stop = margins(calibrated[s]) >= thresholds[s]
+            answers[stop], stages[stop] = calibrated[s][stop], s + 1
+        return CascadeAnswers(answers, stages)
 
     def stops(self, mode: str = "full", most: int = 0) -> np.ndarray:
-        """The thresholds (stages - 1,) float32 of a mode, with at most so many stages for any image; 0 = all.
+        """Return the thresholds (stages - 1,) float32 of a mode.
+
+        Args:
+            mode: one of MODES.
+            most: most stages for any image; 0 = all.
 
         Raises:
-            DataError: the mode is unknown, or there are not so many stages.
+            DataError: the mode is unknown, or there are fewer stages than `most`.
             RunError: not fitted.
         """
         self._require_fit()
@@ -176,13 +180,15 @@ class Cascade:
             raise DataError(
                 "there are not so many stages", expected=f"0 to {len(self.stages)}", got=most
             )
-        found = np.full(len(self.thresholds_), NEVER) if mode == "full" else self.thresholds_.copy()
+        thresholds = self.thresholds_.copy()
+        if mode == "full":
+            thresholds[:] = NEVER
         if most:
-            found[most - 1 :] = 0.0
-        return found.astype(np.float32)
+            thresholds[most - 1 :] = 0.0
+        return thresholds.astype(np.float32)
 
     def state(self) -> dict[str, Any]:
-        """What a model card needs, as plain values; see `from_state`.
+        """Return plain values for the model card.
 
         Raises:
             RunError: not fitted.
@@ -200,51 +206,50 @@ class Cascade:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """The cascade whose `state` this is.
+        """Restore a cascade from its `state`.
 
         Raises:
-            DataError: a value is missing or cannot be.
+            DataError: a value is missing or invalid.
         """
         try:
             if state["score"] != "margin":
                 raise ValueError(f"score {state['score']}")
-            made = cls(state["stages"])
-            made.thresholds_ = np.array([float(value) for value in state["thresholds"]])
-            made.temperatures_ = np.array([float(value) for value in state["temperatures"]])
-            made.disagreement_, made.n_ = float(state["disagreement"]), int(state["n"])
+            cascade = cls(state["stages"])
+            cascade.thresholds_ = np.array([float(value) for value in state["thresholds"]])
+            cascade.temperatures_ = np.array([float(value) for value in state["temperatures"]])
+            cascade.disagreement_, cascade.n_ = float(state["disagreement"]), int(state["n"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 "not the state of a cascade", got=f"{type(error).__name__} {error}"[:200]
             ) from None
-        for name, values, low in (
-            ("thresholds", made.thresholds_, 0.0),
-            ("temperatures", made.temperatures_, 1e-6),
+        for name, values, lowest in (
+            ("thresholds", cascade.thresholds_, 0.0),
+            ("temperatures", cascade.temperatures_, 1e-6),
         ):
-            if (
-                len(values) != len(made.stages) - 1
-                or not (np.isfinite(values) & (values >= low)).all()
-            ):
+            valid = (np.isfinite(values) & (values >= lowest)).all()
+            if len(values) != len(cascade.stages) - 1 or not valid:
                 raise DataError("not the state of a cascade", got=f"{name} {values.tolist()}"[:200])
-        return made
+        return cascade
 
-    def _checked(self, probs: npt.ArrayLike, full: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-        array, wanted = check_probs(probs, 3), check_probs(full, 2)
+    def _check(self, probs: npt.ArrayLike, full: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+        """Return checked probabilities of the members (m, n, k) and the full ensemble (n, k)."""
+        array, answers = check_probs(probs, 3), check_probs(full, 2)
         members = sum(map(len, self.stages))
-        if array.shape != (members, *wanted.shape):
+        if array.shape != (members, *answers.shape):
             raise DataError(
-                "the cascade is of other members, rows or classes",
-                expected=(members, *wanted.shape),
+                "the cascade has other members, rows or classes",
+                expected=(members, *answers.shape),
                 got=array.shape,
             )
-        return array, wanted
+        return array, answers
 
     def _means(self, probs: np.ndarray) -> list[np.ndarray]:
-        """Mean (n, k) of the members asked after each stage but the last."""
-        asked = [
-            [i for stage in self.stages[: s + 1] for i in stage]
-            for s in range(len(self.stages) - 1)
-        ]
-        return [probs[members].mean(0, dtype=np.float64) for members in asked]
+        """Return the mean (n, k) of the members so far after each stage but the last."""
+        means, members = [], list[int]()
+        for stage in self.stages[:-1]:
+            members.extend(stage)
+            means.append(probs[members].mean(0, dtype=np.float64))
+        return means
 
     def _require_fit(self) -> None:
         if not hasattr(self, "thresholds_"):
@@ -252,86 +257,96 @@ class Cascade:
 
 
 def stages_by_cost(costs: Sequence[float], used: Sequence[int] | None = None) -> list[list[int]]:
-    """A stage for each member, the cheapest first; members that the ensemble does not look at come with the last.
+    """Return one stage per member, cheapest first.
+
+    Members that the ensemble does not use run with the last stage.
 
     Args:
-        costs: of each member, in any unit.
-        used: numbers of the members that the ensemble looks at; None = all.
+        costs: cost of each member, in any unit.
+        used: numbers of the members that the ensemble uses; None = all.
     """
-    mine = sorted(range(len(costs)) if used is None else used, key=lambda i: (costs[i], i))
-    stages = [[i] for i in mine]
+    members = range(len(costs)) if used is None else used
+    stages = [[i] for i in sorted(members, key=lambda i: (costs[i], i))]
     if stages:
-        stages[-1] += [i for i in range(len(costs)) if i not in mine]
+        stages[-1] += [i for i in range(len(costs)) if i not in members]
     return stages
 
 
 def margins(probs: np.ndarray) -> np.ndarray:
-    """How sure (n, k) is: the largest probability less the next, (n,)."""
+    """Return the largest minus the second largest probability of each row, (n,)."""
     two = np.partition(probs, probs.shape[1] - 2, axis=1)[:, -2:]
     return np.asarray(two[:, 1] - two[:, 0])
 
 
 def disagreement_bound(
-    other: npt.ArrayLike, groups: npt.ArrayLike | None = None, level: float = LEVEL
+    differs: npt.ArrayLike, groups: npt.ArrayLike | None = None, level: float = LEVEL
 ) -> float:
-    """One-sided upper bound of the share of which these rows are a sample (Clopper and Pearson 1934).
-
-    With groups it counts as many rows as they are worth (Korn and Graubard 1998, `stats.effective_rows`).
+    """Return a one-sided upper bound of the share of rows that differ (Clopper and Pearson 1934).
 
     Args:
-        other: (n,) booleans.
-        groups: (n,) names of what belongs together, or None: rows are independent.
+        differs: (n,) booleans.
+        groups: (n,) group names, for the effective number of rows (Korn and Graubard 1998, see
+            `stats.effective_rows`); None = rows are independent.
         level: confidence.
 
     Raises:
         DataError: groups are not usable.
     """
-    seen = np.asarray(other, bool)
-    return _bound(seen.mean(), _worth(seen, groups, level), level)
+    array = np.asarray(differs, bool)
+    return _upper_bound(array.mean(), _effective_rows(array, groups, level), level)
 
 
-def _bound(share: float, n: float, level: float = LEVEL) -> float:
-    """Clopper and Pearson's, of n rows, which need not be a whole number."""
+def _upper_bound(share: float, n: float, level: float = LEVEL) -> float:
+    """Return the Clopper-Pearson bound for n rows; n need not be a whole number."""
     from scipy.special import betaincinv
 
     return 1.0 if share >= 1 or n <= 0 else float(betaincinv(share * n + 1, n - share * n, level))
 
 
-def _worth(other: np.ndarray, groups: npt.ArrayLike | None, level: float = LEVEL) -> float:
-    """How many independent rows these are worth in a one-sided bound."""
+def _effective_rows(
+    differs: np.ndarray, groups: npt.ArrayLike | None, level: float = LEVEL
+) -> float:
+    """Return how many independent rows these rows are worth in a one-sided bound."""
     from threefold.stats import effective_rows
 
-    return float(len(other)) if groups is None else effective_rows(other, groups, 2 * level - 1)
+    return float(len(differs)) if groups is None else effective_rows(differs, groups, 2 * level - 1)
 
 
-def _allowed(n: int, disagreement: float, worth: float) -> int:
-    """The most rows of n that may disagree with the bound still kept; -1 where none may stop."""
+def _allowed_errors(n: int, disagreement: float, effective_n: float) -> int:
+    """Return the most rows of n that may differ within the bound; -1 if no row may stop.
+
+    A bisection: the bound rises with the count.
+    """
     low, high = -1, n
-    while low < high:  # the bound rises with the count
+    while low < high:
         middle = math.ceil((low + high) / 2)
-        if _bound(middle / n, worth) <= disagreement:
+        if _upper_bound(middle / n, effective_n) <= disagreement:
             low = middle
         else:
             high = middle - 1
     return low
 
 
-def _threshold(sure: np.ndarray, other: np.ndarray, most: int) -> float:
-    """The lowest margin at which at most so many of the rows that stop disagree; between rows, so that rounding moves none."""
-    if most < 0 or not len(sure):
+def _threshold(margin: np.ndarray, differs: np.ndarray, budget: int) -> float:
+    """Return the lowest threshold at which at most `budget` of the rows that stop differ.
+
+    It lies between the margins of two rows, so that rounding moves no row across it.
+    """
+    if budget < 0 or not len(margin):
         return NEVER
-    order = np.argsort(-sure, kind="stable")
-    falling = sure[order]
-    last = np.r_[falling[1:] < falling[:-1], True]  # rows of one margin stop together
-    fits = np.flatnonzero((other[order].cumsum() <= most) & last)
-    if not len(fits):
+    order = np.argsort(-margin, kind="stable")
+    falling = margin[order]
+    # Rows with equal margins stop together.
+    last = np.r_[falling[1:] < falling[:-1], True]
+    within = np.flatnonzero((differs[order].cumsum() <= budget) & last)
+    if not len(within):
         return NEVER
-    end = int(fits[-1])
-    return 0.0 if end == len(sure) - 1 else float((falling[end] + falling[end + 1]) / 2)
+    end = int(within[-1])
+    return 0.0 if end == len(margin) - 1 else float((falling[end] + falling[end + 1]) / 2)
 
 
-def _warmed(mean: np.ndarray, temperature: float) -> np.ndarray:
-    """softmax(log(mean) / temperature), without scipy."""
+def _apply_temperature(mean: np.ndarray, temperature: float) -> np.ndarray:
+    """Return softmax(log(mean) / temperature) without scipy, which this module must not need."""
     logs = np.log(np.maximum(mean, FLOOR)) / temperature
     exp = np.exp(logs - logs.max(1, keepdims=True))
     return np.asarray(exp / exp.sum(1, keepdims=True))
