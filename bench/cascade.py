@@ -93,7 +93,7 @@ def run(folder: Path, networks: bool) -> None:
     found, results = evaluate_run(this), this.results
     names = members_in_file(found.ensemble, found.combined)
     used = [names.index(name) for name in used_members(found.ensemble, found.combined)]
-    macs = {row["name"]: row["macs"] for row in results["members"]}
+    macs = {row.name: row.macs for row in results.members}
     counts = {
         n: this.networks(this.recipe.member(n)) * max(1, this.views(this.recipe.member(n)).count)
         for n in names
@@ -117,7 +117,7 @@ def run(folder: Path, networks: bool) -> None:
                 test.select(names).probs, test.labels, found.probs, "test", test.groups
             )
             doubt(
-                results["conformal"],
+                results.conformal.as_json() if results.conformal is not None else {},
                 one.cascade,
                 test.select(names).probs,
                 found.probs,
@@ -173,7 +173,7 @@ def finer(
 ) -> None:
     """On test rows: the networks of one fold after another, then all that is left."""
     for fold in this.final_folds:
-        paths = [this.folder(this.last_job(name, fold)) / "probs.npz" for name in names]
+        paths = [this.folder.job_folder(this.last_job(name, fold)) / "probs.npz" for name in names]
         probs = np.stack([read_arrays(path)["test"].mean(0) for path in paths])
         # The last stage's answer is the full ensemble's, whatever is given for its members.
         answer = cascade.predict(probs, full)

@@ -53,12 +53,14 @@ def main() -> None:
         train(packaged(args.recipe, [*args.set, f"seed={seed}"]), args.runs / f"seed{seed}")
         for seed in range(args.seeds)
     ]
-    minutes = sum(run.results["seconds"]["train"] for run in runs) / 60
+    minutes = sum(run.results.seconds["train"] for run in runs) / 60
+    first = runs[0].results
     print(
-        f"{args.recipe}: {minutes:.0f} minutes of training, {runs[0].results['hardware']}, {runs[0].results['threads']} threads,"
+        f"{args.recipe}: {minutes:.0f} minutes of training, "
+        f"{first.hardware}, {first.threads} threads,"
     )
     print(
-        f"trained at commit {runs[0].results['commit']}, {runs[0].results['created'][:10]}; read on {hardware()}, {commit()}"
+        f"trained at commit {first.commit}, {first.created[:10]}; read on {hardware()}, {commit()}"
     )
     table("out of fold", [run.predictions("oof") for run in runs])
     if runs[0].sources.test is not None:

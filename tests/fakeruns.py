@@ -13,6 +13,7 @@ from scipy.stats import binomtest
 
 from threefold import paired, stats
 from threefold.files import write_arrays, write_json
+from threefold.predictions__results_schema import VERSION, PredictionSummary
 from threefold.recipe import Recipe
 
 FASHION = (
@@ -64,8 +65,15 @@ def fake_run(
     write_json(
         folder / "run.json",
         {
+            "version": VERSION,
             "digest": recipe.digest(),
+            "data": "0" * 64,
+            "created": "2026-11-20T09:30:00+00:00",
             "versions": {"threefold": "0.1.0", "torch": "2.15.0"},
+            "hardware": "AMD EPYC, 2 cores",
+            "threads": 2,
+            "commit": "abc1234",
+            "notes": [],
             "classes": classes,
             "n_train": 3000,
             "n_test": n if rows == "test" else 0,
@@ -237,6 +245,11 @@ def fake_tree(
     }
 
 
+def fake_summary(kind: str, **options: Any) -> PredictionSummary:
+    """A summary of saved predictions; see `fake_tree` for the options."""
+    return PredictionSummary.parse(fake_tree(kind, **options), "fake tree")
+
+
 def fake_comparisons(
     pairs: list[tuple[str, str]], scores: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -312,7 +325,7 @@ def fake_scores(members: list[str], rows: str, n: int) -> list[dict[str, Any]]:
 
 def fake_optimism(evil: str = "") -> list[dict[str, Any]]:
     """One entry for every kind of choice."""
-    told = {
+    descriptions = {
         "checkpoint": "the epoch with the best accuracy",
         "stage": "which stages are kept",
         "views": "how many views are averaged",
@@ -331,7 +344,7 @@ def fake_optimism(evil: str = "") -> list[dict[str, Any]]:
     return [
         {
             "choice": choice,
-            "told": words + evil,
+            "description": words + evil,
             "apparent": a,
             "honest": h,
             "difference": a - h,
@@ -340,7 +353,7 @@ def fake_optimism(evil: str = "") -> list[dict[str, Any]]:
             "apparent_rows": "select rows",
             "honest_rows": "score rows",
         }
-        for (choice, words), (a, h, half) in zip(told.items(), figures, strict=True)
+        for (choice, words), (a, h, half) in zip(descriptions.items(), figures, strict=True)
     ]
 
 
@@ -485,14 +498,14 @@ def _write_histories(folder: Path, recipe: Recipe, top: float, rng: np.random.Ge
         reason = (
             "first stage"
             if number == 0
-            else "improved by more than its noise"
+            else "helped by more than its noise"
             if kept
             else "within its noise"
         )
         outcome = {
-            "accepted": kept,
+            "kept": kept,
             "best_epoch": best if kept else -1,
-            "start_accuracy": reached,
+            "started_from": reached,
             "reason": reason,
         }
         write_json(folder / stage.name / "history.json", {"epochs": epochs, **outcome})
@@ -530,7 +543,9 @@ def _results(
         for kind, name, accuracy, fitted in listed
     ]
     return {
+        "version": VERSION,
         "name": recipe.name,
+        "digest": recipe.digest(),
         "protocol": recipe.protocol,
         "classes": classes,
         "created": "2026-11-20T10:00:00+00:00",

@@ -78,7 +78,9 @@ def test_on_new_images_every_fold_answers_with_its_own_members(partial: Run) -> 
         json.loads((partial.dir / "views.json").read_text())["views"]
     )
     saved = {
-        (m, f): read_arrays(partial.folder(partial.last_job(m, f)) / "probs.npz")["test"][index]
+        (m, f): read_arrays(partial.folder.job_folder(partial.last_job(m, f)) / "probs.npz")[
+            "test"
+        ][index]
         for m, f in (("a", 0), ("b", 0), ("c", 0), ("a", 1), ("c", 1))
     }
     first = (saved["a", 0] + saved["b", 0] + saved["c", 0]) / 3
@@ -119,7 +121,10 @@ def test_the_choice_of_views_is_cross_fitted_and_written_down(partial: Run) -> N
     assert list(found["accuracy"]) == [str(c) for c in counts] == ["0", "1", "3"]
     assert found["views"] in counts
     assert oof.folds is not None
-    saved = {f: read_arrays(partial.folder(partial.last_job("a", f)) / "probs.npz") for f in (0, 1)}
+    saved = {
+        f: read_arrays(partial.folder.job_folder(partial.last_job("a", f)) / "probs.npz")
+        for f in (0, 1)
+    }
     for fold in (0, 1):  # each fold's rows have one of the candidates, whole
         mine = oof.probs[0, saved[fold]["rows"]]
         assert any(np.array_equal(mine, candidate) for candidate in saved[fold]["score"])
@@ -127,11 +132,12 @@ def test_the_choice_of_views_is_cross_fitted_and_written_down(partial: Run) -> N
 
 def test_the_joint_network_is_scored_beside_the_ensembles_and_not_in_them(partial: Run) -> None:
     results = partial.results
-    assert results["combined"] == ["a", "b", "c"]
-    assert {c["a"] for c in results["comparisons"]} == {"mean", "pruned", "stacked", "joint"}
+    assert results.combined == ("a", "b", "c")
+    assert {c.a for c in results.comparisons} == {"mean", "pruned", "stacked", "joint"}
     mean = partial.predictions("test").probs[:3].mean(0).argmax(1)
-    score = next(s for s in results["scores"] if s["name"] == "mean" and s["rows"] == "test")
-    assert score["accuracy"] == pytest.approx((mean == partial.predictions("test").labels).mean())
+    score = results.score("mean", "ensemble", "test")
+    assert score is not None
+    assert score.accuracy == pytest.approx((mean == partial.predictions("test").labels).mean())
 
 
 @pytest.mark.parametrize(

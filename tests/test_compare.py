@@ -50,17 +50,15 @@ def test_every_pair_with_counts_interval_and_holm(tmp_path: Path) -> None:
     tree, rows = compare_saved(save(tmp_path, **parts))
     hits = [part.probs[0].argmax(1) == part.labels for part in parts.values()]
     alone = [mcnemar_exact(hits[i], hits[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
-    assert [(p["a"], p["b"]) for p in tree["comparisons"]] == [("a", "b"), ("a", "c"), ("b", "c")]
-    assert [(p["only_a"], p["only_b"]) for p in tree["comparisons"]] == [
-        (t.only_a, t.only_b) for t in alone
-    ]
-    np.testing.assert_allclose([p["p"] for p in tree["comparisons"]], holm([t.p for t in alone]))
-    for pair, (i, j) in zip(tree["comparisons"], ((0, 1), (0, 2), (1, 2)), strict=True):
-        assert pair["difference"] == pytest.approx(hits[i].mean() - hits[j].mean())
-        assert pair["interval"][0] <= pair["difference"] <= pair["interval"][1]
-    assert tree["comparisons"][0]["verdict"].startswith("a is better than b: ")
-    assert tree["comparisons"][2]["verdict"].startswith("no evidence of a difference: ")
-    assert tree["cochran_q"]["df"] == 2
+    assert [(p.a, p.b) for p in tree.comparisons] == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert [(p.only_a, p.only_b) for p in tree.comparisons] == [(t.only_a, t.only_b) for t in alone]
+    np.testing.assert_allclose([p.p for p in tree.comparisons], holm([t.p for t in alone]))
+    for pair, (i, j) in zip(tree.comparisons, ((0, 1), (0, 2), (1, 2)), strict=True):
+        assert pair.difference == pytest.approx(hits[i].mean() - hits[j].mean())
+        assert pair.interval[0] <= pair.difference <= pair.interval[1]
+    assert tree.comparisons[0].verdict.startswith("a is better than b: ")
+    assert tree.comparisons[2].verdict.startswith("no evidence of a difference: ")
+    assert tree.cochran_q["df"] == 2
     assert rows.members == ("a/net", "b/net", "c/net")
 
 
@@ -69,13 +67,13 @@ def test_rows_are_matched_by_id_and_missing_ones_are_an_error(tmp_path: Path) ->
     order = np.random.default_rng(0).permutation(300)
     straight, _ = compare_saved(save(tmp_path, a=a, b=b))
     mixed, _ = compare_saved(save(tmp_path, a=a, b=b.rows(order)))
-    assert mixed["comparisons"] == straight["comparisons"]
+    assert mixed.comparisons == straight.comparisons
     files = save(tmp_path, a=a, b=b.rows(np.arange(290)))
     with pytest.raises(DataError, match="10"):
         compare_saved(files)
     shared, _ = compare_saved(files, shared=True)
-    assert shared["n"] == 290
-    assert any("10 rows" in line for line in shared["warnings"])
+    assert shared.n == 290
+    assert any("10 rows" in line for line in shared.warnings)
 
 
 def test_seeds_of_one_recipe_are_one_contender(tmp_path: Path) -> None:
@@ -89,11 +87,11 @@ def test_seeds_of_one_recipe_are_one_contender(tmp_path: Path) -> None:
     )
     x, y = ",".join(f for f in files if "/x" in f), ",".join(f for f in files if "/y" in f)
     tree, _ = compare_saved([x, y])
-    pair = tree["comparisons"][0]
-    assert len(pair["seeds"]) == 3
-    assert pair["difference"] == pytest.approx(np.mean(pair["seeds"]))
-    assert "x0 (3 seeds) is better than y0 (3 seeds)" in pair["verdict"]
-    assert len(tree["scores"][0]["seeds"]) == 3
+    pair = tree.comparisons[0]
+    assert len(pair.seeds) == 3
+    assert pair.difference == pytest.approx(np.mean(pair.seeds))
+    assert "x0 (3 seeds) is better than y0 (3 seeds)" in pair.verdict
+    assert len(tree.scores[0].seeds) == 3
     with pytest.raises(DataError, match="seeds are paired"):
         compare_saved([x, y.rsplit(",", 1)[0]])
 
@@ -107,8 +105,8 @@ def test_groups_make_the_test_one_of_groups(tmp_path: Path) -> None:
             b=model(right=0.6, seed=2, groups=groups),
         )
     )
-    assert tree["comparisons"][0]["p"] == pytest.approx(0.125)  # four groups cannot give less
-    assert "groups" in tree["comparisons"][0]["verdict"]
+    assert tree.comparisons[0].p == pytest.approx(0.125)  # four groups cannot give less
+    assert "groups" in tree.comparisons[0].verdict
 
 
 def test_one_file_stands_for_its_members_and_a_run_for_its_ensemble(
@@ -120,8 +118,8 @@ def test_one_file_stands_for_its_members_and_a_run_for_its_ensemble(
     )
     both.save(tmp_path / "both.npz")
     path = str(tmp_path / "both.npz")
-    assert [s["name"] for s in compare_saved([path])[0]["scores"]] == ["one", "two"]
-    assert [s["name"] for s in compare_saved([f"{path}:two", f"{path}:one"])[0]["scores"]] == [
+    assert [s.name for s in compare_saved([path])[0].scores] == ["one", "two"]
+    assert [s.name for s in compare_saved([f"{path}:two", f"{path}:one"])[0].scores] == [
         "both:two",
         "both:one",
     ]
@@ -131,10 +129,10 @@ def test_one_file_stands_for_its_members_and_a_run_for_its_ensemble(
     ):
         compare_saved([path, path])
     alone, rows = compare_saved([str(finished.dir)])
-    assert [s["name"] for s in alone["scores"]][1:] == ["plain", "gated"]
+    assert [s.name for s in alone.scores][1:] == ["plain", "gated"]
     assert rows.kind == "test"
     pair, _ = compare_saved([str(finished.dir), f"{finished.dir}:plain"])
-    assert pair["scores"][0]["accuracy"] == finished.results["expected"]["accuracy"]
+    assert pair.scores[0].accuracy == finished.results.expected.accuracy
 
 
 @pytest.mark.parametrize(
@@ -175,7 +173,7 @@ def test_the_mean_of_members_is_a_contender(tmp_path: Path) -> None:
     rows.save(tmp_path / "all.npz")
     tree, read = compare_saved([f"{tmp_path}/all.npz:x+y", f"{tmp_path}/all.npz:p+q"])
     np.testing.assert_allclose(read.probs, [rows.probs[:2].mean(0), rows.probs[2]], atol=1e-7)
-    assert [score["name"] for score in tree["scores"]] == ["all:x+y", "all:p+q"]
+    assert [score.name for score in tree.scores] == ["all:x+y", "all:p+q"]
     with pytest.raises(DataError, match="no such member"):
         compare_saved([f"{tmp_path}/all.npz:x+z", f"{tmp_path}/all.npz:x"])
 
@@ -186,6 +184,6 @@ def test_the_authors_heads_do_not_differ() -> None:
     gru = next(n for n in names if "GRU" in n)
     std = next(n for n in names if "LRG299" in n and "SERes" in n and "GRU" not in n)
     tree, _ = compare_saved([f"{AUTHORS}:{std}", f"{AUTHORS}:{gru}"])
-    pair = tree["comparisons"][0]
-    assert {pair["only_a"], pair["only_b"]} == {141, 140}
-    assert "no evidence of a difference: 141 against 140 images" in pair["verdict"]
+    pair = tree.comparisons[0]
+    assert {pair.only_a, pair.only_b} == {141, 140}
+    assert "no evidence of a difference: 141 against 140 images" in pair.verdict

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from threefold.evaluate import evaluate
+from threefold.evaluate import Evaluation, evaluate
 from threefold.predictions import Predictions
+from threefold.predictions__results_schema import Score
 from threefold.recipe_schema import EnsembleSpec
 from threefold.stats import ece
 
@@ -35,14 +36,14 @@ def pool(
     )  # type: ignore[arg-type]
 
 
-def score(found: object, name: str, rows: str) -> dict[str, object]:
-    return next(s for s in found.scores if (s["name"], s["rows"]) == (name, rows))  # type: ignore[attr-defined]
+def score(evaluation: Evaluation, name: str, rows: str) -> Score:
+    return next(s for s in evaluation.scores if (s.name, s.rows) == (name, rows))
 
 
 def test_shuffled_labels_give_chance() -> None:
     found = evaluate(pool(800, 0, informative=False), None, ALL)
     for entry in found.scores:
-        low, high = entry["interval"]
+        low, high = entry.interval
         assert low < 0.25 + 0.03
         assert high > 0.25 - 0.03
 
@@ -60,9 +61,7 @@ def test_test_rows_change_neither_the_choice_nor_the_fit() -> None:
     )
     probs = pool(50, 4, "test").probs
     np.testing.assert_array_equal(a.ensemble.predict_proba(probs), b.ensemble.predict_proba(probs))
-    assert [s for s in a.scores if s["rows"] == "oof"] == [
-        s for s in b.scores if s["rows"] == "oof"
-    ]
+    assert [s for s in a.scores if s.rows == "oof"] == [s for s in b.scores if s.rows == "oof"]
 
 
 def test_overconfident_members_are_calibrated_without_changing_answers() -> None:
@@ -71,8 +70,8 @@ def test_overconfident_members_are_calibrated_without_changing_answers() -> None
     assert found.calibration.temperature > 1.2
     test = pool(1500, 6, "test", sharpness=1.0)
     raw = test.probs.mean(0)
-    assert mean["ece"] < 0.5 * ece(raw, test.labels)  # type: ignore[operator]
-    assert mean["accuracy"] == pytest.approx((raw.argmax(1) == test.labels).mean())
+    assert mean.ece < 0.5 * ece(raw, test.labels)
+    assert mean.accuracy == pytest.approx((raw.argmax(1) == test.labels).mean())
 
 
 def test_calibrated_scores_are_cross_fitted() -> None:
@@ -102,8 +101,8 @@ def test_without_folds_the_paper_protocol_says_what_it_has_seen() -> None:
         protocol="paper",
     )
     found = evaluate(None, paper, ALL)
-    assert score(found, "weighted", "test")["fitted_on"] == "the scored rows"
-    assert score(found, "mean", "test")["fitted_on"] == "calibration only"
+    assert score(found, "weighted", "test").fitted_on == "the scored rows"
+    assert score(found, "mean", "test").fitted_on == "calibration only"
     assert len(found.warnings) == 2
 
 
@@ -112,10 +111,10 @@ def test_comparisons_name_the_best_member_and_count_images() -> None:
     test = pool(400, 10, "test")
     hits = test.probs.argmax(-1) == test.labels
     for entry in found.comparisons:
-        assert entry["b"] == "xyz"[hits.mean(1).argmax()]
-        assert 0 <= entry["p"] <= 1
-        assert entry["rows"] == "test"
-        assert str(entry["only_a"]) in entry["verdict"]
+        assert entry.b == "xyz"[hits.mean(1).argmax()]
+        assert 0 <= entry.p <= 1
+        assert entry.rows == "test"
+        assert str(entry.only_a) in entry.verdict
 
 
 def test_a_member_called_like_a_method_keeps_its_own_score() -> None:
@@ -129,7 +128,7 @@ def test_a_member_called_like_a_method_keeps_its_own_score() -> None:
         kind="oof",
         folds=oof.folds,
     )
-    scores = {(s["kind"], s["name"]): s["accuracy"] for s in evaluate(named, None, ALL).scores}
+    scores = {(s.kind, s.name): s.accuracy for s in evaluate(named, None, ALL).scores}
     assert len(scores) == 3 + len(ALL.methods)
     assert scores["member", "mean"] == (oof.probs[0].argmax(1) == oof.labels).mean()
     assert scores["ensemble", "mean"] != scores["member", "mean"]

@@ -16,8 +16,9 @@ from threefold.ensembles__averaging import GreedyEnsemble, MeanEnsemble, Weighte
 from threefold.ensembles__registry import SelectedEnsemble, make_ensemble
 from threefold.errors import DataError
 from threefold.evaluate import evaluate
-from threefold.ledger import FIT, SCORE, SELECT, Ledger, SeenRows, open_test, when_opened
+from threefold.ledger import FIT, SCORE, SELECT, Ledger, SeenRows
 from threefold.predictions import Predictions
+from threefold.predictions__run_folder import RunFolder
 from threefold.recipe_schema import EnsembleSpec, FoldSpec
 from threefold.scoring import score_ensemble
 from threefold.splits import assign_roles
@@ -100,13 +101,13 @@ def test_a_ledger_refuses_overlap_and_tells_what_was_seen() -> None:
     with pytest.raises(DataError, match="got 1 of 2, the first b"):
         ledger.declare_other_table("ensembles", ["a", "b"], ["b", "c"], "test")
     first, second = ledger.table()
-    assert first == {
+    assert first.as_json() == {
         "step": "weights",
         "fitted_on": "2 of 4 oof rows, 2 times",
         "scored": "4 oof rows, each time the others",
         "overlap": 0,
     }
-    assert (second["step"], second["overlap"]) == ("checkpoints", 1)
+    assert (second.step, second.overlap) == ("checkpoints", 1)
 
 
 def test_predictions_of_a_network_that_saw_the_row_cannot_be_made(tmp_path: Path) -> None:
@@ -115,7 +116,7 @@ def test_predictions_of_a_network_that_saw_the_row_cannot_be_made(tmp_path: Path
     rows.save(tmp_path / "oof.npz")
     back = Predictions.load(tmp_path / "oof.npz")
     np.testing.assert_array_equal(back.roles, roles)
-    assert [line["overlap"] for line in back.ledger().table()] == [0, 0]
+    assert [line.overlap for line in back.ledger().table()] == [0, 0]
     np.testing.assert_array_equal(rows.rows([3, 0]).roles, roles[:, [3, 0]])
     for bit, what in ((FIT, "weights of the members"), (SELECT, "checkpoints and stages")):
         bad = roles.copy()
@@ -128,7 +129,7 @@ def test_predictions_of_a_network_that_saw_the_row_cannot_be_made(tmp_path: Path
         roles=np.where(roles == SCORE, SCORE + SELECT, FIT),
         protocol="paper",
     )
-    assert {line["step"]: line["overlap"] for line in paper.ledger().table()}[
+    assert {line.step: line.overlap for line in paper.ledger().table()}[
         "checkpoints and stages"
     ] == 4
     for bad in (roles[:1], roles[:, :3], roles.astype(float), roles + 16):
@@ -165,7 +166,7 @@ def test_a_planted_canary_never_leaks(
     )
     low, high = share_interval(honest.argmax(1) == rows.labels, level=0.9999)
     assert low <= 1 / k <= high
-    assert ledger.table()[0]["overlap"] == 0
+    assert ledger.table()[0].overlap == 0
 
 
 @settings(deadline=None, max_examples=15)
@@ -209,8 +210,8 @@ def test_networks_that_memorise_never_answer_what_they_saw(scheme: str, k: int, 
     )
     found = evaluate(rows, None, EnsembleSpec(methods=("mean",), export="mean"))
     entry = found.scores[0]
-    assert abs(entry["accuracy"] - 1 / classes) < 0.13  # 4.6 standard errors
-    assert [line["overlap"] for line in found.ledger] == [0, 0]
+    assert abs(entry.accuracy - 1 / classes) < 0.13  # 4.6 standard errors
+    assert [line.overlap for line in found.ledger] == [0, 0]
 
 
 def test_shuffled_labels_give_chance_while_the_apparent_score_rises() -> None:
@@ -219,14 +220,14 @@ def test_shuffled_labels_give_chance_while_the_apparent_score_rises() -> None:
     found = evaluate(rows, None, spec)
     for entry in found.scores:
         low, high = share_interval(
-            np.arange(entry["n"]) < round(entry["accuracy"] * entry["n"]), level=0.999
+            np.arange(entry.n) < round(entry.accuracy * entry.n), level=0.999
         )
-        assert low <= 0.25 <= high, entry["name"]
-    apparent = {line["choice"]: line for line in found.optimism}
-    assert apparent["greedy"]["apparent"] > 0.25 + 3 * (0.1875 / 600) ** 0.5
-    assert apparent["greedy"]["interval"][0] > 0
-    assert apparent["member"]["difference"] > 0.01
-    assert abs(apparent["greedy"]["honest"] - 0.25) < 0.06
+        assert low <= 0.25 <= high, entry.name
+    apparent = {line.choice: line for line in found.optimism}
+    assert apparent["greedy"].apparent > 0.25 + 3 * (0.1875 / 600) ** 0.5
+    assert apparent["greedy"].interval[0] > 0
+    assert apparent["member"].difference > 0.01
+    assert abs(apparent["greedy"].honest - 0.25) < 0.06
 
 
 def test_a_test_image_among_the_training_rows_is_refused() -> None:
@@ -241,14 +242,17 @@ def test_a_test_image_among_the_training_rows_is_refused() -> None:
 def test_opening_the_test_rows_is_noted_once_for_training_and_each_time_after(
     tmp_path: Path,
 ) -> None:
-    assert when_opened(tmp_path) is None
+    folder = RunFolder(tmp_path)
+    assert folder.test_opened() is None
+
     for by in ("train", "train", "ensemble", "ensemble", "export", "export"):
-        open_test(tmp_path, by, 7)
-    found = when_opened(tmp_path)
-    assert found is not None
-    assert (found["by"], found["rows"], found["times"]) == ("train", 7, 3)
-    noted = json.loads((tmp_path / "ledger.json").read_text())["test_opened"]
-    assert [entry["by"] for entry in noted] == ["train", "ensemble", "ensemble", "export"]
+        folder.open_test(by, 7)
+
+    opened = folder.test_opened()
+    assert opened is not None
+    assert (opened.by, opened.rows, opened.times) == ("train", 7, 3)
+    stored = json.loads((tmp_path / "ledger.json").read_text())["test_opened"]
+    assert [entry["by"] for entry in stored] == ["train", "ensemble", "ensemble", "export"]
 
 
 def test_every_method_declares_its_rows() -> None:

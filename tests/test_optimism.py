@@ -7,18 +7,19 @@ import pytest
 
 from threefold.errors import DataError
 from threefold.optimism import Counts, nested_choice, optimism_entry
+from threefold.predictions__results_schema import Optimism
 
 
-def entry(apparent: Counts, honest: Counts, groups: object = None) -> dict[str, object]:
-    return optimism_entry("x", "told", apparent, honest, groups, rows=("select rows", "score rows"))  # type: ignore[arg-type]
+def entry(apparent: Counts, honest: Counts, groups: object = None) -> Optimism:
+    return optimism_entry("x", "what", apparent, honest, groups, rows=("select rows", "score rows"))  # type: ignore[arg-type]
 
 
 def test_the_difference_of_two_shares_and_its_interval() -> None:
     rng = np.random.default_rng(0)
     first, second = rng.random(2000) < 0.9, rng.random(2000) < 0.8
     found = entry(Counts.of(first), Counts.of(second))
-    assert found["difference"] == pytest.approx(first.mean() - second.mean())
-    low, high = found["interval"]  # type: ignore[misc]
+    assert found.difference == pytest.approx(first.mean() - second.mean())
+    low, high = found.interval
     error = ((first.astype(float) - second).std() / 2000**0.5) * 1.96
     assert (high - low) / 2 == pytest.approx(error, rel=0.1)
 
@@ -27,16 +28,16 @@ def test_images_may_be_answered_often_or_never() -> None:
     apparent = Counts(np.array([2.0, 0, 1, 0]), np.array([2.0, 1, 1, 0]))
     honest = Counts(np.array([0.0, 1, 0, 1]), np.array([1.0, 1, 0, 1]))
     found = entry(apparent, honest)
-    assert (found["apparent"], found["honest"], found["n"]) == (3 / 4, 2 / 3, 4)
+    assert (found.apparent, found.honest, found.n) == (3 / 4, 2 / 3, 4)
 
 
 def test_groups_are_drawn_whole() -> None:
     hits = np.repeat(np.arange(40) % 2 == 0, 25)
-    alone = entry(Counts.of(hits), Counts.of(np.zeros(1000, bool)))["interval"]
+    alone = entry(Counts.of(hits), Counts.of(np.zeros(1000, bool))).interval
     whole = entry(
         Counts.of(hits), Counts.of(np.zeros(1000, bool)), [f"g{i // 25}" for i in range(1000)]
-    )["interval"]
-    assert whole[1] - whole[0] > 3 * (alone[1] - alone[0])  # type: ignore[index]
+    ).interval
+    assert whole[1] - whole[0] > 3 * (alone[1] - alone[0])
 
 
 def test_coverage_of_the_interval() -> None:
@@ -47,7 +48,7 @@ def test_coverage_of_the_interval() -> None:
         role = rng.random(400) < 0.5
         hits = rng.random(400) < np.where(role, 0.9, 0.85)
         parts = [Counts((hits & mine).astype(float), mine.astype(float)) for mine in (role, ~role)]
-        low, high = entry(*parts)["interval"]  # type: ignore[misc]
+        low, high = entry(*parts).interval
         held += low <= 0.05 <= high
     assert 88 <= held <= 100
 

@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakeruns import FASHION, answers, fake_tree
+from fakeruns import FASHION, answers, fake_summary, fake_tree
 from htmlpage import Page
 
 from threefold import charts, paired
 from threefold.errors import DataError, RunError
-from threefold.page import KINDS, write_page
+from threefold.predictions__results_schema import PredictionSummary
+from threefold.report__pages import write_page
 from threefold.stats import paired_interval
 
+KINDS = ("ensemble", "evaluate", "compare")
 HOSTILE = " <script>alert(1)</script> 木漏れ日" + "w" * 90
 
 
@@ -32,7 +34,7 @@ def arrays(n: int = 1000) -> tuple[np.ndarray, np.ndarray]:
 def test_every_kind_is_one_sound_file(tmp_path: Path, kind: str) -> None:
     probs, labels = arrays()
     target = tmp_path / "new" / "page.html"
-    assert write_page(target, "preds.npz", fake_tree(kind), probs, labels) == target
+    assert write_page(target, "preds.npz", fake_summary(kind), probs, labels) == target
     page = Page(target)
     page.needs_nothing_else()
     page.is_sound()
@@ -49,7 +51,7 @@ def test_every_kind_is_one_sound_file(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.usefixtures("no_charts")
 def test_ensemble_begins_with_the_chosen(tmp_path: Path) -> None:
-    page = Page(write_page(tmp_path / "page.html", "preds.npz", fake_tree("ensemble")))
+    page = Page(write_page(tmp_path / "page.html", "preds.npz", fake_summary("ensemble")))
     assert re.search(
         r"Expect 8\d\.\d % of new images to be right about \d\d of 100 , between", page.text
     )
@@ -60,13 +62,15 @@ def test_ensemble_begins_with_the_chosen(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_charts")
 def test_evaluate_says_that_the_best_of_several_is_lucky(tmp_path: Path) -> None:
-    tree = fake_tree("evaluate")
-    page = Page(write_page(tmp_path / "page.html", "preds.npz", tree))
-    best = max(tree["scores"], key=lambda s: s["accuracy"])["name"]
+    summary = fake_summary("evaluate")
+    page = Page(write_page(tmp_path / "page.html", "preds.npz", summary))
+    best = max(summary.scores, key=lambda s: s.accuracy).name
     assert f"This is {best} , the most accurate of 5 on these very rows" in page.text
     alone = Page(
         write_page(
-            tmp_path / "alone.html", "preds.npz", {"kind": "evaluate", "scores": tree["scores"][:1]}
+            tmp_path / "alone.html",
+            "preds.npz",
+            PredictionSummary(kind="evaluate", scores=summary.scores[:1]),
         )
     )
     assert "so a little luck" not in alone.text
@@ -75,31 +79,28 @@ def test_evaluate_says_that_the_best_of_several_is_lucky(tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("no_charts")
 def test_compare_of_two_is_a_verdict(tmp_path: Path) -> None:
-    tree = fake_tree("compare", members=2)
-    page = Page(write_page(tmp_path / "page.html", "a.npz, b.npz", tree))
-    (comparison,) = tree["comparisons"]
-    assert page.text.count(comparison["verdict"]) == 2
-    assert (
-        f"{comparison['a']} against {comparison['b']}: {comparison['verdict']} The most accurate is"
-        in page.text
-    )
+    summary = fake_summary("compare", members=2)
+    page = Page(write_page(tmp_path / "page.html", "a.npz, b.npz", summary))
+    (c,) = summary.comparisons
+    assert page.text.count(c.verdict) == 2
+    assert f"{c.a} against {c.b}: {c.verdict} The most accurate is" in page.text
     cells = re.search(r'class="paired">.*?<tbody><tr>(.*?)</tr>', page.source, re.S)
     assert cells is not None
-    a, b = tree["scores"]
+    a, b = summary.scores
     told = " ".join(re.sub(r"<[^>]+>", " ", cells[1]).replace("\u00a0", " ").split())
-    low, high = paired_interval(comparison["only_a"], comparison["only_b"], 1000, 0.95)
-    figures = f"{a['accuracy']:.1%} {b['accuracy']:.1%}".replace("%", " %")
-    gap = f"{100 * (a['accuracy'] - b['accuracy']):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})".replace(
+    low, high = paired_interval(c.only_a, c.only_b, 1000, 0.95)
+    figures = f"{a.accuracy:.1%} {b.accuracy:.1%}".replace("%", " %")
+    gap = f"{100 * (a.accuracy - b.accuracy):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})".replace(
         "-", "−"
     )
     assert figures in told
     assert gap in told
-    assert f" {comparison['only_a']} {comparison['only_b']} " in told
+    assert f" {c.only_a} {c.only_b} " in told
 
 
 def test_many_members_stay_readable(tmp_path: Path) -> None:
     target = write_page(
-        tmp_path / "page.html", "pool.npz", fake_tree("compare", members=55, n=26000)
+        tmp_path / "page.html", "pool.npz", fake_summary("compare", members=55, n=26000)
     )
     page = Page(target)
     page.is_sound()
@@ -113,9 +114,13 @@ def test_many_members_stay_readable(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_charts")
 def test_given_differences_come_before_those_from_counts(tmp_path: Path) -> None:
-    tree = fake_tree("compare", members=2)
-    tree["comparisons"][0] |= {"difference": 0.0123, "interval": [-0.2, 0.3], "n": 77}
-    page = Page(write_page(tmp_path / "page.html", "x", tree))
+    summary = fake_summary("compare", members=2)
+    (comparison,) = summary.comparisons
+    changed = comparison.replace(difference=0.0123, interval=(-0.2, 0.3), n=77)
+    summary = summary.replace(comparisons=(changed,))
+
+    page = Page(write_page(tmp_path / "page.html", "x", summary))
+
     assert "+1.2 (−20.0 to +30.0)" in page.text
 
 
@@ -147,8 +152,9 @@ def test_interval_from_counts_covers() -> None:
 @pytest.mark.usefixtures("no_charts")
 def test_hostile_names(tmp_path: Path) -> None:
     for kind in KINDS:
-        tree = fake_tree(kind, members=3, evil=HOSTILE)
-        page = Page(write_page(tmp_path / f"{kind}.html", f"<b>title{HOSTILE}", tree, *arrays()))
+        summary = fake_summary(kind, members=3, evil=HOSTILE)
+        target = tmp_path / f"{kind}.html"
+        page = Page(write_page(target, f"<b>title{HOSTILE}", summary, *arrays()))
         page.needs_nothing_else()
         page.is_sound()
         assert "&lt;script&gt;" in page.source
@@ -172,22 +178,21 @@ def test_everything_but_kind_and_scores_may_be_missing(tmp_path: Path, drop: str
     for kind in KINDS:
         tree = fake_tree(kind, members=3)
         del tree[drop]
-        Page(write_page(tmp_path / f"{kind}.html", "x", tree)).is_sound()
+        summary = PredictionSummary.parse(tree, "x")
+        Page(write_page(tmp_path / f"{kind}.html", "x", summary)).is_sound()
 
 
 @pytest.mark.usefixtures("no_charts")
 def test_without_class_names_numbers_take_their_place(tmp_path: Path) -> None:
-    tree = fake_tree("ensemble", members=3)
-    del tree["per_class"]
-    assert "class 9" in Page(write_page(tmp_path / "x.html", "x", tree, *arrays())).text
+    summary = fake_summary("ensemble", members=3).replace(per_class=())
+    assert "class 9" in Page(write_page(tmp_path / "x.html", "x", summary, *arrays())).text
 
 
 @pytest.mark.usefixtures("no_charts")
 def test_paper_protocol_is_stamped(tmp_path: Path) -> None:
-    tree: dict[str, Any] = fake_tree("ensemble", members=3)
-    for score in tree["scores"]:
-        score["protocol"] = "paper"
-    page = Page(write_page(tmp_path / "x.html", "x", tree))
+    summary = fake_summary("ensemble", members=3)
+    scores = tuple(score.replace(protocol="paper") for score in summary.scores)
+    page = Page(write_page(tmp_path / "x.html", "x", summary.replace(scores=scores)))
     assert "selected on the scored rows" in page.text
     assert "Expect less on new images." in page.text
     assert "of new images to be right" not in page.text
@@ -196,7 +201,7 @@ def test_paper_protocol_is_stamped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"kind": "other"}, "expected ensemble or evaluate or compare, got other"),
+        ({"kind": "other"}, "expected kind: 'ensemble', 'evaluate' or 'compare', got 'other'"),
         ({"scores": []}, "there is no score to show"),
         (
             {"scores": [{"name": "x", "kind": "member", "rows": "oof", "n": 3, "accuracy": 1.0}]},
@@ -205,15 +210,20 @@ def test_paper_protocol_is_stamped(tmp_path: Path) -> None:
     ],
 )
 def test_bad_trees_are_one_line(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    tree = {**fake_tree("ensemble", members=2), **change}
+
+    def write() -> None:
+        write_page(tmp_path / "x.html", "x", PredictionSummary.parse(tree, "x"))
+
     with pytest.raises(RunError, match=words) as caught:
-        write_page(tmp_path / "x.html", "x", {**fake_tree("ensemble", members=2), **change})
+        write()
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "x.html").exists()
 
 
 def test_probabilities_of_other_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="do not belong together"):
-        write_page(tmp_path / "x.html", "x", fake_tree("ensemble", members=2), *arrays(900))
+        write_page(tmp_path / "x.html", "x", fake_summary("ensemble", members=2), *arrays(900))
     probs, labels = arrays()
     with pytest.raises(DataError):
-        write_page(tmp_path / "x.html", "x", fake_tree("ensemble", members=2), probs * 2, labels)
+        write_page(tmp_path / "x.html", "x", fake_summary("ensemble", members=2), probs * 2, labels)

@@ -144,10 +144,9 @@ def test_fit_from_a_folder_to_a_file_and_again(
         )
     assert (run.dir / "model.onnx").exists()
     assert (run.dir / "report.html").exists()
-    assert run.results["classes"] == ["dög", "çat"] or run.results["classes"] == ["çat", "dög"]
+    assert run.results.classes in (("dög", "çat"), ("çat", "dög"))
     monkeypatch.setattr(planning, "plan_folder", None)
-    assert workflow.fit(root, tmp_path / "run").results == run.results | {
-        "seconds": workflow.Run.open(tmp_path / "run").results["seconds"]
-    }
+    again = workflow.fit(root, tmp_path / "run").results
+    assert again == run.results.replace(seconds=again.seconds)
     with pytest.raises(RunError, match="other images"):
         workflow.fit(folder(tmp_path / "others", ["a cat", "a dog"]), tmp_path / "run")

@@ -285,7 +285,7 @@ def test_the_card_names_what_the_file_was_made_of(finished: Run) -> None:
     assert set(card["hashes"]["weights"]) == {"plain/0", "plain/1", "gated/0", "gated/1"}
     job = finished.last_job("gated", 1)
     assert card["hashes"]["weights"]["gated/1"] == sha256(
-        finished.folder(job) / "weights.safetensors"
+        finished.folder.job_folder(job) / "weights.safetensors"
     )
     assert card["hashes"]["recipe"] == finished.recipe.digest()
     assert card["parity"]["accuracy"]["lost"] == 0

@@ -18,7 +18,7 @@ from PIL import Image
 from threefold import charts
 from threefold.errors import RunError
 from threefold.files import read_arrays, write_arrays
-from threefold.report import write_report
+from threefold.report__pages import write_report
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from PIL import Image
 from threefold import charts
 from threefold.errors import RunError
 from threefold.files import read_arrays, write_arrays
-from threefold.report import write_report
+from threefold.predictions__results_schema import Expected, PredictionSummary, Score
+from threefold.report__pages import write_report
 from threefold.reportview import expected_score
 
 HOSTILE = ' <script>alert("x")</script> 木漏れ日 🙂 $x^2$ &amp; ' + "w" * 120
@@ -395,15 +396,16 @@ def test_answers_of_the_fixture_are_usable() -> None:
 
 
 def test_without_test_rows_the_headline_pays_for_the_choice() -> None:
-    score = {"rows": "oof", "accuracy": 0.9, "interval": [0.88, 0.92], "n": 900}
-    expected = {"rows": "oof", "accuracy": 0.89, "interval": [0.87, 0.91], "n": 900}
-    assert expected_score({"expected": expected}, score) == {
-        **score,
-        "accuracy": 0.89,
-        "interval": [0.87, 0.91],
-    }
-    assert expected_score({"expected": {**expected, "rows": "test"}}, score) == score
-    assert expected_score({}, score) == score
+    score = Score.parse(fake_scores(["x", "y"], "oof", 900)[-1], "score")
+    expected = Expected(accuracy=0.89, interval=(0.87, 0.91), n=900, rows="oof", basis="oof rows")
+    summary = PredictionSummary(kind="ensemble", scores=(score,), expected=expected)
+
+    headline = expected_score(summary, score)
+    assert headline == score.replace(accuracy=0.89, interval=(0.87, 0.91))
+
+    other = expected.replace(rows="test")
+    assert expected_score(summary.replace(expected=other), score) == score
+    assert expected_score(summary.replace(expected=None), score) == score
 
 
 def test_costs_that_are_nearly_equal_have_an_axis() -> None:

@@ -26,6 +26,8 @@ from threefold.errors import DataError, RecipeError
 from threefold.files import write_arrays
 from threefold.paper_items import ITEMS, PICTURES, SAME, Answer, Cell, Item, item, states
 from threefold.predictions import Predictions
+from threefold.predictions__results_schema import MemberRow
+from threefold.predictions__run_folder import RunFolder
 from threefold.recipe import Recipe, packaged, packaged_names
 from threefold.reproduce import Asked, Rows
 from threefold.samples import write_sample
@@ -279,7 +281,7 @@ def test_of_several_data_sets_those_run_that_are_there(tmp_path: Path) -> None:
     assert len(again.at_hand(asked._replace(scale="smoke"))) == 3
     runs = [
         SimpleNamespace(
-            results={"notes": [f"{n} pairs of images look nearly the same: {n}"]},
+            results=SimpleNamespace(notes=[f"{n} pairs of images look nearly the same: {n}"]),
             recipe=SimpleNamespace(data=SimpleNamespace(source="svhn"), members=()),
         )
         for n in (3, 44)
@@ -323,10 +325,19 @@ def fake_run(
         groups=groups,
         kind="test",
     ).save(folder / "test.npz")
-    names = [
-        {"name": n, "backbone": "net", "img_size": 8, "parameters": 5, "macs": 7} for n in hits
+    members = [
+        MemberRow(
+            name=name,
+            backbone="net",
+            img_size=8,
+            weights="none",
+            head="linear",
+            parameters=5,
+            macs=7,
+        )
+        for name in hits
     ]
-    return SimpleNamespace(dir=folder, results={"members": names})
+    return SimpleNamespace(folder=RunFolder(folder), results=SimpleNamespace(members=members))
 
 
 def test_cells_over_groups_and_seeds_by_hand(tmp_path: Path) -> None:

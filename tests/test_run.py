@@ -47,13 +47,13 @@ def test_out_of_fold_covers_every_row_once_with_the_fold_that_did_not_see_it(fin
         rows = np.flatnonzero(oof.folds == fold)
         assert set(rows) == set(roles.score)
         assert not set(rows) & (set(roles.fit) | set(roles.select))
-        stored = np.load(finished.folder(Job("plain", fold, "two")) / "probs.npz")
+        stored = np.load(finished.folder.job_folder(Job("plain", fold, "two")) / "probs.npz")
         np.testing.assert_array_equal(oof.probs[0, stored["rows"]], stored["score"][0])
 
 
 def test_test_rows_are_the_mean_of_the_fold_models(finished: Run) -> None:
     parts = [
-        np.load(finished.folder(Job("gated", fold, "two")) / "probs.npz")["test"][0]
+        np.load(finished.folder.job_folder(Job("gated", fold, "two")) / "probs.npz")["test"][0]
         for fold in (0, 1)
     ]
     np.testing.assert_allclose(
@@ -92,7 +92,7 @@ def test_a_finished_run_is_not_trained_again(
 
     monkeypatch.setattr(jobs_module, "train_stage", forbidden)
     again = workflow.train(finished.recipe, finished.dir)
-    assert all(again.done(job) for job in again.jobs)
+    assert all(again.folder.is_done(job) for job in again.jobs)
     train_members(Run.create(finished.recipe, finished.dir))
 
 
@@ -109,7 +109,7 @@ def test_two_processes_do_not_work_in_one_run(tiny: Recipe, tmp_path: Path) -> N
         ):
             workflow.train(tiny, run.dir)
         other.kill()
-    with run.alone():  # a process that is killed lets go
+    with run.folder.locked():  # a process that is killed lets go
         assert not (run.dir / "jobs").exists()
 
 
@@ -177,24 +177,26 @@ def test_an_output_below_a_file_is_one_clear_error(tiny: Recipe, tmp_path: Path)
 
 def test_paper_protocol_selects_on_test_and_says_so(images: Path, tmp_path: Path) -> None:
     run = workflow.train(small(images, "protocol=paper", "folds.k=1"), tmp_path / "paper")
-    scores = run.results["scores"]
-    assert {s["protocol"] for s in scores} == {"paper"}
-    assert {s["rows"] for s in scores} == {"test"}
-    assert any("selected on the scored rows" in note for note in run.results["notes"])
-    stacked = next(s for s in scores if s["name"] == "stacked")
-    assert stacked["fitted_on"] == "the scored rows"
+    results = run.results
+
+    assert {s.protocol for s in results.scores} == {"paper"}
+    assert {s.rows for s in results.scores} == {"test"}
+    assert any("selected on the scored rows" in note for note in results.notes)
+    stacked = results.score("stacked", "ensemble", "test")
+    assert stacked is not None
+    assert stacked.fitted_on == "the scored rows"
 
 
 def test_refit_answers_on_test_with_one_model(images: Path, tmp_path: Path) -> None:
     run = workflow.train(small(images, "folds.final=refit"), tmp_path / "refit")
-    stored = np.load(run.folder(Job("plain", -1, "two")) / "probs.npz")
+    stored = np.load(run.folder.job_folder(Job("plain", -1, "two")) / "probs.npz")
     np.testing.assert_array_equal(run.predictions("test").probs[0], stored["test"][0])
     assert run.predictions("oof").probs.shape == (1, 36, 3)
 
 
 def test_without_a_test_split_the_headline_is_out_of_fold(tmp_path: Path) -> None:
     run = workflow.train(small(make_folder(tmp_path / "flat", 10)), tmp_path / "run")
-    assert {s["rows"] for s in run.results["scores"]} == {"oof"}
+    assert {s.rows for s in run.results.scores} == {"oof"}
     workflow.report(run)
     with pytest.raises(RunError, match="no test predictions"):
         run.predictions("test")

@@ -14,7 +14,7 @@ from threefold.cli import app
 from threefold.errors import DataError, RunError
 from threefold.predictions import Predictions
 from threefold.run import Run
-from threefold.saved import ensemble_tree, evaluate_saved, read_sources, score_saved
+from threefold.saved import evaluate_saved, read_sources, score_saved, summarize_evaluation
 
 runner = CliRunner()
 
@@ -64,34 +64,45 @@ def test_a_copy_of_a_member_counts_once_and_is_named(tmp_path: Path) -> None:
     )
     assert found.combined == plain.combined
     assert "again answers as m0 does; the two count once" in found.warnings
-    means = [next(s for s in f.scores if s["name"] == "mean") for f in (found, plain)]
+    means = [next(s for s in f.scores if s.name == "mean") for f in (found, plain)]
     assert means[0] == means[1]
 
 
 def test_the_meter_says_what_each_choice_promised(tmp_path: Path) -> None:
     pool(12).save(tmp_path / "p.npz")
-    tree = ensemble_tree([tmp_path / "p.npz"], evaluate_saved(tmp_path / "p.npz", ["auto"]))
-    lines = {line["choice"]: line for line in tree["optimism"]}
+    path = tmp_path / "p.npz"
+
+    summary = summarize_evaluation([path], evaluate_saved(path, ["auto"]))
+
+    lines = {line.choice: line for line in summary.optimism}
     assert {"member", "weighted", "greedy", "method"} <= set(lines)
     for line in lines.values():
-        assert line["difference"] == pytest.approx(line["apparent"] - line["honest"])
-        assert line["interval"][0] <= line["difference"] <= line["interval"][1]
-    assert tree["expected"]["accuracy"] == pytest.approx(lines["method"]["honest"])  # no test rows
-    assert "the choice of the method cross-fitted too" in tree["expected"]["told"]
-    assert all(line["overlap"] == 0 for line in tree["ledger"])
-    assert tree["diversity"]["members"] == [f"m{i}" for i in range(12)]
-    assert len(tree["size_curve"]["mean"]) == 12
+        assert line.interval is not None
+        assert line.difference == pytest.approx(line.apparent - line.honest)
+        assert line.interval[0] <= line.difference <= line.interval[1]
+    assert summary.expected is not None
+    assert summary.expected.accuracy == pytest.approx(lines["method"].honest)  # no test rows
+    assert "the choice of the method cross-fitted too" in summary.expected.basis
+    assert all(line.overlap == 0 for line in summary.ledger)
+    assert summary.diversity is not None
+    assert summary.diversity.members == tuple(f"m{i}" for i in range(12))
+    assert summary.size_curve is not None
+    assert len(summary.size_curve.mean) == 12
 
 
 def test_evaluate_fits_nothing(tmp_path: Path) -> None:
     rows = pool(2)
     rows.save(tmp_path / "p.npz")
-    tree, _ = score_saved([tmp_path / "p.npz"])
     loss = -np.log(rows.probs[0, np.arange(240), rows.labels]).mean()
-    assert tree["scores"][0]["log_loss"] == pytest.approx(loss, rel=1e-5)
-    assert tree["scores"][0]["fitted_on"] == "nothing"
-    assert tree["scores"][0]["calibrated_log_loss"] < tree["scores"][0]["log_loss"] + 0.01
-    assert tree["per_class_of"] == "m1"
+
+    summary, _ = score_saved([tmp_path / "p.npz"])
+
+    first = summary.scores[0]
+    assert first.log_loss == pytest.approx(loss, rel=1e-5)
+    assert first.fitted_on == "nothing"
+    assert first.calibrated_log_loss is not None
+    assert first.calibrated_log_loss < first.log_loss + 0.01
+    assert summary.per_class_of == "m1"
 
 
 def test_verbs_print_tables_and_json(tmp_path: Path) -> None:
@@ -116,21 +127,26 @@ def test_verbs_print_tables_and_json(tmp_path: Path) -> None:
 
 def test_a_runs_results_say_who_saw_what(finished: Run) -> None:
     results = finished.results
-    lines = {line["step"]: line for line in results["ledger"]}
+    lines = {line.step: line for line in results.ledger}
     assert {"weights of the members", "checkpoints and stages", "ensemble stacked"} <= set(lines)
-    assert all(line["overlap"] == 0 for line in lines.values())
-    assert lines["ensembles, calibration, choice of the method"]["scored"] == "12 test rows"
-    assert results["test_opened"]["times"] == 1
-    assert {"checkpoint", "stage", "member", "stacked", "method"} <= {
-        line["choice"] for line in results["optimism"]
-    }
-    assert results["expected"]["rows"] == "test"
-    assert [entry["by_class"] for entry in results["conformal"]["sets"]] == [False, True]
-    assert results["audit"]["missing"] == ""
+    assert all(line.overlap == 0 for line in lines.values())
+    assert lines["ensembles, calibration, choice of the method"].scored == "12 test rows"
+    assert results.test_opened is not None
+    assert results.test_opened.times == 1
+    choices = {line.choice for line in results.optimism}
+    assert {"checkpoint", "stage", "member", "stacked", "method"} <= choices
+    assert results.expected is not None
+    assert results.expected.rows == "test"
+    assert results.conformal is not None
+    assert [sets.by_class for sets in results.conformal.sets] == [False, True]
+    assert results.audit is not None
+    assert results.audit.missing == ""
     assert (finished.dir / "suspects.csv").exists()
-    mean = next(s for s in results["scores"] if s["name"] == "mean")
-    member = next(s for s in results["scores"] if s["name"] == "plain")
-    assert mean["macs"] > member["macs"] > 0
+    mean = next(s for s in results.scores if s.name == "mean")
+    member = next(s for s in results.scores if s.name == "plain")
+    assert mean.macs is not None
+    assert member.macs is not None
+    assert mean.macs > member.macs > 0
 
 
 def test_an_array_alone_takes_labels_and_names_from_beside_it(tmp_path: Path) -> None:

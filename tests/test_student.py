@@ -14,6 +14,7 @@ import threefold
 from threefold.cli import app
 from threefold.compare import compare_saved
 from threefold.errors import RecipeError
+from threefold.predictions__run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.run import Run
 from threefold.student import default_folder, student_recipe
@@ -88,10 +89,9 @@ def test_the_student_can_be_compared_and_scored_as_any_run(taught: tuple[Path, P
     teacher, folder, _ = taught
     tree, _ = compare_saved([str(folder), f"{folder}:student-labels", str(teacher)])
     lines = json.loads((folder / "results.json").read_text())["distill"]["tables"][0]["comparisons"]
-    for ours, theirs in zip(lines, tree["comparisons"], strict=True):
-        assert {k: ours[k] for k in ("only_a", "only_b", "p", "difference")} == {
-            k: theirs[k] for k in ("only_a", "only_b", "p", "difference")
-        }
+    for ours, theirs in zip(lines, tree.comparisons, strict=True):
+        keys = {"only_a", "only_b", "p", "difference"}
+        assert {k: ours[k] for k in keys} == theirs.model_dump(include=keys)
     done = runner.invoke(app, ["ensemble", str(folder), "--method", "mean"])
     assert "apparent" in done.output
 
@@ -156,7 +156,7 @@ def test_a_member_is_taken_with_its_head_and_a_timm_name_gets_a_linear_one(finis
         }
     )
     with pytest.raises(RecipeError, match="joins others is no student"):
-        student_recipe(Run(finished.dir, joined), "run", "both")
+        student_recipe(Run(RunFolder(finished.dir, joined)), "run", "both")
 
 
 def test_bad_input_is_one_line_before_anything_is_trained(finished: Run, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from threefold.predictions__results_schema import Comparison, Score
 from threefold.recipe import Job
 from threefold.terminal import TerminalWatcher, score_table, verdict_line
 
@@ -46,19 +47,23 @@ def test_on_a_terminal_the_bar_names_the_job() -> None:
 
 
 def test_the_table_fits_80_columns_and_keeps_the_ends_of_long_names() -> None:
-    entry = {
-        "kind": "member",
-        "rows": "foreign",
-        "n": 10000,
-        "accuracy": 0.9555,
-        "interval": [0.95, 0.96],
-        "log_loss": 0.1,
-        "ece": 0.01,
-    }
+    score = Score(
+        name="short",
+        kind="member",
+        rows="foreign",
+        n=10000,
+        accuracy=0.9555,
+        interval=(0.95, 0.96),
+        level=0.95,
+        log_loss=0.1,
+        ece=0.01,
+        protocol="honest",
+        fitted_on="nothing",
+    )
     stream = io.StringIO()
     names = ["short", "a_very_long_name_that_ends_in_its_backbone_[x]_SEResNeXt101"]
     Console(file=stream, width=80, color_system=None).print(
-        score_table([{**entry, "name": n} for n in names])
+        score_table([score.replace(name=name) for name in names])
     )
     text = stream.getvalue()
     assert max(map(len, text.splitlines())) <= 80
@@ -79,7 +84,10 @@ def test_one_watcher_follows_several_runs() -> None:
 
 
 def test_a_verdict_says_of_whom_it_is() -> None:
-    better = {"a": "x", "b": "y", "verdict": "y is better than x: 9 against 1 images"}
-    none = {"a": "x", "b": "y", "verdict": "no evidence of a difference: 3 against 3 images"}
-    assert verdict_line(better) == better["verdict"]
+    better = Comparison(
+        a="x", b="y", rows="oof", p=0.02, verdict="y is better than x: 9 against 1 images"
+    )
+    none = better.replace(verdict="no evidence of a difference: 3 against 3 images")
+
+    assert verdict_line(better) == better.verdict
     assert verdict_line(none) == "x and y: no evidence of a difference: 3 against 3 images"

@@ -26,6 +26,7 @@ from threefold.errors import DataError, RunError
 from threefold.files import write_bytes
 from threefold.predictions import Predictions
 from threefold.predictions__checks import check_probs
+from threefold.predictions__results_schema import Audit, SuspectLabel
 
 NEAR: Final = 0.01
 """Largest distance, 1 - correlation, of near copies (see `find_duplicates`)."""
@@ -145,17 +146,10 @@ def list_suspects(
         return [], str(error)
 
 
-def audit_tree(suspects: Sequence[Suspect], missing: str) -> dict[str, Any]:
-    """The audit as plain values for results.json and pages: the first LISTED suspects, how many there are, why there is none."""
-    listed = [suspect._asdict() for suspect in suspects[:LISTED]]
-    return {
-        "suspects": listed,
-        "n_suspects": len(suspects),
-        "file": "",
-        "missing": missing,
-        "warnings": [],
-        "duplicates": None,
-    }
+def summarize_audit(suspects: Sequence[Suspect], missing: str) -> Audit:
+    """Return the first LISTED suspects, their number, and the reason if there was no audit."""
+    listed = tuple(SuspectLabel(**suspect._asdict()) for suspect in suspects[:LISTED])
+    return Audit(suspects=listed, n_suspects=len(suspects), missing=missing)
 
 
 def _suspect(predictions: Predictions, row: int, top: int, probs: np.ndarray) -> Suspect:

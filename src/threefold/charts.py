@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from scipy.optimize import isotonic_regression
 
 from threefold import stats
+from threefold.predictions__results_schema import Score, SizeCurve
 from threefold.svg import ACCENT, INK, LINE, SOFT, draw_svg, percent_ticks, short_name
 
 LINES = 24
@@ -25,17 +26,16 @@ WIDTH = 5.6
 _BINS = 10
 _DASHED: Any = (0, (3, 3))
 _Array = np.ndarray[Any, Any]
-_Score = Mapping[str, Any]
 
 
-def score_dots(scores: Sequence[_Score], most: int = LINES) -> Markup:
+def score_dots(scores: Sequence[Score], most: int = LINES) -> Markup:
     """Accuracy and interval of every ensemble and member, in the order given.
 
     Args:
         scores: entries of results.json's `scores`. Those on the same rows as the first get full dots, the others rings.
         most: of more names than this, the last ones share one line without intervals.
     """
-    keys = list(dict.fromkeys((s["kind"], s["name"]) for s in scores))
+    keys = list(dict.fromkeys((s.kind, s.name) for s in scores))
     alone = keys if len(keys) <= most else keys[: most - 1]
     names = [short_name(name) for _, name in alone]
     if len(keys) > len(alone):
@@ -43,11 +43,11 @@ def score_dots(scores: Sequence[_Score], most: int = LINES) -> Markup:
 
     def draw(axes: Axes) -> None:
         for score in scores:
-            main, key = score["rows"] == scores[0]["rows"], (score["kind"], score["name"])
+            main, key = score.rows == scores[0].rows, (score.kind, score.name)
             if key in alone:
                 _draw_score(axes, score, alone.index(key), main)
             elif main:
-                axes.plot(score["accuracy"], len(alone), "o", color=SOFT, markersize=4, alpha=0.6)
+                axes.plot(score.accuracy, len(alone), "o", color=SOFT, markersize=4, alpha=0.6)
         _name_lines(axes, names)
         axes.xaxis.set_major_formatter(percent_ticks())
         axes.set_xlabel("share of images answered right")
@@ -270,20 +270,20 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> Markup:
     return draw_svg(draw, (WIDTH, height), "Differences in accuracy with their intervals")
 
 
-def size_curve(curve: Mapping[str, Any]) -> Markup:
+def size_curve(curve: SizeCurve) -> Markup:
     """Accuracy of the mean of 1, 2, ... members: average and spread over random orders, and the best members first.
 
     Args:
         curve: mean, low, high, ordered: a share for each number of members.
     """
-    sizes = np.arange(1, len(curve["mean"]) + 1)
+    sizes = np.arange(1, len(curve.mean) + 1)
 
     def draw(axes: Axes) -> None:
-        axes.fill_between(sizes, curve["low"], curve["high"], color=LINE, alpha=0.6, linewidth=0)
-        axes.plot(sizes, curve["mean"], color=SOFT, linewidth=1.5)
+        axes.fill_between(sizes, curve.low, curve.high, color=LINE, alpha=0.6, linewidth=0)
+        axes.plot(sizes, curve.mean, color=SOFT, linewidth=1.5)
         axes.plot(
             sizes,
-            curve["ordered"],
+            curve.ordered,
             color=ACCENT,
             linewidth=1.8,
             marker="o" if len(sizes) <= 15 else "",
@@ -306,16 +306,14 @@ def _name_lines(axes: Axes, names: Sequence[str]) -> None:
     axes.grid(axis="x")
 
 
-def _draw_score(axes: Axes, score: _Score, line: int, main: bool) -> None:
+def _draw_score(axes: Axes, score: Score, line: int, main: bool) -> None:
     if main:
-        colour = ACCENT if score["kind"] == "ensemble" else INK
-        axes.plot(
-            score["interval"], (line, line), color=colour, linewidth=2.0, solid_capstyle="round"
-        )
-        axes.plot(score["accuracy"], line, "o", color=colour, markersize=6)
+        colour = ACCENT if score.kind == "ensemble" else INK
+        axes.plot(score.interval, (line, line), color=colour, linewidth=2.0, solid_capstyle="round")
+        axes.plot(score.accuracy, line, "o", color=colour, markersize=6)
     else:
-        axes.plot(score["interval"], (line + 0.3, line + 0.3), color=SOFT, linewidth=1.0)
-        axes.plot(score["accuracy"], line + 0.3, "o", color=SOFT, markersize=4, fillstyle="none")
+        axes.plot(score.interval, (line + 0.3, line + 0.3), color=SOFT, linewidth=1.0)
+        axes.plot(score.accuracy, line + 0.3, "o", color=SOFT, markersize=4, fillstyle="none")
 
 
 def _draw_cost(axes: Axes, x: float, point: Mapping[str, Any]) -> None:
@@ -393,8 +391,8 @@ def _draw_stage(axes: Axes, history: Mapping[str, Any], start: int) -> None:
     y = [epoch["select_accuracy"] for epoch in history["epochs"]]
     x = [start + position for position in range(1, len(y) + 1)]
     # A later stage begins at the weights it was handed; before the first there is nothing worth a line.
-    led = ([start, *x], [history["start_accuracy"], *y]) if start else (x, y)
-    if not history["accepted"]:
+    led = ([start, *x], [history["started_from"], *y]) if start else (x, y)
+    if not history["kept"]:
         axes.plot(*led, color=SOFT, linewidth=1.2, linestyle=(0, (2, 2)))
         axes.plot(x[-1:], y[-1:], "x", color=SOFT, markersize=5, clip_on=False)
         return

@@ -42,24 +42,22 @@ def show_results(run: Run) -> None:
     from threefold.terminal import score_table
 
     results = run.results
-    out.print(score_table(results["scores"], results["chosen"]))
-    out.print(f"< chosen: {results['chosen']} ({plain(results['chosen_reason'])})")
-    expected = results["expected"]
-    low, high = expected["interval"]
-    out.print(
-        f"\nExpect [bold]{expected['accuracy']:.1%}[/] of new images to be right "
-        f"(95 % interval {low:.1%} to {high:.1%}; "
-        f"{expected['n']:,} {expected['told']}, protocol {results['protocol']})."
-    )
-    if results["optimism"]:
-        largest = max(results["optimism"], key=lambda line: line["difference"])
-        points = f"{100 * largest['difference']:+.1f} points"
-        out.print(f"optimism of {largest['told']}: {points} on the rows it was chosen on")
-    audit = results["audit"]
-    if audit["n_suspects"]:
+    out.print(score_table(results.scores, results.chosen))
+    out.print(f"< chosen: {results.chosen} ({plain(results.chosen_reason)})")
+    expected, audit = results.expected, results.audit
+    if expected is not None:
+        low, high = expected.interval
         out.print(
-            f"suspect labels: {audit['n_suspects']}, in {run.dir / audit['file']}", markup=False
+            f"\nExpect [bold]{expected.accuracy:.1%}[/] of new images to be right "
+            f"(95 % interval {low:.1%} to {high:.1%}; "
+            f"{expected.n:,} {expected.basis}, protocol {results.protocol})."
         )
+    if results.optimism:
+        largest = max(results.optimism, key=lambda line: line.difference)
+        points = f"{100 * largest.difference:+.1f} points"
+        out.print(f"optimism of {largest.description}: {points} on the rows it was chosen on")
+    if audit is not None and audit.n_suspects:
+        out.print(f"suspect labels: {audit.n_suspects}, in {run.dir / audit.file}", markup=False)
 
 
 def show_student(run: Run) -> None:
@@ -67,16 +65,17 @@ def show_student(run: Run) -> None:
     from threefold.terminal import distill_tables, pair_table, verdict_line
 
     results = run.results
-    distillation = results["distill"]
-    *score_tables, cost_table = distill_tables(distillation)
-    for score_table, part in zip(score_tables, distillation["tables"], strict=True):
+    if results.distill is None:
+        return
+    *score_tables, cost_table = distill_tables(results.distill)
+    for score_table, part in zip(score_tables, results.distill.tables, strict=True):
         out.print(score_table)
-        out.print(pair_table(part["comparisons"]))
-        for pair in part["comparisons"]:
+        out.print(pair_table(part.comparisons))
+        for pair in part.comparisons:
             out.print(f"  {plain(verdict_line(pair))}")
         out.print()
     out.print(cost_table)
-    for note in results["notes"]:
+    for note in results.notes:
         out.print(f"[yellow]note[/] {plain(note)}", highlight=False)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,8 @@ from threefold.console import out, plain, print_json
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from threefold.predictions__results_schema import PredictionSummary
 
 Sources = Annotated[
     list[Path],
@@ -72,32 +74,37 @@ def ensemble(
     html: Html = None,
 ) -> None:
     """Combine saved predictions, from a run or from anywhere, and score the result."""
-    from threefold.saved import Beside, ensemble_tree, evaluate_saved
+    from threefold.saved import evaluate_saved, summarize_evaluation
 
-    found = evaluate_saved(
-        sources, _split(method) or ["auto"], _split(members), top, reopen, Beside(labels, classes)
+    evaluation = evaluate_saved(
+        sources,
+        _split(method) or ["auto"],
+        _split(members),
+        top,
+        reopen,
+        labels=labels,
+        classes=classes,
     )
-    tree = ensemble_tree(sources, found)
-    shown = [
-        score for score in tree["scores"] if score["rows"] == found.rows.kind
-    ]  # the page is about these rows
-    _page(html, {**tree, "scores": shown}, found.probs, found.rows.labels)
+    summary = summarize_evaluation(sources, evaluation)
+    # The page is about the rows of the headline only.
+    shown = tuple(score for score in summary.scores if score.rows == evaluation.rows.kind)
+    _page(html, summary.replace(scores=shown), evaluation.probs, evaluation.rows.labels)
     if as_json:
-        print_json(tree)
+        print_json(summary.as_json())
         return
     from threefold.terminal import optimism_table, score_table, verdict_line
 
-    out.print(score_table(found.scores, found.chosen))
-    out.print(f"chosen: {found.chosen} ({plain(found.reason)})")
-    for line in [*map(verdict_line, found.comparisons), *found.warnings]:
+    out.print(score_table(evaluation.scores, evaluation.chosen))
+    out.print(f"chosen: {evaluation.chosen} ({plain(evaluation.reason)})")
+    for line in [*map(verdict_line, evaluation.comparisons), *evaluation.warnings]:
         out.print(f"  {plain(line)}")
-    if found.optimism:
-        out.print(optimism_table(found.optimism))
-    expected = found.expected
-    low, high = expected["interval"]
-    told = f"{expected['n']:,} {expected['told']}"
+    if evaluation.optimism:
+        out.print(optimism_table(evaluation.optimism))
+    expected = evaluation.expected
+    low, high = expected.interval
     out.print(
-        f"\nExpect [bold]{expected['accuracy']:.1%}[/] of new images to be right (95 % interval {low:.1%} to {high:.1%}; {plain(told)})."
+        f"\nExpect [bold]{expected.accuracy:.1%}[/] of new images to be right "
+        f"(95 % interval {low:.1%} to {high:.1%}; {expected.n:,} {plain(expected.basis)})."
     )
     _told(html)
 
@@ -111,29 +118,30 @@ def evaluate(
     html: Html = None,
 ) -> None:
     """Score predictions as they are: nothing fitted, nothing chosen."""
-    from threefold.saved import Beside, score_saved
+    from threefold.saved import score_saved
 
-    tree, rows = score_saved(sources, _split(members), Beside(labels, classes))
-    best = max(range(len(rows.members)), key=lambda i: tree["scores"][i]["accuracy"])
-    _page(html, tree, rows.probs[best], rows.labels)
+    summary, rows = score_saved(sources, _split(members), labels=labels, classes=classes)
+    best = max(range(len(rows.members)), key=lambda i: summary.scores[i].accuracy)
+    _page(html, summary, rows.probs[best], rows.labels)
     if as_json:
-        print_json(tree)
+        print_json(summary.as_json())
         return
     from threefold.terminal import class_table, score_table
 
-    out.print(score_table(tree["scores"]))
-    out.print(f"\nclasses, hardest first ({plain(tree['per_class_of'])})")
-    out.print(class_table(tree["per_class"]))
-    same = tree.get("diversity", {}).get("duplicates", [])
+    out.print(score_table(summary.scores))
+    out.print(f"\nclasses, hardest first ({plain(summary.per_class_of)})")
+    out.print(class_table(summary.per_class))
+    copies = summary.diversity.duplicates if summary.diversity is not None else ()
     for line in [
-        *tree["warnings"],
-        *(f"the same predictions under several names: {', '.join(group)}" for group in same),
+        *summary.warnings,
+        *(f"the same predictions under several names: {', '.join(group)}" for group in copies),
     ]:
         out.print(f"  {plain(line)}")
-    if tree["audit"]["n_suspects"]:
-        told = f"{tree['audit']['n_suspects']} labels look wrong, if these are held-out predictions (--json or --html lists them); the first:"
+    if summary.audit is not None and summary.audit.n_suspects:
+        first = summary.audit.suspects[0]
         out.print(
-            f"  {told} {plain(tree['audit']['suspects'][0]['id'])}, {plain(tree['audit']['suspects'][0]['reason'])}"
+            f"  {summary.audit.n_suspects} labels look wrong, if these are held-out predictions "
+            f"(--json or --html lists them); the first: {plain(first.id)}, {plain(first.reason)}"
         )
     _told(html)
 
@@ -155,26 +163,26 @@ def compare(
 ) -> None:
     """Is one better than the other? Paired tests of every pair on the same rows, with Holm's correction."""
     from threefold.compare import compare_saved
-    from threefold.saved import Beside
 
-    tree, rows = compare_saved(sources, shared, Beside(labels, classes))
-    _page(html, tree, rows.probs[0], rows.labels)
+    summary, rows = compare_saved(sources, shared, labels=labels, classes=classes)
+    _page(html, summary, rows.probs[0], rows.labels)
     if as_json:
-        print_json(tree)
+        print_json(summary.as_json())
         return
     from threefold.terminal import pair_table, score_table, verdict_line
 
-    out.print(score_table(tree["scores"]))
+    out.print(score_table(summary.scores))
     out.print()
-    out.print(pair_table(tree["comparisons"]))
-    for pair in tree["comparisons"]:
+    out.print(pair_table(summary.comparisons))
+    for pair in summary.comparisons:
         out.print(f"  {plain(verdict_line(pair))}")
-    if "cochran_q" in tree:
-        q = tree["cochran_q"]
+    if summary.cochran_q is not None:
+        q = summary.cochran_q
         out.print(
-            f"  all together: Cochran's Q {q['q']:.2f}, {q['df']} degrees of freedom, p = {q['p']:.2g}"
+            f"  all together: Cochran's Q {q['q']:.2f}, {q['df']:.0f} degrees of freedom, "
+            f"p = {q['p']:.2g}"
         )
-    for line in tree["warnings"]:
+    for line in summary.warnings:
         out.print(f"  {plain(line)}")
     _told(html)
 
@@ -187,7 +195,7 @@ def report(
     ] = None,
 ) -> None:
     """Write the HTML report of one run, or of several side by side."""
-    from threefold.report import write_report
+    from threefold.report__pages import write_report
 
     out.print(str(write_report(runs, target)), markup=False)
 
@@ -196,13 +204,14 @@ def _split(words: Sequence[str] | None) -> list[str]:
     return [word for text in words or () for word in text.split(",") if word]
 
 
-def _page(html: Path | None, tree: dict[str, Any], probs: np.ndarray, labels: np.ndarray) -> None:
+def _page(
+    html: Path | None, summary: PredictionSummary, probs: np.ndarray, labels: np.ndarray
+) -> None:
     if html is not None:
-        from threefold.page import write_page
+        from threefold.report__pages import write_page
 
-        write_page(
-            html, ", ".join(Path(source).name for source in tree["source"]), tree, probs, labels
-        )
+        title = ", ".join(Path(source).name for source in summary.source)
+        write_page(html, title, summary, probs, labels)
 
 
 def _told(html: Path | None) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
@@ -23,6 +23,13 @@ from threefold.ensembles__registry import build_ensemble, choose
 from threefold.ledger import Ledger
 from threefold.optimism import Counts, nested_choice, optimism_entry
 from threefold.predictions import Predictions
+from threefold.predictions__results_schema import (
+    Comparison,
+    Expected,
+    LedgerLine,
+    Optimism,
+    Score,
+)
 from threefold.recipe_schema import EnsembleSpec
 from threefold.scoring import Key, comparisons, score_entries
 from threefold.stats import correct, share_interval
@@ -44,12 +51,12 @@ class Evaluation:
         fitted: every method, fitted on them.
         optimism: a line per choice, see `optimism.optimism_entry`.
         ledger: a line per fitted thing, see `Ledger.table`.
-        expected: accuracy, interval, n, rows, told: what to expect of new images, the choice of the method paid for.
+        expected: the accuracy to expect on new images, the choice of the method paid for.
         warnings: what weakens the figures, in plain words.
     """
 
-    scores: list[dict[str, Any]]
-    comparisons: list[dict[str, Any]]
+    scores: list[Score]
+    comparisons: list[Comparison]
     chosen: str
     reason: str
     ensemble: Ensemble
@@ -58,10 +65,10 @@ class Evaluation:
     rows: Predictions
     probs: np.ndarray
     fit_rows: Predictions
+    expected: Expected
     fitted: dict[str, Ensemble] = field(default_factory=dict)
-    optimism: list[dict[str, Any]] = field(default_factory=list)
-    ledger: list[dict[str, Any]] = field(default_factory=list)
-    expected: dict[str, Any] = field(default_factory=dict)
+    optimism: list[Optimism] = field(default_factory=list)
+    ledger: list[LedgerLine] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -116,28 +123,29 @@ def evaluate(
                 "ensembles, calibration, choice of the method", oof.ids, test.ids, "test"
             )
     rows, table, _ = tables[-1]
-    key = ("ensemble", chosen)
+    key: Key = ("ensemble", chosen)
     optimism = work.optimism(crossed, chosen, spec.export == "auto") if oof is not None else []
+    scores = [
+        score
+        for part, scored, fitted_on in tables
+        for score in score_entries(part, scored, fitted, fitted_on)
+    ]
     return Evaluation(
-        [
-            entry
-            for part, scored, fitted_on in tables
-            for entry in score_entries(part, scored, fitted, fitted_on)
-        ],
-        comparisons(rows, table, fit_rows.members, chosen),
-        chosen,
-        reason,
-        fitted[chosen],
-        fit_rows.members,
-        warm[key],
-        rows,
-        table[key].astype(np.float32),
-        fit_rows,
-        fitted,
-        optimism,
-        work.ledger.table(),
-        _expected(rows, table[key], work.nested if test is None else None),
-        [*copies, *_warnings(oof, test)],
+        scores=scores,
+        comparisons=comparisons(rows, table, fit_rows.members, chosen),
+        chosen=chosen,
+        reason=reason,
+        ensemble=fitted[chosen],
+        combined=fit_rows.members,
+        calibration=warm[key],
+        rows=rows,
+        probs=table[key].astype(np.float32),
+        fit_rows=fit_rows,
+        expected=_expected(rows, table[key], work.nested if test is None else None),
+        fitted=fitted,
+        optimism=optimism,
+        ledger=work.ledger.table(),
+        warnings=[*copies, *_warnings(oof, test)],
     )
 
 
@@ -195,9 +203,7 @@ class _Work:
         """A calibration of that name, with cross-fitted probabilities."""
         return fit_calibration(name, probs, self.rows.labels, self.parts, self.rows.groups)
 
-    def optimism(
-        self, crossed: dict[str, np.ndarray], chosen: str, chose: bool
-    ) -> list[dict[str, Any]]:
+    def optimism(self, crossed: dict[str, np.ndarray], chosen: str, chose: bool) -> list[Optimism]:
         """The meter's lines for what was chosen or fitted on these rows."""
         rows, lines = self.rows, []
         if len(rows.members) > 1:
@@ -221,7 +227,7 @@ class _Work:
             lines.append(self._line("method", told, crossed[chosen], self.nested, names))
         return lines
 
-    def _learned_line(self, name: str) -> dict[str, Any]:
+    def _learned_line(self, name: str) -> Optimism:
         ensemble, table = self.fitted[name]
         return self._line(
             name, f"what {name} learns", ensemble.predict_proba(self.rows.probs), table
@@ -234,7 +240,7 @@ class _Work:
         apparent: np.ndarray,
         honest: np.ndarray,
         rows_names: tuple[str, str] = ("of the fit", "cross-fitted"),
-    ) -> dict[str, Any]:
+    ) -> Optimism:
         rows = self.rows
         a, b = (Counts.of(correct(probs, rows.labels)) for probs in (apparent, honest))
         names = f"{rows.kind} rows, {rows_names[0]}", f"{rows.kind} rows, {rows_names[1]}"
@@ -267,20 +273,19 @@ def _ensembles(table: dict[str, np.ndarray]) -> dict[Key, np.ndarray]:
     return {("ensemble", name): probs for name, probs in table.items()}
 
 
-def _expected(rows: Predictions, probs: np.ndarray, nested: np.ndarray | None) -> dict[str, Any]:
+def _expected(rows: Predictions, probs: np.ndarray, nested: np.ndarray | None) -> Expected:
     """What to expect of new images; without test rows, the choice of the method is cross-fitted too."""
     hits = correct(probs if nested is None else nested, rows.labels)
-    told = f"{rows.kind} rows" + (
-        "" if nested is None else ", the choice of the method cross-fitted too"
+    basis = f"{rows.kind} rows"
+    if nested is not None:
+        basis += ", the choice of the method cross-fitted too"
+    return Expected(
+        accuracy=float(hits.mean()),
+        interval=share_interval(hits, rows.groups),
+        n=len(hits),
+        rows=rows.kind,
+        basis=basis,
     )
-    interval = list(share_interval(hits, rows.groups))
-    return {
-        "accuracy": float(hits.mean()),
-        "interval": interval,
-        "n": len(hits),
-        "rows": rows.kind,
-        "told": told,
-    }
 
 
 def _warnings(oof: Predictions | None, test: Predictions | None) -> list[str]:

@@ -12,15 +12,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from threefold.errors import DataError
-from threefold.files import read_json, write_json
+from threefold.predictions__results_schema import LedgerLine
 
 FIT: Final = 1
 """Bit of `Predictions.roles`: gradients came from the row."""
@@ -111,7 +109,7 @@ class Ledger:
     def __init__(self, n: int, kind: str) -> None:
         self.n, self.kind = n, kind
         self._entries: dict[str, _Entry] = {}
-        self._other_tables: list[dict[str, Any]] = []
+        self._other_tables: list[LedgerLine] = []
 
     def declare(
         self, step: str, fitted_on: npt.ArrayLike, scored: npt.ArrayLike, *, apparent: bool = False
@@ -161,16 +159,16 @@ class Ledger:
         """
         SeenRows.from_ids(ids).check(step, other_ids)
         self._other_tables.append(
-            {
-                "step": step,
-                "fitted_on": f"{len(ids):,} {self.kind} rows",
-                "scored": f"{len(other_ids):,} {other_kind} rows",
-                "overlap": 0,
-            }
+            LedgerLine(
+                step=step,
+                fitted_on=f"{len(ids):,} {self.kind} rows",
+                scored=f"{len(other_ids):,} {other_kind} rows",
+                overlap=0,
+            )
         )
 
-    def table(self) -> list[dict[str, Any]]:
-        """One line per step: step, fitted_on and scored (in words), overlap (number of rows)."""
+    def table(self) -> list[LedgerLine]:
+        """Return one line per step."""
         lines = []
         for step, entry in self._entries.items():
             low, high = min(entry.fitted_on), max(entry.fitted_on)
@@ -182,37 +180,6 @@ class Ledger:
                 if not entry.overlap:
                     scored += ", each time the others"
             lines.append(
-                {"step": step, "fitted_on": fitted_on, "scored": scored, "overlap": entry.overlap}
+                LedgerLine(step=step, fitted_on=fitted_on, scored=scored, overlap=entry.overlap)
             )
         return lines + self._other_tables
-
-
-def open_test(run: Path, by: str, rows: int) -> None:
-    """Note in a run folder's ledger.json that a verb opens its test rows.
-
-    Training that is begun again opens them once, and so do a reproduction and an export: what they ask is fixed before.
-    """
-    opened = _opened(run)
-    again = (
-        opened
-        if by == "train"
-        else [entry for entry in opened if entry["by"] == by in ("reproduce", "export")]
-    )
-    if not again:
-        entry = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "by": by, "rows": rows}
-        write_json(run / "ledger.json", {"test_opened": [*opened, entry]})
-
-
-def when_opened(run: Path) -> dict[str, Any] | None:
-    """When a run's test rows were first opened: at, by, rows, times (how often in all); None if never.
-
-    An export is not counted: it asks whether a file answers as the run does, and tells no score.
-    """
-    opened = [entry for entry in _opened(run) if entry["by"] != "export"]
-    return {**opened[0], "times": len(opened)} if opened else None
-
-
-def _opened(run: Path) -> list[dict[str, Any]]:
-    path = run / "ledger.json"
-    found: list[dict[str, Any]] = read_json(path)["test_opened"] if path.exists() else []
-    return found

@@ -8,7 +8,7 @@ name and the idea are Efron's (1983, "Estimating the error rate of a prediction 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from threefold.crossfit import stratified_parts
 from threefold.ensembles__registry import choose
 from threefold.errors import DataError
+from threefold.predictions__results_schema import Optimism
 from threefold.resampling import RESAMPLES, check_groups, column_sums, percentile_interval
 
 
@@ -38,19 +39,19 @@ class Counts(NamedTuple):
 
 def optimism_entry(
     choice: str,
-    told: str,
+    description: str,
     apparent: Counts,
     honest: Counts,
     groups: npt.ArrayLike | None = None,
     *,
     rows: tuple[str, str],
     seed: int = 0,
-) -> dict[str, Any]:
-    """One line of the meter: choice, told, apparent, honest, difference, interval, n, apparent_rows, honest_rows.
+) -> Optimism:
+    """Measure the optimism of one choice.
 
     Args:
         choice: checkpoint, stage, views, member, method, or the name of a fitted method.
-        told: what was chosen, in plain words.
+        description: what was chosen, in plain words.
         apparent: of the rows that the choice was made on.
         honest: of rows that it has not seen; the same images, in the same order, as in `apparent`.
         groups: (n,) names of what is drawn as a whole, or None.
@@ -78,17 +79,17 @@ def optimism_entry(
         ):  # a draw without answers is left out below
             draws.append(a / na - h / nh)
     difference = apparent.share() - honest.share()
-    return {
-        "choice": choice,
-        "told": told,
-        "apparent": apparent.share(),
-        "honest": honest.share(),
-        "difference": difference,
-        "interval": list(percentile_interval(np.concatenate(draws), 0.95)),
-        "n": n,
-        "apparent_rows": rows[0],
-        "honest_rows": rows[1],
-    }
+    return Optimism(
+        choice=choice,
+        description=description,
+        apparent=apparent.share(),
+        honest=honest.share(),
+        difference=difference,
+        interval=percentile_interval(np.concatenate(draws), 0.95),
+        n=n,
+        apparent_rows=rows[0],
+        honest_rows=rows[1],
+    )
 
 
 def nested_choice(

@@ -1,7 +1,4 @@
-"""The image cache of a run: every image decoded once, as a uint8 square.
-
-The resize is the one that the exported pipeline contains.
-"""
+"""The decoded-once cache: every image as a uint8 square, made by the resize that the exported pipeline has inside."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,26 +19,11 @@ from threefold.recipe_schema import MemberSpec
 from threefold.splits import Roles
 
 CHUNK = 32
-"""Images decoded at a time: enough to resize in batches, few enough for large photographs."""
+"""Images decoded at a time: enough to resize small ones together, few enough for large photographs to fit in memory."""
 
 
-class PixelRows(NamedTuple):
-    """Some rows of a data set."""
-
-    pixels: np.ndarray
-    """(n, s, s, 3) uint8."""
-    labels: np.ndarray
-    """(n,) int64."""
-
-
-class PixelCache:
-    """Memory-mapped uint8 squares of every image, one file for each size in use.
-
-    Args:
-        sources: training and test images.
-        views: the test-time views of a member, whose canvas is another size.
-        folder: where the files go.
-    """
+class Pixels:
+    """The decoded-once cache: every image as a uint8 square of each size in use, on disk, memory-mapped."""
 
     def __init__(
         self, sources: Sources, views: Callable[[MemberSpec], Views], folder: Path
@@ -50,32 +32,17 @@ class PixelCache:
 
     def rows(
         self, split: str, spec: MemberSpec, rows: np.ndarray, views: bool = False
-    ) -> PixelRows:
-        """Read some rows of a split.
-
-        Args:
-            split: train or test.
-            spec: the member that sees them.
-            rows: (n,) row numbers.
-            views: resize to the canvas of the member's views instead of its training size.
-        """
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels uint8 (r, s, s, 3) and labels (r,) of some rows, at the training size or at the views' canvas."""
         dataset = self.sources.train if split == "train" else self.sources.test
         assert dataset is not None
         side = self.views(spec).canvas if views else spec.img_size
-        path = self.folder / f"{split}-{spec.resize}-{side}.npy"
-        if not path.exists():
-            _fill(path, dataset, side, spec.resize)
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        return PixelRows(np.asarray(array[rows]), dataset.labels[rows])
+        return np.asarray(self._array(split, dataset, side, spec.resize)[rows]), dataset.labels[
+            rows
+        ]
 
-    def select(self, spec: MemberSpec, roles: Roles) -> PixelRows:
-        """Read the rows that checkpoints are chosen on.
-
-        These are the fold's select rows, or the test split where the paper protocol has no folds.
-
-        Raises:
-            RunError: there are neither.
-        """
+    def select(self, spec: MemberSpec, roles: Roles) -> tuple[np.ndarray, np.ndarray]:
+        """The rows that checkpoints are chosen on: the fold's, or the test split where the paper protocol has no folds."""
         if len(roles.select):
             return self.rows("train", spec, roles.select)
         test = self.sources.test
@@ -87,23 +54,28 @@ class PixelCache:
             )
         return self.rows("test", spec, np.arange(len(test)))
 
+    def _array(self, split: str, dataset: ImageDataset, side: int, resize: Any) -> np.ndarray:
+        path = self.folder / f"{split}-{resize}-{side}.npy"
+        if not path.exists():
+            _fill_cache(path, dataset, side, resize)
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        return array
+
     def remove(self) -> None:
-        """Delete the cache, which only training needs."""
-        if not self.folder.is_dir():
-            return
-        for path in self.folder.glob("*.npy"):
+        """Delete the cache; it is only needed while jobs are to be done."""
+        for path in self.folder.glob("*.npy") if self.folder.is_dir() else ():
             path.unlink()
-        if not any(self.folder.iterdir()):
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
 
-def _fill(path: Path, dataset: ImageDataset, side: int, resize: Any) -> None:
-    """Decode and resize every image into one .npy file."""
+def _fill_cache(path: Path, dataset: ImageDataset, side: int, resize: Any) -> None:
+    """Decode and resize every image into one .npy, by the same resize that the exported pipeline has inside."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npy")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(dataset), side, side, 3))
-        _allocate(temporary)
+        _reserve(temporary)
         for rows in np.array_split(np.arange(len(dataset)), max(1, len(dataset) // CHUNK)):
             _resize_rows(array, dataset, rows, side, resize)
         array.flush()
@@ -111,20 +83,16 @@ def _fill(path: Path, dataset: ImageDataset, side: int, resize: Any) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        megabytes = len(dataset) * side * side * 3 / 1e6
         raise RunError(
             "cannot write the image cache",
             where=path,
             got=error.strerror or error,
-            fix=f"it needs {megabytes:.0f} MB: free disk space or choose another --out",
+            fix=f"it needs {len(dataset) * side * side * 3 / 1e6:.0f} MB: free disk space or choose another --out",
         ) from None
 
 
-def _allocate(path: Path) -> None:
-    """Allocate a sparse file's blocks.
-
-    A disk that fills up under a memory map kills the process; here it raises an OSError.
-    """
+def _reserve(path: Path) -> None:
+    """Claim a sparse file's space now: a disk that fills up under a memory map kills the process, here it is an error."""
     if hasattr(os, "posix_fallocate"):
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
@@ -133,7 +101,7 @@ def _allocate(path: Path) -> None:
 def _resize_rows(
     array: np.ndarray, dataset: ImageDataset, rows: np.ndarray, side: int, resize: Any
 ) -> None:
-    """Decode some rows and resize those of equal shape together; batching changes no bit."""
+    """Decode some rows and resize those of one shape together; an image's result does not depend on its company."""
     by_shape: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
     for row in rows:
         image = dataset.pixels(int(row))

@@ -1,19 +1,29 @@
 """What the pages show: the tree of results turned into tables, sentences and charts.
 
-It reads a tree with the keys of results.json (docs/concepts.md) and never recomputes a score. Keys that a tree lacks give None, and
-the template then says why or leaves the section out. Drawn from probabilities are only the confusion matrix, the
+It reads a summary (the results of a run, or of saved predictions) and never recomputes a score. Sections
+that a summary lacks give None, and the template then says why or leaves the section out. Drawn from probabilities are only the confusion matrix, the
 mistakes and the reliability curve; from counts of images only the interval of a paired difference that comes without one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from threefold import charts, stats
 from threefold.pictures import Thumbs, data_uri
+from threefold.predictions__results_schema import (
+    Audit,
+    Comparison,
+    Diversity,
+    Optimism,
+    Results,
+    Score,
+    SizeCurve,
+    Summary,
+)
 
 MATRIX_CLASSES = 30
 """A larger matrix cannot be read; the list of confused pairs can."""
@@ -33,27 +43,32 @@ CHOICES = {
 """Names of the choices in `optimism`; others are names of fitted methods."""
 
 _Array = np.ndarray[Any, Any]
-_Tree = Mapping[str, Any]
 _Rows = list[dict[str, Any]]
 
 
 def shared_view(
-    tree: _Tree, score: _Tree | None, probs: _Array | None, labels: _Array | None, thumbs: Thumbs
+    summary: Summary,
+    score: Score | None,
+    probs: _Array | None,
+    labels: _Array | None,
+    thumbs: Thumbs,
 ) -> dict[str, Any]:
     """The sections that the report of a run and the page of saved predictions have in common.
 
     Args:
-        tree: as results.json.
-        score: the entry of its scores that is the headline, or None.
+        summary: the results of a run, or a summary of saved predictions.
+        score: the score of the headline, or None.
         probs: (n, k) of the headline, or None.
         labels: (n,), or None.
         thumbs: pictures.
     """
-    score = expected_score(tree, score)
-    rows = score["rows"] if score else main_rows(tree["scores"])
-    level = score["level"] if score else tree["scores"][0]["level"]
-    most = max((s["n"] for s in tree["scores"] if s["rows"] == rows), default=0)
-    classes = tree.get("classes") or [c["class"] for c in tree.get("per_class") or ()]
+    score = expected_score(summary, score)
+    rows = score.rows if score else main_rows(summary.scores)
+    level = score.level if score else summary.scores[0].level
+    most = max((s.n for s in summary.scores if s.rows == rows), default=0)
+    classes = summary.classes or tuple(c.name for c in summary.per_class)
+    results = summary if isinstance(summary, Results) else None
+    export = (results.export or {}) if results is not None else {}
     confusion = curve = None
     if probs is not None and labels is not None:
         confusion, curve = (
@@ -66,50 +81,47 @@ def shared_view(
         "level": level,
         "digits": 1 if most <= 2000 else 2,  # one image in a thousand is 0.1 %
         "natural": natural_frequency(score) if score else None,
-        "groups": score_groups(tree["scores"], rows),
+        "groups": score_groups(summary.scores, rows),
         "dots": charts.score_dots(
-            sorted(tree["scores"], key=lambda s: (s["kind"], s["rows"] != rows, -s["accuracy"]))
+            sorted(summary.scores, key=lambda s: (s.kind, s.rows != rows, -s.accuracy))
         ),
-        "cost": cost_view(tree["scores"], rows, tree.get("chosen"), level),
-        "comparisons": paired_rows(tree.get("comparisons") or (), tree["scores"], level),
-        "per_class": sorted(
-            tree.get("per_class") or (), key=lambda c: 2.0 if c["recall"] is None else c["recall"]
-        ),
+        "cost": cost_view(summary.scores, rows, summary.chosen, level),
+        "comparisons": paired_rows(summary.comparisons, summary.scores, level),
+        "per_class": sorted(summary.per_class, key=lambda c: 2.0 if c.recall is None else c.recall),
         "confusion": confusion,
         "reliability": curve,
-        "calibration": tree.get("calibration"),
-        "temperature": tree.get("temperature"),
-        "conformal": tree.get("conformal"),
-        "cascade": tree.get("cascade"),
-        "latency": (tree.get("export") or {}).get("latency"),
-        "optimism": optimism_view(tree.get("optimism")),
-        "audit": audit_view(tree.get("audit"), thumbs),
-        "ledger": tree.get("ledger"),
-        "opened": tree.get("test_opened"),
-        "diversity": diversity_view(tree.get("diversity")),
-        "size_curve": size_view(tree.get("size_curve")),
+        "calibration": summary.calibration,
+        "temperature": results.temperature if results is not None else None,
+        "conformal": results.conformal if results is not None else None,
+        "cascade": results.cascade if results is not None else None,
+        "latency": export.get("latency"),
+        "optimism": optimism_view(summary.optimism),
+        "audit": audit_view(summary.audit, thumbs),
+        "ledger": summary.ledger,
+        "opened": results.test_opened if results is not None else None,
+        "diversity": diversity_view(summary.diversity),
+        "size_curve": size_view(summary.size_curve),
     }
 
 
-def expected_score(tree: _Tree, score: _Tree | None) -> _Tree | None:
+def expected_score(summary: Summary, score: Score | None) -> Score | None:
     """The headline's score with what to expect of new images: without test rows the choice of the method is paid for."""
-    expected = tree.get("expected")
-    if score is None or not expected or expected["rows"] != score["rows"]:
+    expected = summary.expected
+    if score is None or expected is None or expected.rows != score.rows:
         return score
-    return {**score, "accuracy": expected["accuracy"], "interval": expected["interval"]}
+    return score.replace(accuracy=expected.accuracy, interval=expected.interval)
 
 
-def main_rows(scores: Sequence[_Tree]) -> str:
+def main_rows(scores: Sequence[Score]) -> str:
     """The rows that the page speaks of: test where there are any, else those of the first score."""
-    return "test" if any(s["rows"] == "test" for s in scores) else str(scores[0]["rows"])
+    return "test" if any(s.rows == "test" for s in scores) else scores[0].rows
 
 
-def natural_frequency(score: _Tree) -> dict[str, Any]:
+def natural_frequency(score: Score) -> dict[str, Any]:
     """An accuracy as "so many of so many": of 100 where that shows the interval, else of 1,000 or 10,000; with its picture."""
     for of in (100, 1000, 10_000):
         low, right, high = (
-            round(of * share)
-            for share in (score["interval"][0], score["accuracy"], score["interval"][1])
+            round(of * share) for share in (score.interval[0], score.accuracy, score.interval[1])
         )
         if (low < right < high < of) or of == 10_000:
             break
@@ -117,41 +129,41 @@ def natural_frequency(score: _Tree) -> dict[str, Any]:
     return {"of": of, "right": right, "low": low, "high": high, "grid": grid}
 
 
-def score_groups(scores: Sequence[_Tree], rows: str) -> _Rows:
+def score_groups(scores: Sequence[Score], rows: str) -> _Rows:
     """Scores in groups of one kind on the same rows, those of the page first, the most accurate first in each."""
-    keys = sorted({(s["rows"] != rows, s["rows"], s["kind"]) for s in scores})
-    found = []
+    keys = sorted({(s.rows != rows, s.rows, s.kind) for s in scores})
+    groups: _Rows = []
     for _, part, kind in keys:
         entries = sorted(
-            (s for s in scores if (s["rows"], s["kind"]) == (part, kind)),
-            key=lambda s: -s["accuracy"],
+            (s for s in scores if (s.rows, s.kind) == (part, kind)), key=lambda s: -s.accuracy
         )
-        found.append({"rows": part, "kind": kind, "n": entries[0]["n"], "scores": entries})
-    return found
+        groups.append({"rows": part, "kind": kind, "n": entries[0].n, "scores": entries})
+    return groups
 
 
 def cost_view(
-    scores: Sequence[_Tree], rows: str, chosen: str | None, level: float
+    scores: Sequence[Score], rows: str, chosen: str | None, level: float
 ) -> dict[str, Any] | None:
     """Accuracy against multiply-adds: points, the front, and what the chosen ensemble costs beside the best member."""
-    known = [s for s in scores if s["rows"] == rows and (s.get("macs") or 0) > 0]
+    known = [(s.macs, s) for s in scores if s.rows == rows and s.macs]
     if len(known) < 2:
         return None
-    known.sort(key=lambda s: (s["macs"], -s["accuracy"]))
-    best, points, number = -1.0, [], 0
-    for score in known:
-        front, mine = (
-            score["accuracy"] > best,
-            score["kind"] == "ensemble" and score["name"] == chosen,
-        )
-        best = max(best, score["accuracy"])
-        numbered = front or mine or score["kind"] == "ensemble" or len(known) <= 30
+    known.sort(key=lambda pair: (pair[0], -pair[1].accuracy))
+    best, points, number = -1.0, list[dict[str, Any]](), 0
+    for macs, score in known:
+        front = score.accuracy > best
+        mine = score.kind == "ensemble" and score.name == chosen
+        best = max(best, score.accuracy)
+        numbered = front or mine or score.kind == "ensemble" or len(known) <= 30
         number += numbered
-        keys = ("name", "kind", "macs", "accuracy", "interval")
         points.append(
             {
-                **{k: score[k] for k in keys},
-                "parameters": score.get("parameters"),
+                "name": score.name,
+                "kind": score.kind,
+                "macs": macs,
+                "accuracy": score.accuracy,
+                "interval": score.interval,
+                "parameters": score.parameters,
                 "front": front,
                 "chosen": mine,
                 "number": number if numbered else None,
@@ -176,7 +188,7 @@ def cost_view(
 
 
 def paired_rows(
-    comparisons: Sequence[_Tree], scores: Sequence[_Tree], level: float
+    comparisons: Sequence[Comparison], scores: Sequence[Score], level: float
 ) -> dict[str, Any] | None:
     """Paired tests as a table and a chart: accuracy of both, difference and interval beside the counts, evidence first.
 
@@ -184,67 +196,68 @@ def paired_rows(
     """
     if not comparisons:
         return None
-    found: _Rows = []
-    for c in comparisons:
-        a, b = (
-            _named(scores, c["a"], c["rows"], "ensemble"),
-            _named(scores, c["b"], c["rows"], "member"),
-        )
-        n = c.get("n") or (a["n"] if a else None) or (b["n"] if b else None)
-        difference, interval = c.get("difference"), c.get("interval")
-        if n:
-            difference = (c["only_a"] - c["only_b"]) / n if difference is None else difference
-            interval = (
-                stats.paired_interval(c["only_a"], c["only_b"], n, level)
-                if interval is None
-                else interval
-            )
-        found.append(
-            {
-                **c,
-                "n": n,
-                "accuracy_a": c.get("accuracy_a", a and a["accuracy"]),
-                "accuracy_b": c.get("accuracy_b", b and b["accuracy"]),
-                "difference": difference,
-                "interval": interval,
-                "sure": c["p"] <= EVIDENCE,
-            }
-        )
-    if len(found) > BARS:
-        found.sort(key=lambda c: c["p"])
-    bars = [c for c in found if c["difference"] is not None][:BARS]
+    lines = [_complete(comparison, scores, level) for comparison in comparisons]
+    if len(lines) > BARS:
+        lines.sort(key=lambda line: line["p"])
+    bars = [line for line in lines if line["difference"] is not None][:BARS]
     return {
-        "rows": found[:COMPARED],
-        "all": len(found),
-        "sure": sum(c["sure"] for c in found),
+        "rows": lines[:COMPARED],
+        "all": len(lines),
+        "sure": sum(line["sure"] for line in lines),
         "bars": len(bars),
         "chart": charts.differences(bars) if bars else None,
     }
 
 
-def _named(scores: Sequence[_Tree], name: str, rows: str, first: str) -> _Tree | None:
-    """The score of that name on those rows; of a member and an ensemble of one name, the kind that is wanted first."""
-    mine = [s for s in scores if s["name"] == name and s["rows"] == rows]
-    return min(mine, key=lambda s: s["kind"] != first) if mine else None
+def _complete(c: Comparison, scores: Sequence[Score], level: float) -> dict[str, Any]:
+    """A comparison with accuracies, difference and interval, from its counts where it lacks them."""
+    a = _score_of(scores, c.a, c.rows, "ensemble")
+    b = _score_of(scores, c.b, c.rows, "member")
+    n = c.n or (a.n if a else None) or (b.n if b else None)
+    difference, interval = c.difference, c.interval
+    if n and c.only_a is not None and c.only_b is not None:
+        if difference is None:
+            difference = (c.only_a - c.only_b) / n
+        if interval is None:
+            interval = stats.paired_interval(c.only_a, c.only_b, n, level)
+    accuracy_a, accuracy_b = c.accuracy_a, c.accuracy_b
+    if accuracy_a is None and a is not None:
+        accuracy_a = a.accuracy
+    if accuracy_b is None and b is not None:
+        accuracy_b = b.accuracy
+    return {
+        **dict(c),
+        "n": n,
+        "accuracy_a": accuracy_a,
+        "accuracy_b": accuracy_b,
+        "difference": difference,
+        "interval": interval,
+        "sure": c.p <= EVIDENCE,
+    }
 
 
-def optimism_view(entries: Sequence[_Tree] | None) -> dict[str, Any] | None:
+def _score_of(scores: Sequence[Score], name: str, rows: str, kind: str) -> Score | None:
+    """The score of that name on those rows, of that kind if a member and an ensemble share the name."""
+    named = [s for s in scores if s.name == name and s.rows == rows]
+    return min(named, key=lambda s: s.kind != kind) if named else None
+
+
+def optimism_view(entries: Sequence[Optimism]) -> dict[str, Any] | None:
     """What every choice has flattered, with the words for it; None where it was not measured."""
     if not entries:
         return None
     rows = []
     for entry in entries:
-        low, high = entry.get("interval") or (None, None)
-        verdict = "unsure"
-        if low is not None and high is not None:
-            verdict = "flatters" if low > 0 else "modest" if high < 0 else "luck"
-        rows.append(
-            {
-                **entry,
-                "name": CHOICES.get(entry["choice"], f"fit of {entry['choice']}"),
-                "verdict": verdict,
-            }
-        )
+        if entry.interval is None:
+            verdict = "unsure"
+        elif entry.interval[0] > 0:
+            verdict = "flatters"
+        elif entry.interval[1] < 0:
+            verdict = "modest"
+        else:
+            verdict = "luck"
+        name = CHOICES.get(entry.choice, f"fit of {entry.choice}")
+        rows.append({**dict(entry), "name": name, "verdict": verdict})
     return {"rows": rows, "chart": charts.optimism(rows)}
 
 
@@ -294,35 +307,37 @@ def _confused_pairs(wrong: _Array, shares: _Array, classes: Sequence[str], thumb
     ]
 
 
-def audit_view(audit: _Tree | None, thumbs: Thumbs) -> dict[str, Any] | None:
+def audit_view(audit: Audit | None, thumbs: Thumbs) -> dict[str, Any] | None:
     """Suspect labels with pictures, and pairs of copies, those that are in two parts or have two labels first."""
     if audit is None:
         return None
-    listed = [
-        {**s, "image": data_uri(thumbs.suspects[s["id"]]) if s["id"] in thumbs.suspects else None}
-        for s in (audit.get("suspects") or ())[:SUSPECTS]
+    images = thumbs.suspects
+    suspects = [
+        {**dict(s), "image": data_uri(images[s.id]) if s.id in images else None}
+        for s in audit.suspects[:SUSPECTS]
     ]
-    copies = audit.get("duplicates")
-    pairs = sorted(copies["pairs"], key=_harmless)[:COPIES] if copies else []
+    copies = None
+    if audit.duplicates is not None:
+        pairs = sorted(
+            audit.duplicates.pairs,
+            key=lambda p: (p.same_part is not False, p.same_label is not False, p.distance),
+        )
+        copies = {"found": audit.duplicates.found, "pairs": pairs[:COPIES]}
     return {
-        "missing": audit.get("missing") or "",
-        "suspects": listed,
-        "n_suspects": audit.get("n_suspects", len(listed)),
-        "file": audit.get("file"),
-        "copies": copies and {"found": copies["found"], "pairs": pairs},
-        "warnings": audit.get("warnings") or [],
+        "missing": audit.missing,
+        "suspects": suspects,
+        "n_suspects": audit.n_suspects,
+        "file": audit.file,
+        "copies": copies,
+        "warnings": audit.warnings,
     }
 
 
-def _harmless(pair: _Tree) -> tuple[bool, bool, float]:
-    return pair["same_part"] is not False, pair["same_label"] is not False, pair["distance"]
-
-
-def diversity_view(found: _Tree | None) -> dict[str, Any] | None:
+def diversity_view(diversity: Diversity | None) -> dict[str, Any] | None:
     """How often members disagree: the matrix, the nearest and the farthest pair, and members that are the same."""
-    if found is None or len(found["members"]) < 2:
+    if diversity is None or len(diversity.members) < 2:
         return None
-    members, matrix = found["members"], np.asarray(found["disagreement"], np.float64)
+    members, matrix = diversity.members, np.asarray(diversity.disagreement, np.float64)
     upper = np.triu_indices(len(members), 1)
     values = matrix[upper]
 
@@ -341,25 +356,25 @@ def diversity_view(found: _Tree | None) -> dict[str, Any] | None:
         "near": pair(int(values.argmin())),
         "far": pair(int(values.argmax())),
         "written": len(members) <= MEMBERS,
-        "duplicates": found.get("duplicates") or [],
+        "duplicates": diversity.duplicates,
     }
 
 
-def size_view(curve: _Tree | None) -> dict[str, Any] | None:
+def size_view(curve: SizeCurve | None) -> dict[str, Any] | None:
     """Accuracy against the number of members, and how many get most of what all together bring; None below two members."""
-    if curve is None or len(curve["mean"]) < 2:
+    if curve is None or len(curve.mean) < 2:
         return None
-    first, last = curve["mean"][0], curve["mean"][-1]
+    first, last = curve.mean[0], curve.mean[-1]
     enough = next(
         i
-        for i, share in enumerate(curve["mean"], 1)
+        for i, share in enumerate(curve.mean, 1)
         if last - share <= 0.1 * max(last - first, 0) + 1e-12
     )
     return {
         "chart": charts.size_curve(curve),
         "first": first,
         "last": last,
-        "all": len(curve["mean"]),
+        "all": len(curve.mean),
         "enough": enough,
-        "order": list(curve.get("order") or ()),
+        "order": curve.order,
     }

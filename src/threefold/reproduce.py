@@ -19,10 +19,8 @@ from threefold.data__published import data_table
 from threefold.ensembles__registry import make_ensemble
 from threefold.errors import DataError, RecipeError
 from threefold.files import read_arrays, read_json, write_json
-from threefold.ledger import open_test
 from threefold.models__views import view_counts
 from threefold.paper_items import Answer, Cell, Item, Plan
-from threefold.predictions import Predictions
 from threefold.recipe import Recipe, packaged
 from threefold.run import Run
 from threefold.samples import write_sample
@@ -195,7 +193,7 @@ def measure(asked: Asked, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     found = {label: r for label, r in rows.items() if r is not None}
     first = next(iter(runs.values()))[0]
     results = first.results
-    seconds = sum(run.results["seconds"]["train"] for several in runs.values() for run in several)
+    seconds = sum(run.results.seconds["train"] for several in runs.values() for run in several)
     return {
         "item": asked.item.name,
         "title": asked.item.title,
@@ -204,10 +202,10 @@ def measure(asked: Asked, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
         "draw": asked.item.draw,
         "seeds": [run.recipe.seed for run in next(iter(runs.values()))],
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "trained": results["created"],
-        "hardware": results["hardware"],
-        "threads": results["threads"],
-        "commit": results["commit"],
+        "trained": results.created,
+        "hardware": results.hardware,
+        "threads": results.threads,
+        "commit": results.commit,
         "training_minutes": seconds / 60,
         "cells": [
             entry
@@ -235,10 +233,9 @@ def _hits(run: Run, answer: Answer) -> Rows | None:
 
     Which members and methods are asked was fixed by the item before the run, and none of the methods is fitted.
     """
-    test = run.dir / "test.npz"
-    rows = Predictions.load(test if test.exists() else run.dir / "oof.npz")
+    rows = run.folder.headline_rows()
     if rows.kind == "test":
-        open_test(run.dir, "reproduce", len(rows))
+        run.folder.open_test("reproduce", len(rows))
     there = [m for m in answer.members if m in rows.members]
     if answer.kind == "ensemble":
         if len(there) < 2:
@@ -259,14 +256,16 @@ def _hits(run: Run, answer: Answer) -> Rows | None:
 def _mixed(run: Run, answer: Answer, shape: tuple[int, ...], kind: str) -> np.ndarray:
     """Probabilities (n, k) of several networks in some folds and of one in the others (paper, table 3)."""
     views = run.recipe.views
-    choice = (
-        view_counts(views).index(read_json(run.dir / "views.json")["views"]) if views.choose else 0
-    )
+    chosen = run.folder.chosen_views if views.choose else None
+    choice = view_counts(views).index(chosen.views) if chosen is not None else 0
     folds = [fold for fold in run.roles if fold >= 0]
     probs = np.zeros(shape)
     for fold in folds:
         names = answer.members if fold in answer.folds else (answer.name,)
-        saved = [read_arrays(run.folder(run.last_job(name, fold)) / "probs.npz") for name in names]
+        saved = [
+            read_arrays(run.folder.job_folder(run.last_job(name, fold)) / "probs.npz")
+            for name in names
+        ]
         part = np.mean(
             [arrays["test" if kind == "test" else "score"][choice] for arrays in saved], axis=0
         )
@@ -327,11 +326,12 @@ def _score(hits: np.ndarray, groups: Sequence[str] | None = None) -> dict[str, A
 
 def _cost(cell: Cell, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     """Parameters and multiply-adds of a member (figure 4)."""
-    members = runs[cell.answer.run][0].results["members"] if cell.answer.run in runs else []
-    row = next(
-        (m for m in members if cell.answer.kind == "member" and m["name"] == cell.answer.name), None
-    )
-    return {key: row[key] for key in ("backbone", "img_size", "parameters", "macs")} if row else {}
+    if cell.answer.kind != "member" or cell.answer.run not in runs:
+        return {}
+    for row in runs[cell.answer.run][0].results.members:
+        if row.name == cell.answer.name:
+            return row.model_dump(include={"backbone", "img_size", "parameters", "macs"})
+    return {}
 
 
 def _comparisons(
@@ -395,7 +395,7 @@ def _stages(item: Item, run: Run) -> list[dict[str, Any]]:
     for member in run.recipe.members:
         for number, stage in enumerate(run.recipe.stages_of(member.name)):
             jobs = [j for j in run.jobs if (j.member, j.stage) == (member.name, stage.name)]
-            histories = [read_json(run.folder(job) / "history.json") for job in jobs]
+            histories = [read_json(run.folder.job_folder(job) / "history.json") for job in jobs]
             curves = [[epoch["select_accuracy"] for epoch in h["epochs"]] for h in histories]
             length = min(map(len, curves))
             told = item.stages.get(member.name, ())
@@ -408,7 +408,7 @@ def _stages(item: Item, run: Run) -> list[dict[str, Any]]:
                     "lr": stage.lr,
                     "select": np.mean([c[:length] for c in curves], axis=0).tolist(),
                     "best": float(np.mean([max(c) for c in curves])),
-                    "kept": sum(bool(h["accepted"]) for h in histories),
+                    "kept": sum(bool(h["kept"]) for h in histories),
                     "folds": len(histories),
                     "paper": told[number] if number < len(told) else None,
                 }
@@ -443,7 +443,7 @@ def _notes(asked: Asked, runs: Mapping[str, Sequence[Run]]) -> list[str]:
         re.sub(r"[0-9,]+", "", note)[:60]: note
         for several in runs.values()
         for run in reversed(several)
-        for note in run.results["notes"]
+        for note in run.results.notes
     }
     notes += sorted(said.values())  # what seeds say in nearly the same words is said once
     there = [plan.name for plan in at_hand(asked)]

@@ -1,73 +1,65 @@
-"""The run folder: jobs that are named, independent and done once, and what can be read from it when they are.
-
-A job is one stage of one member in one fold. Its `done.json` is written last, so what has it is whole, and running the
-same command again does only what is missing.
-"""
+"""A run: its jobs, the rows of its folds, its networks and the pipeline that they make."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from threefold.datasets import Sources, load_data
 from threefold.errors import RunError
-from threefold.files import read_json, sha256, write_bytes
 from threefold.models__member import JointMember, Member, build_joint, build_member, load_weights
 from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.models__views import Views
 from threefold.predictions import Predictions
+from threefold.predictions__results_schema import Results
+from threefold.predictions__run_folder import RunFolder
 from threefold.recipe import Job, Recipe
 from threefold.recipe_schema import MemberSpec
 from threefold.splits import Roles, assign_roles, refit_roles
 from threefold.training__watcher import Watcher
 
-FORMAT = 1
-"""Version of the run folder's layout, raised when an older reader would misread it."""
 
-
-@dataclass
 class Run:
-    """A run folder with its recipe. Make one with `Run.create`, read one with `Run.open`."""
+    """A run: its folder, its images and its networks.
 
-    dir: Path
-    recipe: Recipe
-    watcher: Watcher = field(default_factory=Watcher)
-    given: Sources | None = None
-    """Images in place of reading those that the recipe names: the same, verified already, or a part of them, for the teachers of a student."""
+    Make one with `Run.create`, read one with `Run.open`.
+
+    Args:
+        folder: the files of the run.
+        watcher: follows the training.
+        sources: the images, where they have been read already: those that the recipe names, or a
+            part of them for the teachers of a student.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        watcher: Watcher | None = None,
+        sources: Sources | None = None,
+    ) -> None:
+        self.folder = folder
+        self.watcher = watcher or Watcher()
+        if sources is not None:
+            self.sources = sources
 
     @classmethod
     def create(
-        cls, recipe: Recipe, out: str | Path, watcher: Watcher | None = None, header: str = ""
+        cls,
+        recipe: Recipe,
+        out: str | Path,
+        watcher: Watcher | None = None,
+        header: str = "",
+        sources: Sources | None = None,
     ) -> Run:
-        """Begin a run folder, or go on with one that was made by the same recipe.
+        """Start a run folder, or continue one that the same recipe has started.
 
         Raises:
             RunError: the folder belongs to another recipe, is not a run, or cannot be written.
         """
-        run = cls(Path(out), recipe, watcher or Watcher())
-        if (run.dir / "recipe.toml").exists():
-            before = Recipe.load(run.dir / "recipe.toml")
-            if before.digest() != recipe.digest():
-                raise RunError(
-                    "the folder holds a run of another recipe",
-                    where=run.dir,
-                    got=f"differs in {', '.join(_differences(before, recipe))}",
-                    fix="choose another --out, or delete the folder",
-                )
-        elif run.dir.is_dir() and any(run.dir.iterdir()):
-            raise RunError(
-                "the folder is not empty and not a run", where=run.dir, fix="choose another --out"
-            )
-        else:
-            write_bytes(run.dir / "recipe.toml", recipe.dump(header).encode())
-        return run
+        return cls(RunFolder.create(out, recipe, header), watcher, sources)
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -76,42 +68,35 @@ class Run:
         Raises:
             RunError: there is no run.
         """
-        folder = Path(path)
-        if not (folder / "recipe.toml").is_file():
-            raise RunError(
-                "not a run folder",
-                where=folder,
-                expected="recipe.toml in it",
-                fix="give the folder that `threefold train --out` or `threefold fit` made",
-            )
-        return cls(folder, Recipe.load(folder / "recipe.toml"))
+        return cls(RunFolder.open(path))
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Hold the folder against other processes; a process that is killed lets go of it.
+    @property
+    def dir(self) -> Path:
+        """Path of the run folder."""
+        return self.folder.path
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe."""
+        return self.folder.recipe
+
+    @property
+    def results(self) -> Results:
+        """Everything that was measured (results.json)."""
+        return self.folder.results
+
+    def predictions(self, kind: str = "oof") -> Predictions:
+        """Return the out-of-fold ("oof") or test ("test") predictions of the members.
 
         Raises:
-            RunError: another one holds it.
+            RunError: the run is not complete, or has no such rows.
         """
-        held = FileLock(self.dir / ".lock", timeout=0)
-        try:
-            with suppress(NotImplementedError):  # a file system without locks
-                held.acquire()
-        except Timeout:
-            raise RunError(
-                "another process is at work in this run",
-                where=self.dir,
-                fix="wait for it, or choose another --out",
-            ) from None
-        try:
-            yield
-        finally:
-            held.release()
+        return self.folder.predictions(kind)
 
     @cached_property
     def sources(self) -> Sources:
         """The images that the recipe names."""
-        return self.given or load_data(self.recipe.data, self.recipe.seed)
+        return load_data(self.recipe.data, self.recipe.seed)
 
     @cached_property
     def roles(self) -> dict[int, Roles]:
@@ -132,59 +117,20 @@ class Run:
         """Every job of the run, in order of execution."""
         return self.recipe.jobs(sum(fold >= 0 for fold in self.roles))
 
-    def folder(self, job: Job) -> Path:
-        """Where a job's files are."""
-        return self.dir / job.path
-
-    def done(self, job: Job) -> bool:
-        """Whether a job is complete: its own weights are there, or those of a later stage that took them over."""
-        stages = [stage.name for stage in self.recipe.stages_of(job.member)]
-        later = [
-            self.folder(job._replace(stage=name)) for name in stages[stages.index(job.stage) :]
-        ]
-        return (later[0] / "done.json").exists() and any(
-            (f / "done.json").exists() and (f / "weights.safetensors").exists() for f in later
-        )
-
-    def predictions(self, kind: str = "oof") -> Predictions:
-        """Out-of-fold ("oof") or test ("test") probabilities of the members.
-
-        Raises:
-            RunError: the run is not complete, or has no such rows.
-        """
-        path = self.dir / f"{kind}.npz"
-        if not path.exists():
-            raise RunError(
-                f"no {kind} predictions",
-                where=self.dir,
-                fix=f"run `threefold train {self.dir / 'recipe.toml'} --out {self.dir}` to its end; a run without a test split has only oof",
-            )
-        return Predictions.load(path)
-
-    @property
-    def results(self) -> dict[str, Any]:
-        """The content of results.json."""
-        tree: dict[str, Any] = read_json(self.dir / "results.json")
-        return tree
-
     def all_views(self, member: MemberSpec) -> Views:
         """The member's test-time views, all that the recipe names."""
         return Views(self.recipe.views, member.img_size, self.recipe.seed)
 
     def views(self, member: MemberSpec) -> Views:
         """The member's test-time views, those that were chosen."""
-        path = self.dir / "views.json"
-        count = read_json(path)["views"] if self.recipe.views.choose and path.exists() else None
+        chosen = self.folder.chosen_views if self.recipe.views.choose else None
+        count = chosen.views if chosen is not None else None
         return Views(self.recipe.views, member.img_size, self.recipe.seed, count)
 
     @property
     def final_folds(self) -> list[int]:
         """The fold models that answer on new images: the refitted one, or all."""
-        return (
-            [-1]
-            if self.recipe.folds.final == "refit"
-            else list(range(read_json(self.dir / "run.json")["folds"]))
-        )
+        return [-1] if self.recipe.folds.final == "refit" else list(range(self.folder.info.folds))
 
     def networks(self, spec: MemberSpec) -> int:
         """How many trained networks of a member answer on new images."""
@@ -213,14 +159,13 @@ class Run:
             RunError: it is missing or damaged.
         """
         member = self.build(spec, num_classes)
-        path = self.folder(self.last_job(spec.name, fold))
-        verify(path)
-        load_weights(member, path / "weights.safetensors")
+        folder = self.folder.verify_job(self.last_job(spec.name, fold))
+        load_weights(member, folder / "weights.safetensors")
         return member.eval()
 
     def pipeline(self, combiner: Combiner, members: Sequence[str] | None = None) -> Pipeline:
         """The deployable module of a combiner and the members that it combines (by default the recipe's)."""
-        classes = tuple(read_json(self.dir / "run.json")["classes"])
+        classes = self.folder.info.classes
         names = list(members if members is not None else self.recipe.combined)
         everyone = [m.name for m in self.recipe.members]
         mixing = np.stack([stand_ins(self.recipe, fold) for fold in self.final_folds])[
@@ -265,32 +210,3 @@ def stand_ins(recipe: Recipe, fold: int) -> np.ndarray:
             fix="let one member be in all folds",
         )
     return np.where(present[:, None], np.eye(len(members)), others / others.sum())
-
-
-def verify(folder: Path) -> None:
-    """Check a finished job's files against the hashes in its done.json.
-
-    Raises:
-        RunError: a file is missing or was changed.
-    """
-    for name, expected in read_json(folder / "done.json")["files"].items():
-        path = folder / name
-        if not path.exists() or sha256(path) != expected:
-            raise RunError(
-                "a file of a finished job is missing or damaged",
-                where=path,
-                fix=f"delete {folder.parent} and run the same command again",
-            )
-
-
-def _differences(a: Recipe, b: Recipe) -> Iterator[str]:
-    """Paths of the values in which two recipes differ."""
-    left, right = (r.model_dump(mode="json") for r in (a, b))
-    for key in left:
-        if left[key] != right[key] and key not in ("name", "budget_minutes"):
-            inner = (
-                [f"{key}.{k}" for k in left[key] if left[key][k] != right[key].get(k)]
-                if isinstance(left[key], dict) and isinstance(right[key], dict)
-                else [key]
-            )
-            yield from inner

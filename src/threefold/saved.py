@@ -4,59 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 
 from threefold import stats
-from threefold.audit import audit_tree, list_suspects
+from threefold.audit import list_suspects, summarize_audit
 from threefold.crossfit import stratified_parts
 from threefold.diversity import diversity, duplicates, size_curve
 from threefold.ensembles__registry import ENSEMBLES, make_ensemble
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.evaluate import Evaluation, evaluate
-from threefold.files import read_json
-from threefold.formats import read_predictions
+from threefold.formats import Classes, read_predictions
 from threefold.joining import join_predictions
-from threefold.ledger import open_test, when_opened
 from threefold.predictions import Predictions
-from threefold.recipe import Recipe
+from threefold.predictions__results_schema import (
+    CalibrationState,
+    Diversity,
+    PredictionSummary,
+    Score,
+    SizeCurve,
+)
+from threefold.predictions__run_folder import RunFolder
 from threefold.recipe_schema import EnsembleSpec
 from threefold.scaling import apply_temperature, fit_temperature
 from threefold.scoring import LEVEL, per_class
 
 AUTO = tuple(name for name in ENSEMBLES if not name.startswith("stacked"))
-"""What `auto` scores and chooses from: all that is fitted in seconds; `--method auto,stacked` takes the network, too."""
+"""The methods that `auto` chooses from: those fitted in seconds. Add others by name: `auto,stacked`."""
 
-CURVE: Final = 5000
-"""Rows of the accuracy-against-size curve: a stratified part where there are more."""
-
-
-def saved_predictions(run: Path) -> tuple[Predictions | None, Predictions | None]:
-    """A run folder's out-of-fold and test predictions, None where it has none."""
-    oof, test = (
-        Predictions.load(p) if (p := run / f"{kind}.npz").exists() else None
-        for kind in ("oof", "test")
-    )
-    return oof, test
-
-
-class Beside(NamedTuple):
-    """What a file of probabilities lacks and another has: labels (a table, or "folder"), class names (a text file)."""
-
-    labels: Path | None = None
-    classes: Path | None = None
+CURVE_ROWS: Final = 5000
+"""Largest number of rows for the curve of accuracy against size; of more, a stratified part."""
 
 
 def read_sources(
-    sources: Sequence[Path], members: Sequence[str] = (), beside: Beside | None = None
+    sources: Sequence[Path],
+    members: Sequence[str] = (),
+    labels: str | Path | None = None,
+    classes: Classes | None = None,
 ) -> Predictions:
-    """Predictions of one file or several, joined by the rows' ids; of a run folder, the out-of-fold rows.
+    """Read predictions from one source or several, joined by the rows' ids.
 
     Args:
-        sources: run folders or files, see `formats.read_predictions`.
-        members: only these; empty = all.
-        beside: labels and class names of files without.
+        sources: run folders, of which the out-of-fold rows are read, or files of predictions.
+        members: the members to keep; empty = all.
+        labels: labels of files without labels, see `formats.read_predictions`.
+        classes: class names of files without class names, see `formats.read_predictions`.
 
     Raises:
         DataError: a file cannot be used, the files do not belong together, or a member is unknown.
@@ -64,37 +57,22 @@ def read_sources(
     """
     if not sources:
         raise DataError("no predictions given", expected="a run folder or files of predictions")
-    parts = [_out_of_fold(s) if s.is_dir() else read_file(s, beside) for s in sources]
-    rows = parts[0] if len(parts) == 1 else join_predictions(parts)
-    return rows.select(members) if members else rows
-
-
-def read_file(path: Path, beside: Beside | None = None) -> Predictions:
-    """`formats.read_predictions` with what lies beside the file."""
-    told = beside or Beside()
-    return read_predictions(path, labels=told.labels, classes=told.classes)
-
-
-def _out_of_fold(run: Path) -> Predictions:
-    rows = saved_predictions(run)[0]
-    if rows is None:
-        raise RunError(
-            "no out-of-fold predictions",
-            where=run,
-            expected="oof.npz",
-            fix="give a finished run folder",
-        )
-    return rows
-
-
-def check_method(method: str) -> str:
-    """The method, if there is one of that name.
-
-    Raises:
-        RecipeError: there is none; the message names the nearest.
-    """
-    make_ensemble(method)
-    return method
+    parts = []
+    for source in sources:
+        if not source.is_dir():
+            parts.append(read_predictions(source, labels=labels, classes=classes))
+            continue
+        rows = RunFolder(source).oof
+        if rows is None:
+            raise RunError(
+                "no out-of-fold predictions",
+                where=source,
+                expected="oof.npz",
+                fix="give a finished run folder",
+            )
+        parts.append(rows)
+    joined = parts[0] if len(parts) == 1 else join_predictions(parts)
+    return joined.select(members) if members else joined
 
 
 def evaluate_saved(
@@ -103,20 +81,23 @@ def evaluate_saved(
     members: Sequence[str] = (),
     top: int = 0,
     reopen: bool = False,
-    beside: Beside | None = None,
+    *,
+    labels: str | Path | None = None,
+    classes: Classes | None = None,
 ) -> Evaluation:
     """Combine and score saved predictions.
 
-    A run's test rows were opened once, when it was trained: what was scored then is repeated, and what was not is scored on the
-    out-of-fold rows only.
+    Training opened a run's test rows once. The scores of that time are repeated; anything else is
+    scored on the out-of-fold rows only, unless `reopen` is set.
 
     Args:
         sources: a run folder, or files of predictions, joined by the rows' ids.
-        methods: names of ENSEMBLES; `auto` among them adds those of AUTO, and a choice among all.
-        members: the members to use; empty = all, in a run those that its recipe combines.
-        top: combine only that many, the most accurate of the fitting rows; 0 = all.
+        methods: names of ENSEMBLES; `auto` adds those of AUTO and chooses among all.
+        members: the members to use; empty = all, or those that a run's recipe combines.
+        top: number of members to combine, the most accurate on the fitting rows; 0 = all.
         reopen: score on a run's test rows again, and note it in the run folder.
-        beside: labels and class names of files without.
+        labels: labels of files without labels, see `formats.read_predictions`.
+        classes: class names of files without class names, see `formats.read_predictions`.
 
     Raises:
         DataError: the predictions cannot be used, or a member is unknown.
@@ -124,8 +105,10 @@ def evaluate_saved(
         RunError: the run folder has no predictions yet.
     """
     auto = "auto" in methods
-    named = [check_method(m) for m in methods if m != "auto"]
-    names = tuple(dict.fromkeys([*(AUTO if auto else ()), *named]))
+    named = [method for method in methods if method != "auto"]
+    for method in named:
+        make_ensemble(method)  # raises RecipeError for an unknown name
+    names = tuple(dict.fromkeys([*AUTO, *named] if auto else named))
     changes: dict[str, Any] = {
         "methods": names,
         "export": "auto" if auto or len(names) > 1 else names[0],
@@ -133,69 +116,69 @@ def evaluate_saved(
     }
     paths = [sources] if isinstance(sources, Path) else list(sources)
     if len(paths) == 1 and paths[0].is_dir():
-        return _evaluate_run(paths[0], changes, members, reopen)
+        return _evaluate_run(RunFolder(paths[0]), changes, members, reopen)
     if reopen:
         raise DataError(
             "only a run has test rows to open", where=paths[0], fix="leave out --reopen-test"
         )
-    rows = read_sources(paths, members, beside)
-    return evaluate(rows, None, _checked_top(EnsembleSpec.model_validate(changes), rows))
+    rows = read_sources(paths, members, labels, classes)
+    spec = EnsembleSpec.model_validate(changes)
+    _check_top(spec, rows)
+    return evaluate(rows, None, spec)
 
 
 def _evaluate_run(
-    run: Path, changes: dict[str, Any], members: Sequence[str], reopen: bool
+    folder: RunFolder, changes: dict[str, Any], members: Sequence[str], reopen: bool
 ) -> Evaluation:
-    oof, test = saved_predictions(run)
+    """Evaluate a run's predictions with changes to the `ensemble` table of its recipe."""
+    oof, test, recipe = folder.oof, folder.test, folder.recipe
     rows = oof if oof is not None else test
     if rows is None:
         raise RunError(
             "no predictions",
-            where=run,
+            where=folder.path,
             expected="oof.npz or test.npz",
             fix="give a finished run folder",
         )
-    recipe = Recipe.load(run / "recipe.toml")
+    settings = {**recipe.ensemble.model_dump(), **changes}
     if members:
-        oof, test = (part.select(members) if part is not None else None for part in (oof, test))
+        oof = oof.select(members) if oof is not None else None
+        test = test.select(members) if test is not None else None
     else:
-        changes["members"] = recipe.combined
-    settings = {
-        **recipe.ensemble.model_dump(),
-        **changes,
-        "top": changes["top"] or (0 if members else recipe.ensemble.top),
-    }
-    spec = _checked_top(EnsembleSpec.model_validate(settings), rows)
+        settings["members"] = recipe.combined
+        settings["top"] = changes["top"] or recipe.ensemble.top
+    spec = EnsembleSpec.model_validate(settings)
+    _check_top(spec, rows)
     if oof is None or test is None or reopen:
         if test is not None and oof is not None:
-            open_test(run, "ensemble", len(test))
+            folder.open_test("ensemble", len(test))
         return evaluate(oof, test, spec, recipe.seed)
-    found = evaluate(oof, None, spec, recipe.seed)
-    _recall_test(run, found, spec.top == recipe.ensemble.top)
-    return found
+    evaluation = evaluate(oof, None, spec, recipe.seed)
+    _add_stored_test_scores(folder, evaluation, is_same_top=spec.top == recipe.ensemble.top)
+    return evaluation
 
 
-def _recall_test(run: Path, found: Evaluation, same_top: bool) -> None:
-    """Add the test scores that the run has for the same combination, and say that the others were not opened."""
-    opened, path = when_opened(run), run / "results.json"
-    stored = read_json(path) if path.exists() else {"scores": [], "combined": []}
-    same = list(found.combined) == stored["combined"] and same_top
-    wanted = {(s["kind"], s["name"]) for s in found.scores if s["kind"] == "member" or same}
-    kept = [s for s in stored["scores"] if s["rows"] == "test" and (s["kind"], s["name"]) in wanted]
-    found.scores += kept
+def _add_stored_test_scores(folder: RunFolder, evaluation: Evaluation, is_same_top: bool) -> None:
+    """Add the run's test scores of the same combinations, and warn of those that it lacks."""
+    stored = folder.results.scores if folder.is_finished else ()
+    is_same = is_same_top and folder.is_finished and evaluation.combined == folder.results.combined
+    scored = {(s.kind, s.name) for s in evaluation.scores if s.kind == "member" or is_same}
+    repeated = [s for s in stored if s.rows == "test" and (s.kind, s.name) in scored]
+    known = {(s.kind, s.name) for s in repeated}
     missing = [
-        s["name"]
-        for s in found.scores
-        if s["rows"] == "oof"
-        and (s["kind"], s["name"]) not in {(k["kind"], k["name"]) for k in kept}
+        s.name for s in evaluation.scores if s.rows == "oof" and (s.kind, s.name) not in known
     ]
+    evaluation.scores += repeated
     if missing:
-        when = f"were opened on {opened['at'][:10]} by {opened['by']}" if opened else "are sealed"
-        found.warnings.append(
-            f"the test rows {when}; not scored on them: {', '.join(missing)} (--reopen-test does, and notes it)"
+        opened = folder.test_opened()
+        when = f"were opened on {opened.at[:10]} by {opened.by}" if opened else "are sealed"
+        evaluation.warnings.append(
+            f"the test rows {when}; not scored on them: {', '.join(missing)} "
+            "(--reopen-test does, and notes it)"
         )
 
 
-def _checked_top(spec: EnsembleSpec, rows: Predictions) -> EnsembleSpec:
+def _check_top(spec: EnsembleSpec, rows: Predictions) -> None:
     count = len(spec.members or rows.members)
     if spec.top > count:
         raise RecipeError(
@@ -204,128 +187,138 @@ def _checked_top(spec: EnsembleSpec, rows: Predictions) -> EnsembleSpec:
             expected=f"at most {count}",
             got=spec.top,
         )
-    return spec
 
 
-def ensemble_tree(sources: Sequence[Path], found: Evaluation) -> dict[str, Any]:
-    """What `threefold ensemble --json` prints and its page shows."""
-    rows = found.fit_rows
-    return {
-        "kind": "ensemble",
-        "source": [str(s) for s in sources],
-        "n": len(rows),
-        "classes": list(rows.classes),
-        "scores": found.scores,
-        "expected": found.expected,
-        "comparisons": found.comparisons,
-        "chosen": found.chosen,
-        "chosen_reason": found.reason,
-        "calibration": found.calibration.state(),
-        "combined": list(found.combined),
-        "warnings": found.warnings,
-        "optimism": found.optimism,
-        "ledger": found.ledger,
-        "per_class": per_class(found.rows, found.probs),
-        **_many(rows),
-    }
+def summarize_evaluation(sources: Sequence[Path], evaluation: Evaluation) -> PredictionSummary:
+    """Return what `threefold ensemble --json` prints and its page shows."""
+    rows = evaluation.fit_rows
+    return PredictionSummary(
+        kind="ensemble",
+        source=tuple(map(str, sources)),
+        n=len(rows),
+        classes=rows.classes,
+        scores=tuple(evaluation.scores),
+        expected=evaluation.expected,
+        comparisons=tuple(evaluation.comparisons),
+        chosen=evaluation.chosen,
+        chosen_reason=evaluation.reason,
+        calibration=CalibrationState(**evaluation.calibration.state()),
+        combined=evaluation.combined,
+        warnings=tuple(evaluation.warnings),
+        optimism=tuple(evaluation.optimism),
+        ledger=tuple(evaluation.ledger),
+        per_class=per_class(evaluation.rows, evaluation.probs),
+        **_diversity_sections(rows),
+    )
 
 
 def score_saved(
-    sources: Sequence[Path], members: Sequence[str] = (), beside: Beside | None = None
-) -> tuple[dict[str, Any], Predictions]:
-    """Score members as they are, nothing fitted, nothing calibrated; what `threefold evaluate` prints and shows.
+    sources: Sequence[Path],
+    members: Sequence[str] = (),
+    *,
+    labels: str | Path | None = None,
+    classes: Classes | None = None,
+) -> tuple[PredictionSummary, Predictions]:
+    """Score members as they are: nothing is fitted, nothing calibrated.
 
-    Besides the scores: what a temperature would do (fitted on other rows than it is scored on), the classes of the most accurate
-    member, how members differ.
+    Besides the scores: the effect of a temperature (fitted on other rows than it is scored on), the
+    classes of the most accurate member, and how members differ.
+
+    Args:
+        sources: run folders or files, see `read_sources`.
+        members: the members to score; empty = all.
+        labels: labels of files without labels, see `formats.read_predictions`.
+        classes: class names of files without class names, see `formats.read_predictions`.
+
+    Returns:
+        What `threefold evaluate` prints and shows, and the predictions.
 
     Raises:
         DataError: the predictions cannot be used, or a member is unknown.
         RunError: a run folder has no out-of-fold rows.
     """
-    rows = read_sources(sources, members, beside)
-    scores = []
-    for name, probs in zip(rows.members, rows.probs, strict=True):
-        told = {
-            "name": name,
-            "kind": "member",
-            "rows": rows.kind,
-            "protocol": rows.protocol,
-            "fitted_on": "nothing",
-            "apparent": rows.protocol == "taught",
-        }
-        scores.append(
-            {
-                **stats.score_table(probs, rows.labels, LEVEL, rows.groups),
-                **told,
-                **_top(probs, rows),
-                **_warmed(probs, rows),
-            }
-        )
-    taught = ["apparent: the teachers of a student learned from the labels of these rows"]
-    best = max(range(len(scores)), key=lambda i: scores[i]["accuracy"])
-    warnings = (
-        []
-        if rows.kind != "foreign"
-        else ["predictions from elsewhere: what their models have seen is not known"]
-    ) + (taught if rows.protocol == "taught" else [])
+    rows = read_sources(sources, members, labels, classes)
+    scores = [
+        _score_member(rows, name, probs)
+        for name, probs in zip(rows.members, rows.probs, strict=True)
+    ]
+    best = max(range(len(scores)), key=lambda i: scores[i].accuracy)
+    warnings = []
+    if rows.kind == "foreign":
+        warnings.append("predictions from elsewhere: what their models have seen is not known")
+    if rows.protocol == "taught":
+        warnings.append("apparent: the teachers of a student learned from the labels of these rows")
+    copies = duplicates(rows.probs) if len(rows.members) > 1 else ()
+    summary = PredictionSummary(
+        kind="evaluate",
+        source=tuple(map(str, sources)),
+        n=len(rows),
+        classes=rows.classes,
+        scores=tuple(scores),
+        chosen=None,
+        chosen_reason="",
+        comparisons=(),
+        warnings=tuple(warnings),
+        per_class=per_class(rows, rows.probs[best]),
+        per_class_of=rows.members[best],
+        audit=summarize_audit(*list_suspects(rows)),
+        **_diversity_sections(rows, copies),
+    )
+    return summary, rows
+
+
+def _score_member(rows: Predictions, name: str, probs: np.ndarray) -> Score:
+    """Score one member's probabilities (n, k) as they are."""
+    more: dict[str, Any] = {}
+    if len(rows.classes) > 5:
+        more["top5"] = stats.top_k_accuracy(probs, rows.labels, 5)
+    if len(rows) >= 4:
+        more |= _temperature_effect(probs, rows.labels)
+    return Score(
+        **stats.score_table(probs, rows.labels, LEVEL, rows.groups),
+        name=name,
+        kind="member",
+        rows=rows.kind,
+        protocol=rows.protocol,
+        fitted_on="nothing",
+        apparent=rows.protocol == "taught",
+        **more,
+    )
+
+
+def _temperature_effect(probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Log loss and calibration error when each half is scaled with the other half's temperature."""
+    even = np.arange(len(probs)) % 2 == 0
+    scaled = np.empty(probs.shape)
+    for half in (even, ~even):
+        scaled[half] = apply_temperature(probs[half], fit_temperature(probs[~half], labels[~half]))
     return {
-        "kind": "evaluate",
-        "source": [str(s) for s in sources],
-        "n": len(rows),
-        "classes": list(rows.classes),
-        "scores": scores,
-        "chosen": None,
-        "chosen_reason": "",
-        "comparisons": [],
-        "warnings": warnings,
-        "per_class": per_class(rows, rows.probs[best]),
-        "per_class_of": rows.members[best],
-        "audit": audit_tree(*list_suspects(rows)),
-        **_many(rows, duplicates(rows.probs) if len(rows.members) > 1 else ()),
-    }, rows
-
-
-def _top(probs: np.ndarray, rows: Predictions) -> dict[str, float]:
-    return {"top5": stats.top_k_accuracy(probs, rows.labels, 5)} if len(rows.classes) > 5 else {}
-
-
-def _warmed(probs: np.ndarray, rows: Predictions) -> dict[str, float]:
-    """Log loss and calibration error after temperature scaling, each half at the temperature of the other."""
-    half = np.arange(len(rows)) % 2 == 0
-    if len(rows) < 4:
-        return {}
-    warm = np.empty(probs.shape)
-    for held in (half, ~half):
-        warm[held] = apply_temperature(
-            probs[held], fit_temperature(probs[~held], rows.labels[~held])
-        )
-    return {
-        "temperature": fit_temperature(probs, rows.labels),
-        "calibrated_log_loss": stats.log_loss(warm, rows.labels),
-        "calibrated_ece": stats.ece(warm, rows.labels),
+        "temperature": fit_temperature(probs, labels),
+        "calibrated_log_loss": stats.log_loss(scaled, labels),
+        "calibrated_ece": stats.ece(scaled, labels),
     }
 
 
-def _many(rows: Predictions, same: Sequence[Sequence[int]] = ()) -> dict[str, Any]:
-    """How members differ, which are the same, and what another one brings; nothing where there is one."""
+def _diversity_sections(rows: Predictions, copies: Sequence[Sequence[int]] = ()) -> dict[str, Any]:
+    """The sections `diversity` and `size_curve` of a summary; neither for a single member."""
     if len(rows.members) < 2:
         return {}
-    names, found = rows.members, diversity(rows.probs, rows.labels)
-    some = stratified_parts(rows.labels, parts=-(-len(rows) // CURVE)) == 0
-    curve = size_curve(rows.probs[:, some], rows.labels[some])
+    names, measured = rows.members, diversity(rows.probs, rows.labels)
+    part = stratified_parts(rows.labels, parts=-(-len(rows) // CURVE_ROWS)) == 0
+    curve = size_curve(rows.probs[:, part], rows.labels[part])
     return {
-        "diversity": {
-            "members": list(names),
-            "disagreement": found.disagreement.tolist(),
-            "means": found.means(),
-            "duplicates": [[names[i] for i in group] for group in same],
-        },
-        "size_curve": {
-            "mean": curve.random.tolist(),
-            "low": curve.low.tolist(),
-            "high": curve.high.tolist(),
-            "ordered": curve.ordered.tolist(),
-            "order": [names[i] for i in curve.order],
-            "n": int(some.sum()),
-        },
+        "diversity": Diversity(
+            members=names,
+            disagreement=measured.disagreement.tolist(),
+            means=measured.means(),
+            duplicates=tuple(tuple(names[i] for i in group) for group in copies),
+        ),
+        "size_curve": SizeCurve(
+            mean=curve.random.tolist(),
+            low=curve.low.tolist(),
+            high=curve.high.tolist(),
+            ordered=curve.ordered.tolist(),
+            order=tuple(names[i] for i in curve.order),
+            n=int(part.sum()),
+        ),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from threefold import paired, stats
 from threefold.combiners import Ensemble
 from threefold.crossfit import side_by_side
 from threefold.predictions import Predictions
+from threefold.predictions__results_schema import ClassScore, Comparison, Score
 
 LEVEL: Final = 0.95
 """Confidence level of every interval."""
@@ -18,7 +19,7 @@ LEVEL: Final = 0.95
 TAUGHT: Final = "apparent: the teachers learned from these labels"
 """Where out-of-fold rows of a student stand that its teachers have seen."""
 
-Key = tuple[str, str]
+Key = tuple[Literal["member", "ensemble"], str]
 """Kind (member or ensemble) and name: a member may be called like a method."""
 
 
@@ -52,8 +53,8 @@ def score_ensemble(
 
 def score_entries(
     rows: Predictions, table: dict[Key, np.ndarray], fitted: dict[str, Ensemble], fitted_on: str
-) -> list[dict[str, Any]]:
-    """A line per member and ensemble on one kind of rows.
+) -> list[Score]:
+    """Score members and ensembles on one kind of rows.
 
     Args:
         rows: labels, groups, kind and protocol.
@@ -66,25 +67,26 @@ def score_entries(
         lambda probs: stats.score_table(probs, rows.labels, LEVEL, rows.groups), table.values()
     )
     entries = []
-    for (kind, name), found in zip(table, figures, strict=True):
+    for (kind, name), table_of_figures in zip(table, figures, strict=True):
         learns = kind == "ensemble" and fitted[name].needs_fit
+        basis = fitted_on if learns else "calibration only"
         entries.append(
-            {
-                **found,
-                "name": name,
-                "kind": kind,
-                "rows": rows.kind,
-                "protocol": rows.protocol,
-                "apparent": taught or (learns and apparent),
-                "fitted_on": TAUGHT if taught else fitted_on if learns else "calibration only",
-            }
+            Score(
+                **table_of_figures,
+                name=name,
+                kind=kind,
+                rows=rows.kind,
+                protocol=rows.protocol,
+                apparent=taught or (learns and apparent),
+                fitted_on=TAUGHT if taught else basis,
+            )
         )
     return entries
 
 
 def comparisons(
     rows: Predictions, table: dict[Key, np.ndarray], combined: Sequence[str], chosen: str
-) -> list[dict[str, Any]]:
+) -> list[Comparison]:
     """Exact McNemar tests against the best of the combined members on the same rows.
 
     The chosen ensemble comes first, marked `primary`, and is one test by itself: it was chosen on other rows, or before these
@@ -98,49 +100,37 @@ def comparisons(
     names = {
         key: probs for key, probs in table.items() if key[0] == "ensemble" or key[1] not in combined
     }
-    primary = ("ensemble", chosen)
+    primary: Key = ("ensemble", chosen)
     order = [primary, *(key for key in names if key != primary)]
     right = [names[key].argmax(1) == rows.labels for key in order]
     found = [paired.mcnemar_exact(mine, hits[best], rows.groups) for mine in right]
     p = [found[0].p, *paired.holm([test.p for test in found[1:]])]
-    return [
-        compared(rows, (key[1], best), test, float(value))
-        | _difference(mine, hits[best], rows)
-        | {"primary": key == primary}
-        for key, mine, test, value in zip(order, right, found, p, strict=True)
-    ]
+    name, n = "exact McNemar test", len(rows)
+    if rows.groups is not None:
+        # How many images would be needed is not known for groups, hence n = 0.
+        name, n = "McNemar test over whole groups", 0
+    lines = []
+    for key, mine, test, value in zip(order, right, found, p, strict=True):
+        gap = paired.paired_bootstrap(mine, hits[best], rows.groups)
+        a, p_value = key[1], float(value)
+        lines.append(
+            Comparison(
+                a=a,
+                b=best,
+                rows=rows.kind,
+                only_a=test.only_a,
+                only_b=test.only_b,
+                p=p_value,
+                verdict=paired.verdict(a, best, test.only_a, test.only_b, p_value, test=name, n=n),
+                difference=gap.estimate,
+                interval=(gap.low, gap.high),
+                primary=key == primary,
+            )
+        )
+    return lines
 
 
-def _difference(a: np.ndarray, b: np.ndarray, rows: Predictions) -> dict[str, Any]:
-    """Difference in accuracy with its bootstrap interval, over whole groups where there are any."""
-    found = paired.paired_bootstrap(a, b, rows.groups)
-    return {"difference": found.estimate, "interval": [found.low, found.high]}
-
-
-def compared(
-    rows: Predictions, names: tuple[str, str], test: paired.McNemar, p: float
-) -> dict[str, Any]:
-    """One comparison as a line of results.json, with its verdict in words."""
-    a, b = names
-    told = "McNemar test over whole groups" if rows.groups is not None else "exact McNemar test"
-    n = (
-        0 if rows.groups is not None else len(rows)
-    )  # how many images are needed is not known for groups
-    verdict = paired.verdict(a, b, test.only_a, test.only_b, p, test=told, n=n)
-    return {
-        "a": a,
-        "b": b,
-        "rows": rows.kind,
-        "only_a": test.only_a,
-        "only_b": test.only_b,
-        "p": p,
-        "verdict": verdict,
-    }
-
-
-def per_class(rows: Predictions, probs: np.ndarray) -> list[dict[str, Any]]:
-    """Recall, precision and F1 of each class with intervals, for results.json; probs (n, k)."""
-    return [
-        dict(entry)
-        for entry in stats.per_class(probs, rows.labels, rows.classes, LEVEL, rows.groups)
-    ]
+def per_class(rows: Predictions, probs: np.ndarray) -> tuple[ClassScore, ...]:
+    """Score each class: recall, precision and F1 with intervals; probs (n, k)."""
+    entries = stats.per_class(probs, rows.labels, rows.classes, LEVEL, rows.groups)
+    return tuple(ClassScore(**entry) for entry in entries)

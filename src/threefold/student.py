@@ -9,12 +9,11 @@ from typing import Any
 
 from threefold import workflow
 from threefold.errors import RecipeError
-from threefold.files import write_json
+from threefold.predictions__run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
 from threefold.run import Run
-from threefold.saved import saved_predictions
-from threefold.training__distillation import open_teacher
+from threefold.teachers import teacher_run
 from threefold.training__watcher import Watcher
 
 STUDENT, TWIN = "student", "student-labels"
@@ -45,12 +44,11 @@ def distill(
         RunError: the run cannot teach, or its images have changed.
         RecipeError: the student is unknown, or an override cannot be used.
     """
-    teacher = open_teacher(run)
+    teacher = teacher_run(run)
     recipe = student_recipe(teacher, str(run), student, overrides)
     target = Path(out) if out is not None else default_folder(run, student)
-    Run(target, recipe).build(
-        recipe.members[0], 2, pretrained=True
-    )  # an unknown student is told before teachers are trained
+    # An unknown student is an error before teachers are trained.
+    Run(RunFolder(target, recipe)).build(recipe.members[0], 2, pretrained=True)
     trained = workflow.train(
         recipe, target, watcher, f"made by threefold distill {run} --student {student}"
     )
@@ -61,16 +59,18 @@ def distill(
 
 def _note_bytes(run: Run, teacher: Run) -> None:
     """Add the sizes of both exported files to results.json, where there are two."""
-    results = run.results
-    sizes = {
-        results["distill"]["student"]: run.dir,
-        results["distill"]["teacher"]["name"]: teacher.dir,
-    }
-    for line in results["distill"]["costs"]:
-        path = sizes[line["name"]] / "model.onnx" if line["name"] in sizes else Path()
-        if path.is_file():
-            line["bytes"] = path.stat().st_size
-    write_json(run.dir / "results.json", results)
+    distillation = run.results.distill
+    assert distillation is not None
+    folders = {distillation.student: run.dir, distillation.teacher.name: teacher.dir}
+    costs = []
+    for cost in distillation.costs:
+        path = folders[cost.name] / "model.onnx" if cost.name in folders else None
+        if path is not None and path.is_file():
+            costs.append(cost.replace(bytes=path.stat().st_size))
+        else:
+            costs.append(cost)
+    distillation = distillation.replace(costs=tuple(costs))
+    run.folder.write_results(run.results.replace(distill=distillation))
 
 
 def default_folder(run: str | Path, student: str) -> Path:
@@ -113,7 +113,7 @@ def student_recipe(teacher: Run, run: str, student: str, overrides: Sequence[str
         "distill": {
             "run": run,
             "student": STUDENT,
-            "inner": 2 if saved_predictions(teacher.dir)[1] is None else 0,
+            "inner": 2 if teacher.folder.test is None else 0,
         },
     }
     alone = Recipe.parse(tree, overrides, where="the student's recipe")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +17,14 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from threefold.predictions__results_schema import (
+    ClassScore,
+    Comparison,
+    Distillation,
+    Optimism,
+    Score,
+    ShortScore,
+)
 from threefold.recipe import Job, fold_name
 from threefold.training__watcher import Watcher
 
@@ -95,66 +103,74 @@ class TerminalWatcher(Watcher):
             self.progress.advance(self.bar, max(0, self.images[self.current] - self.seen))
 
 
-def score_table(scores: Sequence[dict[str, Any]], chosen: str | None = None) -> Table:
+def score_table(scores: Sequence[Score], chosen: str | None = None) -> Table:
     """Scores as a table, ensembles below members, the chosen one marked; what was fitted where is in results.json."""
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in ("", "rows", "% right", "95 % interval", "log loss", "ECE"):
         table.add_column(name, justify="left" if name in ("", "rows") else "right", no_wrap=True)
     for s in scores:
-        short = _short(s["name"])
-        name = f"[bold]{escape(short)}[/]" if s["kind"] == "ensemble" else escape(short)
-        mark = " [bold green]<[/]" if s["kind"] == "ensemble" and s["name"] == chosen else ""
-        low, high = s["interval"]
-        figures = [
-            f"{100 * s['accuracy']:.2f}",
-            f"{100 * low:.2f} - {100 * high:.2f}",
-            f"{s['log_loss']:.3f}",
-            f"{s['ece']:.3f}",
-        ]
-        table.add_row(name + mark, f"{s['rows']} {s['n']}", *figures)
+        name = escape(_short(s.name))
+        if s.kind == "ensemble":
+            name = f"[bold]{name}[/]"
+            if s.name == chosen:
+                name += " [bold green]<[/]"
+        table.add_row(name, f"{s.rows} {s.n}", *_figures(s))
     return table
 
 
-def class_table(classes: Sequence[dict[str, Any]], most: int = 12) -> Table:
+def _figures(s: Score | ShortScore) -> list[str]:
+    """Accuracy, interval, log loss and calibration error as the score tables show them."""
+    low, high = s.interval
+    return [
+        f"{100 * s.accuracy:.2f}",
+        f"{100 * low:.2f} - {100 * high:.2f}",
+        f"{s.log_loss:.3f}",
+        f"{s.ece:.3f}",
+    ]
+
+
+def class_table(classes: Sequence[ClassScore], most: int = 12) -> Table:
     """Recall, precision and F1 of the classes that are hardest to find; the rest is in the JSON and on the page."""
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in ("", "images", "% found", "95 % interval", "% right when named", "F1"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    known = [c for c in classes if c["recall"] is not None]
-    for c in sorted(known, key=lambda c: float(c["recall"]))[:most]:
-        low, high = c["interval"]
-        right = "-" if c["precision"] is None else f"{100 * c['precision']:.1f}"
+    known = [(c.recall, c) for c in classes if c.recall is not None]
+    known.sort(key=lambda pair: pair[0])
+    for recall, c in known[:most]:
+        low, high = c.interval
         row = [
-            f"{c['n']:,}",
-            f"{100 * c['recall']:.1f}",
+            f"{c.n:,}",
+            f"{100 * recall:.1f}",
             f"{100 * low:.1f} - {100 * high:.1f}",
-            right,
-            f"{c['f1']:.3f}",
+            "-" if c.precision is None else f"{100 * c.precision:.1f}",
+            "-" if c.f1 is None else f"{c.f1:.3f}",
         ]
-        table.add_row(escape(_short(c["class"])), *row)
+        table.add_row(escape(_short(c.name)), *row)
     if len(known) > most:
         table.add_row(f"[dim]and {len(known) - most} more[/]")
     return table
 
 
-def pair_table(pairs: Sequence[dict[str, Any]]) -> Table:
+def pair_table(pairs: Sequence[Comparison]) -> Table:
     """Paired comparisons: images that only one has right, the difference with its interval, p after Holm's correction."""
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in ("A", "B", "A only", "B only", "points", "95 % interval", "Holm p"):
         table.add_column(name, justify="left" if name in ("A", "B") else "right", no_wrap=True)
     for pair in pairs:
-        low, high = pair["interval"]
-        counts = ["-" if pair[side] is None else f"{pair[side]:,}" for side in ("only_a", "only_b")]
+        assert pair.difference is not None
+        assert pair.interval is not None
+        low, high = pair.interval
+        counts = ["-" if n is None else f"{n:,}" for n in (pair.only_a, pair.only_b)]
         figures = [
-            f"{100 * pair['difference']:+.2f}",
+            f"{100 * pair.difference:+.2f}",
             f"{100 * low:+.2f} to {100 * high:+.2f}",
-            f"{pair['p']:.2g}",
+            f"{pair.p:.2g}",
         ]
-        table.add_row(*(escape(_short(pair[side], 13)) for side in ("a", "b")), *counts, *figures)
+        table.add_row(*(escape(_short(name, 13)) for name in (pair.a, pair.b)), *counts, *figures)
     return table
 
 
-def optimism_table(lines: Sequence[dict[str, Any]]) -> Table:
+def optimism_table(lines: Sequence[Optimism]) -> Table:
     """What each choice promised on the rows it was made on, and what it is worth on others."""
     table = Table(
         box=None,
@@ -166,50 +182,50 @@ def optimism_table(lines: Sequence[dict[str, Any]]) -> Table:
     for name in ("choice", "apparent", "honest", "difference", "95 % interval"):
         table.add_column(name, justify="left" if name == "choice" else "right", no_wrap=True)
     for line in lines:
-        low, high = (f"{100 * end:+.2f}" for end in line["interval"])
+        assert line.interval is not None
+        low, high = (f"{100 * end:+.2f}" for end in line.interval)
         figures = [
-            f"{100 * line['apparent']:.2f}",
-            f"{100 * line['honest']:.2f}",
-            f"{100 * line['difference']:+.2f}",
+            f"{100 * line.apparent:.2f}",
+            f"{100 * line.honest:.2f}",
+            f"{100 * line.difference:+.2f}",
         ]
-        table.add_row(escape(line["told"]), *figures, f"{low} to {high}")
+        table.add_row(escape(line.description), *figures, f"{low} to {high}")
     return table
 
 
-def distill_tables(found: dict[str, Any]) -> list[Table]:
+def distill_tables(distillation: Distillation) -> list[Table]:
     """Student, twin and teacher: a table of scores for each kind of rows, then one of what an answer costs."""
     scores = []
-    for part in found["tables"]:
+    for part in distillation.tables:
         table = Table(box=None, header_style="dim", pad_edge=False)
         for name in ("", "rows", "% right", "95 % interval", "log loss", "ECE"):
             table.add_column(
                 name, justify="left" if name in ("", "rows") else "right", no_wrap=True
             )
-        for s in part["scores"]:
-            low, high = s["interval"]
-            figures = [f"{100 * s['accuracy']:.2f}", f"{100 * low:.2f} - {100 * high:.2f}"]
-            figures += [f"{s['log_loss']:.3f}", f"{s['ece']:.3f}"]
-            table.add_row(escape(_short(s["name"])), f"{part['rows']} {s['n']}", *figures)
+        for s in part.scores:
+            table.add_row(escape(_short(s.name)), f"{part.rows} {s.n}", *_figures(s))
         scores.append(table)
-    return [*scores, _costs(found)]
+    return [*scores, _costs(distillation)]
 
 
-def _costs(found: dict[str, Any]) -> Table:
+def _costs(distillation: Distillation) -> Table:
     """Weights, multiply-adds and bytes, each also as a multiple of the student's."""
-    own = next(line for line in found["costs"] if line["name"] == found["student"])
+    own = next(line for line in distillation.costs if line.name == distillation.student)
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in ("an answer costs", "weights", "", "multiply-adds", "", "file", ""):
         table.add_column(name, justify="left" if name.startswith("an") else "right", no_wrap=True)
-    for line in found["costs"]:
+    for line in distillation.costs:
         row = []
-        for key, unit in (("parameters", "M"), ("macs", "M"), ("bytes", "MB")):
-            known = key in line and key in own
-            row += (
-                [f"{line[key] / 1e6:,.1f} {unit}", f"{line[key] / own[key]:.1f} x"]
-                if known
-                else ["", ""]
-            )
-        table.add_row(escape(_short(line["name"])), *row)
+        for value, own_value, unit in (
+            (line.parameters, own.parameters, "M"),
+            (line.macs, own.macs, "M"),
+            (line.bytes, own.bytes, "MB"),
+        ):
+            if value is None or own_value is None:
+                row += ["", ""]
+            else:
+                row += [f"{value / 1e6:,.1f} {unit}", f"{value / own_value:.1f} x"]
+        table.add_row(escape(_short(line.name)), *row)
     return table
 
 
@@ -217,7 +233,8 @@ def _short(name: str, most: int = NAME) -> str:
     return name if len(name) <= most else "…" + name[1 - most :]
 
 
-def verdict_line(pair: Mapping[str, Any]) -> str:
+def verdict_line(pair: Comparison) -> str:
     """A comparison's verdict as a sentence of its own: it says of whom, also where no one is better."""
-    a, b, told = pair["a"], pair["b"], str(pair["verdict"])
-    return told if told.startswith((f"{a} ", f"{b} ")) else f"{a} and {b}: {told}"
+    if pair.verdict.startswith((f"{pair.a} ", f"{pair.b} ")):
+        return pair.verdict
+    return f"{pair.a} and {pair.b}: {pair.verdict}"

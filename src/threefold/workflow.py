@@ -5,9 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,14 +18,14 @@ from threefold.cascade import Cascade
 from threefold.datasets import ImageDataset, Sources
 from threefold.ensembles__registry import restore
 from threefold.errors import ExportError, RunError
-from threefold.files import read_arrays, read_json, sha256, write_json
+from threefold.files import read_arrays, sha256
 from threefold.jobs import train_members
-from threefold.ledger import open_test
 from threefold.models__pipeline import Combiner
 from threefold.plan import plan_folder
 from threefold.precision import CALIBRATION_IMAGES
+from threefold.predictions__results_schema import Score
 from threefold.recipe import Recipe
-from threefold.report import write_report
+from threefold.report__pages import write_report
 from threefold.results import evaluate_run, write_results
 from threefold.run import Run
 from threefold.runtime import load
@@ -34,7 +34,6 @@ from threefold.savings import cascade_card
 from threefold.training__watcher import Watcher
 from threefold.uncertainty import uncertainty_card
 
-T = TypeVar("T")
 PARITY_IMAGES = {"float32": 64, "float16": 512, "bfloat16": 512, "int8": 512}
 """Images that a file is compared with the pipeline on; rounding shows on few, changed classes on many."""
 
@@ -58,14 +57,16 @@ def train(
     Raises:
         ThreefoldError: bad recipe, data or folder, or another process is at work in it, each with its remedy.
     """
-    run = Run.create(recipe, out, watcher, header)
-    run.given = sources
-    if not (run.dir / "results.json").exists():
-        with run.alone():
+    run = Run.create(recipe, out, watcher, header, sources)
+    if not run.folder.is_finished:
+        with run.folder.locked():
             train_members(run)
-            found, seconds = _timed(lambda: evaluate_run(run))
-            trained = sum(read_json(run.folder(job) / "done.json")["seconds"] for job in run.jobs)
-            write_results(run, found, {"train": trained, "ensemble": seconds})
+            start = time.monotonic()
+            evaluation = evaluate_run(run)
+            scoring_seconds = time.monotonic() - start
+            training_seconds = sum(run.folder.job_record(job).seconds for job in run.jobs)
+            seconds = {"train": training_seconds, "ensemble": scoring_seconds}
+            write_results(run, evaluation, seconds)
     return run
 
 
@@ -94,12 +95,7 @@ def export(
     """
     target = Path(path) if path is not None else run.dir / "model.onnx"
     targets.check_kind(target, precision)
-    if not (run.dir / "results.json").exists():
-        raise RunError(
-            "the run is not complete",
-            where=run.dir,
-            fix=f"threefold train {run.dir / 'recipe.toml'} --out {run.dir}",
-        )
+    run.folder.check_finished()
     began = time.monotonic()
     again = method is not None or bool(members)
     combiner, names, fitted = _fit_again(run, method or "mean", members) if again else _fitted(run)
@@ -123,11 +119,11 @@ def export(
         cascade=Cascade.from_state(fitted["cascade"]["state"]) if "cascade" in fitted else None,
     )
     if test is not None:  # the gate counts right answers
-        open_test(run.dir, "export", len(rows))
+        run.folder.open_test("export", len(rows))
     report |= {"path": str(target), "method": fitted["method"]}
     if target.suffix == ".onnx":
         report |= {"latency": load(target).measure_latency(images[:16])}
-    _note_seconds(run, "export", time.monotonic() - began, {"export": report})
+    run.folder.add_results("export", time.monotonic() - began, export=report)
     return report
 
 
@@ -138,39 +134,33 @@ def _spread(dataset: ImageDataset, count: int) -> list[int]:
 
 def _hashes(run: Run) -> dict[str, Any]:
     """What the file was made of: the recipe, names and labels of the images, fitted ensemble, and every network's weights (SHA-256)."""
-    info = read_json(run.dir / "run.json")
-    jobs = [
-        (spec, run.last_job(spec.name, fold))
-        for spec in run.recipe.members
-        for fold in run.final_folds
-    ]
-    done = {
-        f"{job.member}/{job.fold}": read_json(run.folder(job) / "done.json")["files"][
-            "weights.safetensors"
-        ]
-        for spec, job in jobs
-        if job.fold < 0 or not spec.folds or job.fold in spec.folds
-    }
+    info = run.folder.info
+    weights = {}
+    for spec in run.recipe.members:
+        for fold in run.final_folds:
+            if fold < 0 or not spec.folds or fold in spec.folds:
+                record = run.folder.job_record(run.last_job(spec.name, fold))
+                weights[f"{spec.name}/{fold}"] = record.files["weights.safetensors"]
     return {
-        "recipe": info["digest"],
-        "data": info["data"],
+        "recipe": info.digest,
+        "data": info.data,
         "ensemble": sha256(run.dir / "ensemble.npz"),
-        "weights": done,
+        "weights": weights,
     }
 
 
 def _fitted(run: Run) -> tuple[Combiner, list[str], dict[str, Any]]:
     """The run's chosen ensemble as it was fitted and scored, its members, and what the model card says of it."""
     results = run.results
-    ensemble, names = restore(
-        results["chosen"], read_arrays(run.dir / "ensemble.npz"), results["combined"]
-    )
-    calibration = saved_calibration(results, len(results["classes"]))
-    sets = uncertainty_card(results["conformal"]) if "conformal" in results else {}
-    if results.get("cascade", {}).get("members") == names:
-        sets |= cascade_card(results["cascade"])
-    combiner = Combiner(ensemble.to_module(), calibration.to_module())
-    return combiner, names, {**_card_of(results["chosen"], calibration, results["scores"]), **sets}
+    arrays = read_arrays(run.dir / "ensemble.npz")
+    ensemble, names = restore(results.chosen, arrays, results.combined)
+    calibration = saved_calibration(results.as_json(), len(results.classes))
+    card = _card_of(results.chosen, calibration, results.scores)
+    if results.conformal is not None:
+        card |= uncertainty_card(results.conformal.as_json())
+    if results.cascade is not None and list(results.cascade.members) == names:
+        card |= cascade_card(results.cascade.as_json())
+    return Combiner(ensemble.to_module(), calibration.to_module()), names, card
 
 
 def _fit_again(
@@ -183,34 +173,37 @@ def _fit_again(
     return combiner, names, _card_of(method, found.calibration, found.scores)
 
 
-def _card_of(method: str, calibration: Calibration, scores: list[dict[str, Any]]) -> dict[str, Any]:
-    score = next(s for s in reversed(scores) if s["name"] == method and s["kind"] == "ensemble")
-    keys = ("accuracy", "interval", "level", "rows", "n", "protocol", "fitted_on")
+def _card_of(method: str, calibration: Calibration, scores: Sequence[Score]) -> dict[str, Any]:
+    score = next(s for s in reversed(scores) if s.name == method and s.kind == "ensemble")
+    keys = {"accuracy", "interval", "level", "rows", "n", "protocol", "fitted_on"}
     return {
         "method": method,
         "temperature": calibration.temperature,
         "calibration": calibration.state(),
-        "score": {key: score[key] for key in keys},
+        "score": score.model_dump(mode="json", include=keys),
     }
 
 
 def _card(run: Run) -> dict[str, Any]:
     """What the model card inside the file says of the run."""
-    info = read_json(run.dir / "run.json")
-    backbones = [f"{m.backbone} + {m.head.kind}" for m in run.recipe.members]
-    taught = run.results.get("distill")
-    return {
+    info, distillation = run.folder.info, run.results.distill
+    card: dict[str, Any] = {
         "name": run.recipe.name,
-        "backbones": backbones,
-        **({"taught_by": taught["teacher"]["name"]} if taught else {}),
-        **{key: info[key] for key in ("digest", "versions", "n_train")},
+        "backbones": [f"{m.backbone} + {m.head.kind}" for m in run.recipe.members],
+        "digest": info.digest,
+        "versions": info.versions,
+        "n_train": info.n_train,
     }
+    if distillation is not None:
+        card["taught_by"] = distillation.teacher.name
+    return card
 
 
 def report(run: Run, out: Path | None = None) -> Path:
     """Write a run's report.html."""
-    path, seconds = _timed(lambda: write_report([run.dir], out))
-    _note_seconds(run, "report", seconds, {})
+    start = time.monotonic()
+    path = write_report([run.folder], out)
+    run.folder.add_results("report", time.monotonic() - start)
     return path
 
 
@@ -272,19 +265,6 @@ def finish(run: Run) -> None:
     if not (run.dir / "model.onnx").exists():
         export(run)
     report(run)
-
-
-def _note_seconds(run: Run, step: str, seconds: float, more: dict[str, Any]) -> None:
-    results = run.results
-    write_json(
-        run.dir / "results.json",
-        {**results, **more, "seconds": {**results["seconds"], step: seconds}},
-    )
-
-
-def _timed(action: Callable[[], T]) -> tuple[T, float]:
-    began = time.monotonic()
-    return action(), time.monotonic() - began
 
 
 def sample_image(run: Run) -> tuple[Path, str]:

@@ -1,0 +1,300 @@
+"""The HTML pages: the report of run folders, and the page about saved predictions.
+
+Every figure with an interval comes from `results.json` or the summary and is never recomputed;
+`reportview.py` says what is drawn from the chosen ensemble's probabilities. A page needs no network,
+no script and no other file; its colors follow the reader's light or dark setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from threefold import charts
+from threefold.errors import RunError
+from threefold.files import write_bytes
+from threefold.pictures import Thumbs, data_uri, heat_uri
+from threefold.predictions__results_schema import PredictionSummary, Score
+from threefold.predictions__run_folder import ChosenAnswers, RunFolder
+from threefold.recipe import Job, fold_name
+from threefold.render import duration, number, render
+from threefold.reportview import EVIDENCE, main_rows, shared_view
+
+MISTAKES = 24
+"""Largest number of mistakes on the page, the most confident ones."""
+
+PREVIEW = 16
+"""Largest number of augmented training images on the page."""
+
+_NEEDED = ("recipe.toml", "run.json", "results.json", "chosen.npz")
+
+
+def write_report(runs: Sequence[Path | RunFolder], out: Path | None = None) -> Path:
+    """Write one HTML page about one or several complete runs.
+
+    Args:
+        runs: run folders, shown in this order; several get a table on top that compares them.
+        out: file to write; default `report.html` in the run folder, or beside the first of several.
+
+    Returns:
+        The file written.
+
+    Raises:
+        RunError: no run is given, or a run folder is missing, incomplete or contradicts itself.
+    """
+    if not runs:
+        raise RunError("nothing to report on", fix="give at least one run folder")
+    read = [_RunPage.read(run if isinstance(run, RunFolder) else RunFolder(run)) for run in runs]
+    first = read[0].folder.path
+    target = Path(out) if out else (first if len(read) == 1 else first.parent) / "report.html"
+    where = ", ".join(str(page.folder.path) for page in read)
+    views = [page.view() for page in read]
+    write_bytes(target, render("report.html.j2", where, runs=views).encode())
+    return target
+
+
+@dataclass(frozen=True)
+class _RunPage:
+    """Everything that the page shows of one run folder.
+
+    Attributes:
+        score: of the chosen ensemble, on the test rows where there are any.
+        chosen: its answers on those rows.
+    """
+
+    folder: RunFolder
+    score: Score
+    chosen: ChosenAnswers
+    thumbs: Thumbs
+    histories: dict[Job, dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: RunFolder) -> _RunPage:
+        """Read a run folder and check that its files belong together."""
+        path = folder.path
+        missing = [name for name in _NEEDED if not (path / name).is_file()]
+        if missing:
+            recipe = path / "recipe.toml" if "recipe.toml" not in missing else "RECIPE"
+            raise RunError(
+                "the run is not complete" if path.is_dir() else "there is no such run folder",
+                where=path,
+                expected=", ".join(_NEEDED),
+                got=f"no {', no '.join(missing)}",
+                fix=f"go on with `threefold train {recipe} --out {path}`",
+            )
+        chosen, score = folder.chosen(), _chosen_score(folder)
+        expected = (score.n, len(folder.results.classes))
+        lengths = {len(chosen.labels), len(chosen.ids)}
+        if chosen.probs.shape != expected or lengths != {score.n}:
+            raise RunError(
+                "two files of the run do not belong together",
+                where=f"{path / 'chosen.npz'} and results.json",
+                expected=expected,
+                got=f"probs {chosen.probs.shape}, {len(chosen.labels)} labels, "
+                f"{len(chosen.ids)} ids",
+            )
+        thumbs = Thumbs.read(path / "thumbs.npz")
+        return cls(folder, score, chosen, thumbs, folder.histories())
+
+    def view(self) -> dict[str, Any]:
+        """Return what the template shows; no score is computed here."""
+        results, recipe, path = self.folder.results, self.folder.recipe, self.folder.path
+        probs, labels, model = self.chosen.probs, self.chosen.labels, path / "model.onnx"
+        ensembles = {
+            s.name for s in results.scores if s.kind == "ensemble" and s.rows == self.score.rows
+        }
+        is_chosen_on_rows = self.score.rows == "oof" and recipe.ensemble.export == "auto"
+        preview = self.thumbs.preview
+        return {
+            **shared_view(results, self.score, probs, labels, self.thumbs),
+            "path": path,
+            "toml": (path / "recipe.toml").read_text(encoding="utf-8"),
+            "name": recipe.name,
+            "recipe": recipe,
+            "results": results,
+            "info": self.folder.info,
+            "facts": _facts(self.folder),
+            "chosen_on_rows": is_chosen_on_rows and len(ensembles) > 1,
+            "model_bytes": model.stat().st_size if model.is_file() else None,
+            "mistakes": self._mistakes(),
+            "heated": bool(self.thumbs.cams),
+            "wrong": int((probs.argmax(axis=1) != labels).sum()),
+            "curves": self._learning_curves(),
+            "gates": [
+                (job.member, fold_name(job.fold), job.stage, history)
+                for job, history in self.histories.items()
+            ],
+            "preview": [] if preview is None else [data_uri(image) for image in preview[:PREVIEW]],
+        }
+
+    def _mistakes(self) -> list[dict[str, Any]]:
+        """Return the most confident wrong answers, with image and heat where the run has them."""
+        probs, labels = self.chosen.probs, self.chosen.labels
+        answers, confidence = probs.argmax(axis=1), probs.max(axis=1)
+        wrong = np.flatnonzero(answers != labels)
+        worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
+        classes = self.folder.results.classes
+        images, cams = self.thumbs.images, self.thumbs.cams
+        mistakes = []
+        for row in worst.tolist():
+            name = self.chosen.ids[row]
+            has_heat = name in images and name in cams
+            mistakes.append(
+                {
+                    "id": name,
+                    "true": classes[labels[row]],
+                    "answer": classes[answers[row]],
+                    "confidence": float(confidence[row]),
+                    "image": data_uri(images[name]) if name in images else None,
+                    "heat": heat_uri(cams[name]) if has_heat else None,
+                }
+            )
+        return mistakes
+
+    def _learning_curves(self) -> list[tuple[str, Markup]]:
+        """Draw a chart for each member with a history, all on the same accuracy axis."""
+        accuracies = [
+            epoch["select_accuracy"]
+            for history in self.histories.values()
+            for epoch in history["epochs"]
+        ]
+        if not accuracies:
+            return []
+        low, high = min(accuracies), max(accuracies)
+        margin = 0.05 * (high - low) or 0.01
+        curves = []
+        for member in self.folder.recipe.members:
+            stages = [
+                [
+                    history
+                    for job, history in self.histories.items()
+                    if (job.member, job.stage) == (member.name, stage.name)
+                ]
+                for stage in self.folder.recipe.stages
+            ]
+            if any(stages):
+                chart = charts.learning_curve(member.name, stages, (low - margin, high + margin))
+                curves.append((member.name, chart))
+        return curves
+
+
+def _chosen_score(folder: RunFolder) -> Score:
+    """Return the headline: the chosen ensemble's score on the test rows, else out of fold."""
+    results, path = folder.results, folder.path / "results.json"
+    score = results.score(results.chosen, "ensemble", "test") or results.score(
+        results.chosen, "ensemble", "oof"
+    )
+    if score is None:
+        raise RunError(
+            "results.json has no score",
+            where=folder.path,
+            expected=f"an ensemble named {results.chosen}",
+        )
+    if score.rows == "oof" and score.fitted_on == "oof rows":
+        raise RunError(
+            "the chosen ensemble was fitted on the rows that it is scored on",
+            where=path,
+            expected="oof rows, cross-fitted",
+            got=score.fitted_on,
+        )
+    return score
+
+
+def _facts(folder: RunFolder) -> list[tuple[str, str]]:
+    """Return what identifies a run, as names and values: when, where, with what, how long."""
+    info, results = folder.info, folder.results
+    steps = (f"{step} {duration(seconds)}" for step, seconds in results.seconds.items())
+    versions = (f"{package} {version}" for package, version in info.versions.items())
+    facts = {
+        "created": results.created,
+        "time": ", ".join(steps),
+        "hardware": f"{results.hardware}, {results.threads} threads",
+        "images": f"{number(info.n_train)} to train, {number(info.n_test)} to test",
+        "versions": ", ".join(versions),
+        "commit": results.commit,
+        "recipe digest": info.digest,
+    }
+    return [(name, value) for name, value in facts.items() if value]
+
+
+def write_page(
+    path: Path,
+    title: str,
+    summary: PredictionSummary,
+    probs: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+) -> Path:
+    """Write one HTML page about saved predictions.
+
+    Args:
+        path: the file.
+        title: its heading, such as the name of the file or the run.
+        summary: what the verbs print with `--json`; sections that it lacks are left out.
+        probs: (n, k) of the score that is the headline (the chosen ensemble, or else the most
+            accurate), for the reliability curve and the confusion matrix; or None.
+        labels: (n,), with probs.
+
+    Returns:
+        The file written.
+
+    Raises:
+        RunError: the summary has no score, or does not belong to the probabilities.
+        DataError: probabilities or labels are not usable.
+    """
+    if not summary.scores:
+        raise RunError("there is no score to show", where=title)
+    score, candidates = _headline(summary)
+    if score is None:
+        probs = labels = None
+    elif probs is not None and labels is not None:
+        shape, expected = (len(probs), len(labels)), (score.n, score.n)
+        if shape != expected:
+            raise RunError(
+                "probabilities and scores do not belong together",
+                where=title,
+                expected=expected,
+                got=shape,
+            )
+    view = {
+        **shared_view(summary, score, probs, labels, Thumbs()),
+        "title": title,
+        "kind": summary.kind,
+        "source": summary.source,
+        "chosen": summary.chosen,
+        "reason": summary.chosen_reason,
+        "picked": candidates,
+        "warnings": summary.warnings,
+        "best": _best(summary) if summary.kind == "compare" else None,
+    }
+    write_bytes(Path(path), render("page.html.j2", title, v=view).encode())
+    return Path(path)
+
+
+def _headline(summary: PredictionSummary) -> tuple[Score | None, int]:
+    """Return the score of the headline, and among how many it was the best (0 = it was chosen)."""
+    if summary.kind == "compare":
+        return None, 0
+    rows = main_rows(summary.scores)
+    if summary.chosen is not None:
+        chosen = summary.score(summary.chosen, "ensemble", rows)
+        if chosen is not None:
+            return chosen, 0
+    candidates = [s for s in summary.scores if s.rows == rows]
+    return max(candidates, key=lambda s: s.accuracy), len(candidates) if len(candidates) > 1 else 0
+
+
+def _best(summary: PredictionSummary) -> dict[str, Any]:
+    """Return the most accurate contender, and those without evidence of a difference from it."""
+    rows = main_rows(summary.scores)
+    best = max((s for s in summary.scores if s.rows == rows), key=lambda s: s.accuracy)
+    rivals = [
+        c.b if c.a == best.name else c.a
+        for c in summary.comparisons
+        if best.name in (c.a, c.b) and c.rows == rows and c.p > EVIDENCE
+    ]
+    return {"score": best, "rivals": rivals}
