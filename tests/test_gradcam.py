@@ -264,7 +264,7 @@ def test_a_backbone_without_a_map_gives_zeros_and_says_so() -> None:
     member = small()
     member.backbone = Tokens(member.backbone.body, 6)
     with pytest.warns(
-        NoMap, match=r"Tokens has no map of places \(its features are \(7, 6\)\): no heat"
+        NoMap, match=r"Tokens has no feature map \(its features are \(7, 6\)\): no heat"
     ):
         heat = grad_cam(member, noise(2), [0, 1])
     assert heat.shape == (2, 16, 16)
@@ -285,5 +285,5 @@ def test_bad_input_is_told_in_one_line() -> None:
         grad_cam(member, noise(1), [-1])
     with pytest.raises(DataError, match="expected a Member or a JointMember, got Conv2d"):
         grad_cam(nn.Conv2d(3, 3, 1), noise(1), [0])
-    with pytest.raises(DataError, match="no members to look into"):
+    with pytest.raises(DataError, match="no members for Grad-CAM"):
         ensemble_cam([], noise(1), [0])

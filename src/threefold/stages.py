@@ -38,16 +38,10 @@ from threefold.midway import (
 )
 from threefold.models__pipeline import Predictor, autocast, pick_precision, predict_probs, to_pixels
 from threefold.recipe import Recipe
-from threefold.recipe_schema import DistillSpec, StageSpec, TrainSpec
+from threefold.recipe_schema import DistillSpec, StageSpec
 from threefold.softloss import soft_loss, soften
 from threefold.training__augment import Augment
-from threefold.training__optimizers import (
-    KerasAdam,
-    lr_at,
-    parameter_groups,
-    set_trainable,
-    train_mode,
-)
+from threefold.training__optimizers import create_optimizer, lr_at, set_trainable, train_mode
 from threefold.training__watcher import Watcher
 
 
@@ -131,7 +125,7 @@ class _Loop:
         self.device = next(member.parameters()).device
         self.precision = pick_precision(spec.precision, self.device)
         set_trainable(member, task.stage)
-        self.optimizer = _optimizer(member, spec, task.stage)
+        self.optimizer = create_optimizer(member, spec, task.stage.lr)
         self.augment = _Augmentation(task)
         self.generator = torch.Generator().manual_seed(task.seed)
         self.steps_per_epoch = max(
@@ -285,7 +279,7 @@ class _Loop:
         total = self.steps_per_epoch * stage.epochs
         lr = lr_at(stage.schedule, stage.lr, self._position(total), total, stage.epochs)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         loss = 0.0
         parts = np.array_split(rows, min(self.spec.accumulate, len(rows) // 2))
         for part in parts:
@@ -375,23 +369,6 @@ def _average(member: nn.Module, decay: float) -> AveragedModel:
     """Exponential moving average of weights and batch norm statistics."""
     average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
     return AveragedModel(member, multi_avg_fn=average, use_buffers=True)
-
-
-def _optimizer(member: nn.Module, spec: TrainSpec, stage: StageSpec) -> torch.optim.Optimizer:
-    groups = list(parameter_groups(member, stage.lr, spec.layer_decay))
-    if spec.optimizer == "adam-keras":
-        return KerasAdam(groups, lr=stage.lr)
-    if spec.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups,
-            lr=stage.lr,
-            momentum=0.9,
-            nesterov=True,
-            weight_decay=spec.weight_decay,
-            fused=True,
-        )
-    family = torch.optim.AdamW if spec.optimizer == "adamw" else torch.optim.Adam
-    return family(groups, lr=stage.lr, weight_decay=spec.weight_decay, fused=True)
 
 
 def _class_weights(labels: np.ndarray, num_classes: int, device: torch.device) -> Tensor:

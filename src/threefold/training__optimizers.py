@@ -1,19 +1,18 @@
-"""The paper's optimizer as Keras wrote it, and learning rates as pure functions of the step."""
+"""What a stage trains and how: trainable parameters, optimizers, learning rates."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-import timm
 import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import Tensor, nn
 
 from threefold.errors import RecipeError
-from threefold.models__member import Member
-from threefold.recipe_schema import StageSpec
+from threefold.recipe_schema import StageSpec, TrainSpec
 
 Schedule = Literal["constant", "time", "cosine", "one-cycle"]
 
@@ -25,15 +24,87 @@ END = START / 1e4
 """Share of the learning rate at which one-cycle ends."""
 
 
-def lr_at(schedule: Schedule, lr: float, step: int, steps_total: int, epochs: int) -> float:
-    """Learning rate of one optimizer step.
+def set_trainable(member: nn.Module, stage: StageSpec) -> list[str]:
+    """Freeze every parameter that the stage does not train.
+
+    Returns:
+        The names of the trainable parameters.
+
+    Raises:
+        RecipeError: the regexes leave nothing to train.
+    """
+    names = []
+    for name, parameter in member.named_parameters():
+        frozen = bool(stage.frozen and re.search(stage.frozen, name))
+        parameter.requires_grad = not frozen and bool(re.search(stage.trainable, name))
+        if parameter.requires_grad:
+            names.append(name)
+    if not names:
+        raise RecipeError(
+            "nothing to train",
+            where=f"stage {stage.name}",
+            got=f"trainable = {stage.trainable!r}, frozen = {stage.frozen!r}",
+            fix="parameters are named backbone.* and head.*",
+        )
+    return names
+
+
+def train_mode(member: nn.Module) -> None:
+    """Switch to training mode, except modules whose parameters are all frozen.
+
+    These stay in eval mode, so that their batch norm statistics do not drift and no noise is added.
+    """
+    member.train()
+    for module in member.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            module.eval()
+
+
+def create_optimizer(member: nn.Module, spec: TrainSpec, lr: float) -> torch.optim.Optimizer:
+    """Create the recipe's optimizer for the trainable parameters of a member.
+
+    Weight decay applies to every parameter, norms and biases included.
 
     Args:
-        schedule: constant; time = lr / (1 + decay * step) with decay = lr / epochs (paper eq. 26, whose right side is
-            read as the first rate); cosine = half a cosine down to 0; one-cycle = cosine up from lr / 25 over the first
-            30 % of the steps, then cosine down to almost 0.
-        lr: the stage's rate, the largest that any schedule gives.
-        step: optimizer steps already taken in this stage, 0 first; beyond `steps_total` the last rate holds.
+        member: the network; `layer_decay` below 1 needs its `group_matcher` (timm's convention).
+        spec: optimizer, weight decay and layer decay.
+        lr: learning rate of the stage.
+
+    Returns:
+        The optimizer. With layer decay its groups have a `lr_scale`, by which the caller multiplies
+        each new learning rate.
+    """
+    layer_decay = spec.layer_decay if spec.layer_decay < 1.0 else None
+    if spec.optimizer != "adam-keras":
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            member,
+            opt=spec.optimizer,
+            lr=lr,
+            weight_decay=spec.weight_decay,
+            filter_bias_and_bn=False,
+            layer_decay=layer_decay,
+            fused=True,
+        )
+        return optimizer
+    if layer_decay is None:
+        return KerasAdam([p for p in member.parameters() if p.requires_grad], lr=lr)
+    groups = param_groups_layer_decay(
+        member, weight_decay=0.0, weight_decay_exclude_1d=False, layer_decay=layer_decay
+    )
+    return KerasAdam(groups, lr=lr)
+
+
+def lr_at(schedule: Schedule, lr: float, step: int, steps_total: int, epochs: int) -> float:
+    """Compute the learning rate of one optimizer step.
+
+    Args:
+        schedule: `constant`; `time`, lr / (1 + decay * step) with decay = lr / epochs (eq. 26,
+            whose right side is read as the initial rate); `cosine`, half a cosine down to 0;
+            `one-cycle`, half a cosine up from lr / 25 in the first 30 % of the steps, then half a
+            cosine down to almost 0.
+        lr: rate of the stage, the largest that any schedule reaches.
+        step: optimizer steps taken in this stage so far. Beyond `steps_total` the last rate holds.
         steps_total: optimizer steps in the stage.
         epochs: epochs in the stage.
     """
@@ -46,7 +117,9 @@ def lr_at(schedule: Schedule, lr: float, step: int, steps_total: int, epochs: in
     top, last = max(WARMUP * steps_total - 1.0, 0.0), steps_total - 1.0
     if step < top:
         return _anneal(lr * START, lr, step / top)
-    return _anneal(lr, lr * END, (step - top) / (last - top)) if last > top else lr
+    if last > top:
+        return _anneal(lr, lr * END, (step - top) / (last - top))
+    return lr
 
 
 def _anneal(start: float, end: float, share: float) -> float:
@@ -55,16 +128,17 @@ def _anneal(start: float, end: float, share: float) -> float:
 
 
 class KerasAdam(torch.optim.Optimizer):
-    """Adam as Keras 2.2 has it: epsilon is added to sqrt(v), which is not corrected for bias (paper eqs. 22 to 25).
+    """Adam as in Keras 2.2: epsilon is added to sqrt(v) before the bias correction (eqs. 22 to 25).
 
-    p -= lr sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps). Torch's Adam adds epsilon to the corrected root, which
-    weakens it in the first steps: parameters with tiny gradients move further there. The paper prints epsilon 1e-8;
-    what ran is Keras' default, 1e-7. Has no weight decay; the rate's decay over time is `lr_at`'s.
+    p -= lr sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps). torch's Adam adds epsilon to the
+    corrected root, so that in the first steps parameters with tiny gradients move further. The
+    paper prints epsilon = 1e-8; its runs used Keras' default, 1e-7. There is no weight decay; the
+    decay of the learning rate is in `lr_at`.
 
     Args:
         params: parameters, or groups of them with their own options.
         lr: learning rate.
-        betas: decay of the running means of the gradient and of its square.
+        betas: decay rates of the running means of the gradient and of its square.
         eps: added to the root of the mean square.
     """
 
@@ -79,19 +153,19 @@ class KerasAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient; `closure`, where given, computes the loss again first."""
+        """Update every parameter that has a gradient; return the loss of `closure`, if any."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for count, params in self._by_count(group["params"]).items():
+            for count, params in self._by_step_count(group["params"]).items():
                 self._update(params, count, group["lr"], group["betas"], group["eps"])
         return loss
 
-    def _by_count(self, params: list[Tensor]) -> dict[int, list[Tensor]]:
-        """Count this step for each parameter with a gradient, and gather them by their count."""
-        gathered: dict[int, list[Tensor]] = {}
+    def _by_step_count(self, params: list[Tensor]) -> dict[int, list[Tensor]]:
+        """Count this step for every parameter with a gradient, and group them by their count."""
+        by_count: dict[int, list[Tensor]] = {}
         for param in params:
             if param.grad is None:
                 continue
@@ -99,17 +173,16 @@ class KerasAdam(torch.optim.Optimizer):
             if not state:
                 state.update(step=0, mean=torch.zeros_like(param), square=torch.zeros_like(param))
             state["step"] += 1
-            gathered.setdefault(state["step"], []).append(param)
-        return gathered
+            by_count.setdefault(state["step"], []).append(param)
+        return by_count
 
     def _update(
         self, params: list[Tensor], count: int, lr: float, betas: tuple[float, float], eps: float
     ) -> None:
-        """One step for parameters that have all taken `count` steps, this one included."""
+        """Take step number `count` for parameters that have all taken `count` - 1 steps."""
         grads = [param.grad for param in params if param.grad is not None]
-        means, squares = (
-            [self.state[param][name] for param in params] for name in ("mean", "square")
-        )
+        means = [self.state[param]["mean"] for param in params]
+        squares = [self.state[param]["square"] for param in params]
         torch._foreach_lerp_(means, grads, 1.0 - betas[0])
         torch._foreach_mul_(squares, betas[1])
         torch._foreach_addcmul_(squares, grads, grads, 1.0 - betas[1])
@@ -117,67 +190,3 @@ class KerasAdam(torch.optim.Optimizer):
         torch._foreach_add_(roots, eps)
         rate = lr * math.sqrt(1.0 - betas[1] ** count) / (1.0 - betas[0] ** count)
         torch._foreach_addcdiv_(params, means, roots, -rate)
-
-
-def set_trainable(member: nn.Module, stage: StageSpec) -> list[str]:
-    """Freeze what the stage does not train; returns the names of the trainable parameters.
-
-    Raises:
-        RecipeError: the regexes leave nothing to train.
-    """
-    names = []
-    for name, parameter in member.named_parameters():
-        chosen = bool(re.search(stage.trainable, name)) and not (
-            stage.frozen and re.search(stage.frozen, name)
-        )
-        parameter.requires_grad_(chosen)
-        if chosen:
-            names.append(name)
-    if not names:
-        raise RecipeError(
-            "nothing to train",
-            where=f"stage {stage.name}",
-            got=f"trainable = {stage.trainable!r}, frozen = {stage.frozen!r}",
-            fix="parameters are named backbone.* and head.*",
-        )
-    return names
-
-
-def train_mode(member: nn.Module) -> None:
-    """Training mode, but what is wholly frozen stays in eval mode: its statistics do not drift, no noise is added to it."""
-    member.train()
-    for module in member.modules():
-        inside = list(module.parameters())
-        if inside and not any(p.requires_grad for p in inside):
-            module.eval()
-
-
-def parameter_groups(member: nn.Module, lr: float, layer_decay: float) -> Iterator[dict[str, Any]]:
-    """Optimizer groups of the trainable parameters; `layer_decay` < 1 lowers the rate block by block below the head."""
-    if layer_decay == 1.0:
-        yield {"params": [p for p in member.parameters() if p.requires_grad], "scale": 1.0}
-        return
-    by_height: dict[int, list[nn.Parameter]] = {}
-    heights = _heights(member)
-    for name, parameter in member.named_parameters():
-        if parameter.requires_grad:
-            by_height.setdefault(heights.get(name, 0), []).append(parameter)
-    for height, parameters in sorted(by_height.items(), reverse=True):
-        scale = layer_decay**height
-        yield {"params": parameters, "scale": scale, "lr": lr * scale}
-
-
-def _heights(member: nn.Module) -> dict[str, int]:
-    """How many blocks below the head each parameter of a backbone lies; of every backbone, where members are joined."""
-    found: dict[str, int] = {}
-    for path, module in member.named_modules():
-        if isinstance(module, Member):
-            prefix = f"{path}.backbone." if path else "backbone."
-            groups = timm.models.group_parameters(
-                module.backbone, module.backbone.group_matcher(coarse=False)
-            )
-            depth = max(groups, default=0) + 1
-            found |= {
-                prefix + name: depth - layer for layer, names in groups.items() for name in names
-            }
-    return found
