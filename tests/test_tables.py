@@ -1,4 +1,4 @@
-"""Parquet files and data sets of the hub: the same images come out, decoded when they are asked for."""
+"""Parquet files and data sets of the hub: labels, splits, groups, ids, and damaged tables."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def test_bytes_labels_splits_groups_and_ids(tmp_path: Path) -> None:
         group=[f"g{i // 2}" for i in range(8)],
         id=[f"i{7 - i}" for i in range(8)],
     )
+
     sources = load(path)
+
     train, test = sources.train, sources.test
     assert test is not None
     assert (train.classes, train.ids, test.ids) == (
@@ -71,7 +73,7 @@ def test_bytes_labels_splits_groups_and_ids(tmp_path: Path) -> None:
 
 
 def test_files_as_the_hub_keeps_them(tmp_path: Path) -> None:
-    """Struct of bytes and path, whole-number labels with names in the metadata, the split in the file's name."""
+    """Images as structs, label names in the metadata, and the split in the name of the file."""
     for part, shades in (
         ("train-00000-of-00002", (0, 1, 2)),
         ("train-00001-of-00002", (3, 4, 5)),
@@ -84,7 +86,9 @@ def test_files_as_the_hub_keeps_them(tmp_path: Path) -> None:
             image=cells,
             label=[shade % 2 for shade in shades],
         )
+
     sources = load(tmp_path)
+
     assert sources.test is not None
     assert sources.train.classes == ("wolf", "ant")
     assert (len(sources.train), len(sources.test)) == (6, 2)
@@ -98,6 +102,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     for i in range(4):
         (tmp_path / f"{i}.png").write_bytes(png(i))
     path = write(tmp_path / "a.parquet", path=[f"{i}.png" for i in range(4)], label=[0, 10, 2, 10])
+
     with pytest.raises(DataError, match="fewer than 2"):
         load(path)
     path = write(tmp_path / "a.parquet", path=[f"{i}.png" for i in range(4)], label=[2, 10, 2, 10])
@@ -108,9 +113,10 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         load(path)
 
 
-def test_bad_images_and_copies_are_found_in_tables_too(tmp_path: Path) -> None:
+def test_bad_images_and_copies_in_tables_are_reported(tmp_path: Path) -> None:
     images = [png(0), png(1), png(2), png(1), b"none"]
     path = write(tmp_path / "a.parquet", image=images, label=list("abaab"), id=list("vwxyz"))
+
     with pytest.raises(DataError, match=r"1 of 5 images cannot be used; got z \(not an image"):
         load(path)
     path = write(
@@ -125,8 +131,11 @@ def test_bad_images_and_copies_are_found_in_tables_too(tmp_path: Path) -> None:
 
 GOOD: dict[str, Any] = {"image": [png(0), png(1), png(2), png(3)], "label": ["a", "b", "a", "b"]}
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "no label": ({"image": GOOD["image"]}, "not the columns .*got image"),
-    "no image": ({"label": GOOD["label"]}, "not the columns .*expected image or path, and label"),
+    "no label": ({"image": GOOD["image"]}, "lacks required columns.*got image"),
+    "no image": (
+        {"label": GOOD["label"]},
+        "lacks required columns.*expected image or path, and label",
+    ),
     "empty cell": ({**GOOD, "label": ["a", None, "a", "b"]}, "row 1; expected no empty cell"),
     "no picture": (
         {**GOOD, "image": [png(0), None, png(2), png(3)]},
@@ -146,18 +155,19 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_tables(tmp_path: Path, case: str) -> None:
     columns, message = BAD[case]
+
     with pytest.raises(DataError, match=message):
         load(write(tmp_path / "data.parquet", **columns))
 
 
-def test_bad_files(tmp_path: Path) -> None:
+def test_bad_parquet_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no \.parquet files"):
         load(tmp_path)
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match="cannot read the parquet file"):
         load(tmp_path)
     write(tmp_path / "a.parquet", ["only"], **{**GOOD, "label": [0, 1, 0, 1]})
-    with pytest.raises(DataError, match="a label has no name: .*expected 0 to 0, got 1"):  # noqa: RUF043
+    with pytest.raises(DataError, match=r"a label has no name: .*expected 0 to 0, got 1"):
         load(tmp_path)
 
 
@@ -165,7 +175,7 @@ def test_bad_files(tmp_path: Path) -> None:
     ("source", "package", "extra"),
     [("parquet", "pyarrow", "parquet"), ("huggingface", "datasets", "hf")],
 )
-def test_a_package_that_is_not_there(
+def test_a_missing_package_names_its_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, package: str, extra: str
 ) -> None:
     write(tmp_path / "a.parquet", **GOOD)
@@ -173,14 +183,14 @@ def test_a_package_that_is_not_there(
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr("importlib.import_module", lambda name: real("no_such_package"))
-    with pytest.raises(
-        DataError, match=rf'{package} is not installed; fix: pip install "threefold\[{extra}\]"'
-    ):
+    message = rf'{package} is not installed; fix: pip install "threefold\[{extra}\]"'
+
+    with pytest.raises(DataError, match=message):
         load(tmp_path, source)
 
 
 def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its library reads a folder as it reads the hub; images stay in its table, in memory or in files."""
+    """Its library reads a folder as it reads the hub."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     hub = pytest.importorskip("datasets")
     monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -201,11 +211,13 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         hub.Dataset.from_dict(rows, features=features).to_parquet(
             str(tmp_path / f"data/{part}.parquet")
         )
+
     sources = load(tmp_path / "data", "huggingface")
+
     assert sources.test is not None
     assert (sources.train.classes, len(sources.train), len(sources.test)) == (("wolf", "ant"), 6, 2)
     for data in (sources.train, sources.test):
         for row, label in enumerate(data.labels):
             assert int(data.pixels(row)[0, 0, 0]) % 2 == label
-    with pytest.raises(DataError, match="cannot load the data set: .*absent"):  # noqa: RUF043
+    with pytest.raises(DataError, match=r"cannot load the data set: .*absent"):
         load(tmp_path / "absent", "huggingface")

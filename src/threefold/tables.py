@@ -1,7 +1,7 @@
-"""Images in parquet files, and data sets of the Hugging Face hub: both are tables of Arrow.
+"""Images in parquet files, and data sets of the Hugging Face hub; both are Arrow tables.
 
-Image files stay encoded in the table (for parquet in memory, for the hub in a memory-mapped file) and are decoded one
-by one. pyarrow and datasets are extras of this package and are imported only here, when they are needed.
+Images stay encoded in the table (parquet: in memory, hub: in a memory-mapped file) and are decoded
+one by one. pyarrow and datasets are optional and imported only when they are needed.
 """
 
 from __future__ import annotations
@@ -16,242 +16,243 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from threefold.errors import DataError
-from threefold.listing import PARTS, EncodedImages, ListedImage, Listing, shorten
+from threefold.listing import (
+    PARTS,
+    EncodedImages,
+    ListedImage,
+    Listing,
+    find_absent,
+    find_repeated,
+    shorten,
+)
 
-_IMAGES = ("image", "img", "picture", "photo")
-_LABELS = ("label", "labels", "fine_label", "class")
+_IMAGE_COLUMNS = ("image", "img", "picture", "photo")
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 
 
-class _Part(NamedTuple):
-    """Rows of one file or of one split."""
+class _Table(NamedTuple):
+    """The rows of a file or of a split."""
 
     name: str
-    """Where they come from, for ids and messages."""
+    """The file or split, for messages."""
     part: str
-    """train or test, where no column says it."""
-    table: Any
+    """`train` or `test`, for rows without a `split` cell."""
+    rows: Any
     """Arrow table."""
-    names: list[str] | None
+    label_names: list[str] | None
     """Names of whole-number labels."""
 
 
-def _imported(name: str, extra: str) -> Any:
+def _import_optional(name: str, extra: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        package = name.partition(".")[0]
-        raise DataError(
-            f"the package {package} is not installed", fix=f'pip install "threefold[{extra}]"'
-        ) from None
-
-
-# parquet --------------------------------------------------------------------------------------------------------------
+        what = f"the package {name.partition('.')[0]} is not installed"
+        raise DataError(what, fix=f'pip install "threefold[{extra}]"') from None
 
 
 def list_parquet(root: Path) -> Listing:
-    """Rows of a parquet file, or of all .parquet files in a folder.
+    """List the rows of a parquet file, or of all .parquet files in a folder.
 
-    Columns: `image` (bytes of an image file, or the hub's struct of bytes and path) or `path` (relative to the file);
-    `label` (text or whole number; names are taken from the hub's metadata where a file has them); and, if wanted,
-    `id`, `group` and `split` (train, val, test). Without `split` a file whose name begins with one is of that part.
+    Columns: `image` (bytes of an image file, or the hub's struct of bytes and path) or `path`
+    (relative to the file); `label` (text or whole number); optionally `id`, `group` and `split`
+    (train, val, test). Names of number labels are taken from the hub's metadata in the file.
+    Without `split`, the beginning of the file's name decides.
 
     Raises:
-        DataError: pyarrow is not installed, a file cannot be read, columns or cells are missing, or ids repeat.
+        DataError: pyarrow is not installed, a file cannot be read, columns or cells are missing,
+            or ids repeat.
     """
-    parquet = _imported("pyarrow.parquet", "parquet")
+    parquet = _import_optional("pyarrow.parquet", "parquet")
     files = sorted(root.rglob("*.parquet")) if root.is_dir() else [root]
     if not files:
         raise DataError("there are no .parquet files", where=root)
-    parts = []
+    tables = []
     for file in files:
         try:
-            table = parquet.read_table(file)
+            rows = parquet.read_table(file)
         except Exception as error:  # pyarrow raises errors of many types on damaged files
-            raise DataError(
-                "cannot read the parquet file", where=file, got=str(error)[:200]
-            ) from None
-        begin = re.match(r"[a-z]+", file.stem.lower())
-        parts.append(
-            _Part(str(file), PARTS.get(begin.group() if begin else "", "train"), table, None)
-        )
-    folder = root if root.is_dir() else root.parent
-    return _listing([part._replace(names=_hub_names(part.table)) for part in parts], folder)
+            got = str(error)[:200]
+            raise DataError("cannot read the parquet file", where=file, got=got) from None
+        first_word = re.split(r"[^a-z]", file.stem.lower(), maxsplit=1)[0]
+        part = PARTS.get(first_word, "train")
+        tables.append(_Table(str(file), part, rows, label_names=_hub_label_names(rows)))
+    return _list_tables(tables, root if root.is_dir() else root.parent)
 
 
-def _hub_names(table: Any) -> list[str] | None:
-    """Class names in the metadata that the hub's library writes, if they are there."""
+def _hub_label_names(rows: Any) -> list[str] | None:
+    """Class names in the metadata that the hub's library writes, if there are any."""
     try:
-        features = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
-        names = features[_column(table, _LABELS)]["names"]
+        features = json.loads((rows.schema.metadata or {})[b"huggingface"])["info"]["features"]
+        names = features[_find_column(rows, _LABEL_COLUMNS)]["names"]
     except (KeyError, TypeError, ValueError):
         return None
     return [str(name) for name in names] if isinstance(names, list) else None
 
 
-# hub ------------------------------------------------------------------------------------------------------------------
-
-
 def list_huggingface(name: str) -> Listing:
-    """A data set of the Hugging Face hub, or of a folder that its library reads.
+    """List a data set of the Hugging Face hub, or of a folder that its library reads.
 
-    Code that a data set brings along is never run. Of its features the image and the class label are used, and a
-    column `group` if there is one; the validation split is trained on.
+    Code in the data set is never run. The image and the class label are used, and a column `group`
+    if there is one. The validation split belongs to the training part.
 
     Args:
         name: `owner/name`, or `owner/name:configuration`.
 
     Raises:
-        DataError: datasets is not installed, the data set cannot be loaded, or it has no image or no label.
+        DataError: datasets is not installed, the data set cannot be loaded, or it has no image or
+            no label.
     """
-    hub = _imported("datasets", "hf")
+    hub = _import_optional("datasets", "hf")
     path, _, configuration = name.partition(":")
     try:
-        loaded = hub.load_dataset(path, configuration or None)
-    except Exception as error:  # the library raises errors of many types, for networks as for files
+        dataset = hub.load_dataset(path, configuration or None)
+    except Exception as error:  # the library raises errors of many types, for networks and files
         got = " ".join(f"{type(error).__name__} {error}".split())[:300]
         raise DataError("cannot load the data set", where=name, got=got) from None
-    parts = []
-    for split, rows in loaded.items():
-        images = [
-            column for column, feature in rows.features.items() if isinstance(feature, hub.Image)
-        ]
-        labels = [
-            column
-            for column, feature in rows.features.items()
-            if isinstance(feature, hub.ClassLabel)
-        ]
-        label = next((column for column in (*_LABELS, *labels) if column in rows.features), None)
-        if len(images) != 1 or label is None or split.lower() not in PARTS:
-            raise DataError(
-                "the data set is not one image and one label a row",
-                where=f"{name}, split {split}",
-                expected=f"splits {', '.join(PARTS)}, one image feature, a label",
-                got=", ".join(rows.features),
-            )
-        names = rows.features[label].names if label in labels else None
-        table = rows.data.table.rename_columns(
-            [
-                {images[0]: "image", label: "label"}.get(
-                    column, f"other {column}" if column in ("image", "label") else column
-                )
-                for column in rows.data.column_names
-            ]
+    return _list_tables([_hub_table(hub, name, split, dataset[split]) for split in dataset], None)
+
+
+def _hub_table(hub: Any, name: str, split: str, dataset: Any) -> _Table:
+    """Give a split's image and label columns the names that `_list_tables` expects."""
+    features = dataset.features
+    images = [column for column in features if isinstance(features[column], hub.Image)]
+    labels = [column for column in features if isinstance(features[column], hub.ClassLabel)]
+    label = next((column for column in (*_LABEL_COLUMNS, *labels) if column in features), None)
+    if len(images) != 1 or label is None or split.lower() not in PARTS:
+        raise DataError(
+            "the data set is not one image and one label per row",
+            where=f"{name}, split {split}",
+            expected=f"splits {', '.join(PARTS)}, one image feature, a label",
+            got=", ".join(features),
         )
-        parts.append(_Part(split, PARTS[split.lower()], table, names))
-    return _listing(parts, None)
+    new_names = {"image": "other image", "label": "other label"}
+    new_names |= {images[0]: "image", label: "label"}
+    columns = dataset.data.column_names
+    rows = dataset.data.table.rename_columns([new_names.get(name, name) for name in columns])
+    label_names = features[label].names if label in labels else None
+    return _Table(split, PARTS[split.lower()], rows, label_names)
 
 
-# Rows -----------------------------------------------------------------------------------------------------------------
+def _find_column(rows: Any, names: tuple[str, ...]) -> str:
+    """The first of these columns that the table has, or an empty string."""
+    return next((name for name in names if name in rows.column_names), "")
 
 
-def _column(table: Any, names: tuple[str, ...]) -> str:
-    return next((name for name in names if name in table.column_names), "")
+def _list_tables(tables: list[_Table], folder: Path | None) -> Listing:
+    """List the rows of all tables.
 
-
-def _listing(parts: list[_Part], folder: Path | None) -> Listing:
-    """Items of all rows; `folder` is where paths begin, None where the hub's library has made them."""
-    cells: list[Any] = []
+    Args:
+        tables: files or splits.
+        folder: what paths are relative to; None for tables that the hub's library has written.
+    """
+    columns: list[Any] = []
     starts: list[int] = []
     items: list[ListedImage] = []
-    for part in parts:
-        image = _column(part.table, _IMAGES)
+    for table in tables:
+        image_column = _find_column(table.rows, _IMAGE_COLUMNS)
+        columns.append(table.rows.column(image_column) if image_column else None)
         starts.append(len(items))
-        cells.append(part.table.column(image) if image else None)
-        items += _items(part, image, len(items), folder)
-    if len({cell is None for cell in cells}) > 1:
-        raise DataError(
-            "some files hold images and others name them", got=shorten(part.name for part in parts)
-        )
-    if len({item.id for item in items}) < len(items):
-        raise DataError("ids are not unique", where=shorten(part.name for part in parts))
-    if cells[0] is None:
-        absent = [item.id for item in items if not item.path.is_file()]
+        items += _list_rows(table, bool(image_column), len(items), folder)
+    where = shorten(table.name for table in tables)
+    if len({column is None for column in columns}) > 1:
+        raise DataError("some files hold images and others name them", got=where)
+    if find_repeated(items):
+        raise DataError("ids are not unique", where=where)
+    if columns[0] is None:
+        absent = find_absent(items)
         if absent:
-            raise DataError(
-                f"{len(absent)} files of the table do not exist", where=folder, got=shorten(absent)
-            )
+            what = f"{len(absent)} files of the table do not exist"
+            raise DataError(what, where=folder, got=shorten(absent))
         return Listing(items, [])
 
     def read(row: int) -> bytes:
         at = int(np.searchsorted(starts, row, side="right")) - 1
-        return _bytes(
-            cells[at][row - starts[at]].as_py(),
-            f"{parts[at].name} row {row - starts[at]}",
-            folder is None,
-        )
+        row_of_table = row - starts[at]
+        cell = columns[at][row_of_table].as_py()
+        where = f"{tables[at].name} row {row_of_table}"
+        return _read_image(cell, where, may_open=folder is None)
 
-    named = next((part.names for part in parts if part.names), [])
-    used = {item.label for item in items}
-    classes = tuple(name for name in named if name in used) if used <= set(named) else ()
+    label_names = next((table.label_names for table in tables if table.label_names), [])
+    labels = {item.label for item in items}
+    classes: tuple[str, ...] = ()
+    if labels <= set(label_names):
+        classes = tuple(name for name in label_names if name in labels)
     return Listing(items, [], classes, EncodedImages(read, np.arange(len(items))))
 
 
-def _items(part: _Part, image: str, start: int, folder: Path | None) -> Iterator[ListedImage]:
-    """The rows of one part, without their images."""
-    label = _column(part.table, _LABELS)
-    if not label or not (image or "path" in part.table.column_names):
+def _list_rows(
+    table: _Table, has_images: bool, start: int, folder: Path | None
+) -> Iterator[ListedImage]:
+    """List the rows of one table, which begin at row `start` of all tables."""
+    label_column = _find_column(table.rows, _LABEL_COLUMNS)
+    if not label_column or not (has_images or "path" in table.rows.column_names):
         raise DataError(
-            "the table has not the columns that are needed",
-            where=part.name,
+            "the table lacks required columns",
+            where=table.name,
             expected="image or path, and label [id] [group] [split]",
-            got=", ".join(part.table.column_names),
+            got=", ".join(table.rows.column_names),
         )
-    columns = {
-        name: part.table.column(source).to_pylist()
-        for name, source in (
-            ("label", label),
-            *((name, name) for name in ("path", "id", "group", "split")),
-        )
-        if source in part.table.column_names
-    }
-    for row in range(part.table.num_rows):
+    columns = {"label": table.rows.column(label_column).to_pylist()}
+    for name in ("path", "id", "group", "split"):
+        if name in table.rows.column_names:
+            columns[name] = table.rows.column(name).to_pylist()
+    for row in range(table.rows.num_rows):
         cells = {name: column[row] for name, column in columns.items()}
-        where = f"{part.name} row {row}"
-        split = str(cells.get("split", part.part)).lower()
-        if split not in PARTS or any(cells[name] is None for name in cells):
+        where = f"{table.name} row {row}"
+        split = str(cells.get("split", table.part)).lower()
+        if split not in PARTS or any(cell is None for cell in cells.values()):
             raise DataError(
-                "the table has a row that cannot be used",
+                "the table has an invalid row",
                 where=where,
                 expected=f"no empty cell, split one of {', '.join(PARTS)}",
                 got=", ".join(f"{name} {value}" for name, value in cells.items()),
             )
         path = str(cells.get("path", ""))
-        name = str(cells.get("id", path or f"{PARTS[split]}/{start + row:07d}"))
+        image_id = str(cells.get("id", path or f"{PARTS[split]}/{start + row:07d}"))
         yield ListedImage(
-            name,
-            folder / path if folder and path and not image else Path(name),
-            _label(cells["label"], part.names, where),
-            PARTS[split],
-            str(cells["group"]) if "group" in cells else None,
-            start + row,
+            id=image_id,
+            path=folder / path if folder and path and not has_images else Path(image_id),
+            label=_parse_label(cells["label"], table.label_names, where),
+            part=PARTS[split],
+            group=str(cells["group"]) if "group" in cells else None,
+            row=start + row,
         )
 
 
-def _label(value: object, names: list[str] | None, where: str) -> str:
-    """The class name that a cell stands for."""
+def _parse_label(value: object, label_names: list[str] | None, where: str) -> str:
+    """The class name of a label cell."""
     if isinstance(value, int) and not isinstance(value, bool):
-        if names is not None and not 0 <= value < len(names):
-            raise DataError(
-                "a label has no name", where=where, expected=f"0 to {len(names) - 1}", got=value
-            )
-        return names[value] if names is not None else str(value)
+        if label_names is None:
+            return str(value)
+        if not 0 <= value < len(label_names):
+            expected = f"0 to {len(label_names) - 1}"
+            raise DataError("a label has no name", where=where, expected=expected, got=value)
+        return label_names[value]
     if not isinstance(value, str) or not value.strip():
-        raise DataError("a label is neither text nor a whole number", where=where, got=repr(value))
+        what = "a label is neither text nor a whole number"
+        raise DataError(what, where=where, got=repr(value))
     return value.strip()
 
 
-def _bytes(cell: Any, where: str, may_open: bool) -> bytes:
-    """The image file in a cell; only what the hub's library wrote may point to a file."""
+def _read_image(cell: Any, where: str, may_open: bool) -> bytes:
+    """The image file in a cell.
+
+    Args:
+        cell: bytes, or the hub's struct of bytes and path.
+        where: the row, for messages.
+        may_open: whether the path may be opened; only for tables that the hub's library wrote, so
+            that a parquet file cannot name any file of this machine.
+    """
     content = cell.get("bytes") if isinstance(cell, dict) else cell
-    if content is None and may_open and isinstance(cell, dict) and cell.get("path"):
+    path = cell.get("path") if isinstance(cell, dict) else None
+    if content is None and path and may_open:
         try:
-            return Path(cell["path"]).read_bytes()
+            return Path(path).read_bytes()
         except OSError as error:
-            raise DataError(
-                "cannot read the file", where=cell["path"], got=error.strerror or error
-            ) from None
+            got = error.strerror or error
+            raise DataError("cannot read the file", where=path, got=got) from None
     if not isinstance(content, bytes):
-        raise DataError(
-            "the cell has no image", where=where, expected="bytes", got=type(content).__name__
-        )
+        got = type(content).__name__
+        raise DataError("the cell has no image", where=where, expected="bytes", got=got)
     return content
