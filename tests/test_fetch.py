@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine: resumed, bounded, checked; and every way in which a server can fail."""
+"""Downloads from a local server: resumed, bounded, checked; and the ways a server can fail."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from threefold import fetch as fetching
 from threefold.data__published import PUBLISHED, PublishedDataset, RemoteFile, find_published
 from threefold.datasets import load_data
 from threefold.errors import DataError
-from threefold.fetch import download, fetch
+from threefold.fetch import download_file, fetch
 from threefold.recipe_schema import DataSpec
 from threefold.samples import write_sample
 
@@ -30,24 +30,24 @@ CONTENT = os.urandom(3_000_000)
 
 
 class Server(ThreadingHTTPServer):
-    """What it has, how it behaves, and what it was asked."""
+    """Its files, its behaviour, and the requests it received."""
 
     daemon_threads = True
 
     def handle_error(self, *_: object) -> None:
-        """A client that goes away in the middle is what some tests are about."""
+        """Stay quiet: some tests break the connection."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, bytes] = {"/file": CONTENT}
-        self.asked: list[tuple[str, str | None]] = []
-        self.cuts = 0  # answers that break off half way
+        self.requests: list[tuple[str, str | None]] = []
+        self.cuts = 0  # responses that break off half way
         self.ranges = True
         self.etag = '"one"'
         self.errors: list[int] = []
         self.redirects: dict[str, str] = {}
-        self.length: int | None = None  # a length that is not true
-        self.shift = 0  # answers to ranges that begin elsewhere
+        self.length: int | None = None  # a wrong Content-Length
+        self.shift = 0  # offset of a wrong Content-Range
 
     def url(self, path: str = "/file") -> str:
         return f"http://127.0.0.1:{self.server_port}{path}"
@@ -58,8 +58,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         server = self.server
-        asked = self.headers.get("Range")
-        server.asked.append((self.path, asked))
+        requested_range = self.headers.get("Range")
+        server.requests.append((self.path, requested_range))
         if server.errors:
             return self.send_error(server.errors.pop(0))
         if self.path in server.redirects:
@@ -69,8 +69,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path not in server.files:
             return self.send_error(404)
         content, start = server.files[self.path], 0
-        if asked and server.ranges and self.headers.get("If-Range") == server.etag:
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+        if requested_range and server.ranges and self.headers.get("If-Range") == server.etag:
+            start = int(requested_range.removeprefix("bytes=").removesuffix("-"))
             if start >= len(content):
                 return self.send_error(416)
         self.send_response(206 if start else 200)
@@ -107,51 +107,64 @@ def remote(server: Server, **facts: Any) -> RemoteFile:
 
 
 def get(remote: RemoteFile, folder: Path, **options: Any) -> Path:
-    return download(remote, folder, pause=0.0, **options)
+    return download_file(remote, folder, pause=0.0, **options)
 
 
 SHA256, MD5 = hashlib.sha256(CONTENT).hexdigest(), hashlib.md5(CONTENT).hexdigest()
 
 
-def test_a_whole_file_is_checked_and_told_of(server: Server, tmp_path: Path) -> None:
-    told: list[tuple[str, int, int]] = []
-    path = get(
-        remote(server, md5=MD5, sha256=SHA256), tmp_path, watcher=lambda *now: told.append(now)
-    )
+def test_a_complete_file_is_checked_and_reported(server: Server, tmp_path: Path) -> None:
+    progress: list[tuple[str, int, int]] = []
+    file = remote(server, md5=MD5, sha256=SHA256)
+
+    path = get(file, tmp_path, on_progress=lambda *call: progress.append(call))
+
     assert path.read_bytes() == CONTENT
-    assert told[-1] == ("file", len(CONTENT), len(CONTENT))
-    assert [now[1] for now in told] == sorted(now[1] for now in told)
+    assert progress[-1] == ("file", len(CONTENT), len(CONTENT))
+    sizes = [size for _, size, _ in progress]
+    assert sizes == sorted(sizes)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fetched.json", "file"]
+
+
+def test_an_existing_file_is_not_downloaded_again(server: Server, tmp_path: Path) -> None:
     get(remote(server, md5=MD5), tmp_path)
-    assert len(server.asked) == 1  # it is there already
+
+    get(remote(server, md5=MD5), tmp_path)
+
+    assert len(server.requests) == 1
 
 
-def test_a_cut_download_goes_on_where_it_stopped(server: Server, tmp_path: Path) -> None:
+def test_an_interrupted_download_is_resumed(server: Server, tmp_path: Path) -> None:
     server.cuts = 2
-    assert get(remote(server, sha256=SHA256), tmp_path).read_bytes() == CONTENT
-    assert [asked for _, asked in server.asked] == [None, "bytes=1500000-", "bytes=2250000-"]
+
+    path = get(remote(server, sha256=SHA256), tmp_path)
+
+    assert path.read_bytes() == CONTENT
+    ranges = [requested_range for _, requested_range in server.requests]
+    assert ranges == [None, "bytes=1500000-", "bytes=2250000-"]
 
 
-def test_the_next_call_goes_on_too(
+def test_the_next_call_resumes_too(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetching, "_TRIES", 1)
+    monkeypatch.setattr(fetching, "MAX_TRIES", 1)
     server.cuts = 1
+
     with pytest.raises(
-        DataError, match=r"broke off too often: http.*1,500,000 of 3,000,000 bytes.*is kept"
+        DataError, match=r"broke off too often: http.*1,500,000 of 3,000,000 bytes.*are kept"
     ):
         get(remote(server), tmp_path)
     assert (tmp_path / "file.part").stat().st_size == 1_500_000
     assert get(remote(server, sha256=SHA256), tmp_path).read_bytes() == CONTENT
-    assert server.asked[1] == ("/file", "bytes=1500000-")
+    assert server.requests[1] == ("/file", "bytes=1500000-")
 
 
 @pytest.mark.parametrize("change", ["no ranges", "another version", "no version"])
-def test_what_cannot_be_resumed_begins_again(
+def test_downloads_that_cannot_resume_start_again(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    """A server without Range, one that has a new file, and one that does not say which file it has."""
-    monkeypatch.setattr(fetching, "_TRIES", 1)
+    """A server without Range, with a new file, or without a name for the file's version."""
+    monkeypatch.setattr(fetching, "MAX_TRIES", 1)
     server.etag = "" if change == "no version" else '"one"'
     server.cuts = 1
     with pytest.raises(DataError, match="broke off"):
@@ -159,17 +172,20 @@ def test_what_cannot_be_resumed_begins_again(
     server.ranges = change != "no ranges"
     if change == "another version":
         server.etag, server.files["/file"] = '"two"', CONTENT[::-1]
-    assert get(remote(server), tmp_path).read_bytes() == server.files["/file"]
-    assert server.asked[1][1] == (None if change == "no version" else "bytes=1500000-")
+
+    path = get(remote(server), tmp_path)
+
+    assert path.read_bytes() == server.files["/file"]
+    assert server.requests[1][1] == (None if change == "no version" else "bytes=1500000-")
 
 
-def test_a_part_that_is_too_long_begins_again(server: Server, tmp_path: Path) -> None:
+def test_a_part_that_is_too_long_is_replaced(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file.part").write_bytes(CONTENT + b"more")
     (tmp_path / "file.part.from").write_text(f'{server.url()}\n"one"')
     assert get(remote(server, sha256=SHA256), tmp_path).read_bytes() == CONTENT
 
 
-def test_a_wrong_checksum_is_put_aside(server: Server, tmp_path: Path) -> None:
+def test_a_file_with_a_wrong_checksum_is_set_aside(server: Server, tmp_path: Path) -> None:
     for facts in ({"md5": "0" * 32}, {"sha256": "0" * 64}):
         with pytest.raises(
             DataError, match=r"not the published one: .*file\.refused; expected (md5|sha256) 0000"
@@ -179,14 +195,15 @@ def test_a_wrong_checksum_is_put_aside(server: Server, tmp_path: Path) -> None:
     assert get(remote(server, md5=MD5), tmp_path).read_bytes() == CONTENT
 
 
-def test_a_file_that_is_there_is_checked_and_left(server: Server, tmp_path: Path) -> None:
+def test_an_existing_wrong_file_is_left_in_place(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"mine")
-    with pytest.raises(DataError, match="not the published one: .*fix: remove it"):  # noqa: RUF043
+
+    with pytest.raises(DataError, match=r"not the published one: .*fix: remove it"):
         get(remote(server, md5=MD5), tmp_path)
     assert (tmp_path / "file").read_bytes() == b"mine"
 
 
-def test_without_a_published_checksum_the_first_is_recorded(server: Server, tmp_path: Path) -> None:
+def test_an_unpublished_checksum_is_recorded(server: Server, tmp_path: Path) -> None:
     get(remote(server), tmp_path)
     assert json.loads((tmp_path / "fetched.json").read_text()) == {"file": SHA256}
     (tmp_path / "file").unlink()
@@ -203,7 +220,7 @@ def test_redirects_are_followed_within_http(server: Server, tmp_path: Path) -> N
     server.files["/elsewhere"] = CONTENT
     server.cuts = 1
     assert get(remote(server, sha256=SHA256), tmp_path).read_bytes() == CONTENT
-    assert server.asked[-1] == ("/elsewhere", "bytes=1500000-")
+    assert server.requests[-1] == ("/elsewhere", "bytes=1500000-")
     for target in (f"file://{tmp_path}/file", "ftp://127.0.0.1/file"):
         server.redirects = {"/file": target}
         with pytest.raises(DataError, match=r"redirects to an unsafe address|is not allowed"):
@@ -213,12 +230,15 @@ def test_redirects_are_followed_within_http(server: Server, tmp_path: Path) -> N
         get(RemoteFile("other", (server.url(),)), tmp_path)
 
 
-def test_from_https_nothing_leads_to_http() -> None:
+def test_https_is_never_redirected_to_http() -> None:
     import urllib.request
     from email.message import Message
     from io import BytesIO
 
-    secure, handler = urllib.request.Request("https://example.org/a"), fetching._Redirects()
+    secure, handler = (
+        urllib.request.Request("https://example.org/a"),
+        fetching.SafeRedirectHandler(),
+    )
     with pytest.raises(DataError, match="unsafe address"):
         handler.redirect_request(secure, BytesIO(), 302, "Found", Message(), "http://example.org/a")
     assert (
@@ -231,80 +251,80 @@ def test_from_https_nothing_leads_to_http() -> None:
 
 def test_refusals_errors_and_mirrors(server: Server, tmp_path: Path) -> None:
     absent = server.url("/absent")
-    with pytest.raises(DataError, match="the server refuses: .*/absent; got 404 Not Found"):  # noqa: RUF043
+    with pytest.raises(DataError, match=r"the server refuses: .*/absent; got 404 Not Found"):
         get(RemoteFile("file", (absent,)), tmp_path)
-    assert len(server.asked) == 1  # no second try
+    assert len(server.requests) == 1  # no second try
     server.errors = [503, 429]
     assert (
         get(RemoteFile("file", (absent, server.url()), sha256=SHA256), tmp_path).read_bytes()
         == CONTENT
     )
     server.errors = [500] * 99
-    with pytest.raises(DataError, match="broke off too often: .*500"):  # noqa: RUF043
+    with pytest.raises(DataError, match=r"broke off too often: .*500"):
         get(RemoteFile("other", (server.url(),)), tmp_path)
     assert len(server.errors) == 99 - 5
 
 
-def test_no_network_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody listens; the name is not found; a proxy does not let through. What has arrived before is kept."""
+def test_a_missing_network_is_reported_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused connection, unknown host, refusing proxy. The bytes that arrived are kept."""
     (tmp_path / "other.part").write_bytes(b"half")
+
     with pytest.raises(
         DataError, match=r"cannot be reached: http.*refused; fix: check the network.*/other$"
-    ) as told:
+    ) as caught:
         get(RemoteFile("other", ("http://127.0.0.1:1/file",)), tmp_path)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
     assert (tmp_path / "other.part").read_bytes() == b"half"
     for reason in (
         socket.gaierror(-2, "Name or service not known"),
         OSError("Tunnel connection failed: 403"),
     ):
-        asked: list[str] = []
+        urls: list[str] = []
 
-        def refuse(
-            url: str, *_: object, reason: OSError = reason, asked: list[str] = asked
-        ) -> None:
-            asked.append(url)
+        def refuse(url: str, *_: object, reason: OSError = reason, urls: list[str] = urls) -> None:
+            urls.append(url)
             raise urllib.error.URLError(reason)
 
-        monkeypatch.setattr(fetching, "_open", refuse)
-        with pytest.raises(DataError, match="cannot be reached: https://example.org/x; got "):  # noqa: RUF043
+        monkeypatch.setattr(fetching, "open_url", refuse)
+        with pytest.raises(DataError, match=r"cannot be reached: https://example\.org/x; got "):
             get(RemoteFile("x", ("https://example.org/x",)), tmp_path)
-        assert len(asked) == 2
+        assert len(urls) == 2
 
 
-def test_sizes_that_do_not_agree(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="file of another size: .*expected 5, got 3000000"):  # noqa: RUF043
+def test_a_file_of_another_size_is_refused(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"file of another size: .*expected 5, got 3000000"):
         get(remote(server, size=5), tmp_path)
 
 
-def test_parts_that_do_not_agree(server: Server, tmp_path: Path) -> None:
+def test_a_wrong_range_is_refused(server: Server, tmp_path: Path) -> None:
     server.cuts, server.shift = 1, 7
-    with pytest.raises(
-        DataError, match=r"another part than was asked for: .*expected bytes 1500000-"
-    ):
+
+    with pytest.raises(DataError, match=r"another part than requested: .*expected bytes 1500000-"):
         get(remote(server), tmp_path)
 
 
-def test_the_disk_is_looked_at_first(
+def test_disk_space_is_checked_first(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = shutil.disk_usage(tmp_path)._replace(free=fetching._RESERVE + 2_999_999)
+    free = shutil.disk_usage(tmp_path)._replace(free=fetching.DISK_RESERVE + 2_999_999)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     with pytest.raises(DataError, match="the disk is too small"):
         get(remote(server), tmp_path)
     monkeypatch.setattr(
-        shutil, "disk_usage", lambda _: free._replace(free=fetching._RESERVE + 3_000_000)
+        shutil, "disk_usage", lambda _: free._replace(free=fetching.DISK_RESERVE + 3_000_000)
     )
     get(remote(server), tmp_path)
 
 
-# Data sets ------------------------------------------------------------------------------------------------------------
+# Data sets
 
 
 def served(
     server: Server, name: str, root: Path, monkeypatch: pytest.MonkeyPatch, **facts: Any
 ) -> PublishedDataset:
-    """The data set of that name, with this server in place of its own and a sample in place of its files."""
+    """Serve a sample as a published data set, in place of the official files."""
     files = []
     for old in PUBLISHED[name].files:
         server.files[f"/{old.name}"] = (root / old.name).read_bytes()
@@ -312,9 +332,9 @@ def served(
         files.append(
             old._replace(urls=(server.url(f"/{old.name}"),), size=0, md5="", sha256=digest)
         )
-    known = PUBLISHED[name]._replace(files=tuple(files), **facts)
-    monkeypatch.setitem(PUBLISHED, name, known)
-    return known
+    dataset = PUBLISHED[name]._replace(files=tuple(files), **facts)
+    monkeypatch.setitem(PUBLISHED, name, dataset)
+    return dataset
 
 
 def test_a_fetched_data_set_loads(
@@ -323,7 +343,7 @@ def test_a_fetched_data_set_loads(
     served(
         server,
         "icassava2019",
-        write_sample("icassava2019", tmp_path / "made", per_class=2),
+        write_sample("icassava2019", tmp_path / "sample", per_class=2),
         monkeypatch,
     )
     root = tmp_path / "deep/data"
@@ -335,7 +355,7 @@ def test_a_fetched_data_set_loads(
     (archive,) = fetch("icassava2019", root, accept_licence=True)
     assert archive.with_name(archive.name + ".unpacked").is_dir()
     assert len(load_data(DataSpec(source="icassava2019", root=str(root)), 0).train) == 10
-    served(server, "mnist", write_sample("mnist", tmp_path / "made", per_class=2), monkeypatch)
+    served(server, "mnist", write_sample("mnist", tmp_path / "sample", per_class=2), monkeypatch)
     assert [path.name for path in fetch("mnist", root)] == [
         file.name for file in PUBLISHED["mnist"].files
     ]
@@ -353,7 +373,7 @@ def test_a_hostile_archive_writes_nothing_outside(
     assert not list(tmp_path.rglob("outside"))
 
 
-def test_what_cannot_be_fetched(tmp_path: Path) -> None:
+def test_invalid_names_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="unknown published data set; expected mnist"):
         fetch("folder", tmp_path)
     (tmp_path / "file").write_text("")
@@ -361,11 +381,11 @@ def test_what_cannot_be_fetched(tmp_path: Path) -> None:
         fetch("mnist", tmp_path / "file")
 
 
-def test_every_data_set_has_its_facts() -> None:
+def test_every_data_set_has_files_and_checksums() -> None:
     for name in PUBLISHED:
-        known = find_published(name)
-        assert bool(known.files) != bool(known.kaggle), name
-        for file in known.files + known.extra_files:
+        dataset = find_published(name)
+        assert bool(dataset.files) != bool(dataset.kaggle), name
+        for file in dataset.files + dataset.extra_files:
             assert all(
                 url.startswith(("http://", "https://")) and url.endswith(file.name)
                 for url in file.urls
@@ -376,7 +396,7 @@ def test_every_data_set_has_its_facts() -> None:
             assert bool(file.md5 or file.sha256) != unchecked, file.name
 
 
-# Kaggle ---------------------------------------------------------------------------------------------------------------
+# Kaggle
 
 
 @pytest.fixture
@@ -395,11 +415,12 @@ def test_kaggle_without_and_with_its_program(tmp_path: Path, home: Path) -> None
         DataError, match=r"needs a Kaggle account: .*download all files as .*\.zip.*kaggle\.json"
     ):
         fetch("cassava2020", tmp_path / "data", accept_licence=True)
-    made = write_sample("cassava2020", tmp_path / "made", per_class=2)
-    shutil.make_archive(str(tmp_path / "made"), "zip", made)
+    sample = write_sample("cassava2020", tmp_path / "sample", per_class=2)
+    shutil.make_archive(str(tmp_path / "sample"), "zip", sample)
     program = tmp_path / "bin/kaggle"
     program.write_text(
-        f'#!/bin/sh\necho 403 - Forbidden >&2\n[ -f "{home}/ok" ] && cp "{tmp_path}/made.zip" "$6/$4.zip"\n'
+        "#!/bin/sh\necho 403 - Forbidden >&2\n"
+        f'[ -f "{home}/ok" ] && cp "{tmp_path}/sample.zip" "$6/$4.zip"\n'
     )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     with pytest.raises(DataError, match="needs a Kaggle account"):

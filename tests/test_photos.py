@@ -1,4 +1,4 @@
-"""iNaturalist, Cassava and Surrey in their official layouts: splits, classes, groups, archives, and what is wrong."""
+"""iNaturalist, Cassava and Surrey in their official layouts, and damaged files of each."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def zip_up(folder: Path, archive: Path) -> Path:
     return archive
 
 
-# iNaturalist ----------------------------------------------------------------------------------------------------------
+# iNaturalist
 
 
 def annotations(root: Path, part: str) -> dict[str, Any]:
@@ -54,9 +54,11 @@ def write_json(root: Path, part: str, tree: Any) -> None:
     (root / f"{part}2019.json").write_text(json.dumps(tree))
 
 
-def test_inaturalist_holds_out_the_official_validation_images(tmp_path: Path) -> None:
+def test_inaturalist_holds_out_its_validation_images(tmp_path: Path) -> None:
     write_sample("inaturalist2019", tmp_path)
+
     sources = load("inaturalist2019", tmp_path)
+
     assert sources.test is not None
     assert (count(sources.train), count(sources.test)) == (
         {str(i): 6 for i in range(6)},
@@ -69,19 +71,27 @@ def test_inaturalist_holds_out_the_official_validation_images(tmp_path: Path) ->
         labels = {files[entry["image_id"]]: entry["category_id"] for entry in tree["annotations"]}
         assert dict(zip(data.ids, data.labels.tolist(), strict=True)) == labels
     assert np.array_equal(sources.train.pixels(4), decode(tmp_path / sources.train.ids[4]))
+
+
+def test_inaturalist_with_extra_holds_out_nothing(tmp_path: Path) -> None:
+    write_sample("inaturalist2019", tmp_path)
+
     joined = load("inaturalist2019", tmp_path, extra=True)
+
     assert (count(joined.train), joined.test) == ({str(i): 9 for i in range(6)}, None)
     assert "nothing is held out" in joined.notes[-1]
 
 
-def test_inaturalist_classes_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+def test_inaturalist_classes_follow_their_numbers(tmp_path: Path) -> None:
     """categories.json has the names; one name of two species gets their numbers."""
     write_sample("inaturalist2019", tmp_path, per_class=2)
     names = ["Zea mays", "Ajuga", "Ajuga", "Bombus", "Apis", "Corvus"]
     (tmp_path / "categories.json").write_text(
         json.dumps([{"id": i, "name": name} for i, name in enumerate(names)][::-1])
     )
+
     train = load("inaturalist2019", tmp_path).train
+
     assert train.classes == ("Zea mays", "Ajuga (1)", "Ajuga (2)", "Bombus", "Apis", "Corvus")
     assert {
         name.split("/")[2]: label
@@ -96,7 +106,9 @@ def test_inaturalist_from_its_archive(tmp_path: Path) -> None:
         str(tmp_path / "packed/train_val2019"), "gztar", tmp_path / "packed", "train_val2019"
     )
     shutil.rmtree(tmp_path / "packed/train_val2019")
+
     plain = load("inaturalist2019", tmp_path / "plain")
+
     for root in (tmp_path / "packed", tmp_path / "packed/train_val2019.tar.gz"):
         assert load("inaturalist2019", root).train.ids == plain.train.ids
 
@@ -121,7 +133,7 @@ BAD_INAT: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no annotations": (
         lambda r: (r / "val2019.json.tar.gz").unlink(),
-        "no such file of iNaturalist 2019: .*val2019.json",
+        "a file of iNaturalist 2019 is missing: .*val2019.json",
     ),
     "no JSON": (
         lambda r: write_json(r, "train", None) or (r / "train2019.json").write_text("{"),
@@ -160,16 +172,19 @@ def test_bad_inaturalist(tmp_path: Path, case: str) -> None:
     write_sample("inaturalist2019", tmp_path, per_class=2)
     spoil, message = BAD_INAT[case]
     spoil(tmp_path)
+
     with pytest.raises(DataError, match=message):
         load("inaturalist2019", tmp_path)
 
 
-# Cassava --------------------------------------------------------------------------------------------------------------
+# Cassava
 
 
 def test_icassava_with_three_labelled_parts(tmp_path: Path) -> None:
     write_sample("icassava2019", tmp_path)
+
     sources = load("icassava2019", tmp_path)
+
     assert sources.train.classes == CASSAVA_CLASSES
     assert count(sources.train) == dict.fromkeys(CASSAVA_CLASSES, 6)
     assert count(sources.test) == dict.fromkeys(CASSAVA_CLASSES, 3)
@@ -183,18 +198,20 @@ def test_icassava_with_three_labelled_parts(tmp_path: Path) -> None:
         )
 
 
-def test_icassava_as_kaggle_gives_it(tmp_path: Path) -> None:
+def test_icassava_in_kaggles_edition(tmp_path: Path) -> None:
     """train.zip and test.zip in one archive; the test images have no labels."""
-    write_sample("icassava2019", tmp_path / "made", per_class=2)
-    load("icassava2019", tmp_path / "made")
-    folder = tmp_path / "made/cassavaleafdata.zip.unpacked/cassavaleafdata"
+    write_sample("icassava2019", tmp_path / "sample", per_class=2)
+    load("icassava2019", tmp_path / "sample")
+    folder = tmp_path / "sample/cassavaleafdata.zip.unpacked/cassavaleafdata"
     (tmp_path / "train").mkdir()
     (folder / "train").rename(tmp_path / "train/train")
     (tmp_path / "box").mkdir()
     zip_up(tmp_path / "train", tmp_path / "box/train.zip")
     (tmp_path / "kaggle").mkdir()
     zip_up(tmp_path / "box", tmp_path / "kaggle/cassava-disease.zip")
+
     sources = load("icassava2019", tmp_path / "kaggle")
+
     assert (count(sources.train), sources.test) == (dict.fromkeys(CASSAVA_CLASSES, 2), None)
     unpacked = tmp_path / "kaggle/cassava-disease.zip.unpacked/train.zip.unpacked"
     shutil.copytree(folder / "test/cbb", unpacked / "test/0")
@@ -210,18 +227,20 @@ def test_icassava_as_kaggle_gives_it(tmp_path: Path) -> None:
 
 
 def test_cassava2020(tmp_path: Path) -> None:
-    write_sample("cassava2020", tmp_path / "made")
-    sources = load("cassava2020", tmp_path / "made")
+    write_sample("cassava2020", tmp_path / "sample")
+
+    sources = load("cassava2020", tmp_path / "sample")
+
     assert (sources.train.classes, sources.test) == (CASSAVA_2020_CLASSES, None)
     rows = dict(
-        line.split(",") for line in (tmp_path / "made/train.csv").read_text().splitlines()[1:]
+        line.split(",") for line in (tmp_path / "sample/train.csv").read_text().splitlines()[1:]
     )
     assert {
         name: str(label)
         for name, label in zip(sources.train.ids, sources.train.labels, strict=True)
     } == {f"train_images/{name}": label for name, label in rows.items()}
     assert sources.notes[-1] == "the test images have no labels and are not used"
-    archive = zip_up(tmp_path / "made", tmp_path / "cassava-leaf-disease-classification.zip")
+    archive = zip_up(tmp_path / "sample", tmp_path / "cassava-leaf-disease-classification.zip")
     for root in (archive, tmp_path):
         assert load("cassava2020", root).train.ids == sources.train.ids
 
@@ -258,16 +277,19 @@ def test_bad_cassava2020(tmp_path: Path, case: str) -> None:
     write_sample("cassava2020", tmp_path, per_class=2)
     spoil, message = BAD_CASSAVA[case]
     spoil(tmp_path)
+
     with pytest.raises(DataError, match=message):
         load("cassava2020", tmp_path)
 
 
-# Surrey ---------------------------------------------------------------------------------------------------------------
+# Surrey
 
 
 def test_surrey_has_signers_as_groups(tmp_path: Path) -> None:
     write_sample("surrey-asl", tmp_path, per_class=2)
+
     sources = load("surrey-asl", tmp_path)
+
     train = sources.train
     assert (train.classes, sources.test) == (SURREY_LETTERS, None)
     assert not {"j", "z"} & set(train.classes)
@@ -276,13 +298,23 @@ def test_surrey_has_signers_as_groups(tmp_path: Path) -> None:
     assert train.groups == tuple(name[0] for name in train.ids)
     assert sources.notes[-1] == "144 depth images are not used"
     assert np.array_equal(train.pixels(0), decode(tmp_path / "dataset5" / train.ids[0]))
+
+
+def test_surrey_from_its_archive(tmp_path: Path) -> None:
+    write_sample("surrey-asl", tmp_path, per_class=2)
+    ids = load("surrey-asl", tmp_path).train.ids
     shutil.make_archive(str(tmp_path / "fingerspelling5"), "bztar", tmp_path, "dataset5")
     (tmp_path / "alone").mkdir()
     archive = (tmp_path / "fingerspelling5.tar.bz2").rename(
         tmp_path / "alone/fingerspelling5.tar.bz2"
     )
+
     for root in (tmp_path / "dataset5", archive, archive.parent):
-        assert load("surrey-asl", root).train.ids == train.ids
+        assert load("surrey-asl", root).train.ids == ids
+
+
+def test_surrey_refuses_unknown_folders(tmp_path: Path) -> None:
+    write_sample("surrey-asl", tmp_path, per_class=2)
     (tmp_path / "dataset5/B/j").mkdir()
     with pytest.raises(DataError, match=r"none of the 24 letters.*got j"):
         load("surrey-asl", tmp_path)
@@ -290,7 +322,7 @@ def test_surrey_has_signers_as_groups(tmp_path: Path) -> None:
         load("surrey-asl", tmp_path / "absent")
 
 
-# Recipes --------------------------------------------------------------------------------------------------------------
+# Recipes
 
 
 def test_recipes_know_groups_and_extra_images() -> None:

@@ -14,7 +14,7 @@ from threefold.console import err, out, print_json
 
 if TYPE_CHECKING:
     from threefold.datacheck import DataCheck
-    from threefold.fetch import Watcher
+    from threefold.fetch import ProgressCallback
     from threefold.scales import Protocol, Scale
 
 _MARKS = {"error": "[bold red]error[/]", "warning": "[yellow]warning[/]", "note": "note"}
@@ -51,8 +51,10 @@ def fetch(
 
     known, folder = find_published(name), to or Path("data") / name
     out.print(f"{known.title}: {known.homepage}\nterms: {known.licence}", markup=False)
-    with _Download() as watcher:
-        paths = fetching.fetch(name, folder, extra=extra, accept_licence=accept, watcher=watcher)
+    with _Download() as on_progress:
+        paths = fetching.fetch(
+            name, folder, extra=extra, accept_licence=accept, on_progress=on_progress
+        )
     for path in paths:
         out.print(f"{path}  {path.stat().st_size / 1e6:.1f} MB", markup=False)
     out.print(
@@ -64,7 +66,7 @@ def fetch(
 class _Download:
     """A progress bar on a terminal, nothing elsewhere."""
 
-    def __enter__(self) -> Watcher:
+    def __enter__(self) -> ProgressCallback:
         from rich.progress import (
             BarColumn,
             DownloadColumn,

@@ -1,8 +1,8 @@
-"""Downloads of the paper's data sets from where they are published: resumed, bounded, and checked.
+"""Download the paper's data sets from where they are published: resumed, bounded, and checked.
 
-A file is whole and checked, or it is not there: what is not complete has the name `.part` and is gone on with in the
-next call, what has a wrong checksum is put aside as `.refused`. Where no checksum is published, the one of the first
-download is recorded in `fetched.json` and later ones have to agree with it.
+A file is complete and checked, or absent. An incomplete file is called `.part`, and the next call
+resumes it; a file with a wrong checksum is renamed to `.refused`. If no checksum is published, the
+first download's is recorded in `fetched.json`, and later downloads must agree with it.
 """
 
 from __future__ import annotations
@@ -30,14 +30,18 @@ from threefold.data__published import PublishedDataset, RemoteFile, find_publish
 from threefold.errors import DataError, RunError
 from threefold.files import read_json, write_json
 
-Watcher = Callable[[str, int, int], None]
-"""Told the file's name, the bytes that are there, and the bytes in all (0 = unknown)."""
+ProgressCallback = Callable[[str, int, int], None]
+"""Called with the file's name, the bytes on disk, and the total bytes (0 = unknown)."""
+
+MAX_TRIES = 5
+"""Consecutive tries without a new byte before a download fails."""
+
+DISK_RESERVE = 1 << 28
+"""Bytes of the disk that stay free."""
 
 _BLOCK = 1 << 20
-_RESERVE = 1 << 28
-_TRIES = 5
-_UNREACHED = {errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN}
 _TIMEOUT = 60.0
+_UNREACHABLE = {errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN}
 
 
 def fetch(
@@ -46,59 +50,63 @@ def fetch(
     *,
     extra: bool = False,
     accept_licence: bool = False,
-    watcher: Watcher | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> list[Path]:
-    """Get the official files of a data set into a folder, which `data.root` may then name.
+    """Download the official files of a data set into a folder, for `data.root`.
 
-    Files that are there already are checked and kept. Archives of image files are unpacked beside themselves.
+    Files that exist already are checked and kept. Archives of image files are unpacked beside
+    themselves.
 
     Args:
-        name: a `data.source` that is a published data set (`official.PUBLISHED`).
-        root: the folder; it is made if need be.
-        extra: also the files that `data.extra` needs.
-        accept_licence: the terms of use (`find_published(name).licence`) are accepted; needed where they restrict the use.
-        watcher: is told of the progress.
+        name: a key of `PUBLISHED`.
+        root: the folder, made if needed.
+        extra: also download the files that `data.extra` needs.
+        accept_licence: whether the user accepts the terms of use; required if they restrict it.
+        on_progress: called after each block.
 
     Returns:
         The files.
 
     Raises:
-        DataError: the terms are not accepted, an account is needed, the disk is full, the server refuses or breaks
-            off too often, or a checksum is wrong.
+        DataError: the terms are not accepted, an account is needed, the disk is full, the server
+            refuses or breaks off too often, or a checksum is wrong.
     """
-    known, folder = find_published(name), Path(root).expanduser()
-    if known.must_accept and not accept_licence:
+    dataset, folder = find_published(name), Path(root).expanduser()
+    if dataset.must_accept and not accept_licence:
         raise DataError(
-            f"the terms of {known.title} have to be accepted",
-            where=known.homepage,
-            got=f"terms: {known.licence}",
+            f"the terms of {dataset.title} have to be accepted",
+            where=dataset.homepage,
+            got=f"terms: {dataset.licence}",
             fix="read them there, then add --accept-licence",
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(
-            "cannot make the folder", where=folder, got=error.strerror or error
-        ) from None
-    if known.kaggle:
-        return [_from_kaggle(known, folder)]
+        got = error.strerror or error
+        raise DataError("cannot make the folder", where=folder, got=got) from None
+    if dataset.kaggle:
+        return [_download_from_kaggle(dataset, folder)]
     paths = []
-    for remote in known.files + (known.extra_files if extra else ()):
-        paths.append(download(remote, folder, watcher))
+    for remote in dataset.files + (dataset.extra_files if extra else ()):
+        path = download_file(remote, folder, on_progress)
         if remote.unpack:
-            unpack_beside(paths[-1])
+            unpack_beside(path)
+        paths.append(path)
     return paths
 
 
-def download(
-    remote: RemoteFile, folder: Path, watcher: Watcher | None = None, pause: float = 1.0
+def download_file(
+    remote: RemoteFile,
+    folder: Path,
+    on_progress: ProgressCallback | None = None,
+    pause: float = 1.0,
 ) -> Path:
-    """One file, from the first of its addresses that gives it.
+    """Download one file from the first mirror that serves it completely.
 
     Args:
         remote: the file.
-        folder: where it goes; also where `fetched.json` is.
-        watcher: is told of the progress.
+        folder: where to put it and `fetched.json`.
+        on_progress: called after each block.
         pause: seconds before the second try; doubled before each further one.
 
     Raises:
@@ -106,76 +114,79 @@ def download(
     """
     target, part = folder / remote.name, folder / f"{remote.name}.part"
     try:
-        if not target.is_file():
-            _receive_any(remote, part, watcher, pause)
-            _require_checksum(part, remote, folder / f"{remote.name}.refused")
-            os.replace(part, target)
-            _sidecar(part).unlink(missing_ok=True)
+        if target.is_file():
+            _check_digest(target, remote, refused=None)
         else:
-            _require_checksum(target, remote, None)
+            _download_from_mirrors(remote, part, on_progress, pause)
+            _check_digest(part, remote, refused=folder / f"{remote.name}.refused")
+            os.replace(part, target)
+            _origin_path(part).unlink(missing_ok=True)
     except OSError as error:
-        raise DataError(
-            "cannot write", where=error.filename or target, got=error.strerror or error
-        ) from None
+        where, got = error.filename or target, error.strerror or error
+        raise DataError("cannot write", where=where, got=got) from None
     return target
 
 
-# Checksums ------------------------------------------------------------------------------------------------------------
+# Checksums
 
 
-def _require_checksum(path: Path, remote: RemoteFile, aside: Path | None) -> None:
-    """The published checksums, or else the recorded one; a file that has another is moved `aside`, if that is given."""
+def _check_digest(path: Path, remote: RemoteFile, refused: Path | None) -> None:
+    """Compare a file with its published or recorded checksums, and record its SHA-256.
+
+    Args:
+        path: the file.
+        remote: what it should be.
+        refused: where to move a wrong file; None leaves it in place.
+    """
     digests = {"md5": hashlib.md5(usedforsecurity=False), "sha256": hashlib.sha256()}
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
             for digest in digests.values():
                 digest.update(block)
-    got = {kind: digest.hexdigest() for kind, digest in digests.items()}
+    actual = {kind: digest.hexdigest() for kind, digest in digests.items()}
     record = path.parent / "fetched.json"
-    recorded = _recorded(record)
+    recorded = _read_record(record)
     expected = {"md5": remote.md5, "sha256": remote.sha256 or recorded.get(remote.name, "")}
-    wrong = [kind for kind, value in expected.items() if value and value != got[kind]]
-    if wrong:
-        if aside is not None:
-            os.replace(path, aside)
-            _sidecar(path).unlink(missing_ok=True)
-        raise DataError(
-            "the file is not the published one"
-            if remote.md5 or remote.sha256
-            else "the file has changed",
-            where=aside or path,
-            expected=f"{wrong[0]} {expected[wrong[0]]}",
-            got=got[wrong[0]],
-            fix="run the same command again to download it anew"
-            if aside
-            else "remove it and run the command again",
-        )
-    if recorded.get(remote.name) != got["sha256"]:
-        write_json(record, {**recorded, remote.name: got["sha256"]})
+    for kind, value in expected.items():
+        if value and value != actual[kind]:
+            if refused is not None:
+                os.replace(path, refused)
+                _origin_path(path).unlink(missing_ok=True)
+            is_published = bool(remote.md5 or remote.sha256)
+            raise DataError(
+                "the file is not the published one" if is_published else "the file has changed",
+                where=refused or path,
+                expected=f"{kind} {value}",
+                got=actual[kind],
+                fix="run the same command again to download it anew"
+                if refused
+                else "remove it and run the command again",
+            )
+    if recorded.get(remote.name) != actual["sha256"]:
+        write_json(record, {**recorded, remote.name: actual["sha256"]})
 
 
-def _recorded(record: Path) -> dict[str, str]:
+def _read_record(record: Path) -> dict[str, str]:
     """SHA-256 by file name, of earlier downloads."""
     if not record.is_file():
         return {}
     try:
         tree = read_json(record)
     except RunError as error:
-        raise DataError(
-            "the record of downloads is damaged", where=record, got=error, fix="remove it"
-        ) from None
+        what = "the record of downloads is damaged"
+        raise DataError(what, where=record, got=error, fix="remove it") from None
     return {str(name): str(value) for name, value in tree.items()} if isinstance(tree, dict) else {}
 
 
-# HTTP -----------------------------------------------------------------------------------------------------------------
+# HTTP
 
 
-class _Cut(Exception):
-    """The connection ended early; another try may go on."""
+class _IncompleteError(Exception):
+    """The connection ended early; another try may resume."""
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows within HTTP, and never from https to http."""
+class SafeRedirectHandler(urllib.request.HTTPRedirectHandler):
+    """Follow redirects within HTTP only, and never from https to http."""
 
     def redirect_request(
         self,
@@ -186,16 +197,20 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         headers: Any,
         newurl: str,
     ) -> urllib.request.Request | None:
+        """Build the request for the new address, or refuse it.
+
+        Raises:
+            DataError: the address is unsafe.
+        """
         if not newurl.startswith("https:" if req.type == "https" else ("http:", "https:")):
             fp.close()
-            raise DataError(
-                "the server redirects to an unsafe address", where=req.full_url, got=newurl
-            )
+            what = "the server redirects to an unsafe address"
+            raise DataError(what, where=req.full_url, got=newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _open(url: str, headers: dict[str, str]) -> Any:
-    """Open an address; only http and https, so that no server can point to a local file."""
+def open_url(url: str, headers: dict[str, str]) -> Any:
+    """Open an http or https address; no other handler exists, so that no server can name a file."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
@@ -203,47 +218,42 @@ def _open(url: str, headers: dict[str, str]) -> Any:
         urllib.request.HTTPSHandler(),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPErrorProcessor(),
-        _Redirects(),
+        SafeRedirectHandler(),
     ):
         opener.add_handler(handler)
-    request = urllib.request.Request(
-        url, headers={"User-Agent": "threefold", "Accept-Encoding": "identity", **headers}
-    )
-    return opener.open(request, timeout=_TIMEOUT)
+    headers = {"User-Agent": "threefold", "Accept-Encoding": "identity", **headers}
+    return opener.open(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT)
 
 
-def _receive_any(remote: RemoteFile, part: Path, watcher: Watcher | None, pause: float) -> None:
-    """Fill `part` from the first address that gives the whole file."""
+def _download_from_mirrors(
+    remote: RemoteFile, part: Path, on_progress: ProgressCallback | None, pause: float
+) -> None:
     for url in remote.urls:
         try:
-            return _receive(url, remote, part, watcher, pause)
+            return _download_with_retries(url, remote, part, on_progress, pause)
         except DataError as error:
-            last = error
-    raise last
+            last_error = error
+    raise last_error
 
 
-def _receive(
-    url: str, remote: RemoteFile, part: Path, watcher: Watcher | None, pause: float
+def _download_with_retries(
+    url: str, remote: RemoteFile, part: Path, on_progress: ProgressCallback | None, pause: float
 ) -> None:
-    """Fill `part`, going on after cuts; a try that brought something does not count."""
+    """Fill `part`, resuming after interruptions; only tries without a new byte count."""
     tries = 0
     while True:
-        before = _size(part)
+        size_before = _size(part)
         try:
-            return _receive_once(url, remote, part, watcher)
-        except DataError:
-            raise
+            return _resume(url, remote, part, on_progress)
         except urllib.error.HTTPError as error:
             error.close()
-            if error.code == 416:  # the part is longer than the file now is
+            reason: object = f"{error.code} {error.reason}"
+            if error.code == 416:  # the part is longer than the file is now
                 part.unlink(missing_ok=True)
             elif error.code < 500 and error.code not in (408, 429):
-                raise DataError(
-                    "the server refuses", where=url, got=f"{error.code} {error.reason}"
-                ) from None
-            reason: object = f"{error.code} {error.reason}"
+                raise DataError("the server refuses", where=url, got=reason) from None
         except (
-            _Cut,
+            _IncompleteError,
             http.client.HTTPException,
             urllib.error.URLError,
             ssl.SSLError,
@@ -251,134 +261,138 @@ def _receive(
             TimeoutError,
         ) as error:
             reason = getattr(error, "reason", None) or error or type(error).__name__
-        tries = 1 if _size(part) > before else tries + 1
-        if tries >= 2 and _unreached(reason):
-            fix = (
-                f"check the network, or download it elsewhere and put it at {part.with_suffix('')}"
-            )
+        tries = 1 if _size(part) > size_before else tries + 1
+        if tries >= 2 and _is_unreachable(reason):
+            target = part.with_suffix("")
+            fix = f"check the network, or download it elsewhere and put it at {target}"
             raise DataError("the server cannot be reached", where=url, got=reason, fix=fix)
-        if tries >= _TRIES:
-            fix = "run the same command again: what has arrived is kept"
+        if tries >= MAX_TRIES:
+            fix = "run the same command again: the bytes that arrived are kept"
             raise DataError("the download broke off too often", where=url, got=reason, fix=fix)
         time.sleep(pause * 2 ** (tries - 1))
 
 
-def _unreached(reason: object) -> bool:
-    """Whether no server answered at all: the name is not found, nobody listens, or a proxy does not let through."""
+def _is_unreachable(reason: object) -> bool:
+    """Whether no server answered: unknown host, refused connection, or a refusing proxy."""
     if isinstance(reason, socket.gaierror):
         return True
     return isinstance(reason, OSError) and (
-        reason.errno in _UNREACHED or "Tunnel connection failed" in str(reason)
+        reason.errno in _UNREACHABLE or "Tunnel connection failed" in str(reason)
     )
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
 
 
-class _Answer(NamedTuple):
-    """Where a server begins, and how long the whole file is (0 = it does not say)."""
+class _BodyRange(NamedTuple):
+    """What the body of a response holds."""
 
     start: int
     total: int
+    """Bytes of the whole file; 0 = the server does not say."""
 
 
-def _answer(status: int, headers: Message, asked: int, url: str) -> _Answer:
+def _parse_range(status: int, headers: Message, offset: int, url: str) -> _BodyRange:
+    """Read the range of a response to a request for the bytes from `offset` on."""
     length = int(headers.get("Content-Length") or 0)
     if status != 206:
-        return _Answer(0, length)
-    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range") or "")
-    if not found or int(found[1]) != asked:
-        raise DataError(
-            "the server gives another part than was asked for",
-            where=url,
-            expected=f"bytes {asked}-",
-        )
-    return _Answer(asked, int(found[3]) if found[3] != "*" else asked + length)
+        return _BodyRange(0, length)
+    match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range") or "")
+    if not match or int(match[1]) != offset:
+        what = "the server sends another part than requested"
+        raise DataError(what, where=url, expected=f"bytes {offset}-")
+    return _BodyRange(offset, offset + length if match[3] == "*" else int(match[3]))
 
 
-def _receive_once(url: str, remote: RemoteFile, part: Path, watcher: Watcher | None) -> None:
-    """Go on where `part` ends, if the server still has the same file; else begin again."""
-    have, validator = _size(part), _validator(part, url)
-    headers = {"Range": f"bytes={have}-", "If-Range": validator} if have and validator else {}
-    with _open(url, headers) as response:
-        start, total = _answer(response.status, response.headers, have, url)
+def _resume(url: str, remote: RemoteFile, part: Path, on_progress: ProgressCallback | None) -> None:
+    """Append to `part` if the server still has the same file; otherwise start again."""
+    offset, validator = _size(part), _read_validator(part, url)
+    headers = {}
+    if offset and validator:
+        headers = {"Range": f"bytes={offset}-", "If-Range": validator}
+    with open_url(url, headers) as response:
+        start, total = _parse_range(response.status, response.headers, offset, url)
         if remote.size and total and total != remote.size:
-            raise DataError(
-                "the server has a file of another size", where=url, expected=remote.size, got=total
-            )
-        _require_disk(part, (total or remote.size) - start)
-        etag = response.headers.get("ETag") or ""
-        strong = (
-            etag
-            if etag and not etag.startswith("W/")
-            else response.headers.get("Last-Modified") or ""
-        )
-        _sidecar(part).write_text(f"{url}\n{strong}", encoding="utf-8")
+            what = "the server has a file of another size"
+            raise DataError(what, where=url, expected=remote.size, got=total)
+        size = total or remote.size
+        _check_disk(part, size - start)
+        _write_validator(part, url, response.headers)
         with open(part, "r+b" if start else "wb") as file:
             file.seek(start)
-            at = start
+            position = start
             while block := response.read(_BLOCK):
-                at += len(block)
-                if at > (remote.size or total or at):
-                    raise DataError("the server sends more than it said", where=url)
-                _require_disk(part, len(block))
+                position += len(block)
+                if size and position > size:
+                    raise DataError("the server sends more than it announced", where=url)
+                _check_disk(part, len(block))
                 file.write(block)
-                if watcher:
-                    watcher(remote.name, at, total or remote.size)
-    if at < (total or remote.size):
-        raise _Cut(f"{at:,} of {total or remote.size:,} bytes arrived")
+                if on_progress:
+                    on_progress(remote.name, position, size)
+    if position < size:
+        raise _IncompleteError(f"{position:,} of {size:,} bytes arrived")
 
 
-def _require_disk(part: Path, more: int) -> None:
+def _check_disk(part: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(part.parent).free
-    if free < more + _RESERVE:
+    if free < num_bytes + DISK_RESERVE:
         raise DataError(
             "the disk is too small for the download",
             where=part.parent,
-            expected=f"{(more + _RESERVE) / 1e9:.1f} GB free",
+            expected=f"{(num_bytes + DISK_RESERVE) / 1e9:.1f} GB free",
             got=f"{free / 1e9:.1f} GB",
-            fix="free disk space or choose another --to; what has arrived is kept",
+            fix="free disk space or choose another --to; the bytes that arrived are kept",
         )
 
 
-def _sidecar(part: Path) -> Path:
-    """Beside a part: its address, and what the server calls this version of the file."""
+def _origin_path(part: Path) -> Path:
+    """The file beside a part with its address and its validator (RFC 9110, If-Range)."""
     return part.with_name(part.name + ".from")
 
 
-def _validator(part: Path, url: str) -> str:
-    """What the server called the version that `part` is the beginning of; empty if that is not known."""
+def _write_validator(part: Path, url: str, headers: Message) -> None:
+    etag = headers.get("ETag") or ""
+    if not etag or etag.startswith("W/"):  # a weak tag does not promise equal bytes
+        etag = headers.get("Last-Modified") or ""
+    _origin_path(part).write_text(f"{url}\n{etag}", encoding="utf-8")
+
+
+def _read_validator(part: Path, url: str) -> str:
+    """The validator of the version that `part` begins; empty if it is unknown."""
     with suppress(OSError, ValueError):
-        address, _, validator = _sidecar(part).read_text(encoding="utf-8").partition("\n")
-        return validator if address == url else ""
+        origin, _, validator = _origin_path(part).read_text(encoding="utf-8").partition("\n")
+        return validator if origin == url else ""
     return ""
 
 
-# Kaggle ---------------------------------------------------------------------------------------------------------------
+# Kaggle
 
 
-def _from_kaggle(known: PublishedDataset, folder: Path) -> Path:
-    """The archive of a competition, by Kaggle's own program, which needs the user's account."""
-    archive = folder / f"{known.kaggle}.zip"
+def _download_from_kaggle(dataset: PublishedDataset, folder: Path) -> Path:
+    """Download a competition's archive by Kaggle's program, which needs the user's account."""
+    archive = folder / f"{dataset.kaggle}.zip"
     if not archive.is_file():
         program = shutil.which("kaggle")
         if program is None or not _has_kaggle_token():
             raise DataError(
-                f"{known.title} needs a Kaggle account",
-                where=known.homepage,
-                fix=f"accept the rules there and download all files as {archive}; or pip install kaggle, put your API "
-                "token where it looks for it (~/.kaggle/kaggle.json), and run the same command again",
+                f"{dataset.title} needs a Kaggle account",
+                where=dataset.homepage,
+                fix=f"accept the rules there and download all files as {archive}; or pip install "
+                "kaggle, put your API token where it looks for it (~/.kaggle/kaggle.json), and "
+                "run the same command again",
             )
-        command = [program, "competitions", "download", "-c", known.kaggle, "-p", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode or not archive.is_file():
-            told = (done.stderr.strip() or done.stdout.strip() or "no file").splitlines()[-1]
-            fix = f"accept the rules at {known.homepage}, then run the same command again"
+        command = [program, "competitions", "download", "-c", dataset.kaggle, "-p", str(folder)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode or not archive.is_file():
+            output = result.stderr.strip() or result.stdout.strip() or "no file"
             raise DataError(
-                "Kaggle's program could not download", where=known.kaggle, got=told[:200], fix=fix
+                "Kaggle's program could not download",
+                where=dataset.kaggle,
+                got=output.splitlines()[-1][:200],
+                fix=f"accept the rules at {dataset.homepage}, then run the same command again",
             )
-    _require_checksum(archive, RemoteFile(archive.name, ()), None)
+    _check_digest(archive, RemoteFile(archive.name, ()), refused=None)
     unpack_beside(archive)
     return archive
 

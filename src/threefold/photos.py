@@ -1,7 +1,8 @@
-"""Data sets of image files in their official layouts: iNaturalist 2019, both Cassava sets, Surrey ASL finger spelling.
+"""Data sets of image files in their official layouts: iNaturalist 2019, Cassava, Surrey ASL.
 
-Each may lie unpacked or as the official archive; an archive is unpacked once, beside itself, into
-`<archive>.unpacked/` (see `archives.unpack`). Images without labels are not used, and counted in the notes.
+Each may be unpacked, or still the official archive, which is unpacked once into
+`<archive>.unpacked/` beside it (see `archives.unpack`). Images without labels are not used, and
+counted in the notes.
 """
 
 from __future__ import annotations
@@ -17,177 +18,206 @@ from threefold.archives import read_members, safe_name, unpack_beside
 from threefold.data__published import CASSAVA_CLASSES, SURREY_LETTERS, count_note
 from threefold.errors import DataError
 from threefold.images import IMAGE_SUFFIXES
-from threefold.listing import ListedImage, Listing, shorten
+from threefold.listing import ListedImage, Listing, find_absent, find_repeated, shorten
+
+_NO_TEST_LABELS = "the test images have no labels and are not used"
 
 
-def _found(
-    root: Path, archives: tuple[str, ...], has: Callable[[Path], bool], name: str, expected: str
+def _find_base(
+    root: Path,
+    archives: tuple[str, ...],
+    is_base: Callable[[Path], bool],
+    *,
+    name: str,
+    expected: str,
 ) -> Path:
-    """The folder that `has` what is looked for: `root`, a folder in it, or what its archives unpack to.
+    """Find the base folder of a data set: `root`, a folder in it, or in what its archives hold.
 
-    Kaggle's archives hold archives, so what was unpacked is looked through in the same way.
+    Kaggle's archives contain archives, so unpacked folders are searched in the same way.
+
+    Args:
+        root: a folder or an archive.
+        archives: names of the official archives.
+        is_base: whether a folder is the one.
+        name: the data set, for messages.
+        expected: what the base folder contains, for messages.
     """
-    ahead = [root]
-    while ahead:
-        place = ahead.pop(0)
+    queue = [root]
+    while queue:
+        place = queue.pop(0)
         if place.is_file():
-            ahead.append(unpack_beside(place))
+            queue.append(unpack_beside(place))
             continue
-        found = next((folder for folder in (place, *_folders(place)) if has(folder)), None)
-        if found:
-            return found
-        ahead += [place / archive for archive in archives if (place / archive).is_file()]
+        for folder in (place, *_list_folders(place)):
+            if is_base(folder):
+                return folder
+        queue += [place / archive for archive in archives if (place / archive).is_file()]
     fix = f"set data.root to its folder or archive, or run: threefold data fetch {name} --to {root}"
     raise DataError("the data set is not there", where=root, expected=expected, fix=fix)
 
 
-def _entries(folder: Path) -> list[Path]:
-    """What is in a folder, by name, without hidden files; nothing if there is no such folder."""
+def _list_entries(folder: Path) -> list[Path]:
+    """Entries of a folder by name, without hidden ones; none if there is no such folder."""
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise DataError(
-            "cannot read the folder", where=folder, got=error.strerror or error
-        ) from None
+        got = error.strerror or error
+        raise DataError("cannot read the folder", where=folder, got=got) from None
 
 
-def _folders(folder: Path) -> list[Path]:
-    return [path for path in _entries(folder) if path.is_dir()]
+def _list_folders(folder: Path) -> list[Path]:
+    return [path for path in _list_entries(folder) if path.is_dir()]
 
 
-def _images(folder: Path) -> list[Path]:
-    return [path for path in _entries(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
+def _list_images(folder: Path) -> list[Path]:
+    return [path for path in _list_entries(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
-def _require(items: list[ListedImage], table: Path) -> None:
-    """Listed files have to exist, and only once."""
-    twice = [name for name, count in Counter(item.id for item in items).items() if count > 1]
-    if twice:
-        raise DataError("images are listed twice", where=table, got=shorten(twice))
-    absent = [item.id for item in items if not item.path.is_file()]
+def _check_files(items: list[ListedImage], table: Path) -> None:
+    """Require that every listed image exists and is listed once."""
+    repeated, absent = find_repeated(items), find_absent(items)
+    if repeated:
+        raise DataError("images are listed twice", where=table, got=shorten(repeated))
     if absent:
+        what = f"{len(absent)} listed images do not exist"
         fix = "unpack the official archive again; it holds every listed image"
-        raise DataError(
-            f"{len(absent)} listed images do not exist", where=table, got=shorten(absent), fix=fix
-        )
+        raise DataError(what, where=table, got=shorten(absent), fix=fix)
 
 
-def _listing(
+def _make_listing(
     name: str,
     items: list[ListedImage],
     classes: Iterable[str],
     notes: list[str],
     extra: bool = False,
 ) -> Listing:
-    parts = Counter(item.part for item in items)
-    return Listing(
-        items, count_note(name, parts["train"], parts["test"], extra) + notes, tuple(classes)
-    )
+    counts = Counter(item.part for item in items)
+    count_notes = count_note(name, counts["train"], counts["test"], extra)
+    return Listing(items, count_notes + notes, tuple(classes))
 
 
-# iNaturalist 2019 -----------------------------------------------------------------------------------------------------
+# iNaturalist 2019
 
 
 def list_inaturalist(root: Path, extra: bool) -> Listing:
-    """iNaturalist 2019 (Van Horn et al. 2018; 1,010 species): train2019.json, val2019.json and train_val2019/.
+    """List iNaturalist 2019 (Van Horn et al. 2018; 1,010 species).
 
-    The official validation images are the held-out ones: the official test images have no labels. Classes are in the
-    order of their numbers; where categories.json lies there too, they have its names and not the obfuscated ones.
+    The official validation images are held out, because the official test images have no labels.
+    Classes are in the order of their numbers. If categories.json is present, classes have its
+    names instead of the obfuscated ones.
 
     Args:
-        root: folder of the official files; the images and each .json may still be in their .tar.gz.
-        extra: train on the validation images too, as the paper did before it split all images itself.
+        root: folder of train2019.json, val2019.json and train_val2019/; each may still be in its
+            .tar.gz.
+        extra: also train on the validation images, as the paper did before it split all images
+            itself.
 
     Raises:
         DataError: files are missing, or the annotations contradict each other.
     """
-    expected = "train_val2019/ (or train_val2019.tar.gz), train2019.json and val2019.json"
-    archives = ("train_val2019.tar.gz",)
-    images = _found(
-        root, archives, lambda at: (at / "train_val2019").is_dir(), "inaturalist2019", expected
+    base = _find_base(
+        root,
+        ("train_val2019.tar.gz",),
+        lambda folder: (folder / "train_val2019").is_dir(),
+        name="inaturalist2019",
+        expected="train_val2019/ (or train_val2019.tar.gz), train2019.json and val2019.json",
     )
-    folders = [images, root.parent if root.is_file() else root, images.parent]
-    trees = {part: _annotations(folders, f"{part}2019.json") for part in ("train", "val")}
-    names = _category_names(folders, trees["train"][1])
+    folders = [base, root.parent if root.is_file() else root, base.parent]
+    train_table, train_tree = _read_annotations(folders, "train2019.json")
+    val_table, val_tree = _read_annotations(folders, "val2019.json")
+    names = _read_category_names(folders, train_tree)
     items = [
-        ListedImage(
-            file, images / file, names[label], "test" if part == "val" and not extra else "train"
-        )
-        for part, (table, tree) in trees.items()
-        for file, label in _labelled(tree, names, table)
+        *_list_annotated(train_tree, names, train_table, base, part="train"),
+        *_list_annotated(val_tree, names, val_table, base, part="train" if extra else "test"),
     ]
-    _require(items, trees["train"][0])
+    _check_files(items, train_table)
     notes = ["the official validation images are trained on: nothing is held out"] if extra else []
-    return _listing(
-        "inaturalist2019", items, [names[number] for number in sorted(names)], notes, extra
-    )
+    classes = [names[number] for number in sorted(names)]
+    return _make_listing("inaturalist2019", items, classes, notes, extra)
 
 
-def _annotations(folders: list[Path], name: str) -> tuple[Path, Any]:
-    """A JSON file, or the one in its archive."""
+def _read_annotations(folders: list[Path], name: str) -> tuple[Path, Any]:
+    """The path and the content of a JSON file in one of the folders, plain or in its .tar.gz."""
     for folder in folders:
         for path in (folder / name, folder / f"{name}.tar.gz"):
             if path.is_file():
-                try:
-                    content = (
-                        path.read_bytes()
-                        if path.suffix == ".json"
-                        else read_members(path, [name]).get(name, b"")
-                    )
-                    return path, json.loads(content)
-                except OSError as error:
-                    raise DataError(
-                        "cannot read the file", where=path, got=error.strerror or error
-                    ) from None
-                except (ValueError, RecursionError) as error:
-                    raise DataError("not valid JSON", where=path, got=error) from None
-    raise DataError("there is no such file of iNaturalist 2019", where=folders[0] / name)
+                return path, _read_json(path, name)
+    raise DataError("a file of iNaturalist 2019 is missing", where=folders[0] / name)
 
 
-def _category_names(folders: list[Path], tree: Any) -> dict[int, str]:
-    """Class name by category number; numbers are added to names that several categories have."""
-    table = next((folder for folder in folders if any(folder.glob("categories.json*"))), None)
-    found = _annotations([table], "categories.json")[1] if table else tree
+def _read_json(path: Path, name: str) -> Any:
     try:
-        listed = found["categories"] if isinstance(found, dict) else found
-        names = {int(entry["id"]): str(entry["name"]) for entry in listed}
+        if path.suffix == ".json":
+            content = path.read_bytes()
+        else:
+            content = read_members(path, [name]).get(name, b"")
+        return json.loads(content)
+    except OSError as error:
+        raise DataError("cannot read the file", where=path, got=error.strerror or error) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError("not valid JSON", where=path, got=error) from None
+
+
+def _read_category_names(folders: list[Path], annotations: Any) -> dict[int, str]:
+    """Class name by category number; names that several categories share get their number."""
+    categories = annotations
+    for folder in folders:
+        if any(folder.glob("categories.json*")):
+            _, categories = _read_annotations([folder], "categories.json")
+            break
+    try:
+        if isinstance(categories, dict):
+            categories = categories["categories"]
+        names = {int(entry["id"]): str(entry["name"]) for entry in categories}
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            "the categories cannot be read", where=folders[0], got=f"{type(error).__name__} {error}"
-        ) from None
-    count = Counter(names.values())
+        got = f"{type(error).__name__} {error}"
+        raise DataError("the categories cannot be read", where=folders[0], got=got) from None
+    counts = Counter(names.values())
     return {
-        number: name if count[name] == 1 else f"{name} ({number})" for number, name in names.items()
+        number: name if counts[name] == 1 else f"{name} ({number})"
+        for number, name in names.items()
     }
 
 
-def _labelled(tree: Any, names: dict[int, str], table: Path) -> list[tuple[str, int]]:
-    """File name and category number of each annotation."""
+def _list_annotated(
+    tree: Any, names: dict[int, str], table: Path, base: Path, part: str
+) -> list[ListedImage]:
+    """List the images of an annotation file.
+
+    Args:
+        tree: content of the file.
+        names: class name by category number.
+        table: the file, for messages.
+        base: the folder that file names are relative to.
+        part: `train` or `test`.
+    """
     try:
         files = {image["id"]: safe_name(image["file_name"]) for image in tree["images"]}
         rows = [
             (files[entry["image_id"]], int(entry["category_id"])) for entry in tree["annotations"]
         ]
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            "the annotations cannot be read", where=table, got=f"{type(error).__name__} {error}"
-        ) from None
-    unknown = sorted({label for _, label in rows} - set(names))
+        got = f"{type(error).__name__} {error}"
+        raise DataError("the annotations cannot be read", where=table, got=got) from None
+    unknown = sorted({category for _, category in rows} - set(names))
     if unknown:
-        raise DataError("labels have no category", where=table, got=shorten(map(str, unknown)))
-    return rows
+        got = shorten(map(str, unknown))
+        raise DataError("labels have no category", where=table, got=got)
+    return [
+        ListedImage(file, base / file, label=names[category], part=part) for file, category in rows
+    ]
 
 
-# Cassava --------------------------------------------------------------------------------------------------------------
+# Cassava
 
 
 def list_icassava(root: Path, extra: bool) -> Listing:
-    """iCassava 2019 (Mwebaze et al. 2019): class folders cbb, cbsd, cgm, cmd, healthy below train/.
+    """List iCassava 2019 (Mwebaze et al. 2019): class folders below train/.
 
-    Two editions are read. Kaggle's has no labels for its test images, so nothing is held out. The one that
-    tensorflow_datasets uses (cassavaleafdata.zip) has labelled test/ and validation/ too.
+    Two editions are read. Kaggle's has no labels for its test images, so nothing is held out. The
+    one of tensorflow_datasets (cassavaleafdata.zip) also has labelled test/ and validation/.
 
     Args:
         root: folder with train/, a folder above it, or the archive (Kaggle's may hold train.zip).
@@ -196,136 +226,134 @@ def list_icassava(root: Path, extra: bool) -> Listing:
     Raises:
         DataError: there is no such folder, or class folders are missing.
     """
-    archives = ("cassavaleafdata.zip", "cassava-disease.zip", "train.zip")
-    base = _found(
+    base = _find_base(
         root,
-        archives,
+        ("cassavaleafdata.zip", "cassava-disease.zip", "train.zip"),
         lambda folder: (folder / "train/cmd").is_dir(),
-        "icassava2019",
-        "train/cmd and so on",
+        name="icassava2019",
+        expected="train/cmd and so on",
     )
-    parts = {part: _folders(base / part) for part in ("train", "validation", "test")}
-    items, notes = [], []
-    for part, folders in parts.items():
-        known = [folder for folder in folders if folder.name in CASSAVA_CLASSES]
-        if part == "train" and len(known) < len(CASSAVA_CLASSES):
-            absent = sorted(set(CASSAVA_CLASSES) - {folder.name for folder in known})
-            raise DataError("class folders are missing", where=base / part, got=shorten(absent))
-        if part == "validation" and not extra and known:
-            unused = sum(len(_images(folder)) for folder in known)
-            notes.append(
-                f"{unused:,} validation images are not used; data.extra = true adds them to the training set"
-            )
-            continue
-        for folder in known:
-            items += [
-                ListedImage(
-                    path.relative_to(base).as_posix(),
-                    path,
-                    folder.name,
-                    "test" if part == "test" else "train",
-                )
-                for path in _images(folder)
-            ]
-    if extra and not any(item.id.startswith("validation/") for item in items):
-        raise DataError(
-            "there are no extra images", where=base, expected="validation/ with class folders"
+    train = _list_cassava_part(base, "train")
+    test = _list_cassava_part(base, "test")
+    validation = _list_cassava_part(base, "validation")
+    missing = sorted(set(CASSAVA_CLASSES) - {path.name for path in _list_folders(base / "train")})
+    if missing:
+        where = base / "train"
+        raise DataError("class folders are missing", where=where, got=shorten(missing))
+    if extra and not validation:
+        expected = "validation/ with class folders"
+        raise DataError("there are no extra images", where=base, expected=expected)
+    notes = []
+    if validation and not extra:
+        notes.append(
+            f"{len(validation):,} validation images are not used; data.extra = true adds them "
+            "to the training set"
         )
-    if parts["test"] and not any(item.part == "test" for item in items):
-        notes.append("the test images have no labels and are not used")
-    return _listing("icassava2019", items, CASSAVA_CLASSES, notes, extra)
+    if _list_folders(base / "test") and not test:
+        notes.append(_NO_TEST_LABELS)
+    items = train + (validation if extra else []) + test
+    return _make_listing("icassava2019", items, CASSAVA_CLASSES, notes, extra)
+
+
+def _list_cassava_part(base: Path, folder: str) -> list[ListedImage]:
+    part = "test" if folder == "test" else "train"
+    return [
+        ListedImage(path.relative_to(base).as_posix(), path, label=class_folder.name, part=part)
+        for class_folder in _list_folders(base / folder)
+        if class_folder.name in CASSAVA_CLASSES
+        for path in _list_images(class_folder)
+    ]
 
 
 def list_cassava2020(root: Path) -> Listing:
-    """Kaggle's Cassava Leaf Disease Classification 2020: train.csv, label_num_to_disease_map.json, train_images/.
+    """List Kaggle's Cassava Leaf Disease Classification 2020.
 
     Nothing is held out: the test images of the competition have no labels.
 
     Args:
-        root: that folder, one above it, or the archive.
+        root: folder of train.csv, label_num_to_disease_map.json and train_images/, the folder
+            above it, or the archive.
 
     Raises:
-        DataError: a file is missing or damaged, or the table has labels that have no name.
+        DataError: a file is missing or damaged, or the table has labels without a name.
     """
-    archives = ("cassava-leaf-disease-classification.zip",)
-    expected = "train.csv, label_num_to_disease_map.json and train_images/"
-    base = _found(
-        root, archives, lambda folder: (folder / "train_images").is_dir(), "cassava2020", expected
+    base = _find_base(
+        root,
+        ("cassava-leaf-disease-classification.zip",),
+        lambda folder: (folder / "train_images").is_dir(),
+        name="cassava2020",
+        expected="train.csv, label_num_to_disease_map.json and train_images/",
     )
-    table, names_file = base / "train.csv", base / "label_num_to_disease_map.json"
+    table = base / "train.csv"
     try:
-        names = {
-            int(number): str(name)
-            for number, name in json.loads(names_file.read_text("utf-8")).items()
-        }
+        names_text = (base / "label_num_to_disease_map.json").read_text("utf-8")
+        names = {int(number): str(name) for number, name in json.loads(names_text).items()}
         with table.open(encoding="utf-8-sig", newline="") as stream:
             rows = [
-                (safe_name(row["image_id"]), int(row["label"]))
+                (f"train_images/{safe_name(row['image_id'])}", names[int(row["label"])])
                 for row in csv.DictReader(stream, strict=True)
             ]
-        items = [
-            ListedImage(f"train_images/{file}", base / "train_images" / file, names[label], "train")
-            for file, label in rows
-        ]
     except OSError as error:
-        raise DataError(
-            "cannot read the file", where=error.filename, got=error.strerror or error
-        ) from None
+        got = error.strerror or error
+        raise DataError("cannot read the file", where=error.filename, got=got) from None
     except (csv.Error, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         got = f"{type(error).__name__} {error}"
+        expected = "image_id,label"
         raise DataError(
-            "the labels cannot be read", where=table, expected="image_id,label", got=got
+            "the labels cannot be read", where=table, expected=expected, got=got
         ) from None
-    _require(items, table)
-    notes = (
-        ["the test images have no labels and are not used"]
-        if (base / "test_images").is_dir()
-        else []
-    )
-    return _listing("cassava2020", items, [names[number] for number in sorted(names)], notes)
+    items = [ListedImage(file, base / file, label=label, part="train") for file, label in rows]
+    _check_files(items, table)
+    notes = [_NO_TEST_LABELS] if (base / "test_images").is_dir() else []
+    return _make_listing("cassava2020", items, [names[number] for number in sorted(names)], notes)
 
 
-# Surrey ---------------------------------------------------------------------------------------------------------------
+# Surrey
 
 
 def list_surrey(root: Path) -> Listing:
-    """Surrey's ASL finger spelling, data set A (Pugeault and Bowden 2011): dataset5/<signer>/<letter>/color_*.png.
+    """List Surrey's ASL finger spelling, data set A (Pugeault and Bowden 2011).
 
-    24 letters (j and z are movements). Depth images are not used. The group of an image is its signer, A to E, for
-    `folds.scheme = "leave-one-group-out"`; nothing is held out.
+    There are 24 letters (j and z are movements). Depth images are not used. The group of an image
+    is its signer, A to E, for `folds.scheme = "leave-one-group-out"`; nothing is held out.
 
     Args:
-        root: dataset5, a folder above it, or fingerspelling5.tar.bz2.
+        root: dataset5 (with <signer>/<letter>/color_*.png), a folder above it, or
+            fingerspelling5.tar.bz2.
 
     Raises:
-        DataError: there is no such folder, or a signer has folders that are no letters.
+        DataError: there is no such folder, or a signer has folders that are not letters.
     """
-    archives = ("fingerspelling5.tar.bz2",)
-    base = _found(
+    base = _find_base(
         root,
-        archives,
+        ("fingerspelling5.tar.bz2",),
         lambda folder: (folder / "A/a").is_dir(),
-        "surrey-asl",
-        "dataset5/A/a and so on",
+        name="surrey-asl",
+        expected="dataset5/A/a and so on",
     )
-    items, depth = [], 0
-    for signer in _folders(base):
+    items = []
+    num_depth = 0
+    for signer in _list_folders(base):
         if len(signer.name) != 1:
             continue
-        strange = [folder.name for folder in _folders(signer) if folder.name not in SURREY_LETTERS]
-        if strange:
-            raise DataError(
-                "folders are none of the 24 letters", where=signer, got=shorten(strange)
-            )
-        for letter in _folders(signer):
-            images = _images(letter)
-            colour = [path for path in images if path.name.startswith("color_")]
-            depth += len(images) - len(colour)
-            items += [
-                ListedImage(
-                    path.relative_to(base).as_posix(), path, letter.name, "train", signer.name
+        letters = _list_folders(signer)
+        unknown = [folder.name for folder in letters if folder.name not in SURREY_LETTERS]
+        if unknown:
+            what = "folders are none of the 24 letters"
+            raise DataError(what, where=signer, got=shorten(unknown))
+        for letter in letters:
+            for path in _list_images(letter):
+                if not path.name.startswith("color_"):
+                    num_depth += 1
+                    continue
+                items.append(
+                    ListedImage(
+                        id=path.relative_to(base).as_posix(),
+                        path=path,
+                        label=letter.name,
+                        part="train",
+                        group=signer.name,
+                    )
                 )
-                for path in colour
-            ]
-    notes = [f"{depth:,} depth images are not used"] if depth else []
-    return _listing("surrey-asl", items, SURREY_LETTERS, notes)
+    notes = [f"{num_depth:,} depth images are not used"] if num_depth else []
+    return _make_listing("surrey-asl", items, SURREY_LETTERS, notes)
