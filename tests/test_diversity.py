@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pools import draw_pool, scored
 from sklearn.metrics import cohen_kappa_score
 
-from threefold.diversity import distinct, diversity, duplicates, greedy_order, size_curve
+from threefold.diversity import distinct, diversity, duplicates, size_curve
 from threefold.ensembles__averaging import MeanEnsemble
 from threefold.errors import DataError
 from threefold.predictions import Predictions
@@ -129,30 +129,36 @@ def test_the_curve_ends_at_the_mean_of_all_and_begins_at_single_members() -> Non
     ).any()
 
 
-def test_the_greedy_order_is_that_of_trying_every_member() -> None:
+def test_the_greedy_order_tries_every_member() -> None:
     probs, labels = scored(5, 80)
-    left, order = list(range(5)), []
-    while left:
-        loss = {i: -np.log(probs[[*order, i]].mean(0)[np.arange(80), labels]).sum() for i in left}
+    remaining, order = list(range(5)), []
+    while remaining:
+        loss = {
+            i: -np.log(probs[[*order, i]].mean(0)[np.arange(80), labels]).sum() for i in remaining
+        }
         order.append(min(loss, key=loss.__getitem__))
-        left.remove(order[-1])
-    assert greedy_order(probs, labels) == tuple(order)
+        remaining.remove(order[-1])
+
+    assert size_curve(probs, labels).order == tuple(order)
 
 
-def test_the_greedy_curve_is_not_scored_on_the_rows_of_its_order() -> None:
-    """Members that guess: the first of an order found on the same rows would look better than chance."""
+def test_the_greedy_curve_is_cross_fitted() -> None:
+    """With members that guess, an order scored on its own rows would look better than chance."""
     rng = np.random.default_rng(0)
     first, labels = 0.5 + rng.uniform(-0.1, 0.1, (40, 100)), rng.integers(0, 2, 100)
     probs = np.stack([first, 1 - first], -1)
-    apparent = (probs[list(greedy_order(probs, labels))[:5]].mean(0).argmax(1) == labels).mean()
-    honest = size_curve(probs, labels, draws=1).ordered[4]
+
+    curve = size_curve(probs, labels, draws=1)
+    apparent = (probs[list(curve.order)[:5]].mean(0).argmax(1) == labels).mean()
+    honest = curve.ordered[4]
+
     assert apparent > 0.58
     assert honest < apparent - 0.05
 
 
 def test_wrong_inputs_are_refused() -> None:
     probs, labels = scored(2, 20)
-    for call in (diversity, greedy_order, size_curve):
+    for call in (diversity, size_curve):
         with pytest.raises(DataError, match="labels have the wrong shape"):
             call(probs, labels[1:])
         with pytest.raises(DataError, match="wrong shape"):

@@ -20,7 +20,7 @@ def small(seed: int = 0) -> StackedEnsemble:
     return StackedEnsemble(64, epochs=30, lr=1e-2, seed=seed)
 
 
-def test_a_stacked_ensemble_refuses_other_classes_with_the_same_product() -> None:
+def test_other_classes_with_the_same_product_are_refused() -> None:
     ensemble = small().fit(*scored(m=3, k=4))
     with pytest.raises(DataError, match="fitted on other classes; expected 4, got 3"):
         ensemble.predict_proba(scored(m=4, k=3)[0])
@@ -42,7 +42,7 @@ def test_the_stacked_network_is_the_papers() -> None:
 
 
 def test_dropout_is_one_half(monkeypatch: pytest.MonkeyPatch) -> None:
-    flips = stacked._coin_flips(np.random.default_rng(0), (333, 301))
+    flips = stacked.dropout_mask(np.random.default_rng(0), (333, 301))
     assert flips.shape == (333, 301)
     assert set(np.unique(flips)) == {0, 1}
     assert flips.mean() == pytest.approx(0.5, abs=0.01)
@@ -51,7 +51,7 @@ def test_dropout_is_one_half(monkeypatch: pytest.MonkeyPatch) -> None:
     fits = []
     for kept in (np.zeros, np.ones):
         monkeypatch.setattr(
-            stacked, "_coin_flips", lambda _, shape, kept=kept: kept(shape, np.uint8)
+            stacked, "dropout_mask", lambda _, shape, kept=kept: kept(shape, np.uint8)
         )
         fits += [
             StackedEnsemble(16, epochs=epochs, lr=0.1).fit(probs, labels).state()
@@ -78,7 +78,7 @@ def test_stacking_learns_what_no_average_can() -> None:
     assert learned >= (probs[:, held].argmax(-1) == labels[held]).mean(1).max()
 
 
-def test_a_stacked_ensemble_that_cannot_learn_stays_at_chance() -> None:
+def test_shuffled_labels_leave_it_at_chance() -> None:
     probs, labels = scored(n=300)
     shuffled = np.random.default_rng(0).permutation(labels)
     found = (
@@ -87,7 +87,7 @@ def test_a_stacked_ensemble_that_cannot_learn_stays_at_chance() -> None:
     assert abs((found == shuffled[200:]).mean() - 0.25) < 0.15
 
 
-def test_a_long_input_is_answered_in_parts_without_a_seam() -> None:
+def test_a_long_input_is_answered_in_blocks() -> None:
     probs, labels = scored(n=50)
     ensemble = small().fit(probs, labels)
     found = ensemble.predict_proba(np.tile(probs, (1, 170, 1)))
@@ -133,14 +133,14 @@ def test_an_overfitted_network_is_shrunk() -> None:
     assert ShrunkStackedEnsemble(64, epochs=100, lr=1e-2).fit(same, labels).share_ == 0
 
 
-def test_many_members_and_rows_are_fitted_in_short_to_a_network_of_the_same_form(
+def test_the_short_fit_gives_a_network_of_the_same_form(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     probs, labels, new, truth = draw_pool("varied", 0, n=2000, test=1000, m=20)
     monkeypatch.setattr(stacked, "ROWS", 2000)
     monkeypatch.setattr(stacked, "STEPS", 30)
     found = StackedEnsemble(512)
-    steps = list(found._batches(np.random.default_rng(0), 2000, short=True))
+    steps = list(found.batches(np.random.default_rng(0), 2000, short=True))
     assert len(steps) == 30
     assert sorted(np.concatenate(steps[:10])) == list(range(2000))
     found.fit(probs, labels)
@@ -155,12 +155,12 @@ def test_many_members_and_rows_are_fitted_in_short_to_a_network_of_the_same_form
     assert answer == pytest.approx(found.predict_proba(new), abs=1e-5)
 
 
-def test_the_papers_three_members_and_few_rows_are_never_fitted_in_short(
+def test_few_members_or_rows_get_the_full_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen = []
     monkeypatch.setattr(
-        StackedEnsemble, "_batches", lambda self, draw, n, short: seen.append(short) or iter(())
+        StackedEnsemble, "batches", lambda self, draw, n, short: seen.append(short) or iter(())
     )
     for m, n in ((3, stacked.ROWS), (17, stacked.ROWS - 1), (17, stacked.ROWS)):
         probs = np.full((m, n, 10), 0.1, np.float32)
@@ -173,15 +173,15 @@ def test_a_fit_takes_the_steps_that_torch_takes(monkeypatch: pytest.MonkeyPatch)
     probs, labels = scored(n=90)
     start = StackedEnsemble(16, epochs=0).fit(probs, labels).to_module()
     taken: list[tuple[np.ndarray, np.ndarray]] = []
-    gradients = stacked._gradients
+    plain_gradients = stacked.gradients
 
     def noted(
         network: list[np.ndarray], inputs: np.ndarray, truth: np.ndarray, kept: np.ndarray
     ) -> list[np.ndarray]:
         taken.append((inputs, kept))
-        return gradients(network, inputs, truth, kept)
+        return plain_gradients(network, inputs, truth, kept)
 
-    monkeypatch.setattr(stacked, "_gradients", noted)
+    monkeypatch.setattr(stacked, "gradients", noted)
     found = StackedEnsemble(16, epochs=4, lr=1e-2, batch_size=30).fit(probs, labels).state()
     assert len(taken) == 12
     table = probs.swapaxes(0, 1).reshape(90, -1)
@@ -197,7 +197,7 @@ def test_a_fit_takes_the_steps_that_torch_takes(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_first_weights_are_keras() -> None:
-    kernel = stacked._glorot(np.random.default_rng(0), 300, 100)
+    kernel = stacked.glorot_uniform(np.random.default_rng(0), 300, 100)
     bound = (6 / 400) ** 0.5
     assert kernel.dtype == np.float32
     assert abs(kernel).max() == pytest.approx(bound, rel=1e-3)

@@ -1,4 +1,4 @@
-"""Cross-fitting: every row answered by an ensemble that was fitted on other rows."""
+"""Cross-fitting: every row is answered by an ensemble that was fitted on other rows."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from threefold.errors import DataError
 from threefold.predictions__checks import check_labels, check_probs
 
 Item = TypeVar("Item")
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 PARTS: Final = 5
-"""Parts of a cross-fit where the caller has no folds, and there are MANY_ROWS or fewer."""
+"""Default number of parts, for up to MANY_ROWS rows."""
 
 MANY_ROWS: Final = 10_000
-"""With more rows there are two parts: the half of them that a fit then has is as good as four fifths of fewer, and a quarter of the rows to fit on in all."""
+"""With more rows there are two parts.
+
+Half of that many rows fits as well as four fifths of fewer, and two fits see a quarter of the rows
+that five see.
+"""
 
 
 def cross_fit(
@@ -33,18 +37,22 @@ def cross_fit(
     groups: Sequence[str] | None = None,
     declare: Callable[[np.ndarray, np.ndarray], None] | None = None,
 ) -> np.ndarray:
-    """Probabilities (n, k) where each row is predicted by an ensemble that was fitted on other rows.
+    """Predict each row by an ensemble that was fitted on other rows.
 
     Args:
-        ensemble_factory: makes an ensemble that is not fitted.
+        ensemble_factory: makes an unfitted ensemble.
         probs: (m, n, k) out-of-fold probabilities of the members.
         labels: (n,).
         folds: (n,) part of each row; None = `stratified_parts`.
-        groups: (n,) what must stay in one part, where `folds` is None.
-        declare: told of every fit: rows seen and rows answered, booleans (n,) each (`Ledger.declare`).
+        groups: (n,) groups that must stay in one part if `folds` is None.
+        declare: called for each fit with the rows it sees and the rows it answers, booleans (n,)
+            each (`Ledger.declare`).
+
+    Returns:
+        Probabilities (n, k).
 
     Raises:
-        DataError: probabilities or labels are not usable, or the rows make fewer than two parts.
+        DataError: probabilities or labels are not usable, or there are fewer than two parts.
     """
     array = check_probs(probs, 3)
     _, n, k = array.shape
@@ -60,29 +68,28 @@ def cross_fit(
         )
     first = ensemble_factory()
     if not first.needs_fit:
-        return first.predict_proba(
-            array
-        )  # nothing is learned, so every part would get the same answers
-    helds = [part == value for value in np.unique(part)]
-    for held in helds if declare else ():
-        declare(~held, held)  # type: ignore[misc]
+        return first.predict_proba(array)
+    masks = [part == value for value in np.unique(part)]
+    if declare is not None:
+        for mask in masks:
+            declare(~mask, mask)
 
-    def answered(held: np.ndarray) -> np.ndarray:
-        return (
-            ensemble_factory().fit_checked(array[:, ~held], truth[~held])._combine(array[:, held])
-        )
+    def predict(mask: np.ndarray) -> np.ndarray:
+        ensemble = ensemble_factory().fit_checked(array[:, ~mask], truth[~mask])
+        return ensemble._combine(array[:, mask])
 
-    answer = np.empty((n, k))
-    for held, found in zip(helds, side_by_side(answered, helds), strict=True):
-        answer[held] = found
-    return answer
+    answers = np.empty((n, k))
+    for mask, part_answers in zip(masks, side_by_side(predict, masks), strict=True):
+        answers[mask] = part_answers
+    return answers
 
 
-def side_by_side(work: Callable[[Item], Answer], items: Iterable[Item]) -> list[Answer]:
-    """`work` of every item, in their order, on all cores: numpy and scipy let go of the interpreter while they compute.
+def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """Return `work(item)` of every item, in order, computed in threads on all cores.
 
-    The linear algebra keeps to one thread: threads of it in threads of ours would wait for each other, and its sums would round
-    differently with the number of cores.
+    Threads suffice because numpy and scipy release the interpreter while they compute. BLAS is
+    limited to one thread: its own threads would compete with these, and the rounding of its sums
+    would depend on the number of cores.
     """
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(work, items))
@@ -91,10 +98,15 @@ def side_by_side(work: Callable[[Item], Answer], items: Iterable[Item]) -> list[
 def stratified_parts(
     labels: np.ndarray, groups: Sequence[str] | None = None, parts: int | None = None
 ) -> np.ndarray:
-    """Part number (n,) of each row, classes spread evenly; groups, where there are any, kept whole.
+    """Return the part number (n,) of each row, with the classes spread evenly over the parts.
 
-    Without a number of parts there are PARTS, or two of more than MANY_ROWS rows. Unlike scikit-learn's splitters this also takes
-    classes with fewer rows than parts, without a warning.
+    Unlike scikit-learn's splitters this also takes classes with fewer rows than parts, without a
+    warning.
+
+    Args:
+        labels: (n,).
+        groups: (n,) group names; rows of a group stay in one part.
+        parts: number of parts; None = PARTS, or two for more than MANY_ROWS rows.
     """
     if parts is None:
         parts = PARTS if len(labels) <= MANY_ROWS else 2
@@ -105,13 +117,12 @@ def stratified_parts(
         return part
     if len(groups) != len(labels):
         raise DataError("groups do not match the labels", expected=len(labels), got=len(groups))
-    names, number = np.unique(np.asarray(groups), return_inverse=True)
+    names, codes = np.unique(np.asarray(groups), return_inverse=True)
     counts = np.zeros((len(names), int(labels.max()) + 1))
-    np.add.at(counts, (number, labels), 1)
-    chosen, load = np.empty(len(names), dtype=np.int64), np.zeros((parts, counts.shape[1]))
-    for group in np.argsort(
-        -counts.sum(1), kind="stable"
-    ):  # the largest first, each to where its classes are rarest
-        chosen[group] = (load @ counts[group]).argmin()
-        load[chosen[group]] += counts[group]
-    return chosen[number]
+    np.add.at(counts, (codes, labels), 1)
+    group_part, load = np.empty(len(names), dtype=np.int64), np.zeros((parts, counts.shape[1]))
+    # The largest group first, each to the part where its classes are rarest.
+    for group in np.argsort(-counts.sum(1), kind="stable"):
+        group_part[group] = (load @ counts[group]).argmin()
+        load[group_part[group]] += counts[group]
+    return group_part[codes]

@@ -1,4 +1,4 @@
-"""How members differ: duplicates, pairwise diversity, and accuracy against the number of members."""
+"""How members differ: duplicates, pairwise diversity, accuracy by number of members."""
 
 from __future__ import annotations
 
@@ -13,22 +13,27 @@ from threefold.errors import DataError
 from threefold.predictions__checks import FLOOR, check_labels, check_probs
 
 TOLERANCE: Final = 0.05
-"""Two members are duplicates below this ratio of what they differ by to what they are unsure of. Measured on the
-authors' ten Fashion-MNIST files: copies 0.0001 or less, a float16 copy 0.001, the nearest two others 0.34."""
+"""Two members are duplicates if their distance relative to their uncertainty is below this.
 
-_LOOK: Final = 2000
-"""Rows, evenly spread, on which most pairs are told apart; only those that are near there are compared on all."""
+Measured on the authors' ten Fashion-MNIST files: copies 0.0001 or less, a float16 copy 0.001, the
+closest pair of different networks 0.34.
+"""
+
+_SAMPLE: Final = 2000
+"""Evenly spaced rows that rule out most pairs; only pairs that are close there use all rows."""
 
 
 @dataclass(frozen=True, eq=False)
 class Diversity:
-    """Pairwise measures (Kuncheva & Whitaker 2003, Machine Learning 51, table 1), each (m, m) float64, symmetric.
+    """Pairwise measures, each (m, m) float64 and symmetric.
+
+    Kuncheva & Whitaker 2003, Machine Learning 51, table 1.
 
     Attributes:
-        disagreement: share of rows where exactly one of two members is right; 0 on the diagonal, large is diverse.
-        double_fault: share of rows that both miss; a member's own error on the diagonal.
-        q: Yule's Q, 1 = the same rows right, 0 = independent, -1 = opposite; NaN where no row decides it.
-        kappa: Cohen's kappa of being right, 1 = the same rows, 0 = as by chance; NaN where no row decides it.
+        disagreement: share of rows where exactly one of two members is right; large = diverse.
+        double_fault: share of rows that both get wrong; on the diagonal a member's own error.
+        q: Yule's Q, 1 = the same rows right, 0 = independent, -1 = opposite; NaN if undefined.
+        kappa: Cohen's kappa of being right, 1 = the same rows, 0 = chance level; NaN if undefined.
         agreement: share of rows with the same predicted class.
     """
 
@@ -39,13 +44,14 @@ class Diversity:
     agreement: np.ndarray
 
     def means(self) -> dict[str, float]:
-        """Each measure averaged over the pairs of different members; NaN where none has a value."""
+        """Return the mean of each measure over the pairs where it is defined; NaN if none."""
         upper = np.triu_indices(len(self.q), 1)
-        pairs = {name: getattr(self, name)[upper] for name in self.__dataclass_fields__}
-        return {
-            name: float(np.mean(v[~np.isnan(v)])) if (~np.isnan(v)).any() else np.nan
-            for name, v in pairs.items()
-        }
+        means = {}
+        for name in self.__dataclass_fields__:
+            pairs = getattr(self, name)[upper]
+            defined = pairs[~np.isnan(pairs)]
+            means[name] = float(np.mean(defined)) if len(defined) else np.nan
+        return means
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +59,10 @@ class SizeCurve:
     """Accuracy of the mean of s members, s = 1..m.
 
     Attributes:
-        random: (m,) average over random subsets.
-        low, high: (m,) least and greatest of them.
-        ordered: (m,) members in greedy order, the order found on other rows than those it is scored on.
-        order: the greedy order on all rows, member numbers.
+        random: (m,) mean accuracy of random subsets of s members.
+        low, high: (m,) lowest and highest accuracy of them.
+        ordered: (m,) accuracy of the first s members in greedy order, cross-fitted.
+        order: member numbers in greedy order on all rows.
     """
 
     random: np.ndarray
@@ -67,18 +73,18 @@ class SizeCurve:
 
 
 def duplicates(probs: npt.ArrayLike, tolerance: float = TOLERANCE) -> list[tuple[int, ...]]:
-    """Groups of members that are the same, or nearly: one network saved twice, rounded, or quantised.
+    """Find groups of members that are the same network, or nearly: saved twice, rounded, quantized.
 
-    Two members count as the same when their mean distance (half of the sum of absolute differences) is below
-    `tolerance` times what they are unsure of (1 minus the largest probability, averaged over rows and both): accurate
-    members are close to each other without being the same network.
+    Two members count as duplicates if their mean distance (half the sum of absolute differences) is
+    at most `tolerance` times their mean uncertainty (1 minus the largest probability). Accurate
+    members are close to each other without being the same network, hence the ratio.
 
     Args:
         probs: (m, n, k).
         tolerance: 0 = identical members only.
 
     Returns:
-        Groups of two or more member numbers, ascending; what is the same as the same is in one group.
+        Groups of two or more member numbers, ascending. Duplicates of duplicates are in one group.
 
     Raises:
         DataError: probabilities are not usable, or the tolerance is negative.
@@ -87,30 +93,31 @@ def duplicates(probs: npt.ArrayLike, tolerance: float = TOLERANCE) -> list[tuple
     if not tolerance >= 0:
         raise DataError("a tolerance is not negative", got=tolerance)
     m = len(array)
-    unsure = 1 - array.max(-1).mean(1, dtype=np.float64)
-    some = array[:, :: -(-array.shape[1] // _LOOK)]
+    uncertainty = 1 - array.max(-1).mean(1, dtype=np.float64)
+    sample = array[:, :: -(-array.shape[1] // _SAMPLE)]
     first = np.arange(m)
     for j in range(m):
         for i in range(j):
-            most = tolerance * (unsure[i] + unsure[j]) / 2
-            if first[i] == first[j] or _apart(some[i], some[j]) > 3 * most + 1e-3:
-                continue  # far apart on a part of the rows already
-            if _apart(array[i], array[j]) <= most:
+            limit = tolerance * (uncertainty[i] + uncertainty[j]) / 2
+            if first[i] == first[j] or _distance(sample[i], sample[j]) > 3 * limit + 1e-3:
+                continue
+            if _distance(array[i], array[j]) <= limit:
                 first[first == first[j]] = first[i]
-    return [
-        tuple(map(int, np.flatnonzero(first == value)))
-        for value in np.unique(first)
-        if (first == value).sum() > 1
-    ]
+    groups = [tuple(map(int, np.flatnonzero(first == value))) for value in np.unique(first)]
+    return [group for group in groups if len(group) > 1]
 
 
-def _apart(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean over rows of half the sum of absolute differences."""
+def _distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the mean over rows of half the sum of absolute differences."""
     return float(np.abs(a - b).sum(-1).mean(dtype=np.float64) / 2)
 
 
 def distinct(probs: npt.ArrayLike, tolerance: float = TOLERANCE) -> list[int]:
-    """The member numbers that remain when every group of duplicates is counted once, by its first; probs (m, n, k).
+    """Return the numbers of the members without duplicates; the first of each group stays.
+
+    Args:
+        probs: (m, n, k).
+        tolerance: as in `duplicates`.
 
     Raises:
         DataError: probabilities are not usable, or the tolerance is negative.
@@ -120,7 +127,11 @@ def distinct(probs: npt.ArrayLike, tolerance: float = TOLERANCE) -> list[int]:
 
 
 def diversity(probs: npt.ArrayLike, labels: npt.ArrayLike) -> Diversity:
-    """Pairwise diversity of members with probabilities (m, n, k) on rows with labels (n,).
+    """Measure the pairwise diversity of members.
+
+    Args:
+        probs: (m, n, k).
+        labels: (n,).
 
     Raises:
         DataError: probabilities or labels are not usable.
@@ -129,48 +140,38 @@ def diversity(probs: npt.ArrayLike, labels: npt.ArrayLike) -> Diversity:
     preds = array.argmax(-1)
     right = (preds == check_labels(labels, *array.shape[1:])).astype(np.float64)
     wrong = 1 - right
-    both, neither, one, other = (
-        a @ b.T / right.shape[1]
-        for a, b in ((right, right), (wrong, wrong), (right, wrong), (wrong, right))
-    )
-    with np.errstate(invalid="ignore"):  # 0 / 0 = NaN: no row decides it
-        q = (both * neither - one * other) / (both * neither + one * other)
-        chance = (both + one) * (one + neither) + (both + other) * (other + neither)
-        kappa = 2 * (both * neither - one * other) / chance
+    n = right.shape[1]
+    both, neither = right @ right.T / n, wrong @ wrong.T / n
+    only_a, only_b = right @ wrong.T / n, wrong @ right.T / n
+    # 0 / 0 = NaN: the measure is undefined.
+    with np.errstate(invalid="ignore"):
+        product = both * neither - only_a * only_b
+        q = product / (both * neither + only_a * only_b)
+        chance = (both + only_a) * (only_a + neither) + (both + only_b) * (only_b + neither)
+        kappa = 2 * product / chance
     agreement = np.array([(preds == mine).mean(1) for mine in preds])
-    return Diversity(one + other, neither, q, kappa, agreement)
-
-
-def greedy_order(probs: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[int, ...]:
-    """Every member once, each the one whose addition gives the mean the least log loss.
-
-    Log loss needs only the probability of the right class: m^2 / 2 trials of n numbers.
-
-    Args:
-        probs: (m, n, k).
-        labels: (n,).
-
-    Raises:
-        DataError: probabilities or labels are not usable.
-    """
-    array = check_probs(probs, 3)
-    truth = check_labels(labels, *array.shape[1:])
-    return _order(array[:, np.arange(len(truth)), truth].astype(np.float64))
+    return Diversity(
+        disagreement=only_a + only_b,
+        double_fault=neither,
+        q=q,
+        kappa=kappa,
+        agreement=agreement,
+    )
 
 
 def size_curve(
     probs: npt.ArrayLike, labels: npt.ArrayLike, draws: int = 20, seed: int = 0
 ) -> SizeCurve:
-    """Accuracy of the mean against the number of members: what another member still brings.
+    """Measure the accuracy of the mean of 1, 2, ... m members.
 
     Args:
         probs: (m, n, k).
         labels: (n,).
-        draws: random orders of the members; the first s of each are a random subset of size s.
-        seed: of the orders.
+        draws: number of random orders; the first s members of each are a random subset.
+        seed: seed of the orders.
 
     Raises:
-        DataError: probabilities or labels are not usable, or there is no draw.
+        DataError: probabilities or labels are not usable, or draws is below 1.
     """
     array = check_probs(probs, 3)
     m, n, k = array.shape
@@ -179,36 +180,46 @@ def size_curve(
         raise DataError("a curve needs a draw", expected="1 or more", got=draws)
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(m) for _ in range(draws)]
-    curves = np.array(side_by_side(lambda order: _hits(array, truth, order), orders)) / n
+    curves = np.array(side_by_side(lambda order: _count_correct(array, truth, order), orders)) / n
     hits = array[:, np.arange(n), truth].astype(np.float64)
     part = stratified_parts(truth)
 
-    def held_out(value: int) -> np.ndarray:
-        held = part == value
-        order = _order(hits[:, ~held] if part.any() else hits)
-        return _hits(array[:, held], truth[held], np.array(order))
+    def cross_fitted(value: int) -> np.ndarray:
+        inside = part == value
+        order = _greedy_order(hits[:, ~inside] if part.any() else hits)
+        return _count_correct(array[:, inside], truth[inside], np.array(order))
 
-    ordered = np.sum(side_by_side(held_out, np.unique(part)), axis=0) / n
-    return SizeCurve(curves.mean(0), curves.min(0), curves.max(0), ordered, _order(hits))
+    ordered = np.sum(side_by_side(cross_fitted, np.unique(part)), axis=0) / n
+    return SizeCurve(
+        random=curves.mean(0),
+        low=curves.min(0),
+        high=curves.max(0),
+        ordered=ordered,
+        order=_greedy_order(hits),
+    )
 
 
-def _hits(probs: np.ndarray, labels: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """How many rows the mean of the first 1, 2, .. m members in this order classifies correctly, (m,)."""
-    total, found = np.zeros(probs.shape[1:]), []
+def _count_correct(probs: np.ndarray, labels: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Return how many rows the mean of the first 1, 2, ... m members classifies correctly, (m,)."""
+    total, counts = np.zeros(probs.shape[1:]), []
     for member in order:
         total += probs[member]
-        found.append((total.argmax(-1) == labels).sum())
-    return np.array(found)
+        counts.append((total.argmax(-1) == labels).sum())
+    return np.array(counts)
 
 
-def _order(hits: np.ndarray) -> tuple[int, ...]:
-    """Greedy order by log loss from the probabilities (m, n) of the right classes."""
-    left, had = list(range(len(hits))), np.zeros(hits.shape[1])
+def _greedy_order(hits: np.ndarray) -> tuple[int, ...]:
+    """Order the members greedily: each is the one whose addition gives the least log loss.
+
+    The log loss needs only the right classes' probabilities `hits` (m, n).
+    """
+    remaining, total = list(range(len(hits))), np.zeros(hits.shape[1])
     order: list[int] = []
-    while left:
-        gains = [np.log(np.maximum((had + hits[i]) / (len(order) + 1), FLOOR)).sum() for i in left]
-        best = left[int(np.argmax(gains))]
-        had = had + hits[best]
-        left.remove(best)
-        order.append(best)
+    while remaining:
+        size = len(order) + 1
+        gains = [np.log(np.maximum((total + hits[i]) / size, FLOOR)).sum() for i in remaining]
+        pick = remaining[int(np.argmax(gains))]
+        total = total + hits[pick]
+        remaining.remove(pick)
+        order.append(pick)
     return tuple(order)

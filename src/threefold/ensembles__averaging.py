@@ -288,7 +288,7 @@ def _next_pick(
 
 
 def _rank(probs: np.ndarray, hits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Return accuracy, then mean log likelihood of `hits` (n,), the right classes' probabilities."""
+    """Return accuracy, then mean log likelihood; `hits` (n,) are the right classes' values."""
     return float((probs.argmax(-1) == labels).mean()), _log_likelihood(hits)
 
 
