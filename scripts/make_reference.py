@@ -18,8 +18,9 @@ INTRODUCTION = """# Command line
 
 Written by `scripts/make_reference.py` from the program itself; do not edit.
 
-Exit codes: 0 done, 1 an error that you can fix (one line on standard error), 2 wrong usage, 130 interrupted.
-`threefold --version` prints the version; `threefold --install-completion` sets up completion in your shell.
+Exit codes: 0 done, 1 an error that you can fix (one line on standard error), 2 wrong usage,
+130 interrupted. `threefold --version` prints the version; `threefold --install-completion` sets up
+completion in your shell.
 """
 
 
