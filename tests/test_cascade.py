@@ -10,7 +10,6 @@ import pytest
 from scipy.stats import beta
 
 from threefold.cascade import (
-    LEVEL,
     NEVER,
     Cascade,
     disagreement_bound,
@@ -19,6 +18,7 @@ from threefold.cascade import (
 )
 from threefold.crossfit import stratified_parts
 from threefold.errors import DataError, RunError
+from threefold.resampling import LEVEL
 from threefold.savings import CROSS_FITTED, cascade_card, fit_savings
 from threefold.stacked import StackedEnsemble
 

@@ -229,7 +229,7 @@ def test_a_score_difference_is_paired() -> None:
 
 def test_a_score_difference_refuses() -> None:
     a, labels = np.full((4, 2), 0.5), [0, 0, 0, 0]
-    with pytest.raises(DataError, match="same rows and classes"):
+    with pytest.raises(DataError, match="different rows or classes"):
         paired.score_difference("accuracy", a, np.full((3, 2), 0.5), labels)
     with pytest.raises(DataError, match="not defined on these rows: roc_auc"):
         paired.score_difference("roc_auc", a, a, labels)
@@ -305,8 +305,8 @@ def test_a_t_test_refuses() -> None:
         ([1.0], [1.0], (2, 1), "two or more"),
         ([1.0, 2], [1.0], (2, 1), "one value per row each"),
         ([1.0, np.nan], [1.0, 2], (2, 1), "NaN or infinite"),
-        ([1.0, 2], [1.0, 2], (0, 1), "rows to fit and rows to score"),
-        ([1.0, 2], [1.0, 2], (1, np.nan), "rows to fit and rows to score"),
+        ([1.0, 2], [1.0, 2], (0, 1), "rows to fit on and rows to score"),
+        ([1.0, 2], [1.0, 2], (1, np.nan), "rows to fit on and rows to score"),
     ):
         with pytest.raises(DataError, match=message):
             paired.corrected_t_test(a, b, *rows)
@@ -372,7 +372,7 @@ def test_seeds_difference_refuses() -> None:
             hits[:1],
             hits[:1],
             None,
-            "one seed says nothing of other seeds.*fix: use paired_bootstrap",
+            "one seed says nothing about other seeds.*fix: use paired_bootstrap",
         ),
         (hits, hits[:, :2], None, "one value per row each"),
         (hits[0], hits[0], None, "value per row"),
@@ -409,11 +409,11 @@ def test_required_rows_by_hand_and_from_counts() -> None:
 
 def test_required_rows_refuse() -> None:
     for discordant, difference in ((0.1, 0.2), (0.1, 0), (1.2, 0.1), (np.nan, 0.1), (0.1, np.nan)):
-        with pytest.raises(DataError, match="no such pair of classifiers"):
+        with pytest.raises(DataError, match="no two classifiers have this difference"):
             paired.required_rows(discordant, difference)
     for power, alpha in ((1.0, 0.05), (0.04, 0.05), (0.8, 0)):
         with pytest.raises(DataError, match="no such test"):
             paired.required_rows(0.2, 0.1, power, alpha)
     for counts in ((5, 5, 100), (-1, 5, 100), (60, 50, 100)):
-        with pytest.raises(DataError, match="no difference to look for"):
+        with pytest.raises(DataError, match="no difference to detect"):
             paired.required_rows_from_counts(*counts)

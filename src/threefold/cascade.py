@@ -30,12 +30,11 @@ import numpy.typing as npt
 
 from threefold.errors import DataError, RunError
 from threefold.predictions__checks import FLOOR, check_labels, check_probs
+from threefold.resampling import LEVEL
 
 NEVER: Final = 2.0
 """A threshold that no margin reaches."""
 
-LEVEL: Final = 0.95
-"""Confidence of the bound on the disagreement."""
 
 MODES: Final = ("full", "fast")
 """Run every member for every image, or only as many as make the answer confident."""

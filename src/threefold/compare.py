@@ -18,7 +18,7 @@ from threefold.joining import join_predictions
 from threefold.predictions import Predictions
 from threefold.predictions__results_schema import Comparison, PredictionSummary, Score
 from threefold.predictions__run_folder import RunFolder
-from threefold.scoring import LEVEL
+from threefold.resampling import LEVEL
 
 MAX_CONTENDERS: Final = 20
 """Largest number of contenders: 190 pairs are more than anyone reads."""

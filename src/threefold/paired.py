@@ -1,7 +1,8 @@
-"""Is one better than the other: paired tests and intervals of differences on the same rows.
+"""Paired tests, and intervals of differences, of two classifiers on the same rows.
 
-`correct` of `stats.py` says which rows a classifier has right: booleans (n,), called hits here. `groups` are as in
-`stats.py`: with them a test or interval speaks of other groups (patients, signers), not of other rows of the same ones.
+Hits are booleans (n,): which rows a classifier gets right (`stats.correct`). With `groups` (see
+`stats.py`), a test or interval is for new groups (patients, signers), not for new rows of the same
+groups.
 """
 
 from __future__ import annotations
@@ -10,18 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import (
-    bdtr,
-    betaln,
-    chdtrc,
-    ndtri,
-    stdtr,
-    stdtrit,
-)  # scipy.stats takes a second to import
+
+# scipy.stats takes a second to import
+from scipy.special import bdtr, betaln, chdtrc, ndtri, stdtr, stdtrit
 
 from threefold.errors import DataError
 from threefold.predictions__checks import check_labels, check_probs
 from threefold.resampling import (
+    LEVEL,
     RESAMPLES,
     check_draws,
     check_groups,
@@ -32,7 +29,7 @@ from threefold.resampling import (
     percentile_interval,
     row_weights,
 )
-from threefold.weighted import Weighted, check_score
+from threefold.weighted import WeightedScore, check_score
 
 
 class Difference(NamedTuple):
@@ -44,7 +41,7 @@ class Difference(NamedTuple):
 
 
 class McNemar(NamedTuple):
-    """Rows that only one of two classifiers has right, and the two-sided p-value."""
+    """Rows that only one of two classifiers gets right, and the two-sided p-value."""
 
     only_a: int
     only_b: int
@@ -60,7 +57,14 @@ class CochranQ(NamedTuple):
 
 
 class TTest(NamedTuple):
-    """A mean difference a - b with its interval, the t statistic, its degrees of freedom and the two-sided p-value."""
+    """A t-test of a mean difference a - b.
+
+    Attributes:
+        estimate, low, high: the mean difference and its interval.
+        t: the t statistic.
+        df: its degrees of freedom.
+        p: two-sided p-value.
+    """
 
     estimate: float
     low: float
@@ -74,10 +78,10 @@ class SeedsDifference(NamedTuple):
     """A difference in accuracy over seeds and images.
 
     Attributes:
-        estimate, low, high: mean difference a - b and its interval, for other seeds and other images.
+        estimate, low, high: mean difference a - b and its interval, for new seeds and new images.
         p: two-sided p-value of no difference.
-        per_seed: the difference of each pair of seeds.
-        seeds_share: share of the estimate's variance that only more seeds can lower, 0 to 1.
+        per_seed: difference of each pair of seeds.
+        seeds_share: share of the estimate's variance that only more seeds can reduce, 0 to 1.
     """
 
     estimate: float
@@ -95,22 +99,25 @@ def mcnemar_exact(
     *,
     mid_p: bool = False,
 ) -> McNemar:
-    """Exact McNemar test: is one right more often on the rows where just one of the two is right?
+    """Exact McNemar test on the discordant rows, which only one of the two gets right.
 
-    Rows: two-sided binomial test of these rows against one half (McNemar 1947, in its exact form). Groups: in each
-    group the two classifiers may change places, so the sum of the groups' differences only_a - only_b is compared with
-    all its values when each group's sign is free (permutation test; enumerated, not drawn). Groups of one row give the
-    row test. g groups cannot give a p-value below 2^(1 - g): five never reach 0.05.
+    Without groups, this is the two-sided binomial test of the discordant rows against one half
+    (McNemar 1947, in its exact form). With groups, it is a permutation test: the two classifiers
+    may be exchanged in each group, so the sum of the groups' differences only_a - only_b is
+    compared with its values for all combinations of signs (enumerated, not drawn). Groups of one
+    row give the test without groups. With g groups the p-value is at least 2^(1 - g): five groups
+    never reach 0.05.
 
-    The exact p-value rejects a true null at most as often as it says, and with few discordant rows far less often. The
-    mid-p-value counts the observed outcome by half: nearer to its level on average, a little above it at times
-    (Fagerland et al. 2013). Verdicts use the exact one: it is the one with a guarantee.
+    The exact p-value rejects a true null hypothesis at most as often as its level, and far less
+    often with few discordant rows. The mid-p-value counts the observed outcome by half: it is
+    closer to its level on average, but at times a little above it (Fagerland et al. 2013). Verdicts
+    use the exact p-value because of its guarantee.
 
     Args:
         correct_a: (n,) booleans.
-        correct_b: (n,) booleans, of the same rows.
+        correct_b: (n,) booleans, for the same rows.
         groups: (n,) names, or None.
-        mid_p: give the mid-p-value.
+        mid_p: return the mid-p-value.
 
     Raises:
         DataError: lengths differ, or values are not booleans.
@@ -125,13 +132,13 @@ def mcnemar_exact(
         np.bincount(check_groups(groups, len(a)), a.astype(np.float64) - b).round().astype(np.int64)
     )
     chances = _sign_flips(np.abs(sums))
-    # Entry i is the chance of a sum of 2 i - total: as far out as observed counts wholly, for mid-p just there by half.
+    # Entry i is the probability of the sum 2 i - total.
     distance = np.abs(2 * np.arange(len(chances)) - np.abs(sums).sum())
-    seen = abs(only_a - only_b)
-    p = float(chances[distance >= seen].sum()) - mid_p * 0.5 * float(
-        chances[distance == seen].sum()
-    )
-    return McNemar(only_a, only_b, 1.0 if mid_p and seen == 0 else min(1.0, p))
+    observed = abs(only_a - only_b)
+    p = float(chances[distance >= observed].sum())
+    if mid_p:
+        p -= 0.5 * float(chances[distance == observed].sum())
+    return McNemar(only_a, only_b, 1.0 if mid_p and observed == 0 else min(1.0, p))
 
 
 def paired_bootstrap(
@@ -139,16 +146,25 @@ def paired_bootstrap(
     b: npt.ArrayLike,
     groups: npt.ArrayLike | None = None,
     *,
-    level: float = 0.95,
+    level: float = LEVEL,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Difference:
-    """Mean of a - b with a percentile bootstrap interval; a and b are per-row scores (n,), such as `correct`.
+    """Mean of a - b with a percentile bootstrap interval.
 
-    With groups, whole groups are drawn (cluster bootstrap): rows of one patient or signer are not independent.
+    With groups, whole groups are drawn (cluster bootstrap), since rows of one patient or signer are
+    not independent.
+
+    Args:
+        a: (n,) scores per row of the first, such as `stats.correct`.
+        b: (n,) scores of the second, for the same rows.
+        groups: (n,) names, or None.
+        level: confidence level.
+        resamples: number of draws.
+        seed: seed of the draws.
 
     Raises:
-        DataError: lengths differ, values are not finite, or a level outside 0..1.
+        DataError: lengths differ, values are not finite, or the level is outside 0..1.
     """
     first, second = _pair(check_numbers(a), check_numbers(b))
     check_draws(level, resamples)
@@ -160,41 +176,42 @@ def paired_bootstrap(
 
 
 def score_difference(
-    score: str | Weighted,
+    score: str | WeightedScore,
     probs_a: npt.ArrayLike,
     probs_b: npt.ArrayLike,
     labels: npt.ArrayLike,
     groups: npt.ArrayLike | None = None,
     *,
-    level: float = 0.95,
+    level: float = LEVEL,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Difference:
-    """Difference a - b of a score with a percentile bootstrap interval; both are scored on the same drawn rows.
+    """Difference a - b of a score with a percentile bootstrap interval.
+
+    Both are scored on the same drawn rows.
 
     Args:
-        score: a name of `weighted.SCORES`, or a function of probs (n, k), labels (n,), weights (n, r) to values (r,).
+        score: a name of `weighted.SCORES`, or a `WeightedScore`.
         probs_a: (n, k).
-        probs_b: (n, k), of the same rows.
+        probs_b: (n, k), for the same rows.
         labels: (n,).
-        groups: (n,) names of what is drawn as a whole, or None.
+        groups: (n,) names, or None. Groups are drawn whole.
         level: confidence level.
         resamples: number of draws.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Raises:
-        DataError: unusable probabilities, labels or groups, an unknown score, or one that is not defined on these rows.
+        DataError: probabilities, labels or groups are not usable, or the score is unknown or not
+            defined on these rows.
     """
     a, b = (check_probs(probs, 2).astype(np.float64) for probs in (probs_a, probs_b))
     if a.shape != b.shape:
-        raise DataError(
-            "the two are not of the same rows and classes", expected=a.shape, got=b.shape
-        )
+        raise DataError("the two have different rows or classes", expected=a.shape, got=b.shape)
     truth, function = check_labels(labels, *a.shape), check_score(score)
     part = None if groups is None else check_groups(groups, len(truth))
     check_draws(level, resamples)
-    every = np.ones((len(truth), 1))
-    estimate = float((function(a, truth, every) - function(b, truth, every))[0])
+    equal = np.ones((len(truth), 1))
+    estimate = float((function(a, truth, equal) - function(b, truth, equal))[0])
     if np.isnan(estimate):
         raise DataError(
             "the score is not defined on these rows", where=score if isinstance(score, str) else ""
@@ -205,16 +222,17 @@ def score_difference(
 
 
 def cochran_q(correct: npt.ArrayLike) -> CochranQ:
-    """Cochran's Q test: are several classifiers right equally often on the same rows? (Cochran 1950)
+    """Cochran's Q test of equal accuracy of several classifiers on the same rows (Cochran 1950).
 
-    The p-value is that of chi-squared with m - 1 degrees of freedom, good where the rows on which classifiers differ, times
-    m, are 24 or more (Tate and Brown 1970). Two classifiers: McNemar's test without continuity correction.
+    The p-value is that of chi-squared with m - 1 degrees of freedom. It is accurate if m times the
+    number of rows on which classifiers differ is at least 24 (Tate and Brown 1970). For two
+    classifiers this is McNemar's test without continuity correction.
 
     Args:
         correct: (m, n) booleans of m >= 2 classifiers.
 
     Raises:
-        DataError: fewer than two classifiers, or values that are not booleans.
+        DataError: there are fewer than two classifiers, or values are not booleans.
     """
     hits = check_hits(correct, 2).astype(np.float64)
     m = len(hits)
@@ -227,10 +245,13 @@ def cochran_q(correct: npt.ArrayLike) -> CochranQ:
 
 
 def holm(pvalues: npt.ArrayLike) -> np.ndarray:
-    """p-values (tests,) adjusted for their number by Holm's step-down method (Holm 1979), in the order given.
+    """Adjust p-values (tests,) for their number by Holm's step-down method (Holm 1979).
+
+    Returns:
+        Adjusted p-values in the given order.
 
     Raises:
-        DataError: not probabilities.
+        DataError: the values are not probabilities.
     """
     p = np.asarray(pvalues, dtype=np.float64)
     if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
@@ -242,22 +263,24 @@ def holm(pvalues: npt.ArrayLike) -> np.ndarray:
 
 
 def corrected_t_test(
-    a: npt.ArrayLike, b: npt.ArrayLike, n_fit: float, n_score: float, level: float = 0.95
+    a: npt.ArrayLike, b: npt.ArrayLike, n_fit: float, n_score: float, level: float = LEVEL
 ) -> TTest:
     """Corrected resampled t-test of scores over folds or random splits (Nadeau and Bengio 2003).
 
-    Fit rows are shared between splits, so the scores are not independent: 1 / J in the variance of their mean becomes
-    1 / J + n_score / n_fit. For k folds that is 1 / J + 1 / (k - 1); J counts all splits, repeats included.
+    Splits share rows to fit on, so the scores are not independent: 1 / J in the variance of their
+    mean becomes 1 / J + n_score / n_fit. For k folds that is 1 / J + 1 / (k - 1). J counts all
+    splits, repeats included.
 
     Args:
         a: (J,) scores of the first, one per split.
         b: (J,) scores of the second on the same splits.
-        n_fit: rows fitted on in a split.
-        n_score: rows scored in a split.
-        level: of the interval.
+        n_fit: number of rows that a split fits on.
+        n_score: number of rows that a split scores.
+        level: confidence level.
 
     Raises:
-        DataError: lengths differ, values are not finite, fewer than two splits, or numbers of rows that cannot be.
+        DataError: lengths differ, values are not finite, there are fewer than two splits, or the
+            numbers of rows are impossible.
     """
     first, second = _pair(check_numbers(a), check_numbers(b))
     check_level(level)
@@ -265,7 +288,7 @@ def corrected_t_test(
         raise DataError("a t-test over splits needs two or more", got=len(first))
     if not (0 < n_fit < np.inf and 0 < n_score < np.inf):
         raise DataError(
-            "splits have rows to fit and rows to score",
+            "splits must have rows to fit on and rows to score",
             expected="both above 0",
             got=(n_fit, n_score),
         )
@@ -278,83 +301,91 @@ def seeds_difference(
     correct_a: npt.ArrayLike,
     correct_b: npt.ArrayLike,
     groups: npt.ArrayLike | None = None,
-    level: float = 0.95,
+    level: float = LEVEL,
 ) -> SeedsDifference:
-    """Difference in accuracy of two recipes trained with several seeds, for other seeds and other images alike.
+    """Difference in accuracy of two recipes that were trained with several seeds.
 
-    The rows' differences (s, n) are taken as mean + seed + image + rest, all random. With mean squares MS of seeds,
-    images and rest, the variance of the mean is (MS_seeds + max(MS_images - MS_rest, 0)) / (s n), with Satterthwaite's
-    degrees of freedom: the analysis of readers and cases in radiology (Dorfman, Berbaum and Metz 1992; Hillis 2007), with
-    seeds for readers and images for cases. MS_seeds counts as MS_rest at least, as it would with many seeds. Bootstrapping
-    both axes (Owen 2007) gives three seeds two thirds of their variance and no t quantile: it covers too seldom where
-    seeds matter. Two seeds give a valid but very wide interval. With groups, these take the place of images.
+    The interval is for new seeds and new images.
+
+    The differences (s, n) are modelled as mean + seed + image + rest, all random. With mean squares
+    MS of seeds, images and rest, the variance of the mean is (MS_seeds + max(MS_images - MS_rest,
+    0)) / (s n), with Satterthwaite's degrees of freedom. This is the analysis of readers and cases
+    in radiology (Dorfman, Berbaum and Metz 1992; Hillis 2007), with seeds as readers and images as
+    cases. MS_seeds is at least MS_rest, as it would be with many seeds. A bootstrap of both axes
+    (Owen 2007) gives three seeds two thirds of their variance and uses no t quantile, so its
+    coverage is too low if seeds matter. Two seeds give a valid but very wide interval. With groups,
+    groups take the place of images.
 
     Args:
         correct_a: (s, n) booleans of s >= 2 seeds.
-        correct_b: (s, n) booleans of the same rows; seed i of one is paired with seed i of the other.
+        correct_b: (s, n) booleans for the same rows. Seed i of one is paired with seed i of the
+            other.
         groups: (n,) names, or None.
-        level: of the interval.
+        level: confidence level.
 
     Raises:
-        DataError: shapes differ, values are not booleans, one seed only, or one group (or row) only.
+        DataError: shapes differ, values are not booleans, or there is only one seed, row or group.
     """
     a, b = _pair(check_hits(correct_a, 2), check_hits(correct_b, 2))
     check_level(level)
     if len(a) < 2:
         raise DataError(
-            "one seed says nothing of other seeds",
+            "one seed says nothing about other seeds",
             expected="two or more",
             fix="use paired_bootstrap",
         )
     cells = a.astype(np.float64) - b
     mean = float(cells.mean())
     if groups is not None:
-        # Linearised as a ratio: each group's value has the whole mean as its centre, whatever the group's size.
+        # Linearised ratio: values of groups are centred on the overall mean, whatever their size.
         part = check_groups(groups, a.shape[1])
         sizes = np.bincount(part)
         sums = np.array([np.bincount(part, row) for row in cells])
         cells = mean + (sums - mean * sizes) * len(sizes) / a.shape[1]
     s, n = cells.shape
     if n < 2:
-        raise DataError("one row or group says nothing of others", expected="two or more", got=n)
+        raise DataError("one row or group says nothing about others", expected="two or more", got=n)
     seeds, images = cells.mean(1), cells.mean(0)
-    of_seeds = n * float(((seeds - mean) ** 2).sum()) / (s - 1)
-    of_images = s * float(((images - mean) ** 2).sum()) / (n - 1)
-    of_rest = float(((cells - seeds[:, None] - images + mean) ** 2).sum()) / ((s - 1) * (n - 1))
-    of_seeds = max(of_seeds, of_rest)
-    beyond = (
-        of_images - of_rest if of_images > (1 + 1e-9) * of_rest else 0.0
-    )  # rounding must not change the freedom
-    freedom = of_seeds**2 / (s - 1)
-    if beyond:
-        freedom += of_images**2 / (n - 1) + of_rest**2 / ((s - 1) * (n - 1))
-    whole = of_seeds + beyond
-    test = _t_test(mean, whole / (s * n), whole**2 / freedom if freedom else 1.0, level)
-    low, high = max(test.low, -1.0), min(test.high, 1.0)
-    per_seed = tuple((a.mean(1) - b.mean(1)).tolist())
+    ms_seeds = n * float(((seeds - mean) ** 2).sum()) / (s - 1)
+    ms_images = s * float(((images - mean) ** 2).sum()) / (n - 1)
+    ms_rest = float(((cells - seeds[:, None] - images + mean) ** 2).sum()) / ((s - 1) * (n - 1))
+    ms_seeds = max(ms_seeds, ms_rest)
+    excess = 0.0
+    denominator = ms_seeds**2 / (s - 1)  # of Satterthwaite's degrees of freedom
+    if ms_images > (1 + 1e-9) * ms_rest:  # rounding errors must not change the degrees of freedom
+        excess = ms_images - ms_rest
+        denominator += ms_images**2 / (n - 1) + ms_rest**2 / ((s - 1) * (n - 1))
+    total = ms_seeds + excess
+    df = total**2 / denominator if denominator else 1.0
+    test = _t_test(mean, total / (s * n), df, level)
     return SeedsDifference(
-        mean, low, high, test.p, per_seed, (of_seeds - of_rest) / whole if whole else 0.0
+        estimate=mean,
+        low=max(test.low, -1.0),
+        high=min(test.high, 1.0),
+        p=test.p,
+        per_seed=tuple((a.mean(1) - b.mean(1)).tolist()),
+        seeds_share=(ms_seeds - ms_rest) / total if total else 0.0,
     )
 
 
 def required_rows(
     discordant: float, difference: float, power: float = 0.8, alpha: float = 0.05
 ) -> int:
-    """Rows that McNemar's test needs to find a difference in accuracy with this power (Connor 1987).
+    """Rows that McNemar's test needs to detect a difference in accuracy (Connor 1987).
 
     Args:
-        discordant: share of rows that just one of the two has right, 0 to 1.
-        difference: of the accuracies, at most `discordant` in size.
-        power: chance to find it, alpha to 1.
-        alpha: level of the two-sided test.
+        discordant: share of rows that only one of the two gets right, 0 to 1.
+        difference: difference of the accuracies, at most `discordant` in size.
+        power: probability of detecting the difference, alpha to 1.
+        alpha: significance level of the two-sided test.
 
     Raises:
-        DataError: shares that cannot be, or no difference.
+        DataError: the shares are impossible, or there is no difference.
     """
     size = abs(difference)
     if not 0 < size <= discordant <= 1:
         raise DataError(
-            "no such pair of classifiers",
+            "no two classifiers have this difference",
             expected="0 < |difference| <= discordant <= 1",
             got=(difference, discordant),
         )
@@ -369,15 +400,22 @@ def required_rows(
 def required_rows_from_counts(
     only_a: int, only_b: int, n: int, power: float = 0.8, alpha: float = 0.05
 ) -> int:
-    """`required_rows` if the truth were as in a first look: discordant rows of n in all.
+    """`required_rows` for shares equal to those of a first sample of n rows.
+
+    Args:
+        only_a: rows that only the first gets right.
+        only_b: rows that only the second gets right.
+        n: number of rows.
+        power: as in `required_rows`.
+        alpha: as in `required_rows`.
 
     Raises:
-        DataError: counts that cannot be, or equal ones: no number of rows shows a difference that is not there.
+        DataError: the counts are impossible, or equal: no number of rows shows a difference of 0.
     """
     if only_a == only_b or min(only_a, only_b) < 0 or not only_a + only_b <= n:
         raise DataError(
-            "counts give no difference to look for",
-            expected="unlike counts of n rows",
+            "the counts show no difference to detect",
+            expected="different counts, at most n together",
             got=(only_a, only_b, n),
         )
     return required_rows((only_a + only_b) / n, (only_a - only_b) / n, power, alpha)
@@ -394,36 +432,49 @@ def verdict(
     test: str = "",
     n: int = 0,
 ) -> str:
-    """A McNemar test of a against b as one sentence; `p` may be adjusted for several tests.
+    """The result of a McNemar test as one sentence.
 
-    Example: "no evidence of a difference: 141 against 140 images, p = 1.00"; with `test` "exact McNemar" and `n` 10,000
-    it ends in "(exact McNemar, p = 1.00); about 23,000,000 images would be needed to show a difference of this size".
+    Example: "no evidence of a difference: 141 against 140 images, p = 1.00". With `test` "exact
+    McNemar" and `n` 10,000 it ends in "(exact McNemar, p = 1.00); about 23,000,000 images would be
+    needed to show a difference of this size".
 
     Args:
         a: name of the first.
         b: name of the second.
-        only_a: rows that only the first has right.
-        only_b: rows that only the second has right.
-        p: p-value.
-        alpha: level above which there is no evidence.
-        test: name of the test, to be told.
-        n: rows in all, discordant or not; where given, a sentence without evidence says how many would be needed.
+        only_a: rows that only the first gets right.
+        only_b: rows that only the second gets right.
+        p: p-value, possibly adjusted for several tests.
+        alpha: significance level.
+        test: name of the test, to be included.
+        n: number of rows. If it is given, a sentence without evidence says how many are needed.
     """
-    shown = "p < 0.001" if p < 0.001 else f"p = {p:.2f}" if p >= 0.1 else f"p = {p:.3f}"
+    shown = f"p = {p:.3f}"
+    if p < 0.001:
+        shown = "p < 0.001"
+    elif p >= 0.1:
+        shown = f"p = {p:.2f}"
     shown = f" ({test}, {shown})" if test else f", {shown}"
     if p <= alpha:
         better, worse = (a, b) if only_a > only_b else (b, a)
-        return f"{better} is better than {worse}: {max(only_a, only_b)} against {min(only_a, only_b)} images{shown}"
-    told = f"no evidence of a difference: {only_a} against {only_b} images{shown}"
+        more, fewer = max(only_a, only_b), min(only_a, only_b)
+        return f"{better} is better than {worse}: {more} against {fewer} images{shown}"
+    sentence = f"no evidence of a difference: {only_a} against {only_b} images{shown}"
     if not n or only_a == only_b:
-        return told
+        return sentence
     needed = required_rows_from_counts(only_a, only_b, n, alpha=alpha)
-    digits = 10 ** max(0, len(str(needed)) - 2)
-    return f"{told}; about {-(-needed // digits) * digits:,} images would be needed to show a difference of this size"
+    unit = 10 ** max(0, len(str(needed)) - 2)
+    return (
+        f"{sentence}; about {-(-needed // unit) * unit:,} images would be needed to show a "
+        "difference of this size"
+    )
 
 
 def _sign_flips(sizes: np.ndarray) -> np.ndarray:
-    """Chances (sum of sizes + 1,) of the sum of those of the sizes (groups,) that fall to one side, each by a fair coin."""
+    """Distribution of the sum of sizes (groups,) that each count with probability one half.
+
+    Returns:
+        Probabilities (sum of sizes + 1,) of the sums 0, 1, ...
+    """
     chances = np.ones(1)
     for size, count in zip(*np.unique(sizes[sizes > 0], return_counts=True), strict=True):
         step = np.zeros(int(size * count) + 1)
@@ -433,25 +484,29 @@ def _sign_flips(sizes: np.ndarray) -> np.ndarray:
 
 
 def _heads(k: np.ndarray, n: int) -> np.ndarray:
-    """Chance of k heads in n throws of a fair coin."""
+    """Probability of k heads in n throws of a fair coin."""
     return np.asarray(np.exp(-betaln(k + 1, n - k + 1) - np.log(n + 1) - n * np.log(2)))
 
 
 def _t_test(mean: float, variance: float, df: float, level: float) -> TTest:
-    """Student's test of a mean with this variance; a variance of zero leaves no doubt, except of no difference."""
+    """Student's test of a mean with this variance. With variance 0, any difference is certain."""
     if variance == 0:
-        return TTest(
-            mean, mean, mean, float(np.sign(mean) * np.inf) if mean else 0.0, df, float(mean == 0)
-        )
+        t = float(np.sign(mean) * np.inf) if mean else 0.0
+        return TTest(estimate=mean, low=mean, high=mean, t=t, df=df, p=float(mean == 0))
     error = variance**0.5
     half = float(stdtrit(df, (1 + level) / 2)) * error
     return TTest(
-        mean, mean - half, mean + half, mean / error, df, float(2 * stdtr(df, -abs(mean) / error))
+        estimate=mean,
+        low=mean - half,
+        high=mean + half,
+        t=mean / error,
+        df=df,
+        p=float(2 * stdtr(df, -abs(mean) / error)),
     )
 
 
 def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both, if they are of the same rows."""
+    """Both arrays, after a check that their shapes agree."""
     if a.shape != b.shape:
         raise DataError("paired scores need one value per row each", expected=a.shape, got=b.shape)
     return a, b

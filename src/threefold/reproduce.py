@@ -22,6 +22,7 @@ from threefold.files import read_arrays, read_json, write_json
 from threefold.models__views import view_counts
 from threefold.paper_items import Answer, Cell, Item, Plan
 from threefold.recipe import Recipe, packaged
+from threefold.resampling import LEVEL
 from threefold.run import Run
 from threefold.samples import write_sample
 from threefold.scales import (
@@ -35,7 +36,6 @@ from threefold.scales import (
 from threefold.training__watcher import Watcher
 from threefold.workflow import train
 
-LEVEL = 0.95
 PER_CLASS = {"cifar100": 4, "surrey-asl": 3}
 """Made-up training images of each class in a smoke run, where they are not 8."""
 

@@ -1,6 +1,7 @@
-"""Bootstrap draws of rows or of whole groups, as weights: how often each is drawn, in chunks that bound the memory.
+"""Bootstrap draws of rows or whole groups, as weights: the number of times that each is drawn.
 
-A score of weighted rows costs one matrix product for many draws at once; copies of the drawn rows would cost a pass each.
+Weights score many draws with one matrix product, where copies of the drawn rows would take one pass
+each. Draws come in chunks, which bounds the memory.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ from scipy.sparse import csr_array
 
 from threefold.errors import DataError
 
+LEVEL: Final = 0.95
+"""Confidence level of intervals."""
+
 RESAMPLES: Final = 2000
 """Number of draws: 50 lie beyond each end of a 95 % interval."""
 
 _CHUNK: Final = 2_000_000
-"""Weights in memory at a time: 16 MB, and a score makes a few arrays of that size."""
+"""Weights in memory at a time: 16 MB. A score makes a few arrays of that size."""
 
 _MANY_UNITS: Final = 2000
-"""Fewer units are drawn one by one: that is quick, and scores that are computed in two ways then see the same draws."""
+"""Up to this number, units are drawn one by one.
+
+That is fast enough, and scores that are computed in two ways then see the same draws."""
 
 
 class Interval(NamedTuple):
@@ -32,20 +38,20 @@ class Interval(NamedTuple):
 
 
 def check_level(level: float) -> None:
-    """Nothing, if the confidence level lies between 0 and 1.
+    """Check that a confidence level lies between 0 and 1.
 
     Raises:
         DataError: it does not.
     """
     if not 0 < level < 1:
-        raise DataError("a confidence level lies between 0 and 1", got=level)
+        raise DataError("a confidence level must lie between 0 and 1", got=level)
 
 
 def check_draws(level: float, resamples: int) -> None:
-    """Nothing, if so many draws can have an interval of that level: one at least lies beyond each end.
+    """Check that at least one of the draws lies beyond each end of an interval of this level.
 
     Raises:
-        DataError: they cannot.
+        DataError: there are too few draws.
     """
     check_level(level)
     fewest = int(np.ceil(round(2 / (1 - level), 6)))
@@ -58,10 +64,14 @@ def check_draws(level: float, resamples: int) -> None:
 
 
 def check_hits(hits: npt.ArrayLike, ndim: int = 1) -> np.ndarray:
-    """Booleans of `ndim` axes, none of them empty; 0 and 1 count as booleans.
+    """Check hits (right or wrong) and return them as booleans; 0 and 1 count as booleans.
+
+    Args:
+        hits: (n,) if `ndim` is 1; (classifiers or seeds, n) if it is 2.
+        ndim: 1 or 2.
 
     Raises:
-        DataError: other values, another shape, or nothing.
+        DataError: the values or the shape are wrong, or there are none.
     """
     try:
         array = np.asarray(hits)
@@ -73,15 +83,17 @@ def check_hits(hits: npt.ArrayLike, ndim: int = 1) -> np.ndarray:
         axes = "(n,)" if ndim == 1 else "(classifiers or seeds, n)"
         raise DataError("hits need one value per row", expected=axes, got=array.shape)
     if array.dtype.kind not in "biuf" or not np.isin(array, (0, 1)).all():
-        raise DataError("hits say right or wrong", expected="booleans", got=f"dtype {array.dtype}")
+        raise DataError(
+            "hits must be right or wrong", expected="booleans", got=f"dtype {array.dtype}"
+        )
     return array.astype(bool)
 
 
 def check_numbers(values: npt.ArrayLike) -> np.ndarray:
-    """Finite float64 numbers (n,), at least one.
+    """Check scores and return them as finite float64 numbers (n,).
 
     Raises:
-        DataError: other values, another shape, or nothing.
+        DataError: the values or the shape are wrong, or there are none.
     """
     try:
         array = np.asarray(values, dtype=np.float64)
@@ -97,10 +109,10 @@ def check_numbers(values: npt.ArrayLike) -> np.ndarray:
 
 
 def check_groups(groups: npt.ArrayLike, n: int) -> np.ndarray:
-    """The group of each row as a number (n,) from 0, in the order of the sorted names.
+    """The number (n,) of each row's group, counted from 0 in the order of the sorted names.
 
     Raises:
-        DataError: another length, or names that are not strings or whole numbers.
+        DataError: the length is wrong, or names are not strings or whole numbers.
     """
     array = groups if isinstance(groups, np.ndarray) else np.asarray(groups, dtype=object)
     if array.shape != (n,):
@@ -119,25 +131,24 @@ def check_groups(groups: npt.ArrayLike, n: int) -> np.ndarray:
 
 
 def unit_weights(units: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each unit is drawn when as many are drawn with replacement: float64 (units, r) at a time."""
+    """Draw as many units as there are, with replacement: counts as float64 (units, r) at a time."""
     rng = np.random.default_rng(seed)
     step = max(1, _CHUNK // units)
     for start in range(0, resamples, step):
         r = min(step, resamples - start)
-        drawn = rng.integers(0, units, (units, r), dtype=np.uint32).astype(
-            np.int64
-        ) * r + np.arange(r)
-        yield np.bincount(drawn.ravel(), minlength=units * r).reshape(units, r).astype(np.float64)
+        drawn = rng.integers(0, units, (units, r), dtype=np.uint32).astype(np.int64)
+        cells = drawn * r + np.arange(r)
+        yield np.bincount(cells.ravel(), minlength=units * r).reshape(units, r).astype(np.float64)
 
 
 def row_weights(n: int, part: np.ndarray | None, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each row is drawn: float64 (n, r) at a time.
+    """Number of times that each row is drawn: float64 (n, r) at a time.
 
     Args:
         n: number of rows.
-        part: (n,) numbers of groups that are drawn whole, as of `check_groups`; None = each row is drawn by itself.
+        part: (n,) group numbers from `check_groups`: groups are drawn whole. None = rows are drawn.
         resamples: number of draws.
-        seed: of the draws.
+        seed: seed of the draws.
     """
     if part is None:
         yield from unit_weights(n, resamples, seed)
@@ -151,20 +162,21 @@ def row_weights(n: int, part: np.ndarray | None, resamples: int, seed: int) -> I
 def cell_weights(
     cells: np.ndarray, part: np.ndarray | None, resamples: int, seed: int
 ) -> Iterator[np.ndarray]:
-    """Rows drawn per cell, where rows of one cell are alike: float64 (cells, r) at a time, fast where cells are few.
+    """Number of rows drawn from each cell of equivalent rows: float64 (cells, r) at a time.
+
+    This is fast if there are few cells.
 
     Args:
-        cells: (n,) the cell of each row, every number from 0 used.
-        part: (n,) the group of each row, or None.
+        cells: (n,) the cell of each row; every number from 0 is used.
+        part: (n,) group numbers from `check_groups`, or None.
         resamples: number of draws.
-        seed: of the draws.
+        seed: seed of the draws.
     """
     if part is not None:
         table = csr_array((np.ones(len(cells)), (cells, part)))
         if table.shape[0] * table.shape[1] <= _CHUNK:
-            table = (
-                table.toarray()
-            )  # a dense product is many times faster; the sums are whole numbers either way
+            # The sums are whole numbers, so the much faster dense product is exact.
+            table = table.toarray()
         for weights in unit_weights(table.shape[1], resamples, seed):
             step = max(1, _CHUNK // table.shape[0])
             for start in range(0, weights.shape[1], step):
@@ -178,12 +190,14 @@ def cell_weights(
 
 
 def column_sums(columns: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Sums of columns (c, u) over drawn units, (c, r) at a time; units whose columns are equal are drawn together.
+    """Sums of columns over drawn units: (c, r) at a time.
+
+    If many units have equal columns, they are drawn together.
 
     Args:
-        columns: what each of u units adds to c sums.
+        columns: (c, u), what each of u units adds to c sums.
         resamples: number of draws.
-        seed: of the draws.
+        seed: seed of the draws.
     """
     distinct, cells = np.unique(columns, axis=1, return_inverse=True)
     if columns.shape[1] > _MANY_UNITS and distinct.shape[1] * 8 <= columns.shape[1]:
@@ -195,15 +209,15 @@ def column_sums(columns: np.ndarray, resamples: int, seed: int) -> Iterator[np.n
 
 
 def percentile_interval(values: np.ndarray, level: float) -> Interval:
-    """Interval between quantiles of the draws' values; draws without a value (NaN) are left out.
+    """Interval between two quantiles of the draws' scores; NaN (not defined) is left out.
 
     Raises:
-        DataError: no draw has a value.
+        DataError: the score is not defined for any draw.
     """
-    found = values[~np.isnan(values)]
-    if not len(found):
+    defined = values[~np.isnan(values)]
+    if not len(defined):
         raise DataError(
             "the score is not defined in any bootstrap resample", expected="rows of several classes"
         )
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high))

@@ -27,8 +27,9 @@ from threefold.predictions__results_schema import (
 )
 from threefold.predictions__run_folder import RunFolder
 from threefold.recipe_schema import EnsembleSpec
+from threefold.resampling import LEVEL
 from threefold.scaling import apply_temperature, fit_temperature
-from threefold.scoring import LEVEL, per_class
+from threefold.scoring import per_class
 
 AUTO = tuple(name for name in ENSEMBLES if not name.startswith("stacked"))
 """The methods that `auto` chooses from: those fitted in seconds. Add others by name: `auto,stacked`."""

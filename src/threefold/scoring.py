@@ -12,9 +12,7 @@ from threefold.combiners import Ensemble
 from threefold.crossfit import side_by_side
 from threefold.predictions import Predictions
 from threefold.predictions__results_schema import ClassScore, Comparison, Score
-
-LEVEL: Final = 0.95
-"""Confidence level of every interval."""
+from threefold.resampling import LEVEL
 
 TAUGHT: Final = "apparent: the teachers learned from these labels"
 """Where out-of-fold rows of a student stand that its teachers have seen."""

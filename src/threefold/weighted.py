@@ -1,11 +1,12 @@
-"""Scores of weighted rows, many weightings at a time: what the bootstrap and the paired tests evaluate.
+"""Scores of weighted rows, for many weightings at a time: the bootstrap and paired tests use them.
 
-Everywhere `probs` is (n, k) float64, `labels` (n,) int64, both checked by the caller; `weights` is (n, r), r weightings.
+In every function `probs` is (n, k) float64 and `labels` is (n,) int64, both checked by the caller;
+`weights` is (n, r) for r weightings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
@@ -15,37 +16,39 @@ from scipy.sparse import csr_array
 from threefold.errors import DataError
 from threefold.predictions__checks import FLOOR
 
-Weighted = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""A score of probs (n, k) and labels (n,) for r weightings of the rows (n, r): values (r,), NaN where not defined."""
+WeightedScore = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""Maps probs (n, k), labels (n,) and weights (n, r) to scores (r,), NaN where not defined."""
 
 
-def check_score(score: str | Weighted) -> Weighted:
-    """The function of a name of SCORES; of a function, the same with its answers' shape checked.
+def check_score(score: str | WeightedScore) -> WeightedScore:
+    """The function of a score: one of SCORES by name, or the given one with a check of its result.
 
     Raises:
         DataError: no score has this name.
     """
     if callable(score):
-        return partial(_own_score, score)
+        return partial(_checked_score, score)
     if score not in SCORES:
         raise DataError("unknown score", where=score, expected=", ".join(SCORES))
     return SCORES[score]
 
 
 def score_value(score: str, probs: np.ndarray, labels: np.ndarray) -> float:
-    """A score of SCORES where every row counts once; NaN where it is not defined."""
+    """A score of SCORES with equal weights; NaN if it is not defined."""
     if score == "roc_auc":
-        return _plain_roc_auc(probs, labels)
+        return _unweighted_roc_auc(probs, labels)
     return float(SCORES[score](probs, labels, np.ones((len(labels), 1)))[0])
 
 
-def _own_score(
-    score: Weighted, probs: np.ndarray, labels: np.ndarray, weights: np.ndarray
+def _checked_score(
+    score: WeightedScore, probs: np.ndarray, labels: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
     values = np.asarray(score(probs, labels, weights), dtype=np.float64)
     if values.shape != weights.shape[1:]:
         raise DataError(
-            "a score gives one value per weighting", expected=weights.shape[1:], got=values.shape
+            "a score must return one value per weighting",
+            expected=weights.shape[1:],
+            got=values.shape,
         )
     return values
 
@@ -55,7 +58,7 @@ def _hits(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def in_top(top: int, probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Rows (n,) where fewer than `top` classes stand before the label: larger, or as large and earlier."""
+    """Whether each label is among the `top` largest probabilities; ties go to the first classes."""
     own = probs[np.arange(len(labels)), labels][:, None]
     earlier = np.arange(probs.shape[1]) < labels[:, None]
     return np.asarray(((probs > own) | ((probs == own) & earlier)).sum(-1) < top)
@@ -65,7 +68,7 @@ def _log_losses(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.asarray(-np.log(np.maximum(probs[np.arange(len(labels)), labels], FLOOR)))
 
 
-def _squared(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _squared_errors(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.asarray((probs**2).sum(-1) - 2 * probs[np.arange(len(labels)), labels] + 1)
 
 
@@ -90,52 +93,59 @@ def _macro_f1(probs: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.
     return _class_mean(2 * right, _sums(labels, k, weights) + _sums(probs.argmax(-1), k, weights))
 
 
+def _one_vs_rest_classes(k: int) -> Sequence[int]:
+    """The classes whose ROC curves are averaged; of two classes, only class 1."""
+    return [1] if k == 2 else range(k)
+
+
 def _roc_auc(probs: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    k = probs.shape[1]
-    pairs = [
-        _ordered_pairs(probs[:, c], labels == c, weights) for c in ([1] if k == 2 else range(k))
-    ]
-    return _class_mean(
-        np.array([below for below, _ in pairs]), np.array([total for _, total in pairs])
-    )
+    ordered, total = [], []
+    for c in _one_vs_rest_classes(probs.shape[1]):
+        ordered_c, total_c = _ordered_pairs(probs[:, c], labels == c, weights)
+        ordered.append(ordered_c)
+        total.append(total_c)
+    return _class_mean(np.array(ordered), np.array(total))
 
 
-def _plain_roc_auc(probs: np.ndarray, labels: np.ndarray) -> float:
-    """`_roc_auc` where every row counts once: sorting and searching, a tenth of the time, and the same counts."""
-    below, total = [], []
-    for c in [1] if probs.shape[1] == 2 else range(probs.shape[1]):
-        mine = labels == c
-        above, other = np.sort(probs[mine, c]), np.sort(probs[~mine, c])
+def _unweighted_roc_auc(probs: np.ndarray, labels: np.ndarray) -> float:
+    """`_roc_auc` with equal weights: the same counts, by sorting, in a tenth of the time."""
+    ordered, total = [], []
+    for c in _one_vs_rest_classes(probs.shape[1]):
+        is_positive = labels == c
+        positive, negative = np.sort(probs[is_positive, c]), np.sort(probs[~is_positive, c])
         ranks = (
-            np.searchsorted(other, above, "left").sum()
-            + np.searchsorted(other, above, "right").sum()
+            np.searchsorted(negative, positive, "left").sum()
+            + np.searchsorted(negative, positive, "right").sum()
         )
-        below.append([ranks / 2])
-        total.append([float(len(above)) * len(other)])
-    return float(_class_mean(np.array(below), np.array(total))[0])
+        ordered.append([ranks / 2])
+        total.append([float(len(positive)) * len(negative)])
+    return float(_class_mean(np.array(ordered), np.array(total))[0])
 
 
 def _ordered_pairs(
-    score: np.ndarray, positive: np.ndarray, weights: np.ndarray
+    score: np.ndarray, is_positive: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weight of the pairs of a positive and a negative row that the score orders right, ties by half; and of all pairs."""
+    """Weights (r,) of the pairs of a positive and a negative row in the right order, and of all.
+
+    A tie counts by half.
+    """
     values, at = np.unique(score, return_inverse=True)
-    # Neighbouring levels that hold rows of one kind only are one level: no pair of theirs is told apart.
-    has, lacks = (
-        np.bincount(at[side], minlength=len(values)) > 0 for side in (positive, ~positive)
-    )
-    kind = has + 2 * lacks
+    has_positive = np.bincount(at[is_positive], minlength=len(values)) > 0
+    has_negative = np.bincount(at[~is_positive], minlength=len(values)) > 0
+    # Neighbouring values with rows of one kind only are merged: no pair lies between them.
+    kind = has_positive + 2 * has_negative
     level = np.cumsum(np.concatenate([[0], (kind[1:] != kind[:-1]) | (kind[1:] == 3)]))[at]
     count = int(level.max()) + 1
-    above, other = (_sums(level, count, weights, side) for side in (positive, ~positive))
-    below = np.cumsum(other, 0) - other / 2
-    return (above * below).sum(0), above.sum(0) * other.sum(0)
+    positive = _sums(level, count, weights, is_positive)
+    negative = _sums(level, count, weights, ~is_positive)
+    below = np.cumsum(negative, 0) - negative / 2
+    return (positive * below).sum(0), positive.sum(0) * negative.sum(0)
 
 
 def _sums(
     where: np.ndarray, count: int, weights: np.ndarray, rows: np.ndarray | None = None
 ) -> np.ndarray:
-    """Sums of weights (n, r) by class or level `where` (n,): (count, r); of the chosen rows (n,) booleans only."""
+    """Sums (count, r) of weights by class or level `where` (n,), of `rows` (booleans) or all."""
     if weights.shape[1] == 1:
         counted = weights[:, 0] if rows is None else np.where(rows, weights[:, 0], 0.0)
         return np.bincount(where, counted, count)[:, None]
@@ -146,7 +156,7 @@ def _sums(
 
 
 def _class_mean(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
-    """Mean over classes (k, r) of part / whole where there is a whole; NaN where there is none in any class."""
+    """Mean over the classes (k, r) with a positive whole of part / whole; NaN if there are none."""
     used = wholes > 0
     shares = np.divide(parts, wholes, out=np.zeros_like(parts), where=used)
     count = used.sum(0)
@@ -156,15 +166,17 @@ def _class_mean(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
 
 
 COUNTED: Final = ("accuracy", "balanced_accuracy", "macro_f1")
-"""Scores that see no more of a row than its label and its answer; all but F1 only whether the two agree."""
+"""Scores that depend only on each row's label and predicted class.
 
-SCORES: Final[dict[str, Weighted]] = {
+All but F1 depend only on whether the two agree."""
+
+SCORES: Final[dict[str, WeightedScore]] = {
     "accuracy": partial(_row_mean, _hits),
     "balanced_accuracy": _balanced,
     "macro_f1": _macro_f1,
     "roc_auc": _roc_auc,
     **{f"top{top}": partial(_row_mean, partial(in_top, top)) for top in (2, 3, 5)},
     "log_loss": partial(_row_mean, _log_losses),
-    "brier": partial(_row_mean, _squared),
+    "brier": partial(_row_mean, _squared_errors),
 }
-"""Scores by name. The calibration error is not among them: see `stats.bootstrap_interval`."""
+"""Scores by name. `stats.bootstrap_interval` says why the calibration error is not among them."""
