@@ -250,7 +250,7 @@ def test_ties_are_not_counted_as_changed() -> None:
     ("moved", "labels", "message"),
     [
         (4, None, r"at most 3 of 100 images with another class, got 4"),
-        (2, [0] * 100, r"at most 1 right answers of 100 lost on balance, got 2"),
+        (2, [0] * 100, r"at most 1 correct answers of 100 lost on balance, got 2"),
     ],
 )
 def test_changed_classes_and_lost_answers_are_refused(

@@ -18,7 +18,7 @@ from threefold.runtime import FULL, CascadePolicy, Model, load
 
 
 def find_images(sources: Iterable[str], listing: IO[str] | None = None) -> Iterator[Path]:
-    """Yield the files given, every image below the folders given, and the lines of `listing` for `-`.
+    """Yield files, every image in folders, and for `-` the paths listed on `listing`, one a line.
 
     Raises:
         DataError: a path does not exist, or a folder holds no image.

@@ -1,9 +1,9 @@
 """Model files on disk: one file, or above 2 GB a bundle of the model and one data file beside it.
 
-Protobuf ends at 2 GB, so a larger model keeps its weights in a plain file in the same folder (ONNX's
-external data). The name of the data file contains the hash of its content, and the file is in place
-before the model file that names it. So a model file always belongs to the data that it names, the
-old or the new, wherever an export is interrupted. Both files have to be moved together.
+Protobuf ends at 2 GB, so a larger model keeps its weights in a plain file in the same folder
+(ONNX's external data). The name of the data file contains the hash of its content, and the file is
+in place before the model file that names it. So a model file always belongs to the data that it
+names, the old or the new, wherever an export is interrupted. Both files must be moved together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from threefold.files import sha256, write_bytes
 from threefold.runtime import KEY
 
 LIMIT: Final = 2**31 - 2**24
-"""Bytes of weights above which a bundle is written; the rest of 2 GB is for the graph and the card."""
+"""Bytes of weights above which a bundle is written; leaves room for the graph and the card."""
 SMALLEST: Final = 1024
 """Bytes of the smallest tensor that goes into the data file."""
 ALIGN: Final = 4096

@@ -200,13 +200,13 @@ def export(
             "the browser reads ONNX", where=target, fix="with --web, --out ends in .onnx"
         )
     from threefold import workflow
-    from threefold.parity import told
+    from threefold.parity import describe_report
     from threefold.run import Run
 
     exported = workflow.export(Run.open(run_dir), target, method, _split(members), precision)
     out.print(
         f"{exported['path']}: {exported['bytes'] / 1e6:.1f} MB, {exported['method']}, {precision}; "
-        f"{told(exported)}",
+        f"{describe_report(exported)}",
         markup=False,
     )
     if web is not None:

@@ -1,7 +1,7 @@
-"""The pipeline as one ONNX file, written only if it answers the same.
+"""Build a pipeline as one ONNX graph and write it to a file.
 
-Every architecture is traced once, fold copies are grafted with their own weights.
-Tracing dominates the cost of an export, so what can be shared is: the resize by canvas, the network by architecture.
+Tracing dominates the cost of an export. So the resize is traced once per canvas and the network
+once per architecture; the networks of the other folds are copies with their own weights.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ IR_VERSION = 10
 
 
 def card_of(pipeline: Pipeline, precision: str, metadata: dict[str, Any]) -> dict[str, Any]:
-    """The model card: what every file says, and the metadata of its run."""
+    """The model card: the entries of every file, and the metadata of its run."""
     return {
         "format": FORMAT,
         "classes": list(pipeline.classes),
@@ -55,14 +55,14 @@ def write_onnx(
     images: Sequence[np.ndarray],
     measure: Callable[[np.ndarray], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Write a graph with its card, if its answers pass; above 2 GB with the weights in a data file beside it, see `bundle`.
+    """Write a graph with its card if its answers pass; above 2 GB as a bundle, see `bundle`.
 
     Args:
         model: images -> probs, member_probs.
         target: file to write.
-        card: the model card; the parity report joins it.
-        images: uint8 (h, w, 3), any sizes, that the file answers before it takes its place.
-        measure: the parity report of those answers (n, k); raises where they do not pass.
+        card: the model card; the parity report is added to it.
+        images: uint8 (h, w, 3), any sizes, that the file answers before it is put in its place.
+        measure: returns the parity report of those answers (n, k), or raises if they do not pass.
 
     Returns:
         The parity report, with the bytes written.
@@ -80,10 +80,10 @@ def write_onnx(
 def build_graph(
     pipeline: Pipeline, precision: str = "float32", calibration: Sequence[np.ndarray] = ()
 ) -> onnx.ModelProto:
-    """The pipeline as an ONNX model: images uint8 (b, h, w, 3) to probs (b, k) and member_probs (b, m, k).
+    """Build the ONNX model: images uint8 (b, h, w, 3) to probs (b, k) and member_probs (b, m, k).
 
     Args:
-        pipeline: what to build.
+        pipeline: in eval mode.
         precision: of the members' weights.
         calibration: training images uint8 (h, w, 3), for int8.
     """
@@ -112,10 +112,10 @@ def build_graph(
 
 
 def network_names(pipeline: Pipeline) -> list[list[str]]:
-    """For each member the graph's values (b, k) that its networks give.
+    """For each member the names of the values (b, k) that its networks produce.
 
     Raises:
-        ExportError: members are mixed over folds, so that no network is one member's alone.
+        ExportError: members are mixed over folds, so no network belongs to one member alone.
     """
     if pipeline.mixing is not None:
         raise ExportError(
@@ -131,10 +131,17 @@ def network_names(pipeline: Pipeline) -> list[list[str]]:
 def trace(
     module: nn.Module, example: Tensor, names: tuple[str, str], dynamic: tuple[int, ...]
 ) -> Any:
-    """ONNX model of a module with one input and one output; the axes in `dynamic` may have any length."""
+    """Trace a module with one input and one output to an ONNX model.
+
+    Args:
+        module: the module.
+        example: an input.
+        names: of the input and the output.
+        dynamic: axes of the input that may have any length.
+    """
     shapes = (dict.fromkeys(dynamic, torch.export.Dim.DYNAMIC),)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter warns about its own internals
+        warnings.simplefilter("ignore")  # the exporter warns about its internals
         program = torch.onnx.export(
             module.eval(),
             (example,),
@@ -156,7 +163,7 @@ def _add_member(
     precision: str,
     calibration: Sequence[np.ndarray],
 ) -> list[str]:
-    """Graft one member: its resize once, then every fold model; returns the names of their probabilities."""
+    """Add the resize of a member once and its networks; returns the names of their outputs."""
     canvas = f"pixels_{member.canvas}_{member.resize}"
     if canvas not in graph.values:
         resize = trace(
@@ -192,7 +199,7 @@ def _add_combiner(graph: _Joiner, pipeline: Pipeline, stacked: str) -> None:
 
 
 class _Resize(nn.Module):
-    """The resize of a canvas, as a module that can be traced."""
+    """The resize to a canvas, as a module for tracing."""
 
     def __init__(self, canvas: int, mode: Literal["squash", "crop"]) -> None:
         super().__init__()
@@ -203,7 +210,7 @@ class _Resize(nn.Module):
 
 
 class _Mix(nn.Module):
-    """The members' answers from those of all networks, where members are not in every fold."""
+    """The members' answers from those of all networks, if members are not in every fold."""
 
     def __init__(self, mixing: Tensor) -> None:
         super().__init__()
@@ -214,37 +221,38 @@ class _Mix(nn.Module):
 
 
 def _with_weights(model: Any, old: nn.Module, new: nn.Module) -> Any | None:
-    """A copy of a traced model with the weights of another network of the same shape; None if one cannot be placed."""
+    """A copy of a traced model with the weights of another network; None if one has no place."""
     twin = onnx.ModelProto()
     twin.CopyFrom(model)
     initializers = {tensor.name: tensor for tensor in twin.graph.initializer}
-    before, after = old.state_dict(), new.state_dict()
-    for name, tensor in after.items():
-        found = initializers.get(name)
-        if found is None or not np.array_equal(
-            onnx.numpy_helper.to_array(found), before[name].numpy()
-        ):
+    old_weights = old.state_dict()
+    for name, weight in new.state_dict().items():
+        tensor = initializers.get(name)
+        if tensor is None:
             return None
-        found.CopyFrom(onnx.numpy_helper.from_array(tensor.numpy(), name))
+        if not np.array_equal(onnx.numpy_helper.to_array(tensor), old_weights[name].numpy()):
+            return None
+        tensor.CopyFrom(onnx.numpy_helper.from_array(weight.numpy(), name))
     return twin
 
 
 def fold_batch_norm(predictor: Predictor, canvas: int) -> nn.Module:
-    """A copy of the network with every batch norm that directly follows a convolution folded into its weights.
+    """Copy the network with every batch norm directly after a convolution folded into its weights.
 
-    The pairs are found by running an image through and seeing which norm receives which convolution's output. Exact up
-    to rounding; the parity gate stands behind it.
+    The pairs are found by running an image through the network and watching which norm receives
+    which convolution's output. The result is exact up to rounding, which the parity gate checks.
     """
     network = copy.deepcopy(predictor).float().eval()
-    made: dict[int, tuple[nn.Module, Tensor]] = {}
+    outputs: dict[int, tuple[nn.Module, Tensor]] = {}
     pairs: list[tuple[Any, Any]] = []
 
     def after_conv(module: nn.Module, _: Any, output: Tensor) -> None:
-        made[id(output)] = (module, output)
+        # Holding the output keeps its id from being used again.
+        outputs[id(output)] = (module, output)
 
     def before_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if id(inputs[0]) in made:
-            pairs.append((made[id(inputs[0])][0], module))
+        if id(inputs[0]) in outputs:
+            pairs.append((outputs[id(inputs[0])][0], module))
 
     hooks = [
         m.register_forward_hook(after_conv) for m in network.modules() if isinstance(m, nn.Conv2d)
@@ -268,12 +276,9 @@ def fold_batch_norm(predictor: Predictor, canvas: int) -> nn.Module:
             norm.weight,
             norm.bias,
         )
-        rest = [
-            part
-            for part in (getattr(norm, "drop", None), getattr(norm, "act", None))
-            if part is not None
-        ]
-        _replace(network, norm, nn.Sequential(*rest))
+        # timm's norms may have a dropout and an activation of their own.
+        parts = [getattr(norm, "drop", None), getattr(norm, "act", None)]
+        _replace(network, norm, nn.Sequential(*(part for part in parts if part is not None)))
     for module in list(network.modules()):
         if isinstance(module, nn.Hardtanh):
             _replace(network, module, _Clamp(module.min_val, module.max_val))
@@ -281,7 +286,7 @@ def fold_batch_norm(predictor: Predictor, canvas: int) -> nn.Module:
 
 
 class _Clamp(nn.Module):
-    """ReLU6 as one clamp: tracing torch's own takes a quarter of a second each (measured, torch 2.15)."""
+    """ReLU6 as one clamp: tracing torch's own takes 0.25 s each (measured, torch 2.15)."""
 
     def __init__(self, low: float, high: float) -> None:
         super().__init__()
@@ -292,7 +297,7 @@ class _Clamp(nn.Module):
 
 
 def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of another."""
+    """Replace a module of the network by another."""
     for parent in network.modules():
         for name, child in parent.named_children():
             if child is old:
@@ -300,7 +305,7 @@ def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 class _Joiner:
-    """Builds one ONNX graph out of several by prefixing their names and wiring inputs to outputs."""
+    """Joins several ONNX graphs into one by prefixing names and connecting inputs to outputs."""
 
     def __init__(self) -> None:
         self.nodes: list[Any] = []
@@ -310,10 +315,10 @@ class _Joiner:
     def graft(
         self, model: Any, prefix: str, inputs: dict[str, str], outputs: dict[str, str]
     ) -> None:
-        """Add a model's nodes; its input and output names become the outer names given, all others get the prefix."""
+        """Add a model's nodes under a prefix; `inputs` and `outputs` map its names to ours."""
         if model.functions:
             raise ExportError(
-                "the exporter made functions that cannot be joined",
+                "the exporter produced functions that cannot be joined",
                 where=prefix,
                 got=[f.name for f in model.functions],
             )
@@ -335,14 +340,14 @@ class _Joiner:
         self.values.update(outputs.values())
 
     def mean(self, names: Sequence[str], output: str) -> str:
-        """Average of values of equal shape."""
+        """Add the mean of values of equal shape; returns its name."""
         self.nodes.append(
             onnx.helper.make_node("Mean", list(names), [output], name=f"{output}_mean")
         )
         return output
 
     def stack(self, names: Sequence[str], output: str) -> str:
-        """Values (b, k) as one (b, m, k)."""
+        """Stack m values (b, k) to (b, m, k); returns the name of the result."""
         self.initializers.append(onnx.numpy_helper.from_array(np.array([1], np.int64), "axis_1"))
         for name in names:
             self.nodes.append(
@@ -379,7 +384,6 @@ class _Joiner:
             producer_name="threefold",
             ir_version=IR_VERSION,
         )
-        model.graph.initializer.extend(
-            self.initializers
-        )  # last: above 2 GB a graph can no longer be copied whole
+        # Added last, because a graph above 2 GB cannot be copied as a whole.
+        model.graph.initializer.extend(self.initializers)
         return model

@@ -1,9 +1,10 @@
-"""Members' weights in fewer bytes: float16 and bfloat16 storage, and int8 static quantisation.
+"""Store members' weights in fewer bytes: float16 and bfloat16, or int8 static quantization.
 
-What runs is what the CPU has kernels for. Half-precision weights are stored in half the bytes and cast to float32 in the
-graph; onnxruntime does that once, at load, and computes in float32: the file is smaller, the speed is the same. int8 is
-computed in int8: convolutions and matrix products, calibrated on training images; resize, normalisation, softmax, views,
-ensemble and calibration stay float32. Inputs and outputs have the same types in every precision.
+Half-precision weights take half the bytes and are cast to float32 in the graph. onnxruntime does
+that once, at load, and computes in float32: the file is smaller, the speed is the same. int8
+computes convolutions and matrix products in int8, calibrated on training images; resize,
+normalization, softmax, views, ensemble and calibration stay float32. Inputs and outputs have the
+same types in every precision.
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ from threefold.errors import ExportError
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 PRECISIONS: Final[tuple[str, ...]] = get_args(Precision)
 CALIBRATION_IMAGES: Final = 128
-"""Training images that int8's ranges are taken from."""
+"""Training images from which int8 takes its ranges."""
 SMALLEST: Final = 1024
-"""Values of the smallest tensor that is stored in half precision; biases and constants below that stay as they are."""
+"""Values of the smallest tensor stored in half precision; biases and constants stay float32."""
 FLOAT_SHARE: Final = 4
-"""One in so many convolutions, the first ones, stay float32. They hold few weights and do most of the harm: on the demo's
-first network int8 throughout agreed with float32 on 92 % of 500 images, with the first quarter left out on 98 %, as fast."""
-QUANTISED: Final = (
+"""The first 1 / FLOAT_SHARE of the convolutions stay float32.
+
+They have few weights and cause most of the error: on the demo's first network int8 throughout
+agreed with float32 on 92 % of 500 images, without the first quarter on 98 %, equally fast.
+"""
+QUANTIZED: Final = (
     "Conv",
     "Gemm",
     "MatMul",
@@ -41,7 +45,7 @@ QUANTISED: Final = (
     "GlobalAveragePool",
     "ReduceMean",
 )
-"""Operators computed in int8; the rest stays float32."""
+"""Operators computed in int8; the others stay float32."""
 
 
 def check_precision(name: str) -> None:
@@ -57,10 +61,10 @@ def check_precision(name: str) -> None:
 
 
 def convert(model: Any, precision: str, pixels: np.ndarray | None = None) -> Any:
-    """A network's ONNX model with its weights in another precision.
+    """Convert the weights of a network's ONNX model to another precision.
 
     Args:
-        model: pixels float32 (b, 3, s, s) in 0..255 to probs (b, k); left as it is.
+        model: pixels float32 (b, 3, s, s) in 0..255 to probs (b, k); not changed.
         precision: one of `PRECISIONS`.
         pixels: float32 (n, 3, s, s), training images; int8 needs them.
 
@@ -71,24 +75,24 @@ def convert(model: Any, precision: str, pixels: np.ndarray | None = None) -> Any
     if precision == "int8":
         if pixels is None or not len(pixels):
             raise ExportError("int8 needs training images to calibrate on", got="none")
-        return quantise(model, pixels)
+        return quantize(model, pixels)
     return model if precision == "float32" else halve(model, precision)
 
 
 def halve(model: Any, precision: str) -> Any:
-    """Store a model's large float32 tensors in float16 or bfloat16, each followed by a cast back to float32."""
+    """Store large float32 tensors in float16 or bfloat16, each with a cast back to float32."""
     dtype = np.float16 if precision == "float16" else ml_dtypes.bfloat16
     casts: list[Any] = []
-    kept: list[Any] = []
+    initializers: list[Any] = []
     for tensor in model.graph.initializer:
         values = onnx.numpy_helper.to_array(tensor)
         if tensor.data_type != onnx.TensorProto.FLOAT or values.size < SMALLEST:
-            kept.append(tensor)
+            initializers.append(tensor)
             continue
         with np.errstate(over="ignore"):  # overflow becomes infinite, and the parity gate refuses
             halves = values.astype(dtype)
         stored = onnx.numpy_helper.from_array(halves, f"{tensor.name}_{precision}")
-        kept.append(stored)
+        initializers.append(stored)
         casts.append(
             onnx.helper.make_node(
                 "Cast",
@@ -99,18 +103,23 @@ def halve(model: Any, precision: str) -> Any:
             )
         )
     graph = onnx.helper.make_graph(
-        [*casts, *model.graph.node], model.graph.name, model.graph.input, model.graph.output, kept
+        [*casts, *model.graph.node],
+        model.graph.name,
+        model.graph.input,
+        model.graph.output,
+        initializers,
     )
     return onnx.helper.make_model(
         graph, opset_imports=model.opset_import, ir_version=model.ir_version
     )
 
 
-def quantise(model: Any, pixels: np.ndarray) -> Any:
-    """A model in int8: QDQ form, ranges of activations from the images, a scale for every output channel of a weight.
+def quantize(model: Any, pixels: np.ndarray) -> Any:
+    """Quantize a model to int8 in QDQ form, with one scale per output channel of a weight.
 
-    Weights use 7 bits: with 8, products of the kernels of processors without VNNI overflow, and the answers would depend
-    on the machine (onnxruntime's `reduce_range`).
+    The ranges of activations come from the images. Weights use 7 bits (onnxruntime's
+    `reduce_range`): with 8, products overflow on processors without VNNI, and the answers would
+    depend on the machine.
     """
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
@@ -121,8 +130,8 @@ def quantise(model: Any, pixels: np.ndarray) -> Any:
             target,
             _reader(pixels),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(QUANTISED),
-            nodes_to_exclude=_kept_in_float(model),
+            op_types_to_quantize=list(QUANTIZED),
+            nodes_to_exclude=_float_nodes(model),
             per_channel=True,
             reduce_range=True,
             activation_type=QuantType.QUInt8,
@@ -132,8 +141,8 @@ def quantise(model: Any, pixels: np.ndarray) -> Any:
         return onnx.load(target)
 
 
-def _kept_in_float(model: Any) -> list[str]:
-    """Names of the nodes up to the first convolutions and after the last matrix product (softmax, views)."""
+def _float_nodes(model: Any) -> list[str]:
+    """Names of the nodes of the first convolutions and after the last matrix product."""
     nodes = model.graph.node
     convolutions = [i for i, node in enumerate(nodes) if node.op_type == "Conv"]
     heavy = [i for i, node in enumerate(nodes) if node.op_type in ("Conv", "Gemm", "MatMul")] or [
@@ -144,7 +153,7 @@ def _kept_in_float(model: Any) -> list[str]:
 
 
 def _reader(pixels: np.ndarray) -> Any:
-    """The images in small batches, as onnxruntime's calibration asks for them."""
+    """A reader that gives onnxruntime's calibration the images in batches of 16."""
     from onnxruntime.quantization import CalibrationDataReader
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -161,7 +170,7 @@ def _reader(pixels: np.ndarray) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """onnxruntime's quantiser speaks to the root logger of steps that do not apply."""
+    """Silence onnxruntime's quantizer, which logs about steps that do not apply."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

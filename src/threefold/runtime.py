@@ -62,7 +62,7 @@ class ModelOutput:
     Attributes:
         probs: (n, k) float32.
         member_probs: (n, m, k) float32; zeros for members that did not run.
-        stages_used: (n,) int64, the stages of the cascade that ran; None in a file without a cascade.
+        stages_used: (n,) int64, the stages of the cascade that ran; None without a cascade.
     """
 
     probs: np.ndarray
@@ -87,16 +87,16 @@ class Model:
     """An exported file: images in, probabilities out.
 
     Attributes:
-        card: the stored model card (score, protocol, parity, ...). Optional keys: "conformal", a list
-            of {"state": of a `ConformalSets`, "coverage", ...}, and "unknown", {"state": of an
-            `UnknownThreshold`, ...}.
+        card: the stored model card (score, protocol, parity, ...). Optional keys: "conformal", a
+            list of {"state": of a `ConformalSets`, "coverage", ...}, and "unknown", {"state": of
+            an `UnknownThreshold`, ...}.
         classes: class names, in the order of the probabilities.
         members: names of the members, in the order of `ModelOutput.member_probs`.
-        sets: prediction sets; the key says whether each class has its own threshold. Empty in a file
-            without prediction sets.
+        sets: prediction sets; the key says whether each class has its own threshold. Empty in a
+            file without prediction sets.
         unknown: the threshold for images that belong to no class; None in a file without one.
         cascade: the order in which members run in mode "fast"; None in a file without a cascade.
-        caps: accuracy when images stop after 1, 2, ... stages at the latest, without the last stage.
+        caps: accuracy if images stop after 1, 2, ... stages at the latest, but for the last stage.
     """
 
     def __init__(
@@ -236,9 +236,9 @@ class Model:
                 affects all of them alike.
 
         Returns:
-            "full": median. With a cascade also "fast", the mean, and "stages": the median when every
-            image stops after 1, 2, ... stages, the last entry being that of "full". "n": number of
-            images. "threads": of onnxruntime, 0 = one per core.
+            "full": median. With a cascade also "fast", the mean, and "stages": the median when
+            every image stops after 1, 2, ... stages, the last entry being that of "full".
+            "n": number of images. "threads": of onnxruntime, 0 = one per core.
         """
         policies: dict[str | int, CascadePolicy] = {"full": FULL}
         num_stages = 0 if self.cascade is None else len(self.cascade.stages)
@@ -268,8 +268,8 @@ class Model:
     def resolve_budget(self, policy: CascadePolicy, image: np.ndarray) -> CascadePolicy:
         """Turn a time budget into a mode and a limit on stages, for images of this size.
 
-        Every member runs if there is time for all of them. Otherwise images stop as in mode "fast",
-        at the latest after as many stages as the budget allows, measured now on this image.
+        Every member runs if there is time for all of them. Otherwise images stop as in mode
+        "fast", at the latest after as many stages as the budget allows, measured on this image.
 
         Args:
             policy: with a `budget_ms`.

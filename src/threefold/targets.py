@@ -1,9 +1,11 @@
-"""The kinds of file a pipeline can be exported to, by the name's ending, each behind the same gate.
+"""Export a pipeline to the kind of file that the name's suffix says, behind the parity gate.
 
-`.onnx` is what `threefold.load`, `predict` and `serve` read. `.pt2` is torch's own format: `torch.export.load(PATH).module()` maps
-uint8 images (b, h, w, 3) to probs and member_probs. Loading one uses pickle inside torch, so load only files of your own; threefold
-never loads one but the file that it has just written. `.xml` is OpenVINO's, with the weights in a `.bin` beside it; loading
-it runs no code of the file. The model card is in the file `threefold.json` of the first, in the rt_info `threefold` of the second.
+- `.onnx` is what `threefold.load`, `predict` and `serve` read.
+- `.pt2` is torch's own format: `torch.export.load(PATH).module()` maps uint8 images (b, h, w, 3) to
+  probs and member_probs. torch unpickles parts of it, so load only your own files; threefold loads
+  only the file that it has just written. The model card is its extra file `threefold.json`.
+- `.xml` is OpenVINO's, with the weights in a `.bin` beside it; loading it runs no code of the file.
+  The model card is its rt_info `threefold`.
 """
 
 from __future__ import annotations
@@ -48,33 +50,33 @@ def export(
     calibration: Sequence[np.ndarray] = (),
     cascade: Cascade | None = None,
 ) -> dict[str, Any]:
-    """Write the pipeline as the kind of file that the name ends in; nothing is written if its answers differ from the pipeline's.
+    """Write the pipeline as a file, unless the file's answers differ from the pipeline's.
 
-    A cascade is in `.onnx` files only; the others ask every member.
+    Only `.onnx` files contain the cascade; in the others every member runs.
 
     Args:
-        pipeline: what to export, in eval mode on the CPU.
-        path: file to write, one of SUFFIXES.
+        pipeline: in eval mode on the CPU.
+        path: file to write, with one of SUFFIXES.
         images: real images uint8 (h, w, 3), any sizes, on which the answers are compared.
-        metadata: model card to store with the file (plain values); with a cascade its "cascade" holds that one's state.
-        labels: class numbers of the images, where they are known: right answers lost and gained are counted.
-        rows: which images these are, for the card.
-        precision: of the members' weights, one of `precision.PRECISIONS`; its tolerances are in `parity.TOLERANCES`.
+        metadata: model card to store (plain values); with a cascade it has the key "cascade".
+        labels: class indices of the images, if known, to count correct answers lost and gained.
+        rows: name of the images' rows, for the card.
+        precision: of the members' weights, one of `precision.PRECISIONS`.
         calibration: training images uint8 (h, w, 3) that int8 takes its ranges from.
-        cascade: fitted, of the pipeline's members; the file can then stop early, see `cascading`.
+        cascade: fitted on the pipeline's members; lets the file stop early, see `cascading`.
 
     Returns:
-        The parity report of `parity.compare`, with the bytes written.
+        The report of `parity.compare`, with the bytes written.
 
     Raises:
-        ExportError: no such kind of file, or not in this precision; OpenVINO is not installed; the answers differ; or
-            the file cannot be written.
+        ExportError: unknown kind of file, or not in this precision; OpenVINO is not installed; the
+            answers differ; or the file cannot be written.
     """
-    target, told = Path(path), dict(metadata or {})
+    target, metadata = Path(path), dict(metadata or {})
     check_kind(target, precision)
     if target.suffix != ".onnx":
-        told.pop("cascade", None)
-    card = exporting.card_of(pipeline, precision, told)
+        metadata.pop("cascade", None)
+    card = exporting.card_of(pipeline, precision, metadata)
     expected = pipeline.predict_proba(list(images))
 
     def measure(answers: np.ndarray) -> dict[str, Any]:
@@ -91,7 +93,7 @@ def export(
 
 
 def check_kind(target: Path, precision: str) -> None:
-    """Refuse a kind of file that cannot be written, before anything takes time.
+    """Refuse a kind of file that cannot be written, before any slow step.
 
     Raises:
         ExportError: see `export`.
@@ -117,7 +119,7 @@ def check_kind(target: Path, precision: str) -> None:
 def _openvino(target: Path) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of modules that it has renamed
+            warnings.simplefilter("ignore")  # OpenVINO warns about its renamed modules
             import openvino
     except ImportError:
         raise ExportError(
@@ -128,10 +130,10 @@ def _openvino(target: Path) -> Any:
     return openvino
 
 
-def answers_of(
+def predict_each(
     call: Callable[[np.ndarray], np.ndarray], images: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Probabilities (n, k) of images, each by itself as uint8 (1, h, w, 3)."""
+    """Probabilities (n, k) from calls on one image uint8 (1, h, w, 3) at a time."""
     return np.concatenate([call(np.ascontiguousarray(image[None])) for image in images])
 
 
@@ -144,14 +146,14 @@ def _to_pt2(
 ) -> dict[str, Any]:
     dynamic = dict.fromkeys((0, 1, 2), torch.export.Dim.DYNAMIC)
     with _stage(target) as folder, warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # torch warns about its own internals
+        warnings.simplefilter("ignore")  # torch warns about its internals
         example = torch.zeros(2, 30, 40, 3, dtype=torch.uint8)
         program = torch.export.export(pipeline, (example,), dynamic_shapes=(dynamic,))
         trial = Path(folder) / target.name
         _save(program, trial, card, target)
         loaded = torch.export.load(trial).module()
         report = measure(
-            answers_of(lambda image: loaded(torch.from_numpy(image))[0].numpy(), images)
+            predict_each(lambda image: loaded(torch.from_numpy(image))[0].numpy(), images)
         )
         _save(program, trial, {**card, "parity": report}, target)
         place_file(trial, target)
@@ -181,30 +183,30 @@ def _to_openvino(
     ):
         converted = openvino.convert_model(onnx_file.model)
         trial = Path(folder) / target.name
-        openvino.save_model(
-            converted, trial, compress_to_fp16=False
-        )  # the precision is the graph's own
-        report = measure(_ask_openvino(openvino, trial, images))
+        # The graph has its precision already, so nothing is compressed here.
+        openvino.save_model(converted, trial, compress_to_fp16=False)
+        report = measure(_predict_openvino(openvino, trial, images))
         converted.set_rt_info(
             json.dumps({**card, "parity": report}, ensure_ascii=False, default=float), [KEY]
         )
         openvino.save_model(converted, trial, compress_to_fp16=False)
         weights = target.with_suffix(".bin")
         with suppress(FileNotFoundError):
-            target.unlink()  # so that no .xml ever stands beside the weights of another
+            target.unlink()  # so that no .xml is ever beside the weights of another model
         place_file(trial.with_suffix(".bin"), weights)
         place_file(trial, target)
     return {**report, "bytes": target.stat().st_size + weights.stat().st_size}
 
 
-def _ask_openvino(openvino: Any, model: Path, images: Sequence[np.ndarray]) -> np.ndarray:
-    """The file's answers on OpenVINO's CPU runtime; the hint keeps it from computing in bfloat16 where the processor can."""
+def _predict_openvino(openvino: Any, model: Path, images: Sequence[np.ndarray]) -> np.ndarray:
+    """The file's answers on OpenVINO's CPU runtime."""
+    # Without the hint, OpenVINO computes in bfloat16 on processors that can.
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return answers_of(lambda image: np.array(compiled({"images": image})["probs"]), images)
+    return predict_each(lambda image: np.array(compiled({"images": image})["probs"]), images)
 
 
 def _stage(target: Path) -> tempfile.TemporaryDirectory[str]:
-    """A folder beside the target, in which a file is written and tried before it takes its place."""
+    """A temporary folder beside the target, in which a file is written and tried."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
