@@ -1,9 +1,10 @@
-"""Make the packaged demo data: a class-balanced part of Fashion-MNIST, drawn by a fixed seed.
+"""Make the packaged demo data: a class-balanced sample of Fashion-MNIST, drawn with a fixed seed.
 
     python scripts/make_demo_data.py [--source DIR] [--out FILE]
 
-The same four files give the same bytes (with the same zlib). The chosen rows of the official files are stored in the
-result as `train_rows` and `test_rows`. Fashion-MNIST: Copyright (c) 2017 Zalando SE, MIT License.
+Equal input files give equal bytes, with the same zlib. The rows of the sample in the official files
+are stored as `train_rows` and `test_rows`. Fashion-MNIST: Copyright (c) 2017 Zalando SE, MIT
+License.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ OUT = Path(__file__).parents[1] / "src/threefold/assets/fashion_mnist/data.npz"
 
 
 def choose_rows(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
-    """Ascending rows, `per_class` of each label."""
+    """Draw `per_class` rows of each label, in ascending order."""
     rng = np.random.default_rng(seed)
     drawn = [
         rng.permutation(np.flatnonzero(labels == label))[:per_class] for label in np.unique(labels)
@@ -34,21 +35,20 @@ def choose_rows(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
 
 
 def choose(source: Path) -> dict[str, np.ndarray]:
-    """The arrays of the demo data by name."""
+    """Make the arrays of the demo data, by name."""
     arrays = {}
     for part, per_class in PER_CLASS.items():
         labels = read_idx(source / f"{PREFIX[part]}-labels-idx1-ubyte.gz", 1)
         rows = choose_rows(labels, per_class, SEED)
-        arrays[f"{part}_images"] = read_idx(source / f"{PREFIX[part]}-images-idx3-ubyte.gz", 3)[
-            rows
-        ]
+        images = read_idx(source / f"{PREFIX[part]}-images-idx3-ubyte.gz", 3)
+        arrays[f"{part}_images"] = images[rows]
         arrays[f"{part}_labels"] = labels[rows]
         arrays[f"{part}_rows"] = rows
     return arrays
 
 
 def pack(arrays: dict[str, np.ndarray]) -> bytes:
-    """An .npz with fixed dates and the best compression; numpy's own writer offers neither."""
+    """Write an .npz with fixed dates and the best compression; numpy's writer offers neither."""
     result = io.BytesIO()
     with zipfile.ZipFile(result, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name, array in arrays.items():
@@ -60,7 +60,7 @@ def pack(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def main() -> None:
-    """Write the file and print what it holds."""
+    """Write the file and print its checksum."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--source",

@@ -1,6 +1,6 @@
-"""Write tests/golden/keras_heads.npz: what Keras computes for small recurrent layers and for Adam with time decay.
+"""Write tests/golden/keras_heads.npz: Keras's outputs of small recurrent layers and of Adam.
 
-The tests need only the file. To make it again, in an environment with Keras 3:
+The tests need only the file. To write it again, in an environment with Keras 3:
 
     KERAS_BACKEND=torch python scripts/make_keras_golden.py
 """
@@ -21,12 +21,15 @@ ADAM = {"lr": 0.05, "epochs": 3, "steps": 20}
 
 @keras.saving.register_keras_serializable("threefold")
 def keras_2_hard_sigmoid(x):
-    """0.2 x + 0.5; under the name hard_sigmoid Bidirectional would copy the layer with Keras 3's x / 6 + 0.5."""
+    """Compute clip(0.2 x + 0.5, 0, 1), the hard sigmoid of Keras 2.
+
+    Under the name hard_sigmoid, Bidirectional would copy the layer with Keras 3's x / 6 + 0.5.
+    """
     return keras.ops.clip(0.2 * x + 0.5, 0.0, 1.0)
 
 
 def layers(gate: str | Callable) -> dict[str, keras.layers.Layer]:
-    """One of each recurrent layer, with `gate` as the activation of the gates."""
+    """Make one of each recurrent layer, with `gate` as the activation of its gates."""
     return {
         "rnn": keras.layers.SimpleRNN(UNITS),
         "gru_after": keras.layers.GRU(UNITS, recurrent_activation=gate, reset_after=True),
@@ -37,9 +40,12 @@ def layers(gate: str | Callable) -> dict[str, keras.layers.Layer]:
 
 
 def run_layers(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Inputs, weights and last outputs, for one time step and for several (hard sigmoid: one step only).
+    """Compute last outputs for one and several time steps (hard sigmoid: one step only).
 
-    Good to about 1e-7: Keras' matmul on torch computes in float32 whatever the floatx.
+    Accurate to about 1e-7: on torch, Keras multiplies matrices in float32 whatever the floatx.
+
+    Returns:
+        Inputs, weights and outputs.
     """
     inputs = {
         "one": rng.normal(size=(BATCH, 1, FEATURES)),
@@ -49,7 +55,7 @@ def run_layers(rng: np.random.Generator) -> dict[str, np.ndarray]:
     for gate_name, gate in (("sigmoid", "sigmoid"), ("hard", keras_2_hard_sigmoid)):
         for name, layer in layers(gate).items():
             layer.build((None, None, FEATURES))
-            # Wide enough that some gates leave the linear part of the hard sigmoid.
+            # Wide enough for some gates to leave the linear part of the hard sigmoid.
             layer.set_weights(
                 [rng.normal(scale=1.5, size=weight.shape) for weight in layer.weights]
             )
@@ -61,8 +67,12 @@ def run_layers(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def run_adam(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Start, gradients and parameters after each step of Adam whose rate is lr / (1 + lr / epochs * step)."""
-    # Gradients from 1e-8 to 1, so that it matters where epsilon stands.
+    """Run Adam with the learning rate lr / (1 + lr / epochs * step).
+
+    Returns:
+        The start, the gradients, and the parameters after each step.
+    """
+    # Gradients from 1e-8 to 1, so that the place of epsilon in the formula matters.
     gradients = rng.normal(size=(ADAM["steps"], 3, 4)) * 10.0 ** rng.uniform(-8, 0, size=(3, 4))
     start = rng.normal(size=(3, 4))
     rate = keras.optimizers.schedules.InverseTimeDecay(
@@ -81,15 +91,14 @@ def run_adam(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    """Make all arrays and write the file."""
+    """Compute all arrays and write the file."""
     keras.config.set_floatx("float64")
     rng = np.random.default_rng(7)
     arrays = run_layers(rng) | run_adam(rng) | {"keras_version": np.array(keras.__version__)}
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(TARGET, **arrays)
-    print(
-        f"{TARGET.name}: {len(arrays)} arrays, {TARGET.stat().st_size} bytes, Keras {keras.__version__}"
-    )
+    size = TARGET.stat().st_size
+    print(f"{TARGET.name}: {len(arrays)} arrays, {size} bytes, Keras {keras.__version__}")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,12 @@ import socket
 import stat
 import threading
 import urllib.error
+import urllib.request
 import zipfile
 from collections.abc import Iterator
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +185,10 @@ def test_downloads_that_cannot_resume_start_again(
 def test_a_part_that_is_too_long_is_replaced(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file.part").write_bytes(CONTENT + b"more")
     (tmp_path / "file.part.from").write_text(f'{server.url()}\n"one"')
-    assert get(remote(server, sha256=SHA256), tmp_path).read_bytes() == CONTENT
+
+    path = get(remote(server, sha256=SHA256), tmp_path)
+
+    assert path.read_bytes() == CONTENT
 
 
 def test_a_file_with_a_wrong_checksum_is_set_aside(server: Server, tmp_path: Path) -> None:
@@ -208,9 +214,14 @@ def test_an_unpublished_checksum_is_recorded(server: Server, tmp_path: Path) -> 
     assert json.loads((tmp_path / "fetched.json").read_text()) == {"file": SHA256}
     (tmp_path / "file").unlink()
     server.files["/file"] = b"other"
+
     with pytest.raises(DataError, match="the file has changed"):
         get(remote(server), tmp_path)
+
+
+def test_a_damaged_record_of_downloads_is_refused(server: Server, tmp_path: Path) -> None:
     (tmp_path / "fetched.json").write_text("{")
+
     with pytest.raises(DataError, match="record of downloads is damaged"):
         get(remote(server), tmp_path)
 
@@ -219,56 +230,64 @@ def test_redirects_are_followed_within_http(server: Server, tmp_path: Path) -> N
     server.redirects = {"/file": "/elsewhere"}
     server.files["/elsewhere"] = CONTENT
     server.cuts = 1
-    assert get(remote(server, sha256=SHA256), tmp_path).read_bytes() == CONTENT
+
+    path = get(remote(server, sha256=SHA256), tmp_path)
+
+    assert path.read_bytes() == CONTENT
     assert server.requests[-1] == ("/elsewhere", "bytes=1500000-")
-    for target in (f"file://{tmp_path}/file", "ftp://127.0.0.1/file"):
-        server.redirects = {"/file": target}
-        with pytest.raises(DataError, match=r"redirects to an unsafe address|is not allowed"):
-            get(RemoteFile("other", (server.url(),)), tmp_path)
+
+
+@pytest.mark.parametrize("target", ["file:///etc/hostname", "ftp://127.0.0.1/file"])
+def test_other_redirects_are_refused(server: Server, tmp_path: Path, target: str) -> None:
+    server.redirects = {"/file": target}
+
+    with pytest.raises(DataError, match=r"redirects to an unsafe address|is not allowed"):
+        get(RemoteFile("other", (server.url(),)), tmp_path)
+
+
+def test_endless_redirects_are_refused(server: Server, tmp_path: Path) -> None:
     server.redirects = {"/file": "/file"}
+
     with pytest.raises(DataError, match="302"):
         get(RemoteFile("other", (server.url(),)), tmp_path)
 
 
 def test_https_is_never_redirected_to_http() -> None:
-    import urllib.request
-    from email.message import Message
-    from io import BytesIO
+    request = urllib.request.Request("https://example.org/a")
 
-    secure, handler = (
-        urllib.request.Request("https://example.org/a"),
-        fetching.SafeRedirectHandler(),
-    )
+    def redirect(url: str) -> urllib.request.Request | None:
+        handler = fetching.SafeRedirectHandler()
+        return handler.redirect_request(request, BytesIO(), 302, "Found", Message(), url)
+
     with pytest.raises(DataError, match="unsafe address"):
-        handler.redirect_request(secure, BytesIO(), 302, "Found", Message(), "http://example.org/a")
-    assert (
-        handler.redirect_request(
-            secure, BytesIO(), 302, "Found", Message(), "https://example.org/b"
-        )
-        is not None
-    )
+        redirect("http://example.org/a")
+    assert redirect("https://example.org/b") is not None
 
 
-def test_refusals_errors_and_mirrors(server: Server, tmp_path: Path) -> None:
-    absent = server.url("/absent")
+def test_a_refusal_is_not_tried_again(server: Server, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the server refuses: .*/absent; got 404 Not Found"):
-        get(RemoteFile("file", (absent,)), tmp_path)
-    assert len(server.requests) == 1  # no second try
+        get(RemoteFile("file", (server.url("/absent"),)), tmp_path)
+    assert len(server.requests) == 1
+
+
+def test_the_next_mirror_and_the_next_try_succeed(server: Server, tmp_path: Path) -> None:
     server.errors = [503, 429]
-    assert (
-        get(RemoteFile("file", (absent, server.url()), sha256=SHA256), tmp_path).read_bytes()
-        == CONTENT
-    )
+    mirrors = (server.url("/absent"), server.url())
+
+    path = get(RemoteFile("file", mirrors, sha256=SHA256), tmp_path)
+
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_broken_server_is_tried_five_times(server: Server, tmp_path: Path) -> None:
     server.errors = [500] * 99
+
     with pytest.raises(DataError, match=r"broke off too often: .*500"):
         get(RemoteFile("other", (server.url(),)), tmp_path)
     assert len(server.errors) == 99 - 5
 
 
-def test_a_missing_network_is_reported_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Refused connection, unknown host, refusing proxy. The bytes that arrived are kept."""
+def test_a_refused_connection_keeps_the_part(tmp_path: Path) -> None:
     (tmp_path / "other.part").write_bytes(b"half")
 
     with pytest.raises(
@@ -277,20 +296,30 @@ def test_a_missing_network_is_reported_in_one_line(
         get(RemoteFile("other", ("http://127.0.0.1:1/file",)), tmp_path)
     assert "\n" not in str(caught.value)
     assert (tmp_path / "other.part").read_bytes() == b"half"
-    for reason in (
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
         socket.gaierror(-2, "Name or service not known"),
         OSError("Tunnel connection failed: 403"),
-    ):
-        urls: list[str] = []
+    ],
+    ids=["unknown host", "refusing proxy"],
+)
+def test_an_unreachable_server_is_tried_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: OSError
+) -> None:
+    urls: list[str] = []
 
-        def refuse(url: str, *_: object, reason: OSError = reason, urls: list[str] = urls) -> None:
-            urls.append(url)
-            raise urllib.error.URLError(reason)
+    def refuse(url: str, headers: dict[str, str]) -> None:
+        urls.append(url)
+        raise urllib.error.URLError(reason)
 
-        monkeypatch.setattr(fetching, "open_url", refuse)
-        with pytest.raises(DataError, match=r"cannot be reached: https://example\.org/x; got "):
-            get(RemoteFile("x", ("https://example.org/x",)), tmp_path)
-        assert len(urls) == 2
+    monkeypatch.setattr(fetching, "open_url", refuse)
+
+    with pytest.raises(DataError, match=r"cannot be reached: https://example\.org/x; got "):
+        get(RemoteFile("x", ("https://example.org/x",)), tmp_path)
+    assert len(urls) == 2
 
 
 def test_a_file_of_another_size_is_refused(server: Server, tmp_path: Path) -> None:
@@ -308,13 +337,14 @@ def test_a_wrong_range_is_refused(server: Server, tmp_path: Path) -> None:
 def test_disk_space_is_checked_first(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = shutil.disk_usage(tmp_path)._replace(free=fetching.DISK_RESERVE + 2_999_999)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    usage = shutil.disk_usage(tmp_path)
+    too_small = usage._replace(free=fetching.DISK_RESERVE + len(CONTENT) - 1)
+    large_enough = usage._replace(free=fetching.DISK_RESERVE + len(CONTENT))
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: too_small)
     with pytest.raises(DataError, match="the disk is too small"):
         get(remote(server), tmp_path)
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda _: free._replace(free=fetching.DISK_RESERVE + 3_000_000)
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: large_enough)
     get(remote(server), tmp_path)
 
 
