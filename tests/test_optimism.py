@@ -17,7 +17,7 @@ def entry(apparent: Counts, honest: Counts, groups: object = None) -> Optimism:
 def test_the_difference_of_two_shares_and_its_interval() -> None:
     rng = np.random.default_rng(0)
     first, second = rng.random(2000) < 0.9, rng.random(2000) < 0.8
-    found = entry(Counts.of(first), Counts.of(second))
+    found = entry(Counts.from_hits(first), Counts.from_hits(second))
     assert found.difference == pytest.approx(first.mean() - second.mean())
     low, high = found.interval
     error = ((first.astype(float) - second).std() / 2000**0.5) * 1.96
@@ -33,9 +33,11 @@ def test_images_may_be_answered_often_or_never() -> None:
 
 def test_groups_are_drawn_whole() -> None:
     hits = np.repeat(np.arange(40) % 2 == 0, 25)
-    alone = entry(Counts.of(hits), Counts.of(np.zeros(1000, bool))).interval
+    alone = entry(Counts.from_hits(hits), Counts.from_hits(np.zeros(1000, bool))).interval
     whole = entry(
-        Counts.of(hits), Counts.of(np.zeros(1000, bool)), [f"g{i // 25}" for i in range(1000)]
+        Counts.from_hits(hits),
+        Counts.from_hits(np.zeros(1000, bool)),
+        [f"g{i // 25}" for i in range(1000)],
     ).interval
     assert whole[1] - whole[0] > 3 * (alone[1] - alone[0])
 
@@ -87,6 +89,6 @@ def test_a_nested_choice_never_sees_the_rows_that_it_answers() -> None:
 
 def test_bad_counts() -> None:
     with pytest.raises(DataError, match="the same images"):
-        entry(Counts.of([True]), Counts.of([True, False]))
+        entry(Counts.from_hits([True]), Counts.from_hits([True, False]))
     with pytest.raises(DataError, match="answers of both kinds"):
-        entry(Counts.of([True]), Counts(np.zeros(1), np.zeros(1)))
+        entry(Counts.from_hits([True]), Counts(np.zeros(1), np.zeros(1)))

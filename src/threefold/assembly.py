@@ -150,7 +150,7 @@ def _choose_views(
             f"the number of views, {counts[final.chosen]}",
             ("oof rows", "oof rows, cross-fitted"),
         )
-        pair = Counts.of(hits[final.chosen]), Counts.of(honest)
+        pair = Counts.from_hits(hits[final.chosen]), Counts.from_hits(honest)
         line = [optimism_entry("views", told, *pair, data.groups, rows=rows)]
     accuracy = {count: float(row.mean()) for count, row in zip(counts, hits, strict=True)}
     run.folder.write_views(

@@ -1,16 +1,17 @@
 """From members' probabilities to scored ensembles and one choice, on arrays only.
 
-Out-of-fold rows fit the ensembles and their calibration and choose among them; what is fitted is scored on them
-cross-fitted. Test rows, where there are any, are looked at once, after everything is fixed. Members and ensembles are
-scored as they would be exported: calibrated. A ledger notes every fit, and refuses rows on both sides of one.
+The ensembles and their calibration are fitted on out-of-fold rows, and the method is chosen on
+them; whatever is fitted is scored on them cross-fitted. Test rows, if there are any, are used once,
+after everything is fixed. Members and ensembles are scored as they would be exported: calibrated. A
+ledger records every fit and refuses rows on both sides of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import cast
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from threefold.combiners import Ensemble
 from threefold.crossfit import cross_fit, side_by_side, stratified_parts
 from threefold.diversity import TOLERANCE, duplicates
 from threefold.ensembles__averaging import BestEnsemble
-from threefold.ensembles__registry import build_ensemble, choose
+from threefold.ensembles__registry import ChosenMethod, build_ensemble, choose
 from threefold.ledger import Ledger
 from threefold.optimism import Counts, nested_choice, optimism_entry
 from threefold.predictions import Predictions
@@ -37,22 +38,22 @@ from threefold.stats import correct, share_interval
 
 @dataclass
 class Evaluation:
-    """What a run's predictions say.
+    """The results of `evaluate`.
 
     Attributes:
-        scores: one entry per member and ensemble and kind of rows (the form of results.json).
-        comparisons: paired tests against the best single member, that of the chosen ensemble first.
-        chosen, reason: the method that is exported, and why.
+        scores: one entry per member, ensemble and kind of rows.
+        comparisons: paired tests against the best single member, the chosen ensemble's first.
+        chosen, reason: the exported method, and why.
         ensemble, calibration: that method fitted on all out-of-fold rows, and its calibration.
-        combined: the members that it was given: those of the recipe, duplicates once.
-        rows: the rows of the headline: test, or oof where there is no test split.
-        probs: the chosen ensemble's probabilities on those rows (n, k), calibrated.
+        combined: names of the members it combines, without duplicates.
+        rows: the rows of the headline: test, or oof if there is no test split.
+        probs: (n, k) calibrated probabilities of the chosen ensemble on those rows.
         fit_rows: the rows that everything was fitted on.
-        fitted: every method, fitted on them.
-        optimism: a line per choice, see `optimism.optimism_entry`.
-        ledger: a line per fitted thing, see `Ledger.table`.
-        expected: the accuracy to expect on new images, the choice of the method paid for.
-        warnings: what weakens the figures, in plain words.
+        expected: the accuracy to expect on new images, net of the choice of the method.
+        fitted: every method, fitted on those rows.
+        optimism: one entry per choice, see `optimism.optimism_entry`.
+        ledger: one line per fit, see `Ledger.table`.
+        warnings: sentences about what weakens the figures.
     """
 
     scores: list[Score]
@@ -72,209 +73,248 @@ class Evaluation:
     warnings: list[str] = field(default_factory=list)
 
 
+class _ScoredTable(NamedTuple):
+    """Calibrated probabilities (n, k) of members and ensembles on one kind of rows.
+
+    `fitted_on` names the rows that the ensembles were fitted on.
+    """
+
+    rows: Predictions
+    probs: dict[Key, np.ndarray]
+    fitted_on: str
+
+
 def evaluate(
     oof: Predictions | None, test: Predictions | None, spec: EnsembleSpec, seed: int = 0
 ) -> Evaluation:
-    """Score members and ensembles, choose one, fit and calibrate it.
+    """Score members and ensembles, and choose, fit and calibrate one method.
+
+    Without out-of-fold rows the methods can only be fitted on the test rows, as the authors did;
+    their scores are then marked "fitted on the scored rows".
 
     Args:
-        oof: out-of-fold predictions; None only where a paper protocol has no folds.
+        oof: out-of-fold predictions; None only if a paper protocol has no folds.
         test: test predictions, or None.
         spec: methods, members to combine, calibration, and which method to export.
         seed: seed of the stacked ensemble.
 
-    Without out-of-fold rows the fitted methods can only be fitted on the test rows, as the authors did: their scores are
-    then marked "fitted on the scored rows".
-
     Raises:
-        DataError: predictions cannot be used, a row is in both, or a score would be on rows of its own fit.
+        DataError: predictions are not usable, a row is in both, or a score would be on rows of its
+            own fit.
     """
     everyone = oof if oof is not None else test
     assert everyone is not None
-    fit_rows, copies = _distinct(everyone.select(spec.members or everyone.members))
-    work = _Work(fit_rows, everyone.ledger(), {})
-    methods: tuple[str, ...] = (
-        spec.methods if spec.export in ("auto", *spec.methods) else (*spec.methods, spec.export)
+    fit_rows, duplicate_warnings = _without_duplicates(
+        everyone.select(spec.members or everyone.members)
     )
-    work.cross({name: partial(build_ensemble, name, spec, seed) for name in methods})
-    crossed = {name: table for name, (_, table) in work.fitted.items()}
-    chosen, reason = (
-        choose(crossed, fit_rows.labels)
-        if spec.export == "auto"
-        else (spec.export, "named by the recipe")
+    fits = _Fits(fit_rows, everyone.ledger())
+    names: tuple[str, ...] = spec.methods
+    if spec.export not in ("auto", *names):
+        names = (*names, spec.export)
+    fits.fit({name: partial(build_ensemble, name, spec, seed) for name in names})
+    fitted, crossed = fits.ensembles, fits.crossed
+    if spec.export == "auto":
+        choice = choose(crossed, fit_rows.labels)
+    else:
+        choice = ChosenMethod(spec.export, "named by the recipe")
+    raw = _by_key(everyone, crossed)
+    calibrations = dict(
+        zip(raw, side_by_side(partial(fits.calibrate, spec.calibration), raw.values()), strict=True)
     )
-    raw = {**_singles(everyone), **_ensembles(crossed)}
-    warm = dict(
-        zip(raw, side_by_side(partial(work.calibrate, spec.calibration), raw.values()), strict=True)
-    )
-    fitted = {name: ensemble for name, (ensemble, _) in work.fitted.items()}
     tables = []
     if oof is not None:
-        tables.append((oof, {key: c.probs for key, c in warm.items()}, "oof rows, cross-fitted"))
+        crossed_probs = {key: calibration.probs for key, calibration in calibrations.items()}
+        tables.append(_ScoredTable(oof, crossed_probs, "oof rows, cross-fitted"))
     if test is not None:
-        answers = _ensembles(
-            {n: e.predict_proba(test.select(fit_rows.members).probs) for n, e in fitted.items()}
-        )
-        both = {**_singles(test), **answers}
-        sealed = {key: warm[key].apply(probs) for key, probs in both.items()}
-        tables.append((test, sealed, "oof rows" if oof is not None else "the scored rows"))
+        members = test.select(fit_rows.members).probs
+        answers = {name: ensemble.predict_proba(members) for name, ensemble in fitted.items()}
+        test_probs = {
+            key: calibrations[key].apply(probs) for key, probs in _by_key(test, answers).items()
+        }
+        fitted_on = "oof rows" if oof is not None else "the scored rows"
+        tables.append(_ScoredTable(test, test_probs, fitted_on))
         if oof is not None:
-            work.ledger.declare_other_table(
+            fits.ledger.declare_other_table(
                 "ensembles, calibration, choice of the method", oof.ids, test.ids, "test"
             )
-    rows, table, _ = tables[-1]
-    key: Key = ("ensemble", chosen)
-    optimism = work.optimism(crossed, chosen, spec.export == "auto") if oof is not None else []
+    optimism, nested = [], None
+    if oof is not None:
+        optimism = fits.optimism()
+        if spec.export == "auto" and len(crossed) > 1:
+            nested = nested_choice(crossed, fit_rows.labels, fits.parts, fit_rows.groups)[0]
+            optimism.append(fits.optimism_of_choice(choice.name, nested))
+    headline = tables[-1]
+    probs = headline.probs["ensemble", choice.name]
     scores = [
         score
-        for part, scored, fitted_on in tables
-        for score in score_entries(part, scored, fitted, fitted_on)
+        for table in tables
+        for score in score_entries(table.rows, table.probs, fitted, table.fitted_on)
     ]
     return Evaluation(
         scores=scores,
-        comparisons=comparisons(rows, table, fit_rows.members, chosen),
-        chosen=chosen,
-        reason=reason,
-        ensemble=fitted[chosen],
+        comparisons=comparisons(headline.rows, headline.probs, fit_rows.members, choice.name),
+        chosen=choice.name,
+        reason=choice.reason,
+        ensemble=fitted[choice.name],
         combined=fit_rows.members,
-        calibration=warm[key],
-        rows=rows,
-        probs=table[key].astype(np.float32),
+        calibration=calibrations["ensemble", choice.name],
+        rows=headline.rows,
+        probs=probs.astype(np.float32),
         fit_rows=fit_rows,
-        expected=_expected(rows, table[key], work.nested if test is None else None),
+        expected=_expected(headline.rows, probs, nested if test is None else None),
         fitted=fitted,
         optimism=optimism,
-        ledger=work.ledger.table(),
-        warnings=[*copies, *_warnings(oof, test)],
+        ledger=fits.ledger.table(),
+        warnings=[*duplicate_warnings, *_warnings(oof, test)],
     )
 
 
-@dataclass
-class _Work:
-    """What is being fitted on the rows, noted in the ledger.
+class _CrossFit(NamedTuple):
+    """A method's cross-fitted probabilities (n, k), and the rows each fit saw and answered."""
 
-    `fitted` holds for each method the ensemble fitted on all rows and its cross-fitted probabilities; `nested` those (n, k) of
-    the choice among the methods, made on other rows than it answers.
+    probs: np.ndarray
+    fits: list[tuple[np.ndarray, np.ndarray]]
+
+
+class _Fits:
+    """Methods fitted on the rows and cross-fitted on them, with every fit in the ledger.
+
+    Attributes:
+        ensembles: each method, fitted on all rows.
+        crossed: the methods' cross-fitted probabilities (n, k).
     """
 
-    rows: Predictions
-    ledger: Ledger
-    fitted: dict[str, tuple[Ensemble, np.ndarray]]
-    nested: np.ndarray | None = None
+    def __init__(self, rows: Predictions, ledger: Ledger) -> None:
+        self.rows = rows
+        self.ledger = ledger
+        self.ensembles: dict[str, Ensemble] = {}
+        self.crossed: dict[str, np.ndarray] = {}
 
     @cached_property
     def parts(self) -> np.ndarray:
-        """The parts of every cross-fit: the run's folds, or stratified ones, made once for all members."""
+        """The parts of every cross-fit: the run's folds, or stratified parts."""
         rows = self.rows
         return rows.parts if rows.parts is not None else stratified_parts(rows.labels, rows.groups)
 
-    def cross(self, methods: dict[str, Callable[[], Ensemble]]) -> None:
-        """Fit methods on all rows, and cross-fit them, where they learn anything."""
-        fitted = side_by_side(self._crossed, methods.values())
-        for name, (ensemble, table, fits) in zip(methods, fitted, strict=True):
-            self.declare(name, fits)
-            self.fitted[name] = ensemble, table
+    def fit(self, methods: Mapping[str, Callable[[], Ensemble]]) -> None:
+        """Fit methods on all rows, and cross-fit them."""
+        fits = side_by_side(self._fit, methods.values())
+        for name, (ensemble, crossed) in zip(methods, fits, strict=True):
+            for fitted_on, answered in crossed.fits:
+                self.ledger.declare(f"ensemble {name}", fitted_on, answered)
+            self.ensembles[name], self.crossed[name] = ensemble, crossed.probs
 
-    def _crossed(
-        self, make: Callable[[], Ensemble]
-    ) -> tuple[Ensemble, np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-        """A method fitted on all rows, its cross-fitted probabilities, and the rows that each of its fits saw and answers."""
-        rows, fits = self.rows, list[tuple[np.ndarray, np.ndarray]]()
-        whole = partial(make().fit, rows.probs, rows.labels, rows.ids)
-        apart = partial(
-            cross_fit,
-            make,
-            rows.probs,
-            rows.labels,
-            self.parts,
-            rows.groups,
-            lambda *fit: fits.append(fit),
-        )
-        tasks: tuple[Callable[[], Ensemble | np.ndarray], ...] = whole, apart
-        ensemble, table = side_by_side(lambda task: task(), tasks)
-        return cast(Ensemble, ensemble), cast(np.ndarray, table), fits
+    def _fit(self, make: Callable[[], Ensemble]) -> tuple[Ensemble, _CrossFit]:
+        rows = self.rows
+        fits: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def declare(self, name: str, fits: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Note a method's fits in the ledger."""
-        for saw, answers in fits:
-            self.ledger.declare(f"ensemble {name}", saw, answers)
+        def record(fitted_on: np.ndarray, answered: np.ndarray) -> None:
+            fits.append((fitted_on, answered))
+
+        def fit_all(ensemble: Ensemble) -> None:
+            ensemble.fit(rows.probs, rows.labels, rows.ids)
+
+        def fit_parts(_: Ensemble) -> None:
+            answers.append(
+                cross_fit(make, rows.probs, rows.labels, self.parts, rows.groups, record)
+            )
+
+        ensemble = make()
+        answers: list[np.ndarray] = []
+        side_by_side(lambda task: task(ensemble), (fit_all, fit_parts))
+        return ensemble, _CrossFit(answers[0], fits)
 
     def calibrate(self, name: str, probs: np.ndarray) -> Calibration:
-        """A calibration of that name, with cross-fitted probabilities."""
+        """Fit a calibration by name, with cross-fitted probabilities."""
         return fit_calibration(name, probs, self.rows.labels, self.parts, self.rows.groups)
 
-    def optimism(self, crossed: dict[str, np.ndarray], chosen: str, chose: bool) -> list[Optimism]:
-        """The meter's lines for what was chosen or fitted on these rows."""
-        rows, lines = self.rows, []
-        if len(rows.members) > 1:
-            if "best" in self.fitted:
-                ensemble, honest = self.fitted["best"]
+    def optimism(self) -> list[Optimism]:
+        """Measure the optimism of the best member and of every method that learns."""
+        entries = []
+        if len(self.rows.members) > 1:
+            if "best" not in self.ensembles:
+                best = _Fits(self.rows, self.ledger)
+                best.fit({"best": BestEnsemble})
             else:
-                ensemble, honest, fits = self._crossed(BestEnsemble)
-                self.declare("best", fits)
-            told = f"the best of {len(rows.members)} members"
-            lines.append(self._line("member", told, ensemble.predict_proba(rows.probs), honest))
+                best = self
+            entries.append(
+                best._optimism_of_fit(
+                    "best", "member", f"the best of {len(self.rows.members)} members"
+                )
+            )
         learned = [
             name
-            for name, (ensemble, _) in self.fitted.items()
+            for name, ensemble in self.ensembles.items()
             if ensemble.needs_fit and name != "best"
         ]
-        lines += side_by_side(self._learned_line, learned)
-        if chose and len(crossed) > 1:
-            self.nested, _ = nested_choice(crossed, rows.labels, self.parts, rows.groups)
-            told = f"the method, {chosen} of {len(crossed)}"
-            names = "cross-fitted, chosen on", "cross-fitted, choice included"
-            lines.append(self._line("method", told, crossed[chosen], self.nested, names))
-        return lines
+        entries += side_by_side(
+            lambda name: self._optimism_of_fit(name, name, f"what {name} learns"), learned
+        )
+        return entries
 
-    def _learned_line(self, name: str) -> Optimism:
-        ensemble, table = self.fitted[name]
-        return self._line(
-            name, f"what {name} learns", ensemble.predict_proba(self.rows.probs), table
+    def optimism_of_choice(self, chosen: str, nested: np.ndarray) -> Optimism:
+        """Measure the optimism of the choice of the method against a nested choice (n, k)."""
+        return self._optimism(
+            "method",
+            f"the method, {chosen} of {len(self.crossed)}",
+            (self.crossed[chosen], "cross-fitted, chosen on"),
+            (nested, "cross-fitted, choice included"),
         )
 
-    def _line(
+    def _optimism_of_fit(self, name: str, choice: str, description: str) -> Optimism:
+        return self._optimism(
+            choice,
+            description,
+            (self.ensembles[name].predict_proba(self.rows.probs), "of the fit"),
+            (self.crossed[name], "cross-fitted"),
+        )
+
+    def _optimism(
         self,
         choice: str,
-        told: str,
-        apparent: np.ndarray,
-        honest: np.ndarray,
-        rows_names: tuple[str, str] = ("of the fit", "cross-fitted"),
+        description: str,
+        apparent: tuple[np.ndarray, str],
+        honest: tuple[np.ndarray, str],
     ) -> Optimism:
+        """Compare apparent and honest probabilities, each with the name of its rows."""
         rows = self.rows
-        a, b = (Counts.of(correct(probs, rows.labels)) for probs in (apparent, honest))
-        names = f"{rows.kind} rows, {rows_names[0]}", f"{rows.kind} rows, {rows_names[1]}"
-        return optimism_entry(choice, told, a, b, rows.groups, rows=names)
+        return optimism_entry(
+            choice,
+            description,
+            Counts.from_hits(correct(apparent[0], rows.labels)),
+            Counts.from_hits(correct(honest[0], rows.labels)),
+            rows.groups,
+            rows=(f"{rows.kind} rows, {apparent[1]}", f"{rows.kind} rows, {honest[1]}"),
+        )
 
 
-def _distinct(rows: Predictions) -> tuple[Predictions, list[str]]:
-    """The members with duplicates counted once, and a sentence for each that was left out."""
-    # Of a run's own members only equal ones are copies: small networks that are unsure of everything are alike all the same.
-    found = (
-        duplicates(rows.probs, TOLERANCE if rows.kind == "foreign" else 1e-6)
-        if len(rows.members) > 1
-        else []
-    )
-    extra = {i: group[0] for group in found for i in group[1:]}
-    names = [name for i, name in enumerate(rows.members) if i not in extra]
-    told = [
+def _without_duplicates(rows: Predictions) -> tuple[Predictions, list[str]]:
+    """Return the rows with duplicate members counted once, and a warning for each duplicate."""
+    # A run's own members are duplicates only if they are equal: small networks that are unsure of
+    # everything are close to each other anyway.
+    tolerance = TOLERANCE if rows.kind == "foreign" else 1e-6
+    groups = duplicates(rows.probs, tolerance) if len(rows.members) > 1 else []
+    first_of = {i: group[0] for group in groups for i in group[1:]}
+    names = [name for i, name in enumerate(rows.members) if i not in first_of]
+    warnings = [
         f"{rows.members[i]} answers as {rows.members[first]} does; the two count once"
-        for i, first in extra.items()
+        for i, first in first_of.items()
     ]
-    return rows.select(names), told
+    return rows.select(names), warnings
 
 
-def _singles(rows: Predictions) -> dict[Key, np.ndarray]:
-    """Each member by itself."""
-    return {("member", name): probs for name, probs in zip(rows.members, rows.probs, strict=True)}
-
-
-def _ensembles(table: dict[str, np.ndarray]) -> dict[Key, np.ndarray]:
-    return {("ensemble", name): probs for name, probs in table.items()}
+def _by_key(rows: Predictions, ensembles: Mapping[str, np.ndarray]) -> dict[Key, np.ndarray]:
+    """Return the probabilities (n, k) of each member of the rows and of the ensembles."""
+    table: dict[Key, np.ndarray] = {}
+    for name, probs in zip(rows.members, rows.probs, strict=True):
+        table["member", name] = probs
+    for name, probs in ensembles.items():
+        table["ensemble", name] = probs
+    return table
 
 
 def _expected(rows: Predictions, probs: np.ndarray, nested: np.ndarray | None) -> Expected:
-    """What to expect of new images; without test rows, the choice of the method is cross-fitted too."""
+    """Return the accuracy to expect on new images, from a nested choice if there is one."""
     hits = correct(probs if nested is None else nested, rows.labels)
     basis = f"{rows.kind} rows"
     if nested is not None:
@@ -290,16 +330,20 @@ def _expected(rows: Predictions, probs: np.ndarray, nested: np.ndarray | None) -
 
 def _warnings(oof: Predictions | None, test: Predictions | None) -> list[str]:
     warnings = []
-    if (test if test is not None else oof).protocol == "paper":  # type: ignore[union-attr]
+    scored = test if test is not None else oof
+    if scored is not None and scored.protocol == "paper":
         warnings.append(
-            "selected on the scored rows: under the paper protocol checkpoints are chosen on the rows that are scored, so the figures are optimistic"
+            "selected on the scored rows: under the paper protocol checkpoints are chosen on the "
+            "rows that are scored, so the figures are optimistic"
         )
     if oof is not None and oof.protocol == "taught":
         warnings.append(
-            "out-of-fold scores are apparent: the student's teachers learned from the labels of these rows; only test rows count"
+            "out-of-fold scores are apparent: the student's teachers learned from the labels of "
+            "these rows; only test rows count"
         )
     if oof is None:
         warnings.append(
-            "no out-of-fold rows: fitted ensembles and the choice among them have seen the scored rows"
+            "no out-of-fold rows: fitted ensembles and the choice among them have seen the scored "
+            "rows"
         )
     return warnings

@@ -1,8 +1,9 @@
-"""The optimism meter: what a choice looks like on the rows it was made on, minus what it is worth on rows it has not seen.
+"""Optimism: the score of a choice on the rows it was made on, minus its score on other rows.
 
-An entry says of one choice (checkpoint, stage, subset, stacker, views, method) the share of images right that one would have
-printed (`apparent`) and the honest one, with an interval of the difference that draws images, or whole groups, anew. The
-name and the idea are Efron's (1983, "Estimating the error rate of a prediction rule").
+An entry describes one choice (checkpoint, stage, subset, stacker, views, method): the accuracy that
+one would have reported (`apparent`) and the honest one, with an interval of the difference from a
+bootstrap of images, or of whole groups. The name and the idea are Efron's (1983, "Estimating the
+error rate of a prediction rule").
 """
 
 from __future__ import annotations
@@ -21,19 +22,22 @@ from threefold.resampling import RESAMPLES, check_groups, column_sums, percentil
 
 
 class Counts(NamedTuple):
-    """Right answers and answers of each of n images, float64 (n,) each; an image may be answered often or never."""
+    """Correct answers and all answers of each of n images, float64 (n,) each.
+
+    An image may be answered several times or never.
+    """
 
     right: np.ndarray
     answers: np.ndarray
 
     @classmethod
-    def of(cls, hits: npt.ArrayLike) -> Counts:
-        """One answer per image: hits, booleans (n,)."""
+    def from_hits(cls, hits: npt.ArrayLike) -> Counts:
+        """Count one answer per image from hits, booleans (n,)."""
         right = np.asarray(hits, np.float64)
         return cls(right, np.ones_like(right))
 
     def share(self) -> float:
-        """Share of answers that are right."""
+        """Return the share of answers that are correct."""
         return float(self.right.sum() / self.answers.sum())
 
 
@@ -51,15 +55,15 @@ def optimism_entry(
 
     Args:
         choice: checkpoint, stage, views, member, method, or the name of a fitted method.
-        description: what was chosen, in plain words.
-        apparent: of the rows that the choice was made on.
-        honest: of rows that it has not seen; the same images, in the same order, as in `apparent`.
-        groups: (n,) names of what is drawn as a whole, or None.
-        rows: what the two kinds of rows are called.
-        seed: of the draws.
+        description: what was chosen, as a phrase.
+        apparent: counts on the rows that the choice was made on.
+        honest: counts on rows that it has not seen; the same images in the same order.
+        groups: (n,) names of groups that are drawn as a whole, or None.
+        rows: names of the two kinds of rows, apparent and honest.
+        seed: seed of the bootstrap.
 
     Raises:
-        DataError: the two are of other images, or one has no answer.
+        DataError: the two have different images, or one has no answer.
     """
     if apparent.right.shape != honest.right.shape:
         raise DataError(
@@ -74,9 +78,8 @@ def optimism_entry(
     columns = np.stack([np.bincount(part, values) for values in (*apparent, *honest)])
     draws = []
     for a, na, h, nh in column_sums(columns, RESAMPLES, seed):
-        with np.errstate(
-            invalid="ignore", divide="ignore"
-        ):  # a draw without answers is left out below
+        # A draw without answers gives NaN, which `percentile_interval` leaves out.
+        with np.errstate(invalid="ignore", divide="ignore"):
             draws.append(a / na - h / nh)
     difference = apparent.share() - honest.share()
     return Optimism(
@@ -92,31 +95,45 @@ def optimism_entry(
     )
 
 
+class NestedChoice(NamedTuple):
+    """The answers of a cross-fitted choice among methods.
+
+    Attributes:
+        probs: (n, k) each row answered by the method that was chosen on the other parts.
+        methods: the method chosen for each part.
+    """
+
+    probs: np.ndarray
+    methods: list[str]
+
+
 def nested_choice(
     tables: Mapping[str, np.ndarray],
     labels: np.ndarray,
     folds: np.ndarray | None = None,
     groups: Sequence[str] | None = None,
-) -> tuple[np.ndarray, list[str]]:
-    """Probabilities (n, k) of a choice among methods that no row took part in that it answers, and what each part chose.
+) -> NestedChoice:
+    """Cross-fit the choice among methods: no row takes part in the choice that answers it.
 
     Args:
-        tables: method -> probabilities (n, k), cross-fitted.
+        tables: cross-fitted probabilities (n, k) by method.
         labels: (n,).
         folds: (n,) part of each row; None = `stratified_parts`.
-        groups: (n,) what must stay in one part, where `folds` is None.
+        groups: (n,) groups that must stay in one part if `folds` is None.
 
     Raises:
-        DataError: nothing to choose from, or probabilities are not usable.
+        DataError: no methods, or probabilities are not usable.
         RecipeError: a method is unknown.
     """
     part = folds if folds is not None else stratified_parts(labels, groups)
-    first = next(iter(tables.values()))
-    answer, chosen = np.array(first, np.float64), []
+    first = next(iter(tables))
+    answers, methods = np.array(tables[first], np.float64), []
     for value in np.unique(part):
-        held = part == value
-        rest = {name: probs[~held] for name, probs in tables.items()}
-        name = choose(rest, labels[~held])[0] if not held.all() else next(iter(tables))
-        answer[held] = tables[name][held]
-        chosen.append(name)
-    return answer, chosen
+        inside = part == value
+        name = first
+        if not inside.all():
+            others = {method: probs[~inside] for method, probs in tables.items()}
+            name = choose(others, labels[~inside]).name
+        answers[inside] = tables[name][inside]
+        methods.append(name)
+    return NestedChoice(answers, methods)

@@ -1,4 +1,4 @@
-"""Scores as lines of results.json, and the paired comparisons of what combines members with the best of them."""
+"""Scores for results.json, and paired comparisons of ensembles with the best member."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from threefold.predictions__results_schema import ClassScore, Comparison, Score
 from threefold.resampling import LEVEL
 
 TAUGHT: Final = "apparent: the teachers learned from these labels"
-"""Where out-of-fold rows of a student stand that its teachers have seen."""
+"""Marks out-of-fold scores of a student, whose teachers have seen these rows."""
 
 Key = tuple[Literal["member", "ensemble"], str]
-"""Kind (member or ensemble) and name: a member may be called like a method."""
+"""Kind and name; the kind is needed because a member may have the name of a method."""
 
 
 def score_ensemble(
@@ -27,15 +27,17 @@ def score_ensemble(
     """Score a fitted ensemble on rows that its `fit` has not seen.
 
     Args:
-        ensemble: fitted with the ids of its rows (`fit(rows.probs, rows.labels, rows.ids)`), or one that fits nothing.
-        rows: what to score it on, with the members of the fit.
-        apparent: score it even on rows of its fit; the entry then says so.
+        ensemble: fitted with the ids of its rows (`fit(rows.probs, rows.labels, rows.ids)`), or one
+            that learns nothing.
+        rows: the rows to score, with the members of the fit.
+        apparent: allow rows of the fit; the entry then says so.
 
     Returns:
-        The figures of `stats.score_table`, rows, protocol, and apparent: whether the ensemble has seen some of these rows.
+        The figures of `stats.score_table`, rows, protocol, and apparent: whether the ensemble has
+        seen some of these rows.
 
     Raises:
-        DataError: it has, and an apparent score was not asked for; or the predictions do not fit.
+        DataError: it has, and `apparent` is false; or the predictions do not match the fit.
     """
     seen = ensemble.seen_ is not None and ensemble.seen_.check(
         type(ensemble).__name__, rows.ids, apparent
@@ -56,21 +58,21 @@ def score_entries(
 
     Args:
         rows: labels, groups, kind and protocol.
-        table: probabilities (n, k) as they are scored: calibrated, and cross-fitted where the rows are those of the fit.
+        table: calibrated probabilities (n, k), cross-fitted if the rows are those of the fit.
         fitted: the ensembles by method.
-        fitted_on: the rows that those were fitted on that learn anything.
+        fitted_on: name of the rows that ensembles which learn were fitted on.
     """
     apparent, taught = fitted_on == "the scored rows", rows.protocol == "taught"
     figures = side_by_side(
         lambda probs: stats.score_table(probs, rows.labels, LEVEL, rows.groups), table.values()
     )
     entries = []
-    for (kind, name), table_of_figures in zip(table, figures, strict=True):
+    for (kind, name), score in zip(table, figures, strict=True):
         learns = kind == "ensemble" and fitted[name].needs_fit
         basis = fitted_on if learns else "calibration only"
         entries.append(
             Score(
-                **table_of_figures,
+                **score,
                 name=name,
                 kind=kind,
                 rows=rows.kind,
@@ -85,47 +87,52 @@ def score_entries(
 def comparisons(
     rows: Predictions, table: dict[Key, np.ndarray], combined: Sequence[str], chosen: str
 ) -> list[Comparison]:
-    """Exact McNemar tests against the best of the combined members on the same rows.
+    """Compare ensembles with the best of the combined members by exact McNemar tests.
 
-    The chosen ensemble comes first, marked `primary`, and is one test by itself: it was chosen on other rows, or before these
-    were looked at. The other ensembles, and members that join others, are a family of their own under Holm's correction.
+    The chosen ensemble comes first, marked `primary`, and is a single test: it was chosen on other
+    rows, or before these were used. The other ensembles, and members that join others, are a family
+    of their own under Holm's correction.
+
+    Args:
+        rows: labels, groups and the members' probabilities.
+        table: probabilities (n, k) by kind and name.
+        combined: names of the members that the ensembles combine.
+        chosen: the chosen method.
     """
     hits = {
         name: probs.argmax(1) == rows.labels
         for name, probs in zip(rows.members, rows.probs, strict=True)
     }
     best = max(combined, key=lambda name: hits[name].mean())
-    names = {
-        key: probs for key, probs in table.items() if key[0] == "ensemble" or key[1] not in combined
-    }
     primary: Key = ("ensemble", chosen)
-    order = [primary, *(key for key in names if key != primary)]
-    right = [names[key].argmax(1) == rows.labels for key in order]
-    found = [paired.mcnemar_exact(mine, hits[best], rows.groups) for mine in right]
-    p = [found[0].p, *paired.holm([test.p for test in found[1:]])]
+    others = [key for key in table if key[0] == "ensemble" or key[1] not in combined]
+    order = [primary, *(key for key in others if key != primary)]
+    ensemble_hits = [table[key].argmax(1) == rows.labels for key in order]
+    tests = [paired.mcnemar_exact(a, hits[best], rows.groups) for a in ensemble_hits]
+    p_values = [tests[0].p, *paired.holm([test.p for test in tests[1:]])]
     name, n = "exact McNemar test", len(rows)
     if rows.groups is not None:
-        # How many images would be needed is not known for groups, hence n = 0.
+        # With groups the number of images needed is not known, hence n = 0.
         name, n = "McNemar test over whole groups", 0
-    lines = []
-    for key, mine, test, value in zip(order, right, found, p, strict=True):
-        gap = paired.paired_bootstrap(mine, hits[best], rows.groups)
-        a, p_value = key[1], float(value)
-        lines.append(
+    entries = []
+    for key, a_hits, test, p in zip(order, ensemble_hits, tests, p_values, strict=True):
+        gap = paired.paired_bootstrap(a_hits, hits[best], rows.groups)
+        a = key[1]
+        entries.append(
             Comparison(
                 a=a,
                 b=best,
                 rows=rows.kind,
                 only_a=test.only_a,
                 only_b=test.only_b,
-                p=p_value,
-                verdict=paired.verdict(a, best, test.only_a, test.only_b, p_value, test=name, n=n),
+                p=float(p),
+                verdict=paired.verdict(a, best, test.only_a, test.only_b, float(p), test=name, n=n),
                 difference=gap.estimate,
                 interval=(gap.low, gap.high),
                 primary=key == primary,
             )
         )
-    return lines
+    return entries
 
 
 def per_class(rows: Predictions, probs: np.ndarray) -> tuple[ClassScore, ...]:

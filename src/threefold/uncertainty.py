@@ -1,8 +1,8 @@
-"""What an ensemble's answers hold besides the likeliest class: sets of classes, and a mark for images of no class.
+"""Prediction sets and the unknown threshold of the exported ensemble.
 
-`conformal` has the methods and says what they promise. Here they are fitted on the calibrated, cross-fitted out-of-fold
-probabilities of the ensemble that is exported, measured on rows that nothing was fitted on, and written down for
-results.json and the model card.
+`conformal` has the methods and says what they guarantee. Here they are fitted on the calibrated,
+cross-fitted out-of-fold probabilities of the exported ensemble, measured on rows that nothing was
+fitted on, and converted for results.json and the model card.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from threefold.predictions__checks import check_labels, check_probs
 from threefold.resampling import check_groups
 
 CROSS_FITTED: Final = "oof, cross-fitted"
-"""Where figures come from without rows that nothing was fitted on: thresholds of the other parts' out-of-fold rows."""
+"""Name of the rows if there is no test split: thresholds come from the other parts' rows."""
 
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """Prediction sets and the unknown threshold of one ensemble, and how they did.
+    """Prediction sets and the unknown threshold of one ensemble, and their figures.
 
     Attributes:
         alpha: share of sets that may miss the right class.
-        reject: share of images of a class that may be called unknown.
-        sets: lac sets, with one threshold for all classes and with one for each class.
-        coverage: of each of the sets, on `rows`.
-        unknown: the threshold of the likeliest class' probability.
-        rejection: share of images of a class that are called unknown, on `rows`.
-        rows: the rows of the figures, "oof, cross-fitted" or as told to `measure`.
+        reject: share of images of known classes that may be called unknown.
+        sets: lac sets with one threshold for all classes, and with one threshold per class.
+        coverage: coverage of each of the sets on `rows`.
+        unknown: the threshold of the largest probability.
+        rejection: share of images of known classes that are called unknown, on `rows`.
+        rows: name of the rows of the figures: "oof, cross-fitted", or the argument of `measure`.
     """
 
     alpha: float
@@ -60,13 +60,13 @@ class Uncertainty:
         rows: str = "test",
         groups: npt.ArrayLike | None = None,
     ) -> Uncertainty:
-        """The same thresholds with the figures of rows that nothing was fitted on.
+        """Return the same thresholds with figures on rows that nothing was fitted on.
 
         Args:
-            probs: (n, k) what the exported file answers on them, calibrated.
+            probs: (n, k) calibrated answers of the exported file.
             labels: (n,).
-            rows: what they are called in the report.
-            groups: (n,) names of what belongs together; the intervals then speak of other groups.
+            rows: name of the rows in the report.
+            groups: (n,) group names; the intervals then hold for new groups.
 
         Raises:
             DataError: probabilities, labels or groups are not usable.
@@ -77,16 +77,16 @@ class Uncertainty:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for results.json: alpha, sets (marginal, by class) and unknown, each with state and figures."""
+        """Return plain values for results.json: alpha, sets (marginal, by class) and unknown."""
         sets = [
             {
                 "by_class": method.by_class,
                 "state": method.state(),
-                **found._asdict(),
-                "interval": list(found.interval),
+                **coverage._asdict(),
+                "interval": list(coverage.interval),
                 "rows": self.rows,
             }
-            for method, found in zip(self.sets, self.coverage, strict=True)
+            for method, coverage in zip(self.sets, self.coverage, strict=True)
         ]
         unknown = {
             "state": self.unknown.state(),
@@ -99,14 +99,15 @@ class Uncertainty:
         return {"alpha": self.alpha, "sets": sets, "unknown": unknown}
 
 
-def uncertainty_card(told: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of the model card from `Uncertainty.as_dict`: "conformal", the sets, and "unknown"; see `runtime.Model`.
+def uncertainty_card(uncertainty: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the model card's entries "conformal" and "unknown" from `Uncertainty.as_dict`.
 
     Raises:
-        DataError: not what `as_dict` gives.
+        DataError: `uncertainty` is not the result of `as_dict`.
     """
     try:
-        sets, unknown = [dict(entry) for entry in told["sets"]], dict(told["unknown"])
+        sets = [dict(entry) for entry in uncertainty["sets"]]
+        unknown = dict(uncertainty["unknown"])
         for entry in sets:
             ConformalSets.from_state(entry["state"])
         UnknownThreshold.from_state(unknown["state"])
@@ -126,28 +127,30 @@ def fit_uncertainty(
     groups: npt.ArrayLike | None = None,
     folds: npt.ArrayLike | None = None,
 ) -> Uncertainty:
-    """Fit sets and threshold on out-of-fold rows; the figures are cross-fitted on these rows until `measure` has others.
+    """Fit sets and threshold on out-of-fold rows, with cross-fitted figures on the same rows.
 
-    Groups. The promise of `conformal` needs rows that are exchangeable with the new image. Rows of one group (images of
-    one patient) are not: with groups it holds for a new image of the groups that are already there at best, and for one of
-    a new group only about, as well as the groups stand for it and however many rows there are; a large group counts by
-    its rows. By group it is no promise at all. The thresholds are the same with and without groups. What changes is the
-    measurement: groups stay whole in the cross-fit, so that coverage is that on groups which the thresholds have not seen, and
-    the intervals count groups, not rows (`stats.share_interval`). Whether the models had seen other rows of a group is
-    up to the run's folds.
+    Groups. The guarantee of `conformal` needs rows that are exchangeable with the new image. Rows
+    of one group (images of one patient) are not. With groups it holds at best for a new image of
+    the groups that are already there. For an image of a new group it holds only approximately,
+    depending on how well the groups represent it, however many rows there are; a large group counts
+    by its rows. It is no guarantee for each group. The thresholds are the same with and without
+    groups. What changes is the measurement: groups stay whole in the cross-fit, so that the
+    coverage is that on groups the thresholds have not seen, and the intervals count groups, not
+    rows (`stats.share_interval`). Whether the models have seen other rows of a group depends on the
+    run's folds.
 
     Args:
-        oof_probs: (n, k) calibrated, cross-fitted out-of-fold probabilities of the ensemble that is exported.
+        oof_probs: (n, k) calibrated, cross-fitted out-of-fold probabilities of the ensemble.
         labels: (n,).
         alpha: share of sets that may miss the right class.
-        reject: share of images of a class that may be called unknown.
-        groups: (n,) names of what belongs together, or None.
-        folds: (n,) the part of each row in the cross-fit of the figures; not used where they tear groups apart. None =
-            `stratified_parts`, classes or whole groups spread over them.
+        reject: share of images of known classes that may be called unknown.
+        groups: (n,) group names, or None.
+        folds: (n,) the part of each row in the cross-fit of the figures, ignored if it splits a
+            group; None = `stratified_parts`.
 
     Raises:
-        DataError: probabilities, labels, folds or groups are not usable, a share is not between 0 and 1, or the rows make
-            fewer than two parts.
+        DataError: probabilities, labels, folds or groups are not usable, a share is not between 0
+            and 1, or there are fewer than two parts.
     """
     probs = check_probs(oof_probs, 2)
     truth = check_labels(labels, *probs.shape)
@@ -158,11 +161,12 @@ def fit_uncertainty(
     )
     crossed, rejected = np.zeros((2, *probs.shape), bool), np.zeros(len(probs), bool)
     for value in np.unique(part):
-        held = part == value
-        for found, by_class in zip(crossed, (False, True), strict=True):
-            fitted = ConformalSets(by_class=by_class).fit(probs[~held], truth[~held], alpha)
-            found[held] = fitted.predict_sets(probs[held])
-        rejected[held] = UnknownThreshold().fit(probs[~held], reject).is_unknown(probs[held])
+        inside = part == value
+        rest, rest_labels = probs[~inside], truth[~inside]
+        for crossed_sets, by_class in zip(crossed, (False, True), strict=True):
+            fitted = ConformalSets(by_class=by_class).fit(rest, rest_labels, alpha)
+            crossed_sets[inside] = fitted.predict_sets(probs[inside])
+        rejected[inside] = UnknownThreshold().fit(rest, reject).is_unknown(probs[inside])
     return Uncertainty(
         alpha=alpha,
         reject=reject,
@@ -177,15 +181,15 @@ def fit_uncertainty(
 def _parts(
     labels: np.ndarray, groups: npt.ArrayLike | None, folds: npt.ArrayLike | None
 ) -> np.ndarray:
-    """The part of each row: the folds, unless they tear groups apart, or parts of whole groups."""
-    number = None if groups is None else check_groups(groups, len(labels))
+    """Return the part of each row: the folds, or stratified parts if they split a group."""
+    codes = None if groups is None else check_groups(groups, len(labels))
     part = None if folds is None else np.asarray(folds)
     if part is not None and part.shape != labels.shape:
         raise DataError(
             "folds have the wrong shape", expected=f"({len(labels)},), one per row", got=part.shape
         )
-    if part is None or (number is not None and _torn(part, number)):
-        part = stratified_parts(labels, None if number is None else [str(g) for g in number])
+    if part is None or (codes is not None and _splits_groups(part, codes)):
+        part = stratified_parts(labels, None if codes is None else [str(g) for g in codes])
     if len(np.unique(part)) < 2:
         raise DataError(
             "rows cannot be cross-fitted", expected="two parts at least", got="all rows in one"
@@ -193,7 +197,7 @@ def _parts(
     return part
 
 
-def _torn(part: np.ndarray, number: np.ndarray) -> bool:
-    """Whether rows of one group are in two parts."""
-    pairs = np.unique(np.stack([number, np.unique(part, return_inverse=True)[1]]), axis=1)
-    return bool(pairs.shape[1] > number.max() + 1)
+def _splits_groups(part: np.ndarray, codes: np.ndarray) -> bool:
+    """Return whether rows of one group are in two parts."""
+    pairs = np.unique(np.stack([codes, np.unique(part, return_inverse=True)[1]]), axis=1)
+    return bool(pairs.shape[1] > codes.max() + 1)
