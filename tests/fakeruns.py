@@ -498,14 +498,14 @@ def _write_histories(folder: Path, recipe: Recipe, top: float, rng: np.random.Ge
         reason = (
             "first stage"
             if number == 0
-            else "helped by more than its noise"
+            else "improved by more than its noise"
             if kept
             else "within its noise"
         )
         outcome = {
-            "kept": kept,
+            "accepted": kept,
             "best_epoch": best if kept else -1,
-            "started_from": reached,
+            "start_accuracy": reached,
             "reason": reason,
         }
         write_json(folder / stage.name / "history.json", {"epochs": epochs, **outcome})

@@ -1,12 +1,13 @@
-"""The folds of a run put together: out-of-fold and test predictions, the choice of views, members that are not in every fold.
+"""Out-of-fold and test predictions, assembled from the folds of a run.
 
-Everything here is arithmetic on the jobs' saved probabilities (c, r, k), where c counts the numbers of views that can be
-chosen from (one, where nothing is to be chosen).
+Everything here is arithmetic on the jobs' saved probabilities (c, r, k), where c counts the numbers
+of views to choose from (1 without a choice).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,208 +20,263 @@ from threefold.predictions import Predictions
 from threefold.predictions__results_schema import VERSION, ChosenViews, Optimism
 from threefold.recipe import Job
 from threefold.run import Run, stand_ins
-from threefold.teachers import Teaching
+from threefold.training__distillation import Distillation
+
+FoldProbs = Mapping[tuple[str, int], Mapping[str, np.ndarray]]
+"""The arrays of probs.npz by member and fold."""
 
 
 def assemble(run: Run) -> None:
-    """Write oof.npz, which covers every row once, test.npz, the average of the fold models, and views.json.
+    """Write oof.npz, which covers every row once, test.npz, the mean of the folds, and views.json.
 
     Raises:
         RunError: a fold has no member.
     """
-    arrays = _read(run)
-    oof, test = _out_of_fold(run, arrays), _on_test(run, arrays)
-    owner, roles = who_saw(run)
+    fold_probs = _read(run)
+    oof, test = _out_of_fold(run, fold_probs), _on_test(run, fold_probs)
+    fold_roles = roles_by_fold(run)
     if run.recipe.views.choose:
-        oof, test = _choose_views(run, oof, test, owner)
-    names = tuple(m.name for m in run.recipe.members)
-    common: dict[str, Any] = {"classes": run.sources.train.classes, "members": names}
-    for kind, data, probs in (("oof", run.sources.train, oof), ("test", run.sources.test, test)):
-        if probs is not None and data is not None:
-            seen: dict[str, Any] = {"protocol": run.recipe.protocol}
-            if kind == "oof":
-                seen = {
-                    "folds": owner,
-                    "roles": roles,
-                    "protocol": "taught" if taught(owner, roles) else run.recipe.protocol,
-                }
-            rows = Predictions(
-                probs=probs[0],
-                labels=data.labels,
-                ids=data.ids,
-                groups=data.groups,
-                kind=kind,  # type: ignore[arg-type]
-                **seen,
-                **common,
+        oof, test = _choose_views(run, oof, test, fold_roles.owner)
+    members = tuple(m.name for m in run.recipe.members)
+    train = run.sources.train
+    if oof is not None:
+        run.folder.write_predictions(
+            Predictions(
+                probs=oof[0],
+                labels=train.labels,
+                ids=train.ids,
+                classes=train.classes,
+                members=members,
+                groups=train.groups,
+                kind="oof",
+                folds=fold_roles.owner,
+                roles=fold_roles.roles,
+                protocol="taught" if fold_roles.taught else run.recipe.protocol,
             )
-            run.folder.write_predictions(rows)
+        )
+    if test is not None and run.sources.test is not None:
+        run.folder.write_predictions(
+            Predictions(
+                probs=test[0],
+                labels=run.sources.test.labels,
+                ids=run.sources.test.ids,
+                classes=train.classes,
+                members=members,
+                groups=run.sources.test.groups,
+                kind="test",
+                protocol=run.recipe.protocol,
+            )
+        )
 
 
-def who_saw(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """The fold that answers each row (n,), and what each fold's networks do with it (f, n)."""
+@dataclass(frozen=True, eq=False)
+class FoldRoles:
+    """What each fold's networks do with each training row.
+
+    Attributes:
+        owner: (n,) the fold that scores the row, or -1.
+        roles: (f, n) int8, sums of the ledger's FIT, SELECT, SCORE and TEACH.
+    """
+
+    owner: np.ndarray
+    roles: np.ndarray
+
+    @property
+    def taught(self) -> bool:
+        """Whether a student scores a row whose label its teachers learned from."""
+        return any(
+            bool((roles[self.owner == fold] & TEACH).any()) for fold, roles in enumerate(self.roles)
+        )
+
+
+def roles_by_fold(run: Run) -> FoldRoles:
+    """The roles of all training rows in every fold, teachers included."""
     folds = {fold: roles for fold, roles in run.roles.items() if fold >= 0}
     owner = np.full(len(run.sources.train), -1)
     table = np.zeros((len(folds), len(owner)), np.int8)
+    distillation = Distillation.of(run)
     for fold, roles in folds.items():
         owner[roles.score] = fold
         for rows, bit in ((roles.fit, FIT), (roles.select, SELECT), (roles.score, SCORE)):
             table[fold, rows] += bit
-    teaching = Teaching.of(run)
-    for fold in folds if teaching is not None else ():
-        table[fold] += TEACH * teaching.targets(fold).seen  # type: ignore[union-attr]
-    return owner, table
+        if distillation is not None:
+            table[fold] += TEACH * distillation.targets(fold).seen
+    return FoldRoles(owner, table)
 
 
-def taught(owner: np.ndarray, roles: np.ndarray) -> bool:
-    """Whether a row is answered by a student whose teachers learned from its label."""
-    return bool(any((roles[fold, owner == fold] & TEACH).any() for fold in range(len(roles))))
-
-
-Saved = dict[tuple[str, int], dict[str, np.ndarray]]
-"""Arrays of every member and fold."""
-
-
-def _read(run: Run) -> Saved:
+def _read(run: Run) -> FoldProbs:
     """Saved probabilities of every member in each of its folds."""
-    found = {}
+    fold_probs = {}
     for member in run.recipe.members:
         for fold in run.roles:
             if not member.folds or fold in member.folds:
-                found[member.name, fold] = read_arrays(
-                    run.folder.job_folder(run.last_job(member.name, fold)) / "probs.npz"
-                )
-    return found
+                folder = run.folder.job_folder(run.last_job(member.name, fold))
+                fold_probs[member.name, fold] = read_arrays(folder / "probs.npz")
+    return fold_probs
 
 
-def _mixed(run: Run, fold: int, arrays: Saved, which: str) -> np.ndarray:
-    """Every member's probabilities (c, m, r, k) in a fold, stand-ins included."""
+def _members_of_fold(run: Run, fold: int, fold_probs: FoldProbs, kind: str) -> np.ndarray:
+    """Every member's probabilities (c, m, r, k) in a fold; absent members get stand-ins."""
     names = [m.name for m in run.recipe.members]
     weights = stand_ins(run.recipe, fold)
-    there = [j for j, name in enumerate(names) if (name, fold) in arrays]
-    stacked = np.stack([arrays[names[j], fold][which] for j in there])
-    if len(there) == len(names):
+    present = [j for j, name in enumerate(names) if (name, fold) in fold_probs]
+    stacked = np.stack([fold_probs[names[j], fold][kind] for j in present])
+    if len(present) == len(names):
         return stacked.swapaxes(0, 1)
-    return np.asarray(np.einsum("ij,jcrk->cirk", weights[:, there], stacked), np.float32)
+    return np.asarray(np.einsum("ij,jcrk->cirk", weights[:, present], stacked), np.float32)
 
 
-def _out_of_fold(run: Run, arrays: Saved) -> np.ndarray | None:
-    """Probabilities (c, m, n, k) of every training row by the fold that did not see it; None without folds."""
-    folds = [fold for fold, roles in run.roles.items() if fold >= 0 and len(roles.score)]
+def _out_of_fold(run: Run, fold_probs: FoldProbs) -> np.ndarray | None:
+    """Probabilities (c, m, n, k) of each training row by the fold that scores it, if there are any.
+
+    The score rows of the folds are a partition of all rows, which `assign_roles` checks.
+    """
     probs = None
-    for fold in folds:
-        part = _mixed(run, fold, arrays, "score")
+    for fold, roles in run.roles.items():
+        if fold < 0 or not len(roles.score):
+            continue
+        part = _members_of_fold(run, fold, fold_probs, "score")
         if probs is None:
             c, m, _, k = part.shape
             probs = np.full((c, m, len(run.sources.train), k), np.nan, np.float32)
-        probs[:, :, run.roles[fold].score] = part  # a partition: `assign_roles` has checked it
+        probs[:, :, roles.score] = part
     return probs
 
 
-def _on_test(run: Run, arrays: Saved) -> np.ndarray | None:
-    """Probabilities (c, m, n, k) of the test rows: the fold models averaged, or the refitted model."""
+def _on_test(run: Run, fold_probs: FoldProbs) -> np.ndarray | None:
+    """Probabilities (c, m, n, k) of the test rows: the mean of the folds, or the refitted model."""
     if run.sources.test is None:
         return None
-    parts = [_mixed(run, fold, arrays, "test") for fold in run.final_folds]
+    parts = [_members_of_fold(run, fold, fold_probs, "test") for fold in run.final_folds]
     return np.asarray(np.mean(parts, axis=0, dtype=np.float32))
 
 
 def _choose_views(
     run: Run, oof: np.ndarray | None, test: np.ndarray | None, owner: np.ndarray
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Keep the fewest views within one standard error of the best, by the mean over the members; write views.json.
+    """Choose the fewest views within one standard error of the best; write views.json.
 
-    A fold's own rows are answered with the views that the other folds' rows choose, so the out-of-fold scores stay
-    honest; new images with those that all rows choose. Without folds the test rows choose, as the authors let them.
+    Candidates are compared by the mean over the members. Each fold's rows are answered with the
+    views that the other folds' rows choose, so that out-of-fold scores stay honest; new images get
+    the views that all rows choose. Without folds, the test rows choose, as in the authors' code.
+
+    Args:
+        run: the run.
+        oof: (c, m, n, k), or None without folds.
+        test: (c, m, n, k), or None without test rows.
+        owner: (n,) the fold of each training row.
+
+    Returns:
+        Both with the chosen views only, (1, m, n, k).
     """
-    counts, members = view_counts(run.recipe.views), list(run.recipe.combined)
-    index = [i for i, m in enumerate(run.recipe.members) if m.name in members]
+    counts = view_counts(run.recipe.views)
+    combined = [i for i, m in enumerate(run.recipe.members) if m.name in run.recipe.combined]
     data, probs = (run.sources.train, oof) if oof is not None else (run.sources.test, test)
     assert data is not None
     assert probs is not None
-    hits = probs[:, index].mean(1).argmax(-1) == data.labels
-    final = simplest(list(hits))
-    kept, line = None, []
+    correct = probs[:, combined].mean(1).argmax(-1) == data.labels
+    final = simplest(list(correct))
+    crossed, optimism = None, []
     if oof is not None:
-        kept = np.empty_like(oof[:1])
+        crossed = np.empty_like(oof[:1])
         for fold in np.unique(owner):
             mine = owner == fold
-            kept[:, :, mine] = oof[simplest(list(hits[:, ~mine])).chosen][:, mine]
-        honest = kept[0, index].mean(0).argmax(-1) == data.labels
-        told, rows = (
+            chosen = simplest(list(correct[:, ~mine])).chosen
+            crossed[:, :, mine] = oof[chosen][:, mine]
+        honest = crossed[0, combined].mean(0).argmax(-1) == data.labels
+        entry = optimism_entry(
+            "views",
             f"the number of views, {counts[final.chosen]}",
-            ("oof rows", "oof rows, cross-fitted"),
+            Counts.from_hits(correct[final.chosen]),
+            Counts.from_hits(honest),
+            data.groups,
+            rows=("oof rows", "oof rows, cross-fitted"),
         )
-        pair = Counts.from_hits(hits[final.chosen]), Counts.from_hits(honest)
-        line = [optimism_entry("views", told, *pair, data.groups, rows=rows)]
-    accuracy = {count: float(row.mean()) for count, row in zip(counts, hits, strict=True)}
+        optimism = [entry]
+    accuracies = zip(counts, correct.mean(1), strict=True)
     run.folder.write_views(
         ChosenViews(
             version=VERSION,
             views=counts[final.chosen],
             chosen_on="out-of-fold rows" if oof is not None else "the scored rows",
-            accuracy=accuracy,
+            accuracy={count: float(accuracy) for count, accuracy in accuracies},
             best=counts[final.best],
             standard_error=final.error,
-            optimism=tuple(line),
+            optimism=tuple(optimism),
         )
     )
-    return kept, test[[final.chosen]] if test is not None else None
+    return crossed, test[[final.chosen]] if test is not None else None
 
 
 def choices_optimism(run: Run) -> list[Optimism]:
-    """The optimism meter's lines for checkpoints, stages and views of a run whose jobs are done; none under `paper`, or where score rows are apparent.
+    """Entries of the optimism meter for the checkpoints, stages and views of a finished run.
 
-    Select rows and score rows are other images in each fold, so a difference is that of two samples, both drawn anew.
+    There are none under `paper`, or where scores are apparent. Select rows and score rows are other
+    images in each fold, so a difference is that of two samples, both resampled.
     """
-    jobs = [run.folder.job_folder(job) / "choice.npz" for job in run.jobs]
-    if (
-        run.recipe.protocol == "paper"
-        or not all(path.exists() for path in jobs)
-        or taught(*who_saw(run))
-    ):
+    arrays = [run.folder.job_folder(job) / "choice.npz" for job in run.jobs]
+    if run.recipe.protocol == "paper" or not all(path.exists() for path in arrays):
         return []
-    lines = [line for line in (_checkpoints(run), _stages(run)) if line]
+    if roles_by_fold(run).taught:
+        return []
+    entries = [_checkpoint_entry(run)]
+    if any(len(run.recipe.stages_of(m.name)) > 1 for m in run.recipe.members):
+        entries.append(_stage_entry(run))
     views = run.folder.chosen_views if run.recipe.views.choose else None
-    return lines + list(views.optimism if views is not None else ())
+    if views is not None:
+        entries += views.optimism
+    return entries
 
 
-def _tally(run: Run, last: bool) -> tuple[Counts, Counts]:
-    """Right answers of all members on their select rows and score rows, by image; after the last stage or the first."""
-    columns = np.zeros((4, len(run.sources.train)))
+def _count(run: Run, *, last: bool) -> tuple[Counts, Counts]:
+    """Correct answers by image, over members: on select rows and on score rows.
+
+    Args:
+        run: a finished run.
+        last: after the members' last stage, else after their first.
+    """
+    n = len(run.sources.train)
+    select, score = (Counts(np.zeros(n), np.zeros(n)) for _ in range(2))
     for member in run.recipe.members:
-        stages = run.recipe.stages_of(member.name)
+        stage = run.recipe.stages_of(member.name)[-1 if last else 0]
         for fold, roles in run.roles.items():
             if fold < 0 or (member.folds and fold not in member.folds):
                 continue
-            job = Job(member.name, fold, stages[-1 if last else 0].name)
+            job = Job(member.name, fold, stage.name)
             arrays = read_arrays(run.folder.job_folder(job) / "choice.npz")
-            for at, rows, hits in (
-                (0, roles.select, arrays["select"]),
-                (2, roles.score, arrays["score"]),
-            ):
-                columns[at, rows] += hits
-                columns[at + 1, rows] += 1
-    return Counts(*columns[:2]), Counts(*columns[2:])
+            select.right[roles.select] += arrays["select"]
+            select.answers[roles.select] += 1
+            score.right[roles.score] += arrays["score"]
+            score.answers[roles.score] += 1
+    return select, score
 
 
-_ROLES = ("select rows", "score rows")
-
-
-def _checkpoints(run: Run) -> Optimism:
-    told = "the best epoch and stage of every network"
+def _checkpoint_entry(run: Run) -> Optimism:
+    select, score = _count(run, last=True)
     return optimism_entry(
-        "checkpoint", told, *_tally(run, last=True), run.sources.train.groups, rows=_ROLES
+        "checkpoint",
+        "the best epoch and stage of every network",
+        select,
+        score,
+        run.sources.train.groups,
+        rows=("select rows", "score rows"),
     )
 
 
-def _stages(run: Run) -> Optimism | None:
-    """What later stages promised on the select rows, added to what the first reached on the score rows, against the truth."""
-    if all(len(run.recipe.stages_of(m.name)) < 2 for m in run.recipe.members):
-        return None
-    (select, score), (select_first, score_first) = _tally(run, last=True), _tally(run, last=False)
+def _stage_entry(run: Run) -> Optimism:
+    """Compare what later stages gain on select rows with what they gain on score rows.
+
+    The apparent accuracy is that of the first stage on the score rows plus the select rows' gain.
+    """
+    select, score = _count(run, last=True)
+    select_first, score_first = _count(run, last=False)
     scale = score.answers.sum() / select.answers.sum()
-    promised = Counts(
-        score_first.right + scale * (select.right - select_first.right), score.answers
+    gain = scale * (select.right - select_first.right)
+    return optimism_entry(
+        "stage",
+        "which later stages to keep",
+        Counts(score_first.right + gain, score.answers),
+        score,
+        run.sources.train.groups,
+        rows=("select rows", "score rows"),
     )
-    told = "which later stages to keep"
-    return optimism_entry("stage", told, promised, score, run.sources.train.groups, rows=_ROLES)

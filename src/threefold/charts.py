@@ -391,8 +391,8 @@ def _draw_stage(axes: Axes, history: Mapping[str, Any], start: int) -> None:
     y = [epoch["select_accuracy"] for epoch in history["epochs"]]
     x = [start + position for position in range(1, len(y) + 1)]
     # A later stage begins at the weights it was handed; before the first there is nothing worth a line.
-    led = ([start, *x], [history["started_from"], *y]) if start else (x, y)
-    if not history["kept"]:
+    led = ([start, *x], [history["start_accuracy"], *y]) if start else (x, y)
+    if not history["accepted"]:
         axes.plot(*led, color=SOFT, linewidth=1.2, linestyle=(0, (2, 2)))
         axes.plot(x[-1:], y[-1:], "x", color=SOFT, markersize=5, clip_on=False)
         return

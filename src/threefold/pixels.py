@@ -1,4 +1,7 @@
-"""The decoded-once cache: every image as a uint8 square, made by the resize that the exported pipeline has inside."""
+"""The image cache of a run: every image decoded once, as a uint8 square.
+
+The resize is the one that the exported pipeline contains.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +22,26 @@ from threefold.recipe_schema import MemberSpec
 from threefold.splits import Roles
 
 CHUNK = 32
-"""Images decoded at a time: enough to resize small ones together, few enough for large photographs to fit in memory."""
+"""Images decoded at a time: enough to resize in batches, few enough for large photographs."""
 
 
-class Pixels:
-    """The decoded-once cache: every image as a uint8 square of each size in use, on disk, memory-mapped."""
+class PixelRows(NamedTuple):
+    """Some rows of a data set."""
+
+    pixels: np.ndarray
+    """(n, s, s, 3) uint8."""
+    labels: np.ndarray
+    """(n,) int64."""
+
+
+class PixelCache:
+    """Memory-mapped uint8 squares of every image, one file for each size in use.
+
+    Args:
+        sources: training and test images.
+        views: the test-time views of a member, whose canvas is another size.
+        folder: where the files go.
+    """
 
     def __init__(
         self, sources: Sources, views: Callable[[MemberSpec], Views], folder: Path
@@ -32,17 +50,32 @@ class Pixels:
 
     def rows(
         self, split: str, spec: MemberSpec, rows: np.ndarray, views: bool = False
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels uint8 (r, s, s, 3) and labels (r,) of some rows, at the training size or at the views' canvas."""
+    ) -> PixelRows:
+        """Read some rows of a split.
+
+        Args:
+            split: train or test.
+            spec: the member that sees them.
+            rows: (n,) row numbers.
+            views: resize to the canvas of the member's views instead of its training size.
+        """
         dataset = self.sources.train if split == "train" else self.sources.test
         assert dataset is not None
         side = self.views(spec).canvas if views else spec.img_size
-        return np.asarray(self._array(split, dataset, side, spec.resize)[rows]), dataset.labels[
-            rows
-        ]
+        path = self.folder / f"{split}-{spec.resize}-{side}.npy"
+        if not path.exists():
+            _fill(path, dataset, side, spec.resize)
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        return PixelRows(np.asarray(array[rows]), dataset.labels[rows])
 
-    def select(self, spec: MemberSpec, roles: Roles) -> tuple[np.ndarray, np.ndarray]:
-        """The rows that checkpoints are chosen on: the fold's, or the test split where the paper protocol has no folds."""
+    def select(self, spec: MemberSpec, roles: Roles) -> PixelRows:
+        """Read the rows that checkpoints are chosen on.
+
+        These are the fold's select rows, or the test split where the paper protocol has no folds.
+
+        Raises:
+            RunError: there are neither.
+        """
         if len(roles.select):
             return self.rows("train", spec, roles.select)
         test = self.sources.test
@@ -54,28 +87,23 @@ class Pixels:
             )
         return self.rows("test", spec, np.arange(len(test)))
 
-    def _array(self, split: str, dataset: ImageDataset, side: int, resize: Any) -> np.ndarray:
-        path = self.folder / f"{split}-{resize}-{side}.npy"
-        if not path.exists():
-            _fill_cache(path, dataset, side, resize)
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        return array
-
     def remove(self) -> None:
-        """Delete the cache; it is only needed while jobs are to be done."""
-        for path in self.folder.glob("*.npy") if self.folder.is_dir() else ():
+        """Delete the cache, which only training needs."""
+        if not self.folder.is_dir():
+            return
+        for path in self.folder.glob("*.npy"):
             path.unlink()
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
+        if not any(self.folder.iterdir()):
             self.folder.rmdir()
 
 
-def _fill_cache(path: Path, dataset: ImageDataset, side: int, resize: Any) -> None:
-    """Decode and resize every image into one .npy, by the same resize that the exported pipeline has inside."""
+def _fill(path: Path, dataset: ImageDataset, side: int, resize: Any) -> None:
+    """Decode and resize every image into one .npy file."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npy")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(dataset), side, side, 3))
-        _reserve(temporary)
+        _allocate(temporary)
         for rows in np.array_split(np.arange(len(dataset)), max(1, len(dataset) // CHUNK)):
             _resize_rows(array, dataset, rows, side, resize)
         array.flush()
@@ -83,16 +111,20 @@ def _fill_cache(path: Path, dataset: ImageDataset, side: int, resize: Any) -> No
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
+        megabytes = len(dataset) * side * side * 3 / 1e6
         raise RunError(
             "cannot write the image cache",
             where=path,
             got=error.strerror or error,
-            fix=f"it needs {len(dataset) * side * side * 3 / 1e6:.0f} MB: free disk space or choose another --out",
+            fix=f"it needs {megabytes:.0f} MB: free disk space or choose another --out",
         ) from None
 
 
-def _reserve(path: Path) -> None:
-    """Claim a sparse file's space now: a disk that fills up under a memory map kills the process, here it is an error."""
+def _allocate(path: Path) -> None:
+    """Allocate a sparse file's blocks.
+
+    A disk that fills up under a memory map kills the process; here it raises an OSError.
+    """
     if hasattr(os, "posix_fallocate"):
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
@@ -101,7 +133,7 @@ def _reserve(path: Path) -> None:
 def _resize_rows(
     array: np.ndarray, dataset: ImageDataset, rows: np.ndarray, side: int, resize: Any
 ) -> None:
-    """Decode some rows and resize those of one shape together; an image's result does not depend on its company."""
+    """Decode some rows and resize those of equal shape together; batching changes no bit."""
     by_shape: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
     for row in rows:
         image = dataset.pixels(int(row))

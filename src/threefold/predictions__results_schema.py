@@ -438,7 +438,7 @@ class AnswerCost(Record):
     bytes: int | None = None
 
 
-class Distillation(Record):
+class DistillationResults(Record):
     """What distillation brought; see `distill` in docs/concepts.md."""
 
     teacher: Teacher
@@ -525,7 +525,7 @@ class Results(Summary, VersionedRecord):
     cascade: CascadeResult | None = None
     test_opened: FirstOpening | None = None
     export: dict[str, Any] | None = None
-    distill: Distillation | None = None
+    distill: DistillationResults | None = None
 
 
 class RoleCounts(Record):

@@ -408,7 +408,7 @@ def _stages(item: Item, run: Run) -> list[dict[str, Any]]:
                     "lr": stage.lr,
                     "select": np.mean([c[:length] for c in curves], axis=0).tolist(),
                     "best": float(np.mean([max(c) for c in curves])),
-                    "kept": sum(bool(h["kept"]) for h in histories),
+                    "kept": sum(bool(h["accepted"]) for h in histories),
                     "folds": len(histories),
                     "paper": told[number] if number < len(told) else None,
                 }

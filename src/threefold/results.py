@@ -11,12 +11,9 @@ from threefold.assembly import choices_optimism
 from threefold.cascade import stages_by_cost
 from threefold.combiners import Ensemble, LinearEnsemble
 from threefold.cost import measure_cost
-from threefold.distilled import distilled
 from threefold.ensembles__registry import SelectedEnsemble
 from threefold.evaluate import Evaluation, evaluate
 from threefold.files import read_arrays, write_arrays
-from threefold.findings import audit_run
-from threefold.gallery import pictures
 from threefold.heads import describe
 from threefold.models__member import describe_joint
 from threefold.predictions__results_schema import (
@@ -32,7 +29,8 @@ from threefold.recipe_schema import MemberSpec
 from threefold.run import Run
 from threefold.savings import fit_savings
 from threefold.scoring import per_class
-from threefold.teachers import Teaching
+from threefold.training__diagnostics import audit_run, make_thumbnails
+from threefold.training__distillation import Distillation, distillation_results
 from threefold.uncertainty import fit_uncertainty
 
 
@@ -42,9 +40,9 @@ def evaluate_run(run: Run) -> Evaluation:
     test = run.folder.test
     if test is not None:
         run.folder.open_test("train", len(test))
-        teaching = Teaching.of(run)
-        if teaching is not None:
-            teaching.teacher.folder.open_test("distill", len(test))
+        distillation = Distillation.of(run)
+        if distillation is not None:
+            distillation.teacher.folder.open_test("distill", len(test))
     return evaluate(run.folder.oof, test, spec, run.recipe.seed)
 
 
@@ -61,11 +59,11 @@ def write_results(run: Run, evaluation: Evaluation, seconds: dict[str, float]) -
     write_arrays(run.dir / "ensemble.npz", **ensemble.state(), **seen)
     run.folder.write_chosen(evaluation.rows, evaluation.probs)
     audit, suspects = audit_run(run, run.folder.oof, evaluation.calibration.probs)
-    thumbs = {**_augmented_images(run), **pictures(run, evaluation, suspects)}
+    thumbs = {**_augmented_images(run), **make_thumbnails(run, evaluation, suspects)}
     write_arrays(run.dir / "thumbs.npz", **thumbs)
     members = _member_rows(run)
     scores = _add_costs(run, evaluation, members)
-    distillation = distilled(run, scores)
+    distillation = distillation_results(run, scores)
     comparisons = tuple(evaluation.comparisons)
     if distillation is not None:
         comparisons = distillation.tables[0].comparisons

@@ -1,8 +1,8 @@
-"""The stage loop: one member, one learning-rate phase, from its best weights so far to better ones or the same.
+"""The stage loop: train one member for one stage, then keep the best of its weights.
 
-Every stage is a pure function of its start weights, its rows and its seed, so a stage that is run again gives the same
-bits (same machine, same versions), also where it was killed and goes on from what it keeps between epochs (`midway`). The
-caller owns all other files; this module owns tensors.
+A stage is a pure function of its start weights, its rows and its seed, so repeating it gives the
+same bits (on the same machine, with the same versions). That includes a stage that was killed and
+resumed between two epochs. The caller owns all files but the resume file.
 """
 
 from __future__ import annotations
@@ -23,97 +23,119 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from threefold import midway
-from threefold.checkpoints import Checkpoint, State, gate
 from threefold.errors import RunError
-from threefold.midway import (
-    Midway,
-    load_midway,
-    mark_of,
+from threefold.models__pipeline import Predictor, autocast, pick_precision, predict_probs, to_pixels
+from threefold.pixels import PixelRows
+from threefold.recipe import Recipe
+from threefold.recipe_schema import StageSpec
+from threefold.softloss import soft_loss, soften
+from threefold.training__augment import Augment
+from threefold.training__checkpoints import (
+    SAVE_INTERVAL,
+    Checkpoint,
+    ResumeState,
+    State,
+    accept_stage,
+    fingerprint,
+    load_resume_state,
     optimizer_state,
     random_state,
     restore_optimizer,
     restore_random,
-    save_midway,
+    save_resume_state,
 )
-from threefold.models__pipeline import Predictor, autocast, pick_precision, predict_probs, to_pixels
-from threefold.recipe import Recipe
-from threefold.recipe_schema import DistillSpec, StageSpec
-from threefold.softloss import soft_loss, soften
-from threefold.training__augment import Augment
 from threefold.training__optimizers import create_optimizer, lr_at, set_trainable, train_mode
 from threefold.training__watcher import Watcher
 
 
 @dataclass(frozen=True)
 class StageTask:
-    """What one stage is trained and chosen on.
+    """Everything a stage depends on besides the network.
 
-    `fit` and `select` are pairs of pixels uint8 (n, s, s, 3) and labels int64 (n,). `first` marks the stage that starts
-    from a random head: the gate cannot apply to it. `deadline` is a time.monotonic() value, or infinity. `batch_size` 0 is
-    the recipe's. `soft` (n, k) are a teacher's probabilities on the fit rows, for a student. `keep` is where the stage
-    keeps itself between epochs, at most once in `midway.EVERY` seconds, to go on from when it is begun again; None = nowhere.
+    Attributes:
+        stage: epochs, learning rate, schedule and trainable parameters.
+        recipe: the run's recipe.
+        fit: the rows to train on.
+        select: the rows to choose the best epoch on.
+        seed: of all random draws in the stage.
+        num_classes: classes of the data set.
+        first: whether the stage starts from a random head, which any training improves.
+        batch_size: 0 = the recipe's.
+        deadline: a time.monotonic() value to stop at, or infinity.
+        watcher: receives batches and epochs.
+        teacher_probs: (n, k) a teacher's probabilities on the fit rows; None = learn from labels.
+        resume_path: where to save the state between epochs; None = nowhere.
+        save_interval: least seconds between two such saves.
     """
 
     stage: StageSpec
     recipe: Recipe
-    fit: tuple[np.ndarray, np.ndarray]
-    select: tuple[np.ndarray, np.ndarray]
+    fit: PixelRows
+    select: PixelRows
     seed: int
     num_classes: int
     first: bool = True
     batch_size: int = 0
     deadline: float = math.inf
     watcher: Watcher = field(default_factory=Watcher)
-    soft: np.ndarray | None = None
-    keep: Path | None = None
+    teacher_probs: np.ndarray | None = None
+    resume_path: Path | None = None
+    save_interval: float = SAVE_INTERVAL
 
 
 @dataclass
 class StageOutcome:
-    """The best weights after a stage, its history.json, which select rows they have right, booleans (n,), and the seconds before it was begun again."""
+    """What a stage results in.
+
+    Attributes:
+        state: the best weights.
+        history: the content of history.json.
+        correct: (n,) booleans, the select rows that these weights answer correctly.
+        elapsed_before: seconds spent before the stage was resumed.
+    """
 
     state: State
     history: dict[str, Any]
-    hits: np.ndarray
-    earlier: float = 0.0
+    correct: np.ndarray
+    elapsed_before: float = 0.0
 
 
 def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
-    """Train one stage; the member ends with the best weights, which are after the first stage never worse on select than its start.
+    """Train one stage and load the accepted weights into the member.
+
+    After a first stage, they are never worse on the select rows than those it started from.
 
     Raises:
-        RunError: the loss is not a number, or the accelerator has not enough memory.
+        RunError: the loss is not a number, or the accelerator runs out of memory.
         RecipeError: the stage's regexes leave nothing to train.
     """
     _seed_all(task.seed)
     loop = _Loop(member, task)
     start = loop.checkpoint(-1)
-    best, records = loop.go_on(start)
+    best, records = loop.resume(start)
     for epoch in range(len(records), task.stage.epochs):
         record, checkpoint = loop.epoch(epoch)
         records.append(record)
         task.watcher.epoch(record)
-        best = (
-            checkpoint if (best is start and task.first) or checkpoint.better_than(best) else best
-        )
-        loop.keep(best, records)
+        if (best is start and task.first) or checkpoint.better_than(best):
+            best = checkpoint
+        loop.save(best, records)
         if time.monotonic() > task.deadline:
             break
-    kept, reason = gate(
-        start, best, task.first, task.recipe.train.gate and task.recipe.protocol != "paper"
-    )
-    chosen = best if kept else start
+    tested = task.recipe.train.gate and task.recipe.protocol != "paper"
+    accepted, reason = accept_stage(start, best, first=task.first, enabled=tested)
+    chosen = best if accepted else start
     member.load_state_dict(chosen.state)
-    cut = len(records) < task.stage.epochs or loop.cut
+    if loop.cut_short or len(records) < task.stage.epochs:
+        reason += "; cut short by the time budget"
     history = {
         "epochs": records,
-        "kept": kept,
+        "accepted": accepted,
         "best_epoch": chosen.epoch,
-        "started_from": start.accuracy,
-        "reason": reason + ("; cut short by the time budget" if cut else ""),
+        "start_accuracy": start.accuracy,
+        "reason": reason,
     }
-    return StageOutcome(chosen.state, history, chosen.hits, loop.earlier)
+    return StageOutcome(chosen.state, history, chosen.correct, loop.elapsed_before)
 
 
 class _Loop:
@@ -128,83 +150,91 @@ class _Loop:
         self.optimizer = create_optimizer(member, spec, task.stage.lr)
         self.augment = _Augmentation(task)
         self.generator = torch.Generator().manual_seed(task.seed)
-        self.steps_per_epoch = max(
-            1, round(len(task.fit[1]) / (task.batch_size or spec.batch_size))
-        )
-        self.step, self.cut, self.began = 0, False, time.monotonic()
-        self.mark, self.kept, self.earlier = "", self.began, 0.0
+        self.generators = {"batches": self.generator, "augment": self.augment.generator}
+        batch_size = task.batch_size or spec.batch_size
+        self.steps_per_epoch = max(1, round(len(task.fit.labels) / batch_size))
+        self.step = 0
+        self.cut_short = False
+        self.started = self.saved = time.monotonic()
+        self.elapsed_before = 0.0
+        self.fingerprint = ""
         self.average = _average(member, spec.ema) if spec.ema else None
-        self.soft = _softened(task, self.device)
-        self.weight = (
-            _class_weights(task.fit[1], task.num_classes, self.device)
-            if spec.class_weights == "balanced"
-            else None
-        )
+        self.soft_targets = _soft_targets(task, self.device)
+        self.class_weights = None
+        if spec.class_weights == "balanced":
+            self.class_weights = _class_weights(task.fit.labels, task.num_classes, self.device)
 
-    def go_on(self, start: Checkpoint) -> tuple[Checkpoint, list[dict[str, Any]]]:
-        """The best checkpoint and the epochs so far: none, or those of a stage that was killed, whose state is put back."""
+    def resume(self, start: Checkpoint) -> tuple[Checkpoint, list[dict[str, Any]]]:
+        """Restore a stage that was killed; returns the best checkpoint and the epochs so far.
+
+        Without a usable resume file these are `start` and none.
+        """
         task = self.task
-        if task.keep is None:
+        if task.resume_path is None:
             return start, []
-        self.mark = mark_of(
-            (task.seed, task.stage, task.recipe.digest(), len(task.fit[1])), start.state
-        )
-        found = load_midway(task.keep, self.mark)
-        if found is None:
+        inputs = (task.seed, task.stage, task.recipe.digest(), len(task.fit.labels))
+        self.fingerprint = fingerprint(inputs, start.state)
+        state = load_resume_state(task.resume_path, self.fingerprint)
+        if state is None:
             return start, []
-        values = found.values
-        self.member.load_state_dict(found.part("member"))
+        values = state.values
+        self.member.load_state_dict(state.section("member"))
         if self.average is not None:
-            self.average.load_state_dict(found.part("average"))
-        restore_optimizer(self.optimizer, found.part("optimizer"), values["optimizer"])
-        restore_random(self.device, self._generators(), found.part("random"), values["random"])
-        self.step, self.earlier = values["step"], values["seconds"]
-        task.watcher.batch(len(task.fit[1]) * len(values["records"]))
-        if values["best"] < 0:
-            return start, values["records"]
-        losses, hits = (found.tensors[name].numpy() for name in ("losses", "hits"))
-        return Checkpoint(
-            found.part("best"), float(hits.mean()), losses, hits, values["best"]
-        ), values["records"]
-
-    def keep(self, best: Checkpoint, records: list[dict[str, Any]]) -> None:
-        """Write down where the stage stands, unless it has just been done, or the stage is over."""
-        now, task = time.monotonic(), self.task
-        if task.keep is None or now - self.kept < midway.EVERY or len(records) == task.stage.epochs:
-            return
-        optimizer, drawn = (
-            optimizer_state(self.optimizer),
-            random_state(self.device, self._generators()),
+            self.average.load_state_dict(state.section("average"))
+        optimizer = ResumeState(state.section("optimizer"), values["optimizer"])
+        restore_optimizer(self.optimizer, optimizer)
+        randomness = ResumeState(state.section("random"), values["random"])
+        restore_random(self.device, self.generators, randomness)
+        self.step, self.elapsed_before = values["step"], values["elapsed"]
+        records = values["records"]
+        task.watcher.batch(len(task.fit.labels) * len(records))
+        if values["best_epoch"] < 0:
+            return start, records
+        correct = state.tensors["correct"].numpy()
+        best = Checkpoint(
+            state=state.section("best"),
+            accuracy=float(correct.mean()),
+            losses=state.tensors["losses"].numpy(),
+            correct=correct,
+            epoch=values["best_epoch"],
         )
-        parts = {
+        return best, records
+
+    def save(self, best: Checkpoint, records: list[dict[str, Any]]) -> None:
+        """Write the resume file, unless the last one is recent or the stage is over."""
+        path, now = self.task.resume_path, time.monotonic()
+        recent = now - self.saved < self.task.save_interval
+        if path is None or recent or len(records) == self.task.stage.epochs:
+            return
+        optimizer = optimizer_state(self.optimizer)
+        randomness = random_state(self.device, self.generators)
+        sections = {
             "member": self.member.state_dict(),
             "optimizer": optimizer.tensors,
-            "random": drawn.tensors,
+            "random": randomness.tensors,
         }
         if self.average is not None:
-            parts["average"] = self.average.state_dict()
-        alone = {}
+            sections["average"] = self.average.state_dict()
         if best.epoch >= 0:
-            parts["best"] = best.state
-            alone = {"losses": torch.from_numpy(best.losses), "hits": torch.from_numpy(best.hits)}
-        values = {
-            "records": records,
-            "best": best.epoch,
-            "step": self.step,
-            "seconds": self.earlier + now - self.began,
-            "optimizer": optimizer.values,
-            "random": drawn.values,
-        }
+            sections["best"] = best.state
         tensors = {
-            f"{part}/{name}": tensor
-            for part, state in parts.items()
+            f"{section}/{name}": tensor
+            for section, state in sections.items()
             for name, tensor in state.items()
         }
-        save_midway(task.keep, self.mark, Midway({**tensors, **alone}, values))
-        self.kept = time.monotonic()
-
-    def _generators(self) -> dict[str, torch.Generator]:
-        return {"batches": self.generator, "augment": self.augment.generator}
+        if best.epoch >= 0:
+            tensors["losses"] = torch.from_numpy(best.losses)
+            tensors["correct"] = torch.from_numpy(best.correct)
+        values = {
+            "records": records,
+            "best_epoch": best.epoch,
+            "step": self.step,
+            "elapsed": self.elapsed_before + now - self.started,
+            "optimizer": optimizer.values,
+            "random": randomness.values,
+        }
+        save_resume_state(path, self.fingerprint, ResumeState(tensors, values))
+        self.saved = time.monotonic()
 
     def epoch(self, number: int) -> tuple[dict[str, Any], Checkpoint]:
         """Train one epoch and measure it on the select rows."""
@@ -218,7 +248,8 @@ class _Loop:
                     "the accelerator has not enough memory",
                     where=f"stage {self.task.stage.name}",
                     got=f"{len(rows)} images at once",
-                    fix=f"set train.accumulate = {2 * self.spec.accumulate} (the same batch, in smaller parts)",
+                    fix=f"set train.accumulate = {2 * self.spec.accumulate} "
+                    "(the same batch, in smaller parts)",
                 ) from None
             if not math.isfinite(loss):
                 raise RunError(
@@ -230,7 +261,7 @@ class _Loop:
             total, images = total + loss * len(rows), images + len(rows)
             self.task.watcher.batch(len(rows))
             if time.monotonic() > self.task.deadline:
-                self.cut = True
+                self.cut_short = True
                 break
         seconds = time.monotonic() - began
         checkpoint = self.checkpoint(number)
@@ -246,24 +277,26 @@ class _Loop:
         return record, checkpoint
 
     def checkpoint(self, epoch: int) -> Checkpoint:
-        """The weights as they are (their moving average, if asked for) and what they reach on the select rows."""
+        """Measure the weights, or their moving average after training, on the select rows."""
         source = self.average.module if self.average is not None and epoch >= 0 else self.member
-        probs = predict_probs(Predictor(source), self.task.select[0], self.precision)
-        labels = self.task.select[1]
-        losses = -np.log(np.clip(probs[np.arange(len(labels)), labels], 1e-7, 1.0)).astype(
-            np.float64
+        probs = predict_probs(Predictor(source), self.task.select.pixels, self.precision)
+        labels = self.task.select.labels
+        of_labels = np.clip(probs[np.arange(len(labels)), labels], 1e-7, 1.0)
+        correct = probs.argmax(1) == labels
+        return Checkpoint(
+            state={name: tensor.detach().clone() for name, tensor in source.state_dict().items()},
+            accuracy=float(correct.mean()),
+            losses=-np.log(of_labels).astype(np.float64),
+            correct=correct,
+            epoch=epoch,
         )
-        hits = probs.argmax(1) == labels
-        state = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
-        return Checkpoint(state, float(hits.mean()), losses, hits, epoch)
 
     def _batches(self) -> Iterator[np.ndarray]:
-        """Rows of each optimizer step; a last batch of one row would break batch norm and is left out."""
-        labels = self.task.fit[1]
+        """Rows of each optimizer step, without a last batch of one row (batch norm needs two)."""
+        labels = self.task.fit.labels
         if self.spec.sampler == "balanced":
-            weights = torch.from_numpy(
-                1.0 / np.bincount(labels, minlength=self.task.num_classes)[labels]
-            )
+            counts = np.bincount(labels, minlength=self.task.num_classes)
+            weights = torch.from_numpy(1.0 / counts[labels])
             order = torch.multinomial(
                 weights, len(labels), replacement=True, generator=self.generator
             )
@@ -274,15 +307,14 @@ class _Loop:
                 yield np.sort(rows)
 
     def _step(self, rows: np.ndarray) -> float:
-        """One optimizer step over `accumulate` micro-batches; returns the mean loss."""
+        """Take one optimizer step over `accumulate` micro-batches; returns the mean loss."""
         stage = self.task.stage
         total = self.steps_per_epoch * stage.epochs
-        lr = lr_at(stage.schedule, stage.lr, self._position(total), total, stage.epochs)
+        lr = lr_at(stage.schedule, stage.lr, self._schedule_step(total), total, stage.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         loss = 0.0
-        parts = np.array_split(rows, min(self.spec.accumulate, len(rows) // 2))
-        for part in parts:
+        for part in np.array_split(rows, min(self.spec.accumulate, len(rows) // 2)):
             share = len(part) / len(rows)
             with autocast(self.precision, self.device):
                 part_loss = self._loss(part)
@@ -297,72 +329,79 @@ class _Loop:
         self.step += 1
         return loss
 
-    def _position(self, total: int) -> int:
-        """Where the schedule stands: the step, or further where a time budget is being used up faster."""
+    def _schedule_step(self, total: int) -> int:
+        """The schedule's position: the step, or further where the time budget runs out sooner."""
         if math.isinf(self.task.deadline):
             return self.step
-        used = (time.monotonic() - self.began) / max(self.task.deadline - self.began, 1e-9)
+        used = (time.monotonic() - self.started) / max(self.task.deadline - self.started, 1e-9)
         return max(self.step, min(total - 1, int(used * total)))
 
     def _loss(self, rows: np.ndarray) -> Tensor:
-        pixels, labels = self.task.fit
-        images = to_pixels(pixels[rows], self.device)
-        own = torch.from_numpy(labels[rows]).to(self.device)
-        soft = self.soft[1][torch.from_numpy(rows)] if self.soft is not None else None
-        images, targets, soft = self.augment(images, own, soft)
+        images = to_pixels(self.task.fit.pixels[rows], self.device)
+        labels = torch.from_numpy(self.task.fit.labels[rows]).to(self.device)
+        soft = None
+        if self.soft_targets is not None:
+            soft = self.soft_targets[torch.from_numpy(rows)]
+        images, labels, soft = self.augment(images, labels, soft)
         logits = self.member(images.contiguous(memory_format=torch.channels_last)).float()
-        hard = functional.cross_entropy(
-            logits, targets, weight=self.weight, label_smoothing=self.spec.label_smoothing
+        loss = functional.cross_entropy(
+            logits,
+            labels,
+            weight=self.class_weights,
+            label_smoothing=self.spec.label_smoothing,
         )
-        if self.soft is None or soft is None:
-            return hard
-        spec = self.soft[0]
-        return (1 - spec.alpha) * hard + spec.alpha * soft_loss(logits, soft, spec.temperature)
+        distill = self.task.recipe.distill
+        if soft is None or distill is None:
+            return loss
+        distance = soft_loss(logits, soft, distill.temperature)
+        return (1 - distill.alpha) * loss + distill.alpha * distance
 
 
 class _Augmentation:
-    """The recipe's augmentation of a batch: the paper's warp, then timm's erasing and mixing where asked for."""
+    """The recipe's augmentation of a batch: the paper's warp, then timm's erasing and mixing."""
 
     def __init__(self, task: StageTask) -> None:
         spec = task.recipe.augment
         self.warp = Augment(spec)
         self.generator = torch.Generator().manual_seed(task.seed + 1)
-        self.erase = (
-            RandomErasing(spec.erasing, mode="const", device="cpu") if spec.erasing else None
-        )
-        self.mix = (
-            Mixup(spec.mixup, spec.cutmix, label_smoothing=0.0, num_classes=task.num_classes)
-            if spec.mixup or spec.cutmix
-            else None
-        )
         self.num_classes = task.num_classes
+        self.erase = None
+        if spec.erasing:
+            self.erase = RandomErasing(spec.erasing, mode="const", device="cpu")
+        self.mix = None
+        if spec.mixup or spec.cutmix:
+            self.mix = Mixup(
+                spec.mixup, spec.cutmix, label_smoothing=0.0, num_classes=task.num_classes
+            )
 
     def __call__(
         self, images: Tensor, labels: Tensor, soft: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Images, labels (or shares of classes) and a teacher's probabilities, mixed alike."""
+        """Augment images; labels (as class shares) and soft targets are mixed alike."""
         images = self.warp(images, self.generator)
         if self.erase is not None:
             images = self.erase(images)
-        if self.mix is not None:  # timm mixes pairs; the last of an odd batch stays as it is
-            even = len(images) - len(images) % 2
-            self.mix.num_classes = even  # each image a class of its own: the answer then says how much of whom is in it
-            mixed, shares = self.mix(images[:even], torch.arange(even, device=labels.device))
-            images, labels = (
-                torch.cat([mixed, images[even:]]),
-                functional.one_hot(labels, self.num_classes).to(shares.dtype),
-            )
-            labels = torch.cat([shares @ labels[:even], labels[even:]])
-            soft = torch.cat([shares @ soft[:even], soft[even:]]) if soft is not None else None
-        return images, labels, soft
+        if self.mix is None:
+            return images, labels, soft
+        # timm mixes pairs, so the last image of an odd batch stays unmixed. Each image counts as a
+        # class of its own: the targets that timm returns are then the shares of the images.
+        even = len(images) - len(images) % 2
+        self.mix.num_classes = even
+        mixed, shares = self.mix(images[:even], torch.arange(even, device=labels.device))
+        images = torch.cat([mixed, images[even:]])
+        classes = functional.one_hot(labels, self.num_classes).to(shares.dtype)
+        classes = torch.cat([shares @ classes[:even], classes[even:]])
+        if soft is not None:
+            soft = torch.cat([shares @ soft[:even], soft[even:]])
+        return images, classes, soft
 
 
-def _softened(task: StageTask, device: torch.device) -> tuple[DistillSpec, Tensor] | None:
-    """How a student learns, and its teacher's softened probabilities on the fit rows (n, k)."""
-    spec = task.recipe.distill
-    if task.soft is None or spec is None:
+def _soft_targets(task: StageTask, device: torch.device) -> Tensor | None:
+    """The teacher's softened probabilities on the fit rows (n, k), for a student."""
+    distill = task.recipe.distill
+    if task.teacher_probs is None or distill is None:
         return None
-    return spec, soften(task.soft, spec.temperature, device)
+    return soften(task.teacher_probs, distill.temperature, device)
 
 
 def _average(member: nn.Module, decay: float) -> AveragedModel:
@@ -372,13 +411,13 @@ def _average(member: nn.Module, decay: float) -> AveragedModel:
 
 
 def _class_weights(labels: np.ndarray, num_classes: int, device: torch.device) -> Tensor:
-    """n / (k * count) for each class, as scikit-learn's `balanced`."""
+    """n / (k * count) for each class, scikit-learn's `balanced`."""
     counts = np.bincount(labels, minlength=num_classes).clip(min=1)
     return torch.tensor(len(labels) / (num_classes * counts), dtype=torch.float32, device=device)
 
 
 def _seed_all(seed: int) -> None:
-    """Seed every generator that timm and torch draw from (noise, dropout, mixing, erasing)."""
+    """Seed the global generators, which timm and torch draw from (noise, dropout, mixing)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

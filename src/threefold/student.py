@@ -13,7 +13,7 @@ from threefold.predictions__run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
 from threefold.run import Run
-from threefold.teachers import teacher_run
+from threefold.training__distillation import open_teacher
 from threefold.training__watcher import Watcher
 
 STUDENT, TWIN = "student", "student-labels"
@@ -44,7 +44,7 @@ def distill(
         RunError: the run cannot teach, or its images have changed.
         RecipeError: the student is unknown, or an override cannot be used.
     """
-    teacher = teacher_run(run)
+    teacher = open_teacher(run)
     recipe = student_recipe(teacher, str(run), student, overrides)
     target = Path(out) if out is not None else default_folder(run, student)
     # An unknown student is an error before teachers are trained.

@@ -20,7 +20,7 @@ from rich.table import Table
 from threefold.predictions__results_schema import (
     ClassScore,
     Comparison,
-    Distillation,
+    DistillationResults,
     Optimism,
     Score,
     ShortScore,
@@ -193,7 +193,7 @@ def optimism_table(lines: Sequence[Optimism]) -> Table:
     return table
 
 
-def distill_tables(distillation: Distillation) -> list[Table]:
+def distill_tables(distillation: DistillationResults) -> list[Table]:
     """Student, twin and teacher: a table of scores for each kind of rows, then one of what an answer costs."""
     scores = []
     for part in distillation.tables:
@@ -208,7 +208,7 @@ def distill_tables(distillation: Distillation) -> list[Table]:
     return [*scores, _costs(distillation)]
 
 
-def _costs(distillation: Distillation) -> Table:
+def _costs(distillation: DistillationResults) -> Table:
     """Weights, multiply-adds and bytes, each also as a multiple of the student's."""
     own = next(line for line in distillation.costs if line.name == distillation.student)
     table = Table(box=None, header_style="dim", pad_edge=False)

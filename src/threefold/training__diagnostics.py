@@ -1,0 +1,225 @@
+"""What a run reports about its own data: suspect labels, copies of images, and pictures of errors.
+
+Nothing is edited, moved or left out: suspects are listed in a CSV file and shown in the report,
+and copies and groups only give warnings.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from PIL import Image
+
+from threefold.assembly import roles_by_fold
+from threefold.audit import (
+    LISTED,
+    Duplicate,
+    Duplicates,
+    Suspect,
+    duplicate_warnings,
+    find_duplicates,
+    group_question,
+    guess_pattern,
+    list_suspects,
+    summarize_audit,
+    write_suspects,
+)
+from threefold.datacheck import NEAR_COPIES
+from threefold.evaluate import Evaluation
+from threefold.files import read_json, write_json
+from threefold.gradcam import NoMap, ensemble_cam
+from threefold.pixels import PixelCache
+from threefold.predictions import Predictions
+from threefold.predictions__results_schema import Audit, Copies, CopyPair
+from threefold.recipe_schema import MemberSpec
+from threefold.run import Run
+from threefold.stats import confusion_matrix
+
+SIDE: Final = 96
+"""Width and height of a thumbnail in pixels."""
+
+MAX_MISTAKES: Final = 24
+"""Confident mistakes in the report."""
+
+MAX_PAIRS: Final = 6
+"""Confused pairs of classes in the report."""
+
+MAX_PER_PAIR: Final = 4
+"""Images of each confused pair."""
+
+MAX_SUSPECTS: Final = 24
+"""Suspect labels in the report."""
+
+
+def find_copies(run: Run, cache: PixelCache) -> None:
+    """Write duplicates.json, unless it exists: equal and near-equal images across all rows."""
+    path = run.dir / "duplicates.json"
+    if path.exists():
+        return
+    train, test = run.sources.train, run.sources.test
+    count = len(train) + (len(test) if test is not None else 0)
+    if count > NEAR_COPIES:
+        note = f"more than {NEAR_COPIES:,} images ({count:,}) are not searched for copies"
+        write_json(path, {"count": 0, "pairs": [], "note": note})
+        return
+    spec = next(m for m in run.recipe.members if not m.joins)
+    parts = [f"fold {fold}" for fold in roles_by_fold(run).owner] + ["test"] * (count - len(train))
+    ids, labels = list(train.ids), train.labels
+    squares = [cache.rows("train", spec, np.arange(len(train))).pixels]
+    if test is not None:
+        ids, labels = [*ids, *test.ids], np.concatenate([labels, test.labels])
+        squares.append(cache.rows("test", spec, np.arange(len(test))).pixels)
+    images = (image for part in squares for image in part)
+    duplicates = find_duplicates(images, ids, labels, parts)
+    pairs = [pair._asdict() for pair in duplicates.pairs]
+    write_json(path, {"count": duplicates.found, "pairs": pairs, "note": ""})
+
+
+def audit_run(run: Run, rows: Predictions | None, probs: np.ndarray) -> tuple[Audit, list[Suspect]]:
+    """Find suspect labels and write suspects.csv.
+
+    Args:
+        run: a run whose jobs are done.
+        rows: its out-of-fold predictions, or None.
+        probs: (n, k) the chosen ensemble's probabilities on them, cross-fitted.
+
+    Returns:
+        The `audit` key of results.json, and the suspects, the most suspect first.
+    """
+    suspects: list[Suspect] = []
+    if rows is not None and rows.kind == "oof" and rows.protocol == "honest":
+        suspects, missing = list_suspects(rows, probs)
+    else:
+        missing = "the audit needs out-of-fold rows of the honest protocol; this run has none"
+    if not missing:
+        write_suspects(run.dir / "suspects.csv", suspects)
+    notes = _group_warnings(run)
+    duplicates = None
+    path = run.dir / "duplicates.json"
+    if path.exists():
+        copies = read_json(path)
+        pairs = [Duplicate(**pair) for pair in copies["pairs"]]
+        notes += duplicate_warnings(Duplicates(pairs, copies["count"]))
+        if copies["note"]:
+            notes.append(copies["note"])
+        listed = tuple(CopyPair(**pair) for pair in copies["pairs"][:LISTED])
+        duplicates = Copies(found=copies["count"], pairs=listed)
+    audit = summarize_audit(suspects, missing).replace(
+        file="" if missing else "suspects.csv", warnings=tuple(notes), duplicates=duplicates
+    )
+    return audit, suspects
+
+
+def _group_warnings(run: Run) -> list[str]:
+    """Ask about groups if file names look like groups that the folds do not keep together."""
+    if run.sources.train.groups is not None:
+        return []
+    ids = run.sources.train.ids
+    pattern = guess_pattern(ids)
+    return [group_question(ids, pattern)[0]] if pattern else []
+
+
+def make_thumbnails(
+    run: Run, evaluation: Evaluation, suspects: Sequence[Suspect]
+) -> dict[str, np.ndarray]:
+    """Make the pictures of a run's report.
+
+    Args:
+        run: a run whose jobs are done.
+        evaluation: its chosen ensemble, with the rows and probabilities of the headline score.
+        suspects: suspect labels, the most suspect first.
+
+    Returns:
+        Arrays for thumbs.npz: images uint8 (r, 96, 96, 3) with ids and classes, for confident
+        mistakes (with Grad-CAM maps), confused pairs of classes, and suspects.
+    """
+    rows = evaluation.rows
+    wrong = np.flatnonzero(evaluation.probs.argmax(1) != rows.labels)
+    worst = wrong[np.argsort(-evaluation.probs[wrong].max(1), kind="stable")]
+    mistakes = worst[:MAX_MISTAKES]
+    row_of = {name: row for row, name in enumerate(run.sources.train.ids)}
+    shown = [suspect.id for suspect in suspects[:MAX_SUSPECTS] if suspect.id in row_of]
+    return {
+        "ids": _names([rows.ids[row] for row in mistakes]),
+        "images": _small(run, rows.kind, mistakes),
+        "cams": _cams(run, evaluation, mistakes),
+        "suspect_ids": _names(shown),
+        "suspect_images": _small(run, "oof", np.array([row_of[name] for name in shown], int)),
+        **_confused_pairs(run, evaluation, worst),
+    }
+
+
+def _confused_pairs(run: Run, evaluation: Evaluation, worst: np.ndarray) -> dict[str, np.ndarray]:
+    """Images of the most confused pairs of classes, the most confident mistakes of each."""
+    labels, answers = evaluation.rows.labels, evaluation.probs.argmax(1)
+    counts = confusion_matrix(evaluation.probs, labels)
+    np.fill_diagonal(counts, 0)
+    rows: list[int] = []
+    for cell in np.argsort(-counts, axis=None, kind="stable")[:MAX_PAIRS]:
+        true, answer = divmod(int(cell), len(counts))
+        pair = [row for row in worst if labels[row] == true and answers[row] == answer]
+        rows += pair[:MAX_PER_PAIR]
+    index = np.array(rows, int)
+    return {
+        "pair_ids": _names([evaluation.rows.ids[row] for row in index]),
+        "pair_images": _small(run, evaluation.rows.kind, index),
+        "pair_true": labels[index],
+        "pair_answer": answers[index],
+    }
+
+
+def _cams(run: Run, evaluation: Evaluation, rows: np.ndarray) -> np.ndarray:
+    """Grad-CAM (r, 96, 96) uint8 of the wrong answers, averaged over the combined members.
+
+    The networks have not seen the rows: those of a row's fold, or of the first final fold for test
+    rows.
+    """
+    maps = np.zeros((len(rows), SIDE, SIDE), np.uint8)
+    folds = evaluation.rows.folds
+    if folds is None:
+        folds = np.full(len(evaluation.rows), run.final_folds[0])
+    answers = evaluation.probs.argmax(1)
+    for fold in np.unique(folds[rows]):
+        mine = np.flatnonzero(folds[rows] == fold)
+        images = _small(run, evaluation.rows.kind, rows[mine])
+        specs = _combined_members(run, evaluation, int(fold))
+        classes = len(evaluation.rows.classes)
+        networks = [run.load_member(spec, int(fold), classes) for spec in specs]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NoMap)  # such a backbone contributes no heat
+            heat = ensemble_cam(
+                networks,
+                images,
+                answers[rows[mine]],
+                sizes=[spec.img_size for spec in specs],
+                resizes=[spec.resize for spec in specs],
+            )
+        maps[mine] = np.round(255 * heat).astype(np.uint8)
+    return maps
+
+
+def _combined_members(run: Run, evaluation: Evaluation, fold: int) -> list[MemberSpec]:
+    """The combined members that have a network in the fold."""
+    return [
+        spec
+        for spec in run.recipe.members
+        if spec.name in evaluation.combined and (fold < 0 or not spec.folds or fold in spec.folds)
+    ]
+
+
+def _small(run: Run, kind: str, rows: np.ndarray) -> np.ndarray:
+    """Thumbnails uint8 (r, 96, 96, 3) of some training or test images."""
+    dataset = run.sources.test if kind == "test" else run.sources.train
+    assert dataset is not None
+    pictures = np.zeros((len(rows), SIDE, SIDE, 3), np.uint8)
+    for i, row in enumerate(rows):
+        image = Image.fromarray(dataset.pixels(int(row)))
+        pictures[i] = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    return pictures
+
+
+def _names(names: Sequence[str]) -> np.ndarray:
+    return np.array(names, dtype=np.str_)
