@@ -350,16 +350,17 @@ def test_torch_start_is_distributed_as_torch_starts(kind: str) -> None:
         ),
         (
             {"kind": "gru"},
-            "GRU over one time step: the recurrent weights cannot act, so this is a gated dense layer of 2048 units.",
+            "GRU over one time step: the recurrent weights have no effect, so this is a gated dense "
+            "layer of 2048 units.",
         ),
         (
             {"kind": "birnn", "units": 8, "fc": 4},
-            "Bidirectional RNN over one time step: the recurrent weights cannot act, so this is a dense tanh layer of "
-            "8 units, then a hidden layer of 4 units.",
+            "Bidirectional RNN over one time step: the recurrent weights have no effect, so this is a "
+            "dense tanh layer of 8 units, then a hidden layer of 4 units.",
         ),
         (
             {"kind": "lstm", "units": 8, "sequence": "rows"},
-            "LSTM over the rows of the feature map, top to bottom: really recurrent, 8 units.",
+            "LSTM over the rows of the feature map, top to bottom: a recurrent layer of 8 units.",
         ),
     ],
 )

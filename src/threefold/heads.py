@@ -1,11 +1,7 @@
-"""Classifier heads: [recurrent] -> Gaussian noise -> [fully connected, ReLU] -> linear (paper figure 2).
+"""Classifier heads: [recurrent] -> Gaussian noise -> [fully connected, ReLU] -> linear (figure 2).
 
-The paper feeds the recurrent layer one time step, the pooled features. With one step and a zero initial state the
-recurrent weights are multiplied by zero: they neither act nor get a gradient, and the forget gate (and, without
-`reset_after`, the reset gate) multiplies zero too. The one-step layers below are the same functions without those
-weights. Heads that run over the rows or the places of the feature map are really recurrent and use torch's layers.
-
-Equation 1 of the paper prints a sigmoid for the simple RNN; the authors' runs used tanh (Keras' default), and so do we.
+On pooled features the recurrent layer sees one time step (see `recurrent`). Over the rows or the
+positions of the feature map it sees several, and is a recurrent layer of torch.
 """
 
 from __future__ import annotations
@@ -28,35 +24,35 @@ from threefold.models__recurrent import (
 from threefold.recipe_schema import HeadSpec
 
 MLP_WIDTH = 1024
-"""Width of the hidden layer of `kind = "mlp"` where `fc` is not set (the paper's smallest)."""
+"""Width of the hidden layer of `kind = "mlp"` if `fc` is 0: the smallest of the paper."""
 
 
 class GaussianNoise(nn.Module):
-    """Adds noise of standard deviation `std` while training; does nothing in evaluation."""
+    """Add noise of standard deviation `std` in training mode, and nothing in eval mode."""
 
     def __init__(self, std: float) -> None:
         super().__init__()
         self.std = std
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x, with noise in training mode; any shape."""
+        """Add noise to x, of any shape."""
         return x + self.std * torch.randn_like(x) if self.training and self.std else x
 
 
 class Head(nn.Module):
-    """What maps a backbone's features to logits; built by `build_head`.
+    """Map the features of a backbone to logits; built by `build_head`.
 
     Args:
         spec: the head's table of a recipe.
-        num_features: channels c of the features.
-        num_classes: logits k.
+        num_features: number of channels c of the features.
+        num_classes: number of logits k.
 
     Raises:
         RecipeError: the options of `spec` contradict each other.
     """
 
     takes_map: bool
-    """True: the input is the feature map (b, c, h, w). False: it is pooled features (b, c)."""
+    """Whether the input is the feature map (b, c, h, w) and not the pooled features (b, c)."""
 
     def __init__(self, spec: HeadSpec, num_features: int, num_classes: int) -> None:
         super().__init__()
@@ -75,12 +71,12 @@ class Head(nn.Module):
                     glorot_uniform(linear, linear.in_features + linear.out_features)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features (b, c), or a feature map (b, c, h, w) where `takes_map`, to logits (b, k)."""
+        """Map features (b, c), or with `takes_map` (b, c, h, w), to logits (b, k)."""
         x = self._last_outputs(features) if self.takes_map else self.recurrent(features)
         return cast("Tensor", self.classifier(self.fc(self.noise(x))))
 
     def _last_outputs(self, feature_map: Tensor) -> Tensor:
-        """Run over the map; each direction gives its output after its last step, as Keras does."""
+        """Run over the map; return the output of each direction after its last step (as Keras)."""
         steps = feature_map.mean(dim=3) if self.sequence == "rows" else feature_map.flatten(2)
         outputs, _ = self.recurrent(steps.transpose(1, 2))
         width = cast("int", self.recurrent.hidden_size)
@@ -88,7 +84,7 @@ class Head(nn.Module):
 
 
 def _check(spec: HeadSpec) -> None:
-    """Refuse what would otherwise be ignored."""
+    """Refuse options that would have no effect."""
     cell, directions = split_kind(spec.kind)
     if cell and spec.units % directions:
         raise RecipeError(
@@ -134,15 +130,15 @@ def _recurrent(spec: HeadSpec, num_features: int) -> nn.Module:
 
 
 def build_head(spec: HeadSpec, num_features: int, num_classes: int) -> Head:
-    """Build the head that a recipe asks for.
+    """Build the head of a recipe.
 
     Args:
         spec: the head's table of a recipe.
-        num_features: channels c of the backbone's features.
-        num_classes: logits k.
+        num_features: number of channels c of the backbone's features.
+        num_classes: number of logits k.
 
     Returns:
-        Head: maps (b, c), or (b, c, h, w) where its `takes_map` is true, to logits (b, k).
+        A head that maps (b, c), or with `takes_map` (b, c, h, w), to logits (b, k).
 
     Raises:
         RecipeError: the options of `spec` contradict each other.
@@ -151,7 +147,7 @@ def build_head(spec: HeadSpec, num_features: int, num_classes: int) -> Head:
 
 
 def describe(spec: HeadSpec) -> str:
-    """One plain sentence that says what the head computes, for the report."""
+    """Describe a head in one sentence, for the report."""
     cell, directions = split_kind(spec.kind)
     hidden = _hidden_width(spec)
     if cell is None:
@@ -161,11 +157,13 @@ def describe(spec: HeadSpec) -> str:
     name = ("Bidirectional " if directions == 2 else "") + cell.upper()
     if spec.sequence == "pooled":
         layer = "dense tanh layer" if cell == "rnn" else "gated dense layer"
-        why = "the recurrent weights cannot act, so this is a"
-        return f"{name} over one time step: {why} {layer} of {spec.units} units{after}."
+        return (
+            f"{name} over one time step: the recurrent weights have no effect, so this is a "
+            f"{layer} of {spec.units} units{after}."
+        )
     steps = (
         "rows of the feature map, top to bottom"
         if spec.sequence == "rows"
-        else "places of the feature map, row by row"
+        else "positions of the feature map, row by row"
     )
-    return f"{name} over the {steps}: really recurrent, {spec.units} units{after}."
+    return f"{name} over the {steps}: a recurrent layer of {spec.units} units{after}."

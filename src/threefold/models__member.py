@@ -257,9 +257,9 @@ def _weights_error(spec: MemberSpec, error: Exception) -> RecipeError:
         "cannot get pretrained weights",
         where=f"member {spec.name}, backbone {spec.backbone}",
         got=f"{type(error).__name__}: {str(error)[:160]}",
-        fix="connect to the hub once (its cache keeps the weights), or use a backbone with packaged "
-        f"weights ({', '.join(PACKAGED)}), or set members.{spec.name}.weights to a .safetensors "
-        'or .pth file, or to "none"',
+        fix="connect to the hub once (its cache keeps the weights), or use a backbone with "
+        f"packaged weights ({', '.join(PACKAGED)}), or set members.{spec.name}.weights to a "
+        '.safetensors or .pth file, or to "none"',
     )
 
 

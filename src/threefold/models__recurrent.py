@@ -1,10 +1,20 @@
-"""Recurrent layers over one time step, without the weights that cannot act, and their full forms in torch."""
+"""Recurrent layers over one time step, without the weights that have no effect.
+
+The paper feeds its recurrent layers one time step, the pooled features. With one step and a zero
+initial state the recurrent weights are multiplied by zero: they have no effect and get no gradient.
+The forget gate, and without `reset_after` the reset gate, also multiplies zero. The layers here are
+the same functions without those weights; `collapse` and `expand` convert from and to torch's
+layers.
+
+Equation 1 of the paper prints a sigmoid for the simple RNN. The authors' runs used tanh, Keras'
+default, and so do these layers.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +29,7 @@ Cell = Literal["rnn", "gru", "lstm"]
 
 
 STORED_GATES: dict[Cell, int] = {"rnn": 1, "gru": 3, "lstm": 4}
-"""Blocks of weights in the full form of each layer."""
+"""Number of gates in torch's and Keras' full layers."""
 
 
 RECURRENT: dict[Cell, type[nn.RNN] | type[nn.GRU] | type[nn.LSTM]] = {
@@ -27,29 +37,31 @@ RECURRENT: dict[Cell, type[nn.RNN] | type[nn.GRU] | type[nn.LSTM]] = {
     "gru": nn.GRU,
     "lstm": nn.LSTM,
 }
-"""Torch's layer for each cell."""
+"""torch's layer for each cell."""
 
 
 def hard_sigmoid(x: Tensor) -> Tensor:
-    """Keras 2.2's gate: 0.2 x + 0.5 kept to 0..1. Keras 3 and torch give that name to x / 6 + 0.5."""
+    """Compute 0.2 x + 0.5, clipped to 0..1, as in Keras 2.2; Keras 3 and torch use x / 6 + 0.5."""
     return torch.clamp(0.2 * x + 0.5, 0.0, 1.0)
 
 
 class OneStep(nn.Module):
-    """A recurrent layer applied to one time step from a zero state: features (b, in_features) -> (b, units).
+    """Base of the recurrent layers over one time step from a zero state.
 
-    The base of the three layers below. All live gates are one linear layer. A bidirectional layer is the same function
-    with the weights of both directions stacked: `units` counts both, in each gate the forward one first.
+    `forward` maps features (b, in_features) to (b, units). All live gates are one linear layer. A
+    bidirectional layer is the same function with the weights of both directions stacked: in each
+    gate the forward direction comes first.
 
     Args:
         in_features: width of the input.
-        units: outputs, both directions together.
-        gate_order: where each live gate stands in the weights of torch's full layer.
-        activation: torch = sigmoid gates, torch's initialisation; keras = Keras 2.2's hard sigmoid and initialisation.
+        units: number of outputs, both directions together.
+        gate_order: position of each live gate in the weights of torch's full layer.
+        activation: `torch` = sigmoid gates and torch's initialisation; `keras` = the hard sigmoid
+            and the initialisation of Keras 2.2.
         directions: 1, or 2 for a bidirectional layer.
 
     Raises:
-        RecipeError: `units` cannot be shared between the directions.
+        RecipeError: `units` is not a multiple of `directions`.
     """
 
     cell: Cell
@@ -69,18 +81,19 @@ class OneStep(nn.Module):
         self.activation, self.directions = activation, directions
         self.input = nn.Linear(in_features, len(gate_order) * units)
         if activation == "keras":
-            # Keras draws all gates of one direction as one matrix, the dead ones too.
+            # Keras draws all gates of one direction as one matrix, dead gates included.
             glorot_uniform(
                 self.input, in_features + STORED_GATES[self.cell] * (units // directions)
             )
             return
         nn.init.uniform_(self.input.weight, -self.bound, self.bound)
-        with torch.no_grad():  # torch stores two biases, which act as their sum
-            self.input.bias.copy_(self._uniform(self.input.bias) + self._uniform(self.input.bias))
+        bias = self.input.bias
+        with torch.no_grad():  # torch stores two biases and adds them
+            bias.copy_(self._uniform(bias) + self._uniform(bias))
 
     @property
     def bound(self) -> float:
-        """Largest weight that torch's initialisation draws: 1 / sqrt(units of one direction)."""
+        """Bound of torch's initialisation: 1 / sqrt(units of one direction)."""
         return 1.0 / math.sqrt(self.units // self.directions)
 
     def _uniform(self, like: Tensor) -> Tensor:
@@ -89,13 +102,13 @@ class OneStep(nn.Module):
     def _gate(self, x: Tensor) -> Tensor:
         return hard_sigmoid(x) if self.activation == "keras" else torch.sigmoid(x)
 
-    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Every live gate before its nonlinearity, each (b, units)."""
+    def _live_gates(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute every live gate before its nonlinearity, each (b, units)."""
         return cast("Tensor", self.input(x)).chunk(len(self.gate_order), dim=1)
 
 
 class OneStepRNN(OneStep):
-    """tanh(W x + b): paper eq. 1 with h = 0 and the tanh that ran."""
+    """tanh(W x + b): paper eq. 1 with h = 0, and tanh as in the authors' runs."""
 
     cell = "rnn"
 
@@ -106,11 +119,11 @@ class OneStepRNN(OneStep):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map features (b, in_features) to (b, units)."""
-        return torch.tanh(self._parts(x)[0])
+        return torch.tanh(self._live_gates(x)[0])
 
 
 class OneStepLSTM(OneStep):
-    """o tanh(i g), gates in the order i, g, o: paper eqs. 5 to 9 with h = c = 0. The forget gate multiplies zero."""
+    """o tanh(i g), with gates in the order i, g, o: paper eqs. 5 to 9 with h = c = 0."""
 
     cell = "lstm"
 
@@ -121,15 +134,16 @@ class OneStepLSTM(OneStep):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map features (b, in_features) to (b, units)."""
-        i, g, o = self._parts(x)
+        i, g, o = self._live_gates(x)
         return self._gate(o) * torch.tanh(self._gate(i) * torch.tanh(g))
 
 
 class OneStepGRU(OneStep):
-    """(1 - z) n: paper eqs. 10 to 13 with h = 0 (eq. 13 calls z what Keras and torch call 1 - z).
+    """(1 - z) n: paper eqs. 10 to 13 with h = 0; z of eq. 13 is 1 - z in Keras and torch.
 
-    With `reset_after` (torch, TF 2) n = tanh(W x + b + r b_h) and the gates are r, z, n: the reset gate lives through
-    the recurrent bias b_h. Without it (Keras 2.2, the paper's runs) n = tanh(W x + b) and the gates are z, n.
+    With `reset_after` (torch, TF 2) n = tanh(W x + b + r b_h) and the gates are r, z, n: the reset
+    gate acts through the recurrent bias b_h. Without it (Keras 2.2, the paper's runs)
+    n = tanh(W x + b) and the gates are z, n.
     """
 
     cell = "gru"
@@ -150,31 +164,31 @@ class OneStepGRU(OneStep):
         if reset_after:
             self.hidden_bias = nn.Parameter(torch.zeros(units))
             if activation == "torch":
-                with torch.no_grad():  # the two biases of n act apart, so neither is a sum
+                with torch.no_grad():  # r scales one of the two biases of n, so they are not added
                     self.hidden_bias.copy_(self._uniform(self.hidden_bias))
                     self.input.bias[-units:] = self._uniform(self.hidden_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map features (b, in_features) to (b, units)."""
         if self.reset_after:
-            r, z, n = self._parts(x)
+            r, z, n = self._live_gates(x)
             return (1.0 - self._gate(z)) * torch.tanh(n + self._gate(r) * self.hidden_bias)
-        z, n = self._parts(x)
+        z, n = self._live_gates(x)
         return (1.0 - self._gate(z)) * torch.tanh(n)
 
 
 def glorot_uniform(linear: nn.Linear, fans: int) -> None:
-    """Keras' start: uniform within sqrt(6 / (fan in + fan out)), no bias."""
+    """Initialise a layer as Keras does: uniform within sqrt(6 / (fan in + fan out)), zero bias."""
     bound = math.sqrt(6.0 / fans)
     nn.init.uniform_(linear.weight, -bound, bound)
     nn.init.zeros_(linear.bias)
 
 
 def collapse(module: nn.RNN | nn.GRU | nn.LSTM) -> OneStep:
-    """The one-step layer that computes what `module` does on sequences of length one from a zero state.
+    """Build the one-step layer that equals `module` on sequences of length one from a zero state.
 
     Raises:
-        RecipeError: several layers, no bias, an LSTM projection, or an RNN with ReLU.
+        RecipeError: the layer has several levels, no bias, an LSTM projection, or a ReLU.
     """
     if module.num_layers != 1 or not module.bias or module.proj_size or module.mode == "RNN_RELU":
         raise RecipeError(
@@ -183,34 +197,39 @@ def collapse(module: nn.RNN | nn.GRU | nn.LSTM) -> OneStep:
             got=module,
         )
     directions = 2 if module.bidirectional else 1
-    layers: dict[str, type[OneStepRNN] | type[OneStepLSTM] | type[OneStepGRU]]
-    layers = {"RNN_TANH": OneStepRNN, "LSTM": OneStepLSTM, "GRU": OneStepGRU}
+    layers: dict[str, type[OneStepRNN] | type[OneStepLSTM] | type[OneStepGRU]] = {
+        "RNN_TANH": OneStepRNN,
+        "LSTM": OneStepLSTM,
+        "GRU": OneStepGRU,
+    }
     step = layers[module.mode](
         module.input_size, directions * module.hidden_size, directions=directions
     )
     step.to(cast("Tensor", module.weight_ih_l0))
     with torch.no_grad():
-        for full, live in zip(_full_parts(module), _live_parts(step), strict=True):
-            weight, bias, hidden_bias = (part[list(step.gate_order)] for part in full[:3])
+        for full, live in zip(_full_weights(module), _live_weights(step), strict=True):
+            gates = list(step.gate_order)
+            hidden_bias = full.hidden_bias[gates]  # a copy, so `module` does not change
             if isinstance(step, OneStepGRU):
-                live[2].copy_(hidden_bias[-1])
-                hidden_bias[-1] = 0.0  # a copy: `module` stays as it is
-            live[0].copy_(weight)
-            live[1].copy_(bias + hidden_bias)
+                live.hidden_bias.copy_(hidden_bias[-1])
+                hidden_bias[-1] = 0.0
+            live.input.copy_(full.input[gates])
+            live.input_bias.copy_(full.input_bias[gates] + hidden_bias)
     return step
 
 
 def expand(
     step: OneStep, dead_init: Callable[[Tensor], object] = nn.init.zeros_
 ) -> nn.RNN | nn.GRU | nn.LSTM:
-    """The torch layer (batch first) that computes what `step` does when it is given one time step and no state.
+    """Build torch's layer (batch first) that equals `step` on one time step from a zero state.
 
     Args:
         step: a one-step layer.
-        dead_init: fills each block of dead weights in place, for example `nn.init.orthogonal_`. Dead biases are zero.
+        dead_init: fills each block of dead weights in place, for example `nn.init.orthogonal_`.
+            Dead biases are zero.
 
     Raises:
-        RecipeError: torch has no such layer: hard sigmoid gates, or a GRU without reset_after.
+        RecipeError: torch has no such layer (hard sigmoid gates, or a GRU without reset_after).
     """
     if step.activation == "keras" and step.cell != "rnn":
         raise RecipeError(
@@ -226,53 +245,67 @@ def expand(
     )
     module.to(step.input.weight)
     with torch.no_grad():
-        for full, live in zip(_full_parts(module), _live_parts(step), strict=True):
-            for block in (*full[0], *full[3]):
+        for full, live in zip(_full_weights(module), _live_weights(step), strict=True):
+            gates = list(step.gate_order)
+            for block in (*full.input, *full.hidden):
                 dead_init(block)
-            full[1].zero_()
-            full[2].zero_()
-            full[0][list(step.gate_order)] = live[0]
-            full[1][list(step.gate_order)] = live[1]
+            full.input_bias.zero_()
+            full.hidden_bias.zero_()
+            full.input[gates] = live.input
+            full.input_bias[gates] = live.input_bias
             if isinstance(step, OneStepGRU):
-                full[2][-1] = live[2]
+                full.hidden_bias[-1] = live.hidden_bias
     return module
 
 
-def _full_parts(
-    module: nn.RNN | nn.GRU | nn.LSTM,
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """For each direction: input weights, input bias, hidden bias, hidden weights; gates along the first axis."""
+class _Weights(NamedTuple):
+    """Weights of one direction, as views with the gates along the first axis."""
+
+    input: Tensor
+    input_bias: Tensor
+    hidden_bias: Tensor
+    """In a one-step layer (units,), and only of a GRU with `reset_after`; otherwise empty."""
+    hidden: Tensor
+    """Empty in a one-step layer."""
+
+
+def _full_weights(module: nn.RNN | nn.GRU | nn.LSTM) -> Iterator[_Weights]:
+    """Yield the weights of each direction of torch's layer."""
     for suffix in ("_l0", "_l0_reverse")[: 2 if module.bidirectional else 1]:
         names = (f"weight_ih{suffix}", f"bias_ih{suffix}", f"bias_hh{suffix}", f"weight_hh{suffix}")
         tensors = [module.get_parameter(name).detach() for name in names]
-        weight, bias, hidden_bias, hidden = (
-            part.view(-1, module.hidden_size, *part.shape[1:]) for part in tensors
-        )
-        yield weight, bias, hidden_bias, hidden
+        yield _Weights(*(t.view(-1, module.hidden_size, *t.shape[1:]) for t in tensors))
 
 
-def _live_parts(step: OneStep) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For each direction: weights, bias (live gates along the first axis), hidden bias (empty unless it acts apart)."""
+def _live_weights(step: OneStep) -> Iterator[_Weights]:
+    """Yield the weights of each direction of a one-step layer."""
     shape = (step.directions, step.units // step.directions)
     weight = step.input.weight.detach().view(-1, *shape, step.input.in_features)
     bias = step.input.bias.detach().view(-1, *shape)
-    apart = isinstance(step, OneStepGRU) and step.reset_after
-    hidden_bias = (
-        step.get_parameter("hidden_bias").detach().view(shape)
-        if apart
-        else bias.new_empty(shape[0], 0)
-    )
-    for direction in range(step.directions):
-        yield weight[:, direction], bias[:, direction], hidden_bias[direction]
+    empty = bias.new_empty(shape[0], 0)
+    hidden_bias = empty
+    if isinstance(step, OneStepGRU) and step.reset_after:
+        hidden_bias = step.hidden_bias.detach().view(shape)
+    for i in range(step.directions):
+        yield _Weights(
+            input=weight[:, i], input_bias=bias[:, i], hidden_bias=hidden_bias[i], hidden=empty[i]
+        )
 
 
 def full_parameters(
     kind: HeadKind, in_features: int, units: int, *, reset_after: bool = True, keras: bool = True
 ) -> int:
-    """Weights that Keras (or torch) stores for the recurrent layer of a head, dead ones included; 0 for linear and mlp.
+    """Count the weights of a head's recurrent layer in Keras or torch, dead weights included.
+
+    Args:
+        kind: kind of the head; 0 weights for `linear` and `mlp`.
+        in_features: width of the input.
+        units: number of outputs, both directions together.
+        reset_after: form of the GRU, see `OneStepGRU`.
+        keras: count Keras' layer; False counts torch's.
 
     Raises:
-        RecipeError: `keras=False` with a GRU without reset_after, which torch does not have.
+        RecipeError: torch has no GRU without reset_after.
     """
     cell, directions = split_kind(kind)
     if cell is None:
@@ -287,7 +320,7 @@ def full_parameters(
 
 
 def split_kind(kind: HeadKind) -> tuple[Cell | None, int]:
-    """Which recurrent cell a kind of head uses, and how many directions."""
+    """Return the recurrent cell of a kind of head (or None) and its number of directions."""
     if kind in ("linear", "mlp"):
         return None, 1
     return cast("Cell", kind.removeprefix("bi")), 2 if kind.startswith("bi") else 1

@@ -1,4 +1,4 @@
-"""The square resize of every image: antialiased, exact in float32, and exportable with any height and width."""
+"""The square resize: antialiased, exact in float32, exportable with any height and width."""
 
 from __future__ import annotations
 
@@ -8,23 +8,27 @@ import torch
 from torch import Tensor
 
 WEIGHT_STEPS = 2**16
-"""Resize weights are multiples of 1/65536. A product with an 8-bit pixel, and any sum of such products up to 255, is
-then exact in float32, so the result depends neither on the order of summation nor on the runtime that does it."""
+"""Resize weights are multiples of 1/65536.
+
+A product with an 8-bit pixel, and any sum of such products up to 255, is then exact in float32. So
+the result does not depend on the order of summation or on the runtime.
+"""
 
 
 def resize_square(images: Tensor, size: int, mode: Literal["squash", "crop"]) -> Tensor:
     """Resize images to a square with an antialiased triangle filter (Pillow's BILINEAR).
 
-    Two matrix products whose weights are computed from the height and width, hence exportable with both dynamic. Call
-    it outside autocast and without TF32 matrix products, which would round the weights.
+    The resize is two matrix products with weights computed from the height and width, so that it
+    exports with both dynamic. Do not call it under autocast or with TF32 matrix products, which
+    round the weights.
 
     Args:
         images: uint8 (b, h, w, 3).
         size: side of the result in pixels.
-        mode: squash scales each side by itself; crop keeps the largest centred square.
+        mode: `squash` scales both sides independently; `crop` keeps the largest centred square.
 
     Returns:
-        Tensor: float32 (b, 3, size, size) holding whole numbers in 0..255.
+        float32 (b, 3, size, size), whole numbers in 0..255.
     """
     height = images.new_full((), images.shape[1], dtype=torch.float32)
     width = images.new_full((), images.shape[2], dtype=torch.float32)
@@ -36,34 +40,34 @@ def resize_square(images: Tensor, size: int, mode: Literal["squash", "crop"]) ->
         across = triangle_weights(images.shape[2], torch.zeros_like(width), width, size)
         down = triangle_weights(images.shape[1], torch.zeros_like(height), height, size)
     pixels = images.permute(0, 3, 1, 2).float()
-    return _whole(down @ _whole(pixels @ across.T))
+    return _round(down @ _round(pixels @ across.T))
 
 
 def triangle_weights(length: int, start: Tensor, side: Tensor, size: int) -> Tensor:
-    """Weights that resize the pixels start .. start + side of a line of `length` pixels to `size` pixels.
+    """Compute weights that resize part of a line of pixels, from start to start + side, to `size`.
 
-    Enlarging is linear interpolation between pixel centres with the edges held; reducing widens the triangle by the
-    scale.
+    Enlarging interpolates linearly between pixel centres and repeats the edges. Reducing widens the
+    triangle by the scale.
 
     Args:
-        length: pixels in the line; may be symbolic under torch.export.
+        length: number of pixels in the line; may be symbolic under torch.export.
         start: scalar float32, first pixel used.
         side: scalar float32, number of pixels used.
-        size: pixels in the result.
+        size: number of pixels in the result.
 
     Returns:
-        Tensor: float32 (size, length); rows sum to 1 within length / WEIGHT_STEPS.
+        float32 (size, length); rows sum to 1 within length / WEIGHT_STEPS.
     """
     scale = side / size
     centres = start + (torch.arange(size, device=start.device, dtype=torch.float32) + 0.5) * scale
     positions = torch.arange(length, device=start.device, dtype=torch.float32) + 0.5
     distances = (positions - centres.unsqueeze(1)).abs() / scale.clamp(min=1.0)
     inside = ((positions > start) & (positions < start + side)).float()
-    # Rounded before they are summed too: a sum of whole numbers is the same in every order.
+    # Rounded before the sum as well: a sum of whole numbers is the same in every order.
     weights = torch.round((1.0 - distances).clamp(min=0.0) * inside * WEIGHT_STEPS)
     return torch.round(weights / weights.sum(dim=1, keepdim=True) * WEIGHT_STEPS) / WEIGHT_STEPS
 
 
-def _whole(pixels: Tensor) -> Tensor:
-    """Round half up, as Pillow does, and keep to 0..255."""
+def _round(pixels: Tensor) -> Tensor:
+    """Round half up, as Pillow does, and clip to 0..255."""
     return torch.floor(pixels + 0.5).clamp(0.0, 255.0)

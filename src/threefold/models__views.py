@@ -1,4 +1,4 @@
-"""Test-time views of an image: crops, mirror images and scales whose softmaxes are averaged (paper section 4.3)."""
+"""Test-time views: crops, mirror images and scales of an image (paper section 4.3)."""
 
 from __future__ import annotations
 
@@ -10,19 +10,25 @@ from threefold.models__resize import triangle_weights
 from threefold.recipe_schema import ViewSpec
 
 SCALES = (1.0, 0.9, 0.8)
-"""Shares of the canvas that the multi-scale views look at."""
+"""Sides of the multi-scale views, as shares of the canvas."""
 
 
 class Views(nn.Module):
-    """Test-time views of an image (paper section 4.3); the softmaxes of all views are averaged by the caller.
+    """Cut test-time views out of images (paper section 4.3); the caller averages their softmaxes.
 
-    `center`: the centre of the canvas. `flip`: that and its mirror image. `random-crops`: n different crops, the same
-    for all images and at every call. `five-crop`: centre and corners. `ten-crop`: those and their mirror images.
-    `multi-scale`: the centred 1.0, 0.9 and 0.8 of the canvas, resized. `count` keeps only the first views; 0 is the whole
-    image at img_size, without any.
+    `center` is the centre of the canvas; `flip` adds its mirror image. `random-crops` are n
+    different crops, the same for all images and at every call. `five-crop` is the centre and the
+    corners; `ten-crop` adds their mirror images. `multi-scale` is the centred 1.0, 0.9 and 0.8 of
+    the canvas, resized.
+
+    Args:
+        spec: kind and number of the views, and the side of the canvas relative to `img_size`.
+        img_size: side of each view in pixels.
+        seed: fixes the random crops.
+        count: use only the first views; None = all, 0 = the whole image at `img_size`.
 
     Raises:
-        RecipeError: the canvas has no room for the crops, which would all be the same.
+        RecipeError: the canvas has no room for different crops.
     """
 
     def __init__(self, spec: ViewSpec, img_size: int, seed: int, count: int | None = None) -> None:
@@ -32,7 +38,7 @@ class Views(nn.Module):
         self.kind, self.img_size, self._first = spec.kind, img_size, count or None
         self._canvas = round(img_size * spec.upsample)
         self.corners = self._corners(spec.n, seed)
-        """Top and left of each crop, before mirroring."""
+        """Top and left of each crop; mirror images are not listed."""
         if spec.kind == "multi-scale":
             places, weights = self._taps()
             self.register_buffer("places", places, persistent=False)
@@ -40,7 +46,7 @@ class Views(nn.Module):
 
     @property
     def canvas(self) -> int:
-        """Side to which images are resized before they enter `forward`, in pixels."""
+        """Side of the images that `forward` takes, in pixels."""
         return self._canvas
 
     @property
@@ -53,14 +59,14 @@ class Views(nn.Module):
         return len(self.corners) * (2 if self.kind in ("flip", "ten-crop") else 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Cut the views out of images (b, 3, canvas, canvas); returns (v, b, 3, img_size, img_size)."""
+        """Map images (b, 3, canvas, canvas) to views (v, b, 3, img_size, img_size)."""
         if self.kind == "multi-scale":
-            scales = list(zip(self.get_buffer("places"), self.get_buffer("weights"), strict=True))[
-                : self._first
-            ]
-            return torch.stack(
-                [_weighted_rows(_weighted_rows(images, *taps).mT, *taps).mT for taps in scales]
-            )
+            scaled = []
+            scales = zip(self.get_buffer("places"), self.get_buffer("weights"), strict=True)
+            for places, weights in list(scales)[: self._first]:
+                rows = _weighted_rows(images, places, weights)
+                scaled.append(_weighted_rows(rows.mT, places, weights).mT)
+            return torch.stack(scaled)
         size = self.img_size
         views = [images[:, :, top : top + size, left : left + size] for top, left in self.corners]
         if self.kind in ("flip", "ten-crop"):
@@ -96,7 +102,11 @@ class Views(nn.Module):
         )
 
     def _taps(self) -> tuple[Tensor, Tensor]:
-        """Pixels that each scale reads for each pixel of the view, and their weights; both (scales, taps, img_size)."""
+        """Compute the pixels that each pixel of a view reads, and their weights.
+
+        Returns:
+            Positions and weights, both (scales, taps, img_size).
+        """
         sides = [round(self._canvas * scale) for scale in SCALES]
         spans = [
             (torch.tensor(float((self._canvas - side) // 2)), torch.tensor(float(side)))
@@ -105,17 +115,18 @@ class Views(nn.Module):
         matrices = torch.stack(
             [triangle_weights(self._canvas, *span, self.img_size) for span in spans]
         )
-        most = int((matrices > 0).sum(dim=2).max())
-        weights, places = matrices.topk(most, dim=2)
+        taps = int((matrices > 0).sum(dim=2).max())
+        weights, places = matrices.topk(taps, dim=2)
         return places.mT.contiguous(), weights.mT.contiguous()
 
 
 def view_counts(spec: ViewSpec) -> tuple[int, ...]:
-    """The numbers of leading views to choose from, fewest first; 0 is the whole image, where crops would cut it.
+    """List the numbers of leading views among which a run can choose, in ascending order.
 
-    Of random crops 1, 3, 5, 7, 9 and n (the paper's), of ten crops one, five and ten, else any number.
+    Random crops: 1, 3, 5, 7, 9 (as in the paper) and n. Ten crops: 1, 5 and 10. Otherwise any
+    number. 0 means the whole image, and is listed if views cut something off.
     """
-    n = {
+    totals = {
         "center": 1,
         "flip": 2,
         "random-crops": spec.n,
@@ -123,14 +134,17 @@ def view_counts(spec: ViewSpec) -> tuple[int, ...]:
         "ten-crop": 10,
         "multi-scale": len(SCALES),
     }
-    total = n[spec.kind]
-    wanted = {"five-crop": (1, 5), "ten-crop": (1, 5, 10), "random-crops": (1, 3, 5, 7, 9, total)}
-    counts = sorted({c for c in wanted.get(spec.kind, range(1, total + 1)) if c <= total})
+    total = totals[spec.kind]
+    choices = {"five-crop": (1, 5), "ten-crop": (1, 5, 10), "random-crops": (1, 3, 5, 7, 9, total)}
+    counts = sorted({c for c in choices.get(spec.kind, range(1, total + 1)) if c <= total})
     return (0, *counts) if spec.upsample > 1.0 else tuple(counts)
 
 
 def _weighted_rows(images: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-    """Sum over taps of rows `places` (taps, size) times `weights`; no matrix product, which autocast would round."""
+    """Sum over taps of rows `places` (taps, size) times `weights`.
+
+    This is not a matrix product, which autocast would round.
+    """
     taps = zip(places, weights, strict=True)
     return torch.stack(
         [images.index_select(2, place) * weight.unsqueeze(1) for place, weight in taps]

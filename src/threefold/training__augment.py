@@ -1,7 +1,7 @@
-"""The paper's training augmentation (section 4.1): one affine warp and one brightness offset per image.
+"""The paper's training augmentation (section 4.1): one affine warp and one offset per image.
 
-Works on float tensors in 0..255 on any device. Random erasing, mixup and cutmix need the labels of a batch; they are in
-the stage loop.
+It works on float tensors in 0..255 on any device. Random erasing, mixup and cutmix need labels and are
+in the stage loop.
 """
 
 from __future__ import annotations
@@ -31,24 +31,25 @@ class Draws(NamedTuple):
 
 
 class Augment:
-    """The paper's training augmentation (section 4.1; values from the authors' code) as one bilinear warp per image.
+    """Augment training images as in the paper (section 4.1; values from the authors' code).
 
-    Rotation, shift, shear, zoom and flips become one affine map, so pixels are interpolated once and one grid serves
-    all channels. What falls outside repeats the edge. Then one offset per image, clipped to that image's own range.
+    Rotation, shift, shear, zoom and flips are one affine map, so that pixels are interpolated only
+    once. Positions outside the image repeat its edge. Then one offset per image is added, clipped
+    to the range of that image.
     """
 
     def __init__(self, spec: AugmentSpec) -> None:
         self.spec = spec
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Augment a batch, each image by itself.
+        """Augment a batch, each image independently.
 
         Args:
             images: uint8 or float (b, 3, h, w), values 0..255.
             generator: the only source of randomness, on any device.
 
         Returns:
-            Tensor: float32 (b, 3, h, w), values 0..255.
+            float32 (b, 3, h, w), values 0..255.
         """
         draws = self.draw(images.shape[0], generator)
         spec, pixels = self.spec, images.float()
@@ -59,7 +60,11 @@ class Augment:
         return pixels
 
     def draw(self, count: int, generator: torch.Generator) -> Draws:
-        """Parameters for `count` images; each knob has its own column, so turning one on leaves the others' draws."""
+        """Draw parameters for `count` images.
+
+        Each option has its own column of random numbers, so switching one on does not change the
+        draws of the others.
+        """
         uniform = torch.rand((count, 9), generator=generator, device=generator.device)
         spread = 2.0 * uniform - 1.0
         flips = torch.tensor(
@@ -76,25 +81,27 @@ class Augment:
 
 
 def affine_warp(images: Tensor, draws: Draws) -> Tensor:
-    """Warp images as keras-preprocessing does: output pixel p is read at R (T (S (Z p))), measured from the centre.
+    """Warp images as keras-preprocessing does: output pixel p reads position R (T (S (Z p))).
 
-    R = [[cos a, -sin a], [sin a, cos a]] on (row, column), T adds the shift, S = [[1, -sin s], [0, cos s]], Z scales
-    (more than 1 shrinks the picture) and flips; R S = [[cos a, -sin(a + s)], [sin a, cos(a + s)]]. The centre is that
-    of the pixel grid, (side - 1) / 2; keras-preprocessing before 1.1.1 turned about a point one pixel off it.
+    Positions are (row, column) from the centre of the pixel grid, (side - 1) / 2; versions of
+    keras-preprocessing before 1.1.1 turned about a point one pixel off it.
+    R = [[cos a, -sin a], [sin a, cos a]], T adds the shift, S = [[1, -sin s], [0, cos s]], and Z
+    scales (above 1 the content shrinks) and flips. Hence
+    R S = [[cos a, -sin(a + s)], [sin a, cos(a + s)]].
 
     Args:
         images: float (b, c, h, w).
-        draws: parameters on the same device; `channel` is not used.
+        draws: parameters on the same device, of which `channel` is not used.
 
     Returns:
-        Tensor: float (b, c, h, w), bilinear, edges repeated.
+        float (b, c, h, w), bilinear, edges repeated.
     """
     height, width = images.shape[2:]
     cos, sin = draws.angle.cos(), draws.angle.sin()
     cos_sheared, sin_sheared = (draws.angle + draws.shear).cos(), (draws.angle + draws.shear).sin()
     rows, columns = draws.shift[:, 0] * height, draws.shift[:, 1] * width
-    # grid_sample counts from -1 to 1 across the image: a pixel is 2 / height or 2 / width. The grid is made by sums and
-    # not by affine_grid, whose matrix product would be rounded under TF32 or autocast.
+    # grid_sample's coordinates run from -1 to 1, so a pixel is 2 / height or 2 / width. affine_grid
+    # would do this with a matrix product, which TF32 and autocast round.
     down = _column((torch.arange(height, device=images.device) + 0.5) * 2.0 / height - 1.0, 1)
     along = _column((torch.arange(width, device=images.device) + 0.5) * 2.0 / width - 1.0, 2)
     down, along = down * _column(draws.zoom[:, 0]), along * _column(draws.zoom[:, 1])
@@ -113,13 +120,13 @@ def affine_warp(images: Tensor, draws: Draws) -> Tensor:
 
 
 def _column(values: Tensor, dim: int = 0) -> Tensor:
-    """Put the values of a vector along axis `dim` of a (b, h, w) array."""
+    """Reshape a vector to lie along axis `dim` of a (b, h, w) array."""
     shape = [1, 1, 1]
     shape[dim] = -1
     return values.view(shape)
 
 
 def shift_channels(images: Tensor, offsets: Tensor) -> Tensor:
-    """Add one offset (b,) to each image (b, c, h, w), clipped to the range of values which that image has."""
+    """Add one offset (b,) to each image (b, c, h, w), clipped to the range of that image."""
     low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)
     return torch.clamp(images + offsets.view(-1, 1, 1, 1), low, high)
