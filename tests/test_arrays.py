@@ -14,18 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 from support__cifar import pickle_as_python2, write_python_cifar
+from support__sources import load_source
 
 from threefold.arrays import read_cifar, read_idx, read_mnist, read_svhn
 from threefold.data__published import CIFAR10_CLASSES, CIFAR100_CLASSES, DIGITS
-from threefold.datasets import Sources, load_data
 from threefold.errors import DataError
-from threefold.recipe_schema import DataSpec
 from threefold.samples import write_sample
-
-
-def load(source: str, root: Path, **options: Any) -> Sources:
-    return load_data(DataSpec(source=source, root=str(root), **options), 0)  # type: ignore[arg-type]
-
 
 # MNIST
 
@@ -33,7 +27,7 @@ def load(source: str, root: Path, **options: Any) -> Sources:
 def test_mnist_gzipped_plain_and_below_raw(tmp_path: Path) -> None:
     write_sample("mnist", tmp_path / "MNIST/raw")
 
-    sources = load("mnist", tmp_path)
+    sources = load_source("mnist", tmp_path)
 
     assert sources.test is not None
     assert (sources.train.classes, len(sources.train), len(sources.test)) == (DIGITS, 60, 30)
@@ -42,7 +36,7 @@ def test_mnist_gzipped_plain_and_below_raw(tmp_path: Path) -> None:
     content = gzip.decompress((tmp_path / "MNIST/raw/train-images-idx3-ubyte.gz").read_bytes())
     assert sources.train.pixels(3)[..., 1].tobytes() == content[16 + 3 * 784 : 16 + 4 * 784]
     assert sources.notes == (
-        "not the whole of MNIST: 60 training and 30 test images, published are 60,000 and 10,000",
+        "not the complete MNIST: 60 training and 30 test images instead of 60,000 and 10,000",
     )
     for path in (tmp_path / "MNIST/raw").iterdir():
         (tmp_path / path.name.removesuffix(".gz")).write_bytes(gzip.decompress(path.read_bytes()))
@@ -125,7 +119,7 @@ def test_cifar_agrees_with_its_page(tmp_path: Path, name: str, classes: tuple[st
     labels = [label for batch in batches for label in batch[key]]
     data = np.concatenate([batch[b"data"] for batch in batches])
 
-    sources = load(name, folder)
+    sources = load_source(name, folder)
 
     assert sources.test is not None
     assert sources.train.classes == classes
@@ -210,7 +204,7 @@ def test_svhn_without_extra_images(tmp_path: Path) -> None:
     write_sample("svhn", tmp_path)
     official = loadmat(tmp_path / "train_32x32.mat")
 
-    sources = load("svhn", tmp_path)
+    sources = load_source("svhn", tmp_path)
 
     assert sources.test is not None
     assert (len(sources.train), len(sources.test), sources.train.classes) == (60, 30, DIGITS)
@@ -222,14 +216,14 @@ def test_svhn_without_extra_images(tmp_path: Path) -> None:
 
 def test_svhn_with_extra_images(tmp_path: Path) -> None:
     write_sample("svhn", tmp_path)
-    plain = load("svhn", tmp_path).train
+    plain = load_source("svhn", tmp_path).train
 
-    extra = load("svhn", tmp_path, extra=True).train
+    extra = load_source("svhn", tmp_path, extra=True).train
 
     assert (len(extra), extra.ids[0], extra.ids[30]) == (90, "extra/000000", "train/000000")
     assert extra.ids == tuple(sorted(extra.ids))
     assert np.array_equal(extra.pixels(37), plain.pixels(7))
-    limited = load("svhn", tmp_path, extra=True, limit_per_class=2).train
+    limited = load_source("svhn", tmp_path, extra=True, limit_per_class=2).train
     assert np.bincount(limited.labels).tolist() == [2] * 10
 
 

@@ -85,7 +85,7 @@ def test_groups_are_counted_and_arrays_are_looked_at(tmp_path: Path) -> None:
     told = [
         finding.what for finding in found.findings if "pairs" not in finding.what
     ]  # made-up pictures are alike
-    assert [what.split(":")[0] for what in told] == ["not the whole of MNIST"]
+    assert [what.split(":")[0] for what in told] == ["not the complete MNIST"]
     assert found.guessed_regex == ""
 
 

@@ -12,19 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support__sources import load_source
 
 from threefold.archives import read_members
 from threefold.data__published import CASSAVA_2020_CLASSES, CASSAVA_CLASSES, SURREY_LETTERS
-from threefold.datasets import ImageDataset, Sources, load_data
+from threefold.datasets import ImageDataset
 from threefold.errors import DataError, RecipeError
 from threefold.images import decode
 from threefold.recipe import Recipe
-from threefold.recipe_schema import DataSpec
 from threefold.samples import write_sample
-
-
-def load(source: str, root: Path, **options: Any) -> Sources:
-    return load_data(DataSpec(source=source, root=str(root), **options), 0)  # type: ignore[arg-type]
 
 
 def count(data: ImageDataset | None) -> dict[str, int]:
@@ -57,7 +53,7 @@ def write_json(root: Path, part: str, tree: Any) -> None:
 def test_inaturalist_holds_out_its_validation_images(tmp_path: Path) -> None:
     write_sample("inaturalist2019", tmp_path)
 
-    sources = load("inaturalist2019", tmp_path)
+    sources = load_source("inaturalist2019", tmp_path)
 
     assert sources.test is not None
     assert (count(sources.train), count(sources.test)) == (
@@ -76,7 +72,7 @@ def test_inaturalist_holds_out_its_validation_images(tmp_path: Path) -> None:
 def test_inaturalist_with_extra_holds_out_nothing(tmp_path: Path) -> None:
     write_sample("inaturalist2019", tmp_path)
 
-    joined = load("inaturalist2019", tmp_path, extra=True)
+    joined = load_source("inaturalist2019", tmp_path, extra=True)
 
     assert (count(joined.train), joined.test) == ({str(i): 9 for i in range(6)}, None)
     assert "nothing is held out" in joined.notes[-1]
@@ -90,7 +86,7 @@ def test_inaturalist_classes_follow_their_numbers(tmp_path: Path) -> None:
         json.dumps([{"id": i, "name": name} for i, name in enumerate(names)][::-1])
     )
 
-    train = load("inaturalist2019", tmp_path).train
+    train = load_source("inaturalist2019", tmp_path).train
 
     assert train.classes == ("Zea mays", "Ajuga (1)", "Ajuga (2)", "Bombus", "Apis", "Corvus")
     assert {
@@ -107,10 +103,10 @@ def test_inaturalist_from_its_archive(tmp_path: Path) -> None:
     )
     shutil.rmtree(tmp_path / "packed/train_val2019")
 
-    plain = load("inaturalist2019", tmp_path / "plain")
+    plain = load_source("inaturalist2019", tmp_path / "plain")
 
     for root in (tmp_path / "packed", tmp_path / "packed/train_val2019.tar.gz"):
-        assert load("inaturalist2019", root).train.ids == plain.train.ids
+        assert load_source("inaturalist2019", root).train.ids == plain.train.ids
 
 
 def change(part: str, edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
@@ -174,7 +170,7 @@ def test_bad_inaturalist(tmp_path: Path, case: str) -> None:
     spoil(tmp_path)
 
     with pytest.raises(DataError, match=message):
-        load("inaturalist2019", tmp_path)
+        load_source("inaturalist2019", tmp_path)
 
 
 # Cassava
@@ -183,7 +179,7 @@ def test_bad_inaturalist(tmp_path: Path, case: str) -> None:
 def test_icassava_with_three_labelled_parts(tmp_path: Path) -> None:
     write_sample("icassava2019", tmp_path)
 
-    sources = load("icassava2019", tmp_path)
+    sources = load_source("icassava2019", tmp_path)
 
     assert sources.train.classes == CASSAVA_CLASSES
     assert count(sources.train) == dict.fromkeys(CASSAVA_CLASSES, 6)
@@ -193,7 +189,7 @@ def test_icassava_with_three_labelled_parts(tmp_path: Path) -> None:
     folder = tmp_path / "cassavaleafdata.zip.unpacked/cassavaleafdata"
     assert np.array_equal(sources.train.pixels(0), decode(folder / sources.train.ids[0]))
     for root in (folder, folder.parent, tmp_path / "cassavaleafdata.zip"):
-        assert count(load("icassava2019", root, extra=True).train) == dict.fromkeys(
+        assert count(load_source("icassava2019", root, extra=True).train) == dict.fromkeys(
             CASSAVA_CLASSES, 9
         )
 
@@ -201,7 +197,7 @@ def test_icassava_with_three_labelled_parts(tmp_path: Path) -> None:
 def test_icassava_in_kaggles_edition(tmp_path: Path) -> None:
     """train.zip and test.zip in one archive; the test images have no labels."""
     write_sample("icassava2019", tmp_path / "sample", per_class=2)
-    load("icassava2019", tmp_path / "sample")
+    load_source("icassava2019", tmp_path / "sample")
     folder = tmp_path / "sample/cassavaleafdata.zip.unpacked/cassavaleafdata"
     (tmp_path / "train").mkdir()
     (folder / "train").rename(tmp_path / "train/train")
@@ -210,26 +206,26 @@ def test_icassava_in_kaggles_edition(tmp_path: Path) -> None:
     (tmp_path / "kaggle").mkdir()
     zip_up(tmp_path / "box", tmp_path / "kaggle/cassava-disease.zip")
 
-    sources = load("icassava2019", tmp_path / "kaggle")
+    sources = load_source("icassava2019", tmp_path / "kaggle")
 
     assert (count(sources.train), sources.test) == (dict.fromkeys(CASSAVA_CLASSES, 2), None)
     unpacked = tmp_path / "kaggle/cassava-disease.zip.unpacked/train.zip.unpacked"
     shutil.copytree(folder / "test/cbb", unpacked / "test/0")
     assert (
-        load("icassava2019", unpacked).notes[-1]
+        load_source("icassava2019", unpacked).notes[-1]
         == "the test images have no labels and are not used"
     )
     with pytest.raises(DataError, match="no extra images"):
-        load("icassava2019", unpacked, extra=True)
+        load_source("icassava2019", unpacked, extra=True)
     shutil.rmtree(unpacked / "train/healthy")
     with pytest.raises(DataError, match=r"class folders are missing.*healthy"):
-        load("icassava2019", unpacked)
+        load_source("icassava2019", unpacked)
 
 
 def test_cassava2020(tmp_path: Path) -> None:
     write_sample("cassava2020", tmp_path / "sample")
 
-    sources = load("cassava2020", tmp_path / "sample")
+    sources = load_source("cassava2020", tmp_path / "sample")
 
     assert (sources.train.classes, sources.test) == (CASSAVA_2020_CLASSES, None)
     rows = dict(
@@ -242,7 +238,7 @@ def test_cassava2020(tmp_path: Path) -> None:
     assert sources.notes[-1] == "the test images have no labels and are not used"
     archive = zip_up(tmp_path / "sample", tmp_path / "cassava-leaf-disease-classification.zip")
     for root in (archive, tmp_path):
-        assert load("cassava2020", root).train.ids == sources.train.ids
+        assert load_source("cassava2020", root).train.ids == sources.train.ids
 
 
 BAD_CASSAVA: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -279,7 +275,7 @@ def test_bad_cassava2020(tmp_path: Path, case: str) -> None:
     spoil(tmp_path)
 
     with pytest.raises(DataError, match=message):
-        load("cassava2020", tmp_path)
+        load_source("cassava2020", tmp_path)
 
 
 # Surrey
@@ -288,7 +284,7 @@ def test_bad_cassava2020(tmp_path: Path, case: str) -> None:
 def test_surrey_has_signers_as_groups(tmp_path: Path) -> None:
     write_sample("surrey-asl", tmp_path, per_class=2)
 
-    sources = load("surrey-asl", tmp_path)
+    sources = load_source("surrey-asl", tmp_path)
 
     train = sources.train
     assert (train.classes, sources.test) == (SURREY_LETTERS, None)
@@ -302,7 +298,7 @@ def test_surrey_has_signers_as_groups(tmp_path: Path) -> None:
 
 def test_surrey_from_its_archive(tmp_path: Path) -> None:
     write_sample("surrey-asl", tmp_path, per_class=2)
-    ids = load("surrey-asl", tmp_path).train.ids
+    ids = load_source("surrey-asl", tmp_path).train.ids
     shutil.make_archive(str(tmp_path / "fingerspelling5"), "bztar", tmp_path, "dataset5")
     (tmp_path / "alone").mkdir()
     archive = (tmp_path / "fingerspelling5.tar.bz2").rename(
@@ -310,16 +306,16 @@ def test_surrey_from_its_archive(tmp_path: Path) -> None:
     )
 
     for root in (tmp_path / "dataset5", archive, archive.parent):
-        assert load("surrey-asl", root).train.ids == ids
+        assert load_source("surrey-asl", root).train.ids == ids
 
 
 def test_surrey_refuses_unknown_folders(tmp_path: Path) -> None:
     write_sample("surrey-asl", tmp_path, per_class=2)
     (tmp_path / "dataset5/B/j").mkdir()
     with pytest.raises(DataError, match=r"none of the 24 letters.*got j"):
-        load("surrey-asl", tmp_path)
+        load_source("surrey-asl", tmp_path)
     with pytest.raises(DataError, match=r"is not there: .*dataset5/A/a"):
-        load("surrey-asl", tmp_path / "absent")
+        load_source("surrey-asl", tmp_path / "absent")
 
 
 # Recipes

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support__sources import load_source
 
-from threefold.datasets import load_data
 from threefold.errors import DataError
-from threefold.recipe_schema import DataSpec
 from threefold.samples import SAMPLES, draw_images, write_sample
 
 
@@ -17,13 +16,13 @@ from threefold.samples import SAMPLES, draw_images, write_sample
 def test_every_sample_loads_with_its_counts(tmp_path: Path, name: str) -> None:
     root = write_sample(name, tmp_path, per_class=4)
 
-    sources = load_data(DataSpec(source=name, root=str(root)), 0)  # type: ignore[arg-type]
+    sources = load_source(name, root)
 
     groups = len(set(sources.train.groups or ("all",)))
     assert np.bincount(sources.train.labels).tolist() == [4 * groups] * len(sources.train.classes)
     if sources.test is not None:
         assert np.bincount(sources.test.labels).tolist() == [2] * len(sources.train.classes)
-    assert name == "folder" or sources.notes[0].startswith("not the whole of ")
+    assert name == "folder" or sources.notes[0].startswith("not the complete ")
     assert not sources.skipped
 
 
@@ -31,7 +30,7 @@ def test_every_sample_loads_with_its_counts(tmp_path: Path, name: str) -> None:
 def test_pixels_depend_on_the_seed_only(tmp_path: Path, name: str) -> None:
     def pixels(seed: int, folder: str) -> list[bytes]:
         root = write_sample(name, tmp_path / folder, seed=seed, per_class=2)
-        train = load_data(DataSpec(source=name, root=str(root)), 0).train  # type: ignore[arg-type]
+        train = load_source(name, root).train
         return [train.pixels(row).tobytes() for row in range(len(train))]
 
     assert pixels(1, "a") == pixels(1, "b") != pixels(2, "c")

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support__sources import load_source
 
-from threefold.datasets import Sources, load_data
 from threefold.errors import DataError
-from threefold.recipe_schema import DataSpec
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -27,10 +26,6 @@ def png(shade: int) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(np.full((3, 4, 3), shade, np.uint8)).save(stream, "PNG")
     return stream.getvalue()
-
-
-def load(root: Path | str, source: str = "parquet", **options: Any) -> Sources:
-    return load_data(DataSpec(source=source, root=str(root), **options), 0)  # type: ignore[arg-type]
 
 
 def write(file: Path, names: list[str] | None = None, **columns: Any) -> Path:
@@ -54,7 +49,7 @@ def test_bytes_labels_splits_groups_and_ids(tmp_path: Path) -> None:
         id=[f"i{7 - i}" for i in range(8)],
     )
 
-    sources = load(path)
+    sources = load_source("parquet", path)
 
     train, test = sources.train, sources.test
     assert test is not None
@@ -69,7 +64,7 @@ def test_bytes_labels_splits_groups_and_ids(tmp_path: Path) -> None:
     part = train.subset([4, 1])
     assert [int(part.pixels(i)[0, 0, 0]) for i in range(2)] == [1, 4]
     assert sources.notes == ("2 groups stand in train and in test: g2, g3",)
-    assert len(load(path, limit_per_class=2).train) == 4
+    assert len(load_source("parquet", path, limit_per_class=2).train) == 4
 
 
 def test_files_as_the_hub_keeps_them(tmp_path: Path) -> None:
@@ -87,7 +82,7 @@ def test_files_as_the_hub_keeps_them(tmp_path: Path) -> None:
             label=[shade % 2 for shade in shades],
         )
 
-    sources = load(tmp_path)
+    sources = load_source("parquet", tmp_path)
 
     assert sources.test is not None
     assert sources.train.classes == ("wolf", "ant")
@@ -104,13 +99,15 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", path=[f"{i}.png" for i in range(4)], label=[0, 10, 2, 10])
 
     with pytest.raises(DataError, match="fewer than 2"):
-        load(path)
+        load_source("parquet", path)
     path = write(tmp_path / "a.parquet", path=[f"{i}.png" for i in range(4)], label=[2, 10, 2, 10])
-    assert load(path).train.classes == ("2", "10")
-    assert load(path).train.images == tuple(tmp_path / f"{i}.png" for i in range(4))
+    assert load_source("parquet", path).train.classes == ("2", "10")
+    assert load_source("parquet", path).train.images == tuple(
+        tmp_path / f"{i}.png" for i in range(4)
+    )
     (tmp_path / "3.png").unlink()
     with pytest.raises(DataError, match="1 files of the table do not exist"):
-        load(path)
+        load_source("parquet", path)
 
 
 def test_bad_images_and_copies_in_tables_are_reported(tmp_path: Path) -> None:
@@ -118,11 +115,11 @@ def test_bad_images_and_copies_in_tables_are_reported(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", image=images, label=list("abaab"), id=list("vwxyz"))
 
     with pytest.raises(DataError, match=r"1 of 5 images cannot be used; got z \(not an image"):
-        load(path)
+        load_source("parquet", path)
     path = write(
         tmp_path / "a.parquet", image=[*images, png(9)], label=list("abaabb"), id=list("uvwxyz")
     )
-    sources = load(path, bad_images="skip")
+    sources = load_source("parquet", path, bad_images="skip")
     assert [str(bad.path) for bad in sources.skipped] == ["y"]
     assert "copies of others" in sources.notes[0]
     assert sources.notes[1] == "1 images stand in several classes as exact copies: v = x"
@@ -157,18 +154,18 @@ def test_bad_tables(tmp_path: Path, case: str) -> None:
     columns, message = BAD[case]
 
     with pytest.raises(DataError, match=message):
-        load(write(tmp_path / "data.parquet", **columns))
+        load_source("parquet", write(tmp_path / "data.parquet", **columns))
 
 
 def test_bad_parquet_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no \.parquet files"):
-        load(tmp_path)
+        load_source("parquet", tmp_path)
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match="cannot read the parquet file"):
-        load(tmp_path)
+        load_source("parquet", tmp_path)
     write(tmp_path / "a.parquet", ["only"], **{**GOOD, "label": [0, 1, 0, 1]})
     with pytest.raises(DataError, match=r"a label has no name: .*expected 0 to 0, got 1"):
-        load(tmp_path)
+        load_source("parquet", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +183,7 @@ def test_a_missing_package_names_its_extra(
     message = rf'{package} is not installed; fix: pip install "threefold\[{extra}\]"'
 
     with pytest.raises(DataError, match=message):
-        load(tmp_path, source)
+        load_source(source, tmp_path)
 
 
 def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +209,7 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             str(tmp_path / f"data/{part}.parquet")
         )
 
-    sources = load(tmp_path / "data", "huggingface")
+    sources = load_source("huggingface", tmp_path / "data")
 
     assert sources.test is not None
     assert (sources.train.classes, len(sources.train), len(sources.test)) == (("wolf", "ant"), 6, 2)
@@ -220,4 +217,4 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         for row, label in enumerate(data.labels):
             assert int(data.pixels(row)[0, 0, 0]) % 2 == label
     with pytest.raises(DataError, match=r"cannot load the data set: .*absent"):
-        load(tmp_path / "absent", "huggingface")
+        load_source("huggingface", tmp_path / "absent")

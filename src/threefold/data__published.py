@@ -321,8 +321,8 @@ def count_note(name: str, num_train: int, num_test: int, extra: bool = False) ->
     if num_train == expected_train and num_test in test_counts:
         return []
     return [
-        f"not the whole of {dataset.title}: {num_train:,} training and {num_test:,} test images, "
-        f"published are {expected_train:,} and {expected_test:,}"
+        f"not the complete {dataset.title}: {num_train:,} training and {num_test:,} test images "
+        f"instead of {expected_train:,} and {expected_test:,}"
     ]
 
 
