@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import threefold
-from threefold import workflow
+from threefold.exporting__export import chosen_ensemble
 from threefold.models__pipeline import Pipeline
 from threefold.provenance import commit, hardware
 from threefold.run import Run
@@ -94,8 +94,9 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     run = Run.open(args.run)
-    combiner, names, _ = workflow._fitted(run)
-    pipeline = run.pipeline(combiner, names)
+    ensemble = chosen_ensemble(run)
+    names = ensemble.members
+    pipeline = run.pipeline(ensemble.combiner, names)
     dataset = run.sources.test or run.sources.train
     image = dataset.pixels(0)
     path = args.model or args.run / "model.onnx"

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 import threefold
-from threefold import exporting, workflow
+from threefold import exporting
+from threefold.exporting__export import chosen_ensemble, spread_rows
 from threefold.parity import TOLERANCES, compare
 from threefold.precision import CALIBRATION_IMAGES
 from threefold.provenance import commit, hardware
@@ -60,16 +61,17 @@ def main() -> None:
     run = Run.open(args.run)
     test, train = run.sources.test, run.sources.train
     assert test is not None, "the run has no test rows"
-    combiner, names, _ = workflow._fitted(run)
-    pipeline = run.pipeline(combiner, names)
-    rows = workflow._spread(test, args.images)
+    ensemble = chosen_ensemble(run)
+    names = ensemble.members
+    pipeline = run.pipeline(ensemble.combiner, names)
+    rows = spread_rows(test, args.images)
     images = [test.pixels(row) for row in rows]
     print(
         f"{hardware()}, torch {torch.__version__}, commit {commit()}, {time.strftime('%Y-%m-%d')}; {len(images)} test images, {len(names)} members",
         flush=True,
     )
     expected = pipeline.predict_proba(images)
-    calibration = [train.pixels(row) for row in workflow._spread(train, CALIBRATION_IMAGES)]
+    calibration = [train.pixels(row) for row in spread_rows(train, CALIBRATION_IMAGES)]
     print(
         f"{'precision':10}{'MB':>8}{'largest':>10}{'99 %':>10}{'other class':>13}{'right':>14}{'lost':>6}{'gained':>8}{'CPU ms an image':>17}"
     )

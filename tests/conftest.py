@@ -89,8 +89,8 @@ def tiny(images: Path) -> Recipe:
 @pytest.fixture(scope="session")
 def finished(tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A finished run of the tiny recipe, exported and reported. Tests read it, none changes it."""
-    from threefold import workflow
+    from threefold import api
 
-    run = workflow.train(tiny, tmp_path_factory.mktemp("runs") / "tiny")
-    workflow.finish(run)
+    run = api.train(tiny, tmp_path_factory.mktemp("runs") / "tiny")
+    api.finish(run)
     return run

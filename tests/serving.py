@@ -56,7 +56,7 @@ CLASSES, MEMBERS = ("blue", "green", "red"), ("sharp", "soft")
 
 
 def card(**changes: Any) -> dict[str, Any]:
-    """A model card as `workflow.export` writes it."""
+    """A model card as `api.export` writes it."""
     score = {
         "accuracy": 0.884,
         "interval": [0.863, 0.902],

@@ -11,8 +11,9 @@ import pytest
 from conftest import tiny_tree
 
 import threefold
-from threefold import workflow
+from threefold import api
 from threefold.errors import RecipeError, RunError
+from threefold.exporting__export import export
 from threefold.files import read_arrays
 from threefold.models__views import view_counts
 from threefold.recipe import Recipe
@@ -49,8 +50,8 @@ def partial(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         ],
     )
     del tree["members"][3]["weights"]
-    run = workflow.train(Recipe.parse(tree), tmp_path_factory.mktemp("runs") / "partial")
-    workflow.finish(run)
+    run = api.train(Recipe.parse(tree), tmp_path_factory.mktemp("runs") / "partial")
+    api.finish(run)
     return run
 
 
@@ -108,7 +109,7 @@ def test_one_member_alone_can_be_exported_the_joint_network_too(
     assert test is not None
     pictures = [test.pixels(i) for i in range(len(test))]
     for name, row in (("joint", 3), ("b", 1)):
-        report = workflow.export(partial, tmp_path / f"{name}.onnx", members=[name])
+        report = export(partial, tmp_path / f"{name}.onnx", members=[name])
         model = threefold.load(report["path"])
         assert model.members == (name,)
         members = model.infer(pictures).member_probs

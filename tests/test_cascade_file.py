@@ -22,11 +22,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 import threefold
-from threefold import answers, bundle, exporting, precision, serve, targets, workflow
+from threefold import answers, bundle, exporting, precision, serve, targets
 from threefold.cascade import Cascade, margins
 from threefold.cascading import add_cascade
 from threefold.cli import app
 from threefold.errors import ExportError
+from threefold.exporting__export import chosen_ensemble
 from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.parity import check, compare
 from threefold.run import Run
@@ -538,8 +539,7 @@ def test_a_run_has_a_cascade_and_carries_it_into_the_file(finished: Run) -> None
 
 
 def test_another_method_or_an_old_run_is_exported_without(finished: Run, tmp_path: Path) -> None:
-    found = workflow._fitted(finished)
-    assert "cascade" in found[2]
+    assert "cascade" in chosen_ensemble(finished).card
     old = Run.open(finished.dir)
     old.folder.results = finished.results.replace(cascade=None)
-    assert "cascade" not in workflow._fitted(old)[2]
+    assert "cascade" not in chosen_ensemble(old).card

@@ -16,7 +16,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from threefold import jobs, workflow
+from threefold import api, jobs
+from threefold.api import student_recipe
 from threefold.compare import compare_saved
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.jobs import train_members
@@ -30,7 +31,6 @@ from threefold.recipe_schema import MemberSpec
 from threefold.run import Run
 from threefold.saved import evaluate_saved, score_saved
 from threefold.stages import StageOutcome, StageTask, train_stage
-from threefold.student import student_recipe
 from threefold.training__distillation import Distillation, open_teacher, teacher_answers
 
 
@@ -109,11 +109,11 @@ def test_memorising_teacher_leaks_labels_unless_nested(
 ) -> None:
     """The labels are random, so an honest score is 0.5 +- 0.07 (two standard errors, 200 rows)."""
     monkeypatch.setattr(jobs, "train_stage", solve_stage)
-    run = workflow.train(Recipe.parse(random_labels_tree(tmp_path / "images")), tmp_path / "run")
+    run = api.train(Recipe.parse(random_labels_tree(tmp_path / "images")), tmp_path / "run")
     sets = [f"distill.inner={inner}", "distill.alpha=1"]
     recipe = student_recipe(run, str(run.dir), "only", sets)
 
-    student = workflow.train(recipe, tmp_path / "student").predictions("oof")
+    student = api.train(recipe, tmp_path / "student").predictions("oof")
 
     assert abs(accuracies(run.predictions("oof"))["only"] - 0.5) < 0.11
     reached = accuracies(student)
@@ -133,14 +133,14 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "ensemble": {"methods": ["mean", "pruned"]}
     }
     tree["members"] = [tree["members"][0], {**tree["members"][0], "name": "other"}]
-    return workflow.train(Recipe.parse(tree, ["stages.one.epochs=1"]), root / "run")
+    return api.train(Recipe.parse(tree, ["stages.one.epochs=1"]), root / "run")
 
 
 @pytest.fixture(scope="module")
 def student(teacher: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A student of it with alpha = 0, so that it must equal its twin."""
     recipe = student_recipe(teacher, str(teacher.dir), "plain", ["distill.alpha=0"])
-    return workflow.train(recipe, tmp_path_factory.mktemp("student") / "run")
+    return api.train(recipe, tmp_path_factory.mktemp("student") / "run")
 
 
 def distillation_of(run: Run) -> Distillation:
@@ -232,7 +232,7 @@ def taught(finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     recipe = student_recipe(finished, str(root / "teacher"), "plain", ["stages.one.epochs=1"])
     assert recipe.distill is not None
     assert recipe.distill.inner == 0  # there are test rows
-    return workflow.train(recipe, root / "student")
+    return api.train(recipe, root / "student")
 
 
 def test_leaking_scores_are_marked_as_apparent(taught: Run) -> None:
@@ -376,7 +376,7 @@ def test_student_without_honest_rows_is_refused(teacher: Run, tmp_path: Path) ->
     with pytest.raises(
         RunError, match=r"no row would be left for an honest score.*distill\.inner = 2"
     ):
-        workflow.train(recipe, tmp_path / "leaky")
+        api.train(recipe, tmp_path / "leaky")
 
 
 @pytest.mark.parametrize(

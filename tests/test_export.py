@@ -14,13 +14,15 @@ import torch
 from PIL import Image
 
 import threefold
-from threefold import targets, workflow
+from threefold import targets
 from threefold.ensembles__registry import ENSEMBLES, make_ensemble
 from threefold.errors import DataError, ExportError
 from threefold.evaluate import evaluate
 from threefold.exporting import fold_batch_norm
+from threefold.exporting__export import export
 from threefold.files import read_arrays
 from threefold.models__pipeline import Combiner, Pipeline, Predictor
+from threefold.results import evaluate_run
 from threefold.run import Run
 from threefold.scaling import temperature_module
 
@@ -60,7 +62,7 @@ def test_the_file_of_a_run_answers_as_its_predictions_say(finished: Run) -> None
 
 def test_sizes_never_seen_in_tracing_agree_with_eager(finished: Run) -> None:
     model = threefold.load(finished.dir / "model.onnx")
-    found = workflow.evaluate_run(finished)
+    found = evaluate_run(finished)
     pipeline = finished.pipeline(
         Combiner(found.ensemble.to_module(), found.calibration.to_module())
     )
@@ -181,7 +183,7 @@ def test_inputs_that_are_not_images(finished: Run, tmp_path: Path) -> None:
 
 def test_another_suffix_is_refused(finished: Run, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"ends in \.onnx, \.pt2 or \.xml"):
-        workflow.export(finished, tmp_path / "model.pkl")
+        export(finished, tmp_path / "model.pkl")
 
 
 def test_evaluation_on_arrays_matches_the_results_file(finished: Run) -> None:

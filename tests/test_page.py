@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakeruns import FASHION, answers, fake_summary, fake_tree
+from fakeruns import answers
 from htmlpage import Page
+from support__summaries import FASHION, fake_summary, fake_tree
 
 from threefold import charts, paired
 from threefold.errors import DataError, RunError

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import paint
 
+from threefold import api
 from threefold import plan as planning
-from threefold import workflow
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.plan import plan_folder
 from threefold.recipe import Recipe, parse_minutes
@@ -135,7 +135,7 @@ def test_fit_from_a_folder_to_a_file_and_again(
     )
     with monkeypatch.context() as once:
         once.setattr("threefold.run.load_data", None)  # the plan has read and verified the images
-        run = workflow.fit(
+        run = api.fit(
             root,
             tmp_path / "run",
             budget_minutes=0,
@@ -146,7 +146,7 @@ def test_fit_from_a_folder_to_a_file_and_again(
     assert (run.dir / "report.html").exists()
     assert run.results.classes in (("dög", "çat"), ("çat", "dög"))
     monkeypatch.setattr(planning, "plan_folder", None)
-    again = workflow.fit(root, tmp_path / "run").results
+    again = api.fit(root, tmp_path / "run").results
     assert again == run.results.replace(seconds=again.seconds)
     with pytest.raises(RunError, match="other images"):
-        workflow.fit(folder(tmp_path / "others", ["a cat", "a dog"]), tmp_path / "run")
+        api.fit(folder(tmp_path / "others", ["a cat", "a dog"]), tmp_path / "run")

@@ -14,8 +14,9 @@ from test_export import pictures, whole
 from torch import nn
 
 import threefold
-from threefold import exporting, targets, workflow
+from threefold import exporting, targets
 from threefold.errors import ExportError
+from threefold.exporting__export import export
 from threefold.files import sha256
 from threefold.parity import TOLERANCES, check, compare
 from threefold.precision import PRECISIONS, SMALLEST, convert, halve
@@ -161,7 +162,7 @@ def test_int8_ranges_come_from_the_images_it_is_given(small: onnx.ModelProto) ->
 def test_every_precision_of_a_run(finished: Run, tmp_path: Path) -> None:
     sizes = {}
     for precision in PRECISIONS[1:]:
-        report = workflow.export(finished, tmp_path / f"{precision}.onnx", precision=precision)
+        report = export(finished, tmp_path / f"{precision}.onnx", precision=precision)
         model = threefold.load(report["path"])
         sizes[precision] = report["bytes"]
         assert model.card["precision"] == precision == report["precision"]
@@ -192,7 +193,7 @@ def test_int8_is_calibrated_on_training_images_only(
 
     monkeypatch.setattr(targets, "export", spy)
     with pytest.raises(ExportError, match="seen"):
-        workflow.export(finished, "never.onnx", precision="int8")
+        export(finished, "never.onnx", precision="int8")
     train, test = finished.sources.train, finished.sources.test
     assert test is not None
     of_train = {train.pixels(i).tobytes() for i in range(len(train))}
@@ -216,7 +217,7 @@ def test_a_precision_that_changes_too_much_is_not_written(
     with pytest.raises(
         ExportError, match=r"expected float32 \| float16 \| bfloat16 \| int8, got int4"
     ):
-        workflow.export(finished, tmp_path / "m.onnx", precision="int4")
+        export(finished, tmp_path / "m.onnx", precision="int4")
 
 
 def rows(*likeliest: int) -> np.ndarray:

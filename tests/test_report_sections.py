@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakeruns import FASHION, answers, fake_run, fake_scores, full_run
+from fakeruns import answers, fake_run, full_run
 from htmlpage import Page
 from PIL import Image
+from support__summaries import FASHION, fake_scores
 
 from threefold import charts
 from threefold.errors import RunError

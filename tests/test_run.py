@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from conftest import make_folder, tiny_tree
 
+from threefold import api
 from threefold import jobs as jobs_module
-from threefold import workflow
 from threefold.errors import RunError
 from threefold.files import sha256
 from threefold.jobs import train_members
@@ -91,7 +91,7 @@ def test_a_finished_run_is_not_trained_again(
         raise AssertionError("trained again")
 
     monkeypatch.setattr(jobs_module, "train_stage", forbidden)
-    again = workflow.train(finished.recipe, finished.dir)
+    again = api.train(finished.recipe, finished.dir)
     assert all(again.folder.is_done(job) for job in again.jobs)
     train_members(Run.create(finished.recipe, finished.dir))
 
@@ -107,7 +107,7 @@ def test_two_processes_do_not_work_in_one_run(tiny: Recipe, tmp_path: Path) -> N
         with pytest.raises(
             RunError, match=r"another process is at work in this run.*choose another --out"
         ):
-            workflow.train(tiny, run.dir)
+            api.train(tiny, run.dir)
         other.kill()
     with run.folder.locked():  # a process that is killed lets go
         assert not (run.dir / "jobs").exists()
@@ -176,7 +176,7 @@ def test_an_output_below_a_file_is_one_clear_error(tiny: Recipe, tmp_path: Path)
 
 
 def test_paper_protocol_selects_on_test_and_says_so(images: Path, tmp_path: Path) -> None:
-    run = workflow.train(small(images, "protocol=paper", "folds.k=1"), tmp_path / "paper")
+    run = api.train(small(images, "protocol=paper", "folds.k=1"), tmp_path / "paper")
     results = run.results
 
     assert {s.protocol for s in results.scores} == {"paper"}
@@ -188,16 +188,16 @@ def test_paper_protocol_selects_on_test_and_says_so(images: Path, tmp_path: Path
 
 
 def test_refit_answers_on_test_with_one_model(images: Path, tmp_path: Path) -> None:
-    run = workflow.train(small(images, "folds.final=refit"), tmp_path / "refit")
+    run = api.train(small(images, "folds.final=refit"), tmp_path / "refit")
     stored = np.load(run.folder.job_folder(Job("plain", -1, "two")) / "probs.npz")
     np.testing.assert_array_equal(run.predictions("test").probs[0], stored["test"][0])
     assert run.predictions("oof").probs.shape == (1, 36, 3)
 
 
 def test_without_a_test_split_the_headline_is_out_of_fold(tmp_path: Path) -> None:
-    run = workflow.train(small(make_folder(tmp_path / "flat", 10)), tmp_path / "run")
+    run = api.train(small(make_folder(tmp_path / "flat", 10)), tmp_path / "run")
     assert {s.rows for s in run.results.scores} == {"oof"}
-    workflow.report(run)
+    api.report(run)
     with pytest.raises(RunError, match="no test predictions"):
         run.predictions("test")
 
@@ -217,7 +217,7 @@ def test_results_hold_every_score_with_interval_protocol_and_rows(finished: Run)
 
 def test_a_run_does_not_go_on_with_other_images(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "flat", 10)
-    run = workflow.train(small(root), tmp_path / "run")
+    run = api.train(small(root), tmp_path / "run")
     before = weights(run)
     (run.dir / "results.json").unlink()
     (root / "red" / "000.png").rename(root / "blue" / "moved.png")
@@ -225,5 +225,5 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path: Path) -> None:
         RunError,
         match=r"images have changed since the run began.*restore them, or choose another --out",
     ):
-        workflow.train(small(root), tmp_path / "run")
+        api.train(small(root), tmp_path / "run")
     assert weights(run) == before

@@ -11,13 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 import threefold
+from threefold.api import default_folder, student_recipe
 from threefold.cli import app
 from threefold.compare import compare_saved
 from threefold.errors import RecipeError
 from threefold.predictions__run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.run import Run
-from threefold.student import default_folder, student_recipe
 
 runner = CliRunner()
 FAST = ["--set", "stages.one.epochs=1"]

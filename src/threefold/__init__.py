@@ -23,11 +23,11 @@ _HOME = {
     "GreedyEnsemble": "ensembles__averaging",
     "StackedEnsemble": "stacked",
     "Run": "run",
-    "distill": "student",
-    "export": "workflow",
-    "fit": "workflow",
-    "write_report": "report",
-    "train": "workflow",
+    "distill": "api",
+    "export": "exporting__export",
+    "fit": "api",
+    "write_report": "report__pages",
+    "train": "api",
     "load": "runtime",
 }
 

@@ -81,10 +81,10 @@ def fit(
 
     minutes = parse_minutes(budget)  # before torch is imported, so that a typo fails at once
     target = out_dir or Path("runs") / folder.resolve().name
-    from threefold import workflow
+    from threefold import api
 
     with watch_training(verbose, f"threefold fit {folder} --out {target}") as watcher:
-        run = workflow.fit(
+        run = api.fit(
             folder,
             target,
             budget_minutes=minutes,
@@ -130,11 +130,11 @@ def train(
     from threefold.recipe import resolve
 
     loaded = resolve(recipe, sets or ())  # before torch is imported, so that a typo fails at once
-    from threefold import workflow
+    from threefold import api
 
     with watch_training(verbose, f"threefold train {recipe} --out {out_dir}") as watcher:
-        run = workflow.train(loaded, out_dir, watcher)
-        workflow.report(run)
+        run = api.train(loaded, out_dir, watcher)
+        api.report(run)
     show_results(run)
     show_next_steps(run, f"threefold export {run.dir} --out model.onnx")
 
@@ -199,11 +199,11 @@ def export(
         raise ExportError(
             "the browser reads ONNX", where=target, fix="with --web, --out ends in .onnx"
         )
-    from threefold import workflow
+    from threefold.exporting__export import export as export_run
     from threefold.parity import describe_report
     from threefold.run import Run
 
-    exported = workflow.export(Run.open(run_dir), target, method, _split(members), precision)
+    exported = export_run(Run.open(run_dir), target, method, _split(members), precision)
     out.print(
         f"{exported['path']}: {exported['bytes'] / 1e6:.1f} MB, {exported['method']}, {precision}; "
         f"{describe_report(exported)}",
@@ -243,8 +243,8 @@ def distill(
     verbose: Verbose = False,
 ) -> None:
     """Train one small network on an ensemble's answers, beside a twin that learns from labels."""
-    from threefold.student import default_folder
-    from threefold.student import distill as distill_run
+    from threefold.api import default_folder
+    from threefold.api import distill as distill_run
 
     target = out_dir or default_folder(run_dir, student)
     command = f"threefold distill {run_dir} --student {student} --out {target}"

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from threefold.cli__output import show_next_steps, show_results, watch_training
 from threefold.console import out
+from threefold.errors import ExportError
+
+if TYPE_CHECKING:
+    from threefold.run import Run
 
 
 def demo(
@@ -18,7 +24,7 @@ def demo(
     ] = False,
 ) -> None:
     """Train, ensemble, report, export and predict: pretrained members, real images, minutes."""
-    from threefold import workflow
+    from threefold import api
     from threefold.recipe import packaged
 
     with watch_training(verbose, f"threefold demo --out {out_dir}") as watcher:
@@ -26,11 +32,40 @@ def demo(
             "threefold demo: 3 pretrained networks, 3,000 training images of Fashion-MNIST, "
             "1,000 sealed test images"
         )
-        run = workflow.train(packaged("demo"), out_dir, watcher)
-        workflow.finish(run)
+        run = api.train(packaged("demo"), out_dir, watcher)
+        api.finish(run)
     model = run.dir / "model.onnx"
-    image, label = workflow.sample_image(run)
+    image, label = write_sample_image(run)
     show_results(run)
     out.print(f"\nThe exported file's answer to {image.name} (a {label}), from a new process:")
-    out.print(workflow.predict_elsewhere(model, image).rstrip())
+    out.print(predict_in_new_process(model, image).rstrip())
     show_next_steps(run, f"threefold serve {model}", "threefold fit FOLDER_OF_YOUR_IMAGES")
+
+
+def write_sample_image(run: Run) -> tuple[Path, str]:
+    """Write one test image of a run as sample.png in its folder; return its path and class."""
+    from PIL import Image
+
+    sources = run.sources
+    dataset = sources.test if sources.test is not None else sources.train
+    row = len(dataset) // 3
+    path = run.dir / "sample.png"
+    Image.fromarray(dataset.pixels(row)).save(path)
+    return path, dataset.classes[int(dataset.labels[row])]
+
+
+def predict_in_new_process(model: Path, image: Path) -> str:
+    """Run `threefold predict` in a new process and return what it prints.
+
+    Raises:
+        ExportError: it fails.
+    """
+    command = [sys.executable, "-m", "threefold", "predict", str(model), str(image)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise ExportError(
+            "the exported file does not answer in a fresh process",
+            where=model,
+            got=process.stderr.strip()[-200:],
+        )
+    return process.stdout

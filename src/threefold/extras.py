@@ -27,11 +27,12 @@ VERB_EXTRAS: Final = {
 }
 """The extra that each verb needs; `predict` needs none."""
 MODULE_EXTRAS: Final = {
-    "ensemble": "report",
-    "report": "report",
+    "api": "train",
+    "ensembles__averaging": "report",
+    "exporting__export": "train",
+    "report__pages": "report",
     "run": "train",
-    "student": "train",
-    "workflow": "train",
+    "stacked": "report",
 }
 """The extra that each module with public names needs; modules not listed need none."""
 OPTIONAL_PACKAGES: Final = frozenset(

@@ -1,87 +1,15 @@
-"""The files of a run as typed records: results.json, run.json, views.json, ledger.json and done.json.
-
-Records are frozen, refuse unknown keys, and are written with the keys that were set. A file that
-another version wrote, or that is damaged, is one line of error.
-"""
+"""The measurements of a run as typed records: results.json, views.json, and saved predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final, Literal, Self
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from threefold.errors import RunError
-
-VERSION: Final = 1
-"""Version of the files of a run, raised when an older reader would misread them."""
+from threefold.predictions__records import FirstOpening, Record, VersionedRecord
 
 Interval = tuple[float, float]
 """Lower and upper end of a confidence interval."""
-
-
-class Record(BaseModel):
-    """A frozen part of a JSON file that refuses unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-    @classmethod
-    def parse(cls, tree: object, where: object) -> Self:
-        """Check plain values, as read from JSON.
-
-        Args:
-            tree: the values.
-            where: the file or source, for the error.
-
-        Raises:
-            RunError: a key is missing or unknown, or a value is of the wrong type.
-        """
-        try:
-            return cls.model_validate(tree)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            if first["type"] == "missing":
-                raise RunError("the file lacks a key", where=where, expected=key) from None
-            expected = first.get("ctx", {}).get("expected", first["msg"])
-            raise RunError(
-                "the file is damaged",
-                where=where,
-                expected=f"{key}: {expected}",
-                got=f"{first['input']!r:.80}",
-            ) from None
-
-    def as_json(self) -> dict[str, Any]:
-        """Return plain values for JSON, without the keys that were never set."""
-        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
-
-    def replace(self, **changes: Any) -> Self:
-        """Return a copy with other values, which are not checked again."""
-        return self.model_copy(update=changes)
-
-
-class VersionedRecord(Record):
-    """A record that is a whole file, with the version of its layout."""
-
-    version: int
-
-    @classmethod
-    def parse(cls, tree: object, where: object) -> Self:
-        """Check plain values, as read from JSON.
-
-        Raises:
-            RunError: the file has another version, or is damaged.
-        """
-        version = tree.get("version") if isinstance(tree, Mapping) else None
-        if version != VERSION:
-            raise RunError(
-                "the file has another version",
-                where=where,
-                expected=f"version {VERSION}",
-                got=f"version {version}" if version is not None else "no version",
-                fix="use the version of threefold that wrote it, or train the run again",
-            )
-        return super().parse(tree, where)
 
 
 class Score(Record):
@@ -207,39 +135,6 @@ class LedgerLine(Record):
     fitted_on: str
     scored: str
     overlap: int
-
-
-class Opening(Record):
-    """One opening of the test rows: when, by which verb, how many rows."""
-
-    at: str
-    by: str
-    rows: int
-
-
-class FirstOpening(Opening):
-    """The first opening of the test rows, and how often they were opened in all."""
-
-    times: int
-
-
-class TestLedger(VersionedRecord):
-    """ledger.json: every opening of a run's test rows."""
-
-    __test__ = False  # not a test class
-
-    test_opened: tuple[Opening, ...]
-
-    def first(self) -> FirstOpening | None:
-        """Return the first opening and the number of openings; None if there was none.
-
-        An export does not count: it compares a file with the run and tells no score.
-        """
-        openings = [opening for opening in self.test_opened if opening.by != "export"]
-        if not openings:
-            return None
-        first = openings[0]
-        return FirstOpening(at=first.at, by=first.by, rows=first.rows, times=len(openings))
 
 
 class SuspectLabel(Record):
@@ -528,41 +423,6 @@ class Results(Summary, VersionedRecord):
     distill: DistillationResults | None = None
 
 
-class RoleCounts(Record):
-    """Number of rows of a fold in each role."""
-
-    fit: int
-    select: int
-    score: int
-
-
-class RunInfo(VersionedRecord):
-    """run.json: what a run was made of.
-
-    Attributes:
-        digest: of the recipe.
-        data: SHA-256 of the names and labels of the images.
-        folds: number of folds, without the refit.
-        skipped: images that could not be read, with the reason.
-        roles: number of rows by fold and role.
-    """
-
-    digest: str
-    data: str
-    created: str
-    versions: dict[str, str]
-    hardware: str
-    threads: int
-    commit: str
-    classes: tuple[str, ...]
-    n_train: int
-    n_test: int
-    folds: int
-    notes: tuple[str, ...]
-    skipped: tuple[str, ...]
-    roles: dict[str, RoleCounts]
-
-
 class ChosenViews(VersionedRecord):
     """views.json: the number of test-time views that was chosen, and the accuracy of each number.
 
@@ -577,11 +437,3 @@ class ChosenViews(VersionedRecord):
     best: int
     standard_error: float
     optimism: tuple[Optimism, ...]
-
-
-class JobRecord(Record):
-    """done.json: a finished job, how long it took, and the SHA-256 of its files."""
-
-    job: dict[str, Any]
-    seconds: float
-    files: dict[str, str]

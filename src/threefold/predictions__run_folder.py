@@ -15,22 +15,20 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from threefold.errors import RunError
 from threefold.files import read_arrays, read_json, sha256, write_arrays, write_bytes, write_json
 from threefold.predictions import Predictions
-from threefold.predictions__results_schema import (
+from threefold.predictions__records import (
     VERSION,
-    ChosenViews,
     FirstOpening,
     JobRecord,
     Opening,
     Record,
-    Results,
     RunInfo,
     TestLedger,
 )
+from threefold.predictions__results_schema import ChosenViews, Results
 from threefold.recipe import Job, Recipe, fold_name
 
 OPENED_ONCE = ("train", "reproduce", "export")
@@ -116,6 +114,8 @@ class RunFolder:
         Raises:
             RunError: another process holds the lock.
         """
+        from filelock import FileLock, Timeout  # not needed to read a run
+
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
             with suppress(NotImplementedError):  # a file system without locks

@@ -1,6 +1,6 @@
 """A table or figure of the paper, run again: its runs at a scale and under a protocol, and its cells beside the paper's values.
 
-Runs are those of `workflow.train`, so they resume; what is measured is read from their folders. `reproduce.json` has every cell with
+Runs are those of `api.train`, so they resume; what is measured is read from their folders. `reproduce.json` has every cell with
 its interval, the paired tests, hardware, date and commit.
 """
 
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from threefold import paired, stats
+from threefold.api import train
 from threefold.data__published import data_table
 from threefold.ensembles__registry import make_ensemble
 from threefold.errors import DataError, RecipeError
@@ -34,7 +35,6 @@ from threefold.scales import (
     with_protocol,
 )
 from threefold.training__watcher import Watcher
-from threefold.workflow import train
 
 PER_CLASS = {"cifar100": 4, "surrey-asl": 3}
 """Made-up training images of each class in a smoke run, where they are not 8."""

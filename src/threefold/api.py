@@ -1,0 +1,247 @@
+"""The verbs as functions: fit, train, export, distill and report."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from threefold.datasets import Sources
+from threefold.errors import RecipeError, RunError
+from threefold.exporting__export import export
+from threefold.jobs import train_members
+from threefold.plan import plan_folder
+from threefold.predictions__run_folder import RunFolder
+from threefold.recipe import Recipe
+from threefold.recipe_schema import MemberSpec
+from threefold.report__pages import write_report
+from threefold.results import evaluate_run, write_results
+from threefold.run import Run
+from threefold.training__distillation import open_teacher
+from threefold.training__watcher import Watcher
+
+STUDENT, TWIN = "student", "student-labels"
+"""Names of the two members of a run that `distill` creates."""
+
+
+def fit(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    budget_minutes: float = 20.0,
+    members: tuple[str, ...] = (),
+    overrides: tuple[str, ...] = (),
+    watcher: Watcher | None = None,
+) -> Run:
+    """Plan, train, ensemble, export and report on a folder of images, within a time budget.
+
+    Args:
+        folder: class folders, or train/ [val/] test/ with class folders inside.
+        out: the run folder; an interrupted run in it is resumed with the recipe that it started with.
+        budget_minutes: limit of the wall time (0 = none).
+        members: timm names; by default three EfficientNet-Lite with linear, GRU and BiLSTM heads.
+        overrides: `a.b=c` changes to the planned recipe.
+        watcher: follows the training.
+
+    Raises:
+        ThreefoldError: the folder or the recipe cannot be used; the message says what to do.
+    """
+    if (Path(out) / "recipe.toml").exists():
+        # A new plan could differ, since it depends on the speed of the machine.
+        recipe = _resumed_recipe(Path(out), Path(folder), members, overrides)
+        run = train(recipe, out, watcher)
+    else:
+        plan = plan_folder(folder, budget_minutes, members, overrides)
+        if watcher:
+            for choice in plan.choices:
+                watcher.note(f"{choice.key} = {choice.value}: {choice.reason}")
+        run = train(plan.recipe, out, watcher, plan.explain(), plan.sources)
+    finish(run)
+    return run
+
+
+def _resumed_recipe(
+    out: Path, folder: Path, members: tuple[str, ...], overrides: tuple[str, ...]
+) -> Recipe:
+    """Read the recipe of an interrupted fit, and check that the same is asked of it."""
+    path = out / "recipe.toml"
+    recipe = Recipe.load(path)
+    backbones = tuple(member.backbone for member in recipe.members)
+    if Recipe.load(path, overrides) != recipe or (members and backbones != members):
+        raise RunError(
+            "the folder holds a run of another recipe",
+            where=out,
+            fix="choose another --out, or leave out --set and --members to resume it",
+        )
+    if Path(recipe.data.root).resolve() != folder.resolve():
+        raise RunError(
+            "the folder holds a run on other images",
+            where=out,
+            got=recipe.data.root,
+            fix="choose another --out",
+        )
+    return recipe
+
+
+def train(
+    recipe: Recipe,
+    out: str | Path,
+    watcher: Watcher | None = None,
+    header: str = "",
+    sources: Sources | None = None,
+) -> Run:
+    """Train every member in every fold, then ensemble and score them.
+
+    An interrupted run is resumed; a finished one is returned at once.
+
+    Args:
+        recipe: what to run.
+        out: the run folder; a folder of the same recipe is continued.
+        watcher: follows the training; silent by default.
+        header: comment lines for the recipe's copy in the run folder.
+        sources: the recipe's images, where they have been read and verified already.
+
+    Raises:
+        ThreefoldError: the recipe, data or folder cannot be used, or another process is at work in
+            the folder; the message says what to do.
+    """
+    run = Run.create(recipe, out, watcher, header, sources)
+    if not run.folder.is_finished:
+        with run.folder.locked():
+            train_members(run)
+            start = time.monotonic()
+            evaluation = evaluate_run(run)
+            scoring_seconds = time.monotonic() - start
+            training_seconds = sum(run.folder.job_record(job).seconds for job in run.jobs)
+            seconds = {"train": training_seconds, "ensemble": scoring_seconds}
+            write_results(run, evaluation, seconds)
+    return run
+
+
+def finish(run: Run) -> None:
+    """Export a trained run, unless that is done, and write its report."""
+    if not (run.dir / "model.onnx").exists():
+        export(run)
+    report(run)
+
+
+def report(run: Run, out: Path | None = None) -> Path:
+    """Write the HTML report of a run and return its path, by default report.html in the folder."""
+    start = time.monotonic()
+    path = write_report([run.folder], out)
+    run.folder.add_results("report", time.monotonic() - start)
+    return path
+
+
+def distill(
+    run: str | Path,
+    student: str,
+    out: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    watcher: Watcher | None = None,
+) -> Run:
+    """Train one network on a run's out-of-fold ensemble probabilities, and its twin on labels.
+
+    The result is a run like any other (it can be resumed, reported, exported, compared and served).
+    Its results.json has the comparison with the ensemble under `distill`.
+
+    Args:
+        run: the folder of the finished run that teaches.
+        student: a member of that run, to be trained again with its head, or a timm name (which gets
+            a linear head).
+        out: the new run folder (default: beside the run, named after both).
+        overrides: `a.b=c` changes to the student's recipe, such as distill.alpha=0.9 or
+            members.student.img_size=64.
+        watcher: follows the training.
+
+    Raises:
+        RunError: the run cannot teach, or its images have changed.
+        RecipeError: the student is unknown, or an override cannot be used.
+    """
+    teacher = open_teacher(run)
+    recipe = student_recipe(teacher, str(run), student, overrides)
+    target = Path(out) if out is not None else default_folder(run, student)
+    # An unknown student is an error before teachers are trained.
+    Run(RunFolder(target, recipe)).build(recipe.members[0], 2, pretrained=True)
+    header = f"made by threefold distill {run} --student {student}"
+    student_run = train(recipe, target, watcher, header)
+    finish(student_run)
+    _add_file_sizes(student_run, teacher)
+    return student_run
+
+
+def default_folder(run: str | Path, student: str) -> Path:
+    """Return the default folder of a student: beside the run, named after both."""
+    folder = Path(run).resolve()
+    return folder.parent / f"{folder.name}-{re.sub(r'[^A-Za-z0-9_.-]', '-', student)}"
+
+
+def student_recipe(teacher: Run, run: str, student: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Make the recipe of a student and its twin from that of the run that teaches.
+
+    Both have the run's data, folds, augmentation and training, and one refitted network each.
+    `distill.inner` is 0 where the run has test images, which then carry the honest scores, else 2.
+
+    Args:
+        teacher: the run that teaches.
+        run: its path, as it is written into the recipe.
+        student: a member of the run, or a timm name.
+        overrides: `a.b=c` changes.
+
+    Raises:
+        RecipeError: the student is a member that joins others, or an override cannot be used.
+    """
+    recipe = teacher.recipe
+    tree: dict[str, Any] = recipe.model_dump(mode="json", exclude_none=True)
+    member = next((m for m in recipe.members if m.name == student), None)
+    if member is not None and member.joins:
+        raise RecipeError(
+            "a member that joins others is no student",
+            got=student,
+            fix="name a member with a backbone of its own, or a timm network",
+        )
+    first = next(m for m in recipe.members if not m.joins)
+    spec = member or MemberSpec(
+        name=STUDENT, backbone=student, img_size=first.img_size, resize=first.resize
+    )
+    stages = recipe.stages_of((member or first).name)
+    ensemble = {"methods": ["mean"], "export": "mean", "members": [STUDENT], "top": 0}
+    tree |= {
+        "name": f"{recipe.name[:60]}-student",
+        "budget_minutes": 0.0,
+        "folds": tree["folds"] | {"final": "refit"},
+        "views": {},
+        "ensemble": tree["ensemble"] | ensemble,
+        "stages": [stage.model_dump(mode="json") | {"members": []} for stage in stages],
+        "members": [spec.model_dump(mode="json") | {"name": STUDENT, "folds": []}],
+        "distill": {
+            "run": run,
+            "student": STUDENT,
+            "inner": 2 if teacher.folder.test is None else 0,
+        },
+    }
+    # Overrides of the student hold for its twin as well.
+    alone = Recipe.parse(tree, overrides, where="the student's recipe")
+    tree = alone.model_dump(mode="json", exclude_none=True)
+    tree["members"] += [m | {"name": TWIN} for m in tree["members"] if m["name"] == STUDENT]
+    tree["distill"]["twin"] = TWIN
+    return Recipe.parse(tree, where="the student's recipe")
+
+
+def _add_file_sizes(run: Run, teacher: Run) -> None:
+    """Add the sizes of both exported files to the results of a student."""
+    distillation = run.results.distill
+    assert distillation is not None
+    folders = {distillation.student: run.dir, distillation.teacher.name: teacher.dir}
+    costs = []
+    for cost in distillation.costs:
+        path = folders[cost.name] / "model.onnx" if cost.name in folders else None
+        if path is not None and path.is_file():
+            costs.append(cost.replace(bytes=path.stat().st_size))
+        else:
+            costs.append(cost)
+    distillation = distillation.replace(costs=tuple(costs))
+    run.folder.write_results(run.results.replace(distill=distillation))

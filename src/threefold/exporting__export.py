@@ -1,0 +1,185 @@
+"""A run to one model file: the ensemble, its card, and the parity gate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from threefold import targets
+from threefold.calibration import Calibration, saved_calibration
+from threefold.cascade import Cascade
+from threefold.datasets import ImageDataset
+from threefold.ensembles__registry import restore
+from threefold.files import read_arrays, sha256
+from threefold.models__pipeline import Combiner
+from threefold.precision import CALIBRATION_IMAGES
+from threefold.predictions__results_schema import Score
+from threefold.run import Run
+from threefold.runtime import load
+from threefold.saved import evaluate_saved
+from threefold.savings import cascade_card
+from threefold.uncertainty import uncertainty_card
+
+PARITY_IMAGES = {"float32": 64, "float16": 512, "bfloat16": 512, "int8": 512}
+"""Number of images for the parity gate: rounding shows on few, a changed class only on many."""
+
+LATENCY_IMAGES = 16
+"""Number of images for the latency of the exported file."""
+
+
+@dataclass(frozen=True)
+class ExportedEnsemble:
+    """What goes into the file besides the networks.
+
+    Attributes:
+        combiner: the ensemble and its calibration as a module.
+        members: names of the members that it combines.
+        card: what the model card says of the ensemble.
+    """
+
+    combiner: Combiner
+    members: list[str]
+    card: dict[str, Any]
+
+
+def export(
+    run: Run,
+    path: str | Path | None = None,
+    method: str | None = None,
+    members: Sequence[str] = (),
+    precision: str = "float32",
+) -> dict[str, Any]:
+    """Write a run's chosen ensemble as one file, behind the parity gate.
+
+    Args:
+        run: a finished run.
+        path: the file, .onnx, .pt2 or .xml (default model.onnx in the run folder).
+        method: another method than the chosen one.
+        members: other members than those that the recipe combines; a single one is exported as it
+            is, by `mean`.
+        precision: of the members' weights: float32, float16, bfloat16, or int8, which is calibrated
+            on training images.
+
+    Returns:
+        The parity report, with the file's path, its size in bytes, and its latency
+        (`runtime.Model.measure_latency`).
+
+    Raises:
+        ExportError: the answers differ, the kind of file or the precision is unknown, or the file
+            cannot be written.
+        RunError: the run is not complete.
+    """
+    target = Path(path) if path is not None else run.dir / "model.onnx"
+    targets.check_kind(target, precision)
+    run.folder.check_finished()
+    start = time.monotonic()
+    if method is not None or members:
+        ensemble = fit_other_ensemble(run, method or "mean", members)
+    else:
+        ensemble = chosen_ensemble(run)
+    train, test = run.sources.train, run.sources.test
+    dataset = train if test is None else test
+    rows = spread_rows(dataset, PARITY_IMAGES[precision])
+    images = [dataset.pixels(row) for row in rows]
+    calibration_images = []
+    if precision == "int8":
+        calibration_images = [train.pixels(row) for row in spread_rows(train, CALIBRATION_IMAGES)]
+    cascade = ensemble.card.get("cascade")
+    report = targets.export(
+        run.pipeline(ensemble.combiner, ensemble.members),
+        target,
+        images,
+        {**_run_card(run), "hashes": _hashes(run), **ensemble.card},
+        labels=dataset.labels[rows],
+        rows="train, seen by the networks" if test is None else "test",
+        precision=precision,
+        calibration=calibration_images,
+        cascade=Cascade.from_state(cascade["state"]) if cascade is not None else None,
+    )
+    if test is not None:  # the gate counts right answers
+        run.folder.open_test("export", len(rows))
+    report |= {"path": str(target), "method": ensemble.card["method"]}
+    if target.suffix == ".onnx":
+        report |= {"latency": load(target).measure_latency(images[:LATENCY_IMAGES])}
+    run.folder.add_results("export", time.monotonic() - start, export=report)
+    return report
+
+
+def spread_rows(dataset: ImageDataset, count: int) -> list[int]:
+    """Return at most `count` rows of a data set, evenly spread."""
+    return [int(row) for row in np.linspace(0, len(dataset) - 1, min(count, len(dataset)))]
+
+
+def chosen_ensemble(run: Run) -> ExportedEnsemble:
+    """Restore a run's chosen ensemble as it was fitted and scored."""
+    results = run.results
+    arrays = read_arrays(run.dir / "ensemble.npz")
+    ensemble, names = restore(results.chosen, arrays, results.combined)
+    calibration = saved_calibration(results.as_json(), len(results.classes))
+    card = _ensemble_card(results.chosen, calibration, results.scores)
+    if results.conformal is not None:
+        card |= uncertainty_card(results.conformal.as_json())
+    if results.cascade is not None and list(results.cascade.members) == names:
+        card |= cascade_card(results.cascade.as_json())
+    combiner = Combiner(ensemble.to_module(), calibration.to_module())
+    return ExportedEnsemble(combiner, names, card)
+
+
+def fit_other_ensemble(run: Run, method: str, members: Sequence[str]) -> ExportedEnsemble:
+    """Fit and score another method, or the method on other members."""
+    evaluation = evaluate_saved(run.dir, [method], members)
+    ensemble, names = restore(method, evaluation.ensemble.state(), evaluation.combined)
+    combiner = Combiner(ensemble.to_module(), evaluation.calibration.to_module())
+    card = _ensemble_card(method, evaluation.calibration, evaluation.scores)
+    return ExportedEnsemble(combiner, names, card)
+
+
+def _ensemble_card(
+    method: str, calibration: Calibration, scores: Sequence[Score]
+) -> dict[str, Any]:
+    """Return what the model card says of the ensemble."""
+    score = next(s for s in reversed(scores) if s.name == method and s.kind == "ensemble")
+    keys = {"accuracy", "interval", "level", "rows", "n", "protocol", "fitted_on"}
+    return {
+        "method": method,
+        "temperature": calibration.temperature,
+        "calibration": calibration.state(),
+        "score": score.model_dump(mode="json", include=keys),
+    }
+
+
+def _run_card(run: Run) -> dict[str, Any]:
+    """Return what the model card says of the run."""
+    info, distillation = run.folder.info, run.results.distill
+    card: dict[str, Any] = {
+        "name": run.recipe.name,
+        "backbones": [f"{m.backbone} + {m.head.kind}" for m in run.recipe.members],
+        "digest": info.digest,
+        "versions": info.versions,
+        "n_train": info.n_train,
+    }
+    if distillation is not None:
+        card["taught_by"] = distillation.teacher.name
+    return card
+
+
+def _hashes(run: Run) -> dict[str, Any]:
+    """Return the SHA-256 of what the file is made of: recipe, data, ensemble and weights."""
+    info = run.folder.info
+    weights = {}
+    for spec in run.recipe.members:
+        for fold in run.final_folds:
+            if fold < 0 or not spec.folds or fold in spec.folds:
+                record = run.folder.job_record(run.last_job(spec.name, fold))
+                weights[f"{spec.name}/{fold}"] = record.files["weights.safetensors"]
+    return {
+        "recipe": info.digest,
+        "data": info.data,
+        "ensemble": sha256(run.dir / "ensemble.npz"),
+        "weights": weights,
+    }
