@@ -183,7 +183,7 @@ def finer(
         other = (answer.probs.argmax(1) != full.argmax(1)).mean()
         print(
             f"by network, fold {fold}, {share:.2%} asked: other class {other:.2%}, accuracy {(answer.probs.argmax(1) == labels).mean():.4f}, "
-            f"MACs {so_far[answer.asked - 1].mean():.3f}"
+            f"MACs {so_far[answer.stages - 1].mean():.3f}"
         )
 
 

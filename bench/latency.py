@@ -1,13 +1,14 @@
-"""How long one image takes: the exported file against the same pipeline in eager PyTorch at its best setting.
+"""Time one image: the exported file against the same pipeline in eager PyTorch at its best setting.
 
     uv run python bench/latency.py RUN [--model MODEL] [--rounds 30] [--compile]
 
-Eager: every combination of 1 or 2 threads and contiguous or channels-last weights, in inference mode on one uint8 image;
-bfloat16 autocast too, where one try is not five times slower. File: `threefold.load`'s session with 1 and 2 threads. All take
-turns in one process, so that other work on the machine meets all of them; a round gives every candidate one call to warm up and
-one that counts. The best of a side is the one with the least median; the ratio is the median over rounds of best by best.
-`--compile` adds torch.compile in its default mode; that is not eager, and has a line of its own. Both sides start from the
-decoded image. Processor time is printed beside the clock: it is what is left of the answer where the machine is shared.
+Eager: every combination of 1 or 2 threads and contiguous or channels-last weights, in inference
+mode on one uint8 image, and bfloat16 autocast unless one try is five times slower. File: the
+session of `threefold.load` with 1 and 2 threads. All candidates take turns in one process, so that
+other work on the machine affects all of them alike. In a round each gets one call to warm up and
+one that counts. The best of a side has the smallest median; the ratio is the median over rounds of
+best by best. `--compile` adds torch.compile in its default mode, with a line of its own. Both sides
+start from the decoded image. Processor time is printed too, for machines that are shared.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def main() -> None:
     image = dataset.pixels(0)
     path = args.model or args.run / "model.onnx"
     print(
-        f"{hardware()}, torch {torch.__version__}, commit {commit()}, {time.strftime('%Y-%m-%d')}; {len(names)} members, {run.networks(run.recipe.members[0])} folds, one image {image.shape}"
+        f"{hardware()}, torch {torch.__version__}, commit {commit()}, {time.strftime('%Y-%m-%d')}; "
+        f"{len(names)} members, {run.networks(run.recipe.members[0])} folds, image {image.shape}"
     )
     calls = candidates(pipeline, path, image, args.compile)
     for call in calls.values():

@@ -189,7 +189,7 @@ def stopping(args: argparse.Namespace) -> None:
                     )
                     answer = fitted.predict(world, full)
                     broken += bool((answer.probs.argmax(1) != full.argmax(1)).mean() > allowed)
-                    asked += answer.asked.mean() / 3 / args.pairs
+                    asked += answer.stages.mean() / 3 / args.pairs
                 low, high = wilson_interval(broken, args.pairs)
                 share, span = broken / args.pairs, f"[{low:.1%}, {high:.1%}]"
                 print(

@@ -1,10 +1,11 @@
-"""Does an exported file answer as the run's pipeline in eager float32 PyTorch does? One line per precision.
+"""Compare an exported file with the pipeline in eager float32 PyTorch, one line per precision.
 
     uv run python bench/parity.py RUN [--images 1000] [--precisions float32,float16,bfloat16,int8]
 
-RUN is a finished run with test rows; it is only read. The pipeline answers once, the networks are traced once; every
-precision is built, written, loaded by `threefold.load` and asked about each image by itself. Prints the largest and the 99th
-percentile difference of a probability, images with another class, right answers before and after, and the file's size.
+RUN is a finished run with test rows; it is only read. Every precision is built, written, loaded
+with `threefold.load` and run on each image by itself. Prints the largest and the 99th percentile
+difference of a probability, the images with another class, the correct answers before and after,
+the file's size and the processor time.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,28 +27,6 @@ from threefold.provenance import commit, hardware
 from threefold.run import Run
 
 
-def trace_once() -> None:
-    """Let every build after the first reuse its traces: they come in the same order and are not changed."""
-    honest = exporting._trace
-    kept: list[Any] = []
-    turn: Iterator[Any] = iter(())
-
-    def build(*args: Any) -> Any:
-        nonlocal turn
-        turn = iter(kept)
-        return whole(*args)
-
-    def trace(*args: Any) -> Any:
-        found = next(turn, None)
-        if found is None:
-            found = honest(*args)
-            kept.append(found)
-        return found
-
-    whole = exporting.build_graph
-    exporting.build_graph, exporting._trace = build, trace  # type: ignore[assignment]
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser()
@@ -57,7 +34,6 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--precisions", default=",".join(TOLERANCES))
     args = parser.parse_args()
-    trace_once()
     run = Run.open(args.run)
     test, train = run.sources.test, run.sources.train
     assert test is not None, "the run has no test rows"
@@ -67,31 +43,35 @@ def main() -> None:
     rows = spread_rows(test, args.images)
     images = [test.pixels(row) for row in rows]
     print(
-        f"{hardware()}, torch {torch.__version__}, commit {commit()}, {time.strftime('%Y-%m-%d')}; {len(images)} test images, {len(names)} members",
+        f"{hardware()}, torch {torch.__version__}, commit {commit()}, {time.strftime('%Y-%m-%d')}; "
+        f"{len(images)} test images, {len(names)} members",
         flush=True,
     )
     expected = pipeline.predict_proba(images)
     calibration = [train.pixels(row) for row in spread_rows(train, CALIBRATION_IMAGES)]
     print(
-        f"{'precision':10}{'MB':>8}{'largest':>10}{'99 %':>10}{'other class':>13}{'right':>14}{'lost':>6}{'gained':>8}{'CPU ms an image':>17}"
+        f"{'precision':10}{'MB':>8}{'largest':>10}{'99 %':>10}{'other class':>13}"
+        f"{'correct':>14}{'lost':>6}{'gained':>8}{'CPU ms an image':>17}"
     )
     for precision in args.precisions.split(","):
         model = exporting.build_graph(pipeline, precision, calibration)
-        exporting._set_card(model, exporting.card_of(pipeline, precision, {}))
+        exporting.set_card(model, exporting.card_of(pipeline, precision, {}))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
             path.write_bytes(model.SerializeToString())
             loaded = threefold.load(path, threads=1)
-            began = time.process_time()
+            start = time.process_time()
             answers = loaded.predict_proba(images)
-            cost = 1000 * (time.process_time() - began) / len(images)
+            milliseconds = 1000 * (time.process_time() - start) / len(images)
             report = compare(expected, answers, precision, test.labels[rows])
-            right = report["accuracy"]
-            far = float(np.quantile(np.abs(answers - expected).max(1), 0.99))
-            told = f"{right['before']} -> {right['after']}"
+            accuracy = report["accuracy"]
+            percentile = float(np.quantile(np.abs(answers - expected).max(1), 0.99))
+            correct = f"{accuracy['before']} -> {accuracy['after']}"
             print(
-                f"{precision:10}{path.stat().st_size / 1e6:8.1f}{report['max_difference']:10.1e}{far:10.1e}"
-                f"{report['changed'] + report['ties']:13}{told:>14}{right['lost']:6}{right['gained']:8}{cost:17.1f}",
+                f"{precision:10}{path.stat().st_size / 1e6:8.1f}"
+                f"{report['max_difference']:10.1e}{percentile:10.1e}"
+                f"{report['changed'] + report['ties']:13}{correct:>14}"
+                f"{accuracy['lost']:6}{accuracy['gained']:8}{milliseconds:17.1f}",
                 flush=True,
             )
 

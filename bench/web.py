@@ -1,11 +1,12 @@
-"""The folder of `threefold export --web` in headless Chromium against `threefold.load`: pixels, probabilities, time, weight.
+"""Compare the folder of `threefold export --web` in headless Chromium with `threefold.load`.
 
     uv run --group browser python bench/web.py MODEL.onnx [--images 200] [--rounds 20]
 
-Images: test images of the packaged Fashion-MNIST as PNG, and three photographs that scikit-learn and matplotlib bring
-along, saved as PNG, transparent PNG, JPEG of several kinds and WebP. Every file is decoded by both and answered by both.
-Time: one file again and again, by turns in the browser (one WebAssembly thread, in its worker) and by onnxruntime in
-this process (one thread), decoding left out; medians and their ratio. Needs chromium, chromedriver and npm.
+Images: test images of the packaged Fashion-MNIST as PNG, and three photographs that ship with
+scikit-learn and matplotlib, saved as PNG, transparent PNG, several kinds of JPEG, and WebP. Both
+sides decode and answer every file. Time: one file again and again, in turns in the browser (one
+WebAssembly thread, in its worker) and with onnxruntime in this process (one thread), without
+decoding; medians and their ratio. Needs chromium, chromedriver and npm.
 """
 
 from __future__ import annotations
@@ -38,8 +39,16 @@ from threefold.webfolder import write_web
 ASK = """
 const [module, call, data, limits, done] = arguments;
 const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
-const text = (array) => { let t = ""; for (let i = 0; i < array.length; i += 8192) t += String.fromCharCode(...array.subarray(i, i + 8192)); return btoa(t); };
-import(module).then((m) => m[call](new File([bytes], "image"), limits ?? (() => {}))).then((found) => found.data ? { ...found, data: text(found.data) } : found).then(done, (error) => done(String(error)));
+const text = (array) => {
+  let characters = "";
+  for (let i = 0; i < array.length; i += 8192)
+    characters += String.fromCharCode(...array.subarray(i, i + 8192));
+  return btoa(characters);
+};
+import(module)
+  .then((m) => m[call](new File([bytes], "image"), limits ?? (() => {})))
+  .then((reply) => reply.data ? { ...reply, data: text(reply.data) } : reply)
+  .then(done, (error) => done(String(error)));
 """
 
 
@@ -91,11 +100,11 @@ def chromium() -> Any:
     options.binary_location = shutil.which("chromium") or ""
     for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
         options.add_argument(word)
-    found = webdriver.Chrome(
+    browser = webdriver.Chrome(
         options=options, service=webdriver.ChromeService(shutil.which("chromedriver"))
     )
-    found.set_script_timeout(300)
-    return found
+    browser.set_script_timeout(300)
+    return browser
 
 
 def main() -> None:
@@ -150,17 +159,16 @@ def measure(
     time.sleep(1)  # the card arrives
     began = time.monotonic()
     ask(kinds["PNG"][0])
+    print(f"first answer, with fetching and starting the model: {time.monotonic() - began:.1f} s")
     print(
-        f"first answer, the model fetched from this machine and started: {time.monotonic() - began:.1f} s"
-    )
-    print(
-        f"{'files':32} {'pixels: most':>12} {'share other':>12} {'probability: most':>18} {'same class':>11}"
+        f"{'files':32} {'pixels: most':>12} {'share other':>12} "
+        f"{'probability: most':>18} {'same class':>11}"
     )
     for kind, files in kinds.items():
         pixels, probs = [], []
         for content in files:
-            found, ours = ask(content, "./decode.js", "decode", limits), decode(content)
-            theirs = np.frombuffer(base64.b64decode(found["data"]), np.uint8).reshape(ours.shape)
+            reply, ours = ask(content, "./decode.js", "decode", limits), decode(content)
+            theirs = np.frombuffer(base64.b64decode(reply["data"]), np.uint8).reshape(ours.shape)
             pixels.append(np.abs(theirs.astype(int) - ours))
             probs.append((np.array(ask(content)["probs"]), model.predict_proba([content])[0]))
         most = max(int(p.max()) for p in pixels)
@@ -180,7 +188,8 @@ def measure(
             ours.append(1000 * (time.perf_counter() - began))
         ratio = median(a / b for a, b in zip(theirs, ours, strict=True))
         print(
-            f"{name}: browser {median(theirs):.0f} ms, onnxruntime, one thread {median(ours):.0f} ms, ratio {ratio:.2f}"
+            f"{name}: browser {median(theirs):.0f} ms, "
+            f"onnxruntime, one thread {median(ours):.0f} ms, ratio {ratio:.2f}"
         )
 
 

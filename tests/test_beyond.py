@@ -1,7 +1,7 @@
-"""Beyond the paper's list: newer families and the BiRNN and BiGRU heads build, learn and export with fresh weights, at small size.
+"""Newer families and the BiRNN and BiGRU heads build, learn and export with fresh weights.
 
-The whole networks of the recipe `beyond` do so in `test_backbones.py` (long); here the smallest of each family does, under the heads of
-the paper's future work, by the same functions.
+Here the smallest network of each family does, under the heads that the paper lists as future work.
+The whole networks of the recipe `beyond` do in `test_backbones.py` (long).
 """
 
 from __future__ import annotations

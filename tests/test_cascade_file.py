@@ -1,4 +1,4 @@
-"""A file with a cascade: whoever knows nothing of it gets the full answer; in the mode "fast" rows stop as the arrays say."""
+"""A file with a cascade: the default answer is the full one; "fast" stops as the arrays say."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CLASSES, NAMES = ("oak", "elm", "ash"), ("wide", "cheap", "other")
 
 
 def tiny(seed: int) -> nn.Module:
-    """Mean colours of a picture and a layer on them, with a convolution before so that there is something to fuse."""
+    """A convolution, mean colours and a linear layer."""
     torch.manual_seed(seed)
     net = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1),
@@ -63,7 +63,7 @@ def pictures(count: int = 60, side: int | None = None) -> list[np.ndarray]:
 
 
 def middles(cascade: Cascade, probs: np.ndarray, full: np.ndarray) -> np.ndarray:
-    """Thresholds at which half of the rows stop first, and half of the others next; none is near a row."""
+    """Thresholds at which half of the remaining rows stop; none is near a row."""
     left, found = np.ones(len(full), bool), []
     for most in (1, 2):
         sure = margins(cascade.predict(probs, full, cascade.stops("full", most)).probs)
@@ -85,7 +85,7 @@ def write(
 
 @pytest.fixture(scope="module")
 def world() -> dict[str, Any]:
-    """Three members of two networks each on two canvases, a stacked ensemble, and a cascade that sends rows everywhere."""
+    """Three members of two networks, a stacked ensemble, and a cascade that uses every stage."""
     canvases = (8, 8, 12)
     members = {
         name: MemberPipeline([Predictor(tiny(2 * i)), Predictor(tiny(2 * i + 1))], canvas, "squash")
@@ -175,9 +175,7 @@ def test_later_members_in_half_precision(
     assert same > 50
 
 
-def test_who_knows_nothing_of_it_gets_the_answer_of_the_file_without_bit_for_bit(
-    model: Model, flat: Model
-) -> None:
+def test_the_default_answer_is_that_of_a_file_without_cascade(model: Model, flat: Model) -> None:
     session = onnxruntime.InferenceSession(str(model.path), providers=["CPUExecutionProvider"])
     assert [entry.name for entry in session.get_inputs()] == ["images"]
     for image in pictures():
@@ -197,8 +195,8 @@ def test_fast_is_what_the_arrays_say(model: Model, world: dict[str, Any]) -> Non
 
     fast, full = model.infer(pictures(), FAST), model.infer(pictures())
 
-    np.testing.assert_array_equal(fast.stages_used, expected.asked)
-    assert set(expected.asked) == {1, 2, 3}
+    np.testing.assert_array_equal(fast.stages_used, expected.stages)
+    assert set(expected.stages) == {1, 2, 3}
     np.testing.assert_allclose(fast.probs, expected.probs, atol=1e-5)
     late = fast.stages_used == 3
     np.testing.assert_array_equal(fast.probs[late], full.probs[late])
@@ -242,13 +240,13 @@ def test_members_that_are_not_asked_are_not_computed(model: Model) -> None:
     )
     image = pictures(1)[0][None]
     session.run(None, {"images": image, "stop": np.zeros(2, np.float32)})
-    told = Path(session.end_profiling())
+    profile = Path(session.end_profiling())
     done = [
         e
-        for e in json.loads(told.read_text())
+        for e in json.loads(profile.read_text())
         if e.get("args", {}).get("op_name") in ("Conv", "FusedConv")
     ]
-    os.unlink(told)
+    os.unlink(profile)
     assert len([event for event in done if event["name"].endswith("kernel_time")]) == 2
 
 
@@ -269,7 +267,7 @@ def test_the_graph_is_onnx_and_the_flat_one_is_left_as_it_was(
         add_cascade(before, world["cascade"], [["a"], ["b"]])
 
 
-def told_to(model: Model, path: Path, **changes: Any) -> Path:
+def with_card(model: Model, path: Path, **changes: Any) -> Path:
     """A copy of the file with another card."""
     copy = onnx.load(model.path)
     bundle.set_card(copy, {**model.card, **changes})
@@ -312,7 +310,7 @@ def test_a_hostile_card_is_one_line(
     elif "cascade" not in change:
         change = {"cascade": {**told, "state": {**told["state"], **change}}}
     with pytest.raises(ExportError, match=message) as error:
-        threefold.load(told_to(model, tmp_path / "m.onnx", **change))
+        threefold.load(with_card(model, tmp_path / "m.onnx", **change))
     assert "\n" not in str(error.value)
 
 
@@ -339,7 +337,7 @@ def test_a_budget_without_a_cascade_is_all_or_nothing(flat: Model) -> None:
     assert flat.resolve_budget(CascadePolicy(budget_ms=1e6), image) == FULL
     with pytest.raises(
         ExportError,
-        match=r"no cascade to save time with: .*; expected at most 1e-06 ms, got .* the whole model",
+        match=r"no cascade to save time with: .*; expected at most 1e-06 ms, got .* whole model",
     ):
         flat.resolve_budget(CascadePolicy(budget_ms=1e-6), image)
 
@@ -513,8 +511,12 @@ def test_a_server_without_a_cascade_has_one_mode(flat: Model) -> None:
 def test_the_cascade_needs_no_torch_and_no_scipy(model: Model, tmp_path: Path) -> None:
     Image.fromarray(pictures(1)[0]).save(tmp_path / "a.png")
     code = (
-        f"import sys, threefold; m = threefold.load({str(model.path)!r}); print(m.infer([{str(tmp_path / 'a.png')!r}], threefold.runtime.FAST).stages_used);"
-        "bad = {'torch', 'timm', 'sklearn', 'scipy', 'onnx', 'pydantic'} & set(sys.modules); assert not bad, bad"
+        "import sys, threefold\n"
+        f"model = threefold.load({str(model.path)!r})\n"
+        f"image = {str(tmp_path / 'a.png')!r}\n"
+        "print(model.infer([image], threefold.runtime.FAST).stages_used)\n"
+        "bad = {'torch', 'timm', 'sklearn', 'scipy', 'onnx', 'pydantic'} & set(sys.modules)\n"
+        "assert not bad, bad"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The program of docs/deploy.md that uses no threefold: short, and its answers are those of `threefold.load`."""
+"""The program of docs/deploy.md without threefold is short and answers like `threefold.load`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fewer bytes for weights: what is stored, what stays float32, and the gate that measures what it costs."""
+"""Weights in fewer bytes: what is stored, what stays float32, and the gate that measures it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from threefold.run import Run
 
 
 class Small(nn.Module):
-    """Normalisation, eight convolutions, a linear layer, softmax: like a member, but traced in a second."""
+    """Normalization, eight convolutions, a linear layer, softmax: a member that traces fast."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,15 +57,15 @@ def answers(model: onnx.ModelProto, pixels: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    found: np.ndarray = session.run(["probs"], {"pixels": pixels})[0]
-    return found
+    probs: np.ndarray = session.run(["probs"], {"pixels": pixels})[0]
+    return probs
 
 
 def noise(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(0, 255, (count, 3, 16, 16)).astype(np.float32)
 
 
-def held(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+def initializers(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     return {tensor.name: tensor for tensor in model.graph.initializer}
 
 
@@ -77,7 +77,7 @@ def test_halves_are_the_nearest_values_and_take_half_the_bytes(
 ) -> None:
     model = halve(small, precision)
     onnx.checker.check_model(model, full_check=True)
-    stored = held(model)
+    stored = initializers(model)
     large = [
         t
         for t in small.graph.initializer
@@ -104,7 +104,7 @@ def test_converting_leaves_the_model_as_it_is(small: onnx.ModelProto) -> None:
     assert small.SerializeToString() == before
 
 
-def test_int8_computes_in_int8_but_for_the_first_layers_and_the_softmax(
+def test_int8_leaves_the_first_layers_and_the_softmax_in_float32(
     small: onnx.ModelProto,
 ) -> None:
     model = convert(small, "int8", noise(64))
@@ -119,7 +119,7 @@ def test_int8_computes_in_int8_but_for_the_first_layers_and_the_softmax(
     )  # a quarter of eight convolutions stays float32; the linear layer is int8
     for tensor in weights:
         assert np.abs(onnx.numpy_helper.to_array(tensor)).max() <= 64  # 7 bits: no kernel overflows
-    scales = held(model)
+    scales = initializers(model)
     per_channel = [
         t
         for t in scales.values()

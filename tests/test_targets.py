@@ -1,4 +1,4 @@
-"""Exports to torch's and OpenVINO's own files: they answer as the pipeline, or nothing is written."""
+"""Exports to torch's and OpenVINO's formats answer like the pipeline or are not written."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def test_a_pt2_file_answers_for_any_batch_and_size(tiny_pipeline: Pipeline, tmp_
     module = program.module()
     for shape in ((1, 9, 31, 3), (5, 40, 17, 3), (2, 16, 16, 3)):
         images = torch.randint(0, 256, shape, dtype=torch.uint8)
-        for found, wanted in zip(module(images), tiny_pipeline(images), strict=True):
-            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+        for actual, expected in zip(module(images), tiny_pipeline(images), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     assert sorted(os.listdir(tmp_path)) == ["m.pt2"]
 
 
@@ -115,9 +115,9 @@ def test_an_openvino_file_answers(tiny_pipeline: Pipeline, tmp_path: Path, preci
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     images = np.random.default_rng(0).integers(0, 256, (3, 33, 21, 3), dtype=np.uint8)
     probs, members = (value.detach().numpy() for value in tiny_pipeline(torch.from_numpy(images)))
-    found = compiled({"images": images})
-    np.testing.assert_allclose(found["probs"], probs, atol=report["tolerance"])
-    np.testing.assert_allclose(found["member_probs"], members, atol=report["tolerance"])
+    outputs = compiled({"images": images})
+    np.testing.assert_allclose(outputs["probs"], probs, atol=report["tolerance"])
+    np.testing.assert_allclose(outputs["member_probs"], members, atol=report["tolerance"])
     export(tiny_pipeline, tmp_path / "m.xml")  # over the old one
     assert sorted(os.listdir(tmp_path)) == ["m.bin", "m.xml"]
 

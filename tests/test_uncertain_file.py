@@ -1,4 +1,4 @@
-"""An exported file answers with its calibration, gives sets, and calls images unknown, as the arrays do."""
+"""An exported file calibrates, gives prediction sets and flags unknown images like the arrays."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CLASSES = ("oak", "elm", "ash")
 
 
 def tiny(seed: int) -> nn.Module:
-    """Mean colours of a picture and a layer on them: it answers differently on every picture, and is too sure."""
+    """Mean colours and a linear layer: it answers each picture differently, and is too sure."""
     torch.manual_seed(seed)
     net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)).requires_grad_(
         False
@@ -64,7 +64,7 @@ def world() -> dict[str, Any]:
 
 
 def written(world: dict[str, Any], path: Path, name: str) -> tuple[Uncertainty, np.ndarray]:
-    """Export with a calibration of that name and its sets; returns them and the calibrated answers on the pictures."""
+    """Export with a calibration and its sets; returns the sets and the calibrated answers."""
     found = fit_calibration(name, world["probs"], world["labels"])
     assert found.name == name
     uncertainty = fit_uncertainty(found.probs, world["labels"], alpha=0.2, reject=0.1)
@@ -146,7 +146,7 @@ def test_predict_prints_the_set_and_the_doubt(
     assert [entry["unknown"] for entry in told] == unknown.tolist()
 
 
-def test_files_without_sets_work_as_before_and_say_what_they_lack(
+def test_files_without_sets_work_and_say_what_they_lack(
     world: dict[str, Any], tmp_path: Path
 ) -> None:
     pipeline = Pipeline(world["members"], Combiner(MeanEnsemble().to_module()), CLASSES)
@@ -196,9 +196,12 @@ def test_sets_need_no_torch_and_no_scipy(
 ) -> None:
     Image.fromarray(pictures(1)[0]).save(tmp_path / "a.png")
     code = (
-        f"import sys, threefold; m = threefold.load({str(made[0].path)!r}); a = [{str(tmp_path / 'a.png')!r}];"
-        "print(m.predict_sets(a), m.predict_sets(a, by_class=True), m.is_unknown(a));"
-        "bad = {'torch', 'timm', 'sklearn', 'scipy', 'onnx', 'pydantic'} & set(sys.modules); assert not bad, bad"
+        "import sys, threefold\n"
+        f"m = threefold.load({str(made[0].path)!r})\n"
+        f"a = [{str(tmp_path / 'a.png')!r}]\n"
+        "print(m.predict_sets(a), m.predict_sets(a, by_class=True), m.is_unknown(a))\n"
+        "bad = {'torch', 'timm', 'sklearn', 'scipy', 'onnx', 'pydantic'} & set(sys.modules)\n"
+        "assert not bad, bad"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
