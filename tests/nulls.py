@@ -7,7 +7,7 @@ from scipy.stats import binom
 
 
 def equals(rng: np.random.Generator, n: int, discordant: float) -> tuple[np.ndarray, np.ndarray]:
-    """Hits of two equally good classifiers of which just one is right on about this share of rows."""
+    """Hits of two equally good classifiers; only one is right on about this share of rows."""
     both, coin, differ = rng.random(n) < 0.8, rng.random(n) < 0.5, rng.random(n) < discordant
     return np.where(differ, coin, both), np.where(differ, ~coin, both)
 
@@ -15,7 +15,7 @@ def equals(rng: np.random.Generator, n: int, discordant: float) -> tuple[np.ndar
 def grouped_equals(
     rng: np.random.Generator, groups: int, size: int, discordant: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same, where each of a few groups favours one of the two: hits, hits, and the group of each row.
+    """`equals`, where each of a few groups favours one of the two; also the group of each row.
 
     Nine discordant rows in ten go to the group's favourite. Groups have 1 to 2 * size - 1 rows.
     """
@@ -29,7 +29,7 @@ def grouped_equals(
 def trained(
     rng: np.random.Generator, s: int, n: int, seeds: float, groups: np.ndarray | None = None
 ) -> np.ndarray:
-    """Hits (2, s, n) of two equally good recipes whose seeds differ by this much, and whose favourite images differ."""
+    """Hits (2, s, n) of two equally good recipes that differ by seed and in their best images."""
     taste = (
         rng.normal(0, 0.8, n) if groups is None else rng.normal(0, 0.8, groups.max() + 1)[groups]
     )
@@ -42,11 +42,11 @@ def trained(
 def softmaxes(
     rng: np.random.Generator, n: int, k: int = 5
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Probabilities (n, k) of two equally good classifiers that share part of their errors, and labels (n,)."""
+    """Probabilities (n, k) of two equally good classifiers with shared errors, and labels (n,)."""
     labels = rng.integers(0, k, n)
     shared = 2.0 * np.eye(k)[labels] + rng.normal(size=(n, k))
-    found = [np.exp(shared + rng.normal(0, 0.7, (n, k))) for _ in range(2)]
-    return (*(p / p.sum(1, keepdims=True) for p in found), labels)  # type: ignore[return-value]
+    weights = [np.exp(shared + rng.normal(0, 0.7, (n, k))) for _ in range(2)]
+    return (*(p / p.sum(1, keepdims=True) for p in weights), labels)  # type: ignore[return-value]
 
 
 def noise(rng: np.random.Generator, m: int, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -58,5 +58,5 @@ def noise(rng: np.random.Generator, m: int, n: int, k: int) -> tuple[np.ndarray,
 
 
 def expected_best(m: int, n: int, k: int) -> float:
-    """Expected accuracy of the luckiest of m members that guess on n rows: the mean maximum of m binomials, over n."""
+    """Expected best accuracy of m guessing members on n rows: the mean maximum of binomials / n."""
     return float((1 - binom.cdf(np.arange(n), n, 1 / k) ** m).sum() / n)

@@ -1,4 +1,4 @@
-"""Simulated pools of members with known faults, for tests and for bench/ensembles.py."""
+"""Simulated pools of members with known faults, for tests and bench/ensembles.py."""
 
 from __future__ import annotations
 
@@ -25,9 +25,13 @@ KINDS = (
 def draw_pool(
     kind: str, seed: int, n: int = 1000, test: int = 4000, m: int = 8, k: int = 10
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Rows to fit on, their labels, and rows to score on: probs (m, n, k) float32, labels (n,), probs, labels.
+    """Draw rows to fit on and rows to score on.
 
-    Logits are the right class's evidence, less on hard rows, plus noise that the members share and noise of their own.
+    Logits are evidence for the right class, less of it on hard rows, plus noise that members share
+    and noise of their own.
+
+    Returns:
+        probs (m, n, k) float32 and labels (n,) to fit on; probs and labels to score on.
     """
     rng = np.random.default_rng(seed)
     n, k = (100 if kind == "few" else n), (100 if kind == "many-classes" else k)
@@ -52,19 +56,19 @@ def draw_pool(
         for member in logits:
             known = np.isin(labels, rng.permutation(k)[: k // 2])
             member[known] += 1.5 * sure[known]
-    heat = np.exp(rng.normal(0, 0.8, m)) if kind == "miscalibrated" else np.ones(m)
-    probs = softmax(1.6 * logits / heat[:, None, None], -1)
+    temperature = np.exp(rng.normal(0, 0.8, m)) if kind == "miscalibrated" else np.ones(m)
+    probs = softmax(1.6 * logits / temperature[:, None, None], -1)
     if kind == "sure-misses":  # one row in twenty of each member is a random class at 0.999
         wild = rng.random((m, rows)) < 0.05
         probs[wild] = 0.999 * np.eye(k)[rng.integers(0, k, int(wild.sum()))] + 0.001 / k
     if kind == "swapped":
         probs[0] = probs[0][:, np.r_[1, 0, 2:k]]
     probs = (probs / probs.sum(-1, keepdims=True)).astype(np.float32)
-    told = labels.copy()
+    noisy_labels = labels.copy()
     if kind == "label-noise":
         flipped = (rng.random(rows) < 0.15) & (np.arange(rows) < n)
-        told[flipped] = rng.integers(0, k, int(flipped.sum()))
-    return probs[:, :n], told[:n], probs[:, n:], labels[n:]
+        noisy_labels[flipped] = rng.integers(0, k, int(flipped.sum()))
+    return probs[:, :n], noisy_labels[:n], probs[:, n:], labels[n:]
 
 
 def scored(m: int = 3, n: int = 90, k: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Saved outputs of other tools, in the form in which each writes them, become the same Predictions."""
+"""Outputs saved by other tools are read as the same Predictions."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def refused(path: Path, message: str, **options: Any) -> None:
     assert str(path) in str(caught.value)
 
 
-# Keras ----------------------------------------------------------------------------------------------------------------
+# Keras
 
 
 def keras(**changes: Any) -> dict[str, Any]:
-    """What a generator of flow_from_directory has; 12 images, a folder per class, columns in the order of their text."""
+    """What a generator of flow_from_directory has: 12 images, one folder per class."""
     generator = {
         "predictions": PROBS,
         "filenames": FILES,
@@ -54,18 +54,24 @@ def keras(**changes: Any) -> dict[str, Any]:
 
 def test_keras_generator(tmp_path: Path) -> None:
     np.savez(tmp_path / "net.npz", **keras())
+
     expect(read_predictions(tmp_path / "net.npz"))
+
     np.savez(
         tmp_path / "net.npz", **keras(class_indices=json.dumps({"2": 3, "1": 1, "10": 2, "0": 0}))
     )
+
     expect(read_predictions(tmp_path / "net.npz"))
+
     np.savez(tmp_path / "net.npz", **keras(classes=None))  # the folders of filenames say the same
+
     expect(read_predictions(tmp_path / "net.npz"))
 
 
 def test_keras_dataset(tmp_path: Path) -> None:
     paths = [f"photos/test/{name}" for name in FILES]
     np.savez(tmp_path / "net.npz", probs=PROBS, paths=paths, classes=list(CLASSES))
+
     expect(read_predictions(tmp_path / "net.npz"))
 
 
@@ -73,6 +79,7 @@ def test_keras_npy_with_a_table_of_labels(tmp_path: Path) -> None:
     np.save(tmp_path / "net.npy", PROBS)
     rows = [f"{name},{name.partition('/')[0]}" for name in FILES]
     (tmp_path / "labels.csv").write_text("\n".join(["id,label", *rows]))
+
     expect(read_predictions(tmp_path / "net.npy", labels=tmp_path / "labels.csv", classes=CLASSES))
     refused(tmp_path / "net.npy", "there are no labels")
     refused(
@@ -84,9 +91,10 @@ def test_keras_npy_with_a_table_of_labels(tmp_path: Path) -> None:
 
 
 def test_the_numbers_of_keras_are_columns_and_not_names(tmp_path: Path) -> None:
-    """Label 2 is the folder 10: read as a name it would be the folder 2, and 6 of 12 rows would be wrong."""
+    """Label 2 is the folder 10. Read as a name, it would make 6 of 12 rows wrong."""
     np.savez(tmp_path / "net.npz", **keras())
     found = read_predictions(tmp_path / "net.npz")
+
     assert [found.classes[found.labels[i]] for i in (6, 9)] == ["10", "2"]
 
 
@@ -127,7 +135,7 @@ def test_keras_files_that_cannot_be_used(
     refused(tmp_path / "net.npz", message)
 
 
-# scikit-learn ---------------------------------------------------------------------------------------------------------
+# scikit-learn
 
 
 def test_scikit_learn(tmp_path: Path) -> None:
@@ -157,10 +165,11 @@ def test_scikit_learn(tmp_path: Path) -> None:
         labels=np.minimum(values, 2),
         classes=[2, 3, 5],
     )
+
     refused(tmp_path / "net.npz", "numbers of columns or of classes.*classes_")
 
 
-# fastai ---------------------------------------------------------------------------------------------------------------
+# fastai
 
 
 def test_fastai(tmp_path: Path) -> None:
@@ -178,7 +187,9 @@ def test_fastai(tmp_path: Path) -> None:
         classes=list(CLASSES),
         paths=[str(item) for item in items],
     )
+
     expect(read_predictions(tmp_path / "net.npz"))
+
     tree = {
         "probs": probs,
         "labels": targets,
@@ -186,9 +197,12 @@ def test_fastai(tmp_path: Path) -> None:
         "paths": [str(item) for item in items],
     }
     torch.save(tree, tmp_path / "net.pt")
+
     expect(read_predictions(tmp_path / "net.pt"))
+
     torch.save((probs, targets), tmp_path / "pair.pt")  # what get_preds returns
     pair = read_predictions(tmp_path / "pair.pt", classes=CLASSES)
+
     assert (pair.ids[0], pair.members, pair.labels.tolist()) == (
         "row0000",
         ("pair",),
@@ -208,12 +222,15 @@ def test_a_pt_file_is_never_unpickled(tmp_path: Path, legacy: bool) -> None:
     torch.save(
         {"probs": torch.tensor(PROBS), "labels": TensorBase()}, tmp_path / "net.pt", **options
     )
+
     refused(tmp_path / "net.pt", "more than tensors.*numpy.savez")
+
     torch.save(
         {"probs": torch.tensor(PROBS), "labels": torch.tensor(LABELS)},
         tmp_path / "net.pt",
         **options,
     )
+
     assert read_predictions(tmp_path / "net.pt").labels.tolist() == LABELS.tolist()
 
 
@@ -229,6 +246,7 @@ def test_other_pt_files_are_refused(tmp_path: Path, tree: Any, message: str) -> 
     import torch
 
     torch.save(tree, tmp_path / "net.pt")
+
     refused(tmp_path / "net.pt", message)
 
 
@@ -238,11 +256,12 @@ def test_a_pt_file_cannot_claim_memory(tmp_path: Path) -> None:
     torch.save(
         {"probs": torch.ones(1).expand(10**7, 10**5), "labels": torch.zeros(2)}, tmp_path / "net.pt"
     )
+
     assert (tmp_path / "net.pt").stat().st_size < 10_000
     refused(tmp_path / "net.pt", "too large.*at most 4096 MiB")
 
 
-# Ultralytics ----------------------------------------------------------------------------------------------------------
+# Ultralytics
 
 
 def test_ultralytics(tmp_path: Path) -> None:
@@ -253,6 +272,7 @@ def test_ultralytics(tmp_path: Path) -> None:
         paths=[f"/data/test/{name}" for name in FILES],
         classes=list(names.values()),
     )
+
     expect(read_predictions(tmp_path / "net.npz"))
 
 
@@ -262,18 +282,17 @@ def test_ultralytics(tmp_path: Path) -> None:
         ("r.csv", "name,class,confidence\n10,2,0.54066\n0,0,0.26054\n1,1,0.10118\n2,3,0.09762\n"),
         (
             "r.json",
-            '[{"name":"10","class":2,"confidence":0.54066},{"name":"0","class":0,"confidence":0.26054}]',
+            '[{"name":"10","class":2,"confidence":0.54066},'
+            '{"name":"0","class":0,"confidence":0.26054}]',
         ),
     ],
 )
-def test_the_five_best_classes_of_ultralytics_are_refused_with_what_to_save(
-    tmp_path: Path, name: str, text: str
-) -> None:
+def test_five_best_classes_of_ultralytics_are_refused(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
     refused(tmp_path / name, "Ultralytics' best five.*numpy.savez.*r.probs.data.*r.path")
 
 
-# timm -----------------------------------------------------------------------------------------------------------------
+# timm
 
 NATURAL = ("0", "1", "2", "10")  # how timm numbers these folders
 COLUMNS = [CLASSES.index(name) for name in NATURAL]
@@ -291,7 +310,7 @@ def timm(
     column: str = "prob",
     classes: tuple[str, ...] = NATURAL,
 ) -> None:
-    """Write a file as inference.py does with --topk, --results-separate-col, --include-index, --label-type, --fullname."""
+    """Write a file as timm's inference.py does with its options of similar names."""
     pandas = pytest.importorskip("pandas")
     outputs = PROBS[:, COLUMNS]
     ranks = np.argsort(-outputs, axis=1, kind="stable")[:, : topk or 4]
@@ -333,13 +352,20 @@ FORMATS = ["csv", "parquet", "json", "json-split"]
 def test_timm_with_every_class(tmp_path: Path, fmt: str, separate: bool) -> None:
     path = tmp_path / f"net.{fmt.partition('-')[0]}"
     timm(path, fmt, separate=separate)
+
     expect(read_predictions(path), close=True)
+
     timm(path, fmt, topk=4, separate=separate, index=True)
+
     expect(read_predictions(path), close=True)
+
     timm(path, fmt, topk=4, separate=separate, label="name")
+
     expect(read_predictions(path), close=True)
+
     timm(path, fmt, topk=4, separate=separate, label="name", index=True)
     found = read_predictions(path)
+
     expect(found, close=True)
     assert found.classes == NATURAL
 
@@ -351,13 +377,16 @@ def test_separate_columns_of_timm_in_parquet_are_exact(tmp_path: Path) -> None:
 
 def test_timm_without_folders_takes_labels_from_a_table(tmp_path: Path) -> None:
     timm(tmp_path / "net.csv", "csv", fullname=False)
+
     refused(
         tmp_path / "net.csv",
         "class names are not known.*expected 4 class folders.*got 0.*--fullname",
     )
+
     rows = [f"{name.replace('/', '_')},{name.partition('/')[0]}" for name in FILES]
     (tmp_path / "labels.csv").write_text("\n".join(["id,label", *rows[::-1]]))
     found = read_predictions(tmp_path / "net.csv", labels=tmp_path / "labels.csv", classes=NATURAL)
+
     assert [found.classes[i] for i in found.labels] == [CLASSES[i] for i in LABELS]
     assert found.ids[0] == "0_0.png"
 
@@ -395,11 +424,11 @@ def test_scores_of_timm_are_no_predictions(tmp_path: Path) -> None:
     refused(tmp_path / "results.csv", "scores of timm's validate.py.*inference.py")
 
 
-# together -------------------------------------------------------------------------------------------------------------
+# together
 
 
 def test_one_ensemble_of_five_tools(tmp_path: Path) -> None:
-    """Each names classes in its own order and paths in its own way; ids and names put them together."""
+    """Files with different orders of classes and forms of paths are joined by ids and names."""
     import torch
 
     np.savez(tmp_path / "keras.npz", **keras())
@@ -423,14 +452,18 @@ def test_one_ensemble_of_five_tools(tmp_path: Path) -> None:
             for name in ("keras.npz", "timm.csv", "yolo.npz", "fastai.pt", "forest.npz")
         ]
     )
+
     assert found.members == ("keras", "timm", "yolo", "fastai", "forest")
     assert found.classes == CLASSES
     assert np.allclose(found.probs, PROBS, atol=1e-6, rtol=0)
 
 
-def test_misspelt_arrays_are_not_lost_without_a_word(tmp_path: Path) -> None:
-    given = {"probs": PROBS, "labels": LABELS}
-    np.savez(tmp_path / "net.npz", group=np.array(FILES), **given)
+def test_misspelt_arrays_are_refused(tmp_path: Path) -> None:
+    arrays = {"probs": PROBS, "labels": LABELS}
+    np.savez(tmp_path / "net.npz", group=np.array(FILES), **arrays)
+
     refused(tmp_path / "net.npz", "misspelt.*expected groups, got group")
-    np.savez(tmp_path / "net.npz", features=np.zeros((12, 5)), **given)
+
+    np.savez(tmp_path / "net.npz", features=np.zeros((12, 5)), **arrays)
+
     assert len(read_predictions(tmp_path / "net.npz")) == 12

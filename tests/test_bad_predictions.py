@@ -1,4 +1,4 @@
-"""Bad files of every kind give one line that names the file and says what is wrong; none takes memory, none runs code."""
+"""Bad files give one line that names the file and the fault; none takes memory or runs code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_predictions import Bomb, make, raw
+from support__predictions import Bomb, make, raw
 
 from threefold import columns, containers
 from threefold.errors import DataError
@@ -154,6 +154,7 @@ def test_bad_csv(tmp_path: Path, case: str) -> None:
     content, message = TEXTS[case]
     path = tmp_path / "net.csv"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
+
     refused(path, message)
 
 
@@ -191,6 +192,7 @@ JSONS = {
 def test_bad_json(tmp_path: Path, case: str) -> None:
     content, message = JSONS[case]
     (tmp_path / "net.json").write_text(content)
+
     refused(tmp_path / "net.json", message)
 
 
@@ -199,7 +201,7 @@ def npz(path: Path, **arrays: Any) -> None:
 
 
 def forged(path: Path, shape: tuple[int, ...], name: str = "probs.npy") -> None:
-    """An .npz whose header claims a shape that its content has not."""
+    """Write an .npz whose header claims a shape that its content does not have."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         header, {"descr": "<f4", "fortran_order": False, "shape": shape}
@@ -250,6 +252,7 @@ NPZS: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_bad_npz(tmp_path: Path, case: str) -> None:
     build, message = NPZS[case]
     build(tmp_path / "net.npz")
+
     refused(tmp_path / "net.npz", message)
 
 
@@ -259,12 +262,15 @@ def test_bad_npz(tmp_path: Path, case: str) -> None:
 )
 def test_object_arrays_are_never_unpickled(tmp_path: Path, name: str) -> None:
     npz(tmp_path / "net.npz", **{name: np.array([Bomb(tmp_path / "exploded")], dtype=object)})
+
     refused(tmp_path / "net.npz", "never unpickled")
+
     np.save(
         tmp_path / "net.npy",
         np.array([Bomb(tmp_path / "exploded")], dtype=object),
         allow_pickle=True,
     )
+
     refused(tmp_path / "net.npy", "never unpickled")
     assert not (tmp_path / "exploded").exists()
 
@@ -273,6 +279,7 @@ def test_a_pt_file_runs_no_code(tmp_path: Path) -> None:
     import torch
 
     torch.save({"probs": Bomb(tmp_path / "exploded")}, tmp_path / "net.pt")
+
     refused(tmp_path / "net.pt", "more than tensors")
     assert not (tmp_path / "exploded").exists()
 
@@ -287,14 +294,16 @@ def peak(read: Callable[[], None]) -> int:
         tracemalloc.stop()
 
 
-def test_a_file_that_unpacks_to_more_than_the_limit_takes_no_memory(
+def test_oversized_file_is_refused_before_allocation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     np.savez_compressed(
         tmp_path / "net.npz", probs=np.zeros((2, 10**6, 4), np.float32), labels=np.zeros(10**6, int)
     )
     np.save(tmp_path / "net.npy", np.zeros((10**6, 4), np.float32))
+
     assert (tmp_path / "net.npz").stat().st_size < 100_000
+
     monkeypatch.setattr(containers, "MAX_BYTES", 8 << 20)
     for name in ("net.npz", "net.npy"):
         assert (
@@ -308,15 +317,18 @@ def test_a_large_text_is_refused_before_it_is_read(
     monkeypatch.setattr(containers, "MAX_BYTES", 1 << 20)
     monkeypatch.setattr(columns, "MAX_JSON", 1 << 20)
     (tmp_path / "net.csv").write_text(GOOD * 60_000)
+
     refused(tmp_path / "net.csv", "too large")
+
     (tmp_path / "net.json").write_text(json.dumps([0.5] * 400_000))
+
     refused(
         tmp_path / "net.json",
         "JSON file is too large; expected at most 1 MiB|JSON file is too large: ",
     )
 
 
-# parquet --------------------------------------------------------------------------------------------------------------
+# parquet
 
 
 def parquet(path: Path, **columns: Any) -> None:
@@ -350,6 +362,7 @@ PARQUETS: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_parquet(tmp_path: Path, case: str) -> None:
     changes, message = PARQUETS[case]
     parquet(tmp_path / "net.parquet", **changes)
+
     refused(tmp_path / "net.parquet", message)
 
 
@@ -359,8 +372,11 @@ def test_a_parquet_file_cannot_claim_memory(
     n = 10**6
     columns = {"label": ["cat"] * n, "cat": np.ones(n), "dog": np.zeros(n)}
     parquet(tmp_path / "net.parquet", id=None, **columns)
+
     assert (tmp_path / "net.parquet").stat().st_size < 100_000
+
     monkeypatch.setattr(containers, "MAX_BYTES", 8 << 20)
+
     refused(tmp_path / "net.parquet", "too large.*at most 8 MiB")
 
 
@@ -377,19 +393,25 @@ def test_parquet_that_is_not_whole(tmp_path: Path) -> None:
         refused(tmp_path / "net.parquet", "cannot read the parquet file")
 
 
-# any file -------------------------------------------------------------------------------------------------------------
+# any file
 
 
 def test_no_file_a_folder_and_unknown_formats(tmp_path: Path) -> None:
     refused(tmp_path / "absent.csv", "no such file")
     refused(tmp_path, "a folder")
+
     (tmp_path / "net.xlsx").write_bytes(b"PK\x03\x04")
+
     refused(tmp_path / "net.xlsx", "cut off or damaged")
+
     (tmp_path / "net.h5").write_bytes(b"\x89HDF\r\n")
+
     refused(
         tmp_path / "net.h5", "unknown format.*got HDF5 content; fix: save .npz, .csv or .parquet"
     )
+
     (tmp_path / "net.pkl").write_bytes(b"\x80\x04]")
+
     refused(tmp_path / "net.pkl", "got pickle content")
 
 
@@ -420,7 +442,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_damaged_file_is_refused_in_one_line_or_read(
     tmp_path_factory: pytest.TempPathFactory, whole: Path, suffix: str, data: Any
 ) -> None:
-    """Cut anywhere and altered anywhere: nothing but a DataError comes out, or predictions that pass every check."""
+    """A file that is cut or altered anywhere gives a DataError or valid predictions."""
     if not (whole / f"x.{suffix}").exists():
         pytest.skip("no pyarrow")
     content = bytearray((whole / f"x.{suffix}").read_bytes())
@@ -448,6 +470,7 @@ def test_any_bytes_are_refused_in_one_line(
 ) -> None:
     path = tmp_path_factory.mktemp("p") / f"x.{suffix}"
     path.write_bytes(content)
+
     with pytest.raises(DataError) as caught:
         read_predictions(path)
     assert "\n" not in str(caught.value)

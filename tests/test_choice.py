@@ -19,6 +19,7 @@ def test_a_simpler_candidate_within_the_noise_is_taken() -> None:
         True,
     )  # one row fewer, nine rows differ: a difference of 1 +- 3
     chosen = simplest([close, best])
+
     assert (chosen.chosen, chosen.best) == (0, 1)
     assert chosen.error == pytest.approx(0.003, abs=1e-4)
 

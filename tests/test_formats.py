@@ -1,4 +1,4 @@
-"""Files of predictions: what is written comes back, and the conventions that a stranger writes are read."""
+"""Files of predictions are read as they were written; files of other programs are read too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_predictions import make, predictions, same
+from support__predictions import make, predictions, same
 
 from threefold.adapters import COLUMNS, is_reserved_column
 from threefold.errors import DataError, RunError
@@ -40,12 +40,10 @@ def test_what_is_written_is_what_is_read(
     original = data.draw(predictions() if suffix == "npz" else tables)
     path = tmp_path_factory.mktemp("p") / f"x.{suffix}"
     write_predictions(original, path)
+
     assert same(read_predictions(path), original)
 
 
-@pytest.mark.skipif(
-    "roles" not in {field.name for field in fields(Predictions)}, reason="predictions without roles"
-)
 @pytest.mark.parametrize("suffix", ["npz", "csv", "parquet"])
 def test_roles_come_back(tmp_path: Path, suffix: str) -> None:
     if suffix == "parquet":
@@ -54,12 +52,13 @@ def test_roles_come_back(tmp_path: Path, suffix: str) -> None:
     original = replace(make(), folds=np.array([0, 1, 2, 1, 1, 1]), kind="oof", roles=roles)
     write_predictions(original, tmp_path / f"x.{suffix}")
     found = read_predictions(tmp_path / f"x.{suffix}")
+
     assert same(found, original)
-    assert (found.roles == roles).all()  # type: ignore[attr-defined]
+    assert (found.roles == roles).all()
 
 
 def test_no_field_of_predictions_is_forgotten_by_the_tables() -> None:
-    """Who adds a field to Predictions must write it to CSV and parquet, too, or it is lost there without a word."""
+    """A new field of Predictions must also be written to CSV and parquet."""
     known = {
         "probs",
         "labels",
@@ -72,10 +71,11 @@ def test_no_field_of_predictions_is_forgotten_by_the_tables() -> None:
         "folds",
         "roles",
     }
+
     assert {field.name for field in fields(Predictions)} <= known
 
 
-def test_a_mark_of_the_papers_protocol_survives_pandas(tmp_path: Path) -> None:
+def test_the_protocol_survives_pandas(tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
     pytest.importorskip("pyarrow")
     original = make(m=1, protocol="paper", kind="test")
@@ -84,11 +84,12 @@ def test_a_mark_of_the_papers_protocol_survives_pandas(tmp_path: Path) -> None:
         tmp_path / "b.parquet"
     )
     found = read_predictions(tmp_path / "b.parquet")
+
     assert (found.protocol, found.kind) == ("paper", "test")
     assert same(found.rows(np.arange(6)[::-1]), original)
 
 
-def test_the_line_of_the_docs_writes_a_file_that_is_read(tmp_path: Path) -> None:
+def test_files_written_as_in_the_docs_are_read(tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
     pytest.importorskip("pyarrow")
     one = make(m=1)
@@ -101,16 +102,21 @@ def test_the_line_of_the_docs_writes_a_file_that_is_read(tmp_path: Path) -> None
     frame = pandas.DataFrame(probs, columns=classes).assign(id=ids, label=names)
     frame.to_csv(tmp_path / "net0.csv", index=False)
     frame.to_parquet(tmp_path / "net0.parquet", index=False)
+
     assert same(read_predictions(tmp_path / "net0.csv"), one)
     assert same(read_predictions(tmp_path / "net0.parquet"), one)
+
     np.savez(tmp_path / "net0.npz", probs=probs, labels=one.labels, ids=ids, classes=classes)
+
     assert same(read_predictions(tmp_path / "net0.npz"), one)
+
     two = make()
     parts = [
         pandas.DataFrame(p, columns=classes).assign(id=ids, label=names, member=m)
         for m, p in zip(two.members, two.probs, strict=True)
     ]
     pandas.concat(parts).to_csv(tmp_path / "both.csv", index=False)
+
     assert same(read_predictions(tmp_path / "both.csv"), two)
 
 
@@ -122,21 +128,23 @@ def read(tmp_path: Path, text: str, name: str = "net.csv", **options: Any) -> Pr
 
 def test_the_smallest_table(tmp_path: Path) -> None:
     found = read(tmp_path, "label,cat,dog\ndog,0.25,0.75\ncat,1,0\n")
+
     assert found.ids == ("row0000", "row0001")
     assert found.members == ("net",)
     assert (found.kind, found.protocol, found.labels.tolist()) == ("foreign", "honest", [1, 0])
     assert found.probs.tolist() == [[[0.25, 0.75], [1, 0]]]
 
 
-def test_columns_in_any_order_with_bom_groups_folds_and_an_empty_last_line(tmp_path: Path) -> None:
+def test_csv_with_bom_groups_folds_and_an_empty_last_line(tmp_path: Path) -> None:
     text = "\ufeffdog,fold,label,group,cat,id\r\n0.75,1,dog,ann,0.25,a\r\n0,0,cat,bob,1,b\r\n\r\n"
     found = read(tmp_path, text)
+
     assert (found.classes, found.ids, found.groups) == (("dog", "cat"), ("a", "b"), ("ann", "bob"))
     assert found.folds is not None
     assert (found.folds.tolist(), found.labels.tolist()) == ([1, 0], [0, 1])
 
 
-def test_labels_may_be_column_numbers_where_no_class_is_named_by_a_number(tmp_path: Path) -> None:
+def test_labels_as_column_numbers(tmp_path: Path) -> None:
     assert read(tmp_path, "label,cat,dog\n1,0.25,0.75\n0,1,0\n").labels.tolist() == [1, 0]
     # Names win: the class named 10 is column 1 here, as Keras sorts folders by their text.
     assert read(tmp_path, "label,1,10,2\n10,0,1,0\n2,0,0,1\n").labels.tolist() == [1, 2]
@@ -146,7 +154,7 @@ def test_labels_may_be_column_numbers_where_no_class_is_named_by_a_number(tmp_pa
         read(tmp_path, "label,cat,dog\n1,0.25,0.75\n2,1,0\n")
 
 
-def test_paths_give_labels_and_ids_that_do_not_depend_on_the_machine(tmp_path: Path) -> None:
+def test_labels_and_ids_from_posix_and_windows_paths(tmp_path: Path) -> None:
     mine = read(
         tmp_path,
         "path,cat,dog\n/home/me/test/cat/1.jpg,1,0\n/home/me/test/dog/x/1.jpg,0,1\n",
@@ -155,6 +163,7 @@ def test_paths_give_labels_and_ids_that_do_not_depend_on_the_machine(tmp_path: P
     theirs = read(
         tmp_path, "path,cat,dog\nD:\\test\\cat\\1.jpg,1,0\nD:\\test\\dog\\x\\1.jpg,0,1\n", "b.csv"
     )
+
     assert mine.ids == theirs.ids == ("cat/1.jpg", "dog/x/1.jpg")
     assert mine.labels.tolist() == theirs.labels.tolist() == [0, 1]
 
@@ -162,6 +171,7 @@ def test_paths_give_labels_and_ids_that_do_not_depend_on_the_machine(tmp_path: P
 def test_rows_of_members_are_matched_by_id_in_any_order(tmp_path: Path) -> None:
     text = "id,label,member,cat,dog\nb,dog,m,0,1\nb,dog,n,0.5,0.5\na,cat,n,0.25,0.75\na,cat,m,1,0\n"
     found = read(tmp_path, text)
+
     assert (found.ids, found.members) == (("b", "a"), ("m", "n"))
     assert found.probs.tolist() == [[[0, 1], [1, 0]], [[0.5, 0.5], [0.25, 0.75]]]
 
@@ -171,15 +181,20 @@ def test_labels_from_a_table_beside_the_file(tmp_path: Path) -> None:
     truth.write_text("id,label,group\nc,dog,x\nb,cat,y\na,dog,z\n")
     np.savez(tmp_path / "net.npz", probs=np.eye(2), ids=["a", "b"], classes=["cat", "dog"])
     found = read_predictions(tmp_path / "net.npz", labels=truth)
+
     assert (found.labels.tolist(), found.groups, found.ids) == ([1, 0], ("z", "y"), ("a", "b"))
+
     np.save(tmp_path / "net.npy", np.array([[0.5, 0.5], [1, 0], [0, 1]]))
     found = read_predictions(tmp_path / "net.npy", labels=truth, classes=["cat", "dog"])
+
     assert (found.ids, found.labels.tolist(), found.members) == (
         ("c", "b", "a"),
         [1, 0, 1],
         ("net",),
     )
+
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
+
     assert same(
         read_predictions(tmp_path / "net.npy", labels=truth, classes=tmp_path / "classes.txt"),
         found,
@@ -193,9 +208,12 @@ def test_labels_from_folders_when_asked(tmp_path: Path) -> None:
         ids=["t/dog/1.png", "t/cat/1.png"],
         classes=["cat", "dog"],
     )
+
     with pytest.raises(DataError, match="there are no labels"):
         read_predictions(tmp_path / "net.npz")
+
     found = read_predictions(tmp_path / "net.npz", labels="folder")
+
     assert (found.labels.tolist(), found.ids) == ([1, 0], ("dog/1.png", "cat/1.png"))
 
 
@@ -219,6 +237,7 @@ def test_labels_beside_the_file_that_do_not_fit_are_refused(tmp_path: Path) -> N
         (tmp_path / "labels.csv").write_text(text)
         refused(message, tmp_path / "net.npz", labels=tmp_path / "labels.csv")
     (tmp_path / "labels.csv").write_text("label\ncat\ndog\n")
+
     refused(
         "order of the classes is not known", tmp_path / "net.npy", labels=tmp_path / "labels.csv"
     )
@@ -245,10 +264,13 @@ def test_labels_beside_the_file_that_do_not_fit_are_refused(tmp_path: Path) -> N
 
 
 def test_two_sources_of_labels_must_agree(tmp_path: Path) -> None:
-    given = {"probs": np.eye(2), "paths": ["cat/1.png", "dog/1.png"], "classes": ["cat", "dog"]}
-    np.savez(tmp_path / "net.npz", labels=np.array([0, 1]), **given)
+    arrays = {"probs": np.eye(2), "paths": ["cat/1.png", "dog/1.png"], "classes": ["cat", "dog"]}
+    np.savez(tmp_path / "net.npz", labels=np.array([0, 1]), **arrays)
+
     assert read_predictions(tmp_path / "net.npz").labels.tolist() == [0, 1]
-    np.savez(tmp_path / "net.npz", labels=np.array([0, 0]), **given)
+
+    np.savez(tmp_path / "net.npz", labels=np.array([0, 0]), **arrays)
+
     refused("a row has two labels.*dog/1.png; expected cat, got dog", tmp_path / "net.npz")
 
 
@@ -266,6 +288,7 @@ def test_names_that_a_table_cannot_hold_are_refused(tmp_path: Path) -> None:
         for suffix in ("csv", "parquet"):
             with pytest.raises(DataError, match=message):
                 write_predictions(make(**change), tmp_path / f"x.{suffix}")
+
     with pytest.raises(DataError, match=r"unknown format.*got \.xlsx"):
         write_predictions(make(), tmp_path / "x.xlsx")
     assert not list(tmp_path.iterdir())
@@ -279,6 +302,7 @@ def test_a_failed_write_leaves_the_old_file(
     monkeypatch.setattr(
         "os.fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
+
     with pytest.raises(RunError, match="No space left"):
         write_predictions(make(m=1), tmp_path / "x.csv")
     assert (tmp_path / "x.csv").read_bytes() == before
@@ -293,6 +317,7 @@ def test_without_pyarrow_parquet_says_what_to_install(
         raise ImportError(name)
 
     monkeypatch.setattr("importlib.import_module", absent)
+
     with pytest.raises(DataError, match=r"pip install 'threefold\[parquet\]'"):
         read_predictions(tmp_path / "x.parquet")
     with pytest.raises(DataError, match=r"pip install 'threefold\[parquet\]'"):

@@ -1,4 +1,4 @@
-"""Predictions joined: rows by id, classes by name, and everything that does not fit is refused by name."""
+"""Predictions are joined by row ids and class names; what does not fit is refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_predictions import make, predictions, same
+from support__predictions import make, predictions, same
 
 from threefold.errors import DataError
 from threefold.joining import join_predictions
@@ -36,9 +36,7 @@ def reordered(rows: Predictions, order: list[int]) -> Predictions:
 
 @settings(max_examples=60, deadline=None)
 @given(original=predictions(), data=st.data())
-def test_parts_in_any_order_of_rows_and_classes_give_the_whole_back(
-    original: Predictions, data: Any
-) -> None:
+def test_joining_parts_restores_the_whole(original: Predictions, data: Any) -> None:
     parts = []
     for i, name in enumerate(original.members):
         part = original.select([name])
@@ -46,12 +44,14 @@ def test_parts_in_any_order_of_rows_and_classes_give_the_whole_back(
             part = part.rows(data.draw(st.permutations(range(len(original)))))
             part = reordered(part, data.draw(st.permutations(range(len(original.classes)))))
         parts.append(part)
+
     assert same(join_predictions(parts), original)
 
 
 def test_one_part_is_itself_and_none_is_refused() -> None:
-    one = make()
-    assert join_predictions([one]) is one
+    part = make()
+
+    assert join_predictions([part]) is part
     refused("there are no predictions to join")
 
 
@@ -67,6 +67,7 @@ def test_files_without_ids_are_matched_by_order_and_labels() -> None:
         found = join_predictions(parts)
         assert found.ids == named.ids
         assert (found.probs[parts.index(bare) * 2] == bare.probs[0]).all()
+
     assert join_predictions([without_ids(make()), bare]).ids[0] == "row0000"
     refused(
         "lengths differ: x, y; expected 6 rows as in net0, net1, got 5",
@@ -84,9 +85,12 @@ def test_files_without_ids_are_matched_by_order_and_labels() -> None:
 
 def test_files_without_ids_need_one_order_of_the_others() -> None:
     turned = other().rows([3, 4, 5, 0, 1, 2])  # the labels are the same in this order
+
     assert (turned.labels == make().labels).all()
     assert join_predictions([make(), turned]).ids == make().ids
+
     third = without_ids(make(members=("p", "q")))
+
     refused(
         "in different orders.*p, q; expected the order of net0, net1, got another order in x, y",
         make(),
@@ -95,7 +99,7 @@ def test_files_without_ids_need_one_order_of_the_others() -> None:
     )
 
 
-def test_ids_that_only_look_made_up_are_ids() -> None:
+def test_ids_that_look_like_default_ids_are_matched() -> None:
     bare = without_ids(make())
     turned = without_ids(other()).rows([3, 4, 5, 0, 1, 2])
     for parts in ([bare, turned], [turned, bare]):
@@ -107,7 +111,8 @@ def test_ids_that_only_look_made_up_are_ids() -> None:
 
 def test_missing_and_surplus_ids_are_counted_and_named() -> None:
     refused(
-        r"rows are not the same: x, y; expected the 6 ids of net0, net1, got 2 missing, the first is train/1.png",
+        r"rows are not the same: x, y; expected the 6 ids of net0, net1, "
+        r"got 2 missing, the first is train/1.png",
         make(),
         other().rows([0, 2, 4, 5]),
     )
@@ -121,8 +126,10 @@ def test_missing_and_surplus_ids_are_counted_and_named() -> None:
 
 def test_other_classes_are_refused_with_the_nearest() -> None:
     first = make(classes=("cat", "dog", "cow"))
+
     refused(
-        "class names differ: x, y; expected 3 classes as in net0, net1, nearest cow, got 3 classes, among them Cow",
+        "class names differ: x, y; expected 3 classes as in net0, net1, nearest cow, "
+        "got 3 classes, among them Cow",
         first,
         other(classes=("cat", "dog", "Cow")),
     )
@@ -132,7 +139,7 @@ def test_other_classes_are_refused_with_the_nearest() -> None:
     )
 
 
-def test_other_labels_groups_and_members_with_one_name_are_refused() -> None:
+def test_conflicting_labels_groups_and_members_are_refused() -> None:
     refused(
         r"two labels: train/1.png \(1 of 6 rows\); expected b as in net0, net1, got c in x, y",
         make(),
@@ -155,9 +162,12 @@ def test_only_what_all_agree_on_is_kept() -> None:
     folds = np.array([0, 1, 0, 1, 0, 1])
     oof = make(kind="oof", folds=folds, groups=tuple("aabbcc"))
     found = join_predictions([oof, other(kind="oof", folds=folds)])
+
     assert (found.kind, found.groups, found.protocol) == ("oof", tuple("aabbcc"), "honest")
     assert found.folds is not None
     assert (found.folds == folds).all()
+
     found = join_predictions([oof, other(kind="foreign", folds=1 - folds, protocol="paper")])
+
     assert (found.kind, found.folds, found.protocol) == ("foreign", None, "paper")
     assert join_predictions([oof, other(kind="oof")]).folds is None

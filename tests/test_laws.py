@@ -1,4 +1,4 @@
-"""Laws of the whole: tests that keep their level, choices among noise, copies counted once. The tables: bench/laws.py."""
+"""Statistical laws: level and power of the tests, and choices among noise (see bench/laws.py)."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def rate(alarms: list[bool]) -> float:
 def test_an_a_a_test_rejects_at_5_percent_and_two_points() -> None:
     rng = np.random.default_rng(0)
     pairs = [equals(rng, 400, 0.3) for _ in range(PAIRS)]
+
     assert 0.03 <= rate([paired.mcnemar_exact(a, b).p <= 0.05 for a, b in pairs]) <= 0.07
     assert (
         0.03 <= rate([paired.mcnemar_exact(a, b, mid_p=True).p <= 0.05 for a, b in pairs]) <= 0.07
@@ -35,22 +36,26 @@ def test_an_a_a_test_rejects_at_5_percent_and_two_points() -> None:
     )
 
 
-def test_an_a_a_test_of_groups_rejects_at_5_percent_where_rows_alone_do_not() -> None:
+def test_group_test_keeps_its_level_where_the_row_test_does_not() -> None:
     rng = np.random.default_rng(1)
     pairs = [grouped_equals(rng, 60, 8, 0.4) for _ in range(PAIRS)]
     exact, mid = (
         rate([paired.mcnemar_exact(a, b, part, mid_p=mid).p <= 0.05 for a, b, part in pairs])
         for mid in (False, True)
     )
+
     assert 0.025 <= exact <= mid <= 0.07
+
     drawn = [paired.paired_bootstrap(a, b, part, resamples=400) for a, b, part in pairs[:200]]
+
     assert 0.03 <= rate([not within(found) for found in drawn]) <= 0.08
     assert rate([paired.mcnemar_exact(a, b).p <= 0.05 for a, b, _ in pairs]) > 0.12
 
 
-def test_an_a_a_test_of_seeds_rejects_at_5_percent_where_one_seed_does_not() -> None:
+def test_seed_test_keeps_its_level_where_one_seed_does_not() -> None:
     rng = np.random.default_rng(2)
     pairs = [trained(rng, 4, 300, 0.3) for _ in range(PAIRS)]
+
     assert 0.03 <= rate([paired.seeds_difference(a, b).p <= 0.05 for a, b in pairs]) <= 0.07
     assert rate([paired.mcnemar_exact(a[0], b[0]).p <= 0.05 for a, b in pairs]) > 0.3
 
@@ -61,13 +66,16 @@ def test_an_a_a_test_of_log_losses_and_of_five_classifiers() -> None:
     drawn = [
         paired.score_difference("log_loss", a, b, labels, resamples=400) for a, b, labels in pairs
     ]
+
     assert 0.03 <= rate([not within(found) for found in drawn]) <= 0.07
+
     easy = rng.random((2000, 1, 300)) < 0.7
     hits = easy | (rng.random((2000, 5, 300)) < 0.5)
+
     assert 0.03 <= rate([paired.cochran_q(table).p <= 0.05 for table in hits]) <= 0.07
 
 
-def test_the_exact_test_has_the_power_that_required_rows_promise_less_a_little() -> None:
+def test_exact_test_nearly_reaches_the_power_of_required_rows() -> None:
     n = paired.required_rows(0.1, 0.03)
     rng, found = np.random.default_rng(0), []
     for multiple in (0.25, 1, 2):
@@ -81,14 +89,15 @@ def test_the_exact_test_has_the_power_that_required_rows_promise_less_a_little()
                 ]
             )
         )
+
     assert found[0] < 0.4
     assert 0.72 <= found[1] <= 0.82
     assert found[2] > 0.95
 
 
 @pytest.mark.parametrize("m", [1, 16, 64])
-def test_the_best_of_guessing_members_looks_as_good_as_theory_says_and_is_not(m: int) -> None:
-    """The expected maximum of m binomials grows like the root of 2 log m; cross-fitted it stays at chance."""
+def test_best_of_guessing_members_matches_the_theory(m: int) -> None:
+    """The best apparent score grows like the root of 2 log m; cross-fitted it stays at chance."""
     rng, n, k, draws = np.random.default_rng(m), 200, 4, 40
     apparent, honest = np.empty(draws), np.empty(draws)
     for i in range(draws):
@@ -98,8 +107,10 @@ def test_the_best_of_guessing_members_looks_as_good_as_theory_says_and_is_not(m:
             cross_fit(lambda: make_ensemble("best"), probs, labels).argmax(1) == labels
         ).mean()
     error = 4 / draws**0.5
+
     assert abs(apparent.mean() - expected_best(m, n, k)) < error * apparent.std(ddof=1)
     assert abs(honest.mean() - 1 / k) < error * honest.std(ddof=1)
+
     if m > 1:
         spread = (0.25 * 0.75 / n) ** 0.5
         assert 0.75 < (apparent.mean() - 1 / k) / (spread * (2 * np.log(m)) ** 0.5) < 1

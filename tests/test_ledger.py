@@ -1,4 +1,4 @@
-"""Who saw which rows: a score on seen rows is refused, or called apparent; memorised labels never reach an honest score."""
+"""Scores on seen rows are refused or called apparent; memorised labels never help a score."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def noise(n: int, k: int = 4, m: int = 6, seed: int = 0, **more: object) -> Pred
     )  # type: ignore[arg-type]
 
 
-class Memoriser(Ensemble):
-    """The canary: answers the rows of its fit with their labels, all others by chance."""
+class Memorizer(Ensemble):
+    """Returns the labels of the rows of its fit, and random classes for all others."""
 
     _state = ("known_",)
     known_: dict[bytes, int]
@@ -64,7 +64,7 @@ class Memoriser(Ensemble):
         raise NotImplementedError
 
 
-def test_scoring_on_seen_rows_raises_or_is_stamped() -> None:
+def test_scores_on_seen_rows_are_refused_or_apparent() -> None:
     rows = noise(60)
     for ensemble in (GreedyEnsemble(), WeightedEnsemble(), SelectedEnsemble(WeightedEnsemble())):
         ensemble.fit(rows.probs[:, :40], rows.labels[:40], rows.ids[:40])
@@ -73,34 +73,42 @@ def test_scoring_on_seen_rows_raises_or_is_stamped() -> None:
         assert honest["n"] == 20
         with pytest.raises(
             DataError,
-            match=r"fitted on some of these rows: \w+; expected none, got 1 of 21, the first image39; fix: ",
+            match=r"fitted on some of these rows: \w+; expected none, got 1 of 21, "
+            r"the first image39; fix: ",
         ):
             score_ensemble(ensemble, rows.rows(range(39, 60)))
         assert score_ensemble(ensemble, rows.rows(range(39, 60)), apparent=True)["apparent"] is True
     mean = MeanEnsemble().fit(rows.probs, rows.labels, rows.ids)
+
     assert score_ensemble(mean, rows)["apparent"] is False  # it learns nothing
 
 
 def test_the_order_of_rows_and_the_file_do_not_matter() -> None:
     seen = SeenRows.from_ids(["b", "a", "ü"])
+
     np.testing.assert_array_equal(seen.contains(["a", "c", "ü"]), [True, False, True])
     assert not SeenRows.from_ids([]).contains(["a"]).any()
 
 
-def test_a_ledger_refuses_overlap_and_tells_what_was_seen() -> None:
+def test_ledger_refuses_overlap_and_lists_steps() -> None:
     ledger = Ledger(4, "oof")
     ledger.declare("weights", [1, 1, 0, 0], [0, 0, 1, 1])
     ledger.declare("weights", [0, 0, 1, 1], [1, 1, 0, 0])
+
     with pytest.raises(
         DataError, match=r"scored by what was fitted on them: weights; expected none, got 1 rows"
     ):
         ledger.declare("weights", [1, 0, 0, 0], [1, 0, 0, 1])
     with pytest.raises(DataError, match="another number of rows: weights"):
         ledger.declare("weights", [1, 0], [0, 1])
+
     ledger.declare("checkpoints", [1, 0, 0, 0], [1, 1, 0, 0], apparent=True)
+
     with pytest.raises(DataError, match="got 1 of 2, the first b"):
         ledger.declare_other_table("ensembles", ["a", "b"], ["b", "c"], "test")
+
     first, second = ledger.table()
+
     assert first.as_json() == {
         "step": "weights",
         "fitted_on": "2 of 4 oof rows, 2 times",
@@ -110,14 +118,16 @@ def test_a_ledger_refuses_overlap_and_tells_what_was_seen() -> None:
     assert (second.step, second.overlap) == ("checkpoints", 1)
 
 
-def test_predictions_of_a_network_that_saw_the_row_cannot_be_made(tmp_path: Path) -> None:
+def test_predictions_from_networks_that_saw_a_row_are_refused(tmp_path: Path) -> None:
     roles = np.array([[SCORE, SCORE, FIT, SELECT], [FIT, SELECT, SCORE, SCORE]], np.int8)
     rows = noise(4, folds=np.array([0, 0, 1, 1]), roles=roles)
     rows.save(tmp_path / "oof.npz")
     back = Predictions.load(tmp_path / "oof.npz")
+
     np.testing.assert_array_equal(back.roles, roles)
     assert [line.overlap for line in back.ledger().table()] == [0, 0]
     np.testing.assert_array_equal(rows.rows([3, 0]).roles, roles[:, [3, 0]])
+
     for bit, what in ((FIT, "weights of the members"), (SELECT, "checkpoints and stages")):
         bad = roles.copy()
         bad[0, 1] += bit
@@ -129,12 +139,15 @@ def test_predictions_of_a_network_that_saw_the_row_cannot_be_made(tmp_path: Path
         roles=np.where(roles == SCORE, SCORE + SELECT, FIT),
         protocol="paper",
     )
+
     assert {line.step: line.overlap for line in paper.ledger().table()}[
         "checkpoints and stages"
     ] == 4
+
     for bad in (roles[:1], roles[:, :3], roles.astype(float), roles + 16):
         with pytest.raises(DataError, match="roles"):
             noise(4, folds=np.array([0, 0, 1, 1]), roles=bad)
+
     with pytest.raises(DataError, match="no folds"):
         noise(4, roles=roles)
 
@@ -150,7 +163,7 @@ def test_predictions_of_a_network_that_saw_the_row_cannot_be_made(tmp_path: Path
 def test_a_planted_canary_never_leaks(
     n: int, k: int, folds: int | None, grouped: bool, seed: int
 ) -> None:
-    """What memorises labels is always right on rows of its fit, and right by chance where it is cross-fitted."""
+    """An ensemble that memorises labels is right on its own rows, and at chance cross-fitted."""
     rows = noise(n, k, 2, seed)
     part = None if folds is None else np.arange(n) % folds
     groups = [f"g{i // 3}" for i in range(n)] if grouped else None
@@ -159,12 +172,15 @@ def test_a_planted_canary_never_leaks(
     def declare(saw: np.ndarray, answers: np.ndarray) -> None:
         ledger.declare("canary", saw, answers)
 
-    honest = cross_fit(Memoriser, rows.probs, rows.labels, part, groups, declare)
+    honest = cross_fit(Memorizer, rows.probs, rows.labels, part, groups, declare)
+
     assert (
-        accuracy(Memoriser().fit(rows.probs, rows.labels).predict_proba(rows.probs), rows.labels)
+        accuracy(Memorizer().fit(rows.probs, rows.labels).predict_proba(rows.probs), rows.labels)
         == 1
     )
+
     low, high = share_interval(honest.argmax(1) == rows.labels, level=0.9999)
+
     assert low <= 1 / k <= high
     assert ledger.table()[0].overlap == 0
 
@@ -176,7 +192,7 @@ def test_a_planted_canary_never_leaks(
     seed=st.integers(0, 99),
 )
 def test_networks_that_memorise_never_answer_what_they_saw(scheme: str, k: int, seed: int) -> None:
-    """The canary as a network: it knows the labels of all its fit and select rows. Through the folds it knows nothing."""
+    """A network that memorises its fit and select rows scores at chance on the other folds."""
     n, classes = 240, 4
     rng = np.random.default_rng(seed)
     labels, groups = rng.integers(0, classes, n), [f"g{i % 12}" for i in range(n)]
@@ -210,11 +226,12 @@ def test_networks_that_memorise_never_answer_what_they_saw(scheme: str, k: int, 
     )
     found = evaluate(rows, None, EnsembleSpec(methods=("mean",), export="mean"))
     entry = found.scores[0]
+
     assert abs(entry.accuracy - 1 / classes) < 0.13  # 4.6 standard errors
     assert [line.overlap for line in found.ledger] == [0, 0]
 
 
-def test_shuffled_labels_give_chance_while_the_apparent_score_rises() -> None:
+def test_shuffled_labels_score_at_chance_honestly() -> None:
     rows = noise(600, 4, 20, 3, folds=np.arange(600) % 3)
     spec = EnsembleSpec(methods=("mean", "weighted", "greedy", "logistic"), export="greedy")
     found = evaluate(rows, None, spec)
@@ -224,6 +241,7 @@ def test_shuffled_labels_give_chance_while_the_apparent_score_rises() -> None:
         )
         assert low <= 0.25 <= high, entry.name
     apparent = {line.choice: line for line in found.optimism}
+
     assert apparent["greedy"].apparent > 0.25 + 3 * (0.1875 / 600) ** 0.5
     assert apparent["greedy"].interval[0] > 0
     assert apparent["member"].difference > 0.01
@@ -233,6 +251,7 @@ def test_shuffled_labels_give_chance_while_the_apparent_score_rises() -> None:
 def test_a_test_image_among_the_training_rows_is_refused() -> None:
     oof = noise(60, folds=np.arange(60) % 2)
     test = noise(20, seed=1, kind="test", ids=("image3", *(f"t{i}" for i in range(19))))
+
     with pytest.raises(
         DataError, match=r"choice of the method; expected none, got 1 of 20, the first image3"
     ):
@@ -243,15 +262,19 @@ def test_opening_the_test_rows_is_noted_once_for_training_and_each_time_after(
     tmp_path: Path,
 ) -> None:
     folder = RunFolder(tmp_path)
+
     assert folder.test_opened() is None
 
     for by in ("train", "train", "ensemble", "ensemble", "export", "export"):
         folder.open_test(by, 7)
 
     opened = folder.test_opened()
+
     assert opened is not None
     assert (opened.by, opened.rows, opened.times) == ("train", 7, 3)
+
     stored = json.loads((tmp_path / "ledger.json").read_text())["test_opened"]
+
     assert [entry["by"] for entry in stored] == ["train", "ensemble", "ensemble", "export"]
 
 
@@ -262,5 +285,6 @@ def test_every_method_declares_its_rows() -> None:
         assert fitted.seen_ is not None
         assert fitted.seen_.contains(rows.ids).all(), name
         assert make_ensemble(name).fit(rows.probs, rows.labels).seen_ is None
+
     with pytest.raises(DataError, match="ids do not match"):
         GreedyEnsemble().fit(rows.probs, rows.labels, rows.ids[:3])

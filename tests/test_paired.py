@@ -22,6 +22,7 @@ LAW = settings(max_examples=60, deadline=None)
 def test_mcnemar_is_the_binomial_test_of_discordant_rows(rows: list[tuple[bool, bool]]) -> None:
     a, b = np.array(rows).T
     only_a, only_b, p = paired.mcnemar_exact(a, b)
+
     assert only_a == sum(x and not y for x, y in rows)
     assert only_b == sum(y and not x for x, y in rows)
     assert p == pytest.approx(binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0)
@@ -32,6 +33,7 @@ def test_paired_tests_refuse_rows_that_do_not_pair() -> None:
     for a, b in (([1], [1, 0]), ([], []), ([[1]], [[1]])):
         with pytest.raises(DataError, match="one value per row"):
             paired.mcnemar_exact(a, b)
+
     with pytest.raises(DataError, match="groups have the wrong length"):
         paired.paired_bootstrap([1, 0], [0, 0], groups=["a"])
     with pytest.raises(DataError, match="confidence level"):
@@ -44,6 +46,7 @@ def test_bootstrap_interval_is_the_normal_one_for_many_rows() -> None:
     found = paired.paired_bootstrap(a, b)
     difference = a.astype(float) - b
     error = difference.std() / len(difference) ** 0.5
+
     assert found.estimate == pytest.approx(difference.mean())
     assert found.low == pytest.approx(difference.mean() - 1.96 * error, abs=0.2 * error)
     assert found.high == pytest.approx(difference.mean() + 1.96 * error, abs=0.2 * error)
@@ -59,6 +62,7 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
             rng.normal(0.3, 1, 60), rng.normal(0, 1, 60), level=0.9, resamples=300, seed=i
         )
         covered += found.low <= 0.3 <= found.high
+
     assert 0.82 <= covered / 200 <= 0.96
 
 
@@ -67,6 +71,7 @@ def test_groups_widen_the_interval_where_rows_repeat() -> None:
     a, b = (np.repeat(rng.random(40) < share, 25).astype(float) for share in (0.8, 0.6))
     groups = [f"patient{i // 25}" for i in range(1000)]
     alone, grouped = paired.paired_bootstrap(a, b), paired.paired_bootstrap(a, b, groups)
+
     assert grouped.estimate == alone.estimate
     assert (
         3.5 < (grouped.high - grouped.low) / (alone.high - alone.low) < 6.5
@@ -82,6 +87,7 @@ def test_holm_by_hand() -> None:
     assert paired.holm([0.04, 0.01, 0.03, 0.005]) == pytest.approx([0.06, 0.03, 0.06, 0.02])
     assert paired.holm([0.9, 0.8]) == pytest.approx([1, 1])
     assert paired.holm([]).shape == (0,)
+
     for wrong in ([1.2, 0.1], [-0.1], [np.nan], 0.5):
         with pytest.raises(DataError):
             paired.holm(wrong)
@@ -92,14 +98,13 @@ def test_holm_by_hand() -> None:
     p=st.lists(st.floats(0, 1), min_size=1, max_size=8),
     alpha=st.sampled_from([0.01, 0.05, 0.2, 0.5]),
 )
-def test_holm_rejects_exactly_what_the_step_down_procedure_rejects(
-    p: list[float], alpha: float
-) -> None:
+def test_holm_equals_the_step_down_procedure(p: list[float], alpha: float) -> None:
     adjusted = paired.holm(p)
     ordered = sorted(range(len(p)), key=lambda i: p[i])
     rejected = itertools.takewhile(
         lambda step: p[step[1]] * (len(p) - step[0]) <= alpha, enumerate(ordered)
     )
+
     assert {i for i in range(len(p)) if adjusted[i] <= alpha} == {i for _, i in rejected}
     assert (adjusted >= np.array(p)).all()
     assert adjusted.max() <= 1
@@ -120,13 +125,16 @@ def test_verdicts_in_words(counts: tuple[int, int, float], sentence: str) -> Non
     assert paired.verdict("mean", "net", *counts) == sentence
 
 
-def test_a_verdict_names_its_test_and_the_images_that_were_needed() -> None:
-    told = "no evidence of a difference: 141 against 140 images (exact McNemar, p = 1.00)"
-    assert paired.verdict("STD", "GRU", 141, 140, 1.0, test="exact McNemar") == told
+def test_verdict_names_its_test_and_the_images_needed() -> None:
+    expected = "no evidence of a difference: 141 against 140 images (exact McNemar, p = 1.00)"
+
+    assert paired.verdict("STD", "GRU", 141, 140, 1.0, test="exact McNemar") == expected
+
     sentence = paired.verdict("STD", "GRU", 141, 140, 1.0, test="exact McNemar", n=10_000)
+
     assert (
         sentence
-        == f"{told}; about 23,000,000 images would be needed to show a difference of this size"
+        == f"{expected}; about 23,000,000 images would be needed to show a difference of this size"
     )
     assert (
         paired.verdict("a", "b", 5, 5, 1.0, n=100)
@@ -154,6 +162,7 @@ def test_mcnemar_with_groups_is_the_enumeration_of_all_signs(
         [abs(np.dot(signs, sums)) for signs in itertools.product((-1, 1), repeat=len(sums))]
     )
     expected = (all_sums > seen).mean() + (all_sums == seen).mean() * (0.5 if mid_p and seen else 1)
+
     assert found == (
         ((a == 1) & (b == 0)).sum(),
         ((b == 1) & (a == 0)).sum(),
@@ -168,6 +177,7 @@ def test_mcnemar_of_groups_of_one_row_is_that_of_rows(
 ) -> None:
     a, b, _ = np.array(rows).T
     alone = paired.mcnemar_exact(a, b, mid_p=mid_p)
+
     assert paired.mcnemar_exact(a, b, np.arange(len(a)), mid_p=mid_p) == pytest.approx(alone)
 
 
@@ -184,22 +194,26 @@ def test_the_mid_p_value_counts_what_was_seen_by_half(only_a: int, only_b: int) 
     a, b = np.repeat([1, 0], [only_a, only_b + 1]), np.repeat([0, 1, 0], [only_a, only_b, 1])
     exact, mid = paired.mcnemar_exact(a, b).p, paired.mcnemar_exact(a, b, mid_p=True).p
     n, fewer = only_a + only_b, min(only_a, only_b)
+
     # Fagerland et al. (2013), equation for the mid-p McNemar test.
     assert mid == pytest.approx(2 * binom.cdf(fewer - 1, n, 0.5) + binom.pmf(fewer, n, 0.5))
     assert mid <= exact or mid == pytest.approx(exact)
 
 
 @pytest.mark.parametrize("n", [100, 1000])
-def test_equal_classifiers_are_told_apart_no_more_often_than_said(n: int) -> None:
+def test_false_positive_rate_stays_below_the_level(n: int) -> None:
     rng = np.random.default_rng(n)
     pairs = [equals(rng, n, 0.3) for _ in range(200)]
     exact = sum(paired.mcnemar_exact(a, b).p <= 0.05 for a, b in pairs)
     mid = sum(paired.mcnemar_exact(a, b, mid_p=True).p <= 0.05 for a, b in pairs)
+
     assert 1 <= exact <= mid <= 14  # of 200: 5 % and two points
+
     grouped = [
         paired.mcnemar_exact(np.repeat(a, 8), np.repeat(b, 8), np.arange(8 * n) // 8).p
         for a, b in pairs
     ]
+
     assert grouped == pytest.approx([paired.mcnemar_exact(a, b).p for a, b in pairs])
     assert (
         sum(paired.mcnemar_exact(np.repeat(a, 8), np.repeat(b, 8)).p <= 0.05 for a, b in pairs) > 60
@@ -220,15 +234,19 @@ def test_a_score_difference_is_paired() -> None:
             hits, abs=1e-9
         )
     found = paired.score_difference("log_loss", a, b, labels)
+
     assert found.estimate == pytest.approx(stats.log_loss(a, labels) - stats.log_loss(b, labels))
     assert found.low < found.estimate < found.high
+
     alone = [stats.bootstrap_interval("log_loss", probs, labels) for probs in (a, b)]
+
     assert found.high - found.low < 0.7 * max(interval.high - interval.low for interval in alone)
     assert paired.score_difference("macro_f1", a, a, labels) == (0, 0, 0)
 
 
 def test_a_score_difference_refuses() -> None:
     a, labels = np.full((4, 2), 0.5), [0, 0, 0, 0]
+
     with pytest.raises(DataError, match="different rows or classes"):
         paired.score_difference("accuracy", a, np.full((3, 2), 0.5), labels)
     with pytest.raises(DataError, match="not defined on these rows: roc_auc"):
@@ -269,8 +287,9 @@ def test_cochrans_q_compares_classifiers() -> None:
 
 
 def test_the_corrected_t_test_by_hand() -> None:
-    # Differences 1, 2, 3 points: mean 2, variance 1, times 1/3 + 1/9 for ten folds' rows: t = 2 / (2/3) = 3.
+    # Differences 1, 2, 3: mean 2, variance 1, times 1/3 + 1/9 for ten folds: t = 2 / (2/3) = 3.
     found = paired.corrected_t_test([0.91, 0.92, 0.93], [0.9, 0.9, 0.9], n_fit=900, n_score=100)
+
     assert found.estimate == pytest.approx(0.02)
     assert (found.t, found.df) == pytest.approx((3, 2))
     assert found.p == pytest.approx(2 * t.sf(3, 2))
@@ -284,6 +303,7 @@ def test_the_corrected_t_test_by_hand() -> None:
 def test_with_few_scored_rows_it_is_the_plain_t_test(seed: int, splits: int) -> None:
     a, b = np.random.default_rng(seed).normal(0.8, 0.05, (2, splits))
     found, plain = paired.corrected_t_test(a, b, 1e12, 1e-3), ttest_rel(a, b)
+
     assert (found.t, found.p) == pytest.approx((plain.statistic, plain.pvalue))
     assert paired.corrected_t_test(a, b, 900, 100).p > found.p
 
@@ -322,7 +342,9 @@ def test_seeds_intervals_cover_other_seeds_and_other_images(seeds: float, groupe
         found = paired.seeds_difference(a, b, groups)
         covered += found.low <= 0 <= found.high
         alone += abs(found.per_seed[0]) <= 1.96 * (a[0].astype(float) - b[0]).std() / 200**0.5
+
     assert covered / 150 >= 0.92
+
     if seeds:
         assert (
             alone / 150 < 0.8
@@ -331,11 +353,10 @@ def test_seeds_intervals_cover_other_seeds_and_other_images(seeds: float, groupe
 
 @LAW
 @given(seed=st.integers(0, 999), s=st.integers(2, 5), n=st.integers(2, 40))
-def test_seeds_difference_is_antisymmetric_and_groups_of_one_row_are_rows(
-    seed: int, s: int, n: int
-) -> None:
+def test_seeds_difference_is_antisymmetric(seed: int, s: int, n: int) -> None:
     a, b = trained(np.random.default_rng(seed), s, n, 0.3)
     found, turned = paired.seeds_difference(a, b), paired.seeds_difference(b, a)
+
     assert (turned.estimate, turned.low, turned.high) == pytest.approx(
         (-found.estimate, -found.high, -found.low)
     )
@@ -351,6 +372,7 @@ def test_seeds_difference_is_antisymmetric_and_groups_of_one_row_are_rows(
 def test_with_very_many_images_only_the_seeds_count() -> None:
     a, b = trained(np.random.default_rng(2), 5, 200_000, 0.3)
     found = paired.seeds_difference(a, b)
+
     assert found.p == pytest.approx(ttest_1samp(found.per_seed, 0).pvalue, abs=0.01)
     assert found.seeds_share > 0.98
 
@@ -359,9 +381,12 @@ def test_seeds_that_repeat_leave_the_interval_of_the_images() -> None:
     a, b = np.random.default_rng(3).random((2, 1, 400)) < [[[0.9]], [[0.8]]]
     found = paired.seeds_difference(np.repeat(a, 3, 0), np.repeat(b, 3, 0))
     rows = (a.astype(float) - b)[0]
+
     assert found.high - found.estimate == pytest.approx(t.ppf(0.975, 399) * rows.std(ddof=1) / 20)
     assert found.seeds_share == 0
+
     same = paired.seeds_difference(np.repeat(a, 2, 0), np.repeat(a, 2, 0))
+
     assert same == (0, 0, 0, 1, (0, 0), 0)
 
 
@@ -391,8 +416,9 @@ def test_the_required_rows_give_the_power_that_was_asked(
     n = paired.required_rows(discordant, difference)
     shares = [(discordant + difference) / 2, (discordant - difference) / 2, 1 - discordant]
     counts = np.random.default_rng(0).multinomial(n, shares, 20_000)[:, :2]
-    # McNemar's test in the normal form that the formula is for; the exact one has a little less power.
+    # The formula is for McNemar's normal test; the exact test has slightly less power.
     found = (np.abs(counts[:, 0] - counts[:, 1]) > 1.96 * np.sqrt(counts.sum(1))).mean()
+
     assert found == pytest.approx(0.8, abs=0.04) if discordant > abs(difference) else found > 0.8
     assert paired.required_rows(discordant, difference, power=0.9) >= n
 

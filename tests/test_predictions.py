@@ -1,4 +1,4 @@
-"""Predictions: what is written comes back bit for bit, and what is wrong is refused in one clear line."""
+"""Predictions are read bit for bit as they were written; wrong ones are refused in one line."""
 
 from __future__ import annotations
 
@@ -11,60 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
+from support__predictions import Bomb, make, predictions, raw, same
 
 from threefold.errors import DataError, RunError
 from threefold.predictions import Predictions
 
 AUTHORS = Path(__file__).parents[2] / "shared" / "data" / "fashion_mnist_authors_predictions.npz"
-
-names = st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=12)
-
-
-def make(m: int = 2, n: int = 6, k: int = 3, **changes) -> Predictions:
-    rng = np.random.default_rng(0)
-    parts = {
-        "probs": rng.dirichlet(np.ones(k), (m, n)).astype(np.float32),
-        "labels": np.arange(n) % k,
-        "ids": tuple(f"train/{i}.png" for i in range(n)),
-        "classes": tuple("abcdefgh"[:k]),
-        "members": tuple(f"net{i}" for i in range(m)),
-    }
-    return Predictions(**{**parts, **changes})
-
-
-def raw(**changes) -> dict[str, np.ndarray]:
-    """The arrays of a foreign file; a value of None leaves the array out."""
-    predictions = make()
-    arrays = {"probs": predictions.probs, "labels": predictions.labels, **changes}
-    return {name: value for name, value in arrays.items() if value is not None}
-
-
-def same(a: Predictions, b: Predictions) -> bool:
-    arrays = [(a.probs, b.probs), (a.labels, b.labels), (a.folds, b.folds)]
-    plain = ("ids", "classes", "members", "groups", "protocol", "kind")
-    return all(getattr(a, name) == getattr(b, name) for name in plain) and all(
-        (x is None and y is None) or (x.dtype == y.dtype and x.tobytes() == y.tobytes())
-        for x, y in arrays
-    )
-
-
-@st.composite
-def predictions(draw):
-    m, n, k = draw(st.tuples(st.integers(1, 4), st.integers(1, 8), st.integers(2, 6)))
-    weights = draw(hnp.arrays(np.float32, (m, n, k), elements=st.floats(0.0078125, 1, width=32)))
-    unique = {"unique": True}
-    return Predictions(
-        probs=weights / weights.sum(-1, keepdims=True),
-        labels=draw(hnp.arrays(np.int64, n, elements=st.integers(0, k - 1))),
-        ids=tuple(draw(st.lists(names, min_size=n, max_size=n, **unique))),
-        classes=tuple(draw(st.lists(names, min_size=k, max_size=k, **unique))),
-        members=tuple(draw(st.lists(names, min_size=m, max_size=m, **unique))),
-        groups=draw(st.none() | st.lists(names, min_size=n, max_size=n).map(tuple)),
-        protocol=draw(st.sampled_from(["honest", "paper"])),
-        kind=draw(st.sampled_from(["oof", "test", "foreign"])),
-        folds=draw(st.none() | hnp.arrays(np.int64, n, elements=st.integers(-1, 4))),
-    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -72,12 +24,14 @@ def predictions(draw):
 def test_saved_predictions_come_back_bit_for_bit(tmp_path_factory, original):
     path = tmp_path_factory.mktemp("p") / "oof.npz"
     original.save(path)
+
     assert same(Predictions.load(path), original)
 
 
 def test_saving_twice_writes_the_same_bytes(tmp_path):
     make().save(tmp_path / "a.npz")
     make().save(tmp_path / "b.npz")
+
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
@@ -95,6 +49,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
+
     with pytest.raises(RunError, match="No space left"):
         make(m=3).save(tmp_path / "p.npz")
     assert (tmp_path / "p.npz").read_bytes() == before
@@ -104,6 +59,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
 def test_a_foreign_file_needs_only_probs_and_labels(tmp_path):
     np.savez(tmp_path / "p.npz", **raw())
     found = Predictions.load(tmp_path / "p.npz")
+
     assert found.ids == tuple(f"row000{i}" for i in range(6))
     assert found.classes == ("0", "1", "2")
     assert found.members == ("member0", "member1")
@@ -113,6 +69,7 @@ def test_a_foreign_file_needs_only_probs_and_labels(tmp_path):
 def test_a_foreign_file_may_hold_one_member_without_its_axis(tmp_path):
     np.savez(tmp_path / "p.npz", **raw(probs=make().probs[0], members=np.array("mine")))
     found = Predictions.load(tmp_path / "p.npz")
+
     assert found.probs.shape == (1, 6, 3)
     assert found.members == ("mine",)
 
@@ -121,6 +78,7 @@ def test_default_ids_sort_in_row_order(tmp_path):
     probs = np.full((1, 10_001, 2), 0.5, np.float32)
     np.savez(tmp_path / "p.npz", probs=probs, labels=np.zeros(10_001, int))
     ids = Predictions.load(tmp_path / "p.npz").ids
+
     assert list(ids) == sorted(ids)
 
 
@@ -133,6 +91,7 @@ def test_numbers_of_other_types_are_taken_without_loss(tmp_path):
         ids=np.arange(6),
     )
     found = Predictions.load(tmp_path / "p.npz")
+
     assert found.probs.dtype == np.float32
     assert found.labels.dtype == np.int64
     assert found.ids[5] == "5"
@@ -194,10 +153,11 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_wrong_arrays_are_refused_in_one_line_that_names_the_file(tmp_path, case):
+def test_wrong_arrays_are_refused_with_the_file_name(tmp_path, case):
     changes, message = BROKEN[case]
     path = tmp_path / "broken.npz"
     np.savez(path, **raw(**changes))
+
     with pytest.raises(DataError, match=message) as caught:
         Predictions.load(path)
     assert "\n" not in str(caught.value)
@@ -214,26 +174,24 @@ def refuse(path: Path, message: str) -> None:
 def test_files_that_are_no_npz_are_refused(tmp_path):
     refuse(tmp_path / "absent.npz", "no such file")
     refuse(tmp_path, "a folder")
+
     (tmp_path / "empty.npz").touch()
+
     refuse(tmp_path / "empty.npz", "file is empty")
+
     (tmp_path / "text.npz").write_text("probs,labels\n0.5,1\n")
+
     refuse(tmp_path / "text.npz", "expected npz, got csv content")
+
     np.save(tmp_path / "one.npy", np.ones(3))
+
     refuse(tmp_path / "one.npy", r"not an \.npz")
+
     with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
         archive.writestr("probs.npy", "not an array")
         archive.writestr("labels.npy", "not an array")
+
     refuse(tmp_path / "other.npz", "damaged|must be numbers")
-
-
-class Bomb:
-    """Creates a file when unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 @pytest.mark.parametrize("name", ["probs", "labels", "ids", "members", "provenance"])
@@ -241,6 +199,7 @@ def test_object_arrays_are_refused_and_never_unpickled(tmp_path, name):
     np.savez(
         tmp_path / "p.npz", **raw(**{name: np.array([Bomb(tmp_path / "exploded")], dtype=object)})
     )
+
     refuse(tmp_path / "p.npz", "never unpickled.*string arrays")
     assert not (tmp_path / "exploded").exists()
 
@@ -252,6 +211,7 @@ def test_a_header_that_python_cannot_parse_is_refused(tmp_path, header):
     content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
     with zipfile.ZipFile(tmp_path / "p.npz", "w") as archive:
         archive.writestr("probs.npy", content)
+
     refuse(tmp_path / "p.npz", "damaged")
 
 
@@ -266,23 +226,26 @@ def test_a_damaged_file_is_refused_or_unchanged(tmp_path_factory, data):
     path.write_bytes(buffer[: data.draw(st.integers(len(buffer) // 2, len(buffer)))])
     with contextlib.suppress(DataError):
         found = Predictions.load(path)
-        # a byte that zip readers ignore, or the name of an optional array: what was read is as it was written
+        # The damage hit a byte that zip readers ignore, or the name of an optional array.
         assert found.probs.tobytes() == make().probs.tobytes()
         assert found.labels.tobytes() == make().labels.tobytes()
 
 
-def test_predictions_are_read_only_and_do_not_freeze_what_they_were_made_from():
+def test_predictions_are_read_only_but_the_input_is_not():
     mine = make().probs.copy()
     found = make(probs=mine)
+
     with pytest.raises(ValueError, match="read-only"):
         found.probs[0, 0, 0] = 1
     with pytest.raises(ValueError, match="read-only"):
         found.labels[0] = 1
+
     mine[0, 0, 0] = 0.25
 
 
-def test_select_keeps_the_members_in_the_order_asked_for():
+def test_select_keeps_the_given_order_of_members():
     found = make(m=3).select(["net2", "net0"])
+
     assert found.members == ("net2", "net0")
     assert (found.probs == make(m=3).probs[[2, 0]]).all()
     assert found.ids == make().ids
@@ -290,6 +253,7 @@ def test_select_keeps_the_members_in_the_order_asked_for():
 
 def test_an_unknown_member_is_an_error_that_names_the_nearest():
     found = make(m=3, members=("lite0", "lite1", "resnet"))
+
     with pytest.raises(
         DataError, match=r"no such member: lite2; expected one of lite[01], lite[01]$"
     ):
@@ -315,15 +279,19 @@ def test_rows_takes_every_part_of_a_row_along(original, data):
         assert (found.probs[:, new] == original.probs[:, old]).all()
         assert found.groups is None or found.groups[new] == original.groups[old]
         assert found.folds is None or found.folds[new] == original.folds[old]
+
     assert (found.protocol, found.kind) == (original.protocol, original.kind)
 
 
 def test_rows_takes_booleans_and_refuses_what_does_not_exist():
     mask = np.array([1, 0, 0, 1, 0, 0], bool)
+
     assert make().rows(mask).ids == make().rows([0, 3]).ids
+
     for index in ([6], [], [True, False], [0.5]):
         with pytest.raises(DataError, match="no such rows"):
             make().rows(index)
+
     with pytest.raises(DataError, match="not unique"):
         make().rows([1, 1])
 
@@ -331,6 +299,7 @@ def test_rows_takes_booleans_and_refuses_what_does_not_exist():
 @pytest.mark.skipif(not AUTHORS.exists(), reason="the authors' predictions are not here")
 def test_the_authors_predictions_load():
     found = Predictions.load(AUTHORS)
+
     assert found.probs.shape == (10, 10_000, 10)
     assert found.members[7] == "FashionMNIST_SEResNext101_LRG299_GRU_Mul"
     assert (np.bincount(found.labels) == 1000).all()

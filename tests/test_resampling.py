@@ -40,11 +40,14 @@ def test_as_many_are_drawn_as_there_are(n: int, resamples: int, chunk: int, seed
                 resampling.cell_weights(cells, part, resamples, seed),
             )
         )
+
     assert rows.shape == grouped.shape == (n, resamples)
     assert per_cell.shape == both.shape == (cells.max() + 1, resamples)
     assert (rows.sum(0) == n).all()
     assert (per_cell.sum(0) == n).all()
+
     first = np.unique(part, return_index=True)[1]
+
     assert (grouped == grouped[first][part]).all()  # a group comes whole or not at all
     assert (grouped[first].sum(0) == part.max() + 1).all()
     assert (
@@ -58,6 +61,7 @@ def test_as_many_are_drawn_as_there_are(n: int, resamples: int, chunk: int, seed
 )
 def test_draws_are_multinomial(draw: Callable) -> None:
     weights = together(draw(20, 20_000, 0))
+
     assert weights.mean(1) == pytest.approx(np.ones(20), abs=0.04)
     assert weights.var(1) == pytest.approx(np.full(20, 0.95), abs=0.06)
     assert np.corrcoef(weights)[0, 1] == pytest.approx(-1 / 19, abs=0.03)
@@ -67,6 +71,7 @@ def test_draws_are_multinomial(draw: Callable) -> None:
 
 def test_an_interval_leaves_out_draws_without_a_value() -> None:
     values = np.concatenate([np.arange(101.0), [np.nan] * 50])
+
     assert resampling.percentile_interval(values, 0.9) == pytest.approx((5, 95))
     with pytest.raises(DataError, match="not defined in any bootstrap resample"):
         resampling.percentile_interval(np.full(3, np.nan), 0.9)
@@ -110,14 +115,16 @@ def test_scores_are_finite_numbers(values: object) -> None:
 
 def test_few_draws_have_no_ends() -> None:
     resampling.check_draws(0.95, 40)
+
     with pytest.raises(DataError, match="expected at least 40, got 39"):
         resampling.check_draws(0.95, 39)
+
     for level in (0, 1, 95, np.nan):
         with pytest.raises(DataError, match="confidence level"):
             resampling.check_draws(level, 2000)
 
 
-def test_sums_over_drawn_units_have_the_same_law_for_few_kinds_of_units_and_many() -> None:
+def test_column_sums_have_one_distribution_for_few_and_many_kinds() -> None:
     rng = np.random.default_rng(0)
     kinds = rng.integers(0, 2, (2, 4000)).astype(float)
     many = np.stack([kinds[0], np.arange(4000.0)])  # no two units alike: drawn one by one

@@ -21,7 +21,7 @@ LAW = settings(max_examples=60, deadline=None)
 
 @st.composite
 def scored(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities (n, k) that never reach the floor, and labels that need not hold every class."""
+    """Probabilities (n, k) above the floor, and labels that may lack a class."""
     n, k, seed = draw(st.integers(1, 60)), draw(st.integers(2, 6)), draw(st.integers(0, 999))
     rng = np.random.default_rng(seed)
     probs = 0.9 * rng.dirichlet(np.full(k, draw(st.sampled_from([0.3, 1.0, 5.0]))), n) + 0.1 / k
@@ -33,12 +33,14 @@ def scored(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 def test_scores_equal_scikit_learns(data: tuple[np.ndarray, np.ndarray]) -> None:
     probs, labels = data
     numbers = np.arange(probs.shape[1])
+
     assert stats.accuracy(probs, labels) == pytest.approx(
         metrics.accuracy_score(labels, probs.argmax(1)), abs=1e-12
     )
     assert stats.log_loss(probs, labels) == pytest.approx(
         metrics.log_loss(labels, probs, labels=numbers), rel=1e-9
     )
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # answers that are no row's label
         recall = metrics.balanced_accuracy_score(labels, probs.argmax(1))
@@ -48,16 +50,19 @@ def test_scores_equal_scikit_learns(data: tuple[np.ndarray, np.ndarray]) -> None
             2 * metrics.brier_score_loss(labels, probs[:, 1], pos_label=1)
         )
     one_hot = np.eye(len(numbers))[labels]
+
     assert stats.brier(probs, labels) == pytest.approx(
         ((probs - one_hot) ** 2).sum(1).mean(), rel=1e-9
     )
+
     expected = metrics.confusion_matrix(labels, probs.argmax(1), labels=numbers)
+
     assert (stats.confusion_matrix(probs, labels) == expected).all()
 
 
 @LAW
 @given(data=scored())
-def test_per_class_figures_equal_scikit_learns_and_are_none_where_undefined(
+def test_per_class_scores_equal_those_of_scikit_learn(
     data: tuple[np.ndarray, np.ndarray],
 ) -> None:
     probs, labels = data
@@ -81,7 +86,7 @@ def test_per_class_figures_equal_scikit_learns_and_are_none_where_undefined(
 
 @LAW
 @given(data=scored(), bins=st.integers(1, 20))
-def test_the_reliability_curve_is_scikit_learns_and_the_calibration_error_its_definition(
+def test_reliability_curve_and_ece_equal_their_references(
     data: tuple[np.ndarray, np.ndarray], bins: int
 ) -> None:
     probs, labels = data
@@ -95,6 +100,7 @@ def test_the_reliability_curve_is_scikit_learns_and_the_calibration_error_its_de
         confidence * bins
     )  # Guo et al. (2017), equation 3: bins closed at their upper ends
     gaps = [abs((confidence - hits)[where == b].sum()) for b in range(1, bins + 1)]
+
     assert stats.ece(probs, labels, bins) == pytest.approx(sum(gaps) / len(labels))
 
 
@@ -104,6 +110,7 @@ def test_wilson_equals_statsmodels(n: int, share: float, level: float) -> None:
     proportion = pytest.importorskip("statsmodels.stats.proportion")
     correct = round(share * n)
     expected = proportion.proportion_confint(correct, n, 1 - level, "wilson")
+
     assert stats.wilson_interval(correct, n, level) == pytest.approx(expected, abs=1e-12)
 
 
@@ -116,6 +123,7 @@ def test_a_sure_miss_costs_the_floor_and_not_infinity() -> None:
 def test_wilson_equals_scipys(n: int, share: float, level: float) -> None:
     correct = round(n * share)
     expected = binomtest(correct, n).proportion_ci(level, "wilson")
+
     assert stats.wilson_interval(correct, n, level) == pytest.approx(
         (expected.low, expected.high), abs=1e-12
     )
@@ -125,17 +133,19 @@ def test_wilson_at_its_ends() -> None:
     assert stats.wilson_interval(0, 0) == (0, 1)
     assert stats.wilson_interval(0, 20).low == 0
     assert stats.wilson_interval(20, 20).high == 1
+
     for correct, n, level in ((3, 2, 0.95), (-1, 2, 0.95), (1, 2, 1.0), (1, 2, 95)):
         with pytest.raises(DataError):
             stats.wilson_interval(correct, n, level)
 
 
 def test_reliability_by_hand() -> None:
-    # Bins of an eighth: 0.6 and 0.625 are in (0.5, 0.625], 0.7 in (0.625, 0.75], 0.9 and 1.0 in (0.875, 1].
+    # Bins of 1/8: 0.6 and 0.625 are in (0.5, 0.625], 0.7 in (0.625, 0.75], 0.9 and 1 in (0.875, 1].
     top = np.array([0.6, 0.625, 0.7, 0.9, 1.0])
     probs = np.column_stack([top, 1 - top])
     labels = np.array([0, 1, 0, 0, 0])
     curve = stats.reliability_curve(probs, labels, bins=8)
+
     assert curve.confidence == pytest.approx([0.6125, 0.7, 0.95])
     assert curve.accuracy == pytest.approx([0.5, 1, 1])
     assert curve.n.tolist() == [2, 1, 2]
@@ -146,8 +156,11 @@ def test_ece_tells_calibrated_from_overconfident() -> None:
     rng = np.random.default_rng(0)
     top = rng.uniform(0.5, 1, 50_000)
     labels = (rng.random(50_000) > top).astype(int)
+
     assert stats.ece(np.column_stack([top, 1 - top]), labels) < 0.01
+
     sure = top**0.2
+
     assert stats.ece(np.column_stack([sure, 1 - sure]), labels) > 0.15
 
 
@@ -156,6 +169,7 @@ def test_ece_tells_calibrated_from_overconfident() -> None:
 def test_ece_lies_between_the_mean_gap_and_one(data: tuple[np.ndarray, np.ndarray]) -> None:
     probs, labels = data
     gap = abs(probs.max(1).mean() - stats.accuracy(probs, labels))
+
     assert gap - 1e-12 <= stats.ece(probs, labels) <= 1
     assert stats.reliability_curve(probs, labels).n.sum() == len(labels)
 
@@ -164,6 +178,7 @@ def test_a_score_has_the_figures_of_results_json() -> None:
     probs = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]])
     labels = np.array([0, 1, 1, 1])
     entry = stats.score_table(probs, labels, level=0.9)
+
     assert list(entry)[:6] == ["n", "accuracy", "interval", "level", "log_loss", "ece"]
     assert list(entry)[6:] == [
         "brier",
@@ -176,12 +191,18 @@ def test_a_score_has_the_figures_of_results_json() -> None:
     assert entry["interval"] == list(stats.wilson_interval(3, 4, 0.9))
     assert entry["log_loss"] == stats.log_loss(probs, labels)
     assert entry["ece"] == stats.ece(probs, labels)
+
     for name in ("brier", "balanced_accuracy", "macro_f1", "roc_auc"):
         assert entry[name] == getattr(stats, name)(probs, labels)
+
     assert all(type(value) in (int, float, list) for value in entry.values())
+
     alone = stats.score_table(probs[:1], [0])
+
     assert (alone["roc_auc"], alone["balanced_accuracy"]) == (None, 1.0)
+
     grouped = stats.score_table(probs, labels, 0.9, ["a", "a", "b", "b"])
+
     assert grouped["interval"] == list(
         stats.share_interval(stats.correct(probs, labels), ["a", "a", "b", "b"], 0.9)
     )
@@ -232,6 +253,7 @@ def groups_of(
 @given(hits=st.lists(st.booleans(), min_size=2, max_size=60), level=st.sampled_from([0.8, 0.95]))
 def test_groups_of_one_row_are_rows_for_a_share(hits: list[bool], level: float) -> None:
     rows = stats.wilson_interval(sum(hits), len(hits), level)
+
     assert stats.share_interval(hits, level=level) == rows
     assert stats.share_interval(hits, list(range(len(hits))), level) == pytest.approx(rows)
 
@@ -242,15 +264,18 @@ def test_groups_never_narrow_the_interval_of_a_share(seed: int, groups: int, lar
     rng = np.random.default_rng(seed)
     hits, part = groups_of(rng.random(groups), rng.integers(1, largest + 1, groups), rng)
     alone, found = stats.share_interval(hits), stats.share_interval(hits, part)
+
     assert 0 <= found.low <= alone.low + 1e-12
     assert alone.high - 1e-12 <= found.high <= 1
     assert found.low - 1e-12 <= hits.mean() <= found.high + 1e-12
 
 
 def test_the_design_effect_by_hand() -> None:
-    # 4, 2 and 0 of 4 right: variance 8 * 3/2 / 12^2 = 1/12 against 0.25 / 11 of rows alone, so 12 rows are worth 36/11.
+    # 4, 2 and 0 of 4 right: variance 8 * 3/2 / 12^2 = 1/12, that of independent rows 0.25 / 11,
+    # so 12 rows are worth 36/11.
     hits = [1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
     worth = 36 / 11 * (t.ppf(0.975, 11) / t.ppf(0.975, 2)) ** 2
+
     assert stats.share_interval(hits, list("aaaabbbbcccc")) == pytest.approx(
         stats.wilson_interval(worth / 2, worth)
     )
@@ -259,6 +284,7 @@ def test_the_design_effect_by_hand() -> None:
 def test_groups_that_are_alike_count_once_each() -> None:
     hits = np.repeat(np.random.default_rng(0).random(400) < 0.7, 10)
     found = stats.share_interval(hits, np.repeat(np.arange(400), 10))
+
     assert found == pytest.approx(stats.wilson_interval(hits.sum() / 10, 400), abs=5e-4)
     assert (
         stats.share_interval(np.ones(40), np.repeat(np.arange(4), 10)).low
@@ -267,23 +293,27 @@ def test_groups_that_are_alike_count_once_each() -> None:
     assert stats.share_interval(np.ones(40), ["one"] * 40) == (0, 1)
 
 
-def test_the_interval_of_a_grouped_share_covers_as_often_as_it_says() -> None:
+def test_grouped_share_interval_has_its_coverage() -> None:
     rng, covered = np.random.default_rng(4), np.zeros(2)
     for _ in range(300):
         hits, part = groups_of(rng.beta(8, 2, 25), rng.integers(5, 30, 25), rng)
         found = (stats.share_interval(hits, part), stats.share_interval(hits))
         covered += [interval.low <= 0.8 <= interval.high for interval in found]
+
     assert 0.92 <= covered[0] / 300 <= 0.98
     assert covered[1] / 300 < 0.85  # rows alone: too sure
 
 
 def test_shares_are_of_rows_that_count() -> None:
     hits, among = np.array([1, 0, 1, 0, 0]), np.array([1, 1, 1, 0, 0])
+
     assert stats.share_interval(hits, among=among) == stats.wilson_interval(2, 3)
     assert stats.share_interval(np.zeros(2), ["a", "b"], among=np.zeros(2)) == (0, 1)
+
     for wrong in ([1, 1], [0, 1, 1, 0, 0]):
         with pytest.raises(DataError, match="hits lie outside the rows that count"):
             stats.share_interval(hits, among=wrong)
+
     with pytest.raises(DataError, match="groups have the wrong length"):
         stats.share_interval(hits, ["a"])
     with pytest.raises(DataError, match="confidence level"):
@@ -311,6 +341,7 @@ def test_bootstrap_equals_scipys_which_copies_the_rows(name: str) -> None:
         rng=np.random.default_rng(0),
     ).confidence_interval
     found = stats.bootstrap_interval(name, probs, labels)
+
     assert found == pytest.approx((low, high), abs=0.09 * (high - low))
     assert found.low < score(probs, labels) < found.high
     assert stats.bootstrap_interval(name, probs, labels) == found
@@ -334,6 +365,7 @@ def test_any_function_of_weighted_rows_can_be_bootstrapped() -> None:
     found = stats.bootstrap_interval(
         lambda p, y, w: (p.argmax(1) == y) @ w / w.sum(0), probs, labels, resamples=5000
     )
+
     assert found == pytest.approx(
         stats.wilson_interval(int(stats.correct(probs, labels).sum()), 200), abs=0.012
     )
@@ -352,13 +384,14 @@ def test_bootstrap_refuses() -> None:
             stats.bootstrap_interval(
                 **{"score": "accuracy", "probs": probs, "labels": labels, **change}
             )
+
     with pytest.raises(DataError, match="rows of two classes"):
         stats.roc_auc(probs, np.zeros(20, int))
     with pytest.raises(DataError, match="top >= 1"):
         stats.top_k_accuracy(probs, labels, 0)
 
 
-def test_the_interval_of_f1_is_the_bootstraps_and_has_a_width_at_the_end() -> None:
+def test_f1_interval_agrees_with_the_bootstrap() -> None:
     probs, labels = answers(2000, 3, 9)
 
     def f1(p: np.ndarray, y: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -369,6 +402,7 @@ def test_the_interval_of_f1_is_the_bootstraps_and_has_a_width_at_the_end() -> No
         found = stats.per_class(probs, labels, ["a", "b", "c"], groups=part)[1]["f1_interval"]
         assert found == pytest.approx(stats.bootstrap_interval(f1, probs, labels, part), abs=0.006)
     sure = stats.per_class(np.eye(2)[[0] * 20 + [1] * 5], [0] * 20 + [1] * 5, ["a", "b"])
+
     assert [entry["f1"] for entry in sure] == [1, 1]
     assert sure[1]["f1_interval"][0] < sure[0]["f1_interval"][0] < 1
 
@@ -398,10 +432,13 @@ def test_a_table_of_scores_is_its_parts() -> None:
         "roc_auc",
     ):
         assert entry[name] == getattr(stats, name)(probs, labels)
+
     assert entry["balanced_accuracy_interval"] == list(
         stats.bootstrap_interval("balanced_accuracy", probs, labels)
     )
+
     own = stats.bootstrap_interval(
         SCORES["balanced_accuracy"], probs, labels, resamples=4000
     )  # row by row, not by cells
+
     assert entry["balanced_accuracy_interval"] == pytest.approx(own, abs=0.006)

@@ -16,7 +16,7 @@ LAW = settings(max_examples=60, deadline=None)
 
 @st.composite
 def scored(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Probabilities (n, k) with ties, labels that need not hold every class, and weights (n, 3) of which some are 0."""
+    """Probabilities (n, k) with ties, labels that may lack a class, and weights (n, 3), some 0."""
     n, k, seed = draw(st.integers(2, 60)), draw(st.integers(2, 6)), draw(st.integers(0, 999))
     rng = np.random.default_rng(seed)
     counts = rng.integers(1, draw(st.sampled_from([3, 50])), (n, k))
@@ -34,6 +34,7 @@ def test_a_weight_is_a_number_of_copies(
     found = weighted.SCORES[name](probs, labels, weights)
     copies = [np.repeat(np.arange(len(labels)), column.astype(int)) for column in weights.T]
     expected = [weighted.score_value(name, probs[rows], labels[rows]) for rows in copies]
+
     assert found == pytest.approx(np.array(expected), nan_ok=True)
 
 
@@ -70,9 +71,11 @@ def test_scores_equal_scikit_learns(data: tuple[np.ndarray, np.ndarray, np.ndarr
 def test_top_k_equals_scikit_learns_without_ties(top: int) -> None:
     rng = np.random.default_rng(0)
     probs, labels = rng.dirichlet(np.ones(6), 300), rng.integers(0, 6, 300)
+
     assert stats.top_k_accuracy(probs, labels, top) == pytest.approx(
         metrics.top_k_accuracy_score(labels, probs, k=top)
     )
+
     if f"top{top}" in weighted.SCORES:
         assert weighted.score_value(f"top{top}", probs, labels) == stats.top_k_accuracy(
             probs, labels, top
@@ -81,6 +84,7 @@ def test_top_k_equals_scikit_learns_without_ties(top: int) -> None:
 
 def test_top_1_breaks_ties_as_the_accuracy_does() -> None:
     probs = np.full((4, 4), 0.25)
+
     assert (
         stats.top_k_accuracy(probs, np.arange(4), 1) == stats.accuracy(probs, np.arange(4)) == 0.25
     )
@@ -98,12 +102,16 @@ def test_the_area_by_hand() -> None:
     assert stats.roc_auc(np.column_stack([1 - one, one]), [1, 1, 1, 0, 0]) == pytest.approx(5 / 6)
 
 
-def test_a_score_is_one_of_the_names_or_a_function_that_answers_each_weighting() -> None:
+def test_score_is_a_name_or_a_function_of_weights() -> None:
     with pytest.raises(DataError, match="unknown score: auc; expected accuracy, balanced_accuracy"):
         weighted.check_score("auc")
+
     probs, labels, weights = np.full((3, 2), 0.5), np.zeros(3, int), np.ones((3, 4))
     right = weighted.check_score(lambda p, y, w: p[:, 0] @ w)
+
     assert right(probs, labels, weights) == pytest.approx(np.full(4, 1.5))
+
     wrong = weighted.check_score(lambda p, y, w: p[:, 0].mean())
+
     with pytest.raises(DataError, match="one value per weighting"):
         wrong(probs, labels, weights)
