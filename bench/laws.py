@@ -1,16 +1,17 @@
-"""Do the tests keep their promises? False alarms of equals, power, and what a choice among pure noise looks like.
+"""Check level and power of the tests, and what a choice among pure noise looks like.
 
     uv run python bench/laws.py null  [--pairs 1000] [--rows 300]
     uv run python bench/laws.py power [--pairs 2000]
     uv run python bench/laws.py noise [--pairs 50] [--rows 500]
     uv run python bench/laws.py cascade [--pairs 200] [--rows 1000]
 
-null: how often each test at the 5 % level tells two equally good classifiers apart, with the binomial interval of that
-rate (Wilson's 95 %). A test that is given the rows of groups one by one, or one seed for all, is in the table to show
-what goes wrong. power: how often the exact McNemar test finds a true difference, at multiples of `required_rows`.
-noise: accuracy of the best of M members that guess, picked on the rows that are scored and cross-fitted.
-cascade: how often three members that stop early disagree with all three more often than was allowed, in 40,000 rows of
-4,000 groups, with thresholds from rows of whole groups; at most 5 % of draws may.
+null: how often each test at the 5 % level rejects for two equally good classifiers, with Wilson's
+95 % interval of that rate. Tests that ignore groups, or see one seed only, are included to show how
+they fail.
+power: how often the exact McNemar test detects a true difference, at multiples of `required_rows`.
+noise: accuracy of the best of M guessing members, chosen on the scored rows and cross-fitted.
+cascade: how often three members that stop early disagree with all three more often than allowed, on
+40,000 rows of 4,000 groups, with thresholds from rows of whole groups. At most 5 % of draws may.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ from threefold.stats import wilson_interval
 Rng = np.random.Generator
 
 
-def excludes(found: Difference | SeedsDifference) -> bool:
-    """Whether the interval leaves out no difference."""
-    return not found.low <= 0 <= found.high
+def excludes(difference: Difference | SeedsDifference) -> bool:
+    """Whether the interval excludes a difference of 0."""
+    return not difference.low <= 0 <= difference.high
 
 
 def row_tests(rows: int) -> dict[str, Callable[[Rng], list[bool]]]:
@@ -83,7 +84,8 @@ def row_tests(rows: int) -> dict[str, Callable[[Rng], list[bool]]]:
 
     return {
         "McNemar, exact|McNemar, mid-p|paired bootstrap, accuracy": by_row,
-        "McNemar by groups, exact|McNemar by groups, mid-p|paired bootstrap by groups|  McNemar, groups ignored": by_group,
+        "McNemar by groups, exact|McNemar by groups, mid-p|paired bootstrap by groups"
+        "|  McNemar, groups ignored": by_group,
         "four seeds, crossed|  McNemar of the first seeds": by_seed,
         "paired bootstrap, log loss": of_loss,
         "Cochran's Q, five classifiers": several,
@@ -93,7 +95,8 @@ def row_tests(rows: int) -> dict[str, Callable[[Rng], list[bool]]]:
 def null(args: argparse.Namespace) -> None:
     """False alarms."""
     print(
-        f"{args.pairs} pairs of equals, {args.rows} rows each (groups of 1 to 15, {args.rows // 8} of them)"
+        f"{args.pairs} pairs of equals, {args.rows} rows each "
+        f"(groups of 1 to 15, {args.rows // 8} of them)"
     )
     print(f"{'test at 5 %':34}{'false alarms':>13}{'95 % interval':>20}")
     for number, (names, draw) in enumerate(row_tests(args.rows).items()):
@@ -127,15 +130,16 @@ def power(args: argparse.Namespace) -> None:
 
 
 def picking(args: argparse.Namespace) -> None:
-    """The best of members that guess."""
+    """Choose the best of guessing members."""
     k = 10
     print(
-        f"{args.pairs} pools of members that guess, {args.rows} rows, {k} classes: chance is {1 / k:.4f} (s.e. below)"
+        f"{args.pairs} pools of guessing members, {args.rows} rows, {k} classes: "
+        f"chance is {1 / k:.4f} (s.e. in brackets)"
     )
     print(f"{'members':>8}{'theory':>9}{'best, scored rows':>20}{'best, cross-fitted':>20}", end="")
     print(f"{'greedy, scored rows':>21}{'greedy, cross-fitted':>22}")
     for m in (1, 4, 16, 64, 256):
-        rng, found = np.random.default_rng(m), []
+        rng, accuracies = np.random.default_rng(m), []
         for _ in range(args.pairs):
             probs, labels = noise(rng, m, args.rows, k)
             row = []
@@ -143,8 +147,8 @@ def picking(args: argparse.Namespace) -> None:
                 apparent = make_ensemble(name).fit(probs, labels).predict_proba(probs)
                 crossed = cross_fit(lambda name=name: make_ensemble(name), probs, labels)
                 row += [(apparent.argmax(1) == labels).mean(), (crossed.argmax(1) == labels).mean()]
-            found.append(row)
-        middle, error = np.mean(found, 0), np.std(found, 0, ddof=1) / args.pairs**0.5
+            accuracies.append(row)
+        middle, error = np.mean(accuracies, 0), np.std(accuracies, 0, ddof=1) / args.pairs**0.5
         cells = [f"{a:.4f} ({e:.4f})" for a, e in zip(middle, error, strict=True)]
         cells += [""] * (4 - len(cells))
         theory = expected_best(m, args.rows, k)
@@ -157,7 +161,7 @@ def picking(args: argparse.Namespace) -> None:
 def grouped_members(
     rng: Rng, groups: int, alike: float, size: int = 10, m: int = 3, k: int = 5
 ) -> np.ndarray:
-    """Members (m, groups * size, k) that see the same truth through noise; a share of both is the group's own."""
+    """Members (m, groups * size, k) with shared evidence and own noise, partly common to a group."""
 
     def drawn(*lead: int) -> np.ndarray:
         parts = rng.normal(size=(*lead, groups, 1, k)), rng.normal(size=(*lead, groups, size, k))
@@ -177,13 +181,13 @@ def stopping(args: argparse.Namespace) -> None:
         world = grouped_members(np.random.default_rng(0), 4000, alike)
         full = world.mean(0)
         for allowed in (0.01, 0.02):
-            for told in (False, True):
+            for with_groups in (False, True):
                 rng, broken, asked = np.random.default_rng(1), 0, 0.0
                 for _ in range(args.pairs):
                     picked = rng.choice(4000, args.rows // 10, replace=False)
                     rows = (10 * picked[:, None] + np.arange(10)).ravel()
-                    groups = rows // 10 if told else None
-                    labels = full[rows].argmax(1)  # they fit temperatures, which move no class
+                    groups = rows // 10 if with_groups else None
+                    labels = full[rows].argmax(1)  # labels fit temperatures, which change no class
                     fitted = Cascade([[0], [1], [2]]).fit(
                         world[:, rows], labels, full[rows], allowed, groups
                     )
@@ -193,7 +197,8 @@ def stopping(args: argparse.Namespace) -> None:
                 low, high = wilson_interval(broken, args.pairs)
                 share, span = broken / args.pairs, f"[{low:.1%}, {high:.1%}]"
                 print(
-                    f"{alike:6}{allowed:9.0%}{'told' if told else 'ignored':>9}{share:8.1%}{span:>18}{asked:8.1%}",
+                    f"{alike:6}{allowed:9.0%}{'used' if with_groups else 'ignored':>9}"
+                    f"{share:8.1%}{span:>18}{asked:8.1%}",
                     flush=True,
                 )
 

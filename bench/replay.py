@@ -1,14 +1,16 @@
-"""The authors' own Fashion-MNIST predictions, tested again: what they show, and what an honest choice would have shown.
+"""Test the authors' own Fashion-MNIST predictions again, and the choice between their ensembles.
 
     uv run python bench/replay.py PREDS.npz [--methods mean,pool,...] [--all]
 
-PREDS.npz holds the authors' ten softmaxes on the 10,000 test images (`members` name them). Prints three tables:
+PREDS.npz holds the authors' ten softmax outputs on the 10,000 test images, named by `members`. Three
+tables are printed:
 
-pairs: the paper's comparisons, right alone against right alone, exact McNemar tests, and the images that would be needed to
-show a difference of the size seen. Verdicts take each question by itself; the Holm column is for whoever asks them all.
-choice: the best subset of the members' mean, picked on the rows that are scored (as the paper did) and cross-fitted.
-methods: every ensemble on all members, copies counted once, cross-fitted in five stratified parts, against the mean.
-`--all` adds the two that train a network (minutes).
+pairs: the paper's comparisons, with discordant rows, exact McNemar tests, and the number of images
+needed to show a difference of this size. Verdicts take each question alone; Holm adjusts for all.
+choice: the best subset for the mean of the members, chosen on the scored rows (as in the paper) and
+cross-fitted.
+methods: every ensemble of all members (copies counted once), cross-fitted in five stratified parts
+and compared with the mean. `--all` adds the two that train a network (minutes).
 """
 
 from __future__ import annotations
@@ -60,19 +62,20 @@ def share(hits: np.ndarray) -> str:
     return f"{hits.mean():.4f} [{low:.4f}, {high:.4f}]"
 
 
-def signed(found: Difference) -> str:
+def signed(difference: Difference) -> str:
     """A difference with its interval."""
-    return f"{found.estimate:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+    return f"{difference.estimate:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
 
 
 def pairs(hits: dict[str, np.ndarray], table: list[tuple[str, str]]) -> None:
     """One line per comparison of two rows of hits."""
     print(
-        f"\n{'pairs':47}{'right alone':>12}{'difference, 95 % interval':>29}{'p':>9}{'Holm':>9}{'images needed':>15}"
+        f"\n{'pairs':47}{'right alone':>12}{'difference, 95 % interval':>29}"
+        f"{'p':>9}{'Holm':>9}{'images needed':>15}"
     )
-    found = [mcnemar_exact(hits[a], hits[b]) for a, b in table]
+    tests = [mcnemar_exact(hits[a], hits[b]) for a, b in table]
     for (a, b), (only_a, only_b, p), adjusted in zip(
-        table, found, holm([f.p for f in found]), strict=True
+        table, tests, holm([test.p for test in tests]), strict=True
     ):
         n = len(hits[a])
         needed = (
@@ -80,7 +83,8 @@ def pairs(hits: dict[str, np.ndarray], table: list[tuple[str, str]]) -> None:
         )
         moved = signed(paired_bootstrap(hits[a], hits[b]))
         print(
-            f"{a + ' - ' + b:47}{f'{only_a} : {only_b}':>12}{moved:>29}{p:9.4f}{adjusted:9.4f}{needed:>15}"
+            f"{a + ' - ' + b:47}{f'{only_a} : {only_b}':>12}{moved:>29}"
+            f"{p:9.4f}{adjusted:9.4f}{needed:>15}"
         )
         print(f"    {verdict(a, b, only_a, only_b, p, test='exact McNemar', n=n)}")
 
@@ -127,18 +131,20 @@ def choice(rows: Predictions, keep: list[int]) -> None:
     everyone = hits[-1]
     part, honest, chosen = stratified_parts(labels), np.zeros(len(labels), bool), []
     for value in np.unique(part):
-        held = part == value
-        chosen.append(int(hits[:, ~held].sum(1).argmax()))
-        honest[held] = hits[chosen[-1], held]
+        is_held_out = part == value
+        chosen.append(int(hits[:, ~is_held_out].sum(1).argmax()))
+        honest[is_held_out] = hits[chosen[-1], is_held_out]
     apparent = hits[hits.sum(1).argmax()]
     print(
-        f"\nchoice: the best of {len(subsets)} subsets of {len(keep)} networks (of {len(rows.members)} files)"
+        f"\nchoice: the best of {len(subsets)} subsets of {len(keep)} networks "
+        f"(of {len(rows.members)} files)"
     )
     print(f"{'picked on the scored rows':38}{share(apparent)}")
     print(f"{'picked on other rows (five parts)':38}{share(honest)}")
     print(f"{'mean of all, nothing picked':38}{share(everyone)}")
     print(
-        f"optimism of the choice {100 * (apparent.mean() - honest.mean()):+.2f} points; picked in the five parts:"
+        f"optimism of the choice {100 * (apparent.mean() - honest.mean()):+.2f} points; "
+        "chosen in the five parts:"
     )
     for value, index in enumerate(chosen):
         print(f"    {value}: {', '.join(short(rows.members[keep[i]]) for i in subsets[index])}")
@@ -160,7 +166,8 @@ def methods(rows: Predictions, keep: list[int], names: list[str]) -> None:
     found = {name: mcnemar_exact(hits[name], hits["mean"]) for name in names if name != "mean"}
     adjusted = dict(zip(found, holm([f.p for f in found.values()]), strict=True))
     print(
-        f"\n{'methods, cross-fitted':22}{'accuracy, 95 % interval':>26}{'log loss':>10}{'minus mean':>29}",
+        f"\n{'methods, cross-fitted':22}{'accuracy, 95 % interval':>26}"
+        f"{'log loss':>10}{'minus mean':>29}",
         end="",
     )
     print(f"{'right alone':>13}{'p':>8}{'Holm':>8}{'CPU s':>8}")
