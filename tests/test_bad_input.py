@@ -1,4 +1,4 @@
-"""Bad input from people: each case ends in one error, on one line, that names the file or the class and says why."""
+"""Bad input: each case ends in a one-line error that names the file or class and the reason."""
 
 from __future__ import annotations
 
@@ -26,9 +26,6 @@ def message_of(spec: DataSpec) -> str:
     assert "\n" not in text
     assert len(text) < 3000
     return text
-
-
-# Data: folders --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -114,7 +111,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "name that misleads": (
         lambda r: (r / "train/cat/0.png").rename(r / "train/cat/0.jpg"),
-        ["train/cat/0.jpg (content is PNG, name says .jpg)", "rename"],
+        ["train/cat/0.jpg (content is PNG, suffix is .jpg)", "rename"],
     ),
     "broken link": (
         lambda r: (r / "train/cat/x.png").symlink_to("gone.png"),
@@ -191,9 +188,9 @@ def test_skip_does_not_help_where_nothing_is_left(root: Path) -> None:
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [
-        (r"signer\d", ["finds no group", "cat/0.png", r"signer\d"]),
-        (r"cat|(do)g", ["finds no group", "cat/0.png"]),
-        ("x*", ["finds no group", "cat/0.png"]),
+        (r"signer\d", ["does not match", "cat/0.png", r"signer\d"]),
+        (r"cat|(do)g", ["does not match", "cat/0.png"]),
+        ("x*", ["does not match", "cat/0.png"]),
     ],
 )
 def test_group_patterns(root: Path, pattern: str, expected: list[str]) -> None:
@@ -201,8 +198,6 @@ def test_group_patterns(root: Path, pattern: str, expected: list[str]) -> None:
     for text in expected:
         assert text in message
 
-
-# Data: CSV ------------------------------------------------------------------------------------------------------------
 
 GOOD = "path,label\n" + "".join(
     f"train/{name}/{i}.png,{name}\n" for name in ("cat", "dog") for i in range(3)
@@ -263,7 +258,7 @@ def test_csv_file_that_is_missing_or_a_folder(root: Path) -> None:
 
 def test_groups_given_twice(root: Path) -> None:
     (root / "data.csv").write_text("path,label,group\ntrain/cat/0.png,cat,g\n")
-    assert "groups are given twice" in message_of(
+    assert "groups are defined twice" in message_of(
         DataSpec(source="csv", root=str(root / "data.csv"), group_regex=".")
     )
 
@@ -273,11 +268,8 @@ def test_one_group_for_all_is_told_before_anything_is_trained(root: Path) -> Non
         "\n".join(f"{line},{'group' if i == 0 else 'g'}" for i, line in enumerate(GOOD.split()))
     )
     message = message_of(DataSpec(source="csv", root=str(root / "data.csv")))
-    assert "all training images are of one group" in message
+    assert "all training images are in one group" in message
     assert "expected two groups or more, or none, got g; fix: leave the groups out" in message
-
-
-# Data: idx files ------------------------------------------------------------------------------------------------------
 
 
 def idx(array: np.ndarray, count: int | None = None) -> bytes:
@@ -351,9 +343,6 @@ def test_idx_files(tmp_path: Path, case: str) -> None:
     message = message_of(spec)
     for text in expected:
         assert text in message
-
-
-# Data: arrays ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

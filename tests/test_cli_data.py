@@ -111,7 +111,7 @@ def test_check_as_text_and_as_json(tmp_path: Path) -> None:
     )
     assert "sizes, of 49 looked at: 10 x 12 (49)" in done.output
     assert "error 1 images cannot be read: " in done.output
-    assert "stand in several classes as exact copies" in done.output
+    assert "are in several classes as exact copies" in done.output
     assert "a run would stop here" in done.output
     (tmp_path / "dog/bad.png").unlink()
     grouped = runner.invoke(app, ["data", "check", str(tmp_path)]).output
@@ -121,7 +121,7 @@ def test_check_as_text_and_as_json(tmp_path: Path) -> None:
 def test_exit_codes() -> None:
     assert threefold_command("data").returncode == 2
     absent = threefold_command("data", "check", "nowhere")
-    assert (absent.returncode, absent.stderr) == (1, "error there is nothing to look at: nowhere\n")
+    assert (absent.returncode, absent.stderr) == (1, "error no such file or folder: nowhere\n")
     unknown = threefold_command("data", "fetch", "imagenet")
     assert unknown.stderr.startswith("error unknown published data set")
 

@@ -1,4 +1,4 @@
-"""The check of a data set: what it counts, what it points out, and that it never stops at the first fault."""
+"""The check of a data set: its counts and findings; it never stops at the first fault."""
 
 from __future__ import annotations
 
@@ -43,20 +43,22 @@ def test_counts_sizes_and_findings(tmp_path: Path) -> None:
         (finding.level, finding.what.split(":")[0], finding.number) for finding in found.findings
     }
     assert told == {
-        ("error", "images cannot be read", 1),
+        ("error", "1 images cannot be read", 1),
         ("warning", "classes with fewer than 20 training images", 1),
         (
             "warning",
-            "the largest class has 13 times the images of the smallest; accuracy alone will mislead",
+            "the largest class has 13 times the images of the smallest; "
+            "accuracy alone will mislead",
             0,
         ),
         ("note", "images differ in size", 0),
         ("note", "images more than twice as long as wide, which resize = squash distorts", 3),
         ("warning", "1 test images are exact copies of training images", 0),
-        ("warning", "1 images stand in several classes as exact copies", 0),
+        ("warning", "1 images are in several classes as exact copies", 0),
         (
             "warning",
-            "1 pairs of images are equal; 1 are in two folds or splits, which makes scores too good",
+            "1 pairs of images are equal; "
+            "1 are in two folds or splits, which makes scores too good",
             0,
         ),
     }
@@ -118,7 +120,7 @@ def test_near_copies_are_looked_for_in_small_data_only(
     assert (near.level, near.what[:39]) == ("note", "1 pairs of images look nearly the same,")
     monkeypatch.setattr(datacheck, "NEAR_COPIES", 6)
     told = [f.what for f in check_data(spec(tmp_path)).findings]
-    assert "near copies are not looked for among more than 6 images" in told
+    assert "near copies are not searched for among more than 6 images" in told
     assert not any("pairs" in what for what in told)
 
 
@@ -152,7 +154,7 @@ def test_what_is_named_is_found(tmp_path: Path) -> None:
     root = write_sample("icassava2019", tmp_path / "made", per_class=2)
     assert find_spec(str(root / "cassavaleafdata.zip")).source == "icassava2019"
     with pytest.raises(
-        DataError, match="nothing to look at: svhn; fix: threefold data fetch svhn --to FOLDER"
+        DataError, match="no such file or folder: svhn; fix: threefold data fetch svhn --to FOLDER"
     ):
         find_spec("svhn")
     with pytest.raises(RecipeError, match="not a source of data: --as; expected folder"):

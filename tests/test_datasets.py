@@ -47,9 +47,6 @@ def labelled(data: ImageDataset) -> dict[str, str]:
     return {name: data.classes[label] for name, label in zip(data.ids, data.labels, strict=True)}
 
 
-# Folders --------------------------------------------------------------------------------------------------------------
-
-
 def test_a_folder_of_class_folders(tmp_path: Path) -> None:
     make_folder(tmp_path, "cat/b.png", "cat/a.png", "dog/a.png", "dog/deep/er/c.png")
     sources = load_data(folder(tmp_path), 0)
@@ -171,7 +168,8 @@ def test_skip_leaves_out_and_records(tmp_path: Path) -> None:
     }
     assert [int(sources.train.pixels(i)[0, 0, 0]) for i in range(5)] == [0, 1, 2, 3, 5]
     assert sources.notes == (
-        f"1 images were read although their names mislead: {tmp_path}/cat/2.jpg (content is PNG, name says .jpg)",
+        f"1 images were read despite a misleading suffix: {tmp_path}/cat/2.jpg (content is PNG, "
+        "suffix is .jpg)",
     )
 
 
@@ -188,10 +186,10 @@ def test_exact_copies_are_noted(tmp_path: Path) -> None:
         ("train/cat/copy.png", "train/dog/0.png"),
     ):
         (tmp_path / copy).write_bytes((tmp_path / original).read_bytes())
-    assert load_data(folder(tmp_path), 0).notes == (
+    assert load_data(folder(tmp_path), 0).warnings == (
         "1 test images are exact copies of training images: test/dog/0.png",
-        "1 training images are exact copies of others; copies may fall into different folds",
-        "1 images stand in several classes as exact copies: train/cat/copy.png = train/dog/0.png",
+        "1 training images are exact copies of others; copies may be in different folds",
+        "1 images are in several classes as exact copies: train/cat/copy.png = train/dog/0.png",
     )
 
 
@@ -209,9 +207,6 @@ def test_limit_per_class_is_seeded_and_spares_the_test_split(tmp_path: Path) -> 
     assert first.test is not None
     assert len(first.test) == 12
     assert len(load_data(spec, -5).train) == 7
-
-
-# Groups ---------------------------------------------------------------------------------------------------------------
 
 
 def test_groups_come_from_the_id(tmp_path: Path) -> None:
@@ -235,10 +230,7 @@ def test_groups_in_train_and_in_test_are_noted(tmp_path: Path) -> None:
     ]
     make_folder(tmp_path, *ids)
     sources = load_data(folder(tmp_path, group_regex=r"/([abc])\d"), 0)
-    assert sources.notes == ("1 groups stand in train and in test: b",)
-
-
-# CSV ------------------------------------------------------------------------------------------------------------------
+    assert sources.warnings == ("1 groups are in both train and test: b",)
 
 
 def test_a_csv_file(tmp_path: Path) -> None:
@@ -246,7 +238,8 @@ def test_a_csv_file(tmp_path: Path) -> None:
     table = tmp_path / "data é.csv"
     table.write_text(
         "\ufefflabel, path ,split,group,weight\n"
-        'dog,images/5.png,test,s2,1\n"cat, small",./images/1.png,train,s1,1\ncat\u0301,images/0.png,,s1,\n',
+        'dog,images/5.png,test,s2,1\n"cat, small",./images/1.png,train,s1,1\n'
+        "cat\u0301,images/0.png,,s1,\n",
         encoding="utf-8",
     )
     with pytest.raises(DataError, match="line 4"):
@@ -281,9 +274,6 @@ def test_a_csv_file_without_optional_columns(tmp_path: Path) -> None:
     )
     sources = load_data(DataSpec(source="csv", root=str(tmp_path / "data.csv")), 0)
     assert (len(sources.train), sources.test, sources.train.groups) == (4, None, None)
-
-
-# Fashion-MNIST --------------------------------------------------------------------------------------------------------
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -348,9 +338,6 @@ def test_the_demo_is_what_its_script_chooses() -> None:
     assert np.array_equal(arrays["test_images"], test_images[arrays["test_rows"]])
     small = {name: array[:5] for name, array in arrays.items()}
     assert script.pack(small) == script.pack(small)
-
-
-# ImageDataset ---------------------------------------------------------------------------------------------------------
 
 
 def test_subset_keeps_rows_together(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 def test_the_base_install_requires_six_packages() -> None:
     names = {re.split(r"[>=\[]", line)[0] for line in PROJECT["dependencies"]}
 
-    assert names == {"numpy", "pillow", "onnxruntime", "pydantic", "typer", "rich"}
+    assert names == {"numpy", "pillow", "onnxruntime", "pydantic", "tomli-w", "typer", "rich"}
 
 
 def test_load_and_predict_import_three_packages(files: tuple[Path, Path, Path]) -> None:

@@ -30,6 +30,7 @@ ORDER = [
     "arrays",
     "photos",
     "tables",
+    "data__leakage",
     "datasets",
     "fetch",
     "samples",

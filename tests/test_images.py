@@ -1,4 +1,4 @@
-"""Decoding: every mode and format that people have, upright and on white; everything else refused in one line."""
+"""Decoding: all common modes and formats, upright and on white; all else refused in one line."""
 
 from __future__ import annotations
 
@@ -61,9 +61,6 @@ def webp(width: int, height: int, chunk: bytes) -> bytes:
     }[chunk]
     payload = b"WEBP" + chunk + struct.pack("<L", len(body)) + body
     return b"RIFF" + struct.pack("<L", len(payload)) + payload
-
-
-# What is read ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -267,7 +264,7 @@ def test_32_bit_grey_takes_the_smallest_range_that_holds_it(
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1, 70_000])
 def test_32_bit_grey_outside_of_every_range_is_refused(value: float) -> None:
-    with pytest.raises(DataError, match=r"32-bit values from .* known are"):
+    with pytest.raises(DataError, match=r"32-bit values from .* supported are"):
         decode(encode(np.array([[0, value]], dtype=np.float32), "TIFF"))
 
 
@@ -277,9 +274,6 @@ def test_the_first_frame_of_an_animation(format: str) -> None:
     options = {"lossless": True} if format == "WEBP" else {}
     content = encode(frames[0], format, save_all=True, append_images=frames[1:], **options)
     assert (decode(content) == [255, 0, 0]).all()
-
-
-# What is refused ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
@@ -415,9 +409,6 @@ DAMAGED_BASES = [encode(PIXELS, name) for name in ("JPEG", "PNG", "WEBP", "BMP",
 ]
 
 
-# Checking files -------------------------------------------------------------------------------------------------------
-
-
 def test_check_accepts_all_suffixes_of_a_format(tmp_path: Path) -> None:
     for suffix, format in IMAGE_SUFFIXES.items():
         path = tmp_path / f"x{suffix.upper()}"
@@ -428,7 +419,7 @@ def test_check_accepts_all_suffixes_of_a_format(tmp_path: Path) -> None:
 def test_check_reports_names_that_mislead(tmp_path: Path) -> None:
     path = tmp_path / "photo.JPG"
     path.write_bytes(encode(PIXELS, "PNG"))
-    assert check(path) == BadImage(path, "content is PNG, name says .JPG", readable=True)
+    assert check(path) == BadImage(path, "content is PNG, suffix is .JPG", readable=True)
     plain = path.rename(tmp_path / "photo")
     assert check(plain) is None
 

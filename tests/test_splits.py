@@ -1,4 +1,4 @@
-"""Laws of the folds: every row is scored once, roles do not overlap, groups stay whole, names do not matter."""
+"""Laws of the folds: each row is scored once, roles are disjoint, groups whole, names irrelevant."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_a_group_with_the_last_images_of_a_class_stays_in_fit() -> None:
 
 
 def test_select_never_takes_the_only_group_of_a_class() -> None:
-    # The group with the rare class would else be taken: it brings both other classes nearer to their share.
+    # Otherwise the group with the rare class is drawn: it brings both others closer to their share.
     labels = np.array([0, 1] * 50 + [2, 2])
     groups = [f"{i // 20}" for i in range(100)] + ["3", "3"]
     for seed in range(20):

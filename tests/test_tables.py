@@ -63,7 +63,7 @@ def test_bytes_labels_splits_groups_and_ids(tmp_path: Path) -> None:
     assert train.groups == ("g3", "g2", "g1", "g1", "g0", "g0")
     part = train.subset([4, 1])
     assert [int(part.pixels(i)[0, 0, 0]) for i in range(2)] == [1, 4]
-    assert sources.notes == ("2 groups stand in train and in test: g2, g3",)
+    assert sources.warnings == ("2 groups are in both train and test: g2, g3",)
     assert len(load_source("parquet", path, limit_per_class=2).train) == 4
 
 
@@ -121,8 +121,8 @@ def test_bad_images_and_copies_in_tables_are_reported(tmp_path: Path) -> None:
     )
     sources = load_source("parquet", path, bad_images="skip")
     assert [str(bad.path) for bad in sources.skipped] == ["y"]
-    assert "copies of others" in sources.notes[0]
-    assert sources.notes[1] == "1 images stand in several classes as exact copies: v = x"
+    assert "copies of others" in sources.warnings[0]
+    assert sources.warnings[1] == "1 images are in several classes as exact copies: v = x"
     assert Counter(sources.train.labels.tolist()) == {0: 3, 1: 2}
 
 

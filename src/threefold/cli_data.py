@@ -141,12 +141,7 @@ def _show_check(found: DataCheck) -> None:
             f"{len(found.groups)} groups of {min(found.groups.values()):,} to {max(found.groups.values()):,} training images"
         )
     for finding in found.findings:
-        text = (
-            f"{finding.number:,} {finding.what}"
-            if finding.number and "cannot be read" in finding.what
-            else finding.what
-        )
-        out.print(f"{_MARKS[finding.level]} {escape(text)}")
+        out.print(f"{_MARKS[finding.level]} {escape(finding.what)}")
     out.print("a run could begin" if found.usable else "a run would stop here")
 
 

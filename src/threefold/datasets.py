@@ -1,8 +1,8 @@
-"""Data sets: every source of a recipe ends in an `ImageDataset` here.
+"""Data sets: every source of a recipe becomes an `ImageDataset`.
 
-The formats are read by `listing` (folders, CSV), `arrays`, `photos` (the paper's data sets) and `tables` (parquet, hub). What cannot be used stops here, with the names of the files; what is left out
-by request, and what a careful reader would want to know (duplicates, ignored files), is written down in `Sources`.
-Imports no torch.
+The readers of each format are in the modules that this one imports. Unusable data stop here, with
+the names of the files. `Sources` records what was left out on request and what a careful reader
+wants to know (duplicates, ignored files). Imports no torch.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from threefold.tables import list_huggingface, list_parquet
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset:
-    """Images with labels; everything but the pixels is in memory.
+    """Images with labels; everything except the pixels is in memory.
 
     Attributes:
-        images: image files, image files in a table, or uint8 pixels (n, h, w) or (n, h, w, 3).
-        labels: class number of each image (n,) int64.
-        ids: unique name of each image; the sources give rows in ascending order of it.
-        classes: class names; a label is a position here.
-        groups: what must stay together in one fold, for each image; or None.
+        images: image files, encoded images of a table, or uint8 pixels (n, h, w) or (n, h, w, 3).
+        labels: (n,) int64 class number of each image.
+        ids: unique name of each image; sources list rows in ascending order of the ids.
+        classes: class names; a label is an index into them.
+        groups: group of each image, or None; folds never split a group.
 
     Raises:
-        DataError: the parts differ in length, ids repeat, or labels have no class.
+        DataError: lengths differ, ids repeat, or a label has no class.
     """
 
     images: Sequence[Path] | EncodedImages | NDArray[np.uint8]
@@ -59,51 +59,49 @@ class ImageDataset:
     groups: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        columns = [self.images, self.labels, self.ids] + (
-            [] if self.groups is None else [self.groups]
-        )
-        lengths = [len(column) for column in columns]
+        lengths = [len(self.images), len(self.labels), len(self.ids)]
+        if self.groups is not None:
+            lengths.append(len(self.groups))
         if len(set(lengths)) > 1:
             raise DataError(
                 "images, labels, ids and groups differ in number", got=", ".join(map(str, lengths))
             )
         if len(set(self.ids)) < len(self.ids):
-            twice = [name for name, count in Counter(self.ids).items() if count > 1]
-            raise DataError("ids are not unique", got=shorten(twice))
-        if len(self.labels) and not (
-            self.labels.min() >= 0 and self.labels.max() < len(self.classes)
-        ):
+            repeated = [name for name, count in Counter(self.ids).items() if count > 1]
+            raise DataError("ids are not unique", got=shorten(repeated))
+        if not len(self.labels):
+            return
+        low, high = self.labels.min(), self.labels.max()
+        if low < 0 or high >= len(self.classes):
             raise DataError(
                 "labels do not fit the classes",
                 expected=f"0 to {len(self.classes) - 1}",
-                got=f"{self.labels.min()} to {self.labels.max()}",
+                got=f"{low} to {high}",
             )
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def subset(self, rows: ArrayLike) -> ImageDataset:
-        """The images at these positions, in this order."""
-        at = np.arange(len(self))[np.asarray(rows)]
+        """Return the images at these positions, in this order."""
+        positions = np.arange(len(self))[np.asarray(rows)]
+        images: Sequence[Path] | EncodedImages | NDArray[np.uint8]
+        if isinstance(self.images, np.ndarray):
+            images = self.images[positions]
+        elif isinstance(self.images, EncodedImages):
+            images = self.images.take(positions)
+        else:
+            images = tuple(self.images[i] for i in positions)
         return replace(
             self,
-            images=self._images(at),
-            labels=self.labels[at],
-            ids=tuple(self.ids[i] for i in at),
-            groups=None if self.groups is None else tuple(self.groups[i] for i in at),
-        )
-
-    def _images(self, at: NDArray[np.int64]) -> Sequence[Path] | EncodedImages | NDArray[np.uint8]:
-        if isinstance(self.images, np.ndarray):
-            return self.images[at]
-        return (
-            self.images.take(at)
-            if isinstance(self.images, EncodedImages)
-            else tuple(self.images[i] for i in at)
+            images=images,
+            labels=self.labels[positions],
+            ids=tuple(self.ids[i] for i in positions),
+            groups=None if self.groups is None else tuple(self.groups[i] for i in positions),
         )
 
     def pixels(self, i: int) -> NDArray[np.uint8]:
-        """Image i as uint8 (h, w, 3), decoded now where it is a file.
+        """Return image i as uint8 (h, w, 3); files are decoded on each call.
 
         Raises:
             DataError: the file can no longer be read.
@@ -116,31 +114,33 @@ class ImageDataset:
 
 @dataclass(frozen=True)
 class Sources:
-    """What a recipe's `data` table stands for."""
+    """The images that a recipe's `data` table names."""
 
     train: ImageDataset
     """Rows for the folds."""
     test: ImageDataset | None
-    """Rows to be opened once, at the end."""
+    """Rows that are opened once, at the end."""
     notes: tuple[str, ...]
-    """Sentences for the report: what was joined, ignored, or is suspicious."""
+    """Sentences for the report: what was joined or ignored."""
     skipped: tuple[BadImage, ...]
-    """Files left out under `bad_images = "skip"`."""
+    """Files left out because `bad_images` is "skip"."""
+    warnings: tuple[str, ...] = ()
+    """Sentences for the report: what makes scores too optimistic."""
 
 
 def load_data(spec: DataSpec, seed: int) -> Sources:
     """Find, verify and label the images of a recipe.
 
-    Every file is decoded once to verify it. `limit_per_class` draws from the training files before that, so the draw
-    depends on the seed and the listed files only. Under `bad_images = "skip"`, files that can be read although their
-    name promises another format are kept and noted.
+    Every file is decoded once to verify it. `limit_per_class` draws from the training files before
+    that, so the draw depends only on the seed and the list of files. With `bad_images = "skip"`,
+    readable files whose suffix names another format are kept and noted.
 
     Args:
         spec: the `data` table of a recipe.
         seed: the recipe's seed, for `limit_per_class`.
 
     Raises:
-        DataError: images or labels are missing, unreadable or contradict each other.
+        DataError: images or labels are missing, unreadable or inconsistent.
     """
     if spec.source == "demo":
         return _from_arrays(_demo(), spec, seed)
@@ -173,77 +173,73 @@ def load_data(spec: DataSpec, seed: int) -> Sources:
 
 
 def _from_files(listing: Listing, spec: DataSpec, seed: int) -> Sources:
-    """Verify listed files and give them labels."""
+    """Verify listed files and assign their labels."""
     if spec.group_regex and any(item.group for item in listing.items):
         raise DataError(
-            "groups are given twice",
+            "groups are defined twice",
             where=spec.root,
-            fix="empty data.group_regex or drop the CSV's group column",
+            fix="clear data.group_regex or remove the group column",
         )
-    train, test = (
-        sorted(item for item in listing.items if item.part == part) for part in ("train", "test")
-    )
+    train = sorted(item for item in listing.items if item.part == "train")
+    test = sorted(item for item in listing.items if item.part == "test")
+    has_test = bool(test)
     classes = _classes(
         {item.label for item in train}, {item.label for item in test}, listing.classes
     )
-    train = [
-        train[row] for row in _limited([item.label for item in train], spec.limit_per_class, seed)
-    ]
+    rows = _limited([item.label for item in train], spec.limit_per_class, seed)
+    train = [train[row] for row in rows]
     bad = _verify(train + test, listing.encoded, spec)
-    gone = {image.path for image in bad if not image.readable}
-    train, test = ([item for item in part if item.path not in gone] for part in (train, test))
+    skipped = tuple(image for image in bad if not image.readable)
+    unreadable = {image.path for image in skipped}
+    train = [item for item in train if item.path not in unreadable]
+    test = [item for item in test if item.path not in unreadable]
     _require_two_of_each(train, classes)
-    if not test and any(item.part == "test" for item in listing.items):
+    if has_test and not test:
         raise DataError("none of the test images can be read", where=spec.root)
 
-    parts = [
-        _dataset(part, classes, spec.group_regex, listing.encoded) for part in (train, test) if part
-    ]
-    groups = set(parts[0].groups or ())
-    if len(groups) == 1:  # no interval could speak of others, and nothing could be cross-fitted
+    train_set = _dataset(train, classes, spec.group_regex, listing.encoded)
+    test_set = _dataset(test, classes, spec.group_regex, listing.encoded) if test else None
+    groups = set(train_set.groups or ())
+    if len(groups) == 1:  # neither cross-fitting nor an interval is possible with one group
         raise DataError(
-            "all training images are of one group",
+            "all training images are in one group",
             where=spec.root,
             expected="two groups or more, or none",
             got=groups.pop(),
-            fix="leave the groups out",
+            fix="remove the groups",
         )
-    notes = (
-        listing.notes
-        + _mislabelled(bad)
-        + _duplicates(train + test, listing.encoded)
-        + _shared_groups(parts)
+    return Sources(
+        train=train_set,
+        test=test_set,
+        notes=(*listing.notes, *_misleading_names(bad)),
+        skipped=skipped,
+        warnings=(
+            *_duplicates(train + test, listing.encoded),
+            *_shared_groups(train_set, test_set),
+        ),
     )
-    skipped = tuple(image for image in bad if not image.readable)
-    return Sources(parts[0], parts[1] if test else None, tuple(notes), skipped)
 
 
 def _classes(train: set[str], test: set[str], official: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Class names in official or in natural order (`2` before `10`); train and test must agree on them."""
+    """Return class names in official or natural order; train and test must have the same."""
     if len(train) < 2:
         got = f"only {shorten(train)}" if train else "no training images"
-        raise DataError(
-            "there is nothing to tell apart",
-            expected="training images of 2 or more classes",
-            got=got,
-        )
+        raise DataError("too few classes", expected="training images of 2 or more classes", got=got)
     if test and train != test:
-        sides = {
-            "train": sorted(train - test, key=natural_key),
-            "test": sorted(test - train, key=natural_key),
-        }
+        differences = []
+        for part, names in (("train", train - test), ("test", test - train)):
+            if names:
+                differences.append(f"only in {part}: {shorten(sorted(names, key=natural_key))}")
         raise DataError(
             "classes differ between train and test",
-            got=" and ".join(
-                f"only in {part}: {shorten(names)}" for part, names in sides.items() if names
-            ),
+            got=" and ".join(differences),
             fix="give both the same class names",
         )
     return official or tuple(sorted(train, key=natural_key))
 
 
 def _limited(labels: ArrayLike, limit: int, seed: int) -> NDArray[np.int64]:
-    """Ascending rows: all of them, or at most `limit` of each class."""
+    """Return ascending rows: all, or at most `limit` of each class."""
     labels = np.asarray(labels)
     if not limit:
         return np.arange(len(labels))
@@ -257,7 +253,7 @@ def _limited(labels: ArrayLike, limit: int, seed: int) -> NDArray[np.int64]:
 def _verify(
     items: Sequence[ListedImage], encoded: EncodedImages | None, spec: DataSpec
 ) -> list[BadImage]:
-    """Decode every image once; under `fail`, stop if anything is wrong."""
+    """Decode every image once; with `bad_images = "fail"`, stop at problems."""
     paths = [item.path for item in items]
     bad = check_all(paths, min(8, os.cpu_count() or 1), _contents(items, encoded))
     if bad and spec.bad_images == "fail":
@@ -270,7 +266,7 @@ def _verify(
 
 
 def _contents(items: Sequence[ListedImage], encoded: EncodedImages | None) -> EncodedImages | None:
-    """The image files of these rows of a table; None where the items are files themselves."""
+    """Return the encoded images of table rows; None if the items are files."""
     return None if encoded is None else encoded.take([item.row for item in items])
 
 
@@ -304,7 +300,7 @@ def _dataset(
 
 
 def _groups(ids: Sequence[str], pattern: str) -> tuple[str, ...] | None:
-    """The group of each id: the pattern's first group, or all that it matches."""
+    """Return the group of each id: the first group of the match, or the whole match."""
     if not pattern:
         return None
     regex = re.compile(pattern)
@@ -314,65 +310,65 @@ def _groups(ids: Sequence[str], pattern: str) -> tuple[str, ...] | None:
         group = match.group(1 if regex.groups else 0) if match else None
         if not group:
             raise DataError(
-                "data.group_regex finds no group", where=name, expected=f"a match of {pattern}"
+                "data.group_regex does not match", where=name, expected=f"a match of {pattern}"
             )
         groups.append(group)
     return tuple(groups)
 
 
-def _mislabelled(bad: list[BadImage]) -> list[str]:
-    """A note about readable files whose name promises another format."""
+def _misleading_names(bad: list[BadImage]) -> list[str]:
+    """Note readable files whose suffix names another format."""
     named = [f"{image.path} ({image.reason})" for image in bad if image.readable]
-    return (
-        [f"{len(named)} images were read although their names mislead: {shorten(named)}"]
-        if named
-        else []
-    )
+    if not named:
+        return []
+    return [f"{len(named)} images were read despite a misleading suffix: {shorten(named)}"]
 
 
 def _duplicates(items: list[ListedImage], encoded: EncodedImages | None) -> list[str]:
-    """Notes about files that are equal byte for byte."""
-    across: list[str] = []
+    """Warn about files that are equal byte for byte."""
+    test_copies: list[str] = []
     contradicting: list[str] = []
-    within = 0
+    train_copies = 0
     for rows in same_content([item.path for item in items], _contents(items, encoded)):
-        same = [items[row] for row in rows]
-        in_test = [item.id for item in same if item.part == "test"]
-        in_train = len(same) - len(in_test)
-        within += max(0, in_train - 1)
-        across += in_test if in_train else []
-        if len({item.label for item in same}) > 1:
-            contradicting.append(" = ".join(item.id for item in same))
-    notes = []
-    if across:
-        notes.append(
-            f"{len(across)} test images are exact copies of training images: {shorten(across)}"
+        copies = [items[row] for row in rows]
+        in_test = [item.id for item in copies if item.part == "test"]
+        in_train = len(copies) - len(in_test)
+        train_copies += max(0, in_train - 1)
+        if in_train:
+            test_copies += in_test
+        if len({item.label for item in copies}) > 1:
+            contradicting.append(" = ".join(item.id for item in copies))
+    warnings = []
+    if test_copies:
+        warnings.append(
+            f"{len(test_copies)} test images are exact copies of training images: "
+            f"{shorten(test_copies)}"
         )
-    if within:
-        notes.append(
-            f"{within} training images are exact copies of others; copies may fall into different folds"
+    if train_copies:
+        warnings.append(
+            f"{train_copies} training images are exact copies of others; "
+            "copies may be in different folds"
         )
     if contradicting:
-        notes.append(
-            f"{len(contradicting)} images stand in several classes as exact copies: {shorten(contradicting)}"
+        warnings.append(
+            f"{len(contradicting)} images are in several classes as exact copies: "
+            f"{shorten(contradicting)}"
         )
-    return notes
+    return warnings
 
 
-def _shared_groups(parts: list[ImageDataset]) -> list[str]:
-    """A note about groups on both sides of the official split."""
-    shared = (
-        set.intersection(*(set(part.groups or ()) for part in parts)) if len(parts) == 2 else set()
-    )
-    return (
-        [f"{len(shared)} groups stand in train and in test: {shorten(sorted(shared))}"]
-        if shared
-        else []
-    )
+def _shared_groups(train: ImageDataset, test: ImageDataset | None) -> list[str]:
+    """Warn about groups on both sides of the official split."""
+    if test is None:
+        return []
+    shared = set(train.groups or ()) & set(test.groups or ())
+    if not shared:
+        return []
+    return [f"{len(shared)} groups are in both train and test: {shorten(sorted(shared))}"]
 
 
 def _demo() -> ArrayDataset:
-    """The packaged part of Fashion-MNIST, as scripts/make_demo_data.py wrote it."""
+    """Read the packaged part of Fashion-MNIST, written by scripts/make_demo_data.py."""
     asset = resources.files("threefold") / "assets" / "fashion_mnist" / "data.npz"
     with asset.open("rb") as stream, np.load(stream, allow_pickle=False) as data:
         train, test = (
@@ -383,7 +379,7 @@ def _demo() -> ArrayDataset:
 
 
 def _from_arrays(data: ArrayDataset, spec: DataSpec, seed: int) -> Sources:
-    """Pixels in memory need no check; they are copied only where some are left out."""
+    """Wrap pixels in memory, which need no verification."""
     train, test = (
         ImageDataset(
             part.images, part.labels, part.ids, data.classes, _groups(part.ids, spec.group_regex)
@@ -392,4 +388,10 @@ def _from_arrays(data: ArrayDataset, spec: DataSpec, seed: int) -> Sources:
     )
     if spec.limit_per_class:
         train = train.subset(_limited(train.labels, spec.limit_per_class, seed))
-    return Sources(train, test, tuple(data.notes + _shared_groups([train, test])), ())
+    return Sources(
+        train=train,
+        test=test,
+        notes=tuple(data.notes),
+        skipped=(),
+        warnings=tuple(_shared_groups(train, test)),
+    )

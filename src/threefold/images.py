@@ -1,8 +1,8 @@
-"""Image files to pixels: the one way in which training, evaluation, export and serving read an image.
+"""Decode image files; training, evaluation, export and serving all read images through this module.
 
-The content decides what a file is, never its name. Six formats are read; everything else (EPS, PSD, SVG, ...) is
-refused, because some of their readers start other programs. Sizes are checked before anything is decoded.
-Imports no torch. No setting of Pillow is changed and no warning is relied on, so any number of threads may read.
+The content of a file, never its name, decides its format. Six formats are read; all others (EPS,
+PSD, SVG, ...) are refused, because some of their readers start other programs. Sizes are checked
+before decoding. Imports no torch. Thread-safe: it changes no setting of Pillow.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ from PIL import (
 from threefold.errors import DataError
 
 MAX_PIXELS = 89_478_485
-"""Largest width x height that is decoded (a quarter of a GiB as RGB); more is taken for a decompression bomb."""
+"""Largest width x height to decode (a quarter of a GiB as RGB), against decompression bombs."""
 
 MAX_SCANS = 100
-"""Most scans of a JPEG that `measure` lets pass; encoders make about ten, and each may cost as much as a whole image."""
+"""Largest number of JPEG scans that `measure` accepts. Encoders write about ten; each may take as
+long to decode as a whole image."""
 
 IMAGE_SUFFIXES = {
     ".jpg": "JPEG",
@@ -51,9 +52,9 @@ IMAGE_SUFFIXES = {
     ".tiff": "TIFF",
     ".gif": "GIF",
 }
-"""File name suffix (lower case) -> the format that it promises."""
+"""Format of each file name suffix (lower case)."""
 
-# The classes are called directly: Image.open would warn about large images, and warnings cannot be caught per thread.
+# Called directly: Image.open warns about large images, and warnings cannot be caught per thread.
 _READERS: dict[str, type[ImageFile.ImageFile]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,
     "PNG": PngImagePlugin.PngImageFile,
@@ -87,61 +88,60 @@ _UPRIGHT = {
 
 
 class BadImage(NamedTuple):
-    """A file that `check` objects to."""
+    """A file that `check` rejects."""
 
     path: Path
     reason: str
-    """One line, for people."""
+    """One line for people to read."""
     readable: bool = False
-    """True where the pixels can be read and only the name promises another format."""
+    """True if only the suffix is wrong and the pixels can be read."""
 
 
 class TooManyPixels(DataError):
-    """An image is larger than what is read; it may be sound."""
+    """An image exceeds the size limit; it may be sound otherwise."""
 
 
 class _Unreadable(Exception):
-    """The reason why there are no pixels."""
+    """Why an image cannot be decoded."""
 
 
 class _TooManyPixels(_Unreadable):
-    """There are too many."""
+    """The image has too many pixels."""
 
 
 def decode(source: str | Path | bytes | BinaryIO) -> NDArray[np.uint8]:
-    """Read an image as it is meant to be seen: the first frame, upright, on white, as RGB.
+    """Read an image as viewers show it: the first frame, upright, on white, as RGB.
 
-    EXIF rotation is applied; grey is repeated; palettes, CMYK and YCbCr are converted; transparent pixels are laid on
-    white. 16-bit grey is scaled by 255/65535. 32-bit grey (integer or float) has no fixed white: the smallest of the
-    ranges 0..1 (float only), 0..255 and 0..65535 that holds all its values is taken.
+    EXIF rotation is applied; grey is repeated; palettes, CMYK and YCbCr are converted; transparent
+    images are composited on white. 16-bit grey is scaled by 255/65535. 32-bit grey (integer or
+    float) has no defined white; its range is the smallest of 0..1 (float only), 0..255 and 0..65535
+    that holds all values.
 
     Args:
-        source: a path, the bytes of a file, or an open binary file (read from where it stands).
+        source: a path, the bytes of a file, or an open binary file (read from its position).
 
     Returns:
         uint8 pixels (h, w, 3).
 
     Raises:
-        DataError: missing, empty, damaged, truncated, more than `MAX_PIXELS`, or none of the six formats.
+        DataError: the file is missing, empty, damaged or truncated, has more than `MAX_PIXELS`, or
+            is none of the six formats.
     """
     try:
         return _read(source)[0]
     except _Unreadable as error:
-        where = (
-            source
-            if isinstance(source, (str, Path))
-            else getattr(source, "name", "") or "image bytes"
-        )
+        where = source if isinstance(source, str | Path) else getattr(source, "name", "")
+        where = where or "image bytes"
         raise DataError("cannot read the image", where=where, got=error) from None
 
 
 def measure(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Width and height of an image as its header gives them (EXIF not applied); no pixel is decoded.
+    """Return width and height from an image's header, before EXIF rotation, without decoding.
 
     Raises:
         TooManyPixels: more than `max_pixels`.
-        DataError: not one of the six formats, a damaged header, or a JPEG of more than `MAX_SCANS` scans, which takes
-            minutes to decode.
+        DataError: the format is unknown, the header is damaged, or a JPEG has more than `MAX_SCANS`
+            scans, which would take minutes to decode.
     """
     stream = io.BytesIO(content)
     try:
@@ -155,38 +155,38 @@ def measure(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
 
 def check(path: str | Path, content: bytes | None = None) -> BadImage | None:
-    """Decode a file completely; say what is wrong with it, also where its name promises another format.
+    """Decode a file completely and return what is wrong with it, including a misleading suffix.
 
     Args:
         path: the file, or the name of `content`.
-        content: the file's bytes, where they lie elsewhere.
+        content: the bytes, if they are not in the file.
     """
     path = Path(path)
     try:
-        found = _read(path if content is None else content)[1]
+        _, image_format = _read(path if content is None else content)
     except _Unreadable as error:
         return BadImage(path, " ".join(str(error).split()))
-    if IMAGE_SUFFIXES.get(path.suffix.lower(), found) != found:
-        return BadImage(path, f"content is {found}, name says {path.suffix}", readable=True)
+    if IMAGE_SUFFIXES.get(path.suffix.lower(), image_format) != image_format:
+        return BadImage(path, f"content is {image_format}, suffix is {path.suffix}", readable=True)
     return None
 
 
 def check_all(
     paths: Sequence[str | Path], workers: int = 4, contents: Sequence[bytes] | None = None
 ) -> list[BadImage]:
-    """What `check` objects to among many files, in their order; decoded by that many threads."""
+    """Run `check` on many files in threads; return the rejected ones, in order."""
 
-    def check_one(place: int) -> BadImage | None:
-        return check(paths[place], None if contents is None else contents[place])
+    def check_one(index: int) -> BadImage | None:
+        return check(paths[index], None if contents is None else contents[index])
 
     with ThreadPoolExecutor(workers) as pool:
         return [bad for bad in pool.map(check_one, range(len(paths))) if bad is not None]
 
 
 def same_content(paths: Sequence[Path], contents: Sequence[bytes] | None = None) -> list[list[int]]:
-    """Positions of files that are equal byte for byte, one list per content that stands there more than once.
+    """Return the positions of files that are equal byte for byte, one list per repeated content.
 
-    Only files of equal size are read; of `contents`, where the bytes lie elsewhere, all are.
+    Only files of equal size are read. `contents` has the bytes if they are not in files.
 
     Raises:
         DataError: a file cannot be read.
@@ -195,17 +195,17 @@ def same_content(paths: Sequence[Path], contents: Sequence[bytes] | None = None)
         return _positions([hashlib.sha256(content).digest() for content in contents])
     try:
         sizes = _positions([path.stat().st_size for path in paths])
-        rows = sorted(row for same in sizes for row in same)
+        rows = sorted(row for positions in sizes for row in positions)
         digests = [_digest(paths[row]) for row in rows]
     except OSError as error:
         raise DataError(
             "cannot read the file", where=error.filename, got=error.strerror or error
         ) from None
-    return [[rows[i] for i in same] for same in _positions(digests)]
+    return [[rows[i] for i in positions] for positions in _positions(digests)]
 
 
 def _positions(keys: Sequence[object]) -> list[list[int]]:
-    """Positions of equal keys, for the keys that stand there more than once."""
+    """Return the positions of every key that occurs more than once."""
     where: dict[object, list[int]] = defaultdict(list)
     for position, key in enumerate(keys):
         where[key].append(position)
@@ -218,14 +218,14 @@ def _digest(path: Path) -> bytes:
 
 
 def _read(source: str | Path | bytes | BinaryIO) -> tuple[NDArray[np.uint8], str]:
-    """Pixels and format name of any source."""
+    """Return pixels and format of any source."""
     if not isinstance(source, (str, Path)):
         return _decode(io.BytesIO(source if isinstance(source, bytes) else source.read()))
     try:
-        # A pipe or a device would keep the reader waiting for ever.
+        # Reading a pipe or a device could block for ever.
         if not stat.S_ISREG(os.stat(source).st_mode):
             raise _Unreadable("not a regular file")
-        stream = open(source, "rb")  # noqa: SIM115 (closed by the with below; only the opening may fail here)
+        stream = open(source, "rb")  # noqa: SIM115 (closed by the `with` below)
     except (OSError, ValueError) as error:
         raise _Unreadable(getattr(error, "strerror", None) or error) from None
     with stream:
@@ -233,14 +233,14 @@ def _read(source: str | Path | bytes | BinaryIO) -> tuple[NDArray[np.uint8], str
 
 
 def _open(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[ImageFile.ImageFile, str]:
-    """The image, its pixels not decoded, and its format."""
+    """Return the image, not yet decoded, and its format."""
     head = stream.read(32)
     stream.seek(0)
     content = _sniff(head)
     _require_size(_declared_size(head, content), max_pixels)
     try:
         image = _READERS[content](stream)
-    except Exception as error:  # on damaged content Pillow raises errors of nearly every type
+    except Exception as error:  # Pillow raises nearly any type for damaged content
         raise _Unreadable(
             f"damaged or truncated {content}: {error or type(error).__name__}"
         ) from None
@@ -262,7 +262,7 @@ def _decode(stream: BinaryIO) -> tuple[NDArray[np.uint8], str]:
 
 
 def _sniff(head: bytes) -> str:
-    """Format by the first bytes of a file."""
+    """Return the format that the first bytes of a file indicate."""
     if not head:
         raise _Unreadable("the file is empty (0 bytes)")
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
@@ -274,17 +274,17 @@ def _sniff(head: bytes) -> str:
 
 
 def _declared_size(head: bytes, content: str) -> tuple[int, int]:
-    """Width and height that a GIF or WebP header declares; (1, 1) for the others.
+    """Return the width and height in a GIF or WebP header; (1, 1) for other formats.
 
-    Pillow's readers of these two reserve memory of that size before they can be asked for it; the others do not.
+    Pillow allocates the memory of a GIF or WebP image before it reports the size.
     """
     try:
         if content == "GIF":
             return struct.unpack_from("<HH", head, 6)
         if content == "WebP" and head[12:16] == b"VP8X":
-            return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(
-                head[27:30], "little"
-            ) + 1
+            width = int.from_bytes(head[24:27], "little") + 1
+            height = int.from_bytes(head[27:30], "little") + 1
+            return width, height
         if content == "WebP" and head[12:16] == b"VP8L":
             (bits,) = struct.unpack_from("<L", head, 21)
             return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
@@ -305,15 +305,15 @@ def _require_size(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _upright(image: ImageFile.ImageFile) -> Image.Image:
-    """The image turned as its EXIF block says (TIFF files have none: Pillow turns them itself while it loads them)."""
-    turn = _UPRIGHT.get(_orientation(image.info.get("exif", b"")))
-    return image if turn is None else image.transpose(turn)
+    """Apply the EXIF orientation; Pillow itself applies that of TIFF files while loading."""
+    transpose = _UPRIGHT.get(_orientation(image.info.get("exif", b"")))
+    return image if transpose is None else image.transpose(transpose)
 
 
 def _orientation(exif: bytes) -> int:
-    """Tag 0x0112 of an EXIF block (1 to 8); 1 where it is absent or the block is damaged, as viewers take it.
+    """Return the orientation (tag 0x0112, 1 to 8) of an EXIF block; 1 if absent or damaged.
 
-    Read here and not by Pillow, which warns about damaged blocks and also believes XMP, which viewers do not.
+    Like viewers, and unlike Pillow, this neither warns about damaged blocks nor reads XMP.
     """
     block = exif.removeprefix(b"Exif\0\0")
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
@@ -332,7 +332,7 @@ def _orientation(exif: bytes) -> int:
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """Any mode of Pillow as uint8 (h, w, 3)."""
+    """Convert an image of any Pillow mode to uint8 (h, w, 3)."""
     if image.mode.startswith(("I", "F")):
         return _deep_grey_to_rgb(image)
     if image.has_transparency_data:
@@ -342,12 +342,12 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _deep_grey_to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """16-bit and 32-bit grey; Pillow's own conversion to RGB clips these at 255 instead of scaling."""
+    """Convert 16-bit and 32-bit grey; Pillow's own conversion clips at 255 instead of scaling."""
     values = np.asarray(image)
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= 65535):  # also true of NaN
         raise _Unreadable(
-            f"32-bit values from {low} to {high}, known are 0..1, 0..255 and 0..65535"
+            f"32-bit values from {low} to {high}; supported are 0..1, 0..255 and 0..65535"
         )
     whites = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
     white = next(white for white in whites if high <= white)

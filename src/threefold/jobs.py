@@ -83,7 +83,7 @@ def _run_jobs(run: Run) -> PixelCache:
 
 def _notes(run: Run) -> list[str]:
     """The notes of the data, and a warning if groups may be split between fit and score rows."""
-    notes = list(run.sources.notes)
+    notes = [*run.sources.notes, *run.sources.warnings]
     if run.sources.train.groups is not None and run.recipe.folds.scheme == "stratified":
         notes.append(
             "the images have groups, but folds.scheme = stratified lets a group be in fit and in "

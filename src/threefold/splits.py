@@ -1,7 +1,7 @@
-"""Folds and roles: which rows of the training data a member learns from, is chosen on, and is scored on.
+"""Folds and roles: the training rows that fit, select and score each member.
 
-Under the honest protocol the three sets of a fold are disjoint. Nothing here depends on the names of classes or
-groups, only on which rows share one. Imports no torch.
+Under the honest protocol the three sets of a fold are disjoint. Results do not depend on the names
+of classes or groups. Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _NO_ROWS: Rows = np.empty(0, dtype=np.int64)
 
 
 class Roles(NamedTuple):
-    """What the rows of one fold are used for; ascending row numbers."""
+    """The rows of one fold by their use, as ascending row numbers."""
 
     fit: Rows
     """Gradients."""
     select: Rows
-    """Choice of checkpoints and stages (`paper`: the scored rows themselves)."""
+    """Choice of checkpoints and stages (under `paper`, the scored rows)."""
     score: Rows
     """Out-of-fold probabilities."""
 
 
 class _Codes(NamedTuple):
-    """Classes or groups of the rows, numbered by first appearance, so that renaming them changes nothing."""
+    """Classes or groups, numbered by first appearance, so that renaming them changes nothing."""
 
     of_row: Rows
     names: list[str]
@@ -50,24 +50,25 @@ def assign_roles(
     seed: int,
     classes: Sequence[str] | None = None,
 ) -> tuple[Roles, ...]:
-    """Roles of all rows in every fold; over the folds each row is scored exactly once.
+    """Assign roles to all rows in every fold; over the folds each row is scored exactly once.
 
-    Schemes: `stratified` deals out each class evenly and ignores groups; `grouped` does so with whole groups;
-    `leave-one-group-out` makes one fold per group (spec.k is not used), in order of the groups' first appearance.
-    Honest: `select` is a share `spec.select` of the rows outside `score`, of every class, in whole groups where the
-    scheme has groups. Paper: `select` is `score`, as the authors chose on what they reported; with k = 1 all rows are
-    fitted and both others are empty (the choice falls on the test split).
+    `stratified` distributes each class evenly and ignores groups; `grouped` does the same with
+    whole groups; `leave-one-group-out` makes one fold per group, in order of first appearance, and
+    ignores spec.k. Under the honest protocol, `select` is the share `spec.select` of the rows
+    outside `score`, from every class, in whole groups if the scheme has groups. Under the paper
+    protocol, `select` is `score`, since the authors selected on what they reported; with k = 1 all
+    rows are fitted and the other sets are empty (the test split selects).
 
     Args:
-        labels: class numbers (n,).
-        groups: group of each row (n), or None.
+        labels: (n,) class numbers.
+        groups: (n,) group of each row, or None.
         spec: number of folds, scheme, share of `select`.
         protocol: "honest" or "paper".
         seed: the recipe's seed.
-        classes: names for messages; class numbers are shown without them.
+        classes: class names for messages.
 
     Raises:
-        DataError: too few images of a class or too few groups for these folds, or groups missing.
+        DataError: a class has too few images, there are too few groups, or groups are missing.
     """
     kinds = _codes(labels, classes)
     clusters = _group_codes(groups, spec, len(kinds.of_row))
@@ -93,10 +94,10 @@ def refit_roles(
     seed: int,
     classes: Sequence[str] | None = None,
 ) -> Roles:
-    """Roles for one model fitted again on everything: all rows are fitted or selected on, none is scored.
+    """Assign roles for one model refitted on all rows: none is scored.
 
     Raises:
-        DataError: too few images or groups, or groups missing.
+        DataError: there are too few images or groups, or groups are missing.
     """
     kinds = _codes(labels, classes)
     clusters = _group_codes(groups, spec, len(kinds.of_row))
@@ -105,10 +106,10 @@ def refit_roles(
 
 
 def check_partition(roles: Sequence[Roles], n: int) -> None:
-    """Refuse folds that do not score each of n rows exactly once, or that score rows they fitted.
+    """Check that folds score each of n rows exactly once, and none that they fitted or selected on.
 
     Raises:
-        RunError: always a defect of the program, never of the data.
+        RunError: they do not; this is a defect of the program, not of the data.
     """
     scored = np.concatenate([part.score for part in roles]) if roles else _NO_ROWS
     if not np.array_equal(np.sort(scored), np.arange(n)):
@@ -123,22 +124,22 @@ def check_partition(roles: Sequence[Roles], n: int) -> None:
 
 
 def _codes(values: ArrayLike, names: Sequence[str] | None = None) -> _Codes:
-    found, first, inverse = np.unique(np.asarray(values), return_index=True, return_inverse=True)
+    unique, first, inverse = np.unique(np.asarray(values), return_index=True, return_inverse=True)
     order = np.argsort(first)
     rank = np.argsort(order)
-    return _Codes(
-        rank[inverse], [names[value] if names is not None else f"{value}" for value in found[order]]
-    )
+    ordered = unique[order]
+    shown = [str(value) for value in ordered] if names is None else [names[v] for v in ordered]
+    return _Codes(rank[inverse], shown)
 
 
 def _group_codes(groups: Sequence[str] | None, spec: FoldSpec, n: int) -> _Codes | None:
-    """The groups where the scheme uses them, else None."""
+    """Return the groups if the scheme uses them, else None."""
     if spec.scheme == "stratified":
         return None
     if groups is None:
         raise DataError(
             f"folds.scheme = {spec.scheme} needs groups",
-            fix="set data.group_regex, or give the CSV a group column",
+            fix="set data.group_regex, or add a group column to the CSV file",
         )
     if len(groups) != n:
         raise DataError("every image needs one group", expected=f"{n} groups", got=len(groups))
@@ -146,7 +147,7 @@ def _group_codes(groups: Sequence[str] | None, spec: FoldSpec, n: int) -> _Codes
 
 
 def _score_parts(kinds: _Codes, clusters: _Codes | None, spec: FoldSpec, seed: int) -> list[Rows]:
-    """The scored rows of each fold."""
+    """Return the scored rows of each fold."""
     if spec.scheme == "leave-one-group-out" and clusters is not None:
         if len(clusters.names) < 2:
             raise DataError(
@@ -168,7 +169,7 @@ def _score_parts(kinds: _Codes, clusters: _Codes | None, spec: FoldSpec, seed: i
 
 
 def _require_enough(kinds: _Codes, clusters: _Codes | None, k: int) -> None:
-    """Every class needs k images, and k folds need k groups and at least 2 folds."""
+    """Check that there are at least 2 folds, k images of every class, and k groups."""
     if k < 2:
         raise DataError("cross-validation needs 2 folds or more", got=f"folds.k = {k}")
     rare = int(np.argmin(kinds.counts))
@@ -189,11 +190,12 @@ def _require_enough(kinds: _Codes, clusters: _Codes | None, k: int) -> None:
 
 
 def _require_classes(kinds: _Codes, rest: Rows, fold: int) -> None:
-    """A class that is only among the scored rows could never be answered."""
+    """Check that every class has training rows; otherwise it could never be predicted."""
     present = np.bincount(kinds.of_row[rest], minlength=len(kinds.names)) > 0
     if not present.all():
+        absent = kinds.names[int(np.argmin(present))]
         raise DataError(
-            f"fold {fold} has no images of class {kinds.names[int(np.argmin(present))]} to train on",
+            f"fold {fold} has no images of class {absent} to train on",
             expected="each class in several groups, spread over the folds",
             fix="lower folds.k, add groups that hold this class, or leave the class out",
         )
@@ -202,23 +204,24 @@ def _require_classes(kinds: _Codes, rest: Rows, fold: int) -> None:
 def _fit_and_select(
     rest: Rows, kinds: _Codes, clusters: _Codes | None, spec: FoldSpec, seed: int, fold: int
 ) -> tuple[Rows, Rows]:
-    """Part the rows outside `score`; each class of `rest` stays in fit."""
+    """Split the rows outside `score`; every class of `rest` keeps rows in fit."""
     rng = np.random.default_rng([seed % 2**32, fold + 1])
     if clusters is None:
         select = _draw_rows(rest, kinds.of_row[rest], spec.select, rng)
     else:
         select = _draw_groups(rest, kinds.of_row[rest], clusters.of_row[rest], spec.select, rng)
     if not len(select):
+        where = f"fold {fold}" if fold >= 0 else "the refit"
         raise DataError(
-            f"{f'fold {fold}' if fold >= 0 else 'the refit'} leaves no images to choose checkpoints on",
-            expected="2 images of some class, or 2 groups that hold every class, outside the scored rows",
+            f"{where} leaves no images to choose checkpoints on",
+            expected="outside the scored rows, 2 images of a class, or 2 groups with every class",
             fix="add images or groups, or change folds.k",
         )
     return np.setdiff1d(rest, select), select
 
 
 def _draw_rows(rest: Rows, codes: Rows, share: float, rng: np.random.Generator) -> Rows:
-    """That share of each class, at least one row and never the last one."""
+    """Draw a share of each class: at least one row, but never the last one."""
     drawn = []
     for code in np.unique(codes):
         rows = rng.permutation(rest[codes == code])
@@ -229,26 +232,27 @@ def _draw_rows(rest: Rows, codes: Rows, share: float, rng: np.random.Generator) 
 def _draw_groups(
     rest: Rows, codes: Rows, groups: Rows, share: float, rng: np.random.Generator
 ) -> Rows:
-    """Whole groups in random order, each taken if it brings the shares of all classes nearer to what is asked.
+    """Draw whole groups in random order, each if it brings the shares closer to the target.
 
-    Where every group is too large for that, the one that misses by least. No group may take the last of a class.
+    If every group is too large for that, draw the closest one. No group may take the last rows of
+    a class.
     """
-    held, inverse = np.unique(groups, return_inverse=True)
-    counts = np.zeros((len(held), int(codes.max()) + 1))
+    names, inverse = np.unique(groups, return_inverse=True)
+    counts = np.zeros((len(names), int(codes.max()) + 1))
     np.add.at(counts, (inverse, codes), 1)
     counts = counts[:, counts.sum(axis=0) > 0]
     shares = counts / counts.sum(axis=0)
 
-    def miss(taken: NDArray[np.float64]) -> float:
+    def error(taken: NDArray[np.float64]) -> float:
         return float(((taken - share) ** 2).sum())
 
     # Counts, not shares, decide what is left: sums of shares are not exact.
     taken, left, chosen = np.zeros(shares.shape[1]), counts.sum(axis=0), []
-    for group in rng.permutation(len(held)):
-        if miss(taken + shares[group]) < miss(taken) and (left > counts[group]).all():
+    for group in rng.permutation(len(names)):
+        if error(taken + shares[group]) < error(taken) and (left > counts[group]).all():
             taken, left = taken + shares[group], left - counts[group]
             chosen.append(group)
     if not chosen:
-        possible = [group for group in range(len(held)) if (left > counts[group]).all()]
-        chosen = sorted(possible, key=lambda group: miss(shares[group]))[:1]
+        possible = [group for group in range(len(names)) if (left > counts[group]).all()]
+        chosen = sorted(possible, key=lambda group: error(shares[group]))[:1]
     return rest[np.isin(inverse, chosen)]

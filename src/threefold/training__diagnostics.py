@@ -14,18 +14,14 @@ import numpy as np
 from PIL import Image
 
 from threefold.assembly import roles_by_fold
-from threefold.audit import (
-    LISTED,
+from threefold.audit import LISTED, Suspect, list_suspects, summarize_audit, write_suspects
+from threefold.data__leakage import (
     Duplicate,
     Duplicates,
-    Suspect,
+    describe_guessed_groups,
     duplicate_warnings,
     find_duplicates,
-    group_question,
-    guess_pattern,
-    list_suspects,
-    summarize_audit,
-    write_suspects,
+    guess_group_pattern,
 )
 from threefold.datacheck import NEAR_COPIES
 from threefold.evaluate import Evaluation
@@ -75,7 +71,7 @@ def find_copies(run: Run, cache: PixelCache) -> None:
     images = (image for part in squares for image in part)
     duplicates = find_duplicates(images, ids, labels, parts)
     pairs = [pair._asdict() for pair in duplicates.pairs]
-    write_json(path, {"count": duplicates.found, "pairs": pairs, "note": ""})
+    write_json(path, {"count": duplicates.total, "pairs": pairs, "note": ""})
 
 
 def audit_run(run: Run, rows: Predictions | None, probs: np.ndarray) -> tuple[Audit, list[Suspect]]:
@@ -102,7 +98,8 @@ def audit_run(run: Run, rows: Predictions | None, probs: np.ndarray) -> tuple[Au
     if path.exists():
         copies = read_json(path)
         pairs = [Duplicate(**pair) for pair in copies["pairs"]]
-        notes += duplicate_warnings(Duplicates(pairs, copies["count"]))
+        copy_warnings = duplicate_warnings(Duplicates(pairs, copies["count"]))
+        notes += [warning.message for warning in copy_warnings]
         if copies["note"]:
             notes.append(copies["note"])
         listed = tuple(CopyPair(**pair) for pair in copies["pairs"][:LISTED])
@@ -118,8 +115,8 @@ def _group_warnings(run: Run) -> list[str]:
     if run.sources.train.groups is not None:
         return []
     ids = run.sources.train.ids
-    pattern = guess_pattern(ids)
-    return [group_question(ids, pattern)[0]] if pattern else []
+    pattern = guess_group_pattern(ids)
+    return [describe_guessed_groups(ids, pattern)[0]] if pattern else []
 
 
 def make_thumbnails(
