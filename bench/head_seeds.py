@@ -1,10 +1,10 @@
-"""Does a recurrent head help? The recipe `heads` with several seeds, its members paired image by image.
+"""Does a recurrent head help? Compare the heads of the recipe `heads` over several seeds.
 
     uv run python bench/head_seeds.py [--runs FOLDER] [--seeds 5] [--set a.b=c ...]
 
-Finished runs in the folder are read, missing ones are trained. Each head against `std`: the mean paired difference in
-accuracy with an interval for other seeds AND other images (`paired.seeds_difference`, crossed random effects), and per
-seed the exact McNemar counts.
+Missing runs in the folder are trained. For each head the tables have the mean paired difference in
+accuracy to `std`, its interval for other seeds and other images (`seeds_difference`, crossed random
+effects), and the exact McNemar counts of each seed.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from threefold.provenance import commit, hardware
 from threefold.recipe import packaged
 
 
-def table(kind: str, rows: list[Predictions]) -> None:
-    """One line per head."""
-    hits = np.stack([p.probs.argmax(-1) == p.labels for p in rows]).astype(
-        float
-    )  # seeds, members, images
+def print_table(kind: str, rows: list[Predictions]) -> None:
+    """Print one line per head."""
+    hits = np.stack([p.probs.argmax(-1) == p.labels for p in rows])  # (seeds, members, images)
     print(f"\n{kind}, {hits.shape[2]} images, {hits.shape[0]} seeds")
     print(
-        f"{'head':14}{'accuracy':>10}{'lowest':>9}{'highest':>9}{'minus std':>11}{'95 % interval':>22}{'p':>7}  McNemar, by seed"
+        f"{'head':14}{'accuracy':>10}{'lowest':>9}{'highest':>9}{'minus std':>11}"
+        f"{'95 % interval':>22}{'p':>7}  McNemar, by seed"
     )
     for i, name in enumerate(rows[0].members):
         per_seed = hits[:, i].mean(1)
         cells = f"{name:14}{per_seed.mean():10.4f}{per_seed.min():9.4f}{per_seed.max():9.4f}"
         if i:
-            found = seeds_difference(hits[:, i] > 0, hits[:, 0] > 0)
-            counts = [mcnemar_exact(a[i] > 0, a[0] > 0) for a in hits]
-            words = ", ".join(f"{c.only_a}:{c.only_b} (p {c.p:.2g})" for c in counts)
-            cells += f"{found.estimate:+11.4f}{f'[{found.low:+.4f}, {found.high:+.4f}]':>22}{found.p:7.2f}  {words}"
+            difference = seeds_difference(hits[:, i], hits[:, 0])
+            interval = f"[{difference.low:+.4f}, {difference.high:+.4f}]"
+            tests = [mcnemar_exact(seed[i], seed[0]) for seed in hits]
+            counts = ", ".join(f"{test.only_a}:{test.only_b} (p {test.p:.2g})" for test in tests)
+            cells += f"{difference.estimate:+11.4f}{interval:>22}{difference.p:7.2f}  {counts}"
         print(cells)
 
 
@@ -62,9 +62,9 @@ def main() -> None:
     print(
         f"trained at commit {first.commit}, {first.created[:10]}; read on {hardware()}, {commit()}"
     )
-    table("out of fold", [run.predictions("oof") for run in runs])
+    print_table("out of fold", [run.predictions("oof") for run in runs])
     if runs[0].sources.test is not None:
-        table("test (two fold models averaged)", [run.predictions("test") for run in runs])
+        print_table("test (two fold models averaged)", [run.predictions("test") for run in runs])
 
 
 if __name__ == "__main__":

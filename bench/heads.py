@@ -1,9 +1,10 @@
-"""What a recurrent head costs over STD: training step and inference, all variants in turn in one run.
+"""Time of recurrent heads relative to a linear head (STD), for a training step and inference.
 
-    uv run python bench/heads.py [--size 96] [--batch 32] [--rounds 15] [--backbone mobilenetv1_100] [--device cpu]
+    uv run python bench/heads.py [--size 96] [--batch 32] [--rounds 15] [--device cpu]
 
-Prints the median ratio to STD, round by round, so that a drifting machine does not matter. `full` rows are the same head
-with torch's own recurrent layer, dead weights and all.
+Every round times all heads in turn. The table has the median over rounds of the ratio to STD, which
+does not depend on drifts of the machine. `full` rows use torch's recurrent layer, which also stores
+the weights without effect.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ FULL = ("gru", "lstm", "bilstm")
 
 
 class FullLayer(nn.Module):
-    """torch's recurrent layer over one time step, in the place of a collapsed one."""
+    """torch's recurrent layer over one time step."""
 
     def __init__(self, layer: nn.RNNBase) -> None:
         super().__init__()
@@ -37,20 +38,18 @@ class FullLayer(nn.Module):
         return self.layer(x[:, None])[0][:, 0]
 
 
-def make(backbone: str, kind: str, size: int, device: torch.device, full: bool = False) -> Member:
+def build(backbone: str, kind: str, size: int, device: torch.device, full: bool = False) -> Member:
     """A member with the paper's head: 2048 units, noise 0.1, FC 1024, 10 classes."""
-    fc = {"fc": 1024, "units": 2048}
-    spec = MemberSpec(
-        name="m", backbone=backbone, weights="none", img_size=size, head=HeadSpec(kind=kind, **fc)
-    )  # type: ignore[arg-type]
+    head = HeadSpec(kind=kind, fc=1024, units=2048)  # type: ignore[arg-type]
+    spec = MemberSpec(name="m", backbone=backbone, weights="none", img_size=size, head=head)
     member = build_member(spec, 10)
     if full:
         member.head.recurrent = FullLayer(expand(member.head.recurrent))
     return member.to(device=device).to(memory_format=torch.channels_last)
 
 
-def timed(action: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, the device's queue included."""
+def measure(action: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -60,8 +59,8 @@ def timed(action: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def trainer(member: Member, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
-    """One training step with fused Adam."""
+def training_step(member: Member, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    """Return a function that takes one training step with fused Adam."""
     optimizer = torch.optim.Adam(member.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
@@ -73,15 +72,15 @@ def trainer(member: Member, images: torch.Tensor, labels: torch.Tensor) -> Calla
     return step
 
 
-def looker(member: Member, images: torch.Tensor) -> Callable[[], None]:
-    """One forward pass."""
+def inference(member: Member, images: torch.Tensor) -> Callable[[], None]:
+    """Return a function that runs one forward pass."""
 
     @torch.inference_mode()
-    def look() -> None:
+    def forward() -> None:
         member.eval()
         member(images)
 
-    return look
+    return forward
 
 
 def main() -> None:
@@ -97,22 +96,23 @@ def main() -> None:
     images = torch.rand(args.batch, 3, args.size, args.size, device=device).mul(255)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (args.batch,), device=device)
-    variants = {kind: make(args.backbone, kind, args.size, device) for kind in KINDS}
+    variants = {kind: build(args.backbone, kind, args.size, device) for kind in KINDS}
     variants |= {
-        f"{kind} full": make(args.backbone, kind, args.size, device, full=True) for kind in FULL
+        f"{kind} full": build(args.backbone, kind, args.size, device, full=True) for kind in FULL
     }
     print(
-        f"{args.backbone} {args.size} px batch {args.batch}, {hardware()}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {commit()}"
+        f"{args.backbone} {args.size} px batch {args.batch}, {hardware()}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, commit {commit()}"
     )
     print(f"{'head':14}{'parameters':>12}{'train ms':>10}{'x STD':>8}{'infer ms':>10}{'x STD':>8}")
     actions = {
-        name: (trainer(member, images, labels), looker(member, images))
+        name: (training_step(member, images, labels), inference(member, images))
         for name, member in variants.items()
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     for _ in range(args.rounds + 2):
-        for name, (step, look) in actions.items():
-            times[name].append((timed(step, device), timed(look, device)))
+        for name, (train_step, infer) in actions.items():
+            times[name].append((measure(train_step, device), measure(infer, device)))
     for name, member in variants.items():
         size = sum(p.numel() for p in member.parameters())
         cells = ""

@@ -1,9 +1,10 @@
-"""Is a recurrent layer over the test-time views worth having? GRU over five crops against the mean of five softmaxes.
+"""Compare a GRU over five test-time views with the mean of five softmaxes.
 
     uv run python bench/view_heads.py [--size 96] [--epochs 30]
 
-Frozen pretrained features of the demo's training images, two folds; both heads see the same five crops in training and
-in test, for as many epochs. Prints accuracy out of fold and the exact McNemar test.
+The features are frozen and pretrained, of the demo's training images in two folds. Both heads see
+the same five crops in training and in test, for the same number of epochs. The script prints the
+accuracy out of fold and the exact McNemar test.
 """
 
 from __future__ import annotations
@@ -30,10 +31,8 @@ class OverViews(nn.Module):
 
     def __init__(self, width: int, num_classes: int, units: int = 512) -> None:
         super().__init__()
-        self.gru, self.classifier = (
-            nn.GRU(width, units, batch_first=True),
-            nn.Linear(units, num_classes),
-        )
+        self.gru = nn.GRU(width, units, batch_first=True)
+        self.classifier = nn.Linear(units, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (b, k)."""
@@ -42,14 +41,12 @@ class OverViews(nn.Module):
 
 
 class PerView(nn.Module):
-    """A one-step GRU of the same width on each view by itself; log of the mean softmax."""
+    """A one-step GRU of the same width on each view; returns the log of the mean softmax."""
 
     def __init__(self, width: int, num_classes: int, units: int = 512) -> None:
         super().__init__()
-        self.gru, self.classifier = (
-            nn.GRU(width, units, batch_first=True),
-            nn.Linear(units, num_classes),
-        )
+        self.gru = nn.GRU(width, units, batch_first=True)
+        self.classifier = nn.Linear(units, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (b, k)."""
@@ -62,20 +59,18 @@ class PerView(nn.Module):
 def features_of(pixels: np.ndarray, size: int) -> Tensor:
     """Pooled features (n, 5, c) of five crops."""
     spec = MemberSpec(name="m", backbone="tf_efficientnet_lite0.in1k", img_size=size)
-    member, views = (
-        build_member(spec, 10).eval(),
-        Views(ViewSpec(kind="five-crop", upsample=1.15), size, 0),
-    )
+    member = build_member(spec, 10).eval()
+    views = Views(ViewSpec(kind="five-crop", upsample=1.15), size, 0)
     parts = []
     for begin in range(0, len(pixels), 64):
         crops = views(
             resize_square(torch.from_numpy(pixels[begin : begin + 64]), views.canvas, "squash")
         )
         flat = (crops.flatten(0, 1) - member.mean) / member.std
-        found = member.backbone.forward_head(
+        pooled = member.backbone.forward_head(
             member.backbone.forward_features(flat), pre_logits=True
         )
-        parts.append(found.reshape(5, -1, found.shape[-1]).transpose(0, 1))
+        parts.append(pooled.reshape(5, -1, pooled.shape[-1]).transpose(0, 1))
     return torch.cat(parts)
 
 
@@ -116,7 +111,8 @@ def main() -> None:
         print(f"{name:22}{hits[name].mean():.4f} [{low:.4f}, {high:.4f}]")
     a, b, p = mcnemar_exact(hits["GRU over 5 views"], hits["mean of 5 softmaxes"])
     print(
-        f"GRU alone right {a}, mean alone right {b}, p = {p:.3f}; {args.size} px, {hardware()}, commit {commit()}"
+        f"only GRU correct {a}, only mean correct {b}, p = {p:.3f}; "
+        f"{args.size} px, {hardware()}, commit {commit()}"
     )
 
 

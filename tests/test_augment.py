@@ -1,4 +1,4 @@
-"""Pixels: the square resize against Pillow, the warp against scipy and keras-preprocessing's matrices, the views."""
+"""Resize against Pillow, the warp against SciPy and keras-preprocessing, and the views."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def centred_square(images: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_resize_is_pillows(height: int, width: int, size: int, mode: str) -> None:
-    """Within one level: some Pillow versions round after the rows where we round after the columns."""
+    """Within one level: some versions of Pillow round after the rows, we after the columns."""
     images = random_images(2, height, width)
     resized = resize_square(images, size, mode)
     assert resized.shape == (2, 3, size, size)
@@ -74,7 +74,7 @@ def test_resize_is_pillows(height: int, width: int, size: int, mode: str) -> Non
 @pytest.mark.parametrize("length", [5, 28, 63, 65, 100, 300, 1000])
 @pytest.mark.parametrize("across", [True, False])
 def test_resize_of_one_side_is_pillows(length: int, across: bool) -> None:
-    """With one pass only there is one rounding, and the result is Pillow's but for exact ties."""
+    """One pass rounds once, so the result is Pillow's except for exact ties."""
     images = random_images(1, 64, length) if across else random_images(1, length, 64)
     difference = np.abs(
         resize_square(images, 64, "squash")[0].numpy() - pillow(images[0], (64, 64))
@@ -100,7 +100,7 @@ def test_resize_keeps_a_flat_image_flat(
     )
 
 
-def test_resize_of_the_same_size_changes_nothing() -> None:
+def test_resize_to_the_same_size_changes_nothing() -> None:
     images = random_images(3, 33, 33)
     assert torch.equal(resize_square(images, 33, "crop"), images.permute(0, 3, 1, 2).float())
 
@@ -120,7 +120,7 @@ def test_crop_sees_only_the_centred_square() -> None:
 
 
 def test_resize_sums_are_exact() -> None:
-    """In float32 as in float64, hence the same in any order, on any device and in any runtime."""
+    """Equal in float32 and float64, hence in any order, on any device and in any runtime."""
     pixels = random_images(1, 157, 211).permute(0, 3, 1, 2).float()
     for size in (32, 300):
         weights = triangle_weights(211, torch.tensor(0.0), torch.tensor(211.0), size)
@@ -157,7 +157,7 @@ def keras_matrix(
     height: int,
     width: int,
 ) -> np.ndarray:
-    """The product R T S Z of keras-preprocessing, about the centre of the pixel grid, on (row, column, 1)."""
+    """The product R T S Z of keras-preprocessing on (row, column, 1), about the grid's centre."""
     rotation = np.array(
         [[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]]
     )
@@ -203,10 +203,10 @@ def test_flips_are_mirror_images() -> None:
         flipped = [
             torch.allclose(a, m, atol=0.02) for a, m in zip(augmented, mirrored, strict=True)
         ]
-        kept = [
+        unchanged = [
             torch.allclose(a, x, atol=0.02) for a, x in zip(augmented, images.float(), strict=True)
         ]
-        assert [f != k for f, k in zip(flipped, kept, strict=True)] == [True] * 64
+        assert [a != b for a, b in zip(flipped, unchanged, strict=True)] == [True] * 64
         assert 16 < sum(flipped) < 48
 
 
@@ -217,7 +217,7 @@ def test_no_augmentation_returns_the_values_unchanged() -> None:
     assert torch.equal(augmented, images.float())
 
 
-def test_the_generator_alone_decides() -> None:
+def test_augmentation_depends_only_on_the_generator() -> None:
     images = random_images(4, 16, 16).permute(0, 3, 1, 2)
     before = images.clone()
     augment = Augment(PAPER)
@@ -227,14 +227,14 @@ def test_the_generator_alone_decides() -> None:
     assert torch.equal(first, augment(images.float(), torch.Generator().manual_seed(5)))
     assert not torch.equal(first, augment(images, torch.Generator().manual_seed(6)))
     assert torch.equal(images, before)
-    same = augment(images[:1].expand(4, -1, -1, -1), torch.Generator().manual_seed(5))
-    assert all(not torch.equal(same[0], other) for other in same[1:])
+    copies = augment(images[:1].expand(4, -1, -1, -1), torch.Generator().manual_seed(5))
+    assert all(not torch.equal(copies[0], other) for other in copies[1:])
     assert float(first.min()) >= 0.0
     assert float(first.max()) <= 255.001
 
 
 def test_draws_fill_their_ranges() -> None:
-    """Ranges and units as the authors set them: degrees, shares of the side, scale about 1, values of 0..255."""
+    """Ranges and units are the authors': degrees, shares of the side, scale about 1, 0..255."""
     draws = Augment(PAPER).draw(20_000, torch.Generator().manual_seed(0))
     shapes = [tuple(part.shape[1:]) for part in draws]
     assert shapes == [(), (2,), (), (2,), ()]
@@ -266,7 +266,7 @@ def test_draws_fill_their_ranges() -> None:
     )
 
 
-def test_turning_one_knob_leaves_the_draws_of_the_others() -> None:
+def test_an_option_does_not_change_the_draws_of_others() -> None:
     all_on = Augment(PAPER).draw(6, torch.Generator().manual_seed(0))
     few = Augment(AugmentSpec(rotation=30, channel_shift=10)).draw(
         6, torch.Generator().manual_seed(0)
@@ -351,7 +351,7 @@ def test_random_crops_are_different_and_fixed_by_the_seed() -> None:
 
 
 @pytest.mark.parametrize(("kind", "n"), [("random-crops", 2), ("five-crop", 1), ("ten-crop", 1)])
-def test_views_that_would_all_be_the_same_are_refused(kind: str, n: int) -> None:
+def test_identical_views_are_refused(kind: str, n: int) -> None:
     with pytest.raises(RecipeError, match="upsample"):
         views(kind, upsample=1.0, n=n)
 
@@ -379,7 +379,7 @@ def test_views_export_and_add_nothing_to_the_state(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["flip", "multi-scale"])
-def test_views_are_as_exact_under_autocast(kind: str) -> None:
+def test_autocast_does_not_change_views(kind: str) -> None:
     module, images = views(kind), random_images(2, 20, 20).permute(0, 3, 1, 2).float()
     with torch.autocast("cpu", torch.bfloat16):
         cut = module(images)
@@ -387,7 +387,7 @@ def test_views_are_as_exact_under_autocast(kind: str) -> None:
 
 
 def test_everything_stays_on_the_device_of_the_images() -> None:
-    """On the meta device, where mixing in a tensor of the CPU is an error; the generator stays on the CPU."""
+    """On the meta device, where using a tensor of the CPU is an error; the generator is there."""
     images = torch.empty(2, 20, 30, 3, dtype=torch.uint8, device="meta")
     square = resize_square(images, 20, "crop")
     augmented = Augment(PAPER)(square, torch.Generator().manual_seed(0))

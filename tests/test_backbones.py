@@ -1,4 +1,4 @@
-"""The paper's networks: names, the authors' printed parameter totals to the last one, a step of training, an export."""
+"""The paper's networks: names, the authors' parameter totals, a training step, an export."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def count(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("row", PAPER_BACKBONES, ids=NAMES)
-def test_the_table_says_what_timm_says(row: Any) -> None:
+def test_the_table_agrees_with_timm(row: Any) -> None:
     assert row.timm in timm.list_models(pretrained=True)
     config = timm.models.get_pretrained_cfg(row.timm)
     assert (config.mean, config.std) == row.stats
-    # Where the authors' scaling is to -1..1 or by ImageNet's statistics, timm's weights have the same.
+    # Apart from BGR, the authors' scaling is that of timm's weights.
     if row.authors_scaling != "bgr":
         assert (row.authors_scaling == "-1..1") == (row.stats == INCEPTION_STATS)
     member = on_meta(MemberSpec(name="m", backbone=row.name, img_size=row.sizes[0]))
@@ -57,7 +57,7 @@ def test_the_table_says_what_timm_says(row: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "meant"),
+    ("name", "timm_name"),
     [
         ("InceptionV3", "inception_v3.tf_in1k"),
         ("inceptionresnetv2", "inception_resnet_v2.tf_in1k"),
@@ -65,15 +65,15 @@ def test_the_table_says_what_timm_says(row: Any) -> None:
         ("EfficientNet B7", "tf_efficientnet_b7.aa_in1k"),
         ("efficientnet-b0", "tf_efficientnet_b0.aa_in1k"),
         ("ResNet50", "resnet50.tv_in1k"),
-        # names of timm's stay timm's
+        # names of timm come first
         ("resnet50", "resnet50"),
         ("efficientnet_b0", "efficientnet_b0"),
         ("inception_v3.tv_in1k", "inception_v3.tv_in1k"),
         ("EfficientNetB9", "EfficientNetB9"),
     ],
 )
-def test_names(written: str, meant: str) -> None:
-    assert resolve_backbone(written) == meant
+def test_names(name: str, timm_name: str) -> None:
+    assert resolve_backbone(name) == timm_name
 
 
 def test_the_list_shows_the_papers_names() -> None:
@@ -90,7 +90,7 @@ def test_the_list_shows_the_papers_names() -> None:
 
 
 def test_vgg_ends_in_its_feature_maps() -> None:
-    """Keras' VGG19 without top: 16 convolutions, 20,024,384 parameters, 512 features; the average of the last map."""
+    """Like Keras' VGG19 without top: 20,024,384 parameters, the mean of 512 feature maps."""
     assert (
         count(on_meta(MemberSpec(name="m", backbone="VGG19", weights="none")).backbone)
         == 20_024_384
@@ -105,12 +105,12 @@ def test_vgg_ends_in_its_feature_maps() -> None:
 
 # ---- the authors' totals ----
 
-# What a Keras total has and ours has not, and the other way round:
-# + running mean and variance of batch norms (Keras: "non-trainable"), without torch's count of batches;
-# - the scale of batch norms (Keras: scale=False) in Inception-v3 (94 norms) and Inception-ResNet-v2 (204 norms);
-# + a bias per convolution in ResNet50, whose batch norms make it superfluous (53 convolutions);
-# + the recurrent weights that never act (heads.full_parameters);
-# + in tf.keras 2.4's EfficientNets: a normalisation layer with 3 means, 3 variances and its count.
+# Differences between a Keras total (+) and ours (-):
+# + running mean and variance of batch norms, "non-trainable" in Keras;
+# - the scale of batch norms, absent in Keras' Inception-v3 (94) and Inception-ResNet-v2 (204);
+# + a bias of each of ResNet50's 53 convolutions, which its batch norms make superfluous;
+# + the recurrent weights without effect (recurrent.full_parameters);
+# + a normalisation layer in tf.keras 2.4's EfficientNets: 3 means, 3 variances and its count.
 NO_SCALE = {"InceptionV3": -17_216, "Inception-ResNetV2": -30_272}
 CONV_BIAS = {"ResNet50": 26_560}
 TF_KERAS_NORMALISATION = 3 + 3 + 1
@@ -164,7 +164,7 @@ class Total(NamedTuple):
 
 
 SE_BLOCKS = sum(blocks * 2 * c * c // 16 for c, blocks in ((320, 11), (1088, 21), (2080, 12)))
-"""Squeeze-and-excitation without biases, reduction 16, after every block and reduction of Inception-ResNet-v2 (44)."""
+"""Squeeze-and-excitation, reduction 16, no biases, after 44 blocks of Inception-ResNet-v2."""
 B_SERIES_CIFAR100 = (5_463_808, 7_989_476, 9_313_878, 12_459_916, 19_612_348)
 B_SERIES_SVHN = (
     5_371_558,
@@ -208,7 +208,7 @@ TOTALS = [
     Total("cassava", "Xception", 25_068_077, 5, 2048),
     Total("inaturalist", "MobileNetV1", 11_565_234, 1010, 4096),
     Total("inaturalist", "SEResNeXt101", 53_310_114, 1010, 2048),
-    # These two have a BiLSTM with 2048 units in each direction; the second one's backbone has squeeze-and-excitation.
+    # A BiLSTM with 2048 units in each direction; the second has squeeze-and-excitation as well.
     Total("inaturalist", "InceptionV3", 109_847_314, 1010, 4096, "bilstm", 4096),
     Total(
         "inaturalist",
@@ -224,7 +224,7 @@ TOTALS = [
 
 
 def keras_total(total: Total) -> int:
-    """What Keras prints for the model: backbone, recurrent layer with its dead weights, fully connected layers."""
+    """Parameters that Keras prints: backbone, full recurrent layer, fully connected layers."""
     row = paper_backbone(total.backbone)
     assert row is not None
     spec = HeadSpec(
@@ -262,7 +262,7 @@ def test_the_authors_ensemble_of_three() -> None:
 # ---- training and export ----
 
 SMALLEST = 75
-"""Side below which the Inception networks have nothing left; odd, as 299 is, so that padding is not symmetric."""
+"""Smallest side for the Inception networks; odd, like 299, so that padding is asymmetric."""
 NEWER = {
     "tf_efficientnetv2_s": 75,
     "convnext_tiny": 75,
@@ -299,7 +299,7 @@ def learn(member: Member, pixels: torch.Tensor) -> None:
 
 
 def settle(member: Member, pixels: torch.Tensor) -> None:
-    """Give batch norms the statistics of these images: with others a random deep network overflows its softmax."""
+    """Fit batch norms to these images; otherwise a random deep network overflows its softmax."""
     for module in member.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0

@@ -1,4 +1,4 @@
-"""Grad-CAM: the heat lies where the evidence is, and is the arithmetic that the papers write down."""
+"""Grad-CAM: the heat is where the evidence is, and follows the papers' equations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from threefold.training__optimizers import train_mode
 
 
 class Net(nn.Module):
-    """The contract of timm's networks around a few layers; the pooled features are the mean over places."""
+    """timm's interface around a few layers; pooled features are the mean over positions."""
 
     def __init__(self, body: nn.Module, num_features: int) -> None:
         super().__init__()
@@ -50,7 +50,10 @@ def noise(count: int = 4, size: int = 16, seed: int = 0) -> np.ndarray:
 
 
 def planted(count: int, seed: int, size: int = 32) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Grey noise with one square, bright (class 1) or dark (class 0), in a corner; images, classes, corners (row, column)."""
+    """Grey noise with a bright (class 1) or dark (class 0) square in a corner.
+
+    Returns images, classes and corners (row, column).
+    """
     rng = np.random.default_rng(seed)
     images = np.clip(rng.normal(128, 12, (count, size, size, 3)), 0, 255).astype(np.uint8)
     labels, corners = rng.integers(0, 2, count), rng.integers(0, 2, (count, 2))
@@ -127,7 +130,7 @@ def test_under_a_linear_head_it_is_cam() -> None:
     ids=lambda s: f"{s.kind}-{s.sequence}",
 )
 def test_the_weights_of_the_channels_are_finite_differences(spec: HeadSpec) -> None:
-    """A channel's weight is what its logit gains where the whole channel rises, for every kind of head."""
+    """A channel's weight is the change of the logit as the whole channel rises."""
     member, images, classes = small(spec).double(), noise(3, 8), np.array([2, 0, 1])
     pixels = torch.tensor(images).permute(0, 3, 1, 2).double()
     with torch.no_grad():
@@ -146,7 +149,7 @@ def test_the_weights_of_the_channels_are_finite_differences(spec: HeadSpec) -> N
     np.testing.assert_allclose(grad_cam(member.float(), images, classes), expected, atol=1e-3)
 
 
-def test_nothing_of_the_member_is_changed() -> None:
+def test_the_member_does_not_change() -> None:
     member = small(HeadSpec(kind="gru", units=4, noise=0.5))
     member.backbone.requires_grad_(False)
     train_mode(member)
@@ -169,7 +172,7 @@ def test_nothing_of_the_member_is_changed() -> None:
     assert "forward_features" not in vars(member.backbone)
 
 
-def test_images_of_a_batch_do_not_act_on_each_other_and_classes_matter() -> None:
+def test_each_map_depends_on_its_image_and_class_alone() -> None:
     member, images = small(HeadSpec(kind="lstm", units=8, sequence="spatial")), noise()
     whole = grad_cam(member, images, [0, 1, 2, 0])
     for i, c in enumerate([0, 1, 2, 0]):
@@ -197,7 +200,7 @@ def test_joined_members_and_ensembles_are_means() -> None:
     assert np.abs(parts[0] - maps[0]).max() > 0.01
 
 
-def test_heat_is_put_back_where_the_member_saw_it(trained: Member) -> None:
+def test_heat_covers_the_part_that_the_member_saw(trained: Member) -> None:
     """A wide picture: squashed as a whole, or its middle alone, outside which there is no heat."""
     images, labels, corners = planted(8, 3)
     wide = np.concatenate(
@@ -247,7 +250,7 @@ def test_families_of_timm_give_a_map(backbone: str, size: int) -> None:
     hot = heat.max((1, 2))
     assert set(np.unique(hot)) <= {0, 1}
     assert hot.any()  # some class has a place that speaks for it
-    assert all(np.ptp(one) > 0.1 for one in heat[hot == 1])
+    assert all(np.ptp(image) > 0.1 for image in heat[hot == 1])
 
 
 class Tokens(Net):
@@ -260,7 +263,7 @@ class Tokens(Net):
         return x.mean(1)
 
 
-def test_a_backbone_without_a_map_gives_zeros_and_says_so() -> None:
+def test_a_backbone_without_a_map_gives_zeros_and_warns() -> None:
     member = small()
     member.backbone = Tokens(member.backbone.body, 6)
     with pytest.warns(
@@ -271,7 +274,7 @@ def test_a_backbone_without_a_map_gives_zeros_and_says_so() -> None:
     assert not heat.any()
 
 
-def test_bad_input_is_told_in_one_line() -> None:
+def test_bad_input_is_refused() -> None:
     member = small()
     with pytest.raises(
         DataError, match=r"not a batch of images; expected uint8 \(b, h, w, 3\), got float64"

@@ -1,4 +1,4 @@
-"""Heads: the one-step layers are torch's and Keras' layers exactly, and heads are built as the recipe says."""
+"""Heads: one-step layers equal torch's and Keras' layers, and heads follow the recipe."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def count(module: nn.Module) -> int:
 
 
 def from_keras(key: str, directions: int = 1) -> nn.RNN | nn.GRU | nn.LSTM | OneStepGRU:
-    """Build torch's layer (or the GRU that torch lacks, its live part) with the weights of a golden Keras layer."""
+    """Build torch's layer, or the live part of the GRU that torch lacks, from golden weights."""
     cell = key.split("/")[1].split("_")[0].removeprefix("bi")
     weights = [torch.from_numpy(GOLDEN[f"{key}/weight{i}"]) for i in range(3 * directions)]
     features, units = weights[0].shape[0], weights[1].shape[0]
@@ -198,7 +198,8 @@ def test_heads_over_several_steps_are_keras(kind: str, name: str) -> None:
         np.testing.assert_allclose(output, GOLDEN[f"sigmoid/{name}/output_many"], rtol=0, atol=1e-6)
 
 
-# Recurrent layer alone, 2048 units: (kind, reset_after, features) -> full as Keras stores it, as torch does, live.
+# Recurrent layer with 2048 units: kind, reset_after, features, and the weights that Keras stores,
+# that torch stores, and that are live.
 COUNTS = [
     ("rnn", True, 2048, 8_390_656, 8_392_704, 4_196_352),
     ("gru", True, 2048, 25_178_112, 25_178_112, 12_591_104),
@@ -350,13 +351,13 @@ def test_torch_start_is_distributed_as_torch_starts(kind: str) -> None:
         ),
         (
             {"kind": "gru"},
-            "GRU over one time step: the recurrent weights have no effect, so this is a gated dense "
-            "layer of 2048 units.",
+            "GRU over one time step: the recurrent weights have no effect, so this is a gated "
+            "dense layer of 2048 units.",
         ),
         (
             {"kind": "birnn", "units": 8, "fc": 4},
-            "Bidirectional RNN over one time step: the recurrent weights have no effect, so this is a "
-            "dense tanh layer of 8 units, then a hidden layer of 4 units.",
+            "Bidirectional RNN over one time step: the recurrent weights have no effect, so this "
+            "is a dense tanh layer of 8 units, then a hidden layer of 4 units.",
         ),
         (
             {"kind": "lstm", "units": 8, "sequence": "rows"},

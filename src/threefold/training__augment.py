@@ -1,7 +1,7 @@
 """The paper's training augmentation (section 4.1): one affine warp and one offset per image.
 
-It works on float tensors in 0..255 on any device. Random erasing, mixup and cutmix need labels and are
-in the stage loop.
+It works on float tensors in 0..255 on any device. Random erasing, mixup and cutmix are in the
+stage loop.
 """
 
 from __future__ import annotations
