@@ -55,8 +55,8 @@ def fit(
     else:
         plan = plan_folder(folder, budget_minutes, members, overrides)
         if watcher:
-            for choice in plan.choices:
-                watcher.note(f"{choice.key} = {choice.value}: {choice.reason}")
+            for decision in plan.decisions:
+                watcher.note(f"{decision.key} = {decision.value}: {decision.reason}")
         run = train(plan.recipe, out, watcher, plan.explain(), plan.sources)
     finish(run)
     return run

@@ -17,6 +17,13 @@ INCEPTION_STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
+CPU_FROZEN = r"conv_dw|backbone\.(conv_stem|bn1|blocks\.[0-2])\."
+"""Parameters of an EfficientNet-Lite that are not trained on a CPU.
+
+These are the early blocks and the depthwise kernels, whose gradients take most of a step's time.
+"""
+
+
 class PaperBackbone(NamedTuple):
     """A ConvNet of the paper, without its ImageNet classifier."""
 

@@ -1,11 +1,11 @@
-"""Look at a folder of images and choose a recipe, with a reason for every choice."""
+"""Plan a recipe for a folder of images, with a reason for every decision."""
 
 from __future__ import annotations
 
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from threefold.backbones import CPU_FROZEN
 from threefold.datasets import ImageDataset, Sources, load_data
 from threefold.models__member import build_member
 from threefold.models__pipeline import pick_device
@@ -25,19 +26,20 @@ DEFAULT_MEMBERS = (
     ("lite1-gru", "tf_efficientnet_lite1.in1k", {"kind": "gru", "units": 512}),
     ("lite2-bilstm", "tf_efficientnet_lite2.in1k", {"kind": "bilstm", "units": 512}),
 )
-"""Three backbones whose weights need no hub, each with another head."""
+"""Name, backbone and head of three networks whose weights need no hub."""
 
 SIZES = (224, 192, 160, 128, 96, 64)
+"""Image sizes to choose from."""
+
 EFFORTS = ((5, 8), (5, 6), (3, 6), (3, 5), (2, 4))
-"""(folds, epochs of the first stage), most thorough first."""
-CPU_FROZEN = r"conv_dw|backbone\.(conv_stem|bn1|blocks\.[0-2])\."
-"""Left as pretrained on a CPU: the early blocks, and depthwise kernels, whose gradient is several times slower than all else."""
+"""(folds, epochs of the first stage) to choose from, most thorough first."""
+
 MIN_STEPS = 200
-"""Small data sets get more epochs, so that a stage has at least this many steps."""
+"""Least optimizer steps of the first stage: small data sets get more epochs."""
 
 
-class Choice(NamedTuple):
-    """One decision of a plan."""
+class Decision(NamedTuple):
+    """One value of a planned recipe."""
 
     key: str
     value: Any
@@ -45,29 +47,55 @@ class Choice(NamedTuple):
 
 
 @dataclass
-class Plan:
-    """A recipe and why it is as it is."""
+class RecipePlan:
+    """A recipe and the reasons for it.
+
+    Attributes:
+        recipe: the planned recipe.
+        decisions: its values with their reasons.
+        sources: the verified images that the plan was made from, if the recipe reads the same ones.
+    """
 
     recipe: Recipe
-    choices: list[Choice] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
     sources: Sources | None = None
-    """The verified images that the plan looked at, if they are those of the recipe."""
 
     def explain(self) -> str:
-        """The reasons as lines, for the head of the recipe's file."""
-        return "\n".join(
-            ["made by threefold plan; every value can be changed"]
-            + [f"{c.key} = {c.value}: {c.reason}" for c in self.choices]
-        )
+        """The reasons as lines, for the header of the recipe's file."""
+        lines = ["made by threefold plan; every value can be changed"]
+        lines += [f"{d.key} = {d.value}: {d.reason}" for d in self.decisions]
+        return "\n".join(lines)
 
 
-class Fingerprint(NamedTuple):
-    """What the plan looks at."""
+class DataSummary(NamedTuple):
+    """What the plan depends on."""
 
     n: int
     classes: tuple[str, ...]
     smallest_class: int
+    """Images of the smallest class."""
     side: int
+    """Median of the images' shorter sides, in pixels."""
+
+
+class Effort(NamedTuple):
+    """What determines the training time."""
+
+    img_size: int
+    folds: int
+    epochs: int
+    """Of the first stage."""
+
+
+class Speed(NamedTuple):
+    """Seconds per trained image: a fixed part and a part that grows with the area."""
+
+    fixed: float
+    per_pixel: float
+
+    def per_image(self, img_size: int) -> float:
+        """Seconds per trained image of a size."""
+        return self.fixed + self.per_pixel * img_size * img_size
 
 
 def plan_folder(
@@ -75,13 +103,13 @@ def plan_folder(
     budget_minutes: float = 20.0,
     members: Sequence[str] = (),
     overrides: Sequence[str] = (),
-) -> Plan:
+) -> RecipePlan:
     """Choose a recipe for a folder of images.
 
     Args:
         folder: class folders, or train/ [val/] test/ with class folders inside.
         budget_minutes: bound on the wall time of the whole job (0 = none).
-        members: timm names; empty = three that need no hub.
+        members: timm names; by default three networks that need no hub.
         overrides: `a.b=c`, applied last.
 
     Raises:
@@ -92,74 +120,71 @@ def plan_folder(
     data |= _data_overrides(overrides)
     spec = DataSpec(**data)
     sources = load_data(spec, 0)
-    seen = _fingerprint(sources.train)
+    summary = _summarize(sources.train)
     device = pick_device("auto")
     specs = _members(members)
     frozen = CPU_FROZEN if device.type == "cpu" else ""
-    choices = [
-        Choice(
-            "members",
-            ", ".join(s["name"] for s in specs),
-            "named by you"
-            if members
-            else "three pretrained networks of different size and head that need no model hub",
-        )
-    ]
-    size, folds, epochs, more = _effort(seen, specs, device, budget_minutes * 60, frozen)
-    choices += more
+    why_members = "three pretrained networks of different size and head that need no model hub"
+    if members:
+        why_members = "named by you"
+    decisions = [Decision("members", ", ".join(s["name"] for s in specs), why_members)]
+    effort, why = _choose_effort(summary, specs, device, budget_minutes * 60, frozen)
+    decisions += why
     for member in specs:
-        member["img_size"] = size
-    augment, why = _augment(seen)
-    choices += why
-    batch = _batch(seen, device)
+        member["img_size"] = effort.img_size
+    augment, why = _augment(summary)
+    decisions += why
+    batch_size = _batch_size(summary, device)
+    decisions.append(
+        Decision("train.batch_size", batch_size, f"{summary.n} images on {device.type}")
+    )
+    if frozen:
+        why_frozen = (
+            "no accelerator: early blocks and depthwise kernels stay as pretrained, which makes a "
+            "step several times cheaper"
+        )
+        decisions.append(Decision("stages.frozen", frozen, why_frozen))
+    name = re.sub(r"[^A-Za-z0-9_-]", "-", Path(folder).resolve().name).lstrip("_-")[:80]
+    training_minutes = _training_seconds(budget_minutes * 60) / 60 if budget_minutes else 0.0
     tree: dict[str, Any] = {
-        "name": re.sub(r"[^A-Za-z0-9_-]", "-", Path(folder).resolve().name).lstrip("_-")[:80]
-        or "run",
-        "budget_minutes": 0.0
-        if not budget_minutes
-        else round(_training_seconds(budget_minutes * 60) / 60, 2),
+        "name": name or "run",
+        "budget_minutes": round(training_minutes, 2),
         "data": data,
-        "folds": {"k": folds},
+        "folds": {"k": effort.folds},
         "augment": augment,
-        "train": {"batch_size": batch},
-        "stages": _stages(epochs, frozen),
+        "train": {"batch_size": batch_size},
+        "stages": _stages(effort.epochs, frozen),
         "members": specs,
     }
-    choices.append(Choice("train.batch_size", batch, f"{seen.n} images on {device.type}"))
-    if frozen:
-        choices.append(
-            Choice(
-                "stages.frozen",
-                frozen,
-                "no accelerator: early blocks and depthwise kernels stay as pretrained, which makes a step several times cheaper",
-            )
-        )
     recipe = Recipe.parse(tree, overrides, where="plan")
-    same = recipe.data == spec and not (recipe.seed and spec.limit_per_class)
-    return Plan(recipe, choices, sources if same else None)
+    # Overrides may change the data, and the seed which images a limit keeps.
+    reads_the_same = recipe.data == spec and not (recipe.seed and spec.limit_per_class)
+    return RecipePlan(recipe, decisions, sources if reads_the_same else None)
 
 
 def _data_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """The data section as the overrides leave it, so that the plan looks at the data that the run will see."""
+    """The overridden values of the data section: the plan must see the images of the run."""
+    relevant = [o for o in overrides if o.startswith(("data.", "folds."))]
     stub = {
         "stages": [{"name": "s", "epochs": 1, "lr": 1e-3}],
         "members": [{"name": "m", "backbone": "none"}],
     }
-    mine = [o for o in overrides if o.startswith(("data.", "folds."))]
-    named = {override.partition("=")[0].strip() for override in mine}
-    return {
-        key: value
-        for key, value in Recipe.parse(stub, mine).data.model_dump().items()
-        if f"data.{key}" in named
-    }
+    data = Recipe.parse(stub, relevant).data.model_dump()
+    keys = {override.partition("=")[0].strip() for override in relevant}
+    return {key: value for key, value in data.items() if f"data.{key}" in keys}
 
 
-def _fingerprint(train: ImageDataset) -> Fingerprint:
-    """Counts of everything, and the median side of a sample of the images."""
+def _summarize(train: ImageDataset) -> DataSummary:
+    """Count all images, and measure a sample of at most 32."""
     counts = np.bincount(train.labels, minlength=len(train.classes))
     rows = np.linspace(0, len(train) - 1, min(32, len(train))).astype(int)
     sides = [min(train.pixels(int(row)).shape[:2]) for row in rows]
-    return Fingerprint(len(train), train.classes, int(counts.min()), int(np.median(sides)))
+    return DataSummary(
+        n=len(train),
+        classes=train.classes,
+        smallest_class=int(counts.min()),
+        side=int(np.median(sides)),
+    )
 
 
 def _members(names: Sequence[str]) -> list[dict[str, Any]]:
@@ -169,155 +194,154 @@ def _members(names: Sequence[str]) -> list[dict[str, Any]]:
             {"name": name, "backbone": backbone, "head": dict(head)}
             for name, backbone, head in DEFAULT_MEMBERS
         ]
-    heads = [dict(head) for _, _, head in DEFAULT_MEMBERS]
+    heads = [head for _, _, head in DEFAULT_MEMBERS]
     return [
-        {"name": f"m{i}-{name.split('.')[0]}"[:80], "backbone": name, "head": heads[i % len(heads)]}
+        {
+            "name": f"m{i}-{name.split('.')[0]}"[:80],
+            "backbone": name,
+            "head": dict(heads[i % len(heads)]),
+        }
         for i, name in enumerate(names)
     ]
 
 
 def _training_seconds(budget: float) -> float:
-    """What of a budget is left for training after planning, scoring, export and report."""
+    """The part of a budget for training; planning, scoring, export and report take the rest."""
     return max(0.5 * budget, budget - 100)
 
 
-def _effort(
-    seen: Fingerprint, specs: list[dict[str, Any]], device: torch.device, budget: float, frozen: str
-) -> tuple[int, int, int, list[Choice]]:
-    """Image size, folds and epochs: the most thorough that the budget allows at the speed measured here."""
-    natural = next((s for s in reversed(SIZES) if s >= min(seen.side, SIZES[0])), SIZES[0])
-    allowed = [(k, e) for k, e in EFFORTS if k <= seen.smallest_class] or [(2, 4)]
+def _choose_effort(
+    summary: DataSummary,
+    specs: list[dict[str, Any]],
+    device: torch.device,
+    budget: float,
+    frozen: str,
+) -> tuple[Effort, list[Decision]]:
+    """Choose the most thorough effort that the budget (seconds) allows at the measured speed."""
+    sizes = [size for size in SIZES if size >= min(summary.side, SIZES[0])]
+    largest = min(sizes)
+    allowed = [(k, e) for k, e in EFFORTS if k <= summary.smallest_class] or [(2, 4)]
+    why_size = f"the images' median side is {summary.side} px"
     if not budget:
-        k, e = allowed[0]
-        return (
-            natural,
-            k,
-            _at_least(e, seen.n, k),
-            [
-                Choice("img_size", natural, f"the images' median side is {seen.side} px"),
-                Choice("folds.k", k, "no time budget"),
-                Choice("epochs", e, "no time budget"),
-            ],
-        )
-    speeds = {s["name"]: _speed(s, len(seen.classes), device, frozen) for s in specs}
+        k, epochs = allowed[0]
+        return Effort(largest, k, _at_least(epochs, summary.n, k)), [
+            Decision("img_size", largest, why_size),
+            Decision("folds.k", k, "no time budget"),
+            Decision("epochs", epochs, "no time budget"),
+        ]
+    speeds = {s["name"]: measure_speed(s, len(summary.classes), device, frozen) for s in specs}
     available = _training_seconds(budget)
-    options = [(s, k, _at_least(e, seen.n, k)) for s in SIZES if s <= natural for k, e in allowed]
-    options += [
-        (*options[-1][:2], e) for e in range(options[-1][2] - 1, 1, -1)
-    ]  # where nothing fits, fewer epochs
-    costs = {o: _seconds(o, seen.n, speeds) for o in options}
-    size, k, epochs = next(
-        (o for o in options if costs[o] <= available), min(options, key=lambda o: costs[o])
+    efforts = [
+        Effort(size, k, _at_least(epochs, summary.n, k))
+        for size in SIZES
+        if size <= largest
+        for k, epochs in allowed
+    ]
+    least = efforts[-1]
+    efforts += [least._replace(epochs=epochs) for epochs in range(least.epochs - 1, 1, -1)]
+    seconds = {effort: predict_seconds(effort, summary.n, speeds) for effort in efforts}
+    affordable = [effort for effort in efforts if seconds[effort] <= available]
+    effort = affordable[0] if affordable else min(efforts, key=lambda e: seconds[e])
+    rate = sum(1 / s.per_image(effort.img_size) for s in speeds.values()) / len(speeds)
+    why_size += (
+        f"; about {seconds[effort] / 60:.1f} of {available / 60:.1f} minutes for training, "
+        f"at {rate:.0f} images/s measured here"
     )
-    expected = costs[size, k, epochs]
-    rate = sum(1 / _per_image(speed, size) for speed in speeds.values()) / len(speeds)
-    reason = f"about {expected / 60:.1f} of {available / 60:.1f} minutes for training, at {rate:.0f} images/s measured here"
-    if expected > available:
-        reason += "; more than the budget, so stages will be cut short"
-    return (
-        size,
-        k,
-        epochs,
-        [
-            Choice("img_size", size, f"the images' median side is {seen.side} px; {reason}"),
-            Choice(
-                "folds.k",
-                k,
-                "each image is scored once by models that never saw it"
-                + (
-                    f"; the smallest class has {seen.smallest_class}"
-                    if seen.smallest_class < 5
-                    else ""
-                ),
-            ),
-            Choice(
-                "epochs",
-                epochs,
-                "first stage; two shorter stages at a tenth and a hundredth of its learning rate follow",
-            ),
-        ],
+    if not affordable:
+        why_size += "; more than the budget, so stages will be cut short"
+    why_folds = "each image is scored once by models that never saw it"
+    if summary.smallest_class < 5:
+        why_folds += f"; the smallest class has {summary.smallest_class}"
+    why_epochs = (
+        "first stage; two shorter stages at a tenth and a hundredth of its learning rate follow"
     )
+    return effort, [
+        Decision("img_size", effort.img_size, why_size),
+        Decision("folds.k", effort.folds, why_folds),
+        Decision("epochs", effort.epochs, why_epochs),
+    ]
 
 
 def _at_least(epochs: int, n: int, k: int, batch: int = 32) -> int:
-    """Epochs, or more where the data are so few that they would make too few steps."""
+    """Raise the number of epochs, to 30 at most, until a fold has MIN_STEPS steps."""
     return min(30, max(epochs, math.ceil(MIN_STEPS * batch / max(1, 0.85 * n * (k - 1) / k))))
 
 
-def _seconds(option: tuple[int, int, int], n: int, speeds: dict[str, tuple[float, float]]) -> float:
-    """Predicted training time of (size, folds, epochs): three stages on a fold's fit rows, plus looking at all rows."""
-    size, k, epochs = option
+def predict_seconds(effort: Effort, n: int, speeds: Mapping[str, Speed]) -> float:
+    """Predict the training time: three stages on the fit rows of each fold, and predictions.
+
+    Args:
+        effort: image size, folds and epochs.
+        n: training images.
+        speeds: of every member.
+    """
+    _, k, epochs = effort
     passes = (k - 1) * 0.85 * (epochs + 2 * max(1, epochs // 4)) + 0.5 * (epochs + 2)
-    return n * passes * sum(_per_image(speed, size) for speed in speeds.values())
+    return n * passes * sum(speed.per_image(effort.img_size) for speed in speeds.values())
 
 
-def _per_image(speed: tuple[float, float], size: int) -> float:
-    """Seconds per trained image at a size: a fixed part and a part that grows with the area."""
-    return speed[0] + speed[1] * size * size
-
-
-def _speed(
+def measure_speed(
     spec: dict[str, Any], num_classes: int, device: torch.device, frozen: str
-) -> tuple[float, float]:
-    """Seconds per image as (fixed, per pixel), from a few training steps on noise at two sizes."""
-    small, large = ((size, _probe(spec, num_classes, device, frozen, size)) for size in (64, 128))
-    slope = max(0.0, (large[1] - small[1]) / (large[0] ** 2 - small[0] ** 2))
-    return max(0.0, small[1] - slope * small[0] ** 2), slope
+) -> Speed:
+    """Measure a member's speed in a few training steps on noise at two sizes.
+
+    Args:
+        spec: the member as plain values.
+        num_classes: outputs of its head.
+        device: where to train.
+        frozen: regex of the parameters that are not trained.
+    """
+    small, large = 64, 128
+    at_small, at_large = (_probe(spec, num_classes, device, frozen, s) for s in (small, large))
+    per_pixel = max(0.0, (at_large - at_small) / (large**2 - small**2))
+    return Speed(max(0.0, at_small - per_pixel * small**2), per_pixel)
 
 
 def _probe(
-    spec: dict[str, Any],
-    num_classes: int,
-    device: torch.device,
-    frozen: str,
-    size: int,
-    batch: int = 16,
+    spec: dict[str, Any], num_classes: int, device: torch.device, frozen: str, size: int
 ) -> float:
-    """Best seconds per image of three training steps after a warm-up."""
+    """Least seconds per image of three training steps after a warm-up."""
+    batch_size = 16
     member = build_member(
         MemberSpec(**{**spec, "img_size": size, "weights": "none"}), num_classes, pretrained=False
     )
     member.to(device=device).to(memory_format=torch.channels_last)
     set_trainable(member, StageSpec(name="probe", epochs=1, lr=1e-3, frozen=frozen))
     optimizer = torch.optim.AdamW([p for p in member.parameters() if p.requires_grad], fused=True)
-    images = torch.rand(batch, 3, size, size, device=device).contiguous(
-        memory_format=torch.channels_last
-    )
-    labels = torch.zeros(batch, dtype=torch.long, device=device)
+    images = torch.rand(batch_size, 3, size, size, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.zeros(batch_size, dtype=torch.long, device=device)
     train_mode(member)
     times = []
     for _ in range(4):
         began = time.perf_counter()
-        torch.nn.functional.cross_entropy(member(images), labels).backward()  # type: ignore[no-untyped-call]
+        loss = torch.nn.functional.cross_entropy(member(images), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    return min(times[1:]) / batch
+    return min(times[1:]) / batch_size
 
 
-def _augment(seen: Fingerprint) -> tuple[dict[str, Any], list[Choice]]:
-    """Mild augmentation; mirror images only where class names do not read like characters or sides."""
+def _augment(summary: DataSummary) -> tuple[dict[str, Any], list[Decision]]:
+    """Mild augmentation; mirror images unless class names read like characters or sides."""
+    character = re.compile(r"(digit|letter|number|sign)?[\W_]*(\d+|[A-Za-z])", re.IGNORECASE)
     sided = re.compile(r"(^|[\W_])(left|right|clockwise)([\W_]|$)", re.IGNORECASE)
-    characters = all(
-        re.fullmatch(r"(digit|letter|number|sign)?[\W_]*(\d+|[A-Za-z])", name, re.IGNORECASE)
-        for name in seen.classes
-    )
-    flip = not characters and not any(sided.search(name) for name in seen.classes)
-    reason = (
-        "mirror images keep their class"
-        if flip
-        else "class names look like digits, letters or sides, which mirroring would change"
-    )
+    characters = all(character.fullmatch(name) for name in summary.classes)
+    flip = not characters and not any(sided.search(name) for name in summary.classes)
+    why_flip = "class names look like digits, letters or sides, which mirroring would change"
+    if flip:
+        why_flip = "mirror images keep their class"
     return {"hflip": flip, "rotation": 10.0, "shift": 0.08, "zoom": 0.1}, [
-        Choice("augment.hflip", str(flip).lower(), reason),
-        Choice(
+        Decision("augment.hflip", str(flip).lower(), why_flip),
+        Decision(
             "augment.vflip",
             "false",
             "photographs have an up and a down; set it for microscopy or aerial images",
         ),
-        Choice(
+        Decision(
             "augment.rotation, shift, zoom",
             "10, 0.08, 0.1",
             "milder than the paper's 30, 0.3, 0.3, which need its 70 epochs",
@@ -325,15 +349,14 @@ def _augment(seen: Fingerprint) -> tuple[dict[str, Any], list[Choice]]:
     ]
 
 
-def _batch(seen: Fingerprint, device: torch.device) -> int:
-    """Smaller for few images; larger on an accelerator."""
-    return int(
-        min(64 if device.type != "cpu" else 32, max(8, 2 ** int(math.log2(max(8, seen.n / 20)))))
-    )
+def _batch_size(summary: DataSummary, device: torch.device) -> int:
+    """About a twentieth of the images as a power of two: 8 to 32, or to 64 on an accelerator."""
+    power = int(2 ** int(math.log2(max(8, summary.n / 20))))
+    return min(32 if device.type == "cpu" else 64, max(8, power))
 
 
 def _stages(epochs: int, frozen: str) -> list[dict[str, Any]]:
-    """The paper's three stages, each at a tenth of the rate before; the first warms up and anneals."""
+    """The paper's three stages, each at a tenth of the rate before; the first uses one-cycle."""
     later = max(1, epochs // 4)
     return [
         {"name": "stage1", "epochs": epochs, "lr": 2e-3, "schedule": "one-cycle", "frozen": frozen},

@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast, get_args
 
+from threefold.backbones import CPU_FROZEN
 from threefold.errors import RecipeError
 from threefold.recipe import Recipe
 
 Scale = Literal["full", "small", "smoke"]
 Protocol = Literal["honest", "paper"]
-
-FROZEN = r"conv_dw|backbone\.(conv_stem|bn1|blocks\.[0-2])\."
-"""Parameters that stay as pretrained in a small run: their gradients cost most of the time on a CPU (docs/LOG.md)."""
 
 _TINY = {
     "efficientnet": "test_efficientnet",
@@ -120,7 +118,7 @@ def _shrink_stage(stage: dict[str, Any], small: Small, joined: Sequence[str]) ->
     number = int(stage["name"][-1]) if stage["name"][-1].isdigit() else 1
     usual = ((4, 2e-3, "one-cycle"), (1, 2e-4, "time"), (1, 2e-5, "time"))[min(number, 3) - 1]
     epochs, rate, schedule = given or usual
-    stage |= {"epochs": epochs, "lr": rate, "schedule": schedule, "frozen": FROZEN}
+    stage |= {"epochs": epochs, "lr": rate, "schedule": schedule, "frozen": CPU_FROZEN}
 
 
 def make_tiny(tree: dict[str, Any]) -> None:
