@@ -1,11 +1,13 @@
-"""What a cascade saves and what it costs: accuracy, multiply-adds and latency against the full ensemble.
+"""What a cascade saves and costs: accuracy, multiply-adds and latency against the full ensemble.
 
-    uv run python bench/cascade.py runs/demo                        # a finished run: its out-of-fold and test rows, its model.onnx
-    uv run python bench/cascade.py predictions.npz --members A,B,C  # saved predictions: the mean, cross-fitted; every member costs one
-    uv run python bench/cascade.py model.onnx --images folder       # latency of a file by mode and stages
+    uv run python bench/cascade.py runs/demo                        # a finished run
+    uv run python bench/cascade.py predictions.npz --members A,B,C  # saved predictions
+    uv run python bench/cascade.py model.onnx --images folder       # latency by mode and stages
 
-A run is asked at several shares of disagreement; its thresholds are those of all out-of-fold rows on test rows and those of other
-parts' rows on out-of-fold rows. `--networks` adds a grain that is not built: one network after another instead of one member.
+A run is measured at several shares of disagreement, on test rows with the thresholds of all
+out-of-fold rows and on out-of-fold rows with those of other parts. Saved predictions are combined
+by the mean, cross-fitted, and every member costs one. `--networks` measures a finer cascade that is
+not built: one network after another instead of one member.
 """
 
 from __future__ import annotations
@@ -32,16 +34,20 @@ from threefold.run import Run
 from threefold.savings import Saving, Savings, fit_savings
 
 SHARES = (0.0025, 0.005, 0.01, 0.02)
-HEAD = "| disagreement asked | rows | n | full | cascade | difference (points), 95 % interval | McNemar p | other class | stop after each stage | MACs |"
+HEAD = (
+    "| disagreement asked | rows | n | full | cascade | difference (points), 95 % interval "
+    "| McNemar p | other class | stop after each stage | MACs |"
+)
 
 
-def line(share: float, found: Saving) -> str:
+def line(share: float, saving: Saving) -> str:
     """One row of the table."""
-    low, high = (100 * value for value in found.interval)
-    stops = " / ".join(f"{100 * value:.1f}" for value in found.shares)
+    low, high = (100 * value for value in saving.interval)
+    stops = " / ".join(f"{100 * value:.1f}" for value in saving.shares)
     return (
-        f"| {share:.2%} | {found.rows} | {found.n:,} | {found.full:.4f} | {found.accuracy:.4f} "
-        f"| {100 * found.difference:+.2f} [{low:+.2f}, {high:+.2f}] | {found.p:.2f} | {found.disagreement:.2%} | {stops} | {found.macs:.3f} |"
+        f"| {share:.2%} | {saving.rows} | {saving.n:,} | {saving.full:.4f} "
+        f"| {saving.accuracy:.4f} | {100 * saving.difference:+.2f} [{low:+.2f}, {high:+.2f}] "
+        f"| {saving.p:.2f} | {saving.disagreement:.2%} | {stops} | {saving.macs:.3f} |"
     )
 
 
@@ -127,9 +133,8 @@ def run(folder: Path, networks: bool) -> None:
             if networks:
                 finer(this, names, costs, one.cascade, found.probs, test.labels, share)
         made.append((share, one))
-    print(
-        f"{folder.name}: {found.chosen} of {', '.join(names)}; costs {', '.join(f'{c / 1e6:.0f} M' for c in costs)} multiply-adds"
-    )
+    in_millions = ", ".join(f"{cost / 1e6:.0f} M" for cost in costs)
+    print(f"{folder.name}: {found.chosen} of {', '.join(names)}; costs {in_millions} multiply-adds")
     table(made)
     if (folder / "model.onnx").is_file():
         pixels = this.sources.test or this.sources.train
@@ -140,7 +145,7 @@ def run(folder: Path, networks: bool) -> None:
 
 
 def doubt(
-    told: Mapping[str, Any],
+    conformal: Mapping[str, Any],
     cascade: Cascade,
     probs: np.ndarray,
     full: np.ndarray,
@@ -148,18 +153,18 @@ def doubt(
     share: float,
 ) -> None:
     """Prediction sets and the unknown mark of a run on test rows, of full and of early answers."""
-    unknown = UnknownThreshold.from_state(told["unknown"]["state"])
+    unknown = UnknownThreshold.from_state(conformal["unknown"]["state"])
     for mode, answers in (("full", full), ("fast", cascade.predict(probs, full).probs)):
         words = []
-        for entry in told["sets"]:
+        for entry in conformal["sets"]:
             found = ConformalSets.from_state(entry["state"]).measure(answers, labels)
             low, high = found.interval
             words.append(
-                f"{'by class' if entry['by_class'] else 'sets'} cover {found.coverage:.4f} [{low:.4f}, {high:.4f}], mean size {found.mean_size:.3f}"
+                f"{'by class' if entry['by_class'] else 'sets'} cover {found.coverage:.4f} "
+                f"[{low:.4f}, {high:.4f}], mean size {found.mean_size:.3f}"
             )
-        print(
-            f"{share:.2%} asked, test, {mode}: {'; '.join(words)}; unknown {unknown.is_unknown(answers).mean():.2%}"
-        )
+        rejected = unknown.is_unknown(answers).mean()
+        print(f"{share:.2%}, test, {mode}: {'; '.join(words)}; unknown {rejected:.2%}")
 
 
 def finer(
@@ -181,20 +186,22 @@ def finer(
         so_far = np.cumsum(order) / (len(this.final_folds) * sum(order))
         so_far[-1] = 1.0
         other = (answer.probs.argmax(1) != full.argmax(1)).mean()
+        accuracy = (answer.probs.argmax(1) == labels).mean()
         print(
-            f"by network, fold {fold}, {share:.2%} asked: other class {other:.2%}, accuracy {(answer.probs.argmax(1) == labels).mean():.4f}, "
-            f"MACs {so_far[answer.stages - 1].mean():.3f}"
+            f"by network, fold {fold}, {share:.2%}: other class {other:.2%}, "
+            f"accuracy {accuracy:.4f}, MACs {so_far[answer.stages - 1].mean():.3f}"
         )
 
 
 def latency(path: Path, images: Sequence[np.ndarray]) -> None:
     """Milliseconds of an image, by mode and by number of stages, in turns."""
     for threads in (1, 0):
-        told = threefold.load(path, threads).measure_latency(images)
-        full, stages = told["full"], told.get("stages", [])
+        measured = threefold.load(path, threads).measure_latency(images)
+        full, fast = measured["full"], measured.get("fast", float("nan"))
+        stages = ", ".join(f"{stage:.2f}" for stage in measured.get("stages", []))
         print(
-            f"{len(images)} images, threads {threads or 'all'}: full {full:.2f} ms (median); fast {told.get('fast', float('nan')):.2f} ms (mean), "
-            f"{told.get('fast', float('nan')) / full:.2f} x; stages {', '.join(f'{s:.2f}' for s in stages)} ms"
+            f"{len(images)} images, threads {threads or 'all'}: full {full:.2f} ms (median); "
+            f"fast {fast:.2f} ms (mean), {fast / full:.2f} x; stages {stages} ms"
         )
 
 

@@ -1,12 +1,13 @@
-"""Do prediction sets and the unknown threshold keep what they promise? 200 resplits of one pool of labelled predictions.
+"""Do prediction sets and the unknown threshold keep their promise? 200 resplits of one pool.
 
     uv run python bench/conformal.py PREDS.npz [--keep Mixed] [--times 200] [--alphas 0.1,0.05,0.02]
 
-PREDS.npz: probs (m, n, k) and labels (n,); their mean over the members whose name has --keep in it is what is scored.
-Each resplit fits on one random half and counts hits on the other. Hits follow a beta-binomial law (Vovk 2012); its central
-95 % is the band of that resplit, for sets by class of each class by itself. The law is that of exact sets, which may be
-empty; sets that are never empty, threefold's default, cover more where the model is right more often than asked.
-Last: what `fit_uncertainty` says of its own rows, cross-fitted, minus what the other half shows.
+PREDS.npz: probs (m, n, k) and labels (n,); the mean over the members whose name contains --keep is
+scored. Each resplit fits on one random half and counts hits on the other. Hits follow a
+beta-binomial law (Vovk 2012); its central 95 % is the band of that resplit, by class for each class
+separately. The law is that of exact sets, which may be empty; sets that are never empty, the
+default, cover more if the model is right more often than the level. Last: the cross-fitted figures
+of `fit_uncertainty` minus those of the other half.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def resplit_sets(
     by_class: bool,
     never_empty: bool,
 ) -> dict[str, float]:
-    """Mean figures of the sets over the resplits, and how often the hits lie within their band or not below it."""
+    """Mean figures of the sets, and how often the hits lie within, or not below, their band."""
     rng, rows = np.random.default_rng(0), []
     half, k = len(labels) // 2, probs.shape[1]
     for _ in range(times):
@@ -78,7 +79,7 @@ def resplit_sets(
 
 
 def resplit_unknown(probs: np.ndarray, rate: float, times: int) -> tuple[float, float, float]:
-    """Mean share of false rejects over the resplits, the law's mean, and how often it lies within its band."""
+    """Mean share of false rejections, the law's mean, and how often it lies within its band."""
     rng, rows, half = np.random.default_rng(0), [], len(probs) // 2
     for _ in range(times):
         order = rng.permutation(len(probs))
@@ -93,14 +94,19 @@ def resplit_unknown(probs: np.ndarray, rate: float, times: int) -> tuple[float, 
 def cross_fitted_error(
     probs: np.ndarray, labels: np.ndarray, alpha: float, times: int
 ) -> np.ndarray:
-    """Cross-fitted figures minus those of the other half (marginal, by class, rejects): mean, then standard deviation (3,)."""
+    """Mean and standard deviation of the cross-fitted figures minus those of the other half.
+
+    The figures (3,) are coverage, coverage of the sets by class, and rejections.
+    """
     rng, rows, half = np.random.default_rng(0), [], len(labels) // 2
     for _ in range(times):
         order = rng.permutation(len(labels))
-        told = fit_uncertainty(probs[order[:half]], labels[order[:half]], alpha=alpha)
-        seen = told.measure(probs[order[half:]], labels[order[half:]])
-        sets = [a.coverage - b.coverage for a, b in zip(told.coverage, seen.coverage, strict=True)]
-        rows.append([*sets, told.rejection.rate - seen.rejection.rate])
+        fitted = fit_uncertainty(probs[order[:half]], labels[order[:half]], alpha=alpha)
+        seen = fitted.measure(probs[order[half:]], labels[order[half:]])
+        sets = [
+            a.coverage - b.coverage for a, b in zip(fitted.coverage, seen.coverage, strict=True)
+        ]
+        rows.append([*sets, fitted.rejection.rate - seen.rejection.rate])
     return np.stack([np.mean(rows, 0), np.std(rows, 0)])
 
 
@@ -119,15 +125,15 @@ def main() -> int:
     probs = rows.select(names).probs.mean(0, dtype=np.float64)
     labels, times = rows.labels, args.times
     right = (probs.argmax(1) == labels).mean()
-    print(
-        f"mean of {len(names)} members, right on {right:.4f} of {len(labels):,} rows; {times} resplits in halves"
-    )
+    print(f"mean of {len(names)} members, right on {right:.4f} of {len(labels):,} rows")
+    print(f"{times} resplits in halves")
     print(f"{hardware()}, {date.today()}, commit {commit()}")
     head = ("coverage", "law", "in band", "not below", "mean size", "single")
     print(f"{'lac sets':28}{'alpha':>6}" + "".join(f"{name:>11}" for name in head), flush=True)
     for by_class in (False, True):
         for never_empty in (False, True):
-            name = f"{'by class' if by_class else 'marginal'}, {'never empty' if never_empty else 'exact'}"
+            kind = "never empty" if never_empty else "exact"
+            name = f"{'by class' if by_class else 'marginal'}, {kind}"
             for alpha in args.alphas:
                 found = resplit_sets(probs, labels, alpha, times, by_class, never_empty)
                 print(
@@ -137,14 +143,14 @@ def main() -> int:
     for rate in args.alphas:
         rejected, expected, within = resplit_unknown(probs, rate, times)
         print(
-            f"unknown at rate {rate}: {rejected:.4f} of known rows rejected, law {expected:.4f}, in band {within:.3f}"
+            f"unknown at rate {rate}: {rejected:.4f} of known rows rejected, "
+            f"law {expected:.4f}, in band {within:.3f}"
         )
     for alpha in args.alphas:
         mean, spread = cross_fitted_error(probs, labels, alpha, times)
-        told = ", ".join(f"{m:+.4f} ({s:.4f})" for m, s in zip(mean, spread, strict=True))
-        print(
-            f"cross-fitted minus the other half, alpha {alpha}; marginal, by class, rejects at 0.05: {told}"
-        )
+        gaps = ", ".join(f"{m:+.4f} ({s:.4f})" for m, s in zip(mean, spread, strict=True))
+        print(f"cross-fitted minus the other half, alpha {alpha}:")
+        print(f"  marginal, by class, rejections at 0.05: {gaps}")
     return 0
 
 

@@ -42,7 +42,7 @@ def fitted(
     return Cascade(STAGES).fit(probs, labels, probs.mean(0), disagreement), probs, labels
 
 
-def test_whoever_never_stops_gets_the_full_answer_bit_for_bit() -> None:
+def test_rows_that_never_stop_get_the_exact_full_answer() -> None:
     probs, labels = world(1, 400)
     full = StackedEnsemble(16, epochs=3).fit(probs, labels).predict_proba(probs)
     cascade = Cascade(STAGES).fit(probs, labels, full, 0.05)
@@ -56,12 +56,12 @@ def test_whoever_never_stops_gets_the_full_answer_bit_for_bit() -> None:
     assert np.abs(fast.probs[~late] - full[~late]).max() > 0.01
 
 
-def test_a_threshold_of_nothing_asks_the_first_member_only() -> None:
+def test_a_threshold_of_zero_runs_only_the_first_member() -> None:
     cascade, probs, _ = fitted()
     found = cascade.predict(probs, probs.mean(0), [0.0, NEVER])
     assert (found.stages == 1).all()
-    heat = probs[0] ** (1 / cascade.temperatures_[0])
-    np.testing.assert_allclose(found.probs, heat / heat.sum(1, keepdims=True), atol=1e-9)
+    sharpened = probs[0] ** (1 / cascade.temperatures_[0])
+    np.testing.assert_allclose(found.probs, sharpened / sharpened.sum(1, keepdims=True), atol=1e-9)
     for most in (1, 2):
         assert (
             cascade.predict(probs, probs.mean(0), cascade.stops("full", most)).stages.tolist()
@@ -72,15 +72,14 @@ def test_a_threshold_of_nothing_asks_the_first_member_only() -> None:
         )
 
 
-def test_the_rows_of_the_fit_disagree_no_more_than_the_bound_allows() -> None:
+def test_fit_rows_disagree_within_the_bound() -> None:
     cascade, probs, _ = fitted()
     found = cascade.predict(probs, probs.mean(0))
     other = found.probs.argmax(1) != probs.mean(0).argmax(1)
     assert 0 < disagreement_bound(other) <= 0.02
+    # The bound is nearly used up: one row is charged for the second stage.
     more = np.arange(2000) < other.sum() + 2
-    assert (
-        disagreement_bound(more) > 0.02
-    )  # and not by much: one row is charged for the second stage
+    assert disagreement_bound(more) > 0.02
     assert disagreement_bound(np.arange(100) < 3) == pytest.approx(beta.ppf(LEVEL, 4, 97))
     assert disagreement_bound(np.ones(100)) == 1.0
 
@@ -92,8 +91,8 @@ def test_too_few_rows_let_nobody_stop() -> None:
 
 
 @pytest.mark.parametrize(("members", "disagreement"), [(2, 0.02), (4, 0.02), (4, 0.01)])
-def test_the_bound_holds_on_new_rows_as_often_as_it_says(members: int, disagreement: float) -> None:
-    """Fitted on 800 rows of a large pool again and again: the pool's disagreement is above the asked share in 5 % of draws at most."""
+def test_the_bound_holds_on_new_rows_at_its_level(members: int, disagreement: float) -> None:
+    """Of many fits on 800 rows, at most 5 % disagree on the whole pool by more than allowed."""
     probs, labels = world(2, 8_000, members, noise=1.2)
     full, rng, draws = probs.mean(0), np.random.default_rng(0), 100
     above = 0
@@ -109,10 +108,8 @@ def test_the_bound_holds_on_new_rows_as_often_as_it_says(members: int, disagreem
 
 def test_rows_of_one_margin_stop_together() -> None:
     probs = np.tile(np.array([[0.7, 0.3], [0.3, 0.7]]), (2, 500, 1))
-    probs[1, 0] = [
-        0.0,
-        1.0,
-    ]  # one of a thousand equal rows gets another class from both than from the first
+    # One of a thousand equal rows gets another class from both members than from the first.
+    probs[1, 0] = [0.0, 1.0]
     cascade = Cascade([[0], [1]]).fit(probs, np.arange(1000) % 2, probs.mean(0), 0.005)
     assert set(cascade.predict(probs, probs.mean(0)).stages) == {1}
     probs[1, :12:2] = [0.0, 1.0]
@@ -120,7 +117,7 @@ def test_rows_of_one_margin_stop_together() -> None:
     assert set(cascade.predict(probs, probs.mean(0)).stages) == {2}
 
 
-def test_cross_fitted_figures_use_no_row_that_they_are_of() -> None:
+def test_cross_fitted_figures_use_thresholds_of_other_rows() -> None:
     """Whatever one part says, the thresholds that answer it are the same."""
     probs, labels = world(3, 900)
     full, part = probs.mean(0), stratified_parts(labels)
@@ -134,19 +131,27 @@ def test_cross_fitted_figures_use_no_row_that_they_are_of() -> None:
         one = cascade.predict(probs[:, held], full[held])
         right[held], asked[held] = one.probs.argmax(1) == labels[held], one.stages
         other[held] = one.probs.argmax(1) != full[held].argmax(1)
-    told = found.measured[0]
-    assert (told.accuracy, told.disagreement, told.rows) == (
+    measured = found.measured[0]
+    assert (measured.accuracy, measured.disagreement, measured.rows) == (
         right.mean(),
         other.mean(),
         CROSS_FITTED,
     )
-    assert told.shares == tuple(np.bincount(asked, minlength=4)[1:] / 900)
-    assert told.macs == pytest.approx(np.array([1 / 6, 3 / 6, 1])[asked - 1].mean())
+    assert measured.shares == tuple(np.bincount(asked, minlength=4)[1:] / 900)
+    assert measured.macs == pytest.approx(np.array([1 / 6, 3 / 6, 1])[asked - 1].mean())
     whole = full.argmax(1) == labels
-    assert (told.only_fast, told.only_full) == ((right & ~whole).sum(), (whole & ~right).sum())
-    assert told.interval[0] <= told.difference == right.mean() - whole.mean() <= told.interval[1]
+    assert (measured.only_fast, measured.only_full) == (
+        (right & ~whole).sum(),
+        (whole & ~right).sum(),
+    )
+    assert (
+        measured.interval[0]
+        <= measured.difference
+        == right.mean() - whole.mean()
+        <= measured.interval[1]
+    )
     assert found.cascade.state() == Cascade(STAGES).fit(probs, labels, full, 0.02).state()
-    assert [round(cap.shares[0], 9) for cap in found.caps] == [1.0, round(told.shares[0], 9)]
+    assert [round(cap.shares[0], 9) for cap in found.caps] == [1.0, round(measured.shares[0], 9)]
 
 
 def test_test_rows_are_measured_with_the_thresholds_of_all_rows() -> None:
@@ -189,7 +194,7 @@ def test_groups_stay_whole_and_widen_the_intervals() -> None:
     assert whole.cascade.thresholds_[0] > alone.cascade.thresholds_[0]
 
 
-def test_ten_copies_of_a_row_in_one_group_allow_no_more_than_the_row_alone() -> None:
+def test_copies_in_a_group_count_as_one_row() -> None:
     probs, labels = world(6, 600)
     many, truth, groups = (
         np.repeat(probs, 10, 1),
@@ -210,20 +215,24 @@ def test_ten_copies_of_a_row_in_one_group_allow_no_more_than_the_row_alone() -> 
     )
 
 
-def test_the_state_goes_round_and_the_card_has_it() -> None:
+def test_the_state_survives_json_and_is_in_the_card() -> None:
     cascade, probs, labels = fitted()
     again = Cascade.from_state(json.loads(json.dumps(cascade.state(), allow_nan=False)))
     for a, b in zip(
         cascade.predict(probs, probs.mean(0)), again.predict(probs, probs.mean(0)), strict=True
     ):
         np.testing.assert_array_equal(a, b)
-    told = fit_savings(
+    measured = fit_savings(
         probs, labels, probs.mean(0), STAGES, costs=[1, 2, 3], members="abc", disagreement=0.02
     ).as_dict()
-    assert json.loads(json.dumps(told, allow_nan=False)) == told
-    assert list(told) == ["state", "members", "costs", "measured", "caps"]
-    assert cascade_card(told)["cascade"]["state"] == cascade.state()
-    for broken in ({}, {"state": {}}, {**told, "state": {**told["state"], "thresholds": [0.5]}}):
+    assert json.loads(json.dumps(measured, allow_nan=False)) == measured
+    assert list(measured) == ["state", "members", "costs", "measured", "caps"]
+    assert cascade_card(measured)["cascade"]["state"] == cascade.state()
+    for broken in (
+        {},
+        {"state": {}},
+        {**measured, "state": {**measured["state"], "thresholds": [0.5]}},
+    ):
         with pytest.raises(DataError, match=r"not the (cascade of a run|state of a cascade)"):
             cascade_card(broken)
 
@@ -247,7 +256,7 @@ def test_the_state_goes_round_and_the_card_has_it() -> None:
         {"n": None},
     ],
 )
-def test_a_state_that_cannot_be_is_refused_in_one_line(change: dict[str, Any]) -> None:
+def test_an_invalid_state_is_refused_in_one_line(change: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"not the sta(te|ges) of a cascade") as error:
         Cascade.from_state({**fitted(n=200)[0].state(), **change})
     assert "\n" not in str(error.value)
@@ -260,7 +269,7 @@ def test_stages_come_by_cost_and_idle_members_with_the_last() -> None:
     np.testing.assert_allclose(margins(np.array([[0.2, 0.7, 0.1], [0.5, 0.0, 0.5]])), [0.5, 0.0])
 
 
-def test_bad_input_is_told_in_one_line() -> None:
+def test_wrong_arguments_are_refused() -> None:
     probs, labels = world(7, 50)
     for act, kind, message in (
         (

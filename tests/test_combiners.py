@@ -124,7 +124,7 @@ def test_one_member_alone_works(method: str) -> None:
 
 
 @METHODS
-def test_the_same_seed_gives_the_same_bits_and_the_global_generators_are_left_alone(
+def test_the_seed_decides_and_global_generators_are_untouched(
     method: str,
 ) -> None:
     probs, labels = scored()

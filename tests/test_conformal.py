@@ -1,4 +1,4 @@
-"""Prediction sets cover as often as they promise; the threshold for unknown images rejects as few as it promises."""
+"""Prediction sets cover, and the unknown threshold rejects, as often as they promise."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ METHODS = ("lac", "aps", "raps")
 
 
 def rows(seed: int, n: int, k: int = 8, noise: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities of a model that is too sure and noisy (coverage must not need calibration), and labels."""
+    """Probabilities of an overconfident, noisy model, and labels: coverage needs no calibration."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 1.5, (n, k)) + np.linspace(0, 2, k)
     labels = (rng.random((n, 1)) > softmax(logits, -1).cumsum(1)).sum(1).clip(max=k - 1)
@@ -45,9 +45,9 @@ def resplits(
     used: int,
     times: int = 200,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Hits of each resplit of a pool among the fresh rows, and where they lie in their law, 0 to 1; both (times, parts).
+    """Coverage of fresh rows in each resplit of a pool, and its quantile, both (times, parts).
 
-    Hits of fresh rows follow a beta-binomial law (Vovk 2012), by class each class for itself; a class without a
+    Hits follow a beta-binomial law (Vovk 2012), by class each class separately. A class without a
     threshold is left out (NaN).
     """
     probs, labels = pool
@@ -73,7 +73,7 @@ def resplits(
 
 
 def keeps_the_law(places: np.ndarray) -> bool:
-    """Nineteen of twenty resplits within the central 95 % and none of the sides favoured, as far as 200 can tell."""
+    """Return whether about 95 % of the quantiles are central and neither side is favored."""
     seen = places[~np.isnan(places)]
     within = ((seen > 0.025) & (seen < 0.975)).mean()
     return bool(0.90 <= within <= 0.99 and abs(seen.mean() - 0.5) < 4 * (1 / 12 / 200) ** 0.5)
@@ -81,9 +81,7 @@ def keeps_the_law(places: np.ndarray) -> bool:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("alpha", "n"), [(0.1, 400), (0.3, 20)])
-def test_coverage_is_what_was_asked_for_over_200_resplits(
-    method: str, alpha: float, n: int
-) -> None:
+def test_coverage_is_at_its_level_over_200_resplits(method: str, alpha: float, n: int) -> None:
     sets = ConformalSets(method, never_empty=False)  # type: ignore[arg-type]
     hits, places = resplits(sets, rows(0, n + 300), alpha, n)
     assert keeps_the_law(places)
@@ -91,7 +89,7 @@ def test_coverage_is_what_was_asked_for_over_200_resplits(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_class_is_covered_as_asked_for_over_200_resplits(method: str) -> None:
+def test_every_class_is_covered_at_the_level(method: str) -> None:
     sets = ConformalSets(method, by_class=True, never_empty=False)  # type: ignore[arg-type]
     hits, places = resplits(sets, rows(1, 1200, k=4), 0.1, 600)
     assert keeps_the_law(places)
@@ -102,7 +100,7 @@ def test_every_class_is_covered_as_asked_for_over_200_resplits(method: str) -> N
 
 @pytest.mark.skipif(not AUTHORS.exists(), reason="the authors' predictions are not at hand")
 @pytest.mark.parametrize("by_class", [False, True])
-def test_the_authors_predictions_are_covered_as_asked_for_over_200_resplits(by_class: bool) -> None:
+def test_the_authors_predictions_are_covered_at_the_level(by_class: bool) -> None:
     """The figures are those of bench/conformal.py."""
     pool = Predictions.load(AUTHORS)
     mixed = pool.select([name for name in pool.members if "Mixed" in name]).probs.mean(
@@ -127,7 +125,7 @@ def test_sets_that_are_never_empty_cover_at_least_as_much() -> None:
     assert full.measure(probs, labels).coverage > exact.measure(probs, labels).coverage
 
 
-def test_thresholds_by_class_cover_every_class_and_one_threshold_does_not() -> None:
+def test_only_thresholds_by_class_cover_every_class() -> None:
     probs, labels = rows(4, 40_000)
     half = np.arange(40_000) % 2 == 0
     found = {}
@@ -190,7 +188,7 @@ def test_scores_by_hand() -> None:
 
 @LAW
 @given(seed=st.integers(0, 999), method=st.sampled_from(METHODS), by_class=st.booleans())
-def test_sets_shrink_as_misses_are_allowed_and_keep_the_order_of_classes(
+def test_sets_shrink_with_alpha_and_keep_the_class_order(
     seed: int, method: str, by_class: bool
 ) -> None:
     probs, labels = rows(seed, 120, k=4)
@@ -334,12 +332,12 @@ def test_lac_and_aps_agree_with_mapie() -> None:
         (lambda: UnknownThreshold().fit(rows(0, 9)[0], 0), "rate is between 0 and 1; got 0"),
     ],
 )
-def test_bad_input_is_told_in_one_line(use: partial, message: str) -> None:  # type: ignore[type-arg]
+def test_wrong_arguments_are_refused(use: partial, message: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(DataError, match=message):
         use()
 
 
-def test_what_is_not_fitted_says_so() -> None:
+def test_use_before_fit_is_refused() -> None:
     probs = rows(0, 3)[0]
     for use in (ConformalSets().predict_sets, UnknownThreshold().is_unknown):
         with pytest.raises(RunError, match="not fitted; fix: call fit"):
@@ -350,7 +348,11 @@ def test_what_is_not_fitted_says_so() -> None:
     state = ConformalSets().fit(*rows(0, 40)).state()
     with pytest.raises(DataError, match="got 2 thresholds"):
         ConformalSets.from_state({**state, "thresholds": [0.1, 0.2]})
-    told = {"score": "1 - max", "rate": 0.05, "n": 9, "threshold": 0.4}
-    for broken in ({**told, "score": "energy"}, {**told, "rate": "often"}, {"score": "1 - max"}):
+    state_dict = {"score": "1 - max", "rate": 0.05, "n": 9, "threshold": 0.4}
+    for broken in (
+        {**state_dict, "score": "energy"},
+        {**state_dict, "rate": "often"},
+        {"score": "1 - max"},
+    ):
         with pytest.raises(DataError, match="not the state of UnknownThreshold"):
             UnknownThreshold.from_state(broken)

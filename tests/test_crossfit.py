@@ -1,4 +1,4 @@
-"""Cross-fitting: no row is answered by what has seen it; parts are stratified, and groups stay whole."""
+"""Cross-fitting: no row is predicted by an ensemble that saw it; groups stay whole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LAW = settings(max_examples=50, deadline=None)
 
 
 class Memory(Ensemble):
-    """Answers 1 for the label of a row it has seen, found by its probabilities; a leak would make it perfect."""
+    """Answers the label of every row it has seen: a leak would make it perfect."""
 
     _state = ("known_",)
     known_: dict[bytes, int]
@@ -71,7 +71,7 @@ def parts_of(labels: np.ndarray, groups: list[str] | None = None) -> np.ndarray:
 
 
 @pytest.mark.parametrize("folds", [None, np.arange(60) % 3])
-def test_no_row_is_predicted_by_an_ensemble_that_has_known_it(folds: np.ndarray | None) -> None:
+def test_no_row_is_predicted_by_an_ensemble_that_saw_it(folds: np.ndarray | None) -> None:
     labels = np.array([1, 2] * 30)
     probs = numbered(60)
     assert (Memory().fit(probs, labels).predict(probs) == labels).all()
@@ -119,7 +119,7 @@ def test_groups_stay_in_one_part(seed: int, number: int) -> None:
 
 
 def test_groups_are_spread_so_that_classes_stay_even() -> None:
-    """Fifty groups of one class each, every fifth of the rare one: every part gets its share of both."""
+    """Fifty groups of one class each, every fifth of the rare one: each part gets both."""
     groups = np.repeat(np.arange(50), 4)
     labels = (groups % 5 == 0).astype(int)
     part = parts_of(labels, [f"{g:02d}" for g in groups])
@@ -127,7 +127,7 @@ def test_groups_are_spread_so_that_classes_stay_even() -> None:
     assert (table == [[32], [8]]).all()
 
 
-def test_rows_that_make_no_two_parts_are_refused() -> None:
+def test_fewer_than_two_parts_are_refused() -> None:
     probs, labels = numbered(6), np.arange(6) % 3
     with pytest.raises(DataError, match="cannot be cross-fitted"):
         cross_fit(MeanEnsemble, probs, labels, folds=np.zeros(6, int))
@@ -139,7 +139,7 @@ def test_rows_that_make_no_two_parts_are_refused() -> None:
         cross_fit(MeanEnsemble, probs, labels, groups=["one", "two"])
 
 
-def test_what_learns_nothing_is_not_cut_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_that_learn_nothing_are_not_cross_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
     probs, labels = scored(3, 60)
     calls = []
     plain = MeanEnsemble._combine

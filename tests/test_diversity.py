@@ -27,7 +27,7 @@ def halved(probs: np.ndarray) -> np.ndarray:
     return rounded / rounded.sum(-1, keepdims=True)
 
 
-def test_copies_are_found_whatever_their_rounding_and_different_members_are_not() -> None:
+def test_rounded_copies_are_duplicates_and_others_are_not() -> None:
     probs, _ = scored(4, 200)
     pool = np.concatenate([probs, halved(probs[2:3]), probs[:1], probs[2:3]])
     assert duplicates(probs) == []
@@ -109,7 +109,7 @@ def test_where_no_row_decides_a_measure_has_no_value() -> None:
     assert np.isnan(diversity(sure[:1], np.array([0, 1, 0])).means()["agreement"])
 
 
-def test_the_curve_ends_at_the_mean_of_all_and_begins_at_single_members() -> None:
+def test_the_curve_runs_from_single_members_to_the_mean() -> None:
     probs, labels = scored(6, 300)
     curve = size_curve(probs, labels, draws=200)
     everyone = (MeanEnsemble().predict(probs) == labels).mean()

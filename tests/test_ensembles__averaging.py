@@ -39,9 +39,7 @@ def test_weights_stay_near_equal_for_few_rows_and_leave_for_many() -> None:
 
 @LAW
 @given(seed=st.integers(0, 10_000), m=st.integers(1, 6), n=st.integers(1, 60))
-def test_weights_are_on_the_simplex_and_fit_no_worse_than_equal_ones(
-    seed: int, m: int, n: int
-) -> None:
+def test_weights_are_on_the_simplex_and_beat_equal_ones(seed: int, m: int, n: int) -> None:
     probs, labels = scored(m, n, seed=seed)
     weights = WeightedEnsemble().fit(probs, labels).weights_
     assert weights.min() >= 0
@@ -75,7 +73,7 @@ def test_greedy_takes_the_best_member_first_then_what_helps_it() -> None:
 
 @LAW
 @given(seed=st.integers(0, 10_000), size=st.integers(1, 5))
-def test_greedy_is_never_worse_than_the_best_member_on_its_own_rows(seed: int, size: int) -> None:
+def test_greedy_is_no_worse_than_the_best_member_in_sample(seed: int, size: int) -> None:
     probs, labels = scored(4, 40, seed=seed)
     ensemble = GreedyEnsemble(size).fit(probs, labels)
     assert (ensemble.predict(probs) == labels).mean() >= (probs.argmax(-1) == labels).mean(1).max()
@@ -84,7 +82,7 @@ def test_greedy_is_never_worse_than_the_best_member_on_its_own_rows(seed: int, s
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_greedy_with_more_picks_is_never_worse_on_its_own_rows(seed: int) -> None:
+def test_more_greedy_picks_are_no_worse_in_sample(seed: int) -> None:
     probs, labels = scored(6, 40, seed=seed)
     fits = [
         (GreedyEnsemble(size).fit(probs, labels).predict(probs) == labels).mean()
@@ -121,9 +119,7 @@ def plain_greedy(probs: np.ndarray, labels: np.ndarray, picks: int) -> np.ndarra
 
 @LAW
 @given(seed=st.integers(0, 10_000), picks=st.integers(1, 12), m=st.integers(1, 6))
-def test_greedy_is_the_plain_algorithm_though_it_looks_at_open_rows_only(
-    seed: int, picks: int, m: int
-) -> None:
+def test_greedy_equals_the_plain_algorithm(seed: int, picks: int, m: int) -> None:
     probs, labels = scored(m, 60, seed=seed)
     sharp = softmax(np.log(probs) * 4, -1).astype(np.float32)  # many rows settled
     expected = plain_greedy(sharp, labels, picks)
@@ -166,7 +162,7 @@ def test_bags_average_picks_from_halves_of_the_members() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"max_members": 0}, {"start": 0}, {"bags": -1}])
-def test_a_greedy_ensemble_refuses_what_makes_none(wrong: dict[str, int]) -> None:
+def test_wrong_options_of_a_greedy_ensemble_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(
         RecipeError,
         match=rf"greedy ensemble cannot be made: {next(iter(wrong))}; expected \d or more",

@@ -1,4 +1,4 @@
-"""Scores, choice and calibration on arrays: nothing scored on what it was fitted on, test rows change nothing."""
+"""Scores, choice and calibration on arrays; test rows change neither choice nor fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALL = EnsembleSpec(methods=("mean", "pruned", "vote", "weighted"))
 def pool(
     n: int, seed: int, kind: str = "oof", informative: bool = True, sharpness: float = 2.0
 ) -> Predictions:
-    """Three members on n rows of four classes; `informative=False` gives labels that have nothing to do with them."""
+    """Three members on n rows of four classes; without `informative` the labels are random."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 4, n)
     seen = labels if informative else rng.integers(0, 4, n)
@@ -64,7 +64,7 @@ def test_test_rows_change_neither_the_choice_nor_the_fit() -> None:
     assert [s for s in a.scores if s.rows == "oof"] == [s for s in b.scores if s.rows == "oof"]
 
 
-def test_overconfident_members_are_calibrated_without_changing_answers() -> None:
+def test_overconfident_members_are_calibrated() -> None:
     found = evaluate(pool(1500, 5, sharpness=1.0), pool(1500, 6, "test", sharpness=1.0), ALL)
     mean = score(found, "mean", "test")
     assert found.calibration.temperature > 1.2
@@ -89,7 +89,7 @@ def test_calibrated_scores_are_cross_fitted() -> None:
     assert np.abs(before - after).max() > 1e-3
 
 
-def test_without_folds_the_paper_protocol_says_what_it_has_seen() -> None:
+def test_without_folds_scores_are_marked_as_in_sample() -> None:
     test = pool(200, 8, "test")
     paper = Predictions(
         probs=test.probs,

@@ -1,4 +1,4 @@
-"""The logarithmic pool and logistic stacking: against plain optimisers, at the limits of the ridge, on few rows."""
+"""The logarithmic pool and logistic stacking, against plain optimizers and at their limits."""
 
 from __future__ import annotations
 
@@ -72,9 +72,7 @@ def test_logistic_stacking_minimises_its_penalised_log_loss(ridge: float) -> Non
 
 @LAW
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 60), m=st.integers(1, 5))
-def test_with_the_strongest_ridge_logistic_stacking_answers_as_the_mean(
-    seed: int, n: int, m: int
-) -> None:
+def test_the_strongest_ridge_gives_the_mean(seed: int, n: int, m: int) -> None:
     probs, labels = scored(m, n, seed=seed)
     new, _ = scored(m, 30, seed=seed + 1)
     mean = MeanEnsemble().predict_proba(new)
@@ -83,11 +81,9 @@ def test_with_the_strongest_ridge_logistic_stacking_answers_as_the_mean(
     assert (found == mean.argmax(1))[clear].all()
 
 
-def test_the_ridge_is_strong_where_nothing_is_to_be_learned_and_weak_where_much_is() -> None:
-    for kind in (
-        "null",
-        "few",
-    ):  # the standard error decides: by the least log loss alone hardly one is strong
+def test_the_ridge_adapts_to_what_can_be_learned() -> None:
+    # Without the one-standard-error rule hardly one ridge would be strong.
+    for kind in ("null", "few"):
         pools = (draw_pool(kind, seed, n=100, test=1) for seed in range(6))
         assert (
             sum(
@@ -100,7 +96,7 @@ def test_the_ridge_is_strong_where_nothing_is_to_be_learned_and_weak_where_much_
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_few_rows_do_not_carry_logistic_stacking_far_from_the_mean(seed: int) -> None:
+def test_with_few_rows_logistic_stacking_stays_near_the_mean(seed: int) -> None:
     probs, labels, new, truth = draw_pool("few", seed)
     found, mean = (
         (e.fit(probs, labels).predict(new) == truth).mean()
@@ -119,7 +115,7 @@ def test_a_bias_mends_a_class_that_every_member_neglects() -> None:
     assert right[0] > right[1] + 0.05
 
 
-def test_exact_zeros_and_rows_that_are_all_right_are_no_trouble() -> None:
+def test_exact_zeros_and_perfect_rows_are_handled() -> None:
     labels = np.arange(40) % 4
     sure = np.stack([np.eye(4)[labels]] * 2)
     wrong = np.stack([np.eye(4)[labels], np.eye(4)[(labels + 1) % 4]])

@@ -43,7 +43,7 @@ def test_groups_are_drawn_whole() -> None:
 
 
 def test_coverage_of_the_interval() -> None:
-    """Two samples of other images with true shares 0.9 and 0.85: about 95 of 100 intervals hold 0.05."""
+    """With true accuracies 0.9 and 0.85 about 95 of 100 intervals contain 0.05."""
     held = 0
     for seed in range(100):
         rng = np.random.default_rng(seed)
@@ -56,7 +56,7 @@ def test_coverage_of_the_interval() -> None:
 
 
 def test_the_meter_grows_with_the_number_of_candidates() -> None:
-    """The best of M members that know nothing: apparent as the largest of M binomials, honest 1/2."""
+    """The best of M guessing members: apparent the largest of M binomials, honest 1/2."""
     n, gains = 400, []
     for m in (2, 8, 32, 128):
         rows = []

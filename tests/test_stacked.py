@@ -46,7 +46,7 @@ def test_dropout_is_one_half(monkeypatch: pytest.MonkeyPatch) -> None:
     assert flips.shape == (333, 301)
     assert set(np.unique(flips)) == {0, 1}
     assert flips.mean() == pytest.approx(0.5, abs=0.01)
-    # With everything dropped no gradient passes the hidden layer, in either direction; with nothing, it does.
+    # With everything dropped no gradient passes the hidden layer; with nothing dropped it does.
     probs, labels = scored()
     fits = []
     for kept in (np.zeros, np.ones):
@@ -119,7 +119,7 @@ def test_a_share_mixes_the_papers_network_with_the_mean() -> None:
 
 
 def test_an_overfitted_network_is_shrunk() -> None:
-    """A hundred rows, many steps: the network is sure where it is wrong, and worse than the mean."""
+    """After many steps on a hundred rows the network is overconfident and worse than the mean."""
     probs, labels, new, truth = draw_pool("equal", 0, n=100, test=1000)
     kinds = [kind(64, epochs=100, lr=1e-2) for kind in (ShrunkStackedEnsemble, StackedEnsemble)]
     shrunk, full, mean = (e.fit(probs, labels) for e in (*kinds, MeanEnsemble()))

@@ -1,4 +1,4 @@
-"""Sets and the unknown mark of an ensemble: fitted on all rows, measured on rows that the thresholds have not seen."""
+"""Sets and unknown threshold: fitted on all rows, measured on rows that they have not seen."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from threefold.uncertainty import CROSS_FITTED, fit_uncertainty, uncertainty_car
 
 
 def rows(seed: int, n: int, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities that are right about themselves, and labels drawn from them; the last classes are harder."""
+    """Calibrated probabilities, and labels drawn from them; the last classes are harder."""
     rng = np.random.default_rng(seed)
     probs = softmax(rng.normal(0, 2, (n, k)) + np.linspace(1, 0, k), -1)
     labels = (rng.random((n, 1)) > probs.cumsum(1)).sum(1).clip(max=k - 1)
@@ -23,19 +23,21 @@ def rows(seed: int, n: int, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_the_contract_of_the_results_file() -> None:
-    told = fit_uncertainty(*rows(0, 400), alpha=0.2, reject=0.1).as_dict()
-    assert json.loads(json.dumps(told, allow_nan=False)) == told
-    assert list(told) == ["alpha", "sets", "unknown"]
-    assert told["alpha"] == 0.2
+    results = fit_uncertainty(*rows(0, 400), alpha=0.2, reject=0.1).as_dict()
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    assert list(results) == ["alpha", "sets", "unknown"]
+    assert results["alpha"] == 0.2
     keys = {"by_class", "state", "n", "coverage", "interval", "mean_size", "single", "rows"}
-    assert [set(entry) for entry in told["sets"]] == [keys, keys]
-    assert [entry["by_class"] for entry in told["sets"]] == [False, True]
-    assert set(told["unknown"]) == {"state", "rate", "measured", "interval", "n", "rows"}
-    assert told["unknown"]["rate"] == 0.1
-    assert {told["unknown"]["rows"], *(entry["rows"] for entry in told["sets"])} == {CROSS_FITTED}
+    assert [set(entry) for entry in results["sets"]] == [keys, keys]
+    assert [entry["by_class"] for entry in results["sets"]] == [False, True]
+    assert set(results["unknown"]) == {"state", "rate", "measured", "interval", "n", "rows"}
+    assert results["unknown"]["rate"] == 0.1
+    assert {results["unknown"]["rows"], *(entry["rows"] for entry in results["sets"])} == {
+        CROSS_FITTED
+    }
 
 
-def test_thresholds_come_from_all_rows_and_figures_from_other_parts() -> None:
+def test_thresholds_use_all_rows_and_figures_other_parts() -> None:
     probs, labels = rows(1, 300)
     part = np.arange(300) % 3
     found = fit_uncertainty(probs, labels, folds=part).as_dict()
@@ -67,22 +69,22 @@ def test_thresholds_come_from_all_rows_and_figures_from_other_parts() -> None:
     assert found["unknown"]["measured"] == pytest.approx(np.sum(rejected) / 300)
 
 
-def test_a_test_split_replaces_the_figures_and_leaves_the_thresholds() -> None:
+def test_a_test_split_replaces_only_the_figures() -> None:
     fitted = fit_uncertainty(*rows(2, 300))
     probs, labels = rows(3, 200)
-    told = fitted.measure(probs, labels, "test").as_dict()
+    results = fitted.measure(probs, labels, "test").as_dict()
     sets = fitted.sets[0].predict_sets(probs)
-    assert told["sets"][0]["coverage"] == sets[np.arange(200), labels].mean()
-    assert told["sets"][0]["n"] == told["unknown"]["n"] == 200
-    assert {told["unknown"]["rows"], *(entry["rows"] for entry in told["sets"])} == {"test"}
-    assert told["unknown"]["measured"] == (1 - probs.max(1) > fitted.unknown.threshold_).mean()
+    assert results["sets"][0]["coverage"] == sets[np.arange(200), labels].mean()
+    assert results["sets"][0]["n"] == results["unknown"]["n"] == 200
+    assert {results["unknown"]["rows"], *(entry["rows"] for entry in results["sets"])} == {"test"}
+    assert results["unknown"]["measured"] == (1 - probs.max(1) > fitted.unknown.threshold_).mean()
     before = fitted.as_dict()
     assert before["sets"][0]["rows"] == CROSS_FITTED
-    assert [e["state"] for e in before["sets"]] == [e["state"] for e in told["sets"]]
+    assert [e["state"] for e in before["sets"]] == [e["state"] for e in results["sets"]]
 
 
-def test_cross_fitted_figures_say_what_new_rows_will_show() -> None:
-    """On average over draws; thresholds that are measured on their own rows would look better than they are with few rows."""
+def test_cross_fitted_figures_predict_those_of_new_rows() -> None:
+    """On average over draws; with few rows, in-sample figures would look too good."""
     gaps = []
     for seed in range(40):
         fitted = fit_uncertainty(*rows(seed, 60), alpha=0.3)
@@ -104,10 +106,10 @@ def grouped(
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Groups whose rows are all easy or all hard, and are alike."""
     probs, labels = rows(seed, groups)
-    heat = np.random.default_rng(seed).choice([0.3, 3.0], groups)[:, None]
-    warm = softmax(np.log(probs) / heat, -1)
+    temperature = np.random.default_rng(seed).choice([0.3, 3.0], groups)[:, None]
+    scaled = softmax(np.log(probs) / temperature, -1)
     return (
-        np.repeat(warm, each, 0),
+        np.repeat(scaled, each, 0),
         np.repeat(labels, each),
         [f"p{g}" for g in np.repeat(np.arange(groups), each)],
     )
@@ -130,26 +132,26 @@ def test_groups_stay_whole_and_widen_the_intervals() -> None:
     again = fit_uncertainty(probs, labels, folds=number % 4)
     assert kept.coverage[0].coverage == again.coverage[0].coverage
     assert torn == whole or torn.coverage == whole.coverage  # such folds are not used
-    told = whole.measure(probs, labels, groups=names).coverage[0]
-    assert told.interval.high - told.interval.low > 1.5 * np.ptp(
+    results = whole.measure(probs, labels, groups=names).coverage[0]
+    assert results.interval.high - results.interval.low > 1.5 * np.ptp(
         whole.measure(probs, labels).coverage[0].interval
     )
 
 
-def test_the_card_has_what_the_file_reads() -> None:
-    told = fit_uncertainty(*rows(5, 100)).as_dict()
-    card = uncertainty_card(json.loads(json.dumps(told)))
-    assert card == {"conformal": told["sets"], "unknown": told["unknown"]}
+def test_the_card_has_the_sets_and_the_threshold() -> None:
+    results = fit_uncertainty(*rows(5, 100)).as_dict()
+    card = uncertainty_card(json.loads(json.dumps(results)))
+    assert card == {"conformal": results["sets"], "unknown": results["unknown"]}
     for broken in (
         {},
         {"sets": [{}], "unknown": {}},
-        {**told, "unknown": {"state": {"score": "1 - max"}}},
+        {**results, "unknown": {"state": {"score": "1 - max"}}},
     ):
         with pytest.raises(DataError, match=r"not the (uncertainty of a run|state of)"):
             uncertainty_card(broken)
 
 
-def test_bad_input_is_told_in_one_line() -> None:
+def test_wrong_arguments_are_refused() -> None:
     probs, labels = rows(6, 20)
     for use, message in (
         ({"alpha": 0.0}, "alpha is between 0 and 1"),
