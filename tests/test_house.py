@@ -130,6 +130,7 @@ ORDER = [
     "cli__options",
     "cli__output",
     "cli__demo",
+    "catalogue",
     "cli",
     "entry",
     "__init__",
