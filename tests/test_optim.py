@@ -29,6 +29,7 @@ def descend(param: torch.nn.Parameter, optimizer: torch.optim.Optimizer, steps: 
 def test_adam_follows_keras_with_time_decay(dtype: torch.dtype, tolerance: float) -> None:
     param = torch.nn.Parameter(torch.from_numpy(GOLDEN["adam/start"]).to(dtype))
     optimizer = KerasAdam([param], lr=LR)
+
     for step in range(STEPS):
         descend(param, optimizer, range(step, step + 1))
         np.testing.assert_allclose(
@@ -37,9 +38,11 @@ def test_adam_follows_keras_with_time_decay(dtype: torch.dtype, tolerance: float
 
 
 def test_adam_of_torch_differs_from_keras() -> None:
-    """Else the golden gradients would not tell where epsilon stands."""
+    """Otherwise the golden gradients would not show where epsilon is added."""
     param = torch.nn.Parameter(torch.from_numpy(GOLDEN["adam/start"]).clone())
+
     descend(param, torch.optim.Adam([param], eps=1e-7), range(STEPS))
+
     assert np.abs(param.detach().numpy() - GOLDEN["adam/after"][-1]).max() > 1e-2
 
 
@@ -47,19 +50,19 @@ def test_adam_resumes_from_its_state() -> None:
     param = torch.nn.Parameter(torch.from_numpy(GOLDEN["adam/start"]).clone())
     first = KerasAdam([param], lr=LR)
     descend(param, first, range(8))
+
     copy = torch.nn.Parameter(param.detach().clone())
     second = KerasAdam([copy], lr=1.0)
     second.load_state_dict(first.state_dict())
     descend(copy, second, range(8, STEPS))
+
     np.testing.assert_allclose(copy.detach().numpy(), GOLDEN["adam/after"][-1], rtol=0, atol=1e-12)
 
 
-def test_adam_updates_many_parameters_as_it_does_one() -> None:
+def test_adam_updates_many_parameters_like_single_ones() -> None:
     """Also with groups, and with a parameter that gets its first gradient late."""
-    start, gradients = (
-        torch.from_numpy(GOLDEN["adam/start"]),
-        torch.from_numpy(GOLDEN["adam/gradients"]),
-    )
+    start = torch.from_numpy(GOLDEN["adam/start"])
+    gradients = torch.from_numpy(GOLDEN["adam/gradients"])
     early, late, never = (torch.nn.Parameter(start.clone()) for _ in range(3))
     optimizer = KerasAdam(
         [{"params": [early, late, never]}, {"params": torch.nn.Parameter(start.clone()), "lr": 0.5}]
@@ -69,6 +72,7 @@ def test_adam_updates_many_parameters_as_it_does_one() -> None:
         if step >= 5:
             late.grad = gradients[step - 5].clone()
         optimizer.step()
+
     for param, steps in ((early, STEPS), (late, STEPS - 5)):
         alone = torch.nn.Parameter(start.clone())
         single = KerasAdam([alone])
@@ -79,7 +83,7 @@ def test_adam_updates_many_parameters_as_it_does_one() -> None:
     assert torch.equal(never, start)
 
 
-def test_adam_computes_the_closure_with_gradients() -> None:
+def test_adam_calls_the_closure_with_gradients() -> None:
     param = torch.nn.Parameter(torch.tensor([3.0]))
     optimizer = KerasAdam([param], lr=0.1)
 
