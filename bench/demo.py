@@ -1,6 +1,7 @@
-"""The demo's time, split, with its peak memory and scores: `uv run python bench/demo.py [RUN]` (a fresh folder by default).
+"""Time, peak memory and scores of the demo: `uv run python bench/demo.py [RUN]`.
 
-Prints what README and docs/results.md quote. Claims checked: at most 6 minutes and 3 GB on two cores, accuracy >= 0.88.
+RUN is the run folder, by default a fresh one. Prints the figures of README and docs/results.md.
+Claims: at most 6 minutes and 3 GB on two cores, accuracy at least 0.88.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ def main() -> None:
             "start, data, prediction": wall - sum(results["seconds"].values())
         }
         print(
-            f"\n{results['hardware']}, {results['threads']} threads, commit {results['commit']}, {results['created'][:10]}"
+            f"\n{results['hardware']}, {results['threads']} threads, "
+            f"commit {results['commit']}, {results['created'][:10]}"
         )
         for name, value in seconds.items():
             print(f"{name:24} {value:7.1f} s  {value / wall:5.0%}")
         print(f"{'whole':24} {wall:7.1f} s   peak memory {memory:.2f} GB")
         for s in results["scores"]:
             if s["rows"] == "test":
-                print(
-                    f"{s['name']:24} {s['accuracy']:.4f} [{s['interval'][0]:.4f}, {s['interval'][1]:.4f}]"
-                )
+                low, high = s["interval"]
+                print(f"{s['name']:24} {s['accuracy']:.4f} [{low:.4f}, {high:.4f}]")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""How much of a scored row's label reaches a student through its teachers: `uv run python bench/distill_leak.py`.
+"""How much of a scored row's label reaches a student through its teachers.
 
-The demo's 3,000 training images, a fifth of their labels changed at random. Linear heads on frozen features of a pretrained
-EfficientNet-Lite0 (convex, so there is no seed), two folds. A student that is scored honestly answers a changed label of a
-scored row as often as its twin, which learns from labels of the other fold only. Minutes on one core.
+`uv run python bench/distill_leak.py`; minutes on one core.
+
+The demo's 3,000 training images, a fifth of their labels changed at random. Linear heads on frozen
+features of a pretrained EfficientNet-Lite0 (convex, so there is no seed), two folds. A student with
+an honest score predicts the changed label of a scored row as often as its twin, which learns only
+from labels of the other fold.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ def features(member: Member, images: ImageDataset) -> Tensor:
 def fitted(
     x: Tensor, y: np.ndarray, soft: np.ndarray | None = None, alpha: float = 0.0, t: float = 1.0
 ) -> Tensor:
-    """A linear head (d + 1, k) by L-BFGS, hardly regularised: with as many weights as rows it memorises."""
+    """Fit a linear head (d + 1, k) by L-BFGS, barely regularised, so that it memorises."""
     x1, labels = torch.cat([x, torch.ones(len(x), 1)], 1), torch.from_numpy(y)
     softened = soften(soft, t, CPU) if soft is not None else None
     head = torch.zeros(x1.shape[1], K, requires_grad=True)
@@ -88,7 +91,7 @@ def taught(x: Tensor, y: np.ndarray, parts: np.ndarray) -> np.ndarray:
 
 
 def leak(x: Tensor, truth: np.ndarray) -> None:
-    """Answers on the changed labels of scored rows: student with the run's own teachers, with nested ones, twin."""
+    """Print accuracy on changed labels: of the twin, and of students by kind of teacher."""
     rng = np.random.default_rng(0)
     planted, y = rng.random(len(truth)) < 0.2, truth.copy()
     y[planted] = (truth[planted] + rng.integers(1, K, planted.sum())) % K
@@ -118,11 +121,12 @@ def leak(x: Tensor, truth: np.ndarray) -> None:
 
 
 def show(name: str, right: np.ndarray, planted: np.ndarray, twin: np.ndarray) -> None:
-    """One line: share right by the labels as given, and among the changed ones, where right means the wrong label."""
+    """Print the accuracy by the data's labels, on all rows and on those with changed labels."""
     low, high = share_interval(right[planted])
     test = mcnemar_exact(right[planted], twin[planted])
     print(
-        f"{name:52} all {right.mean():.4f}   changed {right[planted].mean():.4f} [{low:.4f}, {high:.4f}], against the twin p = {test.p:.2g}"
+        f"{name:52} all {right.mean():.4f}   changed {right[planted].mean():.4f} "
+        f"[{low:.4f}, {high:.4f}], against the twin p = {test.p:.2g}"
     )
 
 
@@ -131,13 +135,15 @@ def settings(x: Tensor, y: np.ndarray, test: Tensor, truth: np.ndarray) -> None:
     soft = taught(x, y, stratified_parts(y, parts=2))
     twin = answer(fitted(x, y), test).argmax(1) == truth
     print(
-        f"\n{len(y)} rows, labels as they are; test rows {len(truth)}\n{'twin, labels only':40} {twin.mean():.4f}"
+        f"\n{len(y)} rows, original labels; test rows {len(truth)}\n"
+        f"{'twin, labels only':40} {twin.mean():.4f}"
     )
     for alpha, t in SETTINGS:
         right = answer(fitted(x, y, soft, alpha, t), test).argmax(1) == truth
         p = mcnemar_exact(right, twin)
         print(
-            f"alpha {alpha}, temperature {t:<19} {right.mean():.4f}   {p.only_a} against {p.only_b}, p = {p.p:.2g}"
+            f"alpha {alpha}, temperature {t:<19} {right.mean():.4f}   "
+            f"{p.only_a} against {p.only_b}, p = {p.p:.2g}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Folds put together: members that are in some folds only, the choice of views, and both in the exported file."""
+"""Out-of-fold assembly: members in some folds only, the choice of views, the exported file."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def partial(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def test_jobs_are_those_of_the_members_own_folds_and_stages(partial: Run) -> None:
+def test_jobs_follow_the_members_folds_and_stages(partial: Run) -> None:
     jobs = {(j.member, j.fold, j.stage) for j in partial.jobs}
     assert {(f, s) for m, f, s in jobs if m == "b"} == {(0, "one"), (0, "two")}
     assert {(f, s) for m, f, s in jobs if m == "joint"} == {(0, "heads"), (1, "heads")}
@@ -63,7 +63,7 @@ def test_jobs_are_those_of_the_members_own_folds_and_stages(partial: Run) -> Non
     assert ("a", 1, "heads") not in jobs
 
 
-def test_where_a_member_is_absent_the_mean_of_those_present_stands_in(partial: Run) -> None:
+def test_mean_of_present_members_replaces_an_absent_one(partial: Run) -> None:
     oof = partial.predictions("oof")
     a, b, c, _ = oof.probs
     assert oof.folds is not None
@@ -74,7 +74,7 @@ def test_where_a_member_is_absent_the_mean_of_those_present_stands_in(partial: R
     np.testing.assert_allclose(np.stack([a, b, c]).mean(0)[absent], (a + c)[absent] / 2, atol=1e-6)
 
 
-def test_on_new_images_every_fold_answers_with_its_own_members(partial: Run) -> None:
+def test_each_fold_answers_test_rows_with_its_members(partial: Run) -> None:
     index = view_counts(partial.recipe.views).index(
         json.loads((partial.dir / "views.json").read_text())["views"]
     )
@@ -91,7 +91,7 @@ def test_on_new_images_every_fold_answers_with_its_own_members(partial: Run) -> 
     )
 
 
-def test_the_exported_file_has_the_chosen_views_and_the_stand_ins(partial: Run) -> None:
+def test_exported_file_has_chosen_views_and_stand_ins(partial: Run) -> None:
     model, test = threefold.load(partial.dir / "model.onnx"), partial.sources.test
     assert test is not None
     assert model.members == ("a", "b", "c")
@@ -102,9 +102,7 @@ def test_the_exported_file_has_the_chosen_views_and_the_stand_ins(partial: Run) 
 
 
 @pytest.mark.slow
-def test_one_member_alone_can_be_exported_the_joint_network_too(
-    partial: Run, tmp_path: Path
-) -> None:
+def test_single_and_joint_members_can_be_exported(partial: Run, tmp_path: Path) -> None:
     test = partial.sources.test
     assert test is not None
     pictures = [test.pixels(i) for i in range(len(test))]
@@ -116,7 +114,7 @@ def test_one_member_alone_can_be_exported_the_joint_network_too(
         np.testing.assert_allclose(members[:, 0], partial.predictions("test").probs[row], atol=1e-5)
 
 
-def test_the_choice_of_views_is_cross_fitted_and_written_down(partial: Run) -> None:
+def test_choice_of_views_is_cross_fitted(partial: Run) -> None:
     found = json.loads((partial.dir / "views.json").read_text())
     counts, oof = view_counts(partial.recipe.views), partial.predictions("oof")
     assert list(found["accuracy"]) == [str(c) for c in counts] == ["0", "1", "3"]
@@ -131,7 +129,7 @@ def test_the_choice_of_views_is_cross_fitted_and_written_down(partial: Run) -> N
         assert any(np.array_equal(mine, candidate) for candidate in saved[fold]["score"])
 
 
-def test_the_joint_network_is_scored_beside_the_ensembles_and_not_in_them(partial: Run) -> None:
+def test_joint_member_is_scored_but_not_combined(partial: Run) -> None:
     results = partial.results
     assert results.combined == ("a", "b", "c")
     assert {c.a for c in results.comparisons} == {"mean", "pruned", "stacked", "joint"}
@@ -151,11 +149,11 @@ def test_the_joint_network_is_scored_beside_the_ensembles_and_not_in_them(partia
         ({"kind": "multi-scale"}, (1, 2, 3)),
     ],
 )
-def test_numbers_of_views_to_choose_from(spec: dict[str, Any], counts: tuple[int, ...]) -> None:
+def test_candidate_numbers_of_views(spec: dict[str, Any], counts: tuple[int, ...]) -> None:
     assert view_counts(ViewSpec.model_validate(spec)) == counts
 
 
-def test_stand_ins_without_anybody_present_are_refused(images: Path) -> None:
+def test_fold_without_members_is_refused(images: Path) -> None:
     recipe = Recipe.parse(
         tiny_tree(images, members=[member("a", folds=[0]), member("b", folds=[0])])
     )
@@ -169,7 +167,7 @@ del JOIN["weights"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         (
             {"members": [member("a"), member("b"), {**JOIN, "joins": ["a", "x"]}]},
@@ -206,8 +204,8 @@ del JOIN["weights"]
         ({"members": [member("a")], "views": {"choose": True}}, "nothing to choose from"),
     ],
 )
-def test_members_that_do_not_fit_together_are_refused(
-    images: Path, changes: dict[str, Any], words: str
+def test_inconsistent_members_are_refused(
+    images: Path, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(RecipeError, match=words):
+    with pytest.raises(RecipeError, match=message):
         Recipe.parse(tiny_tree(images, **changes))

@@ -71,7 +71,7 @@ def solve_stage(member: Member, task: StageTask) -> StageOutcome:
 
 
 def random_labels_tree(root: Path, per_class: int = 100) -> dict[str, Any]:
-    """Images of random patches with random labels, and one network of which only the head is fitted."""
+    """Images of random patches with random labels, and one network with only its head fitted."""
     rng = np.random.default_rng(5)
     for split, count in (("train", per_class), ("test", 10)):
         for name in ("heads", "tails"):

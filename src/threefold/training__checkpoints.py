@@ -1,8 +1,8 @@
-"""Checkpoints of a stage: the best weights, whether a stage is accepted, and the state to resume it.
+"""Checkpoints of a stage: the best weights, their acceptance, and the state to resume from.
 
-The resume file holds the SHA-256 of the rest, then safetensors with plain values among its metadata.
-A file that is damaged, or belongs to another stage, start weights, seed or version of torch, is
-ignored: the stage starts over and ends at the same bits.
+The resume file holds the SHA-256 of the rest, then safetensors with plain values in its
+metadata. A file that is damaged, or belongs to another stage, start weights, seed or version of
+torch, is ignored: the stage starts over and ends at the same bits.
 """
 
 from __future__ import annotations

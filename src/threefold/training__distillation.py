@@ -213,7 +213,7 @@ class Distillation:
             shutil.rmtree(nested.dir / "jobs")  # only their predictions are needed from here on
 
     def _nested_run(self, fold: int) -> Run | None:
-        """A run of the teacher's recipe on the rows that a fold does not score; None = not needed."""
+        """A run of the teacher's recipe without a fold's score rows; None = not needed."""
         if fold < 0 or not self.spec.inner:
             return None
         images = self.run.sources.train
