@@ -149,7 +149,7 @@ def diversity(probs: npt.ArrayLike, labels: npt.ArrayLike) -> Diversity:
         q = product / (both * neither + only_a * only_b)
         chance = (both + only_a) * (only_a + neither) + (both + only_b) * (only_b + neither)
         kappa = 2 * product / chance
-    agreement = np.array([(preds == mine).mean(1) for mine in preds])
+    agreement = np.array([(preds == own).mean(1) for own in preds])
     return Diversity(
         disagreement=only_a + only_b,
         double_fault=neither,

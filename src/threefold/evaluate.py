@@ -126,12 +126,8 @@ def evaluate(
         crossed_probs = {key: calibration.probs for key, calibration in calibrations.items()}
         tables.append(_ScoredTable(oof, crossed_probs, "oof rows, cross-fitted"))
     if test is not None:
-        members = test.select(fit_rows.members).probs
-        answers = {name: ensemble.predict_proba(members) for name, ensemble in fitted.items()}
-        test_probs = {
-            key: calibrations[key].apply(probs) for key, probs in _by_key(test, answers).items()
-        }
         fitted_on = "oof rows" if oof is not None else "the scored rows"
+        test_probs = _calibrated_probs(test.select(fit_rows.members), test, fitted, calibrations)
         tables.append(_ScoredTable(test, test_probs, fitted_on))
         if oof is not None:
             fits.ledger.declare_other_table(
@@ -167,6 +163,20 @@ def evaluate(
         ledger=fits.ledger.table(),
         warnings=[*duplicate_warnings, *_warnings(oof, test)],
     )
+
+
+def _calibrated_probs(
+    combined: Predictions,
+    rows: Predictions,
+    ensembles: Mapping[str, Ensemble],
+    calibrations: Mapping[Key, Calibration],
+) -> dict[Key, np.ndarray]:
+    """Return calibrated probabilities (n, k) of the rows' members and of fitted ensembles.
+
+    `combined` has the same rows with only the members that the ensembles combine.
+    """
+    answers = {name: e.predict_proba(combined.probs) for name, e in ensembles.items()}
+    return {key: calibrations[key].apply(probs) for key, probs in _by_key(rows, answers).items()}
 
 
 class _CrossFit(NamedTuple):
