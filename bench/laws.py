@@ -161,7 +161,7 @@ def picking(args: argparse.Namespace) -> None:
 def grouped_members(
     rng: Rng, groups: int, alike: float, size: int = 10, m: int = 3, k: int = 5
 ) -> np.ndarray:
-    """Members (m, groups * size, k) with shared evidence and own noise, partly common to a group."""
+    """Members (m, groups * size, k) with shared evidence and own noise, partly equal in a group."""
 
     def drawn(*lead: int) -> np.ndarray:
         parts = rng.normal(size=(*lead, groups, 1, k)), rng.normal(size=(*lead, groups, size, k))

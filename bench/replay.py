@@ -2,8 +2,8 @@
 
     uv run python bench/replay.py PREDS.npz [--methods mean,pool,...] [--all]
 
-PREDS.npz holds the authors' ten softmax outputs on the 10,000 test images, named by `members`. Three
-tables are printed:
+PREDS.npz holds the authors' ten softmax outputs on the 10,000 test images, named by `members`.
+Three tables are printed:
 
 pairs: the paper's comparisons, with discordant rows, exact McNemar tests, and the number of images
 needed to show a difference of this size. Verdicts take each question alone; Holm adjusts for all.
