@@ -26,6 +26,7 @@ from threefold.models__member import Member, create_backbone
 from threefold.models__pipeline import Predictor, predict_probs
 from threefold.predictions import Predictions
 from threefold.predictions__results_schema import ShortScore
+from threefold.predictions__run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
 from threefold.run import Run
@@ -157,7 +158,7 @@ def copies(teacher: Run, student: Run, tmp_path: Path) -> tuple[Path, Run]:
     shutil.copytree(student.dir, tmp_path / "student")
     recipe = student.recipe.model_dump(exclude_none=True)
     recipe["distill"]["run"] = str(folder)
-    return folder, Run(tmp_path / "student", Recipe.parse(recipe))
+    return folder, Run(RunFolder(tmp_path / "student", Recipe.parse(recipe)))
 
 
 @pytest.mark.parametrize("fold", [0, 1, -1])

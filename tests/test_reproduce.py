@@ -399,9 +399,8 @@ def test_several_networks_in_some_folds_only(tmp_path: Path) -> None:
     run = SimpleNamespace(
         recipe=SimpleNamespace(views=packaged("demo").views),
         roles={f: SimpleNamespace(score=np.arange(2 * f, 2 * f + 2)) for f in range(3)},
-        folder=lambda job: tmp_path / job,
+        folder=SimpleNamespace(job_folder=lambda job: tmp_path / job),
         last_job=lambda name, fold: f"{name}{fold}",
-        dir=tmp_path,
     )
     answer = Answer("folds", "x", ("x", "y"), (1,))
     np.testing.assert_allclose(
