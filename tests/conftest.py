@@ -1,4 +1,4 @@
-"""What several test files share: a tiny folder of images, and a tiny recipe that trains in seconds."""
+"""Fixtures of several test files: a tiny folder of images, a tiny recipe and its finished run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run folders and trees of saved predictions as the report reads them, made of plausible numbers; nothing is trained."""
+"""Run folders as the report reads them, made of plausible numbers; nothing is trained."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def fake_run(
     curves: bool = False,
     notes: tuple[str, ...] = (),
 ) -> Path:
-    """Write a run folder as of old: three members, three folds, three stages, one of them dropped."""
+    """Write a run folder without optional sections: three members, folds and stages, one dropped."""
     rng = np.random.default_rng(0)
     recipe = fake_recipe(folder.name, protocol, export)
     folder.mkdir(parents=True)
@@ -86,7 +86,7 @@ def full_run(
     members: int = 3,
     evil: str = "",
 ) -> Path:
-    """Write a run folder with every key that the report knows; `evil` is put into every text that is not a class."""
+    """Write a run folder with every section; `evil` is added to every text but class names."""
     fake_run(
         folder, classes, n=n, curves=True, images=False, notes=(f"12 images are very dark{evil}",)
     )

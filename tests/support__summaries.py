@@ -96,7 +96,7 @@ def fake_summary(kind: str, **options: Any) -> PredictionSummary:
 def fake_comparisons(
     pairs: list[tuple[str, str]], scores: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """McNemar's tests that agree with the scores, where 5 rows in 100 are right for one of the two only."""
+    """McNemar's tests that agree with the scores; 5 rows in 100 are right for one of the two only."""
     by_name = {s["name"]: s for s in scores}
     counts = []
     for a, b in pairs:
@@ -122,7 +122,7 @@ def fake_comparisons(
 
 
 def fake_scores(members: list[str], rows: str, n: int) -> list[dict[str, Any]]:
-    """Ensembles, then members, with costs: the ensembles' are all the same but for `best` and `greedy`."""
+    """Ensembles, then members, with costs: equal for all ensembles but `best` and `greedy`."""
     rng = np.random.default_rng(len(members))
     macs = [int(4e7 * (1 + 0.6 * i + 0.1 * rng.random())) for i in range(len(members))]
     costs = {"best": macs[-1], "greedy": sum(macs[: len(macs) // 2 + 1])}

@@ -1,4 +1,4 @@
-"""Runs, members and files side by side: the same rows, exact counts, Holm, seeds; nothing ambiguous is guessed."""
+"""Runs, members and files side by side: the same rows, exact counts, Holm's correction, seeds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AUTHORS = Path(__file__).parents[2] / "shared/data/fashion_mnist_authors_predict
 def model(
     n: int = 300, right: float = 0.8, seed: int = 0, name: str = "net", **more: object
 ) -> Predictions:
-    """One member that is right on a share of the rows; labels and ids are the same for every seed."""
+    """One member that is right on a share of the rows; labels and ids are equal for all seeds."""
     labels = np.random.default_rng(99).integers(0, 3, n)
     rng = np.random.default_rng(seed)
     answers = np.where(rng.random(n) < right, labels, (labels + 1) % 3)
@@ -109,7 +109,7 @@ def test_groups_make_the_test_one_of_groups(tmp_path: Path) -> None:
     assert "groups" in tree.comparisons[0].verdict
 
 
-def test_one_file_stands_for_its_members_and_a_run_for_its_ensemble(
+def test_a_file_stands_for_its_members_a_run_for_its_ensemble(
     tmp_path: Path, finished: Run
 ) -> None:
     several = model(seed=1)

@@ -140,7 +140,7 @@ def test_interval_from_counts_is_that_of_the_bootstrap(only_a: int, only_b: int,
 
 
 def test_interval_from_counts_covers() -> None:
-    """500 draws of 200 rows at a difference of 5 points: 95 % of the intervals hold it, within three standard errors."""
+    """95 % of the intervals of 500 draws hold the true difference, within three standard errors."""
     rng = np.random.default_rng(0)
     draws = rng.multinomial(200, (0.1, 0.05, 0.85), 500)
     held = sum(

@@ -40,7 +40,10 @@ def test_one_file_that_needs_nothing_else(demo: Page) -> None:
 
 
 def test_says_what_to_expect_in_plain_numbers(demo: Page) -> None:
-    words = "Expect 88.9 % of new images to be right about 89 of 100 , between 87 and 91 (95 % interval 86.8 % to 90.7 %)"
+    words = (
+        "Expect 88.9 % of new images to be right about 89 of 100 , between 87 and 91 "
+        "(95 % interval 86.8 % to 90.7 %)"
+    )
     assert words in demo.text
     assert "the test set, opened at the end; when was not written down" in demo.text
     assert "the simplest within one standard error of the best (stacked)" in demo.text
@@ -63,7 +66,7 @@ def test_charts_take_the_colours_of_the_page(demo: Page) -> None:
 
 
 @pytest.mark.usefixtures("no_charts")
-def test_confusions_and_mistakes_come_from_the_chosen_probabilities(tmp_path: Path) -> None:
+def test_confusions_and_mistakes_come_from_chosen_answers(tmp_path: Path) -> None:
     folder = fake_run(tmp_path / "run", ("cat", "dog", "eel"), n=4)
     probs = np.array(
         [[0.9, 0.1, 0.0], [0.2, 0.7, 0.1], [0.6, 0.3, 0.1], [0.05, 0.95, 0.0]], np.float32

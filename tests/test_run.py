@@ -1,4 +1,4 @@
-"""The run folder: every row scored once, resumed = uninterrupted, nothing of another recipe, nothing half done."""
+"""A run: every row is scored once, resumed equals uninterrupted, another recipe is refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def weights(run: Run) -> dict[str, str]:
     }
 
 
-def test_out_of_fold_covers_every_row_once_with_the_fold_that_did_not_see_it(finished: Run) -> None:
+def test_out_of_fold_rows_are_scored_by_a_fold_that_never_saw_them(finished: Run) -> None:
     oof = finished.predictions("oof")
     assert oof.ids == finished.sources.train.ids
     assert oof.folds is not None
@@ -97,7 +97,10 @@ def test_a_finished_run_is_not_trained_again(
 
 
 def test_two_processes_do_not_work_in_one_run(tiny: Recipe, tmp_path: Path) -> None:
-    code = "import sys, time, filelock; held = filelock.FileLock(sys.argv[1]); held.acquire(); print('held', flush=True); time.sleep(60)"
+    code = (
+        "import sys, time, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
+        "print('locked', flush=True); time.sleep(60)"
+    )
     run = Run.create(tiny, tmp_path / "run")
     with subprocess.Popen(
         [sys.executable, "-c", code, str(run.dir / ".lock")], stdout=subprocess.PIPE
@@ -145,7 +148,7 @@ def test_a_damaged_file_of_a_finished_job_is_found(finished: Run, tmp_path: Path
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs /dev/full")
-def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_later(
+def test_a_full_disk_is_one_clear_error_and_the_run_resumes(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run.create(small(images), tmp_path / "run")
@@ -202,7 +205,7 @@ def test_without_a_test_split_the_headline_is_out_of_fold(tmp_path: Path) -> Non
         run.predictions("test")
 
 
-def test_results_hold_every_score_with_interval_protocol_and_rows(finished: Run) -> None:
+def test_results_hold_every_score_with_interval_and_rows(finished: Run) -> None:
     results = json.loads((finished.dir / "results.json").read_text())
     names = {(s["name"], s["rows"]) for s in results["scores"]}
     assert names == {

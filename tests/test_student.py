@@ -96,7 +96,7 @@ def test_the_student_can_be_compared_and_scored_as_any_run(taught: tuple[Path, P
     assert "apparent" in done.output
 
 
-def test_the_teachers_folder_notes_that_its_test_rows_were_opened_once_more(
+def test_the_teachers_ledger_notes_that_its_test_rows_were_opened(
     taught: tuple[Path, Path, str],
 ) -> None:
     teacher, folder, _ = taught
@@ -120,7 +120,7 @@ def test_the_teachers_folder_notes_that_its_test_rows_were_opened_once_more(
     assert [entry["by"] for entry in opened if entry["by"] != "export"] == ["train"]
 
 
-def test_a_member_is_taken_with_its_head_and_a_timm_name_gets_a_linear_one(finished: Run) -> None:
+def test_a_member_keeps_its_head_and_a_timm_name_gets_a_linear_one(finished: Run) -> None:
     by_name = student_recipe(finished, "run", "gated")
     assert by_name.members[0].model_copy(update={"name": "gated"}) == finished.recipe.member(
         "gated"

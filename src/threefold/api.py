@@ -39,7 +39,7 @@ def fit(
 
     Args:
         folder: class folders, or train/ [val/] test/ with class folders inside.
-        out: the run folder; an interrupted run in it is resumed with the recipe that it started with.
+        out: the run folder; an interrupted run in it is resumed with its own recipe.
         budget_minutes: limit of the wall time (0 = none).
         members: timm names; by default three EfficientNet-Lite with linear, GRU and BiLSTM heads.
         overrides: `a.b=c` changes to the planned recipe.

@@ -45,8 +45,8 @@ def compare_saved(
     """Compare every pair of contenders on the same rows.
 
     A source is `PATH` or `PATH:NAME`. A run folder stands for its chosen ensemble (calibrated, on
-    the test rows where there are any), and NAME for one of its members. A file of predictions stands
-    for its only member, and NAME for one of several. A+B as NAME is the mean of members. A single
+    the test rows where there are any), and NAME for one of its members. A file stands for its only
+    member, and NAME for one of several. A+B as NAME is the mean of members. A single
     source stands for all of its members. `PATH,PATH,...` are several seeds of one recipe: intervals
     and p-values then account for other seeds and other images alike.
 
@@ -60,8 +60,8 @@ def compare_saved(
         What `threefold compare` prints and shows, and the predictions that were compared.
 
     Raises:
-        DataError: fewer than two contenders or more than MAX_CONTENDERS, a name is ambiguous, or the
-            predictions do not belong together.
+        DataError: fewer than two contenders or more than MAX_CONTENDERS, a name is ambiguous, or
+            the predictions do not belong together.
         RunError: a run folder is not complete.
     """
     read_file = partial(read_predictions, labels=labels, classes=classes)

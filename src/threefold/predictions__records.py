@@ -1,4 +1,4 @@
-"""Records: JSON files as typed values, and the small files of a run: run.json, ledger.json, done.json.
+"""JSON files as typed records, and the small files of a run: run.json, ledger.json, done.json.
 
 Records are frozen, refuse unknown keys, and are written with the keys that were set. A file that
 another version wrote, or that is damaged, is one line of error.

@@ -1,7 +1,7 @@
 """The folder of a run: the one reader and writer of its files, without torch.
 
-What is written is remembered, so that one command never reads back its own files. A job is one stage
-of one member in one fold; its `done.json` is written last, so a job that has one is complete.
+What is written is remembered, so that one command never reads back its own files. A job is one
+stage of one member in one fold; its `done.json` is written last, so a job that has one is complete.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ class RunFolder:
 
     @cached_property
     def chosen_views(self) -> ChosenViews | None:
-        """The number of test-time views that was chosen (views.json); None if there was no choice."""
+        """The chosen number of test-time views (views.json); None if there was no choice."""
         path = self.path / "views.json"
         return ChosenViews.parse(read_json(path), path) if path.exists() else None
 

@@ -1,4 +1,4 @@
-"""Where numbers come from: hardware, versions, commit, and seeds that depend only on names."""
+"""Where figures come from: hardware, versions, commit, and seeds that depend only on names."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """Versions of what can change a result."""
+    """Return the versions of the packages that can change a result."""
     return {
         name: importlib.metadata.version(name) for name in ("threefold", "torch", "timm", "numpy")
     }
 
 
 def hardware() -> str:
-    """Processor, cores and accelerator in one line."""
+    """Describe processor, cores and accelerator in one line."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         models = [
@@ -34,9 +34,9 @@ def hardware() -> str:
 
 
 def commit() -> str:
-    """Git commit of the source tree that threefold runs from; empty for an installed package."""
+    """Return the git commit of the source tree; empty for an installed package."""
     try:
-        found = subprocess.run(
+        process = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"],
             cwd=Path(__file__).parent,
             capture_output=True,
@@ -44,13 +44,13 @@ def commit() -> str:
             check=True,
             timeout=5,
         )
-        return found.stdout.strip()
+        return process.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
 def stable_seed(*parts: object) -> int:
-    """A seed below 2**31 that depends only on its parts."""
+    """Return a seed below 2**31 that depends only on the parts."""
     return (
         int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
     )

@@ -1,8 +1,8 @@
 """The HTML pages: the report of run folders, and the page about saved predictions.
 
 Every figure with an interval comes from `results.json` or the summary and is never recomputed;
-`reportview.py` says what is drawn from the chosen ensemble's probabilities. A page needs no network,
-no script and no other file; its colors follow the reader's light or dark setting.
+`reportview.py` says what is drawn from the chosen ensemble's probabilities. A page needs no
+network, no script and no other file; its colors follow the reader's light or dark setting.
 """
 
 from __future__ import annotations

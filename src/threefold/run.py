@@ -118,28 +118,28 @@ class Run:
         return self.recipe.jobs(sum(fold >= 0 for fold in self.roles))
 
     def all_views(self, member: MemberSpec) -> Views:
-        """The member's test-time views, all that the recipe names."""
+        """Return all test-time views that the recipe names for a member."""
         return Views(self.recipe.views, member.img_size, self.recipe.seed)
 
     def views(self, member: MemberSpec) -> Views:
-        """The member's test-time views, those that were chosen."""
+        """Return the chosen test-time views of a member."""
         chosen = self.folder.chosen_views if self.recipe.views.choose else None
         count = chosen.views if chosen is not None else None
         return Views(self.recipe.views, member.img_size, self.recipe.seed, count)
 
     @property
     def final_folds(self) -> list[int]:
-        """The fold models that answer on new images: the refitted one, or all."""
+        """The folds whose networks answer on new images: the refit (-1), or all."""
         return [-1] if self.recipe.folds.final == "refit" else list(range(self.folder.info.folds))
 
     def networks(self, spec: MemberSpec) -> int:
-        """How many trained networks of a member answer on new images."""
+        """Count the trained networks of a member that answer on new images."""
         return sum(fold < 0 or not spec.folds or fold in spec.folds for fold in self.final_folds)
 
     def build(
         self, spec: MemberSpec, num_classes: int, *, pretrained: bool = False
     ) -> Member | JointMember:
-        """A member's network with a fresh head; a member that joins others with theirs as they begin."""
+        """Build a member's network with a fresh head, or a joint network of the members that it joins."""
         if not spec.joins:
             return build_member(spec, num_classes, pretrained=pretrained)
         bases = [
@@ -149,11 +149,11 @@ class Run:
         return build_joint(spec.head, bases, num_classes)
 
     def last_job(self, member: str, fold: int) -> Job:
-        """The job whose weights a member has in a fold when all is done."""
+        """Return the job whose weights a member has in a fold at the end."""
         return Job(member, fold, self.recipe.stages_of(member)[-1].name)
 
     def load_member(self, spec: MemberSpec, fold: int, num_classes: int) -> Member | JointMember:
-        """A trained fold model, in eval mode on the CPU.
+        """Load a trained network of one fold, in eval mode on the CPU.
 
         Raises:
             RunError: it is missing or damaged.
@@ -164,7 +164,7 @@ class Run:
         return member.eval()
 
     def pipeline(self, combiner: Combiner, members: Sequence[str] | None = None) -> Pipeline:
-        """The deployable module of a combiner and the members that it combines (by default the recipe's)."""
+        """Build the deployable module of a combiner and its members (by default the recipe's)."""
         classes = self.folder.info.classes
         names = list(members if members is not None else self.recipe.combined)
         everyone = [m.name for m in self.recipe.members]
@@ -192,10 +192,11 @@ class Run:
 
 
 def stand_ins(recipe: Recipe, fold: int) -> np.ndarray:
-    """Weights (m, m): how much of member j's network of this fold goes into member i's answer.
+    """Return weights (m, m): the share of member j's network of this fold in member i's answer.
 
-    The identity, but for members that are not in the fold: for them the mean of those that are stands in, so that the mean
-    over all members is the mean over those present (the paper's Table 3: three members in some folds, one in the others).
+    The identity, except for members that are not in the fold: the mean of those that are stands in
+    for them. So the mean over all members is the mean over those present (the paper's Table 3: three
+    members in some folds, one in the others).
 
     Raises:
         RunError: no member that ensembles combine is in the fold.

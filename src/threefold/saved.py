@@ -32,7 +32,7 @@ from threefold.scaling import apply_temperature, fit_temperature
 from threefold.scoring import per_class
 
 AUTO = tuple(name for name in ENSEMBLES if not name.startswith("stacked"))
-"""The methods that `auto` chooses from: those fitted in seconds. Add others by name: `auto,stacked`."""
+"""The methods that `auto` chooses from, fitted in seconds. Add others by name: `auto,stacked`."""
 
 CURVE_ROWS: Final = 5000
 """Largest number of rows for the curve of accuracy against size; of more, a stratified part."""
