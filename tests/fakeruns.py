@@ -40,7 +40,7 @@ def fake_run(
     curves: bool = False,
     notes: tuple[str, ...] = (),
 ) -> Path:
-    """Write a run folder without optional sections: three members, folds and stages, one dropped."""
+    """Write a run folder without optional sections: three members, folds and stages."""
     rng = np.random.default_rng(0)
     recipe = fake_recipe(folder.name, protocol, export)
     folder.mkdir(parents=True)

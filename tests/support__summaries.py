@@ -96,7 +96,7 @@ def fake_summary(kind: str, **options: Any) -> PredictionSummary:
 def fake_comparisons(
     pairs: list[tuple[str, str]], scores: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """McNemar's tests that agree with the scores; 5 rows in 100 are right for one of the two only."""
+    """McNemar's tests that agree with the scores; on 5 rows in 100 only one of the two is right."""
     by_name = {s["name"]: s for s in scores}
     counts = []
     for a, b in pairs:

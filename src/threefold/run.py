@@ -139,7 +139,7 @@ class Run:
     def build(
         self, spec: MemberSpec, num_classes: int, *, pretrained: bool = False
     ) -> Member | JointMember:
-        """Build a member's network with a fresh head, or a joint network of the members that it joins."""
+        """Build a member's network with a fresh head, or the joint network of those it joins."""
         if not spec.joins:
             return build_member(spec, num_classes, pretrained=pretrained)
         bases = [
@@ -195,8 +195,8 @@ def stand_ins(recipe: Recipe, fold: int) -> np.ndarray:
     """Return weights (m, m): the share of member j's network of this fold in member i's answer.
 
     The identity, except for members that are not in the fold: the mean of those that are stands in
-    for them. So the mean over all members is the mean over those present (the paper's Table 3: three
-    members in some folds, one in the others).
+    for them. So the mean over all members is the mean over those present (the paper's Table 3:
+    three members in some folds, one in the others).
 
     Raises:
         RunError: no member that ensembles combine is in the fold.
