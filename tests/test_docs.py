@@ -6,13 +6,18 @@ import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import threefold
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+EXTENDING = ROOT / "docs/extending.md"
+MOVED = (ROOT / "src/threefold/ensembles").is_dir()
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
 
 
@@ -49,3 +54,41 @@ def test_links_between_pages_lead_to_files(page: Path) -> None:
     missing = [link for link in links if not (page.parent / link).exists()]
 
     assert not missing
+
+
+@pytest.mark.skipif(not MOVED, reason="the page names modules by package")
+def test_extending_names_files_and_definitions_that_exist() -> None:
+    text = EXTENDING.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| an? [^|]+\| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE)
+    files = {name for cell, _ in rows for name in re.findall(r"`([\w/]+\.(?:py|html\.j2))`", cell)}
+    sources = "\n".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "src/threefold").rglob("*.py")
+    )
+
+    missing_files = [name for name in files if not (ROOT / "src/threefold" / name).is_file()]
+    names = {name for _, cell in rows for name in re.findall(r"`(\w+)`", cell)}
+    missing_names = [
+        name
+        for name in names
+        if not re.search(rf"^(?:(?:class|def) )?{name}\b(?:[:(]| =|: )", sources, re.MULTILINE)
+    ]
+
+    assert len(rows) >= 10
+    assert not missing_files
+    assert not missing_names
+
+
+@pytest.mark.skipif(not MOVED, reason="the page names modules by package")
+def test_the_example_ensemble_of_extending_works() -> None:
+    block = re.findall(r"```python\n(.*?)```", EXTENDING.read_text(encoding="utf-8"), re.DOTALL)[0]
+    names: dict[str, Any] = {}
+    probs = np.random.default_rng(0).dirichlet(np.ones(4), size=(3, 5))
+
+    exec(compile(block, str(EXTENDING), "exec"), names)
+    ensemble = names["GeometricEnsemble"]()
+    combined = ensemble.predict_proba(probs)
+
+    module = ensemble.to_module()
+    in_torch = module(torch.from_numpy(probs.transpose(1, 0, 2))).numpy()
+    assert np.allclose(combined.sum(-1), 1)
+    assert np.allclose(combined, in_torch)
