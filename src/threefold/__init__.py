@@ -42,9 +42,9 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(f"threefold.{home}"), name)
     except ModuleNotFoundError as error:
-        from threefold.extras import MODULE_EXTRAS, missing_extra
+        from threefold.extras import NAME_EXTRAS, missing_extra
 
-        missing = missing_extra(error, MODULE_EXTRAS.get(home, "all"), f"threefold.{name}")
+        missing = missing_extra(error, NAME_EXTRAS.get(name, "all"), f"threefold.{name}")
         raise missing or error from None
 
 

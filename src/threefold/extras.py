@@ -26,15 +26,21 @@ VERB_EXTRAS: Final = {
     "serve": "serve",
 }
 """The extra that each verb needs; `predict` needs none."""
-MODULE_EXTRAS: Final = {
-    "api": "train",
-    "ensembles__averaging": "report",
-    "exporting__export": "train",
-    "report__pages": "report",
-    "run": "train",
-    "stacked": "report",
+NAME_EXTRAS: Final = {
+    "MeanEnsemble": "report",
+    "PrunedEnsemble": "report",
+    "VoteEnsemble": "report",
+    "WeightedEnsemble": "report",
+    "GreedyEnsemble": "report",
+    "StackedEnsemble": "report",
+    "write_report": "report",
+    "Run": "train",
+    "distill": "train",
+    "export": "train",
+    "fit": "train",
+    "train": "train",
 }
-"""The extra that each module with public names needs; modules not listed need none."""
+"""The extra that each public name needs; names not listed need none."""
 OPTIONAL_PACKAGES: Final = frozenset(
     {
         "fastapi",
