@@ -114,8 +114,7 @@ def mcnemar_exact(
     use the exact p-value because of its guarantee.
 
     Args:
-        correct_a: (n,) booleans.
-        correct_b: (n,) booleans, for the same rows.
+        correct_a, correct_b: (n,) booleans for the same rows.
         groups: (n,) names, or None.
         mid_p: return the mid-p-value.
 
@@ -156,8 +155,7 @@ def paired_bootstrap(
     not independent.
 
     Args:
-        a: (n,) scores per row of the first, such as `stats.correct`.
-        b: (n,) scores of the second, for the same rows.
+        a, b: (n,) scores of the same rows, such as `stats.correct`.
         groups: (n,) names, or None.
         level: confidence level.
         resamples: number of draws.
@@ -192,8 +190,7 @@ def score_difference(
 
     Args:
         score: a name of `weighted.SCORES`, or a `WeightedScore`.
-        probs_a: (n, k).
-        probs_b: (n, k), for the same rows.
+        probs_a, probs_b: (n, k), for the same rows.
         labels: (n,).
         groups: (n,) names, or None. Groups are drawn whole.
         level: confidence level.
@@ -272,10 +269,8 @@ def corrected_t_test(
     splits, repeats included.
 
     Args:
-        a: (J,) scores of the first, one per split.
-        b: (J,) scores of the second on the same splits.
-        n_fit: number of rows that a split fits on.
-        n_score: number of rows that a split scores.
+        a, b: (J,) scores of the two on the same splits.
+        n_fit, n_score: numbers of rows that a split fits on and scores.
         level: confidence level.
 
     Raises:
@@ -317,9 +312,7 @@ def seeds_difference(
     groups take the place of images.
 
     Args:
-        correct_a: (s, n) booleans of s >= 2 seeds.
-        correct_b: (s, n) booleans for the same rows. Seed i of one is paired with seed i of the
-            other.
+        correct_a, correct_b: (s, n) booleans of s >= 2 seeds on the same rows. Seeds are paired.
         groups: (n,) names, or None.
         level: confidence level.
 
@@ -403,11 +396,9 @@ def required_rows_from_counts(
     """`required_rows` for shares equal to those of a first sample of n rows.
 
     Args:
-        only_a: rows that only the first gets right.
-        only_b: rows that only the second gets right.
+        only_a, only_b: rows that only the first, or only the second, gets right.
         n: number of rows.
-        power: as in `required_rows`.
-        alpha: as in `required_rows`.
+        power, alpha: as in `required_rows`.
 
     Raises:
         DataError: the counts are impossible, or equal: no number of rows shows a difference of 0.
@@ -439,10 +430,8 @@ def verdict(
     needed to show a difference of this size".
 
     Args:
-        a: name of the first.
-        b: name of the second.
-        only_a: rows that only the first gets right.
-        only_b: rows that only the second gets right.
+        a, b: names of the two.
+        only_a, only_b: rows that only the first, or only the second, gets right.
         p: p-value, possibly adjusted for several tests.
         alpha: significance level.
         test: name of the test, to be included.

@@ -126,8 +126,8 @@ def build_predictions(
         _compare_labels(labels[0], other, ids, names, where)
     _check_probs(probs, ids, names, where)
     arguments: dict[str, Any] = {**default_names(m, n, k), **content.extra}
-    given = {"ids": ids, "classes": names, "members": content.members}
-    arguments |= {name: tuple(values) for name, values in given.items() if values}
+    known_names = {"ids": ids, "classes": names, "members": content.members}
+    arguments |= {name: tuple(values) for name, values in known_names.items() if values}
     arguments |= {"probs": probs, "labels": labels[0], "groups": groups}
     try:
         return Predictions(**arguments)
