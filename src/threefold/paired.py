@@ -1,8 +1,7 @@
 """Paired tests, and intervals of differences, of two classifiers on the same rows.
 
 Hits are booleans (n,): which rows a classifier gets right (`stats.correct`). With `groups` (see
-`stats.py`), a test or interval is for new groups (patients, signers), not for new rows of the same
-groups.
+`stats.py`), a test or interval is for new groups, not for new rows of the same groups.
 """
 
 from __future__ import annotations
