@@ -1,8 +1,9 @@
-"""What the pages show: the tree of results turned into tables, sentences and charts.
+"""What the pages show: results turned into tables, sentences and charts.
 
-It reads a summary (the results of a run, or of saved predictions) and never recomputes a score. Sections
-that a summary lacks give None, and the template then says why or leaves the section out. Drawn from probabilities are only the confusion matrix, the
-mistakes and the reliability curve; from counts of images only the interval of a paired difference that comes without one.
+It reads a summary (the results of a run, or of saved predictions) and never recomputes a score. A
+section that a summary lacks gives None, and the template says why or leaves it out. The confusion
+matrix, the mistakes and the reliability curve are drawn from probabilities; the interval of a
+paired difference that comes without one follows from counts of images.
 """
 
 from __future__ import annotations
@@ -27,9 +28,20 @@ from threefold.predictions__results_schema import (
 
 MATRIX_CLASSES = 30
 """A larger matrix cannot be read; the list of confused pairs can."""
-PAIRS, PAIR_PICTURES, SUSPECTS, COPIES, BARS, COMPARED, MEMBERS = 10, 6, 24, 20, 40, 300, 12
-"""The most confused pairs, pictures of each, pictured suspects, listed pairs of copies, bars of differences, listed comparisons,
-and members whose disagreement is written out in numbers."""
+PAIRS = 10
+"""Largest number of confused pairs."""
+PAIR_PICTURES = 6
+"""Largest number of pictures of a confused pair."""
+SUSPECTS = 24
+"""Largest number of pictured suspects."""
+COPIES = 20
+"""Largest number of listed pairs of copies."""
+BARS = 40
+"""Largest number of differences that are drawn."""
+COMPARED = 300
+"""Largest number of listed comparisons."""
+MEMBERS = 12
+"""Largest number of members whose disagreement is written out in numbers."""
 EVIDENCE = 0.05
 """The largest p-value that counts as evidence of a difference."""
 
@@ -105,7 +117,10 @@ def shared_view(
 
 
 def expected_score(summary: Summary, score: Score | None) -> Score | None:
-    """The headline's score with what to expect of new images: without test rows the choice of the method is paid for."""
+    """Return the headline's score with the accuracy to expect on new images.
+
+    Without test rows that accuracy pays for the choice of the method.
+    """
     expected = summary.expected
     if score is None or expected is None or expected.rows != score.rows:
         return score
@@ -118,7 +133,7 @@ def main_rows(scores: Sequence[Score]) -> str:
 
 
 def natural_frequency(score: Score) -> dict[str, Any]:
-    """An accuracy as "so many of so many": of 100 where that shows the interval, else of 1,000 or 10,000; with its picture."""
+    """Express an accuracy as a number of 100 images, or of more where 100 hide the interval."""
     for of in (100, 1000, 10_000):
         low, right, high = (
             round(of * share) for share in (score.interval[0], score.accuracy, score.interval[1])
@@ -130,7 +145,7 @@ def natural_frequency(score: Score) -> dict[str, Any]:
 
 
 def score_groups(scores: Sequence[Score], rows: str) -> _Rows:
-    """Scores in groups of one kind on the same rows, those of the page first, the most accurate first in each."""
+    """Group scores by rows and kind: the rows of the page first, the most accurate first."""
     keys = sorted({(s.rows != rows, s.rows, s.kind) for s in scores})
     groups: _Rows = []
     for _, part, kind in keys:
@@ -144,7 +159,7 @@ def score_groups(scores: Sequence[Score], rows: str) -> _Rows:
 def cost_view(
     scores: Sequence[Score], rows: str, chosen: str | None, level: float
 ) -> dict[str, Any] | None:
-    """Accuracy against multiply-adds: points, the front, and what the chosen ensemble costs beside the best member."""
+    """Relate accuracy to multiply-adds: points, front, and the chosen ensemble's extra cost."""
     known = [(s.macs, s) for s in scores if s.rows == rows and s.macs]
     if len(known) < 2:
         return None
@@ -172,9 +187,9 @@ def cost_view(
     members = [p for p in points if p["kind"] == "member"]
     single = max(members, key=lambda p: p["accuracy"]) if members else None
     picked = next((p for p in points if p["chosen"]), None)
-    told = None
+    ratio = None
     if picked and single:
-        told = {
+        ratio = {
             "times": picked["macs"] / single["macs"],
             "gain": picked["accuracy"] - single["accuracy"],
             "single": single["name"],
@@ -182,7 +197,7 @@ def cost_view(
     return {
         "points": points,
         "chart": charts.pareto(points, level),
-        "told": told,
+        "ratio": ratio,
         "unnumbered": len(points) - number,
     }
 
@@ -190,9 +205,9 @@ def cost_view(
 def paired_rows(
     comparisons: Sequence[Comparison], scores: Sequence[Score], level: float
 ) -> dict[str, Any] | None:
-    """Paired tests as a table and a chart: accuracy of both, difference and interval beside the counts, evidence first.
+    """Show paired tests as a table and a chart, those with the strongest evidence first.
 
-    An entry may bring `difference`, `interval`, `n` and both accuracies; else they follow from its counts and the scores.
+    A difference, interval or accuracy that is missing follows from counts and scores.
     """
     if not comparisons:
         return None
@@ -210,7 +225,7 @@ def paired_rows(
 
 
 def _complete(c: Comparison, scores: Sequence[Score], level: float) -> dict[str, Any]:
-    """A comparison with accuracies, difference and interval, from its counts where it lacks them."""
+    """Complete a comparison with accuracies, difference and interval, from its counts."""
     a = _score_of(scores, c.a, c.rows, "ensemble")
     b = _score_of(scores, c.b, c.rows, "member")
     n = c.n or (a.n if a else None) or (b.n if b else None)
@@ -237,7 +252,7 @@ def _complete(c: Comparison, scores: Sequence[Score], level: float) -> dict[str,
 
 
 def _score_of(scores: Sequence[Score], name: str, rows: str, kind: str) -> Score | None:
-    """The score of that name on those rows, of that kind if a member and an ensemble share the name."""
+    """Return the score of that name on those rows; the kind decides between namesakes."""
     named = [s for s in scores if s.name == name and s.rows == rows]
     return min(named, key=lambda s: s.kind != kind) if named else None
 
@@ -287,7 +302,7 @@ def confusion_view(
 
 
 def _confused_pairs(wrong: _Array, shares: _Array, classes: Sequence[str], thumbs: Thumbs) -> _Rows:
-    """The most frequent (true, answer) pairs: count, share of the true class, count the other way round, pictures."""
+    """Return the most frequent (true, answer) pairs with counts, shares and pictures."""
     order = np.argsort(-wrong, axis=None, kind="stable")[:PAIRS]
     cells = [divmod(int(cell), len(wrong)) for cell in order]
     return [
@@ -308,7 +323,7 @@ def _confused_pairs(wrong: _Array, shares: _Array, classes: Sequence[str], thumb
 
 
 def audit_view(audit: Audit | None, thumbs: Thumbs) -> dict[str, Any] | None:
-    """Suspect labels with pictures, and pairs of copies, those that are in two parts or have two labels first."""
+    """Return suspect labels with pictures, and pairs of copies, the harmful ones first."""
     if audit is None:
         return None
     images = thumbs.suspects
@@ -334,7 +349,7 @@ def audit_view(audit: Audit | None, thumbs: Thumbs) -> dict[str, Any] | None:
 
 
 def diversity_view(diversity: Diversity | None) -> dict[str, Any] | None:
-    """How often members disagree: the matrix, the nearest and the farthest pair, and members that are the same."""
+    """Return how often members disagree: the matrix, nearest and farthest pair, duplicates."""
     if diversity is None or len(diversity.members) < 2:
         return None
     members, matrix = diversity.members, np.asarray(diversity.disagreement, np.float64)
@@ -361,7 +376,7 @@ def diversity_view(diversity: Diversity | None) -> dict[str, Any] | None:
 
 
 def size_view(curve: SizeCurve | None) -> dict[str, Any] | None:
-    """Accuracy against the number of members, and how many get most of what all together bring; None below two members."""
+    """Relate accuracy to the number of members; None for fewer than two members."""
     if curve is None or len(curve.mean) < 2:
         return None
     first, last = curve.mean[0], curve.mean[-1]
