@@ -11,7 +11,6 @@ from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import csr_array
 
 from threefold.errors import DataError
 
@@ -173,6 +172,9 @@ def cell_weights(
         seed: seed of the draws.
     """
     if part is not None:
+        # Imported here: the runtime takes LEVEL from this module, and does without scipy.
+        from scipy.sparse import csr_array
+
         table = csr_array((np.ones(len(cells)), (cells, part)))
         if table.shape[0] * table.shape[1] <= _CHUNK:
             # The sums are whole numbers, so the much faster dense product is exact.
