@@ -34,7 +34,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from threefold.limits import Limits
+from threefold.limits import ServerLimits
 from threefold.provenance import commit, hardware
 from threefold.runtime import Model
 
@@ -112,7 +112,7 @@ def make_cases(model: Model, count: int) -> list[Case]:
         encoded(image, "JPEG" if i % 2 else "PNG") for i, image in enumerate(pictures(rng, IMAGES))
     ]
     answers = answers_of(model, files)
-    side = int(Limits().pixels ** 0.5) + 2
+    side = int(ServerLimits().pixels ** 0.5) + 2
     huge = b"GIF89a" + side.to_bytes(2, "little") * 2 + b"\xf0\0\0" + bytes(30)
     bad = [
         Case(b"not a picture", "form", 415),
@@ -308,7 +308,7 @@ def main() -> None:
                 print(
                     f"{args.minutes:g} minutes more: memory {' '.join(f'{m:.0f}' for m in marks)} MB"
                 )
-                throughput(server.pid, address, model, args.clients, Limits().batch)
+                throughput(server.pid, address, model, args.clients, ServerLimits().batch)
                 text = httpx.get(f"{address}/metrics", trust_env=False).text
                 sizes = {
                     m[1]: float(m[2])

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from threefold import serve
-from threefold.limits import Limits
+from threefold.limits import ServerLimits
 from threefold.runtime import KEY, Model
 
 UNCERTAIN: dict[str, Any] = {
@@ -135,9 +135,11 @@ def picture(
 
 
 @contextmanager
-def serving(path: Path, limits: Limits | None = None, **options: Any) -> Iterator[str]:
+def serving(path: Path, limits: ServerLimits | None = None, **options: Any) -> Iterator[str]:
     """A server on a free port of this machine, in a thread; gives its address."""
-    server, listener = serve.make_server(Model(path), "127.0.0.1", 0, limits or Limits(), **options)
+    server, listener = serve.make_server(
+        Model(path), "127.0.0.1", 0, limits or ServerLimits(), **options
+    )
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:

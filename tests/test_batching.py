@@ -97,7 +97,7 @@ def test_what_waits_is_batched_by_size_the_oldest_first(batcher: Batcher, fake: 
     busy = hold(batcher, fake)
     sizes = [(8, 4), (6, 6), (8, 4), (8, 4), (6, 6), (8, 4), (8, 4)]
     waiting = [ask(batcher, picture((i, 0, 0), size)) for i, size in enumerate(sizes)]
-    assert batcher.waiting() == 7
+    assert batcher.count_waiting() == 7
     fake.gate.set()
     assert [int(f.result(20).probs[0, 0]) for f in waiting] == list(range(7))
     wait(busy)

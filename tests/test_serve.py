@@ -19,7 +19,7 @@ from serving import CLASSES, MEMBERS, UNCERTAIN, card, picture, serving, write_m
 import threefold
 from threefold import serve
 from threefold.errors import RecipeError, RunError
-from threefold.limits import Limits
+from threefold.limits import ServerLimits
 from threefold.run import Run
 from threefold.runtime import Model
 
@@ -126,7 +126,7 @@ def test_many_clients_at_once_are_not_mixed_up(model: Model) -> None:
 def test_health_card_metrics_and_description(client: TestClient) -> None:
     assert client.get("/health").json() == {"status": "ok"}
     told = client.get("/card").json()
-    assert told.pop("limits")["pixels"] == Limits().pixels
+    assert told.pop("limits")["pixels"] == ServerLimits().pixels
     assert told == card()
     post(client, RED)
     post(client, b"x")
@@ -135,7 +135,7 @@ def test_health_card_metrics_and_description(client: TestClient) -> None:
     assert 'threefold_requests_total{route="/predict",status="200"} 1.0' in metrics.text
     assert 'threefold_requests_total{route="/predict",status="415"} 1.0' in metrics.text
     assert "threefold_requests_in_flight 0.0" in metrics.text
-    assert "threefold_bytes_held 0.0" in metrics.text
+    assert "threefold_request_bytes 0.0" in metrics.text
     client.get("/made/up/by/the/client")
     assert "made" not in client.get("/metrics").text
     described = client.get("/openapi.json").json()["paths"]
@@ -234,7 +234,7 @@ def test_the_file_that_is_bad_is_named(client: TestClient) -> None:
 
 
 def test_limits_on_files_bytes_and_pixels(model: Model) -> None:
-    limits = Limits(files=2, file_bytes=500, body_bytes=2000, pixels=200, side=50)
+    limits = ServerLimits(files=2, file_bytes=500, body_bytes=2000, pixels=200, side=50)
     with TestClient(serve.make_app(model, limits)) as client:
         assert post(client, RED, RED).status_code == 200
         assert why(post(client, RED, RED, RED), 413) == "too_many_files"
@@ -320,8 +320,17 @@ def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
         assert not re.search(r"\sstyle=|\son\w+=\"|innerHTML|eval\(", text)
 
 
+def test_the_query_does_not_change_the_page(client: TestClient) -> None:
+    page = client.get("/")
+
+    response = client.get("/?content=alert(1)&kind=text/javascript&media_type=text/javascript")
+
+    assert response.content == page.content
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+
+
 def test_limits_by_name() -> None:
-    assert Limits().changed(["pixels=5", "files=2"]) == Limits(pixels=5, files=2)
+    assert ServerLimits().override(["pixels=5", "files=2"]) == ServerLimits(pixels=5, files=2)
     for bad in (
         "nothing=1",
         "pixels",
@@ -332,7 +341,7 @@ def test_limits_by_name() -> None:
         "pixels=²",
     ):
         with pytest.raises(RecipeError, match=r"no such limit|not a limit"):
-            Limits().changed([bad])
+            ServerLimits().override([bad])
 
 
 def test_a_port_in_use_is_one_clear_error(model: Model) -> None:
@@ -344,7 +353,7 @@ def test_a_port_in_use_is_one_clear_error(model: Model) -> None:
 
 
 def test_the_description_is_valid_json_schema_of_the_answers(client: TestClient) -> None:
-    schema = client.get("/openapi.json").json()["components"]["schemas"]["Answer"]
+    schema = client.get("/openapi.json").json()["components"]["schemas"]["Prediction"]
     assert (
         set(schema["required"])
         <= set(post(client, RED).json()["answers"][0])

@@ -21,7 +21,7 @@ import pytest
 from serving import picture, post, process, serving, write_model
 
 from threefold import serve
-from threefold.limits import Limits
+from threefold.limits import ServerLimits
 
 RED = picture((200, 30, 30))
 BOUNDARY = b"--b\r\ncontent-disposition: form-data; name=files; filename=a.png\r\n\r\n"
@@ -78,7 +78,7 @@ def closed(connection: socket.socket) -> bool:
 
 def test_slow_senders_are_answered_and_left(path: Path) -> None:
     """A header that does not end, a body that does not end, nothing at all; others are answered meanwhile."""
-    with serving(path, Limits(header_seconds=1, body_seconds=2)) as address:
+    with serving(path, ServerLimits(header_seconds=1, body_seconds=2)) as address:
         silent, slow_head, slow_body = connect(address), connect(address), connect(address)
         slow_head.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n")
         slow_body.sendall(head(1000) + BOUNDARY)
@@ -103,7 +103,7 @@ def test_slow_senders_are_answered_and_left(path: Path) -> None:
 
 
 def test_who_goes_on_sending_after_the_answer_is_cut_off(path: Path) -> None:
-    with serving(path, Limits(body_bytes=1000, header_seconds=1)) as address:
+    with serving(path, ServerLimits(body_bytes=1000, header_seconds=1)) as address:
         connection = connect(address)
         connection.sendall(head(10**9) + BOUNDARY)
         assert answer(connection)[0] == 413
@@ -132,7 +132,7 @@ def test_a_gigabyte_is_refused_by_its_header_or_where_it_passes_the_limit(path: 
             sent += 1
         status, told = answer(connection)
         assert (status, told["error"]["code"]) == (413, "too_many_bytes")
-        assert "threefold_bytes_held 0.0" in httpx.get(f"{address}/metrics").text
+        assert "threefold_request_bytes 0.0" in httpx.get(f"{address}/metrics").text
 
 
 def _readable(connection: socket.socket) -> bool:
@@ -150,13 +150,13 @@ def _readable(connection: socket.socket) -> bool:
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """The model does not answer before the event."""
     gate = threading.Event()
-    real = serve.runner
+    real = serve.make_inference
 
     def slow(model: Any) -> Any:
         run = real(model)
         return lambda images, policy: (gate.wait(30), run(images, policy))[1]
 
-    monkeypatch.setattr(serve, "runner", slow)
+    monkeypatch.setattr(serve, "make_inference", slow)
     yield gate
     gate.set()
 
@@ -164,7 +164,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 def test_more_requests_than_can_be_answered(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         held(monkeypatch) as gate,
-        serving(path, Limits(requests=3)) as address,
+        serving(path, ServerLimits(requests=3)) as address,
         ThreadPoolExecutor(3) as pool,
     ):
         running = [pool.submit(post, address, RED) for _ in range(3)]
@@ -193,7 +193,7 @@ def _until(true: Any, seconds: float = 20) -> None:
 
 
 def test_an_answer_that_takes_too_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with held(monkeypatch) as gate, serving(path, Limits(answer_seconds=1)) as address:
+    with held(monkeypatch) as gate, serving(path, ServerLimits(answer_seconds=1)) as address:
         late = post(address, RED)
         assert (late.status_code, late.json()["error"]["code"]) == (503, "timeout")
         gate.set()
@@ -204,7 +204,7 @@ def test_bytes_of_all_requests_together(path: Path, monkeypatch: pytest.MonkeyPa
     big = RED + bytes(60_000)
     with (
         held(monkeypatch) as gate,
-        serving(path, Limits(total_bytes=100_000)) as address,
+        serving(path, ServerLimits(total_bytes=100_000)) as address,
         ThreadPoolExecutor(1) as pool,
     ):
         first = pool.submit(post, address, big)
@@ -217,7 +217,7 @@ def test_bytes_of_all_requests_together(path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_connections_without_end(path: Path) -> None:
-    with serving(path, Limits(connections=20)) as address:
+    with serving(path, ServerLimits(connections=20)) as address:
         crowd = [connect(address) for _ in range(20)]
         time.sleep(0.2)
         status, told = answer(connect(address))
@@ -256,7 +256,7 @@ def test_clients_that_leave_leave_nothing(path: Path) -> None:
                 connection.close()
         _until(lambda: "threefold_requests_in_flight 0.0" in httpx.get(f"{address}/metrics").text)
         text = httpx.get(f"{address}/metrics").text
-        assert "threefold_bytes_held 0.0" in text
+        assert "threefold_request_bytes 0.0" in text
         assert "threefold_images_waiting 0.0" in text
         assert post(address, RED).status_code == 200
 

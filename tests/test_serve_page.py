@@ -22,7 +22,7 @@ from browsing import (
 from serving import UNCERTAIN, card, picture, serving, write_model
 
 import threefold
-from threefold.limits import Limits
+from threefold.limits import ServerLimits
 from threefold.run import Run
 
 pytestmark = needs_chromium
@@ -31,7 +31,7 @@ pytestmark = needs_chromium
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with serving(
-        write_model(tmp_path_factory.mktemp("model") / "m.onnx"), Limits(file_bytes=100_000)
+        write_model(tmp_path_factory.mktemp("model") / "m.onnx"), ServerLimits(file_bytes=100_000)
     ) as found:
         yield found
 
@@ -102,7 +102,7 @@ def test_the_models_of_one_file_is_asked_with_the_bytes_as_they_are(
     big = tmp_path / "big.png"
     big.write_bytes(picture((9, 9, 9)) + bytes(100_001))
     choose(browser, big)
-    assert "a file may have 100,000 bytes" in articles(browser, 1)[0]
+    assert "an image file may have at most 100,000 bytes" in articles(browser, 1)[0]
 
 
 SEND = """

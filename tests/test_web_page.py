@@ -225,16 +225,16 @@ def test_bad_files_are_refused_with_a_reason(browser: Any, address: str) -> None
         (encode(rgb, "GIF")[:900], "damaged or truncated GIF"),
         (encode(rgb, "WEBP", lossless=True)[:900], "damaged or truncated WebP"),
         (encode(rgb, "BMP")[:900], "damaged or truncated BMP"),
-        (bytes(bomb), "an image may have 20,000,000 pixels"),
+        (bytes(bomb), "an image may have at most 20,000,000 pixels"),
         (
             encode(np.zeros((1, 17_000, 3), np.uint8), "PNG"),
-            "an image may be 16,384 pixels wide or high",
+            "an image may be at most 16,384 pixels wide or high",
         ),
         (
             encode(np.zeros((1, 17_000, 3), np.uint8), "BMP"),
-            "an image may be 16,384 pixels wide or high",
+            "an image may be at most 16,384 pixels wide or high",
         ),
-        (encode(rgb, "PNG") + bytes(20 * 2**20), "a file may have 20,971,520 bytes"),
+        (encode(rgb, "PNG") + bytes(20 * 2**20), "an image file may have at most 20,971,520 bytes"),
     ):
         assert reason in ask(browser, content), reason
 

@@ -1,8 +1,9 @@
-"""Images of many requests, answered together: what waits while the model works is its next batch.
+"""Batch the images of many requests: the images that arrive while the model works form its next batch.
 
-No request waits for others to come: an idle server answers one image at once, a busy one answers as many as have come
-meanwhile. The graph takes images of one height and width, so only those share a batch, and each gets the same answer as
-alone. Decoding happens here too, so that at most one batch per worker is in memory as pixels.
+No request waits for others to arrive. An idle server answers one image at once; a busy server
+answers together all images that have arrived meanwhile. The graph takes images of one height and
+width, so only images of equal size share a batch, and each gets the same answer as alone. The
+workers also decode, so that at most one batch per worker is in memory as pixels.
 """
 
 from __future__ import annotations
@@ -19,41 +20,51 @@ from threefold.images import decode
 from threefold.runtime import FULL, CascadePolicy, ModelOutput
 
 BATCH_PIXELS = 4_000_000
-"""Pixels of a batch of several images; a larger image goes alone, and no two of those at a time."""
+"""Largest number of pixels in a batch of several images. A larger image runs alone, and no two such
+images run at the same time."""
 WORKERS = 2
-"""Threads: one decodes while the model works for the other."""
+"""Number of threads: one decodes while the model works for the other."""
 
-Run = Callable[[np.ndarray, CascadePolicy], ModelOutput]
-"""The model: a batch uint8 (b, h, w, 3) and a policy to the output for b images."""
+Inference = Callable[[np.ndarray, CascadePolicy], ModelOutput]
+"""Runs the model: a batch uint8 (b, h, w, 3) and a policy to the output for b images."""
 
 
 class _Job(NamedTuple):
     content: bytes
     size: tuple[int, int]
     policy: CascadePolicy
-    answer: Future[ModelOutput]
+    future: Future[ModelOutput]
 
     @property
     def pixels(self) -> int:
         return self.size[0] * self.size[1]
 
+    @property
+    def is_large(self) -> bool:
+        return self.pixels > BATCH_PIXELS
+
+
+class _DecodedJob(NamedTuple):
+    job: _Job
+    image: np.ndarray
+
 
 class Batcher:
-    """Answers images in threads of its own, in the order in which they come, those of one size and policy together.
+    """Answer images in threads, in the order of arrival; equal sizes and policies share a batch.
 
     Args:
-        run: the model; may be called by several threads.
-        batch: images at once.
-        watch: told how many images each batch has.
+        infer: runs the model; several threads may call it at the same time.
+        batch: largest number of images in a batch.
+        observe: called with the size of each batch.
     """
 
     def __init__(
-        self, run: Run, batch: int = 8, watch: Callable[[int], object] = lambda _: None
+        self, infer: Inference, batch: int = 8, observe: Callable[[int], object] = lambda _: None
     ) -> None:
-        self._run, self._batch, self._watch = run, batch, watch
+        self._infer, self._batch, self._observe = infer, batch, observe
         self._jobs: list[_Job] = []
-        self._news = threading.Condition()
-        self._large, self._open = False, True
+        self._changed = threading.Condition()
+        self._large_running, self._closed = False, False
         self._threads = [
             threading.Thread(target=self._work, name=f"batch{i}", daemon=True)
             for i in range(WORKERS)
@@ -64,94 +75,113 @@ class Batcher:
     def submit(
         self, content: bytes, size: tuple[int, int], policy: CascadePolicy = FULL
     ) -> Future[ModelOutput]:
-        """Ask for the answer of an image file of that width and height, as `images.measure` finds them.
+        """Queue an image.
 
-        The future fails with DataError where the image cannot be decoded, with ExportError where the model fails.
+        Args:
+            content: the bytes of the file.
+            size: width and height, from `images.measure`.
+            policy: how many members answer.
+
+        Returns:
+            A future of the output for the image. It fails with DataError if the image cannot be
+            decoded, and with ExportError if the model fails.
 
         Raises:
             RuntimeError: the batcher is closed.
         """
-        answer: Future[ModelOutput] = Future()
-        with self._news:
-            if not self._open:
-                raise RuntimeError("closed")
-            self._jobs.append(_Job(content, size, policy, answer))
-            self._news.notify()
-        return answer
+        future: Future[ModelOutput] = Future()
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the batcher is closed")
+            self._jobs.append(_Job(content, size, policy, future))
+            self._changed.notify()
+        return future
 
-    def waiting(self) -> int:
-        """Images that no worker has taken yet."""
+    def count_waiting(self) -> int:
+        """Number of images that no worker has taken yet."""
         return len(self._jobs)
 
     def close(self) -> None:
-        """Answer what waits, then stop."""
-        with self._news:
-            self._open = False
-            self._news.notify_all()
+        """Answer the waiting images, then stop the threads."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
         for thread in self._threads:
             thread.join()
 
     def _work(self) -> None:
         while True:
-            with self._news:
-                while not (jobs := self._take()):
-                    if not self._open and not self._jobs:
+            with self._changed:
+                jobs = self._take_batch()
+                while not jobs:
+                    if self._closed and not self._jobs:
                         return
-                    self._news.wait()
-            large = jobs[0].pixels > BATCH_PIXELS
+                    self._changed.wait()
+                    jobs = self._take_batch()
+            is_large = jobs[0].is_large
             try:
                 self._answer(jobs)
             finally:
-                with self._news:
-                    self._large &= not large
-                    self._news.notify_all()
-            del jobs  # nothing of the last batch is kept while the thread waits
+                with self._changed:
+                    if is_large:
+                        self._large_running = False
+                    self._changed.notify_all()
+            del jobs  # frees the batch while the thread waits
 
-    def _take(self) -> list[_Job]:
-        """The next batch: the oldest job that may start and those of its size; called with the lock held."""
-        self._jobs = [job for job in self._jobs if not job.answer.cancelled()]
-        first = next(
-            (job for job in self._jobs if not (self._large and job.pixels > BATCH_PIXELS)), None
-        )
+    def _take_batch(self) -> list[_Job]:
+        """Take the oldest job that may start and the jobs like it; the caller holds the lock."""
+        self._jobs = [job for job in self._jobs if not job.future.cancelled()]
+        ready = (job for job in self._jobs if not (self._large_running and job.is_large))
+        first = next(ready, None)
         if first is None:
             return []
-        most = max(1, min(self._batch, BATCH_PIXELS // max(first.pixels, 1)))
-        alike = [job for job in self._jobs if (job.size, job.policy) == (first.size, first.policy)][
-            :most
-        ]
-        taken = {id(job) for job in alike}
-        self._jobs = [job for job in self._jobs if id(job) not in taken]
-        self._large |= first.pixels > BATCH_PIXELS
-        return alike
+        room = max(1, min(self._batch, BATCH_PIXELS // max(first.pixels, 1)))
+        batch: list[_Job] = []
+        rest: list[_Job] = []
+        for job in self._jobs:
+            is_alike = job.size == first.size and job.policy == first.policy
+            if is_alike and len(batch) < room:
+                batch.append(job)
+            else:
+                rest.append(job)
+        self._jobs = rest
+        if first.is_large:
+            self._large_running = True
+        return batch
 
     def _answer(self, jobs: list[_Job]) -> None:
-        """Decode, run, hand out; whatever happens, every job gets an answer or an error."""
-        groups: dict[tuple[int, ...], list[tuple[_Job, np.ndarray]]] = {}
+        """Decode and run jobs; every future gets a result or an exception, whatever happens."""
+        groups: dict[tuple[int, ...], list[_DecodedJob]] = {}  # EXIF may have turned some images
         for job in jobs:
-            if not job.answer.set_running_or_notify_cancel():
+            if not job.future.set_running_or_notify_cancel():
                 continue
             try:
-                pixels = decode(job.content)
+                image = decode(job.content)
             except BaseException as error:
-                job.answer.set_exception(error)
+                job.future.set_exception(error)
                 continue
-            groups.setdefault(pixels.shape, []).append((job, pixels))  # EXIF may have turned some
+            groups.setdefault(image.shape, []).append(_DecodedJob(job, image))
         for group in groups.values():
-            self._infer(group)
+            self._run_group(group)
 
-    def _infer(self, group: list[tuple[_Job, np.ndarray]]) -> None:
+    def _run_group(self, group: list[_DecodedJob]) -> None:
+        """Run images of one shape and policy."""
         try:
-            images = [pixels for _, pixels in group]
-            batch = images[0][None] if len(images) == 1 else np.stack(images)
-            output = self._run(batch, group[0][0].policy)
+            # A single image is not copied: it may be large.
+            if len(group) == 1:
+                images = group[0].image[None]
+            else:
+                images = np.stack([decoded.image for decoded in group])
+            output = self._infer(images, group[0].job.policy)
         except BaseException as error:
             if len(group) > 1 and isinstance(error, ThreefoldError):
-                for one in group:  # a batch may ask for more memory than its images do one by one
-                    self._infer([one])
+                # A batch may need more memory than there is where each image alone does not.
+                for decoded in group:
+                    self._run_group([decoded])
                 return
-            for job, _ in group:
-                job.answer.set_exception(error)
+            for decoded in group:
+                decoded.job.future.set_exception(error)
             return
-        self._watch(len(group))
-        for i, (job, _) in enumerate(group):
-            job.answer.set_result(output.row(i))
+        self._observe(len(group))
+        for i, decoded in enumerate(group):
+            decoded.job.future.set_result(output.row(i))

@@ -315,7 +315,7 @@ def serve(
 ) -> None:
     """Serve a page to drop images on, and POST /predict for programs."""
     from threefold.answers import parse_policy
-    from threefold.limits import Limits
+    from threefold.limits import ServerLimits
     from threefold.serve import LOOPBACK, run_server
 
     def announce(address: str) -> None:
@@ -325,7 +325,7 @@ def serve(
             err.print("[yellow]note[/] no API key: anyone who reaches this address can predict")
 
     policy = parse_policy(mode, budget)
-    run_server(model, host, port, api_key, Limits().changed(limits or ()), announce, policy)
+    run_server(model, host, port, api_key, ServerLimits().override(limits or ()), announce, policy)
 
 
 @app.command("list")

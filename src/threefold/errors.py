@@ -14,6 +14,9 @@ class ThreefoldError(Exception):
         expected: what would have been right.
         got: what was there instead.
         fix: what the user can do about it.
+
+    Attributes:
+        got: `got` as one line of text; empty if it was not given.
     """
 
     def __init__(
@@ -25,6 +28,7 @@ class ThreefoldError(Exception):
         got: object = "",
         fix: str = "",
     ) -> None:
+        self.got = " ".join(str(got).split())
         contrast = []
         if str(expected):
             contrast.append(f"expected {expected}")

@@ -1,4 +1,4 @@
-"""What a server counts, in Prometheus' text format."""
+"""Metrics of a server, in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ from prometheus_client import (
     generate_latest,
 )
 
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32)
 
 
-class Gauges:
-    """Counters of one server.
+class Metrics:
+    """Metrics of one server.
+
+    Args:
+        count_waiting: returns how many images wait for the model.
 
     Attributes:
-        requests: by route and status.
-        seconds: of requests to /predict.
-        images: answered.
-        batches: images that the model was given at once.
-        in_flight: requests to /predict now.
-        bytes_held: of requests that are being read or answered now.
+        requests: requests by route and status.
+        seconds: duration of requests to /predict.
+        images: images answered.
+        batches: sizes of the model's batches.
+        in_flight: current requests to /predict.
+        request_bytes: bytes of the requests that are being read or answered.
     """
 
-    def __init__(self, waiting: Callable[[], float]) -> None:
+    def __init__(self, count_waiting: Callable[[], float]) -> None:
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "threefold_requests", "Requests.", ("route", "status"), registry=registry
@@ -36,27 +40,30 @@ class Gauges:
         self.seconds = Histogram(
             "threefold_predict_seconds",
             "Seconds per request to /predict.",
-            buckets=SECONDS,
+            buckets=SECONDS_BUCKETS,
             registry=registry,
         )
         self.images = Counter("threefold_images", "Images answered.", registry=registry)
         self.batches = Histogram(
             "threefold_batch_images",
-            "Images given to the model at once.",
-            buckets=(1, 2, 4, 8, 16, 32),
+            "Images per batch of the model.",
+            buckets=BATCH_BUCKETS,
             registry=registry,
         )
         self.in_flight = Gauge(
-            "threefold_requests_in_flight", "Requests to /predict now.", registry=registry
+            "threefold_requests_in_flight", "Current requests to /predict.", registry=registry
         )
-        self.bytes_held = Gauge(
-            "threefold_bytes_held", "Bytes of requests being read or answered.", registry=registry
+        self.request_bytes = Gauge(
+            "threefold_request_bytes",
+            "Bytes of requests being read or answered.",
+            registry=registry,
         )
-        Gauge(
+        waiting = Gauge(
             "threefold_images_waiting", "Images waiting for the model.", registry=registry
-        ).set_function(waiting)
+        )
+        waiting.set_function(count_waiting)
         ProcessCollector(registry=registry)
 
     def text(self) -> bytes:
-        """All of them as text."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -1,27 +1,25 @@
-"""Between the network and the application: slow, large, many, foreign or unknown senders are stopped here."""
+"""Refuse slow, large, excess, foreign and unauthenticated requests before the application."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
 import json
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
-from typing import Any, Final
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Final
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from threefold.gauges import Gauges
-from threefold.limits import Limits, Refusal
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+from threefold.gauges import Metrics
+from threefold.limits import Refusal, ServerLimits
 
 CSP: Final = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""What the page may do: load its own files, show images from memory, ask this server."""
+"""What the page may do: load its own files, show images from memory, call this server."""
 HEADERS: Final = (
     (b"content-security-policy", CSP.encode()),
     (b"x-content-type-options", b"nosniff"),
@@ -30,151 +28,158 @@ HEADERS: Final = (
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cache-control", b"no-store"),
 )
-KEYED: Final = {"/predict", "/card", "/metrics"}
-"""Routes that need the API key where there is one; the page itself holds nothing secret."""
+"""Headers of every response."""
+PROTECTED_ROUTES: Final = frozenset({"/predict", "/card", "/metrics"})
+"""Routes that need the API key, if there is one. The page itself holds nothing secret."""
+KNOWN_ROUTES: Final = PROTECTED_ROUTES | {"/", "/health", "/openapi.json"}
+"""Routes that the metrics name. Other paths come from clients, so there is no end of them."""
 
 
-class Guard:
-    """ASGI middleware: key, host and origin, bytes, time and number of requests; and headers on every answer.
+@dataclass
+class _RequestState:
+    status: int = 500
+    body_bytes: int = 0
+
+
+class GuardMiddleware:
+    """ASGI middleware that enforces the server's limits and adds headers to every response.
+
+    It checks the API key, the Host and Origin headers, and the size, duration and number of
+    requests. Starlette's TrustedHostMiddleware and `max_body_size` cannot take over a part of this:
+    they answer in plain text instead of the JSON of `Refusal`, and they do not count the bytes of
+    all requests together.
 
     Args:
         app: the application.
-        limits: what is taken.
-        gauges: told of every answer.
-        api_key: what /predict, /card and /metrics ask for; empty = nothing.
-        hosts: the only values of the Host header without its port, against pages that point a name of their own at this
-            address; empty = any.
+        limits: the limits.
+        metrics: updated with every response.
+        api_key: the key for /predict, /card and /metrics; empty = none is needed.
+        hosts: the only accepted values of the Host header, without the port; empty = any. This
+            stops web pages whose own host name resolves to this address (DNS rebinding).
     """
 
     def __init__(
         self,
-        app: Any,
-        limits: Limits,
-        gauges: Gauges,
+        app: ASGIApp,
+        limits: ServerLimits,
+        metrics: Metrics,
         api_key: str = "",
         hosts: Collection[str] = (),
     ) -> None:
-        self.app, self.limits, self.gauges = app, limits, gauges
+        self.app, self.limits, self.metrics = app, limits, metrics
         self.api_key, self.hosts = api_key.encode(), frozenset(hosts)
-        self.running = self.held = 0
+        self.in_flight = self.request_bytes = 0
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Answer a request, or refuse it."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request to the application, or refuse it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        predicts = scope["path"] == "/predict"
-        began, state = asyncio.get_running_loop().time(), {"status": 500, "held": 0}
-        told = self._answering(scope, send, state)
+        path = scope["path"]
+        is_predict = path == "/predict"
+        start, state = asyncio.get_running_loop().time(), _RequestState()
+        guarded_send = self._guard_send(send, state)
         try:
-            self._admit(scope)
-            self.running += predicts
-            self.gauges.in_flight.set(self.running)
+            self._check_headers(scope)
+            self.in_flight += is_predict
+            self.metrics.in_flight.set(self.in_flight)
             try:
-                await self.app(scope, self._reading(receive, state), told)
+                await self.app(scope, self._guard_receive(receive, state), guarded_send)
             finally:
-                self.running -= predicts
-                self.held -= state["held"]
-                self.gauges.in_flight.set(self.running)
-                self.gauges.bytes_held.set(self.held)
+                self.in_flight -= is_predict
+                self.request_bytes -= state.body_bytes
+                self.metrics.in_flight.set(self.in_flight)
+                self.metrics.request_bytes.set(self.request_bytes)
         except Refusal as refusal:
-            await refuse(told, refusal)
+            await send_refusal(guarded_send, refusal)
         finally:
-            self.gauges.requests.labels(self._route(scope["path"]), str(state["status"])).inc()
-            if predicts:
-                self.gauges.seconds.observe(asyncio.get_running_loop().time() - began)
+            route = path if path in KNOWN_ROUTES else "other"
+            self.metrics.requests.labels(route, str(state.status)).inc()
+            if is_predict:
+                self.metrics.seconds.observe(asyncio.get_running_loop().time() - start)
 
-    def _admit(self, scope: MutableMapping[str, Any]) -> None:
-        """Refuse what can be refused by the headers alone."""
+    def _check_headers(self, scope: Scope) -> None:
+        """Raise a Refusal if the headers alone are reason enough."""
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1").lower()
-        if self.hosts and _without_port(host) not in self.hosts:
-            raise Refusal(
-                421, "wrong_host", f"this server answers to {', '.join(sorted(self.hosts))} only"
-            )
+        if self.hosts and _strip_port(host) not in self.hosts:
+            names = ", ".join(sorted(self.hosts))
+            raise Refusal(421, "wrong_host", f"this server answers requests to {names} only")
         origin = headers.get(b"origin")
         if origin is not None and origin.decode("latin-1").lower().partition("://")[2] != host:
             raise Refusal(403, "wrong_origin", "pages of other origins cannot use this server")
-        if self.api_key and scope["path"] in KEYED and not self._has_key(headers):
+        if self.api_key and scope["path"] in PROTECTED_ROUTES and not self._has_key(headers):
             raise Refusal(401, "no_key", "send the API key as `Authorization: Bearer KEY`")
         length = headers.get(b"content-length", b"0")
         if len(length) > 15 or int(length) > self.limits.body_bytes:
-            raise _too_long(self.limits)
-        if scope["path"] == "/predict" and self.running >= self.limits.requests:
-            raise Refusal(
-                429, "busy", f"{self.limits.requests} requests are being answered; try again"
-            )
+            raise self._too_many_bytes()
+        if scope["path"] == "/predict" and self.in_flight >= self.limits.requests:
+            message = f"the server is answering {self.limits.requests} requests; try again"
+            raise Refusal(429, "busy", message)
 
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
-        word, _, key = headers.get(b"authorization", b"").partition(b" ")
-        return word.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.api_key)
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.api_key)
 
-    def _reading(self, receive: Receive, state: dict[str, int]) -> Receive:
-        """The body, counted and timed."""
+    def _guard_receive(self, receive: Receive, state: _RequestState) -> Receive:
+        """Count and time the body."""
         loop = asyncio.get_running_loop()
-        until = loop.time() + self.limits.body_seconds
-        whole = False
+        deadline = loop.time() + self.limits.body_seconds
+        is_complete = False
 
-        async def read() -> Message:
-            nonlocal whole
-            if whole:  # all has been read: whoever asks now wants to know when the client leaves, which has no limit
+        async def guarded_receive() -> Message:
+            nonlocal is_complete
+            if is_complete:  # the caller waits for the client to disconnect, which has no deadline
                 return await receive()
             try:
-                async with asyncio.timeout_at(until):
+                async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise Refusal(
-                    408,
-                    "slow",
-                    f"the request did not arrive within {self.limits.body_seconds} seconds",
-                ) from None
-            whole = not message.get("more_body", False)
+                text = f"the request did not arrive within {self.limits.body_seconds} seconds"
+                raise Refusal(408, "slow", text) from None
+            is_complete = not message.get("more_body", False)
             size = len(message.get("body", b""))
-            self.held += size
-            state["held"] += size
-            self.gauges.bytes_held.set(self.held)
-            if state["held"] > self.limits.body_bytes:
-                raise _too_long(self.limits)
-            if self.held > self.limits.total_bytes:
-                raise Refusal(503, "full", "too many bytes are being read at a time; try again")
+            self.request_bytes += size
+            state.body_bytes += size
+            self.metrics.request_bytes.set(self.request_bytes)
+            if state.body_bytes > self.limits.body_bytes:
+                raise self._too_many_bytes()
+            if self.request_bytes > self.limits.total_bytes:
+                raise Refusal(503, "full", "the server is reading too many bytes; try again")
             return message
 
-        return read
+        return guarded_receive
 
-    def _answering(
-        self, scope: MutableMapping[str, Any], send: Send, state: dict[str, int]
-    ) -> Send:
-        """Answers with the headers that every one has; a client that does not take its answer is left."""
+    def _guard_send(self, send: Send, state: _RequestState) -> Send:
+        """Add the headers, and give up on a client that does not read its response."""
 
-        async def write(message: Message) -> None:
+        async def guarded_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                state["status"] = message["status"]
-                named = {name.lower() for name, _ in message.get("headers", ())}
-                own = [pair for pair in HEADERS if pair[0] not in named]
-                own += [(b"connection", b"close")] if message["status"] == 408 else []
-                message = {**message, "headers": [*message.get("headers", ()), *own]}
+                state.status = message["status"]
+                headers = [*message.get("headers", ())]
+                names = {name.lower() for name, _ in headers}
+                headers += [header for header in HEADERS if header[0] not in names]
+                if state.status == 408:
+                    headers.append((b"connection", b"close"))
+                message = {**message, "headers": headers}
             async with asyncio.timeout(self.limits.body_seconds):
                 await send(message)
 
-        return write
+        return guarded_send
 
-    @staticmethod
-    def _route(path: str) -> str:
-        """A path as a label: what clients make up is not kept."""
-        return path if path in KEYED | {"/", "/health", "/openapi.json"} else "other"
-
-
-def _too_long(limits: Limits) -> Refusal:
-    return Refusal(413, "too_many_bytes", f"a request may have {limits.body_bytes:,} bytes")
+    def _too_many_bytes(self) -> Refusal:
+        message = f"a request may have at most {self.limits.body_bytes:,} bytes"
+        return Refusal(413, "too_many_bytes", message)
 
 
-def _without_port(host: str) -> str:
+def _strip_port(host: str) -> str:
+    """The host without its port, also if it is an IPv6 address in brackets."""
     return host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
 
 
-async def refuse(send: Send, refusal: Refusal) -> None:
+async def send_refusal(send: Send, refusal: Refusal) -> None:
     """Send a refusal as JSON."""
-    body = json.dumps(refusal.tree()).encode()
+    body = json.dumps(refusal.body()).encode()
     headers = {
         "content-type": "application/json",
         "content-length": str(len(body)),
@@ -185,63 +190,67 @@ async def refuse(send: Send, refusal: Refusal) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def protocol(limits: Limits) -> type[H11Protocol]:
-    """uvicorn's HTTP/1.1 protocol, with a limit on connections and on the time that a request's header takes.
+def make_protocol(limits: ServerLimits) -> type[H11Protocol]:
+    """Build a class that bounds the connections and the time for a header.
 
-    uvicorn itself waits for ever for a header that does not end and for a client that goes on sending after its answer.
+    uvicorn itself waits for ever for a header that does not end, and for a client that keeps
+    sending after it has its response.
     """
 
-    class Protocol(H11Protocol):
+    class LimitedProtocol(H11Protocol):
         deadline: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             if len(self.connections) > limits.connections:
-                self.end(503, "full", "too many connections are open; try again")
+                self.respond_and_close(503, "full", "too many connections are open; try again")
             else:
-                self.watch()
+                self.update_deadline()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            self.watch()
+            self.update_deadline()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self.unwatch()
+            self.clear_deadline()
             super().connection_lost(exc)
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            # The application stops waiting after a while; what it wrote would stay in memory for as long as the client.
+            # The application gives up after `body_seconds`; without this, what it has written
+            # would stay in memory for as long as the client stays connected.
             self.loop.call_later(limits.body_seconds + 1, self.abort_if_stuck)
 
         def send_400_response(self, msg: str) -> None:
-            if (
-                self.cycle is not None
-                and self.cycle.response_started
-                and not self.cycle.response_complete
-            ):
+            cycle = self.cycle
+            if cycle is not None and cycle.response_started and not cycle.response_complete:
                 self.transport.abort()
             else:
-                self.end(400, "bad_request", "this is not HTTP/1.1")
+                self.respond_and_close(400, "bad_request", "this is not HTTP/1.1")
 
-        def watch(self) -> None:
-            """Start the clock where no request is being answered, stop it where one is."""
-            if self.cycle is not None and not self.cycle.response_complete:
-                self.unwatch()
+        def is_answering(self) -> bool:
+            """Whether a request has arrived that has no complete response yet."""
+            return self.cycle is not None and not self.cycle.response_complete
+
+        def update_deadline(self) -> None:
+            """Stop the clock while a request is being answered; otherwise start it."""
+            if self.is_answering():
+                self.clear_deadline()
             elif self.deadline is None:
-                self.deadline = self.loop.call_later(limits.header_seconds, self.too_late)
+                self.deadline = self.loop.call_later(limits.header_seconds, self.on_deadline)
 
-        def unwatch(self) -> None:
+        def clear_deadline(self) -> None:
             if self.deadline is not None:
                 self.deadline.cancel()
                 self.deadline = None
 
-        def too_late(self) -> None:
+        def on_deadline(self) -> None:
             self.deadline = None
-            if self.cycle is not None and not self.cycle.response_complete:
+            if self.is_answering():
                 return
             if self.cycle is None:
-                self.end(408, "slow", f"no request within {limits.header_seconds} seconds")
+                message = f"no request arrived within {limits.header_seconds} seconds"
+                self.respond_and_close(408, "slow", message)
             else:
                 self.transport.abort()
 
@@ -249,13 +258,16 @@ def protocol(limits: Limits) -> type[H11Protocol]:
             if self.flow.write_paused:
                 self.transport.abort()
 
-        def end(self, status: int, code: str, message: str) -> None:
-            """Answer outside the application, and close."""
+        def respond_and_close(self, status: int, code: str, message: str) -> None:
+            """Respond without the application, and close the connection."""
             if self.transport.is_closing():
                 return
-            body = json.dumps(Refusal(status, code, message).tree()).encode()
-            head = f"HTTP/1.1 {status} {code}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)
+            body = json.dumps(Refusal(status, code, message).body()).encode()
+            head = (
+                f"HTTP/1.1 {status} {code}\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.write(head.encode() + body)
             self.transport.close()
 
-    return Protocol
+    return LimitedProtocol

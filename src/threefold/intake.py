@@ -1,4 +1,4 @@
-"""The images of a request: multipart files or base64 in JSON, within limits, or a refusal that names the file."""
+"""Read the images of a request: multipart files, or base64 in JSON."""
 
 from __future__ import annotations
 
@@ -6,17 +6,25 @@ import asyncio
 import base64
 import binascii
 import json
+import math
+from contextlib import aclosing
 from typing import Any, Final, NamedTuple
 
 from fastapi import Request
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from threefold.errors import DataError
 from threefold.images import TooManyPixels, measure
-from threefold.limits import Limits, Refusal
+from threefold.limits import Refusal, ServerLimits
 
-BODY: Final[dict[str, Any]] = {
+MAX_FIELDS: Final = 16
+"""Form fields that are not files; they are ignored."""
+MAX_FIELD_BYTES: Final = 4096
+"""Bytes per form field that is not a file."""
+MAX_NAME: Final = 200
+"""Characters of a file name that are sent back."""
+REQUEST_BODY: Final[dict[str, Any]] = {
     "requestBody": {
         "required": True,
         "content": {
@@ -37,7 +45,7 @@ BODY: Final[dict[str, Any]] = {
                         "images": {
                             "type": "array",
                             "items": {"type": "string", "format": "byte"},
-                            "description": "Image files in base64; no addresses, nothing is fetched.",
+                            "description": "Image files in base64. URLs are refused.",
                         }
                     },
                 }
@@ -45,71 +53,83 @@ BODY: Final[dict[str, Any]] = {
         },
     }
 }
+"""The request body of /predict, as OpenAPI describes it."""
 
 
-class Image(NamedTuple):
-    """An image file as it was sent.
-
-    Attributes:
-        name: the client's name for it.
-        content: its bytes.
-    """
+class ImageFile(NamedTuple):
+    """An image file as the client sent it."""
 
     name: str
+    """The client's name of the file."""
     content: bytes
 
 
-async def read_images(request: Request, limits: Limits) -> list[Image]:
-    """The image files of a request, in its order, at least one.
+async def read_images(request: Request, limits: ServerLimits) -> list[ImageFile]:
+    """Read the image files of a request, in its order; at least one.
 
     Raises:
-        Refusal: 400, 413 or 415.
+        Refusal: status 400, 413 or 415.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "multipart/form-data":
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type == "multipart/form-data":
         images = await _read_form(request, limits)
-    elif kind == "application/json":
+    elif media_type == "application/json":
         images = await asyncio.to_thread(_read_json, await request.body(), limits)
     else:
-        raise Refusal(
-            415,
-            "media_type",
-            "send multipart/form-data with `files`, or application/json with `images`",
-        )
+        message = "send multipart/form-data with `files`, or application/json with `images`"
+        raise Refusal(415, "media_type", message)
     if not images:
-        raise Refusal(
-            400,
-            "no_images",
-            "the request has no images: multipart `files`, or JSON `images` in base64",
-        )
+        message = "the request has no images: send multipart `files`, or JSON `images` in base64"
+        raise Refusal(400, "no_images", message)
     for image in images:
         if len(image.content) > limits.file_bytes:
-            raise Refusal(
-                413, "too_many_bytes", f"a file may have {limits.file_bytes:,} bytes", image.name
-            )
+            message = f"an image file may have at most {limits.file_bytes:,} bytes"
+            raise Refusal(413, "too_many_bytes", message, image.name)
     return images
 
 
-async def _read_form(request: Request, limits: Limits) -> list[Image]:
+class _FormParser(MultiPartParser):
+    """Starlette's parser, with an error of its own for too many files.
+
+    Starlette raises one exception for every fault of a form; only its text tells them apart.
+    """
+
+    def __init__(self, headers: Headers, stream: Any, limits: ServerLimits) -> None:
+        super().__init__(
+            headers,
+            stream,
+            max_files=math.inf,
+            max_fields=MAX_FIELDS,
+            max_part_size=MAX_FIELD_BYTES,
+        )
+        self.limits = limits
+
+    def on_part_end(self) -> None:
+        super().on_part_end()
+        num_files = sum(isinstance(value, UploadFile) for _, value in self.items)
+        if num_files > self.limits.files:
+            raise _too_many_files(self.limits)
+
+
+async def _read_form(request: Request, limits: ServerLimits) -> list[ImageFile]:
     try:
-        async with request.form(max_files=limits.files, max_fields=16, max_part_size=4096) as form:
-            parts = [part for name, part in form.multi_items() if name == "files"]
-            if not all(isinstance(part, UploadFile) for part in parts):
-                raise Refusal(
-                    400, "not_a_file", "`files` must be files: give each part a file name"
-                )
-            return [
-                Image(_named(p.filename, i), await p.read())
-                for i, p in enumerate(parts)
-                if isinstance(p, UploadFile)
-            ]
-    except HTTPException as error:
-        if "Too many files" in str(error.detail):
-            raise _too_many(limits) from None
-        raise Refusal(400, "bad_form", str(error.detail)[:200]) from None
+        async with aclosing(request.stream()) as stream:
+            form = await _FormParser(request.headers, stream, limits).parse()
+    except MultiPartException as error:
+        raise Refusal(400, "bad_form", error.message[:200]) from None
+    try:
+        images: list[ImageFile] = []
+        for part in form.getlist("files"):
+            if not isinstance(part, UploadFile):
+                message = "`files` must be files: give each part a file name"
+                raise Refusal(400, "not_a_file", message)
+            images.append(ImageFile(_display_name(part.filename, len(images)), await part.read()))
+        return images
+    finally:
+        await form.close()
 
 
-def _read_json(body: bytes, limits: Limits) -> list[Image]:
+def _read_json(body: bytes, limits: ServerLimits) -> list[ImageFile]:
     try:
         tree = json.loads(body)
     except (ValueError, RecursionError):
@@ -118,51 +138,46 @@ def _read_json(body: bytes, limits: Limits) -> list[Image]:
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise Refusal(400, "bad_json", 'expected {"images": ["base64 of a file", ...]}')
     if len(texts) > limits.files:
-        raise _too_many(limits)
+        raise _too_many_files(limits)
     images = []
     for i, text in enumerate(texts):
+        name = _display_name(None, i)
         try:
-            images.append(Image(_named(None, i), base64.b64decode(text, validate=True)))
+            content = base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError):
-            raise Refusal(
-                400,
-                "bad_base64",
-                "not base64 (no data: prefix, no address, no line breaks)",
-                _named(None, i),
-            ) from None
+            message = "not base64 (data: prefixes, URLs and line breaks are not allowed)"
+            raise Refusal(400, "bad_base64", message, name) from None
+        images.append(ImageFile(name, content))
     return images
 
 
-def _too_many(limits: Limits) -> Refusal:
-    return Refusal(413, "too_many_files", f"a request may have {limits.files} files")
+def _too_many_files(limits: ServerLimits) -> Refusal:
+    return Refusal(413, "too_many_files", f"a request may have at most {limits.files} files")
 
 
-def _named(name: str | None, place: int) -> str:
-    return (name or f"image {place}")[:200]
+def _display_name(name: str | None, index: int) -> str:
+    return (name or f"image {index}")[:MAX_NAME]
 
 
-def size_of(image: Image, limits: Limits) -> tuple[int, int]:
-    """Width and height by the header; no pixel is decoded.
+def measure_image(image: ImageFile, limits: ServerLimits) -> tuple[int, int]:
+    """Read width and height from the header of an image; no pixel is decoded.
 
     Raises:
-        Refusal: 413 where it is too large, 415 where it is no image.
+        Refusal: status 413 if the image is too large, 415 if it is not an image.
     """
     try:
         size = measure(image.content, limits.pixels)
     except TooManyPixels:
-        raise Refusal(
-            413, "too_many_pixels", f"an image may have {limits.pixels:,} pixels", image.name
-        ) from None
+        message = f"an image may have at most {limits.pixels:,} pixels"
+        raise Refusal(413, "too_many_pixels", message, image.name) from None
     except DataError as error:
-        raise unreadable(error, image.name) from None
+        raise unreadable_image(error, image.name) from None
     if max(size) > limits.side:
-        raise Refusal(
-            413, "too_long", f"an image may be {limits.side:,} pixels wide or high", image.name
-        )
+        message = f"an image may be at most {limits.side:,} pixels wide or high"
+        raise Refusal(413, "too_long", message, image.name)
     return size
 
 
-def unreadable(error: DataError, name: str) -> Refusal:
-    """The refusal of a file whose pixels cannot be had."""
-    reason = str(error).partition("got ")[2] or "it cannot be read"
-    return Refusal(415, "not_an_image", reason[:300], name)
+def unreadable_image(error: DataError, name: str) -> Refusal:
+    """The refusal of a file that cannot be decoded."""
+    return Refusal(415, "not_an_image", (error.got or "it cannot be read")[:300], name)

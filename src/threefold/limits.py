@@ -1,4 +1,4 @@
-"""What a server takes and what it refuses: the limits, and refusals that say which one and what to do."""
+"""The limits of a server, and the error that refuses a request."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from threefold.errors import RecipeError
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Bounds of a server; together they bound its memory, whatever is sent.
+class ServerLimits:
+    """Bounds of a server; together they bound its memory, whatever clients send.
 
     Attributes:
-        files: images in a request.
-        file_bytes: bytes of an image file.
-        body_bytes: bytes of a request.
+        files: images per request.
+        file_bytes: bytes per image file.
+        body_bytes: bytes per request.
         total_bytes: bytes of all requests that are being read or answered.
-        pixels: width x height of an image; about 26 bytes each are needed while it is decoded and resized.
+        pixels: width x height of an image. Decoding and resizing need about 26 bytes per pixel.
         side: width or height of an image.
-        requests: requests to /predict at a time.
+        requests: concurrent requests to /predict.
         connections: open connections.
-        header_seconds: until the header of a request has arrived, and for what a client goes on sending after its answer.
+        header_seconds: until the header of a request has arrived. Also how long a client may keep
+            sending after it has its answer.
         body_seconds: until the body has arrived.
-        answer_seconds: from the last byte of the request to its answer.
-        batch: images that the model is given at once.
+        answer_seconds: from the last byte of a request to its answer.
+        batch: images per batch of the model.
     """
 
     files: int = 64
@@ -40,44 +41,58 @@ class Limits:
     answer_seconds: int = 30
     batch: int = 8
 
-    def changed(self, changes: Iterable[str]) -> Limits:
-        """These limits with some of them changed, each given as `name=number`.
+    def override(self, assignments: Iterable[str]) -> ServerLimits:
+        """Return a copy in which some limits have new values.
+
+        Args:
+            assignments: texts such as `pixels=1000000`.
 
         Raises:
-            RecipeError: no such limit, or not a whole number above 0.
+            RecipeError: no limit has that name, or the value is not a whole number above 0.
         """
-        known, found = {field.name for field in fields(self)}, {}
-        for change in changes:
-            name, _, value = change.partition("=")
-            if name not in known:
+        names = {field.name for field in fields(self)}
+        values = {}
+        for assignment in assignments:
+            name, _, text = assignment.partition("=")
+            if name not in names:
                 raise RecipeError(
-                    "no such limit", got=name, expected=f"one of {', '.join(sorted(known))}"
+                    "no such limit", got=name, expected=f"one of {', '.join(sorted(names))}"
                 )
-            if not (value.isascii() and value.isdigit() and int(value[:15]) > 0):
+            digits = text[:15]
+            if not (text.isascii() and text.isdigit() and int(digits) > 0):
                 raise RecipeError(
                     "not a limit",
                     where=name,
                     expected="a whole number above 0",
-                    got=value or "nothing",
+                    got=text or "nothing",
                 )
-            found[name] = int(value[:15])
-        return replace(self, **found)
+            values[name] = int(digits)
+        return replace(self, **values)
 
 
 class Refusal(Exception):
-    """A request that is not answered: status, a word for programs, a sentence for people, and the file it is about."""
+    """A request that the server refuses.
+
+    Args:
+        status: the HTTP status.
+        code: a word for programs.
+        message: a sentence for people.
+        file: the client's name of the image concerned, if one is.
+    """
 
     def __init__(self, status: int, code: str, message: str, file: str | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.message, self.file = status, code, message, file
 
-    def tree(self) -> dict[str, dict[str, str]]:
-        """The body of the answer."""
-        told = {"code": self.code, "message": self.message}
-        return {"error": told if self.file is None else {**told, "file": self.file}}
+    def body(self) -> dict[str, dict[str, str]]:
+        """The JSON body of the response."""
+        error = {"code": self.code, "message": self.message}
+        if self.file is not None:
+            error["file"] = self.file
+        return {"error": error}
 
     def headers(self) -> dict[str, str]:
-        """What the status asks for beside the body."""
+        """The response headers that the status calls for."""
         if self.status in (429, 503):
             return {"retry-after": "1"}
         return {"www-authenticate": "Bearer"} if self.status == 401 else {}

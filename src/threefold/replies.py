@@ -1,8 +1,6 @@
-"""What a server answers, as types: they check the answers and document them in /openapi.json."""
+"""The responses of a server, as types that check them and document them in /openapi.json."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from pydantic import BaseModel
@@ -10,95 +8,94 @@ from pydantic import BaseModel
 from threefold.runtime import Model, ModelOutput
 
 
-class Share(BaseModel):
+class ClassProbability(BaseModel):
     """A class and its probability."""
 
     label: str
     probability: float
 
 
-class Opinion(BaseModel):
-    """One member's answer."""
+class MemberPrediction(BaseModel):
+    """The prediction of one member for an image."""
 
     label: str
     probability: float
-    top: list[Share]
+    top: list[ClassProbability]
 
 
-class Answer(BaseModel):
-    """The answer for one image."""
+class Prediction(BaseModel):
+    """The prediction for one image."""
 
     file: str
     label: str
     probability: float
-    top: list[Share]
-    members: dict[str, Opinion]
+    top: list[ClassProbability]
+    members: dict[str, MemberPrediction]
     """The members that ran; in mode "fast" not always all."""
     set: list[str] | None = None
-    """The prediction set, where the model has a threshold for it."""
+    """The prediction set, if the model has one."""
     unknown: bool | None = None
-    """Whether the image looks like none of the classes, where the model has a threshold for it."""
+    """Whether the image looks like none of the classes, if the model has a threshold for it."""
     members_used: int | None = None
     """How many members ran, if the model has a cascade."""
 
 
-class Answers(BaseModel):
-    """The answers of a request, in the order of its images."""
+class PredictResponse(BaseModel):
+    """The predictions of a request, in the order of its images."""
 
-    answers: list[Answer]
+    answers: list[Prediction]
 
 
-class Problem(BaseModel):
-    """Why a request was refused: a word for programs, a sentence for people, and the file it is about."""
+class ErrorDetail(BaseModel):
+    """Why the server refused a request."""
 
     code: str
+    """A word for programs."""
     message: str
+    """A sentence for people."""
     file: str | None = None
+    """The client's name of the image concerned, if one is."""
 
 
-class Failure(BaseModel):
-    """Every answer that is not 200."""
+class ErrorResponse(BaseModel):
+    """The body of every response whose status is not 200."""
 
-    error: Problem
+    error: ErrorDetail
 
 
-def describe(
-    model: Model,
-    name: str,
-    output: ModelOutput,
-    top: int,
-) -> Answer:
-    """Describe the model's output for one image; `top` classes are named."""
-    shares = _top(model, output.probs[0], top)
+def describe(model: Model, name: str, output: ModelOutput, top: int) -> Prediction:
+    """Build the prediction of an image from the model's output.
+
+    Args:
+        model: the model that ran.
+        name: the client's name of the image.
+        output: the output for the image, with n = 1.
+        top: how many classes to name.
+    """
+    best = _top_classes(model, output.probs[0], top)
     stages = None if output.stages_used is None else int(output.stages_used[0])
-    members = model.members_in_stages(stages)
-    opinions = {}
-    for i in members:
-        best = _top(model, output.member_probs[0, i], top)
-        opinions[model.members[i]] = Opinion(
-            label=best[0].label, probability=best[0].probability, top=best
+    indices = model.members_in_stages(stages)
+    members = {}
+    for i in indices:
+        member_best = _top_classes(model, output.member_probs[0, i], top)
+        members[model.members[i]] = MemberPrediction(
+            label=member_best[0].label, probability=member_best[0].probability, top=member_best
         )
-    return Answer(
+    prediction = Prediction(
         file=name,
-        label=shares[0].label,
-        probability=shares[0].probability,
-        top=shares,
-        members=opinions,
-        members_used=None if stages is None else len(members),
-        **_doubt(model, output.probs),
+        label=best[0].label,
+        probability=best[0].probability,
+        top=best,
+        members=members,
+        members_used=None if stages is None else len(indices),
     )
-
-
-def _top(model: Model, probs: np.ndarray, top: int) -> list[Share]:
-    order = np.argsort(-probs, kind="stable")[:top]
-    return [Share(label=model.classes[i], probability=float(probs[i])) for i in order]
-
-
-def _doubt(model: Model, probs: np.ndarray) -> dict[str, Any]:
-    """The prediction set and whether the image is unknown, as far as the model has thresholds."""
-    told: dict[str, Any] = {}
     if False in model.sets:
-        told["set"] = model.sets_from_probs(probs)[0]
+        prediction.set = model.sets_from_probs(output.probs)[0]
     if model.unknown is not None:
-        told["unknown"] = bool(model.unknown_from_probs(probs)[0])
-    return told
+        prediction.unknown = bool(model.unknown_from_probs(output.probs)[0])
+    return prediction
+
+
+def _top_classes(model: Model, probs: np.ndarray, top: int) -> list[ClassProbability]:
+    order = np.argsort(-probs, kind="stable")[:top]
+    return [ClassProbability(label=model.classes[i], probability=float(probs[i])) for i in order]

@@ -1,4 +1,4 @@
-"""HTTP over an exported file: images in, probabilities out, and a page to try it. Sees only the file, never the run."""
+"""HTTP over an exported file: images in, probabilities out, and a page to try it."""
 
 from __future__ import annotations
 
@@ -12,27 +12,34 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import numpy as np
+import onnxruntime
 import uvicorn
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from threefold.batching import BATCH_PIXELS, Batcher, Run
+from threefold.batching import BATCH_PIXELS, Batcher, Inference
 from threefold.errors import DataError, ExportError, RunError
-from threefold.gauges import Gauges
-from threefold.guard import Guard, protocol
-from threefold.intake import BODY, Image, read_images, size_of, unreadable
-from threefold.limits import Limits, Refusal
-from threefold.replies import Answers, Failure, describe
+from threefold.gauges import Metrics
+from threefold.guard import GuardMiddleware, make_protocol
+from threefold.intake import (
+    REQUEST_BODY,
+    ImageFile,
+    measure_image,
+    read_images,
+    unreadable_image,
+)
+from threefold.limits import Refusal, ServerLimits
+from threefold.replies import ErrorResponse, PredictResponse, describe
 from threefold.runtime import FULL, CascadePolicy, Model, ModelOutput, as_json
 
 MEMORY: Final = 2**30
-"""Bytes that onnxruntime may take beside twice the size of the model file."""
-SAMPLE: Final = (256, 256, 3)
-"""The grey image on which a budget is measured."""
-Mode = Literal["full", "fast"]
+"""Bytes that onnxruntime may use on top of twice the size of the model file."""
+BUDGET_IMAGE_SHAPE: Final = (256, 256, 3)
+"""Shape of the grey image on which a time budget is measured."""
 LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
+"""Addresses that only this machine can reach."""
 PAGE: Final = {
     "/": "index.html",
     "/style.css": "style.css",
@@ -40,201 +47,208 @@ PAGE: Final = {
     "/backend.js": "server.js",
     "/icon.svg": "icon.svg",
 }
-KINDS: Final = {
-    "html": "text/html; charset=utf-8",
-    "css": "text/css; charset=utf-8",
-    "js": "text/javascript; charset=utf-8",
-    "svg": "image/svg+xml",
+"""Route -> file of `web/`."""
+MEDIA_TYPES: Final = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
 }
+PUBLIC_LIMITS: Final = ("files", "file_bytes", "pixels", "side")
+"""Limits that GET /card states."""
+ERROR_STATUSES: Final = (400, 401, 408, 413, 415, 429, 503)
+Mode = Literal["full", "fast"]
 
 
 def make_app(
     model: Model,
-    limits: Limits | None = None,
+    limits: ServerLimits | None = None,
     api_key: str = "",
     hosts: Collection[str] = (),
     policy: CascadePolicy = FULL,
 ) -> FastAPI:
-    """The application around a loaded model: the page, POST /predict, GET /card, /health, /metrics, /openapi.json.
+    """Build the application: the page, POST /predict, GET /card, /health, /metrics, /openapi.json.
 
     Args:
-        model: what answers.
-        limits: what is taken (default: `Limits()`).
-        api_key: what /predict, /card and /metrics ask for; empty = nothing.
-        hosts: the only host names that are answered to; empty = any.
-        policy: its mode is that of requests that name none; its limit on the stages is that of mode "fast".
+        model: the loaded model.
+        limits: the limits (default: `ServerLimits()`).
+        api_key: the key for /predict, /card and /metrics; empty = none is needed.
+        hosts: the only host names that are accepted; empty = any.
+        policy: its mode applies to requests that name none; its limit on the stages applies to
+            mode "fast".
 
     Raises:
-        ExportError: the model has no cascade and one is asked for.
+        ExportError: the policy needs a cascade and the model has none.
     """
     model.stop_thresholds(policy)
     fast = replace(policy, mode="fast")
-    limits = limits or Limits()
-    batcher: list[Batcher] = []
-    gauges = Gauges(lambda: sum(b.waiting() for b in batcher))
+    limits = limits or ServerLimits()
+    batchers: list[Batcher] = []  # one, while the application runs
+    metrics = Metrics(lambda: sum(batcher.count_waiting() for batcher in batchers))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        batcher.append(Batcher(runner(model), limits.batch, gauges.batches.observe))
+        batchers.append(Batcher(make_inference(model), limits.batch, metrics.batches.observe))
         yield
-        await asyncio.to_thread(batcher.pop().close)  # what is in flight has been answered by now
+        await asyncio.to_thread(batchers.pop().close)
 
     name = str(model.card.get("name") or "model")
-    about = f"{name}: {len(model.classes)} classes, {len(model.members)} members"
     app = FastAPI(
         title="threefold",
-        description=about,
+        description=f"{name}: {len(model.classes)} classes, {len(model.members)} members",
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         lifespan=lifespan,
     )
-    app.add_middleware(Guard, limits=limits, gauges=gauges, api_key=api_key, hosts=hosts)
-    _add_errors(app)
+    app.add_middleware(
+        GuardMiddleware, limits=limits, metrics=metrics, api_key=api_key, hosts=hosts
+    )
+    _add_error_handlers(app)
     _add_page(app)
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        """Whether requests are answered."""
-        return {"status": "ok"}
-
-    @app.get("/card")
-    async def card() -> dict[str, Any]:
-        """The model card: what the model is, how it was scored, with which versions; this server's limits and mode."""
-        return {
-            **as_json(model.card),
-            "limits": {k: getattr(limits, k) for k in ("files", "file_bytes", "pixels", "side")},
-            **(
-                {}
-                if model.cascade is None
-                else {"mode": policy.mode, "max_stages": policy.max_stages}
-            ),
-        }
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        """Counters in Prometheus' text format."""
-        return Response(gauges.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    failures = {s: {"model": Failure} for s in (400, 401, 408, 413, 415, 429, 503)}
+    _add_status_routes(app, model, limits, metrics, policy)
 
     @app.post(
         "/predict",
-        response_model=Answers,
+        response_model=PredictResponse,
         response_model_exclude_none=True,
-        responses=failures,  # type: ignore[arg-type]
-        openapi_extra=BODY,
+        responses={status: {"model": ErrorResponse} for status in ERROR_STATUSES},
+        openapi_extra=REQUEST_BODY,
     )
     async def predict(
         request: Request, top: Annotated[int, Query(ge=1, le=1000)] = 3, mode: Mode | None = None
-    ) -> Answers:
-        """The most probable classes of each image, each member's opinion, and the prediction set if the model has one."""
+    ) -> PredictResponse:
+        """Predict each image: the most probable classes, each member's prediction, and the set."""
         if mode == "fast" and model.cascade is None:
-            raise Refusal(400, "mode", "this model has no cascade, so there is no mode but full")
+            raise Refusal(400, "mode", "this model has no cascade: the only mode is full")
         images = await read_images(request, limits)
+        request_policy = fast if (mode or policy.mode) == "fast" else FULL
         try:
             async with asyncio.timeout(limits.answer_seconds):
-                policy_used = fast if (mode or policy.mode) == "fast" else FULL
-                outputs = await _answer_all(batcher[0], images, limits, policy_used)
+                outputs = await _infer(batchers[0], images, limits, request_policy)
         except TimeoutError:
-            raise Refusal(
-                503, "timeout", f"no answer within {limits.answer_seconds} seconds; try again"
-            ) from None
-        gauges.images.inc(len(outputs))
-        return Answers(
-            answers=[
-                describe(model, image.name, output, top)
-                for image, output in zip(images, outputs, strict=True)
-            ]
-        )
+            message = f"no answer within {limits.answer_seconds} seconds; try again"
+            raise Refusal(503, "timeout", message) from None
+        metrics.images.inc(len(outputs))
+        answers = [
+            describe(model, image.name, output, top)
+            for image, output in zip(images, outputs, strict=True)
+        ]
+        return PredictResponse(answers=answers)
 
     return app
 
 
-def runner(model: Model) -> Run:
-    """Run the model on a batch and give back the memory that a large image took."""
-    import onnxruntime
+def _add_status_routes(
+    app: FastAPI, model: Model, limits: ServerLimits, metrics: Metrics, policy: CascadePolicy
+) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """Whether the server answers requests."""
+        return {"status": "ok"}
 
-    frugal = onnxruntime.RunOptions()
-    frugal.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    @app.get("/card")
+    async def card() -> dict[str, Any]:
+        """The model card (classes, score, versions), and this server's limits and mode."""
+        tree = dict(as_json(model.card))
+        tree["limits"] = {name: getattr(limits, name) for name in PUBLIC_LIMITS}
+        if model.cascade is not None:
+            tree["mode"] = policy.mode
+            tree["max_stages"] = policy.max_stages
+        return tree
 
-    def run(images: np.ndarray, policy: CascadePolicy) -> ModelOutput:
-        return model.run(images, policy, frugal if images.size > BATCH_PIXELS else None)
+    @app.get("/metrics")
+    async def metrics_text() -> Response:
+        """Metrics in Prometheus' text format."""
+        media_type = "text/plain; version=0.0.4; charset=utf-8"
+        return Response(metrics.text(), media_type=media_type)
 
-    return run
+
+def make_inference(model: Model) -> Inference:
+    """Wrap `model.run` so that the memory of a large image is freed afterwards."""
+    shrinking = onnxruntime.RunOptions()
+    shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+
+    def infer(images: np.ndarray, policy: CascadePolicy) -> ModelOutput:
+        return model.run(images, policy, shrinking if images.size > BATCH_PIXELS else None)
+
+    return infer
 
 
-async def _answer_all(
-    batcher: Batcher, images: Sequence[Image], limits: Limits, policy: CascadePolicy
+async def _infer(
+    batcher: Batcher, images: Sequence[ImageFile], limits: ServerLimits, policy: CascadePolicy
 ) -> list[ModelOutput]:
-    """Answers in the order of the images; if one cannot be had the request fails and what still waits is dropped."""
-    sizes = await asyncio.to_thread(lambda: [size_of(image, limits) for image in images])
+    """Run images through the batcher, in order; if one fails, those still waiting are dropped."""
+    sizes = await asyncio.to_thread(lambda: [measure_image(image, limits) for image in images])
     futures = [
-        asyncio.wrap_future(batcher.submit(i.content, s, policy))
-        for i, s in zip(images, sizes, strict=True)
+        asyncio.wrap_future(batcher.submit(image.content, size, policy))
+        for image, size in zip(images, sizes, strict=True)
     ]
     outputs: list[ModelOutput] = []
     try:
         for image, future in zip(images, futures, strict=True):
-            outputs.append(await _refusing(future, image.name))
+            outputs.append(await _await_output(future, image.name))
     finally:
         for future in futures:
             future.cancel()
-            future.add_done_callback(
-                lambda f: f.cancelled() or f.exception()
-            )  # an error that nobody waits for any more
+            # asyncio logs exceptions that nobody retrieves.
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())
     return outputs
 
 
-async def _refusing(answer: Awaitable[Any], name: str) -> Any:
+async def _await_output(future: Awaitable[ModelOutput], name: str) -> ModelOutput:
     try:
-        return await answer
+        return await future
     except DataError as error:
-        raise unreadable(error, name) from None
+        raise unreadable_image(error, name) from None
     except ExportError:
-        raise Refusal(503, "model", "the model cannot answer for this image", name) from None
+        raise Refusal(503, "model", "the model failed on this image", name) from None
 
 
 def _add_page(app: FastAPI) -> None:
-    """The page's files, from memory."""
+    """Serve the files of the page from memory."""
     for route, name in PAGE.items():
-        content, kind = (
-            (resources("threefold") / "web" / name).read_bytes(),
-            KINDS[name.rpartition(".")[2]],
-        )
-
-        async def file(content: bytes = content, kind: str = kind) -> Response:
-            return Response(content, media_type=kind)
-
-        app.add_api_route(route, file, include_in_schema=False, response_model=None)
+        content = (resources("threefold") / "web" / name).read_bytes()
+        endpoint = _file_endpoint(content, MEDIA_TYPES[Path(name).suffix])
+        app.add_api_route(route, endpoint, include_in_schema=False, response_model=None)
 
 
-def _add_errors(app: FastAPI) -> None:
-    """Every error as one kind of JSON; nothing of the machine in it."""
+def _file_endpoint(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
+    """Build an endpoint without parameters: FastAPI would read those from the query."""
 
-    def told(refusal: Refusal) -> JSONResponse:
-        return JSONResponse(refusal.tree(), refusal.status, refusal.headers())
+    async def send_file() -> Response:
+        return Response(content, media_type=media_type)
+
+    return send_file
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    """Send every error as the JSON of a Refusal, without details of the machine."""
+
+    def respond(refusal: Refusal) -> JSONResponse:
+        return JSONResponse(refusal.body(), refusal.status, refusal.headers())
 
     @app.exception_handler(Refusal)
-    async def refused(_: Request, error: Refusal) -> JSONResponse:
-        return told(error)
+    async def on_refusal(_: Request, error: Refusal) -> JSONResponse:
+        return respond(error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def on_invalid_query(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        return told(Refusal(400, "bad_request", f"{first['loc'][-1]}: {first['msg']}"[:200]))
+        message = f"{first['loc'][-1]}: {first['msg']}"
+        return respond(Refusal(400, "bad_request", message[:200]))
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
-        return told(Refusal(error.status_code, "http", str(error.detail)[:200]))
+    async def on_http_error(_: Request, error: HTTPException) -> JSONResponse:
+        return respond(Refusal(error.status_code, "http", str(error.detail)[:200]))
 
     @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> JSONResponse:
-        return told(Refusal(500, "internal", "the server failed; its log says more"))
+    async def on_failure(_: Request, error: Exception) -> JSONResponse:
+        return respond(Refusal(500, "internal", "the server failed; see its log"))
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server; a signal that has been obeyed is not raised again, so that an orderly end is exit code 0."""
+    """uvicorn's server without raising a handled signal again: an orderly end is exit code 0."""
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         super().handle_exit(sig, frame)
@@ -246,31 +260,33 @@ def run_server(
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str = "",
-    limits: Limits | None = None,
+    limits: ServerLimits | None = None,
     ready: Callable[[str], object] = lambda _: None,
     policy: CascadePolicy = FULL,
 ) -> None:
-    """Serve an exported file until SIGINT or SIGTERM; what is in flight then is still answered.
+    """Serve an exported file until SIGINT or SIGTERM; requests in flight are still answered.
 
     Args:
-        path: the file.
-        host: address to listen on; on a loopback address only requests to that name are answered.
-        port: 0 = any free one.
-        api_key: what /predict, /card and /metrics ask for; empty = nothing.
-        limits: what is taken.
-        ready: told the address of the page once the port is open.
+        path: the exported file.
+        host: the address to listen on. On a loopback address, only requests to loopback names are
+            answered.
+        port: the port; 0 = any free one.
+        api_key: the key for /predict, /card and /metrics; empty = none is needed.
+        limits: the limits (default: `ServerLimits()`).
+        ready: called with the URL of the page once the port is open.
         policy: how many members answer; a time budget is measured on an image of 256 x 256.
 
     Raises:
-        ExportError: the file is not a threefold model, has no cascade where one is asked for, or the budget is too small.
-        RunError: the address cannot be had.
+        ExportError: the file is not a threefold model, the policy needs a cascade and the file has
+            none, or the budget is too small.
+        RunError: the address is not available.
     """
     model = Model(path, memory=MEMORY, spin=False)
     if policy.budget_ms:
-        policy = model.resolve_budget(policy, np.full(SAMPLE, 128, np.uint8))
-    server, listener = make_server(model, host, port, limits or Limits(), api_key, policy)
+        policy = model.resolve_budget(policy, np.full(BUDGET_IMAGE_SHAPE, 128, np.uint8))
+    server, listener = make_server(model, host, port, limits or ServerLimits(), api_key, policy)
     with listener:
-        ready(f"http://{_shown(host)}:{listener.getsockname()[1]}")
+        ready(f"http://{_url_host(host)}:{listener.getsockname()[1]}")
         server.run(sockets=[listener])
 
 
@@ -278,15 +294,18 @@ def make_server(
     model: Model,
     host: str,
     port: int,
-    limits: Limits,
+    limits: ServerLimits,
     api_key: str = "",
     policy: CascadePolicy = FULL,
 ) -> tuple[uvicorn.Server, socket.socket]:
-    """A server that is not running yet, and the open port that it is to be run with; the arguments are those of `make_app`.
+    """Open a port; the arguments are those of `run_server`.
+
+    Returns:
+        A server that does not run yet, and the listening socket to run it with.
 
     Raises:
         ExportError: the policy needs a cascade and the model has none.
-        RunError: the address cannot be had.
+        RunError: the address is not available.
     """
     model.stop_thresholds(policy)
     try:
@@ -299,10 +318,10 @@ def make_server(
             got=error.strerror or error,
             fix="choose another --port",
         ) from None
-    hosts = {*map(_shown, LOOPBACK), _shown(host.lower())} if host in LOOPBACK else set()
+    hosts = {*map(_url_host, LOOPBACK), _url_host(host.lower())} if host in LOOPBACK else set()
     config = uvicorn.Config(
         make_app(model, limits, api_key, hosts, policy),
-        http=protocol(limits),
+        http=make_protocol(limits),
         ws="none",
         lifespan="on",
         log_level="warning",
@@ -313,6 +332,6 @@ def make_server(
     return _Server(config), listener
 
 
-def _shown(host: str) -> str:
-    """A host as addresses have it."""
+def _url_host(host: str) -> str:
+    """The host as URLs and Host headers write it: IPv6 addresses in brackets."""
     return f"[{host}]" if ":" in host else host

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from threefold.errors import ExportError
 from threefold.files import sha256
-from threefold.limits import Limits
+from threefold.limits import ServerLimits
 from threefold.runtime import Model, as_json
 from threefold.webruntime import VERSION, read_runtime
 
@@ -43,7 +43,7 @@ def write_web(
     model: str | Path,
     folder: str | Path,
     runtime: str | Path | None = None,
-    limits: Limits | None = None,
+    limits: ServerLimits | None = None,
 ) -> dict[str, Any]:
     """Write a folder that any static host can serve and that answers as the exported file does.
 
@@ -59,7 +59,7 @@ def write_web(
     Raises:
         ExportError: not an exported file, one with weights outside of it, no onnxruntime-web, or the folder holds other files.
     """
-    source, target, limits = Path(model), Path(folder), limits or Limits()
+    source, target, limits = Path(model), Path(folder), limits or ServerLimits()
     loaded = Model(source)
     require_free(target)
     parts = read_runtime(runtime)
@@ -130,12 +130,12 @@ def _copy_model(source: Path, copy: Path) -> None:
         raise ExportError(
             "the model does not work as one file by itself, which a browser needs",
             where=source,
-            got=str(error).partition("got ")[2] or error,
+            got=error.got or error,
             fix="export it as one file",
         ) from None
 
 
-def _card(model: Model, copy: Path, limits: Limits) -> dict[str, Any]:
+def _card(model: Model, copy: Path, limits: ServerLimits) -> dict[str, Any]:
     """What the page reads: the model card, the limits, and which file and which program it belongs to."""
     return {
         **as_json(model.card),

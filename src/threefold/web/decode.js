@@ -118,12 +118,12 @@ const UPRIGHT = {
 
 // RGB bytes of a file, h x w x 3, and its height and width. What is wrong with the file is the error's message.
 export async function decode(file, limits) {
-  if (file.size > limits.file_bytes) throw new Error(`a file may have ${limits.file_bytes.toLocaleString("en")} bytes`);
+  if (file.size > limits.file_bytes) throw new Error(`an image file may have at most ${limits.file_bytes.toLocaleString("en")} bytes`);
   const bytes = new Uint8Array(await file.arrayBuffer());
   const kind = kindOf(bytes);
   const size = sizeOf(bytes, kind);
-  if (size[0] * size[1] > limits.pixels) throw new Error(`an image may have ${limits.pixels.toLocaleString("en")} pixels`);
-  if (Math.max(...size) > limits.side) throw new Error(`an image may be ${limits.side.toLocaleString("en")} pixels wide or high`);
+  if (size[0] * size[1] > limits.pixels) throw new Error(`an image may have at most ${limits.pixels.toLocaleString("en")} pixels`);
+  if (Math.max(...size) > limits.side) throw new Error(`an image may be at most ${limits.side.toLocaleString("en")} pixels wide or high`);
   let bitmap;
   try {
     bitmap = await createImageBitmap(new Blob([bytes]), AS_IT_IS);
