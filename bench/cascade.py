@@ -24,10 +24,10 @@ from threefold.answers import find_images
 from threefold.calibration import fit_calibration
 from threefold.cascade import Cascade, stages_by_cost
 from threefold.conformal import ConformalSets, UnknownThreshold
+from threefold.data.images import decode
 from threefold.ensembles__averaging import MeanEnsemble
 from threefold.files import read_arrays
 from threefold.formats import read_predictions
-from threefold.images import decode
 from threefold.provenance import commit, hardware
 from threefold.results import evaluate_run, members_in_file, used_members
 from threefold.run import Run

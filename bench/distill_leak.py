@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from threefold.crossfit import stratified_parts
-from threefold.datasets import ImageDataset, load_data
+from threefold.data.dataset import ImageDataset, load_data
 from threefold.models__member import Member, build_member
 from threefold.models__resize import resize_square
 from threefold.paired import mcnemar_exact

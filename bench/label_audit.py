@@ -33,7 +33,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from threefold.audit import find_suspects
-from threefold.datasets import load_data
+from threefold.data.dataset import load_data
 from threefold.predictions import Predictions
 from threefold.provenance import commit, hardware
 from threefold.recipe_schema import DataSpec

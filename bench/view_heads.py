@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from threefold.datasets import load_data
+from threefold.data.dataset import load_data
+from threefold.data.splits import assign_roles
 from threefold.models__member import build_member
 from threefold.models__resize import resize_square
 from threefold.models__views import Views
 from threefold.paired import mcnemar_exact
 from threefold.provenance import commit, hardware
 from threefold.recipe_schema import DataSpec, FoldSpec, MemberSpec, ViewSpec
-from threefold.splits import assign_roles
 from threefold.stats import wilson_interval
 
 

@@ -32,7 +32,7 @@ from PIL import Image
 from selenium import webdriver
 
 import threefold
-from threefold.images import decode
+from threefold.data.images import decode
 from threefold.provenance import commit, hardware
 from threefold.webfolder import write_web
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from threefold.arrays import FASHION_MNIST_ROOT, read_idx
+from threefold.data.sources.arrays import FASHION_MNIST_ROOT, read_idx
 
 SEED = 2017
 PER_CLASS = {"train": 300, "test": 100}

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from threefold.data__published import CIFAR10_CLASSES, CIFAR100_CLASSES, CIFAR100_SUPERCLASSES
-from threefold.samples import write_sample
+from threefold.data.published import CIFAR10_CLASSES, CIFAR100_CLASSES, CIFAR100_SUPERCLASSES
+from threefold.data.synthetic import write_sample
 
 META: dict[str, dict[str, Any]] = {
     "cifar10": {

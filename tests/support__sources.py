@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from threefold.datasets import Sources, load_data
+from threefold.data.dataset import Sources, load_data
 from threefold.recipe_schema import DataSpec
 
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from threefold.archives import (
+from threefold.data.sources.archives import (
     ArchiveLimits,
     iter_members,
     read_members,

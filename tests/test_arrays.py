@@ -16,10 +16,10 @@ import pytest
 from support__cifar import pickle_as_python2, write_python_cifar
 from support__sources import load_source
 
-from threefold.arrays import read_cifar, read_idx, read_mnist, read_svhn
-from threefold.data__published import CIFAR10_CLASSES, CIFAR100_CLASSES, DIGITS
+from threefold.data.published import CIFAR10_CLASSES, CIFAR100_CLASSES, DIGITS
+from threefold.data.sources.arrays import read_cifar, read_idx, read_mnist, read_svhn
+from threefold.data.synthetic import write_sample
 from threefold.errors import DataError
-from threefold.samples import write_sample
 
 # MNIST
 

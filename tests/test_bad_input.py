@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from threefold.datasets import ImageDataset, load_data
+from threefold.data.dataset import ImageDataset, load_data
 from threefold.errors import DataError
 from threefold.recipe_schema import DataSpec
 

@@ -15,8 +15,8 @@ from serving import picture
 
 from threefold import batching
 from threefold.batching import Batcher
+from threefold.data.images import measure
 from threefold.errors import DataError, ExportError
-from threefold.images import measure
 from threefold.runtime import CascadePolicy, ModelOutput
 
 

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from threefold.cli import app
 from threefold.cli_data import _show_found
-from threefold.data__published import PUBLISHED
-from threefold.samples import write_sample
+from threefold.data.published import PUBLISHED
+from threefold.data.synthetic import write_sample
 
 runner = CliRunner()
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from threefold import datacheck
-from threefold.datacheck import check_data, find_spec
+from threefold.data import check
+from threefold.data.check import check_data, find_spec
+from threefold.data.synthetic import write_sample
 from threefold.errors import DataError, RecipeError
 from threefold.recipe_schema import DataSpec
-from threefold.samples import write_sample
 
 
 def write(path: Path, shade: int, size: tuple[int, int] = (8, 6)) -> None:
@@ -118,7 +118,7 @@ def test_near_copies_are_looked_for_in_small_data_only(
         first.resize((48, 48)).save(tmp_path / "cat/copy.png")
     (near,) = [f for f in check_data(spec(tmp_path)).findings if "pairs" in f.what]
     assert (near.level, near.what[:39]) == ("note", "1 pairs of images look nearly the same,")
-    monkeypatch.setattr(datacheck, "NEAR_COPIES", 6)
+    monkeypatch.setattr(check, "NEAR_COPIES", 6)
     told = [f.what for f in check_data(spec(tmp_path)).findings]
     assert "near copies are not searched for among more than 6 images" in told
     assert not any("pairs" in what for what in told)

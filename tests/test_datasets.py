@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from threefold.arrays import FASHION_MNIST_ROOT, read_idx
-from threefold.data__published import FASHION_MNIST_CLASSES
-from threefold.datasets import ImageDataset, load_data
+from threefold.data.dataset import ImageDataset, load_data
+from threefold.data.images import BadImage
+from threefold.data.published import FASHION_MNIST_CLASSES
+from threefold.data.sources.arrays import FASHION_MNIST_ROOT, read_idx
 from threefold.errors import DataError
-from threefold.images import BadImage
 from threefold.recipe_schema import DataSpec
 
 REPOSITORY = Path(__file__).parents[1]

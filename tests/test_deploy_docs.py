@@ -14,7 +14,7 @@ from PIL import Image
 from serving import UNCERTAIN, card, write_model
 
 import threefold
-from threefold.images import decode
+from threefold.data.images import decode
 from threefold.run import Run
 
 DOCS = Path(__file__).parents[1] / "docs/deploy.md"

@@ -21,13 +21,13 @@ from typing import Any
 
 import pytest
 
-from threefold import fetch as fetching
-from threefold.data__published import PUBLISHED, PublishedDataset, RemoteFile, find_published
-from threefold.datasets import load_data
+from threefold.data import download
+from threefold.data.dataset import load_data
+from threefold.data.download import download_file, fetch
+from threefold.data.published import PUBLISHED, PublishedDataset, RemoteFile, find_published
+from threefold.data.synthetic import write_sample
 from threefold.errors import DataError
-from threefold.fetch import download_file, fetch
 from threefold.recipe_schema import DataSpec
-from threefold.samples import write_sample
 
 CONTENT = os.urandom(3_000_000)
 
@@ -150,7 +150,7 @@ def test_an_interrupted_download_is_resumed(server: Server, tmp_path: Path) -> N
 def test_the_next_call_resumes_too(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetching, "MAX_TRIES", 1)
+    monkeypatch.setattr(download, "MAX_TRIES", 1)
     server.cuts = 1
 
     with pytest.raises(
@@ -167,7 +167,7 @@ def test_downloads_that_cannot_resume_start_again(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     """A server without Range, with a new file, or without a name for the file's version."""
-    monkeypatch.setattr(fetching, "MAX_TRIES", 1)
+    monkeypatch.setattr(download, "MAX_TRIES", 1)
     server.etag = "" if change == "no version" else '"one"'
     server.cuts = 1
     with pytest.raises(DataError, match="broke off"):
@@ -256,7 +256,7 @@ def test_https_is_never_redirected_to_http() -> None:
     request = urllib.request.Request("https://example.org/a")
 
     def redirect(url: str) -> urllib.request.Request | None:
-        handler = fetching.SafeRedirectHandler()
+        handler = download.SafeRedirectHandler()
         return handler.redirect_request(request, BytesIO(), 302, "Found", Message(), url)
 
     with pytest.raises(DataError, match="unsafe address"):
@@ -315,7 +315,7 @@ def test_an_unreachable_server_is_tried_twice(
         urls.append(url)
         raise urllib.error.URLError(reason)
 
-    monkeypatch.setattr(fetching, "open_url", refuse)
+    monkeypatch.setattr(download, "open_url", refuse)
 
     with pytest.raises(DataError, match=r"cannot be reached: https://example\.org/x; got "):
         get(RemoteFile("x", ("https://example.org/x",)), tmp_path)
@@ -338,8 +338,8 @@ def test_disk_space_is_checked_first(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    too_small = usage._replace(free=fetching.DISK_RESERVE + len(CONTENT) - 1)
-    large_enough = usage._replace(free=fetching.DISK_RESERVE + len(CONTENT))
+    too_small = usage._replace(free=download.DISK_RESERVE + len(CONTENT) - 1)
+    large_enough = usage._replace(free=download.DISK_RESERVE + len(CONTENT))
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: too_small)
     with pytest.raises(DataError, match="the disk is too small"):

@@ -18,8 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from threefold.errors import DataError
-from threefold.images import (
+from threefold.data.images import (
     IMAGE_SUFFIXES,
     MAX_PIXELS,
     BadImage,
@@ -28,6 +27,7 @@ from threefold.images import (
     decode,
     same_content,
 )
+from threefold.errors import DataError
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (12, 20, 3), dtype=np.uint8)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from threefold.data__leakage import (
+from threefold.data.dataset import load_data
+from threefold.data.leakage import (
     GROUP_PATTERNS,
     Duplicate,
     Duplicates,
@@ -21,7 +22,6 @@ from threefold.data__leakage import (
     find_duplicates,
     guess_group_pattern,
 )
-from threefold.datasets import load_data
 from threefold.errors import DataError
 from threefold.recipe_schema import DataSpec
 
@@ -125,7 +125,7 @@ def test_blocks_do_not_hide_pairs_and_the_closest_are_listed(
 ) -> None:
     ids = [str(i) for i in range(400)]
     whole = find_duplicates(pictures, ids, distance=0.03)
-    monkeypatch.setattr("threefold.data__leakage._BLOCK", 37)
+    monkeypatch.setattr("threefold.data.leakage._BLOCK", 37)
     parts = find_duplicates(pictures, ids, distance=0.03)
     assert parts.total == whole.total > 5
     assert {p[:2] for p in parts.pairs} == {p[:2] for p in whole.pairs}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from threefold.combiners import Ensemble
 from threefold.crossfit import cross_fit
+from threefold.data.splits import assign_roles
 from threefold.ensembles__averaging import GreedyEnsemble, MeanEnsemble, WeightedEnsemble
 from threefold.ensembles__registry import SelectedEnsemble, make_ensemble
 from threefold.errors import DataError
@@ -21,7 +22,6 @@ from threefold.predictions import Predictions
 from threefold.predictions__run_folder import RunFolder
 from threefold.recipe_schema import EnsembleSpec, FoldSpec
 from threefold.scoring import score_ensemble
-from threefold.splits import assign_roles
 from threefold.stats import accuracy, share_interval
 
 

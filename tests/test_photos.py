@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from support__sources import load_source
 
-from threefold.archives import read_members
-from threefold.data__published import CASSAVA_2020_CLASSES, CASSAVA_CLASSES, SURREY_LETTERS
-from threefold.datasets import ImageDataset
+from threefold.data.dataset import ImageDataset
+from threefold.data.images import decode
+from threefold.data.published import CASSAVA_2020_CLASSES, CASSAVA_CLASSES, SURREY_LETTERS
+from threefold.data.sources.archives import read_members
+from threefold.data.synthetic import write_sample
 from threefold.errors import DataError, RecipeError
-from threefold.images import decode
 from threefold.recipe import Recipe
-from threefold.samples import write_sample
 
 
 def count(data: ImageDataset | None) -> dict[str, int]:

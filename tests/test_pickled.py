@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support__cifar import META, pickle_as_python2
 
-from threefold.data__published import CIFAR10_CLASSES
+from threefold.data.published import CIFAR10_CLASSES
+from threefold.data.sources.cifar_pickle import read_batch
 from threefold.errors import DataError
-from threefold.pickled import read_batch
 
 
 def test_meta_files_equal_the_official_ones() -> None:

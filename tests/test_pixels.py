@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from threefold.datasets import ImageDataset, Sources
+from threefold.data.dataset import ImageDataset, Sources
+from threefold.data.splits import Roles
 from threefold.errors import RunError
 from threefold.models__resize import resize_square
 from threefold.models__views import Views
 from threefold.pixels import CHUNK, PixelCache
 from threefold.recipe_schema import MemberSpec, ViewSpec
-from threefold.splits import Roles
 
 SPEC = MemberSpec(name="m", backbone="test_resnet", img_size=24)
 

@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 
 from threefold import reproduce as again
 from threefold.cli import app
-from threefold.data__published import data_table
-from threefold.datasets import load_data
+from threefold.data.dataset import load_data
+from threefold.data.published import data_table
+from threefold.data.synthetic import write_sample
 from threefold.ensembles__registry import make_ensemble
 from threefold.errors import DataError, RecipeError
 from threefold.files import write_arrays
@@ -30,7 +31,6 @@ from threefold.predictions__results_schema import MemberRow
 from threefold.predictions__run_folder import RunFolder
 from threefold.recipe import Recipe, packaged, packaged_names
 from threefold.reproduce import Asked, Rows
-from threefold.samples import write_sample
 
 runner = CliRunner()
 RECIPES = Path(again.__file__).parent / "recipes"

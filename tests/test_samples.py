@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from support__sources import load_source
 
+from threefold.data.synthetic import SAMPLES, draw_images, write_sample
 from threefold.errors import DataError
-from threefold.samples import SAMPLES, draw_images, write_sample
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from serving import picture, post, process, write_model
 
-from threefold.images import MAX_SCANS
+from threefold.data.images import MAX_SCANS
 
 RED = picture((200, 30, 30))
 

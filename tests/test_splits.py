@@ -7,9 +7,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from threefold.data.splits import Roles, assign_roles, check_partition, refit_roles
 from threefold.errors import DataError, RunError
 from threefold.recipe_schema import FoldSpec
-from threefold.splits import Roles, assign_roles, check_partition, refit_roles
 
 LAW = settings(max_examples=40, deadline=None)
 

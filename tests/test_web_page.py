@@ -36,8 +36,8 @@ import threefold
 from threefold import webruntime
 from threefold.cli import app
 from threefold.conformal import ConformalSets
+from threefold.data.images import decode
 from threefold.errors import ExportError
-from threefold.images import decode
 from threefold.run import Run
 from threefold.webfolder import write_web
 

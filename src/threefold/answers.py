@@ -12,8 +12,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from threefold.data.images import IMAGE_SUFFIXES, decode
 from threefold.errors import DataError, RecipeError
-from threefold.images import IMAGE_SUFFIXES, decode
 from threefold.runtime import FULL, CascadePolicy, Model, load
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from threefold.datasets import Sources
+from threefold.data.dataset import Sources
 from threefold.errors import RecipeError, RunError
 from threefold.exporting__export import export
 from threefold.jobs import train_members

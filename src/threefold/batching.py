@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from threefold.data.images import decode
 from threefold.errors import ThreefoldError
-from threefold.images import decode
 from threefold.runtime import FULL, CascadePolicy, ModelOutput
 
 BATCH_PIXELS = 4_000_000

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from typing import get_args
 
 from threefold.backbones import PAPER_BACKBONES
-from threefold.data__published import PUBLISHED, PublishedDataset
+from threefold.data.published import PUBLISHED, PublishedDataset
 from threefold.errors import RecipeError
 from threefold.recipe import packaged_names
 from threefold.recipe_schema import DataSpec, HeadKind, HeadSpec

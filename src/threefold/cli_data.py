@@ -13,8 +13,8 @@ from rich.table import Table
 from threefold.console import err, out, print_json
 
 if TYPE_CHECKING:
-    from threefold.datacheck import DataCheck
-    from threefold.fetch import ProgressCallback
+    from threefold.data.check import DataCheck
+    from threefold.data.download import ProgressCallback
     from threefold.scales import Protocol, Scale
 
 _MARKS = {"error": "[bold red]error[/]", "warning": "[yellow]warning[/]", "note": "note"}
@@ -46,13 +46,13 @@ def fetch(
     ] = False,
 ) -> None:
     """Get a data set from where it is published: resumed, checked against its checksum, unpacked safely."""
-    from threefold import fetch as fetching
-    from threefold.data__published import find_published
+    from threefold.data import download
+    from threefold.data.published import find_published
 
     known, folder = find_published(name), to or Path("data") / name
     out.print(f"{known.title}: {known.homepage}\nterms: {known.licence}", markup=False)
     with _Download() as on_progress:
-        paths = fetching.fetch(
+        paths = download.fetch(
             name, folder, extra=extra, accept_licence=accept, on_progress=on_progress
         )
     for path in paths:
@@ -105,7 +105,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Say what a data set holds: classes, sizes, files that cannot be read, copies, groups. Exit code 1 if a run would stop."""
-    from threefold.datacheck import check_data, find_spec
+    from threefold.data.check import check_data, find_spec
 
     found = check_data(find_spec(source, kind))
     if as_json:

@@ -13,7 +13,7 @@ import numpy as np
 from threefold import targets
 from threefold.calibration import Calibration, saved_calibration
 from threefold.cascade import Cascade
-from threefold.datasets import ImageDataset
+from threefold.data.dataset import ImageDataset
 from threefold.ensembles__registry import restore
 from threefold.files import read_arrays, sha256
 from threefold.models__pipeline import Combiner

@@ -14,8 +14,8 @@ from fastapi import Request
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from threefold.data.images import TooManyPixels, measure
 from threefold.errors import DataError
-from threefold.images import TooManyPixels, measure
 from threefold.limits import Refusal, ServerLimits
 
 MAX_FIELDS: Final = 16

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from threefold.assembly import assemble
-from threefold.datasets import Sources
+from threefold.data.dataset import Sources
+from threefold.data.splits import Roles
 from threefold.errors import RunError
 from threefold.files import read_arrays, write_arrays, write_json
 from threefold.models__member import JointMember, load_weights, save_weights
@@ -32,7 +33,6 @@ from threefold.provenance import commit, hardware, stable_seed, versions
 from threefold.recipe import Job, fold_name
 from threefold.recipe_schema import MemberSpec
 from threefold.run import Run
-from threefold.splits import Roles
 from threefold.stages import StageOutcome, StageTask, train_stage
 from threefold.training__augment import Augment
 from threefold.training__diagnostics import find_copies

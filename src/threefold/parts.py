@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from threefold.data__natural_order import natural_key
+from threefold.data.natural_order import natural_key
 from threefold.errors import DataError
 from threefold.predictions import Predictions, default_names
 from threefold.predictions__checks import SUM_TOLERANCE

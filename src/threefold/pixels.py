@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from threefold.datasets import ImageDataset, Sources
+from threefold.data.dataset import ImageDataset, Sources
+from threefold.data.splits import Roles
 from threefold.errors import RunError
 from threefold.models__resize import resize_square
 from threefold.models__views import Views
 from threefold.recipe_schema import MemberSpec
-from threefold.splits import Roles
 
 CHUNK = 32
 """Images decoded at a time: enough to resize in batches, few enough for large photographs."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from threefold.backbones import CPU_FROZEN
-from threefold.datasets import ImageDataset, Sources, load_data
+from threefold.data.dataset import ImageDataset, Sources, load_data
 from threefold.models__member import build_member
 from threefold.models__pipeline import pick_device
 from threefold.recipe import Recipe

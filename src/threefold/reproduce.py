@@ -16,7 +16,8 @@ import numpy as np
 
 from threefold import paired, stats
 from threefold.api import train
-from threefold.data__published import data_table
+from threefold.data.published import data_table
+from threefold.data.synthetic import write_sample
 from threefold.ensembles__registry import make_ensemble
 from threefold.errors import DataError, RecipeError
 from threefold.files import read_arrays, read_json, write_json
@@ -25,7 +26,6 @@ from threefold.paper_items import Answer, Cell, Item, Plan
 from threefold.recipe import Recipe, packaged
 from threefold.resampling import LEVEL
 from threefold.run import Run
-from threefold.samples import write_sample
 from threefold.scales import (
     Protocol,
     Scale,

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from threefold.datasets import Sources, load_data
+from threefold.data.dataset import Sources, load_data
+from threefold.data.splits import Roles, assign_roles, refit_roles
 from threefold.errors import RunError
 from threefold.models__member import JointMember, Member, build_joint, build_member, load_weights
 from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
@@ -18,7 +19,6 @@ from threefold.predictions__results_schema import Results
 from threefold.predictions__run_folder import RunFolder
 from threefold.recipe import Job, Recipe
 from threefold.recipe_schema import MemberSpec
-from threefold.splits import Roles, assign_roles, refit_roles
 from threefold.training__watcher import Watcher
 
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from threefold.cascade import MODES, Cascade
 from threefold.conformal import ConformalSets, UnknownThreshold
+from threefold.data.images import decode
 from threefold.errors import DataError, ExportError
-from threefold.images import decode
 from threefold.modelfile import MEMORY, bytes_beside, open_session, read_card
 
 FORMAT: Final = 1

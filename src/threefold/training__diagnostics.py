@@ -15,7 +15,8 @@ from PIL import Image
 
 from threefold.assembly import roles_by_fold
 from threefold.audit import LISTED, Suspect, list_suspects, summarize_audit, write_suspects
-from threefold.data__leakage import (
+from threefold.data.check import NEAR_COPIES
+from threefold.data.leakage import (
     Duplicate,
     Duplicates,
     describe_guessed_groups,
@@ -23,7 +24,6 @@ from threefold.data__leakage import (
     find_duplicates,
     guess_group_pattern,
 )
-from threefold.datacheck import NEAR_COPIES
 from threefold.evaluate import Evaluation
 from threefold.files import read_json, write_json
 from threefold.gradcam import NoMap, ensemble_cam

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from threefold.compare import compare_members
-from threefold.datasets import ImageDataset, Sources
+from threefold.data.dataset import ImageDataset, Sources
 from threefold.errors import RunError
 from threefold.evaluate import evaluate
 from threefold.files import read_arrays, sha256, write_arrays

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from threefold.archives import read_members
+from threefold.data.sources.archives import read_members
 from threefold.errors import DataError, ExportError
 
 VERSION: Final = "1.30.0"

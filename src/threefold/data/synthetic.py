@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from threefold.data__published import (
+from threefold.data.published import (
     CASSAVA_2020_CLASSES,
     CASSAVA_CLASSES,
     CIFAR10_CLASSES,
@@ -29,8 +29,8 @@ from threefold.data__published import (
     CIFAR100_SUPERCLASSES,
     SURREY_LETTERS,
 )
+from threefold.data.sources.folder import shorten
 from threefold.errors import DataError, RunError
-from threefold.listing import shorten
 
 SPECIES = (("Plants", 3), ("Insects", 2), ("Birds", 1))
 """Super-categories of the synthetic iNaturalist, and their number of species."""

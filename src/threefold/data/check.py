@@ -8,16 +8,16 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from threefold.data__leakage import (
+from threefold.data.dataset import ImageDataset, Sources, load_data
+from threefold.data.leakage import (
     describe_guessed_groups,
     duplicate_warnings,
     find_duplicates,
     guess_group_pattern,
 )
-from threefold.data__published import FILE_PATTERNS
-from threefold.datasets import ImageDataset, Sources, load_data
+from threefold.data.published import FILE_PATTERNS
+from threefold.data.sources.folder import shorten
 from threefold.errors import DataError, RecipeError
-from threefold.listing import shorten
 from threefold.recipe import Recipe
 from threefold.recipe_schema import DataSpec
 

@@ -25,8 +25,8 @@ from email.message import Message
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from threefold.archives import unpack_beside
-from threefold.data__published import PublishedDataset, RemoteFile, find_published
+from threefold.data.published import PublishedDataset, RemoteFile, find_published
+from threefold.data.sources.archives import unpack_beside
 from threefold.errors import DataError, RunError
 from threefold.files import read_json, write_json
 

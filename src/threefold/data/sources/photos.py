@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from threefold.archives import read_members, safe_name, unpack_beside
-from threefold.data__published import CASSAVA_CLASSES, SURREY_LETTERS, count_note
+from threefold.data.images import IMAGE_SUFFIXES
+from threefold.data.published import CASSAVA_CLASSES, SURREY_LETTERS, count_note
+from threefold.data.sources.archives import read_members, safe_name, unpack_beside
+from threefold.data.sources.folder import ListedImage, Listing, find_absent, find_repeated, shorten
 from threefold.errors import DataError
-from threefold.images import IMAGE_SUFFIXES
-from threefold.listing import ListedImage, Listing, find_absent, find_repeated, shorten
 
 _NO_TEST_LABELS = "the test images have no labels and are not used"
 

@@ -15,8 +15,8 @@ from typing import NamedTuple, SupportsIndex, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from threefold.data.images import IMAGE_SUFFIXES
 from threefold.errors import DataError
-from threefold.images import IMAGE_SUFFIXES
 
 PARTS = {
     "train": "train",

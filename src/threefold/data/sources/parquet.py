@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from threefold.errors import DataError
-from threefold.listing import (
+from threefold.data.sources.folder import (
     PARTS,
     EncodedImages,
     ListedImage,
@@ -25,6 +24,7 @@ from threefold.listing import (
     find_repeated,
     shorten,
 )
+from threefold.errors import DataError
 
 _IMAGE_COLUMNS = ("image", "img", "picture", "photo")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")

@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from threefold.data.sources.folder import shorten
 from threefold.errors import DataError
-from threefold.listing import shorten
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -18,12 +18,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from threefold.arrays import FASHION_MNIST_ROOT, read_cifar, read_mnist, read_svhn, with_row_ids
-from threefold.data__natural_order import natural_key
-from threefold.data__published import FASHION_MNIST_CLASSES
-from threefold.errors import DataError
-from threefold.images import BadImage, check_all, decode, same_content
-from threefold.listing import (
+from threefold.data.images import BadImage, check_all, decode, same_content
+from threefold.data.natural_order import natural_key
+from threefold.data.published import FASHION_MNIST_CLASSES
+from threefold.data.sources.arrays import (
+    FASHION_MNIST_ROOT,
+    read_cifar,
+    read_mnist,
+    read_svhn,
+    with_row_ids,
+)
+from threefold.data.sources.folder import (
     ArrayDataset,
     EncodedImages,
     ListedImage,
@@ -32,9 +37,15 @@ from threefold.listing import (
     list_folder,
     shorten,
 )
-from threefold.photos import list_cassava2020, list_icassava, list_inaturalist, list_surrey
+from threefold.data.sources.parquet import list_huggingface, list_parquet
+from threefold.data.sources.photos import (
+    list_cassava2020,
+    list_icassava,
+    list_inaturalist,
+    list_surrey,
+)
+from threefold.errors import DataError
 from threefold.recipe_schema import DataSpec
-from threefold.tables import list_huggingface, list_parquet
 
 
 @dataclass(frozen=True, eq=False)

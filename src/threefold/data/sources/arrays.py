@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from threefold.archives import read_members
-from threefold.data__published import DIGITS, FASHION_MNIST_CLASSES, count_note
+from threefold.data.published import DIGITS, FASHION_MNIST_CLASSES, count_note
+from threefold.data.sources.archives import read_members
+from threefold.data.sources.cifar_pickle import read_batch
+from threefold.data.sources.folder import ArrayDataset, ImageArrays, shorten
 from threefold.errors import DataError
-from threefold.listing import ArrayDataset, ImageArrays, shorten
-from threefold.pickled import read_batch
 
 FASHION_MNIST_ROOT = "/usr/share/datasets/fashion-mnist"
 """Where the Debian package `dataset-fashion-mnist` installs its files."""

@@ -1,0 +1,1 @@
+"""Readers of each kind of source: folders, archives, arrays and tables."""
