@@ -27,7 +27,7 @@ from threefold.conformal import ConformalSets, UnknownThreshold
 from threefold.data.images import decode
 from threefold.ensembles__averaging import MeanEnsemble
 from threefold.files import read_arrays
-from threefold.formats import read_predictions
+from threefold.predictions.formats import read_predictions
 from threefold.provenance import commit, hardware
 from threefold.results import evaluate_run, members_in_file, used_members
 from threefold.run import Run

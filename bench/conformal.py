@@ -22,7 +22,7 @@ import numpy as np
 from scipy.stats import betabinom
 
 from threefold.conformal import ConformalSets, UnknownThreshold
-from threefold.predictions import Predictions
+from threefold.predictions.predictions import Predictions
 from threefold.provenance import commit, hardware
 from threefold.uncertainty import fit_uncertainty
 

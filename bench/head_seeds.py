@@ -16,7 +16,7 @@ import numpy as np
 
 from threefold import train
 from threefold.paired import mcnemar_exact, seeds_difference
-from threefold.predictions import Predictions
+from threefold.predictions.predictions import Predictions
 from threefold.provenance import commit, hardware
 from threefold.recipe import packaged
 

@@ -34,7 +34,7 @@ from sklearn.preprocessing import StandardScaler
 
 from threefold.audit import find_suspects
 from threefold.data.dataset import load_data
-from threefold.predictions import Predictions
+from threefold.predictions.predictions import Predictions
 from threefold.provenance import commit, hardware
 from threefold.recipe_schema import DataSpec
 

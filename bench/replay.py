@@ -33,8 +33,8 @@ from threefold.paired import (
     required_rows_from_counts,
     verdict,
 )
-from threefold.predictions import Predictions
-from threefold.predictions__checks import FLOOR
+from threefold.predictions.checks import FLOOR
+from threefold.predictions.predictions import Predictions
 from threefold.provenance import commit, hardware
 from threefold.scaling import apply_temperature, fit_temperature
 from threefold.stats import wilson_interval

@@ -21,7 +21,7 @@ from support__summaries import (
 
 from threefold import stats
 from threefold.files import write_arrays, write_json
-from threefold.predictions__records import VERSION
+from threefold.predictions.records import VERSION
 from threefold.recipe import Recipe
 
 LOOKALIKE = (6, 3, 4, 1, 2, 7, 0, 9, 5, 7)

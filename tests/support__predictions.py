@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from threefold.predictions import Predictions
+from threefold.predictions.predictions import Predictions
 
 names = st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=12)
 

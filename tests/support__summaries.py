@@ -8,7 +8,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from threefold import paired, stats
-from threefold.predictions__results_schema import PredictionSummary
+from threefold.predictions.results_schema import PredictionSummary
 
 FASHION = (
     "T-shirt/top",

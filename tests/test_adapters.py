@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from threefold.errors import DataError
-from threefold.formats import read_predictions
-from threefold.joining import join_predictions
-from threefold.predictions import Predictions
+from threefold.predictions.formats import read_predictions
+from threefold.predictions.join import join_predictions
+from threefold.predictions.predictions import Predictions
 
 CLASSES = ("0", "1", "10", "2")  # folders as text sorts them; as numbers they are 0, 1, 2, 10
 FILES = [f"{name}/{i}.png" for name in CLASSES for i in range(3)]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from threefold.audit import Suspect, find_suspects, write_suspects
 from threefold.errors import DataError, RunError
-from threefold.predictions import Predictions
+from threefold.predictions.predictions import Predictions
 
 LAW = settings(max_examples=40, deadline=None)
 

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support__predictions import Bomb, make, raw
 
-from threefold import columns, containers
 from threefold.errors import DataError
-from threefold.formats import read_predictions, write_predictions
-from threefold.predictions import Predictions
+from threefold.predictions import array_files, tables
+from threefold.predictions.formats import read_predictions, write_predictions
+from threefold.predictions.predictions import Predictions
 
 HEAD = "id,label,cat,dog\n"
 GOOD = HEAD + "a,cat,0.75,0.25\nb,dog,0.25,0.75\n"
@@ -304,7 +304,7 @@ def test_oversized_file_is_refused_before_allocation(
 
     assert (tmp_path / "net.npz").stat().st_size < 100_000
 
-    monkeypatch.setattr(containers, "MAX_BYTES", 8 << 20)
+    monkeypatch.setattr(array_files, "MAX_BYTES", 8 << 20)
     for name in ("net.npz", "net.npy"):
         assert (
             peak(lambda name=name: refused(tmp_path / name, "too large.*at most 8 MiB")) < 4 << 20
@@ -314,8 +314,8 @@ def test_oversized_file_is_refused_before_allocation(
 def test_a_large_text_is_refused_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(containers, "MAX_BYTES", 1 << 20)
-    monkeypatch.setattr(columns, "MAX_JSON", 1 << 20)
+    monkeypatch.setattr(array_files, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(tables, "MAX_JSON", 1 << 20)
     (tmp_path / "net.csv").write_text(GOOD * 60_000)
 
     refused(tmp_path / "net.csv", "too large")
@@ -335,7 +335,7 @@ def parquet(path: Path, **columns: Any) -> None:
     arrow = pytest.importorskip("pyarrow")
     good = {"id": ["a", "b"], "label": ["cat", "dog"], "cat": [0.75, 0.25], "dog": [0.25, 0.75]}
     table = arrow.table(
-        {name: cells for name, cells in {**good, **columns}.items() if cells is not None}
+        {name: cells for name, cells in {**good, **tables}.items() if cells is not None}
     )
     pytest.importorskip("pyarrow.parquet").write_table(table, path)
 
@@ -371,11 +371,11 @@ def test_a_parquet_file_cannot_claim_memory(
 ) -> None:
     n = 10**6
     columns = {"label": ["cat"] * n, "cat": np.ones(n), "dog": np.zeros(n)}
-    parquet(tmp_path / "net.parquet", id=None, **columns)
+    parquet(tmp_path / "net.parquet", id=None, **tables)
 
     assert (tmp_path / "net.parquet").stat().st_size < 100_000
 
-    monkeypatch.setattr(containers, "MAX_BYTES", 8 << 20)
+    monkeypatch.setattr(array_files, "MAX_BYTES", 8 << 20)
 
     refused(tmp_path / "net.parquet", "too large.*at most 8 MiB")
 

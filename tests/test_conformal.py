@@ -23,7 +23,7 @@ from threefold.conformal import (
     measure_sets,
 )
 from threefold.errors import DataError, RunError
-from threefold.predictions import Predictions
+from threefold.predictions.predictions import Predictions
 
 AUTHORS = Path(__file__).parents[2] / "shared" / "data" / "fashion_mnist_authors_predictions.npz"
 LAW = settings(max_examples=50, deadline=None)

@@ -21,12 +21,12 @@ from threefold.api import student_recipe
 from threefold.compare import compare_saved
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.jobs import train_members
-from threefold.ledger import FIT, SCORE, TEACH
 from threefold.models__member import Member, create_backbone
 from threefold.models__pipeline import Predictor, predict_probs
-from threefold.predictions import Predictions
-from threefold.predictions__results_schema import ShortScore
-from threefold.predictions__run_folder import RunFolder
+from threefold.predictions.ledger import FIT, SCORE, TEACH
+from threefold.predictions.predictions import Predictions
+from threefold.predictions.results_schema import ShortScore
+from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
 from threefold.run import Run

@@ -15,7 +15,7 @@ from sklearn.metrics import cohen_kappa_score
 from threefold.diversity import distinct, diversity, duplicates, size_curve
 from threefold.ensembles__averaging import MeanEnsemble
 from threefold.errors import DataError
-from threefold.predictions import Predictions
+from threefold.predictions.predictions import Predictions
 
 AUTHORS = Path(__file__).parents[2] / "shared" / "data" / "fashion_mnist_authors_predictions.npz"
 LAW = settings(max_examples=40, deadline=None)

@@ -26,7 +26,7 @@ from threefold.ensembles__registry import (
     restore,
 )
 from threefold.errors import DataError, RecipeError
-from threefold.predictions import Predictions
+from threefold.predictions.predictions import Predictions
 from threefold.recipe_schema import EnsembleSpec
 from threefold.scaling import apply_temperature
 from threefold.stacked import StackedEnsemble

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from threefold.evaluate import Evaluation, evaluate
-from threefold.predictions import Predictions
-from threefold.predictions__results_schema import Score
+from threefold.predictions.predictions import Predictions
+from threefold.predictions.results_schema import Score
 from threefold.recipe_schema import EnsembleSpec
 from threefold.stats import ece
 

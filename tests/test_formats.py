@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support__predictions import make, predictions, same
 
-from threefold.adapters import COLUMNS, is_reserved_column
 from threefold.errors import DataError, RunError
-from threefold.formats import read_predictions, write_predictions
-from threefold.predictions import Predictions
+from threefold.predictions.adapters import COLUMNS, is_reserved_column
+from threefold.predictions.formats import read_predictions, write_predictions
+from threefold.predictions.predictions import Predictions
 
 
 def holdable(rows: Predictions) -> bool:

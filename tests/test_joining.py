@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from support__predictions import make, predictions, same
 
 from threefold.errors import DataError
-from threefold.joining import join_predictions
-from threefold.predictions import Predictions
+from threefold.predictions.join import join_predictions
+from threefold.predictions.predictions import Predictions
 
 
 def other(**changes: Any) -> Predictions:

@@ -17,9 +17,9 @@ from threefold.ensembles__averaging import GreedyEnsemble, MeanEnsemble, Weighte
 from threefold.ensembles__registry import SelectedEnsemble, make_ensemble
 from threefold.errors import DataError
 from threefold.evaluate import evaluate
-from threefold.ledger import FIT, SCORE, SELECT, Ledger, SeenRows
-from threefold.predictions import Predictions
-from threefold.predictions__run_folder import RunFolder
+from threefold.predictions.ledger import FIT, SCORE, SELECT, Ledger, SeenRows
+from threefold.predictions.predictions import Predictions
+from threefold.predictions.run_folder import RunFolder
 from threefold.recipe_schema import EnsembleSpec, FoldSpec
 from threefold.scoring import score_ensemble
 from threefold.stats import accuracy, share_interval

@@ -7,7 +7,7 @@ import pytest
 
 from threefold.errors import DataError
 from threefold.optimism import Counts, nested_choice, optimism_entry
-from threefold.predictions__results_schema import Optimism
+from threefold.predictions.results_schema import Optimism
 
 
 def entry(apparent: Counts, honest: Counts, groups: object = None) -> Optimism:

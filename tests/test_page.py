@@ -14,7 +14,7 @@ from support__summaries import FASHION, fake_summary, fake_tree
 
 from threefold import charts, paired
 from threefold.errors import DataError, RunError
-from threefold.predictions__results_schema import PredictionSummary
+from threefold.predictions.results_schema import PredictionSummary
 from threefold.report__pages import write_page
 from threefold.stats import paired_interval
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support__predictions import Bomb, make, predictions, raw, same
 
 from threefold.errors import DataError, RunError
-from threefold.predictions import Predictions
+from threefold.predictions.predictions import Predictions
 
 AUTHORS = Path(__file__).parents[2] / "shared" / "data" / "fashion_mnist_authors_predictions.npz"
 

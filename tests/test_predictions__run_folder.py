@@ -11,9 +11,9 @@ import pytest
 from fakeruns import fake_run, full_run
 
 from threefold.errors import RunError
-from threefold.predictions__records import VERSION
-from threefold.predictions__results_schema import Results
-from threefold.predictions__run_folder import RunFolder
+from threefold.predictions.records import VERSION
+from threefold.predictions.results_schema import Results
+from threefold.predictions.run_folder import RunFolder
 
 
 def edit(path: Path, **changes: object) -> None:

@@ -21,7 +21,7 @@ from support__summaries import FASHION, fake_scores
 from threefold import charts
 from threefold.errors import RunError
 from threefold.files import read_arrays, write_arrays
-from threefold.predictions__results_schema import Expected, PredictionSummary, Score
+from threefold.predictions.results_schema import Expected, PredictionSummary, Score
 from threefold.report__pages import write_report
 from threefold.reportview import expected_score
 

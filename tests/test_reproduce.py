@@ -26,9 +26,9 @@ from threefold.ensembles__registry import make_ensemble
 from threefold.errors import DataError, RecipeError
 from threefold.files import write_arrays
 from threefold.paper_items import ITEMS, PICTURES, SAME, Answer, Cell, Item, item, states
-from threefold.predictions import Predictions
-from threefold.predictions__results_schema import MemberRow
-from threefold.predictions__run_folder import RunFolder
+from threefold.predictions.predictions import Predictions
+from threefold.predictions.results_schema import MemberRow
+from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe, packaged, packaged_names
 from threefold.reproduce import Asked, Rows
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from threefold.cli import app
 from threefold.errors import DataError, RunError
-from threefold.predictions import Predictions
+from threefold.predictions.predictions import Predictions
 from threefold.run import Run
 from threefold.saved import evaluate_saved, read_sources, score_saved, summarize_evaluation
 

@@ -15,7 +15,7 @@ from threefold.api import default_folder, student_recipe
 from threefold.cli import app
 from threefold.compare import compare_saved
 from threefold.errors import RecipeError
-from threefold.predictions__run_folder import RunFolder
+from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.run import Run
 

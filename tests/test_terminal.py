@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from threefold.predictions__results_schema import Comparison, Score
+from threefold.predictions.results_schema import Comparison, Score
 from threefold.recipe import Job
 from threefold.terminal import TerminalWatcher, score_table, verdict_line
 

@@ -15,7 +15,7 @@ _HOME = {
     "RunError": "errors",
     "ThreefoldError": "errors",
     "Recipe": "recipe",
-    "Predictions": "predictions",
+    "Predictions": "predictions.predictions",
     "MeanEnsemble": "ensembles__averaging",
     "PrunedEnsemble": "ensembles__averaging",
     "VoteEnsemble": "ensembles__averaging",

@@ -13,7 +13,7 @@ from threefold.errors import RecipeError, RunError
 from threefold.exporting__export import export
 from threefold.jobs import train_members
 from threefold.plan import plan_folder
-from threefold.predictions__run_folder import RunFolder
+from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
 from threefold.report__pages import write_report

@@ -13,12 +13,12 @@ import numpy as np
 
 from threefold.choice import simplest
 from threefold.files import read_arrays
-from threefold.ledger import FIT, SCORE, SELECT, TEACH
 from threefold.models__views import view_counts
 from threefold.optimism import Counts, optimism_entry
-from threefold.predictions import Predictions
-from threefold.predictions__records import VERSION
-from threefold.predictions__results_schema import ChosenViews, Optimism
+from threefold.predictions.ledger import FIT, SCORE, SELECT, TEACH
+from threefold.predictions.predictions import Predictions
+from threefold.predictions.records import VERSION
+from threefold.predictions.results_schema import ChosenViews, Optimism
 from threefold.recipe import Job
 from threefold.run import Run, stand_ins
 from threefold.training__distillation import Distillation

@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from threefold.errors import DataError, RunError
 from threefold.files import write_bytes
-from threefold.predictions import Predictions
-from threefold.predictions__checks import check_probs
-from threefold.predictions__results_schema import Audit, SuspectLabel
+from threefold.predictions.checks import check_probs
+from threefold.predictions.predictions import Predictions
+from threefold.predictions.results_schema import Audit, SuspectLabel
 
 LISTED: Final = 100
 """Suspects and pairs of copies listed in results.json; a CSV file has every suspect."""

@@ -16,7 +16,7 @@ from scipy.special import softmax
 from threefold.choice import simplest
 from threefold.crossfit import stratified_parts
 from threefold.errors import DataError
-from threefold.predictions__checks import FLOOR, check_labels, check_probs
+from threefold.predictions.checks import FLOOR, check_labels, check_probs
 from threefold.scaling import (
     VectorScaling,
     apply_vector,

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from threefold.errors import DataError, RunError
-from threefold.predictions__checks import FLOOR, check_labels, check_probs
+from threefold.predictions.checks import FLOOR, check_labels, check_probs
 from threefold.resampling import LEVEL
 
 NEVER: Final = 2.0

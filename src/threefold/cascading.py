@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from threefold.cascade import NEVER, Cascade
 from threefold.errors import ExportError
-from threefold.predictions__checks import FLOOR
+from threefold.predictions.checks import FLOOR
 
 STOP: Final = "stop"
 """Input float (stages - 1,): the margin at which an answer is given after each stage."""

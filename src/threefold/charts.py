@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from scipy.optimize import isotonic_regression
 
 from threefold import stats
-from threefold.predictions__results_schema import Score, SizeCurve
+from threefold.predictions.results_schema import Score, SizeCurve
 from threefold.svg import ACCENT, INK, LINE, SOFT, draw_svg, percent_ticks, short_name
 
 LINES = 24

@@ -13,7 +13,7 @@ from threefold.console import out, plain, print_json
 if TYPE_CHECKING:
     import numpy as np
 
-    from threefold.predictions__results_schema import PredictionSummary
+    from threefold.predictions.results_schema import PredictionSummary
 
 Sources = Annotated[
     list[Path],

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from threefold.errors import DataError, RunError
-from threefold.ledger import SeenRows
-from threefold.predictions__checks import check_labels, check_probs
+from threefold.predictions.checks import check_labels, check_probs
+from threefold.predictions.ledger import SeenRows
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

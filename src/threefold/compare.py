@@ -13,11 +13,11 @@ import numpy as np
 
 from threefold import paired, stats
 from threefold.errors import DataError
-from threefold.formats import Classes, read_predictions
-from threefold.joining import join_predictions
-from threefold.predictions import Predictions
-from threefold.predictions__results_schema import Comparison, PredictionSummary, Score
-from threefold.predictions__run_folder import RunFolder
+from threefold.predictions.formats import Classes, read_predictions
+from threefold.predictions.join import join_predictions
+from threefold.predictions.predictions import Predictions
+from threefold.predictions.results_schema import Comparison, PredictionSummary, Score
+from threefold.predictions.run_folder import RunFolder
 from threefold.resampling import LEVEL
 
 MAX_CONTENDERS: Final = 20

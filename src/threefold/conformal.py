@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from threefold.errors import DataError, RunError
-from threefold.predictions__checks import check_labels, check_probs
+from threefold.predictions.checks import check_labels, check_probs
 
 if TYPE_CHECKING:
     from threefold.resampling import Interval

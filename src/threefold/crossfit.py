@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from threefold.combiners import Ensemble
 from threefold.errors import DataError
-from threefold.predictions__checks import check_labels, check_probs
+from threefold.predictions.checks import check_labels, check_probs
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from threefold.crossfit import side_by_side, stratified_parts
 from threefold.errors import DataError
-from threefold.predictions__checks import FLOOR, check_labels, check_probs
+from threefold.predictions.checks import FLOOR, check_labels, check_probs
 
 TOLERANCE: Final = 0.05
 """Two members are duplicates if their distance relative to their uncertainty is below this.

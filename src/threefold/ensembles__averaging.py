@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 
 from threefold.combiners import Ensemble, LinearEnsemble
 from threefold.errors import RecipeError, RunError
-from threefold.predictions__checks import FLOOR
+from threefold.predictions.checks import FLOOR
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

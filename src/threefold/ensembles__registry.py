@@ -25,9 +25,9 @@ from threefold.ensembles__averaging import (
     WeightedEnsemble,
 )
 from threefold.errors import DataError, RecipeError
-from threefold.ledger import SeenRows
 from threefold.loglinear import LogisticEnsemble, LogPoolEnsemble
-from threefold.predictions__checks import FLOOR, check_labels, check_probs
+from threefold.predictions.checks import FLOOR, check_labels, check_probs
+from threefold.predictions.ledger import SeenRows
 from threefold.recipe_schema import EnsembleSpec
 from threefold.scaling import apply_temperature, fit_temperature
 from threefold.stacked import ShrunkStackedEnsemble, StackedEnsemble

@@ -21,16 +21,10 @@ from threefold.crossfit import cross_fit, side_by_side, stratified_parts
 from threefold.diversity import TOLERANCE, duplicates
 from threefold.ensembles__averaging import BestEnsemble
 from threefold.ensembles__registry import ChosenMethod, build_ensemble, choose
-from threefold.ledger import Ledger
 from threefold.optimism import Counts, nested_choice, optimism_entry
-from threefold.predictions import Predictions
-from threefold.predictions__results_schema import (
-    Comparison,
-    Expected,
-    LedgerLine,
-    Optimism,
-    Score,
-)
+from threefold.predictions.ledger import Ledger
+from threefold.predictions.predictions import Predictions
+from threefold.predictions.results_schema import Comparison, Expected, LedgerLine, Optimism, Score
 from threefold.recipe_schema import EnsembleSpec
 from threefold.scoring import Key, comparisons, score_entries
 from threefold.stats import correct, share_interval

@@ -18,7 +18,7 @@ from threefold.ensembles__registry import restore
 from threefold.files import read_arrays, sha256
 from threefold.models__pipeline import Combiner
 from threefold.precision import CALIBRATION_IMAGES
-from threefold.predictions__results_schema import Score
+from threefold.predictions.results_schema import Score
 from threefold.run import Run
 from threefold.runtime import load
 from threefold.saved import evaluate_saved

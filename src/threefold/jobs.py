@@ -28,7 +28,7 @@ from threefold.models__pipeline import (
 )
 from threefold.models__views import Views, view_counts
 from threefold.pixels import PixelCache
-from threefold.predictions__records import VERSION, RoleCounts, RunInfo
+from threefold.predictions.records import VERSION, RoleCounts, RunInfo
 from threefold.provenance import commit, hardware, stable_seed, versions
 from threefold.recipe import Job, fold_name
 from threefold.recipe_schema import MemberSpec

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from threefold.crossfit import stratified_parts
 from threefold.ensembles__registry import choose
 from threefold.errors import DataError
-from threefold.predictions__results_schema import Optimism
+from threefold.predictions.results_schema import Optimism
 from threefold.resampling import RESAMPLES, check_groups, column_sums, percentile_interval
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from scipy.special import bdtr, betaln, chdtrc, ndtri, stdtr, stdtrit
 
 from threefold.errors import DataError
-from threefold.predictions__checks import check_labels, check_probs
+from threefold.predictions.checks import check_labels, check_probs
 from threefold.resampling import (
     LEVEL,
     RESAMPLES,

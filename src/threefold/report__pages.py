@@ -19,8 +19,8 @@ from threefold import charts
 from threefold.errors import RunError
 from threefold.files import write_bytes
 from threefold.pictures import Thumbs, data_uri, heat_uri
-from threefold.predictions__results_schema import PredictionSummary, Score
-from threefold.predictions__run_folder import ChosenAnswers, RunFolder
+from threefold.predictions.results_schema import PredictionSummary, Score
+from threefold.predictions.run_folder import ChosenAnswers, RunFolder
 from threefold.recipe import Job, fold_name
 from threefold.render import duration, number, render
 from threefold.reportview import EVIDENCE, main_rows, shared_view

@@ -15,7 +15,7 @@ import numpy as np
 
 from threefold import charts, stats
 from threefold.pictures import Thumbs, data_uri
-from threefold.predictions__results_schema import (
+from threefold.predictions.results_schema import (
     Audit,
     Comparison,
     Diversity,

@@ -16,8 +16,8 @@ from threefold.evaluate import Evaluation, evaluate
 from threefold.files import read_arrays, write_arrays
 from threefold.heads import describe
 from threefold.models__member import describe_joint
-from threefold.predictions__records import VERSION
-from threefold.predictions__results_schema import (
+from threefold.predictions.records import VERSION
+from threefold.predictions.results_schema import (
     CalibrationState,
     CascadeResult,
     Conformal,

@@ -14,9 +14,9 @@ from threefold.errors import RunError
 from threefold.models__member import JointMember, Member, build_joint, build_member, load_weights
 from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.models__views import Views
-from threefold.predictions import Predictions
-from threefold.predictions__results_schema import Results
-from threefold.predictions__run_folder import RunFolder
+from threefold.predictions.predictions import Predictions
+from threefold.predictions.results_schema import Results
+from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Job, Recipe
 from threefold.recipe_schema import MemberSpec
 from threefold.training__watcher import Watcher

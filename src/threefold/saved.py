@@ -15,17 +15,17 @@ from threefold.diversity import diversity, duplicates, size_curve
 from threefold.ensembles__registry import ENSEMBLES, make_ensemble
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.evaluate import Evaluation, evaluate
-from threefold.formats import Classes, read_predictions
-from threefold.joining import join_predictions
-from threefold.predictions import Predictions
-from threefold.predictions__results_schema import (
+from threefold.predictions.formats import Classes, read_predictions
+from threefold.predictions.join import join_predictions
+from threefold.predictions.predictions import Predictions
+from threefold.predictions.results_schema import (
     CalibrationState,
     Diversity,
     PredictionSummary,
     Score,
     SizeCurve,
 )
-from threefold.predictions__run_folder import RunFolder
+from threefold.predictions.run_folder import RunFolder
 from threefold.recipe_schema import EnsembleSpec
 from threefold.resampling import LEVEL
 from threefold.scaling import apply_temperature, fit_temperature

@@ -13,7 +13,7 @@ from threefold.cascade import Cascade, CascadeAnswers, disagreement_bound
 from threefold.crossfit import stratified_parts
 from threefold.errors import DataError
 from threefold.paired import mcnemar_exact, paired_bootstrap
-from threefold.predictions__checks import check_labels, check_probs
+from threefold.predictions.checks import check_labels, check_probs
 from threefold.resampling import LEVEL
 from threefold.stats import paired_interval, share_interval
 

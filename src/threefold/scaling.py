@@ -16,7 +16,7 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
 from threefold.errors import DataError
-from threefold.predictions__checks import FLOOR, check_labels, check_probs
+from threefold.predictions.checks import FLOOR, check_labels, check_probs
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -10,8 +10,8 @@ import numpy as np
 from threefold import paired, stats
 from threefold.combiners import Ensemble
 from threefold.crossfit import side_by_side
-from threefold.predictions import Predictions
-from threefold.predictions__results_schema import ClassScore, Comparison, Score
+from threefold.predictions.predictions import Predictions
+from threefold.predictions.results_schema import ClassScore, Comparison, Score
 from threefold.resampling import LEVEL
 
 TAUGHT: Final = "apparent: the teachers learned from these labels"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from threefold.predictions__checks import FLOOR
+from threefold.predictions.checks import FLOOR
 
 
 def soften(probs: np.ndarray, temperature: float, device: torch.device) -> Tensor:

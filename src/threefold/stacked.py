@@ -18,7 +18,7 @@ from threefold.choice import simplest
 from threefold.combiners import Ensemble, check_fitted_on
 from threefold.crossfit import stratified_parts
 from threefold.ensembles__averaging import MeanEnsemble
-from threefold.predictions__checks import FLOOR
+from threefold.predictions.checks import FLOOR
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

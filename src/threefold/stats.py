@@ -16,7 +16,7 @@ import numpy.typing as npt
 from scipy.special import ndtri, stdtrit  # scipy.stats takes a second to import
 
 from threefold.errors import DataError
-from threefold.predictions__checks import check_labels, check_probs
+from threefold.predictions.checks import check_labels, check_probs
 from threefold.resampling import (
     LEVEL,
     RESAMPLES,

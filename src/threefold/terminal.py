@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from threefold.predictions__results_schema import (
+from threefold.predictions.results_schema import (
     ClassScore,
     Comparison,
     DistillationResults,

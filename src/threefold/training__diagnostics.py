@@ -28,8 +28,8 @@ from threefold.evaluate import Evaluation
 from threefold.files import read_json, write_json
 from threefold.gradcam import NoMap, ensemble_cam
 from threefold.pixels import PixelCache
-from threefold.predictions import Predictions
-from threefold.predictions__results_schema import Audit, Copies, CopyPair
+from threefold.predictions.predictions import Predictions
+from threefold.predictions.results_schema import Audit, Copies, CopyPair
 from threefold.recipe_schema import MemberSpec
 from threefold.run import Run
 from threefold.stats import confusion_matrix

@@ -26,8 +26,8 @@ from threefold.data.dataset import ImageDataset, Sources
 from threefold.errors import RunError
 from threefold.evaluate import evaluate
 from threefold.files import read_arrays, sha256, write_arrays
-from threefold.predictions import Predictions
-from threefold.predictions__results_schema import (
+from threefold.predictions.predictions import Predictions
+from threefold.predictions.results_schema import (
     AnswerCost,
     Comparison,
     DistillationResults,

@@ -24,7 +24,7 @@ from threefold.conformal import (
 )
 from threefold.crossfit import stratified_parts
 from threefold.errors import DataError
-from threefold.predictions__checks import check_labels, check_probs
+from threefold.predictions.checks import check_labels, check_probs
 from threefold.resampling import check_groups
 
 CROSS_FITTED: Final = "oof, cross-fitted"

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from threefold.errors import DataError
-from threefold.predictions__checks import FLOOR
+from threefold.predictions.checks import FLOOR
 
 WeightedScore = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """Maps probs (n, k), labels (n,) and weights (n, r) to scores (r,), NaN where not defined."""

@@ -14,20 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from threefold.adapters import (
+from threefold.errors import DataError
+from threefold.files import write_bytes
+from threefold.predictions.adapters import (
     ARRAYS,
     from_arrays,
     from_table,
     is_reserved_column,
     number_columns,
 )
-from threefold.columns import import_pyarrow, read_csv, read_json, read_parquet
-from threefold.containers import content_of, npz_dtypes, read_npy, read_npz, read_pt
-from threefold.errors import DataError
-from threefold.files import write_bytes
-from threefold.joining import join_predictions
-from threefold.parts import FileContent, LabelSource, LabelTable, build_predictions
-from threefold.predictions import Predictions
+from threefold.predictions.array_files import content_of, npz_dtypes, read_npy, read_npz, read_pt
+from threefold.predictions.join import join_predictions
+from threefold.predictions.labels import FileContent, LabelSource, LabelTable, build_predictions
+from threefold.predictions.predictions import Predictions
+from threefold.predictions.tables import import_pyarrow, read_csv, read_json, read_parquet
 
 Classes = Sequence[str] | str | Path
 

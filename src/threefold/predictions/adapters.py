@@ -15,10 +15,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from threefold.columns import Table
 from threefold.errors import DataError
-from threefold.parts import FileContent
-from threefold.predictions import parse_provenance
+from threefold.predictions.labels import FileContent
+from threefold.predictions.predictions import parse_provenance
+from threefold.predictions.tables import Table
 
 COLUMNS: Final = ("id", "path", "label", "group", "fold", "roles", "member", "protocol", "kind")
 """Columns with a fixed meaning; every other column of a table is a class."""

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from threefold.errors import DataError
-from threefold.predictions__results_schema import LedgerLine
+from threefold.predictions.results_schema import LedgerLine
 
 FIT: Final = 1
 """Bit of `Predictions.roles`: gradients came from the row."""

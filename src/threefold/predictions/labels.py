@@ -17,8 +17,8 @@ import numpy as np
 
 from threefold.data.natural_order import natural_key
 from threefold.errors import DataError
-from threefold.predictions import Predictions, default_names
-from threefold.predictions__checks import SUM_TOLERANCE
+from threefold.predictions.checks import SUM_TOLERANCE
+from threefold.predictions.predictions import Predictions, default_names
 
 _FIX_CLASS_ORDER = "save `classes` in the order of the columns, or give classes="
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from threefold.errors import RunError
 from threefold.files import read_arrays, read_json, sha256, write_arrays, write_bytes, write_json
-from threefold.predictions import Predictions
-from threefold.predictions__records import (
+from threefold.predictions.predictions import Predictions
+from threefold.predictions.records import (
     VERSION,
     FirstOpening,
     JobRecord,
@@ -28,7 +28,7 @@ from threefold.predictions__records import (
     RunInfo,
     TestLedger,
 )
-from threefold.predictions__results_schema import ChosenViews, Results
+from threefold.predictions.results_schema import ChosenViews, Results
 from threefold.recipe import Job, Recipe, fold_name
 
 OPENED_ONCE = ("train", "reproduce", "export")

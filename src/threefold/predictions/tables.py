@@ -17,8 +17,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from threefold.containers import COPY_FIX, check_size
 from threefold.errors import DataError
+from threefold.predictions.array_files import COPY_FIX, check_size
 
 MAX_JSON: Final = 256 << 20
 """Largest JSON file in bytes. It is parsed at once and takes about ten times its size."""

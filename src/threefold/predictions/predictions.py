@@ -18,11 +18,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from threefold.containers import content_of, read_npz
 from threefold.errors import DataError
 from threefold.files import write_arrays
-from threefold.ledger import FIT, SCORE, SELECT, TEACH, Ledger
-from threefold.predictions__checks import check_labels, check_probs
+from threefold.predictions.array_files import content_of, read_npz
+from threefold.predictions.checks import check_labels, check_probs
+from threefold.predictions.ledger import FIT, SCORE, SELECT, TEACH, Ledger
 
 Protocol = Literal["honest", "paper", "taught"]
 Kind = Literal["oof", "test", "foreign"]

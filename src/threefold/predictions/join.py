@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from threefold.errors import DataError
-from threefold.predictions import Predictions, Protocol, default_ids
+from threefold.predictions.predictions import Predictions, Protocol, default_ids
 
 
 def join_predictions(parts: Sequence[Predictions]) -> Predictions:

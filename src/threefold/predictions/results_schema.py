@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from threefold.predictions__records import FirstOpening, Record, VersionedRecord
+from threefold.predictions.records import FirstOpening, Record, VersionedRecord
 
 Interval = tuple[float, float]
 """Lower and upper end of a confidence interval."""
