@@ -20,12 +20,12 @@ from threefold.crossfit import stratified_parts
 from threefold.data.dataset import ImageDataset, load_data
 from threefold.models__member import Member, build_member
 from threefold.models__resize import resize_square
-from threefold.paired import mcnemar_exact
 from threefold.provenance import commit, hardware
 from threefold.recipe import packaged
 from threefold.scaling import apply_temperature, fit_temperature
 from threefold.softloss import soft_loss, soften
-from threefold.stats import share_interval
+from threefold.stats.paired_tests import mcnemar_exact
+from threefold.stats.scores import share_interval
 
 CPU, K = torch.device("cpu"), 10
 SETTINGS = ((0.5, 2.0), (0.9, 2.0), (0.9, 4.0), (1.0, 1.0))

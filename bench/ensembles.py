@@ -36,11 +36,11 @@ from pools import KINDS, draw_pool
 
 from threefold.crossfit import cross_fit
 from threefold.ensembles__registry import ENSEMBLES, choose, make_ensemble
-from threefold.paired import holm
 from threefold.predictions.checks import FLOOR
 from threefold.predictions.predictions import Predictions
 from threefold.provenance import commit, hardware
 from threefold.scaling import apply_temperature, fit_temperature
+from threefold.stats.paired_tests import holm
 
 QUICK = tuple(name for name in ENSEMBLES if not name.startswith("stacked"))
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from threefold import train
-from threefold.paired import mcnemar_exact, seeds_difference
 from threefold.predictions.predictions import Predictions
 from threefold.provenance import commit, hardware
 from threefold.recipe import packaged
+from threefold.stats.paired_tests import mcnemar_exact, seeds_difference
 
 
 def print_table(kind: str, rows: list[Predictions]) -> None:

@@ -29,7 +29,8 @@ from nulls import equals, expected_best, grouped_equals, noise, softmaxes, train
 from threefold.cascade import Cascade
 from threefold.crossfit import cross_fit
 from threefold.ensembles__registry import make_ensemble
-from threefold.paired import (
+from threefold.provenance import commit, hardware
+from threefold.stats.paired_tests import (
     Difference,
     SeedsDifference,
     cochran_q,
@@ -39,8 +40,7 @@ from threefold.paired import (
     score_difference,
     seeds_difference,
 )
-from threefold.provenance import commit, hardware
-from threefold.stats import wilson_interval
+from threefold.stats.scores import wilson_interval
 
 Rng = np.random.Generator
 

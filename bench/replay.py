@@ -25,7 +25,11 @@ import numpy as np
 from threefold.crossfit import cross_fit, stratified_parts
 from threefold.diversity import distinct, duplicates
 from threefold.ensembles__registry import ENSEMBLES, make_ensemble
-from threefold.paired import (
+from threefold.predictions.checks import FLOOR
+from threefold.predictions.predictions import Predictions
+from threefold.provenance import commit, hardware
+from threefold.scaling import apply_temperature, fit_temperature
+from threefold.stats.paired_tests import (
     Difference,
     holm,
     mcnemar_exact,
@@ -33,11 +37,7 @@ from threefold.paired import (
     required_rows_from_counts,
     verdict,
 )
-from threefold.predictions.checks import FLOOR
-from threefold.predictions.predictions import Predictions
-from threefold.provenance import commit, hardware
-from threefold.scaling import apply_temperature, fit_temperature
-from threefold.stats import wilson_interval
+from threefold.stats.scores import wilson_interval
 
 NETWORKS = ("stacked-shrunk", "stacked")
 SHORT = {

@@ -20,10 +20,10 @@ from threefold.data.splits import assign_roles
 from threefold.models__member import build_member
 from threefold.models__resize import resize_square
 from threefold.models__views import Views
-from threefold.paired import mcnemar_exact
 from threefold.provenance import commit, hardware
 from threefold.recipe_schema import DataSpec, FoldSpec, MemberSpec, ViewSpec
-from threefold.stats import wilson_interval
+from threefold.stats.paired_tests import mcnemar_exact
+from threefold.stats.scores import wilson_interval
 
 
 class OverViews(nn.Module):

@@ -19,10 +19,10 @@ from support__summaries import (
     fake_scores,
 )
 
-from threefold import stats
 from threefold.files import write_arrays, write_json
 from threefold.predictions.records import VERSION
 from threefold.recipe import Recipe
+from threefold.stats import scores as stats
 
 LOOKALIKE = (6, 3, 4, 1, 2, 7, 0, 9, 5, 7)
 """For every garment the one that it is most often taken for."""

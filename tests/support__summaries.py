@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
-from threefold import paired, stats
 from threefold.predictions.results_schema import PredictionSummary
+from threefold.stats import paired_tests
+from threefold.stats import scores as stats
 
 FASHION = (
     "T-shirt/top",
@@ -106,7 +107,7 @@ def fake_comparisons(
         )
         both = max(n // 20, abs(gap))
         counts.append(((both + gap) // 2, (both + gap) // 2 - gap))
-    ps = paired.holm([float(binomtest(a, a + b).pvalue) if a + b else 1.0 for a, b in counts])
+    ps = paired_tests.holm([float(binomtest(a, a + b).pvalue) if a + b else 1.0 for a, b in counts])
     return [
         {
             "a": a,
@@ -115,7 +116,7 @@ def fake_comparisons(
             "only_b": only_b,
             "p": float(p),
             "rows": by_name[a]["rows"],
-            "verdict": paired.verdict(a, b, only_a, only_b, float(p)),
+            "verdict": paired_tests.verdict(a, b, only_a, only_b, float(p)),
         }
         for (a, b), (only_a, only_b), p in zip(pairs, counts, ps, strict=True)
     ]

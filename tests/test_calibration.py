@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from pools import biased_probs, draw_labels
 from scipy.special import softmax
 
-from threefold import stats
 from threefold.calibration import (
     METHODS,
     Calibration,
@@ -22,7 +21,6 @@ from threefold.calibration import (
     fit_calibration,
     saved_calibration,
 )
-from threefold.choice import standard_error
 from threefold.crossfit import stratified_parts
 from threefold.errors import DataError
 from threefold.scaling import (
@@ -33,6 +31,8 @@ from threefold.scaling import (
     fit_temperature,
     fit_vector,
 )
+from threefold.stats import scores
+from threefold.stats.one_standard_error import standard_error
 
 LAW = settings(max_examples=40, deadline=None)
 
@@ -72,7 +72,7 @@ def test_the_choice_is_made_on_cross_fitted_rows() -> None:
     chosen = choose_calibration(probs, labels)
 
     in_sample = apply_vector(probs, fit_vector(probs, labels))
-    assert stats.log_loss(chosen.probs, labels) > stats.log_loss(in_sample, labels)
+    assert scores.log_loss(chosen.probs, labels) > scores.log_loss(in_sample, labels)
 
 
 def test_the_choice_cross_fits_in_the_given_folds() -> None:

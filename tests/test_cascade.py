@@ -18,9 +18,9 @@ from threefold.cascade import (
 )
 from threefold.crossfit import stratified_parts
 from threefold.errors import DataError, RunError
-from threefold.resampling import LEVEL
 from threefold.savings import CROSS_FITTED, cascade_card, fit_savings
 from threefold.stacked import StackedEnsemble
+from threefold.stats.bootstrap import LEVEL
 
 STAGES = [[0], [1], [2]]
 

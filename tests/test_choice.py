@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from threefold.choice import simplest
+from threefold.stats.one_standard_error import simplest
 
 
 def hits(right: int, n: int = 1000) -> np.ndarray:

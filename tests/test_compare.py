@@ -10,9 +10,9 @@ import pytest
 
 from threefold.compare import compare_saved
 from threefold.errors import DataError, ThreefoldError
-from threefold.paired import holm, mcnemar_exact
 from threefold.predictions.predictions import Predictions
 from threefold.run import Run
+from threefold.stats.paired_tests import holm, mcnemar_exact
 
 AUTHORS = Path(__file__).parents[2] / "shared/data/fashion_mnist_authors_predictions.npz"
 

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pools import draw_pool, scored
 
-from threefold import paired, stats
 from threefold.combiners import Ensemble
 from threefold.crossfit import cross_fit
 from threefold.ensembles__averaging import MeanEnsemble
@@ -30,6 +29,7 @@ from threefold.predictions.predictions import Predictions
 from threefold.recipe_schema import EnsembleSpec
 from threefold.scaling import apply_temperature
 from threefold.stacked import StackedEnsemble
+from threefold.stats import paired_tests, scores
 
 AUTHORS = Path(__file__).parents[2] / "shared" / "data" / "fashion_mnist_authors_predictions.npz"
 QUICK = ("mean", "best", "weighted", "greedy", "pool", "logistic")
@@ -302,7 +302,7 @@ def test_the_papers_fashion_mnist_ensembles(
     answers = make_ensemble(method).predict_proba(mixed.probs)
 
     assert len(mixed.members) == 3
-    assert stats.correct(answers, mixed.labels).sum() == correct
+    assert scores.correct(answers, mixed.labels).sum() == correct
 
 
 def test_the_papers_ensemble_beats_its_best_member(authors: Predictions) -> None:
@@ -310,8 +310,8 @@ def test_the_papers_ensemble_beats_its_best_member(authors: Predictions) -> None
     mixed = authors.select([name for name in authors.members if "_Mixed_" in name])
     best = max(mixed.members, key=lambda name: hits[name].sum())
 
-    ensemble = stats.correct(MeanEnsemble().predict_proba(mixed.probs), mixed.labels)
-    only_ensemble, only_best, p = paired.mcnemar_exact(ensemble, hits[best])
+    ensemble = scores.correct(MeanEnsemble().predict_proba(mixed.probs), mixed.labels)
+    only_ensemble, only_best, p = paired_tests.mcnemar_exact(ensemble, hits[best])
 
     assert best.endswith("SEResNeXt101")
     assert (only_ensemble, only_best) == (114, 77)
@@ -322,8 +322,8 @@ def test_the_papers_heads_do_not_differ(authors: Predictions) -> None:
     hits = dict(zip(authors.members, authors.probs.argmax(-1) == authors.labels, strict=True))
     std, gru = (hits[f"FashionMNIST_SEResNext101_LRG299_{name}"] for name in ("Mul", "GRU_Mul"))
 
-    test = paired.mcnemar_exact(std, gru)
-    sentence = paired.verdict("LRG299", "GRU", *test)
+    test = paired_tests.mcnemar_exact(std, gru)
+    sentence = paired_tests.verdict("LRG299", "GRU", *test)
 
     assert test == pytest.approx((141, 140, 1.0))
     assert sentence == "no evidence of a difference: 141 against 140 images, p = 1.00"

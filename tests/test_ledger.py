@@ -22,7 +22,7 @@ from threefold.predictions.predictions import Predictions
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe_schema import EnsembleSpec, FoldSpec
 from threefold.scoring import score_ensemble
-from threefold.stats import accuracy, share_interval
+from threefold.stats.scores import accuracy, share_interval
 
 
 def noise(n: int, k: int = 4, m: int = 6, seed: int = 0, **more: object) -> Predictions:

@@ -12,11 +12,12 @@ from fakeruns import answers
 from htmlpage import Page
 from support__summaries import FASHION, fake_summary, fake_tree
 
-from threefold import charts, paired
+from threefold import charts
 from threefold.errors import DataError, RunError
 from threefold.predictions.results_schema import PredictionSummary
 from threefold.report__pages import write_page
-from threefold.stats import paired_interval
+from threefold.stats import paired_tests
+from threefold.stats.scores import paired_interval
 
 KINDS = ("ensemble", "evaluate", "compare")
 HOSTILE = " <script>alert(1)</script> 木漏れ日" + "w" * 90
@@ -133,7 +134,7 @@ def test_interval_from_counts_is_that_of_the_bootstrap(only_a: int, only_b: int,
     first[:only_a], second[only_a : only_a + only_b] = True, True
     found, drawn = (
         paired_interval(only_a, only_b, n, 0.95),
-        paired.paired_bootstrap(first, second, resamples=4000),
+        paired_tests.paired_bootstrap(first, second, resamples=4000),
     )
     width = drawn.high - drawn.low
     np.testing.assert_allclose(found, drawn[1:], atol=0.12 * width)

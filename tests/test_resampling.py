@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from threefold import resampling
 from threefold.errors import DataError
+from threefold.stats import bootstrap
 
 LAW = settings(max_examples=40, deadline=None)
 
@@ -30,14 +30,14 @@ def test_as_many_are_drawn_as_there_are(n: int, resamples: int, chunk: int, seed
     rng = np.random.default_rng(seed)
     part, cells = (np.unique(rng.integers(0, 6, n), return_inverse=True)[1] for _ in range(2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resampling, "_CHUNK", chunk)
+        patch.setattr(bootstrap, "_CHUNK", chunk)
         rows, grouped, per_cell, both = (
             together(draws)
             for draws in (
-                resampling.row_weights(n, None, resamples, seed),
-                resampling.row_weights(n, part, resamples, seed),
-                resampling.cell_weights(cells, None, resamples, seed),
-                resampling.cell_weights(cells, part, resamples, seed),
+                bootstrap.row_weights(n, None, resamples, seed),
+                bootstrap.row_weights(n, part, resamples, seed),
+                bootstrap.cell_weights(cells, None, resamples, seed),
+                bootstrap.cell_weights(cells, part, resamples, seed),
             )
         )
 
@@ -57,7 +57,7 @@ def test_as_many_are_drawn_as_there_are(n: int, resamples: int, chunk: int, seed
 
 @pytest.mark.parametrize(
     "draw",
-    [resampling.unit_weights, lambda n, r, s: resampling.cell_weights(np.arange(n), None, r, s)],
+    [bootstrap.unit_weights, lambda n, r, s: bootstrap.cell_weights(np.arange(n), None, r, s)],
 )
 def test_draws_are_multinomial(draw: Callable) -> None:
     weights = together(draw(20, 20_000, 0))
@@ -72,15 +72,15 @@ def test_draws_are_multinomial(draw: Callable) -> None:
 def test_an_interval_leaves_out_draws_without_a_value() -> None:
     values = np.concatenate([np.arange(101.0), [np.nan] * 50])
 
-    assert resampling.percentile_interval(values, 0.9) == pytest.approx((5, 95))
+    assert bootstrap.percentile_interval(values, 0.9) == pytest.approx((5, 95))
     with pytest.raises(DataError, match="not defined in any bootstrap resample"):
-        resampling.percentile_interval(np.full(3, np.nan), 0.9)
+        bootstrap.percentile_interval(np.full(3, np.nan), 0.9)
 
 
 def test_groups_are_numbered_by_name() -> None:
-    assert resampling.check_groups(["b", "a", "b"], 3).tolist() == [1, 0, 1]
-    assert resampling.check_groups(np.array([7, 3, 7]), 3).tolist() == [1, 0, 1]
-    assert resampling.check_groups(np.array(["x", 3, "x"], dtype=object), 3).tolist() == [1, 0, 1]
+    assert bootstrap.check_groups(["b", "a", "b"], 3).tolist() == [1, 0, 1]
+    assert bootstrap.check_groups(np.array([7, 3, 7]), 3).tolist() == [1, 0, 1]
+    assert bootstrap.check_groups(np.array(["x", 3, "x"], dtype=object), 3).tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_groups_are_numbered_by_name() -> None:
 )
 def test_groups_without_sense_are_refused(groups: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        resampling.check_groups(groups, 3)  # type: ignore[arg-type]
+        bootstrap.check_groups(groups, 3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -104,24 +104,24 @@ def test_groups_without_sense_are_refused(groups: object, message: str) -> None:
 )
 def test_hits_are_booleans(hits: object) -> None:
     with pytest.raises(DataError, match="hits"):
-        resampling.check_hits(hits)  # type: ignore[arg-type]
+        bootstrap.check_hits(hits)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("values", [["a"], [], [[1.0]], [np.nan], [np.inf], 3.0, [[1], [1, 2]]])
 def test_scores_are_finite_numbers(values: object) -> None:
     with pytest.raises(DataError, match="scores"):
-        resampling.check_numbers(values)  # type: ignore[arg-type]
+        bootstrap.check_numbers(values)  # type: ignore[arg-type]
 
 
 def test_few_draws_have_no_ends() -> None:
-    resampling.check_draws(0.95, 40)
+    bootstrap.check_draws(0.95, 40)
 
     with pytest.raises(DataError, match="expected at least 40, got 39"):
-        resampling.check_draws(0.95, 39)
+        bootstrap.check_draws(0.95, 39)
 
     for level in (0, 1, 95, np.nan):
         with pytest.raises(DataError, match="confidence level"):
-            resampling.check_draws(level, 2000)
+            bootstrap.check_draws(level, 2000)
 
 
 def test_column_sums_have_one_distribution_for_few_and_many_kinds() -> None:
@@ -129,7 +129,7 @@ def test_column_sums_have_one_distribution_for_few_and_many_kinds() -> None:
     kinds = rng.integers(0, 2, (2, 4000)).astype(float)
     many = np.stack([kinds[0], np.arange(4000.0)])  # no two units alike: drawn one by one
     for columns in (kinds, many):
-        sums = np.concatenate(list(resampling.column_sums(columns, 2000, 1)), axis=1)
+        sums = np.concatenate(list(bootstrap.column_sums(columns, 2000, 1)), axis=1)
         assert sums.shape == (2, 2000)
         share = columns[0].mean()
         assert (

@@ -14,7 +14,6 @@ from pools import biased_probs, draw_labels
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 
-from threefold import stats
 from threefold.errors import DataError
 from threefold.scaling import (
     SMALLEST_SCALE,
@@ -33,6 +32,7 @@ from threefold.scaling import (
     temperature_module,
     vector_module,
 )
+from threefold.stats import scores
 
 LAW = settings(max_examples=40, deadline=None)
 
@@ -47,7 +47,7 @@ def test_temperature_undoes_a_known_sharpening() -> None:
         assert fit_temperature(sharpened, labels) == pytest.approx(1 / temperature, rel=0.05)
     overconfident = softmax(np.log(probs) * 3, -1)
     calibrated = apply_temperature(overconfident, fit_temperature(overconfident, labels))
-    assert stats.ece(calibrated, labels) < 0.02 < stats.ece(overconfident, labels)
+    assert scores.ece(calibrated, labels) < 0.02 < scores.ece(overconfident, labels)
 
 
 @settings(max_examples=50, deadline=None)
@@ -87,9 +87,9 @@ def test_temperature_minimizes_the_log_loss() -> None:
 
         best = fit_temperature(probs, labels)
 
-        loss = stats.log_loss(apply_temperature(probs, best), labels)
+        loss = scores.log_loss(apply_temperature(probs, best), labels)
         for factor in (0.99, 1.01):
-            assert loss < stats.log_loss(apply_temperature(probs, best * factor), labels)
+            assert loss < scores.log_loss(apply_temperature(probs, best * factor), labels)
     assert fit_temperature(np.full((9, 3), 1 / 3), np.arange(9) % 3) == 1.0
 
 
@@ -137,8 +137,8 @@ def test_vector_scaling_undoes_a_bias_of_each_class() -> None:
 
     assert bias - bias.mean() == pytest.approx([-1.5, 0, 1.5], abs=0.1)
     assert scale == pytest.approx(np.ones(3), abs=0.1)
-    assert stats.log_loss(by_vector, labels) < stats.log_loss(by_temperature, labels) - 0.1
-    assert stats.accuracy(by_vector, labels) > stats.accuracy(by_temperature, labels) + 0.05
+    assert scores.log_loss(by_vector, labels) < scores.log_loss(by_temperature, labels) - 0.1
+    assert scores.accuracy(by_vector, labels) > scores.accuracy(by_temperature, labels) + 0.05
 
 
 def test_vector_scaling_becomes_temperature_with_shrinkage() -> None:

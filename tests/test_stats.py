@@ -12,9 +12,9 @@ from scipy.stats import binomtest, bootstrap, t
 from sklearn import metrics
 from sklearn.calibration import calibration_curve
 
-from threefold import stats
 from threefold.errors import DataError
-from threefold.weighted import SCORES, score_value
+from threefold.stats import scores
+from threefold.stats.weighted_scores import SCORES, score_value
 
 LAW = settings(max_examples=60, deadline=None)
 
@@ -34,30 +34,30 @@ def test_scores_equal_scikit_learns(data: tuple[np.ndarray, np.ndarray]) -> None
     probs, labels = data
     numbers = np.arange(probs.shape[1])
 
-    assert stats.accuracy(probs, labels) == pytest.approx(
+    assert scores.accuracy(probs, labels) == pytest.approx(
         metrics.accuracy_score(labels, probs.argmax(1)), abs=1e-12
     )
-    assert stats.log_loss(probs, labels) == pytest.approx(
+    assert scores.log_loss(probs, labels) == pytest.approx(
         metrics.log_loss(labels, probs, labels=numbers), rel=1e-9
     )
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # answers that are no row's label
         recall = metrics.balanced_accuracy_score(labels, probs.argmax(1))
-        assert stats.balanced_accuracy(probs, labels) == pytest.approx(recall)
+        assert scores.balanced_accuracy(probs, labels) == pytest.approx(recall)
     if len(numbers) == 2:
-        assert stats.brier(probs, labels) == pytest.approx(
+        assert scores.brier(probs, labels) == pytest.approx(
             2 * metrics.brier_score_loss(labels, probs[:, 1], pos_label=1)
         )
     one_hot = np.eye(len(numbers))[labels]
 
-    assert stats.brier(probs, labels) == pytest.approx(
+    assert scores.brier(probs, labels) == pytest.approx(
         ((probs - one_hot) ** 2).sum(1).mean(), rel=1e-9
     )
 
     expected = metrics.confusion_matrix(labels, probs.argmax(1), labels=numbers)
 
-    assert (stats.confusion_matrix(probs, labels) == expected).all()
+    assert (scores.confusion_matrix(probs, labels) == expected).all()
 
 
 @LAW
@@ -67,7 +67,7 @@ def test_per_class_scores_equal_those_of_scikit_learn(
 ) -> None:
     probs, labels = data
     k = probs.shape[1]
-    table = stats.per_class(probs, labels, [f"c{i}" for i in range(k)])
+    table = scores.per_class(probs, labels, [f"c{i}" for i in range(k)])
     precision, recall, f1, n = metrics.precision_recall_fscore_support(
         labels, probs.argmax(1), labels=np.arange(k), zero_division=np.nan
     )
@@ -91,7 +91,7 @@ def test_reliability_curve_and_ece_equal_their_references(
 ) -> None:
     probs, labels = data
     confidence, hits = probs.max(1), probs.argmax(1) == labels
-    curve = stats.reliability_curve(probs, labels, bins)
+    curve = scores.reliability_curve(probs, labels, bins)
     if 0 < hits.sum() < len(hits):  # scikit-learn's wants both kinds of rows
         accuracy, middle = calibration_curve(hits, confidence, n_bins=bins)
         assert curve.accuracy == pytest.approx(accuracy)
@@ -101,7 +101,7 @@ def test_reliability_curve_and_ece_equal_their_references(
     )  # Guo et al. (2017), equation 3: bins closed at their upper ends
     gaps = [abs((confidence - hits)[where == b].sum()) for b in range(1, bins + 1)]
 
-    assert stats.ece(probs, labels, bins) == pytest.approx(sum(gaps) / len(labels))
+    assert scores.ece(probs, labels, bins) == pytest.approx(sum(gaps) / len(labels))
 
 
 @LAW
@@ -111,11 +111,11 @@ def test_wilson_equals_statsmodels(n: int, share: float, level: float) -> None:
     correct = round(share * n)
     expected = proportion.proportion_confint(correct, n, 1 - level, "wilson")
 
-    assert stats.wilson_interval(correct, n, level) == pytest.approx(expected, abs=1e-12)
+    assert scores.wilson_interval(correct, n, level) == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_sure_miss_costs_the_floor_and_not_infinity() -> None:
-    assert stats.log_loss([[1.0, 0.0]], [1]) == pytest.approx(-np.log(1e-7))
+    assert scores.log_loss([[1.0, 0.0]], [1]) == pytest.approx(-np.log(1e-7))
 
 
 @LAW
@@ -124,19 +124,19 @@ def test_wilson_equals_scipys(n: int, share: float, level: float) -> None:
     correct = round(n * share)
     expected = binomtest(correct, n).proportion_ci(level, "wilson")
 
-    assert stats.wilson_interval(correct, n, level) == pytest.approx(
+    assert scores.wilson_interval(correct, n, level) == pytest.approx(
         (expected.low, expected.high), abs=1e-12
     )
 
 
 def test_wilson_at_its_ends() -> None:
-    assert stats.wilson_interval(0, 0) == (0, 1)
-    assert stats.wilson_interval(0, 20).low == 0
-    assert stats.wilson_interval(20, 20).high == 1
+    assert scores.wilson_interval(0, 0) == (0, 1)
+    assert scores.wilson_interval(0, 20).low == 0
+    assert scores.wilson_interval(20, 20).high == 1
 
     for correct, n, level in ((3, 2, 0.95), (-1, 2, 0.95), (1, 2, 1.0), (1, 2, 95)):
         with pytest.raises(DataError):
-            stats.wilson_interval(correct, n, level)
+            scores.wilson_interval(correct, n, level)
 
 
 def test_reliability_by_hand() -> None:
@@ -144,12 +144,12 @@ def test_reliability_by_hand() -> None:
     top = np.array([0.6, 0.625, 0.7, 0.9, 1.0])
     probs = np.column_stack([top, 1 - top])
     labels = np.array([0, 1, 0, 0, 0])
-    curve = stats.reliability_curve(probs, labels, bins=8)
+    curve = scores.reliability_curve(probs, labels, bins=8)
 
     assert curve.confidence == pytest.approx([0.6125, 0.7, 0.95])
     assert curve.accuracy == pytest.approx([0.5, 1, 1])
     assert curve.n.tolist() == [2, 1, 2]
-    assert stats.ece(probs, labels, bins=8) == pytest.approx((2 * 0.1125 + 1 * 0.3 + 2 * 0.05) / 5)
+    assert scores.ece(probs, labels, bins=8) == pytest.approx((2 * 0.1125 + 1 * 0.3 + 2 * 0.05) / 5)
 
 
 def test_ece_tells_calibrated_from_overconfident() -> None:
@@ -157,27 +157,27 @@ def test_ece_tells_calibrated_from_overconfident() -> None:
     top = rng.uniform(0.5, 1, 50_000)
     labels = (rng.random(50_000) > top).astype(int)
 
-    assert stats.ece(np.column_stack([top, 1 - top]), labels) < 0.01
+    assert scores.ece(np.column_stack([top, 1 - top]), labels) < 0.01
 
     sure = top**0.2
 
-    assert stats.ece(np.column_stack([sure, 1 - sure]), labels) > 0.15
+    assert scores.ece(np.column_stack([sure, 1 - sure]), labels) > 0.15
 
 
 @LAW
 @given(data=scored())
 def test_ece_lies_between_the_mean_gap_and_one(data: tuple[np.ndarray, np.ndarray]) -> None:
     probs, labels = data
-    gap = abs(probs.max(1).mean() - stats.accuracy(probs, labels))
+    gap = abs(probs.max(1).mean() - scores.accuracy(probs, labels))
 
-    assert gap - 1e-12 <= stats.ece(probs, labels) <= 1
-    assert stats.reliability_curve(probs, labels).n.sum() == len(labels)
+    assert gap - 1e-12 <= scores.ece(probs, labels) <= 1
+    assert scores.reliability_curve(probs, labels).n.sum() == len(labels)
 
 
 def test_a_score_has_the_figures_of_results_json() -> None:
     probs = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]])
     labels = np.array([0, 1, 1, 1])
-    entry = stats.score_table(probs, labels, level=0.9)
+    entry = scores.score_table(probs, labels, level=0.9)
 
     assert list(entry)[:6] == ["n", "accuracy", "interval", "level", "log_loss", "ece"]
     assert list(entry)[6:] == [
@@ -188,23 +188,23 @@ def test_a_score_has_the_figures_of_results_json() -> None:
         "roc_auc",
     ]
     assert (entry["n"], entry["accuracy"], entry["level"]) == (4, 0.75, 0.9)
-    assert entry["interval"] == list(stats.wilson_interval(3, 4, 0.9))
-    assert entry["log_loss"] == stats.log_loss(probs, labels)
-    assert entry["ece"] == stats.ece(probs, labels)
+    assert entry["interval"] == list(scores.wilson_interval(3, 4, 0.9))
+    assert entry["log_loss"] == scores.log_loss(probs, labels)
+    assert entry["ece"] == scores.ece(probs, labels)
 
     for name in ("brier", "balanced_accuracy", "macro_f1", "roc_auc"):
-        assert entry[name] == getattr(stats, name)(probs, labels)
+        assert entry[name] == getattr(scores, name)(probs, labels)
 
     assert all(type(value) in (int, float, list) for value in entry.values())
 
-    alone = stats.score_table(probs[:1], [0])
+    alone = scores.score_table(probs[:1], [0])
 
     assert (alone["roc_auc"], alone["balanced_accuracy"]) == (None, 1.0)
 
-    grouped = stats.score_table(probs, labels, 0.9, ["a", "a", "b", "b"])
+    grouped = scores.score_table(probs, labels, 0.9, ["a", "a", "b", "b"])
 
     assert grouped["interval"] == list(
-        stats.share_interval(stats.correct(probs, labels), ["a", "a", "b", "b"], 0.9)
+        scores.share_interval(scores.correct(probs, labels), ["a", "a", "b", "b"], 0.9)
     )
     assert {key for key in entry if entry[key] != grouped[key]} <= {
         "interval",
@@ -215,16 +215,16 @@ def test_a_score_has_the_figures_of_results_json() -> None:
 @pytest.mark.parametrize(
     "score",
     [
-        stats.accuracy,
-        stats.log_loss,
-        stats.brier,
-        stats.ece,
-        stats.confusion_matrix,
-        stats.score_table,
-        stats.roc_auc,
-        stats.balanced_accuracy,
-        stats.macro_f1,
-        stats.top_k_accuracy,
+        scores.accuracy,
+        scores.log_loss,
+        scores.brier,
+        scores.ece,
+        scores.confusion_matrix,
+        scores.score_table,
+        scores.roc_auc,
+        scores.balanced_accuracy,
+        scores.macro_f1,
+        scores.top_k_accuracy,
     ],
 )
 def test_scores_refuse_what_does_not_fit(score) -> None:
@@ -238,7 +238,7 @@ def test_scores_refuse_what_does_not_fit(score) -> None:
 
 def test_per_class_refuses_another_number_of_names() -> None:
     with pytest.raises(DataError, match="class names"):
-        stats.per_class(np.full((2, 2), 0.5), [0, 1], ["a"])
+        scores.per_class(np.full((2, 2), 0.5), [0, 1], ["a"])
 
 
 def groups_of(
@@ -252,10 +252,10 @@ def groups_of(
 @LAW
 @given(hits=st.lists(st.booleans(), min_size=2, max_size=60), level=st.sampled_from([0.8, 0.95]))
 def test_groups_of_one_row_are_rows_for_a_share(hits: list[bool], level: float) -> None:
-    rows = stats.wilson_interval(sum(hits), len(hits), level)
+    rows = scores.wilson_interval(sum(hits), len(hits), level)
 
-    assert stats.share_interval(hits, level=level) == rows
-    assert stats.share_interval(hits, list(range(len(hits))), level) == pytest.approx(rows)
+    assert scores.share_interval(hits, level=level) == rows
+    assert scores.share_interval(hits, list(range(len(hits))), level) == pytest.approx(rows)
 
 
 @LAW
@@ -263,7 +263,7 @@ def test_groups_of_one_row_are_rows_for_a_share(hits: list[bool], level: float) 
 def test_groups_never_narrow_the_interval_of_a_share(seed: int, groups: int, largest: int) -> None:
     rng = np.random.default_rng(seed)
     hits, part = groups_of(rng.random(groups), rng.integers(1, largest + 1, groups), rng)
-    alone, found = stats.share_interval(hits), stats.share_interval(hits, part)
+    alone, found = scores.share_interval(hits), scores.share_interval(hits, part)
 
     assert 0 <= found.low <= alone.low + 1e-12
     assert alone.high - 1e-12 <= found.high <= 1
@@ -276,28 +276,28 @@ def test_the_design_effect_by_hand() -> None:
     hits = [1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
     worth = 36 / 11 * (t.ppf(0.975, 11) / t.ppf(0.975, 2)) ** 2
 
-    assert stats.share_interval(hits, list("aaaabbbbcccc")) == pytest.approx(
-        stats.wilson_interval(worth / 2, worth)
+    assert scores.share_interval(hits, list("aaaabbbbcccc")) == pytest.approx(
+        scores.wilson_interval(worth / 2, worth)
     )
 
 
 def test_groups_that_are_alike_count_once_each() -> None:
     hits = np.repeat(np.random.default_rng(0).random(400) < 0.7, 10)
-    found = stats.share_interval(hits, np.repeat(np.arange(400), 10))
+    found = scores.share_interval(hits, np.repeat(np.arange(400), 10))
 
-    assert found == pytest.approx(stats.wilson_interval(hits.sum() / 10, 400), abs=5e-4)
+    assert found == pytest.approx(scores.wilson_interval(hits.sum() / 10, 400), abs=5e-4)
     assert (
-        stats.share_interval(np.ones(40), np.repeat(np.arange(4), 10)).low
-        < stats.wilson_interval(4, 4).low
+        scores.share_interval(np.ones(40), np.repeat(np.arange(4), 10)).low
+        < scores.wilson_interval(4, 4).low
     )
-    assert stats.share_interval(np.ones(40), ["one"] * 40) == (0, 1)
+    assert scores.share_interval(np.ones(40), ["one"] * 40) == (0, 1)
 
 
 def test_grouped_share_interval_has_its_coverage() -> None:
     rng, covered = np.random.default_rng(4), np.zeros(2)
     for _ in range(300):
         hits, part = groups_of(rng.beta(8, 2, 25), rng.integers(5, 30, 25), rng)
-        found = (stats.share_interval(hits, part), stats.share_interval(hits))
+        found = (scores.share_interval(hits, part), scores.share_interval(hits))
         covered += [interval.low <= 0.8 <= interval.high for interval in found]
 
     assert 0.92 <= covered[0] / 300 <= 0.98
@@ -307,17 +307,17 @@ def test_grouped_share_interval_has_its_coverage() -> None:
 def test_shares_are_of_rows_that_count() -> None:
     hits, among = np.array([1, 0, 1, 0, 0]), np.array([1, 1, 1, 0, 0])
 
-    assert stats.share_interval(hits, among=among) == stats.wilson_interval(2, 3)
-    assert stats.share_interval(np.zeros(2), ["a", "b"], among=np.zeros(2)) == (0, 1)
+    assert scores.share_interval(hits, among=among) == scores.wilson_interval(2, 3)
+    assert scores.share_interval(np.zeros(2), ["a", "b"], among=np.zeros(2)) == (0, 1)
 
     for wrong in ([1, 1], [0, 1, 1, 0, 0]):
         with pytest.raises(DataError, match="hits lie outside the rows that count"):
-            stats.share_interval(hits, among=wrong)
+            scores.share_interval(hits, among=wrong)
 
     with pytest.raises(DataError, match="groups have the wrong length"):
-        stats.share_interval(hits, ["a"])
+        scores.share_interval(hits, ["a"])
     with pytest.raises(DataError, match="confidence level"):
-        stats.share_interval(hits, level=1)
+        scores.share_interval(hits, level=1)
 
 
 def answers(n: int, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -331,7 +331,7 @@ def answers(n: int, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("name", ["balanced_accuracy", "macro_f1", "log_loss", "brier"])
 def test_bootstrap_equals_scipys_which_copies_the_rows(name: str) -> None:
     probs, labels = answers(250, 3, 5)
-    score = getattr(stats, name)
+    score = getattr(scores, name)
     low, high = bootstrap(
         (np.arange(250),),
         lambda rows: score(probs[rows], labels[rows]),
@@ -340,34 +340,34 @@ def test_bootstrap_equals_scipys_which_copies_the_rows(name: str) -> None:
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    found = stats.bootstrap_interval(name, probs, labels)
+    found = scores.bootstrap_interval(name, probs, labels)
 
     assert found == pytest.approx((low, high), abs=0.09 * (high - low))
     assert found.low < score(probs, labels) < found.high
-    assert stats.bootstrap_interval(name, probs, labels) == found
-    assert stats.bootstrap_interval(name, probs, labels, seed=1) != found
+    assert scores.bootstrap_interval(name, probs, labels) == found
+    assert scores.bootstrap_interval(name, probs, labels, seed=1) != found
 
 
 def test_whole_groups_are_drawn() -> None:
     probs, labels = answers(60, 3, 6)
     many, groups = (np.repeat(probs, 16, 0), np.repeat(labels, 16)), np.repeat(np.arange(60), 16)
     for name in ("balanced_accuracy", "log_loss"):
-        few = stats.bootstrap_interval(name, probs, labels)
-        assert stats.bootstrap_interval(name, *many, groups) == pytest.approx(
+        few = scores.bootstrap_interval(name, probs, labels)
+        assert scores.bootstrap_interval(name, *many, groups) == pytest.approx(
             few, abs=0.15 * (few.high - few.low)
         )
-        alone = stats.bootstrap_interval(name, *many)
+        alone = scores.bootstrap_interval(name, *many)
         assert 3 < (few.high - few.low) / (alone.high - alone.low) < 5.2  # 4 = sqrt(16) in theory
 
 
 def test_any_function_of_weighted_rows_can_be_bootstrapped() -> None:
     probs, labels = answers(200, 3, 7)
-    found = stats.bootstrap_interval(
+    found = scores.bootstrap_interval(
         lambda p, y, w: (p.argmax(1) == y) @ w / w.sum(0), probs, labels, resamples=5000
     )
 
     assert found == pytest.approx(
-        stats.wilson_interval(int(stats.correct(probs, labels).sum()), 200), abs=0.012
+        scores.wilson_interval(int(scores.correct(probs, labels).sum()), 200), abs=0.012
     )
 
 
@@ -381,14 +381,14 @@ def test_bootstrap_refuses() -> None:
         ({"score": "roc_auc", "labels": np.zeros(20, int)}, "not defined in any"),
     ):
         with pytest.raises(DataError, match=message):
-            stats.bootstrap_interval(
+            scores.bootstrap_interval(
                 **{"score": "accuracy", "probs": probs, "labels": labels, **change}
             )
 
     with pytest.raises(DataError, match="rows of two classes"):
-        stats.roc_auc(probs, np.zeros(20, int))
+        scores.roc_auc(probs, np.zeros(20, int))
     with pytest.raises(DataError, match="top >= 1"):
-        stats.top_k_accuracy(probs, labels, 0)
+        scores.top_k_accuracy(probs, labels, 0)
 
 
 def test_f1_interval_agrees_with_the_bootstrap() -> None:
@@ -399,9 +399,9 @@ def test_f1_interval_agrees_with_the_bootstrap() -> None:
 
     groups = np.arange(2000) // 20
     for part in (None, groups):
-        found = stats.per_class(probs, labels, ["a", "b", "c"], groups=part)[1]["f1_interval"]
-        assert found == pytest.approx(stats.bootstrap_interval(f1, probs, labels, part), abs=0.006)
-    sure = stats.per_class(np.eye(2)[[0] * 20 + [1] * 5], [0] * 20 + [1] * 5, ["a", "b"])
+        found = scores.per_class(probs, labels, ["a", "b", "c"], groups=part)[1]["f1_interval"]
+        assert found == pytest.approx(scores.bootstrap_interval(f1, probs, labels, part), abs=0.006)
+    sure = scores.per_class(np.eye(2)[[0] * 20 + [1] * 5], [0] * 20 + [1] * 5, ["a", "b"])
 
     assert [entry["f1"] for entry in sure] == [1, 1]
     assert sure[1]["f1_interval"][0] < sure[0]["f1_interval"][0] < 1
@@ -421,7 +421,7 @@ def test_an_area_by_sorting_is_that_of_weighted_rows(data: tuple[np.ndarray, np.
 def test_a_table_of_scores_is_its_parts() -> None:
     rng = np.random.default_rng(0)
     probs, labels = rng.dirichlet(np.ones(4), 300), rng.integers(0, 4, 300)
-    entry = stats.score_table(probs, labels)
+    entry = scores.score_table(probs, labels)
     for name in (
         "accuracy",
         "log_loss",
@@ -431,13 +431,13 @@ def test_a_table_of_scores_is_its_parts() -> None:
         "macro_f1",
         "roc_auc",
     ):
-        assert entry[name] == getattr(stats, name)(probs, labels)
+        assert entry[name] == getattr(scores, name)(probs, labels)
 
     assert entry["balanced_accuracy_interval"] == list(
-        stats.bootstrap_interval("balanced_accuracy", probs, labels)
+        scores.bootstrap_interval("balanced_accuracy", probs, labels)
     )
 
-    own = stats.bootstrap_interval(
+    own = scores.bootstrap_interval(
         SCORES["balanced_accuracy"], probs, labels, resamples=4000
     )  # row by row, not by cells
 

@@ -10,7 +10,7 @@ from scipy.special import softmax
 
 from threefold.conformal import ConformalSets, UnknownThreshold
 from threefold.errors import DataError
-from threefold.stats import wilson_interval
+from threefold.stats.scores import wilson_interval
 from threefold.uncertainty import CROSS_FITTED, fit_uncertainty, uncertainty_card
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
 
-from threefold import stats, weighted
 from threefold.errors import DataError
+from threefold.stats import scores, weighted_scores
 
 LAW = settings(max_examples=60, deadline=None)
 
@@ -26,14 +26,14 @@ def scored(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @LAW
-@given(data=scored(), name=st.sampled_from(sorted(weighted.SCORES)))
+@given(data=scored(), name=st.sampled_from(sorted(weighted_scores.SCORES)))
 def test_a_weight_is_a_number_of_copies(
     data: tuple[np.ndarray, np.ndarray, np.ndarray], name: str
 ) -> None:
     probs, labels, weights = data
-    found = weighted.SCORES[name](probs, labels, weights)
+    found = weighted_scores.SCORES[name](probs, labels, weights)
     copies = [np.repeat(np.arange(len(labels)), column.astype(int)) for column in weights.T]
-    expected = [weighted.score_value(name, probs[rows], labels[rows]) for rows in copies]
+    expected = [weighted_scores.score_value(name, probs[rows], labels[rows]) for rows in copies]
 
     assert found == pytest.approx(np.array(expected), nan_ok=True)
 
@@ -62,7 +62,7 @@ def test_scores_equal_scikit_learns(data: tuple[np.ndarray, np.ndarray, np.ndarr
         ]
         expected["roc_auc"] = np.mean(areas) if areas else np.nan
         for name, value in expected.items():
-            assert weighted.SCORES[name](probs, labels, column[:, None])[0] == pytest.approx(
+            assert weighted_scores.SCORES[name](probs, labels, column[:, None])[0] == pytest.approx(
                 value, nan_ok=True
             ), name
 
@@ -72,12 +72,12 @@ def test_top_k_equals_scikit_learns_without_ties(top: int) -> None:
     rng = np.random.default_rng(0)
     probs, labels = rng.dirichlet(np.ones(6), 300), rng.integers(0, 6, 300)
 
-    assert stats.top_k_accuracy(probs, labels, top) == pytest.approx(
+    assert scores.top_k_accuracy(probs, labels, top) == pytest.approx(
         metrics.top_k_accuracy_score(labels, probs, k=top)
     )
 
-    if f"top{top}" in weighted.SCORES:
-        assert weighted.score_value(f"top{top}", probs, labels) == stats.top_k_accuracy(
+    if f"top{top}" in weighted_scores.SCORES:
+        assert weighted_scores.score_value(f"top{top}", probs, labels) == scores.top_k_accuracy(
             probs, labels, top
         )
 
@@ -86,9 +86,11 @@ def test_top_1_breaks_ties_as_the_accuracy_does() -> None:
     probs = np.full((4, 4), 0.25)
 
     assert (
-        stats.top_k_accuracy(probs, np.arange(4), 1) == stats.accuracy(probs, np.arange(4)) == 0.25
+        scores.top_k_accuracy(probs, np.arange(4), 1)
+        == scores.accuracy(probs, np.arange(4))
+        == 0.25
     )
-    assert [stats.top_k_accuracy(probs, np.arange(4), top) for top in (2, 3, 4, 9)] == [
+    assert [scores.top_k_accuracy(probs, np.arange(4), top) for top in (2, 3, 4, 9)] == [
         0.5,
         0.75,
         1,
@@ -99,19 +101,19 @@ def test_top_1_breaks_ties_as_the_accuracy_does() -> None:
 def test_the_area_by_hand() -> None:
     # Class 1 at 0.9, 0.6, 0.6 against 0.6, 0.2: pairs right 1 + 1, 1/2 + 1, 1/2 + 1 of 6.
     one = np.array([0.9, 0.6, 0.6, 0.6, 0.2])
-    assert stats.roc_auc(np.column_stack([1 - one, one]), [1, 1, 1, 0, 0]) == pytest.approx(5 / 6)
+    assert scores.roc_auc(np.column_stack([1 - one, one]), [1, 1, 1, 0, 0]) == pytest.approx(5 / 6)
 
 
 def test_score_is_a_name_or_a_function_of_weights() -> None:
     with pytest.raises(DataError, match="unknown score: auc; expected accuracy, balanced_accuracy"):
-        weighted.check_score("auc")
+        weighted_scores.check_score("auc")
 
     probs, labels, weights = np.full((3, 2), 0.5), np.zeros(3, int), np.ones((3, 4))
-    right = weighted.check_score(lambda p, y, w: p[:, 0] @ w)
+    right = weighted_scores.check_score(lambda p, y, w: p[:, 0] @ w)
 
     assert right(probs, labels, weights) == pytest.approx(np.full(4, 1.5))
 
-    wrong = weighted.check_score(lambda p, y, w: p[:, 0].mean())
+    wrong = weighted_scores.check_score(lambda p, y, w: p[:, 0].mean())
 
     with pytest.raises(DataError, match="one value per weighting"):
         wrong(probs, labels, weights)

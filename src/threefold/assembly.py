@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from threefold.choice import simplest
 from threefold.files import read_arrays
 from threefold.models__views import view_counts
 from threefold.optimism import Counts, optimism_entry
@@ -21,6 +20,7 @@ from threefold.predictions.records import VERSION
 from threefold.predictions.results_schema import ChosenViews, Optimism
 from threefold.recipe import Job
 from threefold.run import Run, stand_ins
+from threefold.stats.one_standard_error import simplest
 from threefold.training__distillation import Distillation
 
 FoldProbs = Mapping[tuple[str, int], Mapping[str, np.ndarray]]

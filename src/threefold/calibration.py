@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import softmax
 
-from threefold.choice import simplest
 from threefold.crossfit import stratified_parts
 from threefold.errors import DataError
 from threefold.predictions.checks import FLOOR, check_labels, check_probs
@@ -30,6 +29,7 @@ from threefold.scaling import (
     temperature_module,
     vector_module,
 )
+from threefold.stats.one_standard_error import simplest
 
 if TYPE_CHECKING:
     from torch import nn

@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from threefold.errors import DataError, RunError
 from threefold.predictions.checks import FLOOR, check_labels, check_probs
-from threefold.resampling import LEVEL
+from threefold.stats.bootstrap import LEVEL
 
 NEVER: Final = 2.0
 """A threshold that no margin reaches."""
@@ -306,7 +306,7 @@ def _effective_rows(
     differs: np.ndarray, groups: npt.ArrayLike | None, level: float = LEVEL
 ) -> float:
     """Return how many independent rows these rows are worth in a one-sided bound."""
-    from threefold.stats import effective_rows
+    from threefold.stats.scores import effective_rows
 
     return float(len(differs)) if groups is None else effective_rows(differs, groups, 2 * level - 1)
 

@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from scipy.optimize import isotonic_regression
 
-from threefold import stats
 from threefold.predictions.results_schema import Score, SizeCurve
+from threefold.stats import scores as stats
 from threefold.svg import ACCENT, INK, LINE, SOFT, draw_svg, percent_ticks, short_name
 
 LINES = 24

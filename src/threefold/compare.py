@@ -11,14 +11,14 @@ from typing import Final
 
 import numpy as np
 
-from threefold import paired, stats
 from threefold.errors import DataError
 from threefold.predictions.formats import Classes, read_predictions
 from threefold.predictions.join import join_predictions
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Comparison, PredictionSummary, Score
 from threefold.predictions.run_folder import RunFolder
-from threefold.resampling import LEVEL
+from threefold.stats import paired_tests, scores
+from threefold.stats.bootstrap import LEVEL
 
 MAX_CONTENDERS: Final = 20
 """Largest number of contenders: 190 pairs are more than anyone reads."""
@@ -93,7 +93,7 @@ def compare_saved(
         warnings=tuple(_warnings(rows, contenders)),
     )
     if len(names) > 2 and all(len(part) == 1 for part in hits):
-        test = paired.cochran_q(np.concatenate(hits))
+        test = paired_tests.cochran_q(np.concatenate(hits))
         summary = summary.replace(cochran_q={"q": test.q, "df": test.df, "p": test.p})
     return summary, rows
 
@@ -187,7 +187,7 @@ def _join(contenders: Sequence[_Contender], shared: bool) -> Predictions:
 
 def _score(rows: Predictions, name: str, probs: np.ndarray) -> Score:
     """Score a contender; of several seeds, the mean figures with the median seed's interval."""
-    tables = [stats.score_table(part, rows.labels, LEVEL, rows.groups) for part in probs]
+    tables = [scores.score_table(part, rows.labels, LEVEL, rows.groups) for part in probs]
     order = sorted(range(len(tables)), key=lambda i: tables[i]["accuracy"])
     table = dict(tables[order[len(order) // 2]])
     if len(tables) > 1:
@@ -219,7 +219,7 @@ def _compare_pairs(
         _compare_pair(rows, names[i], names[j], hits[i], hits[j])
         for i, j in combinations(range(len(names)), 2)
     ]
-    corrected = paired.holm([pair.p for pair in pairs])
+    corrected = paired_tests.holm([pair.p for pair in pairs])
     return tuple(
         pair.replace(p=float(p), verdict=_verdict(pair, float(p), rows))
         for pair, p in zip(pairs, corrected, strict=True)
@@ -238,7 +238,7 @@ def _compare_pair(
             got=f"{len(hits_a)} and {len(hits_b)}",
         )
     if len(hits_a) > 1:
-        seeds = paired.seeds_difference(hits_a, hits_b, rows.groups)
+        seeds = paired_tests.seeds_difference(hits_a, hits_b, rows.groups)
         return Comparison(
             a=a,
             b=b,
@@ -254,8 +254,8 @@ def _compare_pair(
             verdict="",
         )
     first, second = hits_a[0], hits_b[0]
-    test = paired.mcnemar_exact(first, second, rows.groups)
-    gap = paired.paired_bootstrap(first, second, rows.groups)
+    test = paired_tests.mcnemar_exact(first, second, rows.groups)
+    gap = paired_tests.paired_bootstrap(first, second, rows.groups)
     comparison = Comparison(
         a=a,
         b=b,
@@ -282,14 +282,16 @@ def _test_over_folds(rows: Predictions, a: np.ndarray, b: np.ndarray) -> float |
     if folds is None or (folds < 0).any() or len(np.unique(folds)) < 2:
         return None
     first, second = ([hits[folds == fold].mean() for fold in np.unique(folds)] for hits in (a, b))
-    return paired.corrected_t_test(first, second, n_fit=len(first) - 1, n_score=1).p
+    return paired_tests.corrected_t_test(first, second, n_fit=len(first) - 1, n_score=1).p
 
 
 def _verdict(pair: Comparison, p: float, rows: Predictions) -> str:
     """Say which of the two is better, if either is, at the corrected p-value."""
     if pair.only_a is not None and pair.only_b is not None and pair.test is not None:
         n = 0 if rows.groups is not None else len(rows)  # not known for groups
-        return paired.verdict(pair.a, pair.b, pair.only_a, pair.only_b, p, test=pair.test, n=n)
+        return paired_tests.verdict(
+            pair.a, pair.b, pair.only_a, pair.only_b, p, test=pair.test, n=n
+        )
     assert pair.interval is not None
     assert pair.difference is not None
     low, high = pair.interval

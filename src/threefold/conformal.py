@@ -28,7 +28,7 @@ from threefold.errors import DataError, RunError
 from threefold.predictions.checks import check_labels, check_probs
 
 if TYPE_CHECKING:
-    from threefold.resampling import Interval
+    from threefold.stats.bootstrap import Interval
 
 Method = Literal["lac", "aps", "raps"]
 
@@ -260,7 +260,7 @@ def measure_sets(
     Raises:
         DataError: not booleans (n, k), or labels or groups are not usable.
     """
-    from threefold.stats import share_interval
+    from threefold.stats.scores import share_interval
 
     array = np.asarray(sets)
     if array.dtype != np.bool_ or array.ndim != 2 or 0 in array.shape:
@@ -393,7 +393,7 @@ def measure_unknown(unknown: npt.ArrayLike, groups: npt.ArrayLike | None = None)
     Raises:
         DataError: not booleans (n,), or groups are not usable.
     """
-    from threefold.stats import share_interval
+    from threefold.stats.scores import share_interval
 
     interval = share_interval(unknown, groups)
     flags = np.asarray(unknown)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from threefold.choice import simplest
 from threefold.combiners import Ensemble
 from threefold.ensembles__averaging import (
     BestEnsemble,
@@ -31,6 +30,7 @@ from threefold.predictions.ledger import SeenRows
 from threefold.recipe_schema import EnsembleSpec
 from threefold.scaling import apply_temperature, fit_temperature
 from threefold.stacked import ShrunkStackedEnsemble, StackedEnsemble
+from threefold.stats.one_standard_error import simplest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -27,7 +27,7 @@ from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Comparison, Expected, LedgerLine, Optimism, Score
 from threefold.recipe_schema import EnsembleSpec
 from threefold.scoring import Key, comparisons, score_entries
-from threefold.stats import correct, share_interval
+from threefold.stats.scores import correct, share_interval
 
 
 @dataclass

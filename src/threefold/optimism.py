@@ -18,7 +18,7 @@ from threefold.crossfit import stratified_parts
 from threefold.ensembles__registry import choose
 from threefold.errors import DataError
 from threefold.predictions.results_schema import Optimism
-from threefold.resampling import RESAMPLES, check_groups, column_sums, percentile_interval
+from threefold.stats.bootstrap import RESAMPLES, check_groups, column_sums, percentile_interval
 
 
 class Counts(NamedTuple):

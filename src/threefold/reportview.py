@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from threefold import charts, stats
+from threefold import charts
 from threefold.pictures import Thumbs, data_uri
 from threefold.predictions.results_schema import (
     Audit,
@@ -25,6 +25,7 @@ from threefold.predictions.results_schema import (
     SizeCurve,
     Summary,
 )
+from threefold.stats import scores as stats
 
 MATRIX_CLASSES = 30
 """A larger matrix cannot be read; the list of confused pairs can."""

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from threefold import paired, stats
 from threefold.api import train
 from threefold.data.published import data_table
 from threefold.data.synthetic import write_sample
@@ -24,7 +23,6 @@ from threefold.files import read_arrays, read_json, write_json
 from threefold.models__views import view_counts
 from threefold.paper_items import Answer, Cell, Item, Plan
 from threefold.recipe import Recipe, packaged
-from threefold.resampling import LEVEL
 from threefold.run import Run
 from threefold.scales import (
     Protocol,
@@ -34,6 +32,8 @@ from threefold.scales import (
     shrink,
     with_protocol,
 )
+from threefold.stats import paired_tests, scores
+from threefold.stats.bootstrap import LEVEL
 from threefold.training__watcher import Watcher
 
 PER_CLASS = {"cifar100": 4, "surrey-asl": 3}
@@ -314,7 +314,7 @@ def _entries(
 
 def _score(hits: np.ndarray, groups: Sequence[str] | None = None) -> dict[str, Any]:
     """Mean over seeds; the interval counts images (or groups), not seeds."""
-    intervals = np.array([stats.share_interval(row, groups, LEVEL) for row in hits])
+    intervals = np.array([scores.share_interval(row, groups, LEVEL) for row in hits])
     per_seed = hits.mean(1).tolist()
     return {
         "ours": float(hits.mean()),
@@ -342,7 +342,7 @@ def _comparisons(
         (a, b) for a, b in pairs if a in found and b in found and found[a].ids == found[b].ids
     ]
     entries = [_compare(a, b, found[a], found[b]) for a, b in usable]
-    adjusted = paired.holm([entry["p"] for entry in entries]) if entries else np.zeros(0)
+    adjusted = paired_tests.holm([entry["p"] for entry in entries]) if entries else np.zeros(0)
     for entry, p in zip(entries, adjusted, strict=True):
         entry["p_holm"] = float(p)
         entry["verdict"] = _verdict(entry)
@@ -352,7 +352,7 @@ def _comparisons(
 def _compare(a: str, b: str, left: Rows, right: Rows) -> dict[str, Any]:
     base = {"a": a, "b": b, "seeds": len(left.hits)}
     if len(left.hits) > 1:
-        over = paired.seeds_difference(left.hits, right.hits, left.groups, LEVEL)
+        over = paired_tests.seeds_difference(left.hits, right.hits, left.groups, LEVEL)
         test = "crossed random effects over seeds and images"
         return {
             **base,
@@ -362,8 +362,8 @@ def _compare(a: str, b: str, left: Rows, right: Rows) -> dict[str, Any]:
             "p": over.p,
             "per_seed": over.per_seed,
         }
-    counts = paired.mcnemar_exact(left.hits[0], right.hits[0], left.groups)
-    gap = paired.paired_bootstrap(
+    counts = paired_tests.mcnemar_exact(left.hits[0], right.hits[0], left.groups)
+    gap = paired_tests.paired_bootstrap(
         left.hits[0].astype(float), right.hits[0].astype(float), left.groups, level=LEVEL
     )
     return {
@@ -380,7 +380,7 @@ def _compare(a: str, b: str, left: Rows, right: Rows) -> dict[str, Any]:
 def _verdict(entry: Mapping[str, Any]) -> str:
     a, b, p = entry["a"], entry["b"], entry["p_holm"]
     if "only_a" in entry:
-        return paired.verdict(a, b, entry["only_a"], entry["only_b"], p)
+        return paired_tests.verdict(a, b, entry["only_a"], entry["only_b"], p)
     if p > 1 - LEVEL:
         return f"no evidence of a difference over {entry['seeds']} seeds, p = {p:.2f}"
     better, worse = (a, b) if entry["difference"] > 0 else (b, a)

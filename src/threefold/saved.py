@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from threefold import stats
 from threefold.audit import list_suspects, summarize_audit
 from threefold.crossfit import stratified_parts
 from threefold.diversity import diversity, duplicates, size_curve
@@ -27,9 +26,10 @@ from threefold.predictions.results_schema import (
 )
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe_schema import EnsembleSpec
-from threefold.resampling import LEVEL
 from threefold.scaling import apply_temperature, fit_temperature
 from threefold.scoring import per_class
+from threefold.stats import scores as stats
+from threefold.stats.bootstrap import LEVEL
 
 AUTO = tuple(name for name in ENSEMBLES if not name.startswith("stacked"))
 """The methods that `auto` chooses from, fitted in seconds. Add others by name: `auto,stacked`."""

@@ -12,10 +12,10 @@ import numpy.typing as npt
 from threefold.cascade import Cascade, CascadeAnswers, disagreement_bound
 from threefold.crossfit import stratified_parts
 from threefold.errors import DataError
-from threefold.paired import mcnemar_exact, paired_bootstrap
 from threefold.predictions.checks import check_labels, check_probs
-from threefold.resampling import LEVEL
-from threefold.stats import paired_interval, share_interval
+from threefold.stats.bootstrap import LEVEL
+from threefold.stats.paired_tests import mcnemar_exact, paired_bootstrap
+from threefold.stats.scores import paired_interval, share_interval
 
 CROSS_FITTED: Final = "oof, cross-fitted"
 """Name of the rows whose thresholds and temperatures were fitted on other out-of-fold rows."""

@@ -7,12 +7,12 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from threefold import paired, stats
 from threefold.combiners import Ensemble
 from threefold.crossfit import side_by_side
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import ClassScore, Comparison, Score
-from threefold.resampling import LEVEL
+from threefold.stats import paired_tests, scores
+from threefold.stats.bootstrap import LEVEL
 
 TAUGHT: Final = "apparent: the teachers learned from these labels"
 """Marks out-of-fold scores of a student, whose teachers have seen these rows."""
@@ -42,7 +42,7 @@ def score_ensemble(
     seen = ensemble.seen_ is not None and ensemble.seen_.check(
         type(ensemble).__name__, rows.ids, apparent
     )
-    table = stats.score_table(ensemble.predict_proba(rows.probs), rows.labels, LEVEL, rows.groups)
+    table = scores.score_table(ensemble.predict_proba(rows.probs), rows.labels, LEVEL, rows.groups)
     return {
         **table,
         "rows": rows.kind,
@@ -64,7 +64,7 @@ def score_entries(
     """
     apparent, taught = fitted_on == "the scored rows", rows.protocol == "taught"
     figures = side_by_side(
-        lambda probs: stats.score_table(probs, rows.labels, LEVEL, rows.groups), table.values()
+        lambda probs: scores.score_table(probs, rows.labels, LEVEL, rows.groups), table.values()
     )
     entries = []
     for (kind, name), score in zip(table, figures, strict=True):
@@ -108,15 +108,15 @@ def comparisons(
     others = [key for key in table if key[0] == "ensemble" or key[1] not in combined]
     order = [primary, *(key for key in others if key != primary)]
     ensemble_hits = [table[key].argmax(1) == rows.labels for key in order]
-    tests = [paired.mcnemar_exact(a, hits[best], rows.groups) for a in ensemble_hits]
-    p_values = [tests[0].p, *paired.holm([test.p for test in tests[1:]])]
+    tests = [paired_tests.mcnemar_exact(a, hits[best], rows.groups) for a in ensemble_hits]
+    p_values = [tests[0].p, *paired_tests.holm([test.p for test in tests[1:]])]
     name, n = "exact McNemar test", len(rows)
     if rows.groups is not None:
         # With groups the number of images needed is not known, hence n = 0.
         name, n = "McNemar test over whole groups", 0
     entries = []
     for key, a_hits, test, p in zip(order, ensemble_hits, tests, p_values, strict=True):
-        gap = paired.paired_bootstrap(a_hits, hits[best], rows.groups)
+        gap = paired_tests.paired_bootstrap(a_hits, hits[best], rows.groups)
         a = key[1]
         entries.append(
             Comparison(
@@ -126,7 +126,9 @@ def comparisons(
                 only_a=test.only_a,
                 only_b=test.only_b,
                 p=float(p),
-                verdict=paired.verdict(a, best, test.only_a, test.only_b, float(p), test=name, n=n),
+                verdict=paired_tests.verdict(
+                    a, best, test.only_a, test.only_b, float(p), test=name, n=n
+                ),
                 difference=gap.estimate,
                 interval=(gap.low, gap.high),
                 primary=key == primary,
@@ -137,5 +139,5 @@ def comparisons(
 
 def per_class(rows: Predictions, probs: np.ndarray) -> tuple[ClassScore, ...]:
     """Score each class: recall, precision and F1 with intervals; probs (n, k)."""
-    entries = stats.per_class(probs, rows.labels, rows.classes, LEVEL, rows.groups)
+    entries = scores.per_class(probs, rows.labels, rows.classes, LEVEL, rows.groups)
     return tuple(ClassScore(**entry) for entry in entries)

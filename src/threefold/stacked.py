@@ -14,11 +14,11 @@ import numpy as np
 from scipy.special import softmax
 from threadpoolctl import threadpool_limits
 
-from threefold.choice import simplest
 from threefold.combiners import Ensemble, check_fitted_on
 from threefold.crossfit import stratified_parts
 from threefold.ensembles__averaging import MeanEnsemble
 from threefold.predictions.checks import FLOOR
+from threefold.stats.one_standard_error import simplest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -32,7 +32,7 @@ from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Audit, Copies, CopyPair
 from threefold.recipe_schema import MemberSpec
 from threefold.run import Run
-from threefold.stats import confusion_matrix
+from threefold.stats.scores import confusion_matrix
 
 SIDE: Final = 96
 """Width and height of a thumbnail in pixels."""

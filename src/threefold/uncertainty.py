@@ -25,7 +25,7 @@ from threefold.conformal import (
 from threefold.crossfit import stratified_parts
 from threefold.errors import DataError
 from threefold.predictions.checks import check_labels, check_probs
-from threefold.resampling import check_groups
+from threefold.stats.bootstrap import check_groups
 
 CROSS_FITTED: Final = "oof, cross-fitted"
 """Name of the rows if there is no test split: thresholds come from the other parts' rows."""

@@ -17,7 +17,7 @@ from scipy.special import ndtri, stdtrit  # scipy.stats takes a second to import
 
 from threefold.errors import DataError
 from threefold.predictions.checks import check_labels, check_probs
-from threefold.resampling import (
+from threefold.stats.bootstrap import (
     LEVEL,
     RESAMPLES,
     Interval,
@@ -29,7 +29,7 @@ from threefold.resampling import (
     percentile_interval,
     row_weights,
 )
-from threefold.weighted import COUNTED, WeightedScore, check_score, in_top, score_value
+from threefold.stats.weighted_scores import COUNTED, WeightedScore, check_score, in_top, score_value
 
 
 class Reliability(NamedTuple):

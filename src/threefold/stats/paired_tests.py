@@ -16,7 +16,7 @@ from scipy.special import bdtr, betaln, chdtrc, ndtri, stdtr, stdtrit
 
 from threefold.errors import DataError
 from threefold.predictions.checks import check_labels, check_probs
-from threefold.resampling import (
+from threefold.stats.bootstrap import (
     LEVEL,
     RESAMPLES,
     check_draws,
@@ -28,7 +28,7 @@ from threefold.resampling import (
     percentile_interval,
     row_weights,
 )
-from threefold.weighted import WeightedScore, check_score
+from threefold.stats.weighted_scores import WeightedScore, check_score
 
 
 class Difference(NamedTuple):

@@ -1,0 +1,4 @@
+"""Scores, intervals and paired tests on arrays.
+
+Knows no ensemble, recipe or run.
+"""
