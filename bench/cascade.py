@@ -21,11 +21,11 @@ import numpy as np
 
 import threefold
 from threefold.answers import find_images
-from threefold.calibration import fit_calibration
-from threefold.cascade import Cascade, stages_by_cost
-from threefold.conformal import ConformalSets, UnknownThreshold
 from threefold.data.images import decode
-from threefold.ensembles__averaging import MeanEnsemble
+from threefold.ensembles.averaging import MeanEnsemble
+from threefold.ensembles.calibration import fit_calibration
+from threefold.ensembles.cascade import Cascade, stages_by_cost
+from threefold.ensembles.conformal import ConformalSets, UnknownThreshold
 from threefold.files import read_arrays
 from threefold.predictions.formats import read_predictions
 from threefold.provenance import commit, hardware

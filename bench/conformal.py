@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import betabinom
 
-from threefold.conformal import ConformalSets, UnknownThreshold
+from threefold.ensembles.conformal import ConformalSets, UnknownThreshold
 from threefold.predictions.predictions import Predictions
 from threefold.provenance import commit, hardware
 from threefold.uncertainty import fit_uncertainty

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from threefold.crossfit import stratified_parts
 from threefold.data.dataset import ImageDataset, load_data
+from threefold.ensembles.cross_fit import stratified_parts
+from threefold.ensembles.scaling import apply_temperature, fit_temperature
 from threefold.models__member import Member, build_member
 from threefold.models__resize import resize_square
 from threefold.provenance import commit, hardware
 from threefold.recipe import packaged
-from threefold.scaling import apply_temperature, fit_temperature
 from threefold.softloss import soft_loss, soften
 from threefold.stats.paired_tests import mcnemar_exact
 from threefold.stats.scores import share_interval

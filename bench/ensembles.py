@@ -34,12 +34,12 @@ from scipy.stats import t as student_t
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from pools import KINDS, draw_pool
 
-from threefold.crossfit import cross_fit
-from threefold.ensembles__registry import ENSEMBLES, choose, make_ensemble
+from threefold.ensembles.cross_fit import cross_fit
+from threefold.ensembles.registry import ENSEMBLES, choose, make_ensemble
+from threefold.ensembles.scaling import apply_temperature, fit_temperature
 from threefold.predictions.checks import FLOOR
 from threefold.predictions.predictions import Predictions
 from threefold.provenance import commit, hardware
-from threefold.scaling import apply_temperature, fit_temperature
 from threefold.stats.paired_tests import holm
 
 QUICK = tuple(name for name in ENSEMBLES if not name.startswith("stacked"))

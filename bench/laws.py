@@ -26,9 +26,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from nulls import equals, expected_best, grouped_equals, noise, softmaxes, trained
 
-from threefold.cascade import Cascade
-from threefold.crossfit import cross_fit
-from threefold.ensembles__registry import make_ensemble
+from threefold.ensembles.cascade import Cascade
+from threefold.ensembles.cross_fit import cross_fit
+from threefold.ensembles.registry import make_ensemble
 from threefold.provenance import commit, hardware
 from threefold.stats.paired_tests import (
     Difference,

@@ -22,13 +22,13 @@ from pathlib import Path
 
 import numpy as np
 
-from threefold.crossfit import cross_fit, stratified_parts
-from threefold.diversity import distinct, duplicates
-from threefold.ensembles__registry import ENSEMBLES, make_ensemble
+from threefold.ensembles.cross_fit import cross_fit, stratified_parts
+from threefold.ensembles.diversity import distinct, duplicates
+from threefold.ensembles.registry import ENSEMBLES, make_ensemble
+from threefold.ensembles.scaling import apply_temperature, fit_temperature
 from threefold.predictions.checks import FLOOR
 from threefold.predictions.predictions import Predictions
 from threefold.provenance import commit, hardware
-from threefold.scaling import apply_temperature, fit_temperature
 from threefold.stats.paired_tests import (
     Difference,
     holm,

@@ -60,11 +60,11 @@ def export_pipeline(path: Path, size: int) -> None:
     import torch
 
     from threefold import targets
-    from threefold.ensembles__averaging import MeanEnsemble
+    from threefold.ensembles.averaging import MeanEnsemble
+    from threefold.ensembles.scaling import temperature_module
     from threefold.models__member import build_member
     from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
     from threefold.recipe_schema import MemberSpec
-    from threefold.scaling import temperature_module
 
     torch.manual_seed(0)
     members = {}

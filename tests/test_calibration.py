@@ -14,16 +14,15 @@ from hypothesis import strategies as st
 from pools import biased_probs, draw_labels
 from scipy.special import softmax
 
-from threefold.calibration import (
+from threefold.ensembles.calibration import (
     METHODS,
     Calibration,
     choose_calibration,
     fit_calibration,
     saved_calibration,
 )
-from threefold.crossfit import stratified_parts
-from threefold.errors import DataError
-from threefold.scaling import (
+from threefold.ensembles.cross_fit import stratified_parts
+from threefold.ensembles.scaling import (
     VectorScaling,
     apply_temperature,
     apply_vector,
@@ -31,6 +30,7 @@ from threefold.scaling import (
     fit_temperature,
     fit_vector,
 )
+from threefold.errors import DataError
 from threefold.stats import scores
 from threefold.stats.one_standard_error import standard_error
 

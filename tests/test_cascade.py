@@ -9,17 +9,11 @@ import numpy as np
 import pytest
 from scipy.stats import beta
 
-from threefold.cascade import (
-    NEVER,
-    Cascade,
-    disagreement_bound,
-    margins,
-    stages_by_cost,
-)
-from threefold.crossfit import stratified_parts
+from threefold.ensembles.cascade import NEVER, Cascade, disagreement_bound, margins, stages_by_cost
+from threefold.ensembles.cross_fit import stratified_parts
+from threefold.ensembles.stacked import StackedEnsemble
 from threefold.errors import DataError, RunError
 from threefold.savings import CROSS_FITTED, cascade_card, fit_savings
-from threefold.stacked import StackedEnsemble
 from threefold.stats.bootstrap import LEVEL
 
 STAGES = [[0], [1], [2]]

@@ -23,9 +23,10 @@ from typer.testing import CliRunner
 
 import threefold
 from threefold import answers, bundle, exporting, precision, serve, targets
-from threefold.cascade import Cascade, margins
 from threefold.cascading import add_cascade
 from threefold.cli import app
+from threefold.ensembles.cascade import Cascade, margins
+from threefold.ensembles.stacked import StackedEnsemble
 from threefold.errors import ExportError
 from threefold.exporting__export import chosen_ensemble
 from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
@@ -33,7 +34,6 @@ from threefold.parity import check, compare
 from threefold.run import Run
 from threefold.runtime import FAST, FULL, CascadePolicy, Model
 from threefold.savings import cascade_card, fit_savings
-from threefold.stacked import StackedEnsemble
 
 CLASSES, NAMES = ("oak", "elm", "ash"), ("wide", "cheap", "other")
 

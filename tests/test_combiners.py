@@ -13,11 +13,11 @@ from hypothesis.extra import numpy as hnp
 from pools import scored
 from safetensors.numpy import load, save
 
-from threefold.combiners import Ensemble
-from threefold.ensembles__averaging import MeanEnsemble, PrunedEnsemble, VoteEnsemble
-from threefold.ensembles__registry import ENSEMBLES, make_ensemble
+from threefold.ensembles.averaging import MeanEnsemble, PrunedEnsemble, VoteEnsemble
+from threefold.ensembles.base import Ensemble
+from threefold.ensembles.registry import ENSEMBLES, make_ensemble
+from threefold.ensembles.stacked import ShrunkStackedEnsemble, StackedEnsemble
 from threefold.errors import DataError, RecipeError, RunError
-from threefold.stacked import ShrunkStackedEnsemble, StackedEnsemble
 
 NAMES = list(ENSEMBLES)
 NETWORKS = {"stacked": StackedEnsemble, "stacked-shrunk": ShrunkStackedEnsemble}

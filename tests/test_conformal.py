@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 from scipy.stats import betabinom
 
-from threefold.conformal import (
+from threefold.ensembles.conformal import (
     RAPS_PENALTY,
     ConformalSets,
     UnknownThreshold,

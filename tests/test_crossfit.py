@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pools import scored
 
-from threefold.combiners import Ensemble
-from threefold.crossfit import cross_fit
-from threefold.ensembles__averaging import MeanEnsemble, WeightedEnsemble
+from threefold.ensembles.averaging import MeanEnsemble, WeightedEnsemble
+from threefold.ensembles.base import Ensemble
+from threefold.ensembles.cross_fit import cross_fit
 from threefold.errors import DataError
 
 LAW = settings(max_examples=50, deadline=None)

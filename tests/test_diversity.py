@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from pools import draw_pool, scored
 from sklearn.metrics import cohen_kappa_score
 
-from threefold.diversity import distinct, diversity, duplicates, size_curve
-from threefold.ensembles__averaging import MeanEnsemble
+from threefold.ensembles.averaging import MeanEnsemble
+from threefold.ensembles.diversity import distinct, diversity, duplicates, size_curve
 from threefold.errors import DataError
 from threefold.predictions.predictions import Predictions
 

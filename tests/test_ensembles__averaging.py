@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pools import scored
 from scipy.special import softmax
 
-from threefold.ensembles__averaging import BestEnsemble, GreedyEnsemble, WeightedEnsemble
+from threefold.ensembles.averaging import BestEnsemble, GreedyEnsemble, WeightedEnsemble
 from threefold.errors import RecipeError
 
 LAW = settings(max_examples=60, deadline=None)

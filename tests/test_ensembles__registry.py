@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pools import draw_pool, scored
 
-from threefold.combiners import Ensemble
-from threefold.crossfit import cross_fit
-from threefold.ensembles__averaging import MeanEnsemble
-from threefold.ensembles__registry import (
+from threefold.ensembles.averaging import MeanEnsemble
+from threefold.ensembles.base import Ensemble
+from threefold.ensembles.cross_fit import cross_fit
+from threefold.ensembles.registry import (
     ENSEMBLES,
     SelectedEnsemble,
     build_ensemble,
@@ -24,11 +24,11 @@ from threefold.ensembles__registry import (
     make_ensemble,
     restore,
 )
+from threefold.ensembles.scaling import apply_temperature
+from threefold.ensembles.stacked import StackedEnsemble
 from threefold.errors import DataError, RecipeError
 from threefold.predictions.predictions import Predictions
 from threefold.recipe_schema import EnsembleSpec
-from threefold.scaling import apply_temperature
-from threefold.stacked import StackedEnsemble
 from threefold.stats import paired_tests, scores
 
 AUTHORS = Path(__file__).parents[2] / "shared" / "data" / "fashion_mnist_authors_predictions.npz"

@@ -76,7 +76,7 @@ def test_overconfident_members_are_calibrated() -> None:
 
 def test_calibrated_scores_are_cross_fitted() -> None:
     """Changing the labels of one fold must not change that fold's calibrated probabilities."""
-    from threefold.calibration import fit_calibration
+    from threefold.ensembles.calibration import fit_calibration
 
     oof = pool(300, 7, sharpness=1.0)
     labels = oof.labels.copy()

@@ -15,7 +15,8 @@ from PIL import Image
 
 import threefold
 from threefold import targets
-from threefold.ensembles__registry import ENSEMBLES, make_ensemble
+from threefold.ensembles.registry import ENSEMBLES, make_ensemble
+from threefold.ensembles.scaling import temperature_module
 from threefold.errors import DataError, ExportError
 from threefold.evaluate import evaluate
 from threefold.exporting import fold_batch_norm
@@ -24,7 +25,6 @@ from threefold.files import read_arrays
 from threefold.models__pipeline import Combiner, Pipeline, Predictor
 from threefold.results import evaluate_run
 from threefold.run import Run
-from threefold.scaling import temperature_module
 
 
 def whole(run: Run, method: str = "mean") -> Pipeline:

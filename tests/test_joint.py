@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import tiny_tree
 
+from threefold.ensembles.stacked import stacked_network
 from threefold.models__member import (
     JointMember,
     Member,
@@ -16,7 +17,6 @@ from threefold.models__member import (
 )
 from threefold.recipe import Recipe
 from threefold.recipe_schema import HeadSpec, MemberSpec, StageSpec, TrainSpec
-from threefold.stacked import stacked_network
 from threefold.stages import StageTask, train_stage
 from threefold.training__optimizers import create_optimizer, set_trainable, train_mode
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from nulls import equals, expected_best, grouped_equals, noise, softmaxes, trained
 
-from threefold.crossfit import cross_fit
-from threefold.ensembles__registry import make_ensemble
+from threefold.ensembles.cross_fit import cross_fit
+from threefold.ensembles.registry import make_ensemble
 from threefold.stats import paired_tests
 
 PAIRS = 400

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from threefold.combiners import Ensemble
-from threefold.crossfit import cross_fit
 from threefold.data.splits import assign_roles
-from threefold.ensembles__averaging import GreedyEnsemble, MeanEnsemble, WeightedEnsemble
-from threefold.ensembles__registry import SelectedEnsemble, make_ensemble
+from threefold.ensembles.averaging import GreedyEnsemble, MeanEnsemble, WeightedEnsemble
+from threefold.ensembles.base import Ensemble
+from threefold.ensembles.cross_fit import cross_fit
+from threefold.ensembles.registry import SelectedEnsemble, make_ensemble
 from threefold.errors import DataError
 from threefold.evaluate import evaluate
 from threefold.predictions.ledger import FIT, SCORE, SELECT, Ledger, SeenRows

@@ -10,9 +10,9 @@ from pools import draw_pool, scored
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
-from threefold.ensembles__averaging import MeanEnsemble
+from threefold.ensembles.averaging import MeanEnsemble
+from threefold.ensembles.log_linear import RIDGES, LogisticEnsemble, LogPoolEnsemble
 from threefold.errors import RecipeError
-from threefold.loglinear import RIDGES, LogisticEnsemble, LogPoolEnsemble
 
 LAW = settings(max_examples=40, deadline=None)
 

@@ -22,7 +22,7 @@ from threefold.cli import app
 from threefold.data.dataset import load_data
 from threefold.data.published import data_table
 from threefold.data.synthetic import write_sample
-from threefold.ensembles__registry import make_ensemble
+from threefold.ensembles.registry import make_ensemble
 from threefold.errors import DataError, RecipeError
 from threefold.files import write_arrays
 from threefold.paper_items import ITEMS, PICTURES, SAME, Answer, Cell, Item, item, states

@@ -14,8 +14,7 @@ from pools import biased_probs, draw_labels
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 
-from threefold.errors import DataError
-from threefold.scaling import (
+from threefold.ensembles.scaling import (
     SMALLEST_SCALE,
     VectorScaling,
     apply_temperature,
@@ -32,6 +31,7 @@ from threefold.scaling import (
     temperature_module,
     vector_module,
 )
+from threefold.errors import DataError
 from threefold.stats import scores
 
 LAW = settings(max_examples=40, deadline=None)

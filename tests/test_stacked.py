@@ -10,10 +10,10 @@ import pytest
 import torch
 from pools import draw_pool, scored
 
-from threefold import stacked
-from threefold.ensembles__averaging import MeanEnsemble
+from threefold.ensembles import stacked
+from threefold.ensembles.averaging import MeanEnsemble
+from threefold.ensembles.stacked import SHARES, ShrunkStackedEnsemble, StackedEnsemble
 from threefold.errors import DataError
-from threefold.stacked import SHARES, ShrunkStackedEnsemble, StackedEnsemble
 
 
 def small(seed: int = 0) -> StackedEnsemble:

@@ -17,8 +17,8 @@ from torch import nn
 
 import threefold
 from threefold import answers, bundle, targets
-from threefold.calibration import fit_calibration
-from threefold.ensembles__averaging import MeanEnsemble
+from threefold.ensembles.averaging import MeanEnsemble
+from threefold.ensembles.calibration import fit_calibration
 from threefold.errors import ExportError
 from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.runtime import Model

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from threefold.conformal import ConformalSets, UnknownThreshold
+from threefold.ensembles.conformal import ConformalSets, UnknownThreshold
 from threefold.errors import DataError
 from threefold.stats.scores import wilson_interval
 from threefold.uncertainty import CROSS_FITTED, fit_uncertainty, uncertainty_card

@@ -35,8 +35,8 @@ from typer.testing import CliRunner
 import threefold
 from threefold import webruntime
 from threefold.cli import app
-from threefold.conformal import ConformalSets
 from threefold.data.images import decode
+from threefold.ensembles.conformal import ConformalSets
 from threefold.errors import ExportError
 from threefold.run import Run
 from threefold.webfolder import write_web

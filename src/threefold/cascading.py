@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 import onnx_ir as ir
 
-from threefold.cascade import NEVER, Cascade
+from threefold.ensembles.cascade import NEVER, Cascade
 from threefold.errors import ExportError
 from threefold.predictions.checks import FLOOR
 

@@ -74,6 +74,6 @@ def _heads() -> list[str]:
 
 
 def _ensembles() -> list[str]:
-    from threefold.ensembles__registry import ENSEMBLES
+    from threefold.ensembles.registry import ENSEMBLES
 
     return list(ENSEMBLES)

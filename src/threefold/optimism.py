@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from threefold.crossfit import stratified_parts
-from threefold.ensembles__registry import choose
+from threefold.ensembles.cross_fit import stratified_parts
+from threefold.ensembles.registry import choose
 from threefold.errors import DataError
 from threefold.predictions.results_schema import Optimism
 from threefold.stats.bootstrap import RESAMPLES, check_groups, column_sums, percentile_interval

@@ -17,7 +17,7 @@ import numpy as np
 from threefold.api import train
 from threefold.data.published import data_table
 from threefold.data.synthetic import write_sample
-from threefold.ensembles__registry import make_ensemble
+from threefold.ensembles.registry import make_ensemble
 from threefold.errors import DataError, RecipeError
 from threefold.files import read_arrays, read_json, write_json
 from threefold.models__views import view_counts

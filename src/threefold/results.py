@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 import numpy as np
 
 from threefold.assembly import choices_optimism
-from threefold.cascade import stages_by_cost
-from threefold.combiners import Ensemble, LinearEnsemble
 from threefold.cost import measure_cost
-from threefold.ensembles__registry import SelectedEnsemble
+from threefold.ensembles.base import Ensemble, LinearEnsemble
+from threefold.ensembles.cascade import stages_by_cost
+from threefold.ensembles.registry import SelectedEnsemble
 from threefold.evaluate import Evaluation, evaluate
 from threefold.files import read_arrays, write_arrays
 from threefold.heads import describe

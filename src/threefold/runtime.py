@@ -12,9 +12,9 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from threefold.cascade import MODES, Cascade
-from threefold.conformal import ConformalSets, UnknownThreshold
 from threefold.data.images import decode
+from threefold.ensembles.cascade import MODES, Cascade
+from threefold.ensembles.conformal import ConformalSets, UnknownThreshold
 from threefold.errors import DataError, ExportError
 from threefold.modelfile import MEMORY, bytes_beside, open_session, read_card
 

@@ -9,8 +9,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from threefold.cascade import Cascade, CascadeAnswers, disagreement_bound
-from threefold.crossfit import stratified_parts
+from threefold.ensembles.cascade import Cascade, CascadeAnswers, disagreement_bound
+from threefold.ensembles.cross_fit import stratified_parts
 from threefold.errors import DataError
 from threefold.predictions.checks import check_labels, check_probs
 from threefold.stats.bootstrap import LEVEL

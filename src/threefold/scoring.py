@@ -7,8 +7,8 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from threefold.combiners import Ensemble
-from threefold.crossfit import side_by_side
+from threefold.ensembles.base import Ensemble
+from threefold.ensembles.cross_fit import side_by_side
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import ClassScore, Comparison, Score
 from threefold.stats import paired_tests, scores

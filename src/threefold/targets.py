@@ -24,8 +24,8 @@ import torch
 
 from threefold import exporting
 from threefold.bundle import place_file, staged
-from threefold.cascade import Cascade
 from threefold.cascading import add_cascade
+from threefold.ensembles.cascade import Cascade
 from threefold.errors import ExportError
 from threefold.models__pipeline import Pipeline
 from threefold.parity import check, compare

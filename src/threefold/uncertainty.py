@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from threefold.conformal import (
+from threefold.ensembles.conformal import (
     ConformalSets,
     Coverage,
     Rejection,
@@ -22,7 +22,7 @@ from threefold.conformal import (
     measure_sets,
     measure_unknown,
 )
-from threefold.crossfit import stratified_parts
+from threefold.ensembles.cross_fit import stratified_parts
 from threefold.errors import DataError
 from threefold.predictions.checks import check_labels, check_probs
 from threefold.stats.bootstrap import check_groups

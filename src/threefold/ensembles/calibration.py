@@ -13,10 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import softmax
 
-from threefold.crossfit import stratified_parts
-from threefold.errors import DataError
-from threefold.predictions.checks import FLOOR, check_labels, check_probs
-from threefold.scaling import (
+from threefold.ensembles.cross_fit import stratified_parts
+from threefold.ensembles.scaling import (
     VectorScaling,
     apply_vector,
     as_scaling,
@@ -29,6 +27,8 @@ from threefold.scaling import (
     temperature_module,
     vector_module,
 )
+from threefold.errors import DataError
+from threefold.predictions.checks import FLOOR, check_labels, check_probs
 from threefold.stats.one_standard_error import simplest
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ import numpy as np
 from scipy.special import softmax
 from threadpoolctl import threadpool_limits
 
-from threefold.combiners import Ensemble, check_fitted_on
-from threefold.crossfit import stratified_parts
-from threefold.ensembles__averaging import MeanEnsemble
+from threefold.ensembles.averaging import MeanEnsemble
+from threefold.ensembles.base import Ensemble, check_fitted_on
+from threefold.ensembles.cross_fit import stratified_parts
 from threefold.predictions.checks import FLOOR
 from threefold.stats.one_standard_error import simplest
 

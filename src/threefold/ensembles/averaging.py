@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from scipy.optimize import minimize
 
-from threefold.combiners import Ensemble, LinearEnsemble
+from threefold.ensembles.base import Ensemble, LinearEnsemble
 from threefold.errors import RecipeError, RunError
 from threefold.predictions.checks import FLOOR
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
-from threefold.combiners import Ensemble
+from threefold.ensembles.base import Ensemble
 from threefold.errors import DataError
 from threefold.predictions.checks import check_labels, check_probs
 

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from threefold.combiners import Ensemble
-from threefold.ensembles__averaging import (
+from threefold.ensembles.averaging import (
     BestEnsemble,
     GreedyEnsemble,
     MeanEnsemble,
@@ -23,13 +22,14 @@ from threefold.ensembles__averaging import (
     VoteEnsemble,
     WeightedEnsemble,
 )
+from threefold.ensembles.base import Ensemble
+from threefold.ensembles.log_linear import LogisticEnsemble, LogPoolEnsemble
+from threefold.ensembles.scaling import apply_temperature, fit_temperature
+from threefold.ensembles.stacked import ShrunkStackedEnsemble, StackedEnsemble
 from threefold.errors import DataError, RecipeError
-from threefold.loglinear import LogisticEnsemble, LogPoolEnsemble
 from threefold.predictions.checks import FLOOR, check_labels, check_probs
 from threefold.predictions.ledger import SeenRows
 from threefold.recipe_schema import EnsembleSpec
-from threefold.scaling import apply_temperature, fit_temperature
-from threefold.stacked import ShrunkStackedEnsemble, StackedEnsemble
 from threefold.stats.one_standard_error import simplest
 
 if TYPE_CHECKING:

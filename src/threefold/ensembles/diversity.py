@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from threefold.crossfit import side_by_side, stratified_parts
+from threefold.ensembles.cross_fit import side_by_side, stratified_parts
 from threefold.errors import DataError
 from threefold.predictions.checks import FLOOR, check_labels, check_probs
 

@@ -12,8 +12,8 @@ import numpy as np
 from scipy.optimize import nnls
 from scipy.special import logsumexp, softmax
 
-from threefold.combiners import Ensemble, check_fitted_on
-from threefold.crossfit import stratified_parts
+from threefold.ensembles.base import Ensemble, check_fitted_on
+from threefold.ensembles.cross_fit import stratified_parts
 from threefold.errors import RecipeError, RunError
 from threefold.predictions.checks import FLOOR
 from threefold.stats.one_standard_error import simplest

@@ -108,7 +108,7 @@ class Cascade:
         """
         if not 0 < disagreement < 1:
             raise DataError("disagreement is between 0 and 1", got=disagreement)
-        from threefold.scaling import fit_temperature
+        from threefold.ensembles.scaling import fit_temperature
 
         array, answers = self._check(probs, full)
         truth = check_labels(labels, *answers.shape)
