@@ -26,12 +26,12 @@ from threefold.ensembles.averaging import MeanEnsemble
 from threefold.ensembles.calibration import fit_calibration
 from threefold.ensembles.cascade import Cascade, stages_by_cost
 from threefold.ensembles.conformal import ConformalSets, UnknownThreshold
+from threefold.evaluation.cascade_savings import Saving, Savings, fit_savings
 from threefold.files import read_arrays
 from threefold.predictions.formats import read_predictions
 from threefold.provenance import commit, hardware
 from threefold.results import evaluate_run, members_in_file, used_members
 from threefold.run import Run
-from threefold.savings import Saving, Savings, fit_savings
 
 SHARES = (0.0025, 0.005, 0.01, 0.02)
 HEAD = (

@@ -32,8 +32,8 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from threefold.audit import find_suspects
 from threefold.data.dataset import load_data
+from threefold.evaluation.label_errors import find_suspects
 from threefold.predictions.predictions import Predictions
 from threefold.provenance import commit, hardware
 from threefold.recipe_schema import DataSpec

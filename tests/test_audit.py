@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from threefold.audit import Suspect, find_suspects, write_suspects
 from threefold.errors import DataError, RunError
+from threefold.evaluation.label_errors import Suspect, find_suspects, write_suspects
 from threefold.predictions.predictions import Predictions
 
 LAW = settings(max_examples=40, deadline=None)

@@ -28,12 +28,12 @@ from threefold.cli import app
 from threefold.ensembles.cascade import Cascade, margins
 from threefold.ensembles.stacked import StackedEnsemble
 from threefold.errors import ExportError
+from threefold.evaluation.cascade_savings import cascade_card, fit_savings
 from threefold.exporting__export import chosen_ensemble
 from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.parity import check, compare
 from threefold.run import Run
 from threefold.runtime import FAST, FULL, CascadePolicy, Model
-from threefold.savings import cascade_card, fit_savings
 
 CLASSES, NAMES = ("oak", "elm", "ash"), ("wide", "cheap", "other")
 

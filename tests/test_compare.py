@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from threefold.compare import compare_saved
 from threefold.errors import DataError, ThreefoldError
+from threefold.evaluation.compare import compare_saved
 from threefold.predictions.predictions import Predictions
 from threefold.run import Run
 from threefold.stats.paired_tests import holm, mcnemar_exact

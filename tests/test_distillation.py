@@ -18,8 +18,9 @@ from torch import nn
 
 from threefold import api, jobs
 from threefold.api import student_recipe
-from threefold.compare import compare_saved
 from threefold.errors import DataError, RecipeError, RunError
+from threefold.evaluation.compare import compare_saved
+from threefold.evaluation.saved import evaluate_saved, score_saved
 from threefold.jobs import train_members
 from threefold.models__member import Member, create_backbone
 from threefold.models__pipeline import Predictor, predict_probs
@@ -30,7 +31,6 @@ from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
 from threefold.run import Run
-from threefold.saved import evaluate_saved, score_saved
 from threefold.stages import StageOutcome, StageTask, train_stage
 from threefold.training__distillation import Distillation, open_teacher, teacher_answers
 

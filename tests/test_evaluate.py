@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from threefold.evaluate import Evaluation, evaluate
+from threefold.evaluation.evaluate import Evaluation, evaluate
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Score
 from threefold.recipe_schema import EnsembleSpec

@@ -18,7 +18,7 @@ from threefold import targets
 from threefold.ensembles.registry import ENSEMBLES, make_ensemble
 from threefold.ensembles.scaling import temperature_module
 from threefold.errors import DataError, ExportError
-from threefold.evaluate import evaluate
+from threefold.evaluation.evaluate import evaluate
 from threefold.exporting import fold_batch_norm
 from threefold.exporting__export import export
 from threefold.files import read_arrays

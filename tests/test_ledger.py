@@ -16,12 +16,12 @@ from threefold.ensembles.base import Ensemble
 from threefold.ensembles.cross_fit import cross_fit
 from threefold.ensembles.registry import SelectedEnsemble, make_ensemble
 from threefold.errors import DataError
-from threefold.evaluate import evaluate
+from threefold.evaluation.evaluate import evaluate
+from threefold.evaluation.scoring import score_ensemble
 from threefold.predictions.ledger import FIT, SCORE, SELECT, Ledger, SeenRows
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe_schema import EnsembleSpec, FoldSpec
-from threefold.scoring import score_ensemble
 from threefold.stats.scores import accuracy, share_interval
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from threefold.errors import DataError
-from threefold.optimism import Counts, nested_choice, optimism_entry
+from threefold.evaluation.optimism import Counts, nested_choice, optimism_entry
 from threefold.predictions.results_schema import Optimism
 
 

@@ -12,9 +12,14 @@ from typer.testing import CliRunner
 
 from threefold.cli import app
 from threefold.errors import DataError, RunError
+from threefold.evaluation.saved import (
+    evaluate_saved,
+    read_sources,
+    score_saved,
+    summarize_evaluation,
+)
 from threefold.predictions.predictions import Predictions
 from threefold.run import Run
-from threefold.saved import evaluate_saved, read_sources, score_saved, summarize_evaluation
 
 runner = CliRunner()
 

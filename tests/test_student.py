@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import threefold
 from threefold.api import default_folder, student_recipe
 from threefold.cli import app
-from threefold.compare import compare_saved
 from threefold.errors import RecipeError
+from threefold.evaluation.compare import compare_saved
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.run import Run

@@ -20,9 +20,9 @@ from threefold import answers, bundle, targets
 from threefold.ensembles.averaging import MeanEnsemble
 from threefold.ensembles.calibration import fit_calibration
 from threefold.errors import ExportError
+from threefold.evaluation.uncertainty import Uncertainty, fit_uncertainty, uncertainty_card
 from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.runtime import Model
-from threefold.uncertainty import Uncertainty, fit_uncertainty, uncertainty_card
 
 CLASSES = ("oak", "elm", "ash")
 

@@ -10,8 +10,8 @@ from scipy.special import softmax
 
 from threefold.ensembles.conformal import ConformalSets, UnknownThreshold
 from threefold.errors import DataError
+from threefold.evaluation.uncertainty import CROSS_FITTED, fit_uncertainty, uncertainty_card
 from threefold.stats.scores import wilson_interval
-from threefold.uncertainty import CROSS_FITTED, fit_uncertainty, uncertainty_card
 
 
 def rows(seed: int, n: int, k: int = 5) -> tuple[np.ndarray, np.ndarray]:

@@ -74,7 +74,7 @@ def ensemble(
     html: Html = None,
 ) -> None:
     """Combine saved predictions, from a run or from anywhere, and score the result."""
-    from threefold.saved import evaluate_saved, summarize_evaluation
+    from threefold.evaluation.saved import evaluate_saved, summarize_evaluation
 
     evaluation = evaluate_saved(
         sources,
@@ -118,7 +118,7 @@ def evaluate(
     html: Html = None,
 ) -> None:
     """Score predictions as they are: nothing fitted, nothing chosen."""
-    from threefold.saved import score_saved
+    from threefold.evaluation.saved import score_saved
 
     summary, rows = score_saved(sources, _split(members), labels=labels, classes=classes)
     best = max(range(len(rows.members)), key=lambda i: summary.scores[i].accuracy)
@@ -162,7 +162,7 @@ def compare(
     html: Html = None,
 ) -> None:
     """Is one better than the other? Paired tests of every pair on the same rows, with Holm's correction."""
-    from threefold.compare import compare_saved
+    from threefold.evaluation.compare import compare_saved
 
     summary, rows = compare_saved(sources, shared, labels=labels, classes=classes)
     _page(html, summary, rows.probs[0], rows.labels)

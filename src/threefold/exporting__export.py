@@ -15,15 +15,15 @@ from threefold.data.dataset import ImageDataset
 from threefold.ensembles.calibration import Calibration, saved_calibration
 from threefold.ensembles.cascade import Cascade
 from threefold.ensembles.registry import restore
+from threefold.evaluation.cascade_savings import cascade_card
+from threefold.evaluation.saved import evaluate_saved
+from threefold.evaluation.uncertainty import uncertainty_card
 from threefold.files import read_arrays, sha256
 from threefold.models__pipeline import Combiner
 from threefold.precision import CALIBRATION_IMAGES
 from threefold.predictions.results_schema import Score
 from threefold.run import Run
 from threefold.runtime import load
-from threefold.saved import evaluate_saved
-from threefold.savings import cascade_card
-from threefold.uncertainty import uncertainty_card
 
 PARITY_IMAGES = {"float32": 64, "float16": 512, "bfloat16": 512, "int8": 512}
 """Number of images for the parity gate: rounding shows on few, a changed class only on many."""

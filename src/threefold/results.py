@@ -12,7 +12,10 @@ from threefold.cost import measure_cost
 from threefold.ensembles.base import Ensemble, LinearEnsemble
 from threefold.ensembles.cascade import stages_by_cost
 from threefold.ensembles.registry import SelectedEnsemble
-from threefold.evaluate import Evaluation, evaluate
+from threefold.evaluation.cascade_savings import fit_savings
+from threefold.evaluation.evaluate import Evaluation, evaluate
+from threefold.evaluation.scoring import per_class
+from threefold.evaluation.uncertainty import fit_uncertainty
 from threefold.files import read_arrays, write_arrays
 from threefold.heads import describe
 from threefold.models__member import describe_joint
@@ -27,11 +30,8 @@ from threefold.predictions.results_schema import (
 )
 from threefold.recipe_schema import MemberSpec
 from threefold.run import Run
-from threefold.savings import fit_savings
-from threefold.scoring import per_class
 from threefold.training__diagnostics import audit_run, make_thumbnails
 from threefold.training__distillation import Distillation, distillation_results
-from threefold.uncertainty import fit_uncertainty
 
 
 def evaluate_run(run: Run) -> Evaluation:

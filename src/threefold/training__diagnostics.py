@@ -14,7 +14,6 @@ import numpy as np
 from PIL import Image
 
 from threefold.assembly import roles_by_fold
-from threefold.audit import LISTED, Suspect, list_suspects, summarize_audit, write_suspects
 from threefold.data.check import NEAR_COPIES
 from threefold.data.leakage import (
     Duplicate,
@@ -24,7 +23,14 @@ from threefold.data.leakage import (
     find_duplicates,
     guess_group_pattern,
 )
-from threefold.evaluate import Evaluation
+from threefold.evaluation.evaluate import Evaluation
+from threefold.evaluation.label_errors import (
+    LISTED,
+    Suspect,
+    list_suspects,
+    summarize_audit,
+    write_suspects,
+)
 from threefold.files import read_json, write_json
 from threefold.gradcam import NoMap, ensemble_cam
 from threefold.pixels import PixelCache

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from threefold.compare import compare_members
 from threefold.data.dataset import ImageDataset, Sources
 from threefold.errors import RunError
-from threefold.evaluate import evaluate
+from threefold.evaluation.compare import compare_members
+from threefold.evaluation.evaluate import evaluate
 from threefold.files import read_arrays, sha256, write_arrays
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import (

@@ -21,12 +21,12 @@ from threefold.ensembles.calibration import Calibration, fit_calibration
 from threefold.ensembles.cross_fit import cross_fit, side_by_side, stratified_parts
 from threefold.ensembles.diversity import TOLERANCE, duplicates
 from threefold.ensembles.registry import ChosenMethod, build_ensemble, choose
-from threefold.optimism import Counts, nested_choice, optimism_entry
+from threefold.evaluation.optimism import Counts, nested_choice, optimism_entry
+from threefold.evaluation.scoring import Key, comparisons, score_entries
 from threefold.predictions.ledger import Ledger
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Comparison, Expected, LedgerLine, Optimism, Score
 from threefold.recipe_schema import EnsembleSpec
-from threefold.scoring import Key, comparisons, score_entries
 from threefold.stats.scores import correct, share_interval
 
 

@@ -8,13 +8,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from threefold.audit import list_suspects, summarize_audit
 from threefold.ensembles.cross_fit import stratified_parts
 from threefold.ensembles.diversity import diversity, duplicates, size_curve
 from threefold.ensembles.registry import ENSEMBLES, make_ensemble
 from threefold.ensembles.scaling import apply_temperature, fit_temperature
 from threefold.errors import DataError, RecipeError, RunError
-from threefold.evaluate import Evaluation, evaluate
+from threefold.evaluation.evaluate import Evaluation, evaluate
+from threefold.evaluation.label_errors import list_suspects, summarize_audit
+from threefold.evaluation.scoring import per_class
 from threefold.predictions.formats import Classes, read_predictions
 from threefold.predictions.join import join_predictions
 from threefold.predictions.predictions import Predictions
@@ -27,7 +28,6 @@ from threefold.predictions.results_schema import (
 )
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe_schema import EnsembleSpec
-from threefold.scoring import per_class
 from threefold.stats import scores as stats
 from threefold.stats.bootstrap import LEVEL
 
