@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 import threefold
-from threefold.answers import find_images
 from threefold.data.images import decode
 from threefold.ensembles.averaging import MeanEnsemble
 from threefold.ensembles.calibration import fit_calibration
@@ -32,6 +31,7 @@ from threefold.predictions.formats import read_predictions
 from threefold.provenance import commit, hardware
 from threefold.results import evaluate_run, members_in_file, used_members
 from threefold.run import Run
+from threefold.runtime.predict import find_images
 
 SHARES = (0.0025, 0.005, 0.01, 0.02)
 HEAD = (

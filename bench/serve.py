@@ -36,7 +36,7 @@ from PIL import Image
 
 from threefold.limits import ServerLimits
 from threefold.provenance import commit, hardware
-from threefold.runtime import Model
+from threefold.runtime.model import Model
 
 SERVER = """
 import sys, pathlib

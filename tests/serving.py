@@ -21,7 +21,7 @@ from PIL import Image
 
 from threefold import serve
 from threefold.limits import ServerLimits
-from threefold.runtime import KEY, Model
+from threefold.runtime.model import KEY, Model
 
 UNCERTAIN: dict[str, Any] = {
     "conformal": [

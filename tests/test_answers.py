@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from threefold.answers import parse_budget
 from threefold.errors import DataError
+from threefold.runtime.predict import parse_budget
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from threefold import batching
 from threefold.batching import Batcher
 from threefold.data.images import measure
 from threefold.errors import DataError, ExportError
-from threefold.runtime import CascadePolicy, ModelOutput
+from threefold.runtime.model import CascadePolicy, ModelOutput
 
 
 class Fake:

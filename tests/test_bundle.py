@@ -12,11 +12,12 @@ import pytest
 from serving import card, colour_graph
 
 import threefold
-from threefold import bundle, exporting, modelfile
+from threefold import bundle, exporting
 from threefold.errors import ExportError
 from threefold.files import sha256
 from threefold.parity import check
-from threefold.runtime import KEY
+from threefold.runtime import model_file
+from threefold.runtime.model import KEY
 
 RED = np.full((5, 7, 3), (200, 0, 0), np.uint8)
 
@@ -152,7 +153,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_memory_counts_what_is_on_disk_not_what_a_card_claims(tmp_path: Path) -> None:
     (tmp_path / "w.bin").write_bytes(bytes(100))
     assert (
-        modelfile.bytes_beside(tmp_path / "m.onnx", {"bundle": {"file": "w.bin", "bytes": 2**60}})
+        model_file.bytes_beside(tmp_path / "m.onnx", {"bundle": {"file": "w.bin", "bytes": 2**60}})
         == 100
     )
     os.symlink(tmp_path / "w.bin", tmp_path / "link.bin")
@@ -161,7 +162,7 @@ def test_memory_counts_what_is_on_disk_not_what_a_card_claims(tmp_path: Path) ->
         {"bundle": 3},
         *({"bundle": {"file": f}} for f in ("../w.bin", "..", "", "link.bin", "no", 5)),
     ):
-        assert modelfile.bytes_beside(tmp_path / "m.onnx", claim) == 0
+        assert model_file.bytes_beside(tmp_path / "m.onnx", claim) == 0
 
 
 def test_the_card_is_where_it_was(tmp_path: Path) -> None:

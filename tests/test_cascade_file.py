@@ -22,7 +22,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import threefold
-from threefold import answers, bundle, exporting, precision, serve, targets
+from threefold import bundle, exporting, precision, serve, targets
 from threefold.cascading import add_cascade
 from threefold.cli import app
 from threefold.ensembles.cascade import Cascade, margins
@@ -33,7 +33,8 @@ from threefold.exporting__export import chosen_ensemble
 from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.parity import check, compare
 from threefold.run import Run
-from threefold.runtime import FAST, FULL, CascadePolicy, Model
+from threefold.runtime import predict as answers
+from threefold.runtime.model import FAST, FULL, CascadePolicy, Model
 
 CLASSES, NAMES = ("oak", "elm", "ash"), ("wide", "cheap", "other")
 

@@ -21,8 +21,8 @@ from onnx import TensorProto, helper
 from serving import card, colour_graph, write_model
 
 import threefold
-from threefold import modelfile
 from threefold.errors import ExportError
+from threefold.runtime import model_file
 
 
 def refused(path: Path) -> str:
@@ -213,7 +213,7 @@ def test_absurd_shapes_are_refused(tmp_path: Path, dims: list[int]) -> None:
 def test_empty_tensors_are_sound(tmp_path: Path) -> None:
     model = colour_graph()
     model.graph.initializer.append(helper.make_tensor("none", TensorProto.FLOAT, [5, 0], []))
-    assert modelfile.read_card(write_model(tmp_path / "m.onnx", model), "threefold") == card()
+    assert model_file.read_card(write_model(tmp_path / "m.onnx", model), "threefold") == card()
 
 
 def test_graphs_in_graphs_without_end_are_refused(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_graphs_in_graphs_without_end_are_refused(tmp_path: Path) -> None:
 def test_more_fields_than_any_model_has_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(modelfile, "MAX_FIELDS", 20_000)
+    monkeypatch.setattr(model_file, "MAX_FIELDS", 20_000)
     write_model(tmp_path / "m.onnx")
     with (tmp_path / "m.onnx").open("ab") as file:
         file.write(b"\x28\x00" * 20_000)  # model_version, again and again
@@ -257,7 +257,7 @@ def test_more_fields_than_any_model_has_are_refused(
             "not those of a pipeline with 2 members and 2 classes",
         ),
         (json.dumps(card(format=99)), "another format"),
-        (json.dumps(card(blob="x" * modelfile.MAX_CARD_BYTES)), "longer than 4 MB"),
+        (json.dumps(card(blob="x" * model_file.MAX_CARD_BYTES)), "longer than 4 MB"),
     ],
 )
 def test_bad_cards_are_refused(tmp_path: Path, told: str, reason: str) -> None:
@@ -330,6 +330,6 @@ def test_checking_reads_no_weights(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.onnx", model)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     began = time.monotonic()
-    modelfile.read_card(path, "threefold")
+    model_file.read_card(path, "threefold")
     assert time.monotonic() - began < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 5000

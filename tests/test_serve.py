@@ -21,7 +21,7 @@ from threefold import serve
 from threefold.errors import RecipeError, RunError
 from threefold.limits import ServerLimits
 from threefold.run import Run
-from threefold.runtime import Model
+from threefold.runtime.model import Model
 
 RED, GREEN = picture((200, 30, 30)), picture((30, 200, 30), (9, 9), "JPEG")
 

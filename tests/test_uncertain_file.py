@@ -16,13 +16,14 @@ from PIL import Image
 from torch import nn
 
 import threefold
-from threefold import answers, bundle, targets
+from threefold import bundle, targets
 from threefold.ensembles.averaging import MeanEnsemble
 from threefold.ensembles.calibration import fit_calibration
 from threefold.errors import ExportError
 from threefold.evaluation.uncertainty import Uncertainty, fit_uncertainty, uncertainty_card
 from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
-from threefold.runtime import Model
+from threefold.runtime import predict as answers
+from threefold.runtime.model import Model
 
 CLASSES = ("oak", "elm", "ash")
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from threefold import webfolder, webruntime
 from threefold.cli import app
 from threefold.errors import ExportError
-from threefold.runtime import Model
+from threefold.runtime.model import Model
 
 PINNED = {"ort.js": b"// runs the model", "ort.wasm": b"\0asm"}
 

@@ -28,7 +28,7 @@ _HOME = {
     "fit": "api",
     "write_report": "report__pages",
     "train": "api",
-    "load": "runtime",
+    "load": "runtime.model",
 }
 
 __all__ = sorted(_HOME)

@@ -17,7 +17,7 @@ import numpy as np
 
 from threefold.data.images import decode
 from threefold.errors import ThreefoldError
-from threefold.runtime import FULL, CascadePolicy, ModelOutput
+from threefold.runtime.model import FULL, CascadePolicy, ModelOutput
 
 BATCH_PIXELS = 4_000_000
 """Largest number of pixels in a batch of several images. A larger image runs alone, and no two such

@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from threefold.errors import ExportError, RunError
 from threefold.files import sha256, write_bytes
-from threefold.runtime import KEY
+from threefold.runtime.model import KEY
 
 LIMIT: Final = 2**31 - 2**24
 """Bytes of weights above which a bundle is written; leaves room for the graph and the card."""

@@ -273,7 +273,7 @@ def predict(
     budget: ImageTime = "",
 ) -> None:
     """Classify images with an exported file; needs neither torch nor the run."""
-    from threefold import answers
+    from threefold.runtime import predict as answers
 
     form = "text"
     if csv:
@@ -314,8 +314,8 @@ def serve(
     budget: ImageTime = "",
 ) -> None:
     """Serve a page to drop images on, and POST /predict for programs."""
-    from threefold.answers import parse_policy
     from threefold.limits import ServerLimits
+    from threefold.runtime.predict import parse_policy
     from threefold.serve import LOOPBACK, run_server
 
     def announce(address: str) -> None:

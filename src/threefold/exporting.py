@@ -29,7 +29,7 @@ from threefold.models__pipeline import (
 )
 from threefold.models__resize import resize_square
 from threefold.precision import convert
-from threefold.runtime import FORMAT, load
+from threefold.runtime.model import FORMAT, load
 
 OPSET = 20
 IR_VERSION = 10

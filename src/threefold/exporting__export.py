@@ -23,7 +23,7 @@ from threefold.models__pipeline import Combiner
 from threefold.precision import CALIBRATION_IMAGES
 from threefold.predictions.results_schema import Score
 from threefold.run import Run
-from threefold.runtime import load
+from threefold.runtime.model import load
 
 PARITY_IMAGES = {"float32": 64, "float16": 512, "bfloat16": 512, "int8": 512}
 """Number of images for the parity gate: rounding shows on few, a changed class only on many."""

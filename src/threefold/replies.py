@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from pydantic import BaseModel
 
-from threefold.runtime import Model, ModelOutput
+from threefold.runtime.model import Model, ModelOutput
 
 
 class ClassProbability(BaseModel):

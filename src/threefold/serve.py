@@ -32,7 +32,7 @@ from threefold.intake import (
 )
 from threefold.limits import Refusal, ServerLimits
 from threefold.replies import ErrorResponse, PredictResponse, describe
-from threefold.runtime import FULL, CascadePolicy, Model, ModelOutput, as_json
+from threefold.runtime.model import FULL, CascadePolicy, Model, ModelOutput, as_json
 
 MEMORY: Final = 2**30
 """Bytes that onnxruntime may use on top of twice the size of the model file."""

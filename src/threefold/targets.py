@@ -30,7 +30,7 @@ from threefold.errors import ExportError
 from threefold.models__pipeline import Pipeline
 from threefold.parity import check, compare
 from threefold.precision import check_precision
-from threefold.runtime import KEY
+from threefold.runtime.model import KEY
 
 SUFFIXES: Final = (".onnx", ".pt2", ".xml")
 CARD_FILE: Final = f"{KEY}.json"

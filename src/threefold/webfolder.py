@@ -13,7 +13,7 @@ from typing import Any, Final
 from threefold.errors import ExportError
 from threefold.files import sha256
 from threefold.limits import ServerLimits
-from threefold.runtime import Model, as_json
+from threefold.runtime.model import Model, as_json
 from threefold.webruntime import VERSION, read_runtime
 
 PAGE: Final = {

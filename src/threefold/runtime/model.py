@@ -16,7 +16,7 @@ from threefold.data.images import decode
 from threefold.ensembles.cascade import MODES, Cascade
 from threefold.ensembles.conformal import ConformalSets, UnknownThreshold
 from threefold.errors import DataError, ExportError
-from threefold.modelfile import MEMORY, bytes_beside, open_session, read_card
+from threefold.runtime.model_file import MEMORY, bytes_beside, open_session, read_card
 
 FORMAT: Final = 1
 """Version of the model card inside a file."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from threefold.data.images import IMAGE_SUFFIXES, decode
 from threefold.errors import DataError, RecipeError
-from threefold.runtime import FULL, CascadePolicy, Model, load
+from threefold.runtime.model import FULL, CascadePolicy, Model, load
 
 
 def find_images(sources: Iterable[str], listing: IO[str] | None = None) -> Iterator[Path]:

@@ -1,0 +1,4 @@
+"""Run an exported model file: images in, probabilities out.
+
+Needs numpy, Pillow and onnxruntime only.
+"""
