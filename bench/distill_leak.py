@@ -19,8 +19,8 @@ from torch import Tensor
 from threefold.data.dataset import ImageDataset, load_data
 from threefold.ensembles.cross_fit import stratified_parts
 from threefold.ensembles.scaling import apply_temperature, fit_temperature
-from threefold.models__member import Member, build_member
-from threefold.models__resize import resize_square
+from threefold.models.member import Member, build_member
+from threefold.models.resize import resize_square
 from threefold.provenance import commit, hardware
 from threefold.recipe import packaged
 from threefold.softloss import soft_loss, soften

@@ -17,9 +17,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from threefold.models__member import Member, build_member
-from threefold.models__pipeline import pick_device
-from threefold.models__recurrent import expand
+from threefold.models.member import Member, build_member
+from threefold.models.pipeline import pick_device
+from threefold.models.recurrent import expand
 from threefold.provenance import commit, hardware
 from threefold.recipe_schema import HeadSpec, MemberSpec
 

@@ -73,8 +73,8 @@ def frozen(rows: int) -> list[np.ndarray]:
     """Pooled features (n, c) of the packaged images from each packaged network, as its weights are."""
     import torch
 
-    from threefold.models__member import build_member
-    from threefold.models__resize import resize_square
+    from threefold.models.member import build_member
+    from threefold.models.resize import resize_square
     from threefold.recipe_schema import MemberSpec
 
     data, found = load_data(DataSpec(source="demo"), 0).train, []

@@ -25,7 +25,7 @@ import torch
 
 import threefold
 from threefold.exporting__export import chosen_ensemble
-from threefold.models__pipeline import Pipeline
+from threefold.models.pipeline import Pipeline
 from threefold.provenance import commit, hardware
 from threefold.run import Run
 

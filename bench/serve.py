@@ -62,8 +62,8 @@ def export_pipeline(path: Path, size: int) -> None:
     from threefold import targets
     from threefold.ensembles.averaging import MeanEnsemble
     from threefold.ensembles.scaling import temperature_module
-    from threefold.models__member import build_member
-    from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
+    from threefold.models.member import build_member
+    from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
     from threefold.recipe_schema import MemberSpec
 
     torch.manual_seed(0)

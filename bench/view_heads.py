@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from threefold.data.dataset import load_data
 from threefold.data.splits import assign_roles
-from threefold.models__member import build_member
-from threefold.models__resize import resize_square
-from threefold.models__views import Views
+from threefold.models.member import build_member
+from threefold.models.resize import resize_square
+from threefold.models.views import Views
 from threefold.provenance import commit, hardware
 from threefold.recipe_schema import DataSpec, FoldSpec, MemberSpec, ViewSpec
 from threefold.stats.paired_tests import mcnemar_exact

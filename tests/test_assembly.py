@@ -15,7 +15,7 @@ from threefold import api
 from threefold.errors import RecipeError, RunError
 from threefold.exporting__export import export
 from threefold.files import read_arrays
-from threefold.models__views import view_counts
+from threefold.models.views import view_counts
 from threefold.recipe import Recipe
 from threefold.recipe_schema import ViewSpec
 from threefold.run import Run, stand_ins

@@ -11,8 +11,8 @@ from PIL import Image
 from scipy import ndimage
 
 from threefold.errors import RecipeError
-from threefold.models__resize import resize_square, triangle_weights
-from threefold.models__views import Views
+from threefold.models.resize import resize_square, triangle_weights
+from threefold.models.views import Views
 from threefold.recipe_schema import AugmentSpec, ViewSpec
 from threefold.training__augment import Augment, Draws, affine_warp, shift_channels
 

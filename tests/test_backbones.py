@@ -15,15 +15,20 @@ import torch
 from torch import nn
 
 from threefold import targets
-from threefold.backbones import INCEPTION_STATS, PAPER_BACKBONES, paper_backbone, resolve_backbone
 from threefold.catalogue import catalogue
 from threefold.ensembles.averaging import MeanEnsemble
 from threefold.ensembles.scaling import temperature_module
 from threefold.ensembles.stacked import StackedEnsemble
-from threefold.heads import build_head
-from threefold.models__member import Member, build_member
-from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor, to_pixels
-from threefold.models__recurrent import full_parameters
+from threefold.models.backbones import (
+    INCEPTION_STATS,
+    PAPER_BACKBONES,
+    paper_backbone,
+    resolve_backbone,
+)
+from threefold.models.heads import build_head
+from threefold.models.member import Member, build_member
+from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor, to_pixels
+from threefold.models.recurrent import full_parameters
 from threefold.parity import TOLERANCES
 from threefold.recipe_schema import HeadSpec, MemberSpec, StageSpec
 from threefold.training__optimizers import set_trainable, train_mode

@@ -30,7 +30,7 @@ from threefold.ensembles.stacked import StackedEnsemble
 from threefold.errors import ExportError
 from threefold.evaluation.cascade_savings import cascade_card, fit_savings
 from threefold.exporting__export import chosen_ensemble
-from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
+from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.parity import check, compare
 from threefold.run import Run
 from threefold.runtime import predict as answers

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from threefold.cost import Cost, count_macs, measure_cost
 from threefold.errors import RecipeError
-from threefold.models__member import build_member, save_weights
+from threefold.models.flops import Cost, count_macs, measure_cost
+from threefold.models.member import build_member, save_weights
 from threefold.recipe_schema import HeadSpec, MemberSpec
 
 PUBLISHED = [

@@ -22,8 +22,8 @@ from threefold.errors import DataError, RecipeError, RunError
 from threefold.evaluation.compare import compare_saved
 from threefold.evaluation.saved import evaluate_saved, score_saved
 from threefold.jobs import train_members
-from threefold.models__member import Member, create_backbone
-from threefold.models__pipeline import Predictor, predict_probs
+from threefold.models.member import Member, create_backbone
+from threefold.models.pipeline import Predictor, predict_probs
 from threefold.predictions.ledger import FIT, SCORE, TEACH
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import ShortScore

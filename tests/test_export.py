@@ -22,7 +22,7 @@ from threefold.evaluation.evaluate import evaluate
 from threefold.exporting import fold_batch_norm
 from threefold.exporting__export import export
 from threefold.files import read_arrays
-from threefold.models__pipeline import Combiner, Pipeline, Predictor
+from threefold.models.pipeline import Combiner, Pipeline, Predictor
 from threefold.results import evaluate_run
 from threefold.run import Run
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from threefold.errors import DataError
-from threefold.gradcam import NoMap, ensemble_cam, grad_cam
-from threefold.heads import build_head
-from threefold.models__member import JointMember, Member, build_joint, build_member
+from threefold.models.gradcam import NoMap, ensemble_cam, grad_cam
+from threefold.models.heads import build_head
+from threefold.models.member import JointMember, Member, build_joint, build_member
 from threefold.recipe_schema import HeadSpec, MemberSpec
 from threefold.training__optimizers import train_mode
 

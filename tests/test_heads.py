@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from threefold.errors import RecipeError
-from threefold.heads import GaussianNoise, Head, build_head, describe
-from threefold.models__recurrent import (
+from threefold.models.heads import GaussianNoise, Head, build_head, describe
+from threefold.models.recurrent import (
     STORED_GATES,
     OneStep,
     OneStepGRU,

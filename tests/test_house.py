@@ -224,7 +224,7 @@ def test_the_array_half_and_the_runtime_half_do_not_import_torch() -> None:
             }, path.name
     by_name = {path.stem: imports(tree) for path, tree in trees()}
     for name in ("ensembles__registry", "stats"):
-        assert "threefold.models__member" not in by_name[name]
+        assert "threefold.models.member" not in by_name[name]
     assert {n for n in by_name["serve"] if n.startswith("threefold")} <= {
         f"threefold.{name}"
         for name in (

@@ -8,13 +8,7 @@ import torch
 from conftest import tiny_tree
 
 from threefold.ensembles.stacked import stacked_network
-from threefold.models__member import (
-    JointMember,
-    Member,
-    build_joint,
-    build_member,
-    describe_joint,
-)
+from threefold.models.member import JointMember, Member, build_joint, build_member, describe_joint
 from threefold.recipe import Recipe
 from threefold.recipe_schema import HeadSpec, MemberSpec, StageSpec, TrainSpec
 from threefold.stages import StageTask, train_stage

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 
 from threefold.errors import RecipeError, RunError
-from threefold.models__member import (
+from threefold.models.member import (
     PACKAGED,
     Member,
     build_member,
@@ -23,7 +23,7 @@ from threefold.models__member import (
     load_weights,
     save_weights,
 )
-from threefold.models__resize import resize_square
+from threefold.models.resize import resize_square
 from threefold.recipe_schema import HeadSpec, MemberSpec, StageSpec, TrainSpec
 from threefold.training__optimizers import create_optimizer, set_trainable, train_mode
 

@@ -11,8 +11,8 @@ import torch
 from threefold.data.dataset import ImageDataset, Sources
 from threefold.data.splits import Roles
 from threefold.errors import RunError
-from threefold.models__resize import resize_square
-from threefold.models__views import Views
+from threefold.models.resize import resize_square
+from threefold.models.views import Views
 from threefold.pixels import CHUNK, PixelCache
 from threefold.recipe_schema import MemberSpec, ViewSpec
 

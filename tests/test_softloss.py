@@ -12,7 +12,7 @@ from conftest import tiny_tree
 from test_stages import make_rows
 
 from threefold.ensembles.scaling import apply_temperature
-from threefold.models__member import build_member
+from threefold.models.member import build_member
 from threefold.pixels import PixelRows
 from threefold.recipe import Recipe
 from threefold.softloss import soft_loss, soften

@@ -13,8 +13,8 @@ from conftest import COLOURS, tiny_tree
 
 from threefold import stages
 from threefold.errors import RecipeError, RunError
-from threefold.models__member import Member, build_member
-from threefold.models__pipeline import Predictor, pick_device, pick_precision, predict_probs
+from threefold.models.member import Member, build_member
+from threefold.models.pipeline import Predictor, pick_device, pick_precision, predict_probs
 from threefold.pixels import PixelRows
 from threefold.recipe import Recipe
 from threefold.stages import StageTask, train_stage

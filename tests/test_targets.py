@@ -18,7 +18,7 @@ from torch import nn
 
 from threefold import targets
 from threefold.errors import ExportError
-from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
+from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 
 
 class Tiny(nn.Module):

@@ -21,7 +21,7 @@ from threefold.ensembles.averaging import MeanEnsemble
 from threefold.ensembles.calibration import fit_calibration
 from threefold.errors import ExportError
 from threefold.evaluation.uncertainty import Uncertainty, fit_uncertainty, uncertainty_card
-from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
+from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.runtime import predict as answers
 from threefold.runtime.model import Model
 

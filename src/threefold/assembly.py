@@ -13,7 +13,7 @@ import numpy as np
 
 from threefold.evaluation.optimism import Counts, optimism_entry
 from threefold.files import read_arrays
-from threefold.models__views import view_counts
+from threefold.models.views import view_counts
 from threefold.predictions.ledger import FIT, SCORE, SELECT, TEACH
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.records import VERSION

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from fnmatch import fnmatch
 from typing import get_args
 
-from threefold.backbones import PAPER_BACKBONES
 from threefold.data.published import PUBLISHED, PublishedDataset
 from threefold.errors import RecipeError
+from threefold.models.backbones import PAPER_BACKBONES
 from threefold.recipe import packaged_names
 from threefold.recipe_schema import DataSpec, HeadKind, HeadSpec
 
@@ -68,7 +68,7 @@ def _describe(published: PublishedDataset) -> str:
 
 
 def _heads() -> list[str]:
-    from threefold.heads import describe
+    from threefold.models.heads import describe
 
     return [f"{kind}: {describe(HeadSpec(kind=kind))}" for kind in get_args(HeadKind)]
 

@@ -20,14 +20,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from threefold.bundle import publish, set_card, staged
 from threefold.errors import ExportError
-from threefold.models__pipeline import (
+from threefold.models.pipeline import (
     MemberPipeline,
     Pipeline,
     Predictor,
     describe_preprocessing,
     mix,
 )
-from threefold.models__resize import resize_square
+from threefold.models.resize import resize_square
 from threefold.precision import convert
 from threefold.runtime.model import FORMAT, load
 

@@ -19,7 +19,7 @@ from threefold.evaluation.cascade_savings import cascade_card
 from threefold.evaluation.saved import evaluate_saved
 from threefold.evaluation.uncertainty import uncertainty_card
 from threefold.files import read_arrays, sha256
-from threefold.models__pipeline import Combiner
+from threefold.models.pipeline import Combiner
 from threefold.precision import CALIBRATION_IMAGES
 from threefold.predictions.results_schema import Score
 from threefold.run import Run

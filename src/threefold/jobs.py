@@ -17,8 +17,8 @@ from threefold.data.dataset import Sources
 from threefold.data.splits import Roles
 from threefold.errors import RunError
 from threefold.files import read_arrays, write_arrays, write_json
-from threefold.models__member import JointMember, load_weights, save_weights
-from threefold.models__pipeline import (
+from threefold.models.member import JointMember, load_weights, save_weights
+from threefold.models.pipeline import (
     FirstViews,
     Predictor,
     pick_device,
@@ -26,7 +26,7 @@ from threefold.models__pipeline import (
     predict_probs,
     to_pixels,
 )
-from threefold.models__views import Views, view_counts
+from threefold.models.views import Views, view_counts
 from threefold.pixels import PixelCache
 from threefold.predictions.records import VERSION, RoleCounts, RunInfo
 from threefold.provenance import commit, hardware, stable_seed, versions

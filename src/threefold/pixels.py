@@ -17,8 +17,8 @@ import torch
 from threefold.data.dataset import ImageDataset, Sources
 from threefold.data.splits import Roles
 from threefold.errors import RunError
-from threefold.models__resize import resize_square
-from threefold.models__views import Views
+from threefold.models.resize import resize_square
+from threefold.models.views import Views
 from threefold.recipe_schema import MemberSpec
 
 CHUNK = 32

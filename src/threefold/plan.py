@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from threefold.backbones import CPU_FROZEN
 from threefold.data.dataset import ImageDataset, Sources, load_data
-from threefold.models__member import build_member
-from threefold.models__pipeline import pick_device
+from threefold.models.backbones import CPU_FROZEN
+from threefold.models.member import build_member
+from threefold.models.pipeline import pick_device
 from threefold.recipe import Recipe
 from threefold.recipe_schema import DataSpec, MemberSpec, StageSpec
 from threefold.training__optimizers import set_trainable, train_mode

@@ -20,7 +20,7 @@ from threefold.data.synthetic import write_sample
 from threefold.ensembles.registry import make_ensemble
 from threefold.errors import DataError, RecipeError
 from threefold.files import read_arrays, read_json, write_json
-from threefold.models__views import view_counts
+from threefold.models.views import view_counts
 from threefold.paper_items import Answer, Cell, Item, Plan
 from threefold.recipe import Recipe, packaged
 from threefold.run import Run

@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 import numpy as np
 
 from threefold.assembly import choices_optimism
-from threefold.cost import measure_cost
 from threefold.ensembles.base import Ensemble, LinearEnsemble
 from threefold.ensembles.cascade import stages_by_cost
 from threefold.ensembles.registry import SelectedEnsemble
@@ -17,8 +16,9 @@ from threefold.evaluation.evaluate import Evaluation, evaluate
 from threefold.evaluation.scoring import per_class
 from threefold.evaluation.uncertainty import fit_uncertainty
 from threefold.files import read_arrays, write_arrays
-from threefold.heads import describe
-from threefold.models__member import describe_joint
+from threefold.models.flops import measure_cost
+from threefold.models.heads import describe
+from threefold.models.member import describe_joint
 from threefold.predictions.records import VERSION
 from threefold.predictions.results_schema import (
     CalibrationState,

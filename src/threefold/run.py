@@ -11,9 +11,9 @@ import numpy as np
 from threefold.data.dataset import Sources, load_data
 from threefold.data.splits import Roles, assign_roles, refit_roles
 from threefold.errors import RunError
-from threefold.models__member import JointMember, Member, build_joint, build_member, load_weights
-from threefold.models__pipeline import Combiner, MemberPipeline, Pipeline, Predictor
-from threefold.models__views import Views
+from threefold.models.member import JointMember, Member, build_joint, build_member, load_weights
+from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
+from threefold.models.views import Views
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Results
 from threefold.predictions.run_folder import RunFolder

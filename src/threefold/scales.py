@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast, get_args
 
-from threefold.backbones import CPU_FROZEN
 from threefold.errors import RecipeError
+from threefold.models.backbones import CPU_FROZEN
 from threefold.recipe import Recipe
 
 Scale = Literal["full", "small", "smoke"]

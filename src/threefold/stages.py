@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from threefold.errors import RunError
-from threefold.models__pipeline import Predictor, autocast, pick_precision, predict_probs, to_pixels
+from threefold.models.pipeline import Predictor, autocast, pick_precision, predict_probs, to_pixels
 from threefold.pixels import PixelRows
 from threefold.recipe import Recipe
 from threefold.recipe_schema import StageSpec

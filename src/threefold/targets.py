@@ -27,7 +27,7 @@ from threefold.bundle import place_file, staged
 from threefold.cascading import add_cascade
 from threefold.ensembles.cascade import Cascade
 from threefold.errors import ExportError
-from threefold.models__pipeline import Pipeline
+from threefold.models.pipeline import Pipeline
 from threefold.parity import check, compare
 from threefold.precision import check_precision
 from threefold.runtime.model import KEY

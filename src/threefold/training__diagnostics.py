@@ -32,7 +32,7 @@ from threefold.evaluation.label_errors import (
     write_suspects,
 )
 from threefold.files import read_json, write_json
-from threefold.gradcam import NoMap, ensemble_cam
+from threefold.models.gradcam import NoMap, ensemble_cam
 from threefold.pixels import PixelCache
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Audit, Copies, CopyPair

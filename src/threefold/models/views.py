@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from threefold.errors import RecipeError
-from threefold.models__resize import triangle_weights
+from threefold.models.resize import triangle_weights
 from threefold.recipe_schema import ViewSpec
 
 SCALES = (1.0, 0.9, 0.8)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from threefold.errors import RecipeError
-from threefold.models__resize import resize_square
-from threefold.models__views import Views
+from threefold.models.resize import resize_square
+from threefold.models.views import Views
 
 BATCH: Final = 16
 """Largest number of images of one size that `Pipeline.predict_proba` puts into a batch."""

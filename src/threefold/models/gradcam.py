@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from threefold.errors import DataError
-from threefold.models__member import JointMember, Member, feature_map
-from threefold.models__resize import resize_square
+from threefold.models.member import JointMember, Member, feature_map
+from threefold.models.resize import resize_square
 
 Resize = Literal["squash", "crop"]
 

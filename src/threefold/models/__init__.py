@@ -1,0 +1,1 @@
+"""torch networks: a member (backbone and head), its views, and the deployable pipeline."""
