@@ -24,7 +24,7 @@ from scipy.stats import betabinom
 from threefold.ensembles.conformal import ConformalSets, UnknownThreshold
 from threefold.evaluation.uncertainty import fit_uncertainty
 from threefold.predictions.predictions import Predictions
-from threefold.provenance import commit, hardware
+from threefold.training.provenance import commit, hardware
 
 
 def band(n: int, fresh: int, alpha: float) -> tuple[float, float, float]:

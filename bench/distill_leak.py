@@ -21,11 +21,11 @@ from threefold.ensembles.cross_fit import stratified_parts
 from threefold.ensembles.scaling import apply_temperature, fit_temperature
 from threefold.models.member import Member, build_member
 from threefold.models.resize import resize_square
-from threefold.provenance import commit, hardware
 from threefold.recipe import packaged
-from threefold.softloss import soft_loss, soften
 from threefold.stats.paired_tests import mcnemar_exact
 from threefold.stats.scores import share_interval
+from threefold.training.losses import soft_loss, soften
+from threefold.training.provenance import commit, hardware
 
 CPU, K = torch.device("cpu"), 10
 SETTINGS = ((0.5, 2.0), (0.9, 2.0), (0.9, 4.0), (1.0, 1.0))

@@ -39,8 +39,8 @@ from threefold.ensembles.registry import ENSEMBLES, choose, make_ensemble
 from threefold.ensembles.scaling import apply_temperature, fit_temperature
 from threefold.predictions.checks import FLOOR
 from threefold.predictions.predictions import Predictions
-from threefold.provenance import commit, hardware
 from threefold.stats.paired_tests import holm
+from threefold.training.provenance import commit, hardware
 
 QUICK = tuple(name for name in ENSEMBLES if not name.startswith("stacked"))
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from threefold import train
 from threefold.predictions.predictions import Predictions
-from threefold.provenance import commit, hardware
 from threefold.recipe import packaged
 from threefold.stats.paired_tests import mcnemar_exact, seeds_difference
+from threefold.training.provenance import commit, hardware
 
 
 def print_table(kind: str, rows: list[Predictions]) -> None:

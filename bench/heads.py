@@ -20,8 +20,8 @@ from torch import nn
 from threefold.models.member import Member, build_member
 from threefold.models.pipeline import pick_device
 from threefold.models.recurrent import expand
-from threefold.provenance import commit, hardware
 from threefold.recipe_schema import HeadSpec, MemberSpec
+from threefold.training.provenance import commit, hardware
 
 KINDS = ("linear", "rnn", "gru", "lstm", "bilstm")
 FULL = ("gru", "lstm", "bilstm")

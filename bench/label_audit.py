@@ -35,8 +35,8 @@ from sklearn.preprocessing import StandardScaler
 from threefold.data.dataset import load_data
 from threefold.evaluation.label_errors import find_suspects
 from threefold.predictions.predictions import Predictions
-from threefold.provenance import commit, hardware
 from threefold.recipe_schema import DataSpec
+from threefold.training.provenance import commit, hardware
 
 COLUMNS = (
     "AUROC",

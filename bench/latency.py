@@ -26,8 +26,8 @@ import torch
 import threefold
 from threefold.exporting__export import chosen_ensemble
 from threefold.models.pipeline import Pipeline
-from threefold.provenance import commit, hardware
-from threefold.run import Run
+from threefold.training.provenance import commit, hardware
+from threefold.training.run import Run
 
 THREADS = (1, 2)
 Call = Callable[[], Any]

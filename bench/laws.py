@@ -29,7 +29,6 @@ from nulls import equals, expected_best, grouped_equals, noise, softmaxes, train
 from threefold.ensembles.cascade import Cascade
 from threefold.ensembles.cross_fit import cross_fit
 from threefold.ensembles.registry import make_ensemble
-from threefold.provenance import commit, hardware
 from threefold.stats.paired_tests import (
     Difference,
     SeedsDifference,
@@ -41,6 +40,7 @@ from threefold.stats.paired_tests import (
     seeds_difference,
 )
 from threefold.stats.scores import wilson_interval
+from threefold.training.provenance import commit, hardware
 
 Rng = np.random.Generator
 

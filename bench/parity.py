@@ -23,8 +23,8 @@ from threefold import exporting
 from threefold.exporting__export import chosen_ensemble, spread_rows
 from threefold.parity import TOLERANCES, compare
 from threefold.precision import CALIBRATION_IMAGES
-from threefold.provenance import commit, hardware
-from threefold.run import Run
+from threefold.training.provenance import commit, hardware
+from threefold.training.run import Run
 
 
 def main() -> None:

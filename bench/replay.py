@@ -28,7 +28,6 @@ from threefold.ensembles.registry import ENSEMBLES, make_ensemble
 from threefold.ensembles.scaling import apply_temperature, fit_temperature
 from threefold.predictions.checks import FLOOR
 from threefold.predictions.predictions import Predictions
-from threefold.provenance import commit, hardware
 from threefold.stats.paired_tests import (
     Difference,
     holm,
@@ -38,6 +37,7 @@ from threefold.stats.paired_tests import (
     verdict,
 )
 from threefold.stats.scores import wilson_interval
+from threefold.training.provenance import commit, hardware
 
 NETWORKS = ("stacked-shrunk", "stacked")
 SHORT = {

@@ -35,8 +35,8 @@ import numpy as np
 from PIL import Image
 
 from threefold.limits import ServerLimits
-from threefold.provenance import commit, hardware
 from threefold.runtime.model import Model
+from threefold.training.provenance import commit, hardware
 
 SERVER = """
 import sys, pathlib

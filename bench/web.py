@@ -33,7 +33,7 @@ from selenium import webdriver
 
 import threefold
 from threefold.data.images import decode
-from threefold.provenance import commit, hardware
+from threefold.training.provenance import commit, hardware
 from threefold.webfolder import write_web
 
 ASK = """

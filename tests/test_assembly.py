@@ -18,7 +18,7 @@ from threefold.files import read_arrays
 from threefold.models.views import view_counts
 from threefold.recipe import Recipe
 from threefold.recipe_schema import ViewSpec
-from threefold.run import Run, stand_ins
+from threefold.training.run import Run, stand_ins
 
 
 def member(name: str, **changes: Any) -> dict[str, Any]:

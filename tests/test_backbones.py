@@ -31,7 +31,7 @@ from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predic
 from threefold.models.recurrent import full_parameters
 from threefold.parity import TOLERANCES
 from threefold.recipe_schema import HeadSpec, MemberSpec, StageSpec
-from threefold.training__optimizers import set_trainable, train_mode
+from threefold.training.optimizers import set_trainable, train_mode
 
 NAMES = [row.name for row in PAPER_BACKBONES]
 

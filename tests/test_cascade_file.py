@@ -32,9 +32,9 @@ from threefold.evaluation.cascade_savings import cascade_card, fit_savings
 from threefold.exporting__export import chosen_ensemble
 from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.parity import check, compare
-from threefold.run import Run
 from threefold.runtime import predict as answers
 from threefold.runtime.model import FAST, FULL, CascadePolicy, Model
+from threefold.training.run import Run
 
 CLASSES, NAMES = ("oak", "elm", "ash"), ("wide", "cheap", "other")
 

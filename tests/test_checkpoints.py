@@ -11,18 +11,18 @@ import torch
 from test_stages import build_tiny, make_rows, make_task
 from torch import Tensor, nn
 
-from threefold import jobs
 from threefold.errors import RunError
 from threefold.recipe import Job, Recipe
-from threefold.run import Run
-from threefold.stages import StageOutcome, StageTask, train_stage
-from threefold.training__checkpoints import (
+from threefold.training import jobs
+from threefold.training.checkpoints import (
     ResumeState,
     fingerprint,
     load_resume_state,
     save_resume_state,
 )
-from threefold.training__watcher import Watcher
+from threefold.training.run import Run
+from threefold.training.stages import StageOutcome, StageTask, train_stage
+from threefold.training.watcher import Watcher
 
 
 class Interrupter(Watcher):

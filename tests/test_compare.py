@@ -11,8 +11,8 @@ import pytest
 from threefold.errors import DataError, ThreefoldError
 from threefold.evaluation.compare import compare_saved
 from threefold.predictions.predictions import Predictions
-from threefold.run import Run
 from threefold.stats.paired_tests import holm, mcnemar_exact
+from threefold.training.run import Run
 
 AUTHORS = Path(__file__).parents[2] / "shared/data/fashion_mnist_authors_predictions.npz"
 

@@ -15,7 +15,7 @@ from serving import UNCERTAIN, card, write_model
 
 import threefold
 from threefold.data.images import decode
-from threefold.run import Run
+from threefold.training.run import Run
 
 DOCS = Path(__file__).parents[1] / "docs/deploy.md"
 ALONE = """

@@ -16,12 +16,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from threefold import api, jobs
+from threefold import api
 from threefold.api import student_recipe
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.evaluation.compare import compare_saved
 from threefold.evaluation.saved import evaluate_saved, score_saved
-from threefold.jobs import train_members
 from threefold.models.member import Member, create_backbone
 from threefold.models.pipeline import Predictor, predict_probs
 from threefold.predictions.ledger import FIT, SCORE, TEACH
@@ -30,9 +29,11 @@ from threefold.predictions.results_schema import ShortScore
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
-from threefold.run import Run
-from threefold.stages import StageOutcome, StageTask, train_stage
-from threefold.training__distillation import Distillation, open_teacher, teacher_answers
+from threefold.training import jobs
+from threefold.training.distillation import Distillation, open_teacher, teacher_answers
+from threefold.training.jobs import train_members
+from threefold.training.run import Run
+from threefold.training.stages import StageOutcome, StageTask, train_stage
 
 
 def features_of(member: Member, pixels: np.ndarray) -> np.ndarray:

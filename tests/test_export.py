@@ -23,8 +23,8 @@ from threefold.exporting import fold_batch_norm
 from threefold.exporting__export import export
 from threefold.files import read_arrays
 from threefold.models.pipeline import Combiner, Pipeline, Predictor
-from threefold.results import evaluate_run
-from threefold.run import Run
+from threefold.training.results import evaluate_run
+from threefold.training.run import Run
 
 
 def whole(run: Run, method: str = "mean") -> Pipeline:

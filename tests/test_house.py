@@ -302,7 +302,7 @@ def test_readme_python_runs(
     finished: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The README's Python, on the tiny run in place of the demo's."""
-    from threefold.run import Run
+    from threefold.training.run import Run
 
     assert isinstance(finished, Run)
     blocks = re.findall(

@@ -11,8 +11,8 @@ from threefold.ensembles.stacked import stacked_network
 from threefold.models.member import JointMember, Member, build_joint, build_member, describe_joint
 from threefold.recipe import Recipe
 from threefold.recipe_schema import HeadSpec, MemberSpec, StageSpec, TrainSpec
-from threefold.stages import StageTask, train_stage
-from threefold.training__optimizers import create_optimizer, set_trainable, train_mode
+from threefold.training.optimizers import create_optimizer, set_trainable, train_mode
+from threefold.training.stages import StageTask, train_stage
 
 EVERYTHING = StageSpec(name="s", epochs=1, lr=1.0)
 HEAD_ONLY = StageSpec(name="s", epochs=1, lr=1e-2, trainable="^head")

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from threefold.training__optimizers import KerasAdam, lr_at
+from threefold.training.optimizers import KerasAdam, lr_at
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "keras_heads.npz", allow_pickle=False)
 LR, EPOCHS, STEPS = float(GOLDEN["adam/lr"]), int(GOLDEN["adam/epochs"]), int(GOLDEN["adam/steps"])

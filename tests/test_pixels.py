@@ -13,8 +13,8 @@ from threefold.data.splits import Roles
 from threefold.errors import RunError
 from threefold.models.resize import resize_square
 from threefold.models.views import Views
-from threefold.pixels import CHUNK, PixelCache
 from threefold.recipe_schema import MemberSpec, ViewSpec
+from threefold.training.pixel_cache import CHUNK, PixelCache
 
 SPEC = MemberSpec(name="m", backbone="test_resnet", img_size=24)
 

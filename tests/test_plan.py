@@ -8,10 +8,10 @@ import pytest
 from conftest import paint
 
 from threefold import api
-from threefold import plan as planning
 from threefold.errors import DataError, RecipeError, RunError
-from threefold.plan import Effort, Speed, plan_folder, predict_seconds
 from threefold.recipe import Recipe, parse_minutes
+from threefold.training import plan as planning
+from threefold.training.plan import Effort, Speed, plan_folder, predict_seconds
 
 
 def make_folder(root: Path, names: list[str], count: int = 6, side: int = 40) -> Path:
@@ -138,7 +138,7 @@ def test_fit_from_a_folder_to_a_file_and_again(
     members = ("test_resnet", "test_efficientnet")
 
     with monkeypatch.context() as patch:
-        patch.setattr("threefold.run.load_data", None)  # the plan hands its images on
+        patch.setattr("threefold.training.run.load_data", None)  # the plan hands its images on
         run = api.fit(root, out, budget_minutes=0, members=members, overrides=sets)
     first = run.results
     assert (run.dir / "model.onnx").exists()

@@ -20,7 +20,7 @@ from threefold.exporting__export import export
 from threefold.files import sha256
 from threefold.parity import TOLERANCES, check, compare
 from threefold.precision import PRECISIONS, SMALLEST, convert, halve
-from threefold.run import Run
+from threefold.training.run import Run
 
 
 class Small(nn.Module):

@@ -15,12 +15,12 @@ import pytest
 from conftest import make_folder, tiny_tree
 
 from threefold import api
-from threefold import jobs as jobs_module
 from threefold.errors import RunError
 from threefold.files import sha256
-from threefold.jobs import train_members
 from threefold.recipe import Job, Recipe
-from threefold.run import Run
+from threefold.training import jobs
+from threefold.training.jobs import train_members
+from threefold.training.run import Run
 
 
 def small(images: Path, *sets: str) -> Recipe:
@@ -67,7 +67,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
 ) -> None:
     whole = Run.create(small(images), tmp_path / "whole")
     train_members(whole)
-    done, real = [], jobs_module.train_stage
+    done, real = [], jobs.train_stage
 
     def interrupted(*args: Any) -> Any:
         if len(done) == stop_after:
@@ -75,10 +75,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
         done.append(1)
         return real(*args)
 
-    monkeypatch.setattr(jobs_module, "train_stage", interrupted)
+    monkeypatch.setattr(jobs, "train_stage", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_members(Run.create(small(images), tmp_path / "cut"))
-    monkeypatch.setattr(jobs_module, "train_stage", real)
+    monkeypatch.setattr(jobs, "train_stage", real)
     again = Run.create(small(images), tmp_path / "cut")
     train_members(again)
     assert weights(again) == weights(whole)
@@ -90,7 +90,7 @@ def test_a_finished_run_is_not_trained_again(
     def forbidden(*_: Any) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(jobs_module, "train_stage", forbidden)
+    monkeypatch.setattr(jobs, "train_stage", forbidden)
     again = api.train(finished.recipe, finished.dir)
     assert all(again.folder.is_done(job) for job in again.jobs)
     train_members(Run.create(finished.recipe, finished.dir))

@@ -19,7 +19,7 @@ from threefold.evaluation.saved import (
     summarize_evaluation,
 )
 from threefold.predictions.predictions import Predictions
-from threefold.run import Run
+from threefold.training.run import Run
 
 runner = CliRunner()
 

@@ -20,8 +20,8 @@ import threefold
 from threefold import serve
 from threefold.errors import RecipeError, RunError
 from threefold.limits import ServerLimits
-from threefold.run import Run
 from threefold.runtime.model import Model
+from threefold.training.run import Run
 
 RED, GREEN = picture((200, 30, 30)), picture((30, 200, 30), (9, 9), "JPEG")
 

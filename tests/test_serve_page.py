@@ -23,7 +23,7 @@ from serving import UNCERTAIN, card, picture, serving, write_model
 
 import threefold
 from threefold.limits import ServerLimits
-from threefold.run import Run
+from threefold.training.run import Run
 
 pytestmark = needs_chromium
 

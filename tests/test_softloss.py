@@ -13,10 +13,10 @@ from test_stages import make_rows
 
 from threefold.ensembles.scaling import apply_temperature
 from threefold.models.member import build_member
-from threefold.pixels import PixelRows
 from threefold.recipe import Recipe
-from threefold.softloss import soft_loss, soften
-from threefold.stages import StageTask, train_stage
+from threefold.training.losses import soft_loss, soften
+from threefold.training.pixel_cache import PixelRows
+from threefold.training.stages import StageTask, train_stage
 
 
 def make_logits(n: int = 6, k: int = 4, seed: int = 0) -> torch.Tensor:

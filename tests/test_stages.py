@@ -11,14 +11,14 @@ import pytest
 import torch
 from conftest import COLOURS, tiny_tree
 
-from threefold import stages
 from threefold.errors import RecipeError, RunError
 from threefold.models.member import Member, build_member
 from threefold.models.pipeline import Predictor, pick_device, pick_precision, predict_probs
-from threefold.pixels import PixelRows
 from threefold.recipe import Recipe
-from threefold.stages import StageTask, train_stage
-from threefold.training__checkpoints import Checkpoint, accept_stage
+from threefold.training import stages
+from threefold.training.checkpoints import Checkpoint, accept_stage
+from threefold.training.pixel_cache import PixelRows
+from threefold.training.stages import StageTask, train_stage
 
 
 def make_rows(n: int, seed: int) -> PixelRows:

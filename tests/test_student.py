@@ -17,7 +17,7 @@ from threefold.errors import RecipeError
 from threefold.evaluation.compare import compare_saved
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
-from threefold.run import Run
+from threefold.training.run import Run
 
 runner = CliRunner()
 FAST = ["--set", "stages.one.epochs=1"]

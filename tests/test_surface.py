@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import threefold
 from threefold.cli import app
-from threefold.run import Run
+from threefold.training.run import Run
 
 runner = CliRunner()
 ROOT_FLAGS = {"--version", "--install-completion", "--show-completion"}

@@ -38,7 +38,7 @@ from threefold.cli import app
 from threefold.data.images import decode
 from threefold.ensembles.conformal import ConformalSets
 from threefold.errors import ExportError
-from threefold.run import Run
+from threefold.training.run import Run
 from threefold.webfolder import write_web
 
 pytestmark = [

@@ -22,7 +22,7 @@ _HOME = {
     "WeightedEnsemble": "ensembles.averaging",
     "GreedyEnsemble": "ensembles.averaging",
     "StackedEnsemble": "ensembles.stacked",
-    "Run": "run",
+    "Run": "training.run",
     "distill": "api",
     "export": "exporting__export",
     "fit": "api",

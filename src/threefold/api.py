@@ -11,16 +11,16 @@ from typing import Any
 from threefold.data.dataset import Sources
 from threefold.errors import RecipeError, RunError
 from threefold.exporting__export import export
-from threefold.jobs import train_members
-from threefold.plan import plan_folder
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
 from threefold.report__pages import write_report
-from threefold.results import evaluate_run, write_results
-from threefold.run import Run
-from threefold.training__distillation import open_teacher
-from threefold.training__watcher import Watcher
+from threefold.training.distillation import open_teacher
+from threefold.training.jobs import train_members
+from threefold.training.plan import plan_folder
+from threefold.training.results import evaluate_run, write_results
+from threefold.training.run import Run
+from threefold.training.watcher import Watcher
 
 STUDENT, TWIN = "student", "student-labels"
 """Names of the two members of a run that `distill` creates."""

@@ -110,7 +110,7 @@ def plan(
     from threefold.recipe import parse_minutes, resolve
 
     if Path(recipe).is_dir():
-        from threefold.plan import plan_folder
+        from threefold.training.plan import plan_folder
 
         planned = plan_folder(recipe, parse_minutes(budget), _split(members), tuple(sets or ()))
         out.print(planned.recipe.dump(planned.explain()), markup=False)
@@ -201,7 +201,7 @@ def export(
         )
     from threefold.exporting__export import export as export_run
     from threefold.parity import describe_report
-    from threefold.run import Run
+    from threefold.training.run import Run
 
     exported = export_run(Run.open(run_dir), target, method, _split(members), precision)
     out.print(

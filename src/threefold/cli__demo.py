@@ -14,7 +14,7 @@ from threefold.console import out
 from threefold.errors import ExportError
 
 if TYPE_CHECKING:
-    from threefold.run import Run
+    from threefold.training.run import Run
 
 
 def demo(

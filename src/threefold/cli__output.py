@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from threefold.console import err, out, plain
 
 if TYPE_CHECKING:
-    from threefold.run import Run
     from threefold.terminal import TerminalWatcher
+    from threefold.training.run import Run
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from threefold.files import read_arrays, sha256
 from threefold.models.pipeline import Combiner
 from threefold.precision import CALIBRATION_IMAGES
 from threefold.predictions.results_schema import Score
-from threefold.run import Run
 from threefold.runtime.model import load
+from threefold.training.run import Run
 
 PARITY_IMAGES = {"float32": 64, "float16": 512, "bfloat16": 512, "int8": 512}
 """Number of images for the parity gate: rounding shows on few, a changed class only on many."""

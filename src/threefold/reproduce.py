@@ -23,7 +23,6 @@ from threefold.files import read_arrays, read_json, write_json
 from threefold.models.views import view_counts
 from threefold.paper_items import Answer, Cell, Item, Plan
 from threefold.recipe import Recipe, packaged
-from threefold.run import Run
 from threefold.scales import (
     Protocol,
     Scale,
@@ -34,7 +33,8 @@ from threefold.scales import (
 )
 from threefold.stats import paired_tests, scores
 from threefold.stats.bootstrap import LEVEL
-from threefold.training__watcher import Watcher
+from threefold.training.run import Run
+from threefold.training.watcher import Watcher
 
 PER_CLASS = {"cifar100": 4, "surrey-asl": 3}
 """Made-up training images of each class in a smoke run, where they are not 8."""

@@ -26,7 +26,7 @@ from threefold.predictions.results_schema import (
     ShortScore,
 )
 from threefold.recipe import Job, fold_name
-from threefold.training__watcher import Watcher
+from threefold.training.watcher import Watcher
 
 NAME = 22
 """Characters of a name in a table that fits 80 columns; the ends of long names differ, so these are kept."""

@@ -19,7 +19,7 @@ from threefold.predictions.results_schema import Results
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Job, Recipe
 from threefold.recipe_schema import MemberSpec
-from threefold.training__watcher import Watcher
+from threefold.training.watcher import Watcher
 
 
 class Run:

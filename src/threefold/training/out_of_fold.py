@@ -19,9 +19,9 @@ from threefold.predictions.predictions import Predictions
 from threefold.predictions.records import VERSION
 from threefold.predictions.results_schema import ChosenViews, Optimism
 from threefold.recipe import Job
-from threefold.run import Run, stand_ins
 from threefold.stats.one_standard_error import simplest
-from threefold.training__distillation import Distillation
+from threefold.training.distillation import Distillation
+from threefold.training.run import Run, stand_ins
 
 FoldProbs = Mapping[tuple[str, int], Mapping[str, np.ndarray]]
 """The arrays of probs.npz by member and fold."""

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from threefold.assembly import assemble
 from threefold.data.dataset import Sources
 from threefold.data.splits import Roles
 from threefold.errors import RunError
@@ -27,16 +26,17 @@ from threefold.models.pipeline import (
     to_pixels,
 )
 from threefold.models.views import Views, view_counts
-from threefold.pixels import PixelCache
 from threefold.predictions.records import VERSION, RoleCounts, RunInfo
-from threefold.provenance import commit, hardware, stable_seed, versions
 from threefold.recipe import Job, fold_name
 from threefold.recipe_schema import MemberSpec
-from threefold.run import Run
-from threefold.stages import StageOutcome, StageTask, train_stage
-from threefold.training__augment import Augment
-from threefold.training__diagnostics import find_copies
-from threefold.training__distillation import Distillation
+from threefold.training.augment import Augment
+from threefold.training.diagnostics import find_copies
+from threefold.training.distillation import Distillation
+from threefold.training.out_of_fold import assemble
+from threefold.training.pixel_cache import PixelCache
+from threefold.training.provenance import commit, hardware, stable_seed, versions
+from threefold.training.run import Run
+from threefold.training.stages import StageOutcome, StageTask, train_stage
 
 RESUME_FILE = ".resume"
 """State of a stage that is being trained, in its job's folder."""

@@ -39,7 +39,7 @@ from threefold.predictions.results_schema import (
 )
 from threefold.recipe import Recipe, fold_name
 from threefold.recipe_schema import DistillSpec
-from threefold.run import Run
+from threefold.training.run import Run
 
 
 @dataclass(frozen=True, eq=False)

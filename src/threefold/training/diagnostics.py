@@ -13,7 +13,6 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
-from threefold.assembly import roles_by_fold
 from threefold.data.check import NEAR_COPIES
 from threefold.data.leakage import (
     Duplicate,
@@ -33,12 +32,13 @@ from threefold.evaluation.label_errors import (
 )
 from threefold.files import read_json, write_json
 from threefold.models.gradcam import NoMap, ensemble_cam
-from threefold.pixels import PixelCache
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Audit, Copies, CopyPair
 from threefold.recipe_schema import MemberSpec
-from threefold.run import Run
 from threefold.stats.scores import confusion_matrix
+from threefold.training.out_of_fold import roles_by_fold
+from threefold.training.pixel_cache import PixelCache
+from threefold.training.run import Run
 
 SIDE: Final = 96
 """Width and height of a thumbnail in pixels."""

@@ -25,12 +25,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from threefold.errors import RunError
 from threefold.models.pipeline import Predictor, autocast, pick_precision, predict_probs, to_pixels
-from threefold.pixels import PixelRows
 from threefold.recipe import Recipe
 from threefold.recipe_schema import StageSpec
-from threefold.softloss import soft_loss, soften
-from threefold.training__augment import Augment
-from threefold.training__checkpoints import (
+from threefold.training.augment import Augment
+from threefold.training.checkpoints import (
     SAVE_INTERVAL,
     Checkpoint,
     ResumeState,
@@ -44,8 +42,10 @@ from threefold.training__checkpoints import (
     restore_random,
     save_resume_state,
 )
-from threefold.training__optimizers import create_optimizer, lr_at, set_trainable, train_mode
-from threefold.training__watcher import Watcher
+from threefold.training.losses import soft_loss, soften
+from threefold.training.optimizers import create_optimizer, lr_at, set_trainable, train_mode
+from threefold.training.pixel_cache import PixelRows
+from threefold.training.watcher import Watcher
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from threefold.models.member import build_member
 from threefold.models.pipeline import pick_device
 from threefold.recipe import Recipe
 from threefold.recipe_schema import DataSpec, MemberSpec, StageSpec
-from threefold.training__optimizers import set_trainable, train_mode
+from threefold.training.optimizers import set_trainable, train_mode
 
 DEFAULT_MEMBERS = (
     ("lite0-linear", "tf_efficientnet_lite0.in1k", {"kind": "linear"}),

@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from threefold.assembly import choices_optimism
 from threefold.ensembles.base import Ensemble, LinearEnsemble
 from threefold.ensembles.cascade import stages_by_cost
 from threefold.ensembles.registry import SelectedEnsemble
@@ -29,9 +28,10 @@ from threefold.predictions.results_schema import (
     Score,
 )
 from threefold.recipe_schema import MemberSpec
-from threefold.run import Run
-from threefold.training__diagnostics import audit_run, make_thumbnails
-from threefold.training__distillation import Distillation, distillation_results
+from threefold.training.diagnostics import audit_run, make_thumbnails
+from threefold.training.distillation import Distillation, distillation_results
+from threefold.training.out_of_fold import choices_optimism
+from threefold.training.run import Run
 
 
 def evaluate_run(run: Run) -> Evaluation:

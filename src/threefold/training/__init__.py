@@ -1,0 +1,1 @@
+"""The jobs of a run: plan, stages, checkpoints, out-of-fold assembly, distillation, results."""
