@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import threefold
-from threefold.exporting__export import chosen_ensemble
+from threefold.exporting.export import chosen_ensemble
 from threefold.models.pipeline import Pipeline
 from threefold.training.provenance import commit, hardware
 from threefold.training.run import Run

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 import threefold
-from threefold import exporting
-from threefold.exporting__export import chosen_ensemble, spread_rows
-from threefold.parity import TOLERANCES, compare
-from threefold.precision import CALIBRATION_IMAGES
+from threefold.exporting import onnx_graph
+from threefold.exporting.export import chosen_ensemble, spread_rows
+from threefold.exporting.parity import TOLERANCES, compare
+from threefold.exporting.quantization import CALIBRATION_IMAGES
 from threefold.training.provenance import commit, hardware
 from threefold.training.run import Run
 
@@ -54,8 +54,8 @@ def main() -> None:
         f"{'correct':>14}{'lost':>6}{'gained':>8}{'CPU ms an image':>17}"
     )
     for precision in args.precisions.split(","):
-        model = exporting.build_graph(pipeline, precision, calibration)
-        exporting.set_card(model, exporting.card_of(pipeline, precision, {}))
+        model = onnx_graph.build_graph(pipeline, precision, calibration)
+        onnx_graph.set_card(model, onnx_graph.card_of(pipeline, precision, {}))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
             path.write_bytes(model.SerializeToString())

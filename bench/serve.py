@@ -59,9 +59,9 @@ def export_pipeline(path: Path, size: int) -> None:
     """Three packaged members with random heads, as one file."""
     import torch
 
-    from threefold import targets
     from threefold.ensembles.averaging import MeanEnsemble
     from threefold.ensembles.scaling import temperature_module
+    from threefold.exporting import targets
     from threefold.models.member import build_member
     from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
     from threefold.recipe_schema import MemberSpec

@@ -13,7 +13,7 @@ from conftest import tiny_tree
 import threefold
 from threefold import api
 from threefold.errors import RecipeError, RunError
-from threefold.exporting__export import export
+from threefold.exporting.export import export
 from threefold.files import read_arrays
 from threefold.models.views import view_counts
 from threefold.recipe import Recipe

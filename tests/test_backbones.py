@@ -14,11 +14,12 @@ import timm
 import torch
 from torch import nn
 
-from threefold import targets
 from threefold.catalogue import catalogue
 from threefold.ensembles.averaging import MeanEnsemble
 from threefold.ensembles.scaling import temperature_module
 from threefold.ensembles.stacked import StackedEnsemble
+from threefold.exporting import targets
+from threefold.exporting.parity import TOLERANCES
 from threefold.models.backbones import (
     INCEPTION_STATS,
     PAPER_BACKBONES,
@@ -29,7 +30,6 @@ from threefold.models.heads import build_head
 from threefold.models.member import Member, build_member
 from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor, to_pixels
 from threefold.models.recurrent import full_parameters
-from threefold.parity import TOLERANCES
 from threefold.recipe_schema import HeadSpec, MemberSpec, StageSpec
 from threefold.training.optimizers import set_trainable, train_mode
 

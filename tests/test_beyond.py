@@ -12,10 +12,10 @@ import pytest
 import torch
 from test_backbones import coarse_pictures, learn, pipeline_of, settle
 
-from threefold import targets
+from threefold.exporting import targets
+from threefold.exporting.parity import TOLERANCES
 from threefold.models.member import build_member
 from threefold.models.pipeline import to_pixels
-from threefold.parity import TOLERANCES
 from threefold.recipe import packaged
 from threefold.recipe_schema import HeadSpec, MemberSpec
 

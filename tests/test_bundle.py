@@ -12,10 +12,10 @@ import pytest
 from serving import card, colour_graph
 
 import threefold
-from threefold import bundle, exporting
 from threefold.errors import ExportError
+from threefold.exporting import onnx_files, onnx_graph
+from threefold.exporting.parity import check
 from threefold.files import sha256
-from threefold.parity import check
 from threefold.runtime import model_file
 from threefold.runtime.model import KEY
 
@@ -25,8 +25,8 @@ RED = np.full((5, 7, 3), (200, 0, 0), np.uint8)
 @pytest.fixture
 def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """One file may hold a hundred bytes, and every tensor of eight bytes or more moves out."""
-    monkeypatch.setattr(bundle, "LIMIT", 50)
-    monkeypatch.setattr(bundle, "SMALLEST", 8)
+    monkeypatch.setattr(onnx_files, "LIMIT", 50)
+    monkeypatch.setattr(onnx_files, "SMALLEST", 8)
 
 
 def write(path: Path, scale: float = 1.0, wrong: bool = False) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def write(path: Path, scale: float = 1.0, wrong: bool = False) -> dict[str, Any]
         report |= {"precision": "float32", "loss_tolerance": 0, "answer": answers[0].tolist()}
         return check(report, path)
 
-    return exporting.write_onnx(model, path, card(), [RED], measure)
+    return onnx_graph.write_onnx(model, path, card(), [RED], measure)
 
 
 @pytest.mark.usefixtures("small_limit")
@@ -70,7 +70,7 @@ def test_a_bundle_is_two_files_that_answer(tmp_path: Path) -> None:
         if t.external_data
     }
     assert set(places) == {"weights", "scales"}
-    assert {int(place["offset"]) % bundle.ALIGN for place in places.values()} == {0}
+    assert {int(place["offset"]) % onnx_files.ALIGN for place in places.values()} == {0}
     whole = onnx.load(tmp_path / "m.onnx")
     for tensor in colour_graph().graph.initializer:
         found = next(t for t in whole.graph.initializer if t.name == tensor.name)
@@ -115,7 +115,7 @@ def test_exported_again_the_old_data_goes_and_nothing_else(
     write(tmp_path / "m.onnx", scale=0.5)  # the same data again
     assert set(tmp_path.glob("*.bin")) == second
     assert threefold.load(tmp_path / "m.onnx").predict([RED]) == ["red"]
-    monkeypatch.setattr(bundle, "LIMIT", 10**6)
+    monkeypatch.setattr(onnx_files, "LIMIT", 10**6)
     write(tmp_path / "m.onnx")
     assert len(set(tmp_path.glob("*.bin"))) == 2
 
@@ -129,14 +129,14 @@ def test_interrupted_anywhere_the_old_model_answers(
     with pytest.raises(ExportError, match="another class"):
         write(tmp_path / "m.onnx", scale=0.5, wrong=True)
     assert sorted(os.listdir(tmp_path)) == before
-    honest = bundle.write_file
+    honest = onnx_files.write_file
 
     def cut(path: Path, content: bytes) -> None:
         if path.name == "m.onnx":  # the data file is in its place, the model file is not yet
             raise KeyboardInterrupt
         honest(path, content)
 
-    monkeypatch.setattr(bundle, "write_file", cut)
+    monkeypatch.setattr(onnx_files, "write_file", cut)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "m.onnx", scale=0.5)
     assert threefold.load(tmp_path / "m.onnx").predict([RED]) == ["red"]
@@ -144,7 +144,7 @@ def test_interrupted_anywhere_the_old_model_answers(
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle, "LIMIT", 50)
+    monkeypatch.setattr(onnx_files, "LIMIT", 50)
     (tmp_path / "file").write_text("")
     with pytest.raises(ExportError, match="cannot write"):
         write(tmp_path / "file" / "m.onnx")

@@ -22,16 +22,17 @@ from torch import nn
 from typer.testing import CliRunner
 
 import threefold
-from threefold import bundle, exporting, precision, serve, targets
-from threefold.cascading import add_cascade
+from threefold import serve
 from threefold.cli import app
 from threefold.ensembles.cascade import Cascade, margins
 from threefold.ensembles.stacked import StackedEnsemble
 from threefold.errors import ExportError
 from threefold.evaluation.cascade_savings import cascade_card, fit_savings
-from threefold.exporting__export import chosen_ensemble
+from threefold.exporting import onnx_files, onnx_graph, quantization, targets
+from threefold.exporting.export import chosen_ensemble
+from threefold.exporting.onnx_cascade import add_cascade
+from threefold.exporting.parity import check, compare
 from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
-from threefold.parity import check, compare
 from threefold.runtime import predict as answers
 from threefold.runtime.model import FAST, FULL, CascadePolicy, Model
 from threefold.training.run import Run
@@ -78,8 +79,8 @@ def write(
     graph: Any, path: Path, pipeline: Pipeline, images: list[np.ndarray], card: dict[str, Any]
 ) -> dict[str, Any]:
     """A graph as a file, if it answers as the pipeline."""
-    expected, told = pipeline.predict_proba(images), exporting.card_of(pipeline, "float32", card)
-    return exporting.write_onnx(
+    expected, told = pipeline.predict_proba(images), onnx_graph.card_of(pipeline, "float32", card)
+    return onnx_graph.write_onnx(
         graph, path, told, images, lambda found: check(compare(expected, found), path)
     )
 
@@ -108,7 +109,7 @@ def world() -> dict[str, Any]:
     )
     cascade = found.cascade
     cascade.thresholds_ = middles(cascade, probs, full)
-    graph = exporting.build_graph(pipeline)
+    graph = onnx_graph.build_graph(pipeline)
     card = {"cascade": {**cascade_card(found.as_dict())["cascade"], "state": cascade.state()}}
     return {
         "pipeline": pipeline,
@@ -124,7 +125,7 @@ def world() -> dict[str, Any]:
 def model(world: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Model:
     path = tmp_path_factory.mktemp("file") / "model.onnx"
     graph = add_cascade(
-        world["graph"], world["cascade"], exporting.network_names(world["pipeline"])
+        world["graph"], world["cascade"], onnx_graph.network_names(world["pipeline"])
     )
     report = write(graph, path, world["pipeline"], pictures(20), world["card"])
     assert report["max_difference"] < 1e-5
@@ -144,12 +145,12 @@ def test_weights_of_later_members_go_into_a_bundle(
     world: dict[str, Any], model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in (("LIMIT", 50), ("SMALLEST", 40)):
-        monkeypatch.setattr(bundle, name, value)
+        monkeypatch.setattr(onnx_files, name, value)
     graph = add_cascade(
-        world["graph"], world["cascade"], exporting.network_names(world["pipeline"])
+        world["graph"], world["cascade"], onnx_graph.network_names(world["pipeline"])
     )
     write(graph, tmp_path / "m.onnx", world["pipeline"], pictures(4), world["card"])
-    tensors = bundle.weights(onnx.load(tmp_path / "m.onnx", load_external_data=False).graph)
+    tensors = onnx_files.weights(onnx.load(tmp_path / "m.onnx", load_external_data=False).graph)
     assert len([tensor for tensor in tensors if tensor.external_data]) > 6  # of all three members
     found = threefold.load(tmp_path / "m.onnx")
     for image in pictures(20, side=9):
@@ -162,7 +163,7 @@ def test_weights_of_later_members_go_into_a_bundle(
 def test_later_members_in_half_precision(
     world: dict[str, Any], model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "SMALLEST", 4)
+    monkeypatch.setattr(quantization, "SMALLEST", 4)
     pipeline, card, path = world["pipeline"], world["card"], tmp_path / "m.onnx"
     targets.export(
         pipeline, path, pictures(20), card, precision="float16", cascade=world["cascade"]
@@ -257,7 +258,7 @@ def test_the_graph_is_onnx_and_the_flat_one_is_left_as_it_was(
     before = world["graph"]
     copy = onnx.ModelProto()
     copy.CopyFrom(before)
-    made = add_cascade(before, world["cascade"], exporting.network_names(world["pipeline"]))
+    made = add_cascade(before, world["cascade"], onnx_graph.network_names(world["pipeline"]))
     assert before == copy
     onnx.checker.check_model(made, full_check=True)
     assert [node.name for node in made.graph.node if node.op_type == "If"] == ["stage1", "stage2"]
@@ -271,7 +272,7 @@ def test_the_graph_is_onnx_and_the_flat_one_is_left_as_it_was(
 def with_card(model: Model, path: Path, **changes: Any) -> Path:
     """A copy of the file with another card."""
     copy = onnx.load(model.path)
-    bundle.set_card(copy, {**model.card, **changes})
+    onnx_files.set_card(copy, {**model.card, **changes})
     onnx.save(copy, path)
     return path
 

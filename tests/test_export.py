@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 import threefold
-from threefold import targets
 from threefold.ensembles.registry import ENSEMBLES, make_ensemble
 from threefold.ensembles.scaling import temperature_module
 from threefold.errors import DataError, ExportError
 from threefold.evaluation.evaluate import evaluate
-from threefold.exporting import fold_batch_norm
-from threefold.exporting__export import export
+from threefold.exporting import targets
+from threefold.exporting.export import export
+from threefold.exporting.onnx_graph import fold_batch_norm
 from threefold.files import read_arrays
 from threefold.models.pipeline import Combiner, Pipeline, Predictor
 from threefold.training.results import evaluate_run

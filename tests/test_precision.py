@@ -14,12 +14,12 @@ from test_export import pictures, whole
 from torch import nn
 
 import threefold
-from threefold import exporting, targets
 from threefold.errors import ExportError
-from threefold.exporting__export import export
+from threefold.exporting import onnx_graph, targets
+from threefold.exporting.export import export
+from threefold.exporting.parity import TOLERANCES, check, compare
+from threefold.exporting.quantization import PRECISIONS, SMALLEST, convert, halve
 from threefold.files import sha256
-from threefold.parity import TOLERANCES, check, compare
-from threefold.precision import PRECISIONS, SMALLEST, convert, halve
 from threefold.training.run import Run
 
 
@@ -50,7 +50,7 @@ def small() -> onnx.ModelProto:
     network = Small().eval().requires_grad_(False)
     for part in network.convs:
         part[0].weight *= 2.5  # as drawn, every image gets nearly the same answer
-    return exporting.trace(network, torch.zeros(2, 3, 16, 16), ("pixels", "probs"), (0,))
+    return onnx_graph.trace(network, torch.zeros(2, 3, 16, 16), ("pixels", "probs"), (0,))
 
 
 def answers(model: onnx.ModelProto, pixels: np.ndarray) -> np.ndarray:
@@ -272,7 +272,7 @@ def test_answers_that_are_no_numbers_are_refused() -> None:
 
 def test_the_card_names_what_the_file_was_made_of(finished: Run) -> None:
     card = threefold.load(finished.dir / "model.onnx").card
-    assert (card["precision"], card["opset"]) == ("float32", exporting.OPSET)
+    assert (card["precision"], card["opset"]) == ("float32", onnx_graph.OPSET)
     first, second = card["preprocessing"]
     assert (first["pixels"], second["pixels"], first["resize"]) == (32, 40, "squash")
     assert first["mean"][0] == pytest.approx(

@@ -16,8 +16,8 @@ import torch
 from test_export import pictures
 from torch import nn
 
-from threefold import targets
 from threefold.errors import ExportError
+from threefold.exporting import targets
 from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 
 

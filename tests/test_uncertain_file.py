@@ -16,11 +16,11 @@ from PIL import Image
 from torch import nn
 
 import threefold
-from threefold import bundle, targets
 from threefold.ensembles.averaging import MeanEnsemble
 from threefold.ensembles.calibration import fit_calibration
 from threefold.errors import ExportError
 from threefold.evaluation.uncertainty import Uncertainty, fit_uncertainty, uncertainty_card
+from threefold.exporting import onnx_files, targets
 from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.runtime import predict as answers
 from threefold.runtime.model import Model
@@ -184,7 +184,7 @@ def test_a_damaged_card_is_one_line(
     import onnx
 
     model = onnx.load(made[0].path)
-    bundle.set_card(model, {**made[0].card, **card})
+    onnx_files.set_card(model, {**made[0].card, **card})
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(
         ExportError, match=r"the model card is damaged: .*m\.onnx; got conformal or unknown: "

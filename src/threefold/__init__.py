@@ -24,7 +24,7 @@ _HOME = {
     "StackedEnsemble": "ensembles.stacked",
     "Run": "training.run",
     "distill": "api",
-    "export": "exporting__export",
+    "export": "exporting.export",
     "fit": "api",
     "write_report": "report__pages",
     "train": "api",

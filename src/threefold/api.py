@@ -10,7 +10,7 @@ from typing import Any
 
 from threefold.data.dataset import Sources
 from threefold.errors import RecipeError, RunError
-from threefold.exporting__export import export
+from threefold.exporting.export import export
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec

@@ -199,8 +199,8 @@ def export(
         raise ExportError(
             "the browser reads ONNX", where=target, fix="with --web, --out ends in .onnx"
         )
-    from threefold.exporting__export import export as export_run
-    from threefold.parity import describe_report
+    from threefold.exporting.export import export as export_run
+    from threefold.exporting.parity import describe_report
     from threefold.training.run import Run
 
     exported = export_run(Run.open(run_dir), target, method, _split(members), precision)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from threefold.bundle import publish, set_card, staged
 from threefold.errors import ExportError
+from threefold.exporting.onnx_files import publish, set_card, staged
+from threefold.exporting.quantization import convert
 from threefold.models.pipeline import (
     MemberPipeline,
     Pipeline,
@@ -28,7 +29,6 @@ from threefold.models.pipeline import (
     mix,
 )
 from threefold.models.resize import resize_square
-from threefold.precision import convert
 from threefold.runtime.model import FORMAT, load
 
 OPSET = 20

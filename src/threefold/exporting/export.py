@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from threefold import targets
 from threefold.data.dataset import ImageDataset
 from threefold.ensembles.calibration import Calibration, saved_calibration
 from threefold.ensembles.cascade import Cascade
@@ -18,9 +17,10 @@ from threefold.ensembles.registry import restore
 from threefold.evaluation.cascade_savings import cascade_card
 from threefold.evaluation.saved import evaluate_saved
 from threefold.evaluation.uncertainty import uncertainty_card
+from threefold.exporting import targets
+from threefold.exporting.quantization import CALIBRATION_IMAGES
 from threefold.files import read_arrays, sha256
 from threefold.models.pipeline import Combiner
-from threefold.precision import CALIBRATION_IMAGES
 from threefold.predictions.results_schema import Score
 from threefold.runtime.model import load
 from threefold.training.run import Run

@@ -22,14 +22,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from threefold import exporting
-from threefold.bundle import place_file, staged
-from threefold.cascading import add_cascade
 from threefold.ensembles.cascade import Cascade
 from threefold.errors import ExportError
+from threefold.exporting import onnx_graph
+from threefold.exporting.onnx_cascade import add_cascade
+from threefold.exporting.onnx_files import place_file, staged
+from threefold.exporting.parity import check, compare
+from threefold.exporting.quantization import check_precision
 from threefold.models.pipeline import Pipeline
-from threefold.parity import check, compare
-from threefold.precision import check_precision
 from threefold.runtime.model import KEY
 
 SUFFIXES: Final = (".onnx", ".pt2", ".xml")
@@ -76,7 +76,7 @@ def export(
     check_kind(target, precision)
     if target.suffix != ".onnx":
         metadata.pop("cascade", None)
-    card = exporting.card_of(pipeline, precision, metadata)
+    card = onnx_graph.card_of(pipeline, precision, metadata)
     expected = pipeline.predict_proba(list(images))
 
     def measure(answers: np.ndarray) -> dict[str, Any]:
@@ -84,12 +84,12 @@ def export(
 
     if target.suffix == ".pt2":
         return _to_pt2(pipeline, target, images, {**card, "opset": None}, measure)
-    graph = exporting.build_graph(pipeline, precision, calibration)
+    graph = onnx_graph.build_graph(pipeline, precision, calibration)
     if target.suffix == ".xml":
         return _to_openvino(graph, target, images, card, measure)
     if cascade is not None:
-        graph = add_cascade(graph, cascade, exporting.network_names(pipeline))
-    return exporting.write_onnx(graph, target, card, images, measure)
+        graph = add_cascade(graph, cascade, onnx_graph.network_names(pipeline))
+    return onnx_graph.write_onnx(graph, target, card, images, measure)
 
 
 def check_kind(target: Path, precision: str) -> None:
