@@ -34,8 +34,8 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from threefold.limits import ServerLimits
 from threefold.runtime.model import Model
+from threefold.serving.limits import ServerLimits
 from threefold.training.provenance import commit, hardware
 
 SERVER = """

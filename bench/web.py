@@ -33,8 +33,8 @@ from selenium import webdriver
 
 import threefold
 from threefold.data.images import decode
+from threefold.serving.browser import write_web
 from threefold.training.provenance import commit, hardware
-from threefold.webfolder import write_web
 
 ASK = """
 const [module, call, data, limits, done] = arguments;

@@ -19,9 +19,9 @@ import onnx
 from onnx import TensorProto, helper
 from PIL import Image
 
-from threefold import serve
-from threefold.limits import ServerLimits
 from threefold.runtime.model import KEY, Model
+from threefold.serving import app
+from threefold.serving.limits import ServerLimits
 
 UNCERTAIN: dict[str, Any] = {
     "conformal": [
@@ -137,7 +137,7 @@ def picture(
 @contextmanager
 def serving(path: Path, limits: ServerLimits | None = None, **options: Any) -> Iterator[str]:
     """A server on a free port of this machine, in a thread; gives its address."""
-    server, listener = serve.make_server(
+    server, listener = app.make_server(
         Model(path), "127.0.0.1", 0, limits or ServerLimits(), **options
     )
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import picture
 
-from threefold import batching
-from threefold.batching import Batcher
 from threefold.data.images import measure
 from threefold.errors import DataError, ExportError
 from threefold.runtime.model import CascadePolicy, ModelOutput
+from threefold.serving import batching
+from threefold.serving.batching import Batcher
 
 
 class Fake:

@@ -22,7 +22,6 @@ from torch import nn
 from typer.testing import CliRunner
 
 import threefold
-from threefold import serve
 from threefold.cli import app
 from threefold.ensembles.cascade import Cascade, margins
 from threefold.ensembles.stacked import StackedEnsemble
@@ -35,6 +34,7 @@ from threefold.exporting.parity import check, compare
 from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.runtime import predict as answers
 from threefold.runtime.model import FAST, FULL, CascadePolicy, Model
+from threefold.serving import app as serve
 from threefold.training.run import Run
 
 CLASSES, NAMES = ("oak", "elm", "ash"), ("wide", "cheap", "other")

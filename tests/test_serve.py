@@ -17,10 +17,10 @@ from fastapi.testclient import TestClient
 from serving import CLASSES, MEMBERS, UNCERTAIN, card, picture, serving, write_model
 
 import threefold
-from threefold import serve
 from threefold.errors import RecipeError, RunError
-from threefold.limits import ServerLimits
 from threefold.runtime.model import Model
+from threefold.serving import app
+from threefold.serving.limits import ServerLimits
 from threefold.training.run import Run
 
 RED, GREEN = picture((200, 30, 30)), picture((30, 200, 30), (9, 9), "JPEG")
@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture
 def client(model: Model) -> Iterator[TestClient]:
-    with TestClient(serve.make_app(model)) as found:
+    with TestClient(app.make_app(model)) as found:
         yield found
 
 
@@ -61,7 +61,7 @@ def test_answers_are_those_of_the_file(finished: Run) -> None:
     images = [Path(finished.recipe.data.root) / i for i in finished.sources.test.ids]  # type: ignore[union-attr]
     output = threefold.load(path).infer(images)
     probs, members = output.probs, output.member_probs
-    with TestClient(serve.make_app(threefold.load(path))) as client:
+    with TestClient(app.make_app(threefold.load(path))) as client:
         answers = client.post(
             "/predict?top=3",
             files=[("files", (p.name, p.read_bytes(), "image/png")) for p in images],
@@ -154,14 +154,14 @@ def test_a_card_with_numbers_that_json_has_not(tmp_path: Path) -> None:
         tmp_path / "m.onnx",
         told=card(score={"accuracy": float("nan"), "interval": [0, float("inf")]}),
     )
-    with TestClient(serve.make_app(threefold.load(path))) as client:
+    with TestClient(app.make_app(threefold.load(path))) as client:
         assert client.get("/card").json()["score"] == {"accuracy": None, "interval": [0, None]}
 
 
 def test_sets_and_unknown_where_the_model_has_them(tmp_path: Path) -> None:
     model = threefold.load(write_model(tmp_path / "m.onnx", told=card(**UNCERTAIN)))
     contents = [RED, GREEN, picture((99, 99, 99))]
-    with TestClient(serve.make_app(model)) as client:
+    with TestClient(app.make_app(model)) as client:
         answers = post(client, *contents).json()["answers"]
         assert client.get("/card").json()["conformal"] == UNCERTAIN["conformal"]
     assert [a["set"] for a in answers] == model.predict_sets(contents)
@@ -235,7 +235,7 @@ def test_the_file_that_is_bad_is_named(client: TestClient) -> None:
 
 def test_limits_on_files_bytes_and_pixels(model: Model) -> None:
     limits = ServerLimits(files=2, file_bytes=500, body_bytes=2000, pixels=200, side=50)
-    with TestClient(serve.make_app(model, limits)) as client:
+    with TestClient(app.make_app(model, limits)) as client:
         assert post(client, RED, RED).status_code == 200
         assert why(post(client, RED, RED, RED), 413) == "too_many_files"
         assert why(client.post("/predict", json={"images": ["AAAA"] * 3}), 413) == "too_many_files"
@@ -261,13 +261,13 @@ def test_a_model_that_fails_is_not_a_stack_trace(model: Model) -> None:
     failing.session = type(
         "Session", (), {"run": lambda *_: (_ for _ in ()).throw(ValueError("secret /tmp/x"))}
     )()
-    with TestClient(serve.make_app(failing), raise_server_exceptions=False) as client:
+    with TestClient(app.make_app(failing), raise_server_exceptions=False) as client:
         assert why(post(client, RED), 500) == "internal"
         assert "secret" not in post(client, RED).text
 
 
 def test_the_api_key(model: Model) -> None:
-    with TestClient(serve.make_app(model, api_key="s3cret-ü")) as client:
+    with TestClient(app.make_app(model, api_key="s3cret-ü")) as client:
         for path in ("/card", "/metrics"):
             assert why(client.get(path), 401) == "no_key"
         assert why(post(client, RED), 401) == "no_key"
@@ -285,7 +285,7 @@ def test_the_api_key(model: Model) -> None:
 
 def test_hosts_and_origins(model: Model) -> None:
     with TestClient(
-        serve.make_app(model, hosts={"127.0.0.1", "localhost", "[::1]"}),
+        app.make_app(model, hosts={"127.0.0.1", "localhost", "[::1]"}),
         base_url="http://127.0.0.1:8000",
     ) as client:
         assert post(client, RED, headers={"origin": "http://127.0.0.1:8000"}).status_code == 200
@@ -313,7 +313,7 @@ def test_every_answer_has_the_headers_that_keep_it_in_its_place(client: TestClie
 
 
 def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
-    for path in serve.PAGE:
+    for path in app.PAGE:
         text = client.get(path).text
         assert len(text) < 14_000
         assert set(re.findall(r"https?://[^\s\"'<>]+", text)) <= {"http://www.w3.org/2000/svg"}
@@ -349,7 +349,7 @@ def test_a_port_in_use_is_one_clear_error(model: Model) -> None:
         serving(model.path) as address,
         pytest.raises(RunError, match=r"cannot listen: 127\.0\.0\.1:\d+; got Address"),
     ):
-        serve.run_server(model.path, port=int(address.rpartition(":")[2]))
+        app.run_server(model.path, port=int(address.rpartition(":")[2]))
 
 
 def test_the_description_is_valid_json_schema_of_the_answers(client: TestClient) -> None:

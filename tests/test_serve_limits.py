@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from serving import picture, post, process, serving, write_model
 
-from threefold import serve
-from threefold.limits import ServerLimits
+from threefold.serving import app
+from threefold.serving.limits import ServerLimits
 
 RED = picture((200, 30, 30))
 BOUNDARY = b"--b\r\ncontent-disposition: form-data; name=files; filename=a.png\r\n\r\n"
@@ -150,13 +150,13 @@ def _readable(connection: socket.socket) -> bool:
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """The model does not answer before the event."""
     gate = threading.Event()
-    real = serve.make_inference
+    real = app.make_inference
 
     def slow(model: Any) -> Any:
         run = real(model)
         return lambda images, policy: (gate.wait(30), run(images, policy))[1]
 
-    monkeypatch.setattr(serve, "make_inference", slow)
+    monkeypatch.setattr(app, "make_inference", slow)
     yield gate
     gate.set()
 

@@ -22,7 +22,7 @@ from browsing import (
 from serving import UNCERTAIN, card, picture, serving, write_model
 
 import threefold
-from threefold.limits import ServerLimits
+from threefold.serving.limits import ServerLimits
 from threefold.training.run import Run
 
 pytestmark = needs_chromium

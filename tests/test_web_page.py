@@ -33,13 +33,13 @@ from serving import UNCERTAIN, card, picture, write_model
 from typer.testing import CliRunner
 
 import threefold
-from threefold import webruntime
 from threefold.cli import app
 from threefold.data.images import decode
 from threefold.ensembles.conformal import ConformalSets
 from threefold.errors import ExportError
+from threefold.serving import onnxruntime_web
+from threefold.serving.browser import write_web
 from threefold.training.run import Run
-from threefold.webfolder import write_web
 
 pytestmark = [
     needs_chromium,
@@ -52,11 +52,11 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """onnxruntime-web, got once."""
     folder = tmp_path_factory.mktemp("ort")
     try:
-        parts = webruntime.read_runtime()
+        parts = onnxruntime_web.read_runtime()
     except ExportError as error:
         pytest.skip(f"npm cannot get onnxruntime-web here: {error}")
     for ours, content in parts.items():
-        (folder / webruntime.PARTS[ours][0]).write_bytes(content)
+        (folder / onnxruntime_web.PARTS[ours][0]).write_bytes(content)
     return folder
 
 
@@ -348,7 +348,7 @@ def test_the_page_shows_the_card_and_where_the_model_runs(browser: Any, address:
         "honest",
         "1000 rows, test",
         "sharp (mean + linear)",
-        f"onnxruntime-web {webruntime.VERSION}",
+        f"onnxruntime-web {onnxruntime_web.VERSION}",
     ):
         assert part in text
 

@@ -14,10 +14,10 @@ from onnx import TensorProto, external_data_helper
 from serving import card, colour_graph, write_model
 from typer.testing import CliRunner
 
-from threefold import webfolder, webruntime
 from threefold.cli import app
 from threefold.errors import ExportError
 from threefold.runtime.model import Model
+from threefold.serving import browser, onnxruntime_web
 
 PINNED = {"ort.js": b"// runs the model", "ort.wasm": b"\0asm"}
 
@@ -29,15 +29,15 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     parts = {
         ours: (name, hashlib.sha256(PINNED[ours]).hexdigest())
-        for ours, (name, _) in webruntime.PARTS.items()
+        for ours, (name, _) in onnxruntime_web.PARTS.items()
     }
-    monkeypatch.setattr(webruntime, "PARTS", parts)
+    monkeypatch.setattr(onnxruntime_web, "PARTS", parts)
 
 
 def package(path: Path, *, changed: bool = False, link: bool = False) -> Path:
     """An npm package as `npm pack` writes it."""
     with tarfile.open(path, "w:gz") as archive:
-        for ours, (name, _) in webruntime.PARTS.items():
+        for ours, (name, _) in onnxruntime_web.PARTS.items():
             content = PINNED[ours] + b"!" * changed
             info = tarfile.TarInfo(f"package/dist/{name}")
             info.size = len(content)
@@ -60,9 +60,9 @@ def npm(folder: Path, script: str) -> Path:
 
 def test_the_folder_holds_what_it_needs_and_asks_nobody_else(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m.onnx", told=card(temperature=float("inf")))
-    made = webfolder.write_web(model, tmp_path / "web", package(tmp_path / "ort.tgz"))
+    made = browser.write_web(model, tmp_path / "web", package(tmp_path / "ort.tgz"))
     folder = tmp_path / "web"
-    assert {path.name for path in folder.iterdir()} == webfolder.OURS
+    assert {path.name for path in folder.iterdir()} == browser.OURS
     assert made["bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert (folder / "model.onnx").read_bytes() == model.read_bytes()
     assert {
@@ -96,35 +96,35 @@ def test_the_same_command_again_replaces_the_folder_and_nothing_else_is_ever_rep
         package(tmp_path / "ort.tgz"),
         tmp_path / "web",
     )
-    webfolder.write_web(model, folder, runtime)
+    browser.write_web(model, folder, runtime)
     write_model(model, told=card(name="new"))
-    webfolder.write_web(model, folder, runtime)
+    browser.write_web(model, folder, runtime)
     assert json.loads((folder / "card.json").read_text())["name"] == "new"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "ort.tgz", "web"]
     (folder / "mine.txt").write_text("keep")
     with pytest.raises(
         ExportError, match=r"other files: .*web; got mine.txt; fix: choose a new folder"
     ):
-        webfolder.write_web(model, folder, runtime)
+        browser.write_web(model, folder, runtime)
     assert (folder / "mine.txt").read_text() == "keep"
     with pytest.raises(ExportError, match="other files"):
-        webfolder.write_web(model, tmp_path, runtime)
+        browser.write_web(model, tmp_path, runtime)
     with pytest.raises(ExportError, match="cannot write the folder"):
-        webfolder.write_web(model, model, runtime)
+        browser.write_web(model, model, runtime)
     (tmp_path / "link").symlink_to(folder)
     with pytest.raises(ExportError, match="other files"):
-        webfolder.write_web(model, tmp_path / "link", runtime)
+        browser.write_web(model, tmp_path / "link", runtime)
     (tmp_path / "empty").mkdir()
-    webfolder.write_web(model, tmp_path / "empty", runtime)
+    browser.write_web(model, tmp_path / "empty", runtime)
 
 
 def test_the_runtime_comes_from_a_package_or_a_folder_and_is_the_pinned_one(tmp_path: Path) -> None:
     archive = package(tmp_path / "ort.tgz")
-    assert webruntime.read_runtime(archive) == PINNED
+    assert onnxruntime_web.read_runtime(archive) == PINNED
     with tarfile.open(archive) as opened:
         opened.extractall(tmp_path / "unpacked", filter="data")
     for folder in ("unpacked", "unpacked/package", "unpacked/package/dist"):
-        assert webruntime.read_runtime(tmp_path / folder) == PINNED
+        assert onnxruntime_web.read_runtime(tmp_path / folder) == PINNED
     for other, got in (
         (package(tmp_path / "changed.tgz", changed=True), "not the onnxruntime-web that is used"),
         (package(tmp_path / "link.tgz", link=True), "a symbolic link to /etc/passwd"),
@@ -132,7 +132,7 @@ def test_the_runtime_comes_from_a_package_or_a_folder_and_is_the_pinned_one(tmp_
         (tmp_path, "got no such file"),
     ):
         with pytest.raises(ExportError, match=got) as error:
-            webruntime.read_runtime(other)
+            onnxruntime_web.read_runtime(other)
         assert "--web-runtime PATH" in str(error.value)
 
 
@@ -144,10 +144,10 @@ def test_npm_is_asked_for_exactly_one_version(
         tmp_path / "bin", f'echo "$@" > {tmp_path}/asked; cp {archive} onnxruntime-web-0.tgz'
     )
     monkeypatch.setenv("PATH", f"{asked}:/usr/bin:/bin")
-    assert webruntime.read_runtime() == PINNED
+    assert onnxruntime_web.read_runtime() == PINNED
     assert (tmp_path / "asked").read_text().split()[:3] == [
         "pack",
-        f"onnxruntime-web@{webruntime.VERSION}",
+        f"onnxruntime-web@{onnxruntime_web.VERSION}",
         "--ignore-scripts",
     ]
 
@@ -159,14 +159,14 @@ def test_without_npm_or_where_it_fails_one_line_says_what_to_do(
     with pytest.raises(
         ExportError, match=r"npm is needed.*npm pack onnxruntime-web@.*--web-runtime PATH"
     ):
-        webruntime.read_runtime()
+        onnxruntime_web.read_runtime()
     monkeypatch.setenv(
         "PATH", f"{npm(tmp_path / 'bin', 'echo no network >&2; exit 1')}:/usr/bin:/bin"
     )
     with pytest.raises(
         ExportError, match="npm cannot get onnxruntime-web; got no network; fix: install npm"
     ):
-        webruntime.read_runtime()
+        onnxruntime_web.read_runtime()
     assert not list(tmp_path.glob("**/*.tgz"))
 
 
@@ -179,7 +179,7 @@ def test_a_model_with_weights_outside_of_it_is_refused(tmp_path: Path) -> None:
     weights.data_location = TensorProto.EXTERNAL
     model = write_model(tmp_path / "m.onnx", graph)
     with pytest.raises(ExportError, match="external data that is not there"):
-        webfolder.write_web(model, tmp_path / "web", package(tmp_path / "ort.tgz"))
+        browser.write_web(model, tmp_path / "web", package(tmp_path / "ort.tgz"))
     assert not (tmp_path / "web").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "ort.tgz", "w.bin"]
 
@@ -209,17 +209,17 @@ def test_the_old_folder_stays_where_the_new_one_cannot_be_put(
         package(tmp_path / "ort.tgz"),
         tmp_path / "web",
     )
-    webfolder.write_web(model, folder, runtime)
+    browser.write_web(model, folder, runtime)
     write_model(model, told=card(name="new"))
-    replace = webfolder.os.replace
+    replace = browser.os.replace
 
     def fails(source: Path, target: Path) -> None:
         if Path(source).suffix == ".part":
             raise OSError(28, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr(webfolder.os, "replace", fails)
+    monkeypatch.setattr(browser.os, "replace", fails)
     with pytest.raises(ExportError, match="No space left on device"):
-        webfolder.write_web(model, folder, runtime)
+        browser.write_web(model, folder, runtime)
     assert json.loads((folder / "card.json").read_text())["name"] == "colours"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "ort.tgz", "web"]

@@ -183,7 +183,7 @@ def export(
 ) -> None:
     """Write one file that answers as the run does; refuse if the answers differ."""
     if web is not None:
-        from threefold.webfolder import require_free
+        from threefold.serving.browser import require_free
 
         require_free(web)  # before the export, which takes minutes
     if run_dir.is_file():
@@ -215,7 +215,7 @@ def export(
 
 def _write_web(model: Path, folder: Path, runtime: Path | None) -> None:
     """Write the browser folder and say how to try it."""
-    from threefold.webfolder import write_web
+    from threefold.serving.browser import write_web
 
     written = write_web(model, folder, runtime)
     out.print(
@@ -314,9 +314,9 @@ def serve(
     budget: ImageTime = "",
 ) -> None:
     """Serve a page to drop images on, and POST /predict for programs."""
-    from threefold.limits import ServerLimits
     from threefold.runtime.predict import parse_policy
-    from threefold.serve import LOOPBACK, run_server
+    from threefold.serving.app import LOOPBACK, run_server
+    from threefold.serving.limits import ServerLimits
 
     def announce(address: str) -> None:
         out.print(f"{address}   a page for people (Ctrl-C stops)", markup=False)

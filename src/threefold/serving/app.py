@@ -19,20 +19,20 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from threefold.batching import BATCH_PIXELS, Batcher, Inference
 from threefold.errors import DataError, ExportError, RunError
-from threefold.gauges import Metrics
-from threefold.guard import GuardMiddleware, make_protocol
-from threefold.intake import (
+from threefold.runtime.model import FULL, CascadePolicy, Model, ModelOutput, as_json
+from threefold.serving.batching import BATCH_PIXELS, Batcher, Inference
+from threefold.serving.limits import Refusal, ServerLimits
+from threefold.serving.metrics import Metrics
+from threefold.serving.middleware import GuardMiddleware, make_protocol
+from threefold.serving.requests import (
     REQUEST_BODY,
     ImageFile,
     measure_image,
     read_images,
     unreadable_image,
 )
-from threefold.limits import Refusal, ServerLimits
-from threefold.replies import ErrorResponse, PredictResponse, describe
-from threefold.runtime.model import FULL, CascadePolicy, Model, ModelOutput, as_json
+from threefold.serving.responses import ErrorResponse, PredictResponse, describe
 
 MEMORY: Final = 2**30
 """Bytes that onnxruntime may use on top of twice the size of the model file."""
@@ -208,7 +208,7 @@ async def _await_output(future: Awaitable[ModelOutput], name: str) -> ModelOutpu
 def _add_page(app: FastAPI) -> None:
     """Serve the files of the page from memory."""
     for route, name in PAGE.items():
-        content = (resources("threefold") / "web" / name).read_bytes()
+        content = (resources("threefold.serving") / "web" / name).read_bytes()
         endpoint = _file_endpoint(content, MEDIA_TYPES[Path(name).suffix])
         app.add_api_route(route, endpoint, include_in_schema=False, response_model=None)
 

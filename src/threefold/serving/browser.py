@@ -12,9 +12,9 @@ from typing import Any, Final
 
 from threefold.errors import ExportError
 from threefold.files import sha256
-from threefold.limits import ServerLimits
 from threefold.runtime.model import Model, as_json
-from threefold.webruntime import VERSION, read_runtime
+from threefold.serving.limits import ServerLimits
+from threefold.serving.onnxruntime_web import VERSION, read_runtime
 
 PAGE: Final = {
     "index.html": "index.html",
@@ -188,7 +188,7 @@ and open port 8080 of this machine in a browser. Opened as a file (file://) it c
 
 
 def _stored(name: str) -> bytes:
-    return (resources("threefold") / "web" / name).read_bytes()
+    return (resources("threefold.serving") / "web" / name).read_bytes()
 
 
 def _move(growing: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from threefold.data.images import TooManyPixels, measure
 from threefold.errors import DataError
-from threefold.limits import Refusal, ServerLimits
+from threefold.serving.limits import Refusal, ServerLimits
 
 MAX_FIELDS: Final = 16
 """Form fields that are not files; they are ignored."""

@@ -12,8 +12,8 @@ from typing import Final
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from threefold.gauges import Metrics
-from threefold.limits import Refusal, ServerLimits
+from threefold.serving.limits import Refusal, ServerLimits
+from threefold.serving.metrics import Metrics
 
 CSP: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
