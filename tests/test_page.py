@@ -12,10 +12,10 @@ from fakeruns import answers
 from htmlpage import Page
 from support__summaries import FASHION, fake_summary, fake_tree
 
-from threefold import charts
 from threefold.errors import DataError, RunError
 from threefold.predictions.results_schema import PredictionSummary
-from threefold.report__pages import write_page
+from threefold.report import charts
+from threefold.report.pages import write_page
 from threefold.stats import paired_tests
 from threefold.stats.scores import paired_interval
 

@@ -15,10 +15,10 @@ from fakeruns import answers, fake_run
 from htmlpage import Page
 from PIL import Image
 
-from threefold import charts
 from threefold.errors import RunError
 from threefold.files import read_arrays, write_arrays
-from threefold.report__pages import write_report
+from threefold.report import charts
+from threefold.report.pages import write_report
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,12 @@ from htmlpage import Page
 from PIL import Image
 from support__summaries import FASHION, fake_scores
 
-from threefold import charts
 from threefold.errors import RunError
 from threefold.files import read_arrays, write_arrays
 from threefold.predictions.results_schema import Expected, PredictionSummary, Score
-from threefold.report__pages import write_report
-from threefold.reportview import expected_score
+from threefold.report import charts
+from threefold.report.pages import write_report
+from threefold.report.views import expected_score
 
 HOSTILE = ' <script>alert("x")</script> 木漏れ日 🙂 $x^2$ &amp; ' + "w" * 120
 

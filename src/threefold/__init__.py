@@ -26,7 +26,7 @@ _HOME = {
     "distill": "api",
     "export": "exporting.export",
     "fit": "api",
-    "write_report": "report__pages",
+    "write_report": "report.pages",
     "train": "api",
     "load": "runtime.model",
 }

@@ -14,7 +14,7 @@ from threefold.exporting.export import export
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
-from threefold.report__pages import write_report
+from threefold.report.pages import write_report
 from threefold.training.distillation import open_teacher
 from threefold.training.jobs import train_members
 from threefold.training.plan import plan_folder

@@ -195,7 +195,7 @@ def report(
     ] = None,
 ) -> None:
     """Write the HTML report of one run, or of several side by side."""
-    from threefold.report__pages import write_report
+    from threefold.report.pages import write_report
 
     out.print(str(write_report(runs, target)), markup=False)
 
@@ -208,7 +208,7 @@ def _page(
     html: Path | None, summary: PredictionSummary, probs: np.ndarray, labels: np.ndarray
 ) -> None:
     if html is not None:
-        from threefold.report__pages import write_page
+        from threefold.report.pages import write_page
 
         title = ", ".join(Path(source).name for source in summary.source)
         write_page(html, title, summary, probs, labels)

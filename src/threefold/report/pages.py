@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from threefold import charts
 from threefold.errors import RunError
 from threefold.files import write_bytes
-from threefold.pictures import Thumbs, data_uri, heat_uri
 from threefold.predictions.results_schema import PredictionSummary, Score
 from threefold.predictions.run_folder import ChosenAnswers, RunFolder
 from threefold.recipe import Job, fold_name
-from threefold.render import duration, number, render
-from threefold.reportview import EVIDENCE, main_rows, shared_view
+from threefold.report import charts
+from threefold.report.images import Thumbs, data_uri, heat_uri
+from threefold.report.render import duration, number, render
+from threefold.report.views import EVIDENCE, main_rows, shared_view
 
 MISTAKES = 24
 """Largest number of mistakes on the page, the most confident ones."""

@@ -16,8 +16,8 @@ from matplotlib.ticker import MaxNLocator
 from scipy.optimize import isotonic_regression
 
 from threefold.predictions.results_schema import Score, SizeCurve
+from threefold.report.svg import ACCENT, INK, LINE, SOFT, draw_svg, percent_ticks, short_name
 from threefold.stats import scores as stats
-from threefold.svg import ACCENT, INK, LINE, SOFT, draw_svg, percent_ticks, short_name
 
 LINES = 24
 """Scores with a line of their own; the members beyond them share one."""

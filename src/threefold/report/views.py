@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from threefold import charts
-from threefold.pictures import Thumbs, data_uri
 from threefold.predictions.results_schema import (
     Audit,
     Comparison,
@@ -25,6 +23,8 @@ from threefold.predictions.results_schema import (
     SizeCurve,
     Summary,
 )
+from threefold.report import charts
+from threefold.report.images import Thumbs, data_uri
 from threefold.stats import scores as stats
 
 MATRIX_CLASSES = 30

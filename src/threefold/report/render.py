@@ -9,8 +9,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.exceptions import UndefinedError
 
-from threefold.charts import short_count
 from threefold.errors import RunError
+from threefold.report.charts import short_count
 
 _MONTHS = [
     "January",
@@ -50,7 +50,7 @@ def render(template: str, where: str, **context: Any) -> str:
 @functools.cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("threefold", "templates"),
+        loader=PackageLoader("threefold.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

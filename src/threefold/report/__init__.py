@@ -1,0 +1,1 @@
+"""results.json to one self-contained HTML page; computes no score."""
