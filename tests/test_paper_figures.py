@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from threefold.files import write_json
-from threefold.paper_figures import _curves, draw_figure
+from threefold.paper.figures import _curves, draw_figure
 
 
 @pytest.mark.parametrize("draw", ["dots", "groups", "macs", "curves"])

@@ -17,7 +17,6 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from threefold import reproduce as again
 from threefold.cli import app
 from threefold.data.dataset import load_data
 from threefold.data.published import data_table
@@ -25,20 +24,21 @@ from threefold.data.synthetic import write_sample
 from threefold.ensembles.registry import make_ensemble
 from threefold.errors import DataError, RecipeError
 from threefold.files import write_arrays
-from threefold.paper_items import ITEMS, PICTURES, SAME, Answer, Cell, Item, item, states
+from threefold.paper import reproduce
+from threefold.paper.items import ITEMS, PICTURES, SAME, Answer, Cell, Item, item, states
+from threefold.paper.reproduce import Asked, Rows
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import MemberRow
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe, packaged, packaged_names
-from threefold.reproduce import Asked, Rows
 
 runner = CliRunner()
-RECIPES = Path(again.__file__).parent / "recipes"
+RECIPES = Path(reproduce.__file__).parent / "recipes"
 PAPERS = [name for name in packaged_names() if name.startswith("paper/")]
 
 
 def plans(asked: Asked) -> list[Recipe]:
-    made = [again.plan_recipe(asked, plan) for plan in asked.item.plans]
+    made = [reproduce.plan_recipe(asked, plan) for plan in asked.item.plans]
     return [recipe for recipe in made if recipe is not None]
 
 
@@ -275,10 +275,10 @@ def test_of_several_data_sets_those_run_that_are_there(tmp_path: Path) -> None:
         DataError,
         match=r"no data set of this item lies there: .*; expected a folder for any of cifar10, cifar100, svhn",
     ):
-        again.at_hand(asked)
+        reproduce.at_hand(asked)
     (tmp_path / "cifar100").mkdir()
-    assert [plan.name for plan in again.at_hand(asked)] == ["cifar100"]
-    assert len(again.at_hand(asked._replace(scale="smoke"))) == 3
+    assert [plan.name for plan in reproduce.at_hand(asked)] == ["cifar100"]
+    assert len(reproduce.at_hand(asked._replace(scale="smoke"))) == 3
     runs = [
         SimpleNamespace(
             results=SimpleNamespace(notes=[f"{n} pairs of images look nearly the same: {n}"]),
@@ -286,10 +286,10 @@ def test_of_several_data_sets_those_run_that_are_there(tmp_path: Path) -> None:
         )
         for n in (3, 44)
     ]
-    assert [note for note in again._notes(asked, {"svhn": runs}) if "pairs" in note] == [
+    assert [note for note in reproduce._notes(asked, {"svhn": runs}) if "pairs" in note] == [
         "3 pairs of images look nearly the same: 3"
     ]
-    assert again._notes(asked, {})[-2:] == [
+    assert reproduce._notes(asked, {})[-2:] == [
         "no data at hand: cifar10, svhn",
         "left out at this scale: cifar100",
     ]
@@ -303,7 +303,7 @@ def test_names(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no such item here; expected one of table1, "):
         item("table8")
     with pytest.raises(RecipeError, match="no gate under protocol = paper"):
-        again.reproduce(Asked(item("figure10"), "smoke", "paper", tmp_path))
+        reproduce.reproduce(Asked(item("figure10"), "smoke", "paper", tmp_path))
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
@@ -350,18 +350,18 @@ def test_cells_over_groups_and_seeds_by_hand(tmp_path: Path) -> None:
         ]
     }
     cell = Cell("X", "", Answer("member", "x"), 0.949)
-    rows = again._rows(runs, cell.answer)  # type: ignore[arg-type]
+    rows = reproduce._rows(runs, cell.answer)  # type: ignore[arg-type]
     assert rows is not None
     assert rows.hits.shape == (2, 6)
-    entries = again._entries(cell, rows, runs)  # type: ignore[arg-type]
+    entries = reproduce._entries(cell, rows, runs)  # type: ignore[arg-type]
     assert [e["column"] for e in entries] == ["A", "B", "mean"]
     assert [e["paper"] for e in entries] == [None, None, 0.949]
     assert entries[0]["per_seed"] == [0.75, 1.0]
     assert entries[2]["ours"] == pytest.approx((0.875 + 0.5) / 2)
-    absent = again._rows(runs, Answer("member", "y"))  # type: ignore[arg-type]
+    absent = reproduce._rows(runs, Answer("member", "y"))  # type: ignore[arg-type]
     assert absent is None
-    assert again._entries(cell, None, runs)[0]["ours"] is None  # type: ignore[arg-type]
-    assert again._rows(runs, Answer("ensemble", "mean", ("x", "y"))) is None  # type: ignore[arg-type]
+    assert reproduce._entries(cell, None, runs)[0]["ours"] is None  # type: ignore[arg-type]
+    assert reproduce._rows(runs, Answer("ensemble", "mean", ("x", "y"))) is None  # type: ignore[arg-type]
 
 
 def test_comparisons_by_hand() -> None:
@@ -374,16 +374,16 @@ def test_comparisons_by_hand() -> None:
         "b": Rows(worse, ids, None, "test"),
         "c": Rows(base, ids[::-1], None, "test"),
     }
-    (first,) = again._comparisons(
+    (first,) = reproduce._comparisons(
         (("a", "b"), ("a", "c"), ("a", "d")), found
     )  # other images, and a cell left out
     assert (first["only_a"], first["only_b"], first["difference"]) == (12, 0, 0.3)
     assert first["p"] == pytest.approx(2 * 0.5**12) == first["p_holm"]
     assert first["verdict"].startswith("a is better than b: 12 against 0 images")
-    both = again._comparisons((("a", "b"), ("b", "a")), found)
+    both = reproduce._comparisons((("a", "b"), ("b", "a")), found)
     assert [e["p_holm"] for e in both] == pytest.approx([2 * first["p"]] * 2)
     several = {k: r._replace(hits=np.repeat(r.hits, 3, 0)) for k, r in found.items()}
-    (over,) = again._comparisons((("a", "b"),), several)
+    (over,) = reproduce._comparisons((("a", "b"),), several)
     assert over["seeds"] == 3
     assert over["difference"] == pytest.approx(0.3)
     assert over["verdict"].startswith("a is better than b over 3 seeds")
@@ -404,9 +404,9 @@ def test_several_networks_in_some_folds_only(tmp_path: Path) -> None:
     )
     answer = Answer("folds", "x", ("x", "y"), (1,))
     np.testing.assert_allclose(
-        again._mixed(run, answer, (2, 2), "test"), (0.1 + (0.2 + 0.7) / 2 + 0.3) / 3
+        reproduce._mixed(run, answer, (2, 2), "test"), (0.1 + (0.2 + 0.7) / 2 + 0.3) / 3
     )  # type: ignore[arg-type]
-    out_of_fold = again._mixed(run, answer, (6, 2), "oof")  # type: ignore[arg-type]
+    out_of_fold = reproduce._mixed(run, answer, (6, 2), "oof")  # type: ignore[arg-type]
     np.testing.assert_allclose(out_of_fold[:, 0], [0.1, 0.1, 0.45, 0.45, 0.3, 0.3])
 
 

@@ -15,7 +15,7 @@ from threefold.console import err, out, print_json
 if TYPE_CHECKING:
     from threefold.data.check import DataCheck
     from threefold.data.download import ProgressCallback
-    from threefold.scales import Protocol, Scale
+    from threefold.paper.scales import Protocol, Scale
 
 _MARKS = {"error": "[bold red]error[/]", "warning": "[yellow]warning[/]", "note": "note"}
 
@@ -181,8 +181,8 @@ def reproduce(
     ] = None,
 ) -> None:
     """Run a table or figure of the paper again, and show it beside the paper's values."""
-    from threefold.paper_items import item
-    from threefold.scales import check_words
+    from threefold.paper.items import item
+    from threefold.paper.scales import check_words
 
     if name == "list":
         _show_items(Path("runs/reproduce"))
@@ -190,8 +190,8 @@ def reproduce(
     known = item(name)
     which: tuple[Scale, Protocol] = check_words(scale, protocol)
     folder = out_dir or Path("runs/reproduce") / f"{known.name}-{scale}-{protocol}"
-    from threefold import reproduce as again  # torch from here on
-    from threefold.paper_figures import draw_figure
+    from threefold.paper import reproduce as again  # torch from here on
+    from threefold.paper.figures import draw_figure
     from threefold.terminal import TerminalWatcher
 
     asked = again.Asked(known, *which, folder, data, seeds, tuple(sets or ()))
@@ -209,7 +209,7 @@ def reproduce(
 
 
 def _show_items(root: Path) -> None:
-    from threefold.paper_items import PICTURES, SAME, states
+    from threefold.paper.items import PICTURES, SAME, states
 
     lines = states(root)
     done = any(line["state"] != "not run" for line in lines)

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from threefold.errors import RecipeError
 from threefold.files import read_json
-from threefold.scales import Small
+from threefold.paper.scales import Small
 
 
 class Answer(NamedTuple):

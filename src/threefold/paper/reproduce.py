@@ -21,16 +21,9 @@ from threefold.ensembles.registry import make_ensemble
 from threefold.errors import DataError, RecipeError
 from threefold.files import read_arrays, read_json, write_json
 from threefold.models.views import view_counts
-from threefold.paper_items import Answer, Cell, Item, Plan
+from threefold.paper.items import Answer, Cell, Item, Plan
+from threefold.paper.scales import Protocol, Scale, keep_members, make_tiny, shrink, with_protocol
 from threefold.recipe import Recipe, packaged
-from threefold.scales import (
-    Protocol,
-    Scale,
-    keep_members,
-    make_tiny,
-    shrink,
-    with_protocol,
-)
 from threefold.stats import paired_tests, scores
 from threefold.stats.bootstrap import LEVEL
 from threefold.training.run import Run
