@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from threefold.cli import app
+from threefold.cli.app import app
 
 PAGE = Path(__file__).parents[1] / "docs/reference/cli.md"
 INTRODUCTION = """# Command line

@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import nn
 
-from threefold.catalogue import catalogue
+from threefold.cli.catalog import catalogue
 from threefold.ensembles.averaging import MeanEnsemble
 from threefold.ensembles.scaling import temperature_module
 from threefold.ensembles.stacked import StackedEnsemble

@@ -22,7 +22,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import threefold
-from threefold.cli import app
+from threefold.cli.app import app
 from threefold.ensembles.cascade import Cascade, margins
 from threefold.ensembles.stacked import StackedEnsemble
 from threefold.errors import ExportError

@@ -14,8 +14,8 @@ from test_fetch import Server, served
 from test_surface import threefold_command
 from typer.testing import CliRunner
 
-from threefold.cli import app
-from threefold.cli_data import _show_found
+from threefold.cli.app import app
+from threefold.cli.data import _show_found
 from threefold.data.published import PUBLISHED
 from threefold.data.synthetic import write_sample
 

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from threefold.cli import app
+from threefold.cli.app import app
 from threefold.data.dataset import load_data
 from threefold.data.published import data_table
 from threefold.data.synthetic import write_sample

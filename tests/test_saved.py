@@ -10,7 +10,7 @@ import pytest
 from test_compare import model, save
 from typer.testing import CliRunner
 
-from threefold.cli import app
+from threefold.cli.app import app
 from threefold.errors import DataError, RunError
 from threefold.evaluation.saved import (
     evaluate_saved,

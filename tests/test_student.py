@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import threefold
 from threefold.api import default_folder, student_recipe
-from threefold.cli import app
+from threefold.cli.app import app
 from threefold.errors import RecipeError
 from threefold.evaluation.compare import compare_saved
 from threefold.predictions.run_folder import RunFolder

@@ -16,7 +16,7 @@ import typer
 from typer.testing import CliRunner
 
 import threefold
-from threefold.cli import app
+from threefold.cli.app import app
 from threefold.training.run import Run
 
 runner = CliRunner()

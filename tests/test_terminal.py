@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
+from threefold.cli.terminal import TerminalWatcher, score_table, verdict_line
 from threefold.predictions.results_schema import Comparison, Score
 from threefold.recipe import Job
-from threefold.terminal import TerminalWatcher, score_table, verdict_line
 
 RECORD: dict[str, Any] = {
     "epoch": 0,

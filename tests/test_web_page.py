@@ -33,7 +33,7 @@ from serving import UNCERTAIN, card, picture, write_model
 from typer.testing import CliRunner
 
 import threefold
-from threefold.cli import app
+from threefold.cli.app import app
 from threefold.data.images import decode
 from threefold.ensembles.conformal import ConformalSets
 from threefold.errors import ExportError

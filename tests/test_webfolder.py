@@ -14,7 +14,7 @@ from onnx import TensorProto, external_data_helper
 from serving import card, colour_graph, write_model
 from typer.testing import CliRunner
 
-from threefold.cli import app
+from threefold.cli.app import app
 from threefold.errors import ExportError
 from threefold.runtime.model import Model
 from threefold.serving import browser, onnxruntime_web

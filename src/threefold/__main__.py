@@ -1,5 +1,5 @@
 """`python -m threefold`."""
 
-from threefold.entry import main
+from threefold.cli.main import main
 
 main()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from threefold.cli import app
-from threefold.console import print_error
+from threefold.cli.app import app
+from threefold.cli.console import print_error
 from threefold.errors import ThreefoldError
 from threefold.extras import VERB_EXTRAS, missing_extra
 

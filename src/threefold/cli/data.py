@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from threefold.console import err, out, print_json
+from threefold.cli.console import err, out, print_json
 
 if TYPE_CHECKING:
     from threefold.data.check import DataCheck
@@ -190,9 +190,9 @@ def reproduce(
     known = item(name)
     which: tuple[Scale, Protocol] = check_words(scale, protocol)
     folder = out_dir or Path("runs/reproduce") / f"{known.name}-{scale}-{protocol}"
+    from threefold.cli.terminal import TerminalWatcher
     from threefold.paper import reproduce as again  # torch from here on
     from threefold.paper.figures import draw_figure
-    from threefold.terminal import TerminalWatcher
 
     asked = again.Asked(known, *which, folder, data, seeds, tuple(sets or ()))
     try:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from threefold.console import err, out, plain
+from threefold.cli.console import err, out, plain
 
 if TYPE_CHECKING:
-    from threefold.terminal import TerminalWatcher
+    from threefold.cli.terminal import TerminalWatcher
     from threefold.training.run import Run
 
 
@@ -27,7 +27,7 @@ def watch_training(verbose: bool, command: str) -> Iterator[TerminalWatcher]:
     Raises:
         SystemExit: with code 130, after Ctrl-C.
     """
-    from threefold.terminal import TerminalWatcher
+    from threefold.cli.terminal import TerminalWatcher
 
     try:
         with TerminalWatcher(out, verbose) as watcher:
@@ -39,7 +39,7 @@ def watch_training(verbose: bool, command: str) -> Iterator[TerminalWatcher]:
 
 def show_results(run: Run) -> None:
     """Print the score table, the accuracy to expect, the largest optimism and suspect labels."""
-    from threefold.terminal import score_table
+    from threefold.cli.terminal import score_table
 
     results = run.results
     out.print(score_table(results.scores, results.chosen))
@@ -62,7 +62,7 @@ def show_results(run: Run) -> None:
 
 def show_student(run: Run) -> None:
     """Print student, twin and teacher on the same rows, with verdicts and costs."""
-    from threefold.terminal import distill_tables, pair_table, verdict_line
+    from threefold.cli.terminal import distill_tables, pair_table, verdict_line
 
     results = run.results
     if results.distill is None:

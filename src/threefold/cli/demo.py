@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from threefold.cli__output import show_next_steps, show_results, watch_training
-from threefold.console import out
+from threefold.cli.console import out
+from threefold.cli.output import show_next_steps, show_results, watch_training
 from threefold.errors import ExportError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from threefold.console import out, plain, print_json
+from threefold.cli.console import out, plain, print_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,7 +92,7 @@ def ensemble(
     if as_json:
         print_json(summary.as_json())
         return
-    from threefold.terminal import optimism_table, score_table, verdict_line
+    from threefold.cli.terminal import optimism_table, score_table, verdict_line
 
     out.print(score_table(evaluation.scores, evaluation.chosen))
     out.print(f"chosen: {evaluation.chosen} ({plain(evaluation.reason)})")
@@ -126,7 +126,7 @@ def evaluate(
     if as_json:
         print_json(summary.as_json())
         return
-    from threefold.terminal import class_table, score_table
+    from threefold.cli.terminal import class_table, score_table
 
     out.print(score_table(summary.scores))
     out.print(f"\nclasses, hardest first ({plain(summary.per_class_of)})")
@@ -169,7 +169,7 @@ def compare(
     if as_json:
         print_json(summary.as_json())
         return
-    from threefold.terminal import pair_table, score_table, verdict_line
+    from threefold.cli.terminal import pair_table, score_table, verdict_line
 
     out.print(score_table(summary.scores))
     out.print()

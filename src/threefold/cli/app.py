@@ -11,8 +11,10 @@ from typing import Annotated
 
 import typer
 
-from threefold.cli__demo import demo
-from threefold.cli__options import (
+from threefold.cli.console import err, out, print_error
+from threefold.cli.data import register as register_data
+from threefold.cli.demo import demo
+from threefold.cli.options import (
     Backbones,
     ImageTime,
     Mode,
@@ -22,11 +24,9 @@ from threefold.cli__options import (
     Verbose,
     WallTime,
 )
-from threefold.cli__output import show_next_steps, show_results, show_student, watch_training
-from threefold.cli_data import register as register_data
-from threefold.cli_saved import Json
-from threefold.cli_saved import register as register_saved
-from threefold.console import err, out, print_error
+from threefold.cli.output import show_next_steps, show_results, show_student, watch_training
+from threefold.cli.saved import Json
+from threefold.cli.saved import register as register_saved
 from threefold.errors import ExportError
 
 app = typer.Typer(
@@ -336,7 +336,7 @@ def list_(
     ] = "*",
 ) -> None:
     """Name what a recipe can use."""
-    from threefold.catalogue import catalogue
+    from threefold.cli.catalog import catalogue
 
     for line in catalogue(what, pattern):
         out.print(line, markup=False)

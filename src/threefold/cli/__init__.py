@@ -1,0 +1,1 @@
+"""The command line: verbs, flags, and tables on the terminal."""
