@@ -154,7 +154,7 @@ def serving(path: Path, limits: ServerLimits | None = None, **options: Any) -> I
 
 SERVER = """
 import sys, pathlib
-from threefold.serve import run_server
+from threefold.serving.app import run_server
 run_server(pathlib.Path(sys.argv[1]), port=0, ready=lambda address: print(address, flush=True))
 """
 

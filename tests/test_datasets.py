@@ -373,7 +373,7 @@ def test_pixels_are_a_copy() -> None:
 
 
 def test_data_sets_import_no_torch() -> None:
-    code = "import sys, threefold.datasets; sys.exit('torch' in sys.modules)"
+    code = "import sys, threefold.data.dataset; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
     assert (
         subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0

@@ -270,7 +270,7 @@ def test_a_selection_needs_a_member() -> None:
 def test_the_array_packages_import_no_torch() -> None:
     code = (
         "import sys, numpy as np, threefold.predictions, threefold.stats;"
-        "from threefold.ensembles__registry import make_ensemble;"
+        "from threefold.ensembles.registry import make_ensemble;"
         "p = np.full((2, 10, 2), .5); y = np.arange(10) % 2;"
         f"[make_ensemble(n).fit(p, y).predict(p) for n in {(*QUICK, 'vote', 'top2')}];"
         "sys.exit('torch' in sys.modules)"

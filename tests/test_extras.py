@@ -34,7 +34,7 @@ from threefold.extras import OPTIONAL_PACKAGES
 ABSENT = OPTIONAL_PACKAGES
 sys.meta_path.insert(0, Absent())
 """
-COMMAND = BARE + "from threefold.entry import main\nmain()"
+COMMAND = BARE + "from threefold.cli.main import main\nmain()"
 NO_COMMAND_LINE = BARE + "ABSENT = OPTIONAL_PACKAGES | {'typer', 'rich', 'pydantic'}\n"
 WORDS = {
     "demo": ["--out", "x"],

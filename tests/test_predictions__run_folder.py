@@ -80,7 +80,7 @@ def test_what_was_written_is_not_read_back(tmp_path: Path) -> None:
 def test_a_run_is_read_without_torch(tmp_path: Path) -> None:
     path = fake_run(tmp_path / "run", n=20)
     code = (
-        "import sys; from threefold.predictions__run_folder import RunFolder; "
+        "import sys; from threefold.predictions.run_folder import RunFolder; "
         f"f = RunFolder.open({str(path)!r}); f.recipe, f.info, f.results, f.chosen(); "
         "assert not {'torch', 'timm', 'filelock'} & set(sys.modules)"
     )

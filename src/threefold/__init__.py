@@ -1,52 +1,61 @@
 """threefold: cross-validated ensembles of fine-tuned ConvNets, with honest scores, in one file.
 
-Public names are imported when first used, so that `import threefold` is instant and `threefold.load` needs no torch.
+Public names are imported on first use: `import threefold` is instant, and `threefold.load` needs
+no torch.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import importlib
-from typing import Any
+from threefold.lazy import lazy_exports
 
-_HOME = {
-    "DataError": "errors",
-    "ExportError": "errors",
-    "RecipeError": "errors",
-    "RunError": "errors",
-    "ThreefoldError": "errors",
-    "Recipe": "recipe",
-    "Predictions": "predictions.predictions",
-    "MeanEnsemble": "ensembles.averaging",
-    "PrunedEnsemble": "ensembles.averaging",
-    "VoteEnsemble": "ensembles.averaging",
-    "WeightedEnsemble": "ensembles.averaging",
-    "GreedyEnsemble": "ensembles.averaging",
-    "StackedEnsemble": "ensembles.stacked",
-    "Run": "training.run",
-    "distill": "api",
-    "export": "exporting.export",
-    "fit": "api",
-    "write_report": "report.pages",
-    "train": "api",
-    "load": "runtime.model",
-}
+if TYPE_CHECKING:
+    from threefold.api import distill as distill
+    from threefold.api import fit as fit
+    from threefold.api import train as train
+    from threefold.ensembles.averaging import GreedyEnsemble as GreedyEnsemble
+    from threefold.ensembles.averaging import MeanEnsemble as MeanEnsemble
+    from threefold.ensembles.averaging import PrunedEnsemble as PrunedEnsemble
+    from threefold.ensembles.averaging import VoteEnsemble as VoteEnsemble
+    from threefold.ensembles.averaging import WeightedEnsemble as WeightedEnsemble
+    from threefold.ensembles.stacked import StackedEnsemble as StackedEnsemble
+    from threefold.errors import DataError as DataError
+    from threefold.errors import ExportError as ExportError
+    from threefold.errors import RecipeError as RecipeError
+    from threefold.errors import RunError as RunError
+    from threefold.errors import ThreefoldError as ThreefoldError
+    from threefold.exporting.export import export as export
+    from threefold.predictions.predictions import Predictions as Predictions
+    from threefold.recipe import Recipe as Recipe
+    from threefold.report.pages import write_report as write_report
+    from threefold.runtime.model import load as load
+    from threefold.training.run import Run as Run
 
-__all__ = sorted(_HOME)
 __version__ = "0.1.0"
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'threefold' has no attribute {name!r}")
-    home = _HOME[name]
-    try:
-        return getattr(importlib.import_module(f"threefold.{home}"), name)
-    except ModuleNotFoundError as error:
-        from threefold.extras import NAME_EXTRAS, missing_extra
-
-        missing = missing_extra(error, NAME_EXTRAS.get(name, "all"), f"threefold.{name}")
-        raise missing or error from None
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "threefold.api": ["distill", "fit", "train"],
+        "threefold.ensembles.averaging": [
+            "GreedyEnsemble",
+            "MeanEnsemble",
+            "PrunedEnsemble",
+            "VoteEnsemble",
+            "WeightedEnsemble",
+        ],
+        "threefold.ensembles.stacked": ["StackedEnsemble"],
+        "threefold.errors": [
+            "DataError",
+            "ExportError",
+            "RecipeError",
+            "RunError",
+            "ThreefoldError",
+        ],
+        "threefold.exporting.export": ["export"],
+        "threefold.predictions.predictions": ["Predictions"],
+        "threefold.recipe": ["Recipe"],
+        "threefold.report.pages": ["write_report"],
+        "threefold.runtime.model": ["load"],
+        "threefold.training.run": ["Run"],
+    },
+)

@@ -26,21 +26,20 @@ VERB_EXTRAS: Final = {
     "serve": "serve",
 }
 """The extra that each verb needs; `predict` needs none."""
-NAME_EXTRAS: Final = {
-    "MeanEnsemble": "report",
-    "PrunedEnsemble": "report",
-    "VoteEnsemble": "report",
-    "WeightedEnsemble": "report",
-    "GreedyEnsemble": "report",
-    "StackedEnsemble": "report",
-    "write_report": "report",
-    "Run": "train",
-    "distill": "train",
-    "export": "train",
-    "fit": "train",
-    "train": "train",
+PACKAGE_EXTRAS: Final = {
+    "api": "train",
+    "data": "report",
+    "ensembles": "report",
+    "evaluation": "report",
+    "exporting": "train",
+    "models": "train",
+    "paper": "train",
+    "report": "report",
+    "serving": "serve",
+    "stats": "report",
+    "training": "train",
 }
-"""The extra that each public name needs; names not listed need none."""
+"""The extra that the public names of each package need; packages not listed need none."""
 OPTIONAL_PACKAGES: Final = frozenset(
     {
         "fastapi",

@@ -3,3 +3,12 @@
 Phong and Ribeiro, Rethinking Recurrent Neural Networks and Other Improvements for Image
 Classification, arXiv:2007.15161.
 """
+
+from threefold.lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "threefold.paper.items": ["Item", "item"],
+    },
+)

@@ -2,3 +2,12 @@
 
 Needs numpy, Pillow and onnxruntime only.
 """
+
+from threefold.lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "threefold.runtime.model": ["CascadePolicy", "Model", "ModelOutput", "load"],
+    },
+)
