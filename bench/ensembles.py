@@ -32,7 +32,7 @@ import numpy as np
 from scipy.stats import t as student_t
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from pools import KINDS, draw_pool
+from support.pools import KINDS, draw_pool
 
 from threefold.ensembles.cross_fit import cross_fit
 from threefold.ensembles.registry import ENSEMBLES, choose, make_ensemble

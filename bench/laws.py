@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from nulls import equals, expected_best, grouped_equals, noise, softmaxes, trained
+from support.nulls import equals, expected_best, grouped_equals, noise, softmaxes, trained
 
 from threefold.ensembles.cascade import Cascade
 from threefold.ensembles.cross_fit import cross_fit

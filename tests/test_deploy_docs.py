@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from serving import UNCERTAIN, card, write_model
+from support.paths import ROOT
+from support.server import UNCERTAIN, card, write_model
 
 import threefold
 from threefold.data.images import decode
 from threefold.training.run import Run
 
-DOCS = Path(__file__).parents[1] / "docs/deploy.md"
+DOCS = ROOT / "docs/deploy.md"
 ALONE = """
 import sys, runpy
 class Absent:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.paths import ROOT
 
 import threefold
 
-ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 EXTENDING = ROOT / "docs/extending.md"
 MOVED = (ROOT / "src/threefold/ensembles").is_dir()

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import make_folder, tiny_tree
+from support.tiny_runs import make_folder, tiny_tree
 
 from threefold.files import sha256
 from threefold.recipe import Recipe

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import UNCERTAIN, card, picture, write_model
-from test_surface import SURFACE
+from support.command_line import SURFACE
+from support.paths import ROOT
+from support.server import UNCERTAIN, card, picture, write_model
 
 import threefold
 from threefold import extras
 from threefold.errors import MissingExtraError
 
-ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 BARE = """
 import sys

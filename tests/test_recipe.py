@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_tree
+from support.tiny_runs import tiny_tree
 
 from threefold.errors import RecipeError
 from threefold.recipe import Recipe, packaged, resolve

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+from support.command_line import SURFACE, threefold_command
+from support.paths import AUTHORS_PREDICTIONS
 from typer.testing import CliRunner
 
 import threefold
@@ -21,45 +23,6 @@ from threefold.training.run import Run
 
 runner = CliRunner()
 ROOT_FLAGS = {"--version", "--install-completion", "--show-completion"}
-# A training option is a recipe key, never a flag: think before adding one here.
-SURFACE = {
-    "demo": {"--out", "--verbose"},
-    "fit": {"--out", "--budget", "--members", "--set", "--verbose"},
-    "plan": {"--budget", "--members", "--set"},
-    "train": {"--out", "--set", "--verbose"},
-    "ensemble": {
-        "--method",
-        "--members",
-        "--top",
-        "--reopen-test",
-        "--labels",
-        "--classes",
-        "--json",
-        "--html",
-    },
-    "evaluate": {"--members", "--labels", "--classes", "--json", "--html"},
-    "compare": {"--shared", "--labels", "--classes", "--json", "--html"},
-    "export": {"--out", "--method", "--members", "--precision", "--web", "--web-runtime"},
-    "distill": {"--student", "--out", "--set", "--verbose"},
-    "predict": {"--top", "--json", "--csv", "--mode", "--budget"},
-    "serve": {"--host", "--port", "--api-key", "--limit", "--mode", "--budget"},
-    "report": {"--out"},
-    "list": set(),
-    "data": set(),
-    "data fetch": {"--to", "--extra", "--accept-licence"},
-    "data check": {"--as", "--json"},
-    "reproduce": {"--scale", "--protocol", "--out", "--data", "--seeds", "--set"},
-}
-
-
-def threefold_command(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "threefold", *words],
-        capture_output=True,
-        text=True,
-        input=stdin,
-        check=False,
-    )
 
 
 def flags_of(command: Any) -> set[str]:
@@ -239,7 +202,7 @@ def ids_of_test_images(run: Run) -> tuple[str, ...]:
 
 
 def test_the_authors_published_predictions_give_their_scores() -> None:
-    path = Path(__file__).parents[2] / "shared/data/fashion_mnist_authors_predictions.npz"
+    path = AUTHORS_PREDICTIONS
     if not path.exists():
         pytest.skip("the authors' predictions are not at hand")
     names = [str(name) for name in np.load(path)["members"] if "Mixed" in str(name)]

@@ -1,0 +1,179 @@
+"""Saved predictions, combined and scored: one file, several, a run; the verbs' JSON and tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.saved_models import model, save
+from typer.testing import CliRunner
+
+from threefold.cli.app import app
+from threefold.errors import DataError, RunError
+from threefold.evaluation.saved import (
+    evaluate_saved,
+    read_sources,
+    score_saved,
+    summarize_evaluation,
+)
+from threefold.predictions.predictions import Predictions
+from threefold.training.run import Run
+
+runner = CliRunner()
+
+
+def pool(m: int = 4, n: int = 240) -> Predictions:
+    parts = [model(n, 0.7 + 0.02 * i, seed=i) for i in range(m)]
+    probs = np.concatenate([part.probs for part in parts])
+    first = parts[0]
+    return Predictions(
+        probs=probs,
+        labels=first.labels,
+        ids=first.ids,
+        classes=first.classes,
+        members=tuple(f"m{i}" for i in range(m)),
+    )
+
+
+def test_several_files_are_joined_by_id(tmp_path: Path) -> None:
+    files = save(
+        tmp_path,
+        a=model(seed=1, name="a"),
+        b=model(seed=2, name="b").rows(np.random.default_rng(0).permutation(300)),
+    )
+    rows = read_sources([Path(f) for f in files])
+    assert rows.members == ("a", "b")
+    np.testing.assert_array_equal(rows.probs[1], model(seed=2).probs[0])
+    assert read_sources([Path(files[0])], ["a"]).members == ("a",)
+    with pytest.raises(DataError, match="no predictions given"):
+        read_sources([])
+    with pytest.raises(RunError, match="no out-of-fold predictions"):
+        read_sources([tmp_path])
+
+
+def test_a_copy_of_a_member_counts_once_and_is_named(tmp_path: Path) -> None:
+    rows = pool()
+    twice = Predictions(
+        probs=np.concatenate([rows.probs, rows.probs[:1]]),
+        labels=rows.labels,
+        ids=rows.ids,
+        classes=rows.classes,
+        members=(*rows.members, "again"),
+    )
+    twice.save(tmp_path / "twice.npz")
+    rows.save(tmp_path / "once.npz")
+    found, plain = (
+        evaluate_saved(tmp_path / f"{n}.npz", ["mean", "greedy"]) for n in ("twice", "once")
+    )
+    assert found.combined == plain.combined
+    assert "again answers as m0 does; the two count once" in found.warnings
+    means = [next(s for s in f.scores if s.name == "mean") for f in (found, plain)]
+    assert means[0] == means[1]
+
+
+def test_the_meter_says_what_each_choice_promised(tmp_path: Path) -> None:
+    pool(12).save(tmp_path / "p.npz")
+    path = tmp_path / "p.npz"
+
+    summary = summarize_evaluation([path], evaluate_saved(path, ["auto"]))
+
+    lines = {line.choice: line for line in summary.optimism}
+    assert {"member", "weighted", "greedy", "method"} <= set(lines)
+    for line in lines.values():
+        assert line.interval is not None
+        assert line.difference == pytest.approx(line.apparent - line.honest)
+        assert line.interval[0] <= line.difference <= line.interval[1]
+    assert summary.expected is not None
+    assert summary.expected.accuracy == pytest.approx(lines["method"].honest)  # no test rows
+    assert "the choice of the method cross-fitted too" in summary.expected.basis
+    assert all(line.overlap == 0 for line in summary.ledger)
+    assert summary.diversity is not None
+    assert summary.diversity.members == tuple(f"m{i}" for i in range(12))
+    assert summary.size_curve is not None
+    assert len(summary.size_curve.mean) == 12
+
+
+def test_evaluate_fits_nothing(tmp_path: Path) -> None:
+    rows = pool(2)
+    rows.save(tmp_path / "p.npz")
+    loss = -np.log(rows.probs[0, np.arange(240), rows.labels]).mean()
+
+    summary, _ = score_saved([tmp_path / "p.npz"])
+
+    first = summary.scores[0]
+    assert first.log_loss == pytest.approx(loss, rel=1e-5)
+    assert first.fitted_on == "nothing"
+    assert first.calibrated_log_loss is not None
+    assert first.calibrated_log_loss < first.log_loss + 0.01
+    assert summary.per_class_of == "m1"
+
+
+def test_verbs_print_tables_and_json(tmp_path: Path) -> None:
+    pool(3).save(tmp_path / "p.npz")
+    path = str(tmp_path / "p.npz")
+    for words in (["ensemble", path, "--method", "auto"], ["evaluate", path], ["compare", path]):
+        text = runner.invoke(app, words)
+        assert text.exit_code == 0, text.output
+        assert "m0" in text.output
+        tree = json.loads(runner.invoke(app, [*words, "--json"]).output)
+        assert tree["kind"] == words[0]
+        assert tree["source"] == [path]
+        page = tmp_path / f"{words[0]}.html"
+        assert runner.invoke(app, [*words, "--html", str(page)]).exit_code == 0
+        assert "<!doctype html>" in page.read_text(encoding="utf-8").lower()
+    assert "Expect" in runner.invoke(app, ["ensemble", path]).output
+    assert (
+        "no evidence" in runner.invoke(app, ["compare", path]).output
+        or "is better" in runner.invoke(app, ["compare", path]).output
+    )
+
+
+def test_a_runs_results_say_who_saw_what(finished: Run) -> None:
+    results = finished.results
+    lines = {line.step: line for line in results.ledger}
+    assert {"weights of the members", "checkpoints and stages", "ensemble stacked"} <= set(lines)
+    assert all(line.overlap == 0 for line in lines.values())
+    assert lines["ensembles, calibration, choice of the method"].scored == "12 test rows"
+    assert results.test_opened is not None
+    assert results.test_opened.times == 1
+    choices = {line.choice for line in results.optimism}
+    assert {"checkpoint", "stage", "member", "stacked", "method"} <= choices
+    assert results.expected is not None
+    assert results.expected.rows == "test"
+    assert results.conformal is not None
+    assert [sets.by_class for sets in results.conformal.sets] == [False, True]
+    assert results.audit is not None
+    assert results.audit.missing == ""
+    assert (finished.dir / "suspects.csv").exists()
+    mean = next(s for s in results.scores if s.name == "mean")
+    member = next(s for s in results.scores if s.name == "plain")
+    assert mean.macs is not None
+    assert member.macs is not None
+    assert mean.macs > member.macs > 0
+
+
+def test_an_array_alone_takes_labels_and_names_from_beside_it(tmp_path: Path) -> None:
+    rows = pool(2)
+    np.save(tmp_path / "net.npy", rows.probs[1])
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+    (tmp_path / "labels.csv").write_text(
+        "label\n" + "\n".join("abc"[y] for y in rows.labels) + "\n"
+    )
+    words = ["evaluate", str(tmp_path / "net.npy"), "--json"]
+    assert runner.invoke(app, words).exit_code == 1
+    more = ["--labels", str(tmp_path / "labels.csv"), "--classes", str(tmp_path / "classes.txt")]
+    tree = json.loads(runner.invoke(app, [*words, *more]).output)
+    assert tree["scores"][0]["name"] == "net"
+    assert tree["scores"][0]["accuracy"] == pytest.approx(
+        (rows.probs[1].argmax(1) == rows.labels).mean()
+    )
+
+
+def test_a_page_about_a_run(finished: Run, tmp_path: Path) -> None:
+    for words in (["ensemble", "--method", "mean,vote"], ["evaluate"], ["compare"]):
+        page = tmp_path / f"{words[0]}.html"
+        done = runner.invoke(app, [words[0], str(finished.dir), *words[1:], "--html", str(page)])
+        assert done.exit_code == 0, done.output
+        assert page.stat().st_size > 10_000

@@ -1,0 +1,292 @@
+"""Weights in fewer bytes: what is stored, what stays float32, and the gate that measures it."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from support.exports import pictures, whole
+from torch import nn
+
+import threefold
+from threefold.errors import ExportError
+from threefold.exporting import onnx_graph, targets
+from threefold.exporting.export import export
+from threefold.exporting.parity import TOLERANCES, check, compare
+from threefold.exporting.quantization import PRECISIONS, SMALLEST, convert, halve
+from threefold.files import sha256
+from threefold.training.run import Run
+
+
+class Small(nn.Module):
+    """Normalization, eight convolutions, a linear layer, softmax: a member that traces fast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [3, 16, 16, 16, 16, 16, 16, 16, 32]
+        pairs = itertools.pairwise(widths)
+        self.convs = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(a, b, 3, 2 if b == 32 else 1, 1), nn.ReLU())
+                for a, b in pairs
+            )
+        )
+        self.fc = nn.Linear(32, 40)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Probabilities (b, 40)."""
+        logits: torch.Tensor = self.fc(self.convs((pixels - 120) / 60).mean((2, 3)))
+        return logits.softmax(-1)
+
+
+@pytest.fixture(scope="module")
+def small() -> onnx.ModelProto:
+    torch.manual_seed(0)
+    network = Small().eval().requires_grad_(False)
+    for part in network.convs:
+        part[0].weight *= 2.5  # as drawn, every image gets nearly the same answer
+    return onnx_graph.trace(network, torch.zeros(2, 3, 16, 16), ("pixels", "probs"), (0,))
+
+
+def answers(model: onnx.ModelProto, pixels: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    probs: np.ndarray = session.run(["probs"], {"pixels": pixels})[0]
+    return probs
+
+
+def noise(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(0, 255, (count, 3, 16, 16)).astype(np.float32)
+
+
+def initializers(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    return {tensor.name: tensor for tensor in model.graph.initializer}
+
+
+@pytest.mark.parametrize(
+    ("precision", "torchs"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)]
+)
+def test_halves_are_the_nearest_values_and_take_half_the_bytes(
+    small: onnx.ModelProto, precision: str, torchs: torch.dtype
+) -> None:
+    model = halve(small, precision)
+    onnx.checker.check_model(model, full_check=True)
+    stored = initializers(model)
+    large = [
+        t
+        for t in small.graph.initializer
+        if t.data_type == onnx.TensorProto.FLOAT and np.prod(t.dims, dtype=int) >= SMALLEST
+    ]
+    assert (
+        len(large) == 8
+    )  # seven convolutions and the linear layer; the first convolution and biases are small
+    for tensor in large:
+        twin = stored[f"{tensor.name}_{precision}"]
+        values = onnx.numpy_helper.to_array(tensor)
+        assert 2 * len(twin.raw_data) == values.nbytes
+        wanted = torch.from_numpy(values.copy()).to(torchs).view(torch.int16).numpy()
+        np.testing.assert_array_equal(np.frombuffer(twin.raw_data, np.int16), wanted.ravel())
+    pixels = noise(20)
+    difference = np.abs(answers(model, pixels) - answers(small, pixels)).max()
+    assert 0 < difference < TOLERANCES[precision].difference
+
+
+def test_converting_leaves_the_model_as_it_is(small: onnx.ModelProto) -> None:
+    before = small.SerializeToString()
+    for precision in PRECISIONS:
+        convert(small, precision, noise(16))
+    assert small.SerializeToString() == before
+
+
+def test_int8_leaves_the_first_layers_and_the_softmax_in_float32(
+    small: onnx.ModelProto,
+) -> None:
+    model = convert(small, "int8", noise(64))
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+    weights = [
+        t
+        for t in model.graph.initializer
+        if t.data_type == onnx.TensorProto.INT8 and len(t.dims) >= 2
+    ]
+    assert (
+        len(weights) == 7
+    )  # a quarter of eight convolutions stays float32; the linear layer is int8
+    for tensor in weights:
+        assert np.abs(onnx.numpy_helper.to_array(tensor)).max() <= 64  # 7 bits: no kernel overflows
+    scales = initializers(model)
+    per_channel = [
+        t
+        for t in scales.values()
+        if t.name.endswith("_scale") and list(t.dims) in ([16], [32], [40])
+    ]
+    assert len(per_channel) >= 7
+    producers = {out: node for node in model.graph.node for out in node.output}
+    softmax = next(node for node in model.graph.node if node.op_type == "Softmax")
+    assert producers[softmax.output[0]].op_type == "Softmax"
+    quantised = {
+        name
+        for node in model.graph.node
+        if node.op_type == "QuantizeLinear"
+        for name in node.input[:1]
+    }
+    assert "pixels" not in quantised
+    assert "probs" not in quantised
+    pixels = noise(20, seed=1)
+    assert (
+        np.abs(answers(model, pixels) - answers(small, pixels)).max()
+        < TOLERANCES["int8"].difference
+    )
+
+
+def test_int8_ranges_come_from_the_images_it_is_given(small: onnx.ModelProto) -> None:
+    bright, grey = (
+        convert(small, "int8", images) for images in (noise(16), np.full_like(noise(16), 120))
+    )
+    pixels = noise(20)
+    exact = answers(small, pixels)
+    assert (
+        np.abs(answers(bright, pixels) - exact).mean()
+        < np.abs(answers(grey, pixels) - exact).mean()
+    )
+    with pytest.raises(ExportError, match="needs training images"):
+        convert(small, "int8")
+
+
+@pytest.mark.slow
+def test_every_precision_of_a_run(finished: Run, tmp_path: Path) -> None:
+    sizes = {}
+    for precision in PRECISIONS[1:]:
+        report = export(finished, tmp_path / f"{precision}.onnx", precision=precision)
+        model = threefold.load(report["path"])
+        sizes[precision] = report["bytes"]
+        assert model.card["precision"] == precision == report["precision"]
+        assert report["images"] == 12
+        assert report["rows"] == "test"
+        accuracy = model.card["parity"]["accuracy"]
+        assert accuracy["after"] - accuracy["before"] == accuracy["gained"] - accuracy["lost"]
+        test = finished.sources.test
+        assert test is not None
+        right = (
+            np.array(model.predict([test.pixels(i) for i in range(12)]))
+            == np.array(test.classes)[test.labels]
+        )
+        assert right.sum() == accuracy["after"]
+    whole_bytes = (finished.dir / "model.onnx").stat().st_size
+    assert sizes["float16"] < 0.75 * whole_bytes
+    assert abs(sizes["float16"] - sizes["bfloat16"]) < 20_000
+
+
+def test_int8_is_calibrated_on_training_images_only(
+    finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {}
+
+    def spy(*args: object, **words: object) -> dict[str, object]:
+        seen.update(words)
+        raise ExportError("seen")
+
+    monkeypatch.setattr(targets, "export", spy)
+    with pytest.raises(ExportError, match="seen"):
+        export(finished, "never.onnx", precision="int8")
+    train, test = finished.sources.train, finished.sources.test
+    assert test is not None
+    of_train = {train.pixels(i).tobytes() for i in range(len(train))}
+    of_test = {test.pixels(i).tobytes() for i in range(len(test))}
+    given = {image.tobytes() for image in seen["calibration"]}  # type: ignore[attr-defined]
+    assert given
+    assert given <= of_train
+    assert not given & of_test
+
+
+def test_a_precision_that_changes_too_much_is_not_written(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TOLERANCES, "bfloat16", TOLERANCES["bfloat16"]._replace(difference=1e-9))  # type: ignore[arg-type]
+    with pytest.raises(
+        ExportError,
+        match=r"expected difference <= 1e-09, got \d\.\d\de-\d\d over 6 images; fix: use",
+    ):
+        targets.export(whole(finished), tmp_path / "m.onnx", pictures(), precision="bfloat16")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(
+        ExportError, match=r"expected float32 \| float16 \| bfloat16 \| int8, got int4"
+    ):
+        export(finished, tmp_path / "m.onnx", precision="int4")
+
+
+def rows(*likeliest: int) -> np.ndarray:
+    return np.eye(3, dtype=np.float32)[list(likeliest)] * 0.4 + 0.2
+
+
+def test_the_report_counts_what_changed() -> None:
+    report = compare(rows(0, 1, 2, 0), rows(0, 2, 1, 1), "int8", labels=[0, 1, 1, 2], rows="test")
+    assert report["max_difference"] == pytest.approx(0.4)
+    assert (report["top1_agreement"], report["changed"], report["ties"]) == (0.25, 3, 0)
+    assert report["accuracy"] == {
+        "before": 2,
+        "after": 2,
+        "lost": 1,
+        "gained": 1,
+        "change": 0.0,
+        "counted_loss": 0,
+    }
+
+
+def test_ties_are_not_counted_as_changed() -> None:
+    before = np.array([[0.50005, 0.49995], [0.9, 0.1]], np.float32)
+    after = np.array([[0.49996, 0.50004], [0.9, 0.1]], np.float32)
+    report = compare(before, after, labels=[0, 0])
+    assert (report["changed"], report["ties"], report["top1_agreement"]) == (0, 1, 0.5)
+    assert report["accuracy"]["lost"] == 1
+    check(report, "m.onnx")
+
+
+@pytest.mark.parametrize(
+    ("moved", "labels", "message"),
+    [
+        (4, None, r"at most 3 of 100 images with another class, got 4"),
+        (2, [0] * 100, r"at most 1 correct answers of 100 lost on balance, got 2"),
+    ],
+)
+def test_changed_classes_and_lost_answers_are_refused(
+    moved: int, labels: list[int] | None, message: str
+) -> None:
+    near = np.tile(np.array([[0.51, 0.49]], np.float32), (100, 1))
+    after = near.copy()
+    after[:moved] = after[:moved, ::-1]
+    with pytest.raises(ExportError, match=message):
+        check(compare(near, after, "int8", labels=labels), "m.onnx")
+    check(compare(near, near, "int8", labels=labels), "m.onnx")
+
+
+def test_answers_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(ExportError, match="got inf over 2 images"):
+        check(compare(rows(0, 1), np.full((2, 3), np.nan, np.float32), "float16"), "m.onnx")
+
+
+def test_the_card_names_what_the_file_was_made_of(finished: Run) -> None:
+    card = threefold.load(finished.dir / "model.onnx").card
+    assert (card["precision"], card["opset"]) == ("float32", onnx_graph.OPSET)
+    first, second = card["preprocessing"]
+    assert (first["pixels"], second["pixels"], first["resize"]) == (32, 40, "squash")
+    assert first["mean"][0] == pytest.approx(
+        [
+            255 * m
+            for m in finished.load_member(finished.recipe.members[0], 0, 3).backbone.default_cfg[
+                "mean"
+            ]
+        ]
+    )
+    assert set(card["hashes"]["weights"]) == {"plain/0", "plain/1", "gated/0", "gated/1"}
+    job = finished.last_job("gated", 1)
+    assert card["hashes"]["weights"]["gated/1"] == sha256(
+        finished.folder.job_folder(job) / "weights.safetensors"
+    )
+    assert card["hashes"]["recipe"] == finished.recipe.digest()
+    assert card["parity"]["accuracy"]["lost"] == 0

@@ -1,0 +1,90 @@
+"""The files of a run: typed, versioned, written once, and read without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.fake_runs import fake_run, full_run
+
+from threefold.errors import RunError
+from threefold.predictions.records import VERSION
+from threefold.predictions.results_schema import Results
+from threefold.predictions.run_folder import RunFolder
+
+
+def edit(path: Path, **changes: object) -> None:
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**tree, **changes}), encoding="utf-8")
+
+
+def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
+    folder = RunFolder(full_run(tmp_path / "run"))
+    written = json.loads((folder.path / "results.json").read_text(encoding="utf-8"))
+
+    results = folder.results
+
+    assert results.as_json() == written
+    assert Results.parse(results.as_json(), "again") == results
+    assert results.score("mean", "ensemble", "test") in results.scores
+    assert results.score("nobody", "ensemble", "test") is None
+
+
+@pytest.mark.parametrize(
+    ("version", "got"), [(VERSION + 1, f"got version {VERSION + 1}"), (None, "got no version")]
+)
+def test_another_version_is_one_clear_line(tmp_path: Path, version: int | None, got: str) -> None:
+    folder = RunFolder(fake_run(tmp_path / "run", n=20))
+    edit(folder.path / "results.json", version=version)
+
+    with pytest.raises(RunError, match=f"another version.*expected version {VERSION}, {got}") as e:
+        folder.results.as_json()
+
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"threads": "many"}, "the file is damaged.*threads"),
+        ({"extra": 1}, "the file is damaged.*extra"),
+        ({"seconds": None}, "the file is damaged.*seconds"),
+    ],
+)
+def test_a_damaged_file_is_one_clear_line(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    folder = RunFolder(fake_run(tmp_path / "run", n=20))
+    edit(folder.path / "results.json", **changes)
+
+    with pytest.raises(RunError, match=message) as e:
+        folder.results.as_json()
+
+    assert "\n" not in str(e.value)
+
+
+def test_what_was_written_is_not_read_back(tmp_path: Path) -> None:
+    folder = RunFolder(fake_run(tmp_path / "run", n=20))
+    folder.add_results("export", 8.5, export={"path": "model.onnx"})
+    stored = json.loads((folder.path / "results.json").read_text(encoding="utf-8"))
+
+    (folder.path / "results.json").unlink()
+
+    assert folder.results.seconds["export"] == stored["seconds"]["export"] == 8.5
+    assert folder.results.export == stored["export"]
+
+
+def test_a_run_is_read_without_torch(tmp_path: Path) -> None:
+    path = fake_run(tmp_path / "run", n=20)
+    code = (
+        "import sys; from threefold.predictions.run_folder import RunFolder; "
+        f"f = RunFolder.open({str(path)!r}); f.recipe, f.info, f.results, f.chosen(); "
+        "assert not {'torch', 'timm', 'filelock'} & set(sys.modules)"
+    )
+
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert process.returncode == 0, process.stderr

@@ -1,0 +1,37 @@
+"""Build tiny members and the tasks of their stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from support.tiny_runs import COLOURS, tiny_tree
+from threefold.models.member import Member, build_member
+from threefold.recipe import Recipe
+from threefold.training.pixel_cache import PixelRows
+from threefold.training.stages import StageTask
+
+
+def make_rows(n: int, seed: int) -> PixelRows:
+    """Coloured noise (n, 32, 32, 3) and its class."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % 3
+    colours = np.array(list(COLOURS.values()))[labels][:, None, None, :]
+    pixels = colours + rng.normal(0, 70, (n, 32, 32, 3))
+    return PixelRows(np.clip(pixels, 0, 255).astype(np.uint8), labels)
+
+
+def make_task(*sets: str, first: bool = True, seed: int = 1, **more: Any) -> StageTask:
+    """The first stage of the tiny recipe with some changes."""
+    recipe = Recipe.parse(tiny_tree(Path("x")), sets)
+    values: dict[str, Any] = {"fit": make_rows(24, 0), "select": make_rows(12, 1), **more}
+    return StageTask(recipe.stages[0], recipe, seed=seed, num_classes=3, first=first, **values)
+
+
+def build_tiny(name: str = "plain", *sets: str) -> Member:
+    """A member of the tiny recipe with the same fresh weights every time."""
+    torch.manual_seed(0)
+    return build_member(Recipe.parse(tiny_tree(Path("x")), sets).member(name), 3)

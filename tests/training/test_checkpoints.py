@@ -1,0 +1,220 @@
+"""A stage that is killed between two epochs resumes to the same bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.stages import build_tiny, make_rows, make_task
+from torch import Tensor, nn
+
+from threefold.errors import RunError
+from threefold.recipe import Job, Recipe
+from threefold.training import jobs
+from threefold.training.checkpoints import (
+    ResumeState,
+    fingerprint,
+    load_resume_state,
+    save_resume_state,
+)
+from threefold.training.run import Run
+from threefold.training.stages import StageOutcome, StageTask, train_stage
+from threefold.training.watcher import Watcher
+
+
+class Interrupter(Watcher):
+    """Interrupts training in an epoch, and counts epochs and images."""
+
+    def __init__(self, epoch: int = -1) -> None:
+        self.stop_at, self.epochs, self.images = epoch, 0, 0
+
+    def batch(self, images: int) -> None:
+        if self.epochs == self.stop_at:
+            raise KeyboardInterrupt
+        self.images += images
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        self.epochs += 1
+
+
+def interrupt(task: StageTask, epoch: int) -> None:
+    """Train the tiny network until an epoch, saving after each one before."""
+    with pytest.raises(KeyboardInterrupt):
+        train_stage(build_tiny(), replace(task, watcher=Interrupter(epoch)))
+
+
+def without_path(task: StageTask) -> StageTask:
+    return replace(task, resume_path=None)
+
+
+def assert_same(a: StageOutcome, b: StageOutcome) -> None:
+    """Compare weights, answers and history, except for times."""
+    timed = ("seconds", "images_per_second")
+    histories = [
+        [{k: v for k, v in record.items() if k not in timed} for record in o.history["epochs"]]
+        for o in (a, b)
+    ]
+    assert histories[0] == histories[1]
+    assert a.history["best_epoch"] == b.history["best_epoch"]
+    assert (a.correct == b.correct).all()
+    assert all(torch.equal(value, b.state[name]) for name, value in a.state.items())
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        (),
+        ("train.optimizer=adam-keras", "train.weight_decay=0"),
+        ("train.optimizer=sgd", "train.sampler=balanced"),
+        ("train.ema=0.9", "train.accumulate=2"),
+        ("augment.rotation=10", "augment.mixup=0.4", "augment.erasing=0.5"),
+        ("stages.one.lr=1.0", "stages.one.schedule=constant"),
+    ],
+)
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_resumed_stage_equals_uninterrupted_one(
+    sets: tuple[str, ...], epoch: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "job" / ".resume"
+    task = make_task("stages.one.epochs=4", *sets, resume_path=path, save_interval=0.0)
+    interrupt(task, epoch)
+    watcher = Interrupter()
+
+    resumed = train_stage(build_tiny(), replace(task, watcher=watcher))
+
+    assert watcher.epochs == 4 - epoch
+    assert watcher.images == 4 * 24  # the progress bar also counts the epochs before
+    assert resumed.elapsed_before > 0
+    assert_same(resumed, train_stage(build_tiny(), without_path(task)))
+
+
+def test_later_stage_without_improvement_resumes(tmp_path: Path) -> None:
+    task = make_task(
+        "stages.one.epochs=3",
+        "stages.one.lr=3.0",
+        "stages.one.schedule=constant",
+        "train.optimizer=sgd",
+        first=False,
+        resume_path=tmp_path / ".resume",
+        save_interval=0.0,
+    )
+    interrupt(task, 2)
+
+    resumed = train_stage(build_tiny(), task)
+
+    assert resumed.history["best_epoch"] == -1
+    assert_same(resumed, train_stage(build_tiny(), without_path(task)))
+
+
+def start_over(task: StageTask, member: nn.Module | None = None) -> bool:
+    """Whether a stage of three epochs trains all of them."""
+    watcher = Interrupter()
+    train_stage(member or build_tiny(), replace(task, watcher=watcher))
+    return watcher.epochs == 3
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path) -> StageTask:
+    """A stage of three epochs with a resume file after the second."""
+    task = make_task("stages.one.epochs=3", resume_path=tmp_path / ".resume", save_interval=0.0)
+    interrupt(task, 2)
+    return task
+
+
+@pytest.mark.parametrize("change", ["seed", "rows", "recipe"])
+def test_resume_file_of_another_task_is_ignored(interrupted: StageTask, change: str) -> None:
+    changes = {
+        "seed": {"seed": 2},
+        "rows": {"fit": make_rows(30, 0)},
+        "recipe": {"recipe": make_task("stages.one.epochs=3", "train.weight_decay=0.5").recipe},
+    }
+
+    task = replace(interrupted, **changes[change])
+
+    assert start_over(task)
+
+
+def test_resume_file_of_other_start_weights_is_ignored(interrupted: StageTask) -> None:
+    member = build_tiny()
+    with torch.no_grad():
+        next(member.parameters()).mul_(2)
+
+    assert start_over(interrupted, member)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+def test_damaged_resume_file_is_ignored(interrupted: StageTask, damage: str) -> None:
+    path = interrupted.resume_path
+    assert path is not None
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    elif damage == "cut":
+        content = content[:-1]
+    else:
+        content.clear()
+    path.write_bytes(content)
+
+    assert start_over(interrupted)
+
+
+@pytest.mark.parametrize(("epochs", "interval"), [(3, 1000.0), (1, 0.0)])
+def test_no_resume_file_too_soon_or_at_the_end(
+    epochs: int, interval: float, tmp_path: Path
+) -> None:
+    path = tmp_path / ".resume"
+    task = make_task(f"stages.one.epochs={epochs}", resume_path=path, save_interval=interval)
+
+    train_stage(build_tiny(), task)
+
+    assert not path.exists()
+
+
+@pytest.fixture
+def tensors() -> dict[str, Tensor]:
+    return {
+        "a/b": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "c": torch.tensor(7),
+    }
+
+
+def test_resume_state_round_trip(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    path, values = tmp_path / "a" / ".resume", {"x": 0.1 + 0.2, "n": [1, None, 2**40]}
+
+    save_resume_state(path, "m", ResumeState(tensors, values))
+    state = load_resume_state(path, "m")
+
+    assert state is not None
+    assert state.values == values
+    assert all(torch.equal(state.tensors[name], value) for name, value in tensors.items())
+    assert list(state.section("a")) == ["b"]
+    assert load_resume_state(path, "other") is None
+
+
+def test_unwritable_resume_file_is_an_error(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(RunError, match="cannot write"):
+        save_resume_state(tmp_path / "file" / "below", "m", ResumeState(tensors, {}))
+
+
+def test_fingerprint_covers_the_weights(tensors: dict[str, Tensor]) -> None:
+    assert fingerprint("w", tensors) != fingerprint("w", {**tensors, "c": torch.tensor(8)})
+
+
+def test_done_job_counts_seconds_before_resume(
+    tiny: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def resumed(member: nn.Module, task: StageTask) -> StageOutcome:
+        return replace(train_stage(member, task), elapsed_before=1000.0)
+
+    monkeypatch.setattr(jobs, "train_stage", resumed)
+    run = Run.create(tiny, tmp_path / "run")
+
+    jobs.train_members(run)
+
+    assert not list(run.dir.rglob(".resume"))
+    assert run.folder.job_record(Job("plain", 0, "one")).seconds > 1000

@@ -1,0 +1,211 @@
+"""Out-of-fold assembly: members in some folds only, the choice of views, the exported file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.tiny_runs import tiny_tree
+
+import threefold
+from threefold import api
+from threefold.errors import RecipeError, RunError
+from threefold.exporting.export import export
+from threefold.files import read_arrays
+from threefold.models.views import view_counts
+from threefold.recipe import Recipe
+from threefold.recipe_schema import ViewSpec
+from threefold.training.run import Run, stand_ins
+
+
+def member(name: str, **changes: Any) -> dict[str, Any]:
+    return {"name": name, "backbone": "test_resnet", "weights": "none", "img_size": 32, **changes}
+
+
+@pytest.fixture(scope="module")
+def partial(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two folds; `b` is in the first only; crops are chosen out of fold; `joint` joins a and c."""
+    tree = tiny_tree(
+        images,
+        members=[
+            member("a"),
+            member("b", folds=[0], batch_size=12),
+            member("c", backbone="test_efficientnet"),
+            member(
+                "joint",
+                backbone="",
+                weights="pretrained",
+                joins=["a", "c"],
+                head={"kind": "mlp", "fc": 16},
+            ),
+        ],
+        views={"kind": "random-crops", "n": 3, "upsample": 1.25, "choose": True},
+        stages=[
+            {"name": "one", "epochs": 2, "lr": 3e-3},
+            {"name": "two", "epochs": 1, "lr": 3e-4},
+            {"name": "heads", "epochs": 3, "lr": 1e-2, "trainable": "^head", "members": ["joint"]},
+        ],
+    )
+    del tree["members"][3]["weights"]
+    run = api.train(Recipe.parse(tree), tmp_path_factory.mktemp("runs") / "partial")
+    api.finish(run)
+    return run
+
+
+def test_jobs_follow_the_members_folds_and_stages(partial: Run) -> None:
+    jobs = {(j.member, j.fold, j.stage) for j in partial.jobs}
+    assert {(f, s) for m, f, s in jobs if m == "b"} == {(0, "one"), (0, "two")}
+    assert {(f, s) for m, f, s in jobs if m == "joint"} == {(0, "heads"), (1, "heads")}
+    assert ("a", 1, "two") in jobs
+    assert ("a", 1, "heads") not in jobs
+
+
+def test_mean_of_present_members_replaces_an_absent_one(partial: Run) -> None:
+    oof = partial.predictions("oof")
+    a, b, c, _ = oof.probs
+    assert oof.folds is not None
+    absent = oof.folds == 1
+    np.testing.assert_allclose(b[absent], (a + c)[absent] / 2, atol=1e-6)
+    assert np.abs(b[~absent] - (a + c)[~absent] / 2).max() > 1e-3
+    # So the mean over all members is the mean over those present in the fold: the paper's Table 3.
+    np.testing.assert_allclose(np.stack([a, b, c]).mean(0)[absent], (a + c)[absent] / 2, atol=1e-6)
+
+
+def test_each_fold_answers_test_rows_with_its_members(partial: Run) -> None:
+    index = view_counts(partial.recipe.views).index(
+        json.loads((partial.dir / "views.json").read_text())["views"]
+    )
+    saved = {
+        (m, f): read_arrays(partial.folder.job_folder(partial.last_job(m, f)) / "probs.npz")[
+            "test"
+        ][index]
+        for m, f in (("a", 0), ("b", 0), ("c", 0), ("a", 1), ("c", 1))
+    }
+    first = (saved["a", 0] + saved["b", 0] + saved["c", 0]) / 3
+    second = (saved["a", 1] + saved["c", 1]) / 2
+    np.testing.assert_allclose(
+        partial.predictions("test").probs[:3].mean(0), (first + second) / 2, atol=1e-6
+    )
+
+
+def test_exported_file_has_chosen_views_and_stand_ins(partial: Run) -> None:
+    model, test = threefold.load(partial.dir / "model.onnx"), partial.sources.test
+    assert test is not None
+    assert model.members == ("a", "b", "c")
+    members = model.infer([test.pixels(i) for i in range(len(test))]).member_probs
+    np.testing.assert_allclose(
+        members, partial.predictions("test").probs[:3].transpose(1, 0, 2), atol=1e-5
+    )
+
+
+@pytest.mark.slow
+def test_single_and_joint_members_can_be_exported(partial: Run, tmp_path: Path) -> None:
+    test = partial.sources.test
+    assert test is not None
+    pictures = [test.pixels(i) for i in range(len(test))]
+    for name, row in (("joint", 3), ("b", 1)):
+        report = export(partial, tmp_path / f"{name}.onnx", members=[name])
+        model = threefold.load(report["path"])
+        assert model.members == (name,)
+        members = model.infer(pictures).member_probs
+        np.testing.assert_allclose(members[:, 0], partial.predictions("test").probs[row], atol=1e-5)
+
+
+def test_choice_of_views_is_cross_fitted(partial: Run) -> None:
+    found = json.loads((partial.dir / "views.json").read_text())
+    counts, oof = view_counts(partial.recipe.views), partial.predictions("oof")
+    assert list(found["accuracy"]) == [str(c) for c in counts] == ["0", "1", "3"]
+    assert found["views"] in counts
+    assert oof.folds is not None
+    saved = {
+        f: read_arrays(partial.folder.job_folder(partial.last_job("a", f)) / "probs.npz")
+        for f in (0, 1)
+    }
+    for fold in (0, 1):  # each fold's rows have one of the candidates, whole
+        mine = oof.probs[0, saved[fold]["rows"]]
+        assert any(np.array_equal(mine, candidate) for candidate in saved[fold]["score"])
+
+
+def test_joint_member_is_scored_but_not_combined(partial: Run) -> None:
+    results = partial.results
+    assert results.combined == ("a", "b", "c")
+    assert {c.a for c in results.comparisons} == {"mean", "pruned", "stacked", "joint"}
+    mean = partial.predictions("test").probs[:3].mean(0).argmax(1)
+    score = results.score("mean", "ensemble", "test")
+    assert score is not None
+    assert score.accuracy == pytest.approx((mean == partial.predictions("test").labels).mean())
+
+
+@pytest.mark.parametrize(
+    ("spec", "counts"),
+    [
+        ({"kind": "random-crops", "n": 9, "upsample": 1.1}, (0, 1, 3, 5, 7, 9)),
+        ({"kind": "random-crops", "n": 4, "upsample": 1.1}, (0, 1, 3, 4)),
+        ({"kind": "flip"}, (1, 2)),
+        ({"kind": "ten-crop", "upsample": 1.2}, (0, 1, 5, 10)),
+        ({"kind": "multi-scale"}, (1, 2, 3)),
+    ],
+)
+def test_candidate_numbers_of_views(spec: dict[str, Any], counts: tuple[int, ...]) -> None:
+    assert view_counts(ViewSpec.model_validate(spec)) == counts
+
+
+def test_fold_without_members_is_refused(images: Path) -> None:
+    recipe = Recipe.parse(
+        tiny_tree(images, members=[member("a", folds=[0]), member("b", folds=[0])])
+    )
+    np.testing.assert_array_equal(stand_ins(recipe, 0), np.eye(2))
+    with pytest.raises(RunError, match=r"a fold has no member: members\.\*\.folds, fold 1"):
+        stand_ins(recipe, 1)
+
+
+JOIN = member("j", backbone="", joins=["a", "b"])
+del JOIN["weights"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"members": [member("a"), member("b"), {**JOIN, "joins": ["a", "x"]}]},
+            "names an unknown member, x",
+        ),
+        ({"members": [member("a"), JOIN, member("b")]}, "come before"),
+        ({"members": [member("a"), member("b", img_size=40), JOIN]}, "same img_size"),
+        ({"members": [member("a"), member("b", folds=[1]), JOIN]}, r"has only the folds \[1\]"),
+        (
+            {"members": [member("a"), member("b"), {**JOIN, "joins": ["a"]}]},
+            "at least two different members",
+        ),
+        (
+            {"members": [member("a"), member("b"), {**JOIN, "backbone": "resnet18"}]},
+            "either backbone or joins",
+        ),
+        (
+            {"members": [member("a"), member("b"), {**JOIN, "head": {"units": 4}}]},
+            "only kind and fc",
+        ),
+        (
+            {"members": [member("a", folds=[0])], "folds": {"k": 2, "final": "refit"}},
+            "folds.final = refit ignores",
+        ),
+        ({"members": [member("a")], "ensemble": {"top": 2}}, "exceeds the 1 members"),
+        ({"members": [member("a")], "ensemble": {"members": ["z"]}}, "names an unknown member, z"),
+        (
+            {
+                "members": [member("a"), member("b")],
+                "stages": [{"name": "s", "epochs": 1, "lr": 1, "members": ["b"]}],
+            },
+            "a has no stage",
+        ),
+        ({"members": [member("a")], "views": {"choose": True}}, "nothing to choose from"),
+    ],
+)
+def test_inconsistent_members_are_refused(
+    images: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe.parse(tiny_tree(images, **changes))

@@ -1,0 +1,191 @@
+"""The stage loop: never worse than its start, the same bits every time, clear errors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.stages import build_tiny, make_rows, make_task
+
+from threefold.errors import RecipeError, RunError
+from threefold.models.pipeline import Predictor, pick_device, pick_precision, predict_probs
+from threefold.training import stages
+from threefold.training.checkpoints import Checkpoint, accept_stage
+from threefold.training.stages import train_stage
+
+
+def make_checkpoint(losses: np.ndarray, correct: np.ndarray, epoch: int) -> Checkpoint:
+    return Checkpoint(
+        state={}, accuracy=float(correct.mean()), losses=losses, correct=correct, epoch=epoch
+    )
+
+
+def test_stage_learns_and_returns_the_best_weights() -> None:
+    member, select = build_tiny(), make_rows(12, 1)
+
+    outcome = train_stage(member, make_task("stages.one.epochs=6"))
+
+    records = outcome.history["epochs"]
+    best = max(records, key=lambda r: (r["select_accuracy"], -r["select_loss"]))
+    assert best["select_accuracy"] > 0.6
+    assert outcome.history["best_epoch"] == best["epoch"]
+    probs = predict_probs(Predictor(member), select.pixels)
+    assert (probs.argmax(1) == select.labels).mean() == best["select_accuracy"]
+    assert all(
+        torch.equal(outcome.state[name], value) for name, value in member.state_dict().items()
+    )
+
+
+def test_stage_that_ruins_the_weights_returns_its_start() -> None:
+    member = build_tiny()
+    train_stage(member, make_task("stages.one.epochs=6"))
+    start = {name: value.clone() for name, value in member.state_dict().items()}
+    ruinous = make_task(
+        "stages.one.lr=3.0",
+        "stages.one.schedule=constant",
+        "train.optimizer=sgd",
+        "stages.one.epochs=1",
+        first=False,
+    )
+
+    outcome = train_stage(member, ruinous)
+
+    assert not outcome.history["accepted"]
+    assert outcome.history["best_epoch"] == -1
+    assert all(torch.equal(start[name], value) for name, value in member.state_dict().items())
+
+
+def test_only_gains_beyond_the_noise_are_accepted() -> None:
+    rng = np.random.default_rng(0)
+
+    start = make_checkpoint(rng.uniform(0, 1, 200), rng.random(200) < 0.8, -1)
+    noisy = make_checkpoint(start.losses + rng.normal(0, 1, 200), start.correct, 0)
+    better = make_checkpoint(start.losses - rng.uniform(0, 0.2, 200), start.correct, 0)
+
+    assert not accept_stage(start, noisy, first=False).accepted
+    assert accept_stage(start, better, first=False).accepted
+    assert not accept_stage(start, start, first=False).accepted
+    assert accept_stage(start, noisy, first=True).accepted
+    assert accept_stage(start, noisy, first=False, enabled=False).accepted
+
+
+@pytest.mark.parametrize(
+    ("sets", "reasons"),
+    [
+        ((), ("improved by more than its noise", "within its noise")),
+        (("protocol=paper",), ("not tested against noise",)),
+        (("train.gate=false",), ("not tested against noise",)),
+    ],
+)
+def test_recipe_enables_the_acceptance_test(
+    sets: tuple[str, ...], reasons: tuple[str, ...]
+) -> None:
+    outcome = train_stage(build_tiny(), make_task("stages.one.epochs=3", *sets, first=False))
+
+    assert outcome.history["reason"].startswith(reasons)
+
+
+def test_pure_noise_is_rarely_accepted() -> None:
+    rng = np.random.default_rng(1)
+
+    accepted = 0
+    for _ in range(400):
+        start = make_checkpoint(rng.uniform(0, 1, 100), rng.random(100) < 0.8, -1)
+        noisy = make_checkpoint(start.losses + rng.normal(0, 0.3, 100), start.correct, 0)
+        accepted += accept_stage(start, noisy, first=False).accepted
+
+    assert 0.10 < accepted / 400 < 0.22  # one standard error of a normal: 16 %
+
+
+def test_out_of_memory_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(stages, "to_pixels", out_of_memory)
+
+    with pytest.raises(
+        RunError,
+        match=r"not enough memory: stage one; got \d+ images at once; "
+        r"fix: set train.accumulate = 2 ",
+    ):
+        train_stage(build_tiny(), make_task())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("train.optimizer=adam-keras", "train.weight_decay=0", "stages.one.schedule=time"),
+        ("train.optimizer=sgd", "train.clip_grad=1.0", "stages.one.schedule=cosine"),
+        ("train.ema=0.5", "train.label_smoothing=0.1", "train.accumulate=2"),
+        ("augment.mixup=0.4", "augment.cutmix=1.0"),
+        (
+            "augment.erasing=0.5",
+            "augment.vflip=true",
+            "augment.zoom=0.3",
+            "augment.shift=0.3",
+            "augment.channel_shift=10.0",
+        ),
+        ("train.class_weights=balanced", "train.sampler=balanced", "train.layer_decay=0.7"),
+        ("train.precision=bfloat16",),
+    ],
+    ids=lambda options: options[0].split("=")[0] if options else "plain",
+)
+def test_options_take_effect_and_repeat_exactly(options: tuple[str, ...]) -> None:
+    first, second, plain = (
+        train_stage(build_tiny("gated"), make_task(*sets, "stages.one.epochs=1")).state
+        for sets in (options, options, ())
+    )
+
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    if options:
+        assert any(not torch.equal(first[name], plain[name]) for name in first)
+
+
+def test_accumulation_takes_the_step_of_the_whole_batch() -> None:
+    sets = (
+        "stages.one.epochs=1",
+        "train.optimizer=sgd",
+        "stages.one.trainable=head",
+        "augment.hflip=false",
+        "augment.rotation=0",
+        "members.plain.head.noise=0.0",
+    )
+
+    whole, parts = (
+        train_stage(build_tiny("plain", sets[-1]), make_task(*sets, f"train.accumulate={n}")).state
+        for n in (1, 4)
+    )
+
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-6)
+
+
+def test_infinite_loss_is_an_error_with_a_fix() -> None:
+    task = make_task(
+        "stages.one.lr=1e30",
+        "train.optimizer=sgd",
+        "stages.one.schedule=constant",
+        "stages.one.epochs=5",
+    )
+
+    with pytest.raises(RunError, match=r"not a number: stage one, epoch \d+.*lower the stage's lr"):
+        train_stage(build_tiny(), task)
+
+
+def test_past_deadline_still_gives_a_complete_stage() -> None:
+    outcome = train_stage(build_tiny(), make_task("stages.one.epochs=50", deadline=-math.inf))
+
+    assert len(outcome.history["epochs"]) == 1
+    assert outcome.history["reason"].endswith("cut short by the time budget")
+
+
+def test_devices_and_precision() -> None:
+    assert pick_device("cpu").type == "cpu"
+    with pytest.raises(RecipeError, match=r"no such device here: train.device.*quantum"):
+        pick_device("quantum")
+    assert pick_precision("bfloat16", torch.device("cpu")) == "bfloat16"
+    assert pick_precision("auto", torch.device("cpu")) in ("float32", "bfloat16")
