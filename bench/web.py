@@ -128,9 +128,9 @@ def main() -> None:
             kinds.setdefault(kind, []).append(content)
     print(f"{hardware()}, commit {commit()}")
     with tempfile.TemporaryDirectory() as folder:
-        made = write_web(args.model, Path(folder) / "site")
-        print({key: made[key] for key in ("bytes", "model_bytes", "runtime_bytes", "runtime")})
-        handler = functools.partial(Quiet, directory=made["path"])
+        web = write_web(args.model, Path(folder) / "site")
+        print(web)
+        handler = functools.partial(Quiet, directory=web.path)
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         browser = chromium()

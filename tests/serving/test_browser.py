@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -25,19 +26,17 @@ PINNED = {"ort.js": b"// runs the model", "ort.wasm": b"\0asm"}
 @pytest.fixture(autouse=True)
 def pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     """A runtime of a few bytes in the place of the real one."""
-    import hashlib
-
-    parts = {
-        ours: (name, hashlib.sha256(PINNED[ours]).hexdigest())
-        for ours, (name, _) in onnxruntime_web.PARTS.items()
+    files = {
+        target_name: file._replace(sha256=hashlib.sha256(PINNED[target_name]).hexdigest())
+        for target_name, file in onnxruntime_web.FILES.items()
     }
-    monkeypatch.setattr(onnxruntime_web, "PARTS", parts)
+    monkeypatch.setattr(onnxruntime_web, "FILES", files)
 
 
 def package(path: Path, *, changed: bool = False, link: bool = False) -> Path:
     """An npm package as `npm pack` writes it."""
     with tarfile.open(path, "w:gz") as archive:
-        for ours, (name, _) in onnxruntime_web.PARTS.items():
+        for ours, (name, _) in onnxruntime_web.FILES.items():
             content = PINNED[ours] + b"!" * changed
             info = tarfile.TarInfo(f"package/dist/{name}")
             info.size = len(content)
@@ -62,8 +61,8 @@ def test_the_folder_holds_what_it_needs_and_asks_nobody_else(tmp_path: Path) -> 
     model = write_model(tmp_path / "m.onnx", told=card(temperature=float("inf")))
     made = browser.write_web(model, tmp_path / "web", package(tmp_path / "ort.tgz"))
     folder = tmp_path / "web"
-    assert {path.name for path in folder.iterdir()} == browser.OURS
-    assert made["bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert {path.name for path in folder.iterdir()} == browser.FOLDER_FILES
+    assert made.bytes == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert (folder / "model.onnx").read_bytes() == model.read_bytes()
     assert {
         path.name: path.read_bytes()
@@ -126,8 +125,8 @@ def test_the_runtime_comes_from_a_package_or_a_folder_and_is_the_pinned_one(tmp_
     for folder in ("unpacked", "unpacked/package", "unpacked/package/dist"):
         assert onnxruntime_web.read_runtime(tmp_path / folder) == PINNED
     for other, got in (
-        (package(tmp_path / "changed.tgz", changed=True), "not the onnxruntime-web that is used"),
-        (package(tmp_path / "link.tgz", link=True), "a symbolic link to /etc/passwd"),
+        (package(tmp_path / "changed.tgz", changed=True), "not the supported onnxruntime-web"),
+        (package(tmp_path / "link.tgz", link=True), "/etc/passwd"),
         (tmp_path / "none.tgz", "No such file"),
         (tmp_path, "got no such file"),
     ):

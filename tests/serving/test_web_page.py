@@ -56,7 +56,7 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except ExportError as error:
         pytest.skip(f"npm cannot get onnxruntime-web here: {error}")
     for ours, content in parts.items():
-        (folder / onnxruntime_web.PARTS[ours][0]).write_bytes(content)
+        (folder / onnxruntime_web.FILES[ours].name).write_bytes(content)
     return folder
 
 

@@ -219,13 +219,13 @@ def _write_web(model: Path, folder: Path, runtime: Path | None) -> None:
 
     written = write_web(model, folder, runtime)
     out.print(
-        f"{written['path']}: {written['bytes'] / 1e6:.1f} MB, of which "
-        f"{written['runtime']} {written['runtime_bytes'] / 1e6:.1f} MB; "
+        f"{written.path}: {written.bytes / 1e6:.1f} MB, of which "
+        f"{written.runtime} {written.runtime_bytes / 1e6:.1f} MB; "
         "put it on any static web host",
         markup=False,
     )
     out.print(
-        f"next   python -m http.server --bind 127.0.0.1 --directory {written['path']} 8080",
+        f"next   python -m http.server --bind 127.0.0.1 --directory {written.path} 8080",
         markup=False,
     )
 

@@ -1,4 +1,4 @@
-"""A folder that classifies images in the browser: the server's page, an exported file, onnxruntime-web; no server side."""
+"""Write a folder that classifies images in the browser: page, exported file and onnxruntime-web."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import html
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any, Final
@@ -28,15 +29,37 @@ PAGE: Final = {
     "sets.js": "sets.js",
 }
 """File of the folder -> file of `web/`."""
-OURS: Final = {*PAGE, "model.onnx", "card.json", "README.md", "ort"}
-"""All that such a folder holds."""
+FOLDER_FILES: Final = frozenset({*PAGE, "model.onnx", "card.json", "README.md", "ort"})
+"""Everything that such a folder holds."""
 CSP: Final = (
-    "default-src 'none'; script-src 'self'; worker-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'"
+    "default-src 'none'; script-src 'self'; worker-src 'self'; style-src 'self'; "
+    "img-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'"
 )
-"""What the page may do. WebAssembly is compiled in the worker only, so the page itself does without 'wasm-unsafe-eval'."""
+"""What the page may do. Only the worker compiles WebAssembly, so the page does not need
+'wasm-unsafe-eval'."""
 MAX_BYTES: Final = 2**31 - 2**20
-"""Largest model file: browsers hold it in one array."""
+"""Largest model file: browsers keep it in one array."""
+CARD_LIMITS: Final = ("file_bytes", "pixels", "side")
+"""Limits that the page enforces."""
+
+
+@dataclass(frozen=True)
+class WebFolder:
+    """A folder that `write_web` has written.
+
+    Attributes:
+        path: the folder.
+        bytes: size of all its files.
+        model_bytes: size of the model file.
+        runtime_bytes: size of onnxruntime-web.
+        runtime: name and version of onnxruntime-web.
+    """
+
+    path: Path
+    bytes: int
+    model_bytes: int
+    runtime_bytes: int
+    runtime: str
 
 
 def write_web(
@@ -44,41 +67,39 @@ def write_web(
     folder: str | Path,
     runtime: str | Path | None = None,
     limits: ServerLimits | None = None,
-) -> dict[str, Any]:
-    """Write a folder that any static host can serve and that answers as the exported file does.
+) -> WebFolder:
+    """Write a folder for any static host whose page gives the answers of the exported file.
 
     Args:
         model: an exported file.
-        folder: the folder to write; one that this function wrote is replaced, another one must be empty.
-        runtime: onnxruntime-web, see `webruntime.read_runtime`; None = npm gets it.
-        limits: bytes, pixels and side of an image that the page takes (default: the server's).
-
-    Returns:
-        path, bytes (of the whole folder), model_bytes, runtime_bytes, runtime (its name and version).
+        folder: the new folder. A folder that this function wrote is replaced; any other must be
+            empty.
+        runtime: onnxruntime-web, see `read_runtime`; None = download it with npm.
+        limits: bytes, pixels and side of the images that the page accepts (default: the server's).
 
     Raises:
-        ExportError: not an exported file, one with weights outside of it, no onnxruntime-web, or the folder holds other files.
+        ExportError: the file is not a model or has weights outside of it, onnxruntime-web cannot be
+            read, or the folder holds other files.
     """
     source, target, limits = Path(model), Path(folder), limits or ServerLimits()
     loaded = Model(source)
     require_free(target)
-    parts = read_runtime(runtime)
-    growing = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}.part")
+    runtime_files = read_runtime(runtime)
+    partial = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}.part")
     try:
-        (growing / "ort").mkdir(parents=True)
-        _copy_model(source, growing / "model.onnx")
-        for name, content in parts.items():
-            (growing / "ort" / name).write_bytes(content)
-        (growing / "ort" / "LICENSE").write_bytes(_stored("ort-license.txt"))
-        for name, stored in PAGE.items():
-            (growing / name).write_bytes(_stored(stored))
-        card = _card(loaded, growing / "model.onnx", limits)
-        (growing / "card.json").write_text(
-            json.dumps(card, ensure_ascii=False, allow_nan=False), encoding="utf-8"
-        )
-        (growing / "index.html").write_text(_index(card), encoding="utf-8")
-        (growing / "README.md").write_text(_readme(card), encoding="utf-8")
-        _move(growing, target)
+        (partial / "ort").mkdir(parents=True)
+        _copy_model(source, partial / "model.onnx")
+        for name, content in runtime_files.items():
+            (partial / "ort" / name).write_bytes(content)
+        (partial / "ort" / "LICENSE").write_bytes(_packaged("ort-license.txt"))
+        for name, packaged_name in PAGE.items():
+            (partial / name).write_bytes(_packaged(packaged_name))
+        card = _card(loaded, partial / "model.onnx", limits)
+        card_text = json.dumps(card, ensure_ascii=False, allow_nan=False)
+        (partial / "card.json").write_text(card_text, encoding="utf-8")
+        (partial / "index.html").write_text(_index_html(card), encoding="utf-8")
+        (partial / "README.md").write_text(_readme(card), encoding="utf-8")
+        _replace_folder(partial, target)
     except OSError as error:
         raise ExportError(
             "cannot write the folder",
@@ -87,38 +108,41 @@ def write_web(
             fix="free disk space or choose another folder",
         ) from None
     finally:
-        shutil.rmtree(growing, ignore_errors=True)
-    whole = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    return {
-        "path": str(target),
-        "bytes": whole,
-        "model_bytes": card["model"]["bytes"],
-        "runtime_bytes": sum(map(len, parts.values())),
-        "runtime": card["runtime"],
-    }
+        shutil.rmtree(partial, ignore_errors=True)
+    return WebFolder(
+        path=target,
+        bytes=sum(path.stat().st_size for path in target.rglob("*") if path.is_file()),
+        model_bytes=card["model"]["bytes"],
+        runtime_bytes=sum(map(len, runtime_files.values())),
+        runtime=card["runtime"],
+    )
 
 
 def require_free(target: Path) -> None:
-    """Refuse a folder that `write_web` would have to refuse: nothing of somebody else's is overwritten.
+    """Refuse a folder that `write_web` must not overwrite.
 
     Raises:
-        ExportError: it is a link or a file, or holds other files than such a folder's.
+        ExportError: it is a link or a file, or holds other files than such a folder has.
     """
     try:
-        found = set(os.listdir(target)) if target.exists() else set()
+        names = set(os.listdir(target)) if target.exists() else set()
     except OSError as error:
         raise ExportError(
             "cannot write the folder", where=target, got=error.strerror or error
         ) from None
-    if target.is_symlink() or (found and (found - OURS or "card.json" not in found)):
-        got = ", ".join(sorted(found - OURS)[:3]) or "something else"
+    foreign = sorted(names - FOLDER_FILES)
+    is_ours = not names or ("card.json" in names and not foreign)
+    if target.is_symlink() or not is_ours:
         raise ExportError(
-            "the folder holds other files", where=target, got=got, fix="choose a new folder"
+            "the folder holds other files",
+            where=target,
+            got=", ".join(foreign[:3]) or "something else",
+            fix="choose a new folder",
         )
 
 
 def _copy_model(source: Path, copy: Path) -> None:
-    """The file alone; opened once more, so that one with weights outside of it is found out."""
+    """Copy the file and open the copy, which fails if weights lie outside of the file."""
     if source.stat().st_size > MAX_BYTES:
         raise ExportError(
             "the model is too large for a browser", where=source, expected="at most 2 GB"
@@ -128,7 +152,7 @@ def _copy_model(source: Path, copy: Path) -> None:
         Model(copy)
     except ExportError as error:
         raise ExportError(
-            "the model does not work as one file by itself, which a browser needs",
+            "the model does not work as a single file, which a browser needs",
             where=source,
             got=error.got or error,
             fix="export it as one file",
@@ -136,68 +160,80 @@ def _copy_model(source: Path, copy: Path) -> None:
 
 
 def _card(model: Model, copy: Path, limits: ServerLimits) -> dict[str, Any]:
-    """What the page reads: the model card, the limits, and which file and which program it belongs to."""
+    """The model card with what the page needs besides: limits, model file and runtime."""
     return {
         **as_json(model.card),
-        "limits": {key: getattr(limits, key) for key in ("file_bytes", "pixels", "side")},
+        "limits": {name: getattr(limits, name) for name in CARD_LIMITS},
         "model": {"file": copy.name, "bytes": copy.stat().st_size, "sha256": sha256(copy)},
         "runtime": f"onnxruntime-web {VERSION}",
     }
 
 
-def _index(card: dict[str, Any]) -> str:
-    """The server's page with what its server's headers say otherwise, and a first line for those who open it as a file."""
+def _index_html(card: dict[str, Any]) -> str:
+    """The server's page, with its headers as meta tags and a hint for who opens it as a file."""
     name = html.escape(str(card.get("name") or "threefold"))
-    changes = {
-        '<meta charset="utf-8">': f'<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{CSP}">\n<meta name="referrer" content="no-referrer">',
+    charset = '<meta charset="utf-8">'
+    hint = "This page does not work when opened as a file: it needs a web server, see README.md."
+    replacements = {
+        charset: (
+            f'{charset}\n<meta http-equiv="Content-Security-Policy" content="{CSP}">\n'
+            '<meta name="referrer" content="no-referrer">'
+        ),
         '<h1 id="name">threefold</h1>': f'<h1 id="name">{name}</h1>',
-        '<p id="headline" class="soft">&nbsp;</p>': '<p id="headline" class="soft">Opened as a file, this page cannot work: it needs a web server, see README.md.</p>',
+        '<p id="headline" class="soft">&nbsp;</p>': f'<p id="headline" class="soft">{hint}</p>',
     }
-    return _replaced(_stored("index.html").decode(), changes)
-
-
-def _replaced(text: str, changes: dict[str, str]) -> str:
-    for old, new in changes.items():
-        before, found, after = text.partition(old)
-        if not found:
-            raise AssertionError(f"the page has no {old}")
-        text = before + new + after
+    text = _packaged("index.html").decode()
+    for old, new in replacements.items():
+        if old not in text:
+            raise AssertionError(f"index.html has no {old}")
+        text = text.replace(old, new, 1)
     return text
 
 
 def _readme(card: dict[str, Any]) -> str:
-    """What the folder is, for whoever finds it."""
-    score = card.get("score") or {}
-    told = ""
-    if "accuracy" in score:
-        low, high = score.get("interval") or (score["accuracy"],) * 2
-        told = f"Expected accuracy {score['accuracy']:.1%} ({low:.1%} to {high:.1%}); {score.get('n')} rows, {score.get('rows')}, protocol {score.get('protocol')}.\n"
+    """The README of the folder, for whoever finds it."""
+    model = card["model"]
     return f"""# {card.get("name") or "threefold"}
 
-A page that classifies images in the browser: {len(card["classes"])} classes, {len(card["members"])} members. No image leaves the computer.
-{told}
+A page that classifies images in the browser: {len(card["classes"])} classes, \
+{len(card["members"])} members. No image leaves the computer.
+{_expected_accuracy(card.get("score") or {})}
 Put this folder on any static web host. To try it here:
 
     python -m http.server --directory . 8080
 
-and open port 8080 of this machine in a browser. Opened as a file (file://) it cannot work: browsers load no models that way.
+and open port 8080 of this machine in a browser. The page does not work when opened as a file
+(file://), because browsers load no models that way.
 
-`model.onnx` is the model ({card["model"]["bytes"]:,} bytes, SHA-256 {card["model"]["sha256"]}), `card.json` its card, `ort/`
-{card["runtime"]} (MIT, see `ort/LICENSE`), the rest the page of threefold (Apache-2.0).
+- `model.onnx`: the model, {model["bytes"]:,} bytes, SHA-256 {model["sha256"]}
+- `card.json`: its model card
+- `ort/`: {card["runtime"]} (MIT, see `ort/LICENSE`)
+- everything else: the page of threefold (Apache-2.0)
 """
 
 
-def _stored(name: str) -> bytes:
+def _expected_accuracy(score: dict[str, Any]) -> str:
+    if "accuracy" not in score:
+        return ""
+    accuracy = score["accuracy"]
+    low, high = score.get("interval") or (accuracy, accuracy)
+    return (
+        f"Expected accuracy {accuracy:.1%} ({low:.1%} to {high:.1%}); {score.get('n')} rows, "
+        f"{score.get('rows')}, protocol {score.get('protocol')}.\n"
+    )
+
+
+def _packaged(name: str) -> bytes:
     return (resources("threefold.serving") / "web" / name).read_bytes()
 
 
-def _move(growing: Path, target: Path) -> None:
-    """Put the new folder in the place of the old one."""
-    old = growing.with_suffix(".old")
+def _replace_folder(partial: Path, target: Path) -> None:
+    """Move the new folder to the target; the old folder stays if that fails."""
+    old = partial.with_suffix(".old")
     if target.exists():
         os.replace(target, old)
     try:
-        os.replace(growing, target)
+        os.replace(partial, target)
     except OSError:
         if old.exists():
             os.replace(old, target)
