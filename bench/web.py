@@ -149,7 +149,7 @@ def measure(
     """Print the table of differences, then the times."""
 
     def ask(
-        content: bytes, module: str = "./backend.js", call: str = "answer", limits: Any = None
+        content: bytes, module: str = "./backend.js", call: str = "predict", limits: Any = None
     ) -> Any:
         return browser.execute_async_script(
             ASK, module, call, base64.b64encode(content).decode(), limits

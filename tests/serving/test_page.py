@@ -88,7 +88,7 @@ def test_answers_refusals_and_removal(browser: Any, address: str, files: dict[st
     assert "no preview" in blue  # Chromium shows no TIFF; the answer is there
     assert "\nblue\n" in blue
     assert "No answer\nnot an image" in bad
-    assert browser.find_element("id", "status").text == "3 answered, 1 refused"
+    assert browser.find_element("id", "status").text == "3 answered, 1 failed"
     browser.find_elements("css selector", "article button")[1].click()
     assert len(articles(browser, 3)) == 3
     browser.find_element("id", "clear").click()
@@ -159,7 +159,7 @@ def test_the_card_is_shown(browser: Any, address: str) -> None:
     open_page(browser, address)
     assert browser.find_element("id", "name").text == "colours"
     assert (
-        "expect 88.4 % (86.3 % to 90.2 %) of new images to be right"
+        "expected accuracy on new images: 88.4 % (86.3 % to 90.2 %)"
         in browser.find_element("id", "headline").text
     )
     browser.execute_script("document.getElementById('card').open = true")
@@ -181,12 +181,12 @@ def test_prediction_sets_and_unknown_images(browser: Any, tmp_path: Path) -> Non
         open_page(browser, address)
         choose(browser, grey)
         (text,) = articles(browser, 1)
-        assert "90 % set (measured 91.2 %):" in text
-        assert "Unlike the images that the model knows" in text
+        assert "90 % prediction set (measured coverage 91.2 %):" in text
+        assert "unlike those the model was trained on" in text
         assert len(browser.find_elements("css selector", ".set b")) == 3
         browser.execute_script("document.getElementById('card').open = true")
         assert (
-            "asked 90 %; measured 91.2 % on 1000 rows (test), 1.20 classes"
+            "target coverage 90 %; measured 91.2 % on 1000 rows (test), 1.20 classes"
             in browser.find_element("id", "facts").text
         )
 

@@ -106,7 +106,7 @@ import(module).then((m) => m[call](new File([bytes], "image"), call === "decode"
 """
 
 
-def ask(browser: Any, content: bytes, module: str = "./backend.js", call: str = "answer") -> Any:
+def ask(browser: Any, content: bytes, module: str = "./backend.js", call: str = "predict") -> Any:
     """What a module of the page makes of a file; text where it refuses."""
     return browser.execute_async_script(ASK, module, call, base64.b64encode(content).decode())
 
@@ -389,9 +389,9 @@ def test_a_missing_or_exchanged_model_is_told_and_tried_again(
         (site / "model.onnx").unlink()
         assert ask(browser, red) == "the model file cannot be loaded: 404"
         (site / "model.onnx").write_bytes(whole[:-9])
-        assert "did not arrive whole" in ask(browser, red)
+        assert "is incomplete" in ask(browser, red)
         (site / "model.onnx").write_bytes(whole + b"more")
-        assert "not the one that belongs to this page" in ask(browser, red)
+        assert "does not belong to this page" in ask(browser, red)
         (site / "model.onnx").write_bytes(whole)
         assert ask(browser, red)["label"] == "red"
 

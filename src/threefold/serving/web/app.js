@@ -1,13 +1,15 @@
-// Shows the answers for images that are chosen, dropped or pasted, the latest first. Who answers is the back end's business:
-// backend.js is server.js where `threefold serve` sends this page, and browser.js in the folder of `threefold export --web`.
+// Shows predictions for images that are chosen, dropped or pasted, the latest first.
+// backend.js makes them: it is server.js where `threefold serve` sends this page, and browser.js
+// in the folder of `threefold export --web`.
 
 import * as backend from "./backend.js";
 
+const MAX_CLASSES_SHOWN = 60;
 const byId = (id) => document.getElementById(id);
 const waiting = [];
-let running = 0, done = 0, failed = 0, card = null;
+let running = 0, answered = 0, failed = 0, card = null;
 
-function make(tag, attributes = {}, ...children) {
+function element(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   node.append(...children);
@@ -16,97 +18,121 @@ function make(tag, attributes = {}, ...children) {
 
 function percent(p) {
   if (p > 0.9995) return ">\u00a099.9\u00a0%";
-  return p < 0.0005 ? "<\u00a00.1\u00a0%" : `${(100 * p).toFixed(1)}\u00a0%`;
+  if (p < 0.0005) return "<\u00a00.1\u00a0%";
+  return `${(100 * p).toFixed(1)}\u00a0%`;
 }
 
 function add(files) {
-  const jobs = Array.from(files, (file) => ({ file, article: frame(file) }));
+  const jobs = Array.from(files, (file) => ({ file, article: makeArticle(file) }));
   byId("answers").prepend(...jobs.map((job) => job.article));
   waiting.push(...jobs);
-  next();
+  startJobs();
 }
 
-function next() {
-  tell();
-  while (running < backend.AT_ONCE && waiting.length) {
+function startJobs() {
+  showStatus();
+  while (running < backend.MAX_CONCURRENT && waiting.length) {
     const job = waiting.shift();
     if (!job.article.isConnected) continue; // removed while it waited
     running += 1;
-    answer(job).finally(() => { running -= 1; next(); });
+    run(job).finally(() => { running -= 1; startJobs(); });
   }
 }
 
-async function answer({ file, article }) {
+async function run({ file, article }) {
   const body = article.querySelector(".body");
+  const note = body.querySelector("p");
   try {
-    const note = body.querySelector("p");
-    const found = await backend.answer(file, (text) => { note.textContent = text; });
-    body.replaceChildren(...describe(found));
-    done += 1;
+    const prediction = await backend.predict(file, (text) => { note.textContent = text; });
+    body.replaceChildren(...describe(prediction));
+    answered += 1;
   } catch (error) {
-    body.replaceChildren(make("h2", {}, "No answer"), make("p", { class: "note bad" }, error.message));
+    const reason = element("p", { class: "note bad" }, error.message);
+    body.replaceChildren(element("h2", {}, "No answer"), reason);
     failed += 1;
   }
 }
 
-function frame(file) {
+function makeArticle(file) {
   const name = file.name || "image";
-  const image = make("img", { alt: `preview of ${name}` });
-  const picture = make("div", { class: "picture" }, image);
-  const address = URL.createObjectURL(file);
-  image.onload = () => URL.revokeObjectURL(address);
-  image.onerror = () => { URL.revokeObjectURL(address); picture.replaceChildren(make("span", {}, "no preview")); };
-  image.src = address;
-  const remove = make("button", { type: "button", "aria-label": `Remove ${name}` }, "✕");
-  const top = make("div", { class: "top" }, make("p", { class: "file" }, name), remove);
-  const article = make("article", {}, picture, make("div", {}, top, make("div", { class: "body" }, make("p", { class: "soft" }, "waiting …"))));
-  remove.onclick = () => { article.remove(); tell(); byId("pick").focus(); };
+  const remove = element("button", { type: "button", "aria-label": `Remove ${name}` }, "✕");
+  const top = element("div", { class: "top" }, element("p", { class: "file" }, name), remove);
+  const body = element("div", { class: "body" }, element("p", { class: "soft" }, "waiting …"));
+  const article = element("article", {}, makePreview(file, name), element("div", {}, top, body));
+  remove.onclick = () => { article.remove(); showStatus(); byId("pick").focus(); };
   return article;
 }
 
-function describe(found) {
-  const parts = [make("h2", {}, found.label)];
-  if (found.unknown) parts.push(make("p", { class: "note" }, "Unlike the images that the model knows: perhaps none of its classes."));
-  const shares = found.top.map(({ label, probability }) => {
-    const fill = make("span", { class: "fill" });
-    fill.style.width = percentWidth(probability);
-    return make("li", {}, fill, make("span", {}, label), make("span", { class: "n" }, percent(probability)));
+function makePreview(file, name) {
+  const image = element("img", { alt: `preview of ${name}` });
+  const picture = element("div", { class: "picture" }, image);
+  const url = URL.createObjectURL(file);
+  image.onload = () => URL.revokeObjectURL(url);
+  image.onerror = () => {
+    URL.revokeObjectURL(url);
+    picture.replaceChildren(element("span", {}, "no preview"));
+  };
+  image.src = url;
+  return picture;
+}
+
+function describe(prediction) {
+  const parts = [element("h2", {}, prediction.label)];
+  if (prediction.unknown) {
+    const text = "This image is unlike those the model was trained on: "
+      + "it may belong to none of the classes.";
+    parts.push(element("p", { class: "note" }, text));
+  }
+  const bars = prediction.top.map(({ label, probability }) => {
+    const fill = element("span", { class: "fill" });
+    fill.style.width = `${Math.max(0, Math.min(100, 100 * probability))}%`;
+    const number = element("span", { class: "n" }, percent(probability));
+    return element("li", {}, fill, element("span", {}, label), number);
   });
-  parts.push(make("ul", { class: "shares", "aria-label": "Ensemble: probabilities" }, ...shares));
-  if (found.set) parts.push(describeSet(found.set));
-  parts.push(describeMembers(found));
+  const label = "Probabilities of the ensemble";
+  parts.push(element("ul", { class: "shares", "aria-label": label }, ...bars));
+  if (prediction.set) parts.push(describeSet(prediction.set));
+  parts.push(describeMembers(prediction));
   return parts;
 }
 
-const percentWidth = (p) => `${Math.max(0, Math.min(100, 100 * p))}%`;
-
-function describeSet(names) {
+function describeSet(labels) {
   const sets = setsOf(card ?? {});
-  const told = sets ? `${asked(sets)} set (measured ${percent(sets.coverage)}):` : "Set:";
-  return make("p", { class: "set" }, make("span", { class: "soft" }, told), ...(names.length ? names.map((name) => make("b", {}, name)) : ["none of the classes"]));
+  const title = sets
+    ? `${target(sets)} prediction set (measured coverage ${percent(sets.coverage)}):`
+    : "Prediction set:";
+  const names = labels.map((label) => element("b", {}, label));
+  if (!names.length) names.push("none of the classes");
+  return element("p", { class: "set" }, element("span", { class: "soft" }, title), ...names);
 }
 
-const setsOf = ({ conformal }) => (conformal ?? []).find((entry) => entry?.state?.by_class === false);
-const asked = ({ state }) => `${Number((100 * (1 - state.alpha)).toFixed(2))}\u00a0%`;
+const setsOf = ({ conformal }) =>
+  (conformal ?? []).find((entry) => entry?.state?.by_class === false);
+const target = ({ state }) => `${Number((100 * (1 - state.alpha)).toFixed(2))}\u00a0%`;
 
-function describeMembers(found) {
-  const rows = Object.entries(found.members).map(([name, opinion]) => {
-    const same = opinion.label === found.label;
-    const label = make("td", same ? {} : { class: "differs" }, same ? opinion.label : `≠ ${opinion.label}`);
-    return make("tr", {}, make("th", { scope: "row" }, name), label, make("td", { class: "n" }, percent(opinion.probability)));
+function describeMembers(prediction) {
+  const members = Object.entries(prediction.members);
+  const agrees = ([, member]) => member.label === prediction.label;
+  const rows = members.map(([name, member]) => {
+    const label = agrees([name, member])
+      ? element("td", {}, member.label)
+      : element("td", { class: "differs" }, `≠ ${member.label}`);
+    const number = element("td", { class: "n" }, percent(member.probability));
+    return element("tr", {}, element("th", { scope: "row" }, name), label, number);
   });
-  const agree = Object.values(found.members).filter((opinion) => opinion.label === found.label).length;
-  const left = found.members_used ? (card?.members?.length ?? rows.length) - rows.length : 0;
-  const unasked = left > 0 ? `, ${left} not asked: the answer was sure without` : "";
-  return make("table", {}, make("caption", {}, `Members: ${agree} of ${rows.length} agree${unasked}`), make("tbody", {}, ...rows));
+  let text = `Members: ${members.filter(agrees).length} of ${members.length} agree`;
+  const skipped = (card?.members?.length ?? members.length) - members.length;
+  if (prediction.members_used && skipped > 0)
+    text += `, ${skipped} did not run: the answer was certain without`;
+  return element("table", {}, element("caption", {}, text), element("tbody", {}, ...rows));
 }
 
-function tell() {
-  const open = running + waiting.filter((job) => job.article.isConnected).length;
+function showStatus() {
+  const left = running + waiting.filter((job) => job.article.isConnected).length;
   byId("bar").hidden = !byId("answers").childElementCount;
-  const parts = [`${done} answered`];
-  if (failed) parts.push(`${failed} refused`);
-  if (open) parts.push(`${open} to go`);
+  const parts = [`${answered} answered`];
+  if (failed) parts.push(`${failed} failed`);
+  if (left) parts.push(`${left} left`);
   byId("status").textContent = parts.join(", ");
 }
 
@@ -115,45 +141,94 @@ async function showCard() {
   const { score, limits } = card;
   byId("name").textContent = card.name ?? "threefold";
   document.title = `${card.name ?? "model"} · threefold`;
-  const size = `${card.classes.length} classes, ${card.members.length} ${card.members.length === 1 ? "member" : "members"}`;
-  byId("headline").textContent = score ? `${size}; expect ${range(score)} of new images to be right` : size;
-  byId("bounds").textContent = `${backend.FORMATS}; up to ${Math.floor(limits.file_bytes / 2 ** 20)} MB and ${Math.floor(limits.pixels / 1e6)} megapixels each`;
+  const count = card.members.length;
+  const size = `${card.classes.length} classes, ${count} ${count === 1 ? "member" : "members"}`;
+  byId("headline").textContent =
+    score ? `${size}; expected accuracy on new images: ${accuracyOf(score)}` : size;
+  const megabytes = Math.floor(limits.file_bytes / 2 ** 20);
+  const megapixels = Math.floor(limits.pixels / 1e6);
+  byId("bounds").textContent =
+    `${backend.FORMATS}; up to ${megabytes} MB and ${megapixels} megapixels each`;
   byId("where").textContent = backend.note(card);
-  const facts = Object.entries(factsOf(card)).filter(([, value]) => value !== undefined && value !== "");
-  byId("facts").replaceChildren(...facts.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
+  const rows = Object.entries(factsOf(card)).flatMap(([name, value]) =>
+    value ? [element("dt", {}, name), element("dd", {}, value)] : []);
+  byId("facts").replaceChildren(...rows);
 }
 
-const range = ({ accuracy, interval }) => `${percent(accuracy)}${interval ? ` (${percent(interval[0])} to ${percent(interval[1])})` : ""}`;
+function accuracyOf({ accuracy, interval }) {
+  if (!interval) return percent(accuracy);
+  return `${percent(accuracy)} (${percent(interval[0])} to ${percent(interval[1])})`;
+}
 
-function factsOf({ score, unknown, parity, versions, ...card }) {
-  const level = score?.level ? `${100 * score.level} % interval` : "interval";
+// Rows of the model card as text; rows without a value are not shown.
+function factsOf(card) {
+  const { score, unknown, parity, versions, classes } = card;
   const sets = setsOf(card);
-  return {
-    "Accuracy": score && `${range(score)}, ${level}`,
-    "Scored on": score && `${score.n} rows, ${score.rows}; fitted on ${score.fitted_on}`,
-    "Protocol": score && `${score.protocol}${score.protocol === "paper" ? ": selected on the rows that it reports" : ""}`,
-    "Method": card.method,
-    "Members": card.members.map((name, i) => (card.backbones?.[i] && card.backbones.length === card.members.length ? `${name} (${card.backbones[i]})` : name)).join(", "),
-    "Classes": card.classes.length > 60 ? `${card.classes.slice(0, 60).join(", ")} … and ${card.classes.length - 60} more` : card.classes.join(", "),
-    "Training images": card.n_train === undefined ? undefined : String(card.n_train),
-    "Temperature": typeof card.temperature === "number" ? card.temperature.toPrecision(3) : undefined,
-    "Prediction sets": sets && `asked ${asked(sets)}; measured ${percent(sets.coverage)} on ${sets.n} rows (${sets.rows}), ${Number(sets.mean_size).toFixed(2)} classes on average`,
-    "Unknown images": unknown && `${percent(unknown.rate)} of images of a class may be called unknown; measured ${percent(unknown.measured)}`,
-    "File against pipeline": parity && `largest difference ${Number(parity.max_difference).toExponential(1)} on ${parity.images} images`,
-    "Runs on": card.runtime,
-    "Versions": versions && Object.entries(versions).map((pair) => pair.join(" ")).join(", "),
-    "Recipe digest": typeof card.digest === "string" ? card.digest.slice(0, 12) : undefined,
-  };
+  const facts = {};
+  if (score) {
+    const level = score.level ? `${100 * score.level} % interval` : "interval";
+    facts["Accuracy"] = `${accuracyOf(score)}, ${level}`;
+    facts["Scored on"] = `${score.n} rows, ${score.rows}; fitted on ${score.fitted_on}`;
+    facts["Protocol"] = score.protocol;
+    if (score.protocol === "paper") facts["Protocol"] += ": selected on the reported rows";
+  }
+  facts["Method"] = card.method;
+  facts["Members"] = membersOf(card);
+  facts["Classes"] = classes.slice(0, MAX_CLASSES_SHOWN).join(", ");
+  if (classes.length > MAX_CLASSES_SHOWN)
+    facts["Classes"] += ` … and ${classes.length - MAX_CLASSES_SHOWN} more`;
+  if (card.n_train !== undefined) facts["Training images"] = String(card.n_train);
+  if (typeof card.temperature === "number")
+    facts["Temperature"] = card.temperature.toPrecision(3);
+  if (sets)
+    facts["Prediction sets"] = `target coverage ${target(sets)}; measured `
+      + `${percent(sets.coverage)} on ${sets.n} rows (${sets.rows}), `
+      + `${Number(sets.mean_size).toFixed(2)} classes on average`;
+  if (unknown)
+    facts["Unknown images"] = `flags ${percent(unknown.rate)} of the images of known classes; `
+      + `measured ${percent(unknown.measured)}`;
+  if (parity)
+    facts["Export parity"] = `largest difference ${Number(parity.max_difference).toExponential(1)} `
+      + `on ${parity.images} images`;
+  facts["Runs on"] = card.runtime;
+  if (versions)
+    facts["Versions"] = Object.entries(versions).map((pair) => pair.join(" ")).join(", ");
+  if (typeof card.digest === "string") facts["Recipe digest"] = card.digest.slice(0, 12);
+  return facts;
+}
+
+function membersOf({ members, backbones }) {
+  if (backbones?.length !== members.length) return members.join(", ");
+  return members.map((name, i) => (backbones[i] ? `${name} (${backbones[i]})` : name)).join(", ");
+}
+
+function clear() {
+  byId("answers").replaceChildren();
+  waiting.length = answered = failed = 0;
+  showStatus();
+  byId("pick").focus();
 }
 
 byId("pick").onchange = (event) => { add(event.target.files); event.target.value = ""; };
-byId("clear").onclick = () => { byId("answers").replaceChildren(); waiting.length = done = failed = 0; tell(); byId("pick").focus(); };
+byId("clear").onclick = clear;
 document.addEventListener("paste", (event) => add(event.clipboardData.files));
-document.addEventListener("dragover", (event) => { event.preventDefault(); document.body.classList.add("over"); });
-document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) document.body.classList.remove("over"); });
-document.addEventListener("drop", (event) => { event.preventDefault(); document.body.classList.remove("over"); add(event.dataTransfer.files); });
+document.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  document.body.classList.add("over");
+});
+document.addEventListener("dragleave", (event) => {
+  if (!event.relatedTarget) document.body.classList.remove("over");
+});
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  document.body.classList.remove("over");
+  add(event.dataTransfer.files);
+});
 
-function fail(error) { byId("headline").textContent = `The model card cannot be shown: ${error.message}`; }
-const showOrFail = () => showCard().catch(fail);
-backend.start(showOrFail);
-showOrFail();
+function showFailure(error) {
+  byId("headline").textContent = `The model card cannot be shown: ${error.message}`;
+}
+
+const showCardOrFailure = () => showCard().catch(showFailure);
+backend.start(showCardOrFailure);
+showCardOrFailure();

@@ -1,58 +1,72 @@
-// Answers in the browser itself: the model runs in a worker, and no image leaves this computer.
+// Back end of the page that runs the model in the browser, in a worker.
 
 import { byProbability, isUnknown, setOf } from "./sets.js";
 
-export const AT_ONCE = 1;
+export const MAX_CONCURRENT = 1;
 export const FORMATS = "JPEG, PNG, WebP, BMP, GIF";
-export const note = ({ model }) => `The model runs on this computer; no image leaves it. Its ${(model.bytes / 1e6).toFixed(0)} MB are loaded when the first image is chosen.`;
 const TOP = 5;
 const jobs = new Map();
-let known = null, worker = null, count = 0;
+let modelCard = null, worker = null, lastId = 0;
+
+export function note({ model }) {
+  const megabytes = (model.bytes / 1e6).toFixed(0);
+  return "The model runs on this computer; no image leaves it. "
+    + `Choosing the first image downloads the model (${megabytes} MB).`;
+}
 
 export async function card() {
   const response = await fetch("card.json", { cache: "no-cache" });
   if (!response.ok) throw new Error(`card.json: ${response.status}`);
-  known = await response.json();
-  return known;
+  modelCard = await response.json();
+  return modelCard;
 }
 
 export function start() {}
 
-function run(file, tell) {
-  if (!worker) {
-    worker = new Worker("worker.js", { type: "module" });
-    worker.onmessage = ({ data }) => {
-      const job = jobs.get(data.id);
-      if (data.note) { job.tell(data.note); return; }
-      jobs.delete(data.id);
-      if (data.error) job.refuse(new Error(data.error)); else job.answer(data);
-    };
-    worker.onerror = (event) => {
-      for (const job of jobs.values()) job.refuse(new Error(`the model cannot be run in this browser: ${event.message ?? "its program cannot be loaded"}`));
-      jobs.clear();
-      worker = null;
-    };
-  }
-  return new Promise((answer, refuse) => {
-    count += 1;
-    jobs.set(count, { answer, refuse, tell });
-    worker.postMessage({ id: count, file, card: { limits: known.limits, model: known.model } });
+function startWorker() {
+  worker = new Worker("worker.js", { type: "module" });
+  worker.onmessage = ({ data }) => {
+    const job = jobs.get(data.id);
+    if (data.note) { job.report(data.note); return; }
+    jobs.delete(data.id);
+    if (data.error) job.reject(new Error(data.error)); else job.resolve(data);
+  };
+  worker.onerror = (event) => {
+    const reason = event.message ?? "its worker cannot be loaded";
+    const error = new Error(`the model does not run in this browser: ${reason}`);
+    for (const job of jobs.values()) job.reject(error);
+    jobs.clear();
+    worker = null;
+  };
+}
+
+function run(file, report) {
+  if (!worker) startWorker();
+  return new Promise((resolve, reject) => {
+    lastId += 1;
+    jobs.set(lastId, { resolve, reject, report });
+    const { limits, model } = modelCard;
+    worker.postMessage({ id: lastId, file, card: { limits, model } });
   });
 }
 
-// The same answer as the server's for one image; see replies.py.
-export async function answer(file, tell) {
-  if (!known) throw new Error("there is no model card");
-  const { probs, members, milliseconds } = await run(file, tell);
-  const k = known.classes.length;
-  const opinion = (row) => {
-    const top = byProbability(row).slice(0, TOP).map((c) => ({ label: known.classes[c], probability: row[c] }));
+// The prediction that the server makes for one image (serving/responses.py), and its probabilities.
+export async function predict(file, report) {
+  if (!modelCard) throw new Error("there is no model card");
+  const { classes, members, conformal, unknown } = modelCard;
+  const { probs, memberProbs, milliseconds } = await run(file, report);
+  const k = classes.length;
+  const describe = (row) => {
+    const order = byProbability(row).slice(0, TOP);
+    const top = order.map((c) => ({ label: classes[c], probability: row[c] }));
     return { ...top[0], top };
   };
-  const rows = known.members.map((name, m) => [name, opinion(members.subarray(m * k, (m + 1) * k))]);
-  const found = { file: file.name, ...opinion(probs), members: Object.fromEntries(rows), probs: Array.from(probs), milliseconds };
-  const sets = known.conformal?.find((entry) => entry?.state?.by_class === false);
-  if (sets) found.set = setOf(probs, sets.state).map((c) => known.classes[c]);
-  if (known.unknown) found.unknown = isUnknown(probs, known.unknown.state);
-  return found;
+  const prediction = { file: file.name, ...describe(probs), members: {} };
+  members.forEach((name, m) => {
+    prediction.members[name] = describe(memberProbs.subarray(m * k, (m + 1) * k));
+  });
+  const sets = conformal?.find((entry) => entry?.state?.by_class === false);
+  if (sets) prediction.set = setOf(probs, sets.state).map((c) => classes[c]);
+  if (unknown) prediction.unknown = isUnknown(probs, unknown.state);
+  return { ...prediction, probs: Array.from(probs), milliseconds };
 }

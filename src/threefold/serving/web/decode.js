@@ -1,25 +1,41 @@
-// Image files to pixels as threefold's images.decode gives them: the first frame, upright, on white, as RGB.
-// The content decides what a file is; sizes are read from the header, before the browser decodes anything.
+// Image files to pixels, as images.decode gives them: the first frame, upright, on white, as RGB.
+// The content decides the format of a file. Sizes are read from the header, before the browser
+// decodes anything.
 
 import { deepGrey } from "./deepgrey.js";
 
-const READ = ["JPEG", "PNG", "WebP", "BMP", "GIF"];
-const text = (bytes, at, count) => String.fromCharCode(...bytes.subarray(at, at + count));
+const FORMATS = ["JPEG", "PNG", "WebP", "BMP", "GIF"];
+const MAGIC = {
+  "\xff\xd8\xff": "JPEG",
+  "\x89PNG\r\n\x1a\n": "PNG",
+  GIF87a: "GIF",
+  GIF89a: "GIF",
+  BM: "BMP",
+  "II*\0": "TIFF",
+  "MM\0*": "TIFF",
+  "II+\0": "TIFF",
+  "MM\0+": "TIFF",
+};
+const ORIENTATION_TAG = 0x0112, SHORT = 3; // EXIF
 
-export function kindOf(bytes) {
-  const head = text(bytes, 0, 12);
+const textAt = (bytes, at, count) => String.fromCharCode(...bytes.subarray(at, at + count));
+const viewOf = (bytes) => new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+
+export function formatOf(bytes) {
+  const head = textAt(bytes, 0, 12);
   if (!head) throw new Error("the file is empty (0 bytes)");
   if (head.startsWith("RIFF") && head.endsWith("WEBP")) return "WebP";
-  const known = { "\xff\xd8\xff": "JPEG", "\x89PNG\r\n\x1a\n": "PNG", GIF87a: "GIF", GIF89a: "GIF", BM: "BMP", "II*\0": "TIFF", "MM\0*": "TIFF", "II+\0": "TIFF", "MM\0+": "TIFF" };
-  const magic = Object.keys(known).find((start) => head.startsWith(start));
-  if (!magic) throw new Error(`not an image (the content is none of ${READ.join(", ")})`);
-  if (known[magic] === "TIFF") throw new Error("a TIFF file, which browsers do not read: save it as PNG");
-  return known[magic];
+  const magic = Object.keys(MAGIC).find((start) => head.startsWith(start));
+  if (!magic) throw new Error(`not an image (the content is none of ${FORMATS.join(", ")})`);
+  if (MAGIC[magic] === "TIFF")
+    throw new Error("a TIFF file, which browsers do not read: save it as PNG");
+  return MAGIC[magic];
 }
 
-// Parts of a JPEG or of a chunked file: [name, where its content begins, its length].
-function* segments(view, bytes, kind) {
-  if (kind === "JPEG") {
+// Segments of a JPEG, chunks of a PNG or WebP: [name or marker, start of its content, its length].
+function* segments(bytes, format) {
+  const view = viewOf(bytes);
+  if (format === "JPEG") {
     for (let at = 2; at + 4 <= bytes.length; ) {
       if (bytes[at] !== 0xff) return;
       const marker = bytes[at + 1];
@@ -29,84 +45,106 @@ function* segments(view, bytes, kind) {
       if (marker === 0xda) return;
       at += 2 + view.getUint16(at + 2);
     }
-  } else if (kind === "PNG") {
-    for (let at = 8; at + 12 <= bytes.length; at += 12 + view.getUint32(at)) yield [text(bytes, at + 4, 4), at + 8, view.getUint32(at)];
-  } else if (kind === "WebP") {
+  } else if (format === "PNG") {
+    for (let at = 8; at + 12 <= bytes.length; at += 12 + view.getUint32(at))
+      yield [textAt(bytes, at + 4, 4), at + 8, view.getUint32(at)];
+  } else if (format === "WebP") {
     for (let at = 12, size; at + 8 <= bytes.length; at += 8 + size + (size % 2)) {
       size = view.getUint32(at + 4, true);
-      yield [text(bytes, at, 4), at + 8, size];
+      yield [textAt(bytes, at, 4), at + 8, size];
     }
   }
 }
 
-// Width and height by the header, EXIF not applied.
-export function sizeOf(bytes, kind) {
-  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  const three = (at) => view.getUint16(at, true) + 65536 * view.getUint8(at + 2) + 1;
+// What `read` returns; null where it reads beyond the end of the file.
+function readWithin(read) {
   try {
-    if (kind === "PNG") return [view.getUint32(16), view.getUint32(20)];
-    if (kind === "GIF") return [view.getUint16(6, true), view.getUint16(8, true)];
-    if (kind === "BMP" && view.getUint32(14, true) === 12) return [view.getUint16(18, true), view.getUint16(20, true)];
-    if (kind === "BMP") return [Math.abs(view.getInt32(18, true)), Math.abs(view.getInt32(22, true))];
-    if (kind === "JPEG") {
-      for (const [marker, at] of segments(view, bytes, kind)) {
-        const frame = marker >= 0xc0 && marker <= 0xcf && ![0xc4, 0xc8, 0xcc].includes(marker);
-        if (frame) return [view.getUint16(at + 3), view.getUint16(at + 1)];
-      }
-    } else {
-      const chunk = text(bytes, 12, 4);
-      if (chunk === "VP8X") return [three(24), three(27)];
-      if (chunk === "VP8 ") return [view.getUint16(26, true) & 0x3fff, view.getUint16(28, true) & 0x3fff];
-      const bits = view.getUint32(21, true);
-      return [(bits & 0x3fff) + 1, ((bits >>> 14) & 0x3fff) + 1];
-    }
+    return read();
   } catch (error) {
-    if (!(error instanceof RangeError)) throw error;
+    if (error instanceof RangeError) return null;
+    throw error;
   }
-  throw new Error(`damaged or truncated ${kind}: the header is not complete`);
 }
 
-// Tag 0x0112 of the EXIF block of a PNG or WebP, 1 to 8; 1 where there is none or it is damaged.
-export function orientationOf(bytes, kind) {
-  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  try {
-    for (const [name, begin, size] of segments(view, bytes, kind)) {
-      if (name !== "eXIf" && name !== "EXIF") continue;
-      const at = text(bytes, begin, 6) === "Exif\0\0" ? begin + 6 : begin;
-      const order = { "II*\0": true, "MM\0*": false }[text(bytes, at, 4)];
-      if (order === undefined || at >= begin + size) return 1;
-      const first = at + view.getUint32(at + 4, order);
-      for (let entry = first + 2, left = view.getUint16(first, order); left > 0; entry += 12, left -= 1) {
-        if (view.getUint16(entry, order) === 0x0112 && view.getUint16(entry + 2, order) === 3) return view.getUint16(entry + 8, order);
-      }
+// Width and height from the header, before EXIF rotation.
+export function sizeOf(bytes, format) {
+  const size = readWithin(() => declaredSize(bytes, format));
+  if (!size) throw new Error(`damaged or truncated ${format}: the header is not complete`);
+  return size;
+}
+
+function declaredSize(bytes, format) {
+  const view = viewOf(bytes);
+  const u16 = (at) => view.getUint16(at, true);
+  if (format === "PNG") return [view.getUint32(16), view.getUint32(20)];
+  if (format === "GIF") return [u16(6), u16(8)];
+  if (format === "BMP" && view.getUint32(14, true) === 12) return [u16(18), u16(20)];
+  if (format === "BMP")
+    return [Math.abs(view.getInt32(18, true)), Math.abs(view.getInt32(22, true))];
+  if (format === "JPEG") {
+    for (const [marker, at] of segments(bytes, format)) {
+      const isFrame = marker >= 0xc0 && marker <= 0xcf && ![0xc4, 0xc8, 0xcc].includes(marker);
+      if (isFrame) return [view.getUint16(at + 3), view.getUint16(at + 1)];
     }
-  } catch (error) {
-    if (!(error instanceof RangeError)) throw error;
+    return null;
+  }
+  const chunk = textAt(bytes, 12, 4); // WebP
+  const u24 = (at) => u16(at) + 65536 * view.getUint8(at + 2);
+  if (chunk === "VP8X") return [u24(24) + 1, u24(27) + 1];
+  if (chunk === "VP8 ") return [u16(26) & 0x3fff, u16(28) & 0x3fff];
+  const bits = view.getUint32(21, true);
+  return [(bits & 0x3fff) + 1, ((bits >>> 14) & 0x3fff) + 1];
+}
+
+// Orientation of a PNG or WebP by its EXIF block, 1 to 8; 1 if there is none or it is damaged.
+export const orientationOf = (bytes, format) =>
+  readWithin(() => declaredOrientation(bytes, format)) ?? 1;
+
+function declaredOrientation(bytes, format) {
+  const view = viewOf(bytes);
+  for (const [name, start, size] of segments(bytes, format)) {
+    if (name !== "eXIf" && name !== "EXIF") continue;
+    const at = textAt(bytes, start, 6) === "Exif\0\0" ? start + 6 : start;
+    const isLittleEndian = { "II*\0": true, "MM\0*": false }[textAt(bytes, at, 4)];
+    if (isLittleEndian === undefined || at >= start + size) return 1;
+    const u16 = (position) => view.getUint16(position, isLittleEndian);
+    const directory = at + view.getUint32(at + 4, isLittleEndian);
+    for (let i = 0; i < u16(directory); i += 1) {
+      const entry = directory + 2 + 12 * i;
+      if (u16(entry) === ORIENTATION_TAG && u16(entry + 2) === SHORT) return u16(entry + 8);
+    }
   }
   return 1;
 }
 
-const AS_IT_IS = { imageOrientation: "from-image", colorSpaceConversion: "none", premultiplyAlpha: "none" };
-
-// Every browser turns JPEG files upright; which of the others it turns is found out with images of 2 x 1 pixels that
-// are to be turned by a quarter: 1 x 2 where it does.
-const PROBES = {
-  PNG: "iVBORw0KGgoAAAANSUhEUgAAAAIAAAABCAIAAAB7QOjdAAAAGmVYSWZNTQAqAAAACAABARIAAwAAAAEABgAAAAAAANZnS2kAAAAPSURBVHicY2BgYGBgYAAAAAcAAVchYhkAAAAASUVORK5CYII=",
-  WebP: "UklGRk4AAABXRUJQVlA4WAoAAAAIAAAAAQAAAAAAVlA4TA4AAAAvAQAAAAcQEf0PRET/A0VYSUYaAAAATU0AKgAAAAgAAQESAAMAAAABAAYAAAAAAAA=",
+const BITMAP_OPTIONS = {
+  imageOrientation: "from-image",
+  colorSpaceConversion: "none",
+  premultiplyAlpha: "none",
 };
-const turned = {};
 
-async function turns(kind) {
-  if (!(kind in PROBES)) return true;
-  if (!(kind in turned)) {
-    const bytes = Uint8Array.from(atob(PROBES[kind]), (sign) => sign.charCodeAt(0));
-    turned[kind] = (await createImageBitmap(new Blob([bytes]), AS_IT_IS)).width === 1;
+// Every browser turns JPEG files upright. Whether it does so for other formats is tested with
+// images of 2 x 1 pixels whose EXIF block asks for a quarter turn: 1 x 2 if the browser turns them.
+const PROBES = {
+  PNG: "iVBORw0KGgoAAAANSUhEUgAAAAIAAAABCAIAAAB7QOjdAAAAGmVYSWZNTQAqAAAACAABARIAAwAA"
+    + "AAEABgAAAAAAANZnS2kAAAAPSURBVHicY2BgYGBgYAAAAAcAAVchYhkAAAAASUVORK5CYII=",
+  WebP: "UklGRk4AAABXRUJQVlA4WAoAAAAIAAAAAQAAAAAAVlA4TA4AAAAvAQAAAAcQEf0PRET/A0VYSUYa"
+    + "AAAATU0AKgAAAAgAAQESAAMAAAABAAYAAAAAAAA=",
+};
+const turnedByBrowser = {};
+
+async function browserTurns(format) {
+  if (!(format in PROBES)) return true;
+  if (!(format in turnedByBrowser)) {
+    const bytes = Uint8Array.from(atob(PROBES[format]), (character) => character.charCodeAt(0));
+    const bitmap = await createImageBitmap(new Blob([bytes]), BITMAP_OPTIONS);
+    turnedByBrowser[format] = bitmap.width === 1;
   }
-  return turned[kind];
+  return turnedByBrowser[format];
 }
 
-// Where x and y of a stored image of w x h pixels go, for each orientation.
-const UPRIGHT = {
+// Arguments of setTransform that turn an image of w x h pixels upright, by orientation.
+const TRANSFORMS = {
   2: (w) => [-1, 0, 0, 1, w, 0],
   3: (w, h) => [-1, 0, 0, -1, w, h],
   4: (w, h) => [1, 0, 0, -1, 0, h],
@@ -116,34 +154,45 @@ const UPRIGHT = {
   8: (w) => [0, -1, 1, 0, 0, w],
 };
 
-// RGB bytes of a file, h x w x 3, and its height and width. What is wrong with the file is the error's message.
-export async function decode(file, limits) {
-  if (file.size > limits.file_bytes) throw new Error(`an image file may have at most ${limits.file_bytes.toLocaleString("en")} bytes`);
-  const bytes = new Uint8Array(await file.arrayBuffer());
-  const kind = kindOf(bytes);
-  const size = sizeOf(bytes, kind);
-  if (size[0] * size[1] > limits.pixels) throw new Error(`an image may have at most ${limits.pixels.toLocaleString("en")} pixels`);
-  if (Math.max(...size) > limits.side) throw new Error(`an image may be at most ${limits.side.toLocaleString("en")} pixels wide or high`);
-  let bitmap;
-  try {
-    bitmap = await createImageBitmap(new Blob([bytes]), AS_IT_IS);
-  } catch {
-    throw new Error(`damaged or truncated ${kind}, or one that this browser cannot read`);
-  }
-  const deep = kind === "PNG" ? await deepGrey(bytes, [...segments(new DataView(bytes.buffer), bytes, kind)]) : null;
-  if (deep) bitmap = await createImageBitmap(deep);
-  const upright = !deep && (await turns(kind));
-  return onWhite(bitmap, upright ? undefined : UPRIGHT[orientationOf(bytes, kind)]);
+const grouped = (number) => number.toLocaleString("en");
+
+function checkSize([width, height], limits) {
+  if (width * height > limits.pixels)
+    throw new Error(`an image may have at most ${grouped(limits.pixels)} pixels`);
+  if (Math.max(width, height) > limits.side)
+    throw new Error(`an image may be at most ${grouped(limits.side)} pixels wide or high`);
 }
 
-function onWhite(bitmap, turn) {
-  const move = turn?.(bitmap.width, bitmap.height);
-  const [width, height] = move?.[0] === 0 ? [bitmap.height, bitmap.width] : [bitmap.width, bitmap.height];
-  const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true, colorSpace: "srgb" });
+// RGB bytes of a file, h x w x 3, with its height and width. Errors say what is wrong with it.
+export async function decode(file, limits) {
+  if (file.size > limits.file_bytes)
+    throw new Error(`an image file may have at most ${grouped(limits.file_bytes)} bytes`);
+  const bytes = new Uint8Array(await file.arrayBuffer());
+  const format = formatOf(bytes);
+  checkSize(sizeOf(bytes, format), limits);
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(new Blob([bytes]), BITMAP_OPTIONS);
+  } catch {
+    throw new Error(`damaged or truncated ${format}, or one that this browser cannot read`);
+  }
+  const deep = format === "PNG" ? await deepGrey(bytes, [...segments(bytes, format)]) : null;
+  if (deep) bitmap = await createImageBitmap(deep);
+  const isUpright = !deep && (await browserTurns(format));
+  return drawOnWhite(bitmap, isUpright ? undefined : TRANSFORMS[orientationOf(bytes, format)]);
+}
+
+function drawOnWhite(bitmap, transform) {
+  const matrix = transform?.(bitmap.width, bitmap.height);
+  const isQuarterTurn = matrix?.[0] === 0;
+  const width = isQuarterTurn ? bitmap.height : bitmap.width;
+  const height = isQuarterTurn ? bitmap.width : bitmap.height;
+  const options = { willReadFrequently: true, colorSpace: "srgb" };
+  const context = new OffscreenCanvas(width, height).getContext("2d", options);
   if (!context) throw new Error(`no memory for ${width} x ${height} pixels`);
   context.fillStyle = "#fff";
   context.fillRect(0, 0, width, height);
-  if (move) context.setTransform(...move);
+  if (matrix) context.setTransform(...matrix);
   context.imageSmoothingEnabled = false;
   context.drawImage(bitmap, 0, 0);
   bitmap.close();

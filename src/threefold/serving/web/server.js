@@ -1,17 +1,17 @@
-// Answers by the server that the page came from: POST /predict, GET /card.
+// Back end of the page that asks the server it came from: POST /predict, GET /card.
 
-export const AT_ONCE = 2;
+export const MAX_CONCURRENT = 2;
 export const FORMATS = "JPEG, PNG, WebP, BMP, TIFF, GIF";
 export const note = () => "";
+const FIRST_PAUSE = 500, LAST_PAUSE = 4000; // milliseconds between attempts
 const byId = (id) => document.getElementById(id);
 let key = "";
 
-const headers = () => (key ? { authorization: `Bearer ${key}` } : {});
-
-async function ask(path, options = {}) {
+async function request(path, options = {}) {
   let response;
   try {
-    response = await fetch(path, { ...options, headers: headers() });
+    const headers = key ? { authorization: `Bearer ${key}` } : {};
+    response = await fetch(path, { ...options, headers });
   } catch {
     throw new Error("the server does not answer");
   }
@@ -19,7 +19,7 @@ async function ask(path, options = {}) {
   if (response.ok && tree) return tree;
   if (response.status === 401) askForKey();
   const error = new Error(tree?.error?.message ?? `the server answered ${response.status}`);
-  error.again = response.status === 429 || response.status === 503;
+  error.isTemporary = response.status === 429 || response.status === 503;
   throw error;
 }
 
@@ -28,27 +28,27 @@ function askForKey() {
   byId("key-text").focus();
 }
 
-export const card = () => ask("card");
+export const card = () => request("card");
 
-export function start(again) {
+export function start(retry) {
   byId("key").onsubmit = (event) => {
     event.preventDefault();
     key = byId("key-text").value;
     byId("key").hidden = true;
-    again();
+    retry();
   };
   byId("curl").textContent = `curl -F files=@IMAGE ${location.origin}/predict`;
   byId("program").hidden = false;
 }
 
-export async function answer(file) {
-  for (let pause = 500; ; pause *= 2) {
+export async function predict(file) {
+  for (let pause = FIRST_PAUSE; ; pause *= 2) {
     const form = new FormData();
     form.append("files", file, file.name || "image");
     try {
-      return (await ask("predict?top=5", { method: "POST", body: form })).answers[0];
+      return (await request("predict?top=5", { method: "POST", body: form })).answers[0];
     } catch (error) {
-      if (!error.again || pause > 4000) throw error;
+      if (!error.isTemporary || pause > LAST_PAUSE) throw error;
       await new Promise((resolve) => setTimeout(resolve, pause));
     }
   }

@@ -1,27 +1,35 @@
-// Prediction sets and the unknown mark from probabilities and the model card, as threefold's conformal.py computes them.
+// Prediction sets and the flag for unknown images, from probabilities and the model card, as
+// ensembles/conformal.py computes them.
 
-const PENALTY = 0.01, FREE = 5; // of `raps`
+const PENALTY = 0.01, FREE_RANKS = 5; // of the method raps
 
-export const byProbability = (probs) => Array.from(probs.keys()).sort((a, b) => probs[b] - probs[a]); // stable: ties stay in order
+// Class indices, the most probable first; the sort is stable, so ties stay in order.
+export const byProbability = (probs) =>
+  Array.from(probs.keys()).sort((a, b) => probs[b] - probs[a]);
 
-function scores(probs, order, method) {
+function scoresOf(probs, order, method) {
   if (method === "lac") return Array.from(probs, (p) => 1 - p);
-  const found = new Array(probs.length);
+  const scores = new Array(probs.length);
   let sum = 0;
   order.forEach((c, rank) => {
     sum += probs[c];
-    found[c] = method === "raps" ? sum + PENALTY * Math.max(rank + 1 - FREE, 0) : sum;
+    scores[c] = method === "raps" ? sum + PENALTY * Math.max(rank + 1 - FREE_RANKS, 0) : sum;
   });
-  return found;
+  return scores;
 }
 
-// Class numbers in the set, the likeliest first.
+// Class indices in the set, the most probable first.
 export function setOf(probs, { method, by_class, never_empty, thresholds }) {
-  if (!["lac", "aps", "raps"].includes(method)) throw new Error(`the card has sets of an unknown method: ${method}`);
-  const order = byProbability(probs), score = scores(probs, order, method);
-  const inside = (c) => { const limit = thresholds[by_class ? c : 0]; return limit === null || score[c] <= limit; };
-  return order.filter((c, rank) => inside(c) || (never_empty && rank === 0));
+  if (!["lac", "aps", "raps"].includes(method))
+    throw new Error(`the model card has prediction sets of an unknown method: ${method}`);
+  const order = byProbability(probs), scores = scoresOf(probs, order, method);
+  const isInside = (c) => {
+    const threshold = thresholds[by_class ? c : 0];
+    return threshold === null || scores[c] <= threshold;
+  };
+  return order.filter((c, rank) => isInside(c) || (never_empty && rank === 0));
 }
 
-// Whether the model is less sure than of nearly all images of a class.
-export const isUnknown = (probs, { threshold }) => threshold !== null && 1 - Math.max(...probs) > threshold;
+// Whether the model is less sure than of nearly all images of the known classes.
+export const isUnknown = (probs, { threshold }) =>
+  threshold !== null && 1 - Math.max(...probs) > threshold;
