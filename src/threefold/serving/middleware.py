@@ -190,84 +190,92 @@ async def send_refusal(send: Send, refusal: Refusal) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def make_protocol(limits: ServerLimits) -> type[H11Protocol]:
-    """Build a class that bounds the connections and the time for a header.
+class LimitedProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1 protocol with bounds on the connections and on the time for a header.
 
     uvicorn itself waits for ever for a header that does not end, and for a client that keeps
-    sending after it has its response.
+    sending after it has its response. `make_protocol` sets the limits.
     """
 
-    class LimitedProtocol(H11Protocol):
-        deadline: asyncio.TimerHandle | None = None
+    limits: ServerLimits
+    deadline: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            if len(self.connections) > limits.connections:
-                self.respond_and_close(503, "full", "too many connections are open; try again")
-            else:
-                self.update_deadline()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.connections:
+            self.respond_and_close(503, "full", "too many connections are open; try again")
+        else:
             self.update_deadline()
 
-        def connection_lost(self, exc: Exception | None) -> None:
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.update_deadline()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.clear_deadline()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        # The application gives up after `body_seconds`; without this, what it has written
+        # would stay in memory for as long as the client stays connected.
+        self.loop.call_later(self.limits.body_seconds + 1, self.abort_if_stuck)
+
+    def send_400_response(self, msg: str) -> None:
+        cycle = self.cycle
+        if cycle is not None and cycle.response_started and not cycle.response_complete:
+            self.transport.abort()
+        else:
+            self.respond_and_close(400, "bad_request", "this is not HTTP/1.1")
+
+    def is_answering(self) -> bool:
+        """Whether a request has arrived that has no complete response yet."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def update_deadline(self) -> None:
+        """Stop the clock while a request is being answered; otherwise start it."""
+        if self.is_answering():
             self.clear_deadline()
-            super().connection_lost(exc)
+        elif self.deadline is None:
+            self.deadline = self.loop.call_later(self.limits.header_seconds, self.on_deadline)
 
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            # The application gives up after `body_seconds`; without this, what it has written
-            # would stay in memory for as long as the client stays connected.
-            self.loop.call_later(limits.body_seconds + 1, self.abort_if_stuck)
-
-        def send_400_response(self, msg: str) -> None:
-            cycle = self.cycle
-            if cycle is not None and cycle.response_started and not cycle.response_complete:
-                self.transport.abort()
-            else:
-                self.respond_and_close(400, "bad_request", "this is not HTTP/1.1")
-
-        def is_answering(self) -> bool:
-            """Whether a request has arrived that has no complete response yet."""
-            return self.cycle is not None and not self.cycle.response_complete
-
-        def update_deadline(self) -> None:
-            """Stop the clock while a request is being answered; otherwise start it."""
-            if self.is_answering():
-                self.clear_deadline()
-            elif self.deadline is None:
-                self.deadline = self.loop.call_later(limits.header_seconds, self.on_deadline)
-
-        def clear_deadline(self) -> None:
-            if self.deadline is not None:
-                self.deadline.cancel()
-                self.deadline = None
-
-        def on_deadline(self) -> None:
+    def clear_deadline(self) -> None:
+        if self.deadline is not None:
+            self.deadline.cancel()
             self.deadline = None
-            if self.is_answering():
-                return
-            if self.cycle is None:
-                message = f"no request arrived within {limits.header_seconds} seconds"
-                self.respond_and_close(408, "slow", message)
-            else:
-                self.transport.abort()
 
-        def abort_if_stuck(self) -> None:
-            if self.flow.write_paused:
-                self.transport.abort()
+    def on_deadline(self) -> None:
+        self.deadline = None
+        if self.is_answering():
+            return
+        if self.cycle is None:
+            message = f"no request arrived within {self.limits.header_seconds} seconds"
+            self.respond_and_close(408, "slow", message)
+        else:
+            self.transport.abort()
 
-        def respond_and_close(self, status: int, code: str, message: str) -> None:
-            """Respond without the application, and close the connection."""
-            if self.transport.is_closing():
-                return
-            body = json.dumps(Refusal(status, code, message).body()).encode()
-            head = (
-                f"HTTP/1.1 {status} {code}\r\ncontent-type: application/json\r\n"
-                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            )
-            self.transport.write(head.encode() + body)
-            self.transport.close()
+    def abort_if_stuck(self) -> None:
+        if self.flow.write_paused:
+            self.transport.abort()
 
-    return LimitedProtocol
+    def respond_and_close(self, status: int, code: str, message: str) -> None:
+        """Respond without the application, and close the connection."""
+        if self.transport.is_closing():
+            return
+        body = json.dumps(Refusal(status, code, message).body()).encode()
+        head = (
+            f"HTTP/1.1 {status} {code}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+
+def make_protocol(limits: ServerLimits) -> type[LimitedProtocol]:
+    """Build the protocol class for some limits; uvicorn makes its instances."""
+
+    class Protocol(LimitedProtocol):
+        pass
+
+    Protocol.limits = limits
+    return Protocol
