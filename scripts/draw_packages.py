@@ -41,6 +41,8 @@ _ROW, _TOP, _LEFT, _BOX, _WIDTH = 34, 24, 24, 150, 640
 def package_of(module: str) -> str:
     """Return the package of a full module name; modules beside the packages are (root)."""
     parts = module.split(".")
+    if parts[-1] == "__main__":
+        return "cli"
     return parts[1] if len(parts) > 1 and parts[1] in ORDER else "(root)"
 
 

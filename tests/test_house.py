@@ -143,7 +143,7 @@ def test_nothing_loads_pickle() -> None:
 
 def test_the_repository_names_no_registry_and_no_machine() -> None:
     forbidden = re.compile(
-        "pypi" + r"\.org|files\." + "pythonhosted|/" + r"work/|/root/|\.whl\b.*https?:"
+        "pypi" + r"\.org|files\." + "pythonhosted|/" + r"work/|/root/[.\w]|\.whl\b.*https?:"
     )
     for path in [
         *ROOT.glob("*.md"),
