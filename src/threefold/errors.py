@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class ThreefoldError(Exception):
     """Base of every error caused by bad input.
@@ -12,7 +14,7 @@ class ThreefoldError(Exception):
         what: what is wrong.
         where: the file, key or row concerned.
         expected: what would have been right.
-        got: what was there instead.
+        got: what was there instead; of an error of the operating system, its reason.
         fix: what the user can do about it.
 
     Attributes:
@@ -28,12 +30,14 @@ class ThreefoldError(Exception):
         got: object = "",
         fix: str = "",
     ) -> None:
+        if isinstance(got, OSError):
+            got = got.strerror or got
         self.got = " ".join(str(got).split())
         contrast = []
         if str(expected):
             contrast.append(f"expected {expected}")
-        if str(got):
-            contrast.append(f"got {got}")
+        if self.got:
+            contrast.append(f"got {self.got}")
         parts = [f"{what}: {where}" if str(where) else what, ", ".join(contrast)]
         if fix:
             parts.append(f"fix: {fix}")
@@ -58,3 +62,10 @@ class ExportError(ThreefoldError):
 
 class MissingExtraError(ThreefoldError, ImportError):
     """Optional packages are missing; the message names the pip command that installs them."""
+
+
+def shorten(names: Iterable[str], limit: int = 10) -> str:
+    """Join the first few names, and say how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

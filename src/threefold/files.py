@@ -36,7 +36,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise RunError(
             "cannot write",
             where=path,
-            got=error.strerror or error,
+            got=error,
             fix="free disk space or choose a writable folder, then run the same command again",
         ) from None
 
@@ -57,7 +57,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RunError("cannot read", where=path, got=error.strerror or error) from None
+        raise RunError("cannot read", where=path, got=error) from None
     except ValueError as error:
         raise RunError("the file is damaged", where=path, got=error) from None
 

@@ -81,9 +81,9 @@ class Recipe(Section):
             ("stages", [s.name for s in self.stages]),
             ("members", [m.name for m in self.members]),
         ):
-            twice = sorted({n for n in names if names.count(n) > 1})
-            if twice:
-                raise ValueError(f"{what} need different names; repeated: {', '.join(twice)}")
+            repeated = sorted({n for n in names if names.count(n) > 1})
+            if repeated:
+                raise ValueError(f"{what} need different names; repeated: {', '.join(repeated)}")
         self._check_folds()
         self._check_members()
         self._check_distill()
@@ -218,7 +218,7 @@ class Recipe(Section):
             raise RecipeError(
                 "cannot read the recipe",
                 where=path,
-                got=error.strerror or error,
+                got=error,
                 fix="give the path of a .toml file",
             ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -265,7 +265,7 @@ class Recipe(Section):
         return next(m for m in self.members if m.name == name)
 
     def soft(self, member: str) -> DistillSpec | None:
-        """Return the distillation settings of a student; None for members that learn from labels."""
+        """Return a student's distillation settings; None for members that learn from labels."""
         if self.distill is not None and self.distill.student == member:
             return self.distill
         return None

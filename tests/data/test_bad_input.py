@@ -263,13 +263,13 @@ def test_groups_given_twice(root: Path) -> None:
     )
 
 
-def test_one_group_for_all_is_told_before_anything_is_trained(root: Path) -> None:
+def test_a_single_group_of_all_images_is_refused(root: Path) -> None:
     (root / "data.csv").write_text(
         "\n".join(f"{line},{'group' if i == 0 else 'g'}" for i, line in enumerate(GOOD.split()))
     )
     message = message_of(DataSpec(source="csv", root=str(root / "data.csv")))
     assert "all training images are in one group" in message
-    assert "expected two groups or more, or none, got g; fix: leave the groups out" in message
+    assert "expected two groups or more, or none, got g; fix: remove the groups" in message
 
 
 def idx(array: np.ndarray, count: int | None = None) -> bytes:

@@ -1,4 +1,4 @@
-"""Laws of the folds: each row is scored once, roles are disjoint, groups whole, names irrelevant."""
+"""Laws of the folds: a row is scored once, roles are disjoint, groups whole, names irrelevant."""
 
 from __future__ import annotations
 

@@ -260,7 +260,7 @@ def test_stopping_early_is_told_with_what_it_costs_and_saves(full: Page) -> None
         ),
         (
             lambda tree: tree["audit"].update(
-                suspects=[], n_suspects=0, duplicates={"found": 0, "pairs": []}, warnings=[]
+                suspects=[], n_suspects=0, duplicates={"total": 0, "pairs": []}, warnings=[]
             ),
             "No label looks wrong, and no two images are the same.",
         ),

@@ -148,7 +148,7 @@ def full_run(
             "suspects": suspects,
             "n_suspects": 57,
             "file": "suspects.csv",
-            "duplicates": {"found": 31, "pairs": pairs},
+            "duplicates": {"total": 31, "pairs": pairs},
             "warnings": [f"8 of these pairs are in two folds or splits{evil}"],
             "missing": "",
         },

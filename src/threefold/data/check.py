@@ -16,8 +16,7 @@ from threefold.data.leakage import (
     guess_group_pattern,
 )
 from threefold.data.published import FILE_PATTERNS
-from threefold.data.sources.folder import shorten
-from threefold.errors import DataError, RecipeError
+from threefold.errors import DataError, RecipeError, shorten
 from threefold.recipe import Recipe
 from threefold.recipe_schema import DataSpec
 

@@ -35,7 +35,6 @@ from threefold.data.sources.folder import (
     Listing,
     list_csv,
     list_folder,
-    shorten,
 )
 from threefold.data.sources.parquet import list_huggingface, list_parquet
 from threefold.data.sources.photos import (
@@ -44,7 +43,7 @@ from threefold.data.sources.photos import (
     list_inaturalist,
     list_surrey,
 )
-from threefold.errors import DataError
+from threefold.errors import DataError, shorten
 from threefold.recipe_schema import DataSpec
 
 
@@ -165,8 +164,10 @@ def load_data(spec: DataSpec, seed: int) -> Sources:
         return _from_files(list_huggingface(root), spec, seed)
     path = Path(root).expanduser()
     decoded: dict[str, Callable[[], ArrayDataset]] = {
-        **dict.fromkeys(("mnist", "fashion-mnist"), lambda: read_mnist(path, spec.source)),
-        **dict.fromkeys(("cifar10", "cifar100"), lambda: read_cifar(path, spec.source)),
+        "mnist": lambda: read_mnist(path, "mnist"),
+        "fashion-mnist": lambda: read_mnist(path, "fashion-mnist"),
+        "cifar10": lambda: read_cifar(path, "cifar10"),
+        "cifar100": lambda: read_cifar(path, "cifar100"),
         "svhn": lambda: read_svhn(path, spec.extra),
     }
     if spec.source in decoded:

@@ -82,8 +82,7 @@ def fetch(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        got = error.strerror or error
-        raise DataError("cannot make the folder", where=folder, got=got) from None
+        raise DataError("cannot make the folder", where=folder, got=error) from None
     if dataset.kaggle:
         return [_download_from_kaggle(dataset, folder)]
     paths = []
@@ -122,8 +121,7 @@ def download_file(
             os.replace(part, target)
             _origin_path(part).unlink(missing_ok=True)
     except OSError as error:
-        where, got = error.filename or target, error.strerror or error
-        raise DataError("cannot write", where=where, got=got) from None
+        raise DataError("cannot write", where=error.filename or target, got=error) from None
     return target
 
 

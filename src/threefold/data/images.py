@@ -198,9 +198,7 @@ def same_content(paths: Sequence[Path], contents: Sequence[bytes] | None = None)
         rows = sorted(row for positions in sizes for row in positions)
         digests = [_digest(paths[row]) for row in rows]
     except OSError as error:
-        raise DataError(
-            "cannot read the file", where=error.filename, got=error.strerror or error
-        ) from None
+        raise DataError("cannot read the file", where=error.filename, got=error) from None
     return [[rows[i] for i in positions] for positions in _positions(digests)]
 
 

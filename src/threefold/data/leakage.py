@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from scipy.fft import dctn
 
-from threefold.errors import DataError
+from threefold.errors import DataError, shorten
 
 NEAR: Final = 0.01
 """Largest distance, 1 - correlation, of near copies (see `find_duplicates`)."""
@@ -157,7 +157,8 @@ def guess_group_pattern(ids: Sequence[str]) -> str | None:
 
     The pattern is suitable for `data.group_regex`. Groups are plausible if every id has one, there
     are at least two, they have two images or more on average, none has more than half of the
-    images, and they are not just the classes (ids are class/.../file, or file names begin with the class).
+    images, and they are not just the classes (ids are class/.../file, or file names begin with the
+    class).
     """
     for pattern in GROUP_PATTERNS:
         matches = [re.search(pattern, name) for name in ids]
@@ -188,8 +189,8 @@ def describe_guessed_groups(ids: Sequence[str], pattern: str) -> tuple[str, int]
     names = sorted({match.group(1) for match in matches if match})
     message = (
         f"file names look like {len(names):,} groups ({', '.join(names[:3])} ...): if images of "
-        f"one group belong together, set folds.scheme = grouped and data.group_regex = '{pattern}'; "
-        "otherwise scores are too good"
+        "one group belong together, set folds.scheme = grouped and data.group_regex = "
+        f"'{pattern}'; otherwise scores are too good"
     )
     return message, len(names)
 
@@ -199,16 +200,23 @@ def _compare_exactly(
 ) -> tuple[list[int], list[tuple[int, int]], list[Any]]:
     """Return the rows of distinct images, (original, copy) pairs, and features of the distinct."""
     seen: dict[bytes, int] = {}
-    pairs, features, count = [], [], 0
+    pairs = []
+    features = []
+    count = 0
     for row, image in enumerate(images):
         count += 1
         if count > len(ids):
             break
         array = np.ascontiguousarray(image)
-        grey, colour = array.ndim == 2, array.ndim == 3 and array.shape[2] == 3
-        if array.dtype != np.uint8 or not (grey or colour):
-            expected, got = "uint8 (h, w) or (h, w, 3)", f"{array.dtype} {array.shape}"
-            raise DataError("not an image", where=ids[row], expected=expected, got=got)
+        is_grey = array.ndim == 2
+        is_colour = array.ndim == 3 and array.shape[2] == 3
+        if array.dtype != np.uint8 or not (is_grey or is_colour):
+            raise DataError(
+                "not an image",
+                where=ids[row],
+                expected="uint8 (h, w) or (h, w, 3)",
+                got=f"{array.dtype} {array.shape}",
+            )
         if 0 in array.shape:
             raise DataError(
                 "not an image", where=ids[row], expected="at least one pixel", got=array.shape
@@ -262,14 +270,8 @@ def _pair_details(pairs: Sequence[Duplicate], of_listed: str, consequence: str) 
     differ = [f"{pair.a} = {pair.b}" for pair in pairs if pair.same_label is False]
     details = []
     if across:
-        details.append(
-            f"{len(across)}{of_listed} are in two folds or splits, {consequence}: {_first(across)}"
-        )
+        where = f"in two folds or splits, {consequence}"
+        details.append(f"{len(across)}{of_listed} are {where}: {shorten(across, 3)}")
     if differ:
-        details.append(f"{len(differ)}{of_listed} have two labels: {_first(differ)}")
+        details.append(f"{len(differ)}{of_listed} have two labels: {shorten(differ, 3)}")
     return details
-
-
-def _first(names: Sequence[str], count: int = 3) -> str:
-    rest = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + rest

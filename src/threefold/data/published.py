@@ -10,8 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from threefold.data.sources.folder import shorten
-from threefold.errors import DataError
+from threefold.errors import DataError, shorten
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -29,8 +29,7 @@ from threefold.data.published import (
     CIFAR100_SUPERCLASSES,
     SURREY_LETTERS,
 )
-from threefold.data.sources.folder import shorten
-from threefold.errors import DataError, RunError
+from threefold.errors import DataError, RunError, shorten
 
 SPECIES = (("Plants", 3), ("Insects", 2), ("Birds", 1))
 """Super-categories of the synthetic iNaturalist, and their number of species."""
@@ -112,7 +111,7 @@ def _write(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     except OSError as error:
-        raise RunError("cannot write", where=path, got=error.strerror or error) from None
+        raise RunError("cannot write", where=path, got=error) from None
 
 
 def _half(count: int) -> int:

@@ -66,9 +66,7 @@ def content_of(path: Path) -> str:
         with open(path, "rb") as file:
             start = file.read(4096)
     except OSError as error:
-        raise DataError(
-            "cannot read the predictions", where=path, got=error.strerror or error
-        ) from None
+        raise DataError("cannot read the predictions", where=path, got=error) from None
     if not start:
         raise DataError("the predictions file is empty", where=path, got="0 bytes", fix=COPY_FIX)
     content = _detect(path, start)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from threefold.errors import DataError
+from threefold.errors import DataError, shorten
 from threefold.predictions.predictions import Predictions, Protocol, default_ids
 
 
@@ -61,8 +61,7 @@ def _has_default_ids(part: Predictions) -> bool:
 
 def _describe(part: Predictions) -> str:
     """The part's members, for messages."""
-    names = ", ".join(part.members[:3])
-    return names if len(part.members) <= 3 else f"{names} and {len(part.members) - 3} more"
+    return shorten(part.members, 3)
 
 
 def _refuse_repeated_members(parts: Sequence[Predictions]) -> None:

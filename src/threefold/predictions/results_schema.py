@@ -160,7 +160,7 @@ class CopyPair(Record):
 class Copies(Record):
     """Pairs of copies: how many there are, and those that are listed."""
 
-    found: int
+    total: int
     pairs: tuple[CopyPair, ...]
 
 
@@ -218,7 +218,7 @@ class Conformal(Record):
 
 
 class CascadeSaving(Record):
-    """What a cascade does against its full ensemble; see `savings.Saving`."""
+    """What a cascade does against its full ensemble; see `cascade_savings.Saving`."""
 
     n: int
     accuracy: float

@@ -93,9 +93,7 @@ def read_csv(path: Path, number_columns: NumberColumns) -> Table:
             fix='to_csv(..., encoding="utf-8")',
         ) from None
     except (OSError, csv.Error) as error:
-        raise DataError(
-            "cannot read the CSV file", where=path, got=getattr(error, "strerror", "") or error
-        ) from None
+        raise DataError("cannot read the CSV file", where=path, got=error) from None
 
 
 def _parse_csv(reader: Any, path: Path, number_columns: NumberColumns) -> Table:

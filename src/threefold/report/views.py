@@ -338,7 +338,7 @@ def audit_view(audit: Audit | None, thumbs: Thumbs) -> dict[str, Any] | None:
             audit.duplicates.pairs,
             key=lambda p: (p.same_part is not False, p.same_label is not False, p.distance),
         )
-        copies = {"found": audit.duplicates.found, "pairs": pairs[:COPIES]}
+        copies = {"total": audit.duplicates.total, "pairs": pairs[:COPIES]}
     return {
         "missing": audit.missing,
         "suspects": suspects,

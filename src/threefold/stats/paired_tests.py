@@ -1,7 +1,7 @@
 """Paired tests, and intervals of differences, of two classifiers on the same rows.
 
-Hits are booleans (n,): which rows a classifier gets right (`stats.correct`). With `groups` (see
-`stats.py`), a test or interval is for new groups, not for new rows of the same groups.
+Hits are booleans (n,): which rows a classifier gets right (`scores.correct`). With `groups` (see
+`scores`), a test or interval is for new groups, not for new rows of the same groups.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def paired_bootstrap(
     not independent.
 
     Args:
-        a, b: (n,) scores of the same rows, such as `stats.correct`.
+        a, b: (n,) scores of the same rows, such as `scores.correct`.
         groups: (n,) names, or None.
         level: confidence level.
         resamples: number of draws.
@@ -188,7 +188,7 @@ def score_difference(
     Both are scored on the same drawn rows.
 
     Args:
-        score: a name of `weighted.SCORES`, or a `WeightedScore`.
+        score: a name of `weighted_scores.SCORES`, or a `WeightedScore`.
         probs_a, probs_b: (n, k), for the same rows.
         labels: (n,).
         groups: (n,) names, or None. Groups are drawn whole.

@@ -1,4 +1,4 @@
-"""Scores of one classifier, with intervals, in float64. `paired.py` compares two.
+"""Scores of one classifier, with intervals, in float64; `paired_tests` compares two.
 
 In every function `probs` is (n, k) with rows that sum to 1, `labels` is (n,) class numbers, and
 `groups` is (n,) names of patients, signers and the like, or None. Rows of a group are not
@@ -296,7 +296,7 @@ def bootstrap_interval(
     would lie above the score.
 
     Args:
-        score: a name of `weighted.SCORES`, or a `WeightedScore`.
+        score: a name of `weighted_scores.SCORES`, or a `WeightedScore`.
         probs: (n, k).
         labels: (n,).
         groups: (n,) names, or None.

@@ -179,4 +179,4 @@ SCORES: Final[dict[str, WeightedScore]] = {
     "log_loss": partial(_row_mean, _log_losses),
     "brier": partial(_row_mean, _squared_errors),
 }
-"""Scores by name. `stats.bootstrap_interval` says why the calibration error is not among them."""
+"""Scores by name. `scores.bootstrap_interval` says why the calibration error is not among them."""

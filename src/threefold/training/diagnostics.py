@@ -109,7 +109,7 @@ def audit_run(run: Run, rows: Predictions | None, probs: np.ndarray) -> tuple[Au
         if copies["note"]:
             notes.append(copies["note"])
         listed = tuple(CopyPair(**pair) for pair in copies["pairs"][:LISTED])
-        duplicates = Copies(found=copies["count"], pairs=listed)
+        duplicates = Copies(total=copies["count"], pairs=listed)
     audit = summarize_audit(suspects, missing).replace(
         file="" if missing else "suspects.csv", warnings=tuple(notes), duplicates=duplicates
     )

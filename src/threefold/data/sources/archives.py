@@ -180,7 +180,7 @@ def _one_line_errors(archive: Path, what: str, fix: str = "") -> Iterator[None]:
         # gzip and bz2 report damaged data as an OSError without a number.
         if error.errno is None:
             raise DataError("the archive is damaged", where=archive, got=error) from None
-        raise DataError(what, where=archive, got=error.strerror, fix=fix) from None
+        raise DataError(what, where=archive, got=error, fix=fix) from None
     except (
         EOFError,
         NotImplementedError,

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from threefold.data.published import DIGITS, FASHION_MNIST_CLASSES, count_note
 from threefold.data.sources.archives import read_members
 from threefold.data.sources.cifar_pickle import read_batch
-from threefold.data.sources.folder import ArrayDataset, ImageArrays, shorten
-from threefold.errors import DataError
+from threefold.data.sources.folder import ArrayDataset, ImageArrays
+from threefold.errors import DataError, shorten
 
 FASHION_MNIST_ROOT = "/usr/share/datasets/fashion-mnist"
 """Where the Debian package `dataset-fashion-mnist` installs its files."""
@@ -78,8 +78,7 @@ def read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
             shape = struct.unpack_from(f">{ndim}L", header.ljust(header_size, b"\0"), 4)
             body = stream.read(min(prod(shape), _MAX_IDX_BYTES) + 1) if header[:4] == magic else b""
     except (OSError, EOFError, zlib.error) as error:
-        got = getattr(error, "strerror", "") or error
-        raise DataError("cannot read the idx file", where=path, got=got) from None
+        raise DataError("cannot read the idx file", where=path, got=error) from None
     if header[:4] != magic:
         expected = f"magic {magic.hex()}"
         raise DataError("not such an idx file", where=path, expected=expected, got=header[:4].hex())
@@ -249,7 +248,7 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError("cannot read the file", where=path, got=error.strerror or error) from None
+        raise DataError("cannot read the file", where=path, got=error) from None
 
 
 def _parse_pickled_batch(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from threefold.data.images import IMAGE_SUFFIXES
-from threefold.errors import DataError
+from threefold.errors import DataError, shorten
 
 PARTS = {
     "train": "train",
@@ -27,8 +27,6 @@ PARTS = {
     "test": "test",
 }
 """Names of splits, and the part that each belongs to; folds take their own validation rows."""
-
-_MAX_NAMES = 10
 
 
 class ListedImage(NamedTuple):
@@ -101,13 +99,6 @@ class ArrayDataset(NamedTuple):
     test: ImageArrays
     classes: tuple[str, ...]
     notes: list[str]
-
-
-def shorten(names: Iterable[str]) -> str:
-    """Join the first few names, and say how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    return ", ".join(names[:_MAX_NAMES]) + more
 
 
 def find_repeated(items: Iterable[ListedImage]) -> list[str]:
@@ -239,8 +230,7 @@ def _list_entries(folder: Path) -> tuple[list[Path], list[Path]]:
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        got = error.strerror or error
-        raise DataError("cannot read the folder", where=folder, got=got) from None
+        raise DataError("cannot read the folder", where=folder, got=error) from None
     for name in names:
         # Such a file can be opened, but its name cannot be printed or written to a run's files.
         if any("\ud800" <= letter <= "\udfff" for letter in name):
@@ -272,8 +262,7 @@ def list_csv(table: Path) -> Listing:
             _check_columns(columns, table)
             items = [_parse_row(row, table, reader.line_num) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        got = getattr(error, "strerror", "") or error
-        raise DataError("cannot read the CSV file", where=table, got=got) from None
+        raise DataError("cannot read the CSV file", where=table, got=error) from None
     repeated, absent = find_repeated(items), find_absent(items)
     if repeated:
         raise DataError("the CSV file repeats paths", where=table, got=shorten(repeated))

@@ -22,9 +22,8 @@ from threefold.data.sources.folder import (
     Listing,
     find_absent,
     find_repeated,
-    shorten,
 )
-from threefold.errors import DataError
+from threefold.errors import DataError, shorten
 
 _IMAGE_COLUMNS = ("image", "img", "picture", "photo")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
@@ -250,8 +249,7 @@ def _read_image(cell: Any, where: str, may_open: bool) -> bytes:
         try:
             return Path(path).read_bytes()
         except OSError as error:
-            got = error.strerror or error
-            raise DataError("cannot read the file", where=path, got=got) from None
+            raise DataError("cannot read the file", where=path, got=error) from None
     if not isinstance(content, bytes):
         got = type(content).__name__
         raise DataError("the cell has no image", where=where, expected="bytes", got=got)

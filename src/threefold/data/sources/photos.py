@@ -17,8 +17,8 @@ from typing import Any
 from threefold.data.images import IMAGE_SUFFIXES
 from threefold.data.published import CASSAVA_CLASSES, SURREY_LETTERS, count_note
 from threefold.data.sources.archives import read_members, safe_name, unpack_beside
-from threefold.data.sources.folder import ListedImage, Listing, find_absent, find_repeated, shorten
-from threefold.errors import DataError
+from threefold.data.sources.folder import ListedImage, Listing, find_absent, find_repeated
+from threefold.errors import DataError, shorten
 
 _NO_TEST_LABELS = "the test images have no labels and are not used"
 
@@ -63,8 +63,7 @@ def _list_entries(folder: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        got = error.strerror or error
-        raise DataError("cannot read the folder", where=folder, got=got) from None
+        raise DataError("cannot read the folder", where=folder, got=error) from None
 
 
 def _list_folders(folder: Path) -> list[Path]:
@@ -155,7 +154,7 @@ def _read_json(path: Path, name: str) -> Any:
             content = read_members(path, [name]).get(name, b"")
         return json.loads(content)
     except OSError as error:
-        raise DataError("cannot read the file", where=path, got=error.strerror or error) from None
+        raise DataError("cannot read the file", where=path, got=error) from None
     except (ValueError, RecursionError) as error:
         raise DataError("not valid JSON", where=path, got=error) from None
 
@@ -294,8 +293,7 @@ def list_cassava2020(root: Path) -> Listing:
                 for row in csv.DictReader(stream, strict=True)
             ]
     except OSError as error:
-        got = error.strerror or error
-        raise DataError("cannot read the file", where=error.filename, got=got) from None
+        raise DataError("cannot read the file", where=error.filename, got=error) from None
     except (csv.Error, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         got = f"{type(error).__name__} {error}"
         expected = "image_id,label"
