@@ -86,7 +86,7 @@ def test_it_decodes_and_answers_as_threefold_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = images(tmp_path)
-    model = write_model(tmp_path / "m.onnx", told=card(**UNCERTAIN))
+    model = write_model(tmp_path / "m.onnx", model_card=card(**UNCERTAIN))
     monkeypatch.setattr(sys, "argv", ["program", str(model), *map(str, files)])
     names: dict[str, object] = {}
     exec(compile(program(), str(DOCS), "exec"), names)

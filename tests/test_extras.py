@@ -69,7 +69,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     (folder / "red.png").write_bytes(picture((200, 30, 30)))
     (folder / "bad.png").write_bytes(b"x")
     return (
-        write_model(folder / "m.onnx", told=card(**UNCERTAIN)),
+        write_model(folder / "m.onnx", model_card=card(**UNCERTAIN)),
         folder / "red.png",
         folder / "bad.png",
     )

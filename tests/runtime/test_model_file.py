@@ -261,7 +261,7 @@ def test_more_fields_than_any_model_has_are_refused(
     ],
 )
 def test_bad_cards_are_refused(tmp_path: Path, told: str, reason: str) -> None:
-    assert reason in refused(write_model(tmp_path / "m.onnx", told=told))
+    assert reason in refused(write_model(tmp_path / "m.onnx", model_card=told))
 
 
 def test_a_file_without_or_with_two_cards_is_refused(tmp_path: Path) -> None:

@@ -152,14 +152,14 @@ def test_health_card_metrics_and_description(client: TestClient) -> None:
 def test_a_card_with_numbers_that_json_has_not(tmp_path: Path) -> None:
     path = write_model(
         tmp_path / "m.onnx",
-        told=card(score={"accuracy": float("nan"), "interval": [0, float("inf")]}),
+        model_card=card(score={"accuracy": float("nan"), "interval": [0, float("inf")]}),
     )
     with TestClient(app.make_app(threefold.load(path))) as client:
         assert client.get("/card").json()["score"] == {"accuracy": None, "interval": [0, None]}
 
 
 def test_sets_and_unknown_where_the_model_has_them(tmp_path: Path) -> None:
-    model = threefold.load(write_model(tmp_path / "m.onnx", told=card(**UNCERTAIN)))
+    model = threefold.load(write_model(tmp_path / "m.onnx", model_card=card(**UNCERTAIN)))
     contents = [RED, GREEN, picture((99, 99, 99))]
     with TestClient(app.make_app(model)) as client:
         answers = post(client, *contents).json()["answers"]

@@ -58,7 +58,7 @@ def npm(folder: Path, script: str) -> Path:
 
 
 def test_the_folder_holds_what_it_needs_and_asks_nobody_else(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "m.onnx", told=card(temperature=float("inf")))
+    model = write_model(tmp_path / "m.onnx", model_card=card(temperature=float("inf")))
     made = browser.write_web(model, tmp_path / "web", package(tmp_path / "ort.tgz"))
     folder = tmp_path / "web"
     assert {path.name for path in folder.iterdir()} == browser.FOLDER_FILES
@@ -96,7 +96,7 @@ def test_the_same_command_again_replaces_the_folder_and_nothing_else_is_ever_rep
         tmp_path / "web",
     )
     browser.write_web(model, folder, runtime)
-    write_model(model, told=card(name="new"))
+    write_model(model, model_card=card(name="new"))
     browser.write_web(model, folder, runtime)
     assert json.loads((folder / "card.json").read_text())["name"] == "new"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "ort.tgz", "web"]
@@ -209,7 +209,7 @@ def test_the_old_folder_stays_where_the_new_one_cannot_be_put(
         tmp_path / "web",
     )
     browser.write_web(model, folder, runtime)
-    write_model(model, told=card(name="new"))
+    write_model(model, model_card=card(name="new"))
     replace = browser.os.replace
 
     def fails(source: Path, target: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from support.server import picture, post, process, serving, write_model
+from support.server import picture, post, server_process, serving, write_model
 
 from threefold.serving import app
 from threefold.serving.limits import ServerLimits
@@ -263,7 +263,7 @@ def test_clients_that_leave_leave_nothing(path: Path) -> None:
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
 def test_an_orderly_end_answers_what_is_in_flight(path: Path, sign: signal.Signals) -> None:
-    with process(path) as (server, address):
+    with server_process(path) as (server, address):
         half = connect(address)
         body = BOUNDARY + RED + b"\r\n--b--\r\n"
         half.sendall(head(len(body)) + body[:100])

@@ -177,7 +177,7 @@ def test_the_card_is_shown(browser: Any, address: str) -> None:
 def test_prediction_sets_and_unknown_images(browser: Any, tmp_path: Path) -> None:
     grey = tmp_path / "grey.png"
     grey.write_bytes(picture((99, 99, 99)))
-    with serving(write_model(tmp_path / "m.onnx", told=card(**UNCERTAIN))) as address:
+    with serving(write_model(tmp_path / "m.onnx", model_card=card(**UNCERTAIN))) as address:
         open_page(browser, address)
         choose(browser, grey)
         (text,) = articles(browser, 1)

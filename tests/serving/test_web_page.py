@@ -84,7 +84,9 @@ def hosting(folder: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def address(runtime: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("web")
-    write_web(write_model(folder / "m.onnx", told=card(**UNCERTAIN)), folder / "site", runtime)
+    write_web(
+        write_model(folder / "m.onnx", model_card=card(**UNCERTAIN)), folder / "site", runtime
+    )
     with hosting(folder / "site") as found:
         yield found
 
@@ -252,7 +254,7 @@ def test_probabilities_sets_and_the_unknown_mark_are_those_of_python(
         picture((99, 99, 99)),
         picture((0, 60, 99), kind="JPEG"),
     ]
-    model = threefold.load(write_model(tmp_path / "m.onnx", told=card(**UNCERTAIN)))
+    model = threefold.load(write_model(tmp_path / "m.onnx", model_card=card(**UNCERTAIN)))
     open_page(browser, address)
     answers = [ask(browser, content) for content in files]
     output = model.infer(files)

@@ -1,23 +1,23 @@
-"""A real headless Chromium, and what people do on the page: choose files, read answers, turn the lights off."""
+"""A headless Chromium, and what people do on the page: choose files, read answers, go dark."""
 
 from __future__ import annotations
 
+import json
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.server import wait_until
 
 webdriver = pytest.importorskip(
     "selenium.webdriver", reason="needs selenium: uv sync --group browser"
 )
-CHROMIUM, DRIVER = (
-    shutil.which("chromium") or shutil.which("chromium-browser"),
-    shutil.which("chromedriver"),
-)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+OPTIONS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1000,1400")
 needs_chromium = pytest.mark.skipif(
     not (CHROMIUM and DRIVER),
     reason="needs chromium and chromedriver, as in Debian's packages chromium, chromium-driver",
@@ -29,25 +29,25 @@ def a_browser() -> Iterator[Any]:
     """A headless Chromium."""
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for word in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--window-size=1000,1400",
-    ):
-        options.add_argument(word)
+    for option in OPTIONS:
+        options.add_argument(option)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield found
-    found.quit()
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver.set_script_timeout(120)
+    yield driver
+    driver.quit()
 
 
-def until(true: Callable[[], Any], seconds: float = 60) -> Any:
-    began = time.monotonic()
-    while not (found := true()):
-        assert time.monotonic() - began < seconds
-        time.sleep(0.05)
-    return found
+def headline(browser: Any) -> str:
+    return str(browser.find_element("id", "headline").text)
+
+
+def open_page(browser: Any, address: str) -> None:
+    """Open the page, wait until it shows the model card or an error, and empty the logs."""
+    browser.get(address)
+    wait_until(lambda: "expected accuracy" in headline(browser) or "cannot" in headline(browser))
+    browser.get_log("browser")
+    browser.get_log("performance")
 
 
 def choose(browser: Any, *paths: Path) -> None:
@@ -55,23 +55,31 @@ def choose(browser: Any, *paths: Path) -> None:
 
 
 def articles(browser: Any, count: int) -> list[str]:
-    """The text of the answers once all are there."""
-    until(lambda: len(browser.find_elements("css selector", "article h2")) == count)
-    return [a.text for a in browser.find_elements("css selector", "article")]
+    """The text of the answers, once there are that many."""
+    wait_until(lambda: len(browser.find_elements("css selector", "article h2")) == count)
+    return [article.text for article in browser.find_elements("css selector", "article")]
+
+
+def open_details(browser: Any) -> None:
+    """Open the model card and every other fold of the page."""
+    browser.execute_script(
+        "document.querySelectorAll('details').forEach((details) => { details.open = true; })"
+    )
 
 
 def check_article(
-    text: str, name: str, members: Sequence[str], p: np.ndarray, opinions: np.ndarray
+    text: str, name: str, members: Sequence[str], probs: np.ndarray, member_probs: np.ndarray
 ) -> None:
-    """An answer names its image, its share, and every member's: probabilities (k,) and (m, k)."""
+    """Check that an answer names its image and all probabilities: (k,) and (m, k)."""
     assert name in text
-    assert f"{100 * p.max():.1f} %" in text
-    for member, row in zip(members, opinions, strict=True):
+    assert f"{100 * probs.max():.1f} %" in text
+    for member, row in zip(members, member_probs, strict=True):
         assert f"{member} " in text.replace("\n", " ")
         assert f"{100 * row.max():.1f} %" in text
 
 
 def emulate(browser: Any, width: int, dark: bool) -> None:
+    """Set the width of the screen and the colour scheme."""
     screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     value = "dark" if dark else "light"
@@ -81,11 +89,78 @@ def emulate(browser: Any, width: int, dark: bool) -> None:
     )
 
 
-CONTRAST = """
-const light = (c) => { const [r, g, b] = c.match(/[\\d.]+/g).map((v) => { v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-const behind = (e) => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor; if (!c.endsWith(", 0)")) return c; } return "rgb(255, 255, 255)"; };
-return [...document.querySelectorAll("body *")].filter((e) => e.offsetParent && [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())).map((e) => {
-  const [a, b] = [light(getComputedStyle(e).color), light(behind(e))];
-  return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), e.tagName + " " + e.textContent.slice(0, 30)];
-});
+def requested_urls(browser: Any) -> set[str]:
+    """URLs that the page has requested since the logs were read last."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return {
+        message["params"]["request"]["url"]
+        for message in messages
+        if message["method"] == "Network.requestWillBeSent"
+    }
+
+
+def severe_messages(browser: Any) -> list[dict[str, Any]]:
+    """Errors on the console since it was read last."""
+    return [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+FETCH_ELSEWHERE = """
+const done = arguments[0];
+fetch("http://127.0.0.1:9/").then(() => done("sent"), () => done("refused"));
 """
+
+
+def check_policy_blocks_other_hosts(browser: Any) -> None:
+    """Check that a script that got into the page could reach no other host."""
+    assert browser.execute_async_script(FETCH_ELSEWHERE) == "refused"
+    messages = [entry["message"] for entry in browser.get_log("browser")]
+    assert any("Content Security Policy" in message for message in messages)
+
+
+CONTRASTS = """
+const linear = (v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+const luminance = (colour) => {
+  const [r, g, b] = colour.match(/[\\d.]+/g).map((v) => linear(v / 255));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const background = (element) => {
+  for (; element; element = element.parentElement) {
+    const colour = getComputedStyle(element).backgroundColor;
+    if (!colour.endsWith(", 0)")) return colour;
+  }
+  return "rgb(255, 255, 255)";
+};
+const isText = (node) => node.nodeType === 3 && node.data.trim();
+return [...document.querySelectorAll("body *")]
+  .filter((element) => element.offsetParent && [...element.childNodes].some(isText))
+  .map((element) => {
+    const text = luminance(getComputedStyle(element).color);
+    const behind = luminance(background(element));
+    const contrast = (Math.max(text, behind) + 0.05) / (Math.min(text, behind) + 0.05);
+    return [contrast, element.tagName + " " + element.textContent.slice(0, 30)];
+  });
+"""
+
+
+def check_fits_and_is_readable(browser: Any, width: int) -> None:
+    """Check that nothing exceeds the width and every text has WCAG's contrast of 4.5."""
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert not [entry for entry in browser.execute_script(CONTRASTS) if entry[0] < 4.5]
+
+
+FOCUSED = """
+const element = document.activeElement;
+const name = element.id || element.getAttribute("aria-label") || element.textContent;
+const outlined = element.id === "pick" ? element.parentElement : element;
+return [name, getComputedStyle(outlined).outlineStyle];
+"""
+
+
+def check_tab_order(browser: Any, names: Sequence[str]) -> None:
+    """Check that the Tab key visits these elements in turn, each with a visible focus."""
+    from selenium.webdriver.common.keys import Keys
+
+    browser.execute_script("document.activeElement.blur(); window.scrollTo(0, 0)")
+    for name in names:
+        webdriver.ActionChains(browser).send_keys(Keys.TAB).perform()
+        assert browser.execute_script(FOCUSED) == [name, "solid"]

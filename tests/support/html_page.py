@@ -1,4 +1,4 @@
-"""What a browser would see of a page, for tests."""
+"""An HTML page as a browser sees it, for tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """What a browser would see: tags with attributes, and whether every tag is closed in order."""
+    """A page as a browser sees it: tags with attributes, words; tags must be closed in order."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Page(HTMLParser):
         return [int(tag[1]) for tag, _ in self.tags if re.fullmatch(r"h[1-6]", tag)]
 
     def needs_nothing_else(self) -> None:
-        """Fail unless the page names no other file, no address and no script."""
+        """Fail if the page names another file, a URL or a script."""
         pointing = ("src", "href", "xlink:href", "action", "srcset", "data")
         links = [
             value or "" for _, attrs in self.tags for key, value in attrs.items() if key in pointing
@@ -60,7 +60,7 @@ class Page(HTMLParser):
         assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
 
     def is_sound(self) -> None:
-        """Fail unless tags are closed, headings descend by steps of one from one h1, and pictures have words."""
+        """Fail unless tags are closed, headings are nested, and pictures have a text."""
         assert self.open == []
         levels = self.headings()
         assert levels[0] == 1

@@ -1,4 +1,4 @@
-"""A model that costs nothing to make and whose answers tell images apart, and a server around it."""
+"""A tiny model whose answers tell images apart, and a server around it."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ UNCERTAIN: dict[str, Any] = {
         "n": 1000,
     },
 }
-"""Keys of a card with prediction sets and a threshold for unknown images."""
+"""Keys of a model card with prediction sets and a threshold for unknown images."""
 CLASSES, MEMBERS = ("blue", "green", "red"), ("sharp", "soft")
 
 
 def card(**changes: Any) -> dict[str, Any]:
-    """A model card as `api.export` writes it."""
+    """Make a model card as `export` writes it."""
     score = {
         "accuracy": 0.884,
         "interval": [0.863, 0.902],
@@ -84,43 +84,54 @@ def card(**changes: Any) -> dict[str, Any]:
 
 
 def colour_graph() -> onnx.ModelProto:
-    """Mean colour of the image -> softmax; the answer of two images differs unless their mean colours are equal."""
+    """Make a graph that classifies the mean colour; images of different colour differ in answer."""
     node, tensor, value = helper.make_node, helper.make_tensor, helper.make_tensor_value_info
     nodes = [
         node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
         node("ReduceMean", ["floats", "axes"], ["means"], keepdims=0),
         node("MatMul", ["means", "weights"], ["logits"]),
-        node("Mul", ["logits", "scales"], ["scaled"]),
+        node("Unsqueeze", ["logits", "one"], ["rows"]),
+        node("Mul", ["rows", "scales"], ["scaled"]),
         node("Softmax", ["scaled"], ["member_probs"], axis=-1),
         node("ReduceMean", ["member_probs", "one"], ["probs"], keepdims=0),
     ]
     weights = np.eye(3, dtype=np.float32)[::-1] / 40
-    held = [
+    initializers = [
         tensor("axes", TensorProto.INT64, [2], [1, 2]),
         tensor("one", TensorProto.INT64, [1], [1]),
-        helper.make_tensor("weights", TensorProto.FLOAT, [3, 3], weights.tobytes(), raw=True),
+        tensor("weights", TensorProto.FLOAT, [3, 3], weights.tobytes(), raw=True),
         tensor("scales", TensorProto.FLOAT, [2, 1], [1.0, 0.25]),
     ]
-    nodes.insert(3, node("Unsqueeze", ["logits", "one"], ["rows"]))
-    nodes[4] = node("Mul", ["rows", "scales"], ["scaled"])
+    outputs = [
+        value("probs", TensorProto.FLOAT, ["b", 3]),
+        value("member_probs", TensorProto.FLOAT, ["b", 2, 3]),
+    ]
     graph = helper.make_graph(
         nodes,
         "colours",
         [value("images", TensorProto.UINT8, ["b", "h", "w", 3])],
-        [
-            value("probs", TensorProto.FLOAT, ["b", 3]),
-            value("member_probs", TensorProto.FLOAT, ["b", 2, 3]),
-        ],
-        held,
+        outputs,
+        initializers,
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def write_model(path: Path, model: onnx.ModelProto | None = None, told: Any = None) -> Path:
-    """Write a model file with a card; `told` may be a card, or the text that stands in its place."""
-    model = model if model is not None else colour_graph()
-    told = card() if told is None else told
-    helper.set_model_props(model, {KEY: told if isinstance(told, str) else json.dumps(told)})
+def write_model(
+    path: Path,
+    model: onnx.ModelProto | None = None,
+    model_card: dict[str, Any] | str | None = None,
+) -> Path:
+    """Write a model file.
+
+    Args:
+        path: the file.
+        model: the graph (default: `colour_graph()`).
+        model_card: the card, or a text in its place (default: `card()`).
+    """
+    model = colour_graph() if model is None else model
+    content = card() if model_card is None else model_card
+    text = content if isinstance(content, str) else json.dumps(content)
+    helper.set_model_props(model, {KEY: text})
     path.write_bytes(model.SerializeToString())
     return path
 
@@ -128,18 +139,32 @@ def write_model(path: Path, model: onnx.ModelProto | None = None, told: Any = No
 def picture(
     colour: tuple[int, int, int], size: tuple[int, int] = (12, 8), kind: str = "PNG", **options: Any
 ) -> bytes:
-    """An image file of one colour."""
+    """Encode an image of one colour."""
+    return encode(Image.new("RGB", size, colour), kind, **options)
+
+
+def encode(image: Image.Image | np.ndarray, kind: str, **options: Any) -> bytes:
+    """Encode an image as a file."""
     buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, kind, **options)
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def wait_until(condition: Any, seconds: float = 60) -> Any:
+    """Wait until a function returns something true, and return that."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "the condition did not become true"
+        time.sleep(0.02)
+    return value
 
 
 @contextmanager
 def serving(path: Path, limits: ServerLimits | None = None, **options: Any) -> Iterator[str]:
-    """A server on a free port of this machine, in a thread; gives its address."""
-    server, listener = app.make_server(
-        Model(path), "127.0.0.1", 0, limits or ServerLimits(), **options
-    )
+    """Run a server on a free port of this machine, in a thread; yields its URL."""
+    limits = limits or ServerLimits()
+    server, listener = app.make_server(Model(path), "127.0.0.1", 0, limits, **options)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:
@@ -155,13 +180,13 @@ def serving(path: Path, limits: ServerLimits | None = None, **options: Any) -> I
 SERVER = """
 import sys, pathlib
 from threefold.serving.app import run_server
-run_server(pathlib.Path(sys.argv[1]), port=0, ready=lambda address: print(address, flush=True))
+run_server(pathlib.Path(sys.argv[1]), port=0, ready=lambda url: print(url, flush=True))
 """
 
 
 @contextmanager
-def process(path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server in a process of its own, and its address."""
+def server_process(path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run a server in a process of its own; yields the process and its URL."""
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER, str(path)],
         stdout=subprocess.PIPE,
@@ -177,4 +202,5 @@ def process(path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 def post(address: str, content: bytes, name: str = "a.png") -> httpx.Response:
+    """Send one image to /predict."""
     return httpx.post(f"{address}/predict", files={"files": (name, content)}, timeout=60)

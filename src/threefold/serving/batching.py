@@ -1,9 +1,9 @@
 """Batch the images of many requests.
 
-The images that arrive while the model works form its next batch. No request waits for others to arrive. An idle server answers one image at once; a busy server
-answers together all images that have arrived meanwhile. The graph takes images of one height and
-width, so only images of equal size share a batch, and each gets the same answer as alone. The
-workers also decode, so that at most one batch per worker is in memory as pixels.
+The images that arrive while the model works form its next batch. No request waits for others to
+arrive: an idle server answers one image at once. The graph takes images of one height and width, so
+only images of equal size share a batch, and each gets the same answer as alone. The workers also
+decode, so that at most one batch per worker is in memory as pixels.
 """
 
 from __future__ import annotations
