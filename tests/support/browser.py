@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from support.server import wait_until
 
 webdriver = pytest.importorskip(
