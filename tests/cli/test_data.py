@@ -15,7 +15,6 @@ from support.download_server import Server, served
 from typer.testing import CliRunner
 
 from threefold.cli.app import app
-from threefold.cli.data import _show_found
 from threefold.data.published import PUBLISHED
 from threefold.data.synthetic import write_sample
 
@@ -124,31 +123,3 @@ def test_exit_codes() -> None:
     assert (absent.returncode, absent.stderr) == (1, "error no such file or folder: nowhere\n")
     unknown = threefold_command("data", "fetch", "imagenet")
     assert unknown.stderr.startswith("error unknown published data set")
-
-
-def test_names_in_brackets_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    cell = {
-        "row": "MobileNetV1",
-        "column": "[red]",
-        "paper": None,
-        "ours": 0.5,
-        "interval": [0.4, 0.6],
-        "n": 9,
-        "rows": "oof",
-        "backbone": "net.x",
-    }
-    _show_found(
-        {
-            "title": "T",
-            "scale": "small",
-            "protocol": "honest",
-            "seeds": [1],
-            "cells": [cell],
-            "stages": [],
-            "comparisons": [],
-            "notes": [],
-        }
-    )
-    shown = capsys.readouterr().out
-    assert "MobileNetV1 [red]" in shown
-    assert "1 seed, 9 oof images" in shown

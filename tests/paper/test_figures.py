@@ -8,41 +8,37 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
+from support.paper import fake_item_results, fake_stage
 
-from threefold.files import write_json
-from threefold.paper.figures import _curves, draw_figure
+from threefold.paper.figures import draw_figure, draw_stages
+from threefold.paper.results import CellResult
 
 
 @pytest.mark.parametrize("draw", ["dots", "groups", "macs", "curves"])
 def test_every_kind_of_figure_is_drawn(draw: str, tmp_path: Path) -> None:
     """Also where a cell was left out, and where the paper has no value."""
-    cell = {
-        "row": "X",
-        "column": "STD",
-        "paper": 0.95,
-        "ours": 0.9,
-        "interval": [0.8, 0.95],
-        "per_seed": [0.89, 0.91],
-        "macs": 4e9,
-        "parameters": 2e7,
-    }
-    cells = [cell, {**cell, "paper": None}, {**cell, "ours": None, "interval": None}]
-    stage = {"run": "run", "member": "m", "select": [0.5, 0.6], "paper": 0.95}
-    found = {
-        "title": "T",
-        "scale": "small",
-        "protocol": "honest",
-        "trained": "2026-11-24",
-        "draw": draw,
-        "cells": cells,
-        "stages": [stage, {**stage, "paper": None}],
-    }
-    with Image.open(draw_figure(found, tmp_path / "f.png")) as figure:
+    cell = CellResult(
+        row="X",
+        column="STD",
+        paper=0.95,
+        ours=0.9,
+        interval=(0.8, 0.95),
+        per_seed=(0.89, 0.91),
+        macs=4_000_000_000,
+        parameters=20_000_000,
+    )
+    cells = (cell, cell.replace(paper=None), cell.replace(ours=None, interval=None))
+    stages = (fake_stage(), fake_stage(paper=None))
+
+    path = draw_figure(fake_item_results(cells, stages, draw), tmp_path / "f.png")
+
+    with Image.open(path) as figure:
         assert (np.asarray(figure.convert("RGB")) < 128).any()
-    write_json(tmp_path / "reproduce.json", found)
 
 
 def test_a_stage_of_one_epoch_can_be_seen() -> None:
     axes = Figure().add_subplot()
-    _curves(axes, {"stages": [{"run": "run", "member": "m", "select": [0.5], "paper": None}]})
+
+    draw_stages(axes, fake_item_results(stages=(fake_stage(select=(0.5,), paper=None),)))
+
     assert [line.get_marker() for line in axes.lines] == ["."]

@@ -25,6 +25,7 @@ from threefold.cli.options import (
     WallTime,
 )
 from threefold.cli.output import show_next_steps, show_results, show_student, watch_training
+from threefold.cli.reproduce import register as register_reproduce
 from threefold.cli.saved import Json
 from threefold.cli.saved import register as register_saved
 from threefold.errors import ExportError
@@ -349,3 +350,4 @@ def _split(names: str) -> tuple[str, ...]:
 
 register_saved(app)
 register_data(app)
+register_reproduce(app)

