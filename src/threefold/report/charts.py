@@ -1,11 +1,12 @@
 """The charts of the report and of the page about saved predictions, as inline SVG.
 
-Every function gives an SVG element in the colours of the page. Scores are drawn as given; nothing is computed here but the points
-of the reliability curve, and where dots are set so that they do not hide each other.
+Every function returns an SVG element in the colours of the page. Scores are drawn unchanged. Only
+the points of the reliability curve, and places where dots do not hide each other, are computed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,35 +20,36 @@ from threefold.predictions.results_schema import Score, SizeCurve
 from threefold.report.svg import ACCENT, INK, LINE, SOFT, draw_svg, percent_ticks, short_name
 from threefold.stats import scores as stats
 
-LINES = 24
-"""Scores with a line of their own; the members beyond them share one."""
+MAX_LINES = 24
+"""Largest number of lines of scores; the members beyond it share the last one."""
 WIDTH = 5.6
-"""Inches of a chart over the whole width: its 9 point letters can still be read on a telephone, and are not huge on a screen."""
+"""Inches of a chart over the whole width: its 9 point letters suit a phone and a large screen."""
 _BINS = 10
 _DASHED: Any = (0, (3, 3))
 _Array = np.ndarray[Any, Any]
 
 
-def score_dots(scores: Sequence[Score], most: int = LINES) -> Markup:
-    """Accuracy and interval of every ensemble and member, in the order given.
+def score_dots(scores: Sequence[Score], max_lines: int = MAX_LINES) -> Markup:
+    """Draw accuracy and interval of every ensemble and member, in order.
 
     Args:
-        scores: entries of results.json's `scores`. Those on the same rows as the first get full dots, the others rings.
-        most: of more names than this, the last ones share one line without intervals.
+        scores: entries of results.json's `scores`. Those on the same rows as the first get full
+            dots, the others rings.
+        max_lines: of more names than this, the last ones share one line without intervals.
     """
     keys = list(dict.fromkeys((s.kind, s.name) for s in scores))
-    alone = keys if len(keys) <= most else keys[: most - 1]
-    names = [short_name(name) for _, name in alone]
-    if len(keys) > len(alone):
-        names.append(f"{len(keys) - len(alone)} others")
+    shown = keys if len(keys) <= max_lines else keys[: max_lines - 1]
+    names = [short_name(name) for _, name in shown]
+    if len(keys) > len(shown):
+        names.append(f"{len(keys) - len(shown)} others")
 
     def draw(axes: Axes) -> None:
         for score in scores:
-            main, key = score.rows == scores[0].rows, (score.kind, score.name)
-            if key in alone:
-                _draw_score(axes, score, alone.index(key), main)
-            elif main:
-                axes.plot(score.accuracy, len(alone), "o", color=SOFT, markersize=4, alpha=0.6)
+            is_main, key = score.rows == scores[0].rows, (score.kind, score.name)
+            if key in shown:
+                _draw_score(axes, score, shown.index(key), is_main)
+            elif is_main:
+                axes.plot(score.accuracy, len(shown), "o", color=SOFT, markersize=4, alpha=0.6)
         _name_lines(axes, names)
         axes.xaxis.set_major_formatter(percent_ticks())
         axes.set_xlabel("share of images answered right")
@@ -61,12 +63,12 @@ def score_dots(scores: Sequence[Score], most: int = LINES) -> Markup:
 def learning_curve(
     name: str, stages: Sequence[Sequence[Mapping[str, Any]]], limits: tuple[float, float]
 ) -> Markup:
-    """Accuracy on the select rows, epoch by epoch, of one member: stages side by side, one line per fold.
+    """Draw a member's accuracy on the select rows after each epoch: stages side by side.
 
     Args:
-        name: the member's.
-        stages: for each stage, the history.json of every fold.
-        limits: of the accuracy axis, the same for all members of a run.
+        name: name of the member.
+        stages: for each stage, the history.json of every fold; each gets a line.
+        limits: ends of the accuracy axis, the same for all members of a run.
     """
 
     def draw(axes: Axes) -> None:
@@ -98,17 +100,17 @@ def learning_curve(
 
 
 def reliability(probs: _Array, labels: _Array, level: float) -> Markup:
-    """Of the answers given with about this confidence, the share that was right; bars count the answers.
+    """Draw the share of right answers against confidence, with bars for the number of answers.
 
     Args:
-        probs: (n, k).
-        labels: (n,).
-        level: of the intervals through the dots.
+        probs: probabilities (n, k).
+        labels: class numbers (n,).
+        level: level of the intervals through the dots.
     """
     curve = stats.reliability_curve(probs, labels, bins=_BINS)
 
     def draw(axes: Axes) -> None:
-        # The bins are closed at their upper end, so the mean confidence says which bin a point is.
+        # The bins are closed at their upper end, so the mean confidence gives a point's bin.
         axes.bar(
             (np.ceil(curve.confidence * _BINS) - 0.5) / _BINS,
             curve.n / len(labels),
@@ -134,19 +136,19 @@ def reliability(probs: _Array, labels: _Array, level: float) -> Markup:
 
 
 def frequency_grid(right: int, low: int, high: int, of: int) -> Markup:
-    """So many squares of 100 or 1,000: surely right, right or wrong as luck has it, surely wrong.
+    """Draw squares for right answers, for those within the interval, and for wrong answers.
 
     Args:
-        right: answers expected to be right.
-        low: the fewest that the interval allows.
-        high: the most.
-        of: squares in all, a multiple of 10.
+        right: expected number of right answers.
+        low: lower end of its interval.
+        high: upper end of its interval.
+        of: total number of squares, a multiple of 10.
     """
     columns = 10 if of <= 100 else 40
-    gap, rows = (0.16, -(-of // columns))
+    rows = math.ceil(of / columns)
+    side = "0.84"
 
     def squares(first: int, last: int) -> str:
-        side = f"{1 - gap:g}"
         return "".join(
             f"M{cell % columns} {cell // columns}h{side}v{side}h-{side}z"
             for cell in range(max(0, first), min(of, last))
@@ -161,7 +163,7 @@ def frequency_grid(right: int, low: int, high: int, of: int) -> Markup:
 
 
 def optimism(rows: Sequence[Mapping[str, Any]]) -> Markup:
-    """For every choice, an arrow from the accuracy that it appears to reach to the one measured on rows it has not seen.
+    """Draw an arrow for every choice: from its apparent accuracy to that on rows it has not seen.
 
     Args:
         rows: entries with name, apparent, honest (shares) and difference.
@@ -169,9 +171,11 @@ def optimism(rows: Sequence[Mapping[str, Any]]) -> Markup:
 
     def draw(axes: Axes) -> None:
         for line, row in enumerate(rows):
-            a, h = row["apparent"], row["honest"]
-            axes.plot(a, line, "o", color=SOFT, markersize=7, fillstyle="none", markeredgewidth=1.3)
-            if a != h:
+            apparent, honest = row["apparent"], row["honest"]
+            axes.plot(
+                apparent, line, "o", color=SOFT, markersize=7, fillstyle="none", markeredgewidth=1.3
+            )
+            if apparent != honest:
                 style = {
                     "arrowstyle": "-|>",
                     "color": SOFT,
@@ -179,8 +183,8 @@ def optimism(rows: Sequence[Mapping[str, Any]]) -> Markup:
                     "shrinkB": 4,
                     "linewidth": 1.2,
                 }
-                axes.annotate("", (h, line), (a, line), arrowprops=style)
-            axes.plot(h, line, "o", color=ACCENT, markersize=7)
+                axes.annotate("", (honest, line), (apparent, line), arrowprops=style)
+            axes.plot(honest, line, "o", color=ACCENT, markersize=7)
         _name_lines(axes, [short_name(row["name"]) for row in rows])
         axes.margins(x=0.12)
         axes.xaxis.set_major_formatter(percent_ticks())
@@ -194,13 +198,15 @@ def optimism(rows: Sequence[Mapping[str, Any]]) -> Markup:
 
 
 def pareto(points: Sequence[Mapping[str, Any]], level: float) -> Markup:
-    """Accuracy against multiply-adds of every ensemble and member, the front of the best for the cost, the chosen one marked.
+    """Draw accuracy against multiply-adds, with the Pareto front and the chosen ensemble marked.
 
-    Dots of nearly the same cost are set side by side. Points with a number are drawn with interval and number, the others small.
+    Dots of nearly the same cost are set side by side. Points with a number are drawn with interval
+    and number, the others small.
 
     Args:
-        points: entries with macs (above 0), accuracy, interval, kind, number (or None), front and chosen.
-        level: of the intervals, for the axis' name.
+        points: entries with macs (above 0), accuracy, interval, kind, number (or None), front and
+            chosen.
+        level: level of the intervals, for the name of the axis.
     """
     numbered = sorted((p for p in points if p["number"]), key=lambda p: (p["macs"], p["number"]))
     logs = np.log10([float(p["macs"]) for p in numbered])
@@ -222,8 +228,8 @@ def pareto(points: Sequence[Mapping[str, Any]], level: float) -> Markup:
         axes.step(*zip(*front, strict=True), where="post", color=LINE, linewidth=2.5, zorder=1)
         for x, point in zip(places, numbered, strict=True):
             _draw_cost(axes, float(x), point)
-        every = [*places, *(np.log10(p["macs"]) for p in points)]
-        axes.set_xlim(min(every) - 0.06 * span, max(every) + 0.06 * span)
+        all_places = [*places, *(np.log10(p["macs"]) for p in points)]
+        axes.set_xlim(min(all_places) - 0.06 * span, max(all_places) + 0.06 * span)
         _cost_ticks(axes)
         axes.yaxis.set_major_formatter(percent_ticks())
         axes.set(
@@ -236,10 +242,10 @@ def pareto(points: Sequence[Mapping[str, Any]], level: float) -> Markup:
 
 
 def differences(rows: Sequence[Mapping[str, Any]]) -> Markup:
-    """Difference in accuracy of every pair with its interval, in points; zero is marked.
+    """Draw the difference in accuracy of every pair with its interval, in points.
 
     Args:
-        rows: entries with a, b, difference, interval (shares) and sure (the interval's colour: evidence or none).
+        rows: entries with a, b, difference, interval (shares) and sure (there is evidence).
     """
 
     def draw(axes: Axes) -> None:
@@ -271,10 +277,10 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> Markup:
 
 
 def size_curve(curve: SizeCurve) -> Markup:
-    """Accuracy of the mean of 1, 2, ... members: average and spread over random orders, and the best members first.
+    """Draw the accuracy of the mean of 1, 2, ... members in random order and best first.
 
     Args:
-        curve: mean, low, high, ordered: a share for each number of members.
+        curve: shares for each number of members.
     """
     sizes = np.arange(1, len(curve.mean) + 1)
 
@@ -298,7 +304,7 @@ def size_curve(curve: SizeCurve) -> Markup:
 
 
 def _name_lines(axes: Axes, names: Sequence[str]) -> None:
-    """One named line per entry, from the top."""
+    """Name the lines of a chart from the top."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0, labelcolor=INK)
@@ -306,8 +312,8 @@ def _name_lines(axes: Axes, names: Sequence[str]) -> None:
     axes.grid(axis="x")
 
 
-def _draw_score(axes: Axes, score: Score, line: int, main: bool) -> None:
-    if main:
+def _draw_score(axes: Axes, score: Score, line: int, is_main: bool) -> None:
+    if is_main:
         colour = ACCENT if score.kind == "ensemble" else INK
         axes.plot(score.interval, (line, line), color=colour, linewidth=2.0, solid_capstyle="round")
         axes.plot(score.accuracy, line, "o", color=colour, markersize=6)
@@ -317,7 +323,7 @@ def _draw_score(axes: Axes, score: Score, line: int, main: bool) -> None:
 
 
 def _draw_cost(axes: Axes, x: float, point: Mapping[str, Any]) -> None:
-    """A dot with its interval, its number above; a ring round the chosen one."""
+    """Draw a dot with its interval, its number above, and a ring round the chosen one."""
     colour = ACCENT if point["kind"] == "ensemble" else INK
     axes.plot((x, x), point["interval"], color=colour, linewidth=1.0, alpha=0.6)
     axes.plot(x, point["accuracy"], "o", color=colour, markersize=6)
@@ -337,10 +343,8 @@ def _draw_cost(axes: Axes, x: float, point: Mapping[str, Any]) -> None:
         "fontsize": 8.0,
         "weight": "bold" if point["chosen"] else "normal",
     }
-    above = (
-        x,
-        1.01 + 0.04 * (point["number"] % 3),
-    )  # on one line the numbers of neighbours would touch
+    # On three heights, since the numbers of neighbours would touch on one.
+    above = (x, 1.01 + 0.04 * (point["number"] % 3))
     leader = {"arrowstyle": "-", "color": LINE, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
     axes.annotate(
         str(point["number"]),
@@ -354,13 +358,13 @@ def _draw_cost(axes: Axes, x: float, point: Mapping[str, Any]) -> None:
 
 
 def _side_by_side(places: _Array, gap: float) -> _Array:
-    """Ascending places moved as little as possible (least squares) so that neighbours are at least `gap` apart."""
+    """Move ascending places as little as possible (least squares) until they are `gap` apart."""
     steps = gap * np.arange(len(places))
     return np.asarray(isotonic_regression(places - steps).x + steps)
 
 
 def _cost_ticks(axes: Axes) -> None:
-    """Names for round numbers on an axis of powers of ten."""
+    """Name round numbers on an axis of powers of ten."""
     low, high = axes.get_xlim()
     powers = range(int(np.floor(low)), int(np.ceil(high)) + 1)
     for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
@@ -372,35 +376,35 @@ def _cost_ticks(axes: Axes) -> None:
         ]
         if len(ticks) >= 3:
             break
-    if not ticks:  # all cost nearly the same: no round number lies between
+    if not ticks:  # the costs are nearly equal, and no round number lies between them
         ticks = [10 ** ((low + high) / 2)]
-    ticks = ticks[:: -(-len(ticks) // 6)]
+    ticks = ticks[:: math.ceil(len(ticks) / 6)]
     axes.set_xticks(np.log10(ticks), [short_count(tick) for tick in ticks])
 
 
 def short_count(value: float) -> str:
-    """A large count in words: 412 million, 1.24 billion."""
+    """Write a large count in words, such as 412 million or 1.24 billion."""
     for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
-        if value >= 0.9995 * size:  # what would be rounded to 1,000 has the next word
+        if value >= 0.9995 * size:  # a value that rounds to 1,000 gets the next word
             return f"{value / size:.3g} {word}"
     return f"{value:.3g}"
 
 
 def _draw_stage(axes: Axes, history: Mapping[str, Any], start: int) -> None:
-    """One fold in one stage; a dot marks the epoch that was kept, a dashed line with a cross a stage that was not."""
+    """Draw one fold in one stage.
+
+    A dot marks the best epoch of an accepted stage; a dashed line with a cross, a dropped stage.
+    """
     y = [epoch["select_accuracy"] for epoch in history["epochs"]]
     x = [start + position for position in range(1, len(y) + 1)]
-    # A later stage begins at the weights it was handed; before the first there is nothing worth a line.
-    led = ([start, *x], [history["start_accuracy"], *y]) if start else (x, y)
+    line = (x, y)
+    if start:  # a later stage begins at the accuracy of the weights that it takes over
+        line = ([start, *x], [history["start_accuracy"], *y])
     if not history["accepted"]:
-        axes.plot(*led, color=SOFT, linewidth=1.2, linestyle=(0, (2, 2)))
+        axes.plot(*line, color=SOFT, linewidth=1.2, linestyle=(0, (2, 2)))
         axes.plot(x[-1:], y[-1:], "x", color=SOFT, markersize=5, clip_on=False)
         return
-    axes.plot(*led, color=ACCENT, linewidth=1.2)
-    best = [
-        place
-        for place, epoch in enumerate(history["epochs"])
-        if epoch["epoch"] == history["best_epoch"]
-    ]
-    for place in best:
-        axes.plot(x[place], y[place], "o", color=ACCENT, markersize=4, clip_on=False)
+    axes.plot(*line, color=ACCENT, linewidth=1.2)
+    for place, accuracy, epoch in zip(x, y, history["epochs"], strict=True):
+        if epoch["epoch"] == history["best_epoch"]:
+            axes.plot(place, accuracy, "o", color=ACCENT, markersize=4, clip_on=False)

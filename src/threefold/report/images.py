@@ -1,4 +1,4 @@
-"""Pictures inside the page: small images as data URIs, and heat maps to lay over them."""
+"""Images inside the page: thumbnails as data URIs, and heat maps to lay over them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SIDE: Final = 160
 """Longest side of a picture on the page, in pixels; larger ones are reduced."""
 
 HEAT_SIDE: Final = 32
-"""Longest side of a heat map; it comes from a grid of some seven by seven, so that more would be air."""
+"""Longest side of a heat map, which comes from a grid of about seven by seven cells."""
 
 OPACITY: Final = 0.75
-"""Of the hottest place; the image shows through."""
+"""Opacity of the hottest place, so that the image shows through."""
 
 _Array = np.ndarray[Any, Any]
 _TABLES = (("ids", ("images", "cams")), ("suspect_ids", ("suspect_images",)))
@@ -33,10 +33,10 @@ _PAIRS = ("pair_ids", "pair_images", "pair_true", "pair_answer")
 
 @dataclass(frozen=True)
 class Thumbs:
-    """The pictures that a run kept, uint8; each table is empty where it kept none.
+    """The thumbnails (uint8) of a run; each table is empty where it has none.
 
     Attributes:
-        images: of mistakes, (h, w, 3) by id.
+        images: images of mistakes, (h, w, 3), by id.
         cams: heat (h, w), 0 to 255, by id; ids without heat are left out.
         suspects: images of suspect labels by id.
         pairs: ids and images of mistakes by (true class number, answer's number).
@@ -51,10 +51,10 @@ class Thumbs:
 
     @classmethod
     def read(cls, path: Path) -> Thumbs:
-        """The pictures of a thumbs.npz; none where there is no file.
+        """Read a thumbs.npz; without the file there are no pictures.
 
         Raises:
-            RunError: the file is damaged, or arrays that belong together have other lengths.
+            RunError: the file is damaged, or arrays that belong together differ in length.
         """
         arrays = read_arrays(path) if path.is_file() else {}
         for names in (*((key, *values) for key, values in _TABLES), _PAIRS):
@@ -82,34 +82,35 @@ def _by_id(arrays: Mapping[str, _Array], key: str, value: str) -> dict[str, _Arr
 
 
 def data_uri(pixels: _Array) -> str:
-    """An image (h, w, 3) uint8 as a data URI: small ones exactly, large ones reduced, so that the page stays light."""
+    """Return an image (h, w, 3) uint8 as a data URI: exact up to 64 pixels, else reduced."""
     image = Image.fromarray(pixels)
-    exact = max(image.size) <= 64
+    if max(image.size) <= 64:
+        return _encode(image, "PNG", optimize=True)
     image.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    image.save(
-        buffer,
-        format="PNG" if exact else "JPEG",
-        **({"optimize": True} if exact else {"quality": 85}),
-    )
-    return f"data:image/{'png' if exact else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return _encode(image, "JPEG", quality=85)
 
 
 def heat_uri(heat: _Array) -> str:
-    """Heat (h, w), 0 to 255, as a picture to lay over the image: clear where cold, bright yellow where hot.
+    """Return heat (h, w), 0 to 255, as a layer over the image: clear where cold, yellow where hot.
 
-    The colours (matplotlib's inferno) rise evenly in brightness, so that they can be told apart without seeing red or green.
+    The colours (matplotlib's inferno) rise evenly in brightness, so that readers who cannot see
+    red or green can tell them apart.
     """
     small = Image.fromarray(np.asarray(heat, np.uint8))
     small.thumbnail((HEAT_SIDE, HEAT_SIDE))
+    return _encode(Image.fromarray(_palette()[np.asarray(small)]), "PNG", optimize=True)
+
+
+def _encode(image: Image.Image, format: str, **options: Any) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(_palette()[np.asarray(small)]).save(buffer, format="PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    image.save(buffer, format=format, **options)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return f"data:image/{format.lower()};base64,{encoded}"
 
 
 @functools.cache
 def _palette() -> _Array:
-    """RGBA (256, 4) of every heat."""
+    """Return the color (RGBA) of every heat, (256, 4)."""
     heat = np.linspace(0, 1, 256)
     colours = matplotlib.colormaps["inferno"](0.15 + 0.8 * heat)
     colours[:, 3] = OPACITY * heat

@@ -1,4 +1,4 @@
-"""Templates to HTML: how numbers, times and names are written on every page."""
+"""Render templates to HTML, with one way to write numbers, times and names on every page."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ _MONTHS = [
     "November",
     "December",
 ]
+"""English names; those of `calendar` follow the locale."""
 
 
 def render(template: str, where: str, **context: Any) -> str:
-    """A page from a template of this package; all text is escaped.
+    """Render a template of this package; all text is escaped.
 
     Args:
-        template: its file name.
-        where: what the data were read from, for the error.
-        context: what the template shows.
+        template: file name of the template.
+        where: source of the data, for the error.
+        context: the variables of the template.
 
     Raises:
         RunError: the data lack a key.
@@ -70,35 +71,39 @@ def _environment() -> Environment:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share as per cent; a dash where there is none."""
+    """Write a share as per cent; a dash for None."""
     return "–" if value is None else f"{100 * float(value):.{digits}f}\u00a0%"
 
 
 def number(value: float | None, digits: int = 0) -> str:
-    """A number with commas; a dash where there is none."""
+    """Write a number with commas; a dash for None."""
     return "–" if value is None else f"{float(value):,.{digits}f}"
 
 
 def points(value: float | None, digits: int = 1) -> str:
-    """A difference of shares in points, with its sign; a dash where there is none."""
+    """Write a difference of shares in points, with its sign; a dash for None."""
     if value is None:
         return "–"
     text = f"{100 * float(value):+.{digits}f}"
-    return f"{float(text):.{digits}f}" if float(text) == 0 else text.replace("-", "−")
+    if float(text) == 0:
+        return f"{0:.{digits}f}"
+    return text.replace("-", "−")
 
 
 def rows_name(rows: str) -> str:
-    """What a person calls a kind of rows; an unknown kind stays as it is."""
+    """Write a kind of rows in words; an unknown kind is unchanged."""
     return {"oof": "out-of-fold", "test": "test", "foreign": "given"}.get(rows, rows)
 
 
 def chance(p: float) -> str:
-    """A p-value as `paired.verdict` writes it."""
-    return "< 0.001" if p < 0.001 else f"{p:.2f}" if p >= 0.1 else f"{p:.3f}"
+    """Write a p-value as `verdict` of the paired tests does."""
+    if p < 0.001:
+        return "< 0.001"
+    return f"{p:.2f}" if p >= 0.1 else f"{p:.3f}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds in hours, minutes and seconds."""
+    """Write seconds in hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -107,7 +112,7 @@ def duration(seconds: float) -> str:
 
 
 def when(text: str) -> str:
-    """An ISO time as a person writes it, in UTC: 24 November 2026, 06:15 UTC; what is no such time stays as it is."""
+    """Write an ISO time as 24 November 2026, 06:15 UTC; any other text is unchanged."""
     try:
         time = datetime.fromisoformat(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Matplotlib drawings as inline SVG in the page's colours (CSS variables), so that one drawing serves light and dark."""
+"""Matplotlib drawings as inline SVG, in CSS variables for the page's light and dark colours."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ _STYLE: Any = {  # Any: newer matplotlib types the keys, older does not
 
 
 def draw_svg(draw: Callable[[Axes], None], size: tuple[float, float], label: str) -> Markup:
-    """What `draw` puts on a pair of axes, as an SVG element for an HTML page.
+    """Draw on a pair of axes, and return an SVG element for an HTML page.
 
     Args:
         draw: draws with the colours of this module.
-        size: width and height in inches; the page scales it to the width that there is.
-        label: what a screen reader says.
+        size: width and height in inches; the page scales the drawing to the available width.
+        label: text for screen readers.
     """
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         # The browser's fonts draw the text; matplotlib only measures it, and may lack a glyph.
@@ -60,9 +60,8 @@ def draw_svg(draw: Callable[[Axes], None], size: tuple[float, float], label: str
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(
-        r'<g id="[^"]*"', "<g", svg
-    )  # not unique over the charts of one page, and nothing refers to them
+    # The ids of groups are not unique over the charts of one page, and nothing refers to them.
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r' (?:xmlns(?::xlink)?|width|height)="[^"]*"', "", svg, count=4)
     for stand_in, variable in _VARIABLES.items():
         svg = svg.replace(stand_in, variable)
@@ -70,14 +69,14 @@ def draw_svg(draw: Callable[[Axes], None], size: tuple[float, float], label: str
 
 
 def percent_ticks() -> PercentFormatter:
-    """Shares as per cent, with the space that belongs before the sign."""
+    """Return a formatter of shares as per cent, with a space before the sign."""
     return PercentFormatter(1.0, symbol="\u00a0%")
 
 
-def short_name(name: str, most: int = 26) -> str:
-    """A name that fits beside a chart: the middle of a long one left out, since the ends of long names differ."""
+def short_name(name: str, length: int = 26) -> str:
+    """Shorten a name beside a chart in the middle, since the ends of long names differ."""
     name = " ".join(name.split())
-    if len(name) <= most:
+    if len(name) <= length:
         return name
-    head = most // 3
-    return f"{name[:head]}…{name[head + 1 - most :]}"
+    head = length // 3
+    return f"{name[:head]}…{name[head + 1 - length :]}"
