@@ -29,14 +29,14 @@ LAW = settings(max_examples=60, deadline=None)
 
 
 def build(method: str, seed: int = 0) -> Ensemble:
-    """The method, with a small network where it has one."""
+    """Build an ensemble by method, with a small network where it has one."""
     if method in NETWORKS:
         return NETWORKS[method](64, epochs=30, lr=1e-2, seed=seed)
     return make_ensemble(method, seed)
 
 
 def answer(module: torch.nn.Module, probs: np.ndarray) -> np.ndarray:
-    """A module's probabilities (n, k) of the members' (m, n, k)."""
+    """Return a module's probabilities (n, k) for those of the members (m, n, k)."""
     with torch.inference_mode():
         return module(torch.tensor(probs.swapaxes(0, 1))).numpy()
 
@@ -53,15 +53,19 @@ tied = (
 @METHODS
 def test_answers_are_probabilities(method: str) -> None:
     probs, labels = scored()
+
     ensemble = build(method)
-    assert ensemble.fit(probs, labels) is ensemble
-    found = ensemble.predict_proba(probs)
-    assert found.shape == (90, 4)
-    assert found.dtype == np.float64
-    assert found.min() >= 0
-    assert found.sum(1) == pytest.approx(1, abs=1e-6)
-    assert (ensemble.predict(probs) == found.argmax(1)).all()
-    assert (found.argmax(1) == labels).mean() > 0.8
+
+    fitted = ensemble.fit(probs, labels)
+    answers = ensemble.predict_proba(probs)
+
+    assert fitted is ensemble
+    assert answers.shape == (90, 4)
+    assert answers.dtype == np.float64
+    assert answers.min() >= 0
+    assert answers.sum(1) == pytest.approx(1, abs=1e-6)
+    assert (ensemble.predict(probs) == answers.argmax(1)).all()
+    assert (answers.argmax(1) == labels).mean() > 0.8
 
 
 @METHODS
@@ -69,10 +73,14 @@ def test_the_module_answers_as_the_ensemble_and_survives_export(method: str) -> 
     probs, labels = scored(n=40)
     ensemble = build(method).fit(probs, labels)
     before = torch.random.get_rng_state()
+
     module = ensemble.to_module()
+
     assert (torch.random.get_rng_state() == before).all()
+
     expected = ensemble.predict_proba(probs)
     assert answer(module, probs) == pytest.approx(expected, abs=1e-6)
+
     example = (torch.tensor(probs[:, :2].swapaxes(0, 1)),)
     exported = torch.export.export(module, example, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     assert answer(exported.module(), probs) == pytest.approx(expected, abs=1e-6)
@@ -82,7 +90,9 @@ def test_the_module_answers_as_the_ensemble_and_survives_export(method: str) -> 
 def test_a_saved_state_answers_the_same(method: str) -> None:
     probs, labels = scored()
     ensemble = build(method).fit(probs, labels)
+
     again = make_ensemble(method).from_state(load(save(ensemble.state())))
+
     assert type(again) is type(ensemble)
     assert (again.predict_proba(probs) == ensemble.predict_proba(probs)).all()
     assert (answer(again.to_module(), probs) == answer(ensemble.to_module(), probs)).all()
@@ -92,6 +102,7 @@ def test_a_saved_state_answers_the_same(method: str) -> None:
 def test_using_a_method_before_fit_is_an_error(method: str) -> None:
     probs, _ = scored()
     ensemble = make_ensemble(method)
+
     for use in (
         lambda: ensemble.predict_proba(probs),
         lambda: ensemble.predict(probs),
@@ -107,31 +118,34 @@ def test_using_a_method_before_fit_is_an_error(method: str) -> None:
 @METHODS
 def test_methods_that_learn_nothing_work_at_once(method: str) -> None:
     probs, labels = scored()
-    if not build(method).needs_fit:
-        assert (
-            build(method).predict_proba(probs)
-            == build(method).fit(probs, labels).predict_proba(probs)
-        ).all()
+    ensemble = build(method)
+
+    if not ensemble.needs_fit:
+        fitted = build(method).fit(probs, labels)
+        assert (ensemble.predict_proba(probs) == fitted.predict_proba(probs)).all()
 
 
 @METHODS
 def test_one_member_alone_works(method: str) -> None:
     probs, labels = scored(m=1)
-    found = build(method).fit(probs, labels).predict_proba(probs)
-    assert found.sum(1) == pytest.approx(1, abs=1e-6)
+
+    answers = build(method).fit(probs, labels).predict_proba(probs)
+
+    assert answers.sum(1) == pytest.approx(1, abs=1e-6)
     if method in ("mean", "best", "weighted", "greedy"):
-        assert found == pytest.approx(probs[0], abs=1e-7)
+        assert answers == pytest.approx(probs[0], abs=1e-7)
 
 
 @METHODS
-def test_the_seed_decides_and_global_generators_are_untouched(
-    method: str,
-) -> None:
+def test_the_seed_decides_and_global_generators_are_untouched(method: str) -> None:
     probs, labels = scored()
     torch_state, numpy_state = torch.random.get_rng_state(), np.random.get_state()[1].copy()
+
     first = build(method, seed=3).fit(probs, labels).predict_proba(probs)
+
     assert (torch.random.get_rng_state() == torch_state).all()
     assert (np.random.get_state()[1] == numpy_state).all()
+
     torch.rand(7)
     assert (build(method, seed=3).fit(probs, labels).predict_proba(probs) == first).all()
     if method in NETWORKS:
@@ -141,19 +155,23 @@ def test_the_seed_decides_and_global_generators_are_untouched(
 @pytest.mark.parametrize("method", [name for name in NAMES if name not in NETWORKS])
 def test_the_order_of_the_members_does_not_matter(method: str) -> None:
     probs, labels = scored()
+
     expected = build(method).fit(probs, labels).predict_proba(probs)
+
     for order in itertools.permutations(range(3)):
-        assert build(method).fit(probs[list(order)], labels).predict_proba(
-            probs[list(order)]
-        ) == pytest.approx(expected, abs=1e-4)
+        permuted = probs[list(order)]
+        answers = build(method).fit(permuted, labels).predict_proba(permuted)
+        assert answers == pytest.approx(expected, abs=1e-4)
 
 
 @METHODS
 def test_inputs_are_never_changed(method: str) -> None:
     probs, labels = scored()
-    kept = probs.copy()
+    before = probs.copy()
+
     build(method).fit(probs, labels).predict_proba(probs)
-    assert (probs == kept).all()
+
+    assert (probs == before).all()
 
 
 @METHODS
@@ -162,6 +180,7 @@ def test_wrong_inputs_are_refused(method: str) -> None:
     wrong = probs.copy()
     wrong[1, 2, 3] = np.nan
     ensemble = build(method).fit(probs, labels)
+
     for call in (ensemble.predict_proba, lambda array: build(method).fit(array, labels)):
         with pytest.raises(DataError, match=r"NaN or infinite: index \(1, 2, 3\)"):
             call(wrong)
@@ -176,14 +195,15 @@ def test_wrong_inputs_are_refused(method: str) -> None:
 @FITTED
 def test_other_members_than_in_fit_are_refused(method: str) -> None:
     ensemble = build(method).fit(*scored())
+
     with pytest.raises(DataError, match="fitted on other members"):
         ensemble.predict_proba(scored(m=2)[0])
 
 
 def test_pruning_by_hand() -> None:
-    probs = np.array(
-        [[[0.6, 0.3, 0.1]], [[0.1, 0.5, 0.4]], [[0.2, 0.4, 0.4]]]
-    )  # the last: a tie, the first wins
+    # The last row is a tie, which the first class wins.
+    probs = np.array([[[0.6, 0.3, 0.1]], [[0.1, 0.5, 0.4]], [[0.2, 0.4, 0.4]]])
+
     assert PrunedEnsemble().predict_proba(probs) == pytest.approx(np.array([[0.6, 0.9, 0.0]]) / 1.5)
     assert PrunedEnsemble(2).predict_proba(probs) == pytest.approx(
         np.array([[0.6, 1.2, 0.8]]) / 2.6
@@ -195,6 +215,7 @@ def test_pruning_by_hand() -> None:
 
 def test_pruning_and_voting_can_disagree() -> None:
     probs = np.array([[[0.98, 0.01, 0.01]], [[0.3, 0.4, 0.3]], [[0.3, 0.4, 0.3]]])
+
     assert PrunedEnsemble().predict(probs) == 0  # 0.98 against 0.4 + 0.4
     assert VoteEnsemble().predict(probs) == 1
 
@@ -223,7 +244,9 @@ def test_modules_break_ties_as_numpy_does(probs: np.ndarray, keep: int) -> None:
 @LAW
 @given(probs=tied)
 def test_a_pruned_member_keeps_only_its_first_largest_value(probs: np.ndarray) -> None:
-    one = probs[:1]
-    found = PrunedEnsemble().predict_proba(one)
-    assert (found == np.eye(probs.shape[-1])[one[0].argmax(-1)]).all()
-    assert (VoteEnsemble().predict_proba(one) == found).all()
+    first = probs[:1]
+
+    answers = PrunedEnsemble().predict_proba(first)
+
+    assert (answers == np.eye(probs.shape[-1])[first[0].argmax(-1)]).all()
+    assert (VoteEnsemble().predict_proba(first) == answers).all()

@@ -17,7 +17,7 @@ LAW = settings(max_examples=50, deadline=None)
 
 
 class Memory(Ensemble):
-    """Answers the label of every row it has seen: a leak would make it perfect."""
+    """Remembers the label of every row that it was fitted on: a leak would make it perfect."""
 
     _state = ("known_",)
     known_: dict[bytes, int]
@@ -34,7 +34,7 @@ class Memory(Ensemble):
 
 
 class Witness(Memory):
-    """Records the rows of every fit: members' first probability holds the row number."""
+    """Records the rows of every fit: the first probability encodes the row number."""
 
     fits: list[set[int]]
 
@@ -44,14 +44,14 @@ class Witness(Memory):
 
 
 def numbered(n: int, k: int = 3) -> np.ndarray:
-    """Probabilities (1, n, k) of which the first tells the row's number."""
+    """Return probabilities (1, n, k) whose first class encodes the row number."""
     first = np.arange(n) / 1e4
     rest = np.repeat((1 - first)[:, None] / (k - 1), k - 1, 1)
     return np.column_stack([first, rest])[None]
 
 
 def parts_of(labels: np.ndarray, groups: list[str] | None = None) -> np.ndarray:
-    """The parts that cross_fit made, recovered from what it fitted on."""
+    """Return the parts of cross_fit, recovered from the rows that it fitted on."""
     fits: list[set[int]] = []
 
     def factory() -> Witness:
@@ -61,10 +61,10 @@ def parts_of(labels: np.ndarray, groups: list[str] | None = None) -> np.ndarray:
 
     n = len(labels)
     cross_fit(factory, numbered(n), labels, groups=groups)
-    held = [set(range(n)) - rows for rows in fits]
-    assert sum(map(len, held)) == n
+    parts = [set(range(n)) - rows for rows in fits]
+    assert sum(map(len, parts)) == n
     part = np.full(n, -1)
-    for number, rows in enumerate(held):
+    for number, rows in enumerate(parts):
         part[list(rows)] = number
     assert (part >= 0).all()
     return part
@@ -74,24 +74,26 @@ def parts_of(labels: np.ndarray, groups: list[str] | None = None) -> np.ndarray:
 def test_no_row_is_predicted_by_an_ensemble_that_saw_it(folds: np.ndarray | None) -> None:
     labels = np.array([1, 2] * 30)
     probs = numbered(60)
-    assert (Memory().fit(probs, labels).predict(probs) == labels).all()
-    assert (cross_fit(Memory, probs, labels, folds).argmax(1) == 0).all()
+
+    leaked = Memory().fit(probs, labels).predict(probs)
+    answers = cross_fit(Memory, probs, labels, folds).argmax(1)
+
+    assert (leaked == labels).all()
+    assert (answers == 0).all()
 
 
-def test_cross_fit_uses_the_folds_it_is_given() -> None:
+def test_cross_fit_uses_the_folds_of_its_caller() -> None:
     rng = np.random.default_rng(0)
-    probs, labels, folds = (
-        rng.dirichlet(np.ones(3), (2, 40)),
-        rng.integers(0, 3, 40),
-        rng.integers(-1, 3, 40),
-    )
-    found = cross_fit(WeightedEnsemble, probs, labels, folds)
+    probs = rng.dirichlet(np.ones(3), (2, 40))
+    labels = rng.integers(0, 3, 40)
+    folds = rng.integers(-1, 3, 40)
+
+    answers = cross_fit(WeightedEnsemble, probs, labels, folds)
+
     for value in np.unique(folds):
-        held = folds == value
-        expected = (
-            WeightedEnsemble().fit(probs[:, ~held], labels[~held]).predict_proba(probs[:, held])
-        )
-        assert (found[held] == expected).all()
+        inside = folds == value
+        ensemble = WeightedEnsemble().fit(probs[:, ~inside], labels[~inside])
+        assert (answers[inside] == ensemble.predict_proba(probs[:, inside])).all()
     assert (cross_fit(MeanEnsemble, probs, labels) == MeanEnsemble().predict_proba(probs)).all()
 
 
@@ -102,7 +104,9 @@ def test_cross_fit_uses_the_folds_it_is_given() -> None:
 )
 def test_parts_are_stratified_whatever_the_classes_sizes(counts: list[int], seed: int) -> None:
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+
     part = parts_of(labels)
+
     for c, count in enumerate(counts):
         sizes = np.bincount(part[labels == c], minlength=min(5, len(labels)))
         assert sizes.max() - sizes.min() <= 1, count
@@ -113,7 +117,9 @@ def test_parts_are_stratified_whatever_the_classes_sizes(counts: list[int], seed
 def test_groups_stay_in_one_part(seed: int, number: int) -> None:
     rng = np.random.default_rng(seed)
     labels, numbers = rng.integers(0, 3, 80), rng.integers(0, number, 80)
+
     part = parts_of(labels, [f"signer{g}" for g in numbers])
+
     assert all(len(set(part[numbers == g])) == 1 for g in numbers)
     assert len(set(part)) == min(5, len(set(numbers)))
 
@@ -122,13 +128,16 @@ def test_groups_are_spread_so_that_classes_stay_even() -> None:
     """Fifty groups of one class each, every fifth of the rare one: each part gets both."""
     groups = np.repeat(np.arange(50), 4)
     labels = (groups % 5 == 0).astype(int)
+
     part = parts_of(labels, [f"{g:02d}" for g in groups])
+
     table = np.array([np.bincount(part[labels == c], minlength=5) for c in (0, 1)])
     assert (table == [[32], [8]]).all()
 
 
 def test_fewer_than_two_parts_are_refused() -> None:
     probs, labels = numbered(6), np.arange(6) % 3
+
     with pytest.raises(DataError, match="cannot be cross-fitted"):
         cross_fit(MeanEnsemble, probs, labels, folds=np.zeros(6, int))
     with pytest.raises(DataError, match="folds have the wrong shape"):
@@ -142,9 +151,12 @@ def test_fewer_than_two_parts_are_refused() -> None:
 def test_methods_that_learn_nothing_are_not_cross_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
     probs, labels = scored(3, 60)
     calls = []
-    plain = MeanEnsemble._combine
+    combine = MeanEnsemble._combine
     monkeypatch.setattr(
-        MeanEnsemble, "_combine", lambda self, p: calls.append(p.shape) or plain(self, p)
+        MeanEnsemble, "_combine", lambda self, p: calls.append(p.shape) or combine(self, p)
     )
-    assert (cross_fit(MeanEnsemble, probs, labels) == plain(MeanEnsemble(), probs)).all()
+
+    answers = cross_fit(MeanEnsemble, probs, labels)
+
+    assert (answers == combine(MeanEnsemble(), probs)).all()
     assert calls == [(3, 60, 4)]

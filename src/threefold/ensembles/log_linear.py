@@ -14,6 +14,7 @@ from scipy.special import logsumexp, softmax
 
 from threefold.ensembles.base import Ensemble, check_fitted_on
 from threefold.ensembles.cross_fit import stratified_parts
+from threefold.ensembles.scaling import HIGHEST
 from threefold.errors import RecipeError, RunError
 from threefold.predictions.checks import FLOOR
 from threefold.stats.one_standard_error import simplest
@@ -69,8 +70,10 @@ class LogisticEnsemble(Ensemble):
 
     log p = a log(mean of p_i) + sum w_i log p_i + b, normalized. The penalty on the summed log loss
     is ridge * (m |w|^2 + |b|^2) + (a - 1)^2, so an infinite ridge gives exactly the mean at a
-    temperature of its own, with the same classes. The full matrix of m k^2 weights (Ting & Witten
-    1999) has too many parameters for the number of out-of-fold rows.
+    temperature of its own, with the same classes. The weights and a sum to 1 / HIGHEST or more:
+    with few rows, and all of them wrong, a sum below 0 would reverse the classes. The full
+    matrix of m k^2 weights (Ting & Witten 1999) has too many parameters for the number of
+    out-of-fold rows.
 
     Args:
         ridge: None = chosen from RIDGES by five-fold cross-validation on up to 2,000 rows: the
@@ -151,7 +154,8 @@ class _LogLinear:
         labels: (n,).
         penalty: (q, q) with q = p, or p + k with a bias.
         center: (q,).
-        bias: whether the last k parameters are a bias of each class.
+        bias: whether the last k parameters are a bias of each class. If so, the other parameters sum
+            to at least 1 / HIGHEST.
         positive: whether parameters must not be negative.
     """
 
@@ -238,12 +242,18 @@ class _LogLinear:
     def _newton_target(
         self, theta: np.ndarray, slope: np.ndarray, hessian: np.ndarray
     ) -> np.ndarray:
-        """Minimize the local quadratic model, over values >= 0 if `positive`."""
+        """Minimize the local quadratic model within the bounds of the parameters."""
         root = np.linalg.cholesky(hessian + 1e-6 * np.diag(np.diag(hessian)))
         target = root.T @ theta - np.linalg.solve(root, slope)
         if self.positive:
             return np.asarray(nnls(root.T, target)[0])
-        return np.asarray(np.linalg.solve(root.T, target))
+        target = np.linalg.solve(root.T, target)
+        missing = 1 / HIGHEST - target[: self.p].sum()
+        if missing > 0:
+            total = np.repeat([1.0, 0.0], [self.p, self.k])
+            direction = np.linalg.solve(root.T, np.linalg.solve(root, total))
+            target = target + missing / (total @ direction) * direction
+        return np.asarray(target)
 
 
 def _mean_parameters(m: int, k: int) -> np.ndarray:
