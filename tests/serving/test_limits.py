@@ -9,22 +9,26 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from support.server import picture, post, server_process, serving, write_model
+from support.server import picture, post, server_process, serving, wait_until, write_model
 
+from threefold.runtime.model import Model
 from threefold.serving import app
+from threefold.serving.batching import Inference
 from threefold.serving.limits import ServerLimits
 
 RED = picture((200, 30, 30))
-BOUNDARY = b"--b\r\ncontent-disposition: form-data; name=files; filename=a.png\r\n\r\n"
+PART = b"--b\r\ncontent-disposition: form-data; name=files; filename=a.png\r\n\r\n"
+END = b"\r\n--b--\r\n"
+Connect = Callable[[str], socket.socket]
 
 
 @pytest.fixture(scope="module")
@@ -32,56 +36,117 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "m.onnx")
 
 
-OPENED: list[socket.socket] = []
+@pytest.fixture
+def connect() -> Iterator[Connect]:
+    """Opens a connection to a server's URL; all are closed after the test."""
+    connections: list[socket.socket] = []
+
+    def open_connection(address: str) -> socket.socket:
+        host, port = address.removeprefix("http://").split(":")
+        connections.append(socket.create_connection((host, int(port)), timeout=30))
+        return connections[-1]
+
+    yield open_connection
+    for connection in connections:
+        connection.close()
 
 
-@pytest.fixture(autouse=True)
-def close_all() -> Iterator[None]:
-    yield
-    while OPENED:
-        OPENED.pop().close()
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """An event before which no model answers."""
+    event = threading.Event()
+    make_inference = app.make_inference
+
+    def make_slow_inference(model: Model) -> Inference:
+        infer = make_inference(model)
+
+        def slow(*args: Any) -> Any:
+            event.wait(30)
+            return infer(*args)
+
+        return slow
+
+    monkeypatch.setattr(app, "make_inference", make_slow_inference)
+    yield event
+    event.set()
 
 
-def connect(address: str) -> socket.socket:
-    host, port = address.removeprefix("http://").split(":")
-    OPENED.append(socket.create_connection((host, int(port)), timeout=30))
-    return OPENED[-1]
+def request_head(length: int | None) -> bytes:
+    """The header of a form for /predict; without a length the body comes in chunks."""
+    framing = "transfer-encoding: chunked" if length is None else f"content-length: {length}"
+    lines = [
+        "POST /predict HTTP/1.1",
+        "host: 127.0.0.1",
+        "content-type: multipart/form-data; boundary=b",
+        framing,
+    ]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
-def head(length: int | None, more: str = "") -> bytes:
-    size = "transfer-encoding: chunked" if length is None else f"content-length: {length}"
-    return f"POST /predict HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: multipart/form-data; boundary=b\r\n{size}\r\n{more}\r\n".encode()
-
-
-def answer(connection: socket.socket) -> tuple[int, dict[str, Any]]:
-    """Status and JSON of what a server says before it closes or waits."""
-    found = b""
-    while b"\r\n\r\n" not in found or len(found.partition(b"\r\n\r\n")[2]) < int(
-        re.search(rb"content-length: (\d+)", found)[1]
-    ):  # type: ignore[index]
+def read_response(connection: socket.socket) -> tuple[int, dict[str, Any]]:
+    """Read one response: its status and JSON."""
+    received = b""
+    while True:
         part = connection.recv(65536)
-        assert part, found
-        found += part
-    top, _, body = found.partition(b"\r\n\r\n")
-    return int(top.split()[1]), json.loads(body)
+        assert part, received
+        received += part
+        head, separator, body = received.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head)
+        if separator and length is not None and len(body) >= int(length[1]):
+            return int(head.split()[1]), json.loads(body)
 
 
-def closed(connection: socket.socket) -> bool:
-    """Whether the server closes the connection within the timeout."""
-    try:
+def read_error(connection: socket.socket) -> tuple[int, str]:
+    """Read one response that is an error: its status and code."""
+    status, tree = read_response(connection)
+    return status, tree["error"]["code"]
+
+
+def error_of(response: httpx.Response) -> tuple[int, str]:
+    return response.status_code, response.json()["error"]["code"]
+
+
+def read_to_end(connection: socket.socket) -> None:
+    """Read until the server closes the connection; fails at the timeout."""
+    with suppress(ConnectionResetError):
         while connection.recv(65536):
             pass
-    except ConnectionResetError:
-        pass
+
+
+def can_send(connection: socket.socket) -> bool:
+    try:
+        connection.sendall(b"x")
+    except OSError:  # reset, or broken pipe
+        return False
     return True
 
 
-def test_slow_senders_are_answered_and_left(path: Path) -> None:
-    """A header that does not end, a body that does not end, nothing at all; others are answered meanwhile."""
+def has_data(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        return bool(connection.recv(1, socket.MSG_PEEK))
+    except BlockingIOError:
+        return False
+    finally:
+        connection.settimeout(30)
+
+
+def metrics_of(address: str) -> str:
+    return httpx.get(f"{address}/metrics").text
+
+
+def wait_for_requests(address: str, count: int) -> None:
+    """Wait until the server has that many requests to /predict in flight."""
+    line = f"threefold_requests_in_flight {count}.0"
+    wait_until(lambda: line in metrics_of(address), 20)
+
+
+def test_slow_senders_are_refused(path: Path, connect: Connect) -> None:
+    """No header, a header and a body that do not end; other clients are answered meanwhile."""
     with serving(path, ServerLimits(header_seconds=1, body_seconds=2)) as address:
         silent, slow_head, slow_body = connect(address), connect(address), connect(address)
         slow_head.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n")
-        slow_body.sendall(head(1000) + BOUNDARY)
+        slow_body.sendall(request_head(1000) + PART)
         stop = threading.Event()
 
         def drip() -> None:
@@ -92,216 +157,182 @@ def test_slow_senders_are_answered_and_left(path: Path) -> None:
 
         dripping = threading.Thread(target=drip, daemon=True)
         dripping.start()
+
         assert post(address, RED).status_code == 200
         for connection in (silent, slow_head, slow_body):
-            status, told = answer(connection)
-            assert (status, told["error"]["code"]) == (408, "slow")
-            assert closed(connection)
+            assert read_error(connection) == (408, "slow")
+            read_to_end(connection)
         stop.set()
         dripping.join()
-        assert 'route="/predict",status="408"} 1.0' in httpx.get(f"{address}/metrics").text
+        assert 'route="/predict",status="408"} 1.0' in metrics_of(address)
 
 
-def test_who_goes_on_sending_after_the_answer_is_cut_off(path: Path) -> None:
+def test_sending_after_the_answer_is_cut_off(path: Path, connect: Connect) -> None:
     with serving(path, ServerLimits(body_bytes=1000, header_seconds=1)) as address:
         connection = connect(address)
-        connection.sendall(head(10**9) + BOUNDARY)
-        assert answer(connection)[0] == 413
-        _until(lambda: not _takes(connection))
+        connection.sendall(request_head(10**9) + PART)
+
+        assert read_response(connection)[0] == 413
+        wait_until(lambda: not can_send(connection), 20)
 
 
-def _takes(connection: socket.socket) -> bool:
-    try:
-        connection.sendall(b"x")
-    except OSError:  # reset, or broken pipe
-        return False
-    return True
-
-
-def test_a_gigabyte_is_refused_by_its_header_or_where_it_passes_the_limit(path: Path) -> None:
+def test_a_gigabyte_is_refused_by_its_header(path: Path, connect: Connect) -> None:
     with serving(path) as address:
         connection = connect(address)
-        connection.sendall(head(2**30))
-        assert answer(connection)[1]["error"]["code"] == "too_many_bytes"
+
+        connection.sendall(request_head(2**30))
+
+        assert read_error(connection) == (413, "too_many_bytes")
+
+
+def test_chunks_are_refused_where_they_pass_the_limit(path: Path, connect: Connect) -> None:
+    chunk = b"100000\r\n" + bytes(2**20) + b"\r\n"
+    with serving(path) as address:
         connection = connect(address)
-        connection.sendall(head(None) + f"{len(BOUNDARY):x}\r\n".encode() + BOUNDARY + b"\r\n")
-        sent = 0
-        chunk = b"100000\r\n" + bytes(2**20) + b"\r\n"
-        while sent < 40 and not _readable(connection):
+        connection.sendall(request_head(None) + f"{len(PART):x}\r\n".encode() + PART + b"\r\n")
+
+        for _ in range(40):
+            if has_data(connection):
+                break
             connection.sendall(chunk)
-            sent += 1
-        status, told = answer(connection)
-        assert (status, told["error"]["code"]) == (413, "too_many_bytes")
-        assert "threefold_request_bytes 0.0" in httpx.get(f"{address}/metrics").text
+
+        assert read_error(connection) == (413, "too_many_bytes")
+        assert "threefold_request_bytes 0.0" in metrics_of(address)
 
 
-def _readable(connection: socket.socket) -> bool:
-    connection.setblocking(False)
-    try:
-        return bool(connection.recv(1, socket.MSG_PEEK))
-    except BlockingIOError:
-        return False
-    finally:
-        connection.setblocking(True)
-        connection.settimeout(30)
-
-
-@contextmanager
-def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """The model does not answer before the event."""
-    gate = threading.Event()
-    real = app.make_inference
-
-    def slow(model: Any) -> Any:
-        run = real(model)
-        return lambda images, policy: (gate.wait(30), run(images, policy))[1]
-
-    monkeypatch.setattr(app, "make_inference", slow)
-    yield gate
-    gate.set()
-
-
-def test_more_requests_than_can_be_answered(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with (
-        held(monkeypatch) as gate,
-        serving(path, ServerLimits(requests=3)) as address,
-        ThreadPoolExecutor(3) as pool,
-    ):
+def test_more_requests_than_can_be_answered(path: Path, gate: threading.Event) -> None:
+    with serving(path, ServerLimits(requests=3)) as address, ThreadPoolExecutor(3) as pool:
         running = [pool.submit(post, address, RED) for _ in range(3)]
-        _until(lambda: "threefold_requests_in_flight 3.0" in httpx.get(f"{address}/metrics").text)
+        wait_for_requests(address, 3)
+
         refused = post(address, RED)
-        assert (
-            refused.status_code,
-            refused.json()["error"]["code"],
-            refused.headers["retry-after"],
-        ) == (
-            429,
-            "busy",
-            "1",
-        )
+
+        assert error_of(refused) == (429, "busy")
+        assert refused.headers["retry-after"] == "1"
         assert httpx.get(f"{address}/health").status_code == 200
         gate.set()
-        assert [f.result().status_code for f in running] == [200] * 3
+        assert [request.result().status_code for request in running] == [200] * 3
         assert post(address, RED).status_code == 200
 
 
-def _until(true: Any, seconds: float = 20) -> None:
-    began = time.monotonic()
-    while not true():
-        assert time.monotonic() - began < seconds
-        time.sleep(0.02)
-
-
-def test_an_answer_that_takes_too_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with held(monkeypatch) as gate, serving(path, ServerLimits(answer_seconds=1)) as address:
+def test_an_answer_that_takes_too_long(path: Path, gate: threading.Event) -> None:
+    with serving(path, ServerLimits(answer_seconds=1)) as address:
         late = post(address, RED)
-        assert (late.status_code, late.json()["error"]["code"]) == (503, "timeout")
+
+        assert error_of(late) == (503, "timeout")
         gate.set()
         assert post(address, RED).status_code == 200
 
 
-def test_bytes_of_all_requests_together(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_of_all_requests_together(path: Path, gate: threading.Event) -> None:
     big = RED + bytes(60_000)
-    with (
-        held(monkeypatch) as gate,
-        serving(path, ServerLimits(total_bytes=100_000)) as address,
-        ThreadPoolExecutor(1) as pool,
-    ):
+    with serving(path, ServerLimits(total_bytes=100_000)) as address, ThreadPoolExecutor(1) as pool:
         first = pool.submit(post, address, big)
-        _until(lambda: "threefold_requests_in_flight 1.0" in httpx.get(f"{address}/metrics").text)
+        wait_for_requests(address, 1)
+
         second = post(address, big)
-        assert (second.status_code, second.json()["error"]["code"]) == (503, "full")
+
+        assert error_of(second) == (503, "full")
         gate.set()
         assert first.result().status_code == 200
         assert post(address, big).status_code == 200
 
 
-def test_connections_without_end(path: Path) -> None:
+def test_too_many_connections(path: Path, connect: Connect) -> None:
     with serving(path, ServerLimits(connections=20)) as address:
         crowd = [connect(address) for _ in range(20)]
         time.sleep(0.2)
-        status, told = answer(connect(address))
-        assert (status, told["error"]["code"]) == (503, "full")
+
+        assert read_error(connect(address)) == (503, "full")
         for connection in crowd:
             connection.close()
-        _until(lambda: _works(address))
+        wait_until(lambda: post(address, RED).status_code == 200, 20)
 
 
-def _works(address: str) -> bool:
-    return post(address, RED).status_code == 200
-
-
-def test_what_is_not_http(path: Path) -> None:
+@pytest.mark.parametrize(
+    "noise",
+    [
+        b"\x16\x03\x01\x02\x00" + bytes(50),
+        b"HELLO\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n",
+        b"GET /" + b"a" * 100_000,
+    ],
+    ids=["TLS", "a word", "two hosts", "a long path"],
+)
+def test_what_is_not_http(path: Path, connect: Connect, noise: bytes) -> None:
     with serving(path) as address:
-        for noise in (
-            b"\x16\x03\x01\x02\x00" + bytes(50),
-            b"HELLO\r\n\r\n",
-            b"GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n",
-            b"GET /" + b"a" * 100_000,
-        ):
-            connection = connect(address)
-            connection.sendall(noise)
-            status, told = answer(connection)
-            assert (status, told["error"]["code"]) == (400, "bad_request")
+        connection = connect(address)
+
+        connection.sendall(noise)
+
+        assert read_error(connection) == (400, "bad_request")
         assert post(address, RED).status_code == 200
 
 
-def test_clients_that_leave_leave_nothing(path: Path) -> None:
+def test_clients_that_leave_leave_nothing(path: Path, connect: Connect) -> None:
+    head = request_head(500)
+    request = head + PART + RED
     with serving(path) as address:
-        for cut in (10, 120, len(head(500)), len(head(500) + BOUNDARY) + 20):
+        for length in (10, 120, len(head), len(head + PART) + 20):
             for _ in range(10):
                 connection = connect(address)
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                connection.sendall((head(500) + BOUNDARY + RED)[:cut])
+                connection.sendall(request[:length])
                 connection.close()
-        _until(lambda: "threefold_requests_in_flight 0.0" in httpx.get(f"{address}/metrics").text)
-        text = httpx.get(f"{address}/metrics").text
-        assert "threefold_request_bytes 0.0" in text
-        assert "threefold_images_waiting 0.0" in text
+
+        wait_for_requests(address, 0)
+        metrics = metrics_of(address)
+        assert "threefold_request_bytes 0.0" in metrics
+        assert "threefold_images_waiting 0.0" in metrics
         assert post(address, RED).status_code == 200
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
-def test_an_orderly_end_answers_what_is_in_flight(path: Path, sign: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_orderly_end_answers_what_is_in_flight(
+    path: Path, connect: Connect, number: signal.Signals
+) -> None:
+    body = PART + RED + END
+
+    def accepts(address: str) -> bool:
+        try:
+            connect(address).close()
+        except ConnectionRefusedError:
+            return False
+        return True
+
     with server_process(path) as (server, address):
         half = connect(address)
-        body = BOUNDARY + RED + b"\r\n--b--\r\n"
-        half.sendall(head(len(body)) + body[:100])
+        half.sendall(request_head(len(body)) + body[:100])
         idle = connect(address)
-        _until(lambda: "threefold_requests_in_flight 1.0" in httpx.get(f"{address}/metrics").text)
-        server.send_signal(sign)
-        _until(lambda: not _accepts(address))
+        wait_for_requests(address, 1)
+
+        server.send_signal(number)
+        wait_until(lambda: not accepts(address), 20)
         half.sendall(body[100:])
-        status, told = answer(half)
+
+        status, tree = read_response(half)
         assert status == 200
-        assert told["answers"][0]["label"] == "red"
-        assert closed(idle)
+        assert tree["answers"][0]["label"] == "red"
+        read_to_end(idle)
         assert server.wait(20) == 0
         assert server.stderr is not None
         assert "Traceback" not in server.stderr.read()
 
 
-def _accepts(address: str) -> bool:
-    try:
-        connect(address).close()
-    except ConnectionRefusedError:
-        return False
-    return True
-
-
 def test_random_bytes_never_make_an_internal_error(path: Path) -> None:
     rng = np.random.default_rng(0)
+    media_types = ("application/json", "multipart/form-data; boundary=b", "image/png")
     with serving(path) as address, httpx.Client(timeout=30) as client:
         for _ in range(60):
-            kind = ("application/json", "multipart/form-data; boundary=b", "image/png")[
-                rng.integers(3)
-            ]
+            media_type = media_types[rng.integers(3)]
             content = bytes(rng.integers(0, 256, rng.integers(0, 300), dtype=np.uint8))
             if rng.random() < 0.5:
-                damaged = bytearray(BOUNDARY + RED + b"\r\n--b--\r\n")
+                damaged = bytearray(PART + RED + END)
                 damaged[rng.integers(len(damaged))] = rng.integers(256)
                 content = bytes(damaged)
+
             response = client.post(
-                f"{address}/predict", content=content, headers={"content-type": kind}
+                f"{address}/predict", content=content, headers={"content-type": media_type}
             )
+
             assert response.status_code in (200, 400, 413, 415), response.text
