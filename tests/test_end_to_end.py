@@ -1,4 +1,4 @@
-"""The whole, as a person runs it: commands in processes of their own, stopped and started again."""
+"""The program as a person runs it: commands in their own processes, stopped and resumed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,29 +19,31 @@ from threefold.recipe import Recipe
 pytestmark = pytest.mark.slow
 
 
-def start(*words: str) -> subprocess.Popen[str]:
+def start(*words: str | Path) -> subprocess.Popen[str]:
+    """Start `threefold` with these words in a process of its own."""
+    # A shell's background job ignores Ctrl-C, and so would every process that it starts.
+    restore_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(
-        [sys.executable, "-m", "threefold", *words],
+        [sys.executable, "-m", "threefold", *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell's background job ignores Ctrl-C, and so would all that it starts.
-        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-        if os.name == "posix"
-        else None,
+        preexec_fn=restore_interrupts if os.name == "posix" else None,
     )
 
 
 def hashes(run: Path) -> dict[str, str]:
+    """Hashes of a run's weights and arrays."""
     return {
-        str(p.relative_to(run)): sha256(p)
-        for p in sorted(run.rglob("*"))
-        if p.suffix in (".safetensors", ".npz")
+        str(path.relative_to(run)): sha256(path)
+        for path in sorted(run.rglob("*"))
+        if path.suffix in (".safetensors", ".npz")
     }
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a tiny recipe, in a folder of its own."""
     folder = tmp_path_factory.mktemp("stopped")
     path = folder / "tiny.toml"
     path.write_text(Recipe.parse(tiny_tree(make_folder(folder / "images", 12, 4))).dump())
@@ -48,62 +51,56 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(recipe: Path) -> dict[str, str]:
+def uninterrupted(recipe: Path) -> dict[str, str]:
     """Hashes of an uninterrupted run."""
-    run = start("train", str(recipe), "--out", str(recipe.parent / "whole"))
-    assert run.communicate()[1] == ""
-    return hashes(recipe.parent / "whole")
+    folder = recipe.parent / "uninterrupted"
+    _, errors = start("train", recipe, "--out", folder).communicate()
+    assert errors == ""
+    return hashes(folder)
+
+
+def stop(recipe: Path, folder: Path, sign: signal.Signals) -> tuple[int, str]:
+    """Send a signal to a training run once a job is done; return its code and error output."""
+    process = start("train", recipe, "--out", folder)
+    while not list(folder.rglob("done.json")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(sign)
+    _, errors = process.communicate()
+    return process.returncode, errors
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_run_goes_on_to_the_same_bits(
-    recipe: Path, whole: dict[str, str], tmp_path: Path, sign: signal.Signals
+def test_a_stopped_run_resumes_to_the_same_bits(
+    recipe: Path, uninterrupted: dict[str, str], tmp_path: Path, sign: signal.Signals
 ) -> None:
-    cut = start("train", str(recipe), "--out", str(tmp_path / "cut"))
-    while not list((tmp_path / "cut").rglob("done.json")) and cut.poll() is None:
-        time.sleep(0.01)
-    cut.send_signal(sign)
-    _, errors = cut.communicate()
+    folder = tmp_path / "stopped"
+    code, errors = stop(recipe, folder, sign)
+
+    resumed = start("train", recipe, "--out", folder, "--verbose")
+    output, _ = resumed.communicate()
+
     if sign == signal.SIGINT:
-        assert cut.returncode == 130
-        assert f"Resume with: threefold train {recipe} --out {tmp_path / 'cut'}" in errors
-    again = start("train", str(recipe), "--out", str(tmp_path / "cut"), "--verbose")
-    output, _ = again.communicate()
-    assert again.returncode == 0
+        assert code == 130
+        assert f"Resume with: threefold train {recipe} --out {folder}" in errors
+    assert resumed.returncode == 0
     assert "already done" in output
-    assert hashes(tmp_path / "cut") == whole
+    assert hashes(folder) == uninterrupted
 
 
-def test_fit_keeps_its_budget_and_ends_in_a_file_that_answers(tmp_path: Path) -> None:
-    root = make_folder(tmp_path / "my photos", 30)
+def test_fit_keeps_its_budget_and_exports(tmp_path: Path) -> None:
+    root, folder = make_folder(tmp_path / "my photos", 30), tmp_path / "run"
+    options = ["--budget", "1m", "--members", "tf_efficientnet_lite0"]
     began = time.monotonic()
-    fit = start(
-        "fit",
-        str(root),
-        "--out",
-        str(tmp_path / "run"),
-        "--budget",
-        "1m",
-        "--members",
-        "tf_efficientnet_lite0",
-    )
+
+    fit = start("fit", root, "--out", folder, *options)
     output, errors = fit.communicate()
+    seconds = time.monotonic() - began
+    answers, _ = start("predict", folder / "model.onnx", root / "red").communicate()
+
     assert fit.returncode == 0, errors
     assert "Expect" in output
-    assert time.monotonic() - began < 240  # a bound on what is planned, not a benchmark
-    answer = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "threefold",
-            "predict",
-            str(tmp_path / "run/model.onnx"),
-            str(root / "red"),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-    assert len(answer) == 30
-    assert sum(": red " in line for line in answer) >= 27
+    assert seconds < 240  # a bound on what is planned, not a benchmark
+    lines = answers.splitlines()
+    assert len(lines) == 30
+    assert sum(": red " in line for line in lines) >= 27

@@ -1,4 +1,4 @@
-"""What the terminal shows: quiet in a pipe, whole names and brackets, a table of 80 columns."""
+"""The terminal: quiet in a pipe, names with brackets, tables of 80 columns."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ RECORD: dict[str, Any] = {
 
 
 def watch(verbose: bool, terminal: bool) -> str:
+    """Print a note and two jobs, the first of them already done."""
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=terminal, width=100, color_system=None)
     with TerminalWatcher(console, verbose) as watcher:
@@ -38,6 +39,7 @@ def test_in_a_pipe_only_notes_are_printed_and_brackets_survive() -> None:
 
 def test_verbose_names_jobs_and_epochs() -> None:
     text = watch(verbose=True, terminal=False)
+
     assert "a fold0 one: already done" in text
     assert "a fold0 two epoch 0: loss 1.000, select 0.5000, 10 images/s" in text
 
@@ -46,7 +48,7 @@ def test_on_a_terminal_the_bar_names_the_job() -> None:
     assert "a fold0 two" in watch(verbose=False, terminal=True)
 
 
-def test_the_table_fits_80_columns_and_keeps_the_ends_of_long_names() -> None:
+def test_the_score_table_keeps_the_ends_of_long_names() -> None:
     score = Score(
         name="short",
         kind="member",
@@ -60,11 +62,11 @@ def test_the_table_fits_80_columns_and_keeps_the_ends_of_long_names() -> None:
         protocol="honest",
         fitted_on="nothing",
     )
+    long = score.replace(name="a_very_long_name_that_ends_in_its_backbone_[x]_SEResNeXt101")
     stream = io.StringIO()
-    names = ["short", "a_very_long_name_that_ends_in_its_backbone_[x]_SEResNeXt101"]
-    Console(file=stream, width=80, color_system=None).print(
-        score_table([score.replace(name=name) for name in names])
-    )
+
+    Console(file=stream, width=80, color_system=None).print(score_table([score, long]))
+
     text = stream.getvalue()
     assert max(map(len, text.splitlines())) <= 80
     assert "_SEResNeXt101" in text
@@ -73,17 +75,20 @@ def test_the_table_fits_80_columns_and_keeps_the_ends_of_long_names() -> None:
 
 
 def test_one_watcher_follows_several_runs() -> None:
-    """The last job of a run is no job of the next one."""
+    """The last job of a run does not belong to the next one."""
     with TerminalWatcher(Console(file=io.StringIO())) as watcher:
         for member in ("a", "b"):
             job = Job(member, 0, "one")
             watcher.plan([job], [10])
             watcher.job(job, skipped=False)
             watcher.batch(4)
-        assert [task.completed for task in watcher.progress.tasks] == [10, 4]
+
+        completed = [task.completed for task in watcher.progress.tasks]
+
+    assert completed == [10, 4]
 
 
-def test_a_verdict_says_of_whom_it_is() -> None:
+def test_a_verdict_names_both() -> None:
     better = Comparison(
         a="x", b="y", rows="oof", p=0.02, verdict="y is better than x: 9 against 1 images"
     )

@@ -17,6 +17,7 @@ from threefold.cli.demo import demo
 from threefold.cli.options import (
     Backbones,
     ImageTime,
+    Json,
     Mode,
     ModelFile,
     RunOut,
@@ -26,7 +27,6 @@ from threefold.cli.options import (
 )
 from threefold.cli.output import show_next_steps, show_results, show_student, watch_training
 from threefold.cli.reproduce import register as register_reproduce
-from threefold.cli.saved import Json
 from threefold.cli.saved import register as register_saved
 from threefold.errors import ExportError
 
@@ -77,7 +77,7 @@ def fit(
     sets: Sets = None,
     verbose: Verbose = False,
 ) -> None:
-    """Plan, train, ensemble, report and export: from a folder of images to one file."""
+    """Plan, train, ensemble, report and export: images to one file."""
     from threefold.recipe import parse_minutes
 
     minutes = parse_minutes(budget)  # before torch is imported, so that a typo fails at once
@@ -107,7 +107,7 @@ def plan(
     members: Backbones = "",
     sets: Sets = None,
 ) -> None:
-    """Print the recipe that would run, with every value written out and the reasons for it."""
+    """Print the recipe that would run, with the reasons for its values."""
     from threefold.recipe import parse_minutes, resolve
 
     if Path(recipe).is_dir():
@@ -127,7 +127,7 @@ def train(
     sets: Sets = None,
     verbose: Verbose = False,
 ) -> None:
-    """Train, cross-validate, ensemble and score a recipe; run it again to resume."""
+    """Train, ensemble and score a recipe; run it again to resume."""
     from threefold.recipe import resolve
 
     loaded = resolve(recipe, sets or ())  # before torch is imported, so that a typo fails at once
@@ -143,7 +143,7 @@ def train(
 @app.command()
 def export(
     run_dir: Annotated[
-        Path, typer.Argument(help="A finished run folder; with --web, also an exported .onnx file.")
+        Path, typer.Argument(help="A finished run folder; with --web also an exported .onnx file.")
     ],
     target: Annotated[
         Path,
@@ -182,7 +182,7 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write one file that answers as the run does; refuse if the answers differ."""
+    """Write one file that answers as the run does, or refuse."""
     if web is not None:
         from threefold.serving.browser import require_free
 
@@ -243,7 +243,10 @@ def distill(
     sets: Sets = None,
     verbose: Verbose = False,
 ) -> None:
-    """Train one small network on an ensemble's answers, beside a twin that learns from labels."""
+    """Train one small network on an ensemble's answers.
+
+    A twin that learns from the labels alone is trained beside it.
+    """
     from threefold.api import default_folder
     from threefold.api import distill as distill_run
 
@@ -265,7 +268,7 @@ def predict(
     images: Annotated[
         list[str], typer.Argument(help="Files, folders, or - for a list on standard input.")
     ],
-    top: Annotated[int, typer.Option("--top", min=1, help="How many classes to name.")] = 3,
+    top: Annotated[int, typer.Option("--top", min=1, help="Number of classes to name.")] = 3,
     as_json: Json = False,
     csv: Annotated[
         bool, typer.Option("--csv", help="One row per image with every probability.")
@@ -273,7 +276,7 @@ def predict(
     mode: Mode = "full",
     budget: ImageTime = "",
 ) -> None:
-    """Classify images with an exported file; needs neither torch nor the run."""
+    """Classify images with an exported file; needs no torch."""
     from threefold.runtime import predict as answers
 
     form = "text"
@@ -314,7 +317,7 @@ def serve(
     mode: Mode = "full",
     budget: ImageTime = "",
 ) -> None:
-    """Serve a page to drop images on, and POST /predict for programs."""
+    """Serve a web page to drop images on, and POST /predict."""
     from threefold.runtime.predict import parse_policy
     from threefold.serving.app import LOOPBACK, run_server
     from threefold.serving.limits import ServerLimits
@@ -336,7 +339,7 @@ def list_(
         str, typer.Argument(help="For backbones: a pattern, e.g. '*convnext*'.")
     ] = "*",
 ) -> None:
-    """Name what a recipe can use."""
+    """List the names that a recipe can use."""
     from threefold.cli.catalog import catalogue
 
     for line in catalogue(what, pattern):

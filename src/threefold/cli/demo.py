@@ -5,11 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from threefold.cli.console import out
+from threefold.cli.options import RunOut, Verbose
 from threefold.cli.output import show_next_steps, show_results, watch_training
 from threefold.errors import ExportError
 
@@ -18,12 +17,10 @@ if TYPE_CHECKING:
 
 
 def demo(
-    out_dir: Annotated[Path, typer.Option("--out", help="The run folder.")] = Path("runs/demo"),
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="Print a line per job and epoch.")
-    ] = False,
+    out_dir: RunOut = Path("runs/demo"),
+    verbose: Verbose = False,
 ) -> None:
-    """Train, ensemble, report, export and predict: pretrained members, real images, minutes."""
+    """Train, ensemble, export and predict on real images, in minutes."""
     from threefold import api
     from threefold.recipe import packaged
 
@@ -43,7 +40,7 @@ def demo(
 
 
 def write_sample_image(run: Run) -> tuple[Path, str]:
-    """Write one test image of a run as sample.png in its folder; return its path and class."""
+    """Write one test image as sample.png into the run folder; return its path and class."""
     from PIL import Image
 
     sources = run.sources

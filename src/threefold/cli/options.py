@@ -23,17 +23,18 @@ WallTime = Annotated[
 Backbones = Annotated[
     str, typer.Option("--members", help="timm names of the backbones, separated by commas.")
 ]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 ModelFile = Annotated[Path, typer.Argument(help="An exported model file.")]
 Mode = Annotated[
     str,
     typer.Option(
-        "--mode", help="full: ask every member; fast: stop when the first members are sure."
+        "--mode", help="full: run every member; fast: stop once the first members are sure."
     ),
 ]
 ImageTime = Annotated[
     str,
     typer.Option(
         "--budget",
-        help="Time per image, e.g. 15ms: use as many members as fit, measured on this machine.",
+        help="Time per image, e.g. 15ms: run as many members as fit, measured on this machine.",
     ),
 ]

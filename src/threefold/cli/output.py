@@ -39,19 +39,14 @@ def watch_training(verbose: bool, command: str) -> Iterator[TerminalWatcher]:
 
 def show_results(run: Run) -> None:
     """Print the score table, the accuracy to expect, the largest optimism and suspect labels."""
-    from threefold.cli.terminal import score_table
+    from threefold.cli.terminal import expected_line, score_table
 
     results = run.results
     out.print(score_table(results.scores, results.chosen))
     out.print(f"< chosen: {results.chosen} ({plain(results.chosen_reason)})")
     expected, audit = results.expected, results.audit
     if expected is not None:
-        low, high = expected.interval
-        out.print(
-            f"\nExpect [bold]{expected.accuracy:.1%}[/] of new images to be right "
-            f"(95 % interval {low:.1%} to {high:.1%}; "
-            f"{expected.n:,} {expected.basis}, protocol {results.protocol})."
-        )
+        out.print(f"\n{expected_line(expected, results.protocol)}")
     if results.optimism:
         largest = max(results.optimism, key=lambda line: line.difference)
         points = f"{100 * largest.difference:+.1f} points"

@@ -9,7 +9,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from threefold.cli.console import err, out
+from threefold.cli.console import out
+from threefold.cli.options import Sets
+from threefold.cli.output import watch_training
 
 if TYPE_CHECKING:
     from threefold.paper.results import CellResult, ItemResults
@@ -18,11 +20,7 @@ _TEXT_COLUMNS = ("", "rows", "network here", "run", "member", "stage")
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb to the command line.
-
-    Args:
-        app: the command line.
-    """
+    """Add the verb to the command line."""
     app.command("reproduce")(reproduce)
 
 
@@ -56,12 +54,9 @@ def reproduce(
     seeds: Annotated[
         int, typer.Option("--seeds", min=1, help="Number of seeds to train and compare over.")
     ] = 1,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="PATH=VALUE", help="Change one recipe value."),
-    ] = None,
+    sets: Sets = None,
 ) -> None:
-    """Run a table or figure of the paper again, and show it beside the paper's values."""
+    """Run a table or figure of the paper again, beside its values."""
     from threefold.paper.items import find_item
     from threefold.paper.scales import check_words
 
@@ -71,7 +66,6 @@ def reproduce(
     item = find_item(name)
     known_scale, known_protocol = check_words(scale, protocol)
     folder = out_dir or Path("runs/reproduce") / f"{item.name}-{scale}-{protocol}"
-    from threefold.cli.terminal import TerminalWatcher
     from threefold.paper.figures import draw_figure
     from threefold.paper.reproduce import Reproduction, reproduce_item
 
@@ -84,12 +78,8 @@ def reproduce(
         seeds=seeds,
         overrides=tuple(sets or ()),
     )
-    try:
-        with TerminalWatcher(out) as watcher:
-            results = reproduce_item(plan, watcher)
-    except KeyboardInterrupt:
-        err.print("[yellow]stopped[/]; finished work is kept. The same command continues it")
-        raise SystemExit(130) from None
+    with watch_training(verbose=False, command="the same command") as watcher:
+        results = reproduce_item(plan, watcher)
     show_results(results)
     figure = draw_figure(results, folder / "reproduce.png")
     out.print(f"\nfigure {figure}\nvalues {folder / 'reproduce.json'}", markup=False)

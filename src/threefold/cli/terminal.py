@@ -1,4 +1,4 @@
-"""What a person sees in the terminal while members train, and the tables at the end."""
+"""The terminal: progress while members train, and the tables of results, in 80 columns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TaskProgressColumn,
     TextColumn,
@@ -21,6 +20,7 @@ from threefold.predictions.results_schema import (
     ClassScore,
     Comparison,
     DistillationResults,
+    Expected,
     Optimism,
     Score,
     ShortScore,
@@ -29,24 +29,28 @@ from threefold.recipe import Job, fold_name
 from threefold.training.watcher import Watcher
 
 NAME = 22
-"""Characters of a name in a table that fits 80 columns; the ends of long names differ, so these are kept."""
+"""Characters of a name in a table. Of longer names the ends are shown, which differ more often."""
 
 
 class TerminalWatcher(Watcher):
-    """Shows a progress bar on a terminal and nothing elsewhere; `verbose` adds a line per job and epoch."""
+    """Show a progress bar on a terminal, and nothing elsewhere.
+
+    Args:
+        console: where to print.
+        verbose: print a line per job and epoch.
+    """
 
     def __init__(self, console: Console, verbose: bool = False) -> None:
         self.console, self.verbose = console, verbose
-        columns = [
+        self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TaskProgressColumn(),
             TimeRemainingColumn(),
             TextColumn("[dim]{task.fields[speed]}"),
-            MofNCompleteColumn(),
-        ]
-        self.progress = Progress(
-            *columns[:-1], console=console, transient=True, disable=not console.is_terminal
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
         )
         self.images: dict[Job, int] = {}
         self.current: Job | None = None
@@ -60,17 +64,17 @@ class TerminalWatcher(Watcher):
         self.progress.stop()
 
     def plan(self, jobs: Sequence[Job], images: Sequence[int]) -> None:
-        """Set up the bar over all jobs; a run before this one has its bar filled."""
-        self._close()
+        """Start a bar over all jobs; fill the bar of the run before."""
+        self._fill_job()
         self.current = None
         self.images = dict(zip(jobs, images, strict=True))
         self.bar = self.progress.add_task("training", total=sum(images), speed="")
 
     def job(self, job: Job, skipped: bool) -> None:
         """Name the job; a skipped one counts as done."""
-        self._close()
+        self._fill_job()
         self.current, self.seen = job, 0
-        label = f"{job.member} {fold_name(job.fold)} {job.stage}"
+        label = _label(job)
         if self.verbose or (skipped and self.console.is_terminal):
             self.console.print(f"[dim]{label}{': already done' if skipped else ''}[/]")
         self.progress.update(self.bar, description=label)
@@ -81,35 +85,55 @@ class TerminalWatcher(Watcher):
         self.progress.advance(self.bar, images)
 
     def epoch(self, record: dict[str, Any]) -> None:
-        """Show the speed; with `verbose` the whole line."""
-        self.progress.update(
-            self.bar,
-            speed=f"{record['images_per_second']:.0f} images/s, select {record['select_accuracy']:.3f}",
-        )
+        """Show the speed; with `verbose` print a line."""
+        speed = f"{record['images_per_second']:.0f} images/s"
+        self.progress.update(self.bar, speed=f"{speed}, select {record['select_accuracy']:.3f}")
         if self.verbose and self.current:
             self.console.print(
-                f"  {self.current.member} {fold_name(self.current.fold)} {self.current.stage} epoch {record['epoch']}: loss {record['loss']:.3f}, "
-                f"select {record['select_accuracy']:.4f}, {record['images_per_second']:.0f} images/s",
+                f"  {_label(self.current)} epoch {record['epoch']}: loss {record['loss']:.3f}, "
+                f"select {record['select_accuracy']:.4f}, {speed}",
                 highlight=False,
             )
 
     def note(self, text: str) -> None:
-        """A line to be read."""
+        """Print a note."""
         self.console.print(f"[yellow]note[/yellow] {escape(text)}", highlight=False)
 
-    def _close(self) -> None:
-        """A job that stopped early, or was skipped, still fills its part of the bar."""
+    def _fill_job(self) -> None:
+        """Fill the current job's part of the bar, if it stopped early or was skipped."""
         if self.current is not None:
             self.progress.advance(self.bar, max(0, self.images[self.current] - self.seen))
 
 
+def _label(job: Job) -> str:
+    return f"{job.member} {fold_name(job.fold)} {job.stage}"
+
+
+def _table(text: Sequence[str], numbers: Sequence[str], title: str | None = None) -> Table:
+    """Return a table without lines: columns of text, then right-aligned numbers."""
+    table = Table(
+        box=None,
+        header_style="dim",
+        pad_edge=False,
+        title=title,
+        title_style="dim",
+        title_justify="left",
+    )
+    for name in text:
+        table.add_column(name, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+_SCORE_COLUMNS = ("accuracy %", "95 % interval", "log loss", "ECE")
+
+
 def score_table(scores: Sequence[Score], chosen: str | None = None) -> Table:
-    """Scores as a table, ensembles below members, the chosen one marked; what was fitted where is in results.json."""
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("", "rows", "% right", "95 % interval", "log loss", "ECE"):
-        table.add_column(name, justify="left" if name in ("", "rows") else "right", no_wrap=True)
+    """Return a table of scores, with ensembles in bold and the chosen one marked."""
+    table = _table(("", "rows"), _SCORE_COLUMNS)
     for s in scores:
-        name = escape(_short(s.name))
+        name = escape(_shorten(s.name))
         if s.kind == "ensemble":
             name = f"[bold]{name}[/]"
             if s.name == chosen:
@@ -119,7 +143,7 @@ def score_table(scores: Sequence[Score], chosen: str | None = None) -> Table:
 
 
 def _figures(s: Score | ShortScore) -> list[str]:
-    """Accuracy, interval, log loss and calibration error as the score tables show them."""
+    """Return the cells of _SCORE_COLUMNS."""
     low, high = s.interval
     return [
         f"{100 * s.accuracy:.2f}",
@@ -129,33 +153,34 @@ def _figures(s: Score | ShortScore) -> list[str]:
     ]
 
 
-def class_table(classes: Sequence[ClassScore], most: int = 12) -> Table:
-    """Recall, precision and F1 of the classes that are hardest to find; the rest is in the JSON and on the page."""
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("", "images", "% found", "95 % interval", "% right when named", "F1"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+def class_table(classes: Sequence[ClassScore], limit: int = 12) -> Table:
+    """Return a table of the classes with the lowest recall; JSON and page list all of them."""
+    numbers = ("images", "recall %", "95 % interval", "precision %", "F1")
+    table = _table(("",), numbers)
     known = [(c.recall, c) for c in classes if c.recall is not None]
     known.sort(key=lambda pair: pair[0])
-    for recall, c in known[:most]:
+    for recall, c in known[:limit]:
         low, high = c.interval
-        row = [
+        table.add_row(
+            escape(_shorten(c.name)),
             f"{c.n:,}",
             f"{100 * recall:.1f}",
             f"{100 * low:.1f} - {100 * high:.1f}",
             "-" if c.precision is None else f"{100 * c.precision:.1f}",
             "-" if c.f1 is None else f"{c.f1:.3f}",
-        ]
-        table.add_row(escape(_short(c.name)), *row)
-    if len(known) > most:
-        table.add_row(f"[dim]and {len(known) - most} more[/]")
+        )
+    if len(known) > limit:
+        table.add_row(f"[dim]and {len(known) - limit} more[/]")
     return table
 
 
 def pair_table(pairs: Sequence[Comparison]) -> Table:
-    """Paired comparisons: images that only one has right, the difference with its interval, p after Holm's correction."""
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("A", "B", "A only", "B only", "points", "95 % interval", "Holm p"):
-        table.add_column(name, justify="left" if name in ("A", "B") else "right", no_wrap=True)
+    """Return a table of paired comparisons.
+
+    Its columns are the images that only one of the two has right, the difference with its interval,
+    and p after Holm's correction.
+    """
+    table = _table(("A", "B"), ("A only", "B only", "points", "95 % interval", "Holm p"))
     for pair in pairs:
         assert pair.difference is not None
         assert pair.interval is not None
@@ -166,21 +191,18 @@ def pair_table(pairs: Sequence[Comparison]) -> Table:
             f"{100 * low:+.2f} to {100 * high:+.2f}",
             f"{pair.p:.2g}",
         ]
-        table.add_row(*(escape(_short(name, 13)) for name in (pair.a, pair.b)), *counts, *figures)
+        names = [escape(_shorten(name, 13)) for name in (pair.a, pair.b)]
+        table.add_row(*names, *counts, *figures)
     return table
 
 
 def optimism_table(lines: Sequence[Optimism]) -> Table:
-    """What each choice promised on the rows it was made on, and what it is worth on others."""
-    table = Table(
-        box=None,
-        header_style="dim",
-        pad_edge=False,
-        title="[dim]optimism: % right on the rows of the choice, and on others[/]",
-        title_justify="left",
+    """Return a table of each choice's accuracy on the rows it was made on, and on others."""
+    table = _table(
+        ("choice",),
+        ("apparent", "honest", "difference", "95 % interval"),
+        title="optimism: accuracy in % on the rows of the choice, and on others",
     )
-    for name in ("choice", "apparent", "honest", "difference", "95 % interval"):
-        table.add_column(name, justify="left" if name == "choice" else "right", no_wrap=True)
     for line in lines:
         assert line.interval is not None
         low, high = (f"{100 * end:+.2f}" for end in line.interval)
@@ -194,26 +216,20 @@ def optimism_table(lines: Sequence[Optimism]) -> Table:
 
 
 def distill_tables(distillation: DistillationResults) -> list[Table]:
-    """Student, twin and teacher: a table of scores for each kind of rows, then one of what an answer costs."""
-    scores = []
+    """Return the scores of student, twin and teacher for each kind of rows, then their costs."""
+    tables = []
     for part in distillation.tables:
-        table = Table(box=None, header_style="dim", pad_edge=False)
-        for name in ("", "rows", "% right", "95 % interval", "log loss", "ECE"):
-            table.add_column(
-                name, justify="left" if name in ("", "rows") else "right", no_wrap=True
-            )
+        table = _table(("", "rows"), _SCORE_COLUMNS)
         for s in part.scores:
-            table.add_row(escape(_short(s.name)), f"{part.rows} {s.n}", *_figures(s))
-        scores.append(table)
-    return [*scores, _costs(distillation)]
+            table.add_row(escape(_shorten(s.name)), f"{part.rows} {s.n}", *_figures(s))
+        tables.append(table)
+    return [*tables, _cost_table(distillation)]
 
 
-def _costs(distillation: DistillationResults) -> Table:
-    """Weights, multiply-adds and bytes, each also as a multiple of the student's."""
+def _cost_table(distillation: DistillationResults) -> Table:
+    """Return weights, multiply-adds and bytes, each also as a multiple of the student's."""
     own = next(line for line in distillation.costs if line.name == distillation.student)
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("an answer costs", "weights", "", "multiply-adds", "", "file", ""):
-        table.add_column(name, justify="left" if name.startswith("an") else "right", no_wrap=True)
+    table = _table(("cost per image",), ("weights", "", "multiply-adds", "", "file", ""))
     for line in distillation.costs:
         row = []
         for value, own_value, unit in (
@@ -225,16 +241,28 @@ def _costs(distillation: DistillationResults) -> Table:
                 row += ["", ""]
             else:
                 row += [f"{value / 1e6:,.1f} {unit}", f"{value / own_value:.1f} x"]
-        table.add_row(escape(_short(line.name)), *row)
+        table.add_row(escape(_shorten(line.name)), *row)
     return table
 
 
-def _short(name: str, most: int = NAME) -> str:
-    return name if len(name) <= most else "…" + name[1 - most :]
+def _shorten(name: str, limit: int = NAME) -> str:
+    return name if len(name) <= limit else "…" + name[1 - limit :]
 
 
 def verdict_line(pair: Comparison) -> str:
-    """A comparison's verdict as a sentence of its own: it says of whom, also where no one is better."""
+    """Return a comparison's verdict as a sentence that names both, also if neither is better."""
     if pair.verdict.startswith((f"{pair.a} ", f"{pair.b} ")):
         return pair.verdict
     return f"{pair.a} and {pair.b}: {pair.verdict}"
+
+
+def expected_line(expected: Expected, protocol: str = "") -> str:
+    """Return the accuracy to expect on new images as a sentence with Rich markup."""
+    low, high = expected.interval
+    source = f"{expected.n:,} {escape(expected.basis)}"
+    if protocol:
+        source += f", protocol {protocol}"
+    return (
+        f"Expect [bold]{expected.accuracy:.1%}[/] of new images to be right "
+        f"(95 % interval {low:.1%} to {high:.1%}; {source})."
+    )
