@@ -1,17 +1,18 @@
-"""Finding wrong labels: an ensemble's out-of-fold probabilities against a single model's, on labels flipped on purpose.
+"""Find flipped labels: the out-of-fold probabilities of an ensemble against those of its members.
 
-    uv run python bench/label_audit.py [RUN | PREDS.npz] [--flips 0.05] [--seeds 3] [--rows 3000] [--folds 5] [--small]
-        [--figure docs/label_flips.png]
+    uv run python bench/label_audit.py [RUN | PREDS.npz] [--flips 0.05] [--seeds 3] [--rows 3000]
+        [--folds 5] [--small] [--figure docs/label_flips.png]
 
-Without a source: logistic regressions on the frozen features of the three packaged pretrained networks (56 px), one member
-each; with --small, logistic regression, random forest and a small perceptron on PCA of the pixels. Both on the packaged
-Fashion-MNIST images, trained out-of-fold on the flipped labels, as it would happen. With a run folder or an .npz, its
-labels are flipped afterwards: its members were trained on the unflipped labels, so the figures are optimistic.
+Without a source, three members are trained out-of-fold on the packaged Fashion-MNIST images with
+flipped labels, as would happen with real label errors: logistic regressions on the frozen features
+of the three packaged pretrained networks (56 px), or, with --small, logistic regression, random
+forest and a small perceptron on PCA of the pixels. With a run folder or an .npz, labels are flipped
+afterwards: its members were trained on the unflipped labels, so the figures are optimistic.
 
-Prints how well each ranks the flipped labels by 1 - its probability of the label, or its margin to the likeliest other
-class: AUROC, average precision (area under precision and recall), the share found among the first n, 2 n and 3 n images where n
-were flipped; precision and recall of `find_suspects`; and the mean's average precision minus each member's, by 1 - p, with a
-bootstrap interval over images (the same draws for both, averaged over the seeds).
+Rows are ranked by 1 - the probability of the label, or by the margin to the likeliest other class.
+Printed are AUROC, average precision, the share of the n flipped labels among the first n, 2 n and
+3 n rows, precision and recall of `find_suspects`, and the mean's average precision minus each
+member's (by 1 - p), with a bootstrap interval over images, averaged over the seeds.
 """
 
 from __future__ import annotations
@@ -69,38 +70,34 @@ def flip(
     return np.where(flipped, moved, labels), flipped
 
 
-def frozen(rows: int) -> list[np.ndarray]:
-    """Pooled features (n, c) of the packaged images from each packaged network, as its weights are."""
+def frozen_features(rows: int) -> list[np.ndarray]:
+    """Pooled features (n, c) of the packaged images, from each packaged pretrained network."""
     import torch
 
     from threefold.models.member import build_member
     from threefold.models.resize import resize_square
     from threefold.recipe_schema import MemberSpec
 
-    data, found = load_data(DataSpec(source="demo"), 0).train, []
+    data = load_data(DataSpec(source="demo"), 0).train
+    features = []
     pixels = torch.from_numpy(np.stack([data.pixels(row) for row in range(min(rows, len(data)))]))
     for name in NETWORKS:
-        member, parts = (
-            build_member(MemberSpec(name="m", backbone=name, img_size=56), 10).eval(),
-            [],
-        )
+        member = build_member(MemberSpec(name="m", backbone=name, img_size=56), 10).eval()
+        batches = []
         with torch.inference_mode():
             for batch in pixels.split(100):
                 images = (resize_square(batch, 56, "squash") - member.mean) / member.std
-                parts.append(
-                    member.backbone.forward_head(
-                        member.backbone.forward_features(images), pre_logits=True
-                    )
-                )
-        found.append(torch.cat(parts).numpy())
-    return found
+                feature_map = member.backbone.forward_features(images)
+                batches.append(member.backbone.forward_head(feature_map, pre_logits=True))
+        features.append(torch.cat(batches).numpy())
+    return features
 
 
-def trained(share: float, seeds: int, rows: int, folds: int, small: bool) -> Iterator[Case]:
+def trained_cases(share: float, seeds: int, rows: int, folds: int, small: bool) -> Iterator[Case]:
     """Out-of-fold predictions of three cheap members that were trained on flipped labels."""
     train = load_data(DataSpec(source="demo"), 0).train
     pixels = np.asarray(train.images).reshape(len(train), -1) / 255.0
-    features = [] if small else frozen(len(train))
+    features = [] if small else frozen_features(len(train))
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
         pick = np.sort(rng.permutation(len(train))[:rows])
@@ -128,7 +125,7 @@ def trained(share: float, seeds: int, rows: int, folds: int, small: bool) -> Ite
         yield Predictions(probs, labels, ids, train.classes, tuple(members), kind="oof"), flipped
 
 
-def given(source: Path, share: float, seeds: int) -> Iterator[Case]:
+def saved_cases(source: Path, share: float, seeds: int) -> Iterator[Case]:
     """Saved predictions, with labels flipped afterwards."""
     saved = Predictions.load(source / "oof.npz" if source.is_dir() else source)
     for seed in range(seeds):
@@ -142,43 +139,47 @@ def judge(
     """One row of the table; a large score is suspect."""
     n = int(flipped.sum())
     caught = np.cumsum(flipped[np.argsort(-score, kind="stable")]) / n
-    found = [predictions.ids.index(s.id) for s in find_suspects(predictions, probs=probs)]
-    hits = flipped[found].sum()
+    suspects = [predictions.ids.index(s.id) for s in find_suspects(predictions, probs=probs)]
+    hits = flipped[suspects].sum()
     return [
         roc_auc_score(flipped, score),
         average_precision_score(flipped, score),
         *(caught[times * n - 1] for times in (1, 2, 3)),
-        len(found),
-        hits / max(1, len(found)),
+        len(suspects),
+        hits / max(1, len(suspects)),
         hits / flipped.sum(),
     ]
 
 
 def scores(probs: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
     """How suspect each row is (n,): 1 - the probability of the label, and the margin."""
-    mine = probs[np.arange(len(labels)), labels]
+    own = probs[np.arange(len(labels)), labels]
     others = np.where(np.arange(probs.shape[1]) == labels[:, None], -1, probs).max(1)
-    return {"1 - p": 1 - mine, "margin": others - mine}
+    return {"1 - p": 1 - own, "margin": others - own}
 
 
 def gains(cases: list[Case], draws: int = 300) -> dict[str, np.ndarray]:
-    """Average precision of the mean minus each member's, by 1 - p: estimate, then bootstrap draws, averaged over seeds."""
-    found: dict[str, list[np.ndarray]] = {}
+    """Average precision of the mean minus each member's, by 1 - p, averaged over the seeds.
+
+    Returns:
+        Arrays (1 + draws,) by member: the estimate, then the bootstrap draws.
+    """
+    differences: dict[str, list[np.ndarray]] = {}
     for seed, (predictions, flipped) in enumerate(cases):
         labels, rng = predictions.labels, np.random.default_rng(seed)
         n = len(labels)
         picks = [np.arange(n), *(rng.integers(0, n, n) for _ in range(draws))]
-        together = scores(predictions.probs.mean(0), labels)["1 - p"]
-        areas = [average_precision_score(flipped[pick], together[pick]) for pick in picks]
+        of_mean = scores(predictions.probs.mean(0), labels)["1 - p"]
+        areas = [average_precision_score(flipped[pick], of_mean[pick]) for pick in picks]
         for name, probs in zip(predictions.members, predictions.probs, strict=True):
-            alone = scores(probs, labels)["1 - p"]
-            less = [average_precision_score(flipped[pick], alone[pick]) for pick in picks]
-            found.setdefault(name, []).append(np.array(areas) - less)
-    return {name: np.mean(runs, 0) for name, runs in found.items()}
+            of_member = scores(probs, labels)["1 - p"]
+            other_areas = [average_precision_score(flipped[p], of_member[p]) for p in picks]
+            differences.setdefault(name, []).append(np.array(areas) - other_areas)
+    return {name: np.mean(runs, 0) for name, runs in differences.items()}
 
 
 def figure(cases: list[Case], target: Path) -> None:
-    """Share of the flipped labels found against the images looked at, the most suspect first; averaged over seeds."""
+    """Draw the share of flipped labels found against the images inspected, most suspect first."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -196,12 +197,12 @@ def figure(cases: list[Case], target: Path) -> None:
     middle = {name: 100 * np.mean(runs, 0)[: 2 * n] for name, runs in curves.items()}
     worst = min(middle, key=lambda name: middle[name].mean())
     plot, axes = plt.subplots(figsize=(7.5, 4.6), dpi=130, layout="constrained")
-    looked = np.arange(1, 2 * n + 1)
+    inspected = np.arange(1, 2 * n + 1)
     for name, curve in middle.items():
         style = (
             {"color": "#1f5fa8", "lw": 2.4} if name == "mean" else {"color": "#b0622b", "lw": 1.2}
         )
-        axes.plot(looked, curve, **style, zorder=3 if name == "mean" else 2)
+        axes.plot(inspected, curve, **style, zorder=3 if name == "mean" else 2)
     axes.plot([0, n, 2 * n], [0, 100, 100], color="#999999", lw=1, ls="--")
     axes.plot([0, 2 * n], [0, 200 * n / rows], color="#999999", lw=1, ls=":")
     at = int(0.8 * n)
@@ -262,9 +263,9 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # models that have not converged
     cases = list(
-        given(args.source, args.flips, args.seeds)
+        saved_cases(args.source, args.flips, args.seeds)
         if args.source
-        else trained(args.flips, args.seeds, args.rows, args.folds, args.small)
+        else trained_cases(args.flips, args.seeds, args.rows, args.folds, args.small)
     )
     print(f"{hardware()}, commit {commit()}")
     accuracy = np.mean(
@@ -297,7 +298,8 @@ def main() -> None:
             )
         )
     print(
-        "\naverage precision by 1 - p, the mean's minus each member's, 95 % bootstrap interval over images:"
+        "\naverage precision by 1 - p, the mean's minus each member's, "
+        "95 % bootstrap interval over images:"
     )
     for name, values in gains(cases).items():
         low, high = np.quantile(values[1:], [0.025, 0.975])

@@ -12,6 +12,7 @@ power: how often the exact McNemar test detects a true difference, at multiples 
 noise: accuracy of the best of M guessing members, chosen on the scored rows and cross-fitted.
 cascade: how often three members that stop early disagree with all three more often than allowed, on
 40,000 rows of 4,000 groups, with thresholds from rows of whole groups. At most 5 % of draws may.
+The cost is the share of the members that run.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def excludes(difference: Difference | SeedsDifference) -> bool:
     return not difference.low <= 0 <= difference.high
 
 
-def row_tests(rows: int) -> dict[str, Callable[[Rng], list[bool]]]:
-    """Draws of equals and what is said of them: a name -> a function to one answer per test."""
+def null_tests(rows: int) -> dict[tuple[str, ...], Callable[[Rng], list[bool]]]:
+    """Map names of tests to a function that draws two equals and returns each test's rejection."""
 
     def by_row(rng: Rng) -> list[bool]:
         a, b = equals(rng, rows, 0.2)
@@ -83,32 +84,36 @@ def row_tests(rows: int) -> dict[str, Callable[[Rng], list[bool]]]:
         return [cochran_q(np.where(easy, True, rng.random((5, rows)) < 0.5)).p <= 0.05]
 
     return {
-        "McNemar, exact|McNemar, mid-p|paired bootstrap, accuracy": by_row,
-        "McNemar by groups, exact|McNemar by groups, mid-p|paired bootstrap by groups"
-        "|  McNemar, groups ignored": by_group,
-        "four seeds, crossed|  McNemar of the first seeds": by_seed,
-        "paired bootstrap, log loss": of_loss,
-        "Cochran's Q, five classifiers": several,
+        ("McNemar, exact", "McNemar, mid-p", "paired bootstrap, accuracy"): by_row,
+        (
+            "McNemar by groups, exact",
+            "McNemar by groups, mid-p",
+            "paired bootstrap by groups",
+            "  McNemar, groups ignored",
+        ): by_group,
+        ("four seeds, crossed", "  McNemar of the first seeds"): by_seed,
+        ("paired bootstrap, log loss",): of_loss,
+        ("Cochran's Q, five classifiers",): several,
     }
 
 
 def null(args: argparse.Namespace) -> None:
-    """False alarms."""
+    """Print how often each test rejects for two equals."""
     print(
         f"{args.pairs} pairs of equals, {args.rows} rows each "
         f"(groups of 1 to 15, {args.rows // 8} of them)"
     )
     print(f"{'test at 5 %':34}{'false alarms':>13}{'95 % interval':>20}")
-    for number, (names, draw) in enumerate(row_tests(args.rows).items()):
+    for number, (names, draw) in enumerate(null_tests(args.rows).items()):
         rng = np.random.default_rng(number)
-        told = np.array([draw(rng) for _ in range(args.pairs)])
-        for name, alarms in zip(names.split("|"), told.T, strict=True):
+        rejections = np.array([draw(rng) for _ in range(args.pairs)])
+        for name, alarms in zip(names, rejections.T, strict=True):
             low, high = wilson_interval(int(alarms.sum()), args.pairs)
             print(f"{name:34}{alarms.mean():13.1%}{f'[{low:.1%}, {high:.1%}]':>20}", flush=True)
 
 
 def power(args: argparse.Namespace) -> None:
-    """Power against rows."""
+    """Print the power of the exact McNemar test against the number of rows."""
     print(
         "exact McNemar, 5 % level; required_rows is for 80 % power of the test in its normal form"
     )
@@ -119,18 +124,18 @@ def power(args: argparse.Namespace) -> None:
         shares = [(discordant + difference) / 2, (discordant - difference) / 2]
         for multiple in (0.25, 0.5, 1, 1.5, 2):
             n, rng = round(needed * multiple), np.random.default_rng(0)
-            found = 0
+            detected = 0
             for only_a, only_b in rng.multinomial(n, [*shares, 1 - discordant], args.pairs)[:, :2]:
-                a = (
-                    np.arange(only_a + only_b) < only_a
-                )  # rows on which both agree do not enter the test
-                found += mcnemar_exact(a, ~a).p <= 0.05 if len(a) else 0
-            low, high = wilson_interval(found, args.pairs)
-            print(f"{n:8,}{found / args.pairs:8.1%}{f'[{low:.1%}, {high:.1%}]':>20}", flush=True)
+                # Rows on which both agree do not enter the test.
+                a = np.arange(only_a + only_b) < only_a
+                if len(a) and mcnemar_exact(a, ~a).p <= 0.05:
+                    detected += 1
+            low, high = wilson_interval(detected, args.pairs)
+            print(f"{n:8,}{detected / args.pairs:8.1%}{f'[{low:.1%}, {high:.1%}]':>20}", flush=True)
 
 
-def picking(args: argparse.Namespace) -> None:
-    """Choose the best of guessing members."""
+def choice(args: argparse.Namespace) -> None:
+    """Print the accuracy of the best of several guessing members."""
     k = 10
     print(
         f"{args.pairs} pools of guessing members, {args.rows} rows, {k} classes: "
@@ -173,16 +178,16 @@ def grouped_members(
     return np.asarray(probs / probs.sum(-1, keepdims=True))
 
 
-def stopping(args: argparse.Namespace) -> None:
-    """The bound of a cascade, with groups and without."""
+def cascade(args: argparse.Namespace) -> None:
+    """Print how often a cascade breaks its bound, with groups and without."""
     print(f"{args.pairs} draws of {args.rows} rows, groups of 10, three members")
-    print(f"{'alike':>6}{'allowed':>9}{'groups':>9}{'broken':>8}{'95 % interval':>18}{'asked':>8}")
+    print(f"{'alike':>6}{'allowed':>9}{'groups':>9}{'broken':>8}{'95 % interval':>18}{'cost':>8}")
     for alike in (0.0, 0.3, 0.7, 0.95):
         world = grouped_members(np.random.default_rng(0), 4000, alike)
         full = world.mean(0)
         for allowed in (0.01, 0.02):
             for with_groups in (False, True):
-                rng, broken, asked = np.random.default_rng(1), 0, 0.0
+                rng, broken, cost = np.random.default_rng(1), 0, 0.0
                 for _ in range(args.pairs):
                     picked = rng.choice(4000, args.rows // 10, replace=False)
                     rows = (10 * picked[:, None] + np.arange(10)).ravel()
@@ -193,12 +198,12 @@ def stopping(args: argparse.Namespace) -> None:
                     )
                     answer = fitted.predict(world, full)
                     broken += bool((answer.probs.argmax(1) != full.argmax(1)).mean() > allowed)
-                    asked += answer.stages.mean() / 3 / args.pairs
+                    cost += answer.stages.mean() / 3 / args.pairs
                 low, high = wilson_interval(broken, args.pairs)
                 share, span = broken / args.pairs, f"[{low:.1%}, {high:.1%}]"
                 print(
                     f"{alike:6}{allowed:9.0%}{'used' if with_groups else 'ignored':>9}"
-                    f"{share:8.1%}{span:>18}{asked:8.1%}",
+                    f"{share:8.1%}{span:>18}{cost:8.1%}",
                     flush=True,
                 )
 
@@ -218,7 +223,7 @@ def main() -> None:
     }[args.table]
     args.pairs, args.rows = args.pairs or pairs, args.rows or rows
     print(f"{hardware()}, commit {commit()}")
-    {"null": null, "power": power, "noise": picking, "cascade": stopping}[args.table](args)
+    {"null": null, "power": power, "noise": choice, "cascade": cascade}[args.table](args)
 
 
 if __name__ == "__main__":

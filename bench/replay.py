@@ -50,7 +50,7 @@ SHORT = {
 
 
 def short(name: str) -> str:
-    """A file's name without what all of them share."""
+    """Shorten a member's name to what tells it from the others."""
     for long, brief in SHORT.items():
         name = name.replace(long, brief)
     return name
@@ -81,9 +81,9 @@ def pairs(hits: dict[str, np.ndarray], table: list[tuple[str, str]]) -> None:
         needed = (
             f"{required_rows_from_counts(only_a, only_b, n):,}" if only_a != only_b else "no number"
         )
-        moved = signed(paired_bootstrap(hits[a], hits[b]))
+        difference = signed(paired_bootstrap(hits[a], hits[b]))
         print(
-            f"{a + ' - ' + b:47}{f'{only_a} : {only_b}':>12}{moved:>29}"
+            f"{a + ' - ' + b:47}{f'{only_a} : {only_b}':>12}{difference:>29}"
             f"{p:9.4f}{adjusted:9.4f}{needed:>15}"
         )
         print(f"    {verdict(a, b, only_a, only_b, p, test='exact McNemar', n=n)}")
@@ -114,7 +114,7 @@ def claims(rows: Predictions) -> None:
 
 
 def subset_hits(probs: np.ndarray, labels: np.ndarray) -> tuple[list[tuple[int, ...]], np.ndarray]:
-    """Every subset of the members, and which rows its mean has right (subsets, n)."""
+    """List all subsets of the members, and the hits of their means (subsets, n)."""
     numbers = range(len(probs))
     subsets = [
         s for size in range(1, len(probs) + 1) for s in itertools.combinations(numbers, size)
@@ -128,8 +128,10 @@ def choice(rows: Predictions, keep: list[int]) -> None:
     """The best subset, apparent and cross-fitted, against the mean of all."""
     probs, labels = rows.probs[keep], rows.labels
     subsets, hits = subset_hits(probs, labels)
-    everyone = hits[-1]
-    part, honest, chosen = stratified_parts(labels), np.zeros(len(labels), bool), []
+    mean_of_all = hits[-1]
+    part = stratified_parts(labels)
+    honest = np.zeros(len(labels), bool)
+    chosen = []
     for value in np.unique(part):
         is_held_out = part == value
         chosen.append(int(hits[:, ~is_held_out].sum(1).argmax()))
@@ -141,30 +143,30 @@ def choice(rows: Predictions, keep: list[int]) -> None:
     )
     print(f"{'picked on the scored rows':38}{share(apparent)}")
     print(f"{'picked on other rows (five parts)':38}{share(honest)}")
-    print(f"{'mean of all, nothing picked':38}{share(everyone)}")
+    print(f"{'mean of all, nothing picked':38}{share(mean_of_all)}")
     print(
         f"optimism of the choice {100 * (apparent.mean() - honest.mean()):+.2f} points; "
         "chosen in the five parts:"
     )
     for value, index in enumerate(chosen):
         print(f"    {value}: {', '.join(short(rows.members[keep[i]]) for i in subsets[index])}")
-    pairs({"picked elsewhere": honest, "all": everyone}, [("picked elsewhere", "all")])
+    pairs({"picked elsewhere": honest, "all": mean_of_all}, [("picked elsewhere", "all")])
 
 
 def methods(rows: Predictions, keep: list[int], names: list[str]) -> None:
     """Every ensemble cross-fitted, against the mean of all and the best single member."""
     probs, labels = rows.probs[keep], rows.labels
-    at = np.arange(len(labels))
+    rows_in_order = np.arange(len(labels))
     hits, losses, times = {}, {}, {}
     for name in names:
-        began = time.process_time()
-        answer = cross_fit(lambda name=name: make_ensemble(name), probs, labels)
-        hits[name] = answer.argmax(-1) == labels
-        warm = apply_temperature(answer, fit_temperature(answer, labels))
-        losses[name] = -np.log(np.maximum(warm[at, labels], FLOOR))
-        times[name] = time.process_time() - began
-    found = {name: mcnemar_exact(hits[name], hits["mean"]) for name in names if name != "mean"}
-    adjusted = dict(zip(found, holm([f.p for f in found.values()]), strict=True))
+        start = time.process_time()
+        combined = cross_fit(lambda name=name: make_ensemble(name), probs, labels)
+        hits[name] = combined.argmax(-1) == labels
+        calibrated = apply_temperature(combined, fit_temperature(combined, labels))
+        losses[name] = -np.log(np.maximum(calibrated[rows_in_order, labels], FLOOR))
+        times[name] = time.process_time() - start
+    tests = {name: mcnemar_exact(hits[name], hits["mean"]) for name in names if name != "mean"}
+    adjusted = dict(zip(tests, holm([test.p for test in tests.values()]), strict=True))
     print(
         f"\n{'methods, cross-fitted':22}{'accuracy, 95 % interval':>26}"
         f"{'log loss':>10}{'minus mean':>29}",
@@ -173,10 +175,12 @@ def methods(rows: Predictions, keep: list[int], names: list[str]) -> None:
     print(f"{'right alone':>13}{'p':>8}{'Holm':>8}{'CPU s':>8}")
     for name in names:
         line = f"{name:22}{share(hits[name]):>26}{losses[name].mean():10.4f}"
-        if name in found:
-            a, b, p = found[name]
-            moved = signed(paired_bootstrap(hits[name], hits["mean"]))
-            line += f"{moved:>29}{f'{a} : {b}':>13}{p:8.3f}{adjusted[name]:8.3f}{times[name]:8.1f}"
+        if name in tests:
+            a, b, p = tests[name]
+            difference = signed(paired_bootstrap(hits[name], hits["mean"]))
+            line += (
+                f"{difference:>29}{f'{a} : {b}':>13}{p:8.3f}{adjusted[name]:8.3f}{times[name]:8.1f}"
+            )
         print(line, flush=True)
 
 

@@ -19,7 +19,9 @@ def parse(*sets: str, **changes: Any) -> Recipe:
 
 def test_dump_is_toml_that_gives_the_same_recipe() -> None:
     recipe = parse()
+
     text = recipe.dump("why\nit is so")
+
     assert text.startswith("# why\n# it is so\n")
     assert Recipe.parse(tomllib.loads(text)) == recipe
 
@@ -59,6 +61,7 @@ def test_overrides_reach_tables_by_name_and_by_index() -> None:
         "train.device=cuda",
         "seed=7",
     )
+
     assert recipe.member("gated").img_size == 64
     assert recipe.member("plain").head.kind == "lstm"
     assert recipe.train.device == "cuda"
@@ -72,6 +75,7 @@ def test_names_must_differ() -> None:
 
 def test_jobs_cover_members_folds_and_stages_once() -> None:
     jobs = parse("folds.final=refit").jobs()
+
     assert len(jobs) == len(set(jobs)) == 2 * 3 * 2
     assert {job.fold for job in jobs} == {0, 1, -1}
     assert jobs[0].path == "jobs/plain/fold0/one"
@@ -85,11 +89,15 @@ def test_digest_changes_with_what_matters_only() -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot read the recipe"):
         Recipe.load(tmp_path / "none.toml")
+
     bad = tmp_path / "bad.toml"
     bad.write_text("a = [")
+
     with pytest.raises(RecipeError, match="not valid TOML"):
         Recipe.load(bad)
+
     bad.write_bytes(b"\xff\xfe\x00")
+
     with pytest.raises(RecipeError, match="not valid TOML"):
         Recipe.load(bad)
 

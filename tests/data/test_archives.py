@@ -83,6 +83,7 @@ def test_every_format_unpacks_unchanged(tmp_path: Path, kind: str) -> None:
 
 def test_an_unpacked_folder_is_kept(tmp_path: Path) -> None:
     archive = write_zip(tmp_path / "a.zip", FILES)
+
     (unpack(archive, tmp_path / "out") / "a.txt").write_bytes(b"changed")
 
     assert (unpack(archive, tmp_path / "out") / "a.txt").read_bytes() == b"changed"
@@ -173,11 +174,14 @@ def test_a_link_in_a_zip_is_refused(tmp_path: Path) -> None:
 
 def test_encrypted_and_unsupported_members_are_refused(tmp_path: Path) -> None:
     archive = write_zip(tmp_path / "a.zip", {"a": b"x" * 99}, zipfile.ZIP_LZMA)
+
     with pytest.raises(DataError, match="encrypted, or packed"):
         unpack(archive, tmp_path / "out")
+
     content = bytearray(write_zip(archive, {"a": b"x" * 99}).read_bytes())
     content[content.index(b"PK\1\2") + 8] |= 1
     archive.write_bytes(content)
+
     with pytest.raises(DataError, match="encrypted, or packed"):
         unpack(archive, tmp_path / "out")
 
@@ -241,12 +245,14 @@ def test_too_many_members_are_refused(tmp_path: Path, kind: str) -> None:
     archive = (
         write_zip(tmp_path / "a", files) if kind == "zip" else tar_of(tmp_path / "a", files, "w:gz")
     )
+
     with pytest.raises(DataError, match="too many members"):
         unpack(archive, tmp_path / "out", SMALL)
 
 
 def test_memory_stays_at_a_few_blocks(tmp_path: Path) -> None:
     content = os.urandom(1 << 16) * 256  # 16 MiB
+
     for name, write in {
         "tar": lambda p: write_tar(p, [(entry("a", len(content)), content)], "w:"),
         "zip": lambda p: write_zip(p, {"a": content}, zipfile.ZIP_STORED),
@@ -288,6 +294,7 @@ def test_damaged_archives_are_refused_in_one_line(tmp_path: Path, case: str) -> 
         tar_of(tmp_path / "1", files, "w:gz").read_bytes(),
         write_zip(tmp_path / "2", files).read_bytes(),
     )
+
     (tmp_path / "a").write_bytes(DAMAGED[case](*sound))
 
     for use in (

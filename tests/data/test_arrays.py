@@ -33,13 +33,17 @@ def test_mnist_gzipped_plain_and_below_raw(tmp_path: Path) -> None:
     assert (sources.train.classes, len(sources.train), len(sources.test)) == (DIGITS, 60, 30)
     assert np.bincount(sources.train.labels).tolist() == [6] * 10
     assert sources.train.ids[:2] == ("train/00000", "train/00001")
+
     content = gzip.decompress((tmp_path / "MNIST/raw/train-images-idx3-ubyte.gz").read_bytes())
+
     assert sources.train.pixels(3)[..., 1].tobytes() == content[16 + 3 * 784 : 16 + 4 * 784]
     assert sources.notes == (
         "not the complete MNIST: 60 training and 30 test images instead of 60,000 and 10,000",
     )
+
     for path in (tmp_path / "MNIST/raw").iterdir():
         (tmp_path / path.name.removesuffix(".gz")).write_bytes(gzip.decompress(path.read_bytes()))
+
     assert np.array_equal(read_mnist(tmp_path, "mnist").train.images, sources.train.images)
 
 
@@ -223,7 +227,9 @@ def test_svhn_with_extra_images(tmp_path: Path) -> None:
     assert (len(extra), extra.ids[0], extra.ids[30]) == (90, "extra/000000", "train/000000")
     assert extra.ids == tuple(sorted(extra.ids))
     assert np.array_equal(extra.pixels(37), plain.pixels(7))
+
     limited = load_source("svhn", tmp_path, extra=True, limit_per_class=2).train
+
     assert np.bincount(limited.labels).tolist() == [2] * 10
 
 

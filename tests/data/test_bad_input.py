@@ -125,7 +125,9 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 def test_folders(root: Path, case: str) -> None:
     spoil, expected = FOLDERS[case]
     spoil(root)
+
     message = message_of(DataSpec(root=str(root)))
+
     for text in expected:
         assert text in message
 
@@ -139,7 +141,9 @@ def test_a_folder_that_may_not_be_read(root: Path, monkeypatch: pytest.MonkeyPat
         return listdir(path)
 
     monkeypatch.setattr(os, "listdir", guarded)
+
     message = message_of(DataSpec(root=str(root)))
+
     assert "cannot read the folder" in message
     assert (
         "train/dog; got Permission denied" in message
@@ -152,7 +156,9 @@ def test_a_file_name_that_is_not_unicode(root: Path) -> None:
         (root / "train/cat" / os.fsdecode(b"\xff.png")).touch()
     except OSError:
         pytest.skip("this file system takes Unicode names only")
+
     message = message_of(DataSpec(root=str(root)))
+
     assert "not valid Unicode" in message
     assert message.isprintable()
 
@@ -167,7 +173,9 @@ def test_only_the_first_ten_bad_files_are_listed(tmp_path: Path) -> None:
     for i in range(14):
         (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
         (tmp_path / "ab"[i % 2] / f"{i:02}.png").touch()
+
     message = message_of(DataSpec(root=str(tmp_path)))
+
     assert message.startswith("14 of 14 images cannot be used; got ")
     assert message.count("the file is empty") == 10
     assert "and 4 more" in message
@@ -177,11 +185,15 @@ def test_only_the_first_ten_bad_files_are_listed(tmp_path: Path) -> None:
 def test_skip_does_not_help_where_nothing_is_left(root: Path) -> None:
     for i in (0, 1):
         (root / f"train/dog/{i}.png").write_bytes(b"")
+
     spec = DataSpec(root=str(root), bad_images="skip")
+
     assert "dog (1)" in message_of(spec)
+
     write_image(root / "train/dog/0.png", 1)
     for path in root.glob("test/*/*"):
         path.write_bytes(b"")
+
     assert "none of the test images can be read" in message_of(spec)
 
 
@@ -195,6 +207,7 @@ def test_skip_does_not_help_where_nothing_is_left(root: Path) -> None:
 )
 def test_group_patterns(root: Path, pattern: str, expected: list[str]) -> None:
     message = message_of(DataSpec(root=str(root / "train"), group_regex=pattern))
+
     for text in expected:
         assert text in message
 
@@ -239,13 +252,16 @@ CSVS: dict[str, tuple[bytes, list[str]]] = {
 def test_csv_files(root: Path, case: str) -> None:
     content, expected = CSVS[case]
     (root / "data.csv").write_bytes(content)
+
     message = message_of(DataSpec(source="csv", root=str(root / "data.csv")))
+
     for text in expected:
         assert text in message
 
 
 def test_a_sound_csv_file_passes(root: Path) -> None:
     (root / "data.csv").write_text(GOOD)
+
     assert len(load_data(DataSpec(source="csv", root=str(root / "data.csv")), 0).train) == 6
 
 
@@ -258,6 +274,7 @@ def test_csv_file_that_is_missing_or_a_folder(root: Path) -> None:
 
 def test_groups_given_twice(root: Path) -> None:
     (root / "data.csv").write_text("path,label,group\ntrain/cat/0.png,cat,g\n")
+
     assert "groups are defined twice" in message_of(
         DataSpec(source="csv", root=str(root / "data.csv"), group_regex=".")
     )
@@ -267,7 +284,9 @@ def test_a_single_group_of_all_images_is_refused(root: Path) -> None:
     (root / "data.csv").write_text(
         "\n".join(f"{line},{'group' if i == 0 else 'g'}" for i, line in enumerate(GOOD.split()))
     )
+
     message = message_of(DataSpec(source="csv", root=str(root / "data.csv")))
+
     assert "all training images are in one group" in message
     assert "expected two groups or more, or none, got g; fix: remove the groups" in message
 
@@ -336,11 +355,16 @@ def test_idx_files(tmp_path: Path, case: str) -> None:
     for prefix in ("train", "t10k"):
         (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(IMAGES)))
         (tmp_path / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(LABELS)))
+
     spec = DataSpec(source="fashion-mnist", root=str(tmp_path))
+
     assert len(load_data(spec, 0).train) == 20
+
     name, content, expected = IDX[case]
     (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
+
     message = message_of(spec)
+
     for text in expected:
         assert text in message
 
@@ -363,5 +387,6 @@ def test_data_sets_that_contradict_themselves(change: dict, expected: str) -> No
         "classes": ("x", "y"),
     }
     ImageDataset(**sound)
+
     with pytest.raises(DataError, match=expected):
         ImageDataset(**{**sound, **change})

@@ -34,15 +34,14 @@ def test_counts_sizes_and_findings(tmp_path: Path) -> None:
         write(tmp_path / f"test/dog/{i}.png", 210 + i)
     (tmp_path / "test/dog/0.png").write_bytes((tmp_path / "train/cat/0.png").read_bytes())
     (tmp_path / "train/cat/bad.png").write_bytes(b"")
-    found = check_data(spec(tmp_path))
-    assert found.classes == {"cat": {"train": 40, "test": 3}, "dog": {"train": 3, "test": 3}}
-    assert (found.groups, found.sizes) == ({}, {"8 x 6": 40, "20 x 6": 3})
-    assert found.skipped == {str(tmp_path / "train/cat/bad.png"): "the file is empty (0 bytes)"}
-    assert not found.usable
-    told = {
-        (finding.level, finding.what.split(":")[0], finding.number) for finding in found.findings
-    }
-    assert told == {
+
+    report = check_data(spec(tmp_path))
+
+    assert report.classes == {"cat": {"train": 40, "test": 3}, "dog": {"train": 3, "test": 3}}
+    assert (report.groups, report.sizes) == ({}, {"8 x 6": 40, "20 x 6": 3})
+    assert report.skipped == {str(tmp_path / "train/cat/bad.png"): "the file is empty (0 bytes)"}
+    assert not report.usable
+    assert {(level, what.split(":")[0], number) for level, what, number in report.findings} == {
         ("error", "1 images cannot be read", 1),
         ("warning", "classes with fewer than 20 training images", 1),
         (
@@ -63,44 +62,55 @@ def test_counts_sizes_and_findings(tmp_path: Path) -> None:
         ),
     }
     assert check_data(spec(tmp_path, bad_images="skip")).usable
-    assert json.loads(json.dumps(found._asdict()))["classes"] == found.classes
+    assert json.loads(json.dumps(report._asdict()))["classes"] == report.classes
 
 
 def test_data_that_cannot_be_loaded(tmp_path: Path) -> None:
-    found = check_data(spec(tmp_path / "absent"))
-    assert [(finding.level, finding.number) for finding in found.findings] == [("error", 0)]
-    assert "does not exist" in found.findings[0].what
-    assert not found.usable
+    report = check_data(spec(tmp_path / "absent"))
+
+    assert [(finding.level, finding.number) for finding in report.findings] == [("error", 0)]
+    assert "does not exist" in report.findings[0].what
+    assert not report.usable
 
 
-def test_groups_are_counted_and_arrays_are_looked_at(tmp_path: Path) -> None:
-    write_sample("surrey-asl", tmp_path / "surrey", per_class=2)
-    found = check_data(DataSpec(source="surrey-asl", root=str(tmp_path / "surrey")))
-    assert (found.groups, found.sizes, len(found.classes)) == (
+def test_images_are_counted_by_group(tmp_path: Path) -> None:
+    write_sample("surrey-asl", tmp_path, per_class=2)
+
+    report = check_data(DataSpec(source="surrey-asl", root=str(tmp_path)))
+
+    assert (report.groups, report.sizes, len(report.classes)) == (
         {"A": 48, "B": 48, "C": 48},
         {"36 x 40": 144},
         24,
     )
-    write_sample("mnist", tmp_path / "mnist", per_class=25)
-    found = check_data(DataSpec(source="mnist", root=str(tmp_path / "mnist")))
-    assert found.classes == {str(i): {"train": 25, "test": 12} for i in range(10)}
-    told = [
-        finding.what for finding in found.findings if "pairs" not in finding.what
-    ]  # made-up pictures are alike
-    assert [what.split(":")[0] for what in told] == ["not the complete MNIST"]
-    assert found.guessed_regex == ""
+
+
+def test_images_in_arrays_are_checked(tmp_path: Path) -> None:
+    write_sample("mnist", tmp_path, per_class=25)
+
+    report = check_data(DataSpec(source="mnist", root=str(tmp_path)))
+
+    # Synthetic images look alike, so pairs are expected.
+    messages = [finding.what for finding in report.findings if "pairs" not in finding.what]
+    assert report.classes == {str(i): {"train": 25, "test": 12} for i in range(10)}
+    assert [message.split(":")[0] for message in messages] == ["not the complete MNIST"]
+    assert report.guessed_regex == ""
 
 
 def test_groups_are_guessed_from_file_names(tmp_path: Path) -> None:
-    """Only a note: nothing is grouped; the pattern works as it is told."""
+    """A guess is only a note: nothing is grouped until the pattern is set."""
     for label, name in enumerate(("cat", "dog")):
         for i in range(24):
             write(tmp_path / name / f"patient{i % 6}_{i}.png", 100 * label + i)
-    found = check_data(spec(tmp_path))
-    assert found.groups == {}
-    (told,) = [f for f in found.findings if "file names look like 6 groups" in f.what]
-    assert (told.level, told.number) == ("note", 6)
-    grouped = check_data(spec(tmp_path, group_regex=found.guessed_regex))
+
+    report = check_data(spec(tmp_path))
+
+    (finding,) = [f for f in report.findings if "file names look like 6 groups" in f.what]
+    assert report.groups == {}
+    assert (finding.level, finding.number) == ("note", 6)
+
+    grouped = check_data(spec(tmp_path, group_regex=report.guessed_regex))
+
     assert grouped.groups == {f"patient{i}": 8 for i in range(6)}
     assert grouped.guessed_regex == ""
 
@@ -117,11 +127,14 @@ def test_near_copies_are_looked_for_in_small_data_only(
     with Image.open(tmp_path / "cat/0.png") as first:
         first.resize((48, 48)).save(tmp_path / "cat/copy.png")
     (near,) = [f for f in check_data(spec(tmp_path)).findings if "pairs" in f.what]
+
     assert (near.level, near.what[:39]) == ("note", "1 pairs of images look nearly the same,")
+
     monkeypatch.setattr(check, "NEAR_COPIES", 6)
-    told = [f.what for f in check_data(spec(tmp_path)).findings]
-    assert "near copies are not searched for among more than 6 images" in told
-    assert not any("pairs" in what for what in told)
+    messages = [f.what for f in check_data(spec(tmp_path)).findings]
+
+    assert "near copies are not searched for among more than 6 images" in messages
+    assert not any("pairs" in what for what in messages)
 
 
 @pytest.mark.parametrize(
@@ -143,15 +156,19 @@ def test_a_folder_is_known_by_its_files(
     tmp_path: Path, sample: str, folder: str, kind: str
 ) -> None:
     root = write_sample(sample, tmp_path / folder, per_class=2)
+
     assert find_spec(str(root)).source == kind
 
 
-def test_what_is_named_is_found(tmp_path: Path) -> None:
+def test_a_path_or_a_name_gives_its_source(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("path,label\n")
+
     assert find_spec(str(tmp_path / "t.csv")).source == "csv"
     assert find_spec(str(tmp_path), "csv").source == "csv"
     assert find_spec("demo").source == "demo"
-    root = write_sample("icassava2019", tmp_path / "made", per_class=2)
+
+    root = write_sample("icassava2019", tmp_path / "sample", per_class=2)
+
     assert find_spec(str(root / "cassavaleafdata.zip")).source == "icassava2019"
     with pytest.raises(
         DataError, match="no such file or folder: svhn; fix: threefold data fetch svhn --to FOLDER"
@@ -164,9 +181,8 @@ def test_what_is_named_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("per_class", [19, 20])
 def test_few_images_begin_below_twenty(tmp_path: Path, per_class: int) -> None:
     write_sample("mnist", tmp_path, per_class=per_class)
-    few = [
-        finding
-        for finding in check_data(DataSpec(source="mnist", root=str(tmp_path))).findings
-        if "fewer" in finding.what
-    ]
+
+    report = check_data(DataSpec(source="mnist", root=str(tmp_path)))
+
+    few = [finding for finding in report.findings if "fewer" in finding.what]
     assert len(few) == (per_class < 20)

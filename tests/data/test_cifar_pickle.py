@@ -30,7 +30,9 @@ def test_meta_files_equal_the_official_ones() -> None:
         "cifar10": "5ff9c542aee3614f3951f8cda6e48888",
         "cifar100": "7973b15100ade9c7d40fb424638fde48",
     }
+
     label_names = [name.encode() for name in CIFAR10_CLASSES]
+
     assert meta == {**META["cifar10"], "label_names": label_names}
 
 
@@ -140,6 +142,7 @@ def test_any_bytes_give_a_dictionary_or_a_data_error(noise: bytes, at: int) -> N
     sound = pickle_as_python2(
         {"data": np.zeros((2, 3), np.uint8), "labels": [1, 2], "names": ["a", "b"]}
     )
+
     for content in (noise, sound[:at], sound[:at] + noise + sound[at + len(noise) :]):
         with suppress(DataError):
             assert isinstance(read_batch(content, "x"), dict)
@@ -147,6 +150,7 @@ def test_any_bytes_give_a_dictionary_or_a_data_error(noise: bytes, at: int) -> N
 
 def test_wrong_shapes_are_refused() -> None:
     content = pickle_as_python2({"data": np.zeros((2, 3), np.uint8)})
+
     for shape in (b"K\2K\4\x86", b"J\xff\xff\xff\xffJ\xfa\xff\xff\xff\x86"):
         with pytest.raises(DataError, match=r"cannot read the pickle: x; got an array of shape"):
             read_batch(content.replace(b"K\2K\3\x86", shape), "x")

@@ -23,8 +23,7 @@ from threefold.data.sources.arrays import FASHION_MNIST_ROOT, read_idx
 from threefold.errors import DataError
 from threefold.recipe_schema import DataSpec
 
-REPOSITORY = ROOT
-ASSETS = REPOSITORY / "src/threefold/assets/fashion_mnist"
+ASSETS = ROOT / "src/threefold/assets/fashion_mnist"
 
 
 def write_image(path: Path, shade: int) -> Path:
@@ -52,6 +51,7 @@ def test_a_folder_of_class_folders(tmp_path: Path) -> None:
     make_folder(tmp_path, "cat/b.png", "cat/a.png", "dog/a.png", "dog/deep/er/c.png")
     sources = load_data(folder(tmp_path), 0)
     data = sources.train
+
     assert data.classes == ("cat", "dog")
     assert data.ids == ("cat/a.png", "cat/b.png", "dog/a.png", "dog/deep/er/c.png")
     assert data.labels.tolist() == [0, 0, 1, 1]
@@ -63,6 +63,7 @@ def test_a_folder_of_class_folders(tmp_path: Path) -> None:
 def test_classes_are_in_natural_order(tmp_path: Path) -> None:
     names = ["10", "9", "1", "01", "class 2", "class 10", "Zebra", "ant"]
     make_folder(tmp_path, *(f"{name}/{i}.png" for name in names for i in range(2)))
+
     assert load_data(folder(tmp_path), 0).train.classes == (
         "01",
         "1",
@@ -79,6 +80,7 @@ def test_unicode_and_spaces_in_paths(tmp_path: Path) -> None:
     root = tmp_path / "mes données" / "圖像"
     ids = ("blé tendre/è 1.png", "blé tendre/è 2.png", "маïs/ж ж.png", "маïs/ё.png")
     make_folder(root, *ids)
+
     assert set(load_data(folder(root), 0).train.ids) == set(ids)
 
 
@@ -90,7 +92,9 @@ def test_a_split_folder_and_its_validation_part(tmp_path: Path) -> None:
         for i in range(2)
     ]
     make_folder(tmp_path, *ids)
+
     sources = load_data(folder(tmp_path), 0)
+
     assert sources.test is not None
     assert set(sources.train.ids) == set(ids[:8])
     assert set(sources.test.ids) == set(ids[8:])
@@ -105,7 +109,9 @@ def test_a_split_folder_and_its_validation_part(tmp_path: Path) -> None:
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     make_folder(tmp_path, "train/1.png", "train/2.png", "car/1.png", "car/2.png")
+
     sources = load_data(folder(tmp_path), 0)
+
     assert sources.train.classes == ("car", "train")
     assert sources.test is None
 
@@ -116,7 +122,9 @@ def test_hidden_files_are_not_seen_and_others_are_counted(tmp_path: Path) -> Non
         write_image(tmp_path / name, 9)
     for name in ("README.md", "cat/labels.txt", "dog/notes.TXT", "dog/Makefile"):
         (tmp_path / name).write_text("text")
+
     sources = load_data(folder(tmp_path), 0)
+
     assert len(sources.train) == 4
     assert sources.notes == (
         "1 images outside class folders were ignored: stray.png",
@@ -131,7 +139,9 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     (tmp_path / "data/dog/again").symlink_to(tmp_path / "data/dog")
     (tmp_path / "elsewhere/x/up").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data/dog/self").symlink_to("self")
+
     sources = load_data(folder(tmp_path / "data"), 0)
+
     assert set(sources.train.ids) == {
         "cat/1.png",
         "cat/2.png",
@@ -151,6 +161,7 @@ def test_the_order_of_the_file_system_does_not_matter(
     spec, listdir = folder(tmp_path, limit_per_class=8), os.listdir
     before = load_data(spec, 0).train
     monkeypatch.setattr(os, "listdir", lambda path: listdir(path)[::-1])
+
     assert load_data(spec, 0).train.ids == before.ids
 
 
@@ -158,7 +169,9 @@ def test_skip_leaves_out_and_records(tmp_path: Path) -> None:
     make_folder(tmp_path, *(f"{name}/{i}.png" for name in ("cat", "dog") for i in range(3)))
     (tmp_path / "dog/1.png").write_bytes(b"")
     (tmp_path / "cat/2.png").rename(tmp_path / "cat/2.jpg")
+
     sources = load_data(folder(tmp_path, bad_images="skip"), 0)
+
     assert sources.skipped == (BadImage(tmp_path / "dog/1.png", "the file is empty (0 bytes)"),)
     assert labelled(sources.train) == {
         "cat/0.png": "cat",
@@ -187,6 +200,7 @@ def test_exact_copies_are_noted(tmp_path: Path) -> None:
         ("train/cat/copy.png", "train/dog/0.png"),
     ):
         (tmp_path / copy).write_bytes((tmp_path / original).read_bytes())
+
     assert load_data(folder(tmp_path), 0).warnings == (
         "1 test images are exact copies of training images: test/dog/0.png",
         "1 training images are exact copies of others; copies may be in different folds",
@@ -202,6 +216,7 @@ def test_limit_per_class_is_seeded_and_spares_the_test_split(tmp_path: Path) -> 
     )
     spec = folder(tmp_path, limit_per_class=4)
     first, again, other = (load_data(spec, seed) for seed in (1, 1, 2))
+
     assert Counter(labelled(first.train).values()) == {"cat": 4, "dog": 3}
     assert first.train.ids == again.train.ids != other.train.ids
     assert first.train.ids == tuple(sorted(first.train.ids))
@@ -216,7 +231,9 @@ def test_groups_come_from_the_id(tmp_path: Path) -> None:
         *(f"{name}/p{p}_{i}.png" for name in ("cat", "dog") for p in (1, 2) for i in range(2)),
     )
     with_parentheses = load_data(folder(tmp_path, group_regex=r"/p(\d)_"), 0).train
+
     whole_match = load_data(folder(tmp_path, group_regex=r"p\d"), 0).train
+
     assert with_parentheses.groups == ("1", "1", "2", "2") * 2
     assert whole_match.groups == ("p1", "p1", "p2", "p2") * 2
 
@@ -230,7 +247,9 @@ def test_groups_in_train_and_in_test_are_noted(tmp_path: Path) -> None:
         for i in "12"
     ]
     make_folder(tmp_path, *ids)
+
     sources = load_data(folder(tmp_path, group_regex=r"/([abc])\d"), 0)
+
     assert sources.warnings == ("1 groups are in both train and test: b",)
 
 
@@ -243,8 +262,10 @@ def test_a_csv_file(tmp_path: Path) -> None:
         "cat\u0301,images/0.png,,s1,\n",
         encoding="utf-8",
     )
+
     with pytest.raises(DataError, match="line 4"):
         load_data(DataSpec(source="csv", root=str(table)), 0)
+
     lines = ["label, path ,split,group,weight"]
     lines += [
         f'"cat, small",./images/{i}.png,{part},s{i % 2},1'
@@ -255,7 +276,9 @@ def test_a_csv_file(tmp_path: Path) -> None:
         for i, part in ((1, "train"), (2, "train"), (4, "test"))
     ]
     table.write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+
     sources = load_data(DataSpec(source="csv", root=str(table)), 0)
+
     assert sources.test is not None
     assert labelled(sources.train) == {
         "images/0.png": "cat, small",
@@ -273,7 +296,9 @@ def test_a_csv_file_without_optional_columns(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text(
         "path,label\n" + "".join(f"{i}.png,{'ab'[i % 2]}\n" for i in range(4))
     )
+
     sources = load_data(DataSpec(source="csv", root=str(tmp_path / "data.csv")), 0)
+
     assert (len(sources.train), sources.test, sources.train.groups) == (4, None, None)
 
 
@@ -292,7 +317,9 @@ def write_fashion_mnist(root: Path) -> np.ndarray:
 
 def test_fashion_mnist_files(tmp_path: Path) -> None:
     images = write_fashion_mnist(tmp_path)
+
     sources = load_data(DataSpec(source="fashion-mnist", root=str(tmp_path), group_regex=r"\d$"), 0)
+
     assert sources.test is not None
     assert (len(sources.train), len(sources.test)) == (30, 10)
     assert sources.train.classes == FASHION_MNIST_CLASSES
@@ -301,12 +328,15 @@ def test_fashion_mnist_files(tmp_path: Path) -> None:
     assert np.array_equal(sources.test.pixels(2), np.repeat(images[32][..., None], 3, axis=2))
     assert sources.train.groups is not None
     assert sources.train.groups[12] == "2"
+
     limited = load_data(DataSpec(source="fashion-mnist", root=str(tmp_path), limit_per_class=2), 0)
+
     assert np.bincount(limited.train.labels).tolist() == [2] * 10
 
 
 def test_the_demo_needs_no_file_but_its_own() -> None:
     sources = load_data(DataSpec(source="demo"), 0)
+
     assert sources.test is not None
     assert np.bincount(sources.train.labels).tolist() == [300] * 10
     assert np.bincount(sources.test.labels).tolist() == [100] * 10
@@ -321,23 +351,30 @@ def test_the_demo_needs_no_file_but_its_own() -> None:
 @pytest.mark.skipif(not Path(FASHION_MNIST_ROOT).is_dir(), reason="Fashion-MNIST is not installed")
 def test_the_demo_is_what_its_script_chooses() -> None:
     spec = importlib.util.spec_from_file_location(
-        "make_demo_data", REPOSITORY / "scripts/make_demo_data.py"
+        "make_demo_data", ROOT / "scripts/make_demo_data.py"
     )
+
     assert spec is not None
     assert spec.loader is not None
+
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     root = Path(FASHION_MNIST_ROOT)
     with np.load(ASSETS / "data.npz", allow_pickle=False) as packed:
         arrays = dict(packed)
+
     for part, prefix in (("train", "train"), ("test", "t10k")):
         labels = read_idx(root / f"{prefix}-labels-idx1-ubyte.gz", 1)
         rows = script.choose_rows(labels, script.PER_CLASS[part], script.SEED)
         assert np.array_equal(arrays[f"{part}_rows"], rows)
         assert np.array_equal(arrays[f"{part}_labels"], labels[rows])
+
     test_images = read_idx(root / "t10k-images-idx3-ubyte.gz", 3)
+
     assert np.array_equal(arrays["test_images"], test_images[arrays["test_rows"]])
+
     small = {name: array[:5] for name, array in arrays.items()}
+
     assert script.pack(small) == script.pack(small)
 
 
@@ -346,7 +383,9 @@ def test_subset_keeps_rows_together(tmp_path: Path) -> None:
     data = ImageDataset(
         images, np.array([0, 1, 0, 1, 0]), tuple("abcde"), ("x", "y"), tuple("ppqqr")
     )
+
     part = data.subset([3, 0])
+
     assert (part.ids, part.groups, part.labels.tolist(), part.classes) == (
         ("d", "a"),
         ("q", "p"),
@@ -355,12 +394,14 @@ def test_subset_keeps_rows_together(tmp_path: Path) -> None:
     )
     assert np.array_equal(part.pixels(0)[..., 1], images[3])
     assert data.subset(data.labels == 1).ids == ("b", "d")
+
     files = ImageDataset(
         [write_image(tmp_path / f"{i}.png", i) for i in range(3)],
         np.zeros(3, int),
         tuple("abc"),
         ("x",),
     )
+
     assert files.subset(np.array([2])).pixels(0)[0, 0].tolist() == [2, 2, 2]
     with pytest.raises(IndexError):
         data.subset([5])
@@ -375,7 +416,8 @@ def test_pixels_are_a_copy() -> None:
 
 def test_data_sets_import_no_torch() -> None:
     code = "import sys, threefold.data.dataset; sys.exit('torch' in sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+
     assert (
         subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
     )

@@ -56,7 +56,9 @@ def test_a_complete_file_is_checked_and_reported(server: Server, tmp_path: Path)
 
     assert path.read_bytes() == CONTENT
     assert progress[-1] == ("file", len(CONTENT), len(CONTENT))
+
     sizes = [size for _, size, _ in progress]
+
     assert sizes == sorted(sizes)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fetched.json", "file"]
 
@@ -75,7 +77,9 @@ def test_an_interrupted_download_is_resumed(server: Server, tmp_path: Path) -> N
     path = get(remote(server, sha256=SHA256), tmp_path)
 
     assert path.read_bytes() == CONTENT
+
     ranges = [requested_range for _, requested_range in server.requests]
+
     assert ranges == [None, "bytes=1500000-", "bytes=2250000-"]
 
 
@@ -102,8 +106,10 @@ def test_downloads_that_cannot_resume_start_again(
     monkeypatch.setattr(download, "MAX_TRIES", 1)
     server.etag = "" if change == "no version" else '"one"'
     server.cuts = 1
+
     with pytest.raises(DataError, match="broke off"):
         get(remote(server), tmp_path)
+
     server.ranges = change != "no ranges"
     if change == "another version":
         server.etag, server.files["/file"] = '"two"', CONTENT[::-1]
@@ -143,7 +149,9 @@ def test_an_existing_wrong_file_is_left_in_place(server: Server, tmp_path: Path)
 
 def test_an_unpublished_checksum_is_recorded(server: Server, tmp_path: Path) -> None:
     get(remote(server), tmp_path)
+
     assert json.loads((tmp_path / "fetched.json").read_text()) == {"file": SHA256}
+
     (tmp_path / "file").unlink()
     server.files["/file"] = b"other"
 
@@ -274,8 +282,10 @@ def test_disk_space_is_checked_first(
     large_enough = usage._replace(free=download.DISK_RESERVE + len(CONTENT))
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: too_small)
+
     with pytest.raises(DataError, match="the disk is too small"):
         get(remote(server), tmp_path)
+
     monkeypatch.setattr(shutil, "disk_usage", lambda _: large_enough)
     get(remote(server), tmp_path)
 
@@ -293,15 +303,20 @@ def test_a_fetched_data_set_loads(
         monkeypatch,
     )
     root = tmp_path / "deep/data"
+
     with pytest.raises(
         DataError, match=r"terms of iCassava 2019 have to be accepted: .*add --accept-licence"
     ):
         fetch("icassava2019", root)
     assert not root.exists()
+
     (archive,) = fetch("icassava2019", root, accept_licence=True)
+
     assert archive.with_name(archive.name + ".unpacked").is_dir()
     assert len(load_data(DataSpec(source="icassava2019", root=str(root)), 0).train) == 10
+
     served(server, "mnist", write_sample("mnist", tmp_path / "sample", per_class=2), monkeypatch)
+
     assert [path.name for path in fetch("mnist", root)] == [
         file.name for file in PUBLISHED["mnist"].files
     ]
@@ -314,6 +329,7 @@ def test_a_hostile_archive_writes_nothing_outside(
     with zipfile.ZipFile(tmp_path / "cassavaleafdata.zip", "w") as archive:
         archive.writestr("../../outside", "x")
     served(server, "icassava2019", tmp_path, monkeypatch)
+
     with pytest.raises(DataError, match="unsafe name"):
         fetch("icassava2019", tmp_path / "a/b", accept_licence=True)
     assert not list(tmp_path.rglob("outside"))
@@ -322,7 +338,9 @@ def test_a_hostile_archive_writes_nothing_outside(
 def test_invalid_names_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="unknown published data set; expected mnist"):
         fetch("folder", tmp_path)
+
     (tmp_path / "file").write_text("")
+
     with pytest.raises(DataError, match="cannot make the folder"):
         fetch("mnist", tmp_path / "file")
 
@@ -361,6 +379,7 @@ def test_kaggle_without_and_with_its_program(tmp_path: Path, home: Path) -> None
         DataError, match=r"needs a Kaggle account: .*download all files as .*\.zip.*kaggle\.json"
     ):
         fetch("cassava2020", tmp_path / "data", accept_licence=True)
+
     sample = write_sample("cassava2020", tmp_path / "sample", per_class=2)
     shutil.make_archive(str(tmp_path / "sample"), "zip", sample)
     program = tmp_path / "bin/kaggle"
@@ -369,17 +388,23 @@ def test_kaggle_without_and_with_its_program(tmp_path: Path, home: Path) -> None
         f'[ -f "{home}/ok" ] && cp "{tmp_path}/sample.zip" "$6/$4.zip"\n'
     )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
+
     with pytest.raises(DataError, match="needs a Kaggle account"):
         fetch("cassava2020", tmp_path / "data", accept_licence=True)
+
     (home / ".kaggle").mkdir(parents=True)
     (home / ".kaggle/kaggle.json").write_text("{}")
+
     with pytest.raises(
         DataError,
         match="could not download: cassava-leaf-disease-classification; got 403 - Forbidden",
     ):
         fetch("cassava2020", tmp_path / "data", accept_licence=True)
+
     (home / "ok").write_text("")
+
     (archive,) = fetch("cassava2020", tmp_path / "data", accept_licence=True)
+
     assert archive.name == "cassava-leaf-disease-classification.zip"
     assert (
         len(load_data(DataSpec(source="cassava2020", root=str(tmp_path / "data")), 0).train) == 10

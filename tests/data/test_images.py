@@ -29,8 +29,7 @@ from threefold.data.images import (
 )
 from threefold.errors import DataError
 
-RNG = np.random.default_rng(0)
-PIXELS = RNG.integers(0, 256, (12, 20, 3), dtype=np.uint8)
+PIXELS = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
 GREY16 = np.array([[0, 128, 129, 257], [25700, 32768, 65278, 65535]], dtype=np.uint16)
 GREY16_AS_8 = np.array([[0, 0, 1, 1], [100, 128, 254, 255]], dtype=np.uint8)
 
@@ -82,6 +81,7 @@ def test_lossless_formats_give_the_very_pixels(format: str, options: dict) -> No
 def test_lossy_formats_give_nearly_the_pixels(format: str) -> None:
     smooth = np.array(Image.fromarray(PIXELS[:2, :2]).resize((32, 24), Image.Resampling.BICUBIC))
     difference = decode(encode(smooth, format, quality=95)).astype(int) - smooth
+
     assert np.abs(difference).mean() < 4
 
 
@@ -97,6 +97,7 @@ def test_every_kind_of_source_gives_the_same(tmp_path: Path) -> None:
             decode(io.BytesIO(content)),
             decode(stream),
         ]
+
     assert all(np.array_equal(result, PIXELS) for result in results)
     assert all(
         result.dtype == np.uint8 and result.flags.writeable and result.flags.c_contiguous
@@ -107,6 +108,7 @@ def test_every_kind_of_source_gives_the_same(tmp_path: Path) -> None:
 def test_the_content_decides_and_not_the_name(tmp_path: Path) -> None:
     path = tmp_path / "image.jpg"
     path.write_bytes(encode(PIXELS, "PNG"))
+
     assert np.array_equal(decode(path), PIXELS)
 
 
@@ -135,6 +137,7 @@ def test_exif_rotation_is_applied(format: str, orientation: int) -> None:
     options = {"PNG": {}, "WEBP": {"lossless": True}, "TIFF": {"compression": "tiff_deflate"}}[
         format
     ]
+
     assert np.array_equal(
         decode(encode(PIXELS, format, exif=exif, **options)), TURNS[orientation](PIXELS)
     )
@@ -145,6 +148,7 @@ def test_exif_rotation_of_a_jpeg_in_both_byte_orders(order: str) -> None:
     mark = {"<": b"II*\0", ">": b"MM\0*"}[order]
     exif = b"Exif\0\0" + mark + struct.pack(order + "LHHHLHHL", 8, 1, 0x0112, 3, 1, 6, 0, 0)
     plain = decode(encode(PIXELS, "JPEG"))
+
     assert np.array_equal(decode(encode(PIXELS, "JPEG", exif=exif)), np.rot90(plain, -1))
 
 
@@ -159,6 +163,7 @@ def test_a_damaged_exif_block_turns_nothing(block: bytes) -> None:
 def test_an_orientation_that_does_not_exist_turns_nothing() -> None:
     exif = Image.Exif()
     exif[0x0112] = 9
+
     assert np.array_equal(decode(encode(PIXELS, "PNG", exif=exif)), PIXELS)
 
 
@@ -178,12 +183,14 @@ def test_one_bit_is_black_and_white() -> None:
 def test_transparent_pixels_lie_on_white() -> None:
     rgba = np.zeros((1, 3, 4), dtype=np.uint8)
     rgba[0, :, 3] = [0, 128, 255]
+
     for format, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})):
         assert decode(encode(rgba, format, **options))[0, :, 0].tolist() == [255, 127, 0], format
 
 
 def test_grey_with_alpha_lies_on_white() -> None:
     image = Image.fromarray(np.array([[[0, 0], [10, 255]]], dtype=np.uint8), "LA")
+
     assert decode(encode(image, "PNG"))[0, :, 0].tolist() == [255, 10]
 
 
@@ -191,6 +198,7 @@ def test_palette_with_transparency_lies_on_white() -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([200, 0, 0, 0, 200, 0])
     image.putdata([0, 1])
+
     for format, transparency in (("PNG", 0), ("PNG", b"\0\xff"), ("GIF", 0)):
         result = decode(encode(image, format, transparency=transparency))
         assert result[0].tolist() == [[255, 255, 255], [0, 200, 0]], (format, transparency)
@@ -198,6 +206,7 @@ def test_palette_with_transparency_lies_on_white() -> None:
 
 def test_a_transparent_colour_lies_on_white() -> None:
     rgb = np.array([[[10, 20, 30], [11, 20, 30]]], dtype=np.uint8)
+
     assert decode(encode(rgb, "PNG", transparency=(10, 20, 30)))[0].tolist() == [
         [255] * 3,
         [11, 20, 30],
@@ -206,6 +215,7 @@ def test_a_transparent_colour_lies_on_white() -> None:
 
 def test_cmyk_is_converted() -> None:
     image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+
     for format in ("JPEG", "TIFF"):
         red, green, blue = decode(encode(image, format))[4, 4].astype(int)
         assert red > 230, format
@@ -239,6 +249,7 @@ def test_16_bit_big_endian_grey_is_scaled() -> None:
         + entries
         + b"\0" * 4
     )
+
     assert np.array_equal(decode(content)[..., 2], GREY16_AS_8)
 
 
@@ -273,6 +284,7 @@ def test_the_first_frame_of_an_animation(format: str) -> None:
     frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "lime", "blue")]
     options = {"lossless": True} if format == "WEBP" else {}
     content = encode(frames[0], format, save_all=True, append_images=frames[1:], **options)
+
     assert (decode(content) == [255, 0, 0]).all()
 
 
@@ -281,9 +293,11 @@ def test_the_first_frame_of_an_animation(format: str) -> None:
 def test_truncated_files_are_refused_with_path_and_reason(
     tmp_path: Path, format: str, share: float
 ) -> None:
-    content = encode(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8), format)
+    pixels = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    content = encode(pixels, format)
     path = tmp_path / "half image.bin"
     path.write_bytes(content[: max(8, int(len(content) * share))])
+
     with pytest.raises(DataError, match="half image") as error:
         decode(path)
     assert "truncated" in str(error.value)
@@ -324,6 +338,7 @@ def test_what_is_no_image_is_refused(content: bytes, reason: str) -> None:
 
 def test_missing_files_folders_and_pipes_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
+
     for name, reason in (
         ("no.png", "No such file"),
         ("", "not a regular file"),
@@ -379,6 +394,7 @@ BOMBS = {
 def test_decompression_bombs_are_refused_before_decoding(name: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
+
     with pytest.raises(DataError) as error:
         decode(BOMBS[name])
     assert time.perf_counter() - start < 0.5
@@ -391,6 +407,7 @@ def test_frames_after_the_first_are_not_looked_at() -> None:
     frames = [Image.new("L", (8, 8), shade) for shade in range(0, 250, 5)]
     first = encode(frames[0], "GIF")
     content = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
     assert np.array_equal(decode(content[: len(first) + 40] + b"\xff" * 1000), decode(first))
 
 
@@ -400,6 +417,7 @@ def test_any_damage_gives_pixels_or_a_data_error(data: st.DataObject) -> None:
     content = bytearray(data.draw(st.sampled_from(DAMAGED_BASES)))
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+
     with contextlib.suppress(DataError):
         assert decode(bytes(content)).shape[2] == 3
 
@@ -419,8 +437,11 @@ def test_check_accepts_all_suffixes_of_a_format(tmp_path: Path) -> None:
 def test_check_reports_names_that_mislead(tmp_path: Path) -> None:
     path = tmp_path / "photo.JPG"
     path.write_bytes(encode(PIXELS, "PNG"))
+
     assert check(path) == BadImage(path, "content is PNG, suffix is .JPG", readable=True)
+
     plain = path.rename(tmp_path / "photo")
+
     assert check(plain) is None
 
 
@@ -430,7 +451,9 @@ def test_check_all_keeps_the_order_and_changes_no_setting_of_pillow(tmp_path: Pa
     paths = [tmp_path / f"{i:02}.png" for i in range(len(contents))]
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content)
+
     bad = check_all(paths, workers=4)
+
     assert [image.path for image in bad] == [path for i, path in enumerate(paths) if i % 4]
     assert [image.readable for image in bad] == [False] * 15
     assert all("\n" not in image.reason for image in bad)
@@ -444,6 +467,7 @@ def test_threads_may_read_at_once() -> None:
         thread.start()
     for thread in threads:
         thread.join()
+
     assert len(results) == 8
     assert all(np.array_equal(result, PIXELS) for result in results)
 
@@ -453,6 +477,7 @@ def test_same_content_finds_equal_files_only(tmp_path: Path) -> None:
     paths = [tmp_path / str(i) for i in range(6)]
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content)
+
     assert same_content(paths) == [[0, 2, 5], [1, 4]]
     with pytest.raises(DataError, match="absent"):
         same_content([tmp_path / "absent"])

@@ -52,6 +52,7 @@ def test_bytes_labels_splits_groups_and_ids(tmp_path: Path) -> None:
     sources = load_source("parquet", path)
 
     train, test = sources.train, sources.test
+
     assert test is not None
     assert (train.classes, train.ids, test.ids) == (
         ("cat", "dog"),
@@ -61,7 +62,9 @@ def test_bytes_labels_splits_groups_and_ids(tmp_path: Path) -> None:
     assert [int(train.pixels(i)[0, 0, 0]) for i in range(6)] == [7, 4, 3, 2, 1, 0]
     assert train.labels.tolist() == [0, 1, 0, 1, 0, 1]
     assert train.groups == ("g3", "g2", "g1", "g1", "g0", "g0")
+
     part = train.subset([4, 1])
+
     assert [int(part.pixels(i)[0, 0, 0]) for i in range(2)] == [1, 4]
     assert sources.warnings == ("2 groups are in both train and test: g2, g3",)
     assert len(load_source("parquet", path, limit_per_class=2).train) == 4
@@ -100,12 +103,16 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="fewer than 2"):
         load_source("parquet", path)
+
     path = write(tmp_path / "a.parquet", path=[f"{i}.png" for i in range(4)], label=[2, 10, 2, 10])
+
     assert load_source("parquet", path).train.classes == ("2", "10")
     assert load_source("parquet", path).train.images == tuple(
         tmp_path / f"{i}.png" for i in range(4)
     )
+
     (tmp_path / "3.png").unlink()
+
     with pytest.raises(DataError, match="1 files of the table do not exist"):
         load_source("parquet", path)
 
@@ -116,10 +123,13 @@ def test_bad_images_and_copies_in_tables_are_reported(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match=r"1 of 5 images cannot be used; got z \(not an image"):
         load_source("parquet", path)
+
     path = write(
         tmp_path / "a.parquet", image=[*images, png(9)], label=list("abaabb"), id=list("uvwxyz")
     )
+
     sources = load_source("parquet", path, bad_images="skip")
+
     assert [str(bad.path) for bad in sources.skipped] == ["y"]
     assert "copies of others" in sources.warnings[0]
     assert sources.warnings[1] == "1 images are in several classes as exact copies: v = x"
@@ -160,10 +170,14 @@ def test_bad_tables(tmp_path: Path, case: str) -> None:
 def test_bad_parquet_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no \.parquet files"):
         load_source("parquet", tmp_path)
+
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
+
     with pytest.raises(DataError, match="cannot read the parquet file"):
         load_source("parquet", tmp_path)
+
     write(tmp_path / "a.parquet", ["only"], **{**GOOD, "label": [0, 1, 0, 1]})
+
     with pytest.raises(DataError, match=r"a label has no name: .*expected 0 to 0, got 1"):
         load_source("parquet", tmp_path)
 

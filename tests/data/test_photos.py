@@ -186,7 +186,9 @@ def test_icassava_with_three_labelled_parts(tmp_path: Path) -> None:
     assert count(sources.test) == dict.fromkeys(CASSAVA_CLASSES, 3)
     assert sources.train.ids[0] == "train/cbb/train-cbb-0.jpg"
     assert "15 validation images are not used" in sources.notes[1]
+
     folder = tmp_path / "cassavaleafdata.zip.unpacked/cassavaleafdata"
+
     assert np.array_equal(sources.train.pixels(0), decode(folder / sources.train.ids[0]))
     for root in (folder, folder.parent, tmp_path / "cassavaleafdata.zip"):
         assert count(load_source("icassava2019", root, extra=True).train) == dict.fromkeys(
@@ -209,15 +211,20 @@ def test_icassava_in_kaggles_edition(tmp_path: Path) -> None:
     sources = load_source("icassava2019", tmp_path / "kaggle")
 
     assert (count(sources.train), sources.test) == (dict.fromkeys(CASSAVA_CLASSES, 2), None)
+
     unpacked = tmp_path / "kaggle/cassava-disease.zip.unpacked/train.zip.unpacked"
+
     shutil.copytree(folder / "test/cbb", unpacked / "test/0")
+
     assert (
         load_source("icassava2019", unpacked).notes[-1]
         == "the test images have no labels and are not used"
     )
     with pytest.raises(DataError, match="no extra images"):
         load_source("icassava2019", unpacked, extra=True)
+
     shutil.rmtree(unpacked / "train/healthy")
+
     with pytest.raises(DataError, match=r"class folders are missing.*healthy"):
         load_source("icassava2019", unpacked)
 
@@ -228,15 +235,19 @@ def test_cassava2020(tmp_path: Path) -> None:
     sources = load_source("cassava2020", tmp_path / "sample")
 
     assert (sources.train.classes, sources.test) == (CASSAVA_2020_CLASSES, None)
+
     rows = dict(
         line.split(",") for line in (tmp_path / "sample/train.csv").read_text().splitlines()[1:]
     )
+
     assert {
         name: str(label)
         for name, label in zip(sources.train.ids, sources.train.labels, strict=True)
     } == {f"train_images/{name}": label for name, label in rows.items()}
     assert sources.notes[-1] == "the test images have no labels and are not used"
+
     archive = zip_up(tmp_path / "sample", tmp_path / "cassava-leaf-disease-classification.zip")
+
     for root in (archive, tmp_path):
         assert load_source("cassava2020", root).train.ids == sources.train.ids
 
@@ -287,6 +298,7 @@ def test_surrey_has_signers_as_groups(tmp_path: Path) -> None:
     sources = load_source("surrey-asl", tmp_path)
 
     train = sources.train
+
     assert (train.classes, sources.test) == (SURREY_LETTERS, None)
     assert not {"j", "z"} & set(train.classes)
     assert count(train) == dict.fromkeys(SURREY_LETTERS, 6)
@@ -301,6 +313,7 @@ def test_surrey_from_its_archive(tmp_path: Path) -> None:
     ids = load_source("surrey-asl", tmp_path).train.ids
     shutil.make_archive(str(tmp_path / "fingerspelling5"), "bztar", tmp_path, "dataset5")
     (tmp_path / "alone").mkdir()
+
     archive = (tmp_path / "fingerspelling5.tar.bz2").rename(
         tmp_path / "alone/fingerspelling5.tar.bz2"
     )
@@ -312,6 +325,7 @@ def test_surrey_from_its_archive(tmp_path: Path) -> None:
 def test_surrey_refuses_unknown_folders(tmp_path: Path) -> None:
     write_sample("surrey-asl", tmp_path, per_class=2)
     (tmp_path / "dataset5/B/j").mkdir()
+
     with pytest.raises(DataError, match=r"none of the 24 letters.*got j"):
         load_source("surrey-asl", tmp_path)
     with pytest.raises(DataError, match=r"is not there: .*dataset5/A/a"):

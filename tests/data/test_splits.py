@@ -51,7 +51,9 @@ def same(a: tuple[Roles, ...], b: tuple[Roles, ...]) -> bool:
 @given(rows(), st.sampled_from(["honest", "paper"]))
 def test_every_row_is_scored_exactly_once(case, protocol) -> None:
     labels, groups, spec, seed = case
+
     roles = roles_or_skip(labels, groups, spec, protocol, seed)
+
     assert len(roles) == (len(set(groups)) if spec.scheme == "leave-one-group-out" else spec.k)
     assert np.array_equal(
         np.sort(np.concatenate([part.score for part in roles])), np.arange(len(labels))
@@ -62,6 +64,7 @@ def test_every_row_is_scored_exactly_once(case, protocol) -> None:
 @given(rows())
 def test_honest_roles_are_disjoint_and_use_every_row(case) -> None:
     labels, groups, spec, seed = case
+
     for part in roles_or_skip(labels, groups, spec, "honest", seed):
         together = np.concatenate(part)
         assert np.array_equal(np.sort(together), np.arange(len(labels)))
@@ -75,6 +78,7 @@ def test_honest_roles_are_disjoint_and_use_every_row(case) -> None:
 @given(rows())
 def test_paper_roles_select_on_what_is_scored(case) -> None:
     labels, groups, spec, seed = case
+
     for part in roles_or_skip(labels, groups, spec, "paper", seed):
         assert np.array_equal(part.select, part.score)
         assert np.array_equal(
@@ -88,6 +92,7 @@ def test_no_group_has_two_roles_in_one_fold(case) -> None:
     labels, groups, spec, seed = case
     assume(spec.scheme != "stratified")
     names = np.array(groups)
+
     for part in roles_or_skip(labels, groups, spec, "honest", seed):
         fit, select, score = (set(names[role]) for role in part)
         assert not fit & select
@@ -104,9 +109,11 @@ def test_names_of_classes_and_groups_do_not_matter(case, random) -> None:
     renamed = list(range(len(set(labels))))
     random.shuffle(renamed)
     hidden = {name: f"{random.random()} {name}" for name in set(groups)}
+
     again = assign_roles(
         np.array(renamed)[labels] + 3, [hidden[g] for g in groups], spec, "honest", seed
     )
+
     assert same(roles, again)
 
 
@@ -116,18 +123,21 @@ def test_the_same_seed_gives_the_same_roles(case) -> None:
     labels, groups, spec, seed = case
     roles = roles_or_skip(labels, groups, spec, "honest", seed)
     np.random.seed(1)  # the global state must not matter
+
     assert same(roles, assign_roles(list(labels), tuple(groups), spec, "honest", seed))
 
 
 def test_another_seed_gives_other_roles() -> None:
     labels = np.arange(200) % 4
     a, b = (assign_roles(labels, None, FoldSpec(), "honest", seed) for seed in (0, 1))
+
     assert not np.array_equal(a[0].score, b[0].score)
     assert not np.array_equal(a[0].select, b[0].select)
 
 
 def test_score_and_select_have_their_share_of_every_class() -> None:
     labels = np.repeat([0, 1, 2], [600, 300, 100])
+
     for part in assign_roles(labels, None, FoldSpec(k=5, select=0.15), "honest", 0):
         assert np.bincount(labels[part.score]).tolist() == [120, 60, 20]
         assert np.bincount(labels[part.select]).tolist() == [72, 36, 12]
@@ -138,6 +148,7 @@ def test_select_in_whole_groups_comes_near_its_share() -> None:
     groups = rng.integers(0, 60, 2000)
     labels = rng.integers(0, 4, 2000)
     spec = FoldSpec(k=5, scheme="grouped", select=0.2)
+
     for part in assign_roles(labels, [str(g) for g in groups], spec, "honest", 0):
         outside = len(part.fit) + len(part.select)
         assert abs(len(part.select) / outside - 0.2) < 0.03
@@ -155,9 +166,11 @@ def test_two_images_outside_the_scored_rows_serve_both_roles() -> None:
 def test_large_groups_still_leave_one_for_select() -> None:
     labels = np.tile([0, 1], 30)
     groups = [f"signer{i // 20}" for i in range(60)]
+
     roles = assign_roles(
         labels, groups, FoldSpec(scheme="leave-one-group-out", select=0.1), "honest", 0
     )
+
     assert [len(part.fit) for part in roles] == [20, 20, 20]
     assert [part.score[0] for part in roles] == [0, 20, 40]
 
@@ -167,6 +180,7 @@ def test_a_group_with_the_last_images_of_a_class_stays_in_fit() -> None:
     groups = [f"{i // 3}" for i in range(24)] + ["rare1", "rare1", "rare2", "rare2"]
     spec = FoldSpec(k=2, scheme="grouped", select=0.4)
     possible = 0
+
     for seed in range(20):
         try:
             roles = assign_roles(labels, groups, spec, "honest", seed)
@@ -181,6 +195,7 @@ def test_select_never_takes_the_only_group_of_a_class() -> None:
     # Otherwise the group with the rare class is drawn: it brings both others closer to their share.
     labels = np.array([0, 1] * 50 + [2, 2])
     groups = [f"{i // 20}" for i in range(100)] + ["3", "3"]
+
     for seed in range(20):
         part = refit_roles(labels, groups, FoldSpec(scheme="grouped", select=0.4), seed)
         assert set(labels[part.fit]) == {0, 1, 2}
@@ -189,6 +204,7 @@ def test_select_never_takes_the_only_group_of_a_class() -> None:
 
 def test_one_fold_under_paper_fits_everything() -> None:
     (part,) = assign_roles([0, 1, 0, 1], None, FoldSpec(k=1), "paper", 0)
+
     assert part.fit.tolist() == [0, 1, 2, 3]
     assert part.select.size == part.score.size == 0
 
@@ -196,7 +212,9 @@ def test_one_fold_under_paper_fits_everything() -> None:
 @pytest.mark.parametrize("scheme", ["stratified", "grouped", "leave-one-group-out"])
 def test_refit_uses_all_rows_and_scores_none(scheme: str) -> None:
     labels, groups = np.arange(100) % 4, [f"{i // 10}" for i in range(100)]
+
     part = refit_roles(labels, groups, FoldSpec(scheme=scheme, select=0.2), 3)
+
     assert np.array_equal(np.sort(np.concatenate([part.fit, part.select])), np.arange(100))
     assert part.score.size == 0
     assert abs(len(part.select) - 20) <= (0 if scheme == "stratified" else 10)
@@ -208,6 +226,7 @@ def test_refit_uses_all_rows_and_scores_none(scheme: str) -> None:
 def test_folds_that_are_no_partition_are_an_internal_error() -> None:
     a, b, c = (np.array(rows, dtype=np.int64) for rows in ([0, 1], [2, 3], [3]))
     none = a[:0]
+
     check_partition([Roles(a, none, b), Roles(b, none, a)], 4)
     for wrong in (
         [Roles(a, none, b)],

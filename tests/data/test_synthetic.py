@@ -19,6 +19,7 @@ def test_every_sample_loads_with_its_counts(tmp_path: Path, name: str) -> None:
     sources = load_source(name, root)
 
     groups = len(set(sources.train.groups or ("all",)))
+
     assert np.bincount(sources.train.labels).tolist() == [4 * groups] * len(sources.train.classes)
     if sources.test is not None:
         assert np.bincount(sources.test.labels).tolist() == [2] * len(sources.train.classes)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.predictions import assert_refused
 
-from threefold.errors import DataError
 from threefold.predictions.formats import read_predictions
 from threefold.predictions.join import join_predictions
 from threefold.predictions.predictions import Predictions
@@ -21,21 +21,16 @@ LABELS = np.repeat(np.arange(4), 3)
 PROBS = np.random.default_rng(0).dirichlet(np.ones(4), 12).astype(np.float32)
 
 
-def expect(found: Predictions, close: bool = False, classes: tuple[str, ...] = CLASSES) -> None:
+def assert_read(
+    predictions: Predictions, close: bool = False, classes: tuple[str, ...] = CLASSES
+) -> None:
     """The same rows, labels and probabilities, whatever the order of the classes."""
-    order = [found.classes.index(name) for name in classes]
-    probs = found.probs[0][:, order]
+    order = [predictions.classes.index(name) for name in classes]
+    probs = predictions.probs[0][:, order]
     assert np.allclose(probs, PROBS, atol=1e-6, rtol=0) if close else (probs == PROBS).all()
-    assert [found.classes[i] for i in found.labels] == [CLASSES[i] for i in LABELS]
-    assert found.ids == tuple(FILES)
-    assert (found.kind, found.members) == ("foreign", ("net",))
-
-
-def refused(path: Path, message: str, **options: Any) -> None:
-    with pytest.raises(DataError, match=message) as caught:
-        read_predictions(path, **options)
-    assert "\n" not in str(caught.value)
-    assert str(path) in str(caught.value)
+    assert [predictions.classes[i] for i in predictions.labels] == [CLASSES[i] for i in LABELS]
+    assert predictions.ids == tuple(FILES)
+    assert (predictions.kind, predictions.members) == ("foreign", ("net",))
 
 
 # Keras
@@ -55,34 +50,37 @@ def keras(**changes: Any) -> dict[str, Any]:
 def test_keras_generator(tmp_path: Path) -> None:
     np.savez(tmp_path / "net.npz", **keras())
 
-    expect(read_predictions(tmp_path / "net.npz"))
+    assert_read(read_predictions(tmp_path / "net.npz"))
 
     np.savez(
         tmp_path / "net.npz", **keras(class_indices=json.dumps({"2": 3, "1": 1, "10": 2, "0": 0}))
     )
 
-    expect(read_predictions(tmp_path / "net.npz"))
+    assert_read(read_predictions(tmp_path / "net.npz"))
 
     np.savez(tmp_path / "net.npz", **keras(classes=None))  # the folders of filenames say the same
 
-    expect(read_predictions(tmp_path / "net.npz"))
+    assert_read(read_predictions(tmp_path / "net.npz"))
 
 
 def test_keras_dataset(tmp_path: Path) -> None:
     paths = [f"photos/test/{name}" for name in FILES]
     np.savez(tmp_path / "net.npz", probs=PROBS, paths=paths, classes=list(CLASSES))
 
-    expect(read_predictions(tmp_path / "net.npz"))
+    assert_read(read_predictions(tmp_path / "net.npz"))
 
 
 def test_keras_npy_with_a_table_of_labels(tmp_path: Path) -> None:
     np.save(tmp_path / "net.npy", PROBS)
     rows = [f"{name},{name.partition('/')[0]}" for name in FILES]
+
     (tmp_path / "labels.csv").write_text("\n".join(["id,label", *rows]))
 
-    expect(read_predictions(tmp_path / "net.npy", labels=tmp_path / "labels.csv", classes=CLASSES))
-    refused(tmp_path / "net.npy", "there are no labels")
-    refused(
+    assert_read(
+        read_predictions(tmp_path / "net.npy", labels=tmp_path / "labels.csv", classes=CLASSES)
+    )
+    assert_refused(tmp_path / "net.npy", "there are no labels")
+    assert_refused(
         tmp_path / "net.npy",
         "misfit|do not fit|names",
         labels=tmp_path / "labels.csv",
@@ -93,9 +91,10 @@ def test_keras_npy_with_a_table_of_labels(tmp_path: Path) -> None:
 def test_the_numbers_of_keras_are_columns_and_not_names(tmp_path: Path) -> None:
     """Label 2 is the folder 10. Read as a name, it would make 6 of 12 rows wrong."""
     np.savez(tmp_path / "net.npz", **keras())
-    found = read_predictions(tmp_path / "net.npz")
 
-    assert [found.classes[found.labels[i]] for i in (6, 9)] == ["10", "2"]
+    predictions = read_predictions(tmp_path / "net.npz")
+
+    assert [predictions.classes[predictions.labels[i]] for i in (6, 9)] == ["10", "2"]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +131,8 @@ def test_keras_files_that_cannot_be_used(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     np.savez(tmp_path / "net.npz", **keras(**changes))
-    refused(tmp_path / "net.npz", message)
+
+    assert_refused(tmp_path / "net.npz", message)
 
 
 # scikit-learn
@@ -142,6 +142,7 @@ def test_scikit_learn(tmp_path: Path) -> None:
     from sklearn.linear_model import LogisticRegression
 
     features = np.random.default_rng(1).normal(size=(30, 3))
+
     for values in (
         np.array([3, 5, 2])[np.arange(30) % 3],
         np.array(["no", "yes", "maybe"])[np.arange(30) % 3],
@@ -153,10 +154,13 @@ def test_scikit_learn(tmp_path: Path) -> None:
             labels=values,
             classes_=model.classes_,
         )
-        found = read_predictions(tmp_path / "net.npz")
-        assert [found.classes[i] for i in found.labels] == [str(value) for value in values]
-        right = (found.probs[0].argmax(-1) == found.labels).mean()
-        assert right == model.score(features, values)
+        predictions = read_predictions(tmp_path / "net.npz")
+        assert [predictions.classes[i] for i in predictions.labels] == [
+            str(value) for value in values
+        ]
+        accuracy = (predictions.probs[0].argmax(-1) == predictions.labels).mean()
+        assert accuracy == model.score(features, values)
+
     # the same under the plain name: 2 may be the class 2 or column 2
     values = np.array([3, 5, 2])[np.arange(30) % 3]
     np.savez(
@@ -166,7 +170,7 @@ def test_scikit_learn(tmp_path: Path) -> None:
         classes=[2, 3, 5],
     )
 
-    refused(tmp_path / "net.npz", "numbers of columns or of classes.*classes_")
+    assert_refused(tmp_path / "net.npz", "numbers of columns or of classes.*classes_")
 
 
 # fastai
@@ -188,7 +192,7 @@ def test_fastai(tmp_path: Path) -> None:
         paths=[str(item) for item in items],
     )
 
-    expect(read_predictions(tmp_path / "net.npz"))
+    assert_read(read_predictions(tmp_path / "net.npz"))
 
     tree = {
         "probs": probs,
@@ -198,9 +202,10 @@ def test_fastai(tmp_path: Path) -> None:
     }
     torch.save(tree, tmp_path / "net.pt")
 
-    expect(read_predictions(tmp_path / "net.pt"))
+    assert_read(read_predictions(tmp_path / "net.pt"))
 
     torch.save((probs, targets), tmp_path / "pair.pt")  # what get_preds returns
+
     pair = read_predictions(tmp_path / "pair.pt", classes=CLASSES)
 
     assert (pair.ids[0], pair.members, pair.labels.tolist()) == (
@@ -223,7 +228,7 @@ def test_a_pt_file_is_never_unpickled(tmp_path: Path, legacy: bool) -> None:
         {"probs": torch.tensor(PROBS), "labels": TensorBase()}, tmp_path / "net.pt", **options
     )
 
-    refused(tmp_path / "net.pt", "more than tensors.*numpy.savez")
+    assert_refused(tmp_path / "net.pt", "more than tensors.*numpy.savez")
 
     torch.save(
         {"probs": torch.tensor(PROBS), "labels": torch.tensor(LABELS)},
@@ -247,7 +252,7 @@ def test_other_pt_files_are_refused(tmp_path: Path, tree: Any, message: str) -> 
 
     torch.save(tree, tmp_path / "net.pt")
 
-    refused(tmp_path / "net.pt", message)
+    assert_refused(tmp_path / "net.pt", message)
 
 
 def test_a_pt_file_cannot_claim_memory(tmp_path: Path) -> None:
@@ -258,7 +263,7 @@ def test_a_pt_file_cannot_claim_memory(tmp_path: Path) -> None:
     )
 
     assert (tmp_path / "net.pt").stat().st_size < 10_000
-    refused(tmp_path / "net.pt", "too large.*at most 4096 MiB")
+    assert_refused(tmp_path / "net.pt", "too large.*at most 4096 MiB")
 
 
 # Ultralytics
@@ -273,7 +278,7 @@ def test_ultralytics(tmp_path: Path) -> None:
         classes=list(names.values()),
     )
 
-    expect(read_predictions(tmp_path / "net.npz"))
+    assert_read(read_predictions(tmp_path / "net.npz"))
 
 
 @pytest.mark.parametrize(
@@ -289,7 +294,8 @@ def test_ultralytics(tmp_path: Path) -> None:
 )
 def test_five_best_classes_of_ultralytics_are_refused(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
-    refused(tmp_path / name, "Ultralytics' best five.*numpy.savez.*r.probs.data.*r.path")
+
+    assert_refused(tmp_path / name, "Ultralytics' best five.*numpy.savez.*r.probs.data.*r.path")
 
 
 # timm
@@ -353,42 +359,47 @@ def test_timm_with_every_class(tmp_path: Path, fmt: str, separate: bool) -> None
     path = tmp_path / f"net.{fmt.partition('-')[0]}"
     timm(path, fmt, separate=separate)
 
-    expect(read_predictions(path), close=True)
+    assert_read(read_predictions(path), close=True)
 
     timm(path, fmt, topk=4, separate=separate, index=True)
 
-    expect(read_predictions(path), close=True)
+    assert_read(read_predictions(path), close=True)
 
     timm(path, fmt, topk=4, separate=separate, label="name")
 
-    expect(read_predictions(path), close=True)
+    assert_read(read_predictions(path), close=True)
 
     timm(path, fmt, topk=4, separate=separate, label="name", index=True)
-    found = read_predictions(path)
 
-    expect(found, close=True)
-    assert found.classes == NATURAL
+    predictions = read_predictions(path)
+
+    assert_read(predictions, close=True)
+    assert predictions.classes == NATURAL
 
 
 def test_separate_columns_of_timm_in_parquet_are_exact(tmp_path: Path) -> None:
     timm(tmp_path / "net.parquet", "parquet", separate=True)
-    expect(read_predictions(tmp_path / "net.parquet"))
+
+    assert_read(read_predictions(tmp_path / "net.parquet"))
 
 
 def test_timm_without_folders_takes_labels_from_a_table(tmp_path: Path) -> None:
     timm(tmp_path / "net.csv", "csv", fullname=False)
 
-    refused(
+    assert_refused(
         tmp_path / "net.csv",
         "class names are not known.*expected 4 class folders.*got 0.*--fullname",
     )
 
     rows = [f"{name.replace('/', '_')},{name.partition('/')[0]}" for name in FILES]
     (tmp_path / "labels.csv").write_text("\n".join(["id,label", *rows[::-1]]))
-    found = read_predictions(tmp_path / "net.csv", labels=tmp_path / "labels.csv", classes=NATURAL)
 
-    assert [found.classes[i] for i in found.labels] == [CLASSES[i] for i in LABELS]
-    assert found.ids[0] == "0_0.png"
+    predictions = read_predictions(
+        tmp_path / "net.csv", labels=tmp_path / "labels.csv", classes=NATURAL
+    )
+
+    assert [predictions.classes[i] for i in predictions.labels] == [CLASSES[i] for i in LABELS]
+    assert predictions.ids[0] == "0_0.png"
 
 
 @pytest.mark.parametrize("separate", [False, True])
@@ -413,7 +424,7 @@ def test_timm_files_that_cannot_make_an_ensemble(
     for fmt in FORMATS:
         path = tmp_path / f"net.{fmt.partition('-')[0]}"
         timm(path, fmt, separate=separate, **options)
-        refused(path, message)
+        assert_refused(path, message)
 
 
 def test_scores_of_timm_are_no_predictions(tmp_path: Path) -> None:
@@ -421,7 +432,8 @@ def test_scores_of_timm_are_no_predictions(tmp_path: Path) -> None:
         "model,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation\n"
         "resnet18,71.5,28.5,90.1,9.9,11.69,224,0.95,bicubic\n"
     )
-    refused(tmp_path / "results.csv", "scores of timm's validate.py.*inference.py")
+
+    assert_refused(tmp_path / "results.csv", "scores of timm's validate.py.*inference.py")
 
 
 # together
@@ -446,23 +458,24 @@ def test_one_ensemble_of_five_tools(tmp_path: Path) -> None:
     np.savez(
         tmp_path / "forest.npz", probs=PROBS, labels=names, classes_=np.array(CLASSES), ids=FILES
     )
-    found = join_predictions(
+
+    joined = join_predictions(
         [
             read_predictions(tmp_path / name)
             for name in ("keras.npz", "timm.csv", "yolo.npz", "fastai.pt", "forest.npz")
         ]
     )
 
-    assert found.members == ("keras", "timm", "yolo", "fastai", "forest")
-    assert found.classes == CLASSES
-    assert np.allclose(found.probs, PROBS, atol=1e-6, rtol=0)
+    assert joined.members == ("keras", "timm", "yolo", "fastai", "forest")
+    assert joined.classes == CLASSES
+    assert np.allclose(joined.probs, PROBS, atol=1e-6, rtol=0)
 
 
 def test_misspelt_arrays_are_refused(tmp_path: Path) -> None:
     arrays = {"probs": PROBS, "labels": LABELS}
     np.savez(tmp_path / "net.npz", group=np.array(FILES), **arrays)
 
-    refused(tmp_path / "net.npz", "misspelt.*expected groups, got group")
+    assert_refused(tmp_path / "net.npz", "misspelt.*expected groups, got group")
 
     np.savez(tmp_path / "net.npz", features=np.zeros((12, 5)), **arrays)
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.predictions import Bomb, make, raw
+from support.predictions import Bomb, assert_refused, foreign_arrays, make_predictions
 
 from threefold.errors import DataError
 from threefold.predictions import array_files, tables
@@ -141,25 +141,18 @@ TEXTS: dict[str, tuple[str | bytes, str]] = {
 }
 
 
-def refused(path: Path, message: str, **options: Any) -> None:
-    with pytest.raises(DataError, match=message) as caught:
-        read_predictions(path, **options)
-    assert "\n" not in str(caught.value)
-    assert str(path) in str(caught.value)
-    assert len(str(caught.value)) < 700
-
-
 @pytest.mark.parametrize("case", TEXTS)
 def test_bad_csv(tmp_path: Path, case: str) -> None:
     content, message = TEXTS[case]
     path = tmp_path / "net.csv"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
 
-    refused(path, message)
+    assert_refused(path, message)
 
 
 def test_the_good_file_that_the_bad_ones_come_from_is_read(tmp_path: Path) -> None:
     (tmp_path / "net.csv").write_text(GOOD)
+
     assert read_predictions(tmp_path / "net.csv").ids == ("a", "b")
 
 
@@ -191,13 +184,14 @@ JSONS = {
 @pytest.mark.parametrize("case", JSONS)
 def test_bad_json(tmp_path: Path, case: str) -> None:
     content, message = JSONS[case]
+
     (tmp_path / "net.json").write_text(content)
 
-    refused(tmp_path / "net.json", message)
+    assert_refused(tmp_path / "net.json", message)
 
 
 def npz(path: Path, **arrays: Any) -> None:
-    np.savez(path, **{**raw(), **arrays})
+    np.savez(path, **{**foreign_arrays(), **arrays})
 
 
 def forged(path: Path, shape: tuple[int, ...], name: str = "probs.npy") -> None:
@@ -253,7 +247,7 @@ def test_bad_npz(tmp_path: Path, case: str) -> None:
     build, message = NPZS[case]
     build(tmp_path / "net.npz")
 
-    refused(tmp_path / "net.npz", message)
+    assert_refused(tmp_path / "net.npz", message)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +257,7 @@ def test_bad_npz(tmp_path: Path, case: str) -> None:
 def test_object_arrays_are_never_unpickled(tmp_path: Path, name: str) -> None:
     npz(tmp_path / "net.npz", **{name: np.array([Bomb(tmp_path / "exploded")], dtype=object)})
 
-    refused(tmp_path / "net.npz", "never unpickled")
+    assert_refused(tmp_path / "net.npz", "never unpickled")
 
     np.save(
         tmp_path / "net.npy",
@@ -271,7 +265,7 @@ def test_object_arrays_are_never_unpickled(tmp_path: Path, name: str) -> None:
         allow_pickle=True,
     )
 
-    refused(tmp_path / "net.npy", "never unpickled")
+    assert_refused(tmp_path / "net.npy", "never unpickled")
     assert not (tmp_path / "exploded").exists()
 
 
@@ -280,7 +274,7 @@ def test_a_pt_file_runs_no_code(tmp_path: Path) -> None:
 
     torch.save({"probs": Bomb(tmp_path / "exploded")}, tmp_path / "net.pt")
 
-    refused(tmp_path / "net.pt", "more than tensors")
+    assert_refused(tmp_path / "net.pt", "more than tensors")
     assert not (tmp_path / "exploded").exists()
 
 
@@ -305,9 +299,11 @@ def test_oversized_file_is_refused_before_allocation(
     assert (tmp_path / "net.npz").stat().st_size < 100_000
 
     monkeypatch.setattr(array_files, "MAX_BYTES", 8 << 20)
+
     for name in ("net.npz", "net.npy"):
         assert (
-            peak(lambda name=name: refused(tmp_path / name, "too large.*at most 8 MiB")) < 4 << 20
+            peak(lambda name=name: assert_refused(tmp_path / name, "too large.*at most 8 MiB"))
+            < 4 << 20
         )  # type: ignore[misc]
 
 
@@ -316,13 +312,14 @@ def test_a_large_text_is_refused_before_it_is_read(
 ) -> None:
     monkeypatch.setattr(array_files, "MAX_BYTES", 1 << 20)
     monkeypatch.setattr(tables, "MAX_JSON", 1 << 20)
+
     (tmp_path / "net.csv").write_text(GOOD * 60_000)
 
-    refused(tmp_path / "net.csv", "too large")
+    assert_refused(tmp_path / "net.csv", "too large")
 
     (tmp_path / "net.json").write_text(json.dumps([0.5] * 400_000))
 
-    refused(
+    assert_refused(
         tmp_path / "net.json",
         "JSON file is too large; expected at most 1 MiB|JSON file is too large: ",
     )
@@ -363,7 +360,7 @@ def test_bad_parquet(tmp_path: Path, case: str) -> None:
     changes, message = PARQUETS[case]
     parquet(tmp_path / "net.parquet", **changes)
 
-    refused(tmp_path / "net.parquet", message)
+    assert_refused(tmp_path / "net.parquet", message)
 
 
 def test_a_parquet_file_cannot_claim_memory(
@@ -377,12 +374,14 @@ def test_a_parquet_file_cannot_claim_memory(
 
     monkeypatch.setattr(array_files, "MAX_BYTES", 8 << 20)
 
-    refused(tmp_path / "net.parquet", "too large.*at most 8 MiB")
+    assert_refused(tmp_path / "net.parquet", "too large.*at most 8 MiB")
 
 
 def test_parquet_that_is_not_whole(tmp_path: Path) -> None:
     parquet(tmp_path / "net.parquet")
+
     whole = (tmp_path / "net.parquet").read_bytes()
+
     for content in (
         whole[:4],
         whole[:100],
@@ -390,29 +389,29 @@ def test_parquet_that_is_not_whole(tmp_path: Path) -> None:
         whole[:-8] + struct.pack("<I", 2**31) + b"PAR1",
     ):
         (tmp_path / "net.parquet").write_bytes(content)
-        refused(tmp_path / "net.parquet", "cannot read the parquet file")
+        assert_refused(tmp_path / "net.parquet", "cannot read the parquet file")
 
 
 # any file
 
 
 def test_no_file_a_folder_and_unknown_formats(tmp_path: Path) -> None:
-    refused(tmp_path / "absent.csv", "no such file")
-    refused(tmp_path, "a folder")
+    assert_refused(tmp_path / "absent.csv", "no such file")
+    assert_refused(tmp_path, "a folder")
 
     (tmp_path / "net.xlsx").write_bytes(b"PK\x03\x04")
 
-    refused(tmp_path / "net.xlsx", "cut off or damaged")
+    assert_refused(tmp_path / "net.xlsx", "cut off or damaged")
 
     (tmp_path / "net.h5").write_bytes(b"\x89HDF\r\n")
 
-    refused(
+    assert_refused(
         tmp_path / "net.h5", "unknown format.*got HDF5 content; fix: save .npz, .csv or .parquet"
     )
 
     (tmp_path / "net.pkl").write_bytes(b"\x80\x04]")
 
-    refused(tmp_path / "net.pkl", "got pickle content")
+    assert_refused(tmp_path / "net.pkl", "got pickle content")
 
 
 @pytest.fixture(scope="module")
@@ -421,7 +420,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     folder = tmp_path_factory.mktemp("whole")
-    rows = make(groups=tuple("aabbcc"), folds=np.arange(6))
+    rows = make_predictions(groups=tuple("aabbcc"), folds=np.arange(6))
     for suffix in ("npz", "csv", "parquet"):
         with contextlib.suppress(DataError):  # no pyarrow
             write_predictions(rows, folder / f"x.{suffix}")
@@ -455,6 +454,7 @@ def test_a_damaged_file_is_refused_in_one_line_or_read(
     options: dict[str, Any] = (
         {"labels": whole / "labels.csv", "classes": ["a", "b", "c"]} if suffix == "npy" else {}
     )
+
     with contextlib.suppress(DataError):
         assert isinstance(read_predictions(path, **options), Predictions)
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.paths import ROOT
-from support.predictions import make, predictions, same
+from support.predictions import are_equal, make_predictions, predictions
 
 from threefold.errors import DataError, RunError
 from threefold.predictions.adapters import COLUMNS, is_reserved_column
@@ -40,9 +40,10 @@ def test_what_is_written_is_what_is_read(
         pytest.importorskip("pyarrow")
     original = data.draw(predictions() if suffix == "npz" else tables)
     path = tmp_path_factory.mktemp("p") / f"x.{suffix}"
+
     write_predictions(original, path)
 
-    assert same(read_predictions(path), original)
+    assert are_equal(read_predictions(path), original)
 
 
 @pytest.mark.parametrize("suffix", ["npz", "csv", "parquet"])
@@ -50,12 +51,15 @@ def test_roles_come_back(tmp_path: Path, suffix: str) -> None:
     if suffix == "parquet":
         pytest.importorskip("pyarrow")
     roles: Any = np.array([[4, 1, 2, 1, 1, 1], [1, 4, 1, 4, 4, 4], [2, 1, 4, 2, 1, 1]], np.int8)
-    original = replace(make(), folds=np.array([0, 1, 2, 1, 1, 1]), kind="oof", roles=roles)
+    original = replace(
+        make_predictions(), folds=np.array([0, 1, 2, 1, 1, 1]), kind="oof", roles=roles
+    )
     write_predictions(original, tmp_path / f"x.{suffix}")
-    found = read_predictions(tmp_path / f"x.{suffix}")
 
-    assert same(found, original)
-    assert (found.roles == roles).all()
+    loaded = read_predictions(tmp_path / f"x.{suffix}")
+
+    assert are_equal(loaded, original)
+    assert (loaded.roles == roles).all()
 
 
 def test_no_field_of_predictions_is_forgotten_by_the_tables() -> None:
@@ -79,21 +83,22 @@ def test_no_field_of_predictions_is_forgotten_by_the_tables() -> None:
 def test_the_protocol_survives_pandas(tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
     pytest.importorskip("pyarrow")
-    original = make(m=1, protocol="paper", kind="test")
+    original = make_predictions(m=1, protocol="paper", kind="test")
     write_predictions(original, tmp_path / "a.parquet")
     pandas.read_parquet(tmp_path / "a.parquet").sort_values("id", ascending=False).to_parquet(
         tmp_path / "b.parquet"
     )
-    found = read_predictions(tmp_path / "b.parquet")
 
-    assert (found.protocol, found.kind) == ("paper", "test")
-    assert same(found.rows(np.arange(6)[::-1]), original)
+    loaded = read_predictions(tmp_path / "b.parquet")
+
+    assert (loaded.protocol, loaded.kind) == ("paper", "test")
+    assert are_equal(loaded.rows(np.arange(6)[::-1]), original)
 
 
 def test_files_written_as_in_the_docs_are_read(tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
     pytest.importorskip("pyarrow")
-    one = make(m=1)
+    one = make_predictions(m=1)
     classes, ids, names, probs = (
         one.classes,
         one.ids,
@@ -104,21 +109,21 @@ def test_files_written_as_in_the_docs_are_read(tmp_path: Path) -> None:
     frame.to_csv(tmp_path / "net0.csv", index=False)
     frame.to_parquet(tmp_path / "net0.parquet", index=False)
 
-    assert same(read_predictions(tmp_path / "net0.csv"), one)
-    assert same(read_predictions(tmp_path / "net0.parquet"), one)
+    assert are_equal(read_predictions(tmp_path / "net0.csv"), one)
+    assert are_equal(read_predictions(tmp_path / "net0.parquet"), one)
 
     np.savez(tmp_path / "net0.npz", probs=probs, labels=one.labels, ids=ids, classes=classes)
 
-    assert same(read_predictions(tmp_path / "net0.npz"), one)
+    assert are_equal(read_predictions(tmp_path / "net0.npz"), one)
 
-    two = make()
+    two = make_predictions()
     parts = [
         pandas.DataFrame(p, columns=classes).assign(id=ids, label=names, member=m)
         for m, p in zip(two.members, two.probs, strict=True)
     ]
     pandas.concat(parts).to_csv(tmp_path / "both.csv", index=False)
 
-    assert same(read_predictions(tmp_path / "both.csv"), two)
+    assert are_equal(read_predictions(tmp_path / "both.csv"), two)
 
 
 def read(tmp_path: Path, text: str, name: str = "net.csv", **options: Any) -> Predictions:
@@ -128,21 +133,26 @@ def read(tmp_path: Path, text: str, name: str = "net.csv", **options: Any) -> Pr
 
 
 def test_the_smallest_table(tmp_path: Path) -> None:
-    found = read(tmp_path, "label,cat,dog\ndog,0.25,0.75\ncat,1,0\n")
+    loaded = read(tmp_path, "label,cat,dog\ndog,0.25,0.75\ncat,1,0\n")
 
-    assert found.ids == ("row0000", "row0001")
-    assert found.members == ("net",)
-    assert (found.kind, found.protocol, found.labels.tolist()) == ("foreign", "honest", [1, 0])
-    assert found.probs.tolist() == [[[0.25, 0.75], [1, 0]]]
+    assert loaded.ids == ("row0000", "row0001")
+    assert loaded.members == ("net",)
+    assert (loaded.kind, loaded.protocol, loaded.labels.tolist()) == ("foreign", "honest", [1, 0])
+    assert loaded.probs.tolist() == [[[0.25, 0.75], [1, 0]]]
 
 
 def test_csv_with_bom_groups_folds_and_an_empty_last_line(tmp_path: Path) -> None:
     text = "\ufeffdog,fold,label,group,cat,id\r\n0.75,1,dog,ann,0.25,a\r\n0,0,cat,bob,1,b\r\n\r\n"
-    found = read(tmp_path, text)
 
-    assert (found.classes, found.ids, found.groups) == (("dog", "cat"), ("a", "b"), ("ann", "bob"))
-    assert found.folds is not None
-    assert (found.folds.tolist(), found.labels.tolist()) == ([1, 0], [0, 1])
+    loaded = read(tmp_path, text)
+
+    assert (loaded.classes, loaded.ids, loaded.groups) == (
+        ("dog", "cat"),
+        ("a", "b"),
+        ("ann", "bob"),
+    )
+    assert loaded.folds is not None
+    assert (loaded.folds.tolist(), loaded.labels.tolist()) == ([1, 0], [0, 1])
 
 
 def test_labels_as_column_numbers(tmp_path: Path) -> None:
@@ -161,6 +171,7 @@ def test_labels_and_ids_from_posix_and_windows_paths(tmp_path: Path) -> None:
         "path,cat,dog\n/home/me/test/cat/1.jpg,1,0\n/home/me/test/dog/x/1.jpg,0,1\n",
         "a.csv",
     )
+
     theirs = read(
         tmp_path, "path,cat,dog\nD:\\test\\cat\\1.jpg,1,0\nD:\\test\\dog\\x\\1.jpg,0,1\n", "b.csv"
     )
@@ -171,24 +182,27 @@ def test_labels_and_ids_from_posix_and_windows_paths(tmp_path: Path) -> None:
 
 def test_rows_of_members_are_matched_by_id_in_any_order(tmp_path: Path) -> None:
     text = "id,label,member,cat,dog\nb,dog,m,0,1\nb,dog,n,0.5,0.5\na,cat,n,0.25,0.75\na,cat,m,1,0\n"
-    found = read(tmp_path, text)
 
-    assert (found.ids, found.members) == (("b", "a"), ("m", "n"))
-    assert found.probs.tolist() == [[[0, 1], [1, 0]], [[0.5, 0.5], [0.25, 0.75]]]
+    loaded = read(tmp_path, text)
+
+    assert (loaded.ids, loaded.members) == (("b", "a"), ("m", "n"))
+    assert loaded.probs.tolist() == [[[0, 1], [1, 0]], [[0.5, 0.5], [0.25, 0.75]]]
 
 
 def test_labels_from_a_table_beside_the_file(tmp_path: Path) -> None:
     truth = tmp_path / "labels.csv"
     truth.write_text("id,label,group\nc,dog,x\nb,cat,y\na,dog,z\n")
     np.savez(tmp_path / "net.npz", probs=np.eye(2), ids=["a", "b"], classes=["cat", "dog"])
-    found = read_predictions(tmp_path / "net.npz", labels=truth)
 
-    assert (found.labels.tolist(), found.groups, found.ids) == ([1, 0], ("z", "y"), ("a", "b"))
+    loaded = read_predictions(tmp_path / "net.npz", labels=truth)
+
+    assert (loaded.labels.tolist(), loaded.groups, loaded.ids) == ([1, 0], ("z", "y"), ("a", "b"))
 
     np.save(tmp_path / "net.npy", np.array([[0.5, 0.5], [1, 0], [0, 1]]))
-    found = read_predictions(tmp_path / "net.npy", labels=truth, classes=["cat", "dog"])
 
-    assert (found.ids, found.labels.tolist(), found.members) == (
+    loaded = read_predictions(tmp_path / "net.npy", labels=truth, classes=["cat", "dog"])
+
+    assert (loaded.ids, loaded.labels.tolist(), loaded.members) == (
         ("c", "b", "a"),
         [1, 0, 1],
         ("net",),
@@ -196,9 +210,9 @@ def test_labels_from_a_table_beside_the_file(tmp_path: Path) -> None:
 
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
 
-    assert same(
+    assert are_equal(
         read_predictions(tmp_path / "net.npy", labels=truth, classes=tmp_path / "classes.txt"),
-        found,
+        loaded,
     )
 
 
@@ -213,9 +227,9 @@ def test_labels_from_folders_when_asked(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there are no labels"):
         read_predictions(tmp_path / "net.npz")
 
-    found = read_predictions(tmp_path / "net.npz", labels="folder")
+    loaded = read_predictions(tmp_path / "net.npz", labels="folder")
 
-    assert (found.labels.tolist(), found.ids) == ([1, 0], ("dog/1.png", "cat/1.png"))
+    assert (loaded.labels.tolist(), loaded.ids) == ([1, 0], ("dog/1.png", "cat/1.png"))
 
 
 def refused(message: str, *arguments: Any, **options: Any) -> None:
@@ -227,6 +241,7 @@ def refused(message: str, *arguments: Any, **options: Any) -> None:
 def test_labels_beside_the_file_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "net.npz", probs=np.eye(2), ids=["a", "b"], classes=["cat", "dog"])
     np.save(tmp_path / "net.npy", np.eye(2))
+
     for text, message in {
         "id,label\na,cat\n": r"labels are missing.*1 missing, the first is b",
         "id,label\na,cat\nb,cow\n": "a label is not a class.*row 1.*got cow",
@@ -237,6 +252,7 @@ def test_labels_beside_the_file_that_do_not_fit_are_refused(tmp_path: Path) -> N
     }.items():
         (tmp_path / "labels.csv").write_text(text)
         refused(message, tmp_path / "net.npz", labels=tmp_path / "labels.csv")
+
     (tmp_path / "labels.csv").write_text("label\ncat\ndog\n")
 
     refused(
@@ -288,24 +304,24 @@ def test_names_that_a_table_cannot_hold_are_refused(tmp_path: Path) -> None:
     ):
         for suffix in ("csv", "parquet"):
             with pytest.raises(DataError, match=message):
-                write_predictions(make(**change), tmp_path / f"x.{suffix}")
+                write_predictions(make_predictions(**change), tmp_path / f"x.{suffix}")
 
     with pytest.raises(DataError, match=r"unknown format.*got \.xlsx"):
-        write_predictions(make(), tmp_path / "x.xlsx")
+        write_predictions(make_predictions(), tmp_path / "x.xlsx")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_predictions(make(), tmp_path / "x.csv")
+    write_predictions(make_predictions(), tmp_path / "x.csv")
     before = (tmp_path / "x.csv").read_bytes()
     monkeypatch.setattr(
         "os.fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
 
     with pytest.raises(RunError, match="No space left"):
-        write_predictions(make(m=1), tmp_path / "x.csv")
+        write_predictions(make_predictions(m=1), tmp_path / "x.csv")
     assert (tmp_path / "x.csv").read_bytes() == before
 
 
@@ -322,9 +338,10 @@ def test_without_pyarrow_parquet_says_what_to_install(
     with pytest.raises(DataError, match=r"pip install 'threefold\[parquet\]'"):
         read_predictions(tmp_path / "x.parquet")
     with pytest.raises(DataError, match=r"pip install 'threefold\[parquet\]'"):
-        write_predictions(make(), tmp_path / "y.parquet")
+        write_predictions(make_predictions(), tmp_path / "y.parquet")
 
 
 def test_every_column_of_the_convention_is_in_the_docs() -> None:
     text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+
     assert all(f"`{name}`" in text for name in COLUMNS)

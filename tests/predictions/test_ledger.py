@@ -66,6 +66,7 @@ class Memorizer(Ensemble):
 
 def test_scores_on_seen_rows_are_refused_or_apparent() -> None:
     rows = noise(60)
+
     for ensemble in (GreedyEnsemble(), WeightedEnsemble(), SelectedEnsemble(WeightedEnsemble())):
         ensemble.fit(rows.probs[:, :40], rows.labels[:40], rows.ids[:40])
         honest = score_ensemble(ensemble, rows.rows(range(40, 60)))
@@ -78,6 +79,7 @@ def test_scores_on_seen_rows_are_refused_or_apparent() -> None:
         ):
             score_ensemble(ensemble, rows.rows(range(39, 60)))
         assert score_ensemble(ensemble, rows.rows(range(39, 60)), apparent=True)["apparent"] is True
+
     mean = MeanEnsemble().fit(rows.probs, rows.labels, rows.ids)
 
     assert score_ensemble(mean, rows)["apparent"] is False  # it learns nothing
@@ -122,6 +124,7 @@ def test_predictions_from_networks_that_saw_a_row_are_refused(tmp_path: Path) ->
     roles = np.array([[SCORE, SCORE, FIT, SELECT], [FIT, SELECT, SCORE, SCORE]], np.int8)
     rows = noise(4, folds=np.array([0, 0, 1, 1]), roles=roles)
     rows.save(tmp_path / "oof.npz")
+
     back = Predictions.load(tmp_path / "oof.npz")
 
     np.testing.assert_array_equal(back.roles, roles)
@@ -133,6 +136,7 @@ def test_predictions_from_networks_that_saw_a_row_are_refused(tmp_path: Path) ->
         bad[0, 1] += bit
         with pytest.raises(DataError, match=f"fitted on them: {what}"):
             noise(4, folds=np.array([0, 0, 1, 1]), roles=bad)
+
     paper = noise(
         4,
         folds=np.array([0, 0, 1, 1]),
@@ -224,23 +228,26 @@ def test_networks_that_memorise_never_answer_what_they_saw(scheme: str, k: int, 
         folds=folds,
         roles=table,
     )
-    found = evaluate(rows, None, EnsembleSpec(methods=("mean",), export="mean"))
-    entry = found.scores[0]
+    evaluation = evaluate(rows, None, EnsembleSpec(methods=("mean",), export="mean"))
+    entry = evaluation.scores[0]
 
     assert abs(entry.accuracy - 1 / classes) < 0.13  # 4.6 standard errors
-    assert [line.overlap for line in found.ledger] == [0, 0]
+    assert [line.overlap for line in evaluation.ledger] == [0, 0]
 
 
 def test_shuffled_labels_score_at_chance_honestly() -> None:
     rows = noise(600, 4, 20, 3, folds=np.arange(600) % 3)
     spec = EnsembleSpec(methods=("mean", "weighted", "greedy", "logistic"), export="greedy")
-    found = evaluate(rows, None, spec)
-    for entry in found.scores:
+
+    evaluation = evaluate(rows, None, spec)
+
+    for entry in evaluation.scores:
         low, high = share_interval(
             np.arange(entry.n) < round(entry.accuracy * entry.n), level=0.999
         )
         assert low <= 0.25 <= high, entry.name
-    apparent = {line.choice: line for line in found.optimism}
+
+    apparent = {line.choice: line for line in evaluation.optimism}
 
     assert apparent["greedy"].apparent > 0.25 + 3 * (0.1875 / 600) ** 0.5
     assert apparent["greedy"].interval[0] > 0
@@ -258,9 +265,8 @@ def test_a_test_image_among_the_training_rows_is_refused() -> None:
         evaluate(oof, test, EnsembleSpec(methods=("mean", "weighted")))
 
 
-def test_opening_the_test_rows_is_noted_once_for_training_and_each_time_after(
-    tmp_path: Path,
-) -> None:
+def test_opening_the_test_rows_is_noted(tmp_path: Path) -> None:
+    """Once for training and for each export; each time for other verbs."""
     folder = RunFolder(tmp_path)
 
     assert folder.test_opened() is None
@@ -280,6 +286,7 @@ def test_opening_the_test_rows_is_noted_once_for_training_and_each_time_after(
 
 def test_every_method_declares_its_rows() -> None:
     rows = noise(40, 3, 3)
+
     for name in ("best", "weighted", "greedy", "pool", "logistic"):
         fitted = make_ensemble(name).fit(rows.probs, rows.labels, rows.ids)
         assert fitted.seen_ is not None

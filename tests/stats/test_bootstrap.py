@@ -128,6 +128,7 @@ def test_column_sums_have_one_distribution_for_few_and_many_kinds() -> None:
     rng = np.random.default_rng(0)
     kinds = rng.integers(0, 2, (2, 4000)).astype(float)
     many = np.stack([kinds[0], np.arange(4000.0)])  # no two units alike: drawn one by one
+
     for columns in (kinds, many):
         sums = np.concatenate(list(bootstrap.column_sums(columns, 2000, 1)), axis=1)
         assert sums.shape == (2, 2000)

@@ -21,6 +21,7 @@ LAW = settings(max_examples=60, deadline=None)
 @given(rows=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=200))
 def test_mcnemar_is_the_binomial_test_of_discordant_rows(rows: list[tuple[bool, bool]]) -> None:
     a, b = np.array(rows).T
+
     only_a, only_b, p = paired_tests.mcnemar_exact(a, b)
 
     assert only_a == sum(x and not y for x, y in rows)
@@ -43,25 +44,25 @@ def test_paired_tests_refuse_rows_that_do_not_pair() -> None:
 def test_bootstrap_interval_is_the_normal_one_for_many_rows() -> None:
     rng = np.random.default_rng(1)
     a, b = rng.random(2000) < 0.9, rng.random(2000) < 0.8
-    found = paired_tests.paired_bootstrap(a, b)
+    interval = paired_tests.paired_bootstrap(a, b)
     difference = a.astype(float) - b
     error = difference.std() / len(difference) ** 0.5
 
-    assert found.estimate == pytest.approx(difference.mean())
-    assert found.low == pytest.approx(difference.mean() - 1.96 * error, abs=0.2 * error)
-    assert found.high == pytest.approx(difference.mean() + 1.96 * error, abs=0.2 * error)
-    assert paired_tests.paired_bootstrap(a, b) == found
-    assert paired_tests.paired_bootstrap(a, b, seed=1) != found
+    assert interval.estimate == pytest.approx(difference.mean())
+    assert interval.low == pytest.approx(difference.mean() - 1.96 * error, abs=0.2 * error)
+    assert interval.high == pytest.approx(difference.mean() + 1.96 * error, abs=0.2 * error)
+    assert paired_tests.paired_bootstrap(a, b) == interval
+    assert paired_tests.paired_bootstrap(a, b, seed=1) != interval
 
 
 def test_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(2)
     covered = 0
     for i in range(200):
-        found = paired_tests.paired_bootstrap(
+        interval = paired_tests.paired_bootstrap(
             rng.normal(0.3, 1, 60), rng.normal(0, 1, 60), level=0.9, resamples=300, seed=i
         )
-        covered += found.low <= 0.3 <= found.high
+        covered += interval.low <= 0.3 <= interval.high
 
     assert 0.82 <= covered / 200 <= 0.96
 
@@ -70,19 +71,18 @@ def test_groups_widen_the_interval_where_rows_repeat() -> None:
     rng = np.random.default_rng(3)
     a, b = (np.repeat(rng.random(40) < share, 25).astype(float) for share in (0.8, 0.6))
     groups = [f"patient{i // 25}" for i in range(1000)]
-    alone, grouped = (
-        paired_tests.paired_bootstrap(a, b),
-        paired_tests.paired_bootstrap(a, b, groups),
-    )
 
+    alone = paired_tests.paired_bootstrap(a, b)
+    grouped = paired_tests.paired_bootstrap(a, b, groups)
+
+    ratio = (grouped.high - grouped.low) / (alone.high - alone.low)
     assert grouped.estimate == alone.estimate
-    assert (
-        3.5 < (grouped.high - grouped.low) / (alone.high - alone.low) < 6.5
-    )  # 5 = sqrt(25) in theory
+    assert 3.5 < ratio < 6.5  # 5 = sqrt(25) in theory
 
 
 def test_groups_of_one_row_are_rows() -> None:
     a, b = np.array([1, 0, 1, 1.0]), np.array([0, 0, 1, 0.0])
+
     assert paired_tests.paired_bootstrap(a, b, list("abcd")) == paired_tests.paired_bootstrap(a, b)
 
 
@@ -158,15 +158,17 @@ def test_mcnemar_with_groups_is_the_enumeration_of_all_signs(
     rows: list[tuple[bool, bool, int]], mid_p: bool
 ) -> None:
     a, b, groups = np.array(rows).T
-    found = paired_tests.mcnemar_exact(a, b, groups, mid_p=mid_p)
     sums = [(a - b)[groups == g].sum() for g in np.unique(groups)]
-    seen = abs(sum(sums))
+    observed = abs(sum(sums))
     all_sums = np.array(
         [abs(np.dot(signs, sums)) for signs in itertools.product((-1, 1), repeat=len(sums))]
     )
-    expected = (all_sums > seen).mean() + (all_sums == seen).mean() * (0.5 if mid_p and seen else 1)
+    weight = 0.5 if mid_p and observed else 1
+    expected = (all_sums > observed).mean() + weight * (all_sums == observed).mean()
 
-    assert found == (
+    result = paired_tests.mcnemar_exact(a, b, groups, mid_p=mid_p)
+
+    assert result == (
         ((a == 1) & (b == 0)).sum(),
         ((b == 1) & (a == 0)).sum(),
         pytest.approx(expected),
@@ -179,6 +181,7 @@ def test_mcnemar_of_groups_of_one_row_is_that_of_rows(
     rows: list[tuple[bool, bool, int]], mid_p: bool
 ) -> None:
     a, b, _ = np.array(rows).T
+
     alone = paired_tests.mcnemar_exact(a, b, mid_p=mid_p)
 
     assert paired_tests.mcnemar_exact(a, b, np.arange(len(a)), mid_p=mid_p) == pytest.approx(alone)
@@ -188,12 +191,13 @@ def test_mcnemar_of_groups_of_one_row_is_that_of_rows(
 @given(p=st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_equals_statsmodels(p: list[float]) -> None:
     multitest = pytest.importorskip("statsmodels.stats.multitest")
+
     assert paired_tests.holm(p) == pytest.approx(multitest.multipletests(p, method="holm")[1])
 
 
 @LAW
 @given(only_a=st.integers(0, 60), only_b=st.integers(0, 60))
-def test_the_mid_p_value_counts_what_was_seen_by_half(only_a: int, only_b: int) -> None:
+def test_the_mid_p_value_counts_the_observed_outcome_by_half(only_a: int, only_b: int) -> None:
     a, b = np.repeat([1, 0], [only_a, only_b + 1]), np.repeat([0, 1, 0], [only_a, only_b, 1])
     exact, mid = paired_tests.mcnemar_exact(a, b).p, paired_tests.mcnemar_exact(a, b, mid_p=True).p
     n, fewer = only_a + only_b, min(only_a, only_b)
@@ -208,6 +212,7 @@ def test_false_positive_rate_stays_below_the_level(n: int) -> None:
     rng = np.random.default_rng(n)
     pairs = [equals(rng, n, 0.3) for _ in range(200)]
     exact = sum(paired_tests.mcnemar_exact(a, b).p <= 0.05 for a, b in pairs)
+
     mid = sum(paired_tests.mcnemar_exact(a, b, mid_p=True).p <= 0.05 for a, b in pairs)
 
     assert 1 <= exact <= mid <= 14  # of 200: 5 % and two points
@@ -234,6 +239,7 @@ def test_a_score_difference_is_paired() -> None:
         np.exp(z) / np.exp(z).sum(1, keepdims=True)
         for z in (logits, logits + rng.normal(0, 0.5, (300, 3)))
     )
+
     for groups in (None, np.arange(300) // 5):
         hits = paired_tests.paired_bootstrap(
             scores.correct(a, labels), scores.correct(b, labels), groups
@@ -241,14 +247,19 @@ def test_a_score_difference_is_paired() -> None:
         assert paired_tests.score_difference("accuracy", a, b, labels, groups) == pytest.approx(
             hits, abs=1e-9
         )
-    found = paired_tests.score_difference("log_loss", a, b, labels)
 
-    assert found.estimate == pytest.approx(scores.log_loss(a, labels) - scores.log_loss(b, labels))
-    assert found.low < found.estimate < found.high
+    difference = paired_tests.score_difference("log_loss", a, b, labels)
+
+    assert difference.estimate == pytest.approx(
+        scores.log_loss(a, labels) - scores.log_loss(b, labels)
+    )
+    assert difference.low < difference.estimate < difference.high
 
     alone = [scores.bootstrap_interval("log_loss", probs, labels) for probs in (a, b)]
 
-    assert found.high - found.low < 0.7 * max(interval.high - interval.low for interval in alone)
+    assert difference.high - difference.low < 0.7 * max(
+        interval.high - interval.low for interval in alone
+    )
     assert paired_tests.score_difference("macro_f1", a, a, labels) == (0, 0, 0)
 
 
@@ -269,15 +280,17 @@ def test_cochrans_q_equals_statsmodels(seed: int, m: int, n: int) -> None:
     table = pytest.importorskip("statsmodels.stats.contingency_tables")
     rng = np.random.default_rng(seed)
     hits = rng.random((m, n)) < rng.random((m, 1))
-    found = paired_tests.cochran_q(hits)
+
+    result = paired_tests.cochran_q(hits)
+
     if (hits == hits[0]).all():
-        assert found == (0, m - 1, 1)
+        assert result == (0, m - 1, 1)
     else:
         expected = table.cochrans_q(hits.T.astype(float))
-        assert found == pytest.approx((expected.statistic, expected.df, expected.pvalue))
+        assert result == pytest.approx((expected.statistic, expected.df, expected.pvalue))
     if m == 2:
         a, b, _ = paired_tests.mcnemar_exact(*hits)
-        assert found.q == pytest.approx((a - b) ** 2 / (a + b) if a + b else 0)
+        assert result.q == pytest.approx((a - b) ** 2 / (a + b) if a + b else 0)
         counts = [[(hits[0] & hits[1]).sum(), a], [b, (~hits[0] & ~hits[1]).sum()]]
         assert table.mcnemar(counts, exact=True).pvalue == pytest.approx(
             paired_tests.mcnemar_exact(*hits).p
@@ -296,14 +309,14 @@ def test_cochrans_q_compares_classifiers() -> None:
 
 def test_the_corrected_t_test_by_hand() -> None:
     # Differences 1, 2, 3: mean 2, variance 1, times 1/3 + 1/9 for ten folds: t = 2 / (2/3) = 3.
-    found = paired_tests.corrected_t_test(
+    result = paired_tests.corrected_t_test(
         [0.91, 0.92, 0.93], [0.9, 0.9, 0.9], n_fit=900, n_score=100
     )
 
-    assert found.estimate == pytest.approx(0.02)
-    assert (found.t, found.df) == pytest.approx((3, 2))
-    assert found.p == pytest.approx(2 * t.sf(3, 2))
-    assert (found.low, found.high) == pytest.approx(
+    assert result.estimate == pytest.approx(0.02)
+    assert (result.t, result.df) == pytest.approx((3, 2))
+    assert result.p == pytest.approx(2 * t.sf(3, 2))
+    assert (result.low, result.high) == pytest.approx(
         (0.02 - t.ppf(0.975, 2) / 150, 0.02 + t.ppf(0.975, 2) / 150)
     )
 
@@ -312,10 +325,10 @@ def test_the_corrected_t_test_by_hand() -> None:
 @given(seed=st.integers(0, 999), splits=st.integers(2, 30))
 def test_with_few_scored_rows_it_is_the_plain_t_test(seed: int, splits: int) -> None:
     a, b = np.random.default_rng(seed).normal(0.8, 0.05, (2, splits))
-    found, plain = paired_tests.corrected_t_test(a, b, 1e12, 1e-3), ttest_rel(a, b)
+    corrected, plain = paired_tests.corrected_t_test(a, b, 1e12, 1e-3), ttest_rel(a, b)
 
-    assert (found.t, found.p) == pytest.approx((plain.statistic, plain.pvalue))
-    assert paired_tests.corrected_t_test(a, b, 900, 100).p > found.p
+    assert (corrected.t, corrected.p) == pytest.approx((plain.statistic, plain.pvalue))
+    assert paired_tests.corrected_t_test(a, b, 900, 100).p > corrected.p
 
 
 def test_differences_without_spread() -> None:
@@ -349,59 +362,60 @@ def test_seeds_intervals_cover_other_seeds_and_other_images(seeds: float, groupe
     groups = np.arange(200) // 5 if grouped else None
     for _ in range(150):
         a, b = trained(rng, 4, 200, seeds, groups)
-        found = paired_tests.seeds_difference(a, b, groups)
-        covered += found.low <= 0 <= found.high
-        alone += abs(found.per_seed[0]) <= 1.96 * (a[0].astype(float) - b[0]).std() / 200**0.5
+        interval = paired_tests.seeds_difference(a, b, groups)
+        covered += interval.low <= 0 <= interval.high
+        alone += abs(interval.per_seed[0]) <= 1.96 * (a[0].astype(float) - b[0]).std() / 200**0.5
 
     assert covered / 150 >= 0.92
 
-    if seeds:
-        assert (
-            alone / 150 < 0.8
-        )  # the interval of one pair of seeds, as if its rows were all there is
+    if seeds:  # the interval of one pair of seeds treats its rows as all there is
+        assert alone / 150 < 0.8
 
 
 @LAW
 @given(seed=st.integers(0, 999), s=st.integers(2, 5), n=st.integers(2, 40))
 def test_seeds_difference_is_antisymmetric(seed: int, s: int, n: int) -> None:
     a, b = trained(np.random.default_rng(seed), s, n, 0.3)
-    found, turned = paired_tests.seeds_difference(a, b), paired_tests.seeds_difference(b, a)
+    forward, backward = paired_tests.seeds_difference(a, b), paired_tests.seeds_difference(b, a)
 
-    assert (turned.estimate, turned.low, turned.high) == pytest.approx(
-        (-found.estimate, -found.high, -found.low)
+    assert (backward.estimate, backward.low, backward.high) == pytest.approx(
+        (-forward.estimate, -forward.high, -forward.low)
     )
-    assert turned.p == pytest.approx(found.p)
-    assert found.per_seed == pytest.approx((a.mean(1) - b.mean(1)).tolist())
-    assert found.low <= found.estimate <= found.high
-    assert 0 <= found.seeds_share <= 1
+    assert backward.p == pytest.approx(forward.p)
+    assert forward.per_seed == pytest.approx((a.mean(1) - b.mean(1)).tolist())
+    assert forward.low <= forward.estimate <= forward.high
+    assert 0 <= forward.seeds_share <= 1
     assert paired_tests.seeds_difference(a, b, [f"r{i:02d}" for i in range(n)])[
         :4
-    ] == pytest.approx(found[:4], abs=1e-9)
+    ] == pytest.approx(forward[:4], abs=1e-9)
 
 
 def test_with_very_many_images_only_the_seeds_count() -> None:
     a, b = trained(np.random.default_rng(2), 5, 200_000, 0.3)
-    found = paired_tests.seeds_difference(a, b)
 
-    assert found.p == pytest.approx(ttest_1samp(found.per_seed, 0).pvalue, abs=0.01)
-    assert found.seeds_share > 0.98
+    result = paired_tests.seeds_difference(a, b)
+
+    assert result.p == pytest.approx(ttest_1samp(result.per_seed, 0).pvalue, abs=0.01)
+    assert result.seeds_share > 0.98
 
 
 def test_seeds_that_repeat_leave_the_interval_of_the_images() -> None:
     a, b = np.random.default_rng(3).random((2, 1, 400)) < [[[0.9]], [[0.8]]]
-    found = paired_tests.seeds_difference(np.repeat(a, 3, 0), np.repeat(b, 3, 0))
+    result = paired_tests.seeds_difference(np.repeat(a, 3, 0), np.repeat(b, 3, 0))
+
     rows = (a.astype(float) - b)[0]
 
-    assert found.high - found.estimate == pytest.approx(t.ppf(0.975, 399) * rows.std(ddof=1) / 20)
-    assert found.seeds_share == 0
+    assert result.high - result.estimate == pytest.approx(t.ppf(0.975, 399) * rows.std(ddof=1) / 20)
+    assert result.seeds_share == 0
 
-    same = paired_tests.seeds_difference(np.repeat(a, 2, 0), np.repeat(a, 2, 0))
+    none = paired_tests.seeds_difference(np.repeat(a, 2, 0), np.repeat(a, 2, 0))
 
-    assert same == (0, 0, 0, 1, (0, 0), 0)
+    assert none == (0, 0, 0, 1, (0, 0), 0)
 
 
 def test_seeds_difference_refuses() -> None:
     hits = np.array([[1, 0, 1], [1, 1, 1]])
+
     for a, b, groups, message in (
         (
             hits[:1],
@@ -420,16 +434,15 @@ def test_seeds_difference_refuses() -> None:
 
 
 @pytest.mark.parametrize(("discordant", "difference"), [(0.1, 0.03), (0.3, -0.06), (0.05, 0.05)])
-def test_the_required_rows_give_the_power_that_was_asked(
-    discordant: float, difference: float
-) -> None:
+def test_the_required_rows_give_the_requested_power(discordant: float, difference: float) -> None:
     n = paired_tests.required_rows(discordant, difference)
     shares = [(discordant + difference) / 2, (discordant - difference) / 2, 1 - discordant]
     counts = np.random.default_rng(0).multinomial(n, shares, 20_000)[:, :2]
-    # The formula is for McNemar's normal test; the exact test has slightly less power.
-    found = (np.abs(counts[:, 0] - counts[:, 1]) > 1.96 * np.sqrt(counts.sum(1))).mean()
 
-    assert found == pytest.approx(0.8, abs=0.04) if discordant > abs(difference) else found > 0.8
+    # The formula is for McNemar's normal test; the exact test has slightly less power.
+    power = (np.abs(counts[:, 0] - counts[:, 1]) > 1.96 * np.sqrt(counts.sum(1))).mean()
+
+    assert power == pytest.approx(0.8, abs=0.04) if discordant > abs(difference) else power > 0.8
     assert paired_tests.required_rows(discordant, difference, power=0.9) >= n
 
 

@@ -49,6 +49,7 @@ def test_scores_equal_scikit_learns(data: tuple[np.ndarray, np.ndarray]) -> None
         assert scores.brier(probs, labels) == pytest.approx(
             2 * metrics.brier_score_loss(labels, probs[:, 1], pos_label=1)
         )
+
     one_hot = np.eye(len(numbers))[labels]
 
     assert scores.brier(probs, labels) == pytest.approx(
@@ -68,9 +69,11 @@ def test_per_class_scores_equal_those_of_scikit_learn(
     probs, labels = data
     k = probs.shape[1]
     table = scores.per_class(probs, labels, [f"c{i}" for i in range(k)])
+
     precision, recall, f1, n = metrics.precision_recall_fscore_support(
         labels, probs.argmax(1), labels=np.arange(k), zero_division=np.nan
     )
+
     for i, entry in enumerate(table):
         assert (entry["class"], entry["n"]) == (f"c{i}", n[i])
         for name, value in (("precision", precision[i]), ("recall", recall[i]), ("f1", f1[i])):
@@ -91,14 +94,16 @@ def test_reliability_curve_and_ece_equal_their_references(
 ) -> None:
     probs, labels = data
     confidence, hits = probs.max(1), probs.argmax(1) == labels
+
     curve = scores.reliability_curve(probs, labels, bins)
+
     if 0 < hits.sum() < len(hits):  # scikit-learn's wants both kinds of rows
         accuracy, middle = calibration_curve(hits, confidence, n_bins=bins)
         assert curve.accuracy == pytest.approx(accuracy)
         assert curve.confidence == pytest.approx(middle)
-    where = np.ceil(
-        confidence * bins
-    )  # Guo et al. (2017), equation 3: bins closed at their upper ends
+
+    # Guo et al. (2017), equation 3: bins are closed at their upper ends.
+    where = np.ceil(confidence * bins)
     gaps = [abs((confidence - hits)[where == b].sum()) for b in range(1, bins + 1)]
 
     assert scores.ece(probs, labels, bins) == pytest.approx(sum(gaps) / len(labels))
@@ -144,6 +149,7 @@ def test_reliability_by_hand() -> None:
     top = np.array([0.6, 0.625, 0.7, 0.9, 1.0])
     probs = np.column_stack([top, 1 - top])
     labels = np.array([0, 1, 0, 0, 0])
+
     curve = scores.reliability_curve(probs, labels, bins=8)
 
     assert curve.confidence == pytest.approx([0.6125, 0.7, 0.95])
@@ -177,6 +183,7 @@ def test_ece_lies_between_the_mean_gap_and_one(data: tuple[np.ndarray, np.ndarra
 def test_a_score_has_the_figures_of_results_json() -> None:
     probs = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]])
     labels = np.array([0, 1, 1, 1])
+
     entry = scores.score_table(probs, labels, level=0.9)
 
     assert list(entry)[:6] == ["n", "accuracy", "interval", "level", "log_loss", "ece"]
@@ -263,11 +270,11 @@ def test_groups_of_one_row_are_rows_for_a_share(hits: list[bool], level: float) 
 def test_groups_never_narrow_the_interval_of_a_share(seed: int, groups: int, largest: int) -> None:
     rng = np.random.default_rng(seed)
     hits, part = groups_of(rng.random(groups), rng.integers(1, largest + 1, groups), rng)
-    alone, found = scores.share_interval(hits), scores.share_interval(hits, part)
+    alone, grouped = scores.share_interval(hits), scores.share_interval(hits, part)
 
-    assert 0 <= found.low <= alone.low + 1e-12
-    assert alone.high - 1e-12 <= found.high <= 1
-    assert found.low - 1e-12 <= hits.mean() <= found.high + 1e-12
+    assert 0 <= grouped.low <= alone.low + 1e-12
+    assert alone.high - 1e-12 <= grouped.high <= 1
+    assert grouped.low - 1e-12 <= hits.mean() <= grouped.high + 1e-12
 
 
 def test_the_design_effect_by_hand() -> None:
@@ -283,9 +290,10 @@ def test_the_design_effect_by_hand() -> None:
 
 def test_groups_that_are_alike_count_once_each() -> None:
     hits = np.repeat(np.random.default_rng(0).random(400) < 0.7, 10)
-    found = scores.share_interval(hits, np.repeat(np.arange(400), 10))
 
-    assert found == pytest.approx(scores.wilson_interval(hits.sum() / 10, 400), abs=5e-4)
+    interval = scores.share_interval(hits, np.repeat(np.arange(400), 10))
+
+    assert interval == pytest.approx(scores.wilson_interval(hits.sum() / 10, 400), abs=5e-4)
     assert (
         scores.share_interval(np.ones(40), np.repeat(np.arange(4), 10)).low
         < scores.wilson_interval(4, 4).low
@@ -297,8 +305,8 @@ def test_grouped_share_interval_has_its_coverage() -> None:
     rng, covered = np.random.default_rng(4), np.zeros(2)
     for _ in range(300):
         hits, part = groups_of(rng.beta(8, 2, 25), rng.integers(5, 30, 25), rng)
-        found = (scores.share_interval(hits, part), scores.share_interval(hits))
-        covered += [interval.low <= 0.8 <= interval.high for interval in found]
+        intervals = (scores.share_interval(hits, part), scores.share_interval(hits))
+        covered += [interval.low <= 0.8 <= interval.high for interval in intervals]
 
     assert 0.92 <= covered[0] / 300 <= 0.98
     assert covered[1] / 300 < 0.85  # rows alone: too sure
@@ -340,17 +348,19 @@ def test_bootstrap_equals_scipys_which_copies_the_rows(name: str) -> None:
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    found = scores.bootstrap_interval(name, probs, labels)
 
-    assert found == pytest.approx((low, high), abs=0.09 * (high - low))
-    assert found.low < score(probs, labels) < found.high
-    assert scores.bootstrap_interval(name, probs, labels) == found
-    assert scores.bootstrap_interval(name, probs, labels, seed=1) != found
+    interval = scores.bootstrap_interval(name, probs, labels)
+
+    assert interval == pytest.approx((low, high), abs=0.09 * (high - low))
+    assert interval.low < score(probs, labels) < interval.high
+    assert scores.bootstrap_interval(name, probs, labels) == interval
+    assert scores.bootstrap_interval(name, probs, labels, seed=1) != interval
 
 
 def test_whole_groups_are_drawn() -> None:
     probs, labels = answers(60, 3, 6)
     many, groups = (np.repeat(probs, 16, 0), np.repeat(labels, 16)), np.repeat(np.arange(60), 16)
+
     for name in ("balanced_accuracy", "log_loss"):
         few = scores.bootstrap_interval(name, probs, labels)
         assert scores.bootstrap_interval(name, *many, groups) == pytest.approx(
@@ -362,17 +372,19 @@ def test_whole_groups_are_drawn() -> None:
 
 def test_any_function_of_weighted_rows_can_be_bootstrapped() -> None:
     probs, labels = answers(200, 3, 7)
-    found = scores.bootstrap_interval(
+
+    interval = scores.bootstrap_interval(
         lambda p, y, w: (p.argmax(1) == y) @ w / w.sum(0), probs, labels, resamples=5000
     )
 
-    assert found == pytest.approx(
+    assert interval == pytest.approx(
         scores.wilson_interval(int(scores.correct(probs, labels).sum()), 200), abs=0.012
     )
 
 
 def test_bootstrap_refuses() -> None:
     probs, labels = answers(20, 3, 8)
+
     for change, message in (
         ({"score": "ece"}, "unknown score: ece"),
         ({"resamples": 10}, "too few bootstrap resamples"),
@@ -398,9 +410,13 @@ def test_f1_interval_agrees_with_the_bootstrap() -> None:
         return 2 * ((p.argmax(1) == 1) & (y == 1)) @ w / ((p.argmax(1) == 1) @ w + (y == 1) @ w)
 
     groups = np.arange(2000) // 20
+
     for part in (None, groups):
-        found = scores.per_class(probs, labels, ["a", "b", "c"], groups=part)[1]["f1_interval"]
-        assert found == pytest.approx(scores.bootstrap_interval(f1, probs, labels, part), abs=0.006)
+        interval = scores.per_class(probs, labels, ["a", "b", "c"], groups=part)[1]["f1_interval"]
+        assert interval == pytest.approx(
+            scores.bootstrap_interval(f1, probs, labels, part), abs=0.006
+        )
+
     sure = scores.per_class(np.eye(2)[[0] * 20 + [1] * 5], [0] * 20 + [1] * 5, ["a", "b"])
 
     assert [entry["f1"] for entry in sure] == [1, 1]
@@ -413,6 +429,7 @@ def test_an_area_by_sorting_is_that_of_weighted_rows(data: tuple[np.ndarray, np.
     probs, labels = data
     tied = np.round(probs, 1) + 1e-3
     tied /= tied.sum(1, keepdims=True)
+
     for table in (probs, tied):
         plain = SCORES["roc_auc"](table, labels, np.ones((len(labels), 1)))[0]
         assert score_value("roc_auc", table, labels) == pytest.approx(plain, abs=1e-15, nan_ok=True)
@@ -421,7 +438,9 @@ def test_an_area_by_sorting_is_that_of_weighted_rows(data: tuple[np.ndarray, np.
 def test_a_table_of_scores_is_its_parts() -> None:
     rng = np.random.default_rng(0)
     probs, labels = rng.dirichlet(np.ones(4), 300), rng.integers(0, 4, 300)
+
     entry = scores.score_table(probs, labels)
+
     for name in (
         "accuracy",
         "log_loss",
@@ -437,8 +456,7 @@ def test_a_table_of_scores_is_its_parts() -> None:
         scores.bootstrap_interval("balanced_accuracy", probs, labels)
     )
 
-    own = scores.bootstrap_interval(
-        SCORES["balanced_accuracy"], probs, labels, resamples=4000
-    )  # row by row, not by cells
+    # A function is scored row by row, a name by cells.
+    own = scores.bootstrap_interval(SCORES["balanced_accuracy"], probs, labels, resamples=4000)
 
     assert entry["balanced_accuracy_interval"] == pytest.approx(own, abs=0.006)

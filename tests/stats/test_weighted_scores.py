@@ -31,34 +31,35 @@ def test_a_weight_is_a_number_of_copies(
     data: tuple[np.ndarray, np.ndarray, np.ndarray], name: str
 ) -> None:
     probs, labels, weights = data
-    found = weighted_scores.SCORES[name](probs, labels, weights)
+    weighted = weighted_scores.SCORES[name](probs, labels, weights)
     copies = [np.repeat(np.arange(len(labels)), column.astype(int)) for column in weights.T]
     expected = [weighted_scores.score_value(name, probs[rows], labels[rows]) for rows in copies]
 
-    assert found == pytest.approx(np.array(expected), nan_ok=True)
+    assert weighted == pytest.approx(np.array(expected), nan_ok=True)
 
 
 @settings(max_examples=20, deadline=None)
 @given(data=scored())
 def test_scores_equal_scikit_learns(data: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     probs, labels, weights = data
-    k, answer = probs.shape[1], probs.argmax(1)
+    k, preds = probs.shape[1], probs.argmax(1)
+
     for column in weights.T:
         used = column > 0
-        here, told, w = labels[used], answer[used], column[used]
-        seen = np.unique(here)
+        truth, predicted, w = labels[used], preds[used], column[used]
+        seen = np.unique(truth)
         expected = {
-            "accuracy": metrics.accuracy_score(here, told, sample_weight=w),
+            "accuracy": metrics.accuracy_score(truth, predicted, sample_weight=w),
             "balanced_accuracy": metrics.recall_score(
-                here, told, labels=seen, average="macro", sample_weight=w
+                truth, predicted, labels=seen, average="macro", sample_weight=w
             ),
-            "macro_f1": metrics.f1_score(here, told, average="macro", sample_weight=w),
-            "log_loss": metrics.log_loss(here, probs[used], labels=np.arange(k), sample_weight=w),
+            "macro_f1": metrics.f1_score(truth, predicted, average="macro", sample_weight=w),
+            "log_loss": metrics.log_loss(truth, probs[used], labels=np.arange(k), sample_weight=w),
         }
         areas = [
-            metrics.roc_auc_score(here == c, probs[used, c], sample_weight=w)
+            metrics.roc_auc_score(truth == c, probs[used, c], sample_weight=w)
             for c in ([1] if k == 2 else range(k))
-            if 0 < (here == c).sum() < len(here)
+            if 0 < (truth == c).sum() < len(truth)
         ]
         expected["roc_auc"] = np.mean(areas) if areas else np.nan
         for name, value in expected.items():
@@ -101,6 +102,7 @@ def test_top_1_breaks_ties_as_the_accuracy_does() -> None:
 def test_the_area_by_hand() -> None:
     # Class 1 at 0.9, 0.6, 0.6 against 0.6, 0.2: pairs right 1 + 1, 1/2 + 1, 1/2 + 1 of 6.
     one = np.array([0.9, 0.6, 0.6, 0.6, 0.2])
+
     assert scores.roc_auc(np.column_stack([1 - one, one]), [1, 1, 1, 0, 0]) == pytest.approx(5 / 6)
 
 
@@ -109,6 +111,7 @@ def test_score_is_a_name_or_a_function_of_weights() -> None:
         weighted_scores.check_score("auc")
 
     probs, labels, weights = np.full((3, 2), 0.5), np.zeros(3, int), np.ones((3, 4))
+
     right = weighted_scores.check_score(lambda p, y, w: p[:, 0] @ w)
 
     assert right(probs, labels, weights) == pytest.approx(np.full(4, 1.5))
