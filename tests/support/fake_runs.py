@@ -103,26 +103,6 @@ def full_run(
     tree["scores"] = [
         s for rows, count in (("test", n), ("oof", 3000)) for s in fake_scores(names, rows, count)
     ]
-    suspects = [
-        {
-            "id": f"train/{i:05d}.png{evil}",
-            "label": classes[i % len(classes)],
-            "suggested": classes[(i + 3) % len(classes)],
-            "score": 0.002 * (i + 1),
-            "reason": f"labelled so; the ensemble that never saw it says otherwise{evil}",
-        }
-        for i in range(40)
-    ]
-    pairs = [
-        {
-            "a": f"train/{i:05d}.png{evil}",
-            "b": f"test/{i:05d}.png",
-            "distance": 0.001 * i,
-            "same_label": i % 4 > 0,
-            "same_part": (True, False, None)[i % 3],
-        }
-        for i in range(25)
-    ]
     figures = stats.per_class(probs, labels, classes)
     tree |= {
         "per_class": [
@@ -144,28 +124,8 @@ def full_run(
                 "threads": 0,
             }
         },
-        "audit": {
-            "suspects": suspects,
-            "n_suspects": 57,
-            "file": "suspects.csv",
-            "duplicates": {"total": 31, "pairs": pairs},
-            "warnings": [f"8 of these pairs are in two folds or splits{evil}"],
-            "missing": "",
-        },
-        "ledger": [
-            {
-                "step": f"temperature{evil}",
-                "fitted_on": "out-of-fold rows of the other folds",
-                "scored": "out-of-fold rows",
-                "overlap": 0,
-            },
-            {
-                "step": "choice of the ensemble",
-                "fitted_on": "out-of-fold rows",
-                "scored": "out-of-fold rows",
-                "overlap": 3000,
-            },
-        ],
+        "audit": _audit(classes, evil),
+        "ledger": _ledger(evil),
         "test_opened": {"at": "2026-11-24T06:15:30+00:00", "by": "train", "rows": n, "times": 1},
         "calibration": {
             "name": "temperature",
@@ -175,6 +135,55 @@ def full_run(
     }
     write_json(folder / "results.json", tree)
     return folder
+
+
+def _audit(classes: tuple[str, ...], evil: str) -> dict[str, Any]:
+    """Return 40 suspect labels and 25 of 31 pairs of copies."""
+    suspects = [
+        {
+            "id": f"train/{i:05d}.png{evil}",
+            "label": classes[i % len(classes)],
+            "suggested": classes[(i + 3) % len(classes)],
+            "score": 0.002 * (i + 1),
+            "reason": f"labelled so; the ensemble that never saw it says otherwise{evil}",
+        }
+        for i in range(40)
+    ]
+    pairs = [
+        {
+            "a": f"train/{i:05d}.png{evil}",
+            "b": f"test/{i:05d}.png",
+            "distance": 0.001 * i,
+            "same_label": i % 4 > 0,
+            "same_part": (True, False, None)[i % 3],
+        }
+        for i in range(25)
+    ]
+    return {
+        "suspects": suspects,
+        "n_suspects": 57,
+        "file": "suspects.csv",
+        "duplicates": {"total": 31, "pairs": pairs},
+        "warnings": [f"8 of these pairs are in two folds or splits{evil}"],
+        "missing": "",
+    }
+
+
+def _ledger(evil: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "step": f"temperature{evil}",
+            "fitted_on": "out-of-fold rows of the other folds",
+            "scored": "out-of-fold rows",
+            "overlap": 0,
+        },
+        {
+            "step": "choice of the ensemble",
+            "fitted_on": "out-of-fold rows",
+            "scored": "out-of-fold rows",
+            "overlap": 3000,
+        },
+    ]
 
 
 def fake_recipe(name: str, protocol: str, export: str) -> Recipe:
