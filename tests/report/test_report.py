@@ -45,7 +45,7 @@ def test_says_what_to_expect_in_plain_numbers(demo: Page) -> None:
         "(95 % interval 86.8 % to 90.7 %)"
     )
     assert words in demo.text
-    assert "the test set, opened at the end; when was not written down" in demo.text
+    assert "the test set, opened at the end; the date was not recorded" in demo.text
     assert "the simplest within one standard error of the best (stacked)" in demo.text
     assert "some evidence that mean is better: 41 against 24 images, p = 0.046" in demo.text
     assert "train 21 min 10 s" in demo.text
@@ -122,7 +122,7 @@ def test_names_cannot_inject_markup(tmp_path: Path) -> None:
             "honest",
             "auto",
             "honest",
-            "only the choice between the ensembles saw these scores",
+            "only the choice between ensembles used these scores",
         ),
         ("oof", "honest", "mean", "honest", "nothing was chosen on the rows scored here"),
         ("test", "paper", "auto", "paper", "selected on test"),

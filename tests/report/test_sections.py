@@ -1,4 +1,4 @@
-"""The report's sections about what a run has found beyond its scores, and what they say where a run lacks it."""
+"""The report's sections beyond the scores, and their words where a run lacks them."""
 
 from __future__ import annotations
 
@@ -60,16 +60,16 @@ def test_whole_page(full: Page) -> None:
         "Which classes are confused",
         "Members against ensembles",
         "What does accuracy cost?",
-        "If it may stop early",
+        "Stopping early",
         "Can its confidence be trusted?",
-        "If it may name several classes",
-        "How much picking the best flatters",
+        "Prediction sets",
+        "How optimistic the choices are",
         "Most confident mistakes",
-        "Labels and images to look at",
+        "Labels and images to check",
         "Learning curves",
         "What augmentation does to the training images",
         "How this was measured",
-        "Words used here",
+        "Glossary",
     ]
     assert len(full.source) < 1_500_000
 
@@ -143,13 +143,13 @@ def test_heat_is_laid_over_the_mistakes(full: Page, folder: Path) -> None:
 
 
 def test_optimism_says_what_each_choice_flatters(full: Page) -> None:
-    section = full.text[full.text.index("Whoever picks the best") :]
+    section = full.text[full.text.index("The best of several candidates") :]
     assert (
-        "best epoch the epoch with the best accuracy 89.3 % 87.4 % +1.9 +0.7 to +3.1 the choice flatters itself"
+        "best epoch the epoch with the best accuracy 89.3 % 87.4 % +1.9 +0.7 to +3.1 the apparent accuracy is too good"
         in section
     )
     assert (
-        "number of views how many views are averaged 88.4 % 88.4 % 0.0 −0.6 to +0.6 no more than luck could make"
+        "number of views how many views are averaged 88.4 % 88.4 % 0.0 −0.6 to +0.6 no more than chance explains"
         in section
     )
     assert "fit of stacked" in section
@@ -157,8 +157,8 @@ def test_optimism_says_what_each_choice_flatters(full: Page) -> None:
 
 
 def test_sets_unknown_images_and_calibration(full: Page) -> None:
-    assert "sets of on average 1.2 classes hold the right one for 90.3 % of images" in full.text
-    assert "Of images that do belong to one, 4.7 % are then turned away by mistake" in full.text
+    assert "sets of 1.2 classes on average contain the right one for 90.3 % of images" in full.text
+    assert "Of images that do belong to one, 4.7 % are then rejected by mistake" in full.text
     assert (
         "one number for all classes (temperature scaling, 1.21): the least log loss out of fold"
         in full.text
@@ -181,11 +181,11 @@ def test_cost_table_and_front(folder: Path, full: Page) -> None:
         full.source.index('id="run1-cost"') : full.source.index('id="run1-reliability"')
     ]
     rows = re.findall(r"<tr.*?>(.*?)</tr>", section, re.S)
-    told = {
+    marked = {
         re.search(r'<th scope="row">(\S+?)[\s<]', row)[1] for row in rows if "<td>yes</td>" in row
     }  # type: ignore[index]
-    assert told <= front
-    assert {"lite0", "lite1"} <= told
+    assert marked <= front
+    assert {"lite0", "lite1"} <= marked
     chosen, single = (next(s for s in scores if s["name"] == name) for name in ("mean", "lite2"))
     assert (
         f"needs {chosen['macs'] / single['macs']:.1f} times the computation of the best single member (lite2)"
@@ -219,10 +219,10 @@ def test_an_old_run_says_plainly_what_it_lacks(tmp_path: Path) -> None:
     page = Page(write_report([fake_run(tmp_path / "run", n=200)]))
     page.is_sound()
     for words in (
-        "say nothing of their cost",
+        "do not include their cost",
         "Sets of several classes were not measured",
         "Stopping early was not measured",
-        "What its choices flatter was not measured",
+        "The optimism of its choices was not measured",
         "The labels of this run were not audited",
     ):
         assert words in page.text
@@ -230,11 +230,11 @@ def test_an_old_run_says_plainly_what_it_lacks(tmp_path: Path) -> None:
     assert "Which rows each step saw" not in page.text
 
 
-def test_stopping_early_is_told_with_what_it_costs_and_saves(full: Page) -> None:
+def test_stopping_early_shows_what_it_costs_and_saves(full: Page) -> None:
     for words in (
-        "need 46 % of the multiply-adds, and 88.3 % of images are right in place of 88.4 %",
+        "need 46 % of the multiply-adds, and 88.3 % of images are right instead of 88.4 %",
         "difference -0.10 points",
-        "0.62 % get another class",
+        "0.62 % of the images get a different class",
         "lite0 0.710 60.0 % 25 % 4.4 85.1 %",
         "+ lite1 never 25.0 % 60 % 10.4 87.7 %",
         "+ lite2 the whole ensemble 15.0 % 100 % 17.3 88.3 %",
@@ -264,14 +264,14 @@ def test_stopping_early_is_told_with_what_it_costs_and_saves(full: Page) -> None
             ),
             "No label looks wrong, and no two images are the same.",
         ),
-        (lambda tree: tree.update(optimism=[]), "What its choices flatter was not measured"),
-        (lambda tree: tree["conformal"].update(unknown=None), "sets of on average 1.2 classes"),
+        (lambda tree: tree.update(optimism=[]), "The optimism of its choices was not measured"),
+        (lambda tree: tree["conformal"].update(unknown=None), "sets of 1.2 classes on average"),
         (
             lambda tree: tree.update(cascade={"missing": "members are not in every fold"}),
             "always asks every member: members are not in every fold.",
         ),
         (lambda tree: tree.pop("export"), "46 % of the multiply-adds"),
-        (lambda tree: tree["cascade"]["measured"].pop(), "on which nothing of this was measured"),
+        (lambda tree: tree["cascade"]["measured"].pop(), "for which this was not measured"),
         (
             lambda tree: tree.update(
                 calibration={"name": "none", "reason": "", "temperature": None}
@@ -282,10 +282,10 @@ def test_stopping_early_is_told_with_what_it_costs_and_saves(full: Page) -> None
             lambda tree: tree.update(calibration=None, temperature=1.5),
             "calibrated (temperature 1.50)",
         ),
-        (lambda tree: [s.update(macs=None) for s in tree["scores"]], "say nothing of their cost"),
+        (lambda tree: [s.update(macs=None) for s in tree["scores"]], "do not include their cost"),
         (
             lambda tree: tree.update(ledger=[], test_opened=None, comparisons=[]),
-            "when was not written down",
+            "the date was not recorded",
         ),
     ],
 )

@@ -267,7 +267,7 @@ def write_page(
         "source": summary.source,
         "chosen": summary.chosen,
         "reason": summary.chosen_reason,
-        "picked": candidates,
+        "candidates": candidates,
         "warnings": summary.warnings,
         "best": _best(summary) if summary.kind == "compare" else None,
     }

@@ -259,19 +259,19 @@ def _score_of(scores: Sequence[Score], name: str, rows: str, kind: str) -> Score
 
 
 def optimism_view(entries: Sequence[Optimism]) -> dict[str, Any] | None:
-    """What every choice has flattered, with the words for it; None where it was not measured."""
+    """Return how optimistic every choice was, with a verdict; None where it was not measured."""
     if not entries:
         return None
     rows = []
     for entry in entries:
         if entry.interval is None:
-            verdict = "unsure"
+            verdict = "unknown"
         elif entry.interval[0] > 0:
-            verdict = "flatters"
+            verdict = "optimistic"
         elif entry.interval[1] < 0:
-            verdict = "modest"
+            verdict = "pessimistic"
         else:
-            verdict = "luck"
+            verdict = "chance"
         name = CHOICES.get(entry.choice, f"fit of {entry.choice}")
         rows.append({**dict(entry), "name": name, "verdict": verdict})
     return {"rows": rows, "chart": charts.optimism(rows)}
