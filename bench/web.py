@@ -33,6 +33,7 @@ from selenium import webdriver
 
 import threefold
 from threefold.data.images import decode
+from threefold.runtime.model import Model
 from threefold.serving.browser import write_web
 from threefold.training.provenance import commit, hardware
 
@@ -52,14 +53,17 @@ import(module)
 """
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
+LIMITS = {"file_bytes": 10**8, "pixels": 10**8, "side": 10**5}
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
     """Python's static server without its log."""
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Write nothing."""
 
 
-def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -74,22 +78,22 @@ def photographs() -> list[Image.Image]:
     return [Image.open(path).convert("RGB") for path in named]
 
 
-def every_kind(image: Image.Image) -> dict[str, bytes]:
+def files_of_every_kind(image: Image.Image) -> dict[str, bytes]:
     """One photograph in several formats."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    glass = image.copy()
-    glass.putalpha(image.convert("L"))
+    transparent = image.copy()
+    transparent.putalpha(image.convert("L"))
     return {
-        "PNG": saved(image, "PNG"),
-        "PNG, half transparent": saved(glass, "PNG"),
-        "JPEG 4:2:0, quality 75": saved(image, "JPEG", quality=75),
-        "JPEG 4:4:4, quality 95": saved(image, "JPEG", quality=95, subsampling=0),
-        "JPEG, progressive": saved(image, "JPEG", quality=85, progressive=True),
-        "JPEG, to be turned": saved(image, "JPEG", quality=85, exif=exif),
-        "WebP, lossy": saved(image, "WEBP", quality=80),
-        "WebP, to be turned": saved(image, "WEBP", lossless=True, exif=exif),
-        "PNG, 16-bit grey": saved(
+        "PNG": encode(image, "PNG"),
+        "PNG, half transparent": encode(transparent, "PNG"),
+        "JPEG 4:2:0, quality 75": encode(image, "JPEG", quality=75),
+        "JPEG 4:4:4, quality 95": encode(image, "JPEG", quality=95, subsampling=0),
+        "JPEG, progressive": encode(image, "JPEG", quality=85, progressive=True),
+        "JPEG, to be turned": encode(image, "JPEG", quality=85, exif=exif),
+        "WebP, lossy": encode(image, "WEBP", quality=80),
+        "WebP, to be turned": encode(image, "WEBP", lossless=True, exif=exif),
+        "PNG, 16-bit grey": encode(
             Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 251), "PNG"
         ),
     }
@@ -98,8 +102,8 @@ def every_kind(image: Image.Image) -> dict[str, bytes]:
 def chromium() -> Any:
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
-    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-        options.add_argument(word)
+    for option in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(option)
     browser = webdriver.Chrome(
         options=options, service=webdriver.ChromeService(shutil.which("chromedriver"))
     )
@@ -116,81 +120,106 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     model = threefold.load(args.model, threads=1)
-    with np.load(
-        resources("threefold") / "assets/fashion_mnist/data.npz", allow_pickle=False
-    ) as asset:
-        small = [
-            saved(Image.fromarray(pixels), "PNG") for pixels in asset["test_images"][: args.images]
-        ]
+    asset_path = Path(str(resources("threefold"))) / "assets/fashion_mnist/data.npz"
+    with np.load(asset_path, allow_pickle=False) as asset:
+        arrays = asset["test_images"][: args.images]
+    small = [encode(Image.fromarray(array), "PNG") for array in arrays]
     kinds: dict[str, list[bytes]] = {f"Fashion-MNIST, PNG ({len(small)} images)": small}
     for photo in photographs():
-        for kind, content in every_kind(photo).items():
+        for kind, content in files_of_every_kind(photo).items():
             kinds.setdefault(kind, []).append(content)
     print(f"{hardware()}, commit {commit()}")
     with tempfile.TemporaryDirectory() as folder:
         web = write_web(args.model, Path(folder) / "site")
         print(web)
-        handler = functools.partial(Quiet, directory=web.path)
+        handler = functools.partial(QuietHandler, directory=web.path)
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         browser = chromium()
         try:
             print(browser.capabilities["browserVersion"])
             browser.get(f"http://127.0.0.1:{server.server_port}/")
-            measure(browser, model, kinds, args.rounds)
+            measure(Page(browser), model, kinds, args.rounds)
         finally:
             browser.quit()
             server.shutdown()
 
 
-def measure(
-    browser: Any, model: threefold.runtime.Model, kinds: dict[str, list[bytes]], rounds: int
-) -> None:
+class Page:
+    """The page of a web folder, and calls of its modules."""
+
+    def __init__(self, browser: Any) -> None:
+        self.browser = browser
+
+    def call(self, content: bytes, module: str, function: str, argument: Any = None) -> Any:
+        """Call a function of a module with a file."""
+        data = base64.b64encode(content).decode()
+        return self.browser.execute_async_script(ASK, module, function, data, argument)
+
+    def predict(self, content: bytes) -> dict[str, Any]:
+        """Predict a file; the reply has `probs` and `milliseconds`."""
+        reply = self.call(content, "./backend.js", "predict")
+        assert isinstance(reply, dict), reply
+        return reply
+
+    def decode(self, content: bytes) -> np.ndarray:
+        """Decode a file to pixels (h, w, 3)."""
+        reply = self.call(content, "./decode.js", "decode", LIMITS)
+        pixels = np.frombuffer(base64.b64decode(reply["data"]), np.uint8)
+        return pixels.reshape(reply["height"], reply["width"], 3)
+
+
+def measure(page: Page, model: Model, kinds: dict[str, list[bytes]], rounds: int) -> None:
     """Print the table of differences, then the times."""
-
-    def ask(
-        content: bytes, module: str = "./backend.js", call: str = "predict", limits: Any = None
-    ) -> Any:
-        return browser.execute_async_script(
-            ASK, module, call, base64.b64encode(content).decode(), limits
-        )
-
-    limits = {"file_bytes": 10**8, "pixels": 10**8, "side": 10**5}
     time.sleep(1)  # the card arrives
-    began = time.monotonic()
-    ask(kinds["PNG"][0])
-    print(f"first answer, with fetching and starting the model: {time.monotonic() - began:.1f} s")
+    start = time.monotonic()
+    page.predict(kinds["PNG"][0])
+    seconds = time.monotonic() - start
+    print(f"first answer, with downloading and starting the model: {seconds:.1f} s")
     print(
-        f"{'files':32} {'pixels: most':>12} {'share other':>12} "
-        f"{'probability: most':>18} {'same class':>11}"
+        f"{'files':32} {'pixels: largest':>16} {'share':>10} "
+        f"{'probability: largest':>21} {'same class':>11}"
     )
     for kind, files in kinds.items():
-        pixels, probs = [], []
-        for content in files:
-            reply, ours = ask(content, "./decode.js", "decode", limits), decode(content)
-            theirs = np.frombuffer(base64.b64decode(reply["data"]), np.uint8).reshape(ours.shape)
-            pixels.append(np.abs(theirs.astype(int) - ours))
-            probs.append((np.array(ask(content)["probs"]), model.predict_proba([content])[0]))
-        most = max(int(p.max()) for p in pixels)
-        other = np.mean(np.concatenate([p.ravel() for p in pixels]) > 0)
-        apart = max(float(np.abs(a - b).max()) for a, b in probs)
-        same = sum(a.argmax() == b.argmax() for a, b in probs)
-        print(f"{kind:32} {most:12} {other:12.4%} {apart:18.1e} {same:7} of {len(files)}")
+        compare(page, model, kind, files)
     for name, content in (
         ("28 x 28", next(iter(kinds.values()))[0]),
         ("640 x 427", kinds["PNG"][0]),
     ):
-        theirs, ours, image = [], [], decode(content)
-        for _ in range(rounds):
-            theirs.append(ask(content)["milliseconds"])
-            began = time.perf_counter()
-            model.session.run(["probs"], {"images": image[None]})
-            ours.append(1000 * (time.perf_counter() - began))
-        ratio = median(a / b for a, b in zip(theirs, ours, strict=True))
-        print(
-            f"{name}: browser {median(theirs):.0f} ms, "
-            f"onnxruntime, one thread {median(ours):.0f} ms, ratio {ratio:.2f}"
-        )
+        measure_time(page, model, name, content, rounds)
+
+
+def compare(page: Page, model: Model, kind: str, files: list[bytes]) -> None:
+    """Print how pixels and probabilities of some files differ between browser and Python."""
+    pixel_differences, differences, same_class = [], [], 0
+    for content in files:
+        difference = np.abs(page.decode(content).astype(int) - decode(content))
+        pixel_differences.append(difference.ravel())
+        browser_probs = np.array(page.predict(content)["probs"])
+        python_probs = model.predict_proba([content])[0]
+        differences.append(float(np.abs(browser_probs - python_probs).max()))
+        same_class += int(browser_probs.argmax() == python_probs.argmax())
+    pixels = np.concatenate(pixel_differences)
+    print(
+        f"{kind:32} {pixels.max():16} {np.mean(pixels > 0):10.4%} "
+        f"{max(differences):21.1e} {same_class:7} of {len(files)}"
+    )
+
+
+def measure_time(page: Page, model: Model, name: str, content: bytes, rounds: int) -> None:
+    """Print median milliseconds in the browser and in this process, in turns."""
+    image = decode(content)
+    browser_times, python_times = [], []
+    for _ in range(rounds):
+        browser_times.append(page.predict(content)["milliseconds"])
+        start = time.perf_counter()
+        model.session.run(["probs"], {"images": image[None]})
+        python_times.append(1000 * (time.perf_counter() - start))
+    ratio = median(a / b for a, b in zip(browser_times, python_times, strict=True))
+    print(
+        f"{name}: browser {median(browser_times):.0f} ms, "
+        f"onnxruntime, one thread {median(python_times):.0f} ms, ratio {ratio:.2f}"
+    )
 
 
 if __name__ == "__main__":
