@@ -14,18 +14,12 @@ from support.summaries import FASHION, fake_summary, fake_tree
 
 from threefold.errors import DataError, RunError
 from threefold.predictions.results_schema import PredictionSummary
-from threefold.report import charts
 from threefold.report.pages import write_page
 from threefold.stats import paired_tests
 from threefold.stats.scores import paired_interval
 
 KINDS = ("ensemble", "evaluate", "compare")
 HOSTILE = " <script>alert(1)</script> 木漏れ日" + "w" * 90
-
-
-@pytest.fixture
-def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(charts, "draw_svg", lambda *_: "")
 
 
 def arrays(n: int = 1000) -> tuple[np.ndarray, np.ndarray]:
@@ -36,6 +30,7 @@ def arrays(n: int = 1000) -> tuple[np.ndarray, np.ndarray]:
 def test_every_kind_is_one_sound_file(tmp_path: Path, kind: str) -> None:
     probs, labels = arrays()
     target = tmp_path / "new" / "page.html"
+
     assert write_page(target, "preds.npz", fake_summary(kind), probs, labels) == target
     page = Page(target)
     page.needs_nothing_else()
@@ -54,6 +49,7 @@ def test_every_kind_is_one_sound_file(tmp_path: Path, kind: str) -> None:
 @pytest.mark.usefixtures("no_charts")
 def test_ensemble_begins_with_the_chosen(tmp_path: Path) -> None:
     page = Page(write_page(tmp_path / "page.html", "preds.npz", fake_summary("ensemble")))
+
     assert re.search(
         r"Expect 8\d\.\d % of new images to be right about \d\d of 100 , between", page.text
     )
@@ -67,6 +63,7 @@ def test_evaluate_says_that_the_best_of_several_is_lucky(tmp_path: Path) -> None
     summary = fake_summary("evaluate")
     page = Page(write_page(tmp_path / "page.html", "preds.npz", summary))
     best = max(summary.scores, key=lambda s: s.accuracy).name
+
     assert f"This is {best} , the most accurate of 5 on these rows" in page.text
     alone = Page(
         write_page(
@@ -84,6 +81,7 @@ def test_compare_of_two_is_a_verdict(tmp_path: Path) -> None:
     summary = fake_summary("compare", members=2)
     page = Page(write_page(tmp_path / "page.html", "a.npz, b.npz", summary))
     (c,) = summary.comparisons
+
     assert page.text.count(c.verdict) == 2
     assert f"{c.a} against {c.b}: {c.verdict} The most accurate is" in page.text
     cells = re.search(r'class="paired">.*?<tbody><tr>(.*?)</tr>', page.source, re.S)
@@ -106,6 +104,7 @@ def test_many_members_stay_readable(tmp_path: Path) -> None:
     )
     page = Page(target)
     page.is_sound()
+
     assert target.stat().st_size < 1_000_000
     assert "The chart shows the 40 of 1,485 pairs" in page.text
     assert "The table lists the 300 of 1,485 pairs" in page.text
@@ -148,6 +147,7 @@ def test_interval_from_counts_covers() -> None:
         low <= 0.05 <= high
         for low, high in (paired_interval(a, b, 200, 0.95) for a, b, _ in draws.tolist())
     )
+
     assert abs(held / 500 - 0.95) < 0.03
 
 
@@ -187,6 +187,7 @@ def test_everything_but_kind_and_scores_may_be_missing(tmp_path: Path, drop: str
 @pytest.mark.usefixtures("no_charts")
 def test_without_class_names_numbers_take_their_place(tmp_path: Path) -> None:
     summary = fake_summary("ensemble", members=3).replace(per_class=())
+
     assert "class 9" in Page(write_page(tmp_path / "x.html", "x", summary, *arrays())).text
 
 
@@ -195,6 +196,7 @@ def test_paper_protocol_is_stamped(tmp_path: Path) -> None:
     summary = fake_summary("ensemble", members=3)
     scores = tuple(score.replace(protocol="paper") for score in summary.scores)
     page = Page(write_page(tmp_path / "x.html", "x", summary.replace(scores=scores)))
+
     assert "selected on the scored rows" in page.text
     assert "Expect less on new images." in page.text
     assert "of new images to be right" not in page.text
@@ -227,5 +229,6 @@ def test_probabilities_of_other_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="do not belong together"):
         write_page(tmp_path / "x.html", "x", fake_summary("ensemble", members=2), *arrays(900))
     probs, labels = arrays()
+
     with pytest.raises(DataError):
         write_page(tmp_path / "x.html", "x", fake_summary("ensemble", members=2), probs * 2, labels)

@@ -38,11 +38,6 @@ def full(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
     return Page(write_report([folder], tmp_path_factory.mktemp("pages") / "report.html"))
 
 
-@pytest.fixture
-def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(charts, "draw_svg", lambda *_: "")
-
-
 def changed(folder: Path, target: Path, change: Any) -> Page:
     """The page of a copy of the run with another results.json."""
     shutil.copytree(folder, target)
@@ -56,6 +51,7 @@ def test_whole_page(full: Page) -> None:
     full.needs_nothing_else()
     full.is_sound()
     headings = re.findall(r"<h2>(.*?)</h2>", full.source)
+
     assert headings == [
         "Which classes are confused",
         "Members against ensembles",
@@ -74,11 +70,12 @@ def test_whole_page(full: Page) -> None:
     assert len(full.source) < 1_500_000
 
 
-def test_first_screen_says_how_many_and_on_which_rows_and_when(full: Page) -> None:
+def test_first_screen_says_how_many_which_rows_and_when(full: Page) -> None:
     assert "about 89 of 100 , between 87 and 91 (95 % interval" in full.text
+
     assert (
-        "the test set, which took no part in training or choosing. It was opened on 24 November 2026, 06:15 UTC, once."
-        in full.text
+        "the test set, which took no part in training or choosing. "
+        "It was opened on 24 November 2026, 06:15 UTC, once." in full.text
     )
     squares = re.search(
         r'<svg role="img" aria-label="100 squares: about 89 right.*?</svg>', full.source
@@ -104,11 +101,13 @@ def test_opening_often_and_never(
         )
         assert "; 3 times in all." in page.text
         assert sum("stamp" in (attrs.get("class") or "") for _, attrs in page.tags) == 2
+
     assert words in page.text
 
 
 def test_confused_pairs_have_their_pictures(full: Page, folder: Path) -> None:
     pairs = re.findall(r'<div class="pair">(.*?)</div></div>', full.source, re.S)
+
     assert len(pairs) == 10
     assert all(1 <= pair.count("<img") <= 6 for pair in pairs)
     chosen = read_arrays(folder / "chosen.npz")
@@ -129,6 +128,7 @@ def test_heat_is_laid_over_the_mistakes(full: Page, folder: Path) -> None:
         full.source.index('id="run1-mistakes"') : full.source.index('id="run1-audit"')
     ]
     overlays = re.findall(r'<img class="heat" src="data:image/png;base64,([^"]+)"', section)
+
     assert len(overlays) == 23
     assert section.count("no map") == 1
     heat = np.asarray(Image.open(io.BytesIO(base64.b64decode(overlays[0]))))
@@ -142,15 +142,16 @@ def test_heat_is_laid_over_the_mistakes(full: Page, folder: Path) -> None:
     assert "It does not mean that they ignored the rest" in full.text
 
 
-def test_optimism_says_what_each_choice_flatters(full: Page) -> None:
+def test_optimism_of_each_choice(full: Page) -> None:
     section = full.text[full.text.index("The best of several candidates") :]
+
     assert (
-        "best epoch the epoch with the best accuracy 89.3 % 87.4 % +1.9 +0.7 to +3.1 the apparent accuracy is too good"
-        in section
+        "best epoch the epoch with the best accuracy 89.3 % 87.4 % +1.9 +0.7 to +3.1 "
+        "the apparent accuracy is too good" in section
     )
     assert (
-        "number of views how many views are averaged 88.4 % 88.4 % 0.0 −0.6 to +0.6 no more than chance explains"
-        in section
+        "number of views how many views are averaged 88.4 % 88.4 % 0.0 −0.6 to +0.6 "
+        "no more than chance explains" in section
     )
     assert "fit of stacked" in section
     assert "select rows against score rows, 3,000 images" in section
@@ -158,6 +159,7 @@ def test_optimism_says_what_each_choice_flatters(full: Page) -> None:
 
 def test_sets_unknown_images_and_calibration(full: Page) -> None:
     assert "sets of 1.2 classes on average contain the right one for 90.3 % of images" in full.text
+
     assert "Of images that do belong to one, 4.7 % are then rejected by mistake" in full.text
     assert (
         "one number for all classes (temperature scaling, 1.21): the least log loss out of fold"
@@ -184,19 +186,19 @@ def test_cost_table_and_front(folder: Path, full: Page) -> None:
     marked = {
         re.search(r'<th scope="row">(\S+?)[\s<]', row)[1] for row in rows if "<td>yes</td>" in row
     }  # type: ignore[index]
+
     assert marked <= front
     assert {"lite0", "lite1"} <= marked
     chosen, single = (next(s for s in scores if s["name"] == name) for name in ("mean", "lite2"))
-    assert (
-        f"needs {chosen['macs'] / single['macs']:.1f} times the computation of the best single member (lite2)"
-        in full.text
-    )
+    times = f"{chosen['macs'] / single['macs']:.1f} times"
+    assert f"needs {times} the computation of the best single member (lite2)" in full.text
 
 
 def test_audit_shows_suspects_and_the_pairs_that_matter_first(full: Page) -> None:
     section = full.source[
         full.source.index('id="run1-audit"') : full.source.index('id="run1-learning"')
     ]
+
     assert section.count("<figure>") == 24
     assert section.count("no image kept") == 4
     assert (
@@ -211,6 +213,7 @@ def test_audit_shows_suspects_and_the_pairs_that_matter_first(full: Page) -> Non
 
 def test_ledger_shows_what_was_seen(full: Page) -> None:
     assert "choice of the ensemble out-of-fold rows out-of-fold rows 3,000, seen" in full.text
+
     assert "temperature out-of-fold rows of the other folds out-of-fold rows none" in full.text
 
 
@@ -226,6 +229,7 @@ def test_an_old_run_says_plainly_what_it_lacks(tmp_path: Path) -> None:
         "The labels of this run were not audited",
     ):
         assert words in page.text
+
     assert "Grad-CAM" not in page.text
     assert "Which rows each step saw" not in page.text
 
@@ -291,6 +295,7 @@ def test_stopping_early_shows_what_it_costs_and_saves(full: Page) -> None:
 )
 def test_parts_that_are_missing(folder: Path, tmp_path: Path, change: Any, words: str) -> None:
     page = changed(folder, tmp_path / "run", change)
+
     assert words in page.text
     page.is_sound()
 
@@ -301,21 +306,23 @@ def test_hostile_and_foreign_names(tmp_path: Path) -> None:
     page = Page(write_report([full_run(tmp_path / "run", classes, evil=HOSTILE)]))
     page.needs_nothing_else()
     page.is_sound()
+
     assert page.source.count("&lt;script&gt;") > 100
     assert "木漏れ日 🙂 $x^2$ &amp;amp;" in page.source
 
 
-def test_many_classes_and_members_stay_readable_and_light(tmp_path: Path) -> None:
+def test_many_classes_and_members_stay_readable(tmp_path: Path) -> None:
     classes = tuple(f"species {number}" for number in range(200))
     target = write_report([full_run(tmp_path / "run", classes, n=4000, members=55)])
     page = Page(target)
     page.is_sound()
+
     assert target.stat().st_size < 2_000_000
     assert "With 200 classes a full matrix cannot be read" in page.text
     dots = re.search(r'<svg role="img" aria-label="Accuracy of every.*?</svg>', page.source, re.S)
     assert dots is not None
     assert "43 others" in dots[0]
-    assert "42 other members" in page.text or "other members" in page.text
+    assert "other members" in page.text
     assert page.source.count("tall") > 3
 
 
@@ -328,6 +335,7 @@ def test_a_page_of_large_pictures_is_below_ten_megabytes(folder: Path, tmp_path:
     for name in ("images", "suspect_images", "pair_images", "preview"):
         thumbs[name] = rng.integers(0, 256, (len(thumbs[name]), 400, 300, 3), dtype=np.uint8)
     write_arrays(target / "thumbs.npz", **thumbs)
+
     assert write_report([target]).stat().st_size < 10_000_000
 
 
@@ -339,6 +347,7 @@ def test_pictures_that_do_not_belong_together_are_refused(
     shutil.copytree(folder, target)
     thumbs = read_arrays(target / "thumbs.npz")
     write_arrays(target / "thumbs.npz", **{**thumbs, name: thumbs[name][:-1]})
+
     with pytest.raises(RunError, match="arrays do not belong together"):
         write_report([target])
 
@@ -354,9 +363,9 @@ def test_a_member_may_be_called_like_an_ensemble(folder: Path, tmp_path: Path) -
             ]
         ),
     )
-    assert (
-        page.source.count('class="tag">chosen') == 3
-    )  # twice among the scores, once among the costs
+
+    # Twice among the scores, once among the costs.
+    assert page.source.count('class="tag">chosen') == 3
     dots = re.search(r'<svg role="img" aria-label="Accuracy of every.*?</svg>', page.source, re.S)
     assert dots is not None
     assert len(re.findall(r">mean<", dots[0])) == 2
@@ -378,13 +387,13 @@ def test_a_browser_shows_it_in_both_schemes(
         f"--blink-settings=preferredColorScheme={scheme}",
         "--window-size=1000,1400",
     ]
-    with open(
-        tmp_path / "log", "w"
-    ) as log:  # a file: the browser's helpers outlive it and would hold a pipe open
+    # A file, since the browser's helper processes outlive it and would hold a pipe open.
+    with open(tmp_path / "log", "w") as log:
         command = [*browser, f"--screenshot={shot}", page.as_uri()]
         subprocess.run(
             command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, timeout=120, check=True
         )
+
     assert "CONSOLE" not in (tmp_path / "log").read_text(errors="replace")
     image = np.asarray(Image.open(shot).convert("RGB"))
     assert tuple(image[5, 5]) == paper
@@ -393,6 +402,7 @@ def test_a_browser_shows_it_in_both_schemes(
 
 def test_answers_of_the_fixture_are_usable() -> None:
     probs, labels = answers(np.random.default_rng(0), 1000, 10)
+
     assert 0.85 < (probs.argmax(1) == labels).mean() < 0.95
 
 
@@ -422,4 +432,5 @@ def test_costs_that_are_nearly_equal_have_an_axis() -> None:
         {**point, "name": n, "macs": c, "number": i + 1}
         for i, (n, c) in enumerate((("a", 8_123_456), ("b", 8_123_999)))
     ]
+
     assert "8.12 million" in charts.pareto(points, 0.95)
