@@ -19,6 +19,7 @@ import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
 from threefold.errors import RecipeError
+from threefold.names import find_repeated
 from threefold.recipe_schema import (
     WITH_GROUPS,
     AugmentSpec,
@@ -81,9 +82,9 @@ class Recipe(Section):
             ("stages", [s.name for s in self.stages]),
             ("members", [m.name for m in self.members]),
         ):
-            repeated = sorted({n for n in names if names.count(n) > 1})
+            repeated = ", ".join(sorted(find_repeated(names)))
             if repeated:
-                raise ValueError(f"{what} need different names; repeated: {', '.join(repeated)}")
+                raise ValueError(f"{what} need different names; repeated: {repeated}")
         self._check_folds()
         self._check_members()
         self._check_distill()

@@ -87,7 +87,8 @@ def check_data(spec: DataSpec, seed: int = 0) -> DataCheck:
         return DataCheck(classes={}, groups={}, sizes={}, skipped={}, findings=(failure,))
     train = sources.train
     skipped = {str(image.path): image.reason for image in sources.skipped}
-    sizes = _sizes(train)
+    rows = np.unique(np.linspace(0, len(train) - 1, _SIZE_SAMPLE).astype(int))
+    sizes = Counter(train.pixels(int(row)).shape[1::-1] for row in rows)
     guessed = _guess_groups(train)
     findings = [
         *_unreadable(skipped, spec),
@@ -102,7 +103,7 @@ def check_data(spec: DataSpec, seed: int = 0) -> DataCheck:
     return DataCheck(
         classes=_counts(sources),
         groups=dict(sorted(Counter(train.groups or ()).items())),
-        sizes=sizes,
+        sizes={f"{width} x {height}": count for (width, height), count in sizes.most_common()},
         skipped=skipped,
         findings=tuple(findings),
         guessed_regex=guessed,
@@ -196,12 +197,6 @@ def _counts(sources: Sources) -> dict[str, dict[str, int]]:
     }
 
 
-def _sizes(train: ImageDataset) -> dict[str, int]:
-    rows = np.unique(np.linspace(0, len(train) - 1, _SIZE_SAMPLE).astype(int))
-    shapes = Counter(train.pixels(int(row)).shape for row in rows)
-    return {f"{width} x {height}": count for (height, width, _), count in shapes.most_common()}
-
-
 def _unreadable(skipped: dict[str, str], spec: DataSpec) -> list[Finding]:
     if not skipped:
         return []
@@ -228,20 +223,17 @@ def _class_findings(train: ImageDataset) -> list[Finding]:
     return findings
 
 
-def _size_findings(sizes: dict[str, int]) -> list[Finding]:
-    """Report images of different size, and elongated ones."""
-    sides = [tuple(map(int, size.split(" x "))) for size in sizes]
+def _size_findings(sizes: Counter[tuple[int, ...]]) -> list[Finding]:
+    """Report images of different (width, height), and elongated ones."""
     findings = []
     if len(sizes) > 1:
-        small = min(min(side) for side in sides)
-        large = max(max(side) for side in sides)
+        small = min(min(size) for size in sizes)
+        large = max(max(size) for size in sizes)
         message = f"images differ in size: sides of {small} to {large} pixels"
         findings.append(Finding("note", message, 0))
-    elongated = [size for size, side in zip(sizes, sides, strict=True) if max(side) > 2 * min(side)]
+    elongated = [size for size, _ in sizes.most_common() if max(size) > 2 * min(size)]
     if elongated:
-        message = (
-            "images more than twice as long as wide, which resize = squash distorts: "
-            f"{shorten(elongated)}"
-        )
+        names = shorten(f"{width} x {height}" for width, height in elongated)
+        message = f"images more than twice as long as wide, which resize = squash distorts: {names}"
         findings.append(Finding("note", message, sum(sizes[size] for size in elongated)))
     return findings

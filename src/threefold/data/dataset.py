@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from threefold.data.images import BadImage, check_all, decode, same_content
-from threefold.data.natural_order import natural_key
 from threefold.data.published import FASHION_MNIST_CLASSES
 from threefold.data.sources.arrays import (
     FASHION_MNIST_ROOT,
@@ -44,6 +43,7 @@ from threefold.data.sources.photos import (
     list_surrey,
 )
 from threefold.errors import DataError, shorten
+from threefold.names import find_repeated, natural_key
 from threefold.recipe_schema import DataSpec
 
 
@@ -76,8 +76,8 @@ class ImageDataset:
             raise DataError(
                 "images, labels, ids and groups differ in number", got=", ".join(map(str, lengths))
             )
-        if len(set(self.ids)) < len(self.ids):
-            repeated = [name for name, count in Counter(self.ids).items() if count > 1]
+        repeated = find_repeated(self.ids)
+        if repeated:
             raise DataError("ids are not unique", got=shorten(repeated))
         if not len(self.labels):
             return

@@ -234,28 +234,28 @@ def _open(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[ImageFile.Ima
     """Return the image, not yet decoded, and its format."""
     head = stream.read(32)
     stream.seek(0)
-    content = _sniff(head)
-    _require_size(_declared_size(head, content), max_pixels)
+    image_format = _sniff(head)
+    _require_size(_declared_size(head, image_format), max_pixels)
     try:
-        image = _READERS[content](stream)
+        image = _READERS[image_format](stream)
     except Exception as error:  # Pillow raises nearly any type for damaged content
         raise _Unreadable(
-            f"damaged or truncated {content}: {error or type(error).__name__}"
+            f"damaged or truncated {image_format}: {error or type(error).__name__}"
         ) from None
     _require_size(image.size, max_pixels)
-    return image, content
+    return image, image_format
 
 
 def _decode(stream: BinaryIO) -> tuple[NDArray[np.uint8], str]:
-    image, content = _open(stream)
+    image, image_format = _open(stream)
     try:
         image.load()
-        return _to_rgb(_upright(image)), content
+        return _to_rgb(_upright(image)), image_format
     except _Unreadable:
         raise
     except Exception as error:
         raise _Unreadable(
-            f"damaged or truncated {content}: {error or type(error).__name__}"
+            f"damaged or truncated {image_format}: {error or type(error).__name__}"
         ) from None
 
 
@@ -265,32 +265,34 @@ def _sniff(head: bytes) -> str:
         raise _Unreadable("the file is empty (0 bytes)")
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WebP"
-    for magic, content in _MAGIC:
+    for magic, image_format in _MAGIC:
         if head.startswith(magic):
-            return content
+            return image_format
     raise _Unreadable(f"not an image (the content is none of {', '.join(_READERS)})")
 
 
-def _declared_size(head: bytes, content: str) -> tuple[int, int]:
+def _declared_size(head: bytes, image_format: str) -> tuple[int, int]:
     """Return the width and height in a GIF or WebP header; (1, 1) for other formats.
 
     Pillow allocates the memory of a GIF or WebP image before it reports the size.
     """
     try:
-        if content == "GIF":
+        if image_format == "GIF":
             return struct.unpack_from("<HH", head, 6)
-        if content == "WebP" and head[12:16] == b"VP8X":
+        if image_format == "WebP" and head[12:16] == b"VP8X":
             width = int.from_bytes(head[24:27], "little") + 1
             height = int.from_bytes(head[27:30], "little") + 1
             return width, height
-        if content == "WebP" and head[12:16] == b"VP8L":
+        if image_format == "WebP" and head[12:16] == b"VP8L":
             (bits,) = struct.unpack_from("<L", head, 21)
             return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-        if content == "WebP":
+        if image_format == "WebP":
             width, height = struct.unpack_from("<HH", head, 26)
             return width & 0x3FFF, height & 0x3FFF
     except struct.error:
-        raise _Unreadable(f"damaged or truncated {content}: the header is not complete") from None
+        raise _Unreadable(
+            f"damaged or truncated {image_format}: the header is not complete"
+        ) from None
     return 1, 1
 
 

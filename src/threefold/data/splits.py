@@ -70,20 +70,22 @@ def assign_roles(
     Raises:
         DataError: a class has too few images, there are too few groups, or groups are missing.
     """
-    kinds = _codes(labels, classes)
-    clusters = _group_codes(groups, spec, len(kinds.of_row))
-    everything = np.arange(len(kinds.of_row))
+    class_codes = _codes(labels, classes)
+    n = len(class_codes.of_row)
+    group_codes = _group_codes(groups, spec, n)
+    everything = np.arange(n)
     if protocol == "paper" and spec.k == 1 and spec.scheme != "leave-one-group-out":
         return (Roles(everything, _NO_ROWS, _NO_ROWS),)
     roles = []
-    for fold, score in enumerate(_score_parts(kinds, clusters, spec, seed)):
+    for fold, score in enumerate(_score_parts(class_codes, group_codes, spec, seed)):
         rest = np.setdiff1d(everything, score)
-        _require_classes(kinds, rest, fold)
+        _require_classes(class_codes, rest, fold)
         if protocol == "paper":
             roles.append(Roles(rest, score, score))
         else:
-            roles.append(Roles(*_fit_and_select(rest, kinds, clusters, spec, seed, fold), score))
-    check_partition(roles, len(everything))
+            fit, select = _fit_and_select(rest, class_codes, group_codes, spec, seed, fold)
+            roles.append(Roles(fit, select, score))
+    check_partition(roles, n)
     return tuple(roles)
 
 
@@ -99,9 +101,10 @@ def refit_roles(
     Raises:
         DataError: there are too few images or groups, or groups are missing.
     """
-    kinds = _codes(labels, classes)
-    clusters = _group_codes(groups, spec, len(kinds.of_row))
-    fit, select = _fit_and_select(np.arange(len(kinds.of_row)), kinds, clusters, spec, seed, -1)
+    class_codes = _codes(labels, classes)
+    n = len(class_codes.of_row)
+    group_codes = _group_codes(groups, spec, n)
+    fit, select = _fit_and_select(np.arange(n), class_codes, group_codes, spec, seed, -1)
     return Roles(fit, select, _NO_ROWS)
 
 
@@ -146,20 +149,20 @@ def _group_codes(groups: Sequence[str] | None, spec: FoldSpec, n: int) -> _Codes
     return _codes(groups)
 
 
-def _score_parts(kinds: _Codes, clusters: _Codes | None, spec: FoldSpec, seed: int) -> list[Rows]:
+def _score_parts(labels: _Codes, groups: _Codes | None, spec: FoldSpec, seed: int) -> list[Rows]:
     """Return the scored rows of each fold."""
-    if spec.scheme == "leave-one-group-out" and clusters is not None:
-        if len(clusters.names) < 2:
+    if spec.scheme == "leave-one-group-out" and groups is not None:
+        if len(groups.names) < 2:
             raise DataError(
                 "leave-one-group-out needs several groups",
                 expected="2 or more",
-                got=len(clusters.names),
+                got=len(groups.names),
             )
-        return [np.flatnonzero(clusters.of_row == group) for group in range(len(clusters.names))]
-    _require_enough(kinds, clusters, spec.k)
-    splitter = StratifiedKFold if clusters is None else StratifiedGroupKFold
-    dealer = splitter(spec.k, shuffle=True, random_state=seed % 2**32)
-    parts = dealer.split(kinds.of_row, kinds.of_row, None if clusters is None else clusters.of_row)
+        return [np.flatnonzero(groups.of_row == group) for group in range(len(groups.names))]
+    _require_enough(labels, groups, spec.k)
+    splitter_class = StratifiedKFold if groups is None else StratifiedGroupKFold
+    splitter = splitter_class(spec.k, shuffle=True, random_state=seed % 2**32)
+    parts = splitter.split(labels.of_row, labels.of_row, None if groups is None else groups.of_row)
     scores = [np.asarray(score, dtype=np.int64) for _, score in parts]
     if not all(len(score) for score in scores):
         raise DataError(
@@ -168,32 +171,32 @@ def _score_parts(kinds: _Codes, clusters: _Codes | None, spec: FoldSpec, seed: i
     return scores
 
 
-def _require_enough(kinds: _Codes, clusters: _Codes | None, k: int) -> None:
+def _require_enough(labels: _Codes, groups: _Codes | None, k: int) -> None:
     """Check that there are at least 2 folds, k images of every class, and k groups."""
     if k < 2:
         raise DataError("cross-validation needs 2 folds or more", got=f"folds.k = {k}")
-    rare = int(np.argmin(kinds.counts))
-    if kinds.counts[rare] < k:
+    rare = int(np.argmin(labels.counts))
+    if labels.counts[rare] < k:
         raise DataError(
-            f"too few images of class {kinds.names[rare]} for {k} folds",
+            f"too few images of class {labels.names[rare]} for {k} folds",
             expected=f"{k} or more",
-            got=int(kinds.counts[rare]),
-            fix=f"lower folds.k, add images of {kinds.names[rare]}, or leave the class out",
+            got=int(labels.counts[rare]),
+            fix=f"lower folds.k, add images of {labels.names[rare]}, or leave the class out",
         )
-    if clusters is not None and len(clusters.names) < k:
+    if groups is not None and len(groups.names) < k:
         raise DataError(
             f"too few groups for {k} folds",
             expected=f"{k} or more",
-            got=len(clusters.names),
+            got=len(groups.names),
             fix="lower folds.k",
         )
 
 
-def _require_classes(kinds: _Codes, rest: Rows, fold: int) -> None:
+def _require_classes(labels: _Codes, rest: Rows, fold: int) -> None:
     """Check that every class has training rows; otherwise it could never be predicted."""
-    present = np.bincount(kinds.of_row[rest], minlength=len(kinds.names)) > 0
+    present = np.bincount(labels.of_row[rest], minlength=len(labels.names)) > 0
     if not present.all():
-        absent = kinds.names[int(np.argmin(present))]
+        absent = labels.names[int(np.argmin(present))]
         raise DataError(
             f"fold {fold} has no images of class {absent} to train on",
             expected="each class in several groups, spread over the folds",
@@ -202,14 +205,14 @@ def _require_classes(kinds: _Codes, rest: Rows, fold: int) -> None:
 
 
 def _fit_and_select(
-    rest: Rows, kinds: _Codes, clusters: _Codes | None, spec: FoldSpec, seed: int, fold: int
+    rest: Rows, labels: _Codes, groups: _Codes | None, spec: FoldSpec, seed: int, fold: int
 ) -> tuple[Rows, Rows]:
     """Split the rows outside `score`; every class of `rest` keeps rows in fit."""
     rng = np.random.default_rng([seed % 2**32, fold + 1])
-    if clusters is None:
-        select = _draw_rows(rest, kinds.of_row[rest], spec.select, rng)
+    if groups is None:
+        select = _draw_rows(rest, labels.of_row[rest], spec.select, rng)
     else:
-        select = _draw_groups(rest, kinds.of_row[rest], clusters.of_row[rest], spec.select, rng)
+        select = _draw_groups(rest, labels.of_row[rest], groups.of_row[rest], spec.select, rng)
     if not len(select):
         where = f"fold {fold}" if fold >= 0 else "the refit"
         raise DataError(

@@ -50,7 +50,7 @@ COPY_FIX: Final = "write the file again, and copy all of it"
 """Advice for files that were cut off."""
 
 
-def content_of(path: Path) -> str:
+def detect_format(path: Path) -> str:
     """Find the format of a file from its first bytes: npz, npy, parquet, pt, json or csv.
 
     Raises:
@@ -69,39 +69,39 @@ def content_of(path: Path) -> str:
         raise DataError("cannot read the predictions", where=path, got=error) from None
     if not start:
         raise DataError("the predictions file is empty", where=path, got="0 bytes", fix=COPY_FIX)
-    content = _detect(path, start)
-    supported = content in _SUFFIXES.values()
+    format_name = _sniff(path, start)
+    is_supported = format_name in _SUFFIXES.values()
     expected = _SUFFIXES.get(path.suffix.lower())
-    if supported and expected in (content, None):
-        return content
-    if content == "pickle" and expected == "pt":
+    if is_supported and expected in (format_name, None):
+        return format_name
+    if format_name == "pickle" and expected == "pt":
         return "pt"  # the format of torch.save before 2020, which weights_only reads as well
     fix = "save .npz, .csv or .parquet"
-    if content == "UTF-16 text":
+    if format_name == "UTF-16 text":
         fix = "save it as UTF-8"
-    elif supported:
-        fix = f"rename the file to end in .{content}"
+    elif is_supported:
+        fix = f"rename the file to end in .{format_name}"
     raise DataError(
         "unknown format" if expected is None else "the content of the file contradicts its suffix",
         where=path,
         expected=expected or ", ".join(_SUFFIXES),
-        got=f"{content} content",
+        got=f"{format_name} content",
         fix=fix,
     )
 
 
-def _detect(path: Path, start: bytes) -> str:
+def _sniff(path: Path, start: bytes) -> str:
     """The format of a file that starts with these bytes."""
-    for magic, content in _MAGIC:
+    for magic, format_name in _MAGIC:
         if start.startswith(magic):
-            return _zip_content(path) if content == "zip" else content
+            return _zip_format(path) if format_name == "zip" else format_name
     if b"\0" in start:
         return "binary"
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     return "json" if text[:1] in (b"{", b"[") else "csv"
 
 
-def _zip_content(path: Path) -> str:
+def _zip_format(path: Path) -> str:
     """npz, pt or zip, from the names of the entries."""
     try:
         with zipfile.ZipFile(path) as archive:

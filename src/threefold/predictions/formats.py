@@ -23,7 +23,7 @@ from threefold.predictions.adapters import (
     is_reserved_column,
     number_columns,
 )
-from threefold.predictions.array_files import content_of, npz_dtypes, read_npy, read_npz, read_pt
+from threefold.predictions.array_files import detect_format, npz_dtypes, read_npy, read_npz, read_pt
 from threefold.predictions.join import join_predictions
 from threefold.predictions.labels import FileContent, LabelSource, LabelTable, build_predictions
 from threefold.predictions.predictions import Predictions
@@ -52,7 +52,7 @@ def read_predictions(
         DataError: the file is missing, damaged or of unknown format, or its content cannot be used.
     """
     path = Path(source)
-    format_name = content_of(path)
+    format_name = detect_format(path)
     label_source = _label_source(labels)
     names = _class_names(classes)
     if format_name == "npz" and label_source is None and names is None:
@@ -104,7 +104,7 @@ def _label_source(labels: str | Path | None) -> LabelSource:
     if labels == "folder":
         return "folder"
     path = Path(labels)
-    format_name = content_of(path)
+    format_name = detect_format(path)
     if format_name not in ("csv", "parquet"):
         raise DataError(
             "labels must be a table", where=path, expected=".csv or .parquet", got=format_name

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from threefold.errors import DataError, shorten
+from threefold.names import find_repeated
 from threefold.predictions.predictions import Predictions, Protocol, default_ids
 
 
@@ -65,8 +65,7 @@ def _describe(part: Predictions) -> str:
 
 
 def _refuse_repeated_members(parts: Sequence[Predictions]) -> None:
-    counts = Counter(name for part in parts for name in part.members)
-    repeated = [name for name, count in counts.items() if count > 1]
+    repeated = find_repeated(name for part in parts for name in part.members)
     if repeated:
         places = [str(i + 1) for i, part in enumerate(parts) if repeated[0] in part.members]
         more = f", {len(repeated) - 1} more" if len(repeated) > 1 else ""

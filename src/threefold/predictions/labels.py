@@ -8,15 +8,14 @@ sources they must agree.
 from __future__ import annotations
 
 import difflib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
-from threefold.data.natural_order import natural_key
 from threefold.errors import DataError
+from threefold.names import find_repeated, natural_key
 from threefold.predictions.checks import SUM_TOLERANCE
 from threefold.predictions.predictions import Predictions, default_names
 
@@ -173,16 +172,16 @@ def _check_lengths(content: FileContent, n: int) -> None:
 
 
 def _class_names(
-    content: FileContent, given: tuple[str, ...] | None, k: int
+    content: FileContent, requested: tuple[str, ...] | None, k: int
 ) -> tuple[str, ...] | None:
     """Names of the columns from the file or the caller, if either has them."""
-    names = content.classes or given
-    if names and given and names != given:
-        differing = [name for name, other in zip(names, given, strict=False) if name != other]
+    names = content.classes or requested
+    if names and requested and names != requested:
+        differing = [name for name, other in zip(names, requested, strict=False) if name != other]
         raise DataError(
             "the file has other class names",
             where=content.where,
-            expected=", ".join(given),
+            expected=", ".join(requested),
             got=differing[0] if differing else f"{len(names)} names",
         )
     if names and len(names) != k:
@@ -306,9 +305,9 @@ def _match_rows(
             )
         return (table.ids if ids is None else ids), range(n)
     row_of = {name: row for row, name in enumerate(table.ids)}
-    if len(row_of) < len(table.ids):
-        name, _ = Counter(table.ids).most_common(1)[0]
-        raise DataError("ids are not unique", where=table.where, got=name)
+    repeated = find_repeated(table.ids)
+    if repeated:
+        raise DataError("ids are not unique", where=table.where, got=repeated[0])
     rows = [
         row_of.get(path, row_of.get(name)) for name, path in zip(ids, paths or ids, strict=True)
     ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,8 @@ import numpy.typing as npt
 
 from threefold.errors import DataError
 from threefold.files import write_arrays
-from threefold.predictions.array_files import content_of, read_npz
+from threefold.names import find_repeated
+from threefold.predictions.array_files import detect_format, read_npz
 from threefold.predictions.checks import check_labels, check_probs
 from threefold.predictions.ledger import FIT, SCORE, SELECT, TEACH, Ledger
 
@@ -152,12 +152,12 @@ class Predictions:
             DataError: the file is missing, is not an .npz, needs pickle, or its arrays are wrong.
         """
         path = Path(path)
-        content = content_of(path)
-        if content != "npz":
+        format_name = detect_format(path)
+        if format_name != "npz":
             raise DataError(
                 "the predictions are not an .npz file",
                 where=path,
-                got=f"{content} content",
+                got=f"{format_name} content",
                 fix="write probs and labels with numpy.savez",
             )
         arrays = read_npz(path)
@@ -276,9 +276,9 @@ def _check_names(
         raise DataError(
             f"{field} do not match the probabilities", expected=f"{count} names", got=len(names)
         )
-    if unique and len(set(names)) < count:
-        name, _ = Counter(names).most_common(1)[0]
-        raise DataError(f"{field} are not unique", got=f"{name} twice or more")
+    repeated = find_repeated(names) if unique else []
+    if repeated:
+        raise DataError(f"{field} are not unique", got=f"{repeated[0]} twice or more")
     return names
 
 

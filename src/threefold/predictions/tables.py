@@ -9,7 +9,6 @@ import csv
 import importlib
 import json
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from threefold.errors import DataError
+from threefold.names import find_repeated
 from threefold.predictions.array_files import COPY_FIX, check_size
 
 MAX_JSON: Final = 256 << 20
@@ -63,7 +63,7 @@ def check_names(names: Sequence[str], where: str | Path) -> None:
             got="tabs" if separators[0] == "\t" else separators[0],
             fix='to_csv(..., sep=",")',
         )
-    repeated = [name for name, count in Counter(names).items() if count > 1]
+    repeated = find_repeated(names)
     if repeated and repeated[0]:
         raise DataError("two columns have the same name", where=where, got=repeated[0])
     if not names or "" in names:
@@ -239,7 +239,7 @@ def read_json(path: Path, number_columns: NumberColumns) -> Table:
         )
 
     def refuse_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        repeated = find_repeated(name for name, _ in pairs)
         if repeated:
             raise DataError("the JSON file repeats a name", where=path, got=repeated[0])
         return dict(pairs)

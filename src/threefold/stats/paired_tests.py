@@ -124,19 +124,20 @@ def mcnemar_exact(
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     if groups is None:
         fewer, n = min(only_a, only_b), only_a + only_b
-        p = 2 * float(bdtr(fewer, n, 0.5)) - mid_p * float(_heads(np.asarray(fewer), n))
+        p = 2 * float(bdtr(fewer, n, 0.5))
+        if mid_p:
+            p -= float(_heads(np.asarray(fewer), n))
         return McNemar(only_a, only_b, min(1.0, p))
-    sums = (
-        np.bincount(check_groups(groups, len(a)), a.astype(np.float64) - b).round().astype(np.int64)
-    )
+    part = check_groups(groups, len(a))
+    sums = np.bincount(part, a.astype(np.float64) - b).round().astype(np.int64)
     chances = _sign_flips(np.abs(sums))
     # Entry i is the probability of the sum 2 i - total.
     distance = np.abs(2 * np.arange(len(chances)) - np.abs(sums).sum())
     observed = abs(only_a - only_b)
     p = float(chances[distance >= observed].sum())
-    if mid_p:
+    if mid_p and observed > 0:
         p -= 0.5 * float(chances[distance == observed].sum())
-    return McNemar(only_a, only_b, 1.0 if mid_p and observed == 0 else min(1.0, p))
+    return McNemar(only_a, only_b, min(1.0, p))
 
 
 def paired_bootstrap(

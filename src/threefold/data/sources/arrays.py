@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from threefold.data.published import DIGITS, FASHION_MNIST_CLASSES, count_note
 from threefold.data.sources.archives import read_members
 from threefold.data.sources.cifar_pickle import read_batch
-from threefold.data.sources.folder import ArrayDataset, ImageArrays
+from threefold.data.sources.folder import ArrayDataset, ImageArrays, read_file
 from threefold.errors import DataError, shorten
 
 FASHION_MNIST_ROOT = "/usr/share/datasets/fashion-mnist"
@@ -234,7 +234,7 @@ def _find_cifar(root: Path, name: str) -> tuple[_CifarLayout, dict[str, bytes], 
                 if missing:
                     what = "files of the data set are missing"
                     raise DataError(what, where=folder, got=shorten(missing), fix=fix)
-                return layout, {file: _read_bytes(folder / file) for file in layout.files}, folder
+                return layout, {file: read_file(folder / file) for file in layout.files}, folder
         archive = root if root.is_file() else root / layout.archive
         if archive.is_file():
             contents = read_members(archive, layout.files)
@@ -242,13 +242,6 @@ def _find_cifar(root: Path, name: str) -> tuple[_CifarLayout, dict[str, bytes], 
                 return layout, contents, archive
     expected = " or ".join(f"{layout.folder}/ or {layout.archive}" for layout in layouts)
     raise DataError("the data set is not there", where=root, expected=expected, fix=fix)
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError("cannot read the file", where=path, got=error) from None
 
 
 def _parse_pickled_batch(

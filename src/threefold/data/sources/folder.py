@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, SupportsIndex, overload
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from threefold.data.images import IMAGE_SUFFIXES
 from threefold.errors import DataError, shorten
+from threefold.names import find_repeated
 
 PARTS = {
     "train": "train",
@@ -101,15 +101,46 @@ class ArrayDataset(NamedTuple):
     notes: list[str]
 
 
-def find_repeated(items: Iterable[ListedImage]) -> list[str]:
-    """Ids that several items have."""
-    counts = Counter(item.id for item in items)
-    return [name for name, count in counts.items() if count > 1]
-
-
 def find_absent(items: Iterable[ListedImage]) -> list[str]:
     """Ids of items whose file does not exist."""
     return [item.id for item in items if not item.path.is_file()]
+
+
+def read_file(path: Path) -> bytes:
+    """Read a file.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError("cannot read the file", where=path, got=error) from None
+
+
+def is_image(path: Path) -> bool:
+    """Whether the suffix of a file is that of an image."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def list_entries(folder: Path) -> tuple[list[Path], list[Path]]:
+    """List folders and files in a folder, sorted by name, without hidden ones.
+
+    Raises:
+        DataError: the folder cannot be read, or a name is not valid Unicode.
+    """
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise DataError("cannot read the folder", where=folder, got=error) from None
+    for name in names:
+        # Such a file can be opened, but its name cannot be printed or written to a run's files.
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            where = f"{folder}: {name!a}"
+            raise DataError("a file name is not valid Unicode", where=where, fix="rename the file")
+    paths = [folder / name for name in names if not name.startswith(".") and name != "__MACOSX"]
+    folders = [path for path in paths if os.path.isdir(path)]
+    return folders, [path for path in paths if not os.path.isdir(path)]
 
 
 # Folders
@@ -130,7 +161,7 @@ def list_folder(root: Path) -> Listing:
         raise DataError("data.root is not a folder", where=root, fix=fix)
     if not os.path.isdir(root):
         raise DataError("the image folder does not exist", where=root, fix="correct data.root")
-    folders, files = _list_entries(root)
+    folders, files = list_entries(root)
     split_folders, notes = _find_splits(root, folders)
     items: list[ListedImage] = []
     outside, others = list(files), []
@@ -139,7 +170,7 @@ def list_folder(root: Path) -> Listing:
         class_folders = folders
         if split_folders:
             part = PARTS[folder.name.lower()]
-            class_folders, files = _list_entries(folder)
+            class_folders, files = list_entries(folder)
             outside += files
         if not class_folders:
             fix = "make one folder per class, with its images"
@@ -164,10 +195,10 @@ def _note_ignored(outside: list[Path], others: list[Path]) -> list[str]:
         others: files in class folders that are not images.
     """
     notes = []
-    strays = [path.name for path in outside if _is_image(path)]
+    strays = [path.name for path in outside if is_image(path)]
     if strays:
         notes.append(f"{len(strays)} images outside class folders were ignored: {shorten(strays)}")
-    others = others + [path for path in outside if not _is_image(path)]
+    others = others + [path for path in outside if not is_image(path)]
     if others:
         kinds = sorted({path.suffix.lower() or path.name for path in others})
         notes.append(f"{len(others)} files that are not images were ignored: {shorten(kinds)}")
@@ -182,8 +213,8 @@ def _find_splits(root: Path, folders: list[Path]) -> tuple[list[Path], list[str]
     splits = []
     for folder in folders:
         if folder.name.lower() in PARTS:
-            inside, files = _list_entries(folder)
-            if inside and not any(map(_is_image, files)):
+            inside, files = list_entries(folder)
+            if inside and not any(map(is_image, files)):
                 splits.append(folder)
     if not splits:
         return [], []
@@ -214,31 +245,11 @@ def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders, files = _list_entries(current)
+        folders, files = list_entries(current)
         stack += reversed(folders)
         for path in files:
-            (images if _is_image(path) else others).append(path)
+            (images if is_image(path) else others).append(path)
     return images, others
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES
-
-
-def _list_entries(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Folders and files in a folder, sorted by name, without hidden ones."""
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        raise DataError("cannot read the folder", where=folder, got=error) from None
-    for name in names:
-        # Such a file can be opened, but its name cannot be printed or written to a run's files.
-        if any("\ud800" <= letter <= "\udfff" for letter in name):
-            where = f"{folder}: {name!a}"
-            raise DataError("a file name is not valid Unicode", where=where, fix="rename the file")
-    paths = [folder / name for name in names if not name.startswith(".") and name != "__MACOSX"]
-    folders = [path for path in paths if os.path.isdir(path)]
-    return folders, [path for path in paths if not os.path.isdir(path)]
 
 
 # CSV
@@ -263,7 +274,7 @@ def list_csv(table: Path) -> Listing:
             items = [_parse_row(row, table, reader.line_num) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError("cannot read the CSV file", where=table, got=error) from None
-    repeated, absent = find_repeated(items), find_absent(items)
+    repeated, absent = find_repeated(item.id for item in items), find_absent(items)
     if repeated:
         raise DataError("the CSV file repeats paths", where=table, got=shorten(repeated))
     if absent:

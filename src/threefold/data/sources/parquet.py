@@ -21,9 +21,10 @@ from threefold.data.sources.folder import (
     ListedImage,
     Listing,
     find_absent,
-    find_repeated,
+    read_file,
 )
 from threefold.errors import DataError, shorten
+from threefold.names import find_repeated
 
 _IMAGE_COLUMNS = ("image", "img", "picture", "photo")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
@@ -156,7 +157,7 @@ def _list_tables(tables: list[_Table], folder: Path | None) -> Listing:
     where = shorten(table.name for table in tables)
     if len({column is None for column in columns}) > 1:
         raise DataError("some files hold images and others name them", got=where)
-    if find_repeated(items):
+    if find_repeated(item.id for item in items):
         raise DataError("ids are not unique", where=where)
     if columns[0] is None:
         absent = find_absent(items)
@@ -246,10 +247,7 @@ def _read_image(cell: Any, where: str, may_open: bool) -> bytes:
     content = cell.get("bytes") if isinstance(cell, dict) else cell
     path = cell.get("path") if isinstance(cell, dict) else None
     if content is None and path and may_open:
-        try:
-            return Path(path).read_bytes()
-        except OSError as error:
-            raise DataError("cannot read the file", where=path, got=error) from None
+        return read_file(Path(path))
     if not isinstance(content, bytes):
         got = type(content).__name__
         raise DataError("the cell has no image", where=where, expected="bytes", got=got)

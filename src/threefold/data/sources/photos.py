@@ -14,11 +14,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from threefold.data.images import IMAGE_SUFFIXES
 from threefold.data.published import CASSAVA_CLASSES, SURREY_LETTERS, count_note
 from threefold.data.sources.archives import read_members, safe_name, unpack_beside
-from threefold.data.sources.folder import ListedImage, Listing, find_absent, find_repeated
+from threefold.data.sources.folder import (
+    ListedImage,
+    Listing,
+    find_absent,
+    is_image,
+    list_entries,
+    read_file,
+)
 from threefold.errors import DataError, shorten
+from threefold.names import find_repeated
 
 _NO_TEST_LABELS = "the test images have no labels and are not used"
 
@@ -56,27 +63,18 @@ def _find_base(
     raise DataError("the data set is not there", where=root, expected=expected, fix=fix)
 
 
-def _list_entries(folder: Path) -> list[Path]:
-    """Entries of a folder by name, without hidden ones; none if there is no such folder."""
-    try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise DataError("cannot read the folder", where=folder, got=error) from None
-
-
 def _list_folders(folder: Path) -> list[Path]:
-    return [path for path in _list_entries(folder) if path.is_dir()]
+    """Folders in a folder; none if it does not exist."""
+    return list_entries(folder)[0] if folder.is_dir() else []
 
 
 def _list_images(folder: Path) -> list[Path]:
-    return [path for path in _list_entries(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
+    return [path for path in list_entries(folder)[1] if is_image(path)]
 
 
 def _check_files(items: list[ListedImage], table: Path) -> None:
     """Require that every listed image exists and is listed once."""
-    repeated, absent = find_repeated(items), find_absent(items)
+    repeated, absent = find_repeated(item.id for item in items), find_absent(items)
     if repeated:
         raise DataError("images are listed twice", where=table, got=shorten(repeated))
     if absent:
@@ -149,12 +147,10 @@ def _read_annotations(folders: list[Path], name: str) -> tuple[Path, Any]:
 def _read_json(path: Path, name: str) -> Any:
     try:
         if path.suffix == ".json":
-            content = path.read_bytes()
+            content = read_file(path)
         else:
             content = read_members(path, [name]).get(name, b"")
         return json.loads(content)
-    except OSError as error:
-        raise DataError("cannot read the file", where=path, got=error) from None
     except (ValueError, RecursionError) as error:
         raise DataError("not valid JSON", where=path, got=error) from None
 
