@@ -53,8 +53,9 @@ def write_zip(path: Path, files: dict[str, bytes], method: int = zipfile.ZIP_DEF
 
 
 def tar_of(path: Path, files: dict[str, bytes], mode: str) -> Path:
-    folders = [(entry("./folder", kind=tarfile.DIRTYPE), b"")]
-    return write_tar(path, folders + [(entry("./" + n, len(c)), c) for n, c in files.items()], mode)
+    entries = [(entry("./folder", kind=tarfile.DIRTYPE), b"")]
+    entries += [(entry(f"./{name}", len(content)), content) for name, content in files.items()]
+    return write_tar(path, entries, mode)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -200,11 +201,9 @@ SMALL = ArchiveLimits(max_members=5, max_ratio=20, min_budget=1 << 16, disk_rese
 
 def bomb(path: Path, kind: str) -> Path:
     zeros = bytes(1 << 22)
-    return (
-        write_zip(path, {"a": zeros})
-        if kind == "zip"
-        else write_tar(path, [(entry("a", len(zeros)), zeros)], kind)
-    )
+    if kind == "zip":
+        return write_zip(path, {"a": zeros})
+    return write_tar(path, [(entry("a", len(zeros)), zeros)], kind)
 
 
 @pytest.mark.parametrize("kind", ["zip", "w:gz", "w:bz2"])
@@ -214,10 +213,8 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, kind: str) -> None:
     with pytest.raises(DataError, match="decompression bomb"):
         unpack(archive, tmp_path / "out", SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert (
-        len(tree(unpack(archive, tmp_path / "out", SMALL._replace(min_budget=1 << 23)))["a"])
-        == 1 << 22
-    )
+    folder = unpack(archive, tmp_path / "out", SMALL._replace(min_budget=1 << 23))
+    assert (folder / "a").stat().st_size == 1 << 22
 
 
 def test_bytes_after_the_last_member_are_counted(tmp_path: Path) -> None:
@@ -242,28 +239,29 @@ def test_a_zip_gives_no_more_than_it_declares(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 def test_too_many_members_are_refused(tmp_path: Path, kind: str) -> None:
     files = {f"{i}": b"" for i in range(6)}
-    archive = (
-        write_zip(tmp_path / "a", files) if kind == "zip" else tar_of(tmp_path / "a", files, "w:gz")
-    )
+    archive = tmp_path / "a"
+    write_zip(archive, files) if kind == "zip" else tar_of(archive, files, "w:gz")
 
     with pytest.raises(DataError, match="too many members"):
         unpack(archive, tmp_path / "out", SMALL)
 
 
-def test_memory_stays_at_a_few_blocks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_memory_stays_at_a_few_blocks(tmp_path: Path, kind: str) -> None:
     content = os.urandom(1 << 16) * 256  # 16 MiB
+    archive = tmp_path / "a"
+    if kind == "tar":
+        write_tar(archive, [(entry("a", len(content)), content)], "w:")
+    else:
+        write_zip(archive, {"a": content}, zipfile.ZIP_STORED)
 
-    for name, write in {
-        "tar": lambda p: write_tar(p, [(entry("a", len(content)), content)], "w:"),
-        "zip": lambda p: write_zip(p, {"a": content}, zipfile.ZIP_STORED),
-    }.items():
-        archive = write(tmp_path / name)
-        tracemalloc.start()
-        unpack(archive, tmp_path / f"{name}.out")
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 6 << 20
-        assert (tmp_path / f"{name}.out/a").read_bytes() == content
+    tracemalloc.start()
+    unpack(archive, tmp_path / "out")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert peak < 6 << 20
+    assert (tmp_path / "out/a").read_bytes() == content
 
 
 def test_a_huge_tar_header_is_refused(tmp_path: Path) -> None:

@@ -49,9 +49,10 @@ def labelled(data: ImageDataset) -> dict[str, str]:
 
 def test_a_folder_of_class_folders(tmp_path: Path) -> None:
     make_folder(tmp_path, "cat/b.png", "cat/a.png", "dog/a.png", "dog/deep/er/c.png")
-    sources = load_data(folder(tmp_path), 0)
-    data = sources.train
 
+    sources = load_data(folder(tmp_path), 0)
+
+    data = sources.train
     assert data.classes == ("cat", "dog")
     assert data.ids == ("cat/a.png", "cat/b.png", "dog/a.png", "dog/deep/er/c.png")
     assert data.labels.tolist() == [0, 0, 1, 1]
@@ -98,11 +99,8 @@ def test_a_split_folder_and_its_validation_part(tmp_path: Path) -> None:
     assert sources.test is not None
     assert set(sources.train.ids) == set(ids[:8])
     assert set(sources.test.ids) == set(ids[8:])
-    assert (
-        labelled(sources.train)["Valid/dog/1.png"]
-        == labelled(sources.test)["test/dog/1.png"]
-        == "dog"
-    )
+    assert labelled(sources.train)["Valid/dog/1.png"] == "dog"
+    assert labelled(sources.test)["test/dog/1.png"] == "dog"
     assert len(sources.notes) == 1
     assert sources.notes[0].startswith("Valid/ was joined with train/")
 
@@ -418,6 +416,6 @@ def test_data_sets_import_no_torch() -> None:
     code = "import sys, threefold.data.dataset; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
 
-    assert (
-        subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
-    )
+    process = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+
+    assert process.returncode == 0

@@ -19,14 +19,13 @@ from typing import Any
 
 import pytest
 from support.download_server import CONTENT, Server, served
+from support.sources import load_source
 
 from threefold.data import download
-from threefold.data.dataset import load_data
 from threefold.data.download import download_file, fetch
 from threefold.data.published import PUBLISHED, RemoteFile, find_published
 from threefold.data.synthetic import write_sample
 from threefold.errors import DataError
-from threefold.recipe_schema import DataSpec
 
 
 @pytest.fixture
@@ -313,14 +312,14 @@ def test_a_fetched_data_set_loads(
     (archive,) = fetch("icassava2019", root, accept_licence=True)
 
     assert archive.with_name(archive.name + ".unpacked").is_dir()
-    assert len(load_data(DataSpec(source="icassava2019", root=str(root)), 0).train) == 10
+    assert len(load_source("icassava2019", root).train) == 10
 
     served(server, "mnist", write_sample("mnist", tmp_path / "sample", per_class=2), monkeypatch)
 
     assert [path.name for path in fetch("mnist", root)] == [
         file.name for file in PUBLISHED["mnist"].files
     ]
-    assert len(load_data(DataSpec(source="mnist", root=str(root)), 0).train) == 20
+    assert len(load_source("mnist", root).train) == 20
 
 
 def test_a_hostile_archive_writes_nothing_outside(
@@ -406,6 +405,4 @@ def test_kaggle_without_and_with_its_program(tmp_path: Path, home: Path) -> None
     (archive,) = fetch("cassava2020", tmp_path / "data", accept_licence=True)
 
     assert archive.name == "cassava-leaf-disease-classification.zip"
-    assert (
-        len(load_data(DataSpec(source="cassava2020", root=str(tmp_path / "data")), 0).train) == 10
-    )
+    assert len(load_source("cassava2020", tmp_path / "data").train) == 10

@@ -174,10 +174,9 @@ def test_grey_is_repeated() -> None:
 
 
 def test_one_bit_is_black_and_white() -> None:
-    assert (
-        decode(encode(Image.fromarray(np.eye(3, dtype=bool)), "PNG"))[:, :, 1].tolist()
-        == (np.eye(3) * 255).tolist()
-    )
+    image = Image.fromarray(np.eye(3, dtype=bool))
+
+    assert np.array_equal(decode(encode(image, "PNG"))[..., 1], 255 * np.eye(3))
 
 
 def test_transparent_pixels_lie_on_white() -> None:

@@ -213,13 +213,10 @@ def test_icassava_in_kaggles_edition(tmp_path: Path) -> None:
     assert (count(sources.train), sources.test) == (dict.fromkeys(CASSAVA_CLASSES, 2), None)
 
     unpacked = tmp_path / "kaggle/cassava-disease.zip.unpacked/train.zip.unpacked"
-
     shutil.copytree(folder / "test/cbb", unpacked / "test/0")
 
-    assert (
-        load_source("icassava2019", unpacked).notes[-1]
-        == "the test images have no labels and are not used"
-    )
+    notes = load_source("icassava2019", unpacked).notes
+    assert notes[-1] == "the test images have no labels and are not used"
     with pytest.raises(DataError, match="no extra images"):
         load_source("icassava2019", unpacked, extra=True)
 

@@ -98,32 +98,28 @@ def test_the_protocol_survives_pandas(tmp_path: Path) -> None:
 def test_files_written_as_in_the_docs_are_read(tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
     pytest.importorskip("pyarrow")
-    one = make_predictions(m=1)
-    classes, ids, names, probs = (
-        one.classes,
-        one.ids,
-        [one.classes[i] for i in one.labels],
-        one.probs[0],
-    )
+    single = make_predictions(m=1)
+    classes, ids, probs = single.classes, single.ids, single.probs[0]
+    names = [classes[label] for label in single.labels]
     frame = pandas.DataFrame(probs, columns=classes).assign(id=ids, label=names)
     frame.to_csv(tmp_path / "net0.csv", index=False)
     frame.to_parquet(tmp_path / "net0.parquet", index=False)
 
-    assert are_equal(read_predictions(tmp_path / "net0.csv"), one)
-    assert are_equal(read_predictions(tmp_path / "net0.parquet"), one)
+    assert are_equal(read_predictions(tmp_path / "net0.csv"), single)
+    assert are_equal(read_predictions(tmp_path / "net0.parquet"), single)
 
-    np.savez(tmp_path / "net0.npz", probs=probs, labels=one.labels, ids=ids, classes=classes)
+    np.savez(tmp_path / "net0.npz", probs=probs, labels=single.labels, ids=ids, classes=classes)
 
-    assert are_equal(read_predictions(tmp_path / "net0.npz"), one)
+    assert are_equal(read_predictions(tmp_path / "net0.npz"), single)
 
-    two = make_predictions()
+    pair = make_predictions()
     parts = [
         pandas.DataFrame(p, columns=classes).assign(id=ids, label=names, member=m)
-        for m, p in zip(two.members, two.probs, strict=True)
+        for m, p in zip(pair.members, pair.probs, strict=True)
     ]
     pandas.concat(parts).to_csv(tmp_path / "both.csv", index=False)
 
-    assert are_equal(read_predictions(tmp_path / "both.csv"), two)
+    assert are_equal(read_predictions(tmp_path / "both.csv"), pair)
 
 
 def read(tmp_path: Path, text: str, name: str = "net.csv", **options: Any) -> Predictions:
@@ -166,18 +162,14 @@ def test_labels_as_column_numbers(tmp_path: Path) -> None:
 
 
 def test_labels_and_ids_from_posix_and_windows_paths(tmp_path: Path) -> None:
-    mine = read(
-        tmp_path,
-        "path,cat,dog\n/home/me/test/cat/1.jpg,1,0\n/home/me/test/dog/x/1.jpg,0,1\n",
-        "a.csv",
-    )
+    posix_text = "path,cat,dog\n/home/me/test/cat/1.jpg,1,0\n/home/me/test/dog/x/1.jpg,0,1\n"
+    windows_text = "path,cat,dog\nD:\\test\\cat\\1.jpg,1,0\nD:\\test\\dog\\x\\1.jpg,0,1\n"
 
-    theirs = read(
-        tmp_path, "path,cat,dog\nD:\\test\\cat\\1.jpg,1,0\nD:\\test\\dog\\x\\1.jpg,0,1\n", "b.csv"
-    )
+    posix = read(tmp_path, posix_text, "a.csv")
+    windows = read(tmp_path, windows_text, "b.csv")
 
-    assert mine.ids == theirs.ids == ("cat/1.jpg", "dog/x/1.jpg")
-    assert mine.labels.tolist() == theirs.labels.tolist() == [0, 1]
+    assert posix.ids == windows.ids == ("cat/1.jpg", "dog/x/1.jpg")
+    assert posix.labels.tolist() == windows.labels.tolist() == [0, 1]
 
 
 def test_rows_of_members_are_matched_by_id_in_any_order(tmp_path: Path) -> None:

@@ -134,19 +134,13 @@ def test_verdict_names_its_test_and_the_images_needed() -> None:
     assert paired_tests.verdict("STD", "GRU", 141, 140, 1.0, test="exact McNemar") == expected
 
     sentence = paired_tests.verdict("STD", "GRU", 141, 140, 1.0, test="exact McNemar", n=10_000)
+    equal = paired_tests.verdict("a", "b", 5, 5, 1.0, n=100)
+    better = paired_tests.verdict("a", "b", 30, 5, 1e-4, n=99)
 
-    assert (
-        sentence
-        == f"{expected}; about 23,000,000 images would be needed to show a difference of this size"
-    )
-    assert (
-        paired_tests.verdict("a", "b", 5, 5, 1.0, n=100)
-        == "no evidence of a difference: 5 against 5 images, p = 1.00"
-    )
-    assert (
-        paired_tests.verdict("a", "b", 30, 5, 1e-4, n=99)
-        == "a is better than b: 30 against 5 images, p < 0.001"
-    )
+    needed = "about 23,000,000 images would be needed to show a difference of this size"
+    assert sentence == f"{expected}; {needed}"
+    assert equal == "no evidence of a difference: 5 against 5 images, p = 1.00"
+    assert better == "a is better than b: 30 against 5 images, p < 0.001"
 
 
 HITS = st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 5)), min_size=1, max_size=60)
@@ -211,24 +205,25 @@ def test_the_mid_p_value_counts_the_observed_outcome_by_half(only_a: int, only_b
 def test_false_positive_rate_stays_below_the_level(n: int) -> None:
     rng = np.random.default_rng(n)
     pairs = [equals(rng, n, 0.3) for _ in range(200)]
-    exact = sum(paired_tests.mcnemar_exact(a, b).p <= 0.05 for a, b in pairs)
 
+    exact = sum(paired_tests.mcnemar_exact(a, b).p <= 0.05 for a, b in pairs)
     mid = sum(paired_tests.mcnemar_exact(a, b, mid_p=True).p <= 0.05 for a, b in pairs)
 
     assert 1 <= exact <= mid <= 14  # of 200: 5 % and two points
 
-    grouped = [
-        paired_tests.mcnemar_exact(np.repeat(a, 8), np.repeat(b, 8), np.arange(8 * n) // 8).p
-        for a, b in pairs
-    ]
+
+@pytest.mark.parametrize("n", [100, 1000])
+def test_groups_keep_the_false_positive_rate_of_repeated_rows(n: int) -> None:
+    rng = np.random.default_rng(n)
+    pairs = [equals(rng, n, 0.3) for _ in range(200)]
+    repeated = [(np.repeat(a, 8), np.repeat(b, 8)) for a, b in pairs]
+    groups = np.arange(8 * n) // 8
+
+    grouped = [paired_tests.mcnemar_exact(a, b, groups).p for a, b in repeated]
+    ungrouped = [paired_tests.mcnemar_exact(a, b).p for a, b in repeated]
 
     assert grouped == pytest.approx([paired_tests.mcnemar_exact(a, b).p for a, b in pairs])
-    assert (
-        sum(
-            paired_tests.mcnemar_exact(np.repeat(a, 8), np.repeat(b, 8)).p <= 0.05 for a, b in pairs
-        )
-        > 60
-    )
+    assert sum(p <= 0.05 for p in ungrouped) > 60
 
 
 def test_a_score_difference_is_paired() -> None:
@@ -449,11 +444,8 @@ def test_the_required_rows_give_the_requested_power(discordant: float, differenc
 def test_required_rows_by_hand_and_from_counts() -> None:
     # (1.959964 sqrt(0.2) + 0.841621 sqrt(0.2 - 0.01))^2 / 0.01 = 154.6
     assert paired_tests.required_rows(0.2, 0.1) == 155
-    assert (
-        paired_tests.required_rows_from_counts(15, 5, 100)
-        == paired_tests.required_rows_from_counts(5, 15, 100)
-        == 155
-    )
+    assert paired_tests.required_rows_from_counts(15, 5, 100) == 155
+    assert paired_tests.required_rows_from_counts(5, 15, 100) == 155
 
 
 def test_required_rows_refuse() -> None:

@@ -294,10 +294,8 @@ def test_groups_that_are_alike_count_once_each() -> None:
     interval = scores.share_interval(hits, np.repeat(np.arange(400), 10))
 
     assert interval == pytest.approx(scores.wilson_interval(hits.sum() / 10, 400), abs=5e-4)
-    assert (
-        scores.share_interval(np.ones(40), np.repeat(np.arange(4), 10)).low
-        < scores.wilson_interval(4, 4).low
-    )
+    four_groups = scores.share_interval(np.ones(40), np.repeat(np.arange(4), 10))
+    assert four_groups.low < scores.wilson_interval(4, 4).low
     assert scores.share_interval(np.ones(40), ["one"] * 40) == (0, 1)
 
 
