@@ -131,24 +131,24 @@ def test_given_differences_come_before_those_from_counts(tmp_path: Path) -> None
 def test_interval_from_counts_is_that_of_the_bootstrap(only_a: int, only_b: int, n: int) -> None:
     first, second = np.zeros(n, bool), np.zeros(n, bool)
     first[:only_a], second[only_a : only_a + only_b] = True, True
-    found, drawn = (
-        paired_interval(only_a, only_b, n, 0.95),
-        paired_tests.paired_bootstrap(first, second, resamples=4000),
-    )
+
+    interval = paired_interval(only_a, only_b, n, 0.95)
+    drawn = paired_tests.paired_bootstrap(first, second, resamples=4000)
+
     width = drawn.high - drawn.low
-    np.testing.assert_allclose(found, drawn[1:], atol=0.12 * width)
+    np.testing.assert_allclose(interval, drawn[1:], atol=0.12 * width)
 
 
 def test_interval_from_counts_covers() -> None:
     """95 % of the intervals of 500 draws hold the true difference, within three standard errors."""
     rng = np.random.default_rng(0)
     draws = rng.multinomial(200, (0.1, 0.05, 0.85), 500)
-    held = sum(
+    covered = sum(
         low <= 0.05 <= high
         for low, high in (paired_interval(a, b, 200, 0.95) for a, b, _ in draws.tolist())
     )
 
-    assert abs(held / 500 - 0.95) < 0.03
+    assert abs(covered / 500 - 0.95) < 0.03
 
 
 @pytest.mark.usefixtures("no_charts")
