@@ -31,6 +31,7 @@ from threefold.ensembles.scaling import (
     fit_vector,
 )
 from threefold.errors import DataError
+from threefold.predictions.results_schema import CalibrationState
 from threefold.stats import scores
 from threefold.stats.one_standard_error import standard_error
 
@@ -153,7 +154,7 @@ def test_the_calibration_of_results_is_read() -> None:
     probs, labels = biased_probs(7, 100)
     calibration = fit_calibration("vector", probs, labels)
 
-    restored = saved_calibration({"calibration": calibration.state()}, 3)
+    restored = saved_calibration(CalibrationState(**calibration.state()), 3)
 
     assert (restored.apply(probs) == calibration.apply(probs)).all()
 
@@ -162,22 +163,21 @@ VECTOR_STATE: dict[str, Any] = fit_calibration("vector", *biased_probs(7, 100)).
 
 
 @pytest.mark.parametrize(
-    ("results", "message"),
+    ("state", "message"),
     [
-        ({}, "no calibration in the results"),
-        ({"temperature": None}, "no calibration in the results"),
-        ({"calibration": VECTOR_STATE}, "for other classes; expected 4 classes, got 3"),
+        (None, "no calibration in the results"),
+        (CalibrationState(**VECTOR_STATE), "for other classes; expected 4 classes, got 3"),
         (
-            {"calibration": {**VECTOR_STATE, "name": "platt"}},
+            CalibrationState(**{**VECTOR_STATE, "name": "platt"}),
             "expected none or temperature or vector, got platt",
         ),
     ],
 )
 def test_results_without_a_usable_calibration_are_refused(
-    results: dict[str, Any], message: str
+    state: CalibrationState | None, message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        saved_calibration(results, 4)
+        saved_calibration(state, 4)
 
 
 def test_wrong_arguments_are_refused() -> None:

@@ -13,7 +13,8 @@ from threefold.ensembles.cascade import NEVER, Cascade, disagreement_bound, marg
 from threefold.ensembles.cross_fit import stratified_parts
 from threefold.ensembles.stacked import StackedEnsemble
 from threefold.errors import DataError, RunError
-from threefold.evaluation.cascade_savings import CROSS_FITTED, cascade_card, fit_savings
+from threefold.evaluation.cascade_savings import cascade_card, fit_savings
+from threefold.evaluation.scoring import CROSS_FITTED
 from threefold.stats.bootstrap import LEVEL
 
 STAGES = [[0], [1], [2]]

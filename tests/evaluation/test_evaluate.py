@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from threefold.ensembles.calibration import fit_calibration
 from threefold.evaluation.evaluate import Evaluation, evaluate
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Score
@@ -17,7 +18,7 @@ ALL = EnsembleSpec(methods=("mean", "pruned", "vote", "weighted"))
 def pool(
     n: int, seed: int, kind: str = "oof", informative: bool = True, sharpness: float = 2.0
 ) -> Predictions:
-    """Three members on n rows of four classes; without `informative` the labels are random."""
+    """Draw three members on n rows of four classes; unless `informative`, labels are random."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 4, n)
     seen = labels if informative else rng.integers(0, 4, n)
@@ -41,8 +42,9 @@ def score(evaluation: Evaluation, name: str, rows: str) -> Score:
 
 
 def test_shuffled_labels_give_chance() -> None:
-    found = evaluate(pool(800, 0, informative=False), None, ALL)
-    for entry in found.scores:
+    evaluation = evaluate(pool(800, 0, informative=False), None, ALL)
+
+    for entry in evaluation.scores:
         low, high = entry.interval
         assert low < 0.25 + 0.03
         assert high > 0.25 - 0.03
@@ -50,25 +52,24 @@ def test_shuffled_labels_give_chance() -> None:
 
 def test_test_rows_change_neither_the_choice_nor_the_fit() -> None:
     oof = pool(600, 1)
-    a, b = (
-        evaluate(oof, pool(200, 2, "test"), ALL),
-        evaluate(oof, pool(200, 3, "test", informative=False), ALL),
-    )
-    assert (a.chosen, a.reason, a.calibration.temperature) == (
-        b.chosen,
-        b.reason,
-        b.calibration.temperature,
-    )
+
+    a = evaluate(oof, pool(200, 2, "test"), ALL)
+    b = evaluate(oof, pool(200, 3, "test", informative=False), ALL)
+
+    assert (a.chosen, a.reason) == (b.chosen, b.reason)
+    assert a.calibration.temperature == b.calibration.temperature
     probs = pool(50, 4, "test").probs
     np.testing.assert_array_equal(a.ensemble.predict_proba(probs), b.ensemble.predict_proba(probs))
     assert [s for s in a.scores if s.rows == "oof"] == [s for s in b.scores if s.rows == "oof"]
 
 
 def test_overconfident_members_are_calibrated() -> None:
-    found = evaluate(pool(1500, 5, sharpness=1.0), pool(1500, 6, "test", sharpness=1.0), ALL)
-    mean = score(found, "mean", "test")
-    assert found.calibration.temperature > 1.2
     test = pool(1500, 6, "test", sharpness=1.0)
+
+    evaluation = evaluate(pool(1500, 5, sharpness=1.0), test, ALL)
+
+    assert evaluation.calibration.temperature > 1.2
+    mean = score(evaluation, "mean", "test")
     raw = test.probs.mean(0)
     assert mean.ece < 0.5 * ece(raw, test.labels)
     assert mean.accuracy == pytest.approx((raw.argmax(1) == test.labels).mean())
@@ -76,15 +77,15 @@ def test_overconfident_members_are_calibrated() -> None:
 
 def test_calibrated_scores_are_cross_fitted() -> None:
     """Changing the labels of one fold must not change that fold's calibrated probabilities."""
-    from threefold.ensembles.calibration import fit_calibration
-
     oof = pool(300, 7, sharpness=1.0)
     labels = oof.labels.copy()
     labels[oof.folds == 0] = (labels[oof.folds == 0] + 1) % 4
     probs = oof.probs.mean(0)
+
     before, after = (
         fit_calibration("temperature", probs, y, oof.folds).probs for y in (oof.labels, labels)
     )
+
     np.testing.assert_array_equal(before[oof.folds == 0], after[oof.folds == 0])
     assert np.abs(before - after).max() > 1e-3
 
@@ -100,17 +101,21 @@ def test_without_folds_scores_are_marked_as_in_sample() -> None:
         kind="test",
         protocol="paper",
     )
-    found = evaluate(None, paper, ALL)
-    assert score(found, "weighted", "test").fitted_on == "the scored rows"
-    assert score(found, "mean", "test").fitted_on == "calibration only"
-    assert len(found.warnings) == 2
+
+    evaluation = evaluate(None, paper, ALL)
+
+    assert score(evaluation, "weighted", "test").fitted_on == "the scored rows"
+    assert score(evaluation, "mean", "test").fitted_on == "calibration only"
+    assert len(evaluation.warnings) == 2
 
 
 def test_comparisons_name_the_best_member_and_count_images() -> None:
-    found = evaluate(pool(400, 9), pool(400, 10, "test"), ALL)
     test = pool(400, 10, "test")
     hits = test.probs.argmax(-1) == test.labels
-    for entry in found.comparisons:
+
+    evaluation = evaluate(pool(400, 9), test, ALL)
+
+    for entry in evaluation.comparisons:
         assert entry.b == "xyz"[hits.mean(1).argmax()]
         assert 0 <= entry.p <= 1
         assert entry.rows == "test"
@@ -128,7 +133,9 @@ def test_a_member_called_like_a_method_keeps_its_own_score() -> None:
         kind="oof",
         folds=oof.folds,
     )
+
     scores = {(s.kind, s.name): s.accuracy for s in evaluate(named, None, ALL).scores}
+
     assert len(scores) == 3 + len(ALL.methods)
     assert scores["member", "mean"] == (oof.probs[0].argmax(1) == oof.labels).mean()
     assert scores["ensemble", "mean"] != scores["member", "mean"]

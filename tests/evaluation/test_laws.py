@@ -13,8 +13,8 @@ from threefold.stats import paired_tests
 PAIRS = 400
 
 
-def within(found: paired_tests.Difference | paired_tests.SeedsDifference) -> bool:
-    return found.low <= 0 <= found.high
+def contains_zero(interval: paired_tests.Difference | paired_tests.SeedsDifference) -> bool:
+    return interval.low <= 0 <= interval.high
 
 
 def rate(alarms: list[bool]) -> float:
@@ -25,34 +25,27 @@ def test_an_a_a_test_rejects_at_5_percent_and_two_points() -> None:
     rng = np.random.default_rng(0)
     pairs = [equals(rng, 400, 0.3) for _ in range(PAIRS)]
 
-    assert 0.03 <= rate([paired_tests.mcnemar_exact(a, b).p <= 0.05 for a, b in pairs]) <= 0.07
-    assert (
-        0.03
-        <= rate([paired_tests.mcnemar_exact(a, b, mid_p=True).p <= 0.05 for a, b in pairs])
-        <= 0.07
-    )
-    assert (
-        0.03
-        <= rate(
-            [not within(paired_tests.paired_bootstrap(a, b, resamples=400)) for a, b in pairs[:200]]
-        )
-        <= 0.07
-    )
+    exact = [paired_tests.mcnemar_exact(a, b).p for a, b in pairs]
+    mid = [paired_tests.mcnemar_exact(a, b, mid_p=True).p for a, b in pairs]
+    drawn = [paired_tests.paired_bootstrap(a, b, resamples=400) for a, b in pairs[:200]]
+
+    assert 0.03 <= rate([p <= 0.05 for p in exact]) <= 0.07
+    assert 0.03 <= rate([p <= 0.05 for p in mid]) <= 0.07
+    assert 0.03 <= rate([not contains_zero(interval) for interval in drawn]) <= 0.07
 
 
 def test_group_test_keeps_its_level_where_the_row_test_does_not() -> None:
     rng = np.random.default_rng(1)
     pairs = [grouped_equals(rng, 60, 8, 0.4) for _ in range(PAIRS)]
+
     exact, mid = (
         rate([paired_tests.mcnemar_exact(a, b, part, mid_p=mid).p <= 0.05 for a, b, part in pairs])
         for mid in (False, True)
     )
-
-    assert 0.025 <= exact <= mid <= 0.07
-
     drawn = [paired_tests.paired_bootstrap(a, b, part, resamples=400) for a, b, part in pairs[:200]]
 
-    assert 0.03 <= rate([not within(found) for found in drawn]) <= 0.08
+    assert 0.025 <= exact <= mid <= 0.07
+    assert 0.03 <= rate([not contains_zero(interval) for interval in drawn]) <= 0.08
     assert rate([paired_tests.mcnemar_exact(a, b).p <= 0.05 for a, b, _ in pairs]) > 0.12
 
 
@@ -67,12 +60,13 @@ def test_seed_test_keeps_its_level_where_one_seed_does_not() -> None:
 def test_an_a_a_test_of_log_losses_and_of_five_classifiers() -> None:
     rng = np.random.default_rng(3)
     pairs = [softmaxes(rng, 250) for _ in range(200)]
+
     drawn = [
         paired_tests.score_difference("log_loss", a, b, labels, resamples=400)
         for a, b, labels in pairs
     ]
 
-    assert 0.03 <= rate([not within(found) for found in drawn]) <= 0.07
+    assert 0.03 <= rate([not contains_zero(interval) for interval in drawn]) <= 0.07
 
     easy = rng.random((2000, 1, 300)) < 0.7
     hits = easy | (rng.random((2000, 5, 300)) < 0.5)
@@ -82,22 +76,16 @@ def test_an_a_a_test_of_log_losses_and_of_five_classifiers() -> None:
 
 def test_exact_test_nearly_reaches_the_power_of_required_rows() -> None:
     n = paired_tests.required_rows(0.1, 0.03)
-    rng, found = np.random.default_rng(0), []
+    rng, power = np.random.default_rng(0), []
+
     for multiple in (0.25, 1, 2):
         counts = rng.multinomial(round(n * multiple), [0.065, 0.035, 0.9], 500)[:, :2]
-        found.append(
-            rate(
-                [
-                    paired_tests.mcnemar_exact(a := np.arange(x + y) < x, ~a).p <= 0.05
-                    for x, y in counts
-                    if x + y
-                ]
-            )
-        )
+        hits = [np.arange(x + y) < x for x, y in counts if x + y]
+        power.append(rate([paired_tests.mcnemar_exact(a, ~a).p <= 0.05 for a in hits]))
 
-    assert found[0] < 0.4
-    assert 0.72 <= found[1] <= 0.82
-    assert found[2] > 0.95
+    assert power[0] < 0.4
+    assert 0.72 <= power[1] <= 0.82
+    assert power[2] > 0.95
 
 
 @pytest.mark.parametrize("m", [1, 16, 64])

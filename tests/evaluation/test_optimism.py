@@ -17,9 +17,11 @@ def entry(apparent: Counts, honest: Counts, groups: object = None) -> Optimism:
 def test_the_difference_of_two_shares_and_its_interval() -> None:
     rng = np.random.default_rng(0)
     first, second = rng.random(2000) < 0.9, rng.random(2000) < 0.8
-    found = entry(Counts.from_hits(first), Counts.from_hits(second))
-    assert found.difference == pytest.approx(first.mean() - second.mean())
-    low, high = found.interval
+
+    measured = entry(Counts.from_hits(first), Counts.from_hits(second))
+
+    assert measured.difference == pytest.approx(first.mean() - second.mean())
+    low, high = measured.interval
     error = ((first.astype(float) - second).std() / 2000**0.5) * 1.96
     assert (high - low) / 2 == pytest.approx(error, rel=0.1)
 
@@ -27,37 +29,41 @@ def test_the_difference_of_two_shares_and_its_interval() -> None:
 def test_images_may_be_answered_often_or_never() -> None:
     apparent = Counts(np.array([2.0, 0, 1, 0]), np.array([2.0, 1, 1, 0]))
     honest = Counts(np.array([0.0, 1, 0, 1]), np.array([1.0, 1, 0, 1]))
-    found = entry(apparent, honest)
-    assert (found.apparent, found.honest, found.n) == (3 / 4, 2 / 3, 4)
+
+    measured = entry(apparent, honest)
+
+    assert (measured.apparent, measured.honest, measured.n) == (3 / 4, 2 / 3, 4)
 
 
 def test_groups_are_drawn_whole() -> None:
-    hits = np.repeat(np.arange(40) % 2 == 0, 25)
-    alone = entry(Counts.from_hits(hits), Counts.from_hits(np.zeros(1000, bool))).interval
-    whole = entry(
-        Counts.from_hits(hits),
-        Counts.from_hits(np.zeros(1000, bool)),
-        [f"g{i // 25}" for i in range(1000)],
-    ).interval
-    assert whole[1] - whole[0] > 3 * (alone[1] - alone[0])
+    apparent = Counts.from_hits(np.repeat(np.arange(40) % 2 == 0, 25))
+    honest = Counts.from_hits(np.zeros(1000, bool))
+    groups = [f"g{i // 25}" for i in range(1000)]
+
+    single = entry(apparent, honest).interval
+    grouped = entry(apparent, honest, groups).interval
+
+    assert grouped[1] - grouped[0] > 3 * (single[1] - single[0])
 
 
 def test_coverage_of_the_interval() -> None:
     """With true accuracies 0.9 and 0.85 about 95 of 100 intervals contain 0.05."""
-    held = 0
+    covered = 0
     for seed in range(100):
         rng = np.random.default_rng(seed)
         role = rng.random(400) < 0.5
         hits = rng.random(400) < np.where(role, 0.9, 0.85)
-        parts = [Counts((hits & mine).astype(float), mine.astype(float)) for mine in (role, ~role)]
+        parts = [Counts((hits & rows).astype(float), rows.astype(float)) for rows in (role, ~role)]
         low, high = entry(*parts).interval
-        held += low <= 0.05 <= high
-    assert 88 <= held <= 100
+        covered += low <= 0.05 <= high
+
+    assert 88 <= covered <= 100
 
 
 def test_the_meter_grows_with_the_number_of_candidates() -> None:
-    """The best of M guessing members: apparent the largest of M binomials, honest 1/2."""
+    """The best of m guessing members: apparent the largest of m binomials, honest 1/2."""
     n, gains = 400, []
+
     for m in (2, 8, 32, 128):
         rows = []
         for seed in range(10):
@@ -67,6 +73,7 @@ def test_the_meter_grows_with_the_number_of_candidates() -> None:
         gains.append(np.mean(rows))
         expected = (2 * np.log(m)) ** 0.5 * 0.5 / n**0.5  # its upper bound, reached slowly
         assert 0.4 * expected < gains[-1] < 1.1 * expected
+
     assert gains == sorted(gains)
 
 
@@ -75,7 +82,9 @@ def test_a_nested_choice_never_sees_the_rows_that_it_answers() -> None:
     labels = rng.integers(0, 3, 300)
     tables = {name: rng.dirichlet(np.ones(3), 300) for name in ("mean", "weighted", "greedy")}
     folds = np.arange(300) % 3
+
     before, chosen = nested_choice(tables, labels, folds)
+
     assert len(chosen) == 3
     changed = labels.copy()
     changed[folds == 0] = (labels[folds == 0] + 1) % 3

@@ -43,7 +43,9 @@ def test_several_files_are_joined_by_id(tmp_path: Path) -> None:
         a=model(seed=1, name="a"),
         b=model(seed=2, name="b").rows(np.random.default_rng(0).permutation(300)),
     )
+
     rows = read_sources([Path(f) for f in files])
+
     assert rows.members == ("a", "b")
     np.testing.assert_array_equal(rows.probs[1], model(seed=2).probs[0])
     assert read_sources([Path(files[0])], ["a"]).members == ("a",)
@@ -64,13 +66,17 @@ def test_a_copy_of_a_member_counts_once_and_is_named(tmp_path: Path) -> None:
     )
     twice.save(tmp_path / "twice.npz")
     rows.save(tmp_path / "once.npz")
-    found, plain = (
-        evaluate_saved(tmp_path / f"{n}.npz", ["mean", "greedy"]) for n in ("twice", "once")
+
+    doubled, plain = (
+        evaluate_saved(tmp_path / f"{name}.npz", ["mean", "greedy"]) for name in ("twice", "once")
     )
-    assert found.combined == plain.combined
-    assert "again answers as m0 does; the two count once" in found.warnings
-    means = [next(s for s in f.scores if s.name == "mean") for f in (found, plain)]
-    assert means[0] == means[1]
+
+    assert doubled.combined == plain.combined
+    assert "again answers as m0 does; the two count once" in doubled.warnings
+    doubled_mean, mean = (
+        next(s for s in evaluation.scores if s.name == "mean") for evaluation in (doubled, plain)
+    )
+    assert doubled_mean == mean
 
 
 def test_the_meter_says_what_each_choice_promised(tmp_path: Path) -> None:
@@ -113,6 +119,7 @@ def test_evaluate_fits_nothing(tmp_path: Path) -> None:
 def test_verbs_print_tables_and_json(tmp_path: Path) -> None:
     pool(3).save(tmp_path / "p.npz")
     path = str(tmp_path / "p.npz")
+
     for words in (["ensemble", path, "--method", "auto"], ["evaluate", path], ["compare", path]):
         text = runner.invoke(app, words)
         assert text.exit_code == 0, text.output
@@ -132,6 +139,7 @@ def test_verbs_print_tables_and_json(tmp_path: Path) -> None:
 
 def test_a_runs_results_say_who_saw_what(finished: Run) -> None:
     results = finished.results
+
     lines = {line.step: line for line in results.ledger}
     assert {"weights of the members", "checkpoints and stages", "ensemble stacked"} <= set(lines)
     assert all(line.overlap == 0 for line in lines.values())
@@ -147,6 +155,7 @@ def test_a_runs_results_say_who_saw_what(finished: Run) -> None:
     assert results.audit is not None
     assert results.audit.missing == ""
     assert (finished.dir / "suspects.csv").exists()
+
     mean = next(s for s in results.scores if s.name == "mean")
     member = next(s for s in results.scores if s.name == "plain")
     assert mean.macs is not None
@@ -161,10 +170,14 @@ def test_an_array_alone_takes_labels_and_names_from_beside_it(tmp_path: Path) ->
     (tmp_path / "labels.csv").write_text(
         "label\n" + "\n".join("abc"[y] for y in rows.labels) + "\n"
     )
+
     words = ["evaluate", str(tmp_path / "net.npy"), "--json"]
-    assert runner.invoke(app, words).exit_code == 1
     more = ["--labels", str(tmp_path / "labels.csv"), "--classes", str(tmp_path / "classes.txt")]
+
+    without_labels = runner.invoke(app, words)
     tree = json.loads(runner.invoke(app, [*words, *more]).output)
+
+    assert without_labels.exit_code == 1
     assert tree["scores"][0]["name"] == "net"
     assert tree["scores"][0]["accuracy"] == pytest.approx(
         (rows.probs[1].argmax(1) == rows.labels).mean()
@@ -174,6 +187,6 @@ def test_an_array_alone_takes_labels_and_names_from_beside_it(tmp_path: Path) ->
 def test_a_page_about_a_run(finished: Run, tmp_path: Path) -> None:
     for words in (["ensemble", "--method", "mean,vote"], ["evaluate"], ["compare"]):
         page = tmp_path / f"{words[0]}.html"
-        done = runner.invoke(app, [words[0], str(finished.dir), *words[1:], "--html", str(page)])
-        assert done.exit_code == 0, done.output
+        text = runner.invoke(app, [words[0], str(finished.dir), *words[1:], "--html", str(page)])
+        assert text.exit_code == 0, text.output
         assert page.stat().st_size > 10_000

@@ -10,12 +10,13 @@ from scipy.special import softmax
 
 from threefold.ensembles.conformal import ConformalSets, UnknownThreshold
 from threefold.errors import DataError
-from threefold.evaluation.uncertainty import CROSS_FITTED, fit_uncertainty, uncertainty_card
+from threefold.evaluation.scoring import CROSS_FITTED
+from threefold.evaluation.uncertainty import fit_uncertainty, uncertainty_card
 from threefold.stats.scores import wilson_interval
 
 
 def rows(seed: int, n: int, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
-    """Calibrated probabilities, and labels drawn from them; the last classes are harder."""
+    """Draw calibrated probabilities, and labels from them; the last classes are harder."""
     rng = np.random.default_rng(seed)
     probs = softmax(rng.normal(0, 2, (n, k)) + np.linspace(1, 0, k), -1)
     labels = (rng.random((n, 1)) > probs.cumsum(1)).sum(1).clip(max=k - 1)
@@ -24,6 +25,7 @@ def rows(seed: int, n: int, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
 
 def test_the_contract_of_the_results_file() -> None:
     results = fit_uncertainty(*rows(0, 400), alpha=0.2, reject=0.1).as_dict()
+
     assert json.loads(json.dumps(results, allow_nan=False)) == results
     assert list(results) == ["alpha", "sets", "unknown"]
     assert results["alpha"] == 0.2
@@ -32,47 +34,43 @@ def test_the_contract_of_the_results_file() -> None:
     assert [entry["by_class"] for entry in results["sets"]] == [False, True]
     assert set(results["unknown"]) == {"state", "rate", "measured", "interval", "n", "rows"}
     assert results["unknown"]["rate"] == 0.1
-    assert {results["unknown"]["rows"], *(entry["rows"] for entry in results["sets"])} == {
-        CROSS_FITTED
-    }
+    rows_used = {results["unknown"]["rows"], *(entry["rows"] for entry in results["sets"])}
+    assert rows_used == {CROSS_FITTED}
 
 
 def test_thresholds_use_all_rows_and_figures_other_parts() -> None:
     probs, labels = rows(1, 300)
     part = np.arange(300) % 3
-    found = fit_uncertainty(probs, labels, folds=part).as_dict()
+
+    results = fit_uncertainty(probs, labels, folds=part).as_dict()
+
     for by_class in (False, True):
-        assert (
-            found["sets"][by_class]["state"]
-            == ConformalSets(by_class=by_class).fit(probs, labels, 0.1).state()
-        )
+        entry, whole = results["sets"][by_class], ConformalSets(by_class=by_class)
+        assert entry["state"] == whole.fit(probs, labels, 0.1).state()
         hits, sizes = [], []
         for value in range(3):
-            held = part == value
-            sets = (
-                ConformalSets(by_class=by_class)
-                .fit(probs[~held], labels[~held], 0.1)
-                .predict_sets(probs[held])
-            )
-            hits += list(sets[np.arange(len(sets)), labels[held]])
+            inside = part == value
+            fitted = ConformalSets(by_class=by_class).fit(probs[~inside], labels[~inside], 0.1)
+            sets = fitted.predict_sets(probs[inside])
+            hits += list(sets[np.arange(len(sets)), labels[inside]])
             sizes += list(sets.sum(1))
-        assert found["sets"][by_class]["coverage"] == pytest.approx(np.mean(hits))
-        assert found["sets"][by_class]["mean_size"] == pytest.approx(np.mean(sizes))
-        assert found["sets"][by_class]["interval"] == pytest.approx(
-            wilson_interval(int(np.sum(hits)), 300)
-        )
-    assert found["unknown"]["state"] == UnknownThreshold().fit(probs, 0.05).state()
+        assert entry["coverage"] == pytest.approx(np.mean(hits))
+        assert entry["mean_size"] == pytest.approx(np.mean(sizes))
+        assert entry["interval"] == pytest.approx(wilson_interval(int(np.sum(hits)), 300))
+    assert results["unknown"]["state"] == UnknownThreshold().fit(probs, 0.05).state()
     rejected = [
         UnknownThreshold().fit(probs[part != v], 0.05).is_unknown(probs[part == v]).sum()
         for v in range(3)
     ]
-    assert found["unknown"]["measured"] == pytest.approx(np.sum(rejected) / 300)
+    assert results["unknown"]["measured"] == pytest.approx(np.sum(rejected) / 300)
 
 
 def test_a_test_split_replaces_only_the_figures() -> None:
     fitted = fit_uncertainty(*rows(2, 300))
     probs, labels = rows(3, 200)
+
     results = fitted.measure(probs, labels, "test").as_dict()
+
     sets = fitted.sets[0].predict_sets(probs)
     assert results["sets"][0]["coverage"] == sets[np.arange(200), labels].mean()
     assert results["sets"][0]["n"] == results["unknown"]["n"] == 200
@@ -89,22 +87,17 @@ def test_cross_fitted_figures_predict_those_of_new_rows() -> None:
     for seed in range(40):
         fitted = fit_uncertainty(*rows(seed, 60), alpha=0.3)
         fresh = fitted.measure(*rows(1000 + seed, 2000))
-        gaps.append(
-            [
-                *(
-                    a.coverage - b.coverage
-                    for a, b in zip(fitted.coverage, fresh.coverage, strict=True)
-                ),
-                fitted.rejection.rate - fresh.rejection.rate,
-            ]
-        )
+        pairs = zip(fitted.coverage, fresh.coverage, strict=True)
+        coverage_gaps = [a.coverage - b.coverage for a, b in pairs]
+        gaps.append([*coverage_gaps, fitted.rejection.rate - fresh.rejection.rate])
+
     assert np.abs(np.mean(gaps, 0)).max() < 0.025
 
 
 def grouped(
     seed: int, groups: int = 30, each: int = 10
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Groups whose rows are all easy or all hard, and are alike."""
+    """Draw groups of equal rows, each group easy or hard."""
     probs, labels = rows(seed, groups)
     temperature = np.random.default_rng(seed).choice([0.3, 3.0], groups)[:, None]
     scaled = softmax(np.log(probs) / temperature, -1)
@@ -117,30 +110,41 @@ def grouped(
 
 def test_groups_stay_whole_and_widen_the_intervals() -> None:
     probs, labels, names = grouped(4)
-    alone, whole = (fit_uncertainty(probs, labels, groups=g) for g in (None, names))
-    assert [s.state() for s in alone.sets] == [s.state() for s in whole.sets]
-    for a, b in (
-        (alone.coverage[0].interval, whole.coverage[0].interval),
-        (alone.rejection.interval, whole.rejection.interval),
+
+    single, whole = (fit_uncertainty(probs, labels, groups=g) for g in (None, names))
+
+    assert [s.state() for s in single.sets] == [s.state() for s in whole.sets]
+    for narrow, wide in (
+        (single.coverage[0].interval, whole.coverage[0].interval),
+        (single.rejection.interval, whole.rejection.interval),
     ):
-        assert b.high - b.low > 1.5 * (a.high - a.low)
+        assert wide.high - wide.low > 1.5 * (narrow.high - narrow.low)
+    narrow, wide = (
+        whole.measure(probs, labels, groups=g).coverage[0].interval for g in (None, names)
+    )
+    assert wide.high - wide.low > 1.5 * (narrow.high - narrow.low)
+
+
+def test_folds_that_split_groups_are_ignored() -> None:
+    probs, labels, names = grouped(4)
     number = np.repeat(np.arange(30), 10)
-    kept, torn = (
-        fit_uncertainty(probs, labels, groups=names, folds=f)
-        for f in (number % 4, np.arange(300) % 4)
+
+    unsplit, split = (
+        fit_uncertainty(probs, labels, groups=names, folds=folds)
+        for folds in (number % 4, np.arange(300) % 4)
     )
-    again = fit_uncertainty(probs, labels, folds=number % 4)
-    assert kept.coverage[0].coverage == again.coverage[0].coverage
-    assert torn == whole or torn.coverage == whole.coverage  # such folds are not used
-    results = whole.measure(probs, labels, groups=names).coverage[0]
-    assert results.interval.high - results.interval.low > 1.5 * np.ptp(
-        whole.measure(probs, labels).coverage[0].interval
-    )
+
+    ungrouped = fit_uncertainty(probs, labels, folds=number % 4)
+    assert unsplit.coverage[0].coverage == ungrouped.coverage[0].coverage
+    whole = fit_uncertainty(probs, labels, groups=names)
+    assert split == whole or split.coverage == whole.coverage
 
 
 def test_the_card_has_the_sets_and_the_threshold() -> None:
     results = fit_uncertainty(*rows(5, 100)).as_dict()
+
     card = uncertainty_card(json.loads(json.dumps(results)))
+
     assert card == {"conformal": results["sets"], "unknown": results["unknown"]}
     for broken in (
         {},
@@ -153,6 +157,7 @@ def test_the_card_has_the_sets_and_the_threshold() -> None:
 
 def test_wrong_arguments_are_refused() -> None:
     probs, labels = rows(6, 20)
+
     for use, message in (
         ({"alpha": 0.0}, "alpha is between 0 and 1"),
         ({"reject": 1.0}, "rate is between 0 and 1"),

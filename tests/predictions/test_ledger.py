@@ -70,19 +70,19 @@ def test_scores_on_seen_rows_are_refused_or_apparent() -> None:
     for ensemble in (GreedyEnsemble(), WeightedEnsemble(), SelectedEnsemble(WeightedEnsemble())):
         ensemble.fit(rows.probs[:, :40], rows.labels[:40], rows.ids[:40])
         honest = score_ensemble(ensemble, rows.rows(range(40, 60)))
-        assert honest["apparent"] is False
-        assert honest["n"] == 20
+        assert honest.apparent is False
+        assert honest.n == 20
         with pytest.raises(
             DataError,
             match=r"fitted on some of these rows: \w+; expected none, got 1 of 21, "
             r"the first image39; fix: ",
         ):
             score_ensemble(ensemble, rows.rows(range(39, 60)))
-        assert score_ensemble(ensemble, rows.rows(range(39, 60)), apparent=True)["apparent"] is True
+        assert score_ensemble(ensemble, rows.rows(range(39, 60)), apparent=True).apparent is True
 
     mean = MeanEnsemble().fit(rows.probs, rows.labels, rows.ids)
 
-    assert score_ensemble(mean, rows)["apparent"] is False  # it learns nothing
+    assert score_ensemble(mean, rows).apparent is False  # it learns nothing
 
 
 def test_the_order_of_rows_and_the_file_do_not_matter() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import softmax
 
-from threefold.ensembles.cross_fit import stratified_parts
+from threefold.ensembles.cross_fit import cross_fit_parts
 from threefold.ensembles.scaling import (
     VectorScaling,
     apply_vector,
@@ -33,6 +33,8 @@ from threefold.stats.one_standard_error import simplest
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from threefold.predictions.results_schema import CalibrationState
 
 Method = Literal["none", "temperature", "vector"]
 
@@ -103,15 +105,15 @@ class Calibration(NamedTuple):
         return cls(name, scaling, np.empty((0, len(scaling.scale))), str(state.get("reason", "")))
 
 
-def saved_calibration(results: Mapping[str, Any], k: int) -> Calibration:
-    """Read the calibration of k classes from results.json.
+def saved_calibration(state: CalibrationState | None, k: int) -> Calibration:
+    """Restore the calibration of k classes from results.json.
 
     Raises:
         DataError: it is missing, invalid, or for another number of classes.
     """
-    if "calibration" not in results:
+    if state is None:
         raise DataError("no calibration in the results", expected='"calibration"')
-    calibration = Calibration.from_state(results["calibration"])
+    calibration = Calibration.from_state(state.as_json())
     if len(calibration.scaling.scale) != k:
         raise DataError(
             "the calibration is for other classes",
@@ -145,7 +147,9 @@ def fit_calibration(
         return choose_calibration(probs, labels, folds, groups)
     if name not in METHODS:
         raise DataError("unknown calibration", expected=", ".join((*METHODS, "auto")), got=name)
-    array, truth, part = _check(probs, labels, folds, groups)
+    array = check_probs(probs, 2)
+    truth = check_labels(labels, *array.shape)
+    part = cross_fit_parts(truth, folds, groups)
     if name == "temperature":
         # The fits on the rest of each part start from the fit on all rows.
         temperature, without_part = fit_temperatures(array, truth, part)
@@ -179,7 +183,9 @@ def choose_calibration(
         DataError: probabilities, labels, folds or groups are not usable, or there are fewer than
             two parts.
     """
-    array, truth, part = _check(probs, labels, folds, groups)
+    array = check_probs(probs, 2)
+    truth = check_labels(labels, *array.shape)
+    part = cross_fit_parts(truth, folds, groups)
     if groups is not None and len(groups) != len(truth):
         raise DataError("groups do not match the labels", expected=len(truth), got=len(groups))
     crossed = _cross_fit(METHODS, array, truth, part)
@@ -199,27 +205,6 @@ def choose_calibration(
     else:
         reason = f"the best, {best}; nothing simpler comes within one standard error"
     return Calibration(name, _fit_scalings(METHODS, array, truth)[name], crossed[name], reason)
-
-
-def _check(
-    probs: npt.ArrayLike,
-    labels: npt.ArrayLike,
-    folds: npt.ArrayLike | None,
-    groups: Sequence[str] | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return checked probabilities (n, k), labels (n,) and the part of each row (n,)."""
-    array = check_probs(probs, 2)
-    truth = check_labels(labels, *array.shape)
-    part = np.asarray(folds) if folds is not None else stratified_parts(truth, groups)
-    if part.shape != truth.shape:
-        raise DataError(
-            "folds have the wrong shape", expected=f"({len(truth)},), one per row", got=part.shape
-        )
-    if len(np.unique(part)) < 2:
-        raise DataError(
-            "rows cannot be cross-fitted", expected="two parts at least", got="all rows in one"
-        )
-    return array, truth, part
 
 
 def _fit_scalings(

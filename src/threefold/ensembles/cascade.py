@@ -35,7 +35,6 @@ from threefold.stats.bootstrap import LEVEL
 NEVER: Final = 2.0
 """A threshold that no margin reaches."""
 
-
 MODES: Final = ("full", "fast")
 """Run every member for every image, or only as many as make the answer confident."""
 
@@ -161,29 +160,29 @@ class Cascade:
             answers[stop], stages[stop] = calibrated[s][stop], s + 1
         return CascadeAnswers(answers, stages)
 
-    def stops(self, mode: str = "full", most: int = 0) -> np.ndarray:
+    def stops(self, mode: str = "full", max_stages: int = 0) -> np.ndarray:
         """Return the thresholds (stages - 1,) float32 of a mode.
 
         Args:
             mode: one of MODES.
-            most: most stages for any image; 0 = all.
+            max_stages: stop after this many stages, confident or not; 0 = no limit.
 
         Raises:
-            DataError: the mode is unknown, or there are fewer stages than `most`.
+            DataError: the mode is unknown, or there are fewer stages than `max_stages`.
             RunError: not fitted.
         """
         self._require_fit()
         if mode not in MODES:
             raise DataError("unknown mode", expected=" or ".join(MODES), got=mode)
-        if not 0 <= most <= len(self.stages):
+        if not 0 <= max_stages <= len(self.stages):
             raise DataError(
-                "there are not so many stages", expected=f"0 to {len(self.stages)}", got=most
+                "there are not so many stages", expected=f"0 to {len(self.stages)}", got=max_stages
             )
         thresholds = self.thresholds_.copy()
         if mode == "full":
             thresholds[:] = NEVER
-        if most:
-            thresholds[most - 1 :] = 0.0
+        if max_stages:
+            thresholds[max_stages - 1 :] = 0.0
         return thresholds.astype(np.float32)
 
     def state(self) -> dict[str, Any]:

@@ -43,8 +43,7 @@ def cross_fit(
         ensemble_factory: makes an unfitted ensemble.
         probs: (m, n, k) out-of-fold probabilities of the members.
         labels: (n,).
-        folds: (n,) part of each row; None = `stratified_parts`.
-        groups: (n,) groups that must stay in one part if `folds` is None.
+        folds, groups: see `cross_fit_parts`.
         declare: called for each fit with the rows it sees and the rows it answers, booleans (n,)
             each (`Ledger.declare`).
 
@@ -57,15 +56,7 @@ def cross_fit(
     array = check_probs(probs, 3)
     _, n, k = array.shape
     truth = check_labels(labels, n, k)
-    part = np.asarray(folds) if folds is not None else stratified_parts(truth, groups)
-    if part.shape != (n,):
-        raise DataError(
-            "folds have the wrong shape", expected=f"({n},), one per row", got=part.shape
-        )
-    if len(np.unique(part)) < 2:
-        raise DataError(
-            "rows cannot be cross-fitted", expected="two parts at least", got="all rows in one"
-        )
+    part = cross_fit_parts(truth, folds, groups)
     first = ensemble_factory()
     if not first.needs_fit:
         return first.predict_proba(array)
@@ -82,6 +73,31 @@ def cross_fit(
     for mask, part_answers in zip(masks, side_by_side(predict, masks), strict=True):
         answers[mask] = part_answers
     return answers
+
+
+def cross_fit_parts(
+    labels: np.ndarray, folds: npt.ArrayLike | None = None, groups: Sequence[str] | None = None
+) -> np.ndarray:
+    """Return the part (n,) of each row in a cross-fit.
+
+    Args:
+        labels: (n,).
+        folds: (n,) part of each row; None = `stratified_parts`.
+        groups: (n,) groups that must stay in one part if `folds` is None.
+
+    Raises:
+        DataError: folds or groups do not match the labels, or there are fewer than two parts.
+    """
+    part = np.asarray(folds) if folds is not None else stratified_parts(labels, groups)
+    if part.shape != labels.shape:
+        raise DataError(
+            "folds have the wrong shape", expected=f"({len(labels)},), one per row", got=part.shape
+        )
+    if len(np.unique(part)) < 2:
+        raise DataError(
+            "rows cannot be cross-fitted", expected="two parts at least", got="all rows in one"
+        )
+    return part
 
 
 def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from threefold.ensembles.cascade import Cascade, CascadeAnswers, disagreement_bound
-from threefold.ensembles.cross_fit import stratified_parts
+from threefold.ensembles.cross_fit import cross_fit_parts
 from threefold.errors import DataError
+from threefold.evaluation.scoring import CROSS_FITTED
 from threefold.predictions.checks import check_labels, check_probs
 from threefold.stats.bootstrap import LEVEL
 from threefold.stats.paired_tests import mcnemar_exact, paired_bootstrap
 from threefold.stats.scores import paired_interval, share_interval
-
-CROSS_FITTED: Final = "oof, cross-fitted"
-"""Name of the rows whose thresholds and temperatures were fitted on other out-of-fold rows."""
 
 
 class Saving(NamedTuple):
@@ -101,14 +99,14 @@ class Savings:
         uncapped, *caps = [
             saving(
                 self.cascade,
-                self.cascade.predict(probs, full, self.cascade.stops("fast", most)),
+                self.cascade.predict(probs, full, self.cascade.stops("fast", max_stages)),
                 full,
                 labels,
                 self.costs,
                 rows,
                 groups,
             )
-            for most in range(len(self.cascade.stages))
+            for max_stages in range(len(self.cascade.stages))
         ]
         return replace(self, measured=(*self.measured, uncapped), caps=tuple(caps))
 
@@ -174,11 +172,7 @@ def fit_savings(
         )
     names = None if groups is None else np.array([str(g) for g in np.asarray(groups)])
     # Not the run's folds: with two of them the thresholds would see only half of the rows.
-    part = stratified_parts(truth, None if names is None else list(names))
-    if len(np.unique(part)) < 2:
-        raise DataError(
-            "rows cannot be cross-fitted", expected="two parts at least", got="all rows in one"
-        )
+    part = cross_fit_parts(truth, groups=None if names is None else list(names))
 
     def fit(among: np.ndarray) -> Cascade:
         own = None if names is None else names[among]
@@ -187,16 +181,16 @@ def fit_savings(
     cascade = fit(np.ones(len(truth), bool))
     by_part = {value: fit(part != value) for value in np.unique(part)}
 
-    def cross_fitted(most: int) -> Saving:
+    def cross_fitted(max_stages: int) -> Saving:
         crossed = CascadeAnswers(np.empty(answers.shape), np.empty(len(truth), np.int64))
         for value, fitted in by_part.items():
             inside = part == value
             crossed.probs[inside], crossed.stages[inside] = fitted.predict(
-                array[:, inside], answers[inside], fitted.stops("fast", most)
+                array[:, inside], answers[inside], fitted.stops("fast", max_stages)
             )
         return saving(cascade, crossed, answers, truth, costs, CROSS_FITTED, groups)
 
-    uncapped, *caps = [cross_fitted(most) for most in range(len(cascade.stages))]
+    uncapped, *caps = [cross_fitted(max_stages) for max_stages in range(len(cascade.stages))]
     return Savings(
         cascade=cascade,
         members=tuple(members),

@@ -12,13 +12,13 @@ from typing import Final
 import numpy as np
 
 from threefold.errors import DataError
+from threefold.evaluation.scoring import score_probs
 from threefold.predictions.formats import Classes, read_predictions
 from threefold.predictions.join import join_predictions
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Comparison, PredictionSummary, Score
 from threefold.predictions.run_folder import RunFolder
-from threefold.stats import paired_tests, scores
-from threefold.stats.bootstrap import LEVEL
+from threefold.stats import paired_tests
 
 MAX_CONTENDERS: Final = 20
 """Largest number of contenders: 190 pairs are more than anyone reads."""
@@ -187,22 +187,13 @@ def _join(contenders: Sequence[_Contender], shared: bool) -> Predictions:
 
 def _score(rows: Predictions, name: str, probs: np.ndarray) -> Score:
     """Score a contender; of several seeds, the mean figures with the median seed's interval."""
-    tables = [scores.score_table(part, rows.labels, LEVEL, rows.groups) for part in probs]
-    order = sorted(range(len(tables)), key=lambda i: tables[i]["accuracy"])
-    table = dict(tables[order[len(order) // 2]])
-    if len(tables) > 1:
-        for key in ("accuracy", "log_loss", "ece", "brier", "balanced_accuracy", "macro_f1"):
-            table[key] = float(np.mean([t[key] for t in tables]))
-        table["seeds"] = [t["accuracy"] for t in tables]
-    return Score(
-        **table,
-        name=name,
-        kind="contender",
-        rows=rows.kind,
-        protocol=rows.protocol,
-        fitted_on="",
-        apparent=rows.protocol == "taught",
-    )
+    seeds = [score_probs(rows, p, name=name, kind="contender", fitted_on="") for p in probs]
+    median = sorted(seeds, key=lambda score: score.accuracy)[len(seeds) // 2]
+    if len(seeds) == 1:
+        return median
+    figures = ("accuracy", "log_loss", "ece", "brier", "balanced_accuracy", "macro_f1")
+    means = {key: float(np.mean([getattr(score, key) for score in seeds])) for key in figures}
+    return median.replace(**means, seeds=tuple(score.accuracy for score in seeds))
 
 
 def _compare_pairs(

@@ -215,18 +215,16 @@ class _Fits:
         def record(fitted_on: np.ndarray, answered: np.ndarray) -> None:
             fits.append((fitted_on, answered))
 
-        def fit_all(ensemble: Ensemble) -> None:
+        def fit_all() -> None:
             ensemble.fit(rows.probs, rows.labels, rows.ids)
 
-        def fit_parts(_: Ensemble) -> None:
-            answers.append(
-                cross_fit(make, rows.probs, rows.labels, self.parts, rows.groups, record)
-            )
+        def fit_parts() -> None:
+            crossed[:] = cross_fit(make, rows.probs, rows.labels, self.parts, rows.groups, record)
 
         ensemble = make()
-        answers: list[np.ndarray] = []
-        side_by_side(lambda task: task(ensemble), (fit_all, fit_parts))
-        return ensemble, _CrossFit(answers[0], fits)
+        crossed = np.empty(rows.probs.shape[1:])
+        side_by_side(lambda task: task(), (fit_all, fit_parts))
+        return ensemble, _CrossFit(crossed, fits)
 
     def calibrate(self, name: str, probs: np.ndarray) -> Calibration:
         """Fit a calibration by name, with cross-fitted probabilities."""

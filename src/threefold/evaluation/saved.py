@@ -15,7 +15,7 @@ from threefold.ensembles.scaling import apply_temperature, fit_temperature
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.evaluation.evaluate import Evaluation, evaluate
 from threefold.evaluation.label_errors import list_suspects, summarize_audit
-from threefold.evaluation.scoring import per_class
+from threefold.evaluation.scoring import per_class, score_probs
 from threefold.predictions.formats import Classes, read_predictions
 from threefold.predictions.join import join_predictions
 from threefold.predictions.predictions import Predictions
@@ -29,7 +29,6 @@ from threefold.predictions.results_schema import (
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe_schema import EnsembleSpec
 from threefold.stats import scores as stats
-from threefold.stats.bootstrap import LEVEL
 
 AUTO = tuple(name for name in ENSEMBLES if not name.startswith("stacked"))
 """The methods that `auto` chooses from, fitted in seconds. Add others by name: `auto,stacked`."""
@@ -275,16 +274,7 @@ def _score_member(rows: Predictions, name: str, probs: np.ndarray) -> Score:
         more["top5"] = stats.top_k_accuracy(probs, rows.labels, 5)
     if len(rows) >= 4:
         more |= _temperature_effect(probs, rows.labels)
-    return Score(
-        **stats.score_table(probs, rows.labels, LEVEL, rows.groups),
-        name=name,
-        kind="member",
-        rows=rows.kind,
-        protocol=rows.protocol,
-        fitted_on="nothing",
-        apparent=rows.protocol == "taught",
-        **more,
-    )
+    return score_probs(rows, probs, name=name, kind="member", fitted_on="nothing", **more)
 
 
 def _temperature_effect(probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -14,6 +14,9 @@ from threefold.predictions.results_schema import ClassScore, Comparison, Score
 from threefold.stats import paired_tests, scores
 from threefold.stats.bootstrap import LEVEL
 
+CROSS_FITTED: Final = "oof, cross-fitted"
+"""Name of out-of-fold rows, each answered by what was fitted on the other parts' rows."""
+
 TAUGHT: Final = "apparent: the teachers learned from these labels"
 """Marks out-of-fold scores of a student, whose teachers have seen these rows."""
 
@@ -21,34 +24,61 @@ Key = tuple[Literal["member", "ensemble"], str]
 """Kind and name; the kind is needed because a member may have the name of a method."""
 
 
-def score_ensemble(
-    ensemble: Ensemble, rows: Predictions, *, apparent: bool = False
-) -> dict[str, Any]:
+def score_ensemble(ensemble: Ensemble, rows: Predictions, *, apparent: bool = False) -> Score:
     """Score a fitted ensemble on rows that its `fit` has not seen.
 
     Args:
         ensemble: fitted with the ids of its rows (`fit(rows.probs, rows.labels, rows.ids)`), or one
             that learns nothing.
         rows: the rows to score, with the members of the fit.
-        apparent: allow rows of the fit; the entry then says so.
-
-    Returns:
-        The figures of `stats.score_table`, rows, protocol, and apparent: whether the ensemble has
-        seen some of these rows.
+        apparent: allow rows of the fit; the score then says so.
 
     Raises:
-        DataError: it has, and `apparent` is false; or the predictions do not match the fit.
+        DataError: the ensemble has seen some of the rows, and `apparent` is false; or the
+            predictions do not match the fit.
     """
-    seen = ensemble.seen_ is not None and ensemble.seen_.check(
-        type(ensemble).__name__, rows.ids, apparent
+    name = type(ensemble).__name__
+    seen = ensemble.seen_ is not None and ensemble.seen_.check(name, rows.ids, apparent)
+    return score_probs(
+        rows,
+        ensemble.predict_proba(rows.probs),
+        name=name,
+        kind="ensemble",
+        fitted_on="the scored rows" if seen else "other rows",
+        apparent=seen,
     )
-    table = scores.score_table(ensemble.predict_proba(rows.probs), rows.labels, LEVEL, rows.groups)
-    return {
-        **table,
-        "rows": rows.kind,
-        "protocol": rows.protocol,
-        "apparent": seen or rows.protocol == "taught",
-    }
+
+
+def score_probs(
+    rows: Predictions,
+    probs: np.ndarray,
+    *,
+    name: str,
+    kind: Literal["member", "ensemble", "contender"],
+    fitted_on: str,
+    apparent: bool = False,
+    **figures: Any,
+) -> Score:
+    """Score probabilities as they are.
+
+    Args:
+        rows: labels, groups, kind and protocol.
+        probs: (n, k).
+        name, kind: of what gave the probabilities.
+        fitted_on: name of the rows that it was fitted on.
+        apparent: whether it has seen the labels; scores of the protocol "taught" always have.
+        figures: further fields of the score.
+    """
+    return Score(
+        **scores.score_table(probs, rows.labels, LEVEL, rows.groups),
+        name=name,
+        kind=kind,
+        rows=rows.kind,
+        protocol=rows.protocol,
+        apparent=apparent or rows.protocol == "taught",
+        fitted_on=fitted_on,
+        **figures,
+    )
 
 
 def score_entries(
@@ -62,26 +92,21 @@ def score_entries(
         fitted: the ensembles by method.
         fitted_on: name of the rows that ensembles which learn were fitted on.
     """
-    apparent, taught = fitted_on == "the scored rows", rows.protocol == "taught"
-    figures = side_by_side(
-        lambda probs: scores.score_table(probs, rows.labels, LEVEL, rows.groups), table.values()
-    )
-    entries = []
-    for (kind, name), score in zip(table, figures, strict=True):
+
+    def score(item: tuple[Key, np.ndarray]) -> Score:
+        (kind, name), probs = item
         learns = kind == "ensemble" and fitted[name].needs_fit
         basis = fitted_on if learns else "calibration only"
-        entries.append(
-            Score(
-                **score,
-                name=name,
-                kind=kind,
-                rows=rows.kind,
-                protocol=rows.protocol,
-                apparent=taught or (learns and apparent),
-                fitted_on=TAUGHT if taught else basis,
-            )
+        return score_probs(
+            rows,
+            probs,
+            name=name,
+            kind=kind,
+            fitted_on=TAUGHT if rows.protocol == "taught" else basis,
+            apparent=learns and fitted_on == "the scored rows",
         )
-    return entries
+
+    return side_by_side(score, table.items())
 
 
 def comparisons(

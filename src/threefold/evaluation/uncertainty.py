@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +22,11 @@ from threefold.ensembles.conformal import (
     measure_sets,
     measure_unknown,
 )
-from threefold.ensembles.cross_fit import stratified_parts
+from threefold.ensembles.cross_fit import cross_fit_parts
 from threefold.errors import DataError
+from threefold.evaluation.scoring import CROSS_FITTED
 from threefold.predictions.checks import check_labels, check_probs
 from threefold.stats.bootstrap import check_groups
-
-CROSS_FITTED: Final = "oof, cross-fitted"
-"""Name of the rows if there is no test split: thresholds come from the other parts' rows."""
 
 
 @dataclass(frozen=True)
@@ -182,19 +180,12 @@ def _parts(
     labels: np.ndarray, groups: npt.ArrayLike | None, folds: npt.ArrayLike | None
 ) -> np.ndarray:
     """Return the part of each row: the folds, or stratified parts if they split a group."""
-    codes = None if groups is None else check_groups(groups, len(labels))
-    part = None if folds is None else np.asarray(folds)
-    if part is not None and part.shape != labels.shape:
-        raise DataError(
-            "folds have the wrong shape", expected=f"({len(labels)},), one per row", got=part.shape
-        )
-    if part is None or (codes is not None and _splits_groups(part, codes)):
-        part = stratified_parts(labels, None if codes is None else [str(g) for g in codes])
-    if len(np.unique(part)) < 2:
-        raise DataError(
-            "rows cannot be cross-fitted", expected="two parts at least", got="all rows in one"
-        )
-    return part
+    if groups is None:
+        return cross_fit_parts(labels, folds)
+    codes = check_groups(groups, len(labels))
+    names = [str(code) for code in codes]
+    part = cross_fit_parts(labels, folds, names)
+    return cross_fit_parts(labels, groups=names) if _splits_groups(part, codes) else part
 
 
 def _splits_groups(part: np.ndarray, codes: np.ndarray) -> bool:

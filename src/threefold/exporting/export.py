@@ -120,7 +120,7 @@ def chosen_ensemble(run: Run) -> ExportedEnsemble:
     results = run.results
     arrays = read_arrays(run.dir / "ensemble.npz")
     ensemble, names = restore(results.chosen, arrays, results.combined)
-    calibration = saved_calibration(results.as_json(), len(results.classes))
+    calibration = saved_calibration(results.calibration, len(results.classes))
     card = _ensemble_card(results.chosen, calibration, results.scores)
     if results.conformal is not None:
         card |= uncertainty_card(results.conformal.as_json())
