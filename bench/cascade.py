@@ -35,13 +35,13 @@ from threefold.training.run import Run
 
 SHARES = (0.0025, 0.005, 0.01, 0.02)
 HEAD = (
-    "| disagreement asked | rows | n | full | cascade | difference (points), 95 % interval "
+    "| allowed disagreement | rows | n | full | cascade | difference (points), 95 % interval "
     "| McNemar p | other class | stop after each stage | MACs |"
 )
 
 
 def line(share: float, saving: Saving) -> str:
-    """One row of the table."""
+    """Return one row of the table."""
     low, high = (100 * value for value in saving.interval)
     stops = " / ".join(f"{100 * value:.1f}" for value in saving.shares)
     return (
@@ -51,100 +51,81 @@ def line(share: float, saving: Saving) -> str:
     )
 
 
-def table(made: Sequence[tuple[float, Savings]]) -> None:
-    """Every share, on every kind of rows."""
+def print_table(savings_by_share: Mapping[float, Savings]) -> None:
+    """Print a line for every share and every kind of rows."""
     print(HEAD)
     print("|" + "---|" * (HEAD.count("|") - 1))
-    for share, savings in made:
-        for found in savings.measured:
-            print(line(share, found))
+    for share, savings in savings_by_share.items():
+        for saving in savings.measured:
+            print(line(share, saving))
 
 
-def saved(path: Path, names: Sequence[str]) -> None:
-    """Saved predictions, combined by the calibrated mean."""
+def measure_file(path: Path, names: Sequence[str]) -> None:
+    """Measure saved predictions, combined by the calibrated mean."""
     rows = read_predictions(path)
     rows = rows.select(names or rows.members)
-    full = fit_calibration(
-        "temperature",
-        MeanEnsemble().predict_proba(rows.probs),
-        rows.labels,
-        rows.parts,
-        rows.groups,
-    ).probs
+    mean = MeanEnsemble().predict_proba(rows.probs)
+    full = fit_calibration("temperature", mean, rows.labels, rows.parts, rows.groups).probs
     costs = [1.0] * len(rows.members)
-    print(f"{len(rows.members)} members of one cost, mean, {len(rows):,} {rows.kind} rows")
-    table(
-        [
-            (
-                share,
-                fit_savings(
-                    rows.probs,
-                    rows.labels,
-                    full,
-                    stages_by_cost(costs),
-                    costs=costs,
-                    members=rows.members,
-                    disagreement=share,
-                    groups=rows.groups,
-                ),
-            )
-            for share in SHARES
-        ]
-    )
-
-
-def run(folder: Path, networks: bool) -> None:
-    """A finished run's chosen ensemble."""
-    this = Run.open(folder)
-    found, results = evaluate_run(this), this.results
-    names = members_in_file(found.ensemble, found.combined)
-    used = [names.index(name) for name in used_members(found.ensemble, found.combined)]
-    macs = {row.name: row.macs for row in results.members}
-    counts = {
-        n: this.networks(this.recipe.member(n)) * max(1, this.views(this.recipe.member(n)).count)
-        for n in names
+    savings = {
+        share: fit_savings(
+            rows.probs,
+            rows.labels,
+            full,
+            stages_by_cost(costs),
+            costs=costs,
+            members=rows.members,
+            disagreement=share,
+            groups=rows.groups,
+        )
+        for share in SHARES
     }
-    costs = [float(macs[name] * counts[name]) for name in names]
-    rows, made = found.fit_rows, []
+    print(f"{len(rows.members)} members of one cost, mean, {len(rows):,} {rows.kind} rows")
+    print_table(savings)
+
+
+def measure_run(folder: Path, networks: bool) -> None:
+    """Measure a finished run's chosen ensemble."""
+    run = Run.open(folder)
+    evaluation, results = evaluate_run(run), run.results
+    names = members_in_file(evaluation.ensemble, evaluation.combined)
+    used = [names.index(name) for name in used_members(evaluation.ensemble, evaluation.combined)]
+    macs = {row.name: row.macs for row in results.members}
+    specs = [run.recipe.member(name) for name in names]
+    passes = [run.networks(spec) * max(1, run.views(spec).count) for spec in specs]
+    costs = [float(macs[name] * count) for name, count in zip(names, passes, strict=True)]
+    rows, test, savings_by_share = evaluation.fit_rows, evaluation.rows, {}
     for share in SHARES:
-        one = fit_savings(
+        savings = fit_savings(
             rows.select(names).probs,
             rows.labels,
-            found.calibration.probs,
+            evaluation.calibration.probs,
             stages_by_cost(costs, used),
             costs=costs,
             members=names,
             disagreement=share,
             groups=rows.groups,
         )
-        if found.rows.kind == "test":
-            test = found.rows
-            one = one.measure(
-                test.select(names).probs, test.labels, found.probs, "test", test.groups
-            )
-            doubt(
-                results.conformal.as_json() if results.conformal is not None else {},
-                one.cascade,
-                test.select(names).probs,
-                found.probs,
-                test.labels,
-                share,
-            )
+        if test.kind == "test":
+            probs, full = test.select(names).probs, evaluation.probs
+            savings = savings.measure(probs, test.labels, full, "test", test.groups)
+            if results.conformal is not None:
+                conformal = results.conformal.as_json()
+                print_uncertainty(conformal, savings.cascade, probs, full, test.labels, share)
             if networks:
-                finer(this, names, costs, one.cascade, found.probs, test.labels, share)
-        made.append((share, one))
+                print_by_network(run, names, costs, savings.cascade, full, test.labels, share)
+        savings_by_share[share] = savings
     in_millions = ", ".join(f"{cost / 1e6:.0f} M" for cost in costs)
-    print(f"{folder.name}: {found.chosen} of {', '.join(names)}; costs {in_millions} multiply-adds")
-    table(made)
+    method = f"{evaluation.chosen} of {', '.join(names)}"
+    print(f"{folder.name}: {method}; costs {in_millions} multiply-adds")
+    print_table(savings_by_share)
     if (folder / "model.onnx").is_file():
-        pixels = this.sources.test or this.sources.train
-        latency(
-            folder / "model.onnx",
-            [pixels.pixels(int(i)) for i in np.linspace(0, len(pixels) - 1, 100)],
-        )
+        images = run.sources.test or run.sources.train
+        sample = [images.pixels(int(i)) for i in np.linspace(0, len(images) - 1, 100)]
+        print_latency(folder / "model.onnx", sample)
 
 
-def doubt(
+def print_uncertainty(
     conformal: Mapping[str, Any],
     cascade: Cascade,
     probs: np.ndarray,
@@ -152,23 +133,23 @@ def doubt(
     labels: np.ndarray,
     share: float,
 ) -> None:
-    """Prediction sets and the unknown mark of a run on test rows, of full and of early answers."""
+    """Print prediction sets and unknown images of a run on test rows, of full and fast answers."""
     unknown = UnknownThreshold.from_state(conformal["unknown"]["state"])
     for mode, answers in (("full", full), ("fast", cascade.predict(probs, full).probs)):
         words = []
         for entry in conformal["sets"]:
-            found = ConformalSets.from_state(entry["state"]).measure(answers, labels)
-            low, high = found.interval
+            coverage = ConformalSets.from_state(entry["state"]).measure(answers, labels)
+            low, high = coverage.interval
             words.append(
-                f"{'by class' if entry['by_class'] else 'sets'} cover {found.coverage:.4f} "
-                f"[{low:.4f}, {high:.4f}], mean size {found.mean_size:.3f}"
+                f"{'by class' if entry['by_class'] else 'sets'} cover {coverage.coverage:.4f} "
+                f"[{low:.4f}, {high:.4f}], mean size {coverage.mean_size:.3f}"
             )
         rejected = unknown.is_unknown(answers).mean()
         print(f"{share:.2%}, test, {mode}: {'; '.join(words)}; unknown {rejected:.2%}")
 
 
-def finer(
-    this: Run,
+def print_by_network(
+    run: Run,
     names: Sequence[str],
     costs: Sequence[float],
     cascade: Cascade,
@@ -176,25 +157,25 @@ def finer(
     labels: np.ndarray,
     share: float,
 ) -> None:
-    """On test rows: the networks of one fold after another, then all that is left."""
-    for fold in this.final_folds:
-        paths = [this.folder.job_folder(this.last_job(name, fold)) / "probs.npz" for name in names]
+    """Print, on test rows, a cascade of one fold's networks in turn, then all that is left."""
+    for fold in run.final_folds:
+        paths = [run.folder.job_folder(run.last_job(name, fold)) / "probs.npz" for name in names]
         probs = np.stack([read_arrays(path)["test"].mean(0) for path in paths])
-        # The last stage's answer is the full ensemble's, whatever is given for its members.
-        answer = cascade.predict(probs, full)
-        order = [costs[i] for stage in cascade.stages for i in stage]
-        so_far = np.cumsum(order) / (len(this.final_folds) * sum(order))
-        so_far[-1] = 1.0
-        other = (answer.probs.argmax(1) != full.argmax(1)).mean()
-        accuracy = (answer.probs.argmax(1) == labels).mean()
+        # The last stage's answer is the full ensemble's, whatever the probabilities of its members.
+        answers = cascade.predict(probs, full)
+        stage_costs = [costs[i] for stage in cascade.stages for i in stage]
+        total_costs = np.cumsum(stage_costs) / (len(run.final_folds) * sum(stage_costs))
+        total_costs[-1] = 1.0
+        disagreement = (answers.probs.argmax(1) != full.argmax(1)).mean()
+        accuracy = (answers.probs.argmax(1) == labels).mean()
         print(
-            f"by network, fold {fold}, {share:.2%}: other class {other:.2%}, "
-            f"accuracy {accuracy:.4f}, MACs {so_far[answer.stages - 1].mean():.3f}"
+            f"by network, fold {fold}, {share:.2%}: other class {disagreement:.2%}, "
+            f"accuracy {accuracy:.4f}, MACs {total_costs[answers.stages - 1].mean():.3f}"
         )
 
 
-def latency(path: Path, images: Sequence[np.ndarray]) -> None:
-    """Milliseconds of an image, by mode and by number of stages, in turns."""
+def print_latency(path: Path, images: Sequence[np.ndarray]) -> None:
+    """Print milliseconds per image, by mode and by number of stages."""
     for threads in (1, 0):
         measured = threefold.load(path, threads).measure_latency(images)
         full, fast = measured["full"], measured.get("fast", float("nan"))
@@ -214,14 +195,14 @@ def main() -> None:
     parser.add_argument("--members", default="")
     parser.add_argument("--images", default="")
     parser.add_argument("--networks", action="store_true")
-    words = parser.parse_args()
+    args = parser.parse_args()
     print(f"{hardware()}, commit {commit()}")
-    if words.path.is_dir():
-        run(words.path, words.networks)
-    elif words.path.suffix == ".onnx":
-        latency(words.path, [decode(path) for path in find_images([words.images])][:100])
+    if args.path.is_dir():
+        measure_run(args.path, args.networks)
+    elif args.path.suffix == ".onnx":
+        print_latency(args.path, [decode(path) for path in find_images([args.images])][:100])
     else:
-        saved(words.path, [name for name in words.members.split(",") if name])
+        measure_file(args.path, [name for name in args.members.split(",") if name])
 
 
 if __name__ == "__main__":

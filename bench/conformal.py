@@ -56,13 +56,13 @@ def resplit_sets(
         inside = sets.predict_sets(probs[fresh])
         hits = inside[np.arange(len(fresh)), labels[fresh]]
         parts = [labels == c for c in range(k)] if by_class else [np.ones(len(labels), bool)]
-        found = [
+        hits_and_bands = [
             (hits[part[fresh]].sum(), *band(int(part[used].sum()), int(part[fresh].sum()), alpha))
             for part in parts
         ]
-        within = np.mean([low <= hit <= high for hit, low, high, _ in found])
-        above = np.mean([low <= hit for hit, low, _, _ in found])
-        expected = sum(mean for *_, mean in found) / len(fresh)
+        within = np.mean([low <= hit <= high for hit, low, high, _ in hits_and_bands])
+        above = np.mean([low <= hit for hit, low, _, _ in hits_and_bands])
+        expected = sum(mean for *_, mean in hits_and_bands) / len(fresh)
         rows.append(
             (
                 hits.mean(),
@@ -135,9 +135,9 @@ def main() -> int:
             kind = "never empty" if never_empty else "exact"
             name = f"{'by class' if by_class else 'marginal'}, {kind}"
             for alpha in args.alphas:
-                found = resplit_sets(probs, labels, alpha, times, by_class, never_empty)
+                figures = resplit_sets(probs, labels, alpha, times, by_class, never_empty)
                 print(
-                    f"{name:28}{alpha:6}" + "".join(f"{value:11.4f}" for value in found.values()),
+                    f"{name:28}{alpha:6}" + "".join(f"{value:11.4f}" for value in figures.values()),
                     flush=True,
                 )
     for rate in args.alphas:

@@ -11,6 +11,7 @@ from labels of the other fold.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ def features(member: Member, images: ImageDataset) -> Tensor:
     return torch.cat(parts)
 
 
-def fitted(
+def fit_head(
     x: Tensor, y: np.ndarray, soft: np.ndarray | None = None, alpha: float = 0.0, t: float = 1.0
 ) -> Tensor:
     """Fit a linear head (d + 1, k) by L-BFGS, barely regularised, so that it memorises."""
@@ -77,16 +78,16 @@ def answer(head: Tensor, x: Tensor) -> np.ndarray:
 def out_of_fold(
     x: Tensor, y: np.ndarray, parts: np.ndarray, learn: Callable[[np.ndarray], Tensor]
 ) -> np.ndarray:
-    """Each part answered by the head that `learn` makes of the other rows, given as booleans."""
+    """Answer each part by the head that `learn` fits on the other rows, booleans (n,)."""
     probs = np.empty((len(y), K))
     for part in np.unique(parts):
         probs[parts == part] = answer(learn(parts != part), x[parts == part])
     return probs
 
 
-def taught(x: Tensor, y: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """A teacher's out-of-fold answers, at the temperature that they need."""
-    probs = out_of_fold(x, y, parts, lambda rows: fitted(x[rows], y[rows]))
+def teacher_probs(x: Tensor, y: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Return a teacher's out-of-fold probabilities, calibrated by a temperature."""
+    probs = out_of_fold(x, y, parts, lambda rows: fit_head(x[rows], y[rows]))
     return apply_temperature(probs, fit_temperature(probs, y))
 
 
@@ -96,28 +97,25 @@ def leak(x: Tensor, truth: np.ndarray) -> None:
     planted, y = rng.random(len(truth)) < 0.2, truth.copy()
     y[planted] = (truth[planted] + rng.integers(1, K, planted.sum())) % K
     parts = stratified_parts(y, parts=2)
-    own, nested = taught(x, y, parts), np.empty((2, len(y), K))
+    own, nested = teacher_probs(x, y, parts), np.empty((2, len(y), K))
     for part in (0, 1):
         rest = parts != part
-        nested[part, rest] = taught(x[rest], y[rest], stratified_parts(y[rest], parts=2))
+        nested[part, rest] = teacher_probs(x[rest], y[rest], stratified_parts(y[rest], parts=2))
     print(f"\n{len(y)} rows, {planted.sum()} labels changed at random: out-of-fold answers")
-    twin = out_of_fold(x, y, parts, lambda rows: fitted(x[rows], y[rows]))
+    twin = out_of_fold(x, y, parts, lambda rows: fit_head(x[rows], y[rows]))
     honest = twin.argmax(1) == y
     show("twin, labels only", honest, planted, honest)
-    for alpha, t in SETTINGS:
-        for name, soft in (
-            ("the run's own teachers", own[None].repeat(2, 0)),
-            ("nested teachers", nested),
-        ):
-            probs = out_of_fold(
-                x,
-                y,
-                parts,
-                lambda rows, s=soft, a=alpha, h=t: fitted(
-                    x[rows], y[rows], s[int(parts[~rows][0])][rows], a, h
-                ),
-            )  # type: ignore[misc]
-            show(f"alpha {alpha}, temperature {t}: {name}", probs.argmax(1) == y, planted, honest)
+    teachers = {"the run's own teachers": own[None].repeat(2, 0), "nested teachers": nested}
+    for (alpha, t), (name, soft) in product(SETTINGS, teachers.items()):
+
+        def learn(
+            rows: np.ndarray, soft: np.ndarray = soft, a: float = alpha, t: float = t
+        ) -> Tensor:
+            answered_part = int(parts[~rows][0])
+            return fit_head(x[rows], y[rows], soft[answered_part][rows], a, t)
+
+        probs = out_of_fold(x, y, parts, learn)
+        show(f"alpha {alpha}, temperature {t}: {name}", probs.argmax(1) == y, planted, honest)
 
 
 def show(name: str, right: np.ndarray, planted: np.ndarray, twin: np.ndarray) -> None:
@@ -131,15 +129,15 @@ def show(name: str, right: np.ndarray, planted: np.ndarray, twin: np.ndarray) ->
 
 
 def settings(x: Tensor, y: np.ndarray, test: Tensor, truth: np.ndarray) -> None:
-    """Right labels: heads on all training rows, taught out of fold, scored on the test rows."""
-    soft = taught(x, y, stratified_parts(y, parts=2))
-    twin = answer(fitted(x, y), test).argmax(1) == truth
+    """Original labels: fit heads on all training rows, and score them on the test rows."""
+    soft = teacher_probs(x, y, stratified_parts(y, parts=2))
+    twin = answer(fit_head(x, y), test).argmax(1) == truth
     print(
         f"\n{len(y)} rows, original labels; test rows {len(truth)}\n"
         f"{'twin, labels only':40} {twin.mean():.4f}"
     )
     for alpha, t in SETTINGS:
-        right = answer(fitted(x, y, soft, alpha, t), test).argmax(1) == truth
+        right = answer(fit_head(x, y, soft, alpha, t), test).argmax(1) == truth
         p = mcnemar_exact(right, twin)
         print(
             f"alpha {alpha}, temperature {t:<19} {right.mean():.4f}   "
