@@ -48,13 +48,14 @@ def count(module: nn.Module) -> int:
 
 @pytest.mark.parametrize("row", PAPER_BACKBONES, ids=NAMES)
 def test_the_table_agrees_with_timm(row: Any) -> None:
-    assert row.timm in timm.list_models(pretrained=True)
+    member = on_meta(MemberSpec(name="m", backbone=row.name, img_size=row.sizes[0]))
     config = timm.models.get_pretrained_cfg(row.timm)
+
+    assert row.timm in timm.list_models(pretrained=True)
     assert (config.mean, config.std) == row.stats
     # Apart from BGR, the authors' scaling is that of timm's weights.
     if row.authors_scaling != "bgr":
         assert (row.authors_scaling == "-1..1") == (row.stats == INCEPTION_STATS)
-    member = on_meta(MemberSpec(name="m", backbone=row.name, img_size=row.sizes[0]))
     assert member.head.classifier.in_features == row.features
     assert member.backbone.pretrained_cfg["tag"] == row.timm.split(".")[1]
 
@@ -81,6 +82,7 @@ def test_names(name: str, timm_name: str) -> None:
 
 def test_the_list_shows_the_papers_names() -> None:
     lines = catalogue("backbones", "*xception*")
+
     assert "xception65.tf_in1k" in lines
     assert lines[-1].startswith(
         "Xception: legacy_xception.tf_in1k, the paper's, -1..1 there; weights: the same"
@@ -92,16 +94,18 @@ def test_the_list_shows_the_papers_names() -> None:
     )
 
 
-def test_vgg_ends_in_its_feature_maps() -> None:
-    """Like Keras' VGG19 without top: 20,024,384 parameters, the mean of 512 feature maps."""
-    assert (
-        count(on_meta(MemberSpec(name="m", backbone="VGG19", weights="none")).backbone)
-        == 20_024_384
-    )
-    member = build_member(
-        MemberSpec(name="m", backbone="vgg11", weights="none", img_size=64), 3
-    ).eval()
+def test_vgg_has_no_fully_connected_layers() -> None:
+    """Like Keras' VGG19 without top."""
+    member = on_meta(MemberSpec(name="m", backbone="VGG19", weights="none"))
+
+    assert count(member.backbone) == 20_024_384
+
+
+def test_vgg_features_are_the_means_of_its_maps() -> None:
+    spec = MemberSpec(name="m", backbone="vgg11", weights="none", img_size=64)
+    member = build_member(spec, 3).eval()
     pixels = torch.rand(2, 3, 64, 64) * 255
+
     maps = member.backbone.forward_features((pixels - member.mean) / member.std)
     torch.testing.assert_close(member(pixels), member.head(maps.mean((2, 3))))
 
@@ -132,7 +136,7 @@ KERAS_WITHOUT_TOP = {
 
 @cache
 def keras_backbone(name: str) -> int:
-    """Parameters of the network without top as Keras counts them, from timm's."""
+    """Count the parameters of timm's network without top as Keras does."""
     spec = MemberSpec(name="m", backbone=name, weights="none", img_size=299)
     backbone = on_meta(spec).backbone
     norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -227,7 +231,7 @@ TOTALS = [
 
 
 def keras_total(total: Total) -> int:
-    """Parameters that Keras prints: backbone, full recurrent layer, fully connected layers."""
+    """Count what Keras prints: backbone, full recurrent layer, fully connected layers."""
     row = paper_backbone(total.backbone)
     assert row is not None
     spec = HeadSpec(
@@ -256,8 +260,10 @@ def test_the_authors_ensemble_of_three() -> None:
     """E2E-3M: three members of 10 classes and the stacked network on their 30 probabilities."""
     rng = np.random.default_rng(0)
     stacked = StackedEnsemble().fit(rng.dirichlet(np.ones(10), (3, 40)), np.arange(40) % 10)
-    trainable = count(stacked.to_module())
     three = [t for t in TOTALS if t.data == "cifar-10" and t.kind == "linear" and t.fc == 2048]
+
+    trainable = count(stacked.to_module())
+
     assert trainable == 167_946
     assert sum(map(keras_total, three)) + trainable == 134_012_384
 
@@ -276,7 +282,7 @@ NEWER = {
 
 
 def build_train_export(name: str, size: int, path: Path) -> dict[str, Any]:
-    """From random weights to a file that answers as the network does; returns the figures."""
+    """Train a step from random weights, export the network, and return the figures."""
     began = time.monotonic()
     torch.manual_seed(0)
     member = build_member(MemberSpec(name="m", backbone=name, weights="none", img_size=size), 3)
@@ -301,9 +307,9 @@ def build_train_export(name: str, size: int, path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("name", [*NAMES, *NEWER])
 def test_it_builds_learns_and_exports(name: str, tmp_path: Path) -> None:
     report = build_train_export(name, NEWER.get(name, SMALLEST), tmp_path / "m.onnx")
+
     assert report["max_difference"] <= TOLERANCES["float32"].difference
     assert report["top1_agreement"] == 1.0
-    assert (
-        report["spread"] > 10 * TOLERANCES["float32"].difference
-    )  # the answers depend on the image
+    # The answers depend on the image.
+    assert report["spread"] > 10 * TOLERANCES["float32"].difference
     print(json.dumps(report))

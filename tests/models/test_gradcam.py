@@ -88,20 +88,21 @@ def trained() -> Member:
 def test_the_heat_lies_on_the_planted_square(trained: Member) -> None:
     images, labels, corners = planted(64, 2)
     with torch.inference_mode():
-        right = (
-            trained(torch.tensor(images).permute(0, 3, 1, 2).float()).argmax(1).numpy() == labels
-        )
-    assert right.mean() > 0.95
+        logits = trained(torch.tensor(images).permute(0, 3, 1, 2).float())
+    correct = logits.argmax(1).numpy() == labels
+
     heat = grad_cam(trained, images, labels)
+
+    assert correct.mean() > 0.95
     assert heat.shape == (64, 32, 32)
     assert heat.dtype == np.float32
     assert heat.min() >= 0
     assert heat.max() == 1
     quarters = heat.reshape(64, 2, 16, 2, 16).sum((2, 4))
     share = quarters[np.arange(64), corners[:, 0], corners[:, 1]] / quarters.sum((1, 2))
-    assert np.median(share[right]) > 0.7  # chance is 0.25
+    assert np.median(share[correct]) > 0.7  # chance is 0.25
     hottest = np.stack(np.unravel_index(heat.reshape(64, -1).argmax(1), (32, 32)), 1) // 16
-    assert (hottest == corners).all(1)[right].mean() > 0.95
+    assert (hottest == corners).all(1)[correct].mean() > 0.95
 
 
 def test_under_a_linear_head_it_is_cam() -> None:
@@ -113,9 +114,11 @@ def test_under_a_linear_head_it_is_cam() -> None:
         )
         cam = torch.einsum("bc,bchw->bhw", member.head.classifier.weight[classes], maps).relu()
     expected = nn.functional.interpolate(cam[:, None], (16, 16), mode="bilinear")[:, 0]
-    np.testing.assert_allclose(
-        grad_cam(member, images, classes), expected / expected.amax((1, 2), keepdim=True), atol=1e-5
-    )
+    expected /= expected.amax((1, 2), keepdim=True)
+
+    heat = grad_cam(member, images, classes)
+
+    np.testing.assert_allclose(heat, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -137,8 +140,8 @@ def test_the_weights_of_the_channels_are_finite_differences(spec: HeadSpec) -> N
         maps = member.backbone.forward_features((pixels - member.mean) / member.std)
 
         def logit(features: torch.Tensor) -> torch.Tensor:
-            seen = features if member.head.takes_map else features.mean((2, 3))
-            return member.head(seen)[torch.arange(3), torch.tensor(classes)]
+            inputs = features if member.head.takes_map else features.mean((2, 3))
+            return member.head(inputs)[torch.arange(3), torch.tensor(classes)]
 
         step = 1e-5 * torch.eye(6, dtype=torch.float64)[:, None, :, None, None]
         weights = torch.stack([(logit(maps + s) - logit(maps - s)) / 2e-5 for s in step], 1)
@@ -146,7 +149,10 @@ def test_the_weights_of_the_channels_are_finite_differences(spec: HeadSpec) -> N
     expected = nn.functional.interpolate(cam[:, None], (8, 8), mode="bilinear")[:, 0]
     assert (expected.amax((1, 2)) > 0).any()
     expected = torch.where(expected > 0, expected / expected.amax((1, 2), keepdim=True), 0.0)
-    np.testing.assert_allclose(grad_cam(member.float(), images, classes), expected, atol=1e-3)
+
+    heat = grad_cam(member.float(), images, classes)
+
+    np.testing.assert_allclose(heat, expected, atol=1e-3)
 
 
 def test_the_member_does_not_change() -> None:
@@ -156,67 +162,75 @@ def test_the_member_does_not_change() -> None:
     flags = {name: p.requires_grad for name, p in member.named_parameters()}
     modes = [m.training for m in member.modules()]
     assert len(set(flags.values())) == len(set(modes)) == 2
+
+    def assert_unchanged() -> None:
+        assert {name: p.requires_grad for name, p in member.named_parameters()} == flags
+        assert [m.training for m in member.modules()] == modes
+        assert all(p.grad is None for p in member.parameters())
+        assert "forward_features" not in vars(member.backbone)
+
     first = grad_cam(member, noise(), [0, 1, 2, 1])
-    assert {name: p.requires_grad for name, p in member.named_parameters()} == flags
-    assert [m.training for m in member.modules()] == modes
-    assert all(p.grad is None for p in member.parameters())
-    assert "forward_features" not in vars(member.backbone)
+    assert_unchanged()
+
     with torch.inference_mode():
-        np.testing.assert_array_equal(
-            grad_cam(member, noise(), [0, 1, 2, 1]), first
-        )  # no noise, no mode of the caller
+        second = grad_cam(member, noise(), [0, 1, 2, 1])
+    np.testing.assert_array_equal(first, second)  # without noise, in any mode of the caller
+
     with pytest.raises(DataError, match="no such class; expected 0 to 2, got 3"):
         grad_cam(member, noise(), [0, 1, 2, 3])
-    assert {name: p.requires_grad for name, p in member.named_parameters()} == flags
-    assert [m.training for m in member.modules()] == modes
-    assert "forward_features" not in vars(member.backbone)
+    assert_unchanged()
 
 
 def test_each_map_depends_on_its_image_and_class_alone() -> None:
     member, images = small(HeadSpec(kind="lstm", units=8, sequence="spatial")), noise()
+
     whole = grad_cam(member, images, [0, 1, 2, 0])
+
     for i, c in enumerate([0, 1, 2, 0]):
         np.testing.assert_allclose(whole[i], grad_cam(member, images[i : i + 1], [c])[0], atol=1e-5)
     assert np.abs(whole - grad_cam(member, images, [1, 2, 0, 1])).max() > 0.1
 
 
 def test_joined_members_and_ensembles_are_means() -> None:
-    bases, images, classes = (
-        [small(seed=0), small(HeadSpec(kind="rnn", units=4), seed=1)],
-        noise(),
-        [0, 1, 2, 0],
-    )
-    joined = build_joint(HeadSpec(kind="linear"), bases, 3)
-    assert isinstance(joined, JointMember)
+    bases = [small(seed=0), small(HeadSpec(kind="rnn", units=4), seed=1)]
+    images, classes = noise(), [0, 1, 2, 0]
     maps = [grad_cam(base, images, classes) for base in bases]
+
+    joined = build_joint(HeadSpec(kind="linear"), bases, 3)
+
+    assert isinstance(joined, JointMember)
     np.testing.assert_allclose(grad_cam(joined, images, classes), np.mean(maps, 0), atol=1e-6)
     np.testing.assert_allclose(ensemble_cam(bases, images, classes), np.mean(maps, 0), atol=1e-6)
-    sized = ensemble_cam(bases, images, classes, sizes=[8, 24], resizes=["squash", "crop"])
+
+
+def test_members_of_an_ensemble_see_their_own_sizes() -> None:
+    bases = [small(seed=0), small(HeadSpec(kind="rnn", units=4), seed=1)]
+    images, classes = noise(), [0, 1, 2, 0]
+
+    heat = ensemble_cam(bases, images, classes, sizes=[8, 24], resizes=["squash", "crop"])
+
     parts = [
         grad_cam(bases[0], images, classes, size=8),
         grad_cam(bases[1], images, classes, size=24, resize="crop"),
     ]
-    np.testing.assert_allclose(sized, np.mean(parts, 0), atol=1e-6)
-    assert np.abs(parts[0] - maps[0]).max() > 0.01
+    np.testing.assert_allclose(heat, np.mean(parts, 0), atol=1e-6)
+    assert np.abs(parts[0] - grad_cam(bases[0], images, classes)).max() > 0.01
 
 
 def test_heat_covers_the_part_that_the_member_saw(trained: Member) -> None:
-    """A wide picture: squashed as a whole, or its middle alone, outside which there is no heat."""
+    """A wide image is squashed as a whole, or cropped: then only its middle has heat."""
     images, labels, corners = planted(8, 3)
-    wide = np.concatenate(
-        [np.full((8, 32, 16, 3), 128, np.uint8), images, np.full((8, 32, 16, 3), 128, np.uint8)], 2
-    )
+    margin = np.full((8, 32, 16, 3), 128, np.uint8)
+    wide = np.concatenate([margin, images, margin], 2)
+
     middle = grad_cam(trained, wide, labels, size=32, resize="crop")
+    whole = grad_cam(trained, wide, labels, size=32)
+
     assert middle.shape == (8, 32, 64)
     assert not middle[:, :, :16].any()
     assert not middle[:, :, 48:].any()
     np.testing.assert_allclose(middle[:, :, 16:48], grad_cam(trained, images, labels), atol=1e-6)
-    hottest = np.stack(
-        np.unravel_index(
-            grad_cam(trained, wide, labels, size=32).reshape(8, -1).argmax(1), (32, 64)
-        ),
-        1,
-    )
+    hottest = np.stack(np.unravel_index(whole.reshape(8, -1).argmax(1), (32, 64)), 1)
     assert ((hottest - [0, 16]) // 16 == corners).all(1).mean() >= 0.75
 
 
@@ -242,9 +256,11 @@ def test_families_of_timm_give_a_map(backbone: str, size: int) -> None:
     )
     member, images = build_member(spec, 4, pretrained=False), noise(2, 48)
     images[:, 20:30, 5:15] = 255
+
     with warnings.catch_warnings():
         warnings.simplefilter("error", NoMap)
         heat = np.concatenate([grad_cam(member, images, [c, c], size=size) for c in range(4)])
+
     assert heat.shape == (8, 48, 48)
     assert np.isfinite(heat).all()
     hot = heat.max((1, 2))
@@ -266,16 +282,19 @@ class Tokens(Net):
 def test_a_backbone_without_a_map_gives_zeros_and_warns() -> None:
     member = small()
     member.backbone = Tokens(member.backbone.body, 6)
+
     with pytest.warns(
         NoMap, match=r"Tokens has no feature map \(its features are \(7, 6\)\): no heat"
     ):
         heat = grad_cam(member, noise(2), [0, 1])
+
     assert heat.shape == (2, 16, 16)
     assert not heat.any()
 
 
 def test_bad_input_is_refused() -> None:
     member = small()
+
     with pytest.raises(
         DataError, match=r"not a batch of images; expected uint8 \(b, h, w, 3\), got float64"
     ):

@@ -13,60 +13,61 @@ from support.paths import GOLDEN
 
 from threefold.training.optimizers import KerasAdam, lr_at
 
-GOLDEN = np.load(GOLDEN / "keras_heads.npz", allow_pickle=False)
-LR, EPOCHS, STEPS = float(GOLDEN["adam/lr"]), int(GOLDEN["adam/epochs"]), int(GOLDEN["adam/steps"])
+KERAS = np.load(GOLDEN / "keras_heads.npz", allow_pickle=False)
+LR, EPOCHS, STEPS = float(KERAS["adam/lr"]), int(KERAS["adam/epochs"]), int(KERAS["adam/steps"])
 SCHEDULES = ["constant", "time", "cosine", "one-cycle"]
 
 
 def descend(param: torch.nn.Parameter, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
-        param.grad = torch.from_numpy(GOLDEN["adam/gradients"][step]).to(param)
+        param.grad = torch.from_numpy(KERAS["adam/gradients"][step]).to(param)
         optimizer.param_groups[0]["lr"] = lr_at("time", LR, step, STEPS, EPOCHS)
         optimizer.step()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 def test_adam_follows_keras_with_time_decay(dtype: torch.dtype, tolerance: float) -> None:
-    param = torch.nn.Parameter(torch.from_numpy(GOLDEN["adam/start"]).to(dtype))
+    param = torch.nn.Parameter(torch.from_numpy(KERAS["adam/start"]).to(dtype))
     optimizer = KerasAdam([param], lr=LR)
 
     for step in range(STEPS):
         descend(param, optimizer, range(step, step + 1))
         np.testing.assert_allclose(
-            param.detach().numpy(), GOLDEN["adam/after"][step], rtol=0, atol=tolerance
+            param.detach().numpy(), KERAS["adam/after"][step], rtol=0, atol=tolerance
         )
 
 
 def test_adam_of_torch_differs_from_keras() -> None:
     """Otherwise the golden gradients would not show where epsilon is added."""
-    param = torch.nn.Parameter(torch.from_numpy(GOLDEN["adam/start"]).clone())
+    param = torch.nn.Parameter(torch.from_numpy(KERAS["adam/start"]).clone())
 
     descend(param, torch.optim.Adam([param], eps=1e-7), range(STEPS))
 
-    assert np.abs(param.detach().numpy() - GOLDEN["adam/after"][-1]).max() > 1e-2
+    assert np.abs(param.detach().numpy() - KERAS["adam/after"][-1]).max() > 1e-2
 
 
 def test_adam_resumes_from_its_state() -> None:
-    param = torch.nn.Parameter(torch.from_numpy(GOLDEN["adam/start"]).clone())
+    param = torch.nn.Parameter(torch.from_numpy(KERAS["adam/start"]).clone())
     first = KerasAdam([param], lr=LR)
     descend(param, first, range(8))
-
     copy = torch.nn.Parameter(param.detach().clone())
+
     second = KerasAdam([copy], lr=1.0)
     second.load_state_dict(first.state_dict())
     descend(copy, second, range(8, STEPS))
 
-    np.testing.assert_allclose(copy.detach().numpy(), GOLDEN["adam/after"][-1], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(copy.detach().numpy(), KERAS["adam/after"][-1], rtol=0, atol=1e-12)
 
 
 def test_adam_updates_many_parameters_like_single_ones() -> None:
     """Also with groups, and with a parameter that gets its first gradient late."""
-    start = torch.from_numpy(GOLDEN["adam/start"])
-    gradients = torch.from_numpy(GOLDEN["adam/gradients"])
+    start = torch.from_numpy(KERAS["adam/start"])
+    gradients = torch.from_numpy(KERAS["adam/gradients"])
     early, late, never = (torch.nn.Parameter(start.clone()) for _ in range(3))
     optimizer = KerasAdam(
         [{"params": [early, late, never]}, {"params": torch.nn.Parameter(start.clone()), "lr": 0.5}]
     )
+
     for step in range(STEPS):
         early.grad = gradients[step].clone()
         if step >= 5:
@@ -74,12 +75,12 @@ def test_adam_updates_many_parameters_like_single_ones() -> None:
         optimizer.step()
 
     for param, steps in ((early, STEPS), (late, STEPS - 5)):
-        alone = torch.nn.Parameter(start.clone())
-        single = KerasAdam([alone])
+        single = torch.nn.Parameter(start.clone())
+        optimizer = KerasAdam([single])
         for step in range(steps):
-            alone.grad = gradients[step].clone()
-            single.step()
-        assert torch.equal(param, alone)
+            single.grad = gradients[step].clone()
+            optimizer.step()
+        assert torch.equal(param, single)
     assert torch.equal(never, start)
 
 
@@ -105,9 +106,8 @@ def test_adam_has_no_weight_decay() -> None:
 def test_time_decay_is_the_papers() -> None:
     assert lr_at("time", 1e-3, 0, 63_000, 20) == 1e-3
     # SVHN, EfficientNet-B0: 3,148 steps an epoch for 20 epochs leave 0.24 of the rate.
-    assert lr_at("time", 1e-3, 20 * 3148, 20 * 3148, 20) / 1e-3 == pytest.approx(
-        1 / (1 + 1e-3 * 3148), rel=1e-12
-    )
+    share = lr_at("time", 1e-3, 20 * 3148, 20 * 3148, 20) / 1e-3
+    assert share == pytest.approx(1 / (1 + 1e-3 * 3148), rel=1e-12)
 
 
 def torch_rates(steps: int, schedule: type, **options: object) -> list[float]:
@@ -123,15 +123,15 @@ def torch_rates(steps: int, schedule: type, **options: object) -> list[float]:
 
 @pytest.mark.parametrize("steps", [10, 57])
 def test_cosine_and_one_cycle_are_torchs(steps: int) -> None:
-    cosine = torch_rates(steps, torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps)
-    assert [lr_at("cosine", 0.1, i, steps, 5) for i in range(steps)] == pytest.approx(
-        cosine, rel=1e-9
-    )
-    one_cycle = torch_rates(
-        steps, torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=steps + 1
-    )
-    mine = [lr_at("one-cycle", 0.1, i, steps + 1, 5) for i in range(steps)]
-    assert mine == pytest.approx(one_cycle, rel=1e-9)
+    schedulers = torch.optim.lr_scheduler
+    torch_cosine = torch_rates(steps, schedulers.CosineAnnealingLR, T_max=steps)
+    torch_cycle = torch_rates(steps, schedulers.OneCycleLR, max_lr=0.1, total_steps=steps + 1)
+
+    cosine = [lr_at("cosine", 0.1, i, steps, 5) for i in range(steps)]
+    one_cycle = [lr_at("one-cycle", 0.1, i, steps + 1, 5) for i in range(steps)]
+
+    assert cosine == pytest.approx(torch_cosine, rel=1e-9)
+    assert one_cycle == pytest.approx(torch_cycle, rel=1e-9)
 
 
 @given(
@@ -145,6 +145,7 @@ def test_rates_stay_between_zero_and_the_stages(
     schedule: str, lr: float, step: int, steps_total: int, epochs: int
 ) -> None:
     rate = lr_at(schedule, lr, step, steps_total, epochs)
+
     assert math.isfinite(rate)
     assert 0.0 <= rate <= lr * (1 + 1e-12)
     if schedule in ("cosine", "one-cycle") and step > steps_total:

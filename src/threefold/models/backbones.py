@@ -14,8 +14,8 @@ Scaling = Literal["-1..1", "imagenet", "bgr"]
 
 INCEPTION_STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 """Mean and standard deviation of RGB in 0..1; equal to x / 127.5 - 1 on 0..255."""
-IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
+IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 CPU_FROZEN = r"conv_dw|backbone\.(conv_stem|bn1|blocks\.[0-2])\."
 """Parameters of an EfficientNet-Lite that are not trained on a CPU.
@@ -35,15 +35,15 @@ class PaperBackbone(NamedTuple):
     """Sides of the square input in the paper and the authors' runs, in pixels."""
     features: int
     """Number of channels c of the pooled features."""
-    authors_scaling: Scaling
-    """Scaling of RGB 0..255 in the authors' library: to -1..1, by ImageNet's mean and standard
-    deviation, or to BGR minus the mean."""
-    stats: tuple[tuple[float, float, float], tuple[float, float, float]]
-    """Mean and standard deviation of RGB in 0..1 for timm's weights, as a member applies them."""
-    source: str
-    """The library whose network the authors used."""
     weights: str
     """How timm's weights relate to the authors'."""
+    authors_scaling: Scaling = "-1..1"
+    """Scaling of RGB 0..255 in the authors' library: to -1..1, by ImageNet's mean and standard
+    deviation, or to BGR minus the mean."""
+    stats: tuple[tuple[float, float, float], tuple[float, float, float]] = INCEPTION_STATS
+    """Mean and standard deviation of RGB in 0..1 for timm's weights, as a member applies them."""
+    source: str = "keras.applications"
+    """The library whose network the authors used."""
 
 
 _AUTOAUGMENT = "the same checkpoint of the TPU repository, trained with AutoAugment"
@@ -55,9 +55,6 @@ PAPER_BACKBONES: tuple[PaperBackbone, ...] = (
         timm="inception_v3.tf_in1k",
         sizes=(299, 401, 421),
         features=2048,
-        authors_scaling="-1..1",
-        stats=INCEPTION_STATS,
-        source="keras.applications",
         weights="TF-Slim's checkpoint of 2016",
     ),
     PaperBackbone(
@@ -67,7 +64,6 @@ PAPER_BACKBONES: tuple[PaperBackbone, ...] = (
         features=2048,
         authors_scaling="bgr",
         stats=IMAGENET_STATS,
-        source="keras.applications",
         weights="another training: Keras has the Caffe weights, which timm lacks; in timm the "
         "stride of a block is in its 3 x 3 convolution and convolutions have no bias",
     ),
@@ -76,9 +72,6 @@ PAPER_BACKBONES: tuple[PaperBackbone, ...] = (
         timm="inception_resnet_v2.tf_in1k",
         sizes=(299, 421, 501),
         features=1536,
-        authors_scaling="-1..1",
-        stats=INCEPTION_STATS,
-        source="keras.applications",
         weights="the same: TF-Slim's checkpoint of 2016-08-30",
     ),
     PaperBackbone(
@@ -86,9 +79,6 @@ PAPER_BACKBONES: tuple[PaperBackbone, ...] = (
         timm="legacy_xception.tf_in1k",
         sizes=(299, 421, 501),
         features=2048,
-        authors_scaling="-1..1",
-        stats=INCEPTION_STATS,
-        source="keras.applications",
         weights="the same: ported from Keras",
     ),
     PaperBackbone(
@@ -96,9 +86,6 @@ PAPER_BACKBONES: tuple[PaperBackbone, ...] = (
         timm="mobilenetv1_100.ra4_e3600_r224_in1k",
         sizes=(224, 299),
         features=1024,
-        authors_scaling="-1..1",
-        stats=INCEPTION_STATS,
-        source="keras.applications",
         weights="another training, much longer, from 2024: the only weights in timm; "
         "ReLU6 as in Keras",
     ),
@@ -109,7 +96,6 @@ PAPER_BACKBONES: tuple[PaperBackbone, ...] = (
         features=512,
         authors_scaling="bgr",
         stats=IMAGENET_STATS,
-        source="keras.applications",
         weights="another training: Keras has Oxford's Caffe weights, which timm lacks",
     ),
     PaperBackbone(

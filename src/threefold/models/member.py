@@ -86,14 +86,14 @@ class Member(nn.Module):
 
 
 class JointMember(nn.Module):
-    """Members joined into one network: E2E-3M trained end to end (section 3.3, figure 1, Algorithm
-    1).
+    """Members joined into one network: the paper's E2E-3M, trained end to end.
 
-    Each joined member keeps its own normalisation. A head maps their concatenated softmaxes to
-    logits. A stage's regexes decide what trains: `^head` trains the head alone, as in most of the
-    authors' runs, and `.` trains everything. With frozen members this is the `stacked` ensemble
-    fitted on augmented images of the fit rows. There the members' softmaxes are more confident than
-    on new images, so `stacked` on out-of-fold rows is the cleaner estimate of the same network.
+    Section 3.3, figure 1, Algorithm 1. Each joined member keeps its own normalisation. A head maps
+    their concatenated softmaxes to logits. A stage's regexes decide what trains: `^head` trains the
+    head alone, as in most of the authors' runs, and `.` trains everything. With frozen members this
+    is the `stacked` ensemble fitted on augmented images of the fit rows. There the members'
+    softmaxes are more confident than on new images, so `stacked` on out-of-fold rows is the cleaner
+    estimate of the same network.
 
     Args:
         bases: the joined members.

@@ -23,14 +23,10 @@ from threefold.errors import RecipeError
 from threefold.recipe_schema import HeadKind
 
 Activation = Literal["torch", "keras"]
-
-
 Cell = Literal["rnn", "gru", "lstm"]
-
 
 STORED_GATES: dict[Cell, int] = {"rnn": 1, "gru": 3, "lstm": 4}
 """Number of gates in torch's and Keras' full layers."""
-
 
 RECURRENT: dict[Cell, type[nn.RNN] | type[nn.GRU] | type[nn.LSTM]] = {
     "rnn": nn.RNN,
