@@ -110,13 +110,13 @@ def train(
     run = Run.create(recipe, out, watcher, header, sources)
     if not run.folder.is_finished:
         with run.folder.locked():
-            train_members(run)
+            diagnostics = train_members(run)
             start = time.monotonic()
             evaluation = evaluate_run(run)
             scoring_seconds = time.monotonic() - start
             training_seconds = sum(run.folder.job_record(job).seconds for job in run.jobs)
             seconds = {"train": training_seconds, "ensemble": scoring_seconds}
-            write_results(run, evaluation, seconds)
+            write_results(run, evaluation, diagnostics, seconds)
     return run
 
 

@@ -81,7 +81,7 @@ def test_a_run_is_read_without_torch(tmp_path: Path) -> None:
     path = fake_run(tmp_path / "run", n=20)
     code = (
         "import sys; from threefold.predictions.run_folder import RunFolder; "
-        f"f = RunFolder.open({str(path)!r}); f.recipe, f.info, f.results, f.chosen(); "
+        f"f = RunFolder.open({str(path)!r}); f.recipe, f.info, f.results, f.chosen; "
         "assert not {'torch', 'timm', 'filelock'} & set(sys.modules)"
     )
 

@@ -238,8 +238,9 @@ class RunFolder:
         else:
             self.oof = rows
 
+    @cached_property
     def chosen(self) -> ChosenAnswers:
-        """Read the chosen ensemble's calibrated answers on the headline rows (chosen.npz).
+        """The chosen ensemble's calibrated answers on the headline rows (chosen.npz).
 
         Raises:
             RunError: the file is missing or damaged.
@@ -260,12 +261,13 @@ class RunFolder:
             RunError: the run is not complete.
         """
         name = f"{self.results.chosen} (chosen)"
-        return replace(self.headline_rows(), probs=self.chosen().probs[None], members=(name,))
+        return replace(self.headline_rows(), probs=self.chosen.probs[None], members=(name,))
 
     def write_chosen(self, rows: Predictions, probs: np.ndarray) -> None:
         """Write chosen.npz: the chosen ensemble's answers (n, k) on the headline rows."""
         ids = np.array(rows.ids)
         write_arrays(self.path / "chosen.npz", probs=probs, labels=rows.labels, ids=ids)
+        self.chosen = ChosenAnswers(probs, rows.labels, rows.ids)
 
     # Jobs
 

@@ -87,7 +87,7 @@ class _RunPage:
                 got=f"no {', no '.join(missing)}",
                 fix=f"go on with `threefold train {recipe} --out {path}`",
             )
-        chosen, score = folder.chosen(), _chosen_score(folder)
+        chosen, score = folder.chosen, _chosen_score(folder)
         expected = (score.n, len(folder.results.classes))
         lengths = {len(chosen.labels), len(chosen.ids)}
         if chosen.probs.shape != expected or lengths != {score.n}:

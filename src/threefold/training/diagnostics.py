@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 from threefold.data.check import NEAR_COPIES
@@ -32,10 +33,12 @@ from threefold.evaluation.label_errors import (
 )
 from threefold.files import read_json, write_json
 from threefold.models.gradcam import NoMap, ensemble_cam
+from threefold.models.pipeline import to_pixels
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Audit, Copies, CopyPair
 from threefold.recipe_schema import MemberSpec
 from threefold.stats.scores import confusion_matrix
+from threefold.training.augment import Augment
 from threefold.training.out_of_fold import roles_by_fold
 from threefold.training.pixel_cache import PixelCache
 from threefold.training.run import Run
@@ -56,17 +59,60 @@ MAX_SUSPECTS: Final = 24
 """Suspect labels in the report."""
 
 
-def find_copies(run: Run, cache: PixelCache) -> None:
-    """Write duplicates.json, unless it exists: equal and near-equal images across all rows."""
+class CopySearch(NamedTuple):
+    """Equal and near-equal images across all rows, or the reason why none were searched for."""
+
+    duplicates: Duplicates
+    note: str = ""
+
+
+class DataDiagnostics(NamedTuple):
+    """What a run reports about its images before any is scored."""
+
+    augmented: np.ndarray
+    """uint8 (r, h, w, 3), a few training images as the first network sees them."""
+    copies: CopySearch
+
+
+def inspect_data(run: Run, cache: PixelCache) -> DataDiagnostics:
+    """Draw augmented training images, and search for copies."""
+    return DataDiagnostics(_augmented_images(run, cache), _find_copies(run, cache))
+
+
+def _augmented_images(run: Run, cache: PixelCache, count: int = 16) -> np.ndarray:
+    spec = next(m for m in run.recipe.members if not m.joins)
+    rows = np.linspace(0, len(run.sources.train) - 1, count).astype(int)
+    images = to_pixels(cache.rows("train", spec, rows).pixels, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(run.recipe.seed)
+    images = Augment(run.recipe.augment)(images, generator).round().clamp(0, 255)
+    return images.permute(0, 2, 3, 1).to(torch.uint8).numpy()
+
+
+def _find_copies(run: Run, cache: PixelCache) -> CopySearch:
+    """Search for copies and write duplicates.json, or read the search of an interrupted run."""
     path = run.dir / "duplicates.json"
     if path.exists():
-        return
+        tree = read_json(path)
+        pairs = [Duplicate(**pair) for pair in tree["pairs"]]
+        return CopySearch(Duplicates(pairs, tree["count"]), tree["note"])
+    search = _search_copies(run, cache)
+    write_json(
+        path,
+        {
+            "count": search.duplicates.total,
+            "pairs": [pair._asdict() for pair in search.duplicates.pairs],
+            "note": search.note,
+        },
+    )
+    return search
+
+
+def _search_copies(run: Run, cache: PixelCache) -> CopySearch:
     train, test = run.sources.train, run.sources.test
     count = len(train) + (len(test) if test is not None else 0)
     if count > NEAR_COPIES:
         note = f"more than {NEAR_COPIES:,} images ({count:,}) are not searched for copies"
-        write_json(path, {"count": 0, "pairs": [], "note": note})
-        return
+        return CopySearch(Duplicates([], 0), note)
     spec = next(m for m in run.recipe.members if not m.joins)
     parts = [f"fold {fold}" for fold in roles_by_fold(run).owner] + ["test"] * (count - len(train))
     ids, labels = list(train.ids), train.labels
@@ -75,18 +121,19 @@ def find_copies(run: Run, cache: PixelCache) -> None:
         ids, labels = [*ids, *test.ids], np.concatenate([labels, test.labels])
         squares.append(cache.rows("test", spec, np.arange(len(test))).pixels)
     images = (image for part in squares for image in part)
-    duplicates = find_duplicates(images, ids, labels, parts)
-    pairs = [pair._asdict() for pair in duplicates.pairs]
-    write_json(path, {"count": duplicates.total, "pairs": pairs, "note": ""})
+    return CopySearch(find_duplicates(images, ids, labels, parts))
 
 
-def audit_run(run: Run, rows: Predictions | None, probs: np.ndarray) -> tuple[Audit, list[Suspect]]:
+def audit_run(
+    run: Run, rows: Predictions | None, probs: np.ndarray, copies: CopySearch
+) -> tuple[Audit, list[Suspect]]:
     """Find suspect labels and write suspects.csv.
 
     Args:
         run: a run whose jobs are done.
         rows: its out-of-fold predictions, or None.
         probs: (n, k) the chosen ensemble's probabilities on them, cross-fitted.
+        copies: the copies among its images.
 
     Returns:
         The `audit` key of results.json, and the suspects, the most suspect first.
@@ -99,19 +146,14 @@ def audit_run(run: Run, rows: Predictions | None, probs: np.ndarray) -> tuple[Au
     if not missing:
         write_suspects(run.dir / "suspects.csv", suspects)
     notes = _group_warnings(run)
-    duplicates = None
-    path = run.dir / "duplicates.json"
-    if path.exists():
-        copies = read_json(path)
-        pairs = [Duplicate(**pair) for pair in copies["pairs"]]
-        copy_warnings = duplicate_warnings(Duplicates(pairs, copies["count"]))
-        notes += [warning.message for warning in copy_warnings]
-        if copies["note"]:
-            notes.append(copies["note"])
-        listed = tuple(CopyPair(**pair) for pair in copies["pairs"][:LISTED])
-        duplicates = Copies(total=copies["count"], pairs=listed)
+    notes += [warning.message for warning in duplicate_warnings(copies.duplicates)]
+    if copies.note:
+        notes.append(copies.note)
+    listed = tuple(CopyPair(**pair._asdict()) for pair in copies.duplicates.pairs[:LISTED])
     audit = summarize_audit(suspects, missing).replace(
-        file="" if missing else "suspects.csv", warnings=tuple(notes), duplicates=duplicates
+        file="" if missing else "suspects.csv",
+        warnings=tuple(notes),
+        duplicates=Copies(total=copies.duplicates.total, pairs=listed),
     )
     return audit, suspects
 

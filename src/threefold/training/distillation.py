@@ -392,4 +392,4 @@ def _teacher_probs(teacher: Run, rows: Predictions) -> np.ndarray:
     """
     if rows.kind == "oof":
         return np.asarray(teacher_answers(teacher, teacher.results.chosen).probs, np.float32)
-    return np.asarray(teacher.folder.chosen().probs, np.float32)
+    return np.asarray(teacher.folder.chosen.probs, np.float32)

@@ -23,14 +23,12 @@ from threefold.models.pipeline import (
     pick_device,
     pick_precision,
     predict_probs,
-    to_pixels,
 )
 from threefold.models.views import Views, view_counts
 from threefold.predictions.records import VERSION, RoleCounts, RunInfo
 from threefold.recipe import Job, fold_name
 from threefold.recipe_schema import MemberSpec
-from threefold.training.augment import Augment
-from threefold.training.diagnostics import find_copies
+from threefold.training.diagnostics import DataDiagnostics, inspect_data
 from threefold.training.distillation import Distillation
 from threefold.training.out_of_fold import assemble
 from threefold.training.pixel_cache import PixelCache
@@ -42,8 +40,11 @@ RESUME_FILE = ".resume"
 """State of a stage that is being trained, in its job's folder."""
 
 
-def train_members(run: Run) -> None:
-    """Run every job that is missing, then write run.json, oof.npz and test.npz.
+def train_members(run: Run) -> DataDiagnostics:
+    """Run every job that is missing, then write run.json, oof.npz, test.npz and duplicates.json.
+
+    Returns:
+        What the run reports about its images.
 
     Raises:
         ThreefoldError: bad data, a full disk, weights that cannot be loaded.
@@ -55,9 +56,9 @@ def train_members(run: Run) -> None:
     if distillation is not None:
         distillation.prepare(_train_teachers)
     cache = _run_jobs(run)
-    write_arrays(run.dir / "thumbs.npz", **_preview(run, cache))
-    find_copies(run, cache)
+    diagnostics = inspect_data(run, cache)
     cache.remove()
+    return diagnostics
 
 
 def _train_teachers(run: Run) -> None:
@@ -237,16 +238,6 @@ def _by_views(
     pixels = cache.rows(split, spec, rows).pixels
     whole = predict_probs(Predictor(member, no_views), pixels, precision)
     return np.concatenate([whole[None], probs])
-
-
-def _preview(run: Run, cache: PixelCache, count: int = 16) -> dict[str, np.ndarray]:
-    """A few training images as the network sees them, augmented, for the report."""
-    spec = next(m for m in run.recipe.members if not m.joins)
-    rows = np.linspace(0, len(run.sources.train) - 1, count).astype(int)
-    images = to_pixels(cache.rows("train", spec, rows).pixels, torch.device("cpu"))
-    generator = torch.Generator().manual_seed(run.recipe.seed)
-    images = Augment(run.recipe.augment)(images, generator).round().clamp(0, 255)
-    return {"preview": images.permute(0, 2, 3, 1).to(torch.uint8).numpy()}
 
 
 def _data_digest(sources: Sources) -> str:

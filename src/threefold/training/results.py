@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-import numpy as np
-
 from threefold.ensembles.base import Ensemble, LinearEnsemble
 from threefold.ensembles.cascade import stages_by_cost
 from threefold.ensembles.registry import SelectedEnsemble
@@ -14,7 +12,7 @@ from threefold.evaluation.cascade_savings import fit_savings
 from threefold.evaluation.evaluate import Evaluation, evaluate
 from threefold.evaluation.scoring import per_class
 from threefold.evaluation.uncertainty import fit_uncertainty
-from threefold.files import read_arrays, write_arrays
+from threefold.files import write_arrays
 from threefold.models.flops import measure_cost
 from threefold.models.heads import describe
 from threefold.models.member import describe_joint
@@ -28,7 +26,7 @@ from threefold.predictions.results_schema import (
     Score,
 )
 from threefold.recipe_schema import MemberSpec
-from threefold.training.diagnostics import audit_run, make_thumbnails
+from threefold.training.diagnostics import DataDiagnostics, audit_run, make_thumbnails
 from threefold.training.distillation import Distillation, distillation_results
 from threefold.training.out_of_fold import choices_optimism
 from threefold.training.run import Run
@@ -46,21 +44,26 @@ def evaluate_run(run: Run) -> Evaluation:
     return evaluate(run.folder.oof, test, spec, run.recipe.seed)
 
 
-def write_results(run: Run, evaluation: Evaluation, seconds: dict[str, float]) -> None:
+def write_results(
+    run: Run, evaluation: Evaluation, diagnostics: DataDiagnostics, seconds: dict[str, float]
+) -> None:
     """Write results.json, ensemble.npz, chosen.npz, suspects.csv and thumbs.npz.
 
     Args:
         run: a run whose jobs are done.
         evaluation: what `evaluate_run` returned.
+        diagnostics: what `train_members` returned.
         seconds: duration of the steps so far.
     """
     info, ensemble = run.folder.info, evaluation.ensemble
     seen = {} if ensemble.seen_ is None else {"seen": ensemble.seen_.keys}
     write_arrays(run.dir / "ensemble.npz", **ensemble.state(), **seen)
     run.folder.write_chosen(evaluation.rows, evaluation.probs)
-    audit, suspects = audit_run(run, run.folder.oof, evaluation.calibration.probs)
-    thumbs = {**_augmented_images(run), **make_thumbnails(run, evaluation, suspects)}
-    write_arrays(run.dir / "thumbs.npz", **thumbs)
+    audit, suspects = audit_run(
+        run, run.folder.oof, evaluation.calibration.probs, diagnostics.copies
+    )
+    thumbs = make_thumbnails(run, evaluation, suspects)
+    write_arrays(run.dir / "thumbs.npz", preview=diagnostics.augmented, **thumbs)
     members = _member_rows(run)
     scores = _add_costs(run, evaluation, members)
     distillation = distillation_results(run, scores)
@@ -159,13 +162,6 @@ def _passes(run: Run, name: str) -> int:
     """Count the passes of an image through a member: one for each of its networks and views."""
     spec = run.recipe.member(name)
     return run.networks(spec) * max(1, run.views(spec).count)
-
-
-def _augmented_images(run: Run) -> dict[str, np.ndarray]:
-    """Read the augmented training images that training left in thumbs.npz."""
-    path = run.dir / "thumbs.npz"
-    arrays = read_arrays(path) if path.exists() else {}
-    return {"preview": arrays["preview"]} if "preview" in arrays else {}
 
 
 def _member_rows(run: Run) -> tuple[MemberRow, ...]:
