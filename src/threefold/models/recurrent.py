@@ -317,6 +317,7 @@ def full_parameters(
 
 def split_kind(kind: HeadKind) -> tuple[Cell | None, int]:
     """Return the recurrent cell of a kind of head (or None) and its number of directions."""
-    if kind in ("linear", "mlp"):
+    cell = kind.removeprefix("bi")
+    if cell not in RECURRENT:
         return None, 1
-    return cast("Cell", kind.removeprefix("bi")), 2 if kind.startswith("bi") else 1
+    return cast("Cell", cell), 2 if kind.startswith("bi") else 1
