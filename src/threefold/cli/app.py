@@ -24,6 +24,7 @@ from threefold.cli.options import (
     Sets,
     Verbose,
     WallTime,
+    split_names,
 )
 from threefold.cli.output import show_next_steps, show_results, show_student, watch_training
 from threefold.cli.reproduce import register as register_reproduce
@@ -89,7 +90,7 @@ def fit(
             folder,
             target,
             budget_minutes=minutes,
-            members=_split(members),
+            members=split_names([members]),
             overrides=tuple(sets or ()),
             watcher=watcher,
         )
@@ -113,7 +114,9 @@ def plan(
     if Path(recipe).is_dir():
         from threefold.training.plan import plan_folder
 
-        planned = plan_folder(recipe, parse_minutes(budget), _split(members), tuple(sets or ()))
+        planned = plan_folder(
+            recipe, parse_minutes(budget), split_names([members]), tuple(sets or ())
+        )
         out.print(planned.recipe.dump(planned.explain()), markup=False)
         return
     loaded = resolve(recipe, sets or ())
@@ -204,7 +207,7 @@ def export(
     from threefold.exporting.parity import describe_report
     from threefold.training.run import Run
 
-    exported = export_run(Run.open(run_dir), target, method, _split(members), precision)
+    exported = export_run(Run.open(run_dir), target, method, split_names([members]), precision)
     out.print(
         f"{exported['path']}: {exported['bytes'] / 1e6:.1f} MB, {exported['method']}, {precision}; "
         f"{describe_report(exported)}",
@@ -344,11 +347,6 @@ def list_(
 
     for line in catalogue(what, pattern):
         out.print(line, markup=False)
-
-
-def _split(names: str) -> tuple[str, ...]:
-    """Split names at commas."""
-    return tuple(name for name in names.split(",") if name)
 
 
 register_saved(app)

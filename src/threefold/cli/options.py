@@ -1,7 +1,8 @@
-"""Options that several verbs share."""
+"""Options that several verbs share, and how lists of names are read."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -38,3 +39,8 @@ ImageTime = Annotated[
         help="Time per image, e.g. 15ms: run as many members as fit, measured on this machine.",
     ),
 ]
+
+
+def split_names(texts: Iterable[str] | None) -> tuple[str, ...]:
+    """Split the values of an option at commas."""
+    return tuple(name for text in texts or () for name in text.split(",") if name)

@@ -5,14 +5,13 @@ They take seconds and need no torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from threefold.cli.console import out, plain, print_json
-from threefold.cli.options import Json
+from threefold.cli.options import Json, split_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,8 +84,8 @@ def ensemble(
 
     evaluation = evaluate_saved(
         sources,
-        _split(method) or ["auto"],
-        _split(members),
+        split_names(method) or ["auto"],
+        split_names(members),
         top,
         reopen,
         labels=labels,
@@ -122,7 +121,7 @@ def evaluate(
     """Score predictions as they are: nothing is fitted or chosen."""
     from threefold.evaluation.saved import score_saved
 
-    summary, rows = score_saved(sources, _split(members), labels=labels, classes=classes)
+    summary, rows = score_saved(sources, split_names(members), labels=labels, classes=classes)
     best = max(range(len(rows.members)), key=lambda i: summary.scores[i].accuracy)
     _write_page(html, summary, rows.probs[best], rows.labels)
     if as_json:
@@ -201,10 +200,6 @@ def report(
     from threefold.report.pages import write_report
 
     out.print(str(write_report(runs, target)), markup=False)
-
-
-def _split(words: Sequence[str] | None) -> list[str]:
-    return [word for text in words or () for word in text.split(",") if word]
 
 
 def _write_page(

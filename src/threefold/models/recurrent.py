@@ -320,4 +320,4 @@ def split_kind(kind: HeadKind) -> tuple[Cell | None, int]:
     cell = kind.removeprefix("bi")
     if cell not in RECURRENT:
         return None, 1
-    return cast("Cell", cell), 2 if kind.startswith("bi") else 1
+    return cell, 2 if kind.startswith("bi") else 1
