@@ -64,14 +64,15 @@ def main() -> None:
             answers = loaded.predict_proba(images)
             milliseconds = 1000 * (time.process_time() - start) / len(images)
             report = compare(expected, answers, precision, test.labels[rows])
-            accuracy = report["accuracy"]
+            accuracy = report.accuracy
+            assert accuracy is not None
             percentile = float(np.quantile(np.abs(answers - expected).max(1), 0.99))
-            correct = f"{accuracy['before']} -> {accuracy['after']}"
+            correct = f"{accuracy.before} -> {accuracy.after}"
             print(
                 f"{precision:10}{path.stat().st_size / 1e6:8.1f}"
-                f"{report['max_difference']:10.1e}{percentile:10.1e}"
-                f"{report['changed'] + report['ties']:13}{correct:>14}"
-                f"{accuracy['lost']:6}{accuracy['gained']:8}{milliseconds:17.1f}",
+                f"{report.max_difference:10.1e}{percentile:10.1e}"
+                f"{report.changed + report.ties:13}{correct:>14}"
+                f"{accuracy.lost:6}{accuracy.gained:8}{milliseconds:17.1f}",
                 flush=True,
             )
 

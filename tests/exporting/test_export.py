@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 from PIL import Image
-from support.exports import pictures, whole
+from support.exports import noise_images, run_pipeline
 
 import threefold
 from threefold.ensembles.registry import ENSEMBLES
@@ -27,72 +27,81 @@ from threefold.training.results import evaluate_run
 from threefold.training.run import Run
 
 
-def test_the_file_of_a_run_answers_as_its_predictions_say(finished: Run) -> None:
+def test_the_file_gives_the_predictions_of_its_run(finished: Run) -> None:
     model = threefold.load(finished.dir / "model.onnx")
     test = finished.sources.test
     assert test is not None
     chosen = read_arrays(finished.dir / "chosen.npz")
+    paths = [finished.recipe.data.root + "/" + i for i in test.ids]
+
     output = model.infer([test.pixels(i) for i in range(len(test))])
+
     np.testing.assert_allclose(output.probs, chosen["probs"], atol=1e-5)
     np.testing.assert_allclose(
         output.member_probs, finished.predictions("test").probs.transpose(1, 0, 2), atol=1e-5
     )
-    paths = [finished.recipe.data.root + "/" + i for i in test.ids]
     np.testing.assert_array_equal(model.predict_proba(paths), output.probs)
 
 
 def test_sizes_never_seen_in_tracing_agree_with_eager(finished: Run) -> None:
     model = threefold.load(finished.dir / "model.onnx")
-    found = evaluate_run(finished)
+    evaluation = evaluate_run(finished)
     pipeline = finished.pipeline(
-        Combiner(found.ensemble.to_module(), found.calibration.to_module())
+        Combiner(evaluation.ensemble.to_module(), evaluation.calibration.to_module())
     )
-    images = [*pictures(), np.zeros((1, 1, 3), np.uint8), np.full((300, 7, 3), 255, np.uint8)]
-    np.testing.assert_allclose(
-        model.predict_proba(images), pipeline.predict_proba(images), atol=1e-5
-    )
+    images = [*noise_images(), np.zeros((1, 1, 3), np.uint8), np.full((300, 7, 3), 255, np.uint8)]
+
+    probs = model.predict_proba(images)
+
+    np.testing.assert_allclose(probs, pipeline.predict_proba(images), atol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ENSEMBLES)
 def test_every_ensemble_exports_exactly(finished: Run, tmp_path: Path, method: str) -> None:
-    report = targets.export(whole(finished, method), tmp_path / "m.onnx", pictures())
-    assert report["max_difference"] < 1e-5
-    assert report["top1_agreement"] == 1.0
+    report = targets.export(run_pipeline(finished, method), tmp_path / "m.onnx", noise_images())
+
+    assert report.max_difference < 1e-5
+    assert report.top1_agreement == 1.0
 
 
 def test_answers_that_differ_are_refused_and_nothing_is_written(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline = whole(finished)
-    honest = Pipeline.predict_proba
+    pipeline = run_pipeline(finished)
+    original = Pipeline.predict_proba
     monkeypatch.setattr(
-        Pipeline, "predict_proba", lambda self, images: honest(self, images)[:, ::-1]
+        Pipeline, "predict_proba", lambda self, images: original(self, images)[:, ::-1]
     )
+
     with pytest.raises(
         ExportError, match=r"would answer differently.*expected difference <= 0.0001"
     ):
-        targets.export(pipeline, tmp_path / "m.onnx", pictures(2))
+        targets.export(pipeline, tmp_path / "m.onnx", noise_images(2))
+
     assert not (tmp_path / "m.onnx").exists()
 
 
 def test_folding_batch_norm_keeps_the_answers(finished: Run) -> None:
     for spec in finished.recipe.members:
         predictor = Predictor(finished.load_member(spec, 0, 3)).eval()
-        folded = fold_batch_norm(predictor, spec.img_size)
-        assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
         pixels = torch.rand(2, 3, spec.img_size, spec.img_size) * 255
+
+        folded = fold_batch_norm(predictor, spec.img_size)
+
+        assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
         torch.testing.assert_close(folded(pixels), predictor(pixels), rtol=1e-4, atol=1e-5)
 
 
 def test_the_graph_has_no_recurrent_operator_and_no_outside_data(finished: Run) -> None:
     model = onnx.load(finished.dir / "model.onnx", load_external_data=False)
+
     branches = [node for node in model.graph.node if node.op_type == "If"]
-    assert [node.name for node in branches] == [
-        "stage1"
-    ]  # of two members the second, see `cascading`
     inner = [node for branch in branches for part in branch.attribute for node in part.g.node]
     nodes = [node for node in [*model.graph.node, *inner] if node not in branches]
+
+    # The second of two members, see `onnx_cascade`.
+    assert [node.name for node in branches] == ["stage1"]
     assert not {node.op_type for node in nodes} & {"RNN", "GRU", "LSTM", "Loop", "Scan", "If"}
     assert {node.domain for node in nodes} <= {"", "ai.onnx"}
     assert not any(
@@ -101,8 +110,9 @@ def test_the_graph_has_no_recurrent_operator_and_no_outside_data(finished: Run) 
     onnx.checker.check_model(model)
 
 
-def test_the_card_says_what_it_is(finished: Run) -> None:
+def test_the_card_describes_the_run(finished: Run) -> None:
     card = threefold.load(finished.dir / "model.onnx").card
+
     assert card["classes"] == ["blue", "green", "red"]
     assert card["score"]["protocol"] == "honest"
     assert card["score"]["interval"][0] <= card["score"]["accuracy"]
@@ -120,9 +130,11 @@ def test_loading_and_predicting_need_no_torch(finished: Run) -> None:
         "assert not bad, bad\n"
         "print(probs.shape)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "(1, 3)"
+
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == "(1, 3)"
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "text", "pickle", "foreign"])
@@ -148,21 +160,29 @@ def test_a_file_that_is_not_ours_is_one_clear_error(tmp_path: Path, kind: str) -
         )
     elif kind != "missing":
         path.write_bytes(content[kind])
+
     with pytest.raises(ExportError) as error:
         threefold.load(path)
+
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_inputs_that_are_not_images(finished: Run, tmp_path: Path) -> None:
     model = threefold.load(finished.dir / "model.onnx")
+    (tmp_path / "x.jpg").write_bytes(b"not a picture")
+
     with pytest.raises(ExportError, match=r"expected uint8 \(h, w, 3\), got float64 \(4, 4, 3\)"):
         model.predict_proba([np.zeros((4, 4, 3))])
-    (tmp_path / "x.jpg").write_bytes(b"not a picture")
     with pytest.raises(DataError, match=r"x\.jpg"):
         model.predict_proba([tmp_path / "x.jpg"])
     assert model.predict_proba([]).shape == (0, 3)
+
+
+def test_a_grey_image_is_read_as_colour(finished: Run, tmp_path: Path) -> None:
+    model = threefold.load(finished.dir / "model.onnx")
     Image.new("L", (5, 9), 77).save(tmp_path / "grey.png")
+
     assert model.predict([tmp_path / "grey.png"])[0] in model.classes
 
 
@@ -171,14 +191,16 @@ def test_another_suffix_is_refused(finished: Run, tmp_path: Path) -> None:
         export(finished, tmp_path / "model.pkl")
 
 
-def test_evaluation_on_arrays_matches_the_results_file(finished: Run) -> None:
-    found = evaluate(
+def test_evaluation_on_arrays_matches_results_json(finished: Run) -> None:
+    costs = {"macs", "parameters"}  # these come from the networks
+    stored = [score.model_dump(exclude=costs) for score in finished.results.scores]
+
+    evaluation = evaluate(
         finished.predictions("oof"),
         finished.predictions("test"),
         finished.recipe.ensemble,
         finished.recipe.seed,
     )
-    costs = {"macs", "parameters"}  # these come from the networks
-    stored = [score.model_dump(exclude=costs) for score in finished.results.scores]
-    assert [score.model_dump(exclude=costs) for score in found.scores] == stored
-    assert found.chosen == finished.results.chosen
+
+    assert [score.model_dump(exclude=costs) for score in evaluation.scores] == stored
+    assert evaluation.chosen == finished.results.chosen

@@ -46,8 +46,8 @@ def test_it_builds_learns_and_exports(family: str, head: HeadSpec, tmp_path: Pat
     learn(member, pixels)
     settle(member, pixels)
     report = targets.export(pipeline_of(member, 64), tmp_path / "m.onnx", list(pictures))
-    assert report["max_difference"] <= TOLERANCES["float32"].difference
-    assert report["top1_agreement"] == 1.0
+    assert report.max_difference <= TOLERANCES["float32"].difference
+    assert report.top1_agreement == 1.0
 
 
 def test_the_recipe_names_what_it_promises() -> None:

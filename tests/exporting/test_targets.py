@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.exports import pictures
+from support.exports import noise_images
 from torch import nn
 
 from threefold.errors import ExportError
 from threefold.exporting import targets
 from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
+from threefold.predictions.results_schema import ExportReport
 
 
-class Tiny(nn.Module):
-    """Pixels in 0..255 to logits, with a batch norm that has seen something."""
+class TinyNetwork(nn.Module):
+    """Pixels in 0..255 to logits, with a batch norm that is not the identity."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -37,7 +38,7 @@ class Tiny(nn.Module):
 
 
 class Mean(nn.Module):
-    """The ensemble."""
+    """The mean of the members."""
 
     def forward(self, member_probs: torch.Tensor) -> torch.Tensor:
         """Probabilities (b, k)."""
@@ -47,32 +48,34 @@ class Mean(nn.Module):
 @pytest.fixture(scope="module")
 def tiny_pipeline() -> Pipeline:
     members = {
-        name: MemberPipeline([Predictor(Tiny(i)), Predictor(Tiny(9 + i))], 16 + i, "squash")
+        name: MemberPipeline(
+            [Predictor(TinyNetwork(i)), Predictor(TinyNetwork(9 + i))], 16 + i, "squash"
+        )
         for i, name in enumerate("ab")
     }
     return Pipeline(members, Combiner(Mean()), ("w", "x", "y", "z"))
 
 
-def export(pipeline: Pipeline, path: Path, **words: Any) -> dict[str, Any]:
+def export_pipeline(pipeline: Pipeline, path: Path, **options: Any) -> ExportReport:
     return targets.export(
-        pipeline, path, pictures(), {"name": "tiny"}, labels=[0] * 6, rows="test", **words
+        pipeline, path, noise_images(), {"name": "tiny"}, labels=[0] * 6, rows="test", **options
     )
 
 
 def test_a_pt2_file_answers_for_any_batch_and_size(tiny_pipeline: Pipeline, tmp_path: Path) -> None:
-    report = export(tiny_pipeline, tmp_path / "m.pt2")
-    assert report["max_difference"] <= 1e-5
-    assert report["bytes"] == (tmp_path / "m.pt2").stat().st_size
     extra = {targets.CARD_FILE: ""}
+
+    report = export_pipeline(tiny_pipeline, tmp_path / "m.pt2")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.load(tmp_path / "m.pt2", extra_files=extra)
+
+    assert report.max_difference <= 1e-5
+    assert report.bytes == (tmp_path / "m.pt2").stat().st_size
     card = json.loads(extra[targets.CARD_FILE])
-    assert (card["classes"], card["members"], card["name"]) == (
-        ["w", "x", "y", "z"],
-        ["a", "b"],
-        "tiny",
-    )
+    assert card["classes"] == ["w", "x", "y", "z"]
+    assert card["members"] == ["a", "b"]
+    assert card["name"] == "tiny"
     assert card["parity"]["images"] == 6
     module = program.module()
     for shape in ((1, 9, 31, 3), (5, 40, 17, 3), (2, 16, 16, 3)):
@@ -83,13 +86,11 @@ def test_a_pt2_file_answers_for_any_batch_and_size(tiny_pipeline: Pipeline, tmp_
 
 
 def test_our_pt2_files_hold_no_pickled_weights(tiny_pipeline: Pipeline, tmp_path: Path) -> None:
-    export(tiny_pipeline, tmp_path / "m.pt2")
+    export_pipeline(tiny_pipeline, tmp_path / "m.pt2")
+
     with zipfile.ZipFile(tmp_path / "m.pt2") as archive:
-        configs = [
-            n
-            for n in archive.namelist()
-            if n.endswith(".json") and ("weights" in n or "constants" in n)
-        ]
+        names = [name for name in archive.namelist() if name.endswith(".json")]
+        configs = [name for name in names if "weights" in name or "constants" in name]
         assert configs
         for name in configs:
             assert '"use_pickle": true' not in archive.read(name).decode(), name
@@ -99,26 +100,28 @@ def test_our_pt2_files_hold_no_pickled_weights(tiny_pipeline: Pipeline, tmp_path
 @pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
 def test_an_openvino_file_answers(tiny_pipeline: Pipeline, tmp_path: Path, precision: str) -> None:
     openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
-    report = export(
-        tiny_pipeline, tmp_path / "m.xml", precision=precision, calibration=pictures(20)
+
+    report = export_pipeline(
+        tiny_pipeline, tmp_path / "m.xml", precision=precision, calibration=noise_images(20)
     )
-    assert report["max_difference"] <= report["tolerance"]
+
+    assert report.max_difference <= report.tolerance
     assert sorted(os.listdir(tmp_path)) == ["m.bin", "m.xml"]
-    assert report["bytes"] == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert report.bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
     model = openvino.Core().read_model(tmp_path / "m.xml")
     card = json.loads(model.get_rt_info(["threefold"]).astype(str))
-    assert (card["classes"], card["precision"], card["parity"]["rows"]) == (
-        ["w", "x", "y", "z"],
-        precision,
-        "test",
-    )
+    assert card["classes"] == ["w", "x", "y", "z"]
+    assert card["precision"] == precision
+    assert card["parity"]["rows"] == "test"
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     images = np.random.default_rng(0).integers(0, 256, (3, 33, 21, 3), dtype=np.uint8)
     probs, members = (value.detach().numpy() for value in tiny_pipeline(torch.from_numpy(images)))
     outputs = compiled({"images": images})
-    np.testing.assert_allclose(outputs["probs"], probs, atol=report["tolerance"])
-    np.testing.assert_allclose(outputs["member_probs"], members, atol=report["tolerance"])
-    export(tiny_pipeline, tmp_path / "m.xml")  # over the old one
+    np.testing.assert_allclose(outputs["probs"], probs, atol=report.tolerance)
+    np.testing.assert_allclose(outputs["member_probs"], members, atol=report.tolerance)
+
+    export_pipeline(tiny_pipeline, tmp_path / "m.xml")  # over the old one
+
     assert sorted(os.listdir(tmp_path)) == ["m.bin", "m.xml"]
 
 
@@ -126,10 +129,12 @@ def test_without_openvino_the_error_says_what_to_install(
     tiny_pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
+
     with pytest.raises(
         ExportError, match=r"OpenVINO is not installed: .*m\.xml; fix: pip install openvino"
     ):
-        export(tiny_pipeline, tmp_path / "m.xml")
+        export_pipeline(tiny_pipeline, tmp_path / "m.xml")
+
     assert not list(tmp_path.iterdir())
 
 
@@ -140,21 +145,29 @@ def test_answers_that_differ_leave_nothing_and_the_old_file(
     if name == "m.xml":
         pytest.importorskip("openvino", reason="OpenVINO is not installed")
     (tmp_path / name).write_text("old")
-    honest = Pipeline.predict_proba
+    original = Pipeline.predict_proba
     monkeypatch.setattr(
-        Pipeline, "predict_proba", lambda self, images: honest(self, images)[:, ::-1]
+        Pipeline, "predict_proba", lambda self, images: original(self, images)[:, ::-1]
     )
+
     with pytest.raises(ExportError, match="would answer differently"):
-        export(tiny_pipeline, tmp_path / name)
+        export_pipeline(tiny_pipeline, tmp_path / name)
+
     assert os.listdir(tmp_path) == [name]
     assert (tmp_path / name).read_text() == "old"
 
 
-def test_kinds_that_cannot_be(tiny_pipeline: Pipeline, tmp_path: Path) -> None:
+def test_unsupported_targets_are_refused(tiny_pipeline: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"a name that ends in \.onnx, \.pt2 or \.xml"):
-        export(tiny_pipeline, tmp_path / "m.tflite")
+        export_pipeline(tiny_pipeline, tmp_path / "m.tflite")
     with pytest.raises(ExportError, match=r"a \.pt2 file holds float32 only.*got int8"):
-        export(tiny_pipeline, tmp_path / "m.pt2", precision="int8")
+        export_pipeline(tiny_pipeline, tmp_path / "m.pt2", precision="int8")
+
+
+def test_a_target_that_cannot_be_written_is_refused(
+    tiny_pipeline: Pipeline, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
+
     with pytest.raises(ExportError, match="cannot write"):
-        export(tiny_pipeline, tmp_path / "file" / "m.pt2")
+        export_pipeline(tiny_pipeline, tmp_path / "file" / "m.pt2")

@@ -1,4 +1,4 @@
-"""An exported file calibrates, gives prediction sets and flags unknown images like the arrays."""
+"""Calibration, prediction sets and unknown images of an exported file equal those on arrays."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from support.exports import copy_with_card, plain_images, save_images
 from torch import nn
 
 import threefold
@@ -20,71 +21,83 @@ from threefold.ensembles.averaging import MeanEnsemble
 from threefold.ensembles.calibration import fit_calibration
 from threefold.errors import ExportError
 from threefold.evaluation.uncertainty import Uncertainty, fit_uncertainty, uncertainty_card
-from threefold.exporting import onnx_files, targets
+from threefold.exporting import targets
 from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
-from threefold.runtime import predict as answers
 from threefold.runtime.model import Model
+from threefold.runtime.predict import write_predictions
 
 CLASSES = ("oak", "elm", "ash")
 
 
-def tiny(seed: int) -> nn.Module:
+def tiny_network(seed: int) -> nn.Module:
     """Mean colours and a linear layer: it answers each picture differently, and is too sure."""
     torch.manual_seed(seed)
-    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)).requires_grad_(
-        False
-    )
-    net[2].weight.mul_(0.15)
-    return net
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+    network.requires_grad_(False)
+    network[2].weight.mul_(0.15)
+    return network
 
 
-def pictures(count: int = 200) -> list[np.ndarray]:
-    rng = np.random.default_rng(0)
-    colours = rng.integers(0, 256, (count, 3))
-    return [
-        np.full((int(s), int(s) + 2, 3), colour, np.uint8)
-        for colour, s in zip(colours, rng.integers(3, 20, count), strict=True)
-    ]
-
-
-def truth(probs: np.ndarray) -> np.ndarray:
+def biased_labels(probs: np.ndarray) -> np.ndarray:
     """Labels that the network is too sure of, with a bias to the first class."""
     softer = probs**0.6 * np.array([2.0, 1.0, 0.7])
     shares = (softer / softer.sum(1, keepdims=True)).cumsum(1)
     return (np.random.default_rng(1).random((len(probs), 1)) > shares).sum(1).clip(max=2)
 
 
+@dataclass(frozen=True)
+class TwoMembers:
+    """Two small members, the mean of their answers to `plain_images`, and labels for these."""
+
+    members: dict[str, MemberPipeline]
+    probs: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class UncertainFile:
+    """An exported file, its prediction sets, and the calibrated answers (n, k) computed on arrays."""
+
+    model: Model
+    uncertainty: Uncertainty
+    probs: np.ndarray
+
+
+def export_calibrated(two: TwoMembers, path: Path, calibration: str) -> UncertainFile:
+    """Export with this kind of calibration and its prediction sets."""
+    fitted = fit_calibration(calibration, two.probs, two.labels)
+    assert fitted.name == calibration
+    uncertainty = fit_uncertainty(fitted.probs, two.labels, alpha=0.2, reject=0.1)
+    combiner = Combiner(MeanEnsemble().to_module(), fitted.to_module())
+    card = {"calibration": fitted.state(), **uncertainty_card(uncertainty.as_dict())}
+    report = targets.export(Pipeline(two.members, combiner, CLASSES), path, plain_images(20), card)
+    assert report.max_difference < 1e-5
+    return UncertainFile(threefold.load(path), uncertainty, fitted.apply(two.probs))
+
+
+def predict_lines(model: Model, folder: Path, form: str) -> list[str]:
+    """The lines that `predict` writes for `plain_images`."""
+    save_images(plain_images(), folder)
+    out = io.StringIO()
+    assert write_predictions(out, print, model.path, [str(folder)], 2, form) == 0
+    return out.getvalue().splitlines()
+
+
 @pytest.fixture(scope="module")
-def world() -> dict[str, Any]:
+def two() -> TwoMembers:
     members = {
-        name: MemberPipeline([Predictor(tiny(i))], 8, "squash") for i, name in enumerate(("a", "b"))
+        name: MemberPipeline([Predictor(tiny_network(i))], 8, "squash")
+        for i, name in enumerate(("a", "b"))
     }
-    plain = Pipeline(members, Combiner(MeanEnsemble().to_module()), CLASSES)
-    probs = plain.predict_proba(pictures())
-    return {"members": members, "probs": probs, "labels": truth(probs)}
-
-
-def written(world: dict[str, Any], path: Path, name: str) -> tuple[Uncertainty, np.ndarray]:
-    """Export with a calibration and its sets; returns the sets and the calibrated answers."""
-    found = fit_calibration(name, world["probs"], world["labels"])
-    assert found.name == name
-    uncertainty = fit_uncertainty(found.probs, world["labels"], alpha=0.2, reject=0.1)
-    pipeline = Pipeline(
-        world["members"], Combiner(MeanEnsemble().to_module(), found.to_module()), CLASSES
-    )
-    card = {"calibration": found.state(), **uncertainty_card(uncertainty.as_dict())}
-    report = targets.export(pipeline, path, pictures(20), card)
-    assert report["max_difference"] < 1e-5
-    return uncertainty, found.apply(world["probs"])
+    mean = Pipeline(members, Combiner(MeanEnsemble().to_module()), CLASSES)
+    probs = mean.predict_proba(plain_images())
+    return TwoMembers(members, probs, biased_labels(probs))
 
 
 @pytest.fixture(scope="module")
-def made(
-    world: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Model, Uncertainty, np.ndarray]:
-    path = tmp_path_factory.mktemp("file") / "model.onnx"
-    uncertainty, probs = written(world, path, "vector")
-    return threefold.load(path), uncertainty, probs
+def exported(two: TwoMembers, tmp_path_factory: pytest.TempPathFactory) -> UncertainFile:
+    """A file with vector scaling."""
+    return export_calibrated(two, tmp_path_factory.mktemp("file") / "model.onnx", "vector")
 
 
 @pytest.mark.parametrize(
@@ -95,77 +108,80 @@ def made(
         "vector",
     ],
 )
-def test_the_file_answers_with_its_calibration(
-    world: dict[str, Any], tmp_path: Path, name: str
-) -> None:
-    _, expected = written(world, tmp_path / "m.onnx", name)
-    np.testing.assert_allclose(
-        threefold.load(tmp_path / "m.onnx").predict_proba(pictures()), expected, atol=1e-5
-    )
+def test_the_file_answers_with_its_calibration(two: TwoMembers, tmp_path: Path, name: str) -> None:
+    exported = export_calibrated(two, tmp_path / "m.onnx", name)
+
+    probs = exported.model.predict_proba(plain_images())
+
+    np.testing.assert_allclose(probs, exported.probs, atol=1e-5)
     if name != "none":
-        assert np.abs(expected - world["probs"]).max() > 0.05
+        assert np.abs(exported.probs - two.probs).max() > 0.05
 
 
-def test_the_file_gives_the_sets_that_were_measured(
-    made: tuple[Model, Uncertainty, np.ndarray],
-) -> None:
-    model, uncertainty, probs = made
+def test_the_file_gives_the_sets_that_were_measured(exported: UncertainFile) -> None:
+    model, images = exported.model, plain_images()
+
     for by_class in (False, True):
-        inside = uncertainty.sets[by_class].predict_sets(probs)
-        sets = model.predict_sets(pictures(), by_class)
-        assert [set(s) for s in sets] == [
-            {CLASSES[i] for i in np.flatnonzero(row)} for row in inside
-        ]
-        assert [s[0] for s in sets] == model.predict(pictures())
-        assert {len(s) for s in sets} > {1}
-    assert model.predict_sets(pictures()) != model.predict_sets(pictures(), by_class=True)
-    unknown = model.is_unknown(pictures())
-    assert unknown.tolist() == uncertainty.unknown.is_unknown(probs).tolist()
-    assert 0 < unknown.mean() < 0.3
+        sets = model.predict_sets(images, by_class)
+
+        inside = exported.uncertainty.sets[by_class].predict_sets(exported.probs)
+        expected = [{CLASSES[i] for i in np.flatnonzero(row)} for row in inside]
+        assert [set(names) for names in sets] == expected
+        assert [names[0] for names in sets] == model.predict(images)
+        assert {len(names) for names in sets} > {1}
+
+    assert model.predict_sets(images) != model.predict_sets(images, by_class=True)
     assert model.predict_sets([]) == []
-    assert model.is_unknown([]).shape == (0,)
 
 
-def answered(model: Model, tmp_path: Path, form: str) -> list[str]:
-    for i, picture in enumerate(pictures()):
-        Image.fromarray(picture).save(tmp_path / f"{i:03d}.png")
-    out = io.StringIO()
-    assert answers.write_predictions(out, print, model.path, [str(tmp_path)], 2, form) == 0
-    return out.getvalue().splitlines()
+def test_the_file_flags_unknown_images(exported: UncertainFile) -> None:
+    unknown = exported.model.is_unknown(plain_images())
+
+    expected = exported.uncertainty.unknown.is_unknown(exported.probs)
+    assert unknown.tolist() == expected.tolist()
+    assert 0 < unknown.mean() < 0.3
+    assert exported.model.is_unknown([]).shape == (0,)
 
 
-def test_predict_prints_the_set_and_the_doubt(
-    made: tuple[Model, Uncertainty, np.ndarray], tmp_path: Path
-) -> None:
-    model, uncertainty, probs = made
-    sets, unknown = model.predict_sets(pictures()), uncertainty.unknown.is_unknown(probs)
-    for line, names, doubt in zip(answered(model, tmp_path, "text"), sets, unknown, strict=True):
+def test_predict_prints_the_set_and_unknown_images(exported: UncertainFile, tmp_path: Path) -> None:
+    sets = exported.model.predict_sets(plain_images())
+    unknown = exported.uncertainty.unknown.is_unknown(exported.probs)
+
+    lines = predict_lines(exported.model, tmp_path, "text")
+    entries = [json.loads(line) for line in predict_lines(exported.model, tmp_path, "json")]
+
+    for line, names, is_unknown in zip(lines, sets, unknown, strict=True):
         assert f"; 80% set {{{', '.join(names)}}}" in line
-        assert line.endswith("; unknown?") == doubt
-    told = [json.loads(line) for line in answered(model, tmp_path, "json")]
-    assert [entry["set"] for entry in told] == sets
-    assert [entry["unknown"] for entry in told] == unknown.tolist()
+        assert line.endswith("; unknown?") == is_unknown
+    assert [entry["set"] for entry in entries] == sets
+    assert [entry["unknown"] for entry in entries] == unknown.tolist()
 
 
-def test_files_without_sets_work_and_say_what_they_lack(
-    world: dict[str, Any], tmp_path: Path
-) -> None:
-    pipeline = Pipeline(world["members"], Combiner(MeanEnsemble().to_module()), CLASSES)
-    targets.export(pipeline, tmp_path / "old.onnx", pictures(4))
+def test_files_without_sets_name_what_they_lack(two: TwoMembers, tmp_path: Path) -> None:
+    pipeline = Pipeline(two.members, Combiner(MeanEnsemble().to_module()), CLASSES)
+    targets.export(pipeline, tmp_path / "old.onnx", plain_images(4))
     model = threefold.load(tmp_path / "old.onnx")
-    for use, what in (
+
+    for predict, missing in (
         (model.predict_sets, "prediction sets"),
         (model.is_unknown, "threshold for unknown images"),
     ):
-        with pytest.raises(
-            ExportError, match=rf"the model file has no {what}: .*old\.onnx; fix: export it again"
-        ) as error:
-            use(pictures(1))
+        message = rf"the model file has no {missing}: .*old\.onnx; fix: export it again"
+        with pytest.raises(ExportError, match=message) as error:
+            predict(plain_images(1))
         assert "\n" not in str(error.value)
-    folder = tmp_path / "images"
+
+
+def test_files_without_sets_predict(two: TwoMembers, tmp_path: Path) -> None:
+    pipeline = Pipeline(two.members, Combiner(MeanEnsemble().to_module()), CLASSES)
+    targets.export(pipeline, tmp_path / "old.onnx", plain_images(4))
+    model, folder = threefold.load(tmp_path / "old.onnx"), tmp_path / "images"
     folder.mkdir()
-    assert all(line.count(";") == 0 and "%" in line for line in answered(model, folder, "text"))
-    assert not {"set", "unknown"} & set(json.loads(answered(model, folder, "json")[0]))
+
+    lines = predict_lines(model, folder, "text")
+
+    assert all(line.count(";") == 0 and "%" in line for line in lines)
+    assert not {"set", "unknown"} & set(json.loads(predict_lines(model, folder, "json")[0]))
 
 
 @pytest.mark.parametrize(
@@ -179,30 +195,27 @@ def test_files_without_sets_work_and_say_what_they_lack(
     ],
 )
 def test_a_damaged_card_is_one_line(
-    world: dict[str, Any], tmp_path: Path, card: dict[str, Any], made: Any
+    exported: UncertainFile, tmp_path: Path, card: dict[str, Any]
 ) -> None:
-    import onnx
+    path = copy_with_card(exported.model, tmp_path / "m.onnx", **card)
 
-    model = onnx.load(made[0].path)
-    onnx_files.set_card(model, {**made[0].card, **card})
-    onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(
         ExportError, match=r"the model card is damaged: .*m\.onnx; got conformal or unknown: "
     ):
-        threefold.load(tmp_path / "m.onnx")
+        threefold.load(path)
 
 
-def test_sets_need_no_torch_and_no_scipy(
-    made: tuple[Model, Uncertainty, np.ndarray], tmp_path: Path
-) -> None:
-    Image.fromarray(pictures(1)[0]).save(tmp_path / "a.png")
+def test_sets_need_no_torch_and_no_scipy(exported: UncertainFile, tmp_path: Path) -> None:
+    save_images(plain_images(1), tmp_path)
     code = (
         "import sys, threefold\n"
-        f"m = threefold.load({str(made[0].path)!r})\n"
-        f"a = [{str(tmp_path / 'a.png')!r}]\n"
+        f"m = threefold.load({str(exported.model.path)!r})\n"
+        f"a = [{str(tmp_path / '000.png')!r}]\n"
         "print(m.predict_sets(a), m.predict_sets(a, by_class=True), m.is_unknown(a))\n"
         "bad = {'torch', 'timm', 'sklearn', 'scipy', 'onnx', 'pydantic'} & set(sys.modules)\n"
         "assert not bad, bad"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert process.returncode == 0, process.stderr

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.fake_runs import fake_run, full_run
+from support.fake_runs import fake_export, fake_run, full_run
 
 from threefold.errors import RunError
 from threefold.predictions.records import VERSION
@@ -68,13 +68,15 @@ def test_a_damaged_file_is_one_clear_line(
 
 def test_what_was_written_is_not_read_back(tmp_path: Path) -> None:
     folder = RunFolder(fake_run(tmp_path / "run", n=20))
-    folder.add_results("export", 8.5, export={"path": "model.onnx"})
+    report = fake_export()
+    folder.add_results("export", 8.5, export=report)
     stored = json.loads((folder.path / "results.json").read_text(encoding="utf-8"))
 
     (folder.path / "results.json").unlink()
 
     assert folder.results.seconds["export"] == stored["seconds"]["export"] == 8.5
-    assert folder.results.export == stored["export"]
+    assert folder.results.export == report
+    assert stored["export"] == report.as_json()
 
 
 def test_a_run_is_read_without_torch(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from support.summaries import (
 )
 from threefold.files import write_arrays, write_json
 from threefold.predictions.records import VERSION
+from threefold.predictions.results_schema import ExportReport, Latency
 from threefold.recipe import Recipe
 from threefold.stats import scores as stats
 
@@ -115,15 +116,7 @@ def full_run(
         "optimism": fake_optimism(evil),
         "conformal": fake_conformal(n),
         "cascade": fake_cascade(names[:3], n),
-        "export": {
-            "latency": {
-                "full": 17.3,
-                "fast": 7.1,
-                "stages": [4.4, 10.4, 17.3],
-                "n": 16,
-                "threads": 0,
-            }
-        },
+        "export": fake_export().as_json(),
         "audit": _audit(classes, evil),
         "ledger": _ledger(evil),
         "test_opened": {"at": "2026-11-24T06:15:30+00:00", "by": "train", "rows": n, "times": 1},
@@ -184,6 +177,25 @@ def _ledger(evil: str) -> list[dict[str, Any]]:
             "overlap": 3000,
         },
     ]
+
+
+def fake_export() -> ExportReport:
+    """The report of an exported cascade of three members."""
+    latency = Latency(full=17.3, fast=7.1, stages=(4.4, 10.4, 17.3), n=16, threads=0)
+    return ExportReport(
+        images=64,
+        rows="test",
+        max_difference=4e-7,
+        top1_agreement=1.0,
+        changed=0,
+        ties=0,
+        precision="float32",
+        tolerance=1e-4,
+        changed_tolerance=0,
+        loss_tolerance=0,
+        path="model.onnx",
+        latency=latency,
+    )
 
 
 def fake_recipe(name: str, protocol: str, export: str) -> Recipe:

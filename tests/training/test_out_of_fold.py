@@ -108,7 +108,7 @@ def test_single_and_joint_members_can_be_exported(partial: Run, tmp_path: Path) 
     pictures = [test.pixels(i) for i in range(len(test))]
     for name, row in (("joint", 3), ("b", 1)):
         report = export(partial, tmp_path / f"{name}.onnx", members=[name])
-        model = threefold.load(report["path"])
+        model = threefold.load(report.path)
         assert model.members == (name,)
         members = model.infer(pictures).member_probs
         np.testing.assert_allclose(members[:, 0], partial.predictions("test").probs[row], atol=1e-5)

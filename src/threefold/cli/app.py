@@ -209,7 +209,7 @@ def export(
 
     exported = export_run(Run.open(run_dir), target, method, split_names([members]), precision)
     out.print(
-        f"{exported['path']}: {exported['bytes'] / 1e6:.1f} MB, {exported['method']}, {precision}; "
+        f"{exported.path}: {exported.bytes / 1e6:.1f} MB, {exported.method}, {precision}; "
         f"{describe_report(exported)}",
         markup=False,
     )

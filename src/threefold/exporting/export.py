@@ -21,7 +21,7 @@ from threefold.exporting import targets
 from threefold.exporting.quantization import CALIBRATION_IMAGES
 from threefold.files import read_arrays, sha256
 from threefold.models.pipeline import Combiner
-from threefold.predictions.results_schema import Score
+from threefold.predictions.results_schema import ExportReport, Latency, Score
 from threefold.runtime.model import load
 from threefold.training.run import Run
 
@@ -53,7 +53,7 @@ def export(
     method: str | None = None,
     members: Sequence[str] = (),
     precision: str = "float32",
-) -> dict[str, Any]:
+) -> ExportReport:
     """Write a run's chosen ensemble as one file, behind the parity gate.
 
     Args:
@@ -66,8 +66,7 @@ def export(
             on training images.
 
     Returns:
-        The parity report, with the file's path, its size in bytes, and its latency
-        (`runtime.Model.measure_latency`).
+        The parity report, with the path, size and latency of the file.
 
     Raises:
         ExportError: the answers differ, the kind of file or the precision is unknown, or the file
@@ -103,9 +102,10 @@ def export(
     )
     if test is not None:  # the gate counts right answers
         run.folder.open_test("export", len(rows))
-    report |= {"path": str(target), "method": ensemble.card["method"]}
+    report = report.replace(path=str(target), method=ensemble.card["method"])
     if target.suffix == ".onnx":
-        report |= {"latency": load(target).measure_latency(images[:LATENCY_IMAGES])}
+        latency = load(target).measure_latency(images[:LATENCY_IMAGES])
+        report = report.replace(latency=Latency.parse(latency, target))
     run.folder.add_results("export", time.monotonic() - start, export=report)
     return report
 

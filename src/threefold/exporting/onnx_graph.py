@@ -29,6 +29,7 @@ from threefold.models.pipeline import (
     mix,
 )
 from threefold.models.resize import resize_square
+from threefold.predictions.results_schema import ExportReport
 from threefold.runtime.model import FORMAT, load
 
 OPSET = 20
@@ -53,9 +54,9 @@ def write_onnx(
     target: Path,
     card: dict[str, Any],
     images: Sequence[np.ndarray],
-    measure: Callable[[np.ndarray], dict[str, Any]],
-) -> dict[str, Any]:
-    """Write a graph with its card if its answers pass; above 2 GB as a bundle, see `bundle`.
+    measure: Callable[[np.ndarray], ExportReport],
+) -> ExportReport:
+    """Write a graph with its card if its answers pass; above 2 GB as a bundle, see `onnx_files`.
 
     Args:
         model: images -> probs, member_probs.
@@ -70,11 +71,10 @@ def write_onnx(
     Raises:
         ExportError: the file cannot be written, or `measure` refuses.
     """
-
     with staged(model, target, card) as trial:
         report = measure(load(trial.model).predict_proba(images))
-        set_card(model, {**card, **trial.bundle, "parity": report})
-        return {**report, "bytes": publish(model, trial, target)}
+        set_card(model, {**card, **trial.bundle, "parity": report.as_json()})
+        return report.replace(bytes=publish(model, trial, target))
 
 
 def build_graph(

@@ -8,12 +8,13 @@ correct answers lost if labels are known.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from threefold.errors import ExportError
+from threefold.predictions.results_schema import CorrectAnswers, ExportReport
 
 
 class Tolerance(NamedTuple):
@@ -48,51 +49,47 @@ def compare(
     precision: str = "float32",
     labels: npt.ArrayLike | None = None,
     rows: str = "",
-) -> dict[str, Any]:
+) -> ExportReport:
     """Compare the answers of a file with those of the pipeline.
 
     Args:
         expected: probabilities (n, k) of the pipeline in eager float32 PyTorch.
         answers: probabilities (n, k) of the file.
         precision: its tolerances go into the report.
-        labels: class indices (n,), if known.
+        labels: class indices (n,), if known; only then the report has an accuracy.
         rows: name of the images' rows.
-
-    Returns:
-        The parity report: images, rows, max_difference, top1_agreement, changed and ties (images),
-        precision and its three tolerances. With labels also accuracy: correct answers before and
-        after, lost and gained (images), and change (share).
     """
-    tolerance = TOLERANCES[precision]
+    tolerance, n = TOLERANCES[precision], len(expected)
     before, after = expected.argmax(1), answers.argmax(1)
-    at = np.arange(len(expected))
+    index = np.arange(n)
     moved = before != after
-    ties = moved & (expected[at, before] - expected[at, after] <= TIE)
+    ties = moved & (expected[index, before] - expected[index, after] <= TIE)
     difference = float(np.abs(answers - expected).max(initial=0.0))
-    report: dict[str, Any] = {
-        "images": len(expected),
-        "rows": rows,
-        "max_difference": difference if np.isfinite(answers).all() else np.inf,
-        "top1_agreement": float(1 - moved.mean()),
-        "changed": int((moved & ~ties).sum()),
-        "ties": int(ties.sum()),
-        "precision": precision,
-        "tolerance": tolerance.difference,
-        "changed_tolerance": _allowed(tolerance.changed, len(expected)),
-        "loss_tolerance": _allowed(tolerance.loss, len(expected)),
-    }
-    if labels is not None:
-        correct_before, correct_after = before == np.asarray(labels), after == np.asarray(labels)
-        lost, gained = correct_before & ~correct_after, ~correct_before & correct_after
-        report["accuracy"] = {
-            "before": int(correct_before.sum()),
-            "after": int(correct_after.sum()),
-            "lost": int(lost.sum()),
-            "gained": int(gained.sum()),
-            "change": (int(gained.sum()) - int(lost.sum())) / len(expected),
-            "counted_loss": int((lost & ~ties).sum() - (gained & ~ties).sum()),
-        }
-    return report
+    report = ExportReport(
+        images=n,
+        rows=rows,
+        max_difference=difference if np.isfinite(answers).all() else np.inf,
+        top1_agreement=float(1 - moved.mean()),
+        changed=int((moved & ~ties).sum()),
+        ties=int(ties.sum()),
+        precision=precision,
+        tolerance=tolerance.difference,
+        changed_tolerance=_allowed(tolerance.changed, n),
+        loss_tolerance=_allowed(tolerance.loss, n),
+    )
+    if labels is None:
+        return report
+    correct_before, correct_after = before == np.asarray(labels), after == np.asarray(labels)
+    lost, gained = correct_before & ~correct_after, ~correct_before & correct_after
+    accuracy = CorrectAnswers(
+        before=int(correct_before.sum()),
+        after=int(correct_after.sum()),
+        lost=int(lost.sum()),
+        gained=int(gained.sum()),
+        change=(int(gained.sum()) - int(lost.sum())) / n,
+        counted_loss=int((lost & ~ties).sum() - (gained & ~ties).sum()),
+    )
+    return report.replace(accuracy=accuracy)
 
 
 def _allowed(share: float, images: int) -> int:
@@ -100,7 +97,7 @@ def _allowed(share: float, images: int) -> int:
     return max(1, int(share * images)) if share else 0
 
 
-def check(report: dict[str, Any], where: object) -> dict[str, Any]:
+def check(report: ExportReport, where: object) -> ExportReport:
     """Return the report if the file is within the tolerances of its precision.
 
     Args:
@@ -110,18 +107,18 @@ def check(report: dict[str, Any], where: object) -> dict[str, Any]:
     Raises:
         ExportError: with the first tolerance that is exceeded and the measured value.
     """
-    n = report["images"]
-    lost = report["accuracy"]["counted_loss"] if "accuracy" in report else 0
+    n = report.images
+    lost = report.accuracy.counted_loss if report.accuracy is not None else 0
     expected = got = ""
     # `not <=` also refuses a difference that is not a number.
-    if not report["max_difference"] <= report["tolerance"]:
-        expected = f"difference <= {report['tolerance']:g}"
-        got = f"{report['max_difference']:.2e} over {n} images"
-    elif report["changed"] > report["changed_tolerance"]:
-        expected = f"at most {report['changed_tolerance']} of {n} images with another class"
-        got = str(report["changed"])
-    elif lost > report["loss_tolerance"]:
-        expected = f"at most {report['loss_tolerance']} correct answers of {n} lost on balance"
+    if not report.max_difference <= report.tolerance:
+        expected = f"difference <= {report.tolerance:g}"
+        got = f"{report.max_difference:.2e} over {n} images"
+    elif report.changed > report.changed_tolerance:
+        expected = f"at most {report.changed_tolerance} of {n} images with another class"
+        got = str(report.changed)
+    elif lost > report.loss_tolerance:
+        expected = f"at most {report.loss_tolerance} correct answers of {n} lost on balance"
         got = str(lost)
     if expected:
         raise ExportError(
@@ -129,22 +126,22 @@ def check(report: dict[str, Any], where: object) -> dict[str, Any]:
             where=where,
             expected=expected,
             got=got,
-            fix="" if report["precision"] == "float32" else "use --precision float16 or float32",
+            fix="" if report.precision == "float32" else "use --precision float16 or float32",
         )
     return report
 
 
-def describe_report(report: Mapping[str, Any]) -> str:
+def describe_report(report: ExportReport) -> str:
     """The report in one line."""
     line = (
-        f"against the pipeline on {report['images']} images: "
-        f"largest difference {report['max_difference']:.1e}, "
-        f"same class {report['top1_agreement']:.1%}"
+        f"against the pipeline on {report.images} images: "
+        f"largest difference {report.max_difference:.1e}, "
+        f"same class {report.top1_agreement:.1%}"
     )
-    if "accuracy" not in report:
+    accuracy = report.accuracy
+    if accuracy is None:
         return line
-    accuracy = report["accuracy"]
     return (
-        f"{line}, correct {accuracy['before']} -> {accuracy['after']} of {report['images']} "
-        f"({accuracy['lost']} lost, {accuracy['gained']} gained)"
+        f"{line}, correct {accuracy.before} -> {accuracy.after} of {report.images} "
+        f"({accuracy.lost} lost, {accuracy.gained} gained)"
     )

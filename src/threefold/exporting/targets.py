@@ -30,12 +30,13 @@ from threefold.exporting.onnx_files import place_file, staged
 from threefold.exporting.parity import check, compare
 from threefold.exporting.quantization import check_precision
 from threefold.models.pipeline import Pipeline
+from threefold.predictions.results_schema import ExportReport
 from threefold.runtime.model import KEY
 
 SUFFIXES: Final = (".onnx", ".pt2", ".xml")
 CARD_FILE: Final = f"{KEY}.json"
 """Name of the model card inside a .pt2 file (torch.export's extra_files)."""
-Measure = Callable[[np.ndarray], dict[str, Any]]
+Measure = Callable[[np.ndarray], ExportReport]
 
 
 def export(
@@ -49,7 +50,7 @@ def export(
     precision: str = "float32",
     calibration: Sequence[np.ndarray] = (),
     cascade: Cascade | None = None,
-) -> dict[str, Any]:
+) -> ExportReport:
     """Write the pipeline as a file, unless the file's answers differ from the pipeline's.
 
     Only `.onnx` files contain the cascade; in the others every member runs.
@@ -61,9 +62,9 @@ def export(
         metadata: model card to store (plain values); with a cascade it has the key "cascade".
         labels: class indices of the images, if known, to count correct answers lost and gained.
         rows: name of the images' rows, for the card.
-        precision: of the members' weights, one of `precision.PRECISIONS`.
+        precision: of the members' weights, one of `quantization.PRECISIONS`.
         calibration: training images uint8 (h, w, 3) that int8 takes its ranges from.
-        cascade: fitted on the pipeline's members; lets the file stop early, see `cascading`.
+        cascade: fitted on the pipeline's members; lets the file stop early, see `onnx_cascade`.
 
     Returns:
         The report of `parity.compare`, with the bytes written.
@@ -79,7 +80,7 @@ def export(
     card = onnx_graph.card_of(pipeline, precision, metadata)
     expected = pipeline.predict_proba(list(images))
 
-    def measure(answers: np.ndarray) -> dict[str, Any]:
+    def measure(answers: np.ndarray) -> ExportReport:
         return check(compare(expected, answers, precision, labels, rows), target)
 
     if target.suffix == ".pt2":
@@ -143,7 +144,7 @@ def _to_pt2(
     images: Sequence[np.ndarray],
     card: dict[str, Any],
     measure: Measure,
-) -> dict[str, Any]:
+) -> ExportReport:
     dynamic = dict.fromkeys((0, 1, 2), torch.export.Dim.DYNAMIC)
     with _stage(target) as folder, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch warns about its internals
@@ -155,9 +156,9 @@ def _to_pt2(
         report = measure(
             predict_each(lambda image: loaded(torch.from_numpy(image))[0].numpy(), images)
         )
-        _save(program, trial, {**card, "parity": report}, target)
+        _save(program, trial, {**card, "parity": report.as_json()}, target)
         place_file(trial, target)
-    return {**report, "bytes": target.stat().st_size}
+    return report.replace(bytes=target.stat().st_size)
 
 
 def _save(program: Any, path: Path, card: dict[str, Any], target: Path) -> None:
@@ -175,7 +176,7 @@ def _save(program: Any, path: Path, card: dict[str, Any], target: Path) -> None:
 
 def _to_openvino(
     model: Any, target: Path, images: Sequence[np.ndarray], card: dict[str, Any], measure: Measure
-) -> dict[str, Any]:
+) -> ExportReport:
     openvino = _openvino(target)
     with (
         _stage(target) as folder,
@@ -187,7 +188,8 @@ def _to_openvino(
         openvino.save_model(converted, trial, compress_to_fp16=False)
         report = measure(_predict_openvino(openvino, trial, images))
         converted.set_rt_info(
-            json.dumps({**card, "parity": report}, ensure_ascii=False, default=float), [KEY]
+            json.dumps({**card, "parity": report.as_json()}, ensure_ascii=False, default=float),
+            [KEY],
         )
         openvino.save_model(converted, trial, compress_to_fp16=False)
         weights = target.with_suffix(".bin")
@@ -195,7 +197,7 @@ def _to_openvino(
             target.unlink()  # so that no .xml is ever beside the weights of another model
         place_file(trial.with_suffix(".bin"), weights)
         place_file(trial, target)
-    return {**report, "bytes": target.stat().st_size + weights.stat().st_size}
+    return report.replace(bytes=target.stat().st_size + weights.stat().st_size)
 
 
 def _predict_openvino(openvino: Any, model: Path, images: Sequence[np.ndarray]) -> np.ndarray:

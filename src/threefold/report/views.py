@@ -81,7 +81,7 @@ def shared_view(
     most = max((s.n for s in summary.scores if s.rows == rows), default=0)
     classes = summary.classes or tuple(c.name for c in summary.per_class)
     results = summary if isinstance(summary, Results) else None
-    export = (results.export or {}) if results is not None else {}
+    export = results.export if results is not None else None
     confusion = curve = None
     if probs is not None and labels is not None:
         confusion, curve = (
@@ -107,7 +107,7 @@ def shared_view(
         "temperature": results.temperature if results is not None else None,
         "conformal": results.conformal if results is not None else None,
         "cascade": results.cascade if results is not None else None,
-        "latency": export.get("latency"),
+        "latency": export.latency if export is not None else None,
         "optimism": optimism_view(summary.optimism),
         "audit": audit_view(summary.audit, thumbs),
         "ledger": summary.ledger,

@@ -8,6 +8,13 @@ from threefold.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "threefold.runtime.model": ["CascadePolicy", "Model", "ModelOutput", "load"],
+        "threefold.runtime.model": [
+            "FAST",
+            "FULL",
+            "CascadePolicy",
+            "Model",
+            "ModelOutput",
+            "load",
+        ],
     },
 )

@@ -23,7 +23,7 @@ FORMAT: Final = 1
 KEY: Final = "threefold"
 """Key of the model card in the file's metadata."""
 
-Picture = str | Path | bytes | np.ndarray
+ImageInput = str | Path | bytes | np.ndarray
 """A file, encoded bytes, or a uint8 array (h, w, 3)."""
 
 
@@ -32,8 +32,8 @@ class CascadePolicy:
     """How many members of the cascade answer an image.
 
     Attributes:
-        mode: "full" runs every member. "fast" stops as soon as the members so far are sure; if they
-            never are, the answer is that of "full".
+        mode: "full" runs every member. "fast" stops as soon as the answer so far is sure; if it
+            never is, the answer is that of "full".
         max_stages: stop after this many stages, sure or not; 0 = no limit.
         budget_ms: milliseconds of model time for an image; 0 = no limit. `Model.resolve_budget`
             turns it into a mode and a limit on the stages.
@@ -76,7 +76,7 @@ class ModelOutput:
 
 
 class StageCap(NamedTuple):
-    """What a limit on the stages costs, as the model card states it."""
+    """Accuracy under a limit on the stages and without it, as the model card states it."""
 
     accuracy: float
     full_accuracy: float
@@ -96,7 +96,7 @@ class Model:
             file without prediction sets.
         unknown: the threshold for images that belong to no class; None in a file without one.
         cascade: the order in which members run in mode "fast"; None in a file without a cascade.
-        caps: accuracy if images stop after 1, 2, ... stages at the latest, but for the last stage.
+        caps: accuracy if images stop after 1, 2, ... stages at the latest, without the last stage.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Model:
             self.unknown = UnknownThreshold.from_state(self.card["unknown"]["state"])
 
     def _read_cascade(self, entry: Mapping[str, Any]) -> None:
-        """Read the card's cascade; `modelfile` has checked the graph's inputs against it."""
+        """Read the card's cascade; `read_card` has checked the graph's inputs against it."""
         self.cascade = Cascade.from_state(entry["state"])
         if sum(map(len, self.cascade.stages)) != len(self.members):
             raise DataError(
@@ -195,7 +195,7 @@ class Model:
             raise self._lacks("cascade")
         return np.zeros(0, np.float32)
 
-    def infer(self, images: Iterable[Picture], policy: CascadePolicy = FULL) -> ModelOutput:
+    def infer(self, images: Iterable[ImageInput], policy: CascadePolicy = FULL) -> ModelOutput:
         """Run the model on files, encoded bytes or uint8 arrays (h, w, 3), one at a time.
 
         Raises:
@@ -213,11 +213,13 @@ class Model:
             stages = np.concatenate([np.zeros(0, np.int64), *counts])
         return ModelOutput(np.concatenate(probs), np.concatenate(members), stages)
 
-    def predict_proba(self, images: Iterable[Picture], policy: CascadePolicy = FULL) -> np.ndarray:
+    def predict_proba(
+        self, images: Iterable[ImageInput], policy: CascadePolicy = FULL
+    ) -> np.ndarray:
         """Probabilities float32 (n, k); arguments and errors as `infer`."""
         return self.infer(images, policy).probs
 
-    def predict(self, images: Iterable[Picture], policy: CascadePolicy = FULL) -> list[str]:
+    def predict(self, images: Iterable[ImageInput], policy: CascadePolicy = FULL) -> list[str]:
         """The most probable class of each image; arguments and errors as `infer`."""
         return [self.classes[i] for i in self.predict_proba(images, policy).argmax(1)]
 
@@ -237,7 +239,7 @@ class Model:
 
         Returns:
             "full": median. With a cascade also "fast", the mean, and "stages": the median when
-            every image stops after 1, 2, ... stages, the last entry being that of "full".
+            every image stops after 1, 2, ... stages; the last entry is that of "full".
             "n": number of images. "threads": of onnxruntime, 0 = one per core.
         """
         policies: dict[str | int, CascadePolicy] = {"full": FULL}
@@ -295,10 +297,10 @@ class Model:
             got=f"{times[0]:.1f} ms for {part}",
         )
 
-    def predict_sets(self, images: Iterable[Picture], by_class: bool = False) -> list[list[str]]:
+    def predict_sets(self, images: Iterable[ImageInput], by_class: bool = False) -> list[list[str]]:
         """Prediction sets: class names, the most probable first.
 
-        A set contains the true class as often as 1 - alpha of the model card says.
+        A set contains the true class with probability 1 - alpha, where alpha is in the model card.
 
         Args:
             images: files, encoded bytes or uint8 arrays (h, w, 3).
@@ -311,7 +313,7 @@ class Model:
         self._require_sets(by_class)
         return self.sets_from_probs(self.predict_proba(images), by_class)
 
-    def is_unknown(self, images: Iterable[Picture]) -> np.ndarray:
+    def is_unknown(self, images: Iterable[ImageInput]) -> np.ndarray:
         """Flag images, bool (n,), that look like no class; see `conformal.UnknownThreshold`.
 
         Raises:
@@ -360,7 +362,7 @@ class Model:
         )
 
 
-def as_image(image: Picture) -> np.ndarray:
+def as_image(image: ImageInput) -> np.ndarray:
     """Decode a file or encoded bytes to uint8 (h, w, 3); pass such an array through.
 
     Raises:

@@ -1,8 +1,9 @@
-"""Check a model file before onnxruntime opens it: is it ONNX, is it ours, does it read other files?
+"""Check a model file before onnxruntime opens it.
 
-The file is ONNX's protobuf. A small reader walks it without decoding a tensor, so that a hostile
-file costs neither memory nor time. It needs no `onnx` package and no pickle. Field numbers are
-those of onnx.proto3 (ONNX IR 10).
+The file must be ONNX with a model card of threefold, and must not refer to files outside its
+folder. A small reader walks its protobuf without decoding a tensor, so a hostile file costs neither
+memory nor time. It needs no `onnx` package and no pickle. Field numbers are those of onnx.proto3
+(ONNX IR 10).
 """
 
 from __future__ import annotations
@@ -40,25 +41,15 @@ _PARTS: Final[Mapping[str, Mapping[int, str]]] = {
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
 }
-_METADATA, _INPUT, _OUTPUT = 14, 11, 12  # in a model; in its graph
+_GRAPH, _METADATA = 7, 14  # in a model
+_INPUT, _OUTPUT = 11, 12  # in a graph
 _DIMS, _DATA_TYPE, _RAW, _EXTERNAL_DATA, _DATA_LOCATION = 1, 2, 9, 13, 14  # in a tensor
-_TYPE_BYTES: Final = {
-    1: 4,
-    2: 1,
-    3: 1,
-    4: 2,
-    5: 2,
-    6: 4,
-    7: 8,
-    9: 1,
-    10: 2,
-    11: 8,
-    12: 4,
-    13: 8,
-    16: 2,
-}  # by TensorProto.DataType
+# Data types of TensorProto by the bytes of one value.
+_TYPES_OF_SIZE: Final = {1: (2, 3, 9), 2: (4, 5, 10, 16), 4: (1, 6, 12), 8: (7, 11, 13)}
+_TYPE_BYTES: Final = {kind: size for size, kinds in _TYPES_OF_SIZE.items() for kind in kinds}
 _VALUES: Final = (4, 5, 6, 7, 9, 10, 11)  # fields that hold a tensor's values
-_UINT8, _FLOAT, _INT64 = 2, 1, 7
+_UINT8, _FLOAT, _INT64 = 2, 1, 7  # types of values
+_VARINT, _BYTES = 0, 2  # wire types of fields
 _LOADING = threading.Lock()
 
 
@@ -189,16 +180,18 @@ class _Reader:
         ):
             if head.startswith(magic):
                 raise _RefusedError(f"not ONNX: it looks like {kind}, which is never opened")
-        whole = (0, len(self.content))
-        self.walk("model", *whole)
-        entries = [
-            self.entry(*span) for number, span in self.messages(*whole) if number == _METADATA
-        ]
+        self.walk("model", 0, len(self.content))
+        entries, graphs = [], []
+        for number, span in self.messages(0, len(self.content)):
+            if number == _METADATA:
+                entries.append(self.entry(*span))
+            elif number == _GRAPH:
+                graphs.append(span)
         cards = [value for name, value in entries if name == key.encode()]
         if not cards:
             raise _RefusedError("an ONNX file without threefold's metadata: not a threefold model")
         card = _parse_card(cards)
-        self.check_interface([span for number, span in self.messages(*whole) if number == 7], card)
+        self.check_interface(graphs, card)
         return card
 
     def scan(self, begin: int, end: int) -> Iterator[tuple[int, int, int, int]]:
@@ -211,17 +204,17 @@ class _Reader:
             if self.fields > MAX_FIELDS:
                 raise _RefusedError(f"more than {MAX_FIELDS:,} fields")
             tag, begin = self.varint(begin, end)
-            number, kind = tag >> 3, tag & 7
-            if kind == 0 and number:
+            number, wire = tag >> 3, tag & 7
+            if wire == _VARINT and number:
                 value, begin = self.varint(begin, end)
-                yield number, kind, value, value
+                yield number, wire, value, value
                 continue
-            size = {1: 8, 5: 4}.get(kind, -1)
-            if kind == 2:
+            size = {1: 8, 5: 4}.get(wire, -1)
+            if wire == _BYTES:
                 size, begin = self.varint(begin, end)
             if number == 0 or size < 0 or size > end - begin:
                 raise _RefusedError("not ONNX, or damaged or truncated")
-            yield number, kind, begin, begin + size
+            yield number, wire, begin, begin + size
             begin += size
 
     def varint(self, begin: int, end: int) -> tuple[int, int]:
@@ -235,8 +228,10 @@ class _Reader:
         raise _RefusedError("not ONNX, or damaged or truncated")
 
     def messages(self, begin: int, end: int) -> Iterator[tuple[int, tuple[int, int]]]:
-        """The length-delimited fields of a message: number, and begin and end of the value."""
-        return ((number, (a, b)) for number, kind, a, b in self.scan(begin, end) if kind == 2)
+        """Yield the length-delimited fields of a message: number, and span of the value."""
+        for number, wire, a, b in self.scan(begin, end):
+            if wire == _BYTES:
+                yield number, (a, b)
 
     def walk(self, kind: str, begin: int, end: int, depth: int = 0) -> None:
         """Check every tensor in a message and the messages nested in it."""
@@ -255,17 +250,17 @@ class _Reader:
         dims: list[int] = []
         size, bits, raw, external = 0, 4, False, False  # no type of ONNX has fewer than 4 bits
         location: list[tuple[bytes, bytes]] = []
-        for number, kind, a, b in self.scan(begin, end):
+        for number, wire, a, b in self.scan(begin, end):
             if number == _DIMS:
-                dims += [a] if kind == 0 else self.packed(a, b)
+                dims += [a] if wire == _VARINT else self.packed(a, b)
             elif number in _VALUES:
-                size += 8 if kind == 0 else max(b - a, 1)
+                size += 8 if wire == _VARINT else max(b - a, 1)
                 raw |= number == _RAW
-            elif number == _DATA_TYPE and kind == 0:
+            elif number == _DATA_TYPE and wire == _VARINT:
                 bits = 8 * _TYPE_BYTES[a] if a in _TYPE_BYTES else 4
-            elif number == _EXTERNAL_DATA and kind == 2:
+            elif number == _EXTERNAL_DATA and wire == _BYTES:
                 location.append(self.entry(a, b))
-            elif number == _DATA_LOCATION and kind == 0:
+            elif number == _DATA_LOCATION and wire == _VARINT:
                 external |= a != 0
         if external or location:
             size = _external_bytes(self.folder, location)
@@ -320,23 +315,34 @@ class _Reader:
 
     def value(self, begin: int, end: int) -> tuple[str, int, list[int]]:
         """Read name, element type and shape (-1 = any length) of a ValueInfoProto."""
-        name, kind, shape = "", 0, []
-        for number, span in self.messages(begin, end):
+        name, kind = "", 0
+        shape: list[int] = []
+        for number, (a, b) in self.messages(begin, end):
             if number == 1:
-                name = self.content[span[0] : min(span[1], span[0] + 64)].decode(errors="replace")
-            for inner, tensor in self.messages(*span) if number == 2 else ():
-                for field, wire, a, b in self.scan(*tensor) if inner == 1 else ():
-                    if field == 1 and wire == 0:
-                        kind = a
-                    elif field == 2 and wire == 2:
-                        shape = [self.dim(*part) for axis, part in self.messages(a, b) if axis == 1]
+                name = self.content[a : min(b, a + 64)].decode(errors="replace")
+            elif number == 2:
+                for inner, span in self.messages(a, b):
+                    if inner == 1:
+                        kind, shape = self.tensor_type(*span)
         return name, kind, shape
 
+    def tensor_type(self, begin: int, end: int) -> tuple[int, list[int]]:
+        """Read element type and shape (-1 = any length) of a TypeProto.Tensor."""
+        kind = 0
+        shape: list[int] = []
+        for number, wire, a, b in self.scan(begin, end):
+            if number == 1 and wire == _VARINT:
+                kind = a
+            elif number == 2 and wire == _BYTES:
+                shape = [self.dim(*span) for axis, span in self.messages(a, b) if axis == 1]
+        return kind, shape
+
     def dim(self, begin: int, end: int) -> int:
-        """Read a length; -1 if it is not fixed."""
-        return next(
-            (a for number, kind, a, _ in self.scan(begin, end) if (number, kind) == (1, 0)), -1
-        )
+        """Read the length of an axis; -1 if it is not fixed."""
+        for number, wire, value, _ in self.scan(begin, end):
+            if number == 1 and wire == _VARINT:
+                return value
+        return -1
 
 
 def _is_plain(name: str) -> bool:

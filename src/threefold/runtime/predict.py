@@ -18,7 +18,7 @@ from threefold.runtime.model import FULL, CascadePolicy, Model, load
 
 
 def find_images(sources: Iterable[str], listing: IO[str] | None = None) -> Iterator[Path]:
-    """Yield files, every image in folders, and for `-` the paths listed on `listing`, one a line.
+    """Yield files, every image in folders, and for `-` the paths on `listing`, one per line.
 
     Raises:
         DataError: a path does not exist, or a folder holds no image.
@@ -53,8 +53,9 @@ def predict_image(
     """Predict one image as plain values for JSON.
 
     Returns:
-        image, label, probability, the `top` classes, the label of each member that ran, and all
-        probs; "set" and "unknown" if the file has them; with a cascade also "members_used".
+        The keys image, label, probability, top (the most probable classes), members (the label of
+        each member that ran) and probs; set and unknown if the file has them; members_used with a
+        cascade.
 
     Raises:
         DataError: the image cannot be read.
@@ -107,7 +108,7 @@ def write_predictions(
 
     Args:
         stream: where the answers go.
-        notify: called with the error of an unreadable image, and with what a budget affords.
+        notify: called with the error of an unreadable image, and with the policy of a budget.
         model_path: the exported file.
         sources: files, folders, or - for a list on standard input.
         top: how many classes to name.
@@ -151,7 +152,7 @@ def write_predictions(
 
 
 def parse_policy(mode: str, budget: str) -> CascadePolicy:
-    """The policy of the flags --mode and --budget; an empty budget is none.
+    """Make the policy of the flags --mode and --budget; an empty budget means none.
 
     Raises:
         RecipeError: both are given, but a budget chooses the mode itself.
@@ -183,7 +184,7 @@ def parse_budget(text: str) -> float:
 
 
 def describe_policy(model: Model, policy: CascadePolicy) -> str:
-    """A policy in words, with the accuracy that the model card states for it."""
+    """Describe a policy in words, with its accuracy from the model card."""
     if policy.mode == "full" or model.cascade is None:
         return "every member for every image"
     members = len(model.members_in_stages(policy.max_stages))
