@@ -150,15 +150,17 @@ def _check_digest(path: Path, remote: RemoteFile, refused: Path | None) -> None:
             if refused is not None:
                 os.replace(path, refused)
                 _origin_path(path).unlink(missing_ok=True)
-            is_published = bool(remote.md5 or remote.sha256)
+            what, fix = "the file has changed", "remove it and run the command again"
+            if remote.md5 or remote.sha256:
+                what = "the file is not the published one"
+            if refused is not None:
+                fix = "run the same command again to download it anew"
             raise DataError(
-                "the file is not the published one" if is_published else "the file has changed",
+                what,
                 where=refused or path,
                 expected=f"{kind} {value}",
                 got=actual[kind],
-                fix="run the same command again to download it anew"
-                if refused
-                else "remove it and run the command again",
+                fix=fix,
             )
     if recorded.get(remote.name) != actual["sha256"]:
         write_json(record, {**recorded, remote.name: actual["sha256"]})
@@ -300,7 +302,8 @@ def _parse_range(status: int, headers: Message, offset: int, url: str) -> _BodyR
     if not match or int(match[1]) != offset:
         what = "the server sends another part than requested"
         raise DataError(what, where=url, expected=f"bytes {offset}-")
-    return _BodyRange(offset, offset + length if match[3] == "*" else int(match[3]))
+    total = offset + length if match[3] == "*" else int(match[3])
+    return _BodyRange(offset, total)
 
 
 def _resume(url: str, remote: RemoteFile, part: Path, on_progress: ProgressCallback | None) -> None:

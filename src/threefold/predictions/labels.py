@@ -387,7 +387,7 @@ def _check_probs(
 
 
 def _diagnose(row: np.ndarray, names: tuple[str, ...] | None) -> tuple[str, str]:
-    """What numbers that do not sum to 1 most likely are, and what to do about it."""
+    """Guess what numbers that do not sum to 1 are, and suggest a fix."""
     total = row.sum()
     not_negative = (row >= 0).all()
     if not_negative and abs(total - 100) < 1:

@@ -123,7 +123,7 @@ class RoleCounts(Record):
 
 
 class RunInfo(VersionedRecord):
-    """run.json: what a run was made of.
+    """run.json: the data, versions and machine of a run.
 
     Attributes:
         digest: of the recipe.

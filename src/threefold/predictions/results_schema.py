@@ -165,7 +165,7 @@ class Copies(Record):
 
 
 class Audit(Record):
-    """Labels and images that deserve a look; `missing` says why no label was audited."""
+    """Suspect labels and copies of images; `missing` says why no label was audited."""
 
     suspects: tuple[SuspectLabel, ...] = ()
     n_suspects: int = 0
@@ -186,7 +186,7 @@ class CalibrationState(Record):
 
 
 class PredictionSets(Record):
-    """Conformal prediction sets of one kind, and how they did."""
+    """Conformal prediction sets of one kind, and their measured coverage and size."""
 
     by_class: bool
     state: dict[str, Any]
@@ -218,7 +218,7 @@ class Conformal(Record):
 
 
 class CascadeSaving(Record):
-    """What a cascade does against its full ensemble; see `cascade_savings.Saving`."""
+    """A cascade compared with its full ensemble; see `cascade_savings.Saving`."""
 
     n: int
     accuracy: float
@@ -243,7 +243,7 @@ class CascadeResult(Record):
         state: of `cascade.Cascade`.
         costs: multiply-adds of each member.
         measured: cross-fitted on out-of-fold rows, then on test rows where there are any.
-        caps: for each number of stages but all, what the cascade does with at most so many.
+        caps: the results with at most 1, 2, ... stages, up to all but the last.
     """
 
     missing: str = ""
@@ -296,7 +296,7 @@ class Teacher(Record):
 
 
 class FoldTargets(Record):
-    """What taught one fold of a student; fold -1 is the refit."""
+    """The teacher of one fold of a student; fold -1 is the refit."""
 
     fold: int
     method: str
@@ -334,7 +334,7 @@ class AnswerCost(Record):
 
 
 class DistillationResults(Record):
-    """What distillation brought; see `distill` in docs/concepts.md."""
+    """Results of distillation; see `distill` in docs/concepts.md."""
 
     teacher: Teacher
     student: str
@@ -406,7 +406,7 @@ class ExportReport(Record):
 
 
 class Summary(Record):
-    """What the report of a run and the page of saved predictions have in common."""
+    """The part that the report of a run and the page of saved predictions share."""
 
     scores: tuple[Score, ...]
     classes: tuple[str, ...] = ()
@@ -455,7 +455,7 @@ class Results(Summary, VersionedRecord):
         seconds: duration of each step: train, ensemble, export, report.
         members: the members and their cost.
         test_opened: the first opening of the test rows.
-        notes: what weakens the figures, and what the data deserve a look for.
+        notes: caveats about the figures, and findings about the data.
         export: the parity report of the exported file, with its latency.
         distill: the comparison of a student with its twin and teacher.
     """

@@ -144,7 +144,7 @@ class RunFolder:
 
     @cached_property
     def info(self) -> RunInfo:
-        """What the run was made of (run.json)."""
+        """The data, versions and machine of the run (run.json)."""
         return RunInfo.parse(read_json(self.path / "run.json"), self.path / "run.json")
 
     def write_info(self, info: RunInfo) -> None:
