@@ -201,6 +201,7 @@ class LimitedProtocol(H11Protocol):
     deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Refuse a connection too many; otherwise start the clock."""
         super().connection_made(transport)
         if len(self.connections) > self.limits.connections:
             self.respond_and_close(503, "full", "too many connections are open; try again")
@@ -208,20 +209,24 @@ class LimitedProtocol(H11Protocol):
             self.update_deadline()
 
     def data_received(self, data: bytes) -> None:
+        """Pass on data, which may complete a request."""
         super().data_received(data)
         self.update_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
         self.clear_deadline()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
+        """Abort the connection if the client does not read its response in time."""
         super().pause_writing()
         # The application gives up after `body_seconds`; without this, what it has written
         # would stay in memory for as long as the client stays connected.
         self.loop.call_later(self.limits.body_seconds + 1, self.abort_if_stuck)
 
     def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP; abort if a response is already on its way."""
         cycle = self.cycle
         if cycle is not None and cycle.response_started and not cycle.response_complete:
             self.transport.abort()
@@ -240,11 +245,13 @@ class LimitedProtocol(H11Protocol):
             self.deadline = self.loop.call_later(self.limits.header_seconds, self.on_deadline)
 
     def clear_deadline(self) -> None:
+        """Stop the clock."""
         if self.deadline is not None:
             self.deadline.cancel()
             self.deadline = None
 
     def on_deadline(self) -> None:
+        """Refuse or abort a connection whose header did not arrive in time."""
         self.deadline = None
         if self.is_answering():
             return
@@ -255,6 +262,7 @@ class LimitedProtocol(H11Protocol):
             self.transport.abort()
 
     def abort_if_stuck(self) -> None:
+        """Abort a connection whose client still does not read."""
         if self.flow.write_paused:
             self.transport.abort()
 
