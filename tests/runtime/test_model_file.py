@@ -25,12 +25,12 @@ from threefold.errors import ExportError
 from threefold.runtime import model_file
 
 
-def refused(path: Path) -> str:
-    """The one line with which a file is refused, quickly."""
-    began = time.monotonic()
+def refusal(path: Path) -> str:
+    """The one-line error with which a file is refused within seconds."""
+    start = time.monotonic()
     with pytest.raises(ExportError) as error:
         threefold.load(path)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - start < 5
     text = str(error.value)
     assert str(path) in text
     assert "\n" not in text
@@ -40,18 +40,19 @@ def refused(path: Path) -> str:
 
 def test_a_sound_file_is_read_and_answers(tmp_path: Path) -> None:
     model = threefold.load(write_model(tmp_path / "m.onnx"))
+
     assert model.card == card()
     assert model.predict([np.full((5, 7, 3), (0, 0, 200), np.uint8)]) == ["blue"]
 
 
 class Trap:
-    """Writes a file when it is unpickled."""
+    """Makes a folder when it is unpickled."""
 
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return os.mkdir, (str(self.mark),)
+        return os.mkdir, (str(self.folder),)
 
 
 def object_array() -> bytes:
@@ -75,45 +76,47 @@ def object_archive() -> bytes:
         (b"hello", "damaged or truncated"),
         (b"\xff" * 4096, "damaged or truncated"),
         (b"\x00" * 4096, "damaged or truncated"),
-        (
-            b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\x7f",
-            "damaged or truncated",
-        ),  # a graph of 2**63 bytes
+        # A graph of 2**63 bytes.
+        (b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\x7f", "damaged or truncated"),
     ],
 )
-def test_what_is_not_onnx(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_a_file_that_is_not_onnx_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
     (tmp_path / "m.onnx").write_bytes(content)
-    assert reason in refused(tmp_path / "m.onnx")
+
+    assert reason in refusal(tmp_path / "m.onnx")
 
 
 def test_a_pickle_is_not_unpickled(tmp_path: Path) -> None:
-    (tmp_path / "m.onnx").write_bytes(pickle.dumps(Trap(tmp_path / "mark")))
-    assert "it looks like pickle" in refused(tmp_path / "m.onnx")
-    assert not (tmp_path / "mark").exists()
+    (tmp_path / "m.onnx").write_bytes(pickle.dumps(Trap(tmp_path / "trap")))
+
+    assert "it looks like pickle" in refusal(tmp_path / "m.onnx")
+    assert not (tmp_path / "trap").exists()
 
 
-def test_cut_anywhere_it_is_refused(tmp_path: Path) -> None:
-    whole = write_model(tmp_path / "m.onnx").read_bytes()
-    for length in range(len(whole)):
-        (tmp_path / "m.onnx").write_bytes(whole[:length])
-        refused(tmp_path / "m.onnx")
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    content = write_model(tmp_path / "m.onnx").read_bytes()
+
+    for length in range(len(content)):
+        (tmp_path / "m.onnx").write_bytes(content[:length])
+        refusal(tmp_path / "m.onnx")
 
 
 def test_pipes_and_folders_are_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.onnx")
-    assert "not a regular file" in refused(tmp_path / "pipe.onnx")
-    assert "not a regular file" in refused(tmp_path)
-    assert "no such model file" in refused(tmp_path / "nothing.onnx")
+
+    assert "not a regular file" in refusal(tmp_path / "pipe.onnx")
+    assert "not a regular file" in refusal(tmp_path)
+    assert "no such model file" in refusal(tmp_path / "nothing.onnx")
 
 
-def outside(location: str, folder: Path, **more: int) -> Path:
-    """A model whose weights are in another file, as ONNX's external data."""
+def write_external(location: str, folder: Path, **entries: int) -> Path:
+    """Write a model whose weights are in another file, as external data of ONNX."""
     model = colour_graph()
     weights = next(t for t in model.graph.initializer if t.name == "weights")
     raw = weights.raw_data
     weights.ClearField("raw_data")
     weights.data_location = TensorProto.EXTERNAL
-    for key, value in {"location": location, **more}.items():
+    for key, value in {"location": location, **entries}.items():
         weights.external_data.add(key=key, value=str(value))
     (folder / "inside").mkdir()
     for place in (folder, folder / "inside"):
@@ -122,7 +125,7 @@ def outside(location: str, folder: Path, **more: int) -> Path:
 
 
 def test_weights_in_a_plain_file_beside_the_model_are_read(tmp_path: Path) -> None:
-    model = threefold.load(outside("weights.bin", tmp_path, offset=0, length=36))
+    model = threefold.load(write_external("weights.bin", tmp_path, offset=0, length=36))
     assert model.predict([np.full((5, 7, 3), (200, 0, 0), np.uint8)]) == ["red"]
 
 
@@ -140,34 +143,35 @@ def test_weights_in_a_plain_file_beside_the_model_are_read(tmp_path: Path) -> No
     ],
 )
 def test_weights_elsewhere_are_refused(tmp_path: Path, location: str) -> None:
-    path = outside(location.replace("ABSOLUTE", str(tmp_path / "weights.bin")), tmp_path)
-    assert "not a plain file beside the model" in refused(path)
+    path = write_external(location.replace("ABSOLUTE", str(tmp_path / "weights.bin")), tmp_path)
+    assert "not a plain file beside the model" in refusal(path)
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
 def test_weights_behind_a_link_are_refused(
     tmp_path: Path, link: Callable[[Path, Path], None]
 ) -> None:
-    path = outside("weights.bin", tmp_path)
+    path = write_external("weights.bin", tmp_path)
     (tmp_path / "inside/weights.bin").unlink()
     link(tmp_path / "weights.bin", tmp_path / "inside/weights.bin")
-    assert "is a link" in refused(path)
+    assert "is a link" in refusal(path)
 
 
 @pytest.mark.parametrize(
-    "more", [{"offset": 30}, {"length": 37}, {"offset": -8}, {"offset": 2**62}, {"length": 2**64}]
+    "entries",
+    [{"offset": 30}, {"length": 37}, {"offset": -8}, {"offset": 2**62}, {"length": 2**64}],
 )
-def test_weights_beyond_their_file_are_refused(tmp_path: Path, more: dict[str, int]) -> None:
-    text = refused(outside("weights.bin", tmp_path, **more))
+def test_weights_beyond_their_file_are_refused(tmp_path: Path, entries: dict[str, int]) -> None:
+    text = refusal(write_external("weights.bin", tmp_path, **entries))
     assert "beyond the end" in text or "of shape [3, 3] with only" in text
 
 
 def test_weights_that_are_not_there_are_refused(tmp_path: Path) -> None:
-    assert "that is not there" in refused(outside("none.bin", tmp_path))
+    assert "that is not there" in refusal(write_external("none.bin", tmp_path))
 
 
-def hidden_in(place: str) -> onnx.ModelProto:
-    """A model with a tensor of ../secret in a place where loaders forget to look."""
+def model_hiding_a_tensor(place: str) -> onnx.ModelProto:
+    """A model with a tensor of ../secret in a place that loaders may overlook."""
     model = colour_graph()
     tensor = TensorProto(name="t", data_type=TensorProto.FLOAT, dims=[3])
     tensor.data_location = TensorProto.EXTERNAL
@@ -197,8 +201,8 @@ def hidden_in(place: str) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("place", ["attribute", "subgraph", "function", "sparse", "training"])
-def test_outside_tensors_are_found_wherever_they_hide(tmp_path: Path, place: str) -> None:
-    assert "'../secret'" in refused(write_model(tmp_path / "m.onnx", hidden_in(place)))
+def test_external_tensors_are_found_in_every_place(tmp_path: Path, place: str) -> None:
+    assert "'../secret'" in refusal(write_model(tmp_path / "m.onnx", model_hiding_a_tensor(place)))
 
 
 @pytest.mark.parametrize(
@@ -207,37 +211,39 @@ def test_outside_tensors_are_found_wherever_they_hide(tmp_path: Path, place: str
 def test_absurd_shapes_are_refused(tmp_path: Path, dims: list[int]) -> None:
     model = colour_graph()
     next(t for t in model.graph.initializer if t.name == "weights").dims[:] = dims
-    assert "bytes of values" in refused(write_model(tmp_path / "m.onnx", model))
+
+    assert "bytes of values" in refusal(write_model(tmp_path / "m.onnx", model))
 
 
-def test_empty_tensors_are_sound(tmp_path: Path) -> None:
+def test_empty_tensors_are_accepted(tmp_path: Path) -> None:
     model = colour_graph()
     model.graph.initializer.append(helper.make_tensor("none", TensorProto.FLOAT, [5, 0], []))
+
     assert model_file.read_card(write_model(tmp_path / "m.onnx", model), "threefold") == card()
 
 
-def test_graphs_in_graphs_without_end_are_refused(tmp_path: Path) -> None:
+def test_deeply_nested_graphs_are_refused(tmp_path: Path) -> None:
     model, inner = colour_graph(), helper.make_graph([], "g", [], [])
     for _ in range(25):
         inner = helper.make_graph(
             [helper.make_node("If", ["x"], ["y"], then_branch=inner)], "g", [], []
         )
     model.graph.node.append(helper.make_node("If", ["x"], ["y"], then_branch=inner))
-    assert "nested more than" in refused(write_model(tmp_path / "m.onnx", model))
+
+    assert "nested more than" in refusal(write_model(tmp_path / "m.onnx", model))
 
 
-def test_more_fields_than_any_model_has_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_fields_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_file, "MAX_FIELDS", 20_000)
     write_model(tmp_path / "m.onnx")
     with (tmp_path / "m.onnx").open("ab") as file:
         file.write(b"\x28\x00" * 20_000)  # model_version, again and again
-    assert "more than 20,000 fields" in refused(tmp_path / "m.onnx")
+
+    assert "more than 20,000 fields" in refusal(tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize(
-    ("told", "reason"),
+    ("content", "reason"),
     [
         ("not json", "the model card is damaged"),
         ("[" * 100_000, "the model card is damaged"),
@@ -260,22 +266,24 @@ def test_more_fields_than_any_model_has_are_refused(
         (json.dumps(card(blob="x" * model_file.MAX_CARD_BYTES)), "longer than 4 MB"),
     ],
 )
-def test_bad_cards_are_refused(tmp_path: Path, told: str, reason: str) -> None:
-    assert reason in refused(write_model(tmp_path / "m.onnx", model_card=told))
+def test_bad_cards_are_refused(tmp_path: Path, content: str, reason: str) -> None:
+    assert reason in refusal(write_model(tmp_path / "m.onnx", model_card=content))
 
 
 def test_a_file_without_or_with_two_cards_is_refused(tmp_path: Path) -> None:
     model = colour_graph()
+
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
-    assert "not a threefold model" in refused(tmp_path / "m.onnx")
+    assert "not a threefold model" in refusal(tmp_path / "m.onnx")
+
     write_model(tmp_path / "m.onnx", model)
     model.metadata_props.append(model.metadata_props[0])
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
-    assert "2 times" in refused(tmp_path / "m.onnx")
+    assert "2 times" in refusal(tmp_path / "m.onnx")
 
 
-def greedy(when: str) -> onnx.ModelProto:
-    """A file of 1 kB whose graph needs 8 GB, at once or when it gets an image."""
+def memory_bomb(when: str) -> onnx.ModelProto:
+    """A model of 1 kB that needs 8 GB, "at once" when it is loaded, or when it gets an image."""
     model = colour_graph()
     big = helper.make_tensor("big", TensorProto.INT64, [2], [45_000, 45_000])
     model.graph.initializer.append(big)
@@ -303,7 +311,7 @@ def greedy(when: str) -> onnx.ModelProto:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 @pytest.mark.parametrize("when", ["at once", "with the image"])
 def test_a_graph_that_needs_too_much_memory_is_stopped(tmp_path: Path, when: str) -> None:
-    path = write_model(tmp_path / "m.onnx", greedy(when))
+    path = write_model(tmp_path / "m.onnx", memory_bomb(when))
     code = (
         "import sys, numpy as np, threefold\n"
         "try:\n    threefold.load(sys.argv[1]).predict([np.zeros((4, 4, 3), np.uint8)])\n"
@@ -311,25 +319,29 @@ def test_a_graph_that_needs_too_much_memory_is_stopped(tmp_path: Path, when: str
         "lines = open('/proc/self/status').read().splitlines()\n"
         "print(next(int(line.split()[1]) // 1024 for line in lines if line.startswith('VmHWM')))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False
+
+    process = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    message, peak = done.stdout.splitlines()
+
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    message, peak = process.stdout.splitlines()
     assert "more memory than allowed" in message
     assert int(peak) < 1000
 
 
 def test_checking_reads_no_weights(tmp_path: Path) -> None:
-    """300 MB of weights are walked over without being read."""
+    """300 MB of weights are skipped."""
     model = colour_graph()
     model.graph.initializer.append(
         helper.make_tensor("w", TensorProto.FLOAT, [75_000_000], bytes(300_000_000), raw=True)
     )
     path = write_model(tmp_path / "m.onnx", model)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    began = time.monotonic()
+    start = time.monotonic()
+
     model_file.read_card(path, "threefold")
-    assert time.monotonic() - began < 1
+
+    assert time.monotonic() - start < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 5000

@@ -1,4 +1,4 @@
-"""Time budgets given as text."""
+"""Parsing of time budgets."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def test_a_budget_is_parsed_to_milliseconds(text: str, milliseconds: float) -> N
 @pytest.mark.parametrize(
     "text", ["15", "ms", "-3ms", "0ms", "1m", "1e3ms", "nan ms", "", "9" * 400 + "ms"]
 )
-def test_what_is_not_a_time_is_refused(text: str) -> None:
+def test_a_budget_that_is_not_a_time_is_refused(text: str) -> None:
     with pytest.raises(DataError, match="not a time for an image; expected a number with ms or s"):
         parse_budget(text)
