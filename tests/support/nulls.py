@@ -30,13 +30,13 @@ def trained(
     rng: np.random.Generator, s: int, n: int, seeds: float, groups: np.ndarray | None = None
 ) -> np.ndarray:
     """Hits (2, s, n) of two equally good recipes that differ by seed and in their best images."""
-    taste = (
-        rng.normal(0, 0.8, n) if groups is None else rng.normal(0, 0.8, groups.max() + 1)[groups]
-    )
+    if groups is None:
+        taste = rng.normal(0, 0.8, n)
+    else:
+        taste = rng.normal(0, 0.8, groups.max() + 1)[groups]
     easy, luck = rng.normal(1.6, 1.2, n), rng.normal(0, seeds, (2, s, 1))
-    return (
-        easy + np.array([0.5, -0.5])[:, None, None] * taste + luck + rng.normal(0, 1, (2, s, n)) > 0
-    )
+    preference = np.array([0.5, -0.5])[:, None, None] * taste
+    return np.asarray(easy + preference + luck + rng.normal(0, 1, (2, s, n)) > 0)
 
 
 def softmaxes(
@@ -45,8 +45,9 @@ def softmaxes(
     """Probabilities (n, k) of two equally good classifiers with shared errors, and labels (n,)."""
     labels = rng.integers(0, k, n)
     shared = 2.0 * np.eye(k)[labels] + rng.normal(size=(n, k))
-    weights = [np.exp(shared + rng.normal(0, 0.7, (n, k))) for _ in range(2)]
-    return (*(p / p.sum(1, keepdims=True) for p in weights), labels)  # type: ignore[return-value]
+    a = np.exp(shared + rng.normal(0, 0.7, (n, k)))
+    b = np.exp(shared + rng.normal(0, 0.7, (n, k)))
+    return a / a.sum(1, keepdims=True), b / b.sum(1, keepdims=True), labels
 
 
 def noise(rng: np.random.Generator, m: int, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:

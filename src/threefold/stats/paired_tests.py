@@ -10,9 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-
-# scipy.stats takes a second to import
-from scipy.special import bdtr, betaln, chdtrc, ndtri, stdtr, stdtrit
+from scipy.special import bdtr, betaln, chdtrc, ndtri, stdtr, stdtrit  # scipy.stats imports slowly
 
 from threefold.errors import DataError
 from threefold.predictions.checks import check_labels, check_probs
@@ -201,7 +199,8 @@ def score_difference(
         DataError: probabilities, labels or groups are not usable, or the score is unknown or not
             defined on these rows.
     """
-    a, b = (check_probs(probs, 2).astype(np.float64) for probs in (probs_a, probs_b))
+    a = check_probs(probs_a, 2).astype(np.float64)
+    b = check_probs(probs_b, 2).astype(np.float64)
     if a.shape != b.shape:
         raise DataError("the two have different rows or classes", expected=a.shape, got=b.shape)
     truth, function = check_labels(labels, *a.shape), check_score(score)
