@@ -79,7 +79,7 @@ def staged(model: Any, target: Path, card: Mapping[str, Any] | None = None) -> I
             dir=target.parent if large else None, prefix=f".{target.name}."
         )
     except OSError as error:
-        raise ExportError("cannot write", where=target, got=error.strerror or error) from None
+        raise ExportError("cannot write", where=target, got=error) from None
     with directory as folder:
         data: Path | None = None
         bundle: dict[str, Any] = {}
@@ -129,7 +129,7 @@ def place_file(trial: Path, target: Path) -> None:
             os.fsync(file.fileno())
         os.replace(trial, target)
     except OSError as error:
-        raise ExportError("cannot write", where=target, got=error.strerror or error) from None
+        raise ExportError("cannot write", where=target, got=error) from None
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -182,9 +182,7 @@ def _move_weights(model: Any, folder: Path, name: str) -> Path:
         data = folder / f"{name}.{digest[:16]}.bin"
         os.replace(folder / "weights", data)
     except OSError as error:
-        raise ExportError(
-            "cannot write", where=folder, got=error.strerror or error, fix="free disk space"
-        ) from None
+        raise ExportError("cannot write", where=folder, got=error, fix="free disk space") from None
     for (proto, _), tensor in zip(tensors, moved, strict=True):
         stored = ir.ExternalTensor(
             data.name,

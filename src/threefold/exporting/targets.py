@@ -213,4 +213,4 @@ def _stage(target: Path) -> tempfile.TemporaryDirectory[str]:
         target.parent.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
     except OSError as error:
-        raise ExportError("cannot write", where=target, got=error.strerror or error) from None
+        raise ExportError("cannot write", where=target, got=error) from None

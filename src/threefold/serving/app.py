@@ -315,7 +315,7 @@ def make_server(
         raise RunError(
             "cannot listen",
             where=f"{host}:{port}",
-            got=error.strerror or error,
+            got=error,
             fix="choose another --port",
         ) from None
     hosts = {*map(_url_host, LOOPBACK), _url_host(host.lower())} if host in LOOPBACK else set()

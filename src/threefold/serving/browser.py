@@ -104,7 +104,7 @@ def write_web(
         raise ExportError(
             "cannot write the folder",
             where=target,
-            got=error.strerror or error,
+            got=error,
             fix="free disk space or choose another folder",
         ) from None
     finally:
@@ -127,9 +127,7 @@ def require_free(target: Path) -> None:
     try:
         names = set(os.listdir(target)) if target.exists() else set()
     except OSError as error:
-        raise ExportError(
-            "cannot write the folder", where=target, got=error.strerror or error
-        ) from None
+        raise ExportError("cannot write the folder", where=target, got=error) from None
     foreign = sorted(names - FOLDER_FILES)
     is_ours = not names or ("card.json" in names and not foreign)
     if target.is_symlink() or not is_ours:

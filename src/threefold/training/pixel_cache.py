@@ -115,7 +115,7 @@ def _fill(path: Path, dataset: ImageDataset, side: int, resize: Any) -> None:
         raise RunError(
             "cannot write the image cache",
             where=path,
-            got=error.strerror or error,
+            got=error,
             fix=f"it needs {megabytes:.0f} MB: free disk space or choose another --out",
         ) from None
 
