@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from threefold.models.member import JointMember, Member, build_joint, build_memb
 from threefold.recipe import Recipe
 from threefold.recipe_schema import HeadSpec, MemberSpec, StageSpec, TrainSpec
 from threefold.training.optimizers import create_optimizer, set_trainable, train_mode
+from threefold.training.pixel_cache import PixelRows
 from threefold.training.stages import StageTask, train_stage
 
 EVERYTHING = StageSpec(name="s", epochs=1, lr=1.0)
@@ -68,10 +71,11 @@ def test_frozen_members_do_not_change() -> None:
     network = joint()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     rng = np.random.default_rng(0)
-    data = rng.integers(0, 255, (24, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, 24)
-    recipe = Recipe.parse(tiny_tree("."))  # type: ignore[arg-type]
+    pixels = rng.integers(0, 255, (24, 32, 32, 3), dtype=np.uint8)
+    rows = PixelRows(pixels, rng.integers(0, 10, 24))
+    recipe = Recipe.parse(tiny_tree(Path()))
 
-    train_stage(network, StageTask(HEAD_ONLY, recipe, data, data, 0, 10))
+    train_stage(network, StageTask(HEAD_ONLY, recipe, rows, rows, seed=0, num_classes=10))
 
     after = network.state_dict()
     changed = [name for name in after if not torch.equal(after[name], before[name])]

@@ -146,7 +146,7 @@ def student(teacher: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def distillation_of(run: Run) -> Distillation:
-    distillation = Distillation.of(run)
+    distillation = Distillation.from_run(run)
     assert distillation is not None
     return distillation
 
@@ -178,14 +178,14 @@ def test_targets_never_saw_their_row_or_scored_rows(teacher: Run, student: Run, 
     probs = teacher_answers(Run.open(source), method).probs
     row_of = {name: i for i, name in enumerate(oof.ids)}
     order = [row_of[ids[i]] for i in roles.fit]
-    np.testing.assert_allclose(targets.of(roles.fit), probs[order], atol=1e-6)
+    np.testing.assert_allclose(targets.probs_of(roles.fit), probs[order], atol=1e-6)
 
 
 def test_missing_target_is_an_error(student: Run) -> None:
     targets = distillation_of(student).targets(0)
 
     with pytest.raises(RunError, match=r"the teacher has no answer: row \d"):
-        targets.of(student.roles[0].score)
+        targets.probs_of(student.roles[0].score)
 
 
 def test_student_and_twin_share_start_and_batches(student: Run) -> None:

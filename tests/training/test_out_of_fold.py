@@ -27,20 +27,20 @@ def member(name: str, **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def partial(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Two folds; `b` is in the first only; crops are chosen out of fold; `joint` joins a and c."""
+    """A finished run of two folds: `b` is in the first only, `joint` joins a and c."""
+    joint = {
+        "name": "joint",
+        "joins": ["a", "c"],
+        "head": {"kind": "mlp", "fc": 16},
+        "img_size": 32,
+    }
     tree = tiny_tree(
         images,
         members=[
             member("a"),
             member("b", folds=[0], batch_size=12),
             member("c", backbone="test_efficientnet"),
-            member(
-                "joint",
-                backbone="",
-                weights="pretrained",
-                joins=["a", "c"],
-                head={"kind": "mlp", "fc": 16},
-            ),
+            joint,
         ],
         views={"kind": "random-crops", "n": 3, "upsample": 1.25, "choose": True},
         stages=[
@@ -49,14 +49,19 @@ def partial(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
             {"name": "heads", "epochs": 3, "lr": 1e-2, "trainable": "^head", "members": ["joint"]},
         ],
     )
-    del tree["members"][3]["weights"]
     run = api.train(Recipe.parse(tree), tmp_path_factory.mktemp("runs") / "partial")
     api.finish(run)
     return run
 
 
+def stored(run: Run, name: str, fold: int) -> dict[str, np.ndarray]:
+    """Return the arrays that a member's last job in a fold has saved."""
+    return read_arrays(run.folder.job_folder(run.last_job(name, fold)) / "probs.npz")
+
+
 def test_jobs_follow_the_members_folds_and_stages(partial: Run) -> None:
     jobs = {(j.member, j.fold, j.stage) for j in partial.jobs}
+
     assert {(f, s) for m, f, s in jobs if m == "b"} == {(0, "one"), (0, "two")}
     assert {(f, s) for m, f, s in jobs if m == "joint"} == {(0, "heads"), (1, "heads")}
     assert ("a", 1, "two") in jobs
@@ -65,8 +70,9 @@ def test_jobs_follow_the_members_folds_and_stages(partial: Run) -> None:
 
 def test_mean_of_present_members_replaces_an_absent_one(partial: Run) -> None:
     oof = partial.predictions("oof")
-    a, b, c, _ = oof.probs
+
     assert oof.folds is not None
+    a, b, c, _ = oof.probs
     absent = oof.folds == 1
     np.testing.assert_allclose(b[absent], (a + c)[absent] / 2, atol=1e-6)
     assert np.abs(b[~absent] - (a + c)[~absent] / 2).max() > 1e-3
@@ -75,68 +81,65 @@ def test_mean_of_present_members_replaces_an_absent_one(partial: Run) -> None:
 
 
 def test_each_fold_answers_test_rows_with_its_members(partial: Run) -> None:
-    index = view_counts(partial.recipe.views).index(
-        json.loads((partial.dir / "views.json").read_text())["views"]
-    )
-    saved = {
-        (m, f): read_arrays(partial.folder.job_folder(partial.last_job(m, f)) / "probs.npz")[
-            "test"
-        ][index]
-        for m, f in (("a", 0), ("b", 0), ("c", 0), ("a", 1), ("c", 1))
-    }
-    first = (saved["a", 0] + saved["b", 0] + saved["c", 0]) / 3
-    second = (saved["a", 1] + saved["c", 1]) / 2
-    np.testing.assert_allclose(
-        partial.predictions("test").probs[:3].mean(0), (first + second) / 2, atol=1e-6
-    )
+    views = json.loads((partial.dir / "views.json").read_text())["views"]
+    index = view_counts(partial.recipe.views).index(views)
+    first = np.mean([stored(partial, name, 0)["test"][index] for name in "abc"], axis=0)
+    second = np.mean([stored(partial, name, 1)["test"][index] for name in "ac"], axis=0)
+
+    mean = partial.predictions("test").probs[:3].mean(0)
+
+    np.testing.assert_allclose(mean, (first + second) / 2, atol=1e-6)
 
 
 def test_exported_file_has_chosen_views_and_stand_ins(partial: Run) -> None:
     model, test = threefold.load(partial.dir / "model.onnx"), partial.sources.test
     assert test is not None
+
+    probs = model.infer([test.pixels(i) for i in range(len(test))]).member_probs
+
     assert model.members == ("a", "b", "c")
-    members = model.infer([test.pixels(i) for i in range(len(test))]).member_probs
-    np.testing.assert_allclose(
-        members, partial.predictions("test").probs[:3].transpose(1, 0, 2), atol=1e-5
-    )
+    expected = partial.predictions("test").probs[:3].transpose(1, 0, 2)
+    np.testing.assert_allclose(probs, expected, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_single_and_joint_members_can_be_exported(partial: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "row"), [("joint", 3), ("b", 1)])
+def test_single_and_joint_members_can_be_exported(
+    partial: Run, tmp_path: Path, name: str, row: int
+) -> None:
     test = partial.sources.test
     assert test is not None
-    pictures = [test.pixels(i) for i in range(len(test))]
-    for name, row in (("joint", 3), ("b", 1)):
-        report = export(partial, tmp_path / f"{name}.onnx", members=[name])
-        model = threefold.load(report.path)
-        assert model.members == (name,)
-        members = model.infer(pictures).member_probs
-        np.testing.assert_allclose(members[:, 0], partial.predictions("test").probs[row], atol=1e-5)
+
+    report = export(partial, tmp_path / f"{name}.onnx", members=[name])
+    model = threefold.load(report.path)
+    probs = model.infer([test.pixels(i) for i in range(len(test))]).member_probs
+
+    assert model.members == (name,)
+    np.testing.assert_allclose(probs[:, 0], partial.predictions("test").probs[row], atol=1e-5)
 
 
 def test_choice_of_views_is_cross_fitted(partial: Run) -> None:
-    found = json.loads((partial.dir / "views.json").read_text())
-    counts, oof = view_counts(partial.recipe.views), partial.predictions("oof")
-    assert list(found["accuracy"]) == [str(c) for c in counts] == ["0", "1", "3"]
-    assert found["views"] in counts
-    assert oof.folds is not None
-    saved = {
-        f: read_arrays(partial.folder.job_folder(partial.last_job("a", f)) / "probs.npz")
-        for f in (0, 1)
-    }
-    for fold in (0, 1):  # each fold's rows have one of the candidates, whole
-        mine = oof.probs[0, saved[fold]["rows"]]
-        assert any(np.array_equal(mine, candidate) for candidate in saved[fold]["score"])
+    counts = view_counts(partial.recipe.views)
+
+    choice = json.loads((partial.dir / "views.json").read_text())
+
+    assert list(choice["accuracy"]) == [str(c) for c in counts] == ["0", "1", "3"]
+    assert choice["views"] in counts
+    for fold in (0, 1):  # all rows of a fold have the same number of views
+        arrays = stored(partial, "a", fold)
+        probs = partial.predictions("oof").probs[0, arrays["rows"]]
+        assert any(np.array_equal(probs, candidate) for candidate in arrays["score"])
 
 
 def test_joint_member_is_scored_but_not_combined(partial: Run) -> None:
     results = partial.results
+
     assert results.combined == ("a", "b", "c")
     assert {c.a for c in results.comparisons} == {"mean", "pruned", "stacked", "joint"}
-    mean = partial.predictions("test").probs[:3].mean(0).argmax(1)
+    answers = partial.predictions("test").probs[:3].mean(0).argmax(1)
     score = results.score("mean", "ensemble", "test")
     assert score is not None
-    assert score.accuracy == pytest.approx((mean == partial.predictions("test").labels).mean())
+    assert score.accuracy == pytest.approx((answers == partial.predictions("test").labels).mean())
 
 
 @pytest.mark.parametrize(
@@ -157,13 +160,13 @@ def test_fold_without_members_is_refused(images: Path) -> None:
     recipe = Recipe.parse(
         tiny_tree(images, members=[member("a", folds=[0]), member("b", folds=[0])])
     )
+
     np.testing.assert_array_equal(stand_ins(recipe, 0), np.eye(2))
     with pytest.raises(RunError, match=r"a fold has no member: members\.\*\.folds, fold 1"):
         stand_ins(recipe, 1)
 
 
-JOIN = member("j", backbone="", joins=["a", "b"])
-del JOIN["weights"]
+JOIN = {"name": "j", "joins": ["a", "b"], "img_size": 32}
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from support.tiny_runs import make_folder, tiny_tree
+from torch import nn
 
 from threefold import api
 from threefold.errors import RunError
@@ -21,6 +21,7 @@ from threefold.recipe import Job, Recipe
 from threefold.training import jobs
 from threefold.training.jobs import train_members
 from threefold.training.run import Run
+from threefold.training.stages import StageOutcome, StageTask, train_stage
 
 
 def small(images: Path, *sets: str) -> Recipe:
@@ -39,8 +40,9 @@ def weights(run: Run) -> dict[str, str]:
     }
 
 
-def test_out_of_fold_rows_are_scored_by_a_fold_that_never_saw_them(finished: Run) -> None:
+def test_rows_are_scored_by_a_fold_that_never_saw_them(finished: Run) -> None:
     oof = finished.predictions("oof")
+
     assert oof.ids == finished.sources.train.ids
     assert oof.folds is not None
     for fold, roles in finished.roles.items():
@@ -56,9 +58,10 @@ def test_test_rows_are_the_mean_of_the_fold_models(finished: Run) -> None:
         np.load(finished.folder.job_folder(Job("gated", fold, "two")) / "probs.npz")["test"][0]
         for fold in (0, 1)
     ]
-    np.testing.assert_allclose(
-        finished.predictions("test").probs[1], np.mean(parts, axis=0), atol=1e-7
-    )
+
+    probs = finished.predictions("test").probs[1]
+
+    np.testing.assert_allclose(probs, np.mean(parts, axis=0), atol=1e-7)
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])
@@ -67,31 +70,32 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
 ) -> None:
     whole = Run.create(small(images), tmp_path / "whole")
     train_members(whole)
-    done, real = [], jobs.train_stage
+    stages_done = []
 
-    def interrupted(*args: Any) -> Any:
-        if len(done) == stop_after:
+    def interrupt(member: nn.Module, task: StageTask) -> StageOutcome:
+        if len(stages_done) == stop_after:
             raise KeyboardInterrupt
-        done.append(1)
-        return real(*args)
+        stages_done.append(task.stage.name)
+        return train_stage(member, task)
 
-    monkeypatch.setattr(jobs, "train_stage", interrupted)
+    monkeypatch.setattr(jobs, "train_stage", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train_members(Run.create(small(images), tmp_path / "cut"))
-    monkeypatch.setattr(jobs, "train_stage", real)
-    again = Run.create(small(images), tmp_path / "cut")
-    train_members(again)
-    assert weights(again) == weights(whole)
+    monkeypatch.setattr(jobs, "train_stage", train_stage)
+
+    resumed = Run.create(small(images), tmp_path / "cut")
+    train_members(resumed)
+
+    assert weights(resumed) == weights(whole)
 
 
 def test_a_finished_run_is_not_trained_again(
     finished: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forbidden(*_: Any) -> None:
-        raise AssertionError("trained again")
+    monkeypatch.setattr(jobs, "train_stage", None)
 
-    monkeypatch.setattr(jobs, "train_stage", forbidden)
     again = api.train(finished.recipe, finished.dir)
+
     assert all(again.folder.is_done(job) for job in again.jobs)
     train_members(Run.create(finished.recipe, finished.dir))
 
@@ -102,9 +106,9 @@ def test_two_processes_do_not_work_in_one_run(tiny: Recipe, tmp_path: Path) -> N
         "print('locked', flush=True); time.sleep(60)"
     )
     run = Run.create(tiny, tmp_path / "run")
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(run.dir / ".lock")], stdout=subprocess.PIPE
-    ) as other:
+    command = [sys.executable, "-c", code, str(run.dir / ".lock")]
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
         with pytest.raises(
@@ -112,21 +116,25 @@ def test_two_processes_do_not_work_in_one_run(tiny: Recipe, tmp_path: Path) -> N
         ):
             api.train(tiny, run.dir)
         other.kill()
-    with run.folder.locked():  # a process that is killed lets go
+
+    with run.folder.locked():  # the end of the process releases the lock
         assert not (run.dir / "jobs").exists()
 
 
 def test_a_folder_of_another_recipe_is_refused(finished: Run) -> None:
     other = Recipe.parse(finished.recipe.model_dump(), ["train.batch_size=4", "seed=9"])
+
     with pytest.raises(
         RunError, match=r"another recipe.*seed.*train\.batch_size.*choose another --out"
     ):
         Run.create(other, finished.dir)
+
     Run.create(Recipe.parse(finished.recipe.model_dump(), ["name=renamed"]), finished.dir)
 
 
 def test_a_folder_that_is_not_a_run_is_left_alone(tiny: Recipe, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
+
     with pytest.raises(RunError, match="not empty and not a run"):
         Run.create(tiny, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
@@ -134,7 +142,7 @@ def test_a_folder_that_is_not_a_run_is_left_alone(tiny: Recipe, tmp_path: Path) 
         Run.open(tmp_path)
 
 
-def test_a_damaged_file_of_a_finished_job_is_found(finished: Run, tmp_path: Path) -> None:
+def test_a_damaged_file_of_a_finished_job_is_an_error(finished: Run, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished.dir, copy)
     path = copy / "jobs/plain/fold1/two/weights.safetensors"
@@ -142,6 +150,7 @@ def test_a_damaged_file_of_a_finished_job_is_found(finished: Run, tmp_path: Path
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     run = Run.open(copy)
+
     with pytest.raises(RunError, match=r"missing or damaged: .*weights\.safetensors.*delete"):
         run.load_member(run.recipe.members[0], 1, 3)
     run.load_member(run.recipe.members[0], 0, 3)
@@ -152,36 +161,39 @@ def test_a_full_disk_is_one_clear_error_and_the_run_resumes(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run.create(small(images), tmp_path / "run")
-    real, calls = os.fsync, []
+    fsync, descriptors = os.fsync, []
 
     def full(descriptor: int) -> None:
-        calls.append(1)
-        if len(calls) == 6:
+        descriptors.append(descriptor)
+        if len(descriptors) == 6:
             raise OSError(28, "No space left on device")
-        real(descriptor)
+        fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
         RunError, match=r"cannot write: .*No space left on device.*run the same command again"
     ):
         train_members(run)
-    monkeypatch.setattr(os, "fsync", real)
+    monkeypatch.setattr(os, "fsync", fsync)
     assert not list(run.dir.rglob("*.tmp"))
+
     again = Run.create(small(images), tmp_path / "run")
     train_members(again)
+
     assert again.predictions("oof").probs.shape == (1, 36, 3)
 
 
 def test_an_output_below_a_file_is_one_clear_error(tiny: Recipe, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
+
     with pytest.raises(RunError, match="cannot write"):
         Run.create(tiny, tmp_path / "file" / "run")
 
 
 def test_paper_protocol_selects_on_test_and_says_so(images: Path, tmp_path: Path) -> None:
     run = api.train(small(images, "protocol=paper", "folds.k=1"), tmp_path / "paper")
-    results = run.results
 
+    results = run.results
     assert {s.protocol for s in results.scores} == {"paper"}
     assert {s.rows for s in results.scores} == {"test"}
     assert any("selected on the scored rows" in note for note in results.notes)
@@ -192,6 +204,7 @@ def test_paper_protocol_selects_on_test_and_says_so(images: Path, tmp_path: Path
 
 def test_refit_answers_on_test_with_one_model(images: Path, tmp_path: Path) -> None:
     run = api.train(small(images, "folds.final=refit"), tmp_path / "refit")
+
     stored = np.load(run.folder.job_folder(Job("plain", -1, "two")) / "probs.npz")
     np.testing.assert_array_equal(run.predictions("test").probs[0], stored["test"][0])
     assert run.predictions("oof").probs.shape == (1, 36, 3)
@@ -199,6 +212,7 @@ def test_refit_answers_on_test_with_one_model(images: Path, tmp_path: Path) -> N
 
 def test_without_a_test_split_the_headline_is_out_of_fold(tmp_path: Path) -> None:
     run = api.train(small(make_folder(tmp_path / "flat", 10)), tmp_path / "run")
+
     assert {s.rows for s in run.results.scores} == {"oof"}
     api.report(run)
     with pytest.raises(RunError, match="no test predictions"):
@@ -207,7 +221,9 @@ def test_without_a_test_split_the_headline_is_out_of_fold(tmp_path: Path) -> Non
 
 def test_results_hold_every_score_with_interval_and_rows(finished: Run) -> None:
     results = json.loads((finished.dir / "results.json").read_text())
+
     names = {(s["name"], s["rows"]) for s in results["scores"]}
+
     assert names == {
         (n, r) for n in ("plain", "gated", "mean", "pruned", "stacked") for r in ("oof", "test")
     }
@@ -218,12 +234,13 @@ def test_results_hold_every_score_with_interval_and_rows(finished: Run) -> None:
     assert not (finished.dir / "cache").exists()
 
 
-def test_a_run_does_not_go_on_with_other_images(tmp_path: Path) -> None:
+def test_a_run_does_not_continue_with_other_images(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "flat", 10)
     run = api.train(small(root), tmp_path / "run")
     before = weights(run)
     (run.dir / "results.json").unlink()
     (root / "red" / "000.png").rename(root / "blue" / "moved.png")
+
     with pytest.raises(
         RunError,
         match=r"images have changed since the run began.*restore them, or choose another --out",

@@ -58,8 +58,8 @@ class SoftTargets:
     seen: np.ndarray
     summary: dict[str, Any]
 
-    def of(self, rows: np.ndarray) -> np.ndarray:
-        """The probabilities (len(rows), k) of some rows.
+    def probs_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the probabilities (len(rows), k) of some rows.
 
         Raises:
             RunError: there are none for one of them.
@@ -94,7 +94,7 @@ class Distillation:
     spec: DistillSpec
 
     @classmethod
-    def of(cls, run: Run) -> Distillation | None:
+    def from_run(cls, run: Run) -> Distillation | None:
         """The distillation of a run; None if all its members learn from labels."""
         return cls(run, run.recipe.distill) if run.recipe.distill is not None else None
 
@@ -314,7 +314,7 @@ def distillation_results(run: Run, scores: Sequence[Score]) -> DistillationResul
         The teacher's summary for each fold, a table for each kind of honest rows (every pair is
         compared, after Holm's correction), and the costs of an answer.
     """
-    distillation = Distillation.of(run)
+    distillation = Distillation.from_run(run)
     if distillation is None:
         return None
     spec, teacher = distillation.spec, distillation.teacher

@@ -52,7 +52,7 @@ def train_members(run: Run) -> DataDiagnostics:
     for note in _notes(run):
         run.watcher.note(note)
     _write_info(run)
-    distillation = Distillation.of(run)
+    distillation = Distillation.from_run(run)
     if distillation is not None:
         distillation.prepare(_train_teachers)
     cache = _run_jobs(run)
@@ -158,10 +158,10 @@ def _run_job(run: Run, job: Job, cache: PixelCache, deadline: float) -> None:
 
 def _teacher_probs(run: Run, job: Job) -> np.ndarray | None:
     """A teacher's probabilities on the fit rows (n, k), for a student."""
-    distillation = Distillation.of(run)
+    distillation = Distillation.from_run(run)
     if distillation is None or not run.recipe.soft(job.member):
         return None
-    return distillation.targets(job.fold).of(run.roles[job.fold].fit)
+    return distillation.targets(job.fold).probs_of(run.roles[job.fold].fit)
 
 
 def _start(run: Run, spec: MemberSpec, fold: int, previous: Job | None) -> nn.Module:

@@ -95,7 +95,7 @@ def roles_by_fold(run: Run) -> FoldRoles:
     folds = {fold: roles for fold, roles in run.roles.items() if fold >= 0}
     owner = np.full(len(run.sources.train), -1)
     table = np.zeros((len(folds), len(owner)), np.int8)
-    distillation = Distillation.of(run)
+    distillation = Distillation.from_run(run)
     for fold, roles in folds.items():
         owner[roles.score] = fold
         for rows, bit in ((roles.fit, FIT), (roles.select, SELECT), (roles.score, SCORE)):

@@ -224,7 +224,7 @@ def _choose_effort(
     why_size = f"the images' median side is {summary.side} px"
     if not budget:
         k, epochs = allowed[0]
-        return Effort(largest, k, _at_least(epochs, summary.n, k)), [
+        return Effort(largest, k, _enough_epochs(epochs, summary.n, k)), [
             Decision("img_size", largest, why_size),
             Decision("folds.k", k, "no time budget"),
             Decision("epochs", epochs, "no time budget"),
@@ -232,7 +232,7 @@ def _choose_effort(
     speeds = {s["name"]: measure_speed(s, len(summary.classes), device, frozen) for s in specs}
     available = _training_seconds(budget)
     efforts = [
-        Effort(size, k, _at_least(epochs, summary.n, k))
+        Effort(size, k, _enough_epochs(epochs, summary.n, k))
         for size in SIZES
         if size <= largest
         for k, epochs in allowed
@@ -262,7 +262,7 @@ def _choose_effort(
     ]
 
 
-def _at_least(epochs: int, n: int, k: int, batch: int = 32) -> int:
+def _enough_epochs(epochs: int, n: int, k: int, batch: int = 32) -> int:
     """Raise the number of epochs, to 30 at most, until a fold has MIN_STEPS steps."""
     return min(30, max(epochs, math.ceil(MIN_STEPS * batch / max(1, 0.85 * n * (k - 1) / k))))
 

@@ -51,6 +51,5 @@ def commit() -> str:
 
 def stable_seed(*parts: object) -> int:
     """Return a seed below 2**31 that depends only on the parts."""
-    return (
-        int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
-    )
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1

@@ -38,7 +38,7 @@ def evaluate_run(run: Run) -> Evaluation:
     test = run.folder.test
     if test is not None:
         run.folder.open_test("train", len(test))
-        distillation = Distillation.of(run)
+        distillation = Distillation.from_run(run)
         if distillation is not None:
             distillation.teacher.folder.open_test("distill", len(test))
     return evaluate(run.folder.oof, test, spec, run.recipe.seed)

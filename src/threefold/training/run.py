@@ -168,27 +168,24 @@ class Run:
         classes = self.folder.info.classes
         names = list(members if members is not None else self.recipe.combined)
         everyone = [m.name for m in self.recipe.members]
-        mixing = np.stack([stand_ins(self.recipe, fold) for fold in self.final_folds])[
-            :, [everyone.index(n) for n in names]
-        ]
-        parts = {}
+        rows = [everyone.index(name) for name in names]
+        # (folds, names, members): the share of each network in each named member's answer.
+        mixing = np.stack([stand_ins(self.recipe, fold)[rows] for fold in self.final_folds])
+        parts, network_weights = {}, []
         for j, spec in enumerate(self.recipe.members):
-            folds = [
-                f
-                for f, weights in zip(self.final_folds, mixing, strict=True)
-                if weights[:, j].any()
-            ]
-            if folds:
+            weights = mixing[:, :, j]
+            used = weights.any(1)
+            if used.any():
                 views = self.views(spec)
-                nets = [
-                    Predictor(self.load_member(spec, fold, len(classes)), views) for fold in folds
-                ]
-                parts[spec.name] = MemberPipeline(nets, views.canvas, spec.resize)
-        weights = np.concatenate(
-            [mixing[:, :, everyone.index(n)][mixing[:, :, everyone.index(n)].any(1)] for n in parts]
-        )
-        plain = list(parts) == names and bool((mixing == mixing[0]).all())
-        return Pipeline(parts, combiner, classes, names, None if plain else weights.T / len(mixing))
+                folds = np.array(self.final_folds)[used].tolist()
+                networks = [self.load_member(spec, fold, len(classes)) for fold in folds]
+                predictors = [Predictor(network, views) for network in networks]
+                parts[spec.name] = MemberPipeline(predictors, views.canvas, spec.resize)
+                network_weights.append(weights[used])
+        if list(parts) == names and (mixing == mixing[0]).all():
+            return Pipeline(parts, combiner, classes, names)
+        weights = np.concatenate(network_weights).T / len(mixing)
+        return Pipeline(parts, combiner, classes, names, weights)
 
 
 def stand_ins(recipe: Recipe, fold: int) -> np.ndarray:
