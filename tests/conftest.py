@@ -8,9 +8,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # workers with several threads each get in each other's way
+    # Workers with several threads each would compete for the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from support.tiny_runs import make_folder, tiny_tree

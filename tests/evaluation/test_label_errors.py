@@ -102,7 +102,7 @@ def test_any_predictions_can_be_audited(seed: int, n: int, k: int) -> None:
     assert len({s.id for s in suspects}) == len(suspects)
 
 
-def test_sure_and_correct_rows_or_a_single_class_give_no_suspects() -> None:
+def test_sure_rows_or_a_single_class_give_no_suspects() -> None:
     labels = np.array([0, 1, 2] * 10)
     probs = (0.94 * np.eye(3) + 0.02)[labels][None]
     names, ids = ("a", "b", "c"), tuple(map(str, range(30)))

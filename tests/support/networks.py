@@ -15,14 +15,14 @@ from threefold.training.optimizers import set_trainable, train_mode
 
 
 def coarse_pictures(size: int) -> np.ndarray:
-    """Eight pictures of 4 x 4 colours, uint8 (8, size, size, 3)."""
+    """Draw eight images of 4 x 4 colours, uint8 (8, size, size, 3)."""
     small = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), dtype=np.uint8)
     place = np.arange(size) * 4 // size
     return small[:, place][:, :, place]
 
 
 def learn(member: Member, pixels: torch.Tensor) -> None:
-    """One step; every parameter gets a finite gradient, and what has one that is not zero moves."""
+    """Take a training step; every gradient must be finite, and those above 0 must have an effect."""
     before = {name: p.detach().clone() for name, p in member.named_parameters()}
     set_trainable(member, StageSpec(name="s", epochs=1, lr=1e-5))
     train_mode(member)
@@ -35,9 +35,8 @@ def learn(member: Member, pixels: torch.Tensor) -> None:
         assert torch.isfinite(p.grad).all(), name
         assert not p.grad.abs().max() > 1e-6 or not torch.equal(before[name], p), name
     # ResNet50's blocks begin as the identity: only their last norms learn in the first step.
-    assert sum(bool(p.grad.any()) for p in member.parameters() if p.grad is not None) > 0.25 * len(
-        before
-    )
+    learning = [p for p in member.parameters() if p.grad is not None and p.grad.any()]
+    assert len(learning) > 0.25 * len(before)
 
 
 def settle(member: Member, pixels: torch.Tensor) -> None:
@@ -51,6 +50,7 @@ def settle(member: Member, pixels: torch.Tensor) -> None:
 
 
 def pipeline_of(member: Member, size: int) -> Pipeline:
+    """Wrap a member of three classes as a pipeline without calibration."""
     return Pipeline(
         {"m": MemberPipeline([Predictor(member)], size, "squash")},
         Combiner(MeanEnsemble().to_module(), temperature_module(1.0)),

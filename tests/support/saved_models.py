@@ -12,7 +12,7 @@ from threefold.predictions.predictions import Predictions
 def model(
     n: int = 300, right: float = 0.8, seed: int = 0, name: str = "net", **more: object
 ) -> Predictions:
-    """One member that is right on a share of the rows; labels and ids are equal for all seeds."""
+    """Simulate a member of accuracy `right`; labels and ids do not depend on the seed."""
     labels = np.random.default_rng(99).integers(0, 3, n)
     rng = np.random.default_rng(seed)
     answers = np.where(rng.random(n) < right, labels, (labels + 1) % 3)
@@ -28,6 +28,7 @@ def model(
 
 
 def save(folder: Path, **models: Predictions) -> list[str]:
+    """Write a file for each model, and return their paths."""
     for name, rows in models.items():
         rows.save(folder / f"{name}.npz")
     return [str(folder / f"{name}.npz") for name in models]

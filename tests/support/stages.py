@@ -16,7 +16,7 @@ from threefold.training.stages import StageTask
 
 
 def make_rows(n: int, seed: int) -> PixelRows:
-    """Coloured noise (n, 32, 32, 3) and its class."""
+    """Draw coloured noise (n, 32, 32, 3) and its class."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % 3
     colours = np.array(list(COLOURS.values()))[labels][:, None, None, :]
@@ -25,13 +25,13 @@ def make_rows(n: int, seed: int) -> PixelRows:
 
 
 def make_task(*sets: str, first: bool = True, seed: int = 1, **more: Any) -> StageTask:
-    """The first stage of the tiny recipe with some changes."""
+    """Return the first stage of the tiny recipe with some changes."""
     recipe = Recipe.parse(tiny_tree(Path("x")), sets)
     values: dict[str, Any] = {"fit": make_rows(24, 0), "select": make_rows(12, 1), **more}
     return StageTask(recipe.stages[0], recipe, seed=seed, num_classes=3, first=first, **values)
 
 
 def build_tiny(name: str = "plain", *sets: str) -> Member:
-    """A member of the tiny recipe with the same fresh weights every time."""
+    """Build a member of the tiny recipe with the same fresh weights every time."""
     torch.manual_seed(0)
     return build_member(Recipe.parse(tiny_tree(Path("x")), sets).member(name), 3)

@@ -14,30 +14,27 @@ COLOURS = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 200)}
 def paint(
     path: Path, colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (40, 32)
 ) -> None:
-    """Write a noisy picture of one colour."""
+    """Write a noisy image of one colour."""
     rng = np.random.default_rng(seed)
-    pixels = np.clip(np.array(colour) + rng.normal(0, 60, (*size[::-1], 3)), 0, 255).astype(
-        np.uint8
-    )
+    noise = rng.normal(0, 60, (*size[::-1], 3))
+    pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
 
 
 def make_folder(root: Path, per_class: int = 12, test: int = 0) -> Path:
-    """Class folders of coloured noise; with `test`, below train/ and test/."""
-    for split, count in (("train", per_class), ("test", test)) if test else (("", per_class),):
+    """Write class folders of coloured noise; with `test`, below train/ and test/."""
+    counts = {"train": per_class, "test": test} if test else {"": per_class}
+    for split, count in counts.items():
         for c, (name, colour) in enumerate(COLOURS.items()):
             for i in range(count):
-                paint(
-                    root / split / name / f"{i:03d}.png",
-                    colour,
-                    hash((split == "test", c, i)) % 2**31,
-                )
+                seed = hash((split == "test", c, i)) % 2**31
+                paint(root / split / name / f"{i:03d}.png", colour, seed)
     return root
 
 
 def tiny_tree(root: Path, **changes: Any) -> dict[str, Any]:
-    """A recipe as plain values: two tiny networks from scratch, two folds, two stages."""
+    """Return a recipe as plain values: two tiny networks from scratch, two folds, two stages."""
     tree: dict[str, Any] = {
         "name": "tiny",
         "data": {"root": str(root)},
