@@ -71,7 +71,7 @@ class PrunedEnsemble(Ensemble):
         return np.asarray(pruned / pruned.sum(-1, keepdims=True))
 
     def to_module(self) -> nn.Module:
-        """Return the same as a torch module.
+        """Return the ensemble as a torch module.
 
         It finds the largest values by repeated argmax, which breaks ties the same way in numpy,
         torch and ONNX; top-k does not.

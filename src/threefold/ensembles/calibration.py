@@ -74,7 +74,7 @@ class Calibration(NamedTuple):
         return apply_vector(probs, self.scaling)
 
     def to_module(self) -> nn.Module:
-        """Return the same as a torch module, (b, k) to (b, k), for `pipeline.Combiner`."""
+        """Return the calibration as a torch module, (b, k) to (b, k), for `pipeline.Combiner`."""
         from torch import nn
 
         if self.temperature is None:

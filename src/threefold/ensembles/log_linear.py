@@ -139,7 +139,7 @@ class LogisticEnsemble(Ensemble):
         )
 
     def to_module(self) -> nn.Module:
-        """Return the same as a torch module, (b, m, k) to (b, k)."""
+        """Return the ensemble as a torch module, (b, m, k) to (b, k)."""
         self._require_fit()
         return _log_linear_module(self.weights_[:-1], float(self.weights_[-1]), self.bias_)
 

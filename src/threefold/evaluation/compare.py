@@ -46,9 +46,9 @@ def compare_saved(
 
     A source is `PATH` or `PATH:NAME`. A run folder stands for its chosen ensemble (calibrated, on
     the test rows where there are any), and NAME for one of its members. A file stands for its only
-    member, and NAME for one of several. A+B as NAME is the mean of members. A single
-    source stands for all of its members. `PATH,PATH,...` are several seeds of one recipe: intervals
-    and p-values then account for other seeds and other images alike.
+    member, and NAME for one of several. A+B as NAME is the mean of members. A single source stands
+    for all of its members. `PATH,PATH,...` are several seeds of one recipe: intervals and p-values
+    then account for other seeds and other images alike.
 
     Args:
         sources: the contenders.

@@ -50,7 +50,7 @@ class SoftTargets:
         rows: (r,) row numbers of the student's training images, ascending.
         probs: (r, k) float32, calibrated, by networks and an ensemble that did not see the row.
         seen: (n,) booleans, the rows whose labels any part of the teacher learned from.
-        summary: method, temperature, accuracy on the rows, seconds of training; what they are for.
+        summary: method, temperature, accuracy on the rows, seconds, and `key`, what they depend on.
     """
 
     rows: np.ndarray
