@@ -395,17 +395,14 @@ def scaling_from_state(state: Mapping[str, Any]) -> VectorScaling:
         ) from None
 
 
-def as_scaling(temperature: float, k: int, scaling: VectorScaling | None = None) -> VectorScaling:
-    """Return a temperature for k classes as a scaling, applied after `scaling` if given.
+def as_scaling(temperature: float, k: int) -> VectorScaling:
+    """Return a temperature for k classes as a scaling.
 
     Raises:
-        DataError: the temperature is not above 0, or the scaling is for other classes.
+        DataError: the temperature is not above 0.
     """
     _check_temperature(temperature)
-    scale, bias = _check_scaling(scaling or VectorScaling(np.ones(k), np.zeros(k)))
-    if len(scale) != k:
-        raise DataError("the scaling is for other classes", expected=f"{k} classes", got=len(scale))
-    return VectorScaling(scale / temperature, bias / temperature)
+    return VectorScaling(np.full(k, 1 / temperature), np.zeros(k))
 
 
 def floored_logs(probs: np.ndarray) -> np.ndarray:
