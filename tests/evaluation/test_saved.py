@@ -116,25 +116,35 @@ def test_evaluate_fits_nothing(tmp_path: Path) -> None:
     assert summary.per_class_of == "m1"
 
 
-def test_verbs_print_tables_and_json(tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", ["ensemble --method auto", "evaluate", "compare"])
+def test_verbs_print_tables_pages_and_json(tmp_path: Path, words: str) -> None:
+    path, page = str(tmp_path / "p.npz"), tmp_path / "page.html"
     pool(3).save(tmp_path / "p.npz")
-    path = str(tmp_path / "p.npz")
+    verb, *options = words.split()
+    command = [verb, path, *options]
 
-    for words in (["ensemble", path, "--method", "auto"], ["evaluate", path], ["compare", path]):
-        text = runner.invoke(app, words)
-        assert text.exit_code == 0, text.output
-        assert "m0" in text.output
-        tree = json.loads(runner.invoke(app, [*words, "--json"]).output)
-        assert tree["kind"] == words[0]
-        assert tree["source"] == [path]
-        page = tmp_path / f"{words[0]}.html"
-        assert runner.invoke(app, [*words, "--html", str(page)]).exit_code == 0
-        assert "<!doctype html>" in page.read_text(encoding="utf-8").lower()
-    assert "Expect" in runner.invoke(app, ["ensemble", path]).output
-    assert (
-        "no evidence" in runner.invoke(app, ["compare", path]).output
-        or "is better" in runner.invoke(app, ["compare", path]).output
+    table = runner.invoke(app, command)
+    html = runner.invoke(app, [*command, "--html", str(page)])
+    tree = json.loads(runner.invoke(app, [*command, "--json"]).output)
+
+    assert table.exit_code == 0, table.output
+    assert "m0" in table.output
+    assert html.exit_code == 0, html.output
+    assert "<!doctype html>" in page.read_text(encoding="utf-8").lower()
+    assert tree["kind"] == verb
+    assert tree["source"] == [path]
+
+
+def test_tables_state_the_conclusion(tmp_path: Path) -> None:
+    path = str(tmp_path / "p.npz")
+    pool(3).save(tmp_path / "p.npz")
+
+    ensemble, compare = (
+        runner.invoke(app, [verb, path]).output for verb in ("ensemble", "compare")
     )
+
+    assert "Expect" in ensemble
+    assert "no evidence" in compare or "is better" in compare
 
 
 def test_a_runs_results_say_who_saw_what(finished: Run) -> None:
@@ -187,6 +197,7 @@ def test_an_array_alone_takes_labels_and_names_from_beside_it(tmp_path: Path) ->
 def test_a_page_about_a_run(finished: Run, tmp_path: Path) -> None:
     for words in (["ensemble", "--method", "mean,vote"], ["evaluate"], ["compare"]):
         page = tmp_path / f"{words[0]}.html"
+
         text = runner.invoke(app, [words[0], str(finished.dir), *words[1:], "--html", str(page)])
         assert text.exit_code == 0, text.output
         assert page.stat().st_size > 10_000
