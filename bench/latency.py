@@ -18,7 +18,7 @@ import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,13 @@ from threefold.training.run import Run
 
 THREADS = (1, 2)
 Call = Callable[[], Any]
+
+
+class Elapsed(NamedTuple):
+    """Seconds of one call."""
+
+    wall: float
+    processor: float
 
 
 def eager(pipeline: Any, image: torch.Tensor, threads: int, half: bool = False) -> Call:
@@ -53,37 +60,37 @@ def exported(path: Path, image: np.ndarray, threads: int) -> Call:
 def candidates(
     pipeline: Pipeline, path: Path, image: np.ndarray, compiled: bool
 ) -> dict[str, Call]:
-    """What takes turns."""
+    """Every setting that is timed, by name."""
     tensor = torch.from_numpy(image[None])
     last = copy.deepcopy(pipeline)
     for module in last.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    found: dict[str, Call] = {}
+    calls: dict[str, Call] = {}
     for threads in THREADS:
-        found[f"file, {threads} threads"] = exported(path, image, threads)
+        calls[f"file, {threads} threads"] = exported(path, image, threads)
         for name, module in (("contiguous", pipeline), ("channels last", last)):
-            found[f"eager, {name}, {threads} threads"] = eager(module, tensor, threads)
-    plain, half = found["eager, channels last, 1 threads"], eager(last, tensor, 1, half=True)
-    if timed(half)[0] < 5 * timed(plain)[0]:
+            calls[f"eager, {name}, {threads} threads"] = eager(module, tensor, threads)
+    plain, half = calls["eager, channels last, 1 threads"], eager(last, tensor, 1, half=True)
+    if timed(half).wall < 5 * timed(plain).wall:
         for threads in THREADS:
-            found[f"eager, channels last, bfloat16, {threads} threads"] = eager(
+            calls[f"eager, channels last, bfloat16, {threads} threads"] = eager(
                 last, tensor, threads, half=True
             )
     else:
         print("bfloat16 autocast: more than five times slower in one try, left out")
     if compiled:
         for threads in THREADS:
-            found[f"compiled, {threads} threads"] = eager(torch.compile(pipeline), tensor, threads)
-    return found
+            calls[f"compiled, {threads} threads"] = eager(torch.compile(pipeline), tensor, threads)
+    return calls
 
 
-def timed(call: Call) -> tuple[float, float]:
-    """Seconds and processor seconds of a call after one that does not count."""
+def timed(call: Call) -> Elapsed:
+    """Time a call after one that does not count."""
     call()
-    began, busy = time.perf_counter(), time.process_time()
+    start, processor_start = time.perf_counter(), time.process_time()
     call()
-    return time.perf_counter() - began, time.process_time() - busy
+    return Elapsed(time.perf_counter() - start, time.process_time() - processor_start)
 
 
 def main() -> None:
@@ -108,25 +115,26 @@ def main() -> None:
     calls = candidates(pipeline, path, image, args.compile)
     for call in calls.values():
         timed(call)
-    taken = {name: np.array([(0.0, 0.0)] * args.rounds) for name in calls}
+    times = {name: np.zeros((args.rounds, 2)) for name in calls}
     for i in range(args.rounds):
         for name, call in calls.items():
-            taken[name][i] = timed(call)
+            times[name][i] = timed(call)
     print(f"{'':44}{'median ms':>10}{'least':>8}{'CPU ms':>8}")
-    for name, times in taken.items():
-        wall, busy = 1000 * times.T
-        print(f"{name:44}{np.median(wall):10.1f}{wall.min():8.1f}{np.median(busy):8.1f}")
+    for name, seconds in times.items():
+        wall, processor = 1000 * seconds.T
+        print(f"{name:44}{np.median(wall):10.1f}{wall.min():8.1f}{np.median(processor):8.1f}")
     for other in ("eager", "compiled")[: 2 if args.compile else 1]:
-        for what, axis in (("clock", 0), ("processor time", 1)):
-            best = {
-                side: min(
-                    (n for n in taken if n.startswith(side)),
-                    key=lambda n: float(np.median(taken[n][:, axis])),
-                )
-                for side in ("file", other)
-            }
-            ratio = np.median(taken[best["file"]][:, axis] / taken[best[other]][:, axis])
-            print(f"by {what}: {best['file']} / {best[other]} = {ratio:.2f}")
+        for clock, axis in (("wall time", 0), ("processor time", 1)):
+            file = fastest(times, "file", axis)
+            torch_call = fastest(times, other, axis)
+            ratio = np.median(times[file][:, axis] / times[torch_call][:, axis])
+            print(f"by {clock}: {file} / {torch_call} = {ratio:.2f}")
+
+
+def fastest(times: dict[str, np.ndarray], prefix: str, axis: int) -> str:
+    """Name the candidate with the smallest median among those of a prefix."""
+    names = [name for name in times if name.startswith(prefix)]
+    return min(names, key=lambda name: float(np.median(times[name][:, axis])))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A run to one model file: the ensemble, its card, and the parity gate."""
+"""Export a run to one model file: the ensemble, its card, and the parity gate."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from threefold.runtime.model import load
 from threefold.training.run import Run
 
 PARITY_IMAGES = {"float32": 64, "float16": 512, "bfloat16": 512, "int8": 512}
-"""Number of images for the parity gate: rounding shows on few, a changed class only on many."""
+"""Images for the parity gate by precision: few show rounding, many are needed for classes."""
 
 LATENCY_IMAGES = 16
-"""Number of images for the latency of the exported file."""
+"""Images on which the latency of the exported file is measured."""
 
 
 @dataclass(frozen=True)
 class ExportedEnsemble:
-    """What goes into the file besides the networks.
+    """The part of an exported file that is not a network.
 
     Attributes:
         combiner: the ensemble and its calibration as a module.
         members: names of the members that it combines.
-        card: what the model card says of the ensemble.
+        card: the entries of the model card about the ensemble.
     """
 
     combiner: Combiner
@@ -60,8 +60,7 @@ def export(
         run: a finished run.
         path: the file, .onnx, .pt2 or .xml (default model.onnx in the run folder).
         method: another method than the chosen one.
-        members: other members than those that the recipe combines; a single one is exported as it
-            is, by `mean`.
+        members: other members than those that the recipe combines; a single one is exported alone.
         precision: of the members' weights: float32, float16, bfloat16, or int8, which is calibrated
             on training images.
 
@@ -100,7 +99,7 @@ def export(
         calibration=calibration_images,
         cascade=Cascade.from_state(cascade["state"]) if cascade is not None else None,
     )
-    if test is not None:  # the gate counts right answers
+    if test is not None:  # the gate counts correct answers
         run.folder.open_test("export", len(rows))
     report = report.replace(path=str(target), method=ensemble.card["method"])
     if target.suffix == ".onnx":
@@ -142,7 +141,7 @@ def fit_other_ensemble(run: Run, method: str, members: Sequence[str]) -> Exporte
 def _ensemble_card(
     method: str, calibration: Calibration, scores: Sequence[Score]
 ) -> dict[str, Any]:
-    """Return what the model card says of the ensemble."""
+    """Return the entries of the model card about the ensemble."""
     score = next(s for s in reversed(scores) if s.name == method and s.kind == "ensemble")
     keys = {"accuracy", "interval", "level", "rows", "n", "protocol", "fitted_on"}
     return {
@@ -154,7 +153,7 @@ def _ensemble_card(
 
 
 def _run_card(run: Run) -> dict[str, Any]:
-    """Return what the model card says of the run."""
+    """Return the entries of the model card about the run."""
     info, distillation = run.folder.info, run.results.distill
     card: dict[str, Any] = {
         "name": run.recipe.name,
@@ -169,7 +168,7 @@ def _run_card(run: Run) -> dict[str, Any]:
 
 
 def _hashes(run: Run) -> dict[str, Any]:
-    """Return the SHA-256 of what the file is made of: recipe, data, ensemble and weights."""
+    """Return the SHA-256 of recipe, data, ensemble and weights."""
     info = run.folder.info
     weights = {}
     for spec in run.recipe.members:

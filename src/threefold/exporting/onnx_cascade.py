@@ -1,9 +1,9 @@
 """Build a cascade into an ONNX graph: members run one after another, on the rows still unsure.
 
 onnxruntime computes the whole graph whatever outputs are requested (measured, docs/LOG.md), so the
-later members live in `If` nodes. A second input, `stop`, holds the margin at which an answer is
-given after each stage. Its default is a margin that nothing reaches: a caller who feeds images
-alone gets the answer of the full ensemble, from the same arithmetic as without a cascade.
+later members are inside `If` nodes. A second input, `stop`, holds the margin at which an image
+stops after each stage. Its default is a margin that nothing reaches: a caller who passes only
+images gets the answer of the full ensemble, from the same arithmetic as without a cascade.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from threefold.errors import ExportError
 from threefold.predictions.checks import FLOOR
 
 STOP: Final = "stop"
-"""Input float (stages - 1,): the margin at which an answer is given after each stage."""
+"""Input float (stages - 1,): the margin at which an image stops after each stage."""
 STAGES_USED: Final = "stages_used"
 """Output int64 (b,): how many stages of the cascade ran for each image."""
 
@@ -30,7 +30,7 @@ def add_cascade(model: Any, cascade: Cascade, networks: Sequence[Sequence[str]])
     Args:
         model: ONNX, images -> probs, member_probs, with a value `m{i}_probs` (b, k) per member.
         cascade: fitted, of these members.
-        networks: for each member the names of the values (b, k) that its networks produce.
+        networks: of `onnx_graph.network_names`.
 
     Raises:
         ExportError: the cascade has other members, or a stage has no nodes of its own.
@@ -62,13 +62,13 @@ class _Builder:
         return self.tape.op(kind, inputs, attributes, name=name, output=ir.Value(name=name))
 
     def constant(self, name: str, value: Any, dtype: Any) -> Any:
-        """The initializer of that name, added if it is new."""
+        """Return the initializer of that name; add it if it is new."""
         if name not in self.graph.initializers:
             self.tape.initializer(ir.tensor(np.asarray(value, dtype), name=name))
         return self.graph.initializers[name]
 
     def build(self) -> None:
-        """Add an exit after every stage but the last, a branch for every stage but the first."""
+        """Add an exit after each stage except the last, and a branch for each except the first."""
         exits = len(self.stages) - 1
         thresholds = ir.tensor(np.full(exits, NEVER, np.float32), name=STOP)
         self.graph.inputs.append(self.tape.initializer(thresholds))
@@ -176,7 +176,7 @@ class _Builder:
         )
 
     def add_answer(self, early: Sequence[Any], sure: Sequence[Any]) -> None:
-        """Add the answer: that of the first stage that was sure, else that of the ensemble."""
+        """Add the answer: that of the first sure stage, otherwise that of the full ensemble."""
         place = next(i for i, output in enumerate(self.graph.outputs) if output.name == "probs")
         full = self.graph.outputs[place]
         full.name = "full_probs"
@@ -200,7 +200,7 @@ class _Builder:
 
 
 def _ancestors(values: Iterable[Any]) -> dict[Any, None]:
-    """The nodes that the values depend on, as an ordered set."""
+    """Return the nodes that the values depend on, as an ordered set."""
     nodes: dict[Any, None] = {}
     pending = [value.producer() for value in values]
     while pending:

@@ -1,9 +1,9 @@
 """Model files on disk: one file, or above 2 GB a bundle of the model and one data file beside it.
 
 Protobuf ends at 2 GB, so a larger model keeps its weights in a plain file in the same folder
-(ONNX's external data). The name of the data file contains the hash of its content, and the file is
-in place before the model file that names it. So a model file always belongs to the data that it
-names, the old or the new, wherever an export is interrupted. Both files must be moved together.
+(ONNX's external data). The name of the data file contains the hash of its content, and it is
+written before the model file that names it. So a model file always matches the data that it names,
+old or new, even if an export is interrupted. Both files must be moved together.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ALIGN: Final = 4096
 
 
 class Staged(NamedTuple):
-    """A model on disk that is not in its place yet."""
+    """A model on disk that is not published yet."""
 
     model: Path
     data: Path | None
@@ -60,7 +60,7 @@ def weights(graph: Any) -> Iterator[Any]:
 
 @contextmanager
 def staged(model: Any, target: Path, card: Mapping[str, Any] | None = None) -> Iterator[Staged]:
-    """Write a model where it can be tried; it is removed afterwards unless it was published.
+    """Write a model to a temporary folder, where it can be tried and from which it is published.
 
     Args:
         model: ONNX model; above `LIMIT` its weights move out of it into the data file.
@@ -98,7 +98,7 @@ def staged(model: Any, target: Path, card: Mapping[str, Any] | None = None) -> I
 
 
 def publish(model: Any, trial: Staged, target: Path) -> int:
-    """Put a staged model in its place, with the card it has now.
+    """Publish a staged model, with the card it has now.
 
     Returns:
         The bytes written, data file included.
@@ -119,7 +119,7 @@ def publish(model: Any, trial: Staged, target: Path) -> int:
 
 
 def place_file(trial: Path, target: Path) -> None:
-    """Move a finished file to its place in one step, its content on the disk first.
+    """Flush a finished file to disk and move it to its place in one step.
 
     Raises:
         ExportError: the file cannot be moved.
@@ -145,12 +145,12 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def data_file(target: Path) -> Path | None:
-    """The data file of a bundle at `target`; None for a single file, or if the data is not ours."""
+    """Find the data file of a bundle at `target`; None for a single file, or foreign data."""
     if not any(target.parent.glob(f"{glob.escape(target.name)}.*.bin")):
         return None
     try:
         model = onnx.load(target, load_external_data=False)
-    except Exception:  # missing, or not a model: then nothing beside it is ours
+    except Exception:  # missing, or not a model
         return None
     locations = {
         entry.value

@@ -1,7 +1,7 @@
 """Build a pipeline as one ONNX graph and write it to a file.
 
-Tracing dominates the cost of an export. So the resize is traced once per canvas and the network
-once per architecture; the networks of the other folds are copies with their own weights.
+Tracing dominates the cost of an export. So the resize is traced once per canvas and each member's
+network once; the networks of its other folds are copies with their own weights.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ IR_VERSION = 10
 
 
 def card_of(pipeline: Pipeline, precision: str, metadata: dict[str, Any]) -> dict[str, Any]:
-    """The model card: the entries of every file, and the metadata of its run."""
+    """Return the model card: the entries that every file has, and the metadata."""
     return {
         "format": FORMAT,
         "classes": list(pipeline.classes),
@@ -56,14 +56,14 @@ def write_onnx(
     images: Sequence[np.ndarray],
     measure: Callable[[np.ndarray], ExportReport],
 ) -> ExportReport:
-    """Write a graph with its card if its answers pass; above 2 GB as a bundle, see `onnx_files`.
+    """Write a graph with its card if its answers pass; above 2 GB as a bundle (`onnx_files`).
 
     Args:
         model: images -> probs, member_probs.
         target: file to write.
         card: the model card; the parity report is added to it.
-        images: uint8 (h, w, 3), any sizes, that the file answers before it is put in its place.
-        measure: returns the parity report of those answers (n, k), or raises if they do not pass.
+        images: uint8 (h, w, 3), any sizes, on which the file is tried before it is published.
+        measure: returns the parity report of its answers (n, k), or raises if they do not pass.
 
     Returns:
         The parity report, with the bytes written.
@@ -107,12 +107,14 @@ def build_graph(
         )
         graph.graft(mixing, "mix_", {"nets": nets}, {"mixed": "member_probs"})
         stacked = "member_probs"
-    _add_combiner(graph, pipeline, stacked)
+    example = torch.full((2, len(pipeline.names), len(pipeline.classes)), 1 / len(pipeline.classes))
+    combiner = trace(pipeline.combiner, example, ("member_probs", "probs"), (0,))
+    graph.graft(combiner, "ensemble_", {"member_probs": stacked}, {"probs": "probs"})
     return graph.finish(len(pipeline.classes), len(pipeline.names))
 
 
 def network_names(pipeline: Pipeline) -> list[list[str]]:
-    """For each member the names of the values (b, k) that its networks produce.
+    """Name the values (b, k) that the networks of each member produce.
 
     Raises:
         ExportError: members are mixed over folds, so no network belongs to one member alone.
@@ -163,7 +165,7 @@ def _add_member(
     precision: str,
     calibration: Sequence[np.ndarray],
 ) -> list[str]:
-    """Add the resize of a member once and its networks; returns the names of their outputs."""
+    """Add a member's resize, unless it is there, and its networks; returns their outputs' names."""
     canvas = f"pixels_{member.canvas}_{member.resize}"
     if canvas not in graph.values:
         resize = trace(
@@ -180,26 +182,17 @@ def _add_member(
     names = []
     pixels = member.pixels(calibration) if precision == "int8" else None
     for fold, predictor in enumerate(fused):
-        model = (
-            first
-            if fold == 0
-            else _with_weights(first, fused[0], predictor)
-            or trace(predictor, example, ("pixels", "probs"), (0,))
-        )
+        model = first if fold == 0 else _with_weights(first, fused[0], predictor)
+        if model is None:
+            model = trace(predictor, example, ("pixels", "probs"), (0,))
         names.append(f"{prefix}fold{fold}_probs")
         model = convert(model, precision, pixels)
         graph.graft(model, f"{prefix}fold{fold}_", {"pixels": canvas}, {"probs": names[-1]})
     return names
 
 
-def _add_combiner(graph: _Joiner, pipeline: Pipeline, stacked: str) -> None:
-    example = torch.full((2, len(pipeline.names), len(pipeline.classes)), 1 / len(pipeline.classes))
-    combiner = trace(pipeline.combiner, example, ("member_probs", "probs"), (0,))
-    graph.graft(combiner, "ensemble_", {"member_probs": stacked}, {"probs": "probs"})
-
-
 class _Resize(nn.Module):
-    """The resize to a canvas, as a module for tracing."""
+    """The resize to a canvas as a module, for tracing."""
 
     def __init__(self, canvas: int, mode: Literal["squash", "crop"]) -> None:
         super().__init__()
@@ -210,7 +203,7 @@ class _Resize(nn.Module):
 
 
 class _Mix(nn.Module):
-    """The members' answers from those of all networks, if members are not in every fold."""
+    """The mix of all networks' answers to those of members, as a module, for tracing."""
 
     def __init__(self, mixing: Tensor) -> None:
         super().__init__()
@@ -221,10 +214,10 @@ class _Mix(nn.Module):
 
 
 def _with_weights(model: Any, old: nn.Module, new: nn.Module) -> Any | None:
-    """A copy of a traced model with the weights of another network; None if one has no place."""
-    twin = onnx.ModelProto()
-    twin.CopyFrom(model)
-    initializers = {tensor.name: tensor for tensor in twin.graph.initializer}
+    """Copy a traced model with other weights; None if tracing changed or dropped a weight."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    initializers = {tensor.name: tensor for tensor in result.graph.initializer}
     old_weights = old.state_dict()
     for name, weight in new.state_dict().items():
         tensor = initializers.get(name)
@@ -233,14 +226,14 @@ def _with_weights(model: Any, old: nn.Module, new: nn.Module) -> Any | None:
         if not np.array_equal(onnx.numpy_helper.to_array(tensor), old_weights[name].numpy()):
             return None
         tensor.CopyFrom(onnx.numpy_helper.from_array(weight.numpy(), name))
-    return twin
+    return result
 
 
 def fold_batch_norm(predictor: Predictor, canvas: int) -> nn.Module:
-    """Copy the network with every batch norm directly after a convolution folded into its weights.
+    """Copy a network and fold each batch norm after a convolution into the convolution's weights.
 
-    The pairs are found by running an image through the network and watching which norm receives
-    which convolution's output. The result is exact up to rounding, which the parity gate checks.
+    Hooks record which norm receives the output of which convolution while an image runs through
+    the network. The result is exact up to rounding, which the parity gate checks.
     """
     network = copy.deepcopy(predictor).float().eval()
     outputs: dict[int, tuple[nn.Module, Tensor]] = {}
@@ -324,19 +317,19 @@ class _Joiner:
             )
         outer = {**inputs, **outputs, "": ""}
         for node in model.graph.node:
-            copy = onnx.NodeProto()
-            copy.CopyFrom(node)
-            copy.name = prefix + node.name
-            copy.ClearField("metadata_props")
-            copy.ClearField("doc_string")
-            copy.input[:] = [outer.get(name, prefix + name) for name in node.input]
-            copy.output[:] = [outer.get(name, prefix + name) for name in node.output]
-            self.nodes.append(copy)
+            grafted = onnx.NodeProto()
+            grafted.CopyFrom(node)
+            grafted.name = prefix + node.name
+            grafted.ClearField("metadata_props")
+            grafted.ClearField("doc_string")
+            grafted.input[:] = [outer.get(name, prefix + name) for name in node.input]
+            grafted.output[:] = [outer.get(name, prefix + name) for name in node.output]
+            self.nodes.append(grafted)
         for tensor in model.graph.initializer:
-            copy = onnx.TensorProto()
-            copy.CopyFrom(tensor)
-            copy.name = outer.get(tensor.name, prefix + tensor.name)
-            self.initializers.append(copy)
+            grafted = onnx.TensorProto()
+            grafted.CopyFrom(tensor)
+            grafted.name = outer.get(tensor.name, prefix + tensor.name)
+            self.initializers.append(grafted)
         self.values.update(outputs.values())
 
     def mean(self, names: Sequence[str], output: str) -> str:
@@ -367,7 +360,7 @@ class _Joiner:
         return output
 
     def finish(self, num_classes: int, num_members: int) -> Any:
-        """The whole model: images -> probs, member_probs."""
+        """Make the ONNX model: images -> probs, member_probs."""
         value = onnx.helper.make_tensor_value_info
         graph = onnx.helper.make_graph(
             self.nodes,

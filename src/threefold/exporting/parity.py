@@ -18,7 +18,7 @@ from threefold.predictions.results_schema import CorrectAnswers, ExportReport
 
 
 class Tolerance(NamedTuple):
-    """How much a precision may change."""
+    """How much the answers may change."""
 
     difference: float
     """Largest absolute difference of a probability."""
@@ -29,7 +29,7 @@ class Tolerance(NamedTuple):
 
 
 TOLERANCES: Final[Mapping[str, Tolerance]] = {
-    # float32 sums in another order: 1e-6 measured. 1e-4 is a bug, or a net that amplifies rounding.
+    # Sums in another order: 1e-6 measured. 1e-4 is a bug, or a network that amplifies rounding.
     "float32": Tolerance(1e-4, 0.0, 0.0),
     # Relative rounding of 2**-11: 0.0015 measured on the demo's six networks of 100 layers.
     "float16": Tolerance(0.01, 0.005, 0.005),
@@ -93,7 +93,7 @@ def compare(
 
 
 def _allowed(share: float, images: int) -> int:
-    """The number of images in a share, at least one unless the share is 0."""
+    """Return the number of images in a share, at least one unless the share is 0."""
     return max(1, int(share * images)) if share else 0
 
 
@@ -132,7 +132,7 @@ def check(report: ExportReport, where: object) -> ExportReport:
 
 
 def describe_report(report: ExportReport) -> str:
-    """The report in one line."""
+    """Describe the report in one line."""
     line = (
         f"against the pipeline on {report.images} images: "
         f"largest difference {report.max_difference:.1e}, "

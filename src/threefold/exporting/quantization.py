@@ -142,18 +142,18 @@ def quantize(model: Any, pixels: np.ndarray) -> Any:
 
 
 def _float_nodes(model: Any) -> list[str]:
-    """Names of the nodes of the first convolutions and after the last matrix product."""
+    """Name the nodes before the first int8 convolution and after the last product."""
     nodes = model.graph.node
     convolutions = [i for i, node in enumerate(nodes) if node.op_type == "Conv"]
-    heavy = [i for i, node in enumerate(nodes) if node.op_type in ("Conv", "Gemm", "MatMul")] or [
-        len(nodes) - 1
-    ]
-    first = convolutions[len(convolutions) // FLOAT_SHARE] if convolutions else heavy[0]
-    return [node.name for i, node in enumerate(nodes) if i < first or i > heavy[-1]]
+    products = [i for i, node in enumerate(nodes) if node.op_type in ("Conv", "Gemm", "MatMul")]
+    if not products:
+        return [node.name for node in nodes[:-1]]
+    first = convolutions[len(convolutions) // FLOAT_SHARE] if convolutions else products[0]
+    return [node.name for i, node in enumerate(nodes) if i < first or i > products[-1]]
 
 
 def _reader(pixels: np.ndarray) -> Any:
-    """A reader that gives onnxruntime's calibration the images in batches of 16."""
+    """Make a reader that gives the images to onnxruntime's calibration in batches of 16."""
     from onnxruntime.quantization import CalibrationDataReader
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]

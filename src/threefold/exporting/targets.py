@@ -1,6 +1,6 @@
-"""Export a pipeline to the kind of file that the name's suffix says, behind the parity gate.
+"""Export a pipeline to the format of the name's suffix, behind the parity gate.
 
-- `.onnx` is what `threefold.load`, `predict` and `serve` read.
+- `.onnx` is read by `threefold.load`, `predict` and `serve`.
 - `.pt2` is torch's own format: `torch.export.load(PATH).module()` maps uint8 images (b, h, w, 3) to
   probs and member_probs. torch unpickles parts of it, so load only your own files; threefold loads
   only the file that it has just written. The model card is its extra file `threefold.json`.
@@ -64,7 +64,7 @@ def export(
         rows: name of the images' rows, for the card.
         precision: of the members' weights, one of `quantization.PRECISIONS`.
         calibration: training images uint8 (h, w, 3) that int8 takes its ranges from.
-        cascade: fitted on the pipeline's members; lets the file stop early, see `onnx_cascade`.
+        cascade: fitted on the pipeline's members, see `onnx_cascade`.
 
     Returns:
         The report of `parity.compare`, with the bytes written.
@@ -134,7 +134,7 @@ def _openvino(target: Path) -> Any:
 def predict_each(
     call: Callable[[np.ndarray], np.ndarray], images: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Probabilities (n, k) from calls on one image uint8 (1, h, w, 3) at a time."""
+    """Return probabilities (n, k) from calls on one image uint8 (1, h, w, 3) at a time."""
     return np.concatenate([call(np.ascontiguousarray(image[None])) for image in images])
 
 
@@ -201,14 +201,14 @@ def _to_openvino(
 
 
 def _predict_openvino(openvino: Any, model: Path, images: Sequence[np.ndarray]) -> np.ndarray:
-    """The file's answers on OpenVINO's CPU runtime."""
+    """Return the file's answers on OpenVINO's CPU runtime."""
     # Without the hint, OpenVINO computes in bfloat16 on processors that can.
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return predict_each(lambda image: np.array(compiled({"images": image})["probs"]), images)
 
 
 def _stage(target: Path) -> tempfile.TemporaryDirectory[str]:
-    """A temporary folder beside the target, in which a file is written and tried."""
+    """Make a temporary folder beside the target, in which a file is written and tried."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
