@@ -444,7 +444,7 @@ def test_check_reports_names_that_mislead(tmp_path: Path) -> None:
     assert check(plain) is None
 
 
-def test_check_all_keeps_the_order_and_changes_no_setting_of_pillow(tmp_path: Path) -> None:
+def test_check_all_keeps_order_and_pillow_settings(tmp_path: Path) -> None:
     before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
     contents = [encode(PIXELS, "PNG"), b"", b"text", encode(PIXELS, "PNG")[:300]] * 5
     paths = [tmp_path / f"{i:02}.png" for i in range(len(contents))]

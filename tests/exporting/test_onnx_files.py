@@ -1,4 +1,4 @@
-"""Bundles for models above the limit of one file: they load, are checked, and are written completely."""
+"""Bundles for models too large for one file: they load, are checked, and are written whole."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class TwoMembers:
 
 @dataclass(frozen=True)
 class UncertainFile:
-    """An exported file, its prediction sets, and the calibrated answers (n, k) computed on arrays."""
+    """An exported file, its prediction sets, and calibrated answers (n, k) computed on arrays."""
 
     model: Model
     uncertainty: Uncertainty

@@ -115,7 +115,7 @@ def test_few_draws_have_no_ends() -> None:
             bootstrap.check_draws(level, 2000)
 
 
-def test_column_sums_have_one_distribution_for_few_and_many_kinds() -> None:
+def test_column_sums_are_alike_for_few_and_many_kinds() -> None:
     rng = np.random.default_rng(0)
     kinds = rng.integers(0, 2, (2, 4000)).astype(float)
     many = np.stack([kinds[0], np.arange(4000.0)])  # no two units alike: drawn one by one

@@ -22,7 +22,7 @@ def coarse_pictures(size: int) -> np.ndarray:
 
 
 def learn(member: Member, pixels: torch.Tensor) -> None:
-    """Take a training step; every gradient must be finite, and those above 0 must have an effect."""
+    """Take a training step; every gradient must be finite, and those above 0 have an effect."""
     before = {name: p.detach().clone() for name, p in member.named_parameters()}
     set_trainable(member, StageSpec(name="s", epochs=1, lr=1e-5))
     train_mode(member)

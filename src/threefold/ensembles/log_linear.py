@@ -154,7 +154,7 @@ class _LogLinear:
         labels: (n,).
         penalty: (q, q) with q = p, or p + k with a bias.
         center: (q,).
-        bias: whether the last k parameters are a bias of each class. If so, the other parameters sum
+        bias: whether the last k parameters are a bias of each class. If so, the others sum
             to at least 1 / HIGHEST.
         positive: whether parameters must not be negative.
     """
