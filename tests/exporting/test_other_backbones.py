@@ -28,7 +28,9 @@ FAMILIES = ("efficientnetv2", "convnext", "vit")
         ("test_efficientnet", HeadSpec(kind="birnn", units=16, fc=16, sequence="rows")),
         ("test_efficientnet", HeadSpec(kind="bigru", units=16, sequence="spatial")),
         pytest.param("convnext_atto", HeadSpec(kind="linear", fc=16), marks=pytest.mark.slow),
-        ("vit_tiny_patch16_224", HeadSpec(kind="bigru", units=16, fc=16)),
+        pytest.param(
+            "vit_tiny_patch16_224", HeadSpec(kind="bigru", units=16, fc=16), marks=pytest.mark.slow
+        ),
         pytest.param(
             "vit_tiny_patch16_224", HeadSpec(kind="birnn", units=16), marks=pytest.mark.slow
         ),

@@ -86,9 +86,9 @@ def test_members_and_overrides_are_used(tmp_path: Path) -> None:
     ("sets", "n"),
     [
         ((), 16),
-        (("data.limit_per_class=4",), 8),
         (("data.limit_per_class=4", "seed=3"), None),
-        (("seed=3",), 16),
+        pytest.param(("data.limit_per_class=4",), 8, marks=pytest.mark.slow),
+        pytest.param(("seed=3",), 16, marks=pytest.mark.slow),
     ],
 )
 def test_plan_hands_on_the_images_of_the_recipe(
