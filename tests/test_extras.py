@@ -198,9 +198,10 @@ def test_extras_cover_all_verbs_and_packages() -> None:
         for name in names:
             modules.setdefault(name.lower().replace("_", "-"), set()).add(module)
 
-    assert set(extras.NAME_EXTRAS) <= set(threefold.__all__)
+    modules_and_packages = {path.stem for path in (ROOT / "src/threefold").iterdir()}
+    assert set(extras.PACKAGE_EXTRAS) <= modules_and_packages
     assert {*extras.VERB_EXTRAS, "predict"} == {name.partition(" ")[0] for name in SURFACE}
-    assert {*extras.VERB_EXTRAS.values(), *extras.NAME_EXTRAS.values()} <= set(
+    assert {*extras.VERB_EXTRAS.values(), *extras.PACKAGE_EXTRAS.values()} <= set(
         PROJECT["optional-dependencies"]
     )
     assert requirements("all") == requirements("train") | requirements("serve")
