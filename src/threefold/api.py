@@ -65,7 +65,7 @@ def fit(
 def _resumed_recipe(
     out: Path, folder: Path, members: tuple[str, ...], overrides: tuple[str, ...]
 ) -> Recipe:
-    """Read the recipe of an interrupted fit, and check that the same is asked of it."""
+    """Read the recipe of an interrupted fit, and check that this call fits it."""
     path = out / "recipe.toml"
     recipe = Recipe.load(path)
     backbones = tuple(member.backbone for member in recipe.members)

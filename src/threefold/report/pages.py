@@ -85,7 +85,7 @@ class _RunPage:
                 where=path,
                 expected=", ".join(_NEEDED),
                 got=f"no {', no '.join(missing)}",
-                fix=f"go on with `threefold train {recipe} --out {path}`",
+                fix=f"resume with `threefold train {recipe} --out {path}`",
             )
         chosen, score = folder.chosen, _chosen_score(folder)
         expected = (score.n, len(folder.results.classes))
