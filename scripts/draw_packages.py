@@ -3,8 +3,8 @@
     python scripts/draw_packages.py [--out FILE]
 
 The picture is an arc diagram: packages from the top layer down, and an arc from each package to
-every package that it imports, as thick as the imports are many. A test keeps docs/packages.svg
-current.
+every package that it imports, as thick as the imports are many. Arcs to the root modules, which
+every package imports, are left out. A test keeps docs/packages.svg current.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ def count_imports() -> Counter[tuple[str, str]]:
     """Count the files of each package that import each other package."""
     counts: Counter[tuple[str, str]] = Counter()
     for path in sorted(SOURCE.rglob("*.py")):
+        if path == SOURCE / "__init__.py":  # offers the public names of the other packages
+            continue
         relative = path.relative_to(SOURCE).with_suffix("")
         importer = package_of(".".join(("threefold", *relative.parts)))
         imported = {package_of(name) for name in imported_modules(path)}
@@ -81,8 +83,10 @@ def draw(counts: Counter[tuple[str, str]]) -> str:
         f'<rect width="{_WIDTH}" height="{height}" fill="#ffffff"/>',
     ]
     right = _LEFT + _BOX
-    for (importer, imported), count in sorted(counts.items()):
+    arcs = {pair: count for pair, count in counts.items() if pair[1] != "(root)"}
+    for (importer, imported), count in sorted(arcs.items()):
         start, end = centre[importer], centre[imported]
+        start += 5  # below the arrowheads of arcs that end here
         reach = right + 24 + abs(end - start) * 0.85
         width = 0.6 + 0.35 * min(count, 10)
         lines.append(
@@ -95,10 +99,11 @@ def draw(counts: Counter[tuple[str, str]]) -> str:
             f'<rect x="{_LEFT}" y="{y - 12}" width="{_BOX}" height="24" rx="4" fill="#eef2f8" '
             'stroke="#5b7aa8"/>'
         )
-        lines.append(
-            f'<path d="M{right + 8} {y - 4} L{right + 1} {y} L{right + 8} {y + 4} Z" '
-            'fill="#5b7aa8"/>'
-        )
+        if any(imported == name for _, imported in arcs):
+            lines.append(
+                f'<path d="M{right + 8} {y - 4} L{right + 1} {y} L{right + 8} {y + 4} Z" '
+                'fill="#5b7aa8"/>'
+            )
         lines.append(
             f'<text x="{_LEFT + _BOX // 2}" y="{y + 5}" text-anchor="middle" fill="#1d2b3f">'
             f"{name}</text>"
