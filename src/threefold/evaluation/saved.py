@@ -21,10 +21,10 @@ from threefold.predictions.join import join_predictions
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import (
     CalibrationState,
-    Diversity,
+    DiversityRecord,
     PredictionSummary,
     Score,
-    SizeCurve,
+    SizeCurveRecord,
 )
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe_schema import EnsembleSpec
@@ -298,13 +298,13 @@ def _diversity_sections(rows: Predictions, copies: Sequence[Sequence[int]] = ())
     part = stratified_parts(rows.labels, parts=-(-len(rows) // CURVE_ROWS)) == 0
     curve = size_curve(rows.probs[:, part], rows.labels[part])
     return {
-        "diversity": Diversity(
+        "diversity": DiversityRecord(
             members=names,
             disagreement=measured.disagreement.tolist(),
             means=measured.means(),
             duplicates=tuple(tuple(names[i] for i in group) for group in copies),
         ),
-        "size_curve": SizeCurve(
+        "size_curve": SizeCurveRecord(
             mean=curve.random.tolist(),
             low=curve.low.tolist(),
             high=curve.high.tolist(),

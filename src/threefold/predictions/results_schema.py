@@ -267,7 +267,7 @@ class MemberRow(Record):
     bytes: int | None = None
 
 
-class Diversity(Record):
+class DiversityRecord(Record):
     """How often members disagree about being right: a matrix (m, m)."""
 
     members: tuple[str, ...]
@@ -276,7 +276,7 @@ class Diversity(Record):
     duplicates: tuple[tuple[str, ...], ...] = ()
 
 
-class SizeCurve(Record):
+class SizeCurveRecord(Record):
     """Accuracy against the number of members: random order (mean, low, high) and best first."""
 
     mean: tuple[float, ...]
@@ -420,8 +420,8 @@ class Summary(Record):
     ledger: tuple[LedgerLine, ...] = ()
     audit: Audit | None = None
     calibration: CalibrationState | None = None
-    diversity: Diversity | None = None
-    size_curve: SizeCurve | None = None
+    diversity: DiversityRecord | None = None
+    size_curve: SizeCurveRecord | None = None
 
     def score(self, name: str, kind: str, rows: str) -> Score | None:
         """Return the score of that name and kind on those rows, or None."""

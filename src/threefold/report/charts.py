@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from scipy.optimize import isotonic_regression
 
-from threefold.predictions.results_schema import Score, SizeCurve
+from threefold.predictions.results_schema import Score, SizeCurveRecord
 from threefold.report.svg import ACCENT, INK, LINE, SOFT, draw_svg, percent_ticks, short_name
 from threefold.stats import scores as stats
 
@@ -276,7 +276,7 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> Markup:
     return draw_svg(draw, (WIDTH, height), "Differences in accuracy with their intervals")
 
 
-def size_curve(curve: SizeCurve) -> Markup:
+def size_curve(curve: SizeCurveRecord) -> Markup:
     """Draw the accuracy of the mean of 1, 2, ... members in random order and best first.
 
     Args:

@@ -16,11 +16,11 @@ import numpy as np
 from threefold.predictions.results_schema import (
     Audit,
     Comparison,
-    Diversity,
+    DiversityRecord,
     Optimism,
     Results,
     Score,
-    SizeCurve,
+    SizeCurveRecord,
     Summary,
 )
 from threefold.report import charts
@@ -349,7 +349,7 @@ def audit_view(audit: Audit | None, thumbs: Thumbs) -> dict[str, Any] | None:
     }
 
 
-def diversity_view(diversity: Diversity | None) -> dict[str, Any] | None:
+def diversity_view(diversity: DiversityRecord | None) -> dict[str, Any] | None:
     """Return how often members disagree: the matrix, nearest and farthest pair, duplicates."""
     if diversity is None or len(diversity.members) < 2:
         return None
@@ -376,7 +376,7 @@ def diversity_view(diversity: Diversity | None) -> dict[str, Any] | None:
     }
 
 
-def size_view(curve: SizeCurve | None) -> dict[str, Any] | None:
+def size_view(curve: SizeCurveRecord | None) -> dict[str, Any] | None:
     """Relate accuracy to the number of members; None for fewer than two members."""
     if curve is None or len(curve.mean) < 2:
         return None
