@@ -285,7 +285,7 @@ def test_the_command_lists_every_name(tmp_path: Path, monkeypatch: pytest.Monkey
     ("words", "message"),
     [
         (["table8"], "no such table or figure"),
-        (["table1", "--scale", "huge"], "no such word; expected full or small or smoke"),
+        (["table1", "--scale", "huge"], "no such scale; expected full or small or smoke"),
         (["table1", "--protocol", "fair"], "expected honest or paper"),
         (["table5"], "table5 needs cifar10 data"),
     ],

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.paths import ROOT
 from support.predictions import are_equal, make_predictions, predictions
+from typer.testing import CliRunner
 
+from threefold.cli.app import app
 from threefold.errors import DataError, RunError
 from threefold.predictions.adapters import COLUMNS, is_reserved_column
 from threefold.predictions.formats import read_predictions, write_predictions
@@ -222,6 +224,11 @@ def test_labels_from_folders_when_asked(tmp_path: Path) -> None:
     loaded = read_predictions(tmp_path / "net.npz", labels="folder")
 
     assert (loaded.labels.tolist(), loaded.ids) == ([1, 0], ("dog/1.png", "cat/1.png"))
+
+    command = ["evaluate", str(tmp_path / "net.npz"), "--labels", "folder", "--json"]
+    done = CliRunner().invoke(app, command)
+
+    assert done.exit_code == 0, done.exception
 
 
 def refused(message: str, *arguments: Any, **options: Any) -> None:

@@ -31,7 +31,7 @@ Members = Annotated[
 ]
 Html = Annotated[Path | None, typer.Option("--html", help="Also write an HTML page.")]
 Labels = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--labels",
         help="For files without labels: a table with id and label, or `folder` = from the paths.",

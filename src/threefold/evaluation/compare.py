@@ -255,7 +255,7 @@ def _compare_pair(
         interval=(gap.low, gap.high),
         p=test.p,
         p_alone=test.p,
-        test="exact McNemar" if rows.groups is None else "McNemar over whole groups",
+        test="exact McNemar test" if rows.groups is None else "McNemar over whole groups",
         only_a=test.only_a,
         only_b=test.only_b,
         verdict="",

@@ -40,9 +40,12 @@ def check_words(scale: str, protocol: str) -> tuple[Scale, Protocol]:
     Raises:
         RecipeError: one is not.
     """
-    for word, known in ((scale, get_args(Scale)), (protocol, get_args(Protocol))):
+    for what, word, known in (
+        ("scale", scale, get_args(Scale)),
+        ("protocol", protocol, get_args(Protocol)),
+    ):
         if word not in known:
-            raise RecipeError("no such word", got=word, expected=" or ".join(known))
+            raise RecipeError(f"no such {what}", got=word, expected=" or ".join(known))
     return cast("Scale", scale), cast("Protocol", protocol)
 
 

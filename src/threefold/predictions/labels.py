@@ -119,7 +119,7 @@ def build_predictions(
             "there are no labels",
             where=where,
             expected="labels in the file, `paths` below class folders, or a CSV file of labels",
-            fix="add `labels`, or give labels= (a CSV file id,label; or folder)",
+            fix="add `labels`, or give a table of id and label, or folder, as --labels (labels=)",
         )
     for other in labels[1:]:
         _compare_labels(labels[0], other, ids, names, where)
@@ -262,7 +262,7 @@ def _labels_from_folders(
             where=f"{where}: {path}",
             expected=f"one folder named as a class ({', '.join(names)[:80]})",
             got=f"folders {' and '.join(sorted(folders))}" if folders else path,
-            fix="keep the class folders in the paths; or save `ids` with `labels`, or give labels=",
+            fix="keep the class folders in the paths; save `ids` with `labels`, or give --labels",
         )
     return ids, np.array(labels, np.int64)
 
