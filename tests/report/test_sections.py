@@ -236,7 +236,7 @@ def test_an_old_run_says_plainly_what_it_lacks(tmp_path: Path) -> None:
 
 def test_stopping_early_shows_what_it_costs_and_saves(full: Page) -> None:
     for words in (
-        "need 46 % of the multiply-adds, and 88.3 % of images are right instead of 88.4 %",
+        "takes 46 % of the multiply-adds, and 88.3 % of images are right instead of 88.4 %",
         "difference -0.10 points",
         "0.62 % of the images get a different class",
         "lite0 0.710 60.0 % 25 % 4.4 85.1 %",
