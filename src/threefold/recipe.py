@@ -26,6 +26,7 @@ from threefold.recipe_schema import (
     DataSpec,
     DistillSpec,
     EnsembleSpec,
+    FeatureSpec,
     FoldSpec,
     MemberSpec,
     Name,
@@ -36,6 +37,10 @@ from threefold.recipe_schema import (
 )
 
 _PACKAGED = Path(__file__).parent / "recipes"
+
+
+TAKEN_OVER = ("backbone", "head", "weights", "resize")
+"""Keys of a member that one with `starts_from` has in common with it."""
 
 
 class Job(NamedTuple):
@@ -68,6 +73,7 @@ class Recipe(Section):
     data: DataSpec = DataSpec()
     folds: FoldSpec = FoldSpec()
     augment: AugmentSpec = AugmentSpec()
+    features: FeatureSpec = FeatureSpec()
     views: ViewSpec = ViewSpec()
     train: TrainSpec = TrainSpec()
     ensemble: EnsembleSpec = EnsembleSpec()
@@ -75,6 +81,21 @@ class Recipe(Section):
     members: Annotated[tuple[MemberSpec, ...], Field(min_length=1)]
     distill: DistillSpec | None = None
     """Distillation settings; without this table all members learn from labels."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_over(cls, tree: Any) -> Any:
+        """Give members with `starts_from` the backbone, head, weights and resize of that member."""
+        members = tree.get("members") if isinstance(tree, dict) else None
+        if not isinstance(members, (list, tuple)) or not all(isinstance(m, dict) for m in members):
+            return tree
+        by_name = {member.get("name"): member for member in members}
+        completed = []
+        for member in members:
+            base = by_name.get(member.get("starts_from") or None, {})
+            taken = {key: base[key] for key in TAKEN_OVER if key in base}
+            completed.append({**taken, **member})
+        return {**tree, "members": completed}
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -131,7 +152,11 @@ class Recipe(Section):
             ("ensemble.members", self.ensemble.members),
             *((f"stage {s.name}", s.members) for s in self.stages),
         ]
-        for where, names in [*named, *((f"member {m.name}, joins", m.joins) for m in self.members)]:
+        for member in self.members:
+            named.append((f"member {member.name}, joins", member.joins))
+            start = (member.starts_from,) if member.starts_from else ()
+            named.append((f"member {member.name}, starts_from", start))
+        for where, names in named:
             for name in names:
                 if name not in known:
                     raise ValueError(
@@ -148,6 +173,9 @@ class Recipe(Section):
                 )
             for name in member.joins:
                 self._check_join(member, known[name])
+            if member.starts_from:
+                self._check_start(member, known[member.starts_from])
+            self._check_kinds(member)
         if self.ensemble.top > len(self.combined):
             raise ValueError(
                 f"ensemble.top = {self.ensemble.top} exceeds the {len(self.combined)} members"
@@ -195,6 +223,34 @@ class Recipe(Section):
             raise ValueError(
                 f"{where} has only the folds {list(base.folds)}; give {member.name} the same"
             )
+
+    def _check_start(self, member: MemberSpec, base: MemberSpec) -> None:
+        where = f"member {member.name} starts from {base.name}, which"
+        if base.joins or self.members.index(base) >= self.members.index(member):
+            raise ValueError(f"{where} must have its own backbone and come before {member.name}")
+        differing = [key for key in TAKEN_OVER if getattr(base, key) != getattr(member, key)]
+        if differing:
+            raise ValueError(
+                f"{where} has another {' and '.join(differing)}; remove them from {member.name}"
+            )
+        if base.folds and not (member.folds and set(member.folds) <= set(base.folds)):
+            raise ValueError(
+                f"{where} has only the folds {list(base.folds)}; give {member.name} the same"
+            )
+
+    def _check_kinds(self, member: MemberSpec) -> None:
+        """Check that a head stage trains a fresh head on a frozen backbone."""
+        stages = self.stages_of(member.name)
+        for number, stage in enumerate(stages):
+            if stage.kind != "head":
+                continue
+            where = f"stage {stage.name} of kind head"
+            if number or member.starts_from:
+                raise ValueError(
+                    f"{where} must be the first stage of member {member.name}, before any tuning"
+                )
+            if member.joins:
+                raise ValueError(f"{where} needs a backbone, and member {member.name} joins others")
 
     @property
     def combined(self) -> tuple[str, ...]:

@@ -123,6 +123,13 @@ class AugmentSpec(Section):
     range."""
     hflip: bool = False
     vflip: bool = False
+    crop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Least area of a random resized crop, as a share of the image (1 = no crop)."""
+    policy: Literal["none", "randaugment", "trivialaugment"] = "none"
+    """A random policy of torchvision: RandAugment (Cubuk et al., 2020) or TrivialAugment (Müller
+    and Hutter, 2021)."""
+    color: Share = 0.0
+    """Strength of random changes of brightness, contrast and saturation."""
     erasing: Share = 0.0
     """Probability of erasing a random rectangle (timm RandomErasing)."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
@@ -143,6 +150,15 @@ class ViewSpec(Section):
     """Choose on out-of-fold rows how many of these views to use, possibly none."""
 
 
+class FeatureSpec(Section):
+    """Features of frozen backbones, which stages of kind `head` train on."""
+
+    copies: Annotated[int, Field(ge=0, le=32)] = 0
+    """Augmented copies of each training image that heads see beside the image itself."""
+    engine: Literal["auto", "torch", "onnxruntime"] = "auto"
+    """What computes the features; auto = the fastest here whose answers agree with torch."""
+
+
 class TrainSpec(Section):
     """Settings common to all stages of training."""
 
@@ -161,7 +177,13 @@ class TrainSpec(Section):
     """Largest global gradient norm (0 = no clipping)."""
     ema: Share = 0.0
     """Decay of the exponential moving average of the weights (0 = off)."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    sam: Annotated[float, Field(ge=0)] = 0.0
+    """Radius of sharpness-aware minimization (Foret et al., 2021), which doubles the cost of a step
+    (0 = off)."""
+    metric: Literal["accuracy", "balanced_accuracy", "macro_f1", "log_loss", "roc_auc"] = "accuracy"
+    """What checkpoints, stages, ensembles and the headline are chosen and reported by."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto = the fastest of those that this machine computes natively, measured on the network."""
     device: str = "auto"
     gate: bool = True
     """Keep a stage only if it improves the select rows by more than noise (off under `paper`)."""
@@ -172,8 +194,17 @@ class StageSpec(Section):
     4.4)."""
 
     name: Name
-    epochs: Annotated[int, Field(ge=1)]
-    lr: Annotated[float, Field(gt=0)]
+    kind: Literal["tune", "head"] = "tune"
+    """tune = train the network; head = train only the head, on cached features of the frozen
+    backbone. A linear head is fitted exactly (logistic regression) and needs no epochs."""
+    epochs: Annotated[int, Field(ge=0)] = 0
+    lr: Annotated[float, Field(ge=0)] = 0.0
+    img_size: Annotated[int, Field(ge=0, le=2048)] = 0
+    """Side of the training images in this stage (0 = the member's img_size)."""
+    batch_norm: Literal["train", "fixed"] = "train"
+    """fixed = batch norm layers keep their statistics, which small data would only blur."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Stop after this many epochs without a better one (0 = never)."""
     schedule: Literal["constant", "time", "cosine", "one-cycle"] = "time"
     """time = the paper's equation 26: lr / (1 + decay * batches), with decay = lr / epochs."""
     trainable: str = "."
@@ -188,6 +219,27 @@ class StageSpec(Section):
     @classmethod
     def _is_regex(cls, value: str) -> str:
         return _regex(value)
+
+    @model_validator(mode="after")
+    def _has_what_its_kind_needs(self) -> StageSpec:
+        if self.kind == "tune" and not (self.epochs and self.lr):
+            raise ValueError(f"stage {self.name} of kind tune needs epochs and lr above 0")
+        if self.kind == "head":
+            useless = [
+                key
+                for key in ("img_size", "batch_norm", "patience", "trainable", "frozen")
+                if getattr(self, key) != type(self).model_fields[key].default
+            ]
+            if useless:
+                raise ValueError(
+                    f"stage {self.name} of kind head ignores {', '.join(useless)}; remove them, "
+                    "or set kind = tune"
+                )
+            if bool(self.epochs) != bool(self.lr):
+                raise ValueError(
+                    f"stage {self.name} of kind head needs both epochs and lr, or none"
+                )
+        return self
 
 
 class HeadSpec(Section):
@@ -220,6 +272,9 @@ class MemberSpec(Section):
     """Members to join instead of a backbone (E2E-3M, paper section 3.3): the head takes the
     concatenated softmaxes of their trained networks of the same fold. Head `mlp` is Algorithm 1's
     network, `linear` is equation 19's."""
+    starts_from: str = ""
+    """A member whose trained network of the same fold this one starts from: probe first, then tune
+    (Kumar et al., 2022). It takes over backbone, head, weights and resize."""
     weights: str = "pretrained"
     """pretrained, none, or the path of a local .safetensors or .pth file."""
     img_size: Annotated[int, Field(ge=16, le=2048)] = 224
