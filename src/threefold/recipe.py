@@ -262,6 +262,10 @@ class Recipe(Section):
         own = tuple(s for s in self.stages if member in s.members)
         return own or tuple(s for s in self.stages if not s.members)
 
+    def is_frozen(self, member: str) -> bool:
+        """Whether a member's backbone keeps its pretrained weights: its last stage is a head's."""
+        return self.stages_of(member)[-1].kind == "head"
+
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         """Read a TOML recipe and apply `a.b=c` overrides.
@@ -320,6 +324,10 @@ class Recipe(Section):
     def member(self, name: str) -> MemberSpec:
         """Return the member of that name."""
         return next(m for m in self.members if m.name == name)
+
+    def stage(self, name: str) -> StageSpec:
+        """Return the stage of that name."""
+        return next(s for s in self.stages if s.name == name)
 
     def soft(self, member: str) -> DistillSpec | None:
         """Return a student's distillation settings; None for members that learn from labels."""

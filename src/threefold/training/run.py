@@ -11,7 +11,15 @@ import numpy as np
 from threefold.data.dataset import Sources, load_data
 from threefold.data.splits import Roles, assign_roles, refit_roles
 from threefold.errors import RunError
-from threefold.models.member import JointMember, Member, build_joint, build_member, load_weights
+from threefold.models.member import (
+    JointMember,
+    Member,
+    assemble_member,
+    build_joint,
+    build_member,
+    load_head,
+    load_weights,
+)
 from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.models.views import Views
 from threefold.predictions.predictions import Predictions
@@ -19,6 +27,7 @@ from threefold.predictions.results_schema import Results
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Job, Recipe
 from threefold.recipe_schema import MemberSpec
+from threefold.training.frozen import frozen_backbone
 from threefold.training.watcher import Watcher
 
 
@@ -158,10 +167,33 @@ class Run:
         Raises:
             RunError: it is missing or damaged.
         """
-        member = self.build(spec, num_classes)
-        folder = self.folder.verify_job(self.last_job(spec.name, fold))
-        load_weights(member, folder / "weights.safetensors")
-        return member.eval()
+        return self.load_job(self.last_job(spec.name, fold), num_classes)
+
+    def load_job(
+        self, job: Job, num_classes: int, file: str = "weights.safetensors"
+    ) -> Member | JointMember:
+        """Load the network that a job ended with, in eval mode on the CPU.
+
+        After a stage of kind `head` it is the run's frozen backbone with the head of the job.
+
+        Args:
+            job: a finished job.
+            num_classes: number of logits k.
+            file: name of the weights' file; a head stage also has `start.safetensors`, the head
+                fitted without the select rows.
+
+        Raises:
+            RunError: a file is missing or damaged.
+        """
+        spec = self.recipe.member(job.member)
+        path = self.folder.verify_job(job) / file
+        if self.recipe.stage(job.stage).kind == "head":
+            member = assemble_member(spec, frozen_backbone(self.folder, spec), num_classes)
+            load_head(member, path)
+            return member.eval()
+        network = self.build(spec, num_classes)
+        load_weights(network, path)
+        return network.eval()
 
     def pipeline(self, combiner: Combiner, members: Sequence[str] | None = None) -> Pipeline:
         """Build the deployable module of a combiner and its members (by default the recipe's)."""
