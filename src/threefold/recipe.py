@@ -125,15 +125,18 @@ class Recipe(Section):
         return self
 
     def _check_folds(self) -> None:
-        if (
-            self.folds.k == 1
-            and self.protocol == "honest"
-            and self.folds.scheme != "leave-one-group-out"
-        ):
+        if self.folds.k == 1 and self.protocol == "honest" and not self.folds.counted_by_data:
             raise ValueError(
                 "folds.k = 1 leaves no out-of-fold rows; the honest protocol needs folds.k >= 2"
             )
-        if self.folds.scheme != "stratified" and not (
+        if (self.folds.scheme == "column") != bool(self.data.fold_column):
+            raise ValueError(
+                f"folds.scheme = {self.folds.scheme} ignores data.fold_column; "
+                "set folds.scheme = column"
+                if self.data.fold_column
+                else "folds.scheme = column needs data.fold_column, the name of a table's column"
+            )
+        if self.folds.scheme in ("grouped", "leave-one-group-out") and not (
             self.data.group_regex or self.data.source in WITH_GROUPS
         ):
             raise ValueError(
@@ -310,7 +313,7 @@ class Recipe(Section):
         """Return every job in order of execution.
 
         Args:
-            folds: number of folds where the data decide it (leave-one-group-out).
+            folds: number of folds where the data decide it (leave-one-group-out, column).
         """
         numbers = list(range(folds or self.folds.k)) + ([-1] if self.folds.final == "refit" else [])
         return [

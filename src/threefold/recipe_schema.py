@@ -40,6 +40,7 @@ Source = Literal[
     "parquet",
     "huggingface",
 ]
+WITH_COLUMNS = ("csv", "parquet", "huggingface")
 WITH_GROUPS = ("csv", "parquet", "huggingface", "surrey-asl")
 WITH_EXTRA = ("svhn", "inaturalist2019", "icassava2019")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]
@@ -76,6 +77,8 @@ class DataSpec(Section):
     group_regex: str = ""
     """Pattern searched for in each image's path. Its first group, or else the whole match, names
     the image's group; a group is never split between folds."""
+    fold_column: str = ""
+    """Column of a table with the fold of each training row, for folds.scheme = column."""
     limit_per_class: Annotated[int, Field(ge=0)] = 0
     """Training images per class, drawn by the recipe's seed (0 = all)."""
 
@@ -90,6 +93,10 @@ class DataSpec(Section):
             raise ValueError(
                 f"source = {self.source} has no extra images; {', '.join(WITH_EXTRA)} have some"
             )
+        if self.fold_column and self.source not in WITH_COLUMNS:
+            raise ValueError(
+                f"fold_column needs a table: source = {', '.join(WITH_COLUMNS)}, not {self.source}"
+            )
         return self
 
 
@@ -97,13 +104,20 @@ class FoldSpec(Section):
     """Cross-validation: each fold splits the rows into fit, select and score."""
 
     k: Annotated[int, Field(ge=1, le=50)] = 5
-    scheme: Literal["stratified", "grouped", "leave-one-group-out"] = "stratified"
+    """Number of folds; not used where the data decide it (leave-one-group-out, column)."""
+    scheme: Literal["stratified", "grouped", "leave-one-group-out", "column"] = "stratified"
+    """How rows are put into folds; column = the user's own folds, from data.fold_column."""
     select: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.15
     """Share of a fold's training rows reserved for choosing checkpoints and stages (honest
     protocol)."""
     final: Literal["average", "refit"] = "average"
     """What predicts new images: the mean of the k fold models, or one model refitted on all
     rows."""
+
+    @property
+    def counted_by_data(self) -> bool:
+        """Whether the data decide the number of folds, so that k is not used."""
+        return self.scheme in ("leave-one-group-out", "column")
 
 
 class AugmentSpec(Section):

@@ -42,6 +42,7 @@ from threefold.data.sources.photos import (
     list_inaturalist,
     list_surrey,
 )
+from threefold.data.splits import fold_values
 from threefold.errors import DataError, shorten
 from threefold.names import find_repeated, natural_key
 from threefold.recipe_schema import DataSpec
@@ -56,7 +57,8 @@ class ImageDataset:
         labels: (n,) int64 class number of each image.
         ids: unique name of each image; sources list rows in ascending order of the ids.
         classes: class names; a label is an index into them.
-        groups: group of each image, or None; folds never split a group.
+        groups: group of each image, or None; grouped folds never split a group.
+        folds: the user's own fold of each image, or None.
 
     Raises:
         DataError: lengths differ, ids repeat, or a label has no class.
@@ -67,14 +69,15 @@ class ImageDataset:
     ids: tuple[str, ...]
     classes: tuple[str, ...]
     groups: tuple[str, ...] | None = None
+    folds: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         lengths = [len(self.images), len(self.labels), len(self.ids)]
-        if self.groups is not None:
-            lengths.append(len(self.groups))
+        lengths += [len(names) for names in (self.groups, self.folds) if names is not None]
         if len(set(lengths)) > 1:
             raise DataError(
-                "images, labels, ids and groups differ in number", got=", ".join(map(str, lengths))
+                "images, labels, ids, groups and folds differ in number",
+                got=", ".join(map(str, lengths)),
             )
         repeated = find_repeated(self.ids)
         if repeated:
@@ -108,6 +111,7 @@ class ImageDataset:
             labels=self.labels[positions],
             ids=tuple(self.ids[i] for i in positions),
             groups=None if self.groups is None else tuple(self.groups[i] for i in positions),
+            folds=None if self.folds is None else tuple(self.folds[i] for i in positions),
         )
 
     def pixels(self, i: int) -> NDArray[np.uint8]:
@@ -161,7 +165,7 @@ def load_data(spec: DataSpec, seed: int) -> Sources:
             fix="set data.root to a folder of class folders, or to a CSV file",
         )
     if spec.source == "huggingface":
-        return _from_files(list_huggingface(root), spec, seed)
+        return _from_files(list_huggingface(root, spec.fold_column), spec, seed)
     path = Path(root).expanduser()
     decoded: dict[str, Callable[[], ArrayDataset]] = {
         "mnist": lambda: read_mnist(path, "mnist"),
@@ -174,8 +178,8 @@ def load_data(spec: DataSpec, seed: int) -> Sources:
         return _from_arrays(decoded[spec.source](), spec, seed)
     listed: dict[str, Callable[[], Listing]] = {
         "folder": lambda: list_folder(path),
-        "csv": lambda: list_csv(path),
-        "parquet": lambda: list_parquet(path),
+        "csv": lambda: list_csv(path, spec.fold_column),
+        "parquet": lambda: list_parquet(path, spec.fold_column),
         "inaturalist2019": lambda: list_inaturalist(path, spec.extra),
         "icassava2019": lambda: list_icassava(path, spec.extra),
         "cassava2020": lambda: list_cassava2020(path),
@@ -223,11 +227,12 @@ def _from_files(listing: Listing, spec: DataSpec, seed: int) -> Sources:
     return Sources(
         train=train_set,
         test=test_set,
-        notes=(*listing.notes, *_misleading_names(bad)),
+        notes=(*listing.notes, *_misleading_names(bad), *_fold_notes(train_set, spec.fold_column)),
         skipped=skipped,
         warnings=(
             *_duplicates(train + test, listing.encoded),
             *_shared_groups(train_set, test_set),
+            *_split_groups(train_set),
         ),
     )
 
@@ -302,12 +307,14 @@ def _dataset(
     ids = tuple(item.id for item in items)
     number = {name: label for label, name in enumerate(classes)}
     listed = tuple(item.group for item in items if item.group is not None)
+    folds = tuple(item.fold for item in items if item.fold is not None)
     return ImageDataset(
         images=_contents(items, encoded) or tuple(item.path for item in items),
         labels=np.array([number[item.label] for item in items], dtype=np.int64),
         ids=ids,
         classes=classes,
         groups=listed or _groups(ids, group_regex),
+        folds=folds or None,
     )
 
 
@@ -377,6 +384,29 @@ def _shared_groups(train: ImageDataset, test: ImageDataset | None) -> list[str]:
     if not shared:
         return []
     return [f"{len(shared)} groups are in both train and test: {shorten(sorted(shared))}"]
+
+
+def _fold_notes(train: ImageDataset, column: str) -> list[str]:
+    """Say which folds the user's own column makes."""
+    if train.folds is None:
+        return []
+    values = fold_values(train.folds)
+    return [f"{len(values)} folds from the column {column}: {shorten(values)}"]
+
+
+def _split_groups(train: ImageDataset) -> list[str]:
+    """Warn about groups that are in several of the user's own folds."""
+    if train.folds is None or train.groups is None:
+        return []
+    pairs = set(zip(train.groups, train.folds, strict=True))
+    folds_of = Counter(group for group, _ in pairs)
+    split = sorted((group for group, count in folds_of.items() if count > 1), key=natural_key)
+    if not split:
+        return []
+    return [
+        f"{len(split)} groups are in several folds of data.fold_column, which makes scores too "
+        f"good: {shorten(split)}"
+    ]
 
 
 def _demo() -> ArrayDataset:

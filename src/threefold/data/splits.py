@@ -13,10 +13,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from threefold.errors import DataError, RunError
+from threefold.errors import DataError, RunError, shorten
+from threefold.names import natural_key
 from threefold.recipe_schema import FoldSpec
 
 Rows = NDArray[np.int64]
+MOST_FOLDS = 50
+"""Largest number of folds from a column; more are a column of something else."""
+
 _NO_ROWS: Rows = np.empty(0, dtype=np.int64)
 
 
@@ -49,13 +53,15 @@ def assign_roles(
     protocol: Literal["honest", "paper"],
     seed: int,
     classes: Sequence[str] | None = None,
+    folds: Sequence[str] | None = None,
 ) -> tuple[Roles, ...]:
     """Assign roles to all rows in every fold; over the folds each row is scored exactly once.
 
     `stratified` distributes each class evenly and ignores groups; `grouped` does the same with
     whole groups; `leave-one-group-out` makes one fold per group, in order of first appearance, and
-    ignores spec.k. Under the honest protocol, `select` is the share `spec.select` of the rows
-    outside `score`, from every class, in whole groups if the scheme has groups. Under the paper
+    `column` one per value of `folds`, in natural order; both ignore spec.k. Under the honest
+    protocol, `select` is the share `spec.select` of the rows outside `score`, from every class, in
+    whole groups if the scheme has groups; `column` uses groups where there are any. Under the paper
     protocol, `select` is `score`, since the authors selected on what they reported; with k = 1 all
     rows are fitted and the other sets are empty (the test split selects).
 
@@ -66,20 +72,26 @@ def assign_roles(
         protocol: "honest" or "paper".
         seed: the recipe's seed.
         classes: class names for messages.
+        folds: (n,) the user's own fold of each row, for the scheme `column`, or None.
 
     Raises:
-        DataError: a class has too few images, there are too few groups, or groups are missing.
+        DataError: a class has too few images, there are too few groups, or groups or folds are
+            missing.
     """
     class_codes = _codes(labels, classes)
     n = len(class_codes.of_row)
     group_codes = _group_codes(groups, spec, n)
     everything = np.arange(n)
-    if protocol == "paper" and spec.k == 1 and spec.scheme != "leave-one-group-out":
+    if protocol == "paper" and spec.k == 1 and not spec.counted_by_data:
         return (Roles(everything, _NO_ROWS, _NO_ROWS),)
+    if spec.scheme == "column":
+        parts = _column_parts(folds, n)
+    else:
+        parts = _score_parts(class_codes, group_codes, spec, seed)
     roles = []
-    for fold, score in enumerate(_score_parts(class_codes, group_codes, spec, seed)):
+    for fold, score in enumerate(parts):
         rest = np.setdiff1d(everything, score)
-        _require_classes(class_codes, rest, fold)
+        _require_classes(class_codes, rest, fold, spec)
         if protocol == "paper":
             roles.append(Roles(rest, score, score))
         else:
@@ -106,6 +118,23 @@ def refit_roles(
     group_codes = _group_codes(groups, spec, n)
     fit, select = _fit_and_select(np.arange(n), class_codes, group_codes, spec, seed, -1)
     return Roles(fit, select, _NO_ROWS)
+
+
+def fold_values(folds: Sequence[str]) -> tuple[str, ...]:
+    """Return the values of the user's fold column in natural order: the first is fold 0.
+
+    Raises:
+        DataError: there is only one value, or there are more than 50.
+    """
+    values = tuple(sorted(set(folds), key=natural_key))
+    if not 2 <= len(values) <= MOST_FOLDS:
+        raise DataError(
+            f"the fold column has {len(values)} different values",
+            expected=f"2 to {MOST_FOLDS} folds",
+            got=shorten(values),
+            fix="name the column with the fold of each row in data.fold_column",
+        )
+    return values
 
 
 def check_partition(roles: Sequence[Roles], n: int) -> None:
@@ -137,7 +166,7 @@ def _codes(values: ArrayLike, names: Sequence[str] | None = None) -> _Codes:
 
 def _group_codes(groups: Sequence[str] | None, spec: FoldSpec, n: int) -> _Codes | None:
     """Return the groups if the scheme uses them, else None."""
-    if spec.scheme == "stratified":
+    if spec.scheme == "stratified" or (spec.scheme == "column" and groups is None):
         return None
     if groups is None:
         raise DataError(
@@ -147,6 +176,19 @@ def _group_codes(groups: Sequence[str] | None, spec: FoldSpec, n: int) -> _Codes
     if len(groups) != n:
         raise DataError("every image needs one group", expected=f"{n} groups", got=len(groups))
     return _codes(groups)
+
+
+def _column_parts(folds: Sequence[str] | None, n: int) -> list[Rows]:
+    """Return the scored rows of each of the user's own folds."""
+    if folds is None:
+        raise DataError(
+            "folds.scheme = column needs a fold column",
+            fix="set data.fold_column to the column with the fold of each row",
+        )
+    if len(folds) != n:
+        raise DataError("every image needs one fold", expected=f"{n} folds", got=len(folds))
+    of_row = np.asarray(folds)
+    return [np.flatnonzero(of_row == value) for value in fold_values(folds)]
 
 
 def _score_parts(labels: _Codes, groups: _Codes | None, spec: FoldSpec, seed: int) -> list[Rows]:
@@ -192,15 +234,18 @@ def _require_enough(labels: _Codes, groups: _Codes | None, k: int) -> None:
         )
 
 
-def _require_classes(labels: _Codes, rest: Rows, fold: int) -> None:
+def _require_classes(labels: _Codes, rest: Rows, fold: int, spec: FoldSpec) -> None:
     """Check that every class has training rows; otherwise it could never be predicted."""
     present = np.bincount(labels.of_row[rest], minlength=len(labels.names)) > 0
     if not present.all():
         absent = labels.names[int(np.argmin(present))]
+        expected = "each class in several groups, spread over the folds"
+        fix = "lower folds.k, add groups that hold this class, or leave the class out"
+        if spec.scheme == "column":
+            expected = "each class in several folds of the column"
+            fix = "change the fold column, or leave the class out"
         raise DataError(
-            f"fold {fold} has no images of class {absent} to train on",
-            expected="each class in several groups, spread over the folds",
-            fix="lower folds.k, add groups that hold this class, or leave the class out",
+            f"fold {fold} has no images of class {absent} to train on", expected=expected, fix=fix
         )
 
 

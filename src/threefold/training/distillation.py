@@ -292,11 +292,14 @@ def _nested_recipe(teacher: Run, inner: int, fold: int) -> Recipe:
     """The teacher's recipe for fewer rows: `inner` folds, all members, a share of the budget."""
     recipe, folds = teacher.recipe, teacher.folder.info.folds
     scheme = "stratified" if recipe.folds.scheme == "stratified" else "grouped"
+    if recipe.folds.scheme == "column" and teacher.sources.train.groups is None:
+        scheme = "stratified"
     changes = {"k": inner, "scheme": scheme, "final": "average"}
     return recipe.model_copy(
         update={
             "name": f"{recipe.name[:60]}-without-{fold_name(fold)}",
             "budget_minutes": recipe.budget_minutes / folds,
+            "data": recipe.data.model_copy(update={"fold_column": ""}),
             "folds": recipe.folds.model_copy(update=changes),
             "members": tuple(m.model_copy(update={"folds": ()}) for m in recipe.members),
         }

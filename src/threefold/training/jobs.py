@@ -241,9 +241,11 @@ def _by_views(
 
 
 def _data_digest(sources: Sources) -> str:
-    """SHA-256 of the images' names, labels and groups; their pixels do not count."""
+    """SHA-256 of the images' names, labels, groups and folds; their pixels do not count."""
     parts = [
-        (d.ids, d.labels.tolist(), d.groups) for d in (sources.train, sources.test) if d is not None
+        (d.ids, d.labels.tolist(), d.groups, *(() if d.folds is None else (d.folds,)))
+        for d in (sources.train, sources.test)
+        if d is not None
     ]
     return hashlib.sha256(repr((sources.train.classes, parts)).encode()).hexdigest()
 

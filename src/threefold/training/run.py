@@ -112,7 +112,13 @@ class Run:
         """Rows of each fold by role; -1 = refit."""
         train, spec = self.sources.train, self.recipe.folds
         folds = assign_roles(
-            train.labels, train.groups, spec, self.recipe.protocol, self.recipe.seed, train.classes
+            train.labels,
+            train.groups,
+            spec,
+            self.recipe.protocol,
+            self.recipe.seed,
+            train.classes,
+            train.folds,
         )
         roles = dict(enumerate(folds))
         if spec.final == "refit":

@@ -40,6 +40,8 @@ class ListedImage(NamedTuple):
     group: str | None = None
     row: int = -1
     """Row in a table, for an image that is no file of its own."""
+    fold: str | None = None
+    """The user's own fold, for a training image of a table with a fold column."""
 
 
 class EncodedImages(Sequence[bytes]):
@@ -255,11 +257,16 @@ def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
 # CSV
 
 
-def list_csv(table: Path) -> Listing:
+def list_csv(table: Path, fold_column: str = "") -> Listing:
     """List the rows `path,label[,group][,split]` of a CSV file (UTF-8, with a header).
 
     Paths are relative to the CSV file. Ids are the paths as POSIX, with `.` and `..` resolved.
     Other columns are ignored.
+
+    Args:
+        table: the CSV file.
+        fold_column: the column with the fold of each training row; empty = none. Its cells in test
+            rows are ignored.
 
     Raises:
         DataError: the file cannot be read, columns or cells are missing, or a path is repeated or
@@ -271,7 +278,8 @@ def list_csv(table: Path) -> Listing:
             columns = [name.strip() for name in reader.fieldnames or ()]
             reader.fieldnames = columns
             _check_columns(columns, table)
-            items = [_parse_row(row, table, reader.line_num) for row in reader]
+            check_fold_column(columns, fold_column, str(table))
+            items = [_parse_row(row, table, reader.line_num, fold_column) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError("cannot read the CSV file", where=table, got=error) from None
     repeated, absent = find_repeated(item.id for item in items), find_absent(items)
@@ -294,7 +302,42 @@ def _check_columns(columns: list[str], table: Path) -> None:
         )
 
 
-def _parse_row(row: dict[str, str | None], table: Path, line: int) -> ListedImage:
+def check_fold_column(columns: Sequence[str], fold_column: str, where: str) -> None:
+    """Check that a table has the fold column that the recipe names.
+
+    Raises:
+        DataError: it has not.
+    """
+    if fold_column and fold_column not in columns:
+        raise DataError(
+            f"the table has no fold column {fold_column}",
+            where=where,
+            expected=f"a column {fold_column}",
+            got=", ".join(columns),
+            fix="correct data.fold_column",
+        )
+
+
+def parse_fold(cell: object, fold_column: str, where: str) -> str:
+    """Return the name of the fold in a table's cell; whole numbers read alike in every type.
+
+    Raises:
+        DataError: the cell is empty.
+    """
+    if isinstance(cell, float) and cell.is_integer():
+        cell = int(cell)  # pandas stores whole numbers as floats in a column with gaps
+    name = "" if cell is None or cell != cell else str(cell).strip()
+    if not name:
+        raise DataError(
+            f"an empty cell in the fold column {fold_column}",
+            where=where,
+            expected="a fold for every training row",
+            fix="fill the cell, or set split = test for rows of the test part",
+        )
+    return name
+
+
+def _parse_row(row: dict[str, str | None], table: Path, line: int, fold_column: str) -> ListedImage:
     # csv collects surplus cells under the key None, and fills missing cells with None.
     surplus = None in row
     cells = {name: (row[name] or "").strip() for name in row if name is not None}
@@ -308,11 +351,15 @@ def _parse_row(row: dict[str, str | None], table: Path, line: int) -> ListedImag
             expected=f"{columns}, split one of {', '.join(PARTS)}",
             got=",".join(cells.values()) + (" and surplus cells" if surplus else ""),
         )
+    part, fold = PARTS[split], None
+    if fold_column and part == "train":
+        fold = parse_fold(cells[fold_column], fold_column, f"{table} line {line}")
     name = Path(os.path.normpath(cells["path"])).as_posix()
     return ListedImage(
         id=name,
         path=table.parent / name,
         label=cells["label"],
-        part=PARTS[split],
+        part=part,
         group=cells.get("group"),
+        fold=fold,
     )

@@ -20,7 +20,9 @@ from threefold.data.sources.folder import (
     EncodedImages,
     ListedImage,
     Listing,
+    check_fold_column,
     find_absent,
+    parse_fold,
     read_file,
 )
 from threefold.errors import DataError, shorten
@@ -51,13 +53,17 @@ def _import_optional(name: str, extra: str) -> Any:
         raise DataError(what, fix=f'pip install "threefold[{extra}]"') from None
 
 
-def list_parquet(root: Path) -> Listing:
+def list_parquet(root: Path, fold_column: str = "") -> Listing:
     """List the rows of a parquet file, or of all .parquet files in a folder.
 
     Columns: `image` (bytes of an image file, or the hub's struct of bytes and path) or `path`
     (relative to the file); `label` (text or whole number); optionally `id`, `group` and `split`
     (train, val, test). Names of number labels are taken from the hub's metadata in the file.
     Without `split`, the beginning of the file's name decides.
+
+    Args:
+        root: a file or a folder.
+        fold_column: the column with the fold of each training row; empty = none.
 
     Raises:
         DataError: pyarrow is not installed, a file cannot be read, columns or cells are missing,
@@ -77,7 +83,7 @@ def list_parquet(root: Path) -> Listing:
         first_word = re.split(r"[^a-z]", file.stem.lower(), maxsplit=1)[0]
         part = PARTS.get(first_word, "train")
         tables.append(_Table(str(file), part, rows, label_names=_hub_label_names(rows)))
-    return _list_tables(tables, root if root.is_dir() else root.parent)
+    return _list_tables(tables, root if root.is_dir() else root.parent, fold_column)
 
 
 def _hub_label_names(rows: Any) -> list[str] | None:
@@ -90,7 +96,7 @@ def _hub_label_names(rows: Any) -> list[str] | None:
     return [str(name) for name in names] if isinstance(names, list) else None
 
 
-def list_huggingface(name: str) -> Listing:
+def list_huggingface(name: str, fold_column: str = "") -> Listing:
     """List a data set of the Hugging Face hub, or of a folder that its library reads.
 
     Code in the data set is never run. The image and the class label are used, and a column `group`
@@ -98,6 +104,7 @@ def list_huggingface(name: str) -> Listing:
 
     Args:
         name: `owner/name`, or `owner/name:configuration`.
+        fold_column: the column with the fold of each training row; empty = none.
 
     Raises:
         DataError: datasets is not installed, the data set cannot be loaded, or it has no image or
@@ -110,7 +117,8 @@ def list_huggingface(name: str) -> Listing:
     except Exception as error:  # the library raises errors of many types, for networks and files
         got = " ".join(f"{type(error).__name__} {error}".split())[:300]
         raise DataError("cannot load the data set", where=name, got=got) from None
-    return _list_tables([_hub_table(hub, name, split, dataset[split]) for split in dataset], None)
+    tables = [_hub_table(hub, name, split, dataset[split]) for split in dataset]
+    return _list_tables(tables, None, fold_column)
 
 
 def _hub_table(hub: Any, name: str, split: str, dataset: Any) -> _Table:
@@ -139,12 +147,13 @@ def _find_column(rows: Any, names: tuple[str, ...]) -> str:
     return next((name for name in names if name in rows.column_names), "")
 
 
-def _list_tables(tables: list[_Table], folder: Path | None) -> Listing:
+def _list_tables(tables: list[_Table], folder: Path | None, fold_column: str) -> Listing:
     """List the rows of all tables.
 
     Args:
         tables: files or splits.
         folder: what paths are relative to; None for tables that the hub's library has written.
+        fold_column: the column with the fold of each training row; empty = none.
     """
     columns: list[Any] = []
     starts: list[int] = []
@@ -153,7 +162,7 @@ def _list_tables(tables: list[_Table], folder: Path | None) -> Listing:
         image_column = _find_column(table.rows, _IMAGE_COLUMNS)
         columns.append(table.rows.column(image_column) if image_column else None)
         starts.append(len(items))
-        items += _list_rows(table, bool(image_column), len(items), folder)
+        items += _list_rows(table, bool(image_column), len(items), folder, fold_column)
     where = shorten(table.name for table in tables)
     if len({column is None for column in columns}) > 1:
         raise DataError("some files hold images and others name them", got=where)
@@ -182,7 +191,7 @@ def _list_tables(tables: list[_Table], folder: Path | None) -> Listing:
 
 
 def _list_rows(
-    table: _Table, has_images: bool, start: int, folder: Path | None
+    table: _Table, has_images: bool, start: int, folder: Path | None, fold_column: str
 ) -> Iterator[ListedImage]:
     """List the rows of one table, which begin at row `start` of all tables."""
     label_column = _find_column(table.rows, _LABEL_COLUMNS)
@@ -197,6 +206,9 @@ def _list_rows(
     for name in ("path", "id", "group", "split"):
         if name in table.rows.column_names:
             columns[name] = table.rows.column(name).to_pylist()
+    folds: list[Any] | None = None
+    if fold_column in table.rows.column_names:
+        folds = table.rows.column(fold_column).to_pylist()
     for row in range(table.rows.num_rows):
         cells = {name: column[row] for name, column in columns.items()}
         where = f"{table.name} row {row}"
@@ -208,6 +220,10 @@ def _list_rows(
                 expected=f"no empty cell, split one of {', '.join(PARTS)}",
                 got=", ".join(f"{name} {value}" for name, value in cells.items()),
             )
+        fold = None
+        if fold_column and PARTS[split] == "train":
+            check_fold_column(table.rows.column_names, fold_column, table.name)
+            fold = parse_fold(folds[row] if folds else None, fold_column, where)
         path = str(cells.get("path", ""))
         image_id = str(cells.get("id", path or f"{PARTS[split]}/{start + row:07d}"))
         yield ListedImage(
@@ -217,6 +233,7 @@ def _list_rows(
             part=PARTS[split],
             group=str(cells["group"]) if "group" in cells else None,
             row=start + row,
+            fold=fold,
         )
 
 
