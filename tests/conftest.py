@@ -17,6 +17,12 @@ from support.tiny_runs import make_folder, tiny_tree
 from threefold.recipe import Recipe
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A cache of features that belongs to this test session only."""
+    os.environ["THREEFOLD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train/ and test/ of three classes."""

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from threefold.data.images import BadImage, check_all, decode, same_content
+from threefold.data.images import BadImage, check_all, content_hash, decode, same_content
 from threefold.data.published import FASHION_MNIST_CLASSES
 from threefold.data.sources.arrays import (
     FASHION_MNIST_ROOT,
@@ -124,6 +124,17 @@ class ImageDataset:
             return decode(self.images[i])
         image = self.images[i]
         return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image.copy()
+
+    def content_hash(self, i: int) -> str:
+        """Return a SHA-256 of image i's content: of its file's bytes, or of its pixels.
+
+        Raises:
+            DataError: the file can no longer be read.
+        """
+        if not isinstance(self.images, np.ndarray):
+            return content_hash(self.images[i])
+        image = self.images[i]
+        return content_hash(repr(image.shape).encode() + image.tobytes())
 
 
 @dataclass(frozen=True)

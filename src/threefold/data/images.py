@@ -202,6 +202,20 @@ def same_content(paths: Sequence[Path], contents: Sequence[bytes] | None = None)
     return [[rows[i] for i in positions] for positions in _positions(digests)]
 
 
+def content_hash(source: Path | bytes) -> str:
+    """Return the SHA-256 of an image file's bytes, in hexadecimal.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    try:
+        return _digest(source).hex()
+    except OSError as error:
+        raise DataError("cannot read the file", where=source, got=error) from None
+
+
 def _positions(keys: Sequence[object]) -> list[list[int]]:
     """Return the positions of every key that occurs more than once."""
     where: dict[object, list[int]] = defaultdict(list)

@@ -64,17 +64,8 @@ class Member(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Map pixels, float (b, 3, s, s) in 0..255, to logits (b, k)."""
-        features = self.backbone.forward_features((pixels - self.mean) / self.std)
-        if self.head.takes_map:
-            features = feature_map(self.backbone, features)
-            if features is None:
-                raise RecipeError(
-                    "the backbone has no feature map",
-                    got=type(self.backbone).__name__,
-                    fix='set head.sequence = "pooled"',
-                )
-        else:
-            features = self.backbone.forward_head(features, pre_logits=True)
+        normalized = (pixels - self.mean) / self.std
+        features = backbone_features(self.backbone, normalized, takes_map=bool(self.head.takes_map))
         return cast("Tensor", self.head(features))
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
@@ -130,6 +121,30 @@ class JointMember(nn.Module):
             return max(tops) - below
 
         return layer
+
+
+def backbone_features(backbone: Any, images: Tensor, *, takes_map: bool) -> Tensor:
+    """Compute what a head reads.
+
+    Args:
+        backbone: a timm network without classifier.
+        images: (b, 3, s, s), normalized.
+        takes_map: return the feature map (b, c, h, w) and not the pooled features (b, c).
+
+    Raises:
+        RecipeError: the backbone has no feature map.
+    """
+    features = backbone.forward_features(images)
+    if not takes_map:
+        return cast("Tensor", backbone.forward_head(features, pre_logits=True))
+    features = feature_map(backbone, features)
+    if features is None:
+        raise RecipeError(
+            "the backbone has no feature map",
+            got=type(backbone).__name__,
+            fix='set head.sequence = "pooled"',
+        )
+    return features
 
 
 def feature_map(backbone: Any, features: Tensor) -> Tensor | None:

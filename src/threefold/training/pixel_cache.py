@@ -6,10 +6,10 @@ The resize is the one that the exported pipeline contains.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -133,12 +133,29 @@ def _allocate(path: Path) -> None:
 def _resize_rows(
     array: np.ndarray, dataset: ImageDataset, rows: np.ndarray, side: int, resize: Any
 ) -> None:
-    """Decode some rows and resize those of equal shape together; batching changes no bit."""
-    by_shape: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
-    for row in rows:
-        image = dataset.pixels(int(row))
-        by_shape.setdefault(image.shape, []).append((int(row), image))
+    """Decode some rows and resize them."""
+    array[rows] = resize_images([dataset.pixels(int(row)) for row in rows], side, resize)
+
+
+def resize_images(
+    images: Sequence[np.ndarray], side: int, resize: Literal["squash", "crop"]
+) -> np.ndarray:
+    """Resize images of any sizes; those of equal shape together, which changes no bit.
+
+    Args:
+        images: uint8 (h, w, 3).
+        side: of the result in pixels.
+        resize: see `resize_square`.
+
+    Returns:
+        uint8 (n, side, side, 3).
+    """
+    squares = np.empty((len(images), side, side, 3), np.uint8)
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for i, image in enumerate(images):
+        by_shape.setdefault(image.shape, []).append(i)
     for group in by_shape.values():
-        images = torch.from_numpy(np.stack([image for _, image in group]))
-        squares = resize_square(images, side, resize).permute(0, 2, 3, 1).to(torch.uint8).numpy()
-        array[[row for row, _ in group]] = squares
+        batch = torch.from_numpy(np.stack([images[i] for i in group]))
+        resized = resize_square(batch, side, resize)
+        squares[group] = resized.permute(0, 2, 3, 1).to(torch.uint8).numpy()
+    return squares

@@ -1,0 +1,192 @@
+"""What computes the features of a frozen backbone: torch or onnxruntime, whichever is faster here.
+
+Engines answer batches of one fixed size, the last one padded. So an image gets the same features in
+whatever company it is computed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from threefold.errors import RecipeError
+from threefold.models.features import FeatureExtractor, export_graph
+
+BATCH: Final = 32
+"""Images in a batch."""
+
+WORTH_SECONDS: Final = 4.0
+"""Work for plain torch from which it is worth to look for something faster."""
+
+TOLERANCES: Final = {"onnxruntime": 1e-3, "torch-float16": 1e-2}
+"""Largest relative error of an image's features (Euclidean norm) against torch in float32.
+
+bfloat16 is no candidate: on EfficientNet-Lite0 it errs by 2e-2, and onnxruntime is faster.
+"""
+
+
+class Engine(Protocol):
+    """Computes features of a batch."""
+
+    name: str
+    """Part of the key of cached features."""
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """Map float32 pixels (n, 3, s, s) in 0..255 to float32 features (n, ...)."""
+
+
+class TorchEngine:
+    """The backbone in torch, channels last.
+
+    Args:
+        extractor: the backbone.
+        device: where it runs.
+        precision: float32 or float16 (mixed precision).
+    """
+
+    def __init__(
+        self, extractor: FeatureExtractor, device: torch.device, precision: str = "float32"
+    ) -> None:
+        self.name = f"torch-{precision}"
+        self.extractor, self.device, self.precision = extractor, device, precision
+        extractor.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @torch.inference_mode()
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """Map float32 pixels (n, 3, s, s) in 0..255 to float32 features (n, ...)."""
+        images = torch.from_numpy(pixels).to(self.device, memory_format=torch.channels_last)
+        half = self.precision == "float16"
+        with torch.autocast(self.device.type, torch.float16, enabled=half):
+            features: np.ndarray = self.extractor(images).float().cpu().numpy()
+        return features
+
+
+class OnnxEngine:
+    """The backbone in onnxruntime, on the CPU.
+
+    Args:
+        extractor: the backbone.
+        size: side of the images in pixels.
+    """
+
+    def __init__(self, extractor: FeatureExtractor, size: int) -> None:
+        import onnxruntime
+
+        self.name = "onnxruntime"
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        graph = export_graph(extractor, BATCH, size)
+        self.session: Any = onnxruntime.InferenceSession(
+            graph, options, providers=["CPUExecutionProvider"]
+        )
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """Map float32 pixels (n, 3, s, s) in 0..255 to float32 features (n, ...)."""
+        features: np.ndarray = self.session.run(None, {"pixels": pixels})[0]
+        return features
+
+
+def compute(engine: Engine, pixels: np.ndarray) -> np.ndarray:
+    """Compute the features of any number of images, in batches of one size.
+
+    Args:
+        engine: what computes them.
+        pixels: float32 (n, 3, s, s) in 0..255, n at least 1.
+
+    Returns:
+        float16 (n, ...).
+    """
+    parts = []
+    for begin in range(0, len(pixels), BATCH):
+        batch = pixels[begin : begin + BATCH]
+        padding = np.repeat(batch[-1:], BATCH - len(batch), axis=0)
+        whole = np.ascontiguousarray(np.concatenate([batch, padding]))
+        parts.append(engine(whole)[: len(batch)])
+    # Beyond float16's range a feature would become infinite, and a head useless.
+    limit = float(np.finfo(np.float16).max)
+    return np.concatenate(parts).clip(-limit, limit).astype(np.float16)
+
+
+class EngineChoice(NamedTuple):
+    """An engine, and why it was chosen."""
+
+    engine: Engine
+    reason: str
+    measured: bool
+    """Whether alternatives were timed, so that the choice is worth keeping."""
+
+
+def make_engine(name: str, extractor: FeatureExtractor, size: int, device: torch.device) -> Engine:
+    """Make an engine by its name: torch-float32, torch-float16 or onnxruntime.
+
+    Raises:
+        RecipeError: onnxruntime cannot run the backbone.
+    """
+    if name.startswith("torch-"):
+        return TorchEngine(extractor, device, name.removeprefix("torch-"))
+    try:
+        return OnnxEngine(extractor.cpu(), size)
+    except Exception as error:
+        raise RecipeError(
+            "onnxruntime cannot run this backbone",
+            where="features.engine = onnxruntime",
+            got=f"{type(error).__name__}: {str(error)[:120]}",
+            fix='set features.engine = "auto" or "torch"',
+        ) from None
+
+
+def choose_engine(
+    extractor: FeatureExtractor, sample: np.ndarray, count: int, device: torch.device
+) -> EngineChoice:
+    """Choose the fastest engine whose answers agree with torch's in float32.
+
+    Args:
+        extractor: the backbone.
+        sample: float32 (n, 3, s, s) in 0..255, some of the images.
+        count: number of images to compute.
+        device: where torch runs.
+    """
+    batch = np.ascontiguousarray(np.resize(sample, (BATCH, *sample.shape[1:])))
+    plain = TorchEngine(extractor, device)
+    began = time.monotonic()
+    expected = plain(batch)
+    first = time.monotonic() - began
+    if first * count / BATCH < WORTH_SECONDS:
+        return EngineChoice(plain, "few images: torch without a search", measured=False)
+    speeds: dict[str, float] = {plain.name: BATCH / _seconds(plain, batch)}
+    engines: dict[str, Engine] = {plain.name: plain}
+    refused = []
+    names = ["torch-float16"] if device.type == "cuda" else ["onnxruntime"]
+    for name in names:
+        try:
+            engine = make_engine(name, extractor, sample.shape[-1], device)
+            error = relative_error(engine(batch), expected)
+        except Exception as problem:  # whatever fails here, torch in float32 works
+            refused.append(f"{name} fails ({type(problem).__name__})")
+            continue
+        if not error <= TOLERANCES[name]:
+            refused.append(f"{name} differs by {error:.1e}")
+            continue
+        engines[name], speeds[name] = engine, BATCH / _seconds(engine, batch)
+    best = max(speeds, key=lambda name: speeds[name])
+    measured = [f"{name} {speed:.0f} images/s" for name, speed in speeds.items()]
+    return EngineChoice(engines[best], ", ".join([*measured, *refused]), measured=True)
+
+
+def relative_error(answers: np.ndarray, expected: np.ndarray) -> float:
+    """Largest over the images of |answer - expected| / |expected|, Euclidean norms."""
+    rows = len(expected)
+    difference = np.linalg.norm((answers - expected).reshape(rows, -1), axis=1)
+    return float((difference / np.linalg.norm(expected.reshape(rows, -1), axis=1)).max())
+
+
+def _seconds(engine: Callable[[np.ndarray], np.ndarray], batch: np.ndarray) -> float:
+    """Time of one batch, after one to warm up."""
+    began = time.monotonic()
+    engine(batch)
+    return time.monotonic() - began

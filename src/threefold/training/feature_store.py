@@ -1,0 +1,272 @@
+"""Features on disk, by backbone and by image, shared between runs.
+
+A store is a folder of parts. A part is a float16 .npy file (n, ...) and, written after it, a .json
+with the images of its rows and the SHA-256 of the file. So a killed process leaves whole parts, and
+a damaged part is found and computed again. The stores of all backbones lie in one cache folder with
+a limit; those not used for longest are deleted first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from threefold.errors import RecipeError, RunError
+from threefold.files import sha256, write_bytes, write_json
+
+CACHE_VARIABLE: Final = "THREEFOLD_CACHE"
+"""Environment variable: the folder of caches (by default $XDG_CACHE_HOME/threefold, else
+~/.cache/threefold)."""
+
+LIMIT_VARIABLE: Final = "THREEFOLD_CACHE_GB"
+"""Environment variable: largest size of the cached features in GB (0 = nothing is kept)."""
+
+LIMIT_GB: Final = 10.0
+"""The limit where the variable is not set."""
+
+
+def cache_folder() -> Path:
+    """Return the folder of cached features."""
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return Path(named).expanduser() / "features"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "threefold" / "features"
+
+
+def cache_limit() -> int:
+    """Return the largest size of the cached features in bytes.
+
+    Raises:
+        RecipeError: the environment variable is not a number.
+    """
+    text = os.environ.get(LIMIT_VARIABLE, "")
+    try:
+        gigabytes = float(text) if text else LIMIT_GB
+    except ValueError:
+        gigabytes = -1.0
+    if not 0 <= gigabytes < 1e6:
+        raise RecipeError(
+            "not a size",
+            where=f"environment variable {LIMIT_VARIABLE}",
+            expected="gigabytes, for example 10",
+            got=text,
+        )
+    return int(gigabytes * 1e9)
+
+
+class FeatureStore:
+    """The cached features of one backbone in one form, at one size.
+
+    Args:
+        folder: the folder of all stores.
+        key: name of this one, a hash of everything that its features depend on but the image.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder = folder / key
+        self._parts: dict[str, np.ndarray] = {}
+        self._rows: dict[str, tuple[str, int]] = {}
+        self._seen: set[str] = set()
+
+    def missing(self, images: Sequence[str]) -> list[str]:
+        """Return the images without features, each once, in the order of their first appearance."""
+        self._refresh()
+        return [image for image in dict.fromkeys(images) if image not in self._rows]
+
+    def read(self, images: Sequence[str]) -> np.ndarray:
+        """Return the features of some images, float16 (n, ...); none of them may be missing."""
+        if not images:
+            return np.empty((0, *self._shape), np.float16)
+        places = [self._rows[image] for image in images]
+        features = np.empty((len(images), *self._shape), np.float16)
+        by_part: dict[str, list[int]] = {}
+        for position, (part, _) in enumerate(places):
+            by_part.setdefault(part, []).append(position)
+        for part, positions in by_part.items():
+            features[positions] = self._parts[part][[places[i][1] for i in positions]]
+        return features
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        """Shape of one image's features."""
+        return next((part.shape[1:] for part in self._parts.values()), ())
+
+    def write(self, images: Sequence[str], features: np.ndarray) -> None:
+        """Add a part.
+
+        Args:
+            images: the images of its rows.
+            features: float16 (n, ...).
+
+        Raises:
+            RunError: the disk is full or the folder cannot be written.
+        """
+        buffer = io.BytesIO()
+        np.save(buffer, features, allow_pickle=False)
+        data = buffer.getvalue()
+        name = hashlib.sha256("/".join(images).encode()).hexdigest()[:24]
+        write_bytes(self.folder / f"{name}.npy", data)
+        record = {"sha256": hashlib.sha256(data).hexdigest(), "images": list(images)}
+        write_json(self.folder / f"{name}.json", record)
+        self._add(name, images)
+
+    def keep(self, images: Sequence[str], features: np.ndarray) -> None:
+        """Add a part that stays in memory, where it cannot be written."""
+        name = f"memory {len(self._parts)}"
+        self._parts[name] = features
+        self._rows.update({image: (name, row) for row, image in enumerate(images)})
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from computing the same features at the same time."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.folder / ".lock")
+        with suppress(OSError, NotImplementedError, Timeout):  # without a lock the work is doubled
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            self._sweep()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _sweep(self) -> None:
+        """Delete what killed processes have left; only the holder of the lock writes parts."""
+        for path in self.folder.glob("*.npy*"):
+            if not path.with_suffix(".json").exists():
+                path.unlink()
+        for path in self.folder.glob(".*.tmp"):
+            path.unlink()
+
+    def touch(self) -> None:
+        """Note that the store is in use."""
+        with suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / ".used").touch()
+
+    def _refresh(self) -> None:
+        """Find the parts written since the last look, and drop what is damaged."""
+        for record in sorted(self.folder.glob("*.json")):
+            if record.stem in self._seen:
+                continue
+            images = _intact(record)
+            if images is None:
+                for path in (record, record.with_suffix(".npy")):
+                    with suppress(OSError):
+                        path.unlink()
+            else:
+                self._add(record.stem, images)
+
+    def _add(self, name: str, images: Sequence[str]) -> None:
+        path = self.folder / f"{name}.npy"
+        part: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        self._parts[name] = part
+        self._rows.update({image: (name, row) for row, image in enumerate(images)})
+        self._seen.add(name)
+
+
+def _intact(record: Path) -> list[str] | None:
+    """Return the images of a part; None if it is incomplete or damaged."""
+    try:
+        tree = json.loads(record.read_text(encoding="utf-8"))
+        images, expected = list(tree["images"]), tree["sha256"]
+        if sha256(record.with_suffix(".npy")) == expected:
+            return images
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def make_room(folder: Path, needed: int, limit: int, used: Sequence[str] = ()) -> bool:
+    """Delete the stores not used for longest until `needed` bytes fit below the limit.
+
+    Args:
+        folder: the folder of all stores.
+        needed: bytes to be written.
+        limit: largest size of all stores together, in bytes.
+        used: keys of stores that must stay.
+
+    Returns:
+        Whether they fit below the limit and on the disk.
+    """
+    stores = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    sizes = {path: folder_size(path) for path in stores}
+    total = sum(sizes.values())
+    for path in sorted(stores, key=_last_use):
+        if total + needed <= limit and needed <= _free(folder):
+            break
+        if path.name not in used:
+            shutil.rmtree(path, ignore_errors=True)
+            total -= sizes[path]
+    return total + needed <= limit and needed <= _free(folder)
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of a folder's files."""
+    total = 0
+    for path in folder.iterdir():
+        with suppress(OSError):
+            total += path.stat().st_size
+    return total
+
+
+def _last_use(folder: Path) -> float:
+    try:
+        return (folder / ".used").stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _free(folder: Path) -> int:
+    """Free bytes on the disk of a folder that need not exist yet."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that a process can still take: the machine's or the container's.
+
+    Where the system does not say, a number beyond any need.
+    """
+    numbers = [2**62]
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("MemAvailable"))
+        numbers.append(int(line.split()[1]) * 1024)
+    with suppress(OSError, ValueError, StopIteration):
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        counts = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = next(int(count) for name, count in counts if name == "inactive_file")
+        numbers.append(limit - used + cached)
+    return max(0, min(numbers))
+
+
+def check_memory(needed: int, what: str) -> None:
+    """Refuse work that the memory cannot hold.
+
+    Raises:
+        RunError: more is needed than can be taken.
+    """
+    available = available_memory()
+    if needed > available:
+        raise RunError(
+            "the features do not fit into memory",
+            where=what,
+            expected=f"at most {available / 1e9:.1f} GB",
+            got=f"{needed / 1e9:.1f} GB",
+            fix='set head.sequence = "pooled", a smaller img_size or data.limit_per_class',
+        )

@@ -1,0 +1,406 @@
+"""Features of frozen backbones, computed once for all folds, heads, seeds and runs.
+
+One pass over the images serves all backbones: an image is decoded once, resized to each size in use
+and answered by each backbone that has not answered it yet. What is computed lies on disk
+(`feature_store`), by what it depends on: weights, form, size, resize, normalisation, engine, and
+the content of the image. So another run, another seed, more images or other names read it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from os import cpu_count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from threefold.data.dataset import ImageDataset, Sources
+from threefold.errors import RunError
+from threefold.files import read_json, write_json
+from threefold.models.features import FeatureExtractor, FeatureForm
+from threefold.models.member import create_backbone
+from threefold.models.pipeline import pick_device
+from threefold.recipe import Recipe
+from threefold.recipe_schema import MemberSpec
+from threefold.training.augment import Augment
+from threefold.training.checkpoints import fingerprint
+from threefold.training.engines import (
+    BATCH,
+    Engine,
+    choose_engine,
+    compute,
+    make_engine,
+)
+from threefold.training.feature_store import (
+    FeatureStore,
+    cache_folder,
+    cache_limit,
+    check_memory,
+    make_room,
+)
+from threefold.training.pixel_cache import resize_images
+from threefold.training.provenance import hardware, stable_seed
+from threefold.training.watcher import Watcher
+
+VERSION = 1
+"""Version of decoding, resize and storage; another one makes cached features unknown."""
+
+PART = 8 * BATCH
+"""Images in a part of a store: what a killed process loses at most."""
+
+
+class FeatureRows(NamedTuple):
+    """Some rows of a data set, as a frozen backbone answers them."""
+
+    features: np.ndarray
+    """float16 (n, d), or (n, c, h, w) where the head takes a map; of `n` rows the images
+    themselves, then their first copies, then their second ones ..."""
+    labels: np.ndarray
+    """(n,) int64."""
+
+
+@dataclass(eq=False)
+class _Source:
+    """A frozen backbone at one size, with what computes its features and what keeps them."""
+
+    spec: MemberSpec
+    form: FeatureForm
+    extractor: FeatureExtractor
+    key: str
+    """Hash of all that the features depend on but the engine and the image."""
+    engine_name: str = ""
+    engine: Engine | None = None
+    opened: FeatureStore | None = None
+    in_memory: bool = False
+    pending: list[tuple[str, np.ndarray]] = field(default_factory=list)
+
+    @property
+    def store(self) -> FeatureStore:
+        """The features on disk, once the engine is chosen."""
+        assert self.opened is not None
+        return self.opened
+
+
+class FeatureCache:
+    """Features of the images of a run.
+
+    Args:
+        sources: training and test images.
+        recipe: engine, augmentation of copies, device and seed.
+        watcher: receives the choices made.
+        folder: of cached features; None = the user's cache folder.
+        record: a JSON file that keeps the choice of engines, so that a resumed run repeats it.
+        load: returns a member's frozen backbone; None = the pretrained one.
+        progress: receives the number of images answered.
+    """
+
+    def __init__(
+        self,
+        sources: Sources,
+        recipe: Recipe,
+        watcher: Watcher | None = None,
+        *,
+        folder: Path | None = None,
+        record: Path | None = None,
+        load: Callable[[MemberSpec], nn.Module] | None = None,
+        progress: Callable[[int], None] = lambda images: None,
+    ) -> None:
+        self.sources, self.recipe = sources, recipe
+        self.watcher = watcher or Watcher()
+        self.folder = cache_folder() if folder is None else folder
+        self.record = record
+        self.load = load or partial(_pretrained, recipe)
+        self.progress = progress
+        self.device = pick_device(recipe.train.device)
+        self._sources: dict[tuple[object, ...], _Source] = {}
+        self._hashes: dict[str, dict[int, str]] = {"train": {}, "test": {}}
+        self._augment = Augment(recipe.augment)
+        copies = [recipe.seed, recipe.augment.model_dump_json()]
+        self._copies = hashlib.sha256(json.dumps(copies).encode()).hexdigest()[:16]
+
+    def rows(self, split: str, spec: MemberSpec, rows: np.ndarray, copies: int = 0) -> FeatureRows:
+        """Return the features of some rows, computing those that are missing.
+
+        Args:
+            split: train or test.
+            spec: the member whose head reads them.
+            rows: (n,) row numbers.
+            copies: augmented copies of each image, which follow the images themselves.
+
+        Raises:
+            RunError: the features do not fit into memory.
+            RecipeError: the weights are not available, or the engine cannot run the backbone.
+        """
+        self.prepare(split, [spec], rows, copies)
+        source = self._source(spec)
+        names = [self._name(split, int(row), copy) for copy in range(copies + 1) for row in rows]
+        labels = np.tile(self._dataset(split).labels[rows], copies + 1)
+        return FeatureRows(source.store.read(names), labels)
+
+    def prepare(
+        self, split: str, specs: Sequence[MemberSpec], rows: np.ndarray, copies: int = 0
+    ) -> None:
+        """Compute the missing features of several members in one pass over the images.
+
+        Args:
+            split: train or test.
+            specs: the members whose heads read them.
+            rows: (n,) row numbers.
+            copies: augmented copies of each image.
+
+        Raises:
+            RunError: the features do not fit into memory.
+            RecipeError: the weights are not available, or the engine cannot run a backbone.
+        """
+        if not len(rows):
+            return
+        wanted = [(int(row), copy) for row in rows for copy in range(copies + 1)]
+        names = [self._name(split, *item) for item in wanted]
+        place = dict(zip(names, wanted, strict=True))
+        sources = list({id(source): source for source in map(self._source, specs)}.values())
+        for source in sources:
+            self._choose_engine(source, split, place)
+        with ExitStack() as locks:
+            for source in sources:
+                if source.store.missing(names):
+                    locks.enter_context(source.store.locked())
+            missing = {source.key: set(source.store.missing(names)) for source in sources}
+            if any(missing.values()):
+                self._reserve(sources, missing)
+                self._compute(split, sources, missing, place)
+        for source in sources:
+            source.store.touch()
+
+    def _dataset(self, split: str) -> ImageDataset:
+        dataset = self.sources.train if split == "train" else self.sources.test
+        assert dataset is not None
+        return dataset
+
+    def _name(self, split: str, row: int, copy: int) -> str:
+        """Name an image by its content, and a copy also by what it was made with."""
+        hashes = self._hashes[split]
+        if row not in hashes:
+            hashes[row] = self._dataset(split).content_hash(row)[:32]
+        return f"{hashes[row]}-{self._copies}-{copy}" if copy else hashes[row]
+
+    def _source(self, spec: MemberSpec) -> _Source:
+        form = spec.head.sequence
+        place = (spec.backbone, spec.weights, spec.img_size, spec.resize, form)
+        if place not in self._sources:
+            backbone = self.load(spec)
+            extractor = FeatureExtractor(backbone, form)
+            inputs = (VERSION, type(backbone).__name__, spec.img_size, spec.resize, form)
+            key = fingerprint(inputs, extractor.state_dict())
+            self._sources[place] = _Source(spec, form, extractor, key)
+        return self._sources[place]
+
+    # Engines
+
+    def _choose_engine(
+        self, source: _Source, split: str, place: dict[str, tuple[int, int]]
+    ) -> None:
+        """Choose what computes the features, unless it is chosen already."""
+        if source.opened is not None:
+            return
+        wanted = self.recipe.features.engine
+        if wanted == "auto":
+            name = _recorded(self.record, source.key) or _recorded(
+                self._choices, self._machine(source)
+            )
+        else:
+            name = "torch-float32" if wanted == "torch" else wanted
+        if name:
+            self._open(source, name)
+            return
+        names = list(place)
+        for known in ("onnxruntime", "torch-float16", "torch-float32"):
+            store = FeatureStore(self.folder, _store_key(source, known))
+            if not store.missing(names):
+                self._open(source, known)
+                return
+        sample = self._sample(source, split, [place[name] for name in names[:BATCH]])
+        engine, reason, measured = choose_engine(source.extractor, sample, len(names), self.device)
+        spec = source.spec
+        self.watcher.note(
+            f"features of {spec.backbone} at {spec.img_size} px: {engine.name} ({reason})"
+        )
+        self._open(source, engine.name, engine)
+        if measured:
+            _write_record(self._choices, self._machine(source), engine.name)
+
+    @property
+    def _choices(self) -> Path:
+        """The file of the choices that were measured on this machine."""
+        return self.folder / "engines.json"
+
+    def _machine(self, source: _Source) -> str:
+        """Key of a choice that was measured here."""
+        return (
+            f"{source.key[:24]} on {hardware()}, {torch.get_num_threads()} threads, {self.device}"
+        )
+
+    def _open(self, source: _Source, name: str, engine: Engine | None = None) -> None:
+        source.engine_name, source.engine = name, engine
+        source.opened = FeatureStore(self.folder, _store_key(source, name))
+        if self.record is not None:
+            _write_record(self.record, source.key, name)
+
+    def _engine(self, source: _Source) -> Engine:
+        if source.engine is None:
+            size = source.spec.img_size
+            source.engine = make_engine(source.engine_name, source.extractor, size, self.device)
+        return source.engine
+
+    def _sample(self, source: _Source, split: str, items: Sequence[tuple[int, int]]) -> np.ndarray:
+        images = [self._dataset(split).pixels(row) for row, _ in items]
+        squares = resize_images(images, source.spec.img_size, source.spec.resize)
+        return _to_float(squares)
+
+    # The pass over the images
+
+    def _reserve(self, sources: Sequence[_Source], missing: dict[str, set[str]]) -> None:
+        """Make room for what will be computed, on disk or else in memory."""
+        needed = 0
+        for source in sources:
+            needed += len(missing[source.key]) * self._bytes(source)
+        used = [source.store.folder.name for source in self._sources.values() if source.opened]
+        if make_room(self.folder, needed, cache_limit(), used):
+            return
+        what = f"{needed / 1e9:.2f} GB of features"
+        check_memory(2 * needed, what)
+        self.watcher.note(
+            f"{what} do not fit into the cache ({self.folder}, limit "
+            f"{cache_limit() / 1e9:.0f} GB): they stay in memory and are computed anew next time"
+        )
+        for source in sources:
+            source.in_memory = True
+
+    def _bytes(self, source: _Source) -> int:
+        """Bytes of one image's features."""
+        size = source.spec.img_size
+        pixels = np.zeros((1, 3, size, size), np.float32)
+        return int(compute(self._engine(source), pixels).nbytes)
+
+    def _compute(
+        self,
+        split: str,
+        sources: Sequence[_Source],
+        missing: dict[str, set[str]],
+        place: dict[str, tuple[int, int]],
+    ) -> None:
+        """Answer every missing image; every part of a store is written as soon as it is whole."""
+        any_missing = set().union(*missing.values())
+        names = [name for name in place if name in any_missing]
+        with ThreadPoolExecutor(min(8, cpu_count() or 1)) as pool:
+            for begin in range(0, len(names), PART):
+                part = names[begin : begin + PART]
+                for start in range(0, len(part), BATCH):
+                    batch = part[start : start + BATCH]
+                    self._answer(split, sources, missing, {n: place[n] for n in batch}, pool)
+                for source in sources:
+                    self._save(source)
+
+    def _answer(
+        self,
+        split: str,
+        sources: Sequence[_Source],
+        missing: dict[str, set[str]],
+        batch: dict[str, tuple[int, int]],
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        """Decode a batch once, and let every backbone answer what it lacks of it."""
+        dataset = self._dataset(split)
+        rows = sorted({row for row, _ in batch.values()})
+        images = dict(zip(rows, pool.map(dataset.pixels, rows), strict=True))
+        prepared: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+        for source in sources:
+            names = [name for name in batch if name in missing[source.key]]
+            if not names:
+                continue
+            how = (source.spec.img_size, source.spec.resize)
+            if how not in prepared:
+                prepared[how] = self._pixels(images, batch, source.spec)
+            pixels = np.stack([prepared[how][name] for name in names])
+            features = compute(self._engine(source), pixels)
+            source.pending += zip(names, features, strict=True)
+            self.progress(len(names))
+
+    def _pixels(
+        self, images: dict[int, np.ndarray], batch: dict[str, tuple[int, int]], spec: MemberSpec
+    ) -> dict[str, np.ndarray]:
+        """Resize images and augment copies: float32 (3, s, s) in 0..255 by name."""
+        resized = _to_float(resize_images(list(images.values()), spec.img_size, spec.resize))
+        squares = dict(zip(images, resized, strict=True))
+        pixels = {}
+        for name, (row, copy) in batch.items():
+            pixels[name] = squares[row]
+            if copy:
+                generator = torch.Generator().manual_seed(stable_seed(name))
+                whole = torch.from_numpy(squares[row][None])
+                pixels[name] = self._augment(whole, generator)[0].numpy()
+        return pixels
+
+    def _save(self, source: _Source) -> None:
+        """Write the pending features as a part, or keep them in memory if that fails."""
+        if not source.pending:
+            return
+        names = [name for name, _ in source.pending]
+        features = np.stack([features for _, features in source.pending])
+        source.pending = []
+        if not source.in_memory:
+            try:
+                source.store.write(names, features)
+                return
+            except RunError as error:
+                self.watcher.note(f"{error}; the features stay in memory")
+                source.in_memory = True
+        source.store.keep(names, features)
+
+
+def _pretrained(recipe: Recipe, spec: MemberSpec) -> Any:
+    """Create a backbone; random weights depend on the recipe's seed and its name only."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(stable_seed(recipe.seed, "backbone", spec.backbone))
+        return create_backbone(spec)
+
+
+def _store_key(source: _Source, engine: str) -> str:
+    return f"{source.key[:24]}-{engine}"
+
+
+def _to_float(squares: np.ndarray) -> np.ndarray:
+    """Convert uint8 (n, s, s, 3) to float32 (n, 3, s, s)."""
+    return np.ascontiguousarray(squares.transpose(0, 3, 1, 2), dtype=np.float32)
+
+
+def _recorded(path: Path | None, key: str) -> str:
+    """Read a recorded choice of engine; empty if there is none."""
+    if path is None or not path.exists():
+        return ""
+    try:
+        return str(read_json(path).get(key, ""))
+    except (RunError, AttributeError):
+        return ""
+
+
+def _write_record(path: Path, key: str, name: str) -> None:
+    """Add a choice to a file of choices; one that cannot be written is chosen again."""
+    if _recorded(path, key) == name:
+        return
+    try:
+        choices = read_json(path) if path.exists() else {}
+    except RunError:
+        choices = {}
+    try:
+        write_json(path, {**choices, key: name})
+    except RunError:
+        return

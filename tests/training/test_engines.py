@@ -1,0 +1,97 @@
+"""Engines: the same features from each, for an image in any company, and an honest choice."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from support.images import random_images
+
+from threefold.errors import RecipeError
+from threefold.models.features import FeatureExtractor, FeatureForm
+from threefold.models.member import create_backbone
+from threefold.recipe_schema import MemberSpec
+from threefold.training import engines
+from threefold.training.engines import BATCH, choose_engine, compute, make_engine
+
+CPU = torch.device("cpu")
+
+
+def make_extractor(
+    form: FeatureForm = "pooled", name: str = "test_efficientnet"
+) -> FeatureExtractor:
+    torch.manual_seed(0)
+    spec = MemberSpec(name="m", backbone=name, img_size=48, weights="none")
+    return FeatureExtractor(create_backbone(spec, pretrained=False), form)
+
+
+def make_pixels(n: int) -> np.ndarray:
+    return random_images(n, 48, 48).permute(0, 3, 1, 2).float().numpy()
+
+
+@pytest.mark.parametrize("form", ["pooled", "rows", "spatial"])
+def test_onnxruntime_answers_as_torch(form: FeatureForm) -> None:
+    pixels = make_pixels(BATCH)
+
+    torch_answers = make_engine("torch-float32", make_extractor(form), 48, CPU)(pixels)
+    onnx_answers = make_engine("onnxruntime", make_extractor(form), 48, CPU)(pixels)
+
+    assert onnx_answers.shape == torch_answers.shape
+    assert engines.relative_error(onnx_answers, torch_answers) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["torch-float32", "onnxruntime"])
+def test_features_do_not_depend_on_the_other_images(name: str) -> None:
+    engine = make_engine(name, make_extractor(), 48, CPU)
+    pixels = make_pixels(BATCH + 9)
+    order = np.random.default_rng(1).permutation(len(pixels))
+
+    together = compute(engine, pixels)
+
+    assert together.dtype == np.float16
+    np.testing.assert_array_equal(compute(engine, pixels[order]), together[order])
+    np.testing.assert_array_equal(compute(engine, pixels[3:5]), together[3:5])
+
+
+def test_few_images_are_not_worth_a_search() -> None:
+    choice = choose_engine(make_extractor(), make_pixels(5), 5, CPU)
+
+    assert (choice.engine.name, choice.measured) == ("torch-float32", False)
+
+
+def test_choice_names_speeds_and_takes_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "WORTH_SECONDS", 0.0)
+
+    choice = choose_engine(make_extractor(), make_pixels(5), 10**6, CPU)
+
+    assert choice.measured
+    for name in ("torch-float32", "onnxruntime"):
+        assert f"{name} " in choice.reason
+    assert "images/s" in choice.reason
+
+
+def test_engine_that_answers_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(
+        engines, "make_engine", lambda *_: lambda pixels: np.ones((len(pixels), 256), np.float32)
+    )
+
+    choice = choose_engine(make_extractor(), make_pixels(5), 10**6, CPU)
+
+    assert choice.engine.name == "torch-float32"
+    assert "onnxruntime differs by" in choice.reason
+
+
+def test_engine_that_fails_leaves_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bytes:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(engines, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(engines, "export_graph", fail)
+
+    choice = choose_engine(make_extractor(), make_pixels(5), 10**6, CPU)
+
+    assert choice.engine.name == "torch-float32"
+    assert "onnxruntime fails (RecipeError)" in choice.reason
+    with pytest.raises(RecipeError, match=r"cannot run this backbone.*no such operator.*auto"):
+        make_engine("onnxruntime", make_extractor(), 48, CPU)
