@@ -109,6 +109,25 @@ def test_later_stage_without_improvement_resumes(tmp_path: Path) -> None:
     assert_same(resumed, train_stage(build_tiny(), without_path(task)))
 
 
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_patience_counts_the_epochs_before_a_resume(epoch: int, tmp_path: Path) -> None:
+    ruinous = ("stages.one.lr=3.0", "stages.one.schedule=constant", "train.optimizer=sgd")
+    task = make_task(
+        *ruinous,
+        "stages.one.epochs=9",
+        "stages.one.patience=3",
+        first=False,
+        resume_path=tmp_path / ".resume",
+        save_interval=0.0,
+    )
+    interrupt(task, epoch)
+
+    resumed = train_stage(build_tiny(), task)
+
+    assert resumed.history["stopped"]
+    assert_same(resumed, train_stage(build_tiny(), without_path(task)))
+
+
 def start_over(task: StageTask, member: nn.Module | None = None) -> bool:
     """Whether a stage of three epochs trains all of them."""
     watcher = Interrupter()

@@ -60,7 +60,7 @@ def solve_stage(member: Member, task: StageTask) -> StageOutcome:
     with torch.no_grad():
         linear.weight.copy_(torch.from_numpy(solved[:-1].T))
         linear.bias.copy_(torch.from_numpy(solved[-1]))
-    probs = predict_probs(Predictor(member), task.select.pixels, "float32")
+    probs = predict_probs(Predictor(member), task.select.pixels)
     history = {
         "epochs": [],
         "accepted": True,

@@ -90,3 +90,12 @@ def test_full_disk_is_an_error_before_mapping(
     ):
         make_cache(tmp_path)[0].rows("train", SPEC, np.array([0]))
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_rows_of_any_side(tmp_path: Path) -> None:
+    cache, images = make_cache(tmp_path)
+
+    pixels, _ = cache.rows("train", SPEC, np.array([3]), side=40)
+
+    expected = resize_square(torch.from_numpy(images[[3]]), 40, SPEC.resize)
+    assert np.array_equal(pixels, expected.permute(0, 2, 3, 1).to(torch.uint8).numpy())

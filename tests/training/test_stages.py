@@ -11,7 +11,7 @@ import torch
 from support.stages import build_tiny, make_rows, make_task
 
 from threefold.errors import RecipeError, RunError
-from threefold.models.pipeline import Predictor, pick_device, pick_precision, predict_probs
+from threefold.models.pipeline import Predictor, pick_device, predict_probs
 from threefold.training import stages
 from threefold.training.checkpoints import Checkpoint, accept_stage
 from threefold.training.stages import train_stage
@@ -183,9 +183,47 @@ def test_past_deadline_still_gives_a_complete_stage() -> None:
     assert outcome.history["reason"].endswith("cut short by the time budget")
 
 
-def test_devices_and_precision() -> None:
+def test_unknown_device_is_an_error() -> None:
     assert pick_device("cpu").type == "cpu"
     with pytest.raises(RecipeError, match=r"no such device here: train.device.*quantum"):
         pick_device("quantum")
-    assert pick_precision("bfloat16", torch.device("cpu")) == "bfloat16"
-    assert pick_precision("auto", torch.device("cpu")) in ("float32", "bfloat16")
+
+
+def test_fixed_batch_norm_keeps_statistics_and_trains_the_rest() -> None:
+    start, member = build_tiny().state_dict(), build_tiny()
+
+    train_stage(member, make_task("stages.one.epochs=1", "stages.one.batch_norm=fixed"))
+
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    for name, value in member.state_dict().items():
+        assert torch.equal(value, start[name]) == name.endswith(statistics), name
+
+
+def test_stage_trains_at_its_size_and_is_measured_at_the_members(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    member, sides = build_tiny(), set()
+    fit = make_rows(24, 0)
+    small = fit._replace(pixels=fit.pixels[:, ::2, ::2])
+    forward = type(member).forward
+
+    def watch(self: Any, pixels: torch.Tensor) -> torch.Tensor:
+        sides.add((self.training, pixels.shape[-1]))
+        return forward(self, pixels)
+
+    monkeypatch.setattr(type(member), "forward", watch)
+    train_stage(member, make_task("stages.one.epochs=1", fit=small))
+
+    assert sides == {(True, 16), (False, 32)}
+
+
+def test_patience_stops_a_stage_that_no_longer_improves() -> None:
+    ruinous = ("stages.one.lr=3.0", "stages.one.schedule=constant", "train.optimizer=sgd")
+    task = make_task(*ruinous, "stages.one.epochs=9", "stages.one.patience=2", first=False)
+
+    history = train_stage(build_tiny(), task).history
+
+    best = max((r["select_accuracy"], -r["select_loss"], -r["epoch"]) for r in history["epochs"])
+    assert len(history["epochs"]) == 2 + max(history["best_epoch"] + 1, 0) < 9, best
+    assert history["stopped"] == "stopped early: no better epoch in 2"
+    assert history["reason"].endswith(history["stopped"])

@@ -248,40 +248,19 @@ def pick_device(name: str) -> torch.device:
         ) from None
 
 
-def pick_precision(name: str, device: torch.device) -> str:
-    """Return float32 or bfloat16; `auto` takes bfloat16 only with hardware support.
-
-    Emulated bfloat16 was measured to be 10 times slower than float32.
-    """
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bfloat16" if device.type == "cpu" and native() else "float32"
-
-
 def to_pixels(images: np.ndarray, device: torch.device) -> Tensor:
     """Convert uint8 (b, s, s, 3) to float (b, 3, s, s) in 0..255, channels last in memory."""
     tensor = torch.from_numpy(np.ascontiguousarray(images)).to(device, non_blocking=True)
     return tensor.permute(0, 3, 1, 2).float()
 
 
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Return the mixed-precision context of a run."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
-
-
 @torch.inference_mode()
-def predict_probs(
-    predictor: nn.Module, pixels: np.ndarray, precision: str = "float32", batch_size: int = 128
-) -> np.ndarray:
-    """Run a predictor on many images; it is left in eval mode.
+def predict_probs(predictor: nn.Module, pixels: np.ndarray, batch_size: int = 128) -> np.ndarray:
+    """Run a predictor on many images, in float32 as in an exported file; it is left in eval mode.
 
     Args:
         predictor: maps pixels (b, 3, canvas, canvas) to probabilities.
         pixels: uint8 (n, canvas, canvas, 3).
-        precision: float32 or bfloat16.
         batch_size: number of images in a batch.
 
     Returns:
@@ -292,7 +271,6 @@ def predict_probs(
     probs = []
     for begin in range(0, len(pixels), batch_size):
         images = to_pixels(pixels[begin : begin + batch_size], device)
-        with autocast(precision, device):
-            outputs = predictor(images.contiguous(memory_format=torch.channels_last))
+        outputs = predictor(images.contiguous(memory_format=torch.channels_last))
         probs.append(outputs.float().cpu().numpy())
     return np.concatenate(probs)

@@ -21,13 +21,13 @@ from threefold.models.pipeline import (
     FirstViews,
     Predictor,
     pick_device,
-    pick_precision,
     predict_probs,
 )
 from threefold.models.views import Views, view_counts
 from threefold.predictions.records import VERSION, RoleCounts, RunInfo
 from threefold.recipe import Job, fold_name
 from threefold.recipe_schema import MemberSpec
+from threefold.training.checks import check_trainable
 from threefold.training.diagnostics import DataDiagnostics, inspect_data
 from threefold.training.distillation import Distillation
 from threefold.training.out_of_fold import assemble
@@ -39,6 +39,9 @@ from threefold.training.stages import StageOutcome, StageTask, train_stage
 RESUME_FILE = ".resume"
 """State of a stage that is being trained, in its job's folder."""
 
+PRECISION_FILE = "precision.json"
+"""The precision that each network is trained in, where the recipe leaves the choice."""
+
 
 def train_members(run: Run) -> DataDiagnostics:
     """Run every job that is missing, then write run.json, oof.npz, test.npz and duplicates.json.
@@ -49,6 +52,7 @@ def train_members(run: Run) -> DataDiagnostics:
     Raises:
         ThreefoldError: bad data, a full disk, weights that cannot be loaded.
     """
+    check_trainable(run.recipe)
     for note in _notes(run):
         run.watcher.note(note)
     _write_info(run)
@@ -132,7 +136,7 @@ def _run_job(run: Run, job: Job, cache: PixelCache, deadline: float) -> None:
     task = StageTask(
         stage=stages[number],
         recipe=recipe,
-        fit=cache.rows("train", spec, roles.fit),
+        fit=cache.rows("train", spec, roles.fit, side=stages[number].img_size),
         select=cache.select(spec, roles),
         seed=seed,
         num_classes=len(run.sources.train.classes),
@@ -142,6 +146,8 @@ def _run_job(run: Run, job: Job, cache: PixelCache, deadline: float) -> None:
         watcher=run.watcher,
         teacher_probs=_teacher_probs(run, job),
         resume_path=folder / RESUME_FILE,
+        network=" + ".join(spec.joins) or spec.backbone,
+        precision_file=run.dir / PRECISION_FILE,
     )
     outcome = train_stage(member, task)
     save_weights(outcome.state, folder / "weights.safetensors")
@@ -201,8 +207,7 @@ def _correct(
     arrays = {"select": outcome.correct}
     if len(roles.score):
         pixels, labels = cache.rows("train", spec, roles.score)
-        precision = pick_precision(run.recipe.train.precision, next(member.parameters()).device)
-        arrays["score"] = predict_probs(Predictor(member), pixels, precision).argmax(1) == labels
+        arrays["score"] = predict_probs(Predictor(member), pixels).argmax(1) == labels
     return arrays
 
 
@@ -224,19 +229,18 @@ def _by_views(
 ) -> np.ndarray:
     """Probabilities (c, r, k), c for the numbers of views to choose from, or 1."""
     device = next(member.parameters()).device
-    precision = pick_precision(run.recipe.train.precision, device)
     all_views = Predictor(member, run.all_views(spec).to(device))
     pixels = cache.rows(split, spec, rows, views=True).pixels
     if not run.recipe.views.choose:
-        return predict_probs(all_views, pixels, precision)[None]
+        return predict_probs(all_views, pixels)[None]
     counts = view_counts(run.recipe.views)
     first_views = FirstViews(all_views, [count for count in counts if count])
-    probs = predict_probs(first_views, pixels, precision).swapaxes(0, 1)
+    probs = predict_probs(first_views, pixels).swapaxes(0, 1)
     if counts[0]:
         return probs
     no_views = Views(run.recipe.views, spec.img_size, run.recipe.seed, 0).to(device)
     pixels = cache.rows(split, spec, rows).pixels
-    whole = predict_probs(Predictor(member, no_views), pixels, precision)
+    whole = predict_probs(Predictor(member, no_views), pixels)
     return np.concatenate([whole[None], probs])
 
 

@@ -1,4 +1,4 @@
-"""The distillation loss: how far a student's softened probabilities are from its teacher's.
+"""The training loss: cross-entropy with the labels, and for a student distance from its teacher.
 
 Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531.
 """
@@ -11,6 +11,55 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from threefold.predictions.checks import FLOOR
+from threefold.recipe_schema import DistillSpec, TrainSpec
+
+
+class BatchLoss:
+    """The recipe's loss of a batch.
+
+    Args:
+        spec: class weights and label smoothing.
+        labels: (n,) of all rows to train on, whose counts make the class weights.
+        num_classes: number of classes k.
+        device: where the logits are.
+        distill: how a student learns; None = from labels only.
+    """
+
+    def __init__(
+        self,
+        spec: TrainSpec,
+        labels: np.ndarray,
+        num_classes: int,
+        device: torch.device,
+        distill: DistillSpec | None = None,
+    ) -> None:
+        self.label_smoothing = spec.label_smoothing
+        self.distill = distill
+        self.class_weights = None
+        if spec.class_weights == "balanced":
+            self.class_weights = _class_weights(labels, num_classes, device)
+
+    def __call__(self, logits: Tensor, labels: Tensor, soft: Tensor | None) -> Tensor:
+        """Mean loss of a batch.
+
+        Args:
+            logits: (b, k).
+            labels: (b,) class numbers, or (b, k) shares of the classes.
+            soft: (b, k) the teacher's softened probabilities, or None.
+        """
+        loss = functional.cross_entropy(
+            logits, labels, weight=self.class_weights, label_smoothing=self.label_smoothing
+        )
+        if soft is None or self.distill is None:
+            return loss
+        distance = soft_loss(logits, soft, self.distill.temperature)
+        return (1 - self.distill.alpha) * loss + self.distill.alpha * distance
+
+
+def _class_weights(labels: np.ndarray, num_classes: int, device: torch.device) -> Tensor:
+    """n / (k * count) for each class, scikit-learn's `balanced`."""
+    counts = np.bincount(labels, minlength=num_classes).clip(min=1)
+    return torch.tensor(len(labels) / (num_classes * counts), dtype=torch.float32, device=device)
 
 
 def soften(probs: np.ndarray, temperature: float, device: torch.device) -> Tensor:

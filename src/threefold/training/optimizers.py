@@ -49,15 +49,21 @@ def set_trainable(member: nn.Module, stage: StageSpec) -> list[str]:
     return names
 
 
-def train_mode(member: nn.Module) -> None:
+def train_mode(member: nn.Module, *, fixed_norms: bool = False) -> None:
     """Switch to training mode, except modules whose parameters are all frozen.
 
     These stay in eval mode, so that their batch norm statistics do not drift and no noise is added.
+
+    Args:
+        member: the network.
+        fixed_norms: also leave all norms with running statistics in eval mode: they normalize by
+            these and keep them. Their scale and offset still train.
     """
     member.train()
     for module in member.modules():
         parameters = list(module.parameters())
-        if parameters and not any(p.requires_grad for p in parameters):
+        frozen = bool(parameters) and not any(p.requires_grad for p in parameters)
+        if frozen or (fixed_norms and getattr(module, "running_mean", None) is not None):
             module.eval()
 
 

@@ -49,7 +49,7 @@ class PixelCache:
         self.sources, self.views, self.folder = sources, views, folder
 
     def rows(
-        self, split: str, spec: MemberSpec, rows: np.ndarray, views: bool = False
+        self, split: str, spec: MemberSpec, rows: np.ndarray, views: bool = False, side: int = 0
     ) -> PixelRows:
         """Read some rows of a split.
 
@@ -57,11 +57,12 @@ class PixelCache:
             split: train or test.
             spec: the member that sees them.
             rows: (n,) row numbers.
-            views: resize to the canvas of the member's views instead of its training size.
+            views: resize to the canvas of the member's views instead of its img_size.
+            side: resize to this side instead; 0 = as above.
         """
         dataset = self.sources.train if split == "train" else self.sources.test
         assert dataset is not None
-        side = self.views(spec).canvas if views else spec.img_size
+        side = side or (self.views(spec).canvas if views else spec.img_size)
         path = self.folder / f"{split}-{spec.resize}-{side}.npy"
         if not path.exists():
             _fill(path, dataset, side, spec.resize)

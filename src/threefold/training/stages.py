@@ -17,17 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as functional
-from timm.data import Mixup
-from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from threefold.errors import RunError
-from threefold.models.pipeline import Predictor, autocast, pick_precision, predict_probs, to_pixels
+from threefold.models.pipeline import Predictor, predict_probs, to_pixels
 from threefold.recipe import Recipe
 from threefold.recipe_schema import StageSpec
-from threefold.training.augment import Augment
+from threefold.training.batch_augmentation import BatchAugmentation
 from threefold.training.checkpoints import (
     SAVE_INTERVAL,
     Checkpoint,
@@ -42,9 +39,10 @@ from threefold.training.checkpoints import (
     restore_random,
     save_resume_state,
 )
-from threefold.training.losses import soft_loss, soften
+from threefold.training.losses import BatchLoss, soften
 from threefold.training.optimizers import create_optimizer, lr_at, set_trainable, train_mode
 from threefold.training.pixel_cache import PixelRows
+from threefold.training.precision import autocast, check_precision, pick_precision
 from threefold.training.watcher import Watcher
 
 
@@ -66,6 +64,8 @@ class StageTask:
         teacher_probs: (n, k) a teacher's probabilities on the fit rows; None = learn from labels.
         resume_path: where to save the state between epochs; None = nowhere.
         save_interval: least seconds between two such saves.
+        network: names the network where its precision is recorded.
+        precision_file: the record of measured precisions; None = none.
     """
 
     stage: StageSpec
@@ -81,6 +81,8 @@ class StageTask:
     teacher_probs: np.ndarray | None = None
     resume_path: Path | None = None
     save_interval: float = SAVE_INTERVAL
+    network: str = "the network"
+    precision_file: Path | None = None
 
 
 @dataclass
@@ -113,7 +115,10 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
     loop = _Loop(member, task)
     start = loop.checkpoint(-1)
     best, records = loop.resume(start)
+    patience = task.stage.patience or math.inf
     for epoch in range(len(records), task.stage.epochs):
+        if epoch - 1 - best.epoch >= patience:
+            break
         record, checkpoint = loop.epoch(epoch)
         records.append(record)
         task.watcher.epoch(record)
@@ -126,16 +131,27 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
     accepted, reason = accept_stage(start, best, first=task.first, enabled=tested)
     chosen = best if accepted else start
     member.load_state_dict(chosen.state)
-    if loop.cut_short or len(records) < task.stage.epochs:
-        reason += "; cut short by the time budget"
+    stopped = _why_stopped(loop.cut_short, len(records), best, task.stage)
+    if stopped:
+        reason += f"; {stopped}"
     history = {
         "epochs": records,
         "accepted": accepted,
         "best_epoch": chosen.epoch,
         "start_accuracy": start.accuracy,
         "reason": reason,
+        "stopped": stopped,
     }
     return StageOutcome(chosen.state, history, chosen.correct, loop.elapsed_before)
+
+
+def _why_stopped(cut_short: bool, epochs: int, best: Checkpoint, stage: StageSpec) -> str:
+    """Why a stage ended before its last epoch; empty if it did not."""
+    if not cut_short and epochs == stage.epochs:
+        return ""
+    if not cut_short and stage.patience and epochs - 1 - best.epoch >= stage.patience:
+        return f"stopped early: no better epoch in {stage.patience}"
+    return "cut short by the time budget"
 
 
 class _Loop:
@@ -145,10 +161,14 @@ class _Loop:
         spec = task.recipe.train
         self.member, self.task, self.spec = member, task, spec
         self.device = next(member.parameters()).device
-        self.precision = pick_precision(spec.precision, self.device)
         set_trainable(member, task.stage)
+        self.precision = self._pick_precision()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
         self.optimizer = create_optimizer(member, spec, task.stage.lr)
-        self.augment = _Augmentation(task)
+        self.augment = BatchAugmentation(task.recipe.augment, task.num_classes, task.seed + 1)
+        self.loss = BatchLoss(
+            spec, task.fit.labels, task.num_classes, self.device, task.recipe.distill
+        )
         self.generator = torch.Generator().manual_seed(task.seed)
         self.generators = {"batches": self.generator, "augment": self.augment.generator}
         batch_size = task.batch_size or spec.batch_size
@@ -160,9 +180,26 @@ class _Loop:
         self.fingerprint = ""
         self.average = _average(member, spec.ema) if spec.ema else None
         self.soft_targets = _soft_targets(task, self.device)
-        self.class_weights = None
-        if spec.class_weights == "balanced":
-            self.class_weights = _class_weights(task.fit.labels, task.num_classes, self.device)
+
+    def _train_mode(self) -> None:
+        train_mode(self.member, fixed_norms=self.task.stage.batch_norm == "fixed")
+
+    def _pick_precision(self) -> str:
+        """The recipe's precision; `auto` is measured on the first batch."""
+        task, name = self.task, self.spec.precision
+        check_precision(name, self.device)
+        if name != "auto":
+            return name
+        self._train_mode()
+        size = -(-(task.batch_size or self.spec.batch_size) // self.spec.accumulate)
+        images = to_pixels(task.fit.pixels[:size], self.device)
+        return pick_precision(
+            self.member,
+            images,
+            f"{task.network} at {images.shape[-1]} px",
+            task.precision_file,
+            task.watcher.note,
+        )
 
     def resume(self, start: Checkpoint) -> tuple[Checkpoint, list[dict[str, Any]]]:
         """Restore a stage that was killed; returns the best checkpoint and the epochs so far.
@@ -172,7 +209,13 @@ class _Loop:
         task = self.task
         if task.resume_path is None:
             return start, []
-        inputs = (task.seed, task.stage, task.recipe.digest(), len(task.fit.labels))
+        inputs = (
+            task.seed,
+            task.stage,
+            task.recipe.digest(),
+            len(task.fit.labels),
+            self.precision,
+        )
         self.fingerprint = fingerprint(inputs, start.state)
         state = load_resume_state(task.resume_path, self.fingerprint)
         if state is None:
@@ -185,6 +228,7 @@ class _Loop:
         restore_optimizer(self.optimizer, optimizer)
         randomness = ResumeState(state.section("random"), values["random"])
         restore_random(self.device, self.generators, randomness)
+        self.scaler.load_state_dict(values["scaler"])
         self.step, self.elapsed_before = values["step"], values["elapsed"]
         records = values["records"]
         task.watcher.batch(len(task.fit.labels) * len(records))
@@ -232,6 +276,7 @@ class _Loop:
             "elapsed": self.elapsed_before + now - self.started,
             "optimizer": optimizer.values,
             "random": randomness.values,
+            "scaler": self.scaler.state_dict(),
         }
         save_resume_state(path, self.fingerprint, ResumeState(tensors, values))
         self.saved = time.monotonic()
@@ -239,7 +284,7 @@ class _Loop:
     def epoch(self, number: int) -> tuple[dict[str, Any], Checkpoint]:
         """Train one epoch and measure it on the select rows."""
         began, total, images = time.monotonic(), 0.0, 0
-        train_mode(self.member)
+        self._train_mode()
         for rows in self._batches():
             try:
                 loss = self._step(rows)
@@ -279,7 +324,7 @@ class _Loop:
     def checkpoint(self, epoch: int) -> Checkpoint:
         """Measure the weights, or their moving average after training, on the select rows."""
         source = self.average.module if self.average is not None and epoch >= 0 else self.member
-        probs = predict_probs(Predictor(source), self.task.select.pixels, self.precision)
+        probs = predict_probs(Predictor(source), self.task.select.pixels)
         labels = self.task.select.labels
         of_labels = np.clip(probs[np.arange(len(labels)), labels], 1e-7, 1.0)
         correct = probs.argmax(1) == labels
@@ -316,13 +361,17 @@ class _Loop:
         loss = 0.0
         for part in np.array_split(rows, min(self.spec.accumulate, len(rows) // 2)):
             share = len(part) / len(rows)
+            images, labels, soft = self._inputs(part)
             with autocast(self.precision, self.device):
-                part_loss = self._loss(part)
-            (part_loss * share).backward()  # type: ignore[no-untyped-call]
+                logits = self.member(images)
+            part_loss = self.loss(logits.float(), labels, soft)
+            self.scaler.scale(part_loss * share).backward()  # type: ignore[no-untyped-call]
             loss += float(part_loss.detach()) * share
         if self.spec.clip_grad:
+            self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.member.parameters(), self.spec.clip_grad)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update_parameters(self.member)
@@ -336,64 +385,15 @@ class _Loop:
         used = (time.monotonic() - self.started) / max(self.task.deadline - self.started, 1e-9)
         return max(self.step, min(total - 1, int(used * total)))
 
-    def _loss(self, rows: np.ndarray) -> Tensor:
+    def _inputs(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Augmented images, labels and soft targets of some fit rows."""
         images = to_pixels(self.task.fit.pixels[rows], self.device)
         labels = torch.from_numpy(self.task.fit.labels[rows]).to(self.device)
         soft = None
         if self.soft_targets is not None:
             soft = self.soft_targets[torch.from_numpy(rows)]
         images, labels, soft = self.augment(images, labels, soft)
-        logits = self.member(images.contiguous(memory_format=torch.channels_last)).float()
-        loss = functional.cross_entropy(
-            logits,
-            labels,
-            weight=self.class_weights,
-            label_smoothing=self.spec.label_smoothing,
-        )
-        distill = self.task.recipe.distill
-        if soft is None or distill is None:
-            return loss
-        distance = soft_loss(logits, soft, distill.temperature)
-        return (1 - distill.alpha) * loss + distill.alpha * distance
-
-
-class _Augmentation:
-    """The recipe's augmentation of a batch: the paper's warp, then timm's erasing and mixing."""
-
-    def __init__(self, task: StageTask) -> None:
-        spec = task.recipe.augment
-        self.warp = Augment(spec)
-        self.generator = torch.Generator().manual_seed(task.seed + 1)
-        self.num_classes = task.num_classes
-        self.erase = None
-        if spec.erasing:
-            self.erase = RandomErasing(spec.erasing, mode="const", device="cpu")
-        self.mix = None
-        if spec.mixup or spec.cutmix:
-            self.mix = Mixup(
-                spec.mixup, spec.cutmix, label_smoothing=0.0, num_classes=task.num_classes
-            )
-
-    def __call__(
-        self, images: Tensor, labels: Tensor, soft: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Augment images; labels (as class shares) and soft targets are mixed alike."""
-        images = self.warp(images, self.generator)
-        if self.erase is not None:
-            images = self.erase(images)
-        if self.mix is None:
-            return images, labels, soft
-        # timm mixes pairs, so the last image of an odd batch stays unmixed. Each image counts as a
-        # class of its own: the targets that timm returns are then the shares of the images.
-        even = len(images) - len(images) % 2
-        self.mix.num_classes = even
-        mixed, shares = self.mix(images[:even], torch.arange(even, device=labels.device))
-        images = torch.cat([mixed, images[even:]])
-        classes = functional.one_hot(labels, self.num_classes).to(shares.dtype)
-        classes = torch.cat([shares @ classes[:even], classes[even:]])
-        if soft is not None:
-            soft = torch.cat([shares @ soft[:even], soft[even:]])
-        return images, classes, soft
+        return images.contiguous(memory_format=torch.channels_last), labels, soft
 
 
 def _soft_targets(task: StageTask, device: torch.device) -> Tensor | None:
@@ -408,12 +408,6 @@ def _average(member: nn.Module, decay: float) -> AveragedModel:
     """Exponential moving average of weights and batch norm statistics."""
     average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
     return AveragedModel(member, multi_avg_fn=average, use_buffers=True)
-
-
-def _class_weights(labels: np.ndarray, num_classes: int, device: torch.device) -> Tensor:
-    """n / (k * count) for each class, scikit-learn's `balanced`."""
-    counts = np.bincount(labels, minlength=num_classes).clip(min=1)
-    return torch.tensor(len(labels) / (num_classes * counts), dtype=torch.float32, device=device)
 
 
 def _seed_all(seed: int) -> None:

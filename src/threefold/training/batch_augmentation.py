@@ -1,0 +1,67 @@
+"""The augmentation of a training batch: the paper's warp, then erasing and mixing by timm."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as functional
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+
+from threefold.recipe_schema import AugmentSpec
+from threefold.training.augment import Augment
+
+
+class BatchAugmentation:
+    """The recipe's augmentation of a batch of images and their targets.
+
+    Args:
+        spec: the `augment` table of a recipe.
+        num_classes: number of classes k.
+        seed: of the augmentation's own generator; erasing and mixing draw from the global ones.
+
+    Attributes:
+        generator: the source of randomness of the warp.
+    """
+
+    def __init__(self, spec: AugmentSpec, num_classes: int, seed: int) -> None:
+        self.warp = Augment(spec)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.num_classes = num_classes
+        self.erase = None
+        if spec.erasing:
+            self.erase = RandomErasing(spec.erasing, mode="const", device="cpu")
+        self.mix = None
+        if spec.mixup or spec.cutmix:
+            self.mix = Mixup(spec.mixup, spec.cutmix, label_smoothing=0.0, num_classes=num_classes)
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, soft: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Augment images; labels (as class shares) and soft targets are mixed alike.
+
+        Args:
+            images: float (b, 3, h, w) in 0..255.
+            labels: (b,) class numbers.
+            soft: (b, k) a teacher's softened probabilities, or None.
+
+        Returns:
+            Images, labels (b,) or, where images are mixed, shares of the classes (b, k), and soft
+            targets.
+        """
+        images = self.warp(images, self.generator)
+        if self.erase is not None:
+            images = self.erase(images)
+        if self.mix is None:
+            return images, labels, soft
+        # timm mixes pairs, so the last image of an odd batch stays unmixed. Each image counts as a
+        # class of its own: the targets that timm returns are then the shares of the images.
+        even = len(images) - len(images) % 2
+        self.mix.num_classes = even
+        mixed, shares = self.mix(images[:even], torch.arange(even, device=labels.device))
+        images = torch.cat([mixed, images[even:]])
+        classes = functional.one_hot(labels, self.num_classes).to(shares.dtype)
+        classes = torch.cat([shares @ classes[:even], classes[even:]])
+        if soft is not None:
+            soft = torch.cat([shares @ soft[:even], soft[even:]])
+        return images, classes, soft

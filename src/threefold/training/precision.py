@@ -1,0 +1,149 @@
+"""The precision of training: float32, or half precision where that is measured to be faster.
+
+Half precision is for training steps only. Predictions are always computed in float32, as in the
+exported file.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from threefold.errors import RecipeError, RunError
+from threefold.files import read_json, write_json
+
+DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The half precisions by name."""
+
+GAIN: Final = 1.1
+"""Times that half precision must be faster to be worth its rounding errors."""
+
+STEPS: Final = 2
+"""Timed training steps in each precision, after one that is not timed."""
+
+CPU_IMAGES: Final = 16
+"""Images in a timed step on a CPU, where larger batches are no faster per image."""
+
+
+def check_precision(name: str, device: torch.device) -> None:
+    """Refuse float16 where it has no fast arithmetic.
+
+    Raises:
+        RecipeError: `name` is float16 and the device is not CUDA.
+    """
+    if name == "float16" and device.type != "cuda":
+        raise RecipeError(
+            "float16 training needs a CUDA device",
+            where="train.precision",
+            got=f"device {device.type}",
+            fix="set train.precision = auto",
+        )
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Return the mixed-precision context of a training step."""
+    dtype = DTYPES.get(precision)
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def half_precision(device: torch.device) -> str:
+    """Return the half precision that the hardware computes natively, or an empty string.
+
+    A processor without it emulates it (10 times slower than float32), so there is nothing to time.
+    """
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if native else "float16"
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    supported = any(getattr(torch.cpu, name, lambda: False)() for name in names)
+    return "bfloat16" if device.type == "cpu" and supported else ""
+
+
+def pick_precision(
+    member: nn.Module,
+    images: Tensor,
+    network: str,
+    file: Path | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> str:
+    """Pick the fastest precision for training a network (`train.precision = "auto"`).
+
+    Hardware support says little: with AVX512-BF16 a training step of EfficientNet-Lite0 at 96 px
+    took twice as long in bfloat16 as in float32. So both are timed on the network, once in a run:
+    the answer is recorded, and a resumed run uses it again.
+
+    Args:
+        member: the network in training mode, with the parameters frozen that do not train.
+        images: float (b, 3, s, s) in 0..255, a batch as in training.
+        network: names the network and its image size in the record.
+        file: the record (JSON); None = measure without a record.
+        note: receives the choice in words.
+
+    Returns:
+        float32, bfloat16 or float16.
+    """
+    half = half_precision(images.device)
+    if not half:
+        return "float32"
+    record = _read(file)
+    if network not in record:
+        speeds = {name: training_speed(member, images, name) for name in ("float32", half)}
+        record[network] = "float32" if speeds[half] < GAIN * speeds["float32"] else half
+        if file is not None:
+            write_json(file, record)
+        figures = " and ".join(f"{speed:.0f} in {name}" for name, speed in speeds.items())
+        note(f"{network} trains in {record[network]}: {figures} images a second")
+    return record[network]
+
+
+def _read(file: Path | None) -> dict[str, str]:
+    """The recorded precisions by network; none if the file is missing or damaged."""
+    try:
+        tree = read_json(file) if file is not None else {}
+    except RunError:
+        return {}
+    known = ("float32", *DTYPES)
+    pairs = tree.items() if isinstance(tree, dict) else ()
+    return {network: name for network, name in pairs if name in known}
+
+
+def training_speed(member: nn.Module, images: Tensor, precision: str) -> float:
+    """Time training steps (forward and backward) of a copy of a network.
+
+    Neither the network nor any random generator changes.
+
+    Args:
+        member: the network in training mode, on the device of the images.
+        images: float (b, 3, s, s) in 0..255.
+        precision: float32, bfloat16 or float16.
+
+    Returns:
+        Images a second, of the fastest step; 0 if the memory is too small.
+    """
+    device, network = images.device, copy.deepcopy(member)
+    if device.type == "cpu":
+        images = images[:CPU_IMAGES]
+    images = images.contiguous(memory_format=torch.channels_last)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            seconds = [_time_step(network, images, precision) for _ in range(1 + STEPS)]
+        except torch.OutOfMemoryError:
+            return 0.0
+    return len(images) / min(seconds[1:])
+
+
+def _time_step(network: nn.Module, images: Tensor, precision: str) -> float:
+    """Seconds of one forward and backward pass."""
+    began = time.perf_counter()
+    with autocast(precision, images.device):
+        logits = network(images)
+    logits.float().square().mean().backward()
+    if images.device.type == "cuda":
+        torch.cuda.synchronize(images.device)
+    return time.perf_counter() - began

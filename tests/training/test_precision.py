@@ -1,0 +1,128 @@
+"""The precision of training: measured once per network, recorded, and without side effects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.stages import build_tiny, make_rows, make_task
+
+from threefold.errors import RecipeError
+from threefold.models.pipeline import to_pixels
+from threefold.training import precision
+from threefold.training.precision import half_precision, pick_precision, training_speed
+from threefold.training.stages import train_stage
+
+CPU = torch.device("cpu")
+IMAGES = to_pixels(make_rows(8, 0).pixels, CPU)
+
+
+@pytest.fixture
+def with_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that computes bfloat16 natively."""
+    monkeypatch.setattr(precision, "half_precision", lambda device: "bfloat16")
+
+
+def pretend_speeds(monkeypatch: pytest.MonkeyPatch, **speeds: float) -> list[str]:
+    """Replace the measurement; returns a list of the precisions that it is asked for."""
+    asked: list[str] = []
+
+    def measure(member: object, images: object, name: str) -> float:
+        asked.append(name)
+        return speeds[name]
+
+    monkeypatch.setattr(precision, "training_speed", measure)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("float32", "bfloat16", "picked"),
+    [(107.0, 51.0, "float32"), (100.0, 105.0, "float32"), (50.0, 125.0, "bfloat16")],
+)
+def test_only_a_clear_gain_in_speed_takes_half_precision(
+    float32: float,
+    bfloat16: float,
+    picked: str,
+    with_half: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretend_speeds(monkeypatch, float32=float32, bfloat16=bfloat16)
+    notes: list[str] = []
+
+    assert pick_precision(build_tiny(), IMAGES, "tiny at 32 px", note=notes.append) == picked
+    assert notes == [
+        f"tiny at 32 px trains in {picked}: {float32:.0f} in float32 and "
+        f"{bfloat16:.0f} in bfloat16 images a second"
+    ]
+
+
+def test_recorded_choice_is_used_again(
+    tmp_path: Path, with_half: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run trains in the precision that it began in, even if it is slower today."""
+    file = tmp_path / "precision.json"
+    pretend_speeds(monkeypatch, float32=1.0, bfloat16=2.0)
+    first = [pick_precision(build_tiny(), IMAGES, name, file) for name in ("a", "b")]
+    asked = pretend_speeds(monkeypatch, float32=2.0, bfloat16=1.0)
+
+    again = [pick_precision(build_tiny(), IMAGES, name, file) for name in ("a", "b")]
+    other = pick_precision(build_tiny(), IMAGES, "c", file)
+
+    assert first == again == ["bfloat16", "bfloat16"]
+    assert other == "float32"
+    assert asked == ["float32", "bfloat16"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": "float8"}'])
+def test_damaged_record_is_measured_again(
+    content: str, tmp_path: Path, with_half: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "precision.json"
+    file.write_text(content)
+    pretend_speeds(monkeypatch, float32=1.0, bfloat16=2.0)
+
+    assert pick_precision(build_tiny(), IMAGES, "a", file) == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_measurement_changes_neither_network_nor_random_numbers(name: str) -> None:
+    member = build_tiny("gated").train()
+    before = {key: value.clone() for key, value in member.state_dict().items()}
+    random = torch.get_rng_state()
+
+    speed = training_speed(member, IMAGES, name)
+
+    assert speed > 0
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, before[key]) for key, value in member.state_dict().items())
+    assert all(parameter.grad is None for parameter in member.parameters())
+
+
+def test_measured_precision_gives_the_bits_of_the_same_named_one(
+    with_half: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "training_speed", lambda m, i, name: float(name == "bfloat16"))
+
+    auto, named = (
+        train_stage(build_tiny(), make_task(f"train.precision={name}")).state
+        for name in ("auto", "bfloat16")
+    )
+
+    assert all(torch.equal(auto[name], named[name]) for name in auto)
+
+
+def test_float16_on_a_processor_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"needs a CUDA device: train.precision; got device cpu"):
+        train_stage(build_tiny(), make_task("train.precision=float16"))
+
+
+def test_half_precision_is_what_the_hardware_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+
+    assert half_precision(CPU) == ""
+    assert pick_precision(build_tiny(), IMAGES, "a") == "float32"
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    assert half_precision(CPU) == "bfloat16"
