@@ -161,6 +161,79 @@ def test_channel_shift_keeps_to_the_range_of_the_image() -> None:
     assert torch.equal(augmented.clamp(low, high), augmented)
 
 
+TODAY = [
+    {"crop": 0.3},
+    {"policy": "randaugment"},
+    {"policy": "trivialaugment"},
+    {"color": 0.4},
+    {"crop": 0.3, "policy": "randaugment", "color": 0.4},
+]
+
+
+@pytest.mark.parametrize("options", TODAY)
+def test_random_transforms_depend_only_on_the_generator(options: dict[str, object]) -> None:
+    images = random_images(6, 16, 20).permute(0, 3, 1, 2)
+    before = images.clone()
+    augment = Augment(AugmentSpec(**options))
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+
+    first = augment(images, torch.Generator().manual_seed(5))
+    unchanged = torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    second = augment(images.float(), torch.Generator().manual_seed(5))
+
+    assert unchanged
+    assert torch.equal(images, before)
+    assert first.shape == images.shape
+    assert torch.equal(first, second)
+    assert not torch.equal(first, augment(images, torch.Generator().manual_seed(6)))
+    copies = augment(images[:1].expand(6, -1, -1, -1), torch.Generator().manual_seed(5))
+    assert any(not torch.equal(copies[0], other) for other in copies[1:])
+
+
+def test_an_images_pixels_do_not_depend_on_its_batch() -> None:
+    """What the images before it in the batch draw does not move an image's own draws."""
+    images = random_images(6, 16, 20).permute(0, 3, 1, 2)
+    augment = Augment(AugmentSpec(crop=0.3, policy="trivialaugment", color=0.4))
+    others = torch.cat([random_images(5, 16, 20).flip(0).permute(0, 3, 1, 2), images[5:]])
+
+    last = augment(images, torch.Generator().manual_seed(0))[5]
+
+    assert torch.equal(augment(others, torch.Generator().manual_seed(0))[5], last)
+
+
+def test_crops_show_a_part_of_the_image_of_the_named_area() -> None:
+    """Each position holds its own row and column, so a crop tells which part it shows."""
+    side = 64
+    line = torch.arange(side, dtype=torch.uint8) * 3
+    place = torch.stack(
+        [line.expand(side, side), line.expand(side, side).T, line.expand(side, side)]
+    )
+    images = place.expand(200, -1, -1, -1)
+
+    crops = Augment(AugmentSpec(crop=0.25))(images, torch.Generator().manual_seed(0)) / 3
+
+    width, height = (
+        crops[:, channel].amax((1, 2)) - crops[:, channel].amin((1, 2)) for channel in (0, 1)
+    )
+    areas, ratios = width * height / side**2, width / height
+    assert 0.18 < float(areas.min()) < 0.32
+    assert 0.85 < float(areas.max()) <= 1.0
+    assert 0.68 < float(ratios.min()) < 0.8
+    assert 1.25 < float(ratios.max()) < 1.45
+
+
+def test_new_transforms_leave_the_papers_warp_alone() -> None:
+    images = random_images(4, 16, 16).permute(0, 3, 1, 2)
+
+    off = Augment(PAPER)(images, torch.Generator().manual_seed(3))
+    warped = affine_warp(images.float(), Augment(PAPER).draw(4, torch.Generator().manual_seed(3)))
+
+    draws = Augment(PAPER).draw(4, torch.Generator().manual_seed(3))
+    assert torch.equal(off, shift_channels(warped, draws.channel))
+
+
 def test_everything_stays_on_the_device_of_the_images() -> None:
     """On the meta device, mixing with a tensor of the CPU is an error."""
     images = torch.empty(2, 20, 30, 3, dtype=torch.uint8, device="meta")

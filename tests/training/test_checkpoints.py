@@ -70,7 +70,14 @@ def assert_same(a: StageOutcome, b: StageOutcome) -> None:
         ("train.optimizer=adam-keras", "train.weight_decay=0"),
         ("train.optimizer=sgd", "train.sampler=balanced"),
         ("train.ema=0.9", "train.accumulate=2"),
-        ("augment.rotation=10", "augment.mixup=0.4", "augment.erasing=0.5"),
+        (
+            "augment.crop=0.5",
+            "augment.policy=trivialaugment",
+            "augment.color=0.3",
+            "augment.rotation=10",
+            "augment.mixup=0.4",
+            "augment.erasing=0.5",
+        ),
         ("stages.one.lr=1.0", "stages.one.schedule=constant"),
     ],
 )

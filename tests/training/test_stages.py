@@ -122,6 +122,7 @@ def test_out_of_memory_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> N
         ("train.optimizer=sgd", "train.clip_grad=1.0", "stages.one.schedule=cosine"),
         ("train.ema=0.5", "train.label_smoothing=0.1", "train.accumulate=2"),
         ("augment.mixup=0.4", "augment.cutmix=1.0"),
+        ("augment.crop=0.5", "augment.policy=randaugment", "augment.color=0.3"),
         (
             "augment.erasing=0.5",
             "augment.vflip=true",

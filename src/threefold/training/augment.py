@@ -1,7 +1,7 @@
-"""The paper's training augmentation (section 4.1): one affine warp and one offset per image.
+"""Training augmentation: today's by torchvision, then the paper's affine warp and offset.
 
-It works on float tensors in 0..255 on any device. Random erasing, mixup and cutmix are in the
-stage loop.
+It works on tensors in 0..255 on any device, each image independently. Random erasing, mixup and
+cutmix, which work on batches, are in `batch_augmentation`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,16 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode, v2
 
 from threefold.recipe_schema import AugmentSpec
+
+FILL = (124.0, 116.0, 104.0)
+"""Mean colour of ImageNet, which fills what a policy's rotations and shifts leave empty."""
+
+RATIOS = (3 / 4, 4 / 3)
+"""Least and largest ratio of the width of a random crop to its height (Szegedy et al., 2015)."""
 
 
 class Draws(NamedTuple):
@@ -31,15 +38,18 @@ class Draws(NamedTuple):
 
 
 class Augment:
-    """Augment training images as in the paper (section 4.1; values from the authors' code).
+    """Augment training images.
 
-    Rotation, shift, shear, zoom and flips are one affine map, so that pixels are interpolated only
-    once. Positions outside the image repeat its edge. Then one offset per image is added, clipped
-    to the range of that image.
+    First come a random resized crop, a policy and changes of colour, where the recipe has them (see
+    `RandomTransforms`). Then comes the paper's augmentation (section 4.1; values from the authors'
+    code): rotation, shift, shear, zoom and flips are one affine map, so that pixels are
+    interpolated only once. Positions outside the image repeat its edge. Last, one offset per image
+    is added, clipped to the range of that image.
     """
 
     def __init__(self, spec: AugmentSpec) -> None:
         self.spec = spec
+        self.transforms = RandomTransforms(spec)
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Augment a batch, each image independently.
@@ -52,7 +62,7 @@ class Augment:
             float32 (b, 3, h, w), values 0..255.
         """
         draws = self.draw(images.shape[0], generator)
-        spec, pixels = self.spec, images.float()
+        spec, pixels = self.spec, self.transforms(images, generator).float()
         if spec.rotation or spec.shift or spec.shear or spec.zoom or spec.hflip or spec.vflip:
             pixels = affine_warp(pixels, Draws(*(part.to(images.device) for part in draws)))
         if spec.channel_shift:
@@ -78,6 +88,54 @@ class Augment:
             * torch.where(uniform[:, 6:8] < flips, -1.0, 1.0),
             channel=spread[:, 8] * self.spec.channel_shift,
         )
+
+
+class RandomTransforms:
+    """Random resized crop, RandAugment or TrivialAugment, and changes of colour, by torchvision.
+
+    RandAugment takes two operations of magnitude 9 of 30 (Cubuk et al., 2020, arXiv:1909.13719);
+    TrivialAugment one of any magnitude, from its wide ranges (Mueller and Hutter, 2021,
+    arXiv:2103.10158).
+    """
+
+    def __init__(self, spec: AugmentSpec) -> None:
+        self.spec = spec
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Transform each image of a batch with random numbers of its own.
+
+        Args:
+            images: uint8 or float (b, 3, h, w), whole numbers in 0..255.
+            generator: gives each image its seed. The global generators stay as they are.
+
+        Returns:
+            uint8 (b, 3, h, w); the images themselves if the recipe has no such transform.
+        """
+        transforms = self._transforms(images.shape[2:])
+        if not transforms:
+            return images
+        transform, pixels = v2.Compose(transforms), images.to(torch.uint8)
+        seeds = torch.randint(2**62, (len(images),), generator=generator, device=generator.device)
+        augmented = torch.empty_like(pixels)
+        with torch.random.fork_rng(devices=[]):
+            for i, seed in enumerate(seeds.tolist()):
+                # torchvision draws from the global generator of the CPU.
+                torch.default_generator.manual_seed(seed)
+                augmented[i] = transform(pixels[i])
+        return augmented
+
+    def _transforms(self, size: torch.Size) -> list[nn.Module]:
+        spec, transforms = self.spec, list[nn.Module]()
+        if spec.crop < 1:
+            transforms.append(v2.RandomResizedCrop(tuple(size), (spec.crop, 1.0), RATIOS))
+        options = {"interpolation": InterpolationMode.BILINEAR, "fill": list(FILL)}
+        if spec.policy == "randaugment":
+            transforms.append(v2.RandAugment(**options))
+        elif spec.policy == "trivialaugment":
+            transforms.append(v2.TrivialAugmentWide(**options))
+        if spec.color:
+            transforms.append(v2.ColorJitter(spec.color, spec.color, spec.color))
+        return transforms
 
 
 def affine_warp(images: Tensor, draws: Draws) -> Tensor:
