@@ -17,10 +17,16 @@ from threefold.training.checkpoints import Checkpoint, accept_stage
 from threefold.training.stages import train_stage
 
 
-def make_checkpoint(losses: np.ndarray, correct: np.ndarray, epoch: int) -> Checkpoint:
-    return Checkpoint(
-        state={}, accuracy=float(correct.mean()), losses=losses, correct=correct, epoch=epoch
-    )
+def make_checkpoint(
+    margins: np.ndarray, epoch: int, metric: str = "accuracy", labels: np.ndarray | None = None
+) -> Checkpoint:
+    """A checkpoint of two classes; margins (n,) are the log odds of the labels, by default 0."""
+    labels = np.zeros(len(margins), int) if labels is None else labels
+    of_label = 1 / (1 + np.exp(-margins))
+    probs = np.empty((len(margins), 2))
+    probs[np.arange(len(labels)), labels] = of_label
+    probs[np.arange(len(labels)), 1 - labels] = 1 - of_label
+    return Checkpoint({}, probs, labels, epoch, metric)
 
 
 def test_stage_learns_and_returns_the_best_weights() -> None:
@@ -60,16 +66,107 @@ def test_stage_that_ruins_the_weights_returns_its_start() -> None:
 
 def test_only_gains_beyond_the_noise_are_accepted() -> None:
     rng = np.random.default_rng(0)
+    margins = draw_margins(rng, 200)
 
-    start = make_checkpoint(rng.uniform(0, 1, 200), rng.random(200) < 0.8, -1)
-    noisy = make_checkpoint(start.losses + rng.normal(0, 1, 200), start.correct, 0)
-    better = make_checkpoint(start.losses - rng.uniform(0, 0.2, 200), start.correct, 0)
+    start = make_checkpoint(margins, -1)
+    noisy = make_checkpoint(margins + rng.normal(0, 0.1, 200), 0)
+    better = make_checkpoint(margins + rng.uniform(0, 0.2, 200), 0)
 
     assert not accept_stage(start, noisy, first=False).accepted
     assert accept_stage(start, better, first=False).accepted
     assert not accept_stage(start, start, first=False).accepted
     assert accept_stage(start, noisy, first=True).accepted
     assert accept_stage(start, noisy, first=False, enabled=False).accepted
+
+
+def draw_margins(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Log odds of which 20 % are negative; none is near 0, where noise would change the class."""
+    return np.where(rng.random(n) < 0.8, 1, -1) * (0.5 + rng.exponential(1, n))
+
+
+METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss", "roc_auc")
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_gate_measures_the_metric_against_its_noise(metric: str) -> None:
+    rng = np.random.default_rng(2)
+    labels = (np.arange(400) % 10 == 0).astype(int)  # 10 % of class 1
+    margins = rng.normal(1, 1, 400)
+    start = make_checkpoint(margins, -1, metric, labels)
+
+    better = make_checkpoint(margins + np.where(labels == 1, 2.0, -0.02), 0, metric, labels)
+    verdict = accept_stage(start, better, first=False)
+    errors = [float(text.split(" ")[0].rstrip(",")) for text in verdict.reason.split("+- ")[1:]]
+
+    assert verdict.accepted
+    assert better.better_than(start)
+    assert metric.replace("_", " ") in verdict.reason
+    assert all(0 < error < 0.2 for error in errors)
+
+
+def test_error_of_a_mean_metric_equals_the_analytical_one() -> None:
+    """With equal classes balanced accuracy is accuracy, and so is its error, up to the draws."""
+    rng, labels = np.random.default_rng(3), np.arange(400) % 2
+    margins = rng.normal(0.5, 1, (2, 400))
+
+    errors = []
+    for metric in ("accuracy", "balanced_accuracy"):
+        start, best = (make_checkpoint(m, i - 1, metric, labels) for i, m in enumerate(margins))
+        reason = accept_stage(start, best, first=False).reason
+        errors.append(float(reason.split("+- ")[1].split(",")[0]))
+
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("metric", "winner"),
+    [
+        ("accuracy", "frequent"),
+        ("balanced_accuracy", "rare"),
+        ("macro_f1", "rare"),
+        ("log_loss", "frequent"),
+        ("roc_auc", "rare"),
+    ],
+)
+def test_checkpoints_are_compared_by_the_metric(metric: str, winner: str) -> None:
+    """One checkpoint answers the frequent class better, the other the rare one."""
+    labels = np.repeat([0, 1], [90, 10])
+    margins = {
+        "frequent": np.repeat([2.0, -1.0, -4.0], [90, 9, 1]),
+        "rare": np.repeat([-0.5, 0.5, 2.0], [20, 70, 10]),
+    }
+
+    frequent, rare = (
+        make_checkpoint(margins[name], 0, metric, labels) for name in ("frequent", "rare")
+    )
+
+    assert frequent.better_than(rare) == (winner == "frequent")
+    assert rare.better_than(frequent) == (winner == "rare")
+
+
+def test_metric_that_is_not_defined_leaves_the_log_loss() -> None:
+    margins = np.array([0.5, 1.0, 2.0])  # all rows have label 0: no ROC curve
+    worse, better = (make_checkpoint(margins + i, i, "roc_auc") for i in (0, 1))
+
+    assert better.better_than(worse)
+    assert not worse.better_than(better)
+    assert accept_stage(worse, better, first=False).accepted
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_stage_keeps_the_epoch_that_is_best_by_the_metric(metric: str) -> None:
+    task = make_task("stages.one.epochs=4", f"train.metric={metric}", fit=make_rows(24, 0))
+
+    outcome = train_stage(build_tiny(), task)
+
+    history = outcome.history
+    sign = -1 if metric == "log_loss" else 1
+    best = max(
+        history["epochs"], key=lambda r: (sign * r["select_metric"], -r["select_loss"], -r["epoch"])
+    )
+    assert history["metric"] == metric
+    assert history["best_epoch"] == best["epoch"]
+    assert set(best) >= {"select_accuracy", "select_loss", "select_metric"}
 
 
 @pytest.mark.parametrize(
@@ -93,8 +190,8 @@ def test_pure_noise_is_rarely_accepted() -> None:
 
     accepted = 0
     for _ in range(400):
-        start = make_checkpoint(rng.uniform(0, 1, 100), rng.random(100) < 0.8, -1)
-        noisy = make_checkpoint(start.losses + rng.normal(0, 0.3, 100), start.correct, 0)
+        margins, noise = draw_margins(rng, 100), rng.normal(0, 0.1, (2, 100))
+        start, noisy = (make_checkpoint(margins + e, i - 1) for i, e in enumerate(noise))
         accepted += accept_stage(start, noisy, first=False).accepted
 
     assert 0.10 < accepted / 400 < 0.22  # one standard error of a normal: 16 %

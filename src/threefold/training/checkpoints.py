@@ -13,6 +13,7 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -22,11 +23,16 @@ from safetensors.torch import load, save
 from torch import Generator, Tensor
 
 from threefold.files import write_bytes
+from threefold.stats.bootstrap import row_weights
+from threefold.stats.weighted_scores import check_score, score_value
 
 State = dict[str, Tensor]
 
 SAVE_INTERVAL: Final = 60.0
 """Least seconds between two resume files: short epochs are not worth the writing."""
+
+GATE_RESAMPLES: Final = 500
+"""Bootstrap draws for the standard error of a metric's rise."""
 
 _DIGEST: Final = hashlib.sha256().digest_size
 
@@ -37,22 +43,51 @@ class Checkpoint:
 
     Attributes:
         state: the network's state dict.
-        accuracy: share of the select rows answered correctly.
-        losses: (n,) negative log-likelihoods.
-        correct: (n,) booleans.
+        probs: (n, k) the network's probabilities.
+        labels: (n,) class numbers.
         epoch: number of the epoch, -1 before the first.
+        metric: what checkpoints are compared by (`train.metric`).
     """
 
     state: State
-    accuracy: float
-    losses: np.ndarray
-    correct: np.ndarray
+    probs: np.ndarray
+    labels: np.ndarray
     epoch: int
+    metric: str = "accuracy"
+
+    @cached_property
+    def correct(self) -> np.ndarray:
+        """Which rows are answered correctly: (n,) booleans."""
+        return np.asarray(self.probs.argmax(1) == self.labels)
+
+    @cached_property
+    def losses(self) -> np.ndarray:
+        """Negative log-likelihoods (n,)."""
+        of_labels = np.clip(self.probs[np.arange(len(self.labels)), self.labels], 1e-7, 1.0)
+        return np.asarray(-np.log(of_labels).astype(np.float64))
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the rows answered correctly."""
+        return float(self.correct.mean())
+
+    @cached_property
+    def score(self) -> float:
+        """The metric on the rows; NaN if it is not defined on them."""
+        if self.metric == "accuracy":
+            return self.accuracy
+        if self.metric == "log_loss":
+            return float(self.losses.mean())
+        return score_value(self.metric, self.probs.astype(np.float64), self.labels)
 
     def better_than(self, other: Checkpoint) -> bool:
-        """Compare accuracy; a tie goes to the lower log loss (as in the authors' code)."""
-        if self.accuracy != other.accuracy:
-            return self.accuracy > other.accuracy
+        """Compare the metric; a tie goes to the lower log loss (as in the authors' code).
+
+        So does a metric that is not defined on the select rows.
+        """
+        mine, others = self.score, other.score
+        if self.metric != "log_loss" and mine != others and not math.isnan(mine - others):
+            return mine > others
         return float(self.losses.mean()) < float(other.losses.mean())
 
 
@@ -69,7 +104,7 @@ def accept_stage(
     """Decide whether a stage's best weights replace those it started from.
 
     Where the test is enabled (`train.gate`, honest protocol only), the paired fall of the log loss
-    or the paired rise of the accuracy on the select rows must exceed its standard error. Otherwise,
+    or the paired rise of the metric on the select rows must exceed its standard error. Otherwise,
     and after a first stage, the best checkpoint is always accepted.
 
     Args:
@@ -85,14 +120,37 @@ def accept_stage(
     if not enabled:
         return Acceptance(True, "not tested against noise")
     loss_fall, loss_error = _paired(start.losses - best.losses)
-    rise, error = _paired(best.correct.astype(float) - start.correct.astype(float))
-    accepted = loss_fall > loss_error or rise > error
+    accepted = loss_fall > loss_error
+    figures = []
+    if best.metric != "log_loss":
+        rise, error = _metric_rise(start, best)
+        accepted = accepted or rise > error
+        figures.append(f"select {best.metric.replace('_', ' ')} {rise:+.4f} +- {error:.4f}")
+    figures.append(f"log loss {-loss_fall:+.4f} +- {loss_error:.4f}")
     verdict = "improved by more than its noise" if accepted else "within its noise"
-    return Acceptance(
-        accepted,
-        f"{verdict}: select accuracy {rise:+.4f} +- {error:.4f}, "
-        f"log loss {-loss_fall:+.4f} +- {loss_error:.4f}",
-    )
+    return Acceptance(accepted, f"{verdict}: {', '.join(figures)}")
+
+
+def _metric_rise(start: Checkpoint, best: Checkpoint) -> tuple[float, float]:
+    """Paired rise of the metric and its standard error, both NaN where it is not defined.
+
+    Accuracy is a mean over rows. The error of other metrics is that of a paired bootstrap: both
+    checkpoints are scored on the same draws of the rows.
+    """
+    if best.metric == "accuracy":
+        return _paired(best.correct.astype(float) - start.correct.astype(float))
+    function, n = check_score(best.metric), len(best.labels)
+    differences = []
+    for weights in row_weights(n, None, GATE_RESAMPLES, seed=0):
+        after, before = (
+            function(checkpoint.probs.astype(np.float64), checkpoint.labels, weights)
+            for checkpoint in (best, start)
+        )
+        differences.append(after - before)
+    drawn = np.concatenate(differences)
+    drawn = drawn[~np.isnan(drawn)]
+    error = float(drawn.std(ddof=1)) if len(drawn) > 1 else math.nan
+    return best.score - start.score, error
 
 
 def _paired(differences: np.ndarray) -> tuple[float, float]:

@@ -138,11 +138,18 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
         "epochs": records,
         "accepted": accepted,
         "best_epoch": chosen.epoch,
+        "metric": task.recipe.train.metric,
         "start_accuracy": start.accuracy,
+        "start_metric": _plain(start.score),
         "reason": reason,
         "stopped": stopped,
     }
     return StageOutcome(chosen.state, history, chosen.correct, loop.elapsed_before)
+
+
+def _plain(score: float) -> float | None:
+    """The score as JSON has it: None where it is not defined."""
+    return None if math.isnan(score) else score
 
 
 def _why_stopped(cut_short: bool, epochs: int, best: Checkpoint, stage: StageSpec) -> str:
@@ -234,13 +241,8 @@ class _Loop:
         task.watcher.batch(len(task.fit.labels) * len(records))
         if values["best_epoch"] < 0:
             return start, records
-        correct = state.tensors["correct"].numpy()
-        best = Checkpoint(
-            state=state.section("best"),
-            accuracy=float(correct.mean()),
-            losses=state.tensors["losses"].numpy(),
-            correct=correct,
-            epoch=values["best_epoch"],
+        best = self._measured(
+            state.section("best"), state.tensors["probs"].numpy(), values["best_epoch"]
         )
         return best, records
 
@@ -267,8 +269,7 @@ class _Loop:
             for name, tensor in state.items()
         }
         if best.epoch >= 0:
-            tensors["losses"] = torch.from_numpy(best.losses)
-            tensors["correct"] = torch.from_numpy(best.correct)
+            tensors["probs"] = torch.from_numpy(best.probs)
         values = {
             "records": records,
             "best_epoch": best.epoch,
@@ -315,6 +316,7 @@ class _Loop:
             "loss": total / max(images, 1),
             "select_accuracy": checkpoint.accuracy,
             "select_loss": float(checkpoint.losses.mean()),
+            "select_metric": _plain(checkpoint.score),
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": round(seconds, 3),
             "images_per_second": round(images / seconds, 1),
@@ -325,16 +327,11 @@ class _Loop:
         """Measure the weights, or their moving average after training, on the select rows."""
         source = self.average.module if self.average is not None and epoch >= 0 else self.member
         probs = predict_probs(Predictor(source), self.task.select.pixels)
-        labels = self.task.select.labels
-        of_labels = np.clip(probs[np.arange(len(labels)), labels], 1e-7, 1.0)
-        correct = probs.argmax(1) == labels
-        return Checkpoint(
-            state={name: tensor.detach().clone() for name, tensor in source.state_dict().items()},
-            accuracy=float(correct.mean()),
-            losses=-np.log(of_labels).astype(np.float64),
-            correct=correct,
-            epoch=epoch,
-        )
+        state = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
+        return self._measured(state, probs, epoch)
+
+    def _measured(self, state: State, probs: np.ndarray, epoch: int) -> Checkpoint:
+        return Checkpoint(state, probs, self.task.select.labels, epoch, self.spec.metric)
 
     def _batches(self) -> Iterator[np.ndarray]:
         """Rows of each optimizer step, without a last batch of one row (batch norm needs two)."""
