@@ -20,7 +20,7 @@ from threefold.errors import DataError, ExportError
 from threefold.evaluation.evaluate import evaluate
 from threefold.exporting import targets
 from threefold.exporting.export import export
-from threefold.exporting.onnx_graph import fold_batch_norm
+from threefold.exporting.onnx_networks import fold_batch_norm
 from threefold.files import read_arrays
 from threefold.models.pipeline import Combiner, Pipeline, Predictor
 from threefold.training.results import evaluate_run

@@ -16,7 +16,7 @@ from torch import nn
 
 import threefold
 from threefold.errors import ExportError
-from threefold.exporting import onnx_graph, targets
+from threefold.exporting import onnx_networks, targets
 from threefold.exporting.export import export
 from threefold.exporting.parity import TOLERANCES, check, compare
 from threefold.exporting.quantization import PRECISIONS, SMALLEST, convert, halve
@@ -52,7 +52,7 @@ def small() -> onnx.ModelProto:
     network = SmallNetwork().eval().requires_grad_(False)
     for part in network.convs:
         part[0].weight *= 2.5  # as drawn, every image gets nearly the same answer
-    return onnx_graph.trace(network, torch.zeros(2, 3, 16, 16), ("pixels", "probs"), (0,))
+    return onnx_networks.trace(network, torch.zeros(2, 3, 16, 16), ("pixels", "probs"), (0,))
 
 
 def predict(model: onnx.ModelProto, pixels: np.ndarray) -> np.ndarray:
@@ -283,7 +283,7 @@ def test_the_card_names_what_the_file_was_made_of(finished: Run) -> None:
 
     card = threefold.load(finished.dir / "model.onnx").card
 
-    assert (card["precision"], card["opset"]) == ("float32", onnx_graph.OPSET)
+    assert (card["precision"], card["opset"]) == ("float32", onnx_networks.OPSET)
     first, second = card["preprocessing"]
     assert (first["pixels"], second["pixels"], first["resize"]) == (32, 40, "squash")
     assert first["mean"][0] == pytest.approx([255 * m for m in backbone.default_cfg["mean"]])

@@ -9,6 +9,7 @@ import torch
 
 from support.tiny_runs import make_folder, tiny_tree
 from threefold.models.member import assemble_member, head_weights, save_weights
+from threefold.predictions.records import VERSION, RunInfo
 from threefold.recipe import Job, Recipe
 from threefold.training.frozen import frozen_backbone
 from threefold.training.run import Run
@@ -25,7 +26,7 @@ GATED: dict[str, Any] = {**PROBE, "name": "gated", "head": {"kind": "gru", "unit
 def frozen_tree(root: Path, **changes: Any) -> dict[str, Any]:
     """Return a recipe as plain values: two probes on one backbone, two folds."""
     stages = [{"name": "head", "kind": "head", "epochs": 1, "lr": 1e-3}]
-    return tiny_tree(root, stages=stages, members=[PROBE, GATED], **changes)
+    return tiny_tree(root, **{"stages": stages, "members": [PROBE, GATED], **changes})
 
 
 def frozen_run(folder: Path, **changes: Any) -> Run:
@@ -35,7 +36,29 @@ def frozen_run(folder: Path, **changes: Any) -> Run:
     for number, job in enumerate(run.jobs):
         if recipe.stage(job.stage).kind == "head":
             finish_head_job(run, job, number)
+    run.folder.write_info(_info(run))
     return run
+
+
+def _info(run: Run) -> RunInfo:
+    train = run.sources.train
+    return RunInfo(
+        version=VERSION,
+        digest=run.recipe.digest(),
+        data="",
+        created="",
+        versions={},
+        hardware="",
+        threads=1,
+        commit="",
+        classes=train.classes,
+        n_train=len(train),
+        n_test=0,
+        folds=sum(fold >= 0 for fold in run.roles),
+        notes=(),
+        skipped=(),
+        roles={},
+    )
 
 
 def finish_head_job(run: Run, job: Job, seed: int) -> None:

@@ -1,26 +1,25 @@
 """Build a pipeline as one ONNX graph and write it to a file.
 
-Tracing dominates the cost of an export. So the resize is traced once per canvas and each member's
-network once; the networks of its other folds are copies with their own weights.
+The resize is in the graph once per canvas, and a frozen backbone once for all heads on it.
 """
 
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from threefold.errors import ExportError
 from threefold.exporting.onnx_files import publish, set_card, staged
+from threefold.exporting.onnx_networks import OPSET, Tracer, fold_batch_norm, run_model, trace
 from threefold.exporting.quantization import convert
+from threefold.models.member import Member
 from threefold.models.pipeline import (
     MemberPipeline,
     Pipeline,
@@ -29,10 +28,10 @@ from threefold.models.pipeline import (
     mix,
 )
 from threefold.models.resize import resize_square
+from threefold.models.shared import HeadPredictor, HeadsPipeline, SharedBackbone
 from threefold.predictions.results_schema import ExportReport
 from threefold.runtime.model import FORMAT, load
 
-OPSET = 20
 IR_VERSION = 10
 
 
@@ -88,11 +87,8 @@ def build_graph(
         calibration: training images uint8 (h, w, 3), for int8.
     """
     graph = _Joiner()
-    members = cast(Iterable[MemberPipeline], pipeline.members)
-    outputs = [
-        _add_member(graph, f"m{i}_", member, precision, calibration)
-        for i, member in enumerate(members)
-    ]
+    networks = _Networks(graph, precision, calibration)
+    outputs = [networks.add(f"m{i}_", part) for i, part in enumerate(pipeline.parts)]
     if pipeline.mixing is None:
         stacked = graph.stack(
             [graph.mean(copies, f"m{i}_probs") for i, copies in enumerate(outputs)], "member_probs"
@@ -123,72 +119,130 @@ def network_names(pipeline: Pipeline) -> list[list[str]]:
         raise ExportError(
             "members that are not in every fold have no cascade", fix="ensemble.disagreement = 0"
         )
-    members = cast(Iterable[MemberPipeline], pipeline.members)
     return [
-        [f"m{i}_fold{fold}_probs" for fold in range(len(member.predictors))]
-        for i, member in enumerate(members)
+        [f"m{i}_fold{fold}_probs" for fold in range(part.networks)]
+        for i, part in enumerate(pipeline.parts)
     ]
 
 
-def trace(
-    module: nn.Module, example: Tensor, names: tuple[str, str], dynamic: tuple[int, ...]
-) -> Any:
-    """Trace a module with one input and one output to an ONNX model.
+class _Networks:
+    """Adds the networks of members to a graph.
 
     Args:
-        module: the module.
-        example: an input.
-        names: of the input and the output.
-        dynamic: axes of the input that may have any length.
+        graph: the graph.
+        precision: of the weights.
+        calibration: training images uint8 (h, w, 3), for int8.
     """
-    shapes = (dict.fromkeys(dynamic, torch.export.Dim.DYNAMIC),)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter warns about its internals
-        program = torch.onnx.export(
-            module.eval(),
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            dynamic_shapes=shapes,
-            input_names=[names[0]],
-            output_names=[names[1]],
-            verbose=False,
-        )
-    assert program is not None
-    return program.model_proto
+
+    def __init__(self, graph: _Joiner, precision: str, calibration: Sequence[np.ndarray]) -> None:
+        self.graph, self.precision, self.calibration = graph, precision, calibration
+        self.tracer = Tracer()
+        self.shared: dict[SharedBackbone, _Features] = {}
+
+    def add(self, prefix: str, part: MemberPipeline | HeadsPipeline) -> list[str]:
+        """Add the networks of a member; returns the names of their probabilities (b, k)."""
+        pixels = self.calibration_pixels(part)
+        if isinstance(part, HeadsPipeline):
+            if part.shared not in self.shared:
+                name = f"backbone{len(self.shared)}_"
+                self.shared[part.shared] = self.add_backbone(name, part.shared, pixels)
+            features = self.shared[part.shared]
+            return [
+                self.add_head(f"{prefix}fold{fold}_", cast("HeadPredictor", head), features)
+                for fold, head in enumerate(part.heads)
+            ]
+        return [
+            self.add_network(f"{prefix}fold{fold}_", part, cast("Predictor", predictor), pixels)
+            for fold, predictor in enumerate(part.predictors)
+        ]
+
+    def calibration_pixels(self, part: MemberPipeline | HeadsPipeline) -> np.ndarray | None:
+        """Return the input of a member's networks for the training images, if int8 needs it."""
+        return part.pixels(self.calibration) if self.precision == "int8" else None
+
+    def add_network(
+        self, prefix: str, part: MemberPipeline, predictor: Predictor, pixels: np.ndarray | None
+    ) -> str:
+        """Add a network, as a backbone and a head if it has those; returns its output's name."""
+        network = predictor.member
+        if isinstance(network, Member) and predictor.views is not None:
+            backbone = SharedBackbone(network, predictor.views, part.resize)
+            head = HeadPredictor(network.head, predictor.views.count)
+            backbone.require(head.form)
+            return self.add_head(prefix, head, self.add_backbone(prefix, backbone, pixels))
+        fused = fold_batch_norm(predictor, part.canvas)
+        example = torch.zeros(2, 3, part.canvas, part.canvas)
+        model = self.tracer.trace(fused, example, ("pixels", "probs"), id(part))
+        probs = f"{prefix}probs"
+        model = convert(model, self.precision, pixels)
+        canvas = self.add_canvas(part.canvas, part.resize)
+        self.graph.graft(model, prefix, {"pixels": canvas}, {"probs": probs})
+        return probs
+
+    def add_backbone(
+        self, prefix: str, backbone: SharedBackbone, pixels: np.ndarray | None
+    ) -> _Features:
+        """Add a backbone; returns the names of its features and their values on `pixels`."""
+        fused = cast("SharedBackbone", fold_batch_norm(backbone, backbone.canvas))
+        example = torch.zeros(2, 3, backbone.canvas, backbone.canvas)
+        names = ("pixels", *backbone.forms)
+        model = self.tracer.trace(fused, example, names, _architecture(fused))
+        values = {}
+        if pixels is not None:
+            values = dict(zip(backbone.forms, run_model(model, pixels), strict=True))
+        outputs = {form: f"{prefix}{form}" for form in backbone.forms}
+        model = convert(model, self.precision, pixels)
+        canvas = self.add_canvas(backbone.canvas, backbone.resize)
+        self.graph.graft(model, prefix, {"pixels": canvas}, outputs)
+        with torch.no_grad():
+            shapes = {form: value.shape[1:] for form, value in fused(example[:1]).items()}
+        return {form: _Feature(outputs[form], shapes[form], values.get(form)) for form in outputs}
+
+    def add_head(self, prefix: str, head: HeadPredictor, features: _Features) -> str:
+        """Add a head on these features; returns the name of its probabilities."""
+        feature, probs = features[head.form], f"{prefix}probs"
+        example = torch.zeros(2 * head.views, *feature.shape)
+        head = copy.deepcopy(head).float().eval().requires_grad_(False)
+        model = self.tracer.trace(head, example, ("features", "probs"), (repr(head), head.views))
+        model = convert(model, self.precision, feature.values)
+        self.graph.graft(model, f"{prefix}head_", {"features": feature.name}, {"probs": probs})
+        return probs
+
+    def add_canvas(self, size: int, mode: Literal["squash", "crop"]) -> str:
+        """Add the resize to a canvas, unless it is there; returns the name of the pixels."""
+        canvas = f"pixels_{size}_{mode}"
+        if canvas not in self.graph.values:
+            images = torch.zeros(2, 30, 40, 3, dtype=torch.uint8)
+            resize = trace(_Resize(size, mode), images, ("images", "pixels"), (0, 1, 2))
+            self.graph.graft(resize, f"{canvas}_", {"images": "images"}, {"pixels": canvas})
+        return canvas
 
 
-def _add_member(
-    graph: _Joiner,
-    prefix: str,
-    member: MemberPipeline,
-    precision: str,
-    calibration: Sequence[np.ndarray],
-) -> list[str]:
-    """Add a member's resize, unless it is there, and its networks; returns their outputs' names."""
-    canvas = f"pixels_{member.canvas}_{member.resize}"
-    if canvas not in graph.values:
-        resize = trace(
-            _Resize(member.canvas, member.resize),
-            torch.zeros(2, 30, 40, 3, dtype=torch.uint8),
-            ("images", "pixels"),
-            (0, 1, 2),
-        )
-        graph.graft(resize, f"{canvas}_", {"images": "images"}, {"pixels": canvas})
-    predictors = cast(Iterable[Predictor], member.predictors)
-    fused = [fold_batch_norm(predictor, member.canvas) for predictor in predictors]
-    example = torch.zeros(2, 3, member.canvas, member.canvas)
-    first = trace(fused[0], example, ("pixels", "probs"), (0,))
-    names = []
-    pixels = member.pixels(calibration) if precision == "int8" else None
-    for fold, predictor in enumerate(fused):
-        model = first if fold == 0 else _with_weights(first, fused[0], predictor)
-        if model is None:
-            model = trace(predictor, example, ("pixels", "probs"), (0,))
-        names.append(f"{prefix}fold{fold}_probs")
-        model = convert(model, precision, pixels)
-        graph.graft(model, f"{prefix}fold{fold}_", {"pixels": canvas}, {"probs": names[-1]})
-    return names
+class _Feature(NamedTuple):
+    """One form of a backbone's features."""
+
+    name: str
+    """Of the value in the graph."""
+    shape: Sequence[int]
+    """Of one image and view."""
+    values: np.ndarray | None
+    """On the training images, for int8."""
+
+
+_Features = dict[str, _Feature]
+
+
+def _architecture(backbone: SharedBackbone) -> object:
+    """Return all that decides about a backbone's graph except its state dict."""
+    views = backbone.views
+    config = getattr(backbone.backbone, "pretrained_cfg", None) or {}
+    return (
+        repr(backbone),
+        config.get("architecture"),
+        tuple(backbone.mean.flatten().tolist()),
+        tuple(backbone.std.flatten().tolist()),
+        (views.kind, views.count, views.img_size, tuple(views.corners)),
+    )
 
 
 class _Resize(nn.Module):
@@ -211,90 +265,6 @@ class _Mix(nn.Module):
 
     def forward(self, nets: Tensor) -> Tensor:
         return mix(nets, self.get_buffer("mixing"))
-
-
-def _with_weights(model: Any, old: nn.Module, new: nn.Module) -> Any | None:
-    """Copy a traced model with other weights; None if tracing changed or dropped a weight."""
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    initializers = {tensor.name: tensor for tensor in result.graph.initializer}
-    old_weights = old.state_dict()
-    for name, weight in new.state_dict().items():
-        tensor = initializers.get(name)
-        if tensor is None:
-            return None
-        if not np.array_equal(onnx.numpy_helper.to_array(tensor), old_weights[name].numpy()):
-            return None
-        tensor.CopyFrom(onnx.numpy_helper.from_array(weight.numpy(), name))
-    return result
-
-
-def fold_batch_norm(predictor: Predictor, canvas: int) -> nn.Module:
-    """Copy a network and fold each batch norm after a convolution into the convolution's weights.
-
-    Hooks record which norm receives the output of which convolution while an image runs through
-    the network. The result is exact up to rounding, which the parity gate checks.
-    """
-    network = copy.deepcopy(predictor).float().eval()
-    outputs: dict[int, tuple[nn.Module, Tensor]] = {}
-    pairs: list[tuple[Any, Any]] = []
-
-    def after_conv(module: nn.Module, _: Any, output: Tensor) -> None:
-        # Holding the output keeps its id from being used again.
-        outputs[id(output)] = (module, output)
-
-    def before_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if id(inputs[0]) in outputs:
-            pairs.append((outputs[id(inputs[0])][0], module))
-
-    hooks = [
-        m.register_forward_hook(after_conv) for m in network.modules() if isinstance(m, nn.Conv2d)
-    ]
-    hooks += [
-        m.register_forward_pre_hook(before_norm)
-        for m in network.modules()
-        if isinstance(m, nn.BatchNorm2d)
-    ]
-    with torch.no_grad():
-        network(torch.zeros(1, 3, canvas, canvas))
-    for hook in hooks:
-        hook.remove()
-    for conv, norm in pairs:
-        conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight,
-            conv.bias,
-            norm.running_mean,
-            norm.running_var,
-            norm.eps,
-            norm.weight,
-            norm.bias,
-        )
-        # timm's norms may have a dropout and an activation of their own.
-        parts = [getattr(norm, "drop", None), getattr(norm, "act", None)]
-        _replace(network, norm, nn.Sequential(*(part for part in parts if part is not None)))
-    for module in list(network.modules()):
-        if isinstance(module, nn.Hardtanh):
-            _replace(network, module, _Clamp(module.min_val, module.max_val))
-    return network.requires_grad_(False)
-
-
-class _Clamp(nn.Module):
-    """ReLU6 as one clamp: tracing torch's own takes 0.25 s each (measured, torch 2.15)."""
-
-    def __init__(self, low: float, high: float) -> None:
-        super().__init__()
-        self.low, self.high = low, high
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.clamp(self.low, self.high)
-
-
-def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Replace a module of the network by another."""
-    for parent in network.modules():
-        for name, child in parent.named_children():
-            if child is old:
-                setattr(parent, name, new.eval())
 
 
 class _Joiner:

@@ -60,22 +60,22 @@ def check_precision(name: str) -> None:
         )
 
 
-def convert(model: Any, precision: str, pixels: np.ndarray | None = None) -> Any:
+def convert(model: Any, precision: str, inputs: np.ndarray | None = None) -> Any:
     """Convert the weights of a network's ONNX model to another precision.
 
     Args:
-        model: pixels float32 (b, 3, s, s) in 0..255 to probs (b, k); not changed.
+        model: a network or a part of one, with one float32 input; not changed.
         precision: one of `PRECISIONS`.
-        pixels: float32 (n, 3, s, s), training images; int8 needs them.
+        inputs: float32 (n, ...), of training images; int8 needs them.
 
     Raises:
         ExportError: unknown precision, or int8 without training images.
     """
     check_precision(precision)
     if precision == "int8":
-        if pixels is None or not len(pixels):
+        if inputs is None or not len(inputs):
             raise ExportError("int8 needs training images to calibrate on", got="none")
-        return quantize(model, pixels)
+        return quantize(model, inputs)
     return model if precision == "float32" else halve(model, precision)
 
 
@@ -114,7 +114,7 @@ def halve(model: Any, precision: str) -> Any:
     )
 
 
-def quantize(model: Any, pixels: np.ndarray) -> Any:
+def quantize(model: Any, inputs: np.ndarray) -> Any:
     """Quantize a model to int8 in QDQ form, with one scale per output channel of a weight.
 
     The ranges of activations come from the images. Weights use 7 bits (onnxruntime's
@@ -128,7 +128,7 @@ def quantize(model: Any, pixels: np.ndarray) -> Any:
         quantize_static(
             onnx.shape_inference.infer_shapes(model),
             target,
-            _reader(pixels),
+            _reader(model.graph.input[0].name, inputs),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(QUANTIZED),
             nodes_to_exclude=_float_nodes(model),
@@ -152,14 +152,14 @@ def _float_nodes(model: Any) -> list[str]:
     return [node.name for i, node in enumerate(nodes) if i < first or i > products[-1]]
 
 
-def _reader(pixels: np.ndarray) -> Any:
-    """Make a reader that gives the images to onnxruntime's calibration in batches of 16."""
+def _reader(name: str, inputs: np.ndarray) -> Any:
+    """Make a reader that gives the inputs to onnxruntime's calibration in batches of 16."""
     from onnxruntime.quantization import CalibrationDataReader
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self.batches: Iterator[dict[str, np.ndarray]] = iter(
-                [{"pixels": pixels[i : i + 16]} for i in range(0, len(pixels), 16)]
+                [{name: inputs[i : i + 16]} for i in range(0, len(inputs), 16)]
             )
 
         def get_next(self) -> dict[str, np.ndarray] | None:

@@ -134,17 +134,30 @@ def backbone_features(backbone: Any, images: Tensor, *, takes_map: bool) -> Tens
     Raises:
         RecipeError: the backbone has no feature map.
     """
-    features = backbone.forward_features(images)
+    return head_input(backbone, backbone.forward_features(images), takes_map)
+
+
+def head_input(backbone: Any, features: Tensor, takes_map: bool) -> Tensor:
+    """Bring the output of `forward_features` into the form that a head takes.
+
+    Args:
+        backbone: the timm network that computed the features.
+        features: its output.
+        takes_map: whether the head takes the feature map (b, c, h, w), else pooled (b, c).
+
+    Raises:
+        RecipeError: the backbone has no feature map.
+    """
     if not takes_map:
         return cast("Tensor", backbone.forward_head(features, pre_logits=True))
-    features = feature_map(backbone, features)
-    if features is None:
+    as_map = feature_map(backbone, features)
+    if as_map is None:
         raise RecipeError(
             "the backbone has no feature map",
             got=type(backbone).__name__,
             fix='set head.sequence = "pooled"',
         )
-    return features
+    return as_map
 
 
 def feature_map(backbone: Any, features: Tensor) -> Tensor | None:

@@ -7,7 +7,7 @@ is evaluated, exported and served. Only `images.decode` (file -> RGB uint8) is o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, cast
 
 import numpy as np
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from threefold.errors import RecipeError
-from threefold.models.resize import resize_square
+from threefold.models.resize import resize_each, resize_square
+from threefold.models.shared import HeadsPipeline
 from threefold.models.views import Views
 
 BATCH: Final = 16
@@ -85,6 +86,21 @@ class MemberPipeline(nn.Module):
         self.predictors = nn.ModuleList(predictors)
         self.canvas, self.resize = canvas, resize
 
+    @property
+    def views(self) -> Views | None:
+        """The test-time views; None = the whole image."""
+        return cast("Predictor", self.predictors[0]).views
+
+    @property
+    def networks(self) -> int:
+        """Number of fold models."""
+        return len(self.predictors)
+
+    @property
+    def sample(self) -> nn.Module:
+        """A module with the normalisation of every fold model."""
+        return self.predictors[0]
+
     def forward(self, images: Tensor) -> Tensor:
         """Map uint8 (b, h, w, 3) to probabilities (b, k)."""
         return self.per_fold(images).mean(0)
@@ -94,18 +110,9 @@ class MemberPipeline(nn.Module):
         pixels = resize_square(images, self.canvas, self.resize)
         return torch.stack([predictor(pixels) for predictor in self.predictors])
 
-    @torch.inference_mode()
     def pixels(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Resize uint8 images (h, w, 3) of any sizes to the float32 input of the networks.
-
-        Returns:
-            float32 (n, 3, canvas, canvas) in 0..255.
-        """
-        if not images:
-            return np.zeros((0, 3, self.canvas, self.canvas), np.float32)
-        batches = (torch.from_numpy(image[None].copy()) for image in images)
-        resized = [resize_square(batch, self.canvas, self.resize).numpy() for batch in batches]
-        return np.concatenate(resized)
+        """Resize uint8 images (h, w, 3) of any sizes, see `resize_each`."""
+        return resize_each(images, self.canvas, self.resize)
 
 
 def mix(nets: Tensor, mixing: Tensor) -> Tensor:
@@ -143,7 +150,7 @@ class Pipeline(nn.Module):
     """The deployable ensemble, always in eval mode.
 
     Args:
-        members: the networks, by member.
+        members: the networks, by member; members with the same `SharedBackbone` share its pass.
         combiner: ensemble and calibration.
         classes: names of the classes, in the order of the last axis.
         names: names of the members in the second output; None = those of `members`.
@@ -155,7 +162,7 @@ class Pipeline(nn.Module):
 
     def __init__(
         self,
-        members: dict[str, MemberPipeline],
+        members: Mapping[str, MemberPipeline | HeadsPipeline],
         combiner: Combiner,
         classes: tuple[str, ...],
         names: Sequence[str] | None = None,
@@ -163,6 +170,8 @@ class Pipeline(nn.Module):
     ) -> None:
         super().__init__()
         self.members = nn.ModuleList(members.values())
+        # Numbers, because torch.export copies a module that two members have in common.
+        self.shared = [id(getattr(member, "shared", None)) for member in members.values()]
         self.combiner = combiner
         self.names, self.classes = tuple(members if names is None else names), classes
         weights = None if mixing is None else torch.tensor(mixing, dtype=torch.float32)
@@ -171,13 +180,33 @@ class Pipeline(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Map uint8 (b, h, w, 3) to probabilities (b, k) and each member's (b, m, k)."""
-        members = cast("Iterable[MemberPipeline]", self.members)
+        nets = self.per_fold(images)
         if self.mixing is None:
-            member_probs = torch.stack([member(images) for member in members], 1)
+            member_probs = torch.stack([net.mean(0) for net in nets], 1)
         else:
-            nets = torch.cat([member.per_fold(images) for member in members])
-            member_probs = mix(nets.transpose(0, 1), self.mixing)
+            member_probs = mix(torch.cat(nets).transpose(0, 1), self.mixing)
         return self.combiner(member_probs), member_probs
+
+    def per_fold(self, images: Tensor) -> list[Tensor]:
+        """Map uint8 (b, h, w, 3) to the probabilities of each member's fold models (f, b, k).
+
+        Each shared backbone runs once.
+        """
+        features: dict[int, dict[str, Tensor]] = {}
+        probs = []
+        for member, shared in zip(self.parts, self.shared, strict=True):
+            if isinstance(member, HeadsPipeline):
+                if shared not in features:
+                    features[shared] = member.shared.features(images)
+                probs.append(member.answers(features[shared]))
+            else:
+                probs.append(member.per_fold(images))
+        return probs
+
+    @property
+    def parts(self) -> list[MemberPipeline | HeadsPipeline]:
+        """The networks of each member, in order."""
+        return [cast("MemberPipeline | HeadsPipeline", member) for member in self.members]
 
     @torch.inference_mode()
     def predict_proba(self, images: list[np.ndarray]) -> np.ndarray:
@@ -201,9 +230,8 @@ class Pipeline(nn.Module):
 def describe_preprocessing(pipeline: Pipeline) -> list[dict[str, Any]]:
     """Describe the resize, pixels, normalisation and views of each member as plain values."""
     descriptions = []
-    for member in cast("Iterable[MemberPipeline]", pipeline.members):
-        predictor = cast("Predictor", member.predictors[0])
-        norms = [m for m in predictor.modules() if hasattr(m, "mean") and hasattr(m, "std")]
+    for member in pipeline.parts:
+        norms = [m for m in member.sample.modules() if hasattr(m, "mean") and hasattr(m, "std")]
         description: dict[str, Any] = {
             "input": "uint8 RGB (height, width, 3), upright",
             "resize": member.resize,
@@ -214,7 +242,7 @@ def describe_preprocessing(pipeline: Pipeline) -> list[dict[str, Any]]:
             "scale": "0..255",
             "views": None,
         }
-        views = predictor.views
+        views = member.views
         if views is not None:
             description["views"] = {
                 "kind": views.kind,

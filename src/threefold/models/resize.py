@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,6 +43,21 @@ def resize_square(images: Tensor, size: int, mode: Literal["squash", "crop"]) ->
         down = triangle_weights(images.shape[1], torch.zeros_like(height), height, size)
     pixels = images.permute(0, 3, 1, 2).float()
     return _round(down @ _round(pixels @ across.T))
+
+
+@torch.inference_mode()
+def resize_each(
+    images: Sequence[np.ndarray], size: int, mode: Literal["squash", "crop"]
+) -> np.ndarray:
+    """Resize images uint8 (h, w, 3) of any sizes, each as `resize_square` does.
+
+    Returns:
+        float32 (n, 3, size, size), whole numbers in 0..255.
+    """
+    if not images:
+        return np.zeros((0, 3, size, size), np.float32)
+    batches = (torch.from_numpy(image[None].copy()) for image in images)
+    return np.concatenate([resize_square(batch, size, mode).numpy() for batch in batches])
 
 
 def triangle_weights(length: int, start: Tensor, side: Tensor, size: int) -> Tensor:

@@ -108,6 +108,21 @@ def frozen_backbone(folder: RunFolder, spec: MemberSpec) -> Any:
     return load_frozen_backbone(folder, spec)
 
 
+def frozen_digest(folder: RunFolder, spec: MemberSpec) -> str:
+    """Return the SHA-256 of a member's frozen backbone; equal for equal weights.
+
+    Raises:
+        RunError: the run has no such backbone.
+    """
+    path = frozen_backbone_path(folder, spec)
+    record = _record(path)
+    if record is None:
+        raise RunError(
+            "a frozen backbone is missing", where=path, fix=f"run `{folder.train_command()}`"
+        )
+    return record.sha256
+
+
 def check_frozen_backbone(folder: RunFolder, spec: MemberSpec) -> Path:
     """Check a member's frozen backbone against its SHA-256, and return the path of the file.
 

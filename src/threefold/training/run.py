@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,13 +22,14 @@ from threefold.models.member import (
     load_weights,
 )
 from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
+from threefold.models.shared import HeadsPipeline, SharedBackbone
 from threefold.models.views import Views
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Results
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Job, Recipe
 from threefold.recipe_schema import MemberSpec
-from threefold.training.frozen import frozen_backbone
+from threefold.training.frozen import frozen_backbone, frozen_digest
 from threefold.training.watcher import Watcher
 
 
@@ -176,7 +178,11 @@ class Run:
         return self.load_job(self.last_job(spec.name, fold), num_classes)
 
     def load_job(
-        self, job: Job, num_classes: int, file: str = "weights.safetensors"
+        self,
+        job: Job,
+        num_classes: int,
+        file: str = "weights.safetensors",
+        backbone: Any | None = None,
     ) -> Member | JointMember:
         """Load the network that a job ended with, in eval mode on the CPU.
 
@@ -187,6 +193,7 @@ class Run:
             num_classes: number of logits k.
             file: name of the weights' file; a head stage also has `start.safetensors`, the head
                 fitted without the select rows.
+            backbone: the frozen backbone, if it has been loaded already; it is not copied.
 
         Raises:
             RunError: a file is missing or damaged.
@@ -194,7 +201,9 @@ class Run:
         spec = self.recipe.member(job.member)
         path = self.folder.verify_job(job) / file
         if self.recipe.stage(job.stage).kind == "head":
-            member = assemble_member(spec, frozen_backbone(self.folder, spec), num_classes)
+            if backbone is None:
+                backbone = frozen_backbone(self.folder, spec)
+            member = assemble_member(spec, backbone, num_classes)
             load_head(member, path)
             return member.eval()
         network = self.build(spec, num_classes)
@@ -209,21 +218,44 @@ class Run:
         rows = [everyone.index(name) for name in names]
         # (folds, names, members): the share of each network in each named member's answer.
         mixing = np.stack([stand_ins(self.recipe, fold)[rows] for fold in self.final_folds])
-        parts, network_weights = {}, []
+        folds, network_weights = {}, []
         for j, spec in enumerate(self.recipe.members):
             weights = mixing[:, :, j]
             used = weights.any(1)
             if used.any():
-                views = self.views(spec)
-                folds = np.array(self.final_folds)[used].tolist()
-                networks = [self.load_member(spec, fold, len(classes)) for fold in folds]
-                predictors = [Predictor(network, views) for network in networks]
-                parts[spec.name] = MemberPipeline(predictors, views.canvas, spec.resize)
+                folds[spec.name] = np.array(self.final_folds)[used].tolist()
                 network_weights.append(weights[used])
+        parts = self._parts(folds)
         if list(parts) == names and (mixing == mixing[0]).all():
             return Pipeline(parts, combiner, classes, names)
         weights = np.concatenate(network_weights).T / len(mixing)
         return Pipeline(parts, combiner, classes, names, weights)
+
+    def _parts(self, folds: Mapping[str, list[int]]) -> dict[str, MemberPipeline | HeadsPipeline]:
+        """Build the networks of a pipeline's members, by the folds of each member.
+
+        Members with the same frozen backbone, input size and resize share it.
+        """
+        num_classes = len(self.folder.info.classes)
+        parts: dict[str, MemberPipeline | HeadsPipeline] = {}
+        shared: dict[tuple[str, int, str], SharedBackbone] = {}
+        for name, numbers in folds.items():
+            spec = self.recipe.member(name)
+            views = self.views(spec)
+            if not self.recipe.is_frozen(name):
+                networks = [self.load_member(spec, fold, num_classes) for fold in numbers]
+                predictors = [Predictor(network, views) for network in networks]
+                parts[name] = MemberPipeline(predictors, views.canvas, spec.resize)
+                continue
+            key = (frozen_digest(self.folder, spec), spec.img_size, spec.resize)
+            if key not in shared:
+                member = assemble_member(spec, frozen_backbone(self.folder, spec), num_classes)
+                shared[key] = SharedBackbone(member, views, spec.resize)
+            backbone = shared[key].backbone
+            jobs = [self.last_job(name, fold) for fold in numbers]
+            heads = [self.load_job(job, num_classes, backbone=backbone).head for job in jobs]
+            parts[name] = HeadsPipeline(shared[key], heads)
+        return parts
 
 
 def stand_ins(recipe: Recipe, fold: int) -> np.ndarray:

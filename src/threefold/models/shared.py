@@ -1,0 +1,153 @@
+"""Networks that share a frozen backbone: one pass of an image through it serves all their heads.
+
+The folds of a member whose backbone was never trained differ in their heads only. So the pipeline
+holds the backbone once, and so do members with other heads on the same backbone and input size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from threefold.models.member import Member, head_input
+from threefold.models.resize import resize_each, resize_square
+from threefold.models.views import Views
+
+POOLED = "pooled"
+"""Name of the pooled features (b, c)."""
+
+MAP = "map"
+"""Name of the feature map (b, c, h, w)."""
+
+
+class SharedBackbone(nn.Module):
+    """A frozen backbone with its normalisation and test-time views: pixels to features.
+
+    Args:
+        member: a network on the backbone; its head is not used.
+        views: the test-time views; its canvas is the side to which images are resized.
+        resize: see `resize_square`.
+
+    Attributes:
+        forms: which features the heads take, POOLED or MAP or both; see `require`.
+    """
+
+    backbone: Any
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        member: Member,
+        views: Views,
+        resize: Literal["squash", "crop"],
+    ) -> None:
+        super().__init__()
+        self.backbone, self.views = member.backbone, views
+        self.canvas, self.resize = views.canvas, resize
+        self.forms: tuple[str, ...] = ()
+        self.register_buffer("mean", member.mean, persistent=False)
+        self.register_buffer("std", member.std, persistent=False)
+
+    def require(self, form: str) -> None:
+        """Compute this form of the features, too."""
+        if form not in self.forms:
+            self.forms = (*self.forms, form)
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Map pixels (b, 3, canvas, canvas) in 0..255 to the features of all views.
+
+        Returns:
+            By form: float (v * b, c) or (v * b, c, h, w), all images of the first view first.
+        """
+        views = self.views(pixels).flatten(0, 1)
+        features = self.backbone.forward_features((views - self.mean) / self.std)
+        return {form: head_input(self.backbone, features, form == MAP) for form in self.forms}
+
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """Map uint8 (b, h, w, 3) to the features of all views, see `forward`."""
+        return cast("dict[str, Tensor]", self(resize_square(images, self.canvas, self.resize)))
+
+
+class HeadPredictor(nn.Module):
+    """A head on the features of a shared backbone: softmaxes averaged over the views.
+
+    Args:
+        head: maps features to logits, see `heads.Head`.
+        views: number of views v.
+    """
+
+    def __init__(self, head: nn.Module, views: int = 1) -> None:
+        super().__init__()
+        self.head, self.views = head, views
+        self.form = MAP if head.takes_map else POOLED
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map the features of all views (v * b, ...) to probabilities (b, k)."""
+        probs: Tensor = self.head(features).float().softmax(-1)
+        if self.views == 1:
+            return probs
+        return probs.reshape(self.views, -1, probs.shape[-1]).mean(0)
+
+
+class HeadsPipeline(nn.Module):
+    """One member from uint8 images to probabilities: a shared backbone and a head for each fold.
+
+    Args:
+        shared: the backbone; several members may have the same.
+        heads: of the fold models.
+    """
+
+    def __init__(self, shared: SharedBackbone, heads: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.shared = shared
+        predictors = [HeadPredictor(head, shared.views.count) for head in heads]
+        for predictor in predictors:
+            shared.require(predictor.form)
+        self.heads = nn.ModuleList(predictors)
+
+    @property
+    def canvas(self) -> int:
+        """Side in pixels to which images are resized."""
+        return self.shared.canvas
+
+    @property
+    def resize(self) -> Literal["squash", "crop"]:
+        """How images are resized, see `resize_square`."""
+        return self.shared.resize
+
+    @property
+    def views(self) -> Views:
+        """The test-time views."""
+        return self.shared.views
+
+    @property
+    def networks(self) -> int:
+        """Number of fold models."""
+        return len(self.heads)
+
+    @property
+    def sample(self) -> nn.Module:
+        """A module with the normalisation of every fold model."""
+        return self.shared
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map uint8 (b, h, w, 3) to probabilities (b, k)."""
+        return self.per_fold(images).mean(0)
+
+    def per_fold(self, images: Tensor) -> Tensor:
+        """Map uint8 (b, h, w, 3) to the probabilities of each fold model (f, b, k)."""
+        return self.answers(self.shared.features(images))
+
+    def answers(self, features: dict[str, Tensor]) -> Tensor:
+        """Map the features of the shared backbone to the probabilities of each fold model."""
+        heads = [cast("HeadPredictor", head) for head in self.heads]
+        return torch.stack([head(features[head.form]) for head in heads])
+
+    def pixels(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Resize uint8 images (h, w, 3) of any sizes, see `resize_each`."""
+        return resize_each(images, self.canvas, self.resize)
