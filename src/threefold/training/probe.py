@@ -1,0 +1,206 @@
+"""The exact linear head: multinomial logistic regression with an L2 penalty on cached features.
+
+The objective is that of scikit-learn's LogisticRegression with C = 1 / l2: the sum over the rows of
+weight times cross-entropy, plus l2 / 2 times the squared norm of the weights, on features that are
+standardized by the mean and deviation of the rows. The bias has no penalty. (Of two classes
+scikit-learn has one weight vector, and half the penalty.) Standardization is folded into the stored
+weight and bias, so the head reads raw features.
+
+With fewer rows than features, the problem is solved in the space that the rows span, where the
+penalty is the same (QR decomposition). Products are in float32, sums in float64. scikit-learn's own
+solver takes no soft targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+L2_GRID: Final = tuple(10.0 ** (exponent / 2) for exponent in range(10, -1, -1))
+"""Penalties to choose from, the strongest first: 1e5 to 1 in steps of the root of 10."""
+
+PATIENCE: Final = 2
+"""Penalties in a row without a lower loss after which weaker ones are not tried."""
+
+ITERATIONS: Final = 500
+"""Most iterations of L-BFGS for one penalty."""
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What a head learns.
+
+    Attributes:
+        labels: (n,) int64.
+        num_classes: classes k.
+        weights: (n,) float64, weight of each row; None = 1 each.
+        soft: (n, k) a teacher's softened probabilities; None = labels only.
+        alpha: weight of the teacher, the labels have the rest.
+        temperature: of teacher and student, see `losses.soft_loss`.
+    """
+
+    labels: np.ndarray
+    num_classes: int
+    weights: np.ndarray | None = None
+    soft: np.ndarray | None = None
+    alpha: float = 0.0
+    temperature: float = 1.0
+
+
+class LinearHead(NamedTuple):
+    """A fitted head: logits = features @ weight.T + bias."""
+
+    weight: np.ndarray
+    """float32 (k, d)."""
+    bias: np.ndarray
+    """float32 (k,)."""
+    l2: float
+    """The penalty it was fitted with."""
+
+    def probs(self, features: np.ndarray) -> np.ndarray:
+        """Map features (n, d) to probabilities, float32 (n, k)."""
+        weight, bias = torch.from_numpy(self.weight), torch.from_numpy(self.bias)
+        logits = torch.from_numpy(features).float() @ weight.T + bias
+        answers: np.ndarray = logits.softmax(-1).numpy()
+        return answers
+
+
+class L2Choice(NamedTuple):
+    """The outcome of a search."""
+
+    head: LinearHead
+    """Fitted on the fit rows with the best penalty."""
+    losses: dict[float, float]
+    """Mean log loss on the select rows by penalty, of those that were tried."""
+
+
+def class_weights(labels: np.ndarray, num_classes: int, power: int = 1) -> np.ndarray:
+    """Return row weights (n,) of mean 1 that balance the classes, float64.
+
+    Args:
+        labels: (n,) int64.
+        num_classes: classes k.
+        power: 1 = each class has the same weight together; 0 = each row; 2 = rare classes more.
+    """
+    counts = np.bincount(labels, minlength=num_classes)[labels]
+    weights = (1.0 / counts) ** power
+    return np.asarray(weights / weights.mean())
+
+
+def choose_l2(
+    features: np.ndarray,
+    targets: Targets,
+    select_features: np.ndarray,
+    select_labels: np.ndarray,
+    select_weights: np.ndarray | None = None,
+    grid: Sequence[float] = L2_GRID,
+) -> L2Choice:
+    """Fit a head for each penalty and choose by the log loss on the select rows.
+
+    Each fit starts from that of the next stronger penalty. A tie goes to the stronger one.
+
+    Args:
+        features: (n, d) of the fit rows.
+        targets: of the fit rows.
+        select_features: (m, d).
+        select_labels: (m,) int64.
+        select_weights: (m,) weight of each row in the log loss; None = 1 each.
+        grid: penalties, the strongest first.
+    """
+    problem = _Problem(features, targets)
+    losses: dict[float, float] = {}
+    best: LinearHead | None = None
+    since = 0
+    for l2 in grid:
+        head = problem.solve(l2)
+        probs = head.probs(select_features)[np.arange(len(select_labels)), select_labels]
+        loss = -np.log(np.maximum(probs, 1e-7).astype(np.float64))
+        losses[l2] = float(np.average(loss, weights=select_weights))
+        since += 1
+        if best is None or losses[l2] < losses[best.l2]:
+            best, since = head, 0
+        if since == PATIENCE:
+            break
+    assert best is not None
+    return L2Choice(best, losses)
+
+
+def fit_linear(features: np.ndarray, targets: Targets, l2: float) -> LinearHead:
+    """Fit a head with one penalty.
+
+    Args:
+        features: (n, d).
+        targets: of the same rows.
+        l2: the penalty, above 0.
+    """
+    return _Problem(features, targets).solve(l2)
+
+
+class _Problem:
+    """The standardized rows, and the last solution, from which the next one starts."""
+
+    def __init__(self, features: np.ndarray, targets: Targets) -> None:
+        rows = torch.from_numpy(np.ascontiguousarray(features)).float()
+        self.n, self.k = len(rows), targets.num_classes
+        deviation, self.mean = torch.std_mean(rows, 0, correction=0)
+        # A feature that never varies says nothing; of one that hardly does, only noise would grow.
+        varies = deviation > 1e-4 * deviation.max()
+        self.scale = torch.where(varies, 1.0 / deviation.clamp(min=1e-30), 0.0)
+        self.rows = (rows - self.mean) * self.scale
+        self.axes: Tensor | None = None
+        if self.n < self.rows.shape[1]:
+            self.axes, triangle = torch.linalg.qr(self.rows.T)
+            self.rows = triangle.T.contiguous()
+        self.targets = targets
+        labels = torch.from_numpy(targets.labels)
+        self.one_hot = torch.nn.functional.one_hot(labels, self.k).float()
+        weights = np.ones(self.n) if targets.weights is None else targets.weights
+        self.weights = torch.from_numpy(weights.astype(np.float32))[:, None]
+        self.soft = None if targets.soft is None else torch.from_numpy(targets.soft).float()
+        self.solution = np.zeros(self.k * (self.rows.shape[1] + 1))
+
+    def solve(self, l2: float) -> LinearHead:
+        """Minimize the objective for one penalty."""
+        result: Any = minimize(
+            self._objective,
+            self.solution,
+            (l2,),
+            jac=True,
+            method="L-BFGS-B",
+            options={"maxiter": ITERATIONS, "ftol": 1e-8, "gtol": 1e-5},
+        )
+        self.solution = result.x
+        solution = torch.from_numpy(result.x).reshape(self.k, -1)
+        weight = solution[:, :-1]
+        if self.axes is not None:
+            weight = weight @ self.axes.T.double()
+        weight = weight * self.scale
+        # Only differences between classes count; centred, the bias is unique, too.
+        bias = solution[:, -1] - solution[:, -1].mean() - weight @ self.mean.double()
+        return LinearHead(weight.float().numpy(), bias.float().numpy(), l2)
+
+    def _objective(self, flat: np.ndarray, l2: float) -> tuple[float, np.ndarray]:
+        """Value and gradient, by row, at weights (k, r + 1), whose last column is the bias."""
+        weight = torch.from_numpy(flat).float().reshape(self.k, -1)
+        logits = torch.addmm(weight[:, -1], self.rows, weight[:, :-1].T)
+        log_probs = logits.log_softmax(-1)
+        alpha = self.targets.alpha if self.soft is not None else 0.0
+        value = (1.0 - alpha) * -float((self.weights * self.one_hot * log_probs).double().sum())
+        error = (1.0 - alpha) * self.weights * (log_probs.exp() - self.one_hot)
+        if self.soft is not None:
+            # As `soft_loss`: temperature squared times the divergence, without its constant.
+            heat = self.targets.temperature
+            softened = (logits / heat).log_softmax(-1)
+            value += alpha * heat**2 * -float((self.soft * softened).double().sum())
+            error = error + alpha * heat * (softened.exp() - self.soft)
+        gradient = torch.empty_like(weight)
+        gradient[:, :-1] = error.T @ self.rows + l2 * weight[:, :-1]
+        gradient[:, -1] = error.sum(0)
+        value += 0.5 * l2 * float((weight[:, :-1].double() ** 2).sum())
+        return value / self.n, (gradient.double() / self.n).flatten().numpy()
