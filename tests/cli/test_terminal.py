@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from threefold.cli.terminal import TerminalWatcher, score_table, verdict_line
-from threefold.predictions.results_schema import Comparison, Score
+from threefold.cli.terminal import TerminalWatcher, expected_line, score_table, verdict_line
+from threefold.predictions.results_schema import Comparison, Expected, MetricScore, Score
 from threefold.recipe import Job
 
 RECORD: dict[str, Any] = {
@@ -46,6 +46,17 @@ def test_verbose_names_jobs_and_epochs() -> None:
 
 def test_on_a_terminal_the_bar_names_the_job() -> None:
     assert "a fold0 two" in watch(verbose=False, terminal=True)
+
+
+def test_the_metric_of_a_run_comes_before_its_accuracy() -> None:
+    expected = Expected(accuracy=0.9, interval=(0.8, 0.95), n=20, rows="oof", basis="oof rows")
+    metric = MetricScore(name="balanced_accuracy", value=0.8765, interval=(0.7, 0.95))
+
+    assert expected_line(expected).startswith("Expect [bold]90.0%[/] of new images to be right")
+    assert expected_line(expected.replace(metric=metric)).splitlines() == [
+        "Expect balanced accuracy [bold]0.876[/] on new images (95 % interval 0.700 to 0.950).",
+        expected_line(expected),
+    ]
 
 
 def test_the_score_table_keeps_the_ends_of_long_names() -> None:

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import sklearn.metrics
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -154,6 +155,47 @@ def test_the_choice_does_not_depend_on_calibration(temperature: float, seed: int
     scaled = {"mean": probs[0], "pool": apply_temperature(probs[1], temperature)}
 
     assert choose(raw, labels).name == choose(scaled, labels).name
+
+
+def test_balanced_accuracy_is_not_traded_for_accuracy() -> None:
+    """One method answers the frequent class better, the simplest the rare one."""
+    labels = np.repeat([0, 1], [180, 20])
+    fair = np.where((labels == 0)[:, None], [0.8, 0.2], [0.3, 0.7])
+    fair[:36] = fair[:36, ::-1]
+    lazy = np.where((labels == 0)[:, None], [0.95, 0.05], [0.6, 0.4])
+    candidates = {"mean": fair, "stacked": lazy}
+
+    by_accuracy, by_classes = (
+        choose(candidates, labels, metric) for metric in ("accuracy", "balanced_accuracy")
+    )
+
+    assert by_accuracy.name == "stacked"
+    assert by_classes.name == "mean"
+    assert "class-balanced log loss" in by_classes.reason
+    assert "balanced accuracy 0.9000 cross-fitted" in by_classes.reason
+
+
+@pytest.mark.parametrize("metric", ["balanced_accuracy", "macro_f1", "log_loss", "roc_auc"])
+def test_the_best_members_are_those_of_the_metric(metric: str) -> None:
+    rng = np.random.default_rng(0)
+    labels = (rng.random(300) < 0.15).astype(int)
+    logits = rng.normal(0, 1, (6, 300)) + rng.uniform(0.2, 2, (6, 1)) * (2 * labels - 1)
+    positive = 1 / (1 + np.exp(-logits - rng.normal(0, 1.5, (6, 1))))
+    probs = np.stack([1 - positive, positive], -1)
+    scikit = {
+        "balanced_accuracy": lambda p: sklearn.metrics.balanced_accuracy_score(labels, p > 0.5),
+        "macro_f1": lambda p: sklearn.metrics.f1_score(labels, p > 0.5, average="macro"),
+        "log_loss": lambda p: -sklearn.metrics.log_loss(labels, p),
+        "roc_auc": lambda p: sklearn.metrics.roc_auc_score(labels, p),
+    }
+    order = np.argsort([-scikit[metric](p) for p in positive], kind="stable")
+
+    spec = EnsembleSpec(top=2)
+    top = build_ensemble("mean", spec, metric=metric).fit(probs, labels)
+    best = build_ensemble("best", EnsembleSpec(), metric=metric).fit(probs, labels)
+
+    assert top.state()["chosen_"].tolist() == sorted(order[:2].tolist())
+    assert best.state()["weights_"].argmax() == order[0]
 
 
 def test_the_choice_does_not_depend_on_the_order() -> None:

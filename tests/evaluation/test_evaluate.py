@@ -50,6 +50,25 @@ def test_shuffled_labels_give_chance() -> None:
         assert high > 0.25 - 0.03
 
 
+@pytest.mark.parametrize("kind", ["oof", "test"])
+def test_headline_has_the_metric_with_a_bootstrap_interval(kind: str) -> None:
+    oof, test = pool(400, 1), pool(200, 2, "test")
+
+    evaluation = evaluate(oof, test if kind == "test" else None, ALL, metric="macro_f1")
+
+    metric = evaluation.expected.metric
+    assert metric is not None
+    assert (metric.name, metric.words) == ("macro_f1", "macro F1")
+    assert metric.interval[0] < metric.value < metric.interval[1]
+    if kind == "test":
+        entry = score(evaluation, evaluation.chosen, "test")
+        assert metric.value == pytest.approx(entry.macro_f1)
+
+
+def test_accuracy_is_no_second_metric_of_the_headline() -> None:
+    assert evaluate(pool(200, 1), None, ALL).expected.metric is None
+
+
 def test_test_rows_change_neither_the_choice_nor_the_fit() -> None:
     oof = pool(600, 1)
 

@@ -15,7 +15,7 @@ from threefold.errors import ExportError
 from threefold.exporting import onnx_files, onnx_graph
 from threefold.exporting.parity import check, compare
 from threefold.files import sha256
-from threefold.predictions.results_schema import ExportReport
+from threefold.predictions.export_schema import ExportReport
 from threefold.runtime import model_file
 from threefold.runtime.model import KEY
 

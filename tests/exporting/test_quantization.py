@@ -21,7 +21,7 @@ from threefold.exporting.export import export
 from threefold.exporting.parity import TOLERANCES, check, compare
 from threefold.exporting.quantization import PRECISIONS, SMALLEST, convert, halve
 from threefold.files import sha256
-from threefold.predictions.results_schema import CorrectAnswers
+from threefold.predictions.export_schema import CorrectAnswers
 from threefold.training.run import Run
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from threefold.errors import ExportError
 from threefold.exporting import targets
 from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
-from threefold.predictions.results_schema import ExportReport
+from threefold.predictions.export_schema import ExportReport
 
 
 class TinyNetwork(nn.Module):

@@ -46,6 +46,24 @@ def test_says_what_to_expect_in_plain_numbers(demo: Page) -> None:
     assert "train 21 min 10 s" in demo.text
 
 
+@pytest.mark.usefixtures("no_charts")
+def test_headline_has_the_metric_that_the_run_goes_by(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", n=20)
+    expected = {
+        "accuracy": 0.9,
+        "interval": [0.7, 0.97],
+        "n": 20,
+        "rows": "test",
+        "basis": "test rows",
+        "metric": {"name": "macro_f1", "value": 0.877, "interval": [0.7, 0.95]},
+    }
+    _edit(folder / "results.json", lambda tree: tree.update(expected=expected))
+
+    page = Page(write_report([folder]))
+
+    assert "Macro F1, which this run goes by: 0.877 , interval 0.700 to 0.950." in page.text
+
+
 def test_is_well_formed_and_accessible(demo: Page) -> None:
     demo.is_sound()
 

@@ -20,7 +20,7 @@ from threefold.exporting import onnx_graph
 from threefold.exporting.onnx_cascade import add_cascade
 from threefold.exporting.parity import check, compare
 from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
-from threefold.predictions.results_schema import ExportReport
+from threefold.predictions.export_schema import ExportReport
 
 CLASSES = ("oak", "elm", "ash")
 CANVASES = {"wide": 8, "cheap": 8, "other": 12}

@@ -20,8 +20,8 @@ from support.summaries import (
     fake_scores,
 )
 from threefold.files import write_arrays, write_json
+from threefold.predictions.export_schema import ExportReport, Latency
 from threefold.predictions.records import VERSION
-from threefold.predictions.results_schema import ExportReport, Latency
 from threefold.recipe import Recipe
 from threefold.stats import scores as stats
 

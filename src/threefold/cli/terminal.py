@@ -257,12 +257,19 @@ def verdict_line(pair: Comparison) -> str:
 
 
 def expected_line(expected: Expected, protocol: str = "") -> str:
-    """Return the accuracy to expect on new images as a sentence with Rich markup."""
+    """Return the metric and the accuracy to expect on new images as Rich markup."""
     low, high = expected.interval
     source = f"{expected.n:,} {escape(expected.basis)}"
     if protocol:
         source += f", protocol {protocol}"
-    return (
+    first = ""
+    if expected.metric is not None:
+        metric, (least, most) = expected.metric, expected.metric.interval
+        first = (
+            f"Expect {metric.words} [bold]{metric.value:.3f}[/] on new images "
+            f"(95 % interval {least:.3f} to {most:.3f}).\n"
+        )
+    return first + (
         f"Expect [bold]{expected.accuracy:.1%}[/] of new images to be right "
         f"(95 % interval {low:.1%} to {high:.1%}; {source})."
     )

@@ -11,6 +11,7 @@ from scipy.optimize import minimize
 from threefold.ensembles.base import Ensemble, LinearEnsemble
 from threefold.errors import RecipeError, RunError
 from threefold.predictions.checks import FLOOR
+from threefold.stats.weighted_scores import merit
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -125,10 +126,13 @@ def _pruning_module(keep: int, values: bool) -> nn.Module:
 
 
 class BestEnsemble(LinearEnsemble):
-    """The single member with the highest accuracy on the fit rows; ties go to lower log loss."""
+    """The single member with the best metric on the fit rows; ties go to lower log loss."""
 
     def _fit(self, probs: np.ndarray, labels: np.ndarray) -> None:
         ranks = _ranks(probs, labels)
+        if self.metric != "accuracy":
+            merits = [merit(self.metric, member.astype(np.float64), labels) for member in probs]
+            ranks = [(first, rank[1]) for first, rank in zip(merits, ranks, strict=True)]
         self.weights_ = np.eye(len(probs))[ranks.index(max(ranks))]
 
 

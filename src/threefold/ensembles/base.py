@@ -28,11 +28,14 @@ class Ensemble(ABC):
     Attributes:
         needs_fit: whether `fit` learns anything. If not, `predict_proba` works without it.
         seed: for methods that draw random numbers; the others ignore it.
+        metric: what the best members are chosen by, one of `weighted_scores.SCORES`; methods that
+            choose none ignore it, and greedy selection goes by accuracy.
         seen_: the rows used by `fit`, if it got their ids; else None.
     """
 
     needs_fit: ClassVar[bool] = True
     seed: int = 0
+    metric: str = "accuracy"
     seen_: SeenRows | None = None
     _state: ClassVar[tuple[str, ...]] = ()
 

@@ -31,6 +31,7 @@ from threefold.predictions.checks import FLOOR, check_labels, check_probs
 from threefold.predictions.ledger import SeenRows
 from threefold.recipe_schema import EnsembleSpec
 from threefold.stats.one_standard_error import simplest
+from threefold.stats.weighted_scores import merit
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -51,6 +52,10 @@ ENSEMBLES: Final[dict[str, Callable[[], Ensemble]]] = {
 """Every method by its name in a recipe, simplest first; `choose` prefers them in this order."""
 
 
+BALANCED: Final = ("balanced_accuracy", "macro_f1")
+"""Metrics in which every class counts the same."""
+
+
 def make_ensemble(name: str, seed: int = 0) -> Ensemble:
     """Make an unfitted ensemble by name.
 
@@ -68,7 +73,7 @@ def make_ensemble(name: str, seed: int = 0) -> Ensemble:
 
 
 class SelectedEnsemble(Ensemble):
-    """Another ensemble on the `top` members that are most accurate on the fit rows.
+    """Another ensemble on the `top` members with the best metric on the fit rows.
 
     Ties go to the first member.
 
@@ -94,8 +99,11 @@ class SelectedEnsemble(Ensemble):
         return {**super().state(), **self.inner.state()}
 
     def _fit(self, probs: np.ndarray, labels: np.ndarray) -> None:
-        accuracies = (probs.argmax(-1) == labels).mean(1)
-        self.chosen_ = np.sort(np.argsort(-accuracies, kind="stable")[: self.top])
+        if self.metric == "accuracy":
+            merits = (probs.argmax(-1) == labels).mean(1)
+        else:
+            merits = np.array([merit(self.metric, p.astype(np.float64), labels) for p in probs])
+        self.chosen_ = np.sort(np.argsort(-merits, kind="stable")[: self.top])
         self.inner.fit(probs[self.chosen_], labels)
 
     def _combine(self, probs: np.ndarray) -> np.ndarray:
@@ -119,8 +127,16 @@ class SelectedEnsemble(Ensemble):
         return Selected(self.chosen_, self.inner.to_module())
 
 
-def build_ensemble(name: str, spec: EnsembleSpec, seed: int = 0) -> Ensemble:
+def build_ensemble(
+    name: str, spec: EnsembleSpec, seed: int = 0, metric: str = "accuracy"
+) -> Ensemble:
     """Make an unfitted ensemble by name, with the options of the recipe.
+
+    Args:
+        name: the method.
+        spec: the `ensemble` table of a recipe.
+        seed: of the methods that draw random numbers.
+        metric: what the best members are chosen by.
 
     Raises:
         RecipeError: unknown name.
@@ -134,7 +150,11 @@ def build_ensemble(name: str, spec: EnsembleSpec, seed: int = 0) -> Ensemble:
             batch_size=spec.stacked.batch_size,
             seed=seed,
         )
-    return SelectedEnsemble(ensemble, spec.top) if spec.top else ensemble
+    if spec.top:
+        ensemble.metric = metric
+        ensemble = SelectedEnsemble(ensemble, spec.top)
+    ensemble.metric = metric
+    return ensemble
 
 
 class RestoredEnsemble(NamedTuple):
@@ -171,17 +191,20 @@ class ChosenMethod(NamedTuple):
     reason: str
 
 
-def choose(candidates: Mapping[str, np.ndarray], labels: npt.ArrayLike) -> ChosenMethod:
+def choose(
+    candidates: Mapping[str, np.ndarray], labels: npt.ArrayLike, metric: str = "accuracy"
+) -> ChosenMethod:
     """Choose the simplest method within one standard error of the least log loss.
 
-    Candidates that classify fewer rows correctly than the simplest one are out, so that accuracy is
-    never traded for log loss. The log loss is computed at each candidate's own temperature: it
-    detects differences that accuracy needs many times more rows for, and every method is calibrated
-    later anyway.
+    Candidates with a lower metric than the simplest one are out, so that the metric is never traded
+    for log loss. The log loss is computed at each candidate's own temperature: it detects
+    differences that accuracy needs many times more rows for, and every method is calibrated later
+    anyway. For balanced accuracy and macro F1 every class has the same weight in it.
 
     Args:
         candidates: out-of-fold, cross-fitted probabilities (n, k) by method name.
         labels: (n,).
+        metric: a name of `weighted_scores.SCORES`.
 
     Raises:
         DataError: no candidates, or probabilities are not usable.
@@ -195,13 +218,17 @@ def choose(candidates: Mapping[str, np.ndarray], labels: npt.ArrayLike) -> Chose
             "no such ensemble method", where=unknown[0], expected=f"one of {', '.join(ENSEMBLES)}"
         )
     names = [name for name in ENSEMBLES if name in candidates]
-    correct = {name: _count_correct(candidates[name], labels) for name in names}
-    eligible = [name for name in names if correct[name] >= correct[names[0]]]
-    losses = [_calibrated_losses(candidates[name], labels) for name in eligible]
+    merits = {name: _merit(metric, candidates[name], labels) for name in names}
+    eligible = [name for name in names if merits[name] >= merits[names[0]]]
+    weights = _row_weights(metric, labels)
+    losses = [_calibrated_losses(candidates[name], labels) * weights for name in eligible]
     choice = simplest([-loss for loss in losses])
     name, best = eligible[choice.chosen], eligible[choice.best]
-    accuracy = correct[name] / len(losses[0])
-    figures = f"log loss {losses[choice.chosen].mean():.4f}, accuracy {accuracy:.4f} cross-fitted"
+    kind = "class-balanced log loss" if metric in BALANCED else "log loss"
+    figures = f"{kind} {losses[choice.chosen].mean():.4f}"
+    if metric != "log_loss":
+        figures += f", {metric.replace('_', ' ')} {merits[name]:.4f}"
+    figures += " cross-fitted"
     if name != best:
         return ChosenMethod(
             name,
@@ -211,15 +238,29 @@ def choose(candidates: Mapping[str, np.ndarray], labels: npt.ArrayLike) -> Chose
     if name != names[0]:
         remark = "no simpler method comes within one standard error"
     elif len(eligible) < len(names):
-        remark = "and the simplest of those that classify no fewer rows correctly"
+        fewer = "classify no fewer rows correctly" if metric == "accuracy" else "have no lower one"
+        remark = f"and the simplest of those that {fewer}"
     else:
         remark = "and the simplest"
     return ChosenMethod(name, f"the best, {figures}; {remark}")
 
 
-def _count_correct(probs: np.ndarray, labels: npt.ArrayLike) -> int:
+def _merit(metric: str, probs: np.ndarray, labels: npt.ArrayLike) -> float:
+    """The metric, higher is better; the same for all where the log loss alone decides."""
     array = check_probs(probs, 2)
-    return int((array.argmax(-1) == check_labels(labels, *array.shape)).sum())
+    truth = check_labels(labels, *array.shape)
+    if metric == "log_loss":
+        return 0.0
+    return merit(metric, array.astype(np.float64), truth)
+
+
+def _row_weights(metric: str, labels: npt.ArrayLike) -> np.ndarray:
+    """Weight (n,) of each row's log loss, 1 on average: equal for rows, or in sum for classes."""
+    truth = np.asarray(labels)
+    if metric not in BALANCED:
+        return np.ones(len(truth))
+    _, at, counts = np.unique(truth, return_inverse=True, return_counts=True)
+    return np.asarray(len(truth) / (len(counts) * counts[at]))
 
 
 def _calibrated_losses(probs: np.ndarray, labels: npt.ArrayLike) -> np.ndarray:

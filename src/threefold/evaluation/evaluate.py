@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from threefold.ensembles.averaging import BestEnsemble
 from threefold.ensembles.base import Ensemble
 from threefold.ensembles.calibration import Calibration, fit_calibration
 from threefold.ensembles.cross_fit import cross_fit, side_by_side, stratified_parts
@@ -25,9 +24,17 @@ from threefold.evaluation.optimism import Counts, nested_choice, optimism_entry
 from threefold.evaluation.scoring import Key, comparisons, score_entries
 from threefold.predictions.ledger import Ledger
 from threefold.predictions.predictions import Predictions
-from threefold.predictions.results_schema import Comparison, Expected, LedgerLine, Optimism, Score
+from threefold.predictions.results_schema import (
+    Comparison,
+    Expected,
+    LedgerLine,
+    MetricScore,
+    Optimism,
+    Score,
+)
 from threefold.recipe_schema import EnsembleSpec
-from threefold.stats.scores import correct, share_interval
+from threefold.stats.scores import bootstrap_interval, correct, share_interval
+from threefold.stats.weighted_scores import score_value
 
 
 @dataclass
@@ -79,7 +86,11 @@ class _ScoredTable(NamedTuple):
 
 
 def evaluate(
-    oof: Predictions | None, test: Predictions | None, spec: EnsembleSpec, seed: int = 0
+    oof: Predictions | None,
+    test: Predictions | None,
+    spec: EnsembleSpec,
+    seed: int = 0,
+    metric: str = "accuracy",
 ) -> Evaluation:
     """Score members and ensembles, and choose, fit and calibrate one method.
 
@@ -91,6 +102,8 @@ def evaluate(
         test: test predictions, or None.
         spec: methods, members to combine, calibration, and which method to export.
         seed: seed of the stacked ensemble.
+        metric: what members and the method are chosen by (`train.metric`); the headline has it,
+            with an interval.
 
     Raises:
         DataError: predictions are not usable, a row is in both, or a score would be on rows of its
@@ -101,16 +114,10 @@ def evaluate(
     fit_rows, duplicate_warnings = _without_duplicates(
         everyone.select(spec.members or everyone.members)
     )
-    fits = _Fits(fit_rows, everyone.ledger())
-    names: tuple[str, ...] = spec.methods
-    if spec.export not in ("auto", *names):
-        names = (*names, spec.export)
-    fits.fit({name: partial(build_ensemble, name, spec, seed) for name in names})
+    fits = _Fits(fit_rows, everyone.ledger(), metric)
+    fits.fit_methods(spec, seed)
     fitted, crossed = fits.ensembles, fits.crossed
-    if spec.export == "auto":
-        choice = choose(crossed, fit_rows.labels)
-    else:
-        choice = ChosenMethod(spec.export, "named by the recipe")
+    choice = fits.choose(spec.export)
     raw = _by_key(everyone, crossed)
     calibrations = dict(
         zip(raw, side_by_side(partial(fits.calibrate, spec.calibration), raw.values()), strict=True)
@@ -131,7 +138,7 @@ def evaluate(
     if oof is not None:
         optimism = fits.optimism()
         if spec.export == "auto" and len(crossed) > 1:
-            nested = nested_choice(crossed, fit_rows.labels, fits.parts, fit_rows.groups)[0]
+            nested = fits.nested_choice()
             optimism.append(fits.optimism_of_choice(choice.name, nested))
     headline = tables[-1]
     probs = headline.probs["ensemble", choice.name]
@@ -151,7 +158,7 @@ def evaluate(
         rows=headline.rows,
         probs=probs.astype(np.float32),
         fit_rows=fit_rows,
-        expected=_expected(headline.rows, probs, nested if test is None else None),
+        expected=_expected(headline.rows, probs, nested if test is None else None, metric),
         fitted=fitted,
         optimism=optimism,
         ledger=fits.ledger.table(),
@@ -188,8 +195,9 @@ class _Fits:
         crossed: the methods' cross-fitted probabilities (n, k).
     """
 
-    def __init__(self, rows: Predictions, ledger: Ledger) -> None:
+    def __init__(self, rows: Predictions, ledger: Ledger, metric: str) -> None:
         self.rows = rows
+        self.metric = metric
         self.ledger = ledger
         self.ensembles: dict[str, Ensemble] = {}
         self.crossed: dict[str, np.ndarray] = {}
@@ -199,6 +207,13 @@ class _Fits:
         """The parts of every cross-fit: the run's folds, or stratified parts."""
         rows = self.rows
         return rows.parts if rows.parts is not None else stratified_parts(rows.labels, rows.groups)
+
+    def fit_methods(self, spec: EnsembleSpec, seed: int) -> None:
+        """Fit the recipe's methods."""
+        names: tuple[str, ...] = spec.methods
+        if spec.export not in ("auto", *names):
+            names = (*names, spec.export)
+        self.fit({name: partial(build_ensemble, name, spec, seed, self.metric) for name in names})
 
     def fit(self, methods: Mapping[str, Callable[[], Ensemble]]) -> None:
         """Fit methods on all rows, and cross-fit them."""
@@ -226,6 +241,17 @@ class _Fits:
         side_by_side(lambda task: task(), (fit_all, fit_parts))
         return ensemble, _CrossFit(crossed, fits)
 
+    def choose(self, export: str) -> ChosenMethod:
+        """Choose a method by cross-fitted probabilities, unless the recipe names one."""
+        if export != "auto":
+            return ChosenMethod(export, "named by the recipe")
+        return choose(self.crossed, self.rows.labels, self.metric)
+
+    def nested_choice(self) -> np.ndarray:
+        """Return the probabilities (n, k) of a choice that is cross-fitted, too."""
+        rows = self.rows
+        return nested_choice(self.crossed, rows.labels, self.parts, rows.groups, self.metric).probs
+
     def calibrate(self, name: str, probs: np.ndarray) -> Calibration:
         """Fit a calibration by name, with cross-fitted probabilities."""
         return fit_calibration(name, probs, self.rows.labels, self.parts, self.rows.groups)
@@ -235,8 +261,10 @@ class _Fits:
         entries = []
         if len(self.rows.members) > 1:
             if "best" not in self.ensembles:
-                best = _Fits(self.rows, self.ledger)
-                best.fit({"best": BestEnsemble})
+                best = _Fits(self.rows, self.ledger, self.metric)
+                best.fit(
+                    {"best": partial(build_ensemble, "best", EnsembleSpec(), metric=self.metric)}
+                )
             else:
                 best = self
             entries.append(
@@ -315,9 +343,15 @@ def _by_key(rows: Predictions, ensembles: Mapping[str, np.ndarray]) -> dict[Key,
     return table
 
 
-def _expected(rows: Predictions, probs: np.ndarray, nested: np.ndarray | None) -> Expected:
-    """Return the accuracy to expect on new images, from a nested choice if there is one."""
-    hits = correct(probs if nested is None else nested, rows.labels)
+def _expected(
+    rows: Predictions, probs: np.ndarray, nested: np.ndarray | None, metric: str
+) -> Expected:
+    """Return the accuracy to expect on new images, from a nested choice if there is one.
+
+    Another metric comes with it, if it is defined on the rows.
+    """
+    answers = probs if nested is None else nested
+    hits = correct(answers, rows.labels)
     basis = f"{rows.kind} rows"
     if nested is not None:
         basis += ", the choice of the method cross-fitted too"
@@ -327,7 +361,19 @@ def _expected(rows: Predictions, probs: np.ndarray, nested: np.ndarray | None) -
         n=len(hits),
         rows=rows.kind,
         basis=basis,
+        **_metric_score(rows, answers, metric),
     )
+
+
+def _metric_score(rows: Predictions, probs: np.ndarray, metric: str) -> dict[str, MetricScore]:
+    """The entry `metric` of `Expected`, unless it is the accuracy or not defined."""
+    if metric == "accuracy":
+        return {}
+    value = score_value(metric, probs.astype(np.float64), rows.labels)
+    if np.isnan(value):
+        return {}
+    interval = bootstrap_interval(metric, probs, rows.labels, rows.groups)
+    return {"metric": MetricScore(name=metric, value=value, interval=interval)}
 
 
 def _warnings(oof: Predictions | None, test: Predictions | None) -> list[str]:

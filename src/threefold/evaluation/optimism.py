@@ -112,6 +112,7 @@ def nested_choice(
     labels: np.ndarray,
     folds: np.ndarray | None = None,
     groups: Sequence[str] | None = None,
+    metric: str = "accuracy",
 ) -> NestedChoice:
     """Cross-fit the choice among methods: no row takes part in the choice that answers it.
 
@@ -120,6 +121,7 @@ def nested_choice(
         labels: (n,).
         folds: (n,) part of each row; None = `stratified_parts`.
         groups: (n,) groups that must stay in one part if `folds` is None.
+        metric: what the choice goes by, see `registry.choose`.
 
     Raises:
         DataError: no methods, or probabilities are not usable.
@@ -133,7 +135,7 @@ def nested_choice(
         name = first
         if not inside.all():
             others = {method: probs[~inside] for method, probs in tables.items()}
-            name = choose(others, labels[~inside]).name
+            name = choose(others, labels[~inside], metric).name
         answers[inside] = tables[name][inside]
         methods.append(name)
     return NestedChoice(answers, methods)

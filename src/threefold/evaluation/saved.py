@@ -152,8 +152,8 @@ def _evaluate_run(
     if oof is None or test is None or reopen:
         if test is not None and oof is not None:
             folder.open_test("ensemble", len(test))
-        return evaluate(oof, test, spec, recipe.seed)
-    evaluation = evaluate(oof, None, spec, recipe.seed)
+        return evaluate(oof, test, spec, recipe.seed, recipe.train.metric)
+    evaluation = evaluate(oof, None, spec, recipe.seed, recipe.train.metric)
     _add_stored_test_scores(folder, evaluation, is_same_top=spec.top == recipe.ensemble.top)
     return evaluation
 

@@ -21,7 +21,8 @@ from threefold.exporting import targets
 from threefold.exporting.quantization import CALIBRATION_IMAGES
 from threefold.files import read_arrays, sha256
 from threefold.models.pipeline import Combiner
-from threefold.predictions.results_schema import ExportReport, Latency, Score
+from threefold.predictions.export_schema import ExportReport, Latency
+from threefold.predictions.results_schema import Score
 from threefold.runtime.model import load
 from threefold.training.run import Run
 

@@ -29,7 +29,7 @@ from threefold.models.pipeline import (
 )
 from threefold.models.resize import resize_square
 from threefold.models.shared import HeadPredictor, HeadsPipeline, SharedBackbone
-from threefold.predictions.results_schema import ExportReport
+from threefold.predictions.export_schema import ExportReport
 from threefold.runtime.model import FORMAT, load
 
 IR_VERSION = 10

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from threefold.errors import ExportError
-from threefold.predictions.results_schema import CorrectAnswers, ExportReport
+from threefold.predictions.export_schema import CorrectAnswers, ExportReport
 
 
 class Tolerance(NamedTuple):

@@ -30,7 +30,7 @@ from threefold.exporting.onnx_files import place_file, staged
 from threefold.exporting.parity import check, compare
 from threefold.exporting.quantization import check_precision
 from threefold.models.pipeline import Pipeline
-from threefold.predictions.results_schema import ExportReport
+from threefold.predictions.export_schema import ExportReport
 from threefold.runtime.model import KEY
 
 SUFFIXES: Final = (".onnx", ".pt2", ".xml")

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from threefold.predictions.export_schema import ExportReport
 from threefold.predictions.records import FirstOpening, Record, VersionedRecord
 
 Interval = tuple[float, float]
@@ -82,11 +83,27 @@ class Comparison(Record):
     seeds: tuple[float, ...] | None = None
 
 
+class MetricScore(Record):
+    """The metric that a run goes by, with its bootstrap interval."""
+
+    name: str
+    value: float
+    interval: Interval
+
+    @property
+    def words(self) -> str:
+        """The name in words."""
+        return {"roc_auc": "ROC AUC", "macro_f1": "macro F1"}.get(
+            self.name, self.name.replace("_", " ")
+        )
+
+
 class Expected(Record):
     """The accuracy to expect on new images.
 
     Attributes:
         basis: the rows that it was measured on, in words.
+        metric: the metric that the run goes by, if it is not the accuracy.
     """
 
     accuracy: float
@@ -94,6 +111,7 @@ class Expected(Record):
     n: int
     rows: str
     basis: str
+    metric: MetricScore | None = None
 
 
 class ClassScore(Record):
@@ -345,64 +363,6 @@ class DistillationResults(Record):
     targets: tuple[FoldTargets, ...]
     tables: tuple[DistillTable, ...]
     costs: tuple[AnswerCost, ...]
-
-
-class CorrectAnswers(Record):
-    """How many answers of the images in the parity gate are correct, before and after the export.
-
-    Attributes:
-        lost, gained: images that only the pipeline, or only the file, answers correctly.
-        change: gained minus lost, as a share of the images.
-        counted_loss: lost minus gained, without ties.
-    """
-
-    before: int
-    after: int
-    lost: int
-    gained: int
-    change: float
-    counted_loss: int
-
-
-class Latency(Record):
-    """Milliseconds per image of an exported file; see `runtime.Model.measure_latency`."""
-
-    full: float
-    n: int
-    threads: int
-    fast: float | None = None
-    stages: tuple[float, ...] | None = None
-
-
-class ExportReport(Record):
-    """How the answers of an exported file compare with the pipeline's; see `exporting.parity`.
-
-    Attributes:
-        rows: name of the rows that the images come from.
-        max_difference: largest absolute difference of a probability.
-        top1_agreement: share of images with the same predicted class.
-        changed, ties: images whose predicted class changed, without and with equal probabilities.
-        tolerance, changed_tolerance, loss_tolerance: limits on max_difference, on changed, and on
-            the counted loss of correct answers.
-        accuracy: only if the labels are known.
-        bytes, path, method, latency: of the written file.
-    """
-
-    images: int
-    rows: str
-    max_difference: float
-    top1_agreement: float
-    changed: int
-    ties: int
-    precision: str
-    tolerance: float
-    changed_tolerance: int
-    loss_tolerance: int
-    accuracy: CorrectAnswers | None = None
-    bytes: int = 0
-    path: str = ""
-    method: str = ""
-    latency: Latency | None = None
 
 
 class Summary(Record):

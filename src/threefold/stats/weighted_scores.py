@@ -40,6 +40,14 @@ def score_value(score: str, probs: np.ndarray, labels: np.ndarray) -> float:
     return float(SCORES[score](probs, labels, np.ones((len(labels), 1)))[0])
 
 
+def merit(score: str, probs: np.ndarray, labels: np.ndarray) -> float:
+    """A score of SCORES, negated where lower is better; minus infinity if it is not defined."""
+    value = score_value(score, probs, labels)
+    if np.isnan(value):
+        return -np.inf
+    return -value if score in LOWER_IS_BETTER else value
+
+
 def _checked_score(
     score: WeightedScore, probs: np.ndarray, labels: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
@@ -164,6 +172,9 @@ def _class_mean(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
         np.divide(shares.sum(0), count, out=np.full(count.shape, np.nan), where=count > 0)
     )
 
+
+LOWER_IS_BETTER: Final = ("log_loss", "brier")
+"""Scores whose best value is the least."""
 
 COUNTED: Final = ("accuracy", "balanced_accuracy", "macro_f1")
 """Scores that depend only on each row's label and predicted class.

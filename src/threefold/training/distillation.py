@@ -278,7 +278,7 @@ def teacher_answers(run: Run, method: str | None = None) -> TeacherAnswers:
     spec = run.recipe.ensemble.model_copy(update={"members": run.recipe.combined})
     if method is not None:
         spec = spec.model_copy(update={"methods": (method,), "export": method})
-    evaluation = evaluate(oof, None, spec, run.recipe.seed)
+    evaluation = evaluate(oof, None, spec, run.recipe.seed, run.recipe.train.metric)
     probs = evaluation.calibration.probs
     summary = {
         "method": evaluation.chosen,

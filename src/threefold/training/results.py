@@ -41,7 +41,7 @@ def evaluate_run(run: Run) -> Evaluation:
         distillation = Distillation.from_run(run)
         if distillation is not None:
             distillation.teacher.folder.open_test("distill", len(test))
-    return evaluate(run.folder.oof, test, spec, run.recipe.seed)
+    return evaluate(run.folder.oof, test, spec, run.recipe.seed, run.recipe.train.metric)
 
 
 def write_results(
