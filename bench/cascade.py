@@ -29,6 +29,7 @@ from threefold.evaluation.cascade_savings import Saving, Savings, fit_savings
 from threefold.files import read_arrays
 from threefold.predictions.formats import read_predictions
 from threefold.runtime.predict import find_images
+from threefold.training.costs import RunCosts
 from threefold.training.provenance import commit, hardware
 from threefold.training.results import evaluate_run, members_in_file, used_members
 from threefold.training.run import Run
@@ -90,17 +91,16 @@ def measure_run(folder: Path, networks: bool) -> None:
     evaluation, results = evaluate_run(run), run.results
     names = members_in_file(evaluation.ensemble, evaluation.combined)
     used = [names.index(name) for name in used_members(evaluation.ensemble, evaluation.combined)]
-    macs = {row.name: row.macs for row in results.members}
-    specs = [run.recipe.member(name) for name in names]
-    passes = [run.networks(spec) * max(1, run.views(spec).count) for spec in specs]
-    costs = [float(macs[name] * count) for name, count in zip(names, passes, strict=True)]
+    members = RunCosts(run)
+    costs = [float(cost.macs) for cost in members.each(names)]
+    groups = [members.group(name) for name in names]
     rows, test, savings_by_share = evaluation.fit_rows, evaluation.rows, {}
     for share in SHARES:
         savings = fit_savings(
             rows.select(names).probs,
             rows.labels,
             evaluation.calibration.probs,
-            stages_by_cost(costs, used),
+            stages_by_cost(costs, used, groups),
             costs=costs,
             members=names,
             disagreement=share,

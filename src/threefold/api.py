@@ -13,7 +13,7 @@ from threefold.errors import RecipeError, RunError
 from threefold.exporting.export import export
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe_schema import MemberSpec, StageSpec
 from threefold.report.pages import write_report
 from threefold.training.distillation import open_teacher
 from threefold.training.jobs import train_members
@@ -22,7 +22,7 @@ from threefold.training.results import evaluate_run, write_results
 from threefold.training.run import Run
 from threefold.training.watcher import Watcher
 
-STUDENT, TWIN = "student", "student-labels"
+STUDENT, TWIN, PROBE = "student", "student-labels", "student-head"
 """Names of the two members of a run that `distill` creates."""
 
 
@@ -182,7 +182,8 @@ def default_folder(run: str | Path, student: str) -> Path:
 def student_recipe(teacher: Run, run: str, student: str, overrides: Sequence[str] = ()) -> Recipe:
     """Make the recipe of a student and its twin from that of the run that teaches.
 
-    Both have the run's data, folds, augmentation and training, and one refitted network each.
+    Both have the run's data, folds, augmentation and training, and one refitted network each. Where
+    the run's member starts from a head on its frozen backbone, both start from such a head, too.
     `distill.inner` is 0 where the run has test images, which then carry the honest scores, else 2.
 
     Args:
@@ -192,7 +193,8 @@ def student_recipe(teacher: Run, run: str, student: str, overrides: Sequence[str
         overrides: `a.b=c` changes.
 
     Raises:
-        RecipeError: the student is a member that joins others, or an override cannot be used.
+        RecipeError: the student is a member that joins others, no stage of the run tunes a network,
+            or an override cannot be used.
     """
     recipe = teacher.recipe
     tree: dict[str, Any] = recipe.model_dump(mode="json", exclude_none=True)
@@ -207,7 +209,10 @@ def student_recipe(teacher: Run, run: str, student: str, overrides: Sequence[str
     spec = member or MemberSpec(
         name=STUDENT, backbone=student, img_size=first.img_size, resize=first.resize
     )
-    stages = recipe.stages_of((member or first).name)
+    head, tuning = _student_stages(recipe, (member or first).name)
+    start = {"name": PROBE, "folds": [], "starts_from": ""}
+    changes = {"name": STUDENT, "folds": [], "starts_from": PROBE if head else ""}
+    learner = spec.model_dump(mode="json")
     ensemble = {"methods": ["mean"], "export": "mean", "members": [STUDENT], "top": 0}
     tree |= {
         "name": f"{recipe.name[:60]}-student",
@@ -215,8 +220,11 @@ def student_recipe(teacher: Run, run: str, student: str, overrides: Sequence[str
         "folds": tree["folds"] | {"final": "refit"},
         "views": {},
         "ensemble": tree["ensemble"] | ensemble,
-        "stages": [stage.model_dump(mode="json") | {"members": []} for stage in stages],
-        "members": [spec.model_dump(mode="json") | {"name": STUDENT, "folds": []}],
+        "stages": [
+            *(stage.model_dump(mode="json") | {"members": [PROBE]} for stage in head),
+            *(stage.model_dump(mode="json") | {"members": []} for stage in tuning),
+        ],
+        "members": [*([learner | start] if head else []), learner | changes],
         "distill": {
             "run": run,
             "student": STUDENT,
@@ -229,6 +237,32 @@ def student_recipe(teacher: Run, run: str, student: str, overrides: Sequence[str
     tree["members"] += [m | {"name": TWIN} for m in tree["members"] if m["name"] == STUDENT]
     tree["distill"]["twin"] = TWIN
     return Recipe.parse(tree, where="the student's recipe")
+
+
+def _student_stages(
+    recipe: Recipe, name: str
+) -> tuple[tuple[StageSpec, ...], tuple[StageSpec, ...]]:
+    """Return the stages of a member's head, if it has one, and those that tune the network.
+
+    A student learns from soft targets in the latter. Those of a probe are the stages of the first
+    member that starts from it.
+
+    Raises:
+        RecipeError: no stage tunes a network.
+    """
+    start = recipe.member(name).starts_from or name
+    later = [m.name for m in recipe.members if m.starts_from == start]
+    head = tuple(stage for stage in recipe.stages_of(start) if stage.kind == "head")
+    for member in (name, *later):
+        tuning = tuple(stage for stage in recipe.stages_of(member) if stage.kind == "tune")
+        if tuning:
+            return head, tuning
+    raise RecipeError(
+        "the run tunes no network, so there are no stages for a student to learn in",
+        where=f"member {name}",
+        expected="a stage of kind tune",
+        fix="distill a run with one",
+    )
 
 
 def _add_file_sizes(run: Run, teacher: Run) -> None:

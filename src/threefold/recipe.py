@@ -204,6 +204,12 @@ class Recipe(Section):
             raise ValueError(
                 "distill.student needs its own backbone and all folds; remove joins and folds"
             )
+        heads = [stage.name for stage in self.stages_of(spec.student) if stage.kind == "head"]
+        if heads:
+            raise ValueError(
+                f"stage {heads[0]} of kind head learns from labels only, and {spec.student} is a "
+                "student; give that stage to a member of its own and let starts_from name it"
+            )
         if spec.twin and (
             spec.twin == spec.student
             or self.member(spec.twin).model_copy(update={"name": spec.student}) != student

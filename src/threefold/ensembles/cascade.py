@@ -254,17 +254,26 @@ class Cascade:
             raise RunError("the cascade is not fitted", fix="call fit(probs, labels, full) first")
 
 
-def stages_by_cost(costs: Sequence[float], used: Sequence[int] | None = None) -> list[list[int]]:
-    """Return one stage per member, cheapest first.
+def stages_by_cost(
+    costs: Sequence[float],
+    used: Sequence[int] | None = None,
+    groups: Sequence[object] | None = None,
+) -> list[list[int]]:
+    """Return one stage per member, or per group of members, cheapest first.
 
     Members that the ensemble does not use run with the last stage.
 
     Args:
         costs: cost of each member, in any unit.
         used: numbers of the members that the ensemble uses; None = all.
+        groups: a value for each member; members of equal value are one stage, because they share
+            most of their cost. None = every member is a group.
     """
     members = range(len(costs)) if used is None else used
-    stages = [[i] for i in sorted(members, key=lambda i: (costs[i], i))]
+    by_group: dict[object, list[int]] = {}
+    for i in sorted(members, key=lambda i: (costs[i], i)):
+        by_group.setdefault(i if groups is None else groups[i], []).append(i)
+    stages = sorted(by_group.values(), key=lambda stage: sum(costs[i] for i in stage))
     if stages:
         stages[-1] += [i for i in range(len(costs)) if i not in members]
     return stages

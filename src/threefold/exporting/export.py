@@ -24,6 +24,7 @@ from threefold.models.pipeline import Combiner
 from threefold.predictions.export_schema import ExportReport, Latency
 from threefold.predictions.results_schema import Score
 from threefold.runtime.model import load
+from threefold.training.frozen import frozen_digest
 from threefold.training.run import Run
 
 PARITY_IMAGES = {"float32": 64, "float16": 512, "bfloat16": 512, "int8": 512}
@@ -169,10 +170,12 @@ def _run_card(run: Run) -> dict[str, Any]:
 
 
 def _hashes(run: Run) -> dict[str, Any]:
-    """Return the SHA-256 of recipe, data, ensemble and weights."""
+    """Return the SHA-256 of recipe, data, ensemble, weights and frozen backbones."""
     info = run.folder.info
-    weights = {}
+    weights, backbones = {}, {}
     for spec in run.recipe.members:
+        if run.recipe.is_frozen(spec.name):
+            backbones[spec.name] = frozen_digest(run.folder, spec)
         for fold in run.final_folds:
             if fold < 0 or not spec.folds or fold in spec.folds:
                 record = run.folder.job_record(run.last_job(spec.name, fold))
@@ -182,4 +185,5 @@ def _hashes(run: Run) -> dict[str, Any]:
         "data": info.data,
         "ensemble": sha256(run.dir / "ensemble.npz"),
         "weights": weights,
+        "backbones": backbones,
     }

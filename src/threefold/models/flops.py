@@ -10,8 +10,10 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from threefold.errors import RecipeError
-from threefold.models.member import create_backbone
-from threefold.recipe_schema import MemberSpec
+from threefold.models.member import Member, create_backbone
+from threefold.models.shared import HeadPredictor, SharedBackbone
+from threefold.models.views import Views
+from threefold.recipe_schema import MemberSpec, ViewSpec
 
 
 class Cost(NamedTuple):
@@ -22,6 +24,10 @@ class Cost(NamedTuple):
     """Multiply-adds: a product and its sum count as one, as in the papers on ConvNets."""
     bytes: int
     """Size of the weights and of batch norm's statistics in a file, without its header."""
+
+    def times(self, networks: int, views: int) -> Cost:
+        """Return the cost of several such networks on several views of an image."""
+        return Cost(self.parameters * networks, self.macs * networks * views, self.bytes * networks)
 
 
 def measure_cost(network: nn.Module, img_size: int) -> Cost:
@@ -40,6 +46,24 @@ def measure_cost(network: nn.Module, img_size: int) -> Cost:
         macs=count_macs(network, img_size),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in state),
     )
+
+
+def split_cost(member: Member, img_size: int) -> tuple[Cost, Cost]:
+    """Count a member's cost as that of its backbone and that of its head.
+
+    Args:
+        member: the network.
+        img_size: side of the image in pixels.
+
+    Raises:
+        RecipeError: the network does not take images of that size.
+    """
+    total = measure_cost(member, img_size)
+    views = Views(ViewSpec(), img_size, 0)
+    backbone = SharedBackbone(member, views, "squash")
+    backbone.require(HeadPredictor(member.head).form)
+    shared = measure_cost(backbone, img_size)
+    return shared, Cost(*(whole - part for whole, part in zip(total, shared, strict=True)))
 
 
 def count_macs(network: nn.Module | str, img_size: int) -> int:

@@ -210,7 +210,9 @@ class Distillation:
             summary=np.array(json.dumps(summary)),
         )
         if nested is not None:
-            shutil.rmtree(nested.dir / "jobs")  # only their predictions are needed from here on
+            # Only their predictions are needed from here on.
+            shutil.rmtree(nested.dir / "jobs")
+            shutil.rmtree(nested.dir / "backbones", ignore_errors=True)
 
     def _nested_run(self, fold: int) -> Run | None:
         """A run of the teacher's recipe without a fold's score rows; None = not needed."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from threefold.ensembles.base import Ensemble, LinearEnsemble
@@ -13,7 +12,6 @@ from threefold.evaluation.evaluate import Evaluation, evaluate
 from threefold.evaluation.scoring import per_class
 from threefold.evaluation.uncertainty import fit_uncertainty
 from threefold.files import write_arrays
-from threefold.models.flops import measure_cost
 from threefold.models.heads import describe
 from threefold.models.member import describe_joint
 from threefold.predictions.records import VERSION
@@ -26,6 +24,7 @@ from threefold.predictions.results_schema import (
     Score,
 )
 from threefold.recipe_schema import MemberSpec
+from threefold.training.costs import RunCosts
 from threefold.training.diagnostics import DataDiagnostics, audit_run, make_thumbnails
 from threefold.training.distillation import Distillation, distillation_results
 from threefold.training.out_of_fold import choices_optimism
@@ -64,8 +63,8 @@ def write_results(
     )
     thumbs = make_thumbnails(run, evaluation, suspects)
     write_arrays(run.dir / "thumbs.npz", preview=diagnostics.augmented, **thumbs)
-    members = _member_rows(run)
-    scores = _add_costs(run, evaluation, members)
+    costs = RunCosts(run)
+    scores = _add_costs(evaluation, costs)
     distillation = distillation_results(run, scores)
     comparisons = tuple(evaluation.comparisons)
     if distillation is not None:
@@ -90,9 +89,9 @@ def write_results(
         temperature=evaluation.calibration.temperature,
         calibration=CalibrationState(**evaluation.calibration.state()),
         conformal=_conformal(run, evaluation),
-        cascade=_cascade(run, evaluation, members),
+        cascade=_cascade(run, evaluation, costs),
         per_class=per_class(evaluation.rows, evaluation.probs),
-        members=members,
+        members=tuple(_member_row(spec, costs) for spec in run.recipe.members),
         optimism=(*choices_optimism(run), *evaluation.optimism),
         ledger=tuple(evaluation.ledger),
         test_opened=run.folder.test_opened(),
@@ -121,7 +120,7 @@ def _conformal(run: Run, evaluation: Evaluation) -> Conformal:
     return Conformal(**fitted.as_dict())
 
 
-def _cascade(run: Run, evaluation: Evaluation, members: Sequence[MemberRow]) -> CascadeResult:
+def _cascade(run: Run, evaluation: Evaluation, costs: RunCosts) -> CascadeResult:
     """Measure the cascade of the chosen ensemble, or say why there is none.
 
     The figures are cross-fitted, and of test rows where there are any.
@@ -130,24 +129,28 @@ def _cascade(run: Run, evaluation: Evaluation, members: Sequence[MemberRow]) -> 
     names = members_in_file(evaluation.ensemble, evaluation.combined)
     used = used_members(evaluation.ensemble, evaluation.combined)
     disagreement = run.recipe.ensemble.disagreement
+    backbones = {costs.group(name) for name in used}
     reasons = {
         "the recipe wants none (ensemble.disagreement = 0)": not disagreement,
         "the chosen ensemble looks at one member only": len(used) < 2,
+        "the members share one frozen backbone, which is nearly all of the cost": len(backbones)
+        < 2,
         "members are not in every fold": any(spec.folds for spec in run.recipe.members),
         "there are no out-of-fold rows to choose its thresholds on": oof is None,
     }
     for reason, holds in reasons.items():
         if holds:
             return CascadeResult(missing=reason)
-    macs = {row.name: row.macs for row in members}
-    costs = [float(macs[name] * _passes(run, name)) for name in names]
-    stages, rows = stages_by_cost(costs, [names.index(name) for name in used]), evaluation.fit_rows
+    macs = [float(cost.macs) for cost in costs.each(names)]
+    groups = [costs.group(name) for name in names]
+    stages = stages_by_cost(macs, [names.index(name) for name in used], groups)
+    rows = evaluation.fit_rows
     savings = fit_savings(
         rows.select(names).probs,
         rows.labels,
         evaluation.calibration.probs,
         stages,
-        costs=costs,
+        costs=macs,
         members=names,
         disagreement=disagreement,
         groups=rows.groups,
@@ -158,45 +161,30 @@ def _cascade(run: Run, evaluation: Evaluation, members: Sequence[MemberRow]) -> 
     return CascadeResult(**savings.as_dict())
 
 
-def _passes(run: Run, name: str) -> int:
-    """Count the passes of an image through a member: one for each of its networks and views."""
-    spec = run.recipe.member(name)
-    return run.networks(spec) * max(1, run.views(spec).count)
-
-
-def _member_rows(run: Run) -> tuple[MemberRow, ...]:
-    """Describe the members and measure the cost of their networks."""
-    num_classes = len(run.sources.train.classes)
-    return tuple(_member_row(run, spec, num_classes) for spec in run.recipe.members)
-
-
-def _member_row(run: Run, spec: MemberSpec, num_classes: int) -> MemberRow:
-    network_cost = measure_cost(run.build(spec, num_classes), spec.img_size)
+def _member_row(spec: MemberSpec, costs: RunCosts) -> MemberRow:
+    """Describe a member and the cost of one of its networks."""
+    network = costs.networks[spec.name]
     return MemberRow(
         name=spec.name,
         backbone=spec.backbone or " + ".join(spec.joins),
         img_size=spec.img_size,
         weights=spec.weights,
         head=describe_joint(spec.head, spec.joins) if spec.joins else describe(spec.head),
-        parameters=network_cost.parameters,
-        macs=network_cost.macs,
-        bytes=network_cost.bytes,
+        parameters=network.parameters,
+        macs=network.macs,
+        bytes=network.bytes,
     )
 
 
-def _add_costs(run: Run, evaluation: Evaluation, members: Sequence[MemberRow]) -> tuple[Score, ...]:
+def _add_costs(evaluation: Evaluation, costs: RunCosts) -> tuple[Score, ...]:
     """Add to each score what an answer to a new image costs, over all networks and views."""
-    rows = {row.name: row for row in members}
     scores = []
     for score in evaluation.scores:
         names = [score.name]
         if score.kind == "ensemble":
             names = used_members(evaluation.fitted[score.name], evaluation.combined)
-        macs = sum(rows[name].macs * _passes(run, name) for name in names)
-        parameters = sum(
-            rows[name].parameters * run.networks(run.recipe.member(name)) for name in names
-        )
-        scores.append(score.replace(macs=macs, parameters=parameters))
+        cost = costs.answer(names)
+        scores.append(score.replace(macs=cost.macs, parameters=cost.parameters))
     return tuple(scores)
 
 

@@ -231,6 +231,16 @@ class Run:
         weights = np.concatenate(network_weights).T / len(mixing)
         return Pipeline(parts, combiner, classes, names, weights)
 
+    def shared_key(self, spec: MemberSpec) -> tuple[str, int, str]:
+        """Return what members with a frozen backbone must have in common to share it.
+
+        Its weights, the input size and the resize.
+
+        Raises:
+            RunError: the run has no such backbone.
+        """
+        return frozen_digest(self.folder, spec), spec.img_size, spec.resize
+
     def _parts(self, folds: Mapping[str, list[int]]) -> dict[str, MemberPipeline | HeadsPipeline]:
         """Build the networks of a pipeline's members, by the folds of each member.
 
@@ -247,7 +257,7 @@ class Run:
                 predictors = [Predictor(network, views) for network in networks]
                 parts[name] = MemberPipeline(predictors, views.canvas, spec.resize)
                 continue
-            key = (frozen_digest(self.folder, spec), spec.img_size, spec.resize)
+            key = self.shared_key(spec)
             if key not in shared:
                 member = assemble_member(spec, frozen_backbone(self.folder, spec), num_classes)
                 shared[key] = SharedBackbone(member, views, spec.resize)
