@@ -79,6 +79,22 @@ def assert_same(a: StageOutcome, b: StageOutcome) -> None:
             "augment.erasing=0.5",
         ),
         ("stages.one.lr=1.0", "stages.one.schedule=constant"),
+        (
+            "stages.one.batch_norm=fixed",
+            "stages.one.patience=4",
+            "train.sam=0.05",
+            "train.ema=0.999",
+            "train.accumulate=2",
+            "train.clip_grad=1.0",
+            "train.layer_decay=0.8",
+            "train.label_smoothing=0.1",
+            "train.metric=roc_auc",
+            "train.precision=auto",
+            "augment.crop=0.5",
+            "augment.policy=randaugment",
+            "augment.color=0.3",
+            "augment.cutmix=1.0",
+        ),
     ],
 )
 @pytest.mark.parametrize("epoch", [1, 3])
@@ -86,7 +102,13 @@ def test_resumed_stage_equals_uninterrupted_one(
     sets: tuple[str, ...], epoch: int, tmp_path: Path
 ) -> None:
     path = tmp_path / "job" / ".resume"
-    task = make_task("stages.one.epochs=4", *sets, resume_path=path, save_interval=0.0)
+    task = make_task(
+        "stages.one.epochs=4",
+        *sets,
+        resume_path=path,
+        save_interval=0.0,
+        precision_file=tmp_path / "precision.json",
+    )
     interrupt(task, epoch)
     watcher = Interrupter()
 

@@ -11,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.paths import GOLDEN
 
-from threefold.training.optimizers import KerasAdam, lr_at
+from threefold.models.backbones import CPU_FROZEN
+from threefold.models.member import build_member
+from threefold.recipe_schema import MemberSpec, StageSpec, TrainSpec
+from threefold.training.optimizers import KerasAdam, create_optimizer, lr_at, set_trainable
 
 KERAS = np.load(GOLDEN / "keras_heads.npz", allow_pickle=False)
 LR, EPOCHS, STEPS = float(KERAS["adam/lr"]), int(KERAS["adam/epochs"]), int(KERAS["adam/steps"])
@@ -101,6 +104,67 @@ def test_adam_calls_the_closure_with_gradients() -> None:
 def test_adam_has_no_weight_decay() -> None:
     with pytest.raises(TypeError, match="weight_decay"):
         KerasAdam([torch.nn.Parameter(torch.zeros(1))], weight_decay=0.1)  # type: ignore[call-arg]
+
+
+LAST_BLOCKS = r"^head|^backbone\.(blocks\.[56]|conv_head|bn2)\."
+"""The parameters of the last blocks of an EfficientNet-Lite and of the head."""
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        StageSpec(name="s", epochs=1, lr=1.0),
+        StageSpec(name="s", epochs=1, lr=1.0, frozen=CPU_FROZEN),
+        StageSpec(name="s", epochs=1, lr=1.0, trainable=LAST_BLOCKS),
+    ],
+    ids=["all", "frozen", "last blocks"],
+)
+@pytest.mark.parametrize("kind", ["adamw", "adam-keras"])
+def test_layer_decay_falls_from_the_head_down(kind: str, stage: StageSpec) -> None:
+    lite0 = MemberSpec(name="m", backbone="tf_efficientnet_lite0", weights="none", img_size=32)
+    member = build_member(lite0, 3)
+    trained = set_trainable(member, stage)
+    spec = TrainSpec(optimizer=kind, layer_decay=0.8)
+    names = {id(parameter): name for name, parameter in member.named_parameters()}
+
+    optimizer = create_optimizer(member, spec, stage.lr)
+
+    scales = {
+        names[id(parameter)]: group["lr_scale"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert set(scales) == set(trained)
+    assert all(scales[name] == 1.0 for name in trained if name.startswith("head."))
+    below = [scales[name] for name in trained if name.startswith("backbone.")]
+    assert below == sorted(below)
+    assert max(below) == pytest.approx(0.8)
+    blocks = {name.split(".")[2] for name in trained if "blocks." in name}
+    assert (blocks == {"5", "6"}) == (stage.trainable == LAST_BLOCKS)
+    for block in blocks - {min(blocks)}:
+        first = {n: s for n, s in scales.items() if f"blocks.{block}." in n}
+        earlier = {n: s for n, s in scales.items() if f"blocks.{int(block) - 1}." in n}
+        assert min(first.values()) > max(earlier.values())
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
+@pytest.mark.parametrize("layer_decay", [1.0, 0.7])
+def test_weight_decay_spares_norms_and_biases(backbone: str, layer_decay: float) -> None:
+    """Without gradients, AdamW only decays."""
+    member = build_member(MemberSpec(name="m", backbone=backbone, weights="none"), 3)
+    with torch.no_grad():
+        for parameter in member.parameters():
+            parameter.fill_(1.0)
+            parameter.grad = torch.zeros_like(parameter)
+    spec = TrainSpec(optimizer="adamw", weight_decay=0.1, layer_decay=layer_decay)
+
+    create_optimizer(member, spec, 0.1).step()
+
+    exempt = member.no_weight_decay()
+    assert bool(exempt) == (backbone == "test_vit")
+    for name, parameter in member.named_parameters():
+        decayed = bool((parameter != 1.0).any())
+        assert decayed == (parameter.ndim > 1 and name not in exempt), name
 
 
 def test_time_decay_is_the_papers() -> None:

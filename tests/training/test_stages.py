@@ -229,6 +229,7 @@ def test_out_of_memory_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> N
         ),
         ("train.class_weights=balanced", "train.sampler=balanced", "train.layer_decay=0.7"),
         ("train.precision=bfloat16",),
+        ("train.sam=0.1",),
     ],
     ids=lambda options: options[0].split("=")[0] if options else "plain",
 )
@@ -260,6 +261,22 @@ def test_accumulation_takes_the_step_of_the_whole_batch() -> None:
 
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-6)
+
+
+def test_average_of_a_short_stage_forgets_its_start() -> None:
+    """With a decay of 0.9999 and no warm-up, 12 steps would leave 99.9 % of the start."""
+    start = build_tiny().state_dict()
+
+    averaged, last = (
+        train_stage(build_tiny(), make_task("stages.one.epochs=4", f"train.ema={decay}"))
+        for decay in (0.9999, 0.0)
+    )
+
+    assert averaged.history["best_epoch"] >= 2
+    moved = torch.cat([(averaged.state[n] - start[n]).flatten().float() for n in start])
+    whole = torch.cat([(last.state[n] - start[n]).flatten().float() for n in start])
+    assert 0.3 < float(moved.norm() / whole.norm()) < 1.2
+    assert not torch.equal(moved, whole)
 
 
 def test_infinite_loss_is_an_error_with_a_fix() -> None:
@@ -317,11 +334,16 @@ def test_stage_trains_at_its_size_and_is_measured_at_the_members(
 
 def test_patience_stops_a_stage_that_no_longer_improves() -> None:
     ruinous = ("stages.one.lr=3.0", "stages.one.schedule=constant", "train.optimizer=sgd")
-    task = make_task(*ruinous, "stages.one.epochs=9", "stages.one.patience=2", first=False)
+    task = make_task(
+        *ruinous,
+        "train.gate=false",
+        "stages.one.epochs=9",
+        "stages.one.patience=2",
+        first=False,
+    )
 
     history = train_stage(build_tiny(), task).history
 
-    best = max((r["select_accuracy"], -r["select_loss"], -r["epoch"]) for r in history["epochs"])
-    assert len(history["epochs"]) == 2 + max(history["best_epoch"] + 1, 0) < 9, best
+    assert len(history["epochs"]) == history["best_epoch"] + 1 + 2 < 9
     assert history["stopped"] == "stopped early: no better epoch in 2"
     assert history["reason"].endswith(history["stopped"])

@@ -78,6 +78,11 @@ class Member(nn.Module):
         top = max(layers.values(), default=-1) + 1
         return lambda name: layers.get(name.removeprefix("backbone."), top)
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that the backbone exempts from weight decay (timm's convention)."""
+        names: set[str] = getattr(self.backbone, "no_weight_decay", set)()
+        return {f"backbone.{name}" for name in names}
+
 
 class JointMember(nn.Module):
     """Members joined into one network: the paper's E2E-3M, trained end to end.
@@ -121,6 +126,14 @@ class JointMember(nn.Module):
             return max(tops) - below
 
         return layer
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that the backbones exempt from weight decay (timm's convention)."""
+        return {
+            f"bases.{number}.{name}"
+            for number, base in enumerate(self.bases)
+            for name in cast("Member", base).no_weight_decay()
+        }
 
 
 def backbone_features(backbone: Any, images: Tensor, *, takes_map: bool) -> Tensor:

@@ -70,7 +70,7 @@ def train_mode(member: nn.Module, *, fixed_norms: bool = False) -> None:
 def create_optimizer(member: nn.Module, spec: TrainSpec, lr: float) -> torch.optim.Optimizer:
     """Create the recipe's optimizer for the trainable parameters of a member.
 
-    Weight decay applies to every parameter, norms and biases included.
+    Weight decay does not apply to norms and biases, nor to what the backbone exempts.
 
     Args:
         member: the network; `layer_decay` below 1 needs its `group_matcher` (timm's convention).
@@ -88,7 +88,7 @@ def create_optimizer(member: nn.Module, spec: TrainSpec, lr: float) -> torch.opt
             opt=spec.optimizer,
             lr=lr,
             weight_decay=spec.weight_decay,
-            filter_bias_and_bn=False,
+            filter_bias_and_bn=True,
             layer_decay=layer_decay,
             fused=True,
         )

@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from threefold.errors import RunError
 from threefold.models.pipeline import Predictor, predict_probs, to_pixels
@@ -43,6 +43,7 @@ from threefold.training.losses import BatchLoss, soften
 from threefold.training.optimizers import create_optimizer, lr_at, set_trainable, train_mode
 from threefold.training.pixel_cache import PixelRows
 from threefold.training.precision import autocast, check_precision, pick_precision
+from threefold.training.sharpness import sharpen_gradients
 from threefold.training.watcher import Watcher
 
 
@@ -161,6 +162,14 @@ def _why_stopped(cut_short: bool, epochs: int, best: Checkpoint, stage: StageSpe
     return "cut short by the time budget"
 
 
+class _Batch(NamedTuple):
+    """What a forward pass and its loss take."""
+
+    images: Tensor
+    labels: Tensor
+    soft: Tensor | None
+
+
 class _Loop:
     """Optimizer, augmentation and counters of one stage."""
 
@@ -185,7 +194,9 @@ class _Loop:
         self.started = self.saved = time.monotonic()
         self.elapsed_before = 0.0
         self.fingerprint = ""
-        self.average = _average(member, spec.ema) if spec.ema else None
+        # Averages the weights and the statistics of norms. The warm-up lets short stages forget
+        # where they began: after n steps the decay is at most 1 - (n + 1)^(-2/3).
+        self.average = ModelEmaV3(member, spec.ema, use_warmup=True) if spec.ema else None
         self.soft_targets = _soft_targets(task, self.device)
 
     def _train_mode(self) -> None:
@@ -317,7 +328,7 @@ class _Loop:
             "select_accuracy": checkpoint.accuracy,
             "select_loss": float(checkpoint.losses.mean()),
             "select_metric": _plain(checkpoint.score),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": max(group["lr"] for group in self.optimizer.param_groups),
             "seconds": round(seconds, 3),
             "images_per_second": round(images / seconds, 1),
         }
@@ -355,15 +366,15 @@ class _Loop:
         lr = lr_at(stage.schedule, stage.lr, self._schedule_step(total), total, stage.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        loss = 0.0
-        for part in np.array_split(rows, min(self.spec.accumulate, len(rows) // 2)):
-            share = len(part) / len(rows)
-            images, labels, soft = self._inputs(part)
-            with autocast(self.precision, self.device):
-                logits = self.member(images)
-            part_loss = self.loss(logits.float(), labels, soft)
-            self.scaler.scale(part_loss * share).backward()  # type: ignore[no-untyped-call]
-            loss += float(part_loss.detach()) * share
+        parts = np.array_split(rows, min(self.spec.accumulate, len(rows) // 2))
+        batches: Iterable[_Batch] = map(self._inputs, parts)
+        if self.spec.sam:
+            batches = list(batches)  # both passes take the same augmented images
+        loss = self._backward(batches, len(rows))
+        if self.spec.sam:
+            sharpen_gradients(
+                self.member, self.spec.sam, lambda: self._backward(batches, len(rows))
+            )
         if self.spec.clip_grad:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.member.parameters(), self.spec.clip_grad)
@@ -371,8 +382,20 @@ class _Loop:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
-            self.average.update_parameters(self.member)
+            self.average.update(self.member, self.step + 1)
         self.step += 1
+        return loss
+
+    def _backward(self, batches: Iterable[_Batch], count: int) -> float:
+        """Add the gradients of micro-batches of `count` images together; returns the mean loss."""
+        loss = 0.0
+        for batch in batches:
+            share = len(batch.images) / count
+            with autocast(self.precision, self.device):
+                logits = self.member(batch.images)
+            part_loss = self.loss(logits.float(), batch.labels, batch.soft)
+            self.scaler.scale(part_loss * share).backward()  # type: ignore[no-untyped-call]
+            loss += float(part_loss.detach()) * share
         return loss
 
     def _schedule_step(self, total: int) -> int:
@@ -382,7 +405,7 @@ class _Loop:
         used = (time.monotonic() - self.started) / max(self.task.deadline - self.started, 1e-9)
         return max(self.step, min(total - 1, int(used * total)))
 
-    def _inputs(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _inputs(self, rows: np.ndarray) -> _Batch:
         """Augmented images, labels and soft targets of some fit rows."""
         images = to_pixels(self.task.fit.pixels[rows], self.device)
         labels = torch.from_numpy(self.task.fit.labels[rows]).to(self.device)
@@ -390,7 +413,7 @@ class _Loop:
         if self.soft_targets is not None:
             soft = self.soft_targets[torch.from_numpy(rows)]
         images, labels, soft = self.augment(images, labels, soft)
-        return images.contiguous(memory_format=torch.channels_last), labels, soft
+        return _Batch(images.contiguous(memory_format=torch.channels_last), labels, soft)
 
 
 def _soft_targets(task: StageTask, device: torch.device) -> Tensor | None:
@@ -399,12 +422,6 @@ def _soft_targets(task: StageTask, device: torch.device) -> Tensor | None:
     if task.teacher_probs is None or distill is None:
         return None
     return soften(task.teacher_probs, distill.temperature, device)
-
-
-def _average(member: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of weights and batch norm statistics."""
-    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    return AveragedModel(member, multi_avg_fn=average, use_buffers=True)
 
 
 def _seed_all(seed: int) -> None:
