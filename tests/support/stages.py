@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from support.tiny_runs import COLOURS, tiny_tree
 from threefold.models.member import Member, build_member
 from threefold.recipe import Recipe
 from threefold.training.pixel_cache import PixelRows
-from threefold.training.stages import StageTask
+from threefold.training.stages import StageTask, train_stage
+from threefold.training.watcher import Watcher
 
 
 def make_rows(n: int, seed: int) -> PixelRows:
@@ -35,3 +38,28 @@ def build_tiny(name: str = "plain", *sets: str) -> Member:
     """Build a member of the tiny recipe with the same fresh weights every time."""
     torch.manual_seed(0)
     return build_member(Recipe.parse(tiny_tree(Path("x")), sets).member(name), 3)
+
+
+class Interrupter(Watcher):
+    """Interrupts training in an epoch, and counts epochs and images."""
+
+    def __init__(self, epoch: int = -1) -> None:
+        self.stop_at, self.epochs, self.images = epoch, 0, 0
+
+    def batch(self, images: int) -> None:
+        if self.epochs == self.stop_at:
+            raise KeyboardInterrupt
+        self.images += images
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        self.epochs += 1
+
+
+def interrupt(task: StageTask, epoch: int) -> None:
+    """Train the tiny network until an epoch, saving after each one before."""
+    with pytest.raises(KeyboardInterrupt):
+        train_stage(build_tiny(), replace(task, watcher=Interrupter(epoch)))
+
+
+def without_path(task: StageTask) -> StageTask:
+    return replace(task, resume_path=None)

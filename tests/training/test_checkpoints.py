@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from support.stages import build_tiny, make_rows, make_task
+from support.stages import Interrupter, build_tiny, interrupt, make_rows, make_task, without_path
 from torch import Tensor, nn
 
 from threefold.errors import RunError
@@ -22,32 +21,6 @@ from threefold.training.checkpoints import (
 )
 from threefold.training.run import Run
 from threefold.training.stages import StageOutcome, StageTask, train_stage
-from threefold.training.watcher import Watcher
-
-
-class Interrupter(Watcher):
-    """Interrupts training in an epoch, and counts epochs and images."""
-
-    def __init__(self, epoch: int = -1) -> None:
-        self.stop_at, self.epochs, self.images = epoch, 0, 0
-
-    def batch(self, images: int) -> None:
-        if self.epochs == self.stop_at:
-            raise KeyboardInterrupt
-        self.images += images
-
-    def epoch(self, record: dict[str, Any]) -> None:
-        self.epochs += 1
-
-
-def interrupt(task: StageTask, epoch: int) -> None:
-    """Train the tiny network until an epoch, saving after each one before."""
-    with pytest.raises(KeyboardInterrupt):
-        train_stage(build_tiny(), replace(task, watcher=Interrupter(epoch)))
-
-
-def without_path(task: StageTask) -> StageTask:
-    return replace(task, resume_path=None)
 
 
 def assert_same(a: StageOutcome, b: StageOutcome) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.stages import build_tiny, make_rows, make_task
+from support.stages import build_tiny, interrupt, make_rows, make_task, without_path
 
 from threefold.errors import RecipeError
 from threefold.models.pipeline import to_pixels
-from threefold.training import precision
+from threefold.training import precision, stages
 from threefold.training.precision import half_precision, pick_precision, training_speed
 from threefold.training.stages import train_stage
 
@@ -110,6 +110,49 @@ def test_measured_precision_gives_the_bits_of_the_same_named_one(
     )
 
     assert all(torch.equal(auto[name], named[name]) for name in auto)
+
+
+@pytest.mark.parametrize("sets", [(), ("train.clip_grad=0.5", "train.sam=0.05")])
+def test_loss_scaling_takes_the_steps_of_float32(
+    sets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, where float16 is slow but computes the same: scaled gradients are scaled back."""
+    monkeypatch.setattr(stages, "check_precision", lambda name, device: None)
+    options = ("stages.one.epochs=2", "train.optimizer=sgd", "members.plain.head.noise=0.0", *sets)
+
+    start, half, full = (
+        (
+            train_stage(
+                build_tiny("plain", options[2]), make_task(*options, f"train.precision={name}")
+            ).state
+            if name
+            else build_tiny().state_dict()
+        )
+        for name in ("", "float16", "float32")
+    )
+
+    names = [name for name, _ in build_tiny().named_parameters()]
+    moved, error = (
+        torch.cat([(full[name] - other[name]).flatten() for name in names]).norm()
+        for other in (start, half)
+    )
+    assert 0 < float(error) < 0.1 * float(moved)
+
+
+def test_loss_scale_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "check_precision", lambda name, device: None)
+    task = make_task(
+        "stages.one.epochs=3",
+        "train.precision=float16",
+        resume_path=tmp_path / ".resume",
+        save_interval=0.0,
+    )
+    interrupt(task, 2)
+
+    resumed = train_stage(build_tiny(), task)
+
+    whole = train_stage(build_tiny(), without_path(task))
+    assert all(torch.equal(value, whole.state[name]) for name, value in resumed.state.items())
 
 
 def test_float16_on_a_processor_is_refused() -> None:
