@@ -65,6 +65,14 @@ def test_headline_has_the_metric_with_a_bootstrap_interval(kind: str) -> None:
         assert metric.value == pytest.approx(entry.macro_f1)
 
 
+def test_perfect_rows_leave_the_metric_an_interval() -> None:
+    metric = evaluate(pool(60, 1, sharpness=30.0), None, ALL, metric="macro_f1").expected.metric
+
+    assert metric is not None
+    assert metric.value == metric.interval[1] == 1.0
+    assert 0.9 < metric.interval[0] < 0.97
+
+
 def test_accuracy_is_no_second_metric_of_the_headline() -> None:
     assert evaluate(pool(200, 1), None, ALL).expected.metric is None
 

@@ -34,7 +34,7 @@ from threefold.predictions.results_schema import (
 )
 from threefold.recipe_schema import EnsembleSpec
 from threefold.stats.scores import bootstrap_interval, correct, share_interval
-from threefold.stats.weighted_scores import score_value
+from threefold.stats.weighted_scores import COUNTED, score_value
 
 
 @dataclass
@@ -366,13 +366,21 @@ def _expected(
 
 
 def _metric_score(rows: Predictions, probs: np.ndarray, metric: str) -> dict[str, MetricScore]:
-    """The entry `metric` of `Expected`, unless it is the accuracy or not defined."""
+    """The entry `metric` of `Expected`, unless it is the accuracy or not defined.
+
+    Where no row is wrong, every bootstrap draw is perfect; the interval of the accuracy then takes
+    the place of one without width.
+    """
     if metric == "accuracy":
         return {}
     value = score_value(metric, probs.astype(np.float64), rows.labels)
     if np.isnan(value):
         return {}
-    interval = bootstrap_interval(metric, probs, rows.labels, rows.groups)
+    hits = correct(probs, rows.labels)
+    if metric in COUNTED and hits.all():
+        interval = share_interval(hits, rows.groups)
+    else:
+        interval = bootstrap_interval(metric, probs, rows.labels, rows.groups)
     return {"metric": MetricScore(name=metric, value=value, interval=interval)}
 
 
