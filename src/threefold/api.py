@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -18,9 +19,13 @@ from threefold.report.pages import write_report
 from threefold.training.distillation import open_teacher
 from threefold.training.jobs import train_members
 from threefold.training.plan import plan_folder
+from threefold.training.plan_basis import Quality
 from threefold.training.results import evaluate_run, write_results
 from threefold.training.run import Run
 from threefold.training.watcher import Watcher
+
+LEAST_TUNING_SECONDS = 10.0
+"""Less time than this is not worth starting to tune."""
 
 STUDENT, TWIN, PROBE = "student", "student-labels", "student-head"
 """Names of the two members of a run that `distill` creates."""
@@ -33,33 +38,100 @@ def fit(
     budget_minutes: float = 20.0,
     members: tuple[str, ...] = (),
     overrides: tuple[str, ...] = (),
+    quality: Quality = "good",
     watcher: Watcher | None = None,
 ) -> Run:
     """Plan, train, ensemble, export and report on a folder of images, within a time budget.
+
+    Heads on frozen features come first. Their ensemble is scored, exported and reported at once, so
+    that there is an answer early; tuned networks then improve it in the time that is left.
 
     Args:
         folder: class folders, or train/ [val/] test/ with class folders inside.
         out: the run folder; an interrupted run in it is resumed with its own recipe.
         budget_minutes: limit of the wall time (0 = none).
-        members: timm names; by default three EfficientNet-Lite with linear, GRU and BiLSTM heads.
+        members: timm names; by default three EfficientNet-Lite.
         overrides: `a.b=c` changes to the planned recipe.
+        quality: fast = heads on frozen features only; good; best = larger images, more epochs.
         watcher: follows the training.
 
     Raises:
         ThreefoldError: the folder or the recipe cannot be used; the message says what to do.
     """
+    began = time.monotonic()
     if (Path(out) / "recipe.toml").exists():
         # A new plan could differ, since it depends on the speed of the machine.
         recipe = _resumed_recipe(Path(out), Path(folder), members, overrides)
-        run = train(recipe, out, watcher)
+        header, sources = "", None
     else:
-        plan = plan_folder(folder, budget_minutes, members, overrides)
+        plan = plan_folder(folder, budget_minutes, members, overrides, quality, watcher)
         if watcher:
             for decision in plan.decisions:
                 watcher.note(f"{decision.key} = {decision.value}: {decision.reason}")
-        run = train(plan.recipe, out, watcher, plan.explain(), plan.sources)
+        recipe, header, sources = plan.recipe, plan.explain(), plan.sources
+    deadline = began + 60 * budget_minutes if budget_minutes else math.inf
+    run = Run.create(recipe, out, watcher, header, sources)
+    if run.folder.is_finished:
+        finish(run)
+        return run
+    early = _answer_early(run)
+    if early is not None:
+        deadline -= _seconds_to_finish(early, run)
+        if deadline - time.monotonic() < LEAST_TUNING_SECONDS:
+            return _settle(early)
+        run = Run(run.folder, watcher, early.sources, deadline)
+    with run.folder.locked():
+        _train_and_score(run)
     finish(run)
     return run
+
+
+def _answer_early(run: Run) -> Run | None:
+    """Train, score, export and report the probes of a run, before anything is tuned.
+
+    From here on there is an honest, complete answer in the folder. Test rows stay sealed.
+
+    Returns:
+        The run of the probes; None if the run has nothing but probes, or none.
+    """
+    probes = run.recipe.probes
+    pending = tuple(m.name for m in run.recipe.members if m.name not in probes)
+    if not probes or not pending:
+        return None
+    folder = RunFolder(run.dir, run.recipe.without(pending))
+    early = Run(folder, run.watcher, run.__dict__.get("sources"))
+    if not folder.has_results:
+        with folder.locked():
+            _train_and_score(early, pending)
+        finish(early)
+        run.watcher.note(
+            f"a first answer is in {run.dir / 'model.onnx'}: {_headline(early)}; tuning follows"
+        )
+    return early
+
+
+def _headline(run: Run) -> str:
+    score = run.results.score(run.results.chosen, "ensemble", "oof")
+    assert score is not None
+    return f"{run.results.chosen} of {len(run.recipe.combined)}, {score.accuracy:.4f} out of fold"
+
+
+def _seconds_to_finish(early: Run, run: Run) -> float:
+    """Predict how long scoring, export and report of all members take, from those of the probes."""
+    seconds = early.results.seconds
+    fixed = seconds["ensemble"] + seconds.get("report", 0.0)
+    growth = sum(1 if run.recipe.is_frozen(m.name) else run.networks(m) for m in run.recipe.members)
+    return 1.5 * fixed + seconds.get("export", 0.0) * growth / len(early.recipe.members)
+
+
+def _settle(early: Run) -> Run:
+    """Make the probes' answer the final one, because the time is up; opens the test rows."""
+    early.watcher.note("no time is left for tuning: the probes' answer is final")
+    early.folder.replace_recipe(early.recipe, "the members to be tuned were left out: no time left")
+    with early.folder.locked():
+        _train_and_score(early)
+    finish(early)
+    return early
 
 
 def _resumed_recipe(
@@ -110,19 +182,29 @@ def train(
     run = Run.create(recipe, out, watcher, header, sources)
     if not run.folder.is_finished:
         with run.folder.locked():
-            diagnostics = train_members(run)
-            start = time.monotonic()
-            evaluation = evaluate_run(run)
-            scoring_seconds = time.monotonic() - start
-            training_seconds = sum(run.folder.job_record(job).seconds for job in run.jobs)
-            seconds = {"train": training_seconds, "ensemble": scoring_seconds}
-            write_results(run, evaluation, diagnostics, seconds)
+            _train_and_score(run)
     return run
+
+
+def _train_and_score(run: Run, pending: tuple[str, ...] = ()) -> None:
+    """Run the missing jobs, score the ensembles and write the results.
+
+    Args:
+        run: the run.
+        pending: members that follow later; until then the test rows stay sealed.
+    """
+    diagnostics = train_members(run, keep_cache=bool(pending))
+    start = time.monotonic()
+    evaluation = evaluate_run(run, test_stays_sealed=bool(pending))
+    scoring_seconds = time.monotonic() - start
+    training_seconds = sum(run.folder.job_record(job).seconds for job in run.jobs)
+    seconds = {"train": training_seconds, "ensemble": scoring_seconds}
+    write_results(run, evaluation, diagnostics, seconds, pending)
 
 
 def finish(run: Run) -> None:
     """Export a trained run, unless that is done, and write its report."""
-    if not (run.dir / "model.onnx").exists():
+    if run.results.export is None or not (run.dir / "model.onnx").exists():
         export(run)
     report(run)
 

@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from threefold.errors import RecipeError
 from threefold.names import find_repeated
+from threefold.overrides import apply_override
 from threefold.recipe_schema import (
     WITH_GROUPS,
     AugmentSpec,
@@ -108,6 +109,7 @@ class Recipe(Section):
                 raise ValueError(f"{what} need different names; repeated: {repeated}")
         self._check_folds()
         self._check_members()
+        self._check_cached()
         self._check_distill()
         if self.train.optimizer == "adam-keras" and self.train.weight_decay:
             raise ValueError(
@@ -183,6 +185,20 @@ class Recipe(Section):
             raise ValueError(
                 f"ensemble.top = {self.ensemble.top} exceeds the {len(self.combined)} members"
             )
+
+    def _check_cached(self) -> None:
+        """Check that cached stages have nothing that must see the pixels of a whole batch."""
+        for stage in self.stages:
+            mixing = [k for k in ("mixup", "cutmix", "erasing") if getattr(self.augment, k)]
+            if stage.cached and mixing:
+                raise ValueError(
+                    f"stage {stage.name} is cached and cannot mix or erase pixels: set "
+                    f"{' and '.join(f'augment.{key} = 0' for key in mixing)}, or cached = false"
+                )
+            if stage.cached and stage.img_size:
+                raise ValueError(
+                    f"stage {stage.name} is cached and has the size of its member; remove img_size"
+                )
 
     def _check_distill(self) -> None:
         """Check that student and twin are members that differ in name only, in an honest run."""
@@ -274,6 +290,32 @@ class Recipe(Section):
     def is_frozen(self, member: str) -> bool:
         """Whether a member's backbone keeps its pretrained weights: its last stage is a head's."""
         return self.stages_of(member)[-1].kind == "head"
+
+    @property
+    def probes(self) -> tuple[str, ...]:
+        """Members that train only a head: their answers come first, and others start from them."""
+        return tuple(m.name for m in self.members if self.is_frozen(m.name))
+
+    def without(self, members: Collection[str]) -> Recipe:
+        """Return the recipe of the other members, with their stages.
+
+        Args:
+            members: names to leave out; nothing that stays may join or start from one of them.
+        """
+        kept = [m for m in self.members if m.name not in members]
+        names = {m.name for m in kept}
+        stages = []
+        for stage in self.stages:
+            named = tuple(name for name in stage.members if name in names)
+            if named or not stage.members:
+                stages.append(stage.model_copy(update={"members": named}))
+        combined = tuple(name for name in self.ensemble.members if name in names)
+        top = min(self.ensemble.top, len(combined or kept))
+        ensemble = self.ensemble.model_copy(update={"members": combined, "top": top})
+        tree = self.model_copy(
+            update={"members": tuple(kept), "stages": tuple(stages), "ensemble": ensemble}
+        )
+        return Recipe.model_validate(tree.model_dump(mode="json", exclude_none=True))
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -383,55 +425,6 @@ def _fields_at(loc: tuple[Any, ...]) -> list[str]:
         tables = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
         table = tables[0] if tables else annotation
     return list(table.model_fields)
-
-
-def apply_override(tree: dict[str, Any], text: str) -> None:
-    """Apply one `a.b=c` to a tree in place; a value that is not valid TOML is taken as a string.
-
-    Raises:
-        RecipeError: the path does not exist, or the text has no `=`.
-    """
-    path, equals, raw = text.partition("=")
-    if not equals or not path.strip():
-        raise RecipeError(
-            "cannot apply --set", where=text, expected="path=value, for example train.batch_size=64"
-        )
-    try:
-        value = tomllib.loads(f"v = {raw}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = raw
-    *parents, last = path.strip().split(".")
-    node: Any = tree
-    for part in parents:
-        node = _child(node, part, text)
-    if isinstance(node, list):
-        node[_index(node, last, text)] = value
-    else:
-        node[last] = value
-
-
-def _child(node: Any, part: str, text: str) -> Any:
-    if isinstance(node, list):
-        return node[_index(node, part, text)]
-    child = node.setdefault(part, {})
-    if not isinstance(child, (dict, list)):
-        raise RecipeError("cannot apply --set", where=text, got=f"{part} is a value, not a table")
-    return child
-
-
-def _index(items: list[Any], part: str, text: str) -> int:
-    """Return the position in a list of tables, given its index or the table's name."""
-    names = [str(item.get("name")) for item in items if isinstance(item, dict)]
-    if part in names:
-        return names.index(part)
-    if part.isdigit() and int(part) < len(items):
-        return int(part)
-    raise RecipeError(
-        "cannot apply --set",
-        where=text,
-        expected=f"one of {', '.join(names)} or an index",
-        got=part,
-    )
 
 
 def packaged(name: str, overrides: Iterable[str] = ()) -> Recipe:

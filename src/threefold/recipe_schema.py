@@ -217,6 +217,9 @@ class StageSpec(Section):
     """Side of the training images in this stage (0 = the member's img_size)."""
     batch_norm: Literal["train", "fixed"] = "train"
     """fixed = batch norm layers keep their statistics, which small data would only blur."""
+    cached: bool = False
+    """Compute what the frozen first blocks answer once for all folds; train the rest on that. Each
+    epoch has its own augmented copy of every image."""
     patience: Annotated[int, Field(ge=0)] = 0
     """Stop after this many epochs without a better one (0 = never)."""
     schedule: Literal["constant", "time", "cosine", "one-cycle"] = "time"
@@ -241,7 +244,7 @@ class StageSpec(Section):
         if self.kind == "head":
             useless = [
                 key
-                for key in ("img_size", "batch_norm", "patience", "trainable", "frozen")
+                for key in ("img_size", "batch_norm", "cached", "patience", "trainable", "frozen")
                 if getattr(self, key) != type(self).model_fields[key].default
             ]
             if useless:

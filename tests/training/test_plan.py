@@ -8,10 +8,20 @@ import pytest
 from support.tiny_runs import paint
 
 from threefold import api
-from threefold.errors import DataError, RecipeError, RunError
+from threefold.errors import DataError, RecipeError
 from threefold.recipe import Recipe, parse_minutes
 from threefold.training import plan as planning
-from threefold.training.plan import Effort, Speed, plan_folder, predict_seconds
+from threefold.training.measure import Speed
+from threefold.training.plan import plan_folder
+from threefold.training.plan_tuning import TUNINGS, TuningSpeeds, predict_seconds
+
+TINY = ("test_efficientnet",)
+UNTRAINED = ("members.0.weights=none",)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THREEFOLD_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def make_folder(root: Path, names: list[str], count: int = 6, side: int = 40) -> Path:
@@ -36,46 +46,77 @@ def make_folder(root: Path, names: list[str], count: int = 6, side: int = 40) ->
 def test_mirror_images_only_where_they_keep_the_class(
     tmp_path: Path, names: list[str], flip: bool
 ) -> None:
-    plan = plan_folder(make_folder(tmp_path, names), 0)
+    sets = (*UNTRAINED, "members.0.img_size=32")
+
+    plan = plan_folder(make_folder(tmp_path, names), 0, TINY, sets)
 
     assert plan.recipe.augment.hflip is flip
     assert next(d for d in plan.decisions if d.key == "augment.hflip").reason
 
 
-@pytest.mark.parametrize(("side", "size"), [(20, 64), (100, 128), (224, 224), (600, 224)])
-def test_image_size_follows_the_images(tmp_path: Path, side: int, size: int) -> None:
-    plan = plan_folder(make_folder(tmp_path, ["a cat", "a dog"], 2, side), 0)
+def test_size_is_chosen_by_probes(tmp_path: Path) -> None:
+    plan = plan_folder(make_folder(tmp_path, ["cat", "dog"], 8), 0, TINY, UNTRAINED)
 
-    assert plan.recipe.members[0].img_size == size
+    decision = next(d for d in plan.decisions if d.key == "img_size")
+    assert plan.recipe.members[0].img_size == decision.value
+    assert "out of fold" in decision.reason
+
+
+def test_size_by_the_user_is_kept(tmp_path: Path) -> None:
+    sets = (*UNTRAINED, "members.0.img_size=48")
+
+    plan = plan_folder(make_folder(tmp_path, ["cat", "dog"]), 0, TINY, sets)
+
+    assert plan.recipe.members[0].img_size == 48
 
 
 def test_smallest_class_bounds_the_folds(tmp_path: Path) -> None:
     make_folder(tmp_path, ["many"], 12)
     make_folder(tmp_path, ["few"], 3)
 
-    assert plan_folder(tmp_path, 0).recipe.folds.k == 3
+    assert plan_folder(tmp_path, 0, TINY, UNTRAINED).recipe.folds.k == 3
 
 
-def test_smaller_budget_never_plans_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, speed = make_folder(tmp_path, ["cat", "dog"], 40, 200), Speed(0.002, 4e-7)
-    monkeypatch.setattr(planning, "measure_speed", lambda *_: speed)
+def test_tuned_members_follow_their_probes(tmp_path: Path) -> None:
+    plan = plan_folder(make_folder(tmp_path, ["cat", "dog"]), 0, TINY, UNTRAINED)
 
-    recipes = [plan_folder(root, minutes).recipe for minutes in (0.5, 2, 8, 60)]
+    probe, tuned = plan.recipe.members
+    assert tuned.starts_from == probe.name
+    assert plan.recipe.probes == (probe.name,)
+    assert [stage.kind for stage in plan.recipe.stages] == ["head", "tune", "tune"]
 
-    costs = []
-    for recipe in recipes:
-        effort = Effort(recipe.members[0].img_size, recipe.folds.k, recipe.stages[0].epochs)
-        costs.append(predict_seconds(effort, 80, {m.name: speed for m in recipe.members}))
-    assert costs == sorted(costs)
-    assert costs[-1] > costs[0]
+
+def test_fast_quality_has_probes_only(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, ["cat", "dog"])
+
+    recipe = plan_folder(root, 0, TINY, UNTRAINED, quality="fast").recipe
+
+    assert recipe.probes == tuple(member.name for member in recipe.members)
+
+
+def test_more_thorough_tuning_takes_longer() -> None:
+    speeds = TuningSpeeds(Speed(0.0, 1e-7), Speed(0.0, 2e-7), Speed(0.0, 6e-7))
+
+    seconds = [predict_seconds(t, 400, 224, speeds, [1.0, 1.5, 2.0]) for t in TUNINGS]
+
+    assert seconds == sorted(seconds)
+
+
+def test_impossible_budget_is_refused(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, ["cat", "dog"])
+
+    with pytest.raises(RecipeError, match="the budget is too small: --budget; expected at least"):
+        plan_folder(root, 1e-6, TINY, UNTRAINED)
 
 
 def test_members_and_overrides_are_used(tmp_path: Path) -> None:
     root = make_folder(tmp_path, ["cat", "dog"])
+    sets = ("train.batch_size=4", "members.0.weights=none", "members.1.weights=none")
 
-    plan = plan_folder(root, 0, ("test_resnet", "test_vit"), ("train.batch_size=4",))
+    plan = plan_folder(root, 0, ("test_resnet", "test_vit"), sets)
 
-    assert [m.backbone for m in plan.recipe.members] == ["test_resnet", "test_vit"]
+    backbones = [m.backbone for m in plan.recipe.members if not m.starts_from]
+    assert backbones == ["test_resnet", "test_vit"]
     assert plan.recipe.train.batch_size == 4
     assert Recipe.parse(plan.recipe.model_dump()) == plan.recipe
     header = plan.recipe.dump(plan.explain()).splitlines()[: len(plan.decisions) + 1]
@@ -96,7 +137,7 @@ def test_plan_hands_on_the_images_of_the_recipe(
 ) -> None:
     root = make_folder(tmp_path / "a", ["cat", "dog"], 8)
 
-    plan = plan_folder(root, overrides=sets)
+    plan = plan_folder(root, 0, TINY, (*UNTRAINED, *sets), quality="fast")
 
     assert (len(plan.sources.train) if plan.sources is not None else None) == n
 
@@ -126,13 +167,13 @@ def test_fit_from_a_folder_to_a_file_and_again(
 ) -> None:
     root, out = make_folder(tmp_path / "my photos", ["çat", "dög"], 8), tmp_path / "run"
     sets = (
-        "stages.0.epochs=1",
+        "stages.tune1.epochs=1",
+        "stages.tune2.epochs=1",
         "train.device=cpu",
         "members.0.weights=none",
         "members.1.weights=none",
-        "stages.0.frozen=",
-        "stages.1.frozen=",
-        "stages.2.frozen=",
+        "members.0.img_size=32",
+        "members.1.img_size=32",
         "folds.k=2",
     )
     members = ("test_resnet", "test_efficientnet")
@@ -144,9 +185,8 @@ def test_fit_from_a_folder_to_a_file_and_again(
     assert (run.dir / "model.onnx").exists()
     assert (run.dir / "report.html").exists()
     assert sorted(first.classes) == sorted(["çat", "dög"])
+    assert not first.pending
 
     monkeypatch.setattr(planning, "plan_folder", None)
     again = api.fit(root, out).results
     assert again == first.replace(seconds=again.seconds)
-    with pytest.raises(RunError, match="other images"):
-        api.fit(make_folder(tmp_path / "others", ["a cat", "a dog"]), out)

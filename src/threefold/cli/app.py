@@ -20,6 +20,7 @@ from threefold.cli.options import (
     Json,
     Mode,
     ModelFile,
+    QualityOption,
     RunOut,
     Sets,
     Verbose,
@@ -74,6 +75,7 @@ def fit(
         Path | None, typer.Option("--out", help="The run folder (default runs/NAME).")
     ] = None,
     budget: WallTime = "20m",
+    quality: QualityOption = "good",
     members: Backbones = "",
     sets: Sets = None,
     verbose: Verbose = False,
@@ -92,6 +94,7 @@ def fit(
             budget_minutes=minutes,
             members=split_names([members]),
             overrides=tuple(sets or ()),
+            quality=quality,
             watcher=watcher,
         )
     model = run.dir / "model.onnx"
@@ -105,6 +108,7 @@ def plan(
         str, typer.Argument(help="A folder of images, a recipe file, or a packaged recipe's name.")
     ],
     budget: WallTime = "20m",
+    quality: QualityOption = "good",
     members: Backbones = "",
     sets: Sets = None,
 ) -> None:
@@ -115,7 +119,7 @@ def plan(
         from threefold.training.plan import plan_folder
 
         planned = plan_folder(
-            recipe, parse_minutes(budget), split_names([members]), tuple(sets or ())
+            recipe, parse_minutes(budget), split_names([members]), tuple(sets or ()), quality
         )
         out.print(planned.recipe.dump(planned.explain()), markup=False)
         return

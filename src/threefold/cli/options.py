@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -23,6 +23,13 @@ WallTime = Annotated[
 ]
 Backbones = Annotated[
     str, typer.Option("--members", help="timm names of the backbones, separated by commas.")
+]
+QualityOption = Annotated[
+    Literal["fast", "good", "best"],
+    typer.Option(
+        "--quality",
+        help="fast = heads only; good; best = larger images, more epochs and folds.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 ModelFile = Annotated[Path, typer.Argument(help="An exported model file.")]

@@ -23,6 +23,11 @@ CPU_FROZEN = r"conv_dw|backbone\.(conv_stem|bn1|blocks\.[0-2])\."
 These are the early blocks and the depthwise kernels, whose gradients take most of a step's time.
 """
 
+EARLY_BLOCKS = (
+    r"backbone\.(conv_stem|stem|patch_embed|conv1|bn1|layer[12]\.|stages[._][01]\.|blocks\.[0-4]\.)"
+)
+"""Parameters of the first blocks of timm's families, which a first stage of tuning leaves alone."""
+
 
 class PaperBackbone(NamedTuple):
     """A ConvNet of the paper, without its ImageNet classifier."""

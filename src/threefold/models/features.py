@@ -46,7 +46,7 @@ class FeatureExtractor(nn.Module):
         return features
 
 
-def export_graph(extractor: FeatureExtractor, batch: int, size: int) -> bytes:
+def export_graph(extractor: nn.Module, batch: int, size: int) -> bytes:
     """Export an extractor as ONNX for batches of one size.
 
     The tracing exporter takes a tenth of the time of the one that torch prefers. With dynamic

@@ -415,6 +415,8 @@ class Results(Summary, VersionedRecord):
         seconds: duration of each step: train, ensemble, export, report.
         members: the members and their cost.
         test_opened: the first opening of the test rows.
+        pending: members that the recipe has and that are still to be trained; every figure is that
+            of the others.
         notes: caveats about the figures, and findings about the data.
         export: the parity report of the exported file, with its latency.
         distill: the comparison of a student with its twin and teacher.
@@ -437,6 +439,7 @@ class Results(Summary, VersionedRecord):
     conformal: Conformal | None = None
     cascade: CascadeResult | None = None
     test_opened: FirstOpening | None = None
+    pending: tuple[str, ...] = ()
     export: ExportReport | None = None
     distill: DistillationResults | None = None
 

@@ -107,6 +107,11 @@ class RunFolder:
             write_bytes(file, recipe.dump(header).encode())
         return folder
 
+    def replace_recipe(self, recipe: Recipe, header: str = "") -> None:
+        """Write another recipe in place of the run's, for example one with fewer members."""
+        write_bytes(self.path / "recipe.toml", recipe.dump(header).encode())
+        self.recipe = recipe
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes out of the folder; the lock of a killed process is released.
@@ -139,8 +144,10 @@ class RunFolder:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """The recipe."""
-        return Recipe.load(self.path / "recipe.toml")
+        """The recipe, without the members that are still to be trained (`Results.pending`)."""
+        recipe = Recipe.load(self.path / "recipe.toml")
+        pending = self.results.pending if self.has_results else ()
+        return recipe.without(pending) if pending else recipe
 
     @cached_property
     def info(self) -> RunInfo:
@@ -153,13 +160,18 @@ class RunFolder:
         self.info = info
 
     @property
-    def is_finished(self) -> bool:
-        """Whether the run was trained and scored to its end."""
+    def has_results(self) -> bool:
+        """Whether there are results, of all members or of the first (`Results.pending`)."""
         return (self.path / "results.json").exists()
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether all members were trained and scored."""
+        return self.has_results and not self.results.pending
+
     def check_finished(self, what: str = "the run is not complete") -> None:
-        """Raise a RunError that says `what` unless the run is finished."""
-        if not self.is_finished:
+        """Raise a RunError that says `what` unless the run has results."""
+        if not self.has_results:
             raise RunError(what, where=self.path, fix=self.train_command())
 
     @cached_property

@@ -12,9 +12,10 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from threefold.errors import RecipeError
-from threefold.models.features import FeatureExtractor, export_graph
+from threefold.models.features import export_graph
 
 BATCH: Final = 32
 """Images in a batch."""
@@ -49,7 +50,7 @@ class TorchEngine:
     """
 
     def __init__(
-        self, extractor: FeatureExtractor, device: torch.device, precision: str = "float32"
+        self, extractor: nn.Module, device: torch.device, precision: str = "float32"
     ) -> None:
         self.name = f"torch-{precision}"
         self.extractor, self.device, self.precision = extractor, device, precision
@@ -73,7 +74,7 @@ class OnnxEngine:
         size: side of the images in pixels.
     """
 
-    def __init__(self, extractor: FeatureExtractor, size: int) -> None:
+    def __init__(self, extractor: nn.Module, size: int) -> None:
         import onnxruntime
 
         self.name = "onnxruntime"
@@ -121,7 +122,7 @@ class EngineChoice(NamedTuple):
     """Whether alternatives were timed, so that the choice is worth keeping."""
 
 
-def make_engine(name: str, extractor: FeatureExtractor, size: int, device: torch.device) -> Engine:
+def make_engine(name: str, extractor: nn.Module, size: int, device: torch.device) -> Engine:
     """Make an engine by its name: torch-float32, torch-float16 or onnxruntime.
 
     Raises:
@@ -141,7 +142,7 @@ def make_engine(name: str, extractor: FeatureExtractor, size: int, device: torch
 
 
 def choose_engine(
-    extractor: FeatureExtractor, sample: np.ndarray, count: int, device: torch.device
+    extractor: nn.Module, sample: np.ndarray, count: int, device: torch.device
 ) -> EngineChoice:
     """Choose the fastest engine whose answers agree with torch's in float32.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -26,9 +27,10 @@ from torch import nn
 from threefold.data.dataset import ImageDataset, Sources
 from threefold.errors import RunError
 from threefold.files import read_json, write_json
-from threefold.models.features import FeatureExtractor, FeatureForm
+from threefold.models.features import FeatureExtractor
 from threefold.models.member import create_backbone
 from threefold.models.pipeline import pick_device
+from threefold.models.split import EarlyBlocks
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
 from threefold.training.augment import Augment
@@ -73,8 +75,8 @@ class _Source:
     """A frozen backbone at one size, with what computes its features and what keeps them."""
 
     spec: MemberSpec
-    form: FeatureForm
-    extractor: FeatureExtractor
+    form: str
+    extractor: nn.Module
     key: str
     """Hash of all that the features depend on but the engine and the image."""
     engine_name: str = ""
@@ -127,6 +129,27 @@ class FeatureCache:
         copies = [recipe.seed, recipe.augment.model_dump_json()]
         self._copies = hashlib.sha256(json.dumps(copies).encode()).hexdigest()[:16]
 
+    def blocks(
+        self, split: str, spec: MemberSpec, rows: np.ndarray, count: int, copy: int = 0
+    ) -> np.ndarray:
+        """Return what the first blocks of a backbone answer, float16 (n, c, h, w).
+
+        Args:
+            split: train or test.
+            spec: the member.
+            rows: (n,) row numbers.
+            count: how many blocks follow the stem, see `models.split`.
+            copy: number of the augmented copy of each image; 0 = the image itself.
+
+        Raises:
+            RunError: the activations do not fit into memory.
+            RecipeError: the weights are not available, or the engine cannot run the backbone.
+        """
+        source = self._source(spec, count)
+        wanted = [(int(row), copy) for row in rows]
+        self._prepare(split, [source], wanted)
+        return source.store.read([self._name(split, *item) for item in wanted])
+
     def rows(self, split: str, spec: MemberSpec, rows: np.ndarray, copies: int = 0) -> FeatureRows:
         """Return the features of some rows, computing those that are missing.
 
@@ -146,6 +169,31 @@ class FeatureCache:
         labels = np.tile(self._dataset(split).labels[rows], copies + 1)
         return FeatureRows(source.store.read(names), labels)
 
+    def seconds_per_image(
+        self, split: str, spec: MemberSpec, rows: np.ndarray, expected: int
+    ) -> float:
+        """Measure what the features of an image take: decoding, resize and the backbone.
+
+        Nothing is cached, and nothing cached is used.
+
+        Args:
+            split: train or test.
+            spec: the member.
+            rows: (n,) row numbers of a sample, of which one batch is answered.
+            expected: how many images will be answered later, which decides the engine.
+        """
+        source = self._source(spec)
+        items = [(int(row), 0) for row in rows[:BATCH]]
+        place = {self._name(split, *item): item for item in items}
+        self._choose_engine(source, split, place, expected)
+        began = time.perf_counter()
+        pixels = self._sample(source, split, items)
+        decoding = time.perf_counter() - began
+        compute(self._engine(source), pixels)  # a first call is slower
+        began = time.perf_counter()
+        compute(self._engine(source), pixels)
+        return (decoding + time.perf_counter() - began) / len(items)
+
     def prepare(
         self, split: str, specs: Sequence[MemberSpec], rows: np.ndarray, copies: int = 0
     ) -> None:
@@ -161,12 +209,18 @@ class FeatureCache:
             RunError: the features do not fit into memory.
             RecipeError: the weights are not available, or the engine cannot run a backbone.
         """
-        if not len(rows):
-            return
         wanted = [(int(row), copy) for row in rows for copy in range(copies + 1)]
+        sources = {id(source): source for source in map(self._source, specs)}
+        self._prepare(split, list(sources.values()), wanted)
+
+    def _prepare(
+        self, split: str, sources: Sequence[_Source], wanted: Sequence[tuple[int, int]]
+    ) -> None:
+        """Compute what is missing of some images, given as rows and numbers of copies."""
+        if not wanted:
+            return
         names = [self._name(split, *item) for item in wanted]
         place = dict(zip(names, wanted, strict=True))
-        sources = list({id(source): source for source in map(self._source, specs)}.values())
         for source in sources:
             self._choose_engine(source, split, place)
         with ExitStack() as locks:
@@ -192,12 +246,16 @@ class FeatureCache:
             hashes[row] = self._dataset(split).content_hash(row)[:32]
         return f"{hashes[row]}-{self._copies}-{copy}" if copy else hashes[row]
 
-    def _source(self, spec: MemberSpec) -> _Source:
-        form = spec.head.sequence
+    def _source(self, spec: MemberSpec, blocks: int = 0) -> _Source:
+        form = f"blocks{blocks}" if blocks else spec.head.sequence
         place = (spec.backbone, spec.weights, spec.img_size, spec.resize, form)
         if place not in self._sources:
             backbone = self.load(spec)
-            extractor = FeatureExtractor(backbone, form)
+            extractor: nn.Module
+            if blocks:
+                extractor = EarlyBlocks(backbone, blocks)
+            else:
+                extractor = FeatureExtractor(backbone, spec.head.sequence)
             inputs = (VERSION, type(backbone).__name__, spec.img_size, spec.resize, form)
             key = fingerprint(inputs, extractor.state_dict())
             self._sources[place] = _Source(spec, form, extractor, key)
@@ -206,9 +264,20 @@ class FeatureCache:
     # Engines
 
     def _choose_engine(
-        self, source: _Source, split: str, place: dict[str, tuple[int, int]]
+        self,
+        source: _Source,
+        split: str,
+        place: dict[str, tuple[int, int]],
+        expected: int = 0,
     ) -> None:
-        """Choose what computes the features, unless it is chosen already."""
+        """Choose what computes the features, unless it is chosen already.
+
+        Args:
+            source: what to compute.
+            split: train or test.
+            place: row and number of the copy of each image that is needed now, by name.
+            expected: how many images will be needed in all, if that is known.
+        """
         if source.opened is not None:
             return
         wanted = self.recipe.features.engine
@@ -228,7 +297,8 @@ class FeatureCache:
                 self._open(source, known)
                 return
         sample = self._sample(source, split, [place[name] for name in names[:BATCH]])
-        engine, reason, measured = choose_engine(source.extractor, sample, len(names), self.device)
+        count = max(len(names), expected)
+        engine, reason, measured = choose_engine(source.extractor, sample, count, self.device)
         spec = source.spec
         self.watcher.note(
             f"features of {spec.backbone} at {spec.img_size} px: {engine.name} ({reason})"

@@ -27,9 +27,12 @@ from threefold.models.views import Views, view_counts
 from threefold.predictions.records import VERSION, RoleCounts, RunInfo
 from threefold.recipe import Job, fold_name
 from threefold.recipe_schema import MemberSpec
+from threefold.training.activations import cached_activations, cached_blocks
 from threefold.training.checks import check_trainable
 from threefold.training.diagnostics import DataDiagnostics, inspect_data
 from threefold.training.distillation import Distillation
+from threefold.training.features import FeatureCache
+from threefold.training.head_jobs import feature_cache, run_head_job, start_of_tuning
 from threefold.training.out_of_fold import assemble
 from threefold.training.pixel_cache import PixelCache
 from threefold.training.provenance import commit, hardware, stable_seed, versions
@@ -43,8 +46,12 @@ PRECISION_FILE = "precision.json"
 """The precision that each network is trained in, where the recipe leaves the choice."""
 
 
-def train_members(run: Run) -> DataDiagnostics:
+def train_members(run: Run, *, keep_cache: bool = False) -> DataDiagnostics:
     """Run every job that is missing, then write run.json, oof.npz, test.npz and duplicates.json.
+
+    Args:
+        run: the run.
+        keep_cache: leave the decoded images in the run folder, for members that follow.
 
     Returns:
         What the run reports about its images.
@@ -61,7 +68,8 @@ def train_members(run: Run) -> DataDiagnostics:
         distillation.prepare(_train_teachers)
     cache = _run_jobs(run)
     diagnostics = inspect_data(run, cache)
-    cache.remove()
+    if not keep_cache:
+        cache.remove()
     return diagnostics
 
 
@@ -74,6 +82,7 @@ def _train_teachers(run: Run) -> None:
 def _run_jobs(run: Run) -> PixelCache:
     """Run every job that is missing, then write oof.npz and test.npz; returns the image cache."""
     cache = PixelCache(run.sources, run.all_views, run.dir / "cache")
+    features = feature_cache(run)
     jobs = run.jobs
     run.watcher.plan(jobs, [_work(run, job) for job in jobs])
     budget = _TimeBudget(run, jobs)
@@ -81,7 +90,7 @@ def _run_jobs(run: Run) -> PixelCache:
         done = run.folder.is_done(job)
         run.watcher.job(job, skipped=done)
         if not done:
-            _run_job(run, job, cache, budget.deadline(job))
+            _run_job(run, job, cache, features, budget.deadline(job))
     assemble(run)
     return cache
 
@@ -100,7 +109,7 @@ def _notes(run: Run) -> list[str]:
 def _work(run: Run, job: Job) -> int:
     """Images that a job trains on, over all its epochs."""
     epochs = next(stage.epochs for stage in run.recipe.stages if stage.name == job.stage)
-    return epochs * len(run.roles[job.fold].fit)
+    return max(1, epochs) * len(run.roles[job.fold].fit)
 
 
 class _TimeBudget:
@@ -112,6 +121,7 @@ class _TimeBudget:
             done = [run.folder.job_record(job) for job in jobs if run.folder.is_done(job)]
             spent = sum(record.seconds for record in done)
             self.end = time.monotonic() + run.recipe.budget_minutes * 60 - spent
+        self.end = min(self.end, run.deadline)
         self.work_left = {job: _work(run, job) for job in jobs if not run.folder.is_done(job)}
 
     def deadline(self, job: Job) -> float:
@@ -122,24 +132,40 @@ class _TimeBudget:
         return now + max(0.0, self.end - now) * self.work_left.pop(job) / total
 
 
-def _run_job(run: Run, job: Job, cache: PixelCache, deadline: float) -> None:
+def _run_job(
+    run: Run, job: Job, cache: PixelCache, features: FeatureCache, deadline: float
+) -> None:
     """Train one stage and write its files: weights, history, predictions; done.json last."""
     began, recipe, spec = time.monotonic(), run.recipe, run.recipe.member(job.member)
     stages = recipe.stages_of(job.member)
     number = [stage.name for stage in stages].index(job.stage)
+    stage = stages[number]
+    if stage.kind == "head":
+        run_head_job(run, job, features)
+        return
     roles = run.roles[job.fold]
     seed = stable_seed(recipe.seed, recipe.seed_name(job.member), str(job.fold), job.stage)
     torch.manual_seed(seed)
     folder = run.folder.job_folder(job)
     previous = job._replace(stage=stages[number - 1].name) if number else None
-    member = _start(run, spec, job.fold, previous)
+    member = _start(run, spec, job.fold, previous, features)
+    activations = None
+    if stage.cached:
+        count = cached_blocks(member, stage)
+        activations = cached_activations(features, spec, count, roles.fit, roles.select)
+        fit, select = cache.labels(roles.fit), cache.labels(roles.select)
+    else:
+        fit = cache.rows("train", spec, roles.fit, side=stage.img_size)
+        select = cache.select(spec, roles)
     task = StageTask(
-        stage=stages[number],
+        stage=stage,
         recipe=recipe,
-        fit=cache.rows("train", spec, roles.fit, side=stages[number].img_size),
-        select=cache.select(spec, roles),
+        fit=fit,
+        select=select,
         seed=seed,
         num_classes=len(run.sources.train.classes),
+        # The probe that a member starts from has an answer of its own. A first stage need not beat
+        # it: networks that are as good but different make the better ensemble.
         first=number == 0,
         batch_size=spec.batch_size,
         deadline=deadline,
@@ -148,6 +174,7 @@ def _run_job(run: Run, job: Job, cache: PixelCache, deadline: float) -> None:
         resume_path=folder / RESUME_FILE,
         network=" + ".join(spec.joins) or spec.backbone,
         precision_file=run.dir / PRECISION_FILE,
+        activations=activations,
     )
     outcome = train_stage(member, task)
     save_weights(outcome.state, folder / "weights.safetensors")
@@ -170,15 +197,27 @@ def _teacher_probs(run: Run, job: Job) -> np.ndarray | None:
     return distillation.targets(job.fold).probs_of(run.roles[job.fold].fit)
 
 
-def _start(run: Run, spec: MemberSpec, fold: int, previous: Job | None) -> nn.Module:
+def _start(
+    run: Run, spec: MemberSpec, fold: int, previous: Job | None, features: FeatureCache
+) -> nn.Module:
     """Build the network that a stage starts from.
 
     It has the weights of the stage before; in a first stage pretrained ones, or those of the
     members that it joins.
     """
-    member = run.build(spec, len(run.sources.train.classes), pretrained=previous is None)
-    if previous is not None:
+    first_stage, start = run.recipe.stages_of(spec.name)[0], spec.starts_from
+    pretrained = previous is None and not start
+    member = run.build(spec, len(run.sources.train.classes), pretrained=pretrained)
+    is_after_head = (
+        previous is not None and first_stage.kind == "head" and previous.stage == first_stage.name
+    )
+    if is_after_head or (previous is None and start and run.recipe.is_frozen(start)):
+        member.load_state_dict(start_of_tuning(run, spec, fold, features))
+    elif previous is not None:
         load_weights(member, run.folder.verify_job(previous) / "weights.safetensors")
+    elif start:
+        folder = run.folder.verify_job(run.last_job(start, fold))
+        load_weights(member, folder / "weights.safetensors")
     elif isinstance(member, JointMember):
         for name, base in zip(spec.joins, member.bases, strict=True):
             folder = run.folder.verify_job(run.last_job(name, fold))

@@ -69,6 +69,10 @@ class PixelCache:
         array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
         return PixelRows(np.asarray(array[rows]), dataset.labels[rows])
 
+    def labels(self, rows: np.ndarray) -> PixelRows:
+        """Return training rows without their pixels (n, 0, 0, 3), for stages that have no use."""
+        return PixelRows(np.zeros((len(rows), 0, 0, 3), np.uint8), self.sources.train.labels[rows])
+
     def select(self, spec: MemberSpec, roles: Roles) -> PixelRows:
         """Read the rows that checkpoints are chosen on.
 

@@ -31,10 +31,15 @@ from threefold.training.out_of_fold import choices_optimism
 from threefold.training.run import Run
 
 
-def evaluate_run(run: Run) -> Evaluation:
-    """Score and choose ensembles on a run's predictions; opens the test rows, if there are any."""
+def evaluate_run(run: Run, *, test_stays_sealed: bool = False) -> Evaluation:
+    """Score and choose ensembles on a run's predictions.
+
+    Args:
+        run: a run whose jobs are done.
+        test_stays_sealed: score on out-of-fold rows only; otherwise this opens the test rows.
+    """
     spec = run.recipe.ensemble.model_copy(update={"members": run.recipe.combined})
-    test = run.folder.test
+    test = None if test_stays_sealed else run.folder.test
     if test is not None:
         run.folder.open_test("train", len(test))
         distillation = Distillation.from_run(run)
@@ -44,7 +49,11 @@ def evaluate_run(run: Run) -> Evaluation:
 
 
 def write_results(
-    run: Run, evaluation: Evaluation, diagnostics: DataDiagnostics, seconds: dict[str, float]
+    run: Run,
+    evaluation: Evaluation,
+    diagnostics: DataDiagnostics,
+    seconds: dict[str, float],
+    pending: tuple[str, ...] = (),
 ) -> None:
     """Write results.json, ensemble.npz, chosen.npz, suspects.csv and thumbs.npz.
 
@@ -53,6 +62,7 @@ def write_results(
         evaluation: what `evaluate_run` returned.
         diagnostics: what `train_members` returned.
         seconds: duration of the steps so far.
+        pending: members of the recipe that are still to be trained.
     """
     info, ensemble = run.folder.info, evaluation.ensemble
     seen = {} if ensemble.seen_ is None else {"seen": ensemble.seen_.keys}
@@ -95,6 +105,7 @@ def write_results(
         optimism=(*choices_optimism(run), *evaluation.optimism),
         ledger=tuple(evaluation.ledger),
         test_opened=run.folder.test_opened(),
+        pending=pending,
         audit=audit,
         notes=(*evaluation.warnings, *audit.warnings, *info.notes),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +44,7 @@ class Run:
         watcher: follows the training.
         sources: the images, where they have been read already: those that the recipe names, or a
             part of them for the teachers of a student.
+        deadline: a time.monotonic() value by which training must end, besides the recipe's budget.
     """
 
     def __init__(
@@ -50,9 +52,11 @@ class Run:
         folder: RunFolder,
         watcher: Watcher | None = None,
         sources: Sources | None = None,
+        deadline: float = math.inf,
     ) -> None:
         self.folder = folder
         self.watcher = watcher or Watcher()
+        self.deadline = deadline
         if sources is not None:
             self.sources = sources
 

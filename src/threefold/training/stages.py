@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -21,9 +21,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from threefold.errors import RunError
+from threefold.models.member import Member
 from threefold.models.pipeline import Predictor, predict_probs, to_pixels
+from threefold.models.split import LateBlocks
 from threefold.recipe import Recipe
 from threefold.recipe_schema import StageSpec
+from threefold.training.activations import Activations, predict_late, to_activations
 from threefold.training.batch_augmentation import BatchAugmentation
 from threefold.training.checkpoints import (
     SAVE_INTERVAL,
@@ -67,6 +70,7 @@ class StageTask:
         save_interval: least seconds between two such saves.
         network: names the network where its precision is recorded.
         precision_file: the record of measured precisions; None = none.
+        activations: what the frozen first blocks answer; None = train on pixels.
     """
 
     stage: StageSpec
@@ -84,6 +88,7 @@ class StageTask:
     save_interval: float = SAVE_INTERVAL
     network: str = "the network"
     precision_file: Path | None = None
+    activations: Activations | None = None
 
 
 @dataclass
@@ -178,6 +183,8 @@ class _Loop:
         self.member, self.task, self.spec = member, task, spec
         self.device = next(member.parameters()).device
         set_trainable(member, task.stage)
+        self.network = self._network(member)
+        self.activations: np.ndarray = np.zeros(0)  # of the epoch, where these are cached
         self.precision = self._pick_precision()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
         self.optimizer = create_optimizer(member, spec, task.stage.lr)
@@ -210,14 +217,25 @@ class _Loop:
             return name
         self._train_mode()
         size = -(-(task.batch_size or self.spec.batch_size) // self.spec.accumulate)
-        images = to_pixels(task.fit.pixels[:size], self.device)
+        if task.activations is not None:
+            inputs = to_activations(task.activations.select[:size], self.device)
+            what = f"{task.network} from block {task.activations.count}"
+        else:
+            inputs = to_pixels(task.fit.pixels[:size], self.device)
+            what = f"{task.network} at {inputs.shape[-1]} px"
         return pick_precision(
-            self.member,
-            images,
-            f"{task.network} at {images.shape[-1]} px",
+            self.network,
+            inputs,
+            what,
             task.precision_file,
             task.watcher.note,
         )
+
+    def _network(self, member: nn.Module) -> nn.Module:
+        """The part of a member that is trained: all of it, or what follows cached activations."""
+        if self.task.activations is None:
+            return member
+        return LateBlocks(cast("Member", member), self.task.activations.count)
 
     def resume(self, start: Checkpoint) -> tuple[Checkpoint, list[dict[str, Any]]]:
         """Restore a stage that was killed; returns the best checkpoint and the epochs so far.
@@ -296,6 +314,8 @@ class _Loop:
     def epoch(self, number: int) -> tuple[dict[str, Any], Checkpoint]:
         """Train one epoch and measure it on the select rows."""
         began, total, images = time.monotonic(), 0.0, 0
+        if self.task.activations is not None:
+            self.activations = self.task.activations.fit(number)
         self._train_mode()
         for rows in self._batches():
             try:
@@ -337,7 +357,10 @@ class _Loop:
     def checkpoint(self, epoch: int) -> Checkpoint:
         """Measure the weights, or their moving average after training, on the select rows."""
         source = self.average.module if self.average is not None and epoch >= 0 else self.member
-        probs = predict_probs(Predictor(source), self.task.select.pixels)
+        if self.task.activations is None:
+            probs = predict_probs(Predictor(source), self.task.select.pixels)
+        else:
+            probs = predict_late(self._network(source), self.task.activations.select)
         state = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
         return self._measured(state, probs, epoch)
 
@@ -392,7 +415,7 @@ class _Loop:
         for batch in batches:
             share = len(batch.images) / count
             with autocast(self.precision, self.device):
-                logits = self.member(batch.images)
+                logits = self.network(batch.images)
             part_loss = self.loss(logits.float(), batch.labels, batch.soft)
             self.scaler.scale(part_loss * share).backward()  # type: ignore[no-untyped-call]
             loss += float(part_loss.detach()) * share
@@ -406,12 +429,14 @@ class _Loop:
         return max(self.step, min(total - 1, int(used * total)))
 
     def _inputs(self, rows: np.ndarray) -> _Batch:
-        """Augmented images, labels and soft targets of some fit rows."""
-        images = to_pixels(self.task.fit.pixels[rows], self.device)
+        """Augmented images (or their activations), labels and soft targets of some fit rows."""
         labels = torch.from_numpy(self.task.fit.labels[rows]).to(self.device)
         soft = None
         if self.soft_targets is not None:
             soft = self.soft_targets[torch.from_numpy(rows)]
+        if self.task.activations is not None:
+            return _Batch(to_activations(self.activations[rows], self.device), labels, soft)
+        images = to_pixels(self.task.fit.pixels[rows], self.device)
         images, labels, soft = self.augment(images, labels, soft)
         return _Batch(images.contiguous(memory_format=torch.channels_last), labels, soft)
 

@@ -1,0 +1,113 @@
+"""Training on cached activations: what the frozen first blocks of a backbone answer.
+
+In a stage whose first blocks are frozen, the activations of an augmented image depend neither on
+the fold nor on the epoch that it is drawn in. So each epoch has its own augmented copy of every
+image, whose activations all folds share (`features.FeatureCache.blocks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from threefold.errors import RecipeError
+from threefold.models.member import Member
+from threefold.models.split import count_frozen_blocks
+from threefold.recipe_schema import MemberSpec, StageSpec
+from threefold.training.features import FeatureCache
+from threefold.training.optimizers import set_trainable
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the frozen first blocks answer, in place of pixels.
+
+    Attributes:
+        count: number of these blocks, see `models.split`.
+        fit: maps an epoch to the activations of its augmented copies of the fit rows, float16
+            (n, c, h, w).
+        select: those of the select rows, not augmented.
+    """
+
+    count: int
+    fit: Callable[[int], np.ndarray]
+    select: np.ndarray
+
+
+def cached_blocks(member: nn.Module, stage: StageSpec) -> int:
+    """Count the first blocks that a cached stage leaves as they are.
+
+    Raises:
+        RecipeError: there are none, or the backbone cannot be divided into blocks.
+    """
+    trainable = set_trainable(member, stage)
+    count = 0
+    if isinstance(member, Member):
+        names = [name.removeprefix("backbone.") for name in trainable if "backbone." in name]
+        count = count_frozen_blocks(member.backbone, names)
+    if not count:
+        raise RecipeError(
+            "no frozen blocks to cache",
+            where=f"stage {stage.name}",
+            got=f"trainable = {stage.trainable!r}, frozen = {stage.frozen!r}",
+            fix="freeze the stem and the first blocks of an EfficientNet, ResNet or ConvNeXt with "
+            "`frozen`, or set cached = false",
+        )
+    return count
+
+
+def cached_activations(
+    cache: FeatureCache, spec: MemberSpec, count: int, fit: np.ndarray, select: np.ndarray
+) -> Activations:
+    """Return the activations of a fold; each epoch's copies are computed when it begins.
+
+    Args:
+        cache: of features.
+        spec: the member.
+        count: number of frozen blocks.
+        fit: (n,) row numbers.
+        select: (m,) row numbers.
+    """
+    return Activations(
+        count,
+        partial(_copy, cache, spec, count, fit),
+        cache.blocks("train", spec, select, count),
+    )
+
+
+def _copy(
+    cache: FeatureCache, spec: MemberSpec, count: int, rows: np.ndarray, epoch: int
+) -> np.ndarray:
+    return cache.blocks("train", spec, rows, count, copy=epoch + 1)
+
+
+def to_activations(activations: np.ndarray, device: torch.device) -> Tensor:
+    """Convert float16 (b, c, h, w) to float32 on a device, channels last in memory."""
+    tensor = torch.from_numpy(np.ascontiguousarray(activations)).to(device)
+    return tensor.float().contiguous(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def predict_late(late: nn.Module, activations: np.ndarray, batch_size: int = 128) -> np.ndarray:
+    """Run what follows the frozen blocks on many activations; it is left in eval mode.
+
+    Args:
+        late: maps activations (b, c, h, w) to logits.
+        activations: float16 (n, c, h, w).
+        batch_size: number of images in a batch.
+
+    Returns:
+        Probabilities, float32 (n, k).
+    """
+    late.eval()
+    device = next(late.parameters()).device
+    probs = [
+        late(to_activations(activations[begin : begin + batch_size], device)).softmax(-1).cpu()
+        for begin in range(0, len(activations), batch_size)
+    ]
+    return torch.cat(probs).numpy()

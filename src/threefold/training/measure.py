@@ -1,0 +1,170 @@
+"""What a plan measures: probes at several image sizes, and the speed of training."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+from threefold.data.dataset import Sources
+from threefold.models.member import Member, build_member
+from threefold.models.split import EarlyBlocks, LateBlocks
+from threefold.recipe_schema import MemberSpec, StageSpec
+from threefold.training.activations import cached_blocks
+from threefold.training.features import FeatureCache
+from threefold.training.optimizers import set_trainable, train_mode
+from threefold.training.probe import Targets, fit_linear
+
+PROBE_ROWS = 500
+"""Most images on which image sizes are compared."""
+
+PROBE_FOLDS = 3
+"""Folds of that comparison, where classes are large enough."""
+
+PROBE_L2 = (1e4, 1e3, 1e2, 1e1)
+"""Penalties that the comparison tries at each size."""
+
+
+class Speed(NamedTuple):
+    """Seconds per image: a fixed part and a part that grows with the area."""
+
+    fixed: float
+    per_pixel: float
+
+    def per_image(self, img_size: int) -> float:
+        """Seconds per image of a size."""
+        return self.fixed + self.per_pixel * img_size * img_size
+
+
+class SizeProbe(NamedTuple):
+    """A probe at one image size, cross-validated.
+
+    Attributes:
+        img_size: side in pixels.
+        loss: mean log loss, out of fold.
+        accuracy: share of the images answered correctly, out of fold.
+    """
+
+    img_size: int
+    loss: float
+    accuracy: float
+
+
+def spread_over_classes(labels: np.ndarray, limit: int) -> np.ndarray:
+    """Return at most `limit` rows, of each class the same share and at least three."""
+    share = min(1.0, limit / len(labels))
+    rows = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = min(len(members), max(PROBE_FOLDS, round(share * len(members))))
+        rows.append(members[np.linspace(0, len(members) - 1, count).astype(int)])
+    return np.sort(np.concatenate(rows))
+
+
+def probe_size(
+    cache: FeatureCache, spec: MemberSpec, rows: np.ndarray, sources: Sources
+) -> SizeProbe:
+    """Cross-validate a linear head on the features of some training rows.
+
+    Args:
+        cache: of features.
+        spec: the member, whose `img_size` is probed.
+        rows: (n,) row numbers.
+        sources: the images, for groups.
+    """
+    features, labels = cache.rows("train", spec, rows)
+    groups = sources.train.groups
+    row_groups = None if groups is None else [groups[row] for row in rows]
+    probs = cross_validated_probe(features, labels, len(sources.train.classes), row_groups)
+    of_labels = probs[np.arange(len(labels)), labels]
+    loss = float(-np.log(np.clip(of_labels, 1e-7, 1.0)).mean())
+    accuracy = float((probs.argmax(1) == labels).mean())
+    return SizeProbe(spec.img_size, loss, accuracy)
+
+
+def cross_validated_probe(
+    features: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    groups: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Return out-of-fold probabilities of linear heads, at the penalty with the least log loss.
+
+    One penalty is chosen on the rows that it is scored on, which hardly matters when sizes are
+    compared; it is no estimate for the report.
+
+    Args:
+        features: (n, d).
+        labels: (n,) int64.
+        num_classes: classes k.
+        groups: (n,) rows of one group stay together; None = no groups.
+
+    Returns:
+        float64 (n, k).
+    """
+    folds = max(2, min(PROBE_FOLDS, int(np.bincount(labels)[np.unique(labels)].min())))
+    splitter: Any = StratifiedKFold(folds, shuffle=True, random_state=0)
+    if groups is not None and len(set(groups)) >= folds:
+        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
+    probs = np.zeros((len(PROBE_L2), len(labels), num_classes))
+    for fit, score in splitter.split(features, labels, groups):
+        targets = Targets(labels[fit], num_classes)
+        for number, l2 in enumerate(PROBE_L2):
+            probs[number, score] = fit_linear(features[fit], targets, l2).probs(features[score])
+    of_labels = np.clip(probs[:, np.arange(len(labels)), labels], 1e-7, 1.0)
+    best = int(np.argmax(np.log(of_labels).mean(1)))
+    return np.asarray(probs[best])
+
+
+def measure_speed(
+    spec: MemberSpec, num_classes: int, device: torch.device, frozen: str, *, cached: bool = False
+) -> Speed:
+    """Measure a member's speed in a few training steps on noise at two sizes.
+
+    Args:
+        spec: the member.
+        num_classes: outputs of its head.
+        device: where to train.
+        frozen: regex of the parameters that are not trained.
+        cached: train from the activations of the frozen first blocks.
+    """
+    member = build_member(spec.model_copy(update={"weights": "none"}), num_classes)
+    member.to(device=device).to(memory_format=torch.channels_last)
+    small, large = 64, 128
+    at_small, at_large = (_step_seconds(member, frozen, s, cached) for s in (small, large))
+    per_pixel = max(0.0, (at_large - at_small) / (large**2 - small**2))
+    return Speed(max(0.0, at_small - per_pixel * small**2), per_pixel)
+
+
+def _step_seconds(member: Member, frozen: str, size: int, cached: bool) -> float:
+    """Least seconds per image of three training steps after a warm-up."""
+    batch_size, device = 16, next(member.parameters()).device
+    stage = StageSpec(name="speed", epochs=1, lr=1e-3, frozen=frozen)
+    inputs = 255 * torch.rand(batch_size, 3, size, size, device=device)
+    inputs = inputs.contiguous(memory_format=torch.channels_last)
+    network: torch.nn.Module = member
+    if cached:
+        count = cached_blocks(member, stage)
+        with torch.inference_mode():
+            activations = EarlyBlocks(copy.deepcopy(member.backbone), count).to(device)(inputs)
+        inputs, network = activations.clone(), LateBlocks(member, count)
+    set_trainable(member, stage)
+    optimizer = torch.optim.AdamW([p for p in member.parameters() if p.requires_grad], fused=True)
+    labels = torch.zeros(batch_size, dtype=torch.long, device=device)
+    train_mode(member, fixed_norms=True)
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        loss = torch.nn.functional.cross_entropy(network(inputs), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return min(times[1:]) / batch_size

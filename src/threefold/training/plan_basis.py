@@ -1,0 +1,65 @@
+"""What every part of a plan has in common: the data, the time, and decisions with their reasons."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from threefold.models.backbones import resolve_backbone
+from threefold.models.flops import count_macs
+from threefold.recipe import Recipe
+
+Quality = Literal["fast", "good", "best"]
+
+STARTUP_SECONDS = 5.0
+"""Time that has passed before the plan begins: the program's start."""
+
+SCORING_SECONDS = 6.0
+"""Time for ensembles, statistics and the report of a few thousand images on two cores."""
+
+EXPORT_SECONDS = 7.0
+"""Time for exporting one network on two cores."""
+
+
+class Decision(NamedTuple):
+    """One value of a planned recipe."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+class DataSummary(NamedTuple):
+    """What the plan depends on."""
+
+    n: int
+    classes: tuple[str, ...]
+    smallest_class: int
+    """Images of the smallest class."""
+    side: int
+    """Median of the images' shorter sides, in pixels."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The time budget of a job, in seconds; infinite without a budget."""
+
+    end: float
+
+    @classmethod
+    def start(cls, budget: float) -> Clock:
+        """Start the clock of a budget in seconds (0 = none)."""
+        return cls(time.monotonic() + budget - STARTUP_SECONDS if budget else math.inf)
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return max(0.0, self.end - time.monotonic())
+
+
+def relative_costs(draft: Recipe) -> list[float]:
+    """Cost of each member's features, relative to the first."""
+    macs = [count_macs(resolve_backbone(m.backbone).split(".")[0], 224) for m in draft.members]
+    return [count / macs[0] for count in macs]

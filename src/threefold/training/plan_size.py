@@ -1,0 +1,148 @@
+"""Plan the image size: the one at which probes do best, among those that the time allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from threefold.data.dataset import Sources
+from threefold.errors import RecipeError
+from threefold.recipe import Recipe
+from threefold.training.features import FeatureCache
+from threefold.training.measure import PROBE_ROWS, SizeProbe, probe_size, spread_over_classes
+from threefold.training.plan_basis import (
+    STARTUP_SECONDS,
+    Clock,
+    DataSummary,
+    Decision,
+    Quality,
+    relative_costs,
+)
+
+SMALL_SIZES = (64, 96, 128, 160)
+"""Image sizes for images of at most 64 pixels: up to several times their own size."""
+
+SIZES = (96, 128, 160, 224, 288, 384)
+"""Image sizes for larger images, up to their own size and at least 224."""
+
+FEATURE_SHARE = 0.4
+"""Largest share of the time for the features of all members."""
+
+PROBE_SHARE = 0.12
+"""Largest share of the time for comparing image sizes."""
+
+LEAST_PROBE_ROWS = 120
+"""Fewer images than this do not tell sizes apart."""
+
+
+@dataclass(frozen=True)
+class ProbePlan:
+    """What was measured for the plan.
+
+    Attributes:
+        img_size: side of the probes' images.
+        members: how many members are affordable, the fastest first.
+        feature_seconds: per image, of the first member at that size.
+        seconds: predicted for the features of all these members.
+        decision: the size with its reason.
+    """
+
+    img_size: int
+    members: int
+    feature_seconds: float
+    seconds: float
+    decision: Decision
+
+
+def _candidate_sizes(side: int, quality: Quality) -> tuple[int, ...]:
+    """Image sizes to choose from."""
+    if side <= 64:
+        return SMALL_SIZES
+    largest = 224 if side < 224 else 288
+    if quality == "best":
+        largest = 384 if side >= 288 else 288
+    return tuple(size for size in SIZES if size <= largest)
+
+
+def choose_size(
+    draft: Recipe,
+    summary: DataSummary,
+    sources: Sources,
+    cache: FeatureCache,
+    clock: Clock,
+    quality: Quality,
+) -> ProbePlan:
+    """Choose the size at which probes do best, among those that the time allows."""
+    key, first = "img_size", draft.members[0]
+    costs = relative_costs(draft)
+    default = type(first).model_fields["img_size"].default
+    if any(member.img_size != default for member in draft.members):
+        sample = spread_over_classes(sources.train.labels, 32)
+        per_image = cache.seconds_per_image("train", first, sample, summary.n)
+        decision = Decision(key, first.img_size, "named by you")
+        total = summary.n * per_image * sum(costs)
+        return ProbePlan(first.img_size, len(costs), per_image, total, decision)
+    sizes = _candidate_sizes(summary.side, quality)
+    sample = spread_over_classes(sources.train.labels, 32)
+    smallest = first.model_copy(update={"img_size": sizes[0]})
+    per_image = cache.seconds_per_image("train", smallest, sample, summary.n)
+
+    def seconds(size: int, members: int = len(costs)) -> float:
+        return summary.n * per_image * (size / sizes[0]) ** 2 * sum(costs[:members])
+
+    left = clock.left
+    affordable = [size for size in sizes if seconds(size) <= FEATURE_SHARE * left]
+    if not affordable:
+        return _smallest_way(sizes[0], seconds, len(costs), summary.n, left)
+    usual = [size for size in affordable if size <= (128 if summary.side <= 64 else 224)]
+    choice = (usual or affordable)[-1]
+    reason = f"the images' median side is {summary.side} px"
+    close = affordable[-4:] if quality == "best" else affordable[-3:]
+    per_row = per_image * sum((size / sizes[0]) ** 2 for size in close)
+    rows = min(
+        PROBE_ROWS, summary.n, int(PROBE_SHARE * left / per_row) if left < math.inf else PROBE_ROWS
+    )
+    if rows >= min(LEAST_PROBE_ROWS, summary.n) and len(close) > 1:
+        probed = spread_over_classes(sources.train.labels, rows)
+        results = [
+            probe_size(cache, first.model_copy(update={"img_size": size}), probed, sources)
+            for size in close
+        ]
+        choice = _best_size(results)
+        figures = ", ".join(f"{r.accuracy:.3f} at {r.img_size}" for r in results)
+        reason += f"; accuracy of a probe on {len(probed)} of them, out of fold: {figures}"
+    reason += f"; about {seconds(choice):.0f} s for the features of all members"
+    decision = Decision(key, choice, reason)
+    per_image *= (choice / sizes[0]) ** 2
+    return ProbePlan(choice, len(costs), per_image, seconds(choice), decision)
+
+
+def _best_size(results: Sequence[SizeProbe]) -> int:
+    """Return the size with the least log loss."""
+    return min(results, key=lambda result: result.loss).img_size
+
+
+def _smallest_way(
+    size: int, seconds: Callable[[int, int], float], members: int, n: int, left: float
+) -> ProbePlan:
+    """Drop members until the features fit into the time.
+
+    Raises:
+        RecipeError: not even one member fits.
+    """
+    for count in range(members - 1, 0, -1):
+        if seconds(size, count) <= FEATURE_SHARE * left:
+            reason = f"the budget allows {count} of {members} members at the smallest size"
+            total = seconds(size, count)
+            return ProbePlan(
+                size, count, total / n / count, total, Decision("img_size", size, reason)
+            )
+    needed = seconds(size, 1) / FEATURE_SHARE + STARTUP_SECONDS
+    raise RecipeError(
+        "the budget is too small",
+        where="--budget",
+        got=f"{left + STARTUP_SECONDS:.0f} s",
+        expected=f"at least about {math.ceil(needed / 10) * 10} s for these images on this machine",
+        fix="give more time, or fewer images with --set data.limit_per_class=N",
+    )

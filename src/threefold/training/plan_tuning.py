@@ -1,0 +1,241 @@
+"""Plan the tuning: how much of it the time after the probes allows, at measured speed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from threefold.models.backbones import CPU_FROZEN, EARLY_BLOCKS
+from threefold.models.member import create_backbone
+from threefold.models.split import count_frozen_blocks
+from threefold.recipe import Recipe
+from threefold.recipe_schema import MemberSpec
+from threefold.training.measure import Speed, measure_speed
+from threefold.training.plan_basis import (
+    EXPORT_SECONDS,
+    SCORING_SECONDS,
+    Clock,
+    DataSummary,
+    Decision,
+    Quality,
+    relative_costs,
+)
+from threefold.training.plan_size import ProbePlan
+
+KEY = "stages.tune1, tune2"
+"""What a decision about tuning is about."""
+
+
+class Tuning(NamedTuple):
+    """How thoroughly to tune."""
+
+    members: int
+    """How many members, the fastest first."""
+    size: float
+    """Training size as a share of the probes' size."""
+    last: int
+    """Epochs of the last blocks."""
+    deeper: int
+    """Epochs of deeper blocks after that."""
+    folds: int
+
+
+TUNINGS = (
+    Tuning(1, 0.75, 4, 0, 2),
+    Tuning(1, 0.75, 4, 0, 3),
+    Tuning(2, 0.75, 4, 0, 3),
+    Tuning(3, 0.75, 4, 0, 3),
+    Tuning(3, 0.75, 6, 0, 5),
+    Tuning(3, 0.75, 6, 2, 5),
+    Tuning(3, 0.75, 6, 4, 5),
+    Tuning(3, 1.0, 6, 4, 5),
+    Tuning(3, 1.0, 8, 8, 5),
+)
+"""What to choose from, the least thorough first."""
+
+BEST_TUNINGS = (*TUNINGS, Tuning(3, 1.2, 8, 8, 5), Tuning(3, 1.2, 8, 16, 5))
+"""The same for `--quality best`."""
+
+MANY = 8000
+"""Images from which deep tuning pays before more members and folds do."""
+
+TUNINGS_OF_MANY = (
+    Tuning(1, 0.5, 1, 0, 2),
+    Tuning(1, 0.5, 1, 1, 2),
+    Tuning(1, 0.75, 1, 1, 2),
+    Tuning(1, 0.75, 1, 3, 2),
+    Tuning(1, 0.75, 1, 5, 2),
+    Tuning(2, 0.75, 1, 5, 2),
+    Tuning(3, 0.75, 1, 5, 2),
+    Tuning(3, 0.75, 1, 5, 3),
+    Tuning(3, 1.0, 1, 8, 3),
+)
+"""What to choose from for many images."""
+
+
+def choose_tuning(
+    draft: Recipe,
+    summary: DataSummary,
+    measured: ProbePlan,
+    device: torch.device,
+    clock: Clock,
+    quality: Quality,
+) -> tuple[Tuning | None, list[Decision]]:
+    """Choose the most thorough tuning that the time after the probes allows at measured speed."""
+    if quality == "fast":
+        return None, [Decision(KEY, "none", "quality fast: heads on frozen features only")]
+    finishing = 2 * SCORING_SECONDS + EXPORT_SECONDS * measured.members
+    if clock.left - measured.seconds * 1.2 - finishing < 3 * EXPORT_SECONDS:
+        why = "the probes take the time that there is; give a larger --budget to tune"
+        return None, [Decision(KEY, "none", why)]
+    options = _tunings(summary, measured.members, quality)
+    if math.isinf(clock.left):
+        return options[-1], [_decide(options[-1], measured, "no time budget")]
+    costs = relative_costs(draft)[: measured.members]
+    speeds = _measure_tuning(draft, summary, measured, device)
+    seconds = [predict_seconds(t, summary.n, measured.img_size, speeds, costs) for t in options]
+    left = clock.left - measured.seconds * 1.2 - finishing
+    possible = [i for i, value in enumerate(seconds) if value <= left]
+    if not possible:
+        why = f"the least takes about {seconds[0]:.0f} s, and {max(0.0, left):.0f} s are left"
+        return None, [Decision(KEY, "none", why)]
+    chosen = options[possible[-1]]
+    size = tuning_size(chosen, measured.img_size)
+    why = (
+        f"about {seconds[possible[-1]]:.0f} of {left:.0f} s that are left after the probes; "
+        f"measured for {draft.members[0].name}: {1 / speeds.last.per_image(size):.0f} images/s "
+        f"in the last blocks, {1 / speeds.deeper.per_image(size):.0f} deeper"
+    )
+    return chosen, [_decide(chosen, measured, why)]
+
+
+def _decide(tuning: Tuning, measured: ProbePlan, why: str) -> Decision:
+    size = tuning_size(tuning, measured.img_size)
+    value = (
+        f"{tuning.last} and {tuning.deeper} epochs at {size} px for {tuning.members} of "
+        f"{measured.members} members"
+    )
+    return Decision(KEY, value, why)
+
+
+class TuningSpeeds(NamedTuple):
+    """Seconds per image of the first member: frozen first blocks, and steps of both stages."""
+
+    first_blocks: Speed
+    last: Speed
+    deeper: Speed
+
+
+def _tunings(summary: DataSummary, members: int, quality: Quality) -> list[Tuning]:
+    """The possible tunings, within the number of members and the size of the smallest class."""
+    options = BEST_TUNINGS if quality == "best" else TUNINGS
+    if summary.n >= MANY:
+        options = TUNINGS_OF_MANY
+    folds = max(2, summary.smallest_class)
+    return [
+        tuning._replace(members=min(tuning.members, members), folds=min(tuning.folds, folds))
+        for tuning in options
+    ]
+
+
+def _measure_tuning(
+    draft: Recipe, summary: DataSummary, measured: ProbePlan, device: torch.device
+) -> TuningSpeeds:
+    """Measure the speed of training of the first member."""
+    first, k = draft.members[0], len(summary.classes)
+    last, deeper = _frozen(device)
+    # The first blocks take about two thirds of the time of all.
+    blocks = Speed(0.0, 0.67 * measured.feature_seconds / measured.img_size**2)
+    return TuningSpeeds(
+        blocks,
+        measure_speed(first, k, device, last, cached=can_cache(first, device)),
+        measure_speed(first, k, device, deeper),
+    )
+
+
+def can_cache(spec: MemberSpec, device: torch.device) -> bool:
+    """Whether the last blocks train on cached activations: on the CPU, where that is possible."""
+    if device.type != "cpu":
+        return False
+    backbone = create_backbone(spec.model_copy(update={"weights": "none"}), pretrained=False)
+    frozen = _frozen(device)[0]
+    names = [n for n, _ in backbone.named_parameters() if not re.search(frozen, f"backbone.{n}")]
+    return count_frozen_blocks(backbone, names) > 0
+
+
+def tuning_size(tuning: Tuning, img_size: int) -> int:
+    """Return the training size in pixels, a multiple of 32 and at least 64."""
+    return max(64, 32 * round(tuning.size * img_size / 32))
+
+
+def predict_seconds(
+    tuning: Tuning, n: int, img_size: int, speeds: TuningSpeeds, costs: Sequence[float]
+) -> float:
+    """Predict the time of tuning: every fold and the refit, predictions, and the export.
+
+    Args:
+        tuning: members, size, epochs and folds.
+        n: training images.
+        img_size: side of the probes' images.
+        speeds: of the first member.
+        costs: of every member relative to the first.
+    """
+    size = tuning_size(tuning, img_size)
+    rounds = (1 - select_share(n)) * tuning.folds
+    once = (tuning.last + 1) * speeds.first_blocks.per_image(size)
+    last = rounds * tuning.last * speeds.last.per_image(size)
+    deeper = rounds * tuning.deeper * speeds.deeper.per_image(size)
+    predicted = (1 + select_share(n) * tuning.deeper) * 0.4 * speeds.deeper.per_image(size)
+    images = n * (once + last + deeper + predicted)
+    return images * sum(costs[: tuning.members]) + EXPORT_SECONDS * tuning.members
+
+
+def select_share(n: int) -> float:
+    """Return the share of a fold's rows that chooses checkpoints: enough rows, and no more."""
+    return 0.15 if n <= 5000 else max(0.03, 750 / n)
+
+
+def _frozen(device: torch.device) -> tuple[str, str]:
+    """Regexes of the parameters that the two stages of tuning leave as they are."""
+    if device.type == "cpu":
+        return f"conv_dw|{EARLY_BLOCKS}", CPU_FROZEN
+    return EARLY_BLOCKS, ""
+
+
+def tuning_stages(
+    tuning: Tuning | None,
+    probes: list[dict[str, Any]],
+    img_size: int,
+    device: torch.device,
+    *,
+    cached: bool,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the stages, and the members that are tuned from their probes.
+
+    The head is fitted first, on features; then the last blocks are tuned, then deeper ones.
+    """
+    head: dict[str, Any] = {"name": "head", "kind": "head"}
+    if tuning is None:
+        return [head], []
+    bases = probes[: tuning.members]
+    size = tuning_size(tuning, img_size)
+    tuned = [
+        {"name": f"{base['name']}-tuned"[:80], "starts_from": base["name"], "img_size": size}
+        for base in bases
+    ]
+    last, deeper = _frozen(device)
+    shared = {"schedule": "one-cycle", "batch_norm": "fixed"}
+    names = [member["name"] for member in tuned]
+    stages = [head | {"members": [probe["name"] for probe in probes]}]
+    for name, epochs, lr, frozen, from_cache in (
+        ("tune1", tuning.last, 1e-3, last, cached),
+        ("tune2", tuning.deeper, 5e-4, deeper, False),
+    ):
+        if epochs:
+            stage = {"name": name, "epochs": epochs, "lr": lr, "frozen": frozen}
+            stages.append(stage | shared | {"cached": from_cache, "members": names})
+    return stages, tuned
