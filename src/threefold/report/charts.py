@@ -89,7 +89,7 @@ def learning_curve(
                 ha="center",
             )
             start += width
-        axes.set(xlim=(0, start), ylim=limits, xlabel="epoch")
+        axes.set(xlim=(0, max(1, start)), ylim=limits, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         axes.yaxis.set_major_formatter(percent_ticks())
         axes.grid(axis="y")

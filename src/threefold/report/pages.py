@@ -177,7 +177,7 @@ class _RunPage:
                 ]
                 for stage in self.folder.recipe.stages
             ]
-            if any(stages):
+            if any(history["epochs"] for histories in stages for history in histories):
                 chart = charts.learning_curve(member.name, stages, (low - margin, high + margin))
                 curves.append((member.name, chart))
         return curves
