@@ -277,6 +277,11 @@ class HeadSpec(Section):
     """pooled = one time step, as in the paper; rows and spatial run over the feature map (T >
     1)."""
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is one layer on the features, which a stage of kind head fits exactly."""
+        return self.kind == "linear" and not self.fc
+
 
 class MemberSpec(Section):
     """One network of the ensemble: a backbone with a head, or several joined members."""

@@ -26,7 +26,8 @@ GATED: dict[str, Any] = {**PROBE, "name": "gated", "head": {"kind": "gru", "unit
 def frozen_tree(root: Path, **changes: Any) -> dict[str, Any]:
     """Return a recipe as plain values: two probes on one backbone, two folds."""
     stages = [{"name": "head", "kind": "head", "epochs": 1, "lr": 1e-3}]
-    return tiny_tree(root, **{"stages": stages, "members": [PROBE, GATED], **changes})
+    own = {"stages": stages, "members": [PROBE, GATED], "augment": {}}
+    return tiny_tree(root, **{**own, **changes})
 
 
 def frozen_run(folder: Path, **changes: Any) -> Run:

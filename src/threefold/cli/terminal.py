@@ -84,6 +84,11 @@ class TerminalWatcher(Watcher):
         self.seen += images
         self.progress.advance(self.bar, images)
 
+    def features(self, done: int, total: int) -> None:
+        """Show how far the frozen backbones are."""
+        for bar in self.progress.task_ids[-1:]:
+            self.progress.update(bar, speed=f"features {done:,} of {total:,}")
+
     def epoch(self, record: dict[str, Any]) -> None:
         """Show the speed; with `verbose` print a line."""
         speed = f"{record['images_per_second']:.0f} images/s"

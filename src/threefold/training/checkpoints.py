@@ -80,6 +80,11 @@ class Checkpoint:
             return float(self.losses.mean())
         return score_value(self.metric, self.probs.astype(np.float64), self.labels)
 
+    @property
+    def plain_score(self) -> float | None:
+        """The score as JSON has it: None where it is not defined."""
+        return None if math.isnan(self.score) else self.score
+
     def better_than(self, other: Checkpoint) -> bool:
         """Compare the metric; a tie goes to the lower log loss (as in the authors' code).
 

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from threefold.data.dataset import ImageDataset, Sources
+from threefold.data.splits import Roles
 from threefold.errors import RunError
 from threefold.files import read_json, write_json
 from threefold.models.features import FeatureExtractor
@@ -49,7 +50,7 @@ from threefold.training.feature_store import (
     check_memory,
     make_room,
 )
-from threefold.training.pixel_cache import resize_images
+from threefold.training.pixel_cache import resize_images, select_rows
 from threefold.training.provenance import hardware, stable_seed
 from threefold.training.watcher import Watcher
 
@@ -102,7 +103,6 @@ class FeatureCache:
         folder: of cached features; None = the user's cache folder.
         record: a JSON file that keeps the choice of engines, so that a resumed run repeats it.
         load: returns a member's frozen backbone; None = the pretrained one.
-        progress: receives the number of images answered.
     """
 
     def __init__(
@@ -114,17 +114,16 @@ class FeatureCache:
         folder: Path | None = None,
         record: Path | None = None,
         load: Callable[[MemberSpec], nn.Module] | None = None,
-        progress: Callable[[int], None] = lambda images: None,
     ) -> None:
         self.sources, self.recipe = sources, recipe
         self.watcher = watcher or Watcher()
         self.folder = cache_folder() if folder is None else folder
         self.record = record
         self.load = load or partial(_pretrained, recipe)
-        self.progress = progress
         self.device = pick_device(recipe.train.device)
         self._sources: dict[tuple[object, ...], _Source] = {}
         self._hashes: dict[str, dict[int, str]] = {"train": {}, "test": {}}
+        self._answered = self._to_answer = 0
         self._augment = Augment(recipe.augment)
         copies = [recipe.seed, recipe.augment.model_dump_json()]
         self._copies = hashlib.sha256(json.dumps(copies).encode()).hexdigest()[:16]
@@ -233,6 +232,15 @@ class FeatureCache:
                 self._compute(split, sources, missing, place)
         for source in sources:
             source.store.touch()
+
+    def select(self, spec: MemberSpec, roles: Roles) -> FeatureRows:
+        """Return the rows that heads are chosen on, as `PixelCache.select` does."""
+        split, rows = select_rows(self.sources, roles)
+        return self.rows(split, spec, rows)
+
+    def backbone(self, spec: MemberSpec) -> Any:
+        """Return a member's frozen backbone, which must stay as it is."""
+        return self._source(spec).extractor.backbone
 
     def _dataset(self, split: str) -> ImageDataset:
         dataset = self.sources.train if split == "train" else self.sources.test
@@ -368,6 +376,7 @@ class FeatureCache:
         place: dict[str, tuple[int, int]],
     ) -> None:
         """Answer every missing image; every part of a store is written as soon as it is whole."""
+        self._answered, self._to_answer = 0, sum(map(len, missing.values()))
         any_missing = set().union(*missing.values())
         names = [name for name in place if name in any_missing]
         with ThreadPoolExecutor(min(8, cpu_count() or 1)) as pool:
@@ -402,7 +411,8 @@ class FeatureCache:
             pixels = np.stack([prepared[how][name] for name in names])
             features = compute(self._engine(source), pixels)
             source.pending += zip(names, features, strict=True)
-            self.progress(len(names))
+            self._answered += len(names)
+            self.watcher.features(self._answered, self._to_answer)
 
     def _pixels(
         self, images: dict[int, np.ndarray], batch: dict[str, tuple[int, int]], spec: MemberSpec

@@ -1,114 +1,319 @@
-"""Jobs of kind `head`: heads fitted on the cached features of frozen backbones."""
+"""Jobs of kind `head`: train a head on cached features of a frozen backbone.
+
+A linear head is fitted twice. `start` has seen the fit rows only, so a member that goes on from it
+still has select rows that nothing has seen. `answer` is fitted on the fit and select rows, with the
+penalty that the select rows chose for `start`. Other heads are trained by the stage loop and keep
+the epoch that is best on the select rows; there both are the same.
+"""
 
 from __future__ import annotations
 
 import time
-from functools import partial
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from threefold.files import read_json, write_arrays, write_json
-from threefold.models.member import save_weights
+from threefold.data.splits import Roles
+from threefold.files import read_json
+from threefold.models.member import Member, assemble_member
+from threefold.models.pipeline import pick_device
 from threefold.recipe import Job
-from threefold.recipe_schema import MemberSpec
-from threefold.training.features import FeatureCache
+from threefold.recipe_schema import MemberSpec, StageSpec
+from threefold.training.checkpoints import Checkpoint, State
+from threefold.training.distillation import Distillation
+from threefold.training.features import FeatureCache, FeatureRows
 from threefold.training.frozen import frozen_backbone
-from threefold.training.probe import LinearHead, Targets, choose_l2, fit_linear
+from threefold.training.heads import HeadNetwork, head_probs
+from threefold.training.losses import soften
+from threefold.training.probe import (
+    L2Choice,
+    LinearHead,
+    Targets,
+    choose_l2,
+    class_weights,
+    fit_linear,
+)
 from threefold.training.run import Run
+from threefold.training.stages import StageTask, train_stage
+
+EPOCHS: Final = 30
+"""Epochs of a head that is not linear, where the stage has none."""
+
+LR: Final = 1e-3
+"""Its learning rate then, with the schedule one-cycle."""
+
+START_FILE: Final = "start.safetensors"
+"""In a job's folder: the head that has not seen the select rows."""
 
 
-def feature_cache(run: Run) -> FeatureCache:
-    """Return the cache of a run's features, which come from the backbones that the run keeps."""
+@dataclass
+class HeadOutcome:
+    """What a head stage results in.
+
+    Attributes:
+        start: the tensors `head.*` fitted on the fit rows.
+        answer: those of the member's answer.
+        history: the content of history.json.
+        correct: which select rows and score rows `start` answers correctly.
+        member: frozen backbone and answering head.
+        elapsed_before: seconds spent before the stage was resumed.
+    """
+
+    start: State
+    answer: State
+    history: dict[str, Any]
+    correct: dict[str, np.ndarray]
+    member: Member
+    elapsed_before: float = 0.0
+
+
+def open_features(run: Run) -> FeatureCache:
+    """Return the features of a run's images, by the run's own frozen backbones."""
     return FeatureCache(
         run.sources,
         run.recipe,
         run.watcher,
-        record=run.dir / "engines.json",
-        load=partial(frozen_backbone, run.folder),
+        record=run.dir / "features.json",
+        load=lambda spec: frozen_backbone(run.folder, spec),
     )
 
 
-def _state(head: LinearHead) -> dict[str, torch.Tensor]:
+def prepare_features(run: Run, features: FeatureCache) -> None:
+    """Compute what the head jobs that are not done will read, in one pass over the images."""
+    pending = [
+        job
+        for job in run.jobs
+        if run.recipe.stage(job.stage).kind == "head" and not run.folder.is_done(job)
+    ]
+    specs = [run.recipe.member(name) for name in dict.fromkeys(job.member for job in pending)]
+    if not specs:
+        return
+    rows = np.arange(len(run.sources.train))
+    features.prepare("train", specs, rows, run.recipe.features.copies)
+    if run.sources.test is not None:
+        features.prepare("test", specs, np.arange(len(run.sources.test)))
+
+
+def train_head(
+    run: Run,
+    job: Job,
+    features: FeatureCache,
+    seed: int,
+    deadline: float,
+    resume_path: Path,
+) -> HeadOutcome:
+    """Train the head of a member in one fold.
+
+    Args:
+        run: the run.
+        job: its member, fold and stage of kind head.
+        features: of the run's images.
+        seed: of all random draws.
+        deadline: a time.monotonic() value to stop at, or infinity; a linear head ignores it.
+        resume_path: where to save the state between epochs.
+
+    Raises:
+        RunError: the features do not fit into memory, or the loss is not a number.
+    """
+    spec, roles = run.recipe.member(job.member), run.roles[job.fold]
+    member = assemble_member(spec, features.backbone(spec), len(run.sources.train.classes))
+    member.head.to(pick_device(run.recipe.train.device))
+    network = HeadNetwork(member.head)
+    elapsed = 0.0
+    if spec.head.is_linear:
+        start, answer, history = _fit_exactly(run, job, features)
+    else:
+        fit = features.rows("train", spec, roles.fit, run.recipe.features.copies)
+        task = StageTask(
+            stage=_with_epochs(run.recipe.stage(job.stage)),
+            recipe=run.recipe,
+            fit=fit,
+            select=features.select(spec, roles),
+            seed=seed,
+            num_classes=len(run.sources.train.classes),
+            batch_size=spec.batch_size,
+            deadline=deadline,
+            watcher=run.watcher,
+            teacher_probs=_teacher_probs(run, job, roles.fit),
+            resume_path=resume_path,
+            network=f"the head of {spec.name}",
+        )
+        outcome = train_stage(network, task)
+        start = answer = outcome.state
+        history, elapsed = outcome.history, outcome.elapsed_before
+    network.load_state_dict(start)
+    correct = _correct(features, spec, roles, network)
+    network.load_state_dict(answer)
+    return HeadOutcome(start, answer, history, correct, member, elapsed)
+
+
+def _with_epochs(stage: StageSpec) -> StageSpec:
+    """The stage, with epochs and learning rate if it has none."""
+    if stage.epochs:
+        return stage
+    return stage.model_copy(update={"epochs": EPOCHS, "lr": LR, "schedule": "one-cycle"})
+
+
+def _fit_exactly(run: Run, job: Job, features: FeatureCache) -> tuple[State, State, dict[str, Any]]:
+    """Choose the penalty on the select rows; fit on the fit rows, then on both."""
+    began = time.monotonic()
+    spec, roles = run.recipe.member(job.member), run.roles[job.fold]
+    copies, num_classes = run.recipe.features.copies, len(run.sources.train.classes)
+    fit = features.rows("train", spec, roles.fit, copies)
+    select = features.select(spec, roles)
+    weights = class_weights(select.labels, num_classes, _balance(run))
+    choice = choose_l2(
+        fit.features, _targets(run, job, roles.fit, fit), select.features, select.labels, weights
+    )
+    start, answer = choice.head, choice.head
+    if run.recipe.protocol == "honest":  # `paper` scores the rows that it selects on
+        rows = np.concatenate([roles.fit, roles.select])
+        both = features.rows("train", spec, rows, copies)
+        answer = fit_linear(both.features, _targets(run, job, rows, both), start.l2)
+    history = _history(run, choice, fit, select, time.monotonic() - began)
+    run.watcher.batch(len(roles.fit))
+    run.watcher.epoch(history["epochs"][0])
+    return _state(start), _state(answer), history
+
+
+def _balance(run: Run) -> int:
+    """How often the recipe asks for balanced classes: by weights, by drawing, or both."""
+    train = run.recipe.train
+    return (train.class_weights == "balanced") + (train.sampler == "balanced")
+
+
+def _targets(run: Run, job: Job, rows: np.ndarray, values: FeatureRows) -> Targets:
+    """What a linear head learns of some rows and their copies."""
+    num_classes, copies = len(run.sources.train.classes), run.recipe.features.copies
+    # All copies of an image together weigh as much as one image.
+    weights = class_weights(values.labels, num_classes, _balance(run)) / (copies + 1)
+    soft, distill = _teacher_probs(run, job, rows), run.recipe.distill
+    if soft is None or distill is None:
+        return Targets(values.labels, num_classes, weights)
+    softened = soften(soft, distill.temperature, torch.device("cpu")).numpy()
+    return Targets(
+        values.labels,
+        num_classes,
+        weights,
+        soft=softened,
+        alpha=distill.alpha,
+        temperature=distill.temperature,
+        soft_weight=1 / (copies + 1),
+    )
+
+
+def start_of_tuning(
+    run: Run, spec: MemberSpec, fold: int, features: FeatureCache
+) -> dict[str, Tensor]:
+    """Return the state from which a member is tuned: a frozen backbone and a head.
+
+    The head has not seen the select rows, so that tuning is judged on new ones. At another image
+    size a linear head is fitted anew, with the penalty of the first fit.
+
+    Args:
+        run: the run.
+        spec: the member to be tuned; it starts from a probe, or its first stage is of kind `head`.
+        fold: the fold.
+        features: of the run's images.
+    """
+    base = run.recipe.member(spec.starts_from or spec.name)
+    job = Job(base.name, fold, run.recipe.stages_of(base.name)[0].name)
+    folder = run.folder.verify_job(job)
+    head = load_file(folder / START_FILE)
+    if spec.img_size != base.img_size and base.head.is_linear:
+        rows = run.roles[fold].fit
+        fit = features.rows("train", spec, rows, run.recipe.features.copies)
+        l2 = read_json(folder / "history.json")["l2"]
+        head = _state(fit_linear(fit.features, _targets(run, job, rows, fit), l2))
+    backbone = features.backbone(base).state_dict()
+    return {**{f"backbone.{name}": tensor for name, tensor in backbone.items()}, **head}
+
+
+def _state(head: LinearHead) -> State:
+    """The tensors of a linear head under their names in a member."""
     return {
         "head.classifier.weight": torch.from_numpy(head.weight),
         "head.classifier.bias": torch.from_numpy(head.bias),
     }
 
 
-def start_of_tuning(
-    run: Run, spec: MemberSpec, fold: int, cache: FeatureCache
-) -> dict[str, torch.Tensor]:
-    """Return the state from which a member is tuned: a frozen backbone and a head.
+def _history(
+    run: Run, choice: L2Choice, fit: FeatureRows, select: FeatureRows, seconds: float
+) -> dict[str, Any]:
+    """history.json of an exact fit: as of one epoch, with the penalty and what chose it."""
+    metric = run.recipe.train.metric
 
-    The head is the probe's, fitted without the select rows, so that these stay unseen. At another
-    image size a linear head is fitted anew, with the probe's penalty.
+    def measure(probs: np.ndarray, labels: np.ndarray) -> Checkpoint:
+        return Checkpoint({}, probs, labels, 0, metric)
 
-    Args:
-        run: the run.
-        spec: the member to be tuned; it starts from a probe, or its first stage is of kind `head`.
-        fold: the fold.
-        cache: of features.
-    """
-    base = run.recipe.member(spec.starts_from or spec.name)
-    stage = run.recipe.stages_of(base.name)[0]
-    folder = run.folder.verify_job(Job(base.name, fold, stage.name))
-    head = load_file(folder / "start.safetensors")
-    if spec.img_size != base.img_size and base.head.kind == "linear":
-        fit = cache.rows("train", spec, run.roles[fold].fit)
-        targets = Targets(fit.labels, len(run.sources.train.classes))
-        l2 = read_json(folder / "history.json")["l2"]
-        head = _state(fit_linear(fit.features, targets, l2))
-    backbone = frozen_backbone(run.folder, base).state_dict()
-    return {**{f"backbone.{name}": tensor for name, tensor in backbone.items()}, **head}
+    on_fit = measure(choice.head.probs(fit.features), fit.labels)
+    on_select = measure(choice.head.probs(select.features), select.labels)
+    shares = np.bincount(fit.labels, minlength=len(choice.head.bias)) / len(fit.labels)
+    constant = measure(np.tile(shares, (len(select.labels), 1)), select.labels)
+    record = {
+        "epoch": 0,
+        "loss": float(on_fit.losses.mean()),
+        "select_accuracy": on_select.accuracy,
+        "select_loss": float(on_select.losses.mean()),
+        "select_metric": on_select.plain_score,
+        "lr": 0.0,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(len(fit.labels) / max(seconds, 1e-3), 1),
+    }
+    return {
+        "epochs": [record],
+        "accepted": True,
+        "best_epoch": 0,
+        "metric": metric,
+        "start_accuracy": constant.accuracy,
+        "start_metric": constant.plain_score,
+        "reason": f"logistic regression, fitted exactly; l2 = {choice.head.l2:.3g} has the lowest "
+        f"log loss of {len(choice.losses)} on the select rows",
+        "stopped": "",
+        "l2": choice.head.l2,
+        "l2_losses": [[l2, loss] for l2, loss in choice.losses.items()],
+    }
 
 
-def run_head_job(run: Run, job: Job, cache: FeatureCache) -> None:
-    """Fit a head and write the files of its job; done.json last.
+def _teacher_probs(run: Run, job: Job, rows: np.ndarray) -> np.ndarray | None:
+    """A teacher's probabilities on some rows and their copies (n, k), for a student."""
+    distillation = Distillation.from_run(run)
+    if distillation is None or not run.recipe.soft(job.member):
+        return None
+    probs = distillation.targets(job.fold).probs_of(rows)
+    return np.tile(probs, (run.recipe.features.copies + 1, 1))
 
-    The penalty is chosen on the select rows. The head that answers is then fitted on the fit and
-    the select rows; the one that tuning starts from has seen the fit rows only.
-    """
-    began = time.monotonic()
-    spec, roles = run.recipe.member(job.member), run.roles[job.fold]
-    folder = run.folder.job_folder(job)
-    k = len(run.sources.train.classes)
-    frozen = [run.recipe.member(name) for name in run.recipe.probes]
-    cache.prepare("train", frozen, np.arange(len(run.sources.train)))
-    fit, select = cache.rows("train", spec, roles.fit), cache.rows("train", spec, roles.select)
-    choice = choose_l2(fit.features, Targets(fit.labels, k), select.features, select.labels)
-    both = fit_linear(
-        np.concatenate([fit.features, select.features]),
-        Targets(np.concatenate([fit.labels, select.labels]), k),
-        choice.head.l2,
-    )
 
-    save_weights(_state(both), folder / "weights.safetensors")
-    save_weights(_state(choice.head), folder / "start.safetensors")
-    correct = choice.head.probs(select.features).argmax(1) == select.labels
-    write_json(
-        folder / "history.json",
-        {
-            "epochs": [],
-            "accepted": True,
-            "best_epoch": 0,
-            "start_accuracy": 0.0,
-            "reason": f"L2 {choice.head.l2:g}",
-            "stopped": "",
-            "l2": choice.head.l2,
-        },
-    )
-    arrays = {"select": correct}
-    probs: dict[str, np.ndarray] = {"rows": roles.score}
+def _correct(
+    features: FeatureCache, spec: MemberSpec, roles: Roles, network: nn.Module
+) -> dict[str, np.ndarray]:
+    """Which select rows and score rows a head answers correctly."""
+    rows = {"select": features.select(spec, roles)}
     if len(roles.score):
-        score = cache.rows("train", spec, roles.score)
-        arrays["score"] = choice.head.probs(score.features).argmax(1) == score.labels
-        probs["score"] = both.probs(score.features)[None]
+        rows["score"] = features.rows("train", spec, roles.score)
+    return {
+        name: head_probs(network, part.features).argmax(1) == part.labels
+        for name, part in rows.items()
+    }
+
+
+def predict_features(
+    run: Run, member: Member, spec: MemberSpec, roles: Roles, features: FeatureCache
+) -> dict[str, np.ndarray]:
+    """Probabilities (1, r, k) on the fold's score rows and the test rows, from cached features.
+
+    They are the member's answers to whole images, up to the rounding of the features to float16.
+    """
+    network, arrays = HeadNetwork(member.head), {"rows": roles.score}
+    if len(roles.score):
+        score = features.rows("train", spec, roles.score)
+        arrays["score"] = head_probs(network, score.features)[None]
     if run.sources.test is not None:
-        rows = np.arange(len(run.sources.test))
-        cache.prepare("test", frozen, rows)
-        probs["test"] = both.probs(cache.rows("test", spec, rows).features)[None]
-    write_arrays(folder / "choice.npz", **arrays)
-    write_arrays(folder / "probs.npz", **probs)
-    run.folder.finish_job(job, time.monotonic() - began)
+        test = features.rows("test", spec, np.arange(len(run.sources.test)))
+        arrays["test"] = head_probs(network, test.features)[None]
+    return arrays

@@ -32,7 +32,15 @@ from threefold.training.checks import check_trainable
 from threefold.training.diagnostics import DataDiagnostics, inspect_data
 from threefold.training.distillation import Distillation
 from threefold.training.features import FeatureCache
-from threefold.training.head_jobs import feature_cache, run_head_job, start_of_tuning
+from threefold.training.head_jobs import (
+    EPOCHS,
+    START_FILE,
+    open_features,
+    predict_features,
+    prepare_features,
+    start_of_tuning,
+    train_head,
+)
 from threefold.training.out_of_fold import assemble
 from threefold.training.pixel_cache import PixelCache
 from threefold.training.provenance import commit, hardware, stable_seed, versions
@@ -82,15 +90,21 @@ def _train_teachers(run: Run) -> None:
 def _run_jobs(run: Run) -> PixelCache:
     """Run every job that is missing, then write oof.npz and test.npz; returns the image cache."""
     cache = PixelCache(run.sources, run.all_views, run.dir / "cache")
-    features = feature_cache(run)
+    features = open_features(run)
     jobs = run.jobs
     run.watcher.plan(jobs, [_work(run, job) for job in jobs])
+    prepare_features(run, features)
     budget = _TimeBudget(run, jobs)
     for job in jobs:
         done = run.folder.is_done(job)
         run.watcher.job(job, skipped=done)
-        if not done:
-            _run_job(run, job, cache, features, budget.deadline(job))
+        if done:
+            continue
+        deadline = budget.deadline(job)
+        if run.recipe.stage(job.stage).kind == "head":
+            _run_head_job(run, job, cache, features, deadline)
+        else:
+            _run_job(run, job, cache, features, deadline)
     assemble(run)
     return cache
 
@@ -107,9 +121,12 @@ def _notes(run: Run) -> list[str]:
 
 
 def _work(run: Run, job: Job) -> int:
-    """Images that a job trains on, over all its epochs."""
-    epochs = next(stage.epochs for stage in run.recipe.stages if stage.name == job.stage)
-    return max(1, epochs) * len(run.roles[job.fold].fit)
+    """Images that a job trains on, over all its epochs; a linear head has one."""
+    stage, head = run.recipe.stage(job.stage), run.recipe.member(job.member).head
+    epochs = stage.epochs
+    if stage.kind == "head":
+        epochs = 1 if head.is_linear else epochs or EPOCHS
+    return epochs * len(run.roles[job.fold].fit)
 
 
 class _TimeBudget:
@@ -140,11 +157,8 @@ def _run_job(
     stages = recipe.stages_of(job.member)
     number = [stage.name for stage in stages].index(job.stage)
     stage = stages[number]
-    if stage.kind == "head":
-        run_head_job(run, job, features)
-        return
     roles = run.roles[job.fold]
-    seed = stable_seed(recipe.seed, recipe.seed_name(job.member), str(job.fold), job.stage)
+    seed = _seed(run, job)
     torch.manual_seed(seed)
     folder = run.folder.job_folder(job)
     previous = job._replace(stage=stages[number - 1].name) if number else None
@@ -189,6 +203,36 @@ def _run_job(
         (run.folder.job_folder(previous) / "weights.safetensors").unlink(missing_ok=True)
 
 
+def _seed(run: Run, job: Job) -> int:
+    """Seed of all random draws of a job; a twin has those of its student."""
+    recipe = run.recipe
+    return stable_seed(recipe.seed, recipe.seed_name(job.member), str(job.fold), job.stage)
+
+
+def _run_head_job(
+    run: Run, job: Job, cache: PixelCache, features: FeatureCache, deadline: float
+) -> None:
+    """Train a head on cached features and write its files; done.json last."""
+    began, spec, roles = time.monotonic(), run.recipe.member(job.member), run.roles[job.fold]
+    seed, folder = _seed(run, job), run.folder.job_folder(job)
+    torch.manual_seed(seed)
+    outcome = train_head(run, job, features, seed, deadline, folder / RESUME_FILE)
+    save_weights(outcome.start, folder / START_FILE)
+    save_weights(outcome.answer, folder / "weights.safetensors")
+    write_json(folder / "history.json", outcome.history)
+    write_arrays(folder / "choice.npz", **outcome.correct)
+    if job == run.last_job(job.member, job.fold):
+        views = run.all_views(spec)
+        if views.count == 1 and views.canvas == spec.img_size and not run.recipe.views.choose:
+            probs = predict_features(run, outcome.member, spec, roles, features)
+        else:
+            member = outcome.member.to(pick_device(run.recipe.train.device))
+            probs = _predict(run, member, spec, roles, cache)
+        write_arrays(folder / "probs.npz", **probs)
+    run.folder.finish_job(job, outcome.elapsed_before + time.monotonic() - began)
+    (folder / RESUME_FILE).unlink(missing_ok=True)
+
+
 def _teacher_probs(run: Run, job: Job) -> np.ndarray | None:
     """A teacher's probabilities on the fit rows (n, k), for a student."""
     distillation = Distillation.from_run(run)
@@ -202,8 +246,9 @@ def _start(
 ) -> nn.Module:
     """Build the network that a stage starts from.
 
-    It has the weights of the stage before; in a first stage pretrained ones, or those of the
-    members that it joins.
+    It has the weights of the stage before; in a first stage those of the member that it starts
+    from or the members that it joins, or else pretrained ones. After a stage of kind head it has
+    the head that has not seen the select rows, on which this stage is judged.
     """
     first_stage, start = run.recipe.stages_of(spec.name)[0], spec.starts_from
     pretrained = previous is None and not start
@@ -219,9 +264,9 @@ def _start(
         folder = run.folder.verify_job(run.last_job(start, fold))
         load_weights(member, folder / "weights.safetensors")
     elif isinstance(member, JointMember):
-        for name, base in zip(spec.joins, member.bases, strict=True):
-            folder = run.folder.verify_job(run.last_job(name, fold))
-            load_weights(base, folder / "weights.safetensors")
+        k = len(run.sources.train.classes)
+        bases = [run.load_member(run.recipe.member(name), fold, k) for name in spec.joins]
+        member.bases = nn.ModuleList(bases)
     member = member.to(device=pick_device(run.recipe.train.device))
     return member.to(memory_format=torch.channels_last)
 

@@ -96,8 +96,14 @@ def roles_by_fold(run: Run) -> FoldRoles:
     owner = np.full(len(run.sources.train), -1)
     table = np.zeros((len(folds), len(owner)), np.int8)
     distillation = Distillation.from_run(run)
+    # A linear head on a frozen backbone is fitted anew on both, once select rows chose its penalty.
+    refitted = run.recipe.protocol == "honest" and any(
+        run.recipe.is_frozen(member.name) and member.head.is_linear for member in run.recipe.members
+    )
     for fold, roles in folds.items():
         owner[roles.score] = fold
+        if refitted:
+            table[fold, roles.select] += FIT
         for rows, bit in ((roles.fit, FIT), (roles.select, SELECT), (roles.score, SCORE)):
             table[fold, rows] += bit
         if distillation is not None:

@@ -81,16 +81,8 @@ class PixelCache:
         Raises:
             RunError: there are neither.
         """
-        if len(roles.select):
-            return self.rows("train", spec, roles.select)
-        test = self.sources.test
-        if test is None:
-            raise RunError(
-                "nothing to choose checkpoints on",
-                where="folds.k = 1",
-                expected="a test split, or folds.k >= 2",
-            )
-        return self.rows("test", spec, np.arange(len(test)))
+        split, rows = select_rows(self.sources, roles)
+        return self.rows(split, spec, rows)
 
     def remove(self) -> None:
         """Delete the cache, which only training needs."""
@@ -100,6 +92,25 @@ class PixelCache:
             path.unlink()
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
+
+
+def select_rows(sources: Sources, roles: Roles) -> tuple[str, np.ndarray]:
+    """Return split and row numbers of what a fold's choices are made on.
+
+    These are its select rows, or the test split where the paper protocol has no folds.
+
+    Raises:
+        RunError: there are neither.
+    """
+    if len(roles.select):
+        return "train", roles.select
+    if sources.test is None:
+        raise RunError(
+            "nothing to choose checkpoints on",
+            where="folds.k = 1",
+            expected="a test split, or folds.k >= 2",
+        )
+    return "test", np.arange(len(sources.test))
 
 
 def _fill(path: Path, dataset: ImageDataset, side: int, resize: Any) -> None:

@@ -43,6 +43,7 @@ class Targets:
         soft: (n, k) a teacher's softened probabilities; None = labels only.
         alpha: weight of the teacher, the labels have the rest.
         temperature: of teacher and student, see `losses.soft_loss`.
+        soft_weight: weight of each row in the teacher's part of the loss.
     """
 
     labels: np.ndarray
@@ -51,6 +52,7 @@ class Targets:
     soft: np.ndarray | None = None
     alpha: float = 0.0
     temperature: float = 1.0
+    soft_weight: float = 1.0
 
 
 class LinearHead(NamedTuple):
@@ -197,8 +199,9 @@ class _Problem:
             # As `soft_loss`: temperature squared times the divergence, without its constant.
             heat = self.targets.temperature
             softened = (logits / heat).log_softmax(-1)
-            value += alpha * heat**2 * -float((self.soft * softened).double().sum())
-            error = error + alpha * heat * (softened.exp() - self.soft)
+            share = alpha * self.targets.soft_weight
+            value += share * heat**2 * -float((self.soft * softened).double().sum())
+            error = error + share * heat * (softened.exp() - self.soft)
         gradient = torch.empty_like(weight)
         gradient[:, :-1] = error.T @ self.rows + l2 * weight[:, :-1]
         gradient[:, -1] = error.sum(0)

@@ -42,6 +42,8 @@ from threefold.training.checkpoints import (
     restore_random,
     save_resume_state,
 )
+from threefold.training.features import FeatureRows
+from threefold.training.heads import head_probs, to_features
 from threefold.training.losses import BatchLoss, soften
 from threefold.training.optimizers import create_optimizer, lr_at, set_trainable, train_mode
 from threefold.training.pixel_cache import PixelRows
@@ -57,7 +59,7 @@ class StageTask:
     Attributes:
         stage: epochs, learning rate, schedule and trainable parameters.
         recipe: the run's recipe.
-        fit: the rows to train on.
+        fit: the rows to train on; of features, the network is a `HeadNetwork`.
         select: the rows to choose the best epoch on.
         seed: of all random draws in the stage.
         num_classes: classes of the data set.
@@ -75,8 +77,8 @@ class StageTask:
 
     stage: StageSpec
     recipe: Recipe
-    fit: PixelRows
-    select: PixelRows
+    fit: PixelRows | FeatureRows
+    select: PixelRows | FeatureRows
     seed: int
     num_classes: int
     first: bool = True
@@ -118,7 +120,7 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
         RecipeError: the stage's regexes leave nothing to train.
     """
     _seed_all(task.seed)
-    loop = _Loop(member, task)
+    loop = (_HeadLoop if isinstance(task.fit, FeatureRows) else _Loop)(member, task)
     start = loop.checkpoint(-1)
     best, records = loop.resume(start)
     patience = task.stage.patience or math.inf
@@ -146,16 +148,11 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
         "best_epoch": chosen.epoch,
         "metric": task.recipe.train.metric,
         "start_accuracy": start.accuracy,
-        "start_metric": _plain(start.score),
+        "start_metric": start.plain_score,
         "reason": reason,
         "stopped": stopped,
     }
     return StageOutcome(chosen.state, history, chosen.correct, loop.elapsed_before)
-
-
-def _plain(score: float) -> float | None:
-    """The score as JSON has it: None where it is not defined."""
-    return None if math.isnan(score) else score
 
 
 def _why_stopped(cut_short: bool, epochs: int, best: Checkpoint, stage: StageSpec) -> str:
@@ -221,7 +218,7 @@ class _Loop:
             inputs = to_activations(task.activations.select[:size], self.device)
             what = f"{task.network} from block {task.activations.count}"
         else:
-            inputs = to_pixels(task.fit.pixels[:size], self.device)
+            inputs = to_pixels(_pixels(task.fit)[:size], self.device)
             what = f"{task.network} at {inputs.shape[-1]} px"
         return pick_precision(
             self.network,
@@ -347,7 +344,7 @@ class _Loop:
             "loss": total / max(images, 1),
             "select_accuracy": checkpoint.accuracy,
             "select_loss": float(checkpoint.losses.mean()),
-            "select_metric": _plain(checkpoint.score),
+            "select_metric": checkpoint.plain_score,
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
             "seconds": round(seconds, 3),
             "images_per_second": round(images / seconds, 1),
@@ -357,12 +354,15 @@ class _Loop:
     def checkpoint(self, epoch: int) -> Checkpoint:
         """Measure the weights, or their moving average after training, on the select rows."""
         source = self.average.module if self.average is not None and epoch >= 0 else self.member
-        if self.task.activations is None:
-            probs = predict_probs(Predictor(source), self.task.select.pixels)
-        else:
-            probs = predict_late(self._network(source), self.task.activations.select)
+        probs = self._probs(source)
         state = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
         return self._measured(state, probs, epoch)
+
+    def _probs(self, network: nn.Module) -> np.ndarray:
+        """Probabilities (n, k) of the select rows."""
+        if self.task.activations is not None:
+            return predict_late(self._network(network), self.task.activations.select)
+        return predict_probs(Predictor(network), _pixels(self.task.select))
 
     def _measured(self, state: State, probs: np.ndarray, epoch: int) -> Checkpoint:
         return Checkpoint(state, probs, self.task.select.labels, epoch, self.spec.metric)
@@ -430,15 +430,37 @@ class _Loop:
 
     def _inputs(self, rows: np.ndarray) -> _Batch:
         """Augmented images (or their activations), labels and soft targets of some fit rows."""
-        labels = torch.from_numpy(self.task.fit.labels[rows]).to(self.device)
-        soft = None
-        if self.soft_targets is not None:
-            soft = self.soft_targets[torch.from_numpy(rows)]
+        labels, soft = self._targets(rows)
         if self.task.activations is not None:
             return _Batch(to_activations(self.activations[rows], self.device), labels, soft)
-        images = to_pixels(self.task.fit.pixels[rows], self.device)
+        images = to_pixels(_pixels(self.task.fit)[rows], self.device)
         images, labels, soft = self.augment(images, labels, soft)
         return _Batch(images.contiguous(memory_format=torch.channels_last), labels, soft)
+
+    def _targets(self, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        """Labels and soft targets of some fit rows."""
+        labels = torch.from_numpy(self.task.fit.labels[rows]).to(self.device)
+        if self.soft_targets is None:
+            return labels, None
+        return labels, self.soft_targets[torch.from_numpy(rows)]
+
+
+class _HeadLoop(_Loop):
+    """The loop of a head on cached features, in float32; their copies are the augmentation."""
+
+    def _pick_precision(self) -> str:
+        return "float32"
+
+    def _inputs(self, rows: np.ndarray) -> _Batch:
+        return _Batch(to_features(self.task.fit[0][rows], self.device), *self._targets(rows))
+
+    def _probs(self, network: nn.Module) -> np.ndarray:
+        return head_probs(network, self.task.select[0])
+
+
+def _pixels(rows: PixelRows | FeatureRows) -> np.ndarray:
+    assert isinstance(rows, PixelRows)
+    return rows.pixels
 
 
 def _soft_targets(task: StageTask, device: torch.device) -> Tensor | None:

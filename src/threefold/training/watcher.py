@@ -23,5 +23,8 @@ class Watcher:
     def epoch(self, record: dict[str, Any]) -> None:
         """An epoch has ended; `record` is its entry in history.json."""
 
+    def features(self, done: int, total: int) -> None:
+        """Frozen backbones have answered `done` of `total` images."""
+
     def note(self, text: str) -> None:
         """Receive a message for the user."""
