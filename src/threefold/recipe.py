@@ -299,6 +299,8 @@ class Recipe(Section):
     def without(self, members: Collection[str]) -> Recipe:
         """Return the recipe of the other members, with their stages.
 
+        If none of them is tuned, nothing reads the augmentation, and it goes too.
+
         Args:
             members: names to leave out; nothing that stays may join or start from one of them.
         """
@@ -312,9 +314,10 @@ class Recipe(Section):
         combined = tuple(name for name in self.ensemble.members if name in names)
         top = min(self.ensemble.top, len(combined or kept))
         ensemble = self.ensemble.model_copy(update={"members": combined, "top": top})
-        tree = self.model_copy(
-            update={"members": tuple(kept), "stages": tuple(stages), "ensemble": ensemble}
-        )
+        update = {"members": tuple(kept), "stages": tuple(stages), "ensemble": ensemble}
+        if not self.features.copies and all(stage.kind == "head" for stage in stages):
+            update["augment"] = AugmentSpec()
+        tree = self.model_copy(update=update)
         return Recipe.model_validate(tree.model_dump(mode="json", exclude_none=True))
 
     @classmethod

@@ -275,3 +275,10 @@ def test_transformer_starts_at_the_image_size_of_its_base() -> None:
 
     with pytest.raises(RecipeError, match=r"fixed grid of tokens.*tuned.*expected img_size = 32"):
         check_trainable(make_recipe(Path("x"), members=members))
+
+
+def test_probes_without_tuned_members_are_trainable(images: Path) -> None:
+    recipe = make_recipe(images, "augment.hflip=true")
+
+    check_trainable(recipe)
+    check_trainable(recipe.without(["tuned"]))

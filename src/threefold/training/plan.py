@@ -88,7 +88,6 @@ def plan_folder(
     probes = _members(members)
     draft = _draft(data, probes, overrides)
     device = pick_device(draft.train.device)
-    augment, why_augment = _augment(summary)
     cache = FeatureCache(sources, draft, watcher)
     measured = choose_size(draft, summary, sources, cache, clock, quality)
     del probes[measured.members :]
@@ -96,6 +95,7 @@ def plan_folder(
     folds = _folds(tuning, summary, quality)
     cached = all(can_cache(member, device) for member in draft.members)
     stages, tuned = tuning_stages(tuning, probes, measured.img_size, device, cached=cached)
+    augment, why_augment = _augment(summary) if tuned else ({}, [])
     for member in probes:
         member["img_size"] = measured.img_size
     batch_size = _batch_size(summary, device)
@@ -120,7 +120,7 @@ def plan_folder(
         "stages": stages,
         "members": [*probes, *tuned],
     }
-    if quality == "best" and augment["hflip"]:
+    if quality == "best" and augment.get("hflip"):
         tree["views"] = {"kind": "flip"}
         decisions.append(Decision("views.kind", "flip", "quality best: the mirror image, too"))
     recipe = Recipe.parse(tree, overrides, where="plan")
