@@ -62,7 +62,12 @@ def cached_blocks(member: nn.Module, stage: StageSpec) -> int:
 
 
 def cached_activations(
-    cache: FeatureCache, spec: MemberSpec, count: int, fit: np.ndarray, select: np.ndarray
+    cache: FeatureCache,
+    spec: MemberSpec,
+    count: int,
+    fit: np.ndarray,
+    select: np.ndarray,
+    epochs: int,
 ) -> Activations:
     """Return the activations of a fold; each epoch's copies are computed when it begins.
 
@@ -72,11 +77,13 @@ def cached_activations(
         count: number of frozen blocks.
         fit: (n,) row numbers.
         select: (m,) row numbers.
+        epochs: of the stage.
     """
+    expected = (epochs + 1) * (len(fit) + len(select))
     return Activations(
         count,
         partial(_copy, cache, spec, count, fit),
-        cache.blocks("train", spec, select, count),
+        cache.blocks("train", spec, select, count, expected=expected),
     )
 
 

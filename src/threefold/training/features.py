@@ -129,7 +129,13 @@ class FeatureCache:
         self._copies = hashlib.sha256(json.dumps(copies).encode()).hexdigest()[:16]
 
     def blocks(
-        self, split: str, spec: MemberSpec, rows: np.ndarray, count: int, copy: int = 0
+        self,
+        split: str,
+        spec: MemberSpec,
+        rows: np.ndarray,
+        count: int,
+        copy: int = 0,
+        expected: int = 0,
     ) -> np.ndarray:
         """Return what the first blocks of a backbone answer, float16 (n, c, h, w).
 
@@ -139,6 +145,7 @@ class FeatureCache:
             rows: (n,) row numbers.
             count: how many blocks follow the stem, see `models.split`.
             copy: number of the augmented copy of each image; 0 = the image itself.
+            expected: how many activations will be needed in all, which decides the engine.
 
         Raises:
             RunError: the activations do not fit into memory.
@@ -146,7 +153,7 @@ class FeatureCache:
         """
         source = self._source(spec, count)
         wanted = [(int(row), copy) for row in rows]
-        self._prepare(split, [source], wanted)
+        self._prepare(split, [source], wanted, expected)
         return source.store.read([self._name(split, *item) for item in wanted])
 
     def rows(self, split: str, spec: MemberSpec, rows: np.ndarray, copies: int = 0) -> FeatureRows:
@@ -213,7 +220,11 @@ class FeatureCache:
         self._prepare(split, list(sources.values()), wanted)
 
     def _prepare(
-        self, split: str, sources: Sequence[_Source], wanted: Sequence[tuple[int, int]]
+        self,
+        split: str,
+        sources: Sequence[_Source],
+        wanted: Sequence[tuple[int, int]],
+        expected: int = 0,
     ) -> None:
         """Compute what is missing of some images, given as rows and numbers of copies."""
         if not wanted:
@@ -221,7 +232,7 @@ class FeatureCache:
         names = [self._name(split, *item) for item in wanted]
         place = dict(zip(names, wanted, strict=True))
         for source in sources:
-            self._choose_engine(source, split, place)
+            self._choose_engine(source, split, place, expected)
         with ExitStack() as locks:
             for source in sources:
                 if source.store.missing(names):

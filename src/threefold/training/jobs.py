@@ -166,7 +166,9 @@ def _run_job(
     activations = None
     if stage.cached:
         count = cached_blocks(member, stage)
-        activations = cached_activations(features, spec, count, roles.fit, roles.select)
+        activations = cached_activations(
+            features, spec, count, roles.fit, roles.select, stage.epochs
+        )
         fit, select = cache.labels(roles.fit), cache.labels(roles.select)
     else:
         fit = cache.rows("train", spec, roles.fit, side=stage.img_size)

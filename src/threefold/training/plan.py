@@ -204,9 +204,9 @@ def _augment(summary: DataSummary) -> tuple[dict[str, Any], list[Decision]]:
             "photographs have an up and a down; set it for microscopy or aerial images",
         ),
         Decision(
-            "augment.rotation, shift, zoom",
-            "10, 0.08, 0.1",
-            "milder than the paper's 30, 0.3, 0.3, which need its 70 epochs",
+            "augment.rotation, crop",
+            "10, 0.7",
+            "milder than the paper's augmentation, which is meant for 70 epochs",
         ),
     ]
 

@@ -110,12 +110,13 @@ def choose_size(
             for size in close
         ]
         choice = _best_size(results)
-        figures = ", ".join(f"{r.accuracy:.3f} at {r.img_size}" for r in results)
-        reason += f"; accuracy of a probe on {len(probed)} of them, out of fold: {figures}"
+        figures = ", ".join(f"{r.loss:.3f} at {r.img_size} px ({r.accuracy:.1%})" for r in results)
+        reason += f"; log loss and accuracy of a probe on {len(probed)} images, out of fold: "
+        reason += figures
     reason += f"; about {seconds(choice):.0f} s for the features of all members"
     decision = Decision(key, choice, reason)
-    per_image *= (choice / sizes[0]) ** 2
-    return ProbePlan(choice, len(costs), per_image, seconds(choice), decision)
+    at_choice = per_image * (choice / sizes[0]) ** 2
+    return ProbePlan(choice, len(costs), at_choice, seconds(choice), decision)
 
 
 def _best_size(results: Sequence[SizeProbe]) -> int:
