@@ -200,7 +200,10 @@ def test_layer_decay_lowers_rates_towards_the_input(optimizer: str) -> None:
     assert scales == sorted(scales)
     assert scales[-1] == 1.0
     assert sum(len(group["params"]) for group in groups) == len(list(member.parameters()))
-    assert any(p is member.head.classifier.weight for p in groups[-1]["params"])
+    of_the_head = [
+        g for g in groups if any(p is member.head.classifier.weight for p in g["params"])
+    ]
+    assert [group["lr_scale"] for group in of_the_head] == [1.0]
 
 
 def test_weights_survive_a_round_trip(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import sys
 # A training option is a recipe key, never a flag: think before adding one here.
 SURFACE = {
     "demo": {"--out", "--verbose"},
-    "fit": {"--out", "--budget", "--members", "--set", "--verbose"},
-    "plan": {"--budget", "--members", "--set"},
+    "fit": {"--out", "--budget", "--quality", "--members", "--set", "--verbose"},
+    "plan": {"--budget", "--quality", "--members", "--set"},
     "train": {"--out", "--set", "--verbose"},
     "ensemble": {
         "--method",
