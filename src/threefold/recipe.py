@@ -139,16 +139,17 @@ class Recipe(Section):
                 else "folds.scheme = column needs data.fold_column, the name of a table's column"
             )
         if self.folds.scheme in ("grouped", "leave-one-group-out") and not (
-            self.data.group_regex or self.data.source in WITH_GROUPS
+            self.data.group_regex or self.data.group_file or self.data.source in WITH_GROUPS
         ):
             raise ValueError(
                 f"folds.scheme = {self.folds.scheme} needs groups; "
-                "set data.group_regex, or use a CSV file with a group column"
+                "set data.group_regex or data.group_file, or use a CSV file with a group column"
             )
-        if self.folds.scheme == "stratified" and self.data.group_regex:
-            raise ValueError(
-                "folds.scheme = stratified ignores data.group_regex; set folds.scheme = grouped"
-            )
+        for key in ("group_regex", "group_file"):
+            if self.folds.scheme == "stratified" and getattr(self.data, key):
+                raise ValueError(
+                    f"folds.scheme = stratified ignores data.{key}; set folds.scheme = grouped"
+                )
 
     def _check_members(self) -> None:
         """Check that the members named exist and can be joined, trained and combined."""

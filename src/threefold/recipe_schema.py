@@ -77,6 +77,9 @@ class DataSpec(Section):
     group_regex: str = ""
     """Pattern searched for in each image's path. Its first group, or else the whole match, names
     the image's group; a group is never split between folds."""
+    group_file: str = ""
+    """CSV file `id,group` with the group of every training image, such as the groups that the plan
+    finds by features."""
     fold_column: str = ""
     """Column of a table with the fold of each training row, for folds.scheme = column."""
     limit_per_class: Annotated[int, Field(ge=0)] = 0
@@ -93,6 +96,8 @@ class DataSpec(Section):
             raise ValueError(
                 f"source = {self.source} has no extra images; {', '.join(WITH_EXTRA)} have some"
             )
+        if self.group_file and self.group_regex:
+            raise ValueError("group_file and group_regex both define groups; remove one of them")
         if self.fold_column and self.source not in WITH_COLUMNS:
             raise ValueError(
                 f"fold_column needs a table: source = {', '.join(WITH_COLUMNS)}, not {self.source}"

@@ -15,6 +15,13 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "threefold.data.images": ["decode", "measure"],
         "threefold.data.leakage": ["duplicate_warnings", "find_duplicates", "guess_group_pattern"],
         "threefold.data.published": ["PublishedDataset", "find_published"],
+        "threefold.data.scene_groups": [
+            "GroupingEffect",
+            "SceneGroups",
+            "find_scene_groups",
+            "grouping_effect",
+        ],
+        "threefold.data.group_file": ["GROUP_FILE", "read_groups", "write_groups"],
         "threefold.data.splits": ["Roles", "assign_roles", "refit_roles"],
         "threefold.data.synthetic": ["write_sample"],
     },

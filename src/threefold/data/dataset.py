@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from threefold.data.group_file import groups_of, read_groups
 from threefold.data.images import BadImage, check_all, content_hash, decode, same_content
 from threefold.data.published import FASHION_MNIST_CLASSES
 from threefold.data.sources.arrays import (
@@ -201,11 +202,12 @@ def load_data(spec: DataSpec, seed: int) -> Sources:
 
 def _from_files(listing: Listing, spec: DataSpec, seed: int) -> Sources:
     """Verify listed files and assign their labels."""
-    if spec.group_regex and any(item.group for item in listing.items):
+    key = "group_regex" if spec.group_regex else "group_file" if spec.group_file else ""
+    if key and any(item.group for item in listing.items):
         raise DataError(
             "groups are defined twice",
             where=spec.root,
-            fix="clear data.group_regex or remove the group column",
+            fix=f"clear data.{key} or remove the group column",
         )
     train = sorted(item for item in listing.items if item.part == "train")
     test = sorted(item for item in listing.items if item.part == "test")
@@ -226,6 +228,9 @@ def _from_files(listing: Listing, spec: DataSpec, seed: int) -> Sources:
 
     train_set = _dataset(train, classes, spec.group_regex, listing.encoded)
     test_set = _dataset(test, classes, spec.group_regex, listing.encoded) if test else None
+    train_set = _with_group_file(train_set, spec, every=True)
+    if test_set is not None:
+        test_set = _with_group_file(test_set, spec, every=False)
     groups = set(train_set.groups or ())
     if len(groups) == 1:  # neither cross-fitting nor an interval is possible with one group
         raise DataError(
@@ -346,6 +351,16 @@ def _groups(ids: Sequence[str], pattern: str) -> tuple[str, ...] | None:
     return tuple(groups)
 
 
+def _with_group_file(data: ImageDataset, spec: DataSpec, *, every: bool) -> ImageDataset:
+    """Add the groups of data.group_file; `every` = an image without one is an error."""
+    if not spec.group_file:
+        return data
+    table = read_groups(Path(spec.group_file).expanduser())
+    if not every and any(name not in table for name in data.ids):
+        return data
+    return replace(data, groups=groups_of(data.ids, table, spec.group_file))
+
+
 def _misleading_names(bad: list[BadImage]) -> list[str]:
     """Note readable files whose suffix names another format."""
     named = [f"{image.path} ({image.reason})" for image in bad if image.readable]
@@ -441,6 +456,8 @@ def _from_arrays(data: ArrayDataset, spec: DataSpec, seed: int) -> Sources:
     )
     if spec.limit_per_class:
         train = train.subset(_limited(train.labels, spec.limit_per_class, seed))
+    train = _with_group_file(train, spec, every=True)
+    test = _with_group_file(test, spec, every=False)
     return Sources(
         train=train,
         test=test,

@@ -171,7 +171,7 @@ def _group_codes(groups: Sequence[str] | None, spec: FoldSpec, n: int) -> _Codes
     if groups is None:
         raise DataError(
             f"folds.scheme = {spec.scheme} needs groups",
-            fix="set data.group_regex, or add a group column to the CSV file",
+            fix="set data.group_regex or data.group_file, or add a group column to the CSV file",
         )
     if len(groups) != n:
         raise DataError("every image needs one group", expected=f"{n} groups", got=len(groups))

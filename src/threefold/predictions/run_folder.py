@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from threefold.data.group_file import GROUP_FILE
 from threefold.errors import RunError
 from threefold.files import read_arrays, read_json, sha256, write_arrays, write_bytes, write_json
 from threefold.predictions.predictions import Predictions
@@ -97,7 +98,9 @@ class RunFolder:
                     got=f"differs in {', '.join(_differences(started, recipe))}",
                     fix="choose another --out, or delete the folder",
                 )
-        elif folder.path.is_dir() and any(folder.path.iterdir()):
+        elif folder.path.is_dir() and any(
+            entry.name != GROUP_FILE for entry in folder.path.iterdir()
+        ):
             raise RunError(
                 "the folder is not empty and not a run",
                 where=folder.path,

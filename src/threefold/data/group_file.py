@@ -1,0 +1,92 @@
+"""Groups in a CSV file `id,group`: found by features, or made by hand, for any source."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from threefold.errors import DataError, shorten
+from threefold.files import write_bytes
+from threefold.names import find_repeated
+
+GROUP_FILE: Final = "groups.csv"
+"""Name of the file in a run folder."""
+
+
+def write_groups(path: Path, ids: Sequence[str], groups: Sequence[str]) -> None:
+    """Write the group of each image for `data.group_file`, as a whole or not at all.
+
+    Args:
+        path: the CSV file.
+        ids: (n,) ids of the images, as the source names them.
+        groups: (n,) group of each image; an image of its own needs a group of its own.
+
+    Raises:
+        DataError: the lengths differ.
+        RunError: the file cannot be written.
+    """
+    if len(ids) != len(groups):
+        raise DataError("groups do not match the ids", expected=len(ids), got=len(groups))
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("id", "group"))
+    writer.writerows(zip(ids, groups, strict=True))
+    write_bytes(path, text.getvalue().encode())
+
+
+def read_groups(path: Path) -> dict[str, str]:
+    """Read the groups of a CSV file (UTF-8) with the columns id and group; others are ignored.
+
+    Raises:
+        DataError: the file cannot be read, a column or a cell is missing, or an id is repeated.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            columns = [name.strip() for name in reader.fieldnames or ()]
+            reader.fieldnames = columns
+            if not {"id", "group"} <= set(columns):
+                raise DataError(
+                    "the group file lacks a column",
+                    where=path,
+                    expected="id,group",
+                    got=",".join(columns) or "an empty file",
+                )
+            rows = [
+                (row["id"] or "", (row["group"] or "").strip(), reader.line_num) for row in reader
+            ]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            "cannot read the group file", where=path, got=error, fix="correct data.group_file"
+        ) from None
+    for name, group, line in rows:
+        if not name or not group:
+            raise DataError(
+                "an empty cell in the group file",
+                where=f"{path} line {line}",
+                expected="an id and a group; an image of its own has a group of its own",
+            )
+    repeated = find_repeated(name for name, _, _ in rows)
+    if repeated:
+        raise DataError("the group file repeats ids", where=path, got=shorten(repeated))
+    return {name: group for name, group, _ in rows}
+
+
+def groups_of(ids: Sequence[str], table: Mapping[str, str], where: str) -> tuple[str, ...]:
+    """Return the group of each image; rows of the table for other images are not used.
+
+    Raises:
+        DataError: an image has no group.
+    """
+    absent = [name for name in ids if name not in table]
+    if absent:
+        raise DataError(
+            f"{len(absent)} of {len(ids)} training images are not in the group file",
+            where=where,
+            got=shorten(absent),
+            fix="add a row id,group for each of them",
+        )
+    return tuple(table[name] for name in ids)
