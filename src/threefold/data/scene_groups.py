@@ -93,8 +93,12 @@ class GroupingEffect(NamedTuple):
 
     @property
     def matters(self) -> bool:
-        """Whether random folds promise more by more than two standard errors."""
-        return self.random - self.grouped > 2 * self.standard_error
+        """Whether random folds promise more by more than noise: 2.5 standard errors.
+
+        On simulated data without scenes the fall divided by its standard error had a standard
+        deviation of 1.14 to 1.29 (40 seeds each, groups of 1, 2 and 4), as folds are drawn anew.
+        """
+        return self.random - self.grouped > 2.5 * self.standard_error
 
 
 def find_scene_groups(
