@@ -196,6 +196,10 @@ class Recipe(Section):
                     f"stage {stage.name} is cached and cannot mix or erase pixels: set "
                     f"{' and '.join(f'augment.{key} = 0' for key in mixing)}, or cached = false"
                 )
+            if stage.cached and self.protocol == "paper" and self.folds.k == 1:
+                raise ValueError(
+                    f"stage {stage.name} is cached and needs select rows; set folds.k >= 2"
+                )
             if stage.cached and stage.img_size:
                 raise ValueError(
                     f"stage {stage.name} is cached and has the size of its member; remove img_size"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,18 +17,19 @@ from threefold.data.dataset import Sources
 from threefold.data.splits import Roles
 from threefold.errors import RunError
 from threefold.files import read_arrays, write_arrays, write_json
-from threefold.models.member import JointMember, load_weights, save_weights
+from threefold.models.member import JointMember, Member, load_weights, save_weights
 from threefold.models.pipeline import (
     FirstViews,
     Predictor,
     pick_device,
     predict_probs,
 )
+from threefold.models.split import LateBlocks
 from threefold.models.views import Views, view_counts
 from threefold.predictions.records import VERSION, RoleCounts, RunInfo
 from threefold.recipe import Job, fold_name
 from threefold.recipe_schema import MemberSpec
-from threefold.training.activations import cached_activations, cached_blocks
+from threefold.training.activations import cached_activations, cached_blocks, predict_late
 from threefold.training.checks import check_trainable
 from threefold.training.diagnostics import DataDiagnostics, inspect_data
 from threefold.training.distillation import Distillation
@@ -163,7 +165,7 @@ def _run_job(
     folder = run.folder.job_folder(job)
     previous = job._replace(stage=stages[number - 1].name) if number else None
     member = _start(run, spec, job.fold, previous, features)
-    activations = None
+    activations, count = None, 0
     if stage.cached:
         count = cached_blocks(member, stage)
         activations = cached_activations(
@@ -195,10 +197,16 @@ def _run_job(
     outcome = train_stage(member, task)
     save_weights(outcome.state, folder / "weights.safetensors")
     write_json(folder / "history.json", outcome.history)
-    correct = _correct(run, member, spec, roles, cache, outcome, previous)
+    answer = partial(_answer, member, spec, cache, features, count)
+    score = answer("train", roles.score) if len(roles.score) else None
+    correct = _correct(run, roles, outcome, previous, score)
     write_arrays(folder / "choice.npz", **correct)
     if number == len(stages) - 1:
-        write_arrays(folder / "probs.npz", **_predict(run, member, spec, roles, cache))
+        if _has_plain_views(run, spec):
+            probs = _plain_probs(run, roles, answer, score)
+        else:
+            probs = _predict(run, member, spec, roles, cache)
+        write_arrays(folder / "probs.npz", **probs)
     run.folder.finish_job(job, outcome.elapsed_before + time.monotonic() - began)
     (folder / RESUME_FILE).unlink(missing_ok=True)
     if previous is not None:  # the weights of this stage replace those of the last
@@ -224,8 +232,7 @@ def _run_head_job(
     write_json(folder / "history.json", outcome.history)
     write_arrays(folder / "choice.npz", **outcome.correct)
     if job == run.last_job(job.member, job.fold):
-        views = run.all_views(spec)
-        if views.count == 1 and views.canvas == spec.img_size and not run.recipe.views.choose:
+        if _has_plain_views(run, spec):
             probs = predict_features(run, outcome.member, spec, roles, features)
         else:
             member = outcome.member.to(pick_device(run.recipe.train.device))
@@ -273,27 +280,68 @@ def _start(
     return member.to(memory_format=torch.channels_last)
 
 
-def _correct(
-    run: Run,
+def _has_plain_views(run: Run, spec: MemberSpec) -> bool:
+    """Whether a member answers on the whole image only, as it is trained."""
+    views = run.all_views(spec)
+    return views.count == 1 and views.canvas == spec.img_size and not run.recipe.views.choose
+
+
+def _answer(
     member: nn.Module,
     spec: MemberSpec,
-    roles: Roles,
     cache: PixelCache,
+    features: FeatureCache,
+    count: int,
+    split: str,
+    rows: np.ndarray,
+) -> np.ndarray:
+    """Probabilities (r, k) without views; `count` first blocks are read from the cache."""
+    if count and isinstance(member, Member):
+        activations = features.blocks(split, spec, rows, count)
+        return predict_late(LateBlocks(member, count), activations)
+    return predict_probs(Predictor(member), cache.rows(split, spec, rows).pixels)
+
+
+def _correct(
+    run: Run,
+    roles: Roles,
     outcome: StageOutcome,
     previous: Job | None,
+    score: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
     """Which select rows and score rows the stage's weights answer correctly, without views.
 
     The two show how optimistic the choice of the weights was.
+
+    Args:
+        run: the run.
+        roles: the rows of the fold.
+        outcome: of the stage.
+        previous: the job of the stage before, or None.
+        score: (r, k) answers on the score rows, or None without any.
     """
     if previous is not None and not outcome.history["accepted"]:
         path = run.folder.job_folder(previous) / "choice.npz"
         if path.exists():
             return read_arrays(path)
     arrays = {"select": outcome.correct}
-    if len(roles.score):
-        pixels, labels = cache.rows("train", spec, roles.score)
-        arrays["score"] = predict_probs(Predictor(member), pixels).argmax(1) == labels
+    if score is not None:
+        arrays["score"] = score.argmax(1) == run.sources.train.labels[roles.score]
+    return arrays
+
+
+def _plain_probs(
+    run: Run,
+    roles: Roles,
+    answer: Callable[[str, np.ndarray], np.ndarray],
+    score: np.ndarray | None,
+) -> dict[str, np.ndarray]:
+    """As `_predict`, of a member without views whose score rows are answered already."""
+    arrays = {"rows": roles.score}
+    if score is not None:
+        arrays["score"] = score[None]
+    if run.sources.test is not None:
+        arrays["test"] = answer("test", np.arange(len(run.sources.test)))[None]
     return arrays
 
 

@@ -93,12 +93,20 @@ def plan_folder(
     del probes[measured.members :]
     tuning, why_tuning = choose_tuning(draft, summary, measured, device, clock, quality)
     folds = _folds(tuning, summary, quality)
+    batch_size = _batch_size(summary, device)
     cached = all(can_cache(member, device) for member in draft.members)
-    stages, tuned = tuning_stages(tuning, probes, measured.img_size, device, cached=cached)
+    stages, tuned = tuning_stages(
+        tuning,
+        probes,
+        measured.img_size,
+        device,
+        cached=cached,
+        fit_rows=summary.n * (1 - select_share(summary.n)) * (folds - 1) / folds,
+        batch_size=batch_size,
+    )
     augment, why_augment = _augment(summary) if tuned else ({}, [])
     for member in probes:
         member["img_size"] = measured.img_size
-    batch_size = _batch_size(summary, device)
     why_members = "named by you" if members else "pretrained networks that need no model hub"
     decisions = [
         Decision("members", ", ".join(m["name"] for m in probes), why_members),

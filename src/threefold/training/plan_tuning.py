@@ -206,6 +206,15 @@ def _frozen(device: torch.device) -> tuple[str, str]:
     return EARLY_BLOCKS, ""
 
 
+def tuning_rate(steps: float) -> float:
+    """Return the learning rate of tuning: 1e-3, and less where few steps follow.
+
+    Adam moves every weight by about the rate in each step, whatever the gradient. A high rate first
+    destroys a fitted head, and it takes some 250 steps to recover.
+    """
+    return 1e-3 * min(1.0, max(0.2, steps / 250))
+
+
 def tuning_stages(
     tuning: Tuning | None,
     probes: list[dict[str, Any]],
@@ -213,6 +222,8 @@ def tuning_stages(
     device: torch.device,
     *,
     cached: bool,
+    fit_rows: float,
+    batch_size: int,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the stages, and the members that are tuned from their probes.
 
@@ -231,11 +242,13 @@ def tuning_stages(
     shared = {"schedule": "one-cycle", "batch_norm": "fixed"}
     names = [member["name"] for member in tuned]
     stages = [head | {"members": [probe["name"] for probe in probes]}]
-    for name, epochs, lr, frozen, from_cache in (
-        ("tune1", tuning.last, 1e-3, last, cached),
-        ("tune2", tuning.deeper, 5e-4, deeper, False),
+    for name, epochs, rate, frozen, from_cache in (
+        ("tune1", tuning.last, 1.0, last, cached),
+        ("tune2", tuning.deeper, 0.5, deeper, False),
     ):
         if epochs:
+            steps = epochs * fit_rows / batch_size
+            lr = float(f"{rate * tuning_rate(steps):.1g}")
             stage = {"name": name, "epochs": epochs, "lr": lr, "frozen": frozen}
             stages.append(stage | shared | {"cached": from_cache, "members": names})
     return stages, tuned
