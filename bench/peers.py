@@ -120,7 +120,11 @@ def measure(args: argparse.Namespace, name: str, system: str, minutes: float) ->
     python = sys.executable if system == "threefold" else args.python
     folder = args.work / "sets" / name
     model = args.work / "model"
-    shutil.rmtree(model, ignore_errors=True)
+    # No run may read the features that another one has cached.
+    cache = args.work / "cache"
+    os.environ["THREEFOLD_CACHE"] = str(cache)
+    for folder_of_last_run in (model, cache):
+        shutil.rmtree(folder_of_last_run, ignore_errors=True)
     label = f"{name}-{system}-{minutes:g}"
     log = args.work / "logs" / f"{label}.txt"
     log.parent.mkdir(exist_ok=True)
