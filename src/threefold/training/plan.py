@@ -15,13 +15,11 @@ import torch
 from threefold.data.dataset import ImageDataset, Sources, load_data
 from threefold.models.pipeline import pick_device
 from threefold.recipe import Recipe
-from threefold.recipe_schema import DataSpec
 from threefold.training.features import FeatureCache
 from threefold.training.plan_basis import Clock, DataSummary, Decision, Quality
 from threefold.training.plan_size import choose_size
 from threefold.training.plan_tuning import (
     Tuning,
-    can_cache,
     choose_tuning,
     select_share,
     tuning_stages,
@@ -80,27 +78,25 @@ def plan_folder(
         RecipeError: an override or a member cannot be used, or the budget is too small.
     """
     clock = Clock.start(budget_minutes * 60)
-    data: dict[str, Any] = {"source": "folder", "root": str(Path(folder).resolve())}
-    data |= _data_overrides(overrides)
-    spec = DataSpec(**data)
+    data = {"source": "folder", "root": str(Path(folder).resolve())}
+    probes = _members(members)
+    draft = _draft(data, probes, overrides)  # the plan must see the images of the run
+    spec = draft.data
     sources = load_data(spec, 0)
     summary = _summarize(sources.train)
-    probes = _members(members)
-    draft = _draft(data, probes, overrides)
     device = pick_device(draft.train.device)
     cache = FeatureCache(sources, draft, watcher)
     measured = choose_size(draft, summary, sources, cache, clock, quality)
-    del probes[measured.members :]
+    del probes[len(measured.costs) :]
     tuning, why_tuning = choose_tuning(draft, summary, measured, device, clock, quality)
     folds = _folds(tuning, summary, quality)
     batch_size = _batch_size(summary, device)
-    cached = all(can_cache(member, device) for member in draft.members)
     stages, tuned = tuning_stages(
         tuning,
         probes,
+        draft,
         measured.img_size,
         device,
-        cached=cached,
         fit_rows=summary.n * (1 - select_share(summary.n)) * (folds - 1) / folds,
         batch_size=batch_size,
     )
@@ -152,18 +148,6 @@ def _draft(data: dict[str, Any], probes: list[dict[str, Any]], overrides: Sequen
         if known_member or section in ("train", "features", "folds", "data"):
             relevant.append(override)
     return Recipe.parse(tree, relevant, where="plan")
-
-
-def _data_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """The overridden values of the data section: the plan must see the images of the run."""
-    relevant = [o for o in overrides if o.startswith(("data.", "folds."))]
-    stub = {
-        "stages": [{"name": "s", "kind": "head"}],
-        "members": [{"name": "m", "backbone": "none"}],
-    }
-    data = Recipe.parse(stub, relevant).data.model_dump()
-    keys = {override.partition("=")[0].strip() for override in relevant}
-    return {key: value for key, value in data.items() if f"data.{key}" in keys}
 
 
 def _summarize(train: ImageDataset) -> DataSummary:

@@ -42,14 +42,14 @@ class ProbePlan:
 
     Attributes:
         img_size: side of the probes' images.
-        members: how many members are affordable, the fastest first.
+        costs: of the affordable members relative to the first, the fastest first.
         feature_seconds: per image, of the first member at that size.
         seconds: predicted for the features of all these members.
         decision: the size with its reason.
     """
 
     img_size: int
-    members: int
+    costs: list[float]
     feature_seconds: float
     seconds: float
     decision: Decision
@@ -77,14 +77,13 @@ def choose_size(
     key, first = "img_size", draft.members[0]
     costs = relative_costs(draft)
     default = type(first).model_fields["img_size"].default
+    sample = spread_over_classes(sources.train.labels, 32)
     if any(member.img_size != default for member in draft.members):
-        sample = spread_over_classes(sources.train.labels, 32)
         per_image = cache.seconds_per_image("train", first, sample, summary.n)
         decision = Decision(key, first.img_size, "named by you")
         total = summary.n * per_image * sum(costs)
-        return ProbePlan(first.img_size, len(costs), per_image, total, decision)
+        return ProbePlan(first.img_size, costs, per_image, total, decision)
     sizes = _candidate_sizes(summary.side, quality)
-    sample = spread_over_classes(sources.train.labels, 32)
     smallest = first.model_copy(update={"img_size": sizes[0]})
     per_image = cache.seconds_per_image("train", smallest, sample, summary.n)
 
@@ -94,7 +93,7 @@ def choose_size(
     left = clock.left
     affordable = [size for size in sizes if seconds(size) <= FEATURE_SHARE * left]
     if not affordable:
-        return _smallest_way(sizes[0], seconds, len(costs), summary.n, left)
+        return _smallest_way(sizes[0], seconds, costs, summary.n, left)
     usual = [size for size in affordable if size <= (128 if summary.side <= 64 else 224)]
     choice = (usual or affordable)[-1]
     reason = f"the images' median side is {summary.side} px"
@@ -116,7 +115,7 @@ def choose_size(
     reason += f"; about {seconds(choice):.0f} s for the features of all members"
     decision = Decision(key, choice, reason)
     at_choice = per_image * (choice / sizes[0]) ** 2
-    return ProbePlan(choice, len(costs), at_choice, seconds(choice), decision)
+    return ProbePlan(choice, costs, at_choice, seconds(choice), decision)
 
 
 def _best_size(results: Sequence[SizeProbe]) -> int:
@@ -125,20 +124,19 @@ def _best_size(results: Sequence[SizeProbe]) -> int:
 
 
 def _smallest_way(
-    size: int, seconds: Callable[[int, int], float], members: int, n: int, left: float
+    size: int, seconds: Callable[[int, int], float], costs: list[float], n: int, left: float
 ) -> ProbePlan:
     """Drop members until the features fit into the time.
 
     Raises:
         RecipeError: not even one member fits.
     """
-    for count in range(members - 1, 0, -1):
+    for count in range(len(costs) - 1, 0, -1):
         if seconds(size, count) <= FEATURE_SHARE * left:
-            reason = f"the budget allows {count} of {members} members at the smallest size"
-            total = seconds(size, count)
-            return ProbePlan(
-                size, count, total / n / count, total, Decision("img_size", size, reason)
-            )
+            reason = f"the budget allows {count} of {len(costs)} members at the smallest size"
+            decision = Decision("img_size", size, reason)
+            first = seconds(size, 1) / n
+            return ProbePlan(size, costs[:count], first, seconds(size, count), decision)
     needed = seconds(size, 1) / FEATURE_SHARE + STARTUP_SECONDS
     raise RecipeError(
         "the budget is too small",

@@ -22,7 +22,6 @@ from threefold.training.plan_basis import (
     DataSummary,
     Decision,
     Quality,
-    relative_costs,
 )
 from threefold.training.plan_size import ProbePlan
 
@@ -88,16 +87,17 @@ def choose_tuning(
     """Choose the most thorough tuning that the time after the probes allows at measured speed."""
     if quality == "fast":
         return None, [Decision(KEY, "none", "quality fast: heads on frozen features only")]
-    finishing = 2 * SCORING_SECONDS + EXPORT_SECONDS * measured.members
+    finishing = 2 * SCORING_SECONDS + EXPORT_SECONDS * len(measured.costs)
     if clock.left - measured.seconds * 1.2 - finishing < 3 * EXPORT_SECONDS:
         why = "the probes take the time that there is; give a larger --budget to tune"
         return None, [Decision(KEY, "none", why)]
-    options = _tunings(summary, measured.members, quality)
+    options = _tunings(summary, len(measured.costs), quality)
     if math.isinf(clock.left):
         return options[-1], [_decide(options[-1], measured, "no time budget")]
-    costs = relative_costs(draft)[: measured.members]
     speeds = _measure_tuning(draft, summary, measured, device)
-    seconds = [predict_seconds(t, summary.n, measured.img_size, speeds, costs) for t in options]
+    seconds = [
+        predict_seconds(t, summary.n, measured.img_size, speeds, measured.costs) for t in options
+    ]
     left = clock.left - measured.seconds * 1.2 - finishing
     possible = [i for i, value in enumerate(seconds) if value <= left]
     if not possible:
@@ -117,7 +117,7 @@ def _decide(tuning: Tuning, measured: ProbePlan, why: str) -> Decision:
     size = tuning_size(tuning, measured.img_size)
     value = (
         f"{tuning.last} and {tuning.deeper} epochs at {size} px for {tuning.members} of "
-        f"{measured.members} members"
+        f"{len(measured.costs)} members"
     )
     return Decision(KEY, value, why)
 
@@ -152,12 +152,12 @@ def _measure_tuning(
     blocks = Speed(0.0, 0.67 * measured.feature_seconds / measured.img_size**2)
     return TuningSpeeds(
         blocks,
-        measure_speed(first, k, device, last, cached=can_cache(first, device)),
+        measure_speed(first, k, device, last, cached=_can_cache(first, device)),
         measure_speed(first, k, device, deeper),
     )
 
 
-def can_cache(spec: MemberSpec, device: torch.device) -> bool:
+def _can_cache(spec: MemberSpec, device: torch.device) -> bool:
     """Whether the last blocks train on cached activations: on the CPU, where that is possible."""
     if device.type != "cpu":
         return False
@@ -218,10 +218,10 @@ def tuning_rate(steps: float) -> float:
 def tuning_stages(
     tuning: Tuning | None,
     probes: list[dict[str, Any]],
+    draft: Recipe,
     img_size: int,
     device: torch.device,
     *,
-    cached: bool,
     fit_rows: float,
     batch_size: int,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -233,6 +233,7 @@ def tuning_stages(
     if tuning is None:
         return [head], []
     bases = probes[: tuning.members]
+    cached = all(_can_cache(member, device) for member in draft.members)
     size = tuning_size(tuning, img_size)
     tuned = [
         {"name": f"{base['name']}-tuned"[:80], "starts_from": base["name"], "img_size": size}
