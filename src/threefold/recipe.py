@@ -241,31 +241,30 @@ class Recipe(Section):
                 "otherwise the comparison means nothing"
             )
 
-    def _check_join(self, member: MemberSpec, base: MemberSpec) -> None:
-        where = f"member {member.name} joins {base.name}, which"
-        if base.joins or self.members.index(base) > self.members.index(member):
+    def _check_base(self, where: str, member: MemberSpec, base: MemberSpec) -> None:
+        """Check a member that another one builds on: it is trained before, in the same folds."""
+        if base.joins or self.members.index(base) >= self.members.index(member):
             raise ValueError(f"{where} must have its own backbone and come before {member.name}")
-        if (base.img_size, base.resize) != (member.img_size, member.resize):
-            raise ValueError(
-                f"{where} must have the same img_size and resize: all share one batch of images"
-            )
         if base.folds and not (member.folds and set(member.folds) <= set(base.folds)):
             raise ValueError(
                 f"{where} has only the folds {list(base.folds)}; give {member.name} the same"
             )
 
+    def _check_join(self, member: MemberSpec, base: MemberSpec) -> None:
+        where = f"member {member.name} joins {base.name}, which"
+        self._check_base(where, member, base)
+        if (base.img_size, base.resize) != (member.img_size, member.resize):
+            raise ValueError(
+                f"{where} must have the same img_size and resize: all share one batch of images"
+            )
+
     def _check_start(self, member: MemberSpec, base: MemberSpec) -> None:
         where = f"member {member.name} starts from {base.name}, which"
-        if base.joins or self.members.index(base) >= self.members.index(member):
-            raise ValueError(f"{where} must have its own backbone and come before {member.name}")
+        self._check_base(where, member, base)
         differing = [key for key in TAKEN_OVER if getattr(base, key) != getattr(member, key)]
         if differing:
             raise ValueError(
                 f"{where} has another {' and '.join(differing)}; remove them from {member.name}"
-            )
-        if base.folds and not (member.folds and set(member.folds) <= set(base.folds)):
-            raise ValueError(
-                f"{where} has only the folds {list(base.folds)}; give {member.name} the same"
             )
 
     def _check_kinds(self, member: MemberSpec) -> None:
