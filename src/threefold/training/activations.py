@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 import numpy as np
 import torch
@@ -20,7 +21,11 @@ from threefold.models.member import Member
 from threefold.models.split import count_frozen_blocks
 from threefold.recipe_schema import MemberSpec, StageSpec
 from threefold.training.features import FeatureCache
+from threefold.training.heads import predict_cached, to_features
 from threefold.training.optimizers import set_trainable
+
+BATCH: Final = 128
+"""Images whose activations are answered at a time."""
 
 
 @dataclass(frozen=True)
@@ -95,26 +100,17 @@ def _copy(
 
 def to_activations(activations: np.ndarray, device: torch.device) -> Tensor:
     """Convert float16 (b, c, h, w) to float32 on a device, channels last in memory."""
-    tensor = torch.from_numpy(np.ascontiguousarray(activations)).to(device)
-    return tensor.float().contiguous(memory_format=torch.channels_last)
+    return to_features(activations, device).contiguous(memory_format=torch.channels_last)
 
 
-@torch.inference_mode()
-def predict_late(late: nn.Module, activations: np.ndarray, batch_size: int = 128) -> np.ndarray:
+def predict_late(late: nn.Module, activations: np.ndarray) -> np.ndarray:
     """Run what follows the frozen blocks on many activations; it is left in eval mode.
 
     Args:
         late: maps activations (b, c, h, w) to logits.
         activations: float16 (n, c, h, w).
-        batch_size: number of images in a batch.
 
     Returns:
         Probabilities, float32 (n, k).
     """
-    late.eval()
-    device = next(late.parameters()).device
-    probs = [
-        late(to_activations(activations[begin : begin + batch_size], device)).softmax(-1).cpu()
-        for begin in range(0, len(activations), batch_size)
-    ]
-    return torch.cat(probs).numpy()
+    return predict_cached(late, activations, to_activations, BATCH)

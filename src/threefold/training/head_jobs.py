@@ -15,7 +15,6 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from threefold.data.splits import Roles
@@ -25,11 +24,9 @@ from threefold.models.pipeline import pick_device
 from threefold.recipe import Job
 from threefold.recipe_schema import MemberSpec, StageSpec
 from threefold.training.checkpoints import Checkpoint, State
-from threefold.training.distillation import Distillation
 from threefold.training.features import FeatureCache, FeatureRows
 from threefold.training.frozen import frozen_backbone
 from threefold.training.heads import HeadNetwork, head_probs
-from threefold.training.losses import soften
 from threefold.training.probe import (
     L2Choice,
     LinearHead,
@@ -139,7 +136,6 @@ def train_head(
             batch_size=spec.batch_size,
             deadline=deadline,
             watcher=run.watcher,
-            teacher_probs=_teacher_probs(run, job, roles.fit),
             resume_path=resume_path,
             network=f"the head of {spec.name}",
         )
@@ -167,14 +163,12 @@ def _fit_exactly(run: Run, job: Job, features: FeatureCache) -> tuple[State, Sta
     fit = features.rows("train", spec, roles.fit, copies)
     select = features.select(spec, roles)
     weights = class_weights(select.labels, num_classes, _balance(run))
-    choice = choose_l2(
-        fit.features, _targets(run, job, roles.fit, fit), select.features, select.labels, weights
-    )
+    choice = choose_l2(fit.features, _targets(run, fit), select.features, select.labels, weights)
     start, answer = choice.head, choice.head
     if run.recipe.protocol == "honest":  # `paper` scores the rows that it selects on
         rows = np.concatenate([roles.fit, roles.select])
         both = features.rows("train", spec, rows, copies)
-        answer = fit_linear(both.features, _targets(run, job, rows, both), start.l2)
+        answer = fit_linear(both.features, _targets(run, both), start.l2)
     history = _history(run, choice, fit, select, time.monotonic() - began)
     run.watcher.batch(len(roles.fit))
     run.watcher.epoch(history["epochs"][0])
@@ -187,24 +181,12 @@ def _balance(run: Run) -> int:
     return (train.class_weights == "balanced") + (train.sampler == "balanced")
 
 
-def _targets(run: Run, job: Job, rows: np.ndarray, values: FeatureRows) -> Targets:
+def _targets(run: Run, values: FeatureRows) -> Targets:
     """What a linear head learns of some rows and their copies."""
     num_classes, copies = len(run.sources.train.classes), run.recipe.features.copies
     # All copies of an image together weigh as much as one image.
     weights = class_weights(values.labels, num_classes, _balance(run)) / (copies + 1)
-    soft, distill = _teacher_probs(run, job, rows), run.recipe.distill
-    if soft is None or distill is None:
-        return Targets(values.labels, num_classes, weights)
-    softened = soften(soft, distill.temperature, torch.device("cpu")).numpy()
-    return Targets(
-        values.labels,
-        num_classes,
-        weights,
-        soft=softened,
-        alpha=distill.alpha,
-        temperature=distill.temperature,
-        soft_weight=1 / (copies + 1),
-    )
+    return Targets(values.labels, num_classes, weights)
 
 
 def start_of_tuning(
@@ -223,15 +205,13 @@ def start_of_tuning(
     """
     base = run.recipe.member(spec.starts_from or spec.name)
     job = Job(base.name, fold, run.recipe.stages_of(base.name)[0].name)
-    folder = run.folder.verify_job(job)
-    head = load_file(folder / START_FILE)
+    num_classes = len(run.sources.train.classes)
+    start = run.load_job(job, num_classes, START_FILE, features.backbone(base)).state_dict()
     if spec.img_size != base.img_size and base.head.is_linear:
-        rows = run.roles[fold].fit
-        fit = features.rows("train", spec, rows, run.recipe.features.copies)
-        l2 = read_json(folder / "history.json")["l2"]
-        head = _state(fit_linear(fit.features, _targets(run, job, rows, fit), l2))
-    backbone = features.backbone(base).state_dict()
-    return {**{f"backbone.{name}": tensor for name, tensor in backbone.items()}, **head}
+        fit = features.rows("train", spec, run.roles[fold].fit, run.recipe.features.copies)
+        l2 = read_json(run.folder.job_folder(job) / "history.json")["l2"]
+        start |= _state(fit_linear(fit.features, _targets(run, fit), l2))
+    return start
 
 
 def _state(head: LinearHead) -> State:
@@ -280,15 +260,6 @@ def _history(
     }
 
 
-def _teacher_probs(run: Run, job: Job, rows: np.ndarray) -> np.ndarray | None:
-    """A teacher's probabilities on some rows and their copies (n, k), for a student."""
-    distillation = Distillation.from_run(run)
-    if distillation is None or not run.recipe.soft(job.member):
-        return None
-    probs = distillation.targets(job.fold).probs_of(rows)
-    return np.tile(probs, (run.recipe.features.copies + 1, 1))
-
-
 def _correct(
     features: FeatureCache, spec: MemberSpec, roles: Roles, network: nn.Module
 ) -> dict[str, np.ndarray]:
@@ -302,18 +273,11 @@ def _correct(
     }
 
 
-def predict_features(
-    run: Run, member: Member, spec: MemberSpec, roles: Roles, features: FeatureCache
-) -> dict[str, np.ndarray]:
-    """Probabilities (1, r, k) on the fold's score rows and the test rows, from cached features.
+def answer_features(
+    member: Member, spec: MemberSpec, features: FeatureCache, split: str, rows: np.ndarray
+) -> np.ndarray:
+    """Probabilities (r, k) of some rows from cached features.
 
     They are the member's answers to whole images, up to the rounding of the features to float16.
     """
-    network, arrays = HeadNetwork(member.head), {"rows": roles.score}
-    if len(roles.score):
-        score = features.rows("train", spec, roles.score)
-        arrays["score"] = head_probs(network, score.features)[None]
-    if run.sources.test is not None:
-        test = features.rows("test", spec, np.arange(len(run.sources.test)))
-        arrays["test"] = head_probs(network, test.features)[None]
-    return arrays
+    return head_probs(HeadNetwork(member.head), features.rows(split, spec, rows).features)

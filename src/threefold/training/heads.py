@@ -38,7 +38,6 @@ def to_features(features: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(features)).to(device).float()
 
 
-@torch.inference_mode()
 def head_probs(network: nn.Module, features: np.ndarray) -> np.ndarray:
     """Answer cached features; the network is left in eval mode.
 
@@ -49,10 +48,31 @@ def head_probs(network: nn.Module, features: np.ndarray) -> np.ndarray:
     Returns:
         float32 (n, k).
     """
+    return predict_cached(network, features, to_features, BATCH)
+
+
+@torch.inference_mode()
+def predict_cached(
+    network: nn.Module,
+    values: np.ndarray,
+    convert: Callable[[np.ndarray, torch.device], Tensor],
+    batch_size: int,
+) -> np.ndarray:
+    """Run a network, or a part of one, on cached values; it is left in eval mode.
+
+    Args:
+        network: maps a batch to logits.
+        values: float16 (n, ...).
+        convert: makes a batch on a device from some of the values.
+        batch_size: number of images in a batch.
+
+    Returns:
+        Probabilities, float32 (n, k).
+    """
     network.eval()
     device = next(network.parameters()).device
     probs = [
-        network(to_features(features[begin : begin + BATCH], device)).softmax(-1).cpu().numpy()
-        for begin in range(0, len(features), BATCH)
+        network(convert(values[begin : begin + batch_size], device)).softmax(-1).cpu().numpy()
+        for begin in range(0, len(values), batch_size)
     ]
     return np.concatenate(probs)

@@ -37,8 +37,8 @@ from threefold.training.features import FeatureCache
 from threefold.training.head_jobs import (
     EPOCHS,
     START_FILE,
+    answer_features,
     open_features,
-    predict_features,
     prepare_features,
     start_of_tuning,
     train_head,
@@ -233,7 +233,9 @@ def _run_head_job(
     write_arrays(folder / "choice.npz", **outcome.correct)
     if job == run.last_job(job.member, job.fold):
         if _has_plain_views(run, spec):
-            probs = predict_features(run, outcome.member, spec, roles, features)
+            answer = partial(answer_features, outcome.member, spec, features)
+            score = answer("train", roles.score) if len(roles.score) else None
+            probs = _plain_probs(run, roles, answer, score)
         else:
             member = outcome.member.to(pick_device(run.recipe.train.device))
             probs = _predict(run, member, spec, roles, cache)
