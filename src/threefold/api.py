@@ -74,7 +74,7 @@ def fit(
     if run.folder.is_finished:
         finish(run)
         return run
-    early = _answer_early(run)
+    early = _answer_early(run, sources)
     if early is not None:
         deadline -= _seconds_to_finish(early, run)
         if deadline - time.monotonic() < LEAST_TUNING_SECONDS:
@@ -86,10 +86,14 @@ def fit(
     return run
 
 
-def _answer_early(run: Run) -> Run | None:
+def _answer_early(run: Run, sources: Sources | None) -> Run | None:
     """Train, score, export and report the probes of a run, before anything is tuned.
 
     From here on there is an honest, complete answer in the folder. Test rows stay sealed.
+
+    Args:
+        run: the run of all members.
+        sources: its images, where they have been read already.
 
     Returns:
         The run of the probes; None if the run has nothing but probes, or none.
@@ -99,7 +103,7 @@ def _answer_early(run: Run) -> Run | None:
     if not probes or not pending:
         return None
     folder = RunFolder(run.dir, run.recipe.without(pending))
-    early = Run(folder, run.watcher, run.__dict__.get("sources"))
+    early = Run(folder, run.watcher, sources)
     if not folder.has_results:
         with folder.locked():
             _train_and_score(early, pending)
