@@ -144,7 +144,8 @@ def _resumed_recipe(
     """Read the recipe of an interrupted fit, and check that this call fits it."""
     path = out / "recipe.toml"
     recipe = Recipe.load(path)
-    backbones = tuple(member.backbone for member in recipe.members)
+    # Tuned members have the backbones of their probes.
+    backbones = tuple(member.backbone for member in recipe.members if not member.starts_from)
     if Recipe.load(path, overrides) != recipe or (members and backbones != members):
         raise RunError(
             "the folder holds a run of another recipe",

@@ -190,3 +190,5 @@ def test_fit_from_a_folder_to_a_file_and_again(
     monkeypatch.setattr(planning, "plan_folder", None)
     again = api.fit(root, out).results
     assert again == first.replace(seconds=again.seconds)
+    as_before = api.fit(root, out, members=members, overrides=sets).results
+    assert as_before == first.replace(seconds=as_before.seconds)
