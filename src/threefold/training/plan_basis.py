@@ -44,14 +44,20 @@ class DataSummary(NamedTuple):
 
 @dataclass(frozen=True)
 class Clock:
-    """The time budget of a job, in seconds; infinite without a budget."""
+    """The time budget of a job.
 
+    Attributes:
+        budget: seconds; 0 = none.
+        end: the time.monotonic() value at which it ends, or infinity.
+    """
+
+    budget: float
     end: float
 
     @classmethod
     def start(cls, budget: float) -> Clock:
         """Start the clock of a budget in seconds (0 = none)."""
-        return cls(time.monotonic() + budget - STARTUP_SECONDS if budget else math.inf)
+        return cls(budget, time.monotonic() + budget - STARTUP_SECONDS if budget else math.inf)
 
     @property
     def left(self) -> float:

@@ -93,7 +93,7 @@ def choose_size(
     left = clock.left
     affordable = [size for size in sizes if seconds(size) <= FEATURE_SHARE * left]
     if not affordable:
-        return _smallest_way(sizes[0], seconds, costs, summary.n, left)
+        return _smallest_way(sizes[0], seconds, costs, summary.n, clock)
     usual = [size for size in affordable if size <= (128 if summary.side <= 64 else 224)]
     choice = (usual or affordable)[-1]
     reason = f"the images' median side is {summary.side} px"
@@ -124,7 +124,7 @@ def _best_size(results: Sequence[SizeProbe]) -> int:
 
 
 def _smallest_way(
-    size: int, seconds: Callable[[int, int], float], costs: list[float], n: int, left: float
+    size: int, seconds: Callable[[int, int], float], costs: list[float], n: int, clock: Clock
 ) -> ProbePlan:
     """Drop members until the features fit into the time.
 
@@ -132,7 +132,7 @@ def _smallest_way(
         RecipeError: not even one member fits.
     """
     for count in range(len(costs) - 1, 0, -1):
-        if seconds(size, count) <= FEATURE_SHARE * left:
+        if seconds(size, count) <= FEATURE_SHARE * clock.left:
             reason = f"the budget allows {count} of {len(costs)} members at the smallest size"
             decision = Decision("img_size", size, reason)
             first = seconds(size, 1) / n
@@ -141,7 +141,7 @@ def _smallest_way(
     raise RecipeError(
         "the budget is too small",
         where="--budget",
-        got=f"{left + STARTUP_SECONDS:.0f} s",
+        got=f"{clock.budget:g} s",
         expected=f"at least about {math.ceil(needed / 10) * 10} s for these images on this machine",
         fix="give more time, or fewer images with --set data.limit_per_class=N",
     )
