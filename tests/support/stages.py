@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from support.tiny_runs import COLOURS, tiny_tree
 from threefold.models.member import Member, build_member
@@ -63,3 +64,14 @@ def interrupt(task: StageTask, epoch: int) -> None:
 
 def without_path(task: StageTask) -> StageTask:
     return replace(task, resume_path=None)
+
+
+def train_whole_and_in_parts(*sets: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Train the tiny network, without randomness, on whole batches and on four parts of each."""
+    noise = "members.plain.head.noise=0.0"
+    sets = (*sets, "augment.hflip=false", "augment.rotation=0", noise)
+    whole, parts = (
+        train_stage(build_tiny("plain", noise), make_task(*sets, f"train.accumulate={n}")).state
+        for n in (1, 4)
+    )
+    return whole, parts

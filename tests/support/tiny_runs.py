@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from threefold.files import sha256
+
 COLOURS = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 200)}
 
 
@@ -59,3 +61,12 @@ def tiny_tree(root: Path, **changes: Any) -> dict[str, Any]:
         ],
     }
     return {**tree, **changes}
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """Return the hash of every weights and probabilities file of a run, by its path."""
+    return {
+        str(p.relative_to(folder)): sha256(p)
+        for p in sorted(folder.rglob("*"))
+        if p.suffix in (".safetensors", ".npz")
+    }

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from support.frozen_runs import GATED, PROBE, frozen_tree
+from support.tiny_runs import hash_files
 from torch import nn
 
 from threefold import api
@@ -51,15 +52,6 @@ def make_probe(images: Path, *sets: str) -> Recipe:
 def probed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A trained run. Tests read it, none changes it."""
     return api.train(make_recipe(images), tmp_path_factory.mktemp("probed") / "run")
-
-
-def files(run: Run) -> dict[str, str]:
-    """Hash of every weights and probabilities file."""
-    return {
-        str(p.relative_to(run.dir)): sha256(p)
-        for p in sorted(run.dir.rglob("*"))
-        if p.suffix in (".safetensors", ".npz")
-    }
 
 
 def test_rows_are_scored_once_by_heads_that_never_saw_them(probed: Run) -> None:
@@ -194,7 +186,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     resumed = Run.create(make_recipe(images), tmp_path / "cut")
     train_members(resumed)
 
-    assert {name: files(probed)[name] for name in files(resumed)} == files(resumed)
+    assert {name: hash_files(probed.dir)[name] for name in hash_files(resumed.dir)} == hash_files(
+        resumed.dir
+    )
 
 
 def test_another_run_and_seeded_folds_read_the_same_features(

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.tiny_runs import make_folder, tiny_tree
+from support.tiny_runs import hash_files, make_folder, tiny_tree
 from torch import nn
 
 from threefold import api
 from threefold.errors import RunError
-from threefold.files import sha256
 from threefold.recipe import Job, Recipe
 from threefold.training import jobs
 from threefold.training.jobs import train_members
@@ -29,15 +28,6 @@ def small(images: Path, *sets: str) -> Recipe:
     tree = tiny_tree(images)
     tree["members"] = tree["members"][:1]
     return Recipe.parse(tree, ["stages.one.epochs=1", *sets])
-
-
-def weights(run: Run) -> dict[str, str]:
-    """Hash of every weights and probabilities file."""
-    return {
-        str(p.relative_to(run.dir)): sha256(p)
-        for p in sorted(run.dir.rglob("*"))
-        if p.suffix in (".safetensors", ".npz")
-    }
 
 
 def test_rows_are_scored_by_a_fold_that_never_saw_them(finished: Run) -> None:
@@ -86,7 +76,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     resumed = Run.create(small(images), tmp_path / "cut")
     train_members(resumed)
 
-    assert weights(resumed) == weights(whole)
+    assert hash_files(resumed.dir) == hash_files(whole.dir)
 
 
 def test_a_finished_run_is_not_trained_again(
@@ -237,7 +227,7 @@ def test_results_hold_every_score_with_interval_and_rows(finished: Run) -> None:
 def test_a_run_does_not_continue_with_other_images(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "flat", 10)
     run = api.train(small(root), tmp_path / "run")
-    before = weights(run)
+    before = hash_files(run.dir)
     (run.dir / "results.json").unlink()
     (root / "red" / "000.png").rename(root / "blue" / "moved.png")
 
@@ -246,4 +236,4 @@ def test_a_run_does_not_continue_with_other_images(tmp_path: Path) -> None:
         match=r"images have changed since the run began.*restore them, or choose another --out",
     ):
         api.train(small(root), tmp_path / "run")
-    assert weights(run) == before
+    assert hash_files(run.dir) == before

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support.stages import build_tiny, make_task
+from support.stages import build_tiny, make_task, train_whole_and_in_parts
 from torch import nn
 
 from threefold.training.sharpness import sharpen_gradients
@@ -76,15 +76,9 @@ def test_micro_batches_take_the_step_of_the_whole_batch() -> None:
         "stages.one.batch_norm=fixed",
         "train.sam=0.1",
         "train.optimizer=sgd",
-        "augment.hflip=false",
-        "augment.rotation=0",
-        "members.plain.head.noise=0.0",
     )
 
-    whole, parts = (
-        train_stage(build_tiny("plain", sets[-1]), make_task(*sets, f"train.accumulate={n}")).state
-        for n in (1, 4)
-    )
+    whole, parts = train_whole_and_in_parts(*sets)
 
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-5)

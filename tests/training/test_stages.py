@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.stages import build_tiny, make_rows, make_task
+from support.stages import build_tiny, make_rows, make_task, train_whole_and_in_parts
 
 from threefold.errors import RecipeError, RunError
 from threefold.models.pipeline import Predictor, pick_device, predict_probs
@@ -249,15 +249,9 @@ def test_accumulation_takes_the_step_of_the_whole_batch() -> None:
         "stages.one.epochs=1",
         "train.optimizer=sgd",
         "stages.one.trainable=head",
-        "augment.hflip=false",
-        "augment.rotation=0",
-        "members.plain.head.noise=0.0",
     )
 
-    whole, parts = (
-        train_stage(build_tiny("plain", sets[-1]), make_task(*sets, f"train.accumulate={n}")).state
-        for n in (1, 4)
-    )
+    whole, parts = train_whole_and_in_parts(*sets)
 
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-6)
