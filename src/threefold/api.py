@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from threefold.data.dataset import Sources
+from threefold.data.group_file import GROUP_FILE
 from threefold.errors import RecipeError, RunError
 from threefold.exporting.export import export
 from threefold.predictions.run_folder import RunFolder
@@ -64,7 +65,9 @@ def fit(
         recipe = _resumed_recipe(Path(out), Path(folder), members, overrides)
         header, sources = "", None
     else:
-        plan = plan_folder(folder, budget_minutes, members, overrides, quality, watcher)
+        RunFolder(out).check_new()
+        group_file = Path(out) / GROUP_FILE
+        plan = plan_folder(folder, budget_minutes, members, overrides, quality, watcher, group_file)
         if watcher:
             for decision in plan.decisions:
                 watcher.note(f"{decision.key} = {decision.value}: {decision.reason}")
@@ -131,7 +134,10 @@ def _seconds_to_finish(early: Run, run: Run) -> float:
 def _settle(early: Run) -> Run:
     """Make the probes' answer the final one, because the time is up; opens the test rows."""
     early.watcher.note("no time is left for tuning: the probes' answer is final")
-    early.folder.replace_recipe(early.recipe, "the members to be tuned were left out: no time left")
+    header = "\n".join(
+        [*early.folder.header, "the members to be tuned were left out: no time left"]
+    )
+    early.folder.replace_recipe(early.recipe, header)
     with early.folder.locked():
         _train_and_score(early)
     finish(early)

@@ -201,7 +201,7 @@ def test_exact_copies_are_noted(tmp_path: Path) -> None:
 
     assert load_data(folder(tmp_path), 0).warnings == (
         "1 test images are exact copies of training images: test/dog/0.png",
-        "1 training images are exact copies of others; copies may be in different folds",
+        "1 training images are exact copies of others; only grouped folds keep copies together",
         "1 images are in several classes as exact copies: train/cat/copy.png = train/dog/0.png",
     )
 

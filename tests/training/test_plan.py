@@ -8,6 +8,7 @@ import pytest
 from support.tiny_runs import paint
 
 from threefold import api
+from threefold.data.dataset import load_data
 from threefold.errors import DataError, RecipeError
 from threefold.recipe import Recipe, parse_minutes
 from threefold.training import plan as planning
@@ -129,19 +130,21 @@ def test_members_and_overrides_are_used(tmp_path: Path) -> None:
     ("sets", "n"),
     [
         ((), 16),
-        (("data.limit_per_class=4", "seed=3"), None),
+        (("data.limit_per_class=4", "seed=3"), 8),
         pytest.param(("data.limit_per_class=4",), 8, marks=pytest.mark.slow),
         pytest.param(("seed=3",), 16, marks=pytest.mark.slow),
     ],
 )
 def test_plan_hands_on_the_images_of_the_recipe(
-    tmp_path: Path, sets: tuple[str, ...], n: int | None
+    tmp_path: Path, sets: tuple[str, ...], n: int
 ) -> None:
     root = make_folder(tmp_path / "a", ["cat", "dog"], 8)
 
     plan = plan_folder(root, 0, TINY, (*UNTRAINED, *sets), quality="fast")
 
-    assert (len(plan.sources.train) if plan.sources is not None else None) == n
+    assert plan.sources is not None
+    assert len(plan.sources.train) == n
+    assert plan.sources.train.ids == load_data(plan.recipe.data, plan.recipe.seed).train.ids
 
 
 def test_unusable_folders_are_refused(tmp_path: Path) -> None:

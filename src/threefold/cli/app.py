@@ -119,8 +119,15 @@ def plan(
         from threefold.training.plan import plan_folder
 
         planned = plan_folder(
-            recipe, parse_minutes(budget), split_names([members]), tuple(sets or ()), quality
+            recipe,
+            parse_minutes(budget),
+            split_names([members]),
+            tuple(sets or ()),
+            quality,
+            group_file=Path(f"{Path(recipe).resolve().name}-groups.csv"),
         )
+        if planned.recipe.data.group_file:
+            err.print("[yellow]note[/] groups are in", planned.recipe.data.group_file)
         out.print(planned.recipe.dump(planned.explain()), markup=False)
         return
     loaded = resolve(recipe, sets or ())

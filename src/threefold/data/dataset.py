@@ -392,7 +392,7 @@ def _duplicates(items: list[ListedImage], encoded: EncodedImages | None) -> list
     if train_copies:
         warnings.append(
             f"{train_copies} training images are exact copies of others; "
-            "copies may be in different folds"
+            "only grouped folds keep copies together"
         )
     if contradicting:
         warnings.append(

@@ -174,7 +174,8 @@ def grouping_effect(
         repeats: cross-validations of each kind, whose answers are averaged.
 
     Raises:
-        DataError: the lengths differ, features are not finite, or a class has a single image.
+        DataError: the lengths differ, features are not finite, a class has a single image, or all
+            images are in one group.
     """
     labels = np.asarray(labels)
     units = _unit_rows(features, len(groups), len(labels))
@@ -182,9 +183,11 @@ def grouping_effect(
     rows = _whole_groups(codes, seed)
     units, codes = units[rows], codes[rows]
     classes, labels = np.unique(labels[rows], return_inverse=True)
-    folds = min(folds, int(np.bincount(labels).min()))
+    folds = min(folds, int(np.bincount(labels).min()), len(np.unique(codes)))
     if folds < 2 or len(classes) < 2:
-        raise DataError("cross-validation needs 2 images of 2 classes", got=f"{len(rows)} images")
+        raise DataError(
+            "cross-validation needs 2 images of 2 classes in 2 groups", got=f"{len(rows)} images"
+        )
     kernel, targets = units @ units.T, np.eye(len(classes))[labels]
 
     def correct(parts: Iterable[tuple[NDArray[Any], NDArray[Any]]]) -> Floats:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Self
 
@@ -98,17 +99,23 @@ class RunFolder:
                     got=f"differs in {', '.join(_differences(started, recipe))}",
                     fix="choose another --out, or delete the folder",
                 )
-        elif folder.path.is_dir() and any(
-            entry.name != GROUP_FILE for entry in folder.path.iterdir()
-        ):
-            raise RunError(
-                "the folder is not empty and not a run",
-                where=folder.path,
-                fix="choose another --out",
-            )
         else:
+            folder.check_new()
             write_bytes(file, recipe.dump(header).encode())
         return folder
+
+    def check_new(self) -> None:
+        """Check that a run can be started here: the folder has at most its file of groups.
+
+        Raises:
+            RunError: it has other files.
+        """
+        if self.path.is_dir() and any(entry.name != GROUP_FILE for entry in self.path.iterdir()):
+            raise RunError(
+                "the folder is not empty and not a run",
+                where=self.path,
+                fix="choose another --out",
+            )
 
     def replace_recipe(self, recipe: Recipe, header: str = "") -> None:
         """Write another recipe in place of the run's, for example one with fewer members."""
@@ -151,6 +158,19 @@ class RunFolder:
         recipe = Recipe.load(self.path / "recipe.toml")
         pending = self.results.pending if self.has_results else ()
         return recipe.without(pending) if pending else recipe
+
+    @property
+    def header(self) -> list[str]:
+        """The comment lines above the recipe: the reasons of a plan."""
+        lines = (self.path / "recipe.toml").read_text(encoding="utf-8").splitlines()
+        return [line[1:].strip() for line in takewhile(lambda line: line.startswith("#"), lines)]
+
+    @property
+    def folds_reason(self) -> str:
+        """Why the plan chose how rows are put into folds; empty where no plan did."""
+        start = f"folds.scheme = {self.recipe.folds.scheme}: "
+        reasons = [line.removeprefix(start) for line in self.header if line.startswith(start)]
+        return reasons[0] if reasons else ""
 
     @cached_property
     def info(self) -> RunInfo:

@@ -116,6 +116,7 @@ class _RunPage:
             "toml": (path / "recipe.toml").read_text(encoding="utf-8"),
             "name": recipe.name,
             "recipe": recipe,
+            "folds_reason": self.folder.folds_reason,
             "results": results,
             "info": self.folder.info,
             "facts": _facts(self.folder),

@@ -17,6 +17,7 @@ from threefold.models.pipeline import pick_device
 from threefold.recipe import Recipe
 from threefold.training.features import FeatureCache
 from threefold.training.plan_basis import Clock, DataSummary, Decision, Quality
+from threefold.training.plan_groups import look_for_groups, plan_with_groups
 from threefold.training.plan_size import choose_size
 from threefold.training.plan_tuning import (
     Tuning,
@@ -41,7 +42,7 @@ class RecipePlan:
     Attributes:
         recipe: the planned recipe.
         decisions: its values with their reasons.
-        sources: the verified images that the plan was made from, if the recipe reads the same ones.
+        sources: the verified images that the plan was made from, which the recipe reads, too.
     """
 
     recipe: Recipe
@@ -62,6 +63,7 @@ def plan_folder(
     overrides: Sequence[str] = (),
     quality: Quality = "good",
     watcher: Watcher | None = None,
+    group_file: Path | None = None,
 ) -> RecipePlan:
     """Choose a recipe for a folder of images.
 
@@ -72,22 +74,25 @@ def plan_folder(
         overrides: `a.b=c`, applied last.
         quality: fast = probes only; good; best = larger images, more epochs and folds, views.
         watcher: receives notes on what is measured.
+        group_file: where groups of one scene are written, if random folds would promise too much;
+            None = they are not looked for.
 
     Raises:
         DataError: the folder cannot be used.
         RecipeError: an override or a member cannot be used, or the budget is too small.
+        RunError: `group_file` cannot be written, or holds other groups.
     """
     clock = Clock.start(budget_minutes * 60)
     data = {"source": "folder", "root": str(Path(folder).resolve())}
     probes = _members(members)
     draft = _draft(data, probes, overrides)  # the plan must see the images of the run
-    spec = draft.data
-    sources = load_data(spec, 0)
+    sources = load_data(draft.data, draft.seed)
     summary = _summarize(sources.train)
     device = pick_device(draft.train.device)
     cache = FeatureCache(sources, draft, watcher)
     measured = choose_size(draft, summary, sources, cache, clock, quality)
     del probes[len(measured.costs) :]
+    found, measured = look_for_groups(draft, measured, sources, cache, clock, group_file)
     tuning, why_tuning = choose_tuning(draft, summary, measured, device, clock, quality)
     folds = _folds(tuning, summary, quality)
     batch_size = _batch_size(summary, device)
@@ -112,9 +117,8 @@ def plan_folder(
         *why_augment,
         Decision("train.batch_size", batch_size, f"{summary.n} images on {device.type}"),
     ]
-    name = re.sub(r"[^A-Za-z0-9_-]", "-", Path(folder).resolve().name).lstrip("_-")[:80]
     tree: dict[str, Any] = {
-        "name": name or "run",
+        "name": _name(folder),
         "budget_minutes": round(0.9 * clock.left / 60, 2) if budget_minutes else 0.0,
         "data": data,
         "folds": {"k": folds, "final": "refit", "select": round(select_share(summary.n), 3)},
@@ -127,10 +131,15 @@ def plan_folder(
     if quality == "best" and augment.get("hflip"):
         tree["views"] = {"kind": "flip"}
         decisions.append(Decision("views.kind", "flip", "quality best: the mirror image, too"))
-    recipe = Recipe.parse(tree, overrides, where="plan")
-    # Overrides may change the data, and the seed which images a limit keeps.
-    reads_the_same = recipe.data == spec and not (recipe.seed and spec.limit_per_class)
-    return RecipePlan(recipe, decisions, sources if reads_the_same else None)
+    recipe, sources, why_folds = plan_with_groups(tree, overrides, found, sources, group_file)
+    decisions[2:2] = why_folds
+    return RecipePlan(recipe, decisions, sources)
+
+
+def _name(folder: str | Path) -> str:
+    """Name a run after its folder."""
+    name = re.sub(r"[^A-Za-z0-9_-]", "-", Path(folder).resolve().name).lstrip("_-")[:80]
+    return name or "run"
 
 
 def _draft(data: dict[str, Any], probes: list[dict[str, Any]], overrides: Sequence[str]) -> Recipe:
@@ -143,9 +152,10 @@ def _draft(data: dict[str, Any], probes: list[dict[str, Any]], overrides: Sequen
     names = {str(key) for i, probe in enumerate(probes) for key in (i, probe["name"])}
     relevant = []
     for override in overrides:
-        section, _, rest = override.partition(".")
+        key = override.partition("=")[0].strip()
+        section, _, rest = key.partition(".")
         known_member = section == "members" and rest.partition(".")[0] in names
-        if known_member or section in ("train", "features", "folds", "data"):
+        if known_member or section in ("seed", "train", "features", "folds", "data"):
             relevant.append(override)
     return Recipe.parse(tree, relevant, where="plan")
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from threefold.data.dataset import Sources, load_data
+from threefold.data.group_file import GROUP_FILE
 from threefold.data.splits import Roles, assign_roles, refit_roles
 from threefold.errors import RunError
 from threefold.models.member import (
@@ -111,7 +112,11 @@ class Run:
     @cached_property
     def sources(self) -> Sources:
         """The images that the recipe names."""
-        return load_data(self.recipe.data, self.recipe.seed)
+        # A run that has been moved still has the groups that its plan wrote.
+        data, own = self.recipe.data, self.dir / GROUP_FILE
+        if data.group_file and own.exists() and not Path(data.group_file).expanduser().exists():
+            data = data.model_copy(update={"group_file": str(own)})
+        return load_data(data, self.recipe.seed)
 
     @cached_property
     def roles(self) -> dict[int, Roles]:
