@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from support.exports import noise_images
@@ -15,7 +16,9 @@ from support.frozen_runs import GATED, PROBE, frozen_run
 from torch import nn
 
 from threefold.ensembles.averaging import MeanEnsemble
+from threefold.ensembles.cascade import Cascade
 from threefold.exporting import targets
+from threefold.exporting.onnx_graph import build_graph
 from threefold.models.pipeline import (
     Combiner,
     MemberPipeline,
@@ -51,14 +54,15 @@ def shared_pipeline(run: Run, members: tuple[str, ...] = ()) -> Pipeline:
     return run.pipeline(combiner, members or None)
 
 
-def separate_pipeline(run: Run) -> Pipeline:
+def separate_pipeline(run: Run, *names: str) -> Pipeline:
     """The pipeline of the same networks, each with a backbone of its own."""
     members = {}
-    for spec in run.recipe.members:
+    for number, name in enumerate(names or run.recipe.combined):
+        spec = run.recipe.member(name)
         views = run.views(spec)
         networks = [run.load_member(spec, fold, 3) for fold in run.final_folds]
         predictors = [Predictor(network, views) for network in networks]
-        members[spec.name] = MemberPipeline(predictors, views.canvas, spec.resize)
+        members[f"{name}{number}"] = MemberPipeline(predictors, views.canvas, spec.resize)
     return Pipeline(members, Combiner(MeanEnsemble().to_module()), ("blue", "green", "red"))
 
 
@@ -78,6 +82,19 @@ def count_passes(pipeline: Pipeline) -> int:
 
 def convolutions(model: onnx.ModelProto) -> int:
     return Counter(node.op_type for node in model.graph.node)["Conv"]
+
+
+def change_convolution(network: nn.Module, number: int) -> None:
+    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    layers[number].weight.data += 0.1
+
+
+def fitted_cascade(stages: list[list[int]]) -> Cascade:
+    """A cascade of two stages as fitted, without any data."""
+    cascade = Cascade(stages)
+    cascade.thresholds_, cascade.temperatures_ = np.array([0.5]), np.array([1.0])
+    cascade.disagreement_, cascade.n_ = 0.0, 1
+    return cascade
 
 
 def test_the_answers_are_those_of_separate_networks(run: Run) -> None:
@@ -123,8 +140,6 @@ def backbone_convolutions(run: Run) -> int:
 
 
 def test_the_file_has_the_backbone_once(run: Run, exported: onnx.ModelProto) -> None:
-    separate = run.dir / "separate.onnx"
-    targets.export(separate_pipeline(run), separate, noise_images(2))
     weights = [onnx.numpy_helper.to_array(t) for t in exported.graph.initializer]
     large = [array.tobytes() for array in weights if array.size > 64]
 
@@ -133,7 +148,34 @@ def test_the_file_has_the_backbone_once(run: Run, exported: onnx.ModelProto) -> 
     backbone = (run.dir / "backbones").glob("*.safetensors")
     size, heads = (run.dir / "model.onnx").stat().st_size, 6
     assert size < 1.2 * next(backbone).stat().st_size + heads * 20_000
-    assert size < separate.stat().st_size / 3
+
+
+def test_blocks_that_no_stage_trained_are_in_the_file_once(run: Run, tmp_path: Path) -> None:
+    # Two separate networks that differ in their last convolution.
+    pipeline = separate_pipeline(run, "probe", "probe")
+    networks = [predictor.member for predictor in pipeline.parts[0].predictors]  # type: ignore[union-attr]
+    change_convolution(networks[1], -1)
+
+    report = targets.export(pipeline, tmp_path / "m.onnx", noise_images(3))
+
+    model = onnx.load(tmp_path / "m.onnx")
+    assert report.max_difference < 1e-6
+    assert convolutions(model) == backbone_convolutions(run) + 1
+    onnx.checker.check_model(model)
+
+
+def test_stages_of_a_cascade_share_weights_but_no_nodes(run: Run) -> None:
+    pipeline = separate_pipeline(run, "probe", "probe")
+
+    together = build_graph(pipeline)
+    apart = build_graph(pipeline, stages=[[0], [1]])
+
+    assert convolutions(together) == backbone_convolutions(run)
+    assert convolutions(apart) == 2 * backbone_convolutions(run)
+    weights = [
+        sum(len(t.SerializeToString()) for t in g.graph.initializer) for g in (together, apart)
+    ]
+    assert weights[1] == pytest.approx(weights[0], rel=0.01)
 
 
 def test_other_input_sizes_and_tuned_weights_are_not_shared(tmp_path: Path) -> None:
@@ -183,3 +225,57 @@ def test_the_card_describes_the_pixels_of_every_member(run: Run) -> None:
     entries = describe_preprocessing(shared_pipeline(run))
 
     assert entries == describe_preprocessing(separate_pipeline(run))
+
+
+@pytest.mark.parametrize(("views", "precision"), [("center", "float16"), ("flip", "float32")])
+def test_a_cascade_computes_only_rows_of_images(tmp_path: Path, views: str, precision: str) -> None:
+    # A network shares all weights but the first with a probe, whose backbone runs in each stage.
+    run = frozen_run(tmp_path, members=[PROBE, ROWS], views={"kind": views})
+    probe, rows = shared_pipeline(run).parts
+    tuned = separate_pipeline(run, "probe").parts[0]
+    for predictor in tuned.predictors:  # type: ignore[union-attr]
+        change_convolution(predictor.member, 0)
+    parts = {"probe": probe, "rows": rows, "tuned": tuned}
+    pipeline = Pipeline(parts, Combiner(MeanEnsemble().to_module()), ("blue", "green", "red"))
+    cascade = fitted_cascade([[1], [0, 2]])
+
+    report = targets.export(
+        pipeline,
+        tmp_path / "m.onnx",
+        noise_images(3),
+        {"cascade": {"state": cascade.state()}},
+        precision=precision,
+        cascade=cascade,
+    )
+
+    assert report.max_difference < 1e-4
+
+
+def test_members_on_one_backbone_run_in_one_branch(tmp_path: Path) -> None:
+    run = frozen_run(tmp_path, members=[PROBE, ROWS, SMALL])
+    pipeline, images = shared_pipeline(run), noise_images(4)
+    cascade = fitted_cascade([[2], [0, 1]])
+    path = tmp_path / "m.onnx"
+
+    targets.export(pipeline, path, images, {"cascade": {"state": cascade.state()}}, cascade=cascade)
+
+    model = onnx.load(path)
+    assert convolutions(model) == backbone_convolutions(run)  # those of the first stage
+    (branch,) = [node for node in model.graph.node if node.op_type == "If"]
+    inside = next(part.g for part in branch.attribute if part.name == "then_branch")
+    assert sum(node.op_type == "Conv" for node in inside.node) == backbone_convolutions(run)
+    session = onnxruntime.InferenceSession(path)
+    answers = {
+        stop: [
+            session.run(
+                ["probs", "stages_used"],
+                {"images": image[None], "stop": np.array([stop], np.float32)},
+            )
+            for image in images
+        ]
+        for stop in (0.0, 2.0)
+    }
+    assert [int(used[0]) for _, used in answers[0.0]] == [1] * len(images)
+    assert [int(used[0]) for _, used in answers[2.0]] == [2] * len(images)
+    full = np.concatenate([probs for probs, _ in answers[2.0]])
+    np.testing.assert_allclose(full, pipeline.predict_proba(images), atol=1e-6)

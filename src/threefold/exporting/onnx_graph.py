@@ -6,6 +6,7 @@ The resize is in the graph once per canvas, and a frozen backbone once for all h
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -77,7 +78,10 @@ def write_onnx(
 
 
 def build_graph(
-    pipeline: Pipeline, precision: str = "float32", calibration: Sequence[np.ndarray] = ()
+    pipeline: Pipeline,
+    precision: str = "float32",
+    calibration: Sequence[np.ndarray] = (),
+    stages: Sequence[Sequence[int]] = (),
 ) -> onnx.ModelProto:
     """Build the ONNX model: images uint8 (b, h, w, 3) to probs (b, k) and member_probs (b, m, k).
 
@@ -85,10 +89,16 @@ def build_graph(
         pipeline: in eval mode.
         precision: of the members' weights.
         calibration: training images uint8 (h, w, 3), for int8.
+        stages: numbers of the members in each stage of a cascade; members of different stages have
+            no nodes in common, because one may run without the other.
     """
     graph = _Joiner()
     networks = _Networks(graph, precision, calibration)
-    outputs = [networks.add(f"m{i}_", part) for i, part in enumerate(pipeline.parts)]
+    stage_of = {member: stage for stage, members in enumerate(stages) for member in members}
+    # In the order of the stages, so that what the first one needs is not among the nodes of others.
+    order = sorted(range(len(pipeline.parts)), key=lambda i: stage_of.get(i, 0))
+    added = {i: networks.add(f"m{i}_", pipeline.parts[i], stage_of.get(i, 0)) for i in order}
+    outputs = [added[i] for i in range(len(pipeline.parts))]
     if pipeline.mixing is None:
         stacked = graph.stack(
             [graph.mean(copies, f"m{i}_probs") for i, copies in enumerate(outputs)], "member_probs"
@@ -136,17 +146,26 @@ class _Networks:
 
     def __init__(self, graph: _Joiner, precision: str, calibration: Sequence[np.ndarray]) -> None:
         self.graph, self.precision, self.calibration = graph, precision, calibration
-        self.tracer = Tracer()
-        self.shared: dict[SharedBackbone, _Features] = {}
+        self.tracer, self.scope = Tracer(), 0
+        self.shared: dict[tuple[SharedBackbone, int | None], _Features] = {}
 
-    def add(self, prefix: str, part: MemberPipeline | HeadsPipeline) -> list[str]:
-        """Add the networks of a member; returns the names of their probabilities (b, k)."""
+    def add(self, prefix: str, part: MemberPipeline | HeadsPipeline, scope: int = 0) -> list[str]:
+        """Add the networks of a member; returns the names of their probabilities (b, k).
+
+        Args:
+            prefix: of the names in the graph.
+            part: the member.
+            scope: see `_Joiner.graft`.
+        """
+        self.scope = scope
         pixels = self.calibration_pixels(part)
         if isinstance(part, HeadsPipeline):
-            if part.shared not in self.shared:
+            # A later stage can take rows of the features of an earlier one, unless there are views.
+            key = (part.shared, scope if part.views.count > 1 else None)
+            if key not in self.shared:
                 name = f"backbone{len(self.shared)}_"
-                self.shared[part.shared] = self.add_backbone(name, part.shared, pixels)
-            features = self.shared[part.shared]
+                self.shared[key] = self.add_backbone(name, part.shared, pixels)
+            features = self.shared[key]
             return [
                 self.add_head(f"{prefix}fold{fold}_", cast("HeadPredictor", head), features)
                 for fold, head in enumerate(part.heads)
@@ -176,7 +195,7 @@ class _Networks:
         probs = f"{prefix}probs"
         model = convert(model, self.precision, pixels)
         canvas = self.add_canvas(part.canvas, part.resize)
-        self.graph.graft(model, prefix, {"pixels": canvas}, {"probs": probs})
+        self.graph.graft(model, prefix, {"pixels": canvas}, {"probs": probs}, self.scope)
         return probs
 
     def add_backbone(
@@ -193,7 +212,7 @@ class _Networks:
         outputs = {form: f"{prefix}{form}" for form in backbone.forms}
         model = convert(model, self.precision, pixels)
         canvas = self.add_canvas(backbone.canvas, backbone.resize)
-        self.graph.graft(model, prefix, {"pixels": canvas}, outputs)
+        self.graph.graft(model, prefix, {"pixels": canvas}, outputs, self.scope)
         with torch.no_grad():
             shapes = {form: value.shape[1:] for form, value in fused(example[:1]).items()}
         return {form: _Feature(outputs[form], shapes[form], values.get(form)) for form in outputs}
@@ -205,7 +224,8 @@ class _Networks:
         head = copy.deepcopy(head).float().eval().requires_grad_(False)
         model = self.tracer.trace(head, example, ("features", "probs"), (repr(head), head.views))
         model = convert(model, self.precision, feature.values)
-        self.graph.graft(model, f"{prefix}head_", {"features": feature.name}, {"probs": probs})
+        inputs = {"features": feature.name}
+        self.graph.graft(model, f"{prefix}head_", inputs, {"probs": probs}, self.scope)
         return probs
 
     def add_canvas(self, size: int, mode: Literal["squash", "crop"]) -> str:
@@ -268,39 +288,82 @@ class _Mix(nn.Module):
 
 
 class _Joiner:
-    """Joins several ONNX graphs into one by prefixing names and connecting inputs to outputs."""
+    """Joins several ONNX graphs into one by prefixing names and connecting inputs to outputs.
+
+    What two graphs have in common is in the result once: equal tensors, and nodes that compute the
+    same from the same inputs, such as blocks that no stage has trained.
+    """
 
     def __init__(self) -> None:
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
         self.values: set[str] = {"images"}
+        self._tensors: dict[object, str] = {}
+        self._results: dict[object, list[str]] = {}
 
     def graft(
-        self, model: Any, prefix: str, inputs: dict[str, str], outputs: dict[str, str]
+        self,
+        model: Any,
+        prefix: str,
+        inputs: dict[str, str],
+        outputs: dict[str, str],
+        scope: object = None,
     ) -> None:
-        """Add a model's nodes under a prefix; `inputs` and `outputs` map its names to ours."""
+        """Add a model's nodes under a prefix; `inputs` and `outputs` map its names to ours.
+
+        Args:
+            model: the model.
+            prefix: of the names of its nodes, tensors and inner values.
+            inputs: its inputs.
+            outputs: its outputs.
+            scope: models of equal scope share nodes; None = no other model's. All share tensors.
+        """
         if model.functions:
             raise ExportError(
                 "the exporter produced functions that cannot be joined",
                 where=prefix,
                 got=[f.name for f in model.functions],
             )
-        outer = {**inputs, **outputs, "": ""}
+        names = {**inputs, **outputs, "": ""}
+        for tensor in model.graph.initializer:
+            names.setdefault(tensor.name, self._add_tensor(tensor, prefix))
         for node in model.graph.node:
+            read = [names.get(name, prefix + name) for name in node.input]
+            key = (
+                prefix if scope is None else scope,
+                node.op_type,
+                node.domain,
+                tuple(read),
+                tuple(bool(name) for name in node.output),
+                _attributes(node),
+            )
+            is_output = any(name in outputs for name in node.output)
+            if key in self._results and not is_output:
+                names.update(zip(node.output, self._results[key], strict=True))
+                continue
             grafted = onnx.NodeProto()
             grafted.CopyFrom(node)
             grafted.name = prefix + node.name
             grafted.ClearField("metadata_props")
             grafted.ClearField("doc_string")
-            grafted.input[:] = [outer.get(name, prefix + name) for name in node.input]
-            grafted.output[:] = [outer.get(name, prefix + name) for name in node.output]
+            grafted.input[:] = read
+            grafted.output[:] = [names.get(name, prefix + name) for name in node.output]
             self.nodes.append(grafted)
-        for tensor in model.graph.initializer:
-            grafted = onnx.TensorProto()
-            grafted.CopyFrom(tensor)
-            grafted.name = outer.get(tensor.name, prefix + tensor.name)
-            self.initializers.append(grafted)
+            self._results.setdefault(key, list(grafted.output))
         self.values.update(outputs.values())
+
+    def _add_tensor(self, tensor: Any, prefix: str) -> str:
+        """Add a tensor, unless an equal one is there; returns the name."""
+        content = onnx.numpy_helper.to_array(tensor).tobytes()
+        digest = hashlib.sha256(content).digest()
+        name = f"{prefix}{tensor.name}"
+        known = self._tensors.setdefault((tensor.data_type, tuple(tensor.dims), digest), name)
+        if known == name:
+            added = onnx.TensorProto()
+            added.CopyFrom(tensor)
+            added.name = name
+            self.initializers.append(added)
+        return known
 
     def mean(self, names: Sequence[str], output: str) -> str:
         """Add the mean of values of equal shape; returns its name."""
@@ -350,3 +413,8 @@ class _Joiner:
         # Added last, because a graph above 2 GB cannot be copied as a whole.
         model.graph.initializer.extend(self.initializers)
         return model
+
+
+def _attributes(node: Any) -> tuple[bytes, ...]:
+    """Return a node's attributes in a form that can be compared."""
+    return tuple(sorted(attribute.SerializeToString() for attribute in node.attribute))

@@ -85,7 +85,8 @@ def export(
 
     if target.suffix == ".pt2":
         return _to_pt2(pipeline, target, images, {**card, "opset": None}, measure)
-    graph = onnx_graph.build_graph(pipeline, precision, calibration)
+    stages = cascade.stages if cascade is not None and target.suffix == ".onnx" else ()
+    graph = onnx_graph.build_graph(pipeline, precision, calibration, stages)
     if target.suffix == ".xml":
         return _to_openvino(graph, target, images, card, measure)
     if cascade is not None:
