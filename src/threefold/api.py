@@ -17,6 +17,7 @@ from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec, StageSpec
 from threefold.report.pages import write_report
+from threefold.training.candidates import is_auto
 from threefold.training.distillation import open_teacher
 from threefold.training.jobs import train_members
 from threefold.training.plan import plan_folder
@@ -51,7 +52,7 @@ def fit(
         folder: class folders, or train/ [val/] test/ with class folders inside.
         out: the run folder; an interrupted run in it is resumed with its own recipe.
         budget_minutes: limit of the wall time (0 = none).
-        members: timm names; by default three EfficientNet-Lite.
+        members: timm names; by default three EfficientNet-Lite. `auto` chooses by measurement.
         overrides: `a.b=c` changes to the planned recipe.
         quality: fast = heads on frozen features only; good; best = larger images, more epochs.
         watcher: follows the training.
@@ -152,7 +153,8 @@ def _resumed_recipe(
     recipe = Recipe.load(path)
     # Tuned members have the backbones of their probes.
     backbones = tuple(member.backbone for member in recipe.members if not member.starts_from)
-    if Recipe.load(path, overrides) != recipe or (members and backbones != members):
+    named = () if is_auto(members) else members  # what was chosen stays chosen
+    if Recipe.load(path, overrides) != recipe or (named and backbones != named):
         raise RunError(
             "the folder holds a run of another recipe",
             where=out,

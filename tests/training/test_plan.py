@@ -12,6 +12,7 @@ from threefold.data.dataset import load_data
 from threefold.errors import DataError, RecipeError
 from threefold.recipe import Recipe, parse_minutes
 from threefold.training import plan as planning
+from threefold.training.checks import check_trainable
 from threefold.training.measure import Speed
 from threefold.training.plan import plan_folder
 from threefold.training.plan_tuning import TUNINGS, TuningSpeeds, predict_seconds
@@ -85,6 +86,16 @@ def test_tuned_members_follow_their_probes(tmp_path: Path) -> None:
     assert tuned.starts_from == probe.name
     assert plan.recipe.probes == (probe.name,)
     assert [stage.kind for stage in plan.recipe.stages] == ["head", "tune", "tune"]
+
+
+def test_a_fixed_grid_of_tokens_keeps_its_size(tmp_path: Path) -> None:
+    sets = (*UNTRAINED, "members.0.img_size=32", "train.device=cpu")
+    root = make_folder(tmp_path, ["cat", "dog"])
+
+    recipe = plan_folder(root, 20, ("vit_tiny_patch16_224",), sets).recipe
+
+    assert [member.img_size for member in recipe.members] == [32, 32]
+    check_trainable(recipe)
 
 
 def test_fast_quality_has_probes_only(tmp_path: Path) -> None:
@@ -197,3 +208,5 @@ def test_fit_from_a_folder_to_a_file_and_again(
     assert again == first.replace(seconds=again.seconds)
     as_before = api.fit(root, out, members=members, overrides=sets).results
     assert as_before == first.replace(seconds=as_before.seconds)
+    chosen = api.fit(root, out, members=("auto",)).results  # what was chosen stays chosen
+    assert chosen == first.replace(seconds=chosen.seconds)

@@ -22,7 +22,11 @@ WallTime = Annotated[
     str, typer.Option("--budget", help="Limit on the wall time: 90s, 20m, 2h; 0 = none.")
 ]
 Backbones = Annotated[
-    str, typer.Option("--members", help="timm names of the backbones, separated by commas.")
+    str,
+    typer.Option(
+        "--members",
+        help="timm names of the backbones, separated by commas; auto = choose by measurement.",
+    ),
 ]
 QualityOption = Annotated[
     Literal["fast", "good", "best"],

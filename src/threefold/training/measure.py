@@ -12,7 +12,8 @@ import torch
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from threefold.data.dataset import Sources
-from threefold.models.member import Member, build_member
+from threefold.models.backbones import resolve_backbone
+from threefold.models.member import Member, build_member, has_token_grid
 from threefold.models.split import EarlyBlocks, LateBlocks
 from threefold.recipe_schema import MemberSpec, StageSpec
 from threefold.training.activations import cached_blocks
@@ -135,6 +136,8 @@ def measure_speed(
     """
     member = build_member(spec.model_copy(update={"weights": "none"}), num_classes)
     member.to(device=device).to(memory_format=torch.channels_last)
+    if has_token_grid(resolve_backbone(spec.backbone)):  # it takes images of one size only
+        return Speed(_step_seconds(member, frozen, spec.img_size, cached), 0.0)
     small, large = 64, 128
     at_small, at_large = (_step_seconds(member, frozen, s, cached) for s in (small, large))
     per_pixel = max(0.0, (at_large - at_small) / (large**2 - small**2))

@@ -15,10 +15,11 @@ import torch
 from threefold.data.dataset import ImageDataset, Sources, load_data
 from threefold.models.pipeline import pick_device
 from threefold.recipe import Recipe
+from threefold.training.candidates import Screening, gather_candidates, is_auto, screen
 from threefold.training.features import FeatureCache
 from threefold.training.plan_basis import Clock, DataSummary, Decision, Quality
 from threefold.training.plan_groups import look_for_groups, plan_with_groups
-from threefold.training.plan_size import choose_size
+from threefold.training.plan_size import ProbePlan, choose_size
 from threefold.training.plan_tuning import (
     Tuning,
     choose_tuning,
@@ -70,7 +71,7 @@ def plan_folder(
     Args:
         folder: class folders, or train/ [val/] test/ with class folders inside.
         budget_minutes: bound on the wall time of the whole job (0 = none).
-        members: timm names; by default three networks that need no hub.
+        members: timm names, by default three that need no hub; `auto` and more names: `candidates`.
         overrides: `a.b=c`, applied last.
         quality: fast = probes only; good; best = larger images, more epochs and folds, views.
         watcher: receives notes on what is measured.
@@ -91,7 +92,13 @@ def plan_folder(
     device = pick_device(draft.train.device)
     cache = FeatureCache(sources, draft, watcher)
     measured = choose_size(draft, summary, sources, cache, clock, quality)
-    del probes[len(measured.costs) :]
+    screening = None
+    if is_auto(members) and len(measured.costs) == len(probes):
+        wanted, notes = gather_candidates(members[1:], device, quality)
+        screening = screen(wanted, draft, sources, measured, clock, notes, watcher)
+        measured = screening.measured
+    probes = _sized_members(probes, measured, screening)
+    draft = _draft(data, probes, overrides)
     found, measured = look_for_groups(draft, measured, sources, cache, clock, group_file)
     tuning, why_tuning = choose_tuning(draft, summary, measured, device, clock, quality)
     folds = _folds(tuning, summary, quality)
@@ -106,11 +113,8 @@ def plan_folder(
         batch_size=batch_size,
     )
     augment, why_augment = _augment(summary) if tuned else ({}, [])
-    for member in probes:
-        member["img_size"] = measured.img_size
-    why_members = "named by you" if members else "pretrained networks that need no model hub"
     decisions = [
-        Decision("members", ", ".join(m["name"] for m in probes), why_members),
+        _explain_members(probes, members, screening),
         measured.decision,
         Decision("folds.k", folds, "each image is scored once by heads that never saw it"),
         *why_tuning,
@@ -132,8 +136,7 @@ def plan_folder(
         tree["views"] = {"kind": "flip"}
         decisions.append(Decision("views.kind", "flip", "quality best: the mirror image, too"))
     recipe, sources, why_folds = plan_with_groups(tree, overrides, found, sources, group_file)
-    decisions[2:2] = why_folds
-    return RecipePlan(recipe, decisions, sources)
+    return RecipePlan(recipe, [*decisions[:2], *why_folds, *decisions[2:]], sources)
 
 
 def _name(folder: str | Path) -> str:
@@ -176,11 +179,36 @@ def _summarize(train: ImageDataset) -> DataSummary:
 def _members(names: Sequence[str]) -> list[dict[str, Any]]:
     """Members as plain values, the fastest first, each with a linear head."""
     pairs = list(DEFAULT_MEMBERS)
-    if names:
+    if names and not is_auto(names):
         pairs = [(f"m{i}-{name.split('.')[0]}"[:80], name) for i, name in enumerate(names)]
     # The noise of the paper's heads is for random heads; it would blur a fitted one.
     head = {"kind": "linear", "noise": 0.0}
     return [{"name": name, "backbone": backbone, "head": head} for name, backbone in pairs]
+
+
+def _sized_members(
+    probes: list[dict[str, Any]], measured: ProbePlan, screening: Screening | None
+) -> list[dict[str, Any]]:
+    """Return the affordable members, or those that the screening has chosen, with their sizes."""
+    sizes = [measured.img_size] * len(measured.costs)
+    if screening is not None:
+        probes = _members([candidate.backbone for candidate in screening.chosen])
+        sizes = [candidate.img_size or measured.img_size for candidate in screening.chosen]
+    return [probe | {"img_size": size} for probe, size in zip(probes, sizes, strict=False)]
+
+
+def _explain_members(
+    probes: list[dict[str, Any]], named: Sequence[str], screening: Screening | None
+) -> Decision:
+    """Say who chose the members."""
+    why = "pretrained networks that need no model hub"
+    if screening is not None:
+        why = screening.explain()
+    elif is_auto(named):
+        why = f"no time to screen candidates: {why}"
+    elif named:
+        why = "named by you"
+    return Decision("members", ", ".join(member["name"] for member in probes), why)
 
 
 def _folds(tuning: Tuning | None, summary: DataSummary, quality: Quality) -> int:

@@ -62,7 +62,7 @@ def look_for_groups(
     """Look for scenes and copies, unless the user has decided, or no file can hold their groups.
 
     Args:
-        draft: the recipe of the probes, with the user's overrides.
+        draft: the recipe of the probes at their sizes, with the user's overrides.
         measured: the plan of the probes.
         sources: the images.
         cache: of features.
@@ -76,12 +76,7 @@ def look_for_groups(
     named = data.group_regex or data.group_file or data.fold_column or train.groups is not None
     if group_file is None or named or "scheme" in draft.folds.model_fields_set:
         return FoundGroups(None, None), measured
-    default = MemberSpec.model_fields["img_size"].default
-    specs = [
-        m.model_copy(update={"img_size": measured.img_size}) if m.img_size == default else m
-        for m in draft.members[: len(measured.costs)]
-    ]
-    found = find_groups(specs, sources, cache, clock)
+    found = find_groups(draft.members, sources, cache, clock)
     return found, replace(measured, seconds=0.0) if found.compared else measured
 
 

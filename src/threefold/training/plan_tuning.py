@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from threefold.models.backbones import CPU_FROZEN, EARLY_BLOCKS
-from threefold.models.member import create_backbone
+from threefold.models.backbones import CPU_FROZEN, EARLY_BLOCKS, resolve_backbone
+from threefold.models.member import create_backbone, has_token_grid
 from threefold.models.split import count_frozen_blocks
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
@@ -96,7 +96,8 @@ def choose_tuning(
         return options[-1], [_decide(options[-1], measured, "no time budget")]
     speeds = _measure_tuning(draft, summary, measured, device)
     seconds = [
-        predict_seconds(t, summary.n, measured.img_size, speeds, measured.costs) for t in options
+        predict_seconds(t, summary.n, measured.img_size, speeds, _tuning_costs(t, draft, measured))
+        for t in options
     ]
     left = clock.left - measured.seconds * 1.2 - finishing
     possible = [i for i, value in enumerate(seconds) if value <= left]
@@ -150,6 +151,8 @@ def _measure_tuning(
     last, deeper = _frozen(device)
     # The first blocks take about two thirds of the time of all.
     blocks = Speed(0.0, 0.67 * measured.feature_seconds / measured.img_size**2)
+    if _has_fixed_size(first):
+        blocks = Speed(0.67 * measured.feature_seconds, 0.0)
     return TuningSpeeds(
         blocks,
         measure_speed(first, k, device, last, cached=_can_cache(first, device)),
@@ -165,6 +168,18 @@ def _can_cache(spec: MemberSpec, device: torch.device) -> bool:
     frozen = _frozen(device)[0]
     names = [n for n, _ in backbone.named_parameters() if not re.search(frozen, f"backbone.{n}")]
     return count_frozen_blocks(backbone, names) > 0
+
+
+def _has_fixed_size(member: MemberSpec) -> bool:
+    """Whether a member is tuned at the size of its probe, because its grid of tokens is fixed."""
+    return has_token_grid(resolve_backbone(member.backbone))
+
+
+def _tuning_costs(tuning: Tuning, draft: Recipe, measured: ProbePlan) -> list[float]:
+    """Return the cost of each member's images in tuning, relative to the first member's."""
+    area = (tuning_size(tuning, measured.img_size) / measured.img_size) ** 2
+    areas = [1.0 if _has_fixed_size(member) else area for member in draft.members]
+    return [cost * a / areas[0] for cost, a in zip(measured.costs, areas, strict=True)]
 
 
 def tuning_size(tuning: Tuning, img_size: int) -> int:
@@ -236,8 +251,12 @@ def tuning_stages(
     cached = all(_can_cache(member, device) for member in draft.members)
     size = tuning_size(tuning, img_size)
     tuned = [
-        {"name": f"{base['name']}-tuned"[:80], "starts_from": base["name"], "img_size": size}
-        for base in bases
+        {
+            "name": f"{base['name'][:74]}-tuned",
+            "starts_from": base["name"],
+            "img_size": member.img_size if _has_fixed_size(member) else size,
+        }
+        for base, member in zip(bases, draft.members, strict=False)
     ]
     last, deeper = _frozen(device)
     shared = {"schedule": "one-cycle", "batch_norm": "fixed"}

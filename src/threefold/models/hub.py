@@ -1,0 +1,109 @@
+"""Where pretrained weights come from: a package, the hub's cache on this machine, or the hub.
+
+timm names a repository of the Hugging Face hub for its weights, and `member.create_backbone` loads
+them from there. This module asks beforehand whether that will work.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from typing import Any
+
+import timm
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+
+from threefold.models.backbones import resolve_backbone
+from threefold.models.member import PACKAGED
+
+HUB_SECONDS = 5.0
+"""How long the hub may take for its first answer."""
+
+FILES = ("model.safetensors", "pytorch_model.bin")
+"""Names of the file of weights in a repository, in timm's order."""
+
+
+def has_local_weights(backbone: str) -> bool:
+    """Whether a backbone's pretrained weights are on this machine.
+
+    They are if a package has them, or the hub's cache.
+
+    Args:
+        backbone: a name of timm or of the paper.
+    """
+    name = resolve_backbone(backbone)
+    package = PACKAGED.get(name.split(".")[0])
+    if package and importlib.util.find_spec(package):
+        return True
+    repository, revision = _repository(name)
+    return any(
+        isinstance(try_to_load_from_cache(repository, file, revision=revision), str)
+        for file in FILES
+        if repository
+    )
+
+
+def hub_problem(backbone: str, limit: float = HUB_SECONDS, endpoint: str | None = None) -> str:
+    """Ask the hub for a backbone's weights, without downloading them.
+
+    `HF_HUB_OFFLINE`, `HF_ENDPOINT` and proxies count as they do when weights are loaded. A hub that
+    lacks this repository, or asks for a login, is in reach.
+
+    Args:
+        backbone: a name of timm or of the paper.
+        limit: seconds after which it counts as out of reach; they include the look-up of its name.
+        endpoint: address of the hub; None = as configured.
+
+    Returns:
+        Why there is no hub, in a few words; empty if there is one.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    repository, revision = _repository(resolve_backbone(backbone))
+    if not repository:
+        return f"timm names no repository for {backbone}"
+    url = hf_hub_url(repository, FILES[0], revision=revision, endpoint=endpoint)
+    found: list[str] = []
+
+    def ask() -> None:
+        try:
+            metadata = get_hf_file_metadata(url, timeout=limit)
+            found.append("" if metadata.commit_hash else "what answers is no hub")
+        except (RepositoryNotFoundError, EntryNotFoundError):
+            found.append("")
+        except Exception as error:  # of the HTTP library, whichever it is
+            found.append(type(error).__name__)
+
+    # A thread, since no time-out of the HTTP library covers the look-up of a name.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(limit)
+    return found[0] if found else f"no answer within {limit:g} s"
+
+
+def weights_licence(backbone: str) -> str:
+    """Return the licence of a backbone's pretrained weights as timm names it, or `unknown`."""
+    return str(getattr(_config(resolve_backbone(backbone)), "license", None) or "unknown")
+
+
+def has_published_weights(backbone: str) -> bool:
+    """Whether the installed timm knows pretrained weights of this name."""
+    return bool(timm.is_model_pretrained(resolve_backbone(backbone)))
+
+
+def _repository(name: str) -> tuple[str, str | None]:
+    """Repository of a timm name's weights and its revision; empty if there is none."""
+    identifier = str(getattr(_config(name), "hf_hub_id", None) or "")
+    repository, _, revision = identifier.partition("@")
+    return repository, revision or None
+
+
+def _config(name: str) -> Any:
+    """Return timm's configuration of pretrained weights; None if it knows none of that name."""
+    return timm.get_pretrained_cfg(name) if timm.is_model_pretrained(name) else None
