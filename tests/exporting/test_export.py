@@ -20,9 +20,9 @@ from threefold.errors import DataError, ExportError
 from threefold.evaluation.evaluate import evaluate
 from threefold.exporting import targets
 from threefold.exporting.export import export
-from threefold.exporting.onnx_networks import fold_batch_norm
 from threefold.files import read_arrays
 from threefold.models.pipeline import Combiner, Pipeline, Predictor
+from threefold.models.tracing import simplify
 from threefold.training.results import evaluate_run
 from threefold.training.run import Run
 
@@ -87,7 +87,7 @@ def test_folding_batch_norm_keeps_the_answers(finished: Run) -> None:
         predictor = Predictor(finished.load_member(spec, 0, 3)).eval()
         pixels = torch.rand(2, 3, spec.img_size, spec.img_size) * 255
 
-        folded = fold_batch_norm(predictor, spec.img_size)
+        folded = simplify(predictor, spec.img_size)
 
         assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
         torch.testing.assert_close(folded(pixels), predictor(pixels), rtol=1e-4, atol=1e-5)

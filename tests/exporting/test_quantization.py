@@ -21,6 +21,7 @@ from threefold.exporting.export import export
 from threefold.exporting.parity import TOLERANCES, check, compare
 from threefold.exporting.quantization import PRECISIONS, SMALLEST, convert, halve
 from threefold.files import sha256
+from threefold.models.tracing import OPSET
 from threefold.predictions.export_schema import CorrectAnswers
 from threefold.training.run import Run
 
@@ -283,7 +284,7 @@ def test_the_card_names_what_the_file_was_made_of(finished: Run) -> None:
 
     card = threefold.load(finished.dir / "model.onnx").card
 
-    assert (card["precision"], card["opset"]) == ("float32", onnx_networks.OPSET)
+    assert (card["precision"], card["opset"]) == ("float32", OPSET)
     first, second = card["preprocessing"]
     assert (first["pixels"], second["pixels"], first["resize"]) == (32, 40, "squash")
     assert first["mean"][0] == pytest.approx([255 * m for m in backbone.default_cfg["mean"]])

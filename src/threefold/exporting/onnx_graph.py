@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from threefold.errors import ExportError
 from threefold.exporting.onnx_files import publish, set_card, staged
-from threefold.exporting.onnx_networks import OPSET, Tracer, fold_batch_norm, run_model, trace
+from threefold.exporting.onnx_networks import Tracer, run_model, trace
 from threefold.exporting.quantization import convert
 from threefold.models.member import Member
 from threefold.models.pipeline import (
@@ -30,6 +30,7 @@ from threefold.models.pipeline import (
 )
 from threefold.models.resize import resize_square
 from threefold.models.shared import HeadPredictor, HeadsPipeline, SharedBackbone
+from threefold.models.tracing import OPSET, simplify
 from threefold.predictions.export_schema import ExportReport
 from threefold.runtime.model import FORMAT, load
 
@@ -189,9 +190,8 @@ class _Networks:
             head = HeadPredictor(network.head, predictor.views.count)
             backbone.require(head.form)
             return self.add_head(prefix, head, self.add_backbone(prefix, backbone, pixels))
-        fused = fold_batch_norm(predictor, part.canvas)
-        example = torch.zeros(2, 3, part.canvas, part.canvas)
-        model = self.tracer.trace(fused, example, ("pixels", "probs"), id(part))
+        simple = simplify(predictor, part.canvas)
+        model = self.tracer.trace_network(simple, part.canvas, ("pixels", "probs"), id(part))
         probs = f"{prefix}probs"
         model = convert(model, self.precision, pixels)
         canvas = self.add_canvas(part.canvas, part.resize)
@@ -202,10 +202,10 @@ class _Networks:
         self, prefix: str, backbone: SharedBackbone, pixels: np.ndarray | None
     ) -> _Features:
         """Add a backbone; returns the names of its features and their values on `pixels`."""
-        fused = cast("SharedBackbone", fold_batch_norm(backbone, backbone.canvas))
-        example = torch.zeros(2, 3, backbone.canvas, backbone.canvas)
+        simple = cast("SharedBackbone", simplify(backbone, backbone.canvas))
         names = ("pixels", *backbone.forms)
-        model = self.tracer.trace(fused, example, names, _architecture(fused))
+        key = _architecture(simple)
+        model = self.tracer.trace_network(simple, backbone.canvas, names, key)
         values = {}
         if pixels is not None:
             values = dict(zip(backbone.forms, run_model(model, pixels), strict=True))
@@ -214,7 +214,8 @@ class _Networks:
         canvas = self.add_canvas(backbone.canvas, backbone.resize)
         self.graph.graft(model, prefix, {"pixels": canvas}, outputs, self.scope)
         with torch.no_grad():
-            shapes = {form: value.shape[1:] for form, value in fused(example[:1]).items()}
+            example = torch.zeros(1, 3, backbone.canvas, backbone.canvas)
+            shapes = {form: value.shape[1:] for form, value in simple(example).items()}
         return {form: _Feature(outputs[form], shapes[form], values.get(form)) for form in outputs}
 
     def add_head(self, prefix: str, head: HeadPredictor, features: _Features) -> str:
@@ -222,7 +223,8 @@ class _Networks:
         feature, probs = features[head.form], f"{prefix}probs"
         example = torch.zeros(2 * head.views, *feature.shape)
         head = copy.deepcopy(head).float().eval().requires_grad_(False)
-        model = self.tracer.trace(head, example, ("features", "probs"), (repr(head), head.views))
+        key = (repr(head), head.views)
+        model = self.tracer.trace_head(head, example, ("features", "probs"), key)
         model = convert(model, self.precision, feature.values)
         inputs = {"features": feature.name}
         self.graph.graft(model, f"{prefix}head_", inputs, {"probs": probs}, self.scope)

@@ -9,7 +9,6 @@ did not is traced itself.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,9 +20,9 @@ import onnx
 import onnxruntime
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-OPSET = 20
+from threefold.models.tracing import OPSET, PREFIX, FlatOutputs, TracingError, trace_network
+
 BATCH = 16
 """Images that `run_model` takes at once."""
 
@@ -91,25 +90,55 @@ class Tracer:
     def __init__(self) -> None:
         self._traced: dict[object, tuple[Any, nn.Module]] = {}
 
-    def trace(
-        self, module: nn.Module, example: Tensor, names: Sequence[str], key: object = None
+    def trace_network(
+        self, network: nn.Module, size: int, names: Sequence[str], key: object = None
     ) -> Any:
-        """Trace a module to an ONNX model, or copy the model of another one of the same key.
+        """Trace a network for images of one size, or copy the model of one of the same key.
 
         Args:
-            module: of `fold_batch_norm`.
-            example: an input; its first axis may have any length.
-            names: see `trace`.
-            key: equal for modules that differ in nothing but their state dict.
+            network: of `simplify`; maps (b, 3, size, size) to a tensor or a dict of tensors.
+            size: side of the images in pixels.
+            names: of the input, and of the outputs in their order.
+            key: equal for networks that differ in nothing but their state dict.
         """
-        place = (type(module), key, tuple(example.shape[1:]), tuple(names))
-        if place in self._traced:
-            model = _with_weights(*self._traced[place], module)
-            if model is not None:
-                return model
-        model = trace(module, example, names, (0,))
+        place = (type(network), key, size, tuple(names))
+        return self._copied(place, network, PREFIX) or self._keep(
+            place, _trace_network(network, size, names), network
+        )
+
+    def trace_head(
+        self, head: nn.Module, example: Tensor, names: Sequence[str], key: object = None
+    ) -> Any:
+        """Trace a head, or copy the model of another one of the same key.
+
+        Args:
+            head: the head.
+            example: features, whose first axis may have any length.
+            names: of the input and the output.
+            key: equal for heads that differ in nothing but their state dict.
+        """
+        place = (type(head), key, tuple(example.shape[1:]), tuple(names))
+        return self._copied(place, head, "") or self._keep(
+            place, trace(head, example, names, (0,)), head
+        )
+
+    def _copied(self, place: object, module: nn.Module, prefix: str) -> Any | None:
+        """Copy the model of a module that has been traced, with the weights of another one."""
+        if place not in self._traced:
+            return None
+        return _with_weights(*self._traced[place], module, prefix)
+
+    def _keep(self, place: object, model: Any, module: nn.Module) -> Any:
         self._traced.setdefault(place, (model, module))
         return model
+
+
+def _trace_network(network: nn.Module, size: int, names: Sequence[str]) -> Any:
+    """Trace a network by the tracing exporter, or by the other one where that fails."""
+    try:
+        return onnx.load_from_string(trace_network(network, size, names))
+    except TracingError:
+        return trace(FlatOutputs(network), torch.zeros(2, 3, size, size), names, (0,))
 
 
 def run_model(model: Any, pixels: np.ndarray) -> list[np.ndarray]:
@@ -125,85 +154,17 @@ def run_model(model: Any, pixels: np.ndarray) -> list[np.ndarray]:
     return [np.concatenate(values) for values in zip(*batches, strict=True)]
 
 
-def _with_weights(model: Any, old: nn.Module, new: nn.Module) -> Any | None:
+def _with_weights(model: Any, old: nn.Module, new: nn.Module, prefix: str) -> Any | None:
     """Copy a traced model with other weights; None if tracing changed or dropped a weight."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
     initializers = {tensor.name: tensor for tensor in result.graph.initializer}
     old_weights = old.state_dict()
     for name, weight in new.state_dict().items():
-        tensor = initializers.get(name)
+        tensor = initializers.get(prefix + name)
         if tensor is None:
             return None
         if not np.array_equal(onnx.numpy_helper.to_array(tensor), old_weights[name].numpy()):
             return None
-        tensor.CopyFrom(onnx.numpy_helper.from_array(weight.numpy(), name))
+        tensor.CopyFrom(onnx.numpy_helper.from_array(weight.numpy(), prefix + name))
     return result
-
-
-def fold_batch_norm(predictor: nn.Module, canvas: int) -> nn.Module:
-    """Copy a network and fold each batch norm after a convolution into the convolution's weights.
-
-    Hooks record which norm receives the output of which convolution while an image runs through
-    the network. The result is exact up to rounding, which the parity gate checks.
-    """
-    network = copy.deepcopy(predictor).float().eval()
-    outputs: dict[int, tuple[nn.Module, Tensor]] = {}
-    pairs: list[tuple[Any, Any]] = []
-
-    def after_conv(module: nn.Module, _: Any, output: Tensor) -> None:
-        # Holding the output keeps its id from being used again.
-        outputs[id(output)] = (module, output)
-
-    def before_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if id(inputs[0]) in outputs:
-            pairs.append((outputs[id(inputs[0])][0], module))
-
-    hooks = [
-        m.register_forward_hook(after_conv) for m in network.modules() if isinstance(m, nn.Conv2d)
-    ]
-    hooks += [
-        m.register_forward_pre_hook(before_norm)
-        for m in network.modules()
-        if isinstance(m, nn.BatchNorm2d)
-    ]
-    with torch.no_grad():
-        network(torch.zeros(1, 3, canvas, canvas))
-    for hook in hooks:
-        hook.remove()
-    for conv, norm in pairs:
-        conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight,
-            conv.bias,
-            norm.running_mean,
-            norm.running_var,
-            norm.eps,
-            norm.weight,
-            norm.bias,
-        )
-        # timm's norms may have a dropout and an activation of their own.
-        parts = [getattr(norm, "drop", None), getattr(norm, "act", None)]
-        _replace(network, norm, nn.Sequential(*(part for part in parts if part is not None)))
-    for module in list(network.modules()):
-        if isinstance(module, nn.Hardtanh):
-            _replace(network, module, _Clamp(module.min_val, module.max_val))
-    return network.requires_grad_(False)
-
-
-class _Clamp(nn.Module):
-    """ReLU6 as one clamp: tracing torch's own takes 0.25 s each (measured, torch 2.15)."""
-
-    def __init__(self, low: float, high: float) -> None:
-        super().__init__()
-        self.low, self.high = low, high
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.clamp(self.low, self.high)
-
-
-def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Replace a module of the network by another."""
-    for parent in network.modules():
-        for name, child in parent.named_children():
-            if child is old:
-                setattr(parent, name, new.eval())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import warnings
 from typing import Literal
 
 import timm
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from threefold.models.member import backbone_features
+from threefold.models.tracing import simplify, trace_network
 
 FeatureForm = Literal["pooled", "rows", "spatial"]
 """What a head reads, as `head.sequence`: pooled features (c,), the map's means over each row
@@ -46,35 +45,17 @@ class FeatureExtractor(nn.Module):
         return features
 
 
-def export_graph(extractor: nn.Module, batch: int, size: int) -> bytes:
-    """Export an extractor as ONNX for batches of one size.
-
-    The tracing exporter takes a tenth of the time of the one that torch prefers. With dynamic
-    shapes it leaves the padding of TensorFlow's convolutions as arithmetic in the graph; with fixed
-    ones onnxruntime folds that, and both exporters lead to the same optimized graph.
+def export_graph(extractor: nn.Module, size: int) -> bytes:
+    """Export an extractor as ONNX for images of one size.
 
     Args:
-        extractor: on the CPU.
-        batch: number of images of every batch.
+        extractor: the backbone.
         size: side of the images in pixels.
 
     Returns:
-        A graph that maps float32 `pixels` (batch, 3, size, size) to `features`.
+        A graph that maps float32 `pixels` (b, 3, size, size) to `features`.
 
     Raises:
-        Exception: of any type, where torch cannot trace the backbone.
+        TracingError: torch cannot trace the backbone.
     """
-    buffer = io.BytesIO()
-    pixels = torch.zeros(batch, 3, size, size)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # that it is deprecated, and what tracing made constant
-        torch.onnx.export(
-            extractor,
-            (pixels,),
-            buffer,  # type: ignore[arg-type]  # the tracing exporter also writes to streams
-            dynamo=False,
-            input_names=["pixels"],
-            output_names=["features"],
-            opset_version=18,
-        )
-    return buffer.getvalue()
+    return trace_network(simplify(extractor, size), size, ("pixels", "features"))

@@ -81,7 +81,8 @@ class OnnxEngine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        graph = export_graph(extractor, BATCH, size)
+        options.add_free_dimension_override_by_name("batch", BATCH)
+        graph = export_graph(extractor, size)
         self.session: Any = onnxruntime.InferenceSession(
             graph, options, providers=["CPUExecutionProvider"]
         )
