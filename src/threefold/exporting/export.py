@@ -27,10 +27,10 @@ from threefold.runtime.model import load
 from threefold.training.frozen import frozen_digest
 from threefold.training.run import Run
 
-PARITY_IMAGES = {"float32": 64, "float16": 512, "bfloat16": 512, "int8": 512}
+PARITY_IMAGES = {"float32": 32, "float16": 512, "bfloat16": 512, "int8": 512}
 """Images for the parity gate by precision: few show rounding, many are needed for classes."""
 
-LATENCY_IMAGES = 16
+LATENCY_IMAGES = 8
 """Images on which the latency of the exported file is measured."""
 
 

@@ -7,6 +7,7 @@ whatever company it is computed.
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -17,11 +18,17 @@ from torch import nn
 from threefold.errors import RecipeError
 from threefold.models.features import export_graph
 
-BATCH: Final = 32
+BATCH: Final = 16
 """Images in a batch."""
 
 WORTH_SECONDS: Final = 4.0
 """Work for plain torch from which it is worth to look for something faster."""
+
+WORTH_TIMING: Final = 60.0
+"""Work for plain torch from which every network is timed, whatever was the fastest for another."""
+
+KEPT_SESSIONS: Final = 8
+"""Sessions of onnxruntime that a process keeps: plan, first answer and tuning use the same."""
 
 TOLERANCES: Final = {"onnxruntime": 1e-3, "torch-float16": 1e-2}
 """Largest relative error of an image's features (Euclidean norm) against torch in float32.
@@ -120,19 +127,35 @@ class EngineChoice(NamedTuple):
     engine: Engine
     reason: str
     measured: bool
-    """Whether alternatives were timed, so that the choice is worth keeping."""
+    """Whether speeds were compared, so that the choice says something about this machine."""
 
 
-def make_engine(name: str, extractor: nn.Module, size: int, device: torch.device) -> Engine:
+_sessions: OrderedDict[tuple[str, int], OnnxEngine] = OrderedDict()
+
+
+def make_engine(
+    name: str, extractor: nn.Module, size: int, device: torch.device, key: str = ""
+) -> Engine:
     """Make an engine by its name: torch-float32, torch-float16 or onnxruntime.
+
+    Args:
+        name: which one.
+        extractor: the backbone.
+        size: side of the images in pixels.
+        device: where torch runs.
+        key: identifies weights and form of the extractor; a session of the same key is used again.
 
     Raises:
         RecipeError: onnxruntime cannot run the backbone.
     """
     if name.startswith("torch-"):
         return TorchEngine(extractor, device, name.removeprefix("torch-"))
+    place = (key, size)
+    if key and place in _sessions:
+        _sessions.move_to_end(place)
+        return _sessions[place]
     try:
-        return OnnxEngine(extractor.cpu(), size)
+        engine = OnnxEngine(extractor, size)
     except Exception as error:
         raise RecipeError(
             "onnxruntime cannot run this backbone",
@@ -140,10 +163,21 @@ def make_engine(name: str, extractor: nn.Module, size: int, device: torch.device
             got=f"{type(error).__name__}: {str(error)[:120]}",
             fix='set features.engine = "auto" or "torch"',
         ) from None
+    if key:
+        _sessions[place] = engine
+        if len(_sessions) > KEPT_SESSIONS:
+            _sessions.popitem(last=False)
+    return engine
 
 
 def choose_engine(
-    extractor: nn.Module, sample: np.ndarray, count: int, device: torch.device
+    extractor: nn.Module,
+    sample: np.ndarray,
+    count: int,
+    device: torch.device,
+    *,
+    key: str = "",
+    usual: str = "",
 ) -> EngineChoice:
     """Choose the fastest engine whose answers agree with torch's in float32.
 
@@ -152,6 +186,9 @@ def choose_engine(
         sample: float32 (n, 3, s, s) in 0..255, some of the images.
         count: number of images to compute.
         device: where torch runs.
+        key: see `make_engine`.
+        usual: the fastest engine for another network here. It is taken without a comparison of
+            speeds, unless the work is long.
     """
     batch = np.ascontiguousarray(np.resize(sample, (BATCH, *sample.shape[1:])))
     plain = TorchEngine(extractor, device)
@@ -160,13 +197,15 @@ def choose_engine(
     first = time.monotonic() - began
     if first * count / BATCH < WORTH_SECONDS:
         return EngineChoice(plain, "few images: torch without a search", measured=False)
-    speeds: dict[str, float] = {plain.name: BATCH / _seconds(plain, batch)}
+    trusts = bool(usual) and first * count / BATCH < WORTH_TIMING
+    if trusts and usual == plain.name:
+        return EngineChoice(plain, "the fastest for another network", measured=False)
+    names = ["torch-float16"] if device.type == "cuda" else ["onnxruntime"]
     engines: dict[str, Engine] = {plain.name: plain}
     refused = []
-    names = ["torch-float16"] if device.type == "cuda" else ["onnxruntime"]
     for name in names:
         try:
-            engine = make_engine(name, extractor, sample.shape[-1], device)
+            engine = make_engine(name, extractor, sample.shape[-1], device, key)
             error = relative_error(engine(batch), expected)
         except Exception as problem:  # whatever fails here, torch in float32 works
             refused.append(f"{name} fails ({type(problem).__name__})")
@@ -174,7 +213,11 @@ def choose_engine(
         if not error <= TOLERANCES[name]:
             refused.append(f"{name} differs by {error:.1e}")
             continue
-        engines[name], speeds[name] = engine, BATCH / _seconds(engine, batch)
+        engines[name] = engine
+    if trusts and usual in engines:
+        reason = "the fastest for another network; the answers agree with torch's"
+        return EngineChoice(engines[usual], reason, measured=False)
+    speeds = {name: BATCH / _seconds(engine, batch) for name, engine in engines.items()}
     best = max(speeds, key=lambda name: speeds[name])
     measured = [f"{name} {speed:.0f} images/s" for name, speed in speeds.items()]
     return EngineChoice(engines[best], ", ".join([*measured, *refused]), measured=True)
@@ -188,7 +231,7 @@ def relative_error(answers: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _seconds(engine: Callable[[np.ndarray], np.ndarray], batch: np.ndarray) -> float:
-    """Time of one batch, after one to warm up."""
+    """Time of one batch; the engine has run before."""
     began = time.monotonic()
     engine(batch)
     return time.monotonic() - began

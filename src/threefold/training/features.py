@@ -27,7 +27,6 @@ from torch import nn
 from threefold.data.dataset import ImageDataset, Sources
 from threefold.data.splits import Roles
 from threefold.errors import RunError
-from threefold.files import read_json, write_json
 from threefold.models.features import FeatureExtractor
 from threefold.models.member import create_backbone
 from threefold.models.pipeline import pick_device
@@ -36,6 +35,7 @@ from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
 from threefold.training.augment import Augment
 from threefold.training.checkpoints import fingerprint
+from threefold.training.engine_choices import EngineChoices
 from threefold.training.engines import (
     BATCH,
     Engine,
@@ -57,7 +57,7 @@ from threefold.training.watcher import Watcher
 VERSION = 1
 """Version of decoding, resize and storage; another one makes cached features unknown."""
 
-PART = 8 * BATCH
+PART = 16 * BATCH
 """Images in a part of a store: what a killed process loses at most."""
 
 
@@ -118,7 +118,8 @@ class FeatureCache:
         self.sources, self.recipe = sources, recipe
         self.watcher = watcher or Watcher()
         self.folder = cache_folder() if folder is None else folder
-        self.record = record
+        self.record = EngineChoices(record)
+        self._machine = EngineChoices(self.folder / "engines.json")
         self.load = load or partial(_pretrained, recipe)
         self.device = pick_device(recipe.train.device)
         self._sources: dict[tuple[object, ...], _Source] = {}
@@ -156,7 +157,14 @@ class FeatureCache:
         self._prepare(split, [source], wanted, expected)
         return source.store.read([self._name(split, *item) for item in wanted])
 
-    def rows(self, split: str, spec: MemberSpec, rows: np.ndarray, copies: int = 0) -> FeatureRows:
+    def rows(
+        self,
+        split: str,
+        spec: MemberSpec,
+        rows: np.ndarray,
+        copies: int = 0,
+        expected: int = 0,
+    ) -> FeatureRows:
         """Return the features of some rows, computing those that are missing.
 
         Args:
@@ -164,12 +172,13 @@ class FeatureCache:
             spec: the member whose head reads them.
             rows: (n,) row numbers.
             copies: augmented copies of each image, which follow the images themselves.
+            expected: how many images will be needed in all, which decides the engine.
 
         Raises:
             RunError: the features do not fit into memory.
             RecipeError: the weights are not available, or the engine cannot run the backbone.
         """
-        self.prepare(split, [spec], rows, copies)
+        self.prepare(split, [spec], rows, copies, expected)
         source = self._source(spec)
         names = [self._name(split, int(row), copy) for copy in range(copies + 1) for row in rows]
         labels = np.tile(self._dataset(split).labels[rows], copies + 1)
@@ -201,7 +210,12 @@ class FeatureCache:
         return (decoding + time.perf_counter() - began) / len(items)
 
     def prepare(
-        self, split: str, specs: Sequence[MemberSpec], rows: np.ndarray, copies: int = 0
+        self,
+        split: str,
+        specs: Sequence[MemberSpec],
+        rows: np.ndarray,
+        copies: int = 0,
+        expected: int = 0,
     ) -> None:
         """Compute the missing features of several members in one pass over the images.
 
@@ -210,6 +224,7 @@ class FeatureCache:
             specs: the members whose heads read them.
             rows: (n,) row numbers.
             copies: augmented copies of each image.
+            expected: how many images will be needed in all, which decides the engine.
 
         Raises:
             RunError: the features do not fit into memory.
@@ -217,7 +232,7 @@ class FeatureCache:
         """
         wanted = [(int(row), copy) for row in rows for copy in range(copies + 1)]
         sources = {id(source): source for source in map(self._source, specs)}
-        self._prepare(split, list(sources.values()), wanted)
+        self._prepare(split, list(sources.values()), wanted, expected)
 
     def _prepare(
         self,
@@ -301,9 +316,7 @@ class FeatureCache:
             return
         wanted = self.recipe.features.engine
         if wanted == "auto":
-            name = _recorded(self.record, source.key) or _recorded(
-                self._choices, self._machine(source)
-            )
+            name = self.record.get(source.key) or self._machine.get(self._here(source))
         else:
             name = "torch-float32" if wanted == "torch" else wanted
         if name:
@@ -317,36 +330,39 @@ class FeatureCache:
                 return
         sample = self._sample(source, split, [place[name] for name in names[:BATCH]])
         count = max(len(names), expected)
-        engine, reason, measured = choose_engine(source.extractor, sample, count, self.device)
+        engine, reason, measured = choose_engine(
+            source.extractor,
+            sample,
+            count,
+            self.device,
+            key=source.key,
+            usual=self._machine.get(self._here()),
+        )
         spec = source.spec
         self.watcher.note(
             f"features of {spec.backbone} at {spec.img_size} px: {engine.name} ({reason})"
         )
         self._open(source, engine.name, engine)
         if measured:
-            _write_record(self._choices, self._machine(source), engine.name)
+            self._machine.put(self._here(source), engine.name)
+            self._machine.put(self._here(), engine.name)
 
-    @property
-    def _choices(self) -> Path:
-        """The file of the choices that were measured on this machine."""
-        return self.folder / "engines.json"
-
-    def _machine(self, source: _Source) -> str:
-        """Key of a choice that was measured here."""
-        return (
-            f"{source.key[:24]} on {hardware()}, {torch.get_num_threads()} threads, {self.device}"
-        )
+    def _here(self, source: _Source | None = None) -> str:
+        """Key of a choice that was measured here: for a backbone, or for the last one of all."""
+        what = source.key[:24] if source else "last"
+        return f"{what} on {hardware()}, {torch.get_num_threads()} threads, {self.device}"
 
     def _open(self, source: _Source, name: str, engine: Engine | None = None) -> None:
         source.engine_name, source.engine = name, engine
         source.opened = FeatureStore(self.folder, _store_key(source, name))
-        if self.record is not None:
-            _write_record(self.record, source.key, name)
+        self.record.put(source.key, name)
 
     def _engine(self, source: _Source) -> Engine:
         if source.engine is None:
             size = source.spec.img_size
-            source.engine = make_engine(source.engine_name, source.extractor, size, self.device)
+            source.engine = make_engine(
+                source.engine_name, source.extractor, size, self.device, source.key
+            )
         return source.engine
 
     def _sample(self, source: _Source, split: str, items: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -376,8 +392,10 @@ class FeatureCache:
     def _bytes(self, source: _Source) -> int:
         """Bytes of one image's features."""
         size = source.spec.img_size
-        pixels = np.zeros((1, 3, size, size), np.float32)
-        return int(compute(self._engine(source), pixels).nbytes)
+        device = next(source.extractor.parameters()).device
+        with torch.inference_mode():
+            features = source.extractor(torch.zeros(1, 3, size, size, device=device))
+        return int(2 * features.numel())
 
     def _compute(
         self,
@@ -471,27 +489,3 @@ def _store_key(source: _Source, engine: str) -> str:
 def _to_float(squares: np.ndarray) -> np.ndarray:
     """Convert uint8 (n, s, s, 3) to float32 (n, 3, s, s)."""
     return np.ascontiguousarray(squares.transpose(0, 3, 1, 2), dtype=np.float32)
-
-
-def _recorded(path: Path | None, key: str) -> str:
-    """Read a recorded choice of engine; empty if there is none."""
-    if path is None or not path.exists():
-        return ""
-    try:
-        return str(read_json(path).get(key, ""))
-    except (RunError, AttributeError):
-        return ""
-
-
-def _write_record(path: Path, key: str, name: str) -> None:
-    """Add a choice to a file of choices; one that cannot be written is chosen again."""
-    if _recorded(path, key) == name:
-        return
-    try:
-        choices = read_json(path) if path.exists() else {}
-    except RunError:
-        choices = {}
-    try:
-        write_json(path, {**choices, key: name})
-    except RunError:
-        return

@@ -78,7 +78,7 @@ def probe_size(
         rows: (n,) row numbers.
         sources: the images, for groups.
     """
-    features, labels = cache.rows("train", spec, rows)
+    features, labels = cache.rows("train", spec, rows, expected=len(sources.train))
     groups = sources.train.groups
     row_groups = None if groups is None else [groups[row] for row in rows]
     probs = cross_validated_probe(features, labels, len(sources.train.classes), row_groups)

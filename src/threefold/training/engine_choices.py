@@ -1,0 +1,41 @@
+"""Files of the engines that were chosen: one for the machine, and one in each run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from threefold.errors import RunError
+from threefold.files import read_json, write_json
+
+
+class EngineChoices:
+    """A JSON file of engines by key; one that cannot be read or written is as good as empty.
+
+    Args:
+        path: the file; None = nothing is kept.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def get(self, key: str) -> str:
+        """Return the name of an engine; empty if there is none."""
+        if self.path is None or not self.path.exists():
+            return ""
+        try:
+            return str(read_json(self.path).get(key, ""))
+        except (RunError, AttributeError):
+            return ""
+
+    def put(self, key: str, name: str) -> None:
+        """Add or replace a choice."""
+        if self.path is None or self.get(key) == name:
+            return
+        try:
+            choices = read_json(self.path) if self.path.exists() else {}
+        except RunError:
+            choices = {}
+        try:
+            write_json(self.path, {**choices, key: name})
+        except RunError:
+            return
