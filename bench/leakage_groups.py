@@ -11,14 +11,15 @@ all training images then answers the test images, which is the truth. Each set h
 its file names and with random ones, which have no order.
 
 With --burst K a leak is made on purpose: at most --originals training images, each as K
-photographs of one scene (a random crop, brightness and noise). The test images stay as they are.
+photographs of one scene (a random crop, brightness and noise), and 400 test images, each as one.
 
 Printed as a table: images that share a group, the share of true pairs among the linked ones where
-`development_sets.SETS` knows the true groups, both promises with their intervals, the accuracy on
-the test images, whether the intervals cover it, and what a plan takes. A test part that was drawn
-at random shares scenes with the training images; in the column "test, scenes unseen" the probe has
-learned without the training images that look like the scene of a test image, and "covers" refers to
-it. Test images are a sample as well, so even a perfect interval misses their accuracy now and then.
+`development_sets.SETS` knows the true groups, and for both kinds of folds the promise with its
+interval, the accuracy on the test images, and whether the interval covers it; then what a plan
+takes. A test part that was drawn at random shares scenes with the training images: under "scenes
+unseen" the probe has learned without the training images that look like the scene of a test image,
+and "covers" refers to it. Test images are a sample as well, so even a perfect interval misses their
+accuracy now and then.
 """
 
 from __future__ import annotations
@@ -50,14 +51,16 @@ COLUMNS = (
     "set",
     "together",
     "true pairs",
-    "random folds promise",
-    "grouped folds promise",
-    "test",
-    "test, scenes unseen",
-    "random covers",
-    "grouped covers",
+    *(
+        f"{folds}: {column}"
+        for folds in ("random", "grouped")
+        for column in ("promise", "test", "scenes unseen", "covers")
+    ),
     "plan",
 )
+
+TEST_ROWS = 400
+"""Most test images beside bursts."""
 
 
 class Promise(NamedTuple):
@@ -130,22 +133,35 @@ def promise(set_: Features, groups: Sequence[str] | None) -> Promise:
     return Promise(float(hits.mean()), share_interval(hits, groups))
 
 
-def truth(set_: Features) -> float:
-    """Accuracy on the test images of a probe fitted on all training images."""
-    roles = refit_roles(set_.labels, None, FoldSpec(), 0)
+def truth(set_: Features, groups: Sequence[str] | None) -> float:
+    """Accuracy on the test images of a probe fitted on all training images.
+
+    Args:
+        set_: the set.
+        groups: (n,) kept whole where the penalty is chosen, or None.
+    """
+    spec = FoldSpec(scheme="stratified" if groups is None else "grouped")
+    roles = refit_roles(set_.labels, groups, spec, 0)
     return float((answer(set_, roles, set_.test) == set_.test_labels).mean())
 
 
-def without_shared_scenes(set_: Features) -> Features:
-    """Leave out the training images that look like the scene of a test image."""
+def unshared_rows(set_: Features) -> np.ndarray:
+    """Return the training rows that do not look like the scene of a test image."""
     n = len(set_.labels)
     features = np.concatenate([set_.train, set_.test])
     labels = np.concatenate([set_.labels, set_.test_labels])
     names = without_order([f"x/{row}" for row in range(len(labels))])
     groups = np.array(find_scene_groups(features, names, labels).groups)
-    kept = np.flatnonzero(~np.isin(groups[:n], groups[n:]))
-    ids = tuple(set_.ids[row] for row in kept)
-    return set_._replace(train=set_.train[kept], labels=set_.labels[kept], ids=ids)
+    return np.flatnonzero(~np.isin(groups[:n], groups[n:]))
+
+
+def cells(set_: Features, unshared: np.ndarray, groups: Sequence[str] | None) -> list[str]:
+    """Promise, truth, truth without shared scenes, and whether the interval covers the latter."""
+    made = promise(set_, groups)
+    part = set_._replace(train=set_.train[unshared], labels=set_.labels[unshared])
+    part_groups = None if groups is None else [groups[row] for row in unshared]
+    actual = truth(part, part_groups)
+    return [str(made), f"{truth(set_, groups):.3f}", f"{actual:.3f}", made.covers(actual)]
 
 
 def without_order(ids: Sequence[str]) -> list[str]:
@@ -165,61 +181,57 @@ def true_pairs(found: SceneGroups, true: Sequence[str] | None) -> str:
     return f"{both.sum() / same.sum():.0%}"
 
 
-def burst(sources: Sources, shots: int, originals: int, side: int) -> Sources:
-    """Replace the training images by a part of them, each as several photographs of its scene.
+def photograph(part: ImageDataset, rows: np.ndarray, shots: int, side: int) -> ImageDataset:
+    """Show some images as photographs of their scenes, numbered in order; a group is a scene.
 
     Args:
-        sources: the set.
+        part: the images.
+        rows: row numbers.
         shots: photographs of each scene.
-        originals: most scenes.
         side: of the photographs, pixels.
     """
-    train = sources.train
-    rows = spread_over_classes(train.labels, originals)
-    rows = rows[np.argsort(train.labels[rows], kind="stable")]
-    torch.manual_seed(0)
     shake = v2.Compose(
         [
             v2.RandomResizedCrop(side, scale=(0.6, 1.0), ratio=(0.9, 1.1), antialias=True),
             v2.ColorJitter(brightness=0.3, contrast=0.2),
         ]
     )
-    images, ids, scenes = [], [], []
+    rows = rows[np.argsort(part.labels[rows], kind="stable")]
+    images, ids = [], []
     for row in rows:
-        pixels = torch.from_numpy(train.pixels(int(row))).permute(2, 0, 1)
+        pixels = torch.from_numpy(part.pixels(int(row))).permute(2, 0, 1)
         for _ in range(shots):
             shot = shake(pixels).float() + torch.randn(3, side, side) * 5
             images.append(shot.clamp(0, 255).byte().permute(1, 2, 0).numpy())
-            ids.append(f"{train.classes[train.labels[row]]}/IMG_{len(ids):05d}.jpg")
-            scenes.append(f"scene{row}")
-    labels = np.repeat(train.labels[rows], shots)
-    made = ImageDataset(np.stack(images), labels, tuple(ids), train.classes, tuple(scenes))
-    return replace(sources, train=made)
+            ids.append(f"{part.classes[part.labels[row]]}/IMG_{len(ids):05d}.jpg")
+    scenes = tuple(f"scene{row}" for row in np.repeat(rows, shots))
+    labels = np.repeat(part.labels[rows], shots)
+    return ImageDataset(np.stack(images), labels, tuple(ids), part.classes, scenes)
 
 
-def table_rows(name: str, set_: Features, true: Sequence[str] | None) -> list[tuple[str, ...]]:
+def burst(sources: Sources, shots: int, originals: int, side: int) -> Sources:
+    """Show a part of the training images several times, and a part of the test images once."""
+    assert sources.test is not None
+    torch.manual_seed(0)
+    rows = spread_over_classes(sources.train.labels, originals)
+    test_rows = spread_over_classes(sources.test.labels, TEST_ROWS)
+    train = photograph(sources.train, rows, shots, side)
+    return replace(sources, train=train, test=photograph(sources.test, test_rows, 1, side))
+
+
+def table_rows(
+    name: str, set_: Features, true: Sequence[str] | None, unshared: np.ndarray
+) -> list[tuple[str, ...]]:
     """Two rows of the table: with the file names of a set, and without their order."""
-    random, shipped = promise(set_, None), truth(set_)
-    actual = truth(without_shared_scenes(set_))
+    random = cells(set_, unshared, None)
     rows = []
     for label, ids in ((name, set_.ids), (f"{name}, names ignored", without_order(set_.ids))):
         found = find_scene_groups(set_.train, ids, set_.labels)
         effect = grouping_effect(set_.train, set_.labels, found.groups)
-        grouped = promise(set_, found.groups)
-        rows.append(
-            (
-                label,
-                f"{found.together} of {len(ids)}",
-                true_pairs(found, true),
-                str(random),
-                str(grouped),
-                f"{shipped:.3f}",
-                f"{actual:.3f}",
-                random.covers(actual),
-                grouped.covers(actual),
-                "grouped" if effect.matters else "random",
-            )
-        )
+        together = f"{found.together} of {len(ids)}"
+        grouped = cells(set_, unshared, found.groups) if found.together else [""] * len(random)
+        plan = "grouped" if effect.matters else "random"
+        rows.append((label, together, true_pairs(found, true), *random, *grouped, plan))
     return rows
 
 
@@ -242,7 +254,10 @@ def main() -> None:
         if arguments.burst:
             sources = burst(sources, arguments.burst, arguments.originals, arguments.img_size)
             true, name = sources.train.groups, f"{name}, bursts of {arguments.burst}"
-        for row in table_rows(name, extract(sources, arguments.img_size), true):
+        set_ = extract(sources, arguments.img_size)
+        # The scenes of photographs made here are known: none is in both parts.
+        unshared = np.arange(len(set_.labels)) if arguments.burst else unshared_rows(set_)
+        for row in table_rows(name, set_, true, unshared):
             print("| " + " | ".join(row) + " |", flush=True)
 
 

@@ -30,15 +30,15 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("THREEFOLD_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-def paint_scenes(root: Path, scenes: int, shots: int, noise: float = 3.0) -> Path:
-    """Write photographs of scenes, patterns that say nothing about their class, in random order."""
+def paint_scenes(root: Path, scenes: int, shots: int, tint: float = 0.0) -> Path:
+    """Write photographs of scenes in random order; only the tint tells the class."""
     rng = np.random.default_rng(0)
-    for name in ("cat", "dog"):
+    for name, shift in (("cat", -tint), ("dog", tint)):
         numbers = rng.permutation(scenes * shots)
         for scene in range(scenes):
             pattern = np.kron(rng.uniform(40, 215, (4, 4, 3)), np.ones((8, 8, 1)))
             for shot in range(shots):
-                pixels = pattern + rng.normal(0, noise, pattern.shape)
+                pixels = pattern + shift + rng.normal(0, 3, pattern.shape)
                 path = root / name / f"{numbers[scene * shots + shot]:03d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
@@ -78,6 +78,16 @@ def test_images_of_their_own_keep_random_folds(tmp_path: Path) -> None:
     assert not plan.recipe.data.group_file
     assert folds_decision(plan) is not None
     assert not (tmp_path / "groups.csv").exists()
+
+
+def test_scenes_that_do_not_matter_keep_random_folds(tmp_path: Path) -> None:
+    root = paint_scenes(tmp_path / "images", scenes=15, shots=4, tint=120)
+
+    decision = folds_decision(make_plan(root, tmp_path / "groups.csv"))
+
+    assert decision is not None
+    assert decision.value == "stratified"
+    assert "no more than chance" in decision.reason
 
 
 def test_exact_copies_share_a_fold(tmp_path: Path) -> None:
