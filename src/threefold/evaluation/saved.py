@@ -140,6 +140,13 @@ def _evaluate_run(
             expected="oof.npz or test.npz",
             fix="give a finished run folder",
         )
+    if reopen and folder.is_sealed:
+        raise RunError(
+            "the test rows are sealed until all members are trained",
+            where=folder.path,
+            got=f"to be trained: {', '.join(folder.results.pending)}",
+            fix=folder.train_command(),
+        )
     settings = {**recipe.ensemble.model_dump(), **changes}
     if members:
         oof = oof.select(members) if oof is not None else None
@@ -149,6 +156,11 @@ def _evaluate_run(
         settings["top"] = changes["top"] or recipe.ensemble.top
     spec = EnsembleSpec.model_validate(settings)
     _check_top(spec, rows)
+    if folder.is_sealed:
+        evaluation = evaluate(oof, None, spec, recipe.seed, recipe.train.metric)
+        pending = ", ".join(folder.results.pending)
+        evaluation.warnings.append(f"a first answer: still to be trained: {pending}")
+        return evaluation
     if oof is None or test is None or reopen:
         if test is not None and oof is not None:
             folder.open_test("ensemble", len(test))

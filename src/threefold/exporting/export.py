@@ -82,7 +82,8 @@ def export(
         ensemble = fit_other_ensemble(run, method or "mean", members)
     else:
         ensemble = chosen_ensemble(run)
-    train, test = run.sources.train, run.sources.test
+    train = run.sources.train
+    test = None if run.folder.is_sealed else run.sources.test
     dataset = train if test is None else test
     rows = spread_rows(dataset, PARITY_IMAGES[precision])
     images = [dataset.pixels(row) for row in rows]

@@ -231,10 +231,20 @@ class RunFolder:
         """The members' out-of-fold predictions, if there are any."""
         return self._read_predictions("oof")
 
-    @cached_property
+    @property
     def test(self) -> Predictions | None:
-        """The members' predictions on the test rows, if there are any."""
+        """The members' predictions on the test rows, if there are any and they are not sealed."""
+        return None if self.is_sealed else self.all_test
+
+    @cached_property
+    def all_test(self) -> Predictions | None:
+        """The members' predictions on the test rows, sealed or not: for the last step of a run."""
         return self._read_predictions("test")
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether test rows stay unread, because members are still to be trained."""
+        return self.has_results and bool(self.results.pending)
 
     def _read_predictions(self, kind: str) -> Predictions | None:
         path = self.path / f"{kind}.npz"
@@ -269,7 +279,7 @@ class RunFolder:
         """Write oof.npz or test.npz, by the kind of the rows."""
         rows.save(self.path / f"{rows.kind}.npz")
         if rows.kind == "test":
-            self.test = rows
+            self.all_test = rows
         else:
             self.oof = rows
 

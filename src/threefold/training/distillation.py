@@ -327,7 +327,7 @@ def distillation_results(run: Run, scores: Sequence[Score]) -> DistillationResul
     teacher_name = f"{results.chosen} of {teacher.dir.name or 'the run'}"
     members = [name for name in (spec.student, spec.twin) if name]
     tables, costs = [], list[AnswerCost]()
-    for rows in (run.folder.test, run.folder.oof):
+    for rows in (run.folder.all_test, run.folder.oof):
         if rows is None or rows.protocol != "honest":
             continue
         teacher_score = results.score(results.chosen, "ensemble", rows.kind)

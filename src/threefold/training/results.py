@@ -39,7 +39,7 @@ def evaluate_run(run: Run, *, test_stays_sealed: bool = False) -> Evaluation:
         test_stays_sealed: score on out-of-fold rows only; otherwise this opens the test rows.
     """
     spec = run.recipe.ensemble.model_copy(update={"members": run.recipe.combined})
-    test = None if test_stays_sealed else run.folder.test
+    test = None if test_stays_sealed else run.folder.all_test
     if test is not None:
         run.folder.open_test("train", len(test))
         distillation = Distillation.from_run(run)
@@ -136,7 +136,8 @@ def _cascade(run: Run, evaluation: Evaluation, costs: RunCosts) -> CascadeResult
 
     The figures are cross-fitted, and of test rows where there are any.
     """
-    oof, test = run.folder.oof, run.folder.test
+    oof = run.folder.oof
+    test = run.folder.all_test if evaluation.rows.kind == "test" else None
     names = members_in_file(evaluation.ensemble, evaluation.combined)
     used = used_members(evaluation.ensemble, evaluation.combined)
     disagreement = run.recipe.ensemble.disagreement
