@@ -20,7 +20,7 @@ from threefold.report.pages import write_report
 from threefold.training.candidates import is_auto
 from threefold.training.distillation import open_teacher
 from threefold.training.jobs import train_members
-from threefold.training.plan import plan_folder
+from threefold.training.plan import left_out_reason, plan_folder
 from threefold.training.plan_basis import Quality
 from threefold.training.results import evaluate_run, write_results
 from threefold.training.run import Run
@@ -104,13 +104,15 @@ def _answer_early(run: Run, sources: Sources | None) -> Run | None:
     """
     probes = run.recipe.probes
     pending = tuple(m.name for m in run.recipe.members if m.name not in probes)
-    if not probes or not pending:
+    # The paper's protocol selects on the test rows, which an early answer must not see.
+    if not probes or not pending or run.recipe.protocol == "paper":
         return None
     folder = RunFolder(run.dir, run.recipe.without(pending))
     early = Run(folder, run.watcher, sources)
     if not folder.has_results:
         with folder.locked():
             _train_and_score(early, pending)
+    if early.results.export is None or not (run.dir / "report.html").exists():
         finish(early)
         run.watcher.note(
             f"a first answer is in {run.dir / 'model.onnx'}: {_headline(early)}; tuning follows"
@@ -153,8 +155,15 @@ def _resumed_recipe(
     recipe = Recipe.load(path)
     # Tuned members have the backbones of their probes.
     backbones = tuple(member.backbone for member in recipe.members if not member.starts_from)
-    named = () if is_auto(members) else members  # what was chosen stays chosen
-    if Recipe.load(path, overrides) != recipe or (named and backbones != named):
+    # The plan may have dropped the last of the members named.
+    left_out = members[len(backbones) :]
+    reason = left_out_reason(left_out)
+    is_same = members == backbones + left_out and (
+        not left_out or any(line.endswith(reason) for line in RunFolder(out).header)
+    )
+    # What was chosen stays chosen.
+    is_same = is_same or not members or is_auto(members)
+    if Recipe.load(path, overrides) != recipe or not is_same:
         raise RunError(
             "the folder holds a run of another recipe",
             where=out,
@@ -193,9 +202,12 @@ def train(
             the folder; the message says what to do.
     """
     run = Run.create(recipe, out, watcher, header, sources)
+    has_first_answer = run.folder.is_sealed
     if not run.folder.is_finished:
         with run.folder.locked():
             _train_and_score(run)
+    if has_first_answer:  # whose file and report would be out of date
+        finish(run)
     return run
 
 

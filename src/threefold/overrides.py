@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 from typing import Any
 
@@ -49,9 +50,11 @@ def _index(items: list[Any], part: str, text: str) -> int:
         return names.index(part)
     if part.isdigit() and int(part) < len(items):
         return int(part)
+    near = difflib.get_close_matches(part, names, n=1, cutoff=0.5)
     raise RecipeError(
         "cannot apply --set",
         where=text,
         expected=f"one of {', '.join(names)} or an index",
         got=part,
+        fix=f"did you mean {near[0]}?" if near else "",
     )

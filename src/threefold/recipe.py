@@ -364,6 +364,23 @@ class Recipe(Section):
                 got="; ".join(map(_explain, error.errors())),
             ) from None
 
+    @classmethod
+    def check_keys(cls, tree: dict[str, Any], overrides: Iterable[str], where: str) -> None:
+        """Check overrides for unknown keys and wrong types, not whether values go together.
+
+        Raises:
+            RecipeError: as `parse` does.
+        """
+        for override in overrides:
+            apply_override(tree, override)
+        try:
+            cls.model_validate(tree)
+        except ValidationError as error:
+            wrong = [e for e in error.errors() if e["type"] not in ("value_error", "missing")]
+            if wrong:
+                got = "; ".join(map(_explain, wrong))
+                raise RecipeError("the recipe is invalid", where=where, got=got) from None
+
     def jobs(self, folds: int | None = None) -> list[Job]:
         """Return every job in order of execution.
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from support.tiny_runs import paint
 
 from threefold import api
 from threefold.data.dataset import load_data
-from threefold.errors import DataError, RecipeError
+from threefold.errors import DataError, RecipeError, RunError
+from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe, parse_minutes
 from threefold.training import plan as planning
 from threefold.training.checks import check_trainable
 from threefold.training.measure import Speed
 from threefold.training.plan import plan_folder
+from threefold.training.plan_basis import Decision
+from threefold.training.plan_size import ProbePlan
 from threefold.training.plan_tuning import TUNINGS, TuningSpeeds, predict_seconds
 
 TINY = ("test_efficientnet",)
@@ -163,6 +168,50 @@ def test_unusable_folders_are_refused(tmp_path: Path) -> None:
         plan_folder(tmp_path / "none", 0)
     with pytest.raises(DataError):
         plan_folder(make_folder(tmp_path / "one", ["only"]), 0)
+
+
+@pytest.mark.parametrize(
+    ("override", "advice"),
+    [
+        ("trian.batch_size=4", "did you mean train?"),
+        ("augment.hflp=true", "did you mean hflip?"),
+        ("train.bach_size=4", "did you mean batch_size?"),
+        ("stages.tune1.epchs=3", "did you mean epochs?"),
+        ("stages.tun1.epochs=3", "did you mean tune1?"),
+        ("members.0.img_sise=32", "did you mean img_size?"),
+        ("members.m0-test_efficientnet-tund.img_size=32", "-tuned?"),
+        ("stages.tune1.epochs=many", "valid integer"),
+    ],
+)
+def test_typing_errors_are_refused_before_reading_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, advice: str
+) -> None:
+    monkeypatch.setattr(planning, "load_data", None)
+
+    with pytest.raises(RecipeError, match=re.escape(advice)):
+        plan_folder(tmp_path, 0, TINY, (override,))
+
+
+def test_a_plan_that_dropped_members_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = make_folder(tmp_path / "images", ["cat", "dog"]), tmp_path / "run"
+    members = ("test_resnet", "test_efficientnet")
+    sets = (*UNTRAINED, "members.0.img_size=32")
+    plan_of_one = ProbePlan(32, [1.0], 0.01, 1.0, Decision("img_size", 32, "measured"))
+    monkeypatch.setattr(planning, "choose_size", lambda *_: plan_of_one)
+    plan = plan_folder(root, 0, members, sets)
+    RunFolder.create(out, plan.recipe, plan.explain())
+    started = Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(api.Run, "create", started)
+
+    with pytest.raises(KeyboardInterrupt):  # it has read the recipe, and begins
+        api.fit(root, out, members=members)
+    with pytest.raises(RunError, match="another recipe"):
+        api.fit(root, out, members=("test_resnet", "test_vit"))
+
+    assert plan.decisions[0].value == "m0-test_resnet"
+    assert "test_efficientnet" in plan.decisions[0].reason
 
 
 @pytest.mark.parametrize(

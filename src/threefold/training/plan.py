@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Sequence
@@ -75,8 +76,7 @@ def plan_folder(
         overrides: `a.b=c`, applied last.
         quality: fast = probes only; good; best = larger images, more epochs and folds, views.
         watcher: receives notes on what is measured.
-        group_file: where groups of one scene are written, if random folds would promise too much;
-            None = they are not looked for.
+        group_file: for groups of one scene, if random folds promise too much; None = unsought.
 
     Raises:
         DataError: the folder cannot be used.
@@ -86,6 +86,7 @@ def plan_folder(
     clock = Clock.start(budget_minutes * 60)
     data = {"source": "folder", "root": str(Path(folder).resolve())}
     probes = _members(members)
+    _check_overrides(data, probes, overrides, are_chosen=is_auto(members))
     draft = _draft(data, probes, overrides)  # the plan must see the images of the run
     sources = load_data(draft.data, draft.seed)
     summary = _summarize(sources.train)
@@ -163,6 +164,42 @@ def _draft(data: dict[str, Any], probes: list[dict[str, Any]], overrides: Sequen
     return Recipe.parse(tree, relevant, where="plan")
 
 
+def left_out_reason(backbones: Sequence[str]) -> str:
+    """Say which members the plan dropped; the end of a line in the header of the recipe."""
+    return f"; too slow for the budget: {', '.join(backbones)}"
+
+
+def _check_overrides(
+    data: dict[str, Any],
+    probes: list[dict[str, Any]],
+    overrides: Sequence[str],
+    *,
+    are_chosen: bool,
+) -> None:
+    """Refuse overrides that no plan can take, before anything is read or measured.
+
+    Args:
+        data: the table of the recipe.
+        probes: the members named.
+        overrides: `a.b=c`.
+        are_chosen: whether the members are still to be chosen, so that their names are unknown.
+
+    Raises:
+        RecipeError: a key, stage or member is unknown, or a value has the wrong type.
+    """
+    tuned = [
+        {"name": f"{probe['name']}-tuned"[:80], "starts_from": probe["name"]} for probe in probes
+    ]
+    names = [member["name"] for member in tuned]
+    stages = [
+        {"name": name, "epochs": 1, "lr": 1e-3, "members": names} for name in ("tune1", "tune2")
+    ]
+    head = {"name": "head", "kind": "head", "members": [probe["name"] for probe in probes]}
+    tree = copy.deepcopy({"data": data, "stages": [head, *stages], "members": [*probes, *tuned]})
+    known = [text for text in overrides if not (are_chosen and text.startswith("members."))]
+    Recipe.check_keys(tree, known, where="plan")
+
+
 def _summarize(train: ImageDataset) -> DataSummary:
     """Count all images, and measure a sample of at most 32."""
     counts = np.bincount(train.labels, minlength=len(train.classes))
@@ -207,7 +244,8 @@ def _explain_members(
     elif is_auto(named):
         why = f"no time to screen candidates: {why}"
     elif named:
-        why = "named by you"
+        left_out = named[len(probes) :]
+        why = "named by you" + (left_out_reason(left_out) if left_out else "")
     return Decision("members", ", ".join(member["name"] for member in probes), why)
 
 
