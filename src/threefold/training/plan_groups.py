@@ -99,7 +99,8 @@ def find_groups(
         reason = f"no scenes were looked for: to compare {len(train)} images takes {seconds:.0f} s"
         return FoundGroups(None, Decision(KEY, "stratified", reason))
     rows = np.arange(len(train))
-    cache.prepare("train", specs, rows)
+    every = len(train) + (0 if sources.test is None else len(sources.test))
+    cache.prepare("train", specs, rows, expected=every)
     features = cache.rows("train", specs[0], rows).features.astype(np.float32)
     if features.ndim == 4:  # maps, for a head that reads sequences
         features = features.mean((2, 3))
