@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from threefold.training.losses import soft_loss, soften
 from threefold.training.probe import (
     L2_GRID,
     Targets,
@@ -120,30 +118,3 @@ def test_a_class_without_rows_is_never_predicted() -> None:
     assert head.weight.shape == (5, 20)
     assert np.isfinite(head.probs(features)).all()
     assert head.probs(features)[:, 3:].max() < 0.05
-
-
-def test_soft_targets_minimize_the_loss_of_distillation() -> None:
-    features, labels = make_features(120, 10, 3)
-    rng = np.random.default_rng(1)
-    teacher = rng.dirichlet([1, 1, 1], 120).astype(np.float32)
-    soft = soften(teacher, 2.0, torch.device("cpu"))
-    targets = Targets(labels, 3, soft=soft.numpy(), alpha=0.7, temperature=2.0)
-    head = fit_linear(features, targets, 4.0)
-    rows = torch.from_numpy(features).double()
-    scale = rows.std(0, correction=0)
-
-    def loss(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        logits = rows @ weight.T + bias
-        hard = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
-        penalty = 4.0 / 2 * ((weight * scale) ** 2).sum() / len(rows)
-        return 0.3 * hard + 0.7 * soft_loss(logits, soft.double(), 2.0) + penalty
-
-    weight = torch.from_numpy(head.weight).double().requires_grad_()
-    bias = torch.from_numpy(head.bias).double().requires_grad_()
-    loss(weight, bias).backward()
-
-    assert weight.grad is not None
-    assert bias.grad is not None
-    varies = scale > 0
-    assert float((weight.grad[:, varies] / scale[varies]).abs().max()) < 1e-4
-    assert float(bias.grad.abs().max()) < 1e-4

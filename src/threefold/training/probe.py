@@ -7,8 +7,7 @@ scikit-learn has one weight vector, and half the penalty.) Standardization is fo
 weight and bias, so the head reads raw features.
 
 With fewer rows than features, the problem is solved in the space that the rows span, where the
-penalty is the same (QR decomposition). Products are in float32, sums in float64. scikit-learn's own
-solver takes no soft targets.
+penalty is the same (QR decomposition). Products are in float32, sums in float64.
 """
 
 from __future__ import annotations
@@ -41,19 +40,11 @@ class Targets:
         labels: (n,) int64.
         num_classes: classes k.
         weights: (n,) float64, weight of each row; None = 1 each.
-        soft: (n, k) a teacher's softened probabilities; None = labels only.
-        alpha: weight of the teacher, the labels have the rest.
-        temperature: of teacher and student, see `losses.soft_loss`.
-        soft_weight: weight of each row in the teacher's part of the loss.
     """
 
     labels: np.ndarray
     num_classes: int
     weights: np.ndarray | None = None
-    soft: np.ndarray | None = None
-    alpha: float = 0.0
-    temperature: float = 1.0
-    soft_weight: float = 1.0
 
 
 class LinearHead(NamedTuple):
@@ -160,12 +151,10 @@ class _Problem:
         if self.n < self.rows.shape[1]:
             self.axes, triangle = torch.linalg.qr(self.rows.T)
             self.rows = triangle.T.contiguous()
-        self.targets = targets
         labels = torch.from_numpy(targets.labels)
         self.one_hot = torch.nn.functional.one_hot(labels, self.k).float()
         weights = np.ones(self.n) if targets.weights is None else targets.weights
         self.weights = torch.from_numpy(weights.astype(np.float32))[:, None]
-        self.soft = None if targets.soft is None else torch.from_numpy(targets.soft).float()
         self.solution = np.zeros(self.k * (self.rows.shape[1] + 1))
 
     def solve(self, l2: float) -> LinearHead:
@@ -196,16 +185,8 @@ class _Problem:
         weight = torch.from_numpy(flat).float().reshape(self.k, -1)
         logits = torch.addmm(weight[:, -1], self.rows, weight[:, :-1].T)
         log_probs = logits.log_softmax(-1)
-        alpha = self.targets.alpha if self.soft is not None else 0.0
-        value = (1.0 - alpha) * -float((self.weights * self.one_hot * log_probs).double().sum())
-        error = (1.0 - alpha) * self.weights * (log_probs.exp() - self.one_hot)
-        if self.soft is not None:
-            # As `soft_loss`: temperature squared times the divergence, without its constant.
-            heat = self.targets.temperature
-            softened = (logits / heat).log_softmax(-1)
-            share = alpha * self.targets.soft_weight
-            value += share * heat**2 * -float((self.soft * softened).double().sum())
-            error = error + share * heat * (softened.exp() - self.soft)
+        value = -float((self.weights * self.one_hot * log_probs).double().sum())
+        error = self.weights * (log_probs.exp() - self.one_hot)
         gradient = torch.empty_like(weight)
         gradient[:, :-1] = error.T @ self.rows + l2 * weight[:, :-1]
         gradient[:, -1] = error.sum(0)
