@@ -198,7 +198,7 @@ def test_a_run_with_groups_resumes_moves_and_says_why(
     assert all(len(set(folds[np.array(groups) == group])) == 1 for group in set(groups))
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "images of one group were never split between training" in page
-    assert "with random folds and" in page
+    assert "and scoring, because" in page
     shutil.move(out, tmp_path / "elsewhere")
     assert Run.open(tmp_path / "elsewhere").sources.train.groups == groups
 
