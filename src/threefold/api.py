@@ -18,10 +18,11 @@ from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec, StageSpec
 from threefold.report.pages import write_report
 from threefold.training.candidates import is_auto
+from threefold.training.diagnostics import DataDiagnostics
 from threefold.training.distillation import open_teacher
 from threefold.training.jobs import train_members
 from threefold.training.plan import left_out_reason, plan_folder
-from threefold.training.plan_basis import Quality
+from threefold.training.plan_basis import EXPORT_SECONDS, SCORING_SECONDS, Quality
 from threefold.training.results import evaluate_run, write_results
 from threefold.training.run import Run
 from threefold.training.watcher import Watcher
@@ -78,8 +79,10 @@ def fit(
     if run.folder.is_finished:
         finish(run)
         return run
-    early = _answer_early(run, sources)
+    early = _answer_early(run, sources, deadline)
     if early is not None:
+        if early.folder.is_finished:
+            return early
         deadline -= _seconds_to_finish(early, run)
         if deadline - time.monotonic() < LEAST_TUNING_SECONDS:
             return _settle(early)
@@ -90,14 +93,16 @@ def fit(
     return run
 
 
-def _answer_early(run: Run, sources: Sources | None) -> Run | None:
+def _answer_early(run: Run, sources: Sources | None, deadline: float) -> Run | None:
     """Train, score, export and report the probes of a run, before anything is tuned.
 
-    From here on there is an honest, complete answer in the folder. Test rows stay sealed.
+    From here on there is an honest, complete answer in the folder. Test rows stay sealed, unless
+    the time is up already, so that this answer is the final one.
 
     Args:
         run: the run of all members.
         sources: its images, where they have been read already.
+        deadline: the time.monotonic() value at which the whole job ends.
 
     Returns:
         The run of the probes; None if the run has nothing but probes, or none.
@@ -111,7 +116,14 @@ def _answer_early(run: Run, sources: Sources | None) -> Run | None:
     early = Run(folder, run.watcher, sources)
     if not folder.has_results:
         with folder.locked():
-            _train_and_score(early, pending)
+            diagnostics = train_members(early, keep_cache=True)
+            networks = len(early.recipe.members) + len(run.recipe.members)
+            finishing = 2 * SCORING_SECONDS + EXPORT_SECONDS * networks
+            time_for_both = deadline - time.monotonic() - finishing >= LEAST_TUNING_SECONDS
+            if time_for_both:
+                _score(early, diagnostics, pending)
+        if not time_for_both:
+            return _settle(early)
     if early.results.export is None or not (run.dir / "report.html").exists():
         finish(early)
         run.watcher.note(
@@ -218,7 +230,11 @@ def _train_and_score(run: Run, pending: tuple[str, ...] = ()) -> None:
         run: the run.
         pending: members that follow later; until then the test rows stay sealed.
     """
-    diagnostics = train_members(run, keep_cache=bool(pending))
+    _score(run, train_members(run, keep_cache=bool(pending)), pending)
+
+
+def _score(run: Run, diagnostics: DataDiagnostics, pending: tuple[str, ...]) -> None:
+    """Score the ensembles of a trained run and write the results; see `_train_and_score`."""
     start = time.monotonic()
     evaluation = evaluate_run(run, test_stays_sealed=bool(pending))
     scoring_seconds = time.monotonic() - start

@@ -278,9 +278,15 @@ class HeadSpec(Section):
     """Gate activation: torch = sigmoid, keras = Keras 2.2's hard sigmoid."""
     reset_after: bool = True
     """GRU form: True = torch and TF 2; False = Keras 2.2, the paper's."""
-    sequence: Literal["pooled", "rows", "spatial"] = "pooled"
-    """pooled = one time step, as in the paper; rows and spatial run over the feature map (T >
-    1)."""
+    sequence: Literal["pooled", "levels", "rows", "spatial"] = "pooled"
+    """pooled = one time step, as in the paper; levels = one time step, too, of the pooled features
+    of several depths of the backbone (Head2Toe: Evci et al., 2022); rows and spatial run over the
+    feature map (T > 1)."""
+
+    @property
+    def takes_map(self) -> bool:
+        """Whether it runs over the feature map."""
+        return self.sequence in ("rows", "spatial")
 
     @property
     def is_linear(self) -> bool:

@@ -209,7 +209,7 @@ class _Networks:
         values = {}
         if pixels is not None:
             values = dict(zip(backbone.forms, run_model(model, pixels), strict=True))
-        outputs = {form: f"{prefix}{form}" for form in backbone.forms}
+        outputs = {str(form): f"{prefix}{form}" for form in backbone.forms}
         model = convert(model, self.precision, pixels)
         canvas = self.add_canvas(backbone.canvas, backbone.resize)
         self.graph.graft(model, prefix, {"pixels": canvas}, outputs, self.scope)

@@ -8,12 +8,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from threefold.models.member import backbone_features
+from threefold.models.heads import InputForm
+from threefold.models.member import head_input
 from threefold.models.tracing import simplify, trace_network
 
-FeatureForm = Literal["pooled", "rows", "spatial"]
-"""What a head reads, as `head.sequence`: pooled features (c,), the map's means over each row
-(c, h, 1), or the whole map (c, h, w)."""
+FeatureForm = Literal["pooled", "levels", "rows", "spatial"]
+"""What a head reads, as `head.sequence`: pooled features (c,), those of several levels side by side
+(c1 + c2 + ...,), the map's means over each row (c, h, 1), or the whole map (c, h, w)."""
 
 
 class FeatureExtractor(nn.Module):
@@ -38,8 +39,11 @@ class FeatureExtractor(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Map pixels, float (b, 3, s, s) in 0..255, to features (b, ...) of the form."""
         normalized = (pixels - self.mean) / self.std
-        takes_map = self.form != "pooled"
-        features = backbone_features(self.backbone, normalized, takes_map=takes_map)
+        form: InputForm
+        form = "levels" if self.form == "levels" else "pooled"
+        if self.form in ("rows", "spatial"):
+            form = "map"
+        features = head_input(self.backbone, normalized, form)
         if self.form == "rows":  # all that a head reads of a row, in a w-th of the memory
             features = features.mean(dim=3, keepdim=True)
         return features

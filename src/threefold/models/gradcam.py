@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -207,6 +207,19 @@ def _capture_features(member: Member) -> Iterator[list[Tensor]]:
             yield captured
         finally:
             hook.remove()
+        return
+    if member.head.form == "levels":  # what the head reads of the last level is explained
+        forward_intermediates = backbone.forward_intermediates
+
+        def captured_levels(*args: Any, **options: Any) -> tuple[Tensor, list[Tensor]]:
+            features, levels = forward_intermediates(*args, **options)
+            return capture(features), levels
+
+        backbone.forward_intermediates = captured_levels
+        try:
+            yield captured
+        finally:
+            del backbone.forward_intermediates
         return
     # Hooks see only __call__, and timm calls forward_features as a method.
     forward_features = backbone.forward_features

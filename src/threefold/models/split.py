@@ -15,7 +15,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from threefold.models.member import Member, backbone_features
+from threefold.models.heads import InputForm
+from threefold.models.member import Member, head_input
 
 
 class _Layout(NamedTuple):
@@ -75,9 +76,8 @@ class LateBlocks(nn.Module):
 
     def forward(self, activations: Tensor) -> Tensor:
         """Map activations (b, c, h, w) to logits (b, k)."""
-        takes_map = bool(self.head.takes_map)
-        features = backbone_features(self.backbone, activations, takes_map=takes_map)
-        return cast("Tensor", self.head(features))
+        form = cast("InputForm", self.head.form)
+        return cast("Tensor", self.head(head_input(self.backbone, activations, form)))
 
 
 def count_frozen_blocks(backbone: nn.Module, trainable: Collection[str]) -> int:

@@ -52,7 +52,8 @@ def cached_blocks(member: nn.Module, stage: StageSpec) -> int:
     """
     trainable = set_trainable(member, stage)
     count = 0
-    if isinstance(member, Member):
+    # A head on several levels reads what the first blocks answer, too.
+    if isinstance(member, Member) and member.head.form != "levels":
         names = [name.removeprefix("backbone.") for name in trainable if "backbone." in name]
         count = count_frozen_blocks(member.backbone, names)
     if not count:
@@ -61,7 +62,8 @@ def cached_blocks(member: nn.Module, stage: StageSpec) -> int:
             where=f"stage {stage.name}",
             got=f"trainable = {stage.trainable!r}, frozen = {stage.frozen!r}",
             fix="freeze the stem and the first blocks of an EfficientNet, ResNet or ConvNeXt with "
-            "`frozen`, or set cached = false",
+            '`frozen`, and give the member another head.sequence than "levels"; or set cached = '
+            "false",
         )
     return count
 

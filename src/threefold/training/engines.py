@@ -27,7 +27,7 @@ WORTH_SECONDS: Final = 4.0
 WORTH_TIMING: Final = 60.0
 """Work for plain torch from which every network is timed, whatever was the fastest for another."""
 
-KEPT_SESSIONS: Final = 8
+KEPT_SESSIONS: Final = 4
 """Sessions of onnxruntime that a process keeps: plan, first answer and tuning use the same."""
 
 TOLERANCES: Final = {"onnxruntime": 1e-3, "torch-float16": 1e-2}

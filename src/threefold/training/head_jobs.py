@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from threefold.data.splits import Roles
-from threefold.files import read_json
 from threefold.models.member import Member, assemble_member
 from threefold.models.pipeline import pick_device
 from threefold.recipe import Job
@@ -159,11 +158,10 @@ def _fit_exactly(run: Run, job: Job, features: FeatureCache) -> tuple[State, Sta
     """Choose the penalty on the select rows; fit on the fit rows, then on both."""
     began = time.monotonic()
     spec, roles = run.recipe.member(job.member), run.roles[job.fold]
-    copies, num_classes = run.recipe.features.copies, len(run.sources.train.classes)
+    copies = run.recipe.features.copies
     fit = features.rows("train", spec, roles.fit, copies)
     select = features.select(spec, roles)
-    weights = class_weights(select.labels, num_classes, _balance(run))
-    choice = choose_l2(fit.features, _targets(run, fit), select.features, select.labels, weights)
+    choice = _choose_head(run, fit, select)
     start, answer = choice.head, choice.head
     if run.recipe.protocol == "honest":  # `paper` scores the rows that it selects on
         rows = np.concatenate([roles.fit, roles.select])
@@ -173,6 +171,12 @@ def _fit_exactly(run: Run, job: Job, features: FeatureCache) -> tuple[State, Sta
     run.watcher.batch(len(roles.fit))
     run.watcher.epoch(history["epochs"][0])
     return _state(start), _state(answer), history
+
+
+def _choose_head(run: Run, fit: FeatureRows, select: FeatureRows) -> L2Choice:
+    """Fit heads on the fit rows and choose the penalty on the select rows."""
+    weights = class_weights(select.labels, len(run.sources.train.classes), _balance(run))
+    return choose_l2(fit.features, _targets(run, fit), select.features, select.labels, weights)
 
 
 def _balance(run: Run) -> int:
@@ -195,7 +199,8 @@ def start_of_tuning(
     """Return the state from which a member is tuned: a frozen backbone and a head.
 
     The head has not seen the select rows, so that tuning is judged on new ones. At another image
-    size a linear head is fitted anew, with the penalty of the first fit.
+    size, or on other levels of the backbone, a linear head is fitted anew, with the penalty that
+    suits the select rows best.
 
     Args:
         run: the run.
@@ -207,10 +212,12 @@ def start_of_tuning(
     job = Job(base.name, fold, run.recipe.stages_of(base.name)[0].name)
     num_classes = len(run.sources.train.classes)
     start = run.load_job(job, num_classes, START_FILE, features.backbone(base)).state_dict()
-    if spec.img_size != base.img_size and base.head.is_linear:
-        fit = features.rows("train", spec, run.roles[fold].fit, run.recipe.features.copies)
-        l2 = read_json(run.folder.job_folder(job) / "history.json")["l2"]
-        start |= _state(fit_linear(fit.features, _targets(run, fit), l2))
+    differs = (spec.img_size, spec.head.sequence) != (base.img_size, base.head.sequence)
+    if differs and base.head.is_linear:
+        copies = run.recipe.features.copies
+        fit = features.rows("train", spec, run.roles[fold].fit, copies)
+        select = features.select(spec, run.roles[fold])
+        start |= _state(_choose_head(run, fit, select).head)
     return start
 
 

@@ -13,7 +13,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from threefold.data.dataset import Sources
 from threefold.models.backbones import resolve_backbone
-from threefold.models.member import Member, build_member, has_token_grid
+from threefold.models.member import Member, build_member, has_token_grid, last_level
 from threefold.models.split import EarlyBlocks, LateBlocks
 from threefold.recipe_schema import MemberSpec, StageSpec
 from threefold.training.activations import cached_blocks
@@ -49,11 +49,13 @@ class SizeProbe(NamedTuple):
         img_size: side in pixels.
         loss: mean log loss, out of fold.
         accuracy: share of the images answered correctly, out of fold.
+        last_loss: the loss if the head reads the last level only.
     """
 
     img_size: int
     loss: float
     accuracy: float
+    last_loss: float
 
 
 def spread_over_classes(labels: np.ndarray, limit: int) -> np.ndarray:
@@ -81,11 +83,20 @@ def probe_size(
     features, labels = cache.rows("train", spec, rows, expected=len(sources.train))
     groups = sources.train.groups
     row_groups = None if groups is None else [groups[row] for row in rows]
-    probs = cross_validated_probe(features, labels, len(sources.train.classes), row_groups)
-    of_labels = probs[np.arange(len(labels)), labels]
-    loss = float(-np.log(np.clip(of_labels, 1e-7, 1.0)).mean())
+    num_classes = len(sources.train.classes)
+    probs = cross_validated_probe(features, labels, num_classes, row_groups)
+    last_loss = loss = _log_loss(probs, labels)
+    if spec.head.sequence == "levels":
+        last = last_level(cache.backbone(spec), features)
+        last_loss = _log_loss(cross_validated_probe(last, labels, num_classes, row_groups), labels)
     accuracy = float((probs.argmax(1) == labels).mean())
-    return SizeProbe(spec.img_size, loss, accuracy)
+    return SizeProbe(spec.img_size, loss, accuracy, last_loss)
+
+
+def _log_loss(probs: np.ndarray, labels: np.ndarray) -> float:
+    """Return the mean log loss of probabilities (n, k)."""
+    of_labels = probs[np.arange(len(labels)), labels]
+    return float(-np.log(np.clip(of_labels, 1e-7, 1.0)).mean())
 
 
 def cross_validated_probe(

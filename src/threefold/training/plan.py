@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from threefold.data.dataset import ImageDataset, Sources, load_data
+from threefold.data.dataset import Sources, load_data
+from threefold.models.member import create_backbone, has_levels
 from threefold.models.pipeline import pick_device
 from threefold.recipe import Recipe
+from threefold.recipe_schema import MemberSpec
 from threefold.training.candidates import Screening, gather_candidates, is_auto, screen
 from threefold.training.features import FeatureCache
 from threefold.training.plan_basis import Clock, DataSummary, Decision, Quality
@@ -89,7 +91,7 @@ def plan_folder(
     _check_overrides(data, probes, overrides, are_chosen=is_auto(members))
     draft = _draft(data, probes, overrides)  # the plan must see the images of the run
     sources = load_data(draft.data, draft.seed)
-    summary = _summarize(sources.train)
+    summary = _summarize(sources)
     device = pick_device(draft.train.device)
     cache = FeatureCache(sources, draft, watcher)
     measured = choose_size(draft, summary, sources, cache, clock, quality)
@@ -117,6 +119,7 @@ def plan_folder(
     decisions = [
         _explain_members(probes, members, screening),
         measured.decision,
+        *([measured.levels] if measured.levels else []),
         Decision("folds.k", folds, "each image is scored once by heads that never saw it"),
         *why_tuning,
         *why_augment,
@@ -200,13 +203,15 @@ def _check_overrides(
     Recipe.check_keys(tree, known, where="plan")
 
 
-def _summarize(train: ImageDataset) -> DataSummary:
+def _summarize(sources: Sources) -> DataSummary:
     """Count all images, and measure a sample of at most 32."""
+    train, test = sources.train, sources.test
     counts = np.bincount(train.labels, minlength=len(train.classes))
     rows = np.linspace(0, len(train) - 1, min(32, len(train))).astype(int)
     sides = [min(train.pixels(int(row)).shape[:2]) for row in rows]
     return DataSummary(
         n=len(train),
+        images=len(train) + (0 if test is None else len(test)),
         classes=train.classes,
         smallest_class=int(counts.min()),
         side=int(np.median(sides)),
@@ -220,18 +225,32 @@ def _members(names: Sequence[str]) -> list[dict[str, Any]]:
         pairs = [(f"m{i}-{name.split('.')[0]}"[:80], name) for i, name in enumerate(names)]
     # The noise of the paper's heads is for random heads; it would blur a fitted one.
     head = {"kind": "linear", "noise": 0.0}
-    return [{"name": name, "backbone": backbone, "head": head} for name, backbone in pairs]
+    return [
+        {"name": name, "backbone": backbone, "head": head | {"sequence": _widest_input(backbone)}}
+        for name, backbone in pairs
+    ]
+
+
+def _widest_input(backbone: str) -> str:
+    """Return the `head.sequence` that reads most of a backbone: levels, or else pooled."""
+    spec = MemberSpec(name="m", backbone=backbone, weights="none")
+    with torch.device("meta"):
+        return "levels" if has_levels(create_backbone(spec, pretrained=False)) else "pooled"
 
 
 def _sized_members(
     probes: list[dict[str, Any]], measured: ProbePlan, screening: Screening | None
 ) -> list[dict[str, Any]]:
-    """Return the affordable members, or those that the screening has chosen, with their sizes."""
+    """Return the affordable members, or those that the screening has chosen, as measured."""
     sizes = [measured.img_size] * len(measured.costs)
     if screening is not None:
         probes = _members([candidate.backbone for candidate in screening.chosen])
         sizes = [candidate.img_size or measured.img_size for candidate in screening.chosen]
-    return [probe | {"img_size": size} for probe, size in zip(probes, sizes, strict=False)]
+    sized = [probe | {"img_size": size} for probe, size in zip(probes, sizes, strict=False)]
+    if measured.levels is not None and measured.levels.value == "pooled":
+        for probe in sized:
+            probe["head"] = probe["head"] | {"sequence": "pooled"}
+    return sized
 
 
 def _explain_members(

@@ -16,10 +16,10 @@ Quality = Literal["fast", "good", "best"]
 STARTUP_SECONDS = 5.0
 """Time that has passed before the plan begins: the program's start."""
 
-SCORING_SECONDS = 6.0
+SCORING_SECONDS = 4.0
 """Time for ensembles, statistics and the report of a few thousand images on two cores."""
 
-EXPORT_SECONDS = 7.0
+EXPORT_SECONDS = 3.0
 """Time for exporting one network on two cores."""
 
 
@@ -35,6 +35,9 @@ class DataSummary(NamedTuple):
     """What the plan depends on."""
 
     n: int
+    """Training images."""
+    images: int
+    """Training and test images."""
     classes: tuple[str, ...]
     smallest_class: int
     """Images of the smallest class."""

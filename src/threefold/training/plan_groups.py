@@ -22,6 +22,7 @@ from threefold.data.images import same_content
 from threefold.data.scene_groups import find_scene_groups, grouping_effect
 from threefold.data.splits import assign_roles, refit_roles
 from threefold.errors import DataError, RecipeError, RunError
+from threefold.models.member import last_level
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
 from threefold.training.features import FeatureCache
@@ -77,7 +78,10 @@ def look_for_groups(
     if group_file is None or named or "scheme" in draft.folds.model_fields_set:
         return FoundGroups(None, None), measured
     found = find_groups(draft.members, sources, cache, clock)
-    return found, replace(measured, seconds=0.0) if found.compared else measured
+    if found.compared:  # what is left are the features of the test images
+        test = 0 if sources.test is None else len(sources.test)
+        measured = replace(measured, seconds=measured.seconds * test / (len(train) + test))
+    return found, measured
 
 
 def find_groups(
@@ -104,6 +108,8 @@ def find_groups(
     features = cache.rows("train", specs[0], rows).features.astype(np.float32)
     if features.ndim == 4:  # maps, for a head that reads sequences
         features = features.mean((2, 3))
+    elif specs[0].head.sequence == "levels":
+        features = last_level(cache.backbone(specs[0]), features)
     scenes = find_scene_groups(features, train.ids, train.labels)
     copies = _exact_copies(train)
     groups = _join_copies(scenes.groups, copies)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from threefold.data.dataset import Sources
 from threefold.errors import RecipeError
 from threefold.recipe import Recipe
+from threefold.recipe_schema import MemberSpec
 from threefold.training.features import FeatureCache
 from threefold.training.measure import PROBE_ROWS, SizeProbe, probe_size, spread_over_classes
 from threefold.training.plan_basis import (
@@ -46,6 +47,7 @@ class ProbePlan:
         feature_seconds: per image, of the first member at that size.
         seconds: predicted for the features of all these members.
         decision: the size with its reason.
+        levels: which features heads read, with the reason; None if that was not compared.
     """
 
     img_size: int
@@ -53,6 +55,7 @@ class ProbePlan:
     feature_seconds: float
     seconds: float
     decision: Decision
+    levels: Decision | None = None
 
 
 def _candidate_sizes(side: int, quality: Quality) -> tuple[int, ...]:
@@ -81,24 +84,25 @@ def choose_size(
     if any(member.img_size != default for member in draft.members):
         per_image = cache.seconds_per_image("train", first, sample, summary.n)
         decision = Decision(key, first.img_size, "named by you")
-        total = summary.n * per_image * sum(costs)
+        total = summary.images * per_image * sum(costs)
         return ProbePlan(first.img_size, costs, per_image, total, decision)
     sizes = _candidate_sizes(summary.side, quality)
-    smallest = first.model_copy(update={"img_size": sizes[0]})
-    per_image = cache.seconds_per_image("train", smallest, sample, summary.n)
+    usual = max(size for size in sizes if size <= (128 if summary.side <= 64 else 224))
+    at_usual = first.model_copy(update={"img_size": usual})
+    per_pixel = cache.seconds_per_image("train", at_usual, sample, summary.images) / usual**2
 
     def seconds(size: int, members: int = len(costs)) -> float:
-        return summary.n * per_image * (size / sizes[0]) ** 2 * sum(costs[:members])
+        return summary.images * per_pixel * size**2 * sum(costs[:members])
 
     left = clock.left
     affordable = [size for size in sizes if seconds(size) <= FEATURE_SHARE * left]
     if not affordable:
-        return _smallest_way(sizes[0], seconds, costs, summary.n, clock)
-    usual = [size for size in affordable if size <= (128 if summary.side <= 64 else 224)]
-    choice = (usual or affordable)[-1]
+        return _smallest_way(sizes[0], seconds, costs, summary.images, clock)
+    choice = max([size for size in affordable if size <= usual] or affordable)
+    levels = None
     reason = f"the images' median side is {summary.side} px"
     close = affordable[-4:] if quality == "best" else affordable[-3:]
-    per_row = per_image * sum((size / sizes[0]) ** 2 for size in close)
+    per_row = per_pixel * sum(size**2 for size in close)
     rows = min(
         PROBE_ROWS, summary.n, int(PROBE_SHARE * left / per_row) if left < math.inf else PROBE_ROWS
     )
@@ -108,19 +112,28 @@ def choose_size(
             probe_size(cache, first.model_copy(update={"img_size": size}), probed, sources)
             for size in close
         ]
-        choice = _best_size(results)
+        best = min(results, key=lambda result: min(result.loss, result.last_loss))
+        choice = best.img_size
+        levels = _compare_levels(first, best)
         figures = ", ".join(f"{r.loss:.3f} at {r.img_size} px ({r.accuracy:.1%})" for r in results)
         reason += f"; log loss and accuracy of a probe on {len(probed)} images, out of fold: "
         reason += figures
     reason += f"; about {seconds(choice):.0f} s for the features of all members"
     decision = Decision(key, choice, reason)
-    at_choice = per_image * (choice / sizes[0]) ** 2
-    return ProbePlan(choice, costs, at_choice, seconds(choice), decision)
+    at_choice = per_pixel * choice**2
+    return ProbePlan(choice, costs, at_choice, seconds(choice), decision, levels)
 
 
-def _best_size(results: Sequence[SizeProbe]) -> int:
-    """Return the size with the least log loss."""
-    return min(results, key=lambda result: result.loss).img_size
+def _compare_levels(member: MemberSpec, result: SizeProbe) -> Decision | None:
+    """Decide whether heads read several levels; None if the member's head does not."""
+    if member.head.sequence != "levels":
+        return None
+    reason = (
+        f"log loss {result.loss:.3f} with the features of several levels of the backbone, "
+        f"{result.last_loss:.3f} with the last ones alone"
+    )
+    value = "levels" if result.loss < result.last_loss else "pooled"
+    return Decision("head.sequence", value, reason)
 
 
 def _smallest_way(

@@ -13,7 +13,7 @@ from threefold.models.backbones import CPU_FROZEN, EARLY_BLOCKS, resolve_backbon
 from threefold.models.member import create_backbone, has_token_grid
 from threefold.models.split import count_frozen_blocks
 from threefold.recipe import Recipe
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe_schema import HeadSpec, MemberSpec
 from threefold.training.measure import Speed, measure_speed
 from threefold.training.plan_basis import (
     EXPORT_SECONDS,
@@ -43,8 +43,7 @@ class Tuning(NamedTuple):
     folds: int
 
 
-TUNINGS = (
-    Tuning(1, 0.75, 4, 0, 2),
+TUNINGS: tuple[Tuning, ...] = (
     Tuning(1, 0.75, 4, 0, 3),
     Tuning(2, 0.75, 4, 0, 3),
     Tuning(3, 0.75, 4, 0, 3),
@@ -148,6 +147,7 @@ def _measure_tuning(
 ) -> TuningSpeeds:
     """Measure the speed of training of the first member."""
     first, k = draft.members[0], len(summary.classes)
+    first = first.model_copy(update={"head": HeadSpec()})
     last, deeper = _frozen(device)
     # The first blocks take about two thirds of the time of all.
     blocks = Speed(0.0, 0.67 * measured.feature_seconds / measured.img_size**2)
@@ -255,6 +255,8 @@ def tuning_stages(
             "name": f"{base['name'][:74]}-tuned",
             "starts_from": base["name"],
             "img_size": member.img_size if _has_fixed_size(member) else size,
+            # A tuned network has what it needs in its last features.
+            "head": base["head"] | {"sequence": "pooled"},
         }
         for base, member in zip(bases, draft.members, strict=False)
     ]

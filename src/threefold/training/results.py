@@ -136,8 +136,7 @@ def _cascade(run: Run, evaluation: Evaluation, costs: RunCosts) -> CascadeResult
 
     The figures are cross-fitted, and of test rows where there are any.
     """
-    oof = run.folder.oof
-    test = run.folder.all_test if evaluation.rows.kind == "test" else None
+    scored = evaluation.rows
     names = members_in_file(evaluation.ensemble, evaluation.combined)
     used = used_members(evaluation.ensemble, evaluation.combined)
     disagreement = run.recipe.ensemble.disagreement
@@ -148,7 +147,7 @@ def _cascade(run: Run, evaluation: Evaluation, costs: RunCosts) -> CascadeResult
         "the members share one frozen backbone, which is nearly all of the cost": len(backbones)
         < 2,
         "members are not in every fold": any(spec.folds for spec in run.recipe.members),
-        "there are no out-of-fold rows to choose its thresholds on": oof is None,
+        "there are no out-of-fold rows to choose its thresholds on": run.folder.oof is None,
     }
     for reason, holds in reasons.items():
         if holds:
@@ -167,9 +166,9 @@ def _cascade(run: Run, evaluation: Evaluation, costs: RunCosts) -> CascadeResult
         disagreement=disagreement,
         groups=rows.groups,
     )
-    if test is not None:
-        probs = test.select(names).probs
-        savings = savings.measure(probs, test.labels, evaluation.probs, "test", test.groups)
+    if scored.kind == "test":
+        probs = scored.select(names).probs
+        savings = savings.measure(probs, scored.labels, evaluation.probs, "test", scored.groups)
     return CascadeResult(**savings.as_dict())
 
 
