@@ -261,12 +261,8 @@ class Recipe(Section):
     def _check_start(self, member: MemberSpec, base: MemberSpec) -> None:
         where = f"member {member.name} starts from {base.name}, which"
         self._check_base(where, member, base)
-        heads = [base.head, member.head]
-        if all(head.is_linear and not head.takes_map for head in heads):
-            # A linear head is fitted anew where it reads other levels of the backbone.
-            heads = [head.model_copy(update={"sequence": "pooled"}) for head in heads]
         differing = [key for key in TAKEN_OVER if getattr(base, key) != getattr(member, key)]
-        if heads[0] == heads[1] and "head" in differing:
+        if "head" in differing and base.head.can_start(member.head):
             differing.remove("head")
         if differing:
             raise ValueError(

@@ -293,6 +293,15 @@ class HeadSpec(Section):
         """Whether it is one layer on the features, which a stage of kind head fits exactly."""
         return self.kind == "linear" and not self.fc
 
+    def can_start(self, other: HeadSpec) -> bool:
+        """Whether a member with the head `other` can start from one with this head.
+
+        A linear head is fitted anew where it reads other levels of the backbone.
+        """
+        if not (self.is_linear and other.is_linear):
+            return self == other
+        return self.model_copy(update={"sequence": other.sequence}) == other
+
 
 class MemberSpec(Section):
     """One network of the ensemble: a backbone with a head, or several joined members."""

@@ -118,8 +118,7 @@ def plan_folder(
     augment, why_augment = _augment(summary) if tuned else ({}, [])
     decisions = [
         _explain_members(probes, members, screening),
-        measured.decision,
-        *([measured.levels] if measured.levels else []),
+        *measured.decisions,
         Decision("folds.k", folds, "each image is scored once by heads that never saw it"),
         *why_tuning,
         *why_augment,
@@ -140,7 +139,7 @@ def plan_folder(
         tree["views"] = {"kind": "flip"}
         decisions.append(Decision("views.kind", "flip", "quality best: the mirror image, too"))
     recipe, sources, why_folds = plan_with_groups(tree, overrides, found, sources, group_file)
-    return RecipePlan(recipe, [*decisions[:2], *why_folds, *decisions[2:]], sources)
+    return RecipePlan(recipe, [*decisions, *why_folds], sources)
 
 
 def _name(folder: str | Path) -> str:

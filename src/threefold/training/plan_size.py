@@ -57,6 +57,11 @@ class ProbePlan:
     decision: Decision
     levels: Decision | None = None
 
+    @property
+    def decisions(self) -> list[Decision]:
+        """What was decided, with the reasons."""
+        return [self.decision] if self.levels is None else [self.decision, self.levels]
+
 
 def _candidate_sizes(side: int, quality: Quality) -> tuple[int, ...]:
     """Image sizes to choose from."""
