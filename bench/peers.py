@@ -60,10 +60,16 @@ class Finished(NamedTuple):
 
 def run_process(command: Sequence[str], limit: float, log: Path) -> Finished:
     """Run a command with its output in a file; stop it and its children after `limit` seconds."""
+    # With this variable every import compiles its source again: for torch and its kin, 10 seconds.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     with log.open("ab") as stream:
         began = time.monotonic()
         process = subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment,
         )
         stopped = False
         while True:
