@@ -19,6 +19,7 @@ from threefold.ensembles.averaging import MeanEnsemble
 from threefold.ensembles.cascade import Cascade
 from threefold.exporting import targets
 from threefold.exporting.onnx_graph import build_graph
+from threefold.models.member import create_backbone
 from threefold.models.pipeline import (
     Combiner,
     MemberPipeline,
@@ -27,6 +28,7 @@ from threefold.models.pipeline import (
     describe_preprocessing,
 )
 from threefold.models.shared import HeadsPipeline
+from threefold.recipe_schema import MemberSpec
 from threefold.runtime.model import load
 from threefold.training.run import Run
 
@@ -279,3 +281,22 @@ def test_members_on_one_backbone_run_in_one_branch(tmp_path: Path) -> None:
     assert [int(used[0]) for _, used in answers[2.0]] == [2] * len(images)
     full = np.concatenate([probs for probs, _ in answers[2.0]])
     np.testing.assert_allclose(full, pipeline.predict_proba(images), atol=1e-6)
+
+
+def test_heads_on_levels_share_the_backbone(tmp_path: Path) -> None:
+    levels = {**PROBE, "name": "levels", "head": {"kind": "linear", "sequence": "levels"}}
+    run = frozen_run(tmp_path, members=[PROBE, levels])
+    pipeline = shared_pipeline(run)
+
+    report = targets.export(pipeline, tmp_path / "m.onnx", noise_images())
+
+    assert count_passes(pipeline) == 1
+    assert report.max_difference < 1e-6
+    expected = separate_pipeline(run).predict_proba(noise_images())
+    np.testing.assert_allclose(pipeline.predict_proba(noise_images()), expected, atol=1e-6)
+    assert convolutions(onnx.load(tmp_path / "m.onnx")) == convolutions_of(PROBE)
+
+
+def convolutions_of(member: dict[str, Any]) -> int:
+    backbone = create_backbone(MemberSpec.model_validate(member), pretrained=False)
+    return sum(isinstance(module, nn.Conv2d) for module in backbone.modules())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 import pytest
 import torch
@@ -95,3 +97,26 @@ def test_engine_that_fails_leaves_torch(monkeypatch: pytest.MonkeyPatch) -> None
     assert "onnxruntime fails (RecipeError)" in choice.reason
     with pytest.raises(RecipeError, match=r"cannot run this backbone.*no such operator.*auto"):
         make_engine("onnxruntime", make_extractor(), 48, CPU)
+
+
+def test_a_session_of_the_same_key_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_sessions", OrderedDict())
+    monkeypatch.setattr(engines, "KEPT_SESSIONS", 1)
+
+    first = make_engine("onnxruntime", make_extractor(), 48, CPU, "a")
+    again = make_engine("onnxruntime", make_extractor(), 48, CPU, "a")
+    make_engine("onnxruntime", make_extractor(), 48, CPU, "b")
+    later = make_engine("onnxruntime", make_extractor(), 48, CPU, "a")
+
+    assert again is first
+    assert later is not first
+
+
+def test_the_usual_engine_is_taken_without_a_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "WORTH_SECONDS", 0.0)
+
+    choice = choose_engine(make_extractor(), make_pixels(5), 1, CPU, usual="onnxruntime")
+    long_work = choose_engine(make_extractor(), make_pixels(5), 10**8, CPU, usual="onnxruntime")
+
+    assert (choice.engine.name, choice.measured) == ("onnxruntime", False)
+    assert long_work.measured

@@ -89,10 +89,11 @@ def files(folder: Path) -> dict[str, str]:
     "head",
     [
         {"kind": "linear"},
+        {"kind": "linear", "sequence": "levels"},
         {"kind": "gru", "units": 8, "sequence": "rows"},
         {"kind": "lstm", "units": 8, "sequence": "spatial"},
     ],
-    ids=["pooled", "rows", "spatial"],
+    ids=["pooled", "levels", "rows", "spatial"],
 )
 def test_head_on_cached_features_answers_as_the_member(tmp_path: Path, head: Any) -> None:
     cache = make_cache(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from threefold.training.engines import compute
 from threefold.training.heads import HeadNetwork, head_probs
 from threefold.training.jobs import train_members
 from threefold.training.pixel_cache import PixelCache
-from threefold.training.probe import Targets, fit_linear
+from threefold.training.probe import L2_GRID, Targets, fit_linear
 from threefold.training.run import Run
 from threefold.training.stages import StageOutcome, StageTask, train_stage
 
@@ -147,6 +148,40 @@ def test_tuning_starts_from_the_head_that_saw_fit_rows_only(
     tuned = run.load_member(run.recipe.member("tuned"), 0, 3)
     assert len(starts) == 2
     assert len(tuned.state_dict()) == len(starts[0][0])
+
+
+def test_tuning_on_the_last_level_starts_from_a_probe_on_several(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[nn.Module] = []
+
+    def watch(member: nn.Module, task: StageTask) -> StageOutcome:
+        starts.append(copy.deepcopy(member.head))
+        return train_stage(member, task)
+
+    monkeypatch.setattr(jobs, "train_stage", watch)
+    probe = {**PROBE, "head": {"kind": "linear", "sequence": "levels"}}
+    tuned = {**TUNED, "head": {"kind": "linear", "sequence": "pooled"}}
+    stages = [
+        {"name": "head", "kind": "head", "members": ["probe"]},
+        {"name": "tune", "epochs": 1, "lr": 1e-3, "members": ["tuned"]},
+    ]
+    run = Run.create(make_recipe(images, stages=stages, members=[probe, tuned]), tmp_path / "run")
+
+    train_members(run)
+
+    cache = head_jobs.open_features(run)
+    fit = cache.rows("train", run.recipe.member("tuned"), run.roles[0].fit)
+    start = head_probs(HeadNetwork(starts[0]), fit.features)
+    heads = [fit_linear(fit.features, Targets(fit.labels, 3), l2) for l2 in L2_GRID]
+    assert min(np.abs(head.probs(fit.features) - start).max() for head in heads) < 0.01
+
+
+def test_a_tuned_member_has_the_kind_of_head_of_its_probe(images: Path) -> None:
+    tuned = {**TUNED, "head": {"kind": "gru", "units": 8}}
+
+    with pytest.raises(RecipeError, match=r"another head; remove them from tuned"):
+        make_recipe(images, members=[PROBE, GATED, tuned])
 
 
 def test_one_member_can_tune_after_its_head_stage(images: Path, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def _check_batches(graph: bytes, module: nn.Module, size: int) -> None:
         expected = [output.numpy() for output in module(pixels)]
     for answer, right in zip(answers, expected, strict=True):
         scale = float(np.abs(right).max()) or 1.0
-        if answer.shape != right.shape or not np.abs(answer - right).max() <= 1e-2 * scale:
+        if answer.shape != right.shape or not np.abs(answer - right).max() <= 1e-3 * scale:
             raise TracingError("the graph's answers differ from the network's")
 
 
