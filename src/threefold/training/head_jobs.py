@@ -166,7 +166,7 @@ def _fit_exactly(run: Run, job: Job, features: FeatureCache) -> tuple[State, Sta
     if run.recipe.protocol == "honest":  # `paper` scores the rows that it selects on
         rows = np.concatenate([roles.fit, roles.select])
         both = features.rows("train", spec, rows, copies)
-        answer = fit_linear(both.features, _targets(run, both), start.l2)
+        answer = fit_linear(both.features, _targets(run, both), start.l2, start)
     history = _history(run, choice, fit, select, time.monotonic() - began)
     run.watcher.batch(len(roles.fit))
     run.watcher.epoch(history["epochs"][0])
