@@ -160,6 +160,25 @@ def test_while_tuning(
     check_resumed(images, tmp_path / "run", uninterrupted)
 
 
+def test_without_time_to_tune_the_probes_are_final(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "LEAST_TUNING_SECONDS", 1e9)
+    sets = (*SETS, "stages.tune1.lr=0.002")
+
+    def call() -> Run:
+        members = ("test_resnet",)
+        return api.fit(images, tmp_path / "run", budget_minutes=60, members=members, overrides=sets)
+
+    run, again = call(), call()
+
+    assert len(run.recipe.members) == 1
+    assert run.folder.is_finished
+    assert openings(run.dir) == ["train", "export"]
+    assert (run.dir / "model.onnx").exists()
+    assert again.results.scores == run.results.scores
+
+
 def test_a_sealed_run_is_evaluated_out_of_fold(sealed: Path) -> None:
     evaluation = evaluate_saved(sealed, ["mean"])
 

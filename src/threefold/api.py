@@ -22,10 +22,18 @@ from threefold.training.diagnostics import DataDiagnostics
 from threefold.training.distillation import open_teacher
 from threefold.training.jobs import train_members
 from threefold.training.plan import left_out_reason, plan_folder
-from threefold.training.plan_basis import EXPORT_SECONDS, SCORING_SECONDS, Quality
+from threefold.training.plan_basis import (
+    EXPORT_SECONDS,
+    SCORING_SECONDS,
+    STARTUP_SECONDS,
+    Quality,
+)
 from threefold.training.results import evaluate_run, write_results
 from threefold.training.run import Run
 from threefold.training.watcher import Watcher
+
+LEFT_OUT = "the members to be tuned were left out: no time left"
+"""Header of a recipe that has lost them."""
 
 LEAST_TUNING_SECONDS = 10.0
 """Less time than this is not worth starting to tune."""
@@ -74,7 +82,9 @@ def fit(
             for decision in plan.decisions:
                 watcher.note(f"{decision.key} = {decision.value}: {decision.reason}")
         recipe, header, sources = plan.recipe, plan.explain(), plan.sources
-    deadline = began + 60 * budget_minutes if budget_minutes else math.inf
+    deadline = math.inf
+    if budget_minutes:
+        deadline = began + 60 * budget_minutes - STARTUP_SECONDS
     run = Run.create(recipe, out, watcher, header, sources)
     if run.folder.is_finished:
         finish(run)
@@ -149,10 +159,7 @@ def _seconds_to_finish(early: Run, run: Run) -> float:
 def _settle(early: Run) -> Run:
     """Make the probes' answer the final one, because the time is up; opens the test rows."""
     early.watcher.note("no time is left for tuning: the probes' answer is final")
-    header = "\n".join(
-        [*early.folder.header, "the members to be tuned were left out: no time left"]
-    )
-    early.folder.replace_recipe(early.recipe, header)
+    early.folder.replace_recipe(early.recipe, "\n".join([*early.folder.header, LEFT_OUT]))
     with early.folder.locked():
         _train_and_score(early)
     finish(early)
@@ -165,6 +172,8 @@ def _resumed_recipe(
     """Read the recipe of an interrupted fit, and check that this call fits it."""
     path = out / "recipe.toml"
     recipe = Recipe.load(path)
+    if LEFT_OUT in RunFolder(out).header:
+        overrides = tuple(text for text in overrides if not _is_left_out(text, recipe))
     # Tuned members have the backbones of their probes.
     backbones = tuple(member.backbone for member in recipe.members if not member.starts_from)
     # The plan may have dropped the last of the members named.
@@ -189,6 +198,17 @@ def _resumed_recipe(
             fix="choose another --out",
         )
     return recipe
+
+
+def _is_left_out(override: str, recipe: Recipe) -> bool:
+    """Whether an override is about a stage or a member that the recipe does not have."""
+    names = {
+        "stages": [stage.name for stage in recipe.stages],
+        "members": [member.name for member in recipe.members],
+    }
+    section, _, rest = override.partition("=")[0].strip().partition(".")
+    entry = rest.partition(".")[0]
+    return section in names and not entry.isdigit() and entry not in names[section]
 
 
 def train(
@@ -237,10 +257,10 @@ def _score(run: Run, diagnostics: DataDiagnostics, pending: tuple[str, ...]) -> 
     """Score the ensembles of a trained run and write the results; see `_train_and_score`."""
     start = time.monotonic()
     evaluation = evaluate_run(run, test_stays_sealed=bool(pending))
-    scoring_seconds = time.monotonic() - start
     training_seconds = sum(run.folder.job_record(job).seconds for job in run.jobs)
-    seconds = {"train": training_seconds, "ensemble": scoring_seconds}
-    write_results(run, evaluation, diagnostics, seconds, pending)
+    write_results(run, evaluation, diagnostics, {"train": training_seconds}, pending)
+    # With what is counted and drawn beside the ensembles: costs, copies, suspect labels, pictures.
+    run.folder.add_results("ensemble", time.monotonic() - start)
 
 
 def finish(run: Run) -> None:

@@ -84,6 +84,33 @@ def test_smallest_class_bounds_the_folds(tmp_path: Path) -> None:
     assert plan_folder(tmp_path, 0, TINY, UNTRAINED).recipe.folds.k == 3
 
 
+def test_uneven_classes_are_judged_by_balanced_accuracy(tmp_path: Path) -> None:
+    even = plan_folder(make_folder(tmp_path / "even", ["a b", "c d"], 6), 0, TINY, UNTRAINED)
+    make_folder(tmp_path / "uneven", ["many"], 12)
+    make_folder(tmp_path / "uneven", ["few"], 4)
+    uneven = plan_folder(tmp_path / "uneven", 0, TINY, UNTRAINED)
+
+    assert even.recipe.train.metric == "accuracy"
+    assert uneven.recipe.train.metric == "balanced_accuracy"
+    assert any("4 to 12 images" in decision.reason for decision in uneven.decisions)
+
+
+@pytest.mark.parametrize("sequence", ["levels", "pooled"])
+def test_probes_read_the_levels_that_suit_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sequence: str
+) -> None:
+    size = Decision("img_size", 32, "as given")
+    levels = Decision("head.sequence", sequence, "as given")
+    measured = ProbePlan(32, [1.0], 0.001, 0.1, size, levels)
+    monkeypatch.setattr(planning, "choose_size", Mock(return_value=measured))
+
+    plan = plan_folder(make_folder(tmp_path, ["cat", "dog"]), 0, TINY, UNTRAINED)
+
+    probe, tuned = plan.recipe.members
+    assert (probe.head.sequence, tuned.head.sequence) == (sequence, "pooled")
+    assert levels in plan.decisions
+
+
 def test_tuned_members_follow_their_probes(tmp_path: Path) -> None:
     plan = plan_folder(make_folder(tmp_path, ["cat", "dog"]), 0, TINY, UNTRAINED)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -89,6 +90,9 @@ class OnnxEngine:
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         options.add_free_dimension_override_by_name("batch", BATCH)
+        # One arena for all sessions: as much memory as the largest needs, not the sum of all.
+        _register_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
         graph = export_graph(extractor, size)
         self.session: Any = onnxruntime.InferenceSession(
             graph, options, providers=["CPUExecutionProvider"]
@@ -128,6 +132,17 @@ class EngineChoice(NamedTuple):
     reason: str
     measured: bool
     """Whether speeds were compared, so that the choice says something about this machine."""
+
+
+@cache
+def _register_arena() -> None:
+    """Give onnxruntime one memory arena for those sessions that ask for it."""
+    import onnxruntime
+
+    memory = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    onnxruntime.create_and_register_allocator(memory, None)
 
 
 _sessions: OrderedDict[tuple[str, int], OnnxEngine] = OrderedDict()

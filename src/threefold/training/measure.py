@@ -47,15 +47,27 @@ class SizeProbe(NamedTuple):
 
     Attributes:
         img_size: side in pixels.
-        loss: mean log loss, out of fold.
+        losses: (n,) log loss of each image, out of fold.
         accuracy: share of the images answered correctly, out of fold.
-        last_loss: the loss if the head reads the last level only.
+        last_losses: (n,) the same if the head reads the last level only.
+        groups: (n,) group of each image, or None.
     """
 
     img_size: int
-    loss: float
+    losses: np.ndarray
     accuracy: float
-    last_loss: float
+    last_losses: np.ndarray
+    groups: Sequence[str] | None = None
+
+    @property
+    def loss(self) -> float:
+        """Mean log loss."""
+        return float(self.losses.mean())
+
+    @property
+    def last_loss(self) -> float:
+        """Mean log loss if the head reads the last level only."""
+        return float(self.last_losses.mean())
 
 
 def spread_over_classes(labels: np.ndarray, limit: int) -> np.ndarray:
@@ -85,18 +97,40 @@ def probe_size(
     row_groups = None if groups is None else [groups[row] for row in rows]
     num_classes = len(sources.train.classes)
     probs = cross_validated_probe(features, labels, num_classes, row_groups)
-    last_loss = loss = _log_loss(probs, labels)
+    last_losses = losses = _log_losses(probs, labels)
     if spec.head.sequence == "levels":
         last = last_level(cache.backbone(spec), features)
-        last_loss = _log_loss(cross_validated_probe(last, labels, num_classes, row_groups), labels)
+        last_probs = cross_validated_probe(last, labels, num_classes, row_groups)
+        last_losses = _log_losses(last_probs, labels)
     accuracy = float((probs.argmax(1) == labels).mean())
-    return SizeProbe(spec.img_size, loss, accuracy, last_loss)
+    return SizeProbe(spec.img_size, losses, accuracy, last_losses, row_groups)
 
 
-def _log_loss(probs: np.ndarray, labels: np.ndarray) -> float:
-    """Return the mean log loss of probabilities (n, k)."""
+def _log_losses(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the log loss (n,) of each row of probabilities (n, k)."""
     of_labels = probs[np.arange(len(labels)), labels]
-    return float(-np.log(np.clip(of_labels, 1e-7, 1.0)).mean())
+    return np.asarray(-np.log(np.clip(of_labels, 1e-7, 1.0)))
+
+
+def clearly_lower(
+    losses: np.ndarray, others: np.ndarray, groups: Sequence[str] | None = None
+) -> bool:
+    """Whether losses are lower than others by more than a standard error of the paired difference.
+
+    Args:
+        losses: (n,).
+        others: (n,) of the same images.
+        groups: (n,) images of one group count as one observation; None = each image does.
+    """
+    differences = others - losses
+    mean = differences.mean()
+    codes = np.arange(len(losses))
+    if groups is not None:
+        codes = np.unique(np.asarray(groups), return_inverse=True)[1]
+    sums = np.bincount(codes, differences - mean)
+    count = max(2, len(sums))
+    error = np.sqrt((sums**2).sum() * count / (count - 1)) / len(losses)
+    return bool(mean > error)
 
 
 def cross_validated_probe(

@@ -31,6 +31,9 @@ from threefold.training.plan_tuning import (
 )
 from threefold.training.watcher import Watcher
 
+UNEVEN = 3
+"""How many times the images of the smallest class the largest one has where classes are uneven."""
+
 DEFAULT_MEMBERS = (
     ("lite0", "tf_efficientnet_lite0.in1k"),
     ("lite1", "tf_efficientnet_lite1.in1k"),
@@ -105,7 +108,7 @@ def plan_folder(
     found, measured = look_for_groups(draft, measured, sources, cache, clock, group_file)
     tuning, why_tuning = choose_tuning(draft, summary, measured, device, clock, quality)
     folds = _folds(tuning, summary, quality)
-    batch_size = _batch_size(summary, device)
+    train, why_train = _train(summary, device)
     stages, tuned = tuning_stages(
         tuning,
         probes,
@@ -113,7 +116,7 @@ def plan_folder(
         measured.img_size,
         device,
         fit_rows=summary.n * (1 - select_share(summary.n)) * (folds - 1) / folds,
-        batch_size=batch_size,
+        batch_size=train["batch_size"],
     )
     augment, why_augment = _augment(summary) if tuned else ({}, [])
     decisions = [
@@ -122,7 +125,7 @@ def plan_folder(
         Decision("folds.k", folds, "each image is scored once by heads that never saw it"),
         *why_tuning,
         *why_augment,
-        Decision("train.batch_size", batch_size, f"{summary.n} images on {device.type}"),
+        *why_train,
     ]
     tree: dict[str, Any] = {
         "name": _name(folder),
@@ -130,7 +133,7 @@ def plan_folder(
         "data": data,
         "folds": {"k": folds, "final": "refit", "select": round(select_share(summary.n), 3)},
         "augment": augment,
-        "train": {"batch_size": batch_size, "label_smoothing": 0.1},
+        "train": train,
         "ensemble": {"methods": ["mean", "best", "weighted", "greedy", "pool"]},
         "stages": stages,
         "members": [*probes, *tuned],
@@ -213,6 +216,7 @@ def _summarize(sources: Sources) -> DataSummary:
         images=len(train) + (0 if test is None else len(test)),
         classes=train.classes,
         smallest_class=int(counts.min()),
+        largest_class=int(counts.max()),
         side=int(np.median(sides)),
     )
 
@@ -297,7 +301,20 @@ def _augment(summary: DataSummary) -> tuple[dict[str, Any], list[Decision]]:
     ]
 
 
-def _batch_size(summary: DataSummary, device: torch.device) -> int:
-    """About a twentieth of the images as a power of two: 8 to 32, or to 64 on an accelerator."""
+def _train(summary: DataSummary, device: torch.device) -> tuple[dict[str, Any], list[Decision]]:
+    """Batch size, label smoothing, and a metric that fits uneven classes."""
+    # About a twentieth of the images as a power of two.
     power = int(2 ** int(math.log2(max(8, summary.n / 20))))
-    return min(32 if device.type == "cpu" else 64, max(8, power))
+    batch_size = min(32 if device.type == "cpu" else 64, max(8, power))
+    train: dict[str, Any] = {"batch_size": batch_size, "label_smoothing": 0.1}
+    decisions = [
+        Decision("train.batch_size", batch_size, f"{summary.n} images on {device.type}"),
+    ]
+    if summary.largest_class >= UNEVEN * summary.smallest_class:
+        train["metric"] = "balanced_accuracy"
+        reason = (
+            f"classes have {summary.smallest_class} to {summary.largest_class} images; by plain "
+            "accuracy the large ones would decide"
+        )
+        decisions.append(Decision("train.metric", "balanced_accuracy", reason))
+    return train, decisions

@@ -41,6 +41,7 @@ class DataSummary(NamedTuple):
     classes: tuple[str, ...]
     smallest_class: int
     """Images of the smallest class."""
+    largest_class: int
     side: int
     """Median of the images' shorter sides, in pixels."""
 

@@ -1,9 +1,9 @@
-"""Plan the image size: the one at which probes do best, among those that the time allows."""
+"""Plan the image size: the usual one, unless probes do clearly better at another in time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from threefold.data.dataset import Sources
@@ -11,7 +11,13 @@ from threefold.errors import RecipeError
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
 from threefold.training.features import FeatureCache
-from threefold.training.measure import PROBE_ROWS, SizeProbe, probe_size, spread_over_classes
+from threefold.training.measure import (
+    PROBE_ROWS,
+    SizeProbe,
+    clearly_lower,
+    probe_size,
+    spread_over_classes,
+)
 from threefold.training.plan_basis import (
     STARTUP_SECONDS,
     Clock,
@@ -81,7 +87,7 @@ def choose_size(
     clock: Clock,
     quality: Quality,
 ) -> ProbePlan:
-    """Choose the size at which probes do best, among those that the time allows."""
+    """Choose the usual size, or one at which probes do clearly better, as the time allows."""
     key, first = "img_size", draft.members[0]
     costs = relative_costs(draft)
     default = type(first).model_fields["img_size"].default
@@ -117,7 +123,7 @@ def choose_size(
             probe_size(cache, first.model_copy(update={"img_size": size}), probed, sources)
             for size in close
         ]
-        best = min(results, key=lambda result: min(result.loss, result.last_loss))
+        best = _choose_probe(results, choice)
         choice = best.img_size
         levels = _compare_levels(first, best)
         figures = ", ".join(f"{r.loss:.3f} at {r.img_size} px ({r.accuracy:.1%})" for r in results)
@@ -129,6 +135,19 @@ def choose_size(
     return ProbePlan(choice, costs, at_choice, seconds(choice), decision, levels)
 
 
+def _choose_probe(results: Sequence[SizeProbe], usual: int) -> SizeProbe:
+    """Return the probe of the usual size, or of one whose log loss is clearly lower.
+
+    On a few hundred images the lowest of several losses is often so by chance.
+    """
+    best = next((result for result in results if result.img_size == usual), results[-1])
+    for result in results:
+        clearly = clearly_lower(result.losses, best.losses, result.groups)
+        if clearly:
+            best = result
+    return best
+
+
 def _compare_levels(member: MemberSpec, result: SizeProbe) -> Decision | None:
     """Decide whether heads read several levels; None if the member's head does not."""
     if member.head.sequence != "levels":
@@ -137,7 +156,8 @@ def _compare_levels(member: MemberSpec, result: SizeProbe) -> Decision | None:
         f"log loss {result.loss:.3f} with the features of several levels of the backbone, "
         f"{result.last_loss:.3f} with the last ones alone"
     )
-    value = "levels" if result.loss < result.last_loss else "pooled"
+    pooled = clearly_lower(result.last_losses, result.losses, result.groups)
+    value = "pooled" if pooled else "levels"
     return Decision("head.sequence", value, reason)
 
 
