@@ -18,6 +18,7 @@ from threefold.models.flops import count_macs
 from threefold.models.hub import has_published_weights, weights_licence
 from threefold.models.member import has_token_grid
 from threefold.recipe import Recipe
+from threefold.stats.scores import log_loss
 from threefold.training.candidates import (
     AUTO,
     CANDIDATES,
@@ -26,7 +27,6 @@ from threefold.training.candidates import (
     choose,
     gather_candidates,
     halves_loss,
-    log_loss,
     screen,
 )
 from threefold.training.plan import plan_folder

@@ -153,6 +153,11 @@ class Sources:
     warnings: tuple[str, ...] = ()
     """Sentences for the report: what makes scores too optimistic."""
 
+    @property
+    def num_images(self) -> int:
+        """Number of training and test images."""
+        return len(self.train) + (0 if self.test is None else len(self.test))
+
 
 def load_data(spec: DataSpec, seed: int) -> Sources:
     """Find, verify and label the images of a recipe.

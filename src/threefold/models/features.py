@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from threefold.models.heads import InputForm
+from threefold.models.heads import input_form
 from threefold.models.member import head_input
 from threefold.models.tracing import simplify, trace_network
 
@@ -39,11 +39,7 @@ class FeatureExtractor(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Map pixels, float (b, 3, s, s) in 0..255, to features (b, ...) of the form."""
         normalized = (pixels - self.mean) / self.std
-        form: InputForm
-        form = "levels" if self.form == "levels" else "pooled"
-        if self.form in ("rows", "spatial"):
-            form = "map"
-        features = head_input(self.backbone, normalized, form)
+        features = head_input(self.backbone, normalized, input_form(self.form))
         if self.form == "rows":  # all that a head reads of a row, in a w-th of the memory
             features = features.mean(dim=3, keepdim=True)
         return features

@@ -66,7 +66,7 @@ class Head(nn.Module):
         _check(spec)
         cell, _ = split_kind(spec.kind)
         self.sequence, self.takes_map = spec.sequence, spec.takes_map
-        self.form = input_form(spec)
+        self.form = input_form(spec.sequence)
         width = spec.units if cell else num_features
         self.recurrent = _recurrent(spec, num_features)
         self.noise = GaussianNoise(spec.noise)
@@ -91,11 +91,10 @@ class Head(nn.Module):
         return torch.cat((outputs[:, -1, :width], outputs[:, 0, width:]), dim=1)
 
 
-def input_form(spec: HeadSpec) -> InputForm:
-    """Return which features of the backbone a head reads."""
-    if spec.takes_map:
-        return "map"
-    return "levels" if spec.sequence == "levels" else "pooled"
+def input_form(sequence: str) -> InputForm:
+    """Return which features of the backbone a head with this `sequence` reads."""
+    forms: dict[str, InputForm] = {"pooled": "pooled", "levels": "levels"}
+    return forms.get(sequence, "map")
 
 
 def _check(spec: HeadSpec) -> None:

@@ -279,7 +279,7 @@ def assemble_member(spec: MemberSpec, backbone: Any, num_classes: int) -> Member
         num_classes: number of logits k.
     """
     config = timm.data.resolve_model_data_config(backbone)
-    width = input_width(backbone, input_form(spec.head))
+    width = input_width(backbone, input_form(spec.head.sequence))
     head = build_head(spec.head, width, num_classes)
     return Member(backbone, head, config["mean"], config["std"])
 

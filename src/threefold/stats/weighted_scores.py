@@ -72,7 +72,8 @@ def in_top(top: int, probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.asarray(((probs > own) | ((probs == own) & earlier)).sum(-1) < top)
 
 
-def _log_losses(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def log_losses(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the log loss (n,) of each row of probabilities (n, k); the least one is FLOOR."""
     return np.asarray(-np.log(np.maximum(probs[np.arange(len(labels)), labels], FLOOR)))
 
 
@@ -187,7 +188,7 @@ SCORES: Final[dict[str, WeightedScore]] = {
     "macro_f1": _macro_f1,
     "roc_auc": _roc_auc,
     **{f"top{top}": partial(_row_mean, partial(in_top, top)) for top in (2, 3, 5)},
-    "log_loss": partial(_row_mean, _log_losses),
+    "log_loss": partial(_row_mean, log_losses),
     "brier": partial(_row_mean, _squared_errors),
 }
 """Scores by name. `scores.bootstrap_interval` says why the calibration error is not among them."""

@@ -37,6 +37,7 @@ from threefold.models.hub import (
 from threefold.models.member import create_backbone, has_token_grid
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
+from threefold.stats.scores import log_loss
 from threefold.training.features import FeatureCache
 from threefold.training.measure import PROBE_ROWS, cross_validated_probe, spread_over_classes
 from threefold.training.plan_basis import Clock, Quality
@@ -158,12 +159,6 @@ class Screening:
 def is_auto(members: Sequence[str]) -> bool:
     """Whether the members are to be chosen: the first name is `auto`."""
     return tuple(members[:1]) == (AUTO,)
-
-
-def log_loss(probs: np.ndarray, labels: np.ndarray) -> float:
-    """Mean log loss of probabilities (n, k)."""
-    of_labels = probs[np.arange(len(labels)), labels]
-    return float(-np.log(np.clip(of_labels, 1e-7, 1.0)).mean())
 
 
 def choose(
@@ -311,10 +306,10 @@ def screen(
     job = _Job(draft, sources, measured.img_size, notes, watcher or Watcher())
     first = count_macs(draft.members[0].backbone, measured.img_size)
     seconds_per_mac = measured.feature_seconds / first
-    labels, n = sources.train.labels, len(sources.train)
+    labels, images = sources.train.labels, sources.num_images
     deadline = time.monotonic() + SCREEN_SHARE * clock.left
     rows = spread_over_classes(labels, PROBE_ROWS)
-    entries = job.affordable(candidates, FEATURE_SHARE * clock.left / (n * seconds_per_mac))
+    entries = job.affordable(candidates, FEATURE_SHARE * clock.left / (images * seconds_per_mac))
     possible = (deadline - time.monotonic()) / seconds_per_mac
     if sum(entry.cost for entry in entries) * len(rows) > possible:
         few = rows[spread_over_classes(labels[rows], FIRST_ROWS)]
@@ -324,7 +319,7 @@ def screen(
     screened = job.compare(entries, rows, deadline)
     probs = np.stack([entry.probs for entry in screened])
     costs = [entry.cost for entry in screened]
-    limit = max(min(costs), FEATURE_SHARE * clock.left / (n * seconds_per_mac))
+    limit = max(min(costs), FEATURE_SHARE * clock.left / (images * seconds_per_mac))
     chosen = sorted(choose(probs, labels[rows], costs, limit))
     return Screening(
         chosen=[screened[i].candidate for i in chosen],
@@ -332,7 +327,7 @@ def screen(
             measured,
             costs=[costs[i] / costs[chosen[0]] for i in chosen],
             feature_seconds=costs[chosen[0]] * seconds_per_mac,
-            seconds=n * sum(costs[i] for i in chosen) * seconds_per_mac,
+            seconds=images * sum(costs[i] for i in chosen) * seconds_per_mac,
         ),
         screened=screened,
         rows=len(rows),

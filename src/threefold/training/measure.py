@@ -16,6 +16,7 @@ from threefold.models.backbones import resolve_backbone
 from threefold.models.member import Member, build_member, has_token_grid, last_level
 from threefold.models.split import EarlyBlocks, LateBlocks
 from threefold.recipe_schema import MemberSpec, StageSpec
+from threefold.stats.weighted_scores import log_losses
 from threefold.training.activations import cached_blocks
 from threefold.training.features import FeatureCache
 from threefold.training.optimizers import set_trainable, train_mode
@@ -97,19 +98,13 @@ def probe_size(
     row_groups = None if groups is None else [groups[row] for row in rows]
     num_classes = len(sources.train.classes)
     probs = cross_validated_probe(features, labels, num_classes, row_groups)
-    last_losses = losses = _log_losses(probs, labels)
+    last_losses = losses = log_losses(probs, labels)
     if spec.head.sequence == "levels":
         last = last_level(cache.backbone(spec), features)
         last_probs = cross_validated_probe(last, labels, num_classes, row_groups)
-        last_losses = _log_losses(last_probs, labels)
+        last_losses = log_losses(last_probs, labels)
     accuracy = float((probs.argmax(1) == labels).mean())
     return SizeProbe(spec.img_size, losses, accuracy, last_losses, row_groups)
-
-
-def _log_losses(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the log loss (n,) of each row of probabilities (n, k)."""
-    of_labels = probs[np.arange(len(labels)), labels]
-    return np.asarray(-np.log(np.clip(of_labels, 1e-7, 1.0)))
 
 
 def clearly_lower(
@@ -162,8 +157,7 @@ def cross_validated_probe(
         targets = Targets(labels[fit], num_classes)
         for number, l2 in enumerate(PROBE_L2):
             probs[number, score] = fit_linear(features[fit], targets, l2).probs(features[score])
-    of_labels = np.clip(probs[:, np.arange(len(labels)), labels], 1e-7, 1.0)
-    best = int(np.argmax(np.log(of_labels).mean(1)))
+    best = int(np.argmin([log_losses(answers, labels).mean() for answers in probs]))
     return np.asarray(probs[best])
 
 

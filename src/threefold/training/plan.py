@@ -27,12 +27,13 @@ from threefold.training.plan_tuning import (
     Tuning,
     choose_tuning,
     select_share,
+    tuned_name,
     tuning_stages,
 )
 from threefold.training.watcher import Watcher
 
-UNEVEN = 3
-"""How many times the images of the smallest class the largest one has where classes are uneven."""
+BALANCED_FROM = 3
+"""Ratio of the largest to the smallest class from which runs go by balanced accuracy."""
 
 DEFAULT_MEMBERS = (
     ("lite0", "tf_efficientnet_lite0.in1k"),
@@ -192,9 +193,7 @@ def _check_overrides(
     Raises:
         RecipeError: a key, stage or member is unknown, or a value has the wrong type.
     """
-    tuned = [
-        {"name": f"{probe['name']}-tuned"[:80], "starts_from": probe["name"]} for probe in probes
-    ]
+    tuned = [{"name": tuned_name(probe["name"]), "starts_from": probe["name"]} for probe in probes]
     names = [member["name"] for member in tuned]
     stages = [
         {"name": name, "epochs": 1, "lr": 1e-3, "members": names} for name in ("tune1", "tune2")
@@ -207,13 +206,13 @@ def _check_overrides(
 
 def _summarize(sources: Sources) -> DataSummary:
     """Count all images, and measure a sample of at most 32."""
-    train, test = sources.train, sources.test
+    train = sources.train
     counts = np.bincount(train.labels, minlength=len(train.classes))
     rows = np.linspace(0, len(train) - 1, min(32, len(train))).astype(int)
     sides = [min(train.pixels(int(row)).shape[:2]) for row in rows]
     return DataSummary(
         n=len(train),
-        images=len(train) + (0 if test is None else len(test)),
+        images=sources.num_images,
         classes=train.classes,
         smallest_class=int(counts.min()),
         largest_class=int(counts.max()),
@@ -310,7 +309,7 @@ def _train(summary: DataSummary, device: torch.device) -> tuple[dict[str, Any], 
     decisions = [
         Decision("train.batch_size", batch_size, f"{summary.n} images on {device.type}"),
     ]
-    if summary.largest_class >= UNEVEN * summary.smallest_class:
+    if summary.largest_class >= BALANCED_FROM * summary.smallest_class:
         train["metric"] = "balanced_accuracy"
         reason = (
             f"classes have {summary.smallest_class} to {summary.largest_class} images; by plain "

@@ -79,8 +79,8 @@ def look_for_groups(
         return FoundGroups(None, None), measured
     found = find_groups(draft.members, sources, cache, clock)
     if found.compared:  # what is left are the features of the test images
-        test = 0 if sources.test is None else len(sources.test)
-        measured = replace(measured, seconds=measured.seconds * test / (len(train) + test))
+        left = 1 - len(train) / sources.num_images
+        measured = replace(measured, seconds=measured.seconds * left)
     return found, measured
 
 
@@ -103,8 +103,7 @@ def find_groups(
         reason = f"no scenes were looked for: to compare {len(train)} images takes {seconds:.0f} s"
         return FoundGroups(None, Decision(KEY, "stratified", reason))
     rows = np.arange(len(train))
-    every = len(train) + (0 if sources.test is None else len(sources.test))
-    cache.prepare("train", specs, rows, expected=every)
+    cache.prepare("train", specs, rows, expected=sources.num_images)
     features = cache.rows("train", specs[0], rows).features.astype(np.float32)
     if features.ndim == 4:  # maps, for a head that reads sequences
         features = features.mean((2, 3))

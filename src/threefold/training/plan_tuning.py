@@ -221,6 +221,11 @@ def _frozen(device: torch.device) -> tuple[str, str]:
     return EARLY_BLOCKS, ""
 
 
+def tuned_name(probe: str) -> str:
+    """Name the member that is tuned from a probe; names have at most 80 characters."""
+    return f"{probe[:74]}-tuned"
+
+
 def tuning_rate(steps: float) -> float:
     """Return the learning rate of tuning: 1e-3, and less where few steps follow.
 
@@ -252,7 +257,7 @@ def tuning_stages(
     size = tuning_size(tuning, img_size)
     tuned = [
         {
-            "name": f"{base['name'][:74]}-tuned",
+            "name": tuned_name(base["name"]),
             "starts_from": base["name"],
             "img_size": member.img_size if _has_fixed_size(member) else size,
             # A tuned network has what it needs in its last features.

@@ -22,6 +22,8 @@ from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from threefold.stats.weighted_scores import log_losses
+
 L2_GRID: Final = tuple(10.0 ** (exponent / 2) for exponent in range(10, -1, -1))
 """Penalties to choose from, the strongest first: 1e5 to 1 in steps of the root of 10."""
 
@@ -120,9 +122,8 @@ def choose_l2(
     since = 0
     for l2 in grid:
         head = problem.solve(l2, SEARCH_TOLERANCE)
-        probs = head.probs(select_features)[np.arange(len(select_labels)), select_labels]
-        loss = -np.log(np.maximum(probs, 1e-7).astype(np.float64))
-        losses[l2] = float(np.average(loss, weights=select_weights))
+        probs = head.probs(select_features).astype(np.float64)
+        losses[l2] = float(np.average(log_losses(probs, select_labels), weights=select_weights))
         since += 1
         if l2 == grid[0] or losses[l2] < losses[best]:
             best, solution, since = l2, problem.solution, 0
