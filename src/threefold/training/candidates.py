@@ -36,11 +36,11 @@ from threefold.models.hub import (
 )
 from threefold.models.member import create_backbone, has_token_grid
 from threefold.recipe import Recipe
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe_schema import HeadSpec, MemberSpec
 from threefold.stats.scores import log_loss
 from threefold.training.features import FeatureCache
 from threefold.training.measure import PROBE_ROWS, cross_validated_probe, spread_over_classes
-from threefold.training.plan_basis import Clock, Quality
+from threefold.training.plan_basis import Clock, Quality, widest_input
 from threefold.training.plan_size import FEATURE_SHARE, ProbePlan
 from threefold.training.watcher import Watcher
 
@@ -412,6 +412,7 @@ class _Job:
             weights=candidate.weights,
             img_size=candidate.img_size or self.img_size,
             resize=self.draft.members[0].resize,
+            head=HeadSpec(sequence=widest_input(candidate.backbone)),
         )
         # A cache of its own, so that only one backbone is in memory; the features stay on disk.
         cache = FeatureCache(self.sources, self.draft, self.watcher)

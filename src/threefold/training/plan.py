@@ -14,13 +14,17 @@ import numpy as np
 import torch
 
 from threefold.data.dataset import Sources, load_data
-from threefold.models.member import create_backbone, has_levels
 from threefold.models.pipeline import pick_device
 from threefold.recipe import Recipe
-from threefold.recipe_schema import MemberSpec
 from threefold.training.candidates import Screening, gather_candidates, is_auto, screen
 from threefold.training.features import FeatureCache
-from threefold.training.plan_basis import Clock, DataSummary, Decision, Quality
+from threefold.training.plan_basis import (
+    Clock,
+    DataSummary,
+    Decision,
+    Quality,
+    widest_input,
+)
 from threefold.training.plan_groups import look_for_groups, plan_with_groups
 from threefold.training.plan_size import ProbePlan, choose_size
 from threefold.training.plan_tuning import (
@@ -228,16 +232,9 @@ def _members(names: Sequence[str]) -> list[dict[str, Any]]:
     # The noise of the paper's heads is for random heads; it would blur a fitted one.
     head = {"kind": "linear", "noise": 0.0}
     return [
-        {"name": name, "backbone": backbone, "head": head | {"sequence": _widest_input(backbone)}}
+        {"name": name, "backbone": backbone, "head": head | {"sequence": widest_input(backbone)}}
         for name, backbone in pairs
     ]
-
-
-def _widest_input(backbone: str) -> str:
-    """Return the `head.sequence` that reads most of a backbone: levels, or else pooled."""
-    spec = MemberSpec(name="m", backbone=backbone, weights="none")
-    with torch.device("meta"):
-        return "levels" if has_levels(create_backbone(spec, pretrained=False)) else "pooled"
 
 
 def _sized_members(

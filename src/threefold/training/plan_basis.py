@@ -7,9 +7,13 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from threefold.models.backbones import resolve_backbone
 from threefold.models.flops import count_macs
+from threefold.models.member import create_backbone, has_levels
 from threefold.recipe import Recipe
+from threefold.recipe_schema import MemberSpec
 
 Quality = Literal["fast", "good", "best"]
 
@@ -73,3 +77,10 @@ def relative_costs(draft: Recipe) -> list[float]:
     """Cost of each member's features, relative to the first."""
     macs = [count_macs(resolve_backbone(m.backbone).split(".")[0], 224) for m in draft.members]
     return [count / macs[0] for count in macs]
+
+
+def widest_input(backbone: str) -> Literal["levels", "pooled"]:
+    """Return the `head.sequence` that reads most of a backbone: levels, or else pooled."""
+    spec = MemberSpec(name="m", backbone=backbone, weights="none")
+    with torch.device("meta"):
+        return "levels" if has_levels(create_backbone(spec, pretrained=False)) else "pooled"
