@@ -31,14 +31,11 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from threefold.data.image_headers import UnreadableImage, essential_parts
 from threefold.errors import DataError
 
 MAX_PIXELS = 89_478_485
 """Largest width x height to decode (a quarter of a GiB as RGB), against decompression bombs."""
-
-MAX_SCANS = 100
-"""Largest number of JPEG scans that `measure` accepts. Encoders write about ten; each may take as
-long to decode as a whole image."""
 
 IMAGE_SUFFIXES = {
     ".jpg": "JPEG",
@@ -101,11 +98,7 @@ class TooManyPixels(DataError):
     """An image exceeds the size limit; it may be sound otherwise."""
 
 
-class _Unreadable(Exception):
-    """Why an image cannot be decoded."""
-
-
-class _TooManyPixels(_Unreadable):
+class _TooManyPixels(UnreadableImage):
     """The image has too many pixels."""
 
 
@@ -124,15 +117,31 @@ def decode(source: str | Path | bytes | BinaryIO) -> NDArray[np.uint8]:
         uint8 pixels (h, w, 3).
 
     Raises:
-        DataError: the file is missing, empty, damaged or truncated, has more than `MAX_PIXELS`, or
-            is none of the six formats.
+        DataError: the file is missing, empty, damaged or truncated, has more than `MAX_PIXELS`,
+            would take too much time or memory to decode (`image_headers`), or is none of the six
+            formats.
     """
     try:
         return _read(source)[0]
-    except _Unreadable as error:
+    except UnreadableImage as error:
         where = source if isinstance(source, str | Path) else getattr(source, "name", "")
         where = where or "image bytes"
         raise DataError("cannot read the image", where=where, got=error) from None
+
+
+def rgb_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """Convert a Pillow image as `decode` converts a file: upright, on white, as RGB.
+
+    Raises:
+        DataError: it is not loaded yet and its file cannot be read, or its values have no white.
+    """
+    try:
+        image.load()
+        return _to_rgb(_upright(image))
+    except Exception as error:  # Pillow raises nearly any type for damaged content
+        raise DataError(
+            "cannot read the image", where="a Pillow image", got=error or type(error).__name__
+        ) from None
 
 
 def measure(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -140,16 +149,13 @@ def measure(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
     Raises:
         TooManyPixels: more than `max_pixels`.
-        DataError: the format is unknown, the header is damaged, or a JPEG has more than `MAX_SCANS`
-            scans, which would take minutes to decode.
+        DataError: the format is unknown, the header is damaged, or the file would take too much
+            time to decode (`image_headers`).
     """
     stream = io.BytesIO(content)
     try:
-        image = _open(stream, max_pixels)[0]
-        if image.format == "JPEG" and content.count(b"\xff\xda") > MAX_SCANS:
-            raise _Unreadable(f"a JPEG of more than {MAX_SCANS} scans")
-        return image.size
-    except _Unreadable as error:
+        return _open(stream, max_pixels)[0].size
+    except UnreadableImage as error:
         kind = TooManyPixels if isinstance(error, _TooManyPixels) else DataError
         raise kind("cannot read the image", where="image bytes", got=error) from None
 
@@ -164,7 +170,7 @@ def check(path: str | Path, content: bytes | None = None) -> BadImage | None:
     path = Path(path)
     try:
         _, image_format = _read(path if content is None else content)
-    except _Unreadable as error:
+    except UnreadableImage as error:
         return BadImage(path, " ".join(str(error).split()))
     if IMAGE_SUFFIXES.get(path.suffix.lower(), image_format) != image_format:
         return BadImage(path, f"content is {image_format}, suffix is {path.suffix}", readable=True)
@@ -236,10 +242,10 @@ def _read(source: str | Path | bytes | BinaryIO) -> tuple[NDArray[np.uint8], str
     try:
         # Reading a pipe or a device could block for ever.
         if not stat.S_ISREG(os.stat(source).st_mode):
-            raise _Unreadable("not a regular file")
+            raise UnreadableImage("not a regular file")
         stream = open(source, "rb")  # noqa: SIM115 (closed by the `with` below)
     except (OSError, ValueError) as error:
-        raise _Unreadable(getattr(error, "strerror", None) or error) from None
+        raise UnreadableImage(getattr(error, "strerror", None) or error) from None
     with stream:
         return _decode(stream)
 
@@ -250,10 +256,11 @@ def _open(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[ImageFile.Ima
     stream.seek(0)
     image_format = _sniff(head)
     _require_size(_declared_size(head, image_format), max_pixels)
+    parts = essential_parts(stream, image_format)
     try:
-        image = _READERS[image_format](stream)
+        image = _READERS[image_format](parts)
     except Exception as error:  # Pillow raises nearly any type for damaged content
-        raise _Unreadable(
+        raise UnreadableImage(
             f"damaged or truncated {image_format}: {error or type(error).__name__}"
         ) from None
     _require_size(image.size, max_pixels)
@@ -265,10 +272,10 @@ def _decode(stream: BinaryIO) -> tuple[NDArray[np.uint8], str]:
     try:
         image.load()
         return _to_rgb(_upright(image)), image_format
-    except _Unreadable:
+    except UnreadableImage:
         raise
     except Exception as error:
-        raise _Unreadable(
+        raise UnreadableImage(
             f"damaged or truncated {image_format}: {error or type(error).__name__}"
         ) from None
 
@@ -276,13 +283,13 @@ def _decode(stream: BinaryIO) -> tuple[NDArray[np.uint8], str]:
 def _sniff(head: bytes) -> str:
     """Return the format that the first bytes of a file indicate."""
     if not head:
-        raise _Unreadable("the file is empty (0 bytes)")
+        raise UnreadableImage("the file is empty (0 bytes)")
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WebP"
     for magic, image_format in _MAGIC:
         if head.startswith(magic):
             return image_format
-    raise _Unreadable(f"not an image (the content is none of {', '.join(_READERS)})")
+    raise UnreadableImage(f"not an image (the content is none of {', '.join(_READERS)})")
 
 
 def _declared_size(head: bytes, image_format: str) -> tuple[int, int]:
@@ -304,7 +311,7 @@ def _declared_size(head: bytes, image_format: str) -> tuple[int, int]:
             width, height = struct.unpack_from("<HH", head, 26)
             return width & 0x3FFF, height & 0x3FFF
     except struct.error:
-        raise _Unreadable(
+        raise UnreadableImage(
             f"damaged or truncated {image_format}: the header is not complete"
         ) from None
     return 1, 1
@@ -318,7 +325,7 @@ def _require_size(size: tuple[int, int], max_pixels: int) -> None:
         )
 
 
-def _upright(image: ImageFile.ImageFile) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation; Pillow itself applies that of TIFF files while loading."""
     transpose = _UPRIGHT.get(_orientation(image.info.get("exif", b"")))
     return image if transpose is None else image.transpose(transpose)
@@ -360,7 +367,7 @@ def _deep_grey_to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     values = np.asarray(image)
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= 65535):  # also true of NaN
-        raise _Unreadable(
+        raise UnreadableImage(
             f"32-bit values from {low} to {high}; supported are 0..1, 0..255 and 0..65535"
         )
     whites = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
