@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
 import hashlib
 import io
 import json
 import os
+import stat
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -41,6 +44,28 @@ def write_bytes(path: Path, data: bytes) -> None:
         ) from None
 
 
+def read_text(path: Path, max_bytes: int) -> str:
+    """Read a text file: UTF-8, or UTF-16 with its mark, as PowerShell and Excel write it.
+
+    Args:
+        path: the file; a pipe or a device, which could be read for ever, is refused.
+        max_bytes: the largest size.
+
+    Raises:
+        OSError: the file cannot be read, is no regular file, or is too large.
+        UnicodeDecodeError: it is in another encoding.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        what = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        raise OSError(errno.EINVAL, what, str(path))
+    if status.st_size > max_bytes:
+        raise OSError(errno.EFBIG, f"more than {max_bytes:,} bytes", str(path))
+    content = path.read_bytes()
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_utf16 else "utf-8-sig")
+
+
 def write_json(path: Path, tree: Any) -> None:
     """Write a tree of plain values as indented JSON."""
     write_bytes(
@@ -58,7 +83,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RunError("cannot read", where=path, got=error) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError("the file is damaged", where=path, got=error) from None
 
 

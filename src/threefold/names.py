@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+from typing import Final
 
 
 def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
@@ -12,11 +14,43 @@ def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
 
     Names that differ only in leading zeros are sorted as text.
     """
-    pieces = re.split(r"(\d+)", name)
-    key = [(int(piece), "") if i % 2 else (0, piece) for i, piece in enumerate(pieces)]
+    key = []
+    for i, piece in enumerate(re.split(r"(\d+)", name)):
+        # Compared as text of equal length: Python refuses numbers of more than 4,300 digits.
+        digits = piece.lstrip("0")
+        key.append((len(digits), digits) if i % 2 else (0, piece))
     return key, name
 
 
 def find_repeated(names: Iterable[str]) -> list[str]:
     """Return the names that occur more than once, in order of first appearance."""
     return [name for name, count in Counter(names).items() if count > 1]
+
+
+MAX_NAME: Final = 1000
+"""Most characters of the name of a class."""
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name is short text without control characters, which terminals would obey."""
+    return 0 < len(name) <= MAX_NAME and _CONTROL.search(name) is None
+
+
+def printable(text: str) -> str:
+    """Return a text with its control characters written out, so that no terminal obeys them.
+
+    Line ends and tabs stay.
+    """
+    return _CONTROL.sub(lambda m: m[0] if m[0] in "\t\r\n" else f"\\x{ord(m[0]):02x}", text)
+
+
+def escape_formula(text: str) -> str:
+    """Return a cell that spreadsheets show as text, with an apostrophe before a formula's sign."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+
+
+def normalise_name(name: str) -> str:
+    """Return a name as NFC: macOS writes an accent as a letter of its own, other systems do not."""
+    return unicodedata.normalize("NFC", name)

@@ -22,7 +22,7 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
         )
     try:
         value = tomllib.loads(f"v = {raw}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = raw
     *parents, last = path.strip().split(".")
     node: Any = tree

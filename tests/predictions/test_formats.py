@@ -245,7 +245,7 @@ def test_labels_beside_the_file_that_do_not_fit_are_refused(tmp_path: Path) -> N
         "id,label\na,cat\n": r"labels are missing.*1 missing, the first is b",
         "id,label\na,cat\nb,cow\n": "a label is not a class.*row 1.*got cow",
         "id,label\na,cat\na,dog\nb,cat\n": "ids are not unique.*got a",
-        "id,truth\na,cat\nb,cat\n": "no column label",
+        "id,one,two\na,cat,x\nb,cat,y\n": "no column label",
         "label\ncat\n": "labels do not fit.*expected 2 rows.*got 1",
         "id,label\n": "header and no rows",
     }.items():

@@ -125,8 +125,14 @@ BROKEN = {
         r"NaN or infinite: index \(0, 0, 1\)",
     ),
     "infinite": ({"probs": np.where(np.arange(3) == 1, np.inf, PROBS)}, "NaN or infinite"),
-    "negative": ({"probs": np.array([[[1.5, -0.5]] * 6])}, r"negative: index \(0, 0, 1\).*softmax"),
-    "logits": ({"probs": PROBS * 7}, r"sum to 1: index \(0, 0\); got 7; fix: apply softmax"),
+    "negative": (
+        {"probs": np.array([[[1.5, -0.5]] * 6])},
+        r"not probabilities.*index \(0, 0\).*softmax",
+    ),
+    "logits": (
+        {"probs": PROBS * 7},
+        r"logits.*index \(0, 0\).*got .* with sum 7; fix: apply softmax",
+    ),
     "sums a little off": ({"probs": PROBS * 1.002}, "do not sum to 1"),
     "label too large": (
         {"labels": np.array([0, 1, 2, 0, 1, 3])},

@@ -34,7 +34,7 @@ Labels = Annotated[
     str | None,
     typer.Option(
         "--labels",
-        help="For files without labels: a table with id and label, or `folder` = from the paths.",
+        help="For files without labels: a table of ids and labels, or `folder` = from the paths.",
     ),
 ]
 Classes = Annotated[

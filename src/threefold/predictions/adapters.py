@@ -11,11 +11,13 @@ import difflib
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
 
 from threefold.errors import DataError
+from threefold.predictions.label_table import is_clear_id_name, is_id_name
 from threefold.predictions.labels import FileContent
 from threefold.predictions.predictions import parse_provenance
 from threefold.predictions.tables import Table
@@ -53,11 +55,36 @@ _ULTRALYTICS_FIX = (
 
 def is_reserved_column(name: str) -> bool:
     """Whether a column cannot be a class: it has a fixed meaning, or holds pandas' row numbers."""
-    return name in COLUMNS or _ROW_NUMBERS.fullmatch(name) is not None
+    return name.strip().lower() in COLUMNS or _ROW_NUMBERS.fullmatch(name) is not None
 
 
-def number_columns(header: Sequence[str], where: str) -> Sequence[str]:
+def known_columns(header: Sequence[str]) -> dict[str, str]:
+    """The columns with a fixed meaning, and the name in COLUMNS that each stands for.
+
+    `Label` stands for `label` where there is no such column. In a table without `id` and `path`, a
+    column such as `image_id` or `filename` is the id, and so is a first column called `image`.
+    """
+    known = {name: name for name in header if name in COLUMNS}
+    for name in header:
+        meaning = name.strip().lower()
+        if name not in known and meaning in COLUMNS and meaning not in known.values():
+            known[name] = meaning
+    if {"id", "path"}.isdisjoint(known.values()):
+        clear = [name for name in header if is_clear_id_name(name)]
+        # A class can be called `file` or `key`: such a name is the id's in the first column only.
+        first = [name for name in header[:1] if name not in known and is_id_name(name)]
+        for name in (clear or first)[:1]:
+            known[name] = "id"
+    return known
+
+
+def number_columns(header: Sequence[str], where: str, has_labels: bool = False) -> Sequence[str]:
     """The columns of a table that hold numbers.
+
+    Args:
+        header: names of all columns.
+        where: the file, for messages.
+        has_labels: whether labels come from elsewhere, so that the table needs none.
 
     Raises:
         DataError: the table is of an unknown kind, or cannot be used for an ensemble.
@@ -78,7 +105,9 @@ def number_columns(header: Sequence[str], where: str) -> Sequence[str]:
         )
     if _is_timm(columns):
         return [name for name in header if _TIMM.fullmatch(name)]
-    if not columns & {"label", "path"}:
+    known = known_columns(header)
+    columns |= set(known.values())
+    if not columns & {"label", "path"} and not (has_labels and "id" in columns):
         for name in header:
             if difflib.get_close_matches(name.strip().lower(), ("label", "path"), cutoff=0.8):
                 shown += f"; did you mean {name}"
@@ -88,6 +117,7 @@ def number_columns(header: Sequence[str], where: str) -> Sequence[str]:
             where=where,
             expected=_EXPECTED_COLUMNS,
             got=shown,
+            fix="add a column label, or give a table of id and label as --labels (labels=)",
         )
     if "member" in columns and not columns & {"id", "path"}:
         raise DataError(
@@ -103,7 +133,7 @@ def number_columns(header: Sequence[str], where: str) -> Sequence[str]:
             raise DataError(
                 "a column holds row numbers", where=where, got=name, fix="to_csv(..., index=False)"
             )
-    classes = [name for name in header if name not in COLUMNS]
+    classes = [name for name in header if name not in known]
     if len(classes) < 2:
         raise DataError(
             "too few class columns",
@@ -129,6 +159,10 @@ def from_table(table: Table) -> list[FileContent]:
     """
     if _is_timm({*table.text, *table.names}):
         return [_from_timm(table)]
+    known = known_columns(list(table.text))
+    # What is neither a class nor known by its name alone was taken for the id by its place.
+    text = {known.get(name, "id"): cells for name, cells in table.text.items()}
+    table = replace(table, text=text)
     members = table.text.get("member")
     if members is None:
         return [_member_content(table, range(len(table.numbers)), None)]
@@ -329,6 +363,8 @@ def from_arrays(arrays: dict[str, np.ndarray], where: str) -> FileContent:
             got=", ".join(arrays)[:80] or "no arrays",
             fix="save class_indices=list(data.class_indices), too" if is_foreign else "",
         )
+    if not {"ids", "paths"} & arrays.keys():
+        arrays |= _find_ids(arrays)
     text = {
         name: _texts(arrays[name])
         for name in ("ids", "paths", "classes", "members", "groups")
@@ -348,6 +384,16 @@ def from_arrays(arrays: dict[str, np.ndarray], where: str) -> FileContent:
         members=text.get("members"),
         extra=extra | parse_provenance(arrays.get("provenance"), where),
     )
+
+
+def _find_ids(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The array that names the rows under another name, as `ids`; empty if there is none."""
+    n = arrays["probs"].shape[-2] if arrays["probs"].ndim > 1 else -1
+    for name, values in arrays.items():
+        is_candidate = name not in ARRAYS and is_id_name(name) and values.shape == (n,)
+        if is_candidate and len(set(_texts(values))) == n:
+            return {"ids": values}
+    return {}
 
 
 def _rename_keras(arrays: dict[str, np.ndarray], where: str) -> dict[str, np.ndarray]:

@@ -17,8 +17,6 @@ FLOOR: Final = 1e-7
 
 Votes give exact zeros."""
 
-_SOFTMAX_HINT = "apply softmax to logits first"
-
 
 def check_probs(probs: npt.ArrayLike, ndim: int) -> np.ndarray:
     """Check probabilities and return them as a floating-point array.
@@ -49,18 +47,14 @@ def check_probs(probs: npt.ArrayLike, ndim: int) -> np.ndarray:
         raise DataError(
             "probabilities are NaN or infinite", where=_first_index(~np.isfinite(array))
         )
-    if array.min() < 0:
-        raise DataError(
-            "probabilities are negative", where=_first_index(array < 0), fix=_SOFTMAX_HINT
-        )
-    sums = array.sum(-1, dtype=np.float64)
-    off = np.abs(sums - 1) > SUM_TOLERANCE
+    off = find_unsuitable(array)
     if off.any():
+        members = array if ndim == 3 else array[None]
+        first = tuple(int(i) for i in np.argwhere(off)[0])
+        member, row = first if ndim == 3 else (0, *first)
+        what, got, fix = describe_unsuitable(members, member, row)
         raise DataError(
-            "probabilities of a row do not sum to 1",
-            where=_first_index(off),
-            got=f"{sums[off][0]:.4g}",
-            fix=_SOFTMAX_HINT,
+            what, where=_first_index(off), expected="rows that sum to 1", got=got, fix=fix
         )
     return array
 
@@ -73,6 +67,83 @@ def _is_clean(array: np.ndarray) -> bool:
     wide = array if array.dtype != np.float16 else array.astype(np.float32)
     sums = wide @ np.ones(array.shape[-1], wide.dtype)
     return bool(array.min() >= 0 and np.abs(sums - 1).max() < SUM_TOLERANCE / 2)
+
+
+def find_unsuitable(probs: np.ndarray) -> np.ndarray:
+    """Find rows of finite numbers (..., k) that are no probabilities; returns bool (...)."""
+    sums = probs.sum(-1, dtype=np.float64)
+    unsuitable: np.ndarray = (np.abs(sums - 1) > SUM_TOLERANCE) | (probs < 0).any(-1)
+    return unsuitable
+
+
+def describe_unsuitable(
+    probs: np.ndarray, member: int, row: int, names: tuple[str, ...] | None = None
+) -> tuple[str, str, str]:
+    """Describe a row that is no probabilities, and guess from all numbers what they are.
+
+    Args:
+        probs: (m, n, k).
+        member: the member of the row.
+        row: the row.
+        names: k names of the columns, if they are known.
+
+    Returns:
+        What is wrong, the row's first numbers and their sum, and advice.
+    """
+    values = np.asarray(probs[member, row], np.float64)
+    if _is_transposed(probs):
+        what = "the axes are swapped: each column sums to 1 in place of each row"
+        fix = "save the transpose: one row per image, one column per class"
+    else:
+        what, fix = _diagnose(values, names)
+    shown = ", ".join(f"{value:.4g}" for value in values[:4])
+    more = ", ..." if len(values) > 4 else ""
+    return what, f"{shown}{more} with sum {values.sum():.4g}", fix
+
+
+def _is_transposed(probs: np.ndarray) -> bool:
+    sums = probs.sum(-2, dtype=np.float64)
+    return bool((probs >= 0).all() and (np.abs(sums - 1) < SUM_TOLERANCE).all())
+
+
+def _diagnose(row: np.ndarray, names: tuple[str, ...] | None) -> tuple[str, str]:
+    """Guess what numbers that do not sum to 1 are, and suggest a fix."""
+    total = row.sum()
+    not_negative = (row >= 0).all()
+    if not_negative and abs(total - 100) < 1:
+        return "these are percentages", "divide by 100"
+    if (row <= 0).all() and abs(np.exp(row).sum() - 1) < 0.01:
+        return "these are logarithms of probabilities", "apply exp first"
+    prefixes = [name.split(":", 1)[0] for name in names or () if ":" in name]
+    if len(prefixes) == len(row) and len(set(prefixes)) == round(total) > 1:
+        return (
+            "the columns are those of several members",
+            "write one row per id and member, with a column `member`",
+        )
+    if not_negative and abs(total - 1) < 0.05:
+        if _is_bfloat16(row):
+            return (
+                "probabilities of a row do not sum to 1: they have the precision of bfloat16",
+                "compute the softmax in float32: logits.float().softmax(-1)",
+            )
+        return (
+            "probabilities of a row do not sum to 1",
+            "write at least 5 digits, and one column for every class",
+        )
+    if not_negative and (row <= 1).all():
+        fix = "of sigmoid outputs save softmax(logits) in place of sigmoid(logits)"
+        if total < 1:
+            fix = f"save all classes, not only the most likely ones; {fix}"
+        return "probabilities of a row do not sum to 1 (sigmoid outputs?)", fix
+    return (
+        "these are not probabilities (logits?)",
+        "apply softmax first; every column without a meaning of its own is a class",
+    )
+
+
+def _is_bfloat16(row: np.ndarray) -> bool:
+    """Whether every number fits bfloat16, the upper half of a float32."""
+    return not (row.astype(np.float32).view(np.uint32) & 0xFFFF).any()
 
 
 def check_labels(labels: npt.ArrayLike, n: int, k: int) -> np.ndarray:

@@ -9,13 +9,14 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from threefold.errors import DataError
-from threefold.files import write_bytes
+from threefold.files import read_text, write_bytes
 from threefold.predictions.adapters import (
     ARRAYS,
     from_arrays,
@@ -25,11 +26,15 @@ from threefold.predictions.adapters import (
 )
 from threefold.predictions.array_files import detect_format, npz_dtypes, read_npy, read_npz, read_pt
 from threefold.predictions.join import join_predictions
-from threefold.predictions.labels import FileContent, LabelSource, LabelTable, build_predictions
+from threefold.predictions.label_table import LabelTable, find_label_column
+from threefold.predictions.labels import FileContent, LabelSource, build_predictions
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.tables import import_pyarrow, read_csv, read_json, read_parquet
 
 Classes = Sequence[str] | str | Path
+
+MAX_CLASSES_BYTES = 1 << 26
+"""Largest text file of class names."""
 
 
 def read_predictions(
@@ -42,9 +47,9 @@ def read_predictions(
 
     Args:
         source: the file.
-        labels: for files without labels. A CSV or parquet file with `label`, and `id` (or `path`)
-            unless its rows are in the file's order; or "folder", which takes each row's label from
-            the class folder in its id.
+        labels: for files without labels. A CSV or parquet file with `label` and a column of ids,
+            which is found by its content; only a table without one is matched by order. Or
+            "folder", which takes each row's label from the class folder in its id.
         classes: names of the columns, for files without them. A sequence, or a text file with one
             name a line.
 
@@ -60,7 +65,7 @@ def read_predictions(
         if _can_load_directly(dtypes):
             predictions = Predictions.load(path)
             return predictions if "members" in dtypes else _name_member(predictions, path)
-    contents = _read_content(path, format_name)
+    contents = _read_content(path, format_name, has_labels=label_source is not None)
     members = [build_predictions(content, label_source, names) for content in contents]
     try:
         predictions = join_predictions(members)
@@ -85,7 +90,7 @@ def _can_load_directly(dtypes: dict[str, np.dtype[Any]]) -> bool:
     )
 
 
-def _read_content(path: Path, format_name: str) -> list[FileContent]:
+def _read_content(path: Path, format_name: str, has_labels: bool) -> list[FileContent]:
     where = str(path)
     if format_name == "npz":
         return [from_arrays(read_npz(path), where)]
@@ -94,7 +99,7 @@ def _read_content(path: Path, format_name: str) -> list[FileContent]:
     if format_name == "npy":
         return [from_arrays({"probs": read_npy(path)}, where)]
     read_table = {"csv": read_csv, "parquet": read_parquet, "json": read_json}[format_name]
-    return from_table(read_table(path, number_columns))
+    return from_table(read_table(path, partial(number_columns, has_labels=has_labels)))
 
 
 def _label_source(labels: str | Path | None) -> LabelSource:
@@ -111,23 +116,12 @@ def _label_source(labels: str | Path | None) -> LabelSource:
         )
     read_table = read_csv if format_name == "csv" else read_parquet
     table = read_table(path, _no_number_columns)
-    return LabelTable(
-        where=str(path),
-        labels=table.text["label"],
-        ids=table.text.get("id", table.text.get("path")),
-        groups=table.text.get("group"),
-    )
+    return LabelTable.from_columns(table.text, str(path))
 
 
 def _no_number_columns(header: Sequence[str], where: str) -> Sequence[str]:
     """All columns of a table of labels are text."""
-    if "label" not in header:
-        raise DataError(
-            "the table of labels has no column label",
-            where=where,
-            expected="id,label",
-            got=", ".join(header)[:80],
-        )
+    find_label_column(header, where)
     return []
 
 
@@ -137,7 +131,7 @@ def _class_names(classes: Classes | None) -> tuple[str, ...] | None:
     if not isinstance(classes, str | Path):
         return tuple(map(str, classes))
     try:
-        names = Path(classes).read_text(encoding="utf-8-sig").splitlines()
+        names = read_text(Path(classes), MAX_CLASSES_BYTES).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             "cannot read the class names",

@@ -15,28 +15,14 @@ from typing import Any, Literal
 import numpy as np
 
 from threefold.errors import DataError
-from threefold.names import find_repeated, natural_key
-from threefold.predictions.checks import SUM_TOLERANCE
+from threefold.names import natural_key
+from threefold.predictions.checks import describe_unsuitable, find_unsuitable
+from threefold.predictions.label_table import LabelTable
 from threefold.predictions.predictions import Predictions, default_names
 
-_FIX_CLASS_ORDER = "save `classes` in the order of the columns, or give classes="
-
-
-@dataclass(frozen=True, eq=False)
-class LabelTable:
-    """A separate table of labels.
-
-    Attributes:
-        where: the file, for messages.
-        labels: n class names or numbers, as text.
-        ids: n names of rows, or None if the table is in the order of the predictions.
-        groups: n groups, or None.
-    """
-
-    where: str
-    labels: list[str]
-    ids: list[str] | None = None
-    groups: list[str] | None = None
+_FIX_CLASS_ORDER = (
+    "save `classes` in the order of the columns, or give them as --classes (classes=)"
+)
 
 
 LabelSource = LabelTable | Literal["folder"] | None
@@ -110,7 +96,7 @@ def build_predictions(
         if folder_labels is not None:
             labels.append(folder_labels)
     if isinstance(source, LabelTable):
-        ids, rows = _match_rows(source, ids, paths, n, where)
+        ids, rows = source.match_rows(ids, paths, n, where)
         labels.append(_class_numbers([source.labels[row] for row in rows], names, source.where))
         if not groups and source.groups is not None:
             groups = tuple(source.groups[row] for row in rows)
@@ -286,40 +272,9 @@ def _timm_class_folders(paths: Sequence[str], k: int, where: str) -> tuple[str, 
             where=where,
             expected=f"{k} class folders in the file names",
             got=f"{len(folders)}",
-            fix="run timm with --fullname, or give classes=",
+            fix="run timm with --fullname, or give the names as --classes (classes=)",
         )
     return tuple(folders)
-
-
-def _match_rows(
-    table: LabelTable, ids: Sequence[str] | None, paths: Sequence[str] | None, n: int, where: str
-) -> tuple[Sequence[str] | None, Sequence[int]]:
-    """Ids of the predictions, and the row in the table of labels for each of them."""
-    if table.ids is None or ids is None:
-        if len(table.labels) != n:
-            raise DataError(
-                "the labels do not fit the predictions",
-                where=table.where,
-                expected=f"{n} rows as in {where}",
-                got=len(table.labels),
-            )
-        return (table.ids if ids is None else ids), range(n)
-    row_of = {name: row for row, name in enumerate(table.ids)}
-    repeated = find_repeated(table.ids)
-    if repeated:
-        raise DataError("ids are not unique", where=table.where, got=repeated[0])
-    rows = [
-        row_of.get(path, row_of.get(name)) for name, path in zip(ids, paths or ids, strict=True)
-    ]
-    missing = [name for name, row in zip(ids, rows, strict=True) if row is None]
-    if missing:
-        raise DataError(
-            "labels are missing",
-            where=table.where,
-            expected=f"the ids of {where}",
-            got=f"{len(missing)} missing, the first is {missing[0]}",
-        )
-    return ids, [row for row in rows if row is not None]
 
 
 def _compare_labels(
@@ -369,48 +324,10 @@ def _check_probs(
             where=f"{describe_row(row)}, class {names[column] if names else column}",
             got=probs[member, row, column],
         )
-    sums = probs.sum(-1, dtype=np.float64)
-    off = (np.abs(sums - 1) > SUM_TOLERANCE) | (probs < 0).any(-1)
+    off = find_unsuitable(probs)
     if off.any():
         member, row = np.argwhere(off)[0]
-        values = np.asarray(probs[member, row], np.float64)
-        what, fix = _diagnose(values, names)
-        shown = ", ".join(f"{value:.4g}" for value in values[:4])
-        more = ", ..." if len(values) > 4 else ""
+        what, got, fix = describe_unsuitable(probs, int(member), int(row), names)
         raise DataError(
-            what,
-            where=describe_row(row),
-            expected="shares that sum to 1",
-            got=f"{shown}{more} with sum {values.sum():.4g}",
-            fix=fix,
+            what, where=describe_row(row), expected="shares that sum to 1", got=got, fix=fix
         )
-
-
-def _diagnose(row: np.ndarray, names: tuple[str, ...] | None) -> tuple[str, str]:
-    """Guess what numbers that do not sum to 1 are, and suggest a fix."""
-    total = row.sum()
-    not_negative = (row >= 0).all()
-    if not_negative and abs(total - 100) < 1:
-        return "these are percentages", "divide by 100"
-    if (row <= 0).all() and abs(np.exp(row).sum() - 1) < 0.01:
-        return "these are logarithms of probabilities", "apply exp first"
-    prefixes = [name.split(":", 1)[0] for name in names or () if ":" in name]
-    if len(prefixes) == len(row) and len(set(prefixes)) == round(total) > 1:
-        return (
-            "the columns are those of several members",
-            "write one row per id and member, with a column `member`",
-        )
-    if not_negative and abs(total - 1) < 0.05:
-        return (
-            "probabilities of a row do not sum to 1",
-            "write at least 5 digits, and one column for every class",
-        )
-    if not_negative and (row <= 1).all() and total < 1:
-        return (
-            "probabilities of a row do not sum to 1",
-            "save all classes, not only the most likely ones; these may also be sigmoid outputs",
-        )
-    return (
-        "these are not probabilities (logits?)",
-        "apply softmax first; every column without a meaning of its own is a class",
-    )

@@ -100,9 +100,11 @@ def _parse_csv(reader: Any, path: Path, number_columns: NumberColumns) -> Table:
     header: list[str] = next(reader, [])
     check_names(header, path)
     names = tuple(number_columns(header, str(path)))
-    number_positions = [header.index(name) for name in names]
-    text: dict[str, list[Any]] = {name: [] for name in header if name not in set(names)}
-    text_positions = [header.index(name) for name in text]
+    position_of = {name: i for i, name in enumerate(header)}
+    number_positions = [position_of[name] for name in names]
+    is_number = set(names)
+    text: dict[str, list[Any]] = {name: [] for name in header if name not in is_number}
+    text_positions = [position_of[name] for name in text]
     numbers = array("d")
     shared: dict[str, str] = {}  # one copy of each text: every member repeats the ids
     count = 0
@@ -170,8 +172,11 @@ def read_parquet(path: Path, number_columns: NumberColumns) -> Table:
             check_size(sum(group.total_byte_size for group in groups), path)
             table = file.read()
         _check_cells(table, names, path)
+        is_number = set(names)
         text = {
-            name: _as_text(table.column(name).to_pylist()) for name in header if name not in names
+            name: _as_text(table.column(name).to_pylist())
+            for name in header
+            if name not in is_number
         }
         numbers = np.empty((rows, len(names)), np.float64)
         for i, name in enumerate(names):
@@ -189,14 +194,15 @@ def _check_cells(table: Any, names: Sequence[str], path: Path) -> None:
     """Refuse tables without rows, empty cells, and columns of unexpected types."""
     if not table.num_rows:
         raise DataError("the table has a header and no rows", where=path, fix=COPY_FIX)
+    is_number = set(names)
     for name in table.column_names:
         column, where = table.column(name), f"{path}, column {name}"
         kind = str(column.type)
         if column.null_count:
             raise DataError("a cell is empty", where=where, got=f"{column.null_count} empty cells")
-        if name in names and not kind.startswith(_NUMBERS):
+        if name in is_number and not kind.startswith(_NUMBERS):
             raise DataError("a number column holds something else", where=where, got=kind)
-        if name not in names and not kind.startswith((*_NUMBERS, *_TEXTS)):
+        if name not in is_number and not kind.startswith((*_NUMBERS, *_TEXTS)):
             raise DataError("a column is neither text nor numbers", where=where, got=kind)
 
 
@@ -274,7 +280,10 @@ def read_json(path: Path, number_columns: NumberColumns) -> Table:
                     got=str(row[name])[:60],
                 )
             numbers[i, j] = row[name]
-    columns = {name: _as_text(row[name] for row in rows) for name in header if name not in names}
+    is_number = set(names)
+    columns = {
+        name: _as_text(row[name] for row in rows) for name in header if name not in is_number
+    }
     return Table(where=str(path), text=columns, names=names, numbers=numbers)
 
 
