@@ -13,6 +13,7 @@ from threefold.data.dataset import Sources
 from threefold.data.group_file import GROUP_FILE
 from threefold.errors import RecipeError, RunError
 from threefold.exporting.export import export
+from threefold.names import plain_backbone
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec, StageSpec
@@ -174,6 +175,7 @@ def _resumed_recipe(
     recipe = Recipe.load(path)
     if LEFT_OUT in RunFolder(out).header:
         overrides = tuple(text for text in overrides if not _is_left_out(text, recipe))
+    members = tuple(plain_backbone(name) for name in members)
     # Tuned members have the backbones of their probes.
     backbones = tuple(member.backbone for member in recipe.members if not member.starts_from)
     # The plan may have dropped the last of the members named.

@@ -1,4 +1,4 @@
-"""Lists of names: natural order, and names that occur twice."""
+"""Names: natural order, those that occur twice, and those of backbones."""
 
 from __future__ import annotations
 
@@ -54,3 +54,11 @@ def escape_formula(text: str) -> str:
 def normalise_name(name: str) -> str:
     """Return a name as NFC: macOS writes an accent as a letter of its own, other systems do not."""
     return unicodedata.normalize("NFC", name)
+
+
+def plain_backbone(name: str) -> str:
+    """Return a backbone's name as timm knows it, without spaces around it or the hub's prefix.
+
+    `timm/resnet18.a1_in1k` is what the model hub's page says, `hf-hub:timm/...` what its code says.
+    """
+    return re.sub(r"^(hf[-_]hub:)?timm/", "", name.strip())

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from threefold.names import plain_backbone
+
 HeadKind = Literal["linear", "mlp", "rnn", "gru", "lstm", "birnn", "bigru", "bilstm"]
 Method = Literal[
     "mean",
@@ -318,7 +320,8 @@ class MemberSpec(Section):
     """A member whose trained network of the same fold this one starts from: probe first, then tune
     (Kumar et al., 2022). It takes over backbone, head, weights and resize."""
     weights: str = "pretrained"
-    """pretrained, none, or the path of a local .safetensors or .pth file."""
+    """pretrained, none, or the path of a local .safetensors or .pth file, in any usual form of a
+    checkpoint."""
     img_size: Annotated[int, Field(ge=16, le=2048)] = 224
     head: HeadSpec = HeadSpec()
     resize: Literal["squash", "crop"] = "squash"
@@ -329,6 +332,11 @@ class MemberSpec(Section):
     folds: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Folds in which this member is trained (empty = all). In the others, the mean of the members
     present replaces it."""
+
+    @field_validator("backbone")
+    @classmethod
+    def _plain(cls, value: str) -> str:
+        return plain_backbone(value)
 
     @model_validator(mode="after")
     def _one_kind(self) -> MemberSpec:

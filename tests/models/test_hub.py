@@ -16,6 +16,9 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
+from threefold.errors import RecipeError
+from threefold.models import hub
+from threefold.models.backbones import resolve_backbone
 from threefold.models.hub import has_local_weights, hub_problem, weights_licence
 from threefold.models.member import create_backbone
 from threefold.recipe_schema import MemberSpec
@@ -125,3 +128,34 @@ def test_packages_are_at_hand() -> None:
 )
 def test_licences_are_those_of_the_weights(name: str, licence: str) -> None:
     assert weights_licence(name) == licence
+
+
+@pytest.mark.usefixtures("online")
+def test_a_silent_hub_is_asked_once_and_quietly(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    asked = []
+
+    def refuse(url: str, **_: object) -> None:
+        asked.append(url)
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(hub, "get_hf_file_metadata", refuse)
+    monkeypatch.setattr(timm, "create_model", None)
+
+    with pytest.raises(
+        RecipeError, match=r"pretrained weights: member m.*no model hub: Connection"
+    ):
+        create_backbone(MemberSpec(name="m", backbone=NAME, img_size=32))
+
+    assert len(asked) == 1
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("prefix", ["timm/", "hf-hub:timm/", "hf_hub:timm/", " "])
+def test_a_name_of_the_hub_is_the_name_of_timm(prefix: str) -> None:
+    spec = MemberSpec(name="m", backbone=f"{prefix}test_resnet.r160_in1k ", weights="none")
+
+    assert spec.backbone == NAME
+    assert resolve_backbone(f"{prefix}ResNet50") == "resnet50.tv_in1k"

@@ -15,14 +15,8 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 
 from threefold.errors import RecipeError, RunError
-from threefold.models.member import (
-    PACKAGED,
-    Member,
-    build_member,
-    load_in_order,
-    load_weights,
-    save_weights,
-)
+from threefold.models.hub import PACKAGED, load_in_order
+from threefold.models.member import Member, build_member, load_weights, save_weights
 from threefold.models.resize import resize_square
 from threefold.recipe_schema import HeadSpec, MemberSpec, StageSpec, TrainSpec
 from threefold.training.optimizers import create_optimizer, set_trainable, train_mode

@@ -53,5 +53,6 @@ ImageTime = Annotated[
 
 
 def split_names(texts: Iterable[str] | None) -> tuple[str, ...]:
-    """Split the values of an option at commas."""
-    return tuple(name for text in texts or () for name in text.split(",") if name)
+    """Split the values of an option at commas; spaces around a name do not count."""
+    names = [name.strip() for text in texts or () for name in text.split(",")]
+    return tuple(name for name in names if name)

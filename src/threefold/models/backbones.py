@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple
 
+from threefold.names import plain_backbone
+
 Scaling = Literal["-1..1", "imagenet", "bgr"]
 
 INCEPTION_STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -150,6 +152,7 @@ def resolve_backbone(name: str) -> str:
     """
     import timm
 
+    name = plain_backbone(name)
     if timm.is_model(name.split(".")[0]):
         return name
     row = paper_backbone(name)

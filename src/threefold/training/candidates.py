@@ -34,7 +34,8 @@ from threefold.models.hub import (
     hub_problem,
     weights_licence,
 )
-from threefold.models.member import create_backbone, has_token_grid
+from threefold.models.member import create_backbone, fixed_size, has_token_grid
+from threefold.names import plain_backbone
 from threefold.recipe import Recipe
 from threefold.recipe_schema import HeadSpec, MemberSpec
 from threefold.stats.scores import log_loss
@@ -248,7 +249,7 @@ def gather_candidates(
     with_large = device.type != "cpu" or quality == "best"
     wanted = [c for c in CANDIDATES if with_large or c.size != "large"]
     wanted = [c for c in wanted if has_published_weights(c.backbone)]
-    wanted += [_named(name) for name in extra]
+    wanted += [_named(plain_backbone(name)) for name in extra]
     local = [c for c in wanted if has_local_weights(c.backbone)]
     if len(local) == len(wanted):
         return wanted, []
@@ -269,7 +270,9 @@ def _named(name: str) -> Candidate:
     spec = MemberSpec(name="auto", backbone=name, weights="none")
     with torch.device("meta"):
         config = create_backbone(spec, pretrained=False).pretrained_cfg
-    side = int(config["input_size"][1]) if has_token_grid(resolve_backbone(name)) else 0
+    side = fixed_size(name)
+    if has_token_grid(resolve_backbone(name)):
+        side = int(config["input_size"][1])
     macs = count_macs(name, side or 224)
     size: SizeClass = "small" if macs < 2e9 else "medium" if macs < 8e9 else "large"
     return Candidate(name, size, weights_licence(name), side)

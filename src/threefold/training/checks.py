@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from threefold.errors import RecipeError
 from threefold.models.backbones import resolve_backbone
-from threefold.models.member import IMG_SIZE_PREFIXES
+from threefold.models.flops import count_macs
+from threefold.models.member import IMG_SIZE_PREFIXES, create_backbone
 from threefold.models.pipeline import pick_device
 from threefold.recipe import Recipe
 from threefold.recipe_schema import AugmentSpec, FeatureSpec, MemberSpec
@@ -15,10 +18,12 @@ def check_trainable(recipe: Recipe) -> None:
     """Refuse a recipe whose settings have no effect, or that cannot be trained here.
 
     Raises:
-        RecipeError: a setting of heads has no effect; there is no such device or precision; or a
-            backbone with a fixed grid of tokens would need two image sizes.
+        RecipeError: a setting of heads has no effect; there is no such device or precision; a
+            backbone cannot take images of its size; or one with a fixed grid of tokens would need
+            two image sizes.
     """
     _check_features(recipe)
+    check_sizes(recipe)
     check_precision(recipe.train.precision, pick_device(recipe.train.device))
     for member in recipe.members:
         names = [recipe.member(name).backbone for name in member.joins] or [member.backbone]
@@ -34,6 +39,45 @@ def check_trainable(recipe: Recipe) -> None:
                     got=stage.img_size,
                     fix="remove img_size from the stage",
                 )
+
+
+def check_sizes(recipe: Recipe) -> None:
+    """Refuse image sizes that a backbone cannot take: each is tried without computing anything.
+
+    Raises:
+        RecipeError: the backbone is unknown or cannot take the images; the message has a size that
+            it takes.
+    """
+    known: set[tuple[str, int]] = set()
+    for member in recipe.members:
+        for name in member.joins or (member.name,):
+            base = recipe.member(name)
+            sizes = {f"members.{name}.img_size": member.img_size}
+            for stage in recipe.stages_of(member.name):
+                if stage.img_size:
+                    sizes[f"stages.{stage.name}.img_size"] = stage.img_size
+            for key, size in sizes.items():
+                if (base.backbone, size) not in known:
+                    _check_size(base, key, size)
+                    known.add((base.backbone, size))
+
+
+def _check_size(member: MemberSpec, key: str, size: int) -> None:
+    """Try a size; `key` is the recipe's key that sets it."""
+    spec = member.model_copy(update={"weights": "none", "img_size": size})
+    with torch.device("meta"):
+        backbone = create_backbone(spec, pretrained=False)
+    try:
+        count_macs(backbone, size)
+    except RecipeError as error:
+        suitable = backbone.pretrained_cfg["input_size"][-1]
+        raise RecipeError(
+            "the backbone cannot take images of this size",
+            where=f"member {member.name}, backbone {member.backbone}",
+            expected=f"for example {suitable} px, for which it was made",
+            got=f"{size} px ({error.got.partition(': ')[2]:.80})",
+            fix=f"set {key} = {suitable}",
+        ) from None
 
 
 def _check_size_of_start(recipe: Recipe, member: MemberSpec) -> None:

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from threefold.data.dataset import Sources, load_data
+from threefold.models.member import fixed_size
 from threefold.models.pipeline import pick_device
+from threefold.names import plain_backbone
 from threefold.recipe import Recipe
 from threefold.training.candidates import Screening, gather_candidates, is_auto, screen
 from threefold.training.features import FeatureCache
@@ -228,20 +230,31 @@ def _members(names: Sequence[str]) -> list[dict[str, Any]]:
     """Members as plain values, the fastest first, each with a linear head."""
     pairs = list(DEFAULT_MEMBERS)
     if names and not is_auto(names):
-        pairs = [(f"m{i}-{name.split('.')[0]}"[:80], name) for i, name in enumerate(names)]
+        pairs = [(_member_name(i, name), plain_backbone(name)) for i, name in enumerate(names)]
     # The noise of the paper's heads is for random heads; it would blur a fitted one.
     head = {"kind": "linear", "noise": 0.0}
-    return [
-        {"name": name, "backbone": backbone, "head": head | {"sequence": widest_input(backbone)}}
-        for name, backbone in pairs
-    ]
+    members = []
+    for name, backbone in pairs:
+        member = {"name": name, "backbone": backbone}
+        member["head"] = head | {"sequence": widest_input(backbone)}
+        if fixed_size(backbone):
+            member["img_size"] = fixed_size(backbone)
+        members.append(member)
+    return members
+
+
+def _member_name(number: int, backbone: str) -> str:
+    """Name a member after its backbone."""
+    architecture = plain_backbone(backbone).split(".")[0]
+    return re.sub(r"[^A-Za-z0-9_-]", "-", f"m{number}-{architecture}")[:80]
 
 
 def _sized_members(
     probes: list[dict[str, Any]], measured: ProbePlan, screening: Screening | None
 ) -> list[dict[str, Any]]:
     """Return the affordable members, or those that the screening has chosen, as measured."""
-    sizes = [measured.img_size] * len(measured.costs)
+    probes = probes[: len(measured.costs)]
+    sizes = [fixed_size(probe["backbone"]) or measured.img_size for probe in probes]
     if screening is not None:
         probes = _members([candidate.backbone for candidate in screening.chosen])
         sizes = [candidate.img_size or measured.img_size for candidate in screening.chosen]

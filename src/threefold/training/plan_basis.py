@@ -11,7 +11,7 @@ import torch
 
 from threefold.models.backbones import resolve_backbone
 from threefold.models.flops import count_macs
-from threefold.models.member import create_backbone, has_levels
+from threefold.models.member import create_backbone, fixed_size, has_levels
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
 
@@ -75,8 +75,17 @@ class Clock:
 
 def relative_costs(draft: Recipe) -> list[float]:
     """Cost of each member's features, relative to the first."""
-    macs = [count_macs(resolve_backbone(m.backbone).split(".")[0], 224) for m in draft.members]
+    macs = [
+        count_macs(resolve_backbone(member.backbone).split(".")[0], usual_size(member))
+        for member in draft.members
+    ]
     return [count / macs[0] for count in macs]
+
+
+def usual_size(member: MemberSpec) -> int:
+    """Return the side in pixels of a member's images where nobody chose one."""
+    default: int = MemberSpec.model_fields["img_size"].default
+    return fixed_size(member.backbone) or default
 
 
 def widest_input(backbone: str) -> Literal["levels", "pooled"]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from threefold.data.dataset import Sources
 from threefold.errors import RecipeError
+from threefold.models.member import fixed_size
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
+from threefold.training.checks import check_sizes
 from threefold.training.features import FeatureCache
 from threefold.training.measure import (
     PROBE_ROWS,
@@ -25,6 +27,7 @@ from threefold.training.plan_basis import (
     Decision,
     Quality,
     relative_costs,
+    usual_size,
 )
 
 SMALL_SIZES = (64, 96, 128, 160)
@@ -87,18 +90,23 @@ def choose_size(
     clock: Clock,
     quality: Quality,
 ) -> ProbePlan:
-    """Choose the usual size, or one at which probes do clearly better, as the time allows."""
+    """Choose the usual size, or one at which probes do clearly better, as the time allows.
+
+    Raises:
+        RecipeError: a member cannot take images of its size, or the budget is too small.
+    """
+    check_sizes(draft)
     key, first = "img_size", draft.members[0]
     costs = relative_costs(draft)
-    default = type(first).model_fields["img_size"].default
     sample = spread_over_classes(sources.train.labels, 32)
-    if any(member.img_size != default for member in draft.members):
+    only = fixed_size(first.backbone)
+    if any(member.img_size != usual_size(member) for member in draft.members):
         per_image = cache.seconds_per_image("train", first, sample, summary.n)
         decision = Decision(key, first.img_size, "named by you")
         total = summary.images * per_image * sum(costs)
         return ProbePlan(first.img_size, costs, per_image, total, decision)
-    sizes = _candidate_sizes(summary.side, quality)
-    usual = max(size for size in sizes if size <= (128 if summary.side <= 64 else 224))
+    sizes = (only,) if only else _candidate_sizes(summary.side, quality)
+    usual = only or max(size for size in sizes if size <= (128 if summary.side <= 64 else 224))
     at_usual = first.model_copy(update={"img_size": usual})
     per_pixel = cache.seconds_per_image("train", at_usual, sample, summary.images) / usual**2
 
@@ -112,6 +120,8 @@ def choose_size(
     choice = max([size for size in affordable if size <= usual] or affordable)
     levels = None
     reason = f"the images' median side is {summary.side} px"
+    if only:
+        reason = f"{first.backbone} is built for images of this size"
     close = affordable[-4:] if quality == "best" else affordable[-3:]
     per_row = per_pixel * sum(size**2 for size in close)
     rows = min(

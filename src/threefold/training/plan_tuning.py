@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from threefold.models.backbones import CPU_FROZEN, EARLY_BLOCKS, resolve_backbone
-from threefold.models.member import create_backbone, has_token_grid
+from threefold.models.member import create_backbone, fixed_size, has_token_grid
 from threefold.models.split import count_frozen_blocks
 from threefold.recipe import Recipe
 from threefold.recipe_schema import HeadSpec, MemberSpec
@@ -171,8 +171,8 @@ def _can_cache(spec: MemberSpec, device: torch.device) -> bool:
 
 
 def _has_fixed_size(member: MemberSpec) -> bool:
-    """Whether a member is tuned at the size of its probe, because its grid of tokens is fixed."""
-    return has_token_grid(resolve_backbone(member.backbone))
+    """Whether a member is tuned at the size of its probe, because it can take no other."""
+    return has_token_grid(resolve_backbone(member.backbone)) or fixed_size(member.backbone) > 0
 
 
 def _tuning_costs(tuning: Tuning, draft: Recipe, measured: ProbePlan) -> list[float]:
