@@ -235,7 +235,7 @@ def _members(names: Sequence[str]) -> list[dict[str, Any]]:
     head = {"kind": "linear", "noise": 0.0}
     members = []
     for name, backbone in pairs:
-        member = {"name": name, "backbone": backbone}
+        member: dict[str, Any] = {"name": name, "backbone": backbone}
         member["head"] = head | {"sequence": widest_input(backbone)}
         if fixed_size(backbone):
             member["img_size"] = fixed_size(backbone)
