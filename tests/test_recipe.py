@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,54 @@ def test_packaged_recipes_parse() -> None:
     assert resolve("demo", ["seed=3"]).seed == 3
     with pytest.raises(RecipeError, match=r"no such recipe.*demo"):
         packaged("dmeo")
+
+
+PSEUDO = {"images": "more", "members": ["gated"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"members": ["third"]}, "unknown member, third; known: plain, gated"),
+        ({"members": ["plain"]}, "no member answers the unlabelled images for plain"),
+        ({"members": []}, "pseudo_labels.members"),
+        ({"images": ""}, "pseudo_labels.images"),
+        ({"threshold": 1.5}, "pseudo_labels.threshold"),
+        ({"threshold": float("nan")}, "pseudo_labels.threshold"),
+        ({"weight": 0.0}, "pseudo_labels.weight"),
+        ({"weight": float("inf")}, "pseudo_labels.weight"),
+        ({"targets": "firm"}, "pseudo_labels.targets"),
+        ({"treshold": 0.9}, "did you mean threshold?"),
+    ],
+)
+def test_wrong_pseudo_labels_are_one_line(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        parse(pseudo_labels={**PSEUDO, **changes})
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("protocol=paper", "needs protocol = honest"),
+        ('distill={run="x", student="plain"}', "remove one of the two tables"),
+        ("members.plain.folds=[0]", "no member answers the unlabelled images for gated"),
+        ('members.gated={name="gated", joins=["plain", "other"]}', "gated joins others"),
+    ],
+)
+def test_pseudo_labels_need_honest_teachers(override: str, words: str) -> None:
+    other = {"name": "other", "backbone": "test_resnet", "img_size": 224}
+    members = tiny_tree(Path("x"))["members"]
+    changes = {"members": [members[0], other, members[1]] if "joins" in override else members}
+
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        parse("members.plain.img_size=224", override, pseudo_labels=PSEUDO, **changes)
+
+
+def test_those_before_the_first_student_teach() -> None:
+    recipe = parse(pseudo_labels=PSEUDO)
+
+    assert recipe.teachers == ("plain",)
+    assert [recipe.uses_pseudo_labels(m.name) for m in recipe.members] == [False, True]
+    assert recipe.without(["gated"]).pseudo_labels is None
+    assert recipe.without(["gated"]).teachers == ()
+    assert parse("members.plain.folds=[0]", "members.gated.folds=[0]", pseudo_labels=PSEUDO)

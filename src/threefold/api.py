@@ -90,21 +90,23 @@ def fit(
     if run.folder.is_finished:
         finish(run)
         return run
-    early = _answer_early(run, sources, deadline)
+    images = run.all_sources  # unlabelled images that cannot be used are refused before any work
+    early = _answer_early(run, run.sources, deadline)
     if early is not None:
         if early.folder.is_finished:
             return early
         deadline -= _seconds_to_finish(early, run)
         if deadline - time.monotonic() < LEAST_TUNING_SECONDS:
             return _settle(early)
-        run = Run(run.folder, watcher, early.sources, deadline)
+        run = Run(run.folder, watcher, run.sources, deadline)
+        run.all_sources = images
     with run.folder.locked():
         _train_and_score(run)
     finish(run)
     return run
 
 
-def _answer_early(run: Run, sources: Sources | None, deadline: float) -> Run | None:
+def _answer_early(run: Run, sources: Sources, deadline: float) -> Run | None:
     """Train, score, export and report the probes of a run, before anything is tuned.
 
     From here on there is an honest, complete answer in the folder. Test rows stay sealed, unless
@@ -112,7 +114,7 @@ def _answer_early(run: Run, sources: Sources | None, deadline: float) -> Run | N
 
     Args:
         run: the run of all members.
-        sources: its images, where they have been read already.
+        sources: its labelled images.
         deadline: the time.monotonic() value at which the whole job ends.
 
     Returns:
@@ -203,12 +205,14 @@ def _resumed_recipe(
 
 
 def _is_left_out(override: str, recipe: Recipe) -> bool:
-    """Whether an override is about a stage or a member that the recipe does not have."""
+    """Whether an override is about a stage, a member or a table that the recipe does not have."""
     names = {
         "stages": [stage.name for stage in recipe.stages],
         "members": [member.name for member in recipe.members],
     }
     section, _, rest = override.partition("=")[0].strip().partition(".")
+    if section == "pseudo_labels":
+        return recipe.pseudo_labels is None
     entry = rest.partition(".")[0]
     return section in names and not entry.isdigit() and entry not in names[section]
 
@@ -342,7 +346,9 @@ def student_recipe(teacher: Run, run: str, student: str, overrides: Sequence[str
             or an override cannot be used.
     """
     recipe = teacher.recipe
-    tree: dict[str, Any] = recipe.model_dump(mode="json", exclude_none=True)
+    tree: dict[str, Any] = recipe.model_dump(
+        mode="json", exclude={"pseudo_labels"}, exclude_none=True
+    )
     member = next((m for m in recipe.members if m.name == student), None)
     if member is not None and member.joins:
         raise RecipeError(

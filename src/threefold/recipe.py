@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError, model_validator
 from threefold.errors import RecipeError
 from threefold.names import find_repeated
 from threefold.overrides import apply_override
+from threefold.recipe_checks import check_distill, check_pseudo_labels
 from threefold.recipe_schema import (
     WITH_GROUPS,
     AugmentSpec,
@@ -31,6 +32,7 @@ from threefold.recipe_schema import (
     FoldSpec,
     MemberSpec,
     Name,
+    PseudoLabelSpec,
     Section,
     StageSpec,
     TrainSpec,
@@ -80,6 +82,8 @@ class Recipe(Section):
     ensemble: EnsembleSpec = EnsembleSpec()
     stages: Annotated[tuple[StageSpec, ...], Field(min_length=1)]
     members: Annotated[tuple[MemberSpec, ...], Field(min_length=1)]
+    pseudo_labels: PseudoLabelSpec | None = None
+    """Pseudo-labelling; without this table no member learns from unlabelled images."""
     distill: DistillSpec | None = None
     """Distillation settings; without this table all members learn from labels."""
 
@@ -110,7 +114,11 @@ class Recipe(Section):
         self._check_folds()
         self._check_members()
         self._check_cached()
-        self._check_distill()
+        protocol, distill = self.protocol, self.distill
+        if distill is not None:
+            check_distill(distill, self.members, self.stages_of, protocol)
+        if self.pseudo_labels is not None:
+            check_pseudo_labels(self.pseudo_labels, self.members, self.teachers, protocol, distill)
         if self.train.optimizer == "adam-keras" and self.train.weight_decay:
             raise ValueError(
                 "adam-keras, the paper's optimizer, has no weight decay; set train.weight_decay = 0"
@@ -205,42 +213,6 @@ class Recipe(Section):
                     f"stage {stage.name} is cached and has the size of its member; remove img_size"
                 )
 
-    def _check_distill(self) -> None:
-        """Check that student and twin are members that differ in name only, in an honest run."""
-        spec = self.distill
-        if spec is None:
-            return
-        if self.protocol == "paper":
-            raise ValueError(
-                "distill needs protocol = honest: it compares on rows that chose nothing"
-            )
-        names = [m.name for m in self.members]
-        for key, name in (("student", spec.student), ("twin", spec.twin)):
-            if name not in names and (key == "student" or name):
-                raise ValueError(
-                    f"distill.{key} names an unknown member, {name}; known: {', '.join(names)}"
-                )
-        student = self.member(spec.student)
-        if student.joins or student.folds:
-            raise ValueError(
-                "distill.student needs its own backbone and all folds; remove joins and folds"
-            )
-        heads = [stage.name for stage in self.stages_of(spec.student) if stage.kind == "head"]
-        if heads:
-            raise ValueError(
-                f"stage {heads[0]} of kind head learns from labels only, and {spec.student} is a "
-                "student; give that stage to a member of its own and let starts_from name it"
-            )
-        if spec.twin and (
-            spec.twin == spec.student
-            or self.member(spec.twin).model_copy(update={"name": spec.student}) != student
-            or self.stages_of(spec.twin) != self.stages_of(spec.student)
-        ):
-            raise ValueError(
-                f"distill.twin may differ from {spec.student} in its name only; "
-                "otherwise the comparison means nothing"
-            )
-
     def _check_base(self, where: str, member: MemberSpec, base: MemberSpec) -> None:
         """Check a member that another one builds on: it is trained before, in the same folds."""
         if base.joins or self.members.index(base) >= self.members.index(member):
@@ -299,8 +271,23 @@ class Recipe(Section):
 
     @property
     def probes(self) -> tuple[str, ...]:
-        """Members that train only a head: their answers come first, and others start from them."""
-        return tuple(m.name for m in self.members if self.is_frozen(m.name))
+        """Members that train only a head, on labelled images: their answers come first, and others
+        start from them."""
+        return tuple(
+            m.name
+            for m in self.members
+            if self.is_frozen(m.name) and not self.uses_pseudo_labels(m.name)
+        )
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Members that answer unlabelled images: those before the first that learns from them."""
+        taught = [i for i, m in enumerate(self.members) if self.uses_pseudo_labels(m.name)]
+        return tuple(m.name for m in self.members[: taught[0]] if not m.joins) if taught else ()
+
+    def uses_pseudo_labels(self, member: str) -> bool:
+        """Whether a member also learns from unlabelled images."""
+        return self.pseudo_labels is not None and member in self.pseudo_labels.members
 
     def without(self, members: Collection[str]) -> Recipe:
         """Return the recipe of the other members, with their stages.
@@ -308,7 +295,7 @@ class Recipe(Section):
         If none of them is tuned, nothing reads the augmentation, and it goes too.
 
         Args:
-            members: names to leave out; nothing that stays may join or start from one of them.
+            members: names to leave out; nothing that stays may join, start from or learn from one.
         """
         kept = [m for m in self.members if m.name not in members]
         names = {m.name for m in kept}
@@ -321,6 +308,11 @@ class Recipe(Section):
         top = min(self.ensemble.top, len(combined or kept))
         ensemble = self.ensemble.model_copy(update={"members": combined, "top": top})
         update = {"members": tuple(kept), "stages": tuple(stages), "ensemble": ensemble}
+        if self.pseudo_labels is not None:
+            taught = tuple(name for name in self.pseudo_labels.members if name in names)
+            update["pseudo_labels"] = (
+                self.pseudo_labels.model_copy(update={"members": taught}) if taught else None
+            )
         if not self.features.copies and all(stage.kind == "head" for stage in stages):
             update["augment"] = AugmentSpec()
         tree = self.model_copy(update=update)
@@ -476,24 +468,3 @@ def packaged_names() -> list[str]:
 def resolve(text: str, overrides: Iterable[str] = ()) -> Recipe:
     """Load a recipe by file path or by the name of a packaged one."""
     return Recipe.load(text, overrides) if text.endswith(".toml") else packaged(text, overrides)
-
-
-def parse_minutes(text: str) -> float:
-    """Parse a duration (90s, 20m, 2h, or a number of minutes) into minutes.
-
-    Raises:
-        RecipeError: the text is not a duration.
-    """
-    units = {"s": 1 / 60, "m": 1.0, "h": 60.0}
-    number, factor = text, 1.0
-    if text and text[-1] in units:
-        number, factor = text[:-1], units[text[-1]]
-    try:
-        minutes = float(number) * factor
-    except ValueError:
-        minutes = -1.0
-    if not 0 <= minutes < 1e6:
-        raise RecipeError(
-            "not a duration", where="--budget", got=text, expected="90s, 20m, 2h or 0"
-        )
-    return minutes

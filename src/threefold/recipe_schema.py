@@ -390,6 +390,26 @@ class EnsembleSpec(Section):
     stacked: StackedSpec = StackedSpec()
 
 
+class PseudoLabelSpec(Section):
+    """Pseudo-labelling (Lee, 2013): some members also learn from unlabelled images.
+
+    In each fold the members before the first of these answer the images, with that fold's networks,
+    which have not seen the rows that it scores.
+    """
+
+    images: Annotated[str, Field(min_length=1)]
+    """Folder of unlabelled images, at any depth; none may be a training or test image."""
+    members: Annotated[tuple[str, ...], Field(min_length=1)]
+    """The members that learn from them; all others learn from the labels only."""
+    threshold: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.9
+    """Least probability of the most likely class; images below it are left out."""
+    targets: Literal["soft", "hard"] = "soft"
+    """soft = the probabilities themselves (Noisy Student: Xie et al., 2020); hard = the most likely
+    class (Lee, 2013)."""
+    weight: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1.0
+    """Weight of an unlabelled image in the loss, where a labelled one has 1."""
+
+
 class DistillSpec(Section):
     """Distillation: one member learns from the ensemble of a finished run (Hinton et al., 2015)."""
 

@@ -10,10 +10,11 @@ import pytest
 from support.tiny_runs import paint
 
 from threefold import api
+from threefold.cli.options import parse_minutes
 from threefold.data.dataset import load_data
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Recipe, parse_minutes
+from threefold.recipe import Recipe
 from threefold.training import plan as planning
 from threefold.training.checks import check_trainable
 from threefold.training.measure import Speed

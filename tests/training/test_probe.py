@@ -118,3 +118,18 @@ def test_a_class_without_rows_is_never_predicted() -> None:
     assert head.weight.shape == (5, 20)
     assert np.isfinite(head.probs(features)).all()
     assert head.probs(features)[:, 3:].max() < 0.05
+
+
+def test_probabilities_are_learned_as_shares_of_each_class() -> None:
+    """A soft target is as one row of each class, weighted by its probability."""
+    features, labels = make_features(90, 20, 3)
+    rng = np.random.default_rng(5)
+    probs = rng.dirichlet(np.ones(3), 90)
+    weights = rng.uniform(0.5, 2.0, 90)
+
+    ours = fit_linear(features, Targets(labels, 3, weights, probs), 10.0).probs(features)
+
+    every_class = np.repeat(np.arange(3), 90)
+    shares = (weights[:, None] * probs).T.ravel()
+    expected = by_scikit_learn(np.tile(features, (3, 1)), every_class, 10.0, shares)[:90]
+    np.testing.assert_allclose(ours, expected, atol=1e-3)

@@ -25,6 +25,7 @@ from threefold.cli.options import (
     Sets,
     Verbose,
     WallTime,
+    parse_minutes,
     split_names,
 )
 from threefold.cli.output import show_next_steps, show_results, show_student, watch_training
@@ -81,8 +82,6 @@ def fit(
     verbose: Verbose = False,
 ) -> None:
     """Plan, train, ensemble, report and export: images to one file."""
-    from threefold.recipe import parse_minutes
-
     minutes = parse_minutes(budget)  # before torch is imported, so that a typo fails at once
     target = out_dir or Path("runs") / folder.resolve().name
     from threefold import api
@@ -113,7 +112,7 @@ def plan(
     sets: Sets = None,
 ) -> None:
     """Print the recipe that would run, with the reasons for its values."""
-    from threefold.recipe import parse_minutes, resolve
+    from threefold.recipe import resolve
 
     if Path(recipe).is_dir():
         from threefold.training.plan import plan_folder

@@ -55,7 +55,7 @@ class ImageDataset:
 
     Attributes:
         images: image files, encoded images of a table, or uint8 pixels (n, h, w) or (n, h, w, 3).
-        labels: (n,) int64 class number of each image.
+        labels: (n,) int64 class number of each image; -1 for all where none has a label.
         ids: unique name of each image; sources list rows in ascending order of the ids.
         classes: class names; a label is an index into them.
         groups: group of each image, or None; grouped folds never split a group.
@@ -86,7 +86,8 @@ class ImageDataset:
         if not len(self.labels):
             return
         low, high = self.labels.min(), self.labels.max()
-        if low < 0 or high >= len(self.classes):
+        is_unlabelled = low == high == -1
+        if (low < 0 and not is_unlabelled) or high >= len(self.classes):
             raise DataError(
                 "labels do not fit the classes",
                 expected=f"0 to {len(self.classes) - 1}",
@@ -152,6 +153,14 @@ class Sources:
     """Files left out because `bad_images` is "skip"."""
     warnings: tuple[str, ...] = ()
     """Sentences for the report: what makes scores too optimistic."""
+    unlabelled: ImageDataset | None = None
+    """Images for pseudo labels; see `unlabelled.with_unlabelled`."""
+
+    def part(self, split: str) -> ImageDataset:
+        """Return the images of a split that exists: train, test or unlabelled."""
+        dataset = {"train": self.train, "test": self.test, "unlabelled": self.unlabelled}[split]
+        assert dataset is not None
+        return dataset
 
     @property
     def num_images(self) -> int:
@@ -248,7 +257,11 @@ def _from_files(listing: Listing, spec: DataSpec, seed: int) -> Sources:
     return Sources(
         train=train_set,
         test=test_set,
-        notes=(*listing.notes, *_misleading_names(bad), *_fold_notes(train_set, spec.fold_column)),
+        notes=(
+            *listing.notes,
+            *note_misleading_names(bad),
+            *_fold_notes(train_set, spec.fold_column),
+        ),
         skipped=skipped,
         warnings=(
             *_duplicates(train + test, listing.encoded),
@@ -366,7 +379,7 @@ def _with_group_file(data: ImageDataset, spec: DataSpec, *, every: bool) -> Imag
     return replace(data, groups=groups_of(data.ids, table, spec.group_file))
 
 
-def _misleading_names(bad: list[BadImage]) -> list[str]:
+def note_misleading_names(bad: list[BadImage]) -> list[str]:
     """Note readable files whose suffix names another format."""
     named = [f"{image.path} ({image.reason})" for image in bad if image.readable]
     if not named:

@@ -351,6 +351,24 @@ class AnswerCost(Record):
     bytes: int | None = None
 
 
+class PseudoLabelCounts(Record):
+    """The unlabelled images that a fold learns from.
+
+    Attributes:
+        fold: its number, or -1 for the refit.
+        teachers: members whose networks of this fold answer the images.
+        images: number of unlabelled images.
+        used: how many of them the networks are sure enough of.
+        classes: the number of these by their most likely class.
+    """
+
+    fold: int
+    teachers: tuple[str, ...]
+    images: int
+    used: int
+    classes: dict[str, int]
+
+
 class DistillationResults(Record):
     """Results of distillation; see `distill` in docs/concepts.md."""
 
@@ -420,6 +438,7 @@ class Results(Summary, VersionedRecord):
         notes: caveats about the figures, and findings about the data.
         export: the parity report of the exported file, with its latency.
         distill: the comparison of a student with its twin and teacher.
+        pseudo_labels: the unlabelled images that each fold learns from.
     """
 
     name: str
@@ -442,6 +461,7 @@ class Results(Summary, VersionedRecord):
     pending: tuple[str, ...] = ()
     export: ExportReport | None = None
     distill: DistillationResults | None = None
+    pseudo_labels: tuple[PseudoLabelCounts, ...] = ()
 
 
 class ChosenViews(VersionedRecord):

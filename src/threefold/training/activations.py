@@ -24,6 +24,8 @@ from threefold.training.features import FeatureCache
 from threefold.training.heads import predict_cached, to_features
 from threefold.training.optimizers import set_trainable
 
+_NONE: Final = np.empty(0, np.int64)
+
 BATCH: Final = 128
 """Images whose activations are answered at a time."""
 
@@ -35,7 +37,7 @@ class Activations:
     Attributes:
         count: number of these blocks, see `models.split`.
         fit: maps an epoch to the activations of its augmented copies of the fit rows, float16
-            (n, c, h, w).
+            (n, c, h, w), and of unlabelled images after them.
         select: those of the select rows, not augmented.
     """
 
@@ -75,6 +77,7 @@ def cached_activations(
     fit: np.ndarray,
     select: np.ndarray,
     epochs: int,
+    unlabelled: np.ndarray = _NONE,
 ) -> Activations:
     """Return the activations of a fold; each epoch's copies are computed when it begins.
 
@@ -85,19 +88,30 @@ def cached_activations(
         fit: (n,) row numbers.
         select: (m,) row numbers.
         epochs: of the stage.
+        unlabelled: (u,) numbers of unlabelled images, which follow the fit rows.
     """
-    expected = (epochs + 1) * (len(fit) + len(select))
+    expected = (epochs + 1) * (len(fit) + len(select) + len(unlabelled))
     return Activations(
         count,
-        partial(_copy, cache, spec, count, fit),
+        partial(_copy, cache, spec, count, fit, unlabelled),
         cache.blocks("train", spec, select, count, expected=expected),
     )
 
 
 def _copy(
-    cache: FeatureCache, spec: MemberSpec, count: int, rows: np.ndarray, epoch: int
+    cache: FeatureCache,
+    spec: MemberSpec,
+    count: int,
+    fit: np.ndarray,
+    unlabelled: np.ndarray,
+    epoch: int,
 ) -> np.ndarray:
-    return cache.blocks("train", spec, rows, count, copy=epoch + 1)
+    """The activations of an epoch's augmented copies."""
+    activations = cache.blocks("train", spec, fit, count, copy=epoch + 1)
+    if not len(unlabelled):
+        return activations
+    more = cache.blocks("unlabelled", spec, unlabelled, count, copy=epoch + 1)
+    return np.concatenate([activations, more])
 
 
 def to_activations(activations: np.ndarray, device: torch.device) -> Tensor:

@@ -42,12 +42,12 @@ class BatchAugmentation:
 
         Args:
             images: float (b, 3, h, w) in 0..255.
-            labels: (b,) class numbers.
+            labels: (b,) class numbers, or (b, k) shares of the classes.
             soft: (b, k) a teacher's softened probabilities, or None.
 
         Returns:
-            Images, labels (b,) or, where images are mixed, shares of the classes (b, k), and soft
-            targets.
+            Images, labels as they were or, where images are mixed, shares of the classes (b, k),
+            and soft targets.
         """
         images = self.warp(images, self.generator)
         if self.erase is not None:
@@ -60,7 +60,9 @@ class BatchAugmentation:
         self.mix.num_classes = even
         mixed, shares = self.mix(images[:even], torch.arange(even, device=labels.device))
         images = torch.cat([mixed, images[even:]])
-        classes = functional.one_hot(labels, self.num_classes).to(shares.dtype)
+        classes = labels
+        if labels.ndim == 1:
+            classes = functional.one_hot(labels, self.num_classes).to(shares.dtype)
         classes = torch.cat([shares @ classes[:even], classes[even:]])
         if soft is not None:
             soft = torch.cat([shares @ soft[:even], soft[even:]])

@@ -223,7 +223,11 @@ class Distillation:
         recipe = _nested_recipe(self.teacher, self.spec.inner, fold)
         folder = self.run.dir / "teachers" / fold_name(fold)
         sources = Sources(images.subset(rows), None, (), ())
-        return Run.create(recipe, folder, self.run.watcher, sources=sources)
+        nested = Run.create(recipe, folder, self.run.watcher, sources=sources)
+        if recipe.pseudo_labels is not None:
+            # Compared with all labelled images, of which the nested run has only some.
+            nested.all_sources = replace(sources, unlabelled=self.teacher.unlabelled)
+        return nested
 
     def _key(self, fold: int) -> dict[str, Any]:
         """What the targets of a fold depend on, besides the images."""

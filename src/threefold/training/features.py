@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from threefold.data.dataset import ImageDataset, Sources
+from threefold.data.dataset import Sources
 from threefold.data.splits import Roles
 from threefold.errors import RunError
 from threefold.models.features import FeatureExtractor
@@ -97,7 +97,7 @@ class FeatureCache:
     """Features of the images of a run.
 
     Args:
-        sources: training and test images.
+        sources: the images.
         recipe: engine, augmentation of copies, device and seed.
         watcher: receives the choices made.
         folder: of cached features; None = the user's cache folder.
@@ -123,7 +123,7 @@ class FeatureCache:
         self.load = load or partial(_pretrained, recipe)
         self.device = pick_device(recipe.train.device)
         self._sources: dict[tuple[object, ...], _Source] = {}
-        self._hashes: dict[str, dict[int, str]] = {"train": {}, "test": {}}
+        self._hashes: dict[str, dict[int, str]] = {"train": {}, "test": {}, "unlabelled": {}}
         self._answered = self._to_answer = 0
         self._augment = Augment(recipe.augment)
         copies = [recipe.seed, recipe.augment.model_dump_json()]
@@ -141,7 +141,7 @@ class FeatureCache:
         """Return what the first blocks of a backbone answer, float16 (n, c, h, w).
 
         Args:
-            split: train or test.
+            split: train, test or unlabelled.
             spec: the member.
             rows: (n,) row numbers.
             count: how many blocks follow the stem, see `models.split`.
@@ -168,7 +168,7 @@ class FeatureCache:
         """Return the features of some rows, computing those that are missing.
 
         Args:
-            split: train or test.
+            split: train, test or unlabelled.
             spec: the member whose head reads them.
             rows: (n,) row numbers.
             copies: augmented copies of each image, which follow the images themselves.
@@ -181,7 +181,7 @@ class FeatureCache:
         self.prepare(split, [spec], rows, copies, expected)
         source = self._source(spec)
         names = [self._name(split, int(row), copy) for copy in range(copies + 1) for row in rows]
-        labels = np.tile(self._dataset(split).labels[rows], copies + 1)
+        labels = np.tile(self.sources.part(split).labels[rows], copies + 1)
         return FeatureRows(source.store.read(names), labels)
 
     def seconds_per_image(
@@ -192,7 +192,7 @@ class FeatureCache:
         Nothing is cached, and nothing cached is used.
 
         Args:
-            split: train or test.
+            split: train, test or unlabelled.
             spec: the member.
             rows: (n,) row numbers of a sample, of which one batch is answered.
             expected: how many images will be answered later, which decides the engine.
@@ -220,7 +220,7 @@ class FeatureCache:
         """Compute the missing features of several members in one pass over the images.
 
         Args:
-            split: train or test.
+            split: train, test or unlabelled.
             specs: the members whose heads read them.
             rows: (n,) row numbers.
             copies: augmented copies of each image.
@@ -268,16 +268,11 @@ class FeatureCache:
         """Return a member's frozen backbone, which must stay as it is."""
         return self._source(spec).extractor.backbone
 
-    def _dataset(self, split: str) -> ImageDataset:
-        dataset = self.sources.train if split == "train" else self.sources.test
-        assert dataset is not None
-        return dataset
-
     def _name(self, split: str, row: int, copy: int) -> str:
         """Name an image by its content, and a copy also by what it was made with."""
         hashes = self._hashes[split]
         if row not in hashes:
-            hashes[row] = self._dataset(split).content_hash(row)[:32]
+            hashes[row] = self.sources.part(split).content_hash(row)[:32]
         return f"{hashes[row]}-{self._copies}-{copy}" if copy else hashes[row]
 
     def _source(self, spec: MemberSpec, blocks: int = 0) -> _Source:
@@ -308,7 +303,7 @@ class FeatureCache:
 
         Args:
             source: what to compute.
-            split: train or test.
+            split: train, test or unlabelled.
             place: row and number of the copy of each image that is needed now, by name.
             expected: how many images will be needed in all, if that is known.
         """
@@ -366,7 +361,7 @@ class FeatureCache:
         return source.engine
 
     def _sample(self, source: _Source, split: str, items: Sequence[tuple[int, int]]) -> np.ndarray:
-        images = [self._dataset(split).pixels(row) for row, _ in items]
+        images = [self.sources.part(split).pixels(row) for row, _ in items]
         squares = resize_images(images, source.spec.img_size, source.spec.resize)
         return _to_float(squares)
 
@@ -426,7 +421,7 @@ class FeatureCache:
         pool: ThreadPoolExecutor,
     ) -> None:
         """Decode a batch once, and let every backbone answer what it lacks of it."""
-        dataset = self._dataset(split)
+        dataset = self.sources.part(split)
         rows = sorted({row for row, _ in batch.values()})
         images = dict(zip(rows, pool.map(dataset.pixels, rows), strict=True))
         prepared: dict[tuple[int, str], dict[str, np.ndarray]] = {}

@@ -25,7 +25,7 @@ from threefold.recipe_schema import MemberSpec, StageSpec
 from threefold.training.checkpoints import Checkpoint, State
 from threefold.training.features import FeatureCache, FeatureRows
 from threefold.training.frozen import frozen_backbone
-from threefold.training.heads import HeadNetwork, head_probs
+from threefold.training.heads import START_FILE, HeadNetwork, head_probs
 from threefold.training.probe import (
     L2Choice,
     LinearHead,
@@ -34,6 +34,7 @@ from threefold.training.probe import (
     class_weights,
     fit_linear,
 )
+from threefold.training.pseudo_labels import PseudoLabels
 from threefold.training.run import Run
 from threefold.training.stages import StageTask, train_stage
 
@@ -42,9 +43,6 @@ EPOCHS: Final = 30
 
 LR: Final = 1e-3
 """Its learning rate then, with the schedule one-cycle."""
-
-START_FILE: Final = "start.safetensors"
-"""In a job's folder: the head that has not seen the select rows."""
 
 
 @dataclass
@@ -71,7 +69,7 @@ class HeadOutcome:
 def open_features(run: Run) -> FeatureCache:
     """Return the features of a run's images, by the run's own frozen backbones."""
     return FeatureCache(
-        run.sources,
+        run.all_sources,
         run.recipe,
         run.watcher,
         record=run.dir / "features.json",
@@ -93,6 +91,11 @@ def prepare_features(run: Run, features: FeatureCache) -> None:
     features.prepare("train", specs, rows, run.recipe.features.copies)
     if run.sources.test is not None:
         features.prepare("test", specs, np.arange(len(run.sources.test)))
+    if any(run.recipe.uses_pseudo_labels(spec.name) for spec in specs):
+        names = [name for name in run.recipe.teachers if run.recipe.is_frozen(name)]
+        readers = [spec for spec in specs if run.recipe.uses_pseudo_labels(spec.name)]
+        readers += map(run.recipe.member, names)
+        features.prepare("unlabelled", readers, np.arange(len(run.unlabelled)))
 
 
 def train_head(
@@ -102,6 +105,7 @@ def train_head(
     seed: int,
     deadline: float,
     resume_path: Path,
+    pseudo: PseudoLabels | None = None,
 ) -> HeadOutcome:
     """Train the head of a member in one fold.
 
@@ -112,6 +116,7 @@ def train_head(
         seed: of all random draws.
         deadline: a time.monotonic() value to stop at, or infinity; a linear head ignores it.
         resume_path: where to save the state between epochs.
+        pseudo: what the fold learns from unlabelled images; None = nothing.
 
     Raises:
         RunError: the features do not fit into memory, or the loss is not a number.
@@ -122,9 +127,13 @@ def train_head(
     network = HeadNetwork(member.head)
     elapsed = 0.0
     if spec.head.is_linear:
-        start, answer, history = _fit_exactly(run, job, features)
+        start, answer, history = _fit_exactly(run, job, features, pseudo)
     else:
-        fit = features.rows("train", spec, roles.fit, run.recipe.features.copies)
+        copies = run.recipe.features.copies
+        fit, targets = features.rows("train", spec, roles.fit, copies), None
+        if pseudo is not None:
+            targets = pseudo.targets_after(fit.labels, copies)
+            fit = _with_unlabelled(features, spec, fit, pseudo, copies)
         task = StageTask(
             stage=_with_epochs(run.recipe.stage(job.stage)),
             recipe=run.recipe,
@@ -137,6 +146,7 @@ def train_head(
             watcher=run.watcher,
             resume_path=resume_path,
             network=f"the head of {spec.name}",
+            targets=targets,
         )
         outcome = train_stage(network, task)
         start = answer = outcome.state
@@ -154,29 +164,45 @@ def _with_epochs(stage: StageSpec) -> StageSpec:
     return stage.model_copy(update={"epochs": EPOCHS, "lr": LR, "schedule": "one-cycle"})
 
 
-def _fit_exactly(run: Run, job: Job, features: FeatureCache) -> tuple[State, State, dict[str, Any]]:
-    """Choose the penalty on the select rows; fit on the fit rows, then on both."""
+def _with_unlabelled(
+    features: FeatureCache, spec: MemberSpec, rows: FeatureRows, pseudo: PseudoLabels, copies: int
+) -> FeatureRows:
+    """Add the unlabelled images of a fold, with their most likely classes, to labelled rows."""
+    more = features.rows("unlabelled", spec, pseudo.rows, copies)
+    return FeatureRows(
+        np.concatenate([rows.features, more.features]),
+        np.concatenate([rows.labels, np.tile(pseudo.labels, copies + 1)]),
+    )
+
+
+def _fit_exactly(
+    run: Run, job: Job, features: FeatureCache, pseudo: PseudoLabels | None
+) -> tuple[State, State, dict[str, Any]]:
+    """Choose the penalty on the select rows; fit on the fit rows, then on both.
+
+    Unlabelled images are fitted both times, and never chosen on.
+    """
     began = time.monotonic()
     spec, roles = run.recipe.member(job.member), run.roles[job.fold]
     copies = run.recipe.features.copies
     fit = features.rows("train", spec, roles.fit, copies)
     select = features.select(spec, roles)
-    choice = _choose_head(run, fit, select)
+    choice = _choose_head(run, *_to_learn(run, spec, features, fit, pseudo), select)
     start, answer = choice.head, choice.head
     if run.recipe.protocol == "honest":  # `paper` scores the rows that it selects on
         rows = np.concatenate([roles.fit, roles.select])
         both = features.rows("train", spec, rows, copies)
-        answer = fit_linear(both.features, _targets(run, both), start.l2, start)
+        answer = fit_linear(*_to_learn(run, spec, features, both, pseudo), start.l2, start)
     history = _history(run, choice, fit, select, time.monotonic() - began)
     run.watcher.batch(len(roles.fit))
     run.watcher.epoch(history["epochs"][0])
     return _state(start), _state(answer), history
 
 
-def _choose_head(run: Run, fit: FeatureRows, select: FeatureRows) -> L2Choice:
-    """Fit heads on the fit rows and choose the penalty on the select rows."""
+def _choose_head(run: Run, features: np.ndarray, targets: Targets, select: FeatureRows) -> L2Choice:
+    """Fit heads on some rows and choose the penalty on the select rows."""
     weights = class_weights(select.labels, len(run.sources.train.classes), _balance(run))
-    return choose_l2(fit.features, _targets(run, fit), select.features, select.labels, weights)
+    return choose_l2(features, targets, select.features, select.labels, weights)
 
 
 def _balance(run: Run) -> int:
@@ -185,12 +211,24 @@ def _balance(run: Run) -> int:
     return (train.class_weights == "balanced") + (train.sampler == "balanced")
 
 
-def _targets(run: Run, values: FeatureRows) -> Targets:
-    """What a linear head learns of some rows and their copies."""
+def _to_learn(
+    run: Run,
+    spec: MemberSpec,
+    features: FeatureCache,
+    rows: FeatureRows,
+    pseudo: PseudoLabels | None = None,
+) -> tuple[np.ndarray, Targets]:
+    """Return what a linear head learns from: rows, their copies and any unlabelled images."""
     num_classes, copies = len(run.sources.train.classes), run.recipe.features.copies
+    probs, relative = None, 1.0
+    if pseudo is not None:
+        targets = pseudo.targets_after(rows.labels, copies)
+        relative = targets.sum(1, dtype=np.float64)
+        probs = targets / relative[:, None]
+        rows = _with_unlabelled(features, spec, rows, pseudo, copies)
     # All copies of an image together weigh as much as one image.
-    weights = class_weights(values.labels, num_classes, _balance(run)) / (copies + 1)
-    return Targets(values.labels, num_classes, weights)
+    weights = class_weights(rows.labels, num_classes, _balance(run)) / (copies + 1) * relative
+    return rows.features, Targets(rows.labels, num_classes, weights, probs)
 
 
 def start_of_tuning(
@@ -217,7 +255,8 @@ def start_of_tuning(
         copies = run.recipe.features.copies
         fit = features.rows("train", spec, run.roles[fold].fit, copies)
         select = features.select(spec, run.roles[fold])
-        start |= _state(_choose_head(run, fit, select).head)
+        to_learn = _to_learn(run, spec, features, fit)
+        start |= _state(_choose_head(run, *to_learn, select).head)
     return start
 
 

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 BATCH: Final = 1024
 """Images whose features a head answers at a time."""
 
+START_FILE: Final = "start.safetensors"
+"""In the folder of a head's job: the head that has not seen the select rows."""
+
 
 class HeadNetwork(nn.Module):
     """A head alone, with the names of parameters that it has in a member.

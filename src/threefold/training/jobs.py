@@ -28,7 +28,7 @@ from threefold.models.split import LateBlocks
 from threefold.models.views import Views, view_counts
 from threefold.predictions.records import VERSION, RoleCounts, RunInfo
 from threefold.recipe import Job, fold_name
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe_schema import MemberSpec, StageSpec
 from threefold.training.activations import cached_activations, cached_blocks, predict_late
 from threefold.training.checks import check_trainable
 from threefold.training.diagnostics import DataDiagnostics, inspect_data
@@ -36,16 +36,17 @@ from threefold.training.distillation import Distillation
 from threefold.training.features import FeatureCache
 from threefold.training.head_jobs import (
     EPOCHS,
-    START_FILE,
     answer_features,
     open_features,
     prepare_features,
     start_of_tuning,
     train_head,
 )
+from threefold.training.heads import START_FILE
 from threefold.training.out_of_fold import assemble
-from threefold.training.pixel_cache import PixelCache
+from threefold.training.pixel_cache import PixelCache, PixelRows
 from threefold.training.provenance import commit, hardware, stable_seed, versions
+from threefold.training.pseudo_labels import Caches, PseudoLabels, find_pseudo_labels
 from threefold.training.run import Run
 from threefold.training.stages import StageOutcome, StageTask, train_stage
 
@@ -91,7 +92,7 @@ def _train_teachers(run: Run) -> None:
 
 def _run_jobs(run: Run) -> PixelCache:
     """Run every job that is missing, then write oof.npz and test.npz; returns the image cache."""
-    cache = PixelCache(run.sources, run.all_views, run.dir / "cache")
+    cache = PixelCache(run.all_sources, run.all_views, run.dir / "cache")
     features = open_features(run)
     jobs = run.jobs
     run.watcher.plan(jobs, [_work(run, job) for job in jobs])
@@ -113,7 +114,7 @@ def _run_jobs(run: Run) -> PixelCache:
 
 def _notes(run: Run) -> list[str]:
     """The notes of the data, and a warning if groups may be split between fit and score rows."""
-    notes = [*run.sources.notes, *run.sources.warnings]
+    notes = [*run.all_sources.notes, *run.sources.warnings]
     if run.sources.train.groups is not None and run.recipe.folds.scheme == "stratified":
         notes.append(
             "the images have groups, but folds.scheme = stratified lets a group be in fit and in "
@@ -123,12 +124,13 @@ def _notes(run: Run) -> list[str]:
 
 
 def _work(run: Run, job: Job) -> int:
-    """Images that a job trains on, over all its epochs; a linear head has one."""
+    """Most images that a job trains on, over all its epochs; a linear head has one."""
     stage, head = run.recipe.stage(job.stage), run.recipe.member(job.member).head
     epochs = stage.epochs
     if stage.kind == "head":
         epochs = 1 if head.is_linear else epochs or EPOCHS
-    return epochs * len(run.roles[job.fold].fit)
+    unlabelled = len(run.unlabelled) if run.recipe.uses_pseudo_labels(job.member) else 0
+    return epochs * (len(run.roles[job.fold].fit) + unlabelled)
 
 
 class _TimeBudget:
@@ -164,12 +166,14 @@ def _run_job(
     torch.manual_seed(seed)
     folder = run.folder.job_folder(job)
     previous = job._replace(stage=stages[number - 1].name) if number else None
+    pseudo = find_pseudo_labels(run, job.member, job.fold, Caches(cache, features))
     member = _start(run, spec, job.fold, previous, features)
     activations, count = None, 0
     if stage.cached:
         count = cached_blocks(member, stage)
+        more = () if pseudo is None else (pseudo.rows,)
         activations = cached_activations(
-            features, spec, count, roles.fit, roles.select, stage.epochs
+            features, spec, count, roles.fit, roles.select, stage.epochs, *more
         )
         fit, select = cache.labels(roles.fit), cache.labels(roles.select)
     else:
@@ -178,7 +182,7 @@ def _run_job(
     task = StageTask(
         stage=stage,
         recipe=recipe,
-        fit=fit,
+        fit=_with_unlabelled(cache, spec, stage, fit, pseudo),
         select=select,
         seed=seed,
         num_classes=len(run.sources.train.classes),
@@ -193,6 +197,7 @@ def _run_job(
         network=" + ".join(spec.joins) or spec.backbone,
         precision_file=run.dir / PRECISION_FILE,
         activations=activations,
+        targets=None if pseudo is None else pseudo.targets_after(fit.labels),
     )
     outcome = train_stage(member, task)
     save_weights(outcome.state, folder / "weights.safetensors")
@@ -213,6 +218,24 @@ def _run_job(
         (run.folder.job_folder(previous) / "weights.safetensors").unlink(missing_ok=True)
 
 
+def _with_unlabelled(
+    cache: PixelCache,
+    spec: MemberSpec,
+    stage: StageSpec,
+    fit: PixelRows,
+    pseudo: PseudoLabels | None,
+) -> PixelRows:
+    """Add the unlabelled images that a fold learns from, with their most likely classes."""
+    if pseudo is None:
+        return fit
+    pixels = np.zeros((len(pseudo.rows), 0, 0, 3), np.uint8)
+    if not stage.cached:
+        pixels = cache.rows("unlabelled", spec, pseudo.rows, side=stage.img_size).pixels
+    return PixelRows(
+        np.concatenate([fit.pixels, pixels]), np.concatenate([fit.labels, pseudo.labels])
+    )
+
+
 def _seed(run: Run, job: Job) -> int:
     """Seed of all random draws of a job; a twin has those of its student."""
     recipe = run.recipe
@@ -226,7 +249,8 @@ def _run_head_job(
     began, spec, roles = time.monotonic(), run.recipe.member(job.member), run.roles[job.fold]
     seed, folder = _seed(run, job), run.folder.job_folder(job)
     torch.manual_seed(seed)
-    outcome = train_head(run, job, features, seed, deadline, folder / RESUME_FILE)
+    pseudo = find_pseudo_labels(run, job.member, job.fold, Caches(cache, features))
+    outcome = train_head(run, job, features, seed, deadline, folder / RESUME_FILE, pseudo)
     save_weights(outcome.start, folder / START_FILE)
     save_weights(outcome.answer, folder / "weights.safetensors")
     write_json(folder / "history.json", outcome.history)
@@ -419,7 +443,7 @@ def _write_info(run: Run) -> None:
         n_test=len(sources.test) if sources.test is not None else 0,
         folds=sum(fold >= 0 for fold in run.roles),
         notes=tuple(_notes(run)),
-        skipped=tuple(f"{bad.path}: {bad.reason}" for bad in sources.skipped),
+        skipped=tuple(f"{bad.path}: {bad.reason}" for bad in run.all_sources.skipped),
         roles=roles,
     )
     run.folder.write_info(info)

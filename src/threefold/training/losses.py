@@ -44,7 +44,8 @@ class BatchLoss:
 
         Args:
             logits: (b, k).
-            labels: (b,) class numbers, or (b, k) shares of the classes.
+            labels: (b,) class numbers, or (b, k) shares of the classes, which may sum to the weight
+                of the image.
             soft: (b, k) the teacher's softened probabilities, or None.
         """
         loss = functional.cross_entropy(
@@ -60,6 +61,18 @@ def _class_weights(labels: np.ndarray, num_classes: int, device: torch.device) -
     """n / (k * count) for each class, scikit-learn's `balanced`."""
     counts = np.bincount(labels, minlength=num_classes).clip(min=1)
     return torch.tensor(len(labels) / (num_classes * counts), dtype=torch.float32, device=device)
+
+
+def smooth_targets(targets: Tensor, smoothing: float) -> Tensor:
+    """Smooth targets and leave their sums as they are, which are the weights of their rows.
+
+    (The label smoothing of torch's cross-entropy adds the same to every row.)
+
+    Args:
+        targets: (n, k) shares of the classes, each times the weight of its row.
+        smoothing: share of a row that is spread evenly over the classes.
+    """
+    return (1 - smoothing) * targets + smoothing * targets.mean(1, keepdim=True)
 
 
 def soften(probs: np.ndarray, temperature: float, device: torch.device) -> Tensor:

@@ -38,7 +38,7 @@ class PixelCache:
     """Memory-mapped uint8 squares of every image, one file for each size in use.
 
     Args:
-        sources: training and test images.
+        sources: the images.
         views: the test-time views of a member, whose canvas is another size.
         folder: where the files go.
     """
@@ -54,14 +54,13 @@ class PixelCache:
         """Read some rows of a split.
 
         Args:
-            split: train or test.
+            split: train, test or unlabelled.
             spec: the member that sees them.
             rows: (n,) row numbers.
             views: resize to the canvas of the member's views instead of its img_size.
             side: resize to this side instead; 0 = as above.
         """
-        dataset = self.sources.train if split == "train" else self.sources.test
-        assert dataset is not None
+        dataset = self.sources.part(split)
         side = side or (self.views(spec).canvas if views else spec.img_size)
         path = self.folder / f"{split}-{spec.resize}-{side}.npy"
         if not path.exists():

@@ -48,11 +48,13 @@ class Targets:
         labels: (n,) int64.
         num_classes: classes k.
         weights: (n,) float64, weight of each row; None = 1 each.
+        probs: (n, k) probabilities to learn instead of the labels; None = the labels.
     """
 
     labels: np.ndarray
     num_classes: int
     weights: np.ndarray | None = None
+    probs: np.ndarray | None = None
 
 
 class LinearHead(NamedTuple):
@@ -166,7 +168,9 @@ class _Problem:
             self.axes, triangle = torch.linalg.qr(self.rows.T)
             self.rows = triangle.T.contiguous()
         labels = torch.from_numpy(targets.labels)
-        self.one_hot = torch.nn.functional.one_hot(labels, self.k).float()
+        self.targets = torch.nn.functional.one_hot(labels, self.k).float()
+        if targets.probs is not None:
+            self.targets = torch.from_numpy(targets.probs).float()
         weights = np.ones(self.n) if targets.weights is None else targets.weights
         self.weights = torch.from_numpy(weights.astype(np.float32))[:, None]
         self.solution = np.zeros(self.k * (self.rows.shape[1] + 1))
@@ -208,8 +212,8 @@ class _Problem:
         weight = torch.from_numpy(flat).float().reshape(self.k, -1)
         logits = torch.addmm(weight[:, -1], self.rows, weight[:, :-1].T)
         log_probs = logits.log_softmax(-1)
-        value = -float((self.weights * self.one_hot * log_probs).double().sum())
-        error = self.weights * (log_probs.exp() - self.one_hot)
+        value = -float((self.weights * self.targets * log_probs).double().sum())
+        error = self.weights * (log_probs.exp() - self.targets)
         gradient = torch.empty_like(weight)
         gradient[:, :-1] = error.T @ self.rows + l2 * weight[:, :-1]
         gradient[:, -1] = error.sum(0)

@@ -28,6 +28,7 @@ from threefold.training.costs import RunCosts
 from threefold.training.diagnostics import DataDiagnostics, audit_run, make_thumbnails
 from threefold.training.distillation import Distillation, distillation_results
 from threefold.training.out_of_fold import choices_optimism
+from threefold.training.pseudo_labels import pseudo_label_counts, pseudo_label_ledger
 from threefold.training.run import Run
 
 
@@ -103,7 +104,8 @@ def write_results(
         per_class=per_class(evaluation.rows, evaluation.probs),
         members=tuple(_member_row(spec, costs) for spec in run.recipe.members),
         optimism=(*choices_optimism(run), *evaluation.optimism),
-        ledger=tuple(evaluation.ledger),
+        ledger=(*evaluation.ledger, *pseudo_label_ledger(run)),
+        pseudo_labels=pseudo_label_counts(run),
         test_opened=run.folder.test_opened(),
         pending=pending,
         audit=audit,

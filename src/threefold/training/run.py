@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -10,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from threefold.data.dataset import Sources, load_data
+from threefold.data.dataset import ImageDataset, Sources, load_data
 from threefold.data.group_file import GROUP_FILE
 from threefold.data.splits import Roles, assign_roles, refit_roles
+from threefold.data.unlabelled import with_unlabelled
 from threefold.errors import RunError
 from threefold.models.member import (
     JointMember,
@@ -117,6 +119,31 @@ class Run:
         if data.group_file and own.exists() and not Path(data.group_file).expanduser().exists():
             data = data.model_copy(update={"group_file": str(own)})
         return load_data(data, self.recipe.seed)
+
+    @cached_property
+    def all_sources(self) -> Sources:
+        """The images that the recipe names, and the unlabelled ones for pseudo labels.
+
+        Raises:
+            DataError: an unlabelled image cannot be used, or is a labelled one, too.
+        """
+        spec = self.recipe.pseudo_labels
+        if spec is None:
+            return self.sources
+        return with_unlabelled(self.sources, spec.images, self.recipe.data.bad_images)
+
+    @property
+    def unlabelled(self) -> ImageDataset:
+        """The images for pseudo labels, of a recipe that has them."""
+        return self.all_sources.part("unlabelled")
+
+    @cached_property
+    def unlabelled_digest(self) -> str:
+        """SHA-256 of the names and contents of the unlabelled images."""
+        images, digest = self.unlabelled, hashlib.sha256()
+        for row, name in enumerate(images.ids):
+            digest.update(f"{name}\0{images.content_hash(row)}\0".encode())
+        return digest.hexdigest()
 
     @cached_property
     def roles(self) -> dict[int, Roles]:

@@ -7,6 +7,7 @@ resumed between two epochs. The caller owns all files but the resume file.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import time
@@ -44,7 +45,7 @@ from threefold.training.checkpoints import (
 )
 from threefold.training.features import FeatureRows
 from threefold.training.heads import head_probs, to_features
-from threefold.training.losses import BatchLoss, soften
+from threefold.training.losses import BatchLoss, smooth_targets, soften
 from threefold.training.optimizers import create_optimizer, lr_at, set_trainable, train_mode
 from threefold.training.pixel_cache import PixelRows
 from threefold.training.precision import autocast, check_precision, pick_precision
@@ -73,6 +74,8 @@ class StageTask:
         network: names the network where its precision is recorded.
         precision_file: the record of measured precisions; None = none.
         activations: what the frozen first blocks answer; None = train on pixels.
+        targets: (n, k) what is learned of the fit rows, each times its weight, where some have
+            pseudo labels; None = their labels.
     """
 
     stage: StageSpec
@@ -91,6 +94,7 @@ class StageTask:
     network: str = "the network"
     precision_file: Path | None = None
     activations: Activations | None = None
+    targets: np.ndarray | None = None
 
 
 @dataclass
@@ -186,8 +190,17 @@ class _Loop:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
         self.optimizer = create_optimizer(member, spec, task.stage.lr)
         self.augment = BatchAugmentation(task.recipe.augment, task.num_classes, task.seed + 1)
+        self.targets = None
+        smoothing = spec.label_smoothing
+        if task.targets is not None:
+            targets = torch.from_numpy(task.targets).to(self.device)
+            self.targets, smoothing = smooth_targets(targets, smoothing), 0.0
         self.loss = BatchLoss(
-            spec, task.fit.labels, task.num_classes, self.device, task.recipe.distill
+            spec.model_copy(update={"label_smoothing": smoothing}),
+            task.fit.labels,
+            task.num_classes,
+            self.device,
+            task.recipe.distill,
         )
         self.generator = torch.Generator().manual_seed(task.seed)
         self.generators = {"batches": self.generator, "augment": self.augment.generator}
@@ -248,6 +261,7 @@ class _Loop:
             task.recipe.digest(),
             len(task.fit.labels),
             self.precision,
+            None if task.targets is None else hashlib.sha256(task.targets.tobytes()).hexdigest(),
         )
         self.fingerprint = fingerprint(inputs, start.state)
         state = load_resume_state(task.resume_path, self.fingerprint)
@@ -440,6 +454,8 @@ class _Loop:
     def _targets(self, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:
         """Labels and soft targets of some fit rows."""
         labels = torch.from_numpy(self.task.fit.labels[rows]).to(self.device)
+        if self.targets is not None:
+            labels = self.targets[torch.from_numpy(rows)]
         if self.soft_targets is None:
             return labels, None
         return labels, self.soft_targets[torch.from_numpy(rows)]

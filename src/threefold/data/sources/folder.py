@@ -178,7 +178,7 @@ def list_folder(root: Path) -> Listing:
             fix = "make one folder per class, with its images"
             raise DataError("there are no class folders", where=folder, fix=fix)
         for class_folder in class_folders:
-            images, rest = _walk(class_folder)
+            images, rest = walk_images(class_folder)
             others += rest
             if not images:
                 fix = "add images or remove it"
@@ -235,8 +235,14 @@ def _find_splits(root: Path, folders: list[Path]) -> tuple[list[Path], list[str]
     return splits, notes
 
 
-def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Image files and other files at any depth; links are followed, each folder is entered once."""
+def walk_images(folder: Path) -> tuple[list[Path], list[Path]]:
+    """List image files and other files at any depth.
+
+    Links are followed, and each folder is entered once.
+
+    Raises:
+        DataError: a folder cannot be read, or a name is not valid Unicode.
+    """
     images: list[Path] = []
     others: list[Path] = []
     seen: set[tuple[int, int]] = set()
