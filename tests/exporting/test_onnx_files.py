@@ -195,6 +195,6 @@ def test_a_small_model_is_one_file_with_its_card(tmp_path: Path) -> None:
     write_colours(tmp_path / "m.onnx")
 
     props = onnx.load(tmp_path / "m.onnx").metadata_props
-    assert [p.key for p in props] == [KEY]
+    assert [p.key for p in props] == [KEY, model_file.CHECKSUM]
     assert "bundle" not in threefold.load(tmp_path / "m.onnx").card
     assert sorted(os.listdir(tmp_path)) == ["m.onnx"]

@@ -147,6 +147,25 @@ def test_weights_elsewhere_are_refused(tmp_path: Path, location: str) -> None:
     assert "not a plain file beside the model" in refusal(path)
 
 
+@pytest.mark.parametrize("field", [b"\x6a", b"\x70"], ids=["external_data", "data_location"])
+def test_fields_behind_a_tag_of_33_bits_are_refused(tmp_path: Path, field: bytes) -> None:
+    """Some versions of protobuf drop the bits above 32: for them the field is one of the tensor."""
+    path = write_external("../weights.bin", tmp_path)
+    model = onnx.load(path, load_external_data=False)
+    weights = next(t for t in model.graph.initializer if t.name == "weights")
+    plain = weights.SerializeToString()
+    position = plain.index(field)
+    hidden_tag = bytes([field[0] | 0x80, 0x80, 0x80, 0x80, 0x10])
+    hidden = plain[:position] + hidden_tag + plain[position + 1 :]
+    # The tensor is the last field of the graph's own message here.
+    graph = onnx.GraphProto(initializer=[weights]).SerializeToString()
+    hidden_graph = b"\x2a" + bytes([len(hidden)]) + hidden
+    assert graph == b"\x2a" + bytes([len(plain)]) + plain
+    path.write_bytes(b"\x3a" + bytes([len(hidden_graph)]) + hidden_graph)
+
+    assert "tag of more than 32 bits" in refusal(path)
+
+
 @pytest.mark.parametrize("link", [os.symlink, os.link])
 def test_weights_behind_a_link_are_refused(
     tmp_path: Path, link: Callable[[Path, Path], None]

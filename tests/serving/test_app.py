@@ -19,7 +19,7 @@ from support.server import CLASSES, MEMBERS, UNCERTAIN, card, picture, serving, 
 import threefold
 from threefold.errors import RecipeError, RunError
 from threefold.runtime.model import Model
-from threefold.serving import app
+from threefold.serving import app, limits
 from threefold.serving.limits import ServerLimits
 from threefold.training.run import Run
 
@@ -312,6 +312,30 @@ def test_the_api_key(model: Model) -> None:
         assert client.get("/health").status_code == 200
 
 
+def test_a_key_from_a_file_has_a_line_end(model: Model) -> None:
+    key = {"authorization": "Bearer s3cret"}
+    with TestClient(app.make_app(model, api_key=" s3cret\r\n")) as client:
+        assert client.get("/card", headers=key).status_code == 200
+        assert error_code(client.get("/card"), 401) == "no_key"
+
+
+@pytest.mark.parametrize(("key", "reason"), [("\n", "is empty"), ("a\nb", "line breaks")])
+def test_a_key_that_nobody_can_send_is_refused(model: Model, key: str, reason: str) -> None:
+    with pytest.raises(RunError, match=reason):
+        app.run_server(model.path, api_key=key)
+
+
+def test_head_is_answered_where_get_is(client: TestClient) -> None:
+    for path in ("/", "/app.js", "/health", "/card", "/metrics", "/openapi.json"):
+        response = client.head(path)
+        assert response.status_code == 200, path
+        assert response.headers["content-type"] == client.get(path).headers["content-type"]
+
+    refused = client.head("/predict")
+    assert refused.status_code == 405
+    assert refused.headers["allow"] == "POST"
+
+
 def test_hosts_and_origins(model: Model) -> None:
     own = "http://127.0.0.1:8000"
     running = app.make_app(model, hosts={"127.0.0.1", "localhost", "[::1]"})
@@ -374,6 +398,29 @@ def test_limits_by_name() -> None:
 def test_bad_limits_are_refused(assignment: str) -> None:
     with pytest.raises(RecipeError, match=r"no such limit|not a limit"):
         ServerLimits().override([assignment])
+
+
+@pytest.mark.parametrize(
+    ("host", "port"), [("127.0.0.1", 80800), ("127.0.0.1", -1), ("a" * 70, 0), ("no.invalid", 0)]
+)
+def test_an_address_that_does_not_exist_is_one_clear_error(
+    model: Model, host: str, port: int
+) -> None:
+    with pytest.raises(RunError, match="cannot listen") as error:
+        app.make_server(model, host, port, ServerLimits())
+    assert "\n" not in str(error.value)
+
+
+def test_connections_need_as_many_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(limits.resource, "getrlimit", lambda _: (256, 4096))
+    monkeypatch.setattr(limits.resource, "setrlimit", lambda _, pair: asked.append(pair))
+
+    limits.reserve_descriptors(ServerLimits(connections=500))
+    with pytest.raises(RunError, match="5000 connections need more open files"):
+        limits.reserve_descriptors(ServerLimits(connections=5000))
+
+    assert asked == [(500 + limits.SPARE_DESCRIPTORS, 4096)]
 
 
 def test_a_port_in_use_is_one_clear_error(model: Model) -> None:

@@ -197,6 +197,31 @@ def test_a_batch_that_fails_is_tried_one_by_one() -> None:
     batcher.close()
 
 
+def test_a_model_without_an_answer_leaves_the_workers_alive() -> None:
+    def answer_red_only(images: np.ndarray, policy: CascadePolicy) -> ModelOutput:
+        probs = images[images[:, 0, 0, 0] > 0].mean((1, 2))
+        return ModelOutput(probs, probs[:, None])
+
+    batcher = Batcher(answer_red_only, batch=4)
+    for _ in range(2 * batching.WORKERS):
+        with pytest.raises(ExportError, match="answers for 1 images, got answers for 0"):
+            submit(batcher, picture((0, 0, 0), (5, 5))).result(20)
+
+    assert red_of(submit(batcher, picture((9, 0, 0), (5, 5)))) == 9
+    batcher.close()
+
+
+def test_closing_interrupts_a_model_that_does_not_end(model: FakeModel) -> None:
+    batcher = Batcher(model, batch=4)
+    busy = occupy(batcher, model)
+    waiting = submit_reds(batcher, 1, 2)
+
+    batcher.close(0.1, interrupt=model.gate.set)
+
+    assert all(future.cancelled() for future in waiting)
+    assert all(future.done() for future in busy)
+
+
 def test_cancelled_images_are_not_answered(batcher: Batcher, model: FakeModel) -> None:
     busy = occupy(batcher, model)
     waiting = submit_reds(batcher, 0, 1, 2)

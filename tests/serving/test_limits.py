@@ -17,13 +17,21 @@ from typing import Any
 
 import httpx
 import numpy as np
+import onnx
 import pytest
-from support.server import picture, post, server_process, serving, wait_until, write_model
+from support.server import (
+    colour_graph,
+    picture,
+    post,
+    server_process,
+    serving,
+    wait_until,
+    write_model,
+)
 
-from threefold.runtime.model import Model
 from threefold.serving import app
-from threefold.serving.batching import Inference
 from threefold.serving.limits import ServerLimits
+from threefold.serving.middleware import GRACE_SECONDS
 
 RED = picture((200, 30, 30))
 PART = b"--b\r\ncontent-disposition: form-data; name=files; filename=a.png\r\n\r\n"
@@ -55,18 +63,13 @@ def connect() -> Iterator[Connect]:
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """An event before which no model answers."""
     event = threading.Event()
-    make_inference = app.make_inference
+    infer = app.ModelInference.__call__
 
-    def make_slow_inference(model: Model) -> Inference:
-        infer = make_inference(model)
+    def slow(*args: Any) -> Any:
+        event.wait(30)
+        return infer(*args)
 
-        def slow(*args: Any) -> Any:
-            event.wait(30)
-            return infer(*args)
-
-        return slow
-
-    monkeypatch.setattr(app, "make_inference", make_slow_inference)
+    monkeypatch.setattr(app.ModelInference, "__call__", slow)
     yield event
     event.set()
 
@@ -215,6 +218,43 @@ def test_more_requests_than_can_be_answered(path: Path, gate: threading.Event) -
         assert post(address, RED).status_code == 200
 
 
+def test_stalled_requests_give_way(path: Path, connect: Connect) -> None:
+    limits = ServerLimits(requests=3, body_seconds=60)
+    with serving(path, limits) as address:
+        stalled = [connect(address) for _ in range(3)]
+        for connection in stalled:
+            connection.sendall(request_head(1000) + PART)
+        wait_for_requests(address, 3)
+
+        early = post(address, RED)
+        time.sleep(GRACE_SECONDS)
+        late = post(address, RED)
+
+        assert error_of(early) == (429, "busy")
+        assert late.status_code == 200
+        assert read_error(stalled[0]) == (408, "slow")
+        assert not has_data(stalled[1])
+        for connection in stalled:
+            connection.close()
+
+
+def test_stalled_bytes_give_way(path: Path, connect: Connect) -> None:
+    limits = ServerLimits(total_bytes=100_000, body_seconds=60)
+    with serving(path, limits) as address:
+        small, large = connect(address), connect(address)
+        small.sendall(request_head(90_000) + PART)
+        large.sendall(request_head(90_000) + PART + bytes(80_000))
+        wait_for_requests(address, 2)
+        time.sleep(GRACE_SECONDS)
+
+        answer = post(address, RED + bytes(60_000))
+
+        assert answer.status_code == 200
+        assert read_error(large) == (408, "slow")
+        assert not has_data(small)
+        small.close()
+
+
 def test_an_answer_that_takes_too_long(path: Path, gate: threading.Event) -> None:
     with serving(path, ServerLimits(answer_seconds=1)) as address:
         late = post(address, RED)
@@ -285,6 +325,85 @@ def test_clients_that_leave_leave_nothing(path: Path, connect: Connect) -> None:
         assert "threefold_request_bytes 0.0" in metrics
         assert "threefold_images_waiting 0.0" in metrics
         assert post(address, RED).status_code == 200
+
+
+def test_clients_that_leave_are_no_errors_of_the_server(path: Path, connect: Connect) -> None:
+    body = PART + RED
+    with server_process(path) as (server, address):
+        for _ in range(3):
+            connection = connect(address)
+            connection.sendall(request_head(len(body) + 100) + body)
+            wait_for_requests(address, 1)
+            connection.close()
+            wait_for_requests(address, 0)
+
+        metrics = metrics_of(address)
+        server.terminate()
+        log = server.communicate()[1]
+
+    assert 'route="/predict",status="499"} 3.0' in metrics
+    assert 'status="500"' not in metrics
+    assert log == ""
+
+
+def test_a_length_and_chunks_are_refused(path: Path, connect: Connect) -> None:
+    """A proxy may take the one and the server the other for the end of the request."""
+    smuggled = b"GET /card HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
+    head = request_head(None).replace(b"\r\n\r\n", b"\r\ncontent-length: 5\r\n\r\n")
+    with serving(path) as address:
+        connection = connect(address)
+        connection.sendall(head + b"0\r\n\r\n" + smuggled)
+
+        assert read_error(connection) == (400, "bad_request")
+        read_to_end(connection)
+        assert 'route="/card"' not in metrics_of(address)
+
+
+def endless_graph() -> onnx.ModelProto:
+    """A graph with a loop that does not end."""
+    model = colour_graph()
+    helper, tensor = onnx.helper, onnx.helper.make_tensor
+    value = helper.make_tensor_value_info
+    first = next(node for node in model.graph.node if node.op_type == "MatMul")
+    first.output[0] = "early"
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["on"], ["still_on"]),
+            helper.make_node("Add", ["state", "nothing"], ["next"]),
+        ],
+        "body",
+        [
+            value("turn", onnx.TensorProto.INT64, []),
+            value("on", onnx.TensorProto.BOOL, []),
+            value("state", onnx.TensorProto.FLOAT, None),
+        ],
+        [
+            value("still_on", onnx.TensorProto.BOOL, []),
+            value("next", onnx.TensorProto.FLOAT, None),
+        ],
+    )
+    model.graph.initializer.extend(
+        [
+            tensor("turns", onnx.TensorProto.INT64, [], [2**62]),
+            tensor("always", onnx.TensorProto.BOOL, [], [True]),
+            tensor("nothing", onnx.TensorProto.FLOAT, [], [0.0]),
+        ]
+    )
+    place = next(i for i, node in enumerate(model.graph.node) if node is first) + 1
+    loop = helper.make_node("Loop", ["turns", "always", "early"], ["logits"], body=body)
+    model.graph.node.insert(place, loop)
+    return model
+
+
+def test_a_model_that_does_not_end_does_not_keep_the_server(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.onnx", endless_graph())
+    limits = ServerLimits(answer_seconds=1, body_seconds=1)
+    with server_process(path, limits) as (server, address):
+        late = post(address, RED)
+        server.terminate()
+
+        assert error_of(late) == (503, "timeout")
+        assert server.wait(20) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

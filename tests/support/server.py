@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -178,17 +179,23 @@ def serving(path: Path, limits: ServerLimits | None = None, **options: Any) -> I
 
 
 SERVER = """
-import sys, pathlib
+import json, sys, pathlib
 from threefold.serving.app import run_server
-run_server(pathlib.Path(sys.argv[1]), port=0, ready=lambda url: print(url, flush=True))
+from threefold.serving.limits import ServerLimits
+limits = ServerLimits(**json.loads(sys.argv[2]))
+ready = lambda url: print(url, flush=True)
+run_server(pathlib.Path(sys.argv[1]), port=0, limits=limits, ready=ready)
 """
 
 
 @contextmanager
-def server_process(path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def server_process(
+    path: Path, limits: ServerLimits | None = None
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Run a server in a process of its own; yields the process and its URL."""
+    values = json.dumps(asdict(limits or ServerLimits()))
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(path)],
+        [sys.executable, "-c", SERVER, str(path), values],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

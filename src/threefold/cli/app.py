@@ -308,7 +308,8 @@ def serve(
     model: ModelFile,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option("--port", help="Port to listen on; 0 = any free one.")
+        int,
+        typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 = any free one."),
     ] = 8000,
     api_key: Annotated[
         str,

@@ -232,10 +232,16 @@ class ConformalSets:
             sets.thresholds_ = np.array(
                 [math.inf if t is None else float(t) for t in state["thresholds"]]
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 "not the state of ConformalSets", got=f"{type(error).__name__} {error}"
             ) from None
+        if not 0 < sets.alpha < 1 or np.isnan(sets.thresholds_).any():
+            raise DataError(
+                "not the state of ConformalSets",
+                expected="alpha in 0..1 and thresholds that are numbers",
+                got=f"alpha {sets.alpha}",
+            )
         if len(sets.thresholds_) != (sets.k_ if sets.by_class else 1):
             raise DataError(
                 "not the state of ConformalSets", got=f"{len(sets.thresholds_)} thresholds"
@@ -368,10 +374,16 @@ class UnknownThreshold:
             limit, score = state["threshold"], state["score"]
             unknown.threshold_ = math.inf if limit is None else float(limit)
             unknown.rate_, unknown.n_ = float(state["rate"]), int(state["n"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 "not the state of UnknownThreshold", got=f"{type(error).__name__} {error}"
             ) from None
+        if math.isnan(unknown.threshold_) or not 0 <= unknown.rate_ <= 1:
+            raise DataError(
+                "not the state of UnknownThreshold",
+                expected="a threshold that is a number, and a rate in 0..1",
+                got=f"threshold {unknown.threshold_}, rate {unknown.rate_}",
+            )
         if score != "1 - max":
             raise DataError(
                 "not the state of UnknownThreshold", expected="the score 1 - max", got=score

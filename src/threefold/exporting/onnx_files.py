@@ -9,6 +9,7 @@ old or new, even if an export is interrupted. Both files must be moved together.
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -24,6 +25,7 @@ import onnx_ir as ir
 from threefold.errors import ExportError, RunError
 from threefold.files import sha256, write_bytes
 from threefold.runtime.model import KEY
+from threefold.runtime.model_file import CHECKSUM
 
 LIMIT: Final = 2**31 - 2**24
 """Bytes of weights above which a bundle is written; leaves room for the graph and the card."""
@@ -56,6 +58,24 @@ def weights(graph: Any) -> Iterator[Any]:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
                 yield from weights(attribute.g)
+
+
+def serialize(model: Any) -> bytes:
+    """Return the content of a model file with a checksum in its metadata (`model_file.CHECKSUM`).
+
+    The checksum is that of the content without the digits of the checksum itself.
+    """
+    others = [entry for entry in model.metadata_props if entry.key != CHECKSUM]
+    blank = "0" * 64
+    onnx.helper.set_model_props(
+        model, {**{entry.key: entry.value for entry in others}, CHECKSUM: blank}
+    )
+    content: bytes = model.SerializeToString()
+    begin = content.rindex(CHECKSUM.encode())
+    begin = content.index(blank.encode(), begin)
+    digest = hashlib.sha256(content[:begin])
+    digest.update(content[begin + len(blank) :])
+    return b"".join([content[:begin], digest.hexdigest().encode(), content[begin + len(blank) :]])
 
 
 @contextmanager
@@ -93,7 +113,7 @@ def staged(model: Any, target: Path, card: Mapping[str, Any] | None = None) -> I
         if card is not None:
             set_card(model, {**card, **bundle})
         trial = Path(folder) / "model.onnx"
-        write_file(trial, model.SerializeToString())
+        write_file(trial, serialize(model))
         yield Staged(trial, data, bundle)
 
 
@@ -111,7 +131,7 @@ def publish(model: Any, trial: Staged, target: Path) -> int:
     if trial.data is not None:
         size = trial.data.stat().st_size
         place_file(trial.data, target.parent / trial.data.name)
-    write_file(target, model.SerializeToString())
+    write_file(target, serialize(model))
     if old_data is not None and (trial.data is None or old_data.name != trial.data.name):
         with suppress(OSError):
             old_data.unlink()

@@ -12,10 +12,10 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from threefold.data.images import decode
 from threefold.ensembles.cascade import MODES, Cascade
 from threefold.ensembles.conformal import ConformalSets, UnknownThreshold
 from threefold.errors import DataError, ExportError
+from threefold.runtime.inputs import ImageInput, iterate_images
 from threefold.runtime.model_file import MEMORY, bytes_beside, open_session, read_card
 
 FORMAT: Final = 1
@@ -23,8 +23,8 @@ FORMAT: Final = 1
 KEY: Final = "threefold"
 """Key of the model card in the file's metadata."""
 
-ImageInput = str | Path | bytes | np.ndarray
-"""A file, encoded bytes, or a uint8 array (h, w, 3)."""
+TOLERANCE: Final = 0.01
+"""How far the probabilities of an image may be from a sum of 1, and each from 0..1."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,14 @@ class Model:
         """Report any fault in a part of the card as one line that names the part."""
         try:
             yield
-        except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (
+            DataError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            ArithmeticError,
+        ) as error:
             raise ExportError(
                 "the model card is damaged",
                 where=self.path,
@@ -171,14 +178,42 @@ class Model:
             options: onnxruntime's RunOptions.
 
         Raises:
-            ExportError: the policy needs a cascade and the file has none, or the model fails.
+            ExportError: the policy needs a cascade and the file has none, the model fails, or its
+                answers are not probabilities.
         """
         thresholds = self.stop_thresholds(policy)
         outputs, inputs = ["probs", "member_probs"], {"images": images}
         if self.cascade is not None:
             outputs.append("stages_used")
             inputs["stop"] = thresholds
-        return ModelOutput(*self.session.run(outputs, inputs, options))
+        output = ModelOutput(*self.session.run(outputs, inputs, options))
+        self._check_output(output, len(images))
+        return output
+
+    def _check_output(self, output: ModelOutput, n: int) -> None:
+        """Refuse answers that are not probabilities of n images, as of a damaged file."""
+        k, m, got = len(self.classes), len(self.members), ""
+        if output.probs.shape != (n, k) or output.member_probs.shape != (n, m, k):
+            got = f"answers of shape {output.probs.shape} and {output.member_probs.shape}"
+        elif self.cascade is not None:
+            stages = np.asarray(output.stages_used)
+            if stages.shape != (n,) or ((stages < 1) | (stages > len(self.cascade.stages))).any():
+                got = "a number of stages that the cascade does not have"
+        for probs in (output.probs, output.member_probs):
+            inside = (probs >= -TOLERANCE) & (probs <= 1 + TOLERANCE)  # false for NaN
+            if not got and not inside.all():
+                got = f"a probability of {probs[~inside][0]:.4g}"
+        sums = output.probs.sum(axis=-1)
+        if not got and not (np.abs(sums - 1) <= TOLERANCE).all():
+            got = f"probabilities with a sum of {sums[np.abs(sums - 1).argmax()]:.4g}"
+        if got:
+            raise ExportError(
+                "the model cannot answer",
+                where=self.path,
+                expected="probabilities",
+                got=got,
+                fix="export the run again; the file is damaged or not from threefold",
+            )
 
     def stop_thresholds(self, policy: CascadePolicy) -> np.ndarray:
         """The value of the graph's input `stop` for a policy; empty in a file without a cascade.
@@ -195,15 +230,25 @@ class Model:
             raise self._lacks("cascade")
         return np.zeros(0, np.float32)
 
-    def infer(self, images: Iterable[ImageInput], policy: CascadePolicy = FULL) -> ModelOutput:
-        """Run the model on files, encoded bytes or uint8 arrays (h, w, 3), one at a time.
+    def infer(
+        self, images: ImageInput | Iterable[ImageInput], policy: CascadePolicy = FULL
+    ) -> ModelOutput:
+        """Run the model on images, one at a time.
+
+        Args:
+            images: one image or several: paths, bytes of files, Pillow images, arrays uint8
+                (h, w, 3), or tensors (3, h, w), uint8 or floats in 0..1 (`inputs.as_pixels`).
+            policy: how many members answer.
+
+        Returns:
+            The answers for n images; n = 1 for a single image.
 
         Raises:
             DataError: an image cannot be read (names its path and the reason).
-            ExportError: as `run`.
+            ExportError: as `run`; or something is not an image.
         """
         self.stop_thresholds(policy)
-        outputs = [self.run(as_image(image)[None], policy) for image in images]
+        outputs = [self.run(pixels[None], policy) for pixels in iterate_images(images)]
         k, m = len(self.classes), len(self.members)
         probs = [np.zeros((0, k), np.float32), *(output.probs for output in outputs)]
         members = [np.zeros((0, m, k), np.float32), *(output.member_probs for output in outputs)]
@@ -214,12 +259,14 @@ class Model:
         return ModelOutput(np.concatenate(probs), np.concatenate(members), stages)
 
     def predict_proba(
-        self, images: Iterable[ImageInput], policy: CascadePolicy = FULL
+        self, images: ImageInput | Iterable[ImageInput], policy: CascadePolicy = FULL
     ) -> np.ndarray:
         """Probabilities float32 (n, k); arguments and errors as `infer`."""
         return self.infer(images, policy).probs
 
-    def predict(self, images: Iterable[ImageInput], policy: CascadePolicy = FULL) -> list[str]:
+    def predict(
+        self, images: ImageInput | Iterable[ImageInput], policy: CascadePolicy = FULL
+    ) -> list[str]:
         """The most probable class of each image; arguments and errors as `infer`."""
         return [self.classes[i] for i in self.predict_proba(images, policy).argmax(1)]
 
@@ -297,13 +344,15 @@ class Model:
             got=f"{times[0]:.1f} ms for {part}",
         )
 
-    def predict_sets(self, images: Iterable[ImageInput], by_class: bool = False) -> list[list[str]]:
+    def predict_sets(
+        self, images: ImageInput | Iterable[ImageInput], by_class: bool = False
+    ) -> list[list[str]]:
         """Prediction sets: class names, the most probable first.
 
         A set contains the true class with probability 1 - alpha, where alpha is in the model card.
 
         Args:
-            images: files, encoded bytes or uint8 arrays (h, w, 3).
+            images: as `infer`.
             by_class: use a threshold for each class, so that the coverage holds class by class.
 
         Raises:
@@ -313,7 +362,7 @@ class Model:
         self._require_sets(by_class)
         return self.sets_from_probs(self.predict_proba(images), by_class)
 
-    def is_unknown(self, images: Iterable[ImageInput]) -> np.ndarray:
+    def is_unknown(self, images: ImageInput | Iterable[ImageInput]) -> np.ndarray:
         """Flag images, bool (n,), that look like no class; see `conformal.UnknownThreshold`.
 
         Raises:
@@ -360,22 +409,6 @@ class Model:
             where=self.path,
             fix="export it again with this version from a run that has them",
         )
-
-
-def as_image(image: ImageInput) -> np.ndarray:
-    """Decode a file or encoded bytes to uint8 (h, w, 3); pass such an array through.
-
-    Raises:
-        ExportError: an array of another shape or type.
-        DataError: the file cannot be read.
-    """
-    if not isinstance(image, np.ndarray):
-        return decode(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ExportError(
-            "not an image array", expected="uint8 (h, w, 3)", got=f"{image.dtype} {image.shape}"
-        )
-    return image
 
 
 def as_json(tree: Any) -> Any:

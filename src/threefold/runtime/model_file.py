@@ -8,7 +8,7 @@ memory nor time. It needs no `onnx` package and no pickle. Field numbers are tho
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import mmap
 import os
@@ -19,15 +19,20 @@ from pathlib import Path
 from typing import Any, Final
 
 from threefold.errors import ExportError
+from threefold.files import sha256
+from threefold.runtime.model_card import MAX_MEMBERS, parse_card
 
+CHECKSUM: Final = "threefold.sha256"
+"""Key of the checksum in the file's metadata: the SHA-256 of the file without this value."""
 MAX_CARD_BYTES: Final = 4 * 2**20
 """Size limit of the model card."""
-MAX_CLASSES: Final = 100_000
-MAX_MEMBERS: Final = 1_000
 MAX_FIELDS: Final = 5_000_000
 """Limit on protobuf fields; three members of five folds have about 100,000."""
 MAX_DEPTH: Final = 16
 """Limit on the nesting of graphs within graphs."""
+MAX_TAG: Final = 2**32
+"""Limit on the tag of a field. Protobuf drops the bits above, so a larger tag means another field
+to onnxruntime than to this reader."""
 MEMORY: Final = 4 * 2**30
 """Bytes that a session may allocate on top of twice the size of its file."""
 
@@ -94,15 +99,21 @@ def read_card(path: str | Path, key: str) -> dict[str, Any]:
 
 def bytes_beside(path: Path, card: Mapping[str, Any]) -> int:
     """Size on disk of a bundle's data file; 0 for a single file."""
+    data = _data_path(path.parent, card)
+    return 0 if data is None else data.stat().st_size
+
+
+def _data_path(folder: Path, card: Mapping[str, Any]) -> Path | None:
+    """Return the data file of a bundle; None for a single file, or if it is not a plain file."""
     bundle = card.get("bundle")
     name = bundle.get("file") if isinstance(bundle, Mapping) else None
     if not isinstance(name, str) or not _is_plain(name):
-        return 0
+        return None
     try:
-        status = os.lstat(path.parent / name)
+        status = os.lstat(folder / name)
     except OSError:
-        return 0
-    return status.st_size if stat.S_ISREG(status.st_mode) else 0
+        return None
+    return folder / name if stat.S_ISREG(status.st_mode) else None
 
 
 def open_session(path: Path, threads: int = 0, memory: int = MEMORY, spin: bool = True) -> Any:
@@ -185,14 +196,27 @@ class _Reader:
         for number, span in self.messages(0, len(self.content)):
             if number == _METADATA:
                 entries.append(self.entry(*span))
+                if entries[-1][0] == CHECKSUM.encode():
+                    self.check_checksum(*span)
             elif number == _GRAPH:
                 graphs.append(span)
         cards = [value for name, value in entries if name == key.encode()]
         if not cards:
             raise _RefusedError("an ONNX file without threefold's metadata: not a threefold model")
-        card = _parse_card(cards)
+        card = _single_card(cards)
         self.check_interface(graphs, card)
+        _check_bundle(self.folder, card)
         return card
+
+    def check_checksum(self, begin: int, end: int) -> None:
+        """Compare the checksum, a StringStringEntryProto, with that of the rest of the file."""
+        for number, (a, b) in self.messages(begin, end):
+            if number == 2:
+                with memoryview(self.content) as view:
+                    digest = hashlib.sha256(view[:a])
+                    digest.update(view[b:])
+                if digest.hexdigest().encode() != self.content[a:b]:
+                    raise _RefusedError("its content does not have its checksum: it is damaged")
 
     def scan(self, begin: int, end: int) -> Iterator[tuple[int, int, int, int]]:
         """Yield the fields of a message: number, wire type, begin and end of the value.
@@ -204,6 +228,8 @@ class _Reader:
             if self.fields > MAX_FIELDS:
                 raise _RefusedError(f"more than {MAX_FIELDS:,} fields")
             tag, begin = self.varint(begin, end)
+            if tag >= MAX_TAG:
+                raise _RefusedError("not ONNX, or damaged: a field with a tag of more than 32 bits")
             number, wire = tag >> 3, tag & 7
             if wire == _VARINT and number:
                 value, begin = self.varint(begin, end)
@@ -223,7 +249,7 @@ class _Reader:
         for position in range(begin, min(begin + 10, end)):
             byte = self.content[position]
             value |= (byte & 127) << 7 * (position - begin)
-            if byte < 128:
+            if byte < 128 and value < 2**64:
                 return value, position + 1
         raise _RefusedError("not ONNX, or damaged or truncated")
 
@@ -374,26 +400,21 @@ def _external_bytes(folder: Path, entries: list[tuple[bytes, bytes]]) -> int:
     return length
 
 
-def _parse_card(cards: list[bytes]) -> dict[str, Any]:
-    """Parse the only card and check its names."""
+def _check_bundle(folder: Path, card: Mapping[str, Any]) -> None:
+    """Compare the data file of a bundle with the checksum in the card."""
+    path = _data_path(folder, card)
+    if path is not None and sha256(path) != card["bundle"].get("sha256"):
+        raise _RefusedError(f"{path.name} beside it does not have its checksum: it is damaged")
+
+
+def _single_card(cards: list[bytes]) -> dict[str, Any]:
+    """Parse the only card."""
     if len(cards) > 1 or len(cards[0]) > MAX_CARD_BYTES:
         raise _RefusedError(
             f"the model card is there {len(cards)} times, "
             f"or longer than {MAX_CARD_BYTES // 2**20} MB"
         )
-    try:
-        card = json.loads(cards[0].decode())
-    except (ValueError, RecursionError) as error:
-        raise _RefusedError(f"the model card is damaged ({type(error).__name__})") from None
-    if not isinstance(card, dict):
-        raise _RefusedError("the model card is not an object")
-    for key, limit in (("classes", MAX_CLASSES), ("members", MAX_MEMBERS)):
-        names = card.get(key)
-        if not (isinstance(names, list) and 1 <= len(names) <= limit and all(map(_is_name, names))):
-            raise _RefusedError(f"the model card has no {key}, or some that are not names")
-        if len(set(names)) != len(names):
-            raise _RefusedError(f"the model card has two {key} of one name")
-    return card
+    return parse_card(cards[0])
 
 
 def _stages(card: Mapping[str, Any]) -> int:
@@ -408,12 +429,3 @@ def _stages(card: Mapping[str, Any]) -> int:
     if not 2 <= stages <= MAX_MEMBERS:
         raise _RefusedError("the model card has a cascade without stages")
     return stages
-
-
-def _is_name(name: Any) -> bool:
-    """Whether a name is short text without control characters, which terminals would obey."""
-    return (
-        isinstance(name, str)
-        and 0 < len(name) <= 1000
-        and not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in name)
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -21,10 +22,10 @@ from starlette.exceptions import HTTPException
 
 from threefold.errors import DataError, ExportError, RunError
 from threefold.runtime.model import FULL, CascadePolicy, Model, ModelOutput, as_json
-from threefold.serving.batching import BATCH_PIXELS, Batcher, Inference
-from threefold.serving.limits import Refusal, ServerLimits
+from threefold.serving.batching import BATCH_PIXELS, Batcher
+from threefold.serving.limits import Refusal, ServerLimits, reserve_descriptors
 from threefold.serving.metrics import Metrics
-from threefold.serving.middleware import GuardMiddleware, make_protocol
+from threefold.serving.middleware import GuardMiddleware, clean_key, make_protocol
 from threefold.serving.requests import (
     REQUEST_BODY,
     ImageFile,
@@ -54,6 +55,9 @@ MEDIA_TYPES: Final = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
+MAX_PORT: Final = 65_535
+BACKLOG: Final = 256
+"""Connections that may wait to be accepted. All of them are accepted at once."""
 PUBLIC_LIMITS: Final = ("files", "file_bytes", "pixels", "side")
 """Limits that GET /card states."""
 ERROR_STATUSES: Final = (400, 401, 408, 413, 415, 429, 503)
@@ -88,9 +92,10 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        batchers.append(Batcher(make_inference(model), limits.batch, metrics.batches.observe))
+        infer = ModelInference(model)
+        batchers.append(Batcher(infer, limits.batch, metrics.batches.observe))
         yield
-        await asyncio.to_thread(batchers.pop().close)
+        await asyncio.to_thread(batchers.pop().close, limits.answer_seconds, infer.interrupt)
 
     name = str(model.card.get("name") or "model")
     app = FastAPI(
@@ -164,15 +169,32 @@ def _add_status_routes(
         return Response(metrics.text(), media_type=media_type)
 
 
-def make_inference(model: Model) -> Inference:
-    """Wrap `model.run` so that the memory of a large image is freed afterwards."""
-    shrinking = onnxruntime.RunOptions()
-    shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+class ModelInference:
+    """`model.run` for the batcher: it frees the memory of large images, and can be interrupted."""
 
-    def infer(images: np.ndarray, policy: CascadePolicy) -> ModelOutput:
-        return model.run(images, policy, shrinking if images.size > BATCH_PIXELS else None)
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._running: set[Any] = set()  # onnxruntime's RunOptions
+        self._lock = threading.Lock()
 
-    return infer
+    def __call__(self, images: np.ndarray, policy: CascadePolicy) -> ModelOutput:
+        """Run the model on a batch; several threads may call this at the same time."""
+        options = onnxruntime.RunOptions()
+        if images.size > BATCH_PIXELS:
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        with self._lock:
+            self._running.add(options)
+        try:
+            return self._model.run(images, policy, options)
+        finally:
+            with self._lock:
+                self._running.discard(options)
+
+    def interrupt(self) -> None:
+        """Make the batches that are running fail, at the end of the operator that runs now."""
+        with self._lock:
+            for options in self._running:
+                options.terminate = True
 
 
 async def _infer(
@@ -240,7 +262,10 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def on_http_error(_: Request, error: HTTPException) -> JSONResponse:
-        return respond(Refusal(error.status_code, "http", str(error.detail)[:200]))
+        refusal = Refusal(error.status_code, "http", str(error.detail)[:200])
+        # Such as `allow`, which a response of status 405 must have.
+        headers = {**(error.headers or {}), **refusal.headers()}
+        return JSONResponse(refusal.body(), refusal.status, headers)
 
     @app.exception_handler(Exception)
     async def on_failure(_: Request, error: Exception) -> JSONResponse:
@@ -281,6 +306,7 @@ def run_server(
             none, or the budget is too small.
         RunError: the address is not available.
     """
+    api_key = clean_key(api_key)  # before the model is loaded, which may take long
     model = Model(path, memory=MEMORY, spin=False)
     if policy.budget_ms:
         policy = model.resolve_budget(policy, np.full(BUDGET_IMAGE_SHAPE, 128, np.uint8))
@@ -305,18 +331,24 @@ def make_server(
 
     Raises:
         ExportError: the policy needs a cascade and the model has none.
-        RunError: the address is not available.
+        RunError: the address or the API key cannot be used, or the process may not open enough
+            files for the connections.
     """
     model.stop_thresholds(policy)
+    reserve_descriptors(limits)
+    if not 0 <= port <= MAX_PORT:
+        raise RunError(
+            "cannot listen", where=f"{host}:{port}", expected=f"a port of 0 to {MAX_PORT}"
+        )
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, port), family=family, backlog=512)
-    except OSError as error:
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, UnicodeError) as error:  # the second for a host of 70 letters
         raise RunError(
             "cannot listen",
             where=f"{host}:{port}",
             got=error,
-            fix="choose another --port",
+            fix="choose another --host or --port",
         ) from None
     hosts = {*map(_url_host, LOOPBACK), _url_host(host.lower())} if host in LOOPBACK else set()
     config = uvicorn.Config(
@@ -328,6 +360,7 @@ def make_server(
         server_header=False,
         access_log=False,
         timeout_graceful_shutdown=limits.body_seconds + limits.answer_seconds,
+        backlog=BACKLOG,
     )
     return _Server(config), listener
 

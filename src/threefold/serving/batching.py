@@ -9,6 +9,7 @@ decode, so that at most one batch per worker is in memory as pixels.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import NamedTuple
@@ -16,12 +17,14 @@ from typing import NamedTuple
 import numpy as np
 
 from threefold.data.images import decode
-from threefold.errors import ThreefoldError
+from threefold.errors import ExportError, ThreefoldError
 from threefold.runtime.model import FULL, CascadePolicy, ModelOutput
 
 BATCH_PIXELS = 4_000_000
 """Largest number of pixels in a batch of several images. A larger image runs alone, and no two such
 images run at the same time."""
+INTERRUPT_SECONDS = 5
+"""How long an interrupted model may take to stop; then its thread is left to the process's end."""
 WORKERS = 2
 """Number of threads: one decodes while the model works for the other."""
 
@@ -101,13 +104,27 @@ class Batcher:
         """Number of images that no worker has taken yet."""
         return len(self._jobs)
 
-    def close(self) -> None:
-        """Answer the waiting images, then stop the threads."""
+    def close(self, seconds: float = 60, interrupt: Callable[[], object] = lambda: None) -> None:
+        """Answer the waiting images, then stop the threads.
+
+        Args:
+            seconds: how long to wait for the answers.
+            interrupt: called after that, to stop the model; images without an answer are given up.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        deadline = time.monotonic() + seconds
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            with self._changed:
+                for job in self._jobs:
+                    job.future.cancel()
+                self._jobs = []
+            interrupt()
+            for thread in self._threads:
+                thread.join(INTERRUPT_SECONDS)
 
     def _work(self) -> None:
         while True:
@@ -173,6 +190,12 @@ class Batcher:
             else:
                 images = np.stack([decoded.image for decoded in group])
             output = self._infer(images, group[0].job.policy)
+            if len(output.probs) != len(group):
+                raise ExportError(
+                    "the model cannot answer",
+                    expected=f"answers for {len(group)} images",
+                    got=f"answers for {len(output.probs)}",
+                )
         except BaseException as error:
             if len(group) > 1 and isinstance(error, ThreefoldError):
                 # A batch may need more memory than there is where each image alone does not.

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
-from threefold.errors import RecipeError
+from threefold.errors import RecipeError, RunError
+
+try:
+    import resource
+except ImportError:  # Windows, which has no such limit
+    resource = None  # type: ignore[assignment]
+
+SPARE_DESCRIPTORS = 448
+"""Files that a process may have open besides its connections: those of Python and onnxruntime,
+large uploads, and connections that are accepted only to be refused."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,31 @@ class ServerLimits:
                 )
             values[name] = int(digits)
         return replace(self, **values)
+
+
+def reserve_descriptors(limits: ServerLimits) -> None:
+    """Let the process open as many files as the connections need, as far as it may.
+
+    A server that runs out of them cannot refuse connections any more, and asyncio tries to accept
+    them again and again.
+
+    Raises:
+        RunError: it may not open as many.
+    """
+    if resource is None:
+        return
+    needed = limits.connections + SPARE_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise RunError(
+            f"{limits.connections} connections need more open files than allowed",
+            expected=f"a limit of {needed} (ulimit -n)",
+            got=hard,
+            fix=f"--limit connections={max(1, hard - SPARE_DESCRIPTORS)}, or raise the limit",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 class Refusal(Exception):

@@ -12,6 +12,7 @@ from typing import Final
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from threefold.errors import RunError
 from threefold.serving.limits import Refusal, ServerLimits
 from threefold.serving.metrics import Metrics
 
@@ -33,12 +34,30 @@ PROTECTED_ROUTES: Final = frozenset({"/predict", "/card", "/metrics"})
 """Routes that need the API key, if there is one. The page itself holds nothing secret."""
 KNOWN_ROUTES: Final = PROTECTED_ROUTES | {"/", "/health", "/openapi.json"}
 """Routes that the metrics name. Other paths come from clients, so there is no end of them."""
+GRACE_SECONDS: Final = 2
+"""How long a request may take to arrive before it gives way to another one."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _RequestState:
+    """A request in progress: what it has sent, and until when the rest of it is awaited."""
+
+    start: float
+    deadline: float
     status: int = 500
     body_bytes: int = 0
+    is_complete: bool = False
+    must_close: bool = False
+    waiting: asyncio.Timeout | None = None
+    slow: str = ""
+    """The refusal if the rest does not arrive."""
+
+    def give_way(self, now: float) -> None:
+        """Stop waiting for the rest of the request."""
+        self.slow = "the request was slow to arrive, and others wait; try again"
+        self.deadline = now
+        if self.waiting is not None:
+            self.waiting.reschedule(now)
 
 
 class GuardMiddleware:
@@ -67,8 +86,9 @@ class GuardMiddleware:
         hosts: Collection[str] = (),
     ) -> None:
         self.app, self.limits, self.metrics = app, limits, metrics
-        self.api_key, self.hosts = api_key.encode(), frozenset(hosts)
-        self.in_flight = self.request_bytes = 0
+        self.api_key, self.hosts = clean_key(api_key).encode(), frozenset(hosts)
+        self.requests: dict[_RequestState, None] = {}  # to /predict, the oldest first
+        self.request_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request to the application, or refuse it."""
@@ -77,18 +97,25 @@ class GuardMiddleware:
             return
         path = scope["path"]
         is_predict = path == "/predict"
-        start, state = asyncio.get_running_loop().time(), _RequestState()
+        start = asyncio.get_running_loop().time()
+        seconds = self.limits.body_seconds
+        state = _RequestState(start, start + seconds)
+        state.slow = f"the request did not arrive within {seconds} seconds"
         guarded_send = self._guard_send(send, state)
         try:
-            self._check_headers(scope)
-            self.in_flight += is_predict
-            self.metrics.in_flight.set(self.in_flight)
+            self._check_headers(scope, state)
+            if is_predict:
+                self._make_room(start)
+                self.requests[state] = None
+            self.metrics.in_flight.set(len(self.requests))
+            if scope["method"] == "HEAD":  # the server sends no body to such a request
+                scope = {**scope, "method": "GET"}
             try:
                 await self.app(scope, self._guard_receive(receive, state), guarded_send)
             finally:
-                self.in_flight -= is_predict
+                self.requests.pop(state, None)
                 self.request_bytes -= state.body_bytes
-                self.metrics.in_flight.set(self.in_flight)
+                self.metrics.in_flight.set(len(self.requests))
                 self.metrics.request_bytes.set(self.request_bytes)
         except Refusal as refusal:
             await send_refusal(guarded_send, refusal)
@@ -98,9 +125,13 @@ class GuardMiddleware:
             if is_predict:
                 self.metrics.seconds.observe(asyncio.get_running_loop().time() - start)
 
-    def _check_headers(self, scope: Scope) -> None:
+    def _check_headers(self, scope: Scope, state: _RequestState) -> None:
         """Raise a Refusal if the headers alone are reason enough."""
         headers = dict(scope["headers"])
+        if b"content-length" in headers and b"transfer-encoding" in headers:
+            # A proxy may take the one and this server the other for the end of the body.
+            state.must_close = True
+            raise Refusal(400, "bad_request", "a request has a content-length or comes in chunks")
         host = headers.get(b"host", b"").decode("latin-1").lower()
         if self.hosts and _strip_port(host) not in self.hosts:
             names = ", ".join(sorted(self.hosts))
@@ -113,9 +144,39 @@ class GuardMiddleware:
         length = headers.get(b"content-length", b"0")
         if len(length) > 15 or int(length) > self.limits.body_bytes:
             raise self._too_many_bytes()
-        if scope["path"] == "/predict" and self.in_flight >= self.limits.requests:
-            message = f"the server is answering {self.limits.requests} requests; try again"
-            raise Refusal(429, "busy", message)
+
+    def _make_room(self, now: float) -> None:
+        """Refuse a request too many, unless an older one has still not arrived.
+
+        So clients that send nothing cannot keep others out.
+        """
+        if len(self.requests) < self.limits.requests:
+            return
+        slow = self._slow_requests(now)
+        if slow:
+            slow[0].give_way(now)
+            del self.requests[slow[0]]
+            return
+        message = f"the server is answering {self.limits.requests} requests; try again"
+        raise Refusal(429, "busy", message)
+
+    def _make_room_for_bytes(self, now: float) -> bool:
+        """Drop the largest request that has still not arrived; False if there is none."""
+        slow = [state for state in self._slow_requests(now) if state.body_bytes]
+        if not slow:
+            return False
+        largest = max(slow, key=lambda state: state.body_bytes)
+        largest.give_way(now)
+        del self.requests[largest]
+        return True
+
+    def _slow_requests(self, now: float) -> list[_RequestState]:
+        """Requests that have still not arrived after `GRACE_SECONDS`, the oldest first."""
+        return [
+            state
+            for state in self.requests
+            if not state.is_complete and now - state.start >= GRACE_SECONDS
+        ]
 
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
@@ -124,27 +185,29 @@ class GuardMiddleware:
     def _guard_receive(self, receive: Receive, state: _RequestState) -> Receive:
         """Count and time the body."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self.limits.body_seconds
-        is_complete = False
 
         async def guarded_receive() -> Message:
-            nonlocal is_complete
-            if is_complete:  # the caller waits for the client to disconnect, which has no deadline
+            if state.is_complete:  # the caller waits for the client to disconnect: no deadline
                 return await receive()
             try:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(state.deadline) as state.waiting:
                     message = await receive()
             except TimeoutError:
-                text = f"the request did not arrive within {self.limits.body_seconds} seconds"
-                raise Refusal(408, "slow", text) from None
-            is_complete = not message.get("more_body", False)
+                raise Refusal(408, "slow", state.slow) from None
+            finally:
+                state.waiting = None
+            if message["type"] == "http.disconnect":
+                # The status is for the metrics only: nobody is there to read it.
+                raise Refusal(499, "aborted", "the client left before its request had arrived")
+            state.is_complete = not message.get("more_body", False)
             size = len(message.get("body", b""))
             self.request_bytes += size
             state.body_bytes += size
             self.metrics.request_bytes.set(self.request_bytes)
             if state.body_bytes > self.limits.body_bytes:
                 raise self._too_many_bytes()
-            if self.request_bytes > self.limits.total_bytes:
+            is_full = self.request_bytes > self.limits.total_bytes
+            if is_full and not self._make_room_for_bytes(loop.time()):
                 raise Refusal(503, "full", "the server is reading too many bytes; try again")
             return message
 
@@ -159,7 +222,7 @@ class GuardMiddleware:
                 headers = [*message.get("headers", ())]
                 names = {name.lower() for name, _ in headers}
                 headers += [header for header in HEADERS if header[0] not in names]
-                if state.status == 408:
+                if state.status == 408 or state.must_close:
                     headers.append((b"connection", b"close"))
                 message = {**message, "headers": headers}
             async with asyncio.timeout(self.limits.body_seconds):
@@ -170,6 +233,23 @@ class GuardMiddleware:
     def _too_many_bytes(self) -> Refusal:
         message = f"a request may have at most {self.limits.body_bytes:,} bytes"
         return Refusal(413, "too_many_bytes", message)
+
+
+def clean_key(key: str) -> str:
+    """Return an API key without the spaces and line ends around it, which no header can carry.
+
+    Raises:
+        RunError: nothing is left of the key, or it has control characters.
+    """
+    cleaned = key.strip()
+    if key and not cleaned:
+        raise RunError("the API key is empty", fix="give a key, or none at all")
+    if any(ord(sign) < 32 or ord(sign) == 127 for sign in cleaned):
+        raise RunError(
+            "the API key has line breaks or control characters, which no request can send",
+            fix="give a key of letters and digits",
+        )
+    return cleaned
 
 
 def _strip_port(host: str) -> str:
