@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from threefold.names import printable
+
 
 class ThreefoldError(Exception):
     """Base of every error caused by bad input.
@@ -41,7 +43,7 @@ class ThreefoldError(Exception):
         parts = [f"{what}: {where}" if str(where) else what, ", ".join(contrast)]
         if fix:
             parts.append(f"fix: {fix}")
-        super().__init__("; ".join(" ".join(part.split()) for part in parts if part))
+        super().__init__(printable("; ".join(" ".join(part.split()) for part in parts if part)))
 
 
 class RecipeError(ThreefoldError):

@@ -44,7 +44,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         ) from None
 
 
-def read_text(path: Path, max_bytes: int) -> str:
+def read_text(path: Path, max_bytes: int = 1 << 24) -> str:
     """Read a text file: UTF-8, or UTF-16 with its mark, as PowerShell and Excel write it.
 
     Args:
@@ -56,9 +56,10 @@ def read_text(path: Path, max_bytes: int) -> str:
         UnicodeDecodeError: it is in another encoding.
     """
     status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(status.st_mode):
-        what = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
-        raise OSError(errno.EINVAL, what, str(path))
+        raise OSError(errno.EINVAL, "no regular file", str(path))
     if status.st_size > max_bytes:
         raise OSError(errno.EFBIG, f"more than {max_bytes:,} bytes", str(path))
     content = path.read_bytes()

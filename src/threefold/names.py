@@ -38,12 +38,18 @@ def is_plain_name(name: str) -> bool:
     return 0 < len(name) <= MAX_NAME and _CONTROL.search(name) is None
 
 
-def printable(text: str) -> str:
+def printable(text: str, keep: str = "\t\r\n") -> str:
     """Return a text with its control characters written out, so that no terminal obeys them.
 
-    Line ends and tabs stay.
+    Args:
+        text: any text.
+        keep: control characters that stay.
     """
-    return _CONTROL.sub(lambda m: m[0] if m[0] in "\t\r\n" else f"\\x{ord(m[0]):02x}", text)
+
+    def write_out(match: re.Match[str]) -> str:
+        return match[0] if match[0] in keep else f"\\x{ord(match[0]):02x}"
+
+    return _CONTROL.sub(write_out, text)
 
 
 def escape_formula(text: str) -> str:

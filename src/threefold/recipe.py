@@ -19,6 +19,7 @@ import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
 from threefold.errors import RecipeError
+from threefold.files import read_text
 from threefold.names import find_repeated
 from threefold.overrides import apply_override
 from threefold.recipe_checks import check_distill, check_pseudo_labels
@@ -326,7 +327,7 @@ class Recipe(Section):
             RecipeError: the file is missing or not TOML, or has unknown keys or wrong values.
         """
         try:
-            tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            tree = tomllib.loads(read_text(Path(path)))
         except OSError as error:
             raise RecipeError(
                 "cannot read the recipe",
@@ -334,7 +335,7 @@ class Recipe(Section):
                 got=error,
                 fix="give the path of a .toml file",
             ) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # also a number of 5,000 digits
             raise RecipeError("the recipe is not valid TOML", where=path, got=error) from None
         return cls.parse(tree, overrides, where=str(path))
 

@@ -59,7 +59,7 @@ def _regex(value: str) -> str:
     """Return the value if it is a valid regular expression."""
     try:
         re.compile(value)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"not a regular expression: {error}") from None
     return value
 

@@ -233,8 +233,8 @@ CSVS: dict[str, tuple[bytes, list[str]]] = {
     "surplus cell": ((GOOD + "train/cat/9.png,cat,5\n").encode(), ["line 8", "surplus"]),
     "empty group": (b"path,label,group\ntrain/cat/0.png,cat,\n", ["line 2", "group not empty"]),
     "unknown split": (
-        b"path,label,split\ntrain/cat/0.png,cat,holdout\n",
-        ["line 2", "train, val", "holdout"],
+        b"path,label,split\ntrain/cat/0.png,cat,extern\n",
+        ["line 2", "train, val", "extern"],
     ),
     "header only": (b"path,label\n", ["no training images"]),
     "one class": (b"path,label\ntrain/cat/0.png,cat\n", ["2 or more classes", "only cat"]),

@@ -127,6 +127,7 @@ def test_hidden_files_are_not_seen_and_others_are_counted(tmp_path: Path) -> Non
     assert sources.notes == (
         "1 images outside class folders were ignored: stray.png",
         "4 files that are not images were ignored: .md, .txt, Makefile",
+        "4 hidden files and folders were ignored: .cache, .git, .hidden.png, __MACOSX",
     )
 
 

@@ -100,7 +100,6 @@ def test_a_csv_file_with_folds(tmp_path: Path) -> None:
     assert sources.test.folds is None
     assert sources.notes == ("3 folds from the column fold: a, b2, b10",)
     assert sources.train.subset([2, 0]).folds == ("a", "b10")
-    assert load_source("csv", table).train.folds is None
 
 
 def test_groups_split_between_folds_are_noted(tmp_path: Path) -> None:

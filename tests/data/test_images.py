@@ -256,28 +256,6 @@ def test_16_bit_transparent_value_lies_on_white() -> None:
     assert decode(encode(GREY16, "PNG", transparency=25700))[1, 0].tolist() == [255] * 3
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        (np.array([[0, 0.5, 1]], dtype=np.float32), [0, 128, 255]),
-        (np.array([[0, 100, 255]], dtype=np.float32), [0, 100, 255]),
-        (np.array([[0, 25700, 65535]], dtype=np.float32), [0, 100, 255]),
-        (np.array([[0, 100, 255]], dtype=np.int32), [0, 100, 255]),
-        (np.array([[0, 25700, 65535]], dtype=np.int32), [0, 100, 255]),
-    ],
-)
-def test_32_bit_grey_takes_the_smallest_range_that_holds_it(
-    values: np.ndarray, expected: list[int]
-) -> None:
-    assert decode(encode(values, "TIFF"))[0, :, 0].tolist() == expected
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -1, 70_000])
-def test_32_bit_grey_outside_of_every_range_is_refused(value: float) -> None:
-    with pytest.raises(DataError, match=r"32-bit values from .* supported are"):
-        decode(encode(np.array([[0, value]], dtype=np.float32), "TIFF"))
-
-
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "TIFF", "PNG"])
 def test_the_first_frame_of_an_animation(format: str) -> None:
     frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "lime", "blue")]
@@ -427,6 +405,8 @@ DAMAGED_BASES = [encode(PIXELS, name) for name in ("JPEG", "PNG", "WEBP", "BMP",
 
 def test_check_accepts_all_suffixes_of_a_format(tmp_path: Path) -> None:
     for suffix, format in IMAGE_SUFFIXES.items():
+        if format == "HEIF":  # Pillow cannot write it
+            continue
         path = tmp_path / f"x{suffix.upper()}"
         path.write_bytes(encode(PIXELS, format))
         assert check(path) is None, suffix

@@ -40,7 +40,7 @@ def test_images_at_any_depth_have_no_label(labelled: Sources, folder: Path) -> N
     assert sources.train is labelled.train
     assert sources.notes[-2:] == (
         "2 unlabelled images for pseudo labels",
-        "1 files beside them that are not images were ignored",
+        "beside them: 1 files that are not images were ignored: .txt",
     )
 
 

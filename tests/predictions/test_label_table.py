@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,26 @@ def test_numbers_that_are_no_probabilities(tmp_path: Path, case: str, suffix: st
 
     with pytest.raises(DataError, match=message):
         read_predictions(tmp_path / f"net.{suffix}")
+
+
+def test_names_of_macos_match_those_of_others(tmp_path: Path) -> None:
+    nfc, nfd = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    for folder, name in (("a", nfc), ("b", nfd)):
+        (tmp_path / folder).mkdir()
+        ids = [f"{name}/1.png", "dog/1.png"]
+        (tmp_path / folder / "truth.csv").write_text(f"id,label\n{ids[1]},dog\n{ids[0]},{name}\n")
+        np.savez(
+            tmp_path / folder / f"{folder}.npz",
+            probs=np.eye(2),
+            ids=ids,
+            classes=[name, "dog"],
+        )
+    parts = [
+        read_predictions(tmp_path / f"{one}/{one}.npz", labels=tmp_path / f"{other}/truth.csv")
+        for one, other in ("ab", "ba")
+    ]
+
+    joined = join_predictions(parts)
+
+    assert joined.classes == (nfc, "dog")
+    assert (joined.probs.argmax(-1) == joined.labels).all()

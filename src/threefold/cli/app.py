@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from threefold.cli.console import err, out, print_error
+from threefold.cli.console import err, out, plain, print_error
 from threefold.cli.data import register as register_data
 from threefold.cli.demo import demo
 from threefold.cli.options import (
@@ -82,8 +82,10 @@ def fit(
     verbose: Verbose = False,
 ) -> None:
     """Plan, train, ensemble, report and export: images to one file."""
+    from threefold.predictions.run_folder import default_run_folder
+
     minutes = parse_minutes(budget)  # before torch is imported, so that a typo fails at once
-    target = out_dir or Path("runs") / folder.resolve().name
+    target = out_dir or default_run_folder(folder)
     from threefold import api
 
     with watch_training(verbose, f"threefold fit {folder} --out {target}") as watcher:
@@ -213,11 +215,17 @@ def export(
         raise ExportError(
             "the browser reads ONNX", where=target, fix="with --web, --out ends in .onnx"
         )
+    from threefold.data.class_names import exported_names
     from threefold.exporting.export import export as export_run
     from threefold.exporting.parity import describe_report
     from threefold.training.run import Run
 
-    exported = export_run(Run.open(run_dir), target, method, split_names([members]), precision)
+    run = Run.open(run_dir)
+    exported = export_run(run, target, method, split_names([members]), precision)
+    classes = run.folder.info.classes
+    for name, written in zip(classes, exported_names(classes), strict=True):
+        if name != written:
+            err.print(f"[yellow]note[/] class {plain(repr(name))} is {plain(written)} in the file")
     out.print(
         f"{exported.path}: {exported.bytes / 1e6:.1f} MB, {exported.method}, {precision}; "
         f"{describe_report(exported)}",

@@ -9,14 +9,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from threefold.errors import ThreefoldError
+from threefold.names import printable
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def plain(text: object) -> str:
-    """Escape Rich markup, so that the text prints literally."""
-    return escape(str(text))
+    """Escape Rich markup and control characters, so that the text prints literally."""
+    return escape(printable(str(text)))
 
 
 def print_error(message: ThreefoldError | str) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 
 from threefold.cli.app import app
 from threefold.cli.console import print_error
 from threefold.errors import ThreefoldError
 from threefold.extras import VERB_EXTRAS, missing_extra
+
+_LONGEST = 200
+"""Characters of a path in a message."""
 
 
 def main() -> None:
@@ -16,6 +21,7 @@ def main() -> None:
     Exit codes: 0 done, 1 an error that the user can fix (one line on standard error), 2 wrong
     usage, 130 interrupted.
     """
+    _silence_pillow()
     try:
         app()
     except ModuleNotFoundError as error:
@@ -30,3 +36,14 @@ def main() -> None:
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as error:  # such as a path that is too long for the file system
+        name = str(error.filename or "")
+        where = name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..."
+        print_error(ThreefoldError("cannot use the file", where=where, got=error))
+        sys.exit(1)
+
+
+def _silence_pillow() -> None:
+    """Keep Pillow's remarks on odd files off the terminal: unreadable images have their own."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)

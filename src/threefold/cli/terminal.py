@@ -16,6 +16,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from threefold.names import printable
 from threefold.predictions.results_schema import (
     ClassScore,
     Comparison,
@@ -102,7 +103,7 @@ class TerminalWatcher(Watcher):
 
     def note(self, text: str) -> None:
         """Print a note."""
-        self.console.print(f"[yellow]note[/yellow] {escape(text)}", highlight=False)
+        self.console.print(f"[yellow]note[/yellow] {escape(printable(text))}", highlight=False)
 
     def _fill_job(self) -> None:
         """Fill the current job's part of the bar, if it stopped early or was skipped."""
@@ -138,7 +139,7 @@ def score_table(scores: Sequence[Score], chosen: str | None = None) -> Table:
     """Return a table of scores, with ensembles in bold and the chosen one marked."""
     table = _table(("", "rows"), _SCORE_COLUMNS)
     for s in scores:
-        name = escape(_shorten(s.name))
+        name = _name(s.name)
         if s.kind == "ensemble":
             name = f"[bold]{name}[/]"
             if s.name == chosen:
@@ -167,7 +168,7 @@ def class_table(classes: Sequence[ClassScore], limit: int = 12) -> Table:
     for recall, c in known[:limit]:
         low, high = c.interval
         table.add_row(
-            escape(_shorten(c.name)),
+            _name(c.name),
             f"{c.n:,}",
             f"{100 * recall:.1f}",
             f"{100 * low:.1f} - {100 * high:.1f}",
@@ -196,7 +197,7 @@ def pair_table(pairs: Sequence[Comparison]) -> Table:
             f"{100 * low:+.2f} to {100 * high:+.2f}",
             f"{pair.p:.2g}",
         ]
-        names = [escape(_shorten(name, 13)) for name in (pair.a, pair.b)]
+        names = [_name(name, 13) for name in (pair.a, pair.b)]
         table.add_row(*names, *counts, *figures)
     return table
 
@@ -226,7 +227,7 @@ def distill_tables(distillation: DistillationResults) -> list[Table]:
     for part in distillation.tables:
         table = _table(("", "rows"), _SCORE_COLUMNS)
         for s in part.scores:
-            table.add_row(escape(_shorten(s.name)), f"{part.rows} {s.n}", *_figures(s))
+            table.add_row(_name(s.name), f"{part.rows} {s.n}", *_figures(s))
         tables.append(table)
     return [*tables, _cost_table(distillation)]
 
@@ -246,12 +247,14 @@ def _cost_table(distillation: DistillationResults) -> Table:
                 row += ["", ""]
             else:
                 row += [f"{value / 1e6:,.1f} {unit}", f"{value / own_value:.1f} x"]
-        table.add_row(escape(_shorten(line.name)), *row)
+        table.add_row(_name(line.name), *row)
     return table
 
 
-def _shorten(name: str, limit: int = NAME) -> str:
-    return name if len(name) <= limit else "…" + name[1 - limit :]
+def _name(name: str, limit: int = NAME) -> str:
+    """Return a name for a cell of a table, as Rich markup."""
+    name = printable(name)
+    return escape(name if len(name) <= limit else "…" + name[1 - limit :])
 
 
 def verdict_line(pair: Comparison) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from threefold.data.class_names import check_class_names
 from threefold.data.group_file import groups_of, read_groups
 from threefold.data.images import BadImage, check_all, content_hash, decode, same_content
 from threefold.data.published import FASHION_MNIST_CLASSES
@@ -43,6 +44,7 @@ from threefold.data.sources.photos import (
     list_inaturalist,
     list_surrey,
 )
+from threefold.data.split_names import warn_of_parts
 from threefold.data.splits import fold_values
 from threefold.errors import DataError, shorten
 from threefold.names import find_repeated, natural_key
@@ -168,7 +170,7 @@ class Sources:
         return len(self.train) + (0 if self.test is None else len(self.test))
 
 
-def load_data(spec: DataSpec, seed: int) -> Sources:
+def load_data(spec: DataSpec, seed: int, trained: tuple[str, ...] = ()) -> Sources:
     """Find, verify and label the images of a recipe.
 
     Every file is decoded once to verify it. `limit_per_class` draws from the training files before
@@ -178,6 +180,8 @@ def load_data(spec: DataSpec, seed: int) -> Sources:
     Args:
         spec: the `data` table of a recipe.
         seed: the recipe's seed, for `limit_per_class`.
+        trained: the classes of a run that has been trained on these images. Their names are not
+            refused, so that it can be exported; its file has `exported_name` in their place.
 
     Raises:
         DataError: images or labels are missing, unreadable or inconsistent.
@@ -191,7 +195,7 @@ def load_data(spec: DataSpec, seed: int) -> Sources:
             fix="set data.root to a folder of class folders, or to a CSV file",
         )
     if spec.source == "huggingface":
-        return _from_files(list_huggingface(root, spec.fold_column), spec, seed)
+        return _from_files(list_huggingface(root, spec.fold_column), spec, seed, trained)
     path = Path(root).expanduser()
     decoded: dict[str, Callable[[], ArrayDataset]] = {
         "mnist": lambda: read_mnist(path, "mnist"),
@@ -211,10 +215,10 @@ def load_data(spec: DataSpec, seed: int) -> Sources:
         "cassava2020": lambda: list_cassava2020(path),
         "surrey-asl": lambda: list_surrey(path),
     }
-    return _from_files(listed[spec.source](), spec, seed)
+    return _from_files(listed[spec.source](), spec, seed, trained)
 
 
-def _from_files(listing: Listing, spec: DataSpec, seed: int) -> Sources:
+def _from_files(listing: Listing, spec: DataSpec, seed: int, trained: tuple[str, ...]) -> Sources:
     """Verify listed files and assign their labels."""
     key = "group_regex" if spec.group_regex else "group_file" if spec.group_file else ""
     if key and any(item.group for item in listing.items):
@@ -229,6 +233,8 @@ def _from_files(listing: Listing, spec: DataSpec, seed: int) -> Sources:
     classes = _classes(
         {item.label for item in train}, {item.label for item in test}, listing.classes
     )
+    if classes != trained:
+        check_class_names(classes)
     rows = _limited([item.label for item in train], spec.limit_per_class, seed)
     train = [train[row] for row in rows]
     bad = _verify(train + test, listing.encoded, spec)
@@ -267,6 +273,7 @@ def _from_files(listing: Listing, spec: DataSpec, seed: int) -> Sources:
             *_duplicates(train + test, listing.encoded),
             *_shared_groups(train_set, test_set),
             *_split_groups(train_set),
+            *warn_of_parts(classes),
         ),
     )
 

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Final
 
 from threefold.errors import DataError, shorten
-from threefold.files import write_bytes
+from threefold.files import read_text, write_bytes
 from threefold.names import find_repeated
 
 GROUP_FILE: Final = "groups.csv"
 """Name of the file in a run folder."""
+
+
+MAX_BYTES: Final = 1 << 30
+"""Largest group file."""
 
 
 def write_groups(path: Path, ids: Sequence[str], groups: Sequence[str]) -> None:
@@ -44,20 +48,19 @@ def read_groups(path: Path) -> dict[str, str]:
         DataError: the file cannot be read, a column or a cell is missing, or an id is repeated.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            columns = [name.strip() for name in reader.fieldnames or ()]
-            reader.fieldnames = columns
-            if not {"id", "group"} <= set(columns):
-                raise DataError(
-                    "the group file lacks a column",
-                    where=path,
-                    expected="id,group",
-                    got=",".join(columns) or "an empty file",
-                )
-            rows = [
-                (row["id"] or "", (row["group"] or "").strip(), reader.line_num) for row in reader
-            ]
+        stream = io.StringIO(read_text(path, MAX_BYTES), newline="")
+        reader = csv.DictReader(stream, strict=True)
+        columns = [name.strip().lower() for name in reader.fieldnames or ()]
+        reader.fieldnames = columns
+        repeated = find_repeated(columns)
+        if not {"id", "group"} <= set(columns) or {"id", "group"} & set(repeated):
+            raise DataError(
+                "the group file lacks a column, or has it twice",
+                where=path,
+                expected="id,group",
+                got=",".join(columns) or "an empty file",
+            )
+        rows = [(row["id"] or "", (row["group"] or "").strip(), reader.line_num) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             "cannot read the group file", where=path, got=error, fix="correct data.group_file"

@@ -1,7 +1,8 @@
 """Decode image files; training, evaluation, export and serving all read images through this module.
 
-The content of a file, never its name, decides its format. Six formats are read; all others (EPS,
-PSD, SVG, ...) are refused, because some of their readers start other programs. Sizes are checked
+The content of a file, never its name, decides its format. Eight formats are read, HEIF only if the
+extra `heif` is installed; all others (EPS, PSD, SVG, ...) are refused, because some of their
+readers start other programs. Sizes are checked
 before decoding. Imports no torch. Thread-safe: it changes no setting of Pillow.
 """
 
@@ -13,7 +14,7 @@ import os
 import stat
 import struct
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -21,6 +22,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import (
+    AvifImagePlugin,
     BmpImagePlugin,
     GifImagePlugin,
     Image,
@@ -31,6 +33,8 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from threefold.data.content_kinds import HEAD, describe_other, find_format
+from threefold.data.deep_grey import GreyScale, is_deep, read_scale, to_eight_bits
 from threefold.data.image_headers import UnreadableImage, essential_parts
 from threefold.errors import DataError
 
@@ -48,6 +52,10 @@ IMAGE_SUFFIXES = {
     ".tif": "TIFF",
     ".tiff": "TIFF",
     ".gif": "GIF",
+    ".avif": "AVIF",
+    ".heic": "HEIF",
+    ".heif": "HEIF",
+    ".hif": "HEIF",
 }
 """Format of each file name suffix (lower case)."""
 
@@ -59,19 +67,9 @@ _READERS: dict[str, type[ImageFile.ImageFile]] = {
     "BMP": BmpImagePlugin.BmpImageFile,
     "TIFF": TiffImagePlugin.TiffImageFile,
     "GIF": GifImagePlugin.GifImageFile,
+    "AVIF": AvifImagePlugin.AvifImageFile,
 }
-
-_MAGIC = (
-    (b"\xff\xd8\xff", "JPEG"),
-    (b"\x89PNG\r\n\x1a\n", "PNG"),
-    (b"GIF87a", "GIF"),
-    (b"GIF89a", "GIF"),
-    (b"BM", "BMP"),
-    (b"II*\0", "TIFF"),
-    (b"MM\0*", "TIFF"),
-    (b"II+\0", "TIFF"),
-    (b"MM\0+", "TIFF"),
-)
+_FORMATS = ", ".join((*_READERS, "HEIF"))
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -106,9 +104,8 @@ def decode(source: str | Path | bytes | BinaryIO) -> NDArray[np.uint8]:
     """Read an image as viewers show it: the first frame, upright, on white, as RGB.
 
     EXIF rotation is applied; grey is repeated; palettes, CMYK and YCbCr are converted; transparent
-    images are composited on white. 16-bit grey is scaled by 255/65535. 32-bit grey (integer or
-    float) has no defined white; its range is the smallest of 0..1 (float only), 0..255 and 0..65535
-    that holds all values.
+    images are composited on white. Grey of more than 8 bits is scaled as `deep_grey` says: white is
+    1 in floating point and 65535 in integers, whatever the values of the image.
 
     Args:
         source: a path, the bytes of a file, or an open binary file (read from its position).
@@ -118,8 +115,8 @@ def decode(source: str | Path | bytes | BinaryIO) -> NDArray[np.uint8]:
 
     Raises:
         DataError: the file is missing, empty, damaged or truncated, has more than `MAX_PIXELS`,
-            would take too much time or memory to decode (`image_headers`), or is none of the six
-            formats.
+            would take too much time or memory to decode (`image_headers`), or is of no format
+            that is read.
     """
     try:
         return _read(source)[0]
@@ -133,11 +130,12 @@ def rgb_pixels(image: Image.Image) -> NDArray[np.uint8]:
     """Convert a Pillow image as `decode` converts a file: upright, on white, as RGB.
 
     Raises:
-        DataError: it is not loaded yet and its file cannot be read, or its values have no white.
+        DataError: it is not loaded yet and its file cannot be read, or its grey has another scale.
     """
     try:
+        scale = read_scale(image) if is_deep(image) else None
         image.load()
-        return _to_rgb(_upright(image))
+        return _to_rgb(_upright(image), scale)
     except Exception as error:  # Pillow raises nearly any type for damaged content
         raise DataError(
             "cannot read the image", where="a Pillow image", got=error or type(error).__name__
@@ -252,13 +250,14 @@ def _read(source: str | Path | bytes | BinaryIO) -> tuple[NDArray[np.uint8], str
 
 def _open(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[ImageFile.ImageFile, str]:
     """Return the image, not yet decoded, and its format."""
-    head = stream.read(32)
+    head = stream.read(HEAD)
     stream.seek(0)
     image_format = _sniff(head)
     _require_size(_declared_size(head, image_format), max_pixels)
     parts = essential_parts(stream, image_format)
+    reader = _reader(image_format)
     try:
-        image = _READERS[image_format](parts)
+        image = reader(parts)
     except Exception as error:  # Pillow raises nearly any type for damaged content
         raise UnreadableImage(
             f"damaged or truncated {image_format}: {error or type(error).__name__}"
@@ -270,8 +269,9 @@ def _open(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[ImageFile.Ima
 def _decode(stream: BinaryIO) -> tuple[NDArray[np.uint8], str]:
     image, image_format = _open(stream)
     try:
+        scale = read_scale(image) if is_deep(image) else None
         image.load()
-        return _to_rgb(_upright(image)), image_format
+        return _to_rgb(_upright(image), scale), image_format
     except UnreadableImage:
         raise
     except Exception as error:
@@ -284,12 +284,27 @@ def _sniff(head: bytes) -> str:
     """Return the format that the first bytes of a file indicate."""
     if not head:
         raise UnreadableImage("the file is empty (0 bytes)")
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "WebP"
-    for magic, image_format in _MAGIC:
-        if head.startswith(magic):
-            return image_format
-    raise UnreadableImage(f"not an image (the content is none of {', '.join(_READERS)})")
+    found = find_format(head)
+    if found:
+        return found
+    what = describe_other(head)
+    if what:
+        raise UnreadableImage(f"not an image but {what}")
+    raise UnreadableImage(f"not an image (the content is none of {_FORMATS})")
+
+
+def _reader(image_format: str) -> Callable[[BinaryIO], ImageFile.ImageFile]:
+    """Return what opens a format."""
+    if image_format != "HEIF":
+        return _READERS[image_format]
+    try:
+        from pi_heif import HeifImageFile
+    except ImportError:
+        raise UnreadableImage(
+            "a HEIC or HEIF image, which needs pip install 'threefold[heif]'; or save it as JPEG"
+        ) from None
+    reader: Callable[[BinaryIO], ImageFile.ImageFile] = HeifImageFile
+    return reader
 
 
 def _declared_size(head: bytes, image_format: str) -> tuple[int, int]:
@@ -352,28 +367,15 @@ def _orientation(exif: bytes) -> int:
     return 1
 
 
-def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """Convert an image of any Pillow mode to uint8 (h, w, 3)."""
-    if image.mode.startswith(("I", "F")):
-        return _deep_grey_to_rgb(image)
+def _to_rgb(image: Image.Image, scale: GreyScale | None) -> NDArray[np.uint8]:
+    """Convert an image of any Pillow mode to uint8 (h, w, 3); `scale` is that of deep grey."""
+    if scale is not None:
+        # Pillow's own conversion clips at 255 in place of scaling.
+        try:
+            return np.repeat(to_eight_bits(image, scale)[..., None], 3, axis=2)
+        except ValueError as error:
+            raise UnreadableImage(error) from None
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return np.array(image.convert("RGB"))
-
-
-def _deep_grey_to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """Convert 16-bit and 32-bit grey; Pillow's own conversion clips at 255 instead of scaling."""
-    values = np.asarray(image)
-    low, high = values.min(), values.max()
-    if not (low >= 0 and high <= 65535):  # also true of NaN
-        raise UnreadableImage(
-            f"32-bit values from {low} to {high}; supported are 0..1, 0..255 and 0..65535"
-        )
-    whites = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
-    white = next(white for white in whites if high <= white)
-    grey = np.rint(values * (255.0 / white)).astype(np.uint8)
-    transparent = image.info.get("transparency")
-    if transparent is not None:
-        grey[values == transparent] = 255
-    return np.repeat(grey[..., None], 3, axis=2)

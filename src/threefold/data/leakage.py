@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from scipy.fft import dctn
 
+from threefold.data.split_names import split_of
 from threefold.errors import DataError, shorten
 
 NEAR: Final = 0.01
@@ -41,8 +42,6 @@ GROUP_PATTERNS: Final = (
 )
 """Candidates for `data.group_regex`: a word with a number, a subfolder of the class folder, and a
 name before a counter."""
-
-_SPLIT_FOLDER: Final = re.compile(r"^(?:train|training|val|valid|validation|test)/")
 
 
 class Duplicate(NamedTuple):
@@ -166,7 +165,7 @@ def guess_group_pattern(ids: Sequence[str]) -> str | None:
         if not ids or len(groups) < len(ids):
             continue
         sizes = Counter(groups)
-        folders = [_SPLIT_FOLDER.sub("", name).rpartition("/")[0] for name in ids]
+        folders = [_without_split(name).rpartition("/")[0] for name in ids]
         classes = [folder.partition("/")[0] for folder in folders]
         class_names = {name.casefold() for name in classes}
         named_after_classes = {group.casefold() for group in sizes} <= class_names
@@ -175,6 +174,14 @@ def guess_group_pattern(ids: Sequence[str]) -> str | None:
         if plausible and not only_classes:
             return pattern
     return None
+
+
+def _without_split(name: str) -> str:
+    """Return an id without the folders of its split."""
+    pieces = name.split("/")
+    while len(pieces) > 2 and split_of(pieces[0]) is not None:
+        del pieces[0]
+    return "/".join(pieces)
 
 
 def describe_guessed_groups(ids: Sequence[str], pattern: str) -> tuple[str, int]:

@@ -14,7 +14,7 @@ from threefold.data.check import NEAR_COPIES
 from threefold.data.dataset import ImageDataset, Sources, note_misleading_names
 from threefold.data.images import check_all
 from threefold.data.leakage import NEAR, find_duplicates
-from threefold.data.sources.folder import walk_images
+from threefold.data.walk import LeftOut, describe_left_out, walk_images
 from threefold.errors import DataError, shorten
 
 
@@ -38,7 +38,8 @@ def with_unlabelled(sources: Sources, root: str, bad_images: Literal["fail", "sk
     fix = "correct pseudo_labels.images"
     if not os.path.isdir(folder):
         raise DataError("there is no such folder of unlabelled images", where=root, fix=fix)
-    files, others = walk_images(folder)
+    left_out: list[LeftOut] = []
+    files = walk_images(folder, left_out)
     bad = check_all(files, min(8, os.cpu_count() or 1))
     if bad and bad_images == "fail":
         raise DataError(
@@ -59,8 +60,7 @@ def with_unlabelled(sources: Sources, root: str, bad_images: Literal["fail", "sk
         classes=sources.train.classes,
     )
     notes = [f"{len(names):,} unlabelled images for pseudo labels"]
-    if others:
-        notes.append(f"{len(others)} files beside them that are not images were ignored")
+    notes += [f"beside them: {note}" for note in describe_left_out(left_out)]
     notes += note_misleading_names(bad)
     notes += _compare(sources, unlabelled, root)
     return replace(

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from threefold.errors import DataError, RunError
 from threefold.files import write_bytes
+from threefold.names import escape_formula
 from threefold.predictions.checks import check_probs
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Audit, SuspectLabel
@@ -118,7 +119,9 @@ def write_suspects(path: str | Path, suspects: Iterable[Suspect]) -> None:
     table = csv.writer(text, lineterminator="\n")
     table.writerow(Suspect._fields)
     for suspect in suspects:
-        table.writerow(suspect._replace(score=f"{suspect.score:.6g}"))  # type: ignore[arg-type]
+        score = f"{suspect.score:.6g}"
+        texts = (suspect.id, suspect.label, suspect.suggested)
+        table.writerow([*map(escape_formula, texts), score, escape_formula(suspect.reason)])
     write_bytes(Path(path), text.getvalue().encode())
 
 

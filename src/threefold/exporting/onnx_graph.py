@@ -16,6 +16,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from threefold.data.class_names import exported_names
 from threefold.errors import ExportError
 from threefold.exporting.onnx_files import publish, set_card, staged
 from threefold.exporting.onnx_networks import Tracer, run_model, trace
@@ -41,7 +42,7 @@ def card_of(pipeline: Pipeline, precision: str, metadata: dict[str, Any]) -> dic
     """Return the model card: the entries that every file has, and the metadata."""
     return {
         "format": FORMAT,
-        "classes": list(pipeline.classes),
+        "classes": list(exported_names(pipeline.classes)),
         "members": list(pipeline.names),
         "precision": precision,
         "opset": OPSET,

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from threefold.errors import DataError, shorten
-from threefold.names import find_repeated
+from threefold.names import find_repeated, normalise_name
 from threefold.predictions.predictions import Predictions, Protocol, default_ids
 
 
@@ -31,6 +31,7 @@ def join_predictions(parts: Sequence[Predictions]) -> Predictions:
         raise DataError("there are no predictions to join")
     if len(parts) == 1:
         return parts[0]
+    parts = [_with_normal_names(part) for part in parts]
     _refuse_repeated_members(parts)
     with_ids = [part for part in parts if not _has_default_ids(part)]
     first = (with_ids or parts)[0]
@@ -53,6 +54,16 @@ def join_predictions(parts: Sequence[Predictions]) -> Predictions:
         folds=folds,
         roles=None if folds is None else _union_of_roles(aligned),
     )
+
+
+def _with_normal_names(part: Predictions) -> Predictions:
+    """The part with ids and classes as NFC, so that those of macOS match those of others."""
+    ids, classes = (tuple(map(normalise_name, names)) for names in (part.ids, part.classes))
+    if (ids, classes) == (part.ids, part.classes):
+        return part
+    if len(set(ids)) < len(ids) or len(set(classes)) < len(classes):
+        return part  # names that differ in their form alone
+    return replace(part, ids=ids, classes=classes)
 
 
 def _has_default_ids(part: Predictions) -> bool:

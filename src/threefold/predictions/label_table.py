@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from threefold.errors import DataError, shorten
-from threefold.names import find_repeated
+from threefold.names import find_repeated, normalise_name
 
 _ID_NAMES = {
     *("id", "ids", "path", "paths", "key", "uid", "uuid", "name", "row_id", "sample_id"),
@@ -204,7 +204,7 @@ def _find_rows(
     for names in (paths, ids):
         if names is None:
             continue
-        for simplify in (str, _file_name, _stem):
+        for simplify in (normalise_name, _file_name, _stem):
             rows = _find_simplified(cells, names, simplify)
             if rows is not None:
                 return rows
@@ -224,7 +224,7 @@ def _find_simplified(
 
 
 def _file_name(name: str) -> str:
-    return name.replace("\\", "/").rsplit("/", 1)[-1]
+    return normalise_name(name).replace("\\", "/").rsplit("/", 1)[-1]
 
 
 def _stem(name: str) -> str:

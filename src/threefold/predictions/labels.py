@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from threefold.errors import DataError
-from threefold.names import natural_key
+from threefold.names import natural_key, normalise_name
 from threefold.predictions.checks import describe_unsuitable, find_unsuitable
 from threefold.predictions.label_table import LabelTable
 from threefold.predictions.predictions import Predictions, default_names
@@ -188,6 +188,9 @@ def _class_numbers(
         return labels
     cells = [str(cell) for cell in labels]
     number_of = {name: i for i, name in enumerate(names or ())}
+    normal = {normalise_name(name): i for name, i in number_of.items()}
+    if len(normal) == len(number_of):  # no two names differ in their form alone
+        cells, number_of = [normalise_name(cell) for cell in cells], normal
     unknown = next((row for row, cell in enumerate(cells) if cell not in number_of), None)
     if unknown is None:
         return np.array([number_of[cell] for cell in cells], np.int64)
@@ -227,15 +230,18 @@ def _labels_from_folders(
             return list(paths), None
         raise DataError("the order of the classes is not known", where=where, fix=_FIX_CLASS_ORDER)
     number_of = {name: i for i, name in enumerate(names)}
+    number_of = {normalise_name(name): i for name, i in number_of.items()} | number_of
     ids: list[str] = []
     labels: list[int] = []
     unclear: list[tuple[str, set[str]]] = []
     for path in paths:
-        pieces = _split_path(path)
+        pieces = [
+            piece if piece in number_of else normalise_name(piece) for piece in _split_path(path)
+        ]
         positions = [i for i, folder in enumerate(pieces[:-1]) if folder in number_of]
         folders = {pieces[i] for i in positions}
         if len(folders) == 1:
-            ids.append("/".join(pieces[positions[0] :]))
+            ids.append("/".join(_split_path(path)[positions[0] :]))
             labels.append(number_of[pieces[positions[0]]])
         else:
             unclear.append((path, folders))

@@ -6,6 +6,7 @@ stage of one member in one fold; its `done.json` is written last, so a job that 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -44,6 +45,18 @@ class ChosenAnswers:
     probs: np.ndarray
     labels: np.ndarray
     ids: tuple[str, ...]
+
+
+def default_run_folder(data: Path) -> Path:
+    """Return the run folder of a folder of images: runs/NAME, but never inside the images.
+
+    Where the current folder is the images' or inside it, `runs` lies beside the images.
+    """
+    images = data.resolve()
+    target = Path("runs") / images.name
+    if target.resolve().is_relative_to(images):
+        target = Path(os.path.relpath(images.parent / "runs" / images.name))
+    return target
 
 
 class RunFolder:

@@ -13,12 +13,23 @@ from typing import IO, Any
 import numpy as np
 
 from threefold.data.images import IMAGE_SUFFIXES, decode
+from threefold.data.walk import LeftOut, describe_left_out, walk_images
 from threefold.errors import DataError, RecipeError
+from threefold.names import escape_formula, printable
 from threefold.runtime.model import FULL, CascadePolicy, Model, load
 
 
-def find_images(sources: Iterable[str], listing: IO[str] | None = None) -> Iterator[Path]:
+def find_images(
+    sources: Iterable[str],
+    listing: IO[str] | None = None,
+    notify: Callable[[str], object] | None = None,
+) -> Iterator[Path]:
     """Yield files, every image in folders, and for `-` the paths on `listing`, one per line.
+
+    Args:
+        sources: files, folders, or -.
+        listing: what - reads; None = standard input.
+        notify: called with what is left out of a folder.
 
     Raises:
         DataError: a path does not exist, or a folder holds no image.
@@ -31,9 +42,11 @@ def find_images(sources: Iterable[str], listing: IO[str] | None = None) -> Itera
                 if name:
                     yield Path(name)
         elif path.is_dir():
-            images = sorted(
-                p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
-            )
+            left_out: list[LeftOut] = []
+            images = sorted(walk_images(path, left_out))
+            if notify is not None:
+                for note in describe_left_out(left_out):
+                    notify(f"{path}: {note}")
             if not images:
                 raise DataError(
                     "no images in the folder",
@@ -128,8 +141,8 @@ def write_predictions(
         model.stop_thresholds(policy)
     rows = csv.writer(stream) if form == "csv" else None
     if rows:
-        rows.writerow(["image", "label", "probability", *model.classes])
-    for path in find_images(sources):
+        rows.writerow(["image", "label", "probability", *map(escape_formula, model.classes)])
+    for path in find_images(sources, notify=notify):
         try:
             if policy.budget_ms:
                 resolved = model.resolve_budget(policy, decode(path))
@@ -143,11 +156,14 @@ def write_predictions(
         probs = answer.pop("probs")
         if rows:
             numbers = [f"{p:.6f}" for p in (answer["probability"], *probs)]
-            rows.writerow([answer["image"], answer["label"], *numbers])
+            names = [escape_formula(name) for name in (answer["image"], answer["label"])]
+            if stream.isatty():
+                names = [printable(name) for name in names]
+            rows.writerow([*names, *numbers])
         elif form == "json":
             stream.write(json.dumps(answer, ensure_ascii=False) + "\n")
         else:
-            stream.write(as_text(answer, model) + "\n")
+            stream.write(printable(as_text(answer, model), keep="") + "\n")
     return failed
 
 

@@ -118,7 +118,8 @@ class Run:
         data, own = self.recipe.data, self.dir / GROUP_FILE
         if data.group_file and own.exists() and not Path(data.group_file).expanduser().exists():
             data = data.model_copy(update={"group_file": str(own)})
-        return load_data(data, self.recipe.seed)
+        has_begun = (self.dir / "run.json").exists()
+        return load_data(data, self.recipe.seed, self.folder.info.classes if has_begun else ())
 
     @cached_property
     def all_sources(self) -> Sources:

@@ -6,7 +6,9 @@ Nothing here opens an image.
 from __future__ import annotations
 
 import csv
+import io
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, SupportsIndex, overload
@@ -14,19 +16,23 @@ from typing import NamedTuple, SupportsIndex, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from threefold.data.images import IMAGE_SUFFIXES
+from threefold.data.sources.columns import check_fold_column, find_columns, note_unread
+from threefold.data.split_names import EXPECTED, PARTS, hold_the_same, split_of
+from threefold.data.walk import (
+    RUNS,
+    LeftOut,
+    describe_left_out,
+    is_image,
+    is_tool_folder,
+    list_entries,
+    walk_images,
+)
 from threefold.errors import DataError, shorten
-from threefold.names import find_repeated
+from threefold.files import read_text
+from threefold.names import find_repeated, normalise_name
 
-PARTS = {
-    "train": "train",
-    "val": "train",
-    "valid": "train",
-    "validation": "train",
-    "dev": "train",
-    "test": "test",
-}
-"""Names of splits, and the part that each belongs to; folds take their own validation rows."""
+MAX_TABLE_BYTES = 1 << 30
+"""Largest CSV file."""
 
 
 class ListedImage(NamedTuple):
@@ -105,7 +111,7 @@ class ArrayDataset(NamedTuple):
 
 def find_absent(items: Iterable[ListedImage]) -> list[str]:
     """Ids of items whose file does not exist."""
-    return [item.id for item in items if not item.path.is_file()]
+    return [item.id for item in items if not os.path.isfile(item.path)]
 
 
 def read_file(path: Path) -> bytes:
@@ -120,157 +126,194 @@ def read_file(path: Path) -> bytes:
         raise DataError("cannot read the file", where=path, got=error) from None
 
 
-def is_image(path: Path) -> bool:
-    """Whether the suffix of a file is that of an image."""
-    return path.suffix.lower() in IMAGE_SUFFIXES
-
-
-def list_entries(folder: Path) -> tuple[list[Path], list[Path]]:
-    """List folders and files in a folder, sorted by name, without hidden ones.
-
-    Raises:
-        DataError: the folder cannot be read, or a name is not valid Unicode.
-    """
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        raise DataError("cannot read the folder", where=folder, got=error) from None
-    for name in names:
-        # Such a file can be opened, but its name cannot be printed or written to a run's files.
-        if any("\ud800" <= letter <= "\udfff" for letter in name):
-            where = f"{folder}: {name!a}"
-            raise DataError("a file name is not valid Unicode", where=where, fix="rename the file")
-    paths = [folder / name for name in names if not name.startswith(".") and name != "__MACOSX"]
-    folders = [path for path in paths if os.path.isdir(path)]
-    return folders, [path for path in paths if not os.path.isdir(path)]
-
-
 # Folders
 
 
 def list_folder(root: Path) -> Listing:
     """List the images in class folders (at any depth) in `root`, or in its train/ [val/] [test/].
 
-    Ids are POSIX paths relative to `root`. Hidden files are skipped. Other files that are not
-    images, and images outside class folders, are counted in the notes. `val` is part of `train`.
+    Ids are POSIX paths relative to `root`. The notes count what is left out: hidden files, runs of
+    threefold, other files that are not images, and images outside class folders. `val` is part of
+    `train`; `split_names` has the spellings.
 
     Raises:
-        DataError: there is no such folder, it cannot be read, it has no class folders, or a class
-            folder has no images.
+        DataError: there is no such folder, it cannot be read, it has no class folders, a class
+            folder has no images, or the folders read like parts of a data set.
     """
     if os.path.isfile(root):
         fix = 'for a CSV file set data.source = "csv"'
         raise DataError("data.root is not a folder", where=root, fix=fix)
     if not os.path.isdir(root):
         raise DataError("the image folder does not exist", where=root, fix="correct data.root")
-    folders, files = list_entries(root)
-    split_folders, notes = _find_splits(root, folders)
+    left_out: list[LeftOut] = []
+    folders, files = list_entries(root, left_out)
+    folders = [folder for folder in folders if not _holds_runs(folder, left_out)]
+    splits = _find_splits(root, folders)
+    notes = [
+        f"{split.folder.relative_to(root)}/ was joined with train/: each fold takes its own rows "
+        "to choose on"
+        for split in splits
+        if split.name == "val"
+    ]
     items: list[ListedImage] = []
-    outside, others = list(files), []
-    for folder in split_folders or [root]:
-        part = "train"
+    outside = list(files)
+    for split in splits or [_Split(root, "train")]:
         class_folders = folders
-        if split_folders:
-            part = PARTS[folder.name.lower()]
-            class_folders, files = list_entries(folder)
+        if splits:
+            class_folders, files = list_entries(split.folder, left_out)
             outside += files
-        if not class_folders:
-            fix = "make one folder per class, with its images"
-            raise DataError("there are no class folders", where=folder, fix=fix)
-        for class_folder in class_folders:
-            images, rest = walk_images(class_folder)
-            others += rest
+        for class_folder in _class_folders(split.folder, class_folders):
+            images = walk_images(class_folder, left_out)
             if not images:
                 fix = "add images or remove it"
                 raise DataError("the class folder has no images", where=class_folder, fix=fix)
+            label = normalise_name(class_folder.name)
             for path in images:
                 name = path.relative_to(root).as_posix()
-                items.append(ListedImage(name, path, label=class_folder.name, part=part))
-    return Listing(items, notes + _note_ignored(outside, others))
+                items.append(ListedImage(name, path, label=label, part=PARTS[split.name]))
+    _refuse_hidden_classes(left_out, [root, *(split.folder for split in splits)])
+    return Listing(items, notes + _note_strays(outside) + describe_left_out(left_out, outside))
 
 
-def _note_ignored(outside: list[Path], others: list[Path]) -> list[str]:
-    """Notes about files that are not used.
+class _Split(NamedTuple):
+    """The class folders of one split."""
 
-    Args:
-        outside: files outside class folders.
-        others: files in class folders that are not images.
+    folder: Path
+    name: str
+    """train, val or test."""
+
+
+def _class_folders(folder: Path, folders: list[Path]) -> list[Path]:
+    """Return the class folders in a folder of a split, or in the root.
+
+    Raises:
+        DataError: there are none, or they read like parts of a data set.
     """
-    notes = []
+    if not folders:
+        fix = "make one folder per class, with its images"
+        raise DataError("there are no class folders", where=folder, fix=fix)
+    contents = []
+    for class_folder in folders:
+        inside, files = list_entries(class_folder)
+        if any(map(is_image, files)):
+            return folders
+        contents.append([path.name for path in inside])
+    if len(folders) == 1 and len(contents[0]) > 1:
+        raise DataError(
+            "there is only one class folder, and it holds folders",
+            where=folder,
+            expected="one folder per class",
+            got=f"{folders[0].name}/ with {shorten(f'{name}/' for name in contents[0])}",
+            fix=f"give {folders[0]} in place of {folder}",
+        )
+    if hold_the_same(contents):
+        names = shorten(f"{path.name}/" for path in folders)
+        raise DataError(
+            "the folders read like parts of one data set, not like classes",
+            where=folder,
+            expected="one folder per class, or train/ [val/] [test/] with class folders in each",
+            got=f"{names}, which all hold {shorten(f'{name}/' for name in contents[0])}",
+            fix="name the parts train/, val/ and test/; for folds of your own list the images in a "
+            "CSV file with a column for data.fold_column",
+        )
+    return folders
+
+
+def _holds_runs(folder: Path, left_out: list[LeftOut]) -> bool:
+    """Whether a folder holds nothing but runs, which are added to what is left out."""
+    inside: list[LeftOut] = []
+    entries = list_entries(folder, inside)
+    runs = [entry for entry in inside if entry.reason == RUNS]
+    if not runs or any(entries):
+        return False
+    left_out += runs
+    return True
+
+
+def _refuse_hidden_classes(left_out: list[LeftOut], parents: list[Path]) -> None:
+    """Refuse a hidden folder with images beside the class folders: it may be a class."""
+    for path, _ in left_out:
+        is_beside = path.parent in parents and path.name.startswith(".") and path.is_dir()
+        if is_beside and not is_tool_folder(path) and walk_images(path, []):
+            raise DataError(
+                "a hidden folder beside the class folders holds images",
+                where=path,
+                expected="class folders whose names do not begin with a dot",
+                fix="rename it if it is a class, else move it away",
+            )
+
+
+def _note_strays(outside: list[Path]) -> list[str]:
+    """Note images outside class folders."""
     strays = [path.name for path in outside if is_image(path)]
-    if strays:
-        notes.append(f"{len(strays)} images outside class folders were ignored: {shorten(strays)}")
-    others = others + [path for path in outside if not is_image(path)]
-    if others:
-        kinds = sorted({path.suffix.lower() or path.name for path in others})
-        notes.append(f"{len(others)} files that are not images were ignored: {shorten(kinds)}")
-    return notes
+    if not strays:
+        return []
+    return [f"{len(strays)} images outside class folders were ignored: {shorten(strays)}"]
 
 
-def _find_splits(root: Path, folders: list[Path]) -> tuple[list[Path], list[str]]:
-    """Find the split folders and note what is joined; none if `root` holds class folders.
+def _find_splits(root: Path, folders: list[Path]) -> list[_Split]:
+    """Find the folders of splits; none if `root` holds class folders.
 
-    A class may be called `test` if its folder holds images directly.
+    A class may be called `test` if its folder holds images directly, unless there is a `train`
+    beside it.
+
+    Raises:
+        DataError: some folders are splits and others are not, or splits have no class folders.
     """
+    named = {folder: split_of(folder.name) for folder in folders}
     splits = []
-    for folder in folders:
-        if folder.name.lower() in PARTS:
-            inside, files = list_entries(folder)
-            if inside and not any(map(is_image, files)):
-                splits.append(folder)
-    if not splits:
-        return [], []
-    if len(splits) < len(folders) or "train" not in {folder.name.lower() for folder in splits}:
+    flat = []
+    for folder, name in named.items():
+        if name is None:
+            continue
+        found = _descend(folder, name)
+        if found is not None:
+            splits.append(_Split(found, name))
+        else:
+            flat.append(folder)
+    names = set(named.values())
+    is_split = bool(splits) or ("train" in names and len(names - {None}) > 1)
+    if not is_split:
+        return []
+    if flat or len(splits) < len(folders) or "train" not in {split.name for split in splits}:
+        fix = "make class folders in each; move what belongs to neither away"
+        if flat:
+            fix = (
+                f"make one folder per class in {shorten(f'{path.name}/' for path in flat)}, or "
+                "list the images in a CSV file path,label,split; move images without labels away"
+            )
         raise DataError(
             "the folder is neither split nor one folder per class",
             where=root,
             expected="only class folders, or only train/ [val/] [test/] with class folders in each",
             got=shorten(f"{folder.name}/" for folder in folders),
+            fix=fix,
         )
-    notes = [
-        f"{folder.name}/ was joined with train/: each fold takes its own rows to choose on"
-        for folder in splits
-        if PARTS[folder.name.lower()] != folder.name.lower()
-    ]
-    return splits, notes
+    return splits
 
 
-def walk_images(folder: Path) -> tuple[list[Path], list[Path]]:
-    """List image files and other files at any depth.
-
-    Links are followed, and each folder is entered once.
-
-    Raises:
-        DataError: a folder cannot be read, or a name is not valid Unicode.
-    """
-    images: list[Path] = []
-    others: list[Path] = []
-    seen: set[tuple[int, int]] = set()
-    stack = [folder]
-    while stack:
-        current = stack.pop()
-        status = current.stat()
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders, files = list_entries(current)
-        stack += reversed(folders)
-        for path in files:
-            (images if is_image(path) else others).append(path)
-    return images, others
+def _descend(folder: Path, name: str) -> Path | None:
+    """Return the folder of a split's class folders, which archives wrap once more, or None."""
+    inside, files = list_entries(folder)
+    if not inside or any(map(is_image, files)):
+        return None
+    if len(inside) == 1 and split_of(inside[0].name) == name:
+        return _descend(inside[0], name)
+    return folder
 
 
 # CSV
 
 
 def list_csv(table: Path, fold_column: str = "") -> Listing:
-    """List the rows `path,label[,group][,split]` of a CSV file (UTF-8, with a header).
+    """List the rows `path,label[,group][,split]` of a CSV file (with a header).
 
     Paths are relative to the CSV file. Ids are the paths as POSIX, with `.` and `..` resolved.
-    Other columns are ignored.
+    Capitals in the names of columns do not matter. Other columns are noted; those that seem to be
+    a split, group or fold are refused.
 
     Args:
-        table: the CSV file.
+        table: the CSV file, in UTF-8, or in UTF-16 with its mark.
         fold_column: the column with the fold of each training row; empty = none. Its cells in test
             rows are ignored.
 
@@ -279,13 +322,14 @@ def list_csv(table: Path, fold_column: str = "") -> Listing:
             does not exist.
     """
     try:
-        with table.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, skipinitialspace=True, strict=True)
-            columns = [name.strip() for name in reader.fieldnames or ()]
-            reader.fieldnames = columns
-            _check_columns(columns, table)
-            check_fold_column(columns, fold_column, str(table))
-            items = [_parse_row(row, table, reader.line_num, fold_column) for row in reader]
+        stream = io.StringIO(read_text(table, MAX_TABLE_BYTES), newline="")
+        reader = csv.DictReader(stream, skipinitialspace=True, strict=True)
+        header = [name.strip() for name in reader.fieldnames or ()]
+        reader.fieldnames = header
+        columns = find_columns(header, ("path", "label", "group", "split"), fold_column, str(table))
+        _require_columns(columns, header, table)
+        check_fold_column(header, fold_column, str(table))
+        items = [_parse_row(row, columns, table, reader.line_num, fold_column) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError("cannot read the CSV file", where=table, got=error) from None
     repeated, absent = find_repeated(item.id for item in items), find_absent(items)
@@ -294,33 +338,17 @@ def list_csv(table: Path, fold_column: str = "") -> Listing:
     if absent:
         what = f"{len(absent)} files of the CSV file do not exist"
         raise DataError(what, where=table, got=shorten(absent))
-    return Listing(items, [])
+    return Listing(items, note_unread(header, [*columns.values(), fold_column]))
 
 
-def _check_columns(columns: list[str], table: Path) -> None:
+def _require_columns(columns: dict[str, str], header: list[str], table: Path) -> None:
     missing = [name for name in ("path", "label") if name not in columns]
     if missing:
         raise DataError(
             f"the CSV file has no column {' and '.join(missing)}",
             where=table,
             expected="path,label[,group][,split]",
-            got=",".join(columns) or "an empty file",
-        )
-
-
-def check_fold_column(columns: Sequence[str], fold_column: str, where: str) -> None:
-    """Check that a table has the fold column that the recipe names.
-
-    Raises:
-        DataError: it has not.
-    """
-    if fold_column and fold_column not in columns:
-        raise DataError(
-            f"the table has no fold column {fold_column}",
-            where=where,
-            expected=f"a column {fold_column}",
-            got=", ".join(columns),
-            fix="correct data.fold_column",
+            got=",".join(header) or "an empty file",
         )
 
 
@@ -343,29 +371,43 @@ def parse_fold(cell: object, fold_column: str, where: str) -> str:
     return name
 
 
-def _parse_row(row: dict[str, str | None], table: Path, line: int, fold_column: str) -> ListedImage:
+def _parse_row(
+    row: dict[str, str | None], columns: dict[str, str], table: Path, line: int, fold_column: str
+) -> ListedImage:
     # csv collects surplus cells under the key None, and fills missing cells with None.
     surplus = None in row
     cells = {name: (row[name] or "").strip() for name in row if name is not None}
-    split = cells.get("split", "train").lower()
-    required = [name for name in ("path", "label", "group") if name in cells]
-    if surplus or split not in PARTS or not all(cells[name] for name in required):
-        columns = f"{len(cells)} cells, {', '.join(required)} not empty"
+    values = {meaning: cells[name] for meaning, name in columns.items()}
+    split = split_of(values.get("split", "train"))
+    required = [name for name in ("path", "label", "group") if name in values]
+    if surplus or split is None or not all(values[name] for name in required):
+        expected = f"{len(cells)} cells, {', '.join(required)} not empty"
         raise DataError(
             "the CSV file has an invalid row",
             where=f"{table} line {line}",
-            expected=f"{columns}, split one of {', '.join(PARTS)}",
+            expected=f"{expected}, split one of {EXPECTED}",
             got=",".join(cells.values()) + (" and surplus cells" if surplus else ""),
         )
     part, fold = PARTS[split], None
     if fold_column and part == "train":
         fold = parse_fold(cells[fold_column], fold_column, f"{table} line {line}")
-    name = Path(os.path.normpath(cells["path"])).as_posix()
+    name = Path(os.path.normpath(values["path"])).as_posix()
     return ListedImage(
         id=name,
-        path=table.parent / name,
-        label=cells["label"],
+        path=_find_file(table.parent, name),
+        label=normalise_name(values["label"]),
         part=part,
-        group=cells.get("group"),
+        group=values.get("group"),
         fold=fold,
     )
+
+
+def _find_file(folder: Path, name: str) -> Path:
+    """Return the path of a file, whose accents macOS may write in another form than the table."""
+    for form in (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))):
+        try:
+            if (folder / form).exists():
+                return folder / form
+        except (OSError, ValueError):  # no file can have such a name
+            break
+    return folder / name

@@ -15,18 +15,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from threefold.data.sources.columns import check_fold_column, find_columns, note_unread
 from threefold.data.sources.folder import (
-    PARTS,
     EncodedImages,
     ListedImage,
     Listing,
-    check_fold_column,
     find_absent,
     parse_fold,
     read_file,
 )
+from threefold.data.split_names import EXPECTED, PARTS, split_of
 from threefold.errors import DataError, shorten
-from threefold.names import find_repeated
+from threefold.names import find_repeated, normalise_name
 
 _IMAGE_COLUMNS = ("image", "img", "picture", "photo")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
@@ -71,6 +71,8 @@ def list_parquet(root: Path, fold_column: str = "") -> Listing:
     """
     parquet = _import_optional("pyarrow.parquet", "parquet")
     files = sorted(root.rglob("*.parquet")) if root.is_dir() else [root]
+    # Reading a pipe or a device could block for ever.
+    files = [file for file in files if file.is_file()]
     if not files:
         raise DataError("there are no .parquet files", where=root)
     tables = []
@@ -81,7 +83,7 @@ def list_parquet(root: Path, fold_column: str = "") -> Listing:
             got = str(error)[:200]
             raise DataError("cannot read the parquet file", where=file, got=got) from None
         first_word = re.split(r"[^a-z]", file.stem.lower(), maxsplit=1)[0]
-        part = PARTS.get(first_word, "train")
+        part = PARTS[split_of(first_word) or "train"]
         tables.append(_Table(str(file), part, rows, label_names=_hub_label_names(rows)))
     return _list_tables(tables, root if root.is_dir() else root.parent, fold_column)
 
@@ -127,11 +129,12 @@ def _hub_table(hub: Any, name: str, split: str, dataset: Any) -> _Table:
     images = [column for column in features if isinstance(features[column], hub.Image)]
     labels = [column for column in features if isinstance(features[column], hub.ClassLabel)]
     label = next((column for column in (*_LABEL_COLUMNS, *labels) if column in features), None)
-    if len(images) != 1 or label is None or split.lower() not in PARTS:
+    name_of_split = split_of(split)
+    if len(images) != 1 or label is None or name_of_split is None:
         raise DataError(
             "the data set is not one image and one label per row",
             where=f"{name}, split {split}",
-            expected=f"splits {', '.join(PARTS)}, one image feature, a label",
+            expected=f"splits {EXPECTED}, one image feature, a label",
             got=", ".join(features),
         )
     new_names = {"image": "other image", "label": "other label"}
@@ -139,7 +142,7 @@ def _hub_table(hub: Any, name: str, split: str, dataset: Any) -> _Table:
     columns = dataset.data.column_names
     rows = dataset.data.table.rename_columns([new_names.get(name, name) for name in columns])
     label_names = features[label].names if label in labels else None
-    return _Table(split, PARTS[split.lower()], rows, label_names)
+    return _Table(split, PARTS[name_of_split], rows, label_names)
 
 
 def _find_column(rows: Any, names: tuple[str, ...]) -> str:
@@ -164,6 +167,7 @@ def _list_tables(tables: list[_Table], folder: Path | None, fold_column: str) ->
         starts.append(len(items))
         items += _list_rows(table, bool(image_column), len(items), folder, fold_column)
     where = shorten(table.name for table in tables)
+    notes = _note_unread(tables[0], fold_column, is_hub=folder is None)
     if len({column is None for column in columns}) > 1:
         raise DataError("some files hold images and others name them", got=where)
     if find_repeated(item.id for item in items):
@@ -173,7 +177,7 @@ def _list_tables(tables: list[_Table], folder: Path | None, fold_column: str) ->
         if absent:
             what = f"{len(absent)} files of the table do not exist"
             raise DataError(what, where=folder, got=shorten(absent))
-        return Listing(items, [])
+        return Listing(items, notes)
 
     def read(row: int) -> bytes:
         at = int(np.searchsorted(starts, row, side="right")) - 1
@@ -187,7 +191,25 @@ def _list_tables(tables: list[_Table], folder: Path | None, fold_column: str) ->
     classes: tuple[str, ...] = ()
     if labels <= set(label_names):
         classes = tuple(name for name in label_names if name in labels)
-    return Listing(items, [], classes, EncodedImages(read, np.arange(len(items))))
+    return Listing(items, notes, classes, EncodedImages(read, np.arange(len(items))))
+
+
+def _find_known(table: _Table, fold_column: str, is_hub: bool) -> dict[str, str]:
+    """The table's names of the columns path, id, group and split, as far as it has them.
+
+    Nobody can rename a column of the hub, so that a near miss is not refused there.
+    """
+    header, known = table.rows.column_names, ("path", "id", "group", "split")
+    if is_hub:
+        header = [name for name in header if name in known]
+    return find_columns(header, known, fold_column, table.name)
+
+
+def _note_unread(table: _Table, fold_column: str, is_hub: bool) -> list[str]:
+    """A note of the columns that are not read."""
+    known = _find_known(table, fold_column, is_hub).values()
+    read = [_find_column(table.rows, names) for names in (_IMAGE_COLUMNS, _LABEL_COLUMNS)]
+    return note_unread(table.rows.column_names, [*known, *read, fold_column])
 
 
 def _list_rows(
@@ -195,7 +217,8 @@ def _list_rows(
 ) -> Iterator[ListedImage]:
     """List the rows of one table, which begin at row `start` of all tables."""
     label_column = _find_column(table.rows, _LABEL_COLUMNS)
-    if not label_column or not (has_images or "path" in table.rows.column_names):
+    known = _find_known(table, fold_column, is_hub=folder is None)
+    if not label_column or not (has_images or "path" in known):
         raise DataError(
             "the table lacks required columns",
             where=table.name,
@@ -203,21 +226,20 @@ def _list_rows(
             got=", ".join(table.rows.column_names),
         )
     columns = {"label": table.rows.column(label_column).to_pylist()}
-    for name in ("path", "id", "group", "split"):
-        if name in table.rows.column_names:
-            columns[name] = table.rows.column(name).to_pylist()
+    for meaning, name in known.items():
+        columns[meaning] = table.rows.column(name).to_pylist()
     folds: list[Any] | None = None
     if fold_column in table.rows.column_names:
         folds = table.rows.column(fold_column).to_pylist()
     for row in range(table.rows.num_rows):
         cells = {name: column[row] for name, column in columns.items()}
         where = f"{table.name} row {row}"
-        split = str(cells.get("split", table.part)).lower()
-        if split not in PARTS or any(cell is None for cell in cells.values()):
+        split = split_of(str(cells.get("split", table.part)))
+        if split is None or any(cell is None for cell in cells.values()):
             raise DataError(
                 "the table has an invalid row",
                 where=where,
-                expected=f"no empty cell, split one of {', '.join(PARTS)}",
+                expected=f"no empty cell, split one of {EXPECTED}",
                 got=", ".join(f"{name} {value}" for name, value in cells.items()),
             )
         fold = None
@@ -229,7 +251,7 @@ def _list_rows(
         yield ListedImage(
             id=image_id,
             path=folder / path if folder and path and not has_images else Path(image_id),
-            label=_parse_label(cells["label"], table.label_names, where),
+            label=normalise_name(_parse_label(cells["label"], table.label_names, where)),
             part=PARTS[split],
             group=str(cells["group"]) if "group" in cells else None,
             row=start + row,

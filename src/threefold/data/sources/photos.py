@@ -20,10 +20,9 @@ from threefold.data.sources.folder import (
     ListedImage,
     Listing,
     find_absent,
-    is_image,
-    list_entries,
     read_file,
 )
+from threefold.data.walk import is_image, list_entries
 from threefold.errors import DataError, shorten
 from threefold.names import find_repeated
 

@@ -1,0 +1,112 @@
+"""Columns of a table that change what is trained on are read or refused, never ignored."""
+
+from __future__ import annotations
+
+import codecs
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.sources import load_source
+
+from threefold.errors import DataError
+
+
+def write_table(folder: Path, header: str, extra: list[str], encoding: str = "utf-8") -> Path:
+    """Eight images of two classes; `extra` are the further cells of each row."""
+    lines = [header]
+    for i in range(8):
+        Image.fromarray(np.full((3, 4), i, dtype=np.uint8)).save(folder / f"{i}.png")
+        lines.append(f"{i}.png,{'ab'[i % 2]},{extra[i]}")
+    (folder / "data.csv").write_bytes("\n".join(lines).encode(encoding))
+    return folder / "data.csv"
+
+
+SPLIT = ["train"] * 4 + ["test"] * 4
+
+
+@pytest.mark.parametrize(
+    ("header", "cells"),
+    [
+        ("path,label,Split", SPLIT),
+        ("Path,LABEL,split", ["Training"] * 4 + ["TEST"] * 4),
+        ("path,label,SPLIT", ["dev", "train", "val", "valid", *["testing"] * 4]),
+    ],
+)
+def test_capitals_do_not_matter(tmp_path: Path, header: str, cells: list[str]) -> None:
+    sources = load_source("csv", write_table(tmp_path, header, cells))
+
+    assert sources.test is not None
+    assert sources.test.ids == ("4.png", "5.png", "6.png", "7.png")
+
+
+def test_groups_are_known_in_any_case(tmp_path: Path) -> None:
+    table = write_table(tmp_path, "path,label,Group", [f"g{i // 2}" for i in range(8)])
+
+    assert load_source("csv", table).train.groups == tuple(f"g{i // 2}" for i in range(8))
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("subset", "rename it to split"),
+        ("is_valid", "rename it to split, with the values train, val or test"),
+        ("Is Test", "rename it to split"),
+        ("group_id", "rename it to group"),
+        ("Fold", 'data.fold_column to its name and folds.scheme = "column"'),
+        ("fold", "data.fold_column"),
+    ],
+)
+def test_near_misses_are_refused(tmp_path: Path, name: str, advice: str) -> None:
+    table = write_table(tmp_path, f"path,label,{name}", SPLIT)
+
+    with pytest.raises(DataError, match=f"would not be read: .*got {name}; fix: .*{advice}"):
+        load_source("csv", table)
+
+
+def test_what_is_not_read_is_noted(tmp_path: Path) -> None:
+    cells = [f"{i},{i},x" for i in range(8)]
+    table = write_table(tmp_path, "path,label,width,fold,patient", cells)
+
+    sources = load_source("csv", table, fold_column="fold")
+
+    assert sources.notes[0] == "2 columns are not read: width, patient"
+
+
+@pytest.mark.parametrize("header", ["path,label,label", "path,label,Label", "path,label,path"])
+def test_a_column_twice_is_refused(tmp_path: Path, header: str) -> None:
+    table = write_table(tmp_path, header, ["a", "b"] * 4)
+
+    with pytest.raises(DataError, match=r"two columns (have the same name|can be the label)"):
+        load_source("csv", table)
+
+
+@pytest.mark.parametrize("name", ["subset", "Fold"])
+def test_near_misses_in_parquet(tmp_path: Path, name: str) -> None:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    write_table(tmp_path, "path,label,x", SPLIT)
+    columns = {"path": [f"{i}.png" for i in range(8)], "label": ["a", "b"] * 4, name: SPLIT}
+    parquet.write_table(pa.table(columns), tmp_path / "data.parquet")
+
+    with pytest.raises(DataError, match=f"would not be read: .*got {name}"):
+        load_source("parquet", tmp_path / "data.parquet")
+
+
+def test_a_table_in_utf16(tmp_path: Path) -> None:
+    table = write_table(tmp_path, "path,label,split", SPLIT, "utf-16")
+
+    assert table.read_bytes().startswith(codecs.BOM_UTF16)
+    assert len(load_source("csv", table).train) == 4
+
+
+def test_a_path_with_the_accents_of_macos(tmp_path: Path) -> None:
+    lines = ["path,label"]
+    for i in range(4):
+        image = Image.fromarray(np.full((3, 4), i, dtype=np.uint8))
+        image.save(tmp_path / f"{unicodedata.normalize('NFD', 'é')}{i}.png")
+        lines.append(f"é{i}.png,{'ab'[i % 2]}")
+    (tmp_path / "data.csv").write_text("\n".join(lines), encoding="utf-8")
+
+    assert load_source("csv", tmp_path / "data.csv").train.ids[0] == "é0.png"
