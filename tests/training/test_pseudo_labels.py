@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.frozen_runs import PROBE, frozen_tree
+from support.frozen_runs import GATED, PROBE, frozen_tree
 from support.stages import build_tiny, make_rows, make_task
 from support.tiny_runs import COLOURS, hash_files, paint
 from torch import nn
@@ -27,7 +27,7 @@ from threefold.training.heads import HeadNetwork, head_probs
 from threefold.training.jobs import train_members
 from threefold.training.losses import smooth_targets
 from threefold.training.pixel_cache import PixelCache
-from threefold.training.probe import Targets, fit_linear
+from threefold.training.probe import Targets, choose_l2, fit_linear
 from threefold.training.pseudo_labels import (
     Caches,
     PseudoLabels,
@@ -258,6 +258,54 @@ def test_a_refitted_network_is_taught_by_refitted_ones(
     features = head_jobs.open_features(run)
     rows = features.rows("unlabelled", run.recipe.member("probe"), np.arange(18)).features
     np.testing.assert_allclose(answers, head_probs(HeadNetwork(probe.head), rows), atol=1e-6)
+
+
+def test_copies_of_unlabelled_images_share_their_weight(
+    images: Path, more: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both kinds of heads see the image and its copy, with the targets of that image."""
+    tasks: list[StageTask] = []
+    fits: list[tuple[np.ndarray, Targets]] = []
+
+    def watch(network: nn.Module, task: StageTask) -> StageOutcome:
+        tasks.append(task)
+        return train_stage(network, task)
+
+    def watch_fit(rows: np.ndarray, targets: Targets, *rest: Any) -> Any:
+        fits.append((rows, targets))
+        return choose_l2(rows, targets, *rest)
+
+    monkeypatch.setattr(head_jobs, "train_stage", watch)
+    monkeypatch.setattr(head_jobs, "choose_l2", watch_fit)
+    gated = {**GATED, "name": "gated"}
+    recipe = make_recipe(
+        images,
+        more,
+        "augment.hflip=true",
+        "features.copies=1",
+        "pseudo_labels.weight=0.5",
+        'pseudo_labels.members=["pseudo", "gated"]',
+        stages=[{"name": "head", "kind": "head", "epochs": 1, "lr": 1e-3}],
+        members=[PROBE, PSEUDO, gated],
+    )
+    run = Run.create(recipe, tmp_path / "run")
+
+    train_members(run)
+
+    cache, spec = head_jobs.open_features(run), recipe.member("pseudo")
+    for fold, (task, (rows, targets)) in enumerate(zip(tasks, fits[2:], strict=True)):
+        arrays, own = stored(run, fold), run.roles[fold].fit
+        used, labels = arrays["rows"], run.sources.train.labels[own]
+        expected = cache.rows("unlabelled", spec, used, 1).features
+        probs = np.tile(arrays["probs"][used], (2, 1))
+        np.testing.assert_array_equal(rows[2 * len(own) :], expected)
+        np.testing.assert_array_equal(task.fit[0][2 * len(own) :], expected)
+        one_hot = np.eye(3)[np.tile(labels, 2)]
+        assert task.targets is not None
+        np.testing.assert_allclose(task.targets, np.concatenate([one_hot, 0.5 * probs]))
+        np.testing.assert_allclose(targets.probs, np.concatenate([one_hot, probs]), atol=1e-6)
+        weights = np.repeat([0.5, 0.25], [2 * len(own), 2 * len(used)])
+        np.testing.assert_allclose(targets.weights, weights)
 
 
 @pytest.mark.parametrize("where", ["train/red/000.png", "test/blue/001.png"])
