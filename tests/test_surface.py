@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -146,13 +147,37 @@ def test_predict_names_bad_files_and_goes_on(finished: Run, tmp_path: Path) -> N
     bad.write_bytes(b"\x89PNG\r\n\x1a\n")
     good = Path(finished.recipe.data.root) / ids_of_test_images(finished)[0]
 
-    mixed = threefold_command("predict", model, str(bad), str(good))
+    (tmp_path / "empty").mkdir()
+    bads = [str(bad), str(missing), str(tmp_path / "empty"), "a" * 5000]
+
+    mixed = threefold_command("predict", model, *bads, str(good))
     nothing = threefold_command("predict", model, str(missing))
 
     assert mixed.returncode == 1
-    assert "broken.png" in mixed.stderr
+    lines = mixed.stderr.splitlines()
+    assert len(lines) == len(bads)
+    for name, line in zip(("broken.png", "none.png", "no images", "too long"), lines, strict=True):
+        assert name in line
     assert mixed.stdout.startswith(str(good))
     assert nothing.returncode == 1
+
+
+def test_names_that_the_terminal_lacks_lose_no_answer(finished: Run, tmp_path: Path) -> None:
+    model = str(finished.dir / "model.onnx")
+    good = Path(finished.recipe.data.root) / ids_of_test_images(finished)[0]
+    odd = [tmp_path / "café.png", Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))]
+    for path in odd:
+        shutil.copy(good, path)
+    paths = [*map(str, odd), str(good)]
+
+    text = threefold_command("predict", model, *paths, encoding="ascii")
+    lines = threefold_command("predict", model, "--json", *paths, encoding="ascii")
+    unicode = threefold_command("predict", model, "--json", *paths, encoding="utf-8")
+
+    assert [run.returncode for run in (text, lines, unicode)] == [0, 0, 0]
+    assert len(text.stdout.splitlines()) == 3
+    for run in (lines, unicode):
+        assert [json.loads(line)["image"] for line in run.stdout.splitlines()] == paths
 
 
 def test_ensemble_on_a_run_and_on_foreign_predictions(finished: Run) -> None:

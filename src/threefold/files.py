@@ -10,6 +10,7 @@ import json
 import os
 import stat
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,25 @@ def read_text(path: Path, max_bytes: int = 1 << 24) -> str:
 
 
 def write_json(path: Path, tree: Any) -> None:
-    """Write a tree of plain values as indented JSON."""
-    write_bytes(
-        path, (json.dumps(tree, indent=1, ensure_ascii=False, default=float) + "\n").encode()
+    """Write a tree of plain values as indented JSON; see `finite_json`."""
+    text = json.dumps(
+        finite_json(tree), indent=1, ensure_ascii=False, default=float, allow_nan=False
     )
+    write_bytes(path, (text + "\n").encode())
+
+
+def finite_json(tree: Any) -> Any:
+    """Replace numbers that JSON lacks by the texts NaN, Infinity and -Infinity.
+
+    Records read them back as numbers; without this, the file would not be JSON.
+    """
+    if isinstance(tree, Mapping):
+        return {key: finite_json(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [finite_json(value) for value in tree]
+    if isinstance(tree, float | np.floating) and not np.isfinite(tree):
+        return "NaN" if np.isnan(tree) else "Infinity" if tree > 0 else "-Infinity"
+    return tree
 
 
 def read_json(path: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from threefold.predictions.run_folder import RunFolder
 
 def edit(path: Path, **changes: object) -> None:
     tree = json.loads(path.read_text(encoding="utf-8"))
+    tree.pop("sha256", None)
     path.write_text(json.dumps({**tree, **changes}), encoding="utf-8")
 
 
@@ -64,6 +66,33 @@ def test_a_damaged_file_is_one_clear_line(
         folder.results.as_json()
 
     assert "\n" not in str(e.value)
+
+
+def test_a_flipped_digit_is_noticed(tmp_path: Path) -> None:
+    folder = RunFolder(fake_run(tmp_path / "run", n=20))
+    folder.write_results(folder.results)
+    path = folder.path / "results.json"
+    text = path.read_text(encoding="utf-8")
+    assert RunFolder(folder.path).results == folder.results
+    digit = re.search(r'"accuracy": 0\.(\d)', text)
+    assert digit is not None
+
+    other = str((int(digit[1]) + 1) % 10)
+    path.write_text(text[: digit.start(1)] + other + text[digit.end(1) :], encoding="utf-8")
+
+    with pytest.raises(RunError, match=r"the file is damaged.*checksum"):
+        RunFolder(folder.path).results.as_json()
+
+
+def test_numbers_that_json_lacks_come_back(tmp_path: Path) -> None:
+    folder = RunFolder(fake_run(tmp_path / "run", n=20))
+    seconds = {"train": float("inf"), "export": 1.5}
+
+    folder.write_results(folder.results.replace(seconds=seconds))
+
+    text = (folder.path / "results.json").read_text(encoding="utf-8")
+    json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert RunFolder(folder.path).results.seconds == seconds
 
 
 def test_what_was_written_is_not_read_back(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -36,11 +37,15 @@ SURFACE = {
 }
 
 
-def threefold_command(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def threefold_command(
+    *words: str, stdin: str = "", encoding: str = "utf-8"
+) -> subprocess.CompletedProcess[str]:
+    """Run the program; `encoding` is that of its terminal."""
     return subprocess.run(
         [sys.executable, "-m", "threefold", *words],
         capture_output=True,
-        text=True,
+        encoding=encoding,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
         input=stdin,
         check=False,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import io
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -27,5 +28,17 @@ def print_error(message: ThreefoldError | str) -> None:
 
 
 def print_json(tree: Any) -> None:
-    """Print a tree of plain values as indented JSON on standard output."""
-    print(json.dumps(tree, indent=1, ensure_ascii=False, default=float))
+    """Print a tree of plain values as indented JSON on standard output.
+
+    Numbers that are not finite, which JSON lacks, become null.
+    """
+    from threefold.runtime.json_text import as_json, json_line
+
+    print(json_line(as_json(tree), sys.stdout, indent=1))
+
+
+def make_robust_streams() -> None:
+    """Print what the terminal cannot encode as escapes, so that no later answer is lost."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -7,7 +7,7 @@ import sys
 import warnings
 
 from threefold.cli.app import app
-from threefold.cli.console import print_error
+from threefold.cli.console import make_robust_streams, print_error
 from threefold.errors import ThreefoldError
 from threefold.extras import VERB_EXTRAS, missing_extra
 
@@ -22,6 +22,7 @@ def main() -> None:
     usage, 130 interrupted.
     """
     _silence_pillow()
+    make_robust_streams()
     try:
         app()
     except ModuleNotFoundError as error:

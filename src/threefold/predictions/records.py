@@ -6,13 +6,18 @@ another version wrote, or that is damaged, is one line of error.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from threefold.errors import RunError
+from threefold.files import finite_json
 
+CHECKSUM: Final = "sha256"
+"""Key of the checksum in a file. A file without one is read, too."""
 VERSION: Final = 1
 """Version of the files of a run, raised when an older reader would misread them."""
 
@@ -78,7 +83,27 @@ class VersionedRecord(Record):
                 got=f"version {version}" if version is not None else "no version",
                 fix="use the version of threefold that wrote it, or train the run again",
             )
-        return super().parse(tree, where)
+        assert isinstance(tree, Mapping)
+        values = {key: value for key, value in tree.items() if key != CHECKSUM}
+        if tree.get(CHECKSUM, checksum(values)) != checksum(values):
+            raise RunError(
+                "the file is damaged",
+                where=where,
+                expected="the values that it was written with",
+                got="others, which do not have its checksum",
+            )
+        return super().parse(values, where)
+
+
+def seal(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return plain values with their checksum, which `VersionedRecord.parse` compares."""
+    return {**tree, CHECKSUM: checksum(tree)}
+
+
+def checksum(tree: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of plain values, the same before and after they were a JSON file."""
+    plain = json.loads(json.dumps(finite_json(tree), default=float))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 class Opening(Record):

@@ -30,6 +30,7 @@ from threefold.predictions.records import (
     Record,
     RunInfo,
     TestLedger,
+    seal,
 )
 from threefold.predictions.results_schema import ChosenViews, Results
 from threefold.recipe import Job, Recipe, fold_name
@@ -414,7 +415,7 @@ class RunFolder:
         return TestLedger.parse(read_json(path), path).test_opened if path.exists() else ()
 
     def _write(self, name: str, record: Record) -> None:
-        write_json(self.path / name, record.as_json())
+        write_json(self.path / name, seal(record.as_json()))
 
 
 def _differences(first: Recipe, second: Recipe) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -409,15 +408,6 @@ class Model:
             where=self.path,
             fix="export it again with this version from a run that has them",
         )
-
-
-def as_json(tree: Any) -> Any:
-    """A model card as strict JSON: numbers that are not finite become null."""
-    if isinstance(tree, dict):
-        return {str(key): as_json(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [as_json(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def load(path: str | Path, threads: int = 0) -> Model:

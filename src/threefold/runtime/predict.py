@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from threefold.data.images import IMAGE_SUFFIXES, decode
 from threefold.data.walk import LeftOut, describe_left_out, walk_images
 from threefold.errors import DataError, RecipeError
 from threefold.names import escape_formula, printable
+from threefold.runtime.json_text import json_line
 from threefold.runtime.model import FULL, CascadePolicy, Model, load
 
 
@@ -26,13 +26,15 @@ def find_images(
 ) -> Iterator[Path]:
     """Yield files, every image in folders, and for `-` the paths on `listing`, one per line.
 
+    A path that does not exist is yielded, too: reading it fails, like any other bad image.
+
     Args:
         sources: files, folders, or -.
         listing: what - reads; None = standard input.
         notify: called with what is left out of a folder.
 
     Raises:
-        DataError: a path does not exist, or a folder holds no image.
+        DataError: a folder holds no image.
     """
     for source in sources:
         path = Path(source)
@@ -54,10 +56,21 @@ def find_images(
                     expected=f"files ending in {', '.join(sorted(IMAGE_SUFFIXES))}",
                 )
             yield from images
-        elif path.exists():
-            yield path
         else:
-            raise DataError("no such file or folder", where=path)
+            yield path
+
+
+def _each_image(
+    sources: Iterable[str], notify: Callable[[str], object]
+) -> Iterator[Path | DataError]:
+    """Yield what `find_images` finds, and in place of a source that fails its error."""
+    for source in sources:
+        try:
+            yield from find_images([source], notify=notify)
+        except DataError as error:
+            yield error
+        except OSError as error:  # such as a path that is too long
+            yield DataError("cannot read", where=source[:200], got=error)
 
 
 def predict_image(
@@ -129,12 +142,11 @@ def write_predictions(
         policy: how many members answer; a budget is measured on the first readable image.
 
     Returns:
-        The number of images that could not be read.
+        The number of images and sources that could not be read.
 
     Raises:
         ExportError: the file cannot be loaded, the policy needs a cascade and the file has none, or
             the budget is too small.
-        DataError: a source does not exist.
     """
     model, failed = load(model_path), 0
     if not policy.budget_ms:
@@ -142,7 +154,11 @@ def write_predictions(
     rows = csv.writer(stream) if form == "csv" else None
     if rows:
         rows.writerow(["image", "label", "probability", *map(escape_formula, model.classes)])
-    for path in find_images(sources, notify=notify):
+    for path in _each_image(sources, notify):
+        if isinstance(path, DataError):
+            failed += 1
+            notify(path)
+            continue
         try:
             if policy.budget_ms:
                 resolved = model.resolve_budget(policy, decode(path))
@@ -161,7 +177,7 @@ def write_predictions(
                 names = [printable(name) for name in names]
             rows.writerow([*names, *numbers])
         elif form == "json":
-            stream.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            stream.write(json_line(answer, stream) + "\n")
         else:
             stream.write(printable(as_text(answer, model), keep="") + "\n")
     return failed

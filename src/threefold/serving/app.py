@@ -21,7 +21,8 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from threefold.errors import DataError, ExportError, RunError
-from threefold.runtime.model import FULL, CascadePolicy, Model, ModelOutput, as_json
+from threefold.runtime.json_text import as_json
+from threefold.runtime.model import FULL, CascadePolicy, Model, ModelOutput
 from threefold.serving.batching import BATCH_PIXELS, Batcher
 from threefold.serving.limits import Refusal, ServerLimits, reserve_descriptors
 from threefold.serving.metrics import Metrics

@@ -13,7 +13,8 @@ from typing import Any, Final
 
 from threefold.errors import ExportError
 from threefold.files import sha256
-from threefold.runtime.model import Model, as_json
+from threefold.runtime.json_text import as_json
+from threefold.runtime.model import Model
 from threefold.serving.limits import ServerLimits
 from threefold.serving.onnxruntime_web import VERSION, read_runtime
 

@@ -1,0 +1,44 @@
+"""Answers and model cards as strict JSON, in any encoding."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+from collections.abc import Mapping
+from typing import IO, Any
+
+import numpy as np
+
+
+def as_json(tree: Any) -> Any:
+    """Return plain values for strict JSON: numbers that are not finite become null."""
+    if isinstance(tree, Mapping):
+        return {str(key): as_json(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [as_json(value) for value in tree]
+    is_number = isinstance(tree, float | np.floating)
+    return None if is_number and not math.isfinite(tree) else tree
+
+
+def json_line(tree: Any, stream: IO[str], indent: int | None = None) -> str:
+    """Return JSON that a stream can encode: outside of Unicode encodings, characters are escaped.
+
+    Args:
+        tree: plain values, all of them finite.
+        stream: where the text goes.
+        indent: of lines; None = one line.
+    """
+    return json.dumps(
+        tree,
+        indent=indent,
+        ensure_ascii=not _is_unicode(stream),
+        default=float,
+        allow_nan=False,
+    )
+
+
+def _is_unicode(stream: IO[str]) -> bool:
+    """Whether a stream can encode every character; streams in memory can."""
+    encoding = getattr(stream, "encoding", None)
+    return encoding is None or codecs.lookup(encoding).name.startswith("utf")
