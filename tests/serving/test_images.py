@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support.server import encode, picture, post, server_process, write_model
+from support.server import card, encode, picture, post, server_process, write_model
 
 from threefold.data.image_headers import MAX_SCANS
+from threefold.serving.limits import ServerLimits
 
 RED = picture((200, 30, 30))
 PNG_HEADER_BYTES = 33
@@ -20,7 +21,10 @@ START_OF_SCAN = b"\xff\xda"
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "m.onnx")
+    """A model whose card says that all members resize images to one size."""
+    part = {"filter": "triangle, antialiased", "resize": "squash", "pixels": 56}
+    content = card(preprocessing=[part, part])
+    return write_model(tmp_path_factory.mktemp("model") / "m.onnx", model_card=content)
 
 
 def png_chunk(kind: bytes, body: bytes) -> bytes:
@@ -96,6 +100,14 @@ def broken_exif() -> bytes:
     return encode(Image.new("RGB", (16, 8), (200, 30, 30)), "JPEG", exif=exif)
 
 
+def photo(**options: object) -> bytes:
+    """A photo of 48 megapixels, as phones make them: it lies on its side."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("RGB", (8064, 6048), (200, 30, 30))
+    return encode(image, "JPEG", exif=exif, **options)
+
+
 def hostile_images() -> dict[str, tuple[bytes, int]]:
     """Files that cost memory or time, and the status that answers each."""
     return {
@@ -138,8 +150,26 @@ def test_hostile_images_cost_little_memory_and_time(path: Path) -> None:
 
         for name, status, request in requests:
             assert request.result().status_code == status, (name, request.result().text)
-        assert peak_megabytes(server.pid) < 1000
+        assert peak_megabytes(server.pid) < 1000, peak_megabytes(server.pid)
         assert post(address, RED).json()["answers"][0]["label"] == "red"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_photos_of_48_megapixels_are_answered_in_bounded_memory(path: Path) -> None:
+    clear = Image.new("RGBA", (8000, 6000), (200, 30, 30, 99))
+    contents = [
+        photo(),
+        photo(progressive=True, subsampling=0),
+        encode(clear, "PNG", compress_level=1),
+    ]
+    limits = ServerLimits(answer_seconds=300)
+    with server_process(path, limits) as (server, address), ThreadPoolExecutor(4) as pool:
+        requests = [pool.submit(post, address, content) for content in 2 * contents]
+
+        for request in requests:
+            assert request.result().json()["answers"][0]["label"] == "red"
+        assert peak_megabytes(server.pid) < 1000, peak_megabytes(server.pid)
 
 
 def test_scans_are_counted() -> None:

@@ -232,7 +232,7 @@ def test_bad_files_are_refused_with_a_reason(browser: Any, address: str) -> None
         (bytes(bomb), "an image may have at most 20,000,000 pixels"),
         (encode(wide, "PNG"), "an image may be at most 16,384 pixels wide or high"),
         (encode(wide, "BMP"), "an image may be at most 16,384 pixels wide or high"),
-        (encode(rgb, "PNG") + bytes(20 * 2**20), "an image file may have at most 20,971,520 bytes"),
+        (encode(rgb, "PNG") + bytes(32 * 2**20), "an image file may have at most 33,554,432 bytes"),
     ]
     open_page(browser, address)
 

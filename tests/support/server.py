@@ -210,4 +210,4 @@ def server_process(
 
 def post(address: str, content: bytes, name: str = "a.png") -> httpx.Response:
     """Send one image to /predict."""
-    return httpx.post(f"{address}/predict", files={"files": (name, content)}, timeout=60)
+    return httpx.post(f"{address}/predict", files={"files": (name, content)}, timeout=300)

@@ -41,6 +41,9 @@ from threefold.errors import DataError
 MAX_PIXELS = 89_478_485
 """Largest width x height to decode (a quarter of a GiB as RGB), against decompression bombs."""
 
+BAND_PIXELS = 1_000_000
+"""Pixels of a large image that are converted at the same time."""
+
 IMAGE_SUFFIXES = {
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
@@ -271,7 +274,9 @@ def _decode(stream: BinaryIO) -> tuple[NDArray[np.uint8], str]:
     try:
         scale = read_scale(image) if is_deep(image) else None
         image.load()
-        return _to_rgb(_upright(image), scale), image_format
+        upright = _upright(image)
+        del image  # a photo of 48 megapixels takes 200 MB
+        return _to_rgb(upright, scale), image_format
     except UnreadableImage:
         raise
     except Exception as error:
@@ -368,7 +373,23 @@ def _orientation(exif: bytes) -> int:
 
 
 def _to_rgb(image: Image.Image, scale: GreyScale | None) -> NDArray[np.uint8]:
-    """Convert an image of any Pillow mode to uint8 (h, w, 3); `scale` is that of deep grey."""
+    """Convert an image of any Pillow mode to uint8 (h, w, 3); `scale` is that of deep grey.
+
+    Large images are converted in bands of rows: each step of a conversion takes a copy.
+    """
+    width, height = image.size
+    band = BAND_PIXELS // max(width, 1)
+    if band >= height:
+        return _band_to_rgb(image, scale)
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, max(band, 1)):
+        bottom = min(top + max(band, 1), height)
+        pixels[top:bottom] = _band_to_rgb(image.crop((0, top, width, bottom)), scale)
+    return pixels
+
+
+def _band_to_rgb(image: Image.Image, scale: GreyScale | None) -> NDArray[np.uint8]:
+    """Convert some rows of an image."""
     if scale is not None:
         # Pillow's own conversion clips at 255 in place of scaling.
         try:

@@ -16,12 +16,15 @@ from threefold.ensembles.conformal import ConformalSets, UnknownThreshold
 from threefold.errors import DataError, ExportError
 from threefold.runtime.inputs import ImageInput, iterate_images
 from threefold.runtime.model_file import MEMORY, bytes_beside, open_session, read_card
+from threefold.runtime.shrink import Canvas, common_canvas, shrink
 
 FORMAT: Final = 1
 """Version of the model card inside a file."""
 KEY: Final = "threefold"
 """Key of the model card in the file's metadata."""
 
+LARGE_PIXELS: Final = 4_000_000
+"""Pixels of an image above which `Model.prepare` resizes it before the graph does."""
 TOLERANCE: Final = 0.01
 """How far the probabilities of an image may be from a sum of 1, and each from 0..1."""
 
@@ -95,6 +98,7 @@ class Model:
             file without prediction sets.
         unknown: the threshold for images that belong to no class; None in a file without one.
         cascade: the order in which members run in mode "fast"; None in a file without a cascade.
+        canvas: what all members resize images to; None if they have several sizes.
         caps: accuracy if images stop after 1, 2, ... stages at the latest, without the last stage.
     """
 
@@ -117,6 +121,7 @@ class Model:
         self.unknown: UnknownThreshold | None = None
         self.cascade: Cascade | None = None
         self.caps: list[StageCap] = []
+        self.canvas: Canvas | None = common_canvas(self.card)
         with self._card_part("conformal or unknown"):
             self._read_uncertainty()
         if self.card.get("cascade") is not None:
@@ -214,6 +219,19 @@ class Model:
                 fix="export the run again; the file is damaged or not from threefold",
             )
 
+    def prepare(self, pixels: np.ndarray) -> np.ndarray:
+        """Resize a large image as the graph would, in a tenth of the memory.
+
+        Args:
+            pixels: uint8 (h, w, 3).
+
+        Returns:
+            The image as `run` takes it, with the same answer; small images, and those of models
+            whose members have several sizes, are returned as they are.
+        """
+        is_large = pixels.shape[0] * pixels.shape[1] > LARGE_PIXELS
+        return shrink(pixels, self.canvas) if self.canvas is not None and is_large else pixels
+
     def stop_thresholds(self, policy: CascadePolicy) -> np.ndarray:
         """The value of the graph's input `stop` for a policy; empty in a file without a cascade.
 
@@ -247,7 +265,7 @@ class Model:
             ExportError: as `run`; or something is not an image.
         """
         self.stop_thresholds(policy)
-        outputs = [self.run(pixels[None], policy) for pixels in iterate_images(images)]
+        outputs = [self.run(self.prepare(p)[None], policy) for p in iterate_images(images)]
         k, m = len(self.classes), len(self.members)
         probs = [np.zeros((0, k), np.float32), *(output.probs for output in outputs)]
         members = [np.zeros((0, m, k), np.float32), *(output.member_probs for output in outputs)]

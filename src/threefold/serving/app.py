@@ -88,6 +88,8 @@ def make_app(
     model.stop_thresholds(policy)
     fast = replace(policy, mode="fast")
     limits = limits or ServerLimits()
+    if model.canvas is None:  # the graph itself resizes large images
+        limits = replace(limits, pixels=min(limits.pixels, limits.graph_pixels))
     batchers: list[Batcher] = []  # one, while the application runs
     metrics = Metrics(lambda: sum(batcher.count_waiting() for batcher in batchers))
 
@@ -186,6 +188,8 @@ class ModelInference:
         with self._lock:
             self._running.add(options)
         try:
+            if len(images) == 1:
+                images = self._model.prepare(images[0])[None]
             return self._model.run(images, policy, options)
         finally:
             with self._lock:

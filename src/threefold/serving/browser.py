@@ -162,7 +162,10 @@ def _card(model: Model, copy: Path, limits: ServerLimits) -> dict[str, Any]:
     """The model card with what the page needs besides: limits, model file and runtime."""
     return {
         **as_json(model.card),
-        "limits": {name: getattr(limits, name) for name in CARD_LIMITS},
+        "limits": {
+            **{name: getattr(limits, name) for name in CARD_LIMITS},
+            "pixels": min(limits.pixels, limits.graph_pixels),
+        },
         "model": {"file": copy.name, "bytes": copy.stat().st_size, "sha256": sha256(copy)},
         "runtime": f"onnxruntime-web {VERSION}",
     }

@@ -26,7 +26,9 @@ class ServerLimits:
         file_bytes: bytes per image file.
         body_bytes: bytes per request.
         total_bytes: bytes of all requests that are being read or answered.
-        pixels: width x height of an image. Decoding and resizing need about 26 bytes per pixel.
+        pixels: width x height of an image. Decoding and resizing need about 12 bytes per pixel.
+        graph_pixels: the same where members resize images to several sizes, and in the browser:
+            there the graph does it, which needs about 26 bytes per pixel.
         side: width or height of an image.
         requests: concurrent requests to /predict.
         connections: open connections.
@@ -38,10 +40,11 @@ class ServerLimits:
     """
 
     files: int = 64
-    file_bytes: int = 20 * 2**20
-    body_bytes: int = 32 * 2**20
+    file_bytes: int = 32 * 2**20
+    body_bytes: int = 40 * 2**20
     total_bytes: int = 64 * 2**20
-    pixels: int = 20_000_000
+    pixels: int = 50_000_000
+    graph_pixels: int = 20_000_000
     side: int = 16_384
     requests: int = 64
     connections: int = 512
