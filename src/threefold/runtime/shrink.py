@@ -38,8 +38,9 @@ def common_canvas(card: Mapping[str, Any]) -> Canvas | None:
         if not isinstance(part, Mapping) or part.get("filter") != "triangle, antialiased":
             return None
         size, mode = part.get("pixels"), part.get("resize")
-        is_size = isinstance(size, int) and 1 <= size <= MAX_CANVAS
-        if not is_size or mode not in ("squash", "crop"):
+        if not isinstance(size, int) or not 1 <= size <= MAX_CANVAS:
+            return None
+        if mode not in ("squash", "crop"):
             return None
         canvases.add(Canvas(size, mode))
     return canvases.pop() if len(canvases) == 1 else None
@@ -80,9 +81,13 @@ def _triangle_weights(length: int, start: int, side: int, size: int) -> np.ndarr
         np.maximum(one - distances, np.float32(0)) * inside.astype(np.float32) * steps
     )
     shares = weights / weights.sum(axis=1, keepdims=True)
-    return np.rint(shares * steps) / steps
+    rounded: np.ndarray = np.rint(shares * steps) / steps
+    return rounded
 
 
 def _round(values: np.ndarray) -> np.ndarray:
     """Round half up and clip to 0..255."""
-    return np.clip(np.floor(values + np.float32(0.5)), np.float32(0), np.float32(255))
+    rounded: np.ndarray = np.clip(
+        np.floor(values + np.float32(0.5)), np.float32(0), np.float32(255)
+    )
+    return rounded
