@@ -178,3 +178,24 @@ def test_one_walk_for_every_verb(tmp_path: Path) -> None:
     assert {path.relative_to(root).as_posix() for path in predicted} == expected
     assert sources.notes[:3] == notes
     assert told == [f"{root}: {note}" for note in notes]
+
+
+def test_classes_that_differ_in_capitals_are_a_warning(tmp_path: Path) -> None:
+    names = ("Cat", "cat", "hot dog", "hot_dog", "hen")
+    make(tmp_path, *(f"{name}/{i}.png" for name in names for i in range(2)))
+
+    assert load(tmp_path).warnings[-1] == (
+        "2 classes have names that differ in capitals or spaces only: "
+        "'Cat' = 'cat', 'hot dog' = 'hot_dog'"
+    )
+
+
+def test_a_group_file_with_the_accents_of_macos(tmp_path: Path) -> None:
+    nfd = unicodedata.normalize("NFD", "é")
+    make(tmp_path, *(f"{folder}/{nfd}{i}.png" for folder in ("a", "b") for i in range(2)))
+    rows = [f"{folder}/é{i}.png,g{i}" for folder in ("a", "b") for i in range(2)]
+    (tmp_path / "g.csv").write_text("\n".join(["id,group", *rows]), encoding="utf-8")
+
+    sources = load(tmp_path, group_file=str(tmp_path / "g.csv"))
+
+    assert sources.train.groups == ("g0", "g1", "g0", "g1")

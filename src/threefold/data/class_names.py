@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
-from threefold.errors import DataError
+from threefold.errors import DataError, shorten
 from threefold.names import MAX_NAME, is_plain_name, printable
 
 
@@ -31,6 +32,19 @@ def check_class_names(classes: Iterable[str]) -> None:
             expected=f"a name such as {meant}" if meant else "letters, digits and signs",
             fix="rename its folder, or its label in the table",
         )
+
+
+def warn_of_alike(classes: Sequence[str]) -> list[str]:
+    """Warn about classes whose names differ in nothing but capitals, spaces and underscores."""
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        alike.setdefault(re.sub(r"[\s_-]+", "", name.casefold()), []).append(name)
+    pairs = [" = ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
+    if not pairs:
+        return []
+    return [
+        f"{len(pairs)} classes have names that differ in capitals or spaces only: {shorten(pairs)}"
+    ]
 
 
 def _undo_mojibake(name: str) -> str:

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from threefold.data.class_names import check_class_names
-from threefold.data.group_file import groups_of, read_groups
+from threefold.data.class_names import check_class_names, warn_of_alike
+from threefold.data.group_file import find_groups, groups_of, read_groups
 from threefold.data.images import BadImage, check_all, content_hash, decode, same_content
 from threefold.data.published import FASHION_MNIST_CLASSES
 from threefold.data.sources.arrays import (
@@ -274,6 +274,7 @@ def _from_files(listing: Listing, spec: DataSpec, seed: int, trained: tuple[str,
             *_shared_groups(train_set, test_set),
             *_split_groups(train_set),
             *warn_of_parts(classes),
+            *warn_of_alike(classes),
         ),
     )
 
@@ -381,7 +382,7 @@ def _with_group_file(data: ImageDataset, spec: DataSpec, *, every: bool) -> Imag
     if not spec.group_file:
         return data
     table = read_groups(Path(spec.group_file).expanduser())
-    if not every and any(name not in table for name in data.ids):
+    if not every and None in find_groups(data.ids, table):
         return data
     return replace(data, groups=groups_of(data.ids, table, spec.group_file))
 

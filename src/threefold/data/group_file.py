@@ -10,7 +10,7 @@ from typing import Final
 
 from threefold.errors import DataError, shorten
 from threefold.files import read_text, write_bytes
-from threefold.names import find_repeated
+from threefold.names import find_repeated, normalise_name
 
 GROUP_FILE: Final = "groups.csv"
 """Name of the file in a run folder."""
@@ -42,7 +42,7 @@ def write_groups(path: Path, ids: Sequence[str], groups: Sequence[str]) -> None:
 
 
 def read_groups(path: Path) -> dict[str, str]:
-    """Read the groups of a CSV file (UTF-8) with the columns id and group; others are ignored.
+    """Read the groups of a CSV file with the columns id and group; others are ignored.
 
     Raises:
         DataError: the file cannot be read, a column or a cell is missing, or an id is repeated.
@@ -78,13 +78,23 @@ def read_groups(path: Path) -> dict[str, str]:
     return {name: group for name, group, _ in rows}
 
 
+def find_groups(ids: Sequence[str], table: Mapping[str, str]) -> list[str | None]:
+    """Return the group of each image, None for those that the table lacks.
+
+    macOS writes accents in another form than other systems, which does not matter.
+    """
+    normal = {normalise_name(name): group for name, group in table.items()}
+    return [table.get(name, normal.get(normalise_name(name))) for name in ids]
+
+
 def groups_of(ids: Sequence[str], table: Mapping[str, str], where: str) -> tuple[str, ...]:
     """Return the group of each image; rows of the table for other images are not used.
 
     Raises:
         DataError: an image has no group.
     """
-    absent = [name for name in ids if name not in table]
+    groups = find_groups(ids, table)
+    absent = [name for name, group in zip(ids, groups, strict=True) if group is None]
     if absent:
         raise DataError(
             f"{len(absent)} of {len(ids)} training images are not in the group file",
@@ -92,4 +102,4 @@ def groups_of(ids: Sequence[str], table: Mapping[str, str], where: str) -> tuple
             got=shorten(absent),
             fix="add a row id,group for each of them",
         )
-    return tuple(table[name] for name in ids)
+    return tuple(group for group in groups if group is not None)

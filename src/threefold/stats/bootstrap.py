@@ -81,7 +81,9 @@ def check_hits(hits: npt.ArrayLike, ndim: int = 1) -> np.ndarray:
     if array.ndim != ndim or 0 in array.shape:
         axes = "(n,)" if ndim == 1 else "(classifiers or seeds, n)"
         raise DataError("hits need one value per row", expected=axes, got=array.shape)
-    if array.dtype.kind not in "biuf" or not np.isin(array, (0, 1)).all():
+    if array.dtype == bool:
+        return array
+    if array.dtype.kind not in "iuf" or not np.isin(array, (0, 1)).all():
         raise DataError(
             "hits must be right or wrong", expected="booleans", got=f"dtype {array.dtype}"
         )

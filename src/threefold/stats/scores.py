@@ -318,7 +318,8 @@ def bootstrap_interval(
         if score != "macro_f1":  # all wrong classes are equivalent, which leaves fewer cells
             predicted = np.where(predicted == truth, truth, (truth + 1) % k)
         cells, at = np.unique(truth * k + predicted, return_inverse=True)
-        array, truth = np.eye(k)[cells % k], cells // k
+        array, truth = np.zeros((len(cells), k)), cells // k
+        array[np.arange(len(cells)), cells % k] = 1
         draws = cell_weights(at, part, resamples, seed)
     else:
         draws = row_weights(len(truth), part, resamples, seed)

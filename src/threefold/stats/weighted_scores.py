@@ -102,14 +102,14 @@ def _macro_f1(probs: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.
     return _class_mean(2 * right, _sums(labels, k, weights) + _sums(probs.argmax(-1), k, weights))
 
 
-def _one_vs_rest_classes(k: int) -> Sequence[int]:
-    """The classes whose ROC curves are averaged; of two classes, only class 1."""
-    return [1] if k == 2 else range(k)
+def _one_vs_rest_classes(labels: np.ndarray, k: int) -> Sequence[int]:
+    """The classes whose ROC curves are averaged: those with rows; of two classes, only class 1."""
+    return [1] if k == 2 else np.unique(labels).tolist()
 
 
 def _roc_auc(probs: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
     ordered, total = [], []
-    for c in _one_vs_rest_classes(probs.shape[1]):
+    for c in _one_vs_rest_classes(labels, probs.shape[1]):
         ordered_c, total_c = _ordered_pairs(probs[:, c], labels == c, weights)
         ordered.append(ordered_c)
         total.append(total_c)
@@ -119,7 +119,7 @@ def _roc_auc(probs: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.n
 def _unweighted_roc_auc(probs: np.ndarray, labels: np.ndarray) -> float:
     """`_roc_auc` with equal weights: the same counts, by sorting, in a tenth of the time."""
     ordered, total = [], []
-    for c in _one_vs_rest_classes(probs.shape[1]):
+    for c in _one_vs_rest_classes(labels, probs.shape[1]):
         is_positive = labels == c
         positive, negative = np.sort(probs[is_positive, c]), np.sort(probs[~is_positive, c])
         ranks = (
