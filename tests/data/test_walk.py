@@ -139,12 +139,13 @@ def test_runs_are_never_data(tmp_path: Path) -> None:
     make(tmp_path, "runs/photos/pictures/1.png", "cat/run/2.png", "photos-run/3.png")
     for run in ("runs/photos", "cat/run", "photos-run"):
         (tmp_path / run / "recipe.toml").write_text("")
-        (tmp_path / run / "run.json").write_text("")
+    (tmp_path / "runs/planned").mkdir()
+    (tmp_path / "runs/planned/groups.csv").write_text("id,group")
 
     sources = load(tmp_path)
 
     assert sources.train.ids == ("cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png")
-    assert sources.notes == ("3 folders of runs were ignored: photos, photos-run, run",)
+    assert sources.notes == ("4 folders of runs were ignored: photos, photos-run, planned, run",)
 
 
 JUNK = ("cat/._0.png", "__MACOSX/cat/9.png", "cat/.ipynb_checkpoints/0.png", "cat/@eaDir/0.png")

@@ -53,7 +53,7 @@ def test_ids_of_other_images_are_not_matched_by_order(tmp_path: Path, column: st
 
 
 def test_a_table_of_labels_alone_is_in_the_order_of_the_rows(tmp_path: Path) -> None:
-    table = write_table(tmp_path, "label,group", ["cat,x", "dog,x", "dog,y", "cat,y"])
+    table = write_table(tmp_path, "label,Group ID", ["cat,x", "dog,x", "dog,y", "cat,y"])
 
     loaded = read_predictions(save_net(tmp_path), labels=table)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from threefold.data.content_kinds import HEAD, find_format
+from threefold.data.group_file import GROUP_FILE
 from threefold.data.images import IMAGE_SUFFIXES
 from threefold.errors import DataError, shorten
 
@@ -81,9 +82,13 @@ def list_entries(
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Whether a folder holds a run of threefold, which is never data."""
-    names = ("run.json", "jobs", "oof.npz", "test.npz", "results.json")
-    return (folder / "recipe.toml").is_file() and any((folder / name).exists() for name in names)
+    """Whether a folder holds a run of threefold, which is never data.
+
+    The plan of a run may write its file of groups before there is a recipe.
+    """
+    if (folder / "recipe.toml").is_file():
+        return True
+    return (folder / GROUP_FILE).is_file() and os.listdir(folder) == [GROUP_FILE]
 
 
 def is_tool_folder(folder: Path) -> bool:

@@ -22,7 +22,8 @@ _ID_NAMES = {
 _LABEL_NAMES = {
     *("label", "labels", "class", "class_name", "category", "target", "true_label", "truth", "y"),
 }
-_NOT_IDS = {"group", "groups", "fold", "split", "subset"}
+_GROUP_NAMES = {"group", "groups", "group_id"}
+_NOT_IDS = {*_GROUP_NAMES, "fold", "split", "subset"}
 
 
 def is_id_name(name: str) -> bool:
@@ -64,7 +65,7 @@ class LabelTable:
             DataError: no column, or more than one, can hold the labels.
         """
         label = find_label_column(list(columns), where)
-        group = next((name for name in columns if _normalise(name) == "group"), None)
+        group = next((name for name in columns if _normalise(name) in _GROUP_NAMES), None)
         others = {name: cells for name, cells in columns.items() if name not in (label, group)}
         return cls(where, columns[label], None if group is None else columns[group], others)
 
