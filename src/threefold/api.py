@@ -87,11 +87,11 @@ def fit(
     if budget_minutes:
         deadline = began + 60 * budget_minutes - STARTUP_SECONDS
     run = Run.create(recipe, out, watcher, header, sources)
-    if run.folder.is_finished:
+    if run.folder.is_whole:
         finish(run)
         return run
     images = run.all_sources  # unlabelled images that cannot be used are refused before any work
-    early = _answer_early(run, run.sources, deadline)
+    early = None if run.folder.is_finished else _answer_early(run, run.sources, deadline)
     if early is not None:
         if early.folder.is_finished:
             return early
@@ -154,7 +154,7 @@ def _headline(run: Run) -> str:
 def _seconds_to_finish(early: Run, run: Run) -> float:
     """Predict how long scoring, export and report of all members take, from those of the probes."""
     seconds = early.results.seconds
-    fixed = seconds["ensemble"] + seconds.get("report", 0.0)
+    fixed = seconds.get("ensemble", 0.0) + seconds.get("report", 0.0)
     growth = sum(1 if run.recipe.is_frozen(m.name) else run.networks(m) for m in run.recipe.members)
     return 1.5 * fixed + seconds.get("export", 0.0) * growth / len(early.recipe.members)
 
@@ -226,7 +226,8 @@ def train(
 ) -> Run:
     """Train every member in every fold, then ensemble and score them.
 
-    An interrupted run is resumed; a finished one is returned at once.
+    An interrupted run is resumed, and deleted files are written again; a finished run is returned
+    at once.
 
     Args:
         recipe: what to run.
@@ -240,12 +241,11 @@ def train(
             the folder; the message says what to do.
     """
     run = Run.create(recipe, out, watcher, header, sources)
-    has_first_answer = run.folder.is_sealed
-    if not run.folder.is_finished:
+    if not run.folder.is_whole:
         with run.folder.locked():
             _train_and_score(run)
-    if has_first_answer:  # whose file and report would be out of date
-        finish(run)
+    if run.results.export is None and (run.dir / "model.onnx").exists():
+        finish(run)  # the file is that of a first answer, or its export was cut short
     return run
 
 
@@ -280,7 +280,12 @@ def report(run: Run, out: Path | None = None) -> Path:
     """Write the HTML report of a run and return its path, by default report.html in the folder."""
     start = time.monotonic()
     path = write_report([run.folder], out)
-    run.folder.add_results("report", time.monotonic() - start)
+    try:
+        run.folder.add_results("report", time.monotonic() - start)
+    except RunError as error:
+        if path.resolve().parent == run.dir.resolve():
+            raise
+        run.watcher.note(f"the run does not record this report: {error}")
     return path
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
+from typing import Self
 
 from threefold.names import printable
 
@@ -20,6 +22,7 @@ class ThreefoldError(Exception):
         fix: what the user can do about it.
 
     Attributes:
+        what, where, expected, fix: as given.
         got: `got` as one line of text; empty if it was not given.
     """
 
@@ -34,6 +37,7 @@ class ThreefoldError(Exception):
     ) -> None:
         if isinstance(got, OSError):
             got = got.strerror or got
+        self.what, self.where, self.expected, self.fix = what, where, expected, fix
         self.got = " ".join(str(got).split())
         contrast = []
         if str(expected):
@@ -44,6 +48,12 @@ class ThreefoldError(Exception):
         if fix:
             parts.append(f"fix: {fix}")
         super().__init__(printable("; ".join(" ".join(part.split()) for part in parts if part)))
+
+    def with_fix(self, fix: str) -> Self:
+        """Return the error with other advice, from a caller that knows what helps."""
+        return type(self)(
+            self.what, where=self.where, expected=self.expected, got=self.got, fix=fix
+        )
 
 
 class RecipeError(ThreefoldError):
@@ -56,6 +66,14 @@ class DataError(ThreefoldError):
 
 class RunError(ThreefoldError):
     """A run folder cannot be written, belongs to another recipe, or is incomplete."""
+
+
+class DamagedFileError(RunError):
+    """A file that threefold wrote is missing, or was changed since."""
+
+
+class OutOfMemoryError(RunError):
+    """The memory of the machine or of its accelerator is exhausted; no file is damaged."""
 
 
 class ExportError(ThreefoldError):
@@ -71,3 +89,43 @@ def shorten(names: Iterable[str], limit: int = 10) -> str:
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+_MEMORY = (
+    "allocate memory",  # torch, and the operating system through safetensors
+    "failed to allocate",  # onnxruntime
+    "bad_alloc",
+    "out of memory",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, torch, onnxruntime or the system says that memory is exhausted.
+
+    On the CPU the libraries have no type of their own for it.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True  # torch has a class of that name, too
+    if isinstance(error, ThreefoldError):
+        return False
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return any(words in str(error).lower() for words in _MEMORY)
+
+
+def out_of_memory(where: object, error: BaseException, fix: str = "") -> OutOfMemoryError:
+    """Make the one line about exhausted memory.
+
+    Args:
+        where: what was being done or read.
+        error: the library's error.
+        fix: what needs less memory there.
+    """
+    return OutOfMemoryError(
+        "not enough memory",
+        where=where,
+        got=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}",
+        fix=fix
+        or "close other programs and run the same command again, or set a smaller img_size "
+        "or train.batch_size; finished work is kept",
+    )

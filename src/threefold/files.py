@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import codecs
 import errno
+import glob
 import hashlib
 import io
 import json
 import os
+import re
+import shutil
 import stat
+import tempfile
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,7 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from threefold.errors import RunError
+from threefold.errors import (
+    DamagedFileError,
+    RunError,
+    is_out_of_memory,
+    out_of_memory,
+)
+
+_TEMPORARY = re.compile(r"\..+\.(\d+)\.[^.]+\.tmp")
+"""Names of temporary files and folders; the number is that of the process that writes them."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -26,7 +38,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         RunError: the disk is full or the folder is not writable.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -34,6 +46,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        flush_folder(path.parent)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
@@ -68,6 +81,67 @@ def read_text(path: Path, max_bytes: int = 1 << 24) -> str:
     return content.decode("utf-16" if is_utf16 else "utf-8-sig")
 
 
+def temporary_path(path: Path) -> Path:
+    """Return where this thread writes a file before it takes the place of `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+
+
+def temporary_folder(target: Path) -> tempfile.TemporaryDirectory[str]:
+    """Make a folder beside a file that will come from it, and delete what killed processes left.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    delete_leftovers(target.parent, target.name)
+    prefix = f".{target.name}.{os.getpid()}."
+    return tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix, suffix=".tmp")
+
+
+def delete_leftovers(folder: Path, name: str = "") -> None:
+    """Delete the temporary files and folders of processes that were killed.
+
+    Those of running processes stay, and on systems that cannot tell, all of them.
+
+    Args:
+        folder: where they are.
+        name: only those of this file; empty = all, in all folders below, too.
+    """
+    pattern = f".{glob.escape(name)}.*.tmp" if name else ".*.tmp"
+    for path in [*(folder.glob(pattern) if name else folder.rglob(pattern))]:
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is None or _may_run(int(match[1])):
+            continue
+        with suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _may_run(process: int) -> bool:
+    """Whether a process may be running on this machine."""
+    if os.name != "posix":  # elsewhere the question would end the process
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the names in a folder outlast a loss of power, where the system can."""
+    with suppress(OSError):  # Windows cannot, nor can every file system
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def write_json(path: Path, tree: Any) -> None:
     """Write a tree of plain values as indented JSON; see `finite_json`."""
     text = json.dumps(
@@ -94,14 +168,23 @@ def read_json(path: Path) -> Any:
     """Read JSON.
 
     Raises:
-        RunError: the file is missing or damaged.
+        DamagedFileError: the file is missing or damaged.
+        RunError: the file cannot be read.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RunError("cannot read", where=path, got=error) from None
+        raise _unreadable("cannot read", path, error) from None
     except (ValueError, RecursionError) as error:
-        raise RunError("the file is damaged", where=path, got=error) from None
+        raise DamagedFileError("the file is damaged", where=path, got=error) from None
+
+
+def _unreadable(what: str, path: Path, error: OSError) -> RunError:
+    """Tell a file that is not there from one that cannot be read, which is not damaged."""
+    if is_out_of_memory(error):
+        return out_of_memory(path, error)
+    kind = DamagedFileError if isinstance(error, FileNotFoundError) else RunError
+    return kind(what, where=path, got=error)
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
@@ -115,13 +198,19 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Read an .npz file written by `write_arrays`; object arrays are refused.
 
     Raises:
-        RunError: the file is missing or damaged.
+        DamagedFileError: the file is missing or damaged.
+        RunError: the file cannot be read, or does not fit into memory.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # numpy would leave a file open that it cannot read.
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
+    except OSError as error:
+        raise _unreadable("cannot read arrays", path, error) from None
     except Exception as error:
-        raise RunError(
+        if is_out_of_memory(error):
+            raise out_of_memory(path, error) from None
+        raise DamagedFileError(
             "cannot read arrays", where=path, got=f"{type(error).__name__}: {str(error)[:120]}"
         ) from None
 

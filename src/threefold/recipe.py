@@ -69,7 +69,7 @@ class Recipe(Section):
     """Everything about a run. `Recipe.load` reads one; `dump` writes the resolved copy."""
 
     name: Name = "run"
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     protocol: Literal["honest", "paper"] = "honest"
     """honest = scored rows choose nothing; paper = selects on them, as the authors did."""
     budget_minutes: Annotated[float, Field(ge=0)] = 0.0

@@ -6,13 +6,21 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.fake_runs import fake_export, fake_run, full_run
 
 from threefold.errors import RunError
-from threefold.predictions.records import VERSION
+from threefold.predictions.records import (
+    VERSION,
+    DuplicatesRecord,
+    JobRecord,
+    Record,
+    TestLedger,
+)
 from threefold.predictions.results_schema import Results
 from threefold.predictions.run_folder import RunFolder
 
@@ -119,3 +127,54 @@ def test_a_run_is_read_without_torch(tmp_path: Path) -> None:
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
     assert process.returncode == 0, process.stderr
+
+
+def renamed(tree: Any) -> Iterator[Any]:
+    """Yield a tree of plain values with one key changed, for every key in it."""
+    if isinstance(tree, list) and tree:
+        yield from ([part, *tree[1:]] for part in renamed(tree[0]))
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield {(f"{key[:-1]}~" if k == key else k): v for k, v in tree.items()}
+            yield from ({**tree, key: part} for part in renamed(value))
+
+
+RECORDS: dict[str, tuple[type[Record], dict[str, Any]]] = {
+    "ledger.json": (
+        TestLedger,
+        {"version": VERSION, "test_opened": [{"at": "now", "by": "train", "rows": 3}]},
+    ),
+    "done.json": (JobRecord, {"job": {}, "seconds": 1.0, "files": {}}),
+    "duplicates.json": (
+        DuplicatesRecord,
+        {
+            "count": 1,
+            "pairs": [{"a": "x", "b": "y", "distance": 0.1, "same_label": None, "same_part": True}],
+            "note": "",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_changed_key_is_one_clear_line(name: str) -> None:
+    record, tree = RECORDS[name]
+    record.parse(tree, name)
+    trees = list(renamed(tree))
+
+    assert len(trees) >= 3
+    for changed in trees:
+        with pytest.raises(RunError, match=name) as error:
+            record.parse(changed, name)
+        assert "\n" not in str(error.value)
+
+
+def test_a_changed_key_of_run_json_says_what_helps(tmp_path: Path) -> None:
+    path = fake_run(tmp_path / "run", n=20) / "run.json"
+    tree = json.loads(path.read_text(encoding="utf-8"))
+
+    for changed in renamed({key: tree[key] for key in tree if key not in ("versions", "roles")}):
+        path.write_text(json.dumps({**changed, "versions": {}, "roles": {}}), encoding="utf-8")
+        with pytest.raises(RunError, match=r"run\.json") as error:
+            RunFolder(path.parent).info.as_json()
+        assert "fix: " in str(error.value)

@@ -72,7 +72,7 @@ def test_loading_needs_neither_hub_nor_package(run: Run, monkeypatch: pytest.Mon
     spec = spec_of(name="lite", backbone="tf_efficientnet_lite0", weights="pretrained")
     saved = members.create_backbone(spec, pretrained=False)
     save_frozen_backbone(run.folder, spec, saved)
-    monkeypatch.setattr(members, "_load_package", None)
+    monkeypatch.setattr(members, "load_package", None)
 
     loaded = load_frozen_backbone(run.folder, spec)
 

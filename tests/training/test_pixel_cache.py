@@ -50,11 +50,12 @@ def test_cache_is_written_once_and_removed(tmp_path: Path) -> None:
     cache, _ = make_cache(tmp_path)
 
     cache.rows("train", SPEC, np.array([0]))
-    (path,) = (tmp_path / "cache").iterdir()
+    (path,) = (tmp_path / "cache").glob("*.npy")
     written = path.stat().st_mtime_ns
     cache.rows("train", SPEC, np.array([1]))
+    make_cache(tmp_path)[0].rows("train", SPEC, np.array([1]))
 
-    assert [p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()] == [written]
+    assert [p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("*.npy")] == [written]
     cache.remove()
     assert not (tmp_path / "cache").exists()
 
@@ -99,3 +100,20 @@ def test_rows_of_any_side(tmp_path: Path) -> None:
 
     expected = resize_square(torch.from_numpy(images[[3]]), 40, SPEC.resize)
     assert np.array_equal(pixels, expected.permute(0, 2, 3, 1).to(torch.uint8).numpy())
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "no record"])
+def test_a_damaged_file_is_made_again(tmp_path: Path, damage: str) -> None:
+    cache, _ = make_cache(tmp_path)
+    rows = np.array([0, 40])
+    before = cache.rows("train", SPEC, rows).pixels
+    (path,) = (tmp_path / "cache").glob("*.npy")
+    data = bytearray(path.read_bytes())
+    data[-200] ^= 1
+    if damage == "no record":
+        path.with_suffix(".sha256").unlink()
+    path.write_bytes({"cut": data[:100], "empty": b""}.get(damage, data))
+
+    after = make_cache(tmp_path)[0].rows("train", SPEC, rows).pixels
+
+    np.testing.assert_array_equal(after, before)

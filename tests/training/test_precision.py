@@ -169,3 +169,17 @@ def test_half_precision_is_what_the_hardware_has(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
     assert half_precision(CPU) == "bfloat16"
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bfloat16"), (False, "float16")])
+def test_emulated_bfloat16_is_no_half_precision(
+    monkeypatch: pytest.MonkeyPatch, native: bool, expected: str
+) -> None:
+    """CUDA emulates bfloat16 on cards before Ampere, slower than float32."""
+
+    def is_supported(including_emulation: bool = True) -> bool:
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+
+    assert half_precision(torch.device("cuda")) == expected

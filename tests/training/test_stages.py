@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from support.stages import build_tiny, make_rows, make_task, train_whole_and_in_parts
 
-from threefold.errors import RecipeError, RunError
+from threefold.errors import OutOfMemoryError, RecipeError, RunError
 from threefold.models.pipeline import Predictor, pick_device, predict_probs
 from threefold.training import stages
 from threefold.training.checkpoints import Checkpoint, accept_stage
+from threefold.training.losses import BatchLoss
 from threefold.training.stages import train_stage
 
 
@@ -341,3 +343,23 @@ def test_patience_stops_a_stage_that_no_longer_improves() -> None:
     assert len(history["epochs"]) == history["best_epoch"] + 1 + 2 < 9
     assert history["stopped"] == "stopped early: no better epoch in 2"
     assert history["reason"].endswith(history["stopped"])
+
+
+def test_weights_that_one_step_spoils_are_no_result() -> None:
+    """The loss of the only step is computed before it: nothing later would notice."""
+    task = make_task("train.batch_size=1000", "stages.one.lr=1e30", "stages.one.epochs=1")
+
+    with pytest.raises(RunError, match=r"not numbers: stage one, epoch 0.*lower the stage's lr"):
+        train_stage(build_tiny(), task)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_memory_of_the_cpu_is_one_clear_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BatchLoss, "__call__", Mock(side_effect=error))
+
+    with pytest.raises(OutOfMemoryError, match=r"not enough memory.*8 images.*accumulate = 2"):
+        train_stage(build_tiny(), make_task())

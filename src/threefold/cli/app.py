@@ -28,7 +28,13 @@ from threefold.cli.options import (
     parse_minutes,
     split_names,
 )
-from threefold.cli.output import show_next_steps, show_results, show_student, watch_training
+from threefold.cli.output import (
+    resume_command,
+    show_next_steps,
+    show_results,
+    show_student,
+    watch_training,
+)
 from threefold.cli.reproduce import register as register_reproduce
 from threefold.cli.saved import register as register_saved
 from threefold.errors import ExportError
@@ -88,7 +94,15 @@ def fit(
     target = out_dir or default_run_folder(folder)
     from threefold import api
 
-    with watch_training(verbose, f"threefold fit {folder} --out {target}") as watcher:
+    words: list[object] = ["fit", folder, "--out", target]
+    for option, value, default in (
+        ("--budget", budget, "20m"),
+        ("--quality", quality, "good"),
+        ("--members", members, ""),
+    ):
+        if value != default:
+            words += [option, value]
+    with watch_training(verbose, resume_command(*words, sets=sets)) as watcher:
         run = api.fit(
             folder,
             target,
@@ -148,7 +162,8 @@ def train(
     loaded = resolve(recipe, sets or ())  # before torch is imported, so that a typo fails at once
     from threefold import api
 
-    with watch_training(verbose, f"threefold train {recipe} --out {out_dir}") as watcher:
+    command = resume_command("train", recipe, "--out", out_dir, sets=sets)
+    with watch_training(verbose, command) as watcher:
         run = api.train(loaded, out_dir, watcher)
         api.report(run)
     show_results(run)
@@ -215,12 +230,14 @@ def export(
         raise ExportError(
             "the browser reads ONNX", where=target, fix="with --web, --out ends in .onnx"
         )
+    from threefold.cli.terminal import TerminalWatcher
     from threefold.data.class_names import exported_names
     from threefold.exporting.export import export as export_run
     from threefold.exporting.parity import describe_report
     from threefold.training.run import Run
 
     run = Run.open(run_dir)
+    run.watcher = TerminalWatcher(err)
     exported = export_run(run, target, method, split_names([members]), precision)
     classes = run.folder.info.classes
     for name, written in zip(classes, exported_names(classes), strict=True):
@@ -272,7 +289,7 @@ def distill(
     from threefold.api import distill as distill_run
 
     target = out_dir or default_folder(run_dir, student)
-    command = f"threefold distill {run_dir} --student {student} --out {target}"
+    command = resume_command("distill", run_dir, "--student", student, "--out", target, sets=sets)
     with watch_training(verbose, command) as watcher:
         run = distill_run(run_dir, student, target, overrides=sets or (), watcher=watcher)
     show_student(run)

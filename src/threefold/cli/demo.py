@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from threefold.cli.console import out
 from threefold.cli.options import RunOut, Verbose
-from threefold.cli.output import show_next_steps, show_results, watch_training
+from threefold.cli.output import resume_command, show_next_steps, show_results, watch_training
 from threefold.errors import ExportError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def demo(
     from threefold import api
     from threefold.recipe import packaged
 
-    with watch_training(verbose, f"threefold demo --out {out_dir}") as watcher:
+    with watch_training(verbose, resume_command("demo", "--out", out_dir)) as watcher:
         out.print(
             "threefold demo: 3 pretrained networks, 3,000 training images of Fashion-MNIST, "
             "1,000 sealed test images"

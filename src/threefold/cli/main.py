@@ -8,7 +8,7 @@ import warnings
 
 from threefold.cli.app import app
 from threefold.cli.console import make_robust_streams, print_error
-from threefold.errors import ThreefoldError
+from threefold.errors import ThreefoldError, is_out_of_memory, out_of_memory
 from threefold.extras import VERB_EXTRAS, missing_extra
 
 _LONGEST = 200
@@ -37,10 +37,15 @@ def main() -> None:
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(0)
-    except OSError as error:  # such as a path that is too long for the file system
-        name = str(error.filename or "")
-        where = name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..."
-        print_error(ThreefoldError("cannot use the file", where=where, got=error))
+    except Exception as error:
+        if is_out_of_memory(error):
+            print_error(out_of_memory(f"threefold {' '.join(sys.argv[1:2])}".strip(), error))
+        elif isinstance(error, OSError):  # such as a path that is too long for the file system
+            name = str(error.filename or "")
+            where = name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..."
+            print_error(ThreefoldError("cannot use the file", where=where, got=error))
+        else:
+            raise
         sys.exit(1)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shlex
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from threefold.cli.console import err, out, plain
@@ -13,9 +16,52 @@ if TYPE_CHECKING:
     from threefold.training.run import Run
 
 
+class Terminated(KeyboardInterrupt):
+    """The system has told the program to end, by a signal other than Ctrl-C's.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def _catch_signals() -> Iterator[None]:
+    """Raise `Terminated` at the first SIGTERM or SIGHUP; a second one ends the program at once.
+
+    Signals that are ignored, as under nohup, stay ignored.
+    """
+
+    def stop(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Terminated(number)
+
+    caught = []
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, stop)
+                caught.append(number)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def resume_command(*words: object, sets: Iterable[str] | None = None) -> str:
+    """Return a command line for the shell, with every `--set` that it had."""
+    changes = [word for text in sets or () for word in ("--set", text)]
+    return shlex.join(["threefold", *map(str, words), *changes])
+
+
 @contextmanager
 def watch_training(verbose: bool, command: str) -> Iterator[TerminalWatcher]:
-    """Show progress while a run trains; on Ctrl-C print the command that resumes it.
+    """Show progress while a run trains; print the command that resumes it if it is stopped.
 
     Args:
         verbose: print a line per job and epoch.
@@ -25,16 +71,18 @@ def watch_training(verbose: bool, command: str) -> Iterator[TerminalWatcher]:
         The watcher to pass to the training function.
 
     Raises:
-        SystemExit: with code 130, after Ctrl-C.
+        SystemExit: with code 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
     from threefold.cli.terminal import TerminalWatcher
 
     try:
-        with TerminalWatcher(out, verbose) as watcher:
+        with _catch_signals(), TerminalWatcher(out, verbose) as watcher:
             yield watcher
-    except KeyboardInterrupt:
-        err.print(f"[yellow]stopped[/]; finished work is kept. Resume with: {plain(command)}")
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Terminated) else signal.SIGINT
+        with suppress(OSError):  # after SIGHUP the terminal is gone
+            err.print(f"[yellow]stopped[/]; finished work is kept. Resume with: {plain(command)}")
+        raise SystemExit(128 + number) from None
 
 
 def show_results(run: Run) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from threefold.cli.console import out
 from threefold.cli.options import Sets
-from threefold.cli.output import watch_training
+from threefold.cli.output import resume_command, watch_training
 
 if TYPE_CHECKING:
     from threefold.paper.results import CellResult, ItemResults
@@ -78,7 +78,12 @@ def reproduce(
         seeds=seeds,
         overrides=tuple(sets or ()),
     )
-    with watch_training(verbose=False, command="the same command") as watcher:
+    words: list[object] = ["reproduce", name, "--scale", scale, "--protocol", protocol]
+    words += ["--out", folder, "--seeds", seeds]
+    if data is not None:
+        words += ["--data", data]
+    command = resume_command(*words, sets=sets)
+    with watch_training(verbose=False, command=command) as watcher:
         results = reproduce_item(plan, watcher)
     show_results(results)
     figure = draw_figure(results, folder / "reproduce.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -62,7 +63,8 @@ class TerminalWatcher(Watcher):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+        with suppress(OSError):  # a terminal that was closed
+            self.progress.stop()
 
     def plan(self, jobs: Sequence[Job], images: Sequence[int]) -> None:
         """Start a bar over all jobs; fill the bar of the run before."""

@@ -14,12 +14,13 @@ from threefold.data.dataset import ImageDataset
 from threefold.ensembles.calibration import Calibration, saved_calibration
 from threefold.ensembles.cascade import Cascade
 from threefold.ensembles.registry import restore
+from threefold.errors import DamagedFileError, RunError
 from threefold.evaluation.cascade_savings import cascade_card
 from threefold.evaluation.saved import evaluate_saved
 from threefold.evaluation.uncertainty import uncertainty_card
 from threefold.exporting import targets
 from threefold.exporting.quantization import CALIBRATION_IMAGES
-from threefold.files import read_arrays, sha256
+from threefold.files import sha256
 from threefold.models.pipeline import Combiner
 from threefold.predictions.export_schema import ExportReport, Latency
 from threefold.predictions.results_schema import Score
@@ -67,16 +68,18 @@ def export(
             on training images.
 
     Returns:
-        The parity report, with the path, size and latency of the file.
+        The parity report, with the path, size and latency of the file. The run keeps it, too; where
+        the run cannot be written and the file is elsewhere, its watcher gets a note.
 
     Raises:
         ExportError: the answers differ, the kind of file or the precision is unknown, or the file
             cannot be written.
-        RunError: the run is not complete.
+        RunError: the run is not complete, or its recipe was edited since.
     """
     target = Path(path) if path is not None else run.dir / "model.onnx"
     targets.check_kind(target, precision)
     run.folder.check_finished()
+    run.folder.check_recipe()
     start = time.monotonic()
     if method is not None or members:
         ensemble = fit_other_ensemble(run, method or "mean", members)
@@ -102,13 +105,18 @@ def export(
         calibration=calibration_images,
         cascade=Cascade.from_state(cascade["state"]) if cascade is not None else None,
     )
-    if test is not None:  # the gate counts correct answers
-        run.folder.open_test("export", len(rows))
     report = report.replace(path=str(target), method=ensemble.card["method"])
     if target.suffix == ".onnx":
         latency = load(target).measure_latency(images[:LATENCY_IMAGES])
         report = report.replace(latency=Latency.parse(latency, target))
-    run.folder.add_results("export", time.monotonic() - start, export=report)
+    try:
+        if test is not None:  # the gate counts correct answers
+            run.folder.open_test("export", len(rows))
+        run.folder.add_results("export", time.monotonic() - start, export=report)
+    except RunError as error:
+        if isinstance(error, DamagedFileError) or target.resolve().parent == run.dir.resolve():
+            raise
+        run.watcher.note(f"the run does not record this export: {error}")
     return report
 
 
@@ -120,7 +128,7 @@ def spread_rows(dataset: ImageDataset, count: int) -> list[int]:
 def chosen_ensemble(run: Run) -> ExportedEnsemble:
     """Restore a run's chosen ensemble as it was fitted and scored."""
     results = run.results
-    arrays = read_arrays(run.dir / "ensemble.npz")
+    arrays = run.folder.read_arrays("ensemble.npz")
     ensemble, names = restore(results.chosen, arrays, results.combined)
     calibration = saved_calibration(results.calibration, len(results.classes))
     card = _ensemble_card(results.chosen, calibration, results.scores)

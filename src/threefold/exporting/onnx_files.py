@@ -23,7 +23,13 @@ import onnx
 import onnx_ir as ir
 
 from threefold.errors import ExportError, RunError
-from threefold.files import sha256, write_bytes
+from threefold.files import (
+    delete_leftovers,
+    flush_folder,
+    sha256,
+    temporary_folder,
+    write_bytes,
+)
 from threefold.runtime.model import KEY
 from threefold.runtime.model_file import CHECKSUM
 
@@ -93,11 +99,7 @@ def staged(model: Any, target: Path, card: Mapping[str, Any] | None = None) -> I
     # Serialising the model to learn its size would fail above 2 GB.
     large = sum(ir.from_proto(tensor).nbytes for tensor in weights(model.graph)) > LIMIT
     try:
-        if large:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        directory = tempfile.TemporaryDirectory(
-            dir=target.parent if large else None, prefix=f".{target.name}."
-        )
+        directory = temporary_folder(target) if large else tempfile.TemporaryDirectory()
     except OSError as error:
         raise ExportError("cannot write", where=target, got=error) from None
     with directory as folder:
@@ -148,17 +150,19 @@ def place_file(trial: Path, target: Path) -> None:
         with open(trial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(trial, target)
+        flush_folder(target.parent)
     except OSError as error:
         raise ExportError("cannot write", where=target, got=error) from None
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file completely or not at all.
+    """Write a file completely or not at all, and delete what killed processes left of it.
 
     Raises:
         ExportError: the file cannot be written.
     """
     try:
+        delete_leftovers(path.parent, path.name)
         write_bytes(path, content)
     except RunError as error:
         raise ExportError(str(error)) from None

@@ -29,6 +29,7 @@ from threefold.exporting.onnx_cascade import add_cascade
 from threefold.exporting.onnx_files import place_file, staged
 from threefold.exporting.parity import check, compare
 from threefold.exporting.quantization import check_precision
+from threefold.files import temporary_folder
 from threefold.models.pipeline import Pipeline
 from threefold.predictions.export_schema import ExportReport
 from threefold.runtime.model import KEY
@@ -211,7 +212,6 @@ def _predict_openvino(openvino: Any, model: Path, images: Sequence[np.ndarray]) 
 def _stage(target: Path) -> tempfile.TemporaryDirectory[str]:
     """Make a temporary folder beside the target, in which a file is written and tried."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
+        return temporary_folder(target)
     except OSError as error:
         raise ExportError("cannot write", where=target, got=error) from None

@@ -91,9 +91,17 @@ def has_local_weights(backbone: str) -> bool:
     repository, revision = _repository(name)
     return any(
         isinstance(try_to_load_from_cache(repository, file, revision=revision), str)
-        for file in FILES
+        for file in _files(name)
         if repository
     )
+
+
+def _files(name: str) -> list[str]:
+    """Names of the file of weights in a backbone's repository, its safetensors form included."""
+    own = str(getattr(_config(name), "hf_hub_filename", None) or "")
+    if not own:
+        return list(FILES)
+    return [own, f"{own.removesuffix('.bin')}.safetensors", "open_clip_model.safetensors"]
 
 
 def hub_problem(backbone: str, limit: float = HUB_SECONDS, endpoint: str | None = None) -> str:

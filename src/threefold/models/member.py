@@ -19,7 +19,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from threefold.ensembles.stacked import stacked_network
-from threefold.errors import RecipeError, RunError
+from threefold.errors import RecipeError, RunError, is_out_of_memory, out_of_memory
 from threefold.files import write_bytes
 from threefold.models.backbones import resolve_backbone
 from threefold.models.heads import InputForm, build_head, input_form
@@ -419,7 +419,7 @@ def load_weights(network: nn.Module, path: Path, prefix: str = "") -> None:
         prefix: of every name in the file, before the network's own names.
 
     Raises:
-        RunError: the file is missing or damaged, or belongs to another network.
+        RunError: the file is missing, belongs to another network, or does not fit into memory.
     """
     try:
         state = load_file(path)
@@ -427,9 +427,12 @@ def load_weights(network: nn.Module, path: Path, prefix: str = "") -> None:
             {name.removeprefix(prefix): tensor for name, tensor in state.items()}
         )
     except Exception as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(path, error) from None
         raise RunError(
             "cannot load weights",
             where=path,
             got=str(error)[:200],
-            fix="delete that job's folder and run the same command again",
+            fix="use the versions of timm and torch that trained them (run.json has them), or "
+            "train again with another --out",
         ) from None

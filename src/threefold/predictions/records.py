@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from threefold.errors import RunError
+from threefold.errors import DamagedFileError, RunError
 from threefold.files import finite_json
 
 CHECKSUM: Final = "sha256"
@@ -36,7 +36,7 @@ class Record(BaseModel):
             where: the file or source, for the error.
 
         Raises:
-            RunError: a key is missing or unknown, or a value is of the wrong type.
+            DamagedFileError: a key is missing or unknown, or a value is of the wrong type.
         """
         try:
             return cls.model_validate(tree)
@@ -44,9 +44,9 @@ class Record(BaseModel):
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             if first["type"] == "missing":
-                raise RunError("the file lacks a key", where=where, expected=key) from None
+                raise DamagedFileError("the file lacks a key", where=where, expected=key) from None
             expected = first.get("ctx", {}).get("expected", first["msg"])
-            raise RunError(
+            raise DamagedFileError(
                 "the file is damaged",
                 where=where,
                 expected=f"{key}: {expected}",
@@ -188,3 +188,21 @@ class BackboneRecord(Record):
     backbone: str
     weights: str
     sha256: str
+
+
+class DuplicateRecord(Record):
+    """A pair of equal or near-equal images; see `data.leakage.Duplicate`."""
+
+    a: str
+    b: str
+    distance: float
+    same_label: bool | None
+    same_part: bool | None
+
+
+class DuplicatesRecord(Record):
+    """duplicates.json: the copies among a run's images, or why none were searched for."""
+
+    count: int
+    pairs: tuple[DuplicateRecord, ...]
+    note: str

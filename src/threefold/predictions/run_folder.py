@@ -19,13 +19,20 @@ from typing import Any, Self
 import numpy as np
 
 from threefold.data.group_file import GROUP_FILE
-from threefold.errors import RunError
-from threefold.files import read_arrays, read_json, sha256, write_arrays, write_bytes, write_json
+from threefold.errors import DataError, RunError
+from threefold.files import (
+    delete_leftovers,
+    read_arrays,
+    read_json,
+    write_arrays,
+    write_bytes,
+    write_json,
+)
+from threefold.predictions.job_files import JobFiles
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.records import (
     VERSION,
     FirstOpening,
-    JobRecord,
     Opening,
     Record,
     RunInfo,
@@ -33,7 +40,7 @@ from threefold.predictions.records import (
     seal,
 )
 from threefold.predictions.results_schema import ChosenViews, Results
-from threefold.recipe import Job, Recipe, fold_name
+from threefold.recipe import Recipe
 
 OPENED_ONCE = ("train", "reproduce", "export")
 """Verbs whose question is fixed before they open the test rows: repeating one is not counted."""
@@ -60,7 +67,7 @@ def default_run_folder(data: Path) -> Path:
     return target
 
 
-class RunFolder:
+class RunFolder(JobFiles):
     """The files of one run.
 
     Args:
@@ -69,7 +76,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, recipe: Recipe | None = None) -> None:
-        self.path = Path(path)
+        super().__init__(path)
         if recipe is not None:
             self.recipe = recipe
 
@@ -100,7 +107,8 @@ class RunFolder:
             header: comment lines above the recipe's copy.
 
         Raises:
-            RunError: the folder belongs to another recipe, is not a run, or cannot be written.
+            RunError: the folder belongs to another recipe, its recipe was edited after the run
+                began, it is not a run, or it cannot be written.
         """
         folder = cls(path, recipe)
         file = folder.path / "recipe.toml"
@@ -113,10 +121,36 @@ class RunFolder:
                     got=f"differs in {', '.join(_differences(started, recipe))}",
                     fix="choose another --out, or delete the folder",
                 )
+            folder.check_recipe()
         else:
             folder.check_new()
             write_bytes(file, recipe.dump(header).encode())
         return folder
+
+    def check_recipe(self) -> None:
+        """Check that recipe.toml is still what the run began with, but for its name and budget.
+
+        A run whose tuned members are to follow began with its probes alone.
+
+        Raises:
+            RunError: it was edited.
+        """
+        file = self.path / "recipe.toml"
+        if not (self.path / "run.json").exists() or not file.exists():
+            return
+        whole = Recipe.load(file)
+        known = [whole.digest()]
+        tuned = [member.name for member in whole.members if member.name not in whole.probes]
+        if tuned and whole.probes:
+            known.append(whole.without(tuned).digest())
+        if self.info.digest not in known:
+            raise RunError(
+                "the recipe was edited after the run began",
+                where=file,
+                expected=f"digest {self.info.digest[:12]}, as in run.json",
+                got=f"digest {known[0][:12]}",
+                fix="undo the change, or train the new recipe with another --out",
+            )
 
     def check_new(self) -> None:
         """Check that a run can be started here: the folder has at most its file of groups.
@@ -132,7 +166,9 @@ class RunFolder:
             )
 
     def replace_recipe(self, recipe: Recipe, header: str = "") -> None:
-        """Write another recipe in place of the run's, for example one with fewer members."""
+        """Write another recipe in place of the run's: that of its probes alone."""
+        if (self.path / "run.json").exists():
+            self.write_info(self.info.replace(digest=recipe.digest()))
         write_bytes(self.path / "recipe.toml", recipe.dump(header).encode())
         self.recipe = recipe
 
@@ -140,8 +176,10 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keep other processes out of the folder; the lock of a killed process is released.
 
+        Temporary files that killed processes left are deleted.
+
         Raises:
-            RunError: another process holds the lock.
+            RunError: another process holds the lock, or the folder cannot be written.
         """
         from filelock import FileLock, Timeout  # not needed to read a run
 
@@ -155,14 +193,18 @@ class RunFolder:
                 where=self.path,
                 fix="wait for it, or choose another --out",
             ) from None
+        except OSError as error:
+            raise RunError(
+                "cannot write",
+                where=self.path / ".lock",
+                got=error,
+                fix="make the run folder writable, or copy it to where it can be written",
+            ) from None
         try:
+            delete_leftovers(self.path)
             yield
         finally:
             lock.release()
-
-    def train_command(self) -> str:
-        """Return the command that completes the run."""
-        return f"threefold train {self.path / 'recipe.toml'} --out {self.path}"
 
     # Recipe and records
 
@@ -189,7 +231,9 @@ class RunFolder:
     @cached_property
     def info(self) -> RunInfo:
         """The data, versions and machine of the run (run.json)."""
-        return RunInfo.parse(read_json(self.path / "run.json"), self.path / "run.json")
+        path = self.path / "run.json"
+        with self.advising(path):
+            return RunInfo.parse(read_json(path), path)
 
     def write_info(self, info: RunInfo) -> None:
         """Write run.json."""
@@ -206,16 +250,31 @@ class RunFolder:
         """Whether all members were trained and scored."""
         return self.has_results and not self.results.pending
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the run is finished, and no file that training writes was deleted since."""
+        if not self.is_finished or not (self.path / "run.json").exists():
+            return False
+        names = ["chosen.npz", "ensemble.npz"]
+        if any(counts.score for counts in self.info.roles.values()):
+            names.append("oof.npz")
+        if self.info.n_test:
+            names.append("test.npz")
+        return all((self.path / name).exists() for name in names) and all(
+            self.is_done(job) for job in self.recipe.jobs(self.info.folds)
+        )
+
     def check_finished(self, what: str = "the run is not complete") -> None:
         """Raise a RunError that says `what` unless the run has results."""
         if not self.has_results:
-            raise RunError(what, where=self.path, fix=self.train_command())
+            raise RunError(what, where=self.path, fix=f"run `{self.train_command()}`")
 
     @cached_property
     def results(self) -> Results:
         """Everything that was measured (results.json)."""
         path = self.path / "results.json"
-        return Results.parse(read_json(path), path)
+        with self.advising(path):
+            return Results.parse(read_json(path), path)
 
     def write_results(self, results: Results) -> None:
         """Write results.json."""
@@ -231,7 +290,13 @@ class RunFolder:
     def chosen_views(self) -> ChosenViews | None:
         """The chosen number of test-time views (views.json); None if there was no choice."""
         path = self.path / "views.json"
-        return ChosenViews.parse(read_json(path), path) if path.exists() else None
+        with self.advising(path, self._rescoring(path)):
+            return ChosenViews.parse(read_json(path), path) if path.exists() else None
+
+    def _rescoring(self, path: Path) -> str:
+        """Return how a file that scoring writes, and that may be absent, is made anew."""
+        results = self.path / "results.json"
+        return f"delete {path} and {results} and run `{self.train_command()}`"
 
     def write_views(self, views: ChosenViews) -> None:
         """Write views.json."""
@@ -262,7 +327,13 @@ class RunFolder:
 
     def _read_predictions(self, kind: str) -> Predictions | None:
         path = self.path / f"{kind}.npz"
-        return Predictions.load(path) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return Predictions.load(path)
+        except DataError as error:
+            fix = f"delete {path} and run `{self.train_command()}`, which writes it again"
+            raise error.with_fix(fix) from None
 
     def predictions(self, kind: str = "oof") -> Predictions:
         """Return the out-of-fold ("oof") or test ("test") predictions of the members.
@@ -305,13 +376,22 @@ class RunFolder:
             RunError: the file is missing or damaged.
         """
         path = self.path / "chosen.npz"
-        arrays = read_arrays(path)
+        arrays = self.read_arrays("chosen.npz")
         names = ("probs", "labels", "ids")
         if not arrays.keys() >= set(names):
             raise RunError(
                 "arrays are missing", where=path, expected=", ".join(names), got=", ".join(arrays)
             )
         return ChosenAnswers(arrays["probs"], arrays["labels"], tuple(map(str, arrays["ids"])))
+
+    def read_arrays(self, name: str) -> dict[str, np.ndarray]:
+        """Read chosen.npz or ensemble.npz.
+
+        Raises:
+            RunError: the file is missing or damaged.
+        """
+        with self.advising(self.path / name):
+            return read_arrays(self.path / name)
 
     def chosen_predictions(self) -> Predictions:
         """Return the chosen ensemble's answers as the only member of the headline rows.
@@ -327,64 +407,6 @@ class RunFolder:
         ids = np.array(rows.ids)
         write_arrays(self.path / "chosen.npz", probs=probs, labels=rows.labels, ids=ids)
         self.chosen = ChosenAnswers(probs, rows.labels, rows.ids)
-
-    # Jobs
-
-    def job_folder(self, job: Job) -> Path:
-        """Return the folder of a job's files."""
-        return self.path / job.path
-
-    def is_done(self, job: Job) -> bool:
-        """Whether a job is complete: it or a later stage, which took its weights over, has them."""
-        stages = [stage.name for stage in self.recipe.stages_of(job.member)]
-        later = stages[stages.index(job.stage) :]
-        folders = [self.job_folder(job._replace(stage=stage)) for stage in later]
-        return (folders[0] / "done.json").exists() and any(
-            (folder / "done.json").exists() and (folder / "weights.safetensors").exists()
-            for folder in folders
-        )
-
-    def finish_job(self, job: Job, seconds: float) -> None:
-        """Write done.json with the hashes of the job's files."""
-        folder = self.job_folder(job)
-        hashes = {
-            path.name: sha256(path)
-            for path in sorted(folder.iterdir())
-            if path.name != "done.json" and not path.name.startswith(".")
-        }
-        record = JobRecord(job=job._asdict(), seconds=seconds, files=hashes)
-        write_json(folder / "done.json", record.as_json())
-
-    def job_record(self, job: Job) -> JobRecord:
-        """Read the done.json of a job."""
-        path = self.job_folder(job) / "done.json"
-        return JobRecord.parse(read_json(path), path)
-
-    def verify_job(self, job: Job) -> Path:
-        """Check a finished job's files against their hashes, and return its folder.
-
-        Raises:
-            RunError: a file is missing or was changed.
-        """
-        folder = self.job_folder(job)
-        for name, expected in self.job_record(job).files.items():
-            path = folder / name
-            if not path.exists() or sha256(path) != expected:
-                raise RunError(
-                    "a file of a finished job is missing or damaged",
-                    where=path,
-                    fix=f"delete {folder.parent} and run the same command again",
-                )
-        return folder
-
-    def histories(self) -> dict[Job, dict[str, Any]]:
-        """Read the training history of every job that has one, in the order of their folders."""
-        histories = {}
-        for file in sorted(self.path.glob("jobs/*/*/*/history.json")):
-            member, fold, stage = file.parts[-4:-1]
-            number = -1 if fold == fold_name(-1) else int(fold.removeprefix("fold"))
-            histories[Job(member, number, stage)] = read_json(file)
-        return histories
 
     # The test rows
 
@@ -412,7 +434,9 @@ class RunFolder:
 
     def _openings(self) -> tuple[Opening, ...]:
         path = self.path / "ledger.json"
-        return TestLedger.parse(read_json(path), path).test_opened if path.exists() else ()
+        fix = f"restore it; or delete {path}, which forgets when the test rows were opened"
+        with self.advising(path, fix):
+            return TestLedger.parse(read_json(path), path).test_opened if path.exists() else ()
 
     def _write(self, name: str, record: Record) -> None:
         write_json(self.path / name, seal(record.as_json()))

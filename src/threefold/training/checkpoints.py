@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Generator, Tensor
 
+from threefold.errors import RunError, is_out_of_memory, out_of_memory
 from threefold.files import write_bytes
 from threefold.stats.bootstrap import row_weights
 from threefold.stats.weighted_scores import check_score, score_value
@@ -216,11 +217,24 @@ def save_resume_state(path: Path, mark: str, state: ResumeState) -> None:
 
 
 def load_resume_state(path: Path, mark: str) -> ResumeState | None:
-    """Read a resume file; None if it is missing, damaged, or has another fingerprint."""
+    """Read a resume file; None if it is missing, damaged, or has another fingerprint.
+
+    Raises:
+        RunError: it cannot be read.
+    """
     try:
         data = path.read_bytes()
-    except OSError:
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(path, error) from None
+        raise RunError(
+            "cannot read the state of an interrupted stage",
+            where=path,
+            got=error,
+            fix="make it readable, or delete it: then the stage starts over",
+        ) from None
     payload = data[_DIGEST:]
     if hashlib.sha256(payload).digest() != data[:_DIGEST]:
         return None

@@ -1,16 +1,16 @@
-"""What a recipe asks for and cannot be trained here, said before any work begins."""
+"""What a recipe asks for and cannot be trained here: said before work begins, or at once."""
 
 from __future__ import annotations
 
 import torch
 
-from threefold.errors import RecipeError
+from threefold.errors import OutOfMemoryError, RecipeError, RunError
 from threefold.models.backbones import resolve_backbone
 from threefold.models.flops import count_macs
 from threefold.models.member import IMG_SIZE_PREFIXES, create_backbone
 from threefold.models.pipeline import pick_device
 from threefold.recipe import Recipe
-from threefold.recipe_schema import AugmentSpec, FeatureSpec, MemberSpec
+from threefold.recipe_schema import AugmentSpec, FeatureSpec, MemberSpec, StageSpec, TrainSpec
 from threefold.training.precision import check_precision
 
 
@@ -124,3 +124,26 @@ def _check_features(recipe: Recipe) -> None:
             got=", ".join(mixing),
             fix="remove them, or add a stage of kind tune",
         )
+
+
+def diverged(stage: StageSpec, epoch: int, what: str, got: object) -> RunError:
+    """Make the error of a training whose numbers have gone beyond all bounds."""
+    return RunError(
+        what,
+        where=f"stage {stage.name}, epoch {epoch}",
+        got=got,
+        fix=f"lower the stage's lr ({stage.lr}) or set train.clip_grad = 1.0",
+    )
+
+
+def short_of_memory(
+    stage: StageSpec, spec: TrainSpec, device: torch.device, images: int
+) -> OutOfMemoryError:
+    """Make the error of a step whose images do not fit into the memory of their device."""
+    whose = "" if device.type == "cpu" else "the accelerator has "
+    return OutOfMemoryError(
+        f"{whose}not enough memory",
+        where=f"stage {stage.name}",
+        got=f"{images} images at once",
+        fix=f"set train.accumulate = {2 * spec.accumulate} (the same batch, in smaller parts)",
+    )

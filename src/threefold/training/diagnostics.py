@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from threefold.data.leakage import (
     find_duplicates,
     guess_group_pattern,
 )
+from threefold.errors import DamagedFileError
 from threefold.evaluation.evaluate import Evaluation
 from threefold.evaluation.label_errors import (
     LISTED,
@@ -35,6 +37,7 @@ from threefold.files import read_json, write_json
 from threefold.models.gradcam import NoMap, ensemble_cam
 from threefold.models.pipeline import to_pixels
 from threefold.predictions.predictions import Predictions
+from threefold.predictions.records import DuplicatesRecord
 from threefold.predictions.results_schema import Audit, Copies, CopyPair
 from threefold.recipe_schema import MemberSpec
 from threefold.stats.scores import confusion_matrix
@@ -92,9 +95,10 @@ def _find_copies(run: Run, cache: PixelCache) -> CopySearch:
     """Search for copies and write duplicates.json, or read the search of an interrupted run."""
     path = run.dir / "duplicates.json"
     if path.exists():
-        tree = read_json(path)
-        pairs = [Duplicate(**pair) for pair in tree["pairs"]]
-        return CopySearch(Duplicates(pairs, tree["count"]), tree["note"])
+        with suppress(DamagedFileError):  # then they are searched for again
+            record = DuplicatesRecord.parse(read_json(path), path)
+            pairs = [Duplicate(**pair.model_dump()) for pair in record.pairs]
+            return CopySearch(Duplicates(pairs, record.count), record.note)
     search = _search_copies(run, cache)
     write_json(
         path,

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from threefold.data.dataset import ImageDataset, Sources
-from threefold.errors import RunError
+from threefold.errors import DamagedFileError, RunError
 from threefold.evaluation.compare import compare_members
 from threefold.evaluation.evaluate import evaluate
 from threefold.files import read_arrays, sha256, write_arrays
@@ -164,11 +164,17 @@ class Distillation:
             RunError: they are missing, or come from another teacher.
         """
         path = self.path(fold)
-        if not path.exists():
-            raise RunError("a student has no targets", where=path, fix="run the same command again")
-        arrays = read_arrays(path)
-        summary = json.loads(str(arrays["summary"]))
-        saved, key = summary["key"], self._key(fold)
+        fix = f"delete {path} and run `{self.run.folder.train_command()}`, which writes it again"
+        try:
+            arrays = read_arrays(path)
+            summary = json.loads(str(arrays["summary"]))
+            saved, key = summary["key"], self._key(fold)
+        except DamagedFileError as error:
+            raise error.with_fix(fix) from None
+        except (KeyError, ValueError, TypeError) as error:
+            raise DamagedFileError(
+                "the file is damaged", where=path, got=type(error).__name__, fix=fix
+            ) from None
         if not key["oof"]:  # the teacher's run may have been deleted since
             key["oof"] = saved["oof"]
         if saved != key:
@@ -270,6 +276,7 @@ def open_teacher(folder: str | Path) -> Run:
             expected="oof.npz with roles",
             fix="train it again with this version",
         )
+    run.folder.check_recipe()
     return run
 
 

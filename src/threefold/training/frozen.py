@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from threefold.errors import RunError
+from threefold.errors import DamagedFileError, RunError
 from threefold.files import read_json, sha256, write_bytes, write_json
 from threefold.models.backbones import resolve_backbone
 from threefold.models.member import create_backbone, has_token_grid, load_weights
@@ -117,10 +117,19 @@ def frozen_digest(folder: RunFolder, spec: MemberSpec) -> str:
     path = frozen_backbone_path(folder, spec)
     record = _record(path)
     if record is None:
-        raise RunError(
-            "a frozen backbone is missing", where=path, fix=f"run `{folder.train_command()}`"
+        raise DamagedFileError(
+            "the record of a frozen backbone is missing",
+            where=path.with_suffix(".json"),
+            fix=_refitting(folder, spec),
         )
     return record.sha256
+
+
+def _refitting(folder: RunFolder, spec: MemberSpec) -> str:
+    """Return how a lost record is made anew: with the heads, which fit one backbone only."""
+    record = frozen_backbone_path(folder, spec).with_suffix(".json")
+    heads = folder.path / "jobs" / spec.name
+    return f"delete {record} and {heads} and run `{folder.train_command()}`"
 
 
 def check_frozen_backbone(folder: RunFolder, spec: MemberSpec) -> Path:
@@ -152,7 +161,14 @@ def _key(spec: MemberSpec) -> str:
 def _record(path: Path) -> BackboneRecord | None:
     """Read the record of a backbone's file; None if the file was never complete."""
     record = path.with_suffix(".json")
-    return BackboneRecord.parse(read_json(record), record) if record.exists() else None
+    if not record.exists():
+        return None
+    try:
+        return BackboneRecord.parse(read_json(record), record)
+    except DamagedFileError as error:
+        heads = f"{path.parent.parent / 'jobs'}/MEMBER of each member with this backbone"
+        fix = f"delete {record} and {heads}, and train again with the same --out"
+        raise error.with_fix(fix) from None
 
 
 def _is_intact(path: Path, record: BackboneRecord) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from threefold.data.splits import Roles
+from threefold.errors import RunError
 from threefold.models.member import Member, assemble_member
 from threefold.models.pipeline import pick_device
 from threefold.recipe import Job
@@ -187,6 +188,13 @@ def _fit_exactly(
     copies = run.recipe.features.copies
     fit = features.rows("train", spec, roles.fit, copies)
     select = features.select(spec, roles)
+    if not (np.isfinite(fit.features).all() and np.isfinite(select.features).all()):
+        raise RunError(
+            "features are not numbers",
+            where=f"member {spec.name}, backbone {spec.backbone} at {spec.img_size} px",
+            got="NaN or infinity, perhaps beyond what float16 holds (65,504)",
+            fix="give the member another backbone or img_size",
+        )
     choice = _choose_head(run, *_to_learn(run, spec, features, fit, pseudo), select)
     start, answer = choice.head, choice.head
     if run.recipe.protocol == "honest":  # `paper` scores the rows that it selects on

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from threefold.data.dataset import Sources
 from threefold.data.splits import Roles
 from threefold.errors import RunError
-from threefold.files import read_arrays, write_arrays, write_json
+from threefold.files import write_arrays, write_json
 from threefold.models.member import JointMember, Member, load_weights, save_weights
 from threefold.models.pipeline import (
     FirstViews,
@@ -211,7 +212,7 @@ def _run_job(
             probs = _plain_probs(run, roles, answer, score)
         else:
             probs = _predict(run, member, spec, roles, cache)
-        write_arrays(folder / "probs.npz", **probs)
+        _write_probs(folder, probs)
     run.folder.finish_job(job, outcome.elapsed_before + time.monotonic() - began)
     (folder / RESUME_FILE).unlink(missing_ok=True)
     if previous is not None:  # the weights of this stage replace those of the last
@@ -263,9 +264,26 @@ def _run_head_job(
         else:
             member = outcome.member.to(pick_device(run.recipe.train.device))
             probs = _predict(run, member, spec, roles, cache)
-        write_arrays(folder / "probs.npz", **probs)
+        _write_probs(folder, probs)
     run.folder.finish_job(job, outcome.elapsed_before + time.monotonic() - began)
     (folder / RESUME_FILE).unlink(missing_ok=True)
+
+
+def _write_probs(folder: Path, probs: Mapping[str, np.ndarray]) -> None:
+    """Write a job's probabilities.
+
+    Raises:
+        RunError: some are not numbers, so the job is not finished.
+    """
+    for kind in ("score", "test"):
+        if not np.isfinite(probs.get(kind, 0.0)).all():
+            raise RunError(
+                f"answers on {kind} rows are not numbers",
+                where=folder,
+                got="NaN",
+                fix="lower the lr of the stages, or set train.clip_grad = 1.0",
+            )
+    write_arrays(folder / "probs.npz", **probs)
 
 
 def _teacher_probs(run: Run, job: Job) -> np.ndarray | None:
@@ -349,7 +367,7 @@ def _correct(
     if previous is not None and not outcome.history["accepted"]:
         path = run.folder.job_folder(previous) / "choice.npz"
         if path.exists():
-            return read_arrays(path)
+            return run.folder.read_job_arrays(previous, "choice.npz")
     arrays = {"select": outcome.correct}
     if score is not None:
         arrays["score"] = score.argmax(1) == run.sources.train.labels[roles.score]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from threefold.evaluation.optimism import Counts, optimism_entry
-from threefold.files import read_arrays
 from threefold.models.views import view_counts
 from threefold.predictions.ledger import FIT, SCORE, SELECT, TEACH
 from threefold.predictions.predictions import Predictions
@@ -117,8 +116,8 @@ def _read(run: Run) -> FoldProbs:
     for member in run.recipe.members:
         for fold in run.roles:
             if not member.folds or fold in member.folds:
-                folder = run.folder.job_folder(run.last_job(member.name, fold))
-                fold_probs[member.name, fold] = read_arrays(folder / "probs.npz")
+                job = run.last_job(member.name, fold)
+                fold_probs[member.name, fold] = run.folder.job_probs(job, run.roles[fold].score)
     return fold_probs
 
 
@@ -250,7 +249,7 @@ def _count(run: Run, *, last: bool) -> tuple[Counts, Counts]:
             if fold < 0 or (member.folds and fold not in member.folds):
                 continue
             job = Job(member.name, fold, stage.name)
-            arrays = read_arrays(run.folder.job_folder(job) / "choice.npz")
+            arrays = run.folder.read_job_arrays(job, "choice.npz")
             select.right[roles.select] += arrays["select"]
             select.answers[roles.select] += 1
             score.right[roles.score] += arrays["score"]

@@ -1,6 +1,7 @@
 """The image cache of a run: every image decoded once, as a uint8 square.
 
-The resize is the one that the exported pipeline contains.
+The resize is the one that the exported pipeline contains. Beside a file of squares is its SHA-256,
+written after it: a file that a killed process left, or that was changed since, is made again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from threefold.data.dataset import ImageDataset, Sources
 from threefold.data.splits import Roles
 from threefold.errors import RunError
+from threefold.files import delete_leftovers, sha256, temporary_path, write_bytes
 from threefold.models.resize import resize_square
 from threefold.models.views import Views
 from threefold.recipe_schema import MemberSpec
@@ -47,6 +49,7 @@ class PixelCache:
         self, sources: Sources, views: Callable[[MemberSpec], Views], folder: Path
     ) -> None:
         self.sources, self.views, self.folder = sources, views, folder
+        self._known: set[Path] = set()
 
     def rows(
         self, split: str, spec: MemberSpec, rows: np.ndarray, views: bool = False, side: int = 0
@@ -63,8 +66,10 @@ class PixelCache:
         dataset = self.sources.part(split)
         side = side or (self.views(spec).canvas if views else spec.img_size)
         path = self.folder / f"{split}-{spec.resize}-{side}.npy"
-        if not path.exists():
-            _fill(path, dataset, side, spec.resize)
+        if path not in self._known or not path.exists():
+            if not _is_intact(path):
+                _fill(path, dataset, side, spec.resize)
+            self._known.add(path)
         array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
         return PixelRows(np.asarray(array[rows]), dataset.labels[rows])
 
@@ -87,8 +92,10 @@ class PixelCache:
         """Delete the cache, which only training needs."""
         if not self.folder.is_dir():
             return
-        for path in self.folder.glob("*.npy"):
-            path.unlink()
+        delete_leftovers(self.folder)
+        for pattern in ("*.npy", "*.sha256"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
 
@@ -112,17 +119,27 @@ def select_rows(sources: Sources, roles: Roles) -> tuple[str, np.ndarray]:
     return "test", np.arange(len(sources.test))
 
 
+def _is_intact(path: Path) -> bool:
+    """Whether a file of squares is as another process finished it."""
+    with suppress(OSError, ValueError):
+        return path.with_suffix(".sha256").read_text(encoding="ascii") == sha256(path)
+    return False
+
+
 def _fill(path: Path, dataset: ImageDataset, side: int, resize: Any) -> None:
     """Decode and resize every image into one .npy file."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npy")
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".sha256").unlink(missing_ok=True)
         array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(dataset), side, side, 3))
         _allocate(temporary)
         for rows in np.array_split(np.arange(len(dataset)), max(1, len(dataset) // CHUNK)):
             _resize_rows(array, dataset, rows, side, resize)
         array.flush()
+        digest = sha256(temporary)
         os.replace(temporary, path)
+        write_bytes(path.with_suffix(".sha256"), digest.encode())
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()

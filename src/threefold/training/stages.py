@@ -21,7 +21,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from threefold.errors import RunError
+from threefold.errors import is_out_of_memory, shorten
 from threefold.models.member import Member
 from threefold.models.pipeline import Predictor, predict_probs, to_pixels
 from threefold.models.split import LateBlocks
@@ -43,6 +43,7 @@ from threefold.training.checkpoints import (
     restore_random,
     save_resume_state,
 )
+from threefold.training.checks import diverged, short_of_memory
 from threefold.training.features import FeatureRows
 from threefold.training.heads import head_probs, to_features
 from threefold.training.losses import BatchLoss, smooth_targets, soften
@@ -120,7 +121,7 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
     After a first stage, they are never worse on the select rows than those it started from.
 
     Raises:
-        RunError: the loss is not a number, or the accelerator runs out of memory.
+        RunError: the loss, answers or weights are not numbers, or the memory is exhausted.
         RecipeError: the stage's regexes leave nothing to train.
     """
     _seed_all(task.seed)
@@ -331,21 +332,12 @@ class _Loop:
         for rows in self._batches():
             try:
                 loss = self._step(rows)
-            except torch.OutOfMemoryError:
-                raise RunError(
-                    "the accelerator has not enough memory",
-                    where=f"stage {self.task.stage.name}",
-                    got=f"{len(rows)} images at once",
-                    fix=f"set train.accumulate = {2 * self.spec.accumulate} "
-                    "(the same batch, in smaller parts)",
-                ) from None
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise short_of_memory(self.task.stage, self.spec, self.device, len(rows)) from None
             if not math.isfinite(loss):
-                raise RunError(
-                    "the loss is not a number",
-                    where=f"stage {self.task.stage.name}, epoch {number}",
-                    got=loss,
-                    fix=f"lower the stage's lr ({self.task.stage.lr}) or set train.clip_grad = 1.0",
-                )
+                raise diverged(self.task.stage, number, "the loss is not a number", loss)
             total, images = total + loss * len(rows), images + len(rows)
             self.task.watcher.batch(len(rows))
             if time.monotonic() > self.task.deadline:
@@ -370,6 +362,12 @@ class _Loop:
         source = self.average.module if self.average is not None and epoch >= 0 else self.member
         probs = self._probs(source)
         state = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
+        # A single step can spoil the weights after its loss was computed.
+        if not np.isfinite(probs).all():
+            raise diverged(self.task.stage, epoch, "the answers are not numbers", "NaN")
+        spoilt = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+        if spoilt:
+            raise diverged(self.task.stage, epoch, "weights are not numbers", shorten(spoilt, 3))
         return self._measured(state, probs, epoch)
 
     def _probs(self, network: nn.Module) -> np.ndarray:

@@ -1,0 +1,315 @@
+"""Damage to a run: each remedy that a message names is followed, and brings back the same bits."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.fake_runs import fake_export
+from support.frozen_runs import PROBE, frozen_tree
+from support.tiny_runs import hash_files, make_folder
+
+from threefold import api
+from threefold.errors import OutOfMemoryError, RunError, ThreefoldError
+from threefold.exporting import targets
+from threefold.exporting.export import chosen_ensemble, export
+from threefold.files import read_arrays, write_arrays
+from threefold.models import member as members
+from threefold.predictions.export_schema import ExportReport
+from threefold.predictions.run_folder import RunFolder
+from threefold.recipe import Job, Recipe
+from threefold.training.diagnostics import inspect_data
+from threefold.training.frozen import frozen_digest
+from threefold.training.jobs import train_members
+from threefold.training.out_of_fold import assemble, choices_optimism
+from threefold.training.pixel_cache import PixelCache
+from threefold.training.run import Run
+
+
+@pytest.fixture
+def copy(finished: Run, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be damaged, without the exported file."""
+    ignored = shutil.ignore_patterns("model.onnx")
+    return Path(shutil.copytree(finished.dir, tmp_path / "a copy", ignore=ignored))
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def advice(action: Callable[[], object]) -> tuple[list[Path], list[str]]:
+    """Return what the error of an action says to delete, and the command to run."""
+    with pytest.raises(ThreefoldError, match="fix: delete ") as error:
+        action()
+    text = str(error.value)
+    assert "\n" not in text
+    found = re.search(r"fix: delete (.+) and run `(.+)`", text)
+    assert found, text
+    return [Path(path) for path in found[1].split(" and ")], shlex.split(found[2])
+
+
+def follow(deletions: list[Path], command: list[str]) -> None:
+    """Do what the messages say."""
+    for path in deletions:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    assert command[:2] == ["threefold", "train"]
+    assert command[3] == "--out"
+    api.train(Recipe.load(command[2]), command[4])
+
+
+JOBS: dict[str, tuple[Callable[[Path], None], Callable[[Run], object]]] = {
+    "plain/fold1/two/weights.safetensors": (flip, lambda r: r.load_job(Job("plain", 1, "two"), 3)),
+    "gated/fold0/two/probs.npz": (flip, assemble),
+    "gated/fold1/two/choice.npz": (halve, choices_optimism),
+    "plain/fold0/two/done.json": (halve, assemble),
+    "plain/fold0/two/history.json": (halve, lambda r: r.folder.histories()),
+}
+
+
+def test_damaged_jobs_come_back_as_they_were(copy: Path, finished: Run) -> None:
+    advised = []
+    for name, (damage, action) in JOBS.items():
+        kept = (copy / "jobs" / name).read_bytes()
+        damage(copy / "jobs" / name)
+        advised.append(advice(partial(action, Run.open(copy))))
+        (copy / "jobs" / name).write_bytes(kept)
+
+    deletions = [path for paths, _ in advised for path in paths]
+    assert {str(path.relative_to(copy)) for path in deletions} == {
+        "jobs/plain/fold1",
+        "jobs/gated/fold0",
+        "jobs/gated/fold1",
+        "jobs/plain/fold0",
+    }
+    follow(deletions[:2], advised[0][1])
+    assert hash_files(copy) == hash_files(finished.dir)
+
+
+DERIVED: dict[str, Callable[[Run], object]] = {
+    "oof.npz": lambda r: r.folder.oof,
+    "test.npz": lambda r: r.folder.all_test,
+    "chosen.npz": lambda r: r.folder.chosen,
+    "ensemble.npz": chosen_ensemble,
+    "run.json": lambda r: r.folder.info,
+    "results.json": lambda r: r.results,
+}
+
+
+def test_damaged_summaries_are_written_again(copy: Path, finished: Run) -> None:
+    for name, action in DERIVED.items():
+        kept = (copy / name).read_bytes()
+        halve(copy / name)
+        deletions, command = advice(partial(action, Run.open(copy)))
+        (copy / name).write_bytes(kept)
+        assert deletions == [copy / name]
+        (copy / name).unlink()
+        assert not RunFolder(copy).is_whole
+
+    follow([], command)
+
+    assert hash_files(copy) == hash_files(finished.dir)
+
+
+def test_a_lost_record_of_a_backbone_trains_its_heads_again(tmp_path: Path) -> None:
+    recipe = Recipe.parse(
+        frozen_tree(make_folder(tmp_path / "images"), members=[PROBE]), ["features.engine=torch"]
+    )
+    run = api.train(recipe, tmp_path / "run")
+    before = hash_files(run.dir)
+    (record,) = (run.dir / "backbones").glob("*.json")
+
+    record.write_text("{}")
+    with pytest.raises(RunError, match=r"lacks a key.*fix: delete .*json and .*jobs/MEMBER"):
+        frozen_digest(RunFolder(run.dir), recipe.members[0])
+    record.unlink()
+    deletions, command = advice(lambda: frozen_digest(RunFolder(run.dir), recipe.members[0]))
+    follow(deletions, command)
+
+    assert deletions == [record, run.dir / "jobs" / "probe"]
+    assert hash_files(run.dir) == before
+
+
+def test_a_damaged_ledger_can_be_restored_or_left(copy: Path) -> None:
+    path = copy / "ledger.json"
+    kept = path.read_bytes()
+    halve(path)
+
+    with pytest.raises(RunError, match=r"fix: restore it; or delete .*ledger\.json"):
+        RunFolder(copy).test_opened()
+    path.unlink()
+    assert RunFolder(copy).test_opened() is None
+    path.write_bytes(kept)
+    assert RunFolder(copy).test_opened() is not None
+
+
+def test_damaged_copies_are_searched_again(copy: Path) -> None:
+    run = Run.open(copy)
+    cache = PixelCache(run.sources, run.all_views, copy / "cache")
+    before = inspect_data(run, cache).copies
+    path = copy / "duplicates.json"
+    text = path.read_text()
+
+    for damaged in (text.replace('"pairs"', '"pears"'), text[:9], "[]", '{"count": "x"}'):
+        path.write_text(damaged)
+        assert inspect_data(run, cache).copies == before
+        assert path.read_text() == damaged or path.read_text() == text
+
+
+def test_lack_of_memory_is_not_called_damage(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(members, "load_file", refuse)
+
+    with pytest.raises(OutOfMemoryError, match="not enough memory") as error:
+        Run.open(copy).load_job(Job("plain", 1, "two"), 3)
+
+    assert "delete" not in str(error.value)
+    monkeypatch.setattr(np, "load", refuse)
+    with pytest.raises(OutOfMemoryError, match="not enough memory"):
+        read_arrays(copy / "ensemble.npz")
+
+
+def test_an_edited_recipe_goes_no_further(copy: Path, finished: Run) -> None:
+    recipe = copy / "recipe.toml"
+    text = recipe.read_text()
+    recipe.write_text(text.replace("seed = 0", "seed = 1", 1))
+    edited = "edited after the run began.*fix: undo the change, or train the new"
+
+    with pytest.raises(RunError, match=edited):
+        api.train(Recipe.load(recipe), copy)
+    with pytest.raises(RunError, match=edited):
+        export(Run.open(copy))
+    (copy / "results.json").unlink()
+    with pytest.raises(RunError, match=edited):
+        api.train(Recipe.load(recipe), copy)
+
+    assert hash_files(copy) == hash_files(finished.dir)
+    recipe.write_text(text.replace('name = "tiny"', 'name = "other"', 1))
+    Run.create(Recipe.load(recipe), copy)  # the name and the budget may change
+
+
+def test_answers_on_other_rows_are_refused(copy: Path) -> None:
+    run, job = Run.open(copy), Job("gated", 1, "two")
+    path = run.folder.job_folder(job) / "probs.npz"
+    arrays = read_arrays(path)
+    write_arrays(path, **{**arrays, "rows": arrays["rows"][::-1]})
+    run.folder.finish_job(job, 0.0)
+
+    deletions, _ = advice(lambda: assemble(run))
+
+    assert deletions == [copy / "jobs" / "gated" / "fold1"]
+
+
+def test_a_note_lost_with_the_process_is_made_up_for(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process was killed after the exported file was written, and before results.json."""
+    folder, recipe = RunFolder(copy), Recipe.load(copy / "recipe.toml")
+    folder.write_results(folder.results.replace(export=None))
+    (copy / "model.onnx").write_bytes(b"written")
+    exported = []
+
+    def note_only(run: Run) -> None:
+        exported.append(run)
+        run.folder.add_results("export", 1.0, export=fake_export())
+
+    monkeypatch.setattr(api, "export", note_only)
+
+    run = api.train(recipe, copy)
+    api.train(recipe, copy)
+
+    assert RunFolder(copy).results.export == fake_export()
+    assert exported == [run]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_export_elsewhere_needs_no_writable_run(
+    copy: Path, tmp_path: Path, inside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, notes = Run.open(copy), []
+    monkeypatch.setattr(run.watcher, "note", notes.append)
+    replace = os.replace
+
+    def refuse(source: Any, target: Any) -> None:
+        if Path(target).suffix == ".json":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        replace(source, target)
+
+    def write(_: object, path: Path, *__: object, **___: object) -> ExportReport:
+        path.write_bytes(b"a program")
+        return fake_export()
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(targets, "export", write)
+    target = (copy if inside else tmp_path) / "m.pt2"
+
+    if inside:
+        with pytest.raises(RunError, match="cannot write"):
+            export(run, target)
+        assert not notes
+    else:
+        assert export(run, target).path == str(target)
+        assert len(notes) == 1
+        assert "does not record this export" in notes[0]
+    assert target.exists()
+
+
+def test_what_killed_processes_left_is_deleted(copy: Path) -> None:
+    dead, alive = 2**22 + 1, os.getpid()  # the first is beyond any process of Linux
+    left = [copy / f".x.json.{dead}.1.tmp", copy / "jobs" / "plain" / f".y.npz.{dead}.77.tmp"]
+    folder = copy / f".model.onnx.{dead}.abc.tmp"
+    kept = [copy / f".x.json.{alive}.1.tmp", copy / ".mine.tmp", copy / "7.tmp"]
+    folder.mkdir()
+    for path in [*left, *kept, folder / "data"]:
+        path.write_text("part")
+
+    with RunFolder(copy).locked():
+        pass
+
+    assert not any(path.exists() for path in [*left, folder])
+    assert all(path.exists() for path in kept)
+
+
+def test_a_lock_that_cannot_be_written_is_one_line(copy: Path) -> None:
+    (copy / ".lock").unlink(missing_ok=True)
+    (copy / ".lock").mkdir()
+
+    with (
+        pytest.raises(RunError, match=r"cannot write: .*\.lock.*fix: make the run folder"),
+        RunFolder(copy).locked(),
+    ):
+        pass
+
+
+def test_a_resumed_run_makes_damaged_squares_again(copy: Path, finished: Run) -> None:
+    shutil.rmtree(copy / "jobs" / "plain" / "fold0")
+    (copy / "results.json").unlink()
+    run = Run.open(copy)
+    cache = PixelCache(run.sources, run.all_views, copy / "cache")
+    cache.rows("train", run.recipe.members[0], np.arange(3))
+    for path in (copy / "cache").glob("*.npy"):
+        flip(path)
+
+    train_members(run)
+
+    assert hash_files(copy / "jobs") == hash_files(finished.dir / "jobs")
