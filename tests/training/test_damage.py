@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
-import shlex
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -16,10 +14,11 @@ import numpy as np
 import pytest
 from support.fake_runs import fake_export
 from support.frozen_runs import PROBE, frozen_tree
+from support.remedies import advice, follow, halve
 from support.tiny_runs import hash_files, make_folder
 
 from threefold import api
-from threefold.errors import OutOfMemoryError, RunError, ThreefoldError
+from threefold.errors import OutOfMemoryError, RunError
 from threefold.exporting import targets
 from threefold.exporting.export import chosen_ensemble, export
 from threefold.files import read_arrays, write_arrays
@@ -47,33 +46,6 @@ def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-
-
-def halve(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def advice(action: Callable[[], object]) -> tuple[list[Path], list[str]]:
-    """Return what the error of an action says to delete, and the command to run."""
-    with pytest.raises(ThreefoldError, match="fix: delete ") as error:
-        action()
-    text = str(error.value)
-    assert "\n" not in text
-    found = re.search(r"fix: delete (.+) and run `(.+)`", text)
-    assert found, text
-    return [Path(path) for path in found[1].split(" and ")], shlex.split(found[2])
-
-
-def follow(deletions: list[Path], command: list[str]) -> None:
-    """Do what the messages say."""
-    for path in deletions:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    assert command[:2] == ["threefold", "train"]
-    assert command[3] == "--out"
-    api.train(Recipe.load(command[2]), command[4])
 
 
 JOBS: dict[str, tuple[Callable[[Path], None], Callable[[Run], object]]] = {

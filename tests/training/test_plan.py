@@ -131,6 +131,22 @@ def test_a_fixed_grid_of_tokens_keeps_its_size(tmp_path: Path) -> None:
     check_trainable(recipe)
 
 
+def test_a_backbone_of_one_size_has_that_size(tmp_path: Path) -> None:
+    members = (" timm/test_vit.r160_in1k ", "test_resnet")
+    untrained = (*UNTRAINED, "members.1.weights=none")
+    folder = make_folder(tmp_path, ["cat", "dog"])
+
+    recipe = plan_folder(folder, 0, members, untrained).recipe
+
+    names = {member.name: (member.backbone, member.img_size) for member in recipe.members}
+    assert names["m0-test_vit"] == ("test_vit.r160_in1k", 160)
+    assert names["m0-test_vit-tuned"] == ("test_vit.r160_in1k", 160)
+    assert names["m1-test_resnet"][0] == "test_resnet"
+    check_trainable(recipe)
+    with pytest.raises(RecipeError, match=r"cannot take images of this size.*got 33 px"):
+        plan_folder(folder, 0, members, (*untrained, "members.0.img_size=33"))
+
+
 def test_fast_quality_has_probes_only(tmp_path: Path) -> None:
     root = make_folder(tmp_path, ["cat", "dog"])
 

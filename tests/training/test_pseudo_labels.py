@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.frozen_runs import GATED, PROBE, frozen_tree
+from support.remedies import advice, follow, halve
 from support.stages import build_tiny, make_rows, make_task
 from support.tiny_runs import COLOURS, hash_files, paint
 from torch import nn
@@ -32,6 +33,7 @@ from threefold.training.pseudo_labels import (
     Caches,
     PseudoLabels,
     find_pseudo_labels,
+    pseudo_label_counts,
     pseudo_label_ledger,
 )
 from threefold.training.run import Run
@@ -405,3 +407,16 @@ def test_a_student_of_such_a_run_learns_from_the_run(taught: Run) -> None:
 
     assert student.pseudo_labels is None
     assert student.distill is not None
+
+
+def test_damaged_pseudo_labels_are_made_again(taught: Run, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(taught.dir, tmp_path / "run"))
+    path = folder / "pseudo_labels" / "fold0.npz"
+    halve(path)
+
+    deletions, command = advice(lambda: pseudo_label_counts(Run.open(folder)))
+    follow(deletions, command)
+
+    names = ("pseudo", "deep")
+    assert deletions == [path, *(folder / "jobs" / name / "fold0" for name in names)]
+    assert hash_files(folder) == hash_files(taught.dir)

@@ -86,7 +86,7 @@ class VersionedRecord(Record):
         assert isinstance(tree, Mapping)
         values = {key: value for key, value in tree.items() if key != CHECKSUM}
         if tree.get(CHECKSUM, checksum(values)) != checksum(values):
-            raise RunError(
+            raise DamagedFileError(
                 "the file is damaged",
                 where=where,
                 expected="the values that it was written with",

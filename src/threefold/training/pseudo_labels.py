@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 
-from threefold.errors import RunError, shorten
+from threefold.errors import DamagedFileError, RunError, shorten
 from threefold.files import read_arrays, write_arrays
 from threefold.models.pipeline import Predictor, pick_device, predict_probs
 from threefold.predictions.ledger import Ledger
@@ -103,7 +103,7 @@ def find_pseudo_labels(run: Run, member: str, fold: int, caches: Caches) -> Pseu
         return None
     path, key = _path(run, fold), _key(run, fold)
     if path.exists():
-        if json.loads(str(read_arrays(path)["summary"]))["key"] != key:
+        if json.loads(str(_load(run, fold)["summary"]))["key"] != key:
             raise RunError(
                 "the pseudo labels come from other networks, or the unlabelled images have changed",
                 where=path,
@@ -135,8 +135,8 @@ def pseudo_label_counts(run: Run) -> tuple[PseudoLabelCounts, ...]:
     """Count the pseudo labels of each fold of a trained run; none where it has no such table."""
     if run.recipe.pseudo_labels is None:
         return ()
-    paths = [_path(run, fold) for fold in run.roles]
-    arrays = [read_arrays(path) for path in paths if path.exists()]
+    folds = [fold for fold in run.roles if _path(run, fold).exists()]
+    arrays = [_load(run, fold) for fold in folds]
     return tuple(_counts(json.loads(str(array["summary"]))) for array in arrays)
 
 
@@ -172,9 +172,21 @@ def _path(run: Run, fold: int) -> Path:
     return run.dir / "pseudo_labels" / f"{fold_name(fold)}.npz"
 
 
+def _load(run: Run, fold: int) -> dict[str, np.ndarray]:
+    """Read a fold's file; where it is damaged, those who learned from it are trained again."""
+    path = _path(run, fold)
+    try:
+        return read_arrays(path)
+    except DamagedFileError as error:
+        names = [m.name for m in run.recipe.members if run.recipe.uses_pseudo_labels(m.name)]
+        jobs = [str(run.dir / "jobs" / name / fold_name(fold)) for name in names]
+        deletions = " and ".join([str(path), *jobs])
+        raise error.with_fix(f"delete {deletions} and run `{run.folder.train_command()}`") from None
+
+
 def _read(run: Run, fold: int) -> PseudoLabels | None:
     assert run.recipe.pseudo_labels is not None
-    arrays = read_arrays(_path(run, fold))
+    arrays = _load(run, fold)
     rows = arrays["rows"]
     if not len(rows):
         return None
