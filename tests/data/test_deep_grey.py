@@ -34,7 +34,9 @@ def ramp(*values: float, dtype: Any = np.float32) -> np.ndarray:
 
 @pytest.mark.parametrize("outlier", [1.0, 1.0000001, 1.5, 80.0, -1e-9, -3.0])
 def test_one_pixel_does_not_tip_the_scale(outlier: float) -> None:
-    assert grey(ramp(0, 0.5, 1, outlier))[:3] == [0, 128, 255]
+    clipped = 255 if outlier > 0 else 0
+
+    assert grey(ramp(0, 0.5, 1, outlier))[:4] == [0, 128, 255, clipped]
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])

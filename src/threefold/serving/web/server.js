@@ -1,7 +1,7 @@
 // Back end of the page that asks the server it came from: POST /predict, GET /card.
 
 export const MAX_CONCURRENT = 2;
-export const FORMATS = "JPEG, PNG, WebP, BMP, TIFF, GIF";
+export const FORMATS = "JPEG, PNG, WebP, AVIF, BMP, TIFF, GIF";
 export const note = () => "";
 const FIRST_PAUSE = 500, LAST_PAUSE = 4000; // milliseconds between attempts
 const byId = (id) => document.getElementById(id);
