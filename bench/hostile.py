@@ -18,11 +18,13 @@ import tempfile
 import traceback
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import hostile_serving
 import numpy as np
+from hostile_probe import Probe, Refusal
 from PIL import Image
 
 from threefold.data.dataset import Sources, load_data
@@ -32,26 +34,6 @@ from threefold.predictions.formats import read_predictions
 from threefold.recipe import Recipe
 from threefold.recipe_schema import DataSpec
 from threefold.runtime.predict import find_images
-
-
-class Probe(NamedTuple):
-    """One input.
-
-    Attributes:
-        name: its kind and what is odd about it.
-        run: makes the input in an empty folder and returns what threefold says of it.
-        right: the right value; a `Refusal` if none is right.
-    """
-
-    name: str
-    run: Callable[[Path], Any]
-    right: Any
-
-
-class Refusal(NamedTuple):
-    """The words that the message must have, as a regular expression."""
-
-    words: str
 
 
 def paint(root: Path, *names: str) -> Path:
@@ -260,7 +242,8 @@ def judge(probe: Probe) -> tuple[str, str]:
             return ("refused clearly" if is_clear and "\n" not in message else "wrong"), message
         except Exception:
             return "wrong", traceback.format_exc()
-    return ("right" if said == probe.right else "wrong"), repr(said)[:200]
+    is_right = not isinstance(probe.right, Refusal) and said == probe.right
+    return ("right" if is_right else "wrong"), repr(said)[:200]
 
 
 def main() -> int:
@@ -270,7 +253,13 @@ def main() -> int:
     parser.add_argument("--verbose", action="store_true", help="print every answer")
     args = parser.parse_args()
     outcomes: Counter[str] = Counter()
-    for group in (folders, tables, images, predictions, recipes):
+    groups = [folders, tables, images, predictions, recipes]
+    groups += [
+        hostile_serving.blocks_beside_pixels,
+        hostile_serving.models,
+        hostile_serving.requests,
+    ]
+    for group in groups:
         for probe in group():
             if args.only not in probe.name:
                 continue
