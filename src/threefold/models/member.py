@@ -159,8 +159,7 @@ def head_inputs(
     inputs: dict[InputForm, Tensor] = {}
     levels: list[Tensor] = []
     if "levels" in forms:
-        indices, _ = levels_of(backbone)
-        features, maps = backbone.forward_intermediates(images, indices=indices)
+        maps, features = level_maps(backbone, images)
         levels = [level.mean((2, 3)) for level in maps]
     else:
         features = backbone.forward_features(images)
@@ -178,6 +177,21 @@ def head_inputs(
             pooled = backbone.forward_head(features, pre_logits=True)
             inputs[form] = torch.cat([*levels, pooled], 1) if form == "levels" else pooled
     return inputs
+
+
+def level_maps(backbone: Any, images: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Compute the maps (b, c, h, w) of a backbone's levels, and its features.
+
+    Args:
+        backbone: a timm network without classifier.
+        images: (b, 3, s, s), normalized.
+
+    Raises:
+        RecipeError: the backbone has no levels.
+    """
+    indices, _ = levels_of(backbone)
+    features, maps = backbone.forward_intermediates(images, indices=indices)
+    return maps, features
 
 
 def levels_of(backbone: Any) -> tuple[list[int], list[int]]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from threefold.errors import RecipeError
+from threefold.models.heads import InputForm
 from threefold.models.member import Member
 from threefold.models.split import count_frozen_blocks
 from threefold.recipe_schema import MemberSpec, StageSpec
@@ -37,7 +38,8 @@ class Activations:
     Attributes:
         count: number of these blocks, see `models.split`.
         fit: maps an epoch to the activations of its augmented copies of the fit rows, float16
-            (n, c, h, w), and of unlabelled images after them.
+            (n, c, h, w), or (n, l + c * h * w) for a head on levels; those of unlabelled images
+            follow.
         select: those of the select rows, not augmented.
     """
 
@@ -54,18 +56,17 @@ def cached_blocks(member: nn.Module, stage: StageSpec) -> int:
     """
     trainable = set_trainable(member, stage)
     count = 0
-    # A head on several levels reads what the first blocks answer, too.
-    if isinstance(member, Member) and member.head.form != "levels":
+    if isinstance(member, Member):
         names = [name.removeprefix("backbone.") for name in trainable if "backbone." in name]
-        count = count_frozen_blocks(member.backbone, names)
+        form = cast("InputForm", member.head.form)
+        count = count_frozen_blocks(member.backbone, names, form)
     if not count:
         raise RecipeError(
             "no frozen blocks to cache",
             where=f"stage {stage.name}",
             got=f"trainable = {stage.trainable!r}, frozen = {stage.frozen!r}",
             fix="freeze the stem and the first blocks of an EfficientNet, ResNet or ConvNeXt with "
-            '`frozen`, and give the member another head.sequence than "levels"; or set cached = '
-            "false",
+            "`frozen`, or set cached = false",
         )
     return count
 
@@ -115,16 +116,19 @@ def _copy(
 
 
 def to_activations(activations: np.ndarray, device: torch.device) -> Tensor:
-    """Convert float16 (b, c, h, w) to float32 on a device, channels last in memory."""
-    return to_features(activations, device).contiguous(memory_format=torch.channels_last)
+    """Convert float16 activations to float32 on a device; maps are channels last in memory."""
+    features = to_features(activations, device)
+    if features.ndim != 4:
+        return features
+    return features.contiguous(memory_format=torch.channels_last)
 
 
 def predict_late(late: nn.Module, activations: np.ndarray) -> np.ndarray:
     """Run what follows the frozen blocks on many activations; it is left in eval mode.
 
     Args:
-        late: maps activations (b, c, h, w) to logits.
-        activations: float16 (n, c, h, w).
+        late: maps activations to logits.
+        activations: float16 (n, ...).
 
     Returns:
         Probabilities, float32 (n, k).

@@ -28,6 +28,7 @@ from threefold.data.dataset import Sources
 from threefold.data.splits import Roles
 from threefold.errors import RunError
 from threefold.models.features import FeatureExtractor
+from threefold.models.heads import input_form
 from threefold.models.member import create_backbone
 from threefold.models.pipeline import pick_device
 from threefold.models.split import EarlyBlocks
@@ -139,6 +140,8 @@ class FeatureCache:
         expected: int = 0,
     ) -> np.ndarray:
         """Return what the first blocks of a backbone answer, float16 (n, c, h, w).
+
+        For a head on levels, float16 (n, l + c * h * w): see `models.split`.
 
         Args:
             split: train, test or unlabelled.
@@ -276,13 +279,16 @@ class FeatureCache:
         return f"{hashes[row]}-{self._copies}-{copy}" if copy else hashes[row]
 
     def _source(self, spec: MemberSpec, blocks: int = 0) -> _Source:
+        head_form = input_form(spec.head.sequence)
         form = f"blocks{blocks}" if blocks else spec.head.sequence
+        if blocks and head_form == "levels":
+            form += "-levels"
         place = (spec.backbone, spec.weights, spec.img_size, spec.resize, form)
         if place not in self._sources:
             backbone = self.load(spec)
             extractor: nn.Module
             if blocks:
-                extractor = EarlyBlocks(backbone, blocks)
+                extractor = EarlyBlocks(backbone, blocks, head_form)
             else:
                 extractor = FeatureExtractor(backbone, spec.head.sequence)
             inputs = (VERSION, type(backbone).__name__, spec.img_size, spec.resize, form)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from threefold.data.dataset import Sources
 from threefold.models.backbones import resolve_backbone
+from threefold.models.heads import InputForm
 from threefold.models.member import Member, build_member, has_token_grid, last_level
 from threefold.models.split import EarlyBlocks, LateBlocks
 from threefold.recipe_schema import MemberSpec, StageSpec
@@ -193,7 +194,9 @@ def _step_seconds(member: Member, frozen: str, size: int, cached: bool) -> float
     if cached:
         count = cached_blocks(member, stage)
         with torch.inference_mode():
-            activations = EarlyBlocks(copy.deepcopy(member.backbone), count).to(device)(inputs)
+            form = cast("InputForm", member.head.form)
+            early = EarlyBlocks(copy.deepcopy(member.backbone), count, form).to(device)
+            activations = early(inputs)
         inputs, network = activations.clone(), LateBlocks(member, count)
     set_trainable(member, stage)
     optimizer = torch.optim.AdamW([p for p in member.parameters() if p.requires_grad], fused=True)

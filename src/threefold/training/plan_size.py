@@ -30,7 +30,7 @@ from threefold.training.plan_basis import (
     usual_size,
 )
 
-SMALL_SIZES = (64, 96, 128, 160)
+SMALL_SIZES = (64, 96, 128, 160, 224)
 """Image sizes for images of at most 64 pixels: up to several times their own size."""
 
 SIZES = (96, 128, 160, 224, 288, 384)

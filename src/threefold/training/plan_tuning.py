@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from threefold.models.backbones import CPU_FROZEN, EARLY_BLOCKS, resolve_backbone
+from threefold.models.heads import input_form
 from threefold.models.member import create_backbone, fixed_size, has_token_grid
 from threefold.models.split import count_frozen_blocks
 from threefold.recipe import Recipe
@@ -44,13 +45,15 @@ class Tuning(NamedTuple):
 
 
 TUNINGS: tuple[Tuning, ...] = (
-    Tuning(1, 0.75, 4, 0, 3),
-    Tuning(2, 0.75, 4, 0, 3),
-    Tuning(3, 0.75, 4, 0, 3),
-    Tuning(3, 0.75, 6, 0, 5),
-    Tuning(3, 0.75, 6, 2, 5),
-    Tuning(3, 0.75, 6, 4, 5),
-    Tuning(3, 1.0, 6, 4, 5),
+    Tuning(1, 0.75, 3, 0, 3),
+    Tuning(1, 1.0, 3, 0, 3),
+    Tuning(2, 1.0, 3, 0, 3),
+    Tuning(3, 1.0, 3, 0, 3),
+    Tuning(3, 1.0, 4, 0, 3),
+    Tuning(3, 1.0, 6, 0, 3),
+    Tuning(3, 1.0, 8, 0, 3),
+    Tuning(3, 1.0, 8, 0, 5),
+    Tuning(3, 1.0, 8, 4, 5),
     Tuning(3, 1.0, 8, 8, 5),
 )
 """What to choose from, the least thorough first."""
@@ -147,7 +150,7 @@ def _measure_tuning(
 ) -> TuningSpeeds:
     """Measure the speed of training of the first member."""
     first, k = draft.members[0], len(summary.classes)
-    first = first.model_copy(update={"head": HeadSpec()})
+    first = first.model_copy(update={"head": HeadSpec(sequence=first.head.sequence)})
     last, deeper = _frozen(device)
     # The first blocks take about two thirds of the time of all.
     blocks = Speed(0.0, 0.67 * measured.feature_seconds / measured.img_size**2)
@@ -167,7 +170,7 @@ def _can_cache(spec: MemberSpec, device: torch.device) -> bool:
     backbone = create_backbone(spec.model_copy(update={"weights": "none"}), pretrained=False)
     frozen = _frozen(device)[0]
     names = [n for n, _ in backbone.named_parameters() if not re.search(frozen, f"backbone.{n}")]
-    return count_frozen_blocks(backbone, names) > 0
+    return count_frozen_blocks(backbone, names, input_form(spec.head.sequence)) > 0
 
 
 def _has_fixed_size(member: MemberSpec) -> bool:
@@ -260,8 +263,7 @@ def tuning_stages(
             "name": tuned_name(base["name"]),
             "starts_from": base["name"],
             "img_size": member.img_size if _has_fixed_size(member) else size,
-            # A tuned network has what it needs in its last features.
-            "head": base["head"] | {"sequence": "pooled"},
+            "head": base["head"],
         }
         for base, member in zip(bases, draft.members, strict=False)
     ]

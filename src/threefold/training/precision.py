@@ -123,7 +123,7 @@ def training_speed(member: nn.Module, images: Tensor, precision: str) -> float:
 
     Args:
         member: the network in training mode, on the device of the images.
-        images: float (b, 3, s, s) in 0..255.
+        images: float (b, 3, s, s) in 0..255, or what the network takes instead.
         precision: float32, bfloat16 or float16.
 
     Returns:
@@ -132,7 +132,8 @@ def training_speed(member: nn.Module, images: Tensor, precision: str) -> float:
     device, network = images.device, copy.deepcopy(member)
     if device.type == "cpu":
         images = images[:CPU_IMAGES]
-    images = images.contiguous(memory_format=torch.channels_last)
+    if images.ndim == 4:
+        images = images.contiguous(memory_format=torch.channels_last)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             _time_step(network, images, precision)
