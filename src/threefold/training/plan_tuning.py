@@ -30,6 +30,10 @@ KEY = "stages.tune1, tune2"
 """What a decision about tuning is about."""
 
 
+HEAD_ONLY = r"^head\."
+"""Parameters of a member's head."""
+
+
 class Tuning(NamedTuple):
     """How thoroughly to tune."""
 
@@ -218,10 +222,14 @@ def select_share(n: int) -> float:
 
 
 def _frozen(device: torch.device) -> tuple[str, str]:
-    """Regexes of the parameters that the two stages of tuning leave as they are."""
+    """Regexes of the parameters that the two stages of tuning leave as they are.
+
+    The last blocks learn under the fitted head, which stays as it is: every step of Adam would move
+    its thousands of weights together, and lose what the probe knew.
+    """
     if device.type == "cpu":
-        return f"conv_dw|{EARLY_BLOCKS}", CPU_FROZEN
-    return EARLY_BLOCKS, ""
+        return f"{HEAD_ONLY}|conv_dw|{EARLY_BLOCKS}", CPU_FROZEN
+    return f"{HEAD_ONLY}|{EARLY_BLOCKS}", ""
 
 
 def tuned_name(probe: str) -> str:
