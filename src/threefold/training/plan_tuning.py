@@ -30,7 +30,7 @@ KEY = "stages.tune1, tune2"
 """What a decision about tuning is about."""
 
 
-HEAD_ONLY = r"^head\."
+HEAD_PARAMETERS = r"^head\."
 """Parameters of a member's head."""
 
 
@@ -51,7 +51,10 @@ class Tuning(NamedTuple):
 TUNINGS: tuple[Tuning, ...] = (
     Tuning(1, 0.75, 3, 0, 3),
     Tuning(1, 1.0, 3, 0, 3),
+    Tuning(1, 1.0, 4, 0, 3),
+    Tuning(1, 1.0, 6, 0, 3),
     Tuning(2, 1.0, 3, 0, 3),
+    Tuning(2, 1.0, 4, 0, 3),
     Tuning(3, 1.0, 3, 0, 3),
     Tuning(3, 1.0, 4, 0, 3),
     Tuning(3, 1.0, 6, 0, 3),
@@ -228,8 +231,8 @@ def _frozen(device: torch.device) -> tuple[str, str]:
     its thousands of weights together, and lose what the probe knew.
     """
     if device.type == "cpu":
-        return f"{HEAD_ONLY}|conv_dw|{EARLY_BLOCKS}", CPU_FROZEN
-    return f"{HEAD_ONLY}|{EARLY_BLOCKS}", ""
+        return f"{HEAD_PARAMETERS}|conv_dw|{EARLY_BLOCKS}", CPU_FROZEN
+    return f"{HEAD_PARAMETERS}|{EARLY_BLOCKS}", ""
 
 
 def tuned_name(probe: str) -> str:
