@@ -40,7 +40,7 @@ def test_a_policy_limits_the_stages(model: Model) -> None:
     [
         ({"cascade": None}, "inputs or outputs are not those of a pipeline"),
         ({"cascade": {}}, "the model card has a cascade without stages"),
-        ({"cascade": "yes"}, "the model card has a cascade without stages"),
+        ({"cascade": "yes"}, "got the model card's cascade is not an object"),
         (
             {"cascade": {"state": {"stages": [[0], [1]]}}},
             "inputs or outputs are not those of a pipeline",

@@ -80,9 +80,16 @@ def test_a_backbone_without_levels_is_refused() -> None:
         levels_of(torch.nn.Identity())
 
 
-def test_first_blocks_are_not_cached_for_a_head_on_levels() -> None:
+def test_first_blocks_are_cached_for_a_head_on_levels_too() -> None:
     member = build_member(make_spec("test_efficientnet"), 3, pretrained=False)
     stage = StageSpec(name="s", epochs=1, lr=1e-3, frozen="conv_stem|bn1|blocks.0", cached=True)
 
-    with pytest.raises(RecipeError, match=r"no frozen blocks to cache.*levels"):
+    assert cached_blocks(member, stage) == 1
+
+
+def test_a_network_that_is_no_row_of_blocks_is_not_cached() -> None:
+    member = build_member(make_spec("test_vit"), 3, pretrained=False)
+    stage = StageSpec(name="s", epochs=1, lr=1e-3, frozen="patch_embed", cached=True)
+
+    with pytest.raises(RecipeError, match=r"no frozen blocks to cache.*cached = false"):
         cached_blocks(member, stage)
