@@ -33,6 +33,7 @@ from threefold.runtime.model import load
 from threefold.training.run import Run
 
 ROWS = {**GATED, "name": "rows", "head": {"kind": "gru", "units": 8, "sequence": "rows"}}
+SLOW = pytest.mark.slow
 SMALL = {**PROBE, "name": "small", "img_size": 24}
 
 
@@ -120,7 +121,9 @@ def test_an_image_passes_the_backbone_once(run: Run) -> None:
     assert count_passes(separate_pipeline(run)) == 6
 
 
-@pytest.mark.parametrize("kind", ["flip", "multi-scale", "ten-crop"])
+@pytest.mark.parametrize(
+    "kind", ["flip", *(pytest.param(kind, marks=SLOW) for kind in ("multi-scale", "ten-crop"))]
+)
 def test_views_are_one_pass_too(tmp_path: Path, kind: str) -> None:
     views = {"kind": kind, "upsample": 1.25}
     run = frozen_run(tmp_path, members=[PROBE, ROWS], views=views)
@@ -188,7 +191,7 @@ def test_other_input_sizes_and_tuned_weights_are_not_shared(tmp_path: Path) -> N
     assert pipeline.predict_proba(noise_images(2)).shape == (2, 3)
 
 
-@pytest.mark.parametrize("precision", ["float16", "int8"])
+@pytest.mark.parametrize("precision", ["float16", pytest.param("int8", marks=SLOW)])
 def test_fewer_bytes_keep_the_sharing(run: Run, tmp_path: Path, precision: str) -> None:
     pipeline, path = shared_pipeline(run), tmp_path / "m.onnx"
     images = [run.sources.train.pixels(row) for row in range(36)]
@@ -229,7 +232,9 @@ def test_the_card_describes_the_pixels_of_every_member(run: Run) -> None:
     assert entries == describe_preprocessing(separate_pipeline(run))
 
 
-@pytest.mark.parametrize(("views", "precision"), [("center", "float16"), ("flip", "float32")])
+@pytest.mark.parametrize(
+    ("views", "precision"), [("center", "float16"), pytest.param("flip", "float32", marks=SLOW)]
+)
 def test_a_cascade_computes_only_rows_of_images(tmp_path: Path, views: str, precision: str) -> None:
     # A network shares all weights but the first with a probe, whose backbone runs in each stage.
     run = frozen_run(tmp_path, members=[PROBE, ROWS], views={"kind": views})

@@ -248,6 +248,7 @@ def test_no_image_above_the_threshold_leaves_the_labels(
         np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.slow
 def test_a_refitted_network_is_taught_by_refitted_ones(
     images: Path, more: Path, tmp_path: Path
 ) -> None:
@@ -262,6 +263,7 @@ def test_a_refitted_network_is_taught_by_refitted_ones(
     np.testing.assert_allclose(answers, head_probs(HeadNetwork(probe.head), rows), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_copies_of_unlabelled_images_share_their_weight(
     images: Path, more: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,6 +367,7 @@ def test_a_stage_with_one_hot_targets_learns_the_labels(sets: tuple[str, ...]) -
         torch.testing.assert_close(same[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_cached_stage_reads_unlabelled_activations(
     images: Path, more: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,6 +405,7 @@ def test_a_cached_stage_reads_unlabelled_activations(
         assert len(task.targets) == len(task.fit.labels) == own + len(used)
 
 
+@pytest.mark.slow
 def test_a_student_of_such_a_run_learns_from_the_run(taught: Run) -> None:
     student = api.student_recipe(taught, str(taught.dir), "tuned")
 
@@ -409,6 +413,7 @@ def test_a_student_of_such_a_run_learns_from_the_run(taught: Run) -> None:
     assert student.distill is not None
 
 
+@pytest.mark.slow
 def test_damaged_pseudo_labels_are_made_again(taught: Run, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(taught.dir, tmp_path / "run"))
     path = folder / "pseudo_labels" / "fold0.npz"
