@@ -94,6 +94,7 @@ def shorten(names: Iterable[str], limit: int = 10) -> str:
 _MEMORY = (
     "allocate memory",  # torch, and the operating system through safetensors
     "failed to allocate",  # onnxruntime
+    "start new thread",  # whose stack needs memory, too
     "bad_alloc",
     "out of memory",
 )

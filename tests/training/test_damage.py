@@ -26,6 +26,7 @@ from threefold.models import member as members
 from threefold.predictions.export_schema import ExportReport
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Job, Recipe
+from threefold.report.pages import write_report
 from threefold.training.diagnostics import inspect_data
 from threefold.training.frozen import frozen_digest
 from threefold.training.jobs import train_members
@@ -77,6 +78,7 @@ def test_damaged_jobs_come_back_as_they_were(copy: Path, finished: Run) -> None:
 
 
 DERIVED: dict[str, Callable[[Run], object]] = {
+    "thumbs.npz": lambda r: write_report([r.folder]),
     "oof.npz": lambda r: r.folder.oof,
     "test.npz": lambda r: r.folder.all_test,
     "chosen.npz": lambda r: r.folder.chosen,

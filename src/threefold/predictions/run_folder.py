@@ -255,7 +255,7 @@ class RunFolder(JobFiles):
         """Whether the run is finished, and no file that training writes was deleted since."""
         if not self.is_finished or not (self.path / "run.json").exists():
             return False
-        names = ["chosen.npz", "ensemble.npz"]
+        names = ["chosen.npz", "ensemble.npz", "thumbs.npz"]
         if any(counts.score for counts in self.info.roles.values()):
             names.append("oof.npz")
         if self.info.n_test:
@@ -290,10 +290,10 @@ class RunFolder(JobFiles):
     def chosen_views(self) -> ChosenViews | None:
         """The chosen number of test-time views (views.json); None if there was no choice."""
         path = self.path / "views.json"
-        with self.advising(path, self._rescoring(path)):
+        with self.advising(path, self.rescoring(path)):
             return ChosenViews.parse(read_json(path), path) if path.exists() else None
 
-    def _rescoring(self, path: Path) -> str:
+    def rescoring(self, path: Path) -> str:
         """Return how a file that scoring writes, and that may be absent, is made anew."""
         results = self.path / "results.json"
         return f"delete {path} and {results} and run `{self.train_command()}`"

@@ -97,8 +97,10 @@ class _RunPage:
                 expected=expected,
                 got=f"probs {chosen.probs.shape}, {len(chosen.labels)} labels, "
                 f"{len(chosen.ids)} ids",
+                fix=folder.rescoring(path / "chosen.npz"),
             )
-        thumbs = Thumbs.read(path / "thumbs.npz")
+        with folder.advising(path / "thumbs.npz"):
+            thumbs = Thumbs.read(path / "thumbs.npz")
         return cls(folder, score, chosen, thumbs, folder.histories())
 
     def view(self) -> dict[str, Any]:
