@@ -8,6 +8,7 @@ import * as ort from "./ort/ort.js";
 ort.env.wasm.numThreads = 1; // more need headers (COOP, COEP) that few static hosts send
 ort.env.wasm.wasmPaths = { wasm: new URL("./ort/ort.wasm", import.meta.url).href };
 
+const TOLERANCE = 0.01;
 let session, hasFailed = false;
 
 async function loadSession({ file, bytes, sha256 }, report) {
@@ -41,6 +42,14 @@ async function download(url, size, report) {
   return model;
 }
 
+// As runtime/model.py: the answers of a damaged model are an error.
+function checkProbabilities(probs) {
+  const sum = probs.reduce((total, p) => total + p, 0);
+  const areInside = probs.every((p) => p >= -TOLERANCE && p <= 1 + TOLERANCE); // false for NaN
+  if (!areInside || !(Math.abs(sum - 1) <= TOLERANCE))
+    throw new Error("the model cannot answer: its answers are not probabilities");
+}
+
 async function predict({ id, file, card }) {
   const report = (note) => postMessage({ id, note });
   const { data, width, height } = await decode(file, card.limits);
@@ -57,6 +66,7 @@ async function predict({ id, file, card }) {
   const images = new ort.Tensor("uint8", data, [1, height, width, 3]);
   const outputs = await loaded.run({ images }, ["probs", "member_probs"]);
   const milliseconds = performance.now() - start;
+  checkProbabilities(outputs.probs.data);
   return { id, probs: outputs.probs.data, memberProbs: outputs.member_probs.data, milliseconds };
 }
 
