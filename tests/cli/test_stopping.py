@@ -21,7 +21,10 @@ from threefold.cli.output import resume_command, watch_training
 from threefold.recipe import Recipe
 
 WAIT = """
-import time
+import signal, time
+# As in a terminal; a child of nohup, or of a job in the background, is born deaf.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from threefold.cli.output import watch_training
 with watch_training(False, "threefold train x --out y"):
     print("ready", flush=True)

@@ -31,7 +31,8 @@ def join_predictions(parts: Sequence[Predictions]) -> Predictions:
         raise DataError("there are no predictions to join")
     if len(parts) == 1:
         return parts[0]
-    parts = [_with_normal_names(part) for part in parts]
+    if not all(_has_names_of(part, parts[0]) for part in parts):
+        parts = [_with_normal_names(part) for part in parts]
     _refuse_repeated_members(parts)
     with_ids = [part for part in parts if not _has_default_ids(part)]
     first = (with_ids or parts)[0]
@@ -54,6 +55,11 @@ def join_predictions(parts: Sequence[Predictions]) -> Predictions:
         folds=folds,
         roles=None if folds is None else _union_of_roles(aligned),
     )
+
+
+def _has_names_of(part: Predictions, other: Predictions) -> bool:
+    """Whether two parts spell the same ids and the same classes alike, in any order."""
+    return set(part.ids) == set(other.ids) and set(part.classes) == set(other.classes)
 
 
 def _with_normal_names(part: Predictions) -> Predictions:
