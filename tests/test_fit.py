@@ -160,6 +160,7 @@ def test_while_tuning(
     check_resumed(images, tmp_path / "run", uninterrupted)
 
 
+@pytest.mark.slow
 def test_without_time_to_tune_the_probes_are_final(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -202,6 +202,7 @@ def test_int8_is_calibrated_on_training_images_only(
     assert not calibration & test_images
 
 
+@pytest.mark.slow
 def test_a_precision_that_changes_too_much_is_not_written(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

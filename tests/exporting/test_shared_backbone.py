@@ -33,7 +33,6 @@ from threefold.runtime.model import load
 from threefold.training.run import Run
 
 ROWS = {**GATED, "name": "rows", "head": {"kind": "gru", "units": 8, "sequence": "rows"}}
-SLOW = pytest.mark.slow
 SMALL = {**PROBE, "name": "small", "img_size": 24}
 
 
@@ -121,9 +120,8 @@ def test_an_image_passes_the_backbone_once(run: Run) -> None:
     assert count_passes(separate_pipeline(run)) == 6
 
 
-@pytest.mark.parametrize(
-    "kind", ["flip", *(pytest.param(kind, marks=SLOW) for kind in ("multi-scale", "ten-crop"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["flip", "multi-scale", "ten-crop"])
 def test_views_are_one_pass_too(tmp_path: Path, kind: str) -> None:
     views = {"kind": kind, "upsample": 1.25}
     run = frozen_run(tmp_path, members=[PROBE, ROWS], views=views)
@@ -169,6 +167,7 @@ def test_blocks_that_no_stage_trained_are_in_the_file_once(run: Run, tmp_path: P
     onnx.checker.check_model(model)
 
 
+@pytest.mark.slow
 def test_stages_of_a_cascade_share_weights_but_no_nodes(run: Run) -> None:
     pipeline = separate_pipeline(run, "probe", "probe")
 
@@ -191,7 +190,8 @@ def test_other_input_sizes_and_tuned_weights_are_not_shared(tmp_path: Path) -> N
     assert pipeline.predict_proba(noise_images(2)).shape == (2, 3)
 
 
-@pytest.mark.parametrize("precision", ["float16", pytest.param("int8", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float16", "int8"])
 def test_fewer_bytes_keep_the_sharing(run: Run, tmp_path: Path, precision: str) -> None:
     pipeline, path = shared_pipeline(run), tmp_path / "m.onnx"
     images = [run.sources.train.pixels(row) for row in range(36)]
@@ -216,6 +216,7 @@ def test_members_of_some_folds_are_mixed_as_before(tmp_path: Path) -> None:
     assert convolutions(onnx.load(tmp_path / "m.onnx")) == backbone_convolutions(run)
 
 
+@pytest.mark.slow
 def test_torch_export_stores_the_backbone_once(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "m.pt2"
 
@@ -232,9 +233,8 @@ def test_the_card_describes_the_pixels_of_every_member(run: Run) -> None:
     assert entries == describe_preprocessing(separate_pipeline(run))
 
 
-@pytest.mark.parametrize(
-    ("views", "precision"), [("center", "float16"), pytest.param("flip", "float32", marks=SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("views", "precision"), [("center", "float16"), ("flip", "float32")])
 def test_a_cascade_computes_only_rows_of_images(tmp_path: Path, views: str, precision: str) -> None:
     # A network shares all weights but the first with a probe, whose backbone runs in each stage.
     run = frozen_run(tmp_path, members=[PROBE, ROWS], views={"kind": views})

@@ -62,6 +62,7 @@ def export_pipeline(pipeline: Pipeline, path: Path, **options: Any) -> ExportRep
     )
 
 
+@pytest.mark.slow
 def test_a_pt2_file_answers_for_any_batch_and_size(tiny_pipeline: Pipeline, tmp_path: Path) -> None:
     extra = {targets.CARD_FILE: ""}
 

@@ -103,6 +103,7 @@ def test_damaged_summaries_are_written_again(copy: Path, finished: Run) -> None:
     assert hash_files(copy) == hash_files(finished.dir)
 
 
+@pytest.mark.slow
 def test_a_lost_record_of_a_backbone_trains_its_heads_again(tmp_path: Path) -> None:
     recipe = Recipe.parse(
         frozen_tree(make_folder(tmp_path / "images"), members=[PROBE]), ["features.engine=torch"]
