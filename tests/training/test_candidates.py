@@ -211,6 +211,7 @@ def test_without_a_hub_the_local_candidates_remain() -> None:
         gather_candidates(("no_such_network",), cpu, "good")
 
 
+@pytest.mark.slow
 def test_plan_chooses_its_members(tmp_path: Path) -> None:
     sets = ("train.device=cpu", "members.0.img_size=32")
 

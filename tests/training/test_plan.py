@@ -85,6 +85,7 @@ def test_smallest_class_bounds_the_folds(tmp_path: Path) -> None:
     assert plan_folder(tmp_path, 0, TINY, UNTRAINED).recipe.folds.k == 3
 
 
+@pytest.mark.slow
 def test_uneven_classes_are_judged_by_balanced_accuracy(tmp_path: Path) -> None:
     even = plan_folder(make_folder(tmp_path / "even", ["a b", "c d"], 6), 0, TINY, UNTRAINED)
     make_folder(tmp_path / "uneven", ["many"], 12)

@@ -186,6 +186,7 @@ def test_the_ledger_refuses_networks_that_saw_scored_rows(taught: Run) -> None:
         pseudo_label_ledger(run)
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted_bit_for_bit(
     taught: Run,
     images: Path,
@@ -223,6 +224,7 @@ def test_changed_unlabelled_images_stop_a_resumed_run(taught: Run) -> None:
         find_pseudo_labels(run, "deep", 0, Caches(pixels, head_jobs.open_features(run)))
 
 
+@pytest.mark.slow
 def test_other_members_learn_from_labels_only(taught: Run, tmp_path: Path) -> None:
     """The members that teach have the same bits in a run without pseudo labels."""
     alone = Run.create(taught.recipe.without(["pseudo", "deep"]), tmp_path / "alone")
