@@ -14,7 +14,7 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -155,13 +155,30 @@ def finite_json(tree: Any) -> Any:
 
     Records read them back as numbers; without this, the file would not be JSON.
     """
+    return replace_not_finite(tree, _spell)
+
+
+def replace_not_finite(tree: Any, replacement: Callable[[float], Any]) -> Any:
+    """Return plain values for JSON, with something else for numbers that are not finite.
+
+    Args:
+        tree: plain values; the keys of mappings become texts.
+        replacement: maps NaN or an infinity to what takes its place.
+    """
     if isinstance(tree, Mapping):
-        return {key: finite_json(value) for key, value in tree.items()}
+        return {str(key): replace_not_finite(value, replacement) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return [finite_json(value) for value in tree]
+        return [replace_not_finite(value, replacement) for value in tree]
     if isinstance(tree, float | np.floating) and not np.isfinite(tree):
-        return "NaN" if np.isnan(tree) else "Infinity" if tree > 0 else "-Infinity"
+        return replacement(float(tree))
     return tree
+
+
+def _spell(number: float) -> str:
+    """Spell a number that is not finite as JavaScript does."""
+    if np.isnan(number):
+        return "NaN"
+    return "Infinity" if number > 0 else "-Infinity"
 
 
 def read_json(path: Path) -> Any:

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import codecs
 import json
-import math
-from collections.abc import Mapping
 from typing import IO, Any
 
-import numpy as np
+from threefold.files import replace_not_finite
 
 
 def as_json(tree: Any) -> Any:
     """Return plain values for strict JSON: numbers that are not finite become null."""
-    if isinstance(tree, Mapping):
-        return {str(key): as_json(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [as_json(value) for value in tree]
-    is_number = isinstance(tree, float | np.floating)
-    return None if is_number and not math.isfinite(tree) else tree
+    return replace_not_finite(tree, lambda _: None)
 
 
 def json_line(tree: Any, stream: IO[str], indent: int | None = None) -> str:
