@@ -101,17 +101,18 @@ def find_pseudo_labels(run: Run, member: str, fold: int, caches: Caches) -> Pseu
     """
     if not run.recipe.uses_pseudo_labels(member):
         return None
+    spec = run.recipe.pseudo_labels
+    assert spec is not None
     path, key = _path(run, fold), _key(run, fold)
     if path.exists():
-        if json.loads(str(_load(run, fold)["summary"]))["key"] != key:
+        arrays = _load(run, fold)
+        if json.loads(str(arrays["summary"]))["key"] != key:
             raise RunError(
                 "the pseudo labels come from other networks, or the unlabelled images have changed",
                 where=path,
                 fix="restore the images, or choose another --out",
             )
-        return _read(run, fold)
-    spec = run.recipe.pseudo_labels
-    assert spec is not None
+        return _chosen(arrays["rows"], arrays["probs"], spec)
     names = _teachers(run, fold)
     answers = np.stack([_answer(run, name, fold, caches) for name in names])
     probs: np.ndarray = answers.mean(0, dtype=np.float32)
@@ -128,7 +129,7 @@ def find_pseudo_labels(run: Run, member: str, fold: int, caches: Caches) -> Pseu
     }
     write_arrays(path, rows=rows, probs=probs, summary=np.array(json.dumps(summary)))
     run.watcher.note(_describe(_counts(summary)))
-    return _read(run, fold)
+    return _chosen(rows, probs, spec)
 
 
 def pseudo_label_counts(run: Run) -> tuple[PseudoLabelCounts, ...]:
@@ -184,13 +185,9 @@ def _load(run: Run, fold: int) -> dict[str, np.ndarray]:
         raise error.with_fix(f"delete {deletions} and run `{run.folder.train_command()}`") from None
 
 
-def _read(run: Run, fold: int) -> PseudoLabels | None:
-    assert run.recipe.pseudo_labels is not None
-    arrays = _load(run, fold)
-    rows = arrays["rows"]
-    if not len(rows):
-        return None
-    return PseudoLabels(rows, arrays["probs"][rows], run.recipe.pseudo_labels)
+def _chosen(rows: np.ndarray, probs: np.ndarray, spec: PseudoLabelSpec) -> PseudoLabels | None:
+    """The images `rows` (u,) with their answers among those of all images, probs (n, k)."""
+    return PseudoLabels(rows, probs[rows], spec) if len(rows) else None
 
 
 def _teachers(run: Run, fold: int) -> list[str]:
