@@ -11,7 +11,7 @@ import torch
 
 from threefold.models.backbones import CPU_FROZEN, EARLY_BLOCKS, resolve_backbone
 from threefold.models.heads import input_form
-from threefold.models.member import create_backbone, fixed_size, has_token_grid
+from threefold.models.member import HEAD, create_backbone, fixed_size, has_token_grid
 from threefold.models.split import count_frozen_blocks
 from threefold.recipe import Recipe
 from threefold.recipe_schema import HeadSpec, MemberSpec
@@ -30,7 +30,7 @@ KEY = "stages.tune1, tune2"
 """What a decision about tuning is about."""
 
 
-HEAD_PARAMETERS = r"^head\."
+HEAD_PARAMETERS = f"^{re.escape(HEAD)}"
 """Parameters of a member's head."""
 
 
