@@ -40,7 +40,8 @@ from threefold.training.features import FeatureCache, FeatureRows
 from threefold.training.heads import HeadNetwork, head_probs
 from threefold.training.probe import Targets, choose_l2, fit_linear
 from threefold.training.provenance import commit, hardware, stable_seed
-from threefold.training.stages import StageTask, train_stage
+from threefold.training.stage_task import StageTask
+from threefold.training.stages import train_stage
 
 BACKBONES = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2")
 UNITS, FC = 512, 512

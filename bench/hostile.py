@@ -22,7 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hostile_runs
 import hostile_serving
+import hostile_weights
 import numpy as np
 from hostile_probe import Probe, Refusal
 from PIL import Image
@@ -122,6 +124,22 @@ def tables() -> Iterator[Probe]:
             lambda root, name=name: _csv(root, name),
             Refusal("would not be read|two columns"),
         )
+
+
+    for name, row, right in (
+        ("a column for each class", "i5,0,1", (6, 0)),
+        ("two classes of an image", "i5,1,1", Refusal("exactly one class.*multi-label")),
+        ("no class of an image", "i5,0,0", Refusal("exactly one class.*multi-label")),
+    ):
+        yield Probe(f"csv: {name}", lambda root, row=row: counts(_one_hot(root, row)), right)
+
+
+def _one_hot(root: Path, row: str) -> Sources:
+    """A table as ISIC publishes them, with this last row."""
+    paint(root, *(f"images/i{i}.png" for i in range(6)))
+    rows = [f"i{i},{1.0 - i % 2},{float(i % 2)}" for i in range(5)]
+    (root / "x.csv").write_text("\n".join(["image,MEL,NV", *rows, row]))
+    return load(root / "x.csv", "csv")
 
 
 def _csv(root: Path, column: str) -> Sources:
@@ -258,6 +276,9 @@ def main() -> int:
         hostile_serving.blocks_beside_pixels,
         hostile_serving.models,
         hostile_serving.requests,
+        hostile_runs.runs,
+        hostile_weights.weights,
+        hostile_weights.hub,
     ]
     for group in groups:
         for probe in group():

@@ -115,6 +115,18 @@ def test_packaged_recipes_parse() -> None:
         packaged("dmeo")
 
 
+def test_images_in_place_of_a_recipe_name_the_verb(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=rf"got a folder; .*threefold fit {tmp_path}"):
+        resolve(str(tmp_path))
+
+    with pytest.raises(RecipeError, match=r"got a table; .*threefold fit my\.csv"):
+        resolve("my.csv")
+
+    (tmp_path / "recipe.toml").touch()
+    with pytest.raises(RecipeError, match=rf"train {tmp_path}/recipe\.toml --out {tmp_path}"):
+        resolve(str(tmp_path))
+
+
 PSEUDO = {"images": "more", "members": ["gated"]}
 
 

@@ -31,6 +31,8 @@ from threefold.errors import (
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.[^.]+\.tmp")
 """Names of temporary files and folders; the number is that of the process that writes them."""
 
+_NOT_REGULAR = "no regular file"
+
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically: a crash leaves the old content or the new, never a part.
@@ -69,16 +71,25 @@ def read_text(path: Path, max_bytes: int = 1 << 24) -> str:
         OSError: the file cannot be read, is no regular file, or is too large.
         UnicodeDecodeError: it is in another encoding.
     """
-    status = os.stat(path)
-    if stat.S_ISDIR(status.st_mode):
-        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "no regular file", str(path))
-    if status.st_size > max_bytes:
+    check_regular(path)
+    if path.stat().st_size > max_bytes:
         raise OSError(errno.EFBIG, f"more than {max_bytes:,} bytes", str(path))
     content = path.read_bytes()
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return content.decode("utf-16" if is_utf16 else "utf-8-sig")
+
+
+def check_regular(path: Path) -> None:
+    """Refuse a pipe or a device, which could be read for ever, before it is opened.
+
+    Raises:
+        OSError: the path is no regular file, or there is none.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, _NOT_REGULAR, str(path))
 
 
 def temporary_path(path: Path) -> Path:
@@ -189,6 +200,7 @@ def read_json(path: Path) -> Any:
         RunError: the file cannot be read.
     """
     try:
+        check_regular(path)
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise _unreadable("cannot read", path, error) from None
@@ -197,10 +209,11 @@ def read_json(path: Path) -> Any:
 
 
 def _unreadable(what: str, path: Path, error: OSError) -> RunError:
-    """Tell a file that is not there from one that cannot be read, which is not damaged."""
+    """Tell a file that is not there, or is none, from one that cannot be read."""
     if is_out_of_memory(error):
         return out_of_memory(path, error)
-    kind = DamagedFileError if isinstance(error, FileNotFoundError) else RunError
+    is_lost = isinstance(error, FileNotFoundError) or error.strerror == _NOT_REGULAR
+    kind = DamagedFileError if is_lost else RunError
     return kind(what, where=path, got=error)
 
 
@@ -219,6 +232,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         RunError: the file cannot be read, or does not fit into memory.
     """
     try:
+        check_regular(path)
         # numpy would leave a file open that it cannot read.
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
@@ -233,6 +247,11 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    check_regular(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

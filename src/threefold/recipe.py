@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import shlex
 import tomllib
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -467,5 +468,21 @@ def packaged_names() -> list[str]:
 
 
 def resolve(text: str, overrides: Iterable[str] = ()) -> Recipe:
-    """Load a recipe by file path or by the name of a packaged one."""
+    """Load a recipe by file path or by the name of a packaged one.
+
+    Raises:
+        RecipeError: there is none, or it is invalid; or this is a folder or a table of images.
+    """
+    path = Path(text)
+    if path.is_dir() or path.suffix.lower() in (".csv", ".parquet"):
+        fix = shlex.join(["threefold", "fit", text])
+        if (path / "recipe.toml").is_file():
+            fix = shlex.join(["threefold", "train", str(path / "recipe.toml"), "--out", text])
+        raise RecipeError(
+            "not a recipe",
+            where=text,
+            expected=f"a .toml file or one of {', '.join(packaged_names())}",
+            got="a folder" if path.is_dir() else "a table",
+            fix=f"to train on its images: {fix}",
+        )
     return Recipe.load(text, overrides) if text.endswith(".toml") else packaged(text, overrides)

@@ -48,6 +48,41 @@ def test_signals_end_with_a_word(name: str, code: int) -> None:
     assert said == expected
 
 
+TRAIN = """
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from threefold.cli import output
+output.GRACE_SECONDS = float(sys.argv[1])
+with output.watch_training(False, "threefold train x --out y") as watcher:
+    with watcher.deferring_stop():
+        print("ready", flush=True)
+        time.sleep(60) if sys.argv[1] == "0.1" else None
+        while watcher.stop is None:
+            time.sleep(0.01)
+        print("saved", flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("seconds", ["60", "0.1"])
+def test_signals_wait_for_a_step_but_not_for_ever(name: str, code: int, seconds: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", TRAIN, seconds],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(getattr(signal, name))
+        output, errors = process.communicate(timeout=60)
+
+    assert output == ("saved\n" if seconds == "60" else "")
+    assert process.returncode == code
+    assert errors.startswith("stopped; finished work is kept")
+
+
 def test_handlers_are_as_before_and_other_threads_have_none() -> None:
     before = signal.getsignal(signal.SIGTERM)
     failures = []

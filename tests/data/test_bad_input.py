@@ -57,7 +57,10 @@ def truncate(path: Path) -> None:
 
 
 FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "missing folder": (shutil.rmtree, ["the image folder does not exist", "my data"]),
+    "missing folder": (
+        shutil.rmtree,
+        ["the image folder does not exist", "my data", "fix: give the path of a folder"],
+    ),
     "empty folder": (empty, ["there are no class folders", "my data", "one folder per class"]),
     "empty train": (lambda r: empty(r / "train"), ["my data"]),
     "class without images": (

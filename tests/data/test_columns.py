@@ -83,6 +83,48 @@ def test_a_column_twice_is_refused(tmp_path: Path, header: str) -> None:
         load_source("csv", table)
 
 
+def write_isic(folder: Path, header: str, rows: list[str], images: str = "Input") -> Path:
+    """A table beside a folder with the eight images img0.jpg to img7.jpg."""
+    (folder / images).mkdir(parents=True, exist_ok=True)
+    for i in range(8):
+        Image.fromarray(np.full((3, 4), i, dtype=np.uint8)).save(folder / images / f"img{i}.jpg")
+    (folder / "truth.csv").write_text("\n".join([header, *rows]))
+    return folder / "truth.csv"
+
+
+ISIC = [f"img{i},{1.0 - i % 2},{float(i % 2)},0.0,g{i // 2}" for i in range(8)]
+
+
+def test_truth_files_of_isic_are_read(tmp_path: Path) -> None:
+    sources = load_source("csv", write_isic(tmp_path, "image,MEL,NV,UNK,group", ISIC))
+
+    assert sources.train.ids == tuple(f"img{i}" for i in range(8))
+    assert sources.train.classes == ("MEL", "NV")
+    assert sources.train.labels.tolist() == [0, 1] * 4
+    assert sources.train.groups == tuple(f"g{i // 2}" for i in range(8))
+    assert sources.train.pixels(7)[0, 0].tolist() == [7, 7, 7]
+    assert "the classes are 3 columns of 0 and 1: MEL, NV, UNK" in sources.notes
+
+
+@pytest.mark.parametrize(
+    ("row", "got"), [("img8,1,1", "1 in MEL, NV"), ("img8,0,0", "0 in all of them")]
+)
+def test_rows_of_several_classes_are_refused(tmp_path: Path, row: str, got: str) -> None:
+    table = write_isic(tmp_path, "image,MEL,NV", [*(r[:12] for r in ISIC), row])
+    table.write_text(table.read_text().replace(".0", ""))
+
+    with pytest.raises(DataError, match=f"exactly one class: .* line 10; .*got {got}; .*multi"):
+        load_source("csv", table)
+
+
+def test_a_name_of_two_images_is_refused(tmp_path: Path) -> None:
+    write_isic(tmp_path, "image,MEL,NV", [r[:12] for r in ISIC], images="copy")
+    table = write_isic(tmp_path, "image,MEL,NV", [r[:12] for r in ISIC])
+
+    with pytest.raises(DataError, match=r"img0; got Input/img0\.jpg, copy/img0\.jpg"):
+        load_source("csv", table)
+
+
 @pytest.mark.parametrize("name", ["subset", "Fold"])
 def test_near_misses_in_parquet(tmp_path: Path, name: str) -> None:
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -17,7 +18,7 @@ from support.exports import noise_images
 from torch import nn
 
 from threefold.errors import ExportError
-from threefold.exporting import targets
+from threefold.exporting import checksums, targets
 from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.predictions.export_schema import ExportReport
 
@@ -83,11 +84,21 @@ def test_a_pt2_file_answers_for_any_batch_and_size(tiny_pipeline: Pipeline, tmp_
         images = torch.randint(0, 256, shape, dtype=torch.uint8)
         for actual, expected in zip(module(images), tiny_pipeline(images), strict=True):
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
-    assert sorted(os.listdir(tmp_path)) == ["m.pt2"]
+    assert sorted(os.listdir(tmp_path)) == ["m.pt2", "m.pt2.sha256"]
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def test_our_pt2_files_hold_no_pickled_weights(tiny_pipeline: Pipeline, tmp_path: Path) -> None:
     export_pipeline(tiny_pipeline, tmp_path / "m.pt2")
+    images = torch.zeros(1, 20, 20, 3, dtype=torch.uint8)
+    answers = targets.load(tmp_path / "m.pt2")(images)
+    torch.testing.assert_close(answers[0], tiny_pipeline(images)[0], rtol=0, atol=1e-5)
 
     with zipfile.ZipFile(tmp_path / "m.pt2") as archive:
         names = [name for name in archive.namelist() if name.endswith(".json")]
@@ -95,6 +106,32 @@ def test_our_pt2_files_hold_no_pickled_weights(tiny_pipeline: Pipeline, tmp_path
         assert configs
         for name in configs:
             assert '"use_pickle": true' not in archive.read(name).decode(), name
+
+
+def test_damage_is_found_by_the_checksums(tmp_path: Path) -> None:
+    """They are those of sha256sum; nothing is loaded that does not have its own."""
+    target = tmp_path / "m.xml"
+    digests = {}
+    for name in ("m.xml", "m.bin"):
+        (tmp_path / name).write_bytes(name.encode() * 9)
+        digests[name] = hashlib.sha256(name.encode() * 9).hexdigest()
+    with pytest.raises(ExportError, match=r"cannot read: .*m\.xml\.sha256.*fix: export it again"):
+        targets.load(target)
+
+    checksums.write_checksums(target, digests)
+    checksums.check_checksums(target)
+    lines = checksums.checksum_path(target).read_text().splitlines()
+    assert lines == [f"{digest}  {name}" for name, digest in digests.items()]
+
+    for name in (*digests, "m.xml.sha256"):
+        content = (tmp_path / name).read_bytes()
+        flip(tmp_path / name)
+        with pytest.raises(ExportError, match=r"damaged: .*/m\.|cannot read: .*fix: export it"):
+            targets.load(target)
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "m.bin").unlink()
+    with pytest.raises(ExportError, match=r"cannot read: .*m\.bin; got No such file"):
+        targets.load(target)
 
 
 @pytest.mark.filterwarnings("ignore")  # OpenVINO warns of its own modules
@@ -107,8 +144,8 @@ def test_an_openvino_file_answers(tiny_pipeline: Pipeline, tmp_path: Path, preci
     )
 
     assert report.max_difference <= report.tolerance
-    assert sorted(os.listdir(tmp_path)) == ["m.bin", "m.xml"]
-    assert report.bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert sorted(os.listdir(tmp_path)) == ["m.bin", "m.xml", "m.xml.sha256"]
+    assert report.bytes == sum((tmp_path / name).stat().st_size for name in ("m.bin", "m.xml"))
     model = openvino.Core().read_model(tmp_path / "m.xml")
     card = json.loads(model.get_rt_info(["threefold"]).astype(str))
     assert card["classes"] == ["w", "x", "y", "z"]
@@ -123,7 +160,12 @@ def test_an_openvino_file_answers(tiny_pipeline: Pipeline, tmp_path: Path, preci
 
     export_pipeline(tiny_pipeline, tmp_path / "m.xml")  # over the old one
 
-    assert sorted(os.listdir(tmp_path)) == ["m.bin", "m.xml"]
+    assert sorted(os.listdir(tmp_path)) == ["m.bin", "m.xml", "m.xml.sha256"]
+    answers = targets.load(tmp_path / "m.xml")({"images": images})["probs"]
+    np.testing.assert_allclose(answers, probs, atol=1e-4)
+    flip(tmp_path / "m.bin")
+    with pytest.raises(ExportError, match=r"not have its checksum: it is damaged: .*m\.bin"):
+        targets.load(tmp_path / "m.xml")
 
 
 def test_without_openvino_the_error_says_what_to_install(

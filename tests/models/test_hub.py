@@ -15,9 +15,10 @@ import timm
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
+from torch import nn
 
 from threefold.errors import RecipeError
-from threefold.models import hub
+from threefold.models import hub, member
 from threefold.models.backbones import resolve_backbone
 from threefold.models.hub import has_local_weights, hub_problem, weights_licence
 from threefold.models.member import create_backbone
@@ -111,6 +112,19 @@ def test_weights_in_the_cache_are_at_hand(tmp_path: Path, monkeypatch: pytest.Mo
     backbone = create_backbone(MemberSpec(name="m", backbone=NAME, img_size=32))
     loaded = backbone.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in loaded.items())
+
+
+def test_weights_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(*_: object, **__: object) -> nn.Module:
+        network = nn.Linear(2, 2)
+        network.weight.data[1, 0] = torch.nan
+        return network
+
+    monkeypatch.setattr(member, "check_hub", lambda _: None)
+    monkeypatch.setattr(timm, "create_model", create)
+
+    with pytest.raises(RecipeError, match=r"pretrained weights: member m.*NaN or infinity in wei"):
+        create_backbone(MemberSpec(name="m", backbone=NAME, img_size=32))
 
 
 def test_packages_are_at_hand() -> None:

@@ -15,7 +15,8 @@ from threefold.recipe import Recipe
 from threefold.recipe_schema import HeadSpec, MemberSpec, StageSpec, TrainSpec
 from threefold.training.optimizers import create_optimizer, set_trainable, train_mode
 from threefold.training.pixel_cache import PixelRows
-from threefold.training.stages import StageTask, train_stage
+from threefold.training.stage_task import StageTask
+from threefold.training.stages import train_stage
 
 EVERYTHING = StageSpec(name="s", epochs=1, lr=1.0)
 HEAD_ONLY = StageSpec(name="s", epochs=1, lr=1e-2, trainable="^head")

@@ -108,6 +108,19 @@ def test_other_files_are_one_clear_line(what: str, state: State, tmp_path: Path)
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 
 
+def test_a_pickle_is_not_run_and_nobody_advises_to(tmp_path: Path) -> None:
+    class Code:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    torch.save({"state_dict": Code()}, tmp_path / "w.pth")
+
+    with pytest.raises(RecipeError, match=r"got something else than tensors; fix: give a state"):
+        load_local(network(), tmp_path / "w.pth")
+
+    assert not (tmp_path / "made").exists()
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "w.pth")

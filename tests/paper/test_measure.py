@@ -9,7 +9,7 @@ import pytest
 from support.paper import FakeResults, FakeRun, fake_run
 
 from threefold.data.splits import Roles
-from threefold.files import write_arrays
+from threefold.files import read_arrays, write_arrays
 from threefold.paper.items import Cell, ItemRun, find_item
 from threefold.paper.measure import (
     CellHits,
@@ -109,8 +109,10 @@ class FoldFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def job_folder(self, job: Job) -> Path:
-        return self.path / job.path
+    def job_probs(self, job: Job, rows: np.ndarray) -> dict[str, np.ndarray]:
+        arrays = read_arrays(self.path / job.path / "probs.npz")
+        assert np.array_equal(arrays["rows"], rows)
+        return arrays
 
 
 class FoldRun(FakeRun):
@@ -132,7 +134,8 @@ def test_several_networks_in_some_folds_only(tmp_path: Path) -> None:
         for name, value in (("x", 0.1 * (fold + 1)), ("y", 0.7)):
             probs = np.full((1, 2, 2), value)
             folder = tmp_path / Job(name, fold, "lr3").path
-            write_arrays(folder / "probs.npz", test=probs, score=probs)
+            rows = np.arange(2 * fold, 2 * fold + 2)
+            write_arrays(folder / "probs.npz", rows=rows, test=probs, score=probs)
     cell = Cell(row="mixed", member="x", ensemble_folds=(1,))
 
     test = mix_folds(run, cell, ("x", "y"), (2, 2), "test")  # type: ignore[arg-type]

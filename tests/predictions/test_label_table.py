@@ -52,6 +52,31 @@ def test_ids_of_other_images_are_not_matched_by_order(tmp_path: Path, column: st
         read_predictions(save_net(tmp_path), labels=table)
 
 
+@pytest.mark.parametrize(("one", "zero"), [("1", "0"), ("1.0", "0.0")])
+def test_a_column_for_each_class_is_read(tmp_path: Path, one: str, zero: str) -> None:
+    """The truth files of ISIC; a class may have no image (UNK), and other columns may be there."""
+    rows = [
+        f"{Path(name).stem},{one if label == 'cat' else zero},{one if label == 'dog' else zero},"
+        f"{zero},{number}.5"
+        for number, (name, label) in enumerate(zip(IDS, TRUTH, strict=True))
+    ]
+    table = write_table(tmp_path, "image,cat,dog,UNK,age", rows[::-1])
+
+    read = read_predictions(save_net(tmp_path), labels=table)
+
+    assert read.labels.tolist() == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("cells", "got"), [("1.0,1.0", "1 in cat, dog"), ("0.0,0.0", "0 in all of them")]
+)
+def test_several_labels_per_image_are_refused(tmp_path: Path, cells: str, got: str) -> None:
+    table = write_table(tmp_path, "image,cat,dog", ["img1,1.0,0.0", f"img2,{cells}"])
+
+    with pytest.raises(DataError, match=f"exactly one class: .*row 1; .*got {got}; .*multi-label"):
+        read_predictions(save_net(tmp_path), labels=table)
+
+
 def test_a_table_of_labels_alone_is_in_the_order_of_the_rows(tmp_path: Path) -> None:
     table = write_table(tmp_path, "label,Group ID", ["cat,x", "dog,x", "dog,y", "cat,y"])
 

@@ -306,3 +306,7 @@ def test_no_runs_and_no_such_folder(tmp_path: Path) -> None:
 
     with pytest.raises(RunError, match="there is no such run folder"):
         write_report([tmp_path / "absent"])
+
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(RunError, match=f"not a run folder: .*run `threefold fit {tmp_path}`"):
+        write_report([tmp_path])

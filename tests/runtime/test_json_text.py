@@ -23,6 +23,20 @@ def test_numbers_that_json_lacks_are_null(capsys: pytest.CaptureFixture[str]) ->
     assert tree == {"a": None, "b": [None, None, 1.5], "c": [None, 0.5], "d": 3}
 
 
+def test_a_terminal_obeys_nothing_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """CSI as one character (U+009B) clears a screen; so does no text that is printed."""
+    controls = "".join(map(chr, [*range(32), *range(0x7F, 0xA0)]))
+    tree = {f"name{controls}": [controls, "café"]}
+
+    print_json(tree)
+
+    text = capsys.readouterr().out
+    assert json.loads(text) == tree
+    assert not set(text) & (set(controls) - {"\n"})
+    assert "\\u009b" in text
+    assert "café" in text
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8", "utf-16"])
 def test_json_is_json_in_every_encoding(encoding: str) -> None:
     tree = {"image": "café \udcff 写真.png"}

@@ -15,7 +15,8 @@ from support.tiny_runs import COLOURS, tiny_tree
 from threefold.models.member import Member, build_member
 from threefold.recipe import Recipe
 from threefold.training.pixel_cache import PixelRows
-from threefold.training.stages import StageTask, train_stage
+from threefold.training.stage_task import StageTask
+from threefold.training.stages import train_stage
 from threefold.training.watcher import Watcher
 
 
@@ -60,6 +61,24 @@ def interrupt(task: StageTask, epoch: int) -> None:
     """Train the tiny network until an epoch, saving after each one before."""
     with pytest.raises(KeyboardInterrupt):
         train_stage(build_tiny(), replace(task, watcher=Interrupter(epoch)))
+
+
+class Stopper(Watcher):
+    """Asks training to stop after some steps, as a signal does."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def batch(self, images: int) -> None:
+        self.steps -= 1
+        if self.steps == 0 and self.defers_stop:
+            self.stop = KeyboardInterrupt("a signal")
+
+
+def stop_after(task: StageTask, steps: int) -> None:
+    """Train the tiny network until it has saved its state after some steps."""
+    with pytest.raises(KeyboardInterrupt, match="a signal"):
+        train_stage(build_tiny(), replace(task, watcher=Stopper(steps)))
 
 
 def without_path(task: StageTask) -> StageTask:

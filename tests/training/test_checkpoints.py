@@ -1,4 +1,4 @@
-"""A stage that is killed between two epochs resumes to the same bits."""
+"""A stage that is killed between two epochs, or stopped in one, resumes to the same bits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.stages import Interrupter, build_tiny, interrupt, make_rows, make_task, without_path
+from support.stages import (
+    Interrupter,
+    build_tiny,
+    interrupt,
+    make_rows,
+    make_task,
+    stop_after,
+    without_path,
+)
 from torch import Tensor, nn
 
 from threefold.errors import RunError
@@ -20,7 +28,9 @@ from threefold.training.checkpoints import (
     save_resume_state,
 )
 from threefold.training.run import Run
-from threefold.training.stages import StageOutcome, StageTask, train_stage
+from threefold.training.stage_task import StageOutcome, StageTask
+from threefold.training.stages import train_stage
+from threefold.training.watcher import Watcher
 
 
 def assert_same(a: StageOutcome, b: StageOutcome) -> None:
@@ -70,9 +80,9 @@ def assert_same(a: StageOutcome, b: StageOutcome) -> None:
         ),
     ],
 )
-@pytest.mark.parametrize("epoch", [1, 3])
+@pytest.mark.parametrize("is_stopped", [False, True])
 def test_resumed_stage_equals_uninterrupted_one(
-    sets: tuple[str, ...], epoch: int, tmp_path: Path
+    sets: tuple[str, ...], is_stopped: bool, tmp_path: Path
 ) -> None:
     path = tmp_path / "job" / ".resume"
     task = make_task(
@@ -82,15 +92,38 @@ def test_resumed_stage_equals_uninterrupted_one(
         save_interval=0.0,
         precision_file=tmp_path / "precision.json",
     )
-    interrupt(task, epoch)
+    if is_stopped:
+        stop_after(replace(task, save_interval=1000.0), steps=5)  # of three in an epoch
+    else:
+        interrupt(task, 3)
     watcher = Interrupter()
 
     resumed = train_stage(build_tiny(), replace(task, watcher=watcher))
 
-    assert watcher.epochs == 4 - epoch
-    assert watcher.images == 4 * 24  # the progress bar also counts the epochs before
+    assert watcher.epochs == (3 if is_stopped else 1)
+    assert watcher.images == 4 * 24  # the progress bar also counts what was done before
     assert resumed.elapsed_before > 0
     assert_same(resumed, train_stage(build_tiny(), without_path(task)))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6])
+def test_a_stage_stopped_at_any_step_resumes(steps: int, tmp_path: Path) -> None:
+    """After a first step, at the end of an epoch, and at the end of the last one."""
+    task = make_task("stages.one.epochs=2", resume_path=tmp_path / ".resume")
+    stop_after(task, steps)
+
+    resumed = train_stage(build_tiny(), task)
+
+    assert_same(resumed, train_stage(build_tiny(), without_path(task)))
+
+
+def test_a_stop_after_the_last_safe_point_is_not_forgotten() -> None:
+    watcher = Watcher()
+
+    with pytest.raises(KeyboardInterrupt), watcher.deferring_stop():
+        watcher.stop = KeyboardInterrupt()
+
+    assert not watcher.defers_stop
 
 
 def test_later_stage_without_improvement_resumes(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from support.tiny_runs import hash_files, make_folder
 
 from threefold import api
 from threefold.errors import OutOfMemoryError, RunError
+from threefold.evaluation.saved import evaluate_saved
 from threefold.exporting import targets
 from threefold.exporting.export import chosen_ensemble, export
 from threefold.files import read_arrays, write_arrays
@@ -49,12 +50,22 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def change_digit(path: Path) -> None:
+    """Change the last digit of a text."""
+    text = path.read_text()
+    position = max(i for i, letter in enumerate(text) if letter in "0123456789")
+    path.write_text(text[:position] + str((int(text[position]) + 1) % 10) + text[position + 1 :])
+
+
+JOB = Job("gated", 0, "one")
+
 JOBS: dict[str, tuple[Callable[[Path], None], Callable[[Run], object]]] = {
     "plain/fold1/two/weights.safetensors": (flip, lambda r: r.load_job(Job("plain", 1, "two"), 3)),
     "gated/fold0/two/probs.npz": (flip, assemble),
     "gated/fold1/two/choice.npz": (halve, choices_optimism),
     "plain/fold0/two/done.json": (halve, assemble),
-    "plain/fold0/two/history.json": (halve, lambda r: r.folder.histories()),
+    "plain/fold0/two/history.json": (change_digit, lambda r: r.folder.histories()),
+    "gated/fold0/one/done.json": (change_digit, lambda r: r.folder.job_record(JOB)),
 }
 
 
@@ -149,6 +160,26 @@ def test_damaged_copies_are_searched_again(copy: Path) -> None:
         assert path.read_text() == damaged or path.read_text() == text
 
 
+def test_the_files_of_another_job_are_refused(copy: Path) -> None:
+    shutil.rmtree(copy / "jobs/gated/fold0")
+    shutil.copytree(copy / "jobs/gated/fold1", copy / "jobs/gated/fold0")
+
+    deletions, _ = advice(partial(assemble, Run.open(copy)))
+
+    assert deletions == [copy / "jobs/gated/fold0"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", ["results.json", "chosen.npz", "oof.npz"])
+def test_a_pipe_in_a_run_is_not_waited_for(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+
+    deletions, _ = advice(partial(DERIVED[name], Run.open(copy)))
+
+    assert deletions == [copy / name]
+
+
 def test_lack_of_memory_is_not_called_damage(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
@@ -174,6 +205,10 @@ def test_an_edited_recipe_goes_no_further(copy: Path, finished: Run) -> None:
         api.train(Recipe.load(recipe), copy)
     with pytest.raises(RunError, match=edited):
         export(Run.open(copy))
+    with pytest.raises(RunError, match=edited):
+        write_report([copy])
+    with pytest.raises(RunError, match=edited):
+        evaluate_saved(copy, ["mean"])
     (copy / "results.json").unlink()
     with pytest.raises(RunError, match=edited):
         api.train(Recipe.load(recipe), copy)

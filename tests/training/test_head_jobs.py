@@ -28,7 +28,8 @@ from threefold.training.jobs import train_members
 from threefold.training.pixel_cache import PixelCache
 from threefold.training.probe import L2_GRID, Targets, fit_linear
 from threefold.training.run import Run
-from threefold.training.stages import StageOutcome, StageTask, train_stage
+from threefold.training.stage_task import StageOutcome, StageTask
+from threefold.training.stages import train_stage
 
 TUNED = {"name": "tuned", "starts_from": "probe", "img_size": 32}
 

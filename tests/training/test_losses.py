@@ -16,7 +16,8 @@ from threefold.models.member import build_member
 from threefold.recipe import Recipe
 from threefold.training.losses import soft_loss, soften
 from threefold.training.pixel_cache import PixelRows
-from threefold.training.stages import StageTask, train_stage
+from threefold.training.stage_task import StageTask
+from threefold.training.stages import train_stage
 
 
 def make_logits(n: int = 6, k: int = 4, seed: int = 0) -> torch.Tensor:

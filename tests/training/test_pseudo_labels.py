@@ -37,7 +37,8 @@ from threefold.training.pseudo_labels import (
     pseudo_label_ledger,
 )
 from threefold.training.run import Run
-from threefold.training.stages import StageOutcome, StageTask, train_stage
+from threefold.training.stage_task import StageOutcome, StageTask
+from threefold.training.stages import train_stage
 
 PSEUDO = {**PROBE, "name": "pseudo"}
 TUNED = {"name": "tuned", "starts_from": "probe"}

@@ -20,7 +20,8 @@ from threefold.recipe import Job, Recipe
 from threefold.training import jobs
 from threefold.training.jobs import train_members
 from threefold.training.run import Run
-from threefold.training.stages import StageOutcome, StageTask, train_stage
+from threefold.training.stage_task import StageOutcome, StageTask
+from threefold.training.stages import train_stage
 
 
 def small(images: Path, *sets: str) -> Recipe:

@@ -75,7 +75,8 @@ def fit(
     folder: Annotated[
         Path,
         typer.Argument(
-            help="One folder per class, or train/, val/, test/ with class folders inside."
+            help="One folder per class, or train/, val/, test/ with class folders inside; or a "
+            "CSV file."
         ),
     ],
     out_dir: Annotated[
@@ -120,7 +121,10 @@ def fit(
 @app.command()
 def plan(
     recipe: Annotated[
-        str, typer.Argument(help="A folder of images, a recipe file, or a packaged recipe's name.")
+        str,
+        typer.Argument(
+            help="A folder or CSV file of images, a recipe file, or a packaged recipe's name."
+        ),
     ],
     budget: WallTime = "20m",
     quality: QualityOption = "good",
@@ -130,16 +134,17 @@ def plan(
     """Print the recipe that would run, with the reasons for its values."""
     from threefold.recipe import resolve
 
-    if Path(recipe).is_dir():
+    if Path(recipe).is_dir() or recipe.lower().endswith((".csv", ".parquet")):
         from threefold.training.plan import plan_folder
 
+        images = Path(recipe).resolve()
         planned = plan_folder(
             recipe,
             parse_minutes(budget),
             split_names([members]),
             tuple(sets or ()),
             quality,
-            group_file=Path(f"{Path(recipe).resolve().name}-groups.csv"),
+            group_file=Path(f"{images.stem if images.is_file() else images.name}-groups.csv"),
         )
         if planned.recipe.data.group_file:
             err.print("[yellow]note[/] groups are in", planned.recipe.data.group_file)

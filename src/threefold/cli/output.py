@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from threefold.cli.console import err, out, plain
 
@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from threefold.training.run import Run
 
 
+GRACE_SECONDS = 5.0
+"""How long a stop waits for training to save its state. Docker kills after ten seconds."""
+
+
 class Terminated(KeyboardInterrupt):
-    """The system has told the program to end, by a signal other than Ctrl-C's.
+    """The user or the system has told the program to end, by a signal.
 
     Args:
         number: of the signal.
@@ -29,28 +33,47 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def _catch_signals() -> Iterator[None]:
-    """Raise `Terminated` at the first SIGTERM or SIGHUP; a second one ends the program at once.
+def _catch_signals(watcher: TerminalWatcher) -> Iterator[None]:
+    """Raise `Terminated` at Ctrl-C, SIGTERM or SIGHUP.
 
-    Signals that are ignored, as under nohup, stay ignored.
+    While training defers a stop, it has `GRACE_SECONDS` to end its step and save its state. The
+    next signal does not wait, and the one after that ends the program at once. Signals that are
+    ignored, as under nohup, stay ignored.
     """
+    before: dict[int, Any] = {}
 
     def stop(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        if watcher.defers_stop and watcher.stop is None:
+            watcher.stop = Terminated(number)
+            timer = threading.Timer(GRACE_SECONDS, stop_late, [number])
+            timer.daemon = True
+            timer.start()
+            return
+        signal.signal(number, before[number])
         raise Terminated(number)
 
-    caught = []
+    def stop_late(number: int) -> None:
+        if not watcher.defers_stop:
+            return
+        if hasattr(signal, "pthread_kill"):  # which also wakes the main thread where it waits
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+        else:
+            signal.raise_signal(number)
+
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            if number is None:
+                continue
+            handler = signal.getsignal(number)
+            if handler in (signal.SIG_DFL, signal.default_int_handler):
+                before[number] = handler
                 signal.signal(number, stop)
-                caught.append(number)
     try:
         yield
     finally:
-        for number in caught:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def resume_command(*words: object, sets: Iterable[str] | None = None) -> str:
@@ -75,8 +98,9 @@ def watch_training(verbose: bool, command: str) -> Iterator[TerminalWatcher]:
     """
     from threefold.cli.terminal import TerminalWatcher
 
+    watcher = TerminalWatcher(out, verbose)
     try:
-        with _catch_signals(), TerminalWatcher(out, verbose) as watcher:
+        with _catch_signals(watcher), watcher:
             yield watcher
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Terminated) else signal.SIGINT

@@ -29,12 +29,12 @@ from threefold.data.sources.arrays import (
     read_svhn,
     with_row_ids,
 )
+from threefold.data.sources.csv_table import list_csv
 from threefold.data.sources.folder import (
     ArrayDataset,
     EncodedImages,
     ListedImage,
     Listing,
-    list_csv,
     list_folder,
 )
 from threefold.data.sources.parquet import list_huggingface, list_parquet

@@ -102,7 +102,7 @@ def evaluate_saved(
     Raises:
         DataError: the predictions cannot be used, or a member is unknown.
         RecipeError: a method is unknown, or there are fewer members than `top`.
-        RunError: the run folder has no predictions yet.
+        RunError: the run folder has no predictions yet, or its recipe was edited.
     """
     auto = "auto" in methods
     named = [method for method in methods if method != "auto"]
@@ -116,7 +116,7 @@ def evaluate_saved(
     }
     paths = [sources] if isinstance(sources, Path) else list(sources)
     if len(paths) == 1 and paths[0].is_dir():
-        return _evaluate_run(RunFolder(paths[0]), changes, members, reopen)
+        return _evaluate_run(RunFolder.open(paths[0]), changes, members, reopen)
     if reopen:
         raise DataError(
             "only a run has test rows to open", where=paths[0], fix="leave out --reopen-test"
@@ -131,6 +131,7 @@ def _evaluate_run(
     folder: RunFolder, changes: dict[str, Any], members: Sequence[str], reopen: bool
 ) -> Evaluation:
     """Evaluate a run's predictions with changes to the `ensemble` table of its recipe."""
+    folder.check_recipe()
     oof, test, recipe = folder.oof, folder.test, folder.recipe
     rows = oof if oof is not None else test
     if rows is None:

@@ -6,6 +6,8 @@
   only the file that it has just written. The model card is its extra file `threefold.json`.
 - `.xml` is OpenVINO's, with the weights in a `.bin` beside it; loading it runs no code of the file.
   The model card is its rt_info `threefold`.
+
+The last two have their checksums beside them (`checksums`), which `load` compares.
 """
 
 from __future__ import annotations
@@ -25,11 +27,12 @@ import torch
 from threefold.ensembles.cascade import Cascade
 from threefold.errors import ExportError
 from threefold.exporting import onnx_graph
+from threefold.exporting.checksums import check_checksums, checksum_path, write_checksums
 from threefold.exporting.onnx_cascade import add_cascade
 from threefold.exporting.onnx_files import place_file, staged
 from threefold.exporting.parity import check, compare
 from threefold.exporting.quantization import check_precision
-from threefold.files import temporary_folder
+from threefold.files import sha256, temporary_folder
 from threefold.models.pipeline import Pipeline
 from threefold.predictions.export_schema import ExportReport
 from threefold.runtime.model import KEY
@@ -133,6 +136,47 @@ def _openvino(target: Path) -> Any:
     return openvino
 
 
+def load(path: str | Path) -> Any:
+    """Load an exported .pt2 or .xml file after comparing it with the checksums beside it.
+
+    An .onnx file is loaded by `threefold.load`.
+
+    Args:
+        path: a file that `export` wrote. torch unpickles parts of a .pt2 file, so load only your
+            own: a checksum finds damage, and no forgery.
+
+    Returns:
+        Of a .pt2 file, a torch module that maps uint8 images (b, h, w, 3) to probs (b, k) and
+        member_probs (b, m, k). Of an .xml file, OpenVINO's compiled model for the CPU, with the
+        input `images` and the outputs `probs` and `member_probs`.
+
+    Raises:
+        ExportError: another kind of file, missing, damaged or without its checksums; or OpenVINO
+            is not installed.
+    """
+    path = Path(path)
+    if path.suffix not in (".pt2", ".xml"):
+        raise ExportError(
+            "cannot load this kind of file",
+            where=path,
+            expected="a name that ends in .pt2 or .xml",
+            fix="threefold.load reads .onnx files" if path.suffix == ".onnx" else "",
+        )
+    check_checksums(path)
+    return _load_pt2(path) if path.suffix == ".pt2" else _compile(_openvino(path), path)
+
+
+def _load_pt2(path: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about its internals
+        return torch.export.load(path).module()
+
+
+def _compile(openvino: Any, path: Path) -> Any:
+    # Without the hint, OpenVINO computes in bfloat16 on processors that can.
+    return openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+
 def predict_each(
     call: Callable[[np.ndarray], np.ndarray], images: Sequence[np.ndarray]
 ) -> np.ndarray:
@@ -154,12 +198,12 @@ def _to_pt2(
         program = torch.export.export(pipeline, (example,), dynamic_shapes=(dynamic,))
         trial = Path(folder) / target.name
         _save(program, trial, card, target)
-        loaded = torch.export.load(trial).module()
+        loaded = _load_pt2(trial)
         report = measure(
             predict_each(lambda image: loaded(torch.from_numpy(image))[0].numpy(), images)
         )
         _save(program, trial, {**card, "parity": report.as_json()}, target)
-        place_file(trial, target)
+        _place(target, [trial])
     return report.replace(bytes=target.stat().st_size)
 
 
@@ -197,16 +241,28 @@ def _to_openvino(
         weights = target.with_suffix(".bin")
         with suppress(FileNotFoundError):
             target.unlink()  # so that no .xml is ever beside the weights of another model
-        place_file(trial.with_suffix(".bin"), weights)
-        place_file(trial, target)
+        _place(target, [trial.with_suffix(".bin"), trial])
     return report.replace(bytes=target.stat().st_size + weights.stat().st_size)
 
 
 def _predict_openvino(openvino: Any, model: Path, images: Sequence[np.ndarray]) -> np.ndarray:
     """Return the file's answers on OpenVINO's CPU runtime."""
-    # Without the hint, OpenVINO computes in bfloat16 on processors that can.
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = _compile(openvino, model)
     return predict_each(lambda image: np.array(compiled({"images": image})["probs"]), images)
+
+
+def _place(target: Path, trials: Sequence[Path]) -> None:
+    """Move finished files to their places, and write their checksums last.
+
+    Raises:
+        ExportError: a file cannot be written.
+    """
+    digests = {trial.name: sha256(trial) for trial in trials}
+    with suppress(FileNotFoundError):
+        checksum_path(target).unlink()  # it is about the file that is replaced
+    for trial in trials:
+        place_file(trial, target.with_name(trial.name))
+    write_checksums(target, digests)
 
 
 def _stage(target: Path) -> tempfile.TemporaryDirectory[str]:

@@ -24,7 +24,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from torch import Tensor, nn
 
-from threefold.errors import RecipeError
+from threefold.errors import RecipeError, shorten
 from threefold.models.backbones import resolve_backbone
 from threefold.recipe_schema import MemberSpec
 
@@ -167,6 +167,18 @@ def weights_error(spec: MemberSpec, problem: str) -> RecipeError:
         f"packaged weights ({', '.join(PACKAGED)}), or set members.{spec.name}.weights to a "
         '.safetensors or .pth file, or to "none"',
     )
+
+
+def check_finite(spec: MemberSpec, backbone: nn.Module) -> None:
+    """Check that pretrained weights are numbers; others would spoil every answer.
+
+    Raises:
+        RecipeError: some are NaN or infinite.
+    """
+    state = backbone.state_dict()
+    spoilt = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if spoilt:
+        raise weights_error(spec, f"NaN or infinity in {shorten(spoilt, 3)}")
 
 
 def weights_licence(backbone: str) -> str:

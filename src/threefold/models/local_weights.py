@@ -89,10 +89,14 @@ def _read(path: Path) -> Any:
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
         reason = " ".join(str(error).split())
+        # torch's own words advise to unpickle the file, which may run code in it.
+        is_unsafe = "weights_only" in reason or "Weights only" in reason
         raise RecipeError(
             "cannot read the weights file",
             where=path,
-            got=f"{type(error).__name__}: {reason[:160]}",
+            got="something else than tensors"
+            if is_unsafe
+            else f"{type(error).__name__}: {reason[:160]}",
             fix="give a state dict saved as .safetensors or .pth (tensors only)",
         ) from None
 

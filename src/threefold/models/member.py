@@ -23,7 +23,13 @@ from threefold.errors import RecipeError, RunError, is_out_of_memory, out_of_mem
 from threefold.files import write_bytes
 from threefold.models.backbones import resolve_backbone
 from threefold.models.heads import InputForm, build_head, input_form
-from threefold.models.hub import check_hub, find_package, load_package, weights_error
+from threefold.models.hub import (
+    check_finite,
+    check_hub,
+    find_package,
+    load_package,
+    weights_error,
+)
 from threefold.models.local_weights import load_local
 from threefold.recipe_schema import HeadSpec, MemberSpec
 
@@ -383,6 +389,8 @@ def create_backbone(spec: MemberSpec, pretrained: bool = True) -> Any:
                 "cannot build the backbone", where=f"member {spec.name}", got=error
             ) from error
         raise weights_error(spec, f"{type(error).__name__}: {str(error)[:160]}") from error
+    if pretrained:
+        check_finite(spec, backbone)
     if local:
         load_local(backbone, Path(spec.weights))
     return backbone

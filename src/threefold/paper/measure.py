@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 import numpy as np
 
 from threefold.ensembles.registry import make_ensemble
-from threefold.files import read_arrays, read_json
+from threefold.files import read_json
 from threefold.models.views import view_counts
 from threefold.paper.items import Cell, Item, ItemRun
 from threefold.paper.results import CellComparison, CellResult, ItemResults, StageCurve
@@ -144,7 +144,7 @@ def mix_folds(
     for fold in folds:
         names = ensemble if fold in (cell.ensemble_folds or ()) else (cell.member,)
         jobs = [run.last_job(name, fold) for name in names]
-        saved = [read_arrays(run.folder.job_folder(job) / "probs.npz") for job in jobs]
+        saved = [run.folder.job_probs(job, run.roles[job.fold].score) for job in jobs]
         key = "test" if kind == "test" else "score"
         part = np.mean([arrays[key][choice] for arrays in saved], axis=0)
         if kind == "test":

@@ -57,10 +57,9 @@ def detect_format(path: Path) -> str:
         DataError: the file is missing, empty or of another format, or its suffix names another one.
     """
     if not path.is_file():
+        got = "no regular file" if path.exists() else "no such file"
         raise DataError(
-            "cannot read the predictions",
-            where=path,
-            got="a folder" if path.is_dir() else "no such file",
+            "cannot read the predictions", where=path, got="a folder" if path.is_dir() else got
         )
     try:
         with open(path, "rb") as file:

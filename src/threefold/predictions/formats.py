@@ -26,7 +26,7 @@ from threefold.predictions.adapters import (
 )
 from threefold.predictions.array_files import detect_format, npz_dtypes, read_npy, read_npz, read_pt
 from threefold.predictions.join import join_predictions
-from threefold.predictions.label_table import LabelTable, find_label_column
+from threefold.predictions.label_table import LabelTable
 from threefold.predictions.labels import FileContent, LabelSource, build_predictions
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.tables import import_pyarrow, read_csv, read_json, read_parquet
@@ -119,9 +119,8 @@ def _label_source(labels: str | Path | None) -> LabelSource:
     return LabelTable.from_columns(table.text, str(path))
 
 
-def _no_number_columns(header: Sequence[str], where: str) -> Sequence[str]:
+def _no_number_columns(_: Sequence[str], __: str) -> Sequence[str]:
     """All columns of a table of labels are text."""
-    find_label_column(header, where)
     return []
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from threefold.errors import DamagedFileError, RunError
 from threefold.files import read_arrays, read_json, sha256, write_json
-from threefold.predictions.records import JobRecord
+from threefold.predictions.records import JobRecord, seal
 from threefold.recipe import Job, Recipe, fold_name
 
 
@@ -78,17 +78,25 @@ class JobFiles:
             if path.name != "done.json" and not path.name.startswith(".")
         }
         record = JobRecord(job=job._asdict(), seconds=seconds, files=hashes)
-        write_json(folder / "done.json", record.as_json())
+        write_json(folder / "done.json", seal(record.as_json()))
 
     def job_record(self, job: Job) -> JobRecord:
         """Read the done.json of a job.
 
         Raises:
-            RunError: it is missing or damaged.
+            RunError: it is missing or damaged, or that of another job.
         """
         path = self.job_folder(job) / "done.json"
         with self.advising(path, self.retraining(job)):
-            return JobRecord.parse(read_json(path), path)
+            record = JobRecord.parse(read_json(path), path)
+            if record.job != job._asdict():
+                raise DamagedFileError(
+                    "the folder holds the files of another job",
+                    where=path,
+                    expected=job.path,
+                    got=", ".join(map(str, record.job.values())),
+                )
+        return record
 
     def verify_job(self, job: Job, *names: str) -> Path:
         """Check a finished job's files against their hashes, and return its folder.
@@ -104,7 +112,7 @@ class JobFiles:
         for name in names or files:
             path = folder / name
             try:
-                is_intact = path.exists() and sha256(path) == files.get(name)
+                is_intact = path.is_file() and sha256(path) == files.get(name)
             except OSError as error:
                 raise RunError("cannot read", where=path, got=error) from None
             if not is_intact:
@@ -147,6 +155,8 @@ class JobFiles:
             member, fold, stage = file.parts[-4:-1]
             number = -1 if fold == fold_name(-1) else int(fold.removeprefix("fold"))
             job = Job(member, number, stage)
+            if (file.parent / "done.json").exists():
+                self.verify_job(job, file.name)
             with self.advising(file, self.retraining(job)):
                 histories[job] = read_json(file)
         return histories

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from threefold.data.sources.one_hot import class_columns, one_hot_labels
 from threefold.errors import DataError, shorten
 from threefold.names import find_repeated, normalise_name
 
@@ -24,6 +25,7 @@ _LABEL_NAMES = {
 }
 _GROUP_NAMES = {"group", "groups", "group_id"}
 _NOT_IDS = {*_GROUP_NAMES, "fold", "split", "subset"}
+_NO_CLASSES = _LABEL_NAMES | _NOT_IDS
 
 
 def is_id_name(name: str) -> bool:
@@ -39,6 +41,11 @@ def is_clear_id_name(name: str) -> bool:
 
 def _normalise(name: str) -> str:
     return re.sub(r"[\s.-]+", "_", name.strip().lower())
+
+
+def _is_known(name: str) -> bool:
+    """Whether a column of labels beside predictions is named as something else than a class."""
+    return is_id_name(name) or _normalise(name) in _NO_CLASSES
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +68,24 @@ class LabelTable:
     def from_columns(cls, columns: Mapping[str, list[str]], where: str) -> LabelTable:
         """Find the labels and the groups among the columns of a table.
 
+        The labels are one column, or a column of 0 and 1 for each class.
+
         Raises:
-            DataError: no column, or more than one, can hold the labels.
+            DataError: no column, or more than one, can hold the labels; or a row has several
+                classes, or none.
         """
-        label = find_label_column(list(columns), where)
         group = next((name for name in columns if _normalise(name) in _GROUP_NAMES), None)
-        others = {name: cells for name, cells in columns.items() if name not in (label, group)}
-        return cls(where, columns[label], None if group is None else columns[group], others)
+        classes = class_columns(
+            {name: cells for name, cells in columns.items() if not _is_known(name)}
+        )
+        if classes and not any(_normalise(name) in _LABEL_NAMES for name in columns):
+            rows = [f"row {row}" for row in range(len(columns[classes[0]]))]
+            labels, read = one_hot_labels(columns, classes, rows, where), classes
+        else:
+            label = find_label_column(list(columns), where)
+            labels, read = columns[label], [label]
+        others = {name: cells for name, cells in columns.items() if name not in (*read, group)}
+        return cls(where, labels, None if group is None else columns[group], others)
 
     def match_rows(
         self, ids: Sequence[str] | None, paths: Sequence[str] | None, n: int, where: str

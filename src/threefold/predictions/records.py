@@ -62,8 +62,31 @@ class Record(BaseModel):
         return self.model_copy(update=changes)
 
 
-class VersionedRecord(Record):
-    """A record that is a whole file, with the version of its layout."""
+class SealedRecord(Record):
+    """A record that is a whole file, written with a checksum by `seal`."""
+
+    @classmethod
+    def parse(cls, tree: object, where: object) -> Self:
+        """Check plain values, as read from JSON.
+
+        Raises:
+            DamagedFileError: the values do not have their checksum, or are no such record.
+        """
+        if not isinstance(tree, Mapping):
+            return super().parse(tree, where)
+        values = {key: value for key, value in tree.items() if key != CHECKSUM}
+        if tree.get(CHECKSUM, checksum(values)) != checksum(values):
+            raise DamagedFileError(
+                "the file is damaged",
+                where=where,
+                expected="the values that it was written with",
+                got="others, which do not have its checksum",
+            )
+        return super().parse(values, where)
+
+
+class VersionedRecord(SealedRecord):
+    """A sealed record with the version of its layout."""
 
     version: int
 
@@ -83,20 +106,11 @@ class VersionedRecord(Record):
                 got=f"version {version}" if version is not None else "no version",
                 fix="use the version of threefold that wrote it, or train the run again",
             )
-        assert isinstance(tree, Mapping)
-        values = {key: value for key, value in tree.items() if key != CHECKSUM}
-        if tree.get(CHECKSUM, checksum(values)) != checksum(values):
-            raise DamagedFileError(
-                "the file is damaged",
-                where=where,
-                expected="the values that it was written with",
-                got="others, which do not have its checksum",
-            )
-        return super().parse(values, where)
+        return super().parse(tree, where)
 
 
 def seal(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return plain values with their checksum, which `VersionedRecord.parse` compares."""
+    """Return plain values with their checksum, which `SealedRecord.parse` compares."""
     return {**tree, CHECKSUM: checksum(tree)}
 
 
@@ -174,7 +188,7 @@ class RunInfo(VersionedRecord):
     roles: dict[str, RoleCounts]
 
 
-class JobRecord(Record):
+class JobRecord(SealedRecord):
     """done.json: a finished job, how long it took, and the SHA-256 of its files."""
 
     job: dict[str, Any]
@@ -200,7 +214,7 @@ class DuplicateRecord(Record):
     same_part: bool | None
 
 
-class DuplicatesRecord(Record):
+class DuplicatesRecord(SealedRecord):
     """duplicates.json: the copies among a run's images, or why none were searched for."""
 
     count: int

@@ -7,6 +7,7 @@ stage of one member in one fold; its `done.json` is written last, so a job that 
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -56,14 +57,15 @@ class ChosenAnswers:
 
 
 def default_run_folder(data: Path) -> Path:
-    """Return the run folder of a folder of images: runs/NAME, but never inside the images.
+    """Return the run folder of a folder or table: runs/NAME, but never inside the images.
 
     Where the current folder is the images' or inside it, `runs` lies beside the images.
     """
     images = data.resolve()
-    target = Path("runs") / images.name
+    name = images.stem if images.is_file() else images.name
+    target = Path("runs") / name
     if target.resolve().is_relative_to(images):
-        target = Path(os.path.relpath(images.parent / "runs" / images.name))
+        target = Path(os.path.relpath(images.parent / "runs" / name))
     return target
 
 
@@ -93,7 +95,8 @@ class RunFolder(JobFiles):
                 "not a run folder",
                 where=folder.path,
                 expected="recipe.toml in it",
-                fix="give the folder that `threefold train --out` or `threefold fit` made",
+                fix="give the folder that `threefold train --out` or `threefold fit` made; to "
+                f"train on a folder of images run `threefold fit {shlex.quote(str(path))}`",
             )
         return folder
 

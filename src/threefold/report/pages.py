@@ -45,7 +45,8 @@ def write_report(runs: Sequence[Path | RunFolder], out: Path | None = None) -> P
         The file written.
 
     Raises:
-        RunError: no run is given, or a run folder is missing, incomplete or contradicts itself.
+        RunError: no run is given, or a run folder is missing, incomplete or contradicts itself, or
+            its recipe was edited.
     """
     if not runs:
         raise RunError("nothing to report on", fix="give at least one run folder")
@@ -79,6 +80,8 @@ class _RunPage:
         path = folder.path
         missing = [name for name in _NEEDED if not (path / name).is_file()]
         if missing:
+            if path.is_dir() and len(missing) == len(_NEEDED):
+                RunFolder.open(path)  # says that it is no run
             recipe = path / "recipe.toml" if "recipe.toml" not in missing else "RECIPE"
             raise RunError(
                 "the run is not complete" if path.is_dir() else "there is no such run folder",
@@ -87,6 +90,7 @@ class _RunPage:
                 got=f"no {', no '.join(missing)}",
                 fix=f"resume with `threefold train {recipe} --out {path}`",
             )
+        folder.check_recipe()
         chosen, score = folder.chosen, _chosen_score(folder)
         expected = (score.n, len(folder.results.classes))
         lengths = {len(chosen.labels), len(chosen.ids)}

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from typing import IO, Any
 
 from threefold.files import replace_not_finite
+
+_CONTROL = re.compile(r"[\x7f-\x9f]")
+"""Control characters that `json` does not escape. Outside of strings, JSON has none of them."""
 
 
 def as_json(tree: Any) -> Any:
@@ -17,18 +21,22 @@ def as_json(tree: Any) -> Any:
 def json_line(tree: Any, stream: IO[str], indent: int | None = None) -> str:
     """Return JSON that a stream can encode: outside of Unicode encodings, characters are escaped.
 
+    So are all control characters, since a terminal would obey them. JSON itself leaves DEL and
+    U+0080 to U+009F as they are.
+
     Args:
         tree: plain values, all of them finite.
         stream: where the text goes.
         indent: of lines; None = one line.
     """
-    return json.dumps(
+    text = json.dumps(
         tree,
         indent=indent,
         ensure_ascii=not _is_unicode(stream),
         default=float,
         allow_nan=False,
     )
+    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _is_unicode(stream: IO[str]) -> bool:

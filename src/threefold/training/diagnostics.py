@@ -37,7 +37,7 @@ from threefold.files import read_json, write_json
 from threefold.models.gradcam import NoMap, ensemble_cam
 from threefold.models.pipeline import to_pixels
 from threefold.predictions.predictions import Predictions
-from threefold.predictions.records import DuplicatesRecord
+from threefold.predictions.records import DuplicatesRecord, seal
 from threefold.predictions.results_schema import Audit, Copies, CopyPair
 from threefold.recipe_schema import MemberSpec
 from threefold.stats.scores import confusion_matrix
@@ -100,14 +100,12 @@ def _find_copies(run: Run, cache: PixelCache) -> CopySearch:
             pairs = [Duplicate(**pair.model_dump()) for pair in record.pairs]
             return CopySearch(Duplicates(pairs, record.count), record.note)
     search = _search_copies(run, cache)
-    write_json(
-        path,
-        {
-            "count": search.duplicates.total,
-            "pairs": [pair._asdict() for pair in search.duplicates.pairs],
-            "note": search.note,
-        },
-    )
+    tree = {
+        "count": search.duplicates.total,
+        "pairs": [pair._asdict() for pair in search.duplicates.pairs],
+        "note": search.note,
+    }
+    write_json(path, seal(tree))
     return search
 
 

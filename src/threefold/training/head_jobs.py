@@ -37,7 +37,8 @@ from threefold.training.probe import (
 )
 from threefold.training.pseudo_labels import PseudoLabels
 from threefold.training.run import Run
-from threefold.training.stages import StageTask, train_stage
+from threefold.training.stage_task import StageTask
+from threefold.training.stages import train_stage
 
 EPOCHS: Final = 30
 """Epochs of a head that is not linear, where the stage has none."""

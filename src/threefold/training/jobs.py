@@ -49,7 +49,8 @@ from threefold.training.pixel_cache import PixelCache, PixelRows
 from threefold.training.provenance import commit, hardware, stable_seed, versions
 from threefold.training.pseudo_labels import Caches, PseudoLabels, find_pseudo_labels
 from threefold.training.run import Run
-from threefold.training.stages import StageOutcome, StageTask, train_stage
+from threefold.training.stage_task import StageOutcome, StageTask
+from threefold.training.stages import train_stage
 
 RESUME_FILE = ".resume"
 """State of a stage that is being trained, in its job's folder."""

@@ -70,6 +70,10 @@ class RecipePlan:
         return "\n".join(lines)
 
 
+TABLES = (".csv", ".parquet")
+"""Suffixes of tables of images, which are planned for as folders are."""
+
+
 def plan_folder(
     folder: str | Path,
     budget_minutes: float = 20.0,
@@ -82,7 +86,8 @@ def plan_folder(
     """Choose a recipe for a folder of images.
 
     Args:
-        folder: class folders, or train/ [val/] test/ with class folders inside.
+        folder: class folders, or train/ [val/] test/ with class folders inside; or a table of
+            images, .csv or .parquet.
         budget_minutes: bound on the wall time of the whole job (0 = none).
         members: timm names, by default three that need no hub; `auto` and more names: `candidates`.
         overrides: `a.b=c`, applied last.
@@ -96,7 +101,7 @@ def plan_folder(
         RunError: `group_file` cannot be written, or holds other groups.
     """
     clock = Clock.start(budget_minutes * 60)
-    data = {"source": "folder", "root": str(Path(folder).resolve())}
+    data = {"source": _source(Path(folder)), "root": str(Path(folder).resolve())}
     probes = _members(members)
     _check_overrides(data, probes, overrides, are_chosen=is_auto(members))
     draft = _draft(data, probes, overrides)  # the plan must see the images of the run
@@ -152,9 +157,18 @@ def plan_folder(
     return RecipePlan(recipe, [*decisions, *why_folds], sources)
 
 
+def _source(images: Path) -> str:
+    """Tell a table of images from a folder by its suffix."""
+    suffix = images.suffix.lower()
+    return suffix[1:] if suffix in TABLES and images.is_file() else "folder"
+
+
 def _name(folder: str | Path) -> str:
-    """Name a run after its folder."""
-    name = re.sub(r"[^A-Za-z0-9_-]", "-", Path(folder).resolve().name).lstrip("_-")[:80]
+    """Name a run after its folder or table."""
+    path = Path(folder).resolve()
+    name = re.sub(r"[^A-Za-z0-9_-]", "-", path.stem if path.is_file() else path.name).lstrip("_-")[
+        :80
+    ]
     return name or "run"
 
 

@@ -2,7 +2,8 @@
 
 A stage is a pure function of its start weights, its rows and its seed, so repeating it gives the
 same bits (on the same machine, with the same versions). That includes a stage that was killed and
-resumed between two epochs. The caller owns all files but the resume file.
+resumed between two epochs, or stopped and resumed within one. The caller owns all files but the
+resume file.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import random
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -25,12 +26,10 @@ from threefold.errors import is_out_of_memory, shorten
 from threefold.models.member import Member
 from threefold.models.pipeline import Predictor, predict_probs, to_pixels
 from threefold.models.split import LateBlocks
-from threefold.recipe import Recipe
 from threefold.recipe_schema import StageSpec
-from threefold.training.activations import Activations, predict_late, to_activations
+from threefold.training.activations import predict_late, to_activations
 from threefold.training.batch_augmentation import BatchAugmentation
 from threefold.training.checkpoints import (
-    SAVE_INTERVAL,
     Checkpoint,
     ResumeState,
     State,
@@ -51,68 +50,10 @@ from threefold.training.optimizers import create_optimizer, lr_at, set_trainable
 from threefold.training.pixel_cache import PixelRows
 from threefold.training.precision import autocast, check_precision, pick_precision
 from threefold.training.sharpness import sharpen_gradients
-from threefold.training.watcher import Watcher
+from threefold.training.stage_task import StageOutcome, StageTask
 
-
-@dataclass(frozen=True)
-class StageTask:
-    """Everything a stage depends on besides the network.
-
-    Attributes:
-        stage: epochs, learning rate, schedule and trainable parameters.
-        recipe: the run's recipe.
-        fit: the rows to train on; of features, the network is a `HeadNetwork`.
-        select: the rows to choose the best epoch on.
-        seed: of all random draws in the stage.
-        num_classes: classes of the data set.
-        first: whether the stage starts from a random head, which any training improves.
-        batch_size: 0 = the recipe's.
-        deadline: a time.monotonic() value to stop at, or infinity.
-        watcher: receives batches and epochs.
-        teacher_probs: (n, k) a teacher's probabilities on the fit rows; None = learn from labels.
-        resume_path: where to save the state between epochs; None = nowhere.
-        save_interval: least seconds between two such saves.
-        network: names the network where its precision is recorded.
-        precision_file: the record of measured precisions; None = none.
-        activations: what the frozen first blocks answer; None = train on pixels.
-        targets: (n, k) what is learned of the fit rows, each times its weight, where some have
-            pseudo labels; None = their labels.
-    """
-
-    stage: StageSpec
-    recipe: Recipe
-    fit: PixelRows | FeatureRows
-    select: PixelRows | FeatureRows
-    seed: int
-    num_classes: int
-    first: bool = True
-    batch_size: int = 0
-    deadline: float = math.inf
-    watcher: Watcher = field(default_factory=Watcher)
-    teacher_probs: np.ndarray | None = None
-    resume_path: Path | None = None
-    save_interval: float = SAVE_INTERVAL
-    network: str = "the network"
-    precision_file: Path | None = None
-    activations: Activations | None = None
-    targets: np.ndarray | None = None
-
-
-@dataclass
-class StageOutcome:
-    """What a stage results in.
-
-    Attributes:
-        state: the best weights.
-        history: the content of history.json.
-        correct: (n,) booleans, the select rows that these weights answer correctly.
-        elapsed_before: seconds spent before the stage was resumed.
-    """
-
-    state: State
-    history: dict[str, Any]
-    correct: np.ndarray
-    elapsed_before: float = 0.0
+_RESUME_FORMAT = 2
+"""Raised when the values of the resume file change; files in another format are ignored."""
 
 
 def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
@@ -129,17 +70,19 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
     start = loop.checkpoint(-1)
     best, records = loop.resume(start)
     patience = task.stage.patience or math.inf
-    for epoch in range(len(records), task.stage.epochs):
-        if epoch - 1 - best.epoch >= patience:
-            break
-        record, checkpoint = loop.epoch(epoch)
-        records.append(record)
-        task.watcher.epoch(record)
-        if (best is start and task.first) or checkpoint.better_than(best):
-            best = checkpoint
-        loop.save(best, records)
-        if time.monotonic() > task.deadline:
-            break
+    with task.watcher.deferring_stop():
+        for epoch in range(len(records), task.stage.epochs):
+            if epoch - 1 - best.epoch >= patience:
+                break
+            record, checkpoint = loop.epoch(best, records)
+            records.append(record)
+            if (best is start and task.first) or checkpoint.better_than(best):
+                best = checkpoint
+            loop.stop_if_asked(best, records)
+            task.watcher.epoch(record)  # prints, which fails if a closed terminal is the reason
+            loop.save(best, records)
+            if time.monotonic() > task.deadline:
+                break
     tested = task.recipe.train.gate and task.recipe.protocol != "paper"
     accepted, reason = accept_stage(start, best, first=task.first, enabled=tested)
     chosen = best if accepted else start
@@ -167,6 +110,15 @@ def _why_stopped(cut_short: bool, epochs: int, best: Checkpoint, stage: StageSpe
     if not cut_short and stage.patience and epochs - 1 - best.epoch >= stage.patience:
         return f"stopped early: no better epoch in {stage.patience}"
     return "cut short by the time budget"
+
+
+class _Progress(NamedTuple):
+    """How far an epoch has come: steps, the sum of the images' losses, images and seconds."""
+
+    steps: int = 0
+    loss_sum: float = 0.0
+    images: int = 0
+    seconds: float = 0.0
 
 
 class _Batch(NamedTuple):
@@ -205,6 +157,8 @@ class _Loop:
         )
         self.generator = torch.Generator().manual_seed(task.seed)
         self.generators = {"batches": self.generator, "augment": self.augment.generator}
+        self.order_state = self.generator.get_state()  # before the epoch's batches were drawn
+        self.progress = _Progress()
         batch_size = task.batch_size or spec.batch_size
         self.steps_per_epoch = max(1, round(len(task.fit.labels) / batch_size))
         self.step = 0
@@ -257,6 +211,7 @@ class _Loop:
         if task.resume_path is None:
             return start, []
         inputs = (
+            _RESUME_FORMAT,
             task.seed,
             task.stage,
             task.recipe.digest(),
@@ -278,8 +233,10 @@ class _Loop:
         restore_random(self.device, self.generators, randomness)
         self.scaler.load_state_dict(values["scaler"])
         self.step, self.elapsed_before = values["step"], values["elapsed"]
-        records = values["records"]
-        task.watcher.batch(len(task.fit.labels) * len(records))
+        for group, lr in zip(self.optimizer.param_groups, values["lrs"], strict=True):
+            group["lr"] = lr  # of the last step, for the record of its epoch
+        records, self.progress = values["records"], _Progress(*values["progress"])
+        task.watcher.batch(len(task.fit.labels) * len(records) + self.progress.images)
         if values["best_epoch"] < 0:
             return start, records
         best = self._measured(
@@ -291,10 +248,34 @@ class _Loop:
         """Write the resume file, unless the last one is recent or the stage is over."""
         path, now = self.task.resume_path, time.monotonic()
         recent = now - self.saved < self.task.save_interval
-        if path is None or recent or len(records) == self.task.stage.epochs:
+        if path is not None and not recent and len(records) < self.task.stage.epochs:
+            self._write(path, best, records, _Progress())
+
+    def stop_if_asked(
+        self, best: Checkpoint, records: list[dict[str, Any]], progress: _Progress | None = None
+    ) -> None:
+        """Write the resume file and raise what the watcher wants raised, if it wants anything.
+
+        Args:
+            best: the best checkpoint so far.
+            records: of the epochs that are over.
+            progress: of the epoch that is not; None = between two epochs.
+        """
+        if self.task.watcher.stop is None:
             return
+        self.task.watcher.defers_stop = False
+        if self.task.resume_path is not None:
+            self._write(self.task.resume_path, best, records, progress or _Progress())
+        raise self.task.watcher.stop
+
+    def _write(
+        self, path: Path, best: Checkpoint, records: list[dict[str, Any]], progress: _Progress
+    ) -> None:
+        """Write the resume file."""
         optimizer = optimizer_state(self.optimizer)
         randomness = random_state(self.device, self.generators)
+        if progress.steps:  # the same batches are drawn again, and the first of them left out
+            randomness.tensors["batches"] = self.order_state
         sections = {
             "member": self.member.state_dict(),
             "optimizer": optimizer.tensors,
@@ -313,9 +294,11 @@ class _Loop:
             tensors["probs"] = torch.from_numpy(best.probs)
         values = {
             "records": records,
+            "progress": progress,
             "best_epoch": best.epoch,
             "step": self.step,
-            "elapsed": self.elapsed_before + now - self.started,
+            "lrs": [group["lr"] for group in self.optimizer.param_groups],
+            "elapsed": self.elapsed_before + time.monotonic() - self.started,
             "optimizer": optimizer.values,
             "random": randomness.values,
             "scaler": self.scaler.state_dict(),
@@ -323,13 +306,24 @@ class _Loop:
         save_resume_state(path, self.fingerprint, ResumeState(tensors, values))
         self.saved = time.monotonic()
 
-    def epoch(self, number: int) -> tuple[dict[str, Any], Checkpoint]:
-        """Train one epoch and measure it on the select rows."""
-        began, total, images = time.monotonic(), 0.0, 0
+    def epoch(
+        self, best: Checkpoint, records: list[dict[str, Any]]
+    ) -> tuple[dict[str, Any], Checkpoint]:
+        """Train one epoch, or the rest of it, and measure it on the select rows.
+
+        Args:
+            best: the best checkpoint so far, which is saved if training is stopped.
+            records: of the epochs before.
+        """
+        number = len(records)
+        steps, total, images, seconds = self.progress
+        self.progress = _Progress()
+        began = time.monotonic() - seconds
+        self.order_state = self.generator.get_state()
         if self.task.activations is not None:
             self.activations = self.task.activations.fit(number)
         self._train_mode()
-        for rows in self._batches():
+        for rows in islice(self._batches(), steps, None):
             try:
                 loss = self._step(rows)
             except (RuntimeError, MemoryError) as error:
@@ -338,8 +332,10 @@ class _Loop:
                 raise short_of_memory(self.task.stage, self.spec, self.device, len(rows)) from None
             if not math.isfinite(loss):
                 raise diverged(self.task.stage, number, "the loss is not a number", loss)
-            total, images = total + loss * len(rows), images + len(rows)
+            steps, total, images = steps + 1, total + loss * len(rows), images + len(rows)
             self.task.watcher.batch(len(rows))
+            progress = _Progress(steps, total, images, time.monotonic() - began)
+            self.stop_if_asked(best, records, progress)
             if time.monotonic() > self.task.deadline:
                 self.cut_short = True
                 break

@@ -1,15 +1,36 @@
-"""What a run reports while it trains: jobs, batches, epochs and notes."""
+"""What a run reports while it trains, and how it is stopped where nothing is lost."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from threefold.recipe import Job
 
 
 class Watcher:
-    """A progress listener that ignores everything; subclasses override what they show or log."""
+    """A progress listener that ignores everything; subclasses override what they show or log.
+
+    Attributes:
+        defers_stop: whether training will soon raise what `stop` is set to, once it has saved its
+            state. Elsewhere whoever wants it to end raises the exception at once.
+        stop: what training raises at its next safe point; None = it goes on.
+    """
+
+    defers_stop: bool = False
+    stop: BaseException | None = None
+
+    @contextmanager
+    def deferring_stop(self) -> Iterator[None]:
+        """Defer a stop while training can save its state after each step."""
+        self.defers_stop = True
+        try:
+            yield
+        finally:
+            self.defers_stop = False
+        if self.stop is not None:  # it came after the last safe point
+            raise self.stop
 
     def plan(self, jobs: Sequence[Job], images: Sequence[int]) -> None:
         """Receive the jobs to come, and how many images each will train on."""

@@ -1,14 +1,11 @@
-"""Images in class folders or in a CSV file, and the types that every source returns.
+"""Images in class folders, and the types that every source returns.
 
 Nothing here opens an image.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import os
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, SupportsIndex, overload
@@ -16,8 +13,7 @@ from typing import NamedTuple, SupportsIndex, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from threefold.data.sources.columns import check_fold_column, find_columns, note_unread
-from threefold.data.split_names import EXPECTED, PARTS, hold_the_same, split_of
+from threefold.data.split_names import PARTS, hold_the_same, split_of
 from threefold.data.walk import (
     RUNS,
     LeftOut,
@@ -28,11 +24,7 @@ from threefold.data.walk import (
     walk_images,
 )
 from threefold.errors import DataError, shorten
-from threefold.files import read_text
-from threefold.names import find_repeated, normalise_name
-
-MAX_TABLE_BYTES = 1 << 30
-"""Largest CSV file."""
+from threefold.names import normalise_name
 
 
 class ListedImage(NamedTuple):
@@ -141,10 +133,18 @@ def list_folder(root: Path) -> Listing:
             folder has no images, or the folders read like parts of a data set.
     """
     if os.path.isfile(root):
-        fix = 'for a CSV file set data.source = "csv"'
-        raise DataError("data.root is not a folder", where=root, fix=fix)
+        raise DataError(
+            "a file and no folder of images",
+            where=root,
+            fix='for a table name it .csv or .parquet; in a recipe also set data.source = "csv"',
+        )
     if not os.path.isdir(root):
-        raise DataError("the image folder does not exist", where=root, fix="correct data.root")
+        raise DataError(
+            "the image folder does not exist",
+            where=root,
+            fix="give the path of a folder with one folder of images per class (in a recipe, "
+            "data.root)",
+        )
     left_out: list[LeftOut] = []
     folders, files = list_entries(root, left_out)
     folders = [folder for folder in folders if not _holds_runs(folder, left_out)]
@@ -300,114 +300,3 @@ def _descend(folder: Path, name: str) -> Path | None:
     if len(inside) == 1 and split_of(inside[0].name) == name:
         return _descend(inside[0], name)
     return folder
-
-
-# CSV
-
-
-def list_csv(table: Path, fold_column: str = "") -> Listing:
-    """List the rows `path,label[,group][,split]` of a CSV file (with a header).
-
-    Paths are relative to the CSV file. Ids are the paths as POSIX, with `.` and `..` resolved.
-    Capitals in the names of columns do not matter. Other columns are noted; those that seem to be
-    a split, group or fold are refused.
-
-    Args:
-        table: the CSV file, in UTF-8, or in UTF-16 with its mark.
-        fold_column: the column with the fold of each training row; empty = none. Its cells in test
-            rows are ignored.
-
-    Raises:
-        DataError: the file cannot be read, columns or cells are missing, or a path is repeated or
-            does not exist.
-    """
-    try:
-        stream = io.StringIO(read_text(table, MAX_TABLE_BYTES), newline="")
-        reader = csv.DictReader(stream, skipinitialspace=True, strict=True)
-        header = [name.strip() for name in reader.fieldnames or ()]
-        reader.fieldnames = header
-        columns = find_columns(header, ("path", "label", "group", "split"), fold_column, str(table))
-        _require_columns(columns, header, table)
-        check_fold_column(header, fold_column, str(table))
-        items = [_parse_row(row, columns, table, reader.line_num, fold_column) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError("cannot read the CSV file", where=table, got=error) from None
-    repeated, absent = find_repeated(item.id for item in items), find_absent(items)
-    if repeated:
-        raise DataError("the CSV file repeats paths", where=table, got=shorten(repeated))
-    if absent:
-        what = f"{len(absent)} files of the CSV file do not exist"
-        raise DataError(what, where=table, got=shorten(absent))
-    return Listing(items, note_unread(header, [*columns.values(), fold_column]))
-
-
-def _require_columns(columns: dict[str, str], header: list[str], table: Path) -> None:
-    missing = [name for name in ("path", "label") if name not in columns]
-    if missing:
-        raise DataError(
-            f"the CSV file has no column {' and '.join(missing)}",
-            where=table,
-            expected="path,label[,group][,split]",
-            got=",".join(header) or "an empty file",
-        )
-
-
-def parse_fold(cell: object, fold_column: str, where: str) -> str:
-    """Return the name of the fold in a table's cell; whole numbers read alike in every type.
-
-    Raises:
-        DataError: the cell is empty.
-    """
-    if isinstance(cell, float) and cell.is_integer():
-        cell = int(cell)  # pandas stores whole numbers as floats in a column with gaps
-    name = "" if cell is None or cell != cell else str(cell).strip()
-    if not name:
-        raise DataError(
-            f"an empty cell in the fold column {fold_column}",
-            where=where,
-            expected="a fold for every training row",
-            fix="fill the cell, or set split = test for rows of the test part",
-        )
-    return name
-
-
-def _parse_row(
-    row: dict[str, str | None], columns: dict[str, str], table: Path, line: int, fold_column: str
-) -> ListedImage:
-    # csv collects surplus cells under the key None, and fills missing cells with None.
-    surplus = None in row
-    cells = {name: (row[name] or "").strip() for name in row if name is not None}
-    values = {meaning: cells[name] for meaning, name in columns.items()}
-    split = split_of(values.get("split", "train"))
-    required = [name for name in ("path", "label", "group") if name in values]
-    if surplus or split is None or not all(values[name] for name in required):
-        expected = f"{len(cells)} cells, {', '.join(required)} not empty"
-        raise DataError(
-            "the CSV file has an invalid row",
-            where=f"{table} line {line}",
-            expected=f"{expected}, split one of {EXPECTED}",
-            got=",".join(cells.values()) + (" and surplus cells" if surplus else ""),
-        )
-    part, fold = PARTS[split], None
-    if fold_column and part == "train":
-        fold = parse_fold(cells[fold_column], fold_column, f"{table} line {line}")
-    name = Path(os.path.normpath(values["path"])).as_posix()
-    return ListedImage(
-        id=name,
-        path=_find_file(table.parent, name),
-        label=normalise_name(values["label"]),
-        part=part,
-        group=values.get("group"),
-        fold=fold,
-    )
-
-
-def _find_file(folder: Path, name: str) -> Path:
-    """Return the path of a file, whose accents macOS may write in another form than the table."""
-    for form in (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))):
-        try:
-            if (folder / form).exists():
-                return folder / form
-        except (OSError, ValueError):  # no file can have such a name
-            break
-    return folder / name

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from threefold.data.sources.columns import check_fold_column, find_columns, note_unread
+from threefold.data.sources.csv_table import parse_fold
 from threefold.data.sources.folder import (
     EncodedImages,
     ListedImage,
     Listing,
     find_absent,
-    parse_fold,
     read_file,
 )
 from threefold.data.split_names import EXPECTED, PARTS, split_of
