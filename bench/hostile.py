@@ -125,7 +125,6 @@ def tables() -> Iterator[Probe]:
             Refusal("would not be read|two columns"),
         )
 
-
     for name, row, right in (
         ("a column for each class", "i5,0,1", (6, 0)),
         ("two classes of an image", "i5,1,1", Refusal("exactly one class.*multi-label")),

@@ -122,7 +122,7 @@ def runs() -> Iterator[Probe]:
     yield Probe(
         "run: export, a bit of the weights flipped",
         lambda root: _no_file(root, _export_damaged),
-        advice,
+        Refusal(r"fix: delete .*jobs/m/\w+ and run `threefold train "),
     )
     yield Probe("run: a folder of another job", _other_job, advice)
     for name, read in READERS.items():
@@ -172,7 +172,8 @@ def _export_edited(run: Path, target: Path) -> None:
 
 
 def _export_damaged(run: Path, target: Path) -> None:
-    flip(run / JOB.path / "weights.safetensors")
+    for path in run.glob("jobs/*/*/tune/weights.safetensors"):
+        flip(path)
     export(Run.open(run), target)
 
 

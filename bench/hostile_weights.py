@@ -215,7 +215,7 @@ def hub() -> Iterator[Probe]:
     yield Probe(
         "hub: a stranger's repository",
         lambda _: create_backbone(SPEC.model_copy(update={"backbone": "hf-hub:evil/net"})),
-        Refusal("unknown backbone: member m, got hf-hub:evil/net"),
+        Refusal("unknown backbone: member m; got hf-hub:evil/net"),
     )
 
 
