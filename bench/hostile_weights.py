@@ -12,10 +12,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import timm
 import torch
@@ -196,7 +197,7 @@ def hub() -> Iterator[Probe]:
         lambda _: _from_hub({"model.safetensors": sound, "config.json": json.dumps(card).encode()}),
         True,
     )
-    refused = Refusal("cannot get pretrained weights: member m")
+    refused = Refusal("cannot get pretrained weights: member m.*; got (?!no model hub)")
     bodies = {
         "no weights": {"README.md": b"---\nlicense: [\n"},
         "weights cut short": {"model.safetensors": sound[:-1000]},
@@ -237,17 +238,17 @@ def _silent(_: Path) -> None:
 def _from_hub(files: dict[str, bytes], away: bool = False, **how: Any) -> bool:
     """Create a backbone with the weights of a hub that has some files; whether they are right."""
     with tempfile.TemporaryDirectory() as cache, _serving(files, **how) as address:
-        before = {name: getattr(constants, name) for name in ("ENDPOINT", "HF_HUB_CACHE")}
-        offline = constants.HF_HUB_OFFLINE
-        constants.HF_HUB_OFFLINE = False
-        constants.ENDPOINT = "http://127.0.0.1:9" if away else address
-        constants.HF_HUB_CACHE = cache
-        try:
+        endpoint = "http://127.0.0.1:9" if away else address
+        settings = {
+            "ENDPOINT": endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": cache,
+            "HF_HUB_OFFLINE": False,
+        }
+        with ExitStack() as stack:
+            for name, value in settings.items():
+                stack.enter_context(patch.object(constants, name, value))
             return _are_right(create_backbone(SPEC))
-        finally:
-            constants.HF_HUB_OFFLINE = offline
-            for name, value in before.items():
-                setattr(constants, name, value)
 
 
 @contextmanager

@@ -86,8 +86,7 @@ def plan_folder(
     """Choose a recipe for a folder of images.
 
     Args:
-        folder: class folders, or train/ [val/] test/ with class folders inside; or a table of
-            images, .csv or .parquet.
+        folder: class folders, train/ [val/] test/ with class folders, or a table (.csv, .parquet).
         budget_minutes: bound on the wall time of the whole job (0 = none).
         members: timm names, by default three that need no hub; `auto` and more names: `candidates`.
         overrides: `a.b=c`, applied last.
