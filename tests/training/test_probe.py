@@ -7,6 +7,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from threefold.training import probe
 from threefold.training.probe import (
     L2_GRID,
     Targets,
@@ -82,6 +83,23 @@ def test_l2_with_the_lowest_loss_on_the_select_rows_is_chosen() -> None:
     assert tuple(choice.losses) == L2_GRID[: len(choice.losses)]
     for l2, loss in choice.losses.items():
         assert loss == pytest.approx(losses[l2], abs=1e-3)
+
+
+def test_the_search_among_many_rows_begins_on_some_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    features, labels = make_features(900, 60, 4)
+    fit, select = np.arange(800), np.arange(800, 900)
+    arguments = (features[fit], Targets(labels[fit], 4), features[select], labels[select])
+    whole = choose_l2(*arguments)
+    monkeypatch.setattr(probe, "SEARCH_ROWS", 300)
+
+    choice = choose_l2(*arguments)
+
+    assert len(choice.losses) < len(whole.losses)
+    assert choice.losses[choice.head.l2] <= min(whole.losses.values()) + 1e-3
+    expected = by_scikit_learn(features[fit], labels[fit], choice.head.l2)
+    np.testing.assert_allclose(choice.head.probs(features[fit]), expected, atol=2e-3)
 
 
 def test_a_tie_goes_to_the_stronger_penalty() -> None:
