@@ -83,25 +83,27 @@ class OnnxEngine:
     """
 
     def __init__(self, extractor: nn.Module, size: int) -> None:
-        import onnxruntime
-
         self.name = "onnxruntime"
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        options.add_free_dimension_override_by_name("batch", BATCH)
-        # One arena for all sessions: as much memory as the largest needs, not the sum of all.
-        _register_arena()
-        options.add_session_config_entry("session.use_env_allocators", "1")
-        graph = export_graph(extractor, size)
-        self.session: Any = onnxruntime.InferenceSession(
-            graph, options, providers=["CPUExecutionProvider"]
-        )
+        self.session = open_session(export_graph(extractor, size))
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """Map float32 pixels (n, 3, s, s) in 0..255 to float32 features (n, ...)."""
         features: np.ndarray = self.session.run(None, {"pixels": pixels})[0]
         return features
+
+
+def open_session(graph: bytes) -> Any:
+    """Open an ONNX graph in onnxruntime, on the CPU, for batches of `BATCH` images."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    options.add_free_dimension_override_by_name("batch", BATCH)
+    # One arena for all sessions: as much memory as the largest needs, not the sum of all.
+    _register_arena()
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def compute(engine: Engine, pixels: np.ndarray) -> np.ndarray:

@@ -19,12 +19,7 @@ from threefold.data.splits import Roles
 from threefold.errors import RunError
 from threefold.files import write_arrays, write_json
 from threefold.models.member import JointMember, Member, load_weights, save_weights
-from threefold.models.pipeline import (
-    FirstViews,
-    Predictor,
-    pick_device,
-    predict_probs,
-)
+from threefold.models.pipeline import FirstViews, Predictor, pick_device
 from threefold.models.split import LateBlocks
 from threefold.models.views import Views, view_counts
 from threefold.predictions.records import VERSION, RoleCounts, RunInfo
@@ -46,6 +41,7 @@ from threefold.training.head_jobs import (
 from threefold.training.heads import START_FILE
 from threefold.training.out_of_fold import assemble
 from threefold.training.pixel_cache import PixelCache, PixelRows
+from threefold.training.predict import predict_images
 from threefold.training.provenance import commit, hardware, stable_seed, versions
 from threefold.training.pseudo_labels import Caches, PseudoLabels, find_pseudo_labels
 from threefold.training.run import Run
@@ -344,7 +340,7 @@ def _answer(
     if count and isinstance(member, Member):
         activations = features.blocks(split, spec, rows, count)
         return predict_late(LateBlocks(member, count), activations)
-    return predict_probs(Predictor(member), cache.rows(split, spec, rows).pixels)
+    return predict_images(Predictor(member), cache.rows(split, spec, rows).pixels)
 
 
 def _correct(
@@ -411,15 +407,15 @@ def _by_views(
     all_views = Predictor(member, run.all_views(spec).to(device))
     pixels = cache.rows(split, spec, rows, views=True).pixels
     if not run.recipe.views.choose:
-        return predict_probs(all_views, pixels)[None]
+        return predict_images(all_views, pixels)[None]
     counts = view_counts(run.recipe.views)
     first_views = FirstViews(all_views, [count for count in counts if count])
-    probs = predict_probs(first_views, pixels).swapaxes(0, 1)
+    probs = predict_images(first_views, pixels).swapaxes(0, 1)
     if counts[0]:
         return probs
     no_views = Views(run.recipe.views, spec.img_size, run.recipe.seed, 0).to(device)
     pixels = cache.rows(split, spec, rows).pixels
-    whole = predict_probs(Predictor(member, no_views), pixels)
+    whole = predict_images(Predictor(member, no_views), pixels)
     return np.concatenate([whole[None], probs])
 
 

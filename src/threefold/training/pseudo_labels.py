@@ -22,7 +22,7 @@ import torch
 
 from threefold.errors import DamagedFileError, RunError, shorten
 from threefold.files import read_arrays, write_arrays
-from threefold.models.pipeline import Predictor, pick_device, predict_probs
+from threefold.models.pipeline import Predictor, pick_device
 from threefold.predictions.ledger import Ledger
 from threefold.predictions.results_schema import LedgerLine, PseudoLabelCounts
 from threefold.recipe import fold_name
@@ -30,6 +30,7 @@ from threefold.recipe_schema import PseudoLabelSpec
 from threefold.training.features import FeatureCache
 from threefold.training.heads import START_FILE, HeadNetwork, head_probs
 from threefold.training.pixel_cache import PixelCache
+from threefold.training.predict import predict_images
 from threefold.training.run import Run
 
 CHUNK: Final = 1024
@@ -218,7 +219,7 @@ def _answer(run: Run, name: str, fold: int, caches: Caches) -> np.ndarray:
     predictor = Predictor(member.to(memory_format=torch.channels_last))
     parts = np.array_split(rows, max(1, len(rows) // CHUNK))
     answers = [
-        predict_probs(predictor, caches.pixels.rows("unlabelled", spec, part).pixels)
+        predict_images(predictor, caches.pixels.rows("unlabelled", spec, part).pixels)
         for part in parts
     ]
     return np.concatenate(answers)

@@ -1,0 +1,67 @@
+"""Predictions of trained networks: in torch, or in onnxruntime where many images wait on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from torch import nn
+
+from threefold.models.pipeline import predict_probs
+from threefold.models.tracing import TracingError, simplify, trace_network
+from threefold.training.engines import BATCH, open_session
+
+WORTH_PIXELS: Final = 8_000_000
+"""Pixels from which exporting a network pays: an EfficientNet-Lite0 takes torch some 4 s for them.
+
+The choice depends on nothing that varies between two runs, so that a resumed run repeats it.
+"""
+
+TOLERANCE: Final = 1e-4
+"""Largest difference of a probability from torch's with which onnxruntime is trusted."""
+
+
+def predict_images(predictor: nn.Module, pixels: np.ndarray) -> np.ndarray:
+    """Run a predictor on images, in float32; it is left in eval mode.
+
+    Args:
+        predictor: maps pixels (b, 3, canvas, canvas) in 0..255 to probabilities.
+        pixels: uint8 (n, canvas, canvas, 3).
+
+    Returns:
+        Its outputs, float32 (n, ...).
+    """
+    device = next(predictor.parameters()).device
+    if device.type == "cpu" and pixels[..., 0].size >= WORTH_PIXELS:
+        session = _try_session(predictor.eval(), pixels[:BATCH])
+        if session is not None:
+            return _run(session, pixels)
+    return predict_probs(predictor, pixels)
+
+
+def _try_session(predictor: nn.Module, sample: np.ndarray) -> Any:
+    """Export a predictor; None if that fails, or its answers to a sample are not torch's."""
+    size = sample.shape[1]
+    try:
+        graph = trace_network(simplify(predictor, size), size, ("pixels", "probs"))
+        session = open_session(graph)
+        answers = _run(session, sample)
+    except (TracingError, RuntimeError, ValueError):
+        return None
+    except Exception as error:  # onnxruntime has an error type for each kind of problem
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        return None
+    difference = np.abs(answers - predict_probs(predictor, sample)).max()
+    return session if difference <= TOLERANCE else None
+
+
+def _run(session: Any, pixels: np.ndarray) -> np.ndarray:
+    """Answer uint8 images (n, size, size, 3) in batches of one length, the last one padded."""
+    parts = []
+    for begin in range(0, len(pixels), BATCH):
+        images = pixels[begin : begin + BATCH]
+        padding = np.repeat(images[-1:], BATCH - len(images), axis=0)
+        batch = np.concatenate([images, padding]).transpose(0, 3, 1, 2).astype(np.float32)
+        parts.append(session.run(None, {"pixels": np.ascontiguousarray(batch)})[0][: len(images)])
+    return np.concatenate(parts)
