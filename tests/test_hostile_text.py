@@ -138,6 +138,8 @@ def test_the_default_run_folder_is_never_inside_the_images(
     monkeypatch.chdir(tmp_path)
 
     assert default_run_folder(Path("photos")) == Path("runs/photos")
+    (tmp_path / "photos.csv").touch()
+    assert default_run_folder(tmp_path / "photos.csv") == Path("runs/photos")
 
 
 def test_a_finished_run_with_such_names_can_be_exported() -> None:

@@ -134,7 +134,7 @@ def test_predict_files_folders_lists_and_forms(finished: Run) -> None:
     assert text.exit_code == 0
     assert text.output.startswith(str(root / ids[0]) + ": ")
     rows = csv.output.splitlines()
-    assert rows[0] == "image,label,probability,blue,green,red"
+    assert rows[0] == "path,prediction,confidence,blue,green,red"
     assert len(rows) == 1 + len(ids)
     answers = [json.loads(line) for line in listed.output.splitlines()]
     assert [a["image"] for a in answers] == [str(root / ids[1]), str(root / ids[2])]

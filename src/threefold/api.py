@@ -53,13 +53,14 @@ def fit(
     quality: Quality = "good",
     watcher: Watcher | None = None,
 ) -> Run:
-    """Plan, train, ensemble, export and report on a folder of images, within a time budget.
+    """Plan, train, ensemble, export and report on labelled images, within a time budget.
 
     Heads on frozen features come first. Their ensemble is scored, exported and reported at once, so
     that there is an answer early; tuned networks then improve it in the time that is left.
 
     Args:
-        folder: class folders, or train/ [val/] test/ with class folders inside.
+        folder: class folders, or train/ [val/] test/ with class folders inside; or a CSV or
+            parquet file of images and labels.
         out: the run folder; an interrupted run in it is resumed with its own recipe.
         budget_minutes: limit of the wall time (0 = none).
         members: timm names; by default three EfficientNet-Lite. `auto` chooses by measurement.

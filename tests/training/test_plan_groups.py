@@ -118,6 +118,25 @@ def test_what_the_user_decides_is_not_searched(tmp_path: Path, given: str) -> No
     assert not plan.recipe.data.group_file
 
 
+def test_a_table_is_planned_in_folds_of_its_groups(tmp_path: Path) -> None:
+    paint_scenes(tmp_path / "images", scenes=4, shots=3)
+    lines = ["path,label,group"]
+    for name in ("cat", "dog"):
+        lines += [f"images/{name}/{i:03d}.png,{name},{name}{i % 6}" for i in range(12)]
+    table = tmp_path / "photos.csv"
+    table.write_text("\n".join(lines))
+
+    plan = make_plan(table, tmp_path / "groups.csv")
+
+    assert plan.recipe.name == "photos"
+    assert (plan.recipe.data.source, plan.recipe.data.root) == ("csv", str(table))
+    assert plan.recipe.folds.scheme == "grouped"
+    decision = folds_decision(plan)
+    assert decision is not None
+    assert decision.reason == "the images have 12 groups, which folds keep whole"
+    assert not (tmp_path / "groups.csv").exists()
+
+
 def test_too_many_images_for_the_time_are_not_searched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,8 +75,8 @@ def fit(
     folder: Annotated[
         Path,
         typer.Argument(
-            help="One folder per class, or train/, val/, test/ with class folders inside; or a "
-            "CSV file."
+            help="One folder per class, or train/, val/, test/ with class folders inside; "
+            "or a CSV or parquet file."
         ),
     ],
     out_dir: Annotated[
@@ -123,7 +123,7 @@ def plan(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="A folder or CSV file of images, a recipe file, or a packaged recipe's name."
+            help="A folder or table of images, a recipe file, or a packaged recipe's name."
         ),
     ],
     budget: WallTime = "20m",
@@ -132,19 +132,21 @@ def plan(
     sets: Sets = None,
 ) -> None:
     """Print the recipe that would run, with the reasons for its values."""
+    from threefold.data.detect_source import TABLES
+    from threefold.predictions.run_folder import default_run_folder
     from threefold.recipe import resolve
 
-    if Path(recipe).is_dir() or recipe.lower().endswith((".csv", ".parquet")):
+    path = Path(recipe)
+    if path.is_dir() or path.suffix.lower() in TABLES:
         from threefold.training.plan import plan_folder
 
-        images = Path(recipe).resolve()
         planned = plan_folder(
             recipe,
             parse_minutes(budget),
             split_names([members]),
             tuple(sets or ()),
             quality,
-            group_file=Path(f"{images.stem if images.is_file() else images.name}-groups.csv"),
+            group_file=Path(f"{default_run_folder(path).name}-groups.csv"),
         )
         if planned.recipe.data.group_file:
             err.print("[yellow]note[/] groups are in", planned.recipe.data.group_file)
@@ -314,7 +316,10 @@ def predict(
     top: Annotated[int, typer.Option("--top", min=1, help="Number of classes to name.")] = 3,
     as_json: Json = False,
     csv: Annotated[
-        bool, typer.Option("--csv", help="One row per image with every probability.")
+        bool,
+        typer.Option(
+            "--csv", help="One row per image with every probability; `evaluate` reads it."
+        ),
     ] = False,
     mode: Mode = "full",
     budget: ImageTime = "",

@@ -1,17 +1,21 @@
-"""Verbs on saved predictions and finished runs: ensemble, evaluate, compare, report.
+"""Verbs on saved predictions, model files and finished runs: ensemble, evaluate, compare, report.
 
-They take seconds and need no torch.
+They need no torch.
 """
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from threefold.cli.console import out, plain, print_json
+from threefold.cli.console import err, out, plain, print_json
 from threefold.cli.options import Json, split_names
+from threefold.errors import DataError, shorten
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +45,28 @@ Classes = Annotated[
     Path | None,
     typer.Option(
         "--classes", help="For files without class names: a text file of them, one per line."
+    ),
+]
+
+
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", help="Labelled images that model files answer: a folder, CSV or parquet file."
+    ),
+]
+Card = Annotated[
+    Path | None,
+    typer.Option(
+        "--card",
+        help="For ONNX files of other programs: a TOML card (docs/formats.md).",
+    ),
+]
+Evaluated = Annotated[
+    list[Path],
+    typer.Argument(
+        help="A run folder, or predictions (.npz, .csv, .parquet), joined by row id; "
+        "or model files (.onnx) and the labelled images that they answer."
     ),
 ]
 
@@ -111,23 +137,33 @@ def ensemble(
 
 
 def evaluate(
-    sources: Sources,
+    sources: Evaluated,
     members: Members = None,
     labels: Labels = None,
     classes: Classes = None,
     as_json: Json = False,
     html: Html = None,
+    data: Data = None,
+    card: Card = None,
 ) -> None:
-    """Score predictions as they are: nothing is fitted or chosen."""
-    from threefold.evaluation.saved import score_saved
+    """Score predictions or model files as they are: nothing is fitted or chosen."""
+    models = find_models(sources, data, card)
+    if models is None:
+        from threefold.evaluation.saved import score_saved
 
-    summary, rows = score_saved(sources, split_names(members), labels=labels, classes=classes)
+        summary, rows = score_saved(sources, split_names(members), labels=labels, classes=classes)
+    else:
+        _refuse_for_models(members=members, labels=labels, classes=classes)
+        from threefold.runtime.score_models import score_models
+
+        with show_progress("images") as progress:
+            summary, rows = score_models(models.paths, models.data, card, progress)
     best = max(range(len(rows.members)), key=lambda i: summary.scores[i].accuracy)
     _write_page(html, summary, rows.probs[best], rows.labels)
     if as_json:
         print_json(summary.as_json())
         return
-    from threefold.cli.terminal import class_table, score_table
+    from threefold.cli.terminal import class_table, coverage_lines, score_table
 
     out.print(score_table(summary.scores))
     out.print(f"\nclasses, lowest recall first ({plain(summary.per_class_of)})")
@@ -144,6 +180,9 @@ def evaluate(
             f"  {summary.audit.n_suspects} labels look wrong, if these are held-out predictions "
             f"(--json or --html lists them); the first: {plain(first.id)}, {plain(first.reason)}"
         )
+    if summary.conformal is not None:
+        for line in coverage_lines(summary.conformal):
+            out.print(f"  {line}")
     _show_page(html)
 
 
@@ -152,7 +191,8 @@ def compare(
         list[str],
         typer.Argument(
             help="PATH or PATH:MEMBER, two or more; one PATH alone compares its members. "
-            "PATH:A+B is the mean of members; A1,A2,A3 are seeds of one recipe."
+            "PATH:A+B is the mean of members; A1,A2,A3 are seeds of one recipe. "
+            "Or model files (.onnx), with --data."
         ),
     ],
     shared: Annotated[
@@ -162,11 +202,21 @@ def compare(
     classes: Classes = None,
     as_json: Json = False,
     html: Html = None,
+    data: Data = None,
+    card: Card = None,
 ) -> None:
     """Test every pair on the same rows, with Holm's correction."""
-    from threefold.evaluation.compare import compare_saved
+    models = find_models([Path(source) for source in sources], data, card)
+    if models is None:
+        from threefold.evaluation.compare import compare_saved
 
-    summary, rows = compare_saved(sources, shared, labels=labels, classes=classes)
+        summary, rows = compare_saved(sources, shared, labels=labels, classes=classes)
+    else:
+        _refuse_for_models(shared=shared, labels=labels, classes=classes)
+        from threefold.runtime.score_models import compare_models
+
+        with show_progress("images") as progress:
+            summary, rows = compare_models(models.paths, models.data, card, progress)
     _write_page(html, summary, rows.probs[0], rows.labels)
     if as_json:
         print_json(summary.as_json())
@@ -200,6 +250,72 @@ def report(
     from threefold.report.pages import write_report
 
     out.print(str(write_report(runs, target)), markup=False)
+
+
+class ModelSources(NamedTuple):
+    """Model files, and the labelled images that they answer."""
+
+    paths: list[Path]
+    data: Path
+
+
+def find_models(
+    sources: Sequence[Path], data: Path | None, card: Path | None
+) -> ModelSources | None:
+    """Tell model files and their images from predictions; None for predictions.
+
+    Args:
+        sources: what the command line names: model files and, without `data`, the images.
+        data: the images, or None.
+        card: of foreign model files, or None.
+
+    Raises:
+        DataError: model files without images, or with other sources.
+    """
+    models = [path for path in sources if path.suffix.lower() == ".onnx"]
+    others = [path for path in sources if path.suffix.lower() != ".onnx"]
+    if data is not None:
+        # A run folder stands for the file that it has exported.
+        models = [path / "model.onnx" if path.is_dir() else path for path in sources]
+        others = [path for path in models if path.suffix.lower() != ".onnx"]
+    elif not models:
+        if card is not None:
+            raise DataError("a card is for model files", where=card, fix="name a .onnx file")
+        return None
+    elif len(others) == 1:
+        data = others.pop()
+    if data is None or others:
+        named = f"threefold evaluate {shlex.join(map(str, models))} FOLDER"
+        raise DataError(
+            "model files need labelled images to answer",
+            where=models[0],
+            expected="one folder, CSV or parquet file of images",
+            got=shorten(map(str, others)) or "none",
+            fix=f"type `{named}`, or name it with --data",
+        )
+    return ModelSources(models, data)
+
+
+def _refuse_for_models(**options: object) -> None:
+    """Refuse options that are about files of predictions."""
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise DataError(
+            "an option for predictions, not for model files",
+            got=", ".join(f"--{name}" for name in given),
+            fix="leave it out; labels and classes are those of the images",
+        )
+
+
+@contextmanager
+def show_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on a terminal while something is counted, and nothing elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        bar = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(bar, completed=done, total=total)
 
 
 def _write_page(

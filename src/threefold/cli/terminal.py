@@ -21,6 +21,7 @@ from threefold.names import printable
 from threefold.predictions.results_schema import (
     ClassScore,
     Comparison,
+    Conformal,
     DistillationResults,
     Expected,
     Optimism,
@@ -257,6 +258,25 @@ def _name(name: str, limit: int = NAME) -> str:
     """Return a name for a cell of a table, as Rich markup."""
     name = printable(name)
     return escape(name if len(name) <= limit else "…" + name[1 - limit :])
+
+
+def coverage_lines(conformal: Conformal) -> list[str]:
+    """Say how often prediction sets contain the right class, and how often images are unknown."""
+    lines = []
+    for sets in conformal.sets:
+        kind = "sets by class" if sets.by_class else "sets"
+        low, high = sets.interval
+        lines.append(
+            f"{1 - conformal.alpha:.0%} {kind}: contain the right class of {sets.coverage:.1%} "
+            f"[{low:.1%}, {high:.1%}] of the images, with {sets.mean_size:.1f} classes on average"
+        )
+    if conformal.unknown is not None:
+        unknown = conformal.unknown
+        lines.append(
+            f"called unknown: {unknown.measured:.1%} of the images; of known classes, "
+            f"{unknown.rate:.0%} are expected"
+        )
+    return lines
 
 
 def verdict_line(pair: Comparison) -> str:

@@ -69,6 +69,28 @@ def compare_saved(
         contenders = _all_members(Path(sources[0]), read_file)
     else:
         contenders = [_read_contender(source, read_file) for source in sources]
+    return _compare(contenders, tuple(sources), shared)
+
+
+def compare_predictions(
+    rows: Predictions, source: Sequence[str]
+) -> tuple[PredictionSummary, Predictions]:
+    """Compare every pair of members as `compare_saved` does.
+
+    Args:
+        rows: the predictions.
+        source: where they come from.
+
+    Raises:
+        DataError: fewer than two members, or more than MAX_CONTENDERS.
+    """
+    contenders = [_Contender(name, rows.select([name])) for name in rows.members]
+    return _compare(contenders, tuple(source), shared=False)
+
+
+def _compare(
+    contenders: Sequence[_Contender], source: tuple[str, ...], shared: bool
+) -> tuple[PredictionSummary, Predictions]:
     if not 2 <= len(contenders) <= MAX_CONTENDERS:
         raise DataError(
             "cannot compare",
@@ -83,7 +105,7 @@ def compare_saved(
     hits = [part.argmax(-1) == rows.labels for part in probs]
     summary = PredictionSummary(
         kind="compare",
-        source=tuple(sources),
+        source=source,
         n=len(rows),
         classes=rows.classes,
         chosen=None,

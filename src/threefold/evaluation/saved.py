@@ -251,6 +251,16 @@ def score_saved(
         RunError: a run folder has no out-of-fold rows.
     """
     rows = read_sources(sources, members, labels, classes)
+    return score_predictions(rows, tuple(map(str, sources))), rows
+
+
+def score_predictions(rows: Predictions, source: Sequence[str]) -> PredictionSummary:
+    """Score members as `score_saved` does.
+
+    Args:
+        rows: the predictions.
+        source: where they come from.
+    """
     scores = [
         _score_member(rows, name, probs)
         for name, probs in zip(rows.members, rows.probs, strict=True)
@@ -262,9 +272,9 @@ def score_saved(
     if rows.protocol == "taught":
         warnings.append("apparent: the teachers of a student learned from the labels of these rows")
     copies = duplicates(rows.probs) if len(rows.members) > 1 else ()
-    summary = PredictionSummary(
+    return PredictionSummary(
         kind="evaluate",
-        source=tuple(map(str, sources)),
+        source=tuple(source),
         n=len(rows),
         classes=rows.classes,
         scores=tuple(scores),
@@ -277,7 +287,6 @@ def score_saved(
         audit=summarize_audit(*list_suspects(rows)),
         **_diversity_sections(rows, copies),
     )
-    return summary, rows
 
 
 def _score_member(rows: Predictions, name: str, probs: np.ndarray) -> Score:

@@ -25,6 +25,9 @@ from threefold.predictions.tables import Table
 COLUMNS: Final = ("id", "path", "label", "group", "fold", "roles", "member", "protocol", "kind")
 """Columns with a fixed meaning; every other column of a table is a class."""
 
+ANSWER: Final = ("prediction", "confidence")
+"""Columns of `threefold predict --csv` that the probabilities imply; not classes if both exist."""
+
 ARRAYS: Final = (
     "probs",
     "labels",
@@ -69,6 +72,8 @@ def known_columns(header: Sequence[str]) -> dict[str, str]:
         meaning = name.strip().lower()
         if name not in known and meaning in COLUMNS and meaning not in known.values():
             known[name] = meaning
+    if set(ANSWER) <= set(header):
+        known |= {name: name for name in ANSWER}
     if {"id", "path"}.isdisjoint(known.values()):
         clear = [name for name in header if is_clear_id_name(name)]
         # A class can be called `file` or `key`: such a name is the id's in the first column only.

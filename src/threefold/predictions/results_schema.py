@@ -400,6 +400,7 @@ class Summary(Record):
     calibration: CalibrationState | None = None
     diversity: DiversityRecord | None = None
     size_curve: SizeCurveRecord | None = None
+    conformal: Conformal | None = None
 
     def score(self, name: str, kind: str, rows: str) -> Score | None:
         """Return the score of that name and kind on those rows, or None."""
@@ -455,7 +456,6 @@ class Results(Summary, VersionedRecord):
     members: tuple[MemberRow, ...]
     notes: tuple[str, ...]
     temperature: float | None = None
-    conformal: Conformal | None = None
     cascade: CascadeResult | None = None
     test_opened: FirstOpening | None = None
     pending: tuple[str, ...] = ()

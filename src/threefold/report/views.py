@@ -105,7 +105,7 @@ def shared_view(
         "reliability": curve,
         "calibration": summary.calibration,
         "temperature": results.temperature if results is not None else None,
-        "conformal": results.conformal if results is not None else None,
+        "conformal": summary.conformal,
         "cascade": results.cascade if results is not None else None,
         "latency": export.latency if export is not None else None,
         "optimism": optimism_view(summary.optimism),

@@ -13,7 +13,7 @@ import numpy as np
 
 from threefold.ensembles.cascade import MODES, Cascade
 from threefold.ensembles.conformal import ConformalSets, UnknownThreshold
-from threefold.errors import DataError, ExportError
+from threefold.errors import DataError, ExportError, shorten
 from threefold.runtime.inputs import ImageInput, iterate_images
 from threefold.runtime.model_file import MEMORY, bytes_beside, open_session, read_card
 from threefold.runtime.shrink import Canvas, common_canvas, shrink
@@ -193,6 +193,41 @@ class Model:
         output = ModelOutput(*self.session.run(outputs, inputs, options))
         self._check_output(output, len(images))
         return output
+
+    def answer(self, images: np.ndarray) -> np.ndarray:
+        """Map a batch of `run` to probabilities float32 (b, k); errors as `run`."""
+        return self.run(images).probs
+
+    def score(
+        self, images: Iterable[ImageInput], labels: Sequence[str], policy: CascadePolicy = FULL
+    ) -> float:
+        """Accuracy on labelled images, as scikit-learn's classifiers have it.
+
+        Args:
+            images: as `infer`.
+            labels: the right class name of each image.
+            policy: how many members answer.
+
+        Raises:
+            DataError: images and labels differ in number, a label is no class of the file, or an
+                image cannot be read.
+            ExportError: as `infer`.
+        """
+        unknown = sorted({str(label) for label in labels} - set(self.classes))
+        if unknown:
+            raise DataError(
+                "labels that the model does not know",
+                expected=shorten(self.classes),
+                got=shorten(unknown),
+            )
+        answers = self.predict(images, policy)
+        if len(answers) != len(labels) or not answers:
+            raise DataError(
+                "a score needs one label for each image",
+                expected=f"{len(answers)} labels" if answers else "images",
+                got=len(labels),
+            )
+        return sum(map(str.__eq__, answers, map(str, labels))) / len(answers)
 
     def _check_output(self, output: ModelOutput, n: int) -> None:
         """Refuse answers that are not probabilities of n images, as of a damaged file."""

@@ -153,7 +153,7 @@ def write_predictions(
         model.stop_thresholds(policy)
     rows = csv.writer(stream) if form == "csv" else None
     if rows:
-        rows.writerow(["image", "label", "probability", *map(escape_formula, model.classes)])
+        rows.writerow(["path", "prediction", "confidence", *map(escape_formula, model.classes)])
     for path in _each_image(sources, notify):
         if isinstance(path, DataError):
             failed += 1

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from threefold.data.dataset import Sources, load_data
+from threefold.data.detect_source import detect_source
 from threefold.models.member import fixed_size
 from threefold.models.pipeline import pick_device
 from threefold.names import plain_backbone
@@ -70,10 +71,6 @@ class RecipePlan:
         return "\n".join(lines)
 
 
-TABLES = (".csv", ".parquet")
-"""Suffixes of tables of images, which are planned for as folders are."""
-
-
 def plan_folder(
     folder: str | Path,
     budget_minutes: float = 20.0,
@@ -83,7 +80,7 @@ def plan_folder(
     watcher: Watcher | None = None,
     group_file: Path | None = None,
 ) -> RecipePlan:
-    """Choose a recipe for a folder of images.
+    """Choose a recipe for a folder or a table of images.
 
     Args:
         folder: class folders, train/ [val/] test/ with class folders, or a table (.csv, .parquet).
@@ -100,7 +97,7 @@ def plan_folder(
         RunError: `group_file` cannot be written, or holds other groups.
     """
     clock = Clock.start(budget_minutes * 60)
-    data = {"source": _source(Path(folder)), "root": str(Path(folder).resolve())}
+    data = _data(folder, overrides)
     probes = _members(members)
     _check_overrides(data, probes, overrides, are_chosen=is_auto(members))
     draft = _draft(data, probes, overrides)  # the plan must see the images of the run
@@ -156,19 +153,19 @@ def plan_folder(
     return RecipePlan(recipe, [*decisions, *why_folds], sources)
 
 
-def _source(images: Path) -> str:
-    """Tell a table of images from a folder by its suffix."""
-    suffix = images.suffix.lower()
-    return suffix[1:] if suffix in TABLES and images.is_file() else "folder"
+def _data(folder: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the `data` table for a path: of the source that it seems to be, or that is named."""
+    if any(text.partition("=")[0].strip() == "data.source" for text in overrides):
+        return {"source": "folder", "root": str(Path(folder).resolve())}
+    spec = detect_source(folder)
+    return {"source": spec.source, "root": spec.root}
 
 
 def _name(folder: str | Path) -> str:
     """Name a run after its folder or table."""
     path = Path(folder).resolve()
-    name = re.sub(r"[^A-Za-z0-9_-]", "-", path.stem if path.is_file() else path.name).lstrip("_-")[
-        :80
-    ]
-    return name or "run"
+    name = re.sub(r"[^A-Za-z0-9_-]", "-", path.name if path.is_dir() else path.stem)
+    return name.lstrip("_-")[:80] or "run"
 
 
 def _draft(data: dict[str, Any], probes: list[dict[str, Any]], overrides: Sequence[str]) -> Recipe:

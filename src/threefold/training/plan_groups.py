@@ -74,8 +74,12 @@ def look_for_groups(
         What was found, and the plan of the probes without the time that the search has taken off.
     """
     data, train = draft.data, sources.train
-    named = data.group_regex or data.group_file or data.fold_column or train.groups is not None
-    if group_file is None or named or "scheme" in draft.folds.model_fields_set:
+    if data.fold_column or "scheme" in draft.folds.model_fields_set:
+        return FoundGroups(None, None), measured
+    if train.groups is not None:
+        reason = f"the images have {len(set(train.groups)):,} groups, which folds keep whole"
+        return FoundGroups(train.groups, Decision(KEY, "grouped", reason)), measured
+    if group_file is None:
         return FoundGroups(None, None), measured
     found = find_groups(draft.members, sources, cache, clock)
     if found.compared:  # what is left are the features of the test images
@@ -158,13 +162,14 @@ def plan_with_groups(
         RunError: the file cannot be written, or holds other groups.
     """
     plain = Recipe.parse(tree, overrides, where="plan")
-    if found.groups is None or found.decision is None or group_file is None:
+    if found.groups is None or found.decision is None:
         return plain, sources, [] if found.decision is None else [found.decision]
-    path = group_file.resolve()
-    tree = tree | {
-        "data": tree["data"] | {"group_file": str(path)},
-        "folds": tree["folds"] | {"scheme": "grouped"},
-    }
+    tree = tree | {"folds": tree["folds"] | {"scheme": "grouped"}}
+    path = None
+    if sources.train.groups is None:
+        assert group_file is not None  # groups are sought only for a file
+        path = group_file.resolve()
+        tree |= {"data": tree["data"] | {"group_file": str(path)}}
     train = replace(sources.train, groups=found.groups)
     labels, classes = train.labels, train.classes
     try:
@@ -174,6 +179,8 @@ def plan_with_groups(
     except (DataError, RecipeError) as error:  # RecipeError: an override replaces a whole table
         reason = f"{found.decision.reason}; but folds cannot keep these groups whole: {error}"
         return plain, sources, [Decision(KEY, "stratified", reason)]
+    if path is None:
+        return recipe, sources, [found.decision]
     _write(path, train.ids, found.groups)
     decision = found.decision._replace(reason=f"{found.decision.reason}; see {path.name}")
     return recipe, replace(sources, train=train), [decision]

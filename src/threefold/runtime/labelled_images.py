@@ -1,0 +1,135 @@
+"""What model files answer to labelled images, as predictions to evaluate and compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+
+from threefold.data.class_names import exported_names
+from threefold.data.dataset import ImageDataset
+from threefold.data.labelled import load_labelled
+from threefold.errors import DataError, RecipeError, shorten
+from threefold.predictions.predictions import Predictions
+
+BATCH: Final = 16
+"""Images of one size that a model answers at a time."""
+
+
+class Classifier(Protocol):
+    """What answers images: an exported file, or a foreign one with a card."""
+
+    path: Path
+    classes: tuple[str, ...]
+
+    def prepare(self, pixels: np.ndarray) -> np.ndarray:
+        """Resize an image uint8 (h, w, 3), or return it as it is."""
+
+    def answer(self, images: np.ndarray) -> np.ndarray:
+        """Map images of one size, uint8 (b, h, w, 3), to probabilities float32 (b, k)."""
+
+
+def predict_labelled(
+    models: Sequence[Classifier],
+    data: str | Path,
+    progress: Callable[[int, int], object] | None = None,
+) -> Predictions:
+    """Answer labelled images with one model or several.
+
+    Of images in splits only those of the test split are answered, since a model has probably
+    learned from the others.
+
+    Args:
+        models: of the same classes, in any order.
+        data: a folder of class folders, or of train/ [val/] test/; a CSV or parquet file.
+        progress: called with the number of images answered and of all.
+
+    Returns:
+        The models' probabilities, one member for each model, of kind "foreign".
+
+    Raises:
+        DataError: the images cannot be read, or have classes that a model does not know.
+        RecipeError: the models have different classes, or names that cannot be told apart.
+    """
+    names = _names([model.path for model in models])
+    classes = models[0].classes
+    orders = [_order(model, classes, models[0].path) for model in models]
+    rows = load_labelled(data)
+    labels = _labels(rows, classes, data)
+    probs = np.empty((len(models), len(rows), len(classes)), np.float32)
+    for number, (model, order) in enumerate(zip(models, orders, strict=True)):
+        done = number * len(rows)
+        for begin, batch in _batches(rows, model):
+            end = begin + len(batch)
+            probs[number, begin:end] = model.answer(batch)[:, order]
+            if progress is not None:
+                progress(done + end, len(models) * len(rows))
+    return Predictions(
+        probs=probs,
+        labels=labels,
+        ids=rows.ids,
+        classes=classes,
+        members=names,
+        groups=rows.groups,
+    )
+
+
+def _batches(rows: ImageDataset, model: Classifier) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the first row and the pixels of consecutive images of one size."""
+    begin, batch = 0, [model.prepare(rows.pixels(0))]
+    for row in range(1, len(rows)):
+        image = model.prepare(rows.pixels(row))
+        if len(batch) == BATCH or image.shape != batch[0].shape:
+            yield begin, np.stack(batch)
+            begin, batch = row, []
+        batch.append(image)
+    yield begin, np.stack(batch)
+
+
+def _labels(rows: ImageDataset, classes: Sequence[str], data: str | Path) -> np.ndarray:
+    """Return the model's class number of each image, int64 (n,)."""
+    # A file has other names in place of those that could not be written into it.
+    written = exported_names(rows.classes)
+    number = {name: i for i, name in enumerate(classes)}
+    known = [
+        number.get(name, number.get(w, -1)) for name, w in zip(rows.classes, written, strict=True)
+    ]
+    unknown = [rows.classes[i] for i in np.unique(rows.labels) if known[i] < 0]
+    if unknown:
+        raise DataError(
+            "the images have classes that the model does not know",
+            where=data,
+            expected=shorten(classes),
+            got=shorten(unknown),
+            fix="rename their folders or labels, or leave them out",
+        )
+    return np.array(known, np.int64)[rows.labels]
+
+
+def _order(model: Classifier, classes: Sequence[str], first: Path) -> list[int]:
+    """Return where a model has each of the classes."""
+    if set(model.classes) != set(classes):
+        different = sorted(set(model.classes) ^ set(classes))
+        raise RecipeError(
+            "the models have different classes",
+            where=model.path,
+            expected=f"the classes of {first}",
+            got=f"only in one of them: {shorten(different)}",
+        )
+    return [model.classes.index(name) for name in classes]
+
+
+def _names(paths: Sequence[Path]) -> tuple[str, ...]:
+    """Name each model by its file, or also by its folder where files have one name."""
+    names = [path.stem for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{path.resolve().parent.name}/{path.stem}" for path in paths]
+    if len(set(names)) < len(names):
+        raise RecipeError(
+            "the same model twice, or two that cannot be told apart",
+            got=shorten(names),
+            fix="rename a file or its folder",
+        )
+    return tuple(names)
