@@ -124,7 +124,7 @@ def test_coverage_of_the_sets_is_measured(tmp_path: Path) -> None:
     assert summary.conformal.unknown.n == 12
 
 
-def test_two_files_are_compared_whatever_the_order_of_their_classes(tmp_path: Path) -> None:
+def test_classes_may_have_another_order_in_another_file(tmp_path: Path) -> None:
     exported = write_model(tmp_path / "ours.onnx")
     data = write_colours(tmp_path / "images")
     foreign = ForeignModel(
