@@ -112,6 +112,10 @@ def test_weights_in_the_cache_are_at_hand(tmp_path: Path, monkeypatch: pytest.Mo
     backbone = create_backbone(MemberSpec(name="m", backbone=NAME, img_size=32))
     loaded = backbone.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in loaded.items())
+    del state["conv1.0.weight"]
+    save_file(state, snapshot / "model.safetensors")
+    with pytest.raises(RecipeError, match=r"weights: member m.*file has no conv1\.0\.weight; fix"):
+        create_backbone(MemberSpec(name="m", backbone=NAME, img_size=32))
 
 
 def test_weights_that_are_no_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

