@@ -137,10 +137,17 @@ class Recipe(Section):
         return self
 
     def _check_folds(self) -> None:
-        if self.folds.k == 1 and self.protocol == "honest" and not self.folds.counted_by_data:
+        if self.folds.k == 1 and self.protocol == "honest" and not self.folds.ignores_k:
             raise ValueError(
                 "folds.k = 1 leaves no out-of-fold rows; the honest protocol needs folds.k >= 2"
             )
+        if self.folds.holdout is not None and self.folds.scheme != "holdout":
+            raise ValueError(
+                f"folds.scheme = {self.folds.scheme} ignores folds.holdout; "
+                "set folds.scheme = holdout"
+            )
+        if self.folds.scheme == "holdout":
+            self._check_holdout()
         if (self.folds.scheme == "column") != bool(self.data.fold_column):
             raise ValueError(
                 f"folds.scheme = {self.folds.scheme} ignores data.fold_column; "
@@ -160,6 +167,15 @@ class Recipe(Section):
                 raise ValueError(
                     f"folds.scheme = stratified ignores data.{key}; set folds.scheme = grouped"
                 )
+
+    def _check_holdout(self) -> None:
+        """Refuse what needs every row scored, or several folds."""
+        if self.protocol == "paper":
+            raise ValueError("folds.scheme = holdout needs protocol = honest")
+        if self.views.choose:
+            raise ValueError("views.choose needs several folds; folds.scheme = holdout has one")
+        if self.distill is not None:
+            raise ValueError("a student needs the folds of its teacher, not folds.scheme = holdout")
 
     def _check_members(self) -> None:
         """Check that the members named exist and can be joined, trained and combined."""

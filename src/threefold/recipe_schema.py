@@ -111,9 +111,15 @@ class FoldSpec(Section):
     """Cross-validation: each fold splits the rows into fit, select and score."""
 
     k: Annotated[int, Field(ge=1, le=50)] = 5
-    """Number of folds; not used where the data decide it (leave-one-group-out, column)."""
-    scheme: Literal["stratified", "grouped", "leave-one-group-out", "column"] = "stratified"
-    """How rows are put into folds; column = the user's own folds, from data.fold_column."""
+    """Number of folds; not used where there is one (holdout) or the data decide it
+    (leave-one-group-out, column)."""
+    scheme: Literal["stratified", "grouped", "leave-one-group-out", "column", "holdout"] = (
+        "stratified"
+    )
+    """How rows are put into folds; column = the user's own folds, from data.fold_column; holdout =
+    one split, for data sets so large that a part of them tells enough."""
+    holdout: Annotated[float, Field(gt=0.0, le=0.5)] | None = None
+    """Share of the rows that scheme = holdout scores: 0.1, unless it is set."""
     select: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.15
     """Share of a fold's training rows reserved for choosing checkpoints and stages (honest
     protocol)."""
@@ -122,9 +128,9 @@ class FoldSpec(Section):
     rows."""
 
     @property
-    def counted_by_data(self) -> bool:
-        """Whether the data decide the number of folds, so that k is not used."""
-        return self.scheme in ("leave-one-group-out", "column")
+    def ignores_k(self) -> bool:
+        """Whether there is one fold, or the data decide their number."""
+        return self.scheme in ("leave-one-group-out", "column", "holdout")
 
 
 class AugmentSpec(Section):

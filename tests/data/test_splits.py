@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from threefold.data.splits import Roles, assign_roles, check_partition, refit_roles
+from threefold.data.splits import Roles, assign_roles, check_roles, refit_roles
 from threefold.errors import DataError, RunError
 from threefold.recipe_schema import FoldSpec
 
@@ -227,7 +227,7 @@ def test_folds_that_are_no_partition_are_an_internal_error() -> None:
     a, b, c = (np.array(rows, dtype=np.int64) for rows in ([0, 1], [2, 3], [3]))
     none = a[:0]
 
-    check_partition([Roles(a, none, b), Roles(b, none, a)], 4)
+    check_roles([Roles(a, none, b), Roles(b, none, a)], np.arange(4))
     for wrong in (
         [Roles(a, none, b)],
         [Roles(a, none, b), Roles(a, none, b)],
@@ -235,11 +235,11 @@ def test_folds_that_are_no_partition_are_an_internal_error() -> None:
         [],
     ):
         with pytest.raises(RunError, match="exactly once"):
-            check_partition(wrong, 4)
+            check_roles(wrong, np.arange(4))
     with pytest.raises(RunError, match="fold 1"):
-        check_partition([Roles(a, none, b), Roles(a, none, a)], 4)
+        check_roles([Roles(a, none, b), Roles(a, none, a)], np.arange(4))
     with pytest.raises(RunError, match="fold 0"):
-        check_partition([Roles(a, a, b), Roles(b, none, a)], 4)
+        check_roles([Roles(a, a, b), Roles(b, none, a)], np.arange(4))
 
 
 @pytest.mark.parametrize(
@@ -293,3 +293,38 @@ def test_a_class_without_a_name_is_shown_by_its_number() -> None:
 def test_refit_with_one_group_is_refused() -> None:
     with pytest.raises(DataError, match="the refit leaves no images"):
         refit_roles([0, 1, 0, 1], ["a"] * 4, FoldSpec(scheme="grouped"), 0)
+
+
+@LAW
+@given(
+    st.integers(2, 40),
+    st.sampled_from([0.1, 0.3, 0.5]),
+    st.booleans(),
+    st.integers(-(2**40), 2**40),
+)
+def test_holdout_is_one_split(per_class: int, share: float, grouped: bool, seed: int) -> None:
+    labels = np.arange(3 * per_class) % 3
+    groups = [f"g{row // 6}" for row in range(len(labels))] if grouped else None
+    spec = FoldSpec(scheme="holdout", holdout=share, select=0.1)
+    if grouped:
+        assume(per_class >= 6)  # three groups or more
+
+    (roles,) = roles_or_skip(labels, groups, spec, "honest", seed)
+
+    assert np.array_equal(np.sort(np.concatenate(roles)), np.arange(len(labels)))
+    assert set(labels[roles.score]) == set(labels[roles.fit]) == {0, 1, 2}
+    if groups is None:
+        expected = min(max(1, round(share * per_class)), per_class - 1)
+        assert np.bincount(labels[roles.score]).tolist() == [expected] * 3
+    else:
+        names = np.array(groups)
+        parts = [set(names[rows]) for rows in roles]
+        assert not any(a & b for a, b in zip(parts, [parts[1], parts[2], parts[0]], strict=True))
+
+
+def test_holdout_scores_a_tenth_unless_told() -> None:
+    labels = np.arange(400) % 4
+
+    (roles,) = assign_roles(labels, None, FoldSpec(scheme="holdout"), "honest", 0)
+
+    assert len(roles.score) == 40

@@ -212,3 +212,57 @@ def test_inconsistent_members_are_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         Recipe.parse(tiny_tree(images, **changes))
+
+
+@pytest.fixture(scope="module")
+def held_out(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run with one split."""
+    tree = tiny_tree(
+        images,
+        members=[member("a"), member("c", backbone="test_efficientnet")],
+        folds={"scheme": "holdout", "holdout": 0.25, "select": 0.2},
+        stages=[{"name": "one", "epochs": 1, "lr": 3e-3}],
+    )
+    run = api.train(Recipe.parse(tree), tmp_path_factory.mktemp("runs") / "held_out")
+    api.finish(run)
+    return run
+
+
+def test_a_holdout_run_scores_the_rows_held_out(held_out: Run) -> None:
+    oof, train = held_out.predictions("oof"), held_out.sources.train
+    rows = held_out.roles[0].score
+
+    assert len(rows) == round(0.25 * len(train))
+    assert oof.ids == tuple(train.ids[row] for row in rows)
+    np.testing.assert_array_equal(oof.labels, train.labels[rows])
+    np.testing.assert_array_equal(oof.probs[1], stored(held_out, "c", 0)["score"][0])
+    assert held_out.results.expected is not None
+
+
+def test_a_holdout_run_exports_its_one_network(held_out: Run) -> None:
+    model = threefold.load(held_out.dir / "model.onnx")
+    train, oof = held_out.sources.train, held_out.predictions("oof")
+
+    output = model.infer([train.pixels(int(row)) for row in held_out.roles[0].score[:3]])
+
+    np.testing.assert_allclose(output.member_probs, oof.probs[:, :3].swapaxes(0, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"protocol": "paper"}, "needs protocol = honest"),
+        ({"views": {"kind": "flip", "choose": True}}, "views.choose needs several folds"),
+        ({"folds": {"holdout": 0.2}}, "ignores folds.holdout; set folds.scheme = holdout"),
+    ],
+)
+def test_what_holdout_does_not_go_with(changes: dict[str, Any], message: str, images: Path) -> None:
+    tree = tiny_tree(images, members=[member("a")], **{"folds": {"scheme": "holdout"}, **changes})
+
+    with pytest.raises(RecipeError, match=message):
+        Recipe.parse(tree)
+
+
+def test_a_holdout_run_cannot_teach(held_out: Run, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"a part of its images only.*folds\.scheme=stratified"):
+        api.distill(held_out.dir, "test_resnet", tmp_path / "student")

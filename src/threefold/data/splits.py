@@ -21,6 +21,11 @@ Rows = NDArray[np.int64]
 MOST_FOLDS = 50
 """Largest number of folds from a column; more are a column of something else."""
 
+HOLDOUT = 0.1
+"""Share of the rows that the scheme `holdout` scores, unless the recipe says."""
+HOLDOUT_STREAM = 2**32
+"""Draws the rows of `holdout`; the select rows of fold f are drawn by stream f + 1."""
+
 _NO_ROWS: Rows = np.empty(0, dtype=np.int64)
 
 
@@ -57,6 +62,9 @@ def assign_roles(
 ) -> tuple[Roles, ...]:
     """Assign roles to all rows in every fold; over the folds each row is scored exactly once.
 
+    Only `holdout` has one fold, which scores the share `spec.holdout` of each class, or of whole
+    groups where there are any; the other rows are never scored.
+
     `stratified` distributes each class evenly and ignores groups; `grouped` does the same with
     whole groups; `leave-one-group-out` makes one fold per group, in order of first appearance, and
     `column` one per value of `folds`, in natural order; both ignore spec.k. Under the honest
@@ -82,10 +90,19 @@ def assign_roles(
     n = len(class_codes.of_row)
     group_codes = _group_codes(groups, spec, n)
     everything = np.arange(n)
-    if protocol == "paper" and spec.k == 1 and not spec.counted_by_data:
+    if protocol == "paper" and spec.k == 1 and not spec.ignores_k:
         return (Roles(everything, _NO_ROWS, _NO_ROWS),)
     if spec.scheme == "column":
         parts = _column_parts(folds, n)
+    elif spec.scheme == "holdout":
+        share = spec.holdout or HOLDOUT
+        parts = [_draw(everything, class_codes, group_codes, share, seed, HOLDOUT_STREAM)]
+        if not len(parts[0]):
+            raise DataError(
+                "folds.scheme = holdout leaves no images to score",
+                expected="2 images of a class, or 2 groups with every class",
+                fix="add images or groups, or raise folds.holdout",
+            )
     else:
         parts = _score_parts(class_codes, group_codes, spec, seed)
     roles = []
@@ -97,7 +114,7 @@ def assign_roles(
         else:
             fit, select = _fit_and_select(rest, class_codes, group_codes, spec, seed, fold)
             roles.append(Roles(fit, select, score))
-    check_partition(roles, n)
+    check_roles(roles, np.concatenate(parts) if spec.scheme == "holdout" else everything)
     return tuple(roles)
 
 
@@ -137,17 +154,21 @@ def fold_values(folds: Sequence[str]) -> tuple[str, ...]:
     return values
 
 
-def check_partition(roles: Sequence[Roles], n: int) -> None:
-    """Check that folds score each of n rows exactly once, and none that they fitted or selected on.
+def check_roles(roles: Sequence[Roles], rows: Rows) -> None:
+    """Check that folds score each of the rows exactly once, and none that they fitted or selected.
+
+    Args:
+        roles: of each fold.
+        rows: (r,) the rows to be scored.
 
     Raises:
         RunError: they do not; this is a defect of the program, not of the data.
     """
     scored = np.concatenate([part.score for part in roles]) if roles else _NO_ROWS
-    if not np.array_equal(np.sort(scored), np.arange(n)):
+    if not np.array_equal(np.sort(scored), np.sort(rows)):
         raise RunError(
             "the folds do not score every row exactly once",
-            expected=f"{n} rows",
+            expected=f"{len(rows)} rows",
             got=f"{len(scored)} rows",
         )
     for fold, part in enumerate(roles):
@@ -166,7 +187,9 @@ def _codes(values: ArrayLike, names: Sequence[str] | None = None) -> _Codes:
 
 def _group_codes(groups: Sequence[str] | None, spec: FoldSpec, n: int) -> _Codes | None:
     """Return the groups if the scheme uses them, else None."""
-    if spec.scheme == "stratified" or (spec.scheme == "column" and groups is None):
+    if spec.scheme == "stratified":
+        return None
+    if groups is None and spec.scheme in ("column", "holdout"):
         return None
     if groups is None:
         raise DataError(
@@ -253,11 +276,7 @@ def _fit_and_select(
     rest: Rows, labels: _Codes, groups: _Codes | None, spec: FoldSpec, seed: int, fold: int
 ) -> tuple[Rows, Rows]:
     """Split the rows outside `score`; every class of `rest` keeps rows in fit."""
-    rng = np.random.default_rng([seed % 2**32, fold + 1])
-    if groups is None:
-        select = _draw_rows(rest, labels.of_row[rest], spec.select, rng)
-    else:
-        select = _draw_groups(rest, labels.of_row[rest], groups.of_row[rest], spec.select, rng)
+    select = _draw(rest, labels, groups, spec.select, seed, fold + 1)
     if not len(select):
         where = f"fold {fold}" if fold >= 0 else "the refit"
         raise DataError(
@@ -266,6 +285,16 @@ def _fit_and_select(
             fix="add images or groups, or change folds.k",
         )
     return np.setdiff1d(rest, select), select
+
+
+def _draw(
+    rest: Rows, labels: _Codes, groups: _Codes | None, share: float, seed: int, stream: int
+) -> Rows:
+    """Draw a share of the rows, or of whole groups; `stream` tells draws of one seed apart."""
+    rng = np.random.default_rng([seed % 2**32, stream])
+    if groups is None:
+        return _draw_rows(rest, labels.of_row[rest], share, rng)
+    return _draw_groups(rest, labels.of_row[rest], groups.of_row[rest], share, rng)
 
 
 def _draw_rows(rest: Rows, codes: Rows, share: float, rng: np.random.Generator) -> Rows:

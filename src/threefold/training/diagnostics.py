@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from threefold.data.check import NEAR_COPIES
+from threefold.data.dataset import ImageDataset
 from threefold.data.leakage import (
     Duplicate,
     Duplicates,
@@ -191,10 +192,10 @@ def make_thumbnails(
     shown = [suspect.id for suspect in suspects[:MAX_SUSPECTS] if suspect.id in row_of]
     return {
         "ids": _names([rows.ids[row] for row in mistakes]),
-        "images": _small(run, rows.kind, mistakes),
+        "images": _small(_dataset(run, rows.kind), mistakes),
         "cams": _cams(run, evaluation, mistakes),
         "suspect_ids": _names(shown),
-        "suspect_images": _small(run, "oof", np.array([row_of[name] for name in shown], int)),
+        "suspect_images": _small(run.sources.train, [row_of[name] for name in shown]),
         **_confused_pairs(run, evaluation, worst),
     }
 
@@ -212,7 +213,7 @@ def _confused_pairs(run: Run, evaluation: Evaluation, worst: np.ndarray) -> dict
     index = np.array(rows, int)
     return {
         "pair_ids": _names([evaluation.rows.ids[row] for row in index]),
-        "pair_images": _small(run, evaluation.rows.kind, index),
+        "pair_images": _small(_dataset(run, evaluation.rows.kind), index),
         "pair_true": labels[index],
         "pair_answer": answers[index],
     }
@@ -231,7 +232,7 @@ def _cams(run: Run, evaluation: Evaluation, rows: np.ndarray) -> np.ndarray:
     answers = evaluation.probs.argmax(1)
     for fold in np.unique(folds[rows]):
         mine = np.flatnonzero(folds[rows] == fold)
-        images = _small(run, evaluation.rows.kind, rows[mine])
+        images = _small(_dataset(run, evaluation.rows.kind), rows[mine])
         specs = _combined_members(run, evaluation, int(fold))
         classes = len(evaluation.rows.classes)
         networks = [run.load_member(spec, int(fold), classes) for spec in specs]
@@ -257,10 +258,16 @@ def _combined_members(run: Run, evaluation: Evaluation, fold: int) -> list[Membe
     ]
 
 
-def _small(run: Run, kind: str, rows: np.ndarray) -> np.ndarray:
-    """Thumbnails uint8 (r, 96, 96, 3) of some training or test images."""
-    dataset = run.sources.test if kind == "test" else run.sources.train
-    assert dataset is not None
+def _dataset(run: Run, kind: str) -> ImageDataset:
+    """The images of the rows of oof.npz or test.npz."""
+    if kind != "test":
+        return run.sources.train.subset(run.scored)
+    assert run.sources.test is not None
+    return run.sources.test
+
+
+def _small(dataset: ImageDataset, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Thumbnails uint8 (r, 96, 96, 3) of some images."""
     pictures = np.zeros((len(rows), SIDE, SIDE, 3), np.uint8)
     for i, row in enumerate(rows):
         image = Image.fromarray(dataset.pixels(int(row)))

@@ -268,6 +268,13 @@ def open_teacher(folder: str | Path) -> Run:
             got="answers that depend on its own teacher's",
             fix=f"use its teacher, {run.recipe.distill.run}",
         )
+    if run.recipe.folds.scheme == "holdout":
+        raise RunError(
+            "the run has out-of-fold predictions of a part of its images only",
+            where=run.dir,
+            got="folds.scheme = holdout",
+            fix="train it with --set folds.scheme=stratified",
+        )
     oof = run.folder.oof
     if oof is None or oof.roles is None:
         raise RunError(

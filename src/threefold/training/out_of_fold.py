@@ -27,7 +27,9 @@ FoldProbs = Mapping[tuple[str, int], Mapping[str, np.ndarray]]
 
 
 def assemble(run: Run) -> None:
-    """Write oof.npz, which covers every row once, test.npz, the mean of the folds, and views.json.
+    """Write oof.npz, test.npz, the mean of the folds, and views.json.
+
+    oof.npz covers every training row once, or with `folds.scheme = "holdout"` the rows held out.
 
     Raises:
         RunError: a fold has no member.
@@ -36,21 +38,22 @@ def assemble(run: Run) -> None:
     oof, test = _out_of_fold(run, fold_probs), _on_test(run, fold_probs)
     fold_roles = roles_by_fold(run)
     if run.recipe.views.choose:
-        oof, test = _choose_views(run, oof, test, fold_roles.owner)
+        oof, test = _choose_views(run, oof, test, fold_roles.owner)  # there are several folds
     members = tuple(m.name for m in run.recipe.members)
     train = run.sources.train
     if oof is not None:
+        scored = train.subset(run.scored)
         run.folder.write_predictions(
             Predictions(
                 probs=oof[0],
-                labels=train.labels,
-                ids=train.ids,
+                labels=scored.labels,
+                ids=scored.ids,
                 classes=train.classes,
                 members=members,
-                groups=train.groups,
+                groups=scored.groups,
                 kind="oof",
-                folds=fold_roles.owner,
-                roles=fold_roles.roles,
+                folds=fold_roles.owner[run.scored],
+                roles=fold_roles.roles[:, run.scored],
                 protocol="taught" if fold_roles.taught else run.recipe.protocol,
             )
         )
@@ -133,9 +136,9 @@ def _members_of_fold(run: Run, fold: int, fold_probs: FoldProbs, kind: str) -> n
 
 
 def _out_of_fold(run: Run, fold_probs: FoldProbs) -> np.ndarray | None:
-    """Probabilities (c, m, n, k) of each training row by the fold that scores it, if there are any.
+    """Probabilities (c, m, r, k) of the scored rows by the fold that scores them, if there are any.
 
-    The score rows of the folds are a partition of all rows, which `assign_roles` checks.
+    The score rows of the folds are a partition of `run.scored`, which `assign_roles` checks.
     """
     probs = None
     for fold, roles in run.roles.items():
@@ -144,8 +147,8 @@ def _out_of_fold(run: Run, fold_probs: FoldProbs) -> np.ndarray | None:
         part = _members_of_fold(run, fold, fold_probs, "score")
         if probs is None:
             c, m, _, k = part.shape
-            probs = np.full((c, m, len(run.sources.train), k), np.nan, np.float32)
-        probs[:, :, roles.score] = part
+            probs = np.full((c, m, len(run.scored), k), np.nan, np.float32)
+        probs[:, :, np.searchsorted(run.scored, roles.score)] = part
     return probs
 
 

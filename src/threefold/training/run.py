@@ -166,6 +166,12 @@ class Run:
             )
         return roles
 
+    @cached_property
+    def scored(self) -> np.ndarray:
+        """The training rows that a fold scores, in ascending order: all, or those held out."""
+        rows = [roles.score for roles in self.roles.values()]
+        return np.sort(np.concatenate(rows))
+
     @property
     def jobs(self) -> list[Job]:
         """Every job of the run, in order of execution."""
