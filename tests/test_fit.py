@@ -18,9 +18,11 @@ from threefold.files import read_json
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Job
 from threefold.report.pages import write_report
+from threefold.training import plan_tuning
 from threefold.training.run import Run
 from threefold.training.watcher import Watcher
 
+MEMBERS = ("test_resnet",)
 SETS = (
     "stages.tune1.epochs=2",
     "stages.tune2.epochs=1",
@@ -63,8 +65,7 @@ class Stopper(Watcher):
 
 def fit(images: Path, out: Path, watcher: Watcher | None = None) -> Run:
     """Fit one tiny network in an unlimited time, so that nothing depends on the clock."""
-    members = ("test_resnet",)
-    return api.fit(images, out, budget_minutes=0, members=members, overrides=SETS, watcher=watcher)
+    return api.fit(images, out, budget_minutes=0, members=MEMBERS, overrides=SETS, watcher=watcher)
 
 
 def openings(folder: Path) -> list[str]:
@@ -199,3 +200,24 @@ def test_the_report_says_that_members_follow(sealed: Path, tmp_path: Path) -> No
     assert "a first answer" in first
     assert "m0-test_resnet-tuned" in first
     assert "the test set stays sealed" in first
+
+
+@pytest.mark.slow
+def test_many_images_are_fitted_on_one_split(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_tuning, "HOLDOUT_FROM", 10)
+    sets = tuple(text for text in SETS if text != "folds.k=2")
+    table = tmp_path / "photos.csv"
+    rows = [(path, path.parent.name) for path in sorted((images / "train").rglob("*.png"))]
+    table.write_text("path,label\n" + "".join(f"{path},{label}\n" for path, label in rows))
+
+    run = api.fit(table, tmp_path / "run", budget_minutes=0, members=MEMBERS, overrides=sets)
+
+    assert run.recipe.data.source == "csv"
+    assert run.recipe.folds.scheme == "holdout"
+    assert set(run.roles) == {0}
+    oof = run.predictions("oof")
+    assert oof.ids == tuple(run.sources.train.ids[row] for row in run.roles[0].score)
+    assert run.results.export is not None
+    assert run.final_folds == [0]

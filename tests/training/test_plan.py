@@ -16,6 +16,7 @@ from threefold.errors import DataError, RecipeError, RunError
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.training import plan as planning
+from threefold.training import plan_tuning
 from threefold.training.checks import check_trainable
 from threefold.training.measure import Speed
 from threefold.training.plan import plan_folder
@@ -83,6 +84,20 @@ def test_smallest_class_bounds_the_folds(tmp_path: Path) -> None:
     make_folder(tmp_path, ["few"], 3)
 
     assert plan_folder(tmp_path, 0, TINY, UNTRAINED).recipe.folds.k == 3
+
+
+def test_many_images_are_split_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_tuning, "HOLDOUT_FROM", 20)
+    root = make_folder(tmp_path, ["cat", "dog"], 12)
+    sets = (*UNTRAINED, "members.0.img_size=32")
+
+    folds = plan_folder(root, 0, TINY, sets).recipe.folds
+    named = plan_folder(root, 0, TINY, (*sets, "folds.k=3")).recipe.folds
+    probes = plan_folder(root, 0, TINY, sets, "fast").recipe.folds
+
+    assert (folds.scheme, folds.final) == ("holdout", "average")
+    assert (named.scheme, named.k, named.final) == ("stratified", 3, "refit")
+    assert (probes.scheme, probes.k) == ("stratified", 5)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import torch
 
 from threefold.data.dataset import Sources, load_data
 from threefold.data.detect_source import detect_source
+from threefold.data.splits import HOLDOUT
 from threefold.models.member import fixed_size
 from threefold.models.pipeline import pick_device
 from threefold.names import plain_backbone
@@ -115,7 +116,7 @@ def plan_folder(
     draft = _draft(data, probes, overrides)
     found, measured = look_for_groups(draft, measured, sources, cache, clock, group_file)
     tuning, why_tuning = choose_tuning(draft, summary, measured, device, clock, quality)
-    folds = _folds(tuning, summary, quality)
+    folds, fit_share, why_folds = _folds(tuning, summary, quality)
     train, why_train = _train(summary, device)
     stages, tuned = tuning_stages(
         tuning,
@@ -123,14 +124,14 @@ def plan_folder(
         draft,
         measured.img_size,
         device,
-        fit_rows=summary.n * (1 - select_share(summary.n)) * (folds - 1) / folds,
+        fit_rows=summary.n * fit_share,
         batch_size=train["batch_size"],
     )
     augment, why_augment = _augment(summary) if tuned else ({}, [])
     decisions = [
         _explain_members(probes, members, screening),
         *measured.decisions,
-        Decision("folds.k", folds, "each image is scored once by heads that never saw it"),
+        why_folds,
         *why_tuning,
         *why_augment,
         *why_train,
@@ -139,7 +140,7 @@ def plan_folder(
         "name": _name(folder),
         "budget_minutes": round(0.9 * clock.left / 60, 2) if budget_minutes else 0.0,
         "data": data,
-        "folds": {"k": folds, "final": "refit", "select": round(select_share(summary.n), 3)},
+        "folds": folds,
         "augment": augment,
         "train": train,
         "ensemble": {"methods": ["mean", "best", "weighted", "greedy", "pool"]},
@@ -149,8 +150,8 @@ def plan_folder(
     if quality == "best" and augment.get("hflip"):
         tree["views"] = {"kind": "flip"}
         decisions.append(Decision("views.kind", "flip", "quality best: the mirror image, too"))
-    recipe, sources, why_folds = plan_with_groups(tree, overrides, found, sources, group_file)
-    return RecipePlan(recipe, [*decisions, *why_folds], sources)
+    recipe, sources, why_groups = plan_with_groups(tree, overrides, found, sources, group_file)
+    return RecipePlan(recipe, [*decisions, *why_groups], sources)
 
 
 def _data(folder: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -290,10 +291,27 @@ def _explain_members(
     return Decision("members", ", ".join(member["name"] for member in probes), why)
 
 
-def _folds(tuning: Tuning | None, summary: DataSummary, quality: Quality) -> int:
-    """Number of folds: five for probes, which cost little, or those of the tuning."""
+def _folds(
+    tuning: Tuning | None, summary: DataSummary, quality: Quality
+) -> tuple[dict[str, Any], float, Decision]:
+    """Choose the folds: those of the tuning, or five for probes, which cost little.
+
+    Returns:
+        The `folds` table, the share of the images that each network is fitted on, and the reason.
+    """
+    select = select_share(summary.n)
+    if tuning is not None and tuning.folds == 1:
+        reason = (
+            f"{round(HOLDOUT * summary.n):,} of {summary.n:,} images are enough to choose and "
+            "score on, and each network learns from the others"
+        )
+        table = {"scheme": "holdout", "select": round(select, 3)}
+        return table, (1 - select) * (1 - HOLDOUT), Decision("folds.holdout", HOLDOUT, reason)
     folds = 5 if tuning is None or quality == "best" else tuning.folds
-    return max(2, min(folds, summary.smallest_class))
+    folds = max(2, min(folds, summary.smallest_class))
+    table = {"k": folds, "final": "refit", "select": round(select, 3)}
+    reason = "each image is scored once by heads that never saw it"
+    return table, (1 - select) * (folds - 1) / folds, Decision("folds.k", folds, reason)
 
 
 def _augment(summary: DataSummary) -> tuple[dict[str, Any], list[Decision]]:

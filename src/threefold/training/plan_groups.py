@@ -162,9 +162,12 @@ def plan_with_groups(
         RunError: the file cannot be written, or holds other groups.
     """
     plain = Recipe.parse(tree, overrides, where="plan")
+    if plain.folds.scheme == "holdout" and found.decision is not None:
+        found = found._replace(decision=found.decision._replace(value="holdout"))
     if found.groups is None or found.decision is None:
         return plain, sources, [] if found.decision is None else [found.decision]
-    tree = tree | {"folds": tree["folds"] | {"scheme": "grouped"}}
+    if tree["folds"].get("scheme") != "holdout":  # which keeps groups whole, too
+        tree = tree | {"folds": tree["folds"] | {"scheme": "grouped"}}
     path = None
     if sources.train.groups is None:
         assert group_file is not None  # groups are sought only for a file

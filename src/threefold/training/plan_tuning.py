@@ -46,6 +46,7 @@ class Tuning(NamedTuple):
     deeper: int
     """Epochs of deeper blocks after that."""
     folds: int
+    """Folds; 1 = one split (`folds.scheme = "holdout"`)."""
 
 
 TUNINGS: tuple[Tuning, ...] = (
@@ -84,6 +85,23 @@ TUNINGS_OF_MANY = (
 )
 """What to choose from for many images."""
 
+HOLDOUT_FROM = 20_000
+"""Images from which a tenth of them is enough to choose and score on."""
+
+TUNINGS_WITH_HOLDOUT = (
+    Tuning(1, 0.5, 1, 0, 1),
+    Tuning(1, 0.5, 1, 1, 1),
+    Tuning(1, 0.75, 1, 1, 1),
+    Tuning(1, 0.75, 1, 3, 1),
+    Tuning(1, 0.75, 1, 5, 1),
+    Tuning(1, 0.75, 1, 8, 1),
+    Tuning(2, 0.75, 1, 8, 1),
+    Tuning(3, 0.75, 1, 8, 1),
+    Tuning(3, 1.0, 1, 8, 1),
+    Tuning(3, 1.0, 1, 12, 1),
+)
+"""What to choose from for so many images, with one split in place of folds and a refit."""
+
 
 def choose_tuning(
     draft: Recipe,
@@ -100,7 +118,8 @@ def choose_tuning(
     if clock.left - measured.seconds * 1.2 - finishing < 3 * EXPORT_SECONDS:
         why = "the probes take the time that there is; give a larger --budget to tune"
         return None, [Decision(KEY, "none", why)]
-    options = _tunings(summary, len(measured.costs), quality)
+    names_folds = not draft.folds.model_fields_set.isdisjoint(("k", "scheme", "final"))
+    options = _tunings(summary, len(measured.costs), quality, names_folds=names_folds)
     if math.isinf(clock.left):
         return options[-1], [_decide(options[-1], measured, "no time budget")]
     speeds = _measure_tuning(draft, summary, measured, device)
@@ -140,10 +159,14 @@ class TuningSpeeds(NamedTuple):
     deeper: Speed
 
 
-def _tunings(summary: DataSummary, members: int, quality: Quality) -> list[Tuning]:
+def _tunings(
+    summary: DataSummary, members: int, quality: Quality, *, names_folds: bool
+) -> list[Tuning]:
     """The possible tunings, within the number of members and the size of the smallest class."""
     options = BEST_TUNINGS if quality == "best" else TUNINGS
-    if summary.n >= MANY:
+    if summary.n >= HOLDOUT_FROM and not names_folds:
+        options = TUNINGS_WITH_HOLDOUT
+    elif summary.n >= MANY:
         options = TUNINGS_OF_MANY
     folds = max(2, summary.smallest_class)
     return [
@@ -201,6 +224,9 @@ def predict_seconds(
     tuning: Tuning, n: int, img_size: int, speeds: TuningSpeeds, costs: Sequence[float]
 ) -> float:
     """Predict the time of tuning: every fold and the refit, predictions, and the export.
+
+    All folds and the refit together fit as many images as there are, times the folds; one split
+    fits a tenth fewer, and has no refit.
 
     Args:
         tuning: members, size, epochs and folds.
