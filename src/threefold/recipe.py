@@ -23,7 +23,7 @@ from threefold.errors import RecipeError
 from threefold.files import read_text
 from threefold.names import find_repeated
 from threefold.overrides import apply_override
-from threefold.recipe_checks import check_distill, check_pseudo_labels
+from threefold.recipe_checks import check_distill, check_holdout, check_pseudo_labels
 from threefold.recipe_schema import (
     WITH_GROUPS,
     AugmentSpec,
@@ -147,7 +147,7 @@ class Recipe(Section):
                 "set folds.scheme = holdout"
             )
         if self.folds.scheme == "holdout":
-            self._check_holdout()
+            check_holdout(self.protocol, self.views, self.distill)
         if (self.folds.scheme == "column") != bool(self.data.fold_column):
             raise ValueError(
                 f"folds.scheme = {self.folds.scheme} ignores data.fold_column; "
@@ -167,15 +167,6 @@ class Recipe(Section):
                 raise ValueError(
                     f"folds.scheme = stratified ignores data.{key}; set folds.scheme = grouped"
                 )
-
-    def _check_holdout(self) -> None:
-        """Refuse what needs every row scored, or several folds."""
-        if self.protocol == "paper":
-            raise ValueError("folds.scheme = holdout needs protocol = honest")
-        if self.views.choose:
-            raise ValueError("views.choose needs several folds; folds.scheme = holdout has one")
-        if self.distill is not None:
-            raise ValueError("a student needs the folds of its teacher, not folds.scheme = holdout")
 
     def _check_members(self) -> None:
         """Check that the members named exist and can be joined, trained and combined."""

@@ -1,10 +1,30 @@
-"""What must hold between a recipe's members and the tables in which some teach others."""
+"""What must hold between a recipe's members and tables: students, pseudo labels, one split."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from threefold.recipe_schema import DistillSpec, MemberSpec, PseudoLabelSpec, StageSpec
+from threefold.recipe_schema import (
+    DistillSpec,
+    MemberSpec,
+    PseudoLabelSpec,
+    StageSpec,
+    ViewSpec,
+)
+
+
+def check_holdout(protocol: str, views: ViewSpec, distill: DistillSpec | None) -> None:
+    """Refuse one split where every row must be scored, or several folds are needed.
+
+    Raises:
+        ValueError: they are.
+    """
+    if protocol == "paper":
+        raise ValueError("folds.scheme = holdout needs protocol = honest")
+    if views.choose:
+        raise ValueError("views.choose needs several folds; folds.scheme = holdout has one")
+    if distill is not None:
+        raise ValueError("a student needs the folds of its teacher, not folds.scheme = holdout")
 
 
 def check_distill(
