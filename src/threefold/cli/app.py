@@ -37,7 +37,7 @@ from threefold.cli.output import (
 )
 from threefold.cli.reproduce import register as register_reproduce
 from threefold.cli.saved import register as register_saved
-from threefold.errors import ExportError
+from threefold.errors import ExportError, RecipeError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -134,9 +134,15 @@ def plan(
     """Print the recipe that would run, with the reasons for its values."""
     from threefold.data.detect_source import TABLES
     from threefold.predictions.run_folder import default_run_folder
-    from threefold.recipe import resolve
+    from threefold.recipe import packaged_names, resolve
 
     path = Path(recipe)
+    if not path.exists() and recipe not in packaged_names():
+        raise RecipeError(
+            "no such folder, table or recipe",
+            got=recipe,
+            expected="a folder or table of images, a .toml file, or a name of `threefold list`",
+        )
     if path.is_dir() or path.suffix.lower() in TABLES:
         from threefold.training.plan import plan_folder
 
