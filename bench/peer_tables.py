@@ -323,6 +323,12 @@ def _draw_means(panel: Any, results: Sequence[Result], names: Sequence[str]) -> 
 
 
 def _line(panel: Any, system: str, minutes: Sequence[float], errors: Sequence[float]) -> None:
+    """Draw one system; of one that gains nothing from more time, its one point."""
+    if not minutes:
+        return
+    if len(set(zip(minutes, errors, strict=True))) == 1:
+        minutes, errors = minutes[:1], errors[:1]
+        panel.axhline(errors[0], color=COLOURS[system], linewidth=0.8, linestyle=":")
     panel.plot(
         minutes,
         errors,
@@ -341,7 +347,8 @@ def _finish_panel(panel: Any, title: str, budgets: Sequence[float]) -> None:
     panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
     panel.minorticks_off()
     panel.tick_params(labelsize=8)
-    panel.set_ylim(bottom=0)
+    highest = max((max(line.get_ydata()) for line in panel.get_lines()), default=1.0)
+    panel.set_ylim(0, 1.12 * highest)
     panel.set_title(title, fontsize=9, loc="left")
     panel.grid(color="#e7e5e4", linewidth=0.6)
     for side in ("top", "right"):
