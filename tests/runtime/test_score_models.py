@@ -14,11 +14,13 @@ from support.command_line import threefold_command
 from support.server import UNCERTAIN, card, write_model
 
 import threefold
+from threefold.cli.saved import find_models
 from threefold.errors import DataError, ExportError, RecipeError
 from threefold.evaluation.saved import score_saved
 from threefold.runtime.foreign_model import ForeignCard, ForeignModel
 from threefold.runtime.labelled_images import predict_labelled
 from threefold.runtime.model import Model
+from threefold.runtime.predict import write_predictions
 from threefold.runtime.score_models import compare_models, score_models
 
 COLOURS = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250)}
@@ -258,21 +260,24 @@ def test_the_command_line_takes_a_file_and_a_folder(tmp_path: Path) -> None:
 
 
 def test_the_command_line_says_what_is_missing(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "m.onnx")
+    model = tmp_path / "m.onnx"
 
-    alone = threefold_command("evaluate", str(model))
-    both = threefold_command("evaluate", str(model), str(tmp_path), "--labels", "x.csv")
-
-    assert alone.returncode == both.returncode == 1
-    assert "type `threefold evaluate" in alone.stderr
-    assert "--labels" in both.stderr
+    with pytest.raises(DataError, match="got none; fix: type `threefold evaluate"):
+        find_models([model], None, None)
+    with pytest.raises(DataError, match="got a, b"):
+        find_models([model, Path("a"), Path("b")], None, None)
+    with pytest.raises(DataError, match="a card is for model files"):
+        find_models([Path("a.csv")], None, Path("card.toml"))
+    assert find_models([Path("a.csv")], None, None) is None
+    assert find_models([tmp_path], Path("data"), None) == ([tmp_path / "model.onnx"], Path("data"))
 
 
 def test_evaluate_reads_what_predict_writes(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m.onnx")
     data = write_colours(tmp_path / "images")
     answers = tmp_path / "answers.csv"
-    answers.write_text(threefold_command("predict", str(model), str(data), "--csv").stdout)
+    with answers.open("w", newline="") as stream:
+        assert write_predictions(stream, pytest.fail, model, [str(data)], 3, "csv") == 0
 
     summary, rows = score_saved([answers])
 
