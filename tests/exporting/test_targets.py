@@ -94,6 +94,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_our_pt2_files_hold_no_pickled_weights(tiny_pipeline: Pipeline, tmp_path: Path) -> None:
     export_pipeline(tiny_pipeline, tmp_path / "m.pt2")
     images = torch.zeros(1, 20, 20, 3, dtype=torch.uint8)

@@ -204,6 +204,7 @@ def run_smoke(name: str, folder: Path, protocol: str = "honest", *options: str) 
     return ItemResults.parse(read_json(path), path)
 
 
+@pytest.mark.slow
 def test_an_item_runs_measures_and_draws(tmp_path: Path) -> None:
     folder = tmp_path / "runs/reproduce/figure10-smoke-honest"
 

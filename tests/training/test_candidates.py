@@ -167,6 +167,7 @@ def test_without_any_usable_candidate_the_reason_is_given(tmp_path: Path) -> Non
         screen_tiny(tmp_path, [untrained("test_resnet", "pretrained")])
 
 
+@pytest.mark.slow
 def test_short_of_time_the_better_half_goes_on(tmp_path: Path) -> None:
     backbones = ["test_resnet", "test_efficientnet", "test_convnext", "test_byobnet", "test_nfnet"]
     seconds = 1000.0  # as predicted; what the tiny networks take does not matter beside it

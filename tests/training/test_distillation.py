@@ -107,6 +107,7 @@ def accuracies(predictions: Predictions) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("inner", "protocol"), [(0, "taught"), (2, "honest")], ids=["own teachers", "nested teachers"]
 )
+@pytest.mark.slow
 def test_memorising_teacher_leaks_labels_unless_nested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: int, protocol: str
 ) -> None:

@@ -219,7 +219,8 @@ def held_out(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run with one split."""
     tree = tiny_tree(
         images,
-        members=[member("a"), member("c", backbone="test_efficientnet")],
+        members=[member("a"), member("c", head={"kind": "gru", "units": 8})],
+        ensemble={"methods": ["mean"]},
         folds={"scheme": "holdout", "holdout": 0.25, "select": 0.2},
         stages=[{"name": "one", "epochs": 1, "lr": 3e-3}],
     )

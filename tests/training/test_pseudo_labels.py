@@ -116,6 +116,7 @@ def test_each_fold_is_taught_by_its_own_networks(taught: Run) -> None:
         assert 0 < len(arrays["rows"]) < 18
 
 
+@pytest.mark.slow
 def test_labels_that_a_fold_scores_do_not_reach_what_it_learns(taught: Run, tmp_path: Path) -> None:
     """Other labels of fold 0's score rows change no bit of its pseudo labels and networks."""
     score, train = taught.roles[0].score, taught.sources.train
