@@ -141,7 +141,8 @@ def plan(
         raise RecipeError(
             "no such folder, table or recipe",
             got=recipe,
-            expected="a folder or table of images, a .toml file, or a name of `threefold list recipes`",
+            expected="a folder or table of images, a .toml file, or a name that "
+            "`threefold list recipes` shows",
         )
     if path.is_dir() or path.suffix.lower() in TABLES:
         from threefold.training.plan import plan_folder
