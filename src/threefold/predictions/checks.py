@@ -65,7 +65,8 @@ def _is_clean(array: np.ndarray) -> bool:
     NaN and infinity fail both comparisons.
     """
     wide = array if array.dtype != np.float16 else array.astype(np.float32)
-    sums = wide @ np.ones(array.shape[-1], wide.dtype)
+    with np.errstate(invalid="ignore"):  # BLAS may leave the flag behind, whatever it is given
+        sums = wide @ np.ones(array.shape[-1], wide.dtype)
     return bool(array.min() >= 0 and np.abs(sums - 1).max() < SUM_TOLERANCE / 2)
 
 
