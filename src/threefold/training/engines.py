@@ -116,15 +116,29 @@ def compute(engine: Engine, pixels: np.ndarray) -> np.ndarray:
     Returns:
         float16 (n, ...).
     """
+    answers = answer_in_batches(engine, pixels)
+    # Beyond float16's range a feature would become infinite, and a head useless.
+    limit = float(np.finfo(np.float16).max)
+    return answers.clip(-limit, limit).astype(np.float16)
+
+
+def answer_in_batches(answer: Callable[[np.ndarray], np.ndarray], pixels: np.ndarray) -> np.ndarray:
+    """Answer any number of images in batches of `BATCH`, the last one padded.
+
+    Args:
+        answer: maps a batch to its answers (b, ...).
+        pixels: (n, ...), n at least 1.
+
+    Returns:
+        The answers (n, ...).
+    """
     parts = []
     for begin in range(0, len(pixels), BATCH):
         batch = pixels[begin : begin + BATCH]
         padding = np.repeat(batch[-1:], BATCH - len(batch), axis=0)
         whole = np.ascontiguousarray(np.concatenate([batch, padding]))
-        parts.append(engine(whole)[: len(batch)])
-    # Beyond float16's range a feature would become infinite, and a head useless.
-    limit = float(np.finfo(np.float16).max)
-    return np.concatenate(parts).clip(-limit, limit).astype(np.float16)
+        parts.append(answer(whole)[: len(batch)])
+    return np.concatenate(parts)
 
 
 class EngineChoice(NamedTuple):

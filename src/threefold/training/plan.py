@@ -19,6 +19,7 @@ from threefold.data.splits import HOLDOUT
 from threefold.models.member import fixed_size
 from threefold.models.pipeline import pick_device
 from threefold.names import plain_backbone
+from threefold.predictions.run_folder import default_run_folder
 from threefold.recipe import Recipe
 from threefold.training.candidates import Screening, gather_candidates, is_auto, screen
 from threefold.training.features import FeatureCache
@@ -164,8 +165,7 @@ def _data(folder: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 def _name(folder: str | Path) -> str:
     """Name a run after its folder or table."""
-    path = Path(folder).resolve()
-    name = re.sub(r"[^A-Za-z0-9_-]", "-", path.name if path.is_dir() else path.stem)
+    name = re.sub(r"[^A-Za-z0-9_-]", "-", default_run_folder(Path(folder)).name)
     return name.lstrip("_-")[:80] or "run"
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from threefold.models.pipeline import predict_probs
 from threefold.models.tracing import TracingError, simplify, trace_network
-from threefold.training.engines import BATCH, open_session
+from threefold.training.engines import BATCH, answer_in_batches, open_session
 
 WORTH_PIXELS: Final = 8_000_000
 """Pixels from which exporting a network pays: an EfficientNet-Lite0 takes torch some 4 s for them.
@@ -57,11 +57,11 @@ def _try_session(predictor: nn.Module, sample: np.ndarray) -> Any:
 
 
 def _run(session: Any, pixels: np.ndarray) -> np.ndarray:
-    """Answer uint8 images (n, size, size, 3) in batches of one length, the last one padded."""
-    parts = []
-    for begin in range(0, len(pixels), BATCH):
-        images = pixels[begin : begin + BATCH]
-        padding = np.repeat(images[-1:], BATCH - len(images), axis=0)
-        batch = np.concatenate([images, padding]).transpose(0, 3, 1, 2).astype(np.float32)
-        parts.append(session.run(None, {"pixels": np.ascontiguousarray(batch)})[0][: len(images)])
-    return np.concatenate(parts)
+    """Answer uint8 images (n, size, size, 3)."""
+
+    def answer(batch: np.ndarray) -> np.ndarray:
+        images = np.ascontiguousarray(batch.transpose(0, 3, 1, 2), np.float32)
+        probs: np.ndarray = session.run(None, {"pixels": images})[0]
+        return probs
+
+    return answer_in_batches(answer, pixels)
