@@ -246,8 +246,8 @@ def _from_files(listing: Listing, spec: DataSpec, seed: int, trained: tuple[str,
     if has_test and not test:
         raise DataError("none of the test images can be read", where=spec.root)
 
-    train_set = _dataset(train, classes, spec.group_regex, listing.encoded)
-    test_set = _dataset(test, classes, spec.group_regex, listing.encoded) if test else None
+    train_set = make_dataset(train, classes, spec.group_regex, listing.encoded)
+    test_set = make_dataset(test, classes, spec.group_regex, listing.encoded) if test else None
     train_set = _with_group_file(train_set, spec, every=True)
     if test_set is not None:
         test_set = _with_group_file(test_set, spec, every=False)
@@ -313,8 +313,7 @@ def _verify(
     items: Sequence[ListedImage], encoded: EncodedImages | None, spec: DataSpec
 ) -> list[BadImage]:
     """Decode every image once; with `bad_images = "fail"`, stop at problems."""
-    paths = [item.path for item in items]
-    bad = check_all(paths, min(8, os.cpu_count() or 1), _contents(items, encoded))
+    bad = verify(items, encoded)
     if bad and spec.bad_images == "fail":
         raise DataError(
             f"{len(bad)} of {len(items)} images cannot be used",
@@ -322,6 +321,12 @@ def _verify(
             fix='repair, rename or remove them, or set data.bad_images = "skip"',
         )
     return bad
+
+
+def verify(items: Sequence[ListedImage], encoded: EncodedImages | None) -> list[BadImage]:
+    """Decode every listed image once; returns those with a problem."""
+    paths = [item.path for item in items]
+    return check_all(paths, min(8, os.cpu_count() or 1), _contents(items, encoded))
 
 
 def _contents(items: Sequence[ListedImage], encoded: EncodedImages | None) -> EncodedImages | None:
@@ -340,12 +345,13 @@ def _require_two_of_each(train: list[ListedImage], classes: tuple[str, ...]) -> 
         )
 
 
-def _dataset(
+def make_dataset(
     items: list[ListedImage],
     classes: tuple[str, ...],
     group_regex: str,
     encoded: EncodedImages | None,
 ) -> ImageDataset:
+    """Make a data set of listed images; a DataError names an id that `group_regex` misses."""
     ids = tuple(item.id for item in items)
     number = {name: label for label, name in enumerate(classes)}
     listed = tuple(item.group for item in items if item.group is not None)

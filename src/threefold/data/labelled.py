@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
-from threefold.data.dataset import ImageDataset
+from threefold.data.dataset import ImageDataset, make_dataset, verify
 from threefold.data.detect_source import detect_source
-from threefold.data.images import check_all
 from threefold.data.sources.csv_table import list_csv
 from threefold.data.sources.folder import Listing, list_folder
 from threefold.data.sources.parquet import list_parquet
@@ -38,22 +34,13 @@ def load_labelled(data: str | Path) -> ImageDataset:
     listing = LISTERS[spec.source](Path(spec.root))
     items = sorted(item for item in listing.items if item.part == "test")
     items = items or sorted(listing.items)
-    encoded = listing.encoded
-    images = encoded.take([item.row for item in items]) if encoded is not None else None
-    paths = tuple(item.path for item in items)
-    unreadable = [bad for bad in check_all(paths, os.cpu_count() or 1, images) if not bad.readable]
+    bad = verify(items, listing.encoded)
+    unreadable = [image for image in bad if not image.readable]
     if unreadable:
         raise DataError(
             f"{len(unreadable)} of {len(items)} images cannot be read",
-            got=shorten(f"{bad.path} ({bad.reason})" for bad in unreadable),
+            got=shorten(f"{image.path} ({image.reason})" for image in unreadable),
             fix="repair them or move them away",
         )
     classes = tuple(sorted({item.label for item in items}, key=natural_key))
-    groups = tuple(item.group for item in items if item.group is not None)
-    return ImageDataset(
-        images=images or paths,
-        labels=np.array([classes.index(item.label) for item in items], np.int64),
-        ids=tuple(item.id for item in items),
-        classes=classes,
-        groups=groups or None,
-    )
+    return make_dataset(items, classes, "", listing.encoded)
