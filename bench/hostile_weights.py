@@ -8,21 +8,25 @@ import json
 import os
 import pickle
 import struct
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import timm
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from hostile_probe import Probe, Refusal
 from huggingface_hub import constants
 from safetensors.torch import save, save_file
+from support.http_server import running
 from torch import Tensor
 
 from threefold.models.local_weights import load_local
@@ -289,11 +293,8 @@ def _serving(
 
         def log_message(self, *_: object) -> None: ...
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        stop.set()
-        server.shutdown()
-        server.server_close()
+    with running(Handler) as address:
+        try:
+            yield address
+        finally:
+            stop.set()  # answers that still wait would keep the server

@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import argparse
 import base64
-import functools
-import http.server
 import io
 import shutil
+import sys
 import tempfile
-import threading
 import time
 from importlib.resources import files as resources
 from pathlib import Path
@@ -30,6 +28,9 @@ import numpy as np
 import sklearn.datasets
 from PIL import Image
 from selenium import webdriver
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from support.http_server import hosting
 
 import threefold
 from threefold.data.images import decode
@@ -54,13 +55,6 @@ import(module)
 
 
 LIMITS = {"file_bytes": 10**8, "pixels": 10**8, "side": 10**5}
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    """Python's static server without its log."""
-
-    def log_message(self, *_: object) -> None:
-        """Write nothing."""
 
 
 def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -132,17 +126,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         web = write_web(args.model, Path(folder) / "site")
         print(web)
-        handler = functools.partial(QuietHandler, directory=web.path)
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        browser = chromium()
-        try:
-            print(browser.capabilities["browserVersion"])
-            browser.get(f"http://127.0.0.1:{server.server_port}/")
-            measure(Page(browser), model, kinds, args.rounds)
-        finally:
-            browser.quit()
-            server.shutdown()
+        with hosting(web.path) as url:
+            browser = chromium()
+            try:
+                print(browser.capabilities["browserVersion"])
+                browser.get(url)
+                measure(Page(browser), model, kinds, args.rounds)
+            finally:
+                browser.quit()
 
 
 class Page:

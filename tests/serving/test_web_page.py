@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import base64
-import functools
-import http.server
 import shutil
 import struct
-import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +28,7 @@ from support.browser import (
     requested_urls,
     severe_messages,
 )
+from support.http_server import hosting
 from support.server import UNCERTAIN, card, encode, picture, write_model
 from typer.testing import CliRunner
 
@@ -81,26 +78,6 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, content in contents.items():
         (folder / onnxruntime_web.FILES[name].name).write_bytes(content)
     return folder
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    """Python's static server without its log."""
-
-    def log_message(self, *_: object) -> None:
-        """Write nothing."""
-
-
-@contextmanager
-def hosting(folder: Path) -> Iterator[str]:
-    """Serve a folder with a static server; yields its URL."""
-    handler = functools.partial(QuietHandler, directory=folder)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/"
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture(scope="module")
