@@ -65,7 +65,7 @@ class Stopper(Watcher):
 
 def fit(images: Path, out: Path, watcher: Watcher | None = None) -> Run:
     """Fit one tiny network in an unlimited time, so that nothing depends on the clock."""
-    return api.fit(images, out, budget_minutes=0, members=MEMBERS, overrides=SETS, watcher=watcher)
+    return api.fit(images, out, budget=0, members=MEMBERS, overrides=SETS, watcher=watcher)
 
 
 def openings(folder: Path) -> list[str]:
@@ -170,7 +170,7 @@ def test_without_time_to_tune_the_probes_are_final(
 
     def call() -> Run:
         members = ("test_resnet",)
-        return api.fit(images, tmp_path / "run", budget_minutes=60, members=members, overrides=sets)
+        return api.fit(images, tmp_path / "run", budget=60, members=members, overrides=sets)
 
     run, again = call(), call()
 
@@ -212,7 +212,7 @@ def test_many_images_are_fitted_on_one_split(
     rows = [(path, path.parent.name) for path in sorted((images / "train").rglob("*.png"))]
     table.write_text("path,label\n" + "".join(f"{path},{label}\n" for path, label in rows))
 
-    run = api.fit(table, tmp_path / "run", budget_minutes=0, members=MEMBERS, overrides=sets)
+    run = api.fit(table, tmp_path / "run", budget=0, members=MEMBERS, overrides=sets)
 
     assert run.recipe.data.source == "csv"
     assert run.recipe.folds.scheme == "holdout"

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from threefold.recipe import Recipe as Recipe
     from threefold.report.pages import write_report as write_report
     from threefold.runtime.model import load as load
+    from threefold.saved_run import SavedRun as SavedRun
+    from threefold.saved_run import open as open
     from threefold.training.run import Run as Run
 
 __version__ = "0.1.0"
@@ -56,6 +58,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "threefold.recipe": ["Recipe"],
         "threefold.report.pages": ["write_report"],
         "threefold.runtime.model": ["load"],
+        "threefold.saved_run": ["SavedRun", "open"],
         "threefold.training.run": ["Run"],
     },
 )

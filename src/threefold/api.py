@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from threefold.arguments import parse_minutes, split_names
 from threefold.data.dataset import Sources
 from threefold.data.group_file import GROUP_FILE
 from threefold.errors import RecipeError, RunError
 from threefold.exporting.export import export
 from threefold.names import plain_backbone
-from threefold.predictions.run_folder import RunFolder
+from threefold.predictions.run_folder import RunFolder, default_run_folder
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec, StageSpec
 from threefold.report.pages import write_report
@@ -31,6 +32,7 @@ from threefold.training.plan_basis import (
 )
 from threefold.training.results import evaluate_run, write_results
 from threefold.training.run import Run
+from threefold.training.terminal_watcher import show_progress
 from threefold.training.watcher import Watcher
 
 LEFT_OUT = "the members to be tuned were left out: no time left"
@@ -45,12 +47,13 @@ STUDENT, TWIN, PROBE = "student", "student-labels", "student-head"
 
 def fit(
     folder: str | Path,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
-    budget_minutes: float = 20.0,
-    members: tuple[str, ...] = (),
-    overrides: tuple[str, ...] = (),
+    budget: str | float = "20m",
+    members: str | Sequence[str] = (),
+    overrides: str | Sequence[str] = (),
     quality: Quality = "good",
+    progress: bool = True,
     watcher: Watcher | None = None,
 ) -> Run:
     """Plan, train, ensemble, export and report on labelled images, within a time budget.
@@ -61,32 +64,50 @@ def fit(
     Args:
         folder: class folders, or train/ [val/] test/ with class folders inside; or a CSV or
             parquet file of images and labels.
-        out: the run folder; an interrupted run in it is resumed with its own recipe.
-        budget_minutes: limit of the wall time (0 = none).
+        out: the run folder, by default runs/NAME; an interrupted run in it is resumed with its own
+            recipe, and a finished one is returned as it is.
+        budget: limit of the wall time: 90s, 20m, 2h, or a number of minutes; 0 = none.
         members: timm names; by default three EfficientNet-Lite. `auto` chooses by measurement.
         overrides: `a.b=c` changes to the planned recipe.
         quality: fast = heads on frozen features only; good; best = larger images, more epochs.
-        watcher: follows the training.
+        progress: show notes and a progress bar.
+        watcher: follows the training in place of the bar.
 
     Raises:
         ThreefoldError: the folder or the recipe cannot be used; the message says what to do.
     """
+    target = Path(out) if out is not None else default_run_folder(Path(folder))
+    changes = (overrides,) if isinstance(overrides, str) else tuple(overrides)
+    minutes = parse_minutes(budget)
+    with show_progress(watcher, progress) as follower:
+        return _fit(folder, target, minutes, split_names(members), changes, quality, follower)
+
+
+def _fit(
+    folder: str | Path,
+    out: Path,
+    minutes: float,
+    members: tuple[str, ...],
+    overrides: tuple[str, ...],
+    quality: Quality,
+    watcher: Watcher,
+) -> Run:
+    """Do what `fit` says, within a number of minutes (0 = no limit)."""
     began = time.monotonic()
-    if (Path(out) / "recipe.toml").exists():
+    if (out / "recipe.toml").exists():
         # A new plan could differ, since it depends on the speed of the machine.
-        recipe = _resumed_recipe(Path(out), Path(folder), members, overrides)
+        recipe = _resumed_recipe(out, Path(folder), members, overrides)
         header, sources = "", None
     else:
         RunFolder(out).check_new()
-        group_file = Path(out) / GROUP_FILE
-        plan = plan_folder(folder, budget_minutes, members, overrides, quality, watcher, group_file)
-        if watcher:
-            for decision in plan.decisions:
-                watcher.note(f"{decision.key} = {decision.value}: {decision.reason}")
+        group_file = out / GROUP_FILE
+        plan = plan_folder(folder, minutes, members, overrides, quality, watcher, group_file)
+        for decision in plan.decisions:
+            watcher.note(f"{decision.key} = {decision.value}: {decision.reason}")
         recipe, header, sources = plan.recipe, plan.explain(), plan.sources
     deadline = math.inf
-    if budget_minutes:
-        deadline = began + 60 * budget_minutes - STARTUP_SECONDS
+    if minutes:
+        deadline = began + 60 * minutes - STARTUP_SECONDS
     run = Run.create(recipe, out, watcher, header, sources)
     if run.folder.is_whole:
         finish(run)
@@ -224,6 +245,8 @@ def train(
     watcher: Watcher | None = None,
     header: str = "",
     sources: Sources | None = None,
+    *,
+    progress: bool = True,
 ) -> Run:
     """Train every member in every fold, then ensemble and score them.
 
@@ -233,20 +256,22 @@ def train(
     Args:
         recipe: what to run.
         out: the run folder; a folder of the same recipe is continued.
-        watcher: follows the training; silent by default.
+        watcher: follows the training in place of the bar.
         header: comment lines for the recipe's copy in the run folder.
         sources: the recipe's images, where they have been read and verified already.
+        progress: show notes and a progress bar.
 
     Raises:
         ThreefoldError: the recipe, data or folder cannot be used, or another process is at work in
             the folder; the message says what to do.
     """
-    run = Run.create(recipe, out, watcher, header, sources)
-    if not run.folder.is_whole:
-        with run.folder.locked():
-            _train_and_score(run)
-    if run.results.export is None and (run.dir / "model.onnx").exists():
-        finish(run)  # the file is that of a first answer, or its export was cut short
+    with show_progress(watcher, progress) as follower:
+        run = Run.create(recipe, out, follower, header, sources)
+        if not run.folder.is_whole:
+            with run.folder.locked():
+                _train_and_score(run)
+        if run.results.export is None and (run.dir / "model.onnx").exists():
+            finish(run)  # the file is that of a first answer, or its export was cut short
     return run
 
 
@@ -296,6 +321,7 @@ def distill(
     out: str | Path | None = None,
     *,
     overrides: Sequence[str] = (),
+    progress: bool = True,
     watcher: Watcher | None = None,
 ) -> Run:
     """Train one network on a run's out-of-fold ensemble probabilities, and its twin on labels.
@@ -310,7 +336,8 @@ def distill(
         out: the new run folder (default: beside the run, named after both).
         overrides: `a.b=c` changes to the student's recipe, such as distill.alpha=0.9 or
             members.student.img_size=64.
-        watcher: follows the training.
+        progress: show notes and a progress bar.
+        watcher: follows the training in place of the bar.
 
     Raises:
         RunError: the run cannot teach, or its images have changed.
@@ -322,9 +349,10 @@ def distill(
     # An unknown student is an error before teachers are trained.
     Run(RunFolder(target, recipe)).build(recipe.members[0], 2, pretrained=True)
     header = f"made by threefold distill {run} --student {student}"
-    student_run = train(recipe, target, watcher, header)
-    finish(student_run)
-    _add_file_sizes(student_run, teacher)
+    with show_progress(watcher, progress) as follower:
+        student_run = train(recipe, target, follower, header)
+        finish(student_run)
+        _add_file_sizes(student_run, teacher)
     return student_run
 
 

@@ -35,6 +35,7 @@ PACKAGE_EXTRAS: Final = {
     "models": "train",
     "paper": "train",
     "report": "report",
+    "saved_run": "report",
     "serving": "serve",
     "stats": "report",
     "training": "train",

@@ -14,9 +14,9 @@ from support.tiny_runs import tiny_tree
 from typer.testing import CliRunner
 
 from threefold import api
+from threefold.arguments import split_names
 from threefold.cli import main as entry
 from threefold.cli.app import app
-from threefold.cli.options import split_names
 from threefold.cli.output import resume_command, watch_training
 from threefold.recipe import Recipe
 

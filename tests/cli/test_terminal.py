@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import io
 from typing import Any
 
+import pytest
 from rich.console import Console
 
-from threefold.cli.terminal import TerminalWatcher, expected_line, score_table, verdict_line
+from threefold.cli.terminal import expected_line, score_table, verdict_line
 from threefold.predictions.results_schema import Comparison, Expected, MetricScore, Score
 from threefold.recipe import Job
+from threefold.training.terminal_watcher import TerminalWatcher, has_bar, show_progress
+from threefold.training.watcher import Watcher
 
 RECORD: dict[str, Any] = {
     "epoch": 0,
@@ -107,3 +112,32 @@ def test_a_verdict_names_both() -> None:
 
     assert verdict_line(better) == better.verdict
     assert verdict_line(none) == "x and y: no evidence of a difference: 3 against 3 images"
+
+
+def test_from_python_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with show_progress() as follower:
+        follower.plan([Job("a", 0, "one")], [40])
+        follower.job(Job("a", 0, "one"), skipped=False)
+        follower.batch(20)
+        follower.note("a [note]")
+
+    assert capsys.readouterr() == ("", "note a [note]\n")
+
+
+def test_progress_can_be_silenced(capsys: pytest.CaptureFixture[str]) -> None:
+    own = Watcher()
+    with show_progress(progress=False) as silent, show_progress(own) as follower:
+        silent.note("nothing")
+
+    assert follower is own
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("has_widgets", [False, True])
+def test_a_notebook_has_a_bar_where_widgets_are(
+    has_widgets: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.machinery.ModuleSpec("ipywidgets", None) if has_widgets else None
+    monkeypatch.setattr(importlib.util, "find_spec", {"ipywidgets": spec}.get)
+
+    assert has_bar(Console(force_jupyter=True)) is has_widgets

@@ -10,7 +10,7 @@ import pytest
 from support.tiny_runs import paint
 
 from threefold import api
-from threefold.cli.options import parse_minutes
+from threefold.arguments import parse_minutes
 from threefold.data.dataset import load_data
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.predictions.run_folder import RunFolder
@@ -283,7 +283,7 @@ def test_durations_become_minutes(text: str, minutes: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "soon", "-3m", "nan", "m"])
 def test_invalid_durations_are_refused(text: str) -> None:
-    with pytest.raises(RecipeError, match="not a duration: --budget"):
+    with pytest.raises(RecipeError, match="not a duration: budget"):
         parse_minutes(text)
 
 
@@ -306,7 +306,7 @@ def test_fit_from_a_folder_to_a_file_and_again(
 
     with monkeypatch.context() as patch:
         patch.setattr("threefold.training.run.load_data", None)  # the plan hands its images on
-        run = api.fit(root, out, budget_minutes=0, members=members, overrides=sets)
+        run = api.fit(root, out, budget=0, members=members, overrides=sets)
     first = run.results
     assert (run.dir / "model.onnx").exists()
     assert (run.dir / "report.html").exists()

@@ -205,7 +205,7 @@ def test_a_run_with_groups_resumes_moves_and_says_why(
     with monkeypatch.context() as patch:
         patch.setattr("threefold.training.jobs.assemble", stop)
         with pytest.raises(KeyboardInterrupt):
-            api.fit(root, out, members=TINY, overrides=SETS, quality="fast", budget_minutes=0)
+            api.fit(root, out, members=TINY, overrides=SETS, quality="fast", budget=0)
     began = (out / GROUP_FILE).read_bytes()
     monkeypatch.setattr(planning, "plan_folder", None)
 

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from threefold.arguments import parse_minutes, split_names
 from threefold.cli.console import err, out, plain, print_error
 from threefold.cli.data import register as register_data
 from threefold.cli.demo import demo
@@ -25,8 +26,6 @@ from threefold.cli.options import (
     Sets,
     Verbose,
     WallTime,
-    parse_minutes,
-    split_names,
 )
 from threefold.cli.output import (
     resume_command,
@@ -91,7 +90,7 @@ def fit(
     """Plan, train, ensemble, report and export: images to one file."""
     from threefold.predictions.run_folder import default_run_folder
 
-    minutes = parse_minutes(budget)  # before torch is imported, so that a typo fails at once
+    parse_minutes(budget, "--budget")  # before torch is imported, so that a typo fails at once
     target = out_dir or default_run_folder(folder)
     from threefold import api
 
@@ -107,9 +106,9 @@ def fit(
         run = api.fit(
             folder,
             target,
-            budget_minutes=minutes,
-            members=split_names([members]),
-            overrides=tuple(sets or ()),
+            budget=budget,
+            members=members,
+            overrides=sets or (),
             quality=quality,
             watcher=watcher,
         )
@@ -149,7 +148,7 @@ def plan(
 
         planned = plan_folder(
             recipe,
-            parse_minutes(budget),
+            parse_minutes(budget, "--budget"),
             split_names([members]),
             tuple(sets or ()),
             quality,
@@ -244,11 +243,11 @@ def export(
         raise ExportError(
             "the browser reads ONNX", where=target, fix="with --web, --out ends in .onnx"
         )
-    from threefold.cli.terminal import TerminalWatcher
     from threefold.data.class_names import exported_names
     from threefold.exporting.export import export as export_run
     from threefold.exporting.parity import describe_report
     from threefold.training.run import Run
+    from threefold.training.terminal_watcher import TerminalWatcher
 
     run = Run.open(run_dir)
     run.watcher = TerminalWatcher(err)

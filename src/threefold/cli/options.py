@@ -1,14 +1,11 @@
-"""Options that several verbs share, and how lists of names are read."""
+"""Options that several verbs share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-
-from threefold.errors import RecipeError
 
 Sets = Annotated[
     list[str] | None,
@@ -52,30 +49,3 @@ ImageTime = Annotated[
         help="Time per image, e.g. 15ms: run as many members as fit, measured on this machine.",
     ),
 ]
-
-
-def split_names(texts: Iterable[str] | None) -> tuple[str, ...]:
-    """Split the values of an option at commas; spaces around a name do not count."""
-    names = [name.strip() for text in texts or () for name in text.split(",")]
-    return tuple(name for name in names if name)
-
-
-def parse_minutes(text: str) -> float:
-    """Parse a duration (90s, 20m, 2h, or a number of minutes) into minutes.
-
-    Raises:
-        RecipeError: the text is not a duration.
-    """
-    units = {"s": 1 / 60, "m": 1.0, "h": 60.0}
-    number, factor = text, 1.0
-    if text and text[-1] in units:
-        number, factor = text[:-1], units[text[-1]]
-    try:
-        minutes = float(number) * factor
-    except ValueError:
-        minutes = -1.0
-    if not 0 <= minutes < 1e6:
-        raise RecipeError(
-            "not a duration", where="--budget", got=text, expected="90s, 20m, 2h or 0"
-        )
-    return minutes

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from threefold.cli.console import err, out, plain
 
 if TYPE_CHECKING:
-    from threefold.cli.terminal import TerminalWatcher
     from threefold.training.run import Run
+    from threefold.training.terminal_watcher import TerminalWatcher
 
 
 GRACE_SECONDS = 5.0
@@ -96,7 +96,7 @@ def watch_training(verbose: bool, command: str) -> Iterator[TerminalWatcher]:
     Raises:
         SystemExit: with code 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
-    from threefold.cli.terminal import TerminalWatcher
+    from threefold.training.terminal_watcher import TerminalWatcher
 
     watcher = TerminalWatcher(out, verbose)
     try:

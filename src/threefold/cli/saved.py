@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from threefold.arguments import split_names
 from threefold.cli.console import err, out, plain, print_json
-from threefold.cli.options import Json, split_names
+from threefold.cli.options import Json
 from threefold.errors import DataError, shorten
 
 if TYPE_CHECKING:

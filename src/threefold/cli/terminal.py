@@ -1,20 +1,10 @@
-"""The terminal: progress while members train, and the tables of results, in 80 columns."""
+"""The terminal: the tables of results, in 80 columns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from threefold.names import printable
@@ -28,94 +18,9 @@ from threefold.predictions.results_schema import (
     Score,
     ShortScore,
 )
-from threefold.recipe import Job, fold_name
-from threefold.training.watcher import Watcher
 
 NAME = 22
 """Characters of a name in a table. Of longer names the ends are shown, which differ more often."""
-
-
-class TerminalWatcher(Watcher):
-    """Show a progress bar on a terminal, and nothing elsewhere.
-
-    Args:
-        console: where to print.
-        verbose: print a line per job and epoch.
-    """
-
-    def __init__(self, console: Console, verbose: bool = False) -> None:
-        self.console, self.verbose = console, verbose
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[speed]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self.images: dict[Job, int] = {}
-        self.current: Job | None = None
-        self.seen = 0
-
-    def __enter__(self) -> TerminalWatcher:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # a terminal that was closed
-            self.progress.stop()
-
-    def plan(self, jobs: Sequence[Job], images: Sequence[int]) -> None:
-        """Start a bar over all jobs; fill the bar of the run before."""
-        self._fill_job()
-        self.current = None
-        self.images = dict(zip(jobs, images, strict=True))
-        self.bar = self.progress.add_task("training", total=sum(images), speed="")
-
-    def job(self, job: Job, skipped: bool) -> None:
-        """Name the job; a skipped one counts as done."""
-        self._fill_job()
-        self.current, self.seen = job, 0
-        label = _label(job)
-        if self.verbose or (skipped and self.console.is_terminal):
-            self.console.print(f"[dim]{label}{': already done' if skipped else ''}[/]")
-        self.progress.update(self.bar, description=label)
-
-    def batch(self, images: int) -> None:
-        """Move the bar."""
-        self.seen += images
-        self.progress.advance(self.bar, images)
-
-    def features(self, done: int, total: int) -> None:
-        """Show how far the frozen backbones are."""
-        for bar in self.progress.task_ids[-1:]:
-            self.progress.update(bar, speed=f"features {done:,} of {total:,}")
-
-    def epoch(self, record: dict[str, Any]) -> None:
-        """Show the speed; with `verbose` print a line."""
-        speed = f"{record['images_per_second']:.0f} images/s"
-        self.progress.update(self.bar, speed=f"{speed}, select {record['select_accuracy']:.3f}")
-        if self.verbose and self.current:
-            self.console.print(
-                f"  {_label(self.current)} epoch {record['epoch']}: loss {record['loss']:.3f}, "
-                f"select {record['select_accuracy']:.4f}, {speed}",
-                highlight=False,
-            )
-
-    def note(self, text: str) -> None:
-        """Print a note."""
-        self.console.print(f"[yellow]note[/yellow] {escape(printable(text))}", highlight=False)
-
-    def _fill_job(self) -> None:
-        """Fill the current job's part of the bar, if it stopped early or was skipped."""
-        if self.current is not None:
-            self.progress.advance(self.bar, max(0, self.images[self.current] - self.seen))
-
-
-def _label(job: Job) -> str:
-    return f"{job.member} {fold_name(job.fold)} {job.stage}"
 
 
 def _table(text: Sequence[str], numbers: Sequence[str], title: str | None = None) -> Table:

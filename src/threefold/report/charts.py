@@ -13,13 +13,17 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from scipy.optimize import isotonic_regression
 
+from threefold.names import printable
 from threefold.predictions.results_schema import Score, SizeCurveRecord
 from threefold.report.svg import ACCENT, INK, LINE, SOFT, draw_svg, percent_ticks, short_name
 from threefold.stats import scores as stats
 
+MATRIX_CLASSES = 30
+"""A larger matrix cannot be read; the list of confused pairs can."""
 MAX_LINES = 24
 """Largest number of lines of scores; the members beyond it share the last one."""
 WIDTH = 5.6
@@ -133,6 +137,49 @@ def reliability(probs: _Array, labels: _Array, level: float) -> Markup:
         axes.grid(axis="both")
 
     return draw_svg(draw, (4.4, 3.8), "Share of right answers against stated confidence")
+
+
+def confusion(matrix: _Array, classes: Sequence[str]) -> Markup:
+    """Draw counts of answers (columns) to images of each class (rows), shaded by share of the row.
+
+    Args:
+        matrix: counts (k, k).
+        classes: k names.
+    """
+    k = len(matrix)
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    names = [short_name(printable(name), 18) for name in classes]
+
+    def draw(axes: Axes) -> None:
+        for row, column in np.argwhere(matrix > 0):
+            is_dark = shares[row, column] > 0.6
+            axes.add_patch(
+                Rectangle(
+                    (column - 0.5, row - 0.5), 1, 1, color=ACCENT, alpha=shares[row, column], lw=0
+                )
+            )
+            axes.text(
+                column,
+                row,
+                f"{matrix[row, column]}",
+                ha="center",
+                va="center",
+                fontsize=8.0 if k <= 15 else 6.0,
+                color="#ffffff" if is_dark else INK,
+            )
+        axes.set_xticks(range(k), names, rotation=90)
+        axes.set_yticks(range(k), names)
+        axes.set(
+            xlim=(-0.5, k - 0.5),
+            ylim=(k - 0.5, -0.5),
+            xlabel="answer",
+            ylabel="right class",
+            aspect="equal",
+        )
+        axes.tick_params(length=0)
+
+    side = 1.6 + (0.42 if k <= 15 else 0.28) * k
+    return draw_svg(draw, (side, side), "Number of answers for each right class")
 
 
 def frequency_grid(right: int, low: int, high: int, of: int) -> Markup:

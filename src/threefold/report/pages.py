@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 
 from threefold.errors import RunError
 from threefold.files import write_bytes
 from threefold.predictions.results_schema import PredictionSummary, Score
 from threefold.predictions.run_folder import ChosenAnswers, RunFolder
 from threefold.recipe import Job, fold_name
-from threefold.report import charts
 from threefold.report.images import Thumbs, data_uri, heat_uri
 from threefold.report.render import duration, number, render
+from threefold.report.run_charts import chosen_score, learning_curves
 from threefold.report.views import EVIDENCE, main_rows, shared_view
 
 MISTAKES = 24
@@ -91,7 +90,7 @@ class _RunPage:
                 fix=f"resume with `threefold train {recipe} --out {path}`",
             )
         folder.check_recipe()
-        chosen, score = folder.chosen, _chosen_score(folder)
+        chosen, score = folder.chosen, chosen_score(folder)
         expected = (score.n, len(folder.results.classes))
         lengths = {len(chosen.labels), len(chosen.ids)}
         if chosen.probs.shape != expected or lengths != {score.n}:
@@ -131,7 +130,7 @@ class _RunPage:
             "mistakes": self._mistakes(),
             "heated": bool(self.thumbs.cams),
             "wrong": int((probs.argmax(axis=1) != labels).sum()),
-            "curves": self._learning_curves(),
+            "curves": learning_curves(self.folder.recipe, self.histories),
             "gates": [
                 (job.member, fold_name(job.fold), job.stage, history)
                 for job, history in self.histories.items()
@@ -162,54 +161,6 @@ class _RunPage:
                 }
             )
         return mistakes
-
-    def _learning_curves(self) -> list[tuple[str, Markup]]:
-        """Draw a chart for each member with a history, all on the same accuracy axis."""
-        accuracies = [
-            epoch["select_accuracy"]
-            for history in self.histories.values()
-            for epoch in history["epochs"]
-        ]
-        if not accuracies:
-            return []
-        low, high = min(accuracies), max(accuracies)
-        margin = 0.05 * (high - low) or 0.01
-        curves = []
-        for member in self.folder.recipe.members:
-            stages = [
-                [
-                    history
-                    for job, history in self.histories.items()
-                    if (job.member, job.stage) == (member.name, stage.name)
-                ]
-                for stage in self.folder.recipe.stages
-            ]
-            if any(history["epochs"] for histories in stages for history in histories):
-                chart = charts.learning_curve(member.name, stages, (low - margin, high + margin))
-                curves.append((member.name, chart))
-        return curves
-
-
-def _chosen_score(folder: RunFolder) -> Score:
-    """Return the headline: the chosen ensemble's score on the test rows, else out of fold."""
-    results, path = folder.results, folder.path / "results.json"
-    score = results.score(results.chosen, "ensemble", "test") or results.score(
-        results.chosen, "ensemble", "oof"
-    )
-    if score is None:
-        raise RunError(
-            "results.json has no score",
-            where=folder.path,
-            expected=f"an ensemble named {results.chosen}",
-        )
-    if score.rows == "oof" and score.fitted_on == "oof rows":
-        raise RunError(
-            "the chosen ensemble was fitted on the rows that it is scored on",
-            where=path,
-            expected="oof rows, cross-fitted",
-            got=score.fitted_on,
-        )
-    return score
 
 
 def _facts(folder: RunFolder) -> list[tuple[str, str]]:

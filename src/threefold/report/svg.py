@@ -20,6 +20,14 @@ LINE: Final = "#070809"
 ACCENT: Final = "#0a0b0c"
 """Stand-in colours of a drawing, which become the page's variables in the finished SVG."""
 
+PAGE_COLOURS: Final = {
+    "var(--ink)": "#1b1d20",
+    "var(--soft)": "#62676f",
+    "var(--line)": "#d9dce1",
+    "var(--accent)": "#0a6c8c",
+}
+"""The page's variables on a light page, as report.css has them."""
+
 _VARIABLES = {INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)", ACCENT: "var(--accent)"}
 _STYLE: Any = {  # Any: newer matplotlib types the keys, older does not
     "svg.fonttype": "none",

@@ -27,8 +27,6 @@ from threefold.report import charts
 from threefold.report.images import Thumbs, data_uri
 from threefold.stats import scores as stats
 
-MATRIX_CLASSES = 30
-"""A larger matrix cannot be read; the list of confused pairs can."""
 PAIRS = 10
 """Largest number of confused pairs."""
 PAIR_PICTURES = 6
@@ -294,7 +292,7 @@ def confusion_view(
     wrong = np.where(np.eye(len(matrix), dtype=bool), 0, matrix)
     return {
         "classes": names,
-        "matrix": matrix if len(matrix) <= MATRIX_CLASSES else None,
+        "matrix": matrix if len(matrix) <= charts.MATRIX_CLASSES else None,
         "shares": shares,
         "worst_share": float(np.where(wrong > 0, shares, 0).max()),
         "pairs": _confused_pairs(wrong, shares, names, thumbs),

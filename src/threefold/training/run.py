@@ -28,19 +28,18 @@ from threefold.models.member import (
 from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.models.shared import HeadsPipeline, SharedBackbone
 from threefold.models.views import Views
-from threefold.predictions.predictions import Predictions
-from threefold.predictions.results_schema import Results
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Job, Recipe
 from threefold.recipe_schema import MemberSpec
+from threefold.saved_run import SavedRun
 from threefold.training.frozen import frozen_backbone, frozen_digest
 from threefold.training.watcher import Watcher
 
 
-class Run:
+class Run(SavedRun):
     """A run: its folder, its images and its networks.
 
-    Make one with `Run.create`, read one with `Run.open`.
+    Make one with `Run.create`, read one with `Run.open`. A notebook shows its scores as a table.
 
     Args:
         folder: the files of the run.
@@ -57,7 +56,7 @@ class Run:
         sources: Sources | None = None,
         deadline: float = math.inf,
     ) -> None:
-        self.folder = folder
+        super().__init__(folder)
         self.watcher = watcher or Watcher()
         self.deadline = deadline
         if sources is not None:
@@ -78,38 +77,6 @@ class Run:
             RunError: the folder belongs to another recipe, is not a run, or cannot be written.
         """
         return cls(RunFolder.create(out, recipe, header), watcher, sources)
-
-    @classmethod
-    def open(cls, path: str | Path) -> Run:
-        """Read an existing run folder.
-
-        Raises:
-            RunError: there is no run.
-        """
-        return cls(RunFolder.open(path))
-
-    @property
-    def dir(self) -> Path:
-        """Path of the run folder."""
-        return self.folder.path
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe."""
-        return self.folder.recipe
-
-    @property
-    def results(self) -> Results:
-        """Everything that was measured (results.json)."""
-        return self.folder.results
-
-    def predictions(self, kind: str = "oof") -> Predictions:
-        """Return the out-of-fold ("oof") or test ("test") predictions of the members.
-
-        Raises:
-            RunError: the run is not complete, or has no such rows.
-        """
-        return self.folder.predictions(kind)
 
     @cached_property
     def sources(self) -> Sources:

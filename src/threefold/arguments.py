@@ -1,0 +1,41 @@
+"""Arguments as people write them: durations, and names separated by commas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from threefold.errors import RecipeError
+
+
+def split_names(texts: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Split texts at commas; spaces around a name do not count.
+
+    Args:
+        texts: one text or several; None = no names.
+    """
+    given = (texts,) if isinstance(texts, str) else texts or ()
+    names = [name.strip() for text in given for name in text.split(",")]
+    return tuple(name for name in names if name)
+
+
+def parse_minutes(duration: str | float, where: str = "budget") -> float:
+    """Parse a duration (90s, 20m, 2h, or a number of minutes) into minutes.
+
+    Args:
+        duration: the text, or a number of minutes.
+        where: name of the argument, for the error.
+
+    Raises:
+        RecipeError: it is not a duration.
+    """
+    units = {"s": 1 / 60, "m": 1.0, "h": 60.0}
+    number, factor = str(duration).strip(), 1.0
+    if number and number[-1] in units:
+        number, factor = number[:-1], units[number[-1]]
+    try:
+        minutes = float(number) * factor
+    except ValueError:
+        minutes = -1.0
+    if not 0 <= minutes < 1e6:
+        raise RecipeError("not a duration", where=where, got=duration, expected="90s, 20m, 2h or 0")
+    return minutes

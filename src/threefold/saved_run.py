@@ -1,0 +1,289 @@
+"""A run as its folder has it: scores, charts, report and exported file, without torch."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from threefold.errors import MissingExtraError, RunError
+from threefold.names import printable
+from threefold.predictions.predictions import Predictions
+from threefold.predictions.results_schema import Expected, Results, Score
+from threefold.predictions.run_folder import RunFolder
+from threefold.recipe import Recipe
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from threefold.report.chart_files import Chart
+    from threefold.runtime.model import Model
+
+
+class SavedRun:
+    """A run as its folder has it; `threefold.open` returns one.
+
+    A notebook shows its scores as a table.
+
+    Args:
+        folder: the files of the run.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Read an existing run folder.
+
+        Raises:
+            RunError: there is no run.
+        """
+        return cls(RunFolder.open(path))
+
+    @property
+    def dir(self) -> Path:
+        """Path of the run folder."""
+        return self.folder.path
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe."""
+        return self.folder.recipe
+
+    @property
+    def results(self) -> Results:
+        """Everything that was measured (results.json)."""
+        return self.folder.results
+
+    def predictions(self, kind: str = "oof") -> Predictions:
+        """Return the out-of-fold ("oof") or test ("test") predictions of the members.
+
+        Raises:
+            RunError: the run is not complete, or has no such rows.
+        """
+        return self.folder.predictions(kind)
+
+    @property
+    def accuracy(self) -> float:
+        """The accuracy to expect of the chosen ensemble on new images.
+
+        Measured on the test rows where there are any; else out of fold, where it pays for the
+        choice of the ensemble.
+
+        Raises:
+            RunError: the run has no results yet.
+        """
+        return self._expected.accuracy
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The confidence interval of `accuracy`; errors as there."""
+        return self._expected.interval
+
+    @property
+    def _expected(self) -> Expected:
+        self.folder.check_finished()
+        expected = self.results.expected
+        if expected is None:
+            raise RunError("results.json has no accuracy to expect", where=self.dir)
+        return expected
+
+    def leaderboard(self) -> pd.DataFrame:
+        """Return the scores of all ensembles and members, the most accurate first.
+
+        The rows that the headline is about (`rows`: test, or else oof) come first. `low` and `high`
+        are the ends of the interval of the accuracy, `chosen` marks the ensemble that is exported.
+
+        Raises:
+            RunError: the run has no results yet.
+            MissingExtraError: pandas is not installed.
+        """
+        scores = self._ordered_scores()
+        try:
+            import pandas as pd
+        except ModuleNotFoundError:
+            raise MissingExtraError(
+                "a leaderboard is a pandas DataFrame, and pandas is not installed",
+                fix="pip install pandas, or read run.results.scores",
+            ) from None
+        return pd.DataFrame([self._leaderboard_row(score) for score in scores])
+
+    def _ordered_scores(self) -> list[Score]:
+        """Return the scores in the order of the leaderboard."""
+        self.folder.check_finished()
+        scores = self.results.scores
+        return sorted(scores, key=lambda s: (s.rows != "test", -s.accuracy))
+
+    def _leaderboard_row(self, score: Score) -> dict[str, Any]:
+        return {
+            "name": score.name,
+            "kind": score.kind,
+            "rows": score.rows,
+            "n": score.n,
+            "accuracy": score.accuracy,
+            "low": score.interval[0],
+            "high": score.interval[1],
+            "log_loss": score.log_loss,
+            "ece": score.ece,
+            "fitted_on": score.fitted_on,
+            "chosen": self._is_chosen(score),
+        }
+
+    def _is_chosen(self, score: Score) -> bool:
+        return score.kind == "ensemble" and score.name == self.results.chosen
+
+    def model(self, threads: int = 0) -> Model:
+        """Open the exported file of the run (model.onnx).
+
+        Args:
+            threads: of onnxruntime; 0 = one per core.
+
+        Raises:
+            RunError: the run has none yet.
+            ExportError: the file is damaged.
+        """
+        from threefold.runtime.model import load
+
+        return load(self._model_file(), threads)
+
+    def _model_file(self) -> Path:
+        path = self.dir / "model.onnx"
+        if not path.is_file():
+            raise RunError(
+                "the run has no exported file",
+                where=path,
+                fix=f"run `threefold export {self.dir} --out {path}`",
+            )
+        return path
+
+    def score(self, data: str | Path) -> Score:
+        """Score the exported file on labelled images.
+
+        Args:
+            data: a folder of class folders, or of train/ [val/] test/, of which the test images are
+                taken; or a CSV or parquet file.
+
+        Returns:
+            Accuracy with its interval, log loss, calibration error and more.
+
+        Raises:
+            RunError: the run has no exported file.
+            DataError: the images cannot be read, or have classes that the run does not know.
+        """
+        from threefold.runtime.score_models import score_models
+
+        summary, _ = score_models([self._model_file()], data)
+        return summary.scores[0]
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Return the path of the HTML report, which is written where there is none.
+
+        Args:
+            out: write it to this file, in place of report.html in the run folder.
+
+        Raises:
+            RunError: the run has no results yet.
+        """
+        path = self.dir / "report.html"
+        if out is None and path.is_file():
+            return path
+        from threefold.report.pages import write_report
+
+        return write_report([self.folder], None if out is None else Path(out))
+
+    def plot_scores(self) -> Chart:
+        """Draw accuracy and interval of every ensemble and member.
+
+        Raises:
+            RunError: the run has no results yet.
+        """
+        from threefold.report import run_charts
+
+        return run_charts.plot_scores(self.folder)
+
+    def plot_confusion(self) -> Chart:
+        """Draw how often images of each class get each answer of the chosen ensemble.
+
+        On the test rows where there are any, else out of fold.
+
+        Raises:
+            RunError: the run has no results yet, or more than 30 classes.
+        """
+        from threefold.report import run_charts
+
+        return run_charts.plot_confusion(self.folder)
+
+    def plot_calibration(self) -> Chart:
+        """Draw the share of right answers of the chosen ensemble against its confidence.
+
+        On the test rows where there are any, else out of fold.
+
+        Raises:
+            RunError: the run has no results yet.
+        """
+        from threefold.report import run_charts
+
+        return run_charts.plot_calibration(self.folder)
+
+    def plot_learning_curves(self) -> Chart:
+        """Draw the accuracy of each member on the select rows after each epoch.
+
+        Raises:
+            RunError: the run has no results yet, or only heads on frozen features.
+        """
+        from threefold.report import run_charts
+
+        return run_charts.plot_learning_curves(self.folder)
+
+    def __repr__(self) -> str:
+        """Name the run, its accuracy and its folder in one line."""
+        kind = type(self).__name__
+        name = printable(self.recipe.name, "")
+        return f"<{kind} {name}: {self._headline()}, {printable(str(self.dir), '')}>"
+
+    def _headline(self) -> str:
+        """Return the accuracy to expect and its basis in words."""
+        expected = self.results.expected if self.folder.has_results else None
+        if expected is None:
+            return "no results yet"
+        low, high = expected.interval
+        text = f"accuracy {expected.accuracy:.3f} [{low:.3f}, {high:.3f}] on {expected.n:,}"
+        more = " (more members follow)" if self.results.pending else ""
+        return f"{text} {expected.basis}, {self.results.chosen}{more}"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the headline and the leaderboard."""
+        name = html.escape(printable(self.recipe.name, ""))
+        title = f"<p><b>{name}</b>: {html.escape(self._headline())}</p>"
+        if not self.folder.has_results:
+            return title
+        head = ("", "rows", "images", "accuracy %", "interval", "log loss", "ECE")
+        cells = "".join(f"<th>{text}</th>" for text in head)
+        body = "".join(self._html_row(score) for score in self._ordered_scores())
+        return f"{title}<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
+
+    def _html_row(self, score: Score) -> str:
+        low, high = score.interval
+        name = html.escape(printable(score.name, ""))
+        cells = [
+            f"<b>{name}</b> (chosen)" if self._is_chosen(score) else name,
+            html.escape(score.rows),
+            f"{score.n:,}",
+            f"{100 * score.accuracy:.2f}",
+            f"{100 * low:.2f} to {100 * high:.2f}",
+            f"{score.log_loss:.3f}",
+            f"{score.ece:.3f}",
+        ]
+        return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def open(path: str | Path) -> SavedRun:
+    """Open a run folder to read its scores, charts, report and exported file; needs no torch.
+
+    `threefold.Run.open` opens it to use its networks as well.
+
+    Raises:
+        RunError: there is no run.
+    """
+    return SavedRun.open(path)
