@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterable
 from typing import Self
 
@@ -82,6 +83,28 @@ class ExportError(ThreefoldError):
 
 class MissingExtraError(ThreefoldError, ImportError):
     """Optional packages are missing; the message names the pip command that installs them."""
+
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/{1,2}[^/]", re.IGNORECASE)
+"""A URL, also as pathlib writes it, with one slash. A drive of Windows has only one letter."""
+
+
+def refuse_address(path: object, kind: type[ThreefoldError] = DataError) -> None:
+    """Refuse the address of a file on the web, in place of the message that there is no such file.
+
+    Args:
+        path: what was to be read and does not exist.
+        kind: of the error.
+
+    Raises:
+        ThreefoldError: it is an address.
+    """
+    if _ADDRESS.match(str(path)):
+        raise kind(
+            "an address is not read, only files are",
+            where=path,
+            fix="download it and give the path of the file",
+        )
 
 
 def shorten(names: Iterable[str], limit: int = 10) -> str:

@@ -250,3 +250,10 @@ def test_a_pruned_member_keeps_only_its_first_largest_value(probs: np.ndarray) -
 
     assert (answers == np.eye(probs.shape[-1])[first[0].argmax(-1)]).all()
     assert (VoteEnsemble().predict_proba(first) == answers).all()
+
+
+def test_axes_in_another_order_are_refused_with_advice() -> None:
+    probs, labels = scored()
+
+    with pytest.raises(DataError, match=r"axes .* another order; .*transpose\(1, 0, 2\)"):
+        MeanEnsemble().fit(probs.transpose(1, 0, 2), labels)

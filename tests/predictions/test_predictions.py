@@ -318,3 +318,41 @@ def test_the_authors_predictions_load():
     assert loaded.probs.shape == (10, 10_000, 10)
     assert loaded.members[7] == "FashionMNIST_SEResNext101_LRG299_GRU_Mul"
     assert (np.bincount(loaded.labels) == 1000).all()
+
+
+PROBS = np.random.default_rng(0).dirichlet(np.ones(3), (2, 5)).astype(np.float32)
+
+
+@pytest.mark.parametrize("axes", ["mnk", "nmk", "nkm", "kmn", "NMK"])
+def test_named_axes_are_put_in_order(axes):
+    array = PROBS.transpose(["mnk".index(axis) for axis in axes.lower()])
+
+    rows = Predictions.from_arrays(array, [0, 1, 2, 0, 1], axes=axes)
+
+    assert np.array_equal(rows.probs, PROBS)
+    assert rows.members == ("member0", "member1")
+    assert rows.classes == ("0", "1", "2")
+
+
+def test_one_member_and_names_in_place_of_numbers():
+    names = ("cat", "dog", "elk")
+
+    rows = Predictions.from_arrays(PROBS[0], ["cat", "elk", "dog", "dog", "cat"], names, axes="nk")
+
+    assert np.array_equal(rows.probs, PROBS[:1])
+    assert rows.labels.tolist() == [0, 2, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("axes", "labels", "reason"),
+    [
+        ("nm", [0] * 5, "the axes do not fit the array; expected 3 letters"),
+        ("nmm", [0] * 5, "got 'nmm'"),
+        ("nk", [0] * 5, "got 'nk'"),
+        ("nmk", [0] * 5, "labels have the wrong shape"),
+        ("mnk", ["cat"] * 5, "labels are no class; expected 0, 1, 2, got 'cat'"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(axes, labels, reason):
+    with pytest.raises(DataError, match=reason):
+        Predictions.from_arrays(PROBS, labels, axes=axes)

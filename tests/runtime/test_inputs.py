@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 from support.server import encode, write_model
 
 import threefold
-from threefold.errors import DataError, ExportError
+from threefold.data.detect_source import detect_source
+from threefold.errors import DataError, ExportError, ThreefoldError
+from threefold.predictions.formats import read_predictions
 from threefold.runtime.inputs import as_pixels
 from threefold.runtime.model import Model
 
@@ -116,3 +119,39 @@ def test_files_that_cannot_be_read_are_named(model: Model) -> None:
         model.predict("nothing.png")
     with pytest.raises(DataError, match="a Pillow image"):
         model.predict(Image.open(io.BytesIO(PNG[:60])))
+
+
+@pytest.mark.parametrize("make", [np.array, pd.Series, tuple, iter])
+def test_paths_come_in_any_sequence(
+    model: Model, make: Callable[[Any], Any], tmp_path: Path
+) -> None:
+    paths = [str(tmp_path / f"{name}.png") for name in "ab"]
+    for path in paths:
+        Path(path).write_bytes(PNG)
+
+    assert np.array_equal(model.predict_proba(make(paths)), model.predict_proba([PIXELS, PIXELS]))
+
+
+ADDRESS = "https://example.org/a.onnx"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda model: model.predict(ADDRESS),
+        lambda model: model.predict([Path(ADDRESS)]),
+        lambda model: threefold.load("HTTP://example.org/a.onnx"),
+        lambda model: threefold.open("s3://bucket/run"),
+        lambda model: detect_source(ADDRESS),
+        lambda model: read_predictions(ADDRESS),
+    ],
+)
+def test_addresses_are_refused(model: Model, read: Callable[[Model], Any]) -> None:
+    with pytest.raises(ThreefoldError, match="an address is not read, only files are: ") as error:
+        read(model)
+    assert str(error.value).endswith("fix: download it and give the path of the file")
+
+
+def test_a_drive_of_windows_is_no_address() -> None:
+    with pytest.raises(DataError, match="cannot read the image"):
+        as_pixels("c:/a.png")

@@ -36,7 +36,7 @@ from threefold.cli.output import (
 )
 from threefold.cli.reproduce import register as register_reproduce
 from threefold.cli.saved import register as register_saved
-from threefold.errors import ExportError, RecipeError
+from threefold.errors import ExportError, RecipeError, refuse_address
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -137,6 +137,7 @@ def plan(
 
     path = Path(recipe)
     if not path.exists() and recipe not in packaged_names():
+        refuse_address(recipe)
         raise RecipeError(
             "no such folder, table or recipe",
             got=recipe,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from threefold.errors import DataError
+from threefold.errors import DataError, refuse_address
 from threefold.recipe_schema import DataSpec, Source
 
 TABLES: Final[dict[str, Source]] = {
@@ -29,6 +29,7 @@ def detect_source(data: str | Path) -> DataSpec:
         return DataSpec(source="folder", root=str(path.resolve()))
     source = TABLES.get(path.suffix.lower())
     if source is None or not path.exists():
+        refuse_address(data)
         raise DataError(
             "not a folder or table of images" if path.exists() else "no such folder or table",
             where=data,

@@ -36,7 +36,7 @@ from PIL import (
 from threefold.data.content_kinds import HEAD, describe_other, find_format
 from threefold.data.deep_grey import GreyScale, is_deep, read_scale, to_eight_bits
 from threefold.data.image_headers import UnreadableImage, essential_parts
-from threefold.errors import DataError
+from threefold.errors import DataError, refuse_address
 
 MAX_PIXELS = 89_478_485
 """Largest width x height to decode (a quarter of a GiB as RGB), against decompression bombs."""
@@ -125,6 +125,7 @@ def decode(source: str | Path | bytes | BinaryIO) -> NDArray[np.uint8]:
         return _read(source)[0]
     except UnreadableImage as error:
         where = source if isinstance(source, str | Path) else getattr(source, "name", "")
+        refuse_address(where)
         where = where or "image bytes"
         raise DataError("cannot read the image", where=where, got=error) from None
 

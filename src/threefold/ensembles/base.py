@@ -45,7 +45,8 @@ class Ensemble(ABC):
         """Learn from labelled rows.
 
         Args:
-            probs: (m, n, k) out-of-fold probabilities of the members.
+            probs: (m, n, k) out-of-fold probabilities: members, rows, classes. Those of another
+                order are turned by `Predictions.from_arrays`.
             labels: (n,) class numbers.
             ids: n row ids; `seen_` records them, so that scoring on the same rows is refused.
 
@@ -53,6 +54,7 @@ class Ensemble(ABC):
             DataError: probabilities, labels or ids are not usable.
         """
         array = check_probs(probs, 3)
+        _check_axes(array, labels)
         if ids is not None and len(ids) != array.shape[1]:
             raise DataError(
                 "ids do not match the probabilities", expected=array.shape[1], got=len(ids)
@@ -132,6 +134,18 @@ class Ensemble(ABC):
                 where=type(self).__name__,
                 fix="call fit(probs, labels) first",
             )
+
+
+def _check_axes(probs: np.ndarray, labels: npt.ArrayLike) -> None:
+    """Refuse probabilities (n, m, k), which show by the number of labels."""
+    rows, members, _ = probs.shape
+    if np.shape(labels) == (rows,) and rows != members:
+        raise DataError(
+            "the axes of the probabilities are in another order",
+            expected="(members, rows, classes)",
+            got=f"{probs.shape} with {rows} labels",
+            fix='probs.transpose(1, 0, 2), or Predictions.from_arrays(..., axes="nmk").probs',
+        )
 
 
 class LinearEnsemble(Ensemble):

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Final
 
 import numpy as np
 
-from threefold.errors import DataError
+from threefold.errors import DataError, refuse_address
 
 MAX_BYTES: Final = 4 << 30
 """Most memory that one file may take.
@@ -57,6 +57,7 @@ def detect_format(path: Path) -> str:
         DataError: the file is missing, empty or of another format, or its suffix names another one.
     """
     if not path.is_file():
+        refuse_address(path)
         got = "no regular file" if path.exists() else "no such file"
         raise DataError(
             "cannot read the predictions", where=path, got="a folder" if path.is_dir() else got

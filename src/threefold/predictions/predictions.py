@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from threefold.errors import DataError
+from threefold.errors import DataError, shorten
 from threefold.files import write_arrays
 from threefold.names import find_repeated
 from threefold.predictions.array_files import detect_format, read_npz
@@ -166,6 +166,60 @@ class Predictions:
         except DataError as error:
             raise DataError("the predictions cannot be used", where=path, got=error) from None
 
+    @classmethod
+    def from_arrays(
+        cls,
+        probs: npt.ArrayLike,
+        labels: npt.ArrayLike,
+        classes: Sequence[str] | None = None,
+        *,
+        axes: str = "mnk",
+        members: Sequence[str] | None = None,
+        ids: Sequence[str] | None = None,
+        groups: Sequence[str] | None = None,
+    ) -> Predictions:
+        """Make predictions from arrays of any program, with the axes named.
+
+        Args:
+            probs: probabilities with the axes that `axes` names.
+            labels: (n,), class numbers or class names.
+            classes: k names in the order of the columns; by default the numbers 0 to k - 1.
+            axes: a letter for each axis: m members, n rows, k classes. scikit-learn's programs
+                often stack answers as "nmk"; "nk" are those of one member.
+            members: m names, by default member0, member1, ...
+            ids: n names, by default row0000, row0001, ...
+            groups: n names of what belongs together, such as a patient.
+
+        Raises:
+            DataError: the axes do not fit the array, or an argument is wrong.
+        """
+        array = np.asarray(probs)
+        letters = axes.lower()
+        if sorted(letters) not in (["k", "m", "n"], ["k", "n"]) or len(letters) != array.ndim:
+            raise DataError(
+                "the axes do not fit the array",
+                expected=f'{array.ndim} letters such as "mnk", "nmk" or "nk": m members, n rows, '
+                "k classes",
+                got=repr(axes),
+            )
+        if "m" not in letters:
+            letters, array = f"m{letters}", array[None]
+        array = array.transpose([letters.index(axis) for axis in "mnk"])
+        defaults = default_names(*check_probs(array, 3).shape)
+        given = {"classes": classes, "members": members, "ids": ids}
+        names = {
+            name: defaults[name] if value is None else tuple(map(str, value))
+            for name, value in given.items()
+        }
+        return cls(
+            probs=array,
+            labels=_label_numbers(labels, names["classes"]),
+            groups=None if groups is None else tuple(map(str, groups)),
+            classes=names["classes"],
+            members=names["members"],
+            ids=names["ids"],
+        )
+
     def select(self, names: Sequence[str]) -> Predictions:
         """Only these members, in this order.
 
@@ -210,6 +264,20 @@ class Predictions:
             folds=None if self.folds is None else self.folds[chosen],
             roles=None if self.roles is None else self.roles[:, chosen],
         )
+
+
+def _label_numbers(labels: npt.ArrayLike, classes: Sequence[str]) -> np.ndarray:
+    """Return labels as class numbers, where they are names; other labels are checked later."""
+    array = np.asarray(labels)
+    if array.dtype.kind not in "UO":
+        return array
+    numbers = {name: number for number, name in enumerate(classes)}
+    unknown = sorted({str(label) for label in array.ravel()} - set(numbers))
+    if unknown:
+        raise DataError(
+            "labels are no class", expected=shorten(classes), got=shorten(map(repr, unknown))
+        )
+    return np.array([numbers[str(label)] for label in array.ravel()]).reshape(array.shape)
 
 
 def default_ids(n: int) -> tuple[str, ...]:

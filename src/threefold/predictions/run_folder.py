@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 
 from threefold.data.group_file import GROUP_FILE
-from threefold.errors import DataError, RunError
+from threefold.errors import DataError, RunError, refuse_address
 from threefold.files import (
     delete_leftovers,
     read_arrays,
@@ -91,6 +91,7 @@ class RunFolder(JobFiles):
         """
         folder = cls(path)
         if not (folder.path / "recipe.toml").is_file():
+            refuse_address(path, RunError)
             raise RunError(
                 "not a run folder",
                 where=folder.path,

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from threefold.errors import ExportError
+from threefold.errors import ExportError, refuse_address
 from threefold.files import sha256
 from threefold.runtime.model_card import MAX_MEMBERS, parse_card
 
@@ -87,6 +87,7 @@ def read_card(path: str | Path, key: str) -> dict[str, Any]:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 return _Reader(content, path.parent).card(key)
     except FileNotFoundError:
+        refuse_address(path, ExportError)
         raise ExportError("no such model file", where=path) from None
     except (_RefusedError, OSError, ValueError) as error:
         raise ExportError(
