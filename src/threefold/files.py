@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -27,6 +27,10 @@ from threefold.errors import (
     is_out_of_memory,
     out_of_memory,
 )
+
+CACHE_VARIABLE: Final = "THREEFOLD_CACHE"
+"""Environment variable: the folder of caches (by default $XDG_CACHE_HOME/threefold, else
+~/.cache/threefold)."""
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.[^.]+\.tmp")
 """Names of temporary files and folders; the number is that of the process that writes them."""
@@ -77,6 +81,15 @@ def read_text(path: Path, max_bytes: int = 1 << 24) -> str:
     content = path.read_bytes()
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return content.decode("utf-16" if is_utf16 else "utf-8-sig")
+
+
+def cache_folder(kind: str) -> Path:
+    """Return the folder of one kind of cached files, which need not exist."""
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return Path(named).expanduser() / kind
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "threefold" / kind
 
 
 def check_regular(path: Path) -> None:

@@ -41,6 +41,7 @@ Source = Literal[
     "surrey-asl",
     "parquet",
     "huggingface",
+    "npz",
 ]
 WITH_COLUMNS = ("csv", "parquet", "huggingface")
 WITH_GROUPS = ("csv", "parquet", "huggingface", "surrey-asl")
@@ -69,8 +70,9 @@ class DataSpec(Section):
 
     source: Source = "folder"
     root: str = ""
-    """A folder of class folders (or of train/, val/ and test/), a CSV or parquet file, a name on
-    the Hugging Face hub, or the folder of a named data set's official files or archives."""
+    """A folder of class folders (or of train/, val/ and test/) or an archive of one, a CSV,
+    parquet or npz file, a name on the Hugging Face hub, or the folder of a named data set's
+    official files or archives."""
     extra: bool = False
     """Also train on the additional labelled images: SVHN's extra set, or the official
     validation images of iNaturalist 2019 (which leaves no test split) and iCassava 2019."""
@@ -84,6 +86,12 @@ class DataSpec(Section):
     finds by features."""
     fold_column: str = ""
     """Column of a table with the fold of each training row, for folds.scheme = column."""
+    path_column: Annotated[str, Field(min_length=1)] | None = None
+    """Column of a table with the path of each image, or the image itself; by default the one
+    with a usual name (path, image, file, filename, image_path, image_id, ...)."""
+    label_column: Annotated[str, Field(min_length=1)] | None = None
+    """Column of a table with the label of each image; by default the one with a usual name (label,
+    class, category, target, species, ...)."""
     limit_per_class: Annotated[int, Field(ge=0)] = 0
     """Training images per class, drawn by the recipe's seed (0 = all)."""
 
@@ -100,10 +108,11 @@ class DataSpec(Section):
             )
         if self.group_file and self.group_regex:
             raise ValueError("group_file and group_regex both define groups; remove one of them")
-        if self.fold_column and self.source not in WITH_COLUMNS:
-            raise ValueError(
-                f"fold_column needs a table: source = {', '.join(WITH_COLUMNS)}, not {self.source}"
-            )
+        for key in ("fold_column", "path_column", "label_column"):
+            if getattr(self, key) and self.source not in WITH_COLUMNS:
+                raise ValueError(
+                    f"{key} needs a table: source = {', '.join(WITH_COLUMNS)}, not {self.source}"
+                )
         return self
 
 

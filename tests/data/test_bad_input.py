@@ -219,10 +219,19 @@ GOOD = "path,label\n" + "".join(
     f"train/{name}/{i}.png,{name}\n" for name in ("cat", "dog") for i in range(3)
 )
 CSVS: dict[str, tuple[bytes, list[str]]] = {
-    "empty": (b"", ["no column path and label", "an empty file"]),
-    "no path": (GOOD.replace("path,", "file,").encode(), ["no column path", "got file,label"]),
-    "no label": (GOOD.replace("label", "class").encode(), ["no column label", "got path,class"]),
-    "semicolons": (GOOD.replace(",", ";").encode(), ["no column path and label", "got path;label"]),
+    "empty": (b"", ["no column that can be the path or the label", "an empty file"]),
+    "no path": (
+        GOOD.replace("path,", "where,").encode(),
+        ["be the path:", "path, image, file", "got where, label", "set data.path_column"],
+    ),
+    "no label": (
+        GOOD.replace("label", "what").encode(),
+        ["be the label:", "label, class,", "got path, what", "set data.label_column"],
+    ),
+    "mixed separators": (
+        (GOOD + "train/cat/9.png;cat\n").encode(),
+        ["the separators are mixed", "line 8", "expected commas", "got semicolons"],
+    ),
     "path twice": (
         (GOOD + "./train/cat/1.png,dog\n").encode(),
         ["the CSV file repeats paths", "train/cat/1.png"],
@@ -239,7 +248,7 @@ CSVS: dict[str, tuple[bytes, list[str]]] = {
         b"path,label,split\ntrain/cat/0.png,cat,extern\n",
         ["line 2", "train, val", "extern"],
     ),
-    "header only": (b"path,label\n", ["no training images"]),
+    "header only": (b"path,label\n", ["the table has no rows"]),
     "one class": (b"path,label\ntrain/cat/0.png,cat\n", ["2 or more classes", "only cat"]),
     "test only": (b"path,label,split\ntest/cat/0.png,cat,test\n", ["no training images"]),
     "not UTF-8": (

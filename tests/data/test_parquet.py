@@ -138,10 +138,10 @@ def test_bad_images_and_copies_in_tables_are_reported(tmp_path: Path) -> None:
 
 GOOD: dict[str, Any] = {"image": [png(0), png(1), png(2), png(3)], "label": ["a", "b", "a", "b"]}
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "no label": ({"image": GOOD["image"]}, "lacks required columns.*got image"),
+    "no label": ({"image": GOOD["image"]}, "no column that can be the label.*got image"),
     "no image": (
         {"label": GOOD["label"]},
-        "lacks required columns.*expected image or path, and label",
+        "no column that can be the path.*expected path: path, image, .*got label",
     ),
     "empty cell": ({**GOOD, "label": ["a", None, "a", "b"]}, "row 1; expected no empty cell"),
     "no picture": (

@@ -14,7 +14,7 @@ from support.tiny_runs import tiny_tree
 
 from threefold.data.dataset import ImageDataset, Sources
 from threefold.errors import RecipeError, RunError
-from threefold.files import sha256
+from threefold.files import cache_folder, sha256
 from threefold.models.member import Member, build_member
 from threefold.models.pipeline import to_pixels
 from threefold.recipe import Recipe
@@ -293,7 +293,7 @@ def test_cache_folder_follows_the_environment(
 ) -> None:
     monkeypatch.delenv("THREEFOLD_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert feature_store.cache_folder() == tmp_path / "xdg" / "threefold" / "features"
+    assert cache_folder("features") == tmp_path / "xdg" / "threefold" / "features"
 
     monkeypatch.setenv("THREEFOLD_CACHE", str(tmp_path / "own"))
-    assert feature_store.cache_folder() == tmp_path / "own" / "features"
+    assert cache_folder("features") == tmp_path / "own" / "features"

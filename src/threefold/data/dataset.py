@@ -10,9 +10,8 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -21,28 +20,13 @@ from numpy.typing import ArrayLike, NDArray
 from threefold.data.class_names import check_class_names, warn_of_alike
 from threefold.data.group_file import find_groups, groups_of, read_groups
 from threefold.data.images import BadImage, check_all, content_hash, decode, same_content
-from threefold.data.published import FASHION_MNIST_CLASSES
-from threefold.data.sources.arrays import (
-    FASHION_MNIST_ROOT,
-    read_cifar,
-    read_mnist,
-    read_svhn,
-    with_row_ids,
-)
-from threefold.data.sources.csv_table import list_csv
+from threefold.data.read_source import read_source
 from threefold.data.sources.folder import (
     ArrayDataset,
     EncodedImages,
+    ImageArrays,
     ListedImage,
     Listing,
-    list_folder,
-)
-from threefold.data.sources.parquet import list_huggingface, list_parquet
-from threefold.data.sources.photos import (
-    list_cassava2020,
-    list_icassava,
-    list_inaturalist,
-    list_surrey,
 )
 from threefold.data.split_names import warn_of_parts
 from threefold.data.splits import fold_values
@@ -186,36 +170,10 @@ def load_data(spec: DataSpec, seed: int, trained: tuple[str, ...] = ()) -> Sourc
     Raises:
         DataError: images or labels are missing, unreadable or inconsistent.
     """
-    if spec.source == "demo":
-        return _from_arrays(_demo(), spec, seed)
-    root = spec.root or (FASHION_MNIST_ROOT if spec.source == "fashion-mnist" else "")
-    if not root:
-        raise DataError(
-            "data.root is not set",
-            fix="set data.root to a folder of class folders, or to a CSV file",
-        )
-    if spec.source == "huggingface":
-        return _from_files(list_huggingface(root, spec.fold_column), spec, seed, trained)
-    path = Path(root).expanduser()
-    decoded: dict[str, Callable[[], ArrayDataset]] = {
-        "mnist": lambda: read_mnist(path, "mnist"),
-        "fashion-mnist": lambda: read_mnist(path, "fashion-mnist"),
-        "cifar10": lambda: read_cifar(path, "cifar10"),
-        "cifar100": lambda: read_cifar(path, "cifar100"),
-        "svhn": lambda: read_svhn(path, spec.extra),
-    }
-    if spec.source in decoded:
-        return _from_arrays(decoded[spec.source](), spec, seed)
-    listed: dict[str, Callable[[], Listing]] = {
-        "folder": lambda: list_folder(path),
-        "csv": lambda: list_csv(path, spec.fold_column),
-        "parquet": lambda: list_parquet(path, spec.fold_column),
-        "inaturalist2019": lambda: list_inaturalist(path, spec.extra),
-        "icassava2019": lambda: list_icassava(path, spec.extra),
-        "cassava2020": lambda: list_cassava2020(path),
-        "surrey-asl": lambda: list_surrey(path),
-    }
-    return _from_files(listed[spec.source](), spec, seed, trained)
+    found = read_source(spec)
+    if isinstance(found, ArrayDataset):
+        return _from_arrays(found, spec, seed)
+    return _from_files(found, spec, seed, trained)
 
 
 def _from_files(listing: Listing, spec: DataSpec, seed: int, trained: tuple[str, ...]) -> Sources:
@@ -467,29 +425,16 @@ def _split_groups(train: ImageDataset) -> list[str]:
     ]
 
 
-def _demo() -> ArrayDataset:
-    """Read the packaged part of Fashion-MNIST, written by scripts/make_demo_data.py."""
-    asset = resources.files("threefold") / "assets" / "fashion_mnist" / "data.npz"
-    with asset.open("rb") as stream, np.load(stream, allow_pickle=False) as data:
-        train, test = (
-            with_row_ids(part, data[f"{part}_images"], data[f"{part}_labels"], data[f"{part}_rows"])
-            for part in ("train", "test")
-        )
-    return ArrayDataset(train, test, FASHION_MNIST_CLASSES, [])
-
-
 def _from_arrays(data: ArrayDataset, spec: DataSpec, seed: int) -> Sources:
     """Wrap pixels in memory, which need no verification."""
-    train, test = (
-        ImageDataset(
-            part.images, part.labels, part.ids, data.classes, _groups(part.ids, spec.group_regex)
-        )
-        for part in (data.train, data.test)
-    )
+    train = arrays_dataset(data.train, data.classes, spec.group_regex)
     if spec.limit_per_class:
         train = train.subset(_limited(train.labels, spec.limit_per_class, seed))
     train = _with_group_file(train, spec, every=True)
-    test = _with_group_file(test, spec, every=False)
+    test = None
+    if data.test is not None:
+        test = arrays_dataset(data.test, data.classes, spec.group_regex)
+        test = _with_group_file(test, spec, every=False)
     return Sources(
         train=train,
         test=test,
@@ -497,3 +442,10 @@ def _from_arrays(data: ArrayDataset, spec: DataSpec, seed: int) -> Sources:
         skipped=(),
         warnings=tuple(_shared_groups(train, test)),
     )
+
+
+def arrays_dataset(
+    part: ImageArrays, classes: tuple[str, ...], group_regex: str = ""
+) -> ImageDataset:
+    """Make a data set of a part that holds pixels."""
+    return ImageDataset(part.images, part.labels, part.ids, classes, _groups(part.ids, group_regex))

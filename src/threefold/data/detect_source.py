@@ -1,38 +1,102 @@
-"""Which kind of data a path is: a folder of images, or a table of them."""
+"""Which kind of data a path or a name is: a folder, an archive, a table, arrays, or the hub's."""
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from pathlib import Path
 from typing import Final
 
+from threefold.data.sources.columns import find_fold_columns
+from threefold.data.sources.csv_table import read_header
+from threefold.data.sources.parquet import read_hub_header, read_parquet_header
+from threefold.data.sources.unpacked import ARCHIVES, is_archive
 from threefold.errors import DataError, refuse_address
 from threefold.recipe_schema import DataSpec, Source
 
 TABLES: Final[dict[str, Source]] = {
     ".csv": "csv",
+    ".tsv": "csv",
     ".parquet": "parquet",
+    ".pq": "parquet",
+    ".npz": "npz",
 }
-"""Source of a table by the suffix of its file."""
+"""Source of a table or of arrays by the suffix of its file."""
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 
 
 def detect_source(data: str | Path) -> DataSpec:
-    """Return the `data` table of a recipe for a path.
+    """Return the `data` table of a recipe for a path, or for a name on the Hugging Face hub.
 
     Args:
-        data: a folder of images, or a CSV or parquet file of them.
+        data: a folder of images or an archive of one; a CSV, TSV, parquet or npz file; or
+            `owner/name` where nothing of that path exists.
 
     Raises:
-        DataError: it does not exist, or is another kind of file.
+        DataError: it does not exist, or is another kind of file; or it can only be a name on the
+            hub, and the package for that is not installed.
     """
     path = Path(data).expanduser()
-    if path.is_dir():
+    if path.is_dir() or is_archive(path):
         return DataSpec(source="folder", root=str(path.resolve()))
+    if is_hub_name(data):
+        if importlib.util.find_spec("datasets") is None:
+            raise DataError(
+                "no such folder or table; a data set of the Hugging Face hub needs a package",
+                where=data,
+                got="no package datasets",
+                fix="correct the path, or: pip install 'threefold[hf]'",
+            )
+        return DataSpec(source="huggingface", root=Path(data).as_posix())
     source = TABLES.get(path.suffix.lower())
     if source is None or not path.exists():
         refuse_address(data)
+        expected = (
+            f"a folder of class folders, a file ending in {', '.join((*TABLES, *ARCHIVES))}, or "
+            "owner/name of a data set on the Hugging Face hub"
+        )
         raise DataError(
             "not a folder or table of images" if path.exists() else "no such folder or table",
             where=data,
-            expected=f"a folder of class folders, or a file ending in {', '.join(TABLES)}",
+            expected=expected,
         )
     return DataSpec(source=source, root=str(path.resolve()))
+
+
+def is_hub_name(data: str | Path) -> bool:
+    """Whether data can only be a name on the hub: `owner/name`, and no path to a file.
+
+    In a folder that exists, a name that does not is a mistyped path.
+    """
+    name = Path(data).as_posix()
+    if not _HUB_NAME.fullmatch(name) or Path(data).exists():
+        return False
+    is_file = name.lower().endswith((*TABLES, *ARCHIVES))
+    return not is_file and not Path(data).parent.is_dir()
+
+
+def find_fold_column(spec: DataSpec) -> str:
+    """Return the column of a table that seems to hold the user's own folds; empty if none does.
+
+    Raises:
+        DataError: the table cannot be read, or several columns do.
+    """
+    path = Path(spec.root)
+    if spec.source == "csv":
+        header = read_header(path)
+    elif spec.source == "parquet":
+        header = read_parquet_header(path)
+    elif spec.source == "huggingface":
+        header = read_hub_header(spec.root)
+    else:
+        return ""
+    found = find_fold_columns(header)
+    if len(found) > 1:
+        raise DataError(
+            f"{len(found)} columns can be the fold",
+            where=spec.root,
+            got=" and ".join(found),
+            fix="set data.fold_column to one of them",
+        )
+    return "".join(found)

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-from threefold.data.dataset import ImageDataset, make_dataset, verify
+from threefold.data.dataset import ImageDataset, arrays_dataset, make_dataset, verify
 from threefold.data.detect_source import detect_source
-from threefold.data.sources.csv_table import list_csv
-from threefold.data.sources.folder import Listing, list_folder
-from threefold.data.sources.parquet import list_parquet
+from threefold.data.read_source import read_source
+from threefold.data.sources.folder import ArrayDataset
 from threefold.errors import DataError, shorten
 from threefold.names import natural_key
-
-LISTERS: dict[str, Callable[[Path], Listing]] = {
-    "folder": list_folder,
-    "csv": list_csv,
-    "parquet": list_parquet,
-}
 
 
 def load_labelled(data: str | Path) -> ImageDataset:
     """Find, verify and label images; of images in splits, those of the test split.
 
     Args:
-        data: a folder of class folders, or of train/ [val/] test/ with class folders inside; a
-            CSV or parquet file, as for training.
+        data: whatever `detect_source` knows, as for training.
 
     Raises:
         DataError: images or labels are missing or cannot be read.
     """
-    spec = detect_source(data)
-    listing = LISTERS[spec.source](Path(spec.root))
+    listing = read_source(detect_source(data), ignores_folds=True)
+    if isinstance(listing, ArrayDataset):
+        return arrays_dataset(listing.test or listing.train, listing.classes)
     items = sorted(item for item in listing.items if item.part == "test")
     items = items or sorted(listing.items)
     bad = verify(items, listing.encoded)

@@ -20,6 +20,7 @@ from typing import Any, Self
 import numpy as np
 
 from threefold.data.group_file import GROUP_FILE
+from threefold.data.in_memory import DATA_FOLDER, is_stored_data
 from threefold.errors import DataError, RunError, refuse_address
 from threefold.files import (
     delete_leftovers,
@@ -67,6 +68,11 @@ def default_run_folder(data: Path) -> Path:
     if target.resolve().is_relative_to(images):
         target = Path(os.path.relpath(images.parent / "runs" / name))
     return target
+
+
+def _precedes_run(entry: Path) -> bool:
+    """Whether a file or folder may be there before a run: its groups, or data from memory."""
+    return entry.name == GROUP_FILE or (entry.name == DATA_FOLDER and is_stored_data(entry))
 
 
 class RunFolder(JobFiles):
@@ -157,12 +163,12 @@ class RunFolder(JobFiles):
             )
 
     def check_new(self) -> None:
-        """Check that a run can be started here: the folder has at most its file of groups.
+        """Check that a run can be started here: it has at most its file of groups and its data.
 
         Raises:
             RunError: it has other files.
         """
-        if self.path.is_dir() and any(entry.name != GROUP_FILE for entry in self.path.iterdir()):
+        if self.path.is_dir() and not all(map(_precedes_run, self.path.iterdir())):
             raise RunError(
                 "the folder is not empty and not a run",
                 where=self.path,

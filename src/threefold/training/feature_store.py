@@ -23,24 +23,11 @@ import numpy as np
 from threefold.errors import RecipeError, RunError
 from threefold.files import sha256, write_bytes, write_json
 
-CACHE_VARIABLE: Final = "THREEFOLD_CACHE"
-"""Environment variable: the folder of caches (by default $XDG_CACHE_HOME/threefold, else
-~/.cache/threefold)."""
-
 LIMIT_VARIABLE: Final = "THREEFOLD_CACHE_GB"
 """Environment variable: largest size of the cached features in GB (0 = nothing is kept)."""
 
 LIMIT_GB: Final = 10.0
 """The limit where the variable is not set."""
-
-
-def cache_folder() -> Path:
-    """Return the folder of cached features."""
-    named = os.environ.get(CACHE_VARIABLE)
-    if named:
-        return Path(named).expanduser() / "features"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "threefold" / "features"
 
 
 def cache_limit() -> int:

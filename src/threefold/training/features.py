@@ -27,6 +27,7 @@ from torch import nn
 from threefold.data.dataset import Sources
 from threefold.data.splits import Roles
 from threefold.errors import RunError
+from threefold.files import cache_folder
 from threefold.models.features import FeatureExtractor
 from threefold.models.heads import input_form
 from threefold.models.member import create_backbone
@@ -46,7 +47,6 @@ from threefold.training.engines import (
 )
 from threefold.training.feature_store import (
     FeatureStore,
-    cache_folder,
     cache_limit,
     check_memory,
     make_room,
@@ -118,7 +118,7 @@ class FeatureCache:
     ) -> None:
         self.sources, self.recipe = sources, recipe
         self.watcher = watcher or Watcher()
-        self.folder = cache_folder() if folder is None else folder
+        self.folder = cache_folder("features") if folder is None else folder
         self.record = EngineChoices(record)
         self._machine = EngineChoices(self.folder / "engines.json")
         self.load = load or partial(_pretrained, recipe)

@@ -13,6 +13,7 @@ import numpy as np
 
 from threefold.data.dataset import ImageDataset, Sources, load_data
 from threefold.data.group_file import GROUP_FILE
+from threefold.data.in_memory import find_stored_data
 from threefold.data.splits import Roles, assign_roles, refit_roles
 from threefold.data.unlabelled import with_unlabelled
 from threefold.errors import RunError
@@ -85,6 +86,7 @@ class Run(SavedRun):
         data, own = self.recipe.data, self.dir / GROUP_FILE
         if data.group_file and own.exists() and not Path(data.group_file).expanduser().exists():
             data = data.model_copy(update={"group_file": str(own)})
+        data = data.model_copy(update={"root": find_stored_data(data.root, self.dir)})
         has_begun = (self.dir / "run.json").exists()
         return load_data(data, self.recipe.seed, self.folder.info.classes if has_begun else ())
 

@@ -289,8 +289,11 @@ def _zip_members(file: IO[bytes], limits: ArchiveLimits, budget: int) -> Iterato
             if not plain or not name or info.orig_filename.rstrip("\0") != info.filename:
                 raise _not_a_plain_file(name, "a link or a special file")
             supported = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-            if info.flag_bits & 1 or not supported:
-                raise _not_a_plain_file(name, "encrypted, or packed by an unsupported method")
+            if info.flag_bits & 1:
+                fix = "unpack it with its password, and give the folder"
+                raise DataError("its files need a password", got=name, fix=fix)
+            if not supported:
+                raise _not_a_plain_file(name, "packed by an unsupported method")
             with archive.open(info) as content:
                 yield ArchiveMember(name, info.file_size, content)
 

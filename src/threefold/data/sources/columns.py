@@ -4,11 +4,42 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from threefold.data.split_names import EXPECTED
 from threefold.errors import DataError, shorten
 from threefold.names import find_repeated
+
+_ALIASES: Final = {
+    "path": (
+        ("path",),
+        (
+            *("image", "img", "picture", "photo", "images", "paths"),
+            *("file", "files", "filename", "filenames", "filepath", "fname"),
+            *("imagepath", "imgpath", "imagefile", "imgfile", "imagefilename", "imagefilepath"),
+            *("imagename", "imgname", "photopath", "picturepath"),
+        ),
+        ("imageid", "imgid", "photoid", "pictureid", "fileid"),
+        ("id",),
+    ),
+    "label": (
+        ("label",),
+        (
+            *("labels", "class", "classes", "category", "categories", "target", "targets", "y"),
+            *("classname", "labelname", "categoryname", "species", "breed", "diagnosis", "dx"),
+            *("finelabel", "groundtruth", "gt"),
+        ),
+        (
+            *("labelid", "classid", "categoryid", "targetid", "classindex", "labelindex"),
+            *("classidx", "labelidx", "classlabel", "labelcode"),
+        ),
+    ),
+}
+"""Usual names of the two columns that every table has, without capitals, spaces and signs.
+
+An earlier row of names wins over a later one: a `filename` over an `id`, a name of the class over
+its number.
+"""
 
 _NEAR: Final = {
     "split": (
@@ -27,59 +58,157 @@ _FIXES: Final = {
     "fold": 'set data.fold_column to its name and folds.scheme = "column"',
 }
 
+SHOWN: Final = {
+    "path": "path, image, file, filename, image_path, image_id",
+    "label": "label, class, category, target, species",
+}
+"""For messages: some of the names that are looked for."""
+
+
+class NamedColumns(NamedTuple):
+    """The columns that a recipe names; empty = found by their usual names."""
+
+    path: str = ""
+    label: str = ""
+    fold: str = ""
+    """The fold of each training row; empty = none."""
+    ignores_folds: bool = False
+    """Whether a column of folds is left unread, where nothing is trained."""
+
+
+NO_NAMES: Final = NamedColumns()
+"""A recipe that names no column."""
+
 
 def find_columns(
-    header: Sequence[str], known: Sequence[str], fold_column: str, where: str
+    header: Sequence[str],
+    known: Sequence[str],
+    named: NamedColumns,
+    where: str,
+    fix: str = "set data.{meaning}_column to one of them",
 ) -> dict[str, str]:
     """Find the known columns of a table, whatever their capitals.
 
     Args:
         header: names of all columns.
-        known: the columns with a meaning; of `split` and `group`, other usual names are refused.
-        fold_column: the column that the recipe names; empty = none.
+        known: the columns with a meaning. `path` and `label` have other usual names, too; other
+            usual names of `split` and `group` are refused.
+        named: the columns that the recipe names.
         where: the file, for messages.
+        fix: of two columns for the path or for the label, which is `{meaning}` in the text.
 
     Returns:
         The table's own name of each known column that it has.
 
     Raises:
-        DataError: two columns have one name, or a column seems to be a split, a group or a fold
-            but would not be read.
+        DataError: two columns have one name or one meaning, a named column is missing, or a column
+            seems to be a split, a group or a fold but would not be read.
     """
     repeated = find_repeated(header)
     if repeated:
         raise DataError("two columns have the same name", where=where, got=shorten(repeated))
+    free = [name for name in header if name != named.fold]
     found: dict[str, str] = {}
-    for name in header:
-        meaning = name.strip().lower()
-        if meaning not in known or name == fold_column:
-            continue
-        if meaning in found:
+    for meaning in known:
+        candidates = _candidates(free, meaning, named, where)
+        if len(candidates) > 1:
+            is_named = meaning in _ALIASES
             raise DataError(
-                f"two columns can be the {meaning}",
+                f"two columns can be the {meaning}"
+                if len(candidates) == 2
+                else f"{len(candidates)} columns can be the {meaning}",
                 where=where,
-                got=f"{found[meaning]} and {name}",
-                fix="rename or remove one of them",
+                got=" and ".join(candidates),
+                fix=fix.format(meaning=meaning) if is_named else "rename or remove one of them",
             )
-        found[meaning] = name
+        if candidates:
+            found[meaning] = candidates[0]
     for name in header:
-        if name not in found.values() and name != fold_column:
-            _refuse_near_miss(name, found, fold_column, where)
+        if name not in found.values() and name != named.fold:
+            _refuse_near_miss(name, found, named, where)
     return found
 
 
-def _refuse_near_miss(name: str, found: dict[str, str], fold_column: str, where: str) -> None:
+def _candidates(
+    header: Sequence[str], meaning: str, named: NamedColumns, where: str
+) -> Sequence[str]:
+    """Return the columns that can have a meaning: one, unless the choice is the user's."""
+    wanted = {"path": named.path, "label": named.label}.get(meaning)
+    if wanted:
+        same = [name for name in header if name == wanted]
+        same = same or [name for name in header if name.lower() == wanted.lower()]
+        if not same:
+            raise DataError(
+                f"the table has no column {wanted}",
+                where=where,
+                got=", ".join(header),
+                fix=f"correct data.{meaning}_column",
+            )
+        return same
+    others = {named.path, named.label}
+    for names in _ALIASES.get(meaning, ((meaning,),)):
+        candidates = [name for name in header if _plain(name) in names and name not in others]
+        if candidates:
+            return candidates
+    return []
+
+
+def _plain(name: str) -> str:
+    """Return the name of a column without capitals, spaces and signs."""
+    return re.sub(r"[\W_]+", "", name.lower())
+
+
+def find_fold_columns(header: Sequence[str]) -> list[str]:
+    """Return the columns that seem to hold the user's own folds."""
+    return [name for name in header if _plain(name) in _NEAR["fold"]]
+
+
+def _refuse_near_miss(name: str, found: dict[str, str], named: NamedColumns, where: str) -> None:
     """Refuse a column that seems to be one that the table lacks, and would be ignored."""
-    plain = re.sub(r"[\W_]+", "", name.lower())
     for meaning, names in _NEAR.items():
-        is_read = bool(fold_column) if meaning == "fold" else meaning in found
-        if plain in names and not is_read:
+        is_read = meaning in found
+        if meaning == "fold":
+            is_read = bool(named.fold) or named.ignores_folds
+        if _plain(name) in names and not is_read:
             raise DataError(
                 f"a column seems to be the {meaning} of the images, but would not be read",
                 where=where,
                 got=name,
                 fix=f"{_FIXES[meaning]}; or remove the column",
             )
+
+
+def require_columns(
+    columns: dict[str, str],
+    header: Sequence[str],
+    where: str,
+    expected: str = "",
+    fix: str = "rename a column, or set {keys}",
+) -> None:
+    """Check that a table has the columns of the image and of the label.
+
+    Args:
+        columns: by meaning.
+        header: names of all columns.
+        where: the table, for messages.
+        expected: what else would do.
+        fix: what to do, in which `{keys}` are those of the recipe.
+
+    Raises:
+        DataError: it has not; the message has the names that are looked for.
+    """
+    missing = [meaning for meaning in ("path", "label") if meaning not in columns]
+    if not missing:
+        return
+    names = "; ".join(f"{meaning}: {SHOWN[meaning]}, ..." for meaning in missing)
+    keys = " and ".join(f"data.{meaning}_column" for meaning in missing)
+    raise DataError(
+        f"the table has no column that can be the {' or the '.join(missing)}",
+        where=where,
+        expected=f"{names}{expected}",
+        got=", ".join(header) or "an empty file",
+        fix=fix.format(keys=keys),
+    )
 
 
 def check_fold_column(header: Sequence[str], fold_column: str, where: str) -> None:
@@ -96,6 +225,14 @@ def check_fold_column(header: Sequence[str], fold_column: str, where: str) -> No
             got=", ".join(header),
             fix="correct data.fold_column",
         )
+
+
+def note_columns(columns: dict[str, str]) -> list[str]:
+    """Note the columns that are read under another name than path and label."""
+    other = {m: columns[m] for m in ("path", "label") if _plain(columns.get(m, m)) != m}
+    if not other:
+        return []
+    return [f"read from the table: {', '.join(f'{m} = {name}' for m, name in other.items())}"]
 
 
 def note_unread(header: Sequence[str], read: Sequence[str]) -> list[str]:

@@ -7,12 +7,21 @@ import io
 import os
 import unicodedata
 from pathlib import Path
+from typing import Final
 
-from threefold.data.sources.columns import check_fold_column, find_columns, note_unread
+from threefold.data.sources.columns import (
+    NO_NAMES,
+    NamedColumns,
+    check_fold_column,
+    find_columns,
+    note_columns,
+    note_unread,
+    require_columns,
+)
 from threefold.data.sources.folder import ListedImage, Listing, find_absent
+from threefold.data.sources.named_files import find_by_name
 from threefold.data.sources.one_hot import class_columns, one_hot_labels
 from threefold.data.split_names import EXPECTED, PARTS, split_of
-from threefold.data.walk import is_image, list_entries
 from threefold.errors import DataError, shorten
 from threefold.files import read_text
 from threefold.names import find_repeated, normalise_name
@@ -20,54 +29,121 @@ from threefold.names import find_repeated, normalise_name
 MAX_TABLE_BYTES = 1 << 30
 """Largest CSV file."""
 
+SEPARATORS: Final = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
+"""What can separate the cells of a table."""
 
-def list_csv(table: Path, fold_column: str = "") -> Listing:
+_LONGEST_HEADER = 1 << 20
+
+
+def list_csv(table: Path, named: NamedColumns = NO_NAMES) -> Listing:
     """List the rows `path,label[,group][,split]` of a CSV file (with a header).
 
-    Paths are relative to the CSV file. Ids are the paths as POSIX, with `.` and `..` resolved.
-    Capitals in the names of columns do not matter. Other columns are noted; those that seem to be
-    a split, group or fold are refused.
+    Cells are separated by commas, tabs, semicolons or vertical bars. Paths are relative to the
+    file. Ids are the paths as POSIX, with `.` and `..` resolved. The columns of the path and the
+    label can have other usual names (`columns`); capitals do not matter. Other columns are noted;
+    those that seem to be a split, group or fold are refused.
 
-    In place of `label` there can be a column of 0 and 1 for each class, as in the files of ISIC,
-    and in place of `path` a column `image`: names without suffix of files beside the table or in a
-    folder there.
+    A name without its folder or its suffix, such as `image_id`, is looked for below the table's
+    folder. In place of `label` there can be a column of 0 and 1 for each class, as in the files of
+    ISIC.
 
     Args:
         table: the CSV file, in UTF-8, or in UTF-16 with its mark.
-        fold_column: the column with the fold of each training row; empty = none. Its cells in test
-            rows are ignored.
+        named: the columns that the recipe names. Cells of the fold column are ignored in test rows.
 
     Raises:
-        DataError: the file cannot be read, columns or cells are missing, a path is repeated or
-            does not exist, or a row has several classes.
+        DataError: the file cannot be read or has no rows, columns or cells are missing, a path is
+            repeated, does not exist or fits several files, or a row has several classes.
     """
     try:
-        stream = io.StringIO(read_text(table, MAX_TABLE_BYTES), newline="")
-        reader = csv.DictReader(stream, skipinitialspace=True, strict=True)
-        header = [name.strip() for name in reader.fieldnames or ()]
-        reader.fieldnames = header
-        columns = find_columns(header, ("path", "label", "group", "split"), fold_column, str(table))
+        reader, header = _open_table(table)
+        columns = find_columns(header, ("path", "label", "group", "split"), named, str(table))
         rows: dict[int, dict[str, str | None]] = {}
         for row in reader:
             rows[reader.line_num] = row
-        classes = _mark_one_hot(rows, columns, header, fold_column, table)
-        _require_columns(columns, header, table)
-        check_fold_column(header, fold_column, str(table))
-        items = [_parse_row(row, columns, table, line, fold_column) for line, row in rows.items()]
-        if classes:
-            items = _find_by_stem(items, table)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError("cannot read the CSV file", where=table, got=error) from None
+    classes = _mark_one_hot(rows, columns, header, named.fold, table)
+    require_columns(columns, header, str(table), ", or a column of 0 and 1 for each class")
+    check_fold_column(header, named.fold, str(table))
+    if not rows:
+        raise DataError(
+            "the table has no rows", where=table, expected="a row for each image below the header"
+        )
+    _refuse_other_separator(rows, header, reader.reader.dialect.delimiter, table)
+    items = [_parse_row(row, columns, table, line, named.fold) for line, row in rows.items()]
+    items, notes = find_by_name(items, table.parent, str(table))
     repeated, absent = find_repeated(item.id for item in items), find_absent(items)
     if repeated:
         raise DataError("the CSV file repeats paths", where=table, got=shorten(repeated))
     if absent:
         what = f"{len(absent)} files of the CSV file do not exist"
         raise DataError(what, where=table, got=shorten(absent))
-    notes = note_unread(header, [*columns.values(), *classes, fold_column])
+    notes += note_columns(columns)
+    notes += note_unread(header, [*columns.values(), *classes, named.fold])
     if classes:
         notes.append(f"the classes are {len(classes)} columns of 0 and 1: {shorten(classes)}")
     return Listing(items, notes)
+
+
+def _open_table(table: Path) -> tuple[csv.DictReader[str], list[str]]:
+    """Return a reader of the rows of a table, and the names of its columns.
+
+    Raises:
+        OSError: the file cannot be read.
+        UnicodeDecodeError: it is in another encoding.
+        csv.Error: its quotes do not match.
+    """
+    text = read_text(table, MAX_TABLE_BYTES)
+    stream = io.StringIO(text, newline="")
+    reader = csv.DictReader(
+        stream, skipinitialspace=True, strict=True, delimiter=_find_separator(text)
+    )
+    header = [name.strip() for name in reader.fieldnames or ()]
+    reader.fieldnames = header
+    return reader, header
+
+
+def read_header(table: Path) -> list[str]:
+    """Return the names of the columns of a CSV file.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        return _open_table(table)[1]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError("cannot read the CSV file", where=table, got=error) from None
+
+
+def _find_separator(text: str) -> str:
+    """Return the sign that separates the most columns of the header; a comma if there is none."""
+    line = next((line for line in text[:_LONGEST_HEADER].splitlines() if line.strip()), "")
+    columns = {sign: len(_split(line, sign)) for sign in SEPARATORS}
+    return max(SEPARATORS, key=lambda sign: columns[sign])
+
+
+def _split(line: str, sign: str) -> list[str]:
+    """Return the cells of a line, in which a quoted cell may have the sign, too."""
+    return next(csv.reader([line], delimiter=sign, skipinitialspace=True), [])
+
+
+def _refuse_other_separator(
+    rows: dict[int, dict[str, str | None]], header: list[str], sign: str, table: Path
+) -> None:
+    """Refuse a row whose cells are separated by another sign than those of the header."""
+    for line, row in rows.items():
+        cells = [cell for name, cell in row.items() if name is not None and cell is not None]
+        if len(cells) != 1 or len(header) < 2:
+            continue
+        other = [o for o in SEPARATORS if o != sign and len(_split(cells[0], o)) == len(header)]
+        if other:
+            raise DataError(
+                "the separators are mixed",
+                where=f"{table} line {line}",
+                expected=f"{SEPARATORS[sign]}, as in the header",
+                got=SEPARATORS[other[0]],
+            )
 
 
 def _mark_one_hot(
@@ -81,7 +157,7 @@ def _mark_one_hot(
 
     Args:
         rows: by line; changed where the table is of that kind.
-        columns: the known columns; `label` and `path` are added.
+        columns: the known columns; `label` is added.
         header: names of all columns.
         fold_column: the column with the folds; empty = none.
         table: the file.
@@ -92,10 +168,9 @@ def _mark_one_hot(
     Raises:
         DataError: a row has several classes, or none.
     """
-    image = columns.get("path") or next((name for name in header if name.lower() == "image"), "")
-    if "label" in columns or not image:
+    if "label" in columns or "path" not in columns:
         return []
-    read = {*columns.values(), image, fold_column}
+    read = {*columns.values(), fold_column}
     cells = {
         name: [(row[name] or "").strip() for row in rows.values()]
         for name in header
@@ -107,49 +182,8 @@ def _mark_one_hot(
         labels = one_hot_labels(cells, classes, lines, str(table))
         for row, label in zip(rows.values(), labels, strict=True):
             row["label"] = label
-        columns |= {"path": image, "label": "label"}
+        columns["label"] = "label"
     return classes
-
-
-def _find_by_stem(items: list[ListedImage], table: Path) -> list[ListedImage]:
-    """Find the files of names without suffix: beside the table, or in a folder there.
-
-    Raises:
-        DataError: a name fits several files.
-    """
-    if not find_absent(items):
-        return items
-    folders, files = list_entries(table.parent)
-    for folder in folders:
-        files += list_entries(folder)[1]
-    found: dict[str, list[Path]] = {}
-    for path in filter(is_image, files):
-        found.setdefault(path.stem, []).append(path)
-    located = []
-    for item in items:
-        paths = found.get(item.id, [])
-        if not os.path.isfile(item.path) and len(paths) > 1:
-            raise DataError(
-                "a name in the CSV file fits several images",
-                where=f"{table}: {item.id}",
-                got=shorten(path.relative_to(table.parent).as_posix() for path in paths),
-                fix="give paths with folder and suffix, in a column path",
-            )
-        is_new = not os.path.isfile(item.path) and paths
-        located.append(item._replace(path=paths[0]) if is_new else item)
-    return located
-
-
-def _require_columns(columns: dict[str, str], header: list[str], table: Path) -> None:
-    missing = [name for name in ("path", "label") if name not in columns]
-    if missing:
-        raise DataError(
-            f"the CSV file has no column {' and '.join(missing)}",
-            where=table,
-            expected="path,label[,group][,split], or path (or image) and a column of 0 and 1 for "
-            "each class",
-            got=",".join(header) or "an empty file",
-        )
 
 
 def parse_fold(cell: object, fold_column: str, where: str) -> str:

@@ -96,7 +96,7 @@ class ArrayDataset(NamedTuple):
     """A data set whose official files hold pixels instead of image files."""
 
     train: ImageArrays
-    test: ImageArrays
+    test: ImageArrays | None
     classes: tuple[str, ...]
     notes: list[str]
 

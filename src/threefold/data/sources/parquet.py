@@ -9,13 +9,21 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from threefold.data.sources.columns import check_fold_column, find_columns, note_unread
+from threefold.data.sources.columns import (
+    NO_NAMES,
+    NamedColumns,
+    check_fold_column,
+    find_columns,
+    note_columns,
+    note_unread,
+    require_columns,
+)
 from threefold.data.sources.csv_table import parse_fold
 from threefold.data.sources.folder import (
     EncodedImages,
@@ -24,12 +32,14 @@ from threefold.data.sources.folder import (
     find_absent,
     read_file,
 )
+from threefold.data.sources.named_files import find_by_name
 from threefold.data.split_names import EXPECTED, PARTS, split_of
 from threefold.errors import DataError, shorten
 from threefold.names import find_repeated, normalise_name
 
 _IMAGE_COLUMNS = ("image", "img", "picture", "photo")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
+_KNOWN = ("path", "label", "id", "group", "split")
 
 
 class _Table(NamedTuple):
@@ -41,6 +51,10 @@ class _Table(NamedTuple):
     """`train` or `test`, for rows without a `split` cell."""
     rows: Any
     """Arrow table."""
+    columns: dict[str, str]
+    """The table's own names of path, label, id, group and split, as far as it has them."""
+    image: str
+    """The column of encoded images; empty = files that `path` names."""
     label_names: list[str] | None
     """Names of whole-number labels."""
 
@@ -53,52 +67,105 @@ def _import_optional(name: str, extra: str) -> Any:
         raise DataError(what, fix=f'pip install "threefold[{extra}]"') from None
 
 
-def list_parquet(root: Path, fold_column: str = "") -> Listing:
+def list_parquet(root: Path, named: NamedColumns = NO_NAMES) -> Listing:
     """List the rows of a parquet file, or of all .parquet files in a folder.
 
     Columns: `image` (bytes of an image file, or the hub's struct of bytes and path) or `path`
-    (relative to the file); `label` (text or whole number); optionally `id`, `group` and `split`
-    (train, val, test). Names of number labels are taken from the hub's metadata in the file.
-    Without `split`, the beginning of the file's name decides.
+    (relative to the file; see `named_files`); `label` (text or whole number); optionally `id`,
+    `group` and `split` (train, val, test). The first three can have other usual names (`columns`).
+    Names of number labels are taken from the hub's metadata in the file. Without `split`, the
+    beginning of the file's name decides.
 
     Args:
         root: a file or a folder.
-        fold_column: the column with the fold of each training row; empty = none.
+        named: the columns that the recipe names.
 
     Raises:
-        DataError: pyarrow is not installed, a file cannot be read, columns or cells are missing,
-            or ids repeat.
+        DataError: pyarrow is not installed, a file cannot be read or has no rows, columns or cells
+            are missing, or ids repeat.
     """
     parquet = _import_optional("pyarrow.parquet", "parquet")
+    tables = []
+    for file in _parquet_files(root):
+        rows = _read(parquet.read_table, file)
+        first_word = re.split(r"[^a-z]", file.stem.lower(), maxsplit=1)[0]
+        part = PARTS[split_of(first_word) or "train"]
+        image, columns = _find_known(rows, named, str(file))
+        names = _hub_label_names(rows, columns.get("label", ""))
+        tables.append(_Table(str(file), part, rows, columns, image, names))
+    if not any(table.rows.num_rows for table in tables):
+        raise DataError("the table has no rows", where=root, expected="a row for each image")
+    return _list_tables(tables, root if root.is_dir() else root.parent, named)
+
+
+def read_parquet_header(root: Path) -> list[str]:
+    """Return the names of the columns of a parquet file, or of the first in a folder.
+
+    Raises:
+        DataError: pyarrow is not installed, or the file cannot be read.
+    """
+    parquet = _import_optional("pyarrow.parquet", "parquet")
+    return list(_read(parquet.read_schema, _parquet_files(root)[0]).names)
+
+
+def _parquet_files(root: Path) -> list[Path]:
+    """Return a file, or all .parquet files in a folder; a DataError if there are none."""
     files = sorted(root.rglob("*.parquet")) if root.is_dir() else [root]
     # Reading a pipe or a device could block for ever.
     files = [file for file in files if file.is_file()]
     if not files:
         raise DataError("there are no .parquet files", where=root)
-    tables = []
-    for file in files:
-        try:
-            rows = parquet.read_table(file)
-        except Exception as error:  # pyarrow raises errors of many types on damaged files
-            got = str(error)[:200]
-            raise DataError("cannot read the parquet file", where=file, got=got) from None
-        first_word = re.split(r"[^a-z]", file.stem.lower(), maxsplit=1)[0]
-        part = PARTS[split_of(first_word) or "train"]
-        tables.append(_Table(str(file), part, rows, label_names=_hub_label_names(rows)))
-    return _list_tables(tables, root if root.is_dir() else root.parent, fold_column)
+    return files
 
 
-def _hub_label_names(rows: Any) -> list[str] | None:
+def _read(function: Callable[[Path], Any], file: Path) -> Any:
+    """Call a reader of pyarrow, which raises errors of many types on damaged files."""
+    try:
+        return function(file)
+    except Exception as error:
+        got = str(error)[:200]
+        raise DataError("cannot read the parquet file", where=file, got=got) from None
+
+
+def _find_known(rows: Any, named: NamedColumns, where: str) -> tuple[str, dict[str, str]]:
+    """Return the column of encoded images, or an empty string, and the other known columns."""
+    header = rows.column_names
+    encoded = [name for name in header if _is_encoded(rows.schema.field(name).type)]
+    images = [named.path] if named.path in encoded else []
+    if not named.path:
+        images = [name for name in header if name in _IMAGE_COLUMNS]
+        images = [name for name in images if not _is_text(rows.schema.field(name).type)][:1]
+        images = images or (encoded if len(encoded) == 1 else [])
+    known: tuple[str, ...] = _KNOWN
+    if images:  # a path is their name then, and no other column is
+        named = named._replace(path="")
+        if "path" not in {name.strip().lower() for name in header}:
+            known = _KNOWN[1:]
+    others = [name for name in header if name not in images]
+    return "".join(images), find_columns(others, known, named, where)
+
+
+def _is_encoded(kind: Any) -> bool:
+    """Whether a column holds bytes, or the hub's struct of bytes and path."""
+    text = str(kind)
+    return text in ("binary", "large_binary", "binary_view") or text.startswith("struct<bytes")
+
+
+def _is_text(kind: Any) -> bool:
+    return str(kind) in ("string", "large_string", "string_view") or "values=string" in str(kind)
+
+
+def _hub_label_names(rows: Any, label: str) -> list[str] | None:
     """Class names in the metadata that the hub's library writes, if there are any."""
     try:
         features = json.loads((rows.schema.metadata or {})[b"huggingface"])["info"]["features"]
-        names = features[_find_column(rows, _LABEL_COLUMNS)]["names"]
+        names = features[label]["names"]
     except (KeyError, TypeError, ValueError):
         return None
     return [str(name) for name in names] if isinstance(names, list) else None
 
 
-def list_huggingface(name: str, fold_column: str = "") -> Listing:
+def list_huggingface(name: str, named: NamedColumns = NO_NAMES) -> Listing:
     """List a data set of the Hugging Face hub, or of a folder that its library reads.
 
     Code in the data set is never run. The image and the class label are used, and a column `group`
@@ -106,73 +173,108 @@ def list_huggingface(name: str, fold_column: str = "") -> Listing:
 
     Args:
         name: `owner/name`, or `owner/name:configuration`.
-        fold_column: the column with the fold of each training row; empty = none.
+        named: the columns that the recipe names.
 
     Raises:
         DataError: datasets is not installed, the data set cannot be loaded, or it has no image or
             no label.
     """
+    dataset = _load_hub(name)
+    tables = [_hub_table(name, split, dataset[split], named) for split in dataset]
+    return _list_tables(tables, None, named)
+
+
+def read_hub_header(name: str) -> list[str]:
+    """Return the names of the columns of a data set of the hub, which is loaded for that.
+
+    Raises:
+        DataError: datasets is not installed, or the data set cannot be loaded.
+    """
+    dataset = _load_hub(name)
+    return list(dataset[next(iter(dataset))].features)
+
+
+def _load_hub(name: str) -> Any:
+    """Load the splits of a data set; the hub's library keeps them in its cache."""
     hub = _import_optional("datasets", "hf")
     path, _, configuration = name.partition(":")
     try:
-        dataset = hub.load_dataset(path, configuration or None)
+        return hub.load_dataset(path, configuration or None)
     except Exception as error:  # the library raises errors of many types, for networks and files
         got = " ".join(f"{type(error).__name__} {error}".split())[:300]
-        raise DataError("cannot load the data set", where=name, got=got) from None
-    tables = [_hub_table(hub, name, split, dataset[split]) for split in dataset]
-    return _list_tables(tables, None, fold_column)
+        raise DataError(
+            "cannot load the data set",
+            where=name,
+            got=got,
+            fix="give an existing folder or table, or owner/name of a data set on the Hugging Face "
+            "hub",
+        ) from None
 
 
-def _hub_table(hub: Any, name: str, split: str, dataset: Any) -> _Table:
-    """Give a split's image and label columns the names that `_list_tables` expects."""
+def _hub_table(name: str, split: str, dataset: Any, named: NamedColumns) -> _Table:
+    """Find the image and the label of a split.
+
+    Nobody can rename a column of the hub, so that no near miss is refused there.
+    """
+    hub = _import_optional("datasets", "hf")
     features = dataset.features
+    where = f"{name}, split {split}"
     images = [column for column in features if isinstance(features[column], hub.Image)]
     labels = [column for column in features if isinstance(features[column], hub.ClassLabel)]
+    for meaning, column in (("path", named.path), ("label", named.label)):
+        if column and column not in features:
+            raise DataError(
+                f"the data set has no column {column}",
+                where=where,
+                got=", ".join(features),
+                fix=f"correct data.{meaning}_column",
+            )
+    images = [named.path] if named.path else images
     label = next((column for column in (*_LABEL_COLUMNS, *labels) if column in features), None)
+    label = named.label or label
     name_of_split = split_of(split)
     if len(images) != 1 or label is None or name_of_split is None:
         raise DataError(
             "the data set is not one image and one label per row",
-            where=f"{name}, split {split}",
+            where=where,
             expected=f"splits {EXPECTED}, one image feature, a label",
             got=", ".join(features),
+            fix="name the columns in data.path_column and data.label_column",
         )
-    new_names = {"image": "other image", "label": "other label"}
-    new_names |= {images[0]: "image", label: "label"}
-    columns = dataset.data.column_names
-    rows = dataset.data.table.rename_columns([new_names.get(name, name) for name in columns])
+    columns = {key: key for key in ("id", "group", "split") if key in features} | {"label": label}
     label_names = features[label].names if label in labels else None
-    return _Table(split, PARTS[name_of_split], rows, label_names)
+    part = PARTS[name_of_split]
+    return _Table(split, part, dataset.data.table, columns, images[0], label_names)
 
 
-def _find_column(rows: Any, names: tuple[str, ...]) -> str:
-    """The first of these columns that the table has, or an empty string."""
-    return next((name for name in names if name in rows.column_names), "")
-
-
-def _list_tables(tables: list[_Table], folder: Path | None, fold_column: str) -> Listing:
+def _list_tables(tables: list[_Table], folder: Path | None, named: NamedColumns) -> Listing:
     """List the rows of all tables.
 
     Args:
         tables: files or splits.
         folder: what paths are relative to; None for tables that the hub's library has written.
-        fold_column: the column with the fold of each training row; empty = none.
+        named: the columns that the recipe names.
     """
     columns: list[Any] = []
     starts: list[int] = []
     items: list[ListedImage] = []
     for table in tables:
-        image_column = _find_column(table.rows, _IMAGE_COLUMNS)
-        columns.append(table.rows.column(image_column) if image_column else None)
+        columns.append(table.rows.column(table.image) if table.image else None)
         starts.append(len(items))
-        items += _list_rows(table, bool(image_column), len(items), folder, fold_column)
+        items += _list_rows(table, len(items), folder, named.fold)
     where = shorten(table.name for table in tables)
-    notes = _note_unread(tables[0], fold_column, is_hub=folder is None)
+    first = tables[0]
+    notes = note_columns(first.columns)
+    known = [*first.columns.values(), first.image, named.fold]
+    notes += note_unread(first.rows.column_names, known)
     if len({column is None for column in columns}) > 1:
         raise DataError("some files hold images and others name them", got=where)
     if find_repeated(item.id for item in items):
         raise DataError("ids are not unique", where=where)
     if columns[0] is None:
+        assert folder is not None  # tables of the hub hold images
+        items, found = find_by_name(items, folder, where)
+        notes += found
         absent = find_absent(items)
         if absent:
             what = f"{len(absent)} files of the table do not exist"
@@ -194,40 +296,15 @@ def _list_tables(tables: list[_Table], folder: Path | None, fold_column: str) ->
     return Listing(items, notes, classes, EncodedImages(read, np.arange(len(items))))
 
 
-def _find_known(table: _Table, fold_column: str, is_hub: bool) -> dict[str, str]:
-    """The table's names of the columns path, id, group and split, as far as it has them.
-
-    Nobody can rename a column of the hub, so that a near miss is not refused there.
-    """
-    header, known = table.rows.column_names, ("path", "id", "group", "split")
-    if is_hub:
-        header = [name for name in header if name in known]
-    return find_columns(header, known, fold_column, table.name)
-
-
-def _note_unread(table: _Table, fold_column: str, is_hub: bool) -> list[str]:
-    """A note of the columns that are not read."""
-    known = _find_known(table, fold_column, is_hub).values()
-    read = [_find_column(table.rows, names) for names in (_IMAGE_COLUMNS, _LABEL_COLUMNS)]
-    return note_unread(table.rows.column_names, [*known, *read, fold_column])
-
-
 def _list_rows(
-    table: _Table, has_images: bool, start: int, folder: Path | None, fold_column: str
+    table: _Table, start: int, folder: Path | None, fold_column: str
 ) -> Iterator[ListedImage]:
     """List the rows of one table, which begin at row `start` of all tables."""
-    label_column = _find_column(table.rows, _LABEL_COLUMNS)
-    known = _find_known(table, fold_column, is_hub=folder is None)
-    if not label_column or not (has_images or "path" in known):
-        raise DataError(
-            "the table lacks required columns",
-            where=table.name,
-            expected="image or path, and label [id] [group] [split]",
-            got=", ".join(table.rows.column_names),
-        )
-    columns = {"label": table.rows.column(label_column).to_pylist()}
-    for meaning, name in known.items():
-        columns[meaning] = table.rows.column(name).to_pylist()
+    found = {"path": table.image, **table.columns} if table.image else table.columns
+    require_columns(found, table.rows.column_names, table.name)
+    columns = {
+        meaning: table.rows.column(name).to_pylist() for meaning, name in table.columns.items()
+    }
     folds: list[Any] | None = None
     if fold_column in table.rows.column_names:
         folds = table.rows.column(fold_column).to_pylist()
@@ -250,7 +327,7 @@ def _list_rows(
         image_id = str(cells.get("id", path or f"{PARTS[split]}/{start + row:07d}"))
         yield ListedImage(
             id=image_id,
-            path=folder / path if folder and path and not has_images else Path(image_id),
+            path=folder / path if folder and path and not table.image else Path(image_id),
             label=normalise_name(_parse_label(cells["label"], table.label_names, where)),
             part=PARTS[split],
             group=str(cells["group"]) if "group" in cells else None,

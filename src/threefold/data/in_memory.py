@@ -1,0 +1,372 @@
+"""Images and labels that a program has in memory, written into the folder of a run.
+
+So a run from a table of pandas or polars, from lists or from arrays is a folder like any other: its
+recipe names a file in it, and it can be resumed. What is stored has a name made from its content,
+so that other data are another path. Neither pandas nor polars is imported.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from threefold.data.content_kinds import HEAD, find_format
+from threefold.data.images import rgb_pixels
+from threefold.data.sources.columns import (
+    NO_NAMES,
+    find_columns,
+    find_fold_columns,
+    require_columns,
+)
+from threefold.data.sources.npz_file import check_images, label_text, label_texts
+from threefold.data.sources.one_hot import class_columns, one_hot_labels
+from threefold.errors import DataError, RunError, shorten
+from threefold.files import temporary_folder, write_arrays
+
+DATA_FOLDER: Final = "data"
+"""The folder in a run's folder with the data that were in memory."""
+
+_DIGEST = re.compile(r"[0-9a-f]{16}")
+_TABLE, _ARRAYS = "table.csv", "arrays.npz"
+_SUFFIXES: Final = {
+    "JPEG": ".jpg",
+    "PNG": ".png",
+    "GIF": ".gif",
+    "BMP": ".bmp",
+    "TIFF": ".tif",
+    "WebP": ".webp",
+    "AVIF": ".avif",
+    "HEIF": ".heic",
+}
+
+
+class _Rows(NamedTuple):
+    """Rows to be stored."""
+
+    images: list[Any]
+    """Paths, encoded images, pixels, or PIL images."""
+    labels: list[str]
+    others: dict[str, list[str]]
+    """Cells of the columns group, split and fold, as far as there are any."""
+
+
+def store_data(data: Any, labels: Any, run_folder: str | Path) -> Path:
+    """Write images and labels from memory into the folder of a run.
+
+    Args:
+        data: a table (of pandas, polars or pyarrow, or a dict of columns) with the columns that a
+            CSV file would have; a sequence of images; pairs of an image and a label; or an array
+            of images, uint8 (n, h, w) or (n, h, w, 3). The images of a table or a sequence are
+            paths, bytes of image files, arrays uint8 (h, w) or (h, w, 3), or PIL images. Paths are
+            relative to the current folder.
+        labels: (n,) texts or whole numbers; of a table also the name of a column, or None for the
+            column with a usual name; None for pairs.
+        run_folder: the folder of the run. The files are in `data/` there, in a folder named after
+            their content; data that are there already are not written again.
+
+    Returns:
+        The file for `data.root`, which `detect_source` knows: a CSV or an npz file.
+
+    Raises:
+        DataError: images or labels are missing, differ in number, or have another type.
+        RunError: the folder has a run on other data, or cannot be written.
+    """
+    if isinstance(data, str | Path):
+        raise DataError("a path is no data in memory", got=data)
+    run_folder = Path(run_folder)
+    if hasattr(data, "collect"):
+        data = data.collect()  # a lazy table of polars
+    if _is_table(data):
+        return _store_rows(_rows_of_table(data, labels), run_folder)
+    array = _as_array(data)
+    if array is None or array.ndim < 2:
+        return _store_rows(_rows_of_list(data if array is None else array, labels), run_folder)
+    images = check_images(array, "images")
+    texts = _texts(labels, len(images))
+    digest = hashlib.sha256(repr((images.shape, texts)).encode("utf-8", "surrogatepass"))
+    digest.update(np.ascontiguousarray(images).data)
+    target = _target(run_folder, digest, _ARRAYS)
+    if not target.exists():
+        with _new_content(run_folder) as content:
+            write_arrays(content / _ARRAYS, images=images, labels=np.array(texts))
+            _keep(content, target)
+    return target
+
+
+def is_stored_data(folder: Path) -> bool:
+    """Whether a folder holds nothing but data that `store_data` has written."""
+    return folder.is_dir() and all(_DIGEST.fullmatch(name) for name in os.listdir(folder))
+
+
+def find_stored_data(root: str, run_folder: Path) -> str:
+    """Return `data.root` of a run: of stored data, where the run's folder has been moved to."""
+    path = Path(root).expanduser()
+    own = run_folder / DATA_FOLDER / path.parent.name / path.name
+    is_stored = path.parent.parent.name == DATA_FOLDER and _DIGEST.fullmatch(path.parent.name)
+    return str(own.resolve()) if is_stored and not path.exists() and own.exists() else root
+
+
+# What was given
+
+
+def _is_table(data: Any) -> bool:
+    return isinstance(data, Mapping) or hasattr(data, "columns") or hasattr(data, "column_names")
+
+
+def _as_array(data: Any) -> np.ndarray | None:
+    """Return an array or a tensor as an array; None for anything else."""
+    if isinstance(data, Image.Image) or not hasattr(data, "__array__"):
+        return None
+    try:
+        return np.asarray(data)
+    except Exception as error:  # such as a tensor on another device
+        raise DataError("cannot read the array", got=str(error).split("\n")[0][:200]) from None
+
+
+def _rows_of_table(data: Any, labels: Any) -> _Rows:
+    """Take from a table the columns that are used."""
+    names = data if isinstance(data, Mapping) else getattr(data, "column_names", None)
+    keys = {str(key): key for key in (data.columns if names is None else names)}
+    where = "the table"
+    named = NO_NAMES._replace(label=labels if isinstance(labels, str) else "", ignores_folds=True)
+    known = ["path", "label", "group", "split"]
+    if labels is not None and not isinstance(labels, str):
+        known.remove("label")  # given labels take the place of a column
+    header = [str(key) for key in (data.columns if names is None else names)]
+    found = find_columns(header, known, named, where, fix="leave out one of them")
+    folds = find_fold_columns([name for name in header if name not in found.values()])
+    if len(folds) > 1:
+        got = " and ".join(folds)
+        raise DataError("two columns can be the fold", got=got, fix="leave out one of them")
+    found |= dict.fromkeys(["fold"] if folds else [], "".join(folds))
+    cells = {meaning: _cells(data, keys[name]) for meaning, name in found.items()}
+    if "label" in known and "label" not in found and "path" in found:
+        rest = [name for name in header if name not in found.values()]
+        marks = {name: [_cell_text(cell) for cell in _cells(data, keys[name])] for name in rest}
+        classes = class_columns(marks)
+        if classes:
+            rows = [f"row {row}" for row in range(len(cells["path"]))]
+            cells["label"] = one_hot_labels(marks, classes, rows, where)
+    elif "label" not in known:
+        cells["label"] = _list_of(labels)
+    require_columns({name: name for name in cells}, header, where, fix="rename a column")
+    images = cells["path"]
+    texts = _texts(cells["label"], len(images))
+    others = {name: [_cell_text(cell) for cell in cells[name]] for name in cells}
+    return _Rows(images, texts, {n: others[n] for n in ("group", "split", "fold") if n in others})
+
+
+def _cells(data: Any, key: Any) -> list[Any]:
+    """Return a column as a list."""
+    return _list_of(data[key])
+
+
+def _list_of(values: Any) -> list[Any]:
+    """Return a column, an array or any sequence as a list."""
+    for name in ("to_pylist", "to_list", "tolist"):
+        if hasattr(values, name):
+            listed = getattr(values, name)()
+            return listed if isinstance(listed, list) else [listed]
+    if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
+        raise DataError("not a sequence", got=f"{type(values).__name__} {values!r}"[:100])
+    return list(values)
+
+
+def _cell_text(cell: Any) -> str:
+    """Return a cell as text; empty if it is missing, and whole numbers alike in every type."""
+    if isinstance(cell, float) and cell.is_integer():
+        cell = int(cell)
+    is_missing = cell is None or type(cell).__name__ in ("NAType", "NaTType")
+    return "" if is_missing or cell != cell else str(cell).strip()
+
+
+def _rows_of_list(data: Any, labels: Any) -> _Rows:
+    """Take a sequence of images and their labels, or of pairs of both."""
+    images = list(data) if isinstance(data, np.ndarray) else _list_of(data)
+    if labels is None and images and all(_is_pair(item) for item in images):
+        images, labels = [item[0] for item in images], [item[1] for item in images]
+    return _Rows(images, _texts(labels, len(images)), {})
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, tuple) and len(item) == 2
+
+
+def _texts(labels: Any, number: int) -> list[str]:
+    """Return the labels as texts; a DataError if there are not as many as images."""
+    if labels is None or isinstance(labels, str):
+        raise DataError(
+            "the images have no labels",
+            expected="one label for each image",
+            got="a text" if labels is not None else "None",
+            fix="give them as the second argument",
+        )
+    array = _as_array(labels)
+    if array is None:
+        values = _list_of(labels)
+        if values and isinstance(values[0], list | tuple | np.ndarray):
+            array = np.array([np.asarray(value).tolist() for value in values])
+    if array is not None:
+        texts = label_texts(array, "labels")
+    else:
+        texts = [label_text(label, f"labels, row {row}") for row, label in enumerate(values)]
+    if len(texts) != number or not number:
+        raise DataError(
+            "images and labels differ in number" if number else "there are no images",
+            got=f"{number} images, {len(texts)} labels",
+        )
+    return texts
+
+
+# What is written
+
+
+def _target(run_folder: Path, digest: hashlib._Hash, name: str) -> Path:
+    """Return where data are stored, in a folder that has no run on other data.
+
+    Raises:
+        RunError: it has.
+    """
+    folder = run_folder / DATA_FOLDER
+    target = folder / digest.hexdigest()[:16] / name
+    if not target.exists() and (run_folder / "recipe.toml").exists():
+        raise RunError(
+            "the folder holds a run on other images",
+            where=run_folder,
+            got="other data in memory",
+            fix="choose another folder for the run",
+        )
+    return target.resolve()
+
+
+@contextmanager
+def _new_content(run_folder: Path) -> Iterator[Path]:
+    """Make a folder to be filled and then kept; if it is not, nothing is left of it.
+
+    Raises:
+        RunError: the run's folder cannot be written.
+    """
+    is_new = not run_folder.exists()
+    try:
+        with temporary_folder(run_folder / DATA_FOLDER) as made:
+            content = Path(made) / "content"
+            content.mkdir()
+            yield content
+    except OSError as error:
+        raise RunError(
+            "cannot write",
+            where=run_folder,
+            got=error,
+            fix="free disk space or choose a writable folder",
+        ) from None
+    finally:
+        if is_new:
+            with suppress(OSError):
+                run_folder.rmdir()  # which succeeds only if it is empty
+
+
+def _keep(content: Path, target: Path) -> None:
+    """Move what was written to its place; data of a run that has not begun make room."""
+    folder = target.parent.parent
+    if is_stored_data(folder):
+        shutil.rmtree(folder)
+    folder.mkdir(exist_ok=True)
+    os.replace(content, target.parent)
+
+
+def _store_rows(rows: _Rows, run_folder: Path) -> Path:
+    """Write a table of paths, or a table with its images beside it."""
+    is_path = [isinstance(image, str | os.PathLike) for image in rows.images]
+    if any(is_path) and not all(is_path):
+        row = is_path.index(not is_path[0])
+        raise DataError(
+            "some images are paths and others are not",
+            where=f"row {row}",
+            expected=type(rows.images[0]).__name__,
+            got=type(rows.images[row]).__name__,
+        )
+    with _new_content(run_folder) as content:
+        digest = hashlib.sha256()
+        if all(is_path):
+            names = _absolute(rows.images)
+        else:
+            names = [_write(image, row, content, digest) for row, image in enumerate(rows.images)]
+        table = _table(rows, names)
+        digest.update(table)
+        target = _target(run_folder, digest, _TABLE)
+        if not target.exists():
+            (content / _TABLE).write_bytes(table)
+            _keep(content, target)
+    return target
+
+
+def _absolute(images: Sequence[Any]) -> list[str]:
+    """Return absolute paths of files; a DataError if some do not exist."""
+    paths = [Path(os.path.abspath(Path(image).expanduser())) for image in images]
+    absent = [str(image) for image, path in zip(images, paths, strict=True) if not path.is_file()]
+    if absent:
+        raise DataError(
+            f"{len(absent)} of {len(paths)} images do not exist",
+            got=shorten(absent),
+            fix=f"give absolute paths, or paths below the current folder {Path.cwd()}",
+        )
+    return [path.as_posix() for path in paths]
+
+
+def _table(rows: _Rows, names: Sequence[str]) -> bytes:
+    """Return the rows as a CSV file."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["path", "label", *rows.others])
+    writer.writerows(zip(names, rows.labels, *rows.others.values(), strict=True))
+    try:
+        return stream.getvalue().encode()
+    except UnicodeEncodeError as error:
+        got = ascii(error.object[error.start : error.end])
+        raise DataError("a path or a label is not valid Unicode", got=got) from None
+
+
+def _write(image: Any, row: int, folder: Path, digest: hashlib._Hash) -> str:
+    """Write an image to a file, add it to a digest, and return the file's name."""
+    where = f"row {row}"
+    if isinstance(image, Mapping) and isinstance(image.get("bytes"), bytes):
+        image = image["bytes"]  # as the hub keeps images
+    suffix = ".png"
+    if isinstance(image, bytes | bytearray | memoryview):
+        content = bytes(image)
+        kind = find_format(content[:HEAD])
+        if not kind:
+            got = f"{len(content)} bytes"
+            raise DataError("the bytes are no image", where=where, got=got)
+        suffix = _SUFFIXES[kind]
+    else:
+        if isinstance(image, Image.Image):
+            pixels = rgb_pixels(image)
+        else:
+            array = _as_array(image)
+            if array is None:
+                raise DataError(
+                    "not an image",
+                    where=where,
+                    expected="a path, bytes, an array uint8 (h, w) or (h, w, 3), or a PIL image",
+                    got=f"{type(image).__name__} {image!r}"[:100],
+                )
+            pixels = check_images(array[None], where)[0]
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "PNG")
+        content = stream.getvalue()
+    digest.update(hashlib.sha256(content).digest())
+    name = f"{row:07d}{suffix}"
+    (folder / name).write_bytes(content)
+    return name

@@ -1,0 +1,64 @@
+"""A folder of images that comes as an archive, unpacked into the cache."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Final
+
+from threefold.data.sources.archives import unpack
+from threefold.data.sources.folder import Listing, list_folder
+from threefold.data.split_names import split_of
+from threefold.data.walk import is_image, list_entries
+from threefold.errors import DataError
+from threefold.files import cache_folder, sha256
+
+ARCHIVES: Final = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2")
+"""Suffixes of archives."""
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file is named like an archive."""
+    return path.name.lower().endswith(ARCHIVES) and path.is_file()
+
+
+def list_folder_or_archive(path: Path) -> Listing:
+    """List the images of a folder, or of an archive of one; see `list_folder`.
+
+    An archive is unpacked once, into the cache, in a folder named after the SHA-256 of its content.
+    Nothing is written beside it. A single folder around all others does not count.
+
+    Raises:
+        DataError: the archive cannot be unpacked, or the folder cannot be used.
+    """
+    if not is_archive(path):
+        return list_folder(path)
+    folder = cache_folder("archives") / _digest(path)
+    unpack(path, folder)
+    listing = list_folder(_without_wrapper(folder))
+    return listing._replace(notes=[f"the archive is unpacked in {folder}", *listing.notes])
+
+
+def _digest(path: Path) -> str:
+    """Return the SHA-256 of a file, read once as long as it does not change."""
+    try:
+        status = path.stat()
+        return _digest_of(path.resolve(), status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise DataError("cannot read the archive", where=path, got=error) from None
+
+
+@lru_cache(maxsize=64)
+def _digest_of(path: Path, size: int, changed: int) -> str:
+    return sha256(path)
+
+
+def _without_wrapper(folder: Path) -> Path:
+    """Return the folder itself, or the single one in it that holds folders but no images."""
+    folders, files = list_entries(folder)
+    if len(folders) != 1 or any(map(is_image, files)) or split_of(folders[0].name) is not None:
+        return folder
+    inside, files = list_entries(folders[0])
+    if not inside or any(map(is_image, files)):
+        return folder
+    return _without_wrapper(folders[0])
