@@ -31,6 +31,7 @@ ORDER = (
     "exporting",
     "serving",
     "api",
+    "classifier",
     "paper",
     "cli",
 )

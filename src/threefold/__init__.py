@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from threefold.api import distill as distill
     from threefold.api import fit as fit
     from threefold.api import train as train
+    from threefold.classifier import Classifier as Classifier
     from threefold.ensembles.averaging import GreedyEnsemble as GreedyEnsemble
     from threefold.ensembles.averaging import MeanEnsemble as MeanEnsemble
     from threefold.ensembles.averaging import PrunedEnsemble as PrunedEnsemble
@@ -38,6 +39,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "threefold.api": ["distill", "fit", "train"],
+        "threefold.classifier": ["Classifier"],
         "threefold.ensembles.averaging": [
             "GreedyEnsemble",
             "MeanEnsemble",

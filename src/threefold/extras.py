@@ -28,6 +28,7 @@ VERB_EXTRAS: Final = {
 """The extra that each verb needs; `predict` needs none."""
 PACKAGE_EXTRAS: Final = {
     "api": "train",
+    "classifier": "train",
     "data": "report",
     "ensembles": "report",
     "evaluation": "report",
