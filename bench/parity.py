@@ -21,8 +21,9 @@ import torch
 import threefold
 from threefold.exporting import onnx_graph
 from threefold.exporting.export import chosen_ensemble, spread_rows
-from threefold.exporting.parity import TOLERANCES, compare
+from threefold.exporting.parity import compare
 from threefold.exporting.quantization import CALIBRATION_IMAGES
+from threefold.runtime.tolerances import TOLERANCES
 from threefold.training.provenance import commit, hardware
 from threefold.training.run import Run
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -139,6 +140,25 @@ def test_predict_files_folders_lists_and_forms(finished: Run) -> None:
     answers = [json.loads(line) for line in listed.output.splitlines()]
     assert [a["image"] for a in answers] == [str(root / ids[1]), str(root / ids[2])]
     assert set(answers[0]["members"]) == {"plain", "gated"}
+
+
+def test_predict_in_batches_and_into_a_file(finished: Run, tmp_path: Path) -> None:
+    words = ["predict", str(finished.dir / "model.onnx"), str(Path(finished.recipe.data.root))]
+    target = tmp_path / "answers.csv"
+
+    alone = runner.invoke(app, [*words, "--csv"])
+    batches = runner.invoke(app, [*words, "--csv", "--batch", "8"])
+    done = runner.invoke(app, [*words, "--out", str(target)])
+    both = runner.invoke(app, [*words, "--out", str(target), "--csv"])
+
+    for text in (batches.output, target.read_text()):
+        rows = [line.split(",") for line in text.splitlines()]
+        expected = [line.split(",") for line in alone.output.splitlines()]
+        assert [row[:2] for row in rows] == [row[:2] for row in expected]
+        probs, right = (np.array([row[2:] for row in part[1:]], float) for part in (rows, expected))
+        np.testing.assert_allclose(probs, right, atol=2e-6)
+    assert re.fullmatch(rf"{target}: (\d+) images; \1 now \(.*/s, batch \d+\)\n", done.output)
+    assert "leave --csv and --json out" in str(both.exception)
 
 
 def test_predict_names_bad_files_and_goes_on(finished: Run, tmp_path: Path) -> None:

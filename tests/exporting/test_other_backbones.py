@@ -13,11 +13,11 @@ import torch
 from support.networks import coarse_pictures, learn, pipeline_of, settle
 
 from threefold.exporting import targets
-from threefold.exporting.parity import TOLERANCES
 from threefold.models.member import build_member
 from threefold.models.pipeline import to_pixels
 from threefold.recipe import packaged
 from threefold.recipe_schema import HeadSpec, MemberSpec
+from threefold.runtime.tolerances import TOLERANCES
 
 FAMILIES = ("efficientnetv2", "convnext", "vit")
 

@@ -18,11 +18,12 @@ import threefold
 from threefold.errors import ExportError
 from threefold.exporting import onnx_networks, targets
 from threefold.exporting.export import export
-from threefold.exporting.parity import TOLERANCES, check, compare
+from threefold.exporting.parity import check, compare
 from threefold.exporting.quantization import PRECISIONS, SMALLEST, convert, halve
 from threefold.files import sha256
 from threefold.models.tracing import OPSET
 from threefold.predictions.export_schema import CorrectAnswers
+from threefold.runtime.tolerances import TOLERANCES
 from threefold.training.run import Run
 
 

@@ -18,7 +18,6 @@ from torch import nn
 from threefold.cli.catalog import catalogue
 from threefold.ensembles.stacked import StackedEnsemble
 from threefold.exporting import targets
-from threefold.exporting.parity import TOLERANCES
 from threefold.models.backbones import (
     INCEPTION_STATS,
     PAPER_BACKBONES,
@@ -30,6 +29,7 @@ from threefold.models.member import Member, build_member
 from threefold.models.pipeline import to_pixels
 from threefold.models.recurrent import full_parameters
 from threefold.recipe_schema import HeadSpec, MemberSpec
+from threefold.runtime.tolerances import TOLERANCES
 
 NAMES = [row.name for row in PAPER_BACKBONES]
 

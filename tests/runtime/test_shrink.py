@@ -47,6 +47,9 @@ def test_pixels_are_those_of_the_graph(
     assert np.array_equal(of_graph(small, size, mode), of_graph(pixels, size, mode))
     if min(height, width) >= size:
         assert small.shape == (size, size, 3)
+    fitted = shrink(pixels, Canvas(size, mode), enlarge=True)
+    assert fitted.shape == (size, size, 3)
+    assert np.array_equal(fitted, of_graph(pixels, size, mode))
 
 
 @pytest.mark.parametrize("mode", ["squash", "crop"])

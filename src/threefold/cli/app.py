@@ -5,20 +5,19 @@ No logic lives here. A training option is a recipe key, never a flag.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from threefold.arguments import parse_minutes, split_names
-from threefold.cli.console import err, out, plain, print_error
+from threefold.cli.console import err, out, plain
 from threefold.cli.data import register as register_data
 from threefold.cli.demo import demo
+from threefold.cli.images import register as register_images
 from threefold.cli.options import (
     Backbones,
     ImageTime,
-    Json,
     Mode,
     ModelFile,
     QualityOption,
@@ -314,35 +313,7 @@ def distill(
     )
 
 
-@app.command()
-def predict(
-    model: ModelFile,
-    images: Annotated[
-        list[str], typer.Argument(help="Files, folders, or - for a list on standard input.")
-    ],
-    top: Annotated[int, typer.Option("--top", min=1, help="Number of classes to name.")] = 3,
-    as_json: Json = False,
-    csv: Annotated[
-        bool,
-        typer.Option(
-            "--csv", help="One row per image with every probability; `evaluate` reads it."
-        ),
-    ] = False,
-    mode: Mode = "full",
-    budget: ImageTime = "",
-) -> None:
-    """Classify images with an exported file; needs no torch."""
-    from threefold.runtime import predict as answers
-
-    form = "text"
-    if csv:
-        form = "csv"
-    if as_json:
-        form = "json"
-    policy = answers.parse_policy(mode, budget)
-    failed = answers.write_predictions(sys.stdout, print_error, model, images, top, form, policy)
-    if failed:
-        raise SystemExit(1)
+register_images(app)
 
 
 @app.command()

@@ -6,16 +6,16 @@ They need no torch.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from threefold.arguments import split_names
-from threefold.cli.console import err, out, plain, print_json
+from threefold.cli.console import out, plain, print_json
 from threefold.cli.options import Json
+from threefold.cli.progress import progress_bar
 from threefold.errors import DataError, shorten
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def evaluate(
         _refuse_for_models(members=members, labels=labels, classes=classes)
         from threefold.runtime.score_models import score_models
 
-        with show_progress("images") as progress:
+        with progress_bar("images") as progress:
             summary, rows = score_models(models.paths, models.data, card, progress)
     best = max(range(len(rows.members)), key=lambda i: summary.scores[i].accuracy)
     _write_page(html, summary, rows.probs[best], rows.labels)
@@ -216,7 +216,7 @@ def compare(
         _refuse_for_models(shared=shared, labels=labels, classes=classes)
         from threefold.runtime.score_models import compare_models
 
-        with show_progress("images") as progress:
+        with progress_bar("images") as progress:
             summary, rows = compare_models(models.paths, models.data, card, progress)
     _write_page(html, summary, rows.probs[0], rows.labels)
     if as_json:
@@ -306,17 +306,6 @@ def _refuse_for_models(**options: object) -> None:
             got=", ".join(f"--{name}" for name in given),
             fix="leave it out; labels and classes are those of the images",
         )
-
-
-@contextmanager
-def show_progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on a terminal while something is counted, and nothing elsewhere."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        bar = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(bar, completed=done, total=total)
 
 
 def _write_page(

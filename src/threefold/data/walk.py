@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,6 +143,35 @@ def walk_images(folder: Path, left_out: list[LeftOut]) -> list[Path]:
             else:
                 left_out.append(LeftOut(path, OTHER))
     return images
+
+
+def iterate_images(folder: Path, left_out: list[LeftOut]) -> Iterator[Path]:
+    """Yield the image files at any depth in the order of their paths, a folder at a time.
+
+    Args:
+        folder: where to begin.
+        left_out: what is left out is added to it.
+
+    Raises:
+        DataError: a folder cannot be read, or a name is not valid Unicode.
+    """
+    seen: set[tuple[int, int]] = set()
+    stack: list[tuple[Path, bool]] = [(folder, True)]  # the next one last
+    while stack:
+        path, is_folder = stack.pop()
+        if not is_folder:
+            if is_image(path):
+                yield path
+            else:
+                left_out.append(LeftOut(path, OTHER))
+            continue
+        status = path.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders, files = list_entries(path, left_out)
+        entries = [*((path, True) for path in folders), *((path, False) for path in files)]
+        stack += sorted(entries, reverse=True)
 
 
 def describe_left_out(left_out: Iterable[LeftOut], outside: Iterable[Path] = ()) -> list[str]:

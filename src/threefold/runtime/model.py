@@ -89,6 +89,7 @@ class Model:
     """An exported file: images in, probabilities out.
 
     Attributes:
+        device: where it answers, a name of `devices.DEVICES`.
         card: the stored model card (score, protocol, parity, ...). Optional keys: "conformal", a
             list of {"state": of a `ConformalSets`, "coverage", ...}, and "unknown", {"state": of
             an `UnknownThreshold`, ...}.
@@ -103,9 +104,15 @@ class Model:
     """
 
     def __init__(
-        self, path: str | Path, threads: int = 0, *, memory: int = MEMORY, spin: bool = True
+        self,
+        path: str | Path,
+        threads: int = 0,
+        *,
+        memory: int = MEMORY,
+        spin: bool = True,
+        device: str = "cpu",
     ) -> None:
-        self.path, self.threads = Path(path), threads
+        self.path, self.threads, self.device = Path(path), threads, device
         self.card: dict[str, Any] = read_card(self.path, KEY)
         if self.card.get("format") != FORMAT:
             raise ExportError(
@@ -128,7 +135,7 @@ class Model:
             with self._card_part("cascade"):
                 self._read_cascade(self.card["cascade"])
         data_bytes = bytes_beside(self.path, self.card)
-        self.session = open_session(self.path, threads, memory + 2 * data_bytes, spin)
+        self.session = open_session(self.path, threads, memory + 2 * data_bytes, spin, device)
 
     def _read_uncertainty(self) -> None:
         for entry in self.card.get("conformal") or ():
@@ -266,6 +273,10 @@ class Model:
         """
         is_large = pixels.shape[0] * pixels.shape[1] > LARGE_PIXELS
         return shrink(pixels, self.canvas) if self.canvas is not None and is_large else pixels
+
+    def fit_canvas(self, pixels: np.ndarray) -> np.ndarray:
+        """As `prepare`, but for every image, so that images of any sizes can share a batch."""
+        return pixels if self.canvas is None else shrink(pixels, self.canvas, enlarge=True)
 
     def stop_thresholds(self, policy: CascadePolicy) -> np.ndarray:
         """The value of the graph's input `stop` for a policy; empty in a file without a cascade.
@@ -463,10 +474,15 @@ class Model:
         )
 
 
-def load(path: str | Path, threads: int = 0) -> Model:
+def load(path: str | Path, threads: int = 0, device: str = "cpu") -> Model:
     """Open an exported file; needs neither torch nor timm.
 
+    Args:
+        path: the file.
+        threads: of onnxruntime on the CPU; 0 = one per core.
+        device: cpu, cuda, coreml or openvino; see `device_parity.compare_with_cpu`.
+
     Raises:
-        ExportError: missing, damaged, or not a threefold model.
+        ExportError: missing, damaged, or not a threefold model; or onnxruntime lacks the device.
     """
-    return Model(path, threads)
+    return Model(path, threads, device=device)

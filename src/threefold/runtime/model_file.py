@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from threefold.errors import ExportError, refuse_address
 from threefold.files import sha256
+from threefold.runtime.devices import find_device, require_device
 from threefold.runtime.model_card import MAX_MEMBERS, parse_card
 
 CHECKSUM: Final = "threefold.sha256"
@@ -117,20 +118,25 @@ def _data_path(folder: Path, card: Mapping[str, Any]) -> Path | None:
     return folder / name if stat.S_ISREG(status.st_mode) else None
 
 
-def open_session(path: Path, threads: int = 0, memory: int = MEMORY, spin: bool = True) -> Any:
-    """Open an onnxruntime session on the CPU with limited memory and one-line errors.
+def open_session(
+    path: Path, threads: int = 0, memory: int = MEMORY, spin: bool = True, device: str = "cpu"
+) -> Any:
+    """Open an onnxruntime session with limited memory on the CPU and one-line errors.
 
     Args:
         path: a file that `read_card` accepts.
         threads: of onnxruntime; 0 = one per core.
         memory: bytes that the session may allocate on top of twice the size of its file.
         spin: let threads spin between operators: faster alone, slower if others need the cores.
+        device: a name of `devices.DEVICES`. Operators that it lacks run on the CPU.
 
     Raises:
-        ExportError: onnxruntime cannot read the file. `run` of the session raises it too, if the
-            graph fails or needs too much memory.
+        ExportError: onnxruntime cannot read the file or lacks the device. `run` of the session
+            raises it too, if the graph fails or needs too much memory.
     """
     import onnxruntime
+
+    found = find_device(device)
 
     class Session(onnxruntime.InferenceSession):  # type: ignore[misc]
         def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -155,17 +161,22 @@ def open_session(path: Path, threads: int = 0, memory: int = MEMORY, spin: bool 
     try:
         with _LOADING:  # a new session takes the allocator that was registered last
             onnxruntime.create_and_register_allocator(cpu, arena)
+            if device != "cpu":  # what its libraries log is raised below
+                onnxruntime.set_default_logger_severity(4)
             # The fallback would print a warning.
-            return Session(
-                str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0
-            )
+            providers = [(found.provider, dict(found.options))]
+            session = Session(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:
         raise ExportError(
-            "cannot read the model file",
+            "cannot read the model file" if device == "cpu" else f"{device} cannot open the model",
             where=path,
             got=_short(error),
-            fix="give a .onnx file that threefold exported",
+            fix="give a .onnx file that threefold exported"
+            if device == "cpu"
+            else "leave --device out to answer on the CPU",
         ) from None
+    require_device(session, device)
+    return session
 
 
 def _short(error: Exception) -> str:

@@ -6,17 +6,28 @@ import csv
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from threefold.data.images import IMAGE_SUFFIXES, decode
-from threefold.data.walk import LeftOut, describe_left_out, walk_images
+from threefold.data.images import IMAGE_SUFFIXES
+from threefold.data.walk import LeftOut, describe_left_out, iterate_images
 from threefold.errors import DataError, RecipeError
 from threefold.names import escape_formula, printable
+from threefold.runtime.batches import (
+    CPU_SIZES,
+    DEVICE_SIZES,
+    MAX_BATCH,
+    Answer,
+    BatchSize,
+    answer_images,
+)
+from threefold.runtime.device_parity import compare_with_cpu
 from threefold.runtime.json_text import json_line
-from threefold.runtime.model import FULL, CascadePolicy, Model, load
+from threefold.runtime.model import FULL, CascadePolicy, Model, ModelOutput, load
+from threefold.runtime.result_files import COLUMNS, csv_cells
 
 
 def find_images(
@@ -45,22 +56,24 @@ def find_images(
                     yield Path(name)
         elif path.is_dir():
             left_out: list[LeftOut] = []
-            images = sorted(walk_images(path, left_out))
+            is_empty = True
+            for image in iterate_images(path, left_out):
+                is_empty = False
+                yield image
             if notify is not None:
                 for note in describe_left_out(left_out):
                     notify(f"{path}: {note}")
-            if not images:
+            if is_empty:
                 raise DataError(
                     "no images in the folder",
                     where=path,
                     expected=f"files ending in {', '.join(sorted(IMAGE_SUFFIXES))}",
                 )
-            yield from images
         else:
             yield path
 
 
-def _each_image(
+def each_image(
     sources: Iterable[str], notify: Callable[[str], object]
 ) -> Iterator[Path | DataError]:
     """Yield what `find_images` finds, and in place of a source that fails its error."""
@@ -73,27 +86,26 @@ def _each_image(
             yield DataError("cannot read", where=source[:200], got=error)
 
 
-def predict_image(
-    model: Model, image: Path, top: int, policy: CascadePolicy = FULL
-) -> dict[str, Any]:
-    """Predict one image as plain values for JSON.
+def describe_answer(model: Model, image: str, output: ModelOutput, top: int) -> dict[str, Any]:
+    """Describe the answer to one image as plain values for JSON.
+
+    Args:
+        model: the exported file.
+        image: path of the image.
+        output: its answer, n = 1.
+        top: how many classes to name.
 
     Returns:
         The keys image, label, probability, top (the most probable classes), members (the label of
         each member that ran) and probs; set and unknown if the file has them; members_used with a
         cascade.
-
-    Raises:
-        DataError: the image cannot be read.
-        ExportError: the policy needs a cascade and the file has none.
     """
-    output = model.infer([image], policy)
     probs, member_probs = output.probs[0], output.member_probs[0]
     stages = None if output.stages_used is None else int(output.stages_used[0])
     members = model.members_in_stages(stages)
     order = np.argsort(-probs, kind="stable")[:top]
     answer = {
-        "image": str(image),
+        "image": image,
         "label": model.classes[order[0]],
         "probability": float(probs[order[0]]),
         "top": [{"label": model.classes[i], "probability": float(probs[i])} for i in order],
@@ -110,7 +122,7 @@ def predict_image(
 
 
 def as_text(answer: dict[str, Any], model: Model) -> str:
-    """Format an answer of `predict_image` as one line."""
+    """Format an answer of `describe_answer` as one line."""
     top = ", ".join(f"{entry['label']} {entry['probability']:.1%}" for entry in answer["top"])
     parts = [f"{answer['image']}: {top}"]
     if "set" in answer:
@@ -121,6 +133,20 @@ def as_text(answer: dict[str, Any], model: Model) -> str:
     return "; ".join(parts)
 
 
+@dataclass(frozen=True)
+class Engine:
+    """How the images are answered; the answers are the same, up to rounding.
+
+    Attributes:
+        device: a name of `devices.DEVICES`.
+        batch: images that are answered at a time; 0 = the fastest of a few sizes, which are tried
+            on the first images. With 1, an image is read when the one before is answered.
+    """
+
+    device: str = "cpu"
+    batch: int = 1
+
+
 def write_predictions(
     stream: IO[str],
     notify: Callable[[DataError | str], object],
@@ -129,58 +155,110 @@ def write_predictions(
     top: int,
     form: str,
     policy: CascadePolicy = FULL,
+    engine: Engine | None = None,
 ) -> int:
     """Predict every image in order and write the answers.
 
     Args:
         stream: where the answers go.
-        notify: called with the error of an unreadable image, and with the policy of a budget.
+        notify: called with the error of an unreadable image, with the policy of a budget, and with
+            how far a device's answers are from those of the CPU.
         model_path: the exported file.
         sources: files, folders, or - for a list on standard input.
         top: how many classes to name.
         form: text, json or csv.
         policy: how many members answer; a budget is measured on the first readable image.
+        engine: where, and how many at a time; None = one by one on the CPU.
 
     Returns:
         The number of images and sources that could not be read.
 
     Raises:
-        ExportError: the file cannot be loaded, the policy needs a cascade and the file has none, or
-            the budget is too small.
+        ExportError: the file cannot be loaded, the policy needs a cascade and the file has none,
+            the budget is too small, or the device is missing or answers differently.
     """
-    model, failed = load(model_path), 0
-    if not policy.budget_ms:
-        model.stop_thresholds(policy)
+    engine = engine or Engine()
+    model, failed = load(model_path, device=engine.device), 0
     rows = csv.writer(stream) if form == "csv" else None
     if rows:
-        rows.writerow(["path", "prediction", "confidence", *map(escape_formula, model.classes)])
-    for path in _each_image(sources, notify):
-        if isinstance(path, DataError):
+        rows.writerow([*COLUMNS, *map(escape_formula, model.classes)])
+    paths = (
+        str(found) if isinstance(found, Path) else found for found in each_image(sources, notify)
+    )
+    for path, output, error in answer_all(model, paths, policy, engine, notify):
+        if output is None or error is not None:
             failed += 1
-            notify(path)
+            notify(error or path)
             continue
-        try:
-            if policy.budget_ms:
-                resolved = model.resolve_budget(policy, decode(path))
-                notify(f"budget {policy.budget_ms:g} ms: {describe_policy(model, resolved)}")
-                policy = resolved
-            answer = predict_image(model, path, top, policy)
-        except DataError as error:
-            failed += 1
-            notify(error)
-            continue
-        probs = answer.pop("probs")
+        answer = describe_answer(model, path, output, top)
         if rows:
-            numbers = [f"{p:.6f}" for p in (answer["probability"], *probs)]
-            names = [escape_formula(name) for name in (answer["image"], answer["label"])]
+            cells = csv_cells(answer)
             if stream.isatty():
-                names = [printable(name) for name in names]
-            rows.writerow([*names, *numbers])
+                cells = [printable(cell) for cell in cells]
+            rows.writerow(cells)
         elif form == "json":
+            del answer["probs"]
             stream.write(json_line(answer, stream) + "\n")
         else:
             stream.write(printable(as_text(answer, model), keep="") + "\n")
     return failed
+
+
+def answer_all(
+    model: Model,
+    paths: Iterable[str | DataError],
+    policy: CascadePolicy,
+    engine: Engine,
+    notify: Callable[[str], object],
+    batch: BatchSize | None = None,
+    on_policy: Callable[[CascadePolicy], object] = lambda policy: None,
+) -> Iterator[Answer]:
+    """Answer images in order, after the checks that need the first of them.
+
+    Args:
+        model: opened on the engine's device.
+        paths: of the images, or errors.
+        policy: how many members answer.
+        engine: how the images are answered.
+        notify: called with the policy of a budget, and with the difference from the CPU.
+        batch: how many images at a time; None = as the engine says.
+        on_policy: called with what a budget has become.
+
+    Raises:
+        ExportError: as `write_predictions`.
+    """
+    if not policy.budget_ms:
+        model.stop_thresholds(policy)
+
+    def start(images: np.ndarray) -> CascadePolicy:
+        if model.device != "cpu":
+            notify(compare_with_cpu(model, images).describe())
+        if not policy.budget_ms:
+            return policy
+        resolved = model.resolve_budget(policy, images[0])
+        notify(f"budget {policy.budget_ms:g} ms: {describe_policy(model, resolved)}")
+        on_policy(resolved)
+        return resolved
+
+    threads = -1 if engine.batch == 1 else 0
+    return answer_images(model, paths, batch or make_batch(engine), start, threads)
+
+
+def make_batch(engine: Engine) -> BatchSize:
+    """The number of images at a time that an engine stands for."""
+    return BatchSize(engine.batch, CPU_SIZES if engine.device == "cpu" else DEVICE_SIZES)
+
+
+def parse_batch(text: str) -> int:
+    """Parse the number of images at a time; auto is 0.
+
+    Raises:
+        DataError: the text is neither.
+    """
+    number = int(text) if re.fullmatch("[0-9]{1,6}", text) else 0
+    if text == "auto" or 1 <= number <= MAX_BATCH:
+        return number
+    raise DataError("not a batch of images", expected=f"auto, or 1 to {MAX_BATCH}", got=text[:40])
 
 
 def parse_policy(mode: str, budget: str) -> CascadePolicy:

@@ -46,16 +46,22 @@ def common_canvas(card: Mapping[str, Any]) -> Canvas | None:
     return canvases.pop() if len(canvases) == 1 else None
 
 
-def shrink(pixels: np.ndarray, canvas: Canvas) -> np.ndarray:
+def shrink(pixels: np.ndarray, canvas: Canvas, enlarge: bool = False) -> np.ndarray:
     """Resize an image uint8 (h, w, 3) to its canvas, uint8 (size, size, 3), as the graph does.
 
-    An image is returned as it is if it is no larger than the canvas, or too large for exact sums.
+    An image is returned as it is if it is too large for exact sums.
+
+    Args:
+        pixels: the image.
+        canvas: its canvas.
+        enlarge: also resize an image that is smaller than the canvas, which saves no memory.
     """
     height, width = pixels.shape[:2]
     size = canvas.size
     down_side = height if canvas.mode == "squash" else min(height, width)
     across_side = width if canvas.mode == "squash" else min(height, width)
-    if min(height, width) < size or max(down_side, across_side) > MAX_SCALE * size:
+    is_small = min(height, width) < size and not enlarge
+    if is_small or max(down_side, across_side) > MAX_SCALE * size:
         return pixels
     across = _triangle_weights(width, (width - across_side) // 2, across_side, size).T
     down = _triangle_weights(height, (height - down_side) // 2, down_side, size)

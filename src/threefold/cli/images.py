@@ -1,0 +1,112 @@
+"""Verbs that answer images with a trained model: predict."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from threefold.cli.console import out, print_error
+from threefold.cli.options import ImageTime, Json, Mode, ModelFile
+from threefold.cli.progress import describe_speed, progress_bar
+from threefold.errors import DataError
+
+if TYPE_CHECKING:
+    from threefold.runtime.model import CascadePolicy
+    from threefold.runtime.predict import Engine
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    app.command()(predict)
+
+
+def predict(
+    model: ModelFile,
+    images: Annotated[
+        list[str], typer.Argument(help="Files, folders, or - for a list on standard input.")
+    ],
+    top: Annotated[int, typer.Option("--top", min=1, help="Number of classes to name.")] = 3,
+    as_json: Json = False,
+    csv: Annotated[
+        bool,
+        typer.Option(
+            "--csv", help="One row per image with every probability; `evaluate` reads it."
+        ),
+    ] = False,
+    mode: Mode = "full",
+    budget: ImageTime = "",
+    target: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Write to this .csv, .jsonl or .parquet; the same command again goes on with it.",
+        ),
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", help="cpu, cuda, coreml or openvino, as far as onnxruntime has them."
+        ),
+    ] = "cpu",
+    batch: Annotated[
+        str,
+        typer.Option(
+            "--batch",
+            help="Images at a time: a number, or auto, which tries a few sizes. "
+            "Without it auto with --out or --device, else 1.",
+        ),
+    ] = "",
+) -> None:
+    """Classify images with an exported file; needs no torch."""
+    from threefold.runtime import predict as answers
+    from threefold.runtime.devices import find_device
+
+    policy = answers.parse_policy(mode, budget)
+    find_device(device)
+    is_many = target is not None or device != "cpu"
+    engine = answers.Engine(device, answers.parse_batch(batch or ("auto" if is_many else "1")))
+    if target is not None:
+        if csv or as_json:
+            raise DataError(
+                "--out says the form of the results by its suffix",
+                where=target,
+                fix="leave --csv and --json out",
+            )
+        _predict_to_file(target, model, images, top, policy, engine)
+        return
+    form = "text"
+    if csv:
+        form = "csv"
+    if as_json:
+        form = "json"
+    failed = answers.write_predictions(
+        sys.stdout, print_error, model, images, top, form, policy, engine
+    )
+    if failed:
+        raise SystemExit(1)
+
+
+def _predict_to_file(
+    target: Path,
+    model: Path,
+    images: list[str],
+    top: int,
+    policy: CascadePolicy,
+    engine: Engine,
+) -> None:
+    """Write the answers into a file, with a bar, and say what it has."""
+    from threefold.runtime.predict_file import predict_to_file
+
+    with progress_bar("images", speed=True) as progress:
+        done = predict_to_file(target, print_error, model, images, top, policy, engine, progress)
+    answered = done.images - done.resumed
+    speed = ""
+    if answered:
+        speed = f" ({describe_speed(answered / done.seconds)}, batch {done.batch})"
+    failed = f", {done.failed:,} could not be read" if done.failed else ""
+    out.print(f"{target}: {done.images:,} images{failed}; {answered:,} now{speed}", markup=False)
+    if done.failed:
+        raise SystemExit(1)

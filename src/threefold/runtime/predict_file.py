@@ -1,0 +1,117 @@
+"""Predict many images into a file: CSV, JSON lines or parquet, which goes on where it stopped."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from threefold.errors import DataError
+from threefold.files import sha256
+from threefold.runtime.model import FULL, CascadePolicy, load
+from threefold.runtime.predict import (
+    Engine,
+    answer_all,
+    describe_answer,
+    each_image,
+    make_batch,
+)
+from threefold.runtime.result_files import Results, check_format
+
+FLUSH_SECONDS = 1.0
+"""How long answers wait before they are written."""
+
+
+class FileSummary(NamedTuple):
+    """What a file of answers has now."""
+
+    images: int
+    """All that the sources name."""
+    resumed: int
+    """Images that needed no answer any more, because of an earlier command."""
+    failed: int
+    """Images and sources that could not be read, now or by an earlier command."""
+    seconds: float
+    batch: int
+    """Images at a time, at the end."""
+
+
+def predict_to_file(
+    target: Path,
+    notify: Callable[[DataError | str], object],
+    model_path: Path,
+    sources: Sequence[str],
+    top: int = 3,
+    policy: CascadePolicy = FULL,
+    engine: Engine | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> FileSummary:
+    """Predict images in order and write the answers as they come.
+
+    The same call goes on after the last complete row. Images that could not be read have no row.
+    Only the paths of the images are held in memory.
+
+    Args:
+        target: the file, whose name ends in .csv, .jsonl or .parquet.
+        notify: called with errors and notes, as `predict.write_predictions`.
+        model_path: the exported file.
+        sources: files, folders, or - for a list on standard input.
+        top: how many classes each line of .jsonl names.
+        policy: how many members answer; a budget is measured once, on the first readable image.
+        engine: where, and how many at a time; None = the fastest batch on the CPU.
+        progress: called with the number of images that are done and of all.
+
+    Raises:
+        DataError: the suffix is unknown, or pyarrow is missing.
+        RunError: the file is not of this model and these images, or cannot be written.
+        ExportError: as `predict.write_predictions`.
+    """
+    engine = engine or Engine(batch=0)
+    check_format(target)
+    model = load(model_path, device=engine.device)
+    paths: list[str] = []
+    failed = 0
+    for found in each_image(sources, notify):
+        if isinstance(found, DataError):
+            notify(found)
+            failed += 1
+        else:
+            paths.append(str(found))
+    source: dict[str, Any] = {"model": sha256(model_path), **asdict(policy)}
+    if target.suffix.lower() == ".jsonl":
+        source["top"] = top
+    results = Results(target, model.classes, paths, source)
+    if results.resolved is not None:
+        policy = CascadePolicy(**results.resolved)
+    done, batch = results.answered, make_batch(engine)
+    failed += done - results.rows
+    if done:
+        notify(f"{target}: going on after {done:,} of {len(paths):,} images")
+    begin = written = time.perf_counter()
+    waiting: list[dict[str, Any]] = []
+    progress(done, len(paths))
+    rest = itertools.islice(paths, done, None)
+    try:
+        for path, output, error in answer_all(
+            model, rest, policy, engine, notify, batch, lambda p: results.keep(asdict(p))
+        ):
+            done += 1
+            if output is not None:
+                waiting.append(describe_answer(model, path, output, top))
+            elif error is not None:
+                failed += 1
+                notify(error)
+            if time.perf_counter() - written > FLUSH_SECONDS:
+                results.file.append(waiting)
+                waiting, written = [], time.perf_counter()
+                progress(done, len(paths))
+    finally:  # an interruption loses no answer
+        results.file.append(waiting)
+        results.file.close()
+    results.file.finish()
+    progress(done, len(paths))
+    seconds = time.perf_counter() - begin
+    return FileSummary(len(paths), results.answered, failed, seconds, batch.size)
