@@ -106,6 +106,7 @@ def test_a_kept_run_is_a_run_like_any_other(fitted: Classifier, runs: Path) -> N
     assert run.report().is_file()
     answers = [run.model().predict(image)[0] for image in IMAGES[:4]]
     assert answers == fitted.predict(IMAGES[:4]).tolist()
+    assert run.score(IMAGES, labels=LABELS).accuracy == fitted.score(IMAGES, LABELS)
 
 
 def test_a_pickle_needs_no_run(fitted: Classifier, runs: Path, tmp_path: Path) -> None:

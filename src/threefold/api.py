@@ -12,10 +12,11 @@ from typing import Any
 from threefold.arguments import parse_minutes, split_names
 from threefold.data.dataset import Sources
 from threefold.data.group_file import GROUP_FILE
+from threefold.data.in_memory import find_stored_data
 from threefold.errors import RecipeError, RunError
 from threefold.exporting.export import export
 from threefold.names import plain_backbone
-from threefold.predictions.run_folder import RunFolder, default_run_folder
+from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec, StageSpec
 from threefold.report.pages import write_report
@@ -32,6 +33,7 @@ from threefold.training.plan_basis import (
 )
 from threefold.training.results import evaluate_run, write_results
 from threefold.training.run import Run
+from threefold.training.run_data import place_data
 from threefold.training.terminal_watcher import show_progress
 from threefold.training.watcher import Watcher
 
@@ -46,9 +48,10 @@ STUDENT, TWIN, PROBE = "student", "student-labels", "student-head"
 
 
 def fit(
-    folder: str | Path,
+    data: Any,
     out: str | Path | None = None,
     *,
+    labels: Any = None,
     budget: str | float = "20m",
     members: str | Sequence[str] = (),
     overrides: str | Sequence[str] = (),
@@ -62,10 +65,15 @@ def fit(
     that there is an answer early; tuned networks then improve it in the time that is left.
 
     Args:
-        folder: class folders, or train/ [val/] test/ with class folders inside; or a CSV or
-            parquet file of images and labels.
-        out: the run folder, by default runs/NAME; an interrupted run in it is resumed with its own
-            recipe, and a finished one is returned as it is.
+        data: class folders, or train/ [val/] test/ with class folders inside; or a CSV or parquet
+            file of images and labels. Or what is in memory: a DataFrame of pandas or polars, a list
+            of paths or images, pairs of image and label, or an array (n, h, w, 3) or (n, h, w),
+            uint8 (`in_memory.store_data`).
+        out: the run folder, by default runs/NAME, or runs/memory-HASH for what is in memory; an
+            interrupted run in it is resumed with its own recipe, and a finished one is returned as
+            it is.
+        labels: of what is in memory: n texts or whole numbers; of a DataFrame the name of a column,
+            or None for the usual names.
         budget: limit of the wall time: 90s, 20m, 2h, or a number of minutes; 0 = none.
         members: timm names; by default three EfficientNet-Lite. `auto` chooses by measurement.
         overrides: `a.b=c` changes to the planned recipe.
@@ -76,11 +84,11 @@ def fit(
     Raises:
         ThreefoldError: the folder or the recipe cannot be used; the message says what to do.
     """
-    target = Path(out) if out is not None else default_run_folder(Path(folder))
+    target, source = place_data(data, labels, out)
     changes = (overrides,) if isinstance(overrides, str) else tuple(overrides)
     minutes = parse_minutes(budget)
     with show_progress(watcher, progress) as follower:
-        return _fit(folder, target, minutes, split_names(members), changes, quality, follower)
+        return _fit(source, target, minutes, split_names(members), changes, quality, follower)
 
 
 def _fit(
@@ -216,7 +224,8 @@ def _resumed_recipe(
             where=out,
             fix="choose another --out, or leave out --set and --members to resume it",
         )
-    if Path(recipe.data.root).resolve() != folder.resolve():
+    root = find_stored_data(recipe.data.root, out)
+    if Path(root).resolve() != folder.resolve():
         raise RunError(
             "the folder holds a run on other images",
             where=out,

@@ -6,9 +6,7 @@ the run does not exist, and its answers are those of the file.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +22,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
 from threefold.api import fit as fit_run
-from threefold.data.in_memory import store_data
+from threefold.data.in_memory import store_in_new_run
 from threefold.errors import DataError, shorten
 from threefold.runtime.inputs import as_pixels
 from threefold.runtime.model import Model, load
@@ -156,24 +154,12 @@ class Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             The run folder, and the file of the images and labels.
         """
         if self.out is not None:
-            Path(self.out).mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".threefold-", dir=self.out))
-        try:
-            data = store_data(images, labels, temporary)
-            folder = temporary
-            if self.out is not None:
-                folder = Path(self.out) / self._run_name(data)
-                if not folder.exists():
-                    temporary.rename(folder)
-            yield folder, folder.resolve() / data.relative_to(temporary.resolve())
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-    def _run_name(self, data: Path) -> str:
-        """Name a run after its images, labels and parameters."""
-        parameters = {k: v for k, v in self.get_params().items() if k not in ("out", "verbose")}
-        content = f"{data.parent.name} {sorted(parameters.items())}"
-        return hashlib.sha256(content.encode()).hexdigest()[:12]
+            parameters = {k: v for k, v in self.get_params().items() if k not in ("out", "verbose")}
+            key = str(sorted(parameters.items()))
+            yield store_in_new_run(images, labels, Path(self.out), key)
+            return
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as parent:
+            yield store_in_new_run(images, labels, Path(parent))
 
     def _read_run(self, run: Run, names: Sequence[str]) -> None:
         """Keep the exported file and the scores of a run."""

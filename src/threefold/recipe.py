@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
-from threefold.errors import RecipeError
+from threefold.errors import RecipeError, refuse_address
 from threefold.files import read_text
 from threefold.names import find_repeated
 from threefold.overrides import apply_override
@@ -337,6 +337,7 @@ class Recipe(Section):
         try:
             tree = tomllib.loads(read_text(Path(path)))
         except OSError as error:
+            refuse_address(path, RecipeError)
             raise RecipeError(
                 "cannot read the recipe",
                 where=path,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import html
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from threefold.data.in_memory import store_data
 from threefold.errors import MissingExtraError, RunError
 from threefold.names import printable
 from threefold.predictions.predictions import Predictions
@@ -157,12 +159,13 @@ class SavedRun:
             )
         return path
 
-    def score(self, data: str | Path) -> Score:
+    def score(self, data: Any, labels: Any = None) -> Score:
         """Score the exported file on labelled images.
 
         Args:
             data: a folder of class folders, or of train/ [val/] test/, of which the test images are
-                taken; or a CSV or parquet file.
+                taken; a CSV or parquet file; or images in memory, as `threefold.fit` takes them.
+            labels: of images in memory, as there.
 
         Returns:
             Accuracy with its interval, log loss, calibration error and more.
@@ -173,7 +176,13 @@ class SavedRun:
         """
         from threefold.runtime.score_models import score_models
 
-        summary, _ = score_models([self._model_file()], data)
+        model = self._model_file()
+        if isinstance(data, str | Path):
+            summary, _ = score_models([model], data)
+        else:
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                stored = store_data(data, labels, Path(folder) / "run")
+                summary, _ = score_models([model], stored)
         return summary.scores[0]
 
     def report(self, out: str | Path | None = None) -> Path:

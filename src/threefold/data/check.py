@@ -16,7 +16,7 @@ from threefold.data.leakage import (
     guess_group_pattern,
 )
 from threefold.data.published import FILE_PATTERNS
-from threefold.errors import DataError, RecipeError, shorten
+from threefold.errors import DataError, RecipeError, refuse_address, shorten
 from threefold.recipe import Recipe
 from threefold.recipe_schema import DataSpec
 
@@ -130,6 +130,7 @@ def find_spec(source: str, kind: str = "") -> DataSpec:
         return DataSpec(source="demo")
     path = Path(source).expanduser()
     if not path.exists() and kind != "huggingface":
+        refuse_address(source)
         fix = ""
         if source in FILE_PATTERNS:
             fix = f"threefold data fetch {source} --to FOLDER, then check FOLDER"

@@ -104,6 +104,37 @@ def store_data(data: Any, labels: Any, run_folder: str | Path) -> Path:
     return target
 
 
+def store_in_new_run(data: Any, labels: Any, parent: Path, key: str = "") -> tuple[Path, Path]:
+    """Write images and labels from memory into a run folder that is named after them.
+
+    Args:
+        data: as `store_data`, errors too.
+        labels: as `store_data`.
+        parent: the folder of the run folder.
+        key: what else the name depends on, such as parameters.
+
+    Returns:
+        The run folder, which exists already if the same was stored before; and the file for
+        `data.root`.
+    """
+    is_new = not parent.exists()
+    try:
+        with temporary_folder(parent / "memory") as made:
+            stored = Path(made) / "run"
+            path = store_data(data, labels, stored)
+            name = hashlib.sha256(f"{path.parent.name} {key}".encode()).hexdigest()[:12]
+            folder = parent / f"memory-{name}"
+            if not folder.exists():
+                stored.rename(folder)
+            return folder, folder.resolve() / path.relative_to(stored.resolve())
+    except OSError as error:
+        raise RunError("cannot write", where=parent, got=error) from None
+    finally:
+        if is_new:
+            with suppress(OSError):
+                parent.rmdir()  # which succeeds only if it is empty
+
+
 def is_stored_data(folder: Path) -> bool:
     """Whether a folder holds nothing but data that `store_data` has written."""
     return folder.is_dir() and all(_DIGEST.fullmatch(name) for name in os.listdir(folder))

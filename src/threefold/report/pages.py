@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from threefold.errors import RunError
+from threefold.errors import RunError, refuse_address
 from threefold.files import write_bytes
 from threefold.predictions.results_schema import PredictionSummary, Score
 from threefold.predictions.run_folder import ChosenAnswers, RunFolder
@@ -79,6 +79,7 @@ class _RunPage:
         path = folder.path
         missing = [name for name in _NEEDED if not (path / name).is_file()]
         if missing:
+            refuse_address(path, RunError)
             if path.is_dir() and len(missing) == len(_NEEDED):
                 RunFolder.open(path)  # says that it is no run
             recipe = path / "recipe.toml" if "recipe.toml" not in missing else "RECIPE"
