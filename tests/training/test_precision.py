@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from support.stages import build_tiny, interrupt, make_rows, make_task, without_
 from threefold.errors import RecipeError
 from threefold.models.pipeline import to_pixels
 from threefold.training import precision, stages
-from threefold.training.precision import half_precision, pick_precision, training_speed
+from threefold.training.precision import half_precision, pick_precision, training_speeds
 from threefold.training.stages import train_stage
 
 CPU = torch.device("cpu")
@@ -28,11 +29,11 @@ def pretend_speeds(monkeypatch: pytest.MonkeyPatch, **speeds: float) -> list[str
     """Replace the measurement; returns a list of the precisions that it is asked for."""
     asked: list[str] = []
 
-    def measure(member: object, images: object, name: str) -> float:
-        asked.append(name)
-        return speeds[name]
+    def measure(member: object, images: object, names: Sequence[str]) -> dict[str, float]:
+        asked.extend(names)
+        return speeds
 
-    monkeypatch.setattr(precision, "training_speed", measure)
+    monkeypatch.setattr(precision, "training_speeds", measure)
     return asked
 
 
@@ -85,24 +86,40 @@ def test_damaged_record_is_measured_again(
     assert pick_precision(build_tiny(), IMAGES, "a", file) == "bfloat16"
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16"])
-def test_measurement_changes_neither_network_nor_random_numbers(name: str) -> None:
+def test_measurement_changes_neither_network_nor_random_numbers() -> None:
     member = build_tiny("gated").train()
     before = {key: value.clone() for key, value in member.state_dict().items()}
     random = torch.get_rng_state()
 
-    speed = training_speed(member, IMAGES, name)
+    speeds = training_speeds(member, IMAGES, ("float32", "bfloat16"))
 
-    assert speed > 0
+    assert min(speeds.values()) > 0
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, before[key]) for key, value in member.state_dict().items())
     assert all(parameter.grad is None for parameter in member.parameters())
 
 
+def test_a_neighbour_slows_both_precisions_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is busy in the first turns; the fastest step of each is of a quiet one."""
+    order: list[str] = []
+
+    def time_step(network: object, images: object, name: str) -> float:
+        order.append(name)
+        busy = 8.0 if len(order) <= 6 else 1.0
+        return busy * (0.010 if name == "float32" else 0.015)
+
+    monkeypatch.setattr(precision, "_time_step", time_step)
+
+    speeds = training_speeds(build_tiny(), IMAGES, ("float32", "bfloat16"))
+
+    assert order[:4] == ["float32", "bfloat16", "float32", "bfloat16"]
+    assert speeds["float32"] / speeds["bfloat16"] == pytest.approx(1.5)
+
+
 def test_measured_precision_gives_the_bits_of_the_same_named_one(
     with_half: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "training_speed", lambda m, i, name: float(name == "bfloat16"))
+    pretend_speeds(monkeypatch, float32=1.0, bfloat16=2.0)
 
     auto, named = (
         train_stage(build_tiny(), make_task(f"train.precision={name}")).state

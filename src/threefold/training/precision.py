@@ -7,8 +7,9 @@ exported file.
 from __future__ import annotations
 
 import copy
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -21,14 +22,14 @@ from threefold.files import read_json, write_json
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 """The half precisions by name."""
 
-GAIN: Final = 1.1
+GAIN: Final = 1.2
 """Times that half precision must be faster to be worth its rounding errors."""
 
-STEPS: Final = 2
+STEPS: Final = 4
 """Most timed training steps in each precision, after one that is not timed."""
 
-LONG_STEP: Final = 0.25
-"""Seconds of a step that is long enough to be timed once."""
+LONG_STEP: Final = 0.5
+"""Seconds of a step of which two are enough."""
 
 CPU_IMAGES: Final = 8
 """Images in a timed step on a CPU, where larger batches are no faster per image."""
@@ -96,7 +97,7 @@ def pick_precision(
         return "float32"
     record = _read(file)
     if network not in record:
-        speeds = {name: training_speed(member, images, name) for name in ("float32", half)}
+        speeds = training_speeds(member, images, ("float32", half))
         record[network] = "float32" if speeds[half] < GAIN * speeds["float32"] else half
         if file is not None:
             write_json(file, record)
@@ -116,41 +117,49 @@ def _read(file: Path | None) -> dict[str, str]:
     return {network: name for network, name in pairs if name in known}
 
 
-def training_speed(member: nn.Module, images: Tensor, precision: str) -> float:
+def training_speeds(
+    member: nn.Module, images: Tensor, precisions: Sequence[str]
+) -> dict[str, float]:
     """Time training steps (forward and backward) of a copy of a network.
 
-    Neither the network nor any random generator changes.
+    The precisions take turns, so that a busy neighbour slows all of them. Neither the network nor
+    any random generator changes.
 
     Args:
         member: the network in training mode, on the device of the images.
         images: float (b, 3, s, s) in 0..255, or what the network takes instead.
-        precision: float32, bfloat16 or float16.
+        precisions: among float32, bfloat16 and float16.
 
     Returns:
-        Images a second, of the fastest step; 0 if the memory is too small.
+        Images a second by precision, of the fastest step; 0 if the memory is too small.
     """
-    device, network = images.device, copy.deepcopy(member)
+    device = images.device
     if device.type == "cpu":
         images = images[:CPU_IMAGES]
     if images.ndim == 4:
         images = images.contiguous(memory_format=torch.channels_last)
+    fastest = dict.fromkeys(precisions, math.inf)
+    network = copy.deepcopy(member)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            _time_step(network, images, precision)
-            seconds = [_time_step(network, images, precision)]
-            while len(seconds) < STEPS and seconds[-1] < LONG_STEP:
-                seconds.append(_time_step(network, images, precision))
-        except torch.OutOfMemoryError:
-            return 0.0
-    return len(images) / min(seconds)
+        for turn in range(STEPS + 1):
+            for precision in precisions:
+                seconds = _time_step(network, images, precision)
+                if turn > 0:  # the first turn is slower
+                    fastest[precision] = min(fastest[precision], seconds)
+            if turn > 1 and max(fastest.values()) > LONG_STEP:
+                break
+    return {name: len(images) / seconds for name, seconds in fastest.items()}
 
 
 def _time_step(network: nn.Module, images: Tensor, precision: str) -> float:
-    """Seconds of one forward and backward pass."""
+    """Seconds of one forward and backward pass; infinite if the memory is too small."""
     began = time.perf_counter()
-    with autocast(precision, images.device):
-        logits = network(images)
-    logits.float().square().mean().backward()
+    try:
+        with autocast(precision, images.device):
+            logits = network(images)
+        logits.float().square().mean().backward()
+    except torch.OutOfMemoryError:
+        return math.inf
     if images.device.type == "cuda":
         torch.cuda.synchronize(images.device)
     return time.perf_counter() - began
