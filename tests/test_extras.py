@@ -51,6 +51,7 @@ WORDS = {
     "compare": ["x.npz", "y.npz"],
     "report": ["runs/x"],
     "serve": ["model.onnx"],
+    "push": ["runs/x", "user/name"],
 }
 """Arguments with which each verb passes the command line's own checks."""
 
@@ -200,7 +201,7 @@ def test_extras_cover_all_verbs_and_packages() -> None:
 
     modules_and_packages = {path.stem for path in (ROOT / "src/threefold").iterdir()}
     assert set(extras.PACKAGE_EXTRAS) <= modules_and_packages
-    assert {*extras.VERB_EXTRAS, "predict"} == {name.partition(" ")[0] for name in SURFACE}
+    assert {*extras.VERB_EXTRAS, "predict", "pull"} == {name.partition(" ")[0] for name in SURFACE}
     assert {*extras.VERB_EXTRAS.values(), *extras.PACKAGE_EXTRAS.values()} <= set(
         PROJECT["optional-dependencies"]
     )

@@ -24,8 +24,9 @@ VERB_EXTRAS: Final = {
     "compare": "report",
     "report": "report",
     "serve": "serve",
+    "push": "train",
 }
-"""The extra that each verb needs; `predict` needs none."""
+"""The extra that each verb needs; `predict` and `pull` need none."""
 PACKAGE_EXTRAS: Final = {
     "api": "train",
     "classifier": "train",
@@ -60,6 +61,7 @@ OPTIONAL_PACKAGES: Final = frozenset(
         "torchvision",
         "timm",
         "safetensors",
+        "huggingface_hub",
         "filelock",
         "onnx",
         "onnxscript",

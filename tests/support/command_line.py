@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 
 # A training option is a recipe key, never a flag: think before adding one here.
 SURFACE = {
     "demo": {"--out", "--verbose"},
-    "fit": {"--out", "--budget", "--quality", "--members", "--set", "--verbose"},
+    "fit": {"--out", "--budget", "--quality", "--members", "--set", "--log", "--verbose"},
     "plan": {"--budget", "--quality", "--members", "--set"},
-    "train": {"--out", "--set", "--verbose"},
+    "train": {"--out", "--set", "--log", "--verbose"},
     "ensemble": {
         "--method",
         "--members",
@@ -24,8 +25,8 @@ SURFACE = {
     },
     "evaluate": {"--members", "--labels", "--classes", "--json", "--html", "--data", "--card"},
     "compare": {"--shared", "--labels", "--classes", "--json", "--html", "--data", "--card"},
-    "export": {"--out", "--method", "--members", "--precision", "--web", "--web-runtime"},
-    "distill": {"--student", "--out", "--set", "--verbose"},
+    "export": {"--out", "--method", "--members", "--precision", "--web", "--web-runtime", "--card"},
+    "distill": {"--student", "--out", "--set", "--log", "--verbose"},
     "predict": {
         "--top",
         "--json",
@@ -38,6 +39,8 @@ SURFACE = {
     },
     "serve": {"--host", "--port", "--api-key", "--limit", "--mode", "--budget"},
     "report": {"--out"},
+    "push": {"--private", "--licence"},
+    "pull": {"--out", "--revision"},
     "list": set(),
     "data": set(),
     "data fetch": {"--to", "--extra", "--accept-licence"},
@@ -47,14 +50,17 @@ SURFACE = {
 
 
 def threefold_command(
-    *words: str, stdin: str = "", encoding: str = "utf-8"
+    *words: str,
+    stdin: str = "",
+    encoding: str = "utf-8",
+    variables: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the program; `encoding` is that of its terminal."""
+    """Run the program; `encoding` is that of its terminal, `variables` join the environment."""
     return subprocess.run(
         [sys.executable, "-m", "threefold", *words],
         capture_output=True,
         encoding=encoding,
-        env={**os.environ, "PYTHONIOENCODING": encoding},
+        env={**os.environ, "PYTHONIOENCODING": encoding, **(variables or {})},
         input=stdin,
         check=False,
     )

@@ -11,9 +11,11 @@ from typing import Annotated
 import typer
 
 from threefold.arguments import parse_minutes, split_names
-from threefold.cli.console import err, out, plain
+from threefold.cli.console import err, out
 from threefold.cli.data import register as register_data
 from threefold.cli.demo import demo
+from threefold.cli.export import export
+from threefold.cli.hub import register as register_hub
 from threefold.cli.images import register as register_images
 from threefold.cli.options import (
     Backbones,
@@ -23,6 +25,7 @@ from threefold.cli.options import (
     QualityOption,
     RunOut,
     Sets,
+    Trackers,
     Verbose,
     WallTime,
 )
@@ -35,7 +38,7 @@ from threefold.cli.output import (
 )
 from threefold.cli.reproduce import register as register_reproduce
 from threefold.cli.saved import register as register_saved
-from threefold.errors import ExportError, RecipeError, refuse_address
+from threefold.errors import RecipeError, refuse_address
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -84,6 +87,7 @@ def fit(
     quality: QualityOption = "good",
     members: Backbones = "",
     sets: Sets = None,
+    log: Trackers = "",
     verbose: Verbose = False,
 ) -> None:
     """Plan, train, ensemble, report and export: images to one file."""
@@ -98,10 +102,11 @@ def fit(
         ("--budget", budget, "20m"),
         ("--quality", quality, "good"),
         ("--members", members, ""),
+        ("--log", log, ""),
     ):
         if value != default:
             words += [option, value]
-    with watch_training(verbose, resume_command(*words, sets=sets)) as watcher:
+    with watch_training(verbose, resume_command(*words, sets=sets), split_names([log])) as watcher:
         run = api.fit(
             folder,
             target,
@@ -167,6 +172,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or a packaged recipe's name.")],
     out_dir: RunOut,
     sets: Sets = None,
+    log: Trackers = "",
     verbose: Verbose = False,
 ) -> None:
     """Train, ensemble and score a recipe; run it again to resume."""
@@ -175,111 +181,16 @@ def train(
     loaded = resolve(recipe, sets or ())  # before torch is imported, so that a typo fails at once
     from threefold import api
 
-    command = resume_command("train", recipe, "--out", out_dir, sets=sets)
-    with watch_training(verbose, command) as watcher:
+    words = ["train", recipe, "--out", out_dir, *(["--log", log] if log else [])]
+    command = resume_command(*words, sets=sets)
+    with watch_training(verbose, command, split_names([log])) as watcher:
         run = api.train(loaded, out_dir, watcher)
         api.report(run)
     show_results(run)
     show_next_steps(run, f"threefold export {run.dir} --out model.onnx")
 
 
-@app.command()
-def export(
-    run_dir: Annotated[
-        Path, typer.Argument(help="A finished run folder; with --web also an exported .onnx file.")
-    ],
-    target: Annotated[
-        Path,
-        typer.Option("--out", help="The file to write: .onnx, .pt2 (torch) or .xml (OpenVINO)."),
-    ] = Path("model.onnx"),
-    method: Annotated[
-        str | None,
-        typer.Option("--method", help="Export this ensemble method in place of the chosen one."),
-    ] = None,
-    members: Annotated[
-        str,
-        typer.Option(
-            "--members",
-            help="Export only these members, separated by commas; a single one needs no ensemble.",
-        ),
-    ] = "",
-    precision: Annotated[
-        str,
-        typer.Option(
-            "--precision",
-            help="Precision of the members' weights: float32, float16, bfloat16 or int8.",
-        ),
-    ] = "float32",
-    web: Annotated[
-        Path | None,
-        typer.Option(
-            "--web", metavar="DIR", help="Also write a folder that classifies in the browser."
-        ),
-    ] = None,
-    web_runtime: Annotated[
-        Path | None,
-        typer.Option(
-            "--web-runtime",
-            metavar="PATH",
-            help="onnxruntime-web as a .tgz or a folder (default: fetched with npm).",
-        ),
-    ] = None,
-) -> None:
-    """Write one file that answers as the run does, or refuse."""
-    if web is not None:
-        from threefold.serving.browser import require_free
-
-        require_free(web)  # before the export, which takes minutes
-    if run_dir.is_file():
-        if web is None or method or members:
-            raise ExportError(
-                "this is an exported file",
-                where=run_dir,
-                fix="give a run folder, or only --web DIR",
-            )
-        _write_web(run_dir, web, web_runtime)
-        return
-    if web is not None and target.suffix != ".onnx":
-        raise ExportError(
-            "the browser reads ONNX", where=target, fix="with --web, --out ends in .onnx"
-        )
-    from threefold.data.class_names import exported_names
-    from threefold.exporting.export import export as export_run
-    from threefold.exporting.parity import describe_report
-    from threefold.training.run import Run
-    from threefold.training.terminal_watcher import TerminalWatcher
-
-    run = Run.open(run_dir)
-    run.watcher = TerminalWatcher(err)
-    exported = export_run(run, target, method, split_names([members]), precision)
-    classes = run.folder.info.classes
-    for name, written in zip(classes, exported_names(classes), strict=True):
-        if name != written:
-            err.print(f"[yellow]note[/] class {plain(repr(name))} is {plain(written)} in the file")
-    out.print(
-        f"{exported.path}: {exported.bytes / 1e6:.1f} MB, {exported.method}, {precision}; "
-        f"{describe_report(exported)}",
-        markup=False,
-    )
-    if web is not None:
-        _write_web(target, web, web_runtime)
-
-
-def _write_web(model: Path, folder: Path, runtime: Path | None) -> None:
-    """Write the browser folder and say how to try it."""
-    from threefold.serving.browser import write_web
-
-    written = write_web(model, folder, runtime)
-    out.print(
-        f"{written.path}: {written.bytes / 1e6:.1f} MB, of which "
-        f"{written.runtime} {written.runtime_bytes / 1e6:.1f} MB; "
-        "put it on any static web host",
-        markup=False,
-    )
-    out.print(
-        f"next   python -m http.server --bind 127.0.0.1 --directory {written.path} 8080",
-        markup=False,
-    )
+app.command()(export)
 
 
 @app.command()
@@ -292,6 +203,7 @@ def distill(
         Path | None, typer.Option("--out", help="The run folder (default RUN-NAME).")
     ] = None,
     sets: Sets = None,
+    log: Trackers = "",
     verbose: Verbose = False,
 ) -> None:
     """Train one small network on an ensemble's answers.
@@ -302,8 +214,10 @@ def distill(
     from threefold.api import distill as distill_run
 
     target = out_dir or default_folder(run_dir, student)
-    command = resume_command("distill", run_dir, "--student", student, "--out", target, sets=sets)
-    with watch_training(verbose, command) as watcher:
+    words = ["distill", run_dir, "--student", student, "--out", target]
+    words += ["--log", log] if log else []
+    command = resume_command(*words, sets=sets)
+    with watch_training(verbose, command, split_names([log])) as watcher:
         run = distill_run(run_dir, student, target, overrides=sets or (), watcher=watcher)
     show_student(run)
     show_next_steps(
@@ -375,4 +289,5 @@ def list_(
 
 register_saved(app)
 register_data(app)
+register_hub(app)
 register_reproduce(app)

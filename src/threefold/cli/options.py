@@ -16,6 +16,14 @@ Sets = Annotated[
     ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Print a line per job and epoch.")]
+Trackers = Annotated[
+    str,
+    typer.Option(
+        "--log",
+        metavar="NAMES",
+        help="Also log to tensorboard, mlflow or wandb, separated by commas.",
+    ),
+]
 RunOut = Annotated[Path, typer.Option("--out", help="The run folder.")]
 WallTime = Annotated[
     str, typer.Option("--budget", help="Limit on the wall time: 90s, 20m, 2h; 0 = none.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from threefold.cli.console import err, out, plain
 if TYPE_CHECKING:
     from threefold.training.run import Run
     from threefold.training.terminal_watcher import TerminalWatcher
+    from threefold.training.watcher import Watcher
 
 
 GRACE_SECONDS = 5.0
@@ -83,12 +84,13 @@ def resume_command(*words: object, sets: Iterable[str] | None = None) -> str:
 
 
 @contextmanager
-def watch_training(verbose: bool, command: str) -> Iterator[TerminalWatcher]:
+def watch_training(verbose: bool, command: str, trackers: Sequence[str] = ()) -> Iterator[Watcher]:
     """Show progress while a run trains; print the command that resumes it if it is stopped.
 
     Args:
         verbose: print a line per job and epoch.
         command: the command that resumes the run.
+        trackers: names of the experiment trackers that are to receive the numbers, too.
 
     Yields:
         The watcher to pass to the training function.
@@ -97,11 +99,12 @@ def watch_training(verbose: bool, command: str) -> Iterator[TerminalWatcher]:
         SystemExit: with code 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
     from threefold.training.terminal_watcher import TerminalWatcher
+    from threefold.training.trackers import TrackedWatcher
 
     watcher = TerminalWatcher(out, verbose)
     try:
-        with _catch_signals(watcher), watcher:
-            yield watcher
+        with _catch_signals(watcher), watcher, TrackedWatcher(watcher, trackers) as tracked:
+            yield tracked
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Terminated) else signal.SIGINT
         with suppress(OSError):  # after SIGHUP the terminal is gone

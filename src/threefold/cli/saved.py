@@ -17,6 +17,7 @@ from threefold.cli.console import out, plain, print_json
 from threefold.cli.options import Json
 from threefold.cli.progress import progress_bar
 from threefold.errors import DataError, shorten
+from threefold.runtime.hub import local_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -273,6 +274,7 @@ def find_models(
     Raises:
         DataError: model files without images, or with other sources.
     """
+    sources = [local_path(path) for path in sources]
     models = [path for path in sources if path.suffix.lower() == ".onnx"]
     others = [path for path in sources if path.suffix.lower() != ".onnx"]
     if data is not None:

@@ -14,6 +14,7 @@ import numpy as np
 from threefold.ensembles.cascade import MODES, Cascade
 from threefold.ensembles.conformal import ConformalSets, UnknownThreshold
 from threefold.errors import DataError, ExportError, shorten
+from threefold.runtime.hub import local_path
 from threefold.runtime.inputs import ImageInput, iterate_images
 from threefold.runtime.model_file import MEMORY, bytes_beside, open_session, read_card
 from threefold.runtime.shrink import Canvas, common_canvas, shrink
@@ -112,7 +113,7 @@ class Model:
         spin: bool = True,
         device: str = "cpu",
     ) -> None:
-        self.path, self.threads, self.device = Path(path), threads, device
+        self.path, self.threads, self.device = local_path(path), threads, device
         self.card: dict[str, Any] = read_card(self.path, KEY)
         if self.card.get("format") != FORMAT:
             raise ExportError(
@@ -478,7 +479,7 @@ def load(path: str | Path, threads: int = 0, device: str = "cpu") -> Model:
     """Open an exported file; needs neither torch nor timm.
 
     Args:
-        path: the file.
+        path: the file, or where it is on the Hugging Face hub: hf://USER/NAME[@REVISION].
         threads: of onnxruntime on the CPU; 0 = one per core.
         device: cpu, cuda, coreml or openvino; see `device_parity.compare_with_cpu`.
 

@@ -69,6 +69,7 @@ def train_members(run: Run, *, keep_cache: bool = False) -> DataDiagnostics:
         ThreefoldError: bad data, a full disk, weights that cannot be loaded.
     """
     check_trainable(run.recipe)
+    run.watcher.begin(run.dir, run.recipe)
     for note in _notes(run):
         run.watcher.note(note)
     _write_info(run)

@@ -114,6 +114,7 @@ def write_results(
     if distillation is not None:
         results = results.replace(distill=distillation)
     run.folder.write_results(results)
+    run.watcher.scored(results)
 
 
 def _conformal(run: Run, evaluation: Evaluation) -> Conformal:

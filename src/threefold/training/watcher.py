@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from threefold.recipe import Job
+from threefold.predictions.results_schema import Results
+from threefold.recipe import Job, Recipe
 
 
 class Watcher:
@@ -32,6 +34,9 @@ class Watcher:
         if self.stop is not None:  # it came after the last safe point
             raise self.stop
 
+    def begin(self, folder: Path, recipe: Recipe) -> None:
+        """A run begins or goes on in a folder; `fit` does so twice, for heads and for all."""
+
     def plan(self, jobs: Sequence[Job], images: Sequence[int]) -> None:
         """Receive the jobs to come, and how many images each will train on."""
 
@@ -46,6 +51,9 @@ class Watcher:
 
     def features(self, done: int, total: int) -> None:
         """Frozen backbones have answered `done` of `total` images."""
+
+    def scored(self, results: Results) -> None:
+        """The run, or a first part of it, has been scored."""
 
     def note(self, text: str) -> None:
         """Receive a message for the user."""
