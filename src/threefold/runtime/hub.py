@@ -105,7 +105,7 @@ def download(
             RepositoryNotFoundError,
             RevisionNotFoundError,
         )
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars
     except ModuleNotFoundError:
         raise MissingExtraError(
             "addresses of the hub need a package that is not installed",

@@ -78,9 +78,8 @@ class TensorBoard(Tracker):
     def __init__(
         self, folder: Path, name: str, settings: dict[str, object], run_id: str = ""
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer: Any = SummaryWriter(str(folder / "tensorboard"))
+        tensorboard: Any = importlib.import_module("torch.utils.tensorboard")
+        self.writer = tensorboard.SummaryWriter(str(folder / "tensorboard"))
         rows = "\n".join(f"    {key} = {value}" for key, value in settings.items())
         self.writer.add_text("recipe", rows)
 
@@ -110,9 +109,8 @@ class MLflow(Tracker):
         # Its client tries a dead server again and again, for minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-        from mlflow.tracking import MlflowClient
-
-        self.client: Any = MlflowClient()
+        mlflow: Any = importlib.import_module("mlflow.tracking")
+        self.client = mlflow.MlflowClient()
         if run_id:
             self.client.update_run(run_id, "RUNNING")
         else:
@@ -150,12 +148,11 @@ class WeightsAndBiases(Tracker):
     def __init__(
         self, folder: Path, name: str, settings: dict[str, object], run_id: str = ""
     ) -> None:
-        import wandb
-
+        wandb: Any = importlib.import_module("wandb")
         mode = os.environ.get("WANDB_MODE")
         if not mode:  # without a key the library would ask for one and wait
             mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-        self.run: Any = wandb.init(
+        self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "threefold"),
             name=name,
             dir=os.environ.get("WANDB_DIR", str(folder)),
@@ -248,7 +245,7 @@ class TrackedWatcher(Watcher):
             yield
 
     @property
-    def defers_stop(self) -> bool:  # type: ignore[override]
+    def defers_stop(self) -> bool:
         """Whether training will soon raise what `stop` is set to."""
         return self.watcher.defers_stop
 
