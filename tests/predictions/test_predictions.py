@@ -343,6 +343,15 @@ def test_one_member_and_names_in_place_of_numbers():
     assert rows.labels.tolist() == [0, 2, 1, 1, 0]
 
 
+def test_numbers_as_classes_are_values_of_the_labels():
+    rows = Predictions.from_arrays(PROBS, [1, 1, 2, 2, 5], np.array([1, 2, 5]))
+
+    assert rows.classes == ("1", "2", "5")
+    assert rows.labels.tolist() == [0, 0, 1, 1, 2]
+    with pytest.raises(DataError, match="labels are no class; expected 1, 2, 5, got '0'"):
+        Predictions.from_arrays(PROBS, [0] * 5, [1, 2, 5])
+
+
 @pytest.mark.parametrize(
     ("axes", "labels", "reason"),
     [

@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_refused(data: Any, labels: Any, out: Any, reason: 
 
 
 @pytest.mark.slow
-def test_a_table_in_memory_is_fitted_and_resumed() -> None:
+def test_a_table_in_memory_is_fitted_and_resumed(capfd: pytest.CaptureFixture[str]) -> None:
     paths = sorted(make_folder(Path("images"), 12).rglob("*.png"))
     table = pd.DataFrame({"file": paths, "class": [path.parent.name for path in paths]})
 
@@ -81,6 +81,7 @@ def test_a_table_in_memory_is_fitted_and_resumed() -> None:
 
     run, again = call(), call()
 
+    assert capfd.readouterr() == ("", "")  # progress=False
     assert run.dir == again.dir
     assert run.dir.parent == Path("runs")
     assert run.accuracy == again.accuracy > 0.9

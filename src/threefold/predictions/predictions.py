@@ -171,7 +171,7 @@ class Predictions:
         cls,
         probs: npt.ArrayLike,
         labels: npt.ArrayLike,
-        classes: Sequence[str] | None = None,
+        classes: Sequence[Any] | np.ndarray | None = None,
         *,
         axes: str = "mnk",
         members: Sequence[str] | None = None,
@@ -182,8 +182,9 @@ class Predictions:
 
         Args:
             probs: probabilities with the axes that `axes` names.
-            labels: (n,), class numbers or class names.
-            classes: k names in the order of the columns; by default the numbers 0 to k - 1.
+            labels: (n,), names of classes, or the numbers of their columns.
+            classes: k names in the order of the columns, by default 0 to k - 1. Where they are
+                numbers, as in scikit-learn's `classes_`, labels are such numbers, too.
             axes: a letter for each axis: m members, n rows, k classes. scikit-learn's programs
                 often stack answers as "nmk"; "nk" are those of one member.
             members: m names, by default member0, member1, ...
@@ -211,9 +212,11 @@ class Predictions:
             name: defaults[name] if value is None else tuple(map(str, value))
             for name, value in given.items()
         }
+        # Numbers as classes are values of labels, as classes_ of scikit-learn is.
+        are_values = classes is not None and not all(isinstance(name, str) for name in classes)
         return cls(
             probs=array,
-            labels=_label_numbers(labels, names["classes"]),
+            labels=_label_numbers(labels, names["classes"], are_values),
             groups=None if groups is None else tuple(map(str, groups)),
             classes=names["classes"],
             members=names["members"],
@@ -266,10 +269,12 @@ class Predictions:
         )
 
 
-def _label_numbers(labels: npt.ArrayLike, classes: Sequence[str]) -> np.ndarray:
-    """Return labels as class numbers, where they are names; other labels are checked later."""
+def _label_numbers(
+    labels: npt.ArrayLike, classes: Sequence[str], are_values: bool = False
+) -> np.ndarray:
+    """Return labels as numbers of columns, where they are classes; others are checked later."""
     array = np.asarray(labels)
-    if array.dtype.kind not in "UO":
+    if array.dtype.kind not in "UO" and not are_values:
         return array
     numbers = {name: number for number, name in enumerate(classes)}
     unknown = sorted({str(label) for label in array.ravel()} - set(numbers))
