@@ -65,10 +65,10 @@ def fit(
     that there is an answer early; tuned networks then improve it in the time that is left.
 
     Args:
-        data: class folders, or train/ [val/] test/ with class folders inside; or a CSV or parquet
-            file of images and labels. Or what is in memory: a DataFrame of pandas or polars, a list
-            of paths or images, pairs of image and label, or an array (n, h, w, 3) or (n, h, w),
-            uint8 (`in_memory.store_data`).
+        data: class folders, or train/ [val/] test/ with class folders inside, or an archive of
+            them; a CSV, TSV, parquet or npz file; or `owner/name` on the Hugging Face hub. Or what
+            is in memory: a DataFrame of pandas or polars, a list of paths or images, pairs of image
+            and label, or an array (n, h, w, 3) or (n, h, w), uint8 (`in_memory.store_data`).
         out: the run folder, by default runs/NAME, or runs/memory-HASH for what is in memory; an
             interrupted run in it is resumed with its own recipe, and a finished one is returned as
             it is.

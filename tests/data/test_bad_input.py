@@ -222,11 +222,11 @@ CSVS: dict[str, tuple[bytes, list[str]]] = {
     "empty": (b"", ["no column that can be the path or the label", "an empty file"]),
     "no path": (
         GOOD.replace("path,", "where,").encode(),
-        ["be the path:", "path, image, file", "got where, label", "set data.path_column"],
+        ["be the path:", "path, image, file", "got where, label", "--set data.path_column=NAME"],
     ),
     "no label": (
         GOOD.replace("label", "what").encode(),
-        ["be the label:", "label, class,", "got path, what", "set data.label_column"],
+        ["be the label:", "label, class,", "got path, what", "--set data.label_column=NAME"],
     ),
     "mixed separators": (
         (GOOD + "train/cat/9.png;cat\n").encode(),

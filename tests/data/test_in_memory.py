@@ -205,7 +205,11 @@ BAD: list[tuple[Any, Any, str]] = [
     (np.zeros((2, 8, 8, 4), np.uint8), [0, 1], "alpha channel"),
     (np.zeros((2, 8, 8, 3), np.float32), [0, 1], "whole numbers from 0 to 255.*scale them"),
     ({"path": ["no.png"] * 2, "label": [0, 1]}, None, "2 of 2 images do not exist.*no.png"),
-    ({"file": ["x"], "image": ["y"], "label": [0]}, None, "two columns can be the path.*leave out"),
+    (
+        {"file": ["x"], "image": ["y"], "label": [0]},
+        None,
+        "columns can be the path.*remove one",
+    ),
     ({"path": ["x"], "what": ["y"]}, None, "be the label: .*got path, what; fix: rename"),
     ({"path": ["x"], "label": ["y"], "subset": ["z"]}, None, "seems to be the split"),
     (5, [1], "not a sequence; got int 5"),

@@ -16,7 +16,10 @@ import pytest
 from PIL import Image
 from support.sources import load_source
 
+from threefold.data.dataset import load_data
+from threefold.data.detect_source import find_fold_column
 from threefold.errors import DataError
+from threefold.recipe_schema import DataSpec
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -210,6 +213,7 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             "img": hub.Image(),
             "fine_label": hub.ClassLabel(names=["wolf", "ant"]),
             "note": hub.Value("string"),
+            "fold": hub.Value("int64"),
         }
     )
     (tmp_path / "data").mkdir()
@@ -217,7 +221,8 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         rows = {
             "img": [{"bytes": png(shade), "path": None} for shade in shades],
             "fine_label": [shade % 2 for shade in shades],
-            "note": ["x"] * len(shades),
+            "note": ["xy"[shade % 2] for shade in shades],
+            "fold": [shade // 2 for shade in shades],
         }
         hub.Dataset.from_dict(rows, features=features).to_parquet(
             str(tmp_path / f"data/{part}.parquet")
@@ -230,5 +235,10 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for data in (sources.train, sources.test):
         for row, label in enumerate(data.labels):
             assert int(data.pixels(row)[0, 0, 0]) % 2 == label
+    spec = DataSpec(source="huggingface", root=str(tmp_path / "data"), label_column="note")
+    folds = load_data(spec.model_copy(update={"fold_column": find_fold_column(spec)}), 0).train
+    assert (folds.folds, folds.classes) == (("0", "0", "1", "1", "2", "2"), ("x", "y"))
+    with pytest.raises(DataError, match=r"no column what: .*correct data\.label_column"):
+        load_source("huggingface", tmp_path / "data", label_column="what")
     with pytest.raises(DataError, match=r"cannot load the data set: .*absent"):
         load_source("huggingface", tmp_path / "absent")

@@ -320,3 +320,42 @@ def test_fit_from_a_folder_to_a_file_and_again(
     assert as_before == first.replace(seconds=as_before.seconds)
     chosen = api.fit(root, out, members=("auto",)).results  # what was chosen stays chosen
     assert chosen == first.replace(seconds=chosen.seconds)
+
+
+def write_own_folds(root: Path, suffix: str) -> Path:
+    """A table of twelve images of two classes with the user's folds 1 to 3."""
+    rows = {
+        "path": [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(6)],
+        "label": ["cat"] * 6 + ["dog"] * 6,
+        "kfold": [1, 2, 3] * 4,
+    }
+    make_folder(root, ["cat", "dog"])
+    if suffix == ".parquet":
+        pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pa.table(rows), root / "rows.parquet")
+    else:
+        lines = [rows.keys(), *zip(*rows.values(), strict=True)]
+        separator = "\t" if suffix == ".tsv" else ","
+        text = "\n".join(separator.join(map(str, line)) for line in lines)
+        (root / f"rows{suffix}").write_text(text)
+    return root / f"rows{suffix}"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
+def test_the_users_own_folds_are_kept(tmp_path: Path, suffix: str) -> None:
+    table = write_own_folds(tmp_path, suffix)
+
+    plan = plan_folder(table, 0, TINY, (*UNTRAINED, "members.0.img_size=32"))
+
+    assert (plan.recipe.folds.scheme, plan.recipe.data.fold_column) == ("column", "kfold")
+    assert "folds.scheme = column: the column kfold of the table has 3 folds of" in plan.explain()
+    assert plan.sources is not None
+    assert plan.sources.train.folds == ("1", "2", "3") * 4
+
+
+def test_a_named_column_of_folds_needs_no_scheme(tmp_path: Path) -> None:
+    table = write_own_folds(tmp_path, ".csv")
+    table.write_text(table.read_text().replace("kfold", "part of"))
+    sets = (*UNTRAINED, "members.0.img_size=32", 'data.fold_column="part of"')
+
+    assert plan_folder(table, 0, TINY, sets).recipe.folds.scheme == "column"

@@ -76,8 +76,9 @@ def fit(
     folder: Annotated[
         Path,
         typer.Argument(
-            help="One folder per class, or train/, val/, test/ with class folders inside; "
-            "or a CSV or parquet file."
+            help="One folder per class, or train/, val/, test/ with class folders inside, or an "
+            "archive of them; a CSV, TSV, parquet or npz file; or OWNER/NAME on the Hugging Face "
+            "hub."
         ),
     ],
     out_dir: Annotated[
@@ -125,9 +126,7 @@ def fit(
 def plan(
     recipe: Annotated[
         str,
-        typer.Argument(
-            help="A folder or table of images, a recipe file, or a packaged recipe's name."
-        ),
+        typer.Argument(help="Images as for fit, a recipe file, or a packaged recipe's name."),
     ],
     budget: WallTime = "20m",
     quality: QualityOption = "good",
@@ -135,12 +134,13 @@ def plan(
     sets: Sets = None,
 ) -> None:
     """Print the recipe that would run, with the reasons for its values."""
-    from threefold.data.detect_source import TABLES
+    from threefold.data.detect_source import seems_data
     from threefold.predictions.run_folder import default_run_folder
     from threefold.recipe import packaged_names, resolve
 
     path = Path(recipe)
-    if not path.exists() and recipe not in packaged_names():
+    is_data = recipe not in packaged_names() and seems_data(recipe)
+    if not path.exists() and not is_data and recipe not in packaged_names():
         refuse_address(recipe)
         raise RecipeError(
             "no such folder, table or recipe",
@@ -148,7 +148,7 @@ def plan(
             expected="a folder or table of images, a .toml file, or a name that "
             "`threefold list recipes` shows",
         )
-    if path.is_dir() or path.suffix.lower() in TABLES:
+    if path.is_dir() or is_data:
         from threefold.training.plan import plan_folder
 
         planned = plan_folder(

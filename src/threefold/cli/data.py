@@ -89,9 +89,7 @@ class _DownloadBar:
 
 
 def check(
-    source: Annotated[
-        str, typer.Argument(help="A folder, archive, CSV or parquet file, a recipe, or `demo`.")
-    ],
+    source: Annotated[str, typer.Argument(help="Images as for fit, a recipe, or `demo`.")],
     kind: Annotated[
         str, typer.Option("--as", help="The kind of data set, if its files do not show it.")
     ] = "",

@@ -54,7 +54,8 @@ Classes = Annotated[
 Data = Annotated[
     Path | None,
     typer.Option(
-        "--data", help="Labelled images that model files answer: a folder, CSV or parquet file."
+        "--data",
+        help="Labelled images that model files answer: a folder, an archive or a table.",
     ),
 ]
 Card = Annotated[
@@ -292,7 +293,7 @@ def find_models(
         raise DataError(
             "model files need labelled images to answer",
             where=models[0],
-            expected="one folder, CSV or parquet file of images",
+            expected="one folder, archive or table of images",
             got=shorten(map(str, others)) or "none",
             fix=f"type `{named}`, or name it with --data",
         )

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 
 from threefold.data.dataset import ImageDataset, Sources, load_data
+from threefold.data.detect_source import TABLES, detect_source, is_hub_name
 from threefold.data.leakage import (
     describe_guessed_groups,
     duplicate_warnings,
@@ -114,7 +115,7 @@ def find_spec(source: str, kind: str = "") -> DataSpec:
     """Return the `data` table for a path or name.
 
     Args:
-        source: a folder, archive, CSV or parquet file, a recipe (.toml), or `demo`.
+        source: whatever `detect_source` knows, a recipe (.toml), or `demo`.
         kind: a value of `data.source`; empty = guess from the files, or else class folders.
 
     Raises:
@@ -129,6 +130,8 @@ def find_spec(source: str, kind: str = "") -> DataSpec:
     if source == "demo":
         return DataSpec(source="demo")
     path = Path(source).expanduser()
+    if not kind and is_hub_name(source):
+        return detect_source(source)
     if not path.exists() and kind != "huggingface":
         refuse_address(source)
         fix = ""
@@ -140,8 +143,8 @@ def find_spec(source: str, kind: str = "") -> DataSpec:
 
 def _guess_source(path: Path) -> str:
     """Guess the source of the files at a path."""
-    if path.suffix.lower() in (".csv", ".parquet"):
-        return path.suffix.lower()[1:]
+    if path.suffix.lower() in TABLES:
+        return TABLES[path.suffix.lower()]
     folder = path.parent if path.is_file() else path
     for source, patterns in FILE_PATTERNS.items():
         matches = {file for pattern in patterns for file in folder.glob(pattern)}

@@ -200,7 +200,7 @@ def _from_files(listing: Listing, spec: DataSpec, seed: int, trained: tuple[str,
     unreadable = {image.path for image in skipped}
     train = [item for item in train if item.path not in unreadable]
     test = [item for item in test if item.path not in unreadable]
-    _require_two_of_each(train, classes)
+    _require_two_of_each([item.label for item in train], classes)
     if has_test and not test:
         raise DataError("none of the test images can be read", where=spec.root)
 
@@ -292,8 +292,8 @@ def _contents(items: Sequence[ListedImage], encoded: EncodedImages | None) -> En
     return None if encoded is None else encoded.take([item.row for item in items])
 
 
-def _require_two_of_each(train: list[ListedImage], classes: tuple[str, ...]) -> None:
-    counts = Counter(item.label for item in train)
+def _require_two_of_each(labels: Sequence[str], classes: tuple[str, ...]) -> None:
+    counts = Counter(labels)
     few = [f"{name} ({counts[name]})" for name in classes if counts[name] < 2]
     if few:
         raise DataError(
@@ -435,6 +435,10 @@ def _from_arrays(data: ArrayDataset, spec: DataSpec, seed: int) -> Sources:
     if data.test is not None:
         test = arrays_dataset(data.test, data.classes, spec.group_regex)
         test = _with_group_file(test, spec, every=False)
+    if spec.source == "npz":  # the others are published
+        names = [[data.classes[label] for label in part.labels] for part in (train, test) if part]
+        check_class_names(_classes(set(names[0]), set(names[-1])))
+        _require_two_of_each(names[0], data.classes)
     return Sources(
         train=train,
         test=test,

@@ -64,6 +64,13 @@ def detect_source(data: str | Path) -> DataSpec:
     return DataSpec(source=source, root=str(path.resolve()))
 
 
+def seems_data(name: str) -> bool:
+    """Whether a name is that of a folder, an archive or a table, or can only be one on the hub."""
+    path = Path(name)
+    is_file = path.exists() and name.lower().endswith((*TABLES, *ARCHIVES))
+    return path.is_dir() or is_file or is_hub_name(name)
+
+
 def is_hub_name(data: str | Path) -> bool:
     """Whether data can only be a name on the hub: `owner/name`, and no path to a file.
 
@@ -97,6 +104,6 @@ def find_fold_column(spec: DataSpec) -> str:
             f"{len(found)} columns can be the fold",
             where=spec.root,
             got=" and ".join(found),
-            fix="set data.fold_column to one of them",
+            fix="choose one: --set data.fold_column=NAME",
         )
     return "".join(found)

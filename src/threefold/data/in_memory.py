@@ -24,7 +24,7 @@ from PIL import Image
 from threefold.data.content_kinds import HEAD, find_format
 from threefold.data.images import rgb_pixels
 from threefold.data.sources.columns import (
-    NO_NAMES,
+    NamedColumns,
     find_columns,
     find_fold_columns,
     require_columns,
@@ -140,12 +140,20 @@ def is_stored_data(folder: Path) -> bool:
     return folder.is_dir() and all(_DIGEST.fullmatch(name) for name in os.listdir(folder))
 
 
+def run_of_stored_data(path: Path) -> Path | None:
+    """Return the folder of the run that a path of stored data is in; None for any other path."""
+    digest, folder = path.parent, path.parent.parent
+    if path.name not in (_TABLE, _ARRAYS) or folder.name != DATA_FOLDER:
+        return None
+    return folder.parent if _DIGEST.fullmatch(digest.name) else None
+
+
 def find_stored_data(root: str, run_folder: Path) -> str:
     """Return `data.root` of a run: of stored data, where the run's folder has been moved to."""
     path = Path(root).expanduser()
     own = run_folder / DATA_FOLDER / path.parent.name / path.name
-    is_stored = path.parent.parent.name == DATA_FOLDER and _DIGEST.fullmatch(path.parent.name)
-    return str(own.resolve()) if is_stored and not path.exists() and own.exists() else root
+    is_moved = run_of_stored_data(path) is not None and not path.exists() and own.exists()
+    return str(own.resolve()) if is_moved else root
 
 
 # What was given
@@ -170,16 +178,16 @@ def _rows_of_table(data: Any, labels: Any) -> _Rows:
     names = data if isinstance(data, Mapping) else getattr(data, "column_names", None)
     keys = {str(key): key for key in (data.columns if names is None else names)}
     where = "the table"
-    named = NO_NAMES._replace(label=labels if isinstance(labels, str) else "", ignores_folds=True)
+    named = NamedColumns(label=labels if isinstance(labels, str) else "", has_recipe=False)
     known = ["path", "label", "group", "split"]
     if labels is not None and not isinstance(labels, str):
         known.remove("label")  # given labels take the place of a column
     header = [str(key) for key in (data.columns if names is None else names)]
-    found = find_columns(header, known, named, where, fix="leave out one of them")
+    found = find_columns(header, known, named, where)
     folds = find_fold_columns([name for name in header if name not in found.values()])
     if len(folds) > 1:
         got = " and ".join(folds)
-        raise DataError("two columns can be the fold", got=got, fix="leave out one of them")
+        raise DataError("two columns can be the fold", got=got, fix="rename or remove one of them")
     found |= dict.fromkeys(["fold"] if folds else [], "".join(folds))
     cells = {meaning: _cells(data, keys[name]) for meaning, name in found.items()}
     if "label" in known and "label" not in found and "path" in found:
@@ -191,7 +199,7 @@ def _rows_of_table(data: Any, labels: Any) -> _Rows:
             cells["label"] = one_hot_labels(marks, classes, rows, where)
     elif "label" not in known:
         cells["label"] = _list_of(labels)
-    require_columns({name: name for name in cells}, header, where, fix="rename a column")
+    require_columns({name: name for name in cells}, header, named, where)
     images = cells["path"]
     texts = _texts(cells["label"], len(images))
     others = {name: [_cell_text(cell) for cell in cells[name]] for name in cells}

@@ -21,7 +21,7 @@ def load_labelled(data: str | Path) -> ImageDataset:
     Raises:
         DataError: images or labels are missing or cannot be read.
     """
-    listing = read_source(detect_source(data), ignores_folds=True)
+    listing = read_source(detect_source(data), has_recipe=False)
     if isinstance(listing, ArrayDataset):
         return arrays_dataset(listing.test or listing.train, listing.classes)
     items = sorted(item for item in listing.items if item.part == "test")

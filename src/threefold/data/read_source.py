@@ -51,12 +51,12 @@ _READERS: Final[dict[str, Callable[[DataSpec, Path, NamedColumns], Listing | Arr
 }
 
 
-def read_source(spec: DataSpec, *, ignores_folds: bool = False) -> Listing | ArrayDataset:
+def read_source(spec: DataSpec, *, has_recipe: bool = True) -> Listing | ArrayDataset:
     """Read or list the images of a recipe's `data` table.
 
     Args:
         spec: the `data` table of a recipe.
-        ignores_folds: whether a column that seems to hold folds may be left unread.
+        has_recipe: whether a recipe can name columns; without one, folds are left unread.
 
     Raises:
         DataError: there is no root, or the images cannot be found.
@@ -68,7 +68,7 @@ def read_source(spec: DataSpec, *, ignores_folds: bool = False) -> Listing | Arr
             fix="set data.root to a folder of class folders, or to a CSV file",
         )
     named = NamedColumns(
-        spec.path_column or "", spec.label_column or "", spec.fold_column, ignores_folds
+        spec.path_column or "", spec.label_column or "", spec.fold_column, has_recipe
     )
     return _READERS[spec.source](spec, Path(root).expanduser(), named)
 

@@ -149,7 +149,7 @@ def fold_values(folds: Sequence[str]) -> tuple[str, ...]:
             f"the fold column has {len(values)} different values",
             expected=f"2 to {MOST_FOLDS} folds",
             got=shorten(values),
-            fix="name the column with the fold of each row in data.fold_column",
+            fix="name the column with the fold of each row in data.fold_column, or remove it",
         )
     return values
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from threefold.data.group_file import GROUP_FILE
 from threefold.data.in_memory import DATA_FOLDER, is_stored_data
+from threefold.data.sources.unpacked import ARCHIVES
 from threefold.errors import DataError, RunError, refuse_address
 from threefold.files import (
     delete_leftovers,
@@ -63,7 +64,11 @@ def default_run_folder(data: Path) -> Path:
     Where the current folder is the images' or inside it, `runs` lies beside the images.
     """
     images = data.resolve()
-    name = images.stem if images.is_file() else images.name
+    name = images.name
+    if images.is_file():
+        name = name.removesuffix(next((s for s in ARCHIVES if name.lower().endswith(s)), ""))
+        name = Path(name).stem if name == images.name else name
+    name = name.replace(":", "-")  # before the configuration of a data set of the hub
     target = Path("runs") / name
     if target.resolve().is_relative_to(images):
         target = Path(os.path.relpath(images.parent / "runs" / name))

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from threefold.data.dataset import Sources, load_data
-from threefold.data.detect_source import detect_source
+from threefold.data.detect_source import detect_source, find_fold_column
+from threefold.data.in_memory import run_of_stored_data
 from threefold.data.splits import HOLDOUT
 from threefold.models.member import fixed_size
 from threefold.models.pipeline import pick_device
@@ -85,7 +86,7 @@ def plan_folder(
     """Choose a recipe for a folder or a table of images.
 
     Args:
-        folder: class folders, train/ [val/] test/ with class folders, or a table (.csv, .parquet).
+        folder: whatever `detect_source` knows: a folder, an archive, a table, a name on the hub.
         budget_minutes: bound on the wall time of the whole job (0 = none).
         members: timm names, by default three that need no hub; `auto` and more names: `candidates`.
         overrides: `a.b=c`, applied last.
@@ -117,7 +118,7 @@ def plan_folder(
     draft = _draft(data, probes, overrides)
     found, measured = look_for_groups(draft, measured, sources, cache, clock, group_file)
     tuning, why_tuning = choose_tuning(draft, summary, measured, device, clock, quality)
-    folds, fit_share, why_folds = _folds(tuning, summary, quality)
+    folds, fit_share, why_folds = _folds(tuning, summary, quality, draft.data.fold_column)
     train, why_train = _train(summary, device)
     stages, tuned = tuning_stages(
         tuning,
@@ -156,16 +157,26 @@ def plan_folder(
 
 
 def _data(folder: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the `data` table for a path: of the source that it seems to be, or that is named."""
-    if any(text.partition("=")[0].strip() == "data.source" for text in overrides):
+    """Return the `data` table for a path: of the source that it seems to be, or that is named.
+
+    A column of a table that seems to hold the user's own folds is named in it, unless the overrides
+    name a column or another way to make folds.
+    """
+    changes = _changes(overrides)
+    if "data.source" in changes:
         return {"source": "folder", "root": str(Path(folder).resolve())}
     spec = detect_source(folder)
-    return {"source": spec.source, "root": spec.root}
+    data = {"source": spec.source, "root": spec.root}
+    if "data.fold_column" not in changes and changes.get("folds.scheme", "column") == "column":
+        column = find_fold_column(spec)
+        data |= {"fold_column": column} if column else {}
+    return data
 
 
 def _name(folder: str | Path) -> str:
     """Name a run after its folder or table."""
-    name = re.sub(r"[^A-Za-z0-9_-]", "-", default_run_folder(Path(folder)).name)
+    target = run_of_stored_data(Path(folder)) or default_run_folder(Path(folder))
+    name = re.sub(r"[^A-Za-z0-9_-]", "-", target.name)
     return name.lstrip("_-")[:80] or "run"
 
 
@@ -176,6 +187,8 @@ def _draft(data: dict[str, Any], probes: list[dict[str, Any]], overrides: Sequen
         "stages": [{"name": "head", "kind": "head"}],
         "members": [dict(probe) for probe in probes],
     }
+    if _changes(overrides).get("data.fold_column", data.get("fold_column")):
+        tree["folds"] = {"scheme": "column"}
     names = {str(key) for i, probe in enumerate(probes) for key in (i, probe["name"])}
     relevant = []
     for override in overrides:
@@ -185,6 +198,12 @@ def _draft(data: dict[str, Any], probes: list[dict[str, Any]], overrides: Sequen
         if known_member or section in ("seed", "train", "features", "folds", "data"):
             relevant.append(override)
     return Recipe.parse(tree, relevant, where="plan")
+
+
+def _changes(overrides: Sequence[str]) -> dict[str, str]:
+    """Return the values that overrides set, as texts, by their keys."""
+    pairs = [text.partition("=")[::2] for text in overrides]
+    return {key.strip(): value.strip().strip("\"'") for key, value in pairs}
 
 
 def left_out_reason(backbones: Sequence[str]) -> str:
@@ -234,6 +253,7 @@ def _summarize(sources: Sources) -> DataSummary:
         smallest_class=int(counts.min()),
         largest_class=int(counts.max()),
         side=int(np.median(sides)),
+        own_folds=len(set(train.folds or ())),
     )
 
 
@@ -292,14 +312,25 @@ def _explain_members(
 
 
 def _folds(
-    tuning: Tuning | None, summary: DataSummary, quality: Quality
+    tuning: Tuning | None, summary: DataSummary, quality: Quality, column: str
 ) -> tuple[dict[str, Any], float, Decision]:
-    """Choose the folds: those of the tuning, or five for probes, which cost little.
+    """Choose the folds: the user's, those of the tuning, or five for probes, which cost little.
+
+    Args:
+        tuning: what is tuned; None = nothing.
+        summary: of the data.
+        quality: as for the plan.
+        column: the user's own folds.
 
     Returns:
         The `folds` table, the share of the images that each network is fitted on, and the reason.
     """
     select = select_share(summary.n)
+    if summary.own_folds:
+        table = {"scheme": "column", "final": "refit", "select": round(select, 3)}
+        reason = f"the column {column} of the table has {summary.own_folds} folds of your own"
+        share = (1 - select) * (summary.own_folds - 1) / summary.own_folds
+        return table, share, Decision("folds.scheme", "column", reason)
     if tuning is not None and tuning.folds == 1:
         reason = (
             f"{round(HOLDOUT * summary.n):,} of {summary.n:,} images are enough to choose and "

@@ -48,6 +48,8 @@ class DataSummary(NamedTuple):
     largest_class: int
     side: int
     """Median of the images' shorter sides, in pixels."""
+    own_folds: int = 0
+    """Folds in the user's own column; 0 = none."""
 
 
 @dataclass(frozen=True)

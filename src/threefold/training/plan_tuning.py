@@ -170,7 +170,10 @@ def _tunings(
         options = TUNINGS_OF_MANY
     folds = max(2, summary.smallest_class)
     return [
-        tuning._replace(members=min(tuning.members, members), folds=min(tuning.folds, folds))
+        tuning._replace(
+            members=min(tuning.members, members),
+            folds=summary.own_folds or min(tuning.folds, folds),
+        )
         for tuning in options
     ]
 

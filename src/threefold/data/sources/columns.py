@@ -72,8 +72,8 @@ class NamedColumns(NamedTuple):
     label: str = ""
     fold: str = ""
     """The fold of each training row; empty = none."""
-    ignores_folds: bool = False
-    """Whether a column of folds is left unread, where nothing is trained."""
+    has_recipe: bool = True
+    """Whether there is a recipe, which can name columns. Without one, folds are left unread."""
 
 
 NO_NAMES: Final = NamedColumns()
@@ -85,7 +85,6 @@ def find_columns(
     known: Sequence[str],
     named: NamedColumns,
     where: str,
-    fix: str = "set data.{meaning}_column to one of them",
 ) -> dict[str, str]:
     """Find the known columns of a table, whatever their capitals.
 
@@ -95,7 +94,6 @@ def find_columns(
             usual names of `split` and `group` are refused.
         named: the columns that the recipe names.
         where: the file, for messages.
-        fix: of two columns for the path or for the label, which is `{meaning}` in the text.
 
     Returns:
         The table's own name of each known column that it has.
@@ -112,14 +110,16 @@ def find_columns(
     for meaning in known:
         candidates = _candidates(free, meaning, named, where)
         if len(candidates) > 1:
-            is_named = meaning in _ALIASES
+            fix = "rename or remove one of them"
+            if meaning in _ALIASES and named.has_recipe:
+                fix = f"choose one: --set data.{meaning}_column=NAME"
             raise DataError(
                 f"two columns can be the {meaning}"
                 if len(candidates) == 2
                 else f"{len(candidates)} columns can be the {meaning}",
                 where=where,
                 got=" and ".join(candidates),
-                fix=fix.format(meaning=meaning) if is_named else "rename or remove one of them",
+                fix=fix,
             )
         if candidates:
             found[meaning] = candidates[0]
@@ -158,6 +158,12 @@ def _plain(name: str) -> str:
     return re.sub(r"[\W_]+", "", name.lower())
 
 
+def count_known(header: Sequence[str]) -> int:
+    """Count the columns with a usual name of the path or the label."""
+    names = {name for tiers in _ALIASES.values() for tier in tiers for name in tier}
+    return sum(_plain(name) in names for name in header)
+
+
 def find_fold_columns(header: Sequence[str]) -> list[str]:
     """Return the columns that seem to hold the user's own folds."""
     return [name for name in header if _plain(name) in _NEAR["fold"]]
@@ -168,7 +174,7 @@ def _refuse_near_miss(name: str, found: dict[str, str], named: NamedColumns, whe
     for meaning, names in _NEAR.items():
         is_read = meaning in found
         if meaning == "fold":
-            is_read = bool(named.fold) or named.ignores_folds
+            is_read = bool(named.fold) or not named.has_recipe
         if _plain(name) in names and not is_read:
             raise DataError(
                 f"a column seems to be the {meaning} of the images, but would not be read",
@@ -181,18 +187,18 @@ def _refuse_near_miss(name: str, found: dict[str, str], named: NamedColumns, whe
 def require_columns(
     columns: dict[str, str],
     header: Sequence[str],
+    named: NamedColumns,
     where: str,
     expected: str = "",
-    fix: str = "rename a column, or set {keys}",
 ) -> None:
     """Check that a table has the columns of the image and of the label.
 
     Args:
         columns: by meaning.
         header: names of all columns.
+        named: the columns that the recipe names.
         where: the table, for messages.
         expected: what else would do.
-        fix: what to do, in which `{keys}` are those of the recipe.
 
     Raises:
         DataError: it has not; the message has the names that are looked for.
@@ -201,13 +207,13 @@ def require_columns(
     if not missing:
         return
     names = "; ".join(f"{meaning}: {SHOWN[meaning]}, ..." for meaning in missing)
-    keys = " and ".join(f"data.{meaning}_column" for meaning in missing)
+    keys = " ".join(f"--set data.{meaning}_column=NAME" for meaning in missing)
     raise DataError(
         f"the table has no column that can be the {' or the '.join(missing)}",
         where=where,
         expected=f"{names}{expected}",
         got=", ".join(header) or "an empty file",
-        fix=fix.format(keys=keys),
+        fix=f"rename a column, or name it: {keys}" if named.has_recipe else "rename a column",
     )
 
 

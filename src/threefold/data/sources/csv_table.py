@@ -13,6 +13,7 @@ from threefold.data.sources.columns import (
     NO_NAMES,
     NamedColumns,
     check_fold_column,
+    count_known,
     find_columns,
     note_columns,
     note_unread,
@@ -64,7 +65,7 @@ def list_csv(table: Path, named: NamedColumns = NO_NAMES) -> Listing:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError("cannot read the CSV file", where=table, got=error) from None
     classes = _mark_one_hot(rows, columns, header, named.fold, table)
-    require_columns(columns, header, str(table), ", or a column of 0 and 1 for each class")
+    require_columns(columns, header, named, str(table), ", or a column of 0 and 1 for each class")
     check_fold_column(header, named.fold, str(table))
     if not rows:
         raise DataError(
@@ -117,10 +118,13 @@ def read_header(table: Path) -> list[str]:
 
 
 def _find_separator(text: str) -> str:
-    """Return the sign that separates the most columns of the header; a comma if there is none."""
+    """Return the sign that separates the columns of the header.
+
+    It gives the most columns with usual names, and else the most; a comma where there is none.
+    """
     line = next((line for line in text[:_LONGEST_HEADER].splitlines() if line.strip()), "")
-    columns = {sign: len(_split(line, sign)) for sign in SEPARATORS}
-    return max(SEPARATORS, key=lambda sign: columns[sign])
+    headers = {sign: _split(line, sign) for sign in SEPARATORS}
+    return max(SEPARATORS, key=lambda sign: (count_known(headers[sign]), len(headers[sign])))
 
 
 def _split(line: str, sign: str) -> list[str]:

@@ -261,7 +261,7 @@ def _list_tables(tables: list[_Table], folder: Path | None, named: NamedColumns)
     for table in tables:
         columns.append(table.rows.column(table.image) if table.image else None)
         starts.append(len(items))
-        items += _list_rows(table, len(items), folder, named.fold)
+        items += _list_rows(table, len(items), folder, named)
     where = shorten(table.name for table in tables)
     first = tables[0]
     notes = note_columns(first.columns)
@@ -297,15 +297,16 @@ def _list_tables(tables: list[_Table], folder: Path | None, named: NamedColumns)
 
 
 def _list_rows(
-    table: _Table, start: int, folder: Path | None, fold_column: str
+    table: _Table, start: int, folder: Path | None, named: NamedColumns
 ) -> Iterator[ListedImage]:
     """List the rows of one table, which begin at row `start` of all tables."""
     found = {"path": table.image, **table.columns} if table.image else table.columns
-    require_columns(found, table.rows.column_names, table.name)
+    require_columns(found, table.rows.column_names, named, table.name)
     columns = {
         meaning: table.rows.column(name).to_pylist() for meaning, name in table.columns.items()
     }
     folds: list[Any] | None = None
+    fold_column = named.fold
     if fold_column in table.rows.column_names:
         folds = table.rows.column(fold_column).to_pylist()
     for row in range(table.rows.num_rows):
