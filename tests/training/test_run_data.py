@@ -13,7 +13,7 @@ from support.tiny_runs import make_folder
 import threefold
 from threefold.data.dataset import load_data
 from threefold.data.detect_source import detect_source
-from threefold.errors import ThreefoldError
+from threefold.errors import RunError, ThreefoldError
 from threefold.training.run_data import place_data
 
 IMAGES = np.arange(4 * 6, dtype=np.uint8).reshape(4, 2, 3)
@@ -86,3 +86,12 @@ def test_a_table_in_memory_is_fitted_and_resumed(capfd: pytest.CaptureFixture[st
     assert run.dir.parent == Path("runs")
     assert run.accuracy == again.accuracy > 0.9
     assert run.score(table).n == len(table)
+
+
+def test_a_folder_of_other_files_is_left_as_it_is() -> None:
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("mine")
+
+    with pytest.raises(RunError, match="not empty and not a run"):
+        place_data(IMAGES, LABELS, "mine")
+    assert [path.name for path in Path("mine").iterdir()] == ["notes.txt"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from threefold.data.in_memory import store_data, store_in_new_run
 from threefold.errors import DataError, RunError
-from threefold.predictions.run_folder import default_run_folder
+from threefold.predictions.run_folder import RunFolder, default_run_folder
 
 
 def place_data(data: Any, labels: Any, out: str | Path | None) -> tuple[Path, str | Path]:
@@ -22,7 +22,7 @@ def place_data(data: Any, labels: Any, out: str | Path | None) -> tuple[Path, st
         The run folder, and a path to the images.
 
     Raises:
-        RunError: `out` is no folder, or the folder has a run on other data.
+        RunError: `out` is no folder, or the folder has other files or a run on other data.
         DataError: images or labels cannot be used.
     """
     if out is not None and not isinstance(out, str | Path):
@@ -34,7 +34,10 @@ def place_data(data: Any, labels: Any, out: str | Path | None) -> tuple[Path, st
     if not isinstance(data, str | Path):
         if out is None:
             return store_in_new_run(data, labels, Path("runs"))
-        return Path(out), store_data(data, labels, out)
+        folder = Path(out)
+        if not (folder / "recipe.toml").exists():
+            RunFolder(folder).check_new()  # before anything is written there
+        return folder, store_data(data, labels, folder)
     if labels is not None:
         raise DataError(
             "labels are given for images in memory only",
