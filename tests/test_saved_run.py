@@ -95,6 +95,8 @@ def test_charts_are_svg_documents(whole: Path, tmp_path: Path, kind: str) -> Non
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert chart._repr_svg_() == path.read_text(encoding="utf-8")
     assert "var(--" not in chart.svg
+    assert repr(chart).startswith("<Chart of ")
+    assert len(repr(chart)) < 80
 
 
 def test_the_confusion_matrix_has_the_counts_of_the_answers(whole: Path) -> None:

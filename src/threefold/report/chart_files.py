@@ -18,7 +18,7 @@ _GAP: Final = 28
 """Units above each of several drawings, for its title."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Chart:
     """A drawing that a notebook shows, and that can be saved as a file.
 
@@ -55,6 +55,11 @@ class Chart:
             f'font-family="system-ui, sans-serif" font-size="12">'
             f'<rect width="100%" height="100%" fill="#fff"/>{body}</svg>'
         )
+
+    def __repr__(self) -> str:
+        """Say in one line what it is, since the document has thousands of characters."""
+        width, height = _size(self.svg)
+        return f'<Chart of {width:.0f} x {height:.0f} points; save("chart.svg") writes it>'
 
     def _repr_svg_(self) -> str:
         """What a notebook shows."""
