@@ -201,7 +201,9 @@ def test_extras_cover_all_verbs_and_packages() -> None:
 
     modules_and_packages = {path.stem for path in (ROOT / "src/threefold").iterdir()}
     assert set(extras.PACKAGE_EXTRAS) <= modules_and_packages
-    assert {*extras.VERB_EXTRAS, "predict", "pull"} == {name.partition(" ")[0] for name in SURFACE}
+    assert {*extras.VERB_EXTRAS, "predict", "pull", "doctor", "clean"} == {
+        name.partition(" ")[0] for name in SURFACE
+    }
     assert {*extras.VERB_EXTRAS.values(), *extras.PACKAGE_EXTRAS.values()} <= set(
         PROJECT["optional-dependencies"]
     )

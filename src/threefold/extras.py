@@ -26,7 +26,7 @@ VERB_EXTRAS: Final = {
     "serve": "serve",
     "push": "train",
 }
-"""The extra that each verb needs; `predict` and `pull` need none."""
+"""The extra that each verb needs; those missing here need none."""
 PACKAGE_EXTRAS: Final = {
     "api": "train",
     "classifier": "train",

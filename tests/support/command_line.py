@@ -41,6 +41,8 @@ SURFACE = {
     "report": {"--out"},
     "push": {"--private", "--licence"},
     "pull": {"--out", "--revision"},
+    "doctor": {"--speed", "--json"},
+    "clean": {"--yes"},
     "list": set(),
     "data": set(),
     "data fetch": {"--to", "--extra", "--accept-licence"},

@@ -14,6 +14,7 @@ from threefold.arguments import parse_minutes, split_names
 from threefold.cli.console import err, out
 from threefold.cli.data import register as register_data
 from threefold.cli.demo import demo
+from threefold.cli.doctor import register as register_doctor
 from threefold.cli.export import export
 from threefold.cli.hub import register as register_hub
 from threefold.cli.images import register as register_images
@@ -290,4 +291,5 @@ def list_(
 register_saved(app)
 register_data(app)
 register_hub(app)
+register_doctor(app)
 register_reproduce(app)

@@ -22,6 +22,7 @@ import numpy as np
 
 from threefold.errors import RecipeError, RunError
 from threefold.files import sha256, write_bytes, write_json
+from threefold.machine import available_memory, folder_size, free_disk
 
 LIMIT_VARIABLE: Final = "THREEFOLD_CACHE_GB"
 """Environment variable: largest size of the cached features in GB (0 = nothing is kept)."""
@@ -191,21 +192,12 @@ def make_room(folder: Path, needed: int, limit: int, used: Sequence[str] = ()) -
     sizes = {path: folder_size(path) for path in stores}
     total = sum(sizes.values())
     for path in sorted(stores, key=_last_use):
-        if total + needed <= limit and needed <= _free(folder):
+        if total + needed <= limit and needed <= free_disk(folder):
             break
         if path.name not in used:
             shutil.rmtree(path, ignore_errors=True)
             total -= sizes[path]
-    return total + needed <= limit and needed <= _free(folder)
-
-
-def folder_size(folder: Path) -> int:
-    """Bytes of a folder's files."""
-    total = 0
-    for path in folder.iterdir():
-        with suppress(OSError):
-            total += path.stat().st_size
-    return total
+    return total + needed <= limit and needed <= free_disk(folder)
 
 
 def _last_use(folder: Path) -> float:
@@ -213,33 +205,6 @@ def _last_use(folder: Path) -> float:
         return (folder / ".used").stat().st_mtime
     except OSError:
         return 0.0
-
-
-def _free(folder: Path) -> int:
-    """Free bytes on the disk of a folder that need not exist yet."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def available_memory() -> int:
-    """Return the bytes of memory that a process can still take: the machine's or the container's.
-
-    Where the system does not say, a number beyond any need.
-    """
-    numbers = [2**62]
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        line = next(line for line in lines if line.startswith("MemAvailable"))
-        numbers.append(int(line.split()[1]) * 1024)
-    with suppress(OSError, ValueError, StopIteration):
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        counts = (line.split() for line in (group / "memory.stat").read_text().splitlines())
-        cached = next(int(count) for name, count in counts if name == "inactive_file")
-        numbers.append(limit - used + cached)
-    return max(0, min(numbers))
 
 
 def check_memory(needed: int, what: str) -> None:

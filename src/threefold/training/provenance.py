@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
-import platform
 import subprocess
 from pathlib import Path
 
 import torch
+
+from threefold.machine import processor_name
 
 
 def versions() -> dict[str, str]:
@@ -21,16 +22,8 @@ def versions() -> dict[str, str]:
 
 def hardware() -> str:
     """Describe processor, cores and accelerator in one line."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        models = [
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        name = models[0] if models else name
     accelerator = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}, {os.cpu_count()} cores{accelerator}"
+    return f"{processor_name()}, {os.cpu_count()} cores{accelerator}"
 
 
 def commit() -> str:

@@ -1,0 +1,63 @@
+"""What this machine is: processor, memory, disk. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+
+def processor_name() -> str:
+    """Return the processor's name as the system gives it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use, which can be fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that a process can still take: the machine's or the container's.
+
+    Where the system does not say, a number beyond any need.
+    """
+    numbers = [2**62]
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("MemAvailable"))
+        numbers.append(int(line.split()[1]) * 1024)
+    with suppress(OSError, ValueError, StopIteration):
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        counts = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = next(int(count) for name, count in counts if name == "inactive_file")
+        numbers.append(limit - used + cached)
+    return max(0, min(numbers))
+
+
+def free_disk(folder: Path) -> int:
+    """Return the free bytes on the disk of a folder that need not exist yet."""
+    folder = folder.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def folder_size(folder: Path) -> int:
+    """Return the bytes of all files in a folder; 0 if there is none."""
+    total = 0
+    for path in folder.rglob("*") if folder.exists() else ():
+        with suppress(OSError):  # deleted meanwhile
+            if path.is_file() and not path.is_symlink():
+                total += path.stat().st_size
+    return total
