@@ -255,7 +255,7 @@ class SavedRun:
         """Return the accuracy to expect and its basis in words."""
         expected = self.results.expected if self.folder.has_results else None
         if expected is None:
-            return "no results yet"
+            return "no accuracy to expect" if self.folder.has_results else "no results yet"
         low, high = expected.interval
         text = f"accuracy {expected.accuracy:.3f} [{low:.3f}, {high:.3f}] on {expected.n:,}"
         more = " (more members follow)" if self.results.pending else ""
