@@ -7,6 +7,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from support.fake_runs import fake_run, full_run
@@ -14,6 +15,7 @@ from support.fake_runs import fake_run, full_run
 import threefold
 from threefold.errors import MissingExtraError, RunError
 from threefold.files import read_json, write_json
+from threefold.report import charts
 from threefold.report.svg import PAGE_COLOURS
 from threefold.training.run import Run
 
@@ -178,3 +180,17 @@ def test_a_run_that_trains_has_the_same_methods(whole: Path) -> None:
 
     assert isinstance(run, threefold.SavedRun)
     assert repr(run).startswith("<Run whole: accuracy 0.889")
+
+
+def test_rows_of_the_matrix_are_the_right_classes() -> None:
+    drawing = ElementTree.fromstring(charts.confusion(np.array([[5, 2], [0, 3]]), ["a", "b"]))
+
+    texts = {element.text: element for element in drawing.iter() if element.text}
+    five, two, three = (
+        [float(texts[count].attrib[axis]) for axis in "xy"] for count in ("5", "2", "3")
+    )
+    assert two[0] > five[0]
+    assert two[1] == pytest.approx(five[1])
+    assert three == pytest.approx([two[0], three[1]])
+    assert three[1] > two[1]
+    assert "0" not in texts
