@@ -35,6 +35,7 @@ from threefold.training.results import evaluate_run, write_results
 from threefold.training.run import Run
 from threefold.training.run_data import place_data
 from threefold.training.terminal_watcher import show_progress
+from threefold.training.trackers import TrackedWatcher
 from threefold.training.watcher import Watcher
 
 LEFT_OUT = "the members to be tuned were left out: no time left"
@@ -56,6 +57,7 @@ def fit(
     members: str | Sequence[str] = (),
     overrides: str | Sequence[str] = (),
     quality: Quality = "good",
+    log: str | Sequence[str] = (),
     progress: bool = True,
     watcher: Watcher | None = None,
 ) -> Run:
@@ -78,6 +80,7 @@ def fit(
         members: timm names; by default three EfficientNet-Lite. `auto` chooses by measurement.
         overrides: `a.b=c` changes to the planned recipe.
         quality: fast = heads on frozen features only; good; best = larger images, more epochs.
+        log: experiment trackers that receive the numbers, too: tensorboard, mlflow, wandb.
         progress: show notes and a progress bar.
         watcher: follows the training in place of the bar.
 
@@ -87,8 +90,12 @@ def fit(
     target, source = place_data(data, labels, out)
     changes = (overrides,) if isinstance(overrides, str) else tuple(overrides)
     minutes = parse_minutes(budget)
-    with show_progress(watcher, progress) as follower:
-        return _fit(source, target, minutes, split_names(members), changes, quality, follower)
+    names = split_names(members)
+    with (
+        show_progress(watcher, progress) as follower,
+        TrackedWatcher(follower, split_names(log)) as tracked,
+    ):
+        return _fit(source, target, minutes, names, changes, quality, tracked)
 
 
 def _fit(
