@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from threefold.data.check import find_spec
+from threefold.data.check import check_data, find_spec
 from threefold.data.dataset import Sources, load_data
 from threefold.data.detect_source import detect_source, find_fold_column, seems_data
 from threefold.data.labelled import load_labelled
@@ -232,6 +232,16 @@ def test_folds_are_found_in_every_table(tmp_path: Path, suffix: str) -> None:
     assert find_fold_column(detect_source(path)) == "kFold"
 
 
+def test_a_check_reads_the_folds_that_a_plan_keeps(tmp_path: Path) -> None:
+    table = write_table(tmp_path, "path,label,KFold")
+    table.write_text(table.read_text().replace("x", "1", 4).replace("x", "2"))
+
+    report = check_data(find_spec(str(table)))
+
+    assert report.usable
+    assert "2 folds from the column KFold: 1, 2" in [f.what for f in report.findings]
+
+
 def test_two_columns_of_folds_are_refused(tmp_path: Path) -> None:
     table = write_table(tmp_path, "path,label,fold,kfold")
 
@@ -312,7 +322,7 @@ def test_names_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
 
     assert detect_source("owner/name:small").source == "huggingface"
-    assert find_spec("owner/name").root == "owner/name"
+    assert detect_source("owner/name").root == "owner/name"
     assert default_run_folder(Path("owner/name:small")) == Path("runs/name-small")
     for path in ("photos/typo", "owner/rows.csv", "owner/a/b", "../owner", "owner", "a/b.zip"):
         assert not seems_data(path)

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 
 from threefold.data.dataset import ImageDataset, Sources, load_data
-from threefold.data.detect_source import TABLES, detect_source, is_hub_name
+from threefold.data.detect_source import TABLES, detect_source, find_fold_column, is_hub_name
 from threefold.data.leakage import (
     describe_guessed_groups,
     duplicate_warnings,
@@ -131,14 +131,23 @@ def find_spec(source: str, kind: str = "") -> DataSpec:
         return DataSpec(source="demo")
     path = Path(source).expanduser()
     if not kind and is_hub_name(source):
-        return detect_source(source)
+        return _with_own_folds(detect_source(source))
     if not path.exists() and kind != "huggingface":
         refuse_address(source)
         fix = ""
         if source in FILE_PATTERNS:
             fix = f"threefold data fetch {source} --to FOLDER, then check FOLDER"
         raise DataError("no such file or folder", where=source, fix=fix)
-    return DataSpec.model_validate({"source": kind or _guess_source(path), "root": source})
+    spec = DataSpec.model_validate({"source": kind or _guess_source(path), "root": source})
+    return _with_own_folds(spec)
+
+
+def _with_own_folds(spec: DataSpec) -> DataSpec:
+    """Name the user's own column of folds, as a plan does."""
+    try:
+        return spec.model_copy(update={"fold_column": find_fold_column(spec)})
+    except DataError:  # which the check finds again, and reports
+        return spec
 
 
 def _guess_source(path: Path) -> str:
