@@ -43,6 +43,8 @@ WORDS = {
     "train": ["demo", "--out", "x"],
     "export": ["runs/x"],
     "distill": ["runs/x", "--student", "y"],
+    "embed": ["resnet18", "."],
+    "explain": [".", "x.png"],
     "reproduce": ["table1"],
     "list": ["heads"],
     "data": ["check", "demo"],

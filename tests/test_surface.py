@@ -161,6 +161,40 @@ def test_predict_in_batches_and_into_a_file(finished: Run, tmp_path: Path) -> No
     assert "leave --csv and --json out" in str(both.exception)
 
 
+def test_explain_a_run_and_a_file(finished: Run, tmp_path: Path) -> None:
+    image = Path(finished.recipe.data.root) / ids_of_test_images(finished)[0]
+    of_run, of_file = tmp_path / "run.png", tmp_path / "file.png"
+
+    run = runner.invoke(app, ["explain", str(finished.dir), str(image), "--out", str(of_run)])
+    file = runner.invoke(
+        app,
+        ["explain", str(finished.dir / "model.onnx"), str(image), "--out", str(of_file), "--json"],
+    )
+    wrong = runner.invoke(app, ["explain", str(finished.dir), str(image), "--class", "pink"])
+
+    lines = run.stdout.splitlines()
+    explained = json.loads(file.stdout)
+    assert explained["method"].startswith("occlusion")
+    assert f"{explained['top'][0][0]} {explained['top'][0][1]:.1%}" in lines[0]
+    assert "Grad-CAM" in lines[1]
+    assert len([line for line in lines if line.startswith("  ")]) == 5
+    assert of_run.read_bytes()[1:4] == of_file.read_bytes()[1:4] == b"PNG"
+    assert "expected blue, green, red, got pink" in str(wrong.exception)
+
+
+def test_embed_writes_the_features_of_images(finished: Run, tmp_path: Path) -> None:
+    target, bad = tmp_path / "features.npz", tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    images = [str(Path(finished.recipe.data.root) / "test"), str(bad)]
+
+    done = runner.invoke(app, ["embed", str(finished.dir), *images, "--out", str(target)])
+
+    assert done.exit_code == 1
+    with np.load(target) as arrays:
+        assert len(arrays["paths"]) == len(arrays["features"]) == len(ids_of_test_images(finished))
+        assert arrays["features"].shape[1] == arrays["widths"].sum()
+
+
 def test_predict_names_bad_files_and_goes_on(finished: Run, tmp_path: Path) -> None:
     model = str(finished.dir / "model.onnx")
     bad, missing = tmp_path / "broken.png", tmp_path / "none.png"

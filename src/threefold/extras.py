@@ -16,6 +16,8 @@ VERB_EXTRAS: Final = {
     "train": "train",
     "export": "train",
     "distill": "train",
+    "embed": "train",
+    "explain": "train",
     "reproduce": "train",
     "list": "train",
     "data": "report",
@@ -26,7 +28,7 @@ VERB_EXTRAS: Final = {
     "serve": "serve",
     "push": "train",
 }
-"""The extra that each verb needs; those missing here need none."""
+"""The extra that each verb needs; those missing here need none, nor does `explain` of a file."""
 PACKAGE_EXTRAS: Final = {
     "api": "train",
     "classifier": "train",

@@ -15,6 +15,7 @@ from threefold.cli.console import err, out
 from threefold.cli.data import register as register_data
 from threefold.cli.demo import demo
 from threefold.cli.doctor import register as register_doctor
+from threefold.cli.explain import register as register_explain
 from threefold.cli.export import export
 from threefold.cli.hub import register as register_hub
 from threefold.cli.images import register as register_images
@@ -229,6 +230,7 @@ def distill(
 
 
 register_images(app)
+register_explain(app)
 
 
 @app.command()

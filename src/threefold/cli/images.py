@@ -59,6 +59,15 @@ def predict(
             "Without it auto with --out or --device, else 1.",
         ),
     ] = "",
+    heat: Annotated[
+        Path | None,
+        typer.Option(
+            "--heat",
+            metavar="DIR",
+            help="Also write a picture per image: what hiding parts costs the answer; 65 times "
+            "slower.",
+        ),
+    ] = None,
 ) -> None:
     """Classify images with an exported file; needs no torch."""
     from threefold.runtime import predict as answers
@@ -75,6 +84,10 @@ def predict(
                 where=target,
                 fix="leave --csv and --json out",
             )
+        if heat is not None:
+            raise DataError(
+                "--out writes no heat maps", where=target, fix="give --heat in a command without it"
+            )
         _predict_to_file(target, model, images, top, policy, engine)
         return
     form = "text"
@@ -83,7 +96,7 @@ def predict(
     if as_json:
         form = "json"
     failed = answers.write_predictions(
-        sys.stdout, print_error, model, images, top, form, policy, engine
+        sys.stdout, print_error, model, images, top, form, policy, engine, heat
     )
     if failed:
         raise SystemExit(1)

@@ -226,3 +226,11 @@ def _repository(name: str) -> tuple[str, str | None]:
 def _config(name: str) -> Any:
     """Return timm's configuration of pretrained weights; None if it knows none of that name."""
     return timm.get_pretrained_cfg(name) if timm.is_model_pretrained(name) else None
+
+
+def native_size(backbone: str) -> int:
+    """Return the side in pixels at which timm evaluates a backbone; 224 if it does not say."""
+    config = _config(resolve_backbone(backbone))
+    if config is None:
+        return 224
+    return int((config.test_input_size or config.input_size)[-1])

@@ -121,7 +121,7 @@ class FeatureCache:
         self.folder = cache_folder("features") if folder is None else folder
         self.record = EngineChoices(record)
         self._machine = EngineChoices(self.folder / "engines.json")
-        self.load = load or partial(_pretrained, recipe)
+        self.load = load or partial(pretrained_backbone, recipe)
         self.device = pick_device(recipe.train.device)
         self._sources: dict[tuple[object, ...], _Source] = {}
         self._hashes: dict[str, dict[int, str]] = {"train": {}, "test": {}, "unlabelled": {}}
@@ -476,7 +476,7 @@ class FeatureCache:
         source.store.keep(names, features)
 
 
-def _pretrained(recipe: Recipe, spec: MemberSpec) -> Any:
+def pretrained_backbone(recipe: Recipe, spec: MemberSpec) -> Any:
     """Create a backbone; random weights depend on the recipe's seed and its name only."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(stable_seed(recipe.seed, "backbone", spec.backbone))

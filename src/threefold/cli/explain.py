@@ -1,0 +1,232 @@
+"""Verbs that look into a model: explain and embed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from threefold.arguments import split_names
+from threefold.cli.console import out, plain, print_error, print_json
+from threefold.cli.options import Json
+from threefold.cli.progress import progress_bar
+from threefold.errors import DataError, shorten
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from threefold.training.watcher import Watcher
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    app.command()(explain)
+    app.command()(embed)
+
+
+def explain(
+    model: Annotated[
+        Path, typer.Argument(help="A finished run folder, or an exported .onnx file.")
+    ],
+    image: Annotated[Path, typer.Argument(help="The image.")],
+    target: Annotated[
+        Path | None,
+        typer.Option("--out", help="The picture to write (default IMAGE-heat.png, here)."),
+    ] = None,
+    class_name: Annotated[
+        str, typer.Option("--class", help="The class to explain (default: the answer).")
+    ] = "",
+    similar: Annotated[
+        int,
+        typer.Option(
+            "--similar", min=0, help="How many similar training images to name; of a run only."
+        ),
+    ] = 5,
+    as_json: Json = False,
+) -> None:
+    """Show what an answer rests on: a heat map, and similar training images.
+
+    Of a run the heat is Grad-CAM of its networks. An exported file has no gradients: there squares
+    of the image are hidden, and the heat is what that costs the class.
+    """
+    target = target or Path(f"{image.stem}-heat.png")
+    describe = _explain_run if model.is_dir() else _explain_file
+    explained = describe(model, image, target, class_name, similar)
+    if as_json:
+        print_json(explained)
+        return
+    top = ", ".join(f"{plain(name)} {share:.1%}" for name, share in explained["top"])
+    out.print(f"{plain(str(image))}: {top}")
+    out.print(f"heat   {plain(str(target))}: {plain(explained['method'])}")
+    for note in explained["notes"]:
+        out.print(f"       {plain(note)}")
+    if explained["similar"]:
+        out.print(f"similar training images, by the features of {plain(explained['features'])}")
+    for neighbour in explained["similar"]:
+        line = f"{neighbour['label']}  {neighbour['id']}"
+        out.print(f"  {neighbour['similarity']:.3f}  {plain(line)}")
+
+
+def _explain_file(
+    model: Path, image: Path, target: Path, class_name: str, similar: int
+) -> dict[str, Any]:
+    """Explain an answer of an exported file by occlusion."""
+    from threefold.data.images import decode
+    from threefold.runtime.heat import check_picture, occlusion_heat, save_overlay
+    from threefold.runtime.model import load
+
+    check_picture(target)
+    loaded, pixels = load(model), decode(str(image))
+    probs = loaded.answer(loaded.prepare(pixels)[None])[0]
+    number = _class_number(loaded.classes, probs, class_name)
+    heat = occlusion_heat(loaded, pixels, number)
+    save_overlay(target, pixels, heat.map)
+    name = loaded.classes[number]
+    notes = [
+        f"{name} has {heat.probability:.1%}, and {heat.lowest:.1%} without the square that "
+        "matters most"
+    ]
+    if similar:
+        notes.append("a run folder also names similar training images")
+    if not heat.map.any():
+        notes.append(f"no square speaks for {name}: the picture has no heat")
+    return {
+        **_answer(image, loaded.classes, probs, name, target),
+        "method": "occlusion, 64 squares two sevenths of the side wide",
+        "notes": notes,
+        "features": "",
+        "similar": [],
+    }
+
+
+def _explain_run(
+    model: Path, image: Path, target: Path, class_name: str, similar: int
+) -> dict[str, Any]:
+    """Explain an answer of a run by Grad-CAM, and find similar training images."""
+    from threefold.data.images import decode
+    from threefold.exporting.export import chosen_ensemble
+    from threefold.runtime.heat import check_picture, save_overlay
+    from threefold.training.embedding import pooled_members
+    from threefold.training.explain import run_heat, similar_images
+    from threefold.training.run import Run
+
+    check_picture(target)
+    run, pixels = Run.open(model), decode(str(image))
+    chosen = chosen_ensemble(run)
+    classes = run.folder.info.classes
+    probs = run.pipeline(chosen.combiner, chosen.members).predict_proba([pixels])[0]
+    number = _class_number(classes, probs, class_name)
+    heat = run_heat(run, chosen.members, pixels, number)
+    save_overlay(target, pixels, heat)
+    notes, neighbours = [], []
+    if not heat.any():
+        notes.append(f"nothing speaks for {classes[number]}, or no backbone has a feature map")
+    if similar:
+        with _watching() as watcher:
+            run.watcher = watcher
+            neighbours = similar_images(run, image, similar, chosen.members)
+    names = shorten(spec.backbone for spec in pooled_members(run.recipe, chosen.members))
+    return {
+        **_answer(image, classes, probs, classes[number], target),
+        "method": f"Grad-CAM for {classes[number]}, mean of {', '.join(chosen.members)}",
+        "notes": notes,
+        "features": names if neighbours else "",
+        "similar": [neighbour._asdict() for neighbour in neighbours],
+    }
+
+
+def _answer(
+    image: Path, classes: Sequence[str], probs: np.ndarray, explained: str, target: Path
+) -> dict[str, Any]:
+    top = [(classes[i], float(probs[i])) for i in (-probs).argsort(kind="stable")[:3]]
+    return {"image": str(image), "top": top, "class": explained, "heat": str(target)}
+
+
+def _class_number(classes: Sequence[str], probs: np.ndarray, name: str) -> int:
+    """Return the class to explain: the one named, or the most probable one."""
+    if not name:
+        return int(probs.argmax())
+    if name not in classes:
+        raise DataError("no such class", where="--class", expected=shorten(classes), got=name)
+    return [*classes].index(name)
+
+
+@contextmanager
+def _watching() -> Iterator[Watcher]:
+    """Show how far the features are, and the notes about them."""
+    from threefold.training.watcher import Watcher
+
+    with progress_bar("features") as progress:
+
+        class FeatureWatcher(Watcher):
+            """Shows features and notes."""
+
+            def features(self, done: int, total: int) -> None:
+                progress(done, total)
+
+            def note(self, text: str) -> None:
+                print_error(text)
+
+        yield FeatureWatcher()
+
+
+def embed(
+    source: Annotated[
+        str, typer.Argument(help="A run folder, or the timm name of a pretrained backbone.")
+    ],
+    images: Annotated[
+        list[str], typer.Argument(help="Files, folders, or - for a list on standard input.")
+    ],
+    target: Annotated[
+        Path, typer.Option("--out", help="The file to write: .npz or .parquet.")
+    ] = Path("features.npz"),
+    members: Annotated[
+        str,
+        typer.Option(
+            "--members", help="Only the backbones of these members of a run, separated by commas."
+        ),
+    ] = "",
+    size: Annotated[
+        int,
+        typer.Option(
+            "--size",
+            min=0,
+            max=2048,
+            help="Side in pixels to which images are resized for a timm name; 0 = as timm does.",
+        ),
+    ] = 0,
+) -> None:
+    """Write the pooled features of images, through the cache of features."""
+    from threefold.data.images import check_all
+    from threefold.runtime.predict import each_image
+    from threefold.training.embedding import check_suffix, write_embedding
+    from threefold.training.embedding import embed as embed_images
+
+    check_suffix(target)
+    failed = 0
+    paths: dict[Path, None] = {}
+    for found in each_image(images, print_error):
+        if isinstance(found, DataError):
+            failed += 1
+            print_error(found)
+        else:
+            paths[found] = None
+    for bad in check_all(list(paths), min(8, os.cpu_count() or 1)):
+        if not bad.readable:
+            failed += 1
+            print_error(DataError("cannot read the image", where=bad.path, got=bad.reason))
+            del paths[Path(bad.path)]
+    with _watching() as watcher:
+        embedding = embed_images(
+            source, list(paths), watcher, members=split_names(members), size=size
+        )
+    write_embedding(target, embedding)
+    parts = zip(embedding.backbones, embedding.widths, strict=True)
+    described = ", ".join(f"{width} of {name}" for name, width in parts)
+    out.print(f"{target}: {len(embedding.paths):,} images, features {described}", markup=False)
+    if failed:
+        raise SystemExit(1)

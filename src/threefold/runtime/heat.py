@@ -1,0 +1,168 @@
+"""Heat maps of an exported file, by occlusion, and their pictures; needs no torch.
+
+An exported file has no gradients, so Grad-CAM (`models.gradcam`) is not possible. Occlusion
+sensitivity (Zeiler and Fergus 2014, section 4.2) needs only answers: squares of the image are
+hidden one after the other, and where that lowers the probability of the class, there is heat. A
+square that hides nothing the model looks at leaves the map cold; so does evidence that is there
+twice. It says what the answer depends on, not that the answer is right.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from threefold.errors import DataError
+from threefold.files import write_bytes
+from threefold.runtime.model import Model
+
+CELLS: Final = 7
+"""Cells of the map in each direction."""
+SQUARE: Final = 2
+"""Cells that are hidden at a time, in each direction; they move by one."""
+POSITIONS: Final = CELLS + SQUARE - 1
+"""The first and the last squares reach over the edge, so that each cell is hidden equally often."""
+ROUNDING: Final = 1e-5
+"""A mean drop of the probability up to this is none."""
+BATCH: Final = 16
+BATCH_PIXELS: Final = 4_000_000
+"""Pixels that are answered at a time, if more than one image is."""
+LARGEST: Final = 1024
+"""Longest side of a picture."""
+OPACITY: Final = 0.75
+COLOURS: Final = (
+    (43, 11, 87),
+    (111, 25, 110),
+    (176, 49, 91),
+    (229, 92, 48),
+    (252, 161, 8),
+    (241, 239, 117),
+)
+"""Those of matplotlib's inferno from 0.15 to 0.95, evenly spaced; their brightness rises evenly."""
+
+
+class Heat(NamedTuple):
+    """Where the evidence for a class is."""
+
+    map: np.ndarray
+    """float32 (h, w) in 0..1, of the image's size; the maximum is 1, or 0 without any evidence."""
+    probability: float
+    """Of the class, of the whole image."""
+    lowest: float
+    """Of the class, with the square hidden that matters most."""
+
+
+def occlusion_heat(model: Model, pixels: np.ndarray, number: int) -> Heat:
+    """Hide squares of an image, two sevenths of its side wide, in the image's mean colour.
+
+    The model answers 65 images for it, with every member.
+
+    Args:
+        model: the exported file.
+        pixels: uint8 (h, w, 3).
+        number: of the class.
+
+    Raises:
+        ExportError: the model fails.
+    """
+    image = model.fit_canvas(pixels)
+    height, width = image.shape[:2]
+    rows = np.linspace(0, height, CELLS + 1).round().astype(int)
+    columns = np.linspace(0, width, CELLS + 1).round().astype(int)
+    colour = image.mean((0, 1)).round().astype(np.uint8)
+    spans = [(max(0, i - SQUARE + 1), min(CELLS, i + 1)) for i in range(POSITIONS)]
+    places = [(down, across) for down in spans for across in spans]
+    size = max(1, min(BATCH, BATCH_PIXELS // (height * width)))
+    whole = float(model.answer(image[None])[0, number])
+    probs = np.zeros(len(places), np.float32)
+    for begin in range(0, len(places), size):
+        part = places[begin : begin + size]
+        hidden = np.repeat(image[None], len(part), axis=0)
+        for one, ((top, bottom), (left, right)) in zip(hidden, part, strict=True):
+            one[rows[top] : rows[bottom], columns[left] : columns[right]] = colour
+        probs[begin : begin + len(part)] = model.answer(hidden)[:, number]
+    heat = np.zeros((CELLS, CELLS), np.float32)
+    for ((top, bottom), (left, right)), drop in zip(places, whole - probs, strict=True):
+        heat[top:bottom, left:right] += drop / SQUARE**2
+    is_cropped = model.canvas is not None and model.canvas.mode == "crop"
+    is_cropped = is_cropped and image.shape != pixels.shape
+    spread = _spread(np.maximum(heat, 0), pixels.shape[0], pixels.shape[1], is_cropped)
+    return Heat(spread, whole, float(probs.min()))
+
+
+def _spread(heat: np.ndarray, height: int, width: int, cropped: bool) -> np.ndarray:
+    """Enlarge a map to an image, or to its largest centred square, outside of which it is cold."""
+    side = min(height, width)
+    down, across = (side, side) if cropped else (height, width)
+    large = Image.fromarray(heat).resize((across, down), Image.Resampling.BILINEAR)
+    spread = np.zeros((height, width), np.float32)
+    top, left = (height - down) // 2, (width - across) // 2
+    spread[top : top + down, left : left + across] = np.maximum(np.asarray(large), 0)
+    # Rounding of the answers alone is no evidence.
+    return spread / spread.max() if spread.max() > ROUNDING else np.zeros_like(spread)
+
+
+def overlay(pixels: np.ndarray, heat: np.ndarray) -> Image.Image:
+    """Lay heat over an image: clear where it is cold, yellow where it is hot.
+
+    Args:
+        pixels: uint8 (h, w, 3).
+        heat: (h, w) in 0..1.
+
+    Returns:
+        A picture whose longest side is at most 1024 pixels.
+    """
+    image, layer = Image.fromarray(pixels), Image.fromarray(np.asarray(heat, np.float32))
+    image.thumbnail((LARGEST, LARGEST))
+    warm = np.asarray(layer.resize(image.size, Image.Resampling.BILINEAR))
+    stops = np.array(COLOURS, np.float32)
+    places = np.linspace(0, 1, len(stops))
+    colours = np.stack([np.interp(warm, places, channel) for channel in stops.T], axis=-1)
+    opacity = OPACITY * warm[..., None]
+    blended = (1 - opacity) * np.asarray(image) + opacity * colours
+    return Image.fromarray(blended.round().clip(0, 255).astype(np.uint8))
+
+
+def check_picture(path: Path) -> None:
+    """Refuse the name of a picture that is no PNG file, before any work.
+
+    Raises:
+        DataError: it does not end in .png.
+    """
+    if path.suffix.lower() != ".png":
+        raise DataError("a heat map is a PNG file", where=path, expected="a name ending in .png")
+
+
+def save_overlay(path: Path, pixels: np.ndarray, heat: np.ndarray) -> None:
+    """Write `overlay` as a PNG file.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    buffer = io.BytesIO()
+    overlay(pixels, heat).save(buffer, "PNG")
+    write_bytes(path, buffer.getvalue())
+
+
+class HeatFolder:
+    """A folder of pictures, one for each image, named after it.
+
+    Args:
+        folder: where the pictures go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._taken: dict[str, int] = {}
+
+    def save(self, image: str, pixels: np.ndarray, heat: np.ndarray) -> Path:
+        """Write the picture of an image; a name that was taken by another one gets a number."""
+        stem = Path(image).stem
+        count = self._taken[stem] = self._taken.get(stem, 0) + 1
+        path = self.folder / (f"{stem}.png" if count == 1 else f"{stem}-{count}.png")
+        save_overlay(path, pixels, heat)
+        return path
