@@ -32,6 +32,7 @@ ORDER = (
     "serving",
     "api",
     "classifier",
+    "search",
     "paper",
     "cli",
 )

@@ -27,6 +27,7 @@ VERB_EXTRAS: Final = {
     "report": "report",
     "serve": "serve",
     "push": "train",
+    "search": "train",
 }
 """The extra that each verb needs; those missing here need none, nor does `explain` of a file."""
 PACKAGE_EXTRAS: Final = {

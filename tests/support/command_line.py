@@ -44,6 +44,7 @@ SURFACE = {
     "report": {"--out"},
     "push": {"--private", "--licence"},
     "pull": {"--out", "--revision"},
+    "search": {"--out", "--space", "--trials", "--budget", "--set", "--verbose"},
     "doctor": {"--speed", "--json"},
     "clean": {"--yes"},
     "list": set(),

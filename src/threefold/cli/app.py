@@ -40,6 +40,7 @@ from threefold.cli.output import (
 )
 from threefold.cli.reproduce import register as register_reproduce
 from threefold.cli.saved import register as register_saved
+from threefold.cli.search import search
 from threefold.errors import RecipeError, refuse_address
 
 app = typer.Typer(
@@ -192,6 +193,7 @@ def train(
     show_next_steps(run, f"threefold export {run.dir} --out model.onnx")
 
 
+app.command()(search)
 app.command()(export)
 
 

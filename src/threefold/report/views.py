@@ -46,6 +46,7 @@ EVIDENCE = 0.05
 
 CHOICES = {
     "checkpoint": "best epoch",
+    "trial": "best trial",
     "stage": "stages kept",
     "views": "number of views",
     "member": "best single member",
