@@ -107,8 +107,9 @@ def _usage(repository: str) -> str:
     source = f"hf://{repository}" if repository else "model.onnx"
     return f"""## Use
 
+With threefold installed:
+
 ```
-pip install threefold
 threefold predict {source} photo.jpg
 ```
 

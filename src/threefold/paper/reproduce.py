@@ -28,6 +28,7 @@ from threefold.paper.scales import (
     keep_members,
 )
 from threefold.recipe import Recipe, packaged
+from threefold.recipe_schema import WITH_COLUMNS
 from threefold.training.run import Run
 from threefold.training.watcher import Watcher
 
@@ -144,7 +145,7 @@ def _adapt_to_other_data(tree: dict[str, Any]) -> None:
     """Drop what only the paper's data set has: an extra part, and groups without a table."""
     tree["data"]["extra"] = False
     if tree["folds"]["scheme"] == "leave-one-group-out":
-        has_groups = tree["data"]["source"] in ("csv", "parquet")
+        has_groups = tree["data"]["source"] in WITH_COLUMNS
         tree["folds"] |= {"scheme": "grouped" if has_groups else "stratified", "k": 5}
 
 

@@ -18,7 +18,7 @@ BATCH: Final = 16
 """Images of one size that a model answers at a time."""
 
 
-class Classifier(Protocol):
+class ImageClassifier(Protocol):
     """What answers images: an exported file, or a foreign one with a card."""
 
     path: Path
@@ -32,7 +32,7 @@ class Classifier(Protocol):
 
 
 def predict_labelled(
-    models: Sequence[Classifier],
+    models: Sequence[ImageClassifier],
     data: str | Path,
     progress: Callable[[int, int], object] | None = None,
 ) -> Predictions:
@@ -76,7 +76,7 @@ def predict_labelled(
     )
 
 
-def _batches(rows: ImageDataset, model: Classifier) -> Iterator[tuple[int, np.ndarray]]:
+def _batches(rows: ImageDataset, model: ImageClassifier) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the first row and the pixels of consecutive images of one size."""
     begin, batch = 0, [model.prepare(rows.pixels(0))]
     for row in range(1, len(rows)):
@@ -108,7 +108,7 @@ def _labels(rows: ImageDataset, classes: Sequence[str], data: str | Path) -> np.
     return np.array(known, np.int64)[rows.labels]
 
 
-def _order(model: Classifier, classes: Sequence[str], first: Path) -> list[int]:
+def _order(model: ImageClassifier, classes: Sequence[str], first: Path) -> list[int]:
     """Return where a model has each of the classes."""
     if set(model.classes) != set(classes):
         different = sorted(set(model.classes) ^ set(classes))

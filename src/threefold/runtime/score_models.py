@@ -18,7 +18,7 @@ from threefold.predictions.results_schema import (
     UnknownImages,
 )
 from threefold.runtime.foreign_model import ForeignCard, ForeignModel
-from threefold.runtime.labelled_images import Classifier, predict_labelled
+from threefold.runtime.labelled_images import ImageClassifier, predict_labelled
 from threefold.runtime.model import Model
 
 Progress = Callable[[int, int], object]
@@ -75,7 +75,7 @@ def compare_models(
     return compare_predictions(rows, [*map(str, paths), str(data)])
 
 
-def open_classifiers(paths: Sequence[Path], card: Path | None) -> list[Classifier]:
+def open_classifiers(paths: Sequence[Path], card: Path | None) -> list[ImageClassifier]:
     """Open model files: exported ones, or with a card foreign ones."""
     if card is None:
         return [Model(path) for path in paths]
