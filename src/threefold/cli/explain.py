@@ -14,7 +14,7 @@ from threefold.arguments import split_names
 from threefold.cli.console import out, plain, print_error, print_json
 from threefold.cli.options import Json
 from threefold.cli.progress import progress_bar
-from threefold.errors import DataError, shorten
+from threefold.errors import DataError, ThreefoldError, shorten
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,9 +126,12 @@ def _explain_run(
     if not heat.any():
         notes.append(f"nothing speaks for {classes[number]}, or no backbone has a feature map")
     if similar:
-        with _watching() as watcher:
-            run.watcher = watcher
-            neighbours = similar_images(run, image, similar, chosen.members)
+        try:
+            with _watching() as watcher:
+                run.watcher = watcher
+                neighbours = similar_images(run, image, similar, chosen.members)
+        except ThreefoldError as error:  # such as images that were moved; the heat needs none
+            notes.append(f"no similar images: {error}")
     names = shorten(spec.backbone for spec in pooled_members(run.recipe, chosen.members))
     return {
         **_answer(image, classes, probs, classes[number], target),

@@ -315,7 +315,7 @@ def check_format(path: Path) -> type[ResultFile]:
     """Return the kind of file that a name's suffix says.
 
     Raises:
-        DataError: the suffix is another.
+        DataError: the suffix is another, or pyarrow is missing.
     """
     kind = FORMATS.get(path.suffix.lower())
     if kind is None:
@@ -325,6 +325,8 @@ def check_format(path: Path) -> type[ResultFile]:
             expected=f"a name that ends in {', '.join(FORMATS)}",
             got=path.suffix or "no suffix",
         )
+    if kind is ParquetFile:
+        import_pyarrow()
     return kind
 
 
