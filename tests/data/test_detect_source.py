@@ -48,6 +48,62 @@ def check(sources: Sources) -> None:
     assert [int(sources.train.pixels(i)[0, 0, 0]) for i in range(8)] == list(range(8))
 
 
+# Folders and archives with a table inside, as Kaggle has them
+
+
+def make_competition(root: Path) -> Path:
+    """train.csv, a submission with made-up labels, test.csv, and images in flat folders."""
+    for i in range(8):
+        paint(root / "train" / f"id{i}.png", i)
+        paint(root / "test" / f"new{i}.png", 100 + i)
+    rows = [f"id{i},{label}" for i, label in enumerate(LABELS)]
+    (root / "train.csv").write_text("image_id,label\n" + "\n".join(rows))
+    made_up = [f"new{i},wolf" for i in range(8)]
+    (root / "sample_submission.csv").write_text("image_id,label\n" + "\n".join(made_up))
+    (root / "test.csv").write_text("image_id\n" + "\n".join(f"new{i}" for i in range(8)))
+    return root
+
+
+@pytest.mark.parametrize("form", ["", "zip", "gztar"])
+def test_table_beside_its_images_is_found(tmp_path: Path, cache: Path, form: str) -> None:
+    root = make_competition(tmp_path / "competition")
+    given = Path(shutil.make_archive(str(tmp_path / "all"), form, root)) if form else root
+
+    spec = detect_source(given)
+
+    assert spec.source == "csv"
+    assert spec.root == str(given if form else root / "train.csv")
+    check(load_data(spec, 0))
+
+
+def test_class_folders_win_over_a_table(tmp_path: Path, cache: Path) -> None:
+    root = make_folders(tmp_path / "photos", split=True)
+    (root / "labels.csv").write_text("path,label\ntrain/wolf/0.png,wolf\n")
+
+    assert detect_source(root).source == "folder"
+
+
+def test_two_tables_without_class_folders_are_refused(tmp_path: Path, cache: Path) -> None:
+    root = make_competition(tmp_path / "competition")
+    shutil.copyfile(root / "train.csv", root / "extra.csv")
+
+    with pytest.raises(DataError, match=r"several tables.*extra\.csv, train\.csv"):
+        detect_source(root)
+
+
+def test_table_in_an_archive_survives_an_empty_cache(tmp_path: Path, cache: Path) -> None:
+    root = make_competition(tmp_path / "competition")
+    rows = (root / "train.csv").read_text().splitlines()
+    folds = [f"{row},{i % 2}" for i, row in enumerate(rows[1:])]
+    (root / "train.csv").write_text(rows[0] + ",kfold\n" + "\n".join(folds))
+    archive = Path(shutil.make_archive(str(tmp_path / "all"), "zip", root))
+    spec = detect_source(archive)
+    shutil.rmtree(cache)
+
+    assert find_fold_column(spec) == "kfold"
+    check(load_data(spec.model_copy(update={"fold_column": "kfold"}), 0))
+
+
 # Archives
 
 

@@ -10,6 +10,7 @@ from typing import Final
 from threefold.data.sources.columns import find_fold_columns
 from threefold.data.sources.csv_table import read_header
 from threefold.data.sources.parquet import read_hub_header, read_parquet_header
+from threefold.data.sources.table_inside import find_table, locate_table
 from threefold.data.sources.unpacked import ARCHIVES, is_archive
 from threefold.errors import DataError, refuse_address
 from threefold.recipe_schema import DataSpec, Source
@@ -30,8 +31,8 @@ def detect_source(data: str | Path) -> DataSpec:
     """Return the `data` table of a recipe for a path, or for a name on the Hugging Face hub.
 
     Args:
-        data: a folder of images or an archive of one; a CSV, TSV, parquet or npz file; or
-            `owner/name` where nothing of that path exists.
+        data: a folder of images or an archive of one, with class folders or a table inside; a CSV,
+            TSV, parquet or npz file; or `owner/name` where nothing of that path exists.
 
     Raises:
         DataError: it does not exist, or is another kind of file; or it can only be a name on the
@@ -39,7 +40,12 @@ def detect_source(data: str | Path) -> DataSpec:
     """
     path = Path(data).expanduser()
     if path.is_dir() or is_archive(path):
-        return DataSpec(source="folder", root=str(path.resolve()))
+        table = find_table(path)
+        if table is None:
+            return DataSpec(source="folder", root=str(path.resolve()))
+        # An archive stays the root, since the cache that it is unpacked in may be emptied.
+        root = path if is_archive(path) else table
+        return DataSpec(source=TABLES[table.suffix.lower()], root=str(root.resolve()))
     if is_hub_name(data):
         if importlib.util.find_spec("datasets") is None:
             raise DataError(
@@ -89,7 +95,7 @@ def find_fold_column(spec: DataSpec) -> str:
     Raises:
         DataError: the table cannot be read, or several columns do.
     """
-    path = Path(spec.root)
+    path = locate_table(Path(spec.root))
     if spec.source == "csv":
         header = read_header(path)
     elif spec.source == "parquet":

@@ -28,6 +28,7 @@ from threefold.data.sources.photos import (
     list_inaturalist,
     list_surrey,
 )
+from threefold.data.sources.table_inside import locate_table
 from threefold.data.sources.unpacked import list_folder_or_archive
 from threefold.errors import DataError
 from threefold.recipe_schema import DataSpec
@@ -41,8 +42,8 @@ _READERS: Final[dict[str, Callable[[DataSpec, Path, NamedColumns], Listing | Arr
     "svhn": lambda spec, path, named: read_svhn(path, spec.extra),
     "npz": lambda spec, path, named: read_npz(path),
     "folder": lambda spec, path, named: list_folder_or_archive(path),
-    "csv": lambda spec, path, named: list_csv(path, named),
-    "parquet": lambda spec, path, named: list_parquet(path, named),
+    "csv": lambda spec, path, named: list_csv(locate_table(path), named),
+    "parquet": lambda spec, path, named: list_parquet(locate_table(path), named),
     "huggingface": lambda spec, path, named: list_huggingface(spec.root, named),
     "inaturalist2019": lambda spec, path, named: list_inaturalist(path, spec.extra),
     "icassava2019": lambda spec, path, named: list_icassava(path, spec.extra),

@@ -33,10 +33,20 @@ def list_folder_or_archive(path: Path) -> Listing:
     """
     if not is_archive(path):
         return list_folder(path)
+    listing = list_folder(unpacked_folder(path))
+    note = f"the archive is unpacked in {cache_folder('archives') / _digest(path)}"
+    return listing._replace(notes=[note, *listing.notes])
+
+
+def unpacked_folder(path: Path) -> Path:
+    """Unpack an archive, unless that is done; return the folder that holds its content.
+
+    Raises:
+        DataError: the archive cannot be unpacked.
+    """
     folder = cache_folder("archives") / _digest(path)
     unpack(path, folder)
-    listing = list_folder(_without_wrapper(folder))
-    return listing._replace(notes=[f"the archive is unpacked in {folder}", *listing.notes])
+    return _without_wrapper(folder)
 
 
 def _digest(path: Path) -> str:
