@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from threefold.data import check
-from threefold.data.check import check_data, find_spec
+from threefold.data.check import Finding, check_data, find_spec
 from threefold.data.synthetic import write_sample
 from threefold.errors import DataError, RecipeError
 from threefold.recipe_schema import DataSpec
@@ -52,6 +52,8 @@ def test_counts_sizes_and_findings(tmp_path: Path) -> None:
         ),
         ("note", "images differ in size", 0),
         ("note", "images more than twice as long as wide, which resize = squash distorts", 3),
+        ("note", "3 images stand out, much longer or wider than the others", 3),
+        ("note", "5 images stand out, bright even in their darkest parts", 5),
         ("warning", "1 test images are exact copies of training images", 0),
         ("warning", "1 images are in several classes as exact copies", 0),
         (
@@ -134,7 +136,26 @@ def test_near_copies_are_looked_for_in_small_data_only(
     messages = [f.what for f in check_data(spec(tmp_path)).findings]
 
     assert "near copies are not searched for among more than 6 images" in messages
-    assert not any("pairs" in what for what in messages)
+    assert not any("look nearly the same" in what for what in messages)
+
+
+def test_images_that_stand_out_are_listed(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        for i in range(12):
+            pixels = rng.integers(0, 256, (12, 12, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / label / f"{i}.png")
+    write(tmp_path / "cat/empty.png", 128, (12, 12))
+
+    report = check_data(spec(tmp_path))
+
+    assert [(found.id, found.fault) for found in report.quality] == [
+        ("cat/empty.png", "one colour")
+    ]
+    assert Finding("note", "1 images stand out, nearly one colour: cat/empty.png", 1) in (
+        report.findings
+    )
 
 
 @pytest.mark.parametrize(

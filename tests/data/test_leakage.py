@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from threefold.data import leakage
 from threefold.data.dataset import load_data
 from threefold.data.leakage import (
     GROUP_PATTERNS,
@@ -151,6 +152,30 @@ def test_blocks_do_not_hide_pairs_and_the_closest_are_listed(
         "two folds" in note.message and " of those listed are in" not in note.message
         for note in duplicate_warnings(few)
     )
+
+
+@LAW
+@given(seed=st.integers(0, 999), block=st.sampled_from([7, 64, 1024]))
+def test_sorted_blocks_find_the_pairs_of_the_whole_matrix(seed: int, block: int) -> None:
+    """Against the plain product of all rows with all rows."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(20, 63))
+    features = centres[rng.integers(0, 20, 150)] + rng.normal(0, 0.08, (150, 63))
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    features[::11] = 0
+    features = features.astype(np.float32)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(leakage, "_BLOCK", block)
+        pairs, count = leakage._near_pairs(features, 0.01, 10_000)
+
+    distances = 1 - features @ features.T
+    expected = {(a, b) for a, b in np.argwhere(np.triu(distances <= 0.01, 1)).tolist()}
+    # Rounding depends on the size of a block: pairs at the limit itself may differ.
+    near_limit = {(a, b) for a, b in np.argwhere(abs(distances - 0.01) < 1e-6).tolist()}
+    assert {pair[:2] for pair in pairs} - near_limit == expected - near_limit
+    assert count == len(pairs) > 0
+    assert [pair[2] for pair in pairs] == sorted(pair[2] for pair in pairs)
 
 
 def test_bad_images_and_columns_are_refused() -> None:

@@ -11,10 +11,16 @@ from threefold.cli.console import out, plain, print_json
 from threefold.cli.options import Json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.progress import TaskID
 
     from threefold.data.check import DataCheck
     from threefold.data.download import ProgressCallback
+    from threefold.data.quality import QualityFinding
+
+_LISTED = 10
+"""Images that stand out in the table of `data check`; --json has all."""
 
 _MARKS = {"error": "[bold red]error[/]", "warning": "[yellow]warning[/]", "note": "note"}
 
@@ -95,8 +101,9 @@ def check(
     ] = "",
     as_json: Json = False,
 ) -> None:
-    """Check a data set: classes, sizes, unreadable files, copies, groups.
+    """Check a data set: classes, sizes, unreadable files, copies, groups, odd images.
 
+    Odd images stand out from the others: blurred, dark, bright, of one colour, oddly sized.
     The exit code is 1 if a run would stop.
     """
     from threefold.data.check import check_data, find_spec
@@ -104,7 +111,9 @@ def check(
     report = check_data(find_spec(source, kind))
     if as_json:
         findings = [finding._asdict() for finding in report.findings]
-        print_json({**report._asdict(), "findings": findings, "usable": report.usable})
+        quality = [finding._asdict() for finding in report.quality]
+        extra = {"findings": findings, "quality": quality, "usable": report.usable}
+        print_json({**report._asdict(), **extra})
     else:
         _show_check(report)
     if not report.usable:
@@ -129,4 +138,21 @@ def _show_check(report: DataCheck) -> None:
         out.print(f"{len(counts)} groups of {min(counts):,} to {max(counts):,} training images")
     for finding in report.findings:
         out.print(f"{_MARKS[finding.level]} {plain(finding.what)}")
+    _show_quality(report.quality)
     out.print("a run could begin" if report.usable else "a run would stop here")
+
+
+def _show_quality(quality: Sequence[QualityFinding]) -> None:
+    """Print a table of the images that stand out, the most unusual first."""
+    from rich.table import Table
+
+    if not quality:
+        return
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("image", "stands out", "measured"):
+        table.add_column(name, overflow="fold")
+    for finding in sorted(quality, key=lambda finding: -finding.score)[:_LISTED]:
+        table.add_row(*map(plain, (finding.id, finding.fault, finding.value)))
+    out.print(table)
+    if len(quality) > _LISTED:
+        out.print(f"... and {len(quality) - _LISTED:,} more: --json lists all")

@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "threefold.data.download": ["fetch"],
         "threefold.data.images": ["decode", "measure"],
         "threefold.data.leakage": ["duplicate_warnings", "find_duplicates", "guess_group_pattern"],
+        "threefold.data.quality": ["QualityFinding", "find_outliers", "measure_quality"],
         "threefold.data.published": ["PublishedDataset", "find_published"],
         "threefold.data.scene_groups": [
             "GroupingEffect",

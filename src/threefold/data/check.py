@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -11,12 +12,16 @@ import numpy as np
 from threefold.data.dataset import ImageDataset, Sources, load_data
 from threefold.data.detect_source import TABLES, detect_source, find_fold_column, is_hub_name
 from threefold.data.leakage import (
+    NEAR,
+    NEAR_COPIES,
+    Duplicates,
     describe_guessed_groups,
     duplicate_warnings,
     find_duplicates,
     guess_group_pattern,
 )
 from threefold.data.published import FILE_PATTERNS
+from threefold.data.quality import FAULTS, QualityFinding, QualityMeter
 from threefold.errors import DataError, RecipeError, refuse_address, shorten
 from threefold.recipe import Recipe
 from threefold.recipe_schema import DataSpec
@@ -26,9 +31,6 @@ FEW = 20
 
 UNEVEN = 10
 """Ratio of the largest to the smallest class from which imbalance is reported."""
-
-NEAR_COPIES = 20_000
-"""Largest number of images searched for near copies; the time grows with its square."""
 
 _SIZE_SAMPLE = 200
 
@@ -61,6 +63,8 @@ class DataCheck(NamedTuple):
     findings: tuple[Finding, ...]
     guessed_regex: str = ""
     """A guess for `data.group_regex` that gives plausible groups; empty if there is none."""
+    quality: tuple[QualityFinding, ...] = ()
+    """Images of both parts that stand out: blurred, dark, bright, of one colour, oddly sized."""
 
     @property
     def usable(self) -> bool:
@@ -91,13 +95,15 @@ def check_data(spec: DataSpec, seed: int = 0) -> DataCheck:
     rows = np.unique(np.linspace(0, len(train) - 1, _SIZE_SAMPLE).astype(int))
     sizes = Counter(train.pixels(int(row)).shape[1::-1] for row in rows)
     guessed = _guess_groups(train)
+    examined = examine_images(sources)
     findings = [
         *_unreadable(skipped, spec),
         *_class_findings(train),
         *_size_findings(sizes),
         *(Finding("note", note, 0) for note in sources.notes),
         *(Finding("warning", warning, 0) for warning in sources.warnings),
-        *_duplicate_findings(sources),
+        *_duplicate_findings(examined),
+        *_quality_findings(examined.quality),
     ]
     if guessed:
         findings.append(Finding("note", *describe_guessed_groups(train.ids, guessed)))
@@ -108,6 +114,7 @@ def check_data(spec: DataSpec, seed: int = 0) -> DataCheck:
         skipped=skipped,
         findings=tuple(findings),
         guessed_regex=guessed,
+        quality=examined.quality,
     )
 
 
@@ -179,24 +186,56 @@ def _parts(sources: Sources) -> dict[str, ImageDataset]:
     return parts
 
 
-def _duplicate_findings(sources: Sources) -> list[Finding]:
-    """Report pairs of equal and nearly equal images, over both parts."""
+class ExaminedImages(NamedTuple):
+    """What one pass over the pixels of a data set finds."""
+
+    duplicates: Duplicates
+    quality: tuple[QualityFinding, ...]
+    note: str
+    """What was not searched for; empty if everything was."""
+
+
+def examine_images(sources: Sources) -> ExaminedImages:
+    """Look for copies and for images that stand out, over both parts; each image is read once."""
     parts = _parts(sources)
     rows = [(name, data, row) for name, data in parts.items() for row in range(len(data))]
+    ids = [data.ids[row] for _, data, row in rows]
+    note, distance = "", NEAR
     if len(rows) > NEAR_COPIES:
-        message = f"near copies are not searched for among more than {NEAR_COPIES:,} images"
-        return [Finding("note", message, 0)]
+        note = f"near copies are not searched for among more than {NEAR_COPIES:,} images"
+        distance = 0.0
+    meter = QualityMeter()
     duplicates = find_duplicates(
-        (data.pixels(row) for _, data, row in rows),
-        [data.ids[row] for _, data, row in rows],
+        meter.watch(data.pixels(row) for _, data, row in rows),
+        ids,
         np.array([data.labels[row] for _, data, row in rows]),
         np.array([name for name, _, _ in rows]),
+        distance=distance,
     )
+    return ExaminedImages(duplicates, tuple(meter.findings(ids)), note)
+
+
+def _duplicate_findings(examined: ExaminedImages) -> list[Finding]:
+    """Report pairs of equal and nearly equal images."""
     # Images of one plain kind are near without being copies: only equal ones are a warning.
-    return [
+    findings = [
         Finding("warning" if warning.exact else "note", warning.message, 0)
-        for warning in duplicate_warnings(duplicates)
+        for warning in duplicate_warnings(examined.duplicates)
     ]
+    if examined.note:
+        findings.append(Finding("note", examined.note, 0))
+    return findings
+
+
+def _quality_findings(quality: Sequence[QualityFinding]) -> list[Finding]:
+    """Report the images that stand out, one finding for each fault."""
+    findings = []
+    for fault, meaning in FAULTS.items():
+        names = [finding.id for finding in quality if finding.fault == fault]
+        if names:
+            message = f"{len(names):,} images stand out, {meaning}: {shorten(names)}"
+            findings.append(Finding("note", message, len(names)))
+    return findings
 
 
 def _counts(sources: Sources) -> dict[str, dict[str, int]]:

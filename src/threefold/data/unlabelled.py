@@ -10,10 +10,9 @@ from typing import Literal
 
 import numpy as np
 
-from threefold.data.check import NEAR_COPIES
 from threefold.data.dataset import ImageDataset, Sources, note_misleading_names
 from threefold.data.images import check_all
-from threefold.data.leakage import NEAR, find_duplicates
+from threefold.data.leakage import NEAR, NEAR_COPIES, find_duplicates
 from threefold.data.walk import LeftOut, describe_left_out, walk_images
 from threefold.errors import DataError, shorten
 

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from threefold.data.check import NEAR_COPIES
 from threefold.data.dataset import ImageDataset
 from threefold.data.leakage import (
+    NEAR,
+    NEAR_COPIES,
     Duplicate,
     Duplicates,
     describe_guessed_groups,
@@ -64,7 +65,7 @@ MAX_SUSPECTS: Final = 24
 
 
 class CopySearch(NamedTuple):
-    """Equal and near-equal images across all rows, or the reason why none were searched for."""
+    """Equal and near-equal images across all rows, and what was not searched for."""
 
     duplicates: Duplicates
     note: str = ""
@@ -113,9 +114,10 @@ def _find_copies(run: Run, cache: PixelCache) -> CopySearch:
 def _search_copies(run: Run, cache: PixelCache) -> CopySearch:
     train, test = run.sources.train, run.sources.test
     count = len(train) + (len(test) if test is not None else 0)
+    note, distance = "", NEAR
     if count > NEAR_COPIES:
-        note = f"more than {NEAR_COPIES:,} images ({count:,}) are not searched for copies"
-        return CopySearch(Duplicates([], 0), note)
+        note = f"near copies are not searched for among more than {NEAR_COPIES:,} images"
+        distance = 0.0
     spec = next(m for m in run.recipe.members if not m.joins)
     parts = [f"fold {fold}" for fold in roles_by_fold(run).owner] + ["test"] * (count - len(train))
     ids, labels = list(train.ids), train.labels
@@ -124,7 +126,7 @@ def _search_copies(run: Run, cache: PixelCache) -> CopySearch:
         ids, labels = [*ids, *test.ids], np.concatenate([labels, test.labels])
         squares.append(cache.rows("test", spec, np.arange(len(test))).pixels)
     images = (image for part in squares for image in part)
-    return CopySearch(find_duplicates(images, ids, labels, parts))
+    return CopySearch(find_duplicates(images, ids, labels, parts, distance=distance), note)
 
 
 def audit_run(
