@@ -80,6 +80,12 @@ def test_a_picture_is_clear_where_cold_and_yellow_where_hot() -> None:
     )
 
 
+def test_the_picture_of_a_small_image_can_be_seen() -> None:
+    picture = overlay(np.zeros((28, 14, 3), np.uint8), np.zeros((28, 14), np.float32))
+
+    assert picture.size == (224, 448)
+
+
 def test_a_folder_keeps_the_pictures_of_equal_names(tmp_path: Path) -> None:
     pictures, pixels = HeatFolder(tmp_path / "heat"), np.zeros((4, 4, 3), np.uint8)
 

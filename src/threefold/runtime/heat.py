@@ -33,6 +33,8 @@ BATCH_PIXELS: Final = 4_000_000
 """Pixels that are answered at a time, if more than one image is."""
 LARGEST: Final = 1024
 """Longest side of a picture."""
+SMALLEST: Final = 448
+"""Longest side of the picture of a small image, which is enlarged."""
 OPACITY: Final = 0.75
 COLOURS: Final = (
     (43, 11, 87),
@@ -114,10 +116,14 @@ def overlay(pixels: np.ndarray, heat: np.ndarray) -> Image.Image:
         heat: (h, w) in 0..1.
 
     Returns:
-        A picture whose longest side is at most 1024 pixels.
+        A picture whose longest side has 448 to 1024 pixels; a small image is enlarged.
     """
     image, layer = Image.fromarray(pixels), Image.fromarray(np.asarray(heat, np.float32))
     image.thumbnail((LARGEST, LARGEST))
+    factor = SMALLEST / max(image.size)
+    if factor > 1:
+        enlarged = [max(1, round(side * factor)) for side in image.size]
+        image = image.resize((enlarged[0], enlarged[1]), Image.Resampling.BICUBIC)
     warm = np.asarray(layer.resize(image.size, Image.Resampling.BILINEAR))
     stops = np.array(COLOURS, np.float32)
     places = np.linspace(0, 1, len(stops))
