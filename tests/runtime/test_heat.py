@@ -62,7 +62,8 @@ def test_pixels_outside_of_a_crop_are_cold(tmp_path: Path, height: int, width: i
     outside = np.ones((height, width), bool)
     outside[top : top + 60, left : left + 60] = False
     assert not heat[outside].any()
-    assert heat[top : top + 8, left : left + 8].min() > 0.9
+    assert heat[top : top + 4, left : left + 4].min() > 0.9
+    assert heat[top + 30 :, left + 30 :].max() == 0
 
 
 def test_a_picture_is_clear_where_cold_and_yellow_where_hot() -> None:
