@@ -121,7 +121,7 @@ def make_recipe(name: str, folder: Path, size: int) -> Recipe:
     return Recipe.parse(
         {
             "data": data,
-            "train": {"optimizer": "adam-keras", "precision": "float32"},
+            "train": {"optimizer": "adam-keras", "weight_decay": 0.0, "precision": "float32"},
             "stages": [stage],
             "members": members,
         }

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
-from head_seeds import BACKBONES, Fit, compare_heads, pack, sentence, stack_hits
+from head_seeds import (
+    BACKBONES,
+    HEADS,
+    Fit,
+    compare_heads,
+    make_recipe,
+    pack,
+    sentence,
+    stack_hits,
+)
 
 SETS = ("trashnet", "flowers5", "elpv", "demo")
 IMAGES = 60
@@ -24,6 +35,14 @@ def make_fit(name: str, backbone: str, head: str, seed: int, correct: np.ndarray
         date="2026-01-01",
         commit="abc",
     )
+
+
+def test_recipe_of_a_set_has_every_head(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+
+    recipe = make_recipe("flowers5", tmp_path, 64)
+
+    assert len(recipe.members) == len(BACKBONES) * len(HEADS)
 
 
 def draw_fits(share: dict[str, float], seeds: int) -> list[Fit]:
