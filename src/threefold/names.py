@@ -57,6 +57,11 @@ def escape_formula(text: str) -> str:
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
+def unescape_formula(cell: str) -> str:
+    """Undo `escape_formula`."""
+    return cell[1:] if escape_formula(cell[1:]) == cell else cell
+
+
 def normalise_name(name: str) -> str:
     """Return a name as NFC: macOS writes an accent as a letter of its own, other systems do not."""
     return unicodedata.normalize("NFC", name)

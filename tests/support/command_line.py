@@ -51,6 +51,7 @@ SURFACE = {
     "data": set(),
     "data fetch": {"--to", "--extra", "--accept-licence"},
     "data check": {"--as", "--json"},
+    "data review": {"--as", "--out", "--port"},
     "reproduce": {"--scale", "--protocol", "--out", "--data", "--seeds", "--set"},
 }
 

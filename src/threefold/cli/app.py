@@ -265,8 +265,9 @@ def serve(
 ) -> None:
     """Serve a web page to drop images on, and POST /predict."""
     from threefold.runtime.predict import parse_policy
-    from threefold.serving.app import LOOPBACK, run_server
+    from threefold.serving.app import run_server
     from threefold.serving.limits import ServerLimits
+    from threefold.serving.listen import LOOPBACK
 
     def announce(address: str) -> None:
         out.print(f"{address}   a page for people (Ctrl-C stops)", markup=False)

@@ -1,4 +1,4 @@
-"""The verbs about data sets: `data fetch` and `data check`. No logic."""
+"""The verbs about data sets: `data fetch`, `data check` and `data review`. No logic."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ _MARKS = {"error": "[bold red]error[/]", "warning": "[yellow]warning[/]", "note"
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
     data = typer.Typer(
-        no_args_is_help=True, help="Get a published data set, or check one before training on it."
+        no_args_is_help=True,
+        help="Get a published data set, check one, and review what looks wrong in it.",
     )
     data.command("fetch")(fetch)
     data.command("check")(check)
+    data.command("review")(review)
     app.add_typer(data, name="data")
 
 
@@ -118,6 +120,52 @@ def check(
         _show_check(report)
     if not report.usable:
         raise SystemExit(1)
+
+
+def review(
+    source: Annotated[
+        str, typer.Argument(help="A run (with its suspect labels), or images as for fit.")
+    ],
+    kind: Annotated[
+        str, typer.Option("--as", help="The kind of data set, if its files do not show it.")
+    ] = "",
+    target: Annotated[
+        Path | None, typer.Option("--out", help="The CSV file (default NAME-reviewed.csv).")
+    ] = None,
+    port: Annotated[
+        int,
+        typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 = any free one."),
+    ] = 0,
+) -> None:
+    """Open a local page to accept, relabel or drop suspect images; write a CSV file for fit.
+
+    It shows suspect labels (of a run), copies, and images that stand out. Your files stay as they
+    are.
+    """
+    from threefold.evaluation.review import open_review
+    from threefold.evaluation.review_state import ReviewState
+    from threefold.extras import missing_extra
+
+    try:
+        from threefold.serving.review import run_review
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "serve", "`threefold data review`") or error from None
+    found = open_review(source, kind)
+    target = target or Path(f"{Path(source).expanduser().resolve().stem}-reviewed.csv")
+    state = ReviewState(found, target)
+    for note in found.notes:
+        out.print(f"{_MARKS['note']} {plain(note)}")
+    if not found.items:
+        out.print("nothing to look at")
+        return
+    out.print(f"{len(found.items):,} images to look at")
+    run_review(state, port, lambda url: out.print(f"{url}   (Ctrl-C stops)", markup=False))
+    if not state.decisions:
+        out.print("nothing was decided, so no file was written")
+        return
+    counts = ", ".join(f"{number} {name}" for name, number in state.count().items())
+    out.print(f"{target}: {counts}", markup=False)
+    out.print(f"next   threefold fit {target}", markup=False)
 
 
 def _show_check(report: DataCheck) -> None:

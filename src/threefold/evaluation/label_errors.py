@@ -18,14 +18,17 @@ import numpy as np
 import numpy.typing as npt
 
 from threefold.errors import DataError, RunError
-from threefold.files import write_bytes
-from threefold.names import escape_formula
+from threefold.files import read_text, write_bytes
+from threefold.names import escape_formula, unescape_formula
 from threefold.predictions.checks import check_probs
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Audit, SuspectLabel
 
 LISTED: Final = 100
 """Suspects and pairs of copies listed in results.json; a CSV file has every suspect."""
+
+MAX_BYTES: Final = 1 << 30
+"""Largest CSV file of suspects."""
 
 
 class Suspect(NamedTuple):
@@ -123,6 +126,38 @@ def write_suspects(path: str | Path, suspects: Iterable[Suspect]) -> None:
         texts = (suspect.id, suspect.label, suspect.suggested)
         table.writerow([*map(escape_formula, texts), score, escape_formula(suspect.reason)])
     write_bytes(Path(path), text.getvalue().encode())
+
+
+def read_suspects(path: str | Path) -> list[Suspect]:
+    """Read a file of `write_suspects`.
+
+    Raises:
+        DataError: it cannot be read, or has other columns.
+    """
+    try:
+        table = csv.DictReader(io.StringIO(read_text(Path(path), MAX_BYTES), newline=""))
+        rows = list(table)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError("cannot read the suspect labels", where=path, got=error) from None
+    header = tuple(table.fieldnames or ())
+    if header != Suspect._fields:
+        expected, got = (", ".join(names) for names in (Suspect._fields, header))
+        raise DataError("not a list of suspect labels", where=path, expected=expected, got=got)
+    try:
+        return [
+            Suspect(
+                id=unescape_formula(row["id"]),
+                label=unescape_formula(row["label"]),
+                suggested=unescape_formula(row["suggested"]),
+                score=float(row["score"]),
+                reason=unescape_formula(row["reason"]),
+            )
+            for row in rows
+        ]
+    except (TypeError, ValueError):
+        raise DataError(
+            "not a list of suspect labels", where=path, expected="five cells in each row"
+        ) from None
 
 
 def _explain_suspect(

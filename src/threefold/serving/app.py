@@ -8,7 +8,6 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from importlib.resources import files as resources
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -16,17 +15,22 @@ import numpy as np
 import onnxruntime
 import uvicorn
 from fastapi import FastAPI, Query, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
-from starlette.exceptions import HTTPException
+from fastapi.responses import Response
 
-from threefold.errors import DataError, ExportError, RunError
+from threefold.errors import DataError, ExportError
 from threefold.runtime.json_text import as_json
 from threefold.runtime.model import FULL, CascadePolicy, Model, ModelOutput
 from threefold.serving.batching import BATCH_PIXELS, Batcher
 from threefold.serving.limits import Refusal, ServerLimits, reserve_descriptors
+from threefold.serving.listen import (
+    allowed_hosts,
+    make_uvicorn,
+    open_listener,
+    url_host,
+)
 from threefold.serving.metrics import Metrics
-from threefold.serving.middleware import GuardMiddleware, clean_key, make_protocol
+from threefold.serving.middleware import GuardMiddleware, clean_key
+from threefold.serving.pages import add_error_handlers, add_pages
 from threefold.serving.requests import (
     REQUEST_BODY,
     ImageFile,
@@ -40,8 +44,6 @@ MEMORY: Final = 2**30
 """Bytes that onnxruntime may use on top of twice the size of the model file."""
 BUDGET_IMAGE_SHAPE: Final = (256, 256, 3)
 """Shape of the grey image on which a time budget is measured."""
-LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
-"""Addresses that only this machine can reach."""
 PAGE: Final = {
     "/": "index.html",
     "/style.css": "style.css",
@@ -50,15 +52,6 @@ PAGE: Final = {
     "/icon.svg": "icon.svg",
 }
 """Route -> file of `web/`."""
-MEDIA_TYPES: Final = {
-    ".html": "text/html; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".svg": "image/svg+xml",
-}
-MAX_PORT: Final = 65_535
-BACKLOG: Final = 256
-"""Connections that may wait to be accepted. All of them are accepted at once."""
 PUBLIC_LIMITS: Final = ("files", "file_bytes", "pixels", "side")
 """Limits that GET /card states."""
 ERROR_STATUSES: Final = (400, 401, 408, 413, 415, 429, 503)
@@ -112,8 +105,8 @@ def make_app(
     app.add_middleware(
         GuardMiddleware, limits=limits, metrics=metrics, api_key=api_key, hosts=hosts
     )
-    _add_error_handlers(app)
-    _add_page(app)
+    add_error_handlers(app)
+    add_pages(app, PAGE)
     _add_status_routes(app, model, limits, metrics, policy)
 
     @app.post(
@@ -232,59 +225,6 @@ async def _await_output(future: Awaitable[ModelOutput], name: str) -> ModelOutpu
         raise Refusal(503, "model", "the model failed on this image", name) from None
 
 
-def _add_page(app: FastAPI) -> None:
-    """Serve the files of the page from memory."""
-    for route, name in PAGE.items():
-        content = (resources("threefold.serving") / "web" / name).read_bytes()
-        endpoint = _file_endpoint(content, MEDIA_TYPES[Path(name).suffix])
-        app.add_api_route(route, endpoint, include_in_schema=False, response_model=None)
-
-
-def _file_endpoint(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
-    """Build an endpoint without parameters: FastAPI would read those from the query."""
-
-    async def send_file() -> Response:
-        return Response(content, media_type=media_type)
-
-    return send_file
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    """Send every error as the JSON of a Refusal, without details of the machine."""
-
-    def respond(refusal: Refusal) -> JSONResponse:
-        return JSONResponse(refusal.body(), refusal.status, refusal.headers())
-
-    @app.exception_handler(Refusal)
-    async def on_refusal(_: Request, error: Refusal) -> JSONResponse:
-        return respond(error)
-
-    @app.exception_handler(RequestValidationError)
-    async def on_invalid_query(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        message = f"{first['loc'][-1]}: {first['msg']}"
-        return respond(Refusal(400, "bad_request", message[:200]))
-
-    @app.exception_handler(HTTPException)
-    async def on_http_error(_: Request, error: HTTPException) -> JSONResponse:
-        refusal = Refusal(error.status_code, "http", str(error.detail)[:200])
-        # Such as `allow`, which a response of status 405 must have.
-        headers = {**(error.headers or {}), **refusal.headers()}
-        return JSONResponse(refusal.body(), refusal.status, headers)
-
-    @app.exception_handler(Exception)
-    async def on_failure(_: Request, error: Exception) -> JSONResponse:
-        return respond(Refusal(500, "internal", "the server failed; see its log"))
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server without raising a handled signal again: an orderly end is exit code 0."""
-
-    def handle_exit(self, sig: int, frame: Any) -> None:
-        super().handle_exit(sig, frame)
-        self._captured_signals.clear()
-
-
 def run_server(
     path: Path,
     host: str = "127.0.0.1",
@@ -317,7 +257,7 @@ def run_server(
         policy = model.resolve_budget(policy, np.full(BUDGET_IMAGE_SHAPE, 128, np.uint8))
     server, listener = make_server(model, host, port, limits or ServerLimits(), api_key, policy)
     with listener:
-        ready(f"http://{_url_host(host)}:{listener.getsockname()[1]}")
+        ready(f"http://{url_host(host)}:{listener.getsockname()[1]}")
         server.run(sockets=[listener])
 
 
@@ -341,35 +281,6 @@ def make_server(
     """
     model.stop_thresholds(policy)
     reserve_descriptors(limits)
-    if not 0 <= port <= MAX_PORT:
-        raise RunError(
-            "cannot listen", where=f"{host}:{port}", expected=f"a port of 0 to {MAX_PORT}"
-        )
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except (OSError, UnicodeError) as error:  # the second for a host of 70 letters
-        raise RunError(
-            "cannot listen",
-            where=f"{host}:{port}",
-            got=error,
-            fix="choose another --host or --port",
-        ) from None
-    hosts = {*map(_url_host, LOOPBACK), _url_host(host.lower())} if host in LOOPBACK else set()
-    config = uvicorn.Config(
-        make_app(model, limits, api_key, hosts, policy),
-        http=make_protocol(limits),
-        ws="none",
-        lifespan="on",
-        log_level="warning",
-        server_header=False,
-        access_log=False,
-        timeout_graceful_shutdown=limits.body_seconds + limits.answer_seconds,
-        backlog=BACKLOG,
-    )
-    return _Server(config), listener
-
-
-def _url_host(host: str) -> str:
-    """The host as URLs and Host headers write it: IPv6 addresses in brackets."""
-    return f"[{host}]" if ":" in host else host
+    listener = open_listener(host, port)
+    application = make_app(model, limits, api_key, allowed_hosts(host), policy)
+    return make_uvicorn(application, limits), listener

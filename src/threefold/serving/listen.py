@@ -1,0 +1,75 @@
+"""Open a port and make the server that answers on it."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any, Final
+
+import uvicorn
+from fastapi import FastAPI
+
+from threefold.errors import RunError
+from threefold.serving.limits import ServerLimits
+from threefold.serving.middleware import make_protocol
+
+LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
+"""Addresses that only this machine can reach."""
+MAX_PORT: Final = 65_535
+BACKLOG: Final = 256
+"""Connections that may wait to be accepted. All of them are accepted at once."""
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server without raising a handled signal again: an orderly end is exit code 0."""
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        super().handle_exit(sig, frame)
+        self._captured_signals.clear()
+
+
+def open_listener(host: str, port: int) -> socket.socket:
+    """Open a port; 0 = any free one.
+
+    Raises:
+        RunError: the address is not available.
+    """
+    if not 0 <= port <= MAX_PORT:
+        raise RunError(
+            "cannot listen", where=f"{host}:{port}", expected=f"a port of 0 to {MAX_PORT}"
+        )
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, UnicodeError) as error:  # the second for a host of 70 letters
+        raise RunError(
+            "cannot listen",
+            where=f"{host}:{port}",
+            got=error,
+            fix="choose another --host or --port",
+        ) from None
+
+
+def allowed_hosts(host: str) -> set[str]:
+    """Return the host names to answer to: loopback names on a loopback address, else any."""
+    return {*map(url_host, LOOPBACK), url_host(host.lower())} if host in LOOPBACK else set()
+
+
+def make_uvicorn(app: FastAPI, limits: ServerLimits) -> uvicorn.Server:
+    """Make a server that does not run yet."""
+    config = uvicorn.Config(
+        app,
+        http=make_protocol(limits),
+        ws="none",
+        lifespan="on",
+        log_level="warning",
+        server_header=False,
+        access_log=False,
+        timeout_graceful_shutdown=limits.body_seconds + limits.answer_seconds,
+        backlog=BACKLOG,
+    )
+    return _Server(config)
+
+
+def url_host(host: str) -> str:
+    """The host as URLs and Host headers write it: IPv6 addresses in brackets."""
+    return f"[{host}]" if ":" in host else host
