@@ -53,7 +53,7 @@ def test_counts_sizes_and_findings(tmp_path: Path) -> None:
         ("note", "images differ in size", 0),
         ("note", "images more than twice as long as wide, which resize = squash distorts", 3),
         ("note", "3 images stand out, much longer or wider than the others", 3),
-        ("note", "5 images stand out, bright even in their darkest parts", 5),
+        ("note", "5 images stand out, bright even in the darkest parts", 5),
         ("warning", "1 test images are exact copies of training images", 0),
         ("warning", "1 images are in several classes as exact copies", 0),
         (

@@ -20,8 +20,8 @@ Fault = Literal["one colour", "dark", "bright", "blurred", "size", "shape"]
 
 FAULTS: Final[dict[Fault, str]] = {
     "one colour": "nearly one colour",
-    "dark": "dark even in their brightest parts",
-    "bright": "bright even in their darkest parts",
+    "dark": "dark even in the brightest parts",
+    "bright": "bright even in the darkest parts",
     "blurred": "blurred",
     "size": "much smaller or larger than the others",
     "shape": "much longer or wider than the others",
