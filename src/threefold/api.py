@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from threefold.arguments import parse_minutes, split_names
 from threefold.data.dataset import Sources
@@ -87,6 +87,9 @@ def fit(
     Raises:
         ThreefoldError: the folder or the recipe cannot be used; the message says what to do.
     """
+    if quality not in get_args(Quality):
+        expected = ", ".join(get_args(Quality))
+        raise RecipeError("unknown quality", where="quality", expected=expected, got=quality)
     target, source = place_data(data, labels, out)
     changes = (overrides,) if isinstance(overrides, str) else tuple(overrides)
     minutes = parse_minutes(budget)
@@ -95,7 +98,9 @@ def fit(
         show_progress(watcher, progress) as follower,
         TrackedWatcher(follower, split_names(log)) as tracked,
     ):
-        return _fit(source, target, minutes, names, changes, quality, tracked)
+        run = _fit(source, target, minutes, names, changes, quality, tracked)
+        _tell_findings(run)
+        return run
 
 
 def _fit(
@@ -125,6 +130,7 @@ def _fit(
         deadline = began + 60 * minutes - STARTUP_SECONDS
     run = Run.create(recipe, out, watcher, header, sources)
     if run.folder.is_whole:
+        watcher.note(f"{out} is finished, with its own recipe; --out NAME trains another run")
         finish(run)
         return run
     images = run.all_sources  # unlabelled images that cannot be used are refused before any work
@@ -288,7 +294,15 @@ def train(
                 _train_and_score(run)
         if run.results.export is None and (run.dir / "model.onnx").exists():
             finish(run)  # the file is that of a first answer, or its export was cut short
+        _tell_findings(run)
     return run
+
+
+def _tell_findings(run: Run) -> None:
+    """Say what the scores cannot: copies across splits and the like; notes on reading were said."""
+    for note in run.results.notes:
+        if note not in run.folder.info.notes:
+            run.watcher.note(note)
 
 
 def _train_and_score(run: Run, pending: tuple[str, ...] = ()) -> None:

@@ -73,6 +73,8 @@ def test_what_is_not_read_is_noted(tmp_path: Path) -> None:
     sources = load_source("csv", table, fold_column="fold")
 
     assert sources.notes[0] == "2 columns are not read: width, patient"
+    one = write_table(tmp_path, "path,label,width", SPLIT)
+    assert load_source("csv", one).notes[0] == "1 column is not read: width"
 
 
 @pytest.mark.parametrize("header", ["path,label,label", "path,label,Label", "path,label,path"])

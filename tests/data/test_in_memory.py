@@ -192,7 +192,7 @@ def test_stored_data_move_with_their_run(tmp_path: Path) -> None:
 
 BAD: list[tuple[Any, Any, str]] = [
     ([grey(0)] * 3, ["a", "b"], "differ in number; got 3 images, 2 labels"),
-    ([grey(0)] * 2, None, "no labels.*give them as the second argument"),
+    ([grey(0)] * 2, None, "no labels.*give them, too: labels=LABELS in threefold.fit"),
     ([grey(0)] * 2, "label", "no labels"),
     ([], [], "there are no images"),
     ([grey(0), "a.png"], ["a", "b"], "some images are paths.*row 1"),

@@ -100,7 +100,7 @@ def test_the_best_method_is_chosen_with_a_reason() -> None:
     # 0.3251 is the entropy of 0.9.
     assert equal == (
         "mean",
-        "the best, log loss 0.3251, accuracy 0.9000 cross-fitted; and the simplest",
+        "the best, calibrated log loss 0.3251, accuracy 0.9000 cross-fitted; and the simplest",
     )
     assert better.name == "stacked"
     assert better.reason.endswith(

@@ -14,10 +14,12 @@ from support.command_line import threefold_command
 from support.hub_server import TOKEN, Hub, hub_server
 from support.tiny_runs import COLOURS, paint
 
+from threefold.errors import ExportError
 from threefold.exporting.hub_readme import write_readme
+from threefold.exporting.hub_upload import push
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
-from threefold.runtime.hub import find_model, is_address
+from threefold.runtime.hub import find_model, is_address, network_errors
 from threefold.runtime.model import load
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -118,6 +120,16 @@ def test_shown_recipe_has_no_folder(finished: Any) -> None:
     recipe = without_folders(Recipe.load(finished.dir / "recipe.toml"))
 
     assert recipe.data.root == Path(finished.recipe.data.root).name
+
+
+def test_push_without_a_network_is_one_line(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise network_errors()[0]("Name or service not known")
+
+    monkeypatch.setattr("threefold.exporting.hub_upload.HfApi.create_repo", fail)
+
+    with pytest.raises(ExportError, match=r"cannot reach the hub.*Name or service"):
+        push(finished.dir, "owner/tiny")
 
 
 def test_offline_address_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from threefold.cli.catalog import catalogue
 from threefold.ensembles.stacked import StackedEnsemble
+from threefold.errors import RecipeError
 from threefold.exporting import targets
 from threefold.models.backbones import (
     INCEPTION_STATS,
@@ -78,6 +79,11 @@ def test_the_table_agrees_with_timm(row: Any) -> None:
 )
 def test_names(name: str, timm_name: str) -> None:
     assert resolve_backbone(name) == timm_name
+
+
+def test_a_pattern_without_match_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"no pretrained backbone.*convnxt"):
+        catalogue("backbones", "convnxt")
 
 
 def test_the_list_shows_the_papers_names() -> None:

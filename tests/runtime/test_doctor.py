@@ -67,14 +67,16 @@ def test_cleaning_frees_what_there_was(cache: Path) -> None:
 
 
 def test_clean_asks_first(cache: Path) -> None:
-    refused = threefold_command("clean", stdin="n\n")
+    refused = threefold_command("clean", stdin="")
     assert refused.returncode == 1
+    assert "nothing was deleted" in refused.stderr
     assert (cache / "features" / "key" / "part.npy").exists()
 
     done = threefold_command("clean", "features", "--yes")
 
     assert done.returncode == 0, done.stderr
     assert not (cache / "features").exists()
+    assert threefold_command("clean").stdout.endswith("nothing to delete\n")
 
 
 def test_doctor_as_json_can_be_read(cache: Path) -> None:

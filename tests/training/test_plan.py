@@ -197,6 +197,7 @@ def test_members_and_overrides_are_used(tmp_path: Path) -> None:
     backbones = [m.backbone for m in plan.recipe.members if not m.starts_from]
     assert backbones == ["test_resnet", "test_vit"]
     assert plan.recipe.train.batch_size == 4
+    assert Decision("train.batch_size", "4", "named by you") in plan.decisions
     assert Recipe.parse(plan.recipe.model_dump()) == plan.recipe
     header = plan.recipe.dump(plan.explain()).splitlines()[: len(plan.decisions) + 1]
     assert all(line.startswith("#") for line in header)
@@ -228,6 +229,20 @@ def test_unusable_folders_are_refused(tmp_path: Path) -> None:
         plan_folder(tmp_path / "none", 0)
     with pytest.raises(DataError):
         plan_folder(make_folder(tmp_path / "one", ["only"]), 0)
+
+
+def test_reasons_are_not_given_for_values_of_the_user() -> None:
+    pair = Decision("augment.rotation, crop", "10, 0.7", "mild")
+    size = Decision("img_size", 160, "probes")
+    changes = {"augment.crop": "0.5", "members.0.img_size": "224"}
+
+    marked = planning.mark_overrides([pair, size], changes)
+
+    assert marked == [
+        Decision("augment.rotation, crop", "10, 0.5", "mild; crop named by you"),
+        Decision("img_size", 160, "probes; members.0.img_size = 224: named by you"),
+    ]
+    assert planning.mark_overrides([pair, size], {"seed": "3"}) == [pair, size]
 
 
 @pytest.mark.parametrize(
@@ -314,7 +329,9 @@ def test_fit_from_a_folder_to_a_file_and_again(
     assert not first.pending
 
     monkeypatch.setattr(planning, "plan_folder", None)
-    again = api.fit(root, out).results
+    follower = Mock(defers_stop=False)
+    again = api.fit(root, out, watcher=follower).results
+    assert "is finished, with its own recipe" in follower.note.call_args_list[0].args[0]
     assert again == first.replace(seconds=again.seconds)
     as_before = api.fit(root, out, members=members, overrides=sets).results
     assert as_before == first.replace(seconds=as_before.seconds)

@@ -21,7 +21,7 @@ def catalogue(kind: str, pattern: str = "*") -> list[str]:
         pattern: a glob pattern for backbones. The paper's names for them come last.
 
     Raises:
-        RecipeError: there is no such kind.
+        RecipeError: there is no such kind, or the pattern matches no backbone.
     """
     lists: dict[str, Callable[[], list[str]]] = {
         "backbones": lambda: _backbones(pattern),
@@ -44,6 +44,12 @@ def _backbones(pattern: str) -> list[str]:
         for row in PAPER_BACKBONES
         if fnmatch(row.name.lower(), pattern.lower()) or row.timm in names
     ]
+    if not names and not aliases:
+        raise RecipeError(
+            "no pretrained backbone has such a name",
+            got=pattern,
+            fix="* stands for any letters: threefold list backbones '*convnext*'",
+        )
     return names + aliases
 
 

@@ -58,11 +58,23 @@ def clean(
     from threefold.runtime.doctor import CACHES, remove_cache
 
     kinds = CACHES if kind == "all" else (kind,)
-    for name in kinds:
-        folder = cache_folder(name)
-        out.print(f"{name:10}{folder_size(folder) / 1e9:8.2f} GB  {folder}", markup=False)
-    if not yes and not typer.confirm("Delete? It is computed again when it is needed."):
-        err.print("nothing was deleted")
+    sizes = {name: folder_size(cache_folder(name)) for name in kinds}
+    for name, size in sizes.items():
+        out.print(f"{name:10}{size / 1e9:8.2f} GB  {cache_folder(name)}", markup=False)
+    if not any(sizes.values()):
+        out.print("nothing to delete")
+        return
+    if not yes and not _is_confirmed():
+        err.print("nothing was deleted; --yes deletes without asking")
         raise SystemExit(1)
     freed = sum(remove_cache(name) for name in kinds)
     out.print(f"freed {freed / 1e9:.2f} GB")
+
+
+def _is_confirmed() -> bool:
+    """Ask; without a terminal or with Ctrl-C the answer is no."""
+    try:
+        return typer.confirm("Delete? It is computed again when it is needed.")
+    except typer.Abort:
+        err.print()
+        return False

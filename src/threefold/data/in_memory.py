@@ -178,7 +178,11 @@ def _rows_of_table(data: Any, labels: Any) -> _Rows:
     names = data if isinstance(data, Mapping) else getattr(data, "column_names", None)
     keys = {str(key): key for key in (data.columns if names is None else names)}
     where = "the table"
-    named = NamedColumns(label=labels if isinstance(labels, str) else "", has_recipe=False)
+    named = NamedColumns(
+        label=labels if isinstance(labels, str) else "",
+        has_recipe=False,
+        rename="rename a column; labels=NAME names the one of the labels",
+    )
     known = ["path", "label", "group", "split"]
     if labels is not None and not isinstance(labels, str):
         known.remove("label")  # given labels take the place of a column
@@ -249,7 +253,7 @@ def _texts(labels: Any, number: int) -> list[str]:
             "the images have no labels",
             expected="one label for each image",
             got="a text" if labels is not None else "None",
-            fix="give them as the second argument",
+            fix="give them, too: labels=LABELS in threefold.fit, the second argument elsewhere",
         )
     array = _as_array(labels)
     if array is None:

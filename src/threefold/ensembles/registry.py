@@ -225,7 +225,7 @@ def choose(
     choice = simplest([-loss for loss in losses])
     name, best = eligible[choice.chosen], eligible[choice.best]
     kind = "class-balanced log loss" if metric in BALANCED else "log loss"
-    figures = f"{kind} {losses[choice.chosen].mean():.4f}"
+    figures = f"calibrated {kind} {losses[choice.chosen].mean():.4f}"
     if metric != "log_loss":
         figures += f", {metric.replace('_', ' ')} {merits[name]:.4f}"
     figures += " cross-fitted"

@@ -15,6 +15,7 @@ from threefold.exporting.hub_readme import write_readme
 from threefold.files import write_json
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe, fold_name
+from threefold.runtime.hub import network_errors
 
 README: Final = "README.md"
 
@@ -73,7 +74,7 @@ def push(run_dir: str | Path, repository: str, *, private: bool = False, licence
                 raise _no_token(repository) from None
             reason = error.server_message or f"HTTP status {status}"
             raise ExportError("the hub refuses", where=repository, got=reason) from None
-        except OSError as error:  # httpx's errors of the network are among them
+        except (OSError, *network_errors()) as error:
             raise ExportError("cannot reach the hub", where=repository, got=error) from None
     return str(address)
 

@@ -131,9 +131,20 @@ def download(
             where=where,
             fix="go online once, or give the path of a file",
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError, *network_errors()) as error:
         got = " ".join(str(error).split())[:200]
         raise ExportError("cannot download from the hub", where=where, got=got) from None
+
+
+def network_errors() -> tuple[type[Exception], ...]:
+    """Return the base classes of what the hub's HTTP client raises where there is no network.
+
+    The client is requests, httpx or httpx2, by the version of huggingface_hub, whose own error for
+    a refusal inherits from that client's.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
 
 
 def _split(address: str | Path) -> tuple[str, str | None]:

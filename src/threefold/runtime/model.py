@@ -138,6 +138,10 @@ class Model:
         data_bytes = bytes_beside(self.path, self.card)
         self.session = open_session(self.path, threads, memory + 2 * data_bytes, spin, device)
 
+    def __repr__(self) -> str:
+        classes, members = len(self.classes), len(self.members)
+        return f"<Model {self.path}: {classes} classes, {members} members, on {self.device}>"
+
     def _read_uncertainty(self) -> None:
         for entry in self.card.get("conformal") or ():
             sets = ConformalSets.from_state(entry["state"])

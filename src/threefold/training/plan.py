@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,8 @@ def plan_folder(
         tree["views"] = {"kind": "flip"}
         decisions.append(Decision("views.kind", "flip", "quality best: the mirror image, too"))
     recipe, sources, why_groups = plan_with_groups(tree, overrides, found, sources, group_file)
-    return RecipePlan(recipe, [*decisions, *why_groups], sources)
+    named = mark_overrides([*decisions, *why_groups], _changes(overrides))
+    return RecipePlan(recipe, named, sources)
 
 
 def _data(folder: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -204,6 +205,34 @@ def _changes(overrides: Sequence[str]) -> dict[str, str]:
     """Return the values that overrides set, as texts, by their keys."""
     pairs = [text.partition("=")[::2] for text in overrides]
     return {key.strip(): value.strip().strip("\"'") for key, value in pairs}
+
+
+def mark_overrides(decisions: Sequence[Decision], changes: Mapping[str, str]) -> list[Decision]:
+    """Return the decisions with the values that the user set in place of the plan's.
+
+    Args:
+        decisions: of the plan; a key may name several of one section (`augment.rotation, crop`).
+        changes: values that overrides set, by their keys.
+    """
+    marked = []
+    for decision in decisions:
+        section, _, rest = decision.key.rpartition(".")
+        names, values = rest.split(", "), str(decision.value).split(", ")
+        keys = [f"{section}.{name}" for name in names]
+        own = [name for name, key in zip(names, keys, strict=True) if key in changes]
+        sizes = [key for key in changes if re.fullmatch(r"members\.[^.]+\.img_size", key)]
+        if own and len(values) == len(names):
+            values = [changes.get(key, value) for key, value in zip(keys, values, strict=True)]
+            reason = "named by you"
+            if len(own) < len(names):
+                reason = f"{decision.reason}; {', '.join(own)} named by you"
+            decision = Decision(decision.key, ", ".join(values), reason)
+        elif decision.key == "img_size" and sizes and decision.reason != "named by you":
+            told = ", ".join(f"{key} = {changes[key]}" for key in sizes)
+            reason = f"{decision.reason}; {told}: named by you"
+            decision = Decision(decision.key, decision.value, reason)
+        marked.append(decision)
+    return marked
 
 
 def left_out_reason(backbones: Sequence[str]) -> str:

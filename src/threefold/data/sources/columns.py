@@ -74,6 +74,8 @@ class NamedColumns(NamedTuple):
     """The fold of each training row; empty = none."""
     has_recipe: bool = True
     """Whether there is a recipe, which can name columns. Without one, folds are left unread."""
+    rename: str = "rename a column"
+    """Without a recipe: what a user can do about a column that is not found."""
 
 
 NO_NAMES: Final = NamedColumns()
@@ -213,7 +215,7 @@ def require_columns(
         where=where,
         expected=f"{names}{expected}",
         got=", ".join(header) or "an empty file",
-        fix=f"rename a column, or name it: {keys}" if named.has_recipe else "rename a column",
+        fix=f"rename a column, or name it: {keys}" if named.has_recipe else named.rename,
     )
 
 
@@ -244,4 +246,7 @@ def note_columns(columns: dict[str, str]) -> list[str]:
 def note_unread(header: Sequence[str], read: Sequence[str]) -> list[str]:
     """Note the columns of a table that are not read."""
     unread = [name for name in header if name not in read]
-    return [f"{len(unread)} columns are not read: {shorten(unread)}"] if unread else []
+    if not unread:
+        return []
+    number = "1 column is" if len(unread) == 1 else f"{len(unread)} columns are"
+    return [f"{number} not read: {shorten(unread)}"]
