@@ -118,7 +118,7 @@ def test_the_simplest_within_one_standard_error_is_chosen() -> None:
     )
 
     assert name == "vote"
-    assert reason.startswith("log loss 0.346")
+    assert reason.startswith("calibrated log loss 0.346")
     assert "within one standard error (0.0" in reason
     assert reason.endswith("of stacked, 0.3251, and simpler")
 

@@ -234,15 +234,15 @@ def test_unusable_folders_are_refused(tmp_path: Path) -> None:
 def test_reasons_are_not_given_for_values_of_the_user() -> None:
     pair = Decision("augment.rotation, crop", "10, 0.7", "mild")
     size = Decision("img_size", 160, "probes")
-    changes = {"augment.crop": "0.5", "members.0.img_size": "224"}
+    overrides = ("augment.crop=0.5", "members.0.img_size=224")
 
-    marked = planning.mark_overrides([pair, size], changes)
+    marked = planning.mark_overrides([pair, size], overrides)
 
     assert marked == [
         Decision("augment.rotation, crop", "10, 0.5", "mild; crop named by you"),
         Decision("img_size", 160, "probes; members.0.img_size = 224: named by you"),
     ]
-    assert planning.mark_overrides([pair, size], {"seed": "3"}) == [pair, size]
+    assert planning.mark_overrides([pair, size], ("seed=3",)) == [pair, size]
 
 
 @pytest.mark.parametrize(

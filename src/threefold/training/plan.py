@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,8 +153,7 @@ def plan_folder(
         tree["views"] = {"kind": "flip"}
         decisions.append(Decision("views.kind", "flip", "quality best: the mirror image, too"))
     recipe, sources, why_groups = plan_with_groups(tree, overrides, found, sources, group_file)
-    named = mark_overrides([*decisions, *why_groups], _changes(overrides))
-    return RecipePlan(recipe, named, sources)
+    return RecipePlan(recipe, mark_overrides([*decisions, *why_groups], overrides), sources)
 
 
 def _data(folder: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -207,13 +206,14 @@ def _changes(overrides: Sequence[str]) -> dict[str, str]:
     return {key.strip(): value.strip().strip("\"'") for key, value in pairs}
 
 
-def mark_overrides(decisions: Sequence[Decision], changes: Mapping[str, str]) -> list[Decision]:
+def mark_overrides(decisions: Sequence[Decision], overrides: Sequence[str]) -> list[Decision]:
     """Return the decisions with the values that the user set in place of the plan's.
 
     Args:
         decisions: of the plan; a key may name several of one section (`augment.rotation, crop`).
-        changes: values that overrides set, by their keys.
+        overrides: `a.b=c`.
     """
+    changes = _changes(overrides)
     marked = []
     for decision in decisions:
         section, _, rest = decision.key.rpartition(".")
