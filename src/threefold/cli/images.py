@@ -120,7 +120,7 @@ def _predict_to_file(
     if answered:
         speed = f" ({describe_speed(answered / done.seconds)}, batch {done.batch})"
     failed = f", {done.failed:,} could not be read" if done.failed else ""
-    images = f"{done.images:,} image{'' if done.images == 1 else 's'}"
-    out.print(f"{target}: {images}{failed}; {answered:,} now{speed}", markup=False)
+    number = f"{done.images:,} image{'' if done.images == 1 else 's'}"
+    out.print(f"{target}: {number}{failed}; {answered:,} now{speed}", markup=False)
     if done.failed:
         raise SystemExit(1)

@@ -74,7 +74,7 @@ def push(run_dir: str | Path, repository: str, *, private: bool = False, licence
                 raise _no_token(repository) from None
             reason = error.server_message or f"HTTP status {status}"
             raise ExportError("the hub refuses", where=repository, got=reason) from None
-        except (OSError, *network_errors()) as error:
+        except network_errors() as error:
             raise ExportError("cannot reach the hub", where=repository, got=error) from None
     return str(address)
 

@@ -99,7 +99,6 @@ def download(
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
-            HfHubHTTPError,
             HFValidationError,
             LocalEntryNotFoundError,
             RepositoryNotFoundError,
@@ -131,20 +130,21 @@ def download(
             where=where,
             fix="go online once, or give the path of a file",
         ) from None
-    except (HfHubHTTPError, OSError, *network_errors()) as error:
+    except network_errors() as error:
         got = " ".join(str(error).split())[:200]
         raise ExportError("cannot download from the hub", where=where, got=got) from None
 
 
 def network_errors() -> tuple[type[Exception], ...]:
-    """Return the base classes of what the hub's HTTP client raises where there is no network.
+    """Return what the hub's client raises where there is no network: OSError, and its own errors.
 
     The client is requests, httpx or httpx2, by the version of huggingface_hub, whose own error for
     a refusal inherits from that client's.
     """
     from huggingface_hub.errors import HfHubHTTPError
 
-    return tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
+    own = (base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
+    return (*own, OSError)
 
 
 def _split(address: str | Path) -> tuple[str, str | None]:
