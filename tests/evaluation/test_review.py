@@ -152,7 +152,7 @@ def test_nothing_of_the_user_is_overwritten(photos: Path, tmp_path: Path) -> Non
         (tmp_path / "mine.csv", "the file exists"),
         (photos / "clean.csv", "would lie among the images"),
         (photos / "train/cat/clean.csv", "would lie among the images"),
-        (tmp_path / "clean.txt", "not a CSV file"),
+        (tmp_path / "clean.txt", "not a name for this file"),
     ):
         with pytest.raises(RunError, match=message):
             check_target(review, target)

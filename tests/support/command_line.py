@@ -51,6 +51,7 @@ SURFACE = {
     "data": set(),
     "data fetch": {"--to", "--extra", "--accept-licence"},
     "data check": {"--as", "--json"},
+    "data export": {"--format", "--out", "--as"},
     "data review": {"--as", "--out", "--port"},
     "reproduce": {"--scale", "--protocol", "--out", "--data", "--seeds", "--set"},
 }

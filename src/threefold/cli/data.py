@@ -1,9 +1,9 @@
-"""The verbs about data sets: `data fetch`, `data check` and `data review`. No logic."""
+"""The verbs about data sets: `data fetch`, `check`, `review`, `export`. No logic."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -34,6 +34,7 @@ def register(app: typer.Typer) -> None:
     data.command("fetch")(fetch)
     data.command("check")(check)
     data.command("review")(review)
+    data.command("export")(export)
     app.add_typer(data, name="data")
 
 
@@ -166,6 +167,51 @@ def review(
     counts = ", ".join(f"{number} {name}" for name, number in state.count().items())
     out.print(f"{target}: {counts}", markup=False)
     out.print(f"next   threefold fit {target}", markup=False)
+
+
+def export(
+    source: Annotated[
+        str, typer.Argument(help="A run (with its suspect labels), or images as for fit.")
+    ],
+    file_format: Annotated[
+        Literal["labelstudio", "fiftyone"], typer.Option("--format", help="Who imports the file.")
+    ],
+    target: Annotated[Path, typer.Option("--out", help="The JSON file; it must not exist yet.")],
+    kind: Annotated[
+        str, typer.Option("--as", help="The kind of data set, if its files do not show it.")
+    ] = "",
+) -> None:
+    """Write suspect labels, copies and odd images for Label Studio or FiftyOne to import.
+
+    The images stay where they are; the output says how to import the file.
+    """
+    from threefold.evaluation import review_export
+    from threefold.evaluation.review import check_target, open_review
+    from threefold.files import write_json
+
+    found = open_review(source, kind)
+    check_target(found, target, ".json")
+    for note in found.notes:
+        out.print(f"{_MARKS['note']} {plain(note)}")
+    root = review_export.media_root(found)
+    if file_format == "labelstudio":
+        write_json(target, review_export.to_label_studio(found))
+        hints = (
+            f"LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true "
+            f"LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={root} label-studio start",
+            f"labelling interface: {review_export.label_studio_config(found)}",
+            f"add {root} as local storage, then import {target}",
+        )
+    else:
+        write_json(target, review_export.to_fiftyone(found))
+        hints = (
+            "fiftyone.Dataset.from_dir("
+            "dataset_type=fiftyone.types.FiftyOneImageClassificationDataset,",
+            f"    data_path={str(root)!r}, labels_path={str(target.absolute())!r})",
+        )
+    out.print(f"{target}: {len(found.items):,} images", markup=False)
+    for hint in hints:
+        out.print(hint, markup=False, soft_wrap=True)
 
 
 def _show_check(report: DataCheck) -> None:

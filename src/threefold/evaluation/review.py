@@ -203,14 +203,16 @@ def check_decision(review: Review, decision: Decision) -> None:
         raise DataError("no such class", got=decision.label or "nothing", expected=shorten(classes))
 
 
-def check_target(review: Review, target: Path) -> None:
+def check_target(review: Review, target: Path, suffix: str = ".csv") -> None:
     """Refuse a file that exists or would lie among the images: nothing of the user's is changed.
 
     Raises:
         RunError: it does.
     """
-    if target.suffix.lower() != ".csv":
-        raise RunError("not a CSV file", where=target, expected="a name that ends in .csv")
+    if target.suffix.lower() != suffix:
+        raise RunError(
+            "not a name for this file", where=target, expected=f"one that ends in {suffix}"
+        )
     if target.exists():
         raise RunError("the file exists", where=target, fix="choose another name with --out")
     root = Path(review.root).expanduser().resolve()
