@@ -196,19 +196,19 @@ def export(
     root = review_export.media_root(found)
     if file_format == "labelstudio":
         write_json(target, review_export.to_label_studio(found))
-        hints = (
+        hints = [
             f"LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true "
             f"LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={root} label-studio start",
             f"labelling interface: {review_export.label_studio_config(found)}",
             f"add {root} as local storage, then import {target}",
-        )
+        ]
     else:
         write_json(target, review_export.to_fiftyone(found))
-        hints = (
+        hints = [
             "fiftyone.Dataset.from_dir("
             "dataset_type=fiftyone.types.FiftyOneImageClassificationDataset,",
             f"    data_path={str(root)!r}, labels_path={str(target.absolute())!r})",
-        )
+        ]
     out.print(f"{target}: {len(found.items):,} images", markup=False)
     for hint in hints:
         out.print(hint, markup=False, soft_wrap=True)
