@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.fake_runs import fake_recipe
 
 from threefold.data.dataset import load_data
 from threefold.data.synthetic import write_sample
@@ -21,6 +22,7 @@ from threefold.evaluation.review import (
     open_review,
     write_reviewed,
 )
+from threefold.predictions.run_folder import RunFolder
 from threefold.recipe_schema import DataSpec
 
 
@@ -130,6 +132,26 @@ def test_other_tables_are_no_suspects(tmp_path: Path, text: str | None, message:
 
     with pytest.raises(DataError, match=message):
         read_suspects(tmp_path / "suspects.csv")
+
+
+def test_a_run_brings_its_suspect_labels(photos: Path, tmp_path: Path) -> None:
+    recipe = fake_recipe("run", "honest", "auto")
+    data = DataSpec(source="folder", root=str(photos))
+    folder = RunFolder.create(tmp_path / "run", recipe.model_copy(update={"data": data})).path
+    suspect = Suspect("train/cat/1.png", "cat", "dog, small", 0.1, "labelled cat; ...")
+
+    assert open_review(str(folder)).notes == (
+        "the run has no suspects.csv: labels are not looked at",
+    )
+    write_suspects(folder / "suspects.csv", [suspect])
+    review = open_review(str(folder))
+
+    assert [(item.id, item.kinds) for item in review.items] == [
+        ("train/cat/1.png", ("label",)),
+        ("train/dog, small/copy.png", ("copy",)),
+        ("train/cat/empty.png", ("quality",)),
+    ]
+    assert (review.items[0].suggested, review.notes) == ("dog, small", ())
 
 
 def test_a_suspect_has_the_suggested_class(photos: Path) -> None:

@@ -42,7 +42,7 @@ def test_label_studio_finds_each_image(review: Review, photos: Path) -> None:
 
     addresses = [urlsplit(task["data"]["image"]) for task in tasks]
     assert {address.path for address in addresses} == {"/data/local-files/"}
-    files = [media_root(review) / parse_qs(address.query)["d"][0] for address in addresses]
+    files = [media_root(review).parent / parse_qs(address.query)["d"][0] for address in addresses]
     assert files == [photos / "dog/3.png", photos / COPY, photos / EMPTY]
     assert all(file.is_file() for file in files)
 

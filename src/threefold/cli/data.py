@@ -198,7 +198,7 @@ def export(
         write_json(target, review_export.to_label_studio(found))
         hints = [
             f"LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true "
-            f"LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={root} label-studio start",
+            f"LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={root.parent} label-studio start",
             f"labelling interface: {review_export.label_studio_config(found)}",
             f"add {root} as local storage, then import {target}",
         ]

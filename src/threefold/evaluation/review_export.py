@@ -25,7 +25,14 @@ LOCAL_FILES: Final = "/data/local-files/?d="
 
 
 def media_root(review: Review) -> Path:
-    """Return the folder that all images of a data set lie in, which both programs ask for."""
+    """Return the folder that all images of a data set lie in, which both programs ask for.
+
+    Label Studio calls it a local storage, and wants it below its document root: addresses are
+    relative to the parent.
+
+    Raises:
+        DataError: there is none.
+    """
     folders = {path.parent for path in _all_paths(review)}
     try:
         return Path(os.path.commonpath(folders))
@@ -35,7 +42,7 @@ def media_root(review: Review) -> Path:
 
 def to_label_studio(review: Review) -> list[dict[str, Any]]:
     """Make the tasks: the prediction of each is the suggested class, or else the present one."""
-    root = media_root(review)
+    root = media_root(review).parent
     return [
         {
             "data": {
