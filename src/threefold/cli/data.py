@@ -143,7 +143,7 @@ def review(
     It shows suspect labels (of a run), copies, and images that stand out. Your files stay as they
     are.
     """
-    from threefold.evaluation.review import open_review
+    from threefold.evaluation.review import check_new_file, open_review
     from threefold.evaluation.review_state import ReviewState
     from threefold.extras import missing_extra
 
@@ -151,8 +151,9 @@ def review(
         from threefold.serving.review import run_review
     except ModuleNotFoundError as error:
         raise missing_extra(error, "serve", "`threefold data review`") or error from None
-    found = open_review(source, kind)
     target = target or Path(f"{Path(source).expanduser().resolve().stem}-reviewed.csv")
+    check_new_file(target)  # before the images are read
+    found = open_review(source, kind)
     state = ReviewState(found, target)
     for note in found.notes:
         out.print(f"{_MARKS['note']} {plain(note)}")
@@ -186,9 +187,10 @@ def export(
     The images stay where they are; the output says how to import the file.
     """
     from threefold.evaluation import review_export
-    from threefold.evaluation.review import check_target, open_review
+    from threefold.evaluation.review import check_new_file, check_target, open_review
     from threefold.files import write_json
 
+    check_new_file(target, ".json")  # before the images are read
     found = open_review(source, kind)
     check_target(found, target, ".json")
     for note in found.notes:

@@ -203,18 +203,26 @@ def check_decision(review: Review, decision: Decision) -> None:
         raise DataError("no such class", got=decision.label or "nothing", expected=shorten(classes))
 
 
+def check_new_file(target: Path, suffix: str = ".csv") -> None:
+    """Refuse a file that exists, or whose name does not end in the suffix.
+
+    Raises:
+        RunError: it does.
+    """
+    if target.suffix.lower() != suffix:
+        expected = f"one that ends in {suffix}"
+        raise RunError("not a name for this file", where=target, expected=expected)
+    if target.exists():
+        raise RunError("the file exists", where=target, fix="choose another name with --out")
+
+
 def check_target(review: Review, target: Path, suffix: str = ".csv") -> None:
     """Refuse a file that exists or would lie among the images: nothing of the user's is changed.
 
     Raises:
         RunError: it does.
     """
-    if target.suffix.lower() != suffix:
-        raise RunError(
-            "not a name for this file", where=target, expected=f"one that ends in {suffix}"
-        )
-    if target.exists():
-        raise RunError("the file exists", where=target, fix="choose another name with --out")
+    check_new_file(target, suffix)
     root = Path(review.root).expanduser().resolve()
     if root.is_dir() and target.resolve().is_relative_to(root):
         raise RunError(
