@@ -161,7 +161,7 @@ def test_the_description_names_routes_and_statuses(client: TestClient) -> None:
     post_operation = paths["/predict"]["post"]
     media_types = {"multipart/form-data", "application/json"}
     statuses = {"200", "400", "408", "413", "415", "429", "503"}
-    assert set(paths) == {"/predict", "/health", "/card", "/metrics"}
+    assert set(paths) == {"/predict", "/explain", "/health", "/card", "/metrics"}
     assert set(post_operation["requestBody"]["content"]) == media_types
     assert statuses <= set(post_operation["responses"])
 

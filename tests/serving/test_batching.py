@@ -233,6 +233,75 @@ def test_cancelled_images_are_not_answered(batcher: Batcher, model: FakeModel) -
     assert model.small_batches() == [(2, 8, 12, 3)]
 
 
+def test_tasks_wait_while_images_do(batcher: Batcher, model: FakeModel) -> None:
+    busy = occupy(batcher, model)
+
+    tasks = [batcher.submit_task(batcher.count_waiting) for _ in range(2)]
+    images = submit_reds(batcher, *range(12))  # three batches
+
+    assert batcher.count_waiting() == 12
+    model.gate.set()
+    assert [task.result(20) for task in tasks] == [0, 0]
+    wait([*busy, *images])
+
+
+def test_one_task_runs_at_a_time_and_leaves_a_worker(batcher: Batcher, model: FakeModel) -> None:
+    gate, running = threading.Event(), []
+
+    def work() -> bool:
+        running.append(1)
+        return gate.wait(20)
+
+    tasks = [batcher.submit_task(work) for _ in range(3)]
+    wait_until(lambda: running, 20)
+
+    assert [red_of(future) for future in submit_reds(batcher, 3, 4)] == [3, 4]
+    assert len(running) == 1
+    gate.set()
+    assert all(task.result(20) for task in tasks)
+    assert len(running) == 3
+
+
+def test_a_large_task_and_a_large_image_take_turns(
+    batcher: Batcher, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "BATCH_PIXELS", 50)
+    model.gate.clear()
+
+    tasks = [batcher.submit_pixels(np.ones((1, 10, 10, 3), np.uint8)) for _ in range(2)]
+    wait_until(lambda: model.running == 1, 20)
+    large = submit(batcher, picture((1, 1, 1), (10, 10)))
+    time.sleep(0.2)
+
+    assert model.most_running == 1
+    model.gate.set()
+    assert wait([*tasks, large], 20).not_done == set()
+    assert model.most_running == 1
+
+
+def test_a_task_that_fails_leaves_the_workers_alive(batcher: Batcher, model: FakeModel) -> None:
+    tasks = [batcher.submit_task(lambda: 1 // 0) for _ in range(2 * batching.WORKERS)]
+
+    for task in tasks:
+        with pytest.raises(ZeroDivisionError):
+            task.result(20)
+    assert red_of(submit_reds(batcher, 5)[0]) == 5
+    assert batcher.submit_task(lambda: "done").result(20) == "done"
+
+
+def test_closing_drops_waiting_tasks(model: FakeModel) -> None:
+    batcher = Batcher(model, batch=4)
+    busy = occupy(batcher, model)
+    task = batcher.submit_task(lambda: "done")
+
+    batcher.close(0.1, interrupt=model.gate.set)
+
+    assert task.cancelled()
+    assert all(future.done() for future in busy)
+    with pytest.raises(RuntimeError):
+        batcher.submit_task(lambda: "done")
+
+
 def test_closing_answers_what_waits_and_takes_no_more(model: FakeModel) -> None:
     batcher = Batcher(model, batch=2)
     busy = occupy(batcher, model)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.browser import (
     articles,
@@ -24,9 +26,10 @@ from support.browser import (
     severe_messages,
     webdriver,
 )
-from support.server import UNCERTAIN, card, picture, serving, wait_until, write_model
+from support.server import UNCERTAIN, card, encode, picture, serving, wait_until, write_model
 
 import threefold
+from threefold.serving import explain
 from threefold.serving.limits import ServerLimits
 from threefold.training.run import Run
 
@@ -100,7 +103,7 @@ def test_answers_refusals_and_removal(browser: Any, address: str, files: dict[st
     assert "No answer\nnot an image" in bad
     assert browser.find_element("id", "status").text == "3 answered, 1 failed"
 
-    browser.find_elements("css selector", "article button")[1].click()
+    browser.find_elements("css selector", "article .top button")[1].click()
     assert len(articles(browser, 3)) == 3
 
     browser.find_element("id", "clear").click()
@@ -137,14 +140,77 @@ def test_the_keyboard_is_enough(browser: Any, address: str, files: dict[str, Pat
     choose(browser, files["red"])
     articles(browser, 1)
 
-    check_tab_order(browser, ["pick", "clear", "Remove my red flower.png", "Model card"])
+    check_tab_order(browser, ["pick", "clear", "Remove my red flower.png"])
+    webdriver.ActionChains(browser).send_keys(Keys.TAB, Keys.TAB).perform()  # past "Why?"
     webdriver.ActionChains(browser).send_keys(Keys.ENTER).perform()
     assert wait_until(lambda: browser.find_elements("css selector", "#card[open]"))
 
     chain = webdriver.ActionChains(browser)
-    chain = chain.key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT)
+    chain = chain.key_down(Keys.SHIFT).send_keys(Keys.TAB, Keys.TAB).key_up(Keys.SHIFT)
     chain.send_keys(Keys.ENTER).perform()
     wait_until(lambda: not browser.find_elements("css selector", "article"))
+
+
+def texts_of(browser: Any, selector: str) -> list[str]:
+    return [element.text for element in browser.find_elements("css selector", selector)]
+
+
+EXPLAINED = """
+const image = document.querySelector(".why img");
+return image && image.complete && [image.alt, image.naturalWidth, image.naturalHeight];
+"""
+
+
+def test_an_answer_is_explained_by_keyboard(browser: Any, address: str, tmp_path: Path) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    pixels = np.full((42, 63, 3), 90, np.uint8)
+    pixels[:12, 45:] = (250, 20, 20)
+    (tmp_path / "spot.png").write_bytes(encode(pixels, "PNG"))
+    open_page(browser, address)
+    choose(browser, tmp_path / "spot.png")
+    articles(browser, 1)
+
+    check_tab_order(browser, ["pick", "clear", "Remove spot.png", "Why? red, spot.png"])
+    webdriver.ActionChains(browser).send_keys(Keys.ENTER).perform()
+    alt, *size = wait_until(lambda: browser.execute_script(EXPLAINED))
+
+    assert alt == "spot.png, with the parts that matter most for “red” in yellow: top right"
+    assert size == [448, 299]
+    (text,) = articles(browser, 1)
+    assert "hiding a part makes “red” less probable" in text
+    assert "not that it is right" in text
+    button = browser.find_element("css selector", ".answer button")
+    assert button.get_attribute("aria-expanded") == "true"
+    webdriver.ActionChains(browser).send_keys(Keys.ENTER).perform()
+    assert texts_of(browser, ".why") == [""]  # hidden
+    assert button.get_attribute("aria-expanded") == "false"
+    assert not severe_messages(browser)
+
+
+def test_the_wait_and_the_failure_are_in_words(
+    browser: Any, tmp_path: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, prepare = threading.Event(), explain._prepare
+    monkeypatch.setattr(explain, "_prepare", lambda *args: gate.wait(30) and prepare(*args))
+    limits = ServerLimits(explain_seconds=2)
+
+    with serving(write_model(tmp_path / "m.onnx"), limits) as url:
+        open_page(browser, url)
+        choose(browser, files["red"])
+        articles(browser, 1)
+        browser.find_element("css selector", ".answer button").click()
+        (waits,) = texts_of(browser, ".why")
+        (failure,) = wait_until(lambda: texts_of(browser, ".why .bad"))
+        gate.set()
+        browser.find_element("css selector", ".answer button").click()
+        wait_until(lambda: browser.execute_script(EXPLAINED))
+        (explained,) = texts_of(browser, ".why")
+
+    assert waits == "Hiding parts of the image, one after the other …"
+    assert failure.startswith("No explanation: not explained within 2 seconds")
+    assert failure.endswith("Press “Why?” to ask again.")
+    assert explained.startswith("No part of the image matters alone")
 
 
 def test_the_card_is_shown(browser: Any, address: str) -> None:
@@ -194,6 +260,8 @@ def test_any_width_light_and_dark(
         open_page(browser, address)
         choose(browser, files["red"], files["bad"])
         articles(browser, 2)
+        browser.find_element("css selector", ".answer button").click()
+        wait_until(lambda: browser.execute_script(EXPLAINED))
         open_details(browser)
 
         paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")

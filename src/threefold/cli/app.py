@@ -263,7 +263,7 @@ def serve(
     mode: Mode = "full",
     budget: ImageTime = "",
 ) -> None:
-    """Serve a web page to drop images on, and POST /predict."""
+    """Serve a web page to drop images on, POST /predict and POST /explain."""
     from threefold.runtime.predict import parse_policy
     from threefold.serving.app import run_server
     from threefold.serving.limits import ServerLimits

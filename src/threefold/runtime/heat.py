@@ -10,6 +10,7 @@ twice. It says what the answer depends on, not that the answer is right.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -58,6 +59,19 @@ class Heat(NamedTuple):
     """Of the class, with the square hidden that matters most."""
 
 
+class Occlusion(NamedTuple):
+    """What hiding parts of an image costs a class."""
+
+    cells: np.ndarray
+    """float32 (7, 7): the mean loss of probability of the squares that cover a cell, at least 0."""
+    number: int
+    """Of the class."""
+    probability: float
+    """Of the class, of the whole image."""
+    lowest: float
+    """Of the class, with the square hidden that matters most."""
+
+
 def occlusion_heat(model: Model, pixels: np.ndarray, number: int) -> Heat:
     """Hide squares of an image, two sevenths of its side wide, in the image's mean colour.
 
@@ -72,35 +86,70 @@ def occlusion_heat(model: Model, pixels: np.ndarray, number: int) -> Heat:
         ExportError: the model fails.
     """
     image = model.fit_canvas(pixels)
+    found = occlude(model.answer, image, number)
+    cropped = is_cropped(model, pixels, image)
+    spread = spread_cells(found.cells, pixels.shape[0], pixels.shape[1], cropped)
+    return Heat(spread, found.probability, found.lowest)
+
+
+def is_cropped(model: Model, pixels: np.ndarray, image: np.ndarray) -> bool:
+    """Whether `Model.fit_canvas` has made an image of the largest centred square of pixels."""
+    is_crop = model.canvas is not None and model.canvas.mode == "crop"
+    return is_crop and image.shape != pixels.shape
+
+
+def occlude(
+    answer: Callable[[np.ndarray], np.ndarray],
+    image: np.ndarray,
+    number: int | None = None,
+    batch: int = BATCH,
+) -> Occlusion:
+    """Answer an image, and it with each of 64 squares hidden; errors are those of `answer`.
+
+    Args:
+        answer: maps uint8 (b, h, w, 3) to probabilities (b, k).
+        image: uint8 (h, w, 3).
+        number: of the class; None = the most probable one.
+        batch: the most images that are answered at a time.
+    """
     height, width = image.shape[:2]
     rows = np.linspace(0, height, CELLS + 1).round().astype(int)
     columns = np.linspace(0, width, CELLS + 1).round().astype(int)
     colour = image.mean((0, 1)).round().astype(np.uint8)
     spans = [(max(0, i - SQUARE + 1), min(CELLS, i + 1)) for i in range(POSITIONS)]
     places = [(down, across) for down in spans for across in spans]
-    size = max(1, min(BATCH, BATCH_PIXELS // (height * width)))
-    whole = float(model.answer(image[None])[0, number])
+    size = max(1, min(batch, BATCH_PIXELS // (height * width)))
+    answered = answer(image[None])[0]
+    number = int(answered.argmax()) if number is None else number
+    whole = float(answered[number])
     probs = np.zeros(len(places), np.float32)
     for begin in range(0, len(places), size):
         part = places[begin : begin + size]
         hidden = np.repeat(image[None], len(part), axis=0)
         for one, ((top, bottom), (left, right)) in zip(hidden, part, strict=True):
             one[rows[top] : rows[bottom], columns[left] : columns[right]] = colour
-        probs[begin : begin + len(part)] = model.answer(hidden)[:, number]
-    heat = np.zeros((CELLS, CELLS), np.float32)
+        probs[begin : begin + len(part)] = answer(hidden)[:, number]
+    cells = np.zeros((CELLS, CELLS), np.float32)
     for ((top, bottom), (left, right)), drop in zip(places, whole - probs, strict=True):
-        heat[top:bottom, left:right] += drop / SQUARE**2
-    is_cropped = model.canvas is not None and model.canvas.mode == "crop"
-    is_cropped = is_cropped and image.shape != pixels.shape
-    spread = _spread(np.maximum(heat, 0), pixels.shape[0], pixels.shape[1], is_cropped)
-    return Heat(spread, whole, float(probs.min()))
+        cells[top:bottom, left:right] += drop / SQUARE**2
+    return Occlusion(np.maximum(cells, 0), number, whole, float(probs.min()))
 
 
-def _spread(heat: np.ndarray, height: int, width: int, cropped: bool) -> np.ndarray:
-    """Enlarge a map to an image, or to its largest centred square, outside of which it is cold."""
+def spread_cells(cells: np.ndarray, height: int, width: int, cropped: bool) -> np.ndarray:
+    """Enlarge the cells of an `Occlusion` to an image.
+
+    Args:
+        cells: float32 (7, 7).
+        height: of the image.
+        width: of the image.
+        cropped: whether they are of the largest centred square only; the rest is then cold.
+
+    Returns:
+        float32 (height, width) in 0..1, with maximum 1, or zeros without any evidence.
+    """
     side = min(height, width)
     down, across = (side, side) if cropped else (height, width)
-    large = Image.fromarray(heat).resize((across, down), Image.Resampling.BILINEAR)
+    large = Image.fromarray(cells).resize((across, down), Image.Resampling.BILINEAR)
     spread = np.zeros((height, width), np.float32)
     top, left = (height - down) // 2, (width - across) // 2
     spread[top : top + down, left : left + across] = np.maximum(np.asarray(large), 0)
@@ -143,15 +192,20 @@ def check_picture(path: Path) -> None:
         raise DataError("a heat map is a PNG file", where=path, expected="a name ending in .png")
 
 
+def overlay_png(pixels: np.ndarray, heat: np.ndarray) -> bytes:
+    """Return `overlay` as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    overlay(pixels, heat).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def save_overlay(path: Path, pixels: np.ndarray, heat: np.ndarray) -> None:
     """Write `overlay` as a PNG file.
 
     Raises:
         RunError: the file cannot be written.
     """
-    buffer = io.BytesIO()
-    overlay(pixels, heat).save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, overlay_png(pixels, heat))
 
 
 class HeatFolder:

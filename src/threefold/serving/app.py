@@ -21,6 +21,7 @@ from threefold.errors import DataError, ExportError
 from threefold.runtime.json_text import as_json
 from threefold.runtime.model import FULL, CascadePolicy, Model, ModelOutput
 from threefold.serving.batching import BATCH_PIXELS, Batcher
+from threefold.serving.explain import add_explain_route
 from threefold.serving.limits import Refusal, ServerLimits, reserve_descriptors
 from threefold.serving.listen import (
     allowed_hosts,
@@ -32,13 +33,13 @@ from threefold.serving.metrics import Metrics
 from threefold.serving.middleware import GuardMiddleware, clean_key
 from threefold.serving.pages import add_error_handlers, add_pages
 from threefold.serving.requests import (
-    REQUEST_BODY,
     ImageFile,
     measure_image,
     read_images,
+    request_body,
     unreadable_image,
 )
-from threefold.serving.responses import ErrorResponse, PredictResponse, describe
+from threefold.serving.responses import ERRORS, PredictResponse, describe
 
 MEMORY: Final = 2**30
 """Bytes that onnxruntime may use on top of twice the size of the model file."""
@@ -54,7 +55,6 @@ PAGE: Final = {
 """Route -> file of `web/`."""
 PUBLIC_LIMITS: Final = ("files", "file_bytes", "pixels", "side")
 """Limits that GET /card states."""
-ERROR_STATUSES: Final = (400, 401, 408, 413, 415, 429, 503)
 Mode = Literal["full", "fast"]
 
 
@@ -65,12 +65,12 @@ def make_app(
     hosts: Collection[str] = (),
     policy: CascadePolicy = FULL,
 ) -> FastAPI:
-    """Build the application: the page, POST /predict, GET /card, /health, /metrics, /openapi.json.
+    """Build the application: the page, POST /predict and /explain, GET /card, /health, /metrics.
 
     Args:
         model: the loaded model.
         limits: the limits (default: `ServerLimits()`).
-        api_key: the key for /predict, /card and /metrics; empty = none is needed.
+        api_key: the key for /predict, /explain, /card and /metrics; empty = none is needed.
         hosts: the only host names that are accepted; empty = any.
         policy: its mode applies to requests that name none; its limit on the stages applies to
             mode "fast".
@@ -113,8 +113,8 @@ def make_app(
         "/predict",
         response_model=PredictResponse,
         response_model_exclude_none=True,
-        responses={status: {"model": ErrorResponse} for status in ERROR_STATUSES},
-        openapi_extra=REQUEST_BODY,
+        responses=ERRORS,
+        openapi_extra=request_body(limits.files),
     )
     async def predict(
         request: Request, top: Annotated[int, Query(ge=1, le=1000)] = 3, mode: Mode | None = None
@@ -131,12 +131,10 @@ def make_app(
             message = f"no answer within {limits.answer_seconds} seconds; try again"
             raise Refusal(503, "timeout", message) from None
         metrics.images.inc(len(outputs))
-        answers = [
-            describe(model, image.name, output, top)
-            for image, output in zip(images, outputs, strict=True)
-        ]
-        return PredictResponse(answers=answers)
+        pairs = zip(images, outputs, strict=True)
+        return PredictResponse(answers=[describe(model, i.name, out, top) for i, out in pairs])
 
+    add_explain_route(app, model, limits, lambda: batchers[0])
     return app
 
 
@@ -241,7 +239,7 @@ def run_server(
         host: the address to listen on. On a loopback address, only requests to loopback names are
             answered.
         port: the port; 0 = any free one.
-        api_key: the key for /predict, /card and /metrics; empty = none is needed.
+        api_key: the key for /predict, /explain, /card and /metrics; empty = none is needed.
         limits: the limits (default: `ServerLimits()`).
         ready: called with the URL of the page once the port is open.
         policy: how many members answer; a time budget is measured on an image of 256 x 256.

@@ -4,6 +4,9 @@ The images that arrive while the model works form its next batch. No request wai
 arrive: an idle server answers one image at once. The graph takes images of one height and width, so
 only images of equal size share a batch, and each gets the same answer as alone. The workers also
 decode, so that at most one batch per worker is in memory as pixels.
+
+Tasks are other work with the model, in steps: a worker takes one only where no image is ready, and
+only one of them runs at a time, so that a worker is always left to the images.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -27,6 +30,8 @@ INTERRUPT_SECONDS = 5
 """How long an interrupted model may take to stop; then its thread is left to the process's end."""
 WORKERS = 2
 """Number of threads: one decodes while the model works for the other."""
+
+T = TypeVar("T")
 
 Inference = Callable[[np.ndarray, CascadePolicy], ModelOutput]
 """Runs the model: a batch uint8 (b, h, w, 3) and a policy to the output for b images."""
@@ -45,6 +50,12 @@ class _Job(NamedTuple):
     @property
     def is_large(self) -> bool:
         return self.pixels > BATCH_PIXELS
+
+
+class _Task(NamedTuple):
+    work: Callable[[], Any]
+    is_large: bool
+    future: Future[Any]
 
 
 class _DecodedJob(NamedTuple):
@@ -66,8 +77,9 @@ class Batcher:
     ) -> None:
         self._infer, self._batch, self._observe = infer, batch, observe
         self._jobs: list[_Job] = []
+        self._tasks: list[_Task] = []
         self._changed = threading.Condition()
-        self._large_running, self._closed = False, False
+        self._large_running, self._task_running, self._closed = False, False, False
         self._threads = [
             threading.Thread(target=self._work, name=f"batch{i}", daemon=True)
             for i in range(WORKERS)
@@ -100,12 +112,38 @@ class Batcher:
             self._changed.notify()
         return future
 
+    def submit_task(self, work: Callable[[], T], is_large: bool = False) -> Future[T]:
+        """Queue work that is done where no image is ready, one piece at a time.
+
+        Args:
+            work: called in a worker; no image is answered by it meanwhile, so it should be short.
+            is_large: whether it handles an image of more than `BATCH_PIXELS`.
+
+        Returns:
+            A future of what the work returns or raises; cancelled if the batcher is closed first.
+
+        Raises:
+            RuntimeError: the batcher is closed.
+        """
+        future: Future[T] = Future()
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the batcher is closed")
+            self._tasks.append(_Task(work, is_large, future))
+            self._changed.notify()
+        return future
+
+    def submit_pixels(self, images: np.ndarray) -> Future[ModelOutput]:
+        """Queue a batch uint8 (b, h, w, 3) as a task; the future fails as that of `submit`."""
+        is_large = images.shape[1] * images.shape[2] > BATCH_PIXELS
+        return self.submit_task(lambda: self._infer(images, FULL), is_large)
+
     def count_waiting(self) -> int:
         """Number of images that no worker has taken yet."""
         return len(self._jobs)
 
     def close(self, seconds: float = 60, interrupt: Callable[[], object] = lambda: None) -> None:
-        """Answer the waiting images, then stop the threads.
+        """Answer the waiting images, drop the waiting tasks, then stop the threads.
 
         Args:
             seconds: how long to wait for the answers.
@@ -113,6 +151,9 @@ class Batcher:
         """
         with self._changed:
             self._closed = True
+            for task in self._tasks:
+                task.future.cancel()
+            self._tasks = []
             self._changed.notify_all()
         deadline = time.monotonic() + seconds
         for thread in self._threads:
@@ -128,22 +169,39 @@ class Batcher:
 
     def _work(self) -> None:
         while True:
+            jobs: list[_Job] = []
+            task: _Task | None = None
             with self._changed:
-                jobs = self._take_batch()
-                while not jobs:
+                while not (jobs := self._take_batch()) and (task := self._take_task()) is None:
                     if self._closed and not self._jobs:
                         return
                     self._changed.wait()
-                    jobs = self._take_batch()
-            is_large = jobs[0].is_large
+            is_large = jobs[0].is_large if task is None else task.is_large
             try:
-                self._answer(jobs)
+                if task is None:
+                    self._answer(jobs)
+                else:
+                    _run_task(task)
             finally:
                 with self._changed:
                     if is_large:
                         self._large_running = False
+                    if task is not None:
+                        self._task_running = False
                     self._changed.notify_all()
-            del jobs  # frees the batch while the thread waits
+            del jobs, task  # frees the batch while the thread waits
+
+    def _take_task(self) -> _Task | None:
+        """Take the oldest task, unless one runs or must wait; the caller holds the lock."""
+        self._tasks = [task for task in self._tasks if not task.future.cancelled()]
+        if self._task_running or not self._tasks:
+            return None
+        if self._tasks[0].is_large and self._large_running:
+            return None
+        task = self._tasks.pop(0)
+        self._task_running = True
+        self._large_running |= task.is_large
+        return task
 
     def _take_batch(self) -> list[_Job]:
         """Take the oldest job that may start and the jobs like it; the caller holds the lock."""
@@ -208,3 +266,15 @@ class Batcher:
         self._observe(len(group))
         for i, decoded in enumerate(group):
             decoded.job.future.set_result(output.row(i))
+
+
+def _run_task(task: _Task) -> None:
+    """Do the work of a task; its future gets the result or the exception, whatever happens."""
+    if not task.future.set_running_or_notify_cancel():
+        return
+    try:
+        result = task.work()
+    except BaseException as error:
+        task.future.set_exception(error)
+        return
+    task.future.set_result(result)

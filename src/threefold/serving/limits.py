@@ -30,12 +30,14 @@ class ServerLimits:
         graph_pixels: the same where members resize images to several sizes, and in the browser:
             there the graph does it, which needs about 26 bytes per pixel.
         side: width or height of an image.
-        requests: concurrent requests to /predict.
+        requests: concurrent requests to /predict and /explain.
+        explanations: images that are being explained or wait for it; one is at a time.
         connections: open connections.
         header_seconds: until the header of a request has arrived. Also how long a client may keep
             sending after it has its answer.
         body_seconds: until the body has arrived.
         answer_seconds: from the last byte of a request to its answer.
+        explain_seconds: the same for a request to /explain.
         batch: images per batch of the model.
     """
 
@@ -47,10 +49,12 @@ class ServerLimits:
     graph_pixels: int = 20_000_000
     side: int = 16_384
     requests: int = 64
+    explanations: int = 4
     connections: int = 512
     header_seconds: int = 10
     body_seconds: int = 30
     answer_seconds: int = 30
+    explain_seconds: int = 120
     batch: int = 8
 
     def override(self, assignments: Iterable[str]) -> ServerLimits:

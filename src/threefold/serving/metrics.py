@@ -14,6 +14,7 @@ from prometheus_client import (
 )
 
 SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+EXPLAIN_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32)
 
 
@@ -26,9 +27,10 @@ class Metrics:
     Attributes:
         requests: requests by route and status.
         seconds: duration of requests to /predict.
+        explain_seconds: duration of requests to /explain.
         images: images answered.
-        batches: sizes of the model's batches.
-        in_flight: current requests to /predict.
+        batches: sizes of the model's batches, without those of explanations.
+        in_flight: current requests to /predict and /explain.
         request_bytes: bytes of the requests that are being read or answered.
     """
 
@@ -43,6 +45,12 @@ class Metrics:
             buckets=SECONDS_BUCKETS,
             registry=registry,
         )
+        self.explain_seconds = Histogram(
+            "threefold_explain_seconds",
+            "Seconds per request to /explain.",
+            buckets=EXPLAIN_BUCKETS,
+            registry=registry,
+        )
         self.images = Counter("threefold_images", "Images answered.", registry=registry)
         self.batches = Histogram(
             "threefold_batch_images",
@@ -51,7 +59,9 @@ class Metrics:
             registry=registry,
         )
         self.in_flight = Gauge(
-            "threefold_requests_in_flight", "Current requests to /predict.", registry=registry
+            "threefold_requests_in_flight",
+            "Current requests to /predict and /explain.",
+            registry=registry,
         )
         self.request_bytes = Gauge(
             "threefold_request_bytes",

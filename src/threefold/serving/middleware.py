@@ -30,7 +30,9 @@ HEADERS: Final = (
     (b"cache-control", b"no-store"),
 )
 """Headers of every response."""
-PROTECTED_ROUTES: Final = frozenset({"/predict", "/card", "/metrics"})
+IMAGE_ROUTES: Final = frozenset({"/predict", "/explain"})
+"""Routes that take images; the number of their requests is limited."""
+PROTECTED_ROUTES: Final = IMAGE_ROUTES | {"/card", "/metrics"}
 """Routes that need the API key, if there is one. The page itself holds nothing secret."""
 KNOWN_ROUTES: Final = PROTECTED_ROUTES | {"/", "/health", "/openapi.json"}
 """Routes that the metrics name. Other paths come from clients, so there is no end of them."""
@@ -72,7 +74,7 @@ class GuardMiddleware:
         app: the application.
         limits: the limits.
         metrics: updated with every response.
-        api_key: the key for /predict, /card and /metrics; empty = none is needed.
+        api_key: the key for `PROTECTED_ROUTES`; empty = none is needed.
         hosts: the only accepted values of the Host header, without the port; empty = any. This
             stops web pages whose own host name resolves to this address (DNS rebinding).
     """
@@ -87,7 +89,7 @@ class GuardMiddleware:
     ) -> None:
         self.app, self.limits, self.metrics = app, limits, metrics
         self.api_key, self.hosts = clean_key(api_key).encode(), frozenset(hosts)
-        self.requests: dict[_RequestState, None] = {}  # to /predict, the oldest first
+        self.requests: dict[_RequestState, None] = {}  # to `IMAGE_ROUTES`, oldest first
         self.request_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,7 +98,7 @@ class GuardMiddleware:
             await self.app(scope, receive, send)
             return
         path = scope["path"]
-        is_predict = path == "/predict"
+        takes_images = path in IMAGE_ROUTES
         start = asyncio.get_running_loop().time()
         seconds = self.limits.body_seconds
         state = _RequestState(start, start + seconds)
@@ -104,7 +106,7 @@ class GuardMiddleware:
         guarded_send = self._guard_send(send, state)
         try:
             self._check_headers(scope, state)
-            if is_predict:
+            if takes_images:
                 self._make_room(start)
                 self.requests[state] = None
             self.metrics.in_flight.set(len(self.requests))
@@ -122,8 +124,10 @@ class GuardMiddleware:
         finally:
             route = path if path in KNOWN_ROUTES else "other"
             self.metrics.requests.labels(route, str(state.status)).inc()
-            if is_predict:
-                self.metrics.seconds.observe(asyncio.get_running_loop().time() - start)
+            if takes_images:
+                is_predict = path == "/predict"
+                histogram = self.metrics.seconds if is_predict else self.metrics.explain_seconds
+                histogram.observe(asyncio.get_running_loop().time() - start)
 
     def _check_headers(self, scope: Scope, state: _RequestState) -> None:
         """Raise a Refusal if the headers alone are reason enough."""

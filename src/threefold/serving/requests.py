@@ -24,36 +24,6 @@ MAX_FIELD_BYTES: Final = 4096
 """Bytes per form field that is not a file."""
 MAX_NAME: Final = 200
 """Characters of a file name that are sent back."""
-REQUEST_BODY: Final[dict[str, Any]] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["files"],
-                    "properties": {
-                        "files": {"type": "array", "items": {"type": "string", "format": "binary"}}
-                    },
-                }
-            },
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["images"],
-                    "properties": {
-                        "images": {
-                            "type": "array",
-                            "items": {"type": "string", "format": "byte"},
-                            "description": "Image files in base64. URLs are refused.",
-                        }
-                    },
-                }
-            },
-        },
-    }
-}
-"""The request body of /predict, as OpenAPI describes it."""
 
 
 class ImageFile(NamedTuple):
@@ -62,6 +32,30 @@ class ImageFile(NamedTuple):
     name: str
     """The client's name of the file."""
     content: bytes
+
+
+def request_body(most: int) -> dict[str, Any]:
+    """The request body of a route that takes images, as OpenAPI describes it.
+
+    Args:
+        most: images in a request.
+    """
+    bounds = {"type": "array", "minItems": 1, "maxItems": most}
+    files = {**bounds, "items": {"type": "string", "format": "binary"}}
+    images = {
+        **bounds,
+        "items": {"type": "string", "format": "byte"},
+        "description": "Image files in base64. URLs are refused.",
+    }
+
+    def schema(name: str, images: dict[str, Any]) -> dict[str, Any]:
+        return {"schema": {"type": "object", "required": [name], "properties": {name: images}}}
+
+    content = {
+        "multipart/form-data": schema("files", files),
+        "application/json": schema("images", images),
+    }
+    return {"requestBody": {"required": True, "content": content}}
 
 
 async def read_images(request: Request, limits: ServerLimits) -> list[ImageFile]:
@@ -152,7 +146,8 @@ def _read_json(body: bytes, limits: ServerLimits) -> list[ImageFile]:
 
 
 def _too_many_files(limits: ServerLimits) -> Refusal:
-    return Refusal(413, "too_many_files", f"a request may have at most {limits.files} files")
+    files = "1 file" if limits.files == 1 else f"{limits.files} files"
+    return Refusal(413, "too_many_files", f"a request may have at most {files}")
 
 
 def _display_name(name: str | None, index: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 import numpy as np
 from pydantic import BaseModel
 
@@ -46,6 +48,24 @@ class PredictResponse(BaseModel):
     answers: list[Prediction]
 
 
+class Explanation(BaseModel):
+    """What hiding parts of an image costs a class."""
+
+    file: str
+    label: str
+    """The class that is explained."""
+    probability: float
+    """Of the class, by all members."""
+    lowest: float
+    """The same with the square hidden that matters most."""
+    cells: list[list[float]]
+    """The mean loss of probability of the squares that cover a place: 7 rows of 7, from above."""
+    cropped: bool
+    """Whether the cells are of the largest centred square of the image, all that the model sees."""
+    picture: str
+    """A PNG file in base64: the image, yellow where hiding it costs the class most."""
+
+
 class ErrorDetail(BaseModel):
     """Why the server refused a request."""
 
@@ -61,6 +81,12 @@ class ErrorResponse(BaseModel):
     """The body of every response whose status is not 200."""
 
     error: ErrorDetail
+
+
+ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+    status: {"model": ErrorResponse} for status in (400, 401, 408, 413, 415, 429, 503)
+}
+"""The errors of routes that take images, as FastAPI describes them."""
 
 
 def describe(model: Model, name: str, output: ModelOutput, top: int) -> Prediction:

@@ -5,9 +5,12 @@
 import * as backend from "./backend.js";
 
 const MAX_CLASSES_SHOWN = 60;
+const ROUNDING = 1e-5; // a mean loss of probability up to this is none, as in runtime/heat.py
 const byId = (id) => document.getElementById(id);
 const waiting = [];
+const removals = new WeakMap(); // article -> AbortController
 let running = 0, answered = 0, failed = 0, card = null;
+let lastExplanation = Promise.resolve(), lastWhy = 0;
 
 function element(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -45,6 +48,7 @@ async function run({ file, article }) {
   try {
     const prediction = await backend.predict(file, (text) => { note.textContent = text; });
     body.replaceChildren(...describe(prediction));
+    if (backend.explain) addWhy(body, file, prediction.label, removals.get(article).signal);
     answered += 1;
   } catch (error) {
     const reason = element("p", { class: "note bad" }, error.message);
@@ -59,8 +63,14 @@ function makeArticle(file) {
   const top = element("div", { class: "top" }, element("p", { class: "file" }, name), remove);
   const body = element("div", { class: "body" }, element("p", { class: "soft" }, "waiting …"));
   const article = element("article", {}, makePreview(file, name), element("div", {}, top, body));
-  remove.onclick = () => { article.remove(); showStatus(); byId("pick").focus(); };
+  removals.set(article, new AbortController());
+  remove.onclick = () => { discard(article); showStatus(); byId("pick").focus(); };
   return article;
+}
+
+function discard(article) {
+  removals.get(article).abort();
+  article.remove();
 }
 
 function makePreview(file, name) {
@@ -125,6 +135,75 @@ function describeMembers(prediction) {
   if (prediction.members_used && skipped > 0)
     text += `, ${skipped} did not run: the answer was certain without`;
   return element("table", {}, element("caption", {}, text), element("tbody", {}, ...rows));
+}
+
+// Puts a button beside an answer that asks for its explanation, and shows or hides it.
+function addWhy(body, file, label, signal) {
+  lastWhy += 1;
+  const name = file.name || "image";
+  const region = element("div", { id: `why-${lastWhy}`, class: "why", "aria-live": "polite" });
+  const button = element("button", { type: "button", "aria-expanded": "false",
+    "aria-controls": region.id, "aria-label": `Why? ${label}, ${name}` }, "Why?");
+  const show = (open) => {
+    button.setAttribute("aria-expanded", String(open));
+    region.hidden = !open;
+  };
+  let isAsked = false;
+  show(false);
+  button.onclick = async () => {
+    show(region.hidden || !isAsked);
+    if (isAsked) return;
+    isAsked = true;
+    const text = "Hiding parts of the image, one after the other …";
+    region.replaceChildren(element("p", { class: "soft wait" }, text));
+    try {
+      region.replaceChildren(...describeExplanation(await explainInTurn(file, label, signal), name));
+    } catch (error) {
+      region.replaceChildren(element("p", { class: "note bad" },
+        `No explanation: ${error.message}. Press “Why?” to ask again.`));
+      isAsked = false;
+    }
+  };
+  const heading = body.querySelector("h2"), row = element("div", { class: "answer" }, button);
+  heading.before(row, region);
+  row.prepend(heading);
+}
+
+// One explanation at a time: each costs the server as much as 65 answers.
+function explainInTurn(file, label, signal) {
+  const explanation = lastExplanation.then(() => {
+    signal.throwIfAborted();
+    return backend.explain(file, label, signal);
+  });
+  lastExplanation = explanation.catch(() => {});
+  return explanation;
+}
+
+function describeExplanation({ label, probability, lowest, cells, picture }, name) {
+  const isCold = !cells.flat().some((loss) => loss > ROUNDING);
+  const [before, after] = [percent(probability), percent(lowest)];
+  const meaning = isCold
+    ? `No part of the image matters alone: the answer “${label}” (${before}) stays, whichever part `
+      + "is hidden."
+    : `Where violet to yellow lies over the picture, hiding a part makes “${label}” less probable: `
+      + `${before} becomes ${after} without the part that matters most. Yellow matters most.`;
+  const limit = "This shows what the answer depends on, not that it is right.";
+  const alt = isCold ? `${name}, without any part that matters alone`
+    : `${name}, with the parts that matter most for “${label}” in yellow: ${placeOf(cells)}`;
+  const image = element("img", { alt });
+  const url = URL.createObjectURL(picture);
+  image.onload = image.onerror = () => URL.revokeObjectURL(url);
+  image.src = url;
+  return [image, element("p", {}, meaning), element("p", { class: "soft" }, limit)];
+}
+
+// Where the largest of the cells is, in words.
+function placeOf(cells) {
+  const all = cells.flat(), at = all.indexOf(Math.max(...all)), side = cells.length;
+  const third = (position) => Math.floor((3 * position + 1.5) / side);
+  const down = ["top", "middle", "bottom"][third(Math.floor(at / side))];
+  const across = ["left", "centre", "right"][third(at % side)];
+  return `${down} ${across}`;
 }
 
 function showStatus() {
@@ -203,7 +282,7 @@ function membersOf({ members, backbones }) {
 }
 
 function clear() {
-  byId("answers").replaceChildren();
+  for (const article of [...byId("answers").children]) discard(article);
   waiting.length = answered = failed = 0;
   showStatus();
   byId("pick").focus();

@@ -19,7 +19,7 @@ async function request(path, options = {}) {
   if (response.ok && tree) return tree;
   if (response.status === 401) askForKey();
   const error = new Error(tree?.error?.message ?? `the server answered ${response.status}`);
-  error.isTemporary = response.status === 429 || response.status === 503;
+  error.status = response.status;
   throw error;
 }
 
@@ -41,15 +41,28 @@ export function start(retry) {
   byId("program").hidden = false;
 }
 
-export async function predict(file) {
+// Sends an image, again after a pause where the server refuses it with one of the statuses.
+async function post(path, file, statuses, options = {}) {
   for (let pause = FIRST_PAUSE; ; pause *= 2) {
     const form = new FormData();
     form.append("files", file, file.name || "image");
     try {
-      return (await request("predict?top=5", { method: "POST", body: form })).answers[0];
+      return await request(path, { ...options, method: "POST", body: form });
     } catch (error) {
-      if (!error.isTemporary || pause > LAST_PAUSE) throw error;
+      if (!statuses.includes(error.status) || pause > LAST_PAUSE) throw error;
       await new Promise((resolve) => setTimeout(resolve, pause));
     }
   }
+}
+
+export async function predict(file) {
+  return (await post("predict?top=5", file, [429, 503])).answers[0];
+}
+
+// What hiding parts of an image costs a class; `picture` is a Blob.
+export async function explain(file, label, signal) {
+  const path = `explain?class=${encodeURIComponent(label)}`;
+  const found = await post(path, file, [429], { signal });
+  const bytes = Uint8Array.from(atob(found.picture), (sign) => sign.charCodeAt(0));
+  return { ...found, picture: new Blob([bytes], { type: "image/png" }) };
 }
