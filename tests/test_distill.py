@@ -22,6 +22,8 @@ from threefold.recipe import Recipe
 from threefold.training.run import Run
 
 runner = CliRunner()
+
+pytestmark = pytest.mark.slow  # training/test_distillation.py has the parts
 STUDENT = [
     *("--student", "test_resnet"),
     *("--set", "stages.one.epochs=1"),

@@ -117,6 +117,7 @@ def check_resumed(images: Path, folder: Path, uninterrupted: Run) -> None:
     assert (export.bytes, export.max_difference) == (whole.bytes, whole.max_difference)
 
 
+@pytest.mark.slow
 def test_after_the_first_answer(
     images: Path, sealed: Path, tmp_path: Path, uninterrupted: Run
 ) -> None:

@@ -85,6 +85,7 @@ def test_names_that_fiftyone_confuses_are_refused(photos: Path) -> None:
         to_fiftyone(open_review(str(photos)))
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_new_file_only(photos: Path, tmp_path: Path) -> None:
     target = tmp_path / "out.json"
     words = ("data", "export", str(photos), "--format", "labelstudio", "--out", str(target))

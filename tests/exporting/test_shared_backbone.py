@@ -153,6 +153,7 @@ def test_the_file_has_the_backbone_once(run: Run, exported: onnx.ModelProto) -> 
     assert size < 1.2 * next(backbone).stat().st_size + heads * 20_000
 
 
+@pytest.mark.slow
 def test_blocks_that_no_stage_trained_are_in_the_file_once(run: Run, tmp_path: Path) -> None:
     # Two separate networks that differ in their last convolution.
     pipeline = separate_pipeline(run, "probe", "probe")
@@ -205,6 +206,7 @@ def test_fewer_bytes_keep_the_sharing(
     assert load(path).infer(images[:2]).member_probs.shape == (2, 2, 3)
 
 
+@pytest.mark.slow
 def test_members_of_some_folds_are_mixed_as_before(tmp_path: Path) -> None:
     members: list[dict[str, Any]] = [PROBE, {**GATED, "folds": [1]}]
     run = frozen_run(tmp_path, members=members)
@@ -291,6 +293,7 @@ def test_members_on_one_backbone_run_in_one_branch(tmp_path: Path) -> None:
     np.testing.assert_allclose(full, pipeline.predict_proba(images), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_heads_on_levels_share_the_backbone(tmp_path: Path) -> None:
     levels = {**PROBE, "name": "levels", "head": {"kind": "linear", "sequence": "levels"}}
     run = frozen_run(tmp_path, members=[PROBE, levels])

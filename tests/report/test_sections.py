@@ -327,6 +327,7 @@ def test_many_classes_and_members_stay_readable(tmp_path: Path) -> None:
     assert page.source.count("tall") > 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_charts")
 def test_a_page_of_large_pictures_is_below_ten_megabytes(folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "run"

@@ -242,6 +242,7 @@ def test_score_is_the_accuracy(tmp_path: Path) -> None:
         model.score(images, ["red", "green"])
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_a_file_and_a_folder(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m.onnx", model_card=card(**UNCERTAIN))
     data = write_colours(tmp_path / "images")

@@ -137,6 +137,7 @@ def peak_megabytes(pid: int) -> int:
     raise AssertionError("no VmHWM")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_hostile_images_cost_little_memory_and_time(path: Path) -> None:
     with server_process(path) as (server, address), ThreadPoolExecutor(4) as pool:

@@ -144,6 +144,7 @@ def wait_for_requests(address: str, count: int) -> None:
     wait_until(lambda: line in metrics_of(address), 20)
 
 
+@pytest.mark.slow
 def test_slow_senders_are_refused(path: Path, connect: Connect) -> None:
     """No header, a header and a body that do not end; other clients are answered meanwhile."""
     with serving(path, ServerLimits(header_seconds=1, body_seconds=2)) as address:
@@ -218,6 +219,7 @@ def test_more_requests_than_can_be_answered(path: Path, gate: threading.Event) -
         assert post(address, RED).status_code == 200
 
 
+@pytest.mark.slow
 def test_stalled_requests_give_way(path: Path, connect: Connect) -> None:
     limits = ServerLimits(requests=3, body_seconds=60)
     with serving(path, limits) as address:
@@ -238,6 +240,7 @@ def test_stalled_requests_give_way(path: Path, connect: Connect) -> None:
             connection.close()
 
 
+@pytest.mark.slow
 def test_stalled_bytes_give_way(path: Path, connect: Connect) -> None:
     limits = ServerLimits(total_bytes=100_000, body_seconds=60)
     with serving(path, limits) as address:
@@ -395,6 +398,7 @@ def endless_graph() -> onnx.ModelProto:
     return model
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_end_does_not_keep_the_server(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.onnx", endless_graph())
     limits = ServerLimits(answer_seconds=1, body_seconds=1)

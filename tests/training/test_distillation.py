@@ -295,6 +295,7 @@ def test_teach_bit_alone_makes_a_score_apparent() -> None:
     replace(predictions, roles=leaking, protocol="taught")
 
 
+@pytest.mark.slow
 def test_interrupted_teachers_resume_to_the_same_bits(
     student: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
