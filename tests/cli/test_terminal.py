@@ -87,7 +87,7 @@ def test_the_score_table_keeps_the_ends_of_long_names() -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert "_SEResNeXt101" in text
     assert "95.00 - 96.00" in text
-    assert "foreign 10000" in text
+    assert "given 10000" in text
 
 
 def test_one_watcher_follows_several_runs() -> None:

@@ -52,7 +52,8 @@ def score_table(scores: Sequence[Score], chosen: str | None = None) -> Table:
             name = f"[bold]{name}[/]"
             if s.name == chosen:
                 name += " [bold green]<[/]"
-        table.add_row(name, f"{s.rows} {s.n}", *_figures(s))
+        rows = "given" if s.rows == "foreign" else s.rows
+        table.add_row(name, f"{rows} {s.n}", *_figures(s))
     return table
 
 

@@ -323,10 +323,7 @@ def _warnings(rows: Predictions, contenders: Sequence[_Contender]) -> list[str]:
     warnings = []
     protocols = {contender.rows.protocol for contender in contenders}
     if rows.kind == "foreign":
-        warnings.append(
-            "predictions from elsewhere: "
-            "that no model was trained or chosen on these rows is not known"
-        )
+        warnings.append("whether a model was trained or chosen on these rows is not known")
     if "paper" in protocols:
         warnings.append(
             "protocol paper: checkpoints were chosen on rows that are scored, which flatters"

@@ -268,7 +268,7 @@ def score_predictions(rows: Predictions, source: Sequence[str]) -> PredictionSum
     best = max(range(len(scores)), key=lambda i: scores[i].accuracy)
     warnings = []
     if rows.kind == "foreign":
-        warnings.append("predictions from elsewhere: what their models have seen is not known")
+        warnings.append("whether the models have seen these rows is not known")
     if rows.protocol == "taught":
         warnings.append("apparent: the teachers of a student learned from the labels of these rows")
     copies = duplicates(rows.probs) if len(rows.members) > 1 else ()
