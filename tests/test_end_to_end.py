@@ -81,7 +81,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     output, _ = resumed.communicate()
 
     if sign == signal.SIGINT:
-        assert code == 130
+        assert code == 130, errors
         assert f"Resume with: threefold train {recipe} --out {folder}" in errors
     assert resumed.returncode == 0
     assert "already done" in output
