@@ -7,7 +7,7 @@ import json
 import logging
 import socket
 import struct
-import threading
+import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -21,6 +21,9 @@ import onnx
 from hostile_probe import Probe, Refusal
 from onnx import TensorProto, helper
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from support.server import in_thread
 
 from threefold.cli.console import print_json
 from threefold.data.images import decode
@@ -243,15 +246,8 @@ def serving(path: Path, **options: Any) -> Iterator[str]:
     limits = ServerLimits(**options.pop("limits", {}))
     server, listener = make_server(Model(path), "127.0.0.1", 0, limits, **options)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # it notes what is not HTTP
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
+    with in_thread(server, listener) as address:
+        yield address
 
 
 def status_of(address: str, request: bytes) -> int:

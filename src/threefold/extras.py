@@ -5,7 +5,8 @@ The base install has the command line and what `threefold.load` and `threefold p
 
 from __future__ import annotations
 
-from typing import Final
+import importlib
+from typing import Any, Final
 
 from threefold.errors import MissingExtraError
 
@@ -76,6 +77,25 @@ OPTIONAL_PACKAGES: Final = frozenset(
     }
 )
 """Import names of the packages that only extras install."""
+
+
+def require_package(name: str, needed_by: str, fix: str) -> Any:
+    """Import a package that one option or verb needs beyond its extra.
+
+    Args:
+        name: of the package, as it is imported.
+        needed_by: what needs it, for the message.
+        fix: the command that installs it.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise MissingExtraError(
+            f"{needed_by} a package that is not installed", got=f"no {name}", fix=fix
+        ) from None
 
 
 def missing_extra(

@@ -20,10 +20,7 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
         raise RecipeError(
             "cannot apply --set", where=text, expected="path=value, for example train.batch_size=64"
         )
-    try:
-        value = tomllib.loads(f"v = {raw}")["v"]
-    except (ValueError, RecursionError):
-        value = raw
+    value = parse_value(raw)
     *parents, last = path.strip().split(".")
     node: Any = tree
     for part in parents:
@@ -32,6 +29,14 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
         node[_index(node, last, text)] = value
     else:
         node[last] = value
+
+
+def parse_value(text: str) -> Any:
+    """Parse a value as TOML has it; anything else is a text."""
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except (ValueError, RecursionError):
+        return text
 
 
 def _child(node: Any, part: str, text: str) -> Any:

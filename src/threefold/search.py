@@ -7,10 +7,8 @@ another leads it by more than luck among that many trials explains.
 
 from __future__ import annotations
 
-import importlib
 import math
 import time
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import NormalDist
@@ -18,16 +16,20 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from threefold.api import finish, report, train
+from threefold.api import finish, train
 from threefold.arguments import parse_minutes
 from threefold.data.dataset import Sources, load_data
-from threefold.errors import MissingExtraError, RecipeError, RunError
+from threefold.errors import RecipeError, RunError
 from threefold.evaluation.optimism import Counts, optimism_entry
+from threefold.extras import require_package
 from threefold.files import read_json, write_arrays, write_json
+from threefold.overrides import parse_value
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Optimism
 from threefold.recipe import Recipe
 from threefold.stats.one_standard_error import standard_error
+from threefold.stats.scores import accuracy, correct
+from threefold.stats.weighted_scores import log_losses
 from threefold.training.jobs import train_members
 from threefold.training.results import evaluate_run
 from threefold.training.run import Run
@@ -53,16 +55,14 @@ class Choices(NamedTuple):
     whole: bool = False
     log: bool = False
 
-    def suggest(self, trial: Any) -> Any:
-        """Let an Optuna trial choose a value."""
+    def value(self, drawn: float) -> Any:
+        """The value of the key for what Optuna has drawn."""
         if self.values:
-            return self.values[trial.suggest_int(self.key, 0, len(self.values) - 1)]
-        if self.whole:
-            return trial.suggest_int(self.key, int(self.low), int(self.high), log=self.log)
-        return float(f"{trial.suggest_float(self.key, self.low, self.high, log=self.log):.4g}")
+            return self.values[int(drawn)]
+        return int(drawn) if self.whole else float(f"{drawn:.4g}")
 
     def distribution(self, optuna: Any) -> Any:
-        """What Optuna draws from."""
+        """What Optuna draws from: places among the values, or the range."""
         if self.values:
             return optuna.distributions.IntDistribution(0, len(self.values) - 1)
         if self.whole:
@@ -139,11 +139,11 @@ def _parse(text: str) -> Choices:
     if not key or not equals or not values:
         raise _unreadable(text)
     if not dots:
-        given = tuple(_value(part) for part in values.split(",") if part.strip())
+        given = tuple(parse_value(part.strip()) for part in values.split(",") if part.strip())
         if len(given) < 2:
             raise _unreadable(text)
         return Choices(key, given)
-    ends = (_value(low), _value(high))
+    ends = (parse_value(low.strip()), parse_value(high.strip()))
     if not all(isinstance(end, int | float) and math.isfinite(end) for end in ends):
         raise _unreadable(text)
     first, last = map(float, ends)
@@ -151,14 +151,6 @@ def _parse(text: str) -> Choices:
         raise _unreadable(text)
     whole = all(isinstance(end, int) for end in ends)
     return Choices(key, (), first, last, whole, log=first > 0 and last >= 10 * first)
-
-
-def _value(text: str) -> Any:
-    """A value as TOML has it; anything else is a text."""
-    try:
-        return tomllib.loads(f"v = {text.strip()}")["v"]
-    except ValueError:
-        return text.strip()
 
 
 def _unreadable(text: str) -> RecipeError:
@@ -208,6 +200,10 @@ def search(
     folder, began = Path(out), time.monotonic()
     done = _read_trials(folder, recipe, space)
     sources = load_data(recipe.data, recipe.seed)
+    runs = [
+        _open_trial(recipe, folder, trial.number, trial.overrides, watcher, sources)
+        for trial in done
+    ]
     for number in range(len(done), trials):
         if minutes and done and time.monotonic() - began > 60 * minutes:
             watcher.note(f"no time is left for trials {number} to {trials - 1}")
@@ -215,27 +211,16 @@ def search(
         drawn, overrides = _draw(optuna, recipe, choices, done, number)
         what = ", ".join(overrides) or "the recipe as it is"
         watcher.note(f"trial {number} of {trials - 1}: {what}")
-        run = _open_trial(recipe, folder, number, overrides, watcher, sources)
-        loss, accuracy = _train_trial(run)
-        done.append(Trial(number, drawn, overrides, loss, accuracy))
+        runs.append(_open_trial(recipe, folder, number, overrides, watcher, sources))
+        loss, share = _train_trial(runs[-1])
+        done.append(Trial(number, drawn, overrides, loss, share))
         _write_trials(folder, recipe, space, done)
-        watcher.note(f"trial {number}: log loss {loss:.4f}, accuracy {accuracy:.4f} out of fold")
-    runs = [
-        _open_trial(recipe, folder, trial.number, trial.overrides, watcher, sources)
-        for trial in done
-    ]
+        watcher.note(f"trial {number}: log loss {loss:.4f}, accuracy {share:.4f} out of fold")
     return _finish(runs, done, watcher)
 
 
 def _import_optuna() -> Any:
-    try:
-        optuna = importlib.import_module("optuna")
-    except ImportError:
-        raise MissingExtraError(
-            "a search needs a package that is not installed",
-            got="no optuna",
-            fix="pip install 'threefold[search]'",
-        ) from None
+    optuna = require_package("optuna", "a search needs", "pip install 'threefold[search]'")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
@@ -258,9 +243,9 @@ def _draw(
                     params=trial.drawn, distributions=distributions, value=trial.loss
                 )
             )
-    asked = study.ask()
-    overrides = tuple(f"{entry.key}={_as_toml(entry.suggest(asked))}" for entry in choices)
-    return dict(asked.params), overrides
+    drawn = study.ask(distributions).params
+    values = {entry.key: entry.value(drawn[entry.key]) for entry in choices}
+    return dict(drawn), tuple(f"{key}={_as_toml(value)}" for key, value in values.items())
 
 
 def _as_toml(value: Any) -> str:
@@ -289,36 +274,25 @@ def _train_trial(run: Run) -> tuple[float, float]:
             train_members(run)
             evaluation = evaluate_run(run, test_stays_sealed=True)
             write_arrays(run.dir / ANSWERS, probs=evaluation.probs)
-    rows, probs = run.predictions("oof"), run.folder.read_arrays(ANSWERS)["probs"]
-    return float(_losses(probs, rows).mean()), float(_hits(probs, rows).mean())
-
-
-def _losses(probs: np.ndarray, rows: Predictions) -> np.ndarray:
-    """Log loss of each row (n,)."""
-    right = probs[np.arange(len(probs)), rows.labels]
-    return np.asarray(-np.log(np.maximum(right, 1e-12)))
-
-
-def _hits(probs: np.ndarray, rows: Predictions) -> np.ndarray:
-    return np.asarray(probs.argmax(1) == rows.labels)
+    labels, probs = run.predictions("oof").labels, run.folder.read_arrays(ANSWERS)["probs"]
+    return float(log_losses(probs, labels).mean()), accuracy(probs, labels)
 
 
 def _finish(runs: list[Run], done: list[Trial], watcher: Watcher) -> SearchResult:
     """Choose a trial, and finish its run: open the test rows, export, report."""
     rows = runs[0].predictions("oof")
     tables = [run.folder.read_arrays(ANSWERS)["probs"] for run in runs]
-    losses = np.stack([_losses(probs, rows) for probs in tables])
+    losses = np.stack([log_losses(probs, rows.labels) for probs in tables])
     chosen = choose_trial(losses, rows.groups)
     optimism = None
     if len(done) > 1:
-        hits = np.stack([_hits(probs, rows) for probs in tables])
+        hits = np.stack([correct(probs, rows.labels) for probs in tables])
         optimism = _measure_optimism(losses, hits, rows, chosen)
     best = runs[chosen]
     run = train(best.recipe, best.dir, watcher, sources=best.sources)
-    finish(run)
     if optimism is not None and not any(line.choice == "trial" for line in run.results.optimism):
         run.folder.add_results("search", 0.0, optimism=(*run.results.optimism, optimism))
-        report(run)
+    finish(run)
     return SearchResult(done, done[chosen].number, run, optimism)
 
 

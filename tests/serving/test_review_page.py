@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import httpx
 import pytest
 from support.browser import needs_chromium, severe_messages
 from support.review import COPY, EMPTY, labels, write_photos
-from support.server import wait_until
+from support.server import in_thread, wait_until
 
 from threefold.evaluation.review import open_review
 from threefold.evaluation.review_state import ReviewState
@@ -34,17 +32,8 @@ def address(state: ReviewState) -> Iterator[str]:
     """The page, served on a free port of this machine."""
     limits, listener = ServerLimits(), open_listener("127.0.0.1", 0)
     server = make_uvicorn(make_review_app(state, limits), limits)
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive(), "the server ended before it started"
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        listener.close()
+    with in_thread(server, listener) as address:
+        yield address
 
 
 def test_buttons_of_the_page_decide(browser: Any, address: str, state: ReviewState) -> None:

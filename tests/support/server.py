@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -165,7 +166,13 @@ def wait_until(condition: Any, seconds: float = 60) -> Any:
 def serving(path: Path, limits: ServerLimits | None = None, **options: Any) -> Iterator[str]:
     """Run a server on a free port of this machine, in a thread; yields its URL."""
     limits = limits or ServerLimits()
-    server, listener = app.make_server(Model(path), "127.0.0.1", 0, limits, **options)
+    with in_thread(*app.make_server(Model(path), "127.0.0.1", 0, limits, **options)) as address:
+        yield address
+
+
+@contextmanager
+def in_thread(server: Any, listener: socket.socket) -> Iterator[str]:
+    """Run uvicorn on a listener in a thread; yields its URL, and closes both at the end."""
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:
@@ -176,6 +183,7 @@ def serving(path: Path, limits: ServerLimits | None = None, **options: Any) -> I
     finally:
         server.should_exit = True
         thread.join(30)
+        listener.close()
 
 
 SERVER = """

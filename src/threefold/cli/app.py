@@ -106,11 +106,11 @@ def fit(
         ("--budget", budget, "20m"),
         ("--quality", quality, "good"),
         ("--members", members, ""),
-        ("--log", log, ""),
     ):
         if value != default:
             words += [option, value]
-    with watch_training(verbose, resume_command(*words, sets=sets), split_names([log])) as watcher:
+    command = resume_command(*words, sets=sets, log=log)
+    with watch_training(verbose, command, split_names(log)) as watcher:
         run = api.fit(
             folder,
             target,
@@ -184,9 +184,8 @@ def train(
     loaded = resolve(recipe, sets or ())  # before torch is imported, so that a typo fails at once
     from threefold import api
 
-    words = ["train", recipe, "--out", out_dir, *(["--log", log] if log else [])]
-    command = resume_command(*words, sets=sets)
-    with watch_training(verbose, command, split_names([log])) as watcher:
+    command = resume_command("train", recipe, "--out", out_dir, sets=sets, log=log)
+    with watch_training(verbose, command, split_names(log)) as watcher:
         run = api.train(loaded, out_dir, watcher)
         api.report(run)
     show_results(run)
@@ -219,9 +218,8 @@ def distill(
 
     target = out_dir or default_folder(run_dir, student)
     words = ["distill", run_dir, "--student", student, "--out", target]
-    words += ["--log", log] if log else []
-    command = resume_command(*words, sets=sets)
-    with watch_training(verbose, command, split_names([log])) as watcher:
+    command = resume_command(*words, sets=sets, log=log)
+    with watch_training(verbose, command, split_names(log)) as watcher:
         run = distill_run(run_dir, student, target, overrides=sets or (), watcher=watcher)
     show_student(run)
     show_next_steps(

@@ -77,10 +77,11 @@ def _catch_signals(watcher: TerminalWatcher) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def resume_command(*words: object, sets: Iterable[str] | None = None) -> str:
-    """Return a command line for the shell, with every `--set` that it had."""
-    changes = [word for text in sets or () for word in ("--set", text)]
-    return shlex.join(["threefold", *map(str, words), *changes])
+def resume_command(*words: object, sets: Iterable[str] | None = None, log: str = "") -> str:
+    """Return a command line for the shell, with every `--set` and the `--log` that it had."""
+    options = [word for text in sets or () for word in ("--set", text)]
+    options += ["--log", log] if log else []
+    return shlex.join(["threefold", *map(str, words), *options])
 
 
 @contextmanager

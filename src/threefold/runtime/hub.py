@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
-from threefold.errors import ExportError, MissingExtraError
+from threefold.errors import ExportError
+from threefold.extras import require_package
 
 MODEL: Final = "model.onnx"
 PUBLISHED: Final = ("model.onnx*", "README.md", "results.json", "recipe.toml", "weights/*")
@@ -96,21 +97,17 @@ def download(
         ExportError: the hub cannot be reached, or has no such repository.
         MissingExtraError: huggingface_hub is not installed.
     """
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            HFValidationError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-    except ModuleNotFoundError:
-        raise MissingExtraError(
-            "addresses of the hub need a package that is not installed",
-            got="no huggingface_hub",
-            fix="pip install huggingface_hub",
-        ) from None
+    fix = "pip install huggingface_hub"
+    require_package("huggingface_hub", "addresses of the hub need", fix)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
     disable_progress_bars()
     where = f"hf://{repository}" + (f"@{revision}" if revision else "")
     arguments: dict[str, Any] = {"revision": revision, "allow_patterns": list(patterns)}

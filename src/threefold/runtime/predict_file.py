@@ -19,7 +19,7 @@ from threefold.runtime.predict import (
     each_image,
     make_batch,
 )
-from threefold.runtime.result_files import Results, check_format
+from threefold.runtime.result_files import ResumableResults, check_format
 
 FLUSH_SECONDS = 1.0
 """How long answers wait before they are written."""
@@ -83,7 +83,7 @@ def predict_to_file(
     source: dict[str, Any] = {"model": sha256(model_path), **asdict(policy)}
     if target.suffix.lower() == ".jsonl":
         source["top"] = top
-    results = Results(target, model.classes, paths, source)
+    results = ResumableResults(target, model.classes, paths, source)
     if results.resolved is not None:
         policy = CascadePolicy(**results.resolved)
     done, batch = results.answered, make_batch(engine)

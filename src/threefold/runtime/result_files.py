@@ -330,7 +330,7 @@ def check_format(path: Path) -> type[ResultFile]:
     return kind
 
 
-class Results:
+class ResumableResults:
     """A file of answers, and how far they go.
 
     Args:

@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from threefold.errors import MissingExtraError, RecipeError, RunError
+from threefold.errors import RecipeError, RunError
+from threefold.extras import require_package
 from threefold.files import read_json, write_json
 from threefold.predictions.results_schema import Results
 from threefold.recipe import Job, Recipe, fold_name
@@ -364,15 +365,8 @@ def _check(name: str) -> None:
     """Refuse an unknown tracker, or one whose package is missing."""
     if name not in TRACKERS:
         raise RecipeError("unknown tracker", where="--log", got=name, expected=", ".join(TRACKERS))
-    package = TRACKERS[name][1]
-    try:
-        importlib.import_module(package)
-    except ImportError:
-        raise MissingExtraError(
-            f"--log {name} needs a package that is not installed",
-            got=f"no {package}",
-            fix=f"pip install 'threefold[{name}]'",
-        ) from None
+    fix = f"pip install 'threefold[{name}]'"
+    require_package(TRACKERS[name][1], f"--log {name} needs", fix)
 
 
 def _read_ids(folder: Path) -> dict[str, str]:
