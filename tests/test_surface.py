@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -20,7 +20,9 @@ from support.paths import AUTHORS_PREDICTIONS
 from typer.testing import CliRunner
 
 import threefold
+from threefold.arguments import QUALITIES
 from threefold.cli.app import app
+from threefold.training.plan_basis import Quality
 from threefold.training.run import Run
 
 runner = CliRunner()
@@ -114,13 +116,19 @@ def test_exit_codes() -> None:
     [
         (["heads"], "bilstm"),
         (["ensembles"], "pruned"),
-        (["recipes"], "demo"),
+        (["recipes"], "demo: The embedded default"),
+        (["presets"], "--quality good: "),
+        (["presets"], "threefold train demo: The embedded default"),
         (["data"], "folder"),
         (["backbones", "*lite0*"], "tf_efficientnet_lite0.in1k"),
     ],
 )
 def test_list(words: list[str], expected: str) -> None:
     assert expected in runner.invoke(app, ["list", *words]).output
+
+
+def test_every_quality_is_described() -> None:
+    assert tuple(QUALITIES) == get_args(Quality)
 
 
 def test_predict_files_folders_lists_and_forms(finished: Run) -> None:

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from threefold.errors import RecipeError
+
+QUALITIES: Final = {
+    "fast": "fits heads on frozen pretrained networks; the quickest answer",
+    "good": "heads first, then tunes the networks in the time that is left; the default",
+    "best": "as good, with larger images, more epochs, five folds, and mirrored views at the end",
+}
+"""The values of `--quality`, and what each does."""
 
 
 def split_names(texts: str | Iterable[str] | None) -> tuple[str, ...]:

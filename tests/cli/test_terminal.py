@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import io
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from rich.console import Console
 from threefold.cli.terminal import expected_line, score_table, verdict_line
 from threefold.predictions.results_schema import Comparison, Expected, MetricScore, Score
 from threefold.recipe import Job
+from threefold.training.terminal_curves import Curves, sparkline
 from threefold.training.terminal_watcher import TerminalWatcher, has_bar, show_progress
 from threefold.training.watcher import Watcher
 
@@ -51,6 +53,57 @@ def test_verbose_names_jobs_and_epochs() -> None:
 
 def test_on_a_terminal_the_bar_names_the_job() -> None:
     assert "a fold0 two" in watch(verbose=False, terminal=True)
+
+
+def test_curves_of_the_last_stages_fit_into_80_columns() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=80, color_system=None)
+    jobs = [Job(f"m{i}-tf_efficientnet_lite0-tuned", 0, "tune2") for i in range(8)]
+    curves = Curves()
+    for i, job in enumerate(jobs):
+        for epoch in range(40):
+            record = RECORD | {"epoch": epoch, "loss": 1.0 / (epoch + 1), "select_accuracy": 0.5}
+            curves.add(job, record)
+            if i == 7 and epoch == 1:
+                break
+
+    console.print(curves)
+
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) == 7
+    assert re.search(r"…\S+-tuned fold0 tune2 +40 +█▄?[▁▂▃▄▅▆▇█]+▁ +0.025 +▄{16} +0.500", lines[1])
+    assert re.search(r"tune2 +2 +█▁ +0.500 +▄▄ +0.500", lines[-1])
+
+
+def test_a_terminal_without_blocks_shows_numbers() -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    console = Console(file=stream, force_terminal=True, width=80, color_system=None)
+    curves = Curves()
+    curves.add(Job("a", 0, "one"), RECORD)
+
+    console.print(curves)
+    stream.seek(0)
+
+    assert stream.read().splitlines()[1].split() == ["a", "fold0", "one", "1", "1.000", "0.500"]
+
+
+def test_a_terminal_shows_curves_and_a_pipe_does_not() -> None:
+    assert "select accuracy" in watch(verbose=False, terminal=True)
+    assert "select accuracy" not in watch(verbose=True, terminal=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([], ""),
+        ([3.0], "▄"),
+        ([0.0, 1.0, 2.0, 7.0], "▁▂▃█"),
+        ([0.0, 0.0, 5.0, 5.0, 9.0, 5.0], "▁▆█"),
+    ],
+)
+def test_sparklines_go_from_the_least_to_the_most(values: list[float], expected: str) -> None:
+    assert sparkline(values, 4 if len(values) <= 4 else 3) == expected
 
 
 def test_the_metric_of_a_run_comes_before_its_accuracy() -> None:

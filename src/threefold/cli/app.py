@@ -279,12 +279,14 @@ def serve(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="backbones, heads, ensembles, data or recipes.")],
+    what: Annotated[
+        str, typer.Argument(help="backbones, heads, ensembles, data, recipes or presets.")
+    ],
     pattern: Annotated[
         str, typer.Argument(help="For backbones: a pattern, e.g. '*convnext*'.")
     ] = "*",
 ) -> None:
-    """List the names that a recipe can use."""
+    """List what there is to choose from: names for recipes, and ready-made presets."""
     from threefold.cli.catalog import catalogue
 
     for line in catalogue(what, pattern):

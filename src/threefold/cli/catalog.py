@@ -1,11 +1,13 @@
-"""The names a recipe can use; each kind imports only what it needs."""
+"""The names that users can choose from; each kind imports only what it needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from fnmatch import fnmatch
+from importlib.resources import files as resources
 from typing import get_args
 
+from threefold.arguments import QUALITIES
 from threefold.data.published import PUBLISHED, PublishedDataset
 from threefold.errors import RecipeError
 from threefold.models.backbones import PAPER_BACKBONES
@@ -14,10 +16,10 @@ from threefold.recipe_schema import DataSpec, HeadKind, HeadSpec
 
 
 def catalogue(kind: str, pattern: str = "*") -> list[str]:
-    """List the names a recipe can use, one per line.
+    """List the names that a recipe or the command line can use, one per line.
 
     Args:
-        kind: backbones, heads, ensembles, data or recipes.
+        kind: backbones, heads, ensembles, data, recipes or presets.
         pattern: a glob pattern for backbones. The paper's names for them come last.
 
     Raises:
@@ -28,7 +30,8 @@ def catalogue(kind: str, pattern: str = "*") -> list[str]:
         "heads": _heads,
         "ensembles": _ensembles,
         "data": _data_sources,
-        "recipes": packaged_names,
+        "recipes": _recipes,
+        "presets": _presets,
     }
     if kind not in lists:
         raise RecipeError("nothing to list", got=kind, expected=" or ".join(lists))
@@ -77,6 +80,22 @@ def _heads() -> list[str]:
     from threefold.models.heads import describe
 
     return [f"{kind}: {describe(HeadSpec(kind=kind))}" for kind in get_args(HeadKind)]
+
+
+def _recipes() -> list[str]:
+    """Name every packaged recipe, and what it is for: the first line of its file, a comment."""
+    folder = resources("threefold") / "recipes"
+    lines = []
+    for name in packaged_names():
+        first, *_ = (folder / f"{name}.toml").read_text("utf-8").splitlines()
+        lines.append(f"{name}: {first.lstrip('# ')}")
+    return lines
+
+
+def _presets() -> list[str]:
+    """Name the qualities of `fit` and what each does, then the recipes, which need no choice."""
+    qualities = [f"--quality {name}: {text}" for name, text in QUALITIES.items()]
+    return [*qualities, *(f"threefold train {line}" for line in _recipes())]
 
 
 def _ensembles() -> list[str]:

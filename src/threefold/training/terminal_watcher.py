@@ -1,4 +1,4 @@
-"""Progress while members train: a bar on a terminal and in a notebook, notes elsewhere."""
+"""Progress while members train: bar and curves on a terminal or in a notebook, notes elsewhere."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
-    Progress,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
 
 from threefold.names import printable
-from threefold.recipe import Job, fold_name
+from threefold.recipe import Job
+from threefold.training.terminal_curves import Curves, ProgressWithCurves, label_of
 from threefold.training.watcher import Watcher
 
 
@@ -39,7 +39,7 @@ def show_progress(watcher: Watcher | None = None, progress: bool = True) -> Iter
 
 
 class TerminalWatcher(Watcher):
-    """Show notes, and a progress bar on a terminal or in a notebook.
+    """Show notes, and a progress bar with learning curves on a terminal or in a notebook.
 
     In a notebook the bar needs ipywidgets.
 
@@ -50,7 +50,8 @@ class TerminalWatcher(Watcher):
 
     def __init__(self, console: Console, verbose: bool = False) -> None:
         self.console, self.verbose = console, verbose
-        self.progress = Progress(
+        self.curves = Curves()
+        self.progress = ProgressWithCurves(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TaskProgressColumn(),
@@ -60,6 +61,7 @@ class TerminalWatcher(Watcher):
             transient=True,
             disable=not has_bar(console),
         )
+        self.progress.curves = self.curves
         self.images: dict[Job, int] = {}
         self.current: Job | None = None
         self.seen = 0
@@ -83,7 +85,7 @@ class TerminalWatcher(Watcher):
         """Name the job; a skipped one counts as done."""
         self._fill_job()
         self.current, self.seen = job, 0
-        label = _label(job)
+        label = label_of(job)
         if self.verbose or (skipped and self.console.is_terminal):
             self.console.print(f"[dim]{label}{': already done' if skipped else ''}[/]")
         self.progress.update(self.bar, description=label)
@@ -99,12 +101,14 @@ class TerminalWatcher(Watcher):
             self.progress.update(bar, speed=f"features {done:,} of {total:,}")
 
     def epoch(self, record: dict[str, Any]) -> None:
-        """Show the speed; with `verbose` print a line."""
+        """Show the speed and the curves; with `verbose` print a line."""
+        if self.current is not None:
+            self.curves.add(self.current, record)
         speed = f"{record['images_per_second']:.0f} images/s"
         self.progress.update(self.bar, speed=f"{speed}, select {record['select_accuracy']:.3f}")
         if self.verbose and self.current:
             self.console.print(
-                f"  {_label(self.current)} epoch {record['epoch']}: loss {record['loss']:.3f}, "
+                f"  {label_of(self.current)} epoch {record['epoch']}: loss {record['loss']:.3f}, "
                 f"select {record['select_accuracy']:.4f}, {speed}",
                 highlight=False,
             )
@@ -117,10 +121,6 @@ class TerminalWatcher(Watcher):
         """Fill the current job's part of the bar, if it stopped early or was skipped."""
         if self.current is not None:
             self.progress.advance(self.bar, max(0, self.images[self.current] - self.seen))
-
-
-def _label(job: Job) -> str:
-    return f"{job.member} {fold_name(job.fold)} {job.stage}"
 
 
 def has_bar(console: Console) -> bool:
