@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "threefold.predictions.formats": ["read_predictions", "write_predictions"],
         "threefold.predictions.join": ["join_predictions"],
         "threefold.predictions.ledger": ["Ledger", "SeenRows"],
+        "threefold.predictions.multilabel": ["MultilabelPredictions", "load_predictions"],
         "threefold.predictions.predictions": ["Predictions"],
         "threefold.predictions.records": ["RunInfo"],
         "threefold.predictions.results_schema": ["Results"],

@@ -19,7 +19,7 @@ import numpy as np
 from threefold.errors import DataError
 from threefold.predictions.label_table import is_clear_id_name, is_id_name
 from threefold.predictions.labels import FileContent
-from threefold.predictions.predictions import parse_provenance
+from threefold.predictions.member_probs import parse_provenance
 from threefold.predictions.tables import Table
 
 COLUMNS: Final = ("id", "path", "label", "group", "fold", "roles", "member", "protocol", "kind")

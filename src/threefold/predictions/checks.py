@@ -177,3 +177,60 @@ def _first_index(mask: np.ndarray) -> str:
     """Position of the first True, for a message."""
     position = tuple(int(i) for i in np.unravel_index(int(np.argmax(mask)), mask.shape))
     return f"index {position if len(position) > 1 else position[0]}"
+
+
+def check_sigmoids(probs: npt.ArrayLike, ndim: int) -> np.ndarray:
+    """Check independent probabilities, as of sigmoids, and return them as floating-point array.
+
+    Args:
+        probs: (n, k) if `ndim` is 2, (m, n, k) if it is 3. Integers and booleans become float32.
+        ndim: 2 or 3.
+
+    Raises:
+        DataError: the shape is wrong, there are no rows or labels, or a value is NaN or outside
+            0 to 1.
+    """
+    array = np.asarray(probs)
+    axes = "(members, rows, labels)" if ndim == 3 else "(rows, labels)"
+    if array.dtype.kind not in "biuf":
+        raise DataError("probabilities must be numbers", got=f"dtype {array.dtype}")
+    if array.ndim != ndim or 0 in array.shape:
+        raise DataError("probabilities have the wrong shape", expected=axes, got=array.shape)
+    if array.dtype.kind != "f":
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise DataError(
+            "probabilities are NaN or infinite", where=_first_index(~np.isfinite(array))
+        )
+    off = (array < 0) | (array > 1)
+    if off.any():
+        raise DataError(
+            "probabilities are outside 0 to 1 (logits?)",
+            where=_first_index(off),
+            got=f"{array[off][0]:.4g}",
+            fix="apply the sigmoid first; divide percentages by 100",
+        )
+    return array
+
+
+def check_targets(targets: npt.ArrayLike, n: int, k: int) -> np.ndarray:
+    """Check that targets are zeros and ones (n, k) and return them as uint8.
+
+    Raises:
+        DataError: the shape is wrong, or a value is neither 0 nor 1.
+    """
+    array = np.asarray(targets)
+    if array.shape != (n, k):
+        raise DataError(
+            "targets have the wrong shape",
+            expected=f"({n}, {k}), one row per image and one column per label",
+            got=array.shape,
+        )
+    if array.dtype.kind not in "biuf":
+        raise DataError("targets must be numbers", expected="0 and 1", got=f"dtype {array.dtype}")
+    bad = (array != 0) & (array != 1)
+    if bad.any():
+        raise DataError(
+            "targets are not 0 and 1", where=_first_index(bad), got=f"{array[bad][0]:.4g}"
+        )
+    return array.astype(np.uint8)

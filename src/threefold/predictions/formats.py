@@ -28,6 +28,8 @@ from threefold.predictions.array_files import detect_format, npz_dtypes, read_np
 from threefold.predictions.join import join_predictions
 from threefold.predictions.label_table import LabelTable
 from threefold.predictions.labels import FileContent, LabelSource, build_predictions
+from threefold.predictions.member_probs import wrong_task
+from threefold.predictions.multilabel import is_multilabel_file
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.tables import import_pyarrow, read_csv, read_json, read_parquet
 
@@ -58,6 +60,8 @@ def read_predictions(
     """
     path = Path(source)
     format_name = detect_format(path)
+    if is_multilabel_file(path):
+        raise wrong_task("multilabel", path)
     label_source = _label_source(labels)
     names = _class_names(classes)
     if format_name == "npz" and label_source is None and names is None:

@@ -10,7 +10,8 @@ import numpy as np
 
 from threefold.errors import DataError, shorten
 from threefold.names import find_repeated, normalise_name
-from threefold.predictions.predictions import Predictions, Protocol, default_ids
+from threefold.predictions.member_probs import Protocol, default_ids
+from threefold.predictions.predictions import Predictions
 
 
 def join_predictions(parts: Sequence[Predictions]) -> Predictions:

@@ -18,7 +18,8 @@ from threefold.errors import DataError
 from threefold.names import natural_key, normalise_name
 from threefold.predictions.checks import describe_unsuitable, find_unsuitable
 from threefold.predictions.label_table import LabelTable
-from threefold.predictions.predictions import Predictions, default_names
+from threefold.predictions.member_probs import default_names
+from threefold.predictions.predictions import Predictions
 
 _FIX_CLASS_ORDER = (
     "save `classes` in the order of the columns, or give them as --classes (classes=)"

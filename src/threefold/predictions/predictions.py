@@ -7,29 +7,30 @@ another program needs only `probs` and `labels`.
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from threefold.errors import DataError, shorten
-from threefold.files import write_arrays
-from threefold.names import find_repeated
-from threefold.predictions.array_files import detect_format, read_npz
+from threefold.predictions.array_files import read_npz
 from threefold.predictions.checks import check_labels, check_probs
-from threefold.predictions.ledger import FIT, SCORE, SELECT, TEACH, Ledger
-
-Protocol = Literal["honest", "paper", "taught"]
-Kind = Literal["oof", "test", "foreign"]
+from threefold.predictions.member_probs import (
+    Kind,
+    MemberProbs,
+    Protocol,
+    check_npz,
+    default_names,
+    file_arguments,
+    read_only,
+)
 
 
 @dataclass(frozen=True, eq=False)
-class Predictions:
+class Predictions(MemberProbs):
     """Probabilities of m members for n rows and k classes, with labels and provenance.
 
     Everything is checked on construction, and the arrays are read-only.
@@ -53,6 +54,9 @@ class Predictions:
             networks that saw it.
     """
 
+    TASK = "multiclass"
+    TRUTH = "labels"
+
     probs: np.ndarray
     labels: np.ndarray
     ids: tuple[str, ...]
@@ -66,80 +70,10 @@ class Predictions:
 
     def __post_init__(self) -> None:
         probs = check_probs(self.probs, 3).astype(np.float32, copy=False)
-        m, n, k = probs.shape
-        self._set("probs", _read_only(probs))
-        self._set("labels", _read_only(check_labels(self.labels, n, k)))
-        if self.folds is not None:
-            self._set("folds", _read_only(_check_folds(self.folds, n)))
-        self._set("ids", _check_names("ids", self.ids, n))
-        self._set("classes", _check_names("classes", self.classes, k))
-        self._set("members", _check_names("members", self.members, m))
-        if self.groups is not None:
-            self._set("groups", _check_names("groups", self.groups, n, unique=False))
-        for name, allowed in (("protocol", get_args(Protocol)), ("kind", get_args(Kind))):
-            if getattr(self, name) not in allowed:
-                raise DataError(
-                    f"unknown {name}", expected=" or ".join(allowed), got=getattr(self, name)
-                )
-        if self.roles is not None:
-            self._set("roles", _read_only(_check_roles(self.roles, self.folds, n)))
-            self.ledger()  # refuses rows that are scored by networks that saw them
-
-    def ledger(self) -> Ledger:
-        """Record what the members' networks saw of these rows; empty if `roles` is None.
-
-        Raises:
-            DataError: under the honest protocol, a row is scored by networks that saw it.
-        """
-        ledger = Ledger(len(self), self.kind)
-        if self.roles is None or self.folds is None:
-            return ledger
-        for fold, roles in enumerate(self.roles):
-            scored = self.folds == fold
-            ledger.declare("weights of the members", (roles & FIT) > 0, scored)
-            ledger.declare(
-                "checkpoints and stages",
-                (roles & SELECT) > 0,
-                scored,
-                apparent=self.protocol == "paper",
-            )
-            taught = (roles & TEACH) > 0
-            if taught.any():
-                ledger.declare(
-                    "teachers of the student", taught, scored, apparent=self.protocol != "honest"
-                )
-        return ledger
-
-    @property
-    def parts(self) -> np.ndarray | None:
-        """The folds as parts of a cross-fit, or None if there are fewer than two of them."""
-        if self.folds is None or len(np.unique(self.folds)) < 2:
-            return None
-        return self.folds
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        return len(self.labels)
-
-    def save(self, path: str | Path) -> None:
-        """Write an .npz file atomically; `load` returns the same bits.
-
-        Raises:
-            RunError: the file cannot be written.
-        """
-        arrays: dict[str, np.ndarray] = {"probs": self.probs, "labels": self.labels}
-        provenance = json.dumps({"protocol": self.protocol, "kind": self.kind})
-        arrays["provenance"] = np.array(provenance)
-        for name in ("ids", "classes", "members", "groups"):
-            if getattr(self, name) is not None:
-                arrays[name] = np.array(getattr(self, name), dtype=np.str_)
-        for name in ("folds", "roles"):
-            if getattr(self, name) is not None:
-                arrays[name] = getattr(self, name)
-        write_arrays(Path(path), **arrays)
+        _, n, k = probs.shape
+        self._set("probs", read_only(probs))
+        self._set("labels", read_only(check_labels(self.labels, n, k)))
+        self._check_shared()
 
     @classmethod
     def load(cls, path: str | Path) -> Predictions:
@@ -152,17 +86,12 @@ class Predictions:
             DataError: the file is missing, is not an .npz, needs pickle, or its arrays are wrong.
         """
         path = Path(path)
-        format_name = detect_format(path)
-        if format_name != "npz":
-            raise DataError(
-                "the predictions are not an .npz file",
-                where=path,
-                got=f"{format_name} content",
-                fix="write probs and labels with numpy.savez",
-            )
+        check_npz(path, "labels")
         arrays = read_npz(path)
         try:
-            return cls(**_arguments(arrays))
+            arguments = file_arguments(cls, arrays)
+            check_probs(arguments["probs"], 3)
+            return cls(**arguments)
         except DataError as error:
             raise DataError("the predictions cannot be used", where=path, got=error) from None
 
@@ -223,51 +152,6 @@ class Predictions:
             ids=names["ids"],
         )
 
-    def select(self, names: Sequence[str]) -> Predictions:
-        """Only these members, in this order.
-
-        Raises:
-            DataError: a name is unknown (the message suggests the nearest), or there are no names.
-        """
-        for name in names:
-            if name not in self.members:
-                near = [member for member in self.members if name.lower() in member.lower()]
-                if not near:
-                    near = difflib.get_close_matches(name, self.members, cutoff=0.4)
-                expected = ", ".join(near or self.members)
-                raise DataError("no such member", where=name, expected=f"one of {expected}")
-        if tuple(names) == self.members:
-            return self
-        return replace(
-            self,
-            probs=self.probs[[self.members.index(name) for name in names]],
-            members=tuple(names),
-        )
-
-    def rows(self, index: npt.ArrayLike) -> Predictions:
-        """Only these rows, in this order.
-
-        Args:
-            index: row numbers, or one boolean per row.
-
-        Raises:
-            DataError: a row does not exist or is repeated, or there are no rows.
-        """
-        try:
-            chosen = np.atleast_1d(np.arange(len(self))[np.asarray(index)])
-        except IndexError as error:
-            expected = f"row numbers below {len(self)}, or {len(self)} booleans"
-            raise DataError("no such rows", expected=expected, got=error) from None
-        return replace(
-            self,
-            probs=self.probs[:, chosen],
-            labels=self.labels[chosen],
-            ids=tuple(self.ids[i] for i in chosen),
-            groups=None if self.groups is None else tuple(self.groups[i] for i in chosen),
-            folds=None if self.folds is None else self.folds[chosen],
-            roles=None if self.roles is None else self.roles[:, chosen],
-        )
-
 
 def _label_numbers(
     labels: npt.ArrayLike, classes: Sequence[str], are_values: bool = False
@@ -283,112 +167,3 @@ def _label_numbers(
             "labels are no class", expected=shorten(classes), got=shorten(map(repr, unknown))
         )
     return np.array([numbers[str(label)] for label in array.ravel()]).reshape(array.shape)
-
-
-def default_ids(n: int) -> tuple[str, ...]:
-    """Ids for n rows without ids: row0000, row0001, ... Their sorted order is the row order."""
-    width = max(4, len(str(n - 1)))
-    return tuple(f"row{i:0{width}d}" for i in range(n))
-
-
-def default_names(m: int, n: int, k: int) -> dict[str, tuple[str, ...]]:
-    """Names for what a file leaves unnamed: `default_ids`, classes 0..k-1, members member0.."""
-    return {
-        "ids": default_ids(n),
-        "classes": tuple(map(str, range(k))),
-        "members": tuple(f"member{i}" for i in range(m)),
-    }
-
-
-def _arguments(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The arguments of Predictions from a file's arrays, with defaults for missing names."""
-    missing = [name for name in ("probs", "labels") if name not in arrays]
-    if missing:
-        raise DataError(
-            "arrays are missing",
-            expected="probs (m, n, k) or (n, k), and labels (n,)",
-            got=f"no {' and no '.join(missing)}",
-        )
-    probs = arrays["probs"][None] if arrays["probs"].ndim == 2 else arrays["probs"]
-    arguments: dict[str, Any] = {"probs": probs, **default_names(*check_probs(probs, 3).shape)}
-    for name in ("ids", "classes", "members", "groups"):
-        if name in arrays:
-            arguments[name] = tuple(map(str, np.atleast_1d(arrays[name])))
-    for name in ("labels", "folds", "roles"):
-        if name in arrays:
-            arguments[name] = arrays[name]
-    return arguments | parse_provenance(arrays.get("provenance"))
-
-
-def parse_provenance(array: np.ndarray | None, where: str = "") -> dict[str, Any]:
-    """Protocol and kind from a file's JSON string; empty if the file has none.
-
-    Raises:
-        DataError: the string is not JSON with these two keys.
-    """
-    if array is None:
-        return {}
-    try:
-        tree = json.loads(str(array))
-        return {"protocol": tree["protocol"], "kind": tree["kind"]}
-    except (ValueError, KeyError, TypeError):
-        raise DataError(
-            "the provenance is not readable",
-            where=where,
-            expected='JSON with "protocol" and "kind"',
-            got=str(array)[:80],
-        ) from None
-
-
-def _check_names(
-    field: str, values: Iterable[str], count: int, unique: bool = True
-) -> tuple[str, ...]:
-    """Names as a tuple of the right length, without repeats if they must be unique."""
-    names = tuple(map(str, values))
-    if len(names) != count:
-        raise DataError(
-            f"{field} do not match the probabilities", expected=f"{count} names", got=len(names)
-        )
-    repeated = find_repeated(names) if unique else []
-    if repeated:
-        raise DataError(f"{field} are not unique", got=f"{repeated[0]} twice or more")
-    return names
-
-
-def _check_folds(folds: npt.ArrayLike, n: int) -> np.ndarray:
-    array = np.asarray(folds)
-    if array.shape != (n,) or array.dtype.kind not in "iu":
-        raise DataError(
-            "folds have the wrong shape",
-            expected=f"({n},) integers",
-            got=f"{array.shape} {array.dtype}",
-        )
-    return array.astype(np.int64)
-
-
-def _check_roles(roles: npt.ArrayLike, folds: np.ndarray | None, n: int) -> np.ndarray:
-    array = np.asarray(roles)
-    if array.ndim != 2 or array.shape[1] != n or array.dtype.kind not in "iu" or folds is None:
-        raise DataError(
-            "roles have the wrong shape",
-            expected=f"(folds, {n}) integers, and folds ({n},)",
-            got=f"{array.shape} {array.dtype}" + ("" if folds is not None else ", no folds"),
-        )
-    if (folds >= len(array)).any():
-        raise DataError(
-            "roles are missing", expected=f"{int(folds.max()) + 1} folds", got=len(array)
-        )
-    if ((array < 0) | (array > FIT + SELECT + SCORE + TEACH)).any():
-        raise DataError(
-            "roles are out of range",
-            expected="sums of 1 (fit), 2 (select), 4 (score) and 8 (teach)",
-            got=f"{array.min()} to {array.max()}",
-        )
-    return array.astype(np.int8)
-
-
-def _read_only(array: np.ndarray) -> np.ndarray:
-    """A view that cannot be written to: pruning in place would silently change later averages."""
-    view = array.view()
-    view.flags.writeable = False
-    return view

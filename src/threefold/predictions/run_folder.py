@@ -32,6 +32,7 @@ from threefold.files import (
     write_json,
 )
 from threefold.predictions.job_files import JobFiles
+from threefold.predictions.multilabel import AnyPredictions, MultilabelPredictions
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.records import (
     VERSION,
@@ -375,10 +376,26 @@ class RunFolder(JobFiles):
         """
         return self.test if self.test is not None else self.predictions("oof")
 
-    def write_predictions(self, rows: Predictions) -> None:
+    @cached_property
+    def multilabel_oof(self) -> MultilabelPredictions | None:
+        """The out-of-fold predictions of a run with several labels per image, if there are any."""
+        return self._read_multilabel("oof")
+
+    @property
+    def multilabel_test(self) -> MultilabelPredictions | None:
+        """The predictions of its test rows, if there are any and they are not sealed."""
+        return None if self.is_sealed else self._read_multilabel("test")
+
+    def _read_multilabel(self, kind: str) -> MultilabelPredictions | None:
+        path = self.path / f"{kind}.npz"
+        return MultilabelPredictions.load(path) if path.exists() else None
+
+    def write_predictions(self, rows: AnyPredictions) -> None:
         """Write oof.npz or test.npz, by the kind of the rows."""
         rows.save(self.path / f"{rows.kind}.npz")
-        if rows.kind == "test":
+        if isinstance(rows, MultilabelPredictions):
+            self.__dict__.pop("multilabel_oof", None)  # read again when it is asked for
+        elif rows.kind == "test":
             self.all_test = rows
         else:
             self.oof = rows
