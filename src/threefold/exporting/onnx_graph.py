@@ -188,7 +188,7 @@ class _Networks:
         network = predictor.member
         if isinstance(network, Member) and predictor.views is not None:
             backbone = SharedBackbone(network, predictor.views, part.resize)
-            head = HeadPredictor(network.head, predictor.views.count)
+            head = HeadPredictor(network.head, predictor.views.count, predictor.task)
             backbone.require(head.form)
             return self.add_head(prefix, head, self.add_backbone(prefix, backbone, pixels))
         simple = simplify(predictor, part.canvas)
@@ -224,7 +224,7 @@ class _Networks:
         feature, probs = features[head.form], f"{prefix}probs"
         example = torch.zeros(2 * head.views, *feature.shape)
         head = copy.deepcopy(head).float().eval().requires_grad_(False)
-        key = (repr(head), head.views)
+        key = (repr(head), head.views, head.task)
         model = self.tracer.trace_head(head, example, ("features", "probs"), key)
         model = convert(model, self.precision, feature.values)
         inputs = {"features": feature.name}

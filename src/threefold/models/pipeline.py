@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from threefold.errors import RecipeError
+from threefold.models.answers import probabilities
 from threefold.models.heads import InputForm
 from threefold.models.resize import resize_each, resize_square
 from threefold.models.shared import HeadsPipeline
 from threefold.models.views import Views
+from threefold.tasks import Task
 
 BATCH: Final = 16
 """Largest number of images of one size that `Pipeline.predict_proba` puts into a batch."""
@@ -32,25 +34,30 @@ class Predictor(nn.Module):
     Args:
         member: maps pixels to logits, see `Member`.
         views: None = the whole image.
+        task: "multilabel" = sigmoids in place of softmaxes.
     """
 
-    def __init__(self, member: nn.Module, views: Views | None = None) -> None:
+    def __init__(
+        self, member: nn.Module, views: Views | None = None, task: Task = "multiclass"
+    ) -> None:
         super().__init__()
         self.member = member
         self.views = views
+        self.task = task
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Map pixels (b, 3, canvas, canvas) in 0..255 to probabilities (b, k)."""
         if self.views is not None and self.views.count > 1:
             return self.per_view(pixels).mean(0)
         view = pixels if self.views is None else self.views(pixels)[0]
-        return cast("Tensor", self.member(view).float().softmax(-1))
+        return probabilities(self.member(view), self.task)
 
     def per_view(self, pixels: Tensor) -> Tensor:
         """Map pixels (b, 3, canvas, canvas) to the probabilities of each view (v, b, k)."""
         views = pixels[None] if self.views is None else self.views(pixels)
-        logits: Tensor = self.member(views.flatten(0, 1)).float()
-        return logits.softmax(-1).reshape(len(views), -1, logits.shape[-1])
+        logits: Tensor = self.member(views.flatten(0, 1))
+        probs = probabilities(logits, self.task)
+        return probs.reshape(len(views), -1, logits.shape[-1])
 
 
 class FirstViews(nn.Module):

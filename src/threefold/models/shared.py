@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from threefold.models.answers import probabilities
 from threefold.models.heads import InputForm
 from threefold.models.member import Member, head_inputs
 from threefold.models.resize import resize_each, resize_square
 from threefold.models.views import Views
+from threefold.tasks import Task
 
 
 class SharedBackbone(nn.Module):
@@ -75,16 +77,17 @@ class HeadPredictor(nn.Module):
     Args:
         head: maps features to logits, see `heads.Head`.
         views: number of views v.
+        task: "multilabel" = sigmoids in place of softmaxes.
     """
 
-    def __init__(self, head: nn.Module, views: int = 1) -> None:
+    def __init__(self, head: nn.Module, views: int = 1, task: Task = "multiclass") -> None:
         super().__init__()
-        self.head, self.views = head, views
+        self.head, self.views, self.task = head, views, task
         self.form = cast("InputForm", head.form)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map the features of all views (v * b, ...) to probabilities (b, k)."""
-        probs: Tensor = self.head(features).float().softmax(-1)
+        probs = probabilities(self.head(features), self.task)
         if self.views == 1:
             return probs
         return probs.reshape(self.views, -1, probs.shape[-1]).mean(0)
@@ -96,12 +99,15 @@ class HeadsPipeline(nn.Module):
     Args:
         shared: the backbone; several members may have the same.
         heads: of the fold models.
+        task: see `HeadPredictor`.
     """
 
-    def __init__(self, shared: SharedBackbone, heads: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, shared: SharedBackbone, heads: Sequence[nn.Module], task: Task = "multiclass"
+    ) -> None:
         super().__init__()
         self.shared = shared
-        predictors = [HeadPredictor(head, shared.views.count) for head in heads]
+        predictors = [HeadPredictor(head, shared.views.count, task) for head in heads]
         for predictor in predictors:
             shared.require(predictor.form)
         self.heads = nn.ModuleList(predictors)
