@@ -16,7 +16,8 @@ from support.server import picture, wait_until
 
 from threefold.data.images import measure
 from threefold.errors import DataError, ExportError
-from threefold.runtime.model import CascadePolicy, ModelOutput
+from threefold.runtime.model import CascadePolicy
+from threefold.runtime.model_output import ModelOutput
 from threefold.serving import batching
 from threefold.serving.batching import Batcher
 

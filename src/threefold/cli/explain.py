@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -61,7 +61,9 @@ def explain(
         return
     top = ", ".join(f"{plain(name)} {share:.1%}" for name, share in explained["top"])
     out.print(f"{plain(str(image))}: {top}")
-    out.print(f"heat   {plain(str(target))}: {plain(explained['method'])}")
+    heats = explained["heat"]
+    for path in heats.values() if isinstance(heats, dict) else [heats]:
+        out.print(f"heat   {plain(path)}: {plain(explained['method'])}")
     for note in explained["notes"]:
         out.print(f"       {plain(note)}")
     if explained["similar"]:
@@ -76,26 +78,28 @@ def _explain_file(
 ) -> dict[str, Any]:
     """Explain an answer of an exported file by occlusion."""
     from threefold.data.images import decode
-    from threefold.runtime.heat import check_picture, occlusion_heat, save_overlay
+    from threefold.runtime.heat import check_picture, occlusion_heats
     from threefold.runtime.model import load
 
     check_picture(target)
     loaded, pixels = load(model), decode(str(image))
     probs = loaded.answer(loaded.prepare(pixels)[None])[0]
-    number = _class_number(loaded.classes, probs, class_name)
-    heat = occlusion_heat(loaded, pixels, number)
-    save_overlay(target, pixels, heat.map)
-    name = loaded.classes[number]
-    notes = [
-        f"{name} has {heat.probability:.1%}, and {heat.lowest:.1%} without the square that "
-        "matters most"
-    ]
+    answer = _Answer(image, loaded.classes, probs, loaded.thresholds)
+    numbers = answer.explained(class_name)
+    heats = occlusion_heats(loaded, pixels, numbers)
+    notes = []
+    for number, heat in zip(numbers, heats, strict=True):
+        name = loaded.classes[number]
+        notes.append(
+            f"{name} has {heat.probability:.1%}, and {heat.lowest:.1%} without the square that "
+            "matters most"
+        )
+        if not heat.map.any():
+            notes.append(f"no square speaks for {name}: the picture has no heat")
     if similar:
         notes.append("a run folder also names similar training images")
-    if not heat.map.any():
-        notes.append(f"no square speaks for {name}: the picture has no heat")
     return {
-        **_answer(image, loaded.classes, probs, name, target),
+        **answer.describe(target, numbers, pixels, [heat.map for heat in heats]),
         "method": "occlusion, 64 squares two sevenths of the side wide",
         "notes": notes,
         "features": "",
@@ -109,7 +113,7 @@ def _explain_run(
     """Explain an answer of a run by Grad-CAM, and find similar training images."""
     from threefold.data.images import decode
     from threefold.exporting.export import chosen_ensemble
-    from threefold.runtime.heat import check_picture, save_overlay
+    from threefold.runtime.heat import check_picture
     from threefold.training.embedding import pooled_members
     from threefold.training.explain import run_heat, similar_images
     from threefold.training.run import Run
@@ -119,12 +123,13 @@ def _explain_run(
     chosen = chosen_ensemble(run)
     classes = run.folder.info.classes
     probs = run.pipeline(chosen.combiner, chosen.members).predict_proba([pixels])[0]
-    number = _class_number(classes, probs, class_name)
-    heat = run_heat(run, chosen.members, pixels, number)
-    save_overlay(target, pixels, heat)
+    answer = _Answer(image, classes, probs, chosen.thresholds)
+    numbers = answer.explained(class_name)
+    heats = [run_heat(run, chosen.members, pixels, number) for number in numbers]
     notes, neighbours = [], []
-    if not heat.any():
-        notes.append(f"nothing speaks for {classes[number]}, or no backbone has a feature map")
+    for number, heat in zip(numbers, heats, strict=True):
+        if not heat.any():
+            notes.append(f"nothing speaks for {classes[number]}, or no backbone has a feature map")
     if similar:
         try:
             with _watching() as watcher:
@@ -133,29 +138,72 @@ def _explain_run(
         except ThreefoldError as error:  # such as images that were moved; the heat needs none
             notes.append(f"no similar images: {error}")
     names = shorten(spec.backbone for spec in pooled_members(run.recipe, chosen.members))
+    explained = ", ".join(classes[number] for number in numbers)
     return {
-        **_answer(image, classes, probs, classes[number], target),
-        "method": f"Grad-CAM for {classes[number]}, mean of {', '.join(chosen.members)}",
+        **answer.describe(target, numbers, pixels, heats),
+        "method": f"Grad-CAM for {explained}, mean of {', '.join(chosen.members)}",
         "notes": notes,
         "features": names if neighbours else "",
         "similar": [neighbour._asdict() for neighbour in neighbours],
     }
 
 
-def _answer(
-    image: Path, classes: Sequence[str], probs: np.ndarray, explained: str, target: Path
-) -> dict[str, Any]:
-    top = [(classes[i], float(probs[i])) for i in (-probs).argsort(kind="stable")[:3]]
-    return {"image": str(image), "top": top, "class": explained, "heat": str(target)}
+class _Answer(NamedTuple):
+    """The answer to an image; `thresholds` (k,) are those of a multilabel model, or None."""
 
+    image: Path
+    classes: Sequence[str]
+    probs: np.ndarray
+    thresholds: np.ndarray | None
 
-def _class_number(classes: Sequence[str], probs: np.ndarray, name: str) -> int:
-    """Return the class to explain: the one named, or the most probable one."""
-    if not name:
-        return int(probs.argmax())
-    if name not in classes:
-        raise DataError("no such class", where="--class", expected=shorten(classes), got=name)
-    return [*classes].index(name)
+    def explained(self, name: str) -> list[int]:
+        """Return the classes to explain: the one named, else the answer, which may be several."""
+        if name and name not in self.classes:
+            raise DataError(
+                "no such class", where="--class", expected=shorten(self.classes), got=name
+            )
+        if name:
+            return [[*self.classes].index(name)]
+        order = [int(i) for i in (-self.probs).argsort(kind="stable")]
+        if self.thresholds is None:
+            return order[:1]
+        numbers = [i for i in order if self.probs[i] >= self.thresholds[i]]
+        if not numbers:
+            best = order[0]
+            raise DataError(
+                "no label reaches its threshold, so there is none to explain",
+                where=self.image,
+                got=f"{self.classes[best]} {self.probs[best]:.1%} at most",
+                fix="name a label with --class",
+            )
+        return numbers
+
+    def describe(
+        self,
+        target: Path,
+        numbers: Sequence[int],
+        pixels: np.ndarray,
+        heats: Sequence[np.ndarray],
+    ) -> dict[str, Any]:
+        """Write a picture for each class that is explained, and say what they are of.
+
+        The answer of a multilabel model has pictures by label, in files named after the labels.
+        """
+        from threefold.runtime.heat import HeatFolder, save_overlay
+
+        top = [
+            (self.classes[i], float(self.probs[i])) for i in (-self.probs).argsort(kind="stable")
+        ]
+        common = {"image": str(self.image), "top": top[:3]}
+        if self.thresholds is None:
+            save_overlay(target, pixels, heats[0])
+            return {**common, "class": self.classes[numbers[0]], "heat": str(target)}
+        folder, labels = HeatFolder(target.parent), [self.classes[number] for number in numbers]
+        pictures = {
+            label: str(folder.save(target.name, pixels, heat, label))
+            for label, heat in zip(labels, heats, strict=True)
+        }
+        return {**common, "labels": labels, "heat": pictures}
 
 
 @contextmanager

@@ -43,11 +43,13 @@ class ExportedEnsemble:
         combiner: the ensemble and its calibration as a module.
         members: names of the members that it combines.
         card: the entries of the model card about the ensemble.
+        thresholds: (k,) of a multilabel ensemble, from which probability on an image has a label.
     """
 
     combiner: Combiner
     members: list[str]
     card: dict[str, Any]
+    thresholds: np.ndarray | None = None
 
 
 def export(

@@ -13,8 +13,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "FULL",
             "CascadePolicy",
             "Model",
-            "ModelOutput",
             "load",
         ],
+        "threefold.runtime.model_output": ["ModelOutput"],
     },
 )

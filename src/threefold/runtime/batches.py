@@ -18,7 +18,8 @@ import numpy as np
 
 from threefold.data.images import decode
 from threefold.errors import DataError, ThreefoldError
-from threefold.runtime.model import CascadePolicy, Model, ModelOutput
+from threefold.runtime.model import CascadePolicy, Model
+from threefold.runtime.model_output import ModelOutput
 
 AHEAD_PIXELS: Final = 64_000_000
 """Pixels that are decoded and not answered yet; three bytes each."""

@@ -10,7 +10,8 @@ twice. It says what the answer depends on, not that the answer is right.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -36,6 +37,8 @@ LARGEST: Final = 1024
 """Longest side of a picture."""
 SMALLEST: Final = 448
 """Longest side of the picture of a small image, which is enlarged."""
+MAX_LABEL: Final = 60
+"""Characters of a label in the name of a picture."""
 OPACITY: Final = 0.75
 COLOURS: Final = (
     (43, 11, 87),
@@ -85,11 +88,20 @@ def occlusion_heat(model: Model, pixels: np.ndarray, number: int) -> Heat:
     Raises:
         ExportError: the model fails.
     """
+    return occlusion_heats(model, pixels, [number])[0]
+
+
+def occlusion_heats(model: Model, pixels: np.ndarray, numbers: Sequence[int]) -> list[Heat]:
+    """As `occlusion_heat` for several classes, from the same 65 answers; none for no class."""
+    if not numbers:
+        return []
     image = model.fit_canvas(pixels)
-    found = occlude(model.answer, image, number)
     cropped = is_cropped(model, pixels, image)
-    spread = spread_cells(found.cells, pixels.shape[0], pixels.shape[1], cropped)
-    return Heat(spread, found.probability, found.lowest)
+    height, width = pixels.shape[:2]
+    return [
+        Heat(spread_cells(found.cells, height, width, cropped), found.probability, found.lowest)
+        for found in occlude_each(model.answer, image, numbers)
+    ]
 
 
 def is_cropped(model: Model, pixels: np.ndarray, image: np.ndarray) -> bool:
@@ -112,6 +124,16 @@ def occlude(
         number: of the class; None = the most probable one.
         batch: the most images that are answered at a time.
     """
+    return occlude_each(answer, image, None if number is None else [number], batch)[0]
+
+
+def occlude_each(
+    answer: Callable[[np.ndarray], np.ndarray],
+    image: np.ndarray,
+    numbers: Sequence[int] | None = None,
+    batch: int = BATCH,
+) -> list[Occlusion]:
+    """As `occlude` for several classes, from the same answers; None = the most probable one."""
     height, width = image.shape[:2]
     rows = np.linspace(0, height, CELLS + 1).round().astype(int)
     columns = np.linspace(0, width, CELLS + 1).round().astype(int)
@@ -119,20 +141,25 @@ def occlude(
     spans = [(max(0, i - SQUARE + 1), min(CELLS, i + 1)) for i in range(POSITIONS)]
     places = [(down, across) for down in spans for across in spans]
     size = max(1, min(batch, BATCH_PIXELS // (height * width)))
-    answered = answer(image[None])[0]
-    number = int(answered.argmax()) if number is None else number
-    whole = float(answered[number])
-    probs = np.zeros(len(places), np.float32)
+    whole = answer(image[None])[0]
+    if numbers is None:
+        numbers = [int(whole.argmax())]
+    probs = np.zeros((len(places), len(numbers)), np.float32)
     for begin in range(0, len(places), size):
         part = places[begin : begin + size]
         hidden = np.repeat(image[None], len(part), axis=0)
         for one, ((top, bottom), (left, right)) in zip(hidden, part, strict=True):
             one[rows[top] : rows[bottom], columns[left] : columns[right]] = colour
-        probs[begin : begin + len(part)] = answer(hidden)[:, number]
-    cells = np.zeros((CELLS, CELLS), np.float32)
-    for ((top, bottom), (left, right)), drop in zip(places, whole - probs, strict=True):
-        cells[top:bottom, left:right] += drop / SQUARE**2
-    return Occlusion(np.maximum(cells, 0), number, whole, float(probs.min()))
+        probs[begin : begin + len(part)] = answer(hidden)[:, numbers]
+    found = []
+    for number, column in zip(numbers, probs.T, strict=True):
+        cells = np.zeros((CELLS, CELLS), np.float32)
+        drops = float(whole[number]) - column
+        for ((top, bottom), (left, right)), drop in zip(places, drops, strict=True):
+            cells[top:bottom, left:right] += drop / SQUARE**2
+        losses = np.maximum(cells, 0)
+        found.append(Occlusion(losses, number, float(whole[number]), float(column.min())))
+    return found
 
 
 def spread_cells(cells: np.ndarray, height: int, width: int, cropped: bool) -> np.ndarray:
@@ -219,10 +246,23 @@ class HeatFolder:
         self.folder = folder
         self._taken: dict[str, int] = {}
 
-    def save(self, image: str, pixels: np.ndarray, heat: np.ndarray) -> Path:
-        """Write the picture of an image; a name that was taken by another one gets a number."""
-        stem = Path(image).stem
+    def save(self, image: str, pixels: np.ndarray, heat: np.ndarray, label: str = "") -> Path:
+        """Write the picture of an image; a name that was taken by another one gets a number.
+
+        Args:
+            image: its path.
+            pixels: uint8 (h, w, 3).
+            heat: (h, w) in 0..1.
+            label: what the heat is of, as a part of the name.
+        """
+        stem = _labelled_stem(Path(image).stem, label)
         count = self._taken[stem] = self._taken.get(stem, 0) + 1
         path = self.folder / (f"{stem}.png" if count == 1 else f"{stem}-{count}.png")
         save_overlay(path, pixels, heat)
         return path
+
+
+def _labelled_stem(stem: str, label: str) -> str:
+    """Return a file name's stem with a label, of which only letters, digits, - and _ are kept."""
+    plain = re.sub(r"[^\w-]+", "-", label).strip("-")[:MAX_LABEL]
+    return f"{stem}-{plain}" if plain else stem

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 
 from threefold.ensembles.cascade import MODES, Cascade
 from threefold.ensembles.conformal import ConformalSets, UnknownThreshold
 from threefold.errors import DataError, ExportError, shorten
+from threefold.runtime.card_parts import StageCap, read_parts
 from threefold.runtime.hub import local_path
 from threefold.runtime.inputs import ImageInput, iterate_images
 from threefold.runtime.model_file import MEMORY, bytes_beside, open_session, read_card
+from threefold.runtime.model_output import ModelOutput, find_fault
 from threefold.runtime.shrink import Canvas, common_canvas, shrink
+from threefold.tasks import Task
 
 FORMAT: Final = 1
 """Version of the model card inside a file."""
@@ -26,8 +28,9 @@ KEY: Final = "threefold"
 
 LARGE_PIXELS: Final = 4_000_000
 """Pixels of an image above which `Model.prepare` resizes it before the graph does."""
-TOLERANCE: Final = 0.01
-"""How far the probabilities of an image may be from a sum of 1, and each from 0..1."""
+
+Labels = str | tuple[str, ...]
+"""An answer: the class of an image, or its labels, the most probable first."""
 
 
 @dataclass(frozen=True)
@@ -58,34 +61,6 @@ FULL: Final = CascadePolicy("full")
 FAST: Final = CascadePolicy("fast")
 
 
-@dataclass(frozen=True)
-class ModelOutput:
-    """The answers of a model for n images.
-
-    Attributes:
-        probs: (n, k) float32.
-        member_probs: (n, m, k) float32; zeros for members that did not run.
-        stages_used: (n,) int64, the stages of the cascade that ran; None without a cascade.
-    """
-
-    probs: np.ndarray
-    member_probs: np.ndarray
-    stages_used: np.ndarray | None = None
-
-    def row(self, i: int) -> ModelOutput:
-        """The output for image i, with n = 1."""
-        stages = None if self.stages_used is None else self.stages_used[i : i + 1]
-        return ModelOutput(self.probs[i : i + 1], self.member_probs[i : i + 1], stages)
-
-
-class StageCap(NamedTuple):
-    """Accuracy under a limit on the stages and without it, as the model card states it."""
-
-    accuracy: float
-    full_accuracy: float
-    rows: str
-
-
 class Model:
     """An exported file: images in, probabilities out.
 
@@ -94,7 +69,10 @@ class Model:
         card: the stored model card (score, protocol, parity, ...). Optional keys: "conformal", a
             list of {"state": of a `ConformalSets`, "coverage", ...}, and "unknown", {"state": of
             an `UnknownThreshold`, ...}.
+        task: multiclass = an image has one class; multilabel = any number of labels.
         classes: class names, in the order of the probabilities.
+        thresholds: (k,) float64, the probability from which on an image has each label; None of a
+            multiclass model.
         members: names of the members, in the order of `ModelOutput.member_probs`.
         sets: prediction sets; the key says whether each class has its own threshold. Empty in a
             file without prediction sets.
@@ -125,63 +103,23 @@ class Model:
             )
         self.classes: tuple[str, ...] = tuple(self.card["classes"])
         self.members: tuple[str, ...] = tuple(self.card["members"])
-        self.sets: dict[bool, ConformalSets] = {}
-        self.unknown: UnknownThreshold | None = None
-        self.cascade: Cascade | None = None
-        self.caps: list[StageCap] = []
+        parts = read_parts(self.card, self.path)
+        self.task: Task = parts.task
+        self.thresholds: np.ndarray | None = parts.thresholds
+        self.sets: dict[bool, ConformalSets] = parts.sets
+        self.unknown: UnknownThreshold | None = parts.unknown
+        self.cascade: Cascade | None = parts.cascade
+        self.caps: list[StageCap] = parts.caps
         self.canvas: Canvas | None = common_canvas(self.card)
-        with self._card_part("conformal or unknown"):
-            self._read_uncertainty()
-        if self.card.get("cascade") is not None:
-            with self._card_part("cascade"):
-                self._read_cascade(self.card["cascade"])
         data_bytes = bytes_beside(self.path, self.card)
         self.session = open_session(self.path, threads, memory + 2 * data_bytes, spin, device)
 
     def __repr__(self) -> str:
-        classes, members = len(self.classes), len(self.members)
-        return f"<Model {self.path}: {classes} classes, {members} members, on {self.device}>"
-
-    def _read_uncertainty(self) -> None:
-        for entry in self.card.get("conformal") or ():
-            sets = ConformalSets.from_state(entry["state"])
-            if sets.k_ != len(self.classes):
-                raise DataError(
-                    "prediction sets of other classes", expected=len(self.classes), got=sets.k_
-                )
-            self.sets[sets.by_class] = sets
-        if self.card.get("unknown"):
-            self.unknown = UnknownThreshold.from_state(self.card["unknown"]["state"])
-
-    def _read_cascade(self, entry: Mapping[str, Any]) -> None:
-        """Read the card's cascade; `read_card` has checked the graph's inputs against it."""
-        self.cascade = Cascade.from_state(entry["state"])
-        if sum(map(len, self.cascade.stages)) != len(self.members):
-            raise DataError(
-                "a cascade of other members", expected=len(self.members), got=self.cascade.stages
-            )
-        for cap in entry.get("caps", ()):
-            self.caps.append(StageCap(float(cap["accuracy"]), float(cap["full"]), str(cap["rows"])))
-
-    @contextmanager
-    def _card_part(self, name: str) -> Iterator[None]:
-        """Report any fault in a part of the card as one line that names the part."""
-        try:
-            yield
-        except (
-            DataError,
-            LookupError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            ArithmeticError,
-        ) as error:
-            raise ExportError(
-                "the model card is damaged",
-                where=self.path,
-                got=f"{name}: {error}",
-                fix="export it again from the run",
-            ) from None
+        kind = "labels" if self.task == "multilabel" else "classes"
+        return (
+            f"<Model {self.path}: {len(self.classes)} {kind}, {len(self.members)} members, "
+            f"on {self.device}>"
+        )
 
     def run(
         self, images: np.ndarray, policy: CascadePolicy = FULL, options: Any = None
@@ -211,13 +149,19 @@ class Model:
         return self.run(images).probs
 
     def score(
-        self, images: Iterable[ImageInput], labels: Sequence[str], policy: CascadePolicy = FULL
+        self,
+        images: Iterable[ImageInput],
+        labels: Sequence[str] | Sequence[Collection[str]],
+        policy: CascadePolicy = FULL,
     ) -> float:
         """Accuracy on labelled images, as scikit-learn's classifiers have it.
 
+        Of a multilabel model it is the share of images with exactly the right labels.
+
         Args:
             images: as `infer`.
-            labels: the right class name of each image.
+            labels: the right class name of each image; for a multilabel model a list of names, also
+                an empty one.
             policy: how many members answer.
 
         Raises:
@@ -225,7 +169,15 @@ class Model:
                 image cannot be read.
             ExportError: as `infer`.
         """
-        unknown = sorted({str(label) for label in labels} - set(self.classes))
+        if self.task == "multilabel" and any(isinstance(label, str) for label in labels):
+            raise DataError(
+                "the model gives any number of labels",
+                where=self.path,
+                expected="a list of labels for each image",
+                got="one text for an image",
+            )
+        right = [frozenset([row] if isinstance(row, str) else map(str, row)) for row in labels]
+        unknown = sorted(frozenset().union(*right) - set(self.classes))
         if unknown:
             raise DataError(
                 "labels that the model does not know",
@@ -239,24 +191,13 @@ class Model:
                 expected=f"{len(answers)} labels" if answers else "images",
                 got=len(labels),
             )
-        return sum(map(str.__eq__, answers, map(str, labels))) / len(answers)
+        given = [frozenset([row] if isinstance(row, str) else row) for row in answers]
+        return sum(map(frozenset.__eq__, given, right)) / len(answers)
 
     def _check_output(self, output: ModelOutput, n: int) -> None:
         """Refuse answers that are not probabilities of n images, as of a damaged file."""
-        k, m, got = len(self.classes), len(self.members), ""
-        if output.probs.shape != (n, k) or output.member_probs.shape != (n, m, k):
-            got = f"answers of shape {output.probs.shape} and {output.member_probs.shape}"
-        elif self.cascade is not None:
-            stages = np.asarray(output.stages_used)
-            if stages.shape != (n,) or ((stages < 1) | (stages > len(self.cascade.stages))).any():
-                got = "a number of stages that the cascade does not have"
-        for probs in (output.probs, output.member_probs):
-            inside = (probs >= -TOLERANCE) & (probs <= 1 + TOLERANCE)  # false for NaN
-            if not got and not inside.all():
-                got = f"a probability of {probs[~inside][0]:.4g}"
-        sums = output.probs.sum(axis=-1)
-        if not got and not (np.abs(sums - 1) <= TOLERANCE).all():
-            got = f"probabilities with a sum of {sums[np.abs(sums - 1).argmax()]:.4g}"
+        stages = 0 if self.cascade is None else len(self.cascade.stages)
+        got = find_fault(output, (n, len(self.members), len(self.classes)), stages, self.task)
         if got:
             raise ExportError(
                 "the model cannot answer",
@@ -334,9 +275,33 @@ class Model:
 
     def predict(
         self, images: ImageInput | Iterable[ImageInput], policy: CascadePolicy = FULL
-    ) -> list[str]:
-        """The most probable class of each image; arguments and errors as `infer`."""
-        return [self.classes[i] for i in self.predict_proba(images, policy).argmax(1)]
+    ) -> list[Labels]:
+        """The most probable class of each image, or the labels of each image.
+
+        A multilabel model answers a tuple of labels for each image, those whose probabilities reach
+        their thresholds, the most probable first; it can be empty. Arguments and errors as `infer`.
+        """
+        return [self.labels_of(row) for row in self.predict_proba(images, policy)]
+
+    def labels_of(self, probs: np.ndarray) -> Labels:
+        """The answer that the probabilities (k,) of an image stand for, as `predict` gives it."""
+        names = [self.classes[i] for i in self.label_numbers(probs)]
+        return tuple(names) if self.thresholds is not None else names[0]
+
+    def label_numbers(self, probs: np.ndarray) -> list[int]:
+        """The numbers of the classes that the probabilities (k,) of an image stand for.
+
+        Args:
+            probs: of one image.
+
+        Returns:
+            That of the most probable class; of a multilabel model those of all labels whose
+            probabilities reach their thresholds, the most probable first.
+        """
+        if self.thresholds is None:
+            return [int(probs.argmax())]
+        order = np.argsort(-probs, kind="stable")
+        return [int(i) for i in order if probs[i] >= self.thresholds[i]]
 
     def members_in_stages(self, stages: int | None) -> list[int]:
         """Indices of the members in the first stages; all members in a file without a cascade."""
@@ -472,11 +437,10 @@ class Model:
         return self.unknown
 
     def _lacks(self, what: str) -> ExportError:
-        return ExportError(
-            f"the model file has no {what}",
-            where=self.path,
-            fix="export it again with this version from a run that has them",
-        )
+        fix = "export it again with this version from a run that has them"
+        if self.task == "multilabel":
+            fix = "leave it out: a model that gives any number of labels cannot have one"
+        return ExportError(f"the model file has no {what}", where=self.path, fix=fix)
 
 
 def load(path: str | Path, threads: int = 0, device: str = "cpu") -> Model:

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
+from threefold.tasks import TASKS
+
 MAX_CLASSES: Final = 100_000
 MAX_MEMBERS: Final = 1_000
 MAX_NAME: Final = 1_000
@@ -18,8 +20,10 @@ MAX_COUNT: Final = 10**12
 
 _TEXTS: Final = ("name", "method", "precision", "digest", "taught_by")
 _OBJECTS: Final = ("score", "parity", "versions", "hashes", "unknown", "cascade")
-_SHARES: Final = ("accuracy", "level")  # numbers of a score in 0..1
-_SCORE_TEXTS: Final = ("rows", "protocol", "fitted_on")
+_ONE_CLASS: Final = ("conformal", "unknown", "cascade")
+"""Parts of a card that mean something only where an image has one class."""
+_SHARES: Final = ("accuracy", "value", "macro_f1", "micro_f1", "level")  # of a score, in 0..1
+_SCORE_TEXTS: Final = ("metric", "rows", "protocol", "fitted_on")
 
 
 class CardError(ValueError):
@@ -56,7 +60,27 @@ def parse_card(content: bytes) -> dict[str, Any]:
     _require(card, "n_train", _is_count, "a number of images")
     _require(card, "temperature", _is_number, "a number")
     _check_score(card.get("score") or {})
+    _check_task(card)
     return card
+
+
+def _check_task(card: Mapping[str, Any]) -> None:
+    """Refuse an unknown task, and parts that do not belong to the task."""
+    task = card.get("task")
+    if task is not None and task not in TASKS:
+        raise CardError(f"the model card has the task {task!a:.40}, of another version")
+    if task != "multilabel":
+        return
+    thresholds = card.get("thresholds")
+    if not (
+        isinstance(thresholds, list)
+        and len(thresholds) == len(card["classes"])
+        and all(_is_number(value) and math.isfinite(value) for value in thresholds)
+    ):
+        raise CardError("the model card's thresholds are not a number for each label")
+    for key in _ONE_CLASS:
+        if card.get(key):
+            raise CardError(f"the model card has {key}, which a multilabel model cannot have")
 
 
 def _check_names(card: Mapping[str, Any], key: str, limit: int) -> None:

@@ -8,14 +8,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from threefold.data.images import IMAGE_SUFFIXES, decode
 from threefold.data.walk import LeftOut, describe_left_out, iterate_images
 from threefold.errors import DataError, RecipeError
-from threefold.names import escape_formula, printable
+from threefold.names import printable
 from threefold.runtime.batches import (
     CPU_SIZES,
     DEVICE_SIZES,
@@ -24,11 +24,12 @@ from threefold.runtime.batches import (
     BatchSize,
     answer_images,
 )
+from threefold.runtime.describe import AnswerTable, as_text, describe_answer
 from threefold.runtime.device_parity import compare_with_cpu
-from threefold.runtime.heat import HeatFolder, occlusion_heat
+from threefold.runtime.heat import HeatFolder, occlusion_heats
 from threefold.runtime.json_text import json_line
-from threefold.runtime.model import FULL, CascadePolicy, Model, ModelOutput, load
-from threefold.runtime.result_files import COLUMNS, csv_cells
+from threefold.runtime.model import FULL, CascadePolicy, Model, load
+from threefold.runtime.model_output import ModelOutput
 
 
 def find_images(
@@ -87,53 +88,6 @@ def each_image(
             yield DataError("cannot read", where=source[:200], got=error)
 
 
-def describe_answer(model: Model, image: str, output: ModelOutput, top: int) -> dict[str, Any]:
-    """Describe the answer to one image as plain values for JSON.
-
-    Args:
-        model: the exported file.
-        image: path of the image.
-        output: its answer, n = 1.
-        top: how many classes to name.
-
-    Returns:
-        The keys image, label, probability, top (the most probable classes), members (the label of
-        each member that ran) and probs; set and unknown if the file has them; members_used with a
-        cascade.
-    """
-    probs, member_probs = output.probs[0], output.member_probs[0]
-    stages = None if output.stages_used is None else int(output.stages_used[0])
-    members = model.members_in_stages(stages)
-    order = np.argsort(-probs, kind="stable")[:top]
-    answer = {
-        "image": image,
-        "label": model.classes[order[0]],
-        "probability": float(probs[order[0]]),
-        "top": [{"label": model.classes[i], "probability": float(probs[i])} for i in order],
-        "members": {model.members[i]: model.classes[member_probs[i].argmax()] for i in members},
-        "probs": [float(p) for p in probs],
-    }
-    if False in model.sets:
-        answer["set"] = model.sets_from_probs(output.probs)[0]
-    if model.unknown is not None:
-        answer["unknown"] = bool(model.unknown_from_probs(output.probs)[0])
-    if model.cascade is not None:
-        answer["members_used"] = len(members)
-    return answer
-
-
-def as_text(answer: dict[str, Any], model: Model) -> str:
-    """Format an answer of `describe_answer` as one line."""
-    top = ", ".join(f"{entry['label']} {entry['probability']:.1%}" for entry in answer["top"])
-    parts = [f"{answer['image']}: {top}"]
-    if "set" in answer:
-        coverage = 100 * (1 - model.sets[False].alpha)
-        parts.append(f"{coverage:.4g}% set {{{', '.join(answer['set'])}}}")
-    if answer.get("unknown"):
-        parts.append("unknown?")
-    return "; ".join(parts)
-
-
 @dataclass(frozen=True)
 class Engine:
     """How the images are answered; the answers are the same, up to rounding.
@@ -171,8 +125,8 @@ def write_predictions(
         form: text, json or csv.
         policy: how many members answer; a budget is measured on the first readable image.
         engine: where, and how many at a time; None = one by one on the CPU.
-        heat: a folder for a heat map of each answer (`heat.occlusion_heat`), which takes 65 times
-            as long; None = no heat.
+        heat: a folder for a heat map of each answer (`heat.occlusion_heats`), of a multilabel file
+            of each label, which takes 65 times as long; None = no heat.
 
     Returns:
         The number of images and sources that could not be read.
@@ -184,8 +138,9 @@ def write_predictions(
     engine = engine or Engine()
     model, failed = load(model_path, device=engine.device), 0
     rows = csv.writer(stream) if form == "csv" else None
+    table = AnswerTable(model.classes, model.task)
     if rows:
-        rows.writerow([*COLUMNS, *map(escape_formula, model.classes)])
+        rows.writerow(table.csv_head())
     pictures = None if heat is None else HeatFolder(heat)
     paths = (
         str(found) if isinstance(found, Path) else found for found in each_image(sources, notify)
@@ -197,11 +152,9 @@ def write_predictions(
             continue
         answer = describe_answer(model, path, output, top)
         if pictures is not None:
-            pixels = decode(path)
-            warm = occlusion_heat(model, pixels, int(output.probs[0].argmax()))
-            answer["heat"] = str(pictures.save(path, pixels, warm.map))
+            answer["heat"] = _draw_heat(model, path, output, pictures)
         if rows:
-            cells = csv_cells(answer)
+            cells = table.csv_cells(answer)
             if stream.isatty():
                 cells = [printable(cell) for cell in cells]
             rows.writerow(cells)
@@ -211,6 +164,21 @@ def write_predictions(
         else:
             stream.write(printable(as_text(answer, model), keep="") + "\n")
     return failed
+
+
+def _draw_heat(
+    model: Model, path: str, output: ModelOutput, pictures: HeatFolder
+) -> str | dict[str, str]:
+    """Write a picture for the class of an image, or for each of its labels; return the paths."""
+    pixels = decode(path)
+    numbers = model.label_numbers(output.probs[0])
+    heats = occlusion_heats(model, pixels, numbers)
+    if model.thresholds is None:
+        return str(pictures.save(path, pixels, heats[0].map))
+    return {
+        model.classes[number]: str(pictures.save(path, pixels, heat.map, model.classes[number]))
+        for number, heat in zip(numbers, heats, strict=True)
+    }
 
 
 def answer_all(

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from threefold.errors import DataError
 from threefold.files import sha256
+from threefold.runtime.describe import AnswerTable, describe_answer
 from threefold.runtime.model import FULL, CascadePolicy, load
 from threefold.runtime.predict import (
     Engine,
     answer_all,
-    describe_answer,
     each_image,
     make_batch,
 )
@@ -83,7 +83,8 @@ def predict_to_file(
     source: dict[str, Any] = {"model": sha256(model_path), **asdict(policy)}
     if target.suffix.lower() == ".jsonl":
         source["top"] = top
-    results = ResumableResults(target, model.classes, paths, source)
+    table = AnswerTable(model.classes, model.task)
+    results = ResumableResults(target, table, paths, source)
     if results.resolved is not None:
         policy = CascadePolicy(**results.resolved)
     done, batch = results.answered, make_batch(engine)

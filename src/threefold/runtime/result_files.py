@@ -22,10 +22,9 @@ from threefold.errors import DamagedFileError, DataError, RunError
 from threefold.files import read_json, temporary_path, write_json
 from threefold.names import escape_formula
 from threefold.predictions.tables import import_pyarrow
+from threefold.runtime.describe import Answer, AnswerTable
 from threefold.runtime.json_text import json_line
 
-COLUMNS: Final = ("path", "prediction", "confidence")
-"""Columns of a table before those of the classes."""
 PART_ROWS: Final = 8192
 """Rows of a parquet part: what a killed process loses at most."""
 _SOURCES: Final = {
@@ -39,26 +38,17 @@ _SOURCES: Final = {
 _MERGED: Final = b"threefold.parts"
 """Key of a parquet file's metadata: the number of parts that are in it."""
 
-Row = Mapping[str, Any]
-"""An answer of `predict.describe_answer`."""
-
-
-def csv_cells(row: Row) -> list[str]:
-    """The cells of an answer in CSV: path, class and the probabilities with six decimals."""
-    numbers = [f"{p:.6f}" for p in (row["probability"], *row["probs"])]
-    return [escape_formula(row["image"]), escape_formula(row["label"]), *numbers]
-
 
 class ResultFile:
     """A file of answers, one row for each image, in the order of the images.
 
     Args:
         path: the file.
-        classes: class names, in the order of the probabilities.
+        table: its columns.
     """
 
-    def __init__(self, path: Path, classes: Sequence[str]) -> None:
-        self.path, self.classes = path, tuple(classes)
+    def __init__(self, path: Path, table: AnswerTable) -> None:
+        self.path, self.table = path, table
 
     def exists(self) -> bool:
         """Whether there are rows already, or a file of anything."""
@@ -80,7 +70,7 @@ class ResultFile:
         """
         raise NotImplementedError
 
-    def append(self, rows: Iterable[Row]) -> None:
+    def append(self, rows: Iterable[Answer]) -> None:
         """Append rows; they are in the file when this returns, or in a part of it."""
         raise NotImplementedError
 
@@ -110,7 +100,7 @@ class _TextFile(ResultFile):
         if self.stream.tell() == 0:
             self._write_head()
 
-    def append(self, rows: Iterable[Row]) -> None:
+    def append(self, rows: Iterable[Answer]) -> None:
         assert self.stream is not None
         try:
             for row in rows:
@@ -126,7 +116,7 @@ class _TextFile(ResultFile):
     def _write_head(self) -> None:
         """Write what comes before the rows."""
 
-    def _write(self, row: Row) -> None:
+    def _write(self, row: Answer) -> None:
         raise NotImplementedError
 
     def _cut(self, length: int) -> None:
@@ -167,15 +157,15 @@ class CsvFile(_TextFile):
 
     @property
     def _head(self) -> list[str]:
-        return [*COLUMNS, *map(escape_formula, self.classes)]
+        return self.table.csv_head()
 
     def _write_head(self) -> None:
         assert self.stream is not None
         csv.writer(self.stream).writerow(self._head)
 
-    def _write(self, row: Row) -> None:
+    def _write(self, row: Answer) -> None:
         assert self.stream is not None
-        csv.writer(self.stream).writerow(csv_cells(row))
+        csv.writer(self.stream).writerow(self.table.csv_cells(row))
 
 
 class JsonLinesFile(_TextFile):
@@ -196,7 +186,7 @@ class JsonLinesFile(_TextFile):
                 yield str(image)
         self._cut(complete)
 
-    def _write(self, row: Row) -> None:
+    def _write(self, row: Answer) -> None:
         assert self.stream is not None
         tree = {key: value for key, value in row.items() if key != "probs"}
         self.stream.write(json_line(tree, self.stream) + "\n")
@@ -205,11 +195,11 @@ class JsonLinesFile(_TextFile):
 class ParquetFile(ResultFile):
     """A table of parquet, with probabilities as float32; parts become one file at the end."""
 
-    def __init__(self, path: Path, classes: Sequence[str]) -> None:
-        super().__init__(path, classes)
+    def __init__(self, path: Path, table: AnswerTable) -> None:
+        super().__init__(path, table)
         self.folder = path.with_name(f"{path.name}.parts")
         self._arrow, self._parquet = import_pyarrow(), import_pyarrow(".parquet")
-        self._rows: list[Row] = []
+        self._rows: list[Answer] = []
         self._next = 0
 
     def exists(self) -> bool:
@@ -221,7 +211,7 @@ class ParquetFile(ResultFile):
         try:
             for file in self._files():
                 opened = self._parquet.ParquetFile(file)
-                if opened.schema_arrow.names != [*COLUMNS, *self.classes]:
+                if opened.schema_arrow.names != [*self.table.columns]:
                     raise _damaged(file, "other columns")
                 for batch in opened.iter_batches():
                     yield from batch.column(0).to_pylist()
@@ -236,7 +226,7 @@ class ParquetFile(ResultFile):
             raise _unwritable(self.folder, error) from None
         self._next = self._merged() + len(self._parts())
 
-    def append(self, rows: Iterable[Row]) -> None:
+    def append(self, rows: Iterable[Answer]) -> None:
         """Collect rows, and write a part when there are enough."""
         self._rows += rows
         if len(self._rows) >= PART_ROWS:
@@ -278,14 +268,16 @@ class ParquetFile(ResultFile):
 
     def _schema(self) -> Any:
         text, number = self._arrow.string(), self._arrow.float32()
-        kinds = [text, text, *[number] * (1 + len(self.classes))]
-        return self._arrow.schema(zip([*COLUMNS, *self.classes], kinds, strict=True))
+        columns = self.table.columns
+        kinds = [text, text, *[number] * (len(columns) - 2)]
+        return self._arrow.schema(zip(columns, kinds, strict=True))
 
     def _batch(self) -> Any:
-        values = np.array([(row["probability"], *row["probs"]) for row in self._rows], np.float32)
+        values = np.array([self.table.numbers(row) for row in self._rows], np.float32)
+        texts = [self.table.texts(row) for row in self._rows]
         columns = [
-            [_storable(row["image"]) for row in self._rows],
-            [row["label"] for row in self._rows],
+            [_storable(path) for path, _ in texts],
+            [labels for _, labels in texts],
             *values.T,
         ]
         schema = self._schema()
@@ -335,7 +327,7 @@ class ResumableResults:
 
     Args:
         path: the file; its suffix says which kind it is.
-        classes: class names, in the order of the probabilities.
+        table: its columns.
         paths: of all images, in order.
         source: what the answers depend on, as plain values: the model, its mode, ...
 
@@ -351,9 +343,9 @@ class ResumableResults:
     """
 
     def __init__(
-        self, path: Path, classes: Sequence[str], paths: Sequence[str], source: Mapping[str, Any]
+        self, path: Path, table: AnswerTable, paths: Sequence[str], source: Mapping[str, Any]
     ) -> None:
-        self.file = check_format(path)(path, classes)
+        self.file = check_format(path)(path, table)
         self.state_path = path.with_name(f"{path.name}.state.json")
         self.state = {"images": len(paths), "list": _digest(paths), **source}
         self.answered = self.rows = 0

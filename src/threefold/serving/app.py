@@ -19,7 +19,8 @@ from fastapi.responses import Response
 
 from threefold.errors import DataError, ExportError
 from threefold.runtime.json_text import as_json
-from threefold.runtime.model import FULL, CascadePolicy, Model, ModelOutput
+from threefold.runtime.model import FULL, CascadePolicy, Model
+from threefold.runtime.model_output import ModelOutput
 from threefold.serving.batching import BATCH_PIXELS, Batcher
 from threefold.serving.explain import add_explain_route
 from threefold.serving.limits import Refusal, ServerLimits, reserve_descriptors

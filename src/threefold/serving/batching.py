@@ -21,7 +21,8 @@ import numpy as np
 
 from threefold.data.images import decode
 from threefold.errors import ExportError, ThreefoldError
-from threefold.runtime.model import FULL, CascadePolicy, ModelOutput
+from threefold.runtime.model import FULL, CascadePolicy
+from threefold.runtime.model_output import ModelOutput
 
 BATCH_PIXELS = 4_000_000
 """Largest number of pixels in a batch of several images. A larger image runs alone, and no two such

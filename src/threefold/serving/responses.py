@@ -7,7 +7,8 @@ from typing import Any, Final
 import numpy as np
 from pydantic import BaseModel
 
-from threefold.runtime.model import Model, ModelOutput
+from threefold.runtime.model import Model
+from threefold.runtime.model_output import ModelOutput
 
 
 class ClassProbability(BaseModel):
