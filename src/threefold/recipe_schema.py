@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from threefold.names import plain_backbone
+from threefold.tasks import Task
 
 HeadKind = Literal["linear", "mlp", "rnn", "gru", "lstm", "birnn", "bigru", "bilstm"]
 Method = Literal[
@@ -45,6 +46,7 @@ Source = Literal[
 ]
 WITH_COLUMNS = ("csv", "parquet", "huggingface")
 WITH_GROUPS = ("csv", "parquet", "huggingface", "surrey-asl")
+WITH_LABEL_SETS = ("csv", "parquet", "huggingface", "npz")
 WITH_EXTRA = ("svhn", "inaturalist2019", "icassava2019")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -69,6 +71,9 @@ class DataSpec(Section):
     """Where the images come from."""
 
     source: Source = "folder"
+    task: Task = "multiclass"
+    """multiclass = each image has one class; multilabel = any number of labels, also none: a column
+    of 0 and 1 for each label, or one column that names them all."""
     root: str = ""
     """A folder of class folders (or of train/, val/ and test/) or an archive of one, a CSV,
     parquet or npz file, a name on the Hugging Face hub, or the folder of a named data set's
@@ -92,8 +97,12 @@ class DataSpec(Section):
     label_column: Annotated[str, Field(min_length=1)] | None = None
     """Column of a table with the label of each image; by default the one with a usual name (label,
     class, category, target, species, ...)."""
+    label_separator: Annotated[str, Field(min_length=1, max_length=8)] | None = None
+    """What separates the labels in a cell, for task = multilabel; by default it is found: a
+    vertical bar, a semicolon, a comma or a space."""
     limit_per_class: Annotated[int, Field(ge=0)] = 0
-    """Training images per class, drawn by the recipe's seed (0 = all)."""
+    """Training images per class, drawn by the recipe's seed (0 = all). For task = multilabel images
+    are drawn while one of their labels has fewer."""
 
     @field_validator("group_regex")
     @classmethod
@@ -108,6 +117,13 @@ class DataSpec(Section):
             )
         if self.group_file and self.group_regex:
             raise ValueError("group_file and group_regex both define groups; remove one of them")
+        if self.task == "multilabel" and self.source not in WITH_LABEL_SETS:
+            raise ValueError(
+                f"source = {self.source} has one class for each image; task = multilabel needs "
+                f"{', '.join(WITH_LABEL_SETS)}"
+            )
+        if self.label_separator and self.task != "multilabel":
+            raise ValueError("label_separator needs task = multilabel")
         for key in ("fold_column", "path_column", "label_column"):
             if getattr(self, key) and self.source not in WITH_COLUMNS:
                 raise ValueError(

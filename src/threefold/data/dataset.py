@@ -13,13 +13,22 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from threefold.data.class_names import check_class_names, warn_of_alike
+from threefold.data.copies import warn_of_copies
 from threefold.data.group_file import find_groups, groups_of, read_groups
-from threefold.data.images import BadImage, check_all, content_hash, decode, same_content
+from threefold.data.images import BadImage, check_all, content_hash, decode
+from threefold.data.label_counts import (
+    find_labels,
+    limited_sets,
+    make_targets,
+    note_label_counts,
+    require_both,
+)
 from threefold.data.read_source import read_source
 from threefold.data.sources.folder import (
     ArrayDataset,
@@ -27,6 +36,7 @@ from threefold.data.sources.folder import (
     ImageArrays,
     ListedImage,
     Listing,
+    contents_of,
 )
 from threefold.data.split_names import warn_of_parts
 from threefold.data.splits import fold_values
@@ -41,11 +51,13 @@ class ImageDataset:
 
     Attributes:
         images: image files, encoded images of a table, or uint8 pixels (n, h, w) or (n, h, w, 3).
-        labels: (n,) int64 class number of each image; -1 for all where none has a label.
+        labels: (n,) int64 class number of each image; -1 for all where none has a label, or where
+            images have any number of labels.
         ids: unique name of each image; sources list rows in ascending order of the ids.
         classes: class names; a label is an index into them.
         groups: group of each image, or None; grouped folds never split a group.
         folds: the user's own fold of each image, or None.
+        targets: (n, k) uint8, 1 where an image has a label; None where each image has one class.
 
     Raises:
         DataError: lengths differ, ids repeat, or a label has no class.
@@ -57,6 +69,7 @@ class ImageDataset:
     classes: tuple[str, ...]
     groups: tuple[str, ...] | None = None
     folds: tuple[str, ...] | None = None
+    targets: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
         lengths = [len(self.images), len(self.labels), len(self.ids)]
@@ -69,6 +82,12 @@ class ImageDataset:
         repeated = find_repeated(self.ids)
         if repeated:
             raise DataError("ids are not unique", got=shorten(repeated))
+        if self.targets is not None and self.targets.shape != (len(self), len(self.classes)):
+            raise DataError(
+                "targets do not fit images and labels",
+                expected=(len(self), len(self.classes)),
+                got=self.targets.shape,
+            )
         if not len(self.labels):
             return
         low, high = self.labels.min(), self.labels.max()
@@ -82,6 +101,22 @@ class ImageDataset:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def is_multilabel(self) -> bool:
+        """Whether an image has any number of labels, and not one class."""
+        return self.targets is not None
+
+    @property
+    def truth(self) -> NDArray[Any]:
+        """What a network learns: labels (n,), or targets (n, k)."""
+        return self.labels if self.targets is None else self.targets
+
+    def label_names(self, i: int) -> tuple[str, ...]:
+        """Return the names of the labels of image i."""
+        if self.targets is None:
+            return (self.classes[self.labels[i]],) if self.labels[i] >= 0 else ()
+        return tuple(self.classes[j] for j in np.flatnonzero(self.targets[i]))
 
     def subset(self, rows: ArrayLike) -> ImageDataset:
         """Return the images at these positions, in this order."""
@@ -100,6 +135,7 @@ class ImageDataset:
             ids=tuple(self.ids[i] for i in positions),
             groups=None if self.groups is None else tuple(self.groups[i] for i in positions),
             folds=None if self.folds is None else tuple(self.folds[i] for i in positions),
+            targets=None if self.targets is None else self.targets[positions],
         )
 
     def pixels(self, i: int) -> NDArray[np.uint8]:
@@ -188,24 +224,25 @@ def _from_files(listing: Listing, spec: DataSpec, seed: int, trained: tuple[str,
     train = sorted(item for item in listing.items if item.part == "train")
     test = sorted(item for item in listing.items if item.part == "test")
     has_test = bool(test)
-    classes = _classes(
-        {item.label for item in train}, {item.label for item in test}, listing.classes
-    )
+    several = spec.task == "multilabel"
+    find_classes = find_labels if several else _classes
+    classes = find_classes(_label_names(train), _label_names(test), listing.classes)
     if classes != trained:
         check_class_names(classes)
-    rows = _limited([item.label for item in train], spec.limit_per_class, seed)
-    train = [train[row] for row in rows]
+    train = [train[row] for row in _limited_items(train, spec.limit_per_class, seed)]
     bad = _verify(train + test, listing.encoded, spec)
     skipped = tuple(image for image in bad if not image.readable)
     unreadable = {image.path for image in skipped}
     train = [item for item in train if item.path not in unreadable]
     test = [item for item in test if item.path not in unreadable]
-    _require_two_of_each([item.label for item in train], classes)
+    if not several:
+        _require_two_of_each([item.label for item in train], classes)
     if has_test and not test:
         raise DataError("none of the test images can be read", where=spec.root)
 
     train_set = make_dataset(train, classes, spec.group_regex, listing.encoded)
     test_set = make_dataset(test, classes, spec.group_regex, listing.encoded) if test else None
+    require_both(train_set)
     train_set = _with_group_file(train_set, spec, every=True)
     if test_set is not None:
         test_set = _with_group_file(test_set, spec, every=False)
@@ -224,17 +261,32 @@ def _from_files(listing: Listing, spec: DataSpec, seed: int, trained: tuple[str,
         notes=(
             *listing.notes,
             *note_misleading_names(bad),
+            *note_label_counts(train_set, test_set),
             *_fold_notes(train_set, spec.fold_column),
         ),
         skipped=skipped,
         warnings=(
-            *_duplicates(train + test, listing.encoded),
+            *warn_of_copies(train + test, listing.encoded),
             *_shared_groups(train_set, test_set),
             *_split_groups(train_set),
             *warn_of_parts(classes),
             *warn_of_alike(classes),
         ),
     )
+
+
+def _label_names(items: Sequence[ListedImage]) -> set[str]:
+    """Return the names of all labels of some images."""
+    return {name for item in items for name in (item.label,) if item.labels is None} | {
+        name for item in items for name in item.labels or ()
+    }
+
+
+def _limited_items(items: Sequence[ListedImage], limit: int, seed: int) -> NDArray[np.int64]:
+    """Return ascending rows: all, or at most `limit` of each class."""
+    if any(item.labels is not None for item in items):
+        return limited_sets([item.labels or () for item in items], limit, seed)
+    return _limited([item.label for item in items], limit, seed)
 
 
 def _classes(train: set[str], test: set[str], official: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -284,12 +336,7 @@ def _verify(
 def verify(items: Sequence[ListedImage], encoded: EncodedImages | None) -> list[BadImage]:
     """Decode every listed image once; returns those with a problem."""
     paths = [item.path for item in items]
-    return check_all(paths, min(8, os.cpu_count() or 1), _contents(items, encoded))
-
-
-def _contents(items: Sequence[ListedImage], encoded: EncodedImages | None) -> EncodedImages | None:
-    """Return the encoded images of table rows; None if the items are files."""
-    return None if encoded is None else encoded.take([item.row for item in items])
+    return check_all(paths, min(8, os.cpu_count() or 1), contents_of(items, encoded))
 
 
 def _require_two_of_each(labels: Sequence[str], classes: tuple[str, ...]) -> None:
@@ -314,13 +361,20 @@ def make_dataset(
     number = {name: label for label, name in enumerate(classes)}
     listed = tuple(item.group for item in items if item.group is not None)
     folds = tuple(item.fold for item in items if item.fold is not None)
+    if any(item.labels is not None for item in items):
+        labels = np.full(len(items), -1)
+        targets = make_targets([item.labels or () for item in items], classes)
+    else:
+        labels = np.array([number[item.label] for item in items], dtype=np.int64)
+        targets = None
     return ImageDataset(
-        images=_contents(items, encoded) or tuple(item.path for item in items),
-        labels=np.array([number[item.label] for item in items], dtype=np.int64),
+        images=contents_of(items, encoded) or tuple(item.path for item in items),
+        labels=labels,
         ids=ids,
         classes=classes,
         groups=listed or _groups(ids, group_regex),
         folds=folds or None,
+        targets=targets,
     )
 
 
@@ -359,39 +413,6 @@ def note_misleading_names(bad: list[BadImage]) -> list[str]:
     return [f"{len(named)} images were read despite a misleading suffix: {shorten(named)}"]
 
 
-def _duplicates(items: list[ListedImage], encoded: EncodedImages | None) -> list[str]:
-    """Warn about files that are equal byte for byte."""
-    test_copies: list[str] = []
-    contradicting: list[str] = []
-    train_copies = 0
-    for rows in same_content([item.path for item in items], _contents(items, encoded)):
-        copies = [items[row] for row in rows]
-        in_test = [item.id for item in copies if item.part == "test"]
-        in_train = len(copies) - len(in_test)
-        train_copies += max(0, in_train - 1)
-        if in_train:
-            test_copies += in_test
-        if len({item.label for item in copies}) > 1:
-            contradicting.append(" = ".join(item.id for item in copies))
-    warnings = []
-    if test_copies:
-        warnings.append(
-            f"{len(test_copies)} test images are exact copies of training images: "
-            f"{shorten(test_copies)}"
-        )
-    if train_copies:
-        warnings.append(
-            f"{train_copies} training images are exact copies of others; "
-            "only grouped folds keep copies together"
-        )
-    if contradicting:
-        warnings.append(
-            f"{len(contradicting)} images are in several classes as exact copies: "
-            f"{shorten(contradicting)}"
-        )
-    return warnings
-
-
 def _shared_groups(train: ImageDataset, test: ImageDataset | None) -> list[str]:
     """Warn about groups on both sides of the official split."""
     if test is None:
@@ -428,21 +449,28 @@ def _split_groups(train: ImageDataset) -> list[str]:
 def _from_arrays(data: ArrayDataset, spec: DataSpec, seed: int) -> Sources:
     """Wrap pixels in memory, which need no verification."""
     train = arrays_dataset(data.train, data.classes, spec.group_regex)
-    if spec.limit_per_class:
+    if spec.limit_per_class and train.targets is None:
         train = train.subset(_limited(train.labels, spec.limit_per_class, seed))
+    elif spec.limit_per_class:
+        sets = [train.label_names(row) for row in range(len(train))]
+        train = train.subset(limited_sets(sets, spec.limit_per_class, seed))
     train = _with_group_file(train, spec, every=True)
     test = None
     if data.test is not None:
         test = arrays_dataset(data.test, data.classes, spec.group_regex)
         test = _with_group_file(test, spec, every=False)
-    if spec.source == "npz":  # the others are published
+    if train.is_multilabel:
+        check_class_names(train.classes)
+        find_labels(set(train.classes), set())
+        require_both(train)
+    elif spec.source == "npz":  # the others are published
         names = [[data.classes[label] for label in part.labels] for part in (train, test) if part]
         check_class_names(_classes(set(names[0]), set(names[-1])))
         _require_two_of_each(names[0], data.classes)
     return Sources(
         train=train,
         test=test,
-        notes=tuple(data.notes),
+        notes=(*data.notes, *note_label_counts(train, test)),
         skipped=(),
         warnings=tuple(_shared_groups(train, test)),
     )
@@ -452,4 +480,8 @@ def arrays_dataset(
     part: ImageArrays, classes: tuple[str, ...], group_regex: str = ""
 ) -> ImageDataset:
     """Make a data set of a part that holds pixels."""
-    return ImageDataset(part.images, part.labels, part.ids, classes, _groups(part.ids, group_regex))
+    groups = _groups(part.ids, group_regex)
+    if part.labels.ndim == 1:
+        return ImageDataset(part.images, part.labels, part.ids, classes, groups)
+    labels, targets = np.full(len(part.ids), -1), part.labels.astype(np.uint8)
+    return ImageDataset(part.images, labels, part.ids, classes, groups, targets=targets)

@@ -5,11 +5,18 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
-from threefold.data.sources.columns import find_fold_columns
-from threefold.data.sources.csv_table import read_header
-from threefold.data.sources.parquet import read_hub_header, read_parquet_header
+from threefold.data.sources.columns import NamedColumns, find_fold_columns
+from threefold.data.sources.csv_table import read_header, read_label_cells
+from threefold.data.sources.label_sets import LabelCells, seems_multilabel
+from threefold.data.sources.npz_file import read_npz_label_cells
+from threefold.data.sources.parquet import (
+    read_hub_header,
+    read_hub_label_cells,
+    read_parquet_header,
+    read_parquet_label_cells,
+)
 from threefold.data.sources.table_inside import find_table, locate_table
 from threefold.data.sources.unpacked import ARCHIVES, is_archive
 from threefold.errors import DataError, refuse_address
@@ -113,3 +120,42 @@ def find_fold_column(spec: DataSpec) -> str:
             fix="choose one: --set data.fold_column=NAME",
         )
     return "".join(found)
+
+
+class FoundTask(NamedTuple):
+    """What the labels of a table are."""
+
+    separator: str
+    """Of the labels in a cell; empty = columns or lists hold them."""
+    reason: str
+
+
+def find_multilabel(spec: DataSpec) -> FoundTask | None:
+    """Look whether the images of a table have any number of labels; None if each has one.
+
+    A table that cannot be read is not one: the reader of its images says what is wrong with it.
+
+    Args:
+        spec: the `data` table of a recipe, with the columns that are named.
+    """
+    try:
+        cells = _label_cells(spec)
+        found = None if cells is None else seems_multilabel(cells)
+    except DataError:
+        return None
+    return None if found is None else FoundTask(*found)
+
+
+def _label_cells(spec: DataSpec) -> LabelCells | None:
+    """Read what can be the labels of a source; None for one with a class for each image."""
+    named = NamedColumns(spec.path_column or "", spec.label_column or "", spec.fold_column, False)
+    if spec.source == "huggingface":
+        return read_hub_label_cells(spec.root, named)
+    if spec.source not in TABLES.values():
+        return None
+    path = locate_table(Path(spec.root).expanduser())
+    if spec.source == "npz":
+        return read_npz_label_cells(path)
+    if spec.source == "parquet":
+        return read_parquet_label_cells(path, named)
+    return read_label_cells(path, named)

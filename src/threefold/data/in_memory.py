@@ -29,8 +29,9 @@ from threefold.data.sources.columns import (
     find_fold_columns,
     require_columns,
 )
+from threefold.data.sources.label_sets import LabelCells, seems_multilabel
 from threefold.data.sources.npz_file import check_images, label_text, label_texts
-from threefold.data.sources.one_hot import class_columns, one_hot_labels
+from threefold.data.sources.one_hot import class_columns, marked_columns
 from threefold.errors import DataError, RunError, shorten
 from threefold.files import temporary_folder, write_arrays
 
@@ -57,8 +58,11 @@ class _Rows(NamedTuple):
     images: list[Any]
     """Paths, encoded images, pixels, or PIL images."""
     labels: list[str]
+    """Of one label per image, or of any number, separated by vertical bars."""
     others: dict[str, list[str]]
     """Cells of the columns group, split and fold, as far as there are any."""
+    column: str = "label"
+    """Name of the column of labels: `labels` where images have any number of them."""
 
 
 def store_data(data: Any, labels: Any, run_folder: str | Path) -> Path:
@@ -70,8 +74,9 @@ def store_data(data: Any, labels: Any, run_folder: str | Path) -> Path:
             of images, uint8 (n, h, w) or (n, h, w, 3). The images of a table or a sequence are
             paths, bytes of image files, arrays uint8 (h, w) or (h, w, 3), or PIL images. Paths are
             relative to the current folder.
-        labels: (n,) texts or whole numbers; of a table also the name of a column, or None for the
-            column with a usual name; None for pairs.
+        labels: (n,) texts or whole numbers; where images have any number of labels, n lists of
+            them, or 0 and 1 (n, k). Of a table also the name of a column, or None for the column
+            with a usual name; None for pairs.
         run_folder: the folder of the run. The files are in `data/` there, in a folder named after
             their content; data that are there already are not written again.
 
@@ -93,7 +98,7 @@ def store_data(data: Any, labels: Any, run_folder: str | Path) -> Path:
     if array is None or array.ndim < 2:
         return _store_rows(_rows_of_list(data if array is None else array, labels), run_folder)
     images = check_images(array, "images")
-    texts = _texts(labels, len(images))
+    texts, _ = _texts(labels, len(images))
     digest = hashlib.sha256(repr((images.shape, texts)).encode("utf-8", "surrogatepass"))
     digest.update(np.ascontiguousarray(images).data)
     target = _target(run_folder, digest, _ARRAYS)
@@ -199,15 +204,17 @@ def _rows_of_table(data: Any, labels: Any) -> _Rows:
         marks = {name: [_cell_text(cell) for cell in _cells(data, keys[name])] for name in rest}
         classes = class_columns(marks)
         if classes:
-            rows = [f"row {row}" for row in range(len(cells["path"]))]
-            cells["label"] = one_hot_labels(marks, classes, rows, where)
+            cells["label"] = list(marked_columns(marks, classes))
     elif "label" not in known:
         cells["label"] = _list_of(labels)
     require_columns({name: name for name in cells}, header, named, where)
     images = cells["path"]
-    texts = _texts(cells["label"], len(images))
-    others = {name: [_cell_text(cell) for cell in cells[name]] for name in cells}
-    return _Rows(images, texts, {n: others[n] for n in ("group", "split", "fold") if n in others})
+    texts, column = _texts(cells["label"], len(images), found.get("label", "label"))
+    others: dict[str, list[str]] = {}
+    for name in ("group", "split", "fold"):
+        if name in cells:
+            others[name] = [_cell_text(cell) for cell in cells[name]]
+    return _Rows(images, texts, others, column)
 
 
 def _cells(data: Any, key: Any) -> list[Any]:
@@ -239,15 +246,25 @@ def _rows_of_list(data: Any, labels: Any) -> _Rows:
     images = list(data) if isinstance(data, np.ndarray) else _list_of(data)
     if labels is None and images and all(_is_pair(item) for item in images):
         images, labels = [item[0] for item in images], [item[1] for item in images]
-    return _Rows(images, _texts(labels, len(images)), {})
+    texts, column = _texts(labels, len(images))
+    return _Rows(images, texts, {}, column)
 
 
 def _is_pair(item: Any) -> bool:
     return isinstance(item, tuple) and len(item) == 2
 
 
-def _texts(labels: Any, number: int) -> list[str]:
-    """Return the labels as texts; a DataError if there are not as many as images."""
+def _texts(labels: Any, number: int, name: str = "label") -> tuple[list[str], str]:
+    """Return the labels as texts, and the name of their column.
+
+    Args:
+        labels: one for each image, or any number for each.
+        number: of images.
+        name: of the column that they are from.
+
+    Raises:
+        DataError: there are not as many as images.
+    """
     if labels is None or isinstance(labels, str):
         raise DataError(
             "the images have no labels",
@@ -256,20 +273,69 @@ def _texts(labels: Any, number: int) -> list[str]:
             fix="give them, too: labels=LABELS in threefold.fit, the second argument elsewhere",
         )
     array = _as_array(labels)
-    if array is None:
-        values = _list_of(labels)
-        if values and isinstance(values[0], list | tuple | np.ndarray):
-            array = np.array([np.asarray(value).tolist() for value in values])
-    if array is not None:
-        texts = label_texts(array, "labels")
+    values: Any = _list_of(labels) if array is None else array
+    sets = _label_sets(values)
+    column = "label"
+    if sets is not None:
+        texts, column = [_join(labels) for labels in sets], "labels"
+    elif isinstance(values, np.ndarray):
+        texts = label_texts(values, "labels")
+    elif values and isinstance(values[0], list | tuple | np.ndarray):
+        texts = label_texts(np.array([np.asarray(v).tolist() for v in values]), "labels")
     else:
-        texts = [label_text(label, f"labels, row {row}") for row, label in enumerate(values)]
+        cells = [_cell_text(value) for value in values]
+        can_be_empty = seems_multilabel(LabelCells(cells, {}, name)) is not None
+        column = "labels" if can_be_empty else "label"
+        texts = [
+            "" if can_be_empty and not cell else label_text(value, f"labels, row {row}")
+            for row, (value, cell) in enumerate(zip(values, cells, strict=True))
+        ]
     if len(texts) != number or not number:
         raise DataError(
             "images and labels differ in number" if number else "there are no images",
             got=f"{number} images, {len(texts)} labels",
         )
-    return texts
+    return texts, column
+
+
+def _label_sets(values: Any) -> list[list[str]] | None:
+    """Return any number of labels for each image as texts; None where each has one.
+
+    They are lists of labels, or 0 and 1 for each of k labels, which are then numbered.
+    """
+    if isinstance(values, np.ndarray):
+        is_table = values.ndim == 2 and values.shape[1] > 1 and values.dtype.kind in "biuf"
+        if not is_table or not values.size or not np.isin(values, (0, 1)).all():
+            return None
+        rows: list[list[Any]] = [np.flatnonzero(row).tolist() for row in values]
+    elif values and all(isinstance(v, list | tuple | set | frozenset | np.ndarray) for v in values):
+        lists = [v.tolist() if isinstance(v, np.ndarray) else list(v) for v in values]
+        numbers = [item for row in lists for item in row]
+        if len(set(map(len, lists))) == 1 and len(lists[0]) > 1 and set(numbers) <= {0, 1}:
+            return _label_sets(np.array(lists))
+        rows = [
+            sorted(row, key=str) if isinstance(v, set | frozenset) else row
+            for row, v in zip(lists, values, strict=True)
+        ]
+    else:
+        return None
+    sets = [
+        [label_text(label, f"labels, row {row}") for label in labels]
+        for row, labels in enumerate(rows)
+    ]
+    return None if all(len(labels) == 1 for labels in sets) else sets
+
+
+def _join(labels: Sequence[str]) -> str:
+    """Return the labels of an image as one text.
+
+    Raises:
+        DataError: a label has the sign that separates them.
+    """
+    wrong = [label for label in labels if "|" in label]
+    if wrong:
+        raise DataError("the name of a label has a vertical bar", got=wrong[0], fix="rename it")
+    return "|".join(labels)
 
 
 # What is written
@@ -371,7 +437,7 @@ def _table(rows: _Rows, names: Sequence[str]) -> bytes:
     """Return the rows as a CSV file."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["path", "label", *rows.others])
+    writer.writerow(["path", rows.column, *rows.others])
     writer.writerows(zip(names, rows.labels, *rows.others.values(), strict=True))
     try:
         return stream.getvalue().encode()

@@ -10,18 +10,34 @@ from threefold.data.read_source import read_source
 from threefold.data.sources.folder import ArrayDataset
 from threefold.errors import DataError, shorten
 from threefold.names import natural_key
+from threefold.recipe_schema import WITH_LABEL_SETS
+from threefold.tasks import Task
 
 
-def load_labelled(data: str | Path) -> ImageDataset:
+def load_labelled(
+    data: str | Path, task: Task = "multiclass", separator: str | None = None
+) -> ImageDataset:
     """Find, verify and label images; of images in splits, those of the test split.
 
     Args:
         data: whatever `detect_source` knows, as for training.
+        task: multilabel = an image has any number of labels, which are in `targets`.
+        separator: of the labels in a cell; None = found.
 
     Raises:
-        DataError: images or labels are missing or cannot be read.
+        DataError: images or labels are missing or cannot be read; or a folder of class folders has
+            one class for each image, where any number of labels is meant.
     """
-    listing = read_source(detect_source(data), has_recipe=False)
+    spec = detect_source(data)
+    if task == "multilabel":
+        if spec.source not in WITH_LABEL_SETS:
+            raise DataError(
+                "a folder has one class for each image, and the model answers several labels",
+                where=data,
+                fix="give a table with a column of 0 and 1 for each label, or one column labels",
+            )
+        spec = spec.model_copy(update={"task": task, "label_separator": separator})
+    listing = read_source(spec, has_recipe=False)
     if isinstance(listing, ArrayDataset):
         return arrays_dataset(listing.test or listing.train, listing.classes)
     items = sorted(item for item in listing.items if item.part == "test")
@@ -34,5 +50,9 @@ def load_labelled(data: str | Path) -> ImageDataset:
             got=shorten(f"{image.path} ({image.reason})" for image in unreadable),
             fix="repair them or move them away",
         )
-    classes = tuple(sorted({item.label for item in items}, key=natural_key))
+    names = {name for item in items for name in item.labels or ()}
+    if task == "multiclass":
+        names = {item.label for item in items}
+    classes = listing.classes if task == "multilabel" else ()
+    classes = classes or tuple(sorted(names, key=natural_key))
     return make_dataset(items, classes, "", listing.encoded)

@@ -40,7 +40,7 @@ _READERS: Final[dict[str, Callable[[DataSpec, Path, NamedColumns], Listing | Arr
     "cifar10": lambda spec, path, named: read_cifar(path, "cifar10"),
     "cifar100": lambda spec, path, named: read_cifar(path, "cifar100"),
     "svhn": lambda spec, path, named: read_svhn(path, spec.extra),
-    "npz": lambda spec, path, named: read_npz(path),
+    "npz": lambda spec, path, named: read_npz(path, named),
     "folder": lambda spec, path, named: list_folder_or_archive(path),
     "csv": lambda spec, path, named: list_csv(locate_table(path), named),
     "parquet": lambda spec, path, named: list_parquet(locate_table(path), named),
@@ -69,7 +69,12 @@ def read_source(spec: DataSpec, *, has_recipe: bool = True) -> Listing | ArrayDa
             fix="set data.root to a folder of class folders, or to a CSV file",
         )
     named = NamedColumns(
-        spec.path_column or "", spec.label_column or "", spec.fold_column, has_recipe
+        spec.path_column or "",
+        spec.label_column or "",
+        spec.fold_column,
+        has_recipe,
+        task=spec.task,
+        separator=spec.label_separator or "",
     )
     return _READERS[spec.source](spec, Path(root).expanduser(), named)
 

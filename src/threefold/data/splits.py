@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
+from threefold.data.label_folds import LabelTable, draw_share, score_parts
 from threefold.errors import DataError, RunError, shorten
 from threefold.names import natural_key
 from threefold.recipe_schema import FoldSpec
@@ -25,6 +26,8 @@ HOLDOUT = 0.1
 """Share of the rows that the scheme `holdout` scores, unless the recipe says."""
 HOLDOUT_STREAM = 2**32
 """Draws the rows of `holdout`; the select rows of fold f are drawn by stream f + 1."""
+FOLD_STREAM = HOLDOUT_STREAM + 1
+"""Draws the folds of rows with any number of labels."""
 
 _NO_ROWS: Rows = np.empty(0, dtype=np.int64)
 
@@ -62,6 +65,8 @@ def assign_roles(
 ) -> tuple[Roles, ...]:
     """Assign roles to all rows in every fold; over the folds each row is scored exactly once.
 
+    Rows with any number of labels are shared out by iterative stratification (`label_folds`).
+
     Only `holdout` has one fold, which scores the share `spec.holdout` of each class, or of whole
     groups where there are any; the other rows are never scored.
 
@@ -74,7 +79,7 @@ def assign_roles(
     rows are fitted and the other sets are empty (the test split selects).
 
     Args:
-        labels: (n,) class numbers.
+        labels: (n,) class numbers, or targets (n, k) of any number of labels per row.
         groups: (n,) group of each row, or None.
         spec: number of folds, scheme, share of `select`.
         protocol: "honest" or "paper".
@@ -86,7 +91,7 @@ def assign_roles(
         DataError: a class has too few images, there are too few groups, or groups or folds are
             missing.
     """
-    class_codes = _codes(labels, classes)
+    class_codes = _truth(labels, classes)
     n = len(class_codes.of_row)
     group_codes = _group_codes(groups, spec, n)
     everything = np.arange(n)
@@ -130,7 +135,7 @@ def refit_roles(
     Raises:
         DataError: there are too few images or groups, or groups are missing.
     """
-    class_codes = _codes(labels, classes)
+    class_codes = _truth(labels, classes)
     n = len(class_codes.of_row)
     group_codes = _group_codes(groups, spec, n)
     fit, select = _fit_and_select(np.arange(n), class_codes, group_codes, spec, seed, -1)
@@ -176,6 +181,13 @@ def check_roles(roles: Sequence[Roles], rows: Rows) -> None:
             raise RunError("rows are fitted and also selected or scored on", where=f"fold {fold}")
 
 
+def _truth(labels: ArrayLike, names: Sequence[str] | None) -> _Codes | LabelTable:
+    """Return what folds are balanced by: classes, or any number of labels per row."""
+    if np.asarray(labels).ndim == 2:
+        return LabelTable.of(labels, names)
+    return _codes(labels, names)
+
+
 def _codes(values: ArrayLike, names: Sequence[str] | None = None) -> _Codes:
     unique, first, inverse = np.unique(np.asarray(values), return_index=True, return_inverse=True)
     order = np.argsort(first)
@@ -214,7 +226,9 @@ def _column_parts(folds: Sequence[str] | None, n: int) -> list[Rows]:
     return [np.flatnonzero(of_row == value) for value in fold_values(folds)]
 
 
-def _score_parts(labels: _Codes, groups: _Codes | None, spec: FoldSpec, seed: int) -> list[Rows]:
+def _score_parts(
+    labels: _Codes | LabelTable, groups: _Codes | None, spec: FoldSpec, seed: int
+) -> list[Rows]:
     """Return the scored rows of each fold."""
     if spec.scheme == "leave-one-group-out" and groups is not None:
         if len(groups.names) < 2:
@@ -225,23 +239,33 @@ def _score_parts(labels: _Codes, groups: _Codes | None, spec: FoldSpec, seed: in
             )
         return [np.flatnonzero(groups.of_row == group) for group in range(len(groups.names))]
     _require_enough(labels, groups, spec.k)
+    if isinstance(labels, LabelTable):
+        rng = np.random.default_rng([seed % 2**32, FOLD_STREAM])
+        parts = score_parts(labels, None if groups is None else groups.of_row, spec.k, rng)
+        return _all_used(parts, spec.k)
     splitter_class = StratifiedKFold if groups is None else StratifiedGroupKFold
     splitter = splitter_class(spec.k, shuffle=True, random_state=seed % 2**32)
     parts = splitter.split(labels.of_row, labels.of_row, None if groups is None else groups.of_row)
-    scores = [np.asarray(score, dtype=np.int64) for _, score in parts]
+    return _all_used([np.asarray(score, dtype=np.int64) for _, score in parts], spec.k)
+
+
+def _all_used(scores: list[Rows], k: int) -> list[Rows]:
+    """Return the scored rows of each fold, if each has some."""
     if not all(len(score) for score in scores):
         raise DataError(
-            "the groups are too uneven for these folds", got=f"{spec.k} folds", fix="lower folds.k"
+            "the groups are too uneven for these folds", got=f"{k} folds", fix="lower folds.k"
         )
     return scores
 
 
-def _require_enough(labels: _Codes, groups: _Codes | None, k: int) -> None:
+def _require_enough(labels: _Codes | LabelTable, groups: _Codes | None, k: int) -> None:
     """Check that there are at least 2 folds, k images of every class, and k groups."""
     if k < 2:
         raise DataError("cross-validation needs 2 folds or more", got=f"folds.k = {k}")
-    rare = int(np.argmin(labels.counts))
-    if labels.counts[rare] < k:
+    if isinstance(labels, LabelTable):
+        labels.require_folds(k)
+    elif labels.counts.min() < k:
+        rare = int(np.argmin(labels.counts))
         raise DataError(
             f"too few images of class {labels.names[rare]} for {k} folds",
             expected=f"{k} or more",
@@ -257,8 +281,11 @@ def _require_enough(labels: _Codes, groups: _Codes | None, k: int) -> None:
         )
 
 
-def _require_classes(labels: _Codes, rest: Rows, fold: int, spec: FoldSpec) -> None:
+def _require_classes(labels: _Codes | LabelTable, rest: Rows, fold: int, spec: FoldSpec) -> None:
     """Check that every class has training rows; otherwise it could never be predicted."""
+    if isinstance(labels, LabelTable):
+        _require_labels(labels, rest, f"fold {fold}")
+        return
     present = np.bincount(labels.of_row[rest], minlength=len(labels.names)) > 0
     if not present.all():
         absent = labels.names[int(np.argmin(present))]
@@ -272,8 +299,24 @@ def _require_classes(labels: _Codes, rest: Rows, fold: int, spec: FoldSpec) -> N
         )
 
 
+def _require_labels(labels: LabelTable, rows: Rows, where: str) -> None:
+    """Check that rows to train on have images with every label and without it."""
+    absent = labels.absent(rows)
+    if absent:
+        raise DataError(
+            f"{where} has no two kinds of images to train on, with the label {absent} and without",
+            expected="both in several folds, and in several groups where there are any",
+            fix="change the folds, add images, or leave the label out",
+        )
+
+
 def _fit_and_select(
-    rest: Rows, labels: _Codes, groups: _Codes | None, spec: FoldSpec, seed: int, fold: int
+    rest: Rows,
+    labels: _Codes | LabelTable,
+    groups: _Codes | None,
+    spec: FoldSpec,
+    seed: int,
+    fold: int,
 ) -> tuple[Rows, Rows]:
     """Split the rows outside `score`; every class of `rest` keeps rows in fit."""
     select = _draw(rest, labels, groups, spec.select, seed, fold + 1)
@@ -288,10 +331,17 @@ def _fit_and_select(
 
 
 def _draw(
-    rest: Rows, labels: _Codes, groups: _Codes | None, share: float, seed: int, stream: int
+    rest: Rows,
+    labels: _Codes | LabelTable,
+    groups: _Codes | None,
+    share: float,
+    seed: int,
+    stream: int,
 ) -> Rows:
     """Draw a share of the rows, or of whole groups; `stream` tells draws of one seed apart."""
     rng = np.random.default_rng([seed % 2**32, stream])
+    if isinstance(labels, LabelTable):
+        return draw_share(rest, labels, None if groups is None else groups.of_row, share, rng)
     if groups is None:
         return _draw_rows(rest, labels.of_row[rest], share, rng)
     return _draw_groups(rest, labels.of_row[rest], groups.of_row[rest], share, rng)

@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 from threefold.data.split_names import EXPECTED
 from threefold.errors import DataError, shorten
 from threefold.names import find_repeated
+from threefold.tasks import Task
 
 _ALIASES: Final = {
     "path": (
@@ -33,6 +34,7 @@ _ALIASES: Final = {
             *("labelid", "classid", "categoryid", "targetid", "classindex", "labelindex"),
             *("classidx", "labelidx", "classlabel", "labelcode"),
         ),
+        ("tags", "tag", "findinglabels", "labelset"),
     ),
 }
 """Usual names of the two columns that every table has, without capitals, spaces and signs.
@@ -76,6 +78,10 @@ class NamedColumns(NamedTuple):
     """Whether there is a recipe, which can name columns. Without one, folds are left unread."""
     rename: str = "rename a column"
     """Without a recipe: what a user can do about a column that is not found."""
+    task: Task = "multiclass"
+    """multilabel = a row has any number of labels."""
+    separator: str = ""
+    """Of the labels in a cell; empty = found from the cells."""
 
 
 NO_NAMES: Final = NamedColumns()

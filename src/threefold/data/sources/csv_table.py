@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,13 @@ from threefold.data.sources.columns import (
     require_columns,
 )
 from threefold.data.sources.folder import ListedImage, Listing, find_absent
+from threefold.data.sources.label_sets import (
+    LabelCells,
+    LabelSet,
+    LabelSets,
+    join_labels,
+    read_label_sets,
+)
 from threefold.data.sources.named_files import find_by_name
 from threefold.data.sources.one_hot import class_columns, one_hot_labels
 from threefold.data.split_names import EXPECTED, PARTS, split_of
@@ -46,7 +54,8 @@ def list_csv(table: Path, named: NamedColumns = NO_NAMES) -> Listing:
 
     A name without its folder or its suffix, such as `image_id`, is looked for below the table's
     folder. In place of `label` there can be a column of 0 and 1 for each class, as in the files of
-    ISIC.
+    ISIC. Where images have any number of labels (`named.task`), a row may have several 1 or none,
+    and a cell of labels may name several or be empty.
 
     Args:
         table: the CSV file, in UTF-8, or in UTF-16 with its mark.
@@ -64,15 +73,24 @@ def list_csv(table: Path, named: NamedColumns = NO_NAMES) -> Listing:
             rows[reader.line_num] = row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError("cannot read the CSV file", where=table, got=error) from None
-    classes = _mark_one_hot(rows, columns, header, named.fold, table)
-    require_columns(columns, header, named, str(table), ", or a column of 0 and 1 for each class")
+    sets, classes = LabelSets([]), []
+    if named.task == "multilabel":
+        sets = _label_sets(rows, columns, header, named)
+    else:
+        classes = _mark_one_hot(rows, columns, header, named.fold, table)
+    found = columns | ({"label": "label"} if sets.note else {})
+    require_columns(found, header, named, str(table), ", or a column of 0 and 1 for each class")
     check_fold_column(header, named.fold, str(table))
     if not rows:
         raise DataError(
             "the table has no rows", where=table, expected="a row for each image below the header"
         )
     _refuse_other_separator(rows, header, reader.reader.dialect.delimiter, table)
-    items = [_parse_row(row, columns, table, line, named.fold) for line, row in rows.items()]
+    labels: Sequence[LabelSet | None] = sets.sets or [None] * len(rows)
+    items = [
+        _parse_row(row, columns, table, line, named.fold, several)
+        for (line, row), several in zip(rows.items(), labels, strict=True)
+    ]
     items, notes = find_by_name(items, table.parent, str(table))
     repeated, absent = find_repeated(item.id for item in items), find_absent(items)
     if repeated:
@@ -81,10 +99,11 @@ def list_csv(table: Path, named: NamedColumns = NO_NAMES) -> Listing:
         what = f"{len(absent)} files of the CSV file do not exist"
         raise DataError(what, where=table, got=shorten(absent))
     notes += note_columns(columns)
-    notes += note_unread(header, [*columns.values(), *classes, named.fold])
+    notes += note_unread(header, [*columns.values(), *classes, *sets.columns, named.fold])
     if classes:
         notes.append(f"the classes are {len(classes)} columns of 0 and 1: {shorten(classes)}")
-    return Listing(items, notes)
+    notes += [sets.note] if sets.note else []
+    return Listing(items, notes, sets.names)
 
 
 def _open_table(table: Path) -> tuple[csv.DictReader[str], list[str]]:
@@ -174,12 +193,7 @@ def _mark_one_hot(
     """
     if "label" in columns or "path" not in columns:
         return []
-    read = {*columns.values(), fold_column}
-    cells = {
-        name: [(row[name] or "").strip() for row in rows.values()]
-        for name in header
-        if name not in read
-    }
+    cells = _free_columns(rows, columns, header, fold_column)
     classes = class_columns(cells)
     if classes:
         lines = [f"line {line}" for line in rows]
@@ -188,6 +202,60 @@ def _mark_one_hot(
             row["label"] = label
         columns["label"] = "label"
     return classes
+
+
+def _free_columns(
+    rows: dict[int, dict[str, str | None]],
+    columns: dict[str, str],
+    header: list[str],
+    fold_column: str,
+) -> dict[str, list[str]]:
+    """Return the cells of the columns that have no known meaning, by name."""
+    read = {*columns.values(), fold_column}
+    return {
+        name: [(row[name] or "").strip() for row in rows.values()]
+        for name in header
+        if name not in read
+    }
+
+
+def _label_sets(
+    rows: dict[int, dict[str, str | None]],
+    columns: dict[str, str],
+    header: list[str],
+    named: NamedColumns,
+) -> LabelSets:
+    """Read any number of labels per row; empty if the table has no column of labels."""
+    cells, others = _label_cells(rows, columns, header, named.fold)
+    return read_label_sets(cells, others, named.separator) or LabelSets([])
+
+
+def _label_cells(
+    rows: dict[int, dict[str, str | None]],
+    columns: dict[str, str],
+    header: list[str],
+    fold_column: str,
+) -> tuple[list[str] | None, dict[str, list[str]]]:
+    """Return the cells of the column of labels, and else the columns that can be labels."""
+    if "label" in columns:
+        return [(row[columns["label"]] or "").strip() for row in rows.values()], {}
+    return None, _free_columns(rows, columns, header, fold_column)
+
+
+def read_label_cells(table: Path, named: NamedColumns) -> LabelCells:
+    """Read what can be the labels of a CSV file, without a look at its images.
+
+    Raises:
+        DataError: the file cannot be read, or two columns have one meaning.
+    """
+    try:
+        reader, header = _open_table(table)
+        columns = find_columns(header, ("path", "label", "group", "split"), named, str(table))
+        rows = dict(enumerate(reader))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError("cannot read the CSV file", where=table, got=error) from None
+    cells, others = _label_cells(rows, columns, header, named.fold)
+    return LabelCells(cells, others, columns.get("label", ""))
 
 
 def parse_fold(cell: object, fold_column: str, where: str) -> str:
@@ -210,14 +278,22 @@ def parse_fold(cell: object, fold_column: str, where: str) -> str:
 
 
 def _parse_row(
-    row: dict[str, str | None], columns: dict[str, str], table: Path, line: int, fold_column: str
+    row: dict[str, str | None],
+    columns: dict[str, str],
+    table: Path,
+    line: int,
+    fold_column: str,
+    labels: LabelSet | None = None,
 ) -> ListedImage:
+    """Check a row; `labels` are given where it has any number of them."""
     # csv collects surplus cells under the key None, and fills missing cells with None.
     surplus = None in row
     cells = {name: (row[name] or "").strip() for name in row if name is not None}
     values = {meaning: cells[name] for meaning, name in columns.items()}
     split = split_of(values.get("split", "train"))
     required = [name for name in ("path", "label", "group") if name in values]
+    if labels is not None:
+        required = [name for name in required if name != "label"]
     if surplus or split is None or not all(values[name] for name in required):
         expected = f"{len(cells)} cells, {', '.join(required)} not empty"
         raise DataError(
@@ -233,10 +309,11 @@ def _parse_row(
     return ListedImage(
         id=name,
         path=_find_file(table.parent, name),
-        label=normalise_name(values["label"]),
+        label=normalise_name(values["label"]) if labels is None else join_labels(labels),
         part=part,
         group=values.get("group"),
         fold=fold,
+        labels=labels,
     )
 
 

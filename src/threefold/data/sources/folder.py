@@ -40,6 +40,8 @@ class ListedImage(NamedTuple):
     """Row in a table, for an image that is no file of its own."""
     fold: str | None = None
     """The user's own fold, for a training image of a table with a fold column."""
+    labels: tuple[str, ...] | None = None
+    """All its labels, where images have any number of them; `label` then names them in one."""
 
 
 class EncodedImages(Sequence[bytes]):
@@ -88,7 +90,7 @@ class ImageArrays(NamedTuple):
     images: NDArray[np.uint8]
     """(n, h, w) or (n, h, w, 3)."""
     labels: NDArray[np.int64]
-    """(n,)"""
+    """(n,), or zeros and ones (n, k) where images have any number of labels."""
     ids: tuple[str, ...]
 
 
@@ -99,6 +101,13 @@ class ArrayDataset(NamedTuple):
     test: ImageArrays | None
     classes: tuple[str, ...]
     notes: list[str]
+
+
+def contents_of(
+    items: Sequence[ListedImage], encoded: EncodedImages | None
+) -> EncodedImages | None:
+    """Return the encoded images of table rows; None if the items are files."""
+    return None if encoded is None else encoded.take([item.row for item in items])
 
 
 def find_absent(items: Iterable[ListedImage]) -> list[str]:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from threefold.data.sources.arrays import with_row_ids
+from threefold.data.sources.columns import NO_NAMES, NamedColumns
 from threefold.data.sources.folder import ArrayDataset, ImageArrays
+from threefold.data.sources.label_sets import (
+    LabelCells,
+    LabelSet,
+    all_labels,
+    read_label_sets,
+)
 from threefold.data.split_names import PARTS, split_of
 from threefold.errors import DataError, RunError, shorten
 from threefold.files import read_arrays
@@ -18,30 +25,34 @@ from threefold.names import natural_key
 
 _IMAGES: Final = ("images", "image", "x")
 _LABELS: Final = ("labels", "label", "y", "targets", "target")
+_NAMES: Final = ("classes", "class_names")
 
 
-def read_npz(path: Path) -> ArrayDataset:
+def read_npz(path: Path, named: NamedColumns = NO_NAMES) -> ArrayDataset:
     """Read images and labels from the arrays of an .npz file.
 
     The arrays are called `images` and `labels`, or `x` and `y`; with `train`, `val` or `test` in
     their names, as in `x_train` or `test_images`, they are a part of the data. Labels are whole
-    numbers or texts (n,) or (n, 1), images uint8 (n, h, w), (n, h, w, 1) or (n, h, w, 3).
+    numbers or texts (n,) or (n, 1), images uint8 (n, h, w), (n, h, w, 1) or (n, h, w, 3). Where
+    images have any number of labels (`named.task`), labels are 0 and 1 (n, k), whose names are in
+    the array `classes`, or else numbers; or texts that name them all.
 
     Raises:
         DataError: the file cannot be read, or its arrays are not images with labels.
     """
-    if not path.is_file():
-        raise DataError("no such file", where=path)
-    try:
-        arrays = read_arrays(path)
-    except RunError as error:
-        raise DataError("cannot read the file of arrays", where=path, got=error) from None
+    arrays = _read(path)
     found = _find_arrays(arrays, path)
+    several: dict[str, list[LabelSet]] = {split: [] for split in found}
+    names: tuple[str, ...] = ()
+    if named.task == "multilabel":
+        several, names = _read_sets(arrays, found, path, named.separator)
     images: dict[str, list[NDArray[np.uint8]]] = {"train": [], "test": []}
-    labels: dict[str, list[str]] = {"train": [], "test": []}
+    labels: dict[str, list[Any]] = {"train": [], "test": []}
     for split, (image_key, label_key) in found.items():
         part = check_images(arrays[image_key], f"{path}: {image_key}")
-        texts = label_texts(arrays[label_key], f"{path}: {label_key}")
+        texts: list[Any] = several[split]
+        if named.task != "multilabel":
+            texts = list(label_texts(arrays[label_key], f"{path}: {label_key}"))
         if len(part) != len(texts):
             raise DataError(
                 "images and labels differ in number",
@@ -50,25 +61,113 @@ def read_npz(path: Path) -> ArrayDataset:
             )
         images[PARTS[split]].append(part)
         labels[PARTS[split]] += texts
-    classes = tuple(sorted(set(labels["train"]), key=natural_key))
-    unknown = sorted(set(labels["test"]) - set(classes), key=natural_key)
+    if named.task == "multilabel":
+        classes = names or all_labels(labels["train"])
+        unknown = sorted(set(all_labels(labels["test"])) - set(classes), key=natural_key)
+    else:
+        classes = tuple(sorted(set(labels["train"]), key=natural_key))
+        unknown = sorted(set(labels["test"]) - set(classes), key=natural_key)
     if unknown:
         raise DataError(
             "classes differ between train and test",
             where=path,
             got=f"only in test: {shorten(unknown)}",
         )
-    number = {name: label for label, name in enumerate(classes)}
     parts: dict[str, ImageArrays] = {}
     for part_name in ("train", "test"):
         if images[part_name]:
             pixels = _join(images[part_name], path)
-            coded = np.array([number[name] for name in labels[part_name]], dtype=np.int64)
+            coded = _code(labels[part_name], classes)
             parts[part_name] = with_row_ids(part_name, pixels, coded, np.arange(len(coded)))
     if "train" not in parts:
         raise DataError("there are no training images", where=path, got=shorten(arrays))
     notes = ["the validation images were joined with train"] if "val" in found else []
     return ArrayDataset(parts["train"], parts.get("test"), classes, notes)
+
+
+def _read(path: Path) -> dict[str, NDArray[np.generic]]:
+    """Read the arrays of a file."""
+    if not path.is_file():
+        raise DataError("no such file", where=path)
+    try:
+        return read_arrays(path)
+    except RunError as error:
+        raise DataError("cannot read the file of arrays", where=path, got=error) from None
+
+
+def _code(labels: list[Any], classes: tuple[str, ...]) -> NDArray[np.int64]:
+    """Return labels as numbers (n,), or sets of labels as zeros and ones (n, k)."""
+    number = {name: label for label, name in enumerate(classes)}
+    if not any(isinstance(item, tuple) for item in labels):
+        return np.array([number[name] for name in labels], dtype=np.int64)
+    coded = np.zeros((len(labels), len(classes)), np.int64)
+    for row, names in enumerate(labels):
+        coded[row, [number[name] for name in names]] = 1
+    return coded
+
+
+def _label_cells(arrays: dict[str, NDArray[np.generic]], key: str, path: Path) -> LabelCells:
+    """Return what can be several labels of each image, from one array."""
+    array = arrays[key]
+    if array.ndim == 2 and array.shape[1] > 1:
+        names = _label_names(arrays, array.shape[1], path)
+        if array.dtype.kind not in "biuf" or not np.isin(array, (0, 1)).all():
+            raise DataError(
+                "labels of several classes are not 0 and 1",
+                where=f"{path}: {key}",
+                got=f"{array.dtype} {array.shape}",
+            )
+        return LabelCells(
+            None,
+            {name: [str(int(v)) for v in array[:, i].tolist()] for i, name in enumerate(names)},
+        )
+    return LabelCells(
+        [str(v).strip() for v in array.reshape(len(array), -1)[:, 0].tolist()], {}, key
+    )
+
+
+def _label_names(arrays: dict[str, NDArray[np.generic]], count: int, path: Path) -> list[str]:
+    """Return the names of k labels: those of the array `classes`, or numbers."""
+    key = next((key for key in arrays if key.lower() in _NAMES), None)
+    if key is None:
+        return [str(number) for number in range(count)]
+    names = [str(name) for name in arrays[key].ravel().tolist()]
+    if len(set(names)) != count:
+        raise DataError(
+            "the names of the labels do not fit their number",
+            where=f"{path}: {key}",
+            expected=f"{count} different names",
+            got=shorten(names),
+        )
+    return names
+
+
+def _read_sets(
+    arrays: dict[str, NDArray[np.generic]],
+    found: dict[str, tuple[str, str]],
+    path: Path,
+    separator: str,
+) -> tuple[dict[str, list[LabelSet]], tuple[str, ...]]:
+    """Return the labels of the images of each split, and all names where the file has them."""
+    sets: dict[str, list[LabelSet]] = {}
+    names: tuple[str, ...] = ()
+    for split, (_, key) in found.items():
+        cells = _label_cells(arrays, key, path)
+        read = read_label_sets(cells.cells, cells.columns, separator)
+        assert read is not None  # there are cells or columns
+        sets[split], names = read.sets, read.names or names
+    return sets, names
+
+
+def read_npz_label_cells(path: Path) -> LabelCells:
+    """Read what can be several labels of each training image of an .npz file.
+
+    Raises:
+        DataError: the file cannot be read, or its arrays are not images with labels.
+    """
+    arrays = _read(path)
+    found = _find_arrays(arrays, path)
+    return _label_cells(arrays, found["train" if "train" in found else next(iter(found))][1], path)
 
 
 def _find_arrays(arrays: dict[str, NDArray[np.generic]], path: Path) -> dict[str, tuple[str, str]]:
@@ -153,7 +252,7 @@ def label_texts(labels: NDArray[np.generic], where: str) -> list[str]:
             where=where,
             expected="labels (n,), or (n, k) with one 1 in each row",
             got=f"{labels.dtype} {labels.shape}",
-            fix="several labels per image (multi-label) are not supported yet"
+            fix='for several labels per image (multi-label) set data.task = "multilabel"'
             if labels.ndim == 2
             else "",
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,13 @@ from threefold.data.sources.folder import (
     find_absent,
     read_file,
 )
+from threefold.data.sources.label_sets import (
+    LabelCells,
+    LabelSet,
+    LabelSets,
+    join_labels,
+    read_label_sets,
+)
 from threefold.data.sources.named_files import find_by_name
 from threefold.data.split_names import EXPECTED, PARTS, split_of
 from threefold.errors import DataError, shorten
@@ -40,6 +47,8 @@ from threefold.names import find_repeated, normalise_name
 _IMAGE_COLUMNS = ("image", "img", "picture", "photo")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 _KNOWN = ("path", "label", "id", "group", "split")
+_PLAIN = ("bool", "int", "uint", "float", "double", "halffloat", "string", "large_string")
+"""Beginnings of the types of columns that can hold 0 and 1."""
 
 
 class _Table(NamedTuple):
@@ -74,7 +83,9 @@ def list_parquet(root: Path, named: NamedColumns = NO_NAMES) -> Listing:
     (relative to the file; see `named_files`); `label` (text or whole number); optionally `id`,
     `group` and `split` (train, val, test). The first three can have other usual names (`columns`).
     Names of number labels are taken from the hub's metadata in the file. Without `split`, the
-    beginning of the file's name decides.
+    beginning of the file's name decides. Where images have any number of labels (`named.task`), a
+    cell of labels is a list, or a text that names them all; or there is a column of 0 and 1 for
+    each label.
 
     Args:
         root: a file or a folder.
@@ -84,6 +95,14 @@ def list_parquet(root: Path, named: NamedColumns = NO_NAMES) -> Listing:
         DataError: pyarrow is not installed, a file cannot be read or has no rows, columns or cells
             are missing, or ids repeat.
     """
+    tables = _parquet_tables(root, named)
+    if not any(table.rows.num_rows for table in tables):
+        raise DataError("the table has no rows", where=root, expected="a row for each image")
+    return _list_tables(tables, root if root.is_dir() else root.parent, named)
+
+
+def _parquet_tables(root: Path, named: NamedColumns) -> list[_Table]:
+    """Read a parquet file, or all in a folder."""
     parquet = _import_optional("pyarrow.parquet", "parquet")
     tables = []
     for file in _parquet_files(root):
@@ -93,9 +112,7 @@ def list_parquet(root: Path, named: NamedColumns = NO_NAMES) -> Listing:
         image, columns = _find_known(rows, named, str(file))
         names = _hub_label_names(rows, columns.get("label", ""))
         tables.append(_Table(str(file), part, rows, columns, image, names))
-    if not any(table.rows.num_rows for table in tables):
-        raise DataError("the table has no rows", where=root, expected="a row for each image")
-    return _list_tables(tables, root if root.is_dir() else root.parent, named)
+    return tables
 
 
 def read_parquet_header(root: Path) -> list[str]:
@@ -159,8 +176,9 @@ def _hub_label_names(rows: Any, label: str) -> list[str] | None:
     """Class names in the metadata that the hub's library writes, if there are any."""
     try:
         features = json.loads((rows.schema.metadata or {})[b"huggingface"])["info"]["features"]
-        names = features[label]["names"]
-    except (KeyError, TypeError, ValueError):
+        feature = features[label]
+        names = feature.get("feature", feature)["names"]  # a list of labels has a feature inside
+    except (KeyError, TypeError, ValueError, AttributeError):
         return None
     return [str(name) for name in names] if isinstance(names, list) else None
 
@@ -220,7 +238,7 @@ def _hub_table(name: str, split: str, dataset: Any, named: NamedColumns) -> _Tab
     features = dataset.features
     where = f"{name}, split {split}"
     images = [column for column in features if isinstance(features[column], hub.Image)]
-    labels = [column for column in features if isinstance(features[column], hub.ClassLabel)]
+    labels = [column for column in features if isinstance(_inner(features[column]), hub.ClassLabel)]
     for meaning, column in (("path", named.path), ("label", named.label)):
         if column and column not in features:
             raise DataError(
@@ -242,9 +260,14 @@ def _hub_table(name: str, split: str, dataset: Any, named: NamedColumns) -> _Tab
             fix="name the columns in data.path_column and data.label_column",
         )
     columns = {key: key for key in ("id", "group", "split") if key in features} | {"label": label}
-    label_names = features[label].names if label in labels else None
+    label_names = _inner(features[label]).names if label in labels else None
     part = PARTS[name_of_split]
     return _Table(split, part, dataset.data.table, columns, images[0], label_names)
+
+
+def _inner(feature: Any) -> Any:
+    """Return what a list of the hub is a list of, or the feature itself."""
+    return getattr(feature, "feature", feature)
 
 
 def _list_tables(tables: list[_Table], folder: Path | None, named: NamedColumns) -> Listing:
@@ -258,15 +281,17 @@ def _list_tables(tables: list[_Table], folder: Path | None, named: NamedColumns)
     columns: list[Any] = []
     starts: list[int] = []
     items: list[ListedImage] = []
+    sets = _label_sets(tables, named)
     for table in tables:
         columns.append(table.rows.column(table.image) if table.image else None)
         starts.append(len(items))
-        items += _list_rows(table, len(items), folder, named)
+        items += _list_rows(table, len(items), folder, named, sets)
     where = shorten(table.name for table in tables)
     first = tables[0]
     notes = note_columns(first.columns)
-    known = [*first.columns.values(), first.image, named.fold]
+    known = [*first.columns.values(), first.image, named.fold, *sets.columns]
     notes += note_unread(first.rows.column_names, known)
+    notes += [sets.note] if sets.note else []
     if len({column is None for column in columns}) > 1:
         raise DataError("some files hold images and others name them", got=where)
     if find_repeated(item.id for item in items):
@@ -279,7 +304,7 @@ def _list_tables(tables: list[_Table], folder: Path | None, named: NamedColumns)
         if absent:
             what = f"{len(absent)} files of the table do not exist"
             raise DataError(what, where=folder, got=shorten(absent))
-        return Listing(items, notes)
+        return Listing(items, notes, sets.names)
 
     def read(row: int) -> bytes:
         at = int(np.searchsorted(starts, row, side="right")) - 1
@@ -289,21 +314,90 @@ def _list_tables(tables: list[_Table], folder: Path | None, named: NamedColumns)
         return _read_image(cell, where, may_open=folder is None)
 
     label_names = next((table.label_names for table in tables if table.label_names), [])
-    labels = {item.label for item in items}
-    classes: tuple[str, ...] = ()
-    if labels <= set(label_names):
+    labels = {label for item in items for label in item.labels or (item.label,)}
+    classes = sets.names
+    if not classes and labels - {""} <= set(label_names):
         classes = tuple(name for name in label_names if name in labels)
     return Listing(items, notes, classes, EncodedImages(read, np.arange(len(items))))
 
 
+def _label_sets(tables: Sequence[_Table], named: NamedColumns) -> LabelSets:
+    """Read any number of labels per row of all tables; empty for one label, or without labels."""
+    if named.task != "multilabel":
+        return LabelSets([])
+    cells, others, _ = _label_cells(tables, named)
+    return read_label_sets(cells, others, named.separator) or LabelSets([])
+
+
+def _label_cells(tables: Sequence[_Table], named: NamedColumns) -> LabelCells:
+    """Read what can be the labels of all tables."""
+    if all("label" in table.columns for table in tables):
+        listed = [cell for table in tables for cell in _texts_of_labels(table)]
+        return LabelCells(listed, {}, tables[0].columns["label"])
+    columns: dict[str, list[str]] = {}
+    for number, table in enumerate(tables):
+        read = {*table.columns.values(), table.image, named.fold}
+        for name in table.rows.column_names:
+            if name in read or not str(table.rows.schema.field(name).type).startswith(_PLAIN):
+                continue
+            texts = map(_cell_text, table.rows.column(name).to_pylist())
+            if not number or name in columns:
+                columns.setdefault(name, []).extend(texts)
+    count = sum(table.rows.num_rows for table in tables)
+    return LabelCells(None, {name: c for name, c in columns.items() if len(c) == count})
+
+
+def _texts_of_labels(table: _Table) -> list[str | LabelSet]:
+    """Return the cells of a table's column of labels: texts, or lists of labels."""
+    cells = table.rows.column(table.columns["label"]).to_pylist()
+    if table.label_names is None and not any(isinstance(cell, list) for cell in cells):
+        return [_cell_text(cell) for cell in cells]
+    lists = [cell if isinstance(cell, list) or cell is None else [cell] for cell in cells]
+    return [_parse_labels(cell, table, row) for row, cell in enumerate(lists)]
+
+
+def _cell_text(cell: object) -> str:
+    return "" if cell is None else str(cell).strip()
+
+
+def read_parquet_label_cells(root: Path, named: NamedColumns) -> LabelCells:
+    """Read what can be the labels of parquet files, without a look at the images.
+
+    Raises:
+        DataError: pyarrow is not installed, or a file cannot be read.
+    """
+    return _label_cells(_parquet_tables(root, named), named)
+
+
+def read_hub_label_cells(name: str, named: NamedColumns) -> LabelCells:
+    """Read what can be the labels of a data set of the hub, which is loaded for that.
+
+    Raises:
+        DataError: datasets is not installed, or the data set cannot be loaded.
+    """
+    dataset = _load_hub(name)
+    return _label_cells([_hub_table(name, s, dataset[s], named) for s in dataset], named)
+
+
+def _parse_labels(cell: Any, table: _Table, row: int) -> LabelSet:
+    """Return the labels of a cell that is a list."""
+    where = f"{table.name} row {row}"
+    values = [value for value in cell or [] if value is not None]
+    labels = [normalise_name(_parse_label(value, table.label_names, where)) for value in values]
+    return tuple(dict.fromkeys(labels))
+
+
 def _list_rows(
-    table: _Table, start: int, folder: Path | None, named: NamedColumns
+    table: _Table, start: int, folder: Path | None, named: NamedColumns, sets: LabelSets
 ) -> Iterator[ListedImage]:
     """List the rows of one table, which begin at row `start` of all tables."""
-    found = {"path": table.image, **table.columns} if table.image else table.columns
+    found = {"path": table.image, **table.columns} if table.image else dict(table.columns)
+    found |= {"label": "label"} if sets.note else {}
     require_columns(found, table.rows.column_names, named, table.name)
     columns = {
-        meaning: table.rows.column(name).to_pylist() for meaning, name in table.columns.items()
+        meaning: table.rows.column(name).to_pylist()
+        for meaning, name in table.columns.items()
+        if meaning != "label" or not sets.note
     }
     folds: list[Any] | None = None
     fold_column = named.fold
@@ -326,14 +420,20 @@ def _list_rows(
             fold = parse_fold(folds[row] if folds else None, fold_column, where)
         path = str(cells.get("path", ""))
         image_id = str(cells.get("id", path or f"{PARTS[split]}/{start + row:07d}"))
+        labels = sets.sets[start + row] if sets.note else None
+        if labels is None:
+            label = normalise_name(_parse_label(cells["label"], table.label_names, where))
+        else:
+            label = join_labels(labels)
         yield ListedImage(
             id=image_id,
             path=folder / path if folder and path and not table.image else Path(image_id),
-            label=normalise_name(_parse_label(cells["label"], table.label_names, where)),
+            label=label,
             part=PARTS[split],
             group=str(cells["group"]) if "group" in cells else None,
             row=start + row,
             fold=fold,
+            labels=labels,
         )
 
 

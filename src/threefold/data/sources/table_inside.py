@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Final
 
 from threefold.data.sources.columns import NO_NAMES, find_columns
-from threefold.data.sources.csv_table import read_header
+from threefold.data.sources.csv_table import read_header, read_label_cells
 from threefold.data.sources.folder import list_folder
+from threefold.data.sources.one_hot import class_columns
 from threefold.data.sources.parquet import read_parquet_header
 from threefold.data.sources.unpacked import is_archive, unpacked_folder
 from threefold.data.walk import list_entries
@@ -63,7 +64,7 @@ def locate_table(path: Path) -> Path:
 
 
 def _has_labels(file: Path) -> bool:
-    """Whether a file is a table with a column of paths and one of labels."""
+    """Whether a file is a table with a column of paths, and one of labels or one for each."""
     suffix = file.suffix.lower()
     if suffix not in CSV + PARQUET or file.stem.lower().startswith(_NOT_LABELS):
         return False
@@ -72,16 +73,18 @@ def _has_labels(file: Path) -> bool:
     except DataError:
         return False
     try:
-        return {"path", "label"} <= find_columns(
-            header, ("path", "label"), NO_NAMES, file.name
-        ).keys()
+        found = find_columns(header, ("path", "label"), NO_NAMES, file.name).keys()
+        if found != {"path"} or suffix not in CSV:
+            return {"path", "label"} <= found
+        return bool(class_columns(read_label_cells(file, NO_NAMES).columns))
     except DataError:  # such as two candidates, which is said when the table is read
         return True
 
 
 def _has_class_folders(folder: Path) -> bool:
+    """Whether a folder has folders of two classes or more; one alone holds the table's images."""
     try:
-        list_folder(folder)
+        items = list_folder(folder).items
     except DataError:
         return False
-    return True
+    return len({item.label for item in items}) > 1

@@ -1,0 +1,42 @@
+"""Warnings about images that are equal byte for byte, before any is decoded twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from threefold.data.images import same_content
+from threefold.data.sources.folder import EncodedImages, ListedImage, contents_of
+from threefold.errors import shorten
+
+
+def warn_of_copies(items: Sequence[ListedImage], encoded: EncodedImages | None) -> list[str]:
+    """Warn about files that are equal byte for byte."""
+    test_copies: list[str] = []
+    contradicting: list[str] = []
+    train_copies = 0
+    for rows in same_content([item.path for item in items], contents_of(items, encoded)):
+        copies = [items[row] for row in rows]
+        in_test = [item.id for item in copies if item.part == "test"]
+        in_train = len(copies) - len(in_test)
+        train_copies += max(0, in_train - 1)
+        if in_train:
+            test_copies += in_test
+        if len({item.label for item in copies}) > 1:
+            contradicting.append(" = ".join(item.id for item in copies))
+    warnings = []
+    if test_copies:
+        warnings.append(
+            f"{len(test_copies)} test images are exact copies of training images: "
+            f"{shorten(test_copies)}"
+        )
+    if train_copies:
+        warnings.append(
+            f"{train_copies} training images are exact copies of others; "
+            "only grouped folds keep copies together"
+        )
+    if contradicting:
+        what = "are in several classes as exact copies"
+        if items[0].labels is not None:
+            what = "are exact copies with different labels"
+        warnings.append(f"{len(contradicting)} images {what}: {shorten(contradicting)}")
+    return warnings
