@@ -88,7 +88,7 @@ def test_a_file_of_one_label_is_refused_by_this_record(tmp_path):
     Predictions.from_arrays([[0.5, 0.5]], [0], axes="nk").save(tmp_path / "p.npz")
 
     assert isinstance(load_predictions(tmp_path / "p.npz"), Predictions)
-    with pytest.raises(DataError, match="no targets"):
+    with pytest.raises(DataError, match="one label per image"):
         MultilabelPredictions.load(tmp_path / "p.npz")
 
 

@@ -22,6 +22,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "threefold.ensembles.cascade": ["Cascade"],
         "threefold.ensembles.conformal": ["ConformalSets", "UnknownThreshold"],
         "threefold.ensembles.log_linear": ["LogPoolEnsemble", "LogisticEnsemble"],
+        "threefold.ensembles.multilabel": ["MultilabelEnsemble", "fit_multilabel_ensemble"],
         "threefold.ensembles.registry": ["make_ensemble"],
         "threefold.ensembles.scaling": ["apply_temperature", "fit_temperature"],
         "threefold.ensembles.stacked": ["ShrunkStackedEnsemble", "StackedEnsemble"],

@@ -9,6 +9,12 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "threefold.stats.bootstrap": ["percentile_interval"],
+        "threefold.stats.multilabel": [
+            "average_precision",
+            "mean_average_precision",
+            "micro_f1",
+            "subset_accuracy",
+        ],
         "threefold.stats.one_standard_error": ["simplest"],
         "threefold.stats.paired_tests": [
             "cochran_q",

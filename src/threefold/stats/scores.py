@@ -273,7 +273,7 @@ def per_class(
     part = None if groups is None else check_groups(groups, len(truth))
     predicted = array.argmax(-1)
     return [
-        {"class": name, **_class_scores(truth == c, predicted == c, part, level)}
+        {"class": name, **binary_scores(truth == c, predicted == c, part, level)}
         for c, name in enumerate(classes)
     ]
 
@@ -380,10 +380,17 @@ def _ece(curve: Reliability) -> float:
     return float(np.abs(curve.confidence - curve.accuracy) @ curve.n / curve.n.sum())
 
 
-def _class_scores(
+def binary_scores(
     is_label: np.ndarray, is_predicted: np.ndarray, part: np.ndarray | None, level: float
 ) -> dict[str, Any]:
-    """Scores of one class from the rows (n,) with this label and those with this prediction."""
+    """Recall, precision and F1 of one class, with intervals; see `per_class`.
+
+    Args:
+        is_label: (n,) booleans, the rows with this label.
+        is_predicted: (n,) booleans, the rows with this answer.
+        part: (n,) group numbers from `check_groups`, or None.
+        level: confidence level.
+    """
     hit, union = is_label & is_predicted, is_label | is_predicted
     hits, n, predicted = int(hit.sum()), int(is_label.sum()), int(is_predicted.sum())
     ends = share_interval(hit, part, level, union)
