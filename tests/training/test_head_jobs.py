@@ -250,7 +250,7 @@ def test_views_are_answered_through_the_network(images: Path, tmp_path: Path) ->
     stored = read_arrays(run.folder.job_folder(Job("probe", 0, "head")) / "probs.npz")
 
     network = run.load_member(spec, 0, 3)
-    squares = pixels.rows("train", spec, rows).pixels
+    squares = pixels.rows("train", spec, rows).pixels[:]
     both = [predict_probs(Predictor(network), part) for part in (squares, squares[:, :, ::-1])]
     np.testing.assert_allclose(stored["score"][0], np.mean(both, axis=0), atol=1e-5)
 

@@ -14,7 +14,7 @@ from threefold.errors import RunError
 from threefold.models.resize import resize_square
 from threefold.models.views import Views
 from threefold.recipe_schema import MemberSpec, ViewSpec
-from threefold.training.pixel_cache import CHUNK, PixelCache
+from threefold.training.pixel_cache import CHUNK, MappedPixels, PixelCache, join_rows
 
 SPEC = MemberSpec(name="m", backbone="test_resnet", img_size=24)
 
@@ -44,6 +44,50 @@ def test_rows_equal_the_pipelines_resize(tmp_path: Path, views: bool, side: int)
         alone = resize_square(torch.from_numpy(images[row][None]), side, "squash")[0]
         np.testing.assert_array_equal(square, alone.permute(1, 2, 0).numpy())
         assert label == row % 2
+
+
+INDEXES = (slice(None), slice(3, 9), np.array([0, 11, 5]), np.array([10, 10]), slice(8, 3))
+
+
+@pytest.mark.parametrize("index", INDEXES, ids=str)
+def test_rows_of_files_are_indexed_like_an_array(tmp_path: Path, index: slice | np.ndarray) -> None:
+    squares = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), dtype=np.uint8)
+    np.save(tmp_path / "a.npy", squares[:12])
+    np.save(tmp_path / "b.npy", squares[12:])
+    of_a, of_b = np.array([3, 0, 11, 7, 5, 5]), np.array([6, 1, 2, 0, 7, 3, 4])
+
+    joined = join_rows(
+        MappedPixels([(tmp_path / "a.npy", of_a)]), MappedPixels([(tmp_path / "b.npy", of_b)])
+    )
+
+    expected = squares[np.concatenate([of_a, 12 + of_b])]
+    assert joined.shape == expected.shape
+    np.testing.assert_array_equal(joined[index], expected[index])
+    np.testing.assert_array_equal(list(joined), expected)
+
+
+def test_reading_all_rows_keeps_none_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    squares = np.lib.format.open_memmap(path, "w+", np.uint8, (4096, 64, 64, 3))
+    squares[:] = 1
+    del squares
+    pixels = MappedPixels([(path, np.arange(4096))])
+    before = _mapped_bytes(path)
+
+    total = sum(int(image[0, 0, 0]) for image in pixels)
+
+    assert total == 4096
+    assert before == _mapped_bytes(path) == 0
+
+
+def _mapped_bytes(path: Path) -> int:
+    """How much of a file this process has mapped."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("only Linux lists the mapped files of a process")
+    lines = [line for line in maps.read_text().splitlines() if line.endswith(str(path))]
+    ends = [line.split()[0].split("-") for line in lines]
+    return sum(int(end, 16) - int(begin, 16) for begin, end in ends)
 
 
 def test_cache_is_written_once_and_removed(tmp_path: Path) -> None:

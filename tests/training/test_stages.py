@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -16,6 +17,7 @@ from threefold.models.pipeline import Predictor, pick_device, predict_probs
 from threefold.training import stages
 from threefold.training.checkpoints import Checkpoint, accept_stage
 from threefold.training.losses import BatchLoss
+from threefold.training.pixel_cache import MappedPixels, PixelRows
 from threefold.training.stages import train_stage
 
 
@@ -45,6 +47,19 @@ def test_stage_learns_and_returns_the_best_weights() -> None:
     assert all(
         torch.equal(outcome.state[name], value) for name, value in member.state_dict().items()
     )
+
+
+def test_rows_of_a_file_train_as_those_in_memory_do(tmp_path: Path) -> None:
+    rows = make_rows(24, 0)
+    order = np.random.default_rng(0).permutation(24)
+    np.save(tmp_path / "squares.npy", rows.pixels[order])
+    mapped = MappedPixels([(tmp_path / "squares.npy", np.argsort(order))])
+    in_memory, of_file = build_tiny(), build_tiny()
+
+    expected = train_stage(in_memory, make_task(fit=rows)).state
+    state = train_stage(of_file, make_task(fit=PixelRows(mapped, rows.labels))).state
+
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
 def test_stage_that_ruins_the_weights_returns_its_start() -> None:

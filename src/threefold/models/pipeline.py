@@ -7,8 +7,8 @@ is evaluated, exported and served. Only `images.decode` (file -> RGB uint8) is o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,20 @@ from threefold.tasks import Task
 
 BATCH: Final = 16
 """Largest number of images of one size that `Pipeline.predict_proba` puts into a batch."""
+
+
+class ImageRows(Protocol):
+    """Images of one size, uint8 (n, s, s, 3): an array, or a file whose rows are read on demand."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape (n, s, s, 3)."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[np.ndarray]: ...
+
+    def __getitem__(self, index: Any, /) -> np.ndarray: ...
 
 
 class Predictor(nn.Module):
@@ -291,7 +305,7 @@ def to_pixels(images: np.ndarray, device: torch.device) -> Tensor:
 
 
 @torch.inference_mode()
-def predict_probs(predictor: nn.Module, pixels: np.ndarray, batch_size: int = 128) -> np.ndarray:
+def predict_probs(predictor: nn.Module, pixels: ImageRows, batch_size: int = 128) -> np.ndarray:
     """Run a predictor on many images, in float32 as in an exported file; it is left in eval mode.
 
     Args:

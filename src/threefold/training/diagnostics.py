@@ -87,7 +87,7 @@ def inspect_data(run: Run, cache: PixelCache) -> DataDiagnostics:
 def _augmented_images(run: Run, cache: PixelCache, count: int = 16) -> np.ndarray:
     spec = next(m for m in run.recipe.members if not m.joins)
     rows = np.linspace(0, len(run.sources.train) - 1, count).astype(int)
-    images = to_pixels(cache.rows("train", spec, rows).pixels, torch.device("cpu"))
+    images = to_pixels(cache.rows("train", spec, rows).pixels[:], torch.device("cpu"))
     generator = torch.Generator().manual_seed(run.recipe.seed)
     images = Augment(run.recipe.augment)(images, generator).round().clamp(0, 255)
     return images.permute(0, 2, 3, 1).to(torch.uint8).numpy()

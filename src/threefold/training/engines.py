@@ -18,6 +18,7 @@ from torch import nn
 
 from threefold.errors import RecipeError
 from threefold.models.features import export_graph
+from threefold.models.pipeline import ImageRows
 
 BATCH: Final = 16
 """Images in a batch."""
@@ -122,7 +123,7 @@ def compute(engine: Engine, pixels: np.ndarray) -> np.ndarray:
     return answers.clip(-limit, limit).astype(np.float16)
 
 
-def answer_in_batches(answer: Callable[[np.ndarray], np.ndarray], pixels: np.ndarray) -> np.ndarray:
+def answer_in_batches(answer: Callable[[np.ndarray], np.ndarray], pixels: ImageRows) -> np.ndarray:
     """Answer any number of images in batches of `BATCH`, the last one padded.
 
     Args:

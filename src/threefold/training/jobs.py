@@ -40,7 +40,7 @@ from threefold.training.head_jobs import (
 )
 from threefold.training.heads import START_FILE
 from threefold.training.out_of_fold import assemble
-from threefold.training.pixel_cache import PixelCache, PixelRows
+from threefold.training.pixel_cache import PixelCache, PixelRows, join_rows
 from threefold.training.predict import predict_images
 from threefold.training.provenance import commit, hardware, stable_seed, versions
 from threefold.training.pseudo_labels import Caches, PseudoLabels, find_pseudo_labels
@@ -227,12 +227,11 @@ def _with_unlabelled(
     """Add the unlabelled images that a fold learns from, with their most likely classes."""
     if pseudo is None:
         return fit
-    pixels = np.zeros((len(pseudo.rows), 0, 0, 3), np.uint8)
-    if not stage.cached:
-        pixels = cache.rows("unlabelled", spec, pseudo.rows, side=stage.img_size).pixels
-    return PixelRows(
-        np.concatenate([fit.pixels, pixels]), np.concatenate([fit.labels, pseudo.labels])
-    )
+    labels = np.concatenate([fit.labels, pseudo.labels])
+    if stage.cached:  # its images are in the cache of activations
+        return PixelRows(np.zeros((len(labels), 0, 0, 3), np.uint8), labels)
+    more = cache.rows("unlabelled", spec, pseudo.rows, side=stage.img_size)
+    return PixelRows(join_rows(fit.pixels, more.pixels), labels)
 
 
 def _seed(run: Run, job: Job) -> int:

@@ -2,12 +2,14 @@
 
 The resize is the one that the exported pipeline contains. Beside a file of squares is its SHA-256,
 written after it: a file that a killed process left, or that was changed since, is made again.
+Training reads its batches from the file, so that the images may be more than the memory holds.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,6 +21,7 @@ from threefold.data.dataset import ImageDataset, Sources
 from threefold.data.splits import Roles
 from threefold.errors import RunError
 from threefold.files import delete_leftovers, sha256, temporary_path, write_bytes
+from threefold.models.pipeline import ImageRows
 from threefold.models.resize import resize_square
 from threefold.models.views import Views
 from threefold.recipe_schema import MemberSpec
@@ -26,11 +29,62 @@ from threefold.recipe_schema import MemberSpec
 CHUNK = 32
 """Images decoded at a time: enough to resize in batches, few enough for large photographs."""
 
+MAX_THREADS = 16
+"""Threads that decode at most."""
+
+
+class MappedPixels:
+    """Rows of files of squares, read from the disk when they are indexed.
+
+    Each read maps its file anew. So the pages of earlier reads do not stay in the process, however
+    many images a stage goes through.
+
+    Args:
+        parts: files of squares (N, s, s, 3) uint8, all of one side, and the (n,) row numbers to
+            take of each, in order.
+
+    Attributes:
+        shape: (n, s, s, 3), with the rows of all parts.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Path, np.ndarray]]) -> None:
+        self.parts = tuple(parts)
+        count = sum(len(rows) for _, rows in parts)
+        self.shape: tuple[int, ...] = (count, *_open(parts[0][0]).shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
+        """Read a slice, or rows by their (m,) numbers: uint8 (m, s, s, 3)."""
+        if isinstance(index, slice):
+            index = np.arange(*index.indices(len(self)))
+        pixels = np.empty((len(index), *self.shape[1:]), np.uint8)
+        begin = 0
+        for path, rows in self.parts:
+            inside = (index >= begin) & (index < begin + len(rows))
+            if inside.any():
+                pixels[inside] = _open(path)[rows[index[inside] - begin]]
+            begin += len(rows)
+        return pixels
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yield every image, uint8 (s, s, 3)."""
+        for begin in range(0, len(self), CHUNK):
+            yield from self[begin : begin + CHUNK]
+
+
+def join_rows(first: ImageRows, second: ImageRows) -> ImageRows:
+    """Return the rows of two files of squares of one side, the first ones first."""
+    assert isinstance(first, MappedPixels)
+    assert isinstance(second, MappedPixels)
+    return MappedPixels([*first.parts, *second.parts])
+
 
 class PixelRows(NamedTuple):
     """Some rows of a data set."""
 
-    pixels: np.ndarray
+    pixels: ImageRows
     """(n, s, s, 3) uint8."""
     labels: np.ndarray
     """(n,) int64."""
@@ -54,7 +108,7 @@ class PixelCache:
     def rows(
         self, split: str, spec: MemberSpec, rows: np.ndarray, views: bool = False, side: int = 0
     ) -> PixelRows:
-        """Read some rows of a split.
+        """Return some rows of a split, whose pixels are read when they are indexed.
 
         Args:
             split: train, test or unlabelled.
@@ -70,15 +124,14 @@ class PixelCache:
             if not _is_intact(path):
                 _fill(path, dataset, side, spec.resize)
             self._known.add(path)
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        return PixelRows(np.asarray(array[rows]), dataset.labels[rows])
+        return PixelRows(MappedPixels([(path, np.asarray(rows))]), dataset.labels[rows])
 
     def labels(self, rows: np.ndarray) -> PixelRows:
         """Return training rows without their pixels (n, 0, 0, 3), for stages that have no use."""
         return PixelRows(np.zeros((len(rows), 0, 0, 3), np.uint8), self.sources.train.labels[rows])
 
     def select(self, spec: MemberSpec, roles: Roles) -> PixelRows:
-        """Read the rows that checkpoints are chosen on.
+        """Return the rows that checkpoints are chosen on.
 
         These are the fold's select rows, or the test split where the paper protocol has no folds.
 
@@ -119,6 +172,12 @@ def select_rows(sources: Sources, roles: Roles) -> tuple[str, np.ndarray]:
     return "test", np.arange(len(sources.test))
 
 
+def _open(path: Path) -> np.ndarray:
+    """Map a file of squares."""
+    squares: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return squares
+
+
 def _is_intact(path: Path) -> bool:
     """Whether a file of squares is as another process finished it."""
     with suppress(OSError, ValueError):
@@ -134,8 +193,10 @@ def _fill(path: Path, dataset: ImageDataset, side: int, resize: Any) -> None:
         path.with_suffix(".sha256").unlink(missing_ok=True)
         array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(dataset), side, side, 3))
         _allocate(temporary)
-        for rows in np.array_split(np.arange(len(dataset)), max(1, len(dataset) // CHUNK)):
-            _resize_rows(array, dataset, rows, side, resize)
+        with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+            for rows in np.array_split(np.arange(len(dataset)), max(1, len(dataset) // CHUNK)):
+                images = list(pool.map(dataset.pixels, rows.tolist()))
+                array[rows] = resize_images(images, side, resize)
         array.flush()
         digest = sha256(temporary)
         os.replace(temporary, path)
@@ -160,13 +221,6 @@ def _allocate(path: Path) -> None:
     if hasattr(os, "posix_fallocate"):
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-
-
-def _resize_rows(
-    array: np.ndarray, dataset: ImageDataset, rows: np.ndarray, side: int, resize: Any
-) -> None:
-    """Decode some rows and resize them."""
-    array[rows] = resize_images([dataset.pixels(int(row)) for row in rows], side, resize)
 
 
 def resize_images(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 import numpy as np
 from torch import nn
 
-from threefold.models.pipeline import predict_probs
+from threefold.models.pipeline import ImageRows, predict_probs
 from threefold.models.tracing import TracingError, simplify, trace_network
 from threefold.training.engines import BATCH, answer_in_batches, open_session
 
@@ -21,7 +22,7 @@ TOLERANCE: Final = 1e-4
 """Largest difference of a probability from torch's with which onnxruntime is trusted."""
 
 
-def predict_images(predictor: nn.Module, pixels: np.ndarray) -> np.ndarray:
+def predict_images(predictor: nn.Module, pixels: ImageRows) -> np.ndarray:
     """Run a predictor on images, in float32; it is left in eval mode.
 
     Args:
@@ -32,7 +33,7 @@ def predict_images(predictor: nn.Module, pixels: np.ndarray) -> np.ndarray:
         Its outputs, float32 (n, ...).
     """
     device = next(predictor.parameters()).device
-    if device.type == "cpu" and pixels[..., 0].size >= WORTH_PIXELS:
+    if device.type == "cpu" and math.prod(pixels.shape[:3]) >= WORTH_PIXELS:
         session = _try_session(predictor.eval(), pixels[:BATCH])
         if session is not None:
             return _run(session, pixels)
@@ -56,7 +57,7 @@ def _try_session(predictor: nn.Module, sample: np.ndarray) -> Any:
     return session if difference <= TOLERANCE else None
 
 
-def _run(session: Any, pixels: np.ndarray) -> np.ndarray:
+def _run(session: Any, pixels: ImageRows) -> np.ndarray:
     """Answer uint8 images (n, size, size, 3)."""
 
     def answer(batch: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from threefold.errors import is_out_of_memory, shorten
 from threefold.models.member import Member
-from threefold.models.pipeline import Predictor, predict_probs, to_pixels
+from threefold.models.pipeline import ImageRows, Predictor, predict_probs, to_pixels
 from threefold.models.split import LateBlocks
 from threefold.recipe_schema import StageSpec
 from threefold.training.activations import predict_late, to_activations
@@ -462,15 +462,22 @@ class _HeadLoop(_Loop):
         return "float32"
 
     def _inputs(self, rows: np.ndarray) -> _Batch:
-        return _Batch(to_features(self.task.fit[0][rows], self.device), *self._targets(rows))
+        return _Batch(
+            to_features(_features(self.task.fit)[rows], self.device), *self._targets(rows)
+        )
 
     def _probs(self, network: nn.Module) -> np.ndarray:
-        return head_probs(network, self.task.select[0])
+        return head_probs(network, _features(self.task.select))
 
 
-def _pixels(rows: PixelRows | FeatureRows) -> np.ndarray:
+def _pixels(rows: PixelRows | FeatureRows) -> ImageRows:
     assert isinstance(rows, PixelRows)
     return rows.pixels
+
+
+def _features(rows: PixelRows | FeatureRows) -> np.ndarray:
+    assert isinstance(rows, FeatureRows)
+    return rows.features
 
 
 def _soft_targets(task: StageTask, device: torch.device) -> Tensor | None:
