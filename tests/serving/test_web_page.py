@@ -29,6 +29,7 @@ from support.browser import (
     severe_messages,
 )
 from support.http_server import hosting
+from support.label_models import THRESHOLDS, write_label_model
 from support.server import UNCERTAIN, card, encode, picture, write_model
 from typer.testing import CliRunner
 
@@ -78,6 +79,26 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, content in contents.items():
         (folder / onnxruntime_web.FILES[name].name).write_bytes(content)
     return folder
+
+
+def test_any_number_of_labels(browser: Any, runtime: Path, tmp_path: Path) -> None:
+    model = write_label_model(tmp_path / "m.onnx")
+    write_web(model, tmp_path / "site", runtime)
+    images = {"black.png": picture((10, 10, 10)), "yellow.png": picture((250, 250, 10))}
+    for name, content in images.items():
+        (tmp_path / name).write_bytes(content)
+
+    with hosting(tmp_path / "site") as url:
+        open_page(browser, url)
+        choose(browser, *(tmp_path / name for name in images))
+        black, yellow = articles(browser, 2)
+
+    assert "No label" in black
+    assert "\ngreen, red\n" in yellow
+    probs = threefold.load(model).predict_proba(images["yellow.png"])[0]
+    for p, threshold in zip(probs, THRESHOLDS, strict=True):
+        assert f"{100 * p:.1f} % / {100 * threshold:.1f} %" in yellow
+    assert "3 labels, 2 members" in (tmp_path / "site" / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")

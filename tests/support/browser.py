@@ -49,7 +49,7 @@ def headline(browser: Any) -> str:
 def open_page(browser: Any, address: str) -> None:
     """Open the page, wait until it shows the model card or an error, and empty the logs."""
     browser.get(address)
-    wait_until(lambda: "expected accuracy" in headline(browser) or "cannot" in headline(browser))
+    wait_until(lambda: " expected " in headline(browser) or "cannot" in headline(browser))
     browser.get_log("browser")
     browser.get_log("performance")
 

@@ -32,18 +32,20 @@ def describe_answer(model: Model, image: str, output: ModelOutput, top: int) -> 
         The keys image, label, probability, top (the most probable classes), members (the label of
         each member that ran) and probs; set and unknown if the file has them; members_used with a
         cascade. Of a multilabel file the keys image, labels (those that reach their thresholds),
-        top, members (the probabilities of the labels in top, by member, without calibration) and
+        top, members (the probabilities of the labels in both, by member, without calibration) and
         probs.
     """
     probs, member_probs = output.probs[0], output.member_probs[0]
     order = np.argsort(-probs, kind="stable")[:top]
     if model.thresholds is not None:
+        numbers = model.label_numbers(probs)
+        named = dict.fromkeys([*numbers, *map(int, order)])
         return {
             "image": image,
-            "labels": describe_labels(model, probs, model.label_numbers(probs)),
+            "labels": describe_labels(model, probs, numbers),
             "top": describe_labels(model, probs, order),
             "members": {
-                name: {model.classes[i]: float(row[i]) for i in order}
+                name: {model.classes[i]: float(row[i]) for i in named}
                 for name, row in zip(model.members, member_probs, strict=True)
             },
             "probs": [float(p) for p in probs],

@@ -40,7 +40,13 @@ from threefold.serving.requests import (
     request_body,
     unreadable_image,
 )
-from threefold.serving.responses import ERRORS, PredictResponse, describe
+from threefold.serving.responses import (
+    ERRORS,
+    MultilabelResponse,
+    PredictResponse,
+    describe_all,
+    response_type,
+)
 
 MEMORY: Final = 2**30
 """Bytes that onnxruntime may use on top of twice the size of the model file."""
@@ -50,6 +56,9 @@ PAGE: Final = {
     "/": "index.html",
     "/style.css": "style.css",
     "/app.js": "app.js",
+    "/facts.js": "facts.js",
+    "/labels.js": "labels.js",
+    "/parts.js": "parts.js",
     "/backend.js": "server.js",
     "/icon.svg": "icon.svg",
 }
@@ -112,15 +121,15 @@ def make_app(
 
     @app.post(
         "/predict",
-        response_model=PredictResponse,
+        response_model=response_type(model),
         response_model_exclude_none=True,
         responses=ERRORS,
         openapi_extra=request_body(limits.files),
     )
     async def predict(
         request: Request, top: Annotated[int, Query(ge=1, le=1000)] = 3, mode: Mode | None = None
-    ) -> PredictResponse:
-        """Predict each image: the most probable classes, each member's prediction, and the set."""
+    ) -> PredictResponse | MultilabelResponse:
+        """Predict each image: its class or labels, the most probable ones, and each member's."""
         if mode == "fast" and model.cascade is None:
             raise Refusal(400, "mode", "this model has no cascade: the only mode is full")
         images = await read_images(request, limits)
@@ -132,8 +141,7 @@ def make_app(
             message = f"no answer within {limits.answer_seconds} seconds; try again"
             raise Refusal(503, "timeout", message) from None
         metrics.images.inc(len(outputs))
-        pairs = zip(images, outputs, strict=True)
-        return PredictResponse(answers=[describe(model, i.name, out, top) for i, out in pairs])
+        return describe_all(model, [image.name for image in images], outputs, top)
 
     add_explain_route(app, model, limits, lambda: batchers[0])
     return app

@@ -23,6 +23,9 @@ PAGE: Final = {
     "style.css": "style.css",
     "icon.svg": "icon.svg",
     "app.js": "app.js",
+    "facts.js": "facts.js",
+    "labels.js": "labels.js",
+    "parts.js": "parts.js",
     "backend.js": "browser.js",
     "worker.js": "worker.js",
     "decode.js": "decode.js",
@@ -197,9 +200,10 @@ def _readme(card: dict[str, Any]) -> str:
     model = card["model"]
     return f"""# {card.get("name") or "threefold"}
 
-A page that classifies images in the browser: {len(card["classes"])} classes, \
-{len(card["members"])} members. No image leaves the computer.
-{_expected_accuracy(card.get("score") or {})}
+A page that classifies images in the browser: {len(card["classes"])} \
+{"labels" if card.get("task") == "multilabel" else "classes"}, {len(card["members"])} members. \
+No image leaves the computer.
+{_expected_score(card.get("score") or {})}
 Put this folder on any static web host. To try it here:
 
     python -m http.server --directory . 8080
@@ -214,13 +218,15 @@ and open port 8080 of this machine in a browser. The page does not work when ope
 """
 
 
-def _expected_accuracy(score: dict[str, Any]) -> str:
-    if "accuracy" not in score:
+def _expected_score(score: dict[str, Any]) -> str:
+    """What to expect: the accuracy, or what the score's key `metric` says."""
+    metric = str(score.get("metric") or "accuracy").replace("_", " ")
+    value = score.get("value", score.get("accuracy"))
+    if value is None:
         return ""
-    accuracy = score["accuracy"]
-    low, high = score.get("interval") or (accuracy, accuracy)
+    low, high = score.get("interval") or (value, value)
     return (
-        f"Expected accuracy {accuracy:.1%} ({low:.1%} to {high:.1%}); {score.get('n')} rows, "
+        f"Expected {metric} {value:.1%} ({low:.1%} to {high:.1%}); {score.get('n')} rows, "
         f"{score.get('rows')}, protocol {score.get('protocol')}.\n"
     )
 

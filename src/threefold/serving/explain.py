@@ -92,9 +92,11 @@ def add_explain_route(
     ) -> Explanation | Response:
         """Where the evidence for a class is in one image: what hiding parts of it costs the class.
 
-        `class` is the class to explain (default: the most probable one). With `format=png` the
-        response is the picture alone.
+        `class` is the class to explain (default: the most probable one); a model that gives an
+        image any number of labels needs it. With `format=png` the response is the picture alone.
         """
+        if label is None and model.task == "multilabel":
+            raise Refusal(400, "class", "this model gives several labels: say which with ?class=")
         if label is not None and label not in model.classes:
             raise Refusal(400, "class", "this model has no such class; GET /card names them")
         (image,) = await read_images(request, replace(limits, files=1))

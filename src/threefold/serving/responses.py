@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -49,6 +50,32 @@ class PredictResponse(BaseModel):
     answers: list[Prediction]
 
 
+class LabelProbability(BaseModel):
+    """A label, its probability, and the threshold from which on an image has the label."""
+
+    label: str
+    probability: float
+    threshold: float
+
+
+class MultilabelPrediction(BaseModel):
+    """The prediction of a model that gives an image any number of labels."""
+
+    file: str
+    labels: list[LabelProbability]
+    """Those that reach their thresholds, the most probable first; may be empty."""
+    top: list[LabelProbability]
+    """The most probable ones, whether they reach their thresholds or not."""
+    members: dict[str, dict[str, float]]
+    """The probabilities of the labels in `labels` and `top`, by member, without calibration."""
+
+
+class MultilabelResponse(BaseModel):
+    """The predictions of a request, in the order of its images."""
+
+    answers: list[MultilabelPrediction]
+
+
 class Explanation(BaseModel):
     """What hiding parts of an image costs a class."""
 
@@ -90,6 +117,21 @@ ERRORS: Final[dict[int | str, dict[str, Any]]] = {
 """The errors of routes that take images, as FastAPI describes them."""
 
 
+def response_type(model: Model) -> type[PredictResponse] | type[MultilabelResponse]:
+    """Return the type of a model's responses."""
+    return MultilabelResponse if model.task == "multilabel" else PredictResponse
+
+
+def describe_all(
+    model: Model, names: Sequence[str], outputs: Sequence[ModelOutput], top: int
+) -> PredictResponse | MultilabelResponse:
+    """Build the response to a request; the arguments are lists of those of `describe`."""
+    pairs = list(zip(names, outputs, strict=True))
+    if model.task == "multilabel":
+        return MultilabelResponse(answers=[describe_labels(model, *pair, top) for pair in pairs])
+    return PredictResponse(answers=[describe(model, *pair, top) for pair in pairs])
+
+
 def describe(model: Model, name: str, output: ModelOutput, top: int) -> Prediction:
     """Build the prediction of an image from the model's output.
 
@@ -121,6 +163,32 @@ def describe(model: Model, name: str, output: ModelOutput, top: int) -> Predicti
     if model.unknown is not None:
         prediction.unknown = bool(model.unknown_from_probs(output.probs)[0])
     return prediction
+
+
+def describe_labels(model: Model, name: str, output: ModelOutput, top: int) -> MultilabelPrediction:
+    """As `describe`, of a model that gives an image any number of labels."""
+    assert model.thresholds is not None
+    probs = output.probs[0]
+    numbers = model.label_numbers(probs)
+    order = [int(i) for i in np.argsort(-probs, kind="stable")[:top]]
+    labels = {
+        i: LabelProbability(
+            label=model.classes[i],
+            probability=float(probs[i]),
+            threshold=float(model.thresholds[i]),
+        )
+        for i in dict.fromkeys([*numbers, *order])
+    }
+    members = {
+        member: {model.classes[i]: float(row[i]) for i in labels}
+        for member, row in zip(model.members, output.member_probs[0], strict=True)
+    }
+    return MultilabelPrediction(
+        file=name,
+        labels=[labels[i] for i in numbers],
+        top=[labels[i] for i in order],
+        members=members,
+    )
 
 
 def _top_classes(model: Model, probs: np.ndarray, top: int) -> list[ClassProbability]:

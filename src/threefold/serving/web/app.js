@@ -3,27 +3,16 @@
 // in the folder of `threefold export --web`.
 
 import * as backend from "./backend.js";
+import { factsOf, metricOf, scoreOf, setsOf, target } from "./facts.js";
+import { describeLabels, explainedLabels } from "./labels.js";
+import { element, makeBar, percent } from "./parts.js";
 
-const MAX_CLASSES_SHOWN = 60;
 const ROUNDING = 1e-5; // a mean loss of probability up to this is none, as in runtime/heat.py
 const byId = (id) => document.getElementById(id);
 const waiting = [];
 const removals = new WeakMap(); // article -> AbortController
 let running = 0, answered = 0, failed = 0, card = null;
 let lastExplanation = Promise.resolve(), lastWhy = 0;
-
-function element(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
-
-function percent(p) {
-  if (p > 0.9995) return ">\u00a099.9\u00a0%";
-  if (p < 0.0005) return "<\u00a00.1\u00a0%";
-  return `${(100 * p).toFixed(1)}\u00a0%`;
-}
 
 function add(files) {
   const jobs = Array.from(files, (file) => ({ file, article: makeArticle(file) }));
@@ -48,7 +37,8 @@ async function run({ file, article }) {
   try {
     const prediction = await backend.predict(file, (text) => { note.textContent = text; });
     body.replaceChildren(...describe(prediction));
-    if (backend.explain) addWhy(body, file, prediction.label, removals.get(article).signal);
+    if (backend.explain)
+      addWhys(body, file, explainedLabels(prediction), removals.get(article).signal);
     answered += 1;
   } catch (error) {
     const reason = element("p", { class: "note bad" }, error.message);
@@ -87,18 +77,17 @@ function makePreview(file, name) {
 }
 
 function describe(prediction) {
+  return prediction.labels ? describeLabels(prediction) : describeClass(prediction);
+}
+
+function describeClass(prediction) {
   const parts = [element("h2", {}, prediction.label)];
   if (prediction.unknown) {
     const text = "This image is unlike those the model was trained on: "
       + "it may belong to none of the classes.";
     parts.push(element("p", { class: "note" }, text));
   }
-  const bars = prediction.top.map(({ label, probability }) => {
-    const fill = element("span", { class: "fill" });
-    fill.style.width = `${Math.max(0, Math.min(100, 100 * probability))}%`;
-    const number = element("span", { class: "n" }, percent(probability));
-    return element("li", {}, fill, element("span", {}, label), number);
-  });
+  const bars = prediction.top.map(({ label, probability }) => makeBar(label, probability));
   const label = "Probabilities of the ensemble";
   parts.push(element("ul", { class: "shares", "aria-label": label }, ...bars));
   if (prediction.set) parts.push(describeSet(prediction.set));
@@ -115,10 +104,6 @@ function describeSet(labels) {
   if (!names.length) names.push("none of the classes");
   return element("p", { class: "set" }, element("span", { class: "soft" }, title), ...names);
 }
-
-const setsOf = ({ conformal }) =>
-  (conformal ?? []).find((entry) => entry?.state?.by_class === false);
-const target = ({ state }) => `${Number((100 * (1 - state.alpha)).toFixed(2))}\u00a0%`;
 
 function describeMembers(prediction) {
   const members = Object.entries(prediction.members);
@@ -137,13 +122,26 @@ function describeMembers(prediction) {
   return element("table", {}, element("caption", {}, text), element("tbody", {}, ...rows));
 }
 
-// Puts a button beside an answer that asks for its explanation, and shows or hides it.
-function addWhy(body, file, label, signal) {
+// Puts buttons beside an answer that ask for its explanation, one for each label.
+function addWhys(body, file, labels, signal) {
+  const heading = body.querySelector("h2"), row = element("div", { class: "answer" });
+  heading.before(row);
+  row.append(heading);
+  for (const label of [...labels].reverse()) {
+    const text = labels.length > 1 ? `Why ${label}?` : "Why?";
+    const { button, region } = makeWhy(file, label, text, signal);
+    heading.after(button);
+    row.after(region);
+  }
+}
+
+// A button that asks for the explanation of a label, and the region that it shows or hides.
+function makeWhy(file, label, text, signal) {
   lastWhy += 1;
   const name = file.name || "image";
   const region = element("div", { id: `why-${lastWhy}`, class: "why", "aria-live": "polite" });
   const button = element("button", { type: "button", "aria-expanded": "false",
-    "aria-controls": region.id, "aria-label": `Why? ${label}, ${name}` }, "Why?");
+    "aria-controls": region.id, "aria-label": `Why? ${label}, ${name}` }, text);
   const show = (open) => {
     button.setAttribute("aria-expanded", String(open));
     region.hidden = !open;
@@ -154,19 +152,17 @@ function addWhy(body, file, label, signal) {
     show(region.hidden || !isAsked);
     if (isAsked) return;
     isAsked = true;
-    const text = "Hiding parts of the image, one after the other …";
-    region.replaceChildren(element("p", { class: "soft wait" }, text));
+    const doing = "Hiding parts of the image, one after the other …";
+    region.replaceChildren(element("p", { class: "soft wait" }, doing));
     try {
       region.replaceChildren(...describeExplanation(await explainInTurn(file, label, signal), name));
     } catch (error) {
       region.replaceChildren(element("p", { class: "note bad" },
-        `No explanation: ${error.message}. Press “Why?” to ask again.`));
+        `No explanation: ${error.message}. Press “${text}” to ask again.`));
       isAsked = false;
     }
   };
-  const heading = body.querySelector("h2"), row = element("div", { class: "answer" }, button);
-  heading.before(row, region);
-  row.prepend(heading);
+  return { button, region };
 }
 
 // One explanation at a time: each costs the server as much as 65 answers.
@@ -221,9 +217,10 @@ async function showCard() {
   byId("name").textContent = card.name ?? "threefold";
   document.title = `${card.name ?? "model"} · threefold`;
   const count = card.members.length;
-  const size = `${card.classes.length} classes, ${count} ${count === 1 ? "member" : "members"}`;
+  const kind = card.task === "multilabel" ? "labels" : "classes";
+  const size = `${card.classes.length} ${kind}, ${count} ${count === 1 ? "member" : "members"}`;
   byId("headline").textContent =
-    score ? `${size}; expected accuracy on new images: ${accuracyOf(score)}` : size;
+    score ? `${size}; expected ${metricOf(score)} on new images: ${scoreOf(score)}` : size;
   const megabytes = Math.floor(limits.file_bytes / 2 ** 20);
   const megapixels = Math.floor(limits.pixels / 1e6);
   byId("bounds").textContent =
@@ -232,53 +229,6 @@ async function showCard() {
   const rows = Object.entries(factsOf(card)).flatMap(([name, value]) =>
     value ? [element("dt", {}, name), element("dd", {}, value)] : []);
   byId("facts").replaceChildren(...rows);
-}
-
-function accuracyOf({ accuracy, interval }) {
-  if (!interval) return percent(accuracy);
-  return `${percent(accuracy)} (${percent(interval[0])} to ${percent(interval[1])})`;
-}
-
-// Rows of the model card as text; rows without a value are not shown.
-function factsOf(card) {
-  const { score, unknown, parity, versions, classes } = card;
-  const sets = setsOf(card);
-  const facts = {};
-  if (score) {
-    const level = score.level ? `${100 * score.level} % interval` : "interval";
-    facts["Accuracy"] = `${accuracyOf(score)}, ${level}`;
-    facts["Scored on"] = `${score.n} rows, ${score.rows}; fitted on ${score.fitted_on}`;
-    facts["Protocol"] = score.protocol;
-    if (score.protocol === "paper") facts["Protocol"] += ": selected on the reported rows";
-  }
-  facts["Method"] = card.method;
-  facts["Members"] = membersOf(card);
-  facts["Classes"] = classes.slice(0, MAX_CLASSES_SHOWN).join(", ");
-  if (classes.length > MAX_CLASSES_SHOWN)
-    facts["Classes"] += ` … and ${classes.length - MAX_CLASSES_SHOWN} more`;
-  if (card.n_train !== undefined) facts["Training images"] = String(card.n_train);
-  if (typeof card.temperature === "number")
-    facts["Temperature"] = card.temperature.toPrecision(3);
-  if (sets)
-    facts["Prediction sets"] = `target coverage ${target(sets)}; measured `
-      + `${percent(sets.coverage)} on ${sets.n} rows (${sets.rows}), `
-      + `${Number(sets.mean_size).toFixed(2)} classes on average`;
-  if (unknown)
-    facts["Unknown images"] = `flags ${percent(unknown.rate)} of the images of known classes; `
-      + `measured ${percent(unknown.measured)}`;
-  if (parity)
-    facts["Export parity"] = `largest difference ${Number(parity.max_difference).toExponential(1)} `
-      + `on ${parity.images} images`;
-  facts["Runs on"] = card.runtime;
-  if (versions)
-    facts["Versions"] = Object.entries(versions).map((pair) => pair.join(" ")).join(", ");
-  if (typeof card.digest === "string") facts["Recipe digest"] = card.digest.slice(0, 12);
-  return facts;
-}
-
-function membersOf({ members, backbones }) {
-  if (backbones?.length !== members.length) return members.join(", ");
-  return members.map((name, i) => (backbones[i] ? `${name} (${backbones[i]})` : name)).join(", ");
 }
 
 function clear() {

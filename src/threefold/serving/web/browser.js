@@ -45,16 +45,20 @@ function run(file, report) {
   return new Promise((resolve, reject) => {
     lastId += 1;
     jobs.set(lastId, { resolve, reject, report });
-    const { limits, model } = modelCard;
-    worker.postMessage({ id: lastId, file, card: { limits, model } });
+    const { limits, model, task } = modelCard;
+    worker.postMessage({ id: lastId, file, card: { limits, model, task } });
   });
 }
 
 // The prediction that the server makes for one image (serving/responses.py), and its probabilities.
 export async function predict(file, report) {
   if (!modelCard) throw new Error("there is no model card");
-  const { classes, members, conformal, unknown } = modelCard;
+  const { classes, members, conformal, unknown, task } = modelCard;
   const { probs, memberProbs, milliseconds } = await run(file, report);
+  if (task === "multilabel") {
+    const answer = describeLabels(probs, memberProbs);
+    return { file: file.name, ...answer, probs: Array.from(probs), milliseconds };
+  }
   const k = classes.length;
   const describe = (row) => {
     const order = byProbability(row).slice(0, TOP);
@@ -69,4 +73,17 @@ export async function predict(file, report) {
   if (sets) prediction.set = setOf(probs, sets.state).map((c) => classes[c]);
   if (unknown) prediction.unknown = isUnknown(probs, unknown.state);
   return { ...prediction, probs: Array.from(probs), milliseconds };
+}
+
+// The labels that reach their thresholds, the most probable ones, and what the members say of both.
+function describeLabels(probs, memberProbs) {
+  const { classes, members, thresholds } = modelCard;
+  const order = byProbability(probs), k = classes.length;
+  const given = order.filter((c) => probs[c] >= thresholds[c]), top = order.slice(0, TOP);
+  const describe = (numbers) => numbers.map((c) =>
+    ({ label: classes[c], probability: probs[c], threshold: thresholds[c] }));
+  const named = [...new Set([...given, ...top])];
+  const rows = members.map((name, m) =>
+    [name, Object.fromEntries(named.map((c) => [classes[c], memberProbs[m * k + c]]))]);
+  return { labels: describe(given), top: describe(top), members: Object.fromEntries(rows) };
 }
