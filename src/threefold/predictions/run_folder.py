@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -31,7 +31,6 @@ from threefold.files import (
     write_bytes,
     write_json,
 )
-from threefold.predictions.job_files import JobFiles
 from threefold.predictions.multilabel import AnyPredictions, MultilabelPredictions
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.records import (
@@ -43,7 +42,8 @@ from threefold.predictions.records import (
     TestLedger,
     seal,
 )
-from threefold.predictions.results_schema import ChosenViews, Results
+from threefold.predictions.results_schema import ChosenViews
+from threefold.predictions.run_results import RunResults
 from threefold.recipe import Recipe
 
 OPENED_ONCE = ("train", "reproduce", "export")
@@ -81,7 +81,7 @@ def _precedes_run(entry: Path) -> bool:
     return entry.name == GROUP_FILE or (entry.name == DATA_FOLDER and is_stored_data(entry))
 
 
-class RunFolder(JobFiles):
+class RunFolder(RunResults):
     """The files of one run.
 
     Args:
@@ -228,7 +228,7 @@ class RunFolder(JobFiles):
     def recipe(self) -> Recipe:
         """The recipe, without the members that are still to be trained (`Results.pending`)."""
         recipe = Recipe.load(self.path / "recipe.toml")
-        pending = self.results.pending if self.has_results else ()
+        pending = self.any_results.pending if self.has_results else ()
         return recipe.without(pending) if pending else recipe
 
     @property
@@ -257,14 +257,9 @@ class RunFolder(JobFiles):
         self.info = info
 
     @property
-    def has_results(self) -> bool:
-        """Whether there are results, of all members or of the first (`Results.pending`)."""
-        return (self.path / "results.json").exists()
-
-    @property
     def is_finished(self) -> bool:
         """Whether all members were trained and scored."""
-        return self.has_results and not self.results.pending
+        return self.has_results and not self.any_results.pending
 
     @property
     def is_whole(self) -> bool:
@@ -279,28 +274,6 @@ class RunFolder(JobFiles):
         return all((self.path / name).exists() for name in names) and all(
             self.is_done(job) for job in self.recipe.jobs(self.info.folds)
         )
-
-    def check_finished(self, what: str = "the run is not complete") -> None:
-        """Raise a RunError that says `what` unless the run has results."""
-        if not self.has_results:
-            raise RunError(what, where=self.path, fix=f"run `{self.train_command()}`")
-
-    @cached_property
-    def results(self) -> Results:
-        """Everything that was measured (results.json)."""
-        path = self.path / "results.json"
-        with self.advising(path):
-            return Results.parse(read_json(path), path)
-
-    def write_results(self, results: Results) -> None:
-        """Write results.json."""
-        self._write("results.json", results)
-        self.results = results
-
-    def add_results(self, step: str, seconds: float, **changes: Any) -> None:
-        """Add the duration of a step, and values that it brought, to results.json."""
-        durations = {**self.results.seconds, step: seconds}
-        self.write_results(self.results.replace(seconds=durations, **changes))
 
     @cached_property
     def chosen_views(self) -> ChosenViews | None:
@@ -336,11 +309,6 @@ class RunFolder(JobFiles):
         """The members' predictions on the test rows, sealed or not: for the last step of a run."""
         return self._read_predictions("test")
 
-    @property
-    def is_sealed(self) -> bool:
-        """Whether test rows stay unread, because members are still to be trained."""
-        return self.has_results and bool(self.results.pending)
-
     def _read_predictions(self, kind: str) -> Predictions | None:
         path = self.path / f"{kind}.npz"
         if not path.exists():
@@ -375,20 +343,6 @@ class RunFolder(JobFiles):
             RunError: the run is not complete.
         """
         return self.test if self.test is not None else self.predictions("oof")
-
-    @cached_property
-    def multilabel_oof(self) -> MultilabelPredictions | None:
-        """The out-of-fold predictions of a run with several labels per image, if there are any."""
-        return self._read_multilabel("oof")
-
-    @property
-    def multilabel_test(self) -> MultilabelPredictions | None:
-        """The predictions of its test rows, if there are any and they are not sealed."""
-        return None if self.is_sealed else self._read_multilabel("test")
-
-    def _read_multilabel(self, kind: str) -> MultilabelPredictions | None:
-        path = self.path / f"{kind}.npz"
-        return MultilabelPredictions.load(path) if path.exists() else None
 
     def write_predictions(self, rows: AnyPredictions) -> None:
         """Write oof.npz or test.npz, by the kind of the rows."""
