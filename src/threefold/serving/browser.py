@@ -30,6 +30,7 @@ PAGE: Final = {
     "worker.js": "worker.js",
     "decode.js": "decode.js",
     "deepgrey.js": "deepgrey.js",
+    "heat.js": "heat.js",
     "sets.js": "sets.js",
 }
 """File of the folder -> file of `web/`."""

@@ -37,8 +37,7 @@ async function run({ file, article }) {
   try {
     const prediction = await backend.predict(file, (text) => { note.textContent = text; });
     body.replaceChildren(...describe(prediction));
-    if (backend.explain)
-      addWhys(body, file, explainedLabels(prediction), removals.get(article).signal);
+    addWhys(body, file, explainedLabels(prediction), removals.get(article).signal);
     answered += 1;
   } catch (error) {
     const reason = element("p", { class: "note bad" }, error.message);
@@ -165,7 +164,7 @@ function makeWhy(file, label, text, signal) {
   return { button, region };
 }
 
-// One explanation at a time: each costs the server as much as 65 answers.
+// One explanation at a time: each costs as much as 65 answers.
 function explainInTurn(file, label, signal) {
   const explanation = lastExplanation.then(() => {
     signal.throwIfAborted();

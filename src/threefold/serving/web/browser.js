@@ -40,14 +40,23 @@ function startWorker() {
   };
 }
 
-function run(file, report) {
+function run(file, report, why, signal) {
   if (!worker) startWorker();
   return new Promise((resolve, reject) => {
     lastId += 1;
-    jobs.set(lastId, { resolve, reject, report });
-    const { limits, model, task } = modelCard;
-    worker.postMessage({ id: lastId, file, card: { limits, model, task } });
+    const id = lastId;
+    jobs.set(id, { resolve, reject, report });
+    const { limits, model, task, preprocessing } = modelCard;
+    worker.postMessage({ id, file, card: { limits, model, task, preprocessing }, why });
+    const stop = () => { if (jobs.has(id)) worker.postMessage({ id, stop: true }); };
+    signal?.addEventListener("abort", stop);
   });
+}
+
+// What hiding parts of an image costs a class, as the server explains it (serving/explain.py).
+export async function explain(file, label, signal) {
+  const found = await run(file, () => {}, modelCard.classes.indexOf(label), signal);
+  return { file: file.name, label, ...found };
 }
 
 // The prediction that the server makes for one image (serving/responses.py), and its probabilities.

@@ -1,8 +1,10 @@
 // Runs the model in a worker, so that the page stays responsive.
-// In: {id, file, card}. Out: any number of {id, note}, then {id, probs, memberProbs, milliseconds}
-// or {id, error}.
+// In: {id, file, card}, with the number of a class as `why` for an explanation, or {id, stop: true}.
+// Out: any number of {id, note}, then {id, probs, memberProbs, milliseconds}, the explanation of
+// heat.js, or {id, error}.
 
 import { decode } from "./decode.js";
+import { explain } from "./heat.js";
 import * as ort from "./ort/ort.js";
 
 ort.env.wasm.numThreads = 1; // more need headers (COOP, COEP) that few static hosts send
@@ -51,18 +53,21 @@ function checkProbabilities(probs, task) {
     throw new Error("the model cannot answer: its answers are not probabilities");
 }
 
-async function predict({ id, file, card }) {
-  const report = (note) => postMessage({ id, note });
-  const { data, width, height } = await decode(file, card.limits);
+async function getSession(card, report) {
   session ??= loadSession(card.model, report);
-  let loaded;
   try {
-    loaded = await session;
+    return await session;
   } catch (error) {
     session = undefined; // the next image tries again
     hasFailed = true;
     throw error;
   }
+}
+
+async function predict({ id, file, card }) {
+  const report = (note) => postMessage({ id, note });
+  const { data, width, height } = await decode(file, card.limits);
+  const loaded = await getSession(card, report);
   const start = performance.now();
   const images = new ort.Tensor("uint8", data, [1, height, width, 3]);
   const outputs = await loaded.run({ images }, ["probs", "member_probs"]);
@@ -71,9 +76,42 @@ async function predict({ id, file, card }) {
   return { id, probs: outputs.probs.data, memberProbs: outputs.member_probs.data, milliseconds };
 }
 
-let queue = Promise.resolve(); // one image at a time, in the order of arrival
-onmessage = ({ data }) => {
-  const sendError = (error) =>
+// An explanation is 65 answers. It takes its turn for each step, so that images are answered
+// meanwhile.
+async function explainFile({ id, file, card, why }) {
+  const pixels = await inTurn(() => decode(file, card.limits));
+  const answer = async (data, count, height, width) => {
+    await new Promise((resolve) => setTimeout(resolve)); // new messages come first
+    if (stopped.has(id)) throw new Error("nobody waits for it any more");
+    return inTurn(async () => {
+      const loaded = await getSession(card, () => {});
+      const images = new ort.Tensor("uint8", data, [count, height, width, 3]);
+      const { probs } = await loaded.run({ images }, ["probs"]);
+      const k = probs.data.length / count;
+      const rows = Array.from({ length: count }, (_, i) => probs.data.slice(i * k, (i + 1) * k));
+      rows.forEach((row) => checkProbabilities(row, card.task));
+      return rows;
+    });
+  };
+  return { id, ...(await explain(answer, pixels, why, card)) };
+}
+
+const stopped = new Set(); // ids of explanations
+let queue = Promise.resolve(); // one step at a time, in the order of arrival
+
+function inTurn(work) {
+  const result = queue.then(work);
+  queue = result.catch(() => {});
+  return result;
+}
+
+onmessage = async ({ data }) => {
+  if (data.stop) { stopped.add(data.id); return; }
+  const work = data.why === undefined ? inTurn(() => predict(data)) : explainFile(data);
+  try {
+    postMessage(await work);
+  } catch (error) {
     postMessage({ id: data.id, error: String(error?.message ?? error) });
-  queue = queue.then(() => predict(data)).then(postMessage, sendError);
+  }
+  stopped.delete(data.id);
 };
