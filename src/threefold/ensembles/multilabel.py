@@ -20,7 +20,7 @@ from scipy.special import expit, log_expit, logit
 
 from threefold.ensembles.cross_fit import side_by_side, stratified_parts
 from threefold.errors import DataError
-from threefold.predictions.checks import FLOOR, check_sigmoids, check_targets
+from threefold.predictions.checks import check_sigmoids, check_targets
 from threefold.predictions.multilabel import MultilabelPredictions
 from threefold.stats.multilabel import (
     best_f1_threshold,
@@ -36,6 +36,10 @@ Method = Literal["mean", "best"]
 METHODS: Final[tuple[Method, ...]] = ("mean", "best")
 """Ways to combine, simplest first: all members alike (nothing is learned), or the best one."""
 
+LEAST: Final = 1e-5
+"""Probabilities count as at least this and at most 1 - LEAST: members answer in float32, whose
+steps near 1 are 6e-8, so that the logits of more extreme ones would be rounding."""
+
 _SLOPES: Final = (0.01, 100.0)
 """Least and largest slope of a calibration: a positive slope never turns the order around."""
 
@@ -47,7 +51,7 @@ class MultilabelEnsemble:
     """One calibrated answer (n, k) from the members' probabilities (m, n, k), and thresholds.
 
     The answer is sigmoid(slope * logit(p) + intercept), where p is the weighted mean of the
-    members, kept between FLOOR and 1 - FLOOR. A label is given where the answer is at least its
+    members, kept between LEAST and 1 - LEAST. A label is given where the answer is at least its
     threshold.
 
     Attributes:
@@ -369,8 +373,8 @@ def _masks(rows: Rows) -> list[np.ndarray]:
 
 
 def _logits(probs: np.ndarray) -> np.ndarray:
-    """Log odds of probabilities, kept between those of FLOOR and 1 - FLOOR."""
-    return np.asarray(logit(np.clip(probs, FLOOR, 1 - FLOOR)))
+    """Log odds of probabilities, kept between those of LEAST and 1 - LEAST."""
+    return np.asarray(logit(np.clip(probs, LEAST, 1 - LEAST)))
 
 
 def _fit_logistic(z: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

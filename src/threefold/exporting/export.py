@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from threefold.evaluation.cascade_savings import cascade_card
 from threefold.evaluation.saved import evaluate_saved
 from threefold.evaluation.uncertainty import uncertainty_card
 from threefold.exporting import targets
+from threefold.exporting.ensemble import ExportedEnsemble
+from threefold.exporting.multilabel import chosen_multilabel, fit_other_multilabel
 from threefold.exporting.quantization import CALIBRATION_IMAGES
 from threefold.files import sha256
 from threefold.models.pipeline import Combiner
@@ -35,23 +36,6 @@ LATENCY_IMAGES = 8
 """Images on which the latency of the exported file is measured."""
 
 
-@dataclass(frozen=True)
-class ExportedEnsemble:
-    """The part of an exported file that is not a network.
-
-    Attributes:
-        combiner: the ensemble and its calibration as a module.
-        members: names of the members that it combines.
-        card: the entries of the model card about the ensemble.
-        thresholds: (k,) of a multilabel ensemble, from which probability on an image has a label.
-    """
-
-    combiner: Combiner
-    members: list[str]
-    card: dict[str, Any]
-    thresholds: np.ndarray | None = None
-
-
 def export(
     run: Run,
     path: str | Path | None = None,
@@ -64,7 +48,8 @@ def export(
     Args:
         run: a finished run.
         path: the file, .onnx, .pt2 or .xml (default model.onnx in the run folder).
-        method: another method than the chosen one.
+        method: another method than the chosen one; of a run with any number of labels per image
+            mean or best.
         members: other members than those that the recipe combines; a single one is exported alone.
         precision: of the members' weights: float32, float16, bfloat16, or int8, which is calibrated
             on training images.
@@ -84,7 +69,7 @@ def export(
     run.folder.check_recipe()
     start = time.monotonic()
     if method is not None or members:
-        ensemble = fit_other_ensemble(run, method or "mean", members)
+        ensemble = fit_other_ensemble(run, method or "", members)
     else:
         ensemble = chosen_ensemble(run)
     train = run.sources.train
@@ -101,7 +86,7 @@ def export(
         target,
         images,
         {**_run_card(run), "hashes": _hashes(run), **ensemble.card},
-        labels=dataset.labels[rows],
+        labels=dataset.truth[rows],
         rows="train, seen by the networks" if test is None else "test",
         precision=precision,
         calibration=calibration_images,
@@ -129,6 +114,8 @@ def spread_rows(dataset: ImageDataset, count: int) -> list[int]:
 
 def chosen_ensemble(run: Run) -> ExportedEnsemble:
     """Restore a run's chosen ensemble as it was fitted and scored."""
+    if run.folder.is_multilabel:
+        return chosen_multilabel(run)
     results = run.results
     arrays = run.folder.read_arrays("ensemble.npz")
     ensemble, names = restore(results.chosen, arrays, results.combined)
@@ -143,7 +130,16 @@ def chosen_ensemble(run: Run) -> ExportedEnsemble:
 
 
 def fit_other_ensemble(run: Run, method: str, members: Sequence[str]) -> ExportedEnsemble:
-    """Fit and score another method, or the method on other members."""
+    """Fit and score another method, or the method on other members.
+
+    Args:
+        run: a finished run.
+        method: its name; empty = the mean, or the chosen way to combine any number of labels.
+        members: the members to combine; empty = those of the recipe.
+    """
+    if run.folder.is_multilabel:
+        return fit_other_multilabel(run, method or "auto", members)
+    method = method or "mean"
     evaluation = evaluate_saved(run.dir, [method], members)
     ensemble, names = restore(method, evaluation.ensemble.state(), evaluation.combined)
     combiner = Combiner(ensemble.to_module(), evaluation.calibration.to_module())
@@ -167,7 +163,8 @@ def _ensemble_card(
 
 def _run_card(run: Run) -> dict[str, Any]:
     """Return the entries of the model card about the run."""
-    info, distillation = run.folder.info, run.results.distill
+    info = run.folder.info
+    distillation = None if run.folder.is_multilabel else run.results.distill
     card: dict[str, Any] = {
         "name": run.recipe.name,
         "backbones": [f"{m.backbone} + {m.head.kind}" for m in run.recipe.members],

@@ -2,7 +2,8 @@
 
 Three things are measured on real images, each with a tolerance per precision: the largest
 difference of a probability, the images whose predicted class changes, and the net number of
-correct answers lost if labels are known.
+correct answers lost if labels are known. Where an image has any number of labels, all of them
+together are the answer: it changes, or is correct, as a whole.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def compare(
     precision: str = "float32",
     labels: npt.ArrayLike | None = None,
     rows: str = "",
+    thresholds: npt.ArrayLike | None = None,
 ) -> ExportReport:
     """Compare the answers of a file with those of the pipeline.
 
@@ -33,14 +35,16 @@ def compare(
         expected: probabilities (n, k) of the pipeline in eager float32 PyTorch.
         answers: probabilities (n, k) of the file.
         precision: its tolerances go into the report.
-        labels: class indices (n,), if known; only then the report has an accuracy.
+        labels: class indices (n,) or targets (n, k), if known; only then the report has an
+            accuracy.
         rows: name of the images' rows.
+        thresholds: (k,) from which probability on an image has each label; None = an image has the
+            most probable class.
     """
     tolerance, n = TOLERANCES[precision], len(expected)
-    before, after = expected.argmax(1), answers.argmax(1)
-    index = np.arange(n)
-    moved = before != after
-    ties = moved & (expected[index, before] - expected[index, after] <= TIE)
+    before, after = _decide(expected, thresholds), _decide(answers, thresholds)
+    moved = (before != after).any(1)
+    ties = moved & _is_tie(expected, before, after, thresholds)
     difference = float(np.abs(answers - expected).max(initial=0.0))
     report = ExportReport(
         images=n,
@@ -53,10 +57,14 @@ def compare(
         tolerance=tolerance.difference,
         changed_tolerance=_allowed(tolerance.changed, n),
         loss_tolerance=_allowed(tolerance.loss, n),
+        task="multiclass" if thresholds is None else "multilabel",
     )
     if labels is None:
         return report
-    correct_before, correct_after = before == np.asarray(labels), after == np.asarray(labels)
+    truth = np.asarray(labels)
+    if truth.ndim == 1:
+        truth = np.arange(expected.shape[1]) == truth[:, None]
+    correct_before, correct_after = (before == truth).all(1), (after == truth).all(1)
     lost, gained = correct_before & ~correct_after, ~correct_before & correct_after
     accuracy = CorrectAnswers(
         before=int(correct_before.sum()),
@@ -67,6 +75,24 @@ def compare(
         counted_loss=int((lost & ~ties).sum() - (gained & ~ties).sum()),
     )
     return report.replace(accuracy=accuracy)
+
+
+def _decide(probs: np.ndarray, thresholds: npt.ArrayLike | None) -> np.ndarray:
+    """Return which classes (n, k) probabilities stand for: the most probable one, or labels."""
+    if thresholds is None:
+        return np.asarray(np.arange(probs.shape[1]) == probs.argmax(1)[:, None])
+    return np.asarray(probs >= np.asarray(thresholds))
+
+
+def _is_tie(
+    expected: np.ndarray, before: np.ndarray, after: np.ndarray, thresholds: npt.ArrayLike | None
+) -> np.ndarray:
+    """Return (n,) whether rounding alone can have changed an answer."""
+    if thresholds is None:
+        # Before and after an answer is one class; the sums pick its probability.
+        return np.asarray(((expected * before).sum(1) - (expected * after).sum(1)) <= TIE)
+    distance = np.abs(expected - np.asarray(thresholds))
+    return np.asarray(np.where(before != after, distance, 0).max(1) <= TIE)
 
 
 def _allowed(share: float, images: int) -> int:
@@ -92,7 +118,8 @@ def check(report: ExportReport, where: object) -> ExportReport:
         expected = f"difference <= {report.tolerance:g}"
         got = f"{report.max_difference:.2e} over {n} images"
     elif report.changed > report.changed_tolerance:
-        expected = f"at most {report.changed_tolerance} of {n} images with another class"
+        other = "other labels" if report.task == "multilabel" else "another class"
+        expected = f"at most {report.changed_tolerance} of {n} images with {other}"
         got = str(report.changed)
     elif lost > report.loss_tolerance:
         expected = f"at most {report.loss_tolerance} correct answers of {n} lost on balance"
@@ -110,10 +137,11 @@ def check(report: ExportReport, where: object) -> ExportReport:
 
 def describe_report(report: ExportReport) -> str:
     """Describe the report in one line."""
+    same = "labels" if report.task == "multilabel" else "class"
     line = (
         f"against the pipeline on {report.images} images: "
         f"largest difference {report.max_difference:.1e}, "
-        f"same class {report.top1_agreement:.1%}"
+        f"same {same} {report.top1_agreement:.1%}"
     )
     accuracy = report.accuracy
     if accuracy is None:

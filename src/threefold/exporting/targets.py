@@ -63,8 +63,10 @@ def export(
         pipeline: in eval mode on the CPU.
         path: file to write, with one of SUFFIXES.
         images: real images uint8 (h, w, 3), any sizes, on which the answers are compared.
-        metadata: model card to store (plain values); with a cascade it has the key "cascade".
-        labels: class indices of the images, if known, to count correct answers lost and gained.
+        metadata: model card to store (plain values); with a cascade it has the key "cascade", for
+            any number of labels per image the keys "task" and "thresholds".
+        labels: class indices of the images, or targets (n, k), if known, to count correct answers
+            lost and gained.
         rows: name of the images' rows, for the card.
         precision: of the members' weights, one of `quantization.PRECISIONS`.
         calibration: training images uint8 (h, w, 3) that int8 takes its ranges from.
@@ -85,7 +87,8 @@ def export(
     expected = pipeline.predict_proba(list(images))
 
     def measure(answers: np.ndarray) -> ExportReport:
-        return check(compare(expected, answers, precision, labels, rows), target)
+        thresholds = card.get("thresholds")
+        return check(compare(expected, answers, precision, labels, rows, thresholds), target)
 
     if target.suffix == ".pt2":
         return _to_pt2(pipeline, target, images, {**card, "opset": None}, measure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from threefold.predictions.records import Record
+from threefold.tasks import Task
 
 
 class CorrectAnswers(Record):
@@ -35,11 +36,13 @@ class Latency(Record):
 class ExportReport(Record):
     """How the answers of an exported file compare with the pipeline's; see `exporting.parity`.
 
+    An answer is a class, or with the task multilabel all labels of an image.
+
     Attributes:
         rows: name of the rows that the images come from.
         max_difference: largest absolute difference of a probability.
-        top1_agreement: share of images with the same predicted class.
-        changed, ties: images whose predicted class changed, without and with equal probabilities.
+        top1_agreement: share of images with the same answer.
+        changed, ties: images whose answer changed, without and with equal probabilities.
         tolerance, changed_tolerance, loss_tolerance: limits on max_difference, on changed, and on
             the counted loss of correct answers.
         accuracy: only if the labels are known.
@@ -61,3 +64,4 @@ class ExportReport(Record):
     path: str = ""
     method: str = ""
     latency: Latency | None = None
+    task: Task = "multiclass"
