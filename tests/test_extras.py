@@ -54,6 +54,7 @@ WORDS = {
     "report": ["runs/x"],
     "serve": ["model.onnx"],
     "push": ["runs/x", "user/name"],
+    "ui": [],
     "search": ["demo", "--out", "x", "--space", "train.batch_size=8,16"],
 }
 """Arguments with which each verb passes the command line's own checks."""

@@ -29,6 +29,7 @@ VERB_EXTRAS: Final = {
     "serve": "serve",
     "push": "train",
     "search": "train",
+    "ui": "all",
 }
 """The extra that each verb needs; those missing here need none, nor does `explain` of a file."""
 PACKAGE_EXTRAS: Final = {

@@ -42,6 +42,7 @@ SURFACE = {
     "embed": {"--out", "--members", "--size"},
     "serve": {"--host", "--port", "--api-key", "--limit", "--mode", "--budget"},
     "report": {"--out"},
+    "ui": {"--runs", "--port", "--open"},
     "push": {"--private", "--licence"},
     "pull": {"--out", "--revision"},
     "search": {"--out", "--space", "--trials", "--budget", "--set", "--verbose"},

@@ -41,6 +41,7 @@ from threefold.cli.output import (
 from threefold.cli.reproduce import register as register_reproduce
 from threefold.cli.saved import register as register_saved
 from threefold.cli.search import search
+from threefold.cli.ui import ui
 from threefold.errors import RecipeError, refuse_address
 
 app = typer.Typer(
@@ -275,6 +276,9 @@ def serve(
 
     policy = parse_policy(mode, budget)
     run_server(model, host, port, api_key, ServerLimits().override(limits or ()), announce, policy)
+
+
+app.command()(ui)
 
 
 @app.command("list")

@@ -13,7 +13,6 @@ from threefold.cli.console import err, out, plain
 
 if TYPE_CHECKING:
     from threefold.training.run import Run
-    from threefold.training.terminal_watcher import TerminalWatcher
     from threefold.training.watcher import Watcher
 
 
@@ -34,7 +33,7 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def _catch_signals(watcher: TerminalWatcher) -> Iterator[None]:
+def catch_signals(watcher: Watcher) -> Iterator[None]:
     """Raise `Terminated` at Ctrl-C, SIGTERM or SIGHUP.
 
     While training defers a stop, it has `GRACE_SECONDS` to end its step and save its state. The
@@ -104,7 +103,7 @@ def watch_training(verbose: bool, command: str, trackers: Sequence[str] = ()) ->
 
     watcher = TerminalWatcher(out, verbose)
     try:
-        with _catch_signals(watcher), watcher, TrackedWatcher(watcher, trackers) as tracked:
+        with catch_signals(watcher), watcher, TrackedWatcher(watcher, trackers) as tracked:
             yield tracked
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Terminated) else signal.SIGINT

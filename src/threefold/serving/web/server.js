@@ -38,7 +38,7 @@ export function start(retry) {
     retry();
   };
   byId("curl").textContent = `curl -F files=@IMAGE ${location.origin}/predict`;
-  byId("program").hidden = false;
+  byId("program").hidden = location.pathname.startsWith("/try/"); // `threefold ui` asks for more
 }
 
 // Sends an image, again after a pause where the server refuses it with one of the statuses.

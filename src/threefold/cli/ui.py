@@ -1,0 +1,112 @@
+"""The verb `ui`: a local page from images to a trained model."""
+
+from __future__ import annotations
+
+import sys
+import webbrowser
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from threefold.cli.console import err, out
+
+
+def ui(
+    runs: Annotated[Path, typer.Option("--runs", help="The folder of runs.")] = Path("runs"),
+    port: Annotated[
+        int,
+        typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 = any free one."),
+    ] = 0,
+    show: Annotated[bool, typer.Option("--open", help="Open the page in your browser.")] = False,
+) -> None:
+    """Open a local page: drop images, check them, plan, train, read the report, try the model.
+
+    Only this machine is answered, and only with the key in the address. Closing the page stops
+    nothing; Ctrl-C here saves what is being trained, and the page resumes it next time.
+    """
+    import timm  # noqa: F401  what is missing is better said now than after the images were sent
+    import torch  # noqa: F401
+
+    from threefold.serving.ui import run_ui
+    from threefold.serving.ui_jobs import STATE_FOLDER, Workbench
+    from threefold.serving.ui_uploads import Uploads
+
+    def announce(address: str) -> None:
+        out.print(f"{address}   (Ctrl-C stops)", markup=False)
+        if show:
+            webbrowser.open(address)
+
+    command = [sys.executable, "-m", "threefold.cli.ui_worker"]
+    workbench = Workbench(runs, command, resolve_data, describe_run)
+    uploads = Uploads(runs.absolute() / STATE_FOLDER / "uploads")
+    for name in run_ui(workbench, uploads, port, announce):
+        err.print(f"[yellow]stopped[/] {name}; `threefold ui` resumes it", highlight=False)
+
+
+def resolve_data(name: str) -> str:
+    """Return the full path of what a person names, or its name on the hub.
+
+    Raises:
+        DataError: there is no such folder, archive or table.
+    """
+    from threefold.data.detect_source import detect_source
+    from threefold.errors import DataError
+
+    if not name.strip():
+        raise DataError("no images were named", expected="a folder, an archive or a table")
+    spec = detect_source(name.strip())
+    if spec.source == "huggingface":
+        return spec.root
+    return str(Path(name.strip()).expanduser().resolve())
+
+
+def describe_run(folder: Path) -> dict[str, Any]:
+    """Return what the page shows of a run's results, as plain values; empty without results.
+
+    Raises:
+        RunError: results.json is damaged.
+    """
+    path = folder / "results.json"
+    if not path.exists():
+        return {"classes": 0}
+    return dict(_describe(folder, path.stat().st_mtime_ns))
+
+
+@lru_cache(maxsize=256)
+def _describe(folder: Path, _: int) -> dict[str, Any]:
+    """Read the results once as long as they do not change."""
+    from threefold.predictions.run_folder import RunFolder
+
+    results = RunFolder(folder).results
+    expected = results.expected
+    found: dict[str, Any] = {
+        "classes": len(results.classes),
+        "pending": len(results.pending),
+        "finished": not results.pending,
+        "chosen": results.chosen,
+        "reason": results.chosen_reason,
+        "notes": list(results.notes),
+        "scores": [
+            {
+                "name": score.name,
+                "kind": score.kind,
+                "rows": score.rows,
+                "n": score.n,
+                "accuracy": score.accuracy,
+                "interval": list(score.interval),
+                "log_loss": score.log_loss,
+                "chosen": score.kind == "ensemble" and score.name == results.chosen,
+            }
+            for score in sorted(results.scores, key=lambda s: (s.rows != "test", -s.accuracy))
+        ],
+    }
+    if expected is not None:
+        found["expected"] = {
+            "accuracy": expected.accuracy,
+            "interval": list(expected.interval),
+            "n": expected.n,
+            "basis": expected.basis,
+        }
+    return found

@@ -1,0 +1,109 @@
+"""What a run reports, as lines of JSON in a file that another process reads meanwhile."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from threefold.files import finite_json
+from threefold.predictions.results_schema import Results
+from threefold.recipe import Job, Recipe, fold_name
+from threefold.training.watcher import Watcher
+
+INTERVAL: Final = 1.0
+"""Least seconds between two lines about the same kind of progress."""
+
+
+class EventLog:
+    """Appends events to a file, each a line of JSON with `event` and `time` (seconds since 1970).
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
+            self._append("\n")  # the process before was killed while it wrote
+
+    def write(self, event: str, **values: Any) -> None:
+        """Append an event; it can be read at once."""
+        tree = {"event": event, "time": round(time.time(), 2), **values}
+        line = json.dumps(finite_json(tree), ensure_ascii=True, default=float, allow_nan=False)
+        self._append(line + "\n")
+
+    def _append(self, text: str) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(text)
+
+
+class EventWatcher(Watcher):
+    """Writes progress, epochs, notes and scores to an event log.
+
+    Args:
+        log: where to.
+    """
+
+    def __init__(self, log: EventLog) -> None:
+        self.log = log
+        self._written: dict[str, float] = {}
+        self._images = 0
+
+    def begin(self, folder: Path, recipe: Recipe) -> None:
+        """A run begins or goes on."""
+        self.log.write("begin", name=recipe.name)
+
+    def plan(self, jobs: Sequence[Job], images: Sequence[int]) -> None:
+        """Write the jobs to come, and how many images each will train on."""
+        self.log.write("jobs", jobs=[_words(job) for job in jobs], images=list(images))
+
+    def job(self, job: Job, skipped: bool) -> None:
+        """Write which job begins, or is skipped."""
+        self._images = 0
+        self.log.write("job", job=_words(job), skipped=skipped)
+
+    def batch(self, images: int) -> None:
+        """Write how many images the job has trained on, now and then."""
+        self._images += images
+        if self._is_due("progress"):
+            self.log.write("progress", images=self._images)
+
+    def features(self, done: int, total: int) -> None:
+        """Write how far the frozen backbones are, now and then, and at their end."""
+        if self._is_due("features") or done >= total:
+            self.log.write("features", done=done, total=total)
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """Write the numbers of an epoch."""
+        names = ("epoch", "loss", "select_accuracy", "select_loss", "images_per_second")
+        values = {name: record[name] for name in names if name in record}
+        self.log.write("epoch", **values, images=self._images)
+
+    def scored(self, results: Results) -> None:
+        """Write the accuracy to expect; `pending` members are still to be trained."""
+        expected = results.expected
+        self.log.write(
+            "scored",
+            accuracy=None if expected is None else expected.accuracy,
+            pending=len(results.pending),
+        )
+
+    def note(self, text: str) -> None:
+        """Write a note."""
+        self.log.write("note", text=text)
+
+    def _is_due(self, event: str) -> bool:
+        now = time.monotonic()
+        due = now - self._written.get(event, -INTERVAL) >= INTERVAL
+        if due:
+            self._written[event] = now
+        return due
+
+
+def _words(job: Job) -> list[str]:
+    """Return member, fold and stage as texts."""
+    return [job.member, fold_name(job.fold), job.stage]
