@@ -197,21 +197,27 @@ def score_multilabel(sources: Sequence[Path], members: Sequence[str] = ()) -> Sc
     return score_multilabel_rows(rows, tuple(map(str, sources)))
 
 
-def score_multilabel_rows(rows: MultilabelPredictions, source: Sequence[str]) -> ScoredAnswers:
+def score_multilabel_rows(
+    rows: MultilabelPredictions,
+    source: Sequence[str],
+    decided: Sequence[np.ndarray] | None = None,
+) -> ScoredAnswers:
     """Score members as `score_multilabel` does.
 
     Args:
         rows: the predictions.
         source: where they come from.
+        decided: the labels uint8 (n, k) that each member gives, such as at thresholds of its own;
+            None = at cross-fitted thresholds.
 
     Raises:
         DataError: no image has a label.
     """
-    answers = {
-        name: draw(rows, as_they_are(rows, probs))
-        for name, probs in zip(rows.members, rows.probs, strict=True)
-    }
-    fitted_on = "thresholds only, cross-fitted"
+    answers = {}
+    for number, (name, probs) in enumerate(zip(rows.members, rows.probs, strict=True)):
+        own = None if decided is None else CrossFitted(probs, decided[number])
+        answers[name] = draw(rows, own or as_they_are(rows, probs))
+    fitted_on = "thresholds only, cross-fitted" if decided is None else "nothing on these rows"
     scores = [
         score_answer(rows, answer, name=name, kind="member", fitted_on=fitted_on)
         for name, answer in answers.items()
@@ -278,11 +284,15 @@ def summarize_multilabel(
 
 
 class _Contender(NamedTuple):
-    """One side of a comparison; a run has labels of its own, others those of new thresholds."""
+    """One side of a comparison.
+
+    A run or a model file has labels (n, k) of its own, others those of new thresholds.
+    """
 
     name: str
     rows: MultilabelPredictions
     run: RunFolder | None = None
+    decided: np.ndarray | None = None
 
 
 def compare_multilabel(sources: Sequence[str], shared: bool = False) -> ScoredAnswers:
@@ -302,6 +312,26 @@ def compare_multilabel(sources: Sequence[str], shared: bool = False) -> ScoredAn
     else:
         contenders = [_read_contender(source) for source in sources]
     return _compare(contenders, tuple(sources), shared)
+
+
+def compare_multilabel_rows(
+    rows: MultilabelPredictions, decided: Sequence[np.ndarray], source: tuple[str, ...]
+) -> ScoredAnswers:
+    """Compare every pair of members, which give labels of their own.
+
+    Args:
+        rows: the predictions.
+        decided: the labels uint8 (n, k) that each member gives.
+        source: where they come from.
+
+    Raises:
+        DataError: fewer than two members, or more than MAX_CONTENDERS.
+    """
+    contenders = [
+        _Contender(name, rows.member(name), decided=own)
+        for name, own in zip(rows.members, decided, strict=True)
+    ]
+    return _compare(contenders, source, shared=False)
 
 
 def _all_members(path: Path) -> list[_Contender]:
@@ -388,6 +418,8 @@ def _compare(
 def _decide(contender: _Contender, rows: MultilabelPredictions, probs: np.ndarray) -> CrossFitted:
     """Return a run's own labels, or those of cross-fitted thresholds."""
     array = probs
+    if contender.decided is not None:
+        return CrossFitted(array, contender.decided)
     if contender.run is None:
         return as_they_are(rows, array)
     chosen = contender.run.multilabel_chosen

@@ -12,8 +12,11 @@ from threefold.data.class_names import exported_names
 from threefold.data.dataset import ImageDataset
 from threefold.data.labelled import load_labelled
 from threefold.errors import DataError, RecipeError, shorten
+from threefold.predictions.multilabel import MultilabelPredictions
 from threefold.predictions.predictions import Predictions
 
+Progress = Callable[[int, int], object]
+"""Called with the number of images answered and of all."""
 BATCH: Final = 16
 """Images of one size that a model answers at a time."""
 
@@ -34,7 +37,7 @@ class ImageClassifier(Protocol):
 def predict_labelled(
     models: Sequence[ImageClassifier],
     data: str | Path,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Progress | None = None,
 ) -> Predictions:
     """Answer labelled images with one model or several.
 
@@ -54,10 +57,46 @@ def predict_labelled(
         RecipeError: the models have different classes, or names that cannot be told apart.
     """
     names = _names([model.path for model in models])
+    rows = load_labelled(data)
+    labels = _numbers(rows, models[0].classes, data)[rows.labels]
+    return Predictions(
+        probs=_answer(models, rows, progress),
+        labels=labels,
+        ids=rows.ids,
+        classes=models[0].classes,
+        members=names,
+        groups=rows.groups,
+    )
+
+
+def predict_targets(
+    models: Sequence[ImageClassifier], data: str | Path, progress: Progress | None = None
+) -> MultilabelPredictions:
+    """As `predict_labelled`, where an image has any number of labels.
+
+    Labels of the models that no image has count as missing from every image.
+    """
+    names = _names([model.path for model in models])
+    rows = load_labelled(data, "multilabel")
+    assert rows.targets is not None
+    targets = np.zeros((len(rows), len(models[0].classes)), np.uint8)
+    targets[:, _numbers(rows, models[0].classes, data)] = rows.targets
+    return MultilabelPredictions(
+        probs=_answer(models, rows, progress),
+        targets=targets,
+        ids=rows.ids,
+        classes=models[0].classes,
+        members=names,
+        groups=rows.groups,
+    )
+
+
+def _answer(
+    models: Sequence[ImageClassifier], rows: ImageDataset, progress: Progress | None
+) -> np.ndarray:
+    """Return the models' probabilities (m, n, k), in the order of the first one's classes."""
     classes = models[0].classes
     orders = [_order(model, classes, models[0].path) for model in models]
-    rows = load_labelled(data)
-    labels = _labels(rows, classes, data)
     probs = np.empty((len(models), len(rows), len(classes)), np.float32)
     for number, (model, order) in enumerate(zip(models, orders, strict=True)):
         done = number * len(rows)
@@ -66,14 +105,7 @@ def predict_labelled(
             probs[number, begin:end] = model.answer(batch)[:, order]
             if progress is not None:
                 progress(done + end, len(models) * len(rows))
-    return Predictions(
-        probs=probs,
-        labels=labels,
-        ids=rows.ids,
-        classes=classes,
-        members=names,
-        groups=rows.groups,
-    )
+    return probs
 
 
 def _batches(rows: ImageDataset, model: ImageClassifier) -> Iterator[tuple[int, np.ndarray]]:
@@ -88,15 +120,20 @@ def _batches(rows: ImageDataset, model: ImageClassifier) -> Iterator[tuple[int, 
     yield begin, np.stack(batch)
 
 
-def _labels(rows: ImageDataset, classes: Sequence[str], data: str | Path) -> np.ndarray:
-    """Return the model's class number of each image, int64 (n,)."""
+def _numbers(rows: ImageDataset, classes: Sequence[str], data: str | Path) -> np.ndarray:
+    """Return the model's number of each class of the images, int64."""
     # A file has other names in place of those that could not be written into it.
     written = exported_names(rows.classes)
     number = {name: i for i, name in enumerate(classes)}
     known = [
         number.get(name, number.get(w, -1)) for name, w in zip(rows.classes, written, strict=True)
     ]
-    unknown = [rows.classes[i] for i in np.unique(rows.labels) if known[i] < 0]
+    occurs = np.zeros(len(rows.classes), bool)
+    if rows.targets is None:
+        occurs[rows.labels] = True
+    else:
+        occurs[:] = True
+    unknown = [name for i, name in enumerate(rows.classes) if occurs[i] and known[i] < 0]
     if unknown:
         raise DataError(
             "the images have classes that the model does not know",
@@ -105,7 +142,7 @@ def _labels(rows: ImageDataset, classes: Sequence[str], data: str | Path) -> np.
             got=shorten(unknown),
             fix="rename their folders or labels, or leave them out",
         )
-    return np.array(known, np.int64)[rows.labels]
+    return np.array(known, np.int64)
 
 
 def _order(model: ImageClassifier, classes: Sequence[str], first: Path) -> list[int]:

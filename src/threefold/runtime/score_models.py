@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,8 @@ from threefold.predictions.results_schema import (
     UnknownImages,
 )
 from threefold.runtime.foreign_model import ForeignCard, ForeignModel
-from threefold.runtime.labelled_images import ImageClassifier, predict_labelled
+from threefold.runtime.labelled_images import ImageClassifier, Progress, predict_labelled
 from threefold.runtime.model import Model
-
-Progress = Callable[[int, int], object]
-"""Called with the number of images answered and of all."""
 
 
 def score_models(
