@@ -108,6 +108,8 @@ class Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if len(names) < 2:
             raise DataError("there is one class only", got=names[0], expected="two or more")
         overrides = (self.overrides,) if isinstance(self.overrides, str) else tuple(self.overrides)
+        # A label with separators in it is still one label.
+        overrides += () if any("data." in text for text in overrides) else ("data.task=multiclass",)
         if self.random_state is not None:
             overrides += (f"seed={self._seed()}",)
         with self._stored(images, [names[number] for number in numbers]) as (folder, data):

@@ -23,7 +23,14 @@ from threefold.errors import RecipeError, refuse_address
 from threefold.files import read_text
 from threefold.names import find_repeated
 from threefold.overrides import apply_override
-from threefold.recipe_checks import check_distill, check_holdout, check_pseudo_labels
+from threefold.recipe_checks import (
+    check_cached,
+    check_distill,
+    check_holdout,
+    check_pseudo_labels,
+    check_task,
+    with_task_defaults,
+)
 from threefold.recipe_schema import (
     WITH_GROUPS,
     AugmentSpec,
@@ -93,6 +100,7 @@ class Recipe(Section):
     @classmethod
     def _take_over(cls, tree: Any) -> Any:
         """Give members with `starts_from` the backbone, head, weights and resize of that member."""
+        tree = with_task_defaults(tree)
         members = tree.get("members") if isinstance(tree, dict) else None
         if not isinstance(members, (list, tuple)) or not all(isinstance(m, dict) for m in members):
             return tree
@@ -115,8 +123,10 @@ class Recipe(Section):
                 raise ValueError(f"{what} need different names; repeated: {repeated}")
         self._check_folds()
         self._check_members()
-        self._check_cached()
+        check_cached(self.stages, self.augment, self.protocol, self.folds)
         protocol, distill = self.protocol, self.distill
+        taught = {"distill": distill, "pseudo_labels": self.pseudo_labels}
+        check_task(self.data, self.train, self.ensemble, self.views, self.members, taught)
         if distill is not None:
             check_distill(distill, self.members, self.stages_of, protocol)
         if self.pseudo_labels is not None:
@@ -203,24 +213,6 @@ class Recipe(Section):
             raise ValueError(
                 f"ensemble.top = {self.ensemble.top} exceeds the {len(self.combined)} members"
             )
-
-    def _check_cached(self) -> None:
-        """Check that cached stages have nothing that must see the pixels of a whole batch."""
-        for stage in self.stages:
-            mixing = [k for k in ("mixup", "cutmix", "erasing") if getattr(self.augment, k)]
-            if stage.cached and mixing:
-                raise ValueError(
-                    f"stage {stage.name} is cached and cannot mix or erase pixels: set "
-                    f"{' and '.join(f'augment.{key} = 0' for key in mixing)}, or cached = false"
-                )
-            if stage.cached and self.protocol == "paper" and self.folds.k == 1:
-                raise ValueError(
-                    f"stage {stage.name} is cached and needs select rows; set folds.k >= 2"
-                )
-            if stage.cached and stage.img_size:
-                raise ValueError(
-                    f"stage {stage.name} is cached and has the size of its member; remove img_size"
-                )
 
     def _check_base(self, where: str, member: MemberSpec, base: MemberSpec) -> None:
         """Check a member that another one builds on: it is trained before, in the same folds."""

@@ -1,16 +1,128 @@
-"""What must hold between a recipe's members and tables: students, pseudo labels, one split."""
+"""What must hold between a recipe's members and tables: tasks, students, pseudo labels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 from threefold.recipe_schema import (
+    AugmentSpec,
+    DataSpec,
     DistillSpec,
+    EnsembleSpec,
+    FoldSpec,
     MemberSpec,
     PseudoLabelSpec,
     StageSpec,
+    TrainSpec,
     ViewSpec,
 )
+
+MULTILABEL: Final[dict[str, dict[str, Any]]] = {
+    "train": {"metric": "mean_average_precision"},
+    "ensemble": {"methods": ("mean", "best"), "calibration": "logistic"},
+}
+"""Defaults of recipes for images with any number of labels, where they differ from others."""
+
+
+def with_task_defaults(tree: Any) -> Any:
+    """Add what a recipe for images with any number of labels leaves out.
+
+    Args:
+        tree: plain values, perhaps wrong ones.
+    """
+    data = tree.get("data") if isinstance(tree, Mapping) else None
+    task = data.get("task") if isinstance(data, Mapping) else getattr(data, "task", None)
+    if task != "multilabel":
+        return tree
+    completed = dict(tree)
+    for section, defaults in MULTILABEL.items():
+        given = tree.get(section, {})
+        if isinstance(given, Mapping):
+            completed[section] = {**defaults, **given}
+    return completed
+
+
+def check_task(
+    data: DataSpec,
+    train: TrainSpec,
+    ensemble: EnsembleSpec,
+    views: ViewSpec,
+    members: Sequence[MemberSpec],
+    others: Mapping[str, object],
+) -> None:
+    """Refuse settings that mean nothing for the task of a recipe.
+
+    Args:
+        data: its tables, as the next ones.
+        train: settings of training.
+        ensemble: settings of ensembles.
+        views: test-time views.
+        members: its members.
+        others: tables that may be None: distill, pseudo_labels.
+
+    Raises:
+        ValueError: there is one; the message says what to do.
+    """
+    if data.task == "multiclass":
+        if train.metric == "mean_average_precision":
+            raise ValueError("train.metric = mean_average_precision needs data.task = multilabel")
+        if ensemble.calibration == "logistic":
+            raise ValueError("ensemble.calibration = logistic needs data.task = multilabel")
+        return
+    default, why = EnsembleSpec(), "data.task = multilabel: images have any number of labels"
+    if train.metric not in ("mean_average_precision", "log_loss"):
+        raise ValueError(
+            f"{why}, and train.metric = {train.metric} needs one class; set "
+            "mean_average_precision or log_loss"
+        )
+    if set(ensemble.methods) != {"mean", "best"} or ensemble.export != "auto":
+        raise ValueError(
+            f"{why}, whose ensembles are the mean and the best member, the better one chosen; "
+            'remove ensemble.methods and ensemble.export, or set ["mean", "best"] and auto'
+        )
+    if ensemble.calibration != "logistic":
+        raise ValueError(f"{why}, which are calibrated one by one; remove ensemble.calibration")
+    unused = [
+        key
+        for key in ("top", "alpha", "reject", "disagreement", "stacked")
+        if getattr(ensemble, key) != getattr(default, key)
+    ]
+    unused = [f"ensemble.{key}" for key in unused]
+    unused += ["train.class_weights"] if train.class_weights != "none" else []
+    unused += ["train.sampler"] if train.sampler != "shuffle" else []
+    unused += ["views.choose"] if views.choose else []
+    unused += [name for name, table in others.items() if table is not None]
+    unused += [f"members.{member.name}.joins" for member in members if member.joins]
+    if unused:
+        raise ValueError(f"{why}, and {', '.join(unused)} need one class; remove what is named")
+
+
+def check_cached(
+    stages: Sequence[StageSpec], augment: AugmentSpec, protocol: str, folds: FoldSpec
+) -> None:
+    """Check that cached stages have nothing that must see the pixels of a whole batch.
+
+    Raises:
+        ValueError: one has.
+    """
+    for stage in stages:
+        if not stage.cached:
+            continue
+        mixing = [k for k in ("mixup", "cutmix", "erasing") if getattr(augment, k)]
+        if mixing:
+            raise ValueError(
+                f"stage {stage.name} is cached and cannot mix or erase pixels: set "
+                f"{' and '.join(f'augment.{key} = 0' for key in mixing)}, or cached = false"
+            )
+        if protocol == "paper" and folds.k == 1:
+            raise ValueError(
+                f"stage {stage.name} is cached and needs select rows; set folds.k >= 2"
+            )
+        if stage.img_size:
+            raise ValueError(
+                f"stage {stage.name} is cached and has the size of its member; remove img_size"
+            )
 
 
 def check_holdout(protocol: str, views: ViewSpec, distill: DistillSpec | None) -> None:

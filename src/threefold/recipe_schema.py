@@ -27,6 +27,14 @@ Method = Literal[
     "stacked-shrunk",
     "stacked",
 ]
+Metric = Literal[
+    "accuracy",
+    "balanced_accuracy",
+    "macro_f1",
+    "log_loss",
+    "roc_auc",
+    "mean_average_precision",
+]
 Source = Literal[
     "folder",
     "csv",
@@ -232,8 +240,9 @@ class TrainSpec(Section):
     sam: Annotated[float, Field(ge=0)] = 0.0
     """Radius of sharpness-aware minimization (Foret et al., 2021), which doubles the cost of a step
     (0 = off)."""
-    metric: Literal["accuracy", "balanced_accuracy", "macro_f1", "log_loss", "roc_auc"] = "accuracy"
-    """What checkpoints, stages, ensembles and the headline are chosen and reported by."""
+    metric: Metric = "accuracy"
+    """What checkpoints, stages, ensembles and the headline are chosen and reported by. Images with
+    any number of labels have mean_average_precision, their default, or log_loss."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto = the fastest of those that this machine computes natively, measured on the network."""
     device: str = "auto"
@@ -408,9 +417,10 @@ class EnsembleSpec(Section):
     """The members to combine (empty = all with their own backbone)."""
     top: Annotated[int, Field(ge=0)] = 0
     """Combine only this many members, the most accurate out of fold (paper: three; 0 = all)."""
-    calibration: Literal["none", "temperature", "vector", "auto"] = "temperature"
+    calibration: Literal["none", "temperature", "vector", "auto", "logistic"] = "temperature"
     """Fitted on out-of-fold rows and scored cross-fitted; auto = the simplest within one standard
-    error."""
+    error. Images with any number of labels have logistic (Platt, 1999), for each label by itself,
+    where it lowers the log loss by more than a standard error."""
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of images whose true class may be missing from the prediction set (conformal alpha)."""
     reject: Annotated[float, Field(gt=0, lt=1)] = 0.05

@@ -197,6 +197,13 @@ def search(
             got="paper",
             fix="--set protocol=honest",
         )
+    if recipe.data.task == "multilabel":
+        raise RecipeError(
+            "a search compares answers of one class for each image",
+            where="data.task",
+            got="multilabel",
+            fix="train the recipes one by one, and compare the runs: threefold compare RUN RUN",
+        )
     folder, began = Path(out), time.monotonic()
     done = _read_trials(folder, recipe, space)
     sources = load_data(recipe.data, recipe.seed)

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from threefold.data.dataset import ImageDataset, Sources, load_data
-from threefold.data.detect_source import TABLES, detect_source, find_fold_column, is_hub_name
+from threefold.data.detect_source import (
+    TABLES,
+    detect_source,
+    find_fold_column,
+    find_multilabel,
+    is_hub_name,
+)
 from threefold.data.leakage import (
     NEAR,
     NEAR_COPIES,
@@ -150,11 +158,15 @@ def find_spec(source: str, kind: str = "") -> DataSpec:
 
 
 def _with_own_folds(spec: DataSpec) -> DataSpec:
-    """Name the user's own column of folds, as a plan does."""
-    try:
-        return spec.model_copy(update={"fold_column": find_fold_column(spec)})
-    except DataError:  # which the check finds again, and reports
+    """Name the user's own column of folds, and any number of labels, as a plan does."""
+    with suppress(DataError):  # which the check finds again, and reports
+        spec = spec.model_copy(update={"fold_column": find_fold_column(spec)})
+    found = find_multilabel(spec)
+    if found is None:
         return spec
+    return spec.model_copy(
+        update={"task": "multilabel", "label_separator": found.separator or None}
+    )
 
 
 def _guess_source(path: Path) -> str:
@@ -208,7 +220,7 @@ def examine_images(sources: Sources) -> ExaminedImages:
     duplicates = find_duplicates(
         meter.watch(data.pixels(row) for _, data, row in rows),
         ids,
-        np.array([data.labels[row] for _, data, row in rows]),
+        _label_codes([data.label_names(row) for _, data, row in rows]),
         np.array([name for name, _, _ in rows]),
         distance=distance,
     )
@@ -239,14 +251,25 @@ def _quality_findings(quality: Sequence[QualityFinding]) -> list[Finding]:
 
 
 def _counts(sources: Sources) -> dict[str, dict[str, int]]:
-    counts = {
-        part: np.bincount(data.labels, minlength=len(data.classes))
-        for part, data in _parts(sources).items()
-    }
+    counts = {part: _count_classes(data) for part, data in _parts(sources).items()}
     return {
         name: {part: int(count[label]) for part, count in counts.items()}
         for label, name in enumerate(sources.train.classes)
     }
+
+
+def _count_classes(data: ImageDataset) -> NDArray[np.int64]:
+    """Return the number of images (k,) of each class, or with each label."""
+    if data.targets is None:
+        return np.bincount(data.labels, minlength=len(data.classes))
+    counts: NDArray[np.int64] = data.targets.sum(0, dtype=np.int64)
+    return counts
+
+
+def _label_codes(names: Sequence[tuple[str, ...]]) -> NDArray[np.int64]:
+    """Return numbers (n,), the same for images with the same class or labels."""
+    number = {labels: code for code, labels in enumerate(sorted(set(names)))}
+    return np.array([number[labels] for labels in names], dtype=np.int64)
 
 
 def _unreadable(skipped: dict[str, str], spec: DataSpec) -> list[Finding]:
@@ -259,7 +282,7 @@ def _unreadable(skipped: dict[str, str], spec: DataSpec) -> list[Finding]:
 
 def _class_findings(train: ImageDataset) -> list[Finding]:
     """Report small classes and imbalance."""
-    counts = np.bincount(train.labels, minlength=len(train.classes))
+    counts = _count_classes(train)
     findings = []
     few = [f"{train.classes[label]} ({counts[label]})" for label in np.flatnonzero(counts < FEW)]
     if few:

@@ -21,6 +21,7 @@ from threefold.models.heads import InputForm
 from threefold.models.member import Member
 from threefold.models.split import count_frozen_blocks
 from threefold.recipe_schema import MemberSpec, StageSpec
+from threefold.tasks import Task
 from threefold.training.features import FeatureCache
 from threefold.training.heads import predict_cached, to_features
 from threefold.training.optimizers import set_trainable
@@ -123,14 +124,15 @@ def to_activations(activations: np.ndarray, device: torch.device) -> Tensor:
     return features.contiguous(memory_format=torch.channels_last)
 
 
-def predict_late(late: nn.Module, activations: np.ndarray) -> np.ndarray:
+def predict_late(late: nn.Module, activations: np.ndarray, task: Task = "multiclass") -> np.ndarray:
     """Run what follows the frozen blocks on many activations; it is left in eval mode.
 
     Args:
         late: maps activations to logits.
         activations: float16 (n, ...).
+        task: what logits become, see `probabilities`.
 
     Returns:
         Probabilities, float32 (n, k).
     """
-    return predict_cached(late, activations, to_activations, BATCH)
+    return predict_cached(late, activations, to_activations, BATCH, task)

@@ -42,7 +42,8 @@ class BatchAugmentation:
 
         Args:
             images: float (b, 3, h, w) in 0..255.
-            labels: (b,) class numbers, or (b, k) shares of the classes.
+            labels: (b,) class numbers, or (b, k) shares of the classes, or targets of any number
+                of labels, of which a mixture has the shares of its images.
             soft: (b, k) a teacher's softened probabilities, or None.
 
         Returns:
@@ -60,7 +61,7 @@ class BatchAugmentation:
         self.mix.num_classes = even
         mixed, shares = self.mix(images[:even], torch.arange(even, device=labels.device))
         images = torch.cat([mixed, images[even:]])
-        classes = labels
+        classes = labels.to(shares.dtype)
         if labels.ndim == 1:
             classes = functional.one_hot(labels, self.num_classes).to(shares.dtype)
         classes = torch.cat([shares @ classes[:even], classes[even:]])

@@ -38,11 +38,11 @@ from threefold.models.member import create_backbone, fixed_size, has_token_grid
 from threefold.names import plain_backbone
 from threefold.recipe import Recipe
 from threefold.recipe_schema import HeadSpec, MemberSpec
-from threefold.stats.scores import log_loss
 from threefold.training.features import FeatureCache
 from threefold.training.measure import PROBE_ROWS, cross_validated_probe, spread_over_classes
 from threefold.training.plan_basis import Clock, Quality, widest_input
 from threefold.training.plan_size import FEATURE_SHARE, ProbePlan
+from threefold.training.truth import row_losses
 from threefold.training.watcher import Watcher
 
 AUTO = "auto"
@@ -178,7 +178,7 @@ def choose(
 
     Args:
         probs: (m, n, k), out of fold.
-        labels: (n,) int64.
+        labels: (n,) int64, or targets (n, k).
         costs: (m,) of any unit.
         limit: the sum of the costs of the chosen members may not exceed it.
         most: how many to choose at most.
@@ -194,7 +194,7 @@ def choose(
             members = [*chosen, index]
             cost = sum(costs[i] for i in members)
             if index not in chosen and cost <= limit:
-                loss = log_loss(probs[members].mean(0), labels)
+                loss = _loss(probs[members].mean(0), labels)
                 values[index] = _value(loss, cost)
         if min(values.values(), default=math.inf) >= best:
             break
@@ -215,19 +215,21 @@ def halves_loss(
 
     Args:
         probs: (m, n, k), out of fold.
-        labels: (n,) int64.
+        labels: (n,) int64, or targets (n, k).
         costs: (m,) see `choose`.
         limit: see `choose`.
     """
     first = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
+    # Images with any number of labels are halved as they are listed.
+    codes = np.zeros(len(labels), int) if labels.ndim == 2 else labels
+    for label in np.unique(codes):
+        rows = np.flatnonzero(codes == label)
         first[rows[: len(rows) // 2]] = True
     answers = np.zeros(probs.shape[1:])
     for half in (first, ~first):
         members = choose(probs[:, half], labels[half], costs, limit) if half.any() else []
         answers[~half] = probs[members or slice(None)][:, ~half].mean(0)
-    return log_loss(answers, labels)
+    return _loss(answers, labels)
 
 
 def gather_candidates(
@@ -309,7 +311,7 @@ def screen(
     job = _Job(draft, sources, measured.img_size, notes, watcher or Watcher())
     first = count_macs(draft.members[0].backbone, measured.img_size)
     seconds_per_mac = measured.feature_seconds / first
-    labels, images = sources.train.labels, sources.num_images
+    labels, images = sources.train.truth, sources.num_images
     deadline = time.monotonic() + SCREEN_SHARE * clock.left
     rows = spread_over_classes(labels, PROBE_ROWS)
     entries = job.affordable(candidates, FEATURE_SHARE * clock.left / (images * seconds_per_mac))
@@ -334,7 +336,7 @@ def screen(
         ),
         screened=screened,
         rows=len(rows),
-        loss=log_loss(probs[chosen].mean(0), labels[rows]),
+        loss=_loss(probs[chosen].mean(0), labels[rows]),
         halves=halves_loss(probs, labels[rows], costs, limit),
         notes=job.notes,
     )
@@ -401,7 +403,7 @@ class _Job:
             except Exception as error:  # missing, gated or broken weights, memory: all end here
                 self._skip(entry.candidate, error)
                 continue
-            loss = log_loss(probs, self.sources.train.labels[rows])
+            loss = _loss(probs, self.sources.train.truth[rows])
             compared.append(entry._replace(probs=probs, loss=loss))
         if not compared:
             self._refuse()
@@ -453,6 +455,11 @@ def _better_half(compared: list[Screened]) -> list[Screened]:
     ranked = sorted(compared, key=lambda entry: _value(entry.loss, entry.cost))
     kept = ranked[: max(MOST, math.ceil(len(ranked) / 2))]
     return sorted(kept, key=lambda entry: entry.cost)
+
+
+def _loss(probs: np.ndarray, truth: np.ndarray) -> float:
+    """Mean log loss of answers (n, k) to labels (n,) or targets (n, k)."""
+    return float(row_losses(probs, truth).mean())
 
 
 def _value(loss: float, cost: float) -> float:

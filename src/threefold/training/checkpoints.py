@@ -25,7 +25,7 @@ from torch import Generator, Tensor
 from threefold.errors import RunError, is_out_of_memory, out_of_memory
 from threefold.files import write_bytes
 from threefold.stats.bootstrap import row_weights
-from threefold.stats.weighted_scores import check_score, score_value
+from threefold.training.truth import metric_value, right_share, row_losses, weighted_metric
 
 State = dict[str, Tensor]
 
@@ -45,7 +45,7 @@ class Checkpoint:
     Attributes:
         state: the network's state dict.
         probs: (n, k) the network's probabilities.
-        labels: (n,) class numbers.
+        labels: (n,) class numbers, or targets (n, k).
         epoch: number of the epoch, -1 before the first.
         metric: what checkpoints are compared by (`train.metric`).
     """
@@ -58,18 +58,20 @@ class Checkpoint:
 
     @cached_property
     def correct(self) -> np.ndarray:
-        """Which rows are answered correctly: (n,) booleans."""
-        return np.asarray(self.probs.argmax(1) == self.labels)
+        """Which rows are answered correctly: (n,) booleans, or shares of right labels."""
+        return right_share(self.probs, self.labels)
 
     @cached_property
     def losses(self) -> np.ndarray:
         """Negative log-likelihoods (n,)."""
+        if self.labels.ndim == 2:
+            return row_losses(np.clip(self.probs, 1e-7, 1 - 1e-7), self.labels)
         of_labels = np.clip(self.probs[np.arange(len(self.labels)), self.labels], 1e-7, 1.0)
         return np.asarray(-np.log(of_labels).astype(np.float64))
 
     @property
     def accuracy(self) -> float:
-        """Share of the rows answered correctly."""
+        """Share of the rows, or of all their labels, answered correctly."""
         return float(self.correct.mean())
 
     @cached_property
@@ -79,7 +81,7 @@ class Checkpoint:
             return self.accuracy
         if self.metric == "log_loss":
             return float(self.losses.mean())
-        return score_value(self.metric, self.probs.astype(np.float64), self.labels)
+        return metric_value(self.metric, self.probs.astype(np.float64), self.labels)
 
     @property
     def plain_score(self) -> float | None:
@@ -145,7 +147,7 @@ def _metric_rise(start: Checkpoint, best: Checkpoint) -> tuple[float, float]:
     """
     if best.metric == "accuracy":
         return _paired(best.correct.astype(float) - start.correct.astype(float))
-    function, n = check_score(best.metric), len(best.labels)
+    function, n = weighted_metric(best.metric), len(best.labels)
     differences = []
     for weights in row_weights(n, None, GATE_RESAMPLES, seed=0):
         after, before = (

@@ -22,10 +22,6 @@ def check_trainable(recipe: Recipe) -> None:
             backbone cannot take images of its size; or one with a fixed grid of tokens would need
             two image sizes.
     """
-    if recipe.data.task == "multilabel":
-        raise RecipeError(
-            "several labels per image are read and split, but not trained yet", where="data.task"
-        )
     _check_features(recipe)
     check_sizes(recipe)
     check_precision(recipe.train.precision, pick_device(recipe.train.device))

@@ -120,12 +120,14 @@ def _search_copies(run: Run, cache: PixelCache) -> CopySearch:
         distance = 0.0
     spec = next(m for m in run.recipe.members if not m.joins)
     parts = [f"fold {fold}" for fold in roles_by_fold(run).owner] + ["test"] * (count - len(train))
-    ids, labels = list(train.ids), train.labels
+    ids, truth = list(train.ids), train.truth
     squares = [cache.rows("train", spec, np.arange(len(train))).pixels]
     if test is not None:
-        ids, labels = [*ids, *test.ids], np.concatenate([labels, test.labels])
+        ids, truth = [*ids, *test.ids], np.concatenate([truth, test.truth])
         squares.append(cache.rows("test", spec, np.arange(len(test))).pixels)
     images = (image for part in squares for image in part)
+    # Equal sets of labels have one number.
+    labels = np.unique(truth, axis=0, return_inverse=True)[1].reshape(len(ids))
     return CopySearch(find_duplicates(images, ids, labels, parts, distance=distance), note)
 
 
@@ -150,17 +152,20 @@ def audit_run(
         missing = "the audit needs out-of-fold rows of the honest protocol; this run has none"
     if not missing:
         write_suspects(run.dir / "suspects.csv", suspects)
-    notes = _group_warnings(run)
-    notes += [warning.message for warning in duplicate_warnings(copies.duplicates)]
-    if copies.note:
-        notes.append(copies.note)
     listed = tuple(CopyPair(**pair._asdict()) for pair in copies.duplicates.pairs[:LISTED])
     audit = summarize_audit(suspects, missing).replace(
         file="" if missing else "suspects.csv",
-        warnings=tuple(notes),
+        warnings=tuple(data_warnings(run, copies)),
         duplicates=Copies(total=copies.duplicates.total, pairs=listed),
     )
     return audit, suspects
+
+
+def data_warnings(run: Run, copies: CopySearch) -> list[str]:
+    """Warn about copies of images, and about names that look like groups."""
+    notes = _group_warnings(run)
+    notes += [warning.message for warning in duplicate_warnings(copies.duplicates)]
+    return [*notes, copies.note] if copies.note else notes
 
 
 def _group_warnings(run: Run) -> list[str]:

@@ -261,6 +261,13 @@ def open_teacher(folder: str | Path) -> Run:
             got="checkpoints chosen on the rows that they answer, or on the test rows",
             fix="train it with --set protocol=honest",
         )
+    if run.recipe.data.task == "multilabel":
+        raise RunError(
+            "a run with any number of labels per image cannot teach",
+            where=run.dir,
+            expected="one class for each image",
+            fix="train the student on the images: threefold fit DATA --members NAME",
+        )
     if run.recipe.distill is not None:
         raise RunError(
             "a student cannot teach",

@@ -25,6 +25,7 @@ class Neighbour(NamedTuple):
 
     id: str
     label: str
+    """Its class, or all its labels."""
     similarity: float
     """Cosine of the angle between the features, averaged over the backbones."""
 
@@ -96,7 +97,8 @@ def similar_images(
         similarity += cosines(known, one[0]) / len(specs)
     order = np.argsort(-similarity, kind="stable")[:count]
     return [
-        Neighbour(train.ids[i], train.classes[train.labels[i]], float(similarity[i])) for i in order
+        Neighbour(train.ids[i], ", ".join(train.label_names(int(i))), float(similarity[i]))
+        for i in order
     ]
 
 

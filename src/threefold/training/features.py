@@ -69,7 +69,7 @@ class FeatureRows(NamedTuple):
     """float16 (n, d), or (n, c, h, w) where the head takes a map; of `n` rows the images
     themselves, then their first copies, then their second ones ..."""
     labels: np.ndarray
-    """(n,) int64."""
+    """(n,) int64, or (n, k) zeros and ones where images have any number of labels."""
 
 
 @dataclass(eq=False)
@@ -184,7 +184,7 @@ class FeatureCache:
         self.prepare(split, [spec], rows, copies, expected)
         source = self._source(spec)
         names = [self._name(split, int(row), copy) for copy in range(copies + 1) for row in rows]
-        labels = np.tile(self.sources.part(split).labels[rows], copies + 1)
+        labels = np.concatenate([self.sources.part(split).truth[rows]] * (copies + 1))
         return FeatureRows(source.store.read(names), labels)
 
     def seconds_per_image(

@@ -39,6 +39,7 @@ from threefold.training.pseudo_labels import PseudoLabels
 from threefold.training.run import Run
 from threefold.training.stage_task import StageTask
 from threefold.training.stages import train_stage
+from threefold.training.truth import right_share, task_of
 
 EPOCHS: Final = 30
 """Epochs of a head that is not linear, where the stage has none."""
@@ -55,7 +56,7 @@ class HeadOutcome:
         start: the tensors `head.*` fitted on the fit rows.
         answer: those of the member's answer.
         history: the content of history.json.
-        correct: which select rows and score rows `start` answers correctly.
+        correct: which select rows and score rows `start` answers correctly; see `right_share`.
         member: frozen backbone and answering head.
         elapsed_before: seconds spent before the stage was resumed.
     """
@@ -210,7 +211,9 @@ def _fit_exactly(
 
 def _choose_head(run: Run, features: np.ndarray, targets: Targets, select: FeatureRows) -> L2Choice:
     """Fit heads on some rows and choose the penalty on the select rows."""
-    weights = class_weights(select.labels, len(run.sources.train.classes), _balance(run))
+    weights = None
+    if select.labels.ndim == 1:
+        weights = class_weights(select.labels, len(run.sources.train.classes), _balance(run))
     return choose_l2(features, targets, select.features, select.labels, weights)
 
 
@@ -235,8 +238,11 @@ def _to_learn(
         relative = targets.sum(1, dtype=np.float64)
         probs = targets / relative[:, None]
         rows = _with_unlabelled(features, spec, rows, pseudo, copies)
+    balanced = np.ones(len(rows.labels))
+    if rows.labels.ndim == 1:
+        balanced = class_weights(rows.labels, num_classes, _balance(run))
     # All copies of an image together weigh as much as one image.
-    weights = class_weights(rows.labels, num_classes, _balance(run)) / (copies + 1) * relative
+    weights = balanced / (copies + 1) * relative
     return rows.features, Targets(rows.labels, num_classes, weights, probs)
 
 
@@ -288,7 +294,9 @@ def _history(
 
     on_fit = measure(choice.head.probs(fit.features), fit.labels)
     on_select = measure(choice.head.probs(select.features), select.labels)
-    shares = np.bincount(fit.labels, minlength=len(choice.head.bias)) / len(fit.labels)
+    shares = fit.labels.mean(0)
+    if fit.labels.ndim == 1:
+        shares = np.bincount(fit.labels, minlength=len(choice.head.bias)) / len(fit.labels)
     constant = measure(np.tile(shares, (len(select.labels), 1)), select.labels)
     record = {
         "epoch": 0,
@@ -323,7 +331,7 @@ def _correct(
     if len(roles.score):
         rows["score"] = features.rows("train", spec, roles.score)
     return {
-        name: head_probs(network, part.features).argmax(1) == part.labels
+        name: right_share(head_probs(network, part.features, task_of(part.labels)), part.labels)
         for name, part in rows.items()
     }
 
@@ -335,4 +343,5 @@ def answer_features(
 
     They are the member's answers to whole images, up to the rounding of the features to float16.
     """
-    return head_probs(HeadNetwork(member.head), features.rows(split, spec, rows).features)
+    answered = features.rows(split, spec, rows).features
+    return head_probs(HeadNetwork(member.head), answered, features.recipe.data.task)

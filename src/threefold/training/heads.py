@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from threefold.models.answers import probabilities
+from threefold.tasks import Task
+
 BATCH: Final = 1024
 """Images whose features a head answers at a time."""
 
@@ -41,17 +44,18 @@ def to_features(features: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(features)).to(device).float()
 
 
-def head_probs(network: nn.Module, features: np.ndarray) -> np.ndarray:
+def head_probs(network: nn.Module, features: np.ndarray, task: Task = "multiclass") -> np.ndarray:
     """Answer cached features; the network is left in eval mode.
 
     Args:
         network: maps float features to logits.
         features: float16 (n, ...).
+        task: what logits become, see `probabilities`.
 
     Returns:
         float32 (n, k).
     """
-    return predict_cached(network, features, to_features, BATCH)
+    return predict_cached(network, features, to_features, BATCH, task)
 
 
 @torch.inference_mode()
@@ -60,6 +64,7 @@ def predict_cached(
     values: np.ndarray,
     convert: Callable[[np.ndarray, torch.device], Tensor],
     batch_size: int,
+    task: Task = "multiclass",
 ) -> np.ndarray:
     """Run a network, or a part of one, on cached values; it is left in eval mode.
 
@@ -68,14 +73,15 @@ def predict_cached(
         values: float16 (n, ...).
         convert: makes a batch on a device from some of the values.
         batch_size: number of images in a batch.
+        task: what logits become, see `probabilities`.
 
     Returns:
         Probabilities, float32 (n, k).
     """
     network.eval()
     device = next(network.parameters()).device
-    probs = [
-        network(convert(values[begin : begin + batch_size], device)).softmax(-1).cpu().numpy()
-        for begin in range(0, len(values), batch_size)
-    ]
+    probs = []
+    for begin in range(0, len(values), batch_size):
+        logits = network(convert(values[begin : begin + batch_size], device))
+        probs.append(probabilities(logits, task).cpu().numpy())
     return np.concatenate(probs)

@@ -47,6 +47,7 @@ from threefold.training.pseudo_labels import Caches, PseudoLabels, find_pseudo_l
 from threefold.training.run import Run
 from threefold.training.stage_task import StageOutcome, StageTask
 from threefold.training.stages import train_stage
+from threefold.training.truth import right_share
 
 RESUME_FILE = ".resume"
 """State of a stage that is being trained, in its job's folder."""
@@ -339,8 +340,9 @@ def _answer(
     """Probabilities (r, k) without views; `count` first blocks are read from the cache."""
     if count and isinstance(member, Member):
         activations = features.blocks(split, spec, rows, count)
-        return predict_late(LateBlocks(member, count), activations)
-    return predict_images(Predictor(member), cache.rows(split, spec, rows).pixels)
+        return predict_late(LateBlocks(member, count), activations, features.recipe.data.task)
+    predictor = Predictor(member, None, features.recipe.data.task)
+    return predict_images(predictor, cache.rows(split, spec, rows).pixels)
 
 
 def _correct(
@@ -367,7 +369,7 @@ def _correct(
             return run.folder.read_job_arrays(previous, "choice.npz")
     arrays = {"select": outcome.correct}
     if score is not None:
-        arrays["score"] = score.argmax(1) == run.sources.train.labels[roles.score]
+        arrays["score"] = right_share(score, run.sources.train.truth[roles.score])
     return arrays
 
 
@@ -404,7 +406,8 @@ def _by_views(
 ) -> np.ndarray:
     """Probabilities (c, r, k), c for the numbers of views to choose from, or 1."""
     device = next(member.parameters()).device
-    all_views = Predictor(member, run.all_views(spec).to(device))
+    task = run.recipe.data.task
+    all_views = Predictor(member, run.all_views(spec).to(device), task)
     pixels = cache.rows(split, spec, rows, views=True).pixels
     if not run.recipe.views.choose:
         return predict_images(all_views, pixels)[None]
@@ -415,14 +418,14 @@ def _by_views(
         return probs
     no_views = Views(run.recipe.views, spec.img_size, run.recipe.seed, 0).to(device)
     pixels = cache.rows(split, spec, rows).pixels
-    whole = predict_images(Predictor(member, no_views), pixels)
+    whole = predict_images(Predictor(member, no_views, task), pixels)
     return np.concatenate([whole[None], probs])
 
 
 def _data_digest(sources: Sources) -> str:
     """SHA-256 of the images' names, labels, groups and folds; their pixels do not count."""
     parts = [
-        (d.ids, d.labels.tolist(), d.groups, *(() if d.folds is None else (d.folds,)))
+        (d.ids, d.truth.tolist(), d.groups, *(() if d.folds is None else (d.folds,)))
         for d in (sources.train, sources.test)
         if d is not None
     ]

@@ -1,5 +1,7 @@
 """The training loss: cross-entropy with the labels, and for a student distance from its teacher.
 
+Images with any number of labels have the binary cross-entropy, as a mean over the labels.
+
 Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531.
 """
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from threefold.predictions.checks import FLOOR
 from threefold.recipe_schema import DistillSpec, TrainSpec
+from threefold.training.truth import task_of
 
 
 class BatchLoss:
@@ -19,7 +22,8 @@ class BatchLoss:
 
     Args:
         spec: class weights and label smoothing.
-        labels: (n,) of all rows to train on, whose counts make the class weights.
+        labels: (n,) of all rows to train on, whose counts make the class weights; or targets
+            (n, k), for any number of labels.
         num_classes: number of classes k.
         device: where the logits are.
         distill: how a student learns; None = from labels only.
@@ -35,6 +39,7 @@ class BatchLoss:
     ) -> None:
         self.label_smoothing = spec.label_smoothing
         self.distill = distill
+        self.task = task_of(labels)
         self.class_weights = None
         if spec.class_weights == "balanced":
             self.class_weights = _class_weights(labels, num_classes, device)
@@ -45,9 +50,12 @@ class BatchLoss:
         Args:
             logits: (b, k).
             labels: (b,) class numbers, or (b, k) shares of the classes, which may sum to the weight
-                of the image.
+                of the image; or targets (b, k), whose smoothing is towards one half.
             soft: (b, k) the teacher's softened probabilities, or None.
         """
+        if self.task == "multilabel":
+            smooth = labels.float() * (1 - self.label_smoothing) + 0.5 * self.label_smoothing
+            return functional.binary_cross_entropy_with_logits(logits, smooth)
         loss = functional.cross_entropy(
             logits, labels, weight=self.class_weights, label_smoothing=self.label_smoothing
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -12,16 +12,17 @@ import torch
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from threefold.data.dataset import Sources
+from threefold.data.label_folds import stratify
 from threefold.models.backbones import resolve_backbone
 from threefold.models.heads import InputForm
 from threefold.models.member import Member, build_member, has_token_grid, last_level
 from threefold.models.split import EarlyBlocks, LateBlocks
 from threefold.recipe_schema import MemberSpec, StageSpec
-from threefold.stats.weighted_scores import log_losses
 from threefold.training.activations import cached_blocks
 from threefold.training.features import FeatureCache
 from threefold.training.optimizers import set_trainable, train_mode
 from threefold.training.probe import Targets, fit_linear
+from threefold.training.truth import describe_quality, row_losses
 
 PROBE_ROWS = 500
 """Most images on which image sizes are compared."""
@@ -50,14 +51,14 @@ class SizeProbe(NamedTuple):
     Attributes:
         img_size: side in pixels.
         losses: (n,) log loss of each image, out of fold.
-        accuracy: share of the images answered correctly, out of fold.
+        quality: accuracy out of fold, or mean average precision of any number of labels, in words.
         last_losses: (n,) the same if the head reads the last level only.
         groups: (n,) group of each image, or None.
     """
 
     img_size: int
     losses: np.ndarray
-    accuracy: float
+    quality: str
     last_losses: np.ndarray
     groups: Sequence[str] | None = None
 
@@ -73,7 +74,14 @@ class SizeProbe(NamedTuple):
 
 
 def spread_over_classes(labels: np.ndarray, limit: int) -> np.ndarray:
-    """Return at most `limit` rows, of each class the same share and at least three."""
+    """Return at most `limit` rows, of each class the same share and at least three.
+
+    Args:
+        labels: (n,) class numbers, or targets (n, k), of which each label has at least three.
+        limit: of the rows.
+    """
+    if labels.ndim == 2:
+        return _spread_over_labels(labels, limit)
     share = min(1.0, limit / len(labels))
     rows = []
     for label in np.unique(labels):
@@ -81,6 +89,19 @@ def spread_over_classes(labels: np.ndarray, limit: int) -> np.ndarray:
         count = min(len(members), max(PROBE_FOLDS, round(share * len(members))))
         rows.append(members[np.linspace(0, len(members) - 1, count).astype(int)])
     return np.sort(np.concatenate(rows))
+
+
+def _spread_over_labels(targets: np.ndarray, limit: int) -> np.ndarray:
+    """Return rows evenly spaced, and more of labels that fewer than three of them have or lack."""
+    n = len(targets)
+    rows = set(np.linspace(0, n - 1, min(n, limit)).astype(int).tolist())
+    for column in targets.T:
+        for value in (0, 1):
+            known = np.flatnonzero(column == value)
+            short = PROBE_FOLDS - sum(column[row] == value for row in rows)
+            if short > 0:
+                rows |= set(np.setdiff1d(known, list(rows))[:short].tolist())
+    return np.array(sorted(rows))
 
 
 def probe_size(
@@ -99,13 +120,13 @@ def probe_size(
     row_groups = None if groups is None else [groups[row] for row in rows]
     num_classes = len(sources.train.classes)
     probs = cross_validated_probe(features, labels, num_classes, row_groups)
-    last_losses = losses = log_losses(probs, labels)
+    last_losses = losses = row_losses(probs, labels)
     if spec.head.sequence == "levels":
         last = last_level(cache.backbone(spec), features)
         last_probs = cross_validated_probe(last, labels, num_classes, row_groups)
-        last_losses = log_losses(last_probs, labels)
-    accuracy = float((probs.argmax(1) == labels).mean())
-    return SizeProbe(spec.img_size, losses, accuracy, last_losses, row_groups)
+        last_losses = row_losses(last_probs, labels)
+    quality = describe_quality(probs, labels)
+    return SizeProbe(spec.img_size, losses, quality, last_losses, row_groups)
 
 
 def clearly_lower(
@@ -142,24 +163,40 @@ def cross_validated_probe(
 
     Args:
         features: (n, d).
-        labels: (n,) int64.
+        labels: (n,) int64, or targets (n, k).
         num_classes: classes k.
         groups: (n,) rows of one group stay together; None = no groups.
 
     Returns:
         float64 (n, k).
     """
+    probs = np.zeros((len(PROBE_L2), len(labels), num_classes))
+    for fit, score in _split(features, labels, groups):
+        targets = Targets(labels[fit], num_classes)
+        for number, l2 in enumerate(PROBE_L2):
+            probs[number, score] = fit_linear(features[fit], targets, l2).probs(features[score])
+    best = int(np.argmin([row_losses(answers, labels).mean() for answers in probs]))
+    return np.asarray(probs[best])
+
+
+def _split(
+    features: np.ndarray, labels: np.ndarray, groups: Sequence[str] | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield fit rows and score rows of stratified folds, which keep groups whole if they can."""
+    if labels.ndim == 2:
+        whole = None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+        if whole is not None and len(np.unique(whole)) < PROBE_FOLDS:
+            whole = None
+        rng = np.random.default_rng(0)
+        parts = stratify(labels.astype(np.int64), whole, [1 / PROBE_FOLDS] * PROBE_FOLDS, rng)
+        for part in range(PROBE_FOLDS):
+            yield np.flatnonzero(parts != part), np.flatnonzero(parts == part)
+        return
     folds = max(2, min(PROBE_FOLDS, int(np.bincount(labels)[np.unique(labels)].min())))
     splitter: Any = StratifiedKFold(folds, shuffle=True, random_state=0)
     if groups is not None and len(set(groups)) >= folds:
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
-    probs = np.zeros((len(PROBE_L2), len(labels), num_classes))
-    for fit, score in splitter.split(features, labels, groups):
-        targets = Targets(labels[fit], num_classes)
-        for number, l2 in enumerate(PROBE_L2):
-            probs[number, score] = fit_linear(features[fit], targets, l2).probs(features[score])
-    best = int(np.argmin([log_losses(answers, labels).mean() for answers in probs]))
-    return np.asarray(probs[best])
+    yield from splitter.split(features, labels, groups)
 
 
 def measure_speed(

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from threefold.data.dataset import ImageDataset
 from threefold.evaluation.optimism import Counts, optimism_entry
 from threefold.models.views import view_counts
 from threefold.predictions.ledger import FIT, SCORE, SELECT, TEACH
+from threefold.predictions.multilabel import AnyPredictions, MultilabelPredictions
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.records import VERSION
 from threefold.predictions.results_schema import ChosenViews, Optimism
@@ -39,18 +42,13 @@ def assemble(run: Run) -> None:
     fold_roles = roles_by_fold(run)
     if run.recipe.views.choose:
         oof, test = _choose_views(run, oof, test, fold_roles.owner)  # there are several folds
-    members = tuple(m.name for m in run.recipe.members)
     train = run.sources.train
     if oof is not None:
-        scored = train.subset(run.scored)
         run.folder.write_predictions(
-            Predictions(
-                probs=oof[0],
-                labels=scored.labels,
-                ids=scored.ids,
-                classes=train.classes,
-                members=members,
-                groups=scored.groups,
+            _record(
+                run,
+                oof[0],
+                train.subset(run.scored),
                 kind="oof",
                 folds=fold_roles.owner[run.scored],
                 roles=fold_roles.roles[:, run.scored],
@@ -58,18 +56,32 @@ def assemble(run: Run) -> None:
             )
         )
     if test is not None and run.sources.test is not None:
+        protocol = run.recipe.protocol
         run.folder.write_predictions(
-            Predictions(
-                probs=test[0],
-                labels=run.sources.test.labels,
-                ids=run.sources.test.ids,
-                classes=train.classes,
-                members=members,
-                groups=run.sources.test.groups,
-                kind="test",
-                protocol=run.recipe.protocol,
-            )
+            _record(run, test[0], run.sources.test, kind="test", protocol=protocol)
         )
+
+
+def _record(run: Run, probs: np.ndarray, images: ImageDataset, **others: Any) -> AnyPredictions:
+    """Return the members' probabilities (m, n, k) of some images, with what is true of them.
+
+    Args:
+        run: the run.
+        probs: (m, n, k).
+        images: whose they are.
+        **others: further fields of the record.
+    """
+    shared = {
+        "probs": probs,
+        "ids": images.ids,
+        "classes": images.classes,
+        "members": tuple(m.name for m in run.recipe.members),
+        "groups": images.groups,
+        **others,
+    }
+    if images.targets is not None:
+        return MultilabelPredictions(targets=images.targets, **shared)
+    return Predictions(labels=images.labels, **shared)
 
 
 @dataclass(frozen=True, eq=False)

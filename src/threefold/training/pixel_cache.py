@@ -87,7 +87,7 @@ class PixelRows(NamedTuple):
     pixels: ImageRows
     """(n, s, s, 3) uint8."""
     labels: np.ndarray
-    """(n,) int64."""
+    """(n,) int64, or (n, k) zeros and ones where images have any number of labels."""
 
 
 class PixelCache:
@@ -124,11 +124,11 @@ class PixelCache:
             if not _is_intact(path):
                 _fill(path, dataset, side, spec.resize)
             self._known.add(path)
-        return PixelRows(MappedPixels([(path, np.asarray(rows))]), dataset.labels[rows])
+        return PixelRows(MappedPixels([(path, np.asarray(rows))]), dataset.truth[rows])
 
     def labels(self, rows: np.ndarray) -> PixelRows:
         """Return training rows without their pixels (n, 0, 0, 3), for stages that have no use."""
-        return PixelRows(np.zeros((len(rows), 0, 0, 3), np.uint8), self.sources.train.labels[rows])
+        return PixelRows(np.zeros((len(rows), 0, 0, 3), np.uint8), self.sources.train.truth[rows])
 
     def select(self, spec: MemberSpec, roles: Roles) -> PixelRows:
         """Return the rows that checkpoints are chosen on.

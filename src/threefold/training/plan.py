@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from threefold.data.dataset import Sources, load_data
-from threefold.data.detect_source import detect_source, find_fold_column
+from threefold.data.detect_source import detect_source, find_fold_column, find_multilabel
 from threefold.data.in_memory import run_of_stored_data
 from threefold.data.splits import HOLDOUT
 from threefold.models.member import fixed_size
@@ -22,6 +22,7 @@ from threefold.models.pipeline import pick_device
 from threefold.names import plain_backbone
 from threefold.predictions.run_folder import default_run_folder
 from threefold.recipe import Recipe
+from threefold.recipe_schema import WITH_COLUMNS, DataSpec
 from threefold.training.candidates import Screening, gather_candidates, is_auto, screen
 from threefold.training.features import FeatureCache
 from threefold.training.plan_basis import (
@@ -44,6 +45,9 @@ from threefold.training.watcher import Watcher
 
 BALANCED_FROM = 3
 """Ratio of the largest to the smallest class from which runs go by balanced accuracy."""
+
+METHODS = ("mean", "best", "weighted", "greedy", "pool")
+"""Ensembles of planned recipes."""
 
 DEFAULT_MEMBERS = (
     ("lite0", "tf_efficientnet_lite0.in1k"),
@@ -100,7 +104,7 @@ def plan_folder(
         RunError: `group_file` cannot be written, or holds other groups.
     """
     clock = Clock.start(budget_minutes * 60)
-    data = _data(folder, overrides)
+    data, why_task = _data(folder, overrides)
     probes = _members(members)
     _check_overrides(data, probes, overrides, are_chosen=is_auto(members))
     draft = _draft(data, probes, overrides)  # the plan must see the images of the run
@@ -130,14 +134,8 @@ def plan_folder(
         batch_size=train["batch_size"],
     )
     augment, why_augment = _augment(summary) if tuned else ({}, [])
-    decisions = [
-        _explain_members(probes, members, screening),
-        *measured.decisions,
-        why_folds,
-        *why_tuning,
-        *why_augment,
-        *why_train,
-    ]
+    decisions = [*why_task, _explain_members(probes, members, screening)]
+    decisions += [*measured.decisions, why_folds, *why_tuning, *why_augment, *why_train]
     tree: dict[str, Any] = {
         "name": _name(folder),
         "budget_minutes": round(0.9 * clock.left / 60, 2) if budget_minutes else 0.0,
@@ -145,7 +143,7 @@ def plan_folder(
         "folds": folds,
         "augment": augment,
         "train": train,
-        "ensemble": {"methods": ["mean", "best", "weighted", "greedy", "pool"]},
+        "ensemble": {} if summary.is_multilabel else {"methods": METHODS},
         "stages": stages,
         "members": [*probes, *tuned],
     }
@@ -156,21 +154,44 @@ def plan_folder(
     return RecipePlan(recipe, mark_overrides([*decisions, *why_groups], overrides), sources)
 
 
-def _data(folder: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
+def _data(folder: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[Decision]]:
     """Return the `data` table for a path: of the source that it seems to be, or that is named.
 
     A column of a table that seems to hold the user's own folds is named in it, unless the overrides
-    name a column or another way to make folds.
+    name a column or another way to make folds. So is the task of a table whose images have any
+    number of labels, with the reason.
     """
     changes = _changes(overrides)
     if "data.source" in changes:
-        return {"source": "folder", "root": str(Path(folder).resolve())}
+        return {"source": "folder", "root": str(Path(folder).resolve())}, []
     spec = detect_source(folder)
     data = {"source": spec.source, "root": spec.root}
     if "data.fold_column" not in changes and changes.get("folds.scheme", "column") == "column":
         column = find_fold_column(spec)
         data |= {"fold_column": column} if column else {}
-    return data
+    task, decisions = _task(spec, changes)
+    return data | task, decisions
+
+
+def _task(spec: DataSpec, changes: Mapping[str, str]) -> tuple[dict[str, str], list[Decision]]:
+    """Return what the `data` table says of any number of labels, and why; nothing for one class."""
+    if "data.task" in changes:
+        return {}, []
+    if "data.label_separator" in changes:
+        return {"task": "multilabel"}, [Decision("data.task", "multilabel", "a separator is named")]
+    columns = {
+        name: changes[f"data.{name}"]
+        for name in ("path_column", "label_column", "fold_column")
+        if changes.get(f"data.{name}") and spec.source in WITH_COLUMNS
+    }
+    found = find_multilabel(spec.model_copy(update=columns))
+    if found is None:
+        return {}, []
+    table = {"task": "multilabel"}
+    if found.separator:
+        table["label_separator"] = found.separator
+    reason = f'{found.reason}; if each image has one class, --set data.task="multiclass" says so'
+    return table, [Decision("data.task", "multilabel", reason)]
 
 
 def _name(folder: str | Path) -> str:
@@ -272,7 +293,11 @@ def _check_overrides(
 def _summarize(sources: Sources) -> DataSummary:
     """Count all images, and measure a sample of at most 32."""
     train = sources.train
-    counts = np.bincount(train.labels, minlength=len(train.classes))
+    if train.targets is not None:
+        counts = train.targets.sum(0, dtype=np.int64)
+        counts = np.minimum(counts, len(train) - counts)
+    else:
+        counts = np.bincount(train.labels, minlength=len(train.classes))
     rows = np.linspace(0, len(train) - 1, min(32, len(train))).astype(int)
     sides = [min(train.pixels(int(row)).shape[:2]) for row in rows]
     return DataSummary(
@@ -283,6 +308,7 @@ def _summarize(sources: Sources) -> DataSummary:
         largest_class=int(counts.max()),
         side=int(np.median(sides)),
         own_folds=len(set(train.folds or ())),
+        is_multilabel=train.is_multilabel,
     )
 
 
@@ -403,10 +429,15 @@ def _train(summary: DataSummary, device: torch.device) -> tuple[dict[str, Any], 
     # About a twentieth of the images as a power of two.
     power = int(2 ** int(math.log2(max(8, summary.n / 20))))
     batch_size = min(32 if device.type == "cpu" else 64, max(8, power))
-    train: dict[str, Any] = {"batch_size": batch_size, "label_smoothing": 0.1}
+    train: dict[str, Any] = {"batch_size": batch_size}
     decisions = [
         Decision("train.batch_size", batch_size, f"{summary.n} images on {device.type}"),
     ]
+    if summary.is_multilabel:
+        metric = "mean_average_precision"
+        reason = "it needs no thresholds, which are chosen for each label at the end"
+        return train | {"metric": metric}, [*decisions, Decision("train.metric", metric, reason)]
+    train["label_smoothing"] = 0.1
     if summary.largest_class >= BALANCED_FROM * summary.smallest_class:
         train["metric"] = "balanced_accuracy"
         reason = (

@@ -50,6 +50,9 @@ class DataSummary(NamedTuple):
     """Median of the images' shorter sides, in pixels."""
     own_folds: int = 0
     """Folds in the user's own column; 0 = none."""
+    is_multilabel: bool = False
+    """Whether images have any number of labels; counts are then of images with a label, or without
+    it where these are fewer."""
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,8 @@ def find_groups(
         clock: the time budget.
     """
     train = sources.train
+    if train.is_multilabel:
+        return _group_copies(train)
     seconds = SECONDS_PER_PAIR * float((np.bincount(train.labels).astype(float) ** 2).sum())
     if seconds > min(SEARCH_SECONDS, SEARCH_SHARE * clock.left):
         reason = f"no scenes were looked for: to compare {len(train)} images takes {seconds:.0f} s"
@@ -174,7 +176,7 @@ def plan_with_groups(
         path = group_file.resolve()
         tree |= {"data": tree["data"] | {"group_file": str(path)}}
     train = replace(sources.train, groups=found.groups)
-    labels, classes = train.labels, train.classes
+    labels, classes = train.truth, train.classes
     try:
         recipe = Recipe.parse(tree, overrides, where="plan")
         assign_roles(labels, found.groups, recipe.folds, recipe.protocol, recipe.seed, classes)
@@ -187,6 +189,21 @@ def plan_with_groups(
     _write(path, train.ids, found.groups)
     decision = found.decision._replace(reason=f"{found.decision.reason}; see {path.name}")
     return recipe, replace(sources, train=train), [decision]
+
+
+def _group_copies(train: ImageDataset) -> FoundGroups:
+    """Group exact copies of images with any number of labels, and nothing else.
+
+    Scenes are judged by pairs of different classes, which such images do not have.
+    """
+    copies = _exact_copies(train)
+    reason = "scenes are not looked for where images have any number of labels"
+    if not copies:
+        reason = f"{reason}, and no image is an exact copy of another"
+        return FoundGroups(None, Decision(KEY, "stratified", reason))
+    count = sum(map(len, copies))
+    reason = f"{count} images are exact copies of another; {reason}"
+    return FoundGroups(_join_copies(train.ids, copies), Decision(KEY, "grouped", reason))
 
 
 def _write(path: Path, ids: Sequence[str], groups: Sequence[str]) -> None:

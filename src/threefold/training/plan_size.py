@@ -98,7 +98,7 @@ def choose_size(
     check_sizes(draft)
     key, first = "img_size", draft.members[0]
     costs = relative_costs(draft)
-    sample = spread_over_classes(sources.train.labels, 32)
+    sample = spread_over_classes(sources.train.truth, 32)
     only = fixed_size(first.backbone)
     if any(member.img_size != usual_size(member) for member in draft.members):
         per_image = cache.seconds_per_image("train", first, sample, summary.n)
@@ -128,7 +128,7 @@ def choose_size(
         PROBE_ROWS, summary.n, int(PROBE_SHARE * left / per_row) if left < math.inf else PROBE_ROWS
     )
     if rows >= min(LEAST_PROBE_ROWS, summary.n) and len(close) > 1:
-        probed = spread_over_classes(sources.train.labels, rows)
+        probed = spread_over_classes(sources.train.truth, rows)
         results = [
             probe_size(cache, first.model_copy(update={"img_size": size}), probed, sources)
             for size in close
@@ -136,8 +136,9 @@ def choose_size(
         best = _choose_probe(results, choice)
         choice = best.img_size
         levels = _compare_levels(first, best)
-        figures = ", ".join(f"{r.loss:.3f} at {r.img_size} px ({r.accuracy:.1%})" for r in results)
-        reason += f"; log loss and accuracy of a probe on {len(probed)} images, out of fold: "
+        figures = ", ".join(f"{r.loss:.3f} at {r.img_size} px ({r.quality})" for r in results)
+        scores = "mean average precision" if summary.is_multilabel else "accuracy"
+        reason += f"; log loss and {scores} of a probe on {len(probed)} images, out of fold: "
         reason += figures
     reason += f"; about {seconds(choice):.0f} s for the features of all members"
     decision = Decision(key, choice, reason)

@@ -1,5 +1,7 @@
 """The exact linear head: multinomial logistic regression with an L2 penalty on cached features.
 
+Images with any number of labels have one logistic regression for each label, all with one penalty.
+
 The objective is that of scikit-learn's LogisticRegression with C = 1 / l2: the sum over the rows of
 weight times cross-entropy, plus l2 / 2 times the squared norm of the weights, on features that are
 standardized by the mean and deviation of the rows. The bias has no penalty. (Of two classes
@@ -21,8 +23,11 @@ import torch
 from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 from torch import Tensor
+from torch.nn.functional import softplus
 
-from threefold.stats.weighted_scores import log_losses
+from threefold.models.answers import probabilities
+from threefold.tasks import Task
+from threefold.training.truth import row_losses, task_of
 
 L2_GRID: Final = tuple(10.0 ** (exponent / 2) for exponent in range(10, -1, -1))
 """Penalties to choose from, the strongest first: 1e5 to 1 in steps of the root of 10."""
@@ -48,7 +53,7 @@ class Targets:
     """What a head learns.
 
     Attributes:
-        labels: (n,) int64.
+        labels: (n,) int64, or zeros and ones (n, k) for any number of labels.
         num_classes: classes k.
         weights: (n,) float64, weight of each row; None = 1 each.
         probs: (n, k) probabilities to learn instead of the labels; None = the labels.
@@ -75,12 +80,14 @@ class LinearHead(NamedTuple):
     """float32 (k,)."""
     l2: float
     """The penalty it was fitted with."""
+    task: Task = "multiclass"
+    """What its logits become."""
 
     def probs(self, features: np.ndarray) -> np.ndarray:
         """Map features (n, d) to probabilities, float32 (n, k)."""
         weight, bias = torch.from_numpy(self.weight), torch.from_numpy(self.bias)
         logits = torch.from_numpy(features).float() @ weight.T + bias
-        answers: np.ndarray = logits.softmax(-1).numpy()
+        answers: np.ndarray = probabilities(logits, self.task).numpy()
         return answers
 
 
@@ -125,7 +132,7 @@ def choose_l2(
         features: (n, d) of the fit rows.
         targets: of the fit rows.
         select_features: (m, d).
-        select_labels: (m,) int64.
+        select_labels: (m,) int64, or (m, k); the log loss is then the mean over the labels.
         select_weights: (m,) weight of each row in the log loss; None = 1 each.
         grid: penalties, the strongest first.
     """
@@ -145,7 +152,7 @@ def choose_l2(
     for l2 in grid:
         head = problem.solve(l2, SEARCH_TOLERANCE)
         probs = head.probs(select_features).astype(np.float64)
-        losses[l2] = float(np.average(log_losses(probs, select_labels), weights=select_weights))
+        losses[l2] = float(np.average(row_losses(probs, select_labels), weights=select_weights))
         since += 1
         if l2 == grid[0] or losses[l2] < losses[best]:
             best, solution, since = l2, problem.solution, 0
@@ -188,7 +195,10 @@ class _Problem:
             self.axes, triangle = torch.linalg.qr(self.rows.T)
             self.rows = triangle.T.contiguous()
         labels = torch.from_numpy(targets.labels)
-        self.targets = torch.nn.functional.one_hot(labels, self.k).float()
+        self.task = task_of(labels)
+        self.targets = labels.float()
+        if self.task == "multiclass":
+            self.targets = torch.nn.functional.one_hot(labels, self.k).float()
         if targets.probs is not None:
             self.targets = torch.from_numpy(targets.probs).float()
         weights = np.ones(self.n) if targets.weights is None else targets.weights
@@ -223,17 +233,24 @@ class _Problem:
         if self.axes is not None:
             weight = weight @ self.axes.T.double()
         weight = weight * self.scale
-        # Only differences between classes count; centred, the bias is unique, too.
-        bias = solution[:, -1] - solution[:, -1].mean() - weight @ self.mean.double()
-        return LinearHead(weight.float().numpy(), bias.float().numpy(), l2)
+        bias = solution[:, -1] - weight @ self.mean.double()
+        if self.task == "multiclass":
+            # Only differences between classes count; centred, the bias is unique, too.
+            bias -= solution[:, -1].mean()
+        return LinearHead(weight.float().numpy(), bias.float().numpy(), l2, self.task)
 
     def _objective(self, flat: np.ndarray, l2: float) -> tuple[float, np.ndarray]:
         """Value and gradient, by row, at weights (k, r + 1), whose last column is the bias."""
         weight = torch.from_numpy(flat).float().reshape(self.k, -1)
         logits = torch.addmm(weight[:, -1], self.rows, weight[:, :-1].T)
-        log_probs = logits.log_softmax(-1)
-        value = -float((self.weights * self.targets * log_probs).double().sum())
-        error = self.weights * (log_probs.exp() - self.targets)
+        if self.task == "multilabel":
+            losses = softplus(logits) - self.targets * logits
+            value = float((self.weights * losses).double().sum())
+            error = self.weights * (logits.sigmoid() - self.targets)
+        else:
+            log_probs = logits.log_softmax(-1)
+            value = -float((self.weights * self.targets * log_probs).double().sum())
+            error = self.weights * (log_probs.exp() - self.targets)
         gradient = torch.empty_like(weight)
         gradient[:, :-1] = error.T @ self.rows + l2 * weight[:, :-1]
         gradient[:, -1] = error.sum(0)

@@ -102,7 +102,7 @@ def write_results(
         conformal=_conformal(run, evaluation),
         cascade=_cascade(run, evaluation, costs),
         per_class=per_class(evaluation.rows, evaluation.probs),
-        members=tuple(_member_row(spec, costs) for spec in run.recipe.members),
+        members=tuple(member_row(spec, costs) for spec in run.recipe.members),
         optimism=(*choices_optimism(run), *evaluation.optimism),
         ledger=(*evaluation.ledger, *pseudo_label_ledger(run)),
         pseudo_labels=pseudo_label_counts(run),
@@ -175,7 +175,7 @@ def _cascade(run: Run, evaluation: Evaluation, costs: RunCosts) -> CascadeResult
     return CascadeResult(**savings.as_dict())
 
 
-def _member_row(spec: MemberSpec, costs: RunCosts) -> MemberRow:
+def member_row(spec: MemberSpec, costs: RunCosts) -> MemberRow:
     """Describe a member and the cost of one of its networks."""
     network = costs.networks[spec.name]
     return MemberRow(

@@ -120,7 +120,7 @@ class Run(SavedRun):
         """Rows of each fold by role; -1 = refit."""
         train, spec = self.sources.train, self.recipe.folds
         folds = assign_roles(
-            train.labels,
+            train.truth,
             train.groups,
             spec,
             self.recipe.protocol,
@@ -131,7 +131,7 @@ class Run(SavedRun):
         roles = dict(enumerate(folds))
         if spec.final == "refit":
             roles[-1] = refit_roles(
-                train.labels, train.groups, spec, self.recipe.seed, train.classes
+                train.truth, train.groups, spec, self.recipe.seed, train.classes
             )
         return roles
 
@@ -258,7 +258,7 @@ class Run(SavedRun):
 
         Members with the same frozen backbone, input size and resize share it.
         """
-        num_classes = len(self.folder.info.classes)
+        num_classes, task = len(self.folder.info.classes), self.recipe.data.task
         parts: dict[str, MemberPipeline | HeadsPipeline] = {}
         shared: dict[tuple[str, int, str], SharedBackbone] = {}
         for name, numbers in folds.items():
@@ -266,7 +266,7 @@ class Run(SavedRun):
             views = self.views(spec)
             if not self.recipe.is_frozen(name):
                 networks = [self.load_member(spec, fold, num_classes) for fold in numbers]
-                predictors = [Predictor(network, views) for network in networks]
+                predictors = [Predictor(network, views, task) for network in networks]
                 parts[name] = MemberPipeline(predictors, views.canvas, spec.resize)
                 continue
             key = self.shared_key(spec)
@@ -276,7 +276,7 @@ class Run(SavedRun):
             backbone = shared[key].backbone
             jobs = [self.last_job(name, fold) for fold in numbers]
             heads = [self.load_job(job, num_classes, backbone=backbone).head for job in jobs]
-            parts[name] = HeadsPipeline(shared[key], heads)
+            parts[name] = HeadsPipeline(shared[key], heads, task)
         return parts
 
 

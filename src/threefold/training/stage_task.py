@@ -69,7 +69,8 @@ class StageOutcome:
     Attributes:
         state: the best weights.
         history: the content of history.json.
-        correct: (n,) booleans, the select rows that these weights answer correctly.
+        correct: (n,) booleans, the select rows that these weights answer correctly; or shares of
+            their labels.
         elapsed_before: seconds spent before the stage was resumed.
     """
 

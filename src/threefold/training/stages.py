@@ -369,8 +369,9 @@ class _Loop:
     def _probs(self, network: nn.Module) -> np.ndarray:
         """Probabilities (n, k) of the select rows."""
         if self.task.activations is not None:
-            return predict_late(self._network(network), self.task.activations.select)
-        return predict_probs(Predictor(network), _pixels(self.task.select))
+            activations = self.task.activations.select
+            return predict_late(self._network(network), activations, self.loss.task)
+        return predict_probs(Predictor(network, None, self.loss.task), _pixels(self.task.select))
 
     def _measured(self, state: State, probs: np.ndarray, epoch: int) -> Checkpoint:
         return Checkpoint(state, probs, self.task.select.labels, epoch, self.spec.metric)
@@ -467,7 +468,7 @@ class _HeadLoop(_Loop):
         )
 
     def _probs(self, network: nn.Module) -> np.ndarray:
-        return head_probs(network, _features(self.task.select))
+        return head_probs(network, _features(self.task.select), self.loss.task)
 
 
 def _pixels(rows: PixelRows | FeatureRows) -> ImageRows:
