@@ -21,7 +21,6 @@ from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec, StageSpec
 from threefold.report.pages import write_report
 from threefold.training.candidates import is_auto
-from threefold.training.diagnostics import DataDiagnostics
 from threefold.training.distillation import open_teacher
 from threefold.training.jobs import train_members
 from threefold.training.plan import left_out_reason, plan_folder
@@ -31,9 +30,9 @@ from threefold.training.plan_basis import (
     STARTUP_SECONDS,
     Quality,
 )
-from threefold.training.results import evaluate_run, write_results
 from threefold.training.run import Run
 from threefold.training.run_data import place_data
+from threefold.training.scoring import headline, score_run
 from threefold.training.terminal_watcher import show_progress
 from threefold.training.trackers import TrackedWatcher
 from threefold.training.watcher import Watcher
@@ -177,26 +176,20 @@ def _answer_early(run: Run, sources: Sources, deadline: float) -> Run | None:
             finishing = 2 * SCORING_SECONDS + EXPORT_SECONDS * networks
             time_for_both = deadline - time.monotonic() - finishing >= LEAST_TUNING_SECONDS
             if time_for_both:
-                _score(early, diagnostics, pending)
+                score_run(early, diagnostics, pending)
         if not time_for_both:
             return _settle(early)
-    if early.results.export is None or not (run.dir / "report.html").exists():
+    if early.folder.any_results.export is None or not (run.dir / "report.html").exists():
         finish(early)
         run.watcher.note(
-            f"a first answer is in {run.dir / 'model.onnx'}: {_headline(early)}; tuning follows"
+            f"a first answer is in {run.dir / 'model.onnx'}: {headline(early)}; tuning follows"
         )
     return early
 
 
-def _headline(run: Run) -> str:
-    score = run.results.score(run.results.chosen, "ensemble", "oof")
-    assert score is not None
-    return f"{run.results.chosen} of {len(run.recipe.combined)}, {score.accuracy:.4f} out of fold"
-
-
 def _seconds_to_finish(early: Run, run: Run) -> float:
     """Predict how long scoring, export and report of all members take, from those of the probes."""
-    seconds = early.results.seconds
+    seconds = early.folder.any_results.seconds
     fixed = seconds.get("ensemble", 0.0) + seconds.get("report", 0.0)
     growth = sum(1 if run.recipe.is_frozen(m.name) else run.networks(m) for m in run.recipe.members)
     return 1.5 * fixed + seconds.get("export", 0.0) * growth / len(early.recipe.members)
@@ -292,7 +285,7 @@ def train(
         if not run.folder.is_whole:
             with run.folder.locked():
                 _train_and_score(run)
-        if run.results.export is None and (run.dir / "model.onnx").exists():
+        if run.folder.any_results.export is None and (run.dir / "model.onnx").exists():
             finish(run)  # the file is that of a first answer, or its export was cut short
         _tell_findings(run)
     return run
@@ -300,7 +293,7 @@ def train(
 
 def _tell_findings(run: Run) -> None:
     """Say what the scores cannot: copies across splits and the like; notes on reading were said."""
-    for note in run.results.notes:
+    for note in run.folder.any_results.notes:
         if note not in run.folder.info.notes:
             run.watcher.note(note)
 
@@ -312,22 +305,12 @@ def _train_and_score(run: Run, pending: tuple[str, ...] = ()) -> None:
         run: the run.
         pending: members that follow later; until then the test rows stay sealed.
     """
-    _score(run, train_members(run, keep_cache=bool(pending)), pending)
-
-
-def _score(run: Run, diagnostics: DataDiagnostics, pending: tuple[str, ...]) -> None:
-    """Score the ensembles of a trained run and write the results; see `_train_and_score`."""
-    start = time.monotonic()
-    evaluation = evaluate_run(run, test_stays_sealed=bool(pending))
-    training_seconds = sum(run.folder.job_record(job).seconds for job in run.jobs)
-    write_results(run, evaluation, diagnostics, {"train": training_seconds}, pending)
-    # With what is counted and drawn beside the ensembles: costs, copies, suspect labels, pictures.
-    run.folder.add_results("ensemble", time.monotonic() - start)
+    score_run(run, train_members(run, keep_cache=bool(pending)), pending)
 
 
 def finish(run: Run) -> None:
     """Export a trained run, unless that is done, and write its report."""
-    if run.results.export is None or not (run.dir / "model.onnx").exists():
+    if run.folder.any_results.export is None or not (run.dir / "model.onnx").exists():
         export(run)
     report(run)
 

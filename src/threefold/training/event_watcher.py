@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from threefold.files import finite_json
-from threefold.predictions.results_schema import Results
+from threefold.predictions.results_schema import Expected
+from threefold.predictions.run_results import AnyResults
 from threefold.recipe import Job, Recipe, fold_name
 from threefold.training.watcher import Watcher
 
@@ -83,14 +84,14 @@ class EventWatcher(Watcher):
         values = {name: record[name] for name in names if name in record}
         self.log.write("epoch", **values, images=self._images)
 
-    def scored(self, results: Results) -> None:
-        """Write the accuracy to expect; `pending` members are still to be trained."""
+    def scored(self, results: AnyResults) -> None:
+        """Write the accuracy to expect; `pending` members are still to be trained.
+
+        There is none where images have any number of labels.
+        """
         expected = results.expected
-        self.log.write(
-            "scored",
-            accuracy=None if expected is None else expected.accuracy,
-            pending=len(results.pending),
-        )
+        accuracy = expected.accuracy if isinstance(expected, Expected) else None
+        self.log.write("scored", accuracy=accuracy, pending=len(results.pending))
 
     def note(self, text: str) -> None:
         """Write a note."""

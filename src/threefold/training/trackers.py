@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 from threefold.errors import RecipeError, RunError
 from threefold.extras import require_package
 from threefold.files import read_json, write_json
-from threefold.predictions.results_schema import Results
+from threefold.predictions.multilabel_results import MultilabelResults
+from threefold.predictions.run_results import AnyResults
 from threefold.recipe import Job, Recipe, fold_name
 from threefold.training.watcher import Watcher
 
@@ -310,7 +311,7 @@ class TrackedWatcher(Watcher):
         step, group = int(values.pop("epoch")), self._group
         self._send_all(lambda tracker: tracker.log(group, step, values))
 
-    def scored(self, results: Results) -> None:
+    def scored(self, results: AnyResults) -> None:
         """Send the scores of all members and ensembles."""
         self.watcher.scored(results)
         values = summary(results)
@@ -395,8 +396,13 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def summary(results: Results) -> dict[str, float]:
-    """Return accuracy and log loss of members and ensembles, and what to expect on new images."""
+def summary(results: AnyResults) -> dict[str, float]:
+    """Return accuracy and log loss of members and ensembles, and what to expect on new images.
+
+    Of any number of labels per image, mean average precision and F1 take the place of accuracy.
+    """
+    if isinstance(results, MultilabelResults):
+        return _label_summary(results)
     values: dict[str, float] = {}
     for score in results.scores:
         group = f"{score.rows}/{score.name}"
@@ -406,6 +412,21 @@ def summary(results: Results) -> dict[str, float]:
         values["expected_accuracy"] = results.expected.accuracy
         low, high = results.expected.interval
         values |= {"expected_accuracy_low": low, "expected_accuracy_high": high}
+    return values
+
+
+def _label_summary(results: MultilabelResults) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for score in results.scores:
+        group = f"{score.rows}/{score.name}"
+        values[f"{group}/mean_average_precision"] = score.mean_average_precision
+        values[f"{group}/macro_f1"] = score.macro_f1
+        values[f"{group}/log_loss"] = score.log_loss
+    if results.expected is not None:
+        low, high = results.expected.mean_average_precision_interval
+        values["expected_mean_average_precision"] = results.expected.mean_average_precision
+        values["expected_mean_average_precision_low"] = low
+        values["expected_mean_average_precision_high"] = high
     return values
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from threefold.predictions.results_schema import Results
+from threefold.predictions.run_results import AnyResults
 from threefold.recipe import Job, Recipe
 
 
@@ -52,7 +52,7 @@ class Watcher:
     def features(self, done: int, total: int) -> None:
         """Frozen backbones have answered `done` of `total` images."""
 
-    def scored(self, results: Results) -> None:
+    def scored(self, results: AnyResults) -> None:
         """The run, or a first part of it, has been scored."""
 
     def note(self, text: str) -> None:

@@ -1,0 +1,108 @@
+"""What a finished run of images with any number of labels says: results.json and the ensemble."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import numpy as np
+
+from threefold.evaluation.multilabel import MultilabelEvaluation, evaluate_multilabel
+from threefold.files import write_arrays
+from threefold.predictions.multilabel import MultilabelPredictions
+from threefold.predictions.multilabel_results import MultilabelResults, MultilabelScore
+from threefold.predictions.records import VERSION
+from threefold.training.costs import RunCosts
+from threefold.training.diagnostics import DataDiagnostics, data_warnings
+from threefold.training.results import member_row
+from threefold.training.run import Run
+
+
+def evaluate_multilabel_run(run: Run, *, test_stays_sealed: bool = False) -> MultilabelEvaluation:
+    """Score members and ensembles of a run, and choose how to combine, calibrate and decide.
+
+    Args:
+        run: a run whose jobs are done.
+        test_stays_sealed: score on out-of-fold rows only; otherwise this opens the test rows.
+    """
+    recipe, path = run.recipe, run.dir / "test.npz"
+    test = None
+    if not test_stays_sealed and path.exists():
+        test = MultilabelPredictions.load(path)
+        run.folder.open_test("train", len(test))
+    return evaluate_multilabel(
+        run.folder.multilabel_oof,
+        test,
+        members=recipe.combined,
+        metric="log_loss" if recipe.train.metric == "log_loss" else "mean_average_precision",
+    )
+
+
+def write_multilabel_results(
+    run: Run,
+    evaluation: MultilabelEvaluation,
+    diagnostics: DataDiagnostics,
+    seconds: dict[str, float],
+    pending: tuple[str, ...] = (),
+) -> None:
+    """Write results.json, ensemble.npz, chosen.npz and thumbs.npz.
+
+    Args:
+        run: a run whose jobs are done.
+        evaluation: what `evaluate_multilabel_run` returned.
+        diagnostics: what `train_members` returned.
+        seconds: duration of the steps so far.
+        pending: members of the recipe that are still to be trained.
+    """
+    info, costs = run.folder.info, RunCosts(run)
+    write_arrays(run.dir / "ensemble.npz", **_arrays(evaluation))
+    write_arrays(run.dir / "thumbs.npz", preview=diagnostics.augmented)
+    run.folder.write_multilabel_chosen(evaluation.rows, evaluation.probs, evaluation.decided)
+    results = MultilabelResults(
+        version=VERSION,
+        name=run.recipe.name,
+        protocol=run.recipe.protocol,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        classes=info.classes,
+        commit=info.commit,
+        hardware=info.hardware,
+        threads=info.threads,
+        digest=info.digest,
+        seconds=seconds,
+        scores=tuple(_with_cost(score, evaluation, costs) for score in evaluation.scores),
+        per_label=tuple(evaluation.per_label),
+        chosen=evaluation.chosen,
+        chosen_reason=evaluation.reason,
+        combined=evaluation.combined,
+        ensemble=evaluation.state,
+        expected=evaluation.expected,
+        comparisons=tuple(evaluation.comparisons),
+        optimism=tuple(evaluation.optimism),
+        ledger=tuple(evaluation.ledger),
+        members=tuple(member_row(spec, costs) for spec in run.recipe.members),
+        notes=(*evaluation.warnings, *data_warnings(run, diagnostics.copies), *info.notes),
+        test_opened=run.folder.test_opened(),
+        pending=pending,
+    )
+    run.folder.write_results(results)
+    run.watcher.scored(results)
+
+
+def _arrays(evaluation: MultilabelEvaluation) -> dict[str, np.ndarray]:
+    """The fitted ensemble as arrays, for ensemble.npz."""
+    return {name: np.asarray(values) for name, values in evaluation.ensemble.as_json().items()}
+
+
+def _with_cost(
+    score: MultilabelScore, evaluation: MultilabelEvaluation, costs: RunCosts
+) -> MultilabelScore:
+    """Add what an answer costs, of a member, the mean, or the chosen ensemble."""
+    names = [score.name]
+    if score.kind == "ensemble":
+        names = list(evaluation.combined)
+        if score.name == evaluation.chosen:
+            pairs = zip(names, evaluation.ensemble.weights, strict=True)
+            names = [name for name, weight in pairs if weight > 0]
+        elif score.name != "mean":  # which member is the best was not kept
+            return score
+    cost = costs.answer(names)
+    return score.replace(macs=cost.macs, parameters=cost.parameters)
