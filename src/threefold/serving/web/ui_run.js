@@ -334,7 +334,7 @@ function makeDecisions(plan, run) {
     element("th", { scope: "row" }, element("code", {}, key)),
     element("td", {}, element("code", {}, value)), element("td", { class: "soft" }, reason)));
   const head = ["choice", "value", "because"].map((t) => element("th", { scope: "col" }, t));
-  const table = element("table", { class: "plain" },
+  const table = element("table", { class: "plain choices" },
     element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...rows));
   const details = element("details", { "data-keep": `decisions ${run.begun}` },
     element("summary", {}, `The ${rows.length} choices, with their reasons`),
