@@ -202,8 +202,10 @@ def test_answers_that_differ_leave_nothing_and_the_old_file(
 
 
 def test_unsupported_targets_are_refused(tiny_pipeline: Pipeline, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"a name that ends in \.onnx, \.pt2 or \.xml"):
-        export_pipeline(tiny_pipeline, tmp_path / "m.tflite")
+    with pytest.raises(
+        ExportError, match=r"a name that ends in \.onnx, \.pt2, \.xml, \.mlpackage or \.tflite"
+    ):
+        export_pipeline(tiny_pipeline, tmp_path / "m.h5")
     with pytest.raises(ExportError, match=r"a \.pt2 file holds float32 only.*got int8"):
         export_pipeline(tiny_pipeline, tmp_path / "m.pt2", precision="int8")
 

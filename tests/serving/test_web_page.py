@@ -30,16 +30,13 @@ from support.browser import (
 )
 from support.http_server import hosting
 from support.label_models import THRESHOLDS, write_label_model
-from support.server import UNCERTAIN, card, encode, picture, wait_until, write_model
+from support.server import UNCERTAIN, card, encode, picture, write_model
 from typer.testing import CliRunner
 
 import threefold
 from threefold.cli.app import app
 from threefold.data.images import decode
 from threefold.ensembles.conformal import ConformalSets
-from threefold.errors import ExportError
-from threefold.runtime.heat import occlude, occlusion_heat, overlay
-from threefold.runtime.shrink import Canvas, shrink
 from threefold.serving import onnxruntime_web
 from threefold.serving.browser import write_web
 from threefold.training.run import Run
@@ -68,42 +65,6 @@ import("./sets.js")
   .then((m) => states.map((state) => setsOf(m, state)))
   .then(done, (error) => done(String(error)));
 """
-
-
-EXPLAIN = """
-const [data, label, done] = arguments;
-const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
-const text = (array) => btoa(Array.from(array, (b) => String.fromCharCode(b)).join(""));
-const encode = async (blob) => text(new Uint8Array(await blob.arrayBuffer()));
-import("./backend.js")
-  .then((m) => m.explain(new File([bytes], "a.png"), label, new AbortController().signal))
-  .then(async (found) => done({ ...found, picture: await encode(found.picture) }))
-  .catch((error) => done(String(error)));
-"""
-
-FIT = """
-const [images, canvas, done] = arguments;
-const fit = ({ fitCanvas }, { data, width, height }) =>
-  Array.from(fitCanvas({ data: Uint8Array.from(data), width, height }, canvas).data);
-import("./heat.js").then((m) => done(images.map((image) => fit(m, image))), done);
-"""
-
-SPOTTED = np.full((42, 63, 3), 90, np.uint8)
-"""Grey, with red at the top."""
-SPOTTED[:12, 36:48] = (250, 20, 20)
-
-
-@pytest.fixture(scope="module")
-def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with onnxruntime-web, downloaded once."""
-    folder = tmp_path_factory.mktemp("ort")
-    try:
-        contents = onnxruntime_web.read_runtime()
-    except ExportError as error:
-        pytest.skip(f"npm cannot get onnxruntime-web here: {error}")
-    for name, content in contents.items():
-        (folder / onnxruntime_web.FILES[name].name).write_bytes(content)
-    return folder
 
 
 def test_any_number_of_labels(browser: Any, runtime: Path, tmp_path: Path) -> None:
@@ -357,69 +318,6 @@ def test_a_real_run_answers_as_in_python(
         texts, images, output.probs, output.member_probs, strict=True
     ):
         check_article(text, image.name, model.members, probs, rows)
-
-
-@pytest.mark.parametrize("mode", ["squash", "crop"])
-def test_images_are_resized_as_in_python(browser: Any, address: str, mode: str) -> None:
-    rng = np.random.default_rng(3)
-    sizes = [(9, 40), (21, 21), (37, 22), (100, 63), (5, 7)]
-    images = [rng.integers(0, 256, (*size, 3)).astype(np.uint8) for size in sizes]
-    sent = [
-        {"data": image.flatten().tolist(), "height": image.shape[0], "width": image.shape[1]}
-        for image in images
-    ]
-    open_page(browser, address)
-
-    replies = browser.execute_async_script(FIT, sent, {"size": 21, "mode": mode})
-
-    for reply, image in zip(replies, images, strict=True):
-        expected = shrink(image, Canvas(21, mode), enlarge=True)  # type: ignore[arg-type]
-        assert reply == expected.flatten().tolist(), image.shape
-
-
-@pytest.mark.parametrize("mode", ["squash", "crop", "several sizes"])
-def test_an_explanation_is_that_of_python(
-    browser: Any, runtime: Path, tmp_path: Path, mode: str
-) -> None:
-    part = {"filter": "triangle, antialiased", "resize": mode, "pixels": 28}
-    parts = [part] if mode in ("squash", "crop") else [part, {**part, "pixels": 30}]
-    path = write_model(tmp_path / "m.onnx", model_card=card(preprocessing=parts))
-    write_web(path, tmp_path / "site", runtime)
-    model = threefold.load(path)
-    expected = occlude(model.answer, model.fit_canvas(SPOTTED), model.classes.index("red"))
-    heat = occlusion_heat(model, SPOTTED, model.classes.index("red"))
-    content = base64.b64encode(encode(SPOTTED, "PNG")).decode()
-
-    with hosting(tmp_path / "site") as url:
-        open_page(browser, url)
-        found = browser.execute_async_script(EXPLAIN, content, "red")
-
-    assert not isinstance(found, str), found
-    assert np.abs(np.array(found["cells"]) - expected.cells).max() < 1e-6
-    assert found["probability"] == pytest.approx(expected.probability, abs=1e-6)
-    assert found["lowest"] == pytest.approx(expected.lowest, abs=1e-6)
-    assert found["cropped"] == (mode == "crop")
-    picture = decode(base64.b64decode(found["picture"])).astype(int)
-    shown = np.asarray(overlay(SPOTTED, heat.map)).astype(int)
-    assert picture.shape == shown.shape
-    assert np.abs(picture - shown).mean() < 4  # the enlargement is the browser's
-
-
-def test_why_is_asked_and_answered_on_the_page(browser: Any, address: str, tmp_path: Path) -> None:
-    (tmp_path / "spot.png").write_bytes(encode(SPOTTED, "PNG"))
-    open_page(browser, address)
-    choose(browser, tmp_path / "spot.png")
-    articles(browser, 1)
-
-    browser.find_element("css selector", ".answer button").click()
-    choose(browser, tmp_path / "spot.png")  # is answered meanwhile
-    articles(browser, 2)
-    image = wait_until(lambda: browser.find_elements("css selector", ".why img"))[0]
-    text = image.find_element("xpath", "..").text
-
-    assert "in yellow: top centre" in image.get_attribute("alt")
-    assert "hiding a part makes “red” less probable" in text
-    assert not severe_messages(browser)
 
 
 def test_the_page_shows_the_card(browser: Any, address: str) -> None:

@@ -18,7 +18,11 @@ def export(
     ],
     target: Annotated[
         Path,
-        typer.Option("--out", help="The file to write: .onnx, .pt2 (torch) or .xml (OpenVINO)."),
+        typer.Option(
+            "--out",
+            help="The file to write: .onnx, .pt2 (torch), .xml (OpenVINO), .mlpackage (Core ML) or "
+            ".tflite (LiteRT).",
+        ),
     ] = Path("model.onnx"),
     method: Annotated[
         str | None,

@@ -47,7 +47,7 @@ def export(
 
     Args:
         run: a finished run.
-        path: the file, .onnx, .pt2 or .xml (default model.onnx in the run folder).
+        path: the file, with one of targets.SUFFIXES (default model.onnx in the run folder).
         method: another method than the chosen one; of a run with any number of labels per image
             mean or best.
         members: other members than those that the recipe combines; a single one is exported alone.

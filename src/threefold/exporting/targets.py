@@ -6,13 +6,17 @@
   only the file that it has just written. The model card is its extra file `threefold.json`.
 - `.xml` is OpenVINO's, with the weights in a `.bin` beside it; loading it runs no code of the file.
   The model card is its rt_info `threefold`.
+- `.mlpackage` is Core ML's, a folder, see `coreml`; `.tflite` is LiteRT's, see `litert`, with the
+  model card in `NAME.json`. Both take images of one size.
 
-The last two have their checksums beside them (`checksums`), which `load` compares.
+All but the first have their checksums beside them (`checksums`), which `load` compares.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +30,7 @@ import torch
 
 from threefold.ensembles.cascade import Cascade
 from threefold.errors import ExportError
-from threefold.exporting import onnx_graph
+from threefold.exporting import coreml, litert, onnx_graph
 from threefold.exporting.checksums import check_checksums, checksum_path, write_checksums
 from threefold.exporting.onnx_cascade import add_cascade
 from threefold.exporting.onnx_files import place_file, staged
@@ -37,7 +41,7 @@ from threefold.models.pipeline import Pipeline
 from threefold.predictions.export_schema import ExportReport
 from threefold.runtime.model import KEY
 
-SUFFIXES: Final = (".onnx", ".pt2", ".xml")
+SUFFIXES: Final = (".onnx", ".pt2", ".xml", ".mlpackage", ".tflite")
 CARD_FILE: Final = f"{KEY}.json"
 """Name of the model card inside a .pt2 file (torch.export's extra_files)."""
 Measure = Callable[[np.ndarray], ExportReport]
@@ -90,8 +94,8 @@ def export(
         thresholds = card.get("thresholds")
         return check(compare(expected, answers, precision, labels, rows, thresholds), target)
 
-    if target.suffix == ".pt2":
-        return _to_pt2(pipeline, target, images, {**card, "opset": None}, measure)
+    if target.suffix in _WRITERS:
+        return _WRITERS[target.suffix](pipeline, target, images, {**card, "opset": None}, measure)
     stages = cascade.stages if cascade is not None and target.suffix == ".onnx" else ()
     graph = onnx_graph.build_graph(pipeline, precision, calibration, stages)
     if target.suffix == ".xml":
@@ -112,17 +116,21 @@ def check_kind(target: Path, precision: str) -> None:
         raise ExportError(
             "cannot export to this kind of file",
             where=target,
-            expected="a name that ends in .onnx, .pt2 or .xml",
+            expected="a name that ends in .onnx, .pt2, .xml, .mlpackage or .tflite",
         )
-    if target.suffix == ".pt2" and precision != "float32":
+    if target.suffix in _WRITERS and precision != "float32":
         raise ExportError(
-            "a .pt2 file holds float32 only",
+            f"a {target.suffix} file holds float32 only",
             where=target,
             got=precision,
             fix="use a name that ends in .onnx or .xml",
         )
     if target.suffix == ".xml":
         _openvino(target)
+    elif target.suffix == ".mlpackage":
+        coreml.import_coremltools(target)
+    elif target.suffix == ".tflite":
+        litert.import_litert(target)
 
 
 def _openvino(target: Path) -> Any:
@@ -140,7 +148,7 @@ def _openvino(target: Path) -> Any:
 
 
 def load(path: str | Path) -> Any:
-    """Load an exported .pt2 or .xml file after comparing it with the checksums beside it.
+    """Load an exported .pt2, .xml or .tflite file after comparing it with the checksums beside it.
 
     An .onnx file is loaded by `threefold.load`.
 
@@ -151,21 +159,24 @@ def load(path: str | Path) -> Any:
     Returns:
         Of a .pt2 file, a torch module that maps uint8 images (b, h, w, 3) to probs (b, k) and
         member_probs (b, m, k). Of an .xml file, OpenVINO's compiled model for the CPU, with the
-        input `images` and the outputs `probs` and `member_probs`.
+        input `images` and the outputs `probs` and `member_probs`. Of a .tflite file, see
+        `litert.open_litert`.
 
     Raises:
         ExportError: another kind of file, missing, damaged or without its checksums; or OpenVINO
-            is not installed.
+            or ai-edge-litert is not installed.
     """
     path = Path(path)
-    if path.suffix not in (".pt2", ".xml"):
+    if path.suffix not in (".pt2", ".xml", ".tflite"):
         raise ExportError(
             "cannot load this kind of file",
             where=path,
-            expected="a name that ends in .pt2 or .xml",
+            expected="a name that ends in .pt2, .xml or .tflite",
             fix="threefold.load reads .onnx files" if path.suffix == ".onnx" else "",
         )
     check_checksums(path)
+    if path.suffix == ".tflite":
+        return litert.open_litert(path)
     return _load_pt2(path) if path.suffix == ".pt2" else _compile(_openvino(path), path)
 
 
@@ -221,6 +232,57 @@ def _save(program: Any, path: Path, card: dict[str, Any], target: Path) -> None:
         raise ExportError(
             "cannot write", where=target, got=str(error).splitlines()[0][:160]
         ) from None
+
+
+def _to_coreml(
+    pipeline: Pipeline,
+    target: Path,
+    images: Sequence[np.ndarray],
+    card: dict[str, Any],
+    measure: Measure,
+) -> ExportReport:
+    with _stage(target) as folder:
+        model = coreml.convert(pipeline, target)
+        trial = Path(folder) / target.name
+        coreml.save(model, trial, card)
+        report = measure(coreml.predict_coreml(trial, pipeline, images))
+        shutil.rmtree(trial)
+        coreml.save(model, trial, {**card, "parity": report.as_json()})
+        files = [path for path in sorted(trial.rglob("*")) if path.is_file()]
+        digests = {f"{target.name}/{path.relative_to(trial)}": sha256(path) for path in files}
+        size = sum(path.stat().st_size for path in files)
+        with suppress(FileNotFoundError):
+            checksum_path(target).unlink()
+        try:
+            if target.exists():
+                os.replace(target, Path(folder) / "old")
+            os.replace(trial, target)
+        except OSError as error:
+            raise ExportError("cannot write", where=target, got=error) from None
+        write_checksums(target, digests)
+    return report.replace(bytes=size)
+
+
+def _to_litert(
+    pipeline: Pipeline,
+    target: Path,
+    images: Sequence[np.ndarray],
+    card: dict[str, Any],
+    measure: Measure,
+) -> ExportReport:
+    with _stage(target) as folder:
+        trial = Path(folder) / target.name
+        litert.write_litert(pipeline, trial, target)
+        report = measure(litert.predict_litert(trial, pipeline, images))
+        text = json.dumps({**card, "parity": report.as_json()}, ensure_ascii=False, default=float)
+        card_trial = trial.with_name(f"{target.name}.json")
+        card_trial.write_text(text, encoding="utf-8")
+        _place(target, [card_trial, trial])
+    return report.replace(bytes=target.stat().st_size)
+
+
+_WRITERS: Final = {".pt2": _to_pt2, ".mlpackage": _to_coreml, ".tflite": _to_litert}
+"""Those that hold float32 only and are written from the pipeline itself."""
 
 
 def _to_openvino(
