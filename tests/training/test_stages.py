@@ -14,7 +14,7 @@ from support.stages import build_tiny, make_rows, make_task, train_whole_and_in_
 
 from threefold.errors import OutOfMemoryError, RecipeError, RunError
 from threefold.models.pipeline import Predictor, pick_device, predict_probs
-from threefold.training import stages
+from threefold.training import device_pixels
 from threefold.training.checkpoints import Checkpoint, accept_stage
 from threefold.training.losses import BatchLoss
 from threefold.training.pixel_cache import MappedPixels, PixelRows
@@ -218,7 +218,7 @@ def test_out_of_memory_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> N
     def out_of_memory(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
-    monkeypatch.setattr(stages, "to_pixels", out_of_memory)
+    monkeypatch.setattr(device_pixels, "to_pixels", out_of_memory)
 
     with pytest.raises(
         RunError,

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from threefold.errors import is_out_of_memory, shorten
 from threefold.models.member import Member
-from threefold.models.pipeline import ImageRows, Predictor, predict_probs, to_pixels
+from threefold.models.pipeline import ImageRows, Predictor, predict_probs
 from threefold.models.split import LateBlocks
 from threefold.recipe_schema import StageSpec
 from threefold.training.activations import predict_late, to_activations
@@ -41,8 +41,10 @@ from threefold.training.checkpoints import (
     restore_optimizer,
     restore_random,
     save_resume_state,
+    seed_generators,
 )
 from threefold.training.checks import diverged, short_of_memory
+from threefold.training.device_pixels import pixel_reader
 from threefold.training.features import FeatureRows
 from threefold.training.heads import head_probs, to_features
 from threefold.training.losses import BatchLoss, smooth_targets, soften
@@ -65,7 +67,7 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
         RunError: the loss, answers or weights are not numbers, or the memory is exhausted.
         RecipeError: the stage's regexes leave nothing to train.
     """
-    _seed_all(task.seed)
+    seed_generators(task.seed)
     loop = (_HeadLoop if isinstance(task.fit, FeatureRows) else _Loop)(member, task)
     start = loop.checkpoint(-1)
     best, records = loop.resume(start)
@@ -186,7 +188,7 @@ class _Loop:
             inputs = to_activations(task.activations.select[:size], self.device)
             what = f"{task.network} from block {task.activations.count}"
         else:
-            inputs = to_pixels(_pixels(task.fit)[:size], self.device)
+            inputs = self._read_pixels(np.arange(min(size, len(task.fit.labels))))
             what = f"{task.network} at {inputs.shape[-1]} px"
         return pick_precision(
             self.network,
@@ -195,6 +197,10 @@ class _Loop:
             task.precision_file,
             task.watcher.note,
         )
+
+    @cached_property
+    def _read_pixels(self) -> Callable[[np.ndarray], Tensor]:
+        return pixel_reader(_pixels(self.task.fit), self.device)
 
     def _network(self, member: nn.Module) -> nn.Module:
         """The part of a member that is trained: all of it, or what follows cached activations."""
@@ -442,7 +448,7 @@ class _Loop:
         labels, soft = self._targets(rows)
         if self.task.activations is not None:
             return _Batch(to_activations(self.activations[rows], self.device), labels, soft)
-        images = to_pixels(_pixels(self.task.fit)[rows], self.device)
+        images = self._read_pixels(rows)
         images, labels, soft = self.augment(images, labels, soft)
         return _Batch(images.contiguous(memory_format=torch.channels_last), labels, soft)
 
@@ -487,10 +493,3 @@ def _soft_targets(task: StageTask, device: torch.device) -> Tensor | None:
     if task.teacher_probs is None or distill is None:
         return None
     return soften(task.teacher_probs, distill.temperature, device)
-
-
-def _seed_all(seed: int) -> None:
-    """Seed the global generators, which timm and torch draw from (noise, dropout, mixing)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
