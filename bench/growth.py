@@ -1,0 +1,175 @@
+"""How time and memory grow with images, rows, classes and members.
+
+    uv run python bench/growth.py --out OUT [--parts cache,evaluate,ensemble,report] [--most 100000]
+
+Each case runs in a process of its own; processor time (user and system) and its largest memory are
+those of that process, its start included. `per unit` is the processor time beyond that of the
+smallest case, over what was added: constant where growth is linear.
+
+- cache: the image cache of a run at 64 px, from n JPEG files of 160 x 120 (few files, many links).
+- evaluate: `threefold evaluate` of predictions of 3 members; rows, then classes, then members grow.
+- ensemble: `threefold ensemble --method auto` of the same.
+- report: `threefold evaluate --html`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from threefold.training.provenance import commit, hardware
+
+LINKS = 20_000
+"""Links to one file; file systems limit them."""
+
+ROWS, CLASSES, MEMBERS = 10_000, 10, 3
+"""The sizes that stay where another one grows."""
+
+
+class Case(NamedTuple):
+    """One size of one part."""
+
+    part: str
+    grows: str
+    n: int
+
+
+class Used(NamedTuple):
+    """What a process used."""
+
+    processor: float
+    wall: float
+    peak_mb: float
+
+
+def cases(part: str, most: int) -> list[Case]:
+    """The sizes of a part, smallest first."""
+    rows = [n for n in (1_000, 10_000, 100_000, 1_000_000) if n <= most]
+    if part == "cache":
+        return [Case(part, "images", n) for n in rows]
+    classes = [n for n in (2, 10, 100, 1_000) if ROWS * n * MEMBERS <= 100 * most * MEMBERS]
+    return [
+        *(Case(part, "rows", n) for n in rows),
+        *(Case(part, "classes", n) for n in classes),
+        *(Case(part, "members", n) for n in (1, 4, 16, 64)),
+    ]
+
+
+def draw_predictions(path: Path, rows: int, classes: int, members: int) -> None:
+    """Write predictions of members that err independently of one another."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(classes, size=rows)
+    probs = np.empty((members, rows, classes), np.float32)
+    for member in range(members):
+        logits = rng.normal(size=(rows, classes)).astype(np.float32)
+        logits[np.arange(rows), labels] += 3
+        np.exp(logits, out=logits)
+        probs[member] = logits / logits.sum(1, keepdims=True)
+    np.savez(path, probs=probs, labels=labels)
+
+
+def link_images(folder: Path, count: int) -> None:
+    """Fill two class folders with links to JPEG files."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+    for number in range(count):
+        path = folder / "ab"[number % 2] / f"{number:07d}.jpg"
+        if number % LINKS == 0:
+            coarse = rng.integers(256, size=(12, 16, 3), dtype=np.uint8)
+            source = folder / f"{number}.jpg"
+            Image.fromarray(coarse).resize((160, 120)).save(source)
+            os.rename(source, path)
+            source = path
+        else:
+            os.link(source, path)
+
+
+def fill_cache(folder: Path) -> None:
+    """Fill the image cache of a folder, as a run does."""
+    from threefold.data.dataset import load_data
+    from threefold.models.views import Views
+    from threefold.recipe_schema import DataSpec, MemberSpec, ViewSpec
+    from threefold.training.pixel_cache import PixelCache
+
+    sources = load_data(DataSpec(source="folder", root=str(folder / "images")), seed=0)
+    spec = MemberSpec(name="m", backbone="test_resnet", img_size=64)
+    views = Views(ViewSpec(), 64, 0)
+    cache = PixelCache(sources, lambda spec: views, folder / "cache")
+    rows = cache.rows("train", spec, np.arange(len(sources.train)))
+    for begin in range(0, len(rows.pixels), 64):
+        rows.pixels[begin : begin + 64]
+
+
+def run_case(case: Case, folder: Path) -> Used:
+    """Prepare a case, and run it in a process of its own."""
+    threefold = [sys.executable, "-m", "threefold"]
+    if case.part == "cache":
+        link_images(folder / "images", case.n)
+        command = [sys.executable, __file__, "--fill-cache", str(folder)]
+    else:
+        sizes = {"rows": ROWS, "classes": CLASSES, "members": MEMBERS} | {case.grows: case.n}
+        # In another process: a child's peak counts its parent's memory at the fork.
+        draw = [sys.executable, __file__, "--draw", json.dumps([str(folder / "p.npz"), sizes])]
+        subprocess.run(draw, check=True)
+        command = [*threefold, "evaluate", str(folder / "p.npz")]
+        if case.part == "ensemble":
+            command = [*threefold, "ensemble", str(folder / "p.npz"), "--method", "auto"]
+        if case.part == "report":
+            command += ["--html", str(folder / "page.html")]
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed ({process.returncode})")
+    wall = time.perf_counter() - began
+    return Used(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss / 1024)
+
+
+def main() -> None:
+    """Run all cases, and print a row for each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--parts", default="cache,evaluate,ensemble,report")
+    parser.add_argument("--most", type=int, default=100_000)
+    parser.add_argument("--fill-cache", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--draw", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.fill_cache is not None:
+        fill_cache(options.fill_cache)
+        return
+    if options.draw is not None:
+        path, sizes = json.loads(options.draw)
+        draw_predictions(Path(path), **sizes)
+        return
+    print(f"{datetime.date.today()}, {hardware()}, commit {commit()}\n")
+    print("| part | grows | n | processor s | per unit ms | wall s | peak MB |")
+    print("|---|---|---|---|---|---|---|")
+    smallest: dict[tuple[str, str], tuple[int, float]] = {}
+    for part in options.parts.split(","):
+        for case in cases(part, options.most):
+            with tempfile.TemporaryDirectory(dir=options.out) as folder:
+                used = run_case(case, Path(folder))
+            first, base = smallest.setdefault((part, case.grows), (case.n, used.processor))
+            growth = 1000 * (used.processor - base) / (case.n - first) if case.n > first else 0.0
+            unit = f"{growth:.3f}" if case.n > first else ""
+            figures = (f"{used.processor:.1f}", unit, f"{used.wall:.1f}", f"{used.peak_mb:.0f}")
+            row = (part, case.grows, f"{case.n:,}", *figures)
+            print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
