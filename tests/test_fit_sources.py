@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.tiny_runs import make_folder
+from support.tiny_runs import make_folder, tiny_tree
 
 from threefold import api
 from threefold.cli import app
+from threefold.data.detect_source import detect_source
 from threefold.data.in_memory import store_data
-from threefold.errors import RunError
+from threefold.errors import DataError, RunError
 from threefold.recipe import Recipe
 from threefold.training.run import Run
 
@@ -77,3 +78,16 @@ def test_a_plan_for_an_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "recipe.toml").write_text(capsys.readouterr().out)
     planned = Recipe.load(tmp_path / "recipe.toml")
     assert planned.data.root == str(archive)
+
+
+def test_a_folder_with_a_table_inside_is_that_of_its_run(tmp_path: Path) -> None:
+    """The recipe names the table; `fit` on the folder again goes on, here to the lost images."""
+    (tmp_path / "data/images").mkdir(parents=True)
+    (tmp_path / "data/train.csv").write_text("image,label\n0.png,a\n1.png,b\n")
+    spec = detect_source(tmp_path / "data")
+    tree = tiny_tree(Path(spec.root), data={"source": spec.source, "root": spec.root})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/recipe.toml").write_text(Recipe.parse(tree).dump())
+
+    with pytest.raises(DataError, match=r"0\.png"):
+        api.fit(tmp_path / "data", tmp_path / "run", progress=False)

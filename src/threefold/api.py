@@ -13,6 +13,7 @@ from threefold.arguments import parse_minutes, split_names
 from threefold.data.dataset import Sources
 from threefold.data.group_file import GROUP_FILE
 from threefold.data.in_memory import find_stored_data
+from threefold.data.sources.table_inside import find_table
 from threefold.errors import RecipeError, RunError
 from threefold.exporting.export import export
 from threefold.names import plain_backbone
@@ -230,8 +231,9 @@ def _resumed_recipe(
             where=out,
             fix="choose another --out, or leave out --set and --members to resume it",
         )
-    root = find_stored_data(recipe.data.root, out)
-    if Path(root).resolve() != folder.resolve():
+    root = Path(find_stored_data(recipe.data.root, out)).resolve()
+    table = find_table(folder) if folder.is_dir() else None  # which is the root of such a folder
+    if root not in (folder.resolve(), table and table.resolve()):
         raise RunError(
             "the folder holds a run on other images",
             where=out,
