@@ -10,10 +10,19 @@ from collections.abc import Sequence
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from threefold.exporting.hub_readme_labels import (
+    introduce_labels,
+    label_headline,
+    tabulate_label_scores,
+    tabulate_labels,
+)
+from threefold.exporting.markdown import cell, share
 from threefold.models.backbones import resolve_backbone
 from threefold.models.hub import weights_licence
+from threefold.predictions.multilabel_results import MultilabelResults, MultilabelScore
 from threefold.predictions.results_schema import ClassScore, Results, Score
 from threefold.predictions.run_folder import RunFolder
+from threefold.predictions.run_results import AnyResults
 
 CLASSES_SHOWN = 200
 """Most classes that the table of classes lists."""
@@ -33,16 +42,22 @@ def write_readme(folder: RunFolder, repository: str = "", licence: str = "") -> 
         RunError: the run is not complete.
     """
     folder.check_finished()
-    results = folder.results
+    results = folder.any_results
     title = repository.rpartition("/")[2] or results.name
+    if isinstance(results, MultilabelResults):
+        about = [introduce_labels(results), _usage(repository), tabulate_label_scores(results)]
+        classes, alpha = tabulate_labels(results, CLASSES_SHOWN), None
+    else:
+        about = [_introduction(results), _usage(repository), _scores(results)]
+        classes = _classes(results.per_class)
+        sets = results.conformal
+        alpha = sets.alpha if sets is not None and sets.sets else None
     sections = [
         f"# {title}",
-        _introduction(results),
-        _usage(repository),
-        _scores(results),
-        _classes(results.per_class),
-        _training(folder, results),
-        _limits(results),
+        *about,
+        classes,
+        _training(folder, results.hardware),
+        _limits(alpha),
     ]
     if licence:
         sections.append(f"## Licence\n\n{licence}")
@@ -50,9 +65,24 @@ def write_readme(folder: RunFolder, repository: str = "", licence: str = "") -> 
     return f"---\n{head}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def _metadata(folder: RunFolder, results: Results, title: str, licence: str) -> ModelCardData:
+def _metadata(folder: RunFolder, results: AnyResults, title: str, licence: str) -> ModelCardData:
     """The hub's metadata, with the scores of the chosen ensemble."""
-    score = _headline(results)
+    score: Score | MultilabelScore | None
+    tags = ["image-classification", "onnx", "ensemble"]
+    if isinstance(results, MultilabelResults):
+        score = label_headline(results)
+        tags.append("multi-label")
+    else:
+        score = _headline(results)
+    figures: dict[str, float] = {}
+    if isinstance(score, MultilabelScore):
+        figures = {
+            "mean_average_precision": score.mean_average_precision,
+            "f1": score.macro_f1,
+            "log_loss": score.log_loss,
+        }
+    elif score is not None:
+        figures = {"accuracy": score.accuracy, "log_loss": score.log_loss}
     evaluations = None
     if score is not None:
         evaluations = [
@@ -63,15 +93,15 @@ def _metadata(folder: RunFolder, results: Results, title: str, licence: str) -> 
                 metric_type=kind,
                 metric_value=round(value, 4),
             )
-            for kind, value in (("accuracy", score.accuracy), ("log_loss", score.log_loss))
+            for kind, value in figures.items()
         ]
     return ModelCardData(
         license=licence or None,
         library_name="threefold",
         pipeline_tag="image-classification",
-        tags=["image-classification", "onnx", "ensemble"],
+        tags=tags,
         base_model=[f"timm/{name}" for name in _backbones(folder)] or None,
-        metrics=["accuracy", "log_loss"] if evaluations else None,
+        metrics=[*figures] or None,
         model_name=title if evaluations else None,
         eval_results=evaluations,
     )
@@ -126,7 +156,7 @@ ONNX runtime opens it."""
 
 def _scores(results: Results) -> str:
     rows = [
-        f"| {_cell(s.name)}{' (chosen)' if s.name == results.chosen else ''} | {s.rows} | {s.n:,} "
+        f"| {cell(s.name)}{' (chosen)' if s.name == results.chosen else ''} | {s.rows} | {s.n:,} "
         f"| {s.accuracy:.4f} [{s.interval[0]:.4f}, {s.interval[1]:.4f}] | {s.log_loss:.4f} "
         f"| {s.ece:.4f} |"
         for s in results.scores
@@ -147,17 +177,17 @@ def _classes(classes: Sequence[ClassScore]) -> str:
     lines = ["## Classes", "", "| class | images | recall | precision |", "|---|---|---|---|"]
     for row in classes[:CLASSES_SHOWN]:
         lines.append(
-            f"| {_cell(row.name)} | {row.n:,} | {_share(row.recall)} | {_share(row.precision)} |"
+            f"| {cell(row.name)} | {row.n:,} | {share(row.recall)} | {share(row.precision)} |"
         )
     if len(classes) > CLASSES_SHOWN:
         lines.append(f"| and {len(classes) - CLASSES_SHOWN:,} more | | | |")
     return "\n".join(lines)
 
 
-def _training(folder: RunFolder, results: Results) -> str:
+def _training(folder: RunFolder, hardware: str) -> str:
     recipe, info = folder.recipe, folder.info
     members = "\n".join(
-        f"| {_cell(m.name)} | {_cell(m.backbone or ' + '.join(m.joins))} | {m.img_size} px "
+        f"| {cell(m.name)} | {cell(m.backbone or ' + '.join(m.joins))} | {m.img_size} px "
         f"| {m.head.kind} | {_licence_of(m.backbone)} |"
         for m in recipe.members
     )
@@ -172,33 +202,24 @@ part of this repository. Split: {folds}, seed {recipe.seed}. `recipe.toml` has e
 |---|---|---|---|---|
 {members}
 
-{versions}; {results.hardware}."""
+{versions}; {hardware}."""
 
 
 def _licence_of(backbone: str) -> str:
     return weights_licence(backbone) if backbone else ""
 
 
-def _limits(results: Results) -> str:
+def _limits(alpha: float | None) -> str:
+    """What the figures hold for; `alpha` is that of the prediction sets, or None."""
     text = """## Intended use and limits
 
 For images like those that it was trained on, taken in the same way. The figures above hold for new
 images of that kind, and for no others. How it treats groups of people or places that the data set
 does not tell apart has not been measured."""
-    if results.conformal is not None and results.conformal.sets:
-        share = 1 - results.conformal.alpha
+    if alpha is not None:
         text += (
-            f" Prediction sets contain the right class for about {share:.0%} of such images, "
+            f" Prediction sets contain the right class for about {1 - alpha:.0%} of such images, "
             "and images that look like no class can be flagged (`model.predict_sets`, "
             "`model.is_unknown`)."
         )
     return text
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _cell(text: str) -> str:
-    """A text for a cell of a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")

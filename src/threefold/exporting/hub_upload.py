@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from threefold.errors import ExportError, RunError
 from threefold.exporting.hub_readme import write_readme
 from threefold.files import write_json
+from threefold.predictions.results_schema import Results
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe, fold_name
 from threefold.runtime.hub import network_errors
@@ -60,7 +61,7 @@ def push(run_dir: str | Path, repository: str, *, private: bool = False, licence
             api.upload_folder(
                 repo_id=address.repo_id,
                 folder_path=copy,
-                commit_message=f"Upload {folder.results.name}",
+                commit_message=f"Upload {folder.any_results.name}",
             )
         except HFValidationError as error:
             raise ExportError(
@@ -91,7 +92,9 @@ def gather(folder: RunFolder, target: Path, repository: str, licence: str = "") 
     for file in folder.path.glob("model.onnx*"):  # and the file of a large model's weights
         shutil.copyfile(file, target / file.name)
     # Suspect labels, copies and notes name images.
-    results = folder.results.replace(audit=None, notes=(), export=None)
+    results = folder.any_results.replace(notes=(), export=None)
+    if isinstance(results, Results):
+        results = results.replace(audit=None)
     write_json(target / "results.json", results.model_dump(mode="json", by_alias=True))
     readme = write_readme(folder, repository, licence)
     (target / README).write_text(readme, encoding="utf-8")
