@@ -10,6 +10,12 @@ from typing import TYPE_CHECKING, Any, Self
 from threefold.data.in_memory import store_data
 from threefold.errors import MissingExtraError, RunError
 from threefold.names import printable
+from threefold.predictions.multilabel import MultilabelPredictions
+from threefold.predictions.multilabel_results import (
+    MultilabelExpected,
+    MultilabelResults,
+    MultilabelScore,
+)
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Expected, Results, Score
 from threefold.predictions.run_folder import RunFolder
@@ -58,6 +64,49 @@ class SavedRun:
         """Everything that was measured (results.json)."""
         return self.folder.results
 
+    @property
+    def multilabel_results(self) -> MultilabelResults:
+        """Everything that was measured in a run with several labels per image.
+
+        Raises:
+            DataError: an image of the run has one label.
+        """
+        return self.folder.multilabel_results
+
+    @property
+    def mean_average_precision(self) -> float:
+        """The mean average precision to expect, in a run with several labels per image.
+
+        Raises:
+            RunError: the run has no results yet.
+            DataError: an image of the run has one label.
+        """
+        return self._multilabel_expected.mean_average_precision
+
+    @property
+    def macro_f1(self) -> float:
+        """The macro F1 to expect at the labels' thresholds; errors as there."""
+        return self._multilabel_expected.macro_f1
+
+    @property
+    def _multilabel_expected(self) -> MultilabelExpected:
+        self.folder.check_finished()
+        expected = self.multilabel_results.expected
+        if expected is None:
+            raise RunError("results.json has no score to expect", where=self.dir)
+        return expected
+
+    def multilabel_predictions(self, kind: str = "oof") -> MultilabelPredictions:
+        """Return the "oof" or "test" predictions of a run with several labels per image.
+
+        Raises:
+            RunError: the run is not complete, or has no such rows.
+        """
+        rows = self.folder.multilabel_test if kind == "test" else self.folder.multilabel_oof
+        if rows is None:
+            raise RunError(f"no {kind} predictions", where=self.dir, expected=f"{kind}.npz")
+        return rows
+
     def predictions(self, kind: str = "oof") -> Predictions:
         """Return the out-of-fold ("oof") or test ("test") predictions of the members.
 
@@ -96,12 +145,13 @@ class SavedRun:
 
         The rows that the headline is about (`rows`: test, or else oof) come first. `low` and `high`
         are the ends of the interval of the accuracy, `chosen` marks the ensemble that is exported.
+        Of several labels per image, the mean average precision takes the place of the accuracy.
 
         Raises:
             RunError: the run has no results yet.
             MissingExtraError: pandas is not installed.
         """
-        scores = self._ordered_scores()
+        rows = [self._leaderboard_row(score) for score in self._ordered_scores()]
         try:
             import pandas as pd
         except ModuleNotFoundError:
@@ -109,31 +159,34 @@ class SavedRun:
                 "a leaderboard is a pandas DataFrame, and pandas is not installed",
                 fix="pip install pandas, or read run.results.scores",
             ) from None
-        return pd.DataFrame([self._leaderboard_row(score) for score in scores])
+        return pd.DataFrame(rows)
 
-    def _ordered_scores(self) -> list[Score]:
+    def _ordered_scores(self) -> list[Score] | list[MultilabelScore]:
         """Return the scores in the order of the leaderboard."""
         self.folder.check_finished()
-        scores = self.results.scores
-        return sorted(scores, key=lambda s: (s.rows != "test", -s.accuracy))
+        results = self.folder.any_results
+        if isinstance(results, MultilabelResults):
+            return sorted(
+                results.scores, key=lambda s: (s.rows != "test", -s.mean_average_precision)
+            )
+        return sorted(results.scores, key=lambda s: (s.rows != "test", -s.accuracy))
 
-    def _leaderboard_row(self, score: Score) -> dict[str, Any]:
-        return {
-            "name": score.name,
-            "kind": score.kind,
-            "rows": score.rows,
-            "n": score.n,
-            "accuracy": score.accuracy,
-            "low": score.interval[0],
-            "high": score.interval[1],
-            "log_loss": score.log_loss,
-            "ece": score.ece,
-            "fitted_on": score.fitted_on,
-            "chosen": self._is_chosen(score),
-        }
+    def _leaderboard_row(self, score: Score | MultilabelScore) -> dict[str, Any]:
+        row = {"name": score.name, "kind": score.kind, "rows": score.rows, "n": score.n}
+        if isinstance(score, MultilabelScore):
+            low, high = score.mean_average_precision_interval
+            row["mean_average_precision"] = score.mean_average_precision
+            figures: dict[str, Any] = {"macro_f1": score.macro_f1, "micro_f1": score.micro_f1}
+            figures |= {"subset_accuracy": score.subset_accuracy, "log_loss": score.log_loss}
+        else:
+            low, high = score.interval
+            row["accuracy"] = score.accuracy
+            figures = {"log_loss": score.log_loss, "ece": score.ece}
+        chosen = {"fitted_on": score.fitted_on, "chosen": self._is_chosen(score)}
+        return {**row, "low": low, "high": high, **figures, **chosen}
 
-    def _is_chosen(self, score: Score) -> bool:
-        return score.kind == "ensemble" and score.name == self.results.chosen
+    def _is_chosen(self, score: Score | MultilabelScore) -> bool:
+        return score.kind == "ensemble" and score.name == self.folder.any_results.chosen
 
     def model(self, threads: int = 0) -> Model:
         """Open the exported file of the run (model.onnx).
@@ -253,13 +306,23 @@ class SavedRun:
 
     def _headline(self) -> str:
         """Return the accuracy to expect and its basis in words."""
-        expected = self.results.expected if self.folder.has_results else None
+        if not self.folder.has_results:
+            return "no results yet"
+        results = self.folder.any_results
+        more = " (more members follow)" if results.pending else ""
+        if isinstance(results, MultilabelResults):
+            several = self._multilabel_expected
+            low, high = several.mean_average_precision_interval
+            return (
+                f"mean average precision {several.mean_average_precision:.3f} "
+                f"[{low:.3f}, {high:.3f}] on {several.n:,} {several.basis}, {results.chosen}{more}"
+            )
+        expected = results.expected
         if expected is None:
-            return "no accuracy to expect" if self.folder.has_results else "no results yet"
+            return "no accuracy to expect"
         low, high = expected.interval
         text = f"accuracy {expected.accuracy:.3f} [{low:.3f}, {high:.3f}] on {expected.n:,}"
-        more = " (more members follow)" if self.results.pending else ""
-        return f"{text} {expected.basis}, {self.results.chosen}{more}"
+        return f"{text} {expected.basis}, {results.chosen}{more}"
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the headline and the leaderboard."""
@@ -267,23 +330,28 @@ class SavedRun:
         title = f"<p><b>{name}</b>: {html.escape(self._headline())}</p>"
         if not self.folder.has_results:
             return title
-        head = ("", "rows", "images", "accuracy %", "interval", "log loss", "ECE")
+        head: tuple[str, ...] = ("", "rows", "images", "accuracy %", "interval", "log loss", "ECE")
+        if self.folder.is_multilabel:
+            head = ("", "rows", "images", "mAP", "interval", "macro F1", "log loss")
         cells = "".join(f"<th>{text}</th>" for text in head)
         body = "".join(self._html_row(score) for score in self._ordered_scores())
         return f"{title}<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
 
-    def _html_row(self, score: Score) -> str:
-        low, high = score.interval
+    def _html_row(self, score: Score | MultilabelScore) -> str:
         name = html.escape(printable(score.name, ""))
         cells = [
             f"<b>{name}</b> (chosen)" if self._is_chosen(score) else name,
             html.escape(score.rows),
             f"{score.n:,}",
-            f"{100 * score.accuracy:.2f}",
-            f"{100 * low:.2f} to {100 * high:.2f}",
-            f"{score.log_loss:.3f}",
-            f"{score.ece:.3f}",
         ]
+        if isinstance(score, MultilabelScore):
+            low, high = score.mean_average_precision_interval
+            cells += [f"{score.mean_average_precision:.4f}", f"{low:.4f} to {high:.4f}"]
+            cells += [f"{score.macro_f1:.4f}", f"{score.log_loss:.3f}"]
+        else:
+            low, high = score.interval
+            cells += [f"{100 * score.accuracy:.2f}", f"{100 * low:.2f} to {100 * high:.2f}"]
+            cells += [f"{score.log_loss:.3f}", f"{score.ece:.3f}"]
         return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 

@@ -114,6 +114,11 @@ def watch_training(verbose: bool, command: str, trackers: Sequence[str] = ()) ->
 
 def show_results(run: Run) -> None:
     """Print the score table, the accuracy to expect, the largest optimism and suspect labels."""
+    if run.folder.is_multilabel:
+        from threefold.cli import multilabel
+
+        multilabel.show_results(run.folder.multilabel_results)
+        return
     from threefold.cli.terminal import expected_line, score_table
 
     results = run.results

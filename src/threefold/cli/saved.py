@@ -109,6 +109,17 @@ def ensemble(
     html: Html = None,
 ) -> None:
     """Combine and score saved predictions, from a run or elsewhere."""
+    from threefold.evaluation import multilabel_saved
+
+    if multilabel_saved.are_multilabel(sources):
+        from threefold.cli.multilabel import show_summary
+
+        multilabel_saved.refuse_options(labels=labels, classes=classes, top=top, reopen_test=reopen)
+        scored = multilabel_saved.combine_multilabel(
+            sources, split_names(method) or ["auto"], split_names(members)
+        )
+        show_summary(scored, as_json, html)
+        return
     from threefold.evaluation.saved import evaluate_saved, summarize_evaluation
 
     evaluation = evaluate_saved(
@@ -152,6 +163,15 @@ def evaluate(
     """Score predictions or model files as they are: nothing is fitted or chosen."""
     models = find_models(sources, data, card)
     if models is None:
+        from threefold.evaluation import multilabel_saved
+
+        if multilabel_saved.are_multilabel(sources):
+            from threefold.cli.multilabel import show_summary
+
+            multilabel_saved.refuse_options(labels=labels, classes=classes)
+            scored = multilabel_saved.score_multilabel(sources, split_names(members))
+            show_summary(scored, as_json, html)
+            return
         from threefold.evaluation.saved import score_saved
 
         summary, rows = score_saved(sources, split_names(members), labels=labels, classes=classes)
@@ -211,6 +231,14 @@ def compare(
     """Test every pair on the same rows, with Holm's correction."""
     models = find_models([Path(source) for source in sources], data, card)
     if models is None:
+        from threefold.evaluation import multilabel_saved
+
+        if multilabel_saved.are_multilabel(sources):
+            from threefold.cli.multilabel import show_summary
+
+            multilabel_saved.refuse_options(labels=labels, classes=classes)
+            show_summary(multilabel_saved.compare_multilabel(sources, shared), as_json, html)
+            return
         from threefold.evaluation.compare import compare_saved
 
         summary, rows = compare_saved(sources, shared, labels=labels, classes=classes)

@@ -23,7 +23,7 @@ NAME = 22
 """Characters of a name in a table. Of longer names the ends are shown, which differ more often."""
 
 
-def _table(text: Sequence[str], numbers: Sequence[str], title: str | None = None) -> Table:
+def plain_table(text: Sequence[str], numbers: Sequence[str], title: str | None = None) -> Table:
     """Return a table without lines: columns of text, then right-aligned numbers."""
     table = Table(
         box=None,
@@ -45,9 +45,9 @@ _SCORE_COLUMNS = ("accuracy %", "95 % interval", "log loss", "ECE")
 
 def score_table(scores: Sequence[Score], chosen: str | None = None) -> Table:
     """Return a table of scores, with ensembles in bold and the chosen one marked."""
-    table = _table(("", "rows"), _SCORE_COLUMNS)
+    table = plain_table(("", "rows"), _SCORE_COLUMNS)
     for s in scores:
-        name = _name(s.name)
+        name = cell_name(s.name)
         if s.kind == "ensemble":
             name = f"[bold]{name}[/]"
             if s.name == chosen:
@@ -71,13 +71,13 @@ def _figures(s: Score | ShortScore) -> list[str]:
 def class_table(classes: Sequence[ClassScore], limit: int = 12) -> Table:
     """Return a table of the classes with the lowest recall; JSON and page list all of them."""
     numbers = ("images", "recall %", "95 % interval", "precision %", "F1")
-    table = _table(("",), numbers)
+    table = plain_table(("",), numbers)
     known = [(c.recall, c) for c in classes if c.recall is not None]
     known.sort(key=lambda pair: pair[0])
     for recall, c in known[:limit]:
         low, high = c.interval
         table.add_row(
-            _name(c.name),
+            cell_name(c.name),
             f"{c.n:,}",
             f"{100 * recall:.1f}",
             f"{100 * low:.1f} - {100 * high:.1f}",
@@ -95,7 +95,7 @@ def pair_table(pairs: Sequence[Comparison]) -> Table:
     Its columns are the images that only one of the two has right, the difference with its interval,
     and p after Holm's correction.
     """
-    table = _table(("A", "B"), ("A only", "B only", "points", "95 % interval", "Holm p"))
+    table = plain_table(("A", "B"), ("A only", "B only", "points", "95 % interval", "Holm p"))
     for pair in pairs:
         assert pair.difference is not None
         assert pair.interval is not None
@@ -106,14 +106,14 @@ def pair_table(pairs: Sequence[Comparison]) -> Table:
             f"{100 * low:+.2f} to {100 * high:+.2f}",
             f"{pair.p:.2g}",
         ]
-        names = [_name(name, 13) for name in (pair.a, pair.b)]
+        names = [cell_name(name, 13) for name in (pair.a, pair.b)]
         table.add_row(*names, *counts, *figures)
     return table
 
 
 def optimism_table(lines: Sequence[Optimism]) -> Table:
     """Return a table of each choice's accuracy on the rows it was made on, and on others."""
-    table = _table(
+    table = plain_table(
         ("choice",),
         ("apparent", "honest", "difference", "95 % interval"),
         title="optimism: accuracy in % on the rows of the choice, and on others",
@@ -134,9 +134,9 @@ def distill_tables(distillation: DistillationResults) -> list[Table]:
     """Return the scores of student, twin and teacher for each kind of rows, then their costs."""
     tables = []
     for part in distillation.tables:
-        table = _table(("", "rows"), _SCORE_COLUMNS)
+        table = plain_table(("", "rows"), _SCORE_COLUMNS)
         for s in part.scores:
-            table.add_row(_name(s.name), f"{part.rows} {s.n}", *_figures(s))
+            table.add_row(cell_name(s.name), f"{part.rows} {s.n}", *_figures(s))
         tables.append(table)
     return [*tables, _cost_table(distillation)]
 
@@ -144,7 +144,7 @@ def distill_tables(distillation: DistillationResults) -> list[Table]:
 def _cost_table(distillation: DistillationResults) -> Table:
     """Return weights, multiply-adds and bytes, each also as a multiple of the student's."""
     own = next(line for line in distillation.costs if line.name == distillation.student)
-    table = _table(("cost per image",), ("weights", "", "multiply-adds", "", "file", ""))
+    table = plain_table(("cost per image",), ("weights", "", "multiply-adds", "", "file", ""))
     for line in distillation.costs:
         row = []
         for value, own_value, unit in (
@@ -156,11 +156,11 @@ def _cost_table(distillation: DistillationResults) -> Table:
                 row += ["", ""]
             else:
                 row += [f"{value / 1e6:,.1f} {unit}", f"{value / own_value:.1f} x"]
-        table.add_row(_name(line.name), *row)
+        table.add_row(cell_name(line.name), *row)
     return table
 
 
-def _name(name: str, limit: int = NAME) -> str:
+def cell_name(name: str, limit: int = NAME) -> str:
     """Return a name for a cell of a table, as Rich markup."""
     name = printable(name)
     return escape(name if len(name) <= limit else "…" + name[1 - limit :])

@@ -54,7 +54,7 @@ def score_dots(scores: Sequence[Score], max_lines: int = MAX_LINES) -> Markup:
                 _draw_score(axes, score, shown.index(key), is_main)
             elif is_main:
                 axes.plot(score.accuracy, len(shown), "o", color=SOFT, markersize=4, alpha=0.6)
-        _name_lines(axes, names)
+        name_lines(axes, names)
         axes.xaxis.set_major_formatter(percent_ticks())
         axes.set_xlabel("share of images answered right")
 
@@ -232,7 +232,7 @@ def optimism(rows: Sequence[Mapping[str, Any]]) -> Markup:
                 }
                 axes.annotate("", (honest, line), (apparent, line), arrowprops=style)
             axes.plot(honest, line, "o", color=ACCENT, markersize=7)
-        _name_lines(axes, [short_name(row["name"]) for row in rows])
+        name_lines(axes, [short_name(row["name"]) for row in rows])
         axes.margins(x=0.12)
         axes.xaxis.set_major_formatter(percent_ticks())
         axes.set_xlabel("share of images answered right")
@@ -314,7 +314,7 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> Markup:
                 markersize=6,
                 fillstyle="full" if row["sure"] else "none",
             )
-        _name_lines(
+        name_lines(
             axes, [f"{short_name(row['a'], 20)} − {short_name(row['b'], 20)}" for row in rows]
         )
         axes.set_xlabel("difference in points; right of the line the first is better")
@@ -350,7 +350,7 @@ def size_curve(curve: SizeCurveRecord) -> Markup:
     return draw_svg(draw, (WIDTH, 3.2), "Accuracy against the number of members that are averaged")
 
 
-def _name_lines(axes: Axes, names: Sequence[str]) -> None:
+def name_lines(axes: Axes, names: Sequence[str]) -> None:
     """Name the lines of a chart from the top."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)

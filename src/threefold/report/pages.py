@@ -19,8 +19,10 @@ from threefold.files import write_bytes
 from threefold.predictions.results_schema import PredictionSummary, Score
 from threefold.predictions.run_folder import ChosenAnswers, RunFolder
 from threefold.recipe import Job, fold_name
+from threefold.report.facts import run_facts
 from threefold.report.images import Thumbs, data_uri, heat_uri
-from threefold.report.render import duration, number, render
+from threefold.report.multilabel_pages import write_multilabel_report
+from threefold.report.render import render
 from threefold.report.run_charts import chosen_score, learning_curves
 from threefold.report.views import EVIDENCE, main_rows, shared_view
 
@@ -49,7 +51,10 @@ def write_report(runs: Sequence[Path | RunFolder], out: Path | None = None) -> P
     """
     if not runs:
         raise RunError("nothing to report on", fix="give at least one run folder")
-    read = [_RunPage.read(run if isinstance(run, RunFolder) else RunFolder(run)) for run in runs]
+    folders = [run if isinstance(run, RunFolder) else RunFolder(run) for run in runs]
+    if any((f.path / "recipe.toml").is_file() and f.is_multilabel for f in folders):
+        return write_multilabel_report(folders, out)
+    read = [_RunPage.read(folder) for folder in folders]
     first = read[0].folder.path
     target = Path(out) if out else (first if len(read) == 1 else first.parent) / "report.html"
     where = ", ".join(str(page.folder.path) for page in read)
@@ -125,7 +130,7 @@ class _RunPage:
             "folds_reason": self.folder.folds_reason,
             "results": results,
             "info": self.folder.info,
-            "facts": _facts(self.folder),
+            "facts": run_facts(self.folder),
             "chosen_on_rows": is_chosen_on_rows and len(ensembles) > 1,
             "model_bytes": model.stat().st_size if model.is_file() else None,
             "mistakes": self._mistakes(),
@@ -162,23 +167,6 @@ class _RunPage:
                 }
             )
         return mistakes
-
-
-def _facts(folder: RunFolder) -> list[tuple[str, str]]:
-    """Return what identifies a run, as names and values: when, where, with what, how long."""
-    info, results = folder.info, folder.results
-    steps = (f"{step} {duration(seconds)}" for step, seconds in results.seconds.items())
-    versions = (f"{package} {version}" for package, version in info.versions.items())
-    facts = {
-        "created": results.created,
-        "time": ", ".join(steps),
-        "hardware": f"{results.hardware}, {results.threads} threads",
-        "images": f"{number(info.n_train)} to train, {number(info.n_test)} to test",
-        "versions": ", ".join(versions),
-        "commit": results.commit,
-        "recipe digest": info.digest,
-    }
-    return [(name, value) for name, value in facts.items() if value]
 
 
 def write_page(
