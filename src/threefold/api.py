@@ -74,8 +74,9 @@ def fit(
         out: the run folder, by default runs/NAME, or runs/memory-HASH for what is in memory; an
             interrupted run in it is resumed with its own recipe, and a finished one is returned as
             it is.
-        labels: of what is in memory: n texts or whole numbers; of a DataFrame the name of a column,
-            or None for the usual names.
+        labels: of what is in memory: n texts or whole numbers, or where images have any number of
+            labels n lists of them, or 0 and 1 (n, k); of a DataFrame the name of a column, or None
+            for the usual names.
         budget: limit of the wall time: 90s, 20m, 2h, or a number of minutes; 0 = none.
         members: timm names; by default three EfficientNet-Lite. `auto` chooses by measurement.
         overrides: `a.b=c` changes to the planned recipe.
