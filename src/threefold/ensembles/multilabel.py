@@ -247,6 +247,9 @@ def choose_weights(rows: Rows, metric: Metric = "mean_average_precision") -> Cho
     m = len(rows.probs)
     if m == 1:
         return ChosenWeights("best", np.ones(1), "the only member")
+    if len(np.unique(rows.part)) < 2:  # inside a cross-fit of two folds
+        groups = None if rows.groups is None else [str(group) for group in rows.groups]
+        rows = rows._replace(part=similar_parts(rows.targets, groups))
     answers = {}
     for method in METHODS:
         answers[method] = np.empty(rows.targets.shape)
