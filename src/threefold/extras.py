@@ -30,6 +30,7 @@ VERB_EXTRAS: Final = {
     "push": "train",
     "search": "train",
     "ui": "all",
+    "lr-find": "train",
 }
 """The extra that each verb needs; those missing here need none, nor does `explain` of a file."""
 PACKAGE_EXTRAS: Final = {

@@ -19,6 +19,7 @@ from threefold.cli.explain import register as register_explain
 from threefold.cli.export import export
 from threefold.cli.hub import register as register_hub
 from threefold.cli.images import register as register_images
+from threefold.cli.lr_find import lr_find
 from threefold.cli.options import (
     Backbones,
     ImageTime,
@@ -193,6 +194,7 @@ def train(
     show_next_steps(run, f"threefold export {run.dir} --out model.onnx")
 
 
+app.command("lr-find")(lr_find)
 app.command()(search)
 app.command()(export)
 

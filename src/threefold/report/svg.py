@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import matplotlib
 from markupsafe import Markup
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import is_color_like, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -74,6 +76,37 @@ def draw_svg(draw: Callable[[Axes], None], size: tuple[float, float], label: str
     for stand_in, variable in _VARIABLES.items():
         svg = svg.replace(stand_in, variable)
     return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{Markup.escape(label)}"', 1))
+
+
+def draw_png(draw: Callable[[Axes], None], size: tuple[float, float], dpi: int = 150) -> bytes:
+    """Draw as `draw_svg` does, dark on white, and return a PNG file.
+
+    Args:
+        draw: draws with the colours of this module.
+        size: width and height in inches.
+        dpi: pixels for each inch.
+    """
+    colours = {stand_in: PAGE_COLOURS[name] for stand_in, name in _VARIABLES.items()}
+    style = {key: colours.get(value, value) for key, value in _STYLE.items()}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.add_subplot())
+        for artist in figure.findobj():
+            _recolour(artist, colours)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _recolour(artist: Artist, colours: Mapping[str, str]) -> None:
+    """Replace stand-in colours of an artist: of lines and texts, of edges and faces."""
+    for part in ("color", "edgecolor", "facecolor", "markeredgecolor", "markerfacecolor"):
+        get, put = (getattr(artist, f"{verb}_{part}", None) for verb in ("get", "set"))
+        if get is None or put is None:
+            continue
+        colour = get()
+        if is_color_like(colour) and to_hex(colour) in colours:
+            put(colours[to_hex(colour)])
 
 
 def percent_ticks() -> PercentFormatter:

@@ -8,7 +8,9 @@ the epoch that is best on the select rows; there both are the same.
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -80,11 +82,11 @@ def open_features(run: Run) -> FeatureCache:
     )
 
 
-def prepare_features(run: Run, features: FeatureCache) -> None:
-    """Compute what the head jobs that are not done will read, in one pass over the images."""
+def prepare_features(run: Run, features: FeatureCache, jobs: Sequence[Job]) -> None:
+    """Compute what those of some head jobs will read that are not done, in one pass over images."""
     pending = [
         job
-        for job in run.jobs
+        for job in jobs
         if run.recipe.stage(job.stage).kind == "head" and not run.folder.is_done(job)
     ]
     specs = [run.recipe.member(name) for name in dict.fromkeys(job.member for job in pending)]
@@ -125,32 +127,13 @@ def train_head(
         RunError: the features do not fit into memory, or the loss is not a number.
     """
     spec, roles = run.recipe.member(job.member), run.roles[job.fold]
-    member = assemble_member(spec, features.backbone(spec), len(run.sources.train.classes))
-    member.head.to(pick_device(run.recipe.train.device))
+    member = _fresh_member(run, spec, features)
     network = HeadNetwork(member.head)
     elapsed = 0.0
     if spec.head.is_linear:
         start, answer, history = _fit_exactly(run, job, features, pseudo)
     else:
-        copies = run.recipe.features.copies
-        fit, targets = features.rows("train", spec, roles.fit, copies), None
-        if pseudo is not None:
-            targets = pseudo.targets_after(fit.labels, copies)
-            fit = _with_unlabelled(features, spec, fit, pseudo, copies)
-        task = StageTask(
-            stage=_with_epochs(run.recipe.stage(job.stage)),
-            recipe=run.recipe,
-            fit=fit,
-            select=features.select(spec, roles),
-            seed=seed,
-            num_classes=len(run.sources.train.classes),
-            batch_size=spec.batch_size,
-            deadline=deadline,
-            watcher=run.watcher,
-            resume_path=resume_path,
-            network=f"the head of {spec.name}",
-            targets=targets,
-        )
+        task = _head_task(run, job, features, seed, pseudo, deadline, resume_path)
         outcome = train_stage(network, task)
         start = answer = outcome.state
         history, elapsed = outcome.history, outcome.elapsed_before
@@ -160,6 +143,64 @@ def train_head(
     return HeadOutcome(start, answer, history, correct, member, elapsed)
 
 
+def start_head(
+    run: Run, job: Job, features: FeatureCache, seed: int, pseudo: PseudoLabels | None = None
+) -> tuple[HeadNetwork, StageTask]:
+    """Build a fresh head that is trained in steps, and collect what it is trained on.
+
+    Args:
+        run: the run.
+        job: its member, fold and stage of kind head; the head is not linear.
+        features: of the run's images.
+        seed: of all random draws.
+        pseudo: what the fold learns from unlabelled images; None = nothing.
+
+    Raises:
+        RunError: the features do not fit into memory.
+    """
+    member = _fresh_member(run, run.recipe.member(job.member), features)
+    return HeadNetwork(member.head), _head_task(run, job, features, seed, pseudo)
+
+
+def _fresh_member(run: Run, spec: MemberSpec, features: FeatureCache) -> Member:
+    """A frozen backbone with a fresh head, which is on the device of training."""
+    member = assemble_member(spec, features.backbone(spec), len(run.sources.train.classes))
+    member.head.to(pick_device(run.recipe.train.device))
+    return member
+
+
+def _head_task(
+    run: Run,
+    job: Job,
+    features: FeatureCache,
+    seed: int,
+    pseudo: PseudoLabels | None,
+    deadline: float = math.inf,
+    resume_path: Path | None = None,
+) -> StageTask:
+    """What the stage loop is given of a head that is not linear."""
+    spec, roles = run.recipe.member(job.member), run.roles[job.fold]
+    copies = run.recipe.features.copies
+    fit, targets = features.rows("train", spec, roles.fit, copies), None
+    if pseudo is not None:
+        targets = pseudo.targets_after(fit.labels, copies)
+        fit = _add_pseudo_labelled_features(features, spec, fit, pseudo, copies)
+    return StageTask(
+        stage=_with_epochs(run.recipe.stage(job.stage)),
+        recipe=run.recipe,
+        fit=fit,
+        select=features.select(spec, roles),
+        seed=seed,
+        num_classes=len(run.sources.train.classes),
+        batch_size=spec.batch_size,
+        deadline=deadline,
+        watcher=run.watcher,
+        resume_path=resume_path,
+        network=f"the head of {spec.name}",
+        targets=targets,
+    )
+
+
 def _with_epochs(stage: StageSpec) -> StageSpec:
     """The stage, with epochs and learning rate if it has none."""
     if stage.epochs:
@@ -167,7 +208,7 @@ def _with_epochs(stage: StageSpec) -> StageSpec:
     return stage.model_copy(update={"epochs": EPOCHS, "lr": LR, "schedule": "one-cycle"})
 
 
-def _with_unlabelled(
+def _add_pseudo_labelled_features(
     features: FeatureCache, spec: MemberSpec, rows: FeatureRows, pseudo: PseudoLabels, copies: int
 ) -> FeatureRows:
     """Add the unlabelled images of a fold, with their most likely classes, to labelled rows."""
@@ -237,7 +278,7 @@ def _to_learn(
         targets = pseudo.targets_after(rows.labels, copies)
         relative = targets.sum(1, dtype=np.float64)
         probs = targets / relative[:, None]
-        rows = _with_unlabelled(features, spec, rows, pseudo, copies)
+        rows = _add_pseudo_labelled_features(features, spec, rows, pseudo, copies)
     balanced = np.ones(len(rows.labels))
     if rows.labels.ndim == 1:
         balanced = class_weights(rows.labels, num_classes, _balance(run))

@@ -18,14 +18,14 @@ from threefold.data.dataset import Sources
 from threefold.data.splits import Roles
 from threefold.errors import RunError
 from threefold.files import write_arrays, write_json
-from threefold.models.member import JointMember, Member, load_weights, save_weights
+from threefold.models.member import Member, save_weights
 from threefold.models.pipeline import FirstViews, Predictor, pick_device
 from threefold.models.split import LateBlocks
 from threefold.models.views import Views, view_counts
 from threefold.predictions.records import VERSION, RoleCounts, RunInfo
 from threefold.recipe import Job, fold_name
-from threefold.recipe_schema import MemberSpec, StageSpec
-from threefold.training.activations import cached_activations, cached_blocks, predict_late
+from threefold.recipe_schema import MemberSpec
+from threefold.training.activations import predict_late
 from threefold.training.checks import check_trainable
 from threefold.training.diagnostics import DataDiagnostics, inspect_data
 from threefold.training.distillation import Distillation
@@ -35,25 +35,22 @@ from threefold.training.head_jobs import (
     answer_features,
     open_features,
     prepare_features,
-    start_of_tuning,
     train_head,
 )
 from threefold.training.heads import START_FILE
 from threefold.training.out_of_fold import assemble
-from threefold.training.pixel_cache import PixelCache, PixelRows, join_rows
+from threefold.training.pixel_cache import PixelCache
 from threefold.training.predict import predict_images
-from threefold.training.provenance import commit, hardware, stable_seed, versions
-from threefold.training.pseudo_labels import Caches, PseudoLabels, find_pseudo_labels
+from threefold.training.provenance import commit, hardware, versions
+from threefold.training.pseudo_labels import Caches, find_pseudo_labels
 from threefold.training.run import Run
-from threefold.training.stage_task import StageOutcome, StageTask
+from threefold.training.stage_start import job_seed, previous_job, start_stage
+from threefold.training.stage_task import StageOutcome
 from threefold.training.stages import train_stage
 from threefold.training.truth import right_share
 
 RESUME_FILE = ".resume"
 """State of a stage that is being trained, in its job's folder."""
-
-PRECISION_FILE = "precision.json"
-"""The precision that each network is trained in, where the recipe leaves the choice."""
 
 
 def train_members(run: Run, *, keep_cache: bool = False) -> DataDiagnostics:
@@ -94,22 +91,32 @@ def _run_jobs(run: Run) -> PixelCache:
     """Run every job that is missing, then write oof.npz and test.npz; returns the image cache."""
     cache = PixelCache(run.all_sources, run.all_views, run.dir / "cache")
     features = open_features(run)
-    jobs = run.jobs
-    run.watcher.plan(jobs, [_work(run, job) for job in jobs])
-    prepare_features(run, features)
+    run.watcher.plan(run.jobs, [count_work(run, job) for job in run.jobs])
+    run_jobs(run, run.jobs, Caches(cache, features))
+    assemble(run)
+    return cache
+
+
+def run_jobs(run: Run, jobs: Sequence[Job], caches: Caches) -> None:
+    """Run those of some jobs that are missing.
+
+    Args:
+        run: the run; its watcher knows the jobs.
+        jobs: in the order of the run's.
+        caches: of the run's images.
+
+    Raises:
+        ThreefoldError: weights cannot be loaded, or numbers diverge.
+    """
+    prepare_features(run, caches.features, jobs)
     budget = _TimeBudget(run, jobs)
     for job in jobs:
         done = run.folder.is_done(job)
         run.watcher.job(job, skipped=done)
         if done:
             continue
-        deadline = budget.deadline(job)
-        if run.recipe.stage(job.stage).kind == "head":
-            _run_head_job(run, job, cache, features, deadline)
-        else:
-            _run_job(run, job, cache, features, deadline)
-    assemble(run)
-    return cache
+        run_one = _run_head_job if run.recipe.stage(job.stage).kind == "head" else _run_job
+        run_one(run, job, caches.pixels, caches.features, budget.deadline(job))
 
 
 def _notes(run: Run) -> list[str]:
@@ -123,8 +130,8 @@ def _notes(run: Run) -> list[str]:
     return notes
 
 
-def _work(run: Run, job: Job) -> int:
-    """Most images that a job trains on, over all its epochs; a linear head has one."""
+def count_work(run: Run, job: Job) -> int:
+    """Return the most images that a job trains on, over all its epochs; a linear head has one."""
     stage, head = run.recipe.stage(job.stage), run.recipe.member(job.member).head
     epochs = stage.epochs
     if stage.kind == "head":
@@ -143,7 +150,7 @@ class _TimeBudget:
             spent = sum(record.seconds for record in done)
             self.end = time.monotonic() + run.recipe.budget_minutes * 60 - spent
         self.end = min(self.end, run.deadline)
-        self.work_left = {job: _work(run, job) for job in jobs if not run.folder.is_done(job)}
+        self.work_left = {job: count_work(run, job) for job in jobs if not run.folder.is_done(job)}
 
     def deadline(self, job: Job) -> float:
         """The time.monotonic() value at which a job must stop."""
@@ -157,47 +164,10 @@ def _run_job(
     run: Run, job: Job, cache: PixelCache, features: FeatureCache, deadline: float
 ) -> None:
     """Train one stage and write its files: weights, history, predictions; done.json last."""
-    began, recipe, spec = time.monotonic(), run.recipe, run.recipe.member(job.member)
-    stages = recipe.stages_of(job.member)
-    number = [stage.name for stage in stages].index(job.stage)
-    stage = stages[number]
-    roles = run.roles[job.fold]
-    seed = _seed(run, job)
-    torch.manual_seed(seed)
-    folder = run.folder.job_folder(job)
-    previous = job._replace(stage=stages[number - 1].name) if number else None
-    pseudo = find_pseudo_labels(run, job.member, job.fold, Caches(cache, features))
-    member = _start(run, spec, job.fold, previous, features)
-    activations, count = None, 0
-    if stage.cached:
-        count = cached_blocks(member, stage)
-        more = () if pseudo is None else (pseudo.rows,)
-        activations = cached_activations(
-            features, spec, count, roles.fit, roles.select, stage.epochs, *more
-        )
-        fit, select = cache.labels(roles.fit), cache.labels(roles.select)
-    else:
-        fit = cache.rows("train", spec, roles.fit, side=stage.img_size)
-        select = cache.select(spec, roles)
-    task = StageTask(
-        stage=stage,
-        recipe=recipe,
-        fit=_with_unlabelled(cache, spec, stage, fit, pseudo),
-        select=select,
-        seed=seed,
-        num_classes=len(run.sources.train.classes),
-        # The probe that a member starts from has an answer of its own. A first stage need not beat
-        # it: networks that are as good but different make the better ensemble.
-        first=number == 0,
-        batch_size=spec.batch_size,
-        deadline=deadline,
-        watcher=run.watcher,
-        teacher_probs=_teacher_probs(run, job),
-        resume_path=folder / RESUME_FILE,
-        network=" + ".join(spec.joins) or spec.backbone,
-        precision_file=run.dir / PRECISION_FILE,
-        activations=activations,
-        targets=None if pseudo is None else pseudo.targets_after(fit.labels),
+    began, spec, roles = time.monotonic(), run.recipe.member(job.member), run.roles[job.fold]
+    folder, previous = run.folder.job_folder(job), previous_job(run.recipe, job)
+    member, task, count = start_stage(
+        run, job, Caches(cache, features), deadline=deadline, resume_path=folder / RESUME_FILE
     )
     outcome = train_stage(member, task)
     save_weights(outcome.state, folder / "weights.safetensors")
@@ -206,7 +176,7 @@ def _run_job(
     score = answer("train", roles.score) if len(roles.score) else None
     correct = _correct(run, roles, outcome, previous, score)
     write_arrays(folder / "choice.npz", **correct)
-    if number == len(stages) - 1:
+    if job == run.last_job(job.member, job.fold):
         if _has_plain_views(run, spec):
             probs = _plain_probs(run, roles, answer, score)
         else:
@@ -218,35 +188,12 @@ def _run_job(
         (run.folder.job_folder(previous) / "weights.safetensors").unlink(missing_ok=True)
 
 
-def _with_unlabelled(
-    cache: PixelCache,
-    spec: MemberSpec,
-    stage: StageSpec,
-    fit: PixelRows,
-    pseudo: PseudoLabels | None,
-) -> PixelRows:
-    """Add the unlabelled images that a fold learns from, with their most likely classes."""
-    if pseudo is None:
-        return fit
-    labels = np.concatenate([fit.labels, pseudo.labels])
-    if stage.cached:  # its images are in the cache of activations
-        return PixelRows(np.zeros((len(labels), 0, 0, 3), np.uint8), labels)
-    more = cache.rows("unlabelled", spec, pseudo.rows, side=stage.img_size)
-    return PixelRows(join_rows(fit.pixels, more.pixels), labels)
-
-
-def _seed(run: Run, job: Job) -> int:
-    """Seed of all random draws of a job; a twin has those of its student."""
-    recipe = run.recipe
-    return stable_seed(recipe.seed, recipe.seed_name(job.member), str(job.fold), job.stage)
-
-
 def _run_head_job(
     run: Run, job: Job, cache: PixelCache, features: FeatureCache, deadline: float
 ) -> None:
     """Train a head on cached features and write its files; done.json last."""
     began, spec, roles = time.monotonic(), run.recipe.member(job.member), run.roles[job.fold]
-    seed, folder = _seed(run, job), run.folder.job_folder(job)
+    seed, folder = job_seed(run, job), run.folder.job_folder(job)
     torch.manual_seed(seed)
     pseudo = find_pseudo_labels(run, job.member, job.fold, Caches(cache, features))
     outcome = train_head(run, job, features, seed, deadline, folder / RESUME_FILE, pseudo)
@@ -282,44 +229,6 @@ def _write_probs(folder: Path, probs: Mapping[str, np.ndarray]) -> None:
                 fix="lower the lr of the stages, or set train.clip_grad = 1.0",
             )
     write_arrays(folder / "probs.npz", **probs)
-
-
-def _teacher_probs(run: Run, job: Job) -> np.ndarray | None:
-    """A teacher's probabilities on the fit rows (n, k), for a student."""
-    distillation = Distillation.from_run(run)
-    if distillation is None or not run.recipe.soft(job.member):
-        return None
-    return distillation.targets(job.fold).probs_of(run.roles[job.fold].fit)
-
-
-def _start(
-    run: Run, spec: MemberSpec, fold: int, previous: Job | None, features: FeatureCache
-) -> nn.Module:
-    """Build the network that a stage starts from.
-
-    It has the weights of the stage before; in a first stage those of the member that it starts
-    from or the members that it joins, or else pretrained ones. After a stage of kind head it has
-    the head that has not seen the select rows, on which this stage is judged.
-    """
-    first_stage, start = run.recipe.stages_of(spec.name)[0], spec.starts_from
-    pretrained = previous is None and not start
-    member = run.build(spec, len(run.sources.train.classes), pretrained=pretrained)
-    is_after_head = (
-        previous is not None and first_stage.kind == "head" and previous.stage == first_stage.name
-    )
-    if is_after_head or (previous is None and start and run.recipe.is_frozen(start)):
-        member.load_state_dict(start_of_tuning(run, spec, fold, features))
-    elif previous is not None:
-        load_weights(member, run.folder.verify_job(previous) / "weights.safetensors")
-    elif start:
-        folder = run.folder.verify_job(run.last_job(start, fold))
-        load_weights(member, folder / "weights.safetensors")
-    elif isinstance(member, JointMember):
-        k = len(run.sources.train.classes)
-        bases = [run.load_member(run.recipe.member(name), fold, k) for name in spec.joins]
-        member.bases = nn.ModuleList(bases)
-    member = member.to(device=pick_device(run.recipe.train.device))
-    return member.to(memory_format=torch.channels_last)
 
 
 def _has_plain_views(run: Run, spec: MemberSpec) -> bool:

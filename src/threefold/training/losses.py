@@ -98,6 +98,15 @@ def soften(probs: np.ndarray, temperature: float, device: torch.device) -> Tenso
     return logs.softmax(-1).to(device=device, dtype=torch.float32)
 
 
+def teacher_targets(
+    probs: np.ndarray | None, distill: DistillSpec | None, device: torch.device
+) -> Tensor | None:
+    """Return a teacher's softened probabilities (n, k) for a student; None for other members."""
+    if probs is None or distill is None:
+        return None
+    return soften(probs, distill.temperature, device)
+
+
 def soft_loss(logits: Tensor, softened: Tensor, temperature: float) -> Tensor:
     """Mean Kullback-Leibler divergence from teacher to student, times the squared temperature.
 

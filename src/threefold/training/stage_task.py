@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from threefold.models.pipeline import ImageRows
 from threefold.recipe import Recipe
 from threefold.recipe_schema import StageSpec
 from threefold.training.activations import Activations
@@ -78,3 +79,15 @@ class StageOutcome:
     history: dict[str, Any]
     correct: np.ndarray
     elapsed_before: float = 0.0
+
+
+def pixels_of(rows: PixelRows | FeatureRows) -> ImageRows:
+    """Return the images of rows that are images."""
+    assert isinstance(rows, PixelRows)
+    return rows.pixels
+
+
+def features_of(rows: PixelRows | FeatureRows) -> np.ndarray:
+    """Return the features of rows that are features."""
+    assert isinstance(rows, FeatureRows)
+    return rows.features

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from threefold.errors import is_out_of_memory, shorten
 from threefold.models.member import Member
-from threefold.models.pipeline import ImageRows, Predictor, predict_probs
+from threefold.models.pipeline import Predictor, predict_probs
 from threefold.models.split import LateBlocks
 from threefold.recipe_schema import StageSpec
 from threefold.training.activations import predict_late, to_activations
@@ -47,12 +47,11 @@ from threefold.training.checks import diverged, short_of_memory
 from threefold.training.device_pixels import pixel_reader
 from threefold.training.features import FeatureRows
 from threefold.training.heads import head_probs, to_features
-from threefold.training.losses import BatchLoss, smooth_targets, soften
+from threefold.training.losses import BatchLoss, smooth_targets, teacher_targets
 from threefold.training.optimizers import create_optimizer, lr_at, set_trainable, train_mode
-from threefold.training.pixel_cache import PixelRows
 from threefold.training.precision import autocast, check_precision, pick_precision
 from threefold.training.sharpness import sharpen_gradients
-from threefold.training.stage_task import StageOutcome, StageTask
+from threefold.training.stage_task import StageOutcome, StageTask, features_of, pixels_of
 
 _RESUME_FORMAT = 2
 """Raised when the values of the resume file change; files in another format are ignored."""
@@ -68,7 +67,7 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
         RecipeError: the stage's regexes leave nothing to train.
     """
     seed_generators(task.seed)
-    loop = (_HeadLoop if isinstance(task.fit, FeatureRows) else _Loop)(member, task)
+    loop = make_loop(member, task)
     start = loop.checkpoint(-1)
     best, records = loop.resume(start)
     patience = task.stage.patience or math.inf
@@ -105,6 +104,11 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
     return StageOutcome(chosen.state, history, chosen.correct, loop.elapsed_before)
 
 
+def make_loop(member: nn.Module, task: StageTask) -> StageLoop:
+    """Return the loop of a stage: of a network, or of a head on cached features."""
+    return (_HeadLoop if isinstance(task.fit, FeatureRows) else StageLoop)(member, task)
+
+
 def _why_stopped(cut_short: bool, epochs: int, best: Checkpoint, stage: StageSpec) -> str:
     """Why a stage ended before its last epoch; empty if it did not."""
     if not cut_short and epochs == stage.epochs:
@@ -131,8 +135,8 @@ class _Batch(NamedTuple):
     soft: Tensor | None
 
 
-class _Loop:
-    """Optimizer, augmentation and counters of one stage."""
+class StageLoop:
+    """Optimizer, augmentation and counters of one stage; see `make_loop`."""
 
     def __init__(self, member: nn.Module, task: StageTask) -> None:
         spec = task.recipe.train
@@ -171,7 +175,7 @@ class _Loop:
         # Averages the weights and the statistics of norms. The warm-up lets short stages forget
         # where they began: after n steps the decay is at most 1 - (n + 1)^(-2/3).
         self.average = ModelEmaV3(member, spec.ema, use_warmup=True) if spec.ema else None
-        self.soft_targets = _soft_targets(task, self.device)
+        self.soft_targets = teacher_targets(task.teacher_probs, task.recipe.distill, self.device)
 
     def _train_mode(self) -> None:
         train_mode(self.member, fixed_norms=self.task.stage.batch_norm == "fixed")
@@ -200,7 +204,7 @@ class _Loop:
 
     @cached_property
     def _read_pixels(self) -> Callable[[np.ndarray], Tensor]:
-        return pixel_reader(_pixels(self.task.fit), self.device)
+        return pixel_reader(pixels_of(self.task.fit), self.device)
 
     def _network(self, member: nn.Module) -> nn.Module:
         """The part of a member that is trained: all of it, or what follows cached activations."""
@@ -330,12 +334,7 @@ class _Loop:
             self.activations = self.task.activations.fit(number)
         self._train_mode()
         for rows in islice(self._batches(), steps, None):
-            try:
-                loss = self._step(rows)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise short_of_memory(self.task.stage, self.spec, self.device, len(rows)) from None
+            loss = self._step(rows)
             if not math.isfinite(loss):
                 raise diverged(self.task.stage, number, "the loss is not a number", loss)
             steps, total, images = steps + 1, total + loss * len(rows), images + len(rows)
@@ -377,7 +376,7 @@ class _Loop:
         if self.task.activations is not None:
             activations = self.task.activations.select
             return predict_late(self._network(network), activations, self.loss.task)
-        return predict_probs(Predictor(network, None, self.loss.task), _pixels(self.task.select))
+        return predict_probs(Predictor(network, None, self.loss.task), pixels_of(self.task.select))
 
     def _measured(self, state: State, probs: np.ndarray, epoch: int) -> Checkpoint:
         return Checkpoint(state, probs, self.task.select.labels, epoch, self.spec.metric)
@@ -397,11 +396,37 @@ class _Loop:
             if len(rows) > 1:
                 yield np.sort(rows)
 
-    def _step(self, rows: np.ndarray) -> float:
+    def take_steps(self, lrs: Iterable[float]) -> Iterator[float]:
+        """Take one step at each learning rate, over as many epochs as that needs.
+
+        Yields:
+            The mean loss of each step's images, before the step.
+        """
+        rates = iter(lrs)
+        for epoch in count():
+            if self.task.activations is not None:
+                self.activations = self.task.activations.fit(epoch % self.task.stage.epochs)
+            self._train_mode()
+            for rows in self._batches():
+                lr = next(rates, None)
+                if lr is None:
+                    return
+                yield self._step(rows, lr)
+
+    def _step(self, rows: np.ndarray, lr: float | None = None) -> float:
+        """Take one optimizer step; `lr` in place of the schedule's. Returns the mean loss."""
+        if lr is None:
+            stage, total = self.task.stage, self.steps_per_epoch * self.task.stage.epochs
+            lr = lr_at(stage.schedule, stage.lr, self._schedule_step(total), total, stage.epochs)
+        try:
+            return self._update(rows, lr)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise short_of_memory(self.task.stage, self.spec, self.device, len(rows)) from None
+
+    def _update(self, rows: np.ndarray, lr: float) -> float:
         """Take one optimizer step over `accumulate` micro-batches; returns the mean loss."""
-        stage = self.task.stage
-        total = self.steps_per_epoch * stage.epochs
-        lr = lr_at(stage.schedule, stage.lr, self._schedule_step(total), total, stage.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         parts = np.array_split(rows, min(self.spec.accumulate, len(rows) // 2))
@@ -462,7 +487,7 @@ class _Loop:
         return labels, self.soft_targets[torch.from_numpy(rows)]
 
 
-class _HeadLoop(_Loop):
+class _HeadLoop(StageLoop):
     """The loop of a head on cached features, in float32; their copies are the augmentation."""
 
     def _pick_precision(self) -> str:
@@ -470,26 +495,8 @@ class _HeadLoop(_Loop):
 
     def _inputs(self, rows: np.ndarray) -> _Batch:
         return _Batch(
-            to_features(_features(self.task.fit)[rows], self.device), *self._targets(rows)
+            to_features(features_of(self.task.fit)[rows], self.device), *self._targets(rows)
         )
 
     def _probs(self, network: nn.Module) -> np.ndarray:
-        return head_probs(network, _features(self.task.select), self.loss.task)
-
-
-def _pixels(rows: PixelRows | FeatureRows) -> ImageRows:
-    assert isinstance(rows, PixelRows)
-    return rows.pixels
-
-
-def _features(rows: PixelRows | FeatureRows) -> np.ndarray:
-    assert isinstance(rows, FeatureRows)
-    return rows.features
-
-
-def _soft_targets(task: StageTask, device: torch.device) -> Tensor | None:
-    """The teacher's softened probabilities on the fit rows (n, k), for a student."""
-    distill = task.recipe.distill
-    if task.teacher_probs is None or distill is None:
-        return None
-    return soften(task.teacher_probs, distill.temperature, device)
+        return head_probs(network, features_of(self.task.select), self.loss.task)
