@@ -287,6 +287,23 @@ def requests() -> Iterator[Probe]:
             lambda root, c=content: _post(write_model(root, preprocessing=[part]), c),
             status,
         )
+        yield Probe(
+            f"explain: {name}",
+            lambda root, c=content: _post(write_model(root, preprocessing=[part]), c, "explain"),
+            status,
+        )
+    queries = {
+        "no such class": ("class=%1b%5b31m", 400),
+        "a class of a megabyte": ("class=" + "a" * (1 << 20), 400),
+        "no such format": ("format=svg", 400),
+        "two images": ("", 413),
+    }
+    for name, (query, status) in queries.items():
+        yield Probe(
+            f"explain: {name}",
+            lambda root, q=query, n=name: _explain(root, q, 2 if n == "two images" else 1),
+            status,
+        )
     yield Probe("serve: a key that ends in a newline", _key, 200)
     yield Probe("serve: an aborted upload", _aborted, (True, False))
     for port in (80800, -1):
@@ -304,11 +321,17 @@ def _exchange(root: Path, request: bytes) -> int:
         return status_of(address, request)
 
 
-def _post(path: Path, content: bytes) -> int:
+def _post(path: Path, content: bytes, route: str = "predict") -> int:
     with serving(path) as address:
         return httpx.post(
-            f"{address}/predict", files={"files": ("a", content)}, timeout=120
+            f"{address}/{route}", files={"files": ("a", content)}, timeout=120
         ).status_code
+
+
+def _explain(root: Path, query: str, count: int) -> int:
+    files = [("files", (f"{i}.png", PNG)) for i in range(count)]
+    with serving(write_model(root)) as address:
+        return httpx.post(f"{address}/explain?{query}", files=files, timeout=120).status_code
 
 
 def _key(root: Path) -> int:

@@ -22,8 +22,9 @@ from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec, StageSpec
 from threefold.report.pages import write_report
 from threefold.training.candidates import is_auto
+from threefold.training.diagnostics import DataDiagnostics
 from threefold.training.distillation import open_teacher
-from threefold.training.jobs import train_members
+from threefold.training.jobs import remove_cache, train_members
 from threefold.training.plan import left_out_reason, plan_folder
 from threefold.training.plan_basis import (
     EXPORT_SECONDS,
@@ -180,7 +181,7 @@ def _answer_early(run: Run, sources: Sources, deadline: float) -> Run | None:
             if time_for_both:
                 score_run(early, diagnostics, pending)
         if not time_for_both:
-            return _settle(early)
+            return _settle(early, diagnostics)
     if early.folder.any_results.export is None or not (run.dir / "report.html").exists():
         finish(early)
         run.watcher.note(
@@ -197,12 +198,13 @@ def _seconds_to_finish(early: Run, run: Run) -> float:
     return 1.5 * fixed + seconds.get("export", 0.0) * growth / len(early.recipe.members)
 
 
-def _settle(early: Run) -> Run:
+def _settle(early: Run, diagnostics: DataDiagnostics | None = None) -> Run:
     """Make the probes' answer the final one, because the time is up; opens the test rows."""
     early.watcher.note("no time is left for tuning: the probes' answer is final")
     early.folder.replace_recipe(early.recipe, "\n".join([*early.folder.header, LEFT_OUT]))
     with early.folder.locked():
-        _train_and_score(early)
+        score_run(early, diagnostics or train_members(early), ())
+        remove_cache(early)
     finish(early)
     return early
 
@@ -239,7 +241,7 @@ def _resumed_recipe(
             "the folder holds a run on other images",
             where=out,
             got=recipe.data.root,
-            fix="choose another --out",
+            fix=f"choose another --out, such as {out}-{folder.suffix.lstrip('.') or '2'}",
         )
     return recipe
 

@@ -68,7 +68,6 @@ OPTIONAL_PACKAGES: Final = frozenset(
         "timm",
         "safetensors",
         "huggingface_hub",
-        "filelock",
         "onnx",
         "onnxscript",
         "onnx_ir",

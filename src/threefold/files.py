@@ -14,8 +14,8 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -103,6 +103,35 @@ def check_regular(path: Path) -> None:
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, _NOT_REGULAR, str(path))
+
+
+@contextmanager
+def exclusive(path: Path, busy: RunError, fix: str) -> Iterator[None]:
+    """Hold the lock of a file; that of a killed process is released.
+
+    Args:
+        path: the lock file, which stays.
+        busy: raised if another process holds it.
+        fix: what to do if it cannot be written.
+
+    Raises:
+        RunError: `busy`, or the file cannot be written.
+    """
+    from filelock import FileLock, Timeout  # not needed to read
+
+    lock = FileLock(path, timeout=0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(NotImplementedError):  # a file system without locks
+            lock.acquire()
+    except Timeout:
+        raise busy from None
+    except OSError as error:
+        raise RunError("cannot write", where=path, got=error, fix=fix) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def temporary_path(path: Path) -> Path:

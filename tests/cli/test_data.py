@@ -133,6 +133,24 @@ def test_check_guesses_groups(folders: Path) -> None:
     assert "note file names look like 5 groups (user0, user1, user2 ...)" in output
 
 
+def test_check_reads_images_as_the_fit_that_it_prepares(folders: Path) -> None:
+    table = folders / "rows.csv"
+    names = [path.relative_to(folders).as_posix() for path in sorted(folders.rglob("*.png"))]
+    rows = [f"{name},{name[:3]},{name[4:7]}" for name in names]
+    table.write_text("\n".join(["image,species,place", *rows]))
+    words = ["data", "check", str(table), "--set"]
+
+    without = runner.invoke(app, words[:-1]).output
+    done = runner.invoke(app, [*words, "data.label_column=species", "--json"])
+    foreign = runner.invoke(app, [*words, "train.batch_size=8"])
+    unknown = runner.invoke(app, [*words, "data.label=species"])
+
+    assert "data.label_column" in without
+    assert set(json.loads(done.output)["classes"]) == {"cat", "dog"}
+    assert "only keys of the data table" in str(foreign.exception)
+    assert "unknown key, did you mean" in str(unknown.exception)
+
+
 def test_exit_codes() -> None:
     usage = threefold_command("data")
     absent = threefold_command("data", "check", "nowhere")

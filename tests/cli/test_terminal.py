@@ -117,20 +117,54 @@ def test_the_metric_of_a_run_comes_before_its_accuracy() -> None:
     ]
 
 
+SCORE = Score(
+    name="short",
+    kind="member",
+    rows="foreign",
+    n=10000,
+    accuracy=0.9555,
+    interval=(0.95, 0.96),
+    level=0.95,
+    log_loss=0.1,
+    ece=0.01,
+    protocol="honest",
+    fitted_on="nothing",
+)
+
+
+def print_table(scores: list[Score], chosen: str) -> list[str]:
+    """Print a table of scores; returns its lines."""
+    stream = io.StringIO()
+    Console(file=stream, width=80, color_system=None).print(score_table(scores, chosen))
+    return stream.getvalue().splitlines()
+
+
+def test_equal_ensembles_of_one_member_share_a_line() -> None:
+    names = ("mean", "pruned", "stacked")
+    ensembles = [SCORE.replace(name=name, kind="ensemble") for name in names]
+    ensembles[2] = ensembles[2].replace(log_loss=0.2)
+
+    one = print_table([SCORE, *ensembles], "mean")
+    two = print_table([SCORE, SCORE.replace(name="other"), *ensembles], "mean")
+
+    assert [line.split()[0] for line in one[1:]] == ["short", "mean", "stacked", "other"]
+    assert one[-1].strip() == "other ensembles of the one member are equal to it"
+    assert len(two) == 6
+
+
+def test_notes_are_wrapped_between_words_in_a_pipe() -> None:
+    stream = io.StringIO()
+    path = "/a" * 60
+
+    TerminalWatcher(Console(file=stream, soft_wrap=True)).note(f"{'word ' * 40}{path}")
+
+    *lines, last = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert last == path
+
+
 def test_the_score_table_keeps_the_ends_of_long_names() -> None:
-    score = Score(
-        name="short",
-        kind="member",
-        rows="foreign",
-        n=10000,
-        accuracy=0.9555,
-        interval=(0.95, 0.96),
-        level=0.95,
-        log_loss=0.1,
-        ece=0.01,
-        protocol="honest",
-        fitted_on="nothing",
-    )
+    score = SCORE
     long = score.replace(name="a_very_long_name_that_ends_in_its_backbone_[x]_SEResNeXt101")
     stream = io.StringIO()
 

@@ -104,8 +104,8 @@ def test_near_pairs_need_not_be_copies() -> None:
 
     assert duplicate_warnings(near) == [
         DuplicateWarning(
-            "1 pairs of images look nearly the same, which need not be copies; 1 are in two folds "
-            "or splits, look at them: a = b",
+            "1 pairs of images look nearly the same (1 in two folds or splits), such as a and b; "
+            "they need not be copies",
             exact=False,
         )
     ]
@@ -149,7 +149,7 @@ def test_blocks_do_not_hide_pairs_and_the_closest_are_listed(
     assert [p[:2] for p in few.pairs] == [p[:2] for p in parts.pairs[:4]]
     assert [p.distance for p in parts.pairs] == sorted(p.distance for p in parts.pairs)
     assert not any(
-        "two folds" in note.message and " of those listed are in" not in note.message
+        "two folds" in note.message and " of those listed in" not in note.message
         for note in duplicate_warnings(few)
     )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 from support.server import card, write_model
 
@@ -59,6 +60,24 @@ def read_rows(target: Path) -> list[tuple[str, str]]:
         return [*zip(*(table[name].to_pylist() for name in ("path", "prediction")), strict=True)]
     with target.open(encoding="utf-8", newline="") as stream:
         return [(row["path"], row["prediction"]) for row in csv.DictReader(stream)]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_one_process_at_a_time_writes_a_file(images: Path, tmp_path: Path, suffix: str) -> None:
+    model, target = make_model(tmp_path), tmp_path / f"answers{suffix}"
+
+    with (
+        FileLock(tmp_path / f".{target.name}.lock"),
+        pytest.raises(
+            RunError, match=r"another process is writing this file.*choose another --out"
+        ),
+    ):
+        predict(model, images, target)
+    assert not target.exists()
+    predict(model, images, target)
+
+    assert len(read_rows(target)) == COUNT - 1
+    assert {path.name for path in tmp_path.glob(".*")} == set()
 
 
 @pytest.mark.parametrize("canvas", [True, False])

@@ -94,6 +94,12 @@ def test_only_the_test_split_is_scored(tmp_path: Path) -> None:
     summary, _ = score_models([model], tmp_path / "images")
 
     assert (summary.n, summary.scores[0].accuracy) == (12, 1.0)
+    assert summary.warnings[0].startswith("only the 12 images of the test split are answered")
+    assert "the 12 others" in summary.warnings[0]
+    alone, _ = score_models([model], tmp_path / "images" / "test")
+    assert not any("split" in note for note in alone.warnings)
+    assert repr(summary.scores[0]).startswith("<Score m: accuracy 1.0000 [")
+    assert len(repr(summary.scores[0])) < 100
 
 
 def test_a_table_and_a_folder_of_one_class_are_scored(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,28 @@ def test_a_decision_that_cannot_be_written_is_not_kept(
 
     assert response.status_code == 503
     assert state.decisions == {}
+
+
+def test_no_decision_of_many_at_once_is_lost(
+    state: ReviewState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes = []
+
+    def write_slowly(path: Path, content: bytes) -> None:
+        writes.append(content)
+        time.sleep(0.02)
+        path.write_bytes(content)
+
+    monkeypatch.setattr("threefold.evaluation.review.write_bytes", write_slowly)
+    actions = [(COPY, "drop"), (EMPTY, "accept")] * 20
+
+    with ThreadPoolExecutor(len(actions)) as threads:
+        answers = list(threads.map(lambda pair: state.decide(*pair), actions))
+
+    assert len(writes) < len(actions) / 2
+    assert len(answers) == len(actions)
+    assert set(state.decisions) == {COPY, EMPTY}
+    assert (len(labels(state)), COPY in labels(state)) == (25, False)
 
 
 def test_a_file_of_the_user_is_not_replaced(review: Review, tmp_path: Path) -> None:

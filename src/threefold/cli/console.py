@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
+from rich.text import Text
 
 from threefold.errors import ThreefoldError
 from threefold.names import printable
@@ -25,6 +27,12 @@ def print_error(message: ThreefoldError | str) -> None:
     """Print one line on standard error; an exception is marked as an error, a string is not."""
     mark = "[bold red]error[/] " if isinstance(message, ThreefoldError) else ""
     err.print(f"{mark}{plain(message)}", highlight=False)
+
+
+def print_wrapped(markup: str, indent: int = 0) -> None:
+    """Print Rich markup on standard output, wrapped between words; a long path stays whole."""
+    text = Padding(Text.from_markup(markup, overflow="ignore"), (0, 0, 0, indent))
+    out.print(text, highlight=False, soft_wrap=False, crop=False)
 
 
 def print_json(tree: Any) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from threefold.cli.console import out, plain, print_json
+from threefold.cli.console import out, plain, print_json, print_wrapped
 from threefold.cli.options import Json
 
 if TYPE_CHECKING:
@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from threefold.data.check import DataCheck
     from threefold.data.download import ProgressCallback
     from threefold.data.quality import QualityFinding
+
+DataSets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="data.KEY=VALUE",
+        help="Change how the images are read, e.g. data.label_column=breed; may be repeated.",
+    ),
+]
 
 _LISTED = 10
 """Images that stand out in the table of `data check`; --json has all."""
@@ -102,6 +111,7 @@ def check(
     kind: Annotated[
         str, typer.Option("--as", help="The kind of data set, if its files do not show it.")
     ] = "",
+    sets: DataSets = None,
     as_json: Json = False,
 ) -> None:
     """Check a data set: classes, sizes, unreadable files, copies, groups, odd images.
@@ -111,7 +121,7 @@ def check(
     """
     from threefold.data.check import check_data, find_spec
 
-    report = check_data(find_spec(source, kind))
+    report = check_data(find_spec(source, kind, sets or ()))
     if as_json:
         findings = [finding._asdict() for finding in report.findings]
         quality = [finding._asdict() for finding in report.quality]
@@ -137,6 +147,7 @@ def review(
         int,
         typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 = any free one."),
     ] = 0,
+    sets: DataSets = None,
 ) -> None:
     """Open a local page to accept, relabel or drop suspect images; write a CSV file for fit.
 
@@ -153,10 +164,10 @@ def review(
         raise missing_extra(error, "serve", "`threefold data review`") or error from None
     target = target or Path(f"{Path(source).expanduser().resolve().stem}-reviewed.csv")
     check_new_file(target)  # before the images are read
-    found = open_review(source, kind)
+    found = open_review(source, kind, sets or ())
     state = ReviewState(found, target)
     for note in found.notes:
-        out.print(f"{_MARKS['note']} {plain(note)}")
+        print_wrapped(f"{_MARKS['note']} {plain(note)}")
     if not found.items:
         out.print("nothing to look at")
         return
@@ -181,6 +192,7 @@ def export(
     kind: Annotated[
         str, typer.Option("--as", help="The kind of data set, if its files do not show it.")
     ] = "",
+    sets: DataSets = None,
 ) -> None:
     """Write suspect labels, copies and odd images for Label Studio or FiftyOne to import.
 
@@ -191,10 +203,10 @@ def export(
     from threefold.files import write_json
 
     check_new_file(target, ".json")  # before the images are read
-    found = open_review(source, kind)
+    found = open_review(source, kind, sets or ())
     check_target(found, target, ".json")
     for note in found.notes:
-        out.print(f"{_MARKS['note']} {plain(note)}")
+        print_wrapped(f"{_MARKS['note']} {plain(note)}")
     root = review_export.media_root(found)
     if file_format == "labelstudio":
         write_json(target, review_export.to_label_studio(found))
@@ -233,7 +245,7 @@ def _show_check(report: DataCheck) -> None:
         counts = report.groups.values()
         out.print(f"{len(counts)} groups of {min(counts):,} to {max(counts):,} training images")
     for finding in report.findings:
-        out.print(f"{_MARKS[finding.level]} {plain(finding.what)}")
+        print_wrapped(f"{_MARKS[finding.level]} {plain(finding.what)}")
     _show_quality(report.quality)
     out.print("a run could begin" if report.usable else "a run would stop here")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from threefold.cli.console import err, out, plain
+from threefold.cli.console import err, out, plain, print_wrapped
 
 if TYPE_CHECKING:
     from threefold.training.run import Run
@@ -123,7 +123,7 @@ def show_results(run: Run) -> None:
 
     results = run.results
     out.print(score_table(results.scores, results.chosen))
-    out.print(f"< chosen: {results.chosen} ({plain(results.chosen_reason)})")
+    print_wrapped(f"< chosen: {results.chosen} ({plain(results.chosen_reason)})")
     expected, audit = results.expected, results.audit
     if expected is not None:
         out.print(f"\n{expected_line(expected, results.protocol)}")
@@ -151,7 +151,7 @@ def show_student(run: Run) -> None:
         out.print()
     out.print(cost_table)
     for note in results.notes:
-        out.print(f"[yellow]note[/] {plain(note)}", highlight=False)
+        print_wrapped(f"[yellow]note[/] {plain(note)}")
 
 
 def show_next_steps(run: Run, *commands: str) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from threefold.arguments import split_names
-from threefold.cli.console import out, plain, print_json
+from threefold.cli.console import out, plain, print_json, print_wrapped
 from threefold.cli.options import Json
 from threefold.cli.progress import progress_bar
 from threefold.errors import DataError, shorten
@@ -143,7 +143,7 @@ def ensemble(
     out.print(score_table(evaluation.scores, evaluation.chosen))
     out.print(f"< chosen: {evaluation.chosen} ({plain(evaluation.reason)})")
     for line in [*map(verdict_line, evaluation.comparisons), *evaluation.warnings]:
-        out.print(f"  {plain(line)}")
+        print_wrapped(plain(line), indent=2)
     if evaluation.optimism:
         out.print(optimism_table(evaluation.optimism))
     out.print(f"\n{expected_line(evaluation.expected)}")
@@ -196,12 +196,13 @@ def evaluate(
         for names in summary.diversity.duplicates:
             notes.append(f"the same predictions under several names: {', '.join(names)}")
     for note in notes:
-        out.print(f"  {plain(note)}")
+        print_wrapped(plain(note), indent=2)
     if summary.audit is not None and summary.audit.n_suspects:
         first = summary.audit.suspects[0]
-        out.print(
-            f"  {summary.audit.n_suspects} labels look wrong, if these are held-out predictions "
-            f"(--json or --html lists them); the first: {plain(first.id)}, {plain(first.reason)}"
+        print_wrapped(
+            f"{summary.audit.n_suspects} labels look wrong, if these are held-out predictions "
+            f"(--json or --html lists them); the first: {plain(first.id)}, {plain(first.reason)}",
+            indent=2,
         )
     if summary.conformal is not None:
         for line in coverage_lines(summary.conformal):
@@ -266,7 +267,7 @@ def compare(
             f"p = {q['p']:.2g}"
         )
     for line in summary.warnings:
-        out.print(f"  {plain(line)}")
+        print_wrapped(plain(line), indent=2)
     _show_page(html)
 
 

@@ -46,7 +46,8 @@ _SCORE_COLUMNS = ("accuracy %", "95 % interval", "log loss", "ECE")
 def score_table(scores: Sequence[Score], chosen: str | None = None) -> Table:
     """Return a table of scores, with ensembles in bold and the chosen one marked."""
     table = plain_table(("", "rows"), _SCORE_COLUMNS)
-    for s in scores:
+    shown = _without_repetitions(scores, chosen)
+    for s in shown:
         name = cell_name(s.name)
         if s.kind == "ensemble":
             name = f"[bold]{name}[/]"
@@ -54,7 +55,24 @@ def score_table(scores: Sequence[Score], chosen: str | None = None) -> Table:
                 name += " [bold green]<[/]"
         rows = "given" if s.rows == "foreign" else s.rows
         table.add_row(name, f"{rows} {s.n}", *_figures(s))
+    if len(shown) < len(scores):
+        table.add_row("[dim]other ensembles of the one member are equal to it[/]")
     return table
+
+
+def _without_repetitions(scores: Sequence[Score], chosen: str | None) -> list[Score]:
+    """Leave out ensembles of a single member that are that member, but for the chosen one."""
+    members = {s.rows: s for s in scores if s.kind == "member"}
+    if len({s.name for s in scores if s.kind == "member"}) != 1:
+        return list(scores)
+    return [
+        s
+        for s in scores
+        if s.kind != "ensemble"
+        or s.name == chosen
+        or s.rows not in members
+        or _figures(s) != _figures(members[s.rows])
+    ]
 
 
 def _figures(s: Score | ShortScore) -> list[str]:

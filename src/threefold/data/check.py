@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from threefold.data.dataset import ImageDataset, Sources, load_data
 from threefold.data.detect_source import (
@@ -126,17 +127,40 @@ def check_data(spec: DataSpec, seed: int = 0) -> DataCheck:
     )
 
 
-def find_spec(source: str, kind: str = "") -> DataSpec:
+def find_spec(source: str, kind: str = "", overrides: Iterable[str] = ()) -> DataSpec:
     """Return the `data` table for a path or name.
 
     Args:
         source: whatever `detect_source` knows, a recipe (.toml), or `demo`.
         kind: a value of `data.source`; empty = guess from the files, or else class folders.
+        overrides: `data.key=value` changes.
 
     Raises:
         DataError: the path does not exist.
-        RecipeError: `kind` is not a source, or the recipe is invalid.
+        RecipeError: `kind` is not a source, or the recipe or an override is invalid.
     """
+    spec = _find_spec(source, kind)
+    changes = list(overrides)
+    foreign = [text for text in changes if not text.strip().startswith("data.")]
+    if foreign:
+        raise RecipeError(
+            "only keys of the data table have an effect here",
+            where=f"--set {foreign[0]}",
+            expected="data.key=value, for example data.label_column=breed",
+        )
+    if changes:
+        tree = {"data": spec.model_dump(mode="json")}
+        Recipe.check_keys(tree, changes, "--set")  # applies them, too
+        try:
+            spec = DataSpec.model_validate(tree["data"])
+        except ValidationError as error:
+            message = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise RecipeError("the data table is invalid", where="--set", got=message) from None
+    return spec if source.endswith(".toml") else _with_own_folds(spec)
+
+
+def _find_spec(source: str, kind: str) -> DataSpec:
+    """Return the `data` table, without the user's own column of folds."""
     if source.endswith(".toml"):
         return Recipe.load(source).data
     known = get_args(DataSpec.model_fields["source"].annotation)
@@ -146,15 +170,14 @@ def find_spec(source: str, kind: str = "") -> DataSpec:
         return DataSpec(source="demo")
     path = Path(source).expanduser()
     if not kind and is_hub_name(source):
-        return _with_own_folds(detect_source(source))
+        return detect_source(source)
     if not path.exists() and kind != "huggingface":
         refuse_address(source)
         fix = ""
         if source in FILE_PATTERNS:
             fix = f"threefold data fetch {source} --to FOLDER, then check FOLDER"
         raise DataError("no such file or folder", where=source, fix=fix)
-    spec = DataSpec.model_validate({"source": kind or _guess_source(path), "root": source})
-    return _with_own_folds(spec)
+    return DataSpec.model_validate({"source": kind or _guess_source(path), "root": source})
 
 
 def _with_own_folds(spec: DataSpec) -> DataSpec:
@@ -231,7 +254,11 @@ def _duplicate_findings(examined: ExaminedImages) -> list[Finding]:
     """Report pairs of equal and nearly equal images."""
     # Images of one plain kind are near without being copies: only equal ones are a warning.
     findings = [
-        Finding("warning" if warning.exact else "note", warning.message, 0)
+        Finding(
+            "warning" if warning.exact else "note",
+            f"{warning.message}; `threefold data review` shows all",
+            0,
+        )
         for warning in duplicate_warnings(examined.duplicates)
     ]
     if examined.note:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from threefold.data.dataset import ImageDataset, arrays_dataset, make_dataset, verify
@@ -15,7 +16,10 @@ from threefold.tasks import Task
 
 
 def load_labelled(
-    data: str | Path, task: Task = "multiclass", separator: str | None = None
+    data: str | Path,
+    task: Task = "multiclass",
+    separator: str | None = None,
+    notify: Callable[[str], object] = lambda note: None,
 ) -> ImageDataset:
     """Find, verify and label images; of images in splits, those of the test split.
 
@@ -23,6 +27,7 @@ def load_labelled(
         data: whatever `detect_source` knows, as for training.
         task: multilabel = an image has any number of labels, which are in `targets`.
         separator: of the labels in a cell; None = found.
+        notify: called with a note if images of other splits are left out.
 
     Raises:
         DataError: images or labels are missing or cannot be read; or a folder of class folders has
@@ -39,8 +44,12 @@ def load_labelled(
         spec = spec.model_copy(update={"task": task, "label_separator": separator})
     listing = read_source(spec, has_recipe=False)
     if isinstance(listing, ArrayDataset):
+        if listing.test:
+            notify(_left_out(len(listing.test[1]), len(listing.train[1])))
         return arrays_dataset(listing.test or listing.train, listing.classes)
     items = sorted(item for item in listing.items if item.part == "test")
+    if items and len(items) < len(listing.items):
+        notify(_left_out(len(items), len(listing.items) - len(items)))
     items = items or sorted(listing.items)
     bad = verify(items, listing.encoded)
     unreadable = [image for image in bad if not image.readable]
@@ -56,3 +65,10 @@ def load_labelled(
     classes = listing.classes if task == "multilabel" else ()
     classes = classes or tuple(sorted(names, key=natural_key))
     return make_dataset(items, classes, "", listing.encoded)
+
+
+def _left_out(scored: int, others: int) -> str:
+    return (
+        f"only the {scored:,} images of the test split are answered: models may have learned from "
+        f"the {others:,} others (to answer these, name their folder)"
+    )

@@ -151,9 +151,19 @@ def duplicate_warnings(duplicates: Duplicates) -> list[DuplicateWarning]:
         details = _pair_details(exact, of_listed, "which makes scores too good")
         notes.append(DuplicateWarning("; ".join([head, *details]), exact=True))
     if near:
-        head = f"{near_count} pairs of images look nearly the same, which need not be copies"
-        details = _pair_details(near, of_listed, "look at them")
-        notes.append(DuplicateWarning("; ".join([head, *details]), exact=False))
+        details = [
+            f"{count}{of_listed} {what}"
+            for count, what in (
+                (sum(pair.same_part is False for pair in near), "in two folds or splits"),
+                (sum(pair.same_label is False for pair in near), "with two labels"),
+            )
+            if count
+        ]
+        counts = f" ({', '.join(details)})" if details else ""
+        head = f"{near_count} pairs of images look nearly the same{counts}, such as"
+        first = next((pair for pair in near if pair.same_label is False), near[0])
+        example = f"{first.a} and {first.b}; they need not be copies"
+        notes.append(DuplicateWarning(f"{head} {example}", exact=False))
     return notes
 
 

@@ -16,7 +16,7 @@ from threefold.data.check import examine_images, find_spec
 from threefold.data.dataset import ImageDataset, Sources, load_data
 from threefold.data.leakage import Duplicate
 from threefold.data.quality import FAULTS, QualityFinding
-from threefold.errors import DataError, RunError, shorten
+from threefold.errors import DataError, RecipeError, RunError, shorten
 from threefold.evaluation.label_errors import Suspect, read_suspects
 from threefold.files import write_bytes
 from threefold.predictions.run_folder import RunFolder
@@ -72,29 +72,28 @@ class Review(NamedTuple):
     notes: tuple[str, ...]
     """What was not looked for."""
 
-    def find_image(self, name: str) -> tuple[ImageDataset, int] | None:
-        """Return the part and the row of an id."""
-        for data in _parts(self.sources).values():
-            if name in data.ids:
-                return data, data.ids.index(name)
-        return None
 
-
-def open_review(source: str, kind: str = "") -> Review:
+def open_review(source: str, kind: str = "", overrides: Sequence[str] = ()) -> Review:
     """Examine the images of a data set, or of a run with its suspect labels.
 
     Args:
         source: a run folder, or whatever `find_spec` takes.
         kind: a value of `data.source`, if the files do not show it.
+        overrides: `data.key=value` changes; not of a run, which has its own.
 
     Raises:
         DataError: the images cannot be loaded, or are no files.
+        RecipeError: an override is invalid, or the source is a run.
         RunError: the run folder cannot be read.
     """
     folder = Path(source).expanduser()
     suspects: list[Suspect] = []
     notes = []
     if (folder / "recipe.toml").is_file():
+        if overrides:
+            raise RecipeError(
+                "a run reads its images as its recipe says", where=source, fix="leave --set out"
+            )
         recipe = RunFolder.open(folder).recipe
         spec, seed = recipe.data, recipe.seed
         if (folder / SUSPECTS).is_file():
@@ -102,7 +101,7 @@ def open_review(source: str, kind: str = "") -> Review:
         else:
             notes.append(f"the run has no {SUSPECTS}: labels are not looked at")
     else:
-        spec, seed = find_spec(source, kind), 0
+        spec, seed = find_spec(source, kind, overrides), 0
         notes.append("labels are looked at in a run only: give the folder of one")
     sources = load_data(spec.model_copy(update={"bad_images": "skip"}), seed)
     for data in _parts(sources).values():
@@ -230,58 +229,79 @@ def check_target(review: Review, target: Path, suffix: str = ".csv") -> None:
         )
 
 
-def write_reviewed(path: Path, review: Review, decisions: Mapping[str, Decision]) -> int:
-    """Write the data set as decided, as a CSV file that `fit` reads.
+class ReviewedTable:
+    """The CSV file of a review, whose lines are made once and changed with each decision.
 
     Its columns are path (absolute) and label, and group, fold and split where the data set has
     them. Images without a decision keep their label.
 
     Args:
-        path: the file.
         review: the data set.
-        decisions: by id.
-
-    Returns:
-        The number of rows.
-
-    Raises:
-        DataError: an id or a class is unknown.
-        RunError: the file cannot be written.
     """
-    parts = _parts(review.sources)
-    known = {name for data in parts.values() for name in data.ids}
-    unknown = [name for name in decisions if name not in known]
-    if unknown:
-        raise DataError("decisions about images that are not there", got=shorten(unknown))
-    for decision in decisions.values():
-        check_decision(review, decision)
-    header = ["path", "label"]
-    has_groups = any(data.groups is not None for data in parts.values())
-    has_folds = review.sources.train.folds is not None
-    header += ["group"] * has_groups + ["fold"] * has_folds + ["split"] * (len(parts) > 1)
-    text = io.StringIO()
-    table = csv.DictWriter(text, header, lineterminator="\n", extrasaction="ignore")
-    table.writeheader()
-    count = 0
-    for part, data in parts.items():
-        for row, name in enumerate(data.ids):
-            decision = decisions.get(name, Decision("accept"))
+
+    def __init__(self, review: Review) -> None:
+        self.review = review
+        self.places = {
+            name: (part, data, row)
+            for part, data in _parts(review.sources).items()
+            for row, name in enumerate(data.ids)
+        }
+        parts = _parts(review.sources)
+        has_groups = any(data.groups is not None for data in parts.values())
+        has_folds = review.sources.train.folds is not None
+        columns = ["group"] * has_groups + ["fold"] * has_folds + ["split"] * (len(parts) > 1)
+        self._columns = ["path", "label", *columns]
+        self._head = self._format({name: name for name in self._columns})
+        self._lines = {name: self._line(name, "") for name in self.places}
+
+    def write(self, path: Path, decisions: Mapping[str, Decision]) -> int:
+        """Write the file as decided, and return the number of its rows.
+
+        Args:
+            path: the file.
+            decisions: by id.
+
+        Raises:
+            DataError: an id or a class is unknown.
+            RunError: the file cannot be written.
+        """
+        unknown = [name for name in decisions if name not in self.places]
+        if unknown:
+            raise DataError("decisions about images that are not there", got=shorten(unknown))
+        changed = dict(self._lines)
+        for name, decision in decisions.items():
+            check_decision(self.review, decision)
             if decision.action == "drop":
-                continue
-            label = data.classes[data.labels[row]]
-            table.writerow(
-                {
-                    "path": Path(str(data.images[row])).absolute().as_posix(),
-                    "label": decision.label if decision.action == "relabel" else label,
-                    # Test images may have no groups where training images have: each is its own.
-                    "group": data.groups[row] if data.groups is not None else name,
-                    "fold": data.folds[row] if data.folds is not None else "",
-                    "split": part,
-                }
-            )
-            count += 1
-    write_bytes(path, text.getvalue().encode())
-    return count
+                del changed[name]
+            elif decision.action == "relabel":
+                changed[name] = self._line(name, decision.label)
+        write_bytes(path, (self._head + "".join(changed.values())).encode())
+        return len(changed)
+
+    def _line(self, name: str, label: str) -> str:
+        """The line of an image, with another label or its own."""
+        part, data, row = self.places[name]
+        return self._format(
+            {
+                "path": Path(str(data.images[row])).absolute().as_posix(),
+                "label": label or data.classes[data.labels[row]],
+                # Test images may have no groups where training images have: each is its own.
+                "group": data.groups[row] if data.groups is not None else name,
+                "fold": data.folds[row] if data.folds is not None else "",
+                "split": part,
+            }
+        )
+
+    def _format(self, cells: Mapping[str, object]) -> str:
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow([cells[name] for name in self._columns])
+        return text.getvalue()
+
+
+def write_reviewed(path: Path, review: Review, decisions: Mapping[str, Decision]) -> int:
+    """Write the data set as decided, as a CSV file that `fit` reads; see `ReviewedTable`."""
+    return ReviewedTable(review).write(path, decisions)
 
 
 def _parts(sources: Sources) -> dict[str, ImageDataset]:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from threefold.names import printable
 from threefold.predictions.export_schema import ExportReport
 from threefold.predictions.records import FirstOpening, Record, VersionedRecord
 
@@ -50,6 +51,17 @@ class Score(Record):
     temperature: float | None = None
     calibrated_log_loss: float | None = None
     calibrated_ece: float | None = None
+
+    def __repr__(self) -> str:
+        """Say in one line what matters; `model_dump()` has all figures."""
+        low, high = self.interval
+        rows = "given" if self.rows == "foreign" else self.rows
+        return (
+            f"<Score {printable(self.name, '')}: accuracy {self.accuracy:.4f} [{low:.4f}, "
+            f"{high:.4f}] on {self.n:,} {rows} rows, log loss {self.log_loss:.3f}>"
+        )
+
+    __str__ = __repr__
 
 
 class Comparison(Record):

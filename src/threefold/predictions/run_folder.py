@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -25,6 +25,7 @@ from threefold.data.sources.unpacked import ARCHIVES
 from threefold.errors import DataError, RunError, refuse_address
 from threefold.files import (
     delete_leftovers,
+    exclusive,
     read_arrays,
     read_json,
     write_arrays,
@@ -197,30 +198,15 @@ class RunFolder(RunResults):
         Raises:
             RunError: another process holds the lock, or the folder cannot be written.
         """
-        from filelock import FileLock, Timeout  # not needed to read a run
-
-        lock = FileLock(self.path / ".lock", timeout=0)
-        try:
-            with suppress(NotImplementedError):  # a file system without locks
-                lock.acquire()
-        except Timeout:
-            raise RunError(
-                "another process is at work in this run",
-                where=self.path,
-                fix="wait for it, or choose another --out",
-            ) from None
-        except OSError as error:
-            raise RunError(
-                "cannot write",
-                where=self.path / ".lock",
-                got=error,
-                fix="make the run folder writable, or copy it to where it can be written",
-            ) from None
-        try:
+        busy = RunError(
+            "another process is at work in this run",
+            where=self.path,
+            fix="wait for it, or choose another --out",
+        )
+        fix = "make the run folder writable, or copy it to where it can be written"
+        with exclusive(self.path / ".lock", busy, fix):
             delete_leftovers(self.path)
             yield
-        finally:
-            lock.release()
 
     # Recipe and records
 

@@ -38,6 +38,7 @@ def predict_labelled(
     models: Sequence[ImageClassifier],
     data: str | Path,
     progress: Progress | None = None,
+    notify: Callable[[str], object] = lambda note: None,
 ) -> Predictions:
     """Answer labelled images with one model or several.
 
@@ -48,6 +49,7 @@ def predict_labelled(
         models: of the same classes, in any order.
         data: a folder of class folders, or of train/ [val/] test/; a CSV or parquet file.
         progress: called with the number of images answered and of all.
+        notify: called with a note if images of other splits are left out.
 
     Returns:
         The models' probabilities, one member for each model, of kind "foreign".
@@ -57,7 +59,7 @@ def predict_labelled(
         RecipeError: the models have different classes, or names that cannot be told apart.
     """
     names = _names([model.path for model in models])
-    rows = load_labelled(data)
+    rows = load_labelled(data, notify=notify)
     labels = _numbers(rows, models[0].classes, data)[rows.labels]
     return Predictions(
         probs=_answer(models, rows, progress),
@@ -70,14 +72,17 @@ def predict_labelled(
 
 
 def predict_targets(
-    models: Sequence[ImageClassifier], data: str | Path, progress: Progress | None = None
+    models: Sequence[ImageClassifier],
+    data: str | Path,
+    progress: Progress | None = None,
+    notify: Callable[[str], object] = lambda note: None,
 ) -> MultilabelPredictions:
     """As `predict_labelled`, where an image has any number of labels.
 
     Labels of the models that no image has count as missing from every image.
     """
     names = _names([model.path for model in models])
-    rows = load_labelled(data, "multilabel")
+    rows = load_labelled(data, "multilabel", notify=notify)
     assert rows.targets is not None
     targets = np.zeros((len(rows), len(models[0].classes)), np.uint8)
     targets[:, _numbers(rows, models[0].classes, data)] = rows.targets

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from threefold.errors import DataError
-from threefold.files import sha256
+from threefold.errors import DataError, RunError
+from threefold.files import exclusive, sha256
 from threefold.runtime.describe import AnswerTable, describe_answer
 from threefold.runtime.model import FULL, CascadePolicy, load
 from threefold.runtime.predict import (
@@ -51,8 +52,8 @@ def predict_to_file(
 ) -> FileSummary:
     """Predict images in order and write the answers as they come.
 
-    The same call goes on after the last complete row. Images that could not be read have no row.
-    Only the paths of the images are held in memory.
+    One process at a time writes the file. The same call goes on after the last complete row.
+    Images that could not be read have no row. Only the paths of the images are held in memory.
 
     Args:
         target: the file, whose name ends in .csv, .jsonl or .parquet.
@@ -66,11 +67,37 @@ def predict_to_file(
 
     Raises:
         DataError: the suffix is unknown, or pyarrow is missing.
-        RunError: the file is not of this model and these images, or cannot be written.
+        RunError: the file is not of this model and these images, cannot be written, or another
+            process is writing it.
         ExportError: as `predict.write_predictions`.
     """
-    engine = engine or Engine(batch=0)
     check_format(target)
+    lock = target.with_name(f".{target.name}.lock")
+    busy = RunError(
+        "another process is writing this file",
+        where=target,
+        fix="wait for it, or choose another --out",
+    )
+    with exclusive(lock, busy, "choose a writable folder"):
+        summary = _predict(
+            target, notify, model_path, sources, top, policy, engine or Engine(batch=0), progress
+        )
+        with suppress(OSError):  # as on Windows, where an open file cannot be deleted
+            lock.unlink()
+    return summary
+
+
+def _predict(
+    target: Path,
+    notify: Callable[[DataError | str], object],
+    model_path: Path,
+    sources: Sequence[str],
+    top: int,
+    policy: CascadePolicy,
+    engine: Engine,
+    progress: Callable[[int, int], object],
+) -> FileSummary:
+    """Do what `predict_to_file` says, as the only process."""
     model = load(model_path, device=engine.device)
     paths: list[str] = []
     failed = 0

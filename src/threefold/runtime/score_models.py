@@ -48,8 +48,10 @@ def score_models(
         RecipeError: the files have different classes.
     """
     models = open_classifiers(paths, card)
-    rows = predict_labelled(models, data, progress)
+    notes: list[str] = []
+    rows = predict_labelled(models, data, progress, notes.append)
     summary = score_predictions(rows, [*map(str, paths), str(data)])
+    summary = summary.replace(warnings=(*notes, *summary.warnings))
     best = rows.members.index(summary.per_class_of or rows.members[0])
     model = models[best]
     if isinstance(model, Model) and model.sets:
@@ -68,8 +70,10 @@ def compare_models(
     Raises:
         DataError: also fewer than two files.
     """
-    rows = predict_labelled(open_classifiers(paths, card), data, progress)
-    return compare_predictions(rows, [*map(str, paths), str(data)])
+    notes: list[str] = []
+    rows = predict_labelled(open_classifiers(paths, card), data, progress, notes.append)
+    summary, rows = compare_predictions(rows, [*map(str, paths), str(data)])
+    return summary.replace(warnings=(*notes, *summary.warnings)), rows
 
 
 def open_classifiers(paths: Sequence[Path], card: Path | None) -> list[ImageClassifier]:

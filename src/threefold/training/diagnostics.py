@@ -164,7 +164,8 @@ def audit_run(
 def data_warnings(run: Run, copies: CopySearch) -> list[str]:
     """Warn about copies of images, and about names that look like groups."""
     notes = _group_warnings(run)
-    notes += [warning.message for warning in duplicate_warnings(copies.duplicates)]
+    found = duplicate_warnings(copies.duplicates)
+    notes += [f"{warning.message}; duplicates.json lists all" for warning in found]
     return [*notes, copies.note] if copies.note else notes
 
 

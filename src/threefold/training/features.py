@@ -37,7 +37,7 @@ from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
 from threefold.training.augment import Augment
 from threefold.training.checkpoints import fingerprint
-from threefold.training.engine_choices import EngineChoices
+from threefold.training.engine_record import EngineRecord
 from threefold.training.engines import (
     BATCH,
     Engine,
@@ -119,8 +119,8 @@ class FeatureCache:
         self.sources, self.recipe = sources, recipe
         self.watcher = watcher or Watcher()
         self.folder = cache_folder("features") if folder is None else folder
-        self.record = EngineChoices(record)
-        self._machine = EngineChoices(self.folder / "engines.json")
+        self.record = EngineRecord(record)
+        self._machine = EngineRecord(self.folder / "engines.json")
         self.load = load or partial(pretrained_backbone, recipe)
         self.device = pick_device(recipe.train.device)
         self._sources: dict[tuple[object, ...], _Source] = {}

@@ -81,6 +81,15 @@ def train_members(run: Run, *, keep_cache: bool = False) -> DataDiagnostics:
     return diagnostics
 
 
+def remove_cache(run: Run) -> None:
+    """Delete the decoded images that `train_members` may have left in the run folder."""
+    _open_pixels(run).remove()
+
+
+def _open_pixels(run: Run) -> PixelCache:
+    return PixelCache(run.all_sources, run.all_views, run.dir / "cache")
+
+
 def _train_teachers(run: Run) -> None:
     """Train a run of teachers up to its out-of-fold predictions."""
     _write_info(run)
@@ -89,8 +98,7 @@ def _train_teachers(run: Run) -> None:
 
 def _run_jobs(run: Run) -> PixelCache:
     """Run every job that is missing, then write oof.npz and test.npz; returns the image cache."""
-    cache = PixelCache(run.all_sources, run.all_views, run.dir / "cache")
-    features = open_features(run)
+    cache, features = _open_pixels(run), open_features(run)
     run.watcher.plan(run.jobs, [count_work(run, job) for job in run.jobs])
     run_jobs(run, run.jobs, Caches(cache, features))
     assemble(run)

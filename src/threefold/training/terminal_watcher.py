@@ -114,8 +114,14 @@ class TerminalWatcher(Watcher):
             )
 
     def note(self, text: str) -> None:
-        """Print a note."""
-        self.console.print(f"[yellow]note[/yellow] {escape(printable(text))}", highlight=False)
+        """Print a note, wrapped between words; a long path stays whole."""
+        self.console.print(
+            f"[yellow]note[/yellow] {escape(printable(text))}",
+            highlight=False,
+            soft_wrap=False,
+            overflow="ignore",
+            crop=False,
+        )
 
     def _fill_job(self) -> None:
         """Fill the current job's part of the bar, if it stopped early or was skipped."""

@@ -8,7 +8,7 @@ from threefold.errors import RunError
 from threefold.files import read_json, write_json
 
 
-class EngineChoices:
+class EngineRecord:
     """A JSON file of engines by key; one that cannot be read or written is as good as empty.
 
     Args:
