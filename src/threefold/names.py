@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -36,6 +37,19 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 def is_plain_name(name: str) -> bool:
     """Whether a name is short text without control characters, which terminals would obey."""
     return 0 < len(name) <= MAX_NAME and _CONTROL.search(name) is None
+
+
+def wrap_words(text: str, width: int, indent: str = "") -> str:
+    """Wrap a text between words; a longer word, such as a path, stays whole.
+
+    Args:
+        text: one paragraph.
+        width: most characters of a line.
+        indent: of the lines after the first.
+    """
+    return textwrap.fill(
+        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def printable(text: str, keep: str = "\t\r\n") -> str:

@@ -8,11 +8,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.padding import Padding
 from rich.text import Text
 
 from threefold.errors import ThreefoldError
-from threefold.names import printable
+from threefold.names import printable, wrap_words
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -29,10 +28,18 @@ def print_error(message: ThreefoldError | str) -> None:
     err.print(f"{mark}{plain(message)}", highlight=False)
 
 
-def print_wrapped(markup: str, indent: int = 0) -> None:
-    """Print Rich markup on standard output, wrapped between words; a long path stays whole."""
-    text = Padding(Text.from_markup(markup, overflow="ignore"), (0, 0, 0, indent))
-    out.print(text, highlight=False, soft_wrap=False, crop=False)
+def print_wrapped(text: object, mark: str = "", indent: int = 0) -> None:
+    """Print a paragraph on standard output, wrapped between words.
+
+    Args:
+        text: printed literally.
+        mark: Rich markup of a word before it, such as "note".
+        indent: of all lines; those after the first have two spaces more.
+    """
+    start = " " * indent + Text.from_markup(mark).plain
+    space = " " if mark else ""
+    lines = wrap_words(f"{start}{space}{printable(str(text))}", out.width, " " * (indent + 2))
+    out.print(f"{' ' * indent}{mark}{escape(lines.removeprefix(start))}", highlight=False)
 
 
 def print_json(tree: Any) -> None:

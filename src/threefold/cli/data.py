@@ -167,7 +167,7 @@ def review(
     found = open_review(source, kind, sets or ())
     state = ReviewState(found, target)
     for note in found.notes:
-        print_wrapped(f"{_MARKS['note']} {plain(note)}")
+        print_wrapped(note, _MARKS["note"])
     if not found.items:
         out.print("nothing to look at")
         return
@@ -206,7 +206,7 @@ def export(
     found = open_review(source, kind, sets or ())
     check_target(found, target, ".json")
     for note in found.notes:
-        print_wrapped(f"{_MARKS['note']} {plain(note)}")
+        print_wrapped(note, _MARKS["note"])
     root = review_export.media_root(found)
     if file_format == "labelstudio":
         write_json(target, review_export.to_label_studio(found))
@@ -245,7 +245,7 @@ def _show_check(report: DataCheck) -> None:
         counts = report.groups.values()
         out.print(f"{len(counts)} groups of {min(counts):,} to {max(counts):,} training images")
     for finding in report.findings:
-        print_wrapped(f"{_MARKS[finding.level]} {plain(finding.what)}")
+        print_wrapped(finding.what, _MARKS[finding.level])
     _show_quality(report.quality)
     out.print("a run could begin" if report.usable else "a run would stop here")
 

@@ -123,10 +123,10 @@ def show_results(run: Run) -> None:
 
     results = run.results
     out.print(score_table(results.scores, results.chosen))
-    print_wrapped(f"< chosen: {results.chosen} ({plain(results.chosen_reason)})")
+    print_wrapped(f"< chosen: {results.chosen} ({results.chosen_reason})")
     expected, audit = results.expected, results.audit
     if expected is not None:
-        out.print(f"\n{expected_line(expected, results.protocol)}")
+        out.print(f"\n{expected_line(expected, results.protocol)}", soft_wrap=False)
     if results.optimism:
         largest = max(results.optimism, key=lambda line: line.difference)
         points = f"{100 * largest.difference:+.1f} points"
@@ -151,7 +151,7 @@ def show_student(run: Run) -> None:
         out.print()
     out.print(cost_table)
     for note in results.notes:
-        print_wrapped(f"[yellow]note[/] {plain(note)}")
+        print_wrapped(note, "[yellow]note[/]")
 
 
 def show_next_steps(run: Run, *commands: str) -> None:

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from threefold.cli.console import out, plain, print_wrapped
+from threefold.cli.console import out, print_wrapped
 from threefold.cli.options import Sets
 from threefold.cli.output import resume_command, watch_training
 
@@ -156,7 +156,7 @@ def show_results(results: ItemResults) -> None:
             f"{escape(c.verdict)}"
         )
     for note in results.notes:
-        print_wrapped(f"[yellow]note[/] {plain(note)}")
+        print_wrapped(note, "[yellow]note[/]")
 
 
 def _table(*names: str) -> Table:

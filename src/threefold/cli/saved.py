@@ -141,12 +141,12 @@ def ensemble(
     from threefold.cli.terminal import expected_line, optimism_table, score_table, verdict_line
 
     out.print(score_table(evaluation.scores, evaluation.chosen))
-    out.print(f"< chosen: {evaluation.chosen} ({plain(evaluation.reason)})")
+    print_wrapped(f"< chosen: {evaluation.chosen} ({evaluation.reason})")
     for line in [*map(verdict_line, evaluation.comparisons), *evaluation.warnings]:
-        print_wrapped(plain(line), indent=2)
+        print_wrapped(line, indent=2)
     if evaluation.optimism:
         out.print(optimism_table(evaluation.optimism))
-    out.print(f"\n{expected_line(evaluation.expected)}")
+    out.print(f"\n{expected_line(evaluation.expected)}", soft_wrap=False)
     _show_page(html)
 
 
@@ -196,17 +196,17 @@ def evaluate(
         for names in summary.diversity.duplicates:
             notes.append(f"the same predictions under several names: {', '.join(names)}")
     for note in notes:
-        print_wrapped(plain(note), indent=2)
+        print_wrapped(note, indent=2)
     if summary.audit is not None and summary.audit.n_suspects:
         first = summary.audit.suspects[0]
         print_wrapped(
             f"{summary.audit.n_suspects} labels look wrong, if these are held-out predictions "
-            f"(--json or --html lists them); the first: {plain(first.id)}, {plain(first.reason)}",
+            f"(--json or --html lists them); the first: {first.id}, {first.reason}",
             indent=2,
         )
     if summary.conformal is not None:
         for line in coverage_lines(summary.conformal):
-            out.print(f"  {line}")
+            print_wrapped(line, indent=2)
     _show_page(html)
 
 
@@ -259,7 +259,7 @@ def compare(
     out.print()
     out.print(pair_table(summary.comparisons))
     for pair in summary.comparisons:
-        out.print(f"  {plain(verdict_line(pair))}")
+        print_wrapped(verdict_line(pair), indent=2)
     if summary.cochran_q is not None:
         q = summary.cochran_q
         out.print(
@@ -267,7 +267,7 @@ def compare(
             f"p = {q['p']:.2g}"
         )
     for line in summary.warnings:
-        print_wrapped(plain(line), indent=2)
+        print_wrapped(line, indent=2)
     _show_page(html)
 
 

@@ -56,7 +56,7 @@ def score_table(scores: Sequence[Score], chosen: str | None = None) -> Table:
         rows = "given" if s.rows == "foreign" else s.rows
         table.add_row(name, f"{rows} {s.n}", *_figures(s))
     if len(shown) < len(scores):
-        table.add_row("[dim]other ensembles of the one member are equal to it[/]")
+        table.add_row("[dim]others are the member[/]")
     return table
 
 

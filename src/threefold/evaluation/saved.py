@@ -38,7 +38,7 @@ CURVE_ROWS: Final = 5000
 
 
 def read_sources(
-    sources: Sequence[Path],
+    sources: Sequence[str | Path],
     members: Sequence[str] = (),
     labels: str | Path | None = None,
     classes: Classes | None = None,
@@ -58,7 +58,7 @@ def read_sources(
     if not sources:
         raise DataError("no predictions given", expected="a run folder or files of predictions")
     parts = []
-    for source in sources:
+    for source in map(Path, sources):
         if not source.is_dir():
             parts.append(read_predictions(source, labels=labels, classes=classes))
             continue
@@ -114,7 +114,8 @@ def evaluate_saved(
         "export": "auto" if auto or len(names) > 1 else names[0],
         "top": top,
     }
-    paths = [sources] if isinstance(sources, Path) else list(sources)
+    given = [sources] if isinstance(sources, str | Path) else sources
+    paths = [Path(source) for source in given]
     if len(paths) == 1 and paths[0].is_dir():
         return _evaluate_run(RunFolder.open(paths[0]), changes, members, reopen)
     if reopen:
@@ -226,7 +227,7 @@ def summarize_evaluation(sources: Sequence[Path], evaluation: Evaluation) -> Pre
 
 
 def score_saved(
-    sources: Sequence[Path],
+    sources: Sequence[str | Path],
     members: Sequence[str] = (),
     *,
     labels: str | Path | None = None,

@@ -144,17 +144,18 @@ class MemberProbs:
             members=tuple(names),
         )
 
-    def rows(self, index: npt.ArrayLike) -> Self:
+    def rows(self, index: npt.ArrayLike | slice) -> Self:
         """Only these rows, in this order.
 
         Args:
-            index: row numbers, or one boolean per row.
+            index: row numbers, a slice of them, or one boolean per row.
 
         Raises:
             DataError: a row does not exist or is repeated, or there are no rows.
         """
         try:
-            chosen = np.atleast_1d(np.arange(len(self))[np.asarray(index)])
+            at = index if isinstance(index, slice) else np.asarray(index)
+            chosen = np.atleast_1d(np.arange(len(self))[at])
         except IndexError as error:
             expected = f"row numbers below {len(self)}, or {len(self)} booleans"
             raise DataError("no such rows", expected=expected, got=error) from None

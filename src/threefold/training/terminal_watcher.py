@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from threefold.names import printable
+from threefold.names import printable, wrap_words
 from threefold.recipe import Job
 from threefold.training.terminal_curves import Curves, ProgressWithCurves, label_of
 from threefold.training.watcher import Watcher
@@ -114,14 +114,10 @@ class TerminalWatcher(Watcher):
             )
 
     def note(self, text: str) -> None:
-        """Print a note, wrapped between words; a long path stays whole."""
-        self.console.print(
-            f"[yellow]note[/yellow] {escape(printable(text))}",
-            highlight=False,
-            soft_wrap=False,
-            overflow="ignore",
-            crop=False,
-        )
+        """Print a note, wrapped between words."""
+        lines = wrap_words(f"note {printable(text)}", self.console.width, "  ")
+        marked = f"[yellow]note[/yellow]{escape(lines.removeprefix('note'))}"
+        self.console.print(marked, highlight=False)
 
     def _fill_job(self) -> None:
         """Fill the current job's part of the bar, if it stopped early or was skipped."""
