@@ -76,7 +76,7 @@ def read_sources(
 
 
 def evaluate_saved(
-    sources: Sequence[Path] | Path,
+    sources: Sequence[str | Path] | str | Path,
     methods: Sequence[str],
     members: Sequence[str] = (),
     top: int = 0,
