@@ -198,6 +198,8 @@ def test_exact_heads_and_unknown_names_are_refused(images: Path, tiny: Recipe) -
         choose_stage(tiny, "wide")
     with pytest.raises(RecipeError, match="no such stage"):
         choose_stage(tiny, stage="three")
+    with pytest.raises(RecipeError, match="no such folder, table or recipe"):
+        find_learning_rate("nothing", progress=False)
 
 
 def test_the_verb_reads_a_run_and_leaves_it_alone(finished: Run, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def show_results(run: Run) -> None:
     if results.optimism:
         largest = max(results.optimism, key=lambda line: line.difference)
         points = f"{100 * largest.difference:+.1f} points"
-        out.print(f"optimism of {largest.description}: {points} on the rows it was chosen on")
+        print_wrapped(f"optimism of {largest.description}: {points} on the rows it was chosen on")
     if audit is not None and audit.n_suspects:
         out.print(f"suspect labels: {audit.n_suspects}, in {run.dir / audit.file}", markup=False)
 

@@ -18,7 +18,7 @@ from torch import nn
 from threefold.arguments import parse_minutes, split_names
 from threefold.data.detect_source import seems_data
 from threefold.data.in_memory import store_data
-from threefold.errors import DataError, RecipeError, RunError, shorten
+from threefold.errors import DataError, RecipeError, RunError, refuse_address, shorten
 from threefold.recipe import Job, Recipe, packaged_names, resolve
 from threefold.recipe_schema import StageSpec
 from threefold.training.checks import check_trainable
@@ -343,8 +343,15 @@ def _open(
         run = Run.open(path)
         recipe = Recipe.load(path / "recipe.toml", overrides)
         return recipe, run.sources if recipe.data == run.recipe.data else None
-    is_recipe = path.suffix.lower() == ".toml" or str(source) in packaged_names()
-    if is_recipe or not (path.exists() or seems_data(str(source))):
+    if path.suffix.lower() == ".toml" or str(source) in packaged_names():
         return resolve(str(source), overrides), None
+    if not (path.exists() or seems_data(str(source))):
+        refuse_address(source)
+        raise RecipeError(
+            "no such folder, table or recipe",
+            got=source,
+            expected="images as for fit, a run folder, a .toml file, or a name that `threefold "
+            "list recipes` shows",
+        )
     plan = plan_folder(source, minutes, members, overrides, quality, watcher)
     return plan.recipe, plan.sources
