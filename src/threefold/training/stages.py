@@ -397,11 +397,7 @@ class StageLoop:
                 yield np.sort(rows)
 
     def take_steps(self, lrs: Iterable[float]) -> Iterator[float]:
-        """Take one step at each learning rate, over as many epochs as that needs.
-
-        Yields:
-            The mean loss of each step's images, before the step.
-        """
+        """Take a step at each rate; yields the loss of its images, before the step."""
         rates = iter(lrs)
         for epoch in count():
             if self.task.activations is not None:
@@ -494,9 +490,8 @@ class _HeadLoop(StageLoop):
         return "float32"
 
     def _inputs(self, rows: np.ndarray) -> _Batch:
-        return _Batch(
-            to_features(features_of(self.task.fit)[rows], self.device), *self._targets(rows)
-        )
+        features = to_features(features_of(self.task.fit)[rows], self.device)
+        return _Batch(features, *self._targets(rows))
 
     def _probs(self, network: nn.Module) -> np.ndarray:
         return head_probs(network, features_of(self.task.select), self.loss.task)
