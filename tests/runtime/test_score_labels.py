@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 from PIL import Image
 from support.label_models import write_label_model
 from support.server import write_model
+from typer.testing import CliRunner
 
 import threefold
+from threefold.cli.app import app
 from threefold.errors import DataError, RecipeError
 from threefold.runtime.score_labels import (
     compare_label_models,
@@ -18,6 +21,7 @@ from threefold.runtime.score_labels import (
     score_label_models,
 )
 
+runner = CliRunner()
 ROWS = {"yellow": "green|red", "black": "", "white": "blue|green|red", "red": "red|green"}
 
 
@@ -77,3 +81,16 @@ def test_bad_tables_and_mixed_files_are_refused(tmp_path: Path, table: Path) -> 
         score_label_models([model], tmp_path / "folder")
     with pytest.raises(DataError, match="got pink"):
         score_label_models([model], table.with_name("other.csv"))
+
+
+def test_the_verbs_take_such_files(tmp_path: Path, table: Path) -> None:
+    model = write_label_model(tmp_path / "m.onnx")
+    other = write_label_model(tmp_path / "n.onnx", thresholds=[0.99, 0.99, 0.99])
+
+    scored = runner.invoke(app, ["evaluate", str(model), str(table), "--json"])
+    compared = runner.invoke(app, ["compare", str(model), str(other), "--data", str(table)])
+    refused = runner.invoke(app, ["evaluate", str(model), str(table), "--members", "m"])
+
+    assert json.loads(scored.stdout)["scores"][0]["subset_accuracy"] == 0.75
+    assert compared.exit_code == 0, compared.output
+    assert "for predictions, not for model files" in str(refused.exception)

@@ -177,6 +177,9 @@ def evaluate(
         summary, rows = score_saved(sources, split_names(members), labels=labels, classes=classes)
     else:
         _refuse_for_models(members=members, labels=labels, classes=classes)
+        if _give_labels(models, card):
+            _show_labels(models, "evaluate", as_json, html)
+            return
         from threefold.runtime.score_models import score_models
 
         with progress_bar("images") as progress:
@@ -245,6 +248,9 @@ def compare(
         summary, rows = compare_saved(sources, shared, labels=labels, classes=classes)
     else:
         _refuse_for_models(shared=shared, labels=labels, classes=classes)
+        if _give_labels(models, card):
+            _show_labels(models, "compare", as_json, html)
+            return
         from threefold.runtime.score_models import compare_models
 
         with progress_bar("images") as progress:
@@ -327,6 +333,26 @@ def find_models(
             fix=f"type `{named}`, or name it with --data",
         )
     return ModelSources(models, data)
+
+
+def _give_labels(models: ModelSources, card: Path | None) -> bool:
+    """Whether model files give any number of labels; those of other programs give a class."""
+    from threefold.runtime.score_labels import give_labels
+
+    return card is None and give_labels(models.paths)
+
+
+def _show_labels(models: ModelSources, verb: str, as_json: bool, html: Path | None) -> None:
+    """Score or compare model files that give any number of labels, and show it."""
+    from threefold.cli.multilabel import show_summary
+    from threefold.runtime import score_labels
+
+    answer = score_labels.score_label_models
+    if verb == "compare":
+        answer = score_labels.compare_label_models
+    with progress_bar("images") as progress:
+        scored = answer(models.paths, models.data, progress)
+    show_summary(scored, as_json, html)
 
 
 def _refuse_for_models(**options: object) -> None:
