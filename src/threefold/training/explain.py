@@ -97,7 +97,9 @@ def similar_images(
         similarity += cosines(known, one[0]) / len(specs)
     order = np.argsort(-similarity, kind="stable")[:count]
     return [
-        Neighbour(train.ids[i], ", ".join(train.label_names(int(i))), float(similarity[i]))
+        Neighbour(
+            train.ids[i], ", ".join(train.label_names(int(i))) or "no label", float(similarity[i])
+        )
         for i in order
     ]
 
