@@ -61,7 +61,12 @@ def systems_of(case: Case, python: str) -> list[str]:
         if system.startswith("keras") and case.network not in KERAS_NETWORKS:
             continue
         packages = PACKAGES.get(system)
-        if packages and subprocess.run([python, "-c", f"import {packages}"], stderr=-3).returncode:
+        if (
+            packages
+            and subprocess.run(
+                [python, "-c", f"import {packages}"], stderr=subprocess.DEVNULL
+            ).returncode
+        ):
             continue
         names.append(system)
     return names

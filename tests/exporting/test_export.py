@@ -187,7 +187,7 @@ def test_a_grey_image_is_read_as_colour(finished: Run, tmp_path: Path) -> None:
 
 
 def test_another_suffix_is_refused(finished: Run, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"ends in \.onnx, \.pt2 or \.xml"):
+    with pytest.raises(ExportError, match=r"ends in \.onnx, \.pt2, \.xml, \.mlpackage or \.tflite"):
         export(finished, tmp_path / "model.pkl")
 
 

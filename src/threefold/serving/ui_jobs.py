@@ -20,6 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from filelock import FileLock, Timeout
+
 from threefold.errors import DamagedFileError, RunError, ThreefoldError
 from threefold.files import read_json, write_json
 from threefold.serving.limits import Refusal
@@ -335,8 +337,6 @@ def _is_locked(path: Path) -> bool:
     """Whether a process holds the lock of a file."""
     if not path.exists():
         return False
-    from filelock import FileLock, Timeout  # comes with the training packages
-
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
