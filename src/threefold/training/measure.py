@@ -19,6 +19,7 @@ from threefold.models.member import Member, build_member, has_token_grid, last_l
 from threefold.models.split import EarlyBlocks, LateBlocks
 from threefold.recipe_schema import MemberSpec, StageSpec
 from threefold.training.activations import cached_blocks
+from threefold.training.allocator import reuse_freed_memory
 from threefold.training.features import FeatureCache
 from threefold.training.optimizers import set_trainable, train_mode
 from threefold.training.probe import Targets, fit_linear
@@ -240,13 +241,14 @@ def _step_seconds(member: Member, frozen: str, size: int, cached: bool) -> float
     labels = torch.zeros(batch_size, dtype=torch.long, device=device)
     train_mode(member, fixed_norms=True)
     times = []
-    for _ in range(4):
-        began = time.perf_counter()
-        loss = torch.nn.functional.cross_entropy(network(inputs), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
+    with reuse_freed_memory():
+        for _ in range(4):
+            began = time.perf_counter()
+            loss = torch.nn.functional.cross_entropy(network(inputs), labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
     return min(times[1:]) / batch_size

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from threefold.errors import RecipeError, RunError
 from threefold.files import read_json, write_json
+from threefold.training.allocator import reuse_freed_memory
 
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 """The half precisions by name."""
@@ -140,7 +141,8 @@ def training_speeds(
         images = images.contiguous(memory_format=torch.channels_last)
     fastest = dict.fromkeys(precisions, math.inf)
     network = copy.deepcopy(member)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), reuse_freed_memory():
         for turn in range(STEPS + 1):
             for precision in precisions:
                 seconds = _time_step(network, images, precision)

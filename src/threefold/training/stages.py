@@ -28,6 +28,7 @@ from threefold.models.pipeline import Predictor, predict_probs
 from threefold.models.split import LateBlocks
 from threefold.recipe_schema import StageSpec
 from threefold.training.activations import predict_late, to_activations
+from threefold.training.allocator import reuse_freed_memory
 from threefold.training.batch_augmentation import BatchAugmentation
 from threefold.training.checkpoints import (
     Checkpoint,
@@ -71,7 +72,7 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
     start = loop.checkpoint(-1)
     best, records = loop.resume(start)
     patience = task.stage.patience or math.inf
-    with task.watcher.deferring_stop():
+    with task.watcher.deferring_stop(), reuse_freed_memory():
         for epoch in range(len(records), task.stage.epochs):
             if epoch - 1 - best.epoch >= patience:
                 break
