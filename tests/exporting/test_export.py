@@ -19,10 +19,11 @@ from threefold.ensembles.registry import ENSEMBLES
 from threefold.errors import DataError, ExportError
 from threefold.evaluation.evaluate import evaluate
 from threefold.exporting import targets
-from threefold.exporting.export import export
+from threefold.exporting.export import chosen_ensemble, export
 from threefold.files import read_arrays
 from threefold.models.pipeline import Combiner, Pipeline, Predictor
 from threefold.models.tracing import simplify
+from threefold.predictions.results_schema import Expected
 from threefold.training.results import evaluate_run
 from threefold.training.run import Run
 
@@ -108,6 +109,22 @@ def test_the_graph_has_no_recurrent_operator_and_no_outside_data(finished: Run) 
         tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer
     )
     onnx.checker.check_model(model)
+
+
+def test_the_card_promises_what_the_run_expects(
+    finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = Expected(
+        accuracy=0.25, interval=(0.125, 0.5), n=7, rows="oof", basis="rows of a choice"
+    )
+    results = finished.results.model_copy(update={"expected": expected})
+    monkeypatch.setattr(Run, "results", property(lambda _: results))
+
+    score = chosen_ensemble(finished).card["score"]
+
+    promised = (score["accuracy"], score["interval"], score["n"], score["rows"])
+    assert promised == (0.25, [0.125, 0.5], 7, "oof")
+    assert score["protocol"] == "honest"
 
 
 def test_the_card_describes_the_run(finished: Run) -> None:

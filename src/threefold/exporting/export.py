@@ -121,6 +121,10 @@ def chosen_ensemble(run: Run) -> ExportedEnsemble:
     ensemble, names = restore(results.chosen, arrays, results.combined)
     calibration = saved_calibration(results.calibration, len(results.classes))
     card = _ensemble_card(results.chosen, calibration, results.scores)
+    if results.expected is not None:  # which pays for the choice of the method, too
+        card["score"] |= results.expected.model_dump(
+            mode="json", include={"accuracy", "interval", "n", "rows"}
+        )
     if results.conformal is not None:
         card |= uncertainty_card(results.conformal.as_json())
     if results.cascade is not None and list(results.cascade.members) == names:
