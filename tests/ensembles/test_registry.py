@@ -272,7 +272,7 @@ def test_selection_is_cross_fitted() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow if n == "stacked-shrunk" else ()) for n in ENSEMBLES],
+    [pytest.param(n, marks=pytest.mark.slow if n.startswith("stacked") else ()) for n in ENSEMBLES],
 )
 def test_every_method_with_selection_can_be_restored(name: str) -> None:
     probs, labels = skilled_pool(200)

@@ -23,13 +23,14 @@ from threefold.evaluation.review_export import (
 )
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    (tmp_path / "my photos").mkdir()
-    return write_photos(tmp_path / "my photos")
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("review") / "my photos"
+    folder.mkdir()
+    return write_photos(folder)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def review(photos: Path) -> Review:
     found = open_review(str(photos))
     suspect = Suspect("dog/3.png", "dog", "cat", 0.1, "labelled dog; the ensemble says cat")

@@ -95,6 +95,7 @@ def test_the_file_gives_the_labels_of_the_ensemble(
         assert set(answer) == {name for name, given in zip(CLASSES, row, strict=True) if given}
 
 
+@pytest.mark.slow
 def test_int8_and_float16_keep_their_sigmoids(
     pipeline: Pipeline, images: list[np.ndarray], tmp_path: Path
 ) -> None:

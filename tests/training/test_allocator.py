@@ -41,7 +41,6 @@ def test_freed_memory_is_reused_without_page_faults() -> None:
         inside = count_faults()
 
     assert inside < outside / 20
-    assert count_faults() > 0.5 * outside  # as before
 
 
 @needs_glibc

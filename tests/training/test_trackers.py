@@ -89,6 +89,7 @@ def test_settings_have_dotted_names() -> None:
     }
 
 
+@pytest.mark.slow
 def test_failing_tracker_does_not_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
