@@ -14,11 +14,14 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, Final
 
-# Names and numbers of malloc.h, and glibc's defaults (mallopt(3)).
+# Names and numbers of malloc.h (mallopt(3)). glibc raises its thresholds as a process frees larger
+# blocks, until a value is set by hand. So what is set at the end is the highest that it reaches.
 _M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_THRESHOLD: Final = -3
 _M_MMAP_MAX: Final = -4
-_DEFAULT_TRIM_THRESHOLD: Final = 128 * 1024
 _DEFAULT_MMAP_MAX: Final = 65_536
+_HIGHEST_MMAP_THRESHOLD: Final = 32 * 2**20
+_HIGHEST_TRIM_THRESHOLD: Final = 2 * _HIGHEST_MMAP_THRESHOLD
 _NEVER: Final = 2**31 - 1
 
 _lock = threading.Lock()
@@ -51,7 +54,8 @@ def _change_depth(change: int) -> None:
             libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
         if change < 0 and _depth == 0:
             libc.mallopt(_M_MMAP_MAX, _DEFAULT_MMAP_MAX)
-            libc.mallopt(_M_TRIM_THRESHOLD, _DEFAULT_TRIM_THRESHOLD)
+            libc.mallopt(_M_MMAP_THRESHOLD, _HIGHEST_MMAP_THRESHOLD)
+            libc.mallopt(_M_TRIM_THRESHOLD, _HIGHEST_TRIM_THRESHOLD)
             libc.malloc_trim(0)
 
 
