@@ -202,12 +202,12 @@ def _damaged_squares(root: Path) -> bool:
     run, rows = Run.open(copy(root)), np.arange(4)
     spec = run.recipe.members[0]
     cache = PixelCache(run.sources, run.all_views, run.dir / "cache")
-    right = cache.rows("train", spec, rows).pixels.copy()
+    right = cache.rows("train", spec, rows).pixels[:]
     for path in (run.dir / "cache").glob("*.npy"):
         flip(path, -1)
         flip(path, -9)
     again = PixelCache(run.sources, run.all_views, run.dir / "cache")
-    return np.array_equal(again.rows("train", spec, rows).pixels, right)
+    return np.array_equal(again.rows("train", spec, rows).pixels[:], right)
 
 
 def _train_damaged(root: Path, name: str, damage: Callable[[Path], object]) -> None:

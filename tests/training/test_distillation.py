@@ -48,7 +48,7 @@ def features_of(member: Member, pixels: np.ndarray) -> np.ndarray:
 
 def solve_stage(member: Member, task: StageTask) -> StageOutcome:
     """Memorise: solve the head for labels, or a teacher's log-probabilities, on the fit rows."""
-    x = features_of(member.eval(), task.fit.pixels)
+    x = features_of(member.eval(), task.fit.pixels[:])
     if task.teacher_probs is None:
         y = np.eye(task.num_classes)[task.fit.labels]
     else:
