@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from threefold.cli.console import out, plain, print_json
-from threefold.cli.terminal import cell_name, plain_table
+from threefold.cli.terminal import cell_name, plain_table, verdict_line
 
 if TYPE_CHECKING:
     from threefold.evaluation.multilabel_saved import ScoredAnswers
@@ -91,13 +91,6 @@ def pair_table(pairs: Sequence[MultilabelComparison]) -> Table:
             f"{pair.p:.2g}",
         )
     return table
-
-
-def verdict_line(pair: MultilabelComparison) -> str:
-    """Return a comparison's verdict as a sentence that names both, also if neither is better."""
-    if pair.verdict.startswith((f"{pair.a} ", f"{pair.b} ")):
-        return pair.verdict
-    return f"{pair.a} and {pair.b}: {pair.verdict}"
 
 
 def expected_lines(expected: MultilabelExpected, protocol: str = "") -> list[str]:

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from threefold.names import printable
+from threefold.predictions.multilabel_results import MultilabelComparison
 from threefold.predictions.results_schema import (
     ClassScore,
     Comparison,
@@ -203,7 +204,7 @@ def coverage_lines(conformal: Conformal) -> list[str]:
     return lines
 
 
-def verdict_line(pair: Comparison) -> str:
+def verdict_line(pair: Comparison | MultilabelComparison) -> str:
     """Return a comparison's verdict as a sentence that names both, also if neither is better."""
     if pair.verdict.startswith((f"{pair.a} ", f"{pair.b} ")):
         return pair.verdict

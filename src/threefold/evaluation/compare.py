@@ -91,17 +91,11 @@ def compare_predictions(
 def _compare(
     contenders: Sequence[_Contender], source: tuple[str, ...], shared: bool
 ) -> tuple[PredictionSummary, Predictions]:
-    if not 2 <= len(contenders) <= MAX_CONTENDERS:
-        raise DataError(
-            "cannot compare",
-            expected=f"2 to {MAX_CONTENDERS} contenders",
-            got=len(contenders),
-            fix="name them: A B, or FILE:MEMBER",
-        )
+    names = [contender.name for contender in contenders]
+    check_contenders(names)
     rows = _join(contenders, shared)
     ends = np.cumsum([0, *(len(contender.rows.members) for contender in contenders)])
     probs = [rows.probs[start:end] for start, end in pairwise(ends)]
-    names = [contender.name for contender in contenders]
     hits = [part.argmax(-1) == rows.labels for part in probs]
     summary = PredictionSummary(
         kind="compare",
@@ -151,10 +145,7 @@ def _read_contender(source: str, read_file: Reader) -> _Contender:
 
 def _read_seed(source: str, read_file: Reader) -> _Contender:
     """Read `PATH` or `PATH:NAME`."""
-    path, name = Path(source), ""
-    if not path.exists() and ":" in source:
-        left, _, name = source.rpartition(":")
-        path = Path(left)
+    path, name = split_source(source)
     if path.is_dir():
         folder = RunFolder(path)
         chosen = folder.chosen_predictions()
@@ -164,14 +155,52 @@ def _read_seed(source: str, read_file: Reader) -> _Contender:
     rows = read_file(path)
     if name:
         return _Contender(f"{path.stem}:{name}", _pick(rows, name))
-    if len(rows.members) > 1:
+    require_one_member(rows.members, path)
+    return _Contender(path.stem, rows)
+
+
+def split_source(source: str) -> tuple[Path, str]:
+    """Return path and member of `PATH` or `PATH:NAME`; without a name the member is empty."""
+    path, name = Path(source), ""
+    if not path.exists() and ":" in source:
+        left, _, name = source.rpartition(":")
+        path = Path(left)
+    return path, name
+
+
+def require_one_member(members: Sequence[str], path: Path) -> None:
+    """Refuse a file of several members, none of which is named.
+
+    Raises:
+        DataError: there are several.
+    """
+    if len(members) > 1:
         raise DataError(
             "the file has several members",
             where=path,
-            expected=f"one, for example {path}:{rows.members[0]}",
-            got=", ".join(rows.members[:5]),
+            expected=f"one, for example {path}:{members[0]}",
+            got=", ".join(members[:5]),
         )
-    return _Contender(path.stem, rows)
+
+
+def check_contenders(names: Sequence[str]) -> None:
+    """Check the number of contenders, and that their names differ.
+
+    Raises:
+        DataError: there are fewer than two or more than MAX_CONTENDERS, or a name is repeated.
+    """
+    if not 2 <= len(names) <= MAX_CONTENDERS:
+        raise DataError(
+            "cannot compare",
+            expected=f"2 to {MAX_CONTENDERS} contenders",
+            got=len(names),
+            fix="name them: A B, or FILE:MEMBER",
+        )
+    if len(set(names)) < len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise DataError(
+            "two contenders have the same name", got=repeated, fix="rename a file or folder"
+        )
 
 
 def _pick(rows: Predictions, name: str) -> Predictions:
@@ -184,12 +213,6 @@ def _pick(rows: Predictions, name: str) -> Predictions:
 
 def _join(contenders: Sequence[_Contender], shared: bool) -> Predictions:
     """Join all contenders on the same rows, their members under distinct names."""
-    names = [contender.name for contender in contenders]
-    if len(set(names)) < len(names):
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise DataError(
-            "two contenders have the same name", got=repeated, fix="rename a file or folder"
-        )
     parts = [
         replace(c.rows, members=tuple(f"{c.name}/{m}" for m in c.rows.members)) for c in contenders
     ]

@@ -157,7 +157,7 @@ def evaluate_multilabel(
         probs=chosen.probs.astype(np.float32),
         decided=chosen.decided,
         expected=_expected(rows, headline, is_nested=headline is not chosen and method is None),
-        optimism=fits.optimism(crossed, nested, choice),
+        optimism=fits.optimism(ensemble, crossed["ensemble", choice.name], nested),
         ledger=ledger.table(),
         warnings=warnings_about(rows),
     )
@@ -228,13 +228,17 @@ class _Fits:
         return self._cross_fit(self.rows, "choice of the way to combine", fit)
 
     def optimism(
-        self, crossed: dict[Key, CrossFitted], nested: CrossFitted, choice: ChosenWeights
+        self, ensemble: MultilabelEnsemble, answer: CrossFitted, nested: CrossFitted
     ) -> list[MultilabelOptimism]:
-        """Compare scores on the rows of a choice with those on other rows."""
+        """Compare scores on the rows of a choice with those on other rows.
+
+        Args:
+            ensemble: the chosen one, fitted on all rows.
+            answer: of the chosen way to combine, cross-fitted.
+            nested: the answer with the choice cross-fitted, too.
+        """
         targets = self.rows.targets
-        ensemble = fit_weighted(self.rows, choice.weights)
         own = ensemble.decide(ensemble(self.rows.probs))
-        answer = crossed["ensemble", choice.name]
         entries = [
             MultilabelOptimism(
                 choice="thresholds",

@@ -12,7 +12,7 @@ import numpy as np
 
 from threefold.ensembles.multilabel import CrossFitted
 from threefold.errors import DataError, RunError
-from threefold.evaluation.compare import MAX_CONTENDERS
+from threefold.evaluation.compare import check_contenders, require_one_member, split_source
 from threefold.evaluation.multilabel import (
     MultilabelEvaluation,
     as_they_are,
@@ -48,7 +48,7 @@ def are_multilabel(sources: Sequence[str | Path]) -> bool:
     Raises:
         DataError: some have several labels per image, and others one.
     """
-    kinds = [_is_multilabel(_split_name(str(source))[0]) for source in sources]
+    kinds = [_is_multilabel(split_source(str(source))[0]) for source in sources]
     if any(kinds) and not all(kinds):
         raise DataError(
             "predictions of several labels per image and of one do not go together",
@@ -62,15 +62,6 @@ def _is_multilabel(path: Path) -> bool:
         recipe = path / "recipe.toml"
         return recipe.is_file() and RunFolder(path).is_multilabel
     return path.is_file() and path.suffix.lower() == ".npz" and is_multilabel_file(path)
-
-
-def _split_name(source: str) -> tuple[Path, str]:
-    """Return path and member of `PATH` or `PATH:NAME`."""
-    path, name = Path(source), ""
-    if not path.exists() and ":" in source:
-        left, _, name = source.rpartition(":")
-        path = Path(left)
-    return path, name
 
 
 def refuse_options(**options: object) -> None:
@@ -347,7 +338,7 @@ def _all_members(path: Path) -> list[_Contender]:
 
 
 def _read_contender(source: str) -> _Contender:
-    path, name = _split_name(source)
+    path, name = split_source(source)
     if path.is_dir():
         folder = RunFolder(path)
         if name:
@@ -356,32 +347,15 @@ def _read_contender(source: str) -> _Contender:
     rows = MultilabelPredictions.load(path)
     if name:
         return _Contender(f"{path.stem}:{name}", rows.member(name))
-    if len(rows.members) > 1:
-        raise DataError(
-            "the file has several members",
-            where=path,
-            expected=f"one, for example {path}:{rows.members[0]}",
-            got=", ".join(rows.members[:5]),
-        )
+    require_one_member(rows.members, path)
     return _Contender(path.stem, rows)
 
 
 def _compare(
     contenders: Sequence[_Contender], source: tuple[str, ...], shared: bool
 ) -> ScoredAnswers:
-    if not 2 <= len(contenders) <= MAX_CONTENDERS:
-        raise DataError(
-            "cannot compare",
-            expected=f"2 to {MAX_CONTENDERS} contenders",
-            got=len(contenders),
-            fix="name them: A B, or FILE:MEMBER",
-        )
     names = [contender.name for contender in contenders]
-    if len(set(names)) < len(names):
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise DataError(
-            "two contenders have the same name", got=repeated, fix="rename a file or folder"
-        )
+    check_contenders(names)
     parts = [replace(c.rows, members=(c.name,)) for c in contenders]
     rows = join_multilabel(parts, shared)
     answers = {}

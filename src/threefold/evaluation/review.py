@@ -240,13 +240,12 @@ class ReviewedTable:
     """
 
     def __init__(self, review: Review) -> None:
-        self.review = review
+        self.review, parts = review, _parts(review.sources)
         self.places = {
             name: (part, data, row)
-            for part, data in _parts(review.sources).items()
+            for part, data in parts.items()
             for row, name in enumerate(data.ids)
         }
-        parts = _parts(review.sources)
         has_groups = any(data.groups is not None for data in parts.values())
         has_folds = review.sources.train.folds is not None
         columns = ["group"] * has_groups + ["fold"] * has_folds + ["split"] * (len(parts) > 1)

@@ -8,6 +8,7 @@ from typing import Any, Final
 import numpy as np
 from pydantic import BaseModel
 
+from threefold.runtime.describe import describe_answer
 from threefold.runtime.model import Model
 from threefold.runtime.model_output import ModelOutput
 
@@ -167,28 +168,9 @@ def describe(model: Model, name: str, output: ModelOutput, top: int) -> Predicti
 
 def describe_labels(model: Model, name: str, output: ModelOutput, top: int) -> MultilabelPrediction:
     """As `describe`, of a model that gives an image any number of labels."""
-    assert model.thresholds is not None
-    probs = output.probs[0]
-    numbers = model.label_numbers(probs)
-    order = [int(i) for i in np.argsort(-probs, kind="stable")[:top]]
-    labels = {
-        i: LabelProbability(
-            label=model.classes[i],
-            probability=float(probs[i]),
-            threshold=float(model.thresholds[i]),
-        )
-        for i in dict.fromkeys([*numbers, *order])
-    }
-    members = {
-        member: {model.classes[i]: float(row[i]) for i in labels}
-        for member, row in zip(model.members, output.member_probs[0], strict=True)
-    }
-    return MultilabelPrediction(
-        file=name,
-        labels=[labels[i] for i in numbers],
-        top=[labels[i] for i in order],
-        members=members,
-    )
+    answer = describe_answer(model, name, output, top)
+    shown = {key: answer[key] for key in ("labels", "top", "members")}
+    return MultilabelPrediction.model_validate({"file": name, **shown})
 
 
 def _top_classes(model: Model, probs: np.ndarray, top: int) -> list[ClassProbability]:

@@ -275,13 +275,6 @@ def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-def seed_generators(seed: int) -> None:
-    """Seed the global generators, which timm and torch draw from (noise, dropout, mixing)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def random_state(device: torch.device, generators: Mapping[str, Generator]) -> ResumeState:
     """The state of every generator in use: torch's, Python's, numpy's, CUDA's and the stage's own.
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from threefold.errors import RecipeError, RunError
 from threefold.files import read_json, write_json
 from threefold.training.allocator import reuse_freed_memory
+from threefold.training.randomness import keep_generators
 
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 """The half precisions by name."""
@@ -141,8 +142,7 @@ def training_speeds(
         images = images.contiguous(memory_format=torch.channels_last)
     fastest = dict.fromkeys(precisions, math.inf)
     network = copy.deepcopy(member)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), reuse_freed_memory():
+    with keep_generators(device), reuse_freed_memory():
         for turn in range(STEPS + 1):
             for precision in precisions:
                 seconds = _time_step(network, images, precision)

@@ -20,3 +20,10 @@ def keep_generators(device: torch.device) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global generators: noise, dropout and mixing draw from them."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -15,8 +15,8 @@ from typing import Final
 import numpy as np
 from torch import nn
 
-from threefold.training.checkpoints import seed_generators
-from threefold.training.randomness import keep_generators
+from threefold.training.allocator import reuse_freed_memory
+from threefold.training.randomness import keep_generators, seed_generators
 from threefold.training.stage_task import StageTask
 from threefold.training.stages import make_loop
 
@@ -127,7 +127,7 @@ def sweep_stage(member: nn.Module, task: StageTask, rates: Sequence[float]) -> R
         RunError: the memory is exhausted.
         RecipeError: the stage's regexes leave nothing to train.
     """
-    with keep_generators(next(member.parameters()).device):
+    with keep_generators(next(member.parameters()).device), reuse_freed_memory():
         seed_generators(task.seed)
         loop = make_loop(copy.deepcopy(member), task)
         return follow_losses(rates, _reported(loop.take_steps(rates), task))

@@ -42,7 +42,6 @@ from threefold.training.checkpoints import (
     restore_optimizer,
     restore_random,
     save_resume_state,
-    seed_generators,
 )
 from threefold.training.checks import diverged, short_of_memory
 from threefold.training.device_pixels import pixel_reader
@@ -51,6 +50,7 @@ from threefold.training.heads import head_probs, to_features
 from threefold.training.losses import BatchLoss, smooth_targets, teacher_targets
 from threefold.training.optimizers import create_optimizer, lr_at, set_trainable, train_mode
 from threefold.training.precision import autocast, check_precision, pick_precision
+from threefold.training.randomness import seed_generators
 from threefold.training.sharpness import sharpen_gradients
 from threefold.training.stage_task import StageOutcome, StageTask, features_of, pixels_of
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from threefold.data.label_counts import make_targets
 from threefold.data.sources.arrays import with_row_ids
 from threefold.data.sources.columns import NO_NAMES, NamedColumns
 from threefold.data.sources.folder import ArrayDataset, ImageArrays
@@ -62,11 +63,11 @@ def read_npz(path: Path, named: NamedColumns = NO_NAMES) -> ArrayDataset:
         images[PARTS[split]].append(part)
         labels[PARTS[split]] += texts
     if named.task == "multilabel":
-        classes = names or all_labels(labels["train"])
-        unknown = sorted(set(all_labels(labels["test"])) - set(classes), key=natural_key)
+        used = {part: set(all_labels(labels[part])) for part in labels}
     else:
-        classes = tuple(sorted(set(labels["train"]), key=natural_key))
-        unknown = sorted(set(labels["test"]) - set(classes), key=natural_key)
+        used = {part: set(labels[part]) for part in labels}
+    classes = names or tuple(sorted(used["train"], key=natural_key))
+    unknown = sorted(used["test"] - set(classes), key=natural_key)
     if unknown:
         raise DataError(
             "classes differ between train and test",
@@ -97,13 +98,10 @@ def _read(path: Path) -> dict[str, NDArray[np.generic]]:
 
 def _code(labels: list[Any], classes: tuple[str, ...]) -> NDArray[np.int64]:
     """Return labels as numbers (n,), or sets of labels as zeros and ones (n, k)."""
-    number = {name: label for label, name in enumerate(classes)}
     if not any(isinstance(item, tuple) for item in labels):
+        number = {name: label for label, name in enumerate(classes)}
         return np.array([number[name] for name in labels], dtype=np.int64)
-    coded = np.zeros((len(labels), len(classes)), np.int64)
-    for row, names in enumerate(labels):
-        coded[row, [number[name] for name in names]] = 1
-    return coded
+    return make_targets(labels, classes).astype(np.int64)
 
 
 def _label_cells(arrays: dict[str, NDArray[np.generic]], key: str, path: Path) -> LabelCells:
