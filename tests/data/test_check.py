@@ -199,6 +199,18 @@ def test_a_path_or_a_name_gives_its_source(tmp_path: Path) -> None:
         find_spec(str(tmp_path), "photos")
 
 
+def test_what_the_user_sets_is_not_overruled(tmp_path: Path) -> None:
+    rows = ["path,labels,fold,kfold", "a.png,cat|dog,1,2", "b.png,dog,2,1", "c.png,cat|dog,1,1"]
+    table = tmp_path / "t.csv"
+    table.write_text("\n".join(rows))
+
+    found = find_spec(str(table), overrides=["data.fold_column=kfold"])
+    kept = find_spec(str(table), overrides=["data.task=multiclass", "data.fold_column=fold"])
+
+    assert (found.task, found.fold_column) == ("multilabel", "kfold")
+    assert (kept.task, kept.fold_column) == ("multiclass", "fold")
+
+
 @pytest.mark.parametrize("per_class", [19, 20])
 def test_few_images_begin_below_twenty(tmp_path: Path, per_class: int) -> None:
     write_sample("mnist", tmp_path, per_class=per_class)

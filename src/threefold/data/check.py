@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -156,7 +156,9 @@ def find_spec(source: str, kind: str = "", overrides: Iterable[str] = ()) -> Dat
         except ValidationError as error:
             message = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise RecipeError("the data table is invalid", where="--set", got=message) from None
-    return spec if source.endswith(".toml") else _with_own_folds(spec)
+    if source.endswith(".toml"):
+        return spec
+    return _with_findings(spec, {text.partition("=")[0].strip() for text in changes})
 
 
 def _find_spec(source: str, kind: str) -> DataSpec:
@@ -180,11 +182,17 @@ def _find_spec(source: str, kind: str) -> DataSpec:
     return DataSpec.model_validate({"source": kind or _guess_source(path), "root": source})
 
 
-def _with_own_folds(spec: DataSpec) -> DataSpec:
-    """Name the user's own column of folds, and any number of labels, as a plan does."""
-    with suppress(DataError):  # which the check finds again, and reports
-        spec = spec.model_copy(update={"fold_column": find_fold_column(spec)})
-    found = find_multilabel(spec)
+def _with_findings(spec: DataSpec, decided: Collection[str]) -> DataSpec:
+    """Name the user's own column of folds, and any number of labels, as a plan does.
+
+    Args:
+        spec: the table.
+        decided: keys such as `data.task` that the user has set, which stay.
+    """
+    if "data.fold_column" not in decided:
+        with suppress(DataError):  # which the check finds again, and reports
+            spec = spec.model_copy(update={"fold_column": find_fold_column(spec)})
+    found = None if "data.task" in decided else find_multilabel(spec)
     if found is None:
         return spec
     return spec.model_copy(
