@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,12 @@ import threefold
 from threefold.ensembles.multilabel import MultilabelEnsemble
 from threefold.ensembles.multilabel_module import multilabel_module
 from threefold.errors import ExportError
+from threefold.evaluation.multilabel import evaluate_multilabel
 from threefold.exporting import targets
+from threefold.exporting.multilabel import chosen_multilabel
 from threefold.exporting.parity import check, compare, describe_report
 from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
+from threefold.predictions.multilabel import MultilabelPredictions
 
 CLASSES = ("oak", "elm", "ash")
 ENSEMBLE = MultilabelEnsemble(
@@ -93,6 +97,28 @@ def test_the_file_gives_the_labels_of_the_ensemble(
     assert decided.sum(1).min() < decided.sum(1).max()
     for answer, row in zip(model.predict(images), decided, strict=True):
         assert set(answer) == {name for name, given in zip(CLASSES, row, strict=True) if given}
+
+
+def test_the_card_promises_what_the_run_expects() -> None:
+    rng = np.random.default_rng(0)
+    targets_of_rows = (rng.random((60, 3)) < 0.5).astype(np.uint8)
+    probs = np.clip(targets_of_rows + rng.normal(0, 0.6, (2, 60, 3)), 0.01, 0.99)
+    evaluation = evaluate_multilabel(
+        MultilabelPredictions.from_arrays(probs, targets_of_rows), None
+    )
+    expected = evaluation.expected.replace(mean_average_precision=0.25, n=7, macro_f1=0.125)
+    results = SimpleNamespace(
+        ensemble=evaluation.state,
+        chosen=evaluation.chosen,
+        scores=evaluation.scores,
+        expected=expected,
+    )
+    run: Any = SimpleNamespace(folder=SimpleNamespace(multilabel_results=results))
+
+    score = chosen_multilabel(run).card["score"]
+
+    assert (score["value"], score["n"], score["macro_f1"]) == (0.25, 7, 0.125)
+    assert score["interval"] == list(expected.mean_average_precision_interval)
 
 
 @pytest.mark.slow

@@ -20,7 +20,15 @@ from threefold.training.run import Run
 def chosen_multilabel(run: Run) -> ExportedEnsemble:
     """Restore a run's chosen ensemble as it was fitted and scored."""
     results = run.folder.multilabel_results
-    return _exported(results.ensemble, results.chosen, results.scores)
+    exported = _exported(results.ensemble, results.chosen, results.scores)
+    expected = results.expected
+    if expected is not None:  # which pays for the choice of the way to combine, too
+        exported.card["score"] |= {
+            "value": expected.mean_average_precision,
+            "interval": list(expected.mean_average_precision_interval),
+            **expected.model_dump(include={"macro_f1", "n", "rows"}),
+        }
+    return exported
 
 
 def fit_other_multilabel(run: Run, method: str, members: Sequence[str]) -> ExportedEnsemble:
