@@ -29,9 +29,9 @@ from threefold.evaluation.cascade_savings import Saving, Savings, fit_savings
 from threefold.files import read_arrays
 from threefold.predictions.formats import read_predictions
 from threefold.runtime.predict import find_images
-from threefold.training.costs import RunCosts
 from threefold.training.provenance import commit, hardware
-from threefold.training.results import evaluate_run, members_in_file, used_members
+from threefold.training.results.costs import RunCosts
+from threefold.training.results.multiclass import evaluate_run, members_in_file, used_members
 from threefold.training.run import Run
 
 SHARES = (0.0025, 0.005, 0.01, 0.02)

@@ -25,8 +25,8 @@ from threefold.models.resize import resize_square
 from threefold.recipe import packaged
 from threefold.stats.paired_tests import mcnemar_exact
 from threefold.stats.scores import share_interval
-from threefold.training.losses import soft_loss, soften
 from threefold.training.provenance import commit, hardware
+from threefold.training.steps.losses import soft_loss, soften
 
 CPU, K = torch.device("cpu"), 10
 SETTINGS = ((0.5, 2.0), (0.9, 2.0), (0.9, 4.0), (1.0, 1.0))

@@ -39,8 +39,8 @@ from threefold.models.backbones import PAPER_BACKBONES
 from threefold.models.flops import count_macs
 from threefold.models.member import build_member
 from threefold.recipe_schema import HeadSpec, MemberSpec
-from threefold.training.precision import autocast, half_precision
 from threefold.training.provenance import commit, hardware
+from threefold.training.steps.precision import autocast, half_precision
 
 LITE = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2")
 HEADS = ("linear", "rnn", "gru", "lstm", "bilstm")

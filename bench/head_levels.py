@@ -24,9 +24,9 @@ from threefold.recipe import Recipe
 from threefold.recipe_schema import FoldSpec
 from threefold.stats.paired_tests import mcnemar_exact
 from threefold.stats.scores import accuracy, correct, log_loss
-from threefold.training.features import FeatureCache
-from threefold.training.plan import DEFAULT_MEMBERS
-from threefold.training.probe import Targets, choose_l2, fit_linear
+from threefold.training.features.cache import FeatureCache
+from threefold.training.features.probe import Targets, choose_l2, fit_linear
+from threefold.training.planning.plan import DEFAULT_MEMBERS
 
 SMALL = 64
 """Images of at most this side are read at SMALL_SIZE."""

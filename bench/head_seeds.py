@@ -36,12 +36,12 @@ from threefold.models.heads import build_head
 from threefold.recipe import Recipe
 from threefold.recipe_schema import FoldSpec, HeadSpec, MemberSpec
 from threefold.stats.paired_tests import holm, seeds_difference
-from threefold.training.features import FeatureCache, FeatureRows
-from threefold.training.heads import HeadNetwork, head_probs
-from threefold.training.probe import Targets, choose_l2, fit_linear
+from threefold.training.features.cache import FeatureCache, FeatureRows
+from threefold.training.features.heads import HeadNetwork, head_probs
+from threefold.training.features.probe import Targets, choose_l2, fit_linear
 from threefold.training.provenance import commit, hardware, stable_seed
-from threefold.training.stage_task import StageTask
-from threefold.training.stages import train_stage
+from threefold.training.stages.loop import train_stage
+from threefold.training.stages.task import StageTask
 
 BACKBONES = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2")
 UNITS, FC = 512, 512

@@ -42,9 +42,9 @@ from threefold.data.splits import Roles, assign_roles, refit_roles
 from threefold.recipe import Recipe
 from threefold.recipe_schema import DataSpec, FoldSpec
 from threefold.stats.scores import share_interval
-from threefold.training.features import FeatureCache
-from threefold.training.measure import spread_over_classes
-from threefold.training.probe import Targets, choose_l2, fit_linear
+from threefold.training.features.cache import FeatureCache
+from threefold.training.features.probe import Targets, choose_l2, fit_linear
+from threefold.training.planning.measure import spread_over_classes
 from threefold.training.provenance import commit, hardware
 
 COLUMNS = (

@@ -211,7 +211,7 @@ def features_threefold(job: argparse.Namespace) -> float:
     import torch
 
     from threefold.models.features import FeatureExtractor
-    from threefold.training.engines import choose_engine, compute
+    from threefold.training.features.engines import choose_engine, compute
 
     extractor = FeatureExtractor(timm.create_model(job.network, num_classes=0), "pooled")
     images = decoded_images(job)

@@ -18,9 +18,9 @@ from threefold.files import read_json
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Job
 from threefold.report.pages import write_report
-from threefold.training import plan_tuning
+from threefold.training.planning import tuning as plan_tuning
+from threefold.training.progress.watcher import Watcher
 from threefold.training.run import Run
-from threefold.training.watcher import Watcher
 
 MEMBERS = ("test_resnet",)
 SETS = (

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import threefold
 from threefold.arguments import QUALITIES
 from threefold.cli.app import app
-from threefold.training.plan_basis import Quality
+from threefold.training.planning.basis import Quality
 from threefold.training.run import Run
 
 runner = CliRunner()

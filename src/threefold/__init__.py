@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from threefold.runtime.model import load as load
     from threefold.saved_run import SavedRun as SavedRun
     from threefold.saved_run import open as open
-    from threefold.training.lr_finder import find_learning_rate as find_learning_rate
+    from threefold.training.planning.lr_finder import find_learning_rate as find_learning_rate
     from threefold.training.run import Run as Run
 
 __version__ = "0.1.0"
@@ -62,7 +62,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "threefold.report.pages": ["write_report"],
         "threefold.runtime.model": ["load"],
         "threefold.saved_run": ["SavedRun", "open"],
-        "threefold.training.lr_finder": ["find_learning_rate"],
+        "threefold.training.planning.lr_finder": ["find_learning_rate"],
         "threefold.training.run": ["Run"],
     },
 )

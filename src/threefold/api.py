@@ -21,23 +21,23 @@ from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec, StageSpec
 from threefold.report.pages import write_report
-from threefold.training.candidates import is_auto
-from threefold.training.diagnostics import DataDiagnostics
 from threefold.training.distillation import open_teacher
 from threefold.training.jobs import remove_cache, train_members
-from threefold.training.plan import left_out_reason, plan_folder
-from threefold.training.plan_basis import (
+from threefold.training.planning.basis import (
     EXPORT_SECONDS,
     SCORING_SECONDS,
     STARTUP_SECONDS,
     Quality,
 )
+from threefold.training.planning.candidates import is_auto
+from threefold.training.planning.plan import left_out_reason, plan_folder
+from threefold.training.progress.terminal_watcher import show_progress
+from threefold.training.progress.trackers import TrackedWatcher
+from threefold.training.progress.watcher import Watcher
+from threefold.training.results.diagnostics import DataDiagnostics
+from threefold.training.results.scoring import headline, score_run
 from threefold.training.run import Run
 from threefold.training.run_data import place_data
-from threefold.training.scoring import headline, score_run
-from threefold.training.terminal_watcher import show_progress
-from threefold.training.trackers import TrackedWatcher
-from threefold.training.watcher import Watcher
 
 LEFT_OUT = "the members to be tuned were left out: no time left"
 """Header of a recipe that has lost them."""

@@ -26,7 +26,7 @@ from threefold.data.in_memory import store_in_new_run
 from threefold.errors import DataError, shorten
 from threefold.runtime.inputs import as_pixels
 from threefold.runtime.model import Model, load
-from threefold.training.plan_basis import Quality
+from threefold.training.planning.basis import Quality
 from threefold.training.run import Run
 
 _ENCODED = (str, os.PathLike, bytes, bytearray, memoryview)

@@ -31,9 +31,9 @@ from threefold.stats.one_standard_error import standard_error
 from threefold.stats.scores import accuracy, correct
 from threefold.stats.weighted_scores import log_losses
 from threefold.training.jobs import train_members
-from threefold.training.results import evaluate_run
+from threefold.training.progress.watcher import Watcher
+from threefold.training.results.multiclass import evaluate_run
 from threefold.training.run import Run
-from threefold.training.watcher import Watcher
 
 ANSWERS: Final = "answers.npz"
 """In a trial's folder: the out-of-fold answers of its chosen ensemble."""

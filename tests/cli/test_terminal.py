@@ -14,9 +14,9 @@ from rich.console import Console
 from threefold.cli.terminal import expected_line, score_table, verdict_line
 from threefold.predictions.results_schema import Comparison, Expected, MetricScore, Score
 from threefold.recipe import Job
-from threefold.training.terminal_curves import Curves, sparkline
-from threefold.training.terminal_watcher import TerminalWatcher, has_bar, show_progress
-from threefold.training.watcher import Watcher
+from threefold.training.progress.terminal_curves import Curves, sparkline
+from threefold.training.progress.terminal_watcher import TerminalWatcher, has_bar, show_progress
+from threefold.training.progress.watcher import Watcher
 
 RECORD: dict[str, Any] = {
     "epoch": 0,

@@ -24,7 +24,7 @@ from threefold.files import read_arrays
 from threefold.models.pipeline import Combiner, Pipeline, Predictor
 from threefold.models.tracing import simplify
 from threefold.predictions.results_schema import Expected
-from threefold.training.results import evaluate_run
+from threefold.training.results.multiclass import evaluate_run
 from threefold.training.run import Run
 
 

@@ -13,10 +13,10 @@ from threefold.ensembles.stacked import stacked_network
 from threefold.models.member import JointMember, Member, build_joint, build_member, describe_joint
 from threefold.recipe import Recipe
 from threefold.recipe_schema import HeadSpec, MemberSpec, StageSpec, TrainSpec
-from threefold.training.optimizers import create_optimizer, set_trainable, train_mode
 from threefold.training.pixel_cache import PixelRows
-from threefold.training.stage_task import StageTask
-from threefold.training.stages import train_stage
+from threefold.training.stages.loop import train_stage
+from threefold.training.stages.task import StageTask
+from threefold.training.steps.optimizers import create_optimizer, set_trainable, train_mode
 
 EVERYTHING = StageSpec(name="s", epochs=1, lr=1.0)
 HEAD_ONLY = StageSpec(name="s", epochs=1, lr=1e-2, trainable="^head")

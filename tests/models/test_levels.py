@@ -12,7 +12,7 @@ from threefold.errors import RecipeError
 from threefold.models.gradcam import grad_cam
 from threefold.models.member import build_member, head_inputs, levels_of
 from threefold.recipe_schema import HeadSpec, MemberSpec, StageSpec
-from threefold.training.activations import cached_blocks
+from threefold.training.features.activations import cached_blocks
 
 
 def make_spec(backbone: str, **head: object) -> MemberSpec:

@@ -11,7 +11,7 @@ from threefold.ensembles.scaling import temperature_module
 from threefold.models.member import Member
 from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.recipe_schema import StageSpec
-from threefold.training.optimizers import set_trainable, train_mode
+from threefold.training.steps.optimizers import set_trainable, train_mode
 
 
 def coarse_pictures(size: int) -> np.ndarray:

@@ -15,9 +15,9 @@ from support.tiny_runs import COLOURS, tiny_tree
 from threefold.models.member import Member, build_member
 from threefold.recipe import Recipe
 from threefold.training.pixel_cache import PixelRows
-from threefold.training.stage_task import StageTask
-from threefold.training.stages import train_stage
-from threefold.training.watcher import Watcher
+from threefold.training.progress.watcher import Watcher
+from threefold.training.stages.loop import train_stage
+from threefold.training.stages.task import StageTask
 
 
 def make_rows(n: int, seed: int) -> PixelRows:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from threefold.training import allocator
-from threefold.training.allocator import reuse_freed_memory
+from threefold.training.steps import allocator
+from threefold.training.steps.allocator import reuse_freed_memory
 
 resource = pytest.importorskip("resource")
 

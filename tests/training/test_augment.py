@@ -11,7 +11,7 @@ from support.images import random_images
 from threefold.models.resize import resize_square
 from threefold.models.views import Views
 from threefold.recipe_schema import AugmentSpec, ViewSpec
-from threefold.training.augment import Augment, Draws, affine_warp, shift_channels
+from threefold.training.steps.augment import Augment, Draws, affine_warp, shift_channels
 
 PAPER = AugmentSpec(
     rotation=30, shift=0.3, shear=0.3, zoom=0.3, channel_shift=10, hflip=True, vflip=True

@@ -19,7 +19,8 @@ from threefold.models.hub import has_published_weights, weights_licence
 from threefold.models.member import has_token_grid
 from threefold.recipe import Recipe
 from threefold.stats.scores import log_loss
-from threefold.training.candidates import (
+from threefold.training.planning.basis import Clock, Decision
+from threefold.training.planning.candidates import (
     AUTO,
     CANDIDATES,
     Candidate,
@@ -29,9 +30,8 @@ from threefold.training.candidates import (
     halves_loss,
     screen,
 )
-from threefold.training.plan import plan_folder
-from threefold.training.plan_basis import Clock, Decision
-from threefold.training.plan_size import ProbePlan
+from threefold.training.planning.image_size import ProbePlan
+from threefold.training.planning.plan import plan_folder
 
 LABELS = np.repeat([0, 1], 50)
 

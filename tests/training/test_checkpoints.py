@@ -27,10 +27,10 @@ from threefold.training.checkpoints import (
     load_resume_state,
     save_resume_state,
 )
+from threefold.training.progress.watcher import Watcher
 from threefold.training.run import Run
-from threefold.training.stage_task import StageOutcome, StageTask
-from threefold.training.stages import train_stage
-from threefold.training.watcher import Watcher
+from threefold.training.stages.loop import train_stage
+from threefold.training.stages.task import StageOutcome, StageTask
 
 
 def assert_same(a: StageOutcome, b: StageOutcome) -> None:

@@ -11,7 +11,7 @@ from threefold.ensembles.averaging import MeanEnsemble
 from threefold.ensembles.cascade import stages_by_cost
 from threefold.models.pipeline import Combiner, Pipeline
 from threefold.models.resize import resize_square
-from threefold.training.costs import RunCosts
+from threefold.training.results.costs import RunCosts
 from threefold.training.run import Run
 
 ROWS = {**GATED, "name": "rows", "head": {"kind": "gru", "units": 8, "sequence": "rows"}}

@@ -28,11 +28,11 @@ from threefold.predictions.export_schema import ExportReport
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Job, Recipe
 from threefold.report.pages import write_report
-from threefold.training.diagnostics import inspect_data
-from threefold.training.frozen import frozen_digest
+from threefold.training.features.frozen import frozen_digest
 from threefold.training.jobs import train_members
-from threefold.training.out_of_fold import assemble, choices_optimism
 from threefold.training.pixel_cache import PixelCache
+from threefold.training.results.diagnostics import inspect_data
+from threefold.training.results.out_of_fold import assemble, choices_optimism
 from threefold.training.run import Run
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from threefold.training import device_pixels
-from threefold.training.device_pixels import fits, pixel_reader, resident_reader
+from threefold.training.steps import device_pixels
+from threefold.training.steps.device_pixels import fits, pixel_reader, resident_reader
 
 CPU = torch.device("cpu")
 

@@ -33,8 +33,8 @@ from threefold.training import jobs
 from threefold.training.distillation import Distillation, open_teacher, teacher_answers
 from threefold.training.jobs import train_members
 from threefold.training.run import Run
-from threefold.training.stage_task import StageOutcome, StageTask
-from threefold.training.stages import train_stage
+from threefold.training.stages.loop import train_stage
+from threefold.training.stages.task import StageOutcome, StageTask
 
 
 def features_of(member: Member, pixels: np.ndarray) -> np.ndarray:

@@ -13,8 +13,8 @@ from threefold.errors import RecipeError
 from threefold.models.features import FeatureExtractor, FeatureForm
 from threefold.models.member import create_backbone
 from threefold.recipe_schema import MemberSpec
-from threefold.training import engines
-from threefold.training.engines import BATCH, choose_engine, compute, make_engine
+from threefold.training.features import engines
+from threefold.training.features.engines import BATCH, choose_engine, compute, make_engine
 
 CPU = torch.device("cpu")
 

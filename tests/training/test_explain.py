@@ -16,9 +16,9 @@ from threefold.models.gradcam import grad_cam
 from threefold.models.resize import resize_square
 from threefold.training.embedding import Embedding, embed, pooled_members, write_embedding
 from threefold.training.explain import cosines, run_heat, similar_images
-from threefold.training.frozen import frozen_backbone
+from threefold.training.features.frozen import frozen_backbone
+from threefold.training.progress.watcher import Watcher
 from threefold.training.run import Run
-from threefold.training.watcher import Watcher
 
 SIZE = 128
 

@@ -19,10 +19,12 @@ from threefold.models.member import Member, build_member
 from threefold.models.pipeline import to_pixels
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
-from threefold.training import engines, feature_store, features
-from threefold.training.feature_store import FeatureStore
-from threefold.training.features import FeatureCache
-from threefold.training.watcher import Watcher
+from threefold.training.features import cache as features
+from threefold.training.features import engines
+from threefold.training.features import store as feature_store
+from threefold.training.features.cache import FeatureCache
+from threefold.training.features.store import FeatureStore
+from threefold.training.progress.watcher import Watcher
 
 N = 70
 """More than two batches, and no multiple of one."""

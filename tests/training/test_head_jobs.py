@@ -20,16 +20,17 @@ from threefold.files import read_arrays, read_json, sha256
 from threefold.models.pipeline import Predictor, predict_probs
 from threefold.predictions.ledger import FIT, SCORE, SELECT
 from threefold.recipe import Job, Recipe
-from threefold.training import features, head_jobs, jobs
+from threefold.training import head_jobs, jobs
 from threefold.training.checks import check_trainable
-from threefold.training.engines import compute
-from threefold.training.heads import HeadNetwork, head_probs
+from threefold.training.features import cache as features
+from threefold.training.features.engines import compute
+from threefold.training.features.heads import HeadNetwork, head_probs
+from threefold.training.features.probe import L2_GRID, Targets, fit_linear
 from threefold.training.jobs import train_members
 from threefold.training.pixel_cache import PixelCache
-from threefold.training.probe import L2_GRID, Targets, fit_linear
 from threefold.training.run import Run
-from threefold.training.stage_task import StageOutcome, StageTask
-from threefold.training.stages import train_stage
+from threefold.training.stages.loop import train_stage
+from threefold.training.stages.task import StageOutcome, StageTask
 
 TUNED = {"name": "tuned", "starts_from": "probe", "img_size": 32}
 

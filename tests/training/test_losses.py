@@ -14,10 +14,10 @@ from support.tiny_runs import tiny_tree
 from threefold.ensembles.scaling import apply_temperature
 from threefold.models.member import build_member
 from threefold.recipe import Recipe
-from threefold.training.losses import soft_loss, soften
 from threefold.training.pixel_cache import PixelRows
-from threefold.training.stage_task import StageTask
-from threefold.training.stages import train_stage
+from threefold.training.stages.loop import train_stage
+from threefold.training.stages.task import StageTask
+from threefold.training.steps.losses import soft_loss, soften
 
 
 def make_logits(n: int = 6, k: int = 4, seed: int = 0) -> torch.Tensor:

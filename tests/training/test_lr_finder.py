@@ -19,8 +19,8 @@ import threefold
 from threefold.cli.app import app
 from threefold.errors import RecipeError, RunError
 from threefold.recipe import Recipe
-from threefold.training.lr_finder import choose_stage, find_learning_rate
-from threefold.training.range_test import RangeTest, follow_losses, sweep_stage
+from threefold.training.planning.lr_finder import choose_stage, find_learning_rate
+from threefold.training.planning.range_test import RangeTest, follow_losses, sweep_stage
 from threefold.training.run import Run
 
 RATES = np.geomspace(1e-6, 1e4, 40).tolist()
@@ -159,7 +159,7 @@ def test_a_later_stage_starts_where_the_one_before_ends(
     notes: list[str] = []
     recipe = Recipe.parse(tiny_tree(images))
     monkeypatch.setattr(
-        "threefold.training.watcher.Watcher.note", lambda self, text: notes.append(text)
+        "threefold.training.progress.watcher.Watcher.note", lambda self, text: notes.append(text)
     )
 
     first = find_learning_rate(recipe, stage="one", steps=20, high=1e-5, progress=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from threefold.training.measure import clearly_lower
+from threefold.training.planning.measure import clearly_lower
 
 
 @pytest.mark.parametrize(("shift", "expected"), [(0.5, True), (0.02, False), (-0.5, False)])

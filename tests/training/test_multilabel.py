@@ -27,14 +27,14 @@ from threefold.recipe import Job, Recipe
 from threefold.recipe_schema import TrainSpec
 from threefold.training import jobs
 from threefold.training.checkpoints import Checkpoint, accept_stage
+from threefold.training.features.probe import Targets, choose_l2, fit_linear
 from threefold.training.jobs import train_members
-from threefold.training.losses import BatchLoss
-from threefold.training.measure import cross_validated_probe, spread_over_classes
 from threefold.training.pixel_cache import PixelRows, resize_images
-from threefold.training.probe import Targets, choose_l2, fit_linear
+from threefold.training.planning.measure import cross_validated_probe, spread_over_classes
 from threefold.training.run import Run
-from threefold.training.stage_task import StageOutcome, StageTask
-from threefold.training.stages import train_stage
+from threefold.training.stages.loop import train_stage
+from threefold.training.stages.task import StageOutcome, StageTask
+from threefold.training.steps.losses import BatchLoss
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,14 @@ from threefold.data.dataset import load_data
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
-from threefold.training import plan as planning
-from threefold.training import plan_tuning
 from threefold.training.checks import check_trainable
-from threefold.training.measure import Speed
-from threefold.training.plan import plan_folder
-from threefold.training.plan_basis import Decision
-from threefold.training.plan_size import ProbePlan
-from threefold.training.plan_tuning import TUNINGS, TuningSpeeds, predict_seconds
+from threefold.training.planning import plan as planning
+from threefold.training.planning import tuning as plan_tuning
+from threefold.training.planning.basis import Decision
+from threefold.training.planning.image_size import ProbePlan
+from threefold.training.planning.measure import Speed
+from threefold.training.planning.plan import plan_folder
+from threefold.training.planning.tuning import TUNINGS, TuningSpeeds, predict_seconds
 
 TINY = ("test_efficientnet",)
 UNTRAINED = ("members.0.weights=none",)

@@ -15,10 +15,10 @@ from threefold import api
 from threefold.data.dataset import Sources
 from threefold.data.group_file import GROUP_FILE, read_groups, write_groups
 from threefold.errors import RunError
-from threefold.training import plan as planning
-from threefold.training.plan import RecipePlan, plan_folder
-from threefold.training.plan_basis import Decision
-from threefold.training.plan_groups import FoundGroups, plan_with_groups
+from threefold.training.planning import plan as planning
+from threefold.training.planning.basis import Decision
+from threefold.training.planning.groups import FoundGroups, plan_with_groups
+from threefold.training.planning.plan import RecipePlan, plan_folder
 from threefold.training.run import Run
 
 TINY = ("test_efficientnet",)
@@ -141,7 +141,7 @@ def test_too_many_images_for_the_time_are_not_searched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = paint_scenes(tmp_path / "images", scenes=15, shots=4)
-    monkeypatch.setattr("threefold.training.plan_groups.SEARCH_SECONDS", 0.0)
+    monkeypatch.setattr("threefold.training.planning.groups.SEARCH_SECONDS", 0.0)
 
     decision = folds_decision(make_plan(root, tmp_path / "groups.csv"))
 

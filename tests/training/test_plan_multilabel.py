@@ -13,7 +13,7 @@ from threefold.predictions.multilabel import MultilabelPredictions
 from threefold.predictions.multilabel_results import MultilabelResults
 from threefold.search import search
 from threefold.training.distillation import open_teacher
-from threefold.training.plan import plan_folder
+from threefold.training.planning.plan import plan_folder
 from threefold.training.run import Run
 
 TINY = ("test_efficientnet",)

@@ -11,9 +11,10 @@ from support.stages import build_tiny, interrupt, make_rows, make_task, without_
 
 from threefold.errors import RecipeError
 from threefold.models.pipeline import to_pixels
-from threefold.training import precision, stages
-from threefold.training.precision import half_precision, pick_precision, training_speeds
-from threefold.training.stages import train_stage
+from threefold.training.stages import loop as stages
+from threefold.training.stages.loop import train_stage
+from threefold.training.steps import precision
+from threefold.training.steps.precision import half_precision, pick_precision, training_speeds
 
 CPU = torch.device("cpu")
 IMAGES = to_pixels(make_rows(8, 0).pixels, CPU)

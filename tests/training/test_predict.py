@@ -13,7 +13,7 @@ from threefold.models.pipeline import FirstViews, Predictor, predict_probs
 from threefold.models.views import Views
 from threefold.recipe_schema import HeadSpec, MemberSpec, ViewSpec
 from threefold.training import predict
-from threefold.training.engines import BATCH
+from threefold.training.features.engines import BATCH
 from threefold.training.predict import predict_images
 
 

@@ -7,8 +7,8 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from threefold.training import probe
-from threefold.training.probe import (
+from threefold.training.features import probe
+from threefold.training.features.probe import (
     L2_GRID,
     Targets,
     choose_l2,

@@ -24,11 +24,10 @@ from threefold.models.pipeline import Predictor, predict_probs
 from threefold.recipe import Job, Recipe
 from threefold.recipe_schema import PseudoLabelSpec
 from threefold.training import head_jobs, jobs
-from threefold.training.heads import HeadNetwork, head_probs
+from threefold.training.features.heads import HeadNetwork, head_probs
+from threefold.training.features.probe import Targets, choose_l2, fit_linear
 from threefold.training.jobs import train_members
-from threefold.training.losses import smooth_targets
 from threefold.training.pixel_cache import PixelCache
-from threefold.training.probe import Targets, choose_l2, fit_linear
 from threefold.training.pseudo_labels import (
     Caches,
     PseudoLabels,
@@ -37,8 +36,9 @@ from threefold.training.pseudo_labels import (
     pseudo_label_ledger,
 )
 from threefold.training.run import Run
-from threefold.training.stage_task import StageOutcome, StageTask
-from threefold.training.stages import train_stage
+from threefold.training.stages.loop import train_stage
+from threefold.training.stages.task import StageOutcome, StageTask
+from threefold.training.steps.losses import smooth_targets
 
 PSEUDO = {**PROBE, "name": "pseudo"}
 TUNED = {"name": "tuned", "starts_from": "probe"}

@@ -20,8 +20,8 @@ from threefold.recipe import Job, Recipe
 from threefold.training import jobs
 from threefold.training.jobs import train_members
 from threefold.training.run import Run
-from threefold.training.stage_task import StageOutcome, StageTask
-from threefold.training.stages import train_stage
+from threefold.training.stages.loop import train_stage
+from threefold.training.stages.task import StageOutcome, StageTask
 
 
 def small(images: Path, *sets: str) -> Recipe:

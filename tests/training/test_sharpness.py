@@ -9,8 +9,8 @@ import torch
 from support.stages import build_tiny, make_task, train_whole_and_in_parts
 from torch import nn
 
-from threefold.training.sharpness import sharpen_gradients
-from threefold.training.stages import train_stage
+from threefold.training.stages.loop import train_stage
+from threefold.training.steps.sharpness import sharpen_gradients
 
 
 def make_network() -> nn.Sequential:

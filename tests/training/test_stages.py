@@ -14,11 +14,11 @@ from support.stages import build_tiny, make_rows, make_task, train_whole_and_in_
 
 from threefold.errors import OutOfMemoryError, RecipeError, RunError
 from threefold.models.pipeline import Predictor, pick_device, predict_probs
-from threefold.training import device_pixels
 from threefold.training.checkpoints import Checkpoint, accept_stage
-from threefold.training.losses import BatchLoss
 from threefold.training.pixel_cache import MappedPixels, PixelRows
-from threefold.training.stages import train_stage
+from threefold.training.stages.loop import train_stage
+from threefold.training.steps import device_pixels
+from threefold.training.steps.losses import BatchLoss
 
 
 def make_checkpoint(

@@ -22,10 +22,10 @@ from threefold.errors import MissingExtraError, RecipeError
 from threefold.files import read_json
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
-from threefold.training import trackers
+from threefold.training.progress import trackers
+from threefold.training.progress.trackers import TrackedWatcher, Tracker, flatten
+from threefold.training.progress.watcher import Watcher
 from threefold.training.run import Run
-from threefold.training.trackers import TrackedWatcher, Tracker, flatten
-from threefold.training.watcher import Watcher
 
 
 class Notes(Watcher):

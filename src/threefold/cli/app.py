@@ -154,7 +154,7 @@ def plan(
             "`threefold list recipes` shows",
         )
     if path.is_dir() or is_data:
-        from threefold.training.plan import plan_folder
+        from threefold.training.planning.plan import plan_folder
 
         planned = plan_folder(
             recipe,

@@ -19,7 +19,7 @@ from threefold.errors import DataError, ThreefoldError, shorten
 if TYPE_CHECKING:
     import numpy as np
 
-    from threefold.training.watcher import Watcher
+    from threefold.training.progress.watcher import Watcher
 
 
 def register(app: typer.Typer) -> None:
@@ -209,7 +209,7 @@ class _Answer(NamedTuple):
 @contextmanager
 def _watching() -> Iterator[Watcher]:
     """Show how far the features are, and the notes about them."""
-    from threefold.training.watcher import Watcher
+    from threefold.training.progress.watcher import Watcher
 
     with progress_bar("features") as progress:
 

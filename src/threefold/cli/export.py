@@ -93,8 +93,8 @@ def _write_model(
     from threefold.data.class_names import exported_names
     from threefold.exporting.export import export as export_run
     from threefold.exporting.parity import describe_report
+    from threefold.training.progress.terminal_watcher import TerminalWatcher
     from threefold.training.run import Run
-    from threefold.training.terminal_watcher import TerminalWatcher
 
     run = Run.open(run_dir)
     run.watcher = TerminalWatcher(err)

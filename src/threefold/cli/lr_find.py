@@ -12,7 +12,7 @@ from threefold.cli.console import out, plain, print_json
 from threefold.cli.options import Backbones, Json, QualityOption, Sets, WallTime
 
 if TYPE_CHECKING:
-    from threefold.training.lr_finder import FoundLearningRate
+    from threefold.training.planning.lr_finder import FoundLearningRate
 
 _ROWS = 13
 """Lines of the table of losses."""
@@ -56,8 +56,8 @@ def lr_find(
 
     check_chart_name(target)
     from threefold.cli.console import err
-    from threefold.training.lr_finder import find_learning_rate
-    from threefold.training.terminal_watcher import TerminalWatcher
+    from threefold.training.planning.lr_finder import find_learning_rate
+    from threefold.training.progress.terminal_watcher import TerminalWatcher
 
     with TerminalWatcher(err) as watcher:
         found = find_learning_rate(

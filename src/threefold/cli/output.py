@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from threefold.cli.console import err, out, plain, print_wrapped
 
 if TYPE_CHECKING:
+    from threefold.training.progress.watcher import Watcher
     from threefold.training.run import Run
-    from threefold.training.watcher import Watcher
 
 
 GRACE_SECONDS = 5.0
@@ -98,8 +98,8 @@ def watch_training(verbose: bool, command: str, trackers: Sequence[str] = ()) ->
     Raises:
         SystemExit: with code 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
-    from threefold.training.terminal_watcher import TerminalWatcher
-    from threefold.training.trackers import TrackedWatcher
+    from threefold.training.progress.terminal_watcher import TerminalWatcher
+    from threefold.training.progress.trackers import TrackedWatcher
 
     watcher = TerminalWatcher(out, verbose)
     try:

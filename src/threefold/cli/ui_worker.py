@@ -20,7 +20,7 @@ from threefold.errors import RunError, ThreefoldError, is_out_of_memory, out_of_
 from threefold.extras import missing_extra
 from threefold.files import read_json, write_bytes, write_json
 from threefold.serving.ui_jobs import EVENTS, LOCK, LOG, PROCESS
-from threefold.training.event_watcher import EventLog, EventWatcher
+from threefold.training.progress.event_watcher import EventLog, EventWatcher
 
 LISTED: Final = 50
 """Images that stand out which the page shows."""
@@ -89,7 +89,7 @@ def plan(state_folder: Path, run_folder: Path, watcher: EventWatcher) -> None:
     """Write the recipe into the run folder, where `fit` takes it up, and plan.json."""
     from threefold.data.group_file import GROUP_FILE
     from threefold.predictions.run_folder import RunFolder
-    from threefold.training.plan import plan_folder
+    from threefold.training.planning.plan import plan_folder
 
     data, settings = _settings(state_folder)
     if (run_folder / "run.json").exists():

@@ -26,7 +26,7 @@ from threefold.models.pipeline import Combiner
 from threefold.predictions.export_schema import ExportReport, Latency
 from threefold.predictions.results_schema import Score
 from threefold.runtime.model import load
-from threefold.training.frozen import frozen_digest
+from threefold.training.features.frozen import frozen_digest
 from threefold.training.run import Run
 
 PARITY_IMAGES = {"float32": 32, "float16": 512, "bfloat16": 512, "int8": 512}

@@ -29,8 +29,8 @@ from threefold.paper.scales import (
 )
 from threefold.recipe import Recipe, packaged
 from threefold.recipe_schema import WITH_COLUMNS
+from threefold.training.progress.watcher import Watcher
 from threefold.training.run import Run
-from threefold.training.watcher import Watcher
 
 _SMOKE_IMAGES = {"cifar100": 4, "surrey-asl": 3}
 """Made-up training images of each class in a smoke run, where they are not 8."""

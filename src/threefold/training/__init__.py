@@ -5,14 +5,14 @@ from threefold.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "threefold.training.augment": ["Augment"],
+        "threefold.training.steps.augment": ["Augment"],
         "threefold.training.distillation": ["Distillation"],
         "threefold.training.jobs": ["train_members"],
-        "threefold.training.optimizers": ["KerasAdam", "create_optimizer"],
-        "threefold.training.plan": ["plan_folder"],
-        "threefold.training.results": ["evaluate_run", "write_results"],
+        "threefold.training.steps.optimizers": ["KerasAdam", "create_optimizer"],
+        "threefold.training.planning.plan": ["plan_folder"],
+        "threefold.training.results.multiclass": ["evaluate_run", "write_results"],
         "threefold.training.run": ["Run"],
-        "threefold.training.stages": ["StageTask", "train_stage"],
-        "threefold.training.watcher": ["Watcher"],
+        "threefold.training.stages.loop": ["StageTask", "train_stage"],
+        "threefold.training.progress.watcher": ["Watcher"],
     },
 )

@@ -11,7 +11,7 @@ from threefold.models.member import IMG_SIZE_PREFIXES, create_backbone
 from threefold.models.pipeline import pick_device
 from threefold.recipe import Recipe
 from threefold.recipe_schema import AugmentSpec, FeatureSpec, MemberSpec, StageSpec, TrainSpec
-from threefold.training.precision import check_precision
+from threefold.training.steps.precision import check_precision
 
 
 def check_trainable(recipe: Recipe) -> None:

@@ -15,10 +15,10 @@ from threefold.models.hub import native_size
 from threefold.predictions.tables import import_pyarrow
 from threefold.recipe import Recipe
 from threefold.recipe_schema import HeadSpec, MemberSpec
-from threefold.training.features import FeatureCache, pretrained_backbone
-from threefold.training.frozen import frozen_backbone
+from threefold.training.features.cache import FeatureCache, pretrained_backbone
+from threefold.training.features.frozen import frozen_backbone
+from threefold.training.progress.watcher import Watcher
 from threefold.training.run import Run
-from threefold.training.watcher import Watcher
 
 
 class Embedding(NamedTuple):

@@ -26,10 +26,10 @@ from threefold.models.pipeline import pick_device
 from threefold.recipe import Job
 from threefold.recipe_schema import MemberSpec, StageSpec
 from threefold.training.checkpoints import Checkpoint, State
-from threefold.training.features import FeatureCache, FeatureRows
-from threefold.training.frozen import frozen_backbone
-from threefold.training.heads import START_FILE, HeadNetwork, head_probs
-from threefold.training.probe import (
+from threefold.training.features.cache import FeatureCache, FeatureRows
+from threefold.training.features.frozen import frozen_backbone
+from threefold.training.features.heads import START_FILE, HeadNetwork, head_probs
+from threefold.training.features.probe import (
     L2Choice,
     LinearHead,
     Targets,
@@ -39,8 +39,8 @@ from threefold.training.probe import (
 )
 from threefold.training.pseudo_labels import PseudoLabels
 from threefold.training.run import Run
-from threefold.training.stage_task import StageTask
-from threefold.training.stages import train_stage
+from threefold.training.stages.loop import train_stage
+from threefold.training.stages.task import StageTask
 from threefold.training.truth import right_share, task_of
 
 EPOCHS: Final = 30

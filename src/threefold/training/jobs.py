@@ -25,11 +25,11 @@ from threefold.models.views import Views, view_counts
 from threefold.predictions.records import VERSION, RoleCounts, RunInfo
 from threefold.recipe import Job, fold_name
 from threefold.recipe_schema import MemberSpec
-from threefold.training.activations import predict_late
 from threefold.training.checks import check_trainable
-from threefold.training.diagnostics import DataDiagnostics, inspect_data
 from threefold.training.distillation import Distillation
-from threefold.training.features import FeatureCache
+from threefold.training.features.activations import predict_late
+from threefold.training.features.cache import FeatureCache
+from threefold.training.features.heads import START_FILE
 from threefold.training.head_jobs import (
     EPOCHS,
     answer_features,
@@ -37,16 +37,16 @@ from threefold.training.head_jobs import (
     prepare_features,
     train_head,
 )
-from threefold.training.heads import START_FILE
-from threefold.training.out_of_fold import assemble
 from threefold.training.pixel_cache import PixelCache
 from threefold.training.predict import predict_images
 from threefold.training.provenance import commit, hardware, versions
 from threefold.training.pseudo_labels import Caches, find_pseudo_labels
+from threefold.training.results.diagnostics import DataDiagnostics, inspect_data
+from threefold.training.results.out_of_fold import assemble
 from threefold.training.run import Run
-from threefold.training.stage_start import job_seed, previous_job, start_stage
-from threefold.training.stage_task import StageOutcome
-from threefold.training.stages import train_stage
+from threefold.training.stages.loop import train_stage
+from threefold.training.stages.start import job_seed, previous_job, start_stage
+from threefold.training.stages.task import StageOutcome
 from threefold.training.truth import right_share
 
 RESUME_FILE = ".resume"

@@ -10,7 +10,7 @@ from torch import nn
 
 from threefold.models.pipeline import ImageRows, predict_probs
 from threefold.models.tracing import TracingError, simplify, trace_network
-from threefold.training.engines import BATCH, answer_in_batches, open_session
+from threefold.training.features.engines import BATCH, answer_in_batches, open_session
 
 WORTH_PIXELS: Final = 8_000_000
 """Pixels from which exporting a network pays: an EfficientNet-Lite0 takes torch some 4 s for them.

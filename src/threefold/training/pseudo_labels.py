@@ -27,8 +27,8 @@ from threefold.predictions.ledger import Ledger
 from threefold.predictions.results_schema import LedgerLine, PseudoLabelCounts
 from threefold.recipe import fold_name
 from threefold.recipe_schema import PseudoLabelSpec
-from threefold.training.features import FeatureCache
-from threefold.training.heads import START_FILE, HeadNetwork, head_probs
+from threefold.training.features.cache import FeatureCache
+from threefold.training.features.heads import START_FILE, HeadNetwork, head_probs
 from threefold.training.pixel_cache import PixelCache
 from threefold.training.predict import predict_images
 from threefold.training.run import Run

@@ -33,8 +33,8 @@ from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Job, Recipe
 from threefold.recipe_schema import MemberSpec
 from threefold.saved_run import SavedRun
-from threefold.training.frozen import frozen_backbone, frozen_digest
-from threefold.training.watcher import Watcher
+from threefold.training.features.frozen import frozen_backbone, frozen_digest
+from threefold.training.progress.watcher import Watcher
 
 
 class Run(SavedRun):

@@ -14,15 +14,15 @@ from threefold.models.member import JointMember, load_weights
 from threefold.models.pipeline import pick_device
 from threefold.recipe import Job, Recipe
 from threefold.recipe_schema import MemberSpec, StageSpec
-from threefold.training.activations import cached_activations, cached_blocks
 from threefold.training.distillation import Distillation
-from threefold.training.features import FeatureCache
+from threefold.training.features.activations import cached_activations, cached_blocks
+from threefold.training.features.cache import FeatureCache
 from threefold.training.head_jobs import start_of_tuning
 from threefold.training.pixel_cache import PixelCache, PixelRows, join_rows
 from threefold.training.provenance import stable_seed
 from threefold.training.pseudo_labels import Caches, PseudoLabels, find_pseudo_labels
 from threefold.training.run import Run
-from threefold.training.stage_task import StageTask
+from threefold.training.stages.task import StageTask
 
 PRECISION_FILE: Final = "precision.json"
 """The precision that each network is trained in, where the recipe leaves the choice."""

@@ -25,9 +25,9 @@ from threefold.errors import DataError, RecipeError, RunError
 from threefold.models.member import last_level
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
-from threefold.training.features import FeatureCache
-from threefold.training.plan_basis import Clock, Decision
-from threefold.training.plan_size import ProbePlan
+from threefold.training.features.cache import FeatureCache
+from threefold.training.planning.basis import Clock, Decision
+from threefold.training.planning.image_size import ProbePlan
 
 SEARCH_SHARE: Final = 0.05
 """Largest share of the time for comparing images with each other."""

@@ -18,11 +18,11 @@ from threefold.models.heads import InputForm
 from threefold.models.member import Member, build_member, has_token_grid, last_level
 from threefold.models.split import EarlyBlocks, LateBlocks
 from threefold.recipe_schema import MemberSpec, StageSpec
-from threefold.training.activations import cached_blocks
-from threefold.training.allocator import reuse_freed_memory
-from threefold.training.features import FeatureCache
-from threefold.training.optimizers import set_trainable, train_mode
-from threefold.training.probe import Targets, fit_linear
+from threefold.training.features.activations import cached_blocks
+from threefold.training.features.cache import FeatureCache
+from threefold.training.features.probe import Targets, fit_linear
+from threefold.training.steps.allocator import reuse_freed_memory
+from threefold.training.steps.optimizers import set_trainable, train_mode
 from threefold.training.truth import describe_quality, row_losses
 
 PROBE_ROWS = 500

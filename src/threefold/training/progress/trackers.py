@@ -23,7 +23,7 @@ from threefold.files import read_json, write_json
 from threefold.predictions.multilabel_results import MultilabelResults
 from threefold.predictions.run_results import AnyResults
 from threefold.recipe import Job, Recipe, fold_name
-from threefold.training.watcher import Watcher
+from threefold.training.progress.watcher import Watcher
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

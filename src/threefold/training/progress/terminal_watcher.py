@@ -18,8 +18,8 @@ from rich.progress import (
 
 from threefold.names import printable, wrap_words
 from threefold.recipe import Job
-from threefold.training.terminal_curves import Curves, ProgressWithCurves, label_of
-from threefold.training.watcher import Watcher
+from threefold.training.progress.terminal_curves import Curves, ProgressWithCurves, label_of
+from threefold.training.progress.watcher import Watcher
 
 
 @contextmanager

@@ -12,15 +12,8 @@ from threefold.models.member import fixed_size
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
 from threefold.training.checks import check_sizes
-from threefold.training.features import FeatureCache
-from threefold.training.measure import (
-    PROBE_ROWS,
-    SizeProbe,
-    clearly_lower,
-    probe_size,
-    spread_over_classes,
-)
-from threefold.training.plan_basis import (
+from threefold.training.features.cache import FeatureCache
+from threefold.training.planning.basis import (
     STARTUP_SECONDS,
     Clock,
     DataSummary,
@@ -28,6 +21,13 @@ from threefold.training.plan_basis import (
     Quality,
     relative_costs,
     usual_size,
+)
+from threefold.training.planning.measure import (
+    PROBE_ROWS,
+    SizeProbe,
+    clearly_lower,
+    probe_size,
+    spread_over_classes,
 )
 
 SMALL_SIZES = (64, 96, 128, 160, 224)

@@ -27,9 +27,6 @@ from threefold.models.member import Member
 from threefold.models.pipeline import Predictor, predict_probs
 from threefold.models.split import LateBlocks
 from threefold.recipe_schema import StageSpec
-from threefold.training.activations import predict_late, to_activations
-from threefold.training.allocator import reuse_freed_memory
-from threefold.training.batch_augmentation import BatchAugmentation
 from threefold.training.checkpoints import (
     Checkpoint,
     ResumeState,
@@ -44,15 +41,18 @@ from threefold.training.checkpoints import (
     save_resume_state,
 )
 from threefold.training.checks import diverged, short_of_memory
-from threefold.training.device_pixels import pixel_reader
-from threefold.training.features import FeatureRows
-from threefold.training.heads import head_probs, to_features
-from threefold.training.losses import BatchLoss, smooth_targets, teacher_targets
-from threefold.training.optimizers import create_optimizer, lr_at, set_trainable, train_mode
-from threefold.training.precision import autocast, check_precision, pick_precision
+from threefold.training.features.activations import predict_late, to_activations
+from threefold.training.features.cache import FeatureRows
+from threefold.training.features.heads import head_probs, to_features
 from threefold.training.randomness import seed_generators
-from threefold.training.sharpness import sharpen_gradients
-from threefold.training.stage_task import StageOutcome, StageTask, features_of, pixels_of
+from threefold.training.stages.task import StageOutcome, StageTask, features_of, pixels_of
+from threefold.training.steps.allocator import reuse_freed_memory
+from threefold.training.steps.batch_augmentation import BatchAugmentation
+from threefold.training.steps.device_pixels import pixel_reader
+from threefold.training.steps.losses import BatchLoss, smooth_targets, teacher_targets
+from threefold.training.steps.optimizers import create_optimizer, lr_at, set_trainable, train_mode
+from threefold.training.steps.precision import autocast, check_precision, pick_precision
+from threefold.training.steps.sharpness import sharpen_gradients
 
 _RESUME_FORMAT = 2
 """Raised when the values of the resume file change; files in another format are ignored."""

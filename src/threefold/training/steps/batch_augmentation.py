@@ -9,7 +9,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from threefold.recipe_schema import AugmentSpec
-from threefold.training.augment import Augment
+from threefold.training.steps.augment import Augment
 
 
 class BatchAugmentation:

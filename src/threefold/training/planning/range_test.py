@@ -15,10 +15,10 @@ from typing import Final
 import numpy as np
 from torch import nn
 
-from threefold.training.allocator import reuse_freed_memory
 from threefold.training.randomness import keep_generators, seed_generators
-from threefold.training.stage_task import StageTask
-from threefold.training.stages import make_loop
+from threefold.training.stages.loop import make_loop
+from threefold.training.stages.task import StageTask
+from threefold.training.steps.allocator import reuse_freed_memory
 
 DECAY: Final = 0.9
 """Decay of the moving average that smooths the losses."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 
 from threefold.predictions.multilabel_results import MultilabelResults
-from threefold.training.diagnostics import DataDiagnostics
-from threefold.training.multilabel_results import (
+from threefold.training.results.diagnostics import DataDiagnostics
+from threefold.training.results.multiclass import evaluate_run, write_results
+from threefold.training.results.multilabel import (
     evaluate_multilabel_run,
     write_multilabel_results,
 )
-from threefold.training.results import evaluate_run, write_results
 from threefold.training.run import Run
 
 

@@ -12,11 +12,11 @@ import numpy as np
 from threefold.models.pipeline import ImageRows
 from threefold.recipe import Recipe
 from threefold.recipe_schema import StageSpec
-from threefold.training.activations import Activations
 from threefold.training.checkpoints import SAVE_INTERVAL, State
-from threefold.training.features import FeatureRows
+from threefold.training.features.activations import Activations
+from threefold.training.features.cache import FeatureRows
 from threefold.training.pixel_cache import PixelRows
-from threefold.training.watcher import Watcher
+from threefold.training.progress.watcher import Watcher
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from threefold.models.member import Member
 from threefold.models.split import count_frozen_blocks
 from threefold.recipe_schema import MemberSpec, StageSpec
 from threefold.tasks import Task
-from threefold.training.features import FeatureCache
-from threefold.training.heads import predict_cached, to_features
-from threefold.training.optimizers import set_trainable
+from threefold.training.features.cache import FeatureCache
+from threefold.training.features.heads import predict_cached, to_features
+from threefold.training.steps.optimizers import set_trainable
 
 _NONE: Final = np.empty(0, np.int64)
 

@@ -25,15 +25,15 @@ from threefold.training.checks import check_trainable
 from threefold.training.head_jobs import open_features, start_head
 from threefold.training.jobs import count_work, run_jobs
 from threefold.training.pixel_cache import PixelCache
-from threefold.training.plan import plan_folder
-from threefold.training.plan_basis import Quality
+from threefold.training.planning.basis import Quality
+from threefold.training.planning.plan import plan_folder
+from threefold.training.planning.range_test import SETTLED, RangeTest, sweep_stage
+from threefold.training.progress.terminal_watcher import show_progress
+from threefold.training.progress.watcher import Watcher
 from threefold.training.pseudo_labels import Caches, find_pseudo_labels
-from threefold.training.range_test import SETTLED, RangeTest, sweep_stage
 from threefold.training.run import Run
-from threefold.training.stage_start import job_seed, start_stage
-from threefold.training.stage_task import StageTask
-from threefold.training.terminal_watcher import show_progress
-from threefold.training.watcher import Watcher
+from threefold.training.stages.start import job_seed, start_stage
+from threefold.training.stages.task import StageTask
 
 if TYPE_CHECKING:
     from threefold.data.dataset import Sources

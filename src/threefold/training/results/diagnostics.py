@@ -43,10 +43,10 @@ from threefold.predictions.records import DuplicatesRecord, seal
 from threefold.predictions.results_schema import Audit, Copies, CopyPair
 from threefold.recipe_schema import MemberSpec
 from threefold.stats.scores import confusion_matrix
-from threefold.training.augment import Augment
-from threefold.training.out_of_fold import roles_by_fold
 from threefold.training.pixel_cache import PixelCache
+from threefold.training.results.out_of_fold import roles_by_fold
 from threefold.training.run import Run
+from threefold.training.steps.augment import Augment
 
 SIDE: Final = 96
 """Width and height of a thumbnail in pixels."""

@@ -11,9 +11,9 @@ from threefold.files import write_arrays
 from threefold.predictions.multilabel import MultilabelPredictions
 from threefold.predictions.multilabel_results import MultilabelResults, MultilabelScore
 from threefold.predictions.records import VERSION
-from threefold.training.costs import RunCosts
-from threefold.training.diagnostics import DataDiagnostics, data_warnings
-from threefold.training.results import member_row
+from threefold.training.results.costs import RunCosts
+from threefold.training.results.diagnostics import DataDiagnostics, data_warnings
+from threefold.training.results.multiclass import member_row
 from threefold.training.run import Run
 
 

@@ -15,8 +15,7 @@ from threefold.models.member import HEAD, create_backbone, fixed_size, has_token
 from threefold.models.split import count_frozen_blocks
 from threefold.recipe import Recipe
 from threefold.recipe_schema import HeadSpec, MemberSpec
-from threefold.training.measure import Speed, measure_speed
-from threefold.training.plan_basis import (
+from threefold.training.planning.basis import (
     EXPORT_SECONDS,
     SCORING_SECONDS,
     Clock,
@@ -24,7 +23,8 @@ from threefold.training.plan_basis import (
     Decision,
     Quality,
 )
-from threefold.training.plan_size import ProbePlan
+from threefold.training.planning.image_size import ProbePlan
+from threefold.training.planning.measure import Speed, measure_speed
 
 KEY = "stages.tune1, tune2"
 """What a decision about tuning is about."""

@@ -38,12 +38,16 @@ from threefold.models.member import create_backbone, fixed_size, has_token_grid
 from threefold.names import plain_backbone
 from threefold.recipe import Recipe
 from threefold.recipe_schema import HeadSpec, MemberSpec
-from threefold.training.features import FeatureCache
-from threefold.training.measure import PROBE_ROWS, cross_validated_probe, spread_over_classes
-from threefold.training.plan_basis import Clock, Quality, widest_input
-from threefold.training.plan_size import FEATURE_SHARE, ProbePlan
+from threefold.training.features.cache import FeatureCache
+from threefold.training.planning.basis import Clock, Quality, widest_input
+from threefold.training.planning.image_size import FEATURE_SHARE, ProbePlan
+from threefold.training.planning.measure import (
+    PROBE_ROWS,
+    cross_validated_probe,
+    spread_over_classes,
+)
+from threefold.training.progress.watcher import Watcher
 from threefold.training.truth import row_losses
-from threefold.training.watcher import Watcher
 
 AUTO = "auto"
 """In place of the members' names: choose them. Names after it are candidates, too."""

@@ -24,11 +24,11 @@ from threefold.predictions.results_schema import (
     Score,
 )
 from threefold.recipe_schema import MemberSpec
-from threefold.training.costs import RunCosts
-from threefold.training.diagnostics import DataDiagnostics, audit_run, make_thumbnails
 from threefold.training.distillation import Distillation, distillation_results
-from threefold.training.out_of_fold import choices_optimism
 from threefold.training.pseudo_labels import pseudo_label_counts, pseudo_label_ledger
+from threefold.training.results.costs import RunCosts
+from threefold.training.results.diagnostics import DataDiagnostics, audit_run, make_thumbnails
+from threefold.training.results.out_of_fold import choices_optimism
 from threefold.training.run import Run
 
 

@@ -23,25 +23,25 @@ from threefold.names import plain_backbone
 from threefold.predictions.run_folder import default_run_folder
 from threefold.recipe import Recipe
 from threefold.recipe_schema import WITH_COLUMNS, DataSpec
-from threefold.training.candidates import Screening, gather_candidates, is_auto, screen
-from threefold.training.features import FeatureCache
-from threefold.training.plan_basis import (
+from threefold.training.features.cache import FeatureCache
+from threefold.training.planning.basis import (
     Clock,
     DataSummary,
     Decision,
     Quality,
     widest_input,
 )
-from threefold.training.plan_groups import look_for_groups, plan_with_groups
-from threefold.training.plan_size import ProbePlan, choose_size
-from threefold.training.plan_tuning import (
+from threefold.training.planning.candidates import Screening, gather_candidates, is_auto, screen
+from threefold.training.planning.groups import look_for_groups, plan_with_groups
+from threefold.training.planning.image_size import ProbePlan, choose_size
+from threefold.training.planning.tuning import (
     Tuning,
     choose_tuning,
     select_share,
     tuned_name,
     tuning_stages,
 )
-from threefold.training.watcher import Watcher
+from threefold.training.progress.watcher import Watcher
 
 BALANCED_FROM = 3
 """Ratio of the largest to the smallest class from which runs go by balanced accuracy."""

@@ -35,25 +35,25 @@ from threefold.models.pipeline import pick_device
 from threefold.models.split import EarlyBlocks
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
-from threefold.training.augment import Augment
 from threefold.training.checkpoints import fingerprint
-from threefold.training.engine_record import EngineRecord
-from threefold.training.engines import (
+from threefold.training.features.engine_record import EngineRecord
+from threefold.training.features.engines import (
     BATCH,
     Engine,
     choose_engine,
     compute,
     make_engine,
 )
-from threefold.training.feature_store import (
+from threefold.training.features.store import (
     FeatureStore,
     cache_limit,
     check_memory,
     make_room,
 )
 from threefold.training.pixel_cache import resize_images, select_rows
+from threefold.training.progress.watcher import Watcher
 from threefold.training.provenance import hardware, stable_seed
-from threefold.training.watcher import Watcher
+from threefold.training.steps.augment import Augment
 
 VERSION = 1
 """Version of decoding, resize and storage; another one makes cached features unknown."""

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from threefold.errors import RecipeError, RunError
 from threefold.files import read_json, write_json
-from threefold.training.allocator import reuse_freed_memory
 from threefold.training.randomness import keep_generators
+from threefold.training.steps.allocator import reuse_freed_memory
 
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 """The half precisions by name."""

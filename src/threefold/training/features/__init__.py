@@ -1,0 +1,1 @@
+"""Features of frozen backbones: computed once, kept on disk, read by heads and stages."""

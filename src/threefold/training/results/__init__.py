@@ -1,0 +1,1 @@
+"""What a finished run says: out-of-fold predictions, scores, costs, findings in its data."""
