@@ -15,6 +15,7 @@ from support.tiny_runs import tiny_tree
 
 from threefold.cli import main
 from threefold.cli.console import plain
+from threefold.cli.signals import Signals
 from threefold.data.class_names import check_class_names, exported_names
 from threefold.errors import DataError, RecipeError
 from threefold.evaluation.label_errors import Suspect, write_suspects
@@ -75,7 +76,7 @@ def test_a_path_that_is_too_long_is_one_line(
     monkeypatch.setattr(sys, "argv", ["threefold", *verb.split(), source, *extra])
 
     with pytest.raises(SystemExit) as status:
-        main.main()
+        main.run(Signals())
 
     assert status.value.code == 1
     assert "Traceback" not in capsys.readouterr().err

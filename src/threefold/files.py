@@ -53,9 +53,11 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         flush_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:  # a signal may come at any moment, too
         with suppress(OSError):
             temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise RunError(
             "cannot write",
             where=path,

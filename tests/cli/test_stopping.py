@@ -7,6 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,58 +18,112 @@ from typer.testing import CliRunner
 
 from threefold import api
 from threefold.arguments import split_names
-from threefold.cli import main as entry
 from threefold.cli.app import app
+from threefold.cli.main import run
 from threefold.cli.output import resume_command, watch_training
+from threefold.cli.signals import Signals, Terminated, catch_signals
+from threefold.errors import RunError
 from threefold.recipe import Recipe
 
-WAIT = """
-import signal, time
-# As in a terminal; a child of nohup, or of a job in the background, is born deaf.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-from threefold.cli.output import watch_training
-with watch_training(False, "threefold train x --out y"):
-    print("ready", flush=True)
-    time.sleep(60)
-"""
+
+@pytest.fixture(autouse=True)
+def deaf_to_nothing() -> Iterator[None]:
+    """Give SIGINT its handler, which a shell takes from what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
-def test_signals_end_with_a_word(name: str, code: int) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", WAIT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(getattr(signal, name))
-        _, said = process.communicate(timeout=60)
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130), ("SIGUSR1", 138), ("SIGUSR2", 140)],
+)
+def test_signals_end_with_a_word(name: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with (
+        pytest.raises(SystemExit) as stop,
+        watch_training(False, "threefold train x --out y"),
+    ):
+        signal.raise_signal(getattr(signal, name))
 
-    assert process.returncode == code
+    assert stop.value.code == code
     expected = "stopped; finished work is kept. Resume with: threefold train x --out y\n"
-    assert said == expected
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_a_signal_that_is_swallowed_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("threefold.cli.signals.GRACE_SECONDS", 0.1)
+
+    def swallow() -> None:
+        with suppress(KeyboardInterrupt):  # as a library does that hides an interrupted import
+            signal.raise_signal(signal.SIGTERM)
+        time.sleep(60)
+
+    with pytest.raises(Terminated) as stop, catch_signals():
+        swallow()
+
+    assert stop.value.number == signal.SIGTERM
+
+
+def test_a_signal_within_a_signal_is_the_same_one() -> None:
+    def receive() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)  # a launcher passes on what it has received, too
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Terminated), catch_signals():
+        receive()
+
+
+@pytest.mark.parametrize("error", [ImportError("init failed"), SystemExit(130), Terminated(15)])
+def test_whatever_comes_of_a_signal_ends_with_its_code(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_failing(error, monkeypatch, signal.SIGTERM)
+
+    assert stop.value.code == 143
+    assert capsys.readouterr().err == "stopped; run the same command again\n"
+
+
+def test_a_state_that_cannot_be_saved_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_failing(RunError("cannot write", got="no space"), monkeypatch, signal.SIGTERM)
+
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error cannot write; got no space\n"
 
 
 TRAIN = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from threefold.cli import output
-output.GRACE_SECONDS = float(sys.argv[1])
+from threefold.cli import output, signals
+signals.GRACE_SECONDS = float(sys.argv[1])
 with output.watch_training(False, "threefold train x --out y") as watcher:
     with watcher.deferring_stop():
         print("ready", flush=True)
-        time.sleep(60) if sys.argv[1] == "0.1" else None
-        while watcher.stop is None:
+        while watcher.stop is None or sys.argv[1] != "60":
             time.sleep(0.01)
         print("saved", flush=True)
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-@pytest.mark.parametrize("seconds", ["60", "0.1"])
-def test_signals_wait_for_a_step_but_not_for_ever(name: str, code: int, seconds: str) -> None:
+@pytest.mark.parametrize(
+    ("names", "seconds", "code", "output"),
+    [
+        (["SIGTERM"], "60", 143, "saved\n"),
+        (["SIGTERM"], "0.1", 143, ""),
+        (["SIGINT", "SIGINT"], "61", 130, ""),
+    ],
+    ids=["saves", "does not wait for ever", "a second Ctrl-C ends at once"],
+)
+def test_signals_wait_for_a_step(names: list[str], seconds: str, code: int, output: str) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", TRAIN, seconds],
         stdout=subprocess.PIPE,
@@ -75,12 +132,14 @@ def test_signals_wait_for_a_step_but_not_for_ever(name: str, code: int, seconds:
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        process.send_signal(getattr(signal, name))
-        output, errors = process.communicate(timeout=60)
+        for name in names:
+            process.send_signal(getattr(signal, name))
+            time.sleep(0.4)
+        printed, errors = process.communicate(timeout=60)
 
-    assert output == ("saved\n" if seconds == "60" else "")
     assert process.returncode == code
-    assert errors.startswith("stopped; finished work is kept")
+    assert printed == output
+    assert errors.startswith("stopped; finished work is kept") == (len(names) == 1)
 
 
 def test_handlers_are_as_before_and_other_threads_have_none() -> None:
@@ -136,12 +195,16 @@ def test_words_are_quoted_for_the_shell() -> None:
     )
 
 
-def run_failing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_failing(error: BaseException, monkeypatch: pytest.MonkeyPatch, number: int = 0) -> None:
+    """Run the program, with an error in place of a verb, after a signal."""
+    signals = Signals()
+    signals.number = number
+
     def fail() -> None:
         raise error
 
-    monkeypatch.setattr(entry, "app", fail)
-    entry.main()
+    monkeypatch.setattr("threefold.cli.app.app", fail)
+    run(signals)
 
 
 @pytest.mark.parametrize(

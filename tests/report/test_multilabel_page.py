@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 from support.multilabel import make_multilabel
 
+from threefold.cli import main
 from threefold.cli import multilabel as terminal
-from threefold.cli.main import main
+from threefold.cli.signals import Signals
 from threefold.evaluation.multilabel_saved import combine_multilabel
 
 
@@ -28,7 +29,7 @@ def run(capsys, monkeypatch):
     def call(*words):
         monkeypatch.setattr("sys.argv", ["threefold", *map(str, words)])
         with pytest.raises(SystemExit) as stop:
-            main()
+            main.run(Signals())
         printed = capsys.readouterr()
         return stop.value.code or 0, printed.out + printed.err
 

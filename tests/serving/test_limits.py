@@ -410,7 +410,7 @@ def test_a_model_that_does_not_end_does_not_keep_the_server(tmp_path: Path) -> N
         assert server.wait(20) == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_an_orderly_end_answers_what_is_in_flight(
     path: Path, connect: Connect, number: signal.Signals
 ) -> None:

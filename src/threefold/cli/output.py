@@ -3,77 +3,16 @@
 from __future__ import annotations
 
 import shlex
-import signal
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from threefold.cli.console import err, out, plain, print_wrapped
+from threefold.cli.signals import catch_signals
 
 if TYPE_CHECKING:
     from threefold.training.progress.watcher import Watcher
     from threefold.training.run import Run
-
-
-GRACE_SECONDS = 5.0
-"""How long a stop waits for training to save its state. Docker kills after ten seconds."""
-
-
-class Terminated(KeyboardInterrupt):
-    """The user or the system has told the program to end, by a signal.
-
-    Args:
-        number: of the signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-
-
-@contextmanager
-def catch_signals(watcher: Watcher) -> Iterator[None]:
-    """Raise `Terminated` at Ctrl-C, SIGTERM or SIGHUP.
-
-    While training defers a stop, it has `GRACE_SECONDS` to end its step and save its state. The
-    next signal does not wait, and the one after that ends the program at once. Signals that are
-    ignored, as under nohup, stay ignored.
-    """
-    before: dict[int, Any] = {}
-
-    def stop(number: int, _: object) -> None:
-        if watcher.defers_stop and watcher.stop is None:
-            watcher.stop = Terminated(number)
-            timer = threading.Timer(GRACE_SECONDS, stop_late, [number])
-            timer.daemon = True
-            timer.start()
-            return
-        signal.signal(number, before[number])
-        raise Terminated(number)
-
-    def stop_late(number: int) -> None:
-        if not watcher.defers_stop:
-            return
-        if hasattr(signal, "pthread_kill"):  # which also wakes the main thread where it waits
-            signal.pthread_kill(threading.main_thread().ident or 0, number)
-        else:
-            signal.raise_signal(number)
-
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number is None:
-                continue
-            handler = signal.getsignal(number)
-            if handler in (signal.SIG_DFL, signal.default_int_handler):
-                before[number] = handler
-                signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def resume_command(*words: object, sets: Iterable[str] | None = None, log: str = "") -> str:
@@ -96,20 +35,24 @@ def watch_training(verbose: bool, command: str, trackers: Sequence[str] = ()) ->
         The watcher to pass to the training function.
 
     Raises:
-        SystemExit: with code 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
+        SystemExit: with code 128 + n after signal n, such as 130 after Ctrl-C.
     """
     from threefold.training.progress.terminal_watcher import TerminalWatcher
     from threefold.training.progress.trackers import TrackedWatcher
 
     watcher = TerminalWatcher(out, verbose)
-    try:
-        with catch_signals(watcher), watcher, TrackedWatcher(watcher, trackers) as tracked:
-            yield tracked
-    except KeyboardInterrupt as stop:
-        number = stop.number if isinstance(stop, Terminated) else signal.SIGINT
-        with suppress(OSError):  # after SIGHUP the terminal is gone
-            err.print(f"[yellow]stopped[/]; finished work is kept. Resume with: {plain(command)}")
-        raise SystemExit(128 + number) from None
+    with catch_signals(watcher) as signals:
+        try:
+            with watcher, TrackedWatcher(watcher, trackers) as tracked:
+                yield tracked
+        except BaseException as error:
+            if not signals.have_ended(error):
+                raise
+            signals.is_told = True
+            with suppress(OSError):  # after SIGHUP the terminal is gone
+                resume = plain(command)
+                err.print(f"[yellow]stopped[/]; finished work is kept. Resume with: {resume}")
+            raise SystemExit(signals.exit_code) from None
 
 
 def show_results(run: Run) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Final
 from filelock import FileLock
 
 from threefold.arguments import parse_minutes
-from threefold.cli.output import catch_signals
+from threefold.cli.signals import catch_signals
 from threefold.errors import RunError, ThreefoldError, is_out_of_memory, out_of_memory
 from threefold.extras import missing_extra
 from threefold.files import read_json, write_bytes, write_json

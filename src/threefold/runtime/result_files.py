@@ -291,8 +291,10 @@ class ParquetFile(ResultFile):
                 for batch in batches:
                     writer.write_batch(batch)
             os.replace(temporary, path)
-        except OSError as error:
+        except BaseException as error:  # a signal may come at any moment, too
             temporary.unlink(missing_ok=True)
+            if not isinstance(error, OSError):
+                raise
             raise _unwritable(path, error) from None
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import uvicorn
@@ -20,7 +24,26 @@ BACKLOG: Final = 256
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server without raising a handled signal again: an orderly end is exit code 0."""
+    """uvicorn's server without raising a handled signal again: an orderly end is exit code 0.
+
+    A closed terminal ends it in order, too.
+    """
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Handle SIGINT and SIGTERM, and SIGHUP unless it is ignored, as under nohup."""
+        number = getattr(signal, "SIGHUP", None)
+        is_main = threading.current_thread() is threading.main_thread()
+        if number is None or not is_main or signal.getsignal(number) == signal.SIG_IGN:
+            with super().capture_signals():
+                yield
+            return
+        before = signal.signal(number, self.handle_exit)
+        try:
+            with super().capture_signals():
+                yield
+        finally:
+            signal.signal(number, before)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         super().handle_exit(sig, frame)

@@ -201,9 +201,11 @@ def _fill(path: Path, dataset: ImageDataset, side: int, resize: Any) -> None:
         digest = sha256(temporary)
         os.replace(temporary, path)
         write_bytes(path.with_suffix(".sha256"), digest.encode())
-    except OSError as error:
+    except BaseException as error:  # a signal may come at any moment, too
         with suppress(OSError):
             temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
         megabytes = len(dataset) * side * side * 3 / 1e6
         raise RunError(
             "cannot write the image cache",
