@@ -17,7 +17,7 @@ from torch import nn
 from threefold import api
 from threefold.errors import RunError
 from threefold.recipe import Job, Recipe
-from threefold.training import jobs
+from threefold.training import job as job_module
 from threefold.training.jobs import train_members
 from threefold.training.run import Run
 from threefold.training.stages.loop import train_stage
@@ -69,10 +69,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
         stages_done.append(task.stage.name)
         return train_stage(member, task)
 
-    monkeypatch.setattr(jobs, "train_stage", interrupt)
+    monkeypatch.setattr(job_module, "train_stage", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train_members(Run.create(small(images), tmp_path / "cut"))
-    monkeypatch.setattr(jobs, "train_stage", train_stage)
+    monkeypatch.setattr(job_module, "train_stage", train_stage)
 
     resumed = Run.create(small(images), tmp_path / "cut")
     train_members(resumed)
@@ -83,7 +83,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
 def test_a_finished_run_is_not_trained_again(
     finished: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "train_stage", None)
+    monkeypatch.setattr(job_module, "train_stage", None)
 
     again = api.train(finished.recipe, finished.dir)
 

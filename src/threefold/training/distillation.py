@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -40,6 +40,9 @@ from threefold.predictions.results_schema import (
 from threefold.recipe import Recipe, fold_name
 from threefold.recipe_schema import DistillSpec
 from threefold.training.run import Run
+
+TEACHERS_FOLDER: Final = "teachers"
+"""In the run folder of a student: the runs of its teachers, by fold."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +191,7 @@ class Distillation:
 
     def _write_targets(self, fold: int, train: Callable[[Run], None]) -> None:
         began, teacher = time.monotonic(), self.teacher
-        nested = self._nested_run(fold)
+        nested = self.nested_run(fold)
         if nested is None:
             answers = teacher_answers(teacher, teacher.results.chosen)
         else:
@@ -220,14 +223,14 @@ class Distillation:
             shutil.rmtree(nested.dir / "jobs")
             shutil.rmtree(nested.dir / "backbones", ignore_errors=True)
 
-    def _nested_run(self, fold: int) -> Run | None:
-        """A run of the teacher's recipe without a fold's score rows; None = not needed."""
+    def nested_run(self, fold: int) -> Run | None:
+        """Return a run of the teacher's recipe without a fold's score rows; None = not needed."""
         if fold < 0 or not self.spec.inner:
             return None
         images = self.run.sources.train
         rows = np.setdiff1d(np.arange(len(images)), self.run.roles[fold].score)
         recipe = _nested_recipe(self.teacher, self.spec.inner, fold)
-        folder = self.run.dir / "teachers" / fold_name(fold)
+        folder = self.run.dir / TEACHERS_FOLDER / fold_name(fold)
         sources = Sources(images.subset(rows), None, (), ())
         nested = Run.create(recipe, folder, self.run.watcher, sources=sources)
         if recipe.pseudo_labels is not None:

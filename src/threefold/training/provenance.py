@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from threefold.data.dataset import Sources
 from threefold.machine import processor_name
 
 
@@ -46,3 +47,13 @@ def stable_seed(*parts: object) -> int:
     """Return a seed below 2**31 that depends only on the parts."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
+
+
+def data_digest(sources: Sources) -> str:
+    """SHA-256 of the images' names, labels, groups and folds; their pixels do not count."""
+    parts = [
+        (d.ids, d.truth.tolist(), d.groups, *(() if d.folds is None else (d.folds,)))
+        for d in (sources.train, sources.test)
+        if d is not None
+    ]
+    return hashlib.sha256(repr((sources.train.classes, parts)).encode()).hexdigest()

@@ -33,6 +33,7 @@ from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Job, Recipe
 from threefold.recipe_schema import MemberSpec
 from threefold.saved_run import SavedRun
+from threefold.training.execution import Execution
 from threefold.training.features.frozen import frozen_backbone, frozen_digest
 from threefold.training.progress.watcher import Watcher
 
@@ -48,6 +49,7 @@ class Run(SavedRun):
         sources: the images, where they have been read already: those that the recipe names, or a
             part of them for the teachers of a student.
         deadline: a time.monotonic() value by which training must end, besides the recipe's budget.
+        execution: where its jobs are to be done.
     """
 
     def __init__(
@@ -56,10 +58,12 @@ class Run(SavedRun):
         watcher: Watcher | None = None,
         sources: Sources | None = None,
         deadline: float = math.inf,
+        execution: Execution | None = None,
     ) -> None:
         super().__init__(folder)
         self.watcher = watcher or Watcher()
         self.deadline = deadline
+        self.execution = execution or Execution()
         if sources is not None:
             self.sources = sources
 
@@ -71,22 +75,35 @@ class Run(SavedRun):
         watcher: Watcher | None = None,
         header: str = "",
         sources: Sources | None = None,
+        execution: Execution | None = None,
     ) -> Run:
         """Start a run folder, or continue one that the same recipe has started.
 
         Raises:
             RunError: the folder belongs to another recipe, is not a run, or cannot be written.
         """
-        return cls(RunFolder.create(out, recipe, header), watcher, sources)
+        folder = RunFolder.create(out, recipe, header)
+        return cls(folder, watcher, sources, execution=execution)
 
     @cached_property
     def sources(self) -> Sources:
         """The images that the recipe names."""
+        return self.read_sources()
+
+    def read_sources(self, root: str = "") -> Sources:
+        """Read and verify the images that the recipe names.
+
+        Args:
+            root: where they are; empty = where the recipe says.
+
+        Raises:
+            DataError: images or labels are missing, unreadable or inconsistent.
+        """
         # A run that has been moved still has the groups that its plan wrote.
         data, own = self.recipe.data, self.dir / GROUP_FILE
         if data.group_file and own.exists() and not Path(data.group_file).expanduser().exists():
             data = data.model_copy(update={"group_file": str(own)})
-        data = data.model_copy(update={"root": find_stored_data(data.root, self.dir)})
+        data = data.model_copy(update={"root": root or find_stored_data(data.root, self.dir)})
         has_begun = (self.dir / "run.json").exists()
         return load_data(data, self.recipe.seed, self.folder.info.classes if has_begun else ())
 

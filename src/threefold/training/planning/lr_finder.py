@@ -22,8 +22,9 @@ from threefold.errors import DataError, RecipeError, RunError, refuse_address, s
 from threefold.recipe import Job, Recipe, packaged_names, resolve
 from threefold.recipe_schema import StageSpec
 from threefold.training.checks import check_trainable
-from threefold.training.head_jobs import open_features, start_head
-from threefold.training.jobs import count_work, run_jobs
+from threefold.training.executors.local import LocalExecutor
+from threefold.training.executors.order import count_work, jobs_before
+from threefold.training.head_jobs import open_features, prepare_features, start_head
 from threefold.training.pixel_cache import PixelCache
 from threefold.training.planning.basis import Quality
 from threefold.training.planning.plan import plan_folder
@@ -245,26 +246,6 @@ def choose_stage(recipe: Recipe, member: str = "", stage: str = "") -> tuple[str
     return name, chosen
 
 
-def jobs_before(run: Run, job: Job) -> list[Job]:
-    """Return the jobs that a job goes on from, in order, all of its fold."""
-    recipe, needed = run.recipe, [job.member]
-    for name in needed:  # grows
-        spec = recipe.member(name)
-        others = [*spec.joins, *([spec.starts_from] if spec.starts_from else [])]
-        if recipe.uses_pseudo_labels(name):
-            others += recipe.teachers
-        needed += [other for other in others if other not in needed]
-    stages = [stage.name for stage in recipe.stages_of(job.member)]
-    own = stages[: stages.index(job.stage)]
-    return [
-        other
-        for other in run.jobs
-        if other.fold == job.fold
-        and other.member in needed
-        and (other.member != job.member or other.stage in own)
-    ]
-
-
 def _test(run: Run, member: str, stage: StageSpec, rates: np.ndarray) -> FoundLearningRate:
     """Train what a stage goes on from, then take the steps."""
     spec = run.recipe.member(member)
@@ -279,7 +260,8 @@ def _test(run: Run, member: str, stage: StageSpec, rates: np.ndarray) -> FoundLe
     batch = spec.batch_size or run.recipe.train.batch_size
     work = [*(count_work(run, other) for other in before), len(rates) * batch]
     run.watcher.plan([*before, job], work)
-    run_jobs(run, before, caches)
+    prepare_features(run, caches.features, before)
+    LocalExecutor().run(run, before, caches)
     run.watcher.job(job, skipped=False)
     network, task = _start(run, job, caches)
     test = sweep_stage(network, task, rates.tolist())

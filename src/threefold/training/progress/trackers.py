@@ -289,8 +289,17 @@ class TrackedWatcher(Watcher):
 
     def job(self, job: Job, skipped: bool) -> None:
         """A job begins, or is skipped."""
-        self._group = f"{job.member}/{fold_name(job.fold)}/{job.stage}"
+        self._group = _group_of(job)
         self.watcher.job(job, skipped)
+
+    def focus(self, job: Job) -> None:
+        """What follows is about one of several jobs."""
+        self._group = _group_of(job)
+        self.watcher.focus(job)
+
+    def ended(self, job: Job) -> None:
+        """A job is done."""
+        self.watcher.ended(job)
 
     def batch(self, images: int) -> None:
         """Training has advanced."""
@@ -360,6 +369,11 @@ class TrackedWatcher(Watcher):
             name, error = self._failures.pop(0)
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             self.watcher.note(f"{name} receives nothing from here on ({reason}); training goes on")
+
+
+def _group_of(job: Job) -> str:
+    """Member, fold and stage, as trackers name a group of curves."""
+    return f"{job.member}/{fold_name(job.fold)}/{job.stage}"
 
 
 def _check(name: str) -> None:

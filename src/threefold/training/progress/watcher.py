@@ -43,6 +43,12 @@ class Watcher:
     def job(self, job: Job, skipped: bool) -> None:
         """A job begins, or is skipped because it is done."""
 
+    def focus(self, job: Job) -> None:
+        """What follows is about this job, of several that run at the same time."""
+
+    def ended(self, job: Job) -> None:
+        """A job is done, or waits again because its process died."""
+
     def batch(self, images: int) -> None:
         """Training has advanced by `images` images."""
 
