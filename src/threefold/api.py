@@ -24,10 +24,9 @@ from threefold.report.pages import write_report
 from threefold.training.distillation import open_teacher
 from threefold.training.jobs import remove_cache, train_members
 from threefold.training.planning.basis import (
-    EXPORT_SECONDS,
-    SCORING_SECONDS,
     STARTUP_SECONDS,
     Quality,
+    finishing_seconds,
 )
 from threefold.training.planning.candidates import is_auto
 from threefold.training.planning.plan import left_out_reason, plan_folder
@@ -176,8 +175,8 @@ def _answer_early(run: Run, sources: Sources, deadline: float) -> Run | None:
         with folder.locked():
             diagnostics = train_members(early, keep_cache=True)
             networks = len(early.recipe.members) + len(run.recipe.members)
-            finishing = 2 * SCORING_SECONDS + EXPORT_SECONDS * networks
-            time_for_both = deadline - time.monotonic() - finishing >= LEAST_TUNING_SECONDS
+            time_left = deadline - time.monotonic() - finishing_seconds(networks)
+            time_for_both = time_left >= LEAST_TUNING_SECONDS
             if time_for_both:
                 score_run(early, diagnostics, pending)
         if not time_for_both:

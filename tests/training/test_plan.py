@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 from support.tiny_runs import paint
 
@@ -16,6 +17,7 @@ from threefold.errors import DataError, RecipeError, RunError
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.training.checks import check_trainable
+from threefold.training.features.probe import predict_fit_seconds
 from threefold.training.planning import plan as planning
 from threefold.training.planning import tuning as plan_tuning
 from threefold.training.planning.basis import Decision
@@ -110,6 +112,27 @@ def test_uneven_classes_are_judged_by_balanced_accuracy(tmp_path: Path) -> None:
     assert even.recipe.train.metric == "accuracy"
     assert uneven.recipe.train.metric == "balanced_accuracy"
     assert any("4 to 12 images" in decision.reason for decision in uneven.decisions)
+
+
+@pytest.mark.parametrize(("head_seconds", "folds"), [(1.0, 5), (10.0, 3)])
+def test_heads_that_take_long_get_fewer_folds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head_seconds: float, folds: int
+) -> None:
+    size = Decision("img_size", 32, "as given")
+    measured = ProbePlan(32, [1.0], 0.001, 0.1, size, head_seconds=head_seconds)
+    monkeypatch.setattr(planning, "with_head_seconds", Mock(return_value=measured))
+
+    plan = plan_folder(make_folder(tmp_path, ["cat", "dog"]), 1, TINY, UNTRAINED, quality="fast")
+
+    assert plan.recipe.folds.k == folds
+
+
+def test_a_slower_fit_is_predicted_for_more_rows_and_classes() -> None:
+    features = np.random.default_rng(0).normal(size=(40, 60)).astype(np.float32)
+
+    seconds = [predict_fit_seconds(features, k, n) for n, k in ((200, 2), (9000, 2), (9000, 90))]
+
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
 
 
 @pytest.mark.parametrize("sequence", ["levels", "pooled"])

@@ -27,6 +27,18 @@ EXPORT_SECONDS = 3.0
 """Time for exporting one network on two cores."""
 
 
+PROBE_FOLDS = 5
+"""Folds of a plan without tuning."""
+
+LEAST_FOLDS = 3
+"""The same where the time does not allow more."""
+
+
+def finishing_seconds(networks: int) -> float:
+    """Time for scoring, the report and the export of a run that has so many networks."""
+    return 2 * SCORING_SECONDS + EXPORT_SECONDS * networks
+
+
 class Decision(NamedTuple):
     """One value of a planned recipe."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from threefold.data.dataset import Sources
 from threefold.errors import RecipeError
@@ -13,6 +13,7 @@ from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
 from threefold.training.checks import check_sizes
 from threefold.training.features.cache import FeatureCache
+from threefold.training.features.probe import predict_fit_seconds
 from threefold.training.planning.basis import (
     STARTUP_SECONDS,
     Clock,
@@ -57,6 +58,7 @@ class ProbePlan:
         seconds: predicted for the features of all these members.
         decision: the size with its reason.
         levels: which features heads read, with the reason; None if that was not compared.
+        head_seconds: predicted for one linear head on all training images.
     """
 
     img_size: int
@@ -65,6 +67,14 @@ class ProbePlan:
     seconds: float
     decision: Decision
     levels: Decision | None = None
+    head_seconds: float = 0.0
+
+    def probe_seconds(self, folds: int) -> float:
+        """Predicted for the features, and for a head of each member, fold and the refit.
+
+        All folds together fit as many images as there are, times the folds less one.
+        """
+        return 1.2 * self.seconds + len(self.costs) * folds * self.head_seconds
 
     @property
     def decisions(self) -> list[Decision]:
@@ -144,6 +154,19 @@ def choose_size(
     decision = Decision(key, choice, reason)
     at_choice = per_pixel * choice**2
     return ProbePlan(choice, costs, at_choice, seconds(choice), decision, levels)
+
+
+def with_head_seconds(
+    measured: ProbePlan, draft: Recipe, sources: Sources, cache: FeatureCache
+) -> ProbePlan:
+    """Add how long one linear head takes, measured on the features of a few images."""
+    first, train = draft.members[0], sources.train
+    if not first.head.is_linear:
+        return measured
+    sample = spread_over_classes(train.truth, LEAST_PROBE_ROWS)
+    features = cache.rows("train", first, sample, expected=len(train)).features
+    seconds = predict_fit_seconds(features, len(train.classes), len(train))
+    return replace(measured, head_seconds=seconds)
 
 
 def _choose_probe(results: Sequence[SizeProbe], usual: int) -> SizeProbe:

@@ -25,15 +25,18 @@ from threefold.recipe import Recipe
 from threefold.recipe_schema import WITH_COLUMNS, DataSpec
 from threefold.training.features.cache import FeatureCache
 from threefold.training.planning.basis import (
+    LEAST_FOLDS,
+    PROBE_FOLDS,
     Clock,
     DataSummary,
     Decision,
     Quality,
+    finishing_seconds,
     widest_input,
 )
 from threefold.training.planning.candidates import Screening, gather_candidates, is_auto, screen
 from threefold.training.planning.groups import look_for_groups, plan_with_groups
-from threefold.training.planning.image_size import ProbePlan, choose_size
+from threefold.training.planning.image_size import ProbePlan, choose_size, with_head_seconds
 from threefold.training.planning.tuning import (
     Tuning,
     choose_tuning,
@@ -121,8 +124,11 @@ def plan_folder(
     probes = _sized_members(probes, measured, screening)
     draft = _draft(data, probes, overrides)
     found, measured = look_for_groups(draft, measured, sources, cache, clock, group_file)
+    measured = with_head_seconds(measured, draft, sources, cache)
     tuning, why_tuning = choose_tuning(draft, summary, measured, device, clock, quality)
-    folds, fit_share, why_folds = _folds(tuning, summary, quality, draft.data.fold_column)
+    folds, fit_share, why_folds = _folds(
+        tuning, summary, measured, clock, quality, draft.data.fold_column
+    )
     train, why_train = _train(summary, device)
     stages, tuned = tuning_stages(
         tuning,
@@ -367,13 +373,20 @@ def _explain_members(
 
 
 def _folds(
-    tuning: Tuning | None, summary: DataSummary, quality: Quality, column: str
+    tuning: Tuning | None,
+    summary: DataSummary,
+    measured: ProbePlan,
+    clock: Clock,
+    quality: Quality,
+    column: str,
 ) -> tuple[dict[str, Any], float, Decision]:
-    """Choose the folds: the user's, those of the tuning, or five for probes, which cost little.
+    """Choose the folds: the user's, those of the tuning, or for probes five if there is time.
 
     Args:
         tuning: what is tuned; None = nothing.
         summary: of the data.
+        measured: the plan of the probes.
+        clock: of the job.
         quality: as for the plan.
         column: the user's own folds.
 
@@ -393,10 +406,15 @@ def _folds(
         )
         table = {"scheme": "holdout", "select": round(select, 3)}
         return table, (1 - select) * (1 - HOLDOUT), Decision("folds.holdout", HOLDOUT, reason)
-    folds = 5 if tuning is None or quality == "best" else tuning.folds
+    reason = "each image is scored once by heads that never saw it"
+    folds = PROBE_FOLDS if tuning is None or quality == "best" else tuning.folds
+    left = max(0.0, clock.left - finishing_seconds(len(measured.costs)))
+    if tuning is None and measured.probe_seconds(folds) > left:
+        folds = LEAST_FOLDS
+        needed = measured.probe_seconds(PROBE_FOLDS)
+        reason += f"; {PROBE_FOLDS} folds take about {needed:.0f} s, and {left:.0f} s are left"
     folds = max(2, min(folds, summary.smallest_class))
     table = {"k": folds, "final": "refit", "select": round(select, 3)}
-    reason = "each image is scored once by heads that never saw it"
     return table, (1 - select) * (folds - 1) / folds, Decision("folds.k", folds, reason)
 
 

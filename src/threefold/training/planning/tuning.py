@@ -17,11 +17,12 @@ from threefold.recipe import Recipe
 from threefold.recipe_schema import HeadSpec, MemberSpec
 from threefold.training.planning.basis import (
     EXPORT_SECONDS,
-    SCORING_SECONDS,
+    LEAST_FOLDS,
     Clock,
     DataSummary,
     Decision,
     Quality,
+    finishing_seconds,
 )
 from threefold.training.planning.image_size import ProbePlan
 from threefold.training.planning.measure import Speed, measure_speed
@@ -114,8 +115,8 @@ def choose_tuning(
     """Choose the most thorough tuning that the time after the probes allows at measured speed."""
     if quality == "fast":
         return None, [Decision(KEY, "none", "quality fast: heads on frozen features only")]
-    finishing = 2 * SCORING_SECONDS + EXPORT_SECONDS * len(measured.costs)
-    if clock.left - measured.seconds * 1.2 - finishing < 3 * EXPORT_SECONDS:
+    finishing = finishing_seconds(len(measured.costs))
+    if clock.left - measured.probe_seconds(LEAST_FOLDS) - finishing < 3 * EXPORT_SECONDS:
         why = "the probes take the time that there is; give a larger --budget to tune"
         return None, [Decision(KEY, "none", why)]
     names_folds = not draft.folds.model_fields_set.isdisjoint(("k", "scheme", "final"))
@@ -127,15 +128,22 @@ def choose_tuning(
         predict_seconds(t, summary.n, measured.img_size, speeds, _tuning_costs(t, draft, measured))
         for t in options
     ]
-    left = clock.left - measured.seconds * 1.2 - finishing
-    possible = [i for i, value in enumerate(seconds) if value <= left]
+    left = [
+        clock.left
+        - measured.probe_seconds(t.folds)
+        - _refit_seconds(t, summary.n, measured)
+        - finishing
+        for t in options
+    ]
+    possible = [i for i in range(len(options)) if seconds[i] <= left[i]]
     if not possible:
-        why = f"the least takes about {seconds[0]:.0f} s, and {max(0.0, left):.0f} s are left"
+        why = f"the least takes about {seconds[0]:.0f} s, and {max(0.0, left[0]):.0f} s are left"
         return None, [Decision(KEY, "none", why)]
     chosen = options[possible[-1]]
     size = tuning_size(chosen, measured.img_size)
     why = (
-        f"about {seconds[possible[-1]]:.0f} of {left:.0f} s that are left after the probes; "
+        f"about {seconds[possible[-1]]:.0f} of {left[possible[-1]]:.0f} s that are left after the "
+        f"probes; "
         f"measured for {draft.members[0].name}: {1 / speeds.last.per_image(size):.0f} images/s "
         f"in the last blocks, {1 / speeds.deeper.per_image(size):.0f} deeper"
     )
@@ -246,6 +254,22 @@ def predict_seconds(
     predicted = (1 + select_share(n) * tuning.deeper) * 0.4 * speeds.deeper.per_image(size)
     images = n * (once + last + deeper + predicted)
     return images * sum(costs[: tuning.members]) + EXPORT_SECONDS * tuning.members
+
+
+def _refit_seconds(tuning: Tuning, n: int, measured: ProbePlan) -> float:
+    """Predict the time of new probes, where tuning begins at another size than that of the first.
+
+    Args:
+        tuning: its members, size and folds.
+        n: training images.
+        measured: the plan of the probes.
+    """
+    size = tuning_size(tuning, measured.img_size)
+    if size == measured.img_size:
+        return 0.0
+    features = n * measured.feature_seconds * (size / measured.img_size) ** 2
+    heads = tuning.folds * measured.head_seconds
+    return features * sum(measured.costs[: tuning.members]) + heads * tuning.members
 
 
 def select_share(n: int) -> float:
