@@ -148,7 +148,7 @@ def test_architecture_has_three_walks() -> None:
 
 
 def test_architecture_lists_the_packages_in_import_order() -> None:
-    text = ARCHITECTURE.read_text(encoding="utf-8")
+    text = ARCHITECTURE.read_text(encoding="utf-8").partition("| in `training` |")[0]
 
     packages = re.findall(r"^\| (`\w+`|\(root\)) \|", text, re.MULTILINE)
 

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from threefold.errors import RunError
 from threefold.recipe import Job, Recipe
-from threefold.training import jobs
+from threefold.training import job as job_module
 from threefold.training.checkpoints import (
     ResumeState,
     fingerprint,
     load_resume_state,
     save_resume_state,
 )
+from threefold.training.jobs import train_members
 from threefold.training.progress.watcher import Watcher
 from threefold.training.run import Run
 from threefold.training.stages.loop import train_stage
@@ -265,10 +266,10 @@ def test_done_job_counts_seconds_before_resume(
     def resumed(member: nn.Module, task: StageTask) -> StageOutcome:
         return replace(train_stage(member, task), elapsed_before=1000.0)
 
-    monkeypatch.setattr(jobs, "train_stage", resumed)
+    monkeypatch.setattr(job_module, "train_stage", resumed)
     run = Run.create(tiny, tmp_path / "run")
 
-    jobs.train_members(run)
+    train_members(run)
 
     assert not list(run.dir.rglob(".resume"))
     assert run.folder.job_record(Job("plain", 0, "one")).seconds > 1000

@@ -29,7 +29,7 @@ from threefold.predictions.results_schema import ShortScore
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
-from threefold.training import jobs
+from threefold.training import job as job_module
 from threefold.training.distillation import Distillation, open_teacher, teacher_answers
 from threefold.training.jobs import train_members
 from threefold.training.run import Run
@@ -112,7 +112,7 @@ def test_memorising_teacher_leaks_labels_unless_nested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: int, protocol: str
 ) -> None:
     """The labels are random, so an honest score is 0.5 +- 0.07 (two standard errors, 200 rows)."""
-    monkeypatch.setattr(jobs, "train_stage", solve_stage)
+    monkeypatch.setattr(job_module, "train_stage", solve_stage)
     run = api.train(Recipe.parse(random_labels_tree(tmp_path / "images")), tmp_path / "run")
     sets = [f"distill.inner={inner}", "distill.alpha=1"]
     recipe = student_recipe(run, str(run.dir), "only", sets)
@@ -307,13 +307,13 @@ def test_interrupted_teachers_resume_to_the_same_bits(
         stages_done.append(task.stage.name)
         return train_stage(member, task)
 
-    monkeypatch.setattr(jobs, "train_stage", interrupt)
+    monkeypatch.setattr(job_module, "train_stage", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train_members(Run.create(student.recipe, out))
     assert (out / "targets/fold0.npz").exists()
     assert not (out / "targets/fold1.npz").exists()
 
-    monkeypatch.setattr(jobs, "train_stage", train_stage)
+    monkeypatch.setattr(job_module, "train_stage", train_stage)
     train_members(Run.create(student.recipe, out))
 
     for name in ("oof.npz", "teachers/fold1/oof.npz"):

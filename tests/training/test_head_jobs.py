@@ -20,7 +20,8 @@ from threefold.files import read_arrays, read_json, sha256
 from threefold.models.pipeline import Predictor, predict_probs
 from threefold.predictions.ledger import FIT, SCORE, SELECT
 from threefold.recipe import Job, Recipe
-from threefold.training import head_jobs, jobs
+from threefold.training import head_jobs
+from threefold.training import job as job_module
 from threefold.training.checks import check_trainable
 from threefold.training.features import cache as features
 from threefold.training.features.engines import compute
@@ -138,7 +139,7 @@ def test_tuning_starts_from_the_head_that_saw_fit_rows_only(
         starts.append((state, task.first))
         return train_stage(member, task)
 
-    monkeypatch.setattr(jobs, "train_stage", watch)
+    monkeypatch.setattr(job_module, "train_stage", watch)
     run = Run.create(make_recipe(images), tmp_path / "run")
     train_members(run)
 
@@ -161,7 +162,7 @@ def test_tuning_on_the_last_level_starts_from_a_probe_on_several(
         starts.append(copy.deepcopy(member.head))
         return train_stage(member, task)
 
-    monkeypatch.setattr(jobs, "train_stage", watch)
+    monkeypatch.setattr(job_module, "train_stage", watch)
     probe = {**PROBE, "head": {"kind": "linear", "sequence": "levels"}}
     tuned = {**TUNED, "head": {"kind": "linear", "sequence": "pooled"}}
     stages = [
@@ -215,10 +216,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
         done.append(job)
         return head_jobs.train_head(run, job, *rest)
 
-    monkeypatch.setattr(jobs, "train_head", interrupt)
+    monkeypatch.setattr(job_module, "train_head", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train_members(Run.create(make_recipe(images), tmp_path / "cut"))
-    monkeypatch.setattr(jobs, "train_head", head_jobs.train_head)
+    monkeypatch.setattr(job_module, "train_head", head_jobs.train_head)
 
     resumed = Run.create(make_recipe(images), tmp_path / "cut")
     train_members(resumed)

@@ -25,7 +25,7 @@ from threefold.predictions.ledger import FIT, SCORE, SELECT
 from threefold.predictions.multilabel import MultilabelPredictions
 from threefold.recipe import Job, Recipe
 from threefold.recipe_schema import TrainSpec
-from threefold.training import jobs
+from threefold.training import job as job_module
 from threefold.training.checkpoints import Checkpoint, accept_stage
 from threefold.training.features.probe import Targets, choose_l2, fit_linear
 from threefold.training.jobs import train_members
@@ -135,7 +135,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
         done.append(task.stage.name)
         return train_stage(member, task)
 
-    monkeypatch.setattr(jobs, "train_stage", stop)
+    monkeypatch.setattr(job_module, "train_stage", stop)
     with pytest.raises(KeyboardInterrupt):
         train_members(Run.create(multilabel_recipe(table), tmp_path / "cut"))
     monkeypatch.undo()

@@ -23,7 +23,8 @@ from threefold.files import read_arrays
 from threefold.models.pipeline import Predictor, predict_probs
 from threefold.recipe import Job, Recipe
 from threefold.recipe_schema import PseudoLabelSpec
-from threefold.training import head_jobs, jobs
+from threefold.training import head_jobs
+from threefold.training import job as job_module
 from threefold.training.features.heads import HeadNetwork, head_probs
 from threefold.training.features.probe import Targets, choose_l2, fit_linear
 from threefold.training.jobs import train_members
@@ -196,7 +197,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    find = jobs.find_pseudo_labels
+    find = job_module.find_pseudo_labels
 
     def interrupt(run: Run, member: str, fold: int, *rest: Any) -> Any:
         found = find(run, member, fold, *rest)
@@ -204,10 +205,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
             raise KeyboardInterrupt
         return found
 
-    monkeypatch.setattr(jobs, "find_pseudo_labels", interrupt)
+    monkeypatch.setattr(job_module, "find_pseudo_labels", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train_members(Run.create(make_recipe(images, more), tmp_path / "cut"))
-    monkeypatch.setattr(jobs, "find_pseudo_labels", find)
+    monkeypatch.setattr(job_module, "find_pseudo_labels", find)
 
     resumed = Run.create(make_recipe(images, more), tmp_path / "cut")
     train_members(resumed)
@@ -381,7 +382,7 @@ def test_a_cached_stage_reads_unlabelled_activations(
         tasks.append(task)
         return train_stage(member, task)
 
-    monkeypatch.setattr(jobs, "train_stage", watch)
+    monkeypatch.setattr(job_module, "train_stage", watch)
     tune = {
         "name": "tune",
         "epochs": 1,
