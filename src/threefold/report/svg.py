@@ -50,12 +50,17 @@ _STYLE: Any = {  # Any: newer matplotlib types the keys, older does not
 }
 
 
+LARGEST_SCALE = 1.4
+"""Most by which a page enlarges a drawing."""
+
+
 def draw_svg(draw: Callable[[Axes], None], size: tuple[float, float], label: str) -> Markup:
     """Draw on a pair of axes, and return an SVG element for an HTML page.
 
     Args:
         draw: draws with the colours of this module.
-        size: width and height in inches; the page scales the drawing to the available width.
+        size: width and height in inches, of 6 rem each; the page scales the drawing to the
+            available width, up to `LARGEST_SCALE`.
         label: text for screen readers.
     """
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
@@ -75,7 +80,10 @@ def draw_svg(draw: Callable[[Axes], None], size: tuple[float, float], label: str
     svg = re.sub(r' (?:xmlns(?::xlink)?|width|height)="[^"]*"', "", svg, count=4)
     for stand_in, variable in _VARIABLES.items():
         svg = svg.replace(stand_in, variable)
-    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{Markup.escape(label)}"', 1))
+    # A small drawing, such as the matrix of two classes, is not blown up to the page's width.
+    width = f"width: min(100%, {size[0] * LARGEST_SCALE * 6:.1f}rem)"
+    head = f'<svg role="img" aria-label="{Markup.escape(label)}" style="{width}"'
+    return Markup(svg.replace("<svg", head, 1))
 
 
 def draw_png(draw: Callable[[Axes], None], size: tuple[float, float], dpi: int = 150) -> bytes:
