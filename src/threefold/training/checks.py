@@ -126,9 +126,13 @@ def _check_features(recipe: Recipe) -> None:
         )
 
 
-def diverged(stage: StageSpec, epoch: int, what: str, got: object) -> RunError:
+class DivergedError(RunError):
+    """The numbers of a training are not finite any more."""
+
+
+def diverged(stage: StageSpec, epoch: int, what: str, got: object) -> DivergedError:
     """Make the error of a training whose numbers have gone beyond all bounds."""
-    return RunError(
+    return DivergedError(
         what,
         where=f"stage {stage.name}, epoch {epoch}",
         got=got,

@@ -30,6 +30,7 @@ from threefold.training.results.costs import RunCosts
 from threefold.training.results.diagnostics import DataDiagnostics, audit_run, make_thumbnails
 from threefold.training.results.out_of_fold import choices_optimism
 from threefold.training.run import Run
+from threefold.training.stages.recovery import recovery_notes
 
 
 def evaluate_run(run: Run, *, test_stays_sealed: bool = False) -> Evaluation:
@@ -109,7 +110,12 @@ def write_results(
         test_opened=run.folder.test_opened(),
         pending=pending,
         audit=audit,
-        notes=(*evaluation.warnings, *audit.warnings, *info.notes),
+        notes=(
+            *evaluation.warnings,
+            *audit.warnings,
+            *recovery_notes(run.folder.histories()),
+            *info.notes,
+        ),
     )
     if distillation is not None:
         results = results.replace(distill=distillation)

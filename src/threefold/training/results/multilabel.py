@@ -15,6 +15,7 @@ from threefold.training.results.costs import RunCosts
 from threefold.training.results.diagnostics import DataDiagnostics, data_warnings
 from threefold.training.results.multiclass import member_row
 from threefold.training.run import Run
+from threefold.training.stages.recovery import recovery_notes
 
 
 def evaluate_multilabel_run(run: Run, *, test_stays_sealed: bool = False) -> MultilabelEvaluation:
@@ -79,7 +80,12 @@ def write_multilabel_results(
         optimism=tuple(evaluation.optimism),
         ledger=tuple(evaluation.ledger),
         members=tuple(member_row(spec, costs) for spec in run.recipe.members),
-        notes=(*evaluation.warnings, *data_warnings(run, diagnostics.copies), *info.notes),
+        notes=(
+            *evaluation.warnings,
+            *data_warnings(run, diagnostics.copies),
+            *recovery_notes(run.folder.histories()),
+            *info.notes,
+        ),
         test_opened=run.folder.test_opened(),
         pending=pending,
     )

@@ -29,22 +29,19 @@ from threefold.models.split import LateBlocks
 from threefold.recipe_schema import StageSpec
 from threefold.training.checkpoints import (
     Checkpoint,
-    ResumeState,
     State,
     accept_stage,
     fingerprint,
     load_resume_state,
-    optimizer_state,
-    random_state,
-    restore_optimizer,
-    restore_random,
     save_resume_state,
 )
-from threefold.training.checks import diverged, short_of_memory
+from threefold.training.checks import DivergedError, diverged, short_of_memory
 from threefold.training.features.activations import predict_late, to_activations
 from threefold.training.features.cache import FeatureRows
 from threefold.training.features.heads import head_probs, to_features
 from threefold.training.randomness import seed_generators
+from threefold.training.stages.recovery import Recovery
+from threefold.training.stages.resume import Progress, collect_state, restore_loop
 from threefold.training.stages.task import StageOutcome, StageTask, features_of, pixels_of
 from threefold.training.steps.allocator import reuse_freed_memory
 from threefold.training.steps.batch_augmentation import BatchAugmentation
@@ -54,7 +51,7 @@ from threefold.training.steps.optimizers import create_optimizer, lr_at, set_tra
 from threefold.training.steps.precision import autocast, check_precision, pick_precision
 from threefold.training.steps.sharpness import sharpen_gradients
 
-_RESUME_FORMAT = 2
+_RESUME_FORMAT = 3
 """Raised when the values of the resume file change; files in another format are ignored."""
 
 
@@ -64,7 +61,7 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
     After a first stage, they are never worse on the select rows than those it started from.
 
     Raises:
-        RunError: the loss, answers or weights are not numbers, or the memory is exhausted.
+        RunError: the loss, answers or weights stay not finite, or the memory is exhausted.
         RecipeError: the stage's regexes leave nothing to train.
     """
     seed_generators(task.seed)
@@ -78,7 +75,9 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
                 break
             record, checkpoint = loop.epoch(best, records)
             records.append(record)
-            if (best is start and task.first) or checkpoint.better_than(best):
+            if checkpoint is not best and (
+                (best is start and task.first) or checkpoint.better_than(best)
+            ):
                 best = checkpoint
             loop.stop_if_asked(best, records)
             task.watcher.epoch(record)  # prints, which fails if a closed terminal is the reason
@@ -87,11 +86,12 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
                 break
     tested = task.recipe.train.gate and task.recipe.protocol != "paper"
     accepted, reason = accept_stage(start, best, first=task.first, enabled=tested)
+    if task.first and best is start and loop.recovery.returns:
+        raise diverged(task.stage, len(records) - 1, "weights are not numbers", "NaN")
     chosen = best if accepted else start
     member.load_state_dict(chosen.state)
     stopped = _why_stopped(loop.cut_short, len(records), best, task.stage)
-    if stopped:
-        reason += f"; {stopped}"
+    reason = "; ".join(filter(None, [reason, stopped, loop.recovery.describe()]))
     history = {
         "epochs": records,
         "accepted": accepted,
@@ -101,6 +101,8 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
         "start_metric": start.plain_score,
         "reason": reason,
         "stopped": stopped,
+        "skipped_steps": loop.recovery.skipped,
+        "returns": loop.recovery.returns,
     }
     return StageOutcome(chosen.state, history, chosen.correct, loop.elapsed_before)
 
@@ -117,15 +119,6 @@ def _why_stopped(cut_short: bool, epochs: int, best: Checkpoint, stage: StageSpe
     if not cut_short and stage.patience and epochs - 1 - best.epoch >= stage.patience:
         return f"stopped early: no better epoch in {stage.patience}"
     return "cut short by the time budget"
-
-
-class _Progress(NamedTuple):
-    """How far an epoch has come: steps, the sum of the images' losses, images and seconds."""
-
-    steps: int = 0
-    loss_sum: float = 0.0
-    images: int = 0
-    seconds: float = 0.0
 
 
 class _Batch(NamedTuple):
@@ -165,7 +158,7 @@ class StageLoop:
         self.generator = torch.Generator().manual_seed(task.seed)
         self.generators = {"batches": self.generator, "augment": self.augment.generator}
         self.order_state = self.generator.get_state()  # before the epoch's batches were drawn
-        self.progress = _Progress()
+        self.progress = Progress()
         batch_size = task.batch_size or spec.batch_size
         self.steps_per_epoch = max(1, round(len(task.fit.labels) / batch_size))
         self.step = 0
@@ -176,6 +169,9 @@ class StageLoop:
         # Averages the weights and the statistics of norms. The warm-up lets short stages forget
         # where they began: after n steps the decay is at most 1 - (n + 1)^(-2/3).
         self.average = ModelEmaV3(member, spec.ema, use_warmup=True) if spec.ema else None
+        self.recovery = Recovery(
+            member, self.optimizer, self.average, task.stage, task.watcher.note
+        )
         self.soft_targets = teacher_targets(task.teacher_probs, task.recipe.distill, self.device)
 
     def _train_mode(self) -> None:
@@ -234,36 +230,23 @@ class StageLoop:
         state = load_resume_state(task.resume_path, self.fingerprint)
         if state is None:
             return start, []
-        values = state.values
-        self.member.load_state_dict(state.section("member"))
-        if self.average is not None:
-            self.average.load_state_dict(state.section("average"))
-        optimizer = ResumeState(state.section("optimizer"), values["optimizer"])
-        restore_optimizer(self.optimizer, optimizer)
-        randomness = ResumeState(state.section("random"), values["random"])
-        restore_random(self.device, self.generators, randomness)
-        self.scaler.load_state_dict(values["scaler"])
-        self.step, self.elapsed_before = values["step"], values["elapsed"]
-        for group, lr in zip(self.optimizer.param_groups, values["lrs"], strict=True):
-            group["lr"] = lr  # of the last step, for the record of its epoch
-        records, self.progress = values["records"], _Progress(*values["progress"])
+        records, self.progress = restore_loop(self, state)
         task.watcher.batch(len(task.fit.labels) * len(records) + self.progress.images)
-        if values["best_epoch"] < 0:
+        best_epoch = state.values["best_epoch"]
+        if best_epoch < 0:
             return start, records
-        best = self._measured(
-            state.section("best"), state.tensors["probs"].numpy(), values["best_epoch"]
-        )
-        return best, records
+        probs = state.tensors["probs"].numpy()
+        return self._measured(state.section("best"), probs, best_epoch), records
 
     def save(self, best: Checkpoint, records: list[dict[str, Any]]) -> None:
         """Write the resume file, unless the last one is recent or the stage is over."""
         path, now = self.task.resume_path, time.monotonic()
         recent = now - self.saved < self.task.save_interval
         if path is not None and not recent and len(records) < self.task.stage.epochs:
-            self._write(path, best, records, _Progress())
+            self._write(path, best, records, Progress())
 
     def stop_if_asked(
-        self, best: Checkpoint, records: list[dict[str, Any]], progress: _Progress | None = None
+        self, best: Checkpoint, records: list[dict[str, Any]], progress: Progress | None = None
     ) -> None:
         """Write the resume file and raise what the watcher wants raised, if it wants anything.
 
@@ -276,45 +259,15 @@ class StageLoop:
             return
         self.task.watcher.defers_stop = False
         if self.task.resume_path is not None:
-            self._write(self.task.resume_path, best, records, progress or _Progress())
+            self._write(self.task.resume_path, best, records, progress or Progress())
         raise self.task.watcher.stop
 
     def _write(
-        self, path: Path, best: Checkpoint, records: list[dict[str, Any]], progress: _Progress
+        self, path: Path, best: Checkpoint, records: list[dict[str, Any]], progress: Progress
     ) -> None:
         """Write the resume file."""
-        optimizer = optimizer_state(self.optimizer)
-        randomness = random_state(self.device, self.generators)
-        if progress.steps:  # the same batches are drawn again, and the first of them left out
-            randomness.tensors["batches"] = self.order_state
-        sections = {
-            "member": self.member.state_dict(),
-            "optimizer": optimizer.tensors,
-            "random": randomness.tensors,
-        }
-        if self.average is not None:
-            sections["average"] = self.average.state_dict()
-        if best.epoch >= 0:
-            sections["best"] = best.state
-        tensors = {
-            f"{section}/{name}": tensor
-            for section, state in sections.items()
-            for name, tensor in state.items()
-        }
-        if best.epoch >= 0:
-            tensors["probs"] = torch.from_numpy(best.probs)
-        values = {
-            "records": records,
-            "progress": progress,
-            "best_epoch": best.epoch,
-            "step": self.step,
-            "lrs": [group["lr"] for group in self.optimizer.param_groups],
-            "elapsed": self.elapsed_before + time.monotonic() - self.started,
-            "optimizer": optimizer.values,
-            "random": randomness.values,
-            "scaler": self.scaler.state_dict(),
-        }
-        save_resume_state(path, self.fingerprint, ResumeState(tensors, values))
+        state = collect_state(self, best, records, progress)
+        save_resume_state(path, self.fingerprint, state)
         self.saved = time.monotonic()
 
     def epoch(
@@ -327,35 +280,48 @@ class StageLoop:
             records: of the epochs before.
         """
         number = len(records)
-        steps, total, images, seconds = self.progress
-        self.progress = _Progress()
+        steps, total, images, seconds, without_loss, skipped = self.progress
+        self.progress = Progress()
         began = time.monotonic() - seconds
         self.order_state = self.generator.get_state()
         if self.task.activations is not None:
             self.activations = self.task.activations.fit(number)
         self._train_mode()
         for rows in islice(self._batches(), steps, None):
+            skipped_before = self.recovery.skipped
             loss = self._step(rows)
-            if not math.isfinite(loss):
-                raise diverged(self.task.stage, number, "the loss is not a number", loss)
-            steps, total, images = steps + 1, total + loss * len(rows), images + len(rows)
+            steps, images = steps + 1, images + len(rows)
+            if math.isfinite(loss):
+                total += loss * len(rows)
+            else:
+                without_loss += len(rows)
+            skipped += self.recovery.skipped - skipped_before
+            if self.recovery.is_stuck:
+                what = "loss or gradient is not finite"
+                self.recovery.go_back(best, number, self.step, what)
             self.task.watcher.batch(len(rows))
-            progress = _Progress(steps, total, images, time.monotonic() - began)
+            seconds = time.monotonic() - began
+            progress = Progress(steps, total, images, seconds, without_loss, skipped)
             self.stop_if_asked(best, records, progress)
             if time.monotonic() > self.task.deadline:
                 self.cut_short = True
                 break
         seconds = time.monotonic() - began
-        checkpoint = self.checkpoint(number)
+        try:
+            checkpoint = self.checkpoint(number)
+        except DivergedError as error:  # a single step can spoil the weights after its loss
+            self.recovery.go_back(best, number, self.step, error.what)
+            checkpoint = best
         record = {
             "epoch": number,
-            "loss": total / max(images, 1),
+            "loss": total / (images - without_loss) if images > without_loss else math.nan,
             "select_accuracy": checkpoint.accuracy,
             "select_loss": float(checkpoint.losses.mean()),
             "select_metric": checkpoint.plain_score,
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
             "seconds": round(seconds, 3),
             "images_per_second": round(images / seconds, 1),
+            "skipped_steps": skipped,
         }
         return record, checkpoint
 
@@ -425,26 +391,42 @@ class StageLoop:
     def _update(self, rows: np.ndarray, lr: float) -> float:
         """Take one optimizer step over `accumulate` micro-batches; returns the mean loss."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+            group["lr"] = lr * self.recovery.rate * group.get("lr_scale", 1.0)
         parts = np.array_split(rows, min(self.spec.accumulate, len(rows) // 2))
         batches: Iterable[_Batch] = map(self._inputs, parts)
         if self.spec.sam:
             batches = list(batches)  # both passes take the same augmented images
+        self.recovery.begin_step()
         loss = self._backward(batches, len(rows))
         if self.spec.sam:
             sharpen_gradients(
                 self.member, self.spec.sam, lambda: self._backward(batches, len(rows))
             )
-        if self.spec.clip_grad:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.member.parameters(), self.spec.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        if self.recovery.allows(loss, self._clip_gradients()):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.average is not None:
+                self.average.update(self.member, self.step + 1)
+        else:
+            self.scaler.update(0.5 * self.scaler.get_scale())
         self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update(self.member, self.step + 1)
         self.step += 1
         return loss
+
+    def _clip_gradients(self) -> float:
+        """Return the norm of the gradients, which are clipped if the recipe says so.
+
+        Loss scaling leaves out steps by itself until it has found its scale: they count as finite.
+        """
+        parameters = list(self.member.parameters())
+        if self.spec.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.spec.clip_grad))
+        else:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+        is_scaling = self.scaler.is_enabled() and self.scaler.get_scale() > 1.0
+        return 0.0 if is_scaling else norm
 
     def _backward(self, batches: Iterable[_Batch], count: int) -> float:
         """Add the gradients of micro-batches of `count` images together; returns the mean loss."""
