@@ -68,7 +68,8 @@ def fit(
 
     Args:
         data: class folders, or train/ [val/] test/ with class folders inside, or an archive of
-            them; a CSV, TSV, parquet or npz file; or `owner/name` on the Hugging Face hub. Or what
+            them; a CSV, TSV, parquet or npz file; shards of WebDataset; `owner/name` on the Hugging
+            Face hub, or hf://datasets/owner/name. Or what
             is in memory: a DataFrame of pandas or polars, a list of paths or images, pairs of image
             and label, or an array (n, h, w, 3) or (n, h, w), uint8 (`in_memory.store_data`).
         out: the run folder, by default runs/NAME, or runs/memory-HASH for what is in memory; an

@@ -65,6 +65,10 @@ class DataError(ThreefoldError):
     """Images, labels or predictions are missing, unreadable or inconsistent."""
 
 
+class MissingImageError(DataError):
+    """A row of a source has no image, such as an address that no server knows."""
+
+
 class RunError(ThreefoldError):
     """A run folder cannot be written, belongs to another recipe, or is incomplete."""
 
@@ -89,6 +93,11 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/{1,2}[^/]", re.IGNORECASE)
 """A URL, also as pathlib writes it, with one slash. A drive of Windows has only one letter."""
 
 
+def seems_address(path: object) -> bool:
+    """Whether a text or a path reads like the address of a file on the web."""
+    return _ADDRESS.match(str(path)) is not None
+
+
 def refuse_address(path: object, kind: type[ThreefoldError] = DataError) -> None:
     """Refuse the address of a file on the web, in place of the message that there is no such file.
 
@@ -99,7 +108,7 @@ def refuse_address(path: object, kind: type[ThreefoldError] = DataError) -> None
     Raises:
         ThreefoldError: it is an address.
     """
-    if _ADDRESS.match(str(path)):
+    if seems_address(path):
         raise kind(
             "an address is not read, only files are",
             where=path,

@@ -51,9 +51,10 @@ Source = Literal[
     "parquet",
     "huggingface",
     "npz",
+    "webdataset",
 ]
-WITH_COLUMNS = ("csv", "parquet", "huggingface")
-WITH_GROUPS = ("csv", "parquet", "huggingface", "surrey-asl")
+WITH_COLUMNS = ("csv", "parquet", "huggingface", "webdataset")
+WITH_GROUPS = ("csv", "parquet", "huggingface", "surrey-asl", "webdataset")
 WITH_LABEL_SETS = ("csv", "parquet", "huggingface", "npz")
 WITH_EXTRA = ("svhn", "inaturalist2019", "icassava2019")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]
@@ -84,7 +85,8 @@ class DataSpec(Section):
     of 0 and 1 for each label, or one column that names them all."""
     root: str = ""
     """A folder of class folders (or of train/, val/ and test/) or an archive of one, a CSV,
-    parquet or npz file, a name on the Hugging Face hub, or the folder of a named data set's
+    parquet or npz file, shards of WebDataset (a pattern, a folder or an address), a name on the
+    Hugging Face hub or its address hf://datasets/owner/name, or the folder of a named data set's
     official files or archives."""
     extra: bool = False
     """Also train on the additional labelled images: SVHN's extra set, or the official

@@ -18,6 +18,7 @@ from support.sources import load_source
 
 from threefold.data.dataset import load_data
 from threefold.data.detect_source import find_fold_column
+from threefold.data.sources import parquet as parquet_source
 from threefold.errors import DataError
 from threefold.recipe_schema import DataSpec
 
@@ -149,7 +150,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "empty cell": ({**GOOD, "label": ["a", None, "a", "b"]}, "row 1; expected no empty cell"),
     "no picture": (
         {**GOOD, "image": [png(0), None, png(2), png(3)]},
-        "row 1; expected bytes, got NoneType",
+        r"1 of 4 images cannot be used; got train/0000001 \(the cell has no image: NoneType\)",
     ),
     "number": ({**GOOD, "image": [1, 2, 3, 4]}, "the cell has no image"),
     "float": ({**GOOD, "label": [0.5, 1.0, 1.0, 0.5]}, "neither text nor a whole number"),
@@ -242,3 +243,39 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         load_source("huggingface", tmp_path / "data", label_column="what")
     with pytest.raises(DataError, match=r"cannot load the data set: .*absent"):
         load_source("huggingface", tmp_path / "absent")
+
+
+def test_images_of_large_files_are_copied_into_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THREEFOLD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(parquet_source, "MEMORY_BYTES", 0)
+    images = [png(i) if i != 3 else None for i in range(8)]
+    path = write(tmp_path / "a.parquet", image=images, label=["a", "b"] * 4)
+    original = parquet_source.encoded_image
+
+    def stop_at_five(cell: Any, where: str, may_open: bool) -> bytes:
+        if where.endswith("row 5"):
+            raise KeyboardInterrupt
+        return original(cell, where, may_open)
+
+    monkeypatch.setattr(parquet_source, "encoded_image", stop_at_five)
+    with pytest.raises(KeyboardInterrupt):
+        load_source("parquet", path)
+    copied: list[str] = []
+    monkeypatch.setattr(
+        parquet_source,
+        "encoded_image",
+        lambda cell, where, may_open: copied.append(where) or original(cell, where, may_open),
+    )
+
+    sources = load_source("parquet", path, bad_images="skip")
+    train = load_source("parquet", path, bad_images="skip").train
+
+    assert [where.rpartition(" ")[2] for where in copied] == ["5", "6", "7"]
+    assert [bad.reason for bad in sources.skipped] == [
+        "there is no image: the cell has no image, NoneType"
+    ]
+    assert train.ids == sources.train.ids
+    assert [int(train.pixels(i)[0, 0, 0]) for i in range(7)] == [0, 1, 2, 4, 5, 6, 7]
+    assert train.labels.tolist() == [0, 1, 0, 0, 1, 0, 1]

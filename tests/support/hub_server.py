@@ -9,11 +9,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from typing import Any
-from urllib.parse import unquote, urlparse
+from urllib.parse import parse_qs, unquote, urlparse
 
 from support.http_server import running
 
@@ -59,11 +60,18 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+        path = unquote(urlparse(self.path).path)
+        is_question = "/paths-info/" in path
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}" and not is_question:
             self.answer(401, {"error": "Invalid username or password."})
             return
-        path = unquote(urlparse(self.path).path)
-        if path == "/api/repos/create":
+        if is_question:
+            files = self.find("/".join(path.split("/")[3:5])) or {}
+            wanted = (
+                parse_qs(body.decode())["paths"] if body[:1] != b"{" else json.loads(body)["paths"]
+            )
+            self.answer(200, [e for e in list_tree(files, "", True) if e["path"] in wanted])
+        elif path == "/api/repos/create":
             tree = json.loads(body)
             owner = tree.get("organization") or "owner"
             private = bool(tree.get("private")) or tree.get("visibility") == "private"
@@ -89,10 +97,10 @@ class HubHandler(BaseHTTPRequestHandler):
         path = unquote(urlparse(self.path).path)
         if path == "/api/whoami-v2":
             self.answer(200, {"type": "user", "name": "owner", "orgs": []})
-        elif path.startswith("/api/models/"):
-            self.list_files(path.removeprefix("/api/models/"))
+        elif path.startswith(("/api/models/", "/api/datasets/")):
+            self.list_files(path.split("/", 3)[3])
         else:
-            self.send_file(path)
+            self.send_file(path.removeprefix("/datasets"))
 
     do_HEAD = do_GET
 
@@ -111,11 +119,9 @@ class HubHandler(BaseHTTPRequestHandler):
         if files is None:
             return
         if "/tree/" in path:
-            entries = [
-                {"type": "file", "path": name, "size": len(content), "oid": blob_id(content)}
-                for name, content in files.items()
-            ]
-            self.answer(200, entries)
+            folder = path.partition("/tree/")[2].partition("/")[2]
+            is_recursive = "recursive=false" not in self.path.lower()
+            self.answer(200, list_tree(files, folder, is_recursive))
             return
         siblings = [{"rfilename": name} for name in files]
         self.answer(200, {"id": repository, "sha": COMMIT, "siblings": siblings})
@@ -129,8 +135,15 @@ class HubHandler(BaseHTTPRequestHandler):
         if content is None:
             self.answer(404, {"error": "no entry"}, {"X-Error-Code": "EntryNotFound"})
             return
-        self.send_response(200)
-        self.send_header("ETag", f'"{blob_id(content)}"')
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        etag, total = blob_id(content), len(content)
+        if span:
+            first, last = int(span[1]), min(int(span[2] or total - 1), total - 1)
+            content = content[first : last + 1]
+        self.send_response(206 if span else 200)
+        if span:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{total}")
+        self.send_header("ETag", f'"{etag}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -159,6 +172,25 @@ def hub_server() -> Iterator[Hub]:
     with running(handler) as address:
         hub.address = address
         yield hub
+
+
+def list_tree(files: dict[str, bytes], folder: str, is_recursive: bool) -> list[dict[str, Any]]:
+    """The entries of a folder; empty = the root."""
+    prefix = f"{folder}/" if folder else ""
+    inside = {name: content for name, content in files.items() if name.startswith(prefix)}
+    entries = []
+    if not is_recursive:
+        folders = {name[len(prefix) :].partition("/")[0] for name in inside}
+        names = {name[len(prefix) :] for name in inside}
+        entries = [
+            {"type": "directory", "path": prefix + name, "size": 0, "oid": "0" * 40}
+            for name in sorted(folders - names)
+        ]
+        inside = {name: c for name, c in inside.items() if "/" not in name[len(prefix) :]}
+    return entries + [
+        {"type": "file", "path": name, "size": len(content), "oid": blob_id(content)}
+        for name, content in inside.items()
+    ]
 
 
 def blob_id(content: bytes) -> str:

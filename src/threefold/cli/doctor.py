@@ -47,8 +47,11 @@ def doctor(
 
 def clean(
     kind: Annotated[
-        Literal["features", "archives", "all"],
-        typer.Argument(help="What to delete: cached features, unpacked archives, or both."),
+        Literal["features", "archives", "images", "shards", "files", "verified", "all"],
+        typer.Argument(
+            help="What to delete: cached features, unpacked archives, copied images, where images "
+            "are in shards, downloaded shards, which images are known to be sound, or all."
+        ),
     ] = "all",
     yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
 ) -> None:
@@ -74,7 +77,7 @@ def clean(
 def _is_confirmed() -> bool:
     """Ask; without a terminal or with Ctrl-C the answer is no."""
     try:
-        return typer.confirm("Delete? It is computed again when it is needed.")
+        return typer.confirm("Delete? It is computed or downloaded again when it is needed.")
     except typer.Abort:
         err.print()
         return False

@@ -95,7 +95,8 @@ def check_data(spec: DataSpec, seed: int = 0) -> DataCheck:
         Counts and findings; if nothing can be loaded, one finding of level error.
     """
     try:
-        sources = load_data(spec.model_copy(update={"bad_images": "skip"}), seed)
+        spec_of_all = spec.model_copy(update={"bad_images": "skip"})
+        sources = load_data(spec_of_all, seed, fresh=True)
     except DataError as error:
         failure = Finding("error", str(error), 0)
         return DataCheck(classes={}, groups={}, sizes={}, skipped={}, findings=(failure,))

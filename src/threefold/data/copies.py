@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from threefold.data.images import same_content
-from threefold.data.sources.folder import EncodedImages, ListedImage, contents_of
+import numpy as np
+from numpy.typing import NDArray
+
+from threefold.data.images import same_digests
+from threefold.data.sources.folder import ListedImage
 from threefold.errors import shorten
 
 
-def warn_of_copies(items: Sequence[ListedImage], encoded: EncodedImages | None) -> list[str]:
-    """Warn about files that are equal byte for byte."""
+def warn_of_copies(items: Sequence[ListedImage], digests: NDArray[np.bytes_]) -> list[str]:
+    """Warn about files that are equal byte for byte.
+
+    Args:
+        items: the images.
+        digests: of their bytes, (n,).
+    """
     test_copies: list[str] = []
     contradicting: list[str] = []
     train_copies = 0
-    for rows in same_content([item.path for item in items], contents_of(items, encoded)):
+    for rows in same_digests(digests):
         copies = [items[row] for row in rows]
         in_test = [item.id for item in copies if item.part == "test"]
         in_train = len(copies) - len(in_test)

@@ -7,7 +7,6 @@ wants to know (duplicates, ignored files). Imports no torch.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from threefold.data.class_names import check_class_names, warn_of_alike
 from threefold.data.copies import warn_of_copies
 from threefold.data.group_file import find_groups, groups_of, read_groups
-from threefold.data.images import BadImage, check_all, content_hash, decode
+from threefold.data.images import BadImage, content_hash, decode
 from threefold.data.label_counts import (
     find_labels,
     limited_sets,
@@ -40,6 +39,7 @@ from threefold.data.sources.folder import (
 )
 from threefold.data.split_names import warn_of_parts
 from threefold.data.splits import fold_values
+from threefold.data.verified import refuse_bad, verify_images
 from threefold.errors import DataError, shorten
 from threefold.names import find_repeated, natural_key
 from threefold.recipe_schema import DataSpec
@@ -58,6 +58,7 @@ class ImageDataset:
         groups: group of each image, or None; grouped folds never split a group.
         folds: the user's own fold of each image, or None.
         targets: (n, k) uint8, 1 where an image has a label; None where each image has one class.
+        digests: (n,) S16, the first bytes of the SHA-256 of each encoded image; None = unknown.
 
     Raises:
         DataError: lengths differ, ids repeat, or a label has no class.
@@ -70,6 +71,7 @@ class ImageDataset:
     groups: tuple[str, ...] | None = None
     folds: tuple[str, ...] | None = None
     targets: NDArray[np.uint8] | None = None
+    digests: NDArray[np.bytes_] | None = None
 
     def __post_init__(self) -> None:
         lengths = [len(self.images), len(self.labels), len(self.ids)]
@@ -136,6 +138,7 @@ class ImageDataset:
             groups=None if self.groups is None else tuple(self.groups[i] for i in positions),
             folds=None if self.folds is None else tuple(self.folds[i] for i in positions),
             targets=None if self.targets is None else self.targets[positions],
+            digests=None if self.digests is None else self.digests[positions],
         )
 
     def pixels(self, i: int) -> NDArray[np.uint8]:
@@ -190,10 +193,13 @@ class Sources:
         return len(self.train) + (0 if self.test is None else len(self.test))
 
 
-def load_data(spec: DataSpec, seed: int, trained: tuple[str, ...] = ()) -> Sources:
+def load_data(
+    spec: DataSpec, seed: int, trained: tuple[str, ...] = (), fresh: bool = False
+) -> Sources:
     """Find, verify and label the images of a recipe.
 
-    Every file is decoded once to verify it. `limit_per_class` draws from the training files before
+    Every file is decoded once to verify it, and not again while its size and times stay the same
+    (`verified`). `limit_per_class` draws from the training files before
     that, so the draw depends only on the seed and the list of files. With `bad_images = "skip"`,
     readable files whose suffix names another format are kept and noted.
 
@@ -202,6 +208,7 @@ def load_data(spec: DataSpec, seed: int, trained: tuple[str, ...] = ()) -> Sourc
         seed: the recipe's seed, for `limit_per_class`.
         trained: the classes of a run that has been trained on these images. Their names are not
             refused, so that it can be exported; its file has `exported_name` in their place.
+        fresh: decode every file, whatever is known of it.
 
     Raises:
         DataError: images or labels are missing, unreadable or inconsistent.
@@ -209,10 +216,12 @@ def load_data(spec: DataSpec, seed: int, trained: tuple[str, ...] = ()) -> Sourc
     found = read_source(spec)
     if isinstance(found, ArrayDataset):
         return _from_arrays(found, spec, seed)
-    return _from_files(found, spec, seed, trained)
+    return _from_files(found, spec, seed, trained, fresh)
 
 
-def _from_files(listing: Listing, spec: DataSpec, seed: int, trained: tuple[str, ...]) -> Sources:
+def _from_files(
+    listing: Listing, spec: DataSpec, seed: int, trained: tuple[str, ...], fresh: bool
+) -> Sources:
     """Verify listed files and assign their labels."""
     key = "group_regex" if spec.group_regex else "group_file" if spec.group_file else ""
     if key and any(item.group for item in listing.items):
@@ -230,18 +239,27 @@ def _from_files(listing: Listing, spec: DataSpec, seed: int, trained: tuple[str,
     if classes != trained:
         check_class_names(classes)
     train = [train[row] for row in _limited_items(train, spec.limit_per_class, seed)]
-    bad = _verify(train + test, listing.encoded, spec)
-    skipped = tuple(image for image in bad if not image.readable)
-    unreadable = {image.path for image in skipped}
-    train = [item for item in train if item.path not in unreadable]
-    test = [item for item in test if item.path not in unreadable]
+    verified = verify_images(train + test, listing.encoded, f"{spec.source} {spec.root}", fresh)
+    if verified.bad and spec.bad_images == "fail":
+        raise refuse_bad(verified.bad, len(train + test))
+    skipped = tuple(image for image in verified.bad if not image.readable)
+    usable = verified.usable
+    train, test = (
+        [item for item, is_usable in zip(part, kept, strict=True) if is_usable]
+        for part, kept in ((train, usable[: len(train)]), (test, usable[len(train) :]))
+    )
+    digests = verified.digests[usable]
     if not several:
         _require_two_of_each([item.label for item in train], classes)
     if has_test and not test:
         raise DataError("none of the test images can be read", where=spec.root)
 
-    train_set = make_dataset(train, classes, spec.group_regex, listing.encoded)
-    test_set = make_dataset(test, classes, spec.group_regex, listing.encoded) if test else None
+    def dataset(items: list[ListedImage], of_items: NDArray[np.bytes_]) -> ImageDataset:
+        made = make_dataset(items, classes, spec.group_regex, listing.encoded)
+        return replace(made, digests=of_items)
+
+    train_set = dataset(train, digests[: len(train)])
+    test_set = dataset(test, digests[len(train) :]) if test else None
     require_both(train_set)
     train_set = _with_group_file(train_set, spec, every=True)
     if test_set is not None:
@@ -260,13 +278,13 @@ def _from_files(listing: Listing, spec: DataSpec, seed: int, trained: tuple[str,
         test=test_set,
         notes=(
             *listing.notes,
-            *note_misleading_names(bad),
+            *note_misleading_names(verified.bad),
             *note_label_counts(train_set, test_set),
             *_fold_notes(train_set, spec.fold_column),
         ),
         skipped=skipped,
         warnings=(
-            *warn_of_copies(train + test, listing.encoded),
+            *warn_of_copies(train + test, digests),
             *_shared_groups(train_set, test_set),
             *_split_groups(train_set),
             *warn_of_parts(classes),
@@ -317,26 +335,6 @@ def _limited(labels: ArrayLike, limit: int, seed: int) -> NDArray[np.int64]:
         rng.permutation(np.flatnonzero(labels == label))[:limit] for label in np.unique(labels)
     ]
     return np.sort(np.concatenate(drawn))
-
-
-def _verify(
-    items: Sequence[ListedImage], encoded: EncodedImages | None, spec: DataSpec
-) -> list[BadImage]:
-    """Decode every image once; with `bad_images = "fail"`, stop at problems."""
-    bad = verify(items, encoded)
-    if bad and spec.bad_images == "fail":
-        raise DataError(
-            f"{len(bad)} of {len(items)} images cannot be used",
-            got=shorten(f"{image.path} ({image.reason})" for image in bad),
-            fix='repair, rename or remove them, or set data.bad_images = "skip"',
-        )
-    return bad
-
-
-def verify(items: Sequence[ListedImage], encoded: EncodedImages | None) -> list[BadImage]:
-    """Decode every listed image once; returns those with a problem."""
-    paths = [item.path for item in items]
-    return check_all(paths, min(8, os.cpu_count() or 1), contents_of(items, encoded))
 
 
 def _require_two_of_each(labels: Sequence[str], classes: tuple[str, ...]) -> None:

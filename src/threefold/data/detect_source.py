@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from threefold.data.sources.addresses import restore_address
 from threefold.data.sources.columns import NamedColumns, find_fold_columns
 from threefold.data.sources.csv_table import read_header, read_label_cells
+from threefold.data.sources.hub import read_hub_header, read_hub_label_cells
+from threefold.data.sources.hub_stream import is_stream, parse_address
 from threefold.data.sources.label_sets import LabelCells, seems_multilabel
 from threefold.data.sources.npz_file import read_npz_label_cells
-from threefold.data.sources.parquet import (
-    read_hub_header,
-    read_hub_label_cells,
-    read_parquet_header,
-    read_parquet_label_cells,
-)
+from threefold.data.sources.parquet import read_parquet_header, read_parquet_label_cells
 from threefold.data.sources.table_inside import find_table, locate_table
 from threefold.data.sources.unpacked import ARCHIVES, is_archive
-from threefold.errors import DataError, refuse_address
+from threefold.data.sources.webdataset import holds_samples, is_shards
+from threefold.errors import DataError, refuse_address, seems_address
 from threefold.recipe_schema import DataSpec, Source
 
 TABLES: Final[dict[str, Source]] = {
@@ -39,13 +39,20 @@ def detect_source(data: str | Path) -> DataSpec:
 
     Args:
         data: a folder of images or an archive of one, with class folders or a table inside; a CSV,
-            TSV, parquet or npz file; or `owner/name` where nothing of that path exists.
+            TSV, parquet or npz file; shards of WebDataset, by a folder, a pattern or an address; or
+            `owner/name` where nothing of that path exists, or hf://datasets/owner/name.
 
     Raises:
         DataError: it does not exist, or is another kind of file; or it can only be a name on the
             hub, and the package for that is not installed.
     """
     path = Path(data).expanduser()
+    text = restore_address(data)
+    if is_shards(text):
+        root = text if seems_address(text) else os.path.abspath(path)
+        return DataSpec(source="webdataset", root=root)
+    if holds_samples(path):
+        return DataSpec(source="webdataset", root=str(path.resolve()))
     if path.is_dir() or is_archive(path):
         table = find_table(path)
         if table is None:
@@ -61,6 +68,9 @@ def detect_source(data: str | Path) -> DataSpec:
                 got="no package datasets",
                 fix="correct the path, or: pip install 'threefold[hf]'",
             )
+        if is_stream(text):
+            parse_address(text)
+            return DataSpec(source="huggingface", root=text)
         return DataSpec(source="huggingface", root=Path(data).as_posix())
     source = TABLES.get(path.suffix.lower())
     if source is None or not path.exists():
@@ -81,7 +91,7 @@ def seems_data(name: str) -> bool:
     """Whether a name is that of a folder, an archive or a table, or can only be one on the hub."""
     path = Path(name)
     is_file = path.exists() and name.lower().endswith((*TABLES, *ARCHIVES))
-    return path.is_dir() or is_file or is_hub_name(name)
+    return path.is_dir() or is_file or is_shards(restore_address(name)) or is_hub_name(name)
 
 
 def is_hub_name(data: str | Path) -> bool:
@@ -89,6 +99,8 @@ def is_hub_name(data: str | Path) -> bool:
 
     In a folder that exists, a name that does not is a mistyped path.
     """
+    if is_stream(str(data)):
+        return True
     name = Path(data).as_posix()
     if not _HUB_NAME.fullmatch(name) or Path(data).exists():
         return False

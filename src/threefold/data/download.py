@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import http.client
+import ipaddress
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from contextlib import suppress
 from email.message import Message
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+from urllib.parse import urlsplit
 
 from threefold.data.published import PublishedDataset, RemoteFile, find_published
 from threefold.data.sources.archives import unpack_beside
@@ -186,7 +188,7 @@ class _IncompleteError(Exception):
 
 
 class SafeRedirectHandler(urllib.request.HTTPRedirectHandler):
-    """Follow redirects within HTTP only, and never from https to http."""
+    """Follow redirects within HTTP, never from https to http or into a private network."""
 
     def redirect_request(
         self,
@@ -206,7 +208,22 @@ class SafeRedirectHandler(urllib.request.HTTPRedirectHandler):
             fp.close()
             what = "the server redirects to an unsafe address"
             raise DataError(what, where=req.full_url, got=newurl)
+        if is_private(urlsplit(newurl).hostname) and not is_private(req.host):
+            fp.close()
+            what = "the server redirects into a private network"
+            raise DataError(what, where=req.full_url, got=newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def is_private(host: str | None) -> bool:
+    """Whether a host, with or without a port, has an address of a private network."""
+    name = (host or "").rpartition("@")[2]
+    name = re.sub(r":\d+$", "", name).strip("[]")
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        return any(not ipaddress.ip_address(entry[4][0]).is_global for entry in found)
+    except (OSError, ValueError):  # unknown here: a proxy may know it
+        return False
 
 
 def open_url(url: str, headers: dict[str, str]) -> Any:

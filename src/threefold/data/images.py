@@ -13,11 +13,12 @@ import io
 import os
 import stat
 import struct
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,10 +34,11 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from threefold.counting import counted
 from threefold.data.content_kinds import HEAD, describe_other, find_format
 from threefold.data.deep_grey import GreyScale, is_deep, read_scale, to_eight_bits
 from threefold.data.image_headers import UnreadableImage, essential_parts
-from threefold.errors import DataError, refuse_address
+from threefold.errors import DataError, MissingImageError, refuse_address, seems_address
 
 MAX_PIXELS = 89_478_485
 """Largest width x height to decode (a quarter of a GiB as RGB), against decompression bombs."""
@@ -85,10 +87,17 @@ _UPRIGHT = {
 }
 
 
+T = TypeVar("T")
+
+TASK = 16
+"""Images that a thread takes at a time."""
+
+
 class BadImage(NamedTuple):
     """A file that `check` rejects."""
 
-    path: Path
+    path: Path | str
+    """Of the file, or the name of an image that is none."""
     reason: str
     """One line for people to read."""
     readable: bool = False
@@ -166,29 +175,78 @@ def check(path: str | Path, content: bytes | None = None) -> BadImage | None:
     """Decode a file completely and return what is wrong with it, including a misleading suffix.
 
     Args:
-        path: the file, or the name of `content`.
+        path: the file, or the name of `content`. The end of an address is no suffix: what a server
+            sends can have another format.
         content: the bytes, if they are not in the file.
     """
-    path = Path(path)
+    return _check(path, content)[0]
+
+
+def check_hashed(path: str | Path, content: bytes | None = None) -> tuple[BadImage | None, bytes]:
+    """Return what `check` does, and the SHA-256 of the encoded image; empty if it is unread."""
+    return _check(path, content, hashlib.sha256())
+
+
+def _check(
+    path: str | Path, content: bytes | None, digest: Any = None
+) -> tuple[BadImage | None, bytes]:
+    """Decode a file; its bytes are given to `digest`, if there is one."""
     try:
-        _, image_format = _read(path if content is None else content)
+        _, image_format = _read(path if content is None else content, digest)
     except UnreadableImage as error:
-        return BadImage(path, " ".join(str(error).split()))
-    if IMAGE_SUFFIXES.get(path.suffix.lower(), image_format) != image_format:
-        return BadImage(path, f"content is {image_format}, suffix is {path.suffix}", readable=True)
-    return None
+        return BadImage(path, " ".join(str(error).split())), b""
+    found = b"" if digest is None else digest.digest()
+    suffix = "" if seems_address(path) else Path(path).suffix
+    if IMAGE_SUFFIXES.get(suffix.lower(), image_format) != image_format:
+        reason = f"content is {image_format}, suffix is {suffix}"
+        return BadImage(path, reason, readable=True), found
+    return None, found
 
 
 def check_all(
     paths: Sequence[str | Path], workers: int = 4, contents: Sequence[bytes] | None = None
 ) -> list[BadImage]:
-    """Run `check` on many files in threads; return the rejected ones, in order."""
+    """Run `check` on many files in threads; return the rejected ones, in order.
+
+    Args:
+        paths: the files, or the names of `contents`.
+        workers: threads.
+        contents: the encoded images, if they are not in files. One whose access raises a
+            MissingImageError is rejected for that reason.
+    """
 
     def check_one(index: int) -> BadImage | None:
-        return check(paths[index], None if contents is None else contents[index])
+        if contents is None:
+            return check(paths[index])
+        try:
+            content = contents[index]
+        except MissingImageError as error:
+            return BadImage(paths[index], f"{error.what}: {error.got}" if error.got else error.what)
+        return check(paths[index], content)
 
+    checked = map_in_threads(check_one, len(paths), workers)
+    checked = counted(checked, "images verified", len(paths))
+    return [bad for bad in checked if bad is not None]
+
+
+def map_in_threads(function: Callable[[int], T], count: int, workers: int) -> Iterator[T]:
+    """Yield function(0), ..., function(count - 1) in order, from threads a little ahead."""
+
+    def run(begin: int) -> list[T]:
+        return [function(row) for row in range(begin, min(begin + TASK, count))]
+
+    begins = iter(range(0, count, TASK))
     with ThreadPoolExecutor(workers) as pool:
-        return [bad for bad in pool.map(check_one, range(len(paths))) if bad is not None]
+        # Not pool.map, which would make an object for each of a million images at once.
+        running = deque(pool.submit(run, begin) for begin in islice(begins, 4 * workers))
+        try:
+            while running:
+                results = running.popleft().result()
+                running.extend(pool.submit(run, begin) for begin in islice(begins, 1))
+                yield from results
+        finally:
+            for task in running:
+                task.cancel()
 
 
 def same_content(paths: Sequence[Path], contents: Sequence[bytes] | None = None) -> list[list[int]]:
@@ -208,6 +266,18 @@ def same_content(paths: Sequence[Path], contents: Sequence[bytes] | None = None)
     except OSError as error:
         raise DataError("cannot read the file", where=error.filename, got=error) from None
     return [[rows[i] for i in positions] for positions in _positions(digests)]
+
+
+def same_digests(digests: NDArray[np.bytes_]) -> list[list[int]]:
+    """Return the positions of equal digests (n,), one list for each that repeats; empty = unknown.
+
+    As `same_content`, of images that were read before.
+    """
+    order = np.argsort(digests, kind="stable")
+    order = order[digests[order] != b""]
+    ends = np.flatnonzero(np.append(digests[order[1:]] != digests[order[:-1]], True)) + 1
+    groups = np.split(order, ends[:-1]) if len(order) else []
+    return sorted(group.tolist() for group in groups if len(group) > 1)
 
 
 def content_hash(source: Path | bytes) -> str:
@@ -237,10 +307,16 @@ def _digest(path: Path) -> bytes:
         return hashlib.file_digest(stream, "sha256").digest()
 
 
-def _read(source: str | Path | bytes | BinaryIO) -> tuple[NDArray[np.uint8], str]:
-    """Return pixels and format of any source."""
+def _read(
+    source: str | Path | bytes | BinaryIO, digest: Any = None
+) -> tuple[NDArray[np.uint8], str]:
+    """Return pixels and format of any source; the bytes of a file are given to `digest`."""
+    if isinstance(source, bytes):
+        if digest is not None:
+            digest.update(source)
+        return _decode(io.BytesIO(source))
     if not isinstance(source, (str, Path)):
-        return _decode(io.BytesIO(source if isinstance(source, bytes) else source.read()))
+        return _decode(io.BytesIO(source.read()))
     try:
         # Reading a pipe or a device could block for ever.
         if not stat.S_ISREG(os.stat(source).st_mode):
@@ -249,6 +325,10 @@ def _read(source: str | Path | bytes | BinaryIO) -> tuple[NDArray[np.uint8], str
     except (OSError, ValueError) as error:
         raise UnreadableImage(getattr(error, "strerror", None) or error) from None
     with stream:
+        if digest is not None:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+            stream.seek(0)
         return _decode(stream)
 
 

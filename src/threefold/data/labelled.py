@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from threefold.data.dataset import ImageDataset, arrays_dataset, make_dataset, verify
+from threefold.data.dataset import ImageDataset, arrays_dataset, make_dataset
 from threefold.data.detect_source import detect_source
 from threefold.data.read_source import read_source
 from threefold.data.sources.folder import ArrayDataset
+from threefold.data.verified import verify_images
 from threefold.errors import DataError, shorten
 from threefold.names import natural_key
 from threefold.recipe_schema import WITH_LABEL_SETS
@@ -51,8 +52,8 @@ def load_labelled(
     if items and len(items) < len(listing.items):
         notify(_left_out(len(items), len(listing.items) - len(items)))
     items = items or sorted(listing.items)
-    bad = verify(items, listing.encoded)
-    unreadable = [image for image in bad if not image.readable]
+    verified = verify_images(items, listing.encoded, f"{spec.source} {spec.root}")
+    unreadable = [image for image in verified.bad if not image.readable]
     if unreadable:
         raise DataError(
             f"{len(unreadable)} of {len(items)} images cannot be read",

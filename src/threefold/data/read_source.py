@@ -20,8 +20,9 @@ from threefold.data.sources.arrays import (
 from threefold.data.sources.columns import NamedColumns
 from threefold.data.sources.csv_table import list_csv
 from threefold.data.sources.folder import ArrayDataset, Listing
+from threefold.data.sources.hub import list_huggingface
 from threefold.data.sources.npz_file import read_npz
-from threefold.data.sources.parquet import list_huggingface, list_parquet
+from threefold.data.sources.parquet import list_parquet
 from threefold.data.sources.photos import (
     list_cassava2020,
     list_icassava,
@@ -30,6 +31,7 @@ from threefold.data.sources.photos import (
 )
 from threefold.data.sources.table_inside import locate_table
 from threefold.data.sources.unpacked import list_folder_or_archive
+from threefold.data.sources.webdataset import list_webdataset
 from threefold.errors import DataError
 from threefold.recipe_schema import DataSpec
 
@@ -45,6 +47,7 @@ _READERS: Final[dict[str, Callable[[DataSpec, Path, NamedColumns], Listing | Arr
     "csv": lambda spec, path, named: list_csv(locate_table(path), named),
     "parquet": lambda spec, path, named: list_parquet(locate_table(path), named),
     "huggingface": lambda spec, path, named: list_huggingface(spec.root, named),
+    "webdataset": lambda spec, path, named: list_webdataset(spec.root, named),
     "inaturalist2019": lambda spec, path, named: list_inaturalist(path, spec.extra),
     "icassava2019": lambda spec, path, named: list_icassava(path, spec.extra),
     "cassava2020": lambda spec, path, named: list_cassava2020(path),
@@ -75,6 +78,8 @@ def read_source(spec: DataSpec, *, has_recipe: bool = True) -> Listing | ArrayDa
         has_recipe,
         task=spec.task,
         separator=spec.label_separator or "",
+        # A resumed run sees the images that it has seen before.
+        try_again=spec.bad_images == "fail",
     )
     return _READERS[spec.source](spec, Path(root).expanduser(), named)
 

@@ -7,6 +7,7 @@ stage of one member in one fold; its `done.json` is written last, so a job that 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,7 +71,8 @@ def default_run_folder(data: Path) -> Path:
     if images.is_file():
         name = name.removesuffix(next((s for s in ARCHIVES if name.lower().endswith(s)), ""))
         name = Path(name).stem if name == images.name else name
-    name = name.replace(":", "-")  # before the configuration of a data set of the hub
+    if not data.exists():  # a data set of the hub with its configuration, or a range of shards
+        name = re.sub(r"[^\w-]+", "-", name.removesuffix(".tar")).strip("-") or "run"
     target = Path("runs") / name
     if target.resolve().is_relative_to(images):
         target = Path(os.path.relpath(images.parent / "runs" / name))

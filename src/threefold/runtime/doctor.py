@@ -44,7 +44,7 @@ OPTIONAL: Final = {
     "wandb": "wandb",
 }
 """Other packages, and the extra that installs each."""
-CACHES: Final = ("features", "archives")
+CACHES: Final = ("features", "archives", "images", "shards", "files", "verified")
 """Kinds of cached files, see `files.cache_folder`."""
 
 LEAST_DISK: Final = 5e9

@@ -21,6 +21,7 @@ _ALIASES: Final = {
             *("imagename", "imgname", "photopath", "picturepath"),
         ),
         ("imageid", "imgid", "photoid", "pictureid", "fileid"),
+        ("url", "urls", "imageurl", "imgurl", "photourl", "fileurl", "uri", "imageuri"),
         ("id",),
     ),
     "label": (
@@ -82,6 +83,8 @@ class NamedColumns(NamedTuple):
     """multilabel = a row has any number of labels."""
     separator: str = ""
     """Of the labels in a cell; empty = found from the cells."""
+    try_again: bool = True
+    """Whether addresses of images that gave none are tried again."""
 
 
 NO_NAMES: Final = NamedColumns()
@@ -159,6 +162,31 @@ def _candidates(
         if candidates:
             return candidates
     return []
+
+
+def find_label_name(names: Sequence[str], named: NamedColumns, where: str) -> str:
+    """Return which of the names of a record is that of its label.
+
+    Args:
+        names: of the values of a sample, which nobody can rename.
+        named: the columns that the recipe names.
+        where: the sample, for messages.
+
+    Returns:
+        The name; empty if there is none.
+
+    Raises:
+        DataError: several can be, or the named one is missing.
+    """
+    found = _candidates(names, "label", named, where)
+    if len(found) > 1:
+        raise DataError(
+            f"{len(found)} values can be the label",
+            where=where,
+            got=" and ".join(found),
+            fix="choose one: --set data.label_column=NAME",
+        )
+    return "".join(found)
 
 
 def _plain(name: str) -> str:

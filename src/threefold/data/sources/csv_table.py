@@ -10,6 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from threefold.data.sources.addresses import (
+    check_address,
+    is_address,
+    list_files,
+    name_address,
+)
 from threefold.data.sources.columns import (
     NO_NAMES,
     NamedColumns,
@@ -20,7 +26,7 @@ from threefold.data.sources.columns import (
     note_unread,
     require_columns,
 )
-from threefold.data.sources.folder import ListedImage, Listing, find_absent
+from threefold.data.sources.folder import ListedImage, Listing
 from threefold.data.sources.label_sets import (
     LabelCells,
     LabelSet,
@@ -28,7 +34,6 @@ from threefold.data.sources.label_sets import (
     join_labels,
     read_label_sets,
 )
-from threefold.data.sources.named_files import find_by_name
 from threefold.data.sources.one_hot import class_columns, one_hot_labels
 from threefold.data.split_names import EXPECTED, PARTS, split_of
 from threefold.errors import DataError, shorten
@@ -91,19 +96,20 @@ def list_csv(table: Path, named: NamedColumns = NO_NAMES) -> Listing:
         _parse_row(row, columns, table, line, named.fold, several)
         for (line, row), several in zip(rows.items(), labels, strict=True)
     ]
-    items, notes = find_by_name(items, table.parent, str(table))
-    repeated, absent = find_repeated(item.id for item in items), find_absent(items)
+    repeated = find_repeated(item.id for item in items)
     if repeated:
         raise DataError("the CSV file repeats paths", where=table, got=shorten(repeated))
-    if absent:
-        what = f"{len(absent)} files of the CSV file do not exist"
-        raise DataError(what, where=table, got=shorten(absent))
+    paths = ((row[columns["path"]] or "").strip() for row in rows.values())
+    addresses = {row: path for row, path in enumerate(paths) if is_address(path)}
+    absent = "files of the CSV file do not exist"
+    listing = list_files(items, addresses, table.parent, str(table), absent, named.try_again)
+    notes = listing.notes
     notes += note_columns(columns)
     notes += note_unread(header, [*columns.values(), *classes, *sets.columns, named.fold])
     if classes:
         notes.append(f"the classes are {len(classes)} columns of 0 and 1: {shorten(classes)}")
     notes += [sets.note] if sets.note else []
-    return Listing(items, notes, sets.names)
+    return listing._replace(notes=notes, classes=sets.names)
 
 
 def _open_table(table: Path) -> tuple[csv.DictReader[str], list[str]]:
@@ -305,10 +311,16 @@ def _parse_row(
     part, fold = PARTS[split], None
     if fold_column and part == "train":
         fold = parse_fold(cells[fold_column], fold_column, f"{table} line {line}")
-    name = Path(os.path.normpath(values["path"])).as_posix()
+    if is_address(values["path"]):
+        check_address(values["path"], f"{table} line {line}")
+        name = name_address(values["path"])
+        path = Path(name)
+    else:
+        name = Path(os.path.normpath(values["path"])).as_posix()
+        path = _find_file(table.parent, name)
     return ListedImage(
         id=name,
-        path=_find_file(table.parent, name),
+        path=path,
         label=normalise_name(values["label"]) if labels is None else join_labels(labels),
         part=part,
         group=values.get("group"),

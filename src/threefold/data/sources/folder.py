@@ -23,7 +23,7 @@ from threefold.data.walk import (
     list_entries,
     walk_images,
 )
-from threefold.errors import DataError, shorten
+from threefold.errors import DataError, MissingImageError, shorten
 from threefold.names import normalise_name
 
 
@@ -50,10 +50,17 @@ class EncodedImages(Sequence[bytes]):
     Args:
         read: returns the encoded image of a row.
         rows: rows of the table (n,).
+        identify: returns what changes when the image of a row may have changed, without reading
+            it; None = nothing is known.
     """
 
-    def __init__(self, read: Callable[[int], bytes], rows: NDArray[np.int64]) -> None:
-        self._read, self._rows = read, rows
+    def __init__(
+        self,
+        read: Callable[[int], bytes],
+        rows: NDArray[np.int64],
+        identify: Callable[[int], bytes] | None = None,
+    ) -> None:
+        self._read, self._rows, self._identify = read, rows, identify
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -64,12 +71,17 @@ class EncodedImages(Sequence[bytes]):
     def __getitem__(self, at: slice) -> EncodedImages: ...
     def __getitem__(self, at: SupportsIndex | slice) -> bytes | EncodedImages:
         if isinstance(at, slice):
-            return EncodedImages(self._read, self._rows[at])
+            return EncodedImages(self._read, self._rows[at], self._identify)
         return self._read(int(self._rows[at]))
 
     def take(self, at: NDArray[np.int64] | Sequence[int]) -> EncodedImages:
         """Select the images at these positions, in this order."""
-        return EncodedImages(self._read, self._rows[np.asarray(at, dtype=np.int64)])
+        rows = self._rows[np.asarray(at, dtype=np.int64)]
+        return EncodedImages(self._read, rows, self._identify)
+
+    def identity(self, at: int) -> bytes:
+        """Return what changes when the image at a position may have changed; empty if unknown."""
+        return self._identify(int(self._rows[at])) if self._identify is not None else b""
 
 
 class Listing(NamedTuple):
@@ -119,12 +131,12 @@ def read_file(path: Path) -> bytes:
     """Read a file.
 
     Raises:
-        DataError: the file cannot be read.
+        MissingImageError: the file cannot be read.
     """
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError("cannot read the file", where=path, got=error) from None
+        raise MissingImageError("cannot read the file", where=path, got=error) from None
 
 
 # Folders

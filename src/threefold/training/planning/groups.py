@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 
 from threefold.data.dataset import ImageDataset, Sources
 from threefold.data.group_file import read_groups, write_groups
-from threefold.data.images import same_content
+from threefold.data.images import same_content, same_digests
 from threefold.data.scene_groups import find_scene_groups, grouping_effect
 from threefold.data.splits import assign_roles, refit_roles
 from threefold.errors import DataError, RecipeError, RunError
@@ -219,6 +219,8 @@ def _write(path: Path, ids: Sequence[str], groups: Sequence[str]) -> None:
 
 def _exact_copies(train: ImageDataset) -> list[list[int]]:
     """Return the rows of images that are equal byte for byte, one list per repeated content."""
+    if train.digests is not None:
+        return same_digests(train.digests)
     images = train.images
     paths = [image for image in images if isinstance(image, Path)]
     if len(paths) == len(train):
