@@ -49,8 +49,9 @@ def detect_source(data: str | Path) -> DataSpec:
     path = Path(data).expanduser()
     text = restore_address(data)
     if is_shards(text):
-        root = text if seems_address(text) else os.path.abspath(path)
-        return DataSpec(source="webdataset", root=root)
+        return DataSpec(
+            source="webdataset", root=text if seems_address(text) else os.path.abspath(path)
+        )
     if holds_samples(path):
         return DataSpec(source="webdataset", root=str(path.resolve()))
     if path.is_dir() or is_archive(path):
