@@ -39,6 +39,7 @@ from threefold.cli.output import (
     show_student,
     watch_training,
 )
+from threefold.cli.progress import count_bars
 from threefold.cli.reproduce import register as register_reproduce
 from threefold.cli.saved import register as register_saved
 from threefold.cli.search import search
@@ -156,14 +157,15 @@ def plan(
     if path.is_dir() or is_data:
         from threefold.training.planning.plan import plan_folder
 
-        planned = plan_folder(
-            recipe,
-            parse_minutes(budget, "--budget"),
-            split_names([members]),
-            tuple(sets or ()),
-            quality,
-            group_file=Path(f"{default_run_folder(path).name}-groups.csv"),
-        )
+        with count_bars():
+            planned = plan_folder(
+                recipe,
+                parse_minutes(budget, "--budget"),
+                split_names([members]),
+                tuple(sets or ()),
+                quality,
+                group_file=Path(f"{default_run_folder(path).name}-groups.csv"),
+            )
         if planned.recipe.data.group_file:
             err.print("[yellow]note[/] groups are in", planned.recipe.data.group_file)
         out.print(planned.recipe.dump(planned.explain()), markup=False)

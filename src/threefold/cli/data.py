@@ -9,6 +9,7 @@ import typer
 
 from threefold.cli.console import out, plain, print_json, print_wrapped
 from threefold.cli.options import Json
+from threefold.cli.progress import count_bars
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -121,7 +122,8 @@ def check(
     """
     from threefold.data.check import check_data, find_spec
 
-    report = check_data(find_spec(source, kind, sets or ()))
+    with count_bars():
+        report = check_data(find_spec(source, kind, sets or ()))
     if as_json:
         findings = [finding._asdict() for finding in report.findings]
         quality = [finding._asdict() for finding in report.quality]

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from threefold.cli.console import err
+from threefold.counting import listening
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 def describe_speed(units: float) -> str:
@@ -59,4 +64,34 @@ def progress_bar(what: str, speed: bool = False) -> Iterator[Callable[[int, int]
                 progress.reset(bar, completed=done, total=total)
             begun = True
 
-        yield update
+        with _showing_counts(progress):
+            yield update
+
+
+@contextmanager
+def count_bars() -> Iterator[None]:
+    """Show a bar on a terminal for whatever is counted, such as images that are verified."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+    with (
+        Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress,
+        _showing_counts(progress),
+    ):
+        yield
+
+
+@contextmanager
+def _showing_counts(progress: Progress) -> Iterator[None]:
+    """Add a bar for each thing that is counted, until all are there."""
+    bars: dict[str, TaskID] = {}
+
+    def show(what: str, done: int, total: int) -> None:
+        if what not in bars:
+            bars[what] = progress.add_task(what, total=None)
+        progress.update(bars[what], completed=done, total=total or None)
+        if done == total:
+            progress.remove_task(bars.pop(what))
+
+    with listening(show):
+        yield

@@ -72,7 +72,7 @@ def default_run_folder(data: Path) -> Path:
         name = name.removesuffix(next((s for s in ARCHIVES if name.lower().endswith(s)), ""))
         name = Path(name).stem if name == images.name else name
     if not data.exists():  # a data set of the hub with its configuration, or a range of shards
-        name = re.sub(r"[^\w-]+", "-", name.removesuffix(".tar")).strip("-") or "run"
+        name = re.sub(r"\W+", "-", name.removesuffix(".tar")).strip("-") or "run"
     target = Path("runs") / name
     if target.resolve().is_relative_to(images):
         target = Path(os.path.relpath(images.parent / "runs" / name))

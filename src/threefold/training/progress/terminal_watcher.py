@@ -11,11 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
+    TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
 
+from threefold.counting import listening
 from threefold.names import printable, wrap_words
 from threefold.recipe import Job
 from threefold.training.progress.terminal_curves import Curves, ProgressWithCurves, label_of
@@ -65,14 +67,27 @@ class TerminalWatcher(Watcher):
         self.images: dict[Job, int] = {}
         self.current: Job | None = None
         self.seen = 0
+        self.counts: dict[str, TaskID] = {}
 
     def __enter__(self) -> TerminalWatcher:
         self.progress.start()
+        self.counting = listening(self.count)
+        self.counting.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.counting.__exit__(None, None, None)
         with suppress(OSError):  # a terminal that was closed
             self.progress.stop()
+
+    def count(self, what: str, done: int, total: int) -> None:
+        """Show how far the images are, until all are there."""
+        if what not in self.counts:
+            self.counts[what] = self.progress.add_task(what, total=None, speed="")
+        bar = self.counts[what]
+        self.progress.update(bar, completed=done, total=total or None, speed=f"{done:,}")
+        if done == total:
+            self.progress.remove_task(self.counts.pop(what))
 
     def plan(self, jobs: Sequence[Job], images: Sequence[int]) -> None:
         """Start a bar over all jobs; fill the bar of the run before."""
