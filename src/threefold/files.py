@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import codecs
 import errno
+import functools
 import glob
 import hashlib
 import io
 import json
 import os
+import platform
 import re
 import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -32,8 +35,14 @@ CACHE_VARIABLE: Final = "THREEFOLD_CACHE"
 """Environment variable: the folder of caches (by default $XDG_CACHE_HOME/threefold, else
 ~/.cache/threefold)."""
 
-_TEMPORARY = re.compile(r"\..+\.(\d+)\.[^.]+\.tmp")
-"""Names of temporary files and folders; the number is that of the process that writes them."""
+_TEMPORARY = re.compile(r"\..+\.(?:([0-9a-f]{8})-)?(\d+)\.[^.]+\.tmp")
+"""Names of temporary files and folders: the machine and the process that write them."""
+
+_ABANDONED_SECONDS: Final = 24 * 3600.0
+"""Age from which a temporary file of another machine, or of another container, is abandoned."""
+
+_swept: set[Path] = set()
+"""Folders in which this process has deleted what killed processes left."""
 
 _NOT_REGULAR = "no regular file"
 
@@ -47,6 +56,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_once(path.parent)
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
@@ -138,7 +148,7 @@ def exclusive(path: Path, busy: RunError, fix: str) -> Iterator[None]:
 
 def temporary_path(path: Path) -> Path:
     """Return where this thread writes a file before it takes the place of `path`."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    return path.with_name(f".{path.name}.{_writer()}.{threading.get_ident()}.tmp")
 
 
 def temporary_folder(target: Path) -> tempfile.TemporaryDirectory[str]:
@@ -149,29 +159,58 @@ def temporary_folder(target: Path) -> tempfile.TemporaryDirectory[str]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     delete_leftovers(target.parent, target.name)
-    prefix = f".{target.name}.{os.getpid()}."
+    prefix = f".{target.name}.{_writer()}."
     return tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix, suffix=".tmp")
 
 
 def delete_leftovers(folder: Path, name: str = "") -> None:
     """Delete the temporary files and folders of processes that were killed.
 
-    Those of running processes stay, and on systems that cannot tell, all of them.
+    Those of running processes stay, and on systems that cannot tell, all of them. Those of other
+    machines that share the folder stay for a day.
 
     Args:
         folder: where they are.
         name: only those of this file; empty = all, in all folders below, too.
     """
     pattern = f".{glob.escape(name)}.*.tmp" if name else ".*.tmp"
-    for path in [*(folder.glob(pattern) if name else folder.rglob(pattern))]:
+    _delete_abandoned([*(folder.glob(pattern) if name else folder.rglob(pattern))])
+
+
+def _delete_abandoned(paths: Iterable[Path]) -> None:
+    for path in paths:
         match = _TEMPORARY.fullmatch(path.name)
-        if match is None or _may_run(int(match[1])):
+        if match is None:
             continue
         with suppress(OSError):
+            if match[1] not in (None, _machine()):
+                if time.time() - path.lstat().st_mtime < _ABANDONED_SECONDS:
+                    continue
+            elif _may_run(int(match[2])):
+                continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+def _sweep_once(folder: Path) -> None:
+    """Delete what killed processes left in a folder, the first time that it is written to."""
+    if folder not in _swept:
+        _swept.add(folder)
+        with suppress(OSError):
+            _delete_abandoned([*folder.glob(".*.tmp")])
+
+
+def _writer() -> str:
+    """Name this process in the names of its temporary files."""
+    return f"{_machine()}-{os.getpid()}"
+
+
+@functools.cache
+def _machine() -> str:
+    """Tell this machine or container from others that may share a folder, in eight digits."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 def _may_run(process: int) -> bool:

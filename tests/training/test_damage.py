@@ -22,7 +22,7 @@ from threefold.errors import OutOfMemoryError, RunError
 from threefold.evaluation.saved import evaluate_saved
 from threefold.exporting import targets
 from threefold.exporting.export import chosen_ensemble, export
-from threefold.files import read_arrays, write_arrays
+from threefold.files import read_arrays, write_arrays, write_bytes
 from threefold.models import member as members
 from threefold.predictions.export_schema import ExportReport
 from threefold.predictions.run_folder import RunFolder
@@ -298,6 +298,31 @@ def test_what_killed_processes_left_is_deleted(copy: Path) -> None:
 
     assert not any(path.exists() for path in [*left, folder])
     assert all(path.exists() for path in kept)
+
+
+def test_a_kill_behind_the_end_of_a_job_leaves_nothing(copy: Path) -> None:
+    run, before = Run.open(copy), hash_files(copy)
+    first, last = (run.folder.job_folder(Job("plain", 0, stage)) for stage in ("one", "two"))
+    left = [last / ".resume", first / "weights.safetensors"]
+    for path in left:
+        path.write_bytes((last / "weights.safetensors").read_bytes())
+
+    train_members(run)
+
+    assert not any(path.exists() for path in left)
+    assert hash_files(copy) == before
+
+
+def test_what_other_machines_write_stays_for_a_day(tmp_path: Path) -> None:
+    """Their processes cannot be asked for, and the numbers of processes repeat."""
+    new, old = tmp_path / ".a.0123abcd-1.2.tmp", tmp_path / ".b.0123abcd-1.2.tmp"
+    for path in (new, old):
+        path.write_text("part")
+    os.utime(old, (0, 0))
+
+    write_bytes(tmp_path / "c", b"whole")
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, "c"]
 
 
 def test_a_lock_that_cannot_be_written_is_one_line(copy: Path) -> None:

@@ -92,8 +92,18 @@ def _run_job(
         _write_probs(folder, probs)
     check()
     run.folder.finish_job(job, outcome.elapsed_before + time.monotonic() - began)
-    (folder / RESUME_FILE).unlink(missing_ok=True)
-    if previous is not None:  # the weights of this stage replace those of the last
+    tidy_job(run, job)
+
+
+def tidy_job(run: Run, job: Job) -> None:
+    """Delete what a finished job has made useless, again where a process was killed before that.
+
+    These are the state to resume it from, and the weights of the stage before, which its own
+    replace.
+    """
+    (run.folder.job_folder(job) / RESUME_FILE).unlink(missing_ok=True)
+    previous = previous_job(run.recipe, job)
+    if previous is not None and run.recipe.stage(job.stage).kind == "tune":
         (run.folder.job_folder(previous) / "weights.safetensors").unlink(missing_ok=True)
 
 
@@ -123,7 +133,7 @@ def _run_head_job(
         _write_probs(folder, probs)
     check()
     run.folder.finish_job(job, outcome.elapsed_before + time.monotonic() - began)
-    (folder / RESUME_FILE).unlink(missing_ok=True)
+    tidy_job(run, job)
 
 
 def _write_probs(folder: Path, probs: Mapping[str, np.ndarray]) -> None:

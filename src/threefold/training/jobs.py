@@ -16,6 +16,7 @@ from threefold.training.executors.base import Executor
 from threefold.training.executors.make import make_executor
 from threefold.training.executors.order import count_work
 from threefold.training.head_jobs import open_features, prepare_features
+from threefold.training.job import tidy_job
 from threefold.training.pixel_cache import PixelCache
 from threefold.training.provenance import commit, data_digest, hardware, versions
 from threefold.training.pseudo_labels import Caches
@@ -74,6 +75,8 @@ def _run_jobs(executor: Executor, run: Run) -> PixelCache:
     run.watcher.plan(run.jobs, [count_work(run, job) for job in run.jobs])
     prepare_features(run, features, run.jobs)
     executor.run(run, run.jobs, Caches(cache, features))
+    for job in run.jobs:
+        tidy_job(run, job)
     assemble(run)
     return cache
 
