@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.disk import files_up_to
 from support.tiny_runs import make_folder
 
 from threefold.cli import ui_worker
@@ -15,6 +16,7 @@ from threefold.cli.ui import describe_run, resolve_data
 from threefold.errors import DataError
 from threefold.files import read_json, write_json
 from threefold.recipe import Job
+from threefold.serving.ui_jobs import UNWRITTEN
 from threefold.training.progress.event_watcher import EventLog, EventWatcher
 from threefold.training.run import Run
 
@@ -131,3 +133,21 @@ def test_data_are_named_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for name in ("", "gone", "https://example.org/photos.zip"):
         with pytest.raises(DataError):
             resolve_data(name)
+
+
+def test_an_event_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in place of a folder")
+
+    log = EventLog(tmp_path / "file" / "events.jsonl")
+
+    assert not log.write("note", text="a")
+    assert EventLog(tmp_path / "events.jsonl").write("note", text="a")
+
+
+def test_a_full_disk_is_the_exit_code(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["ui_worker", "check", str(state), str(state / "run")])
+
+    with files_up_to(0), pytest.raises(SystemExit) as stop:
+        ui_worker.main()
+
+    assert stop.value.code == UNWRITTEN

@@ -20,7 +20,7 @@ class ThreefoldError(Exception):
         where: the file, key or row concerned.
         expected: what would have been right.
         got: what was there instead; of an error of the operating system, its reason.
-        fix: what the user can do about it.
+        fix: what the user can do about it; of a full or unwritable disk, by default what helps.
 
     Attributes:
         what, where, expected, fix: as given.
@@ -37,6 +37,7 @@ class ThreefoldError(Exception):
         fix: str = "",
     ) -> None:
         if isinstance(got, OSError):
+            fix = fix or _DISK_ADVICE.get(got.errno or 0, "")
             got = got.strerror or got
         self.what, self.where, self.expected, self.fix = what, where, expected, fix
         self.got = " ".join(str(got).split())
@@ -55,6 +56,28 @@ class ThreefoldError(Exception):
         return type(self)(
             self.what, where=self.where, expected=self.expected, got=self.got, fix=fix
         )
+
+
+_FULL = "free disk space, then run the same command again"
+_FORBIDDEN = "change the permissions of the folder, or choose another one"
+_DISK_ADVICE = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: "free space within your quota, then run the same command again",
+    errno.EROFS: "choose a folder on a disk that can be written",
+    errno.EACCES: _FORBIDDEN,
+    errno.EPERM: _FORBIDDEN,
+    errno.EIO: "the disk has failed; choose another one, then run the same command again",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or choose another disk",
+}
+"""What helps against an error of the operating system that is about a disk."""
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether an error is about a disk, and not about a network, which raises OSError, too."""
+    if not isinstance(error, OSError) or error.errno not in _DISK_ADVICE:
+        return False
+    is_refusal = error.errno in (errno.EACCES, errno.EPERM)  # which a firewall also gives
+    return not is_refusal or error.filename is not None
 
 
 class RecipeError(ThreefoldError):

@@ -46,6 +46,9 @@ _swept: set[Path] = set()
 
 _NOT_REGULAR = "no regular file"
 
+_LOST = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""Errors of a flush that say that something is not on the disk."""
+
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically: a crash leaves the old content or the new, never a part.
@@ -68,12 +71,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             temporary.unlink()
         if not isinstance(error, OSError):
             raise
-        raise RunError(
-            "cannot write",
-            where=path,
-            got=error,
-            fix="free disk space or choose a writable folder, then run the same command again",
-        ) from None
+        raise RunError("cannot write", where=path, got=error) from None
 
 
 def read_text(path: Path, max_bytes: int = 1 << 24) -> str:
@@ -160,7 +158,9 @@ def temporary_folder(target: Path) -> tempfile.TemporaryDirectory[str]:
     target.parent.mkdir(parents=True, exist_ok=True)
     delete_leftovers(target.parent, target.name)
     prefix = f".{target.name}.{_writer()}."
-    return tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix, suffix=".tmp")
+    return tempfile.TemporaryDirectory(
+        dir=target.parent, prefix=prefix, suffix=".tmp", ignore_cleanup_errors=True
+    )
 
 
 def delete_leftovers(folder: Path, name: str = "") -> None:
@@ -188,10 +188,7 @@ def _delete_abandoned(paths: Iterable[Path]) -> None:
                     continue
             elif _may_run(int(match[2])):
                 continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            _delete(path)
 
 
 def _sweep_once(folder: Path) -> None:
@@ -227,13 +224,76 @@ def _may_run(process: int) -> bool:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make the names in a folder outlast a loss of power, where the system can."""
-    with suppress(OSError):  # Windows cannot, nor can every file system
+    """Make the names in a folder outlast a loss of power, where the system can.
+
+    Raises:
+        OSError: the disk is full or has failed, so that a new name may be lost.
+    """
+    try:
         descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    except OSError:  # Windows cannot
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in _LOST:  # not every file system can
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def flush_files(folder: Path) -> None:
+    """Make sure that all files in a folder are on the disk.
+
+    Raises:
+        OSError: the disk is full or has failed.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    flush_folder(folder)
+
+
+def replace_all(files: Mapping[Path, Path], spare: Path) -> None:
+    """Move finished files or folders to their places; if one cannot be, all are as before.
+
+    Args:
+        files: place of each by where it was written, on the same file system, in this order.
+        spare: an empty folder on it for what is replaced, which the caller deletes.
+
+    Raises:
+        OSError: one cannot be moved.
+    """
+    kept: list[tuple[Path, Path]] = []
+    placed: list[Path] = []
+    try:
+        # No old file is ever beside a new one; the last one is first away and last in place.
+        for number, target in enumerate(reversed([*files.values()])):
+            if target.exists():
+                os.replace(target, spare / f"{number}")
+                kept.append((spare / f"{number}", target))
+        for source, target in files.items():
+            os.replace(source, target)
+            placed.append(target)
+        for folder in {target.parent for target in placed}:
+            flush_folder(folder)
+    except OSError:
+        for target in placed:
+            with suppress(OSError):
+                _delete(target)
+        for old, target in reversed(kept):
+            with suppress(OSError):
+                os.replace(old, target)
+        raise
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, or a folder with what is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def write_json(path: Path, tree: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from threefold.exporting.hub_readme import write_readme
 from threefold.exporting.hub_upload import push
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
-from threefold.runtime.hub import find_model, is_address, network_errors
+from threefold.runtime.hub import find_model, is_address, network_errors, pull
 from threefold.runtime.model import load
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -130,6 +132,21 @@ def test_push_without_a_network_is_one_line(finished: Any, monkeypatch: pytest.M
 
     with pytest.raises(ExportError, match=r"cannot reach the hub.*Name or service"):
         push(finished.dir, "owner/tiny")
+
+
+def test_a_full_disk_is_no_fault_of_the_hub(
+    finished: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.onnx")
+
+    monkeypatch.setattr("threefold.exporting.hub_upload.HfApi.create_repo", fail)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+
+    with pytest.raises(ExportError, match=r"cannot write: model.onnx; got No space .*; fix: free"):
+        push(finished.dir, "owner/tiny")
+    with pytest.raises(ExportError, match=r"cannot write: .*got No space left.*; fix: free"):
+        pull("owner/tiny", tmp_path / "new")
 
 
 def test_offline_address_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.disk import files_up_to
 from support.exports import noise_images
 from torch import nn
 
 from threefold.errors import ExportError
 from threefold.exporting import checksums, targets
+from threefold.files import sha256
 from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.predictions.export_schema import ExportReport
 
@@ -217,3 +219,31 @@ def test_a_target_that_cannot_be_written_is_refused(
 
     with pytest.raises(ExportError, match="cannot write"):
         export_pipeline(tiny_pipeline, tmp_path / "file" / "m.pt2")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the libraries about themselves
+@pytest.mark.parametrize("suffix", [".pt2", ".xml", ".mlpackage"])
+def test_a_full_disk_leaves_the_old_file(
+    tiny_pipeline: Pipeline, tmp_path: Path, suffix: str
+) -> None:
+    pipeline = tiny_pipeline
+    if suffix == ".xml":
+        pytest.importorskip("openvino")
+    elif suffix == ".mlpackage":
+        pytest.importorskip("coremltools")
+        members = {"a": tiny_pipeline.members["a"]}  # a package holds images of one size
+        pipeline = Pipeline(members, Combiner(Mean()), ("w", "x", "y", "z"))  # type: ignore[arg-type]
+    export_pipeline(pipeline, tmp_path / f"m{suffix}")
+    before = digests(tmp_path)
+
+    for size in (0, 100, 1_000, 5_000):
+        with files_up_to(size), pytest.raises(ExportError, match=r"cannot write|fix: free disk"):
+            export_pipeline(pipeline, tmp_path / f"m{suffix}")
+        assert digests(tmp_path) == before, size
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): sha256(path) for path in files}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from PIL import Image
+from support.disk import files_up_to
 from support.server import card, write_model
 
 from threefold.errors import DataError, ExportError, RunError
@@ -303,3 +304,48 @@ def test_a_device_is_compared_with_the_cpu(
     assert (
         told[0] == "azure against the CPU on 15 images: largest difference 0.0e+00 (allowed 0.0001)"
     )
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.9])
+def test_a_full_disk_loses_no_answer(
+    tmp_path: Path, images: Path, suffix: str, part: float
+) -> None:
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    model, whole = make_model(tmp_path), tmp_path / f"whole{suffix}"
+    predict(model, images, whole)
+    target = tmp_path / f"cut{suffix}"
+
+    with (
+        files_up_to(max(400, int(part * whole.stat().st_size))),  # the state beside it fits
+        pytest.raises(RunError, match=r"cannot write: .*fix: raise the limit on the size"),
+    ):
+        predict(model, images, target)
+    predict(model, images, target)
+
+    assert read_rows(target) == read_rows(whole)
+    assert not [*tmp_path.glob("*.parts"), *tmp_path.glob(".*.tmp")]
+
+
+def test_a_failed_write_is_not_repeated_as_rows(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, target = make_model(tmp_path), tmp_path / "a.csv"
+    monkeypatch.setattr("threefold.runtime.predict_file.FLUSH_SECONDS", 0.0)
+    rows, append = [], result_files.CsvFile.append
+
+    def fail_once(self: result_files.CsvFile, answers: list[dict[str, object]]) -> None:
+        rows.extend(answers)
+        if len(rows) == 3 and answers:
+            raise RunError("cannot write")
+        append(self, answers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(result_files.CsvFile, "append", fail_once)
+        with pytest.raises(RunError, match="cannot write"):
+            predict(model, images, target)
+
+    assert len(rows) == 3
+    predict(model, images, target)
+    assert len(read_rows(target)) == COUNT - 1

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
 from support.server import picture, wait_until
-from support.ui import make_client, make_workbench, wait_for, write_photos, write_planned
+from support.ui import WORKER, make_client, make_workbench, wait_for, write_photos, write_planned
 
 from threefold.serving.ui import PAGE
-from threefold.serving.ui_jobs import Workbench
+from threefold.serving.ui_jobs import UNWRITTEN, Workbench
 
 
 @pytest.fixture
@@ -236,3 +237,18 @@ def test_new_runs_have_new_names_and_come_first(
 
     names = [run["name"] for run in client.get("/state").json()["runs"]]
     assert names == [name, planned] == ["photos-2", "photos"]
+
+
+def test_a_task_whose_end_cannot_be_written_has_failed(photos: Path) -> None:
+    """A full disk also keeps the process from writing that the disk is full."""
+    workbench = make_workbench(photos.parent / "runs")
+    workbench.command = [sys.executable, "-c", f"raise SystemExit({UNWRITTEN})"]
+    name = workbench.create(str(photos))
+    with make_client(workbench) as client:
+        run = wait_for(client, name, "failed")
+        assert "cannot write in " in run["message"]
+        assert "free disk space" in run["message"]
+
+        workbench.command = WORKER
+        workbench.start(name, "check", {})
+        assert wait_for(client, name)["message"] == ""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.disk import files_up_to
 
 from threefold.data.dataset import ImageDataset, Sources
 from threefold.data.splits import Roles
@@ -122,7 +124,7 @@ def test_folder_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
         make_cache(tmp_path)[0].rows("train", SPEC, np.array([0]))
 
 
-def test_full_disk_is_an_error_before_mapping(
+def test_full_disk_is_an_error_before_decoding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: int) -> None:
@@ -135,6 +137,24 @@ def test_full_disk_is_an_error_before_mapping(
     ):
         make_cache(tmp_path)[0].rows("train", SPEC, np.array([0]))
     assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("size", [0, 100, 10_000])
+def test_disk_that_fills_up_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    def unknown(*_: int) -> None:  # as file systems say that cannot reserve
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("os.posix_fallocate", unknown, raising=False)
+    rows, right = np.arange(12), make_cache(tmp_path / "right")[0]
+
+    with files_up_to(size), pytest.raises(RunError, match="cannot write the image cache"):
+        make_cache(tmp_path)[0].rows("train", SPEC, rows)
+    assert not list((tmp_path / "cache").iterdir())
+
+    again = make_cache(tmp_path)[0].rows("train", SPEC, rows)
+    assert np.array_equal(again.pixels[:], right.rows("train", SPEC, rows).pixels[:])
 
 
 def test_rows_of_any_side(tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
-from typing import Final
+from typing import TYPE_CHECKING, Final, TextIO
 
 # Everything else is imported once signals are caught.
 from threefold.cli.signals import Signals, catch_signals
+
+if TYPE_CHECKING:
+    from threefold.errors import ThreefoldError
 
 _LONGEST: Final = 200
 """Characters of a path in a message."""
@@ -37,7 +41,11 @@ def run(signals: Signals) -> None:
 
         _silence_pillow()
         console.make_robust_streams()
-        app.app()
+        try:
+            app.app()
+        except SystemExit:
+            sys.stdout.flush()  # what was printed has arrived, or that is an error
+            raise
     except BaseException as error:
         if signals.have_ended(error):
             _tell_stopped(signals)
@@ -66,20 +74,48 @@ def _explain(error: Exception) -> None:
     if isinstance(error, ThreefoldError):
         message = error
     elif isinstance(error, BrokenPipeError):
+        _give_up(sys.stdout)
         sys.exit(0)
     elif isinstance(error, ModuleNotFoundError):
         verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
         message = missing_extra(error, VERB_EXTRAS.get(verb, "all"), f"threefold {verb}".strip())
     elif is_out_of_memory(error):
         message = out_of_memory(f"threefold {' '.join(sys.argv[1:2])}".strip(), error)
-    elif isinstance(error, OSError):  # such as a path that is too long for the file system
-        name = str(error.filename or "")
-        where = name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..."
-        message = ThreefoldError("cannot use the file", where=where, got=error)
+    elif isinstance(error, OSError):
+        message = _describe(error)
     if message is None:
         raise error
-    print_error(message)
+    _give_up(sys.stdout)
+    with suppress(OSError):  # a full disk, to which standard error goes
+        print_error(message)
+    _give_up(sys.stderr)
     sys.exit(1)
+
+
+def _describe(error: OSError) -> ThreefoldError:
+    """Say what an error of the system is about, such as a path that is too long."""
+    from threefold.errors import ThreefoldError, is_disk_error
+
+    if error.filename is None and is_disk_error(error):  # only openings name their file
+        where = "standard output" if _give_up(sys.stdout) else ""
+        return ThreefoldError("cannot write", where=where, got=error)
+    name = str(error.filename or "")
+    where = name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..."
+    return ThreefoldError("cannot use the file", where=where, got=error)
+
+
+def _give_up(stream: TextIO) -> bool:
+    """Let go of what cannot be printed, or Python would say so at its end, with code 120.
+
+    Returns:
+        Whether there was such output.
+    """
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return True
+    return False
 
 
 def _silence_pillow() -> None:

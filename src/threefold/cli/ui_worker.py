@@ -9,17 +9,18 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from threefold.arguments import parse_minutes
 from threefold.cli.signals import catch_signals
 from threefold.errors import RunError, ThreefoldError, is_out_of_memory, out_of_memory
 from threefold.extras import missing_extra
 from threefold.files import read_json, write_bytes, write_json
-from threefold.serving.ui_jobs import EVENTS, LOCK, LOG, PROCESS
+from threefold.serving.ui_jobs import EVENTS, LOCK, LOG, PROCESS, UNWRITTEN
 from threefold.training.progress.event_watcher import EventLog, EventWatcher
 
 LISTED: Final = 50
@@ -27,8 +28,26 @@ LISTED: Final = 50
 
 
 def main() -> None:
-    """Do the task that the command line names."""
+    """Do the task that the command line names; exits with `UNWRITTEN` if its end is not in the log.
+
+    Raises:
+        SystemExit: with that code.
+    """
     task, state_folder, run_folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    try:
+        is_written = _work(task, state_folder, run_folder)
+    except Timeout:
+        raise
+    except (OSError, RunError) as error:  # the folder of the page cannot be written
+        with suppress(OSError):  # standard error is a file there
+            print(error, file=sys.stderr)
+        is_written = False
+    if not is_written:
+        raise SystemExit(UNWRITTEN)
+
+
+def _work(task: str, state_folder: Path, run_folder: Path) -> bool:
+    """Do a task; returns whether the log says how it ended."""
     with FileLock(state_folder / LOCK, timeout=20):  # the server may look at it just now
         write_bytes(state_folder / PROCESS, str(os.getpid()).encode())
         log = EventLog(state_folder / EVENTS)
@@ -38,11 +57,10 @@ def main() -> None:
             with catch_signals(watcher):
                 TASKS[task](state_folder, run_folder, watcher)
         except KeyboardInterrupt:
-            log.write("stopped", task=task)
+            return log.write("stopped", task=task)
         except Exception as error:
-            log.write("failed", task=task, message=_one_line(error, state_folder / LOG))
-        else:
-            log.write("done", task=task)
+            return log.write("failed", task=task, message=_one_line(error, state_folder / LOG))
+        return log.write("done", task=task)
 
 
 def _one_line(error: Exception, log: Path) -> str:
@@ -55,7 +73,8 @@ def _one_line(error: Exception, log: Path) -> str:
         missing = missing_extra(error, "all", "threefold ui")
         if missing is not None:
             return str(missing)
-    traceback.print_exc()
+    with suppress(OSError):
+        traceback.print_exc()
     if isinstance(error, OSError):
         return str(RunError("cannot use the file", where=error.filename or "", got=error))
     return str(RunError(f"this is a fault of threefold: {type(error).__name__}", where=log))

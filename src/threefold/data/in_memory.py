@@ -33,7 +33,7 @@ from threefold.data.sources.label_sets import LabelCells, seems_multilabel
 from threefold.data.sources.npz_file import check_images, label_text, label_texts
 from threefold.data.sources.one_hot import class_columns, marked_columns
 from threefold.errors import DataError, RunError, shorten
-from threefold.files import temporary_folder, write_arrays
+from threefold.files import flush_files, temporary_folder, write_arrays
 
 DATA_FOLDER: Final = "data"
 """The folder in a run's folder with the data that were in memory."""
@@ -373,12 +373,7 @@ def _new_content(run_folder: Path) -> Iterator[Path]:
             content.mkdir()
             yield content
     except OSError as error:
-        raise RunError(
-            "cannot write",
-            where=run_folder,
-            got=error,
-            fix="free disk space or choose a writable folder",
-        ) from None
+        raise RunError("cannot write", where=run_folder, got=error) from None
     finally:
         if is_new:
             with suppress(OSError):
@@ -388,10 +383,12 @@ def _new_content(run_folder: Path) -> Iterator[Path]:
 def _keep(content: Path, target: Path) -> None:
     """Move what was written to its place; data of a run that has not begun make room."""
     folder = target.parent.parent
-    if is_stored_data(folder):
-        shutil.rmtree(folder)
     folder.mkdir(exist_ok=True)
+    earlier = [*folder.iterdir()] if is_stored_data(folder) else []
+    flush_files(content)
     os.replace(content, target.parent)
+    for path in earlier:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _store_rows(rows: _Rows, run_folder: Path) -> Path:

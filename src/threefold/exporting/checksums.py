@@ -22,8 +22,8 @@ def checksum_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.sha256")
 
 
-def write_checksums(target: Path, digests: Mapping[str, str]) -> None:
-    """Write the checksums of an exported file.
+def write_checksums(target: Path, digests: Mapping[str, str]) -> Path:
+    """Write the checksums of an exported file, and return their path.
 
     Args:
         target: the file.
@@ -32,8 +32,10 @@ def write_checksums(target: Path, digests: Mapping[str, str]) -> None:
     Raises:
         ExportError: the file cannot be written.
     """
+    path = checksum_path(target)
     lines = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
-    write_file(checksum_path(target), lines.encode())
+    write_file(path, lines.encode())
+    return path
 
 
 def check_checksums(target: Path) -> None:

@@ -76,6 +76,8 @@ def convert(pipeline: Pipeline, target: Path) -> Any:
             )
     except ExportError:
         raise
+    except OSError as error:
+        raise ExportError("cannot write", where=target, got=error) from None
     except Exception as error:  # coremltools raises errors of many types
         raise ExportError(
             "Core ML cannot hold these networks",
@@ -86,11 +88,18 @@ def convert(pipeline: Pipeline, target: Path) -> Any:
 
 
 def save(model: Any, package: Path, card: Mapping[str, Any]) -> None:
-    """Save a model with its card as the user-defined metadata `threefold`."""
+    """Save a model with its card as the user-defined metadata `threefold`.
+
+    Raises:
+        ExportError: the package cannot be written.
+    """
     text = json.dumps({**card, "checked": CHECKED}, ensure_ascii=False, default=float)
     model.user_defined_metadata[KEY] = text
-    with _quiet():
-        model.save(str(package))
+    try:
+        with _quiet():
+            model.save(str(package))
+    except OSError as error:
+        raise ExportError("cannot write", where=package, got=error) from None
 
 
 def predict_coreml(package: Path, pipeline: Pipeline, images: Sequence[np.ndarray]) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from threefold.errors import ExportError, RunError
+from threefold.errors import ExportError, RunError, is_disk_error
 from threefold.exporting.hub_readme import write_readme
 from threefold.files import write_json
 from threefold.predictions.results_schema import Results
@@ -50,7 +50,9 @@ def push(run_dir: str | Path, repository: str, *, private: bool = False, licence
             where=folder.path,
             fix=f"threefold export {folder.path} --out {model}",
         )
-    with tempfile.TemporaryDirectory(prefix="threefold-push-") as temporary:
+    with tempfile.TemporaryDirectory(
+        prefix="threefold-push-", ignore_cleanup_errors=True
+    ) as temporary:
         copy = Path(temporary)
         api = HfApi(library_name="threefold")
         try:
@@ -76,6 +78,9 @@ def push(run_dir: str | Path, repository: str, *, private: bool = False, licence
             reason = error.server_message or f"HTTP status {status}"
             raise ExportError("the hub refuses", where=repository, got=reason) from None
         except network_errors() as error:
+            if is_disk_error(error):
+                place = getattr(error, "filename", None) or temporary
+                raise ExportError("cannot write", where=place, got=error) from None
             raise ExportError("cannot reach the hub", where=repository, got=error) from None
     return str(address)
 

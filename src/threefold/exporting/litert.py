@@ -72,6 +72,8 @@ def write_litert(pipeline: Pipeline, path: Path, target: Path) -> None:
     try:
         with _quiet():
             litert_torch.convert(_Images(network).eval(), (example,)).export(str(path))
+    except OSError as error:
+        raise ExportError("cannot write", where=target, got=error) from None
     except Exception as error:  # litert-torch raises errors of many types
         raise ExportError(
             "LiteRT cannot hold these networks",

@@ -99,7 +99,11 @@ def staged(model: Any, target: Path, card: Mapping[str, Any] | None = None) -> I
     # Serialising the model to learn its size would fail above 2 GB.
     large = sum(ir.from_proto(tensor).nbytes for tensor in weights(model.graph)) > LIMIT
     try:
-        directory = temporary_folder(target) if large else tempfile.TemporaryDirectory()
+        directory = (
+            temporary_folder(target)
+            if large
+            else tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        )
     except OSError as error:
         raise ExportError("cannot write", where=target, got=error) from None
     with directory as folder:
@@ -206,7 +210,7 @@ def _move_weights(model: Any, folder: Path, name: str) -> Path:
         data = folder / f"{name}.{digest[:16]}.bin"
         os.replace(folder / "weights", data)
     except OSError as error:
-        raise ExportError("cannot write", where=folder, got=error, fix="free disk space") from None
+        raise ExportError("cannot write", where=folder, got=error) from None
     for (proto, _), tensor in zip(tensors, moved, strict=True):
         stored = ir.ExternalTensor(
             data.name,

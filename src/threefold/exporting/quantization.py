@@ -123,7 +123,7 @@ def quantize(model: Any, inputs: np.ndarray) -> Any:
     """
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, _quiet():
         target = Path(folder) / "int8.onnx"
         quantize_static(
             onnx.shape_inference.infer_shapes(model),

@@ -14,13 +14,12 @@ All but the first have their checksums beside them (`checksums`), which `load` c
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,12 +30,13 @@ import torch
 from threefold.ensembles.cascade import Cascade
 from threefold.errors import ExportError
 from threefold.exporting import coreml, litert, onnx_graph
-from threefold.exporting.checksums import check_checksums, checksum_path, write_checksums
+from threefold.exporting.checksums import check_checksums, write_checksums
 from threefold.exporting.onnx_cascade import add_cascade
-from threefold.exporting.onnx_files import place_file, staged
+from threefold.exporting.onnx_files import staged, write_file
 from threefold.exporting.parity import check, compare
 from threefold.exporting.quantization import check_precision
-from threefold.files import sha256, temporary_folder
+from threefold.files import flush_files, replace_all, sha256, temporary_folder
+from threefold.machine import free_disk
 from threefold.models.pipeline import Pipeline
 from threefold.predictions.export_schema import ExportReport
 from threefold.runtime.model import KEY
@@ -211,27 +211,21 @@ def _to_pt2(
         example = torch.zeros(2, 30, 40, 3, dtype=torch.uint8)
         program = torch.export.export(pipeline, (example,), dynamic_shapes=(dynamic,))
         trial = Path(folder) / target.name
-        _save(program, trial, card, target)
+        _save(program, trial, card)
         loaded = _load_pt2(trial)
         report = measure(
             predict_each(lambda image: loaded(torch.from_numpy(image))[0].numpy(), images)
         )
-        _save(program, trial, {**card, "parity": report.as_json()}, target)
+        _save(program, trial, {**card, "parity": report.as_json()})
         _place(target, [trial])
     return report.replace(bytes=target.stat().st_size)
 
 
-def _save(program: Any, path: Path, card: dict[str, Any], target: Path) -> None:
-    try:
-        torch.export.save(
-            program,
-            path,
-            extra_files={CARD_FILE: json.dumps(card, ensure_ascii=False, default=float)},
-        )
-    except (OSError, RuntimeError) as error:
-        raise ExportError(
-            "cannot write", where=target, got=str(error).splitlines()[0][:160]
-        ) from None
+def _save(program: Any, path: Path, card: dict[str, Any]) -> None:
+    content = io.BytesIO()  # torch does not say why it cannot write a file
+    card_text = json.dumps(card, ensure_ascii=False, default=float)
+    torch.export.save(program, content, extra_files={CARD_FILE: card_text})
+    write_file(path, content.getvalue())
 
 
 def _to_coreml(
@@ -249,17 +243,8 @@ def _to_coreml(
         shutil.rmtree(trial)
         coreml.save(model, trial, {**card, "parity": report.as_json()})
         files = [path for path in sorted(trial.rglob("*")) if path.is_file()]
-        digests = {f"{target.name}/{path.relative_to(trial)}": sha256(path) for path in files}
         size = sum(path.stat().st_size for path in files)
-        with suppress(FileNotFoundError):
-            checksum_path(target).unlink()
-        try:
-            if target.exists():
-                os.replace(target, Path(folder) / "old")
-            os.replace(trial, target)
-        except OSError as error:
-            raise ExportError("cannot write", where=target, got=error) from None
-        write_checksums(target, digests)
+        _place(target, [trial])
     return report.replace(bytes=size)
 
 
@@ -276,7 +261,7 @@ def _to_litert(
         report = measure(litert.predict_litert(trial, pipeline, images))
         text = json.dumps({**card, "parity": report.as_json()}, ensure_ascii=False, default=float)
         card_trial = trial.with_name(f"{target.name}.json")
-        card_trial.write_text(text, encoding="utf-8")
+        write_file(card_trial, text.encode())
         _place(target, [card_trial, trial])
     return report.replace(bytes=target.stat().st_size)
 
@@ -295,19 +280,43 @@ def _to_openvino(
     ):
         converted = openvino.convert_model(onnx_file.model)
         trial = Path(folder) / target.name
-        # The graph has its precision already, so nothing is compressed here.
-        openvino.save_model(converted, trial, compress_to_fp16=False)
+        weights = trial.with_suffix(".bin")
+        _save_openvino(openvino, converted, trial, target)
+        tried = sha256(weights)
         report = measure(_predict_openvino(openvino, trial, images))
         converted.set_rt_info(
             json.dumps({**card, "parity": report.as_json()}, ensure_ascii=False, default=float),
             [KEY],
         )
-        openvino.save_model(converted, trial, compress_to_fp16=False)
-        weights = target.with_suffix(".bin")
-        with suppress(FileNotFoundError):
-            target.unlink()  # so that no .xml is ever beside the weights of another model
-        _place(target, [trial.with_suffix(".bin"), trial])
+        _save_openvino(openvino, converted, trial, target)
+        if sha256(weights) != tried:
+            raise _cut_short(target)
+        _place(target, [weights, trial])
+    weights = target.with_suffix(".bin")
     return report.replace(bytes=target.stat().st_size + weights.stat().st_size)
+
+
+def _save_openvino(openvino: Any, model: Any, path: Path, target: Path) -> None:
+    """Write the two files of a model, and read them back: on a full disk OpenVINO says nothing.
+
+    Raises:
+        ExportError: they cannot be written.
+    """
+    try:
+        # The graph has its precision already, so nothing is compressed here.
+        openvino.save_model(model, path, compress_to_fp16=False)
+        openvino.Core().read_model(path)
+    except RuntimeError:  # the library's own, without the system's reason
+        raise _cut_short(target) from None
+
+
+def _cut_short(target: Path) -> ExportError:
+    return ExportError(
+        "cannot write",
+        where=target,
+        got=f"{free_disk(target.parent) / 1e6:,.0f} MB free on the disk",
+        fix="free disk space or choose a writable folder, then run the same command again",
+    )
 
 
 def _predict_openvino(openvino: Any, model: Path, images: Sequence[np.ndarray]) -> np.ndarray:
@@ -317,17 +326,30 @@ def _predict_openvino(openvino: Any, model: Path, images: Sequence[np.ndarray]) 
 
 
 def _place(target: Path, trials: Sequence[Path]) -> None:
-    """Move finished files to their places, and write their checksums last.
+    """Move finished files and their checksums to their places, which else stay as they are.
+
+    Args:
+        target: the file; what belongs to it goes beside it.
+        trials: files or folders in one temporary folder beside it, the target's own last.
 
     Raises:
         ExportError: a file cannot be written.
     """
-    digests = {trial.name: sha256(trial) for trial in trials}
-    with suppress(FileNotFoundError):
-        checksum_path(target).unlink()  # it is about the file that is replaced
-    for trial in trials:
-        place_file(trial, target.with_name(trial.name))
-    write_checksums(target, digests)
+    folder = trials[0].parent
+    try:
+        flush_files(folder)
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        digests = {
+            path.relative_to(folder).as_posix(): sha256(path)
+            for path in paths
+            if path.relative_to(folder).parts[0] in {trial.name for trial in trials}
+        }
+        trials = [*trials, write_checksums(trials[-1], digests)]
+        spare = folder / "replaced"
+        spare.mkdir()
+        replace_all({trial: target.with_name(trial.name) for trial in trials}, spare)
+    except OSError as error:
+        raise ExportError("cannot write", where=target, got=error) from None
 
 
 def _stage(target: Path) -> tempfile.TemporaryDirectory[str]:

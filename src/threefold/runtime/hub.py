@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
-from threefold.errors import ExportError
+from threefold.errors import ExportError, is_disk_error
 from threefold.extras import require_package
 
 MODEL: Final = "model.onnx"
@@ -128,6 +128,8 @@ def download(
             fix="go online once, or give the path of a file",
         ) from None
     except network_errors() as error:
+        if is_disk_error(error):
+            raise ExportError("cannot write", where=folder or where, got=error) from None
         got = " ".join(str(error).split())[:200]
         raise ExportError("cannot download from the hub", where=where, got=got) from None
 

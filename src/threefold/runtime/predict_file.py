@@ -133,12 +133,14 @@ def _predict(
                 failed += 1
                 notify(error)
             if time.perf_counter() - written > FLUSH_SECONDS:
-                results.file.append(waiting)
-                waiting, written = [], time.perf_counter()
+                rows, waiting, written = waiting, [], time.perf_counter()
+                results.file.append(rows)
                 progress(done, len(paths))
     finally:  # an interruption loses no answer
-        results.file.append(waiting)
-        results.file.close()
+        try:
+            results.file.append(waiting)
+        finally:
+            results.file.close()
     results.file.finish()
     progress(done, len(paths))
     seconds = time.perf_counter() - begin

@@ -13,13 +13,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Final
 
 import numpy as np
 
 from threefold.errors import DamagedFileError, DataError, RunError
-from threefold.files import read_json, temporary_path, write_json
+from threefold.files import flush_folder, read_json, temporary_path, write_json
 from threefold.names import escape_formula
 from threefold.predictions.tables import import_pyarrow
 from threefold.runtime.describe import Answer, AnswerTable
@@ -89,29 +90,44 @@ class _TextFile(ResultFile):
     stream: IO[str] | None = None
 
     def open(self) -> None:
-        try:
+        with self._writing():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # What is not Unicode in a file name is escaped, as on a terminal.
             self.stream = self.path.open(
                 "a", encoding="utf-8", errors="backslashreplace", newline=""
             )
-        except OSError as error:
-            raise _unwritable(self.path, error) from None
-        if self.stream.tell() == 0:
-            self._write_head()
+            if self.stream.tell() == 0:
+                self._write_head()
+                self.stream.flush()
 
     def append(self, rows: Iterable[Answer]) -> None:
-        assert self.stream is not None
-        try:
+        if self.stream is None:
+            return  # it could not be written, which was said
+        with self._writing():
             for row in rows:
                 self._write(row)
             self.stream.flush()
-        except OSError as error:
-            raise _unwritable(self.path, error) from None
 
     def close(self) -> None:
-        if self.stream is not None:
+        """Put the rows on the disk; some disks say only then that they are full."""
+        if self.stream is None:
+            return
+        with self._writing():
+            os.fsync(self.stream.fileno())
             self.stream.close()
+        self.stream = None
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn an error into one of the file, which is closed without another try to write."""
+        try:
+            yield
+        except OSError as error:
+            stream, self.stream = self.stream, None
+            with suppress(OSError):
+                if stream is not None:
+                    stream.close()
+            raise RunError("cannot write", where=self.path, got=error) from None
 
     def _write_head(self) -> None:
         """Write what comes before the rows."""
@@ -120,8 +136,9 @@ class _TextFile(ResultFile):
         raise NotImplementedError
 
     def _cut(self, length: int) -> None:
-        if length < self.path.stat().st_size:
-            os.truncate(self.path, length)
+        with self._writing():
+            if length < self.path.stat().st_size:
+                os.truncate(self.path, length)
 
 
 class CsvFile(_TextFile):
@@ -223,7 +240,7 @@ class ParquetFile(ResultFile):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _unwritable(self.folder, error) from None
+            raise RunError("cannot write", where=self.folder, got=error) from None
         self._next = self._merged() + len(self._parts())
 
     def append(self, rows: Iterable[Answer]) -> None:
@@ -287,15 +304,20 @@ class ParquetFile(ResultFile):
     def _write(self, path: Path, batches: Iterable[Any], schema: Any) -> None:
         temporary = temporary_path(path)
         try:
-            with self._parquet.ParquetWriter(temporary, schema) as writer:
-                for batch in batches:
-                    writer.write_batch(batch)
+            with open(temporary, "wb") as file:
+                with self._parquet.ParquetWriter(file, schema) as writer:
+                    for batch in batches:
+                        writer.write_batch(batch)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
+            flush_folder(path.parent)
         except BaseException as error:  # a signal may come at any moment, too
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             if not isinstance(error, OSError):
                 raise
-            raise _unwritable(path, error) from None
+            raise RunError("cannot write", where=path, got=error) from None
 
 
 FORMATS: Final[Mapping[str, type[ResultFile]]] = {
@@ -421,13 +443,4 @@ def _damaged(path: Path, got: object) -> DamagedFileError:
         where=path,
         got=got,
         fix="move it away, or choose another --out",
-    )
-
-
-def _unwritable(path: Path, error: OSError) -> RunError:
-    return RunError(
-        "cannot write",
-        where=path,
-        got=error,
-        fix="free disk space or choose a writable folder, then run the same command again",
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from threefold.errors import ExportError
-from threefold.files import sha256
+from threefold.files import flush_files, sha256
 from threefold.runtime.json_text import as_json
 from threefold.runtime.model import Model
 from threefold.serving.limits import ServerLimits
@@ -104,14 +104,10 @@ def write_web(
         (partial / "card.json").write_text(card_text, encoding="utf-8")
         (partial / "index.html").write_text(_index_html(card), encoding="utf-8")
         (partial / "README.md").write_text(_readme(card), encoding="utf-8")
+        flush_files(partial)
         _replace_folder(partial, target)
     except OSError as error:
-        raise ExportError(
-            "cannot write the folder",
-            where=target,
-            got=error,
-            fix="free disk space or choose another folder",
-        ) from None
+        raise ExportError("cannot write the folder", where=target, got=error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return WebFolder(

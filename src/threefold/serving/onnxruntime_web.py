@@ -64,7 +64,7 @@ def read_runtime(path: str | Path | None = None) -> dict[str, bytes]:
     """
     if path is not None:
         return _read_checked(Path(path), path)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         archive = _download(Path(folder))
         return _read_checked(archive, archive.name)
 

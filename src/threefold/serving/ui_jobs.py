@@ -33,6 +33,10 @@ LOG: Final = "log.txt"
 LOCK: Final = ".lock"
 PROCESS: Final = "process"
 """Number of the child process."""
+UNWRITTEN: Final = 74
+"""Exit code of a child process that could not write how its task ended."""
+_UNFLUSHED: Final = 120
+"""That of Python where it could not write to standard error, which is a file there."""
 BLOCK: Final = 1 << 20
 """Most bytes of events in an answer."""
 STOP_SECONDS: Final = 15.0
@@ -61,6 +65,7 @@ class Workbench:
         self.runs, self.command = runs.absolute(), list(command)
         self._resolve, self._describe = resolve, describe
         self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._unwritten: set[str] = set()
         self._lock = threading.RLock()
 
     # What there is
@@ -81,6 +86,9 @@ class Workbench:
         place = folder / "recipe.toml" if has_recipe else state_folder / "state.json"
         running = state.get("task", "") if self.is_running(name) else ""
         last = {"event": running} if running else _last_event(state_folder / EVENTS)
+        if name in self._unwritten and not running:
+            message = f"cannot write in {state_folder}: free disk space, then go on"
+            last = {"event": "failed", "message": message}
         described: dict[str, Any] = {}
         if has_recipe and (folder / "run.json").exists():
             try:
@@ -144,6 +152,8 @@ class Workbench:
             if child is not None:
                 if child.poll() is None:
                     return True
+                if child.returncode in (UNWRITTEN, _UNFLUSHED):
+                    self._unwritten.add(name)
                 del self._children[name]
         return _is_locked(self.runs / STATE_FOLDER / name / LOCK)
 
@@ -183,6 +193,7 @@ class Workbench:
             state["settings"] = {**state.get("settings", {}), **settings}
             state |= {"task": task, "since": time.time()}
             write_json(state_folder / "state.json", state)
+            self._unwritten.discard(name)
             words = [*self.command, task, str(state_folder), str(folder)]
             try:
                 with open(state_folder / LOG, "ab") as log:
@@ -195,7 +206,8 @@ class Workbench:
                         process_group=0 if os.name == "posix" else None,
                     )
             except OSError as error:
-                raise RunError("cannot start a process", got=error) from None
+                where = error.filename or self.command[0]
+                raise RunError("cannot start a process", where=where, got=error) from None
 
     def _check_start(self, name: str, task: Task) -> None:
         run = self.look_up(name)

@@ -7,12 +7,14 @@ Training reads its batches from the file, so that the images may be more than th
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -142,14 +144,15 @@ class PixelCache:
         return self.rows(split, spec, rows)
 
     def remove(self) -> None:
-        """Delete the cache, which only training needs."""
+        """Delete the cache, which only training needs; what cannot be deleted stays."""
         if not self.folder.is_dir():
             return
         delete_leftovers(self.folder)
         for pattern in ("*.npy", "*.sha256"):
             for path in self.folder.glob(pattern):
-                path.unlink()
-        if not any(self.folder.iterdir()):
+                with suppress(OSError):
+                    path.unlink()
+        with suppress(OSError):  # other files are in it
             self.folder.rmdir()
 
 
@@ -191,13 +194,19 @@ def _fill(path: Path, dataset: ImageDataset, side: int, resize: Any) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".sha256").unlink(missing_ok=True)
-        array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(dataset), side, side, 3))
-        _allocate(temporary)
-        with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+        with (
+            open(temporary, "wb") as file,
+            ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool,
+        ):
+            shape = (len(dataset), side, side, 3)
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            _reserve(file, math.prod(shape))
             for rows in np.array_split(np.arange(len(dataset)), max(1, len(dataset) // CHUNK)):
                 images = list(pool.map(dataset.pixels, rows.tolist()))
-                array[rows] = resize_images(images, side, resize)
-        array.flush()
+                file.write(resize_images(images, side, resize).data)
+            file.flush()
+            os.fsync(file.fileno())
         digest = sha256(temporary)
         os.replace(temporary, path)
         write_bytes(path.with_suffix(".sha256"), digest.encode())
@@ -215,14 +224,21 @@ def _fill(path: Path, dataset: ImageDataset, side: int, resize: Any) -> None:
         ) from None
 
 
-def _allocate(path: Path) -> None:
-    """Allocate a sparse file's blocks.
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Reserve the bytes that follow, so that a full disk is found before images are decoded.
 
-    A disk that fills up under a memory map kills the process; here it raises an OSError.
+    The bytes are written, and not mapped: a disk that fills up under a memory map kills.
+
+    Raises:
+        OSError: the disk has no room for them.
     """
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file.fileno(), 0, file.tell() + size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise  # not every file system can reserve
 
 
 def resize_images(

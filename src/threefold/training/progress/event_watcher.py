@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from threefold.files import finite_json
 from threefold.predictions.results_schema import Expected
@@ -21,25 +22,37 @@ INTERVAL: Final = 1.0
 class EventLog:
     """Appends events to a file, each a line of JSON with `event` and `time` (seconds since 1970).
 
+    An event that cannot be written, as on a full disk, stops nothing.
+
     Args:
         path: the file.
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
-            self._append("\n")  # the process before was killed while it wrote
 
-    def write(self, event: str, **values: Any) -> None:
-        """Append an event; it can be read at once."""
+    def write(self, event: str, **values: Any) -> bool:
+        """Append an event; it can be read at once.
+
+        Returns:
+            Whether it could be written.
+        """
         tree = {"event": event, "time": round(time.time(), 2), **values}
         line = json.dumps(finite_json(tree), ensure_ascii=True, default=float, allow_nan=False)
-        self._append(line + "\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a+b") as file:
+                if file.tell() and not self._ends_line(file):
+                    file.write(b"\n")  # an earlier line was cut short
+                file.write(line.encode() + b"\n")
+        except OSError:
+            return False
+        return True
 
-    def _append(self, text: str) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(text)
+    @staticmethod
+    def _ends_line(file: IO[bytes]) -> bool:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 class EventWatcher(Watcher):
