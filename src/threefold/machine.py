@@ -18,6 +18,12 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def is_one_of_several() -> bool:
+    """Whether torchrun, or the like, has started this process as one of a group."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return all(os.environ.get(name) for name in names) and int(os.environ["WORLD_SIZE"]) > 1
+
+
 def usable_cores() -> int:
     """Return how many cores this process may use, which can be fewer than there are."""
     if hasattr(os, "sched_getaffinity"):

@@ -248,6 +248,9 @@ class TrainSpec(Section):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto = the fastest of those that this machine computes natively, measured on the network."""
     device: str = "auto"
+    sync_batchnorm: bool = False
+    """Batch norm by the statistics of all images of a batch where several GPUs share it (Peng et
+    al., 2018); one process has them anyway."""
     gate: bool = True
     """Keep a stage only if it improves the select rows by more than noise (off under `paper`)."""
 

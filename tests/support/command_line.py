@@ -12,7 +12,7 @@ SURFACE = {
     "demo": {"--out", "--verbose"},
     "fit": {"--out", "--budget", "--quality", "--members", "--set", "--log", "--verbose"},
     "plan": {"--budget", "--quality", "--members", "--set"},
-    "train": {"--out", "--set", "--log", "--verbose"},
+    "train": {"--out", "--set", "--log", "--verbose", "--processes"},
     "ensemble": {
         "--method",
         "--members",

@@ -5,8 +5,9 @@ No logic lives here. A training option is a recipe key, never a flag.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -25,6 +26,7 @@ from threefold.cli.options import (
     ImageTime,
     Mode,
     ModelFile,
+    Processes,
     QualityOption,
     RunOut,
     Sets,
@@ -45,6 +47,7 @@ from threefold.cli.saved import register as register_saved
 from threefold.cli.search import search
 from threefold.cli.ui import ui
 from threefold.errors import RecipeError, refuse_address
+from threefold.machine import is_one_of_several
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -64,6 +67,7 @@ def _print_version(requested: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -72,6 +76,12 @@ def root(
     ] = False,
 ) -> None:
     """Handle the options that belong to no verb."""
+    if context.invoked_subcommand != "train" and is_one_of_several():
+        raise RecipeError(
+            "only `threefold train` runs in several processes",
+            got=f"`threefold {context.invoked_subcommand}` in {os.environ['WORLD_SIZE']} of them",
+            fix="start it without torchrun; `threefold plan FOLDER` prints a recipe to train",
+        )
 
 
 app.command()(demo)
@@ -181,19 +191,47 @@ def train(
     sets: Sets = None,
     log: Trackers = "",
     verbose: Verbose = False,
+    processes: Processes = 1,
 ) -> None:
     """Train, ensemble and score a recipe; run it again to resume."""
     from threefold.recipe import resolve
 
     loaded = resolve(recipe, sets or ())  # before torch is imported, so that a typo fails at once
+    if processes > 1:
+        _train_in(processes, recipe, out_dir, sets, log, verbose)
     from threefold import api
+    from threefold.training.distributed.follow import follow
+    from threefold.training.distributed.ranks import join_ranks
 
     command = resume_command("train", recipe, "--out", out_dir, sets=sets, log=log)
-    with watch_training(verbose, command, split_names(log)) as watcher:
-        run = api.train(loaded, out_dir, watcher)
-        api.report(run)
+    with join_ranks(loaded.train.device) as ranks:
+        if ranks.rank:
+            follow(ranks)
+            return
+        with watch_training(verbose, command, split_names(log)) as watcher:
+            run = api.train(loaded, out_dir, watcher)
+            api.report(run)
     show_results(run)
     show_next_steps(run, f"threefold export {run.dir} --out model.onnx")
+
+
+def _train_in(
+    processes: int,
+    recipe: str,
+    out_dir: Path,
+    sets: list[str] | None,
+    log: str,
+    verbose: bool,
+) -> NoReturn:
+    """Run the same command in several processes, and end as they do."""
+    if is_one_of_several():
+        raise RecipeError("torchrun has started the processes already; leave out --processes")
+    from threefold.training.distributed.launch import launch
+
+    words = ["train", recipe, "--out", str(out_dir)]
+    words += [word for text in sets or () for word in ("--set", text)]
+    words += ["--log", log] if log else []
+    raise SystemExit(launch(processes, [*words, "--verbose"] if verbose else words))
 
 
 app.command("lr-find")(lr_find)

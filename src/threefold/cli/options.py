@@ -24,6 +24,15 @@ Trackers = Annotated[
         help="Also log to tensorboard, mlflow or wandb, separated by commas.",
     ),
 ]
+Processes = Annotated[
+    int,
+    typer.Option(
+        "--processes",
+        min=1,
+        help="Processes that train each member together, each with a GPU of its own; torchrun "
+        "starts them on several machines.",
+    ),
+]
 RunOut = Annotated[Path, typer.Option("--out", help="The run folder.")]
 WallTime = Annotated[
     str, typer.Option("--budget", help="Limit on the wall time: 90s, 20m, 2h; 0 = none.")

@@ -83,6 +83,23 @@ def join_rows(first: ImageRows, second: ImageRows) -> ImageRows:
     return MappedPixels([*first.parts, *second.parts])
 
 
+def slice_rows(pixels: ImageRows, rows: slice) -> ImageRows:
+    """Return some rows in a row, from `rows.start` up to `rows.stop`; none is read yet."""
+    if rows == slice(0, len(pixels)):
+        return pixels
+    if not isinstance(pixels, MappedPixels):
+        part: np.ndarray = pixels[rows]
+        return part
+    parts: list[tuple[Path, np.ndarray]] = []
+    begin = 0
+    for path, numbers in pixels.parts:
+        inside = numbers[max(0, rows.start - begin) : max(0, rows.stop - begin)]
+        if len(inside) or not parts:
+            parts.append((path, inside))
+        begin += len(numbers)
+    return MappedPixels(parts)
+
+
 class PixelRows(NamedTuple):
     """Some rows of a data set."""
 

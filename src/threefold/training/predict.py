@@ -10,7 +10,10 @@ from torch import nn
 
 from threefold.models.pipeline import ImageRows, predict_probs
 from threefold.models.tracing import TracingError, simplify, trace_network
+from threefold.training.distributed.portable import portable, portable_rows
+from threefold.training.distributed.ranks import RankGroup, Ranks, current_ranks
 from threefold.training.features.engines import BATCH, answer_in_batches, open_session
+from threefold.training.pixel_cache import slice_rows
 
 WORTH_PIXELS: Final = 8_000_000
 """Pixels from which exporting a network pays: an EfficientNet-Lite0 takes torch some 4 s for them.
@@ -23,7 +26,7 @@ TOLERANCE: Final = 1e-4
 
 
 def predict_images(predictor: nn.Module, pixels: ImageRows) -> np.ndarray:
-    """Run a predictor on images, in float32; it is left in eval mode.
+    """Run a predictor on images, in float32; it is left in eval mode. All ranks take part.
 
     Args:
         predictor: maps pixels (b, 3, canvas, canvas) in 0..255 to probabilities.
@@ -32,6 +35,24 @@ def predict_images(predictor: nn.Module, pixels: ImageRows) -> np.ndarray:
     Returns:
         Its outputs, float32 (n, ...).
     """
+    ranks = current_ranks()
+    if isinstance(ranks, RankGroup):
+        ranks.send("predict", portable(predictor), portable_rows(pixels))
+    return answer_share(ranks, predictor, pixels)
+
+
+def answer_share(ranks: Ranks, predictor: nn.Module, pixels: ImageRows) -> np.ndarray:
+    """Answer this rank's share of images; returns the answers of all ranks.
+
+    Args:
+        ranks: the group, all of which call this.
+        predictor: as for `predict_images`.
+        pixels: all images.
+    """
+    return ranks.gather(len(pixels), lambda rows: _answer(predictor, slice_rows(pixels, rows)))
+
+
+def _answer(predictor: nn.Module, pixels: ImageRows) -> np.ndarray:
     device = next(predictor.parameters()).device
     if device.type == "cpu" and math.prod(pixels.shape[:3]) >= WORTH_PIXELS:
         session = _try_session(predictor.eval(), pixels[:BATCH])

@@ -12,10 +12,10 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,9 +26,9 @@ from threefold.errors import is_out_of_memory, shorten
 from threefold.models.member import Member
 from threefold.models.pipeline import Predictor, predict_probs
 from threefold.models.split import LateBlocks
-from threefold.recipe_schema import StageSpec
 from threefold.training.checkpoints import (
     Checkpoint,
+    ResumeState,
     State,
     accept_stage,
     fingerprint,
@@ -36,15 +36,26 @@ from threefold.training.checkpoints import (
     save_resume_state,
 )
 from threefold.training.checks import DivergedError, diverged, short_of_memory
+from threefold.training.distributed.ranks import Stopped, current_ranks
+from threefold.training.distributed.sharing import Share
+from threefold.training.distributed.stage import share_stage
 from threefold.training.features.activations import predict_late, to_activations
 from threefold.training.features.cache import FeatureRows
 from threefold.training.features.heads import head_probs, to_features
+from threefold.training.pixel_cache import slice_rows
 from threefold.training.randomness import seed_generators
 from threefold.training.stages.recovery import Recovery
 from threefold.training.stages.resume import Progress, collect_state, restore_loop
-from threefold.training.stages.task import StageOutcome, StageTask, features_of, pixels_of
+from threefold.training.stages.task import (
+    StageOutcome,
+    StageTask,
+    features_of,
+    pixels_of,
+    why_stopped,
+)
 from threefold.training.steps.allocator import reuse_freed_memory
 from threefold.training.steps.batch_augmentation import BatchAugmentation
+from threefold.training.steps.batches import Batch, draw_batches
 from threefold.training.steps.device_pixels import pixel_reader
 from threefold.training.steps.losses import BatchLoss, smooth_targets, teacher_targets
 from threefold.training.steps.optimizers import create_optimizer, lr_at, set_trainable, train_mode
@@ -64,6 +75,7 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
         RunError: the loss, answers or weights stay not finite, or the memory is exhausted.
         RecipeError: the stage's regexes leave nothing to train.
     """
+    task = share_stage(member, task)
     seed_generators(task.seed)
     loop = make_loop(member, task)
     start = loop.checkpoint(-1)
@@ -76,21 +88,23 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
             record, checkpoint = loop.epoch(best, records)
             records.append(record)
             if checkpoint is not best and (
-                (best is start and task.first) or checkpoint.better_than(best)
+                (best is start and task.first) or loop.is_better(checkpoint, best)
             ):
                 best = checkpoint
             loop.stop_if_asked(best, records)
             task.watcher.epoch(record)  # prints, which fails if a closed terminal is the reason
             loop.save(best, records)
-            if time.monotonic() > task.deadline:
+            if loop.is_late():
                 break
     tested = task.recipe.train.gate and task.recipe.protocol != "paper"
-    accepted, reason = accept_stage(start, best, first=task.first, enabled=tested)
+    accepted, reason = loop.ranks.decide(
+        partial(accept_stage, start, best, first=task.first, enabled=tested)
+    )
     if task.first and best is start and loop.recovery.returns:
         raise diverged(task.stage, len(records) - 1, "weights are not numbers", "NaN")
     chosen = best if accepted else start
     member.load_state_dict(chosen.state)
-    stopped = _why_stopped(loop.cut_short, len(records), best, task.stage)
+    stopped = why_stopped(loop.cut_short, len(records), best, task.stage)
     reason = "; ".join(filter(None, [reason, stopped, loop.recovery.describe()]))
     history = {
         "epochs": records,
@@ -104,6 +118,8 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
         "skipped_steps": loop.recovery.skipped,
         "returns": loop.recovery.returns,
     }
+    if loop.ranks.world_size > 1:
+        history["processes"] = loop.ranks.world_size
     return StageOutcome(chosen.state, history, chosen.correct, loop.elapsed_before)
 
 
@@ -112,34 +128,18 @@ def make_loop(member: nn.Module, task: StageTask) -> StageLoop:
     return (_HeadLoop if isinstance(task.fit, FeatureRows) else StageLoop)(member, task)
 
 
-def _why_stopped(cut_short: bool, epochs: int, best: Checkpoint, stage: StageSpec) -> str:
-    """Why a stage ended before its last epoch; empty if it did not."""
-    if not cut_short and epochs == stage.epochs:
-        return ""
-    if not cut_short and stage.patience and epochs - 1 - best.epoch >= stage.patience:
-        return f"stopped early: no better epoch in {stage.patience}"
-    return "cut short by the time budget"
-
-
-class _Batch(NamedTuple):
-    """What a forward pass and its loss take."""
-
-    images: Tensor
-    labels: Tensor
-    soft: Tensor | None
-
-
 class StageLoop:
     """Optimizer, augmentation and counters of one stage; see `make_loop`."""
 
     def __init__(self, member: nn.Module, task: StageTask) -> None:
         spec = task.recipe.train
         self.member, self.task, self.spec = member, task, spec
+        self.ranks = current_ranks()
         self.device = next(member.parameters()).device
         set_trainable(member, task.stage)
         self.network = self._network(member)
         self.activations: np.ndarray = np.zeros(0)  # of the epoch, where these are cached
-        self.precision = self._pick_precision()
+        self.precision = self.ranks.decide(self._pick_precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
         self.optimizer = create_optimizer(member, spec, task.stage.lr)
         self.augment = BatchAugmentation(task.recipe.augment, task.num_classes, task.seed + 1)
@@ -166,6 +166,7 @@ class StageLoop:
         self.started = self.saved = time.monotonic()
         self.elapsed_before = 0.0
         self.fingerprint = ""
+        self.network = self.ranks.wrap(self.network)
         # Averages the weights and the statistics of norms. The warm-up lets short stages forget
         # where they began: after n steps the decay is at most 1 - (n + 1)^(-2/3).
         self.average = ModelEmaV3(member, spec.ema, use_warmup=True) if spec.ema else None
@@ -214,9 +215,22 @@ class StageLoop:
 
         Without a usable resume file these are `start` and none.
         """
+        state = self.ranks.decide(partial(self._saved_state, start))
+        if state is None:
+            return start, []
+        records, self.progress = restore_loop(self, state)
+        self.task.watcher.batch(len(self.task.fit.labels) * len(records) + self.progress.images)
+        best_epoch = state.values["best_epoch"]
+        if best_epoch < 0:
+            return start, records
+        probs = state.tensors["probs"].numpy()
+        return self._measured(state.section("best"), probs, best_epoch), records
+
+    def _saved_state(self, start: Checkpoint) -> ResumeState | None:
+        """The content of the resume file; None without a usable one."""
         task = self.task
         if task.resume_path is None:
-            return start, []
+            return None
         inputs = (
             _RESUME_FORMAT,
             task.seed,
@@ -227,16 +241,7 @@ class StageLoop:
             None if task.targets is None else hashlib.sha256(task.targets.tobytes()).hexdigest(),
         )
         self.fingerprint = fingerprint(inputs, start.state)
-        state = load_resume_state(task.resume_path, self.fingerprint)
-        if state is None:
-            return start, []
-        records, self.progress = restore_loop(self, state)
-        task.watcher.batch(len(task.fit.labels) * len(records) + self.progress.images)
-        best_epoch = state.values["best_epoch"]
-        if best_epoch < 0:
-            return start, records
-        probs = state.tensors["probs"].numpy()
-        return self._measured(state.section("best"), probs, best_epoch), records
+        return load_resume_state(task.resume_path, self.fingerprint)
 
     def save(self, best: Checkpoint, records: list[dict[str, Any]]) -> None:
         """Write the resume file, unless the last one is recent or the stage is over."""
@@ -255,12 +260,12 @@ class StageLoop:
             records: of the epochs that are over.
             progress: of the epoch that is not; None = between two epochs.
         """
-        if self.task.watcher.stop is None:
+        if not self.ranks.is_true(lambda: self.task.watcher.stop is not None):
             return
         self.task.watcher.defers_stop = False
         if self.task.resume_path is not None:
             self._write(self.task.resume_path, best, records, progress or Progress())
-        raise self.task.watcher.stop
+        raise self.task.watcher.stop or Stopped
 
     def _write(
         self, path: Path, best: Checkpoint, records: list[dict[str, Any]], progress: Progress
@@ -303,7 +308,7 @@ class StageLoop:
             seconds = time.monotonic() - began
             progress = Progress(steps, total, images, seconds, without_loss, skipped)
             self.stop_if_asked(best, records, progress)
-            if time.monotonic() > self.task.deadline:
+            if self.is_late():
                 self.cut_short = True
                 break
         seconds = time.monotonic() - began
@@ -328,7 +333,8 @@ class StageLoop:
     def checkpoint(self, epoch: int) -> Checkpoint:
         """Measure the weights, or their moving average after training, on the select rows."""
         source = self.average.module if self.average is not None and epoch >= 0 else self.member
-        probs = self._probs(source)
+        count = len(self.task.select.labels)
+        probs = self.ranks.gather(count, partial(self._answer, source))
         state = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
         # A single step can spoil the weights after its loss was computed.
         if not np.isfinite(probs).all():
@@ -338,30 +344,30 @@ class StageLoop:
             raise diverged(self.task.stage, epoch, "weights are not numbers", shorten(spoilt, 3))
         return self._measured(state, probs, epoch)
 
-    def _probs(self, network: nn.Module) -> np.ndarray:
-        """Probabilities (n, k) of the select rows."""
+    def is_better(self, checkpoint: Checkpoint, best: Checkpoint) -> bool:
+        """Whether a checkpoint is better than the best so far."""
+        return self.ranks.is_true(lambda: checkpoint.better_than(best))
+
+    def is_late(self) -> bool:
+        """Whether the deadline is over."""
+        deadline = self.task.deadline
+        return deadline < math.inf and self.ranks.is_true(lambda: time.monotonic() > deadline)
+
+    def _answer(self, network: nn.Module, rows: slice) -> np.ndarray:
+        """Probabilities (r, k) of some of the select rows."""
         if self.task.activations is not None:
-            activations = self.task.activations.select
+            activations = self.task.activations.select[rows]
             return predict_late(self._network(network), activations, self.loss.task)
-        return predict_probs(Predictor(network, None, self.loss.task), pixels_of(self.task.select))
+        predictor = Predictor(network, None, self.loss.task)
+        return predict_probs(predictor, slice_rows(pixels_of(self.task.select), rows))
 
     def _measured(self, state: State, probs: np.ndarray, epoch: int) -> Checkpoint:
         return Checkpoint(state, probs, self.task.select.labels, epoch, self.spec.metric)
 
     def _batches(self) -> Iterator[np.ndarray]:
-        """Rows of each optimizer step, without a last batch of one row (batch norm needs two)."""
-        labels = self.task.fit.labels
-        if self.spec.sampler == "balanced":
-            counts = np.bincount(labels, minlength=self.task.num_classes)
-            weights = torch.from_numpy(1.0 / counts[labels])
-            order = torch.multinomial(
-                weights, len(labels), replacement=True, generator=self.generator
-            )
-        else:
-            order = torch.randperm(len(labels), generator=self.generator)
-        for rows in np.array_split(order.numpy(), self.steps_per_epoch):
-            if len(rows) > 1:
-                yield np.sort(rows)
+        """Rows of each optimizer step of an epoch."""
+        labels, k = self.task.fit.labels, self.task.num_classes
+        return draw_batches(labels, self.spec, k, self.steps_per_epoch, self.generator)
 
     def take_steps(self, lrs: Iterable[float]) -> Iterator[float]:
         """Take a step at each rate; yields the loss of its images, before the step."""
@@ -392,12 +398,14 @@ class StageLoop:
         """Take one optimizer step over `accumulate` micro-batches; returns the mean loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * self.recovery.rate * group.get("lr_scale", 1.0)
+        self.ranks.begin_step(self.task.seed, self.step)
         parts = np.array_split(rows, min(self.spec.accumulate, len(rows) // 2))
-        batches: Iterable[_Batch] = map(self._inputs, parts)
+        batches: Iterable[Batch] = map(self._inputs, parts)
         if self.spec.sam:
             batches = list(batches)  # both passes take the same augmented images
         self.recovery.begin_step()
         loss = self._backward(batches, len(rows))
+        self.ranks.average_statistics(self.member, list(map(len, parts)))
         if self.spec.sam:
             sharpen_gradients(
                 self.member, self.spec.sam, lambda: self._backward(batches, len(rows))
@@ -428,33 +436,46 @@ class StageLoop:
         is_scaling = self.scaler.is_enabled() and self.scaler.get_scale() > 1.0
         return 0.0 if is_scaling else norm
 
-    def _backward(self, batches: Iterable[_Batch], count: int) -> float:
+    def _backward(self, batches: Iterable[Batch], count: int) -> float:
         """Add the gradients of micro-batches of `count` images together; returns the mean loss."""
-        loss = 0.0
+        loss, done = 0.0, 0
         for batch in batches:
-            share = len(batch.images) / count
-            with autocast(self.precision, self.device):
-                logits = self.network(batch.images)
-            part_loss = self.loss(logits.float(), batch.labels, batch.soft)
-            self.scaler.scale(part_loss * share).backward()  # type: ignore[no-untyped-call]
+            share = batch.num_images / count
+            done += batch.num_images
+            with self.ranks.keep_gradients(self.network, done < count):
+                with autocast(self.precision, self.device):
+                    logits = self.network(batch.images)
+                part_loss = self.loss(logits.float(), batch.labels, batch.soft, batch.whole)
+                scaled = self.scaler.scale(part_loss * (share * self.ranks.world_size))
+                scaled.backward()  # type: ignore[no-untyped-call]
             loss += float(part_loss.detach()) * share
-        return loss
+        return self.ranks.total(loss)
 
     def _schedule_step(self, total: int) -> int:
         """The schedule's position: the step, or further where the time budget runs out sooner."""
         if math.isinf(self.task.deadline):
             return self.step
         used = (time.monotonic() - self.started) / max(self.task.deadline - self.started, 1e-9)
-        return max(self.step, min(total - 1, int(used * total)))
+        return self.ranks.decide(lambda: max(self.step, min(total - 1, int(used * total))))
 
-    def _inputs(self, rows: np.ndarray) -> _Batch:
-        """Augmented images (or their activations), labels and soft targets of some fit rows."""
-        labels, soft = self._targets(rows)
+    def _inputs(self, rows: np.ndarray) -> Batch:
+        """What the network is given of some fit rows, or of this rank's share of them."""
+        share = self.ranks.share(len(rows))
+        own = rows if share is None else rows[share.positions]
+        images, labels, soft = self._read(own, *self._targets(own), share)
+        if share is None:
+            return Batch(images, labels, soft)
+        whole = self.loss.whole(self.task.fit.labels[rows], labels, share)
+        return Batch(images, labels, soft, whole)
+
+    def _read(
+        self, rows: np.ndarray, labels: Tensor, soft: Tensor | None, share: Share | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Augmented images (or their activations), labels and soft targets."""
         if self.task.activations is not None:
-            return _Batch(to_activations(self.activations[rows], self.device), labels, soft)
-        images = self._read_pixels(rows)
-        images, labels, soft = self.augment(images, labels, soft)
-        return _Batch(images.contiguous(memory_format=torch.channels_last), labels, soft)
+            return to_activations(self.activations[rows], self.device), labels, soft
+        images, labels, soft = self.augment(self._read_pixels(rows), labels, soft, share)
+        return images.contiguous(memory_format=torch.channels_last), labels, soft
 
     def _targets(self, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:
         """Labels and soft targets of some fit rows."""
@@ -472,9 +493,10 @@ class _HeadLoop(StageLoop):
     def _pick_precision(self) -> str:
         return "float32"
 
-    def _inputs(self, rows: np.ndarray) -> _Batch:
-        features = to_features(features_of(self.task.fit)[rows], self.device)
-        return _Batch(features, *self._targets(rows))
+    def _read(
+        self, rows: np.ndarray, labels: Tensor, soft: Tensor | None, share: Share | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        return to_features(features_of(self.task.fit)[rows], self.device), labels, soft
 
-    def _probs(self, network: nn.Module) -> np.ndarray:
-        return head_probs(network, features_of(self.task.select), self.loss.task)
+    def _answer(self, network: nn.Module, rows: slice) -> np.ndarray:
+        return head_probs(network, features_of(self.task.select)[rows], self.loss.task)

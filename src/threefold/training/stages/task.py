@@ -12,7 +12,7 @@ import numpy as np
 from threefold.models.pipeline import ImageRows
 from threefold.recipe import Recipe
 from threefold.recipe_schema import StageSpec
-from threefold.training.checkpoints import SAVE_INTERVAL, State
+from threefold.training.checkpoints import SAVE_INTERVAL, Checkpoint, State
 from threefold.training.features.activations import Activations
 from threefold.training.features.cache import FeatureRows
 from threefold.training.pixel_cache import PixelRows
@@ -91,3 +91,19 @@ def features_of(rows: PixelRows | FeatureRows) -> np.ndarray:
     """Return the features of rows that are features."""
     assert isinstance(rows, FeatureRows)
     return rows.features
+
+
+def why_stopped(cut_short: bool, epochs: int, best: Checkpoint, stage: StageSpec) -> str:
+    """Say why a stage ended before its last epoch; empty if it did not.
+
+    Args:
+        cut_short: whether the time budget ended it.
+        epochs: that it had.
+        best: its best checkpoint.
+        stage: what it was.
+    """
+    if not cut_short and epochs == stage.epochs:
+        return ""
+    if not cut_short and stage.patience and epochs - 1 - best.epoch >= stage.patience:
+        return f"stopped early: no better epoch in {stage.patience}"
+    return "cut short by the time budget"

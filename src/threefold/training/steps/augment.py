@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 from threefold.recipe_schema import AugmentSpec
+from threefold.training.distributed.sharing import Share
 
 FILL = (124.0, 116.0, 104.0)
 """Mean colour of ImageNet, which fills what a policy's rotations and shifts leave empty."""
@@ -51,18 +52,25 @@ class Augment:
         self.spec = spec
         self.transforms = RandomTransforms(spec)
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(
+        self, images: Tensor, generator: torch.Generator, share: Share | None = None
+    ) -> Tensor:
         """Augment a batch, each image independently.
 
         Args:
             images: uint8 or float (b, 3, h, w), values 0..255.
             generator: the only source of randomness, on any device.
+            share: what the images are a part of: numbers are drawn for the whole, so that they have
+                the same ones in one process; None = they are the batch.
 
         Returns:
             float32 (b, 3, h, w), values 0..255.
         """
-        draws = self.draw(images.shape[0], generator)
-        spec, pixels = self.spec, self.transforms(images, generator).float()
+        draws = self.draw(len(images) if share is None else share.images, generator)
+        if share is not None:
+            own = torch.from_numpy(share.positions).to(generator.device)
+            draws = Draws(*(part[own] for part in draws))
+        spec, pixels = self.spec, self.transforms(images, generator, share).float()
         if spec.rotation or spec.shift or spec.shear or spec.zoom or spec.hflip or spec.vflip:
             pixels = affine_warp(pixels, Draws(*(part.to(images.device) for part in draws)))
         if spec.channel_shift:
@@ -101,12 +109,15 @@ class RandomTransforms:
     def __init__(self, spec: AugmentSpec) -> None:
         self.spec = spec
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(
+        self, images: Tensor, generator: torch.Generator, share: Share | None = None
+    ) -> Tensor:
         """Transform each image of a batch with random numbers of its own.
 
         Args:
             images: uint8 or float (b, 3, h, w), whole numbers in 0..255.
             generator: gives each image its seed. The global generators stay as they are.
+            share: what the images are a part of; None = they are the batch.
 
         Returns:
             uint8 (b, 3, h, w); the images themselves if the recipe has no such transform.
@@ -115,7 +126,10 @@ class RandomTransforms:
         if not transforms:
             return images
         transform, pixels = v2.Compose(transforms), images.to(torch.uint8)
-        seeds = torch.randint(2**62, (len(images),), generator=generator, device=generator.device)
+        count = len(images) if share is None else share.images
+        seeds = torch.randint(2**62, (count,), generator=generator, device=generator.device)
+        if share is not None:
+            seeds = seeds[torch.from_numpy(share.positions).to(seeds.device)]
         augmented = torch.empty_like(pixels)
         with torch.random.fork_rng(devices=[]):
             for i, seed in enumerate(seeds.tolist()):

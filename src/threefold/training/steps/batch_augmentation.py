@@ -9,6 +9,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from threefold.recipe_schema import AugmentSpec
+from threefold.training.distributed.sharing import Share
 from threefold.training.steps.augment import Augment
 
 
@@ -36,23 +37,26 @@ class BatchAugmentation:
             self.mix = Mixup(spec.mixup, spec.cutmix, label_smoothing=0.0, num_classes=num_classes)
 
     def __call__(
-        self, images: Tensor, labels: Tensor, soft: Tensor | None
+        self, images: Tensor, labels: Tensor, soft: Tensor | None, share: Share | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Augment images; labels (as class shares) and soft targets are mixed alike.
+
+        All ranks draw the same numbers. A share has both images of each pair that is mixed.
 
         Args:
             images: float (b, 3, h, w) in 0..255.
             labels: (b,) class numbers, or (b, k) shares of the classes, or targets of any number
                 of labels, of which a mixture has the shares of its images.
             soft: (b, k) a teacher's softened probabilities, or None.
+            share: what the images are a part of; None = they are the batch.
 
         Returns:
             Images, labels as they were or, where images are mixed, shares of the classes (b, k),
             and soft targets.
         """
-        images = self.warp(images, self.generator)
+        images = self.warp(images, self.generator, share)
         if self.erase is not None:
-            images = self.erase(images)
+            images = self._erase(self.erase, images, share)
         if self.mix is None:
             return images, labels, soft
         # timm mixes pairs, so the last image of an odd batch stays unmixed. Each image counts as a
@@ -68,3 +72,15 @@ class BatchAugmentation:
         if soft is not None:
             soft = torch.cat([shares @ soft[:even], soft[even:]])
         return images, classes, soft
+
+    @staticmethod
+    def _erase(erase: RandomErasing, images: Tensor, share: Share | None) -> Tensor:
+        """Erase parts of images, with numbers for all images of the batch in their order."""
+        if share is None:
+            erased: Tensor = erase(images)
+            return erased
+        own = dict(zip(share.positions.tolist(), images, strict=True))
+        other = torch.empty_like(images[0])
+        for position in range(share.images):
+            erase(own.get(position, other))
+        return images

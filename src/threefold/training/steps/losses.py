@@ -7,6 +7,8 @@ Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", a
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as functional
@@ -14,7 +16,19 @@ from torch import Tensor
 
 from threefold.predictions.checks import FLOOR
 from threefold.recipe_schema import DistillSpec, TrainSpec
+from threefold.training.distributed.sharing import Share
 from threefold.training.truth import task_of
+
+
+class Whole(NamedTuple):
+    """A micro-batch that several ranks have a share of."""
+
+    images: int
+    """Their number."""
+    weight: float
+    """Sum of the class weights of its labels, by which the cross-entropy is divided."""
+    idle: bool
+    """Whether the share only repeats images of another rank: its loss is 0."""
 
 
 class BatchLoss:
@@ -44,25 +58,54 @@ class BatchLoss:
         if spec.class_weights == "balanced":
             self.class_weights = _class_weights(labels, num_classes, device)
 
-    def __call__(self, logits: Tensor, labels: Tensor, soft: Tensor | None) -> Tensor:
-        """Mean loss of a batch.
+    def whole(self, labels: np.ndarray, own: Tensor, share: Share) -> Whole:
+        """Describe the micro-batch that a share is of.
+
+        Args:
+            labels: of all its images, (n,) class numbers or targets (n, k).
+            own: those of the share as the loss takes them; mixed images have shares of classes.
+            share: the share.
+        """
+        weight = float(len(labels))
+        if self.class_weights is not None and own.ndim == 1:
+            weight = float(self.class_weights[torch.from_numpy(labels)].sum())
+        return Whole(len(labels), weight, share.idle)
+
+    def __call__(
+        self, logits: Tensor, labels: Tensor, soft: Tensor | None, whole: Whole | None = None
+    ) -> Tensor:
+        """Mean loss of a batch; of a share, its part of the mean, which all shares' parts sum to.
 
         Args:
             logits: (b, k).
             labels: (b,) class numbers, or (b, k) shares of the classes, which may sum to the weight
                 of the image; or targets (b, k), whose smoothing is towards one half.
             soft: (b, k) the teacher's softened probabilities, or None.
+            whole: what the images are a share of; None = they are the batch.
         """
+        loss = self._label_loss(logits, labels, whole)
+        if soft is not None and self.distill is not None and self.task != "multilabel":
+            distance = soft_loss(logits, soft, self.distill.temperature)
+            if whole is not None:
+                distance = distance * (len(logits) / whole.images)
+            loss = (1 - self.distill.alpha) * loss + self.distill.alpha * distance
+        return loss * 0.0 if whole is not None and whole.idle else loss
+
+    def _label_loss(self, logits: Tensor, labels: Tensor, whole: Whole | None) -> Tensor:
+        """The cross-entropy with the labels."""
+        reduction = "mean" if whole is None else "sum"
         if self.task == "multilabel":
             smooth = labels.float() * (1 - self.label_smoothing) + 0.5 * self.label_smoothing
-            return functional.binary_cross_entropy_with_logits(logits, smooth)
+            loss = functional.binary_cross_entropy_with_logits(logits, smooth, reduction=reduction)
+            return loss if whole is None else loss / (whole.images * logits.shape[-1])
         loss = functional.cross_entropy(
-            logits, labels, weight=self.class_weights, label_smoothing=self.label_smoothing
+            logits,
+            labels,
+            weight=self.class_weights,
+            label_smoothing=self.label_smoothing,
+            reduction=reduction,
         )
-        if soft is None or self.distill is None:
-            return loss
-        distance = soft_loss(logits, soft, self.distill.temperature)
-        return (1 - self.distill.alpha) * loss + self.distill.alpha * distance
+        return loss if whole is None else loss / whole.weight
 
 
 def _class_weights(labels: np.ndarray, num_classes: int, device: torch.device) -> Tensor:

@@ -1,0 +1,1 @@
+"""One member on many devices: the processes that torchrun starts train it together."""
