@@ -39,10 +39,13 @@ def start_ranks(world_size: int, *command: str) -> list[subprocess.Popen[str]]:
 
 
 def run_on_ranks(world_size: int, function: str, folder: Path) -> None:
-    """Call `function(folder)`, given as module:name, on rank 0, and let the others follow."""
+    """Call `function(folder)`, given as module:name, on rank 0, and let the others follow.
+
+    Importing torch takes a busy machine minutes.
+    """
     command = [sys.executable, "-W", "error", "-m", "support.ranks", function, str(folder)]
     processes = start_ranks(world_size, *command)
-    outputs = [process.communicate(timeout=240) for process in processes]
+    outputs = [process.communicate(timeout=600) for process in processes]
     for process, (out, err) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, f"{out}\n{err}"
 

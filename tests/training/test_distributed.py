@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.stages import build_tiny, make_task
 
 from threefold.errors import RecipeError
 from threefold.recipe_schema import AugmentSpec, DistillSpec, TrainSpec
-from threefold.training.distributed.ranks import Ranks, join_ranks
+from threefold.training.distributed import stage
+from threefold.training.distributed.ranks import RankGroup, Ranks, join_ranks
 from threefold.training.distributed.sharing import Share, share_batch, share_rows
 from threefold.training.pixel_cache import MappedPixels, slice_rows
 from threefold.training.steps.batch_augmentation import BatchAugmentation
@@ -146,3 +148,15 @@ def test_processes_do_not_share_an_accelerator(
     with pytest.raises(RecipeError, match="each process needs a GPU of its own"):  # noqa: SIM117
         with join_ranks(device):
             pass
+
+
+def test_batch_norm_is_not_synchronized_on_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = RankGroup.__new__(RankGroup)
+    group.rank, group.world_size, group.device = 1, 2, torch.device("cpu")
+    monkeypatch.setattr(stage, "current_ranks", lambda: group)
+    sets = ("train.sync_batchnorm=true", "stages.one.batch_norm=fixed")
+
+    with pytest.raises(RecipeError, match="synchronizes batch norm only between GPUs"):
+        stage.share_stage(build_tiny(), make_task(sets[0]))
+    task = make_task(*sets)
+    assert stage.share_stage(build_tiny(), task) is task  # its statistics are fixed

@@ -199,6 +199,8 @@ def train(
     loaded = resolve(recipe, sets or ())  # before torch is imported, so that a typo fails at once
     if processes > 1:
         _train_in(processes, recipe, out_dir, sets, log, verbose)
+    if is_one_of_several():  # torch warns of what the search for unused parameters costs
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from threefold import api
     from threefold.training.distributed.follow import follow
     from threefold.training.distributed.ranks import join_ranks

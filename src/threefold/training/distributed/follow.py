@@ -8,6 +8,7 @@ from torch import nn
 
 from threefold.models.pipeline import ImageRows
 from threefold.training.distributed.ranks import RankGroup, Ranks
+from threefold.training.features.compute import FeaturePass, follow_pass
 from threefold.training.predict import answer_share
 from threefold.training.stages.loop import train_stage
 from threefold.training.stages.task import StageTask
@@ -37,4 +38,12 @@ def _predict(ranks: RankGroup, predictor: nn.Module, pixels: ImageRows) -> None:
     answer_share(ranks, predictor.to(ranks.device), pixels)
 
 
-_COMMANDS: dict[str, Any] = {"stage": _train, "predict": _predict}
+def _compute_features(ranks: RankGroup, work: FeaturePass) -> None:
+    follow_pass(ranks.device, work)
+
+
+_COMMANDS: dict[str, Any] = {
+    "stage": _train,
+    "predict": _predict,
+    "features": _compute_features,
+}

@@ -73,6 +73,10 @@ class Ranks:
         """Let each rank answer its part of `count` rows; returns the answers to all, in order."""
         return answer(slice(0, count))
 
+    def collect(self, value: T) -> list[T]:
+        """Return the values of all ranks on rank 0, and none on the others."""
+        return [value]
+
     def wrap(self, network: nn.Module) -> nn.Module:
         """Return a network whose backward pass averages the gradients of all ranks."""
         return network
@@ -148,6 +152,12 @@ class RankGroup(Ranks):
         return np.concatenate(
             [p.numpy()[: s.stop - s.start] for p, s in zip(parts, shares, strict=True)]
         )
+
+    def collect(self, value: T) -> list[T]:
+        """Return the values of all ranks on rank 0, and none on the others."""
+        values: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(value, values, dst=0, group=self._control)
+        return values or []
 
     def wrap(self, network: nn.Module) -> nn.Module:
         """Return a network whose backward pass averages the gradients of all ranks.

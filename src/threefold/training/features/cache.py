@@ -12,11 +12,9 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from os import cpu_count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +34,7 @@ from threefold.models.split import EarlyBlocks
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
 from threefold.training.checkpoints import fingerprint
+from threefold.training.features.compute import PART, Backbone, FeaturePass, to_float
 from threefold.training.features.engine_record import EngineRecord
 from threefold.training.features.engines import (
     BATCH,
@@ -57,9 +56,6 @@ from threefold.training.steps.augment import Augment
 
 VERSION = 1
 """Version of decoding, resize and storage; another one makes cached features unknown."""
-
-PART = 16 * BATCH
-"""Images in a part of a store: what a killed process loses at most."""
 
 
 class FeatureRows(NamedTuple):
@@ -369,7 +365,7 @@ class FeatureCache:
     def _sample(self, source: _Source, split: str, items: Sequence[tuple[int, int]]) -> np.ndarray:
         images = [self.sources.part(split).pixels(row) for row, _ in items]
         squares = resize_images(images, source.spec.img_size, source.spec.resize)
-        return _to_float(squares)
+        return to_float(squares)
 
     # The pass over the images
 
@@ -407,57 +403,24 @@ class FeatureCache:
     ) -> None:
         """Answer every missing image; every part of a store is written as soon as it is whole."""
         self._answered, self._to_answer = 0, sum(map(len, missing.values()))
-        any_missing = set().union(*missing.values())
-        names = [name for name in place if name in any_missing]
-        with ThreadPoolExecutor(min(8, cpu_count() or 1)) as pool:
-            for begin in range(0, len(names), PART):
-                part = names[begin : begin + PART]
-                for start in range(0, len(part), BATCH):
-                    batch = part[start : start + BATCH]
-                    self._answer(split, sources, missing, {n: place[n] for n in batch}, pool)
-                for source in sources:
+        by_key = {source.key: source for source in sources}
+        backbones = {
+            key: Backbone(
+                source.spec, source.extractor, source.engine_name, frozenset(missing[key])
+            )
+            for key, source in by_key.items()
+        }
+        work = FeaturePass(self.sources.part(split), backbones, place, self._augment)
+        for answers in work.parts(lambda key: self._engine(by_key[key])):
+            for key, names, features in answers:
+                by_key[key].pending += zip(names, features, strict=True)
+                self._answered += len(names)
+                self.watcher.features(self._answered, self._to_answer)
+            for source in sources:
+                if len(source.pending) >= PART:
                     self._save(source)
-
-    def _answer(
-        self,
-        split: str,
-        sources: Sequence[_Source],
-        missing: dict[str, set[str]],
-        batch: dict[str, tuple[int, int]],
-        pool: ThreadPoolExecutor,
-    ) -> None:
-        """Decode a batch once, and let every backbone answer what it lacks of it."""
-        dataset = self.sources.part(split)
-        rows = sorted({row for row, _ in batch.values()})
-        images = dict(zip(rows, pool.map(dataset.pixels, rows), strict=True))
-        prepared: dict[tuple[int, str], dict[str, np.ndarray]] = {}
         for source in sources:
-            names = [name for name in batch if name in missing[source.key]]
-            if not names:
-                continue
-            how = (source.spec.img_size, source.spec.resize)
-            if how not in prepared:
-                prepared[how] = self._pixels(images, batch, source.spec)
-            pixels = np.stack([prepared[how][name] for name in names])
-            features = compute(self._engine(source), pixels)
-            source.pending += zip(names, features, strict=True)
-            self._answered += len(names)
-            self.watcher.features(self._answered, self._to_answer)
-
-    def _pixels(
-        self, images: dict[int, np.ndarray], batch: dict[str, tuple[int, int]], spec: MemberSpec
-    ) -> dict[str, np.ndarray]:
-        """Resize images and augment copies: float32 (3, s, s) in 0..255 by name."""
-        resized = _to_float(resize_images(list(images.values()), spec.img_size, spec.resize))
-        squares = dict(zip(images, resized, strict=True))
-        pixels = {}
-        for name, (row, copy) in batch.items():
-            pixels[name] = squares[row]
-            if copy:
-                generator = torch.Generator().manual_seed(stable_seed(name))
-                whole = torch.from_numpy(squares[row][None])
-                pixels[name] = self._augment(whole, generator)[0].numpy()
-        return pixels
+            self._save(source)
 
     def _save(self, source: _Source) -> None:
         """Write the pending features as a part, or keep them in memory if that fails."""
@@ -485,8 +448,3 @@ def pretrained_backbone(recipe: Recipe, spec: MemberSpec) -> Any:
 
 def _store_key(source: _Source, engine: str) -> str:
     return f"{source.key[:24]}-{engine}"
-
-
-def _to_float(squares: np.ndarray) -> np.ndarray:
-    """Convert uint8 (n, s, s, 3) to float32 (n, 3, s, s)."""
-    return np.ascontiguousarray(squares.transpose(0, 3, 1, 2), dtype=np.float32)

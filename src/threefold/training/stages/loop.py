@@ -97,9 +97,8 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
             if loop.is_late():
                 break
     tested = task.recipe.train.gate and task.recipe.protocol != "paper"
-    accepted, reason = loop.ranks.decide(
-        partial(accept_stage, start, best, first=task.first, enabled=tested)
-    )
+    judge = partial(accept_stage, start, best, first=task.first, enabled=tested)
+    accepted, reason = loop.ranks.decide(judge)
     if task.first and best is start and loop.recovery.returns:
         raise diverged(task.stage, len(records) - 1, "weights are not numbers", "NaN")
     chosen = best if accepted else start
@@ -333,8 +332,7 @@ class StageLoop:
     def checkpoint(self, epoch: int) -> Checkpoint:
         """Measure the weights, or their moving average after training, on the select rows."""
         source = self.average.module if self.average is not None and epoch >= 0 else self.member
-        count = len(self.task.select.labels)
-        probs = self.ranks.gather(count, partial(self._answer, source))
+        probs = self.ranks.gather(len(self.task.select.labels), partial(self._answer, source))
         state = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
         # A single step can spoil the weights after its loss was computed.
         if not np.isfinite(probs).all():
