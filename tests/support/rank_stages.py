@@ -11,9 +11,12 @@ import numpy as np
 from safetensors.torch import save_file
 
 from support.stages import Stopper, build_tiny, make_rows, make_task
+from support.tiny_runs import make_folder, tiny_tree
+from threefold.data.dataset import load_data
 from threefold.files import write_arrays, write_json
 from threefold.models.pipeline import Predictor
-from threefold.training.features.cache import FeatureRows
+from threefold.recipe import Recipe
+from threefold.training.features.cache import FeatureCache, FeatureRows
 from threefold.training.features.heads import HeadNetwork
 from threefold.training.predict import predict_images
 from threefold.training.stages.loop import train_stage
@@ -52,9 +55,19 @@ def train_scenarios(folder: Path) -> None:
         save_file(outcome.state, folder / f"{name}.safetensors")
         write_json(folder / f"{name}.json", outcome.history)
     probs = predict_images(Predictor(member), make_rows(13, 2).pixels)
-    write_arrays(folder / "probs.npz", probs=probs)
+    write_arrays(folder / "probs.npz", probs=probs, features=_compute_features(folder))
     _train_head(folder)
     train_saved(folder)
+
+
+def _compute_features(folder: Path) -> np.ndarray:
+    """The features of image files and of their augmented copies, by two backbones."""
+    recipe = Recipe.parse(tiny_tree(make_folder(folder / "images", 7)), ["features.engine=torch"])
+    cache = FeatureCache(load_data(recipe.data, 0), recipe, folder=folder / "cache")
+    rows = np.arange(len(cache.sources.train))
+    cache.prepare("train", recipe.members, rows, copies=1)
+    answers = [cache.rows("train", spec, rows, copies=1).features for spec in recipe.members]
+    return np.concatenate(answers, axis=1)
 
 
 def _train_head(folder: Path) -> None:

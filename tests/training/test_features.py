@@ -20,6 +20,7 @@ from threefold.models.pipeline import to_pixels
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
 from threefold.training.features import cache as features
+from threefold.training.features import compute as feature_pass
 from threefold.training.features import engines
 from threefold.training.features import store as feature_store
 from threefold.training.features.cache import FeatureCache
@@ -79,6 +80,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return engines.compute(engine, pixels)
 
     monkeypatch.setattr(features, "compute", counting)
+    monkeypatch.setattr(feature_pass, "compute", counting)
     return counts
 
 

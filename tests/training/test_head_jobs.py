@@ -23,7 +23,7 @@ from threefold.recipe import Job, Recipe
 from threefold.training import head_jobs
 from threefold.training import job as job_module
 from threefold.training.checks import check_trainable
-from threefold.training.features import cache as features
+from threefold.training.features import compute as feature_pass
 from threefold.training.features.engines import compute
 from threefold.training.features.heads import HeadNetwork, head_probs
 from threefold.training.features.probe import L2_GRID, Targets, fit_linear
@@ -235,11 +235,11 @@ def test_another_run_and_seeded_folds_read_the_same_features(
     def counting(*_: Any) -> Any:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(features, "compute", counting)
+    monkeypatch.setattr(feature_pass, "compute", counting)
 
     train_members(Run.create(make_recipe(images, "folds.k=3"), tmp_path / "run"))
 
-    monkeypatch.setattr(features, "compute", compute)
+    monkeypatch.setattr(feature_pass, "compute", compute)
 
 
 def test_views_are_answered_through_the_network(images: Path, tmp_path: Path) -> None:

@@ -62,6 +62,13 @@ def test_two_processes_predict_as_one(folders: tuple[Path, Path]) -> None:
     np.testing.assert_allclose(two, one, atol=1e-5)
 
 
+def test_two_processes_compute_the_features_of_one(folders: tuple[Path, Path]) -> None:
+    one, two = (read_arrays(folder / "probs.npz")["features"] for folder in folders)
+
+    assert len(one) == 42  # images and copies
+    np.testing.assert_array_equal(two, one)
+
+
 def test_a_stopped_stage_goes_on(tmp_path: Path, folders: tuple[Path, Path]) -> None:
     with pytest.raises(AssertionError, match="a signal"):
         run_on_ranks(2, "support.rank_stages:stop_in_the_middle", tmp_path)
