@@ -310,8 +310,8 @@ def _has_failed(store: Any) -> bool:
     return True
 
 
-_LOST = re.compile("connection|peer|socket|gloo|nccl|store", re.IGNORECASE)
-"""What torch.distributed calls a process that is gone."""
+_LOST = re.compile(r"connection \w+ by|peer|gloo|nccl|tcpstore|broken pipe", re.IGNORECASE)
+"""What torch.distributed says where a process is gone."""
 
 
 def _is_lost_peer(error: BaseException) -> bool:
