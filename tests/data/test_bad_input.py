@@ -8,6 +8,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,14 +137,14 @@ def test_folders(root: Path, case: str) -> None:
 
 
 def test_a_folder_that_may_not_be_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    listdir = os.listdir
+    scandir = os.scandir
 
-    def guarded(path: Path) -> list[str]:
+    def guarded(path: str) -> Any:
         if Path(path).name == "dog":
             raise PermissionError(13, "Permission denied", str(path))
-        return listdir(path)
+        return scandir(path)
 
-    monkeypatch.setattr(os, "listdir", guarded)
+    monkeypatch.setattr(os, "scandir", guarded)
 
     message = message_of(DataSpec(root=str(root)))
 

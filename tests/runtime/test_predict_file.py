@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -349,3 +350,41 @@ def test_a_failed_write_is_not_repeated_as_rows(
     assert len(rows) == 3
     predict(model, images, target)
     assert len(read_rows(target)) == COUNT - 1
+
+
+# Tables and shards
+
+
+def test_a_table_needs_no_labels(images: Path, tmp_path: Path) -> None:
+    model, target = make_model(tmp_path), tmp_path / "answers.csv"
+    names = [f"images/{i:02d}, é.png" for i in (3, 7, 1)]
+    table = tmp_path / "new.csv"
+    table.write_text("file,note\n" + "\n".join(f'"{name}",x' for name in names), "utf-8")
+
+    summary = predict(model, table, target)
+
+    assert [path for path, _ in read_rows(target)] == [str(tmp_path / names[i]) for i in (0, 2)]
+    assert (summary.images, summary.failed) == (3, 1)
+
+
+def test_shards_are_predicted_by_key(images: Path, tmp_path: Path) -> None:
+    model, target = make_model(tmp_path), tmp_path / "answers.csv"
+    files = sorted(images.iterdir())
+    expected = read_answers(model, files, tmp_path)
+    with tarfile.open(tmp_path / "new-000.tar", "w") as tar:
+        for i, file in enumerate(files):
+            tar.add(file, f"{i:02d}.png")
+
+    summary = predict(model, tmp_path / "new-{000..000}.tar", target)
+
+    answers = read_rows(target)
+    assert [name for name, _ in answers] == [f"new-000/{i:02d}" for i in range(COUNT) if i != 7]
+    assert [label for _, label in answers] == expected
+    assert (summary.images, summary.failed) == (COUNT, 1)
+
+
+def read_answers(model: Path, files: list[Path], folder: Path) -> list[str]:
+    """The classes of readable files."""
+    target = folder / "expected.csv"
+    predict_to_file(target, lambda _: None, model, [str(file) for file in files])
+    return [label for _, label in read_rows(target)]

@@ -252,6 +252,7 @@ def embed(
     ] = 0,
 ) -> None:
     """Write the pooled features of images, through the cache of features."""
+    from threefold.data.image_rows import ImageRow
     from threefold.data.images import check_all
     from threefold.runtime.predict import each_image
     from threefold.training.embedding import check_suffix, write_embedding
@@ -264,6 +265,11 @@ def embed(
         if isinstance(found, DataError):
             failed += 1
             print_error(found)
+        elif isinstance(found, ImageRow):
+            failed += 1
+            fix = "download or unpack it, and give the folder"
+            what = "features are written of files only"
+            print_error(DataError(what, where=found.name, fix=fix))
         else:
             paths[found] = None
     for bad in check_all(list(paths), min(8, os.cpu_count() or 1)):

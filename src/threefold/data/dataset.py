@@ -32,6 +32,7 @@ from threefold.data.read_source import read_source
 from threefold.data.sources.folder import (
     ArrayDataset,
     EncodedImages,
+    FilePaths,
     ImageArrays,
     ListedImage,
     Listing,
@@ -81,8 +82,8 @@ class ImageDataset:
                 "images, labels, ids, groups and folds differ in number",
                 got=", ".join(map(str, lengths)),
             )
-        repeated = find_repeated(self.ids)
-        if repeated:
+        if len(set(self.ids)) < len(self.ids):
+            repeated = find_repeated(self.ids)
             raise DataError("ids are not unique", got=shorten(repeated))
         if self.targets is not None and self.targets.shape != (len(self), len(self.classes)):
             raise DataError(
@@ -126,7 +127,7 @@ class ImageDataset:
         images: Sequence[Path] | EncodedImages | NDArray[np.uint8]
         if isinstance(self.images, np.ndarray):
             images = self.images[positions]
-        elif isinstance(self.images, EncodedImages):
+        elif isinstance(self.images, EncodedImages | FilePaths):
             images = self.images.take(positions)
         else:
             images = tuple(self.images[i] for i in positions)
@@ -366,7 +367,7 @@ def make_dataset(
         labels = np.array([number[item.label] for item in items], dtype=np.int64)
         targets = None
     return ImageDataset(
-        images=contents_of(items, encoded) or tuple(item.path for item in items),
+        images=contents_of(items, encoded) or FilePaths([item.path for item in items]),
         labels=labels,
         ids=ids,
         classes=classes,

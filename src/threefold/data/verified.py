@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -77,8 +78,8 @@ def verify_images(
         fresh: decode all of them, known or not.
     """
     contents = contents_of(items, encoded)
-    identities = _identify(items, contents)
-    known = _Known(origin)
+    identities = identify_images(items, contents)
+    known = Known(origin)
     digests = known.find(identities)
     if fresh:
         digests[:] = b""
@@ -87,7 +88,7 @@ def verify_images(
     def check(at: int) -> tuple[BadImage | None, bytes]:
         row = int(unknown[at])
         if contents is None:
-            return check_hashed(items[row].path)
+            return check_hashed(Path(items[row].path))
         try:
             content = contents[row]
         except MissingImageError as error:
@@ -111,7 +112,9 @@ def verify_images(
     return Verified(bad, digests)
 
 
-def _identify(items: Sequence[ListedImage], contents: EncodedImages | None) -> NDArray[np.bytes_]:
+def identify_images(
+    items: Sequence[ListedImage], contents: EncodedImages | None
+) -> NDArray[np.bytes_]:
     """Return what changes when an image may have changed, (n,) S16; empty where that is unknown."""
     identities = np.zeros(len(items), "S16")
     settled = (time.time() - SETTLED) * 1e9
@@ -130,7 +133,7 @@ def _identify(items: Sequence[ListedImage], contents: EncodedImages | None) -> N
     return identities
 
 
-class _Known:
+class Known:
     """The sound images of a source that the cache remembers: 32 bytes for each.
 
     Args:

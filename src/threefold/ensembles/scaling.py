@@ -6,7 +6,7 @@ make a module.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -41,6 +41,10 @@ _FLOAT32_SIZE: Final = 100_000
 
 The mean derivative over so many rows is as exact in float32, and faster.
 """
+
+
+_BLOCK_VALUES: Final = 1 << 22
+"""Probabilities of a block of rows."""
 
 
 class VectorScaling(NamedTuple):
@@ -140,23 +144,37 @@ def _logs_by_class(probs: np.ndarray) -> np.ndarray:
 
     With the classes first, sums over classes are sums of whole contiguous rows.
     """
-    logs = np.ascontiguousarray(floored_logs(probs).T)
-    logs -= logs.max(0)
-    return logs.astype(np.float32) if logs.size > _FLOAT32_SIZE else logs
+    is_large = probs.size > _FLOAT32_SIZE
+    logs = np.empty(probs.shape[::-1], np.float32 if is_large else np.float64)
+    for rows in _row_blocks(*probs.shape):
+        block = floored_logs(probs[rows]).T
+        logs[:, rows] = block - block.max(0)
+    return logs
+
+
+def _row_blocks(n: int, k: int) -> Iterator[slice]:
+    """Yield the rows in blocks, whose temporary arrays stay small beside the probabilities."""
+    size = max(1, _BLOCK_VALUES // k)
+    for begin in range(0, n, size):
+        yield slice(begin, begin + size)
 
 
 def _derivatives(
     logs: np.ndarray, labels: np.ndarray, inverse_temperature: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return slope and curvature (n,) of each row's log loss, which is convex in 1 / T."""
-    p = np.exp(logs.dtype.type(inverse_temperature) * logs)
-    total = p.sum(0)
-    p *= logs
-    first = p.sum(0) / total
-    p *= logs
-    slopes = first - logs[labels, np.arange(len(labels))]
-    curvatures = p.sum(0) / total - first**2
-    return slopes.astype(np.float64), curvatures.astype(np.float64)
+    slopes, curvatures = np.empty((2, len(labels)))
+    own = logs[labels, np.arange(len(labels))]
+    for rows in _row_blocks(len(labels), len(logs)):
+        part = logs[:, rows]
+        p = np.exp(logs.dtype.type(inverse_temperature) * part)
+        total = p.sum(0)
+        p *= part
+        first = p.sum(0) / total
+        p *= part
+        slopes[rows] = first - own[rows]
+        curvatures[rows] = p.sum(0) / total - first**2
+    return slopes, curvatures
 
 
 def _newton_step(slopes: np.ndarray, curvatures: np.ndarray) -> float:

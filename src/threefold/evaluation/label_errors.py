@@ -68,24 +68,29 @@ def find_suspects(
         RunError: cleanlab is not installed.
     """
     find_label_issues = _import_cleanlab("filter").find_label_issues
-    mean = predictions.probs.mean(0, dtype=np.float64)
-    ensemble = mean if probs is None else check_probs(probs, 2).astype(np.float64)
-    if ensemble.shape != mean.shape:
+    if probs is None:
+        ensemble = predictions.probs.mean(0, dtype=np.float64)
+    else:
+        ensemble = check_probs(probs, 2).astype(np.float64)
+    expected = predictions.probs.shape[1:]
+    if ensemble.shape != expected:
         raise DataError(
-            "probabilities are of other rows or classes", expected=mean.shape, got=ensemble.shape
+            "probabilities are of other rows or classes", expected=expected, got=ensemble.shape
         )
     if limit is not None and limit < 1:
         raise DataError("the limit is 1 or more", got=limit)
-    ensemble = ensemble / ensemble.sum(-1, keepdims=True)
+    ensemble /= ensemble.sum(-1, keepdims=True)
     # cleanlab needs at least one row of every class.
     present, labels = np.unique(predictions.labels, return_inverse=True)
     if len(present) < 2:
         return []
-    present_probs = ensemble[:, present].clip(min=np.finfo(np.float32).tiny)
+    present_probs = ensemble[:, present]
+    np.maximum(present_probs, np.finfo(np.float32).tiny, out=present_probs)
     present_probs /= present_probs.sum(-1, keepdims=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about classes with few rows
         flagged = np.asarray(find_label_issues(labels, present_probs, n_jobs=1))
+    del present_probs
     quality = ensemble[np.arange(len(labels)), predictions.labels]
     predicted = ensemble.argmax(-1)
     suspect = flagged & (predicted != predictions.labels)

@@ -16,6 +16,7 @@ from threefold.data.check import examine_images, find_spec
 from threefold.data.dataset import ImageDataset, Sources, load_data
 from threefold.data.leakage import Duplicate
 from threefold.data.quality import FAULTS, QualityFinding
+from threefold.data.sources.folder import FilePaths
 from threefold.errors import DataError, RecipeError, RunError, shorten
 from threefold.evaluation.label_errors import Suspect, read_suspects
 from threefold.files import write_bytes
@@ -310,4 +311,4 @@ def _parts(sources: Sources) -> dict[str, ImageDataset]:
 
 def _is_files(data: ImageDataset) -> bool:
     """Whether every image is a file of its own."""
-    return isinstance(data.images, tuple) and all(isinstance(path, Path) for path in data.images)
+    return isinstance(data.images, FilePaths)

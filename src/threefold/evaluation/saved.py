@@ -29,6 +29,7 @@ from threefold.predictions.results_schema import (
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe_schema import EnsembleSpec
 from threefold.stats import scores as stats
+from threefold.stats.weighted_scores import BLOCK_VALUES, log_losses
 
 AUTO = tuple(name for name in ENSEMBLES if not name.startswith("stacked"))
 """The methods that `auto` chooses from, fitted in seconds. Add others by name: `auto,stacked`."""
@@ -302,14 +303,21 @@ def _score_member(rows: Predictions, name: str, probs: np.ndarray) -> Score:
 
 def _temperature_effect(probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Log loss and calibration error when each half is scaled with the other half's temperature."""
-    even = np.arange(len(probs)) % 2 == 0
-    scaled = np.empty(probs.shape)
-    for half in (even, ~even):
-        scaled[half] = apply_temperature(probs[half], fit_temperature(probs[~half], labels[~half]))
+    n, k = probs.shape
+    losses, confidence, hit = np.empty(n), np.empty(n), np.empty(n, bool)
+    size = max(1, BLOCK_VALUES // k)
+    for half in (0, 1):
+        rows = np.arange(half, n, 2)
+        temperature = fit_temperature(probs[1 - half :: 2], labels[1 - half :: 2])
+        for some in (rows[begin : begin + size] for begin in range(0, len(rows), size)):
+            scaled = apply_temperature(probs[some], temperature)
+            losses[some] = log_losses(scaled, labels[some])
+            confidence[some] = scaled.max(-1)
+            hit[some] = scaled.argmax(-1) == labels[some]
     return {
         "temperature": fit_temperature(probs, labels),
-        "calibrated_log_loss": stats.log_loss(scaled, labels),
-        "calibrated_ece": stats.ece(scaled, labels),
+        "calibrated_log_loss": float(losses.mean()),
+        "calibrated_ece": stats.calibration_error(confidence, hit),
     }
 
 

@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from threefold.data.image_rows import ImageRow
 from threefold.data.images import decode
 from threefold.errors import DataError, ThreefoldError
 from threefold.runtime.model import CascadePolicy, Model
@@ -84,7 +85,7 @@ class BatchSize:
 
 def answer_images(
     model: Model,
-    paths: Iterable[str | DataError],
+    paths: Iterable[str | ImageRow | DataError],
     batch: BatchSize,
     start: Callable[[np.ndarray], CascadePolicy],
     threads: int = 0,
@@ -123,18 +124,19 @@ class _Read(NamedTuple):
 
 
 def _read_ahead(
-    model: Model, paths: Iterable[str | DataError], batch: BatchSize, threads: int
+    model: Model, paths: Iterable[str | ImageRow | DataError], batch: BatchSize, threads: int
 ) -> Iterator[_Read]:
     """Decode images in threads and yield them in order."""
 
-    def read(path: str | DataError) -> _Read:
+    def read(path: str | ImageRow | DataError) -> _Read:
         if isinstance(path, DataError):
             return _Read("", None, path)
+        name = path.name if isinstance(path, ImageRow) else path
         try:
-            pixels = decode(path)
-            return _Read(path, model.prepare(pixels) if threads < 0 else model.fit_canvas(pixels))
+            pixels = _decode(path)
+            return _Read(name, model.prepare(pixels) if threads < 0 else model.fit_canvas(pixels))
         except DataError as error:
-            return _Read(path, None, error)
+            return _Read(name, None, error)
 
     if threads < 0:
         yield from map(read, paths)
@@ -162,6 +164,16 @@ def _read_ahead(
             yield done
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _decode(path: str | ImageRow) -> np.ndarray:
+    """Return the pixels of a file or of a row, whose errors name it."""
+    if isinstance(path, str):
+        return decode(path)
+    try:
+        return decode(path.read())
+    except DataError as error:
+        raise DataError(error.what, where=path.name, got=error.got, fix=error.fix) from None
 
 
 def _is_full(window: list[_Read], size: int, is_on_canvas: bool) -> bool:

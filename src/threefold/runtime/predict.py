@@ -12,6 +12,7 @@ from typing import IO
 
 import numpy as np
 
+from threefold.data.image_rows import ImageRow, list_rows, names_images
 from threefold.data.images import IMAGE_SUFFIXES, decode
 from threefold.data.walk import LeftOut, describe_left_out, iterate_images
 from threefold.errors import DataError, RecipeError
@@ -36,13 +37,15 @@ def find_images(
     sources: Iterable[str],
     listing: IO[str] | None = None,
     notify: Callable[[str], object] | None = None,
-) -> Iterator[Path]:
+) -> Iterator[Path | ImageRow]:
     """Yield files, every image in folders, and for `-` the paths on `listing`, one per line.
+
+    Of a table, of shards and of a streamed data set the images are yielded (`data.image_rows`).
 
     A path that does not exist is yielded, too: reading it fails, like any other bad image.
 
     Args:
-        sources: files, folders, or -.
+        sources: files, folders, tables, shards, addresses of data sets, or -.
         listing: what - reads; None = standard input.
         notify: called with what is left out of a folder.
 
@@ -56,6 +59,8 @@ def find_images(
                 name = line.rstrip("\r\n")
                 if name:
                     yield Path(name)
+        elif names_images(source):
+            yield from list_rows(source)
         elif path.is_dir():
             left_out: list[LeftOut] = []
             is_empty = True
@@ -77,7 +82,7 @@ def find_images(
 
 def each_image(
     sources: Iterable[str], notify: Callable[[str], object]
-) -> Iterator[Path | DataError]:
+) -> Iterator[Path | ImageRow | DataError]:
     """Yield what `find_images` finds, and in place of a source that fails its error."""
     for source in sources:
         try:
@@ -142,17 +147,24 @@ def write_predictions(
     if rows:
         rows.writerow(table.csv_head())
     pictures = None if heat is None else HeatFolder(heat)
-    paths = (
-        str(found) if isinstance(found, Path) else found for found in each_image(sources, notify)
-    )
-    for path, output, error in answer_all(model, paths, policy, engine, notify):
+    rows_of: dict[str, ImageRow] = {}
+
+    def entries() -> Iterator[str | ImageRow | DataError]:
+        for found in each_image(sources, notify):
+            if isinstance(found, ImageRow) and pictures is not None:
+                rows_of[found.name] = found
+            yield str(found) if isinstance(found, Path) else found
+
+    for path, output, error in answer_all(model, entries(), policy, engine, notify):
         if output is None or error is not None:
             failed += 1
             notify(error or path)
             continue
         answer = describe_answer(model, path, output, top)
         if pictures is not None:
-            answer["heat"] = _draw_heat(model, path, output, pictures)
+            row = rows_of.get(path)
+            pixels = decode(path if row is None else row.read())
+            answer["heat"] = _draw_heat(model, path, pixels, output, pictures)
         if rows:
             cells = table.csv_cells(answer)
             if stream.isatty():
@@ -167,10 +179,9 @@ def write_predictions(
 
 
 def _draw_heat(
-    model: Model, path: str, output: ModelOutput, pictures: HeatFolder
+    model: Model, path: str, pixels: np.ndarray, output: ModelOutput, pictures: HeatFolder
 ) -> str | dict[str, str]:
     """Write a picture for the class of an image, or for each of its labels; return the paths."""
-    pixels = decode(path)
     numbers = model.label_numbers(output.probs[0])
     heats = occlusion_heats(model, pixels, numbers)
     if model.thresholds is None:
@@ -183,7 +194,7 @@ def _draw_heat(
 
 def answer_all(
     model: Model,
-    paths: Iterable[str | DataError],
+    paths: Iterable[str | ImageRow | DataError],
     policy: CascadePolicy,
     engine: Engine,
     notify: Callable[[str], object],

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from threefold.data.image_rows import ImageRow
 from threefold.errors import DataError, RunError
 from threefold.files import exclusive, sha256
 from threefold.runtime.describe import AnswerTable, describe_answer
@@ -99,14 +100,15 @@ def _predict(
 ) -> FileSummary:
     """Do what `predict_to_file` says, as the only process."""
     model = load(model_path, device=engine.device)
-    paths: list[str] = []
+    images: list[str | ImageRow] = []
     failed = 0
     for found in each_image(sources, notify):
         if isinstance(found, DataError):
             notify(found)
             failed += 1
         else:
-            paths.append(str(found))
+            images.append(found if isinstance(found, ImageRow) else str(found))
+    paths = [image.name if isinstance(image, ImageRow) else image for image in images]
     source: dict[str, Any] = {"model": sha256(model_path), **asdict(policy)}
     if target.suffix.lower() == ".jsonl":
         source["top"] = top
@@ -121,7 +123,7 @@ def _predict(
     begin = written = time.perf_counter()
     waiting: list[dict[str, Any]] = []
     progress(done, len(paths))
-    rest = itertools.islice(paths, done, None)
+    rest = itertools.islice(images, done, None)
     try:
         for path, output, error in answer_all(
             model, rest, policy, engine, notify, batch, lambda p: results.keep(asdict(p))

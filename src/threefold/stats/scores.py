@@ -310,6 +310,8 @@ def bootstrap_interval(
     """
     array, truth = _checked(probs, labels)
     function = check_score(score)
+    if not isinstance(score, str):
+        array = array.astype(np.float64, copy=False)
     part = None if groups is None else check_groups(groups, len(truth))
     check_draws(level, resamples)
     if score in COUNTED:
@@ -364,8 +366,14 @@ def score_table(
     }
 
 
+def calibration_error(confidence: np.ndarray, hit: np.ndarray) -> float:
+    """Return `ece` from the largest probabilities (n,) and whether they are right (n,)."""
+    return _ece(_reliability(confidence, hit))
+
+
 def _reliability(confidence: np.ndarray, hit: np.ndarray, bins: int = 15) -> Reliability:
     """`reliability_curve` from the largest probabilities (n,) and hits (n,)."""
+    confidence = confidence.astype(np.float64)
     where = np.digitize(confidence, np.linspace(0, 1, bins + 1)[1:-1], right=True)
     count = np.bincount(where, minlength=bins)
     used = count > 0
@@ -421,7 +429,10 @@ def _effective_rows(hits: np.ndarray, sizes: np.ndarray, level: float) -> float:
 
 
 def _checked(probs: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    array = check_probs(probs, 2).astype(np.float64)
+    """Return probabilities and labels; float32 stays, and what is summed becomes float64 later."""
+    array = check_probs(probs, 2)
+    if array.dtype != np.float32:
+        array = array.astype(np.float64, copy=False)
     return array, check_labels(labels, *array.shape)
 
 

@@ -199,7 +199,7 @@ def fetch_images(
     files = {row: item.path for row, item in enumerate(items) if row not in addresses}
 
     def read(row: int) -> bytes:
-        return read_file(files[row]) if row in files else stored.read(row)
+        return read_file(Path(files[row])) if row in files else stored.read(row)
 
     def identify(row: int) -> bytes:
         return b"" if row in files else stored.identify(row)

@@ -83,6 +83,8 @@ class NamedColumns(NamedTuple):
     """multilabel = a row has any number of labels."""
     separator: str = ""
     """Of the labels in a cell; empty = found from the cells."""
+    needs_label: bool = True
+    """Whether the images must have labels; without, columns of labels are not looked for."""
     try_again: bool = True
     """Whether addresses of images that gave none are tried again."""
 
@@ -134,7 +136,7 @@ def find_columns(
             )
         if candidates:
             found[meaning] = candidates[0]
-    for name in header:
+    for name in header if named.needs_label else ():
         if name not in found.values() and name != named.fold:
             _refuse_near_miss(name, found, named, where)
     return found
@@ -239,7 +241,8 @@ def require_columns(
     Raises:
         DataError: it has not; the message has the names that are looked for.
     """
-    missing = [meaning for meaning in ("path", "label") if meaning not in columns]
+    needed = ("path", "label") if named.needs_label else ("path",)
+    missing = [meaning for meaning in needed if meaning not in columns]
     if not missing:
         return
     names = "; ".join(f"{meaning}: {SHOWN[meaning]}, ..." for meaning in missing)

@@ -72,7 +72,8 @@ def list_csv(table: Path, named: NamedColumns = NO_NAMES) -> Listing:
     """
     try:
         reader, header = _open_table(table)
-        columns = find_columns(header, ("path", "label", "group", "split"), named, str(table))
+        known = ("path", "label", "group", "split") if named.needs_label else ("path",)
+        columns = find_columns(header, known, named, str(table))
         rows: dict[int, dict[str, str | None]] = {}
         for row in reader:
             rows[reader.line_num] = row
@@ -81,7 +82,7 @@ def list_csv(table: Path, named: NamedColumns = NO_NAMES) -> Listing:
     sets, classes = LabelSets([]), []
     if named.task == "multilabel":
         sets = _label_sets(rows, columns, header, named)
-    else:
+    elif named.needs_label:
         classes = _mark_one_hot(rows, columns, header, named.fold, table)
     found = columns | ({"label": "label"} if sets.note else {})
     require_columns(found, header, named, str(table), ", or a column of 0 and 1 for each class")
@@ -320,8 +321,8 @@ def _parse_row(
         path = _find_file(table.parent, name)
     return ListedImage(
         id=name,
-        path=path,
-        label=normalise_name(values["label"]) if labels is None else join_labels(labels),
+        path=str(path),
+        label=normalise_name(values.get("label", "")) if labels is None else join_labels(labels),
         part=part,
         group=values.get("group"),
         fold=fold,

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, SupportsIndex, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from threefold.counting import report
 from threefold.data.split_names import PARTS, hold_the_same, split_of
 from threefold.data.walk import (
     RUNS,
@@ -21,7 +23,9 @@ from threefold.data.walk import (
     is_image,
     is_tool_folder,
     list_entries,
+    list_names,
     walk_images,
+    walk_names,
 )
 from threefold.errors import DataError, MissingImageError, shorten
 from threefold.names import normalise_name
@@ -31,7 +35,8 @@ class ListedImage(NamedTuple):
     """One image of a source, not opened yet."""
 
     id: str
-    path: Path
+    path: str
+    """Of the file. A text, since a million objects of pathlib take a gigabyte."""
     label: str
     part: str
     """`train` or `test`."""
@@ -82,6 +87,39 @@ class EncodedImages(Sequence[bytes]):
     def identity(self, at: int) -> bytes:
         """Return what changes when the image at a position may have changed; empty if unknown."""
         return self._identify(int(self._rows[at])) if self._identify is not None else b""
+
+
+class FilePaths(Sequence[Path]):
+    """Paths of files, which are kept as texts and become objects on access.
+
+    Args:
+        names: the paths (n,).
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, at: SupportsIndex) -> Path: ...
+    @overload
+    def __getitem__(self, at: slice) -> FilePaths: ...
+    def __getitem__(self, at: SupportsIndex | slice) -> Path | FilePaths:
+        return FilePaths(self.names[at]) if isinstance(at, slice) else Path(self.names[at])
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, FilePaths):
+            return self.names == other.names
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(self.names)
+
+    def take(self, at: NDArray[np.int64] | Sequence[int]) -> FilePaths:
+        """Select the paths at these positions, in this order."""
+        return FilePaths([self.names[i] for i in at])
 
 
 class Listing(NamedTuple):
@@ -177,6 +215,7 @@ def list_folder(root: Path) -> Listing:
         if split.name == "val"
     ]
     items: list[ListedImage] = []
+    skip = len(os.path.join(str(root), ""))
     outside = list(files)
     for split in splits or [_Split(root, "train")]:
         class_folders = folders
@@ -184,14 +223,15 @@ def list_folder(root: Path) -> Listing:
             class_folders, files = list_entries(split.folder, left_out)
             outside += files
         for class_folder in _class_folders(split.folder, class_folders):
-            images = walk_images(class_folder, left_out)
+            images = walk_names(str(class_folder), left_out)
             if not images:
                 fix = "add images or remove it"
                 raise DataError("the class folder has no images", where=class_folder, fix=fix)
-            label = normalise_name(class_folder.name)
+            label, part = normalise_name(class_folder.name), PARTS[split.name]
             for path in images:
-                name = path.relative_to(root).as_posix()
-                items.append(ListedImage(name, path, label=label, part=PARTS[split.name]))
+                name = path[skip:] if os.sep == "/" else path[skip:].replace(os.sep, "/")
+                items.append(ListedImage(name, path, label, part))
+            report("images listed", len(items))
     _refuse_hidden_classes(left_out, [root, *(split.folder for split in splits)])
     return Listing(items, notes + _note_strays(outside) + describe_left_out(left_out, outside))
 
@@ -242,8 +282,12 @@ def _class_folders(folder: Path, folders: list[Path]) -> list[Path]:
 
 def _holds_runs(folder: Path, left_out: list[LeftOut]) -> bool:
     """Whether a folder holds nothing but runs, which are added to what is left out."""
+    with suppress(OSError), os.scandir(folder) as found:
+        # Most folders have an image, which tells at once.
+        if any(entry.is_file() and not entry.name.startswith(".") for entry in found):
+            return False
     inside: list[LeftOut] = []
-    entries = list_entries(folder, inside)
+    entries = list_names(str(folder), inside)
     runs = [entry for entry in inside if entry.reason == RUNS]
     if not runs or any(entries):
         return False

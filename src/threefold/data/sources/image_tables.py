@@ -214,12 +214,14 @@ def _list_rows(
         has_file = path and not table.image and start + row not in addresses
         labels = sets.sets[start + row] if sets.note else None
         if labels is None:
-            label = normalise_name(_parse_label(cells["label"], table.label_names, where))
+            label = ""
+            if named.needs_label:
+                label = normalise_name(_parse_label(cells["label"], table.label_names, where))
         else:
             label = join_labels(labels)
         yield ListedImage(
             id=image_id,
-            path=folder / path if folder and has_file else Path(image_id),
+            path=str(folder / path) if folder and has_file else image_id,
             label=label,
             part=PARTS[split],
             group=str(cells["group"]) if "group" in cells else None,

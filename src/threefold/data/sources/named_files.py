@@ -36,7 +36,10 @@ def find_by_name(
     Raises:
         DataError: a name fits several files.
     """
-    wanted = [item.path.parent == folder and not os.path.isfile(item.path) for item in items]
+    place = str(folder)
+    wanted = [
+        os.path.dirname(item.path) == place and not os.path.isfile(item.path) for item in items
+    ]
     if not any(wanted):
         return items, []
     files: dict[str, list[Path]] = {}
@@ -47,19 +50,19 @@ def find_by_name(
     located: list[ListedImage] = []
     folders: set[str] = set()
     for item, is_wanted in zip(items, wanted, strict=True):
-        paths = files.get(item.path.name, []) if is_wanted else []
+        paths = files.get(os.path.basename(item.path), []) if is_wanted else []
         if len(paths) > 1:
             paths = [path for path in paths if _can_hold(path, folder, item.part)] or paths
         if len(paths) > 1:
             raise DataError(
                 "a name in the table fits several images",
-                where=f"{table}: {item.path.name}",
+                where=f"{table}: {os.path.basename(item.path)}",
                 got=shorten(_relative(path, folder) for path in paths),
                 fix="give paths with folder and suffix",
             )
         if paths:
             folders.add(str(PurePosixPath(_relative(paths[0], folder)).parent))
-        located.append(item._replace(path=paths[0]) if paths else item)
+        located.append(item._replace(path=str(paths[0])) if paths else item)
     count = sum(new.path != old.path for new, old in zip(located, items, strict=True))
     if not count:
         return items, []

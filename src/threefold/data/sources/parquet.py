@@ -208,11 +208,11 @@ def _find_known(schema: Any, named: NamedColumns, where: str) -> tuple[str, dict
         images = [name for name in header if name in _IMAGE_COLUMNS]
         images = [name for name in images if not _is_text(schema.field(name).type)][:1]
         images = images or (encoded if len(encoded) == 1 else [])
-    known: tuple[str, ...] = _KNOWN
+    known: tuple[str, ...] = _KNOWN if named.needs_label else ("path", "id")
     if images:  # a path is their name then, and no other column is
         named = named._replace(path="")
         if "path" not in {name.strip().lower() for name in header}:
-            known = _KNOWN[1:]
+            known = known[1:]
     others = [name for name in header if name not in images]
     return "".join(images), find_columns(others, known, named, where)
 

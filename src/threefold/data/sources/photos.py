@@ -200,7 +200,8 @@ def _list_annotated(
         got = shorten(map(str, unknown))
         raise DataError("labels have no category", where=table, got=got)
     return [
-        ListedImage(file, base / file, label=names[category], part=part) for file, category in rows
+        ListedImage(file, str(base / file), label=names[category], part=part)
+        for file, category in rows
     ]
 
 
@@ -252,7 +253,9 @@ def list_icassava(root: Path, extra: bool) -> Listing:
 def _list_cassava_part(base: Path, folder: str) -> list[ListedImage]:
     part = "test" if folder == "test" else "train"
     return [
-        ListedImage(path.relative_to(base).as_posix(), path, label=class_folder.name, part=part)
+        ListedImage(
+            path.relative_to(base).as_posix(), str(path), label=class_folder.name, part=part
+        )
         for class_folder in _list_folders(base / folder)
         if class_folder.name in CASSAVA_CLASSES
         for path in _list_images(class_folder)
@@ -295,7 +298,7 @@ def list_cassava2020(root: Path) -> Listing:
         raise DataError(
             "the labels cannot be read", where=table, expected=expected, got=got
         ) from None
-    items = [ListedImage(file, base / file, label=label, part="train") for file, label in rows]
+    items = [ListedImage(file, str(base / file), label=label, part="train") for file, label in rows]
     _check_files(items, table)
     notes = [_NO_TEST_LABELS] if (base / "test_images").is_dir() else []
     return _make_listing("cassava2020", items, [names[number] for number in sorted(names)], notes)
@@ -342,7 +345,7 @@ def list_surrey(root: Path) -> Listing:
                 items.append(
                     ListedImage(
                         id=path.relative_to(base).as_posix(),
-                        path=path,
+                        path=str(path),
                         label=letter.name,
                         part="train",
                         group=signer.name,

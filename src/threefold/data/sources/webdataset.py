@@ -172,7 +172,7 @@ def list_webdataset(root: str, named: NamedColumns = NO_NAMES) -> Listing:
             items.append(
                 ListedImage(
                     id=name,
-                    path=Path(name),
+                    path=name,
                     label=normalise_name(label),
                     part=part,
                     group=sample.group or None,
@@ -313,7 +313,7 @@ def _name_label(label: str, class_names: Sequence[str], where: str) -> str:
 def _read_samples(shard: _Shard, named: NamedColumns) -> list[_Sample]:
     """Return the samples of a shard, from the cache if it has not changed since."""
     place = [str(shard.path.absolute()), shard.size, shard.changed]
-    key = [_FORMAT, *place, named.path, named.label, named.fold]
+    key = [_FORMAT, *place, named.path, named.label, named.fold, named.needs_label]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     index = cache_folder(INDEXES) / digest[:2] / f"{digest[2:34]}.json"
     try:
@@ -385,7 +385,8 @@ def _make_sample(
     images = [named.path] if named.path in members else []
     if not named.path:
         images = [extension for extension in members if is_image_extension(extension)]
-    if not images and not any(label in members for label in _LABELS):
+    is_labelled = any(label in members for label in _LABELS)
+    if not images and not (is_labelled and named.needs_label):
         return []
     if key in seen:
         raise DataError("the files of a sample are apart, or two samples have one key", where=where)
@@ -420,8 +421,10 @@ def _read_label(
     extension = named.label.lower() if named.label else "cls"
     if extension in members and extension != "json":
         value = _read_text(shard, members[extension], where)
-    elif record:
+    elif record and named.needs_label:
         value = record.get(find_label_name(list(record), named, where))
+    if not named.needs_label:
+        return "", "", ""
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
         raise DataError(
             "a sample has no label",
