@@ -25,7 +25,7 @@ import numpy as np
 
 import threefold
 from threefold.data.images import decode
-from threefold.runtime.batches import MAX_THREADS
+from threefold.machine import decoding_threads
 from threefold.runtime.model import FULL, Model
 from threefold.runtime.predict import Engine, find_images
 from threefold.runtime.predict_file import predict_to_file
@@ -57,7 +57,7 @@ def speed_of_session(model: Model, images: list[np.ndarray], batch: int) -> floa
 
 def speed_of_decoding(paths: list[Path], prepare: Callable[[np.ndarray], np.ndarray]) -> float:
     """Images in a second of the threads that decode."""
-    threads = min(MAX_THREADS, os.cpu_count() or 1)
+    threads = decoding_threads()
     begin = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(lambda path: prepare(decode(path)).shape, paths):

@@ -46,7 +46,7 @@ def test_the_headline_is_the_accuracy_to_expect(whole: Path) -> None:
 
     assert (run.accuracy, run.interval) == (0.889, (0.868, 0.907))
     assert repr(run) == (
-        f"<SavedRun whole: accuracy 0.889 [0.868, 0.907] on 1,000 test rows, mean, {whole}>"
+        f"<SavedRun whole: accuracy 0.889 [0.868, 0.907] on 1,000 test images, mean, {whole}>"
     )
 
 

@@ -158,6 +158,7 @@ def test_predict_in_batches_and_into_a_file(finished: Run, tmp_path: Path) -> No
     batches = runner.invoke(app, [*words, "--csv", "--batch", "8"])
     done = runner.invoke(app, [*words, "--out", str(target)])
     both = runner.invoke(app, [*words, "--out", str(target), "--csv"])
+    forms = runner.invoke(app, [*words, "--json", "--csv"])
 
     for text in (batches.output, target.read_text()):
         rows = [line.split(",") for line in text.splitlines()]
@@ -167,6 +168,7 @@ def test_predict_in_batches_and_into_a_file(finished: Run, tmp_path: Path) -> No
         np.testing.assert_allclose(probs, right, atol=2e-6)
     assert re.fullmatch(rf"{target}: (\d+) images; \1 now \(.*/s, batch \d+\)\n", done.output)
     assert "leave --csv and --json out" in str(both.exception)
+    assert "--csv and --json are two forms of the answers; fix: give" in str(forms.exception)
 
 
 def test_explain_a_run_and_a_file(finished: Run, tmp_path: Path) -> None:

@@ -7,6 +7,10 @@ import platform
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
+
+MAX_DECODING_THREADS: Final = 16
+"""Each holds an image in memory."""
 
 
 def processor_name() -> str:
@@ -29,6 +33,11 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def decoding_threads() -> int:
+    """Return how many threads decode images: Pillow lets the others run, up to the disk's speed."""
+    return min(MAX_DECODING_THREADS, usable_cores())
 
 
 def available_memory() -> int:

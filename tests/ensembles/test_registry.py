@@ -83,9 +83,7 @@ def test_methods_of_a_recipe_from_simple_to_complex() -> None:
 
 
 def test_an_unknown_method_names_the_nearest() -> None:
-    with pytest.raises(
-        RecipeError, match=r"no such ensemble method: staked; expected one of stacked$"
-    ):
+    with pytest.raises(RecipeError, match=r"no such ensemble method: staked; expected stacked$"):
         make_ensemble("staked")
     with pytest.raises(RecipeError, match="expected one of mean, best, vote"):
         make_ensemble("xyz")

@@ -93,7 +93,7 @@ def test_the_meter_says_what_each_choice_promised(tmp_path: Path) -> None:
         assert line.interval[0] <= line.difference <= line.interval[1]
     assert summary.expected is not None
     assert summary.expected.accuracy == pytest.approx(lines["method"].honest)  # no test rows
-    assert "the choice of the method cross-fitted too" in summary.expected.basis
+    assert "each answered by a method that was chosen without it" in summary.expected.basis
     assert all(line.overlap == 0 for line in summary.ledger)
     assert summary.diversity is not None
     assert summary.diversity.members == tuple(f"m{i}" for i in range(12))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from threefold.cli.console import out, plain, print_error, print_json
 from threefold.cli.options import Json
 from threefold.cli.progress import progress_bar
 from threefold.errors import DataError, ThreefoldError, shorten
+from threefold.machine import decoding_threads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -272,7 +272,7 @@ def embed(
             print_error(DataError(what, where=found.name, fix=fix))
         else:
             paths[found] = None
-    for bad in check_all(list(paths), min(8, os.cpu_count() or 1)):
+    for bad in check_all(list(paths), decoding_threads()):
         if not bad.readable:
             failed += 1
             print_error(DataError("cannot read the image", where=bad.path, got=bad.reason))

@@ -103,8 +103,9 @@ def _write_model(
     for name, written in zip(classes, exported_names(classes), strict=True):
         if name != written:
             err.print(f"[yellow]note[/] class {plain(repr(name))} is {plain(written)} in the file")
+    combined = f"{members[0]} alone" if len(members) == 1 else exported.method
     out.print(
-        f"{exported.path}: {exported.bytes / 1e6:.1f} MB, {exported.method}, {precision}; "
+        f"{exported.path}: {exported.bytes / 1e6:.1f} MB, {combined}, {precision}; "
         f"{describe_report(exported)}",
         markup=False,
     )

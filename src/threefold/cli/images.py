@@ -90,6 +90,8 @@ def predict(
             )
         _predict_to_file(target, model, images, top, policy, engine)
         return
+    if csv and as_json:
+        raise DataError("--csv and --json are two forms of the answers", fix="give one of them")
     form = "text"
     if csv:
         form = "csv"

@@ -15,6 +15,7 @@ from threefold.data.images import check_all
 from threefold.data.leakage import NEAR, NEAR_COPIES, find_duplicates
 from threefold.data.walk import LeftOut, describe_left_out, walk_images
 from threefold.errors import DataError, shorten
+from threefold.machine import decoding_threads
 
 
 def with_unlabelled(sources: Sources, root: str, bad_images: Literal["fail", "skip"]) -> Sources:
@@ -39,7 +40,7 @@ def with_unlabelled(sources: Sources, root: str, bad_images: Literal["fail", "sk
         raise DataError("there is no such folder of unlabelled images", where=root, fix=fix)
     left_out: list[LeftOut] = []
     files = walk_images(folder, left_out)
-    bad = check_all(files, min(8, os.cpu_count() or 1))
+    bad = check_all(files, decoding_threads())
     if bad and bad_images == "fail":
         raise DataError(
             f"{len(bad)} of {len(files)} unlabelled images cannot be used",

@@ -23,6 +23,7 @@ from threefold.data.images import BadImage, check_hashed, map_in_threads
 from threefold.data.sources.folder import EncodedImages, ListedImage, contents_of
 from threefold.errors import DataError, MissingImageError, shorten
 from threefold.files import cache_folder
+from threefold.machine import decoding_threads
 
 VERIFIED: Final = "verified"
 """Kind of the cache's folder."""
@@ -98,7 +99,7 @@ def verify_images(
 
     bad: list[BadImage] = []
     if len(unknown):
-        checked = map_in_threads(check, len(unknown), min(8, os.cpu_count() or 1))
+        checked = map_in_threads(check, len(unknown), decoding_threads())
         done = len(items) - len(unknown)
         with known.appending(len(items)) as save:
             for row, (image, digest) in zip(

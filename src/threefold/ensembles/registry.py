@@ -63,9 +63,11 @@ def make_ensemble(name: str, seed: int = 0) -> Ensemble:
         RecipeError: unknown name; the message suggests the nearest one.
     """
     if name not in ENSEMBLES:
-        near = difflib.get_close_matches(name, ENSEMBLES, n=1, cutoff=0.5) or list(ENSEMBLES)
+        near = difflib.get_close_matches(name, ENSEMBLES, n=1, cutoff=0.5)
         raise RecipeError(
-            "no such ensemble method", where=name, expected=f"one of {', '.join(near)}"
+            "no such ensemble method",
+            where=name,
+            expected=near[0] if near else f"one of {', '.join(ENSEMBLES)}",
         )
     ensemble = ENSEMBLES[name]()
     ensemble.seed = seed

@@ -352,9 +352,9 @@ def _expected(
     """
     answers = probs if nested is None else nested
     hits = correct(answers, rows.labels)
-    basis = f"{rows.kind} rows"
+    basis = {"oof": "out-of-fold", "foreign": "given"}.get(rows.kind, rows.kind) + " images"
     if nested is not None:
-        basis += ", the choice of the method cross-fitted too"
+        basis += ", each answered by a method that was chosen without it"
     return Expected(
         accuracy=float(hits.mean()),
         interval=share_interval(hits, rows.groups),

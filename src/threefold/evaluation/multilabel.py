@@ -414,9 +414,10 @@ def _expected(
     table = score_table(answer.probs, answer.decided, rows.targets, rows.groups, draws=answer.draws)
     basis = {"oof": "out-of-fold", "foreign": "given"}.get(rows.kind, rows.kind) + " images"
     if rows.kind != "test":
-        basis += ", thresholds and calibration cross-fitted"
-        if is_nested:
-            basis += ", and so is the way to combine"
+        found = "thresholds, a calibration and a way to combine that were found"
+        if not is_nested:
+            found = "thresholds and a calibration that were found"
+        basis += f", each answered with {found} without it"
     names = ("mean_average_precision", "macro_f1", "subset_accuracy")
     figures = {key: table[key] for name in names for key in (name, f"{name}_interval")}
     return MultilabelExpected(**figures, n=len(rows), rows=rows.kind, basis=basis)

@@ -7,7 +7,6 @@ batch. If not, those of one size do, and the others go alone.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ import numpy as np
 from threefold.data.image_rows import ImageRow
 from threefold.data.images import decode
 from threefold.errors import DataError, ThreefoldError
+from threefold.machine import decoding_threads
 from threefold.runtime.model import CascadePolicy, Model
 from threefold.runtime.model_output import ModelOutput
 
@@ -27,7 +27,6 @@ AHEAD_PIXELS: Final = 64_000_000
 BATCH_PIXELS: Final = 4_000_000
 """Pixels of a batch of several images that have no common canvas."""
 MAX_BATCH: Final = 1024
-MAX_THREADS: Final = 16
 CPU_SIZES: Final = (1, 4, 16, 64)
 DEVICE_SIZES: Final = (16, 64, 256)
 """Sizes that `auto` tries; a single image leaves most of a device idle."""
@@ -141,7 +140,7 @@ def _read_ahead(
     if threads < 0:
         yield from map(read, paths)
         return
-    threads = threads or min(MAX_THREADS, os.cpu_count() or 1)
+    threads = threads or decoding_threads()
     remaining = iter(paths)
     queue: deque[Future[_Read]] = deque()
     largest, is_exhausted = AHEAD_PIXELS, False  # of recent images: those to come are alike

@@ -113,9 +113,13 @@ class ErrorResponse(BaseModel):
 
 
 ERRORS: Final[dict[int | str, dict[str, Any]]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 408, 413, 415, 429, 503)
+    status: {"model": ErrorResponse}
+    for status in (400, 401, 403, 408, 413, 415, 421, 429, 503, "default")
 }
-"""The errors of routes that take images, as FastAPI describes them."""
+"""The errors of routes that take images, as FastAPI describes them.
+
+With "default", which all others are like, it does not claim its own form of status 422, too.
+"""
 
 
 def response_type(model: Model) -> type[PredictResponse] | type[MultilabelResponse]:

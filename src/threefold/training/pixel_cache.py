@@ -23,6 +23,7 @@ from threefold.data.dataset import ImageDataset, Sources
 from threefold.data.splits import Roles
 from threefold.errors import RunError
 from threefold.files import delete_leftovers, sha256, temporary_path, write_bytes
+from threefold.machine import decoding_threads
 from threefold.models.pipeline import ImageRows
 from threefold.models.resize import resize_square
 from threefold.models.views import Views
@@ -30,9 +31,6 @@ from threefold.recipe_schema import MemberSpec
 
 CHUNK = 32
 """Images decoded at a time: enough to resize in batches, few enough for large photographs."""
-
-MAX_THREADS = 16
-"""Threads that decode at most."""
 
 
 class MappedPixels:
@@ -213,7 +211,7 @@ def _fill(path: Path, dataset: ImageDataset, side: int, resize: Any) -> None:
         path.with_suffix(".sha256").unlink(missing_ok=True)
         with (
             open(temporary, "wb") as file,
-            ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool,
+            ThreadPoolExecutor(decoding_threads()) as pool,
         ):
             shape = (len(dataset), side, side, 3)
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}

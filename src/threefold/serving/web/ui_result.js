@@ -1,6 +1,6 @@
 // The end of a run: what to expect of its model, its scores, its files, and a box to try it.
 
-import { call, count, element, makeError, percent, runPath } from "./ui_common.js";
+import { call, element, makeError, percent, runPath } from "./ui_common.js";
 
 const SHOWN = 8;
 const ROWS = { oof: "out of fold", test: "test" };
@@ -13,8 +13,8 @@ export function makeResult(run, tryBox) {
     parts.push(
       element("p", { class: "headline-number", id: "expected" }, percent(expected.accuracy)),
       element("p", { class: "lead" }, `of new images are expected to be right (95 % interval `
-        + `${percent(low)} to ${percent(high)}), measured on ${count(expected.n, "image")}: `
-        + `${expected.basis}.`));
+        + `${percent(low)} to ${percent(high)}), measured on `
+        + `${expected.n.toLocaleString("en")} ${expected.basis}.`));
   }
   if (run.pending)
     parts.push(element("p", { class: "note" }, "This is a first answer, of heads on frozen "

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from os import cpu_count
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from threefold.data.dataset import ImageDataset
+from threefold.machine import decoding_threads
 from threefold.recipe_schema import MemberSpec
 from threefold.training.distributed.portable import portable
 from threefold.training.distributed.ranks import RankGroup, Ranks, current_ranks
@@ -83,7 +83,7 @@ class FeaturePass:
         elif isinstance(ranks, RankGroup) and ranks.rank == 0:
             ranks.send("features", self._portable())
         size = PART * ranks.world_size if ranks.world_size > 1 else BATCH
-        with ThreadPoolExecutor(min(8, cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(decoding_threads()) as pool:
             for begin in range(0, len(names), size):
                 part = names[begin : begin + size]
                 own = part[share_rows(len(part), ranks.rank, ranks.world_size)]
