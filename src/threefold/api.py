@@ -17,11 +17,13 @@ from threefold.data.sources.table_inside import find_table
 from threefold.errors import RecipeError, RunError
 from threefold.exporting.export import export
 from threefold.names import plain_backbone
+from threefold.predictions.remote_run import run_folder_at
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec, StageSpec
 from threefold.report.pages import write_report
 from threefold.training.distillation import open_teacher
+from threefold.training.execution import Execution
 from threefold.training.jobs import remove_cache, train_members
 from threefold.training.planning.basis import (
     STARTUP_SECONDS,
@@ -60,6 +62,7 @@ def fit(
     log: str | Sequence[str] = (),
     progress: bool = True,
     watcher: Watcher | None = None,
+    execution: Execution | None = None,
 ) -> Run:
     """Plan, train, ensemble, export and report on labelled images, within a time budget.
 
@@ -85,6 +88,7 @@ def fit(
         log: experiment trackers that receive the numbers, too: tensorboard, mlflow, wandb.
         progress: show notes and a progress bar.
         watcher: follows the training in place of the bar.
+        execution: where the jobs are done, such as `Execution("ray")`.
 
     Raises:
         ThreefoldError: the folder or the recipe cannot be used; the message says what to do.
@@ -92,15 +96,17 @@ def fit(
     if quality not in get_args(Quality):
         expected = ", ".join(get_args(Quality))
         raise RecipeError("unknown quality", where="quality", expected=expected, got=quality)
-    target, source = place_data(data, labels, out)
     changes = (overrides,) if isinstance(overrides, str) else tuple(overrides)
     minutes = parse_minutes(budget)
     names = split_names(members)
     with (
+        run_folder_at(out) as (place, url),
         show_progress(watcher, progress) as follower,
         TrackedWatcher(follower, split_names(log)) as tracked,
     ):
-        run = _fit(source, target, minutes, names, changes, quality, tracked)
+        target, source = place_data(data, labels, place)
+        where = (execution or Execution()).at(url)
+        run = _fit(source, target, minutes, names, changes, quality, tracked, where)
         _tell_findings(run)
         return run
 
@@ -113,6 +119,7 @@ def _fit(
     overrides: tuple[str, ...],
     quality: Quality,
     watcher: Watcher,
+    execution: Execution | None,
 ) -> Run:
     """Do what `fit` says, within a number of minutes (0 = no limit)."""
     began = time.monotonic()
@@ -130,7 +137,7 @@ def _fit(
     deadline = math.inf
     if minutes:
         deadline = began + 60 * minutes - STARTUP_SECONDS
-    run = Run.create(recipe, out, watcher, header, sources)
+    run = Run.create(recipe, out, watcher, header, sources, execution)
     if run.folder.is_whole:
         watcher.note(f"{out} is finished, with its own recipe; --out NAME trains another run")
         finish(run)
@@ -143,7 +150,7 @@ def _fit(
         deadline -= _seconds_to_finish(early, run)
         if deadline - time.monotonic() < LEAST_TUNING_SECONDS:
             return _settle(early)
-        run = Run(run.folder, watcher, run.sources, deadline)
+        run = Run(run.folder, watcher, run.sources, deadline, execution)
         run.all_sources = images
     with run.folder.locked():
         _train_and_score(run)
@@ -171,7 +178,7 @@ def _answer_early(run: Run, sources: Sources, deadline: float) -> Run | None:
     if not probes or not pending or run.recipe.protocol == "paper":
         return None
     folder = RunFolder(run.dir, run.recipe.without(pending))
-    early = Run(folder, run.watcher, sources)
+    early = Run(folder, run.watcher, sources, execution=run.execution)
     if not folder.has_results:
         with folder.locked():
             diagnostics = train_members(early, keep_cache=True)
@@ -267,6 +274,7 @@ def train(
     sources: Sources | None = None,
     *,
     progress: bool = True,
+    execution: Execution | None = None,
 ) -> Run:
     """Train every member in every fold, then ensemble and score them.
 
@@ -275,18 +283,20 @@ def train(
 
     Args:
         recipe: what to run.
-        out: the run folder; a folder of the same recipe is continued.
+        out: the run folder, or its URL on an object store; one of the same recipe is continued.
         watcher: follows the training in place of the bar.
         header: comment lines for the recipe's copy in the run folder.
         sources: the recipe's images, where they have been read and verified already.
         progress: show notes and a progress bar.
+        execution: where the jobs are done, such as `Execution("ray")`.
 
     Raises:
         ThreefoldError: the recipe, data or folder cannot be used, or another process is at work in
             the folder; the message says what to do.
     """
-    with show_progress(watcher, progress) as follower:
-        run = Run.create(recipe, out, follower, header, sources)
+    with run_folder_at(out) as (place, url), show_progress(watcher, progress) as follower:
+        where = (execution or Execution()).at(url)
+        run = Run.create(recipe, place or out, follower, header, sources, where)
         if not run.folder.is_whole:
             with run.folder.locked():
                 _train_and_score(run)
@@ -341,6 +351,7 @@ def distill(
     overrides: Sequence[str] = (),
     progress: bool = True,
     watcher: Watcher | None = None,
+    execution: Execution | None = None,
 ) -> Run:
     """Train one network on a run's out-of-fold ensemble probabilities, and its twin on labels.
 
@@ -356,6 +367,7 @@ def distill(
             members.student.img_size=64.
         progress: show notes and a progress bar.
         watcher: follows the training in place of the bar.
+        execution: where the jobs are done.
 
     Raises:
         RunError: the run cannot teach, or its images have changed.
@@ -368,7 +380,7 @@ def distill(
     Run(RunFolder(target, recipe)).build(recipe.members[0], 2, pretrained=True)
     header = f"made by threefold distill {run} --student {student}"
     with show_progress(watcher, progress) as follower:
-        student_run = train(recipe, target, follower, header)
+        student_run = train(recipe, target, follower, header, execution=execution)
         finish(student_run)
         _add_file_sizes(student_run, teacher)
     return student_run

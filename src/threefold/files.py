@@ -144,6 +144,27 @@ def exclusive(path: Path, busy: RunError, fix: str) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Let other processes wait that do the same work; that of a killed one is released.
+
+    Where the lock cannot be held, nobody waits.
+
+    Args:
+        path: the lock file, which stays.
+    """
+    from filelock import FileLock  # not needed to read
+
+    lock = FileLock(path)
+    with suppress(OSError, NotImplementedError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def temporary_path(path: Path) -> Path:
     """Return where this thread writes a file before it takes the place of `path`."""
     return path.with_name(f".{path.name}.{_writer()}.{threading.get_ident()}.tmp")

@@ -31,6 +31,7 @@ from threefold.recipe_checks import (
     check_task,
     with_task_defaults,
 )
+from threefold.recipe_cluster import ClusterSpec
 from threefold.recipe_schema import (
     WITH_GROUPS,
     AugmentSpec,
@@ -88,6 +89,7 @@ class Recipe(Section):
     features: FeatureSpec = FeatureSpec()
     views: ViewSpec = ViewSpec()
     train: TrainSpec = TrainSpec()
+    cluster: ClusterSpec = ClusterSpec()
     ensemble: EnsembleSpec = EnsembleSpec()
     stages: Annotated[tuple[StageSpec, ...], Field(min_length=1)]
     members: Annotated[tuple[MemberSpec, ...], Field(min_length=1)]
@@ -413,8 +415,9 @@ class Recipe(Section):
         return member
 
     def digest(self) -> str:
-        """Return the SHA-256 of everything but the name and the budget."""
-        tree = self.model_dump(mode="json", exclude={"name", "budget_minutes"}, exclude_none=True)
+        """Return the SHA-256 of everything but the name, the budget and the cluster."""
+        excluded = {"name", "budget_minutes", "cluster"}
+        tree = self.model_dump(mode="json", exclude=excluded, exclude_none=True)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
     def dump(self, header: str = "") -> str:

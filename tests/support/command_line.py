@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
+CLUSTER = {"--executor", "--address"}
+
 # A training option is a recipe key, never a flag: think before adding one here.
 SURFACE = {
     "demo": {"--out", "--verbose"},
-    "fit": {"--out", "--budget", "--quality", "--members", "--set", "--log", "--verbose"},
+    "fit": {"--out", "--budget", "--quality", "--members", "--set", "--log", "--verbose", *CLUSTER},
     "plan": {"--budget", "--quality", "--members", "--set"},
-    "train": {"--out", "--set", "--log", "--verbose", "--processes"},
+    "train": {"--out", "--set", "--log", "--verbose", "--processes", *CLUSTER},
     "ensemble": {
         "--method",
         "--members",
@@ -26,7 +28,7 @@ SURFACE = {
     "evaluate": {"--members", "--labels", "--classes", "--json", "--html", "--data", "--card"},
     "compare": {"--shared", "--labels", "--classes", "--json", "--html", "--data", "--card"},
     "export": {"--out", "--method", "--members", "--precision", "--web", "--web-runtime", "--card"},
-    "distill": {"--student", "--out", "--set", "--log", "--verbose"},
+    "distill": {"--student", "--out", "--set", "--log", "--verbose", *CLUSTER},
     "predict": {
         "--top",
         "--json",
@@ -67,7 +69,7 @@ SURFACE = {
     "data check": {"--as", "--set", "--json"},
     "data export": {"--format", "--out", "--as", "--set"},
     "data review": {"--as", "--out", "--port", "--set"},
-    "reproduce": {"--scale", "--protocol", "--out", "--data", "--seeds", "--set"},
+    "reproduce": {"--scale", "--protocol", "--out", "--data", "--seeds", "--set", *CLUSTER},
 }
 
 

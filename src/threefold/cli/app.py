@@ -22,7 +22,9 @@ from threefold.cli.hub import register as register_hub
 from threefold.cli.images import register as register_images
 from threefold.cli.lr_find import lr_find
 from threefold.cli.options import (
+    Address,
     Backbones,
+    Executor,
     ImageTime,
     Mode,
     ModelFile,
@@ -35,6 +37,7 @@ from threefold.cli.options import (
     WallTime,
 )
 from threefold.cli.output import (
+    executor_words,
     resume_command,
     show_next_steps,
     show_results,
@@ -48,6 +51,7 @@ from threefold.cli.search import search
 from threefold.cli.ui import ui
 from threefold.errors import RecipeError, refuse_address
 from threefold.machine import is_one_of_several
+from threefold.object_store import url_of
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -105,6 +109,8 @@ def fit(
     members: Backbones = "",
     sets: Sets = None,
     log: Trackers = "",
+    executor: Executor = "local",
+    address: Address = "",
     verbose: Verbose = False,
 ) -> None:
     """Plan, train, ensemble, report and export: images to one file."""
@@ -113,8 +119,9 @@ def fit(
     parse_minutes(budget, "--budget")  # before torch is imported, so that a typo fails at once
     target = out_dir or default_run_folder(folder)
     from threefold import api
+    from threefold.training.execution import Execution
 
-    words: list[object] = ["fit", folder, "--out", target]
+    words: list[object] = ["fit", url_of(folder) or folder, "--out", url_of(target) or target]
     for option, value, default in (
         ("--budget", budget, "20m"),
         ("--quality", quality, "good"),
@@ -122,6 +129,7 @@ def fit(
     ):
         if value != default:
             words += [option, value]
+    words += executor_words(executor, address)
     command = resume_command(*words, sets=sets, log=log)
     with watch_training(verbose, command, split_names(log)) as watcher:
         run = api.fit(
@@ -132,6 +140,7 @@ def fit(
             overrides=sets or (),
             quality=quality,
             watcher=watcher,
+            execution=Execution(executor, address),
         )
     model = run.dir / "model.onnx"
     show_results(run)
@@ -190,6 +199,8 @@ def train(
     out_dir: RunOut,
     sets: Sets = None,
     log: Trackers = "",
+    executor: Executor = "local",
+    address: Address = "",
     verbose: Verbose = False,
     processes: Processes = 1,
 ) -> None:
@@ -197,21 +208,35 @@ def train(
     from threefold.recipe import resolve
 
     loaded = resolve(recipe, sets or ())  # before torch is imported, so that a typo fails at once
+    if executor == "ray" and (processes > 1 or is_one_of_several()):
+        raise RecipeError(
+            "a job on a cluster is trained by one process",
+            where="--executor ray",
+            fix="leave --processes and torchrun out",
+        )
     if processes > 1:
         _train_in(processes, recipe, out_dir, sets, log, verbose)
     if is_one_of_several():  # torch warns of what the search for unused parameters costs
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from threefold import api
+    from threefold.predictions.remote_run import run_folder_at
     from threefold.training.distributed.follow import follow
     from threefold.training.distributed.ranks import join_ranks
+    from threefold.training.execution import Execution
 
-    command = resume_command("train", recipe, "--out", out_dir, sets=sets, log=log)
+    words = ["train", recipe, "--out", url_of(out_dir) or out_dir]
+    words += executor_words(executor, address)
+    command = resume_command(*words, sets=sets, log=log)
     with join_ranks(loaded.train.device) as ranks:
         if ranks.rank:
             follow(ranks)
             return
-        with watch_training(verbose, command, split_names(log)) as watcher:
-            run = api.train(loaded, out_dir, watcher)
+        with (
+            watch_training(verbose, command, split_names(log)) as watcher,
+            run_folder_at(out_dir) as (place, url),
+        ):
+            execution = Execution(executor, address, url)
+            run = api.train(loaded, place or out_dir, watcher, execution=execution)
             api.report(run)
     show_results(run)
     show_next_steps(run, f"threefold export {run.dir} --out model.onnx")
@@ -252,6 +277,8 @@ def distill(
     ] = None,
     sets: Sets = None,
     log: Trackers = "",
+    executor: Executor = "local",
+    address: Address = "",
     verbose: Verbose = False,
 ) -> None:
     """Train one small network on an ensemble's answers.
@@ -260,12 +287,21 @@ def distill(
     """
     from threefold.api import default_folder
     from threefold.api import distill as distill_run
+    from threefold.training.execution import Execution
 
     target = out_dir or default_folder(run_dir, student)
     words = ["distill", run_dir, "--student", student, "--out", target]
+    words += executor_words(executor, address)
     command = resume_command(*words, sets=sets, log=log)
     with watch_training(verbose, command, split_names(log)) as watcher:
-        run = distill_run(run_dir, student, target, overrides=sets or (), watcher=watcher)
+        run = distill_run(
+            run_dir,
+            student,
+            target,
+            overrides=sets or (),
+            watcher=watcher,
+            execution=Execution(executor, address),
+        )
     show_student(run)
     show_next_steps(
         run,

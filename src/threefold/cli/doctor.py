@@ -47,10 +47,11 @@ def doctor(
 
 def clean(
     kind: Annotated[
-        Literal["features", "archives", "images", "shards", "files", "verified", "all"],
+        Literal["features", "archives", "images", "shards", "files", "buckets", "verified", "all"],
         typer.Argument(
             help="What to delete: cached features, unpacked archives, copied images, where images "
-            "are in shards, downloaded shards, which images are known to be sound, or all."
+            "are in shards, downloaded shards, copied folders of buckets, which images are known "
+            "to be sound, or all."
         ),
     ] = "all",
     yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,

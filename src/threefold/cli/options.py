@@ -33,6 +33,17 @@ Processes = Annotated[
         "starts them on several machines.",
     ),
 ]
+Executor = Annotated[
+    Literal["local", "ray"],
+    typer.Option("--executor", help="Where the jobs are done: here, or on a Ray cluster."),
+]
+Address = Annotated[
+    str,
+    typer.Option(
+        "--address",
+        help="The Ray cluster: HOST:PORT, ray://HOST:PORT or auto; without it one of this machine.",
+    ),
+]
 RunOut = Annotated[Path, typer.Option("--out", help="The run folder.")]
 WallTime = Annotated[
     str, typer.Option("--budget", help="Limit on the wall time: 90s, 20m, 2h; 0 = none.")

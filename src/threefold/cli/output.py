@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from threefold.cli.console import err, out, plain, print_wrapped
 from threefold.cli.signals import catch_signals
+from threefold.errors import RecipeError
 
 if TYPE_CHECKING:
     from threefold.training.progress.watcher import Watcher
@@ -20,6 +21,20 @@ def resume_command(*words: object, sets: Iterable[str] | None = None, log: str =
     options = [word for text in sets or () for word in ("--set", text)]
     options += ["--log", log] if log else []
     return shlex.join(["threefold", *map(str, words), *options])
+
+
+def executor_words(executor: str, address: str) -> list[str]:
+    """Return the options that name an executor other than this machine.
+
+    Raises:
+        RecipeError: there is an address, and nothing to connect to it.
+    """
+    if address and executor != "ray":
+        raise RecipeError(
+            "only a Ray cluster has an address", where="--address", fix="add --executor ray"
+        )
+    words = [] if executor == "local" else ["--executor", executor]
+    return words + (["--address", address] if address else [])
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from threefold.cli.console import out, print_wrapped
-from threefold.cli.options import Sets
-from threefold.cli.output import resume_command, watch_training
+from threefold.cli.options import Address, Executor, Sets
+from threefold.cli.output import executor_words, resume_command, watch_training
 
 if TYPE_CHECKING:
     from threefold.paper.results import CellResult, ItemResults
@@ -55,6 +55,8 @@ def reproduce(
         int, typer.Option("--seeds", min=1, help="Number of seeds to train and compare over.")
     ] = 1,
     sets: Sets = None,
+    executor: Executor = "local",
+    address: Address = "",
 ) -> None:
     """Run a table or figure of the paper again, beside its values."""
     from threefold.paper.items import find_item
@@ -68,6 +70,7 @@ def reproduce(
     folder = out_dir or Path("runs/reproduce") / f"{item.name}-{scale}-{protocol}"
     from threefold.paper.figures import draw_figure
     from threefold.paper.reproduce import Reproduction, reproduce_item
+    from threefold.training.execution import Execution
 
     plan = Reproduction(
         item=item,
@@ -77,11 +80,13 @@ def reproduce(
         data=data,
         seeds=seeds,
         overrides=tuple(sets or ()),
+        execution=Execution(executor, address),
     )
     words: list[object] = ["reproduce", name, "--scale", scale, "--protocol", protocol]
     words += ["--out", folder, "--seeds", seeds]
     if data is not None:
         words += ["--data", data]
+    words += executor_words(executor, address)
     command = resume_command(*words, sets=sets)
     with watch_training(verbose=False, command=command) as watcher:
         results = reproduce_item(plan, watcher)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from threefold.data.remote_images import as_url, local_path
 from threefold.data.sources.addresses import restore_address
 from threefold.data.sources.columns import NamedColumns, find_fold_columns
 from threefold.data.sources.csv_table import read_header, read_label_cells
@@ -20,6 +21,7 @@ from threefold.data.sources.table_inside import find_table, locate_table
 from threefold.data.sources.unpacked import ARCHIVES, is_archive
 from threefold.data.sources.webdataset import holds_samples, is_shards
 from threefold.errors import DataError, refuse_address, seems_address
+from threefold.object_store import url_of
 from threefold.recipe_schema import DataSpec, Source
 
 TABLES: Final[dict[str, Source]] = {
@@ -52,6 +54,9 @@ def detect_source(data: str | Path) -> DataSpec:
         return DataSpec(
             source="webdataset", root=text if seems_address(text) else os.path.abspath(path)
         )
+    if url_of(data):
+        spec = detect_source(local_path(data))
+        return spec.model_copy(update={"root": as_url(spec.root, data)})
     if holds_samples(path):
         return DataSpec(source="webdataset", root=str(path.resolve()))
     if path.is_dir() or is_archive(path):
@@ -115,7 +120,7 @@ def find_fold_column(spec: DataSpec) -> str:
     Raises:
         DataError: the table cannot be read, or several columns do.
     """
-    path = locate_table(Path(spec.root))
+    path = locate_table(local_path(spec.root))
     if spec.source == "csv":
         header = read_header(path)
     elif spec.source == "parquet":
@@ -166,7 +171,7 @@ def _label_cells(spec: DataSpec) -> LabelCells | None:
         return read_hub_label_cells(spec.root, named)
     if spec.source not in TABLES.values():
         return None
-    path = locate_table(Path(spec.root).expanduser())
+    path = locate_table(local_path(spec.root))
     if spec.source == "npz":
         return read_npz_label_cells(path)
     if spec.source == "parquet":

@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 
 from threefold.data.published import FASHION_MNIST_CLASSES
+from threefold.data.remote_images import local_path
 from threefold.data.sources.arrays import (
     FASHION_MNIST_ROOT,
     read_cifar,
@@ -81,7 +82,10 @@ def read_source(spec: DataSpec, *, has_recipe: bool = True) -> Listing | ArrayDa
         # A resumed run sees the images that it has seen before.
         try_again=spec.bad_images == "fail",
     )
-    return _READERS[spec.source](spec, Path(root).expanduser(), named)
+    # Shards and data sets of the hub are read where they are.
+    is_streamed = spec.source in ("webdataset", "huggingface")
+    path = Path(root) if is_streamed else local_path(root)
+    return _READERS[spec.source](spec, path, named)
 
 
 def _read_demo() -> ArrayDataset:

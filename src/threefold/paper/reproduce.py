@@ -29,6 +29,7 @@ from threefold.paper.scales import (
 )
 from threefold.recipe import Recipe, packaged
 from threefold.recipe_schema import WITH_COLUMNS
+from threefold.training.execution import Execution
 from threefold.training.progress.watcher import Watcher
 from threefold.training.run import Run
 
@@ -46,6 +47,7 @@ class Reproduction:
             for each.
         seeds: number of runs with different seeds.
         overrides: changes of the recipe, as `KEY=VALUE`.
+        execution: where the jobs are done.
     """
 
     item: Item
@@ -55,6 +57,7 @@ class Reproduction:
     data: Path | None = None
     seeds: int = 1
     overrides: tuple[str, ...] = ()
+    execution: Execution | None = None
 
 
 def reproduce_item(plan: Reproduction, watcher: Watcher | None = None) -> ItemResults:
@@ -176,7 +179,8 @@ def _train(
         f"--protocol {plan.protocol}, seed {seed}"
     )
     folder = plan.out / item_run.name / f"seed{seed}"
-    return train(recipe.model_copy(update={"seed": seed}), folder, watcher, header)
+    seeded = recipe.model_copy(update={"seed": seed})
+    return train(seeded, folder, watcher, header, execution=plan.execution)
 
 
 def left_out_notes(plan: Reproduction, names: Collection[str]) -> list[str]:

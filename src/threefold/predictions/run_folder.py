@@ -420,7 +420,7 @@ def _differences(first: Recipe, second: Recipe) -> Iterator[str]:
     """Yield the paths of the values in which two recipes differ."""
     left, right = first.model_dump(mode="json"), second.model_dump(mode="json")
     for key in left:
-        if left[key] == right[key] or key in ("name", "budget_minutes"):
+        if left[key] == right[key] or key in ("name", "budget_minutes", "cluster"):
             continue
         if isinstance(left[key], dict) and isinstance(right[key], dict):
             yield from (f"{key}.{k}" for k in left[key] if left[key][k] != right[key].get(k))

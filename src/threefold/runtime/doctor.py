@@ -44,7 +44,7 @@ OPTIONAL: Final = {
     "wandb": "wandb",
 }
 """Other packages, and the extra that installs each."""
-CACHES: Final = ("features", "archives", "images", "shards", "files", "verified")
+CACHES: Final = ("features", "archives", "images", "shards", "files", "buckets", "verified")
 """Kinds of cached files, see `files.cache_folder`."""
 
 LEAST_DISK: Final = 5e9

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -11,10 +11,20 @@ class Execution:
     """Where the jobs of a run are to be done; no part of the recipe, and of no run's identity.
 
     Attributes:
-        executor: local = processes of this machine, as many as `devices` says.
+        executor: local = processes of this machine, as many as `devices` says; ray = the nodes of a
+            Ray cluster.
+        address: of the cluster, see `executors.ray_cluster.connected`; empty = RAY_ADDRESS, or else
+            a cluster of this machine alone.
+        url: of the run, where the run folder here is a copy of one on an object store.
         devices: how many jobs run at the same time, each on a device of its own; all = as many as
             there are devices; None = what the recipe says (`train.devices`).
     """
 
-    executor: Literal["local"] = "local"
+    executor: Literal["local", "ray"] = "local"
+    address: str = ""
+    url: str = ""
     devices: int | Literal["all"] | None = None
+
+    def at(self, url: str) -> Execution:
+        """Return the same for a run whose folder here is a copy of one on an object store."""
+        return replace(self, url=url or self.url)

@@ -73,7 +73,8 @@ def _run_jobs(executor: Executor, run: Run) -> PixelCache:
     """Run every job that is missing, then write oof.npz and test.npz; returns the image cache."""
     cache, features = _open_pixels(run), open_features(run)
     run.watcher.plan(run.jobs, [count_work(run, job) for job in run.jobs])
-    prepare_features(run, features, run.jobs)
+    if not executor.computes_features:
+        prepare_features(run, features, run.jobs)
     executor.run(run, run.jobs, Caches(cache, features))
     for job in run.jobs:
         tidy_job(run, job)

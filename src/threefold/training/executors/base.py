@@ -15,7 +15,14 @@ from threefold.training.run import Run
 
 
 class Executor(Protocol):
-    """Does the jobs of a run."""
+    """Does the jobs of a run.
+
+    Attributes:
+        computes_features: whether features of frozen backbones are computed where the jobs run, and
+            not by the caller before.
+    """
+
+    computes_features: bool
 
     def run(self, run: Run, jobs: Sequence[Job], caches: Caches) -> None:
         """Do those of some jobs that are missing; all are done when it returns.

@@ -133,16 +133,20 @@ class Claims:
     beat: float = BEAT
     _seen: dict[Job, _Sight] = field(default_factory=dict)
 
-    def claim(self, job: Job) -> Claim | None:
+    def claim(self, job: Job, *, takes_over: bool = False) -> Claim | None:
         """Claim a job; None if it belongs to another process that may be alive.
 
         Whoever gets it must look again whether it is done.
+
+        Args:
+            job: the job.
+            takes_over: whether it is known that whoever had it before is dead.
 
         Raises:
             RunError: the folder cannot be written.
         """
         number = self._last(job)
-        if number >= 0 and not self._is_free(job, self._path(job, number)):
+        if number >= 0 and not takes_over and not self._is_free(job, self._path(job, number)):
             return None
         owner = _Owner(uuid.uuid4().hex, this_place(), os.getpid(), _started(os.getpid()))
         path = self._path(job, number + 1)

@@ -14,6 +14,8 @@ from threefold.training.run import Run
 class LocalExecutor:
     """Runs the jobs in this process, in order."""
 
+    computes_features = False
+
     def run(self, run: Run, jobs: Sequence[Job], caches: Caches) -> None:
         """See `base.Executor`."""
         schedule = Schedule(run, jobs)

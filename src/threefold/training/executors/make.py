@@ -13,4 +13,8 @@ def make_executor(run: Run) -> Executor:
     Raises:
         ThreefoldError: it is not available here.
     """
+    if run.execution.executor == "ray":
+        from threefold.training.executors.ray_executor import RayExecutor
+
+        return RayExecutor(run.execution.address)
     return LocalExecutor()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from threefold.recipe import Job
@@ -92,10 +92,14 @@ class Schedule:
         """Most jobs that could run at the same time: those of different members or folds."""
         return len({(job.member, job.fold) for job in self._work})
 
-    def start(self) -> Job | None:
-        """Take the first job whose predecessors are done; None if there is none."""
+    def start(self, may_start: Callable[[Job], bool] = lambda job: True) -> Job | None:
+        """Take the first job whose predecessors are done; None if there is none.
+
+        Args:
+            may_start: whether a job may start now, for reasons of the executor.
+        """
         for job in self.waiting:
-            if not self._before[job] & self._work.keys():
+            if not self._before[job] & self._work.keys() and may_start(job):
                 self.take(job)
                 return job
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -14,7 +15,7 @@ from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Job, Recipe
 from threefold.training.distillation import TEACHERS_FOLDER, Distillation
 from threefold.training.executors.claims import BEAT, LEASE, Claims
-from threefold.training.head_jobs import open_features
+from threefold.training.head_jobs import open_features, prepare_features
 from threefold.training.job import run_job
 from threefold.training.pixel_cache import PixelCache
 from threefold.training.progress.watcher import Watcher
@@ -66,12 +67,21 @@ class Worker:
         pixels = PixelCache(run.all_sources, run.all_views, run.dir / "cache")
         self._caches = Caches(pixels, open_features(run))
 
-    def run(self, job: Job, seconds: float = math.inf) -> Outcome:
+    def prepare_features(self, jobs: Sequence[Job]) -> None:
+        """Compute what those of some head jobs will read that are not done, where it is missing.
+
+        Raises:
+            ThreefoldError: it cannot be computed, or not kept.
+        """
+        prepare_features(self._run, self._caches.features, jobs)
+
+    def run(self, job: Job, seconds: float = math.inf, *, takes_over: bool = False) -> Outcome:
         """Do a job, unless it is done or another worker does it.
 
         Args:
             job: those that it goes on from are done.
             seconds: after which it is cut short.
+            takes_over: whether it is known that whoever had it before is dead.
 
         Raises:
             ThreefoldError: it cannot be done.
@@ -79,7 +89,7 @@ class Worker:
         deadline = time.monotonic() + seconds
         if self._run.folder.is_done(job):
             return "done"
-        claim = self._claims.claim(job)
+        claim = self._claims.claim(job, takes_over=takes_over)
         if claim is None:
             return "claimed"
         with claim:

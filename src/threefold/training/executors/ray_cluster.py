@@ -1,0 +1,265 @@
+"""A Ray cluster: connect to it, and check that its nodes can do the jobs of a run.
+
+Everything here fails in seconds and with one line. Ray by itself tries an address that no one
+listens on for minutes, and then ends the program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from threefold.errors import RunError, ThreefoldError, shorten
+from threefold.extras import require_package
+from threefold.training.provenance import versions
+
+CONNECT_SECONDS: Final = 5.0
+"""How long to wait for an answer from the address of a cluster."""
+
+CHECK_SECONDS: Final = 60.0
+"""How long to wait for all nodes of a cluster, each of which starts a process that imports torch;
+those that are later are not waited for."""
+
+FIRST_SECONDS: Final = 600.0
+"""How long to wait for the first node."""
+
+_CLIENT_SCHEME: Final = "ray://"
+_CURRENT: Final = Path("/tmp/ray/ray_current_cluster")
+"""Where Ray notes the address of a cluster that was started on this machine."""
+
+_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
+"""What a client of HTTP/2, and so of gRPC, sends first: the preface and an empty SETTINGS frame."""
+
+_SETTINGS: Final = 4
+
+
+def import_ray() -> Any:
+    """Import Ray.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # training tells no one
+    return require_package("ray", "--executor ray needs", "pip install 'threefold[ray]'")
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[Any]:
+    """Connect to a cluster, or start one on this machine for as long as it is needed.
+
+    Args:
+        address: HOST:PORT of the head node, from a machine of the cluster; ray://HOST:PORT from
+            elsewhere; auto = the cluster that was started on this machine; empty = RAY_ADDRESS, or
+            else a cluster of this machine alone.
+
+    Yields:
+        The package ray.
+
+    Raises:
+        RunError: no cluster answers there, or it has another version of Ray or Python.
+    """
+    ray = import_ray()
+    if ray.is_initialized():  # the caller's own connection, which stays
+        yield ray
+        return
+    wanted = address or os.environ.get("RAY_ADDRESS", "")
+    check_listens(wanted)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if not wanted:
+        options["include_dashboard"] = False
+    try:
+        ray.init(address=wanted or "local", **options)
+    except (SystemExit, Exception) as error:
+        ray.shutdown()
+        raise _explain(wanted, error) from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def check_listens(address: str) -> None:
+    """Check that something that speaks gRPC listens at the address of a cluster.
+
+    Raises:
+        RunError: nothing does.
+    """
+    place = address
+    if address == "auto" and _CURRENT.exists():
+        place = _CURRENT.read_text(encoding="utf-8").strip()
+    if not place or place == "auto":
+        return
+    host, _, port = place.removeprefix(_CLIENT_SCHEME).rpartition(":")
+    if not host or not port.isdigit():
+        raise RunError(
+            "not the address of a Ray cluster",
+            where=address,
+            expected="HOST:PORT, ray://HOST:PORT or auto",
+        )
+    got: object
+    try:
+        with socket.create_connection((host, int(port)), CONNECT_SECONDS) as connection:
+            connection.settimeout(CONNECT_SECONDS)
+            connection.sendall(_PREFACE)
+            header = connection.recv(9)
+        if len(header) > 3 and header[3] == _SETTINGS:
+            return
+        got = "an answer that is not gRPC"
+    except TimeoutError:
+        got = f"no answer in {CONNECT_SECONDS:.0f} s"
+    except (OSError, OverflowError) as error:
+        got = error
+    raise RunError(
+        "no Ray cluster at this address",
+        where=place,
+        got=got,
+        fix="start one with `ray start --head`, and give the address that it prints (port 6379), "
+        "or ray://HOST:10001 from a machine that is not part of the cluster",
+    )
+
+
+def _explain(address: str, error: BaseException) -> ThreefoldError:
+    """Say in one line why Ray could not connect."""
+    text = " ".join(str(error).split())
+    if "ersion" in text and "mismatch" in text.lower():
+        return RunError(
+            "the cluster has another version of Ray or Python",
+            where=address,
+            expected=f"the same as here, Python {platform.python_version()}",
+            got=text[:300],
+            fix="install the same versions on all machines",
+        )
+    return RunError(
+        "cannot connect to the Ray cluster",
+        where=address or "this machine",
+        got=f"{type(error).__name__}: {text[:300]}",
+        fix="give the address that `ray start --head` printed; `ray status` says whether it runs",
+    )
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of a cluster that is alive.
+
+    Attributes:
+        id: Ray's name of it.
+        address: of the machine.
+        resources: what it has in all, by Ray's names (CPU, GPU, memory in bytes).
+    """
+
+    id: str
+    address: str
+    resources: Mapping[str, float]
+
+    def fits(self, needed: Mapping[str, float]) -> int:
+        """How many jobs the whole node could do at the same time."""
+        parts = [
+            self.resources.get(name, 0.0) / amount for name, amount in needed.items() if amount
+        ]
+        return int(min(parts)) if parts else 0
+
+
+def living_nodes(ray: Any) -> list[Node]:
+    """Return the nodes of the connected cluster that are alive."""
+    return [
+        Node(node["NodeID"], node["NodeManagerAddress"], node["Resources"])
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+@dataclass(frozen=True)
+class NodeState:
+    """What a node finds where a run needs it; plain values, for they travel.
+
+    Attributes:
+        versions: of Python and of the packages that can change a result.
+        missing: the paths that are not there.
+    """
+
+    versions: Mapping[str, str]
+    missing: tuple[str, ...]
+
+
+def inspect_node(paths: Sequence[str]) -> NodeState:
+    """Look at this node: its versions, and whether paths are there."""
+    own = {"python": platform.python_version(), **versions()}
+    return NodeState(own, tuple(path for path in paths if not Path(path).exists()))
+
+
+def check_nodes(ray: Any, nodes: Sequence[Node], paths: Sequence[str]) -> None:
+    """Check that nodes have the versions of this machine and reach the paths of a run.
+
+    Args:
+        ray: the package, connected.
+        nodes: to check.
+        paths: that must be there.
+
+    Raises:
+        RunError: a node cannot do the jobs of the run.
+    """
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    inspect = ray.remote(num_cpus=0, max_retries=0)(inspect_node)
+    pending = {}
+    for node in nodes:
+        here = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        reference = inspect.options(scheduling_strategy=here).remote(list(paths))
+        pending[reference] = node
+    ready, late = ray.wait(list(pending), num_returns=len(pending), timeout=CHECK_SECONDS)
+    if not ready:
+        ready, late = ray.wait(list(pending), timeout=FIRST_SECONDS)
+    for reference in late:
+        ray.cancel(reference, force=True)
+    for reference in ready:
+        node = pending[reference]
+        try:
+            state = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise _broken(node, str(error.cause)) from None
+        except ray.exceptions.RayError:
+            continue  # a node that died now gets no jobs
+        _check_state(node, state)
+    if len(late) == len(pending):
+        raise RunError(
+            "no node of the cluster answers",
+            where=shorten(node.address for node in nodes),
+            got=f"nothing in {CHECK_SECONDS + FIRST_SECONDS:.0f} s",
+            fix="`ray status` shows the nodes; the logs are in /tmp/ray of the head node",
+        )
+
+
+def _broken(node: Node, cause: str) -> RunError:
+    """A node on which threefold or a package of it cannot be imported."""
+    return RunError(
+        "threefold does not run on a node of the cluster",
+        where=node.address,
+        got=cause[-200:],
+        fix="install threefold[ray,train] there, in the same version as here",
+    )
+
+
+def _check_state(node: Node, state: NodeState) -> None:
+    here = inspect_node(()).versions
+    for name, version in here.items():
+        if state.versions.get(name) != version:
+            raise RunError(
+                f"a node of the cluster has another version of {name}",
+                where=node.address,
+                expected=f"{name} {version}, as here",
+                got=f"{name} {state.versions.get(name)}",
+                fix="install the same versions on all machines, so that results are the same",
+            )
+    if state.missing:
+        raise RunError(
+            "a node of the cluster does not see a path of the run",
+            where=f"{state.missing[0]} on {node.address}",
+            fix="put images and run folder on a disk that all nodes share, under one path, or give "
+            "--out (and images) as a URL, such as s3://BUCKET/NAME",
+        )
