@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -41,15 +42,20 @@ from kill_child import Child, Ended, Recorder, save_each_epoch, warm_up
 from PIL import Image
 
 from threefold.files import sha256
+from threefold.predictions.records import CHECKSUM
 from threefold.recipe import Recipe
 
 COLOURS: Final = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 200)}
 TIMEOUT: Final = 240.0
 """Seconds after which a command counts as hanging."""
 TIMES: Final = frozenset(
-    ("seconds", "created", "images_per_second", "latency", "test_opened", "at", "path", "by_size")
+    ("seconds", "created", "images_per_second", "latency", "at", "path", CHECKSUM)
 )
-"""Keys of JSON files that say when, where or how fast."""
+"""Keys of JSON files that say when, where or how fast, and the checksum of all keys."""
+ANSWERS: Final = ("answers.csv", "answers.jsonl") + (
+    ("answers.parquet",) if importlib.util.find_spec("pyarrow") else ()
+)
+"""Files of answers; the last needs the extra `parquet`."""
 MAX_KILLS: Final = 3
 """Kills of one trial."""
 
@@ -226,7 +232,7 @@ SCENARIOS: Final = (
                 "--batch",
                 1,
             ]
-            for name in ("answers.csv", "answers.jsonl", "answers.parquet")
+            for name in ANSWERS
         ],
         prepare_model,
     ),

@@ -71,7 +71,7 @@ VERBS: Final = (
     verb("data check", "data", "check", "IMAGES"),
     verb("explain", "explain", "RUN", "IMAGE", "--out", "OUT/maps"),
     verb("embed", "embed", "RUN", "IMAGES/test", "--out", "OUT/features.npz"),
-    verb("predict", "predict", "MODEL", "IMAGES", "--heat", "OUT/maps"),
+    verb("predict --heat", "predict", "MODEL", "IMAGES", "--heat", "OUT/maps"),
     verb("doctor", "doctor", "--speed"),
     verb("serve", "serve", "MODEL", "--port", "0"),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -77,6 +78,19 @@ def test_clear_lead_replaces_the_recipe() -> None:
     losses[7] = losses[0] - 0.2
 
     assert choose_trial(losses) == 7
+
+
+def test_a_search_that_is_stopped_in_its_first_trial_goes_on(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("threefold.search.train_members", Mock(side_effect=KeyboardInterrupt))
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            search(recipe, tmp_path / "search", SPACE, trials=2)
+
+    with pytest.raises(RunError, match="another search"):
+        search(recipe, tmp_path / "search", SPACE[:1], trials=2)
 
 
 @pytest.mark.slow

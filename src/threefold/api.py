@@ -210,8 +210,9 @@ def _settle(early: Run, diagnostics: DataDiagnostics | None = None) -> Run:
     early.watcher.note("no time is left for tuning: the probes' answer is final")
     early.folder.replace_recipe(early.recipe, "\n".join([*early.folder.header, LEFT_OUT]))
     with early.folder.locked():
-        score_run(early, diagnostics or train_members(early), ())
-        remove_cache(early)
+        diagnostics = diagnostics or train_members(early)
+        remove_cache(early)  # before the run is finished, so that a kill leaves none
+        score_run(early, diagnostics, ())
     finish(early)
     return early
 

@@ -22,7 +22,7 @@ from threefold.data.dataset import Sources, load_data
 from threefold.errors import RecipeError, RunError
 from threefold.evaluation.optimism import Counts, optimism_entry
 from threefold.extras import require_package
-from threefold.files import read_json, write_arrays, write_json
+from threefold.files import delete_leftovers, read_json, write_arrays, write_json
 from threefold.overrides import parse_value
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Optimism
@@ -206,6 +206,7 @@ def search(
         )
     folder, began = Path(out), time.monotonic()
     done = _read_trials(folder, recipe, space)
+    _write_trials(folder, recipe, space, done)  # so that a search that is killed goes on
     sources = load_data(recipe.data, recipe.seed)
     runs = [
         _open_trial(recipe, folder, trial.number, trial.overrides, watcher, sources)
@@ -348,6 +349,7 @@ def _read_trials(folder: Path, recipe: Recipe, space: Sequence[str]) -> list[Tri
     """The trials of an interrupted search."""
     path = folder / TRIALS
     if not path.exists():
+        delete_leftovers(folder, TRIALS)
         if folder.exists() and any(folder.iterdir()):
             raise RunError("the folder holds other files", where=folder, fix="choose another --out")
         return []

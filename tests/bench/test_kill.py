@@ -16,6 +16,7 @@ import torch
 from support.tiny_runs import make_folder, tiny_tree
 
 from threefold.data.dataset import load_data
+from threefold.data.group_file import GROUP_FILE, write_groups
 from threefold.exporting.onnx_files import write_file
 from threefold.files import read_arrays, read_json, write_arrays, write_bytes, write_json
 from threefold.models.views import Views
@@ -24,6 +25,9 @@ from threefold.recipe import Job, Recipe
 from threefold.training.checkpoints import ResumeState, load_resume_state, save_resume_state
 from threefold.training.features.store import FeatureStore
 from threefold.training.pixel_cache import PixelCache
+
+DEAD = 2**22 + 1
+"""The number of a process beyond any of Linux."""
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -70,7 +74,11 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., lis
             for name in CHANGES:
                 patches.setattr(os, name, recorder.watched(name, getattr(os, name)))
             action()
-        return sorted((tmp_path / "copies").iterdir())
+        states = sorted((tmp_path / "copies").iterdir())
+        for state in states:  # as if the process that wrote them were dead
+            for path in [*state.rglob(f".*-{os.getpid()}.*.tmp")]:
+                path.rename(path.with_name(path.name.replace(f"-{os.getpid()}.", f"-{DEAD}.")))
+        return states
 
     (tmp_path / "folder").mkdir()
     return do
@@ -90,6 +98,21 @@ def test_a_kill_leaves_the_old_file_or_the_new_one(
     assert any(state.name.endswith("half") for state in states)
     assert sorted(values) == values
     assert set(values) == {1, 2}
+
+
+def test_a_run_begins_after_a_kill_at_its_beginning(
+    tmp_path: Path, record: Callable[..., list[Path]]
+) -> None:
+    recipe = Recipe.parse(tiny_tree(tmp_path))
+
+    def begin() -> None:
+        write_groups(tmp_path / "folder" / GROUP_FILE, ["a", "b"], ["g", "h"])
+        RunFolder.create(tmp_path / "folder", recipe)
+
+    for state in record(begin):
+        RunFolder.create(state, recipe)
+
+        assert {path.name for path in state.iterdir()} <= {GROUP_FILE, "recipe.toml"}
 
 
 def test_a_kill_leaves_a_job_done_and_sound_or_not_done(

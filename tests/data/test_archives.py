@@ -82,6 +82,16 @@ def test_every_format_unpacks_unchanged(tmp_path: Path, kind: str) -> None:
     ]
 
 
+def test_what_a_killed_process_unpacked_is_deleted(tmp_path: Path) -> None:
+    part = tmp_path / f".out.{2**22 + 1}.x.tmp" / "content" / "a.txt"  # no such process
+    part.parent.mkdir(parents=True)
+    part.write_text("half")
+
+    unpack(write_zip(tmp_path / "a.zip", FILES), tmp_path / "out")
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zip", "out"]
+
+
 def test_an_unpacked_folder_is_kept(tmp_path: Path) -> None:
     archive = write_zip(tmp_path / "a.zip", FILES)
 

@@ -77,6 +77,25 @@ def test_a_step_that_is_not_finite_changes_nothing(what: str) -> None:
     assert loop.recovery.skipped == 1
 
 
+@pytest.mark.parametrize(("what", "skipped"), [(LOSS, 1), (GRADIENT, 0)])
+def test_loss_scaling_finds_its_scale_by_itself(what: str, skipped: int) -> None:
+    """A gradient that overflows belongs to it; a loss that is not finite does not."""
+    member = spoil(build_tiny(), [1], what)
+    loop = make_loop(member, make_task())
+    loop.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    steps = loop.take_steps([1e-2, 1e-2, 1e-2])
+
+    next(steps)
+    before = [parameter.clone() for parameter in member.parameters()]
+    next(steps)
+
+    assert all(map(torch.equal, before, member.parameters()))
+    assert loop.scaler.get_scale() == 512
+    assert loop.recovery.skipped == skipped
+    next(steps)
+    assert not all(map(torch.equal, before, member.parameters()))
+
+
 @pytest.mark.parametrize("what", [LOSS, GRADIENT])
 def test_a_stage_leaves_out_what_is_not_finite_and_says_so(what: str) -> None:
     outcome = train_stage(spoil(build_tiny(), [1, 4], what), make_task())

@@ -174,9 +174,13 @@ class RunFolder(RunResults):
     def check_new(self) -> None:
         """Check that a run can be started here: it has at most its file of groups and its data.
 
+        What a process left that was killed before its run began is deleted.
+
         Raises:
             RunError: it has other files.
         """
+        for name in ("recipe.toml", GROUP_FILE, DATA_FOLDER):
+            delete_leftovers(self.path, name)
         if self.path.is_dir() and not all(map(_precedes_run, self.path.iterdir())):
             raise RunError(
                 "the folder is not empty and not a run",

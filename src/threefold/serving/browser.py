@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from threefold.errors import ExportError
-from threefold.files import flush_files, sha256
+from threefold.files import flush_files, sha256, temporary_folder
 from threefold.runtime.json_text import as_json
 from threefold.runtime.model import Model
 from threefold.serving.limits import ServerLimits
@@ -90,8 +90,12 @@ def write_web(
     loaded = Model(source)
     require_free(target)
     runtime_files = read_runtime(runtime)
-    partial = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}.part")
     try:
+        temporary = temporary_folder(target.absolute())
+    except OSError as error:
+        raise _unwritable(target, error) from None
+    try:
+        partial = Path(temporary.name) / "new"
         (partial / "ort").mkdir(parents=True)
         _copy_model(source, partial / "model.onnx")
         for name, content in runtime_files.items():
@@ -107,9 +111,9 @@ def write_web(
         flush_files(partial)
         _replace_folder(partial, target)
     except OSError as error:
-        raise ExportError("cannot write the folder", where=target, got=error) from None
+        raise _unwritable(target, error) from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        temporary.cleanup()
     return WebFolder(
         path=target,
         bytes=sum(path.stat().st_size for path in target.rglob("*") if path.is_file()),
@@ -243,4 +247,7 @@ def _replace_folder(partial: Path, target: Path) -> None:
         if old.exists():
             os.replace(old, target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _unwritable(target: Path, error: OSError) -> ExportError:
+    return ExportError("cannot write the folder", where=target, got=error)

@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple, cast
 
 from threefold.errors import DataError
+from threefold.files import temporary_folder
 
 _BLOCK = 1 << 20
 _LARGEST_DIRECTORY = 1 << 28
@@ -106,16 +107,16 @@ def unpack(archive: Path, target: Path, limits: ArchiveLimits = LIMITS) -> Path:
     """
     if target.is_dir():
         return target
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
     fix = "free disk space, or unpack it by hand into a writable folder"
-    try:
-        with _one_line_errors(archive, "cannot unpack the archive", fix):
-            partial.mkdir(parents=True, exist_ok=True)
-            for member in _members(archive, limits):
-                _write(partial / member.name, member, limits.disk_reserve)
-            os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with (
+        _one_line_errors(archive, "cannot unpack the archive", fix),
+        temporary_folder(target) as folder,
+    ):
+        partial = Path(folder) / "content"
+        partial.mkdir()
+        for member in _members(archive, limits):
+            _write(partial / member.name, member, limits.disk_reserve)
+        os.replace(partial, target)
     return target
 
 
