@@ -414,10 +414,17 @@ class Recipe(Section):
             return self.distill.student
         return member
 
-    def digest(self) -> str:
-        """Return the SHA-256 of everything but the name, the budget and the cluster."""
+    def digest(self, *, as_given: bool = False) -> str:
+        """Return the SHA-256 of everything but the name, the budget and the cluster.
+
+        Args:
+            as_given: leave out keys that were not given. A run folder has every key of the version
+                that began it, so this is the digest of then, whatever keys have come since.
+        """
         excluded = {"name", "budget_minutes", "cluster"}
-        tree = self.model_dump(mode="json", exclude=excluded, exclude_none=True)
+        tree = self.model_dump(
+            mode="json", exclude=excluded, exclude_none=True, exclude_unset=as_given
+        )
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
     def dump(self, header: str = "") -> str:

@@ -218,6 +218,23 @@ def test_an_edited_recipe_goes_no_further(copy: Path, finished: Run) -> None:
     Run.create(Recipe.load(recipe), copy)  # the name and the budget may change
 
 
+def test_a_run_of_a_version_that_lacked_a_key_is_still_known(copy: Path) -> None:
+    folder = RunFolder(copy)
+    text = (copy / "recipe.toml").read_text()
+    older = text.replace("sync_batchnorm = false\n", "")
+    assert older != text
+    (copy / "recipe.toml").write_text(older)
+    folder.write_info(
+        folder.info.replace(digest=Recipe.load(copy / "recipe.toml").digest(as_given=True))
+    )
+
+    export(Run.open(copy))
+    (copy / "recipe.toml").write_text(older.replace("gate = true", "gate = false", 1))
+
+    with pytest.raises(RunError, match="edited after the run began"):
+        export(Run.open(copy))
+
+
 def test_answers_on_other_rows_are_refused(copy: Path) -> None:
     run, job = Run.open(copy), Job("gated", 1, "two")
     path = run.folder.job_folder(job) / "probs.npz"

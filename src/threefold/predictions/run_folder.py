@@ -149,7 +149,8 @@ class RunFolder(RunResults):
     def check_recipe(self) -> None:
         """Check that recipe.toml is still what the run began with, but for its name and budget.
 
-        A run whose tuned members are to follow began with its probes alone.
+        A run whose tuned members are to follow began with its probes alone. Keys that came with a
+        later version have their defaults.
 
         Raises:
             RunError: it was edited.
@@ -158,10 +159,11 @@ class RunFolder(RunResults):
         if not (self.path / "run.json").exists() or not file.exists():
             return
         whole = Recipe.load(file)
-        known = [whole.digest()]
+        known = [whole.digest(), whole.digest(as_given=True)]
         tuned = [member.name for member in whole.members if member.name not in whole.probes]
         if tuned and whole.probes:
-            known.append(whole.without(tuned).digest())
+            probes = whole.without(tuned)
+            known += [probes.digest(), probes.digest(as_given=True)]
         if self.info.digest not in known:
             raise RunError(
                 "the recipe was edited after the run began",
