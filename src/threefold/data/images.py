@@ -275,9 +275,12 @@ def same_digests(digests: NDArray[np.bytes_]) -> list[list[int]]:
     """
     order = np.argsort(digests, kind="stable")
     order = order[digests[order] != b""]
-    ends = np.flatnonzero(np.append(digests[order[1:]] != digests[order[:-1]], True)) + 1
-    groups = np.split(order, ends[:-1]) if len(order) else []
-    return sorted(group.tolist() for group in groups if len(group) > 1)
+    if not len(order):
+        return []
+    is_first = np.append(True, digests[order[1:]] != digests[order[:-1]])
+    begins = np.append(np.flatnonzero(is_first), len(order))
+    repeated = np.flatnonzero(np.diff(begins) > 1)
+    return sorted(order[begins[i] : begins[i + 1]].tolist() for i in repeated)
 
 
 def content_hash(source: Path | bytes) -> str:

@@ -162,9 +162,10 @@ def walk_names(folder: str, left_out: list[LeftOut]) -> list[str]:
         seen.add((status.st_dev, status.st_ino))
         folders, files = list_names(current, left_out)
         stack += [os.path.join(current, name) for name in reversed(folders)]
+        prefix = os.path.join(current, "")
         for name in files:
-            path = os.path.join(current, name)
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES or is_image(Path(path)):
+            path = prefix + name
+            if name[name.rfind(".") :].lower() in IMAGE_SUFFIXES or is_image(Path(path)):
                 images.append(path)
             else:
                 left_out.append(LeftOut(Path(path), OTHER))
