@@ -90,11 +90,8 @@ def main() -> None:
     if options.part:
         run_part(options.part, options.out)
         return
-    from threefold.training.provenance import commit, hardware  # imports torch
-
-    print(f"{datetime.date.today()}, {hardware()}, commit {commit()}\n")
     print("| part | images | processor s | wall s | peak MB |")
-    print("|---|---|---|---|---|")
+    print("|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory(dir=options.out) as name:
         images = Path(name).resolve() / "images"
         make_images(images, options.images, options.classes)
@@ -112,7 +109,12 @@ def main() -> None:
             wall = time.perf_counter() - began
             seconds = usage.ru_utime + usage.ru_stime
             peak = usage.ru_maxrss / 1024
-            print(f"| {part} | {options.images:,} | {seconds:.1f} | {wall:.1f} | {peak:.0f} |")
+            row = f"| {part} | {options.images:,} | {seconds:.1f} | {wall:.1f} | {peak:.0f} |"
+            print(row, flush=True)
+    # At the end, since it imports torch: a child's peak counts its parent's memory at the fork.
+    from threefold.training.provenance import commit, hardware
+
+    print(f"\n{datetime.date.today()}, {hardware()}, commit {commit()}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from support.http_server import hosting
 
+from threefold.data.check import check_data, find_spec
 from threefold.data.dataset import Sources, load_data
 from threefold.data.detect_source import detect_source, seems_data
 from threefold.data.labelled import load_labelled
@@ -85,6 +86,7 @@ def test_samples_are_read_in_place(shards: Path, cache: Path) -> None:
 def test_folder_and_patterns_are_alike(shards: Path, tmp_path: Path, root: str) -> None:
     assert seems_data(str(tmp_path / root))
     check(load(tmp_path / root))
+    assert check_data(find_spec(str(tmp_path / root))).usable
 
 
 def test_second_start_reads_no_header(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,8 +97,9 @@ def fit(
         Path,
         typer.Argument(
             help="One folder per class, or train/, val/, test/ with class folders inside, or an "
-            "archive of them; a CSV, TSV, parquet or npz file; or OWNER/NAME on the Hugging Face "
-            "hub."
+            "archive of them; a CSV, TSV, parquet or npz file; shards such as "
+            "'train-{000..146}.tar'; or OWNER/NAME on the Hugging Face hub "
+            "(hf://datasets/OWNER/NAME streams it)."
         ),
     ],
     out_dir: Annotated[

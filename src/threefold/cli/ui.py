@@ -57,7 +57,7 @@ def resolve_data(name: str) -> str:
     if not name.strip():
         raise DataError("no images were named", expected="a folder, an archive or a table")
     spec = detect_source(name.strip())
-    if spec.source == "huggingface":
+    if spec.source in ("huggingface", "webdataset"):
         return spec.root
     return str(Path(name.strip()).expanduser().resolve())
 

@@ -19,6 +19,7 @@ from threefold.data.detect_source import (
     find_fold_column,
     find_multilabel,
     is_hub_name,
+    names_shards,
 )
 from threefold.data.leakage import (
     NEAR,
@@ -172,7 +173,7 @@ def _find_spec(source: str, kind: str) -> DataSpec:
     if source == "demo":
         return DataSpec(source="demo")
     path = Path(source).expanduser()
-    if not kind and is_hub_name(source):
+    if not kind and (is_hub_name(source) or names_shards(source)):
         return detect_source(source)
     if not path.exists() and kind != "huggingface":
         refuse_address(source)

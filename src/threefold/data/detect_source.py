@@ -93,6 +93,11 @@ def detect_source(data: str | Path) -> DataSpec:
     return DataSpec(source=source, root=str(path.resolve()))
 
 
+def names_shards(data: str | Path) -> bool:
+    """Whether data names shards of WebDataset: a pattern, an address, a tar file or a folder."""
+    return is_shards(restore_address(data)) or holds_samples(Path(data).expanduser())
+
+
 def seems_data(name: str) -> bool:
     """Whether a name is that of a folder, an archive or a table, or can only be one on the hub."""
     path = Path(name)

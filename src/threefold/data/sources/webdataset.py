@@ -85,7 +85,10 @@ def holds_samples(path: Path) -> bool:
         path: a tar file or a folder.
     """
     if path.is_dir():
-        folders = [path, *(folder for folder in path.iterdir() if split_of(folder.name))]
+        try:
+            folders = [path, *(folder for folder in path.iterdir() if split_of(folder.name))]
+        except OSError:  # which the reader of the folder reports
+            return False
         shards = (shard for folder in folders for shard in sorted(folder.glob("*.tar")))
         path = next(shards, path)
     if not path.name.lower().endswith(".tar") or not path.is_file():
