@@ -49,9 +49,18 @@ _NOT_REGULAR = "no regular file"
 _LOST = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 """Errors of a flush that say that something is not on the disk."""
 
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+"""Errors of a path where there is no file, but a folder or a circle of links, or nothing."""
 
-def write_bytes(path: Path, data: bytes) -> None:
+
+def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write a file atomically: a crash leaves the old content or the new, never a part.
+
+    Args:
+        path: the file, whose folder is made if it is missing.
+        data: its content.
+        durable: the new content outlasts a loss of power from now on; otherwise the old one may
+            come back.
 
     Raises:
         RunError: the disk is full or the folder is not writable.
@@ -62,10 +71,12 @@ def write_bytes(path: Path, data: bytes) -> None:
         _sweep_once(path.parent)
         with open(temporary, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        flush_folder(path.parent)
+        if durable:
+            flush_folder(path.parent)
     except BaseException as error:  # a signal may come at any moment, too
         with suppress(OSError):
             temporary.unlink()
@@ -116,20 +127,21 @@ def check_regular(path: Path) -> None:
 
 
 @contextmanager
-def exclusive(path: Path, busy: RunError, fix: str) -> Iterator[None]:
+def exclusive(path: Path, busy: RunError, fix: str, timeout: float = 0) -> Iterator[None]:
     """Hold the lock of a file; that of a killed process is released.
 
     Args:
         path: the lock file, which stays.
         busy: raised if another process holds it.
         fix: what to do if it cannot be written.
+        timeout: seconds to wait for the other process.
 
     Raises:
         RunError: `busy`, or the file cannot be written.
     """
     from filelock import FileLock, Timeout  # not needed to read
 
-    lock = FileLock(path, timeout=0)
+    lock = FileLock(path, timeout=timeout)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(NotImplementedError):  # a file system without locks
@@ -319,10 +331,15 @@ def _delete(path: Path) -> None:
 
 def write_json(path: Path, tree: Any) -> None:
     """Write a tree of plain values as indented JSON; see `finite_json`."""
+    write_bytes(path, json_bytes(tree))
+
+
+def json_bytes(tree: Any) -> bytes:
+    """Return the content of a file of `write_json`."""
     text = json.dumps(
         finite_json(tree), indent=1, ensure_ascii=False, default=float, allow_nan=False
     )
-    write_bytes(path, (text + "\n").encode())
+    return (text + "\n").encode()
 
 
 def finite_json(tree: Any) -> Any:
@@ -367,25 +384,40 @@ def read_json(path: Path) -> Any:
         check_regular(path)
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise _unreadable("cannot read", path, error) from None
+        raise unreadable("cannot read", path, error) from None
     except (ValueError, RecursionError) as error:
         raise DamagedFileError("the file is damaged", where=path, got=error) from None
 
 
-def _unreadable(what: str, path: Path, error: OSError) -> RunError:
-    """Tell a file that is not there, or is none, from one that cannot be read."""
+def unreadable(what: str, path: Path, error: OSError) -> RunError:
+    """Make the error of a file that is not there, is none, or cannot be read.
+
+    Args:
+        what: what is wrong.
+        path: the file.
+        error: of the operating system.
+
+    Returns:
+        A DamagedFileError if another file in its place would help.
+    """
     if is_out_of_memory(error):
         return out_of_memory(path, error)
-    is_lost = isinstance(error, FileNotFoundError) or error.strerror == _NOT_REGULAR
-    kind = DamagedFileError if is_lost else RunError
-    return kind(what, where=path, got=error)
+    if error.errno in _NO_FILE or error.strerror == _NOT_REGULAR:
+        return DamagedFileError(what, where=path, got=error)
+    fix = "make it readable for this user" if isinstance(error, PermissionError) else ""
+    return RunError(what, where=path, got=error, fix=fix)
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Write arrays as a compressed .npz file, without pickle."""
+    write_bytes(path, array_bytes(**arrays))
+
+
+def array_bytes(**arrays: np.ndarray) -> bytes:
+    """Return the content of a file of `write_arrays`."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -401,7 +433,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except OSError as error:
-        raise _unreadable("cannot read arrays", path, error) from None
+        raise unreadable("cannot read arrays", path, error) from None
     except Exception as error:
         if is_out_of_memory(error):
             raise out_of_memory(path, error) from None

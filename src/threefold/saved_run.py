@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import shlex
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -24,6 +25,7 @@ from threefold.recipe import Recipe
 if TYPE_CHECKING:
     import pandas as pd
 
+    from threefold.predictions.run_check import RunCheck
     from threefold.report.chart_files import Chart
     from threefold.runtime.model import Model
 
@@ -48,6 +50,12 @@ class SavedRun:
             RunError: there is no run.
         """
         return cls(RunFolder.open(path))
+
+    def verify(self) -> RunCheck:
+        """Verify every file of the run; `threefold doctor RUN --mend` makes damaged ones again."""
+        from threefold.predictions.run_check import check_run
+
+        return check_run(self.dir)
 
     @property
     def dir(self) -> Path:
@@ -204,13 +212,10 @@ class SavedRun:
 
     def _model_file(self) -> Path:
         path = self.dir / "model.onnx"
-        if not path.is_file():
-            raise RunError(
-                "the run has no exported file",
-                where=path,
-                fix=f"run `threefold export {self.dir} --out {path}`",
-            )
-        return path
+        fix = f"run `{shlex.join(['threefold', 'export', str(self.dir), '--out', str(path)])}`"
+        if not self.folder.has(path.name):
+            raise RunError("the run has no exported file", where=path, fix=fix)
+        return self.folder.verify(path.name, fix)
 
     def score(self, data: Any, labels: Any = None) -> Score:
         """Score the exported file on labelled images.
@@ -248,8 +253,9 @@ class SavedRun:
             RunError: the run has no results yet.
         """
         path = self.dir / "report.html"
-        if out is None and path.is_file():
-            return path
+        if out is None and self.folder.has(path.name):
+            fix = f"run `{shlex.join(['threefold', 'report', str(self.dir)])}`"
+            return self.folder.verify(path.name, fix)
         from threefold.report.pages import write_report
 
         return write_report([self.folder], None if out is None else Path(out))

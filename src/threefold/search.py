@@ -22,7 +22,7 @@ from threefold.data.dataset import Sources, load_data
 from threefold.errors import RecipeError, RunError
 from threefold.evaluation.optimism import Counts, optimism_entry
 from threefold.extras import require_package
-from threefold.files import delete_leftovers, read_json, write_arrays, write_json
+from threefold.files import delete_leftovers, read_json, write_json
 from threefold.overrides import parse_value
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Optimism
@@ -281,7 +281,7 @@ def _train_trial(run: Run) -> tuple[float, float]:
         with run.folder.locked():
             train_members(run)
             evaluation = evaluate_run(run, test_stays_sealed=True)
-            write_arrays(run.dir / ANSWERS, probs=evaluation.probs)
+            run.folder.write_arrays(ANSWERS, probs=evaluation.probs)
     labels, probs = run.predictions("oof").labels, run.folder.read_arrays(ANSWERS)["probs"]
     return float(log_losses(probs, labels).mean()), accuracy(probs, labels)
 

@@ -88,6 +88,9 @@ def test_a_flipped_digit_is_noticed(tmp_path: Path) -> None:
     other = str((int(digit[1]) + 1) % 10)
     path.write_text(text[: digit.start(1)] + other + text[digit.end(1) :], encoding="utf-8")
 
+    with pytest.raises(RunError, match=r"changed since the run wrote it.*as in manifest\.json"):
+        RunFolder(folder.path).results.as_json()
+    (folder.path / "manifest.json").unlink()
     with pytest.raises(RunError, match=r"the file is damaged.*checksum"):
         RunFolder(folder.path).results.as_json()
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from threefold.cli.console import err, out, plain, print_json
 from threefold.cli.options import Json
+from threefold.errors import RunError
+
+if TYPE_CHECKING:
+    from threefold.predictions.run_check import RunCheck
 
 
 def register(app: typer.Typer) -> None:
@@ -17,12 +23,27 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(
+    run: Annotated[
+        Path | None,
+        typer.Argument(help="Verify every file of this run folder, and nothing else."),
+    ] = None,
+    mend: Annotated[
+        bool,
+        typer.Option(
+            "--mend", help="Delete damaged files of the run and make them again, by training."
+        ),
+    ] = False,
     speed: Annotated[
         bool, typer.Option("--speed", help="Also measure the machine, some seconds.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Examine the installation: versions, devices, disk, caches; exit code 1 with problems."""
+    """Examine the installation, or verify a run folder; exit code 1 with problems."""
+    if run is not None:
+        _verify_run(run, mend, as_json)
+        return
+    if mend:
+        raise RunError("there is nothing to mend", fix="name the run folder")
     from threefold.runtime.doctor import examine
 
     problems, section, records = 0, "", []
@@ -43,6 +64,54 @@ def doctor(
         out.print("no problems found")
     if problems:
         raise SystemExit(1)
+
+
+def _verify_run(folder: Path, mend: bool, as_json: bool) -> None:
+    """Verify every file of a run, and mend what can be made again."""
+    from threefold.predictions.run_check import check_run
+
+    check = check_run(folder)
+    mended: list[str] = []
+    if mend and any(fault.can_mend for fault in check.faults):
+        mended = _mend_run(folder, check)
+        check = check_run(folder)
+    if as_json:
+        faults = [{"path": str(f.path), "problem": f.problem} for f in check.faults]
+        tree = {"verified": check.verified, "faults": faults, "mended": mended}
+        print_json({**tree, "unknown": list(check.unknown)})
+    else:
+        for path in mended:
+            out.print(f"mended  {plain(path)}")
+        for fault in check.faults:
+            out.print(f"[yellow]damaged[/] {plain(fault.problem)}")
+        for name in check.unknown:
+            out.print(f"note    {plain(folder / name)} is not a file of the run")
+        out.print(f"{check.verified:,} files verified, {len(check.faults):,} damaged or missing")
+        if any(fault.can_mend for fault in check.faults):
+            out.print(f"mend with: threefold doctor {plain(shlex.quote(str(folder)))} --mend")
+    if check.faults:
+        raise SystemExit(1)
+
+
+def _mend_run(folder: Path, check: RunCheck) -> list[str]:
+    """Delete what is damaged and train, export and report as before; returns what was damaged."""
+    from threefold.predictions.run_check import remove_damaged
+    from threefold.predictions.run_folder import EXPORTED, RunFolder
+    from threefold.recipe import Recipe
+
+    names = [str(fault.path) for fault in check.faults if fault.can_mend]
+    has = RunFolder.open(folder).has
+    was_exported = all(map(has, EXPORTED))
+    recipe = Recipe.load(folder / "recipe.toml")
+    remove_damaged(folder, check)
+    from threefold import api
+    from threefold.training.progress.terminal_watcher import TerminalWatcher
+
+    with TerminalWatcher(err) as watcher:
+        run = api.train(recipe, folder, watcher)
+        if was_exported:
+            api.finish(run)
+    return names
 
 
 def clean(

@@ -40,6 +40,7 @@ from threefold.data.sources.folder import (
 )
 from threefold.data.split_names import warn_of_parts
 from threefold.data.splits import fold_values
+from threefold.data.unchanged import DIGEST, decode_unchanged
 from threefold.data.verified import refuse_bad, verify_images
 from threefold.errors import DataError, shorten
 from threefold.names import find_repeated, natural_key
@@ -146,23 +147,36 @@ class ImageDataset:
         """Return image i as uint8 (h, w, 3); files are decoded on each call.
 
         Raises:
-            DataError: the file can no longer be read.
+            DataError: the file can no longer be read, or was changed since it was verified.
         """
         if not isinstance(self.images, np.ndarray):
-            return decode(self.images[i])
+            image = self.images[i]
+            if self.digests is None or not self.digests[i]:
+                return decode(image)
+            where = image if isinstance(image, Path) else self.ids[i]
+            return decode_unchanged(image, bytes(self.digests[i]), where)
         image = self.images[i]
         return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image.copy()
 
     def content_hash(self, i: int) -> str:
-        """Return a SHA-256 of image i's content: of its file's bytes, or of its pixels.
+        """Return 32 hexadecimal digits of the SHA-256 of image i's file, or of its pixels.
+
+        Of a file that was verified, they are of that time.
 
         Raises:
             DataError: the file can no longer be read.
         """
+        if self.digests is not None and self.digests[i]:
+            return bytes(self.digests[i]).ljust(DIGEST, b"\0").hex()
         if not isinstance(self.images, np.ndarray):
-            return content_hash(self.images[i])
+            return content_hash(self.images[i])[: 2 * DIGEST]
         image = self.images[i]
-        return content_hash(repr(image.shape).encode() + image.tobytes())
+        return content_hash(repr(image.shape).encode() + image.tobytes())[: 2 * DIGEST]
+
+    def all_digests(self) -> NDArray[np.uint8]:
+        """Return the first bytes of every `content_hash`, (n, 16)."""
+        content = b"".join(bytes.fromhex(self.content_hash(i)) for i in range(len(self)))
+        return np.frombuffer(content, np.uint8).reshape(-1, DIGEST)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from threefold.data.dataset import ImageDataset, arrays_dataset, make_dataset
@@ -65,7 +66,8 @@ def load_labelled(
         names = {item.label for item in items}
     classes = listing.classes if task == "multilabel" else ()
     classes = classes or tuple(sorted(names, key=natural_key))
-    return make_dataset(items, classes, "", listing.encoded)
+    made = make_dataset(items, classes, "", listing.encoded)
+    return replace(made, digests=verified.digests)
 
 
 def _left_out(scored: int, others: int) -> str:

@@ -11,8 +11,9 @@ from typing import Literal
 import numpy as np
 
 from threefold.data.dataset import ImageDataset, Sources, note_misleading_names
-from threefold.data.images import check_all
+from threefold.data.images import check_hashed, map_in_threads
 from threefold.data.leakage import NEAR, NEAR_COPIES, find_duplicates
+from threefold.data.unchanged import DIGEST
 from threefold.data.walk import LeftOut, describe_left_out, walk_images
 from threefold.errors import DataError, shorten
 from threefold.machine import decoding_threads
@@ -40,7 +41,12 @@ def with_unlabelled(sources: Sources, root: str, bad_images: Literal["fail", "sk
         raise DataError("there is no such folder of unlabelled images", where=root, fix=fix)
     left_out: list[LeftOut] = []
     files = walk_images(folder, left_out)
-    bad = check_all(files, decoding_threads())
+    checked = map_in_threads(lambda at: check_hashed(files[at]), len(files), decoding_threads())
+    bad, digest_of = [], {}
+    for path, (image, digest) in zip(files, checked, strict=True):
+        digest_of[path] = digest[:DIGEST]
+        if image is not None:
+            bad.append(image)
     if bad and bad_images == "fail":
         raise DataError(
             f"{len(bad)} of {len(files)} unlabelled images cannot be used",
@@ -58,6 +64,7 @@ def with_unlabelled(sources: Sources, root: str, bad_images: Literal["fail", "sk
         labels=np.full(len(names), -1),
         ids=tuple(name for name, _ in names),
         classes=sources.train.classes,
+        digests=np.array([digest_of[path] for _, path in names], f"S{DIGEST}"),
     )
     notes = [f"{len(names):,} unlabelled images for pseudo labels"]
     notes += [f"beside them: {note}" for note in describe_left_out(left_out)]

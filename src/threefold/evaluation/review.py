@@ -95,10 +95,10 @@ def open_review(source: str, kind: str = "", overrides: Sequence[str] = ()) -> R
             raise RecipeError(
                 "a run reads its images as its recipe says", where=source, fix="leave --set out"
             )
-        recipe = RunFolder.open(folder).recipe
-        spec, seed = recipe.data, recipe.seed
-        if (folder / SUSPECTS).is_file():
-            suspects = read_suspects(folder / SUSPECTS)
+        run = RunFolder.open(folder)
+        spec, seed = run.recipe.data, run.recipe.seed
+        if run.has(SUSPECTS):
+            suspects = read_suspects(run.verify(SUSPECTS))
         else:
             notes.append(f"the run has no {SUSPECTS}: labels are not looked at")
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from threefold.predictions.results_schema import Score
 from threefold.runtime.model import load
 from threefold.training.features.frozen import frozen_digest
 from threefold.training.run import Run
+from threefold.training.run_images import image_changes
 
 PARITY_IMAGES = {"float32": 32, "float16": 512, "bfloat16": 512, "int8": 512}
 """Images for the parity gate by precision: few show rounding, many are needed for classes."""
@@ -68,6 +70,12 @@ def export(
     run.folder.check_finished()
     run.folder.check_recipe()
     start = time.monotonic()
+    changes = image_changes(run)
+    if changes:
+        run.watcher.note(
+            f"the images have changed since the run began ({'; '.join(changes)}): the file is "
+            "compared with the run on the images as they are now"
+        )
     if method is not None or members:
         ensemble = fit_other_ensemble(run, method or "", members)
     else:
@@ -81,17 +89,20 @@ def export(
     if precision == "int8":
         calibration_images = [train.pixels(row) for row in spread_rows(train, CALIBRATION_IMAGES)]
     cascade = ensemble.card.get("cascade")
-    report = targets.export(
-        run.pipeline(ensemble.combiner, ensemble.members),
-        target,
-        images,
-        {**_run_card(run), "hashes": _hashes(run), **ensemble.card},
-        labels=dataset.truth[rows],
-        rows="train, seen by the networks" if test is None else "test",
-        precision=precision,
-        calibration=calibration_images,
-        cascade=Cascade.from_state(cascade["state"]) if cascade is not None else None,
-    )
+    pipeline = run.pipeline(ensemble.combiner, ensemble.members)
+    card = {**_run_card(run), "hashes": _hashes(run), **ensemble.card}
+    with _recording(run, target):
+        report = targets.export(
+            pipeline,
+            target,
+            images,
+            card,
+            labels=dataset.truth[rows],
+            rows="train, seen by the networks" if test is None else "test",
+            precision=precision,
+            calibration=calibration_images,
+            cascade=Cascade.from_state(cascade["state"]) if cascade is not None else None,
+        )
     report = report.replace(path=str(target), method=ensemble.card["method"])
     if target.suffix == ".onnx":
         latency = load(target).measure_latency(images[:LATENCY_IMAGES])
@@ -105,6 +116,13 @@ def export(
             raise
         run.watcher.note(f"the run does not record this export: {error}")
     return report
+
+
+def _recording(run: Run, target: Path) -> AbstractContextManager[object]:
+    """Record the hash of the run's own file in its manifest."""
+    if target.resolve() == (run.dir / "model.onnx").resolve():
+        return run.folder.recording("model.onnx")
+    return nullcontext()
 
 
 def spread_rows(dataset: ImageDataset, count: int) -> list[int]:
@@ -195,7 +213,7 @@ def _hashes(run: Run) -> dict[str, Any]:
     return {
         "recipe": info.digest,
         "data": info.data,
-        "ensemble": sha256(run.dir / "ensemble.npz"),
+        "ensemble": sha256(run.folder.verify("ensemble.npz")),
         "weights": weights,
         "backbones": backbones,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -44,12 +45,10 @@ def push(run_dir: str | Path, repository: str, *, private: bool = False, licence
     folder = RunFolder.open(run_dir)
     folder.check_finished()
     model = folder.path / "model.onnx"
-    if not model.exists():
-        raise RunError(
-            "the run has no model.onnx",
-            where=folder.path,
-            fix=f"threefold export {folder.path} --out {model}",
-        )
+    fix = shlex.join(["threefold", "export", str(folder.path), "--out", str(model)])
+    if not folder.has(model.name):
+        raise RunError("the run has no model.onnx", where=folder.path, fix=fix)
+    folder.verify(model.name, f"run `{fix}`")
     with tempfile.TemporaryDirectory(
         prefix="threefold-push-", ignore_cleanup_errors=True
     ) as temporary:

@@ -6,50 +6,26 @@ its other files, so a job that has one is complete, and a file that was changed 
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from threefold.errors import DamagedFileError, RunError
-from threefold.files import read_arrays, read_json, sha256, write_json
+from threefold.files import read_arrays, read_json, sha256, unreadable, write_json
+from threefold.predictions.manifest import ManifestFiles
 from threefold.predictions.records import JobRecord, seal
 from threefold.recipe import Job, Recipe, fold_name
 
 
-class JobFiles:
-    """The job folders of a run; `run_folder.RunFolder` has the other files.
-
-    Args:
-        path: the run folder.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+class JobFiles(ManifestFiles):
+    """The job folders of a run; `run_folder.RunFolder` has the other files."""
 
     @property
     def recipe(self) -> Recipe:
         """The run's recipe."""
         raise NotImplementedError
-
-    def train_command(self) -> str:
-        """Return the command that completes the run; teachers are trained with their student."""
-        run = self.path
-        if run.parent.name == "teachers" and (run.parent.parent / "recipe.toml").exists():
-            run = run.parent.parent
-        return shlex.join(["threefold", "train", str(run / "recipe.toml"), "--out", str(run)])
-
-    @contextmanager
-    def advising(self, path: Path, fix: str = "") -> Iterator[None]:
-        """Say how a damaged file of the run is made anew."""
-        try:
-            yield
-        except DamagedFileError as error:
-            fix = fix or f"delete {path} and run `{self.train_command()}`, which writes it again"
-            raise error.with_fix(fix) from None
 
     def retraining(self, job: Job) -> str:
         """Return how a job is made anew: with the earlier stages, whose weights it replaced."""
@@ -78,6 +54,7 @@ class JobFiles:
             if path.name != "done.json" and not path.name.startswith(".")
         }
         record = JobRecord(job=job._asdict(), seconds=seconds, files=hashes)
+        self.forget([f"{job.path}/done.json"])  # of a job that was deleted to be done again
         write_json(folder / "done.json", seal(record.as_json()))
 
     def job_record(self, job: Job) -> JobRecord:
@@ -88,6 +65,7 @@ class JobFiles:
         """
         path = self.job_folder(job) / "done.json"
         with self.advising(path, self.retraining(job)):
+            self.verify(f"{job.path}/done.json")
             record = JobRecord.parse(read_json(path), path)
             if record.job != job._asdict():
                 raise DamagedFileError(
@@ -111,16 +89,18 @@ class JobFiles:
         folder, files = self.job_folder(job), self.job_record(job).files
         for name in names or files:
             path = folder / name
-            try:
-                is_intact = path.is_file() and sha256(path) == files.get(name)
-            except OSError as error:
-                raise RunError("cannot read", where=path, got=error) from None
-            if not is_intact:
-                raise DamagedFileError(
-                    "a file of a finished job is missing or damaged",
-                    where=path,
-                    fix=self.retraining(job),
-                )
+            with self.advising(path, self.retraining(job)):
+                try:
+                    is_intact = sha256(path) == files.get(name)
+                except OSError as error:
+                    what = "a file of a finished job is missing or damaged"
+                    raise unreadable(what, path, error) from None
+                if not is_intact:
+                    raise DamagedFileError(
+                        "a file of a finished job is missing or damaged",
+                        where=path,
+                        expected="the SHA-256 in done.json",
+                    )
         return folder
 
     def read_job_arrays(self, job: Job, name: str) -> dict[str, np.ndarray]:
@@ -151,11 +131,18 @@ class JobFiles:
     def histories(self) -> dict[Job, dict[str, Any]]:
         """Read the training history of every job that has one, in the order of their folders."""
         histories = {}
-        for file in sorted(self.path.glob("jobs/*/*/*/history.json")):
-            member, fold, stage = file.parts[-4:-1]
+        done = {
+            self.path / name for name in self.manifest if re.fullmatch(r"jobs/.+/done\.json", name)
+        }
+        done |= set(self.path.glob("jobs/*/*/*/done.json"))
+        folders = {path.parent for path in (*done, *self.path.glob("jobs/*/*/*/history.json"))}
+        for folder in sorted(folders):
+            member, fold, stage = folder.parts[-3:]
             number = -1 if fold == fold_name(-1) else int(fold.removeprefix("fold"))
-            job = Job(member, number, stage)
-            if (file.parent / "done.json").exists():
+            job, file = Job(member, number, stage), folder / "history.json"
+            if folder / "done.json" in done:
+                if file.name not in self.job_record(job).files:
+                    continue
                 self.verify_job(job, file.name)
             with self.advising(file, self.retraining(job)):
                 histories[job] = read_json(file)

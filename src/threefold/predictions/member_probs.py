@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from threefold.errors import DataError
-from threefold.files import write_arrays
+from threefold.files import array_bytes, write_bytes
 from threefold.names import find_repeated
 from threefold.predictions.array_files import detect_format
 from threefold.predictions.ledger import FIT, SCORE, SELECT, TEACH, Ledger
@@ -107,6 +107,10 @@ class MemberProbs:
         Raises:
             RunError: the file cannot be written.
         """
+        write_bytes(Path(path), self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """Return the content of an .npz file of `save`."""
         provenance: dict[str, str] = {"protocol": self.protocol, "kind": self.kind}
         if self.TASK != "multiclass":
             provenance["task"] = self.TASK
@@ -121,7 +125,7 @@ class MemberProbs:
         for name in ("folds", "roles"):
             if getattr(self, name) is not None:
                 arrays[name] = getattr(self, name)
-        write_arrays(Path(path), **arrays)
+        return array_bytes(**arrays)
 
     def select(self, names: Sequence[str]) -> Self:
         """Only these members, in this order.

@@ -167,6 +167,7 @@ class RunInfo(VersionedRecord):
     Attributes:
         digest: of the recipe.
         data: SHA-256 of the names and labels of the images.
+        contents: SHA-256 of their contents; empty in a run that did not record it.
         folds: number of folds, without the refit.
         skipped: images that could not be read, with the reason.
         roles: number of rows by fold and role.
@@ -174,6 +175,7 @@ class RunInfo(VersionedRecord):
 
     digest: str
     data: str
+    contents: str = ""
     created: str
     versions: dict[str, str]
     hardware: str

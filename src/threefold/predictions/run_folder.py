@@ -16,33 +16,24 @@ from datetime import UTC, datetime
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 import numpy as np
 
 from threefold.data.group_file import GROUP_FILE
 from threefold.data.in_memory import DATA_FOLDER, is_stored_data
 from threefold.data.sources.unpacked import ARCHIVES
-from threefold.errors import DataError, RunError, refuse_address
-from threefold.files import (
-    delete_leftovers,
-    exclusive,
-    read_arrays,
-    read_json,
-    write_arrays,
-    write_bytes,
-    write_json,
-)
+from threefold.errors import DamagedFileError, RunError, refuse_address
+from threefold.files import delete_leftovers, exclusive, read_json
+from threefold.predictions.manifest import LOCK, MANIFEST
 from threefold.predictions.multilabel import AnyPredictions, MultilabelPredictions
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.records import (
     VERSION,
     FirstOpening,
     Opening,
-    Record,
     RunInfo,
     TestLedger,
-    seal,
 )
 from threefold.predictions.results_schema import ChosenViews
 from threefold.predictions.run_results import RunResults
@@ -50,6 +41,13 @@ from threefold.recipe import Recipe
 
 OPENED_ONCE = ("train", "reproduce", "export")
 """Verbs whose question is fixed before they open the test rows: repeating one is not counted."""
+
+
+EXPORTED: Final = ("model.onnx", "report.html")
+"""Files of the manifest that are not made by training."""
+
+_FIRST: Final = (GROUP_FILE, MANIFEST, LOCK)
+"""Files that may be there before the recipe."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +78,13 @@ def default_run_folder(data: Path) -> Path:
 
 
 def _precedes_run(entry: Path) -> bool:
-    """Whether a file or folder may be there before a run: its groups, or data from memory."""
-    return entry.name == GROUP_FILE or (entry.name == DATA_FOLDER and is_stored_data(entry))
+    """Whether a file or folder may be there before a run: its groups, or data from memory.
+
+    Or what a process left that was killed before it had written the recipe.
+    """
+    if entry.name in _FIRST or (entry.name.startswith(".") and entry.suffix == ".tmp"):
+        return True
+    return entry.name == DATA_FOLDER and is_stored_data(entry)
 
 
 class RunFolder(RunResults):
@@ -90,10 +93,14 @@ class RunFolder(RunResults):
     Args:
         path: the folder, which need not exist yet.
         recipe: its recipe, where that is known; by default `recipe.toml` in it.
+
+    Attributes:
+        accepted_edit: whether `create` found another name, budget or comment in recipe.toml.
     """
 
     def __init__(self, path: str | Path, recipe: Recipe | None = None) -> None:
         super().__init__(path)
+        self.accepted_edit = False
         if recipe is not None:
             self.recipe = recipe
 
@@ -140,25 +147,48 @@ class RunFolder(RunResults):
                     got=f"differs in {', '.join(_differences(started, recipe))}",
                     fix="choose another --out, or delete the folder",
                 )
-            folder.check_recipe()
+            folder.check_digest(started)
+            if folder.is_recipe_edited:
+                folder.accepted_edit = True
+                folder.record(["recipe.toml"])
         else:
             folder.check_new()
-            write_bytes(file, recipe.dump(header).encode())
+            folder.write_file("recipe.toml", recipe.dump(header).encode())
         return folder
 
-    def check_recipe(self) -> None:
-        """Check that recipe.toml is still what the run began with, but for its name and budget.
+    def check_recipe(self) -> Recipe:
+        """Read recipe.toml, and check that it is still what the run wrote.
+
+        Raises:
+            RunError: it was edited.
+            RecipeError: it cannot be read, or is no recipe.
+        """
+        file = self.path / "recipe.toml"
+        whole = Recipe.load(file)
+        if self.has("run.json"):
+            self.verify("run.json")
+        self.check_digest(whole)
+        if self.is_recipe_edited:
+            raise RunError(
+                "the recipe was edited after the run began",
+                where=file,
+                expected=f"SHA-256 {self.manifest['recipe.toml'][0][:12]}, as in {MANIFEST}",
+                got="another name, budget or comment",
+                fix=f"undo the change, or accept it with `{self.train_command()}`",
+            )
+        return whole
+
+    def check_digest(self, whole: Recipe) -> None:
+        """Check that a recipe is the one that the run began with, but for its name and budget.
 
         A run whose tuned members are to follow began with its probes alone. Keys that came with a
         later version have their defaults.
 
         Raises:
-            RunError: it was edited.
+            RunError: it is another one.
         """
-        file = self.path / "recipe.toml"
-        if not (self.path / "run.json").exists() or not file.exists():
+        if not (self.path / "run.json").exists():
             return
-        whole = Recipe.load(file)
         known = [whole.digest(), whole.digest(as_given=True)]
         tuned = [member.name for member in whole.members if member.name not in whole.probes]
         if tuned and whole.probes:
@@ -167,11 +197,20 @@ class RunFolder(RunResults):
         if self.info.digest not in known:
             raise RunError(
                 "the recipe was edited after the run began",
-                where=file,
+                where=self.path / "recipe.toml",
                 expected=f"digest {self.info.digest[:12]}, as in run.json",
                 got=f"digest {known[0][:12]}",
                 fix="undo the change, or train the new recipe with another --out",
             )
+
+    @property
+    def is_recipe_edited(self) -> bool:
+        """Whether recipe.toml is not the file that the run wrote."""
+        try:
+            self.verify("recipe.toml")
+        except DamagedFileError:
+            return True
+        return False
 
     def check_new(self) -> None:
         """Check that a run can be started here: it has at most its file of groups and its data.
@@ -194,7 +233,7 @@ class RunFolder(RunResults):
         """Write another recipe in place of the run's: that of its probes alone."""
         if (self.path / "run.json").exists():
             self.write_info(self.info.replace(digest=recipe.digest()))
-        write_bytes(self.path / "recipe.toml", recipe.dump(header).encode())
+        self.write_file("recipe.toml", recipe.dump(header).encode())
         self.recipe = recipe
 
     @contextmanager
@@ -221,7 +260,7 @@ class RunFolder(RunResults):
     @cached_property
     def recipe(self) -> Recipe:
         """The recipe, without the members that are still to be trained (`Results.pending`)."""
-        recipe = Recipe.load(self.path / "recipe.toml")
+        recipe = self.check_recipe()
         pending = self.any_results.pending if self.has_results else ()
         return recipe.without(pending) if pending else recipe
 
@@ -243,11 +282,12 @@ class RunFolder(RunResults):
         """The data, versions and machine of the run (run.json)."""
         path = self.path / "run.json"
         with self.advising(path):
+            self.verify("run.json")
             return RunInfo.parse(read_json(path), path)
 
     def write_info(self, info: RunInfo) -> None:
         """Write run.json."""
-        self._write("run.json", info)
+        self.write_record("run.json", info)
         self.info = info
 
     @property
@@ -261,6 +301,7 @@ class RunFolder(RunResults):
         if not self.is_finished or not (self.path / "run.json").exists():
             return False
         names = ["chosen.npz", "ensemble.npz", "thumbs.npz"]
+        names += [name for name in self.manifest if name not in EXPORTED]
         if any(counts.score for counts in self.info.roles.values()):
             names.append("oof.npz")
         if self.info.n_test:
@@ -273,8 +314,11 @@ class RunFolder(RunResults):
     def chosen_views(self) -> ChosenViews | None:
         """The chosen number of test-time views (views.json); None if there was no choice."""
         path = self.path / "views.json"
+        if not self.has("views.json"):
+            return None
         with self.advising(path, self.rescoring(path)):
-            return ChosenViews.parse(read_json(path), path) if path.exists() else None
+            self.verify("views.json")
+            return ChosenViews.parse(read_json(path), path)
 
     def rescoring(self, path: Path) -> str:
         """Return how a file that scoring writes, and that may be absent, is made anew."""
@@ -283,7 +327,7 @@ class RunFolder(RunResults):
 
     def write_views(self, views: ChosenViews) -> None:
         """Write views.json."""
-        self._write("views.json", views)
+        self.write_record("views.json", views)
         self.chosen_views = views
 
     # Predictions
@@ -304,14 +348,11 @@ class RunFolder(RunResults):
         return self._read_predictions("test")
 
     def _read_predictions(self, kind: str) -> Predictions | None:
-        path = self.path / f"{kind}.npz"
-        if not path.exists():
+        name = f"{kind}.npz"
+        if not self.has(name):
             return None
-        try:
-            return Predictions.load(path)
-        except DataError as error:
-            fix = f"delete {path} and run `{self.train_command()}`, which writes it again"
-            raise error.with_fix(fix) from None
+        with self.advising_predictions(name):
+            return Predictions.load(self.verify(name))
 
     def predictions(self, kind: str = "oof") -> Predictions:
         """Return the out-of-fold ("oof") or test ("test") predictions of the members.
@@ -340,7 +381,7 @@ class RunFolder(RunResults):
 
     def write_predictions(self, rows: AnyPredictions) -> None:
         """Write oof.npz or test.npz, by the kind of the rows."""
-        rows.save(self.path / f"{rows.kind}.npz")
+        self.write_file(f"{rows.kind}.npz", rows.to_bytes())
         if isinstance(rows, MultilabelPredictions):
             self.__dict__.pop("multilabel_oof", None)  # read again when it is asked for
         elif rows.kind == "test":
@@ -364,15 +405,6 @@ class RunFolder(RunResults):
             )
         return ChosenAnswers(arrays["probs"], arrays["labels"], tuple(map(str, arrays["ids"])))
 
-    def read_arrays(self, name: str) -> dict[str, np.ndarray]:
-        """Read chosen.npz or ensemble.npz.
-
-        Raises:
-            RunError: the file is missing or damaged.
-        """
-        with self.advising(self.path / name):
-            return read_arrays(self.path / name)
-
     def chosen_predictions(self) -> Predictions:
         """Return the chosen ensemble's answers as the only member of the headline rows.
 
@@ -385,7 +417,7 @@ class RunFolder(RunResults):
     def write_chosen(self, rows: Predictions, probs: np.ndarray) -> None:
         """Write chosen.npz: the chosen ensemble's answers (n, k) on the headline rows."""
         ids = np.array(rows.ids)
-        write_arrays(self.path / "chosen.npz", probs=probs, labels=rows.labels, ids=ids)
+        self.write_arrays("chosen.npz", probs=probs, labels=rows.labels, ids=ids)
         self.chosen = ChosenAnswers(probs, rows.labels, rows.ids)
 
     # The test rows
@@ -406,20 +438,36 @@ class RunFolder(RunResults):
             now = datetime.now(UTC).isoformat(timespec="seconds")
             opening = Opening(at=now, by=by, rows=rows)
             ledger = TestLedger(version=VERSION, test_opened=(*openings, opening))
-            self._write("ledger.json", ledger)
+            self.write_record("ledger.json", ledger)
 
     def test_opened(self) -> FirstOpening | None:
         """Return when the test rows were first opened, and how often; None if never."""
         return TestLedger(version=VERSION, test_opened=self._openings()).first()
 
-    def _openings(self) -> tuple[Opening, ...]:
-        path = self.path / "ledger.json"
-        fix = f"restore it; or delete {path}, which forgets when the test rows were opened"
-        with self.advising(path, fix):
-            return TestLedger.parse(read_json(path), path).test_opened if path.exists() else ()
+    def rebuild_ledger(self, first: FirstOpening | None) -> None:
+        """Write ledger.json again, from what results.json knows of it.
 
-    def _write(self, name: str, record: Record) -> None:
-        write_json(self.path / name, seal(record.as_json()))
+        Args:
+            first: the first opening and the number of all; None = nothing is known.
+        """
+        path = self.path / "ledger.json"
+        self.forget([path.name])
+        path.unlink(missing_ok=True)
+        if first is not None:
+            opening = Opening(at=first.at, by=first.by, rows=first.rows)
+            others = opening.replace(by="lost")
+            openings = (opening, *[others] * (first.times - 1))
+            self.write_record(path.name, TestLedger(version=VERSION, test_opened=openings))
+
+    def _openings(self) -> tuple[Opening, ...]:
+        if not self.has("ledger.json"):
+            return ()
+        path = self.path / "ledger.json"
+        doctor = shlex.join(["threefold", "doctor", str(self.path), "--mend"])
+        fix = f"restore it; or run `{doctor}`, which writes what results.json knows of it"
+        with self.advising(path, fix):
+            self.verify("ledger.json")
+            return TestLedger.parse(read_json(path), path).test_opened
 
 
 def _differences(first: Recipe, second: Recipe) -> Iterator[str]:

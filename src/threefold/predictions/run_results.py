@@ -6,6 +6,8 @@ refuses such a run with one line, so no verb takes it for what it is not.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,12 +15,11 @@ from typing import Any
 import numpy as np
 
 from threefold.errors import DataError, RunError
-from threefold.files import read_arrays, read_json, write_arrays, write_json
+from threefold.files import read_json
 from threefold.predictions.job_files import JobFiles
 from threefold.predictions.member_probs import wrong_task
 from threefold.predictions.multilabel import MultilabelPredictions
 from threefold.predictions.multilabel_results import MultilabelResults
-from threefold.predictions.records import seal
 from threefold.predictions.results_schema import Results
 
 AnyResults = Results | MultilabelResults
@@ -64,6 +65,7 @@ class RunResults(JobFiles):
         """Everything that was measured (results.json), whatever the task."""
         path = self.path / "results.json"
         with self.advising(path):
+            self.verify("results.json")
             tree = read_json(path)
             if isinstance(tree, dict) and tree.get("task") == "multilabel":
                 return MultilabelResults.parse(tree, path)
@@ -100,7 +102,7 @@ class RunResults(JobFiles):
 
     def write_results(self, results: AnyResults) -> None:
         """Write results.json."""
-        write_json(self.path / "results.json", seal(results.as_json()))
+        self.write_record("results.json", results)
         self.any_results = results
 
     def add_results(self, step: str, seconds: float, **changes: Any) -> None:
@@ -126,14 +128,20 @@ class RunResults(JobFiles):
         return None if self.is_sealed else self._read_multilabel("test")
 
     def _read_multilabel(self, kind: str) -> MultilabelPredictions | None:
-        path = self.path / f"{kind}.npz"
-        if not path.exists():
+        name = f"{kind}.npz"
+        if not self.has(name):
             return None
+        with self.advising_predictions(name):
+            return MultilabelPredictions.load(self.verify(name))
+
+    @contextmanager
+    def advising_predictions(self, name: str) -> Iterator[None]:
+        """Say how damaged predictions of the run are made anew."""
         try:
-            return MultilabelPredictions.load(path)
+            yield
         except DataError as error:
-            fix = f"delete {path} and run `{self.train_command()}`, which writes it again"
-            raise error.with_fix(fix) from None
+            fix = f"delete {self.path / name} and run `{self.train_command()}`"
+            raise error.with_fix(f"{fix}, which writes it again") from None
 
     def multilabel_headline(self) -> MultilabelPredictions:
         """Return the predictions that the headline is about: test, or oof without a test split.
@@ -160,8 +168,7 @@ class RunResults(JobFiles):
             RunError: the file is missing or damaged.
         """
         path = self.path / "chosen.npz"
-        with self.advising(path):
-            arrays = read_arrays(path)
+        arrays = self.read_arrays("chosen.npz")
         names = ("probs", "decided", "targets", "ids")
         if not arrays.keys() >= set(names):
             raise RunError(
@@ -176,8 +183,8 @@ class RunResults(JobFiles):
     ) -> None:
         """Write chosen.npz: answers (n, k), and the labels that they give, on the headline rows."""
         answers = MultilabelAnswers(probs, decided, rows.targets, rows.ids)
-        write_arrays(
-            self.path / "chosen.npz",
+        self.write_arrays(
+            "chosen.npz",
             probs=probs,
             decided=decided,
             targets=rows.targets,

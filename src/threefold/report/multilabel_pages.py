@@ -72,10 +72,8 @@ def write_multilabel_report(folders: Sequence[RunFolder], out: Path | None = Non
             got=f"probs {chosen.probs.shape}",
             fix=folder.rescoring(path / "chosen.npz"),
         )
-    thumbs = Thumbs()
-    if (path / "thumbs.npz").is_file():
-        with folder.advising(path / "thumbs.npz"):
-            thumbs = Thumbs.read(path / "thumbs.npz")
+    with folder.advising(path / "thumbs.npz"):
+        thumbs = Thumbs.read(folder.verify("thumbs.npz"))
     preview = [] if thumbs.preview is None else [data_uri(i) for i in thumbs.preview[:PREVIEW]]
     model = path / "model.onnx"
     view = {
@@ -93,7 +91,7 @@ def write_multilabel_report(folders: Sequence[RunFolder], out: Path | None = Non
         "pending": results.pending,
     }
     target = Path(out) if out else path / "report.html"
-    write_bytes(target, render("multilabel.html.j2", str(path), v=view).encode())
+    folder.write_target(target, render("multilabel.html.j2", str(path), v=view).encode())
     return target
 
 

@@ -59,7 +59,7 @@ def write_report(runs: Sequence[Path | RunFolder], out: Path | None = None) -> P
     target = Path(out) if out else (first if len(read) == 1 else first.parent) / "report.html"
     where = ", ".join(str(page.folder.path) for page in read)
     views = [page.view() for page in read]
-    write_bytes(target, render("report.html.j2", where, runs=views).encode())
+    folders[0].write_target(target, render("report.html.j2", where, runs=views).encode())
     return target
 
 
@@ -109,7 +109,7 @@ class _RunPage:
                 fix=folder.rescoring(path / "chosen.npz"),
             )
         with folder.advising(path / "thumbs.npz"):
-            thumbs = Thumbs.read(path / "thumbs.npz")
+            thumbs = Thumbs.read(folder.verify("thumbs.npz"))
         return cls(folder, score, chosen, thumbs, folder.histories())
 
     def view(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 from torch import Generator, Tensor
 
 from threefold.errors import RunError, is_out_of_memory, out_of_memory
-from threefold.files import write_bytes
+from threefold.files import check_regular, write_bytes
 from threefold.stats.bootstrap import row_weights
 from threefold.training.truth import metric_value, right_share, row_losses, weighted_metric
 
@@ -225,6 +225,7 @@ def load_resume_state(path: Path, mark: str) -> ResumeState | None:
         RunError: it cannot be read.
     """
     try:
+        check_regular(path)
         data = path.read_bytes()
     except FileNotFoundError:
         return None

@@ -25,7 +25,7 @@ from threefold.data.dataset import ImageDataset, Sources
 from threefold.errors import DamagedFileError, RunError
 from threefold.evaluation.compare import compare_members
 from threefold.evaluation.evaluate import evaluate
-from threefold.files import read_arrays, sha256, write_arrays
+from threefold.files import sha256
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import (
     AnswerCost,
@@ -158,7 +158,12 @@ class Distillation:
 
     def path(self, fold: int) -> Path:
         """The file of a fold's soft targets."""
-        return self.run.dir / "targets" / f"{fold_name(fold)}.npz"
+        return self.run.dir / self.file(fold)
+
+    @staticmethod
+    def file(fold: int) -> str:
+        """Name of that file in the run folder."""
+        return f"targets/{fold_name(fold)}.npz"
 
     def targets(self, fold: int) -> SoftTargets:
         """Read the soft targets of a fold.
@@ -169,7 +174,7 @@ class Distillation:
         path = self.path(fold)
         fix = f"delete {path} and run `{self.run.folder.train_command()}`, which writes it again"
         try:
-            arrays = read_arrays(path)
+            arrays = self.run.folder.read_arrays(self.file(fold))
             summary = json.loads(str(arrays["summary"]))
             saved, key = summary["key"], self._key(fold)
         except DamagedFileError as error:
@@ -211,8 +216,8 @@ class Distillation:
         seen[rows] = True
         seconds = time.monotonic() - began
         summary = {**answers.summary, "key": self._key(fold), "seconds": seconds}
-        write_arrays(
-            self.path(fold),
+        self.run.folder.write_arrays(
+            self.file(fold),
             rows=rows[order],
             probs=answers.probs[order].astype(np.float32),
             seen=seen,
@@ -220,6 +225,7 @@ class Distillation:
         )
         if nested is not None:
             # Only their predictions are needed from here on.
+            nested.folder.forget(list(nested.folder.manifest))
             shutil.rmtree(nested.dir / "jobs")
             shutil.rmtree(nested.dir / "backbones", ignore_errors=True)
 

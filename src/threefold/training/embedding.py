@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from threefold.data.dataset import ImageDataset, Sources
+from threefold.data.images import content_hash
+from threefold.data.unchanged import DIGEST
 from threefold.errors import DataError, RecipeError, shorten
 from threefold.files import write_arrays, write_bytes
 from threefold.models.hub import native_size
@@ -128,12 +130,17 @@ def check_suffix(path: Path) -> None:
 
 
 def images_to_embed(paths: Sequence[Path]) -> ImageDataset:
-    """Make a data set of image files without labels; their ids are their paths."""
+    """Make a data set of image files without labels; their ids are their paths.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
     return ImageDataset(
         images=tuple(paths),
         labels=np.full(len(paths), -1),
         ids=tuple(map(str, paths)),
         classes=(),
+        digests=np.array([bytes.fromhex(content_hash(p))[:DIGEST] for p in paths], f"S{DIGEST}"),
     )
 
 

@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 
-from threefold.errors import RunError
 from threefold.predictions.records import VERSION, RoleCounts, RunInfo
 from threefold.recipe import fold_name
 from threefold.training.checks import check_trainable
@@ -23,6 +22,7 @@ from threefold.training.pseudo_labels import Caches
 from threefold.training.results.diagnostics import DataDiagnostics, inspect_data
 from threefold.training.results.out_of_fold import assemble
 from threefold.training.run import Run
+from threefold.training.run_images import check_images, contents_digest
 
 
 def train_members(run: Run, *, keep_cache: bool = False) -> DataDiagnostics:
@@ -96,14 +96,7 @@ def _notes(run: Run) -> list[str]:
 def _write_info(run: Run) -> None:
     """Write run.json, if the images are those that the run started with."""
     sources = run.sources
-    data = data_digest(sources)
-    if (run.dir / "run.json").exists() and run.folder.info.data != data:
-        raise RunError(
-            "the images have changed since the run began",
-            where=run.dir,
-            got=f"{len(sources.train)} training images, other names or labels than before",
-            fix="restore them, or choose another --out",
-        )
+    check_images(run)
     roles = {
         fold_name(fold): RoleCounts(fit=len(r.fit), select=len(r.select), score=len(r.score))
         for fold, r in run.roles.items()
@@ -111,7 +104,8 @@ def _write_info(run: Run) -> None:
     info = RunInfo(
         version=VERSION,
         digest=run.recipe.digest(),
-        data=data,
+        data=data_digest(sources),
+        contents=contents_digest(sources),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions(),
         hardware=hardware(),

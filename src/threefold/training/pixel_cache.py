@@ -8,6 +8,7 @@ Training reads its batches from the file, so that the images may be more than th
 from __future__ import annotations
 
 import errno
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,14 @@ import torch
 from threefold.data.dataset import ImageDataset, Sources
 from threefold.data.splits import Roles
 from threefold.errors import RunError
-from threefold.files import delete_leftovers, sha256, temporary_path, write_bytes
+from threefold.files import (
+    check_regular,
+    delete_leftovers,
+    read_text,
+    sha256,
+    temporary_path,
+    write_bytes,
+)
 from threefold.machine import decoding_threads
 from threefold.models.pipeline import ImageRows
 from threefold.models.resize import resize_square
@@ -121,6 +129,7 @@ class PixelCache:
     ) -> None:
         self.sources, self.views, self.folder = sources, views, folder
         self._known: set[Path] = set()
+        self._keys: dict[str, str] = {}
 
     def rows(
         self, split: str, spec: MemberSpec, rows: np.ndarray, views: bool = False, side: int = 0
@@ -138,10 +147,18 @@ class PixelCache:
         side = side or (self.views(spec).canvas if views else spec.img_size)
         path = self.folder / f"{split}-{spec.resize}-{side}.npy"
         if path not in self._known or not path.exists():
-            if not _is_intact(path):
-                _fill(path, dataset, side, spec.resize)
+            key = self._key(split)
+            if not _is_intact(path, key):
+                _fill(path, dataset, side, spec.resize, key)
             self._known.add(path)
         return PixelRows(MappedPixels([(path, np.asarray(rows))]), dataset.truth[rows])
+
+    def _key(self, split: str) -> str:
+        """SHA-256 of the contents of a split's images, so that squares of others are not used."""
+        if split not in self._keys:
+            contents = self.sources.part(split).all_digests().tobytes()
+            self._keys[split] = hashlib.sha256(contents).hexdigest()
+        return self._keys[split]
 
     def labels(self, rows: np.ndarray) -> PixelRows:
         """Return training rows without their pixels (n, 0, 0, 3), for stages that have no use."""
@@ -191,20 +208,33 @@ def select_rows(sources: Sources, roles: Roles) -> tuple[str, np.ndarray]:
 
 
 def _open(path: Path) -> np.ndarray:
-    """Map a file of squares."""
-    squares: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    """Map a file of squares.
+
+    Raises:
+        RunError: it was removed or changed while it is in use.
+    """
+    try:
+        check_regular(path)
+        squares: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise RunError(
+            "the image cache was removed or changed while it is in use",
+            where=path,
+            got=error,
+            fix="run the same command again, which makes it anew",
+        ) from None
     return squares
 
 
-def _is_intact(path: Path) -> bool:
-    """Whether a file of squares is as another process finished it."""
+def _is_intact(path: Path, key: str) -> bool:
+    """Whether a file of squares is as another process finished it, of the same images."""
     with suppress(OSError, ValueError):
-        return path.with_suffix(".sha256").read_text(encoding="ascii") == sha256(path)
+        return read_text(path.with_suffix(".sha256")) == f"{sha256(path)} {key}"
     return False
 
 
-def _fill(path: Path, dataset: ImageDataset, side: int, resize: Any) -> None:
-    """Decode and resize every image into one .npy file."""
+def _fill(path: Path, dataset: ImageDataset, side: int, resize: Any, key: str) -> None:
+    """Decode and resize every image, of contents with this key, into one .npy file."""
     temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +254,7 @@ def _fill(path: Path, dataset: ImageDataset, side: int, resize: Any) -> None:
             os.fsync(file.fileno())
         digest = sha256(temporary)
         os.replace(temporary, path)
-        write_bytes(path.with_suffix(".sha256"), digest.encode())
+        write_bytes(path.with_suffix(".sha256"), f"{digest} {key}".encode())
     except BaseException as error:  # a signal may come at any moment, too
         with suppress(OSError):
             temporary.unlink()

@@ -20,8 +20,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 
-from threefold.errors import DamagedFileError, RunError, shorten
-from threefold.files import read_arrays, write_arrays
+from threefold.errors import RunError, shorten
 from threefold.models.pipeline import Predictor, pick_device
 from threefold.predictions.ledger import Ledger
 from threefold.predictions.results_schema import LedgerLine, PseudoLabelCounts
@@ -128,7 +127,9 @@ def find_pseudo_labels(run: Run, member: str, fold: int, caches: Caches) -> Pseu
         "classes": dict(zip(classes, counts.tolist(), strict=True)),
         "key": key,
     }
-    write_arrays(path, rows=rows, probs=probs, summary=np.array(json.dumps(summary)))
+    run.folder.write_arrays(
+        _file(fold), rows=rows, probs=probs, summary=np.array(json.dumps(summary))
+    )
     run.watcher.note(_describe(_counts(summary)))
     return _chosen(rows, probs, spec)
 
@@ -137,7 +138,7 @@ def pseudo_label_counts(run: Run) -> tuple[PseudoLabelCounts, ...]:
     """Count the pseudo labels of each fold of a trained run; none where it has no such table."""
     if run.recipe.pseudo_labels is None:
         return ()
-    folds = [fold for fold in run.roles if _path(run, fold).exists()]
+    folds = [fold for fold in run.roles if run.folder.has(_file(fold))]
     arrays = [_load(run, fold) for fold in folds]
     return tuple(_counts(json.loads(str(array["summary"]))) for array in arrays)
 
@@ -171,19 +172,21 @@ def _counts(summary: dict[str, Any]) -> PseudoLabelCounts:
 
 
 def _path(run: Run, fold: int) -> Path:
-    return run.dir / "pseudo_labels" / f"{fold_name(fold)}.npz"
+    return run.dir / _file(fold)
+
+
+def _file(fold: int) -> str:
+    """Name of a fold's file in the run folder."""
+    return f"pseudo_labels/{fold_name(fold)}.npz"
 
 
 def _load(run: Run, fold: int) -> dict[str, np.ndarray]:
     """Read a fold's file; where it is damaged, those who learned from it are trained again."""
-    path = _path(run, fold)
-    try:
-        return read_arrays(path)
-    except DamagedFileError as error:
-        names = [m.name for m in run.recipe.members if run.recipe.uses_pseudo_labels(m.name)]
-        jobs = [str(run.dir / "jobs" / name / fold_name(fold)) for name in names]
-        deletions = " and ".join([str(path), *jobs])
-        raise error.with_fix(f"delete {deletions} and run `{run.folder.train_command()}`") from None
+    names = [m.name for m in run.recipe.members if run.recipe.uses_pseudo_labels(m.name)]
+    jobs = [str(run.dir / "jobs" / name / fold_name(fold)) for name in names]
+    deletions = " and ".join([str(_path(run, fold)), *jobs])
+    fix = f"delete {deletions} and run `{run.folder.train_command()}`"
+    return run.folder.read_arrays(_file(fold), fix)
 
 
 def _chosen(rows: np.ndarray, probs: np.ndarray, spec: PseudoLabelSpec) -> PseudoLabels | None:

@@ -83,7 +83,13 @@ class Run(SavedRun):
             RunError: the folder belongs to another recipe, is not a run, or cannot be written.
         """
         folder = RunFolder.create(out, recipe, header)
-        return cls(folder, watcher, sources, execution=execution)
+        run = cls(folder, watcher, sources, execution=execution)
+        if folder.accepted_edit:
+            run.watcher.note(
+                f"{run.dir / 'recipe.toml'} was edited after the run began, in its name, its "
+                "budget or its comments: the new text is used from now on"
+            )
+        return run
 
     @cached_property
     def sources(self) -> Sources:
@@ -101,6 +107,8 @@ class Run(SavedRun):
         """
         # A run that has been moved still has the groups that its plan wrote.
         data, own = self.recipe.data, self.dir / GROUP_FILE
+        if Path(data.group_file).name == GROUP_FILE and self.folder.has(GROUP_FILE):
+            self.folder.verify(GROUP_FILE, "restore it: it decides the folds of the run")
         if data.group_file and own.exists() and not Path(data.group_file).expanduser().exists():
             data = data.model_copy(update={"group_file": str(own)})
         data = data.model_copy(update={"root": root or find_stored_data(data.root, self.dir)})

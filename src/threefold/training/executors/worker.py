@@ -19,9 +19,9 @@ from threefold.training.head_jobs import open_features, prepare_features
 from threefold.training.job import run_job
 from threefold.training.pixel_cache import PixelCache
 from threefold.training.progress.watcher import Watcher
-from threefold.training.provenance import data_digest
 from threefold.training.pseudo_labels import Caches
 from threefold.training.run import Run
+from threefold.training.run_images import image_changes
 
 CLAIMS_FOLDER: Final = ".claims"
 """In the run folder, while its jobs run: who does which."""
@@ -142,11 +142,13 @@ def _read_sources(run: Run, images: str) -> Sources:
         if images:
             run.sources = run.read_sources(images)
         sources = run.all_sources
-    if data_digest(sources) != run.folder.info.data:
+    run.sources = run.all_sources = sources
+    changes = image_changes(run)
+    if changes:
         raise RunError(
             "a worker finds other images than the run began with",
             where=images or run.recipe.data.root,
-            got=f"{len(sources.train)} training images, other names or labels",
+            got="; ".join(changes),
             fix="give all workers the same images",
         )
     return sources

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from safetensors.torch import save
 from torch import nn
 
 from threefold.errors import DamagedFileError, RunError
-from threefold.files import read_json, sha256, write_bytes, write_json
+from threefold.files import read_json, sha256, unreadable, write_bytes, write_json
 from threefold.models.backbones import resolve_backbone
 from threefold.models.member import create_backbone, has_token_grid, load_weights
 from threefold.predictions.records import BackboneRecord
@@ -57,7 +58,7 @@ def save_frozen_backbone(folder: RunFolder, spec: MemberSpec, backbone: nn.Modul
     state = {name: tensor.cpu().contiguous() for name, tensor in backbone.state_dict().items()}
     content = save(state)
     digest = hashlib.sha256(content).hexdigest()
-    record = _record(path)
+    record = _record(folder, path)
     if record is not None and record.sha256 != digest:
         raise RunError(
             "the weights of a frozen backbone have changed since the run began",
@@ -101,7 +102,7 @@ def frozen_backbone(folder: RunFolder, spec: MemberSpec) -> Any:
         RunError: the file is damaged or cannot be written, or the weights have changed.
     """
     path = frozen_backbone_path(folder, spec)
-    if _record(path) is None or not path.exists():
+    if _record(folder, path) is None or not path.exists():
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(stable_seed(folder.recipe.seed, "backbone", _key(spec)))
             save_frozen_backbone(folder, spec, create_backbone(spec))
@@ -115,7 +116,7 @@ def frozen_digest(folder: RunFolder, spec: MemberSpec) -> str:
         RunError: the run has no such backbone.
     """
     path = frozen_backbone_path(folder, spec)
-    record = _record(path)
+    record = _record(folder, path)
     if record is None:
         raise DamagedFileError(
             "the record of a frozen backbone is missing",
@@ -139,12 +140,12 @@ def check_frozen_backbone(folder: RunFolder, spec: MemberSpec) -> Path:
         RunError: the file is missing or was changed.
     """
     path = frozen_backbone_path(folder, spec)
-    record = _record(path)
+    record = _record(folder, path)
     if record is None or not _is_intact(path, record):
-        raise RunError(
+        raise DamagedFileError(
             "a frozen backbone is missing or damaged",
             where=path,
-            fix="delete the file and run the same command again, which makes it again from the "
+            fix=f"delete {path} and run `{folder.train_command()}`, which makes it again from the "
             "pretrained weights",
         )
     return path
@@ -158,12 +159,13 @@ def _key(spec: MemberSpec) -> str:
     return f"{slug}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
 
 
-def _record(path: Path) -> BackboneRecord | None:
+def _record(folder: RunFolder, path: Path) -> BackboneRecord | None:
     """Read the record of a backbone's file; None if the file was never complete."""
     record = path.with_suffix(".json")
-    if not record.exists():
+    if not os.path.lexists(record):
         return None
     try:
+        folder.verify(record.relative_to(folder.path).as_posix())
         return BackboneRecord.parse(read_json(record), record)
     except DamagedFileError as error:
         heads = f"{path.parent.parent / 'jobs'}/MEMBER of each member with this backbone"
@@ -172,4 +174,9 @@ def _record(path: Path) -> BackboneRecord | None:
 
 
 def _is_intact(path: Path, record: BackboneRecord) -> bool:
-    return path.exists() and sha256(path) == record.sha256
+    try:
+        return sha256(path) == record.sha256
+    except OSError as error:
+        if isinstance(unreadable("cannot read", path, error), DamagedFileError):
+            return False
+        raise RunError("cannot read the frozen backbone", where=path, got=error) from None

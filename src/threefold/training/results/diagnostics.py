@@ -35,7 +35,7 @@ from threefold.evaluation.label_errors import (
     summarize_audit,
     write_suspects,
 )
-from threefold.files import read_json, write_json
+from threefold.files import json_bytes, read_json
 from threefold.models.gradcam import NoMap, ensemble_cam
 from threefold.models.pipeline import to_pixels
 from threefold.predictions.predictions import Predictions
@@ -98,6 +98,7 @@ def _find_copies(run: Run, cache: PixelCache) -> CopySearch:
     path = run.dir / "duplicates.json"
     if path.exists():
         with suppress(DamagedFileError):  # then they are searched for again
+            run.folder.verify(path.name)
             record = DuplicatesRecord.parse(read_json(path), path)
             pairs = [Duplicate(**pair.model_dump()) for pair in record.pairs]
             return CopySearch(Duplicates(pairs, record.count), record.note)
@@ -107,7 +108,7 @@ def _find_copies(run: Run, cache: PixelCache) -> CopySearch:
         "pairs": [pair._asdict() for pair in search.duplicates.pairs],
         "note": search.note,
     }
-    write_json(path, seal(tree))
+    run.folder.write_file(path.name, json_bytes(seal(tree)))
     return search
 
 
@@ -151,7 +152,8 @@ def audit_run(
     else:
         missing = "the audit needs out-of-fold rows of the honest protocol; this run has none"
     if not missing:
-        write_suspects(run.dir / "suspects.csv", suspects)
+        with run.folder.recording("suspects.csv") as path:
+            write_suspects(path, suspects)
     listed = tuple(CopyPair(**pair._asdict()) for pair in copies.duplicates.pairs[:LISTED])
     audit = summarize_audit(suspects, missing).replace(
         file="" if missing else "suspects.csv",

@@ -11,7 +11,6 @@ from threefold.evaluation.cascade_savings import fit_savings
 from threefold.evaluation.evaluate import Evaluation, evaluate
 from threefold.evaluation.scoring import per_class
 from threefold.evaluation.uncertainty import fit_uncertainty
-from threefold.files import write_arrays
 from threefold.models.heads import describe
 from threefold.models.member import describe_joint
 from threefold.predictions.records import VERSION
@@ -68,13 +67,13 @@ def write_results(
     """
     info, ensemble = run.folder.info, evaluation.ensemble
     seen = {} if ensemble.seen_ is None else {"seen": ensemble.seen_.keys}
-    write_arrays(run.dir / "ensemble.npz", **ensemble.state(), **seen)
+    run.folder.write_arrays("ensemble.npz", **ensemble.state(), **seen)
     run.folder.write_chosen(evaluation.rows, evaluation.probs)
     audit, suspects = audit_run(
         run, run.folder.oof, evaluation.calibration.probs, diagnostics.copies
     )
     thumbs = make_thumbnails(run, evaluation, suspects)
-    write_arrays(run.dir / "thumbs.npz", preview=diagnostics.augmented, **thumbs)
+    run.folder.write_arrays("thumbs.npz", preview=diagnostics.augmented, **thumbs)
     costs = RunCosts(run)
     scores = _add_costs(evaluation, costs)
     distillation = distillation_results(run, scores)

@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 import numpy as np
 
 from threefold.evaluation.multilabel import MultilabelEvaluation, evaluate_multilabel
-from threefold.files import write_arrays
 from threefold.predictions.multilabel import MultilabelPredictions
 from threefold.predictions.multilabel_results import MultilabelResults, MultilabelScore
 from threefold.predictions.records import VERSION
@@ -55,8 +54,8 @@ def write_multilabel_results(
         pending: members of the recipe that are still to be trained.
     """
     info, costs = run.folder.info, RunCosts(run)
-    write_arrays(run.dir / "ensemble.npz", **_arrays(evaluation))
-    write_arrays(run.dir / "thumbs.npz", preview=diagnostics.augmented)
+    run.folder.write_arrays("ensemble.npz", **_arrays(evaluation))
+    run.folder.write_arrays("thumbs.npz", preview=diagnostics.augmented)
     run.folder.write_multilabel_chosen(evaluation.rows, evaluation.probs, evaluation.decided)
     results = MultilabelResults(
         version=VERSION,

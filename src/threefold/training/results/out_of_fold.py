@@ -60,6 +60,10 @@ def assemble(run: Run) -> None:
         run.folder.write_predictions(
             _record(run, test[0], run.sources.test, kind="test", protocol=protocol)
         )
+    # From now on a job folder of another run is noticed, too.
+    run.folder.record_new(f"{job.path}/done.json" for job in run.jobs)
+    backbones = sorted((run.dir / "backbones").glob("*.json"))
+    run.folder.record_new(path.relative_to(run.dir).as_posix() for path in backbones)
 
 
 def _record(run: Run, probs: np.ndarray, images: ImageDataset, **others: Any) -> AnyPredictions:
