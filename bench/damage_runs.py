@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def paint_folder(root: Path, per_class: int, seed: int, size: int = 24) -> Path:
     rng = np.random.default_rng(seed)
     for name, colour in COLOURS.items():
         for number in range(per_class):
-            pixels = np.clip(rng.normal(colour, 60, (size, size, 3)), 0, 255).astype(np.uint8)
+            pixels = np.clip(rng.normal(colour, 150, (size, size, 3)), 0, 255).astype(np.uint8)
             path = root / name / f"{number:02d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
@@ -110,20 +110,23 @@ def tree_of(base: Path, run: Path, seed: int = 0) -> dict[str, Any]:
 
 
 def make_run(base: Path, seed: int = 0, *, batches: int = -1) -> Path:
-    """Train a run in `base/run`, which is exported and reported, or stopped after some batches."""
-    run = base / "run"
+    """Train a run in `base/run`, which is exported and reported, or stopped after some batches.
+
+    It is trained where its copies will be damaged, so that the paths in it are theirs.
+    """
+    run = base.parent / "trial" / "run"
+    shutil.rmtree(run, ignore_errors=True)
     images = make_images(base, seed)
     ids = sorted(path.relative_to(images).as_posix() for path in images.rglob("*.png"))
     write_groups(run / GROUP_FILE, ids, [f"g{number // 2}" for number in range(len(ids))])
     recipe = Recipe.parse(tree_of(base, run, seed))
     if batches < 0:
         api.finish(api.train(recipe, run, Words()))
-        return run
-    try:
-        api.train(recipe, run, Words(batches))
-    except KeyboardInterrupt:
-        return run
-    raise RuntimeError("the training was not stopped")
+    else:
+        with suppress(KeyboardInterrupt):
+            api.train(recipe, run, Words(batches))
+            raise RuntimeError("the training was not stopped")
+    return run.rename(base / "run")
 
 
 def make_multilabel_run(base: Path, seed: int = 0) -> Path:
@@ -144,8 +147,10 @@ def make_multilabel_run(base: Path, seed: int = 0) -> Path:
         "ensemble": {},
     }
     del tree["pseudo_labels"]
-    api.finish(api.train(Recipe.parse(tree), base / "run", Words()))
-    return base / "run"
+    run = base.parent / "trial" / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    api.finish(api.train(Recipe.parse(tree), run, Words()))
+    return run.rename(base / "run")
 
 
 # What a verb answers, as plain values

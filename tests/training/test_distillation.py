@@ -331,7 +331,7 @@ def test_targets_of_another_teacher_are_refused(copies: tuple[Path, Run]) -> Non
 def test_teacher_of_other_images_is_refused(copies: tuple[Path, Run]) -> None:
     folder, student = copies
     oof = Predictions.load(folder / "oof.npz")
-    oof.rows(np.arange(len(oof))[::-1]).save(folder / "oof.npz")
+    RunFolder(folder).write_predictions(oof.rows(np.arange(len(oof))[::-1]))
 
     with pytest.raises(
         RunError,
@@ -344,6 +344,9 @@ def test_teacher_without_oof_predictions_is_refused(copies: tuple[Path, Run]) ->
     folder, _ = copies
     (folder / "oof.npz").unlink()
 
+    with pytest.raises(RunError, match=r"a file of the run is missing.*oof\.npz"):
+        open_teacher(folder)
+    RunFolder(folder).forget(["oof.npz"])
     with pytest.raises(RunError, match="no out-of-fold predictions"):
         open_teacher(folder)
 
@@ -363,8 +366,8 @@ def test_unfinished_run_cannot_teach(copies: tuple[Path, Run]) -> None:
 
 def test_run_of_protocol_paper_cannot_teach(copies: tuple[Path, Run]) -> None:
     folder, _ = copies
-    text = (folder / "recipe.toml").read_text()
-    (folder / "recipe.toml").write_text(text.replace('"honest"', '"paper"'))
+    recipe = RunFolder(folder).recipe.model_copy(update={"protocol": "paper"})
+    RunFolder(folder).replace_recipe(recipe)
 
     with pytest.raises(RunError, match=r"protocol paper cannot teach.*protocol=honest"):
         open_teacher(folder)
