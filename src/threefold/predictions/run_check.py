@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -124,14 +124,12 @@ class _Checker:
     def check(self) -> None:
         """Check all files."""
         folder = self.folder
-        self._try(folder.path / MANIFEST, lambda: folder.manifest)
+        if self._try(folder.path / MANIFEST, lambda: folder.manifest) is None:
+            return  # nothing can be compared with it
         recipe = self._try(folder.path / "recipe.toml", folder.check_recipe)
-        names: Iterable[str] = ()
-        with suppress(RunError):
-            names = sorted(folder.manifest)
         if folder.has_results and not os.path.lexists(folder.path / MANIFEST):
             self._add(DamagedFileError("there is no manifest", where=folder.path / MANIFEST))
-        for name in names:
+        for name in sorted(folder.manifest):
             if not name.startswith("jobs/"):
                 self._try(folder.path / name, partial(folder.verify, name), 1)
         self._records()
