@@ -192,7 +192,7 @@ class Campaign:
                     content = path.read_bytes()
             kind, answer = self._attempt(verb, run, trial.protected)
             if kind == "answer":
-                kind = self._compare(name, answer)
+                kind = self._compare(name, answer, trial.file)
             outcomes[name] = f"{kind}: {answer[0] if kind == 'found' else answer}"[:1500]
         worst = min(outcomes, key=lambda name: ORDER.index(outcomes[name].partition(":")[0]))
         outcome, _, said = outcomes[worst].partition(": ")
@@ -211,13 +211,25 @@ class Campaign:
             os.seteuid(NOBODY)
             return attempt(verb, run)
 
-    def _compare(self, name: str, answer: Any) -> str:
-        """An equal answer is harmless; another one is found if the verb says more than before."""
+    def _compare(self, name: str, answer: Any, damaged: str) -> str:
+        """An equal answer is harmless; another one is found if the verb says more than before.
+
+        The hash of the damaged file is no answer; whatever is made of the file is one.
+        """
         value, words = answer
         right, usual = self.right[name]
+        value, right = (_without(tree, damaged) for tree in (value, right))
         if [word for word in words if word not in usual]:
             return "found"
         return "harmless" if value == right else "silent"
+
+
+def _without(answer: Any, damaged: str) -> Any:
+    """Return an answer without the hash of a file."""
+    if not isinstance(answer, dict) or "hashes" not in answer:
+        return answer
+    hashes = {name: digest for name, digest in answer["hashes"].items() if name != damaged}
+    return {**answer, "hashes": hashes}
 
 
 def attempt(verb: runs.Verb, run: Path) -> tuple[str, Any]:

@@ -211,6 +211,13 @@ def _predict(run: Path, words: Words) -> Any:
 
 
 def _train(run: Path, words: Words) -> Any:
+    """Train a finished run, which is returned at once."""
+    trained = api.train(Recipe.load(run / "recipe.toml"), run, words)
+    return repr(trained), plain(trained.folder.any_results)
+
+
+def _resume(run: Path, words: Words) -> Any:
+    """Train an interrupted run to its end."""
     api.train(Recipe.load(run / "recipe.toml"), run, words)
     return outcome_of(run)
 
@@ -225,7 +232,7 @@ def _fit(run: Path, words: Words) -> Any:
 def _score_again(run: Path, words: Words) -> Any:
     """Train after the results were deleted, which reads the files of all jobs."""
     (run / "results.json").unlink(missing_ok=True)
-    return _train(run, words)
+    return _resume(run, words)
 
 
 def _saved_run(run: Path, words: Words) -> Any:
@@ -289,7 +296,7 @@ MULTILABEL_VERBS: dict[str, Verb] = {
     **{name: VERBS[name] for name in ("report", "predict", "export", "train", "score again")},
 }
 
-RESUME_VERBS: dict[str, Verb] = {"train": _train}
+RESUME_VERBS: dict[str, Verb] = {"train": _resume}
 """The verb that reads an interrupted run."""
 
 
