@@ -35,6 +35,12 @@ def begin(folder: Path, target: Path, **changes: Any) -> Run:
     return run
 
 
+def changes_of(folder: Path) -> list[str]:
+    """What is said of the images of a run as they are now."""
+    run = Run.open(folder)
+    return image_changes(run, run.sources)
+
+
 def repaint(path: Path, size: tuple[int, int] = (40, 32)) -> None:
     paint(path, (9, 9, 9), seed=99, size=size)
 
@@ -82,11 +88,11 @@ def test_images_that_were_restored_are_the_same(folder: Path, tmp_path: Path) ->
     begin(folder, tmp_path / "run")
     shutil.copytree(folder, tmp_path / "kept")
     repaint(folder / "train/red/001.png")
-    assert image_changes(Run.open(tmp_path / "run"))
+    assert changes_of(tmp_path / "run")
     shutil.rmtree(folder)
     shutil.copytree(tmp_path / "kept", folder)
 
-    assert image_changes(Run.open(tmp_path / "run")) == []
+    assert changes_of(tmp_path / "run") == []
 
 
 def test_an_edited_table_names_its_rows(folder: Path, tmp_path: Path) -> None:
@@ -102,7 +108,7 @@ def test_an_edited_table_names_its_rows(folder: Path, tmp_path: Path) -> None:
     rows[-1] = rows[-1].replace(",g8", ",g0")
     table.write_text("\n".join(["path,label,group", *rows]))
 
-    assert image_changes(Run.open(tmp_path / "run")) == [
+    assert changes_of(tmp_path / "run") == [
         f"1 training images with another label: {first}",
         f"1 training images with another group: {last}",
     ]

@@ -70,7 +70,7 @@ def export(
     run.folder.check_finished()
     run.folder.check_recipe()
     start = time.monotonic()
-    changes = image_changes(run)
+    changes = image_changes(run, run.sources)
     if changes:
         run.watcher.note(
             f"the images have changed since the run began ({'; '.join(changes)}): the file is "

@@ -42,7 +42,7 @@ def check_images(run: Run) -> None:
     Raises:
         RunError: there are others, or other contents, labels, groups or folds.
     """
-    changes = image_changes(run)
+    changes = image_changes(run, run.all_sources)
     if changes:
         raise RunError(
             "the images have changed since the run began",
@@ -56,9 +56,9 @@ def check_images(run: Run) -> None:
     run.folder.record_new([GROUP_FILE])
 
 
-def image_changes(run: Run) -> list[str]:
-    """Say in words how the images differ from those that the run began with; empty if not."""
-    sources, before, changes = run.all_sources, _read(run), []
+def image_changes(run: Run, sources: Sources) -> list[str]:
+    """Say in words how images differ from those that a run began with; empty if they do not."""
+    before, changes = _read(run), []
     for name, part in _parts(sources):
         if f"{name}_names" in before:
             changes += _differences(name, before, part)

@@ -143,7 +143,7 @@ def _read_sources(run: Run, images: str) -> Sources:
             run.sources = run.read_sources(images)
         sources = run.all_sources
     run.sources = run.all_sources = sources
-    changes = image_changes(run)
+    changes = image_changes(run, sources)
     if changes:
         raise RunError(
             "a worker finds other images than the run began with",
