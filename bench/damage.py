@@ -45,8 +45,8 @@ from threefold.predictions.predictions import Predictions
 from threefold.predictions.run_check import check_run
 from threefold.runtime.model import load
 
-LIMIT = 120
-"""Seconds that a verb may take."""
+LIMIT = 900
+"""Seconds that a verb may take; generous, because the machine may be busy."""
 
 NOBODY = 65534
 """A user who may not read what is root's."""
