@@ -225,6 +225,7 @@ def test_a_run_of_a_version_that_lacked_a_key_is_still_known(copy: Path) -> None
     older = text.replace("sync_batchnorm = false\n", "")
     assert older != text
     (copy / "recipe.toml").write_text(older)
+    folder.record(["recipe.toml"])
     folder.write_info(
         folder.info.replace(digest=Recipe.load(copy / "recipe.toml").digest(as_given=True))
     )
