@@ -138,19 +138,21 @@ def test_a_stopped_run_is_copied_and_caches_are_not(tmp_path: Path) -> None:
     assert not [name for name in names if name.startswith((".", "cache"))]
 
 
-def test_images_at_a_url_are_copied_once(images: Path) -> None:
-    memory = fsspec.filesystem("memory")
-    memory.put(str(images), "/bucket/photos", recursive=True)
-    read: list[str] = []
+def test_images_at_a_url_are_copied_once(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.filesystem("memory").put(str(images), "/bucket/photos", recursive=True)
+    get, copied = ObjectFolder.get, list[str]()
 
+    def counted(store: ObjectFolder, names: list[str], folder: Path) -> None:
+        copied.extend(names)
+        get(store, names, folder)
+
+    monkeypatch.setattr(ObjectFolder, "get", counted)
     spec = detect_source("memory://bucket/photos")
-    memory.get_file = lambda *names, **_: read.append(names[0])
-    sources = load_data(spec)
-    del memory.get_file
+    sources = load_data(spec, seed=0)
 
     assert (spec.source, spec.root) == ("folder", "memory://bucket/photos")
-    assert len(sources.train) == 36
-    assert read == []
+    assert (len(sources.train), len(sources.part("test"))) == (36, 12)
+    assert len(copied) == len(set(copied)) == 48
 
 
 def test_a_package_that_is_missing_is_named() -> None:
