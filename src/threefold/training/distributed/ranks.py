@@ -265,7 +265,7 @@ def join_ranks(device_name: str) -> Iterator[Ranks]:
         raise RunError(
             "another process of the group has ended",
             where=f"one of {world_size} processes",
-            got=str(error).strip().splitlines()[0][:120],
+            got=_what_was_lost(error),
             fix="run the same command again, with any number of processes: it goes on from the "
             "state that was saved last",
         ) from None
@@ -312,6 +312,13 @@ def _has_failed(store: Any) -> bool:
 
 _LOST = re.compile(r"connection \w+ by|peer|gloo|nccl|tcpstore|broken pipe", re.IGNORECASE)
 """What torch.distributed says where a process is gone."""
+
+
+def _what_was_lost(error: BaseException) -> str:
+    """Say what torch.distributed has noticed, without the places in its source."""
+    text = " ".join(str(error).split())
+    match = re.search(r"connection \w+ by (remote )?peer", text, re.IGNORECASE)
+    return match[0] if match else text[:120]
 
 
 def _is_lost_peer(error: BaseException) -> bool:
