@@ -52,6 +52,17 @@ def wrap_words(text: str, width: int, indent: str = "") -> str:
     )
 
 
+def count_of(number: int, one: str, many: str = "") -> str:
+    """Return a number with what it counts: "1 image", "2,000 images".
+
+    Args:
+        number: how many.
+        one: what one of them is called, with a verb where the words that follow need one.
+        many: what several are called; by default with an s at the end.
+    """
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def printable(text: str, keep: str = "\t\r\n") -> str:
     """Return a text with its control characters written out, so that no terminal obeys them.
 

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from threefold.errors import RecipeError, refuse_address
 from threefold.files import read_text
-from threefold.names import find_repeated
+from threefold.names import count_of, find_repeated
 from threefold.overrides import apply_override
 from threefold.recipe_checks import (
     check_cached,
@@ -213,7 +213,8 @@ class Recipe(Section):
             self._check_kinds(member)
         if self.ensemble.top > len(self.combined):
             raise ValueError(
-                f"ensemble.top = {self.ensemble.top} exceeds the {len(self.combined)} members"
+                f"ensemble.top = {self.ensemble.top} exceeds the "
+                f"{count_of(len(self.combined), 'member')}"
             )
 
     def _check_base(self, where: str, member: MemberSpec, base: MemberSpec) -> None:

@@ -123,8 +123,8 @@ def test_check_finds_a_file_that_is_no_image(folders: Path) -> None:
     assert done.exit_code == 1
     assert counts in output
     assert "sizes, of 49 looked at: 10 x 12 (49)" in output
-    assert "error 1 images cannot be read: " in output
-    assert "are in several classes as exact copies" in output
+    assert "error 1 image cannot be read: " in output
+    assert "is in several classes as exact copies" in output
     assert "a run would stop here" in output
 
 

@@ -178,7 +178,7 @@ def test_files_and_addresses_in_one_table(table: Path, server: Server, tmp_path:
 
     (tmp_path / "2.png").unlink()
 
-    with pytest.raises(DataError, match="1 files of the CSV file do not exist"):
+    with pytest.raises(DataError, match="1 file of the CSV file does not exist"):
         load(table)
 
 

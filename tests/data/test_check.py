@@ -42,7 +42,7 @@ def test_counts_sizes_and_findings(tmp_path: Path) -> None:
     assert report.skipped == {str(tmp_path / "train/cat/bad.png"): "the file is empty (0 bytes)"}
     assert not report.usable
     assert {(level, what.split(":")[0], number) for level, what, number in report.findings} == {
-        ("error", "1 images cannot be read", 1),
+        ("error", "1 image cannot be read", 1),
         ("warning", "classes with fewer than 20 training images", 1),
         (
             "warning",
@@ -54,12 +54,11 @@ def test_counts_sizes_and_findings(tmp_path: Path) -> None:
         ("note", "images more than twice as long as wide, which resize = squash distorts", 3),
         ("note", "3 images stand out, much longer or wider than the others", 3),
         ("note", "5 images stand out, bright even in the darkest parts", 5),
-        ("warning", "1 test images are exact copies of training images", 0),
-        ("warning", "1 images are in several classes as exact copies", 0),
+        ("warning", "1 test image is an exact copy of training images", 0),
+        ("warning", "1 image is in several classes as exact copies", 0),
         (
             "warning",
-            "1 pairs of images are equal; "
-            "1 are in two folds or splits, which makes scores too good",
+            "1 pair of images is equal; 1 are in two folds or splits, which makes scores too good",
             0,
         ),
     }
@@ -128,9 +127,9 @@ def test_near_copies_are_looked_for_in_small_data_only(
             Image.fromarray(pixels).save(tmp_path / label / f"{i}.png")
     with Image.open(tmp_path / "cat/0.png") as first:
         first.resize((48, 48)).save(tmp_path / "cat/copy.png")
-    (near,) = [f for f in check_data(spec(tmp_path)).findings if "pairs" in f.what]
+    (near,) = [f for f in check_data(spec(tmp_path)).findings if "of images" in f.what]
 
-    assert (near.level, near.what[:39]) == ("note", "1 pairs of images look nearly the same,")
+    assert (near.level, near.what[:39]) == ("note", "1 pair of images looks nearly the same,")
 
     monkeypatch.setattr(check, "NEAR_COPIES", 6)
     messages = [f.what for f in check_data(spec(tmp_path)).findings]
@@ -153,7 +152,7 @@ def test_images_that_stand_out_are_listed(tmp_path: Path) -> None:
     assert [(found.id, found.fault) for found in report.quality] == [
         ("cat/empty.png", "one colour")
     ]
-    assert Finding("note", "1 images stand out, nearly one colour: cat/empty.png", 1) in (
+    assert Finding("note", "1 image stands out, nearly one colour: cat/empty.png", 1) in (
         report.findings
     )
 

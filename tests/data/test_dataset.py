@@ -125,7 +125,7 @@ def test_hidden_files_are_not_seen_and_others_are_counted(tmp_path: Path) -> Non
 
     assert len(sources.train) == 4
     assert sources.notes == (
-        "1 images outside class folders were ignored: stray.png",
+        "1 image outside class folders was ignored: stray.png",
         "4 files that are not images were ignored: .md, .txt, Makefile",
         "4 hidden files and folders were ignored: .cache, .git, .hidden.png, __MACOSX",
     )
@@ -181,7 +181,7 @@ def test_skip_leaves_out_and_records(tmp_path: Path) -> None:
     }
     assert [int(sources.train.pixels(i)[0, 0, 0]) for i in range(5)] == [0, 1, 2, 3, 5]
     assert sources.notes == (
-        f"1 images were read despite a misleading suffix: {tmp_path}/cat/2.jpg (content is PNG, "
+        f"1 image was read despite a misleading suffix: {tmp_path}/cat/2.jpg (content is PNG, "
         "suffix is .jpg)",
     )
 
@@ -201,9 +201,9 @@ def test_exact_copies_are_noted(tmp_path: Path) -> None:
         (tmp_path / copy).write_bytes((tmp_path / original).read_bytes())
 
     assert load_data(folder(tmp_path), 0).warnings == (
-        "1 test images are exact copies of training images: test/dog/0.png",
-        "1 training images are exact copies of others; only grouped folds keep copies together",
-        "1 images are in several classes as exact copies: train/cat/copy.png = train/dog/0.png",
+        "1 test image is an exact copy of training images: test/dog/0.png",
+        "1 training image is an exact copy of others; only grouped folds keep copies together",
+        "1 image is in several classes as exact copies: train/cat/copy.png = train/dog/0.png",
     )
 
 
@@ -249,7 +249,7 @@ def test_groups_in_train_and_in_test_are_noted(tmp_path: Path) -> None:
 
     sources = load_data(folder(tmp_path, group_regex=r"/([abc])\d"), 0)
 
-    assert sources.warnings == ("1 groups are in both train and test: b",)
+    assert sources.warnings == ("1 group is in both train and test: b",)
 
 
 def test_a_csv_file(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_near_pairs_need_not_be_copies() -> None:
 
     assert duplicate_warnings(near) == [
         DuplicateWarning(
-            "1 pairs of images look nearly the same (1 in two folds or splits), such as a and b; "
+            "1 pair of images looks nearly the same (1 in two folds or splits), such as a and b; "
             "they need not be copies",
             exact=False,
         )

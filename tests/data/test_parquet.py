@@ -117,7 +117,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
 
     (tmp_path / "3.png").unlink()
 
-    with pytest.raises(DataError, match="1 files of the table do not exist"):
+    with pytest.raises(DataError, match="1 file of the table does not exist"):
         load_source("parquet", path)
 
 
@@ -135,8 +135,8 @@ def test_bad_images_and_copies_in_tables_are_reported(tmp_path: Path) -> None:
     sources = load_source("parquet", path, bad_images="skip")
 
     assert [str(bad.path) for bad in sources.skipped] == ["y"]
-    assert "copies of others" in sources.warnings[0]
-    assert sources.warnings[1] == "1 images are in several classes as exact copies: v = x"
+    assert "copy of others" in sources.warnings[0]
+    assert sources.warnings[1] == "1 image is in several classes as exact copies: v = x"
     assert Counter(sources.train.labels.tolist()) == {0: 3, 1: 2}
 
 

@@ -159,7 +159,7 @@ BAD_INAT: dict[str, tuple[Callable[[Path], object], str]] = {
         change("val", lambda t: t["images"][0].update(file_name="../x.jpg")),
         "unsafe name",
     ),
-    "absent": (leave_out, "1 listed images do not exist"),
+    "absent": (leave_out, "1 listed image does not exist"),
 }
 
 
@@ -267,7 +267,7 @@ BAD_CASSAVA: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "absent": (
         lambda r: (r / "train.csv").write_text("image_id,label\nx.jpg,1\n"),
-        "1 listed images do not exist",
+        "1 listed image does not exist",
     ),
     "outside": (
         lambda r: (r / "train.csv").write_text("image_id,label\n../x.jpg,1\n"),

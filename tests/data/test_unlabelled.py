@@ -40,7 +40,7 @@ def test_images_at_any_depth_have_no_label(labelled: Sources, folder: Path) -> N
     assert sources.train is labelled.train
     assert sources.notes[-2:] == (
         "2 unlabelled images for pseudo labels",
-        "beside them: 1 files that are not images were ignored: .txt",
+        "beside them: 1 file that is not an image was ignored: .txt",
     )
 
 
@@ -72,7 +72,7 @@ def test_a_recompressed_copy_is_noted(labelled: Sources, folder: Path) -> None:
 
     sources = with_unlabelled(labelled, str(folder), "fail")
 
-    assert "1 unlabelled images look nearly the same" in sources.notes[-1]
+    assert "1 unlabelled image looks nearly the same" in sources.notes[-1]
     assert f"copy.jpg = {labelled.train.ids[0]}" in sources.notes[-1]
 
 
@@ -84,7 +84,7 @@ def test_a_misleading_suffix_is_noted_where_bad_images_may_be(
     sources = with_unlabelled(labelled, str(folder), "skip")
 
     assert len(sources.part("unlabelled")) == 2
-    assert "1 images were read despite a misleading suffix" in sources.notes[-1]
+    assert "1 image was read despite a misleading suffix" in sources.notes[-1]
 
 
 def test_unreadable_images_stop_or_are_recorded(labelled: Sources, folder: Path) -> None:

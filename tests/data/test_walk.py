@@ -168,7 +168,7 @@ def test_one_walk_for_every_verb(tmp_path: Path) -> None:
     notes = (
         "2 files that are not images were ignored: .txt, README",
         "4 hidden files and folders were ignored: ._0.png, .ipynb_checkpoints, @eaDir, __MACOSX",
-        "1 pipes and devices were ignored: pipe.png",
+        "1 pipe or device was ignored: pipe.png",
     )
     told: list[object] = []
 

@@ -195,7 +195,7 @@ def test_a_truncated_or_changed_shard_is_named(shards: Path) -> None:
 
     first.unlink()
 
-    with pytest.raises(DataError, match="1 shards do not exist"):
+    with pytest.raises(DataError, match="1 shard does not exist"):
         load(shards)
 
 

@@ -98,7 +98,7 @@ def test_ledger_refuses_overlap_and_lists_steps() -> None:
     ledger.declare("weights", [0, 0, 1, 1], [1, 1, 0, 0])
 
     with pytest.raises(
-        DataError, match=r"scored by what was fitted on them: weights; expected none, got 1 rows"
+        DataError, match=r"scored by what was fitted on them: weights; expected none, got 1 row"
     ):
         ledger.declare("weights", [1, 0, 0, 0], [1, 0, 0, 1])
     with pytest.raises(DataError, match="another number of rows: weights"):

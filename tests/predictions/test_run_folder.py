@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from support.fake_runs import fake_export, fake_run, full_run
 
-from threefold.errors import RunError
+from threefold.errors import DataError, RunError
 from threefold.predictions.records import (
     VERSION,
     DuplicatesRecord,
@@ -181,3 +181,12 @@ def test_a_changed_key_of_run_json_says_what_helps(tmp_path: Path) -> None:
         with pytest.raises(RunError, match=r"run\.json") as error:
             RunFolder(path.parent).info.as_json()
         assert "fix: " in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["oof", "test"])
+def test_damaged_labels_of_a_run_have_advice(tmp_path: Path, kind: str) -> None:
+    (tmp_path / f"{kind}.npz").write_bytes(b"no arrays")
+    folder = RunFolder(tmp_path)
+
+    with pytest.raises(DataError, match=rf"delete .*{kind}\.npz and run `threefold train .*again"):
+        _ = folder.multilabel_oof if kind == "oof" else folder.all_multilabel_test

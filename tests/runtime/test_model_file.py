@@ -275,7 +275,7 @@ def test_too_many_fields_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (json.dumps(card(classes=["a", "b", "a"])), "two classes of one name"),
         (
             json.dumps(card(members=["only"])),
-            "not those of a pipeline with 1 members and 3 classes",
+            "not those of a pipeline with 1 member and 3 classes",
         ),
         (
             json.dumps(card(classes=["a", "b"])),

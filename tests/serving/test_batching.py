@@ -205,7 +205,7 @@ def test_a_model_without_an_answer_leaves_the_workers_alive() -> None:
 
     batcher = Batcher(answer_red_only, batch=4)
     for _ in range(2 * batching.WORKERS):
-        with pytest.raises(ExportError, match="answers for 1 images, got answers for 0"):
+        with pytest.raises(ExportError, match="answers for 1 image, got answers for 0"):
             submit(batcher, picture((0, 0, 0), (5, 5))).result(20)
 
     assert red_of(submit(batcher, picture((9, 0, 0), (5, 5)))) == 9

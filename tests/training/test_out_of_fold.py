@@ -195,7 +195,7 @@ JOIN = {"name": "j", "joins": ["a", "b"], "img_size": 32}
             {"members": [member("a", folds=[0])], "folds": {"k": 2, "final": "refit"}},
             "folds.final = refit ignores",
         ),
-        ({"members": [member("a")], "ensemble": {"top": 2}}, "exceeds the 1 members"),
+        ({"members": [member("a")], "ensemble": {"top": 2}}, "exceeds the 1 member"),
         ({"members": [member("a")], "ensemble": {"members": ["z"]}}, "names an unknown member, z"),
         (
             {

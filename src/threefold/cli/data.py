@@ -10,6 +10,7 @@ import typer
 from threefold.cli.console import out, plain, print_json, print_wrapped
 from threefold.cli.options import Json
 from threefold.cli.progress import count_bars
+from threefold.names import count_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -173,7 +174,7 @@ def review(
     if not found.items:
         out.print("nothing to look at")
         return
-    out.print(f"{len(found.items):,} images to look at")
+    out.print(f"{count_of(len(found.items), 'image')} to look at")
     run_review(state, port, lambda url: out.print(f"{url}   (Ctrl-C stops)", markup=False))
     if not state.decisions:
         out.print("nothing was decided, so no file was written")
@@ -225,7 +226,7 @@ def export(
             "dataset_type=fiftyone.types.FiftyOneImageClassificationDataset,",
             f"    data_path={str(root)!r}, labels_path={str(target.absolute())!r})",
         ]
-    out.print(f"{target}: {len(found.items):,} images", markup=False)
+    out.print(f"{target}: {count_of(len(found.items), 'image')}", markup=False)
     for hint in hints:
         out.print(hint, markup=False, soft_wrap=True)
 
@@ -236,8 +237,9 @@ def _show_check(report: DataCheck) -> None:
         train = [counts["train"] for counts in report.classes.values()]
         num_test = sum(counts.get("test", 0) for counts in report.classes.values())
         out.print(
-            f"{sum(train):,} training images, "
-            f"{f'{num_test:,}' if num_test else 'no'} test images, {len(train)} classes "
+            f"{count_of(sum(train), 'training image')}, "
+            f"{count_of(num_test, 'test image') if num_test else 'no test images'}, "
+            f"{count_of(len(train), 'class', 'classes')} "
             f"({min(train):,} to {max(train):,} training images each)"
         )
         sizes = [f"{size} ({count})" for size, count in report.sizes.items()]
@@ -245,7 +247,10 @@ def _show_check(report: DataCheck) -> None:
         out.print(f"sizes, of {sum(report.sizes.values())} looked at: {shown}")
     if report.groups:
         counts = report.groups.values()
-        out.print(f"{len(counts)} groups of {min(counts):,} to {max(counts):,} training images")
+        out.print(
+            f"{count_of(len(counts), 'group')} of {min(counts):,} to {max(counts):,} "
+            "training images"
+        )
     for finding in report.findings:
         print_wrapped(finding.what, _MARKS[finding.level])
     _show_quality(report.quality)

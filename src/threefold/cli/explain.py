@@ -15,6 +15,7 @@ from threefold.cli.options import Json
 from threefold.cli.progress import progress_bar
 from threefold.errors import DataError, ThreefoldError, shorten
 from threefold.machine import decoding_threads
+from threefold.names import count_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -284,6 +285,8 @@ def embed(
     write_embedding(target, embedding)
     parts = zip(embedding.backbones, embedding.widths, strict=True)
     described = ", ".join(f"{width} of {name}" for name, width in parts)
-    out.print(f"{target}: {len(embedding.paths):,} images, features {described}", markup=False)
+    out.print(
+        f"{target}: {count_of(len(embedding.paths), 'image')}, features {described}", markup=False
+    )
     if failed:
         raise SystemExit(1)

@@ -12,6 +12,7 @@ from threefold.cli.console import out, print_error
 from threefold.cli.options import ImageTime, Json, Mode, ModelFile
 from threefold.cli.progress import describe_speed, progress_bar
 from threefold.errors import DataError
+from threefold.names import count_of
 
 if TYPE_CHECKING:
     from threefold.runtime.model import CascadePolicy
@@ -122,7 +123,7 @@ def _predict_to_file(
     if answered:
         speed = f" ({describe_speed(answered / done.seconds)}, batch {done.batch})"
     failed = f", {done.failed:,} could not be read" if done.failed else ""
-    number = f"{done.images:,} image{'' if done.images == 1 else 's'}"
+    number = count_of(done.images, "image")
     out.print(f"{target}: {number}{failed}; {answered:,} now{speed}", markup=False)
     if done.failed:
         raise SystemExit(1)

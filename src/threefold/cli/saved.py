@@ -17,6 +17,7 @@ from threefold.cli.console import out, plain, print_json, print_wrapped
 from threefold.cli.options import Json
 from threefold.cli.progress import progress_bar
 from threefold.errors import DataError, shorten
+from threefold.names import count_of
 from threefold.runtime.hub import local_path
 
 if TYPE_CHECKING:
@@ -203,7 +204,8 @@ def evaluate(
     if summary.audit is not None and summary.audit.n_suspects:
         first = summary.audit.suspects[0]
         print_wrapped(
-            f"{summary.audit.n_suspects} labels look wrong, if these are held-out predictions "
+            count_of(summary.audit.n_suspects, "label looks", "labels look")
+            + " wrong, if these are held-out predictions "
             f"(--json or --html lists them); the first: {first.id}, {first.reason}",
             indent=2,
         )

@@ -33,6 +33,7 @@ from threefold.data.leakage import (
 from threefold.data.published import FILE_PATTERNS
 from threefold.data.quality import FAULTS, QualityFinding, QualityMeter
 from threefold.errors import DataError, RecipeError, refuse_address, shorten
+from threefold.names import count_of
 from threefold.recipe import Recipe
 from threefold.recipe_schema import DataSpec
 
@@ -282,7 +283,8 @@ def _quality_findings(quality: Sequence[QualityFinding]) -> list[Finding]:
     for fault, meaning in FAULTS.items():
         names = [finding.id for finding in quality if finding.fault == fault]
         if names:
-            message = f"{len(names):,} images stand out, {meaning}: {shorten(names)}"
+            stand_out = count_of(len(names), "image stands out", "images stand out")
+            message = f"{stand_out}, {meaning}: {shorten(names)}"
             findings.append(Finding("note", message, len(names)))
     return findings
 
@@ -314,7 +316,9 @@ def _unreadable(skipped: dict[str, str], spec: DataSpec) -> list[Finding]:
         return []
     files = shorten(f"{path} ({reason})" for path, reason in skipped.items())
     level: Level = "error" if spec.bad_images == "fail" else "warning"
-    return [Finding(level, f"{len(skipped):,} images cannot be read: {files}", len(skipped))]
+    return [
+        Finding(level, f"{count_of(len(skipped), 'image')} cannot be read: {files}", len(skipped))
+    ]
 
 
 def _class_findings(train: ImageDataset) -> list[Finding]:

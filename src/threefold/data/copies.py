@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from threefold.data.images import same_digests
 from threefold.data.sources.folder import ListedImage
 from threefold.errors import shorten
+from threefold.names import count_of
 
 
 def warn_of_copies(items: Sequence[ListedImage], digests: NDArray[np.bytes_]) -> list[str]:
@@ -34,17 +35,22 @@ def warn_of_copies(items: Sequence[ListedImage], digests: NDArray[np.bytes_]) ->
     warnings = []
     if test_copies:
         warnings.append(
-            f"{len(test_copies)} test images are exact copies of training images: "
-            f"{shorten(test_copies)}"
+            count_of(
+                len(test_copies), "test image is an exact copy", "test images are exact copies"
+            )
+            + f" of training images: {shorten(test_copies)}"
         )
     if train_copies:
         warnings.append(
-            f"{train_copies} training images are exact copies of others; "
-            "only grouped folds keep copies together"
+            count_of(
+                train_copies, "training image is an exact copy", "training images are exact copies"
+            )
+            + " of others; only grouped folds keep copies together"
         )
     if contradicting:
-        what = "are in several classes as exact copies"
+        one, many = "image is in several classes as", "images are in several classes as"
         if items[0].labels is not None:
-            what = "are exact copies with different labels"
-        warnings.append(f"{len(contradicting)} images {what}: {shorten(contradicting)}")
+            one, many = "image has different labels in", "images have different labels in"
+        what = count_of(len(contradicting), one, many)
+        warnings.append(f"{what} exact copies: {shorten(contradicting)}")
     return warnings

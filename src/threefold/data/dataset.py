@@ -43,7 +43,7 @@ from threefold.data.splits import fold_values
 from threefold.data.unchanged import DIGEST, decode_unchanged
 from threefold.data.verified import refuse_bad, verify_images
 from threefold.errors import DataError, shorten
-from threefold.names import find_repeated, natural_key
+from threefold.names import count_of, find_repeated, natural_key
 from threefold.recipe_schema import DataSpec
 
 
@@ -423,7 +423,8 @@ def note_misleading_names(bad: list[BadImage]) -> list[str]:
     named = [f"{image.path} ({image.reason})" for image in bad if image.readable]
     if not named:
         return []
-    return [f"{len(named)} images were read despite a misleading suffix: {shorten(named)}"]
+    read = count_of(len(named), "image was read", "images were read")
+    return [f"{read} despite a misleading suffix: {shorten(named)}"]
 
 
 def _shared_groups(train: ImageDataset, test: ImageDataset | None) -> list[str]:
@@ -433,7 +434,8 @@ def _shared_groups(train: ImageDataset, test: ImageDataset | None) -> list[str]:
     shared = set(train.groups or ()) & set(test.groups or ())
     if not shared:
         return []
-    return [f"{len(shared)} groups are in both train and test: {shorten(sorted(shared))}"]
+    groups = count_of(len(shared), "group is", "groups are")
+    return [f"{groups} in both train and test: {shorten(sorted(shared))}"]
 
 
 def _fold_notes(train: ImageDataset, column: str) -> list[str]:
@@ -441,7 +443,7 @@ def _fold_notes(train: ImageDataset, column: str) -> list[str]:
     if train.folds is None:
         return []
     values = fold_values(train.folds)
-    return [f"{len(values)} folds from the column {column}: {shorten(values)}"]
+    return [f"{count_of(len(values), 'fold')} from the column {column}: {shorten(values)}"]
 
 
 def _split_groups(train: ImageDataset) -> list[str]:
@@ -454,8 +456,8 @@ def _split_groups(train: ImageDataset) -> list[str]:
     if not split:
         return []
     return [
-        f"{len(split)} groups are in several folds of data.fold_column, which makes scores too "
-        f"good: {shorten(split)}"
+        f"{count_of(len(split), 'group is', 'groups are')} in several folds of "
+        f"data.fold_column, which makes scores too good: {shorten(split)}"
     ]
 
 

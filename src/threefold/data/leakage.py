@@ -18,6 +18,7 @@ from scipy.fft import dctn
 
 from threefold.data.split_names import split_of
 from threefold.errors import DataError, shorten
+from threefold.names import count_of
 
 NEAR: Final = 0.01
 """Largest distance, 1 - correlation, of near copies (see `find_duplicates`)."""
@@ -147,7 +148,7 @@ def duplicate_warnings(duplicates: Duplicates) -> list[DuplicateWarning]:
     near_count = duplicates.total - len(exact)
     notes = []
     if exact:
-        head = f"{len(exact)} pairs of images are equal"
+        head = count_of(len(exact), "pair of images is equal", "pairs of images are equal")
         details = _pair_details(exact, of_listed, "which makes scores too good")
         notes.append(DuplicateWarning("; ".join([head, *details]), exact=True))
     if near:
@@ -160,7 +161,8 @@ def duplicate_warnings(duplicates: Duplicates) -> list[DuplicateWarning]:
             if count
         ]
         counts = f" ({', '.join(details)})" if details else ""
-        head = f"{near_count} pairs of images look nearly the same{counts}, such as"
+        pairs = count_of(near_count, "pair of images looks", "pairs of images look")
+        head = f"{pairs} nearly the same{counts}, such as"
         first = next((pair for pair in near if pair.same_label is False), near[0])
         example = f"{first.a} and {first.b}; they need not be copies"
         notes.append(DuplicateWarning(f"{head} {example}", exact=False))

@@ -17,6 +17,7 @@ from threefold.data.unchanged import DIGEST
 from threefold.data.walk import LeftOut, describe_left_out, walk_images
 from threefold.errors import DataError, shorten
 from threefold.machine import decoding_threads
+from threefold.names import count_of
 
 
 def with_unlabelled(sources: Sources, root: str, bad_images: Literal["fail", "skip"]) -> Sources:
@@ -66,7 +67,7 @@ def with_unlabelled(sources: Sources, root: str, bad_images: Literal["fail", "sk
         classes=sources.train.classes,
         digests=np.array([digest_of[path] for _, path in names], f"S{DIGEST}"),
     )
-    notes = [f"{len(names):,} unlabelled images for pseudo labels"]
+    notes = [f"{count_of(len(names), 'unlabelled image')} for pseudo labels"]
     notes += [f"beside them: {note}" for note in describe_left_out(left_out)]
     notes += note_misleading_names(bad)
     notes += _compare(sources, unlabelled, root)
@@ -106,8 +107,9 @@ def _compare(sources: Sources, unlabelled: ImageDataset, root: str) -> list[str]
     if not near:
         return []
     return [
-        f"{len(near)} unlabelled images look nearly the same as a training or test image, which "
-        f"need not be copies; look at them: {shorten(f'{a} = {b}' for a, b in near)}"
+        count_of(len(near), "unlabelled image looks", "unlabelled images look")
+        + " nearly the same as a training or test image, which need not be copies; look at them: "
+        + shorten(f"{a} = {b}" for a, b in near)
     ]
 
 

@@ -12,6 +12,7 @@ from threefold.data.content_kinds import HEAD, find_format
 from threefold.data.group_file import GROUP_FILE
 from threefold.data.images import IMAGE_SUFFIXES
 from threefold.errors import DataError, shorten
+from threefold.names import count_of
 
 _SYSTEM_NAMES = {
     *("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information"),
@@ -31,6 +32,13 @@ HIDDEN = "hidden files and folders"
 RUNS = "folders of runs"
 NOT_REGULAR = "pipes and devices"
 OTHER = "files that are not images"
+_ONE = {
+    HIDDEN: "hidden file or folder",
+    RUNS: "folder of runs",
+    NOT_REGULAR: "pipe or device",
+    OTHER: "file that is not an image",
+}
+"""What one of each kind is called."""
 
 
 class LeftOut(NamedTuple):
@@ -222,4 +230,5 @@ def _describe(reason: str, paths: list[Path]) -> str:
     names = {path.name for path in paths}
     if reason == OTHER:
         names = {path.suffix.lower() or path.name for path in paths}
-    return f"{len(paths)} {reason} were ignored: {shorten(sorted(names))}"
+    ignored = count_of(len(paths), f"{_ONE[reason]} was", f"{reason} were")
+    return f"{ignored} ignored: {shorten(sorted(names))}"

@@ -13,6 +13,7 @@ import numpy as np
 
 from threefold.errors import DataError
 from threefold.evaluation.scoring import score_probs
+from threefold.names import count_of
 from threefold.predictions.formats import Classes, read_predictions
 from threefold.predictions.join import join_predictions
 from threefold.predictions.predictions import Predictions
@@ -358,5 +359,7 @@ def _warnings(rows: Predictions, contenders: Sequence[_Contender]) -> list[str]:
         )
     dropped = max(len(contender.rows) for contender in contenders) - len(rows)
     if dropped:
-        warnings.append(f"{dropped:,} rows are not in all of them and were left out")
+        warnings.append(
+            f"{count_of(dropped, 'row is', 'rows are')} not in all of them, and left out"
+        )
     return warnings

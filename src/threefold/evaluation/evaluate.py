@@ -22,6 +22,7 @@ from threefold.ensembles.diversity import TOLERANCE, duplicates
 from threefold.ensembles.registry import ChosenMethod, build_ensemble, choose
 from threefold.evaluation.optimism import Counts, nested_choice, optimism_entry
 from threefold.evaluation.scoring import Key, comparisons, score_entries
+from threefold.names import count_of
 from threefold.predictions.ledger import Ledger
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import (
@@ -269,7 +270,7 @@ class _Fits:
                 best = self
             entries.append(
                 best._optimism_of_fit(
-                    "best", "member", f"the best of {len(self.rows.members)} members"
+                    "best", "member", f"the best of {count_of(len(self.rows.members), 'member')}"
                 )
             )
         learned = [

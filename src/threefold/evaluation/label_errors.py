@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from threefold.errors import DataError, RunError
 from threefold.files import read_text, write_bytes
-from threefold.names import escape_formula, unescape_formula
+from threefold.names import count_of, escape_formula, unescape_formula
 from threefold.predictions.checks import check_probs
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Audit, SuspectLabel
@@ -178,7 +178,7 @@ def _explain_suspect(
         suggested=suggested,
         score=float(probs[predictions.labels[row]]),
         reason=f"labelled {label}; {who} says {suggested} with {probs[predicted]:.2f}; "
-        f"{votes} of {len(predictions.members)} members agree",
+        f"{votes} of {count_of(len(predictions.members), 'member')} agree",
     )
 
 

@@ -25,6 +25,7 @@ from threefold.evaluation.multilabel import (
     warnings_about,
     with_verdict,
 )
+from threefold.names import count_of
 from threefold.predictions.multilabel import MultilabelPredictions, is_multilabel_file
 from threefold.predictions.multilabel_results import MultilabelPredictionSummary
 from threefold.predictions.run_folder import RunFolder
@@ -366,7 +367,9 @@ def _compare(
     warnings = warnings_about(rows)
     dropped = max(len(part) for part in parts) - len(rows)
     if dropped:
-        warnings.append(f"{dropped:,} rows are not in all of them and were left out")
+        warnings.append(
+            f"{count_of(dropped, 'row is', 'rows are')} not in all of them, and left out"
+        )
     scores = [
         score_answer(rows, answer, name=name, kind="contender", fitted_on="")
         for name, answer in answers.items()

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from threefold.errors import ExportError
+from threefold.names import count_of
 from threefold.predictions.export_schema import CorrectAnswers, ExportReport
 from threefold.runtime.tolerances import TOLERANCES
 
@@ -139,7 +140,7 @@ def describe_report(report: ExportReport) -> str:
     """Describe the report in one line."""
     same = "labels" if report.task == "multilabel" else "class"
     line = (
-        f"against the pipeline on {report.images} images: "
+        f"against the pipeline on {count_of(report.images, 'image')}: "
         f"largest difference {report.max_difference:.1e}, "
         f"same {same} {report.top1_agreement:.1%}"
     )

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from threefold.errors import DataError
+from threefold.names import count_of
 from threefold.predictions.results_schema import LedgerLine
 
 FIT: Final = 1
@@ -140,7 +141,7 @@ class Ledger:
                 "rows are scored by what was fitted on them",
                 where=step,
                 expected="none",
-                got=f"{overlap:,} rows",
+                got=count_of(overlap, "row"),
                 fix=_FIX,
             )
         entry = self._entries.setdefault(step, _Entry())

@@ -125,7 +125,12 @@ class RunResults(JobFiles):
     @property
     def multilabel_test(self) -> MultilabelPredictions | None:
         """Those on the test rows, if there are any and they are not sealed."""
-        return None if self.is_sealed else self._read_multilabel("test")
+        return None if self.is_sealed else self.all_multilabel_test
+
+    @property
+    def all_multilabel_test(self) -> MultilabelPredictions | None:
+        """Those on the test rows, sealed or not: for the last step of a run."""
+        return self._read_multilabel("test")
 
     def _read_multilabel(self, kind: str) -> MultilabelPredictions | None:
         name = f"{kind}.npz"

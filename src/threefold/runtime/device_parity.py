@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from threefold.errors import ExportError
+from threefold.names import count_of
 from threefold.runtime.model import Model
 from threefold.runtime.tolerances import TOLERANCES
 
@@ -23,8 +24,8 @@ class DeviceParity(NamedTuple):
     def describe(self) -> str:
         """Describe it in one line."""
         return (
-            f"{self.device} against the CPU on {self.images} images: largest difference "
-            f"{self.difference:.1e} (allowed {self.tolerance:g})"
+            f"{self.device} against the CPU on {count_of(self.images, 'image')}: largest "
+            f"difference {self.difference:.1e} (allowed {self.tolerance:g})"
         )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from threefold.ensembles.cascade import MODES, Cascade
 from threefold.ensembles.conformal import ConformalSets, UnknownThreshold
 from threefold.errors import DataError, ExportError, shorten
+from threefold.names import count_of
 from threefold.runtime.card_parts import StageCap, read_parts
 from threefold.runtime.hub import local_path
 from threefold.runtime.inputs import ImageInput, iterate_images
@@ -117,8 +118,8 @@ class Model:
     def __repr__(self) -> str:
         kind = "labels" if self.task == "multilabel" else "classes"
         return (
-            f"<Model {self.path}: {len(self.classes)} {kind}, {len(self.members)} members, "
-            f"on {self.device}>"
+            f"<Model {self.path}: {len(self.classes)} {kind}, "
+            f"{count_of(len(self.members), 'member')}, on {self.device}>"
         )
 
     def run(

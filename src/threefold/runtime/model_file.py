@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from threefold.errors import ExportError, refuse_address
 from threefold.files import sha256
+from threefold.names import count_of
 from threefold.runtime.devices import find_device, require_device
 from threefold.runtime.model_card import MAX_MEMBERS, parse_card
 
@@ -348,7 +349,8 @@ class _Reader:
         as_expected = all(actual.get(key) == value for key, value in expected.items())
         if num_inputs != (2 if stages else 1) or not as_expected:
             raise _RefusedError(
-                f"inputs or outputs are not those of a pipeline with {m} members and {k} classes"
+                f"inputs or outputs are not those of a pipeline with "
+                f"{count_of(m, 'member')} and {count_of(k, 'class', 'classes')}"
             )
 
     def value(self, begin: int, end: int) -> tuple[str, int, list[int]]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from threefold.data.image_rows import ImageRow
 from threefold.errors import DataError, RunError
 from threefold.files import exclusive, sha256
+from threefold.names import count_of
 from threefold.runtime.describe import AnswerTable, describe_answer
 from threefold.runtime.model import FULL, CascadePolicy, load
 from threefold.runtime.predict import (
@@ -119,7 +120,7 @@ def _predict(
     done, batch = results.answered, make_batch(engine)
     failed += done - results.rows
     if done:
-        notify(f"{target}: going on after {done:,} of {len(paths):,} images")
+        notify(f"{target}: going on after {done:,} of {count_of(len(paths), 'image')}")
     begin = written = time.perf_counter()
     waiting: list[dict[str, Any]] = []
     progress(done, len(paths))

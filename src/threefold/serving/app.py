@@ -18,6 +18,7 @@ from fastapi import FastAPI, Query, Request
 from fastapi.responses import Response
 
 from threefold.errors import DataError, ExportError
+from threefold.names import count_of
 from threefold.runtime.json_text import as_json
 from threefold.runtime.model import FULL, CascadePolicy, Model
 from threefold.runtime.model_output import ModelOutput
@@ -106,7 +107,8 @@ def make_app(
     name = str(model.card.get("name") or "model")
     app = FastAPI(
         title="threefold",
-        description=f"{name}: {len(model.classes)} classes, {len(model.members)} members",
+        description=f"{name}: {count_of(len(model.classes), 'class', 'classes')}, "
+        f"{count_of(len(model.members), 'member')}",
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,

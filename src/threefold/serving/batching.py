@@ -21,6 +21,7 @@ import numpy as np
 
 from threefold.data.images import decode
 from threefold.errors import ExportError, ThreefoldError
+from threefold.names import count_of
 from threefold.runtime.model import FULL, CascadePolicy
 from threefold.runtime.model_output import ModelOutput
 
@@ -252,7 +253,7 @@ class Batcher:
             if len(output.probs) != len(group):
                 raise ExportError(
                     "the model cannot answer",
-                    expected=f"answers for {len(group)} images",
+                    expected=f"answers for {count_of(len(group), 'image')}",
                     got=f"answers for {len(output.probs)}",
                 )
         except BaseException as error:

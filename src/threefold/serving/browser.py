@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from threefold.errors import ExportError
 from threefold.files import flush_files, sha256, temporary_folder
+from threefold.names import count_of
 from threefold.runtime.json_text import as_json
 from threefold.runtime.model import Model
 from threefold.serving.limits import ServerLimits
@@ -202,8 +203,8 @@ def _readme(card: dict[str, Any]) -> str:
     return f"""# {card.get("name") or "threefold"}
 
 A page that classifies images in the browser: {len(card["classes"])} \
-{"labels" if card.get("task") == "multilabel" else "classes"}, {len(card["members"])} members. \
-No image leaves the computer.
+{"labels" if card.get("task") == "multilabel" else "classes"}, \
+{count_of(len(card["members"]), "member")}. No image leaves the computer.
 {_expected_score(card.get("score") or {})}
 Put this folder on any static web host. To try it here:
 

@@ -41,6 +41,7 @@ from threefold.data.sources.folder import (
 from threefold.data.sources.image_store import ImageStore, StoredRows, StoreWriter
 from threefold.data.sources.named_files import find_by_name
 from threefold.errors import DataError, shorten
+from threefold.names import count_of
 
 THREADS: Final = 16
 """Downloads at the same time."""
@@ -125,7 +126,7 @@ def list_files(
     addresses: Mapping[int, str],
     folder: Path,
     table: str,
-    absent: str,
+    kind: str,
     try_again: bool,
 ) -> Listing:
     """List the rows of a table that names files, addresses, or some of both.
@@ -135,7 +136,7 @@ def list_files(
         addresses: the address of each row that has one, by position.
         folder: what paths are relative to.
         table: its name, for messages and for the cache.
-        absent: what to say of files that do not exist, after their number.
+        kind: what the table is, for messages.
         try_again: as `fetch_images`, which also has the errors.
 
     Raises:
@@ -145,12 +146,13 @@ def list_files(
     located, notes = find_by_name(local, folder, table)
     missing = find_absent(located)
     if missing:
-        raise DataError(f"{len(missing)} {absent}", where=table, got=shorten(missing))
+        files = count_of(len(missing), f"file of {kind} does", f"files of {kind} do")
+        raise DataError(f"{files} not exist", where=table, got=shorten(missing))
     if not addresses:
         return Listing(located, notes)
-    files = iter(located)
+    local_files = iter(located)
     listed = [
-        (item if row in addresses else next(files))._replace(row=row)
+        (item if row in addresses else next(local_files))._replace(row=row)
         for row, item in enumerate(items)
     ]
     encoded, more = fetch_images(listed, addresses, table, try_again)
@@ -204,7 +206,8 @@ def fetch_images(
     def identify(row: int) -> bytes:
         return b"" if row in files else stored.identify(row)
 
-    note = f"{len(rows):,} images are addresses; their copies are in {store.folder}"
+    addressed = count_of(len(rows), "image is an address", "images are addresses")
+    note = f"{addressed}; the copies are in {store.folder}"
     if stored.errors and not try_again:
         note += f"; {len(stored.errors):,} gave none: remove that folder to try them again"
     return EncodedImages(read, np.arange(len(items)), identify), [note]

@@ -102,8 +102,8 @@ def list_csv(table: Path, named: NamedColumns = NO_NAMES) -> Listing:
         raise DataError("the CSV file repeats paths", where=table, got=shorten(repeated))
     paths = ((row[columns["path"]] or "").strip() for row in rows.values())
     addresses = {row: path for row, path in enumerate(paths) if is_address(path)}
-    absent = "files of the CSV file do not exist"
-    listing = list_files(items, addresses, table.parent, str(table), absent, named.try_again)
+    kind = "the CSV file"
+    listing = list_files(items, addresses, table.parent, str(table), kind, named.try_again)
     notes = listing.notes
     notes += note_columns(columns)
     notes += note_unread(header, [*columns.values(), *classes, *sets.columns, named.fold])

@@ -28,7 +28,7 @@ from threefold.data.walk import (
     walk_names,
 )
 from threefold.errors import DataError, MissingImageError, shorten
-from threefold.names import normalise_name
+from threefold.names import count_of, normalise_name
 
 
 class ListedImage(NamedTuple):
@@ -313,7 +313,10 @@ def _note_strays(outside: list[Path]) -> list[str]:
     strays = [path.name for path in outside if is_image(path)]
     if not strays:
         return []
-    return [f"{len(strays)} images outside class folders were ignored: {shorten(strays)}"]
+    images = count_of(
+        len(strays), "image outside class folders was", "images outside class folders were"
+    )
+    return [f"{images} ignored: {shorten(strays)}"]
 
 
 def _find_splits(root: Path, folders: list[Path]) -> list[_Split]:

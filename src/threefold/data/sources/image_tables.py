@@ -96,8 +96,7 @@ def list_tables(tables: list[ImageTable], folder: Path | None, named: NamedColum
         raise DataError("ids are not unique", where=where)
     if not first.image:
         assert folder is not None  # tables of the hub hold images
-        what = "files of the table do not exist"
-        listing = list_files(items, addresses, folder, where, what, named.try_again)
+        listing = list_files(items, addresses, folder, where, "the table", named.try_again)
         return listing._replace(notes=notes + listing.notes, classes=sets.names)
 
     def read(row: int) -> bytes:

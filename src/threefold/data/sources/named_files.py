@@ -14,6 +14,7 @@ from threefold.data.sources.folder import ListedImage
 from threefold.data.split_names import PARTS, split_of
 from threefold.data.walk import walk_images
 from threefold.errors import DataError, shorten
+from threefold.names import count_of
 
 
 def find_by_name(
@@ -67,7 +68,8 @@ def find_by_name(
     if not count:
         return items, []
     where = shorten(f"{name}/" if name != "." else "its own folder" for name in sorted(folders))
-    return located, [f"{count} names in the table were found below its folder: in {where}"]
+    names_found = count_of(count, "name in the table was", "names in the table were")
+    return located, [f"{names_found} found below its folder: in {where}"]
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -24,7 +24,7 @@ from threefold.data.sources.folder import (
 )
 from threefold.data.walk import is_image, list_entries
 from threefold.errors import DataError, shorten
-from threefold.names import find_repeated
+from threefold.names import count_of, find_repeated
 
 _NO_TEST_LABELS = "the test images have no labels and are not used"
 
@@ -77,7 +77,7 @@ def _check_files(items: list[ListedImage], table: Path) -> None:
     if repeated:
         raise DataError("images are listed twice", where=table, got=shorten(repeated))
     if absent:
-        what = f"{len(absent)} listed images do not exist"
+        what = f"{count_of(len(absent), 'listed image does', 'listed images do')} not exist"
         fix = "unpack the official archive again; it holds every listed image"
         raise DataError(what, where=table, got=shorten(absent), fix=fix)
 

@@ -32,7 +32,7 @@ from threefold.data.sources.remote_files import fetch_file
 from threefold.data.split_names import PARTS, split_of
 from threefold.errors import DataError, shorten
 from threefold.files import cache_folder, write_bytes
-from threefold.names import find_repeated, normalise_name
+from threefold.names import count_of, find_repeated, normalise_name
 
 INDEXES: Final = "shards"
 """Kind of the cache's folder."""
@@ -270,7 +270,8 @@ def _find_files(root: Path) -> list[Path]:
         paths += sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
     absent = [str(path) for path in paths if not path.is_file()]
     if absent:
-        raise DataError(f"{len(absent)} shards do not exist", where=root, got=shorten(absent))
+        shards = count_of(len(absent), "shard does", "shards do")
+        raise DataError(f"{shards} not exist", where=root, got=shorten(absent))
     return paths
 
 

@@ -23,6 +23,7 @@ from threefold.data.scene_groups import find_scene_groups, grouping_effect
 from threefold.data.splits import assign_roles, refit_roles
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.models.member import last_level
+from threefold.names import count_of
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
 from threefold.training.features.cache import FeatureCache
@@ -77,7 +78,9 @@ def look_for_groups(
     if data.fold_column or "scheme" in draft.folds.model_fields_set:
         return FoundGroups(None, None), measured
     if train.groups is not None:
-        reason = f"the images have {len(set(train.groups)):,} groups, which folds keep whole"
+        reason = (
+            f"the images have {count_of(len(set(train.groups)), 'group')}, which folds keep whole"
+        )
         return FoundGroups(train.groups, Decision(KEY, "grouped", reason)), measured
     if group_file is None:
         return FoundGroups(None, None), measured
@@ -135,7 +138,7 @@ def find_groups(
     if not copies:
         return FoundGroups(None, Decision(KEY, "stratified", reason), compared=True)
     count = sum(len(rows) for rows in copies)
-    reason += f"; but {count} images are exact copies of each other, which share a fold"
+    reason += f"; but {count:,} images are exact copies of each other, which share a fold"
     alone = _join_copies(train.ids, copies)
     return FoundGroups(alone, Decision(KEY, "grouped", reason), compared=True)
 

@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 import numpy as np
 
 from threefold.evaluation.multilabel import MultilabelEvaluation, evaluate_multilabel
-from threefold.predictions.multilabel import MultilabelPredictions
 from threefold.predictions.multilabel_results import MultilabelResults, MultilabelScore
 from threefold.predictions.records import VERSION
 from threefold.training.results.costs import RunCosts
@@ -24,10 +23,9 @@ def evaluate_multilabel_run(run: Run, *, test_stays_sealed: bool = False) -> Mul
         run: a run whose jobs are done.
         test_stays_sealed: score on out-of-fold rows only; otherwise this opens the test rows.
     """
-    recipe, path = run.recipe, run.dir / "test.npz"
-    test = None
-    if not test_stays_sealed and path.exists():
-        test = MultilabelPredictions.load(path)
+    recipe = run.recipe
+    test = None if test_stays_sealed else run.folder.all_multilabel_test
+    if test is not None:
         run.folder.open_test("train", len(test))
     return evaluate_multilabel(
         run.folder.multilabel_oof,
