@@ -107,9 +107,40 @@ def test_events_of_a_run_can_be_read_at_once(tmp_path: Path) -> None:
         {"job": ["a", "fold0", "one"], "skipped": False},
     ]
     assert events[2:] == [
-        {"images": 8},
-        {"epoch": 0, "loss": "NaN", "select_accuracy": 0.5, "images": 16},
+        {"job": ["a", "fold0", "one"], "images": 8},
+        {
+            "job": ["a", "fold0", "one"],
+            "epoch": 0,
+            "loss": "NaN",
+            "select_accuracy": 0.5,
+            "images": 16,
+        },
         {"text": "line\nbreak"},
+    ]
+
+
+def test_events_name_their_job_where_several_run(tmp_path: Path) -> None:
+    one, two = Job("a", 0, "one"), Job("a", 1, "one")
+    watcher = EventWatcher(EventLog(tmp_path / "events.jsonl"))
+    watcher.job(one, skipped=False)
+    watcher.job(two, skipped=False)
+
+    watcher.focus(one)
+    watcher.batch(8)
+    watcher.focus(two)
+    watcher.batch(4)
+    watcher.ended(one)
+    watcher.ended(two, done=False)
+
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    told = [
+        (e["event"], e["job"][1], e.get("images", e.get("done"))) for e in map(json.loads, lines)
+    ]
+    assert told[2:] == [
+        ("progress", "fold0", 8),
+        ("progress", "fold1", 4),
+        ("ended", "fold0", True),
+        ("ended", "fold1", False),
     ]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from threefold.arguments import parse_minutes, split_names
+from threefold.arguments import parse_devices, parse_minutes, split_names
 from threefold.data.dataset import Sources
 from threefold.data.group_file import GROUP_FILE
 from threefold.data.in_memory import find_stored_data
@@ -60,6 +60,7 @@ def fit(
     overrides: str | Sequence[str] = (),
     quality: Quality = "good",
     log: str | Sequence[str] = (),
+    devices: str | int | None = None,
     progress: bool = True,
     watcher: Watcher | None = None,
     execution: Execution | None = None,
@@ -86,6 +87,7 @@ def fit(
         overrides: `a.b=c` changes to the planned recipe.
         quality: fast = heads on frozen features only; good; best = larger images, more epochs.
         log: experiment trackers that receive the numbers, too: tensorboard, mlflow, wandb.
+        devices: how many jobs are trained at the same time, or all; None = as in the recipe.
         progress: show notes and a progress bar.
         watcher: follows the training in place of the bar.
         execution: where the jobs are done, such as `Execution("ray")`.
@@ -98,15 +100,14 @@ def fit(
         raise RecipeError("unknown quality", where="quality", expected=expected, got=quality)
     changes = (overrides,) if isinstance(overrides, str) else tuple(overrides)
     minutes = parse_minutes(budget)
-    names = split_names(members)
     with (
         run_folder_at(out) as (place, url),
         show_progress(watcher, progress) as follower,
         TrackedWatcher(follower, split_names(log)) as tracked,
     ):
         target, source = place_data(data, labels, place)
-        where = (execution or Execution()).at(url)
-        run = _fit(source, target, minutes, names, changes, quality, tracked, where)
+        where = (execution or Execution()).at(url, parse_devices(devices))
+        run = _fit(source, target, minutes, split_names(members), changes, quality, tracked, where)
         _tell_findings(run)
         return run
 
@@ -236,7 +237,7 @@ def _resumed_recipe(
     )
     # What was chosen stays chosen.
     is_same = is_same or not members or is_auto(members)
-    if Recipe.load(path, overrides) != recipe or not is_same:
+    if Recipe.load(path, overrides).digest() != recipe.digest() or not is_same:
         raise RunError(
             "the folder holds a run of another recipe",
             where=out,
@@ -251,7 +252,7 @@ def _resumed_recipe(
             got=recipe.data.root,
             fix=f"choose another --out, such as {out}-{folder.suffix.lstrip('.') or '2'}",
         )
-    return recipe
+    return Recipe.load(path, overrides)  # perhaps with another number of devices
 
 
 def _is_left_out(override: str, recipe: Recipe) -> bool:
@@ -274,6 +275,7 @@ def train(
     header: str = "",
     sources: Sources | None = None,
     *,
+    devices: str | int | None = None,
     progress: bool = True,
     execution: Execution | None = None,
 ) -> Run:
@@ -288,6 +290,7 @@ def train(
         watcher: follows the training in place of the bar.
         header: comment lines for the recipe's copy in the run folder.
         sources: the recipe's images, where they have been read and verified already.
+        devices: how many jobs are trained at the same time, or all; None = as in the recipe.
         progress: show notes and a progress bar.
         execution: where the jobs are done, such as `Execution("ray")`.
 
@@ -296,7 +299,7 @@ def train(
             the folder; the message says what to do.
     """
     with run_folder_at(out) as (place, url), show_progress(watcher, progress) as follower:
-        where = (execution or Execution()).at(url)
+        where = (execution or Execution()).at(url, parse_devices(devices))
         run = Run.create(recipe, place or out, follower, header, sources, where)
         if not run.folder.is_whole:
             with run.folder.locked():

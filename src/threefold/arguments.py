@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, Literal
 
 from threefold.errors import RecipeError
 
@@ -24,6 +24,27 @@ def split_names(texts: str | Iterable[str] | None) -> tuple[str, ...]:
     given = (texts,) if isinstance(texts, str) else texts or ()
     names = [name.strip() for text in given for name in text.split(",")]
     return tuple(name for name in names if name)
+
+
+def parse_devices(devices: str | int | None) -> int | Literal["all"] | None:
+    """Parse a number of devices.
+
+    Args:
+        devices: a number, or all; empty or None = what the recipe says.
+
+    Raises:
+        RecipeError: it is neither.
+    """
+    text = "" if devices is None else str(devices).strip()
+    if text == "all":
+        return "all"
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise RecipeError(
+            "not a number of devices", where="devices", got=devices, expected="2, all"
+        )
+    return int(text)
 
 
 def parse_minutes(duration: str | float, where: str = "budget") -> float:

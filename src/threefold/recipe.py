@@ -416,13 +416,14 @@ class Recipe(Section):
         return member
 
     def digest(self, *, as_given: bool = False) -> str:
-        """Return the SHA-256 of everything but the name, the budget and the cluster.
+        """Return the SHA-256 of everything but the name, the budget and where jobs are done.
 
         Args:
             as_given: leave out keys that were not given. A run folder has every key of the version
                 that began it, so this is the digest of then, whatever keys have come since.
         """
-        excluded = {"name", "budget_minutes", "cluster"}
+        excluded: Any = dict.fromkeys(("name", "budget_minutes", "cluster"), True)
+        excluded["train"] = {"devices"}
         tree = self.model_dump(
             mode="json", exclude=excluded, exclude_none=True, exclude_unset=as_given
         )

@@ -248,6 +248,9 @@ class TrainSpec(Section):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto = the fastest of those that this machine computes natively, measured on the network."""
     device: str = "auto"
+    devices: Annotated[int, Field(ge=1)] | Literal["all"] = 1
+    """How many jobs are trained at the same time, each in a process with a GPU of its own, or with
+    its share of the processor's cores; all = one for each GPU, or each core."""
     sync_batchnorm: bool = False
     """Batch norm by the statistics of all images of a batch where several GPUs share it (Peng et
     al., 2018); one process has them anyway."""

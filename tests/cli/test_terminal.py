@@ -55,6 +55,31 @@ def test_on_a_terminal_the_bar_names_the_job() -> None:
     assert "a fold0 two" in watch(verbose=False, terminal=True)
 
 
+def test_each_of_several_jobs_has_a_bar_in_80_columns() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=80, color_system=None)
+    jobs = [Job(f"tf_efficientnet_lite{i}-tuned", i, "tune") for i in range(4)]
+    with TerminalWatcher(console) as watcher:
+        watcher.plan(jobs, [100] * 4)
+        watcher.job(jobs[0], skipped=True)
+        for job, images in zip(jobs[1:], (60, 20, 40), strict=True):
+            watcher.job(job, skipped=False)
+            watcher.focus(job)
+            watcher.batch(images)
+            watcher.epoch(RECORD | {"images_per_second": 1234.0})
+        watcher.ended(jobs[3], done=False)  # its worker died
+        watcher.ended(jobs[2])
+        whole, *others = watcher.progress.tasks
+        console.print(watcher.progress.get_renderable())
+
+    assert (whole.description, whole.completed) == ("2 of 4 jobs", 260)
+    assert [task.completed for task in others] == [60]
+    lines = [re.sub(r"\x1b\[\S*?[A-Za-z]", "", line) for line in stream.getvalue().splitlines()]
+    assert max(map(len, lines[-3:])) <= 80
+    assert "…et_lite1-tuned fold1 tune" in stream.getvalue()
+    assert "1234 images/s, select 0.500" in stream.getvalue()
+
+
 def test_curves_of_the_last_stages_fit_into_80_columns() -> None:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=80, color_system=None)

@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from threefold.arguments import parse_minutes, split_names
+from threefold.arguments import parse_devices, parse_minutes, split_names
 from threefold.cli.console import err, out
 from threefold.cli.data import register as register_data
 from threefold.cli.demo import demo
@@ -24,6 +24,7 @@ from threefold.cli.lr_find import lr_find
 from threefold.cli.options import (
     Address,
     Backbones,
+    Devices,
     Executor,
     ImageTime,
     Mode,
@@ -112,12 +113,14 @@ def fit(
     log: Trackers = "",
     executor: Executor = "local",
     address: Address = "",
+    devices: Devices = "",
     verbose: Verbose = False,
 ) -> None:
     """Plan, train, ensemble, report and export: images to one file."""
     from threefold.predictions.run_folder import default_run_folder
 
     parse_minutes(budget, "--budget")  # before torch is imported, so that a typo fails at once
+    parse_devices(devices)
     target = out_dir or default_run_folder(folder)
     from threefold import api
     from threefold.training.execution import Execution
@@ -127,6 +130,7 @@ def fit(
         ("--budget", budget, "20m"),
         ("--quality", quality, "good"),
         ("--members", members, ""),
+        ("--devices", devices, ""),
     ):
         if value != default:
             words += [option, value]
@@ -140,6 +144,7 @@ def fit(
             members=members,
             overrides=sets or (),
             quality=quality,
+            devices=devices,
             watcher=watcher,
             execution=Execution(executor, address),
         )
@@ -202,6 +207,7 @@ def train(
     log: Trackers = "",
     executor: Executor = "local",
     address: Address = "",
+    devices: Devices = "",
     verbose: Verbose = False,
     processes: Processes = 1,
 ) -> None:
@@ -215,6 +221,8 @@ def train(
             where="--executor ray",
             fix="leave --processes and torchrun out",
         )
+    if parse_devices(devices) not in (None, 1) and processes > 1:
+        raise RecipeError("give --devices or --processes, not both", got=f"{devices}, {processes}")
     if processes > 1:
         _train_in(processes, recipe, out_dir, sets, log, verbose)
     if is_one_of_several():  # torch warns of what the search for unused parameters costs
@@ -227,6 +235,7 @@ def train(
 
     words = ["train", recipe, "--out", url_of(out_dir) or out_dir]
     words += executor_words(executor, address)
+    words += ["--devices", devices] if devices else []
     command = resume_command(*words, sets=sets, log=log)
     with join_ranks(loaded.train.device) as ranks:
         if ranks.rank:
@@ -237,7 +246,7 @@ def train(
             run_folder_at(out_dir) as (place, url),
         ):
             execution = Execution(executor, address, url)
-            run = api.train(loaded, place or out_dir, watcher, execution=execution)
+            run = api.train(loaded, place or out_dir, watcher, devices=devices, execution=execution)
             api.report(run)
     show_results(run)
     show_next_steps(run, f"threefold export {run.dir} --out model.onnx")

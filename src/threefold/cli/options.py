@@ -62,6 +62,13 @@ QualityOption = Annotated[
         help="fast = heads only; good; best = larger images, more epochs and folds.",
     ),
 ]
+Devices = Annotated[
+    str,
+    typer.Option(
+        "--devices",
+        help="Jobs to train at the same time: a number, or all GPUs (default train.devices).",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 ModelFile = Annotated[Path, typer.Argument(help="An exported model file.")]
 Mode = Annotated[

@@ -477,6 +477,7 @@ def _differences(first: Recipe, second: Recipe) -> Iterator[str]:
         if left[key] == right[key] or key in ("name", "budget_minutes", "cluster"):
             continue
         if isinstance(left[key], dict) and isinstance(right[key], dict):
-            yield from (f"{key}.{k}" for k in left[key] if left[key][k] != right[key].get(k))
+            names = [k for k in left[key] if left[key][k] != right[key].get(k)]
+            yield from (f"{key}.{k}" for k in names if (key, k) != ("train", "devices"))
         else:
             yield key

@@ -10,7 +10,7 @@ from threefold.models.flops import count_macs
 from threefold.models.member import IMG_SIZE_PREFIXES, create_backbone
 from threefold.models.pipeline import pick_device
 from threefold.recipe import Recipe
-from threefold.recipe_schema import AugmentSpec, FeatureSpec, MemberSpec, StageSpec, TrainSpec
+from threefold.recipe_schema import AugmentSpec, FeatureSpec, MemberSpec, StageSpec
 from threefold.training.steps.precision import check_precision
 
 
@@ -140,14 +140,18 @@ def diverged(stage: StageSpec, epoch: int, what: str, got: object) -> DivergedEr
     )
 
 
-def short_of_memory(
-    stage: StageSpec, spec: TrainSpec, device: torch.device, images: int
-) -> OutOfMemoryError:
-    """Make the error of a step whose images do not fit into the memory of their device."""
+def short_of_memory(stage: StageSpec, device: torch.device, images: int) -> OutOfMemoryError:
+    """Make the error of a step that does not fit into the memory of its device, even in parts.
+
+    Args:
+        stage: what is trained.
+        device: where.
+        images: of the smallest part that was tried.
+    """
     whose = "" if device.type == "cpu" else "the accelerator has "
     return OutOfMemoryError(
         f"{whose}not enough memory",
         where=f"stage {stage.name}",
-        got=f"{images} images at once",
-        fix=f"set train.accumulate = {2 * spec.accumulate} (the same batch, in smaller parts)",
+        got=f"not even for {images} images at once",
+        fix="set a smaller img_size, or freeze the first blocks of the network (stages.*.frozen)",
     )

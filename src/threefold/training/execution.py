@@ -25,6 +25,12 @@ class Execution:
     url: str = ""
     devices: int | Literal["all"] | None = None
 
-    def at(self, url: str) -> Execution:
-        """Return the same for a run whose folder here is a copy of one on an object store."""
-        return replace(self, url=url or self.url)
+    def at(self, url: str, devices: int | Literal["all"] | None = None) -> Execution:
+        """Return the same for a run of which the run folder here may be a copy.
+
+        Args:
+            url: of the run, if its folder is on an object store.
+            devices: how many jobs run at the same time, if a caller says so.
+        """
+        count = self.devices if devices is None else devices
+        return replace(self, url=url or self.url, devices=count)

@@ -26,6 +26,7 @@ from threefold.errors import RunError
 from threefold.files import (
     check_regular,
     delete_leftovers,
+    one_at_a_time,
     read_text,
     sha256,
     temporary_path,
@@ -148,8 +149,9 @@ class PixelCache:
         path = self.folder / f"{split}-{spec.resize}-{side}.npy"
         if path not in self._known or not path.exists():
             key = self._key(split)
-            if not _is_intact(path, key):
-                _fill(path, dataset, side, spec.resize, key)
+            with one_at_a_time(path.with_suffix(".lock")):
+                if not _is_intact(path, key):
+                    _fill(path, dataset, side, spec.resize, key)
             self._known.add(path)
         return PixelRows(MappedPixels([(path, np.asarray(rows))]), dataset.truth[rows])
 
@@ -180,7 +182,7 @@ class PixelCache:
         if not self.folder.is_dir():
             return
         delete_leftovers(self.folder)
-        for pattern in ("*.npy", "*.sha256"):
+        for pattern in ("*.npy", "*.sha256", "*.lock"):
             for path in self.folder.glob(pattern):
                 with suppress(OSError):
                     path.unlink()

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from threefold.errors import RunError, shorten
+from threefold.files import one_at_a_time
 from threefold.models.pipeline import Predictor, pick_device
 from threefold.predictions.ledger import Ledger
 from threefold.predictions.results_schema import LedgerLine, PseudoLabelCounts
@@ -103,6 +104,13 @@ def find_pseudo_labels(run: Run, member: str, fold: int, caches: Caches) -> Pseu
         return None
     spec = run.recipe.pseudo_labels
     assert spec is not None
+    lock = _path(run, fold).with_name(f".{fold_name(fold)}.lock")
+    with one_at_a_time(lock):  # of two members of the fold
+        return _find(run, fold, spec, caches)
+
+
+def _find(run: Run, fold: int, spec: PseudoLabelSpec, caches: Caches) -> PseudoLabels | None:
+    """Read the pseudo labels of a fold, or let its networks give them."""
     path, key = _path(run, fold), _key(run, fold)
     if path.exists():
         arrays = _load(run, fold)

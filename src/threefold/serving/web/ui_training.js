@@ -17,8 +17,8 @@ export class Progress {
 
   begin(task) {
     Object.assign(this, {
-      task, jobs: [], images: [], states: new Map(), current: null, seen: 0, features: null,
-      speed: 0, scored: null,
+      task, jobs: [], images: [], states: new Map(), running: [], seen: new Map(), features: null,
+      speeds: new Map(), scored: null,
     });
     this.notes = [];
   }
@@ -31,42 +31,41 @@ export class Progress {
   on_task({ task }) { this.begin(task); }
 
   on_jobs({ jobs, images }) {
-    Object.assign(this, { jobs, images, states: new Map(), current: null, seen: 0 });
+    Object.assign(this, { jobs, images, states: new Map(), seen: new Map(), running: [] });
   }
 
   on_job({ job, skipped }) {
-    if (this.current) this.states.set(keyOf(this.current), "done");
     this.states.set(keyOf(job), skipped ? "done" : "now");
-    this.current = skipped ? null : job;
-    this.seen = 0;
+    this.seen.set(keyOf(job), 0);
+    if (!skipped) this.running.push(job);
   }
 
-  on_progress({ images }) { this.seen = images; }
+  on_ended({ job, done }) {
+    this.states.set(keyOf(job), done ? "done" : "waiting");
+    this.running = this.running.filter((other) => keyOf(other) !== keyOf(job));
+  }
+
+  on_progress({ job, images }) { this.seen.set(keyOf(job), images); }
   on_features({ done, total }) { this.features = done < total ? [done, total] : null; }
   on_scored({ accuracy, pending }) {
     this.scored = { accuracy, pending };
-    if (this.current) this.states.set(keyOf(this.current), "done");
-    this.current = null;
+    this.running = [];
   }
   on_note({ text }) {
     this.notes.push(text);
     if (this.notes.length > MAX_NOTES) this.notes.shift();
   }
-  on_done() {
-    if (this.current) this.states.set(keyOf(this.current), "done");
-    this.current = null;
-  }
+  on_done() { this.running = []; }
 
   on_epoch(event) {
-    if (!this.current) return;
-    const [member, fold, stage] = this.current;
-    const line = `${member}|${fold}`;
+    const [member, fold, stage] = event.job;
+    const line = `${member}|${fold}`, key = keyOf(event.job);
     if (!this.lines.has(line)) this.lines.set(line, new Map());
     const values = [Number(event.loss), Number(event.select_accuracy)];
     this.lines.get(line).set(`${stage}|${event.epoch}`, values);
-    this.scores.set(keyOf(this.current), values[1]);
-    this.speed = event.images_per_second ?? 0;
-    if (event.images) this.seen = event.images;
+    this.scores.set(key, values[1]);
+    this.speeds.set(key, event.images_per_second ?? 0);
+    if (event.images) this.seen.set(key, event.images);
   }
 
   // The share of the jobs' images that are behind us; null before the jobs are known.
@@ -77,7 +76,7 @@ export class Progress {
     this.jobs.forEach((job, i) => {
       const state = this.states.get(keyOf(job));
       if (state === "done") done += this.images[i];
-      if (state === "now") done += Math.min(this.seen, this.images[i]);
+      if (state === "now") done += Math.min(this.seen.get(keyOf(job)) ?? 0, this.images[i]);
     });
     return done / total;
   }
@@ -86,9 +85,10 @@ export class Progress {
     if (this.features)
       return `features of the frozen networks: ${this.features[0].toLocaleString("en")} of `
         + `${this.features[1].toLocaleString("en")} images`;
-    if (this.current) {
-      const speed = this.speed ? `, ${Math.round(this.speed)} images a second` : "";
-      return this.current.join(" ") + speed;
+    if (this.running.length) {
+      const speed = this.running.reduce((sum, job) => sum + (this.speeds.get(keyOf(job)) ?? 0), 0);
+      const names = this.running.map((job) => job.join(" ")).join(", ");
+      return names + (speed ? `, ${Math.round(speed)} images a second` : "");
     }
     if (this.scored) return "scored; the file is exported and the report written";
     return this.jobs.length ? "scoring the ensembles" : "reading the images";

@@ -12,7 +12,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -245,10 +245,9 @@ class FeatureCache:
             return
         names = [self._name(split, *item) for item in wanted]
         place = dict(zip(names, wanted, strict=True))
-        for source in sources:
-            self._choose_engine(source, split, place, expected)
+        self._choose_engines(sources, split, place, expected)
         with ExitStack() as locks:
-            for source in sources:
+            for source in sorted(sources, key=lambda source: source.key):  # else two may deadlock
                 if source.store.missing(names):
                     locks.enter_context(source.store.locked())
             missing = {source.key: set(source.store.missing(names)) for source in sources}
@@ -293,6 +292,13 @@ class FeatureCache:
         return self._sources[place]
 
     # Engines
+
+    def _choose_engines(self, sources: Sequence[_Source], split: str, *others: Any) -> None:
+        """Choose what computes the features; the processes of a run choose the same."""
+        unknown = [source for source in sources if source.opened is None]
+        with self.record.locked() if unknown else nullcontext():
+            for source in unknown:
+                self._choose_engine(source, split, *others)
 
     def _choose_engine(
         self,

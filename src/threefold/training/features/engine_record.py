@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from threefold.errors import RunError
-from threefold.files import read_json, write_json
+from threefold.files import one_at_a_time, read_json, write_json
 
 
 class EngineRecord:
@@ -17,6 +19,15 @@ class EngineRecord:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Let other processes wait that are about to choose."""
+        if self.path is None:
+            yield
+            return
+        with one_at_a_time(self.path.with_name(f".{self.path.name}.lock")):
+            yield
 
     def get(self, key: str) -> str:
         """Return the name of an engine; empty if there is none."""

@@ -65,7 +65,8 @@ class EventWatcher(Watcher):
     def __init__(self, log: EventLog) -> None:
         self.log = log
         self._written: dict[str, float] = {}
-        self._images = 0
+        self._images: dict[Job, int] = {}
+        self._job: Job | None = None
 
     def begin(self, folder: Path, recipe: Recipe) -> None:
         """A run begins or goes on."""
@@ -77,14 +78,25 @@ class EventWatcher(Watcher):
 
     def job(self, job: Job, skipped: bool) -> None:
         """Write which job begins, or is skipped."""
-        self._images = 0
+        self.focus(job)
+        self._images[job] = 0
         self.log.write("job", job=_words(job), skipped=skipped)
+
+    def focus(self, job: Job) -> None:
+        """What follows is about one of several jobs."""
+        self._job = job
+
+    def ended(self, job: Job, done: bool = True) -> None:
+        """Write which job is done, or waits again."""
+        self.log.write("ended", job=_words(job), done=done)
 
     def batch(self, images: int) -> None:
         """Write how many images the job has trained on, now and then."""
-        self._images += images
-        if self._is_due("progress"):
-            self.log.write("progress", images=self._images)
+        if self._job is None:
+            return
+        self._images[self._job] += images
+        if self._is_due(f"progress {self._job}"):
+            self.log.write("progress", job=_words(self._job), images=self._images[self._job])
 
     def features(self, done: int, total: int) -> None:
         """Write how far the frozen backbones are, now and then, and at their end."""
@@ -95,7 +107,8 @@ class EventWatcher(Watcher):
         """Write the numbers of an epoch."""
         names = ("epoch", "loss", "select_accuracy", "select_loss", "images_per_second")
         values = {name: record[name] for name in names if name in record}
-        self.log.write("epoch", **values, images=self._images)
+        if self._job is not None:
+            self.log.write("epoch", job=_words(self._job), **values, images=self._images[self._job])
 
     def scored(self, results: AnyResults) -> None:
         """Write the accuracy to expect; `pending` members are still to be trained.

@@ -46,6 +46,12 @@ def label_of(job: Job) -> str:
     return f"{job.member} {fold_name(job.fold)} {job.stage}"
 
 
+def shorten_label(job: Job) -> str:
+    """Name a job in at most `LABEL` characters that can be printed."""
+    name = printable(label_of(job))
+    return name if len(name) <= LABEL else "…" + name[1 - LABEL :]
+
+
 class Curves:
     """Loss and accuracy of each epoch, by stage; Rich can print it.
 
@@ -77,8 +83,7 @@ class Curves:
         for job, records in self.records.items():
             losses = [record["loss"] for record in records]
             scores = [record["select_accuracy"] for record in records]
-            name = printable(label_of(job))
-            name = name if len(name) <= LABEL else "…" + name[1 - LABEL :]
+            name = shorten_label(job)
             curves = ["", ""] if options.ascii_only else [sparkline(losses), sparkline(scores)]
             numbers = [f"{losses[-1]:.3f}", f"{scores[-1]:.3f}"]
             table.add_row(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -20,7 +21,12 @@ from rich.progress import (
 from threefold.counting import listening
 from threefold.names import printable, wrap_words
 from threefold.recipe import Job
-from threefold.training.progress.terminal_curves import Curves, ProgressWithCurves, label_of
+from threefold.training.progress.terminal_curves import (
+    Curves,
+    ProgressWithCurves,
+    label_of,
+    shorten_label,
+)
 from threefold.training.progress.watcher import Watcher
 
 
@@ -40,10 +46,19 @@ def show_progress(watcher: Watcher | None = None, progress: bool = True) -> Iter
         yield shown
 
 
+@dataclass
+class _Row:
+    """A running job: images that it has trained on, and its own bar where several run."""
+
+    seen: int = 0
+    bar: TaskID | None = None
+
+
 class TerminalWatcher(Watcher):
     """Show notes, and a progress bar with learning curves on a terminal or in a notebook.
 
-    In a notebook the bar needs ipywidgets.
+    Where several jobs run at the same time, each has a bar of its own below that of all jobs. In a
+    notebook the bars need ipywidgets.
 
     Args:
         console: where to print.
@@ -66,8 +81,9 @@ class TerminalWatcher(Watcher):
         self.progress.curves = self.curves
         self.images: dict[Job, int] = {}
         self.current: Job | None = None
-        self.seen = 0
         self.counts: dict[str, TaskID] = {}
+        self.running: dict[Job, _Row] = {}
+        self.done = 0
 
     def __enter__(self) -> TerminalWatcher:
         self.progress.start()
@@ -91,24 +107,53 @@ class TerminalWatcher(Watcher):
 
     def plan(self, jobs: Sequence[Job], images: Sequence[int]) -> None:
         """Start a bar over all jobs; fill the bar of the run before."""
-        self._fill_job()
-        self.current = None
+        for job in [*self.running]:
+            self.ended(job)
+        self.current, self.done = None, 0
         self.images = dict(zip(jobs, images, strict=True))
         self.bar = self.progress.add_task("training", total=sum(images), speed="")
 
     def job(self, job: Job, skipped: bool) -> None:
         """Name the job; a skipped one counts as done."""
-        self._fill_job()
-        self.current, self.seen = job, 0
         label = label_of(job)
         if self.verbose or (skipped and self.console.is_terminal):
             self.console.print(f"[dim]{label}{': already done' if skipped else ''}[/]")
-        self.progress.update(self.bar, description=label)
+        if skipped:
+            self.done += 1
+            self.progress.advance(self.bar, self.images[job])
+            return
+        self.current = job
+        self.running[job] = _Row()
+        if len(self.running) > 1:
+            for other, row in self.running.items():
+                self._open(other, row)
+            self._count()
+        else:
+            self.progress.update(self.bar, description=label)
+
+    def focus(self, job: Job) -> None:
+        """What follows is about one of several jobs."""
+        self.current = job
+
+    def ended(self, job: Job, done: bool = True) -> None:
+        """Fill the job's part of the bar, or empty it, and close its own bar."""
+        row = self.running.pop(job, None)
+        if row is not None:
+            left = self.images[job] - row.seen if done else -row.seen
+            self.progress.advance(self.bar, max(0, left) if done else left)
+            self.done += done
+            if row.bar is not None:
+                self.progress.remove_task(row.bar)
+                self._count()
 
     def batch(self, images: int) -> None:
         """Move the bar."""
-        self.seen += images
         self.progress.advance(self.bar, images)
+        row = self._row()
+        if row is not None:
+            row.seen += images
+            if row.bar is not None:
+                self.progress.advance(row.bar, images)
 
     def features(self, done: int, total: int) -> None:
         """Show how far the frozen backbones are."""
@@ -120,7 +165,9 @@ class TerminalWatcher(Watcher):
         if self.current is not None:
             self.curves.add(self.current, record)
         speed = f"{record['images_per_second']:.0f} images/s"
-        self.progress.update(self.bar, speed=f"{speed}, select {record['select_accuracy']:.3f}")
+        row = self._row()
+        bar = self.bar if row is None or row.bar is None else row.bar
+        self.progress.update(bar, speed=f"{speed}, select {record['select_accuracy']:.3f}")
         if self.verbose and self.current:
             self.console.print(
                 f"  {label_of(self.current)} epoch {record['epoch']}: loss {record['loss']:.3f}, "
@@ -134,10 +181,22 @@ class TerminalWatcher(Watcher):
         marked = f"[yellow]note[/yellow]{escape(lines.removeprefix('note'))}"
         self.console.print(marked, highlight=False)
 
-    def _fill_job(self) -> None:
-        """Fill the current job's part of the bar, if it stopped early or was skipped."""
-        if self.current is not None:
-            self.progress.advance(self.bar, max(0, self.images[self.current] - self.seen))
+    def _count(self) -> None:
+        """Say on the bar of all jobs how many are done."""
+        text = f"{self.done} of {len(self.images)} jobs"
+        self.progress.update(self.bar, description=text, speed="")
+
+    def _row(self) -> _Row | None:
+        """The row of the job that is in focus."""
+        return self.running.get(self.current) if self.current is not None else None
+
+    def _open(self, job: Job, row: _Row) -> None:
+        """Give a running job a bar of its own, if it has none."""
+        if row.bar is None:
+            label = shorten_label(job)
+            row.bar = self.progress.add_task(
+                f"[dim]{escape(label)}[/]", total=self.images[job], completed=row.seen, speed=""
+            )
 
 
 def has_bar(console: Console) -> bool:

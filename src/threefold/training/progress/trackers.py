@@ -297,9 +297,9 @@ class TrackedWatcher(Watcher):
         self._group = _group_of(job)
         self.watcher.focus(job)
 
-    def ended(self, job: Job) -> None:
-        """A job is done."""
-        self.watcher.ended(job)
+    def ended(self, job: Job, done: bool = True) -> None:
+        """A job is done, or waits again."""
+        self.watcher.ended(job, done)
 
     def batch(self, images: int) -> None:
         """Training has advanced."""

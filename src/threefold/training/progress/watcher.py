@@ -46,7 +46,7 @@ class Watcher:
     def focus(self, job: Job) -> None:
         """What follows is about this job, of several that run at the same time."""
 
-    def ended(self, job: Job) -> None:
+    def ended(self, job: Job, done: bool = True) -> None:
         """A job is done, or waits again because its process died."""
 
     def batch(self, images: int) -> None:

@@ -30,6 +30,7 @@ from threefold.training.results.diagnostics import DataDiagnostics, audit_run, m
 from threefold.training.results.out_of_fold import choices_optimism
 from threefold.training.run import Run
 from threefold.training.stages.recovery import recovery_notes
+from threefold.training.steps.memory import memory_notes
 
 
 def evaluate_run(run: Run, *, test_stays_sealed: bool = False) -> Evaluation:
@@ -113,6 +114,7 @@ def write_results(
             *evaluation.warnings,
             *audit.warnings,
             *recovery_notes(run.folder.histories()),
+            *memory_notes(run.folder.histories()),
             *info.notes,
         ),
     )

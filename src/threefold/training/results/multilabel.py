@@ -14,6 +14,7 @@ from threefold.training.results.diagnostics import DataDiagnostics, data_warning
 from threefold.training.results.multiclass import member_row
 from threefold.training.run import Run
 from threefold.training.stages.recovery import recovery_notes
+from threefold.training.steps.memory import memory_notes
 
 
 def evaluate_multilabel_run(run: Run, *, test_stays_sealed: bool = False) -> MultilabelEvaluation:
@@ -81,6 +82,7 @@ def write_multilabel_results(
             *evaluation.warnings,
             *data_warnings(run, diagnostics.copies),
             *recovery_notes(run.folder.histories()),
+            *memory_notes(run.folder.histories()),
             *info.notes,
         ),
         test_opened=run.folder.test_opened(),

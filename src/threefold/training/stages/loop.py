@@ -22,7 +22,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from threefold.errors import is_out_of_memory, shorten
+from threefold.errors import shorten
 from threefold.models.member import Member
 from threefold.models.pipeline import Predictor, predict_probs
 from threefold.models.split import LateBlocks
@@ -35,7 +35,7 @@ from threefold.training.checkpoints import (
     load_resume_state,
     save_resume_state,
 )
-from threefold.training.checks import DivergedError, diverged, short_of_memory
+from threefold.training.checks import DivergedError, diverged
 from threefold.training.distributed.ranks import Stopped, current_ranks
 from threefold.training.distributed.sharing import Share
 from threefold.training.distributed.stage import share_stage
@@ -45,7 +45,7 @@ from threefold.training.features.heads import head_probs, to_features
 from threefold.training.pixel_cache import slice_rows
 from threefold.training.randomness import seed_generators
 from threefold.training.stages.recovery import Recovery
-from threefold.training.stages.resume import Progress, collect_state, restore_loop
+from threefold.training.stages.resume import RESUME_FORMAT, Progress, collect_state, restore_loop
 from threefold.training.stages.task import (
     StageOutcome,
     StageTask,
@@ -58,12 +58,10 @@ from threefold.training.steps.batch_augmentation import BatchAugmentation
 from threefold.training.steps.batches import Batch, draw_batches
 from threefold.training.steps.device_pixels import pixel_reader
 from threefold.training.steps.losses import BatchLoss, smooth_targets, teacher_targets
+from threefold.training.steps.memory import MemoryGuard
 from threefold.training.steps.optimizers import create_optimizer, lr_at, set_trainable, train_mode
 from threefold.training.steps.precision import autocast, check_precision, pick_precision
 from threefold.training.steps.sharpness import sharpen_gradients
-
-_RESUME_FORMAT = 3
-"""Raised when the values of the resume file change; files in another format are ignored."""
 
 
 def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
@@ -104,7 +102,8 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
     chosen = best if accepted else start
     member.load_state_dict(chosen.state)
     stopped = why_stopped(loop.cut_short, len(records), best, task.stage)
-    reason = "; ".join(filter(None, [reason, stopped, loop.recovery.describe()]))
+    troubles = (loop.recovery.describe(), loop.memory.describe())
+    reason = "; ".join(filter(None, [reason, stopped, *troubles]))
     history = {
         "epochs": records,
         "accepted": accepted,
@@ -116,6 +115,7 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
         "stopped": stopped,
         "skipped_steps": loop.recovery.skipped,
         "returns": loop.recovery.returns,
+        "splits": loop.memory.splits,
     }
     if loop.ranks.world_size > 1:
         history["processes"] = loop.ranks.world_size
@@ -156,6 +156,7 @@ class StageLoop:
         )
         self.generator = torch.Generator().manual_seed(task.seed)
         self.generators = {"batches": self.generator, "augment": self.augment.generator}
+        self.memory = MemoryGuard(member, self.generators, spec, task.stage, task.watcher.note)
         self.order_state = self.generator.get_state()  # before the epoch's batches were drawn
         self.progress = Progress()
         batch_size = task.batch_size or spec.batch_size
@@ -231,7 +232,7 @@ class StageLoop:
         if task.resume_path is None:
             return None
         inputs = (
-            _RESUME_FORMAT,
+            RESUME_FORMAT,
             task.seed,
             task.stage,
             task.recipe.digest(),
@@ -385,29 +386,26 @@ class StageLoop:
         if lr is None:
             stage, total = self.task.stage, self.steps_per_epoch * self.task.stage.epochs
             lr = lr_at(stage.schedule, stage.lr, self._schedule_step(total), total, stage.epochs)
-        try:
-            return self._update(rows, lr)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise short_of_memory(self.task.stage, self.spec, self.device, len(rows)) from None
+        update = partial(self._update, rows, lr)
+        return self.memory.take(update, self.recovery.undo_step, self.step, len(rows))
 
     def _update(self, rows: np.ndarray, lr: float) -> float:
-        """Take one optimizer step over `accumulate` micro-batches; returns the mean loss."""
+        """Take one optimizer step over a few micro-batches; returns the mean loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * self.recovery.rate * group.get("lr_scale", 1.0)
         self.ranks.begin_step(self.task.seed, self.step)
-        parts = np.array_split(rows, min(self.spec.accumulate, len(rows) // 2))
+        self.recovery.begin_step()
+        parts = np.array_split(rows, min(self.memory.parts, len(rows) // 2))
         batches: Iterable[Batch] = map(self._inputs, parts)
         if self.spec.sam:
             batches = list(batches)  # both passes take the same augmented images
-        self.recovery.begin_step()
         loss = self._backward(batches, len(rows))
         self.ranks.average_statistics(self.member, list(map(len, parts)))
         if self.spec.sam:
             sharpen_gradients(
                 self.member, self.spec.sam, lambda: self._backward(batches, len(rows))
             )
+        self.memory.is_complete = True
         if self.recovery.allows(loss, self._clip_gradients()):
             self.scaler.step(self.optimizer)
             self.scaler.update()

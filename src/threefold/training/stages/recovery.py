@@ -74,13 +74,18 @@ class Recovery:
         if self._statistics:
             torch._foreach_copy_(self._kept, self._statistics)
 
+    def undo_step(self) -> None:
+        """Put the running statistics back that were there before the step; drop its gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._statistics:
+            torch._foreach_copy_(self._statistics, self._kept)
+
     def allows(self, loss: float, gradient_norm: float) -> bool:
         """Whether a step may be taken; one that may not leaves no trace in the network."""
         if math.isfinite(loss) and math.isfinite(gradient_norm):
             self._in_a_row = 0
             return True
-        if self._statistics:
-            torch._foreach_copy_(self._statistics, self._kept)
+        self.undo_step()
         self._in_a_row += 1
         self.skipped += 1
         return False

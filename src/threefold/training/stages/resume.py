@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from timm.utils import ModelEmaV3
@@ -18,6 +18,10 @@ from threefold.training.checkpoints import (
     restore_random,
 )
 from threefold.training.stages.recovery import Recovery
+from threefold.training.steps.memory import MemoryGuard
+
+RESUME_FORMAT: Final = 4
+"""Raised when the values of the resume file change; files in another format are ignored."""
 
 
 class Resumable(Protocol):
@@ -28,6 +32,7 @@ class Resumable(Protocol):
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     recovery: Recovery
+    memory: MemoryGuard
     device: torch.device
     generators: dict[str, Generator]
     order_state: Tensor
@@ -92,6 +97,7 @@ def collect_state(
         "random": randomness.values,
         "scaler": loop.scaler.state_dict(),
         "recovery": loop.recovery.values(),
+        "memory": loop.memory.values(),
     }
     return ResumeState(tensors, values)
 
@@ -112,6 +118,7 @@ def restore_loop(loop: Resumable, state: ResumeState) -> tuple[list[dict[str, An
     restore_random(loop.device, loop.generators, randomness)
     loop.scaler.load_state_dict(values["scaler"])
     loop.recovery.restore(values["recovery"])
+    loop.memory.restore(values["memory"])
     loop.step, loop.elapsed_before = values["step"], values["elapsed"]
     for group, lr in zip(loop.optimizer.param_groups, values["lrs"], strict=True):
         group["lr"] = lr  # of the last step, for the record of its epoch

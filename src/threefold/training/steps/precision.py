@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from threefold.errors import RecipeError, RunError
-from threefold.files import read_json, write_json
+from threefold.files import one_at_a_time, read_json, write_json
 from threefold.training.randomness import keep_generators
 from threefold.training.steps.allocator import reuse_freed_memory
 
@@ -97,15 +97,28 @@ def pick_precision(
     half = half_precision(images.device)
     if not half:
         return "float32"
-    record = _read(file)
-    if network not in record:
-        speeds = training_speeds(member, images, ("float32", half))
-        record[network] = "float32" if speeds[half] < GAIN * speeds["float32"] else half
-        if file is not None:
+    known = _read(file).get(network)
+    if known:
+        return known
+    if file is None:
+        return _measure_precision(member, images, network, half, note)
+    with one_at_a_time(file.with_name(f".{file.name}.lock")):  # all folds are to have the same
+        record = _read(file)
+        if network not in record:
+            record[network] = _measure_precision(member, images, network, half, note)
             write_json(file, record)
-        figures = " and ".join(f"{speed:.0f} in {name}" for name, speed in speeds.items())
-        note(f"{network} trains in {record[network]}: {figures} images a second")
     return record[network]
+
+
+def _measure_precision(
+    member: nn.Module, images: Tensor, network: str, half: str, note: Callable[[str], None]
+) -> str:
+    """Time training steps in float32 and in a half precision, and say which is faster."""
+    speeds = training_speeds(member, images, ("float32", half))
+    name = "float32" if speeds[half] < GAIN * speeds["float32"] else half
+    figures = " and ".join(f"{speed:.0f} in {key}" for key, speed in speeds.items())
+    note(f"{network} trains in {name}: {figures} images a second")
+    return name
 
 
 def _read(file: Path | None) -> dict[str, str]:

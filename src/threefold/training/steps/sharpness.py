@@ -36,9 +36,11 @@ def sharpen_gradients(member: nn.Module, radius: float, backward: Callable[[], o
         torch._foreach_add_(moved, gradients, alpha=radius / float(norm))
     for parameter in trained:
         parameter.grad = None
-    with _statistics_kept(member):
-        backward()
-    torch._foreach_copy_(moved, weights)
+    try:
+        with _statistics_kept(member):
+            backward()
+    finally:
+        torch._foreach_copy_(moved, weights)
 
 
 @contextmanager
