@@ -58,7 +58,7 @@ def test_counts_sizes_and_findings(tmp_path: Path) -> None:
         ("warning", "1 image is in several classes as exact copies", 0),
         (
             "warning",
-            "1 pair of images is equal; 1 are in two folds or splits, which makes scores too good",
+            "1 pair of images is equal; 1 is in two folds or splits, which makes scores too good",
             0,
         ),
     }

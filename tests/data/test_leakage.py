@@ -93,7 +93,7 @@ def test_equal_images_are_paired_with_the_first() -> None:
     assert duplicate_warnings(duplicates) == [
         DuplicateWarning(
             "3 pairs of images are equal; 2 are in two folds or splits, which makes scores too "
-            "good: a = e, b = f; 1 have two labels: a = c",
+            "good: a = e, b = f; 1 has two labels: a = c",
             exact=True,
         )
     ]

@@ -48,19 +48,19 @@ def repaint(path: Path, size: tuple[int, int] = (40, 32)) -> None:
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "overwritten": (
         lambda root: repaint(root / "train/red/001.png"),
-        r"1 training images changed: train/red/001\.png",
+        r"1 training image changed: train/red/001\.png",
     ),
     "another size": (
         lambda root: repaint(root / "test/blue/000.png", (90, 80)),
-        r"1 test images changed: test/blue/000\.png",
+        r"1 test image changed: test/blue/000\.png",
     ),
     "removed": (
         lambda root: (root / "train/red/002.png").unlink(),
-        r"1 training images missing: train/red/002\.png",
+        r"1 training image missing: train/red/002\.png",
     ),
     "added": (
         lambda root: repaint(root / "train/green/new.png"),
-        r"1 training images added: train/green/new\.png",
+        r"1 training image added: train/green/new\.png",
     ),
     "moved to another class": (
         lambda root: (root / "train/red/000.png").rename(root / "train/green/000x.png"),
@@ -109,8 +109,8 @@ def test_an_edited_table_names_its_rows(folder: Path, tmp_path: Path) -> None:
     table.write_text("\n".join(["path,label,group", *rows]))
 
     assert changes_of(tmp_path / "run") == [
-        f"1 training images with another label: {first}",
-        f"1 training images with another group: {last}",
+        f"1 training image with another label: {first}",
+        f"1 training image with another group: {last}",
     ]
 
 

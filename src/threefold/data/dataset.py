@@ -421,10 +421,8 @@ def _with_group_file(data: ImageDataset, spec: DataSpec, *, every: bool) -> Imag
 def note_misleading_names(bad: list[BadImage]) -> list[str]:
     """Note readable files whose suffix names another format."""
     named = [f"{image.path} ({image.reason})" for image in bad if image.readable]
-    if not named:
-        return []
     read = count_of(len(named), "image was read", "images were read")
-    return [f"{read} despite a misleading suffix: {shorten(named)}"]
+    return [f"{read} despite a misleading suffix: {shorten(named)}"] if named else []
 
 
 def _shared_groups(train: ImageDataset, test: ImageDataset | None) -> list[str]:
@@ -432,10 +430,8 @@ def _shared_groups(train: ImageDataset, test: ImageDataset | None) -> list[str]:
     if test is None:
         return []
     shared = set(train.groups or ()) & set(test.groups or ())
-    if not shared:
-        return []
     groups = count_of(len(shared), "group is", "groups are")
-    return [f"{groups} in both train and test: {shorten(sorted(shared))}"]
+    return [f"{groups} in both train and test: {shorten(sorted(shared))}"] if shared else []
 
 
 def _fold_notes(train: ImageDataset, column: str) -> list[str]:

@@ -321,7 +321,9 @@ def _pair_details(pairs: Sequence[Duplicate], of_listed: str, consequence: str) 
     details = []
     if across:
         where = f"in two folds or splits, {consequence}"
-        details.append(f"{len(across)}{of_listed} are {where}: {shorten(across, 3)}")
+        count = count_of(len(across), f"{of_listed} is".strip(), f"{of_listed} are".strip())
+        details.append(f"{count} {where}: {shorten(across, 3)}")
     if differ:
-        details.append(f"{len(differ)}{of_listed} have two labels: {shorten(differ, 3)}")
+        count = count_of(len(differ), f"{of_listed} has".strip(), f"{of_listed} have".strip())
+        details.append(f"{count} two labels: {shorten(differ, 3)}")
     return details

@@ -17,6 +17,7 @@ import numpy as np
 from threefold.data.dataset import ImageDataset, Sources
 from threefold.data.group_file import GROUP_FILE
 from threefold.errors import DamagedFileError, RunError, shorten
+from threefold.names import count_of
 from threefold.training.provenance import data_digest
 from threefold.training.run import Run
 
@@ -134,7 +135,7 @@ def _differences(name: str, before: Mapping[str, np.ndarray], part: ImageDataset
     lists["added"] = [image for image in part.ids if image not in old]
     lists["missing"] = [image for image in names if image not in present]
     return [
-        f"{len(images):,} {where} images {what}: {shorten(images, _NAMED)}"
+        f"{count_of(len(images), f'{where} image')} {what}: {shorten(images, _NAMED)}"
         for what, images in lists.items()
         if images
     ]
