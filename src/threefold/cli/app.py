@@ -265,7 +265,7 @@ def _train_in(
         raise RecipeError("torchrun has started the processes already; leave out --processes")
     from threefold.training.distributed.launch import launch
 
-    words = ["train", recipe, "--out", str(out_dir)]
+    words = ["train", recipe, "--out", str(url_of(out_dir) or out_dir)]
     words += [word for text in sets or () for word in ("--set", text)]
     words += ["--log", log] if log else []
     raise SystemExit(launch(processes, [*words, "--verbose"] if verbose else words))
