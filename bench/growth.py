@@ -1,6 +1,7 @@
 """How time and memory grow with images, rows, classes and members.
 
-    uv run python bench/growth.py --out OUT [--parts cache,evaluate,ensemble,report] [--most 100000]
+    uv run python bench/growth.py --out OUT [--parts cache,evaluate,ensemble,report,folds]
+        [--grows rows,classes,members] [--most 100000]
 
 Each case runs in a process of its own; processor time (user and system) and its largest memory are
 those of that process, its start included. `per unit` is the processor time beyond that of the
@@ -10,6 +11,9 @@ smallest case, over what was added: constant where growth is linear.
 - evaluate: `threefold evaluate` of predictions of 3 members; rows, then classes, then members grow.
 - ensemble: `threefold ensemble --method auto` of the same.
 - report: `threefold evaluate --html`.
+- folds: five stratified folds of n labels of 100 classes, and the roles of their rows.
+
+`bench/scan.py` measures the listing of a folder.
 """
 
 from __future__ import annotations
@@ -26,8 +30,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-
-from threefold.training.provenance import commit, hardware
 
 LINKS = 20_000
 """Links to one file; file systems limit them."""
@@ -55,9 +57,9 @@ class Used(NamedTuple):
 def cases(part: str, most: int) -> list[Case]:
     """The sizes of a part, smallest first."""
     rows = [n for n in (1_000, 10_000, 100_000, 1_000_000) if n <= most]
-    if part == "cache":
+    if part in ("cache", "folds"):
         return [Case(part, "images", n) for n in rows]
-    classes = [n for n in (2, 10, 100, 1_000) if ROWS * n * MEMBERS <= 100 * most * MEMBERS]
+    classes = [n for n in (2, 10, 100, 1_000, 10_000) if ROWS * n <= 100 * most]
     return [
         *(Case(part, "rows", n) for n in rows),
         *(Case(part, "classes", n) for n in classes),
@@ -113,12 +115,23 @@ def fill_cache(folder: Path) -> None:
         rows.pixels[begin : begin + 64]
 
 
+def make_folds(count: int) -> None:
+    """Give each of n images its role in each fold."""
+    from threefold.data.splits import assign_roles
+    from threefold.recipe_schema import FoldSpec
+
+    labels = np.arange(count) % 100
+    assign_roles(labels, None, FoldSpec(), "honest", 0, tuple(map(str, range(100))), None)
+
+
 def run_case(case: Case, folder: Path) -> Used:
     """Prepare a case, and run it in a process of its own."""
     threefold = [sys.executable, "-m", "threefold"]
     if case.part == "cache":
         link_images(folder / "images", case.n)
         command = [sys.executable, __file__, "--fill-cache", str(folder)]
+    elif case.part == "folds":
+        command = [sys.executable, __file__, "--fold", str(case.n)]
     else:
         sizes = {"rows": ROWS, "classes": CLASSES, "members": MEMBERS} | {case.grows: case.n}
         # In another process: a child's peak counts its parent's memory at the fork.
@@ -146,21 +159,26 @@ def main() -> None:
     parser.add_argument("--parts", default="cache,evaluate,ensemble,report")
     parser.add_argument("--most", type=int, default=100_000)
     parser.add_argument("--fill-cache", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--grows", default="images,rows,classes,members")
+    parser.add_argument("--fold", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--draw", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.fill_cache is not None:
         fill_cache(options.fill_cache)
         return
+    if options.fold:
+        make_folds(options.fold)
+        return
     if options.draw is not None:
         path, sizes = json.loads(options.draw)
         draw_predictions(Path(path), **sizes)
         return
-    print(f"{datetime.date.today()}, {hardware()}, commit {commit()}\n")
     print("| part | grows | n | processor s | per unit ms | wall s | peak MB |")
     print("|---|---|---|---|---|---|---|")
     smallest: dict[tuple[str, str], tuple[int, float]] = {}
     for part in options.parts.split(","):
-        for case in cases(part, options.most):
+        grows = options.grows.split(",")
+        for case in (case for case in cases(part, options.most) if case.grows in grows):
             with tempfile.TemporaryDirectory(dir=options.out) as folder:
                 used = run_case(case, Path(folder))
             first, base = smallest.setdefault((part, case.grows), (case.n, used.processor))
@@ -169,6 +187,10 @@ def main() -> None:
             figures = (f"{used.processor:.1f}", unit, f"{used.wall:.1f}", f"{used.peak_mb:.0f}")
             row = (part, case.grows, f"{case.n:,}", *figures)
             print(f"| {' | '.join(row)} |", flush=True)
+    # At the end, since it imports torch: a child's peak counts its parent's memory at the fork.
+    from threefold.training.provenance import commit, hardware
+
+    print(f"\n{datetime.date.today()}, {hardware()}, commit {commit()}")
 
 
 if __name__ == "__main__":
