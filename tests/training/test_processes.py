@@ -122,7 +122,7 @@ class Reports(Watcher):
         if len(self.epochs) == self.stop_after:
             self.stop = KeyboardInterrupt("a signal")
 
-    def ended(self, job: Job) -> None:
+    def ended(self, job: Job, done: bool = True) -> None:
         self.over.append(job)
 
 
