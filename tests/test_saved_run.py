@@ -28,7 +28,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = full_run(tmp_path_factory.mktemp("runs") / "whole")
     tree = read_json(folder / "results.json")
     expected = {"accuracy": 0.889, "interval": [0.868, 0.907], "n": 1000, "rows": "test"}
-    write_json(folder / "results.json", {**tree, "expected": {**expected, "basis": "test rows"}})
+    write_json(folder / "results.json", {**tree, "expected": {**expected, "basis": "test images"}})
     return folder
 
 

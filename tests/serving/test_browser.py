@@ -256,7 +256,7 @@ def test_the_old_folder_stays_if_the_new_one_fails(
     replace = os.replace
 
     def fail_for_the_new_folder(source: Path, target: Path) -> None:
-        if Path(source).suffix == ".part":
+        if Path(target) == folder and Path(source).suffix != ".old":
             raise OSError(28, "No space left on device")
         replace(source, target)
 

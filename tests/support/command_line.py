@@ -12,9 +12,19 @@ CLUSTER = {"--executor", "--address"}
 # A training option is a recipe key, never a flag: think before adding one here.
 SURFACE = {
     "demo": {"--out", "--verbose"},
-    "fit": {"--out", "--budget", "--quality", "--members", "--set", "--log", "--verbose", *CLUSTER},
+    "fit": {
+        "--out",
+        "--budget",
+        "--quality",
+        "--members",
+        "--set",
+        "--log",
+        "--verbose",
+        "--devices",
+        *CLUSTER,
+    },
     "plan": {"--budget", "--quality", "--members", "--set"},
-    "train": {"--out", "--set", "--log", "--verbose", "--processes", *CLUSTER},
+    "train": {"--out", "--set", "--log", "--verbose", "--devices", "--processes", *CLUSTER},
     "ensemble": {
         "--method",
         "--members",
@@ -61,7 +71,7 @@ SURFACE = {
         "--json",
     },
     "search": {"--out", "--space", "--trials", "--budget", "--set", "--verbose"},
-    "doctor": {"--speed", "--json"},
+    "doctor": {"--speed", "--mend", "--json"},
     "clean": {"--yes"},
     "list": set(),
     "data": set(),
