@@ -319,8 +319,9 @@ def copy_run(made: Path, target: Path, damaged: str) -> Path:
 
 
 def list_files(run: Path) -> list[str]:
-    """Names of the files of a run, without its lock."""
-    paths = sorted(path for path in run.rglob("*") if path.is_file() and path.name != ".lock")
+    """Names of the files of a run, without its locks, which are empty."""
+    locks = (".lock", ".manifest.lock")
+    paths = sorted(path for path in run.rglob("*") if path.is_file() and path.name not in locks)
     return [path.relative_to(run).as_posix() for path in paths]
 
 
