@@ -38,7 +38,7 @@ Verb = Callable[[Path, "Words"], Any]
 """Reads a run folder, and returns plain values that are equal for equal answers."""
 
 COLOURS = {"red": (200, 60, 60), "green": (60, 180, 60), "blue": (60, 60, 200)}
-CHANGING = ("seconds", "created", "export", "test_opened")
+CHANGING = ("seconds", "created", "commit", "export", "test_opened")
 """Entries of results.json that differ between equal runs."""
 
 
@@ -320,8 +320,8 @@ def copy_run(made: Path, target: Path, damaged: str) -> Path:
 
 def list_files(run: Path) -> list[str]:
     """Names of the files of a run, without its locks, which are empty."""
-    locks = (".lock", ".manifest.lock")
-    paths = sorted(path for path in run.rglob("*") if path.is_file() and path.name not in locks)
+    paths = sorted(path for path in run.rglob("*") if path.is_file() and path.suffix != ".lock")
+    paths = [path for path in paths if path.name != ".lock"]
     return [path.relative_to(run).as_posix() for path in paths]
 
 

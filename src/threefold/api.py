@@ -328,8 +328,8 @@ def _train_and_score(run: Run, pending: tuple[str, ...] = ()) -> None:
 
 
 def finish(run: Run) -> None:
-    """Export a trained run, unless that is done, and write its report."""
-    if run.folder.any_results.export is None or not (run.dir / "model.onnx").exists():
+    """Export a trained run, unless its file is there and intact, and write its report."""
+    if run.folder.any_results.export is None or not run.folder.is_intact("model.onnx"):
         export(run)
     report(run)
 

@@ -11,8 +11,9 @@ from support.command_line import threefold_command
 from support.tiny_runs import hash_files
 
 from threefold.files import sha256
-from threefold.predictions.run_check import RunCheck, check_run, remove_damaged
+from threefold.predictions.run_check import CHOICES, RunCheck, check_run, remove_damaged
 from threefold.predictions.run_folder import RunFolder
+from threefold.training.features.engine_record import EngineRecord
 from threefold.training.run import Run
 
 
@@ -33,9 +34,8 @@ def faulty(copy: Path, check: RunCheck) -> set[str]:
 
 def all_files(run: Path) -> set[str]:
     """Files of a run but for locks and the measured choices, which are not hashed."""
-    unhashed = {".lock", ".manifest.lock", "features.json", "precision.json"}
     paths = (path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file())
-    return {path for path in paths if path not in unhashed}
+    return {path for path in paths if path not in CHOICES and not path.endswith(".lock")}
 
 
 def test_a_sound_run_has_no_fault(copy: Path) -> None:
@@ -57,6 +57,16 @@ def test_a_flip_in_any_file_is_found(copy: Path) -> None:
 
     assert missed == []
     assert check_run(copy).faults == ()
+
+
+def test_a_changed_choice_of_an_engine_is_found(copy: Path) -> None:
+    EngineRecord(copy / "features.json").put("key", "torch-float32")
+    assert check_run(copy).faults == ()
+    text = (copy / "features.json").read_text()
+    (copy / "features.json").write_text(text.replace("float32", "float16"))
+
+    assert faulty(copy, check_run(copy)) == {"features.json"}
+    assert EngineRecord(copy / "features.json").get("key") == ""
 
 
 def test_what_cannot_be_made_again_is_left(copy: Path) -> None:

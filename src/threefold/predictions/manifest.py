@@ -136,6 +136,17 @@ class ManifestFiles:
                 )
         return path
 
+    def is_intact(self, name: str) -> bool:
+        """Whether there is a file, as the run wrote it.
+
+        Raises:
+            RunError: it cannot be read.
+        """
+        try:
+            return self.has(name) and os.path.lexists(self.verify(name))
+        except DamagedFileError:
+            return False
+
     def read_arrays(self, name: str, fix: str = "") -> dict[str, np.ndarray]:
         """Read an .npz file of the run.
 

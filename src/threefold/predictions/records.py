@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from threefold.errors import DamagedFileError, RunError
-from threefold.files import finite_json
+from threefold.files import finite_json, read_json
 
 CHECKSUM: Final = "sha256"
 """Key of the checksum in a file. A file without one is read, too."""
@@ -112,6 +113,20 @@ class VersionedRecord(SealedRecord):
 def seal(tree: dict[str, Any]) -> dict[str, Any]:
     """Return plain values with their checksum, which `SealedRecord.parse` compares."""
     return {**tree, CHECKSUM: checksum(tree)}
+
+
+def read_choices(path: Path) -> dict[str, str]:
+    """Read texts by name, which were written with `seal`.
+
+    Raises:
+        DamagedFileError: the file is missing or damaged.
+        RunError: it cannot be read.
+    """
+    tree = read_json(path)
+    values = {k: v for k, v in tree.items() if k != CHECKSUM} if isinstance(tree, dict) else None
+    if values is None or tree.get(CHECKSUM, checksum(values)) != checksum(values):
+        raise DamagedFileError("the file is damaged", where=path, expected="its checksum")
+    return {name: str(value) for name, value in values.items()}
 
 
 def checksum(tree: Mapping[str, Any]) -> str:

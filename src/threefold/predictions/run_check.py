@@ -13,21 +13,25 @@ from typing import Any, Final, NamedTuple
 from threefold.data.group_file import GROUP_FILE
 from threefold.errors import DamagedFileError, RunError, ThreefoldError
 from threefold.files import read_json, sha256, unreadable
-from threefold.predictions.manifest import LOCK, MANIFEST
+from threefold.predictions.manifest import MANIFEST
 from threefold.predictions.records import (
     BackboneRecord,
     DuplicatesRecord,
     FirstOpening,
+    read_choices,
 )
 from threefold.predictions.run_folder import EXPORTED, RunFolder
 from threefold.recipe import Job, Recipe
 
 LEDGER: Final = "ledger.json"
 
+CHOICES: Final = ("features.json", "precision.json")
+"""Records of what was measured, which have checksums of their own."""
+
 _ORIGINALS: Final = ("recipe.toml", GROUP_FILE)
 """Files that nothing can make again."""
 
-_UNVERIFIED: Final = (".lock", LOCK, MANIFEST, "features.json", "precision.json")
+_UNVERIFIED: Final = (MANIFEST, *CHOICES)
 """Files of a run that are not hashed, or hash themselves."""
 
 _PLACES: Final = ("jobs", "backbones", "cache", "data", "teachers", "targets", "pseudo_labels")
@@ -127,6 +131,9 @@ class _Checker:
         if self._try(folder.path / MANIFEST, lambda: folder.manifest) is None:
             return  # nothing can be compared with it
         recipe = self._try(folder.path / "recipe.toml", folder.check_recipe)
+        if recipe is None:  # perhaps only run.json is damaged
+            with suppress(ThreefoldError):
+                recipe = Recipe.load(folder.path / "recipe.toml")
         if folder.has_results and not os.path.lexists(folder.path / MANIFEST):
             self._add(DamagedFileError("there is no manifest", where=folder.path / MANIFEST))
         for name in sorted(folder.manifest):
@@ -147,6 +154,9 @@ class _Checker:
             self._try(folder.path / "results.json", lambda: folder.any_results)
         self._try(folder.path / LEDGER, folder.test_opened)
         self._try(folder.path / "views.json", lambda: folder.chosen_views)
+        for name in CHOICES:
+            if folder.has(name):
+                self._try(folder.path / name, partial(read_choices, folder.path / name))
         copies = folder.path / "duplicates.json"
         if copies.exists():
             self._try(copies, lambda: DuplicatesRecord.parse(read_json(copies), copies))
@@ -260,5 +270,7 @@ def _unknown_files(folder: RunFolder) -> Iterator[str]:
     with suppress(RunError, OSError):
         known = {*folder.manifest, *_UNVERIFIED, *EXPORTED}
         for entry in sorted(folder.path.iterdir()):
+            if entry.name.startswith(".") and entry.name.endswith(".lock"):
+                continue
             if entry.name not in known and entry.name not in _PLACES:
                 yield entry.name

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from threefold.errors import RunError
-from threefold.files import one_at_a_time, read_json, write_json
+from threefold.files import one_at_a_time, write_json
+from threefold.predictions.records import read_choices, seal
 
 
 class EngineRecord:
@@ -34,8 +35,8 @@ class EngineRecord:
         if self.path is None or not self.path.exists():
             return ""
         try:
-            return str(read_json(self.path).get(key, ""))
-        except (RunError, AttributeError):
+            return read_choices(self.path).get(key, "")
+        except RunError:
             return ""
 
     def put(self, key: str, name: str) -> None:
@@ -43,10 +44,10 @@ class EngineRecord:
         if self.path is None or self.get(key) == name:
             return
         try:
-            choices = read_json(self.path) if self.path.exists() else {}
+            choices = read_choices(self.path) if self.path.exists() else {}
         except RunError:
             choices = {}
         try:
-            write_json(self.path, {**choices, key: name})
+            write_json(self.path, seal({**choices, key: name}))
         except RunError:
             return

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from threefold.errors import RecipeError, RunError
-from threefold.files import one_at_a_time, read_json, write_json
+from threefold.files import one_at_a_time, write_json
+from threefold.predictions.records import read_choices, seal
 from threefold.training.randomness import keep_generators
 from threefold.training.steps.allocator import reuse_freed_memory
 
@@ -106,7 +107,7 @@ def pick_precision(
         record = _read(file)
         if network not in record:
             record[network] = _measure_precision(member, images, network, half, note)
-            write_json(file, record)
+            write_json(file, seal(record))
     return record[network]
 
 
@@ -124,12 +125,11 @@ def _measure_precision(
 def _read(file: Path | None) -> dict[str, str]:
     """The recorded precisions by network; none if the file is missing or damaged."""
     try:
-        tree = read_json(file) if file is not None else {}
+        choices = read_choices(file) if file is not None else {}
     except RunError:
         return {}
     known = ("float32", *DTYPES)
-    pairs = tree.items() if isinstance(tree, dict) else ()
-    return {network: name for network, name in pairs if name in known}
+    return {network: name for network, name in choices.items() if name in known}
 
 
 def training_speeds(
