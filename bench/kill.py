@@ -52,6 +52,9 @@ TIMES: Final = frozenset(
     ("seconds", "created", "images_per_second", "latency", "at", "path", CHECKSUM)
 )
 """Keys of JSON files that say when, where or how fast, and the checksum of all keys."""
+HASHES: Final = ("done.json", "manifest.json")
+"""Files of hashes, among them those of files with times."""
+
 ANSWERS: Final = ("answers.csv", "answers.jsonl") + (
     ("answers.parquet",) if importlib.util.find_spec("pyarrow") else ()
 )
@@ -285,14 +288,14 @@ def hashes(trial: Path) -> dict[str, str]:
     found = {}
     for path in sorted(trial.rglob("*")):
         name = path.relative_to(trial).as_posix()
-        if not path.is_file() or name.startswith("cache/") or path.name == ".lock":
+        if not path.is_file() or name.startswith("cache/") or path.name.endswith(".lock"):
             continue
         if path.suffix in (".safetensors", ".npz", ".onnx", ".csv", ".jsonl", ".parquet"):
             found[name] = sha256(path)
-        elif path.suffix == ".json" and path.name != "done.json":
+        elif path.suffix == ".json" and path.name not in HASHES:
             text = json.dumps(without_times(json.loads(path.read_text())), sort_keys=True)
             found[name] = hashlib.sha256(text.encode()).hexdigest()
-        else:  # recipes, reports and done.json are there, or not
+        else:  # recipes, reports and hashes are there, or not
             found[name] = "there"
     return found
 

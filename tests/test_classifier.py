@@ -184,7 +184,7 @@ def test_sample_weights_are_refused() -> None:
         Classifier(**TINY).fit(IMAGES, np.linspace(0.1, 1.3, 36))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_cross_validation_and_search() -> None:
     classifier = Classifier(**TINY)
     numbers = np.unique(LABELS, return_inverse=True)[1] - 1

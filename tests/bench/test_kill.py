@@ -161,9 +161,14 @@ def test_a_kill_leaves_no_wrong_image_or_feature(
         assert (store.read(there) == [[ord(name[0])] * 4 for name in there]).all()
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
-@pytest.mark.parametrize("options", [["--kills", "3"], ["--walk", "--every", "40"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(["--kills", "3"], marks=pytest.mark.slow),
+        pytest.param(["--walk", "--every", "40"], marks=pytest.mark.long),
+    ],
+)
 def test_a_killed_run_ends_at_the_same_bits(options: list[str], tmp_path: Path) -> None:
     table = tmp_path / "kill.json"
     command = [sys.executable, str(BENCH / "kill.py"), "--only", "train", "--json", str(table)]

@@ -22,7 +22,7 @@ for model in (graph, cascade):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nodes_have_one_order() -> None:
     digests = set()
     for seed in ("1", "2"):

@@ -23,10 +23,7 @@ from threefold.files import read_arrays, read_json
 from threefold.recipe import Recipe
 from threefold.training.stages.loop import train_stage
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(sys.platform == "win32", reason="gloo and signals of POSIX"),
-]
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo and signals of POSIX")
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +38,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root / "one", root / "two"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*SCENARIOS, "head"])
 def test_two_processes_train_as_one(name: str, folders: tuple[Path, Path]) -> None:
     one, two = (read_json(folder / f"{name}.json") for folder in folders)
@@ -55,6 +53,7 @@ def test_two_processes_train_as_one(name: str, folders: tuple[Path, Path]) -> No
         torch.testing.assert_close(weights[1][key], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_predict_as_one(folders: tuple[Path, Path]) -> None:
     one, two = (read_arrays(folder / "probs.npz")["probs"] for folder in folders)
 
@@ -62,6 +61,7 @@ def test_two_processes_predict_as_one(folders: tuple[Path, Path]) -> None:
     np.testing.assert_allclose(two, one, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_compute_the_features_of_one(folders: tuple[Path, Path]) -> None:
     one, two = (read_arrays(folder / "probs.npz")["features"] for folder in folders)
 
@@ -69,6 +69,7 @@ def test_two_processes_compute_the_features_of_one(folders: tuple[Path, Path]) -
     np.testing.assert_array_equal(two, one)
 
 
+@pytest.mark.long
 def test_a_stopped_stage_goes_on(tmp_path: Path, folders: tuple[Path, Path]) -> None:
     with pytest.raises(AssertionError, match="a signal"):
         run_on_ranks(2, "support.rank_stages:stop_in_the_middle", tmp_path)
@@ -85,6 +86,7 @@ def test_a_stopped_stage_goes_on(tmp_path: Path, folders: tuple[Path, Path]) -> 
         torch.testing.assert_close(resumed[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_killed_rank_ends_the_group_and_it_goes_on(tmp_path: Path) -> None:
     tree = tiny_tree(make_folder(tmp_path / "images"))
     tree["members"] = tree["members"][:1]
