@@ -30,16 +30,14 @@ from support.nulls import equals, expected_best, grouped_equals, noise, softmaxe
 from threefold.ensembles.cascade import Cascade
 from threefold.ensembles.cross_fit import cross_fit
 from threefold.ensembles.registry import make_ensemble
+from threefold.stats.paired_differences import Difference, paired_bootstrap, score_difference
 from threefold.stats.paired_tests import (
-    Difference,
     SeedsDifference,
     cochran_q,
     mcnemar_exact,
-    paired_bootstrap,
-    required_rows,
-    score_difference,
     seeds_difference,
 )
+from threefold.stats.sample_size import required_rows
 from threefold.stats.scores import wilson_interval
 from threefold.training.provenance import commit, hardware
 

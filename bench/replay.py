@@ -28,14 +28,9 @@ from threefold.ensembles.registry import ENSEMBLES, make_ensemble
 from threefold.ensembles.scaling import apply_temperature, fit_temperature
 from threefold.predictions.checks import FLOOR
 from threefold.predictions.predictions import Predictions
-from threefold.stats.paired_tests import (
-    Difference,
-    holm,
-    mcnemar_exact,
-    paired_bootstrap,
-    required_rows_from_counts,
-    verdict,
-)
+from threefold.stats.paired_differences import Difference, paired_bootstrap
+from threefold.stats.paired_tests import holm, mcnemar_exact, verdict
+from threefold.stats.sample_size import required_rows_from_counts
 from threefold.stats.scores import wilson_interval
 from threefold.training.provenance import commit, hardware
 

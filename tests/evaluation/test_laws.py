@@ -8,12 +8,12 @@ from support.nulls import equals, expected_best, grouped_equals, noise, softmaxe
 
 from threefold.ensembles.cross_fit import cross_fit
 from threefold.ensembles.registry import make_ensemble
-from threefold.stats import paired_tests
+from threefold.stats import paired_differences, paired_tests, sample_size
 
 PAIRS = 400
 
 
-def contains_zero(interval: paired_tests.Difference | paired_tests.SeedsDifference) -> bool:
+def contains_zero(interval: paired_differences.Difference | paired_tests.SeedsDifference) -> bool:
     return interval.low <= 0 <= interval.high
 
 
@@ -27,7 +27,7 @@ def test_an_a_a_test_rejects_at_5_percent_and_two_points() -> None:
 
     exact = [paired_tests.mcnemar_exact(a, b).p for a, b in pairs]
     mid = [paired_tests.mcnemar_exact(a, b, mid_p=True).p for a, b in pairs]
-    drawn = [paired_tests.paired_bootstrap(a, b, resamples=400) for a, b in pairs[:200]]
+    drawn = [paired_differences.paired_bootstrap(a, b, resamples=400) for a, b in pairs[:200]]
 
     assert 0.03 <= rate([p <= 0.05 for p in exact]) <= 0.07
     assert 0.03 <= rate([p <= 0.05 for p in mid]) <= 0.07
@@ -42,7 +42,9 @@ def test_group_test_keeps_its_level_where_the_row_test_does_not() -> None:
         rate([paired_tests.mcnemar_exact(a, b, part, mid_p=mid).p <= 0.05 for a, b, part in pairs])
         for mid in (False, True)
     )
-    drawn = [paired_tests.paired_bootstrap(a, b, part, resamples=400) for a, b, part in pairs[:200]]
+    drawn = [
+        paired_differences.paired_bootstrap(a, b, part, resamples=400) for a, b, part in pairs[:200]
+    ]
 
     assert 0.025 <= exact <= mid <= 0.07
     assert 0.03 <= rate([not contains_zero(interval) for interval in drawn]) <= 0.08
@@ -62,7 +64,7 @@ def test_an_a_a_test_of_log_losses_and_of_five_classifiers() -> None:
     pairs = [softmaxes(rng, 250) for _ in range(200)]
 
     drawn = [
-        paired_tests.score_difference("log_loss", a, b, labels, resamples=400)
+        paired_differences.score_difference("log_loss", a, b, labels, resamples=400)
         for a, b, labels in pairs
     ]
 
@@ -75,7 +77,7 @@ def test_an_a_a_test_of_log_losses_and_of_five_classifiers() -> None:
 
 
 def test_exact_test_nearly_reaches_the_power_of_required_rows() -> None:
-    n = paired_tests.required_rows(0.1, 0.03)
+    n = sample_size.required_rows(0.1, 0.03)
     rng, power = np.random.default_rng(0), []
 
     for multiple in (0.25, 1, 2):

@@ -15,7 +15,7 @@ from support.summaries import FASHION, fake_summary, fake_tree
 from threefold.errors import DataError, RunError
 from threefold.predictions.results_schema import PredictionSummary
 from threefold.report.pages import write_page
-from threefold.stats import paired_tests
+from threefold.stats.paired_differences import paired_bootstrap
 from threefold.stats.scores import paired_interval
 
 KINDS = ("ensemble", "evaluate", "compare")
@@ -133,7 +133,7 @@ def test_interval_from_counts_is_that_of_the_bootstrap(only_a: int, only_b: int,
     first[:only_a], second[only_a : only_a + only_b] = True, True
 
     interval = paired_interval(only_a, only_b, n, 0.95)
-    drawn = paired_tests.paired_bootstrap(first, second, resamples=4000)
+    drawn = paired_bootstrap(first, second, resamples=4000)
 
     width = drawn.high - drawn.low
     np.testing.assert_allclose(interval, drawn[1:], atol=0.12 * width)

@@ -12,7 +12,7 @@ from scipy.stats import binom, binomtest, t, ttest_1samp, ttest_rel
 from support.nulls import equals, trained
 
 from threefold.errors import DataError
-from threefold.stats import paired_tests, scores
+from threefold.stats import paired_tests
 
 LAW = settings(max_examples=60, deadline=None)
 
@@ -34,56 +34,6 @@ def test_paired_tests_refuse_rows_that_do_not_pair() -> None:
     for a, b in (([1], [1, 0]), ([], []), ([[1]], [[1]])):
         with pytest.raises(DataError, match="one value per row"):
             paired_tests.mcnemar_exact(a, b)
-
-    with pytest.raises(DataError, match="groups have the wrong length"):
-        paired_tests.paired_bootstrap([1, 0], [0, 0], groups=["a"])
-    with pytest.raises(DataError, match="confidence level"):
-        paired_tests.paired_bootstrap([1, 0], [0, 0], level=95)
-
-
-def test_bootstrap_interval_is_the_normal_one_for_many_rows() -> None:
-    rng = np.random.default_rng(1)
-    a, b = rng.random(2000) < 0.9, rng.random(2000) < 0.8
-    interval = paired_tests.paired_bootstrap(a, b)
-    difference = a.astype(float) - b
-    error = difference.std() / len(difference) ** 0.5
-
-    assert interval.estimate == pytest.approx(difference.mean())
-    assert interval.low == pytest.approx(difference.mean() - 1.96 * error, abs=0.2 * error)
-    assert interval.high == pytest.approx(difference.mean() + 1.96 * error, abs=0.2 * error)
-    assert paired_tests.paired_bootstrap(a, b) == interval
-    assert paired_tests.paired_bootstrap(a, b, seed=1) != interval
-
-
-def test_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(2)
-    covered = 0
-    for i in range(200):
-        interval = paired_tests.paired_bootstrap(
-            rng.normal(0.3, 1, 60), rng.normal(0, 1, 60), level=0.9, resamples=300, seed=i
-        )
-        covered += interval.low <= 0.3 <= interval.high
-
-    assert 0.82 <= covered / 200 <= 0.96
-
-
-def test_groups_widen_the_interval_where_rows_repeat() -> None:
-    rng = np.random.default_rng(3)
-    a, b = (np.repeat(rng.random(40) < share, 25).astype(float) for share in (0.8, 0.6))
-    groups = [f"patient{i // 25}" for i in range(1000)]
-
-    alone = paired_tests.paired_bootstrap(a, b)
-    grouped = paired_tests.paired_bootstrap(a, b, groups)
-
-    ratio = (grouped.high - grouped.low) / (alone.high - alone.low)
-    assert grouped.estimate == alone.estimate
-    assert 3.5 < ratio < 6.5  # 5 = sqrt(25) in theory
-
-
-def test_groups_of_one_row_are_rows() -> None:
-    a, b = np.array([1, 0, 1, 1.0]), np.array([0, 0, 1, 0.0])
-
-    assert paired_tests.paired_bootstrap(a, b, list("abcd")) == paired_tests.paired_bootstrap(a, b)
 
 
 def test_holm_by_hand() -> None:
@@ -224,49 +174,6 @@ def test_groups_keep_the_false_positive_rate_of_repeated_rows(n: int) -> None:
 
     assert grouped == pytest.approx([paired_tests.mcnemar_exact(a, b).p for a, b in pairs])
     assert sum(p <= 0.05 for p in ungrouped) > 60
-
-
-def test_a_score_difference_is_paired() -> None:
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, 300)
-    logits = rng.normal(0, 1, (300, 3)) + 1.2 * np.eye(3)[labels]
-    a, b = (
-        np.exp(z) / np.exp(z).sum(1, keepdims=True)
-        for z in (logits, logits + rng.normal(0, 0.5, (300, 3)))
-    )
-
-    for groups in (None, np.arange(300) // 5):
-        hits = paired_tests.paired_bootstrap(
-            scores.correct(a, labels), scores.correct(b, labels), groups
-        )
-        assert paired_tests.score_difference("accuracy", a, b, labels, groups) == pytest.approx(
-            hits, abs=1e-9
-        )
-
-    difference = paired_tests.score_difference("log_loss", a, b, labels)
-
-    assert difference.estimate == pytest.approx(
-        scores.log_loss(a, labels) - scores.log_loss(b, labels)
-    )
-    assert difference.low < difference.estimate < difference.high
-
-    alone = [scores.bootstrap_interval("log_loss", probs, labels) for probs in (a, b)]
-
-    assert difference.high - difference.low < 0.7 * max(
-        interval.high - interval.low for interval in alone
-    )
-    assert paired_tests.score_difference("macro_f1", a, a, labels) == (0, 0, 0)
-
-
-def test_a_score_difference_refuses() -> None:
-    a, labels = np.full((4, 2), 0.5), [0, 0, 0, 0]
-
-    with pytest.raises(DataError, match="different rows or classes"):
-        paired_tests.score_difference("accuracy", a, np.full((3, 2), 0.5), labels)
-    with pytest.raises(DataError, match="not defined on these rows: roc_auc"):
-        paired_tests.score_difference("roc_auc", a, a, labels)
-    with pytest.raises(DataError, match="unknown score"):
-        paired_tests.score_difference("f1", a, a, labels)
 
 
 @LAW
@@ -426,35 +333,3 @@ def test_seeds_difference_refuses() -> None:
     ):
         with pytest.raises(DataError, match=message):
             paired_tests.seeds_difference(a, b, groups)
-
-
-@pytest.mark.parametrize(("discordant", "difference"), [(0.1, 0.03), (0.3, -0.06), (0.05, 0.05)])
-def test_the_required_rows_give_the_requested_power(discordant: float, difference: float) -> None:
-    n = paired_tests.required_rows(discordant, difference)
-    shares = [(discordant + difference) / 2, (discordant - difference) / 2, 1 - discordant]
-    counts = np.random.default_rng(0).multinomial(n, shares, 20_000)[:, :2]
-
-    # The formula is for McNemar's normal test; the exact test has slightly less power.
-    power = (np.abs(counts[:, 0] - counts[:, 1]) > 1.96 * np.sqrt(counts.sum(1))).mean()
-
-    assert power == pytest.approx(0.8, abs=0.04) if discordant > abs(difference) else power > 0.8
-    assert paired_tests.required_rows(discordant, difference, power=0.9) >= n
-
-
-def test_required_rows_by_hand_and_from_counts() -> None:
-    # (1.959964 sqrt(0.2) + 0.841621 sqrt(0.2 - 0.01))^2 / 0.01 = 154.6
-    assert paired_tests.required_rows(0.2, 0.1) == 155
-    assert paired_tests.required_rows_from_counts(15, 5, 100) == 155
-    assert paired_tests.required_rows_from_counts(5, 15, 100) == 155
-
-
-def test_required_rows_refuse() -> None:
-    for discordant, difference in ((0.1, 0.2), (0.1, 0), (1.2, 0.1), (np.nan, 0.1), (0.1, np.nan)):
-        with pytest.raises(DataError, match="no two classifiers have this difference"):
-            paired_tests.required_rows(discordant, difference)
-    for power, alpha in ((1.0, 0.05), (0.04, 0.05), (0.8, 0)):
-        with pytest.raises(DataError, match="no such test"):
-            paired_tests.required_rows(0.2, 0.1, power, alpha)
-    for counts in ((5, 5, 100), (-1, 5, 100), (60, 50, 100)):
-        with pytest.raises(DataError, match="no difference to detect"):
-            paired_tests.required_rows_from_counts(*counts)

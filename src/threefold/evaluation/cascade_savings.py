@@ -15,7 +15,8 @@ from threefold.errors import DataError
 from threefold.evaluation.scoring import CROSS_FITTED
 from threefold.predictions.checks import check_labels, check_probs
 from threefold.stats.bootstrap import LEVEL
-from threefold.stats.paired_tests import mcnemar_exact, paired_bootstrap
+from threefold.stats.paired_differences import paired_bootstrap
+from threefold.stats.paired_tests import mcnemar_exact
 from threefold.stats.scores import paired_interval, share_interval
 
 

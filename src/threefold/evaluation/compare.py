@@ -19,7 +19,7 @@ from threefold.predictions.join import join_predictions
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Comparison, PredictionSummary, Score
 from threefold.predictions.run_folder import RunFolder
-from threefold.stats import paired_tests
+from threefold.stats import paired_differences, paired_tests
 
 MAX_CONTENDERS: Final = 20
 """Largest number of contenders: 190 pairs are more than anyone reads."""
@@ -292,7 +292,7 @@ def _compare_pair(
         )
     first, second = hits_a[0], hits_b[0]
     test = paired_tests.mcnemar_exact(first, second, rows.groups)
-    gap = paired_tests.paired_bootstrap(first, second, rows.groups)
+    gap = paired_differences.paired_bootstrap(first, second, rows.groups)
     comparison = Comparison(
         a=a,
         b=b,

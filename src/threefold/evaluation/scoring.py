@@ -11,7 +11,7 @@ from threefold.ensembles.base import Ensemble
 from threefold.ensembles.cross_fit import side_by_side
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import ClassScore, Comparison, Score
-from threefold.stats import paired_tests, scores
+from threefold.stats import paired_differences, paired_tests, scores
 from threefold.stats.bootstrap import LEVEL
 
 CROSS_FITTED: Final = "oof, cross-fitted"
@@ -141,7 +141,7 @@ def comparisons(
         name, n = "McNemar test over whole groups", 0
     entries = []
     for key, a_hits, test, p in zip(order, ensemble_hits, tests, p_values, strict=True):
-        gap = paired_tests.paired_bootstrap(a_hits, hits[best], rows.groups)
+        gap = paired_differences.paired_bootstrap(a_hits, hits[best], rows.groups)
         a = key[1]
         entries.append(
             Comparison(

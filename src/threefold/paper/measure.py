@@ -19,7 +19,7 @@ from threefold.paper.items import Cell, Item, ItemRun
 from threefold.paper.results import CellComparison, CellResult, ItemResults, StageCurve
 from threefold.paper.scales import Protocol, Scale
 from threefold.predictions.records import VERSION
-from threefold.stats import paired_tests, scores
+from threefold.stats import paired_differences, paired_tests, scores
 from threefold.stats.bootstrap import LEVEL
 from threefold.training.run import Run
 
@@ -244,7 +244,7 @@ def _compare(a: str, b: str, first: CellHits, second: CellHits) -> CellCompariso
         )
     correct_a, correct_b = first.correct[0], second.correct[0]
     counts = paired_tests.mcnemar_exact(correct_a, correct_b, first.groups)
-    difference = paired_tests.paired_bootstrap(
+    difference = paired_differences.paired_bootstrap(
         correct_a.astype(float), correct_b.astype(float), first.groups, level=LEVEL
     )
     return CellComparison(

@@ -109,6 +109,17 @@ def check_numbers(values: npt.ArrayLike) -> np.ndarray:
     return array
 
 
+def check_pairs(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Check that two arrays of scores have the same shape, and return both.
+
+    Raises:
+        DataError: they do not.
+    """
+    if a.shape != b.shape:
+        raise DataError("paired scores need one value per row each", expected=a.shape, got=b.shape)
+    return a, b
+
+
 def check_groups(groups: npt.ArrayLike, n: int) -> np.ndarray:
     """The number (n,) of each row's group, counted from 0 in the order of the sorted names.
 

@@ -1,4 +1,4 @@
-"""Paired tests, and intervals of differences, of two classifiers on the same rows.
+"""Paired tests of classifiers on the same rows; `paired_differences` has bootstrap intervals.
 
 Hits are booleans (n,): which rows a classifier gets right (`scores.correct`). With `groups` (see
 `scores`), a test or interval is for new groups, not for new rows of the same groups.
@@ -10,31 +10,18 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import bdtr, betaln, chdtrc, ndtri, stdtr, stdtrit  # scipy.stats imports slowly
+from scipy.special import bdtr, betaln, chdtrc, stdtr, stdtrit  # scipy.stats imports slowly
 
 from threefold.errors import DataError
-from threefold.predictions.checks import check_labels, check_probs
 from threefold.stats.bootstrap import (
     LEVEL,
-    RESAMPLES,
-    check_draws,
     check_groups,
     check_hits,
     check_level,
     check_numbers,
-    column_sums,
-    percentile_interval,
-    row_weights,
+    check_pairs,
 )
-from threefold.stats.weighted_scores import WeightedScore, check_score
-
-
-class Difference(NamedTuple):
-    """A mean paired difference a - b with its interval."""
-
-    estimate: float
-    low: float
-    high: float
+from threefold.stats.sample_size import required_rows_from_counts
 
 
 class McNemar(NamedTuple):
@@ -118,7 +105,7 @@ def mcnemar_exact(
     Raises:
         DataError: lengths differ, or values are not booleans.
     """
-    a, b = _pair(check_hits(correct_a), check_hits(correct_b))
+    a, b = check_pairs(check_hits(correct_a), check_hits(correct_b))
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     if groups is None:
         fewer, n = min(only_a, only_b), only_a + only_b
@@ -136,85 +123,6 @@ def mcnemar_exact(
     if mid_p and observed > 0:
         p -= 0.5 * float(chances[distance == observed].sum())
     return McNemar(only_a, only_b, min(1.0, p))
-
-
-def paired_bootstrap(
-    a: npt.ArrayLike,
-    b: npt.ArrayLike,
-    groups: npt.ArrayLike | None = None,
-    *,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Difference:
-    """Mean of a - b with a percentile bootstrap interval.
-
-    With groups, whole groups are drawn (cluster bootstrap), since rows of one patient or signer are
-    not independent.
-
-    Args:
-        a, b: (n,) scores of the same rows, such as `scores.correct`.
-        groups: (n,) names, or None.
-        level: confidence level.
-        resamples: number of draws.
-        seed: seed of the draws.
-
-    Raises:
-        DataError: lengths differ, values are not finite, or the level is outside 0..1.
-    """
-    first, second = _pair(check_numbers(a), check_numbers(b))
-    check_draws(level, resamples)
-    difference = first - second
-    part = np.arange(len(first)) if groups is None else check_groups(groups, len(first))
-    columns = np.stack([np.bincount(part, difference), np.bincount(part)])
-    means = [sums / counts for sums, counts in column_sums(columns, resamples, seed)]
-    return Difference(float(difference.mean()), *percentile_interval(np.concatenate(means), level))
-
-
-def score_difference(
-    score: str | WeightedScore,
-    probs_a: npt.ArrayLike,
-    probs_b: npt.ArrayLike,
-    labels: npt.ArrayLike,
-    groups: npt.ArrayLike | None = None,
-    *,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Difference:
-    """Difference a - b of a score with a percentile bootstrap interval.
-
-    Both are scored on the same drawn rows.
-
-    Args:
-        score: a name of `weighted_scores.SCORES`, or a `WeightedScore`.
-        probs_a, probs_b: (n, k), for the same rows.
-        labels: (n,).
-        groups: (n,) names, or None. Groups are drawn whole.
-        level: confidence level.
-        resamples: number of draws.
-        seed: seed of the draws.
-
-    Raises:
-        DataError: probabilities, labels or groups are not usable, or the score is unknown or not
-            defined on these rows.
-    """
-    a = check_probs(probs_a, 2).astype(np.float64)
-    b = check_probs(probs_b, 2).astype(np.float64)
-    if a.shape != b.shape:
-        raise DataError("the two have different rows or classes", expected=a.shape, got=b.shape)
-    truth, function = check_labels(labels, *a.shape), check_score(score)
-    part = None if groups is None else check_groups(groups, len(truth))
-    check_draws(level, resamples)
-    equal = np.ones((len(truth), 1))
-    estimate = float((function(a, truth, equal) - function(b, truth, equal))[0])
-    if np.isnan(estimate):
-        raise DataError(
-            "the score is not defined on these rows", where=score if isinstance(score, str) else ""
-        )
-    drawn = row_weights(len(truth), part, resamples, seed)
-    values = [function(a, truth, weights) - function(b, truth, weights) for weights in drawn]
-    return Difference(estimate, *percentile_interval(np.concatenate(values), level))
 
 
 def cochran_q(correct: npt.ArrayLike) -> CochranQ:
@@ -276,7 +184,7 @@ def corrected_t_test(
         DataError: lengths differ, values are not finite, there are fewer than two splits, or the
             numbers of rows are impossible.
     """
-    first, second = _pair(check_numbers(a), check_numbers(b))
+    first, second = check_pairs(check_numbers(a), check_numbers(b))
     check_level(level)
     if len(first) < 2:
         raise DataError("a t-test over splits needs two or more", got=len(first))
@@ -318,7 +226,7 @@ def seeds_difference(
     Raises:
         DataError: shapes differ, values are not booleans, or there is only one seed, row or group.
     """
-    a, b = _pair(check_hits(correct_a, 2), check_hits(correct_b, 2))
+    a, b = check_pairs(check_hits(correct_a, 2), check_hits(correct_b, 2))
     check_level(level)
     if len(a) < 2:
         raise DataError(
@@ -358,57 +266,6 @@ def seeds_difference(
         per_seed=tuple((a.mean(1) - b.mean(1)).tolist()),
         seeds_share=(ms_seeds - ms_rest) / total if total else 0.0,
     )
-
-
-def required_rows(
-    discordant: float, difference: float, power: float = 0.8, alpha: float = 0.05
-) -> int:
-    """Rows that McNemar's test needs to detect a difference in accuracy (Connor 1987).
-
-    Args:
-        discordant: share of rows that only one of the two gets right, 0 to 1.
-        difference: difference of the accuracies, at most `discordant` in size.
-        power: probability of detecting the difference, alpha to 1.
-        alpha: significance level of the two-sided test.
-
-    Raises:
-        DataError: the shares are impossible, or there is no difference.
-    """
-    size = abs(difference)
-    if not 0 < size <= discordant <= 1:
-        raise DataError(
-            "no two classifiers have this difference",
-            expected="0 < |difference| <= discordant <= 1",
-            got=(difference, discordant),
-        )
-    if not 0 < alpha < power < 1:
-        raise DataError(
-            "no such test", expected="0 < alpha < power < 1", got=f"alpha {alpha}, power {power}"
-        )
-    root = ndtri(1 - alpha / 2) * discordant**0.5 + ndtri(power) * (discordant - size**2) ** 0.5
-    return int(np.ceil((root / size) ** 2))
-
-
-def required_rows_from_counts(
-    only_a: int, only_b: int, n: int, power: float = 0.8, alpha: float = 0.05
-) -> int:
-    """`required_rows` for shares equal to those of a first sample of n rows.
-
-    Args:
-        only_a, only_b: rows that only the first, or only the second, gets right.
-        n: number of rows.
-        power, alpha: as in `required_rows`.
-
-    Raises:
-        DataError: the counts are impossible, or equal: no number of rows shows a difference of 0.
-    """
-    if only_a == only_b or min(only_a, only_b) < 0 or not only_a + only_b <= n:
-        raise DataError(
-            "the counts show no difference to detect",
-            expected="different counts, at most n together",
-            got=(only_a, only_b, n),
-        )
-    return required_rows((only_a + only_b) / n, (only_a - only_b) / n, power, alpha)
 
 
 def verdict(
@@ -491,10 +348,3 @@ def _t_test(mean: float, variance: float, df: float, level: float) -> TTest:
         df=df,
         p=float(2 * stdtr(df, -abs(mean) / error)),
     )
-
-
-def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both arrays, after a check that their shapes agree."""
-    if a.shape != b.shape:
-        raise DataError("paired scores need one value per row each", expected=a.shape, got=b.shape)
-    return a, b
