@@ -11,7 +11,8 @@ import pytest
 from support.tiny_runs import tiny_tree
 
 from threefold.errors import RecipeError
-from threefold.recipe import Recipe, packaged, resolve
+from threefold.recipe import Recipe
+from threefold.recipe_lookup import packaged, resolve
 
 
 def parse(*sets: str, **changes: Any) -> Recipe:

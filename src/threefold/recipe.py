@@ -7,33 +7,32 @@ planning is instant.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import shlex
 import tomllib
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
 from threefold.errors import RecipeError, refuse_address
 from threefold.files import read_text
-from threefold.names import count_of, find_repeated
+from threefold.names import find_repeated
 from threefold.overrides import apply_override
 from threefold.recipe_checks import (
     check_cached,
     check_distill,
-    check_holdout,
+    check_folds,
     check_pseudo_labels,
     check_task,
     with_task_defaults,
 )
 from threefold.recipe_cluster import ClusterSpec
+from threefold.recipe_errors import explain_errors
+from threefold.recipe_members import check_members, take_over
 from threefold.recipe_schema import (
-    WITH_GROUPS,
     AugmentSpec,
     DataSpec,
     DistillSpec,
@@ -48,12 +47,6 @@ from threefold.recipe_schema import (
     TrainSpec,
     ViewSpec,
 )
-
-_PACKAGED = Path(__file__).parent / "recipes"
-
-
-TAKEN_OVER = ("backbone", "head", "weights", "resize")
-"""Keys of a member that one with `starts_from` has in common with it."""
 
 
 class Job(NamedTuple):
@@ -100,19 +93,9 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _take_over(cls, tree: Any) -> Any:
-        """Give members with `starts_from` the backbone, head, weights and resize of that member."""
-        tree = with_task_defaults(tree)
-        members = tree.get("members") if isinstance(tree, dict) else None
-        if not isinstance(members, (list, tuple)) or not all(isinstance(m, dict) for m in members):
-            return tree
-        by_name = {member.get("name"): member for member in members}
-        completed = []
-        for member in members:
-            base = by_name.get(member.get("starts_from") or None, {})
-            taken = {key: base[key] for key in TAKEN_OVER if key in base}
-            completed.append({**taken, **member})
-        return {**tree, "members": completed}
+    def _completed(cls, tree: Any) -> Any:
+        """Add what the task, or another member, says of keys that are not given."""
+        return take_over(with_task_defaults(tree))
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -123,8 +106,8 @@ class Recipe(Section):
             repeated = ", ".join(sorted(find_repeated(names)))
             if repeated:
                 raise ValueError(f"{what} need different names; repeated: {repeated}")
-        self._check_folds()
-        self._check_members()
+        check_folds(self.folds, self.data, self.views, self.distill, self.protocol)
+        check_members(self)
         check_cached(self.stages, self.augment, self.protocol, self.folds)
         protocol, distill = self.protocol, self.distill
         taught = {"distill": distill, "pseudo_labels": self.pseudo_labels}
@@ -147,117 +130,6 @@ class Recipe(Section):
                 "views.choose has nothing to choose from; set views.kind to more than center"
             )
         return self
-
-    def _check_folds(self) -> None:
-        if self.folds.k == 1 and self.protocol == "honest" and not self.folds.ignores_k:
-            raise ValueError(
-                "folds.k = 1 leaves no out-of-fold rows; the honest protocol needs folds.k >= 2"
-            )
-        if self.folds.holdout is not None and self.folds.scheme != "holdout":
-            raise ValueError(
-                f"folds.scheme = {self.folds.scheme} ignores folds.holdout; "
-                "set folds.scheme = holdout"
-            )
-        if self.folds.scheme == "holdout":
-            check_holdout(self.protocol, self.views, self.distill)
-        if (self.folds.scheme == "column") != bool(self.data.fold_column):
-            raise ValueError(
-                f"folds.scheme = {self.folds.scheme} ignores data.fold_column; "
-                "set folds.scheme = column"
-                if self.data.fold_column
-                else "folds.scheme = column needs data.fold_column, the name of a table's column"
-            )
-        if self.folds.scheme in ("grouped", "leave-one-group-out") and not (
-            self.data.group_regex or self.data.group_file or self.data.source in WITH_GROUPS
-        ):
-            raise ValueError(
-                f"folds.scheme = {self.folds.scheme} needs groups; "
-                "set data.group_regex or data.group_file, or use a CSV file with a group column"
-            )
-        for key in ("group_regex", "group_file"):
-            if self.folds.scheme == "stratified" and getattr(self.data, key):
-                raise ValueError(
-                    f"folds.scheme = stratified ignores data.{key}; set folds.scheme = grouped"
-                )
-
-    def _check_members(self) -> None:
-        """Check that the members named exist and can be joined, trained and combined."""
-        known = {m.name: m for m in self.members}
-        named = [
-            ("ensemble.members", self.ensemble.members),
-            *((f"stage {s.name}", s.members) for s in self.stages),
-        ]
-        for member in self.members:
-            named.append((f"member {member.name}, joins", member.joins))
-            start = (member.starts_from,) if member.starts_from else ()
-            named.append((f"member {member.name}, starts_from", start))
-        for where, names in named:
-            for name in names:
-                if name not in known:
-                    raise ValueError(
-                        f"{where} names an unknown member, {name}; known: {', '.join(known)}"
-                    )
-        for member in self.members:
-            if not self.stages_of(member.name):
-                raise ValueError(
-                    f"member {member.name} has no stage; every stage names other members"
-                )
-            if member.folds and self.folds.final == "refit":
-                raise ValueError(
-                    f"folds.final = refit ignores the folds of member {member.name}; remove them"
-                )
-            for name in member.joins:
-                self._check_join(member, known[name])
-            if member.starts_from:
-                self._check_start(member, known[member.starts_from])
-            self._check_kinds(member)
-        if self.ensemble.top > len(self.combined):
-            raise ValueError(
-                f"ensemble.top = {self.ensemble.top} exceeds the "
-                f"{count_of(len(self.combined), 'member')}"
-            )
-
-    def _check_base(self, where: str, member: MemberSpec, base: MemberSpec) -> None:
-        """Check a member that another one builds on: it is trained before, in the same folds."""
-        if base.joins or self.members.index(base) >= self.members.index(member):
-            raise ValueError(f"{where} must have its own backbone and come before {member.name}")
-        if base.folds and not (member.folds and set(member.folds) <= set(base.folds)):
-            raise ValueError(
-                f"{where} has only the folds {list(base.folds)}; give {member.name} the same"
-            )
-
-    def _check_join(self, member: MemberSpec, base: MemberSpec) -> None:
-        where = f"member {member.name} joins {base.name}, which"
-        self._check_base(where, member, base)
-        if (base.img_size, base.resize) != (member.img_size, member.resize):
-            raise ValueError(
-                f"{where} must have the same img_size and resize: all share one batch of images"
-            )
-
-    def _check_start(self, member: MemberSpec, base: MemberSpec) -> None:
-        where = f"member {member.name} starts from {base.name}, which"
-        self._check_base(where, member, base)
-        differing = [key for key in TAKEN_OVER if getattr(base, key) != getattr(member, key)]
-        if "head" in differing and base.head.can_start(member.head):
-            differing.remove("head")
-        if differing:
-            raise ValueError(
-                f"{where} has another {' and '.join(differing)}; remove them from {member.name}"
-            )
-
-    def _check_kinds(self, member: MemberSpec) -> None:
-        """Check that a head stage trains a fresh head on a frozen backbone."""
-        stages = self.stages_of(member.name)
-        for number, stage in enumerate(stages):
-            if stage.kind != "head":
-                continue
-            where = f"stage {stage.name} of kind head"
-            if number or member.starts_from:
-                raise ValueError(
-                    f"{where} must be the first stage of member {member.name}, before any tuning"
-                )
-            if member.joins:
-                raise ValueError(f"{where} needs a backbone, and member {member.name} joins others")
 
     @property
     def combined(self) -> tuple[str, ...]:
@@ -360,7 +232,7 @@ class Recipe(Section):
             raise RecipeError(
                 "the recipe is invalid",
                 where=where,
-                got="; ".join(map(_explain, error.errors())),
+                got=explain_errors(error.errors(), cls),
             ) from None
 
     @classmethod
@@ -377,7 +249,7 @@ class Recipe(Section):
         except ValidationError as error:
             wrong = [e for e in error.errors() if e["type"] not in ("value_error", "missing")]
             if wrong:
-                got = "; ".join(map(_explain, wrong))
+                got = explain_errors(wrong, cls)
                 raise RecipeError("the recipe is invalid", where=where, got=got) from None
 
     def jobs(self, folds: int | None = None) -> list[Job]:
@@ -433,68 +305,3 @@ class Recipe(Section):
         """Return the recipe as TOML, with every default written out, below `header` as comments."""
         comments = "".join(f"# {line}".rstrip() + "\n" for line in header.splitlines())
         return comments + tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
-
-
-def _explain(error: Any) -> str:
-    """Describe one pydantic error as `path: problem`, with the nearest known key."""
-    path = ".".join(str(part) for part in error["loc"]) or "recipe"
-    if error["type"] != "extra_forbidden":
-        return f"{path}: {error['msg'].removeprefix('Value error, ')}"
-    known = _fields_at(error["loc"][:-1])
-    near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
-    advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-    return f"{path}: unknown key, {advice}"
-
-
-def _fields_at(loc: tuple[Any, ...]) -> list[str]:
-    """Field names of the table at a pydantic error location."""
-    table: Any = Recipe
-    for part in loc:
-        if isinstance(part, int):  # an item of a list of tables
-            continue
-        annotation = table.model_fields[part].annotation
-        candidates = (annotation, *get_args(annotation))
-        tables = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
-        table = tables[0] if tables else annotation
-    return list(table.model_fields)
-
-
-def packaged(name: str, overrides: Iterable[str] = ()) -> Recipe:
-    """Load a recipe that is part of threefold, by name (`demo`).
-
-    Raises:
-        RecipeError: there is no recipe of that name.
-    """
-    if name not in packaged_names():
-        raise RecipeError(
-            "no such recipe",
-            got=name,
-            expected=f"a .toml file or one of {', '.join(packaged_names())}",
-        )
-    return Recipe.load(_PACKAGED / f"{name}.toml", overrides)
-
-
-def packaged_names() -> list[str]:
-    """Return the names of the packaged recipes."""
-    return sorted(str(p.relative_to(_PACKAGED).with_suffix("")) for p in _PACKAGED.rglob("*.toml"))
-
-
-def resolve(text: str, overrides: Iterable[str] = ()) -> Recipe:
-    """Load a recipe by file path or by the name of a packaged one.
-
-    Raises:
-        RecipeError: there is none, or it is invalid; or this is a folder or a table of images.
-    """
-    path = Path(text)
-    if path.is_dir() or path.suffix.lower() in (".csv", ".parquet"):
-        fix = shlex.join(["threefold", "fit", text])
-        if (path / "recipe.toml").is_file():
-            fix = shlex.join(["threefold", "train", str(path / "recipe.toml"), "--out", text])
-        raise RecipeError(
-            "not a recipe",
-            where=text,
-            expected=f"a .toml file or one of {', '.join(packaged_names())}",
-            got="a folder" if path.is_dir() else "a table",
-            fix=f"to train on its images: {fix}",
-        )
-    return Recipe.load(text, overrides) if text.endswith(".toml") else packaged(text, overrides)

@@ -1,4 +1,4 @@
-"""What must hold between a recipe's members and tables: tasks, students, pseudo labels."""
+"""What must hold between the tables of a recipe: tasks, folds, students, pseudo labels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from threefold.recipe_schema import (
+    WITH_GROUPS,
     AugmentSpec,
     DataSpec,
     DistillSpec,
@@ -122,6 +123,44 @@ def check_cached(
         if stage.img_size:
             raise ValueError(
                 f"stage {stage.name} is cached and has the size of its member; remove img_size"
+            )
+
+
+def check_folds(
+    folds: FoldSpec, data: DataSpec, views: ViewSpec, distill: DistillSpec | None, protocol: str
+) -> None:
+    """Refuse a scheme of folds without what it needs, or beside keys that it would ignore.
+
+    Raises:
+        ValueError: there is one; the message says what to do.
+    """
+    if folds.k == 1 and protocol == "honest" and not folds.ignores_k:
+        raise ValueError(
+            "folds.k = 1 leaves no out-of-fold rows; the honest protocol needs folds.k >= 2"
+        )
+    if folds.holdout is not None and folds.scheme != "holdout":
+        raise ValueError(
+            f"folds.scheme = {folds.scheme} ignores folds.holdout; set folds.scheme = holdout"
+        )
+    if folds.scheme == "holdout":
+        check_holdout(protocol, views, distill)
+    if (folds.scheme == "column") != bool(data.fold_column):
+        raise ValueError(
+            f"folds.scheme = {folds.scheme} ignores data.fold_column; set folds.scheme = column"
+            if data.fold_column
+            else "folds.scheme = column needs data.fold_column, the name of a table's column"
+        )
+    if folds.scheme in ("grouped", "leave-one-group-out") and not (
+        data.group_regex or data.group_file or data.source in WITH_GROUPS
+    ):
+        raise ValueError(
+            f"folds.scheme = {folds.scheme} needs groups; "
+            "set data.group_regex or data.group_file, or use a CSV file with a group column"
+        )
+    for key in ("group_regex", "group_file"):
+        if folds.scheme == "stratified" and getattr(data, key):
+            raise ValueError(
+                f"folds.scheme = stratified ignores data.{key}; set folds.scheme = grouped"
             )
 
 

@@ -38,7 +38,8 @@ from threefold.paper.reproduce import (
     reproduce_item,
 )
 from threefold.paper.results import CellResult, ItemResults
-from threefold.recipe import Recipe, packaged
+from threefold.recipe import Recipe
+from threefold.recipe_lookup import packaged
 
 runner = CliRunner()
 

@@ -22,7 +22,7 @@ def demo(
 ) -> None:
     """Train, ensemble, export and predict on real images, in minutes."""
     from threefold import api
-    from threefold.recipe import packaged
+    from threefold.recipe_lookup import packaged
 
     with watch_training(verbose, resume_command("demo", "--out", out_dir)) as watcher:
         out.print(

@@ -27,7 +27,8 @@ from threefold.paper.scales import (
     apply_smoke,
     keep_members,
 )
-from threefold.recipe import Recipe, packaged
+from threefold.recipe import Recipe
+from threefold.recipe_lookup import packaged
 from threefold.recipe_schema import WITH_COLUMNS
 from threefold.training.execution import Execution
 from threefold.training.progress.watcher import Watcher
