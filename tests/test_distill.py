@@ -13,13 +13,14 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 import threefold
-from threefold.api import default_folder, student_recipe
+from threefold.api import default_folder
 from threefold.cli.app import app
 from threefold.errors import RecipeError
 from threefold.evaluation.compare import compare_saved
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.training.run import Run
+from threefold.training.student_recipe import student_recipe
 
 runner = CliRunner()
 

@@ -12,26 +12,18 @@ from typing import Any, get_args
 from threefold.arguments import parse_devices, parse_minutes, split_names
 from threefold.data.dataset import Sources
 from threefold.data.group_file import GROUP_FILE
-from threefold.data.in_memory import find_stored_data
-from threefold.data.sources.table_inside import find_table
 from threefold.errors import RecipeError, RunError
 from threefold.exporting.export import export
-from threefold.names import plain_backbone
 from threefold.predictions.remote_run import run_folder_at
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
-from threefold.recipe_schema import MemberSpec, StageSpec
 from threefold.report.pages import write_report
 from threefold.training.distillation import open_teacher
 from threefold.training.execution import Execution
 from threefold.training.jobs import remove_cache, train_members
-from threefold.training.planning.basis import (
-    STARTUP_SECONDS,
-    Quality,
-    finishing_seconds,
-)
-from threefold.training.planning.candidates import is_auto
-from threefold.training.planning.plan import left_out_reason, plan_folder
+from threefold.training.planning.basis import STARTUP_SECONDS, Quality, finishing_seconds
+from threefold.training.planning.plan import plan_folder
+from threefold.training.planning.resumed_recipe import LEFT_OUT, read_resumed_recipe
 from threefold.training.progress.terminal_watcher import show_progress
 from threefold.training.progress.trackers import TrackedWatcher
 from threefold.training.progress.watcher import Watcher
@@ -39,15 +31,10 @@ from threefold.training.results.diagnostics import DataDiagnostics
 from threefold.training.results.scoring import headline, score_run
 from threefold.training.run import Run
 from threefold.training.run_data import place_data
-
-LEFT_OUT = "the members to be tuned were left out: no time left"
-"""Header of a recipe that has lost them."""
+from threefold.training.student_recipe import student_recipe
 
 LEAST_TUNING_SECONDS = 10.0
 """Less time than this is not worth starting to tune."""
-
-STUDENT, TWIN, PROBE = "student", "student-labels", "student-head"
-"""Names of the two members of a run that `distill` creates."""
 
 
 def fit(
@@ -126,7 +113,7 @@ def _fit(
     began = time.monotonic()
     if (out / "recipe.toml").exists():
         # A new plan could differ, since it depends on the speed of the machine.
-        recipe = _resumed_recipe(out, Path(folder), members, overrides)
+        recipe = read_resumed_recipe(out, Path(folder), members, overrides)
         header, sources = "", None
     else:
         RunFolder(out).check_new()
@@ -216,56 +203,6 @@ def _settle(early: Run, diagnostics: DataDiagnostics | None = None) -> Run:
         score_run(early, diagnostics, ())
     finish(early)
     return early
-
-
-def _resumed_recipe(
-    out: Path, folder: Path, members: tuple[str, ...], overrides: tuple[str, ...]
-) -> Recipe:
-    """Read the recipe of an interrupted fit, and check that this call fits it."""
-    path = out / "recipe.toml"
-    recipe = Recipe.load(path)
-    if LEFT_OUT in RunFolder(out).header:
-        overrides = tuple(text for text in overrides if not _is_left_out(text, recipe))
-    members = tuple(plain_backbone(name) for name in members)
-    # Tuned members have the backbones of their probes.
-    backbones = tuple(member.backbone for member in recipe.members if not member.starts_from)
-    # The plan may have dropped the last of the members named.
-    left_out = members[len(backbones) :]
-    reason = left_out_reason(left_out)
-    is_same = members == backbones + left_out and (
-        not left_out or any(line.endswith(reason) for line in RunFolder(out).header)
-    )
-    # What was chosen stays chosen.
-    is_same = is_same or not members or is_auto(members)
-    if Recipe.load(path, overrides).digest() != recipe.digest() or not is_same:
-        raise RunError(
-            "the folder holds a run of another recipe",
-            where=out,
-            fix="choose another --out, or leave out --set and --members to resume it",
-        )
-    root = Path(find_stored_data(recipe.data.root, out)).resolve()
-    table = find_table(folder) if folder.is_dir() else None  # which is the root of such a folder
-    if root not in (folder.resolve(), table and table.resolve()):
-        raise RunError(
-            "the folder holds a run on other images",
-            where=out,
-            got=recipe.data.root,
-            fix=f"choose another --out, such as {out}-{folder.suffix.lstrip('.') or '2'}",
-        )
-    return Recipe.load(path, overrides)  # perhaps with another number of devices
-
-
-def _is_left_out(override: str, recipe: Recipe) -> bool:
-    """Whether an override is about a stage, a member or a table that the recipe does not have."""
-    names = {
-        "stages": [stage.name for stage in recipe.stages],
-        "members": [member.name for member in recipe.members],
-    }
-    section, _, rest = override.partition("=")[0].strip().partition(".")
-    if section == "pseudo_labels":
-        return recipe.pseudo_labels is None
-    entry = rest.partition(".")[0]
-    return section in names and not entry.isdigit() and entry not in names[section]
 
 
 def train(
@@ -394,94 +331,6 @@ def default_folder(run: str | Path, student: str) -> Path:
     """Return the default folder of a student: beside the run, named after both."""
     folder = Path(run).resolve()
     return folder.parent / f"{folder.name}-{re.sub(r'[^A-Za-z0-9_.-]', '-', student)}"
-
-
-def student_recipe(teacher: Run, run: str, student: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Make the recipe of a student and its twin from that of the run that teaches.
-
-    Both have the run's data, folds, augmentation and training, and one refitted network each. Where
-    the run's member starts from a head on its frozen backbone, both start from such a head, too.
-    `distill.inner` is 0 where the run has test images, which then carry the honest scores, else 2.
-
-    Args:
-        teacher: the run that teaches.
-        run: its path, as it is written into the recipe.
-        student: a member of the run, or a timm name.
-        overrides: `a.b=c` changes.
-
-    Raises:
-        RecipeError: the student is a member that joins others, no stage of the run tunes a network,
-            or an override cannot be used.
-    """
-    recipe = teacher.recipe
-    tree: dict[str, Any] = recipe.model_dump(
-        mode="json", exclude={"pseudo_labels"}, exclude_none=True
-    )
-    member = next((m for m in recipe.members if m.name == student), None)
-    if member is not None and member.joins:
-        raise RecipeError(
-            "a member that joins others is no student",
-            got=student,
-            fix="name a member with a backbone of its own, or a timm network",
-        )
-    first = next(m for m in recipe.members if not m.joins)
-    spec = member or MemberSpec(
-        name=STUDENT, backbone=student, img_size=first.img_size, resize=first.resize
-    )
-    head, tuning = _student_stages(recipe, (member or first).name)
-    start = {"name": PROBE, "folds": [], "starts_from": ""}
-    changes = {"name": STUDENT, "folds": [], "starts_from": PROBE if head else ""}
-    learner = spec.model_dump(mode="json")
-    ensemble = {"methods": ["mean"], "export": "mean", "members": [STUDENT], "top": 0}
-    tree |= {
-        "name": f"{recipe.name[:60]}-student",
-        "budget_minutes": 0.0,
-        "folds": tree["folds"] | {"final": "refit"},
-        "views": {},
-        "ensemble": tree["ensemble"] | ensemble,
-        "stages": [
-            *(stage.model_dump(mode="json") | {"members": [PROBE]} for stage in head),
-            *(stage.model_dump(mode="json") | {"members": []} for stage in tuning),
-        ],
-        "members": [*([learner | start] if head else []), learner | changes],
-        "distill": {
-            "run": run,
-            "student": STUDENT,
-            "inner": 2 if teacher.folder.test is None else 0,
-        },
-    }
-    # Overrides of the student hold for its twin as well.
-    alone = Recipe.parse(tree, overrides, where="the student's recipe")
-    tree = alone.model_dump(mode="json", exclude_none=True)
-    tree["members"] += [m | {"name": TWIN} for m in tree["members"] if m["name"] == STUDENT]
-    tree["distill"]["twin"] = TWIN
-    return Recipe.parse(tree, where="the student's recipe")
-
-
-def _student_stages(
-    recipe: Recipe, name: str
-) -> tuple[tuple[StageSpec, ...], tuple[StageSpec, ...]]:
-    """Return the stages of a member's head, if it has one, and those that tune the network.
-
-    A student learns from soft targets in the latter. Those of a probe are the stages of the first
-    member that starts from it.
-
-    Raises:
-        RecipeError: no stage tunes a network.
-    """
-    start = recipe.member(name).starts_from or name
-    later = [m.name for m in recipe.members if m.starts_from == start]
-    head = tuple(stage for stage in recipe.stages_of(start) if stage.kind == "head")
-    for member in (name, *later):
-        tuning = tuple(stage for stage in recipe.stages_of(member) if stage.kind == "tune")
-        if tuning:
-            return head, tuning
-    raise RecipeError(
-        "the run tunes no network, so there are no stages for a student to learn in",
-        where=f"member {name}",
-        expected="a stage of kind tune",
-        fix="distill a run with one",
-    )
 
 
 def _add_file_sizes(run: Run, teacher: Run) -> None:

@@ -17,7 +17,6 @@ from support.tiny_runs import make_folder, tiny_tree
 from torch import nn
 
 from threefold import api
-from threefold.api import student_recipe
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.evaluation.compare import compare_saved
 from threefold.evaluation.saved import evaluate_saved, score_saved
@@ -35,6 +34,7 @@ from threefold.training.jobs import train_members
 from threefold.training.run import Run
 from threefold.training.stages.loop import train_stage
 from threefold.training.stages.task import StageOutcome, StageTask
+from threefold.training.student_recipe import student_recipe
 
 
 def features_of(member: Member, pixels: np.ndarray) -> np.ndarray:

@@ -40,6 +40,7 @@ from threefold.training.run import Run
 from threefold.training.stages.loop import train_stage
 from threefold.training.stages.task import StageOutcome, StageTask
 from threefold.training.steps.losses import smooth_targets
+from threefold.training.student_recipe import student_recipe
 
 PSEUDO = {**PROBE, "name": "pseudo"}
 TUNED = {"name": "tuned", "starts_from": "probe"}
@@ -412,7 +413,7 @@ def test_a_cached_stage_reads_unlabelled_activations(
 
 @pytest.mark.slow
 def test_a_student_of_such_a_run_learns_from_the_run(taught: Run) -> None:
-    student = api.student_recipe(taught, str(taught.dir), "tuned")
+    student = student_recipe(taught, str(taught.dir), "tuned")
 
     assert student.pseudo_labels is None
     assert student.distill is not None

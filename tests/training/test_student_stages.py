@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from support.frozen_runs import PROBE, frozen_tree
 
-from threefold.api import student_recipe
 from threefold.errors import RecipeError
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.training.run import Run
+from threefold.training.student_recipe import student_recipe
 
 HEAD = {"name": "head", "kind": "head", "members": ["probe"]}
 TUNE = {"name": "tune", "epochs": 2, "lr": 1e-3}
