@@ -134,7 +134,7 @@ def _first_of_each_class(folder: Path) -> Iterator[tuple[Path, str]]:
 def _write_demo(made: Path) -> None:
     """Write the project's Fashion-MNIST images as PNG."""
     # Not at the top: peers, whose start-up is timed, list images with this module.
-    from threefold.data.dataset import load_data
+    from threefold.data.load import load_data
     from threefold.recipe_schema import DataSpec
 
     sources = load_data(DataSpec(source="demo"), seed=0)

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from threefold.data.dataset import ImageDataset, load_data
+from threefold.data.dataset import ImageDataset
+from threefold.data.load import load_data
 from threefold.ensembles.cross_fit import stratified_parts
 from threefold.ensembles.scaling import apply_temperature, fit_temperature
 from threefold.models.member import Member, build_member

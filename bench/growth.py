@@ -101,7 +101,7 @@ def link_images(folder: Path, count: int) -> None:
 
 def fill_cache(folder: Path) -> None:
     """Fill the image cache of a folder, as a run does."""
-    from threefold.data.dataset import load_data
+    from threefold.data.load import load_data
     from threefold.models.views import Views
     from threefold.recipe_schema import DataSpec, MemberSpec, ViewSpec
     from threefold.training.pixel_cache import PixelCache

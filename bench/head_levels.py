@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from development_sets import SETS, prepare
 
-from threefold.data.dataset import load_data
+from threefold.data.load import load_data
 from threefold.data.splits import refit_roles
 from threefold.models.member import last_level
 from threefold.recipe import Recipe

@@ -30,7 +30,8 @@ import torch
 from development_sets import SETS, prepare
 from scipy.stats import ttest_1samp
 
-from threefold.data.dataset import Sources, load_data
+from threefold.data.dataset import Sources
+from threefold.data.load import load_data
 from threefold.data.splits import Roles, refit_roles
 from threefold.models.heads import build_head
 from threefold.recipe import Recipe

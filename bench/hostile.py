@@ -29,8 +29,9 @@ import numpy as np
 from hostile_probe import Probe, Refusal
 from PIL import Image
 
-from threefold.data.dataset import Sources, load_data
+from threefold.data.dataset import Sources
 from threefold.data.images import decode
+from threefold.data.load import load_data
 from threefold.errors import ThreefoldError
 from threefold.predictions.formats import read_predictions
 from threefold.recipe import Recipe

@@ -33,7 +33,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from threefold.data.dataset import load_data
+from threefold.data.load import load_data
 from threefold.evaluation.label_errors import find_suspects
 from threefold.predictions.predictions import Predictions
 from threefold.recipe_schema import DataSpec

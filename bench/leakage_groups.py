@@ -36,7 +36,8 @@ import torch
 from development_sets import SETS
 from torchvision.transforms import v2
 
-from threefold.data.dataset import ImageDataset, Sources, load_data
+from threefold.data.dataset import ImageDataset, Sources
+from threefold.data.load import load_data
 from threefold.data.scene_groups import SceneGroups, find_scene_groups, grouping_effect
 from threefold.data.splits import Roles, assign_roles, refit_roles
 from threefold.recipe import Recipe

@@ -50,7 +50,7 @@ def make_images(folder: Path, count: int, classes: int) -> None:
 
 def run_part(part: str, folder: Path) -> None:
     """Do what a part measures."""
-    from threefold.data.dataset import load_data
+    from threefold.data.load import load_data
     from threefold.data.sources.folder import list_folder
     from threefold.recipe_schema import DataSpec
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from threefold.data.dataset import load_data
+from threefold.data.load import load_data
 from threefold.data.splits import assign_roles
 from threefold.models.member import build_member
 from threefold.models.resize import resize_square

@@ -9,8 +9,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from threefold.data.dataset import load_data
 from threefold.data.detect_source import detect_source
+from threefold.data.load import load_data
 from threefold.errors import MissingExtraError, RunError
 from threefold.files import sha256, write_json
 from threefold.object_store import LocalCopy, ObjectFolder, url_of

@@ -18,7 +18,8 @@ import numpy as np
 
 from threefold.api import finish, train
 from threefold.arguments import parse_minutes
-from threefold.data.dataset import Sources, load_data
+from threefold.data.dataset import Sources
+from threefold.data.load import load_data
 from threefold.errors import RecipeError, RunError
 from threefold.evaluation.optimism import Counts, optimism_entry
 from threefold.extras import require_package

@@ -15,8 +15,8 @@ import pytest
 import torch
 from support.tiny_runs import make_folder, tiny_tree
 
-from threefold.data.dataset import load_data
 from threefold.data.group_file import GROUP_FILE, write_groups
+from threefold.data.load import load_data
 from threefold.exporting.onnx_files import write_file
 from threefold.files import read_arrays, read_json, write_arrays, write_bytes, write_json
 from threefold.models.views import Views

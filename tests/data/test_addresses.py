@@ -14,8 +14,9 @@ from PIL import Image
 from support.download_server import Server
 
 from threefold.counting import listening
-from threefold.data.dataset import Sources, load_data
+from threefold.data.dataset import Sources
 from threefold.data.detect_source import detect_source
+from threefold.data.load import load_data
 from threefold.data.sources import addresses
 from threefold.data.sources.addresses import name_address
 from threefold.errors import DataError

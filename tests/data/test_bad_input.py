@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from threefold.data.dataset import ImageDataset, load_data
+from threefold.data.dataset import ImageDataset
+from threefold.data.load import load_data
 from threefold.errors import DataError
 from threefold.recipe_schema import DataSpec
 

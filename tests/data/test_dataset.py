@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 from support.paths import ROOT
 
-from threefold.data.dataset import ImageDataset, load_data
+from threefold.data.dataset import ImageDataset
 from threefold.data.images import BadImage
+from threefold.data.load import load_data
 from threefold.data.published import FASHION_MNIST_CLASSES
 from threefold.data.sources.arrays import FASHION_MNIST_ROOT, read_idx
 from threefold.errors import DataError

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from threefold.data.check import check_data, find_spec
-from threefold.data.dataset import Sources, load_data
+from threefold.data.dataset import Sources
 from threefold.data.detect_source import detect_source, find_fold_column, seems_data
 from threefold.data.labelled import load_labelled
+from threefold.data.load import load_data
 from threefold.errors import DataError, RecipeError
 from threefold.files import sha256
 from threefold.predictions.run_folder import default_run_folder

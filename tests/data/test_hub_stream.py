@@ -24,7 +24,7 @@ parquet = pytest.importorskip("pyarrow.parquet")
 
 LOAD = """
 import json, sys
-from threefold.data.dataset import load_data
+from threefold.data.load import load_data
 from threefold.data.detect_source import detect_source, find_fold_column
 from threefold.data.sources import hub_stream
 hub_stream.SAVE_SECONDS = 0.0

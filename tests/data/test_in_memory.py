@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from threefold.data.dataset import Sources, load_data
+from threefold.data.dataset import Sources
 from threefold.data.detect_source import detect_source
 from threefold.data.in_memory import find_stored_data, is_stored_data, store_data
+from threefold.data.load import load_data
 from threefold.errors import DataError, RunError
 from threefold.predictions.run_folder import RunFolder
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from threefold.data import leakage
-from threefold.data.dataset import load_data
 from threefold.data.leakage import (
     GROUP_PATTERNS,
     Duplicate,
@@ -23,6 +22,7 @@ from threefold.data.leakage import (
     find_duplicates,
     guess_group_pattern,
 )
+from threefold.data.load import load_data
 from threefold.errors import DataError
 from threefold.recipe_schema import DataSpec
 

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from support.sources import load_source
 
-from threefold.data.dataset import Sources, load_data
+from threefold.data.dataset import Sources
 from threefold.data.detect_source import detect_source, find_multilabel
 from threefold.data.in_memory import store_data
 from threefold.data.label_folds import stratify
 from threefold.data.labelled import load_labelled
+from threefold.data.load import load_data
 from threefold.data.shapes import SHAPES, write_shapes
 from threefold.data.sources.label_sets import find_separator, split_labels
 from threefold.data.splits import assign_roles, refit_roles

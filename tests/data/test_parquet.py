@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 from support.sources import load_source
 
-from threefold.data.dataset import load_data
 from threefold.data.detect_source import find_fold_column
+from threefold.data.load import load_data
 from threefold.data.sources import parquet as parquet_source
 from threefold.errors import DataError
 from threefold.recipe_schema import DataSpec

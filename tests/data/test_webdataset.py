@@ -14,9 +14,10 @@ from PIL import Image
 from support.http_server import hosting
 
 from threefold.data.check import check_data, find_spec
-from threefold.data.dataset import Sources, load_data
+from threefold.data.dataset import Sources
 from threefold.data.detect_source import detect_source, seems_data
 from threefold.data.labelled import load_labelled
+from threefold.data.load import load_data
 from threefold.data.sources.webdataset import expand_range, holds_samples, split_name
 from threefold.errors import DataError
 from threefold.predictions.run_folder import default_run_folder

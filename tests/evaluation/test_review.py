@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from support.fake_runs import fake_recipe
 
-from threefold.data.dataset import load_data
+from threefold.data.load import load_data
 from threefold.data.synthetic import write_sample
 from threefold.errors import DataError, RunError
 from threefold.evaluation.label_errors import Suspect, read_suspects, write_suspects

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from threefold.cli.app import app
 from threefold.cli.reproduce import show_results
-from threefold.data.dataset import load_data
+from threefold.data.load import load_data
 from threefold.data.published import data_table
 from threefold.data.synthetic import write_sample
 from threefold.errors import DataError, RecipeError

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from support.stages import Stopper, build_tiny, make_rows, make_task
 from support.tiny_runs import make_folder, tiny_tree
-from threefold.data.dataset import load_data
+from threefold.data.load import load_data
 from threefold.files import write_arrays, write_json
 from threefold.models.pipeline import Predictor
 from threefold.recipe import Recipe

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from threefold.data.dataset import Sources, load_data
+from threefold.data.dataset import Sources
+from threefold.data.load import load_data
 from threefold.recipe_schema import DataSpec
 
 

@@ -12,7 +12,7 @@ from support.tiny_runs import paint
 
 from threefold import api
 from threefold.arguments import parse_minutes
-from threefold.data.dataset import load_data
+from threefold.data.load import load_data
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe

@@ -11,8 +11,8 @@ import pytest
 from support.tiny_runs import make_folder
 
 import threefold
-from threefold.data.dataset import load_data
 from threefold.data.detect_source import detect_source
+from threefold.data.load import load_data
 from threefold.errors import RunError, ThreefoldError
 from threefold.training.run_data import place_data
 

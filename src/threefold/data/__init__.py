@@ -10,11 +10,12 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "threefold.data.check": ["DataCheck", "Finding", "check_data", "find_spec"],
-        "threefold.data.dataset": ["ImageDataset", "Sources", "load_data"],
+        "threefold.data.dataset": ["ImageDataset", "Sources"],
         "threefold.data.download": ["fetch"],
         "threefold.data.images": ["decode", "measure"],
         "threefold.data.leakage": ["duplicate_warnings", "find_duplicates", "guess_group_pattern"],
         "threefold.data.quality": ["QualityFinding", "find_outliers", "measure_quality"],
+        "threefold.data.load": ["load_data"],
         "threefold.data.published": ["PublishedDataset", "find_published"],
         "threefold.data.scene_groups": [
             "GroupingEffect",

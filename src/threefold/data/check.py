@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from threefold.data.dataset import ImageDataset, Sources, load_data
+from threefold.data.dataset import ImageDataset, Sources
 from threefold.data.detect_source import (
     TABLES,
     detect_source,
@@ -30,6 +30,7 @@ from threefold.data.leakage import (
     find_duplicates,
     guess_group_pattern,
 )
+from threefold.data.load import load_data
 from threefold.data.published import FILE_PATTERNS
 from threefold.data.quality import FAULTS, QualityFinding, QualityMeter
 from threefold.errors import DataError, RecipeError, refuse_address, shorten

@@ -10,10 +10,11 @@ from typing import Literal
 
 import numpy as np
 
-from threefold.data.dataset import ImageDataset, Sources, note_misleading_names
+from threefold.data.dataset import ImageDataset, Sources
 from threefold.data.images import check_hashed, map_in_threads
 from threefold.data.leakage import NEAR, NEAR_COPIES, find_duplicates
 from threefold.data.unchanged import DIGEST
+from threefold.data.verified import note_misleading_names
 from threefold.data.walk import LeftOut, describe_left_out, walk_images
 from threefold.errors import DataError, shorten
 from threefold.machine import decoding_threads

@@ -24,6 +24,7 @@ from threefold.data.sources.folder import EncodedImages, ListedImage, contents_o
 from threefold.errors import DataError, MissingImageError, shorten
 from threefold.files import cache_folder
 from threefold.machine import decoding_threads
+from threefold.names import count_of
 
 VERIFIED: Final = "verified"
 """Kind of the cache's folder."""
@@ -62,6 +63,13 @@ def refuse_bad(bad: Sequence[BadImage], count: int) -> DataError:
         got=shorten(f"{image.path} ({image.reason})" for image in bad),
         fix='repair, rename or remove them, or set data.bad_images = "skip"',
     )
+
+
+def note_misleading_names(bad: list[BadImage]) -> list[str]:
+    """Note readable files whose suffix names another format."""
+    named = [f"{image.path} ({image.reason})" for image in bad if image.readable]
+    read = count_of(len(named), "image was read", "images were read")
+    return [f"{read} despite a misleading suffix: {shorten(named)}"] if named else []
 
 
 def verify_images(

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 from threefold.data.check import examine_images, find_spec
-from threefold.data.dataset import ImageDataset, Sources, load_data
+from threefold.data.dataset import ImageDataset, Sources
 from threefold.data.leakage import Duplicate
+from threefold.data.load import load_data
 from threefold.data.quality import FAULTS, QualityFinding
 from threefold.data.sources.folder import FilePaths
 from threefold.errors import DataError, RecipeError, RunError, shorten

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from threefold.data.dataset import ImageDataset, Sources, load_data
+from threefold.data.dataset import ImageDataset, Sources
 from threefold.data.group_file import GROUP_FILE
 from threefold.data.in_memory import find_stored_data
+from threefold.data.load import load_data
 from threefold.data.splits import Roles, assign_roles, refit_roles
 from threefold.data.unlabelled import with_unlabelled
 from threefold.errors import RunError

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from threefold.data.dataset import Sources, load_data
+from threefold.data.dataset import Sources
 from threefold.data.detect_source import detect_source, find_fold_column, find_multilabel
 from threefold.data.in_memory import run_of_stored_data
+from threefold.data.load import load_data
 from threefold.data.splits import HOLDOUT
 from threefold.models.member import fixed_size
 from threefold.models.pipeline import pick_device
