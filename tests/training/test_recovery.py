@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from threefold.errors import RunError
 from threefold.models.member import Member
 from threefold.recipe import Job
-from threefold.training.stages.loop import make_loop, train_stage
+from threefold.training.stages.loop import StageLoop, train_stage
 from threefold.training.stages.recovery import recovery_notes
 from threefold.training.stages.task import StageOutcome
 
@@ -62,7 +62,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_a_step_that_is_not_finite_changes_nothing(what: str) -> None:
     """Neither weights nor the running statistics of norms."""
     member = spoil(build_tiny(), [1], what)
-    loop = make_loop(member, make_task("train.ema=0.9"))
+    loop = StageLoop(member, make_task("train.ema=0.9"))
     steps = loop.take_steps([1e-2, 1e-2, 1e-2])
 
     next(steps)
@@ -81,7 +81,7 @@ def test_a_step_that_is_not_finite_changes_nothing(what: str) -> None:
 def test_loss_scaling_finds_its_scale_by_itself(what: str, skipped: int) -> None:
     """A gradient that overflows belongs to it; a loss that is not finite does not."""
     member = spoil(build_tiny(), [1], what)
-    loop = make_loop(member, make_task())
+    loop = StageLoop(member, make_task())
     loop.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     steps = loop.take_steps([1e-2, 1e-2, 1e-2])
 

@@ -16,7 +16,7 @@ import numpy as np
 from torch import nn
 
 from threefold.training.randomness import keep_generators, seed_generators
-from threefold.training.stages.loop import make_loop
+from threefold.training.stages.loop import StageLoop
 from threefold.training.stages.task import StageTask
 from threefold.training.steps.allocator import reuse_freed_memory
 
@@ -129,7 +129,7 @@ def sweep_stage(member: nn.Module, task: StageTask, rates: Sequence[float]) -> R
     """
     with keep_generators(next(member.parameters()).device), reuse_freed_memory():
         seed_generators(task.seed)
-        loop = make_loop(copy.deepcopy(member), task)
+        loop = StageLoop(copy.deepcopy(member), task)
         return follow_losses(rates, _reported(loop.take_steps(rates), task))
 
 

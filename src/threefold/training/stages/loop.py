@@ -11,21 +11,18 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, partial
+from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 
 from threefold.errors import shorten
-from threefold.models.member import Member
-from threefold.models.pipeline import Predictor, predict_probs
-from threefold.models.split import LateBlocks
 from threefold.training.checkpoints import (
     Checkpoint,
     ResumeState,
@@ -37,27 +34,14 @@ from threefold.training.checkpoints import (
 )
 from threefold.training.checks import DivergedError, diverged
 from threefold.training.distributed.ranks import Stopped, current_ranks
-from threefold.training.distributed.sharing import Share
 from threefold.training.distributed.stage import share_stage
-from threefold.training.features.activations import predict_late, to_activations
-from threefold.training.features.cache import FeatureRows
-from threefold.training.features.heads import head_probs, to_features
-from threefold.training.pixel_cache import slice_rows
 from threefold.training.randomness import seed_generators
+from threefold.training.stages.inputs import stage_inputs
 from threefold.training.stages.recovery import Recovery
 from threefold.training.stages.resume import RESUME_FORMAT, Progress, collect_state, restore_loop
-from threefold.training.stages.task import (
-    StageOutcome,
-    StageTask,
-    features_of,
-    pixels_of,
-    why_stopped,
-)
+from threefold.training.stages.task import StageOutcome, StageTask, why_stopped
 from threefold.training.steps.allocator import reuse_freed_memory
-from threefold.training.steps.batch_augmentation import BatchAugmentation
 from threefold.training.steps.batches import Batch, draw_batches
-from threefold.training.steps.device_pixels import pixel_reader
-from threefold.training.steps.losses import BatchLoss, smooth_targets, teacher_targets
 from threefold.training.steps.memory import MemoryGuard
 from threefold.training.steps.optimizers import create_optimizer, lr_at, set_trainable, train_mode
 from threefold.training.steps.precision import autocast, check_precision, pick_precision
@@ -75,7 +59,7 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
     """
     task = share_stage(member, task)
     seed_generators(task.seed)
-    loop = make_loop(member, task)
+    loop = StageLoop(member, task)
     start = loop.checkpoint(-1)
     best, records = loop.resume(start)
     patience = task.stage.patience or math.inf
@@ -122,13 +106,8 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
     return StageOutcome(chosen.state, history, chosen.correct, loop.elapsed_before)
 
 
-def make_loop(member: nn.Module, task: StageTask) -> StageLoop:
-    """Return the loop of a stage: of a network, or of a head on cached features."""
-    return (_HeadLoop if isinstance(task.fit, FeatureRows) else StageLoop)(member, task)
-
-
 class StageLoop:
-    """Optimizer, augmentation and counters of one stage; see `make_loop`."""
+    """Optimizer, generators and counters of one stage, of a network or of a head."""
 
     def __init__(self, member: nn.Module, task: StageTask) -> None:
         spec = task.recipe.train
@@ -136,26 +115,13 @@ class StageLoop:
         self.ranks = current_ranks()
         self.device = next(member.parameters()).device
         set_trainable(member, task.stage)
-        self.network = self._network(member)
-        self.activations: np.ndarray = np.zeros(0)  # of the epoch, where these are cached
+        self.inputs = stage_inputs(task, self.device)
+        self.network = self.inputs.network(member)
         self.precision = self.ranks.decide(self._pick_precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
         self.optimizer = create_optimizer(member, spec, task.stage.lr)
-        self.augment = BatchAugmentation(task.recipe.augment, task.num_classes, task.seed + 1)
-        self.targets = None
-        smoothing = spec.label_smoothing
-        if task.targets is not None:
-            targets = torch.from_numpy(task.targets).to(self.device)
-            self.targets, smoothing = smooth_targets(targets, smoothing), 0.0
-        self.loss = BatchLoss(
-            spec.model_copy(update={"label_smoothing": smoothing}),
-            task.fit.labels,
-            task.num_classes,
-            self.device,
-            task.recipe.distill,
-        )
         self.generator = torch.Generator().manual_seed(task.seed)
-        self.generators = {"batches": self.generator, "augment": self.augment.generator}
+        self.generators = {"batches": self.generator, "augment": self.inputs.augment.generator}
         self.memory = MemoryGuard(member, self.generators, spec, task.stage, task.watcher.note)
         self.order_state = self.generator.get_state()  # before the epoch's batches were drawn
         self.progress = Progress()
@@ -173,42 +139,22 @@ class StageLoop:
         self.recovery = Recovery(
             member, self.optimizer, self.average, task.stage, task.watcher.note
         )
-        self.soft_targets = teacher_targets(task.teacher_probs, task.recipe.distill, self.device)
 
     def _train_mode(self) -> None:
         train_mode(self.member, fixed_norms=self.task.stage.batch_norm == "fixed")
 
     def _pick_precision(self) -> str:
-        """The recipe's precision; `auto` is measured on the first batch."""
+        """The recipe's precision; `auto` is measured on the first batch. Heads are in float32."""
         task, name = self.task, self.spec.precision
+        if self.inputs.reads_features:
+            return "float32"
         check_precision(name, self.device)
         if name != "auto":
             return name
         self._train_mode()
         size = -(-(task.batch_size or self.spec.batch_size) // self.spec.accumulate)
-        if task.activations is not None:
-            inputs = to_activations(task.activations.select[:size], self.device)
-            what = f"{task.network} from block {task.activations.count}"
-        else:
-            inputs = self._read_pixels(np.arange(min(size, len(task.fit.labels))))
-            what = f"{task.network} at {inputs.shape[-1]} px"
-        return pick_precision(
-            self.network,
-            inputs,
-            what,
-            task.precision_file,
-            task.watcher.note,
-        )
-
-    @cached_property
-    def _read_pixels(self) -> Callable[[np.ndarray], Tensor]:
-        return pixel_reader(pixels_of(self.task.fit), self.device)
-
-    def _network(self, member: nn.Module) -> nn.Module:
-        """The part of a member that is trained: all of it, or what follows cached activations."""
-        if self.task.activations is None:
-            return member
-        return LateBlocks(cast("Member", member), self.task.activations.count)
+        inputs, what = self.inputs.sample(size)
+        return pick_precision(self.network, inputs, what, task.precision_file, task.watcher.note)
 
     def resume(self, start: Checkpoint) -> tuple[Checkpoint, list[dict[str, Any]]]:
         """Restore a stage that was killed; returns the best checkpoint and the epochs so far.
@@ -289,8 +235,7 @@ class StageLoop:
         self.progress = Progress()
         began = time.monotonic() - seconds
         self.order_state = self.generator.get_state()
-        if self.task.activations is not None:
-            self.activations = self.task.activations.fit(number)
+        self.inputs.begin_epoch(number)
         self._train_mode()
         for rows in islice(self._batches(), steps, None):
             skipped_before = self.recovery.skipped
@@ -333,7 +278,7 @@ class StageLoop:
     def checkpoint(self, epoch: int) -> Checkpoint:
         """Measure the weights, or their moving average after training, on the select rows."""
         source = self.average.module if self.average is not None and epoch >= 0 else self.member
-        probs = self.ranks.gather(len(self.task.select.labels), partial(self._answer, source))
+        probs = self.ranks.gather(len(self.task.select.labels), partial(self.inputs.answer, source))
         state = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
         # A single step can spoil the weights after its loss was computed.
         if not np.isfinite(probs).all():
@@ -352,14 +297,6 @@ class StageLoop:
         deadline = self.task.deadline
         return deadline < math.inf and self.ranks.is_true(lambda: time.monotonic() > deadline)
 
-    def _answer(self, network: nn.Module, rows: slice) -> np.ndarray:
-        """Probabilities (r, k) of some of the select rows."""
-        if self.task.activations is not None:
-            activations = self.task.activations.select[rows]
-            return predict_late(self._network(network), activations, self.loss.task)
-        predictor = Predictor(network, None, self.loss.task)
-        return predict_probs(predictor, slice_rows(pixels_of(self.task.select), rows))
-
     def _measured(self, state: State, probs: np.ndarray, epoch: int) -> Checkpoint:
         return Checkpoint(state, probs, self.task.select.labels, epoch, self.spec.metric)
 
@@ -372,8 +309,7 @@ class StageLoop:
         """Take a step at each rate; yields the loss of its images, before the step."""
         rates = iter(lrs)
         for epoch in count():
-            if self.task.activations is not None:
-                self.activations = self.task.activations.fit(epoch % self.task.stage.epochs)
+            self.inputs.begin_epoch(epoch % self.task.stage.epochs)
             self._train_mode()
             for rows in self._batches():
                 lr = next(rates, None)
@@ -396,7 +332,7 @@ class StageLoop:
         self.ranks.begin_step(self.task.seed, self.step)
         self.recovery.begin_step()
         parts = np.array_split(rows, min(self.memory.parts, len(rows) // 2))
-        batches: Iterable[Batch] = map(self._inputs, parts)
+        batches: Iterable[Batch] = map(self.inputs.batch, parts)
         if self.spec.sam:
             batches = list(batches)  # both passes take the same augmented images
         loss = self._backward(batches, len(rows))
@@ -441,7 +377,7 @@ class StageLoop:
             with self.ranks.keep_gradients(self.network, done < count):
                 with autocast(self.precision, self.device):
                     logits = self.network(batch.images)
-                part_loss = self.loss(logits.float(), batch.labels, batch.soft, batch.whole)
+                part_loss = self.inputs.loss(logits.float(), batch.labels, batch.soft, batch.whole)
                 scaled = self.scaler.scale(part_loss * (share * self.ranks.world_size))
                 scaled.backward()  # type: ignore[no-untyped-call]
             loss += float(part_loss.detach()) * share
@@ -453,46 +389,3 @@ class StageLoop:
             return self.step
         used = (time.monotonic() - self.started) / max(self.task.deadline - self.started, 1e-9)
         return self.ranks.decide(lambda: max(self.step, min(total - 1, int(used * total))))
-
-    def _inputs(self, rows: np.ndarray) -> Batch:
-        """What the network is given of some fit rows, or of this rank's share of them."""
-        share = self.ranks.share(len(rows))
-        own = rows if share is None else rows[share.positions]
-        images, labels, soft = self._read(own, *self._targets(own), share)
-        if share is None:
-            return Batch(images, labels, soft)
-        whole = self.loss.whole(self.task.fit.labels[rows], labels, share)
-        return Batch(images, labels, soft, whole)
-
-    def _read(
-        self, rows: np.ndarray, labels: Tensor, soft: Tensor | None, share: Share | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Augmented images (or their activations), labels and soft targets."""
-        if self.task.activations is not None:
-            return to_activations(self.activations[rows], self.device), labels, soft
-        images, labels, soft = self.augment(self._read_pixels(rows), labels, soft, share)
-        return images.contiguous(memory_format=torch.channels_last), labels, soft
-
-    def _targets(self, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:
-        """Labels and soft targets of some fit rows."""
-        labels = torch.from_numpy(self.task.fit.labels[rows]).to(self.device)
-        if self.targets is not None:
-            labels = self.targets[torch.from_numpy(rows)]
-        if self.soft_targets is None:
-            return labels, None
-        return labels, self.soft_targets[torch.from_numpy(rows)]
-
-
-class _HeadLoop(StageLoop):
-    """The loop of a head on cached features, in float32; their copies are the augmentation."""
-
-    def _pick_precision(self) -> str:
-        return "float32"
-
-    def _read(
-        self, rows: np.ndarray, labels: Tensor, soft: Tensor | None, share: Share | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        return to_features(features_of(self.task.fit)[rows], self.device), labels, soft
-
-    def _answer(self, network: nn.Module, rows: slice) -> np.ndarray:
-        return head_probs(network, features_of(self.task.select)[rows], self.loss.task)
