@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import numpy as np
 
@@ -65,12 +65,27 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
     Raises:
         RunError: the disk is full or the folder is not writable.
     """
+    with replacing(path, durable=durable) as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
+    """Open a new file for writing that takes the place of `path` once all of it is written.
+
+    Args:
+        path: the file, whose folder is made if it is missing.
+        durable: as for `write_bytes`.
+
+    Raises:
+        RunError: the disk is full or the folder is not writable.
+    """
     temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep_once(path.parent)
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             if durable:
                 file.flush()
                 os.fsync(file.fileno())

@@ -6,11 +6,12 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
+
+from threefold.suffixes import CSV_TABLES, TABLES
 
 # The readers are imported where they are needed, since `predict` of a file should start at once.
 
-_TABLES: Final = (".csv", ".tsv", ".parquet", ".pq")
 _MAYBE = re.compile(r":/|[*{]|\.(csv|tsv|parquet|pq|tar)$", re.IGNORECASE)
 
 
@@ -34,7 +35,7 @@ def names_images(source: str) -> bool:
     if is_shards(text) or is_stream(text):
         return True
     path = Path(source)
-    return path.suffix.lower() in (*_TABLES, ".tar") and path.is_file()
+    return path.suffix.lower() in (*TABLES, ".tar") and path.is_file()
 
 
 def list_rows(source: str) -> Iterator[Path | ImageRow]:
@@ -61,7 +62,7 @@ def list_rows(source: str) -> Iterator[Path | ImageRow]:
         listing = list_huggingface(text)
     elif is_shards(text) or Path(source).suffix.lower() == ".tar":
         listing = list_webdataset(text, unlabelled)
-    elif Path(source).suffix.lower() in (".csv", ".tsv"):
+    elif Path(source).suffix.lower() in CSV_TABLES:
         listing = list_csv(Path(source), unlabelled)
     else:
         listing = list_parquet(Path(source), unlabelled)

@@ -5,18 +5,16 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from threefold.data.sources.unpacked import ARCHIVES
 from threefold.errors import DataError
 from threefold.files import one_at_a_time
 from threefold.object_store import LocalCopy, ObjectFolder, local_copy_of, url_of
+from threefold.suffixes import ARCHIVES, ARRAYS, TABLES
 
 BUCKETS: Final = "buckets"
 """Kind of the cache's folder."""
 
-_ALONE: Final = (*ARCHIVES, ".npz")
+_ALONE: Final = (*ARCHIVES, ARRAYS)
 """Files that hold all images themselves; a table names files beside it."""
-
-_BESIDE: Final = (".csv", ".tsv", ".parquet", ".pq")
 
 
 def local_path(root: str | Path) -> Path:
@@ -36,7 +34,7 @@ def local_path(root: str | Path) -> Path:
     if not url:
         return Path(root).expanduser()
     name = ""
-    if url.lower().endswith((*_ALONE, *_BESIDE)):
+    if url.lower().endswith((*_ALONE, *TABLES)):
         url, _, name = url.rpartition("/")
     folder = local_copy_of(url, BUCKETS)
     with one_at_a_time(folder.with_name(f".{folder.name}.lock")):

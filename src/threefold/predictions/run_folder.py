@@ -22,7 +22,6 @@ import numpy as np
 
 from threefold.data.group_file import GROUP_FILE
 from threefold.data.in_memory import DATA_FOLDER, is_stored_data
-from threefold.data.sources.unpacked import ARCHIVES
 from threefold.errors import DamagedFileError, RunError, refuse_address
 from threefold.files import delete_leftovers, exclusive, read_json
 from threefold.predictions.manifest import LOCK, MANIFEST
@@ -38,6 +37,7 @@ from threefold.predictions.records import (
 from threefold.predictions.results_schema import ChosenViews
 from threefold.predictions.run_results import RunResults
 from threefold.recipe import Recipe
+from threefold.suffixes import ARCHIVES
 
 OPENED_ONCE = ("train", "reproduce", "export")
 """Verbs whose question is fixed before they open the test rows: repeating one is not counted."""

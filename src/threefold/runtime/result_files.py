@@ -20,7 +20,7 @@ from typing import IO, Any, Final
 import numpy as np
 
 from threefold.errors import DamagedFileError, DataError, RunError
-from threefold.files import flush_folder, read_json, temporary_path, write_json
+from threefold.files import read_json, replacing, write_json
 from threefold.names import escape_formula
 from threefold.predictions.tables import import_pyarrow
 from threefold.runtime.describe import Answer, AnswerTable
@@ -302,22 +302,12 @@ class ParquetFile(ResultFile):
         return self._arrow.RecordBatch.from_arrays(arrays, schema=schema)
 
     def _write(self, path: Path, batches: Iterable[Any], schema: Any) -> None:
-        temporary = temporary_path(path)
-        try:
-            with open(temporary, "wb") as file:
-                with self._parquet.ParquetWriter(file, schema) as writer:
-                    for batch in batches:
-                        writer.write_batch(batch)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            flush_folder(path.parent)
-        except BaseException as error:  # a signal may come at any moment, too
-            with suppress(OSError):
-                temporary.unlink()
-            if not isinstance(error, OSError):
-                raise
-            raise RunError("cannot write", where=path, got=error) from None
+        with (
+            replacing(path) as file,
+            self._parquet.ParquetWriter(file, schema) as writer,
+        ):
+            for batch in batches:
+                writer.write_batch(batch)
 
 
 FORMATS: Final[Mapping[str, type[ResultFile]]] = {

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from threefold.serving.limits import Refusal
+from threefold.suffixes import ARCHIVES, ARRAYS, TABLES
 
-ARCHIVES: Final = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2")
-FILES: Final = (*ARCHIVES, ".csv", ".tsv", ".parquet", ".pq", ".npz")
+FILES: Final = (*ARCHIVES, *TABLES, ARRAYS)
 """Suffixes of the files that are listed: archives, tables and arrays."""
 LISTED: Final = 500
 """Most entries of each kind."""

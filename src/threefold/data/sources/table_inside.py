@@ -17,9 +17,7 @@ from threefold.data.sources.parquet import read_parquet_header
 from threefold.data.sources.unpacked import is_archive, unpacked_folder
 from threefold.data.walk import list_entries
 from threefold.errors import DataError, shorten
-
-CSV: Final = (".csv", ".tsv")
-PARQUET: Final = (".parquet", ".pq")
+from threefold.suffixes import CSV_TABLES, TABLES
 
 _NOT_LABELS: Final = ("test", "sample", "submission")
 """Beginnings of the names of tables that have no labels, or made-up ones."""
@@ -66,15 +64,15 @@ def locate_table(path: Path) -> Path:
 def _has_labels(file: Path) -> bool:
     """Whether a file is a table with a column of paths, and one of labels or one for each."""
     suffix = file.suffix.lower()
-    if suffix not in CSV + PARQUET or file.stem.lower().startswith(_NOT_LABELS):
+    if suffix not in TABLES or file.stem.lower().startswith(_NOT_LABELS):
         return False
     try:
-        header = read_header(file) if suffix in CSV else read_parquet_header(file)
+        header = read_header(file) if suffix in CSV_TABLES else read_parquet_header(file)
     except DataError:
         return False
     try:
         found = find_columns(header, ("path", "label"), NO_NAMES, file.name).keys()
-        if found != {"path"} or suffix not in CSV:
+        if found != {"path"} or suffix not in CSV_TABLES:
             return {"path", "label"} <= found
         return bool(class_columns(read_label_cells(file, NO_NAMES).columns))
     except DataError:  # such as two candidates, which is said when the table is read

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Final
 
 from threefold.data.sources.archives import unpack
 from threefold.data.sources.folder import Listing, list_folder
@@ -12,9 +11,7 @@ from threefold.data.split_names import split_of
 from threefold.data.walk import is_image, list_entries
 from threefold.errors import DataError
 from threefold.files import cache_folder, sha256
-
-ARCHIVES: Final = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2")
-"""Suffixes of archives."""
+from threefold.suffixes import ARCHIVES
 
 
 def is_archive(path: Path) -> bool:
