@@ -26,7 +26,7 @@ from threefold.stats.paired_tests import mcnemar_exact
 from threefold.stats.scores import accuracy, correct, log_loss
 from threefold.training.features.cache import FeatureCache
 from threefold.training.features.probe import Targets, choose_l2, fit_linear
-from threefold.training.planning.plan import DEFAULT_MEMBERS
+from threefold.training.planning.members import DEFAULT_MEMBERS
 
 SMALL = 64
 """Images of at most this side are read at SMALL_SIZE."""

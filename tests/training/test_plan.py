@@ -23,6 +23,7 @@ from threefold.training.planning import tuning as plan_tuning
 from threefold.training.planning.basis import Decision
 from threefold.training.planning.image_size import ProbePlan
 from threefold.training.planning.measure import Speed
+from threefold.training.planning.overrides import mark_overrides
 from threefold.training.planning.plan import plan_folder
 from threefold.training.planning.tuning import TUNINGS, TuningSpeeds, predict_seconds
 
@@ -125,6 +126,17 @@ def test_heads_that_take_long_get_fewer_folds(
     plan = plan_folder(make_folder(tmp_path, ["cat", "dog"]), 1, TINY, UNTRAINED, quality="fast")
 
     assert plan.recipe.folds.k == folds
+
+
+def test_heads_are_timed_for_a_budget_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = Mock(side_effect=AssertionError)
+    monkeypatch.setattr(planning, "with_head_seconds", timed)
+    sets = (*UNTRAINED, "members.0.img_size=32")
+
+    plan = plan_folder(make_folder(tmp_path, ["cat", "dog"]), 0, TINY, sets, "fast")
+
+    assert plan.recipe.folds.k == 5
+    timed.assert_not_called()
 
 
 def test_a_slower_fit_is_predicted_for_more_rows_and_classes() -> None:
@@ -259,13 +271,13 @@ def test_reasons_are_not_given_for_values_of_the_user() -> None:
     size = Decision("img_size", 160, "probes")
     overrides = ("augment.crop=0.5", "members.0.img_size=224")
 
-    marked = planning.mark_overrides([pair, size], overrides)
+    marked = mark_overrides([pair, size], overrides)
 
     assert marked == [
         Decision("augment.rotation, crop", "10, 0.5", "mild; crop named by you"),
         Decision("img_size", 160, "probes; members.0.img_size = 224: named by you"),
     ]
-    assert planning.mark_overrides([pair, size], ("seed=3",)) == [pair, size]
+    assert mark_overrides([pair, size], ("seed=3",)) == [pair, size]
 
 
 @pytest.mark.parametrize(

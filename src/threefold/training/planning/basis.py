@@ -26,7 +26,6 @@ SCORING_SECONDS = 4.0
 EXPORT_SECONDS = 3.0
 """Time for exporting one network on two cores."""
 
-
 PROBE_FOLDS = 5
 """Folds of a plan without tuning."""
 
@@ -63,8 +62,8 @@ class DataSummary(NamedTuple):
     own_folds: int = 0
     """Folds in the user's own column; 0 = none."""
     is_multilabel: bool = False
-    """Whether images have any number of labels; counts are then of images with a label, or without
-    it where these are fewer."""
+    """Whether images have any number of labels. The class counts are then of the images with a
+    label, or of those without it where these are fewer."""
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ The choice uses labels of training rows, so it is part of the fit, like the choi
 How much it flatters itself is measured: `halves_loss` repeats the choice on one half of the rows
 and scores it on the other.
 
-Near copies of one scene in several of a probe's folds flatter all candidates, and those most that
-recognize single images, unless the data name groups. A single download is not cut short, however
-slow; after it no further candidate begins once the time for screening is over.
+Near copies of one scene in several folds of a probe flatter all candidates, most of all those that
+recognize single images, unless the data name groups. A download is never cut short, however slow it
+is, but no further candidate begins once the time for screening is over.
 """
 
 from __future__ import annotations
@@ -177,8 +177,9 @@ def choose(
 
     The rule: minimize ln(log loss + `NEGLIGIBLE`) + `PRICE` * log2(cost), where cost is the sum
     over the members. So each doubling of the cost has to lower the log loss by 2 %. The first
-    member is the best alone; each further one is that which lowers the value most. It ends where
-    none does, so there may be fewer than `most`. (Greedy forward selection: Caruana et al., 2004.)
+    member is the best alone, and each further one is the one that lowers the value most. The choice
+    ends when none lowers it, so there may be fewer than `most`. (Greedy forward selection: Caruana
+    et al., 2004.)
 
     Args:
         probs: (m, n, k), out of fold.
@@ -214,8 +215,9 @@ def halves_loss(
     """Log loss of the chosen members' mean on rows that had no part in the choice.
 
     Members are chosen on one half of the rows and scored on the other, and the other way round.
-    Half as many rows choose, so this is rather too high than too low. A half is the first or the
-    last half of each class, so that similar images, which often follow each other, stay together.
+    Only half the rows choose, so the result is more likely too high than too low. A half is the
+    first or the last half of each class, so that similar images, which often follow each other,
+    stay together.
 
     Args:
         probs: (m, n, k), out of fold.
@@ -392,7 +394,7 @@ class _Job:
     ) -> list[Screened]:
         """Cross-validate a probe of each candidate on some rows.
 
-        After the deadline no further candidate begins, once there are `MOST`.
+        Once `MOST` have been compared, no further candidate begins after the deadline.
 
         Raises:
             RecipeError: no candidate works.

@@ -72,7 +72,7 @@ def look_for_groups(
         group_file: where groups can be written, or None.
 
     Returns:
-        What was found, and the plan of the probes without the time that the search has taken off.
+        What was found, and the plan of the probes, less the work that the search has done already.
     """
     data, train = draft.data, sources.train
     if data.fold_column or "scheme" in draft.folds.model_fields_set:
@@ -85,7 +85,7 @@ def look_for_groups(
     if group_file is None:
         return FoundGroups(None, None), measured
     found = find_groups(draft.members, sources, cache, clock)
-    if found.compared:  # what is left are the features of the test images
+    if found.compared:  # only the features of the test images are still to be computed
         left = 1 - len(train) / sources.num_images
         measured = replace(measured, seconds=measured.seconds * left)
     return found, measured

@@ -70,7 +70,7 @@ class ProbePlan:
     head_seconds: float = 0.0
 
     def probe_seconds(self, folds: int) -> float:
-        """Predicted for the features, and for a head of each member, fold and the refit.
+        """Predict the seconds of all features, and of the heads in all folds and the refit.
 
         All folds together fit as many images as there are, times the folds less one.
         """
@@ -176,8 +176,7 @@ def _choose_probe(results: Sequence[SizeProbe], usual: int) -> SizeProbe:
     """
     best = next((result for result in results if result.img_size == usual), results[-1])
     for result in results:
-        clearly = clearly_lower(result.losses, best.losses, result.groups)
-        if clearly:
+        if clearly_lower(result.losses, best.losses, result.groups):
             best = result
     return best
 

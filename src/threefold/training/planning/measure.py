@@ -26,13 +26,13 @@ from threefold.training.steps.optimizers import set_trainable, train_mode
 from threefold.training.truth import describe_quality, row_losses
 
 PROBE_ROWS = 500
-"""Most images on which image sizes are compared."""
+"""Most images on which image sizes, or candidate backbones, are compared."""
 
-PROBE_FOLDS = 3
-"""Folds of that comparison, where classes are large enough."""
+COMPARISON_FOLDS = 3
+"""Folds of such a comparison, where classes are large enough."""
 
 PROBE_L2 = (1e4, 1e3, 1e2, 1e1)
-"""Penalties that the comparison tries at each size."""
+"""Penalties that a comparison tries for each probe."""
 
 
 class Speed(NamedTuple):
@@ -87,7 +87,7 @@ def spread_over_classes(labels: np.ndarray, limit: int) -> np.ndarray:
     rows = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        count = min(len(members), max(PROBE_FOLDS, round(share * len(members))))
+        count = min(len(members), max(COMPARISON_FOLDS, round(share * len(members))))
         rows.append(members[np.linspace(0, len(members) - 1, count).astype(int)])
     return np.sort(np.concatenate(rows))
 
@@ -99,7 +99,7 @@ def _spread_over_labels(targets: np.ndarray, limit: int) -> np.ndarray:
     for column in targets.T:
         for value in (0, 1):
             known = np.flatnonzero(column == value)
-            short = PROBE_FOLDS - sum(column[row] == value for row in rows)
+            short = COMPARISON_FOLDS - sum(column[row] == value for row in rows)
             if short > 0:
                 rows |= set(np.setdiff1d(known, list(rows))[:short].tolist())
     return np.array(sorted(rows))
@@ -159,8 +159,8 @@ def cross_validated_probe(
 ) -> np.ndarray:
     """Return out-of-fold probabilities of linear heads, at the penalty with the least log loss.
 
-    One penalty is chosen on the rows that it is scored on, which hardly matters when sizes are
-    compared; it is no estimate for the report.
+    The penalty is chosen on the rows that it is scored on. That hardly matters for a comparison,
+    but makes the result unfit for a report.
 
     Args:
         features: (n, d).
@@ -183,17 +183,19 @@ def cross_validated_probe(
 def _split(
     features: np.ndarray, labels: np.ndarray, groups: Sequence[str] | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield fit rows and score rows of stratified folds, which keep groups whole if they can."""
+    """Yield the fit and score rows of stratified folds, which keep groups whole if they can."""
     if labels.ndim == 2:
         whole = None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-        if whole is not None and len(np.unique(whole)) < PROBE_FOLDS:
+        if whole is not None and len(np.unique(whole)) < COMPARISON_FOLDS:
             whole = None
         rng = np.random.default_rng(0)
-        parts = stratify(labels.astype(np.int64), whole, [1 / PROBE_FOLDS] * PROBE_FOLDS, rng)
-        for part in range(PROBE_FOLDS):
+        parts = stratify(
+            labels.astype(np.int64), whole, [1 / COMPARISON_FOLDS] * COMPARISON_FOLDS, rng
+        )
+        for part in range(COMPARISON_FOLDS):
             yield np.flatnonzero(parts != part), np.flatnonzero(parts == part)
         return
-    folds = max(2, min(PROBE_FOLDS, int(np.bincount(labels)[np.unique(labels)].min())))
+    folds = max(2, min(COMPARISON_FOLDS, int(np.bincount(labels)[np.unique(labels)].min())))
     splitter: Any = StratifiedKFold(folds, shuffle=True, random_state=0)
     if groups is not None and len(set(groups)) >= folds:
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
@@ -203,7 +205,7 @@ def _split(
 def measure_speed(
     spec: MemberSpec, num_classes: int, device: torch.device, frozen: str, *, cached: bool = False
 ) -> Speed:
-    """Measure a member's speed in a few training steps on noise at two sizes.
+    """Measure how fast a member trains: a few steps on noise, at two sizes.
 
     Args:
         spec: the member.

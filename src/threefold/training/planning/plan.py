@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,9 +17,7 @@ from threefold.data.detect_source import detect_source, find_fold_column, find_m
 from threefold.data.in_memory import run_of_stored_data
 from threefold.data.load import load_data
 from threefold.data.splits import HOLDOUT
-from threefold.models.member import fixed_size
 from threefold.models.pipeline import pick_device
-from threefold.names import plain_backbone
 from threefold.predictions.run_folder import default_run_folder
 from threefold.recipe import Recipe
 from threefold.recipe_schema import WITH_COLUMNS, DataSpec
@@ -33,32 +30,25 @@ from threefold.training.planning.basis import (
     Decision,
     Quality,
     finishing_seconds,
-    widest_input,
 )
-from threefold.training.planning.candidates import Screening, gather_candidates, is_auto, screen
+from threefold.training.planning.candidates import gather_candidates, is_auto, screen
 from threefold.training.planning.groups import look_for_groups, plan_with_groups
 from threefold.training.planning.image_size import ProbePlan, choose_size, with_head_seconds
+from threefold.training.planning.members import explain_members, probe_members, sized_members
+from threefold.training.planning.overrides import changes_of, check_overrides, mark_overrides
 from threefold.training.planning.tuning import (
     Tuning,
     choose_tuning,
     select_share,
-    tuned_name,
     tuning_stages,
 )
 from threefold.training.progress.watcher import Watcher
 
 BALANCED_FROM = 3
-"""Ratio of the largest to the smallest class from which runs go by balanced accuracy."""
+"""Ratio of the largest to the smallest class from which runs are judged by balanced accuracy."""
 
 METHODS = ("mean", "best", "weighted", "greedy", "pool")
 """Ensembles of planned recipes."""
-
-DEFAULT_MEMBERS = (
-    ("lite0", "tf_efficientnet_lite0.in1k"),
-    ("lite1", "tf_efficientnet_lite1.in1k"),
-    ("lite2", "tf_efficientnet_lite2.in1k"),
-)
-"""Name and backbone of three networks whose weights need no hub."""
 
 
 @dataclass
@@ -109,8 +99,8 @@ def plan_folder(
     """
     clock = Clock.start(budget_minutes * 60)
     data, why_task = _data(folder, overrides)
-    probes = _members(members)
-    _check_overrides(data, probes, overrides, are_chosen=is_auto(members))
+    probes = probe_members(members)
+    check_overrides(data, probes, overrides, are_chosen=is_auto(members))
     draft = _draft(data, probes, overrides)  # the plan must see the images of the run
     sources = load_data(draft.data, draft.seed)
     summary = _summarize(sources)
@@ -122,10 +112,11 @@ def plan_folder(
         wanted, notes = gather_candidates(members[1:], device, quality)
         screening = screen(wanted, draft, sources, measured, clock, notes, watcher)
         measured = screening.measured
-    probes = _sized_members(probes, measured, screening)
+    probes = sized_members(probes, measured, screening)
     draft = _draft(data, probes, overrides)
     found, measured = look_for_groups(draft, measured, sources, cache, clock, group_file)
-    measured = with_head_seconds(measured, draft, sources, cache)
+    if clock.budget:  # nothing else asks how long heads take
+        measured = with_head_seconds(measured, draft, sources, cache)
     tuning, why_tuning = choose_tuning(draft, summary, measured, device, clock, quality)
     folds, fit_share, why_folds = _folds(
         tuning, summary, measured, clock, quality, draft.data.fold_column
@@ -141,7 +132,7 @@ def plan_folder(
         batch_size=train["batch_size"],
     )
     augment, why_augment = _augment(summary) if tuned else ({}, [])
-    decisions = [*why_task, _explain_members(probes, members, screening)]
+    decisions = [*why_task, explain_members(probes, members, screening)]
     decisions += [*measured.decisions, why_folds, *why_tuning, *why_augment, *why_train]
     tree: dict[str, Any] = {
         "name": _name(folder),
@@ -168,7 +159,7 @@ def _data(folder: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any],
     name a column or another way to make folds. So is the task of a table whose images have any
     number of labels, with the reason.
     """
-    changes = _changes(overrides)
+    changes = changes_of(overrides)
     if "data.source" in changes:
         return {"source": "folder", "root": str(Path(folder).resolve())}, []
     spec = detect_source(folder)
@@ -215,7 +206,7 @@ def _draft(data: dict[str, Any], probes: list[dict[str, Any]], overrides: Sequen
         "stages": [{"name": "head", "kind": "head"}],
         "members": [dict(probe) for probe in probes],
     }
-    if _changes(overrides).get("data.fold_column", data.get("fold_column")):
+    if changes_of(overrides).get("data.fold_column", data.get("fold_column")):
         tree["folds"] = {"scheme": "column"}
     names = {str(key) for i, probe in enumerate(probes) for key in (i, probe["name"])}
     relevant = []
@@ -226,75 +217,6 @@ def _draft(data: dict[str, Any], probes: list[dict[str, Any]], overrides: Sequen
         if known_member or section in ("seed", "train", "features", "folds", "data"):
             relevant.append(override)
     return Recipe.parse(tree, relevant, where="plan")
-
-
-def _changes(overrides: Sequence[str]) -> dict[str, str]:
-    """Return the values that overrides set, as texts, by their keys."""
-    pairs = [text.partition("=")[::2] for text in overrides]
-    return {key.strip(): value.strip().strip("\"'") for key, value in pairs}
-
-
-def mark_overrides(decisions: Sequence[Decision], overrides: Sequence[str]) -> list[Decision]:
-    """Return the decisions with the values that the user set in place of the plan's.
-
-    Args:
-        decisions: of the plan; a key may name several of one section (`augment.rotation, crop`).
-        overrides: `a.b=c`.
-    """
-    changes = _changes(overrides)
-    marked = []
-    for decision in decisions:
-        section, _, rest = decision.key.rpartition(".")
-        names, values = rest.split(", "), str(decision.value).split(", ")
-        keys = [f"{section}.{name}" for name in names]
-        own = [name for name, key in zip(names, keys, strict=True) if key in changes]
-        sizes = [key for key in changes if re.fullmatch(r"members\.[^.]+\.img_size", key)]
-        if own and len(values) == len(names):
-            values = [changes.get(key, value) for key, value in zip(keys, values, strict=True)]
-            reason = "named by you"
-            if len(own) < len(names):
-                reason = f"{decision.reason}; {', '.join(own)} named by you"
-            decision = Decision(decision.key, ", ".join(values), reason)
-        elif decision.key == "img_size" and sizes and decision.reason != "named by you":
-            told = ", ".join(f"{key} = {changes[key]}" for key in sizes)
-            reason = f"{decision.reason}; {told}: named by you"
-            decision = Decision(decision.key, decision.value, reason)
-        marked.append(decision)
-    return marked
-
-
-def left_out_reason(backbones: Sequence[str]) -> str:
-    """Say which members the plan dropped; the end of a line in the header of the recipe."""
-    return f"; too slow for the budget: {', '.join(backbones)}"
-
-
-def _check_overrides(
-    data: dict[str, Any],
-    probes: list[dict[str, Any]],
-    overrides: Sequence[str],
-    *,
-    are_chosen: bool,
-) -> None:
-    """Refuse overrides that no plan can take, before anything is read or measured.
-
-    Args:
-        data: the table of the recipe.
-        probes: the members named.
-        overrides: `a.b=c`.
-        are_chosen: whether the members are still to be chosen, so that their names are unknown.
-
-    Raises:
-        RecipeError: a key, stage or member is unknown, or a value has the wrong type.
-    """
-    tuned = [{"name": tuned_name(probe["name"]), "starts_from": probe["name"]} for probe in probes]
-    names = [member["name"] for member in tuned]
-    stages = [
-        {"name": name, "epochs": 1, "lr": 1e-3, "members": names} for name in ("tune1", "tune2")
-    ]
-    head = {"name": "head", "kind": "head", "members": [probe["name"] for probe in probes]}
-    tree = copy.deepcopy({"data": data, "stages": [head, *stages], "members": [*probes, *tuned]})
-    known = [text for text in overrides if not (are_chosen and text.startswith("members."))]
-    Recipe.check_keys(tree, known, where="plan")
 
 
 def _summarize(sources: Sources) -> DataSummary:
@@ -317,60 +239,6 @@ def _summarize(sources: Sources) -> DataSummary:
         own_folds=len(set(train.folds or ())),
         is_multilabel=train.is_multilabel,
     )
-
-
-def _members(names: Sequence[str]) -> list[dict[str, Any]]:
-    """Members as plain values, the fastest first, each with a linear head."""
-    pairs = list(DEFAULT_MEMBERS)
-    if names and not is_auto(names):
-        pairs = [(_member_name(i, name), plain_backbone(name)) for i, name in enumerate(names)]
-    # The noise of the paper's heads is for random heads; it would blur a fitted one.
-    head = {"kind": "linear", "noise": 0.0}
-    members = []
-    for name, backbone in pairs:
-        member: dict[str, Any] = {"name": name, "backbone": backbone}
-        member["head"] = head | {"sequence": widest_input(backbone)}
-        if fixed_size(backbone):
-            member["img_size"] = fixed_size(backbone)
-        members.append(member)
-    return members
-
-
-def _member_name(number: int, backbone: str) -> str:
-    """Name a member after its backbone."""
-    architecture = plain_backbone(backbone).split(".")[0]
-    return re.sub(r"[^A-Za-z0-9_-]", "-", f"m{number}-{architecture}")[:80]
-
-
-def _sized_members(
-    probes: list[dict[str, Any]], measured: ProbePlan, screening: Screening | None
-) -> list[dict[str, Any]]:
-    """Return the affordable members, or those that the screening has chosen, as measured."""
-    probes = probes[: len(measured.costs)]
-    sizes = [fixed_size(probe["backbone"]) or measured.img_size for probe in probes]
-    if screening is not None:
-        probes = _members([candidate.backbone for candidate in screening.chosen])
-        sizes = [candidate.img_size or measured.img_size for candidate in screening.chosen]
-    sized = [probe | {"img_size": size} for probe, size in zip(probes, sizes, strict=False)]
-    if measured.levels is not None and measured.levels.value == "pooled":
-        for probe in sized:
-            probe["head"] = probe["head"] | {"sequence": "pooled"}
-    return sized
-
-
-def _explain_members(
-    probes: list[dict[str, Any]], named: Sequence[str], screening: Screening | None
-) -> Decision:
-    """Say who chose the members."""
-    why = "pretrained networks that need no model hub"
-    if screening is not None:
-        why = screening.explain()
-    elif is_auto(named):
-        why = f"no time to screen candidates: {why}"
-    elif named:
-        left_out = named[len(probes) :]
-        why = "named by you" + (left_out_reason(left_out) if left_out else "")
-    return Decision("members", ", ".join(member["name"] for member in probes), why)
 
 
 def _folds(

@@ -12,7 +12,7 @@ from threefold.names import plain_backbone
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.training.planning.candidates import is_auto
-from threefold.training.planning.plan import left_out_reason
+from threefold.training.planning.members import left_out_reason
 
 LEFT_OUT: Final = "the members to be tuned were left out: no time left"
 """Line in the header of a recipe that has lost them."""

@@ -28,8 +28,7 @@ from threefold.training.planning.image_size import ProbePlan
 from threefold.training.planning.measure import Speed, measure_speed
 
 KEY = "stages.tune1, tune2"
-"""What a decision about tuning is about."""
-
+"""Key of a decision about tuning."""
 
 HEAD_PARAMETERS = f"^{re.escape(HEAD)}"
 """Parameters of a member's head."""
@@ -143,9 +142,9 @@ def choose_tuning(
     size = tuning_size(chosen, measured.img_size)
     why = (
         f"about {seconds[possible[-1]]:.0f} of {left[possible[-1]]:.0f} s that are left after the "
-        f"probes; "
-        f"measured for {draft.members[0].name}: {1 / speeds.last.per_image(size):.0f} images/s "
-        f"in the last blocks, {1 / speeds.deeper.per_image(size):.0f} deeper"
+        f"probes; measured for {draft.members[0].name}: "
+        f"{1 / speeds.last.per_image(size):.0f} images/s in the last blocks, "
+        f"{1 / speeds.deeper.per_image(size):.0f} deeper"
     )
     return chosen, [_decide(chosen, measured, why)]
 
@@ -160,7 +159,7 @@ def _decide(tuning: Tuning, measured: ProbePlan, why: str) -> Decision:
 
 
 class TuningSpeeds(NamedTuple):
-    """Seconds per image of the first member: frozen first blocks, and steps of both stages."""
+    """Speeds of the first member: of its frozen first blocks, and of steps of both stages."""
 
     first_blocks: Speed
     last: Speed
@@ -257,7 +256,7 @@ def predict_seconds(
 
 
 def _refit_seconds(tuning: Tuning, n: int, measured: ProbePlan) -> float:
-    """Predict the time of new probes, where tuning begins at another size than that of the first.
+    """Predict the time of fitting the heads again, where tuning has another size than the probes.
 
     Args:
         tuning: its members, size and folds.

@@ -190,7 +190,7 @@ class StageLoop:
         return load_resume_state(task.resume_path, self.fingerprint)
 
     def save(self, best: Checkpoint, records: list[dict[str, Any]]) -> None:
-        """Write the resume file, unless the last one is recent or the stage is over."""
+        """Write the resume file, unless the last one is recent or the stage is done."""
         path, now = self.task.resume_path, time.monotonic()
         recent = now - self.saved < self.task.save_interval
         if path is not None and not recent and len(records) < self.task.stage.epochs:
@@ -293,7 +293,7 @@ class StageLoop:
         return self.ranks.is_true(lambda: checkpoint.better_than(best))
 
     def is_late(self) -> bool:
-        """Whether the deadline is over."""
+        """Whether the deadline has passed."""
         deadline = self.task.deadline
         return deadline < math.inf and self.ranks.is_true(lambda: time.monotonic() > deadline)
 
@@ -384,7 +384,7 @@ class StageLoop:
         return self.ranks.total(loss)
 
     def _schedule_step(self, total: int) -> int:
-        """The schedule's position: the step, or further where the time budget runs out sooner."""
+        """The position in the schedule: the step, or a later one if the time runs out sooner."""
         if math.isinf(self.task.deadline):
             return self.step
         used = (time.monotonic() - self.started) / max(self.task.deadline - self.started, 1e-9)

@@ -1,10 +1,10 @@
-"""What a stage does when its numbers are not finite: leave steps out, then go back and slow down.
+"""What a stage does when its numbers are not finite: skip steps, then go back and slow down.
 
-A step whose loss or gradient is not finite changes nothing. After several in a row the weights are
-those of the best epoch again, and the learning rate is halved. Both are bounded and recorded, and
-depend only on the steps before, so that a stage which is stopped and resumed ends at the same bits.
-(To go back to a checkpoint is also what large runs do: Chowdhery et al. 2022, arXiv:2204.02311,
-section 5.1.)
+A step whose loss or gradient is not finite changes nothing. After several in a row, the stage goes
+back to the weights of its best epoch and halves the learning rate. Both are bounded and recorded,
+and depend only on the steps before, so that a stage which is stopped and resumed ends at the same
+bits. (Large runs go back to a checkpoint, too: Chowdhery et al. 2022, arXiv:2204.02311, section
+5.1.)
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from threefold.training.checkpoints import Checkpoint
 from threefold.training.checks import diverged
 
 SKIPS: Final = 3
-"""Steps in a row that are left out; the next one that is not finite goes back."""
+"""Steps in a row that are left out; at the next that is not finite, the stage goes back."""
 
 RETURNS: Final = 4
 """How often a stage goes back before it gives up."""
 
 RATE: Final = 0.5
-"""Factor of the learning rate each time."""
+"""What the learning rate is multiplied by each time."""
 
 
 class Recovery:
-    """Leaves out the steps of a stage that are not finite, and goes back where that does not help.
+    """Leaves out steps that are not finite, and goes back where that does not help.
 
     Args:
         member: the network.
@@ -75,7 +75,7 @@ class Recovery:
             torch._foreach_copy_(self._kept, self._statistics)
 
     def undo_step(self) -> None:
-        """Put the running statistics back that were there before the step; drop its gradients."""
+        """Restore the running statistics from before the step, and drop its gradients."""
         self.optimizer.zero_grad(set_to_none=True)
         if self._statistics:
             torch._foreach_copy_(self._statistics, self._kept)
