@@ -42,6 +42,7 @@ import numpy as np
 from disk_faults import FAULTS, DiskFaults, Fault
 from full_disk_verbs import Command, commands
 from PIL import Image
+from tiny_recipe import tiny_recipe
 
 ROOT: Final = Path(tempfile.gettempdir()) / f"full_disk_{os.getuid()}"
 TRIAL: Final = ROOT / "trial"
@@ -59,19 +60,7 @@ VOLATILE: Final = re.compile(
     r"seconds|created|^at$|^time|per_second|elapsed|latency|^files$|^sha256$|_ms$|^commit$|^bytes$"
 )
 """Keys of JSON whose values are of one process."""
-RECIPE: Final[dict[str, Any]] = {
-    "name": "tiny",
-    "data": {"root": "images"},
-    "folds": {"k": 2, "select": 0.25},
-    "features": {"engine": "torch"},
-    "train": {"batch_size": 8, "device": "cpu", "precision": "float32"},
-    "ensemble": {"methods": ["mean"]},
-    "stages": [
-        {"name": "head", "kind": "head"},
-        {"name": "tune", "epochs": 1, "lr": 1e-3},
-    ],
-    "members": [{"name": "m", "backbone": "test_resnet", "weights": "none", "img_size": 32}],
-}
+RECIPE: Final[dict[str, Any]] = {"name": "tiny", **tiny_recipe("images")}
 
 
 class Outcome(NamedTuple):

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from hostile_probe import Probe, Refusal
 from PIL import Image
+from tiny_recipe import tiny_recipe
 
 from threefold import api
 from threefold.errors import ThreefoldError
@@ -52,22 +53,7 @@ def finished() -> Path:
             path = base / "images" / name / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
-    recipe = Recipe.parse(
-        {
-            "data": {"root": str(base / "images")},
-            "folds": {"k": 2, "select": 0.25},
-            "features": {"engine": "torch"},
-            "train": {"batch_size": 8, "device": "cpu", "precision": "float32"},
-            "ensemble": {"methods": ["mean"]},
-            "stages": [
-                {"name": "head", "kind": "head"},
-                {"name": "tune", "epochs": 1, "lr": 1e-3},
-            ],
-            "members": [
-                {"name": "m", "backbone": "test_resnet", "weights": "none", "img_size": 32}
-            ],
-        }
-    )
+    recipe = Recipe.parse(tiny_recipe(str(base / "images")))
     api.finish(api.train(recipe, base / "run"))
     return base / "run"
 
