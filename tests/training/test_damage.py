@@ -88,6 +88,15 @@ def test_damaged_jobs_come_back_as_they_were(copy: Path, finished: Run) -> None:
     assert hash_files(copy) == hash_files(finished.dir)
 
 
+def test_a_missing_record_of_choices_is_not_passed_over(copy: Path) -> None:
+    path = copy / "jobs" / "gated" / "fold1" / "two" / "choice.npz"
+    path.unlink()
+
+    deletions, _ = advice(lambda: choices_optimism(Run.open(copy)))
+
+    assert deletions == [copy / "jobs" / "gated" / "fold1"]
+
+
 DERIVED: dict[str, Callable[[Run], object]] = {
     "thumbs.npz": lambda r: write_report([r.folder]),
     "oof.npz": lambda r: r.folder.oof,

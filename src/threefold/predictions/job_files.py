@@ -103,6 +103,14 @@ class JobFiles(ManifestFiles):
                     )
         return folder
 
+    def job_wrote(self, job: Job, name: str) -> bool:
+        """Whether a finished job wrote a file of this name; the file itself may be lost since.
+
+        Raises:
+            RunError: the job's done.json is missing or damaged, or that of another job.
+        """
+        return name in self.job_record(job).files
+
     def read_job_arrays(self, job: Job, name: str) -> dict[str, np.ndarray]:
         """Read an .npz file of a finished job, checked against its hash.
 

@@ -194,10 +194,9 @@ def _correct(
         previous: the job of the stage before, or None.
         score: (r, k) answers on the score rows, or None without any.
     """
-    if previous is not None and not outcome.history["accepted"]:
-        path = run.folder.job_folder(previous) / "choice.npz"
-        if path.exists():
-            return run.folder.read_job_arrays(previous, "choice.npz")
+    source = None if outcome.history["accepted"] else previous
+    if source is not None and run.folder.job_wrote(source, "choice.npz"):
+        return run.folder.read_job_arrays(source, "choice.npz")
     arrays = {"select": outcome.correct}
     if score is not None:
         arrays["score"] = right_share(score, run.sources.train.truth[roles.score])

@@ -236,13 +236,17 @@ def _choose_views(
 def choices_optimism(run: Run) -> list[Optimism]:
     """Entries of the optimism meter for the checkpoints, stages and views of a finished run.
 
-    There are none under `paper`, or where scores are apparent. Select rows and score rows are other
-    images in each fold, so a difference is that of two samples, both resampled.
+    There are none under `paper`, where scores are apparent, or in a run of a version that kept no
+    choices. Select rows and score rows are other images in each fold, so a difference is that of
+    two samples, both resampled.
+
+    Raises:
+        RunError: a record of choices is missing or damaged.
     """
-    arrays = [run.folder.job_folder(job) / "choice.npz" for job in run.jobs]
-    if run.recipe.protocol == "paper" or not all(path.exists() for path in arrays):
+    if run.recipe.protocol == "paper" or roles_by_fold(run).taught:
         return []
-    if roles_by_fold(run).taught:
+    # The jobs' own lists are asked: a file that is lost must be missed, not passed over.
+    if not all(run.folder.job_wrote(job, "choice.npz") for job in run.jobs):
         return []
     entries = [_checkpoint_entry(run)]
     if any(len(run.recipe.stages_of(m.name)) > 1 for m in run.recipe.members):
