@@ -42,6 +42,18 @@ def write_job(folder: Path, content: bytes = b"weights") -> list[str]:
     return [f"{JOB.path}/{name}" for name in (*files, "done.json")]
 
 
+@pytest.mark.parametrize("name", ["a/../../evil.txt", "./b.txt", "a//b.txt", "..\\b.txt"])
+def test_names_that_leave_the_folder_are_refused(name: str, tmp_path: Path) -> None:
+    fsspec.filesystem("memory").pipe_file(f"/bucket/run/{name}", b"x")
+    copy = LocalCopy(ObjectFolder(URL), tmp_path / "inside")
+
+    with pytest.raises(RunError, match="no path below a folder") as error:
+        copy.pull(copy.store.list())
+
+    assert "fix: rename or delete the object" in str(error.value)
+    assert not list(tmp_path.rglob("*.txt"))
+
+
 @pytest.mark.parametrize(
     ("path", "url"),
     [

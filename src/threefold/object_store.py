@@ -97,7 +97,7 @@ class ObjectFolder:
         """Return the objects of the folder, or of one below it, by their names in the folder.
 
         Raises:
-            RunError: they cannot be listed.
+            RunError: they cannot be listed, or the copy of one would be outside of a local folder.
         """
         start = f"{self._root}/{below}".rstrip("/")
         with self._explaining(start):
@@ -109,8 +109,26 @@ class ObjectFolder:
         objects = {}
         for path, info in found.items():
             name = path.lstrip("/").removeprefix(prefix.lstrip("/"))
+            if name.endswith("/"):  # an empty object that consoles make to show a folder
+                continue
+            self._check_name(name)
             objects[name] = _stored(info)
         return objects
+
+    def _check_name(self, name: str) -> None:
+        """Refuse a name that is no path below a folder: a store takes any text as a name.
+
+        Raises:
+            RunError: it is none.
+        """
+        if {"", ".", ".."} & set(name.split("/")) or "\\" in name or "\0" in name:
+            raise RunError(
+                "an object's name is no path below a folder",
+                where=self.url,
+                expected="names without empty parts, `.`, `..` and backslashes",
+                got=repr(name),
+                fix="rename or delete the object",
+            )
 
     def get(self, names: Sequence[str], folder: Path) -> None:
         """Copy objects into a local folder; each local file is whole or not there.
