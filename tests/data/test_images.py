@@ -281,6 +281,27 @@ def test_truncated_files_are_refused_with_path_and_reason(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16", "P"])
+def test_a_file_that_ends_early_has_one_reason(format: str, mode: str, tmp_path: Path) -> None:
+    if (format, mode) in {("JPEG", "I;16"), ("JPEG", "P")}:
+        pytest.skip("JPEG has no such pixels")
+    pixels = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert("L" if mode == "I;16" else mode)
+    content = encode(image.convert("I;16") if mode == "I;16" else image, format)
+    path = tmp_path / f"a.{format.lower()}"
+    path.write_bytes(content[: len(content) * 3 // 4])
+    reason = f"damaged or truncated {format}: the file ends before all of its pixels"
+
+    with pytest.raises(DataError) as error:
+        decode(path)
+
+    assert str(error.value) == f"cannot read the image: {path}; got {reason}"
+    bad = check(path)
+    assert bad is not None
+    assert bad.reason == reason
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

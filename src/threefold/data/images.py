@@ -346,9 +346,7 @@ def _open(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[ImageFile.Ima
     try:
         image = reader(parts)
     except Exception as error:  # Pillow raises nearly any type for damaged content
-        raise UnreadableImage(
-            f"damaged or truncated {image_format}: {error or type(error).__name__}"
-        ) from None
+        raise _damaged(image_format, error) from None
     _require_size(image.size, max_pixels)
     return image, image_format
 
@@ -364,9 +362,19 @@ def _decode(stream: BinaryIO) -> tuple[NDArray[np.uint8], str]:
     except UnreadableImage:
         raise
     except Exception as error:
-        raise UnreadableImage(
-            f"damaged or truncated {image_format}: {error or type(error).__name__}"
-        ) from None
+        raise _damaged(image_format, error) from None
+
+
+def _damaged(image_format: str, error: Exception) -> UnreadableImage:
+    """Return the error of a file that Pillow cannot decode.
+
+    Pillow counts the bytes of a truncated file that it has not processed, which differ from format
+    to format and say nothing about what is missing.
+    """
+    reason = str(error) or type(error).__name__
+    if reason.startswith("image file is truncated"):
+        reason = "the file ends before all of its pixels"
+    return UnreadableImage(f"damaged or truncated {image_format}: {reason}")
 
 
 def _sniff(head: bytes) -> str:
