@@ -19,7 +19,7 @@ from threefold.predictions.join import join_predictions
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Comparison, PredictionSummary, Score
 from threefold.predictions.run_folder import RunFolder
-from threefold.stats import paired_differences, paired_tests
+from threefold.stats import crossed_effects, paired_differences, paired_tests
 
 MAX_CONTENDERS: Final = 20
 """Largest number of contenders: 190 pairs are more than anyone reads."""
@@ -232,14 +232,43 @@ def _join(contenders: Sequence[_Contender], shared: bool) -> Predictions:
 
 
 def _score(rows: Predictions, name: str, probs: np.ndarray) -> Score:
-    """Score a contender; of several seeds, the mean figures with the median seed's interval."""
+    """Score a contender; of several seeds, the mean figures, and what they say of other seeds."""
     seeds = [score_probs(rows, p, name=name, kind="contender", fitted_on="") for p in probs]
-    median = sorted(seeds, key=lambda score: score.accuracy)[len(seeds) // 2]
+    first = seeds[0]
     if len(seeds) == 1:
-        return median
-    figures = ("accuracy", "log_loss", "ece", "brier", "balanced_accuracy", "macro_f1")
-    means = {key: float(np.mean([getattr(score, key) for score in seeds])) for key in figures}
-    return median.replace(**means, seeds=tuple(score.accuracy for score in seeds))
+        return first
+    over = crossed_effects.seeds_accuracy(probs.argmax(-1) == rows.labels, rows.groups, first.level)
+    return first.replace(
+        **{key: _mean([getattr(score, key) for score in seeds]) for key in _FIGURES},
+        **dict.fromkeys(_OF_ONE_SEED),
+        interval=(over.low, over.high),
+        seeds=tuple(score.accuracy for score in seeds),
+    )
+
+
+_FIGURES: Final = (
+    "accuracy",
+    "log_loss",
+    "ece",
+    "brier",
+    "balanced_accuracy",
+    "macro_f1",
+    "roc_auc",
+    "top5",
+)
+"""Figures of a score that are averaged over seeds."""
+_OF_ONE_SEED: Final = (
+    "balanced_accuracy_interval",
+    "temperature",
+    "calibrated_log_loss",
+    "calibrated_ece",
+)
+"""Figures of a score that several seeds do not have."""
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
 
 
 def _compare_pairs(
@@ -345,6 +374,13 @@ def _verdict(pair: Comparison, p: float, rows: Predictions) -> str:
 def _warnings(rows: Predictions, contenders: Sequence[_Contender]) -> list[str]:
     """Return what weakens the comparison, in words."""
     warnings = []
+    seeds, unit = len(contenders[0].rows.members), "images" if rows.groups is None else "groups"
+    if seeds > 1:
+        warnings.append(
+            f"all intervals are for other seeds and other {unit}, measured on {seeds} seeds of each"
+        )
+    if seeds == 2:
+        warnings.append("two seeds say little about others: with three or more, intervals shrink")
     protocols = {contender.rows.protocol for contender in contenders}
     if rows.kind == "foreign":
         warnings.append("whether a model was trained or chosen on these rows is not known")

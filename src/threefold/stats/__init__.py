@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "threefold.stats.bootstrap": ["percentile_interval"],
+        "threefold.stats.crossed_effects": ["seeds_accuracy"],
         "threefold.stats.multilabel": [
             "average_precision",
             "mean_average_precision",

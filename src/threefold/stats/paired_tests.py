@@ -21,6 +21,7 @@ from threefold.stats.bootstrap import (
     check_numbers,
     check_pairs,
 )
+from threefold.stats.crossed_effects import crossed_mean
 from threefold.stats.sample_size import required_rows_from_counts
 
 
@@ -209,14 +210,9 @@ def seeds_difference(
 
     The interval is for new seeds and new images.
 
-    The differences (s, n) are modelled as mean + seed + image + rest, all random. With mean squares
-    MS of seeds, images and rest, the variance of the mean is (MS_seeds + max(MS_images - MS_rest,
-    0)) / (s n), with Satterthwaite's degrees of freedom. This is the analysis of readers and cases
-    in radiology (Dorfman, Berbaum and Metz 1992; Hillis 2007), with seeds as readers and images as
-    cases. MS_seeds is at least MS_rest, as it would be with many seeds. A bootstrap of both axes
-    (Owen 2007) gives three seeds two thirds of their variance and uses no t quantile, so its
-    coverage is too low if seeds matter. Two seeds give a valid but very wide interval. With groups,
-    groups take the place of images.
+    Differences (s, n) of the hits are averaged over seeds and images, both random, with the
+    variance of `crossed_effects.crossed_mean` and Student's t. Two seeds give a valid but very wide
+    interval. With groups, groups take the place of images.
 
     Args:
         correct_a, correct_b: (s, n) booleans of s >= 2 seeds on the same rows. Seeds are paired.
@@ -234,37 +230,15 @@ def seeds_difference(
             expected="two or more",
             fix="use paired_bootstrap",
         )
-    cells = a.astype(np.float64) - b
-    mean = float(cells.mean())
-    if groups is not None:
-        # Linearised ratio: values of groups are centred on the overall mean, whatever their size.
-        part = check_groups(groups, a.shape[1])
-        sizes = np.bincount(part)
-        sums = np.array([np.bincount(part, row) for row in cells])
-        cells = mean + (sums - mean * sizes) * len(sizes) / a.shape[1]
-    s, n = cells.shape
-    if n < 2:
-        raise DataError("one row or group says nothing about others", expected="two or more", got=n)
-    seeds, images = cells.mean(1), cells.mean(0)
-    ms_seeds = n * float(((seeds - mean) ** 2).sum()) / (s - 1)
-    ms_images = s * float(((images - mean) ** 2).sum()) / (n - 1)
-    ms_rest = float(((cells - seeds[:, None] - images + mean) ** 2).sum()) / ((s - 1) * (n - 1))
-    ms_seeds = max(ms_seeds, ms_rest)
-    excess = 0.0
-    denominator = ms_seeds**2 / (s - 1)  # of Satterthwaite's degrees of freedom
-    if ms_images > (1 + 1e-9) * ms_rest:  # rounding errors must not change the degrees of freedom
-        excess = ms_images - ms_rest
-        denominator += ms_images**2 / (n - 1) + ms_rest**2 / ((s - 1) * (n - 1))
-    total = ms_seeds + excess
-    df = total**2 / denominator if denominator else 1.0
-    test = _t_test(mean, total / (s * n), df, level)
+    over = crossed_mean(a.astype(np.float64) - b, groups)
+    test = _t_test(over.mean, over.variance, over.df, level)
     return SeedsDifference(
-        estimate=mean,
+        estimate=over.mean,
         low=max(test.low, -1.0),
         high=min(test.high, 1.0),
         p=test.p,
         per_seed=tuple((a.mean(1) - b.mean(1)).tolist()),
-        seeds_share=(ms_seeds - ms_rest) / total if total else 0.0,
+        seeds_share=over.seeds_share,
     )
 
 
