@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ import onnxruntime
 import pytest
 from support.cascades import CLASSES, CascadeCase
 from support.exports import dimmed_images
+from typer.testing import CliRunner
 
 import threefold
+from threefold.cli.app import app
 from threefold.ensembles.cascade import Cascade
 from threefold.errors import ExportError
 from threefold.exporting import onnx_files, quantization, targets
@@ -21,6 +24,8 @@ from threefold.exporting.export import chosen_ensemble
 from threefold.exporting.onnx_cascade import add_cascade
 from threefold.runtime.model import FAST, FULL, CascadePolicy, Model
 from threefold.training.run import Run
+
+runner = CliRunner()
 
 
 def test_weights_of_later_members_go_into_a_bundle(
@@ -185,3 +190,24 @@ def test_a_run_without_a_cascade_is_exported_without(finished: Run) -> None:
     run.folder.results = finished.results.replace(cascade=None)
 
     assert "cascade" not in chosen_ensemble(run).card
+
+
+def test_a_cascade_is_left_out_or_in_the_way(finished: Run, tmp_path: Path) -> None:
+    run = shutil.copytree(finished.dir, tmp_path / "run")
+    fixed, flat = tmp_path / "fixed.onnx", tmp_path / "flat.onnx"
+
+    refused = runner.invoke(app, ["export", str(run), "--out", str(fixed), "--fixed-size"])
+    assert "cascade: " in str(refused.exception)
+    assert "fix: add --no-cascade" in str(refused.exception)
+    assert not fixed.exists()
+
+    without = runner.invoke(app, ["export", str(run), "--out", str(flat), "--no-cascade"])
+    assert without.exit_code == 0, without.output
+    assert threefold.load(flat).cascade is None
+    assert "cascade" not in threefold.load(flat).card
+
+    words = ["export", str(run), "--out", str(fixed), "--fixed-size", "--members", "plain"]
+    alone = runner.invoke(app, words)
+    assert alone.exit_code == 0, alone.output
+    assert "trtexec --onnx=" in alone.output
+    assert threefold.load(fixed).card["fixed_size"] == 32

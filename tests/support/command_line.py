@@ -37,7 +37,17 @@ SURFACE = {
     },
     "evaluate": {"--members", "--labels", "--classes", "--json", "--html", "--data", "--card"},
     "compare": {"--shared", "--labels", "--classes", "--json", "--html", "--data", "--card"},
-    "export": {"--out", "--method", "--members", "--precision", "--web", "--web-runtime", "--card"},
+    "export": {
+        "--out",
+        "--method",
+        "--members",
+        "--precision",
+        "--fixed-size",
+        "--no-cascade",
+        "--web",
+        "--web-runtime",
+        "--card",
+    },
     "distill": {"--student", "--out", "--set", "--log", "--verbose", *CLUSTER},
     "predict": {
         "--top",

@@ -42,6 +42,19 @@ def export(
             help="Precision of the members' weights: float32, float16, bfloat16 or int8.",
         ),
     ] = "float32",
+    fixed_size: Annotated[
+        bool,
+        typer.Option(
+            "--fixed-size",
+            help="Write an .onnx file that TensorRT reads: the caller resizes every image.",
+        ),
+    ] = False,
+    no_cascade: Annotated[
+        bool,
+        typer.Option(
+            "--no-cascade", help="Leave the cascade out: every member answers every image."
+        ),
+    ] = False,
     web: Annotated[
         Path | None,
         typer.Option(
@@ -67,7 +80,7 @@ def export(
 
         require_free(web)  # before the export, which takes minutes
     if run_dir.is_file():
-        if web is None or method or members or card:
+        if web is None or method or members or card or fixed_size or no_cascade:
             raise ExportError(
                 "this is an exported file",
                 where=run_dir,
@@ -79,7 +92,14 @@ def export(
         raise ExportError(
             "the browser reads ONNX", where=target, fix="with --web, --out ends in .onnx"
         )
-    _write_model(run_dir, target, method, split_names([members]), precision)
+    if web is not None and fixed_size:
+        raise ExportError(
+            "the page gives the model images of any size",
+            where="--web",
+            fix="leave out --fixed-size or --web",
+        )
+    options = {"cascade": not no_cascade, "fixed_size": fixed_size}
+    _write_model(run_dir, target, method, split_names([members]), precision, **options)
     if card is not None:
         _write_card(run_dir, card)
     if web is not None:
@@ -87,18 +107,28 @@ def export(
 
 
 def _write_model(
-    run_dir: Path, target: Path, method: str | None, members: tuple[str, ...], precision: str
+    run_dir: Path,
+    target: Path,
+    method: str | None,
+    members: tuple[str, ...],
+    precision: str,
+    *,
+    cascade: bool,
+    fixed_size: bool,
 ) -> None:
     """Write the file and say how its answers compare with the run's."""
     from threefold.data.class_names import exported_names
     from threefold.exporting.export import export as export_run
     from threefold.exporting.parity import describe_report
+    from threefold.exporting.tensorrt import trtexec_line
     from threefold.training.progress.terminal_watcher import TerminalWatcher
     from threefold.training.run import Run
 
     run = Run.open(run_dir)
     run.watcher = TerminalWatcher(err)
-    exported = export_run(run, target, method, members, precision)
+    exported = export_run(
+        run, target, method, members, precision, cascade=cascade, fixed_size=fixed_size
+    )
     classes = run.folder.info.classes
     for name, written in zip(classes, exported_names(classes), strict=True):
         if name != written:
@@ -109,6 +139,8 @@ def _write_model(
         f"{describe_report(exported)}",
         markup=False,
     )
+    if fixed_size:
+        out.print(f"next   {trtexec_line(target)}", markup=False)
 
 
 def _write_card(run_dir: Path, path: Path) -> None:

@@ -44,6 +44,9 @@ def export(
     method: str | None = None,
     members: Sequence[str] = (),
     precision: str = "float32",
+    *,
+    cascade: bool = True,
+    fixed_size: bool = False,
 ) -> ExportReport:
     """Write a run's chosen ensemble as one file, behind the parity gate.
 
@@ -55,18 +58,20 @@ def export(
         members: other members than those that the recipe combines; a single one is exported alone.
         precision: of the members' weights: float32, float16, bfloat16, or int8, which is calibrated
             on training images.
+        cascade: write the cascade of the run, if it has one, into an .onnx file.
+        fixed_size: write an .onnx file for images that are resized before, which TensorRT reads.
 
     Returns:
         The parity report, with the path, size and latency of the file. The run keeps it, too; where
         the run cannot be written and the file is elsewhere, its watcher gets a note.
 
     Raises:
-        ExportError: the answers differ, the kind of file or the precision is unknown, or the file
-            cannot be written.
+        ExportError: the answers differ, the kind of file or the precision is unknown, the file
+            cannot be written, or no file of a fixed size can be made of the run.
         RunError: the run is not complete, or its recipe was edited since.
     """
     target = Path(path) if path is not None else run.dir / "model.onnx"
-    targets.check_kind(target, precision)
+    targets.check_kind(target, precision, fixed_size)
     run.folder.check_finished()
     run.folder.check_recipe()
     start = time.monotonic()
@@ -88,9 +93,12 @@ def export(
     calibration_images = []
     if precision == "int8":
         calibration_images = [train.pixels(row) for row in spread_rows(train, CALIBRATION_IMAGES)]
-    cascade = ensemble.card.get("cascade")
+    parts = dict(ensemble.card)
+    if not cascade:
+        parts.pop("cascade", None)
+    savings = parts.get("cascade")
     pipeline = run.pipeline(ensemble.combiner, ensemble.members)
-    card = {**_run_card(run), "hashes": _hashes(run), **ensemble.card}
+    card = {**_run_card(run), "hashes": _hashes(run), **parts}
     with _recording(run, target):
         report = targets.export(
             pipeline,
@@ -101,9 +109,10 @@ def export(
             rows="train, seen by the networks" if test is None else "test",
             precision=precision,
             calibration=calibration_images,
-            cascade=Cascade.from_state(cascade["state"]) if cascade is not None else None,
+            cascade=Cascade.from_state(savings["state"]) if savings is not None else None,
+            fixed_size=fixed_size,
         )
-    report = report.replace(path=str(target), method=ensemble.card["method"])
+    report = report.replace(path=str(target), method=parts["method"])
     if target.suffix == ".onnx":
         latency = load(target).measure_latency(images[:LATENCY_IMAGES])
         report = report.replace(latency=Latency.parse(latency, target))

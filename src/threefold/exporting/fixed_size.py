@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,20 +32,12 @@ class FixedSize(nn.Module):
         size: side of the images in pixels.
 
     Raises:
-        ExportError: the members resize images to several sizes, or in several ways.
+        ExportError: as `common_size`.
     """
 
     def __init__(self, pipeline: Pipeline, where: object) -> None:
         super().__init__()
-        canvases = {(part.canvas, part.resize) for part in pipeline.parts}
-        if len(canvases) > 1:
-            raise ExportError(
-                "this kind of file takes images of one size",
-                where=where,
-                got=", ".join(f"{resize} to {size}" for size, resize in sorted(canvases)),
-                fix="export members of one size with --members, or a name that ends in .onnx",
-            )
-        self.size, self.resize = canvases.pop()
+        self.size = common_size(pipeline, where)
         self.mixing, self.combiner = pipeline.mixing, copy.deepcopy(pipeline.combiner)
         backbones: dict[int, SharedBackbone] = {}
         self.networks = nn.ModuleList()
@@ -84,6 +76,30 @@ class FixedSize(nn.Module):
         else:
             member_probs = mix(torch.stack([one for net in nets for one in net], 1), self.mixing)
         return self.combiner(member_probs), member_probs
+
+
+def common_size(pipeline: Pipeline, where: object) -> int:
+    """Return the side in pixels of the square that all members resize images to.
+
+    Raises:
+        ExportError: they resize images to several sizes, or in several ways.
+    """
+    canvases = {(part.canvas, part.resize) for part in pipeline.parts}
+    if len(canvases) > 1:
+        raise ExportError(
+            "this kind of file takes images of one size",
+            where=where,
+            got=", ".join(f"{resize} to {size}" for size, resize in sorted(canvases)),
+            fix="export members of one size with --members, or an .onnx file without --fixed-size",
+        )
+    return canvases.pop()[0]
+
+
+def describe_input(card: dict[str, Any], size: int) -> dict[str, Any]:
+    """Return a model card that says that images come resized, by the resize that it describes."""
+    entry = f"uint8 RGB ({size}, {size}, 3), upright, resized before"
+    preprocessing = [{**part, "input": entry} for part in card["preprocessing"]]
+    return {**card, "preprocessing": preprocessing, "fixed_size": size}
 
 
 def on_canvas(pipeline: Pipeline, images: Sequence[np.ndarray]) -> list[np.ndarray]:

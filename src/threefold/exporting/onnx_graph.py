@@ -84,6 +84,7 @@ def build_graph(
     precision: str = "float32",
     calibration: Sequence[np.ndarray] = (),
     stages: Sequence[Sequence[int]] = (),
+    fixed_size: int = 0,
 ) -> onnx.ModelProto:
     """Build the ONNX model: images uint8 (b, h, w, 3) to probs (b, k) and member_probs (b, m, k).
 
@@ -93,9 +94,11 @@ def build_graph(
         calibration: training images uint8 (h, w, 3), for int8.
         stages: numbers of the members in each stage of a cascade; members of different stages have
             no nodes in common, because one may run without the other.
+        fixed_size: side in pixels of the images, which come resized to the members' only canvas;
+            0 = images of any size, which the graph resizes.
     """
     graph = _Joiner()
-    networks = _Networks(graph, precision, calibration)
+    networks = _Networks(graph, precision, calibration, fixed_size)
     stage_of = {member: stage for stage, members in enumerate(stages) for member in members}
     # In the order of the stages, so that what the first one needs is not among the nodes of others.
     order = sorted(range(len(pipeline.parts)), key=lambda i: stage_of.get(i, 0))
@@ -118,7 +121,7 @@ def build_graph(
     example = torch.full((2, len(pipeline.names), len(pipeline.classes)), 1 / len(pipeline.classes))
     combiner = trace(pipeline.combiner, example, ("member_probs", "probs"), (0,))
     graph.graft(combiner, "ensemble_", {"member_probs": stacked}, {"probs": "probs"})
-    return graph.finish(len(pipeline.classes), len(pipeline.names))
+    return graph.finish(len(pipeline.classes), len(pipeline.names), fixed_size)
 
 
 def network_names(pipeline: Pipeline) -> list[list[str]]:
@@ -144,10 +147,18 @@ class _Networks:
         graph: the graph.
         precision: of the weights.
         calibration: training images uint8 (h, w, 3), for int8.
+        fixed_size: see `build_graph`.
     """
 
-    def __init__(self, graph: _Joiner, precision: str, calibration: Sequence[np.ndarray]) -> None:
+    def __init__(
+        self,
+        graph: _Joiner,
+        precision: str,
+        calibration: Sequence[np.ndarray],
+        fixed_size: int,
+    ) -> None:
         self.graph, self.precision, self.calibration = graph, precision, calibration
+        self.fixed_size = fixed_size
         self.tracer, self.scope = Tracer(), 0
         self.shared: dict[tuple[SharedBackbone, int | None], _Features] = {}
 
@@ -234,7 +245,9 @@ class _Networks:
     def add_canvas(self, size: int, mode: Literal["squash", "crop"]) -> str:
         """Add the resize to a canvas, unless it is there; returns the name of the pixels."""
         canvas = f"pixels_{size}_{mode}"
-        if canvas not in self.graph.values:
+        if canvas not in self.graph.values and self.fixed_size:
+            self.graph.convert_pixels(canvas)
+        elif canvas not in self.graph.values:
             images = torch.zeros(2, 30, 40, 3, dtype=torch.uint8)
             resize = trace(_Resize(size, mode), images, ("images", "pixels"), (0, 1, 2))
             self.graph.graft(resize, f"{canvas}_", {"images": "images"}, {"pixels": canvas})
@@ -368,6 +381,18 @@ class _Joiner:
             self.initializers.append(added)
         return known
 
+    def convert_pixels(self, output: str) -> None:
+        """Add the images as floats (b, 3, h, w); the cast is first, since TensorRT asks for it."""
+        floats = f"{output}_float"
+        cast_node = onnx.helper.make_node(
+            "Cast", ["images"], [floats], name=floats, to=onnx.TensorProto.FLOAT
+        )
+        transpose = onnx.helper.make_node(
+            "Transpose", [floats], [output], name=output, perm=(0, 3, 1, 2)
+        )
+        self.nodes += [cast_node, transpose]
+        self.values.add(output)
+
     def mean(self, names: Sequence[str], output: str) -> str:
         """Add the mean of values of equal shape; returns its name."""
         self.nodes.append(
@@ -395,13 +420,14 @@ class _Joiner:
         )
         return output
 
-    def finish(self, num_classes: int, num_members: int) -> Any:
+    def finish(self, num_classes: int, num_members: int, fixed_size: int) -> Any:
         """Make the ONNX model: images -> probs, member_probs."""
         value = onnx.helper.make_tensor_value_info
+        sides = (fixed_size, fixed_size) if fixed_size else ("height", "width")
         graph = onnx.helper.make_graph(
             self.nodes,
             "threefold",
-            [value("images", onnx.TensorProto.UINT8, ["batch", "height", "width", 3])],
+            [value("images", onnx.TensorProto.UINT8, ["batch", *sides, 3])],
             [
                 value("probs", onnx.TensorProto.FLOAT, ["batch", num_classes]),
                 value("member_probs", onnx.TensorProto.FLOAT, ["batch", num_members, num_classes]),

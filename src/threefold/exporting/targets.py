@@ -1,6 +1,7 @@
 """Export a pipeline to the format of the name's suffix, behind the parity gate.
 
-- `.onnx` is read by `threefold.load`, `predict` and `serve`.
+- `.onnx` is read by `threefold.load`, `predict` and `serve`. With a fixed size, TensorRT reads it,
+  too: images come resized, and `tensorrt` has checked the operators of the graph.
 - `.pt2` is torch's own format: `torch.export.load(PATH).module()` maps uint8 images (b, h, w, 3) to
   probs and member_probs. torch unpickles parts of it, so load only your own files; threefold loads
   only the file that it has just written. The model card is its extra file `threefold.json`.
@@ -29,8 +30,9 @@ import torch
 
 from threefold.ensembles.cascade import Cascade
 from threefold.errors import ExportError
-from threefold.exporting import coreml, litert, onnx_graph
+from threefold.exporting import coreml, litert, onnx_graph, tensorrt
 from threefold.exporting.checksums import check_checksums, write_checksums
+from threefold.exporting.fixed_size import common_size, describe_input
 from threefold.exporting.onnx_cascade import add_cascade
 from threefold.exporting.onnx_files import staged, write_file
 from threefold.exporting.parity import check, compare
@@ -58,6 +60,7 @@ def export(
     precision: str = "float32",
     calibration: Sequence[np.ndarray] = (),
     cascade: Cascade | None = None,
+    fixed_size: bool = False,
 ) -> ExportReport:
     """Write the pipeline as a file, unless the file's answers differ from the pipeline's.
 
@@ -75,16 +78,18 @@ def export(
         precision: of the members' weights, one of `quantization.PRECISIONS`.
         calibration: training images uint8 (h, w, 3) that int8 takes its ranges from.
         cascade: fitted on the pipeline's members, see `onnx_cascade`.
+        fixed_size: write an .onnx file for images that are resized before, which TensorRT reads.
 
     Returns:
         The report of `parity.compare`, with the bytes written.
 
     Raises:
         ExportError: unknown kind of file, or not in this precision; OpenVINO is not installed; the
-            answers differ; or the file cannot be written.
+            answers differ; the file cannot be written; or with `fixed_size` there is a cascade, the
+            members have several sizes, or TensorRT does not read the graph.
     """
     target, metadata = Path(path), dict(metadata or {})
-    check_kind(target, precision)
+    check_kind(target, precision, fixed_size)
     if target.suffix != ".onnx":
         metadata.pop("cascade", None)
     card = onnx_graph.card_of(pipeline, precision, metadata)
@@ -95,7 +100,10 @@ def export(
         return check(compare(expected, answers, precision, labels, rows, thresholds), target)
 
     if target.suffix in _WRITERS:
-        return _WRITERS[target.suffix](pipeline, target, images, {**card, "opset": None}, measure)
+        card["opset"] = None
+        return _WRITERS[target.suffix](pipeline, target, images, card, measure)
+    if fixed_size:
+        return _to_fixed_size(pipeline, target, images, card, measure, cascade)
     stages = cascade.stages if cascade is not None and target.suffix == ".onnx" else ()
     graph = onnx_graph.build_graph(pipeline, precision, calibration, stages)
     if target.suffix == ".xml":
@@ -105,7 +113,28 @@ def export(
     return onnx_graph.write_onnx(graph, target, card, images, measure)
 
 
-def check_kind(target: Path, precision: str) -> None:
+def _to_fixed_size(
+    pipeline: Pipeline,
+    target: Path,
+    images: Sequence[np.ndarray],
+    card: dict[str, Any],
+    measure: Measure,
+    cascade: Cascade | None,
+) -> ExportReport:
+    if cascade is not None:
+        raise ExportError(
+            "a file of a fixed size cannot hold the run's cascade",
+            where=target,
+            fix="add --no-cascade: every member then answers every image",
+        )
+    size = common_size(pipeline, target)
+    graph = onnx_graph.build_graph(pipeline, fixed_size=size)
+    tensorrt.check_graph(graph, target)
+    card = {**describe_input(card, size), "tensorrt": tensorrt.CHECKED}
+    return onnx_graph.write_onnx(graph, target, card, images, measure)
+
+
+def check_kind(target: Path, precision: str, fixed_size: bool = False) -> None:
     """Refuse a kind of file that cannot be written, before any slow step.
 
     Raises:
@@ -117,6 +146,17 @@ def check_kind(target: Path, precision: str) -> None:
             "cannot export to this kind of file",
             where=target,
             expected="a name that ends in .onnx, .pt2, .xml, .mlpackage or .tflite",
+        )
+    if fixed_size and target.suffix != ".onnx":
+        raise ExportError(
+            "--fixed-size is for ONNX", where=target, expected="a name that ends in .onnx"
+        )
+    if fixed_size and precision != "float32":
+        raise ExportError(
+            "a file of a fixed size holds float32 only",
+            where=target,
+            got=precision,
+            fix="leave --precision out: TensorRT chooses its own when it builds the engine",
         )
     if target.suffix in _WRITERS and precision != "float32":
         raise ExportError(
@@ -237,6 +277,7 @@ def _to_coreml(
 ) -> ExportReport:
     with _stage(target) as folder:
         model = coreml.convert(pipeline, target)
+        card = describe_input(card, common_size(pipeline, target))
         trial = Path(folder) / target.name
         coreml.save(model, trial, card)
         report = measure(coreml.predict_coreml(trial, pipeline, images))
@@ -258,6 +299,7 @@ def _to_litert(
     with _stage(target) as folder:
         trial = Path(folder) / target.name
         litert.write_litert(pipeline, trial, target)
+        card = describe_input(card, common_size(pipeline, target))
         report = measure(litert.predict_litert(trial, pipeline, images))
         text = json.dumps({**card, "parity": report.as_json()}, ensure_ascii=False, default=float)
         card_trial = trial.with_name(f"{target.name}.json")

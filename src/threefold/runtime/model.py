@@ -19,7 +19,7 @@ from threefold.runtime.hub import local_path
 from threefold.runtime.inputs import ImageInput, iterate_images
 from threefold.runtime.model_file import MEMORY, bytes_beside, open_session, read_card
 from threefold.runtime.model_output import ModelOutput, find_fault
-from threefold.runtime.shrink import Canvas, common_canvas, shrink
+from threefold.runtime.shrink import MAX_SCALE, Canvas, common_canvas, shrink
 from threefold.tasks import Task
 
 FORMAT: Final = 1
@@ -80,6 +80,8 @@ class Model:
         unknown: the threshold for images that belong to no class; None in a file without one.
         cascade: the order in which members run in mode "fast"; None in a file without a cascade.
         canvas: what all members resize images to; None if they have several sizes.
+        is_fixed_size: whether the graph takes images on the canvas only. `prepare` and `fit_canvas`
+            then resize every image.
         caps: accuracy if images stop after 1, 2, ... stages at the latest, without the last stage.
     """
 
@@ -112,6 +114,16 @@ class Model:
         self.cascade: Cascade | None = parts.cascade
         self.caps: list[StageCap] = parts.caps
         self.canvas: Canvas | None = common_canvas(self.card)
+        self.is_fixed_size: bool = self.card.get("fixed_size") is not None
+        size = self.canvas.size if self.canvas is not None else None
+        if self.is_fixed_size and self.card["fixed_size"] != size:
+            raise ExportError(
+                "the model card is damaged",
+                where=path,
+                expected=f"members of the fixed size {self.card['fixed_size']}",
+                got=size or "several sizes",
+                fix="export the run again",
+            )
         data_bytes = bytes_beside(self.path, self.card)
         self.session = open_session(self.path, threads, memory + 2 * data_bytes, spin, device)
 
@@ -137,6 +149,8 @@ class Model:
                 answers are not probabilities.
         """
         thresholds = self.stop_thresholds(policy)
+        if self.is_fixed_size:
+            self._check_size(images)
         outputs, inputs = ["probs", "member_probs"], {"images": images}
         if self.cascade is not None:
             outputs.append("stages_used")
@@ -208,6 +222,18 @@ class Model:
                 fix="export the run again; the file is damaged or not from threefold",
             )
 
+    def _check_size(self, images: np.ndarray) -> None:
+        """Refuse a batch that is not on the canvas."""
+        size = self.card["fixed_size"]
+        if images.shape[1:] != (size, size, 3):
+            raise ExportError(
+                "the model takes images of one size",
+                where=self.path,
+                expected=f"(b, {size}, {size}, 3)",
+                got=images.shape,
+                fix="resize each image with Model.fit_canvas",
+            )
+
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
         """Resize a large image as the graph would, in a tenth of the memory.
 
@@ -216,14 +242,33 @@ class Model:
 
         Returns:
             The image as `run` takes it, with the same answer; small images, and those of models
-            whose members have several sizes, are returned as they are.
+            whose members have several sizes, are returned as they are. For a model of a fixed size,
+            see `fit_canvas`.
+
+        Raises:
+            DataError: as `fit_canvas`.
         """
+        if self.is_fixed_size:
+            return self.fit_canvas(pixels)
         is_large = pixels.shape[0] * pixels.shape[1] > LARGE_PIXELS
         return shrink(pixels, self.canvas) if self.canvas is not None and is_large else pixels
 
     def fit_canvas(self, pixels: np.ndarray) -> np.ndarray:
-        """As `prepare`, but for every image, so that images of any sizes can share a batch."""
-        return pixels if self.canvas is None else shrink(pixels, self.canvas, enlarge=True)
+        """As `prepare`, but for every image, so that images of any sizes can share a batch.
+
+        Raises:
+            DataError: the model takes images of one size, and this one is too large to be resized.
+        """
+        if self.canvas is None:
+            return pixels
+        square = shrink(pixels, self.canvas, enlarge=True)
+        if self.is_fixed_size and square.shape[:2] != (self.canvas.size, self.canvas.size):
+            raise DataError(
+                "the image is too large for this model",
+                expected=f"sides of at most {MAX_SCALE * self.canvas.size} pixels",
+                got=f"{pixels.shape[1]} x {pixels.shape[0]}",
+            )
+        return square
 
     def stop_thresholds(self, policy: CascadePolicy) -> np.ndarray:
         """The value of the graph's input `stop` for a policy; empty in a file without a cascade.
@@ -330,6 +375,8 @@ class Model:
         if num_stages:
             policies["fast"] = FAST
         times: dict[str | int, list[float]] = {name: [] for name in policies}
+        if self.is_fixed_size:
+            images = [self.prepare(image) for image in images]
         for repeat in range(repeats + 1):
             for image in images:
                 for name, policy in policies.items():

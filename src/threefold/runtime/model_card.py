@@ -59,6 +59,7 @@ def parse_card(content: bytes) -> dict[str, Any]:
     _require(card, "versions", lambda value: _is_texts([*value.values()]), "texts by name")
     _require(card, "n_train", _is_count, "a number of images")
     _require(card, "temperature", _is_number, "a number")
+    _require(card, "fixed_size", _is_count, "a number of pixels")
     _check_score(card.get("score") or {})
     _check_task(card)
     return card

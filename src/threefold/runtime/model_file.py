@@ -335,8 +335,9 @@ class _Reader:
                     name, kind, shape = self.value(*value)
                     actual[number, name] = kind, shape
         k, m, stages = len(card["classes"]), len(card["members"]), _stages(card)
+        side = card.get("fixed_size") or -1
         expected = {
-            (_INPUT, "images"): (_UINT8, [-1, -1, -1, 3]),
+            (_INPUT, "images"): (_UINT8, [-1, side, side, 3]),
             (_OUTPUT, "probs"): (_FLOAT, [-1, k]),
             (_OUTPUT, "member_probs"): (_FLOAT, [-1, m, k]),
         }

@@ -192,6 +192,8 @@ class ModelInference:
         try:
             if len(images) == 1:
                 images = self._model.prepare(images[0])[None]
+            elif self._model.is_fixed_size:
+                images = np.stack([self._model.prepare(image) for image in images])
             return self._model.run(images, policy, options)
         finally:
             with self._lock:

@@ -84,11 +84,18 @@ def write_web(
         limits: bytes, pixels and side of the images that the page accepts (default: the server's).
 
     Raises:
-        ExportError: the file is not a model or has weights outside of it, onnxruntime-web cannot be
-            read, or the folder holds other files.
+        ExportError: the file is not a model, is of a fixed size or has weights outside of it,
+            onnxruntime-web cannot be read, or the folder holds other files.
     """
     source, target, limits = Path(model), Path(folder), limits or ServerLimits()
     loaded = Model(source)
+    if loaded.is_fixed_size:
+        raise ExportError(
+            "the page gives the model images of any size",
+            where=source,
+            got="a file of a fixed size",
+            fix="export the run again without --fixed-size",
+        )
     require_free(target)
     runtime_files = read_runtime(runtime)
     try:
