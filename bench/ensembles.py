@@ -5,8 +5,9 @@
     uv run python bench/ensembles.py verb [--methods mean,pool]
     uv run python bench/ensembles.py saved PREDS.npz [--keep Mixed]
 
-speed: CPU seconds (independent of the machine's load) of a fit on all rows, then of a cross-fit in
-    five parts. Each method runs in a process of its own; the peak is that process's memory.
+speed: CPU seconds (independent of the machine's load) of a fit on all rows, of the answers to them,
+    and of a cross-fit (in two parts, with at most 10,000 rows in five). Each method runs in a
+    process of its own; the peak is that process's memory.
 pools: accuracy (points) and log loss on 4,000 new rows at the temperature of the cross-fitted fit
     rows, minus those of the mean; then which methods lose to the mean by more than chance. `auto`
     is the method that `choose` picks among the others. --raw: accuracy only, without `auto`, in a
@@ -40,7 +41,6 @@ from threefold.ensembles.scaling import apply_temperature, fit_temperature
 from threefold.predictions.checks import FLOOR
 from threefold.predictions.predictions import Predictions
 from threefold.stats.paired_tests import holm
-from threefold.training.provenance import commit, hardware
 
 QUICK = tuple(name for name in ENSEMBLES if not name.startswith("stacked"))
 
@@ -57,16 +57,23 @@ def losses(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.asarray(-np.log(np.maximum(probs[np.arange(len(labels)), labels], FLOOR)))
 
 
+def provenance() -> str:
+    """Name the hardware and the commit."""
+    from threefold.training.provenance import commit, hardware  # imports torch, for seconds
+
+    return f"{hardware()}, commit {commit()}"
+
+
 def print_size(args: argparse.Namespace) -> None:
     """Print the size of the pool, the hardware and the commit."""
     size = f"{args.members} members, {args.rows:,} rows, {args.classes} classes"
-    print(f"{size}; {hardware()}, commit {commit()}")
+    print(f"{size}; {provenance()}")
 
 
 def speed(args: argparse.Namespace) -> None:
     """Print a line per method, each from a process of its own."""
     print_size(args)
-    print(f"{'method':16}{'fit s':>8}{'cross-fit s':>13}{'peak MB':>9}", flush=True)
+    print(f"{'method':16}{'fit s':>8}{'answer s':>10}{'cross-fit s':>13}{'peak MB':>9}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         # The measured process must not draw the pool itself: that would raise its peak.
         args.file = str(Path(folder) / "pool.npz")
@@ -112,8 +119,10 @@ def one(args: argparse.Namespace) -> None:
     with np.load(args.file, allow_pickle=False) as file:
         probs, labels = file["probs"], file["labels"]
     name, times = args.methods[0], []
+    ensemble = make_ensemble(name)
     for action in (
-        lambda: make_ensemble(name).fit(probs, labels),
+        lambda: ensemble.fit(probs, labels),
+        lambda: ensemble.predict_proba(probs),
         lambda: cross_fit(lambda: make_ensemble(name), probs, labels),
     ):
         start = time.process_time()
@@ -121,15 +130,13 @@ def one(args: argparse.Namespace) -> None:
         times.append(time.process_time() - start)
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     peak = int(re.findall(r"VmHWM:\s*(\d+)", status)[0]) / 1024
-    print(f"{name:16}{times[0]:8.2f}{times[1]:13.2f}{peak:9.0f}", flush=True)
+    print(f"{name:16}{times[0]:8.2f}{times[1]:10.2f}{times[2]:13.2f}{peak:9.0f}", flush=True)
 
 
 def pools(args: argparse.Namespace) -> None:
     """Print the gain over the mean for every kind of pool, then who loses by more than chance."""
     figures = "accuracy in points" if args.raw else "accuracy in points, log loss calibrated"
-    print(
-        f"{args.draws} draws, {hardware()}, commit {commit()}; {figures}, minus the mean's (s.e.)"
-    )
+    print(f"{args.draws} draws, {provenance()}; {figures}, minus the mean's (s.e.)")
     names = [name for name in args.methods or QUICK if name != "mean"]
     gains: dict[tuple[str, str], np.ndarray] = {}
     for kind in args.kinds or KINDS:
@@ -195,7 +202,7 @@ def saved(args: argparse.Namespace) -> None:
     if args.keep:
         rows = rows.select([name for name in rows.members if args.keep in name])
     figures = "accuracy in %, gains in points (s.e.), log loss calibrated"
-    print(f"{rows.probs.shape}, commit {commit()}; {figures}")
+    print(f"{rows.probs.shape}, {provenance()}; {figures}")
     base = None
     for name in args.methods or QUICK:
         start = time.perf_counter()

@@ -1,11 +1,16 @@
 """How time and memory grow with images, rows, classes and members.
 
     uv run python bench/growth.py --out OUT [--parts cache,evaluate,ensemble,report,folds]
-        [--grows rows,classes,members] [--most 100000]
+        [--grows rows,classes,members] [--most 100000] [--rows 10000] [--classes 10] [--members 3]
+        [--sizes 1,4,16,64]
 
-Each case runs in a process of its own; processor time (user and system) and its largest memory are
-those of that process, its start included. `per unit` is the processor time beyond that of the
-smallest case, over what was added: constant where growth is linear.
+Each case runs in a process of its own; processor time (user and system) is that of the process, its
+start included. `per unit` is the processor time beyond that of the smallest case, over what was
+added: constant where growth is linear. `peak MB` is the largest memory of its own, sampled; mapped
+files, which the system takes back when it needs the room, are not in it.
+
+--rows, --classes and --members are the sizes that stay where another one grows; --sizes those that
+it takes. One size of `rows` alone measures that one case.
 
 - cache: the image cache of a run at 64 px, from n JPEG files of 160 x 120 (few files, many links).
 - evaluate: `threefold evaluate` of predictions of 3 members; rows, then classes, then members grow.
@@ -34,8 +39,13 @@ import numpy as np
 LINKS = 20_000
 """Links to one file; file systems limit them."""
 
-ROWS, CLASSES, MEMBERS = 10_000, 10, 3
-"""The sizes that stay where another one grows."""
+SIZES = {
+    "images": (1_000, 10_000, 100_000, 1_000_000),
+    "rows": (1_000, 10_000, 100_000, 1_000_000),
+    "classes": (2, 10, 100, 1_000, 10_000),
+    "members": (1, 4, 16, 64),
+}
+"""The sizes that grow."""
 
 
 class Case(NamedTuple):
@@ -54,17 +64,19 @@ class Used(NamedTuple):
     peak_mb: float
 
 
-def cases(part: str, most: int) -> list[Case]:
+def cases(part: str, options: argparse.Namespace) -> list[Case]:
     """The sizes of a part, smallest first."""
-    rows = [n for n in (1_000, 10_000, 100_000, 1_000_000) if n <= most]
     if part in ("cache", "folds"):
-        return [Case(part, "images", n) for n in rows]
-    classes = [n for n in (2, 10, 100, 1_000, 10_000) if ROWS * n <= 100 * most]
-    return [
-        *(Case(part, "rows", n) for n in rows),
-        *(Case(part, "classes", n) for n in classes),
-        *(Case(part, "members", n) for n in (1, 4, 16, 64)),
-    ]
+        return [Case(part, "images", n) for n in SIZES["images"] if n <= options.most]
+    found = []
+    for grows in options.grows.split(","):
+        sizes = options.sizes or SIZES.get(grows, ())
+        for n in sizes:
+            values = {"rows": options.rows, "classes": options.classes} | {grows: n}
+            fits = values["rows"] * values["classes"] <= 100 * options.most
+            if grows != "images" and (options.sizes or (fits and values["rows"] <= options.most)):
+                found.append(Case(part, grows, n))
+    return found
 
 
 def draw_predictions(path: Path, rows: int, classes: int, members: int) -> None:
@@ -72,11 +84,11 @@ def draw_predictions(path: Path, rows: int, classes: int, members: int) -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(classes, size=rows)
     probs = np.empty((members, rows, classes), np.float32)
-    for member in range(members):
-        logits = rng.normal(size=(rows, classes)).astype(np.float32)
-        logits[np.arange(rows), labels] += 3
-        np.exp(logits, out=logits)
-        probs[member] = logits / logits.sum(1, keepdims=True)
+    for member in probs:
+        rng.standard_normal(dtype=np.float32, out=member)
+        member[np.arange(rows), labels] += 3
+        np.exp(member, out=member)
+        member /= member.sum(1, keepdims=True)
     np.savez(path, probs=probs, labels=labels)
 
 
@@ -124,7 +136,19 @@ def make_folds(count: int) -> None:
     assign_roles(labels, None, FoldSpec(), "honest", 0, tuple(map(str, range(100))), None)
 
 
-def run_case(case: Case, folder: Path) -> Used:
+def own_memory(process: int) -> float:
+    """MB that a process has in memory without mapped files; 0 if that is not known."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0.0
+    for line in status.splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def run_case(case: Case, folder: Path, options: argparse.Namespace) -> Used:
     """Prepare a case, and run it in a process of its own."""
     threefold = [sys.executable, "-m", "threefold"]
     if case.part == "cache":
@@ -133,8 +157,8 @@ def run_case(case: Case, folder: Path) -> Used:
     elif case.part == "folds":
         command = [sys.executable, __file__, "--fold", str(case.n)]
     else:
-        sizes = {"rows": ROWS, "classes": CLASSES, "members": MEMBERS} | {case.grows: case.n}
-        # In another process: a child's peak counts its parent's memory at the fork.
+        sizes = {name: getattr(options, name) for name in ("rows", "classes", "members")}
+        sizes[case.grows] = case.n
         draw = [sys.executable, __file__, "--draw", json.dumps([str(folder / "p.npz"), sizes])]
         subprocess.run(draw, check=True)
         command = [*threefold, "evaluate", str(folder / "p.npz")]
@@ -143,13 +167,16 @@ def run_case(case: Case, folder: Path) -> Used:
         if case.part == "report":
             command += ["--html", str(folder / "page.html")]
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    process, peak = subprocess.Popen(command, stdout=subprocess.DEVNULL), 0.0
+    while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+        peak = max(peak, own_memory(process.pid))
+        time.sleep(0.02)
+    _, status, usage = ended
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed ({process.returncode})")
     wall = time.perf_counter() - began
-    return Used(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss / 1024)
+    return Used(usage.ru_utime + usage.ru_stime, wall, peak)
 
 
 def main() -> None:
@@ -160,6 +187,11 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=100_000)
     parser.add_argument("--fill-cache", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--grows", default="images,rows,classes,members")
+    for name, size in (("rows", 10_000), ("classes", 10), ("members", 3)):
+        parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument(
+        "--sizes", type=lambda text: [int(n) for n in text.split(",")], default=None
+    )
     parser.add_argument("--fold", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--draw", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -177,17 +209,16 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     smallest: dict[tuple[str, str], tuple[int, float]] = {}
     for part in options.parts.split(","):
-        grows = options.grows.split(",")
-        for case in (case for case in cases(part, options.most) if case.grows in grows):
+        for case in cases(part, options):
             with tempfile.TemporaryDirectory(dir=options.out) as folder:
-                used = run_case(case, Path(folder))
+                used = run_case(case, Path(folder), options)
             first, base = smallest.setdefault((part, case.grows), (case.n, used.processor))
             growth = 1000 * (used.processor - base) / (case.n - first) if case.n > first else 0.0
             unit = f"{growth:.3f}" if case.n > first else ""
             figures = (f"{used.processor:.1f}", unit, f"{used.wall:.1f}", f"{used.peak_mb:.0f}")
             row = (part, case.grows, f"{case.n:,}", *figures)
             print(f"| {' | '.join(row)} |", flush=True)
-    # At the end, since it imports torch: a child's peak counts its parent's memory at the fork.
+    # At the end, since it imports torch.
     from threefold.training.provenance import commit, hardware
 
     print(f"\n{datetime.date.today()}, {hardware()}, commit {commit()}")

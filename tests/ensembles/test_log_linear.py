@@ -10,8 +10,11 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 from support.pools import draw_pool, scored
 
+from threefold import scratch
+from threefold.ensembles import log_linear
 from threefold.ensembles.averaging import MeanEnsemble
 from threefold.ensembles.log_linear import RIDGES, LogisticEnsemble, LogPoolEnsemble
+from threefold.ensembles.scaling import HIGHEST
 from threefold.errors import RecipeError
 
 LAW = settings(max_examples=40, deadline=None)
@@ -127,6 +130,38 @@ def test_a_bias_mends_a_class_that_every_member_neglects() -> None:
 
     accuracy, mean = ((e.predict(probs) == labels).mean() for e in (ensemble, MeanEnsemble()))
     assert accuracy > mean + 0.05
+
+
+@pytest.mark.parametrize("ridge", [None, 0.1, 1000.0])
+def test_many_classes_are_fitted_as_few_are(
+    ridge: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their Hessian is never written out."""
+    probs, labels = scored(3, 400, 12)
+    few = LogisticEnsemble(ridge).fit(probs, labels)
+    monkeypatch.setattr(log_linear, "_DENSE_CLASSES", 0)
+    monkeypatch.setattr(scratch, "BLOCK_VALUES", 3000)
+
+    many = LogisticEnsemble(ridge).fit(probs, labels)
+
+    assert many.ridge_ == few.ridge_
+    np.testing.assert_allclose(many.weights_, few.weights_, atol=1e-5)
+    np.testing.assert_allclose(many.bias_, few.bias_, atol=1e-5)
+
+
+def test_many_classes_keep_the_sum_of_weights_above_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all rows wrong, the best sum would be below 0 and reverse the classes."""
+    labels = np.arange(12) % 4
+    wrong = 0.97 * np.eye(4)[(labels + 1) % 4] + 0.01
+    probs = np.stack([wrong, wrong]) / wrong.sum(-1, keepdims=True)
+    few = LogisticEnsemble(1.0).fit(probs, labels)
+    monkeypatch.setattr(log_linear, "_DENSE_CLASSES", 0)
+
+    many = LogisticEnsemble(1.0).fit(probs, labels)
+
+    assert few.weights_.sum() == pytest.approx(1 / HIGHEST, abs=1e-6)
+    np.testing.assert_allclose(many.weights_, few.weights_, atol=1e-5)
+    np.testing.assert_allclose(many.bias_, few.bias_, atol=1e-4)
 
 
 def test_exact_zeros_and_perfect_rows_are_handled() -> None:

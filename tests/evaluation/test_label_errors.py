@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from threefold import scratch
 from threefold.errors import DataError, RunError
+from threefold.evaluation import label_errors
 from threefold.evaluation.label_errors import Suspect, find_suspects, write_suspects
 from threefold.predictions.predictions import Predictions
 
@@ -66,6 +68,28 @@ def test_a_contradiction_alone_is_no_suspicion() -> None:
         theirs = find_label_issues(truth, probs.mean(0), n_jobs=1)
         assert {int(s.id) for s in suspects} == set(np.flatnonzero(theirs))
         assert 0 < len(suspects) < (probs.mean(0).argmax(1) != truth).sum()
+
+
+@pytest.mark.parametrize("classes", [3, 40])
+def test_many_rows_have_the_suspects_of_cleanlab_on_all_of_them(
+    classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cleanlab gets the rows of a few classes at a time, and one count of all rows."""
+    from cleanlab.filter import find_label_issues
+
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.arange(800) % classes)
+    seen = np.where(rng.random(800) < 0.1, (labels + 1) % classes, labels)
+    logits = 2 * np.eye(classes)[seen] + rng.normal(0, 1, (800, classes))
+    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    monkeypatch.setattr(scratch, "BLOCK_VALUES", 1000)
+    monkeypatch.setattr(label_errors, "_BATCH_VALUES", 6000)
+
+    found = label_errors._find_issues(labels, probs)
+
+    theirs = find_label_issues(labels, probs, n_jobs=1)
+    assert 20 < theirs.sum() < 400
+    assert (found == theirs).all()
 
 
 def test_the_reason_says_who_says_what() -> None:

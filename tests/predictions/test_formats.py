@@ -14,8 +14,10 @@ from support.paths import ROOT
 from support.predictions import are_equal, make_predictions, predictions
 from typer.testing import CliRunner
 
+from threefold import scratch
 from threefold.cli.app import app
 from threefold.errors import DataError, RunError
+from threefold.predictions import array_files
 from threefold.predictions.adapters import COLUMNS, is_reserved_column
 from threefold.predictions.formats import read_predictions, write_predictions
 from threefold.predictions.predictions import Predictions
@@ -338,6 +340,46 @@ def test_without_pyarrow_parquet_says_what_to_install(
         read_predictions(tmp_path / "x.parquet")
     with pytest.raises(DataError, match=r"pip install 'threefold\[parquet\]'"):
         write_predictions(make_predictions(), tmp_path / "y.parquet")
+
+
+@pytest.mark.parametrize("name", ["stored.npz", "packed.npz", "columns.npz", "one.npy"])
+def test_a_file_larger_than_memory_is_read_as_a_small_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Its arrays lie in temporary files, so that whoever writes it again does no harm."""
+    path, rows = tmp_path / name, make_predictions(m=2, n=500, k=4)
+    labels = tmp_path / "labels.csv"
+    labels.write_text("label\n" + "".join(f"{label}\n" for label in rows.labels))
+    arrays = {"probs": rows.probs, "labels": rows.labels}
+    if name == "one.npy":
+        np.save(path, rows.probs[0])
+    elif name == "packed.npz":
+        np.savez_compressed(path, **arrays)
+    elif name == "columns.npz":
+        np.savez(path, **arrays | {"probs": np.asfortranarray(rows.probs)})
+    else:
+        np.savez(path, **arrays)
+    given = {"labels": labels, "classes": tuple("0123")} if name == "one.npy" else {}
+    whole = read_predictions(path, **given)  # type: ignore[arg-type]
+    monkeypatch.setattr(scratch, "SPILL_BYTES", 0)
+    monkeypatch.setattr(array_files, "_PIECE", 1000)
+
+    read = read_predictions(path, **given)  # type: ignore[arg-type]
+
+    path.write_bytes(b"\0" * path.stat().st_size)
+    assert are_equal(read, whole)
+    assert read.probs[0, 7, 2] == rows.probs[0, 7, 2]
+
+
+def test_a_flipped_bit_is_found_by_the_checksum(tmp_path: Path) -> None:
+    path, rows = tmp_path / "net.npz", make_predictions(m=2, n=500, k=4)
+    np.savez(path, probs=rows.probs, labels=rows.labels)
+    content = bytearray(path.read_bytes())
+    content[content.index(rows.probs[1, 100].tobytes())] ^= 1  # the last bit of a number
+    path.write_bytes(content)
+
+    with pytest.raises(DataError, match="cut off or damaged"):
+        read_predictions(path)
 
 
 def test_every_column_of_the_convention_is_in_the_docs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -59,6 +60,36 @@ def test_scores_equal_scikit_learns(data: tuple[np.ndarray, np.ndarray]) -> None
     expected = metrics.confusion_matrix(labels, probs.argmax(1), labels=numbers)
 
     assert (scores.confusion_matrix(probs, labels) == expected).all()
+
+
+def test_confusions_are_the_cells_beside_the_diagonal() -> None:
+    rng = np.random.default_rng(0)
+    probs, labels = rng.dirichlet(np.ones(7), 300), rng.integers(0, 7, 300)
+    matrix = scores.confusion_matrix(probs, labels)
+    np.fill_diagonal(matrix, 0)
+
+    found = scores.confusions(probs, labels)
+
+    order = np.argsort(-matrix, axis=None, kind="stable")[: np.count_nonzero(matrix)]
+    assert (found.labels * 7 + found.answers == order).all()
+    assert (found.counts == matrix.ravel()[order]).all()
+
+
+def test_the_interval_of_many_classes_needs_no_table_of_them() -> None:
+    """Balanced accuracy and F1 count cells of label and answer; they need no probabilities."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(4000) % 2000
+    probs = np.full((4000, 2000), 1e-4, np.float32)
+    probs[np.arange(4000), np.where(rng.random(4000) < 0.8, labels, 0)] += 0.8001
+
+    for score in ("balanced_accuracy", "macro_f1"):
+        tracemalloc.start()
+        low, high = scores.bootstrap_interval(score, probs, labels, resamples=100)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+
+        assert 0.6 < low < high < 0.9
+        assert peak < 40 << 20
 
 
 @LAW

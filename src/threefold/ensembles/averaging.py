@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -11,6 +11,7 @@ from scipy.optimize import minimize
 from threefold.ensembles.base import Ensemble, LinearEnsemble
 from threefold.errors import RecipeError, RunError
 from threefold.predictions.checks import FLOOR
+from threefold.scratch import class_blocks, converted, row_blocks
 from threefold.stats.weighted_scores import merit
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class BestEnsemble(LinearEnsemble):
     def _fit(self, probs: np.ndarray, labels: np.ndarray) -> None:
         ranks = _ranks(probs, labels)
         if self.metric != "accuracy":
-            merits = [merit(self.metric, member.astype(np.float64), labels) for member in probs]
+            merits = [merit(self.metric, converted(p, np.float64), labels) for p in probs]
             ranks = [(first, rank[1]) for first, rank in zip(merits, ranks, strict=True)]
         self.weights_ = np.eye(len(probs))[ranks.index(max(ranks))]
 
@@ -225,70 +226,95 @@ class GreedyEnsemble(LinearEnsemble):
 
     def _pick(self, probs: np.ndarray, labels: np.ndarray, pool: np.ndarray) -> np.ndarray:
         """Return the weights (m,) of the best sequence of picks among the members `pool`."""
-        n, k = probs.shape[1:]
+        n = probs.shape[1]
         hits = probs[:, np.arange(n), labels].astype(np.float64)
-        ranks = _ranks(probs[pool], labels)
+        ranks = _ranks([probs[i] for i in pool], labels)
         order = sorted(range(len(pool)), key=ranks.__getitem__, reverse=True)
         picks = [int(pool[i]) for i in order[: min(self.start, self.max_members)]]
         scores = [
-            _rank(probs[picks[:size]].sum(0, dtype=np.float64), hits[picks[:size]].mean(0), labels)
-            for size in range(1, len(picks) + 1)
+            _rank_of_sum(probs, picks[:size], hits, labels) for size in range(1, len(picks) + 1)
         ]
         start = scores.index(max(scores)) + 1
         picks, scores = picks[:start], scores[:start]
-        # Maxima over classes are many times faster with the classes first.
-        by_class = np.ascontiguousarray(probs.swapaxes(1, 2))
-        # The tiny slope breaks ties in favor of the first class.
-        total = by_class[picks].sum(0, dtype=np.float64) - 1e-12 * np.arange(k)[:, None]
+        search = _GreedySearch(probs, labels, hits, picks)
         for size in range(start + 1, self.max_members + 1):
-            pick, score = _next_pick(total, size, by_class, hits, labels, pool)
-            total += by_class[pick]
+            pick, score = search.next_pick(size, pool)
             picks.append(pick)
             scores.append(score)
         size = scores.index(max(scores)) + 1
         return np.asarray(np.bincount(picks[:size], minlength=len(probs)) / size)
 
 
-def _next_pick(
-    total: np.ndarray,
-    size: int,
-    by_class: np.ndarray,
-    hits: np.ndarray,
-    labels: np.ndarray,
-    pool: np.ndarray,
-) -> tuple[int, tuple[float, float]]:
-    """Return the member of `pool` that does best added to `total`, and its rank.
+class _GreedySearch:
+    """The sum of the picks so far, and the member that does best added to it.
 
-    One more member moves two classes toward each other by 1 at most, so rows with a wider margin
-    keep their class and need no trial.
+    Works on blocks of rows with the classes first, where maxima over classes are many times faster.
 
     Args:
-        total: (k, n) summed probabilities of the picks so far.
-        size: number of picks with the new one.
-        by_class: (m, k, n) probabilities of the members.
-        hits: (m, n) probabilities of the right classes.
+        probs: (m, n, k).
         labels: (n,).
-        pool: numbers of the members to try.
+        hits: (m, n) probabilities of the right classes.
+        picks: the first picks.
     """
-    rows, first = np.arange(len(labels)), total.max(0)
-    second = np.where(total == first, -1.0, total).max(0)
-    right_class = total[labels, rows]
-    is_open = first - second < 1.001
-    settled = int((right_class >= first)[~is_open].sum())
-    open_total, open_labels = total[:, is_open], labels[is_open]
-    open_rows = np.arange(len(open_labels))
-    correct = {}
-    for i in map(int, pool):
-        trial = open_total + by_class[i][:, is_open]
-        correct[i] = settled + int((trial[open_labels, open_rows] >= trial.max(0)).sum())
-    most = max(correct.values())
-    likelihood = {
-        i: _log_likelihood((right_class + hits[i]) / size)
-        for i, count in correct.items()
-        if count == most
-    }
-    pick = max(likelihood, key=likelihood.__getitem__)
-    return pick, (most / len(labels), likelihood[pick])
+
+    def __init__(
+        self, probs: np.ndarray, labels: np.ndarray, hits: np.ndarray, picks: list[int]
+    ) -> None:
+        m, n, k = probs.shape
+        self.labels, self.hits = labels, hits
+        self.members = class_blocks(n, (m, k), probs.dtype, m * k)
+        self.totals = class_blocks(n, (k,), np.float64, m * k)
+        # The tiny slope breaks ties in favor of the first class.
+        slope = 1e-12 * np.arange(k)[:, None]
+        for (rows, members), (_, total) in zip(self.members, self.totals, strict=True):
+            members[...] = probs[:, rows].swapaxes(1, 2)
+            total[...] = members[picks].sum(0, dtype=np.float64) - slope
+
+    def next_pick(self, size: int, pool: np.ndarray) -> tuple[int, tuple[float, float]]:
+        """Add the member of `pool` that does best; return it and the rank of the sum.
+
+        One more member moves two classes toward each other by 1 at most, so rows with a wider
+        margin keep their class and need no trial.
+
+        Args:
+            size: number of picks with the new one.
+            pool: numbers of the members to try.
+        """
+        correct = dict.fromkeys(map(int, pool), 0)
+        right_class = np.empty(len(self.labels))
+        for (rows, members), (_, total) in zip(self.members, self.totals, strict=True):
+            labels, first = self.labels[rows], total.max(0)
+            second = np.where(total == first, -1.0, total).max(0)
+            own = right_class[rows] = total[labels, np.arange(len(labels))]
+            is_open = first - second < 1.001
+            settled = int((own >= first)[~is_open].sum())
+            open_rows = np.flatnonzero(is_open)
+            open_total, open_labels = total[:, open_rows], labels[open_rows]
+            at = np.arange(len(open_rows))
+            for i in correct:
+                trial = open_total + members[i][:, open_rows]
+                correct[i] += settled + int((trial[open_labels, at] >= trial.max(0)).sum())
+        most = max(correct.values())
+        likelihood = {
+            i: _log_likelihood((right_class + self.hits[i]) / size)
+            for i, count in correct.items()
+            if count == most
+        }
+        pick = max(likelihood, key=likelihood.__getitem__)
+        for (_, members), (_, total) in zip(self.members, self.totals, strict=True):
+            total += members[pick]
+        return pick, (most / len(self.labels), likelihood[pick])
+
+
+def _rank_of_sum(
+    probs: np.ndarray, picks: list[int], hits: np.ndarray, labels: np.ndarray
+) -> tuple[float, float]:
+    """Return the rank of the sum of `picks`; arguments as of `_GreedySearch`."""
+    right = np.empty(len(labels), bool)
+    for rows in row_blocks(len(labels), len(picks) * probs.shape[2]):
+        total = probs[picks, rows].sum(0, dtype=np.float64)
+        right[rows] = total.argmax(-1) == labels[rows]
+    return float(right.mean()), _log_likelihood(hits[picks].mean(0))
 
 
 def _rank(probs: np.ndarray, hits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
@@ -296,7 +322,7 @@ def _rank(probs: np.ndarray, hits: np.ndarray, labels: np.ndarray) -> tuple[floa
     return float((probs.argmax(-1) == labels).mean()), _log_likelihood(hits)
 
 
-def _ranks(probs: np.ndarray, labels: np.ndarray) -> list[tuple[float, float]]:
+def _ranks(probs: Iterable[np.ndarray], labels: np.ndarray) -> list[tuple[float, float]]:
     return [_rank(member, member[np.arange(len(labels)), labels], labels) for member in probs]
 
 

@@ -8,7 +8,7 @@ was trained on are too confident to learn from.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from threefold.errors import DataError, RunError
 from threefold.predictions.checks import check_labels, check_probs
 from threefold.predictions.ledger import SeenRows
+from threefold.scratch import row_blocks, scratch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -82,7 +83,11 @@ class Ensemble(ABC):
             RunError: not fitted.
         """
         self._require_fit()
-        return self._combine(check_probs(probs, 3))
+        return self.combine_checked(check_probs(probs, 3))
+
+    def combine_checked(self, probs: np.ndarray) -> np.ndarray:
+        """Combine an array that `check_probs` has already accepted."""
+        return combine_by_block(self._combine, probs)
 
     def predict(self, probs: npt.ArrayLike) -> np.ndarray:
         """Return class numbers (n,); ties go to the first class."""
@@ -121,7 +126,7 @@ class Ensemble(ABC):
 
     @abstractmethod
     def _combine(self, probs: np.ndarray) -> np.ndarray:
-        """Combine checked probabilities (m, n, k) into (n, k)."""
+        """Combine checked probabilities (m, n, k) of a block of rows into (n, k)."""
 
     def _fit(self, probs: np.ndarray, labels: np.ndarray) -> None:
         """Learn from checked probabilities (m, n, k) and labels (n,)."""
@@ -175,6 +180,15 @@ class LinearEnsemble(Ensemble):
                 return (probs * self.weights).sum(1)
 
         return Weighted(self.weights_)
+
+
+def combine_by_block(combine: Callable[[np.ndarray], np.ndarray], probs: np.ndarray) -> np.ndarray:
+    """Return what `combine` makes of each block of rows (m, r, k), together (n, k) float64."""
+    m, n, k = probs.shape
+    answers = scratch((n, k))
+    for rows in row_blocks(n, m * k):
+        answers[rows] = combine(probs[:, rows])
+    return answers
 
 
 def check_fitted_on(expected: int, got: int, what: str) -> None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self, get_arg
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import softmax
 
 from threefold.ensembles.cross_fit import cross_fit_parts
 from threefold.ensembles.scaling import (
@@ -21,7 +20,7 @@ from threefold.ensembles.scaling import (
     fit_temperature,
     fit_temperatures,
     fit_vector,
-    floored_logs,
+    scaled_softmax,
     scaling_from_state,
     scaling_state,
     temperature_module,
@@ -29,6 +28,7 @@ from threefold.ensembles.scaling import (
 )
 from threefold.errors import DataError
 from threefold.predictions.checks import FLOOR, check_labels, check_probs
+from threefold.scratch import converted, scratch, take_rows
 from threefold.stats.one_standard_error import simplest
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Calibration(NamedTuple):
             DataError: probabilities are not usable, or have other classes.
         """
         if self.name == "none":
-            return check_probs(probs, 2).astype(np.float64)
+            return converted(check_probs(probs, 2), np.float64)
         return apply_vector(probs, self.scaling)
 
     def to_module(self) -> nn.Module:
@@ -155,7 +155,7 @@ def fit_calibration(
         temperature, without_part = fit_temperatures(array, truth, part)
         values, index = np.unique(part, return_inverse=True)
         by_row = np.array([without_part[value] for value in values])[index][:, None]
-        crossed = softmax(floored_logs(array) / by_row, axis=-1)
+        crossed = scaled_softmax(array, lambda logs, rows: logs / by_row[rows])
         scaling = as_scaling(temperature, array.shape[1])
     else:
         crossed = _cross_fit((name,), array, truth, part)[name]
@@ -225,13 +225,14 @@ def _cross_fit(
     names: Sequence[Method], probs: np.ndarray, labels: np.ndarray, part: np.ndarray
 ) -> dict[Method, np.ndarray]:
     """Return probabilities (n, k) by method, each row calibrated by a fit on other parts."""
-    answers = {name: probs.astype(np.float64) for name in names}
     fitted = [name for name in names if name != "none"]
-    if not fitted:
-        return answers
-    for value in np.unique(part):
+    answers = {name: scratch(probs.shape) for name in fitted}
+    if "none" in names:
+        answers["none"] = converted(probs, np.float64)
+    for value in np.unique(part) if fitted else ():
         inside = part == value
-        scalings = _fit_scalings(fitted, probs[~inside], labels[~inside])
+        scalings = _fit_scalings(fitted, take_rows(probs, ~inside), labels[~inside])
+        inside_probs = take_rows(probs, inside)
         for name in fitted:
-            answers[name][inside] = apply_vector(probs[inside], scalings[name])
+            answers[name][inside] = apply_vector(inside_probs, scalings[name])
     return answers

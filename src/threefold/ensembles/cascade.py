@@ -22,7 +22,7 @@ Exported files read their cascade with this module, so scipy is imported only to
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from threefold.errors import DataError, RunError
 from threefold.predictions.checks import FLOOR, check_labels, check_probs
+from threefold.scratch import row_blocks, scratch
 from threefold.stats.bootstrap import LEVEL
 
 NEVER: Final = 2.0
@@ -112,21 +113,22 @@ class Cascade:
         array, answers = self._check(probs, full)
         truth = check_labels(labels, *answers.shape)
         n, classes = len(truth), answers.argmax(1)
-        means = self._means(array)
-        self.temperatures_ = np.array([fit_temperature(mean, truth) for mean in means])
-        effective_n = _effective_rows(means[0].argmax(1) != classes, groups)
-        allowed = _allowed_errors(n, disagreement, effective_n)
-        charge = math.ceil(n / max(effective_n, 1.0))
-        later_stages = min(len(means) - 1, max(allowed, 0) // charge)
-        open_rows, errors, thresholds = np.ones(n, bool), 0, []
-        for s, (mean, temperature) in enumerate(zip(means, self.temperatures_, strict=True)):
-            calibrated = _apply_temperature(mean, temperature)
-            margin, differs = margins(calibrated), calibrated.argmax(1) != classes
+        temperatures, open_rows, errors, thresholds = [], np.ones(n, bool), 0, []
+        for s, mean in enumerate(self._means(array)):
+            if s == 0:
+                effective_n = _effective_rows(mean.argmax(1) != classes, groups)
+                allowed = _allowed_errors(n, disagreement, effective_n)
+                charge = math.ceil(n / max(effective_n, 1.0))
+                later_stages = min(len(self.stages) - 2, max(allowed, 0) // charge)
+            temperatures.append(fit_temperature(mean, truth))
+            margin, calibrated_classes = _margins_and_classes(mean, temperatures[-1])
+            differs = calibrated_classes != classes
             budget = allowed - later_stages * charge - errors if s <= later_stages else -1
             thresholds.append(_threshold(margin[open_rows], differs[open_rows], budget))
             stops = open_rows & (margin >= thresholds[-1])
             errors += int(differs[stops].sum())
             open_rows &= ~stops
+        self.temperatures_ = np.array(temperatures)
         self.thresholds_ = np.array(thresholds)
         self.disagreement_ = float(disagreement)
         self.n_ = n
@@ -149,15 +151,15 @@ class Cascade:
         self._require_fit()
         array, full_answers = self._check(probs, full)
         thresholds = self.thresholds_ if stops is None else np.asarray(stops, np.float64)
-        answers = full_answers.astype(np.float64)
+        answers = scratch(full_answers.shape)
+        answers[...] = full_answers
         stages = np.full(len(answers), len(self.stages))
-        calibrated = [
-            _apply_temperature(mean, temperature)
-            for mean, temperature in zip(self._means(array), self.temperatures_, strict=True)
-        ]
-        for s in reversed(range(len(thresholds))):
-            stop = margins(calibrated[s]) >= thresholds[s]
-            answers[stop], stages[stop] = calibrated[s][stop], s + 1
+        for s, mean in enumerate(self._means(array)):
+            for rows in row_blocks(*mean.shape):
+                calibrated = _apply_temperature(mean[rows], self.temperatures_[s])
+                stop = (margins(calibrated) >= thresholds[s]) & (stages[rows] == len(self.stages))
+                at = np.arange(len(stages))[rows][stop]
+                answers[at], stages[at] = calibrated[stop], s + 1
         return CascadeAnswers(answers, stages)
 
     def stops(self, mode: str = "full", max_stages: int = 0) -> np.ndarray:
@@ -241,13 +243,15 @@ class Cascade:
             )
         return array, answers
 
-    def _means(self, probs: np.ndarray) -> list[np.ndarray]:
-        """Return the mean (n, k) of the members so far after each stage but the last."""
-        means, members = [], list[int]()
+    def _means(self, probs: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield the mean (n, k) of the members so far after each stage but the last."""
+        members = list[int]()
         for stage in self.stages[:-1]:
             members.extend(stage)
-            means.append(probs[members].mean(0, dtype=np.float64))
-        return means
+            mean = scratch(probs.shape[1:])
+            for rows in row_blocks(len(mean), len(members) * mean.shape[1]):
+                mean[rows] = probs[members, rows].mean(0, dtype=np.float64)
+            yield mean
 
     def _require_fit(self) -> None:
         if not hasattr(self, "thresholds_"):
@@ -283,6 +287,15 @@ def margins(probs: np.ndarray) -> np.ndarray:
     """Return the largest minus the second largest probability of each row, (n,)."""
     two = np.partition(probs, probs.shape[1] - 2, axis=1)[:, -2:]
     return np.asarray(two[:, 1] - two[:, 0])
+
+
+def _margins_and_classes(mean: np.ndarray, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the margin (n,) and the class (n,) of each row of a mean (n, k) at a temperature."""
+    margin, classes = np.empty(len(mean)), np.empty(len(mean), np.int64)
+    for rows in row_blocks(*mean.shape):
+        calibrated = _apply_temperature(mean[rows], temperature)
+        margin[rows], classes[rows] = margins(calibrated), calibrated.argmax(1)
+    return margin, classes
 
 
 def disagreement_bound(

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from threefold.errors import DataError, RunError
 from threefold.predictions.checks import check_labels, check_probs
+from threefold.scratch import converted, row_blocks, scratch
 
 if TYPE_CHECKING:
     from threefold.stats.bootstrap import Interval
@@ -97,7 +98,7 @@ def conformity_scores(probs: npt.ArrayLike, method: Method = "lac") -> np.ndarra
     Raises:
         DataError: probabilities are not usable, or the method is unknown.
     """
-    array = check_probs(probs, 2).astype(np.float64)
+    array = converted(check_probs(probs, 2), np.float64)
     _check_method(method)
     if method == "lac":
         return np.asarray(1 - array)
@@ -152,10 +153,12 @@ class ConformalSets:
         Raises:
             DataError: probabilities or labels are not usable, or alpha is not between 0 and 1.
         """
-        scores = conformity_scores(probs, self.method)
-        n, k = scores.shape
-        truth = check_labels(labels, n, k)
-        true_scores = scores[np.arange(n), truth]
+        array = check_probs(probs, 2)
+        n, k = array.shape
+        truth, true_scores = check_labels(labels, n, k), np.empty(n)
+        for rows in row_blocks(n, k):
+            scores, own = conformity_scores(array[rows], self.method), truth[rows]
+            true_scores[rows] = scores[np.arange(len(own)), own]
         parts = [true_scores[truth == c] for c in range(k)] if self.by_class else [true_scores]
         self.thresholds_ = np.array([conformal_quantile(part, alpha) for part in parts])
         self.alpha, self.n_, self.k_ = float(alpha), n, k
@@ -169,17 +172,19 @@ class ConformalSets:
             RunError: not fitted.
         """
         self._require_fit()
-        scores = conformity_scores(probs, self.method)
-        if scores.shape[1] != self.k_:
+        array = check_probs(probs, 2)
+        if array.shape[1] != self.k_:
             raise DataError(
                 "the sets were fitted on other classes",
                 expected=f"{self.k_} classes",
-                got=scores.shape[1],
+                got=array.shape[1],
             )
-        sets = scores <= self.thresholds_
+        sets = scratch(array.shape, bool)
+        for rows in row_blocks(*array.shape):
+            sets[rows] = conformity_scores(array[rows], self.method) <= self.thresholds_
         if self.never_empty:
-            sets[np.arange(len(sets)), np.asarray(probs).argmax(-1)] = True
-        return np.asarray(sets)
+            sets[np.arange(len(sets)), array.argmax(-1)] = True
+        return sets
 
     def measure(
         self, probs: npt.ArrayLike, labels: npt.ArrayLike, groups: npt.ArrayLike | None = None
@@ -327,7 +332,7 @@ class UnknownThreshold:
         Raises:
             DataError: probabilities are not usable.
         """
-        return np.asarray(1 - check_probs(probs, 2).astype(np.float64).max(-1))
+        return np.asarray(1 - check_probs(probs, 2).max(-1).astype(np.float64))
 
     def is_unknown(self, probs: npt.ArrayLike) -> np.ndarray:
         """Return whether each row is unknown, booleans (n,).

@@ -14,6 +14,7 @@ from threadpoolctl import threadpool_limits
 from threefold.ensembles.base import Ensemble
 from threefold.errors import DataError
 from threefold.predictions.checks import check_labels, check_probs
+from threefold.scratch import scratch, take_rows
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -66,10 +67,10 @@ def cross_fit(
             declare(~mask, mask)
 
     def predict(mask: np.ndarray) -> np.ndarray:
-        ensemble = ensemble_factory().fit_checked(array[:, ~mask], truth[~mask])
-        return ensemble._combine(array[:, mask])
+        ensemble = ensemble_factory().fit_checked(take_rows(array, ~mask), truth[~mask])
+        return ensemble.combine_checked(take_rows(array, mask))
 
-    answers = np.empty((n, k))
+    answers = scratch((n, k))
     for mask, part_answers in zip(masks, side_by_side(predict, masks), strict=True):
         answers[mask] = part_answers
     return answers

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from threefold.ensembles.cross_fit import side_by_side, stratified_parts
 from threefold.errors import DataError
 from threefold.predictions.checks import FLOOR, check_labels, check_probs
+from threefold.scratch import row_blocks, take_rows
 
 TOLERANCE: Final = 0.05
 """Two members are duplicates if their distance relative to their uncertainty is below this.
@@ -19,8 +20,6 @@ Measured on the authors' ten Fashion-MNIST files: copies 0.0001 or less, a float
 closest pair of different networks 0.34.
 """
 
-_BLOCK: Final = 4096
-"""Rows that are compared at a time, so that no copy of all is needed."""
 _SAMPLE: Final = 2000
 """Evenly spaced rows that rule out most pairs; only pairs that are close there use all rows."""
 
@@ -111,8 +110,7 @@ def duplicates(probs: npt.ArrayLike, tolerance: float = TOLERANCE) -> list[tuple
 
 def _distance(a: np.ndarray, b: np.ndarray) -> float:
     """Return the mean over rows of half the sum of absolute differences."""
-    blocks = range(0, len(a), _BLOCK)
-    sums = [np.abs(a[i : i + _BLOCK] - b[i : i + _BLOCK]).sum(-1) for i in blocks]
+    sums = [np.abs(a[rows] - b[rows]).sum(-1) for rows in row_blocks(*a.shape)]
     return float(np.concatenate(sums).mean(dtype=np.float64) / 2)
 
 
@@ -191,7 +189,7 @@ def size_curve(
     def cross_fitted(value: int) -> np.ndarray:
         inside = part == value
         order = _greedy_order(hits[:, ~inside] if part.any() else hits)
-        return _count_correct(array[:, inside], truth[inside], np.array(order))
+        return _count_correct(take_rows(array, inside), truth[inside], np.array(order))
 
     ordered = np.sum(side_by_side(cross_fitted, np.unique(part)), axis=0) / n
     return SizeCurve(
@@ -205,11 +203,13 @@ def size_curve(
 
 def _count_correct(probs: np.ndarray, labels: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Return how many rows the mean of the first 1, 2, ... m members classifies correctly, (m,)."""
-    total, counts = np.zeros(probs.shape[1:]), []
-    for member in order:
-        total += probs[member]
-        counts.append((total.argmax(-1) == labels).sum())
-    return np.array(counts)
+    counts = np.zeros(len(order), np.int64)
+    for rows in row_blocks(len(labels), probs.shape[2]):
+        total = np.zeros((len(labels[rows]), probs.shape[2]))
+        for place, member in enumerate(order):
+            total += probs[member, rows]
+            counts[place] += (total.argmax(-1) == labels[rows]).sum()
+    return counts
 
 
 def _greedy_order(hits: np.ndarray) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ for each member and class.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -15,8 +16,10 @@ from scipy.special import logsumexp, softmax
 from threefold.ensembles.base import Ensemble, check_fitted_on
 from threefold.ensembles.cross_fit import stratified_parts
 from threefold.ensembles.scaling import HIGHEST
+from threefold.ensembles.wide_hessian import WideHessian
 from threefold.errors import RecipeError, RunError
 from threefold.predictions.checks import FLOOR
+from threefold.scratch import RowBlock, class_blocks, take_rows
 from threefold.stats.one_standard_error import simplest
 
 if TYPE_CHECKING:
@@ -27,6 +30,10 @@ RIDGES: Final = (1e6, 1e4, 1e3, 100.0, 10.0, 1.0)
 
 _RIDGE_ROWS: Final = 2000
 """Most rows for the choice of the ridge; with more, the choice no longer matters."""
+
+
+_DENSE_CLASSES: Final = 1000
+"""Most classes for a Hessian that is written out."""
 
 
 class LogPoolEnsemble(Ensemble):
@@ -49,10 +56,8 @@ class LogPoolEnsemble(Ensemble):
 
     def _fit(self, probs: np.ndarray, labels: np.ndarray) -> None:
         m = len(probs)
-        penalty = self.ridge * (m * np.eye(m) - 1) + 1
-        model = _LogLinear(
-            _logs(probs.swapaxes(1, 2)), labels, penalty, np.full(m, 1 / m), positive=True
-        )
+        penalty: np.ndarray = self.ridge * (m * np.eye(m) - 1) + 1
+        model = _LogLinear(_log_blocks(probs), labels, penalty, np.full(m, 1 / m), positive=True)
         self.weights_ = model.solve(np.full(m, 1 / m))
 
     def _combine(self, probs: np.ndarray) -> np.ndarray:
@@ -100,34 +105,35 @@ class LogisticEnsemble(Ensemble):
 
     def _fit(self, probs: np.ndarray, labels: np.ndarray) -> None:
         m, _, k = probs.shape
-        logs = _with_mean(probs)
-        self.ridge_ = self.ridge or self._choose_ridge(logs, labels)
-        theta = self._model(logs, labels, self.ridge_).solve(_mean_parameters(m, k))
+        self.ridge_ = self.ridge or self._choose_ridge(probs, labels)
+        model = self._model(_log_blocks(probs, with_mean=True), labels, self.ridge_)
+        theta = model.solve(_mean_parameters(m, k))
         self.weights_, self.bias_ = theta[: m + 1], theta[m + 1 :]
 
-    def _choose_ridge(self, logs: np.ndarray, labels: np.ndarray) -> float:
+    def _choose_ridge(self, probs: np.ndarray, labels: np.ndarray) -> float:
+        m, _, k = probs.shape
         if len(labels) > _RIDGE_ROWS:
             rows = np.sort(np.random.default_rng(0).permutation(len(labels))[:_RIDGE_ROWS])
-            logs, labels = logs[..., rows], labels[rows]
+            probs, labels = take_rows(probs, rows), labels[rows]
         part = stratified_parts(labels)
         if part.max() == 0:
             return RIDGES[0]
         losses = np.empty((len(RIDGES), len(labels)))
         for value in np.unique(part):
             inside = part == value
-            fit_logs = np.ascontiguousarray(logs[..., ~inside])
-            score_logs = np.ascontiguousarray(logs[..., inside])
+            fit_logs = _log_blocks(take_rows(probs, ~inside), with_mean=True)
+            score_logs = _log_blocks(take_rows(probs, inside), with_mean=True)
             # Each ridge starts from the solution of the one before.
-            theta = _mean_parameters(len(logs) - 1, logs.shape[1])
+            theta = _mean_parameters(m, k)
             for row, ridge in enumerate(RIDGES):
                 theta = self._model(fit_logs, labels[~inside], ridge).solve(theta, 1e-4)
                 losses[row, inside] = self._model(score_logs, labels[inside], ridge).losses(theta)
         return RIDGES[simplest(list(-losses)).chosen]
 
     @staticmethod
-    def _model(logs: np.ndarray, labels: np.ndarray, ridge: float) -> _LogLinear:
-        m, k = len(logs) - 1, logs.shape[1]
-        penalty = np.diag(np.r_[np.full(m, m * ridge), 1.0, np.full(k, ridge)])
+    def _model(logs: list[RowBlock], labels: np.ndarray, ridge: float) -> _LogLinear:
+        m, k = len(logs[0].values) - 1, logs[0].values.shape[1]
+        penalty = np.r_[np.full(m, m * ridge), 1.0, np.full(k, ridge)]
         return _LogLinear(logs, labels, penalty, _mean_parameters(m, k), bias=True)
 
     def _combine(self, probs: np.ndarray) -> np.ndarray:
@@ -150,9 +156,10 @@ class _LogLinear:
     The objective is the log loss summed over rows plus (theta - center)' penalty (theta - center).
 
     Args:
-        x: (p, k, n) features; rows last, so that sums over classes add whole contiguous rows.
+        x: features (p, k, r) float32 of each block of rows; rows last, so that sums over classes
+            add whole contiguous rows.
         labels: (n,).
-        penalty: (q, q) with q = p, or p + k with a bias.
+        penalty: (q, q) with q = p, or the diagonal (q,) with q = p + k and a bias.
         center: (q,).
         bias: whether the last k parameters are a bias of each class. If so, the others sum
             to at least 1 / HIGHEST.
@@ -161,54 +168,75 @@ class _LogLinear:
 
     def __init__(
         self,
-        x: np.ndarray,
+        x: list[RowBlock],
         labels: np.ndarray,
         penalty: np.ndarray,
         center: np.ndarray,
         bias: bool = False,
         positive: bool = False,
     ) -> None:
-        # Without a contiguous array every reshape would copy it.
-        self.x = np.ascontiguousarray(x, dtype=np.float32)
-        self.labels, self.penalty, self.center = labels, penalty, center
+        self.x, self.labels, self.penalty, self.center = x, labels, penalty, center
         self.bias, self.positive = bias, positive
-        self.p, self.k, self.n = x.shape
+        self.p, self.k, _ = x[0].values.shape
+        self.n = len(labels)
 
-    def logits(self, theta: np.ndarray) -> np.ndarray:
-        """Return the logits (k, n) float64."""
-        flat = theta[: self.p].astype(np.float32) @ self.x.reshape(self.p, -1)
-        logits = flat.reshape(self.k, self.n).astype(np.float64)
+    def logits(self, theta: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """Return the logits (k, r) float64 of a block of rows (p, k, r)."""
+        flat = theta[: self.p].astype(np.float32) @ x.reshape(self.p, -1)
+        logits = flat.reshape(self.k, -1).astype(np.float64)
         return logits + theta[self.p :, None] if self.bias else logits
 
     def losses(self, theta: np.ndarray) -> np.ndarray:
         """Return the log loss of each row (n,), without the penalty."""
-        logits = self.logits(theta)
-        return np.asarray(logsumexp(logits, axis=0) - logits[self.labels, np.arange(self.n)])
+        losses = np.empty(self.n)
+        for rows, x in self.x:
+            logits, labels = self.logits(theta, x), self.labels[rows]
+            losses[rows] = logsumexp(logits, axis=0) - logits[labels, np.arange(len(labels))]
+        return losses
 
     def value(self, theta: np.ndarray) -> float:
         """Return the objective."""
         deviation = theta - self.center
-        return float(self.losses(theta).sum() + deviation @ self.penalty @ deviation)
+        is_diagonal = self.penalty.ndim == 1
+        pull = deviation * self.penalty if is_diagonal else deviation @ self.penalty
+        return float(self.losses(theta).sum() + pull @ deviation)
 
-    def slope_and_hessian(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def slope_and_hessian(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray | WideHessian]:
         """Return the gradient (q,) and Hessian (q, q) of the objective."""
-        probs = softmax(self.logits(theta), axis=0)
-        probs32 = probs.astype(np.float32)
-        residual = probs32.copy()
-        residual[self.labels, np.arange(self.n)] -= 1
-        flat = self.x.reshape(self.p, -1)
-        slope = (flat @ residual.reshape(-1)).astype(np.float64)
-        roots = np.sqrt(probs32)
-        centered = self.x - np.einsum("jkn,kn->jn", self.x, probs32)[:, None]
-        centered *= roots
-        square = centered.reshape(self.p, -1)
-        hessian = (square @ square.T).astype(np.float64)
-        if self.bias:
-            slope = np.r_[slope, residual.sum(1, dtype=np.float64)]
-            mixed = np.einsum("jkn,kn->jk", centered, roots)
-            of_bias = np.diag(probs.sum(1)) - probs @ probs.T
-            hessian = np.block([[hessian, mixed], [mixed.T, of_bias]])
-        return slope + 2 * self.penalty @ (theta - self.center), hessian + 2 * self.penalty
+        p, k = self.p, self.k if self.bias else 0
+        is_wide = k > _DENSE_CLASSES
+        slope, members, mixed = np.zeros(p + k), np.zeros((p, p)), np.zeros((p, k))
+        sums, products = np.zeros(k), np.zeros((0, 0) if is_wide else (k, k))
+        kept = class_blocks(self.n, (k,), np.float64, p * k) if is_wide else []
+        for number, (rows, x) in enumerate(self.x):
+            labels = self.labels[rows]
+            probs = softmax(self.logits(theta, x), axis=0)
+            probs32 = probs.astype(np.float32)
+            residual = probs32.copy()
+            residual[labels, np.arange(len(labels))] -= 1
+            slope[:p] += x.reshape(p, -1) @ residual.reshape(-1)
+            roots = np.sqrt(probs32)
+            centered = x - np.einsum("jkn,kn->jn", x, probs32)[:, None]
+            centered *= roots
+            square = centered.reshape(p, -1)
+            members += square @ square.T
+            if self.bias:
+                slope[p:] += residual.sum(1, dtype=np.float64)
+                mixed += np.einsum("jkn,kn->jk", centered, roots)
+                sums += probs.sum(1)
+                if is_wide:
+                    kept[number].values[...] = probs
+                else:
+                    products += probs @ probs.T
+        deviation = theta - self.center
+        if self.penalty.ndim == 2:
+            return slope + 2 * self.penalty @ deviation, members + 2 * self.penalty
+        slope += 2 * self.penalty * deviation
+        members += np.diag(2 * self.penalty[:p])
+        if is_wide:
+            return slope, WideHessian(members, mixed, sums + 2 * self.penalty[p:], kept)
+        of_bias = np.diag(sums) - products + np.diag(2 * self.penalty[p:])
+        return slope, np.block([[members, mixed], [mixed.T, of_bias]])
 
     def solve(self, theta: np.ndarray, tolerance: float = 1e-5) -> np.ndarray:
         """Minimize the objective to within `tolerance` of log loss per row.
@@ -240,25 +268,42 @@ class _LogLinear:
         raise RunError("the members' weights did not converge", fix="raise ridge")
 
     def _newton_target(
-        self, theta: np.ndarray, slope: np.ndarray, hessian: np.ndarray
+        self, theta: np.ndarray, slope: np.ndarray, hessian: np.ndarray | WideHessian
     ) -> np.ndarray:
         """Minimize the local quadratic model within the bounds of the parameters."""
+        if isinstance(hessian, WideHessian):
+            return self._within_bounds(theta - hessian.solve(slope), hessian.solve)
         root = np.linalg.cholesky(hessian + 1e-6 * np.diag(np.diag(hessian)))
         target = root.T @ theta - np.linalg.solve(root, slope)
         if self.positive:
             return np.asarray(nnls(root.T, target)[0])
-        target = np.linalg.solve(root.T, target)
+        return self._within_bounds(
+            np.linalg.solve(root.T, target),
+            lambda total: np.linalg.solve(root.T, np.linalg.solve(root, total)),
+        )
+
+    def _within_bounds(
+        self, target: np.ndarray, solve: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        """Return the minimum with members' weights whose sum is not too small.
+
+        Args:
+            target: the minimum without bounds.
+            solve: divides a vector by the Hessian.
+        """
         missing = 1 / HIGHEST - target[: self.p].sum()
         if missing > 0:
             total = np.repeat([1.0, 0.0], [self.p, self.k])
-            direction = np.linalg.solve(root.T, np.linalg.solve(root, total))
+            direction = solve(total)
             target = target + missing / (total @ direction) * direction
         return np.asarray(target)
 
 
 def _mean_parameters(m: int, k: int) -> np.ndarray:
     """Return the parameters (m + 1 + k,) with which logistic stacking is the mean."""
-    return np.asarray(np.eye(m + 1 + k)[m])
+    theta = np.zeros(m + 1 + k)
+    theta[m] = 1
+    return theta
 
 
 def _logs(probs: np.ndarray) -> np.ndarray:
@@ -266,13 +311,20 @@ def _logs(probs: np.ndarray) -> np.ndarray:
     return np.asarray(np.log(np.maximum(probs, probs.dtype.type(FLOOR))))
 
 
-def _with_mean(probs: np.ndarray) -> np.ndarray:
-    """Return log probabilities (m + 1, k, n) float32 of the members (m, n, k) and their mean."""
+def _log_blocks(probs: np.ndarray, with_mean: bool = False) -> list[RowBlock]:
+    """Return log probabilities (m, k, r) float32 of blocks of rows of the members (m, n, k).
+
+    With the mean they are (m + 1, k, r), and the last is the log of the members' mean.
+    """
     m, n, k = probs.shape
-    logs = np.empty((m + 1, k, n), np.float32)
-    for row, member in enumerate([*probs, probs.mean(0, dtype=np.float64)]):
-        logs[row] = _logs(member.T)
-    return logs
+    blocks = class_blocks(n, (m + with_mean, k), np.float32, (m + with_mean) * k)
+    for rows, logs in blocks:
+        some = probs[:, rows]
+        for row, member in enumerate(some):
+            logs[row] = _logs(member.T)
+        if with_mean:
+            logs[m] = _logs(some.mean(0, dtype=np.float64).T)
+    return blocks
 
 
 def _sum_of_logs(weights: np.ndarray, probs: np.ndarray) -> np.ndarray:

@@ -27,11 +27,12 @@ from threefold.ensembles.log_linear import LogisticEnsemble, LogPoolEnsemble
 from threefold.ensembles.scaling import apply_temperature, fit_temperature
 from threefold.ensembles.stacked import ShrunkStackedEnsemble, StackedEnsemble
 from threefold.errors import DataError, RecipeError
-from threefold.predictions.checks import FLOOR, check_labels, check_probs
+from threefold.predictions.checks import check_labels, check_probs
 from threefold.predictions.ledger import SeenRows
 from threefold.recipe_schema import EnsembleSpec
+from threefold.scratch import converted, row_blocks, take_members
 from threefold.stats.one_standard_error import simplest
-from threefold.stats.weighted_scores import merit
+from threefold.stats.weighted_scores import log_losses, merit
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -104,9 +105,9 @@ class SelectedEnsemble(Ensemble):
         if self.metric == "accuracy":
             merits = (probs.argmax(-1) == labels).mean(1)
         else:
-            merits = np.array([merit(self.metric, p.astype(np.float64), labels) for p in probs])
+            merits = np.array([merit(self.metric, converted(p, np.float64), labels) for p in probs])
         self.chosen_ = np.sort(np.argsort(-merits, kind="stable")[: self.top])
-        self.inner.fit(probs[self.chosen_], labels)
+        self.inner.fit(take_members(probs, self.chosen_), labels)
 
     def _combine(self, probs: np.ndarray) -> np.ndarray:
         return self.inner.predict_proba(probs[self.chosen_])
@@ -253,7 +254,7 @@ def _merit(metric: str, probs: np.ndarray, labels: npt.ArrayLike) -> float:
     truth = check_labels(labels, *array.shape)
     if metric == "log_loss":
         return 0.0
-    return merit(metric, array.astype(np.float64), truth)
+    return merit(metric, converted(array, np.float64), truth)
 
 
 def _row_weights(metric: str, labels: npt.ArrayLike) -> np.ndarray:
@@ -270,6 +271,8 @@ def _calibrated_losses(probs: np.ndarray, labels: npt.ArrayLike) -> np.ndarray:
 
     A single parameter is hardly optimistic, so it is not cross-fitted.
     """
-    calibrated = apply_temperature(probs, fit_temperature(probs, labels))
-    hits = calibrated[np.arange(len(calibrated)), np.asarray(labels)]
-    return np.asarray(-np.log(np.maximum(hits, FLOOR)))
+    temperature, truth = fit_temperature(probs, labels), np.asarray(labels)
+    losses = np.empty(len(truth))
+    for rows in row_blocks(*probs.shape):
+        losses[rows] = log_losses(apply_temperature(probs[rows], temperature), truth[rows])
+    return losses

@@ -6,7 +6,7 @@ make a module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from scipy.special import log_softmax, softmax
 
 from threefold.errors import DataError
 from threefold.predictions.checks import FLOOR, check_labels, check_probs
+from threefold.scratch import row_blocks, scratch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,10 +42,6 @@ _FLOAT32_SIZE: Final = 100_000
 
 The mean derivative over so many rows is as exact in float32, and faster.
 """
-
-
-_BLOCK_VALUES: Final = 1 << 22
-"""Probabilities of a block of rows."""
 
 
 class VectorScaling(NamedTuple):
@@ -111,28 +108,25 @@ def fit_temperatures(
     temperatures = {}
     for value in np.unique(part):
         rest = part != value
-        rest_logs, rest_truth = logs[:, rest], truth[rest]
-        inverse_temperature = _refine(fit, rest, rest_logs, rest_truth)
+        inverse_temperature = _refine(fit, logs, truth, rest)
         if inverse_temperature is None:
-            inverse_temperature = _fit_inverse_temperature(
-                rest_logs, rest_truth
-            ).inverse_temperature
+            inverse_temperature = _fit_inverse_temperature(logs, truth, rest).inverse_temperature
         temperatures[value] = float(1 / inverse_temperature)
     return float(1 / fit.inverse_temperature), temperatures
 
 
 def _refine(
-    fit: _TemperatureFit, rest: np.ndarray, logs: np.ndarray, labels: np.ndarray
+    fit: _TemperatureFit, logs: np.ndarray, labels: np.ndarray, rest: np.ndarray
 ) -> float | None:
-    """Take two Newton steps from `fit` toward the minimum on the rows `rest`.
+    """Take two Newton steps from `fit` toward the minimum on the rows `rest`, booleans (n,).
 
-    Returns None if the steps are too long to trust. `logs` and `labels` are those of `rest`.
+    Returns None if the steps are too long to trust.
     """
     step = _newton_step(fit.slopes[rest], fit.curvatures[rest])
     if not abs(step) < 0.1 * fit.point:
         return None
     inverse_temperature = fit.point - step
-    step = _newton_step(*_derivatives(logs, labels, inverse_temperature))
+    step = _newton_step(*_derivatives(logs, labels, inverse_temperature, rest))
     if not abs(step) < 0.1 * inverse_temperature:
         return None
     inverse_temperature -= step
@@ -145,36 +139,36 @@ def _logs_by_class(probs: np.ndarray) -> np.ndarray:
     With the classes first, sums over classes are sums of whole contiguous rows.
     """
     is_large = probs.size > _FLOAT32_SIZE
-    logs = np.empty(probs.shape[::-1], np.float32 if is_large else np.float64)
-    for rows in _row_blocks(*probs.shape):
+    logs = scratch(probs.shape[::-1], np.float32 if is_large else np.float64)
+    for rows in row_blocks(*probs.shape):
         block = floored_logs(probs[rows]).T
         logs[:, rows] = block - block.max(0)
     return logs
 
 
-def _row_blocks(n: int, k: int) -> Iterator[slice]:
-    """Yield the rows in blocks, whose temporary arrays stay small beside the probabilities."""
-    size = max(1, _BLOCK_VALUES // k)
-    for begin in range(0, n, size):
-        yield slice(begin, begin + size)
-
-
 def _derivatives(
-    logs: np.ndarray, labels: np.ndarray, inverse_temperature: float
+    logs: np.ndarray,
+    labels: np.ndarray,
+    inverse_temperature: float,
+    among: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return slope and curvature (n,) of each row's log loss, which is convex in 1 / T."""
-    slopes, curvatures = np.empty((2, len(labels)))
-    own = logs[labels, np.arange(len(labels))]
-    for rows in _row_blocks(len(labels), len(logs)):
-        part = logs[:, rows]
+    """Return slope and curvature (n,) of each row's log loss, which is convex in 1 / T.
+
+    With `among`, booleans (n,), only those of these rows.
+    """
+    slopes, curvatures = [], []
+    for rows in row_blocks(len(labels), len(logs)):
+        part, own_labels = logs[:, rows], labels[rows]
+        if among is not None:
+            part, own_labels = part[:, among[rows]], own_labels[among[rows]]
         p = np.exp(logs.dtype.type(inverse_temperature) * part)
         total = p.sum(0)
         p *= part
         first = p.sum(0) / total
         p *= part
-        slopes[rows] = first - own[rows]
-        curvatures[rows] = p.sum(0) / total - first**2
-    return slopes, curvatures
+        slopes.append(first - part[own_labels, np.arange(len(own_labels))])
+        curvatures.append(p.sum(0) / total - first**2)
+    return np.concatenate(slopes, dtype=np.float64), np.concatenate(curvatures, dtype=np.float64)
 
 
 def _newton_step(slopes: np.ndarray, curvatures: np.ndarray) -> float:
@@ -183,11 +177,16 @@ def _newton_step(slopes: np.ndarray, curvatures: np.ndarray) -> float:
     return float(slopes.mean()) / curvature if curvature > 0 else np.inf
 
 
-def _fit_inverse_temperature(logs: np.ndarray, labels: np.ndarray) -> _TemperatureFit:
-    """Minimize the log loss by Newton's method, with bisection as a safeguard."""
+def _fit_inverse_temperature(
+    logs: np.ndarray, labels: np.ndarray, among: np.ndarray | None = None
+) -> _TemperatureFit:
+    """Minimize the log loss by Newton's method, with bisection as a safeguard.
+
+    Arguments as of `_derivatives`.
+    """
     low, high, inverse_temperature = 1 / HIGHEST, 1 / LOWEST, 1.0
     for _ in range(100):
-        slopes, curvatures = _derivatives(logs, labels, inverse_temperature)
+        slopes, curvatures = _derivatives(logs, labels, inverse_temperature, among)
         slope = float(slopes.mean())
         point = inverse_temperature
         # The slope is also exactly 0 if every row is uniform, and no temperature matters.
@@ -212,7 +211,17 @@ def apply_temperature(probs: npt.ArrayLike, temperature: float) -> np.ndarray:
         DataError: probabilities are not usable, or the temperature is not above 0.
     """
     _check_temperature(temperature)
-    return np.asarray(softmax(floored_logs(check_probs(probs, 2)) / temperature, axis=-1))
+    return scaled_softmax(check_probs(probs, 2), lambda logs, _: logs / temperature)
+
+
+def scaled_softmax(
+    probs: np.ndarray, scale: Callable[[np.ndarray, slice], np.ndarray]
+) -> np.ndarray:
+    """Return softmax(scale(log(probs), rows)) of each block of rows, together (n, k) float64."""
+    answers = scratch(probs.shape)
+    for rows in row_blocks(*probs.shape):
+        answers[rows] = softmax(scale(floored_logs(probs[rows]), rows), axis=-1)
+    return answers
 
 
 def temperature_module(temperature: float) -> nn.Module:
@@ -262,7 +271,9 @@ def fit_vector(
     if temperature is None:
         temperature = fit_temperature(array, truth)
     _check_temperature(temperature)
-    z = floored_logs(array) / temperature
+    z = scratch((n, k))
+    for rows in row_blocks(n, k):
+        z[rows] = floored_logs(array[rows]) / temperature
     solution = minimize_newton(z, truth, shrinkage) if k <= _NEWTON_CLASSES else None
     if solution is None or solution[0].min() < SMALLEST_SCALE:
         solution = minimize_bounded(z, truth, shrinkage)
@@ -286,24 +297,34 @@ def minimize_newton(z: np.ndarray, labels: np.ndarray, shrinkage: float) -> np.n
     center, diagonal = np.repeat([1.0, 0.0], k), np.arange(k)
 
     def evaluate(x: np.ndarray) -> tuple[float, np.ndarray]:
-        logits = x[:k] * z + x[k:]
-        logits -= logits.max(1, keepdims=True)
-        p = np.exp(logits)
-        total = p.sum(1, keepdims=True)
-        p /= total
-        loss = np.log(total).sum() - logits[np.arange(n), labels].sum()
+        p, total, own = scratch((n, k)), np.empty(n), np.empty(n)
+        for rows in row_blocks(n, k):
+            logits = x[:k] * z[rows] + x[k:]
+            logits -= logits.max(1, keepdims=True)
+            own[rows] = logits[np.arange(len(logits)), labels[rows]]
+            exps = np.exp(logits)
+            total[rows] = exps.sum(1)
+            p[rows] = exps / total[rows, None]
+        loss = np.log(total).sum() - own.sum()
         return float(loss + shrinkage / 2 * ((x - center) ** 2).sum()), p
+
+    def derivatives(x: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        columns, hessian = np.zeros(2 * k), shrinkage * np.eye(2 * k)
+        for rows in row_blocks(n, k):
+            wide = np.concatenate([p[rows] * z[rows], p[rows]], 1)
+            total = wide.sum(0)
+            columns += total
+            hessian -= wide.T @ wide
+            hessian[diagonal, diagonal] += (wide[:, :k] * z[rows]).sum(0)
+            hessian[diagonal + k, diagonal + k] += total[k:]
+            hessian[diagonal, diagonal + k] += total[:k]
+            hessian[diagonal + k, diagonal] += total[:k]
+        return columns - np.concatenate([sums, counts]) + shrinkage * (x - center), hessian
 
     x = center.copy()
     loss, p = evaluate(x)
     for _ in range(50):
-        wide = np.concatenate([p * z, p], 1)
-        slope = wide.sum(0) - np.concatenate([sums, counts]) + shrinkage * (x - center)
-        hessian = -(wide.T @ wide) + shrinkage * np.eye(2 * k)
-        hessian[diagonal, diagonal] += (wide[:, :k] * z).sum(0)
-        hessian[diagonal + k, diagonal + k] += wide[:, k:].sum(0)
-        hessian[diagonal, diagonal + k] += wide[:, :k].sum(0)
-        hessian[diagonal + k, diagonal] += wide[:, :k].sum(0)
+        slope, hessian = derivatives(x, p)
         try:
             step = cho_solve(cho_factor(hessian), slope)
         except LinAlgError:
@@ -331,14 +352,14 @@ def minimize_bounded(z: np.ndarray, labels: np.ndarray, shrinkage: float) -> np.
 
     def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         scale, bias = parameters.reshape(2, k)
-        logs = log_softmax(scale * z + bias, axis=-1)
-        error = np.exp(logs)
-        error[np.arange(n), labels] -= 1
-        penalty = shrinkage / 2 * (bias @ bias + (scale - 1) @ (scale - 1))
-        value = -logs[np.arange(n), labels].sum() + penalty
-        slope = np.concatenate(
-            [(error * z).sum(0) + shrinkage * (scale - 1), error.sum(0) + shrinkage * bias]
-        )
+        value = shrinkage / 2 * (bias @ bias + (scale - 1) @ (scale - 1))
+        slope = shrinkage * np.concatenate([scale - 1, bias])
+        for rows in row_blocks(n, k):
+            logs, own = log_softmax(scale * z[rows] + bias, axis=-1), labels[rows]
+            error = np.exp(logs)
+            error[np.arange(len(own)), own] -= 1
+            value -= logs[np.arange(len(own)), own].sum()
+            slope += np.concatenate([(error * z[rows]).sum(0), error.sum(0)])
         return value / n, slope / n
 
     start = np.concatenate([np.ones(k), np.zeros(k)])
@@ -361,7 +382,7 @@ def apply_vector(probs: npt.ArrayLike, scaling: VectorScaling) -> np.ndarray:
         raise DataError(
             "the scaling is for other classes", expected=f"{len(scale)} classes", got=array.shape[1]
         )
-    return np.asarray(softmax(floored_logs(array) * scale + bias, axis=-1))
+    return scaled_softmax(array, lambda logs, _: logs * scale + bias)
 
 
 def vector_module(scaling: VectorScaling) -> nn.Module:

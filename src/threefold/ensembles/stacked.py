@@ -15,9 +15,10 @@ from scipy.special import softmax
 from threadpoolctl import threadpool_limits
 
 from threefold.ensembles.averaging import MeanEnsemble
-from threefold.ensembles.base import Ensemble, check_fitted_on
+from threefold.ensembles.base import Ensemble, check_fitted_on, combine_by_block
 from threefold.ensembles.cross_fit import stratified_parts
 from threefold.predictions.checks import FLOOR
+from threefold.scratch import row_blocks, scratch, take_rows
 from threefold.stats.one_standard_error import simplest
 
 if TYPE_CHECKING:
@@ -98,7 +99,9 @@ class StackedEnsemble(Ensemble):
 
     def _fit(self, probs: np.ndarray, labels: np.ndarray) -> None:
         m, n, k = probs.shape
-        inputs = np.ascontiguousarray(probs.swapaxes(0, 1), np.float32).reshape(n, m * k)
+        inputs = scratch((n, m * k), np.float32)
+        for rows in row_blocks(n, m * k):
+            inputs[rows] = probs[:, rows].swapaxes(0, 1).reshape(-1, m * k)
         short = self.epochs is None and m > MANY and m * k > RANK and n >= ROWS
         directions = _leading_directions(inputs) if short else None
         weights = self._train(
@@ -204,16 +207,18 @@ class ShrunkStackedEnsemble(StackedEnsemble):
     def _fit(self, probs: np.ndarray, labels: np.ndarray) -> None:
         many = len(labels) >= ROWS
         part = stratified_parts(labels, parts=6 if many else self.parts)
-        mean = MeanEnsemble().predict_proba(probs)
+        # Of the answers only the right classes' probabilities count here.
+        mean = probs[:, np.arange(len(labels)), labels].mean(0, dtype=np.float64)
         stacked, answered = mean.copy(), np.zeros(len(labels), bool)
         values = np.unique(part) if part.any() else np.array([], int)
         for value in values[:1] if many else values:
             inside = part == value
-            super()._fit(probs[:, ~inside], labels[~inside])
-            stacked[inside] = super()._combine(probs[:, inside])
+            super()._fit(take_rows(probs, ~inside), labels[~inside])
+            answers = combine_by_block(super()._combine, take_rows(probs, inside))
+            stacked[inside] = answers[np.arange(len(answers)), labels[inside]]
             answered |= inside
         rows = np.flatnonzero(answered if answered.any() else ~answered)
-        self.share_ = _choose_share(stacked[rows], mean[rows], labels[rows])
+        self.share_ = _choose_share(stacked[rows], mean[rows])
         if not many:
             super()._fit(probs, labels)
 
@@ -239,13 +244,13 @@ class ShrunkStackedEnsemble(StackedEnsemble):
         return Mixed(super().to_module(), float(self.state()["share_"])).eval()
 
 
-def _choose_share(stacked: np.ndarray, mean: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Choose the share () of the network on rows that it has not seen."""
-    rows = np.arange(len(labels))
-    stacked_hits, mean_hits = stacked[rows, labels], mean[rows, labels]
+def _choose_share(stacked: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Choose the share () of the network by the right classes' probabilities (n,) of both.
+
+    The network has not seen these rows.
+    """
     log_likelihoods = [
-        np.log(np.maximum(share * stacked_hits + (1 - share) * mean_hits, FLOOR))
-        for share in SHARES
+        np.log(np.maximum(share * stacked + (1 - share) * mean, FLOOR)) for share in SHARES
     ]
     return np.asarray(SHARES[simplest(log_likelihoods).chosen])
 

@@ -19,6 +19,7 @@ from threefold.predictions.join import join_predictions
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Comparison, PredictionSummary, Score
 from threefold.predictions.run_folder import RunFolder
+from threefold.scratch import row_blocks, scratch
 from threefold.stats import crossed_effects, paired_differences, paired_tests
 
 MAX_CONTENDERS: Final = 20
@@ -209,7 +210,10 @@ def _pick(rows: Predictions, name: str) -> Predictions:
     if name in rows.members or "+" not in name:
         return rows.select([name])
     several = rows.select(name.split("+"))
-    return replace(several, probs=several.probs.mean(0, keepdims=True), members=(name,))
+    mean = scratch((1, *several.probs.shape[1:]), np.float32)
+    for rows in row_blocks(len(several), several.probs[:, 0].size):
+        mean[0, rows] = several.probs[:, rows].mean(0)
+    return replace(several, probs=mean, members=(name,))
 
 
 def _join(contenders: Sequence[_Contender], shared: bool) -> Predictions:

@@ -8,7 +8,7 @@ ledger records every fit and refuses rows on both sides of one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from threefold.ensembles.cross_fit import cross_fit, side_by_side, stratified_pa
 from threefold.ensembles.diversity import TOLERANCE, duplicates
 from threefold.ensembles.registry import ChosenMethod, build_ensemble, choose
 from threefold.evaluation.optimism import Counts, nested_choice, optimism_entry
-from threefold.evaluation.scoring import Key, comparisons, score_entries
+from threefold.evaluation.scoring import Key, comparisons, score_entry
 from threefold.names import count_of
 from threefold.predictions.ledger import Ledger
 from threefold.predictions.predictions import Predictions
@@ -34,6 +34,7 @@ from threefold.predictions.results_schema import (
     Score,
 )
 from threefold.recipe_schema import EnsembleSpec
+from threefold.scratch import converted
 from threefold.stats.scores import bootstrap_interval, correct, share_interval
 from threefold.stats.weighted_scores import COUNTED, score_value
 
@@ -75,15 +76,29 @@ class Evaluation:
     warnings: list[str] = field(default_factory=list)
 
 
-class _ScoredTable(NamedTuple):
-    """Calibrated probabilities (n, k) of members and ensembles on one kind of rows.
+class _Table(NamedTuple):
+    """One kind of rows that members and ensembles are scored on.
 
-    `fitted_on` names the rows that the ensembles were fitted on.
+    `fitted_on` names the rows that the ensembles were fitted on; `combined` has the same rows with
+    only the members that the ensembles combine, or is None where the answers are cross-fitted.
     """
 
     rows: Predictions
-    probs: dict[Key, np.ndarray]
     fitted_on: str
+    combined: Predictions | None = None
+
+
+class _Entry(NamedTuple):
+    """A member or an ensemble: its calibration, and a score and hits (n,) for each table.
+
+    `probs` are the calibrated probabilities (n, k) on the last table's rows, of the chosen ensemble
+    only: all of them together would take many times the memory of the predictions.
+    """
+
+    calibration: Calibration
+    scores: list[Score]
+    hits: list[np.ndarray]
+    probs: np.ndarray | None
 
 
 def evaluate(
@@ -117,68 +132,48 @@ def evaluate(
     )
     fits = _Fits(fit_rows, everyone.ledger(), metric)
     fits.fit_methods(spec, seed)
-    fitted, crossed = fits.ensembles, fits.crossed
     choice = fits.choose(spec.export)
-    raw = _by_key(everyone, crossed)
-    calibrations = dict(
-        zip(raw, side_by_side(partial(fits.calibrate, spec.calibration), raw.values()), strict=True)
-    )
     tables = []
     if oof is not None:
-        crossed_probs = {key: calibration.probs for key, calibration in calibrations.items()}
-        tables.append(_ScoredTable(oof, crossed_probs, "oof rows, cross-fitted"))
+        tables.append(_Table(oof, "oof rows, cross-fitted"))
     if test is not None:
         fitted_on = "oof rows" if oof is not None else "the scored rows"
-        test_probs = _calibrated_probs(test.select(fit_rows.members), test, fitted, calibrations)
-        tables.append(_ScoredTable(test, test_probs, fitted_on))
+        tables.append(_Table(test, fitted_on, test.select(fit_rows.members)))
         if oof is not None:
             fits.ledger.declare_other_table(
                 "ensembles, calibration, choice of the method", oof.ids, test.ids, "test"
             )
+    score = partial(fits.score, everyone, tables, spec.calibration, choice.name)
+    keys: list[Key] = [("member", name) for name in everyone.members]
+    keys += [("ensemble", name) for name in fits.crossed]
+    entries = dict(zip(keys, side_by_side(score, keys), strict=True))
     optimism, nested = [], None
     if oof is not None:
         optimism = fits.optimism()
-        if spec.export == "auto" and len(crossed) > 1:
+        if spec.export == "auto" and len(fits.crossed) > 1:
             nested = fits.nested_choice()
             optimism.append(fits.optimism_of_choice(choice.name, nested))
-    headline = tables[-1]
-    probs = headline.probs["ensemble", choice.name]
-    scores = [
-        score
-        for table in tables
-        for score in score_entries(table.rows, table.probs, fitted, table.fitted_on)
-    ]
+    headline, chosen = tables[-1].rows, entries["ensemble", choice.name]
+    probs = chosen.probs
+    assert probs is not None
+    hits = {key: entry.hits[-1] for key, entry in entries.items()}
     return Evaluation(
-        scores=scores,
-        comparisons=comparisons(headline.rows, headline.probs, fit_rows.members, choice.name),
+        scores=[entry.scores[i] for i in range(len(tables)) for entry in entries.values()],
+        comparisons=comparisons(headline, hits, fit_rows.members, choice.name),
         chosen=choice.name,
         reason=choice.reason,
-        ensemble=fitted[choice.name],
+        ensemble=fits.ensembles[choice.name],
         combined=fit_rows.members,
-        calibration=calibrations["ensemble", choice.name],
-        rows=headline.rows,
-        probs=probs.astype(np.float32),
+        calibration=chosen.calibration,
+        rows=headline,
+        probs=converted(probs, np.float32),
         fit_rows=fit_rows,
-        expected=_expected(headline.rows, probs, nested if test is None else None, metric),
-        fitted=fitted,
+        expected=_expected(headline, probs, nested if test is None else None, metric),
+        fitted=fits.ensembles,
         optimism=optimism,
         ledger=fits.ledger.table(),
         warnings=[*duplicate_warnings, *_warnings(oof, test)],
     )
-
-
-def _calibrated_probs(
-    combined: Predictions,
-    rows: Predictions,
-    ensembles: Mapping[str, Ensemble],
-    calibrations: Mapping[Key, Calibration],
-) -> dict[Key, np.ndarray]:
-    """Return calibrated probabilities (n, k) of the rows' members and of fitted ensembles.
-
-    `combined` has the same rows with only the members that the ensembles combine.
-    """
-    answers = {name: e.predict_proba(combined.probs) for name, e in ensembles.items()}
-    return {key: calibrations[key].apply(probs) for key, probs in _by_key(rows, answers).items()}
 
 
 class _CrossFit(NamedTuple):
@@ -234,12 +229,13 @@ class _Fits:
         def fit_all() -> None:
             ensemble.fit(rows.probs, rows.labels, rows.ids)
 
-        def fit_parts() -> None:
-            crossed[:] = cross_fit(make, rows.probs, rows.labels, self.parts, rows.groups, record)
+        def fit_parts() -> np.ndarray:
+            return cross_fit(make, rows.probs, rows.labels, self.parts, rows.groups, record)
 
         ensemble = make()
-        crossed = np.empty(rows.probs.shape[1:])
-        side_by_side(lambda task: task(), (fit_all, fit_parts))
+        tasks: tuple[Callable[[], np.ndarray | None], ...] = (fit_parts, fit_all)
+        crossed, _ = side_by_side(lambda task: task(), tasks)
+        assert crossed is not None
         return ensemble, _CrossFit(crossed, fits)
 
     def choose(self, export: str) -> ChosenMethod:
@@ -253,9 +249,39 @@ class _Fits:
         rows = self.rows
         return nested_choice(self.crossed, rows.labels, self.parts, rows.groups, self.metric).probs
 
-    def calibrate(self, name: str, probs: np.ndarray) -> Calibration:
-        """Fit a calibration by name, with cross-fitted probabilities."""
-        return fit_calibration(name, probs, self.rows.labels, self.parts, self.rows.groups)
+    def score(
+        self,
+        everyone: Predictions,
+        tables: Sequence[_Table],
+        calibration: str,
+        chosen: str,
+        key: Key,
+    ) -> _Entry:
+        """Calibrate a member or an ensemble, and score it on every table.
+
+        Args:
+            everyone: the fitting rows with all members.
+            tables: the rows to score on.
+            calibration: the calibration by name.
+            chosen: the method whose probabilities are kept.
+            key: what to score.
+        """
+        kind, name = key
+        raw = self.crossed[name] if kind == "ensemble" else everyone.probs[_place(everyone, name)]
+        fitted = fit_calibration(calibration, raw, self.rows.labels, self.parts, self.rows.groups)
+        scores, hits = [], []
+        for rows, fitted_on, combined in tables:
+            if combined is None:
+                probs = fitted.probs
+            elif kind == "ensemble":
+                probs = fitted.apply(self.ensembles[name].predict_proba(combined.probs))
+            else:
+                probs = fitted.apply(rows.probs[_place(rows, name)])
+            scores.append(score_entry(rows, key, probs, self.ensembles, fitted_on))
+            hits.append(correct(probs, rows.labels))
+        if key == ("ensemble", chosen):
+            return _Entry(fitted, scores, hits, probs)
+        return _Entry(fitted._replace(probs=probs[:0].copy()), scores, hits, None)
 
     def optimism(self) -> list[Optimism]:
         """Measure the optimism of the best member and of every method that learns."""
@@ -334,14 +360,9 @@ def _without_duplicates(rows: Predictions) -> tuple[Predictions, list[str]]:
     return rows.select(names), warnings
 
 
-def _by_key(rows: Predictions, ensembles: Mapping[str, np.ndarray]) -> dict[Key, np.ndarray]:
-    """Return the probabilities (n, k) of each member of the rows and of the ensembles."""
-    table: dict[Key, np.ndarray] = {}
-    for name, probs in zip(rows.members, rows.probs, strict=True):
-        table["member", name] = probs
-    for name, probs in ensembles.items():
-        table["ensemble", name] = probs
-    return table
+def _place(rows: Predictions, member: str) -> int:
+    """Return the number of a member."""
+    return rows.members.index(member)
 
 
 def _expected(
@@ -374,7 +395,7 @@ def _metric_score(rows: Predictions, probs: np.ndarray, metric: str) -> dict[str
     """
     if metric == "accuracy":
         return {}
-    value = score_value(metric, probs.astype(np.float64), rows.labels)
+    value = score_value(metric, converted(probs, np.float64), rows.labels)
     if np.isnan(value):
         return {}
     hits = correct(probs, rows.labels)

@@ -23,9 +23,13 @@ from threefold.names import count_of, escape_formula, unescape_formula
 from threefold.predictions.checks import check_probs
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Audit, SuspectLabel
+from threefold.scratch import row_blocks, scratch
 
 LISTED: Final = 100
 """Suspects and pairs of copies listed in results.json; a CSV file has every suspect."""
+
+_BATCH_VALUES: Final = 1 << 24
+"""Probabilities that cleanlab gets at a time."""
 
 MAX_BYTES: Final = 1 << 30
 """Largest CSV file of suspects."""
@@ -67,29 +71,24 @@ def find_suspects(
         DataError: `probs` has the wrong shape, or the limit is below 1.
         RunError: cleanlab is not installed.
     """
-    find_label_issues = _import_cleanlab("filter").find_label_issues
-    if probs is None:
-        ensemble = predictions.probs.mean(0, dtype=np.float64)
-    else:
-        ensemble = check_probs(probs, 2).astype(np.float64)
-    expected = predictions.probs.shape[1:]
-    if ensemble.shape != expected:
-        raise DataError(
-            "probabilities are of other rows or classes", expected=expected, got=ensemble.shape
-        )
+    _import_cleanlab("filter")
+    members = predictions.probs if probs is None else check_probs(probs, 2)[None]
+    shape, expected = members.shape[1:], predictions.probs.shape[1:]
+    if shape != expected:
+        raise DataError("probabilities are of other rows or classes", expected=expected, got=shape)
     if limit is not None and limit < 1:
         raise DataError("the limit is 1 or more", got=limit)
-    ensemble /= ensemble.sum(-1, keepdims=True)
     # cleanlab needs at least one row of every class.
     present, labels = np.unique(predictions.labels, return_inverse=True)
     if len(present) < 2:
         return []
-    present_probs = ensemble[:, present]
-    np.maximum(present_probs, np.finfo(np.float32).tiny, out=present_probs)
-    present_probs /= present_probs.sum(-1, keepdims=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about classes with few rows
-        flagged = np.asarray(find_label_issues(labels, present_probs, n_jobs=1))
+    ensemble, present_probs = scratch(shape), scratch((len(labels), len(present)))
+    for rows in row_blocks(len(labels), members[:, 0].size):
+        mean = members[:, rows].mean(0, dtype=np.float64)
+        mean /= mean.sum(-1, keepdims=True)
+        some = np.maximum(mean[:, present], np.finfo(np.float32).tiny)
+        ensemble[rows], present_probs[rows] = mean, some / some.sum(-1, keepdims=True)
+    flagged = _find_issues(labels, present_probs)
     del present_probs
     quality = ensemble[np.arange(len(labels)), predictions.labels]
     predicted = ensemble.argmax(-1)
@@ -99,6 +98,47 @@ def find_suspects(
         _explain_suspect(predictions, row, int(predicted[row]), ensemble[row])
         for row in rows[:limit]
     ]
+
+
+def _find_issues(labels: np.ndarray, probs: np.ndarray) -> np.ndarray:
+    """Return cleanlab's issues, booleans (n,), as it finds them in all rows at once.
+
+    cleanlab takes several times the memory of the probabilities (n, k). But once it has the
+    confident joint, it looks at the rows of each class by themselves.
+    """
+    count, filters = _import_cleanlab("count"), _import_cleanlab("filter")
+    thresholds = count.get_confident_thresholds(labels, probs)
+    joint = _confident_joint(labels, probs, thresholds)
+    joint = count.calibrate_confident_joint(joint, labels)
+    sizes = np.bincount(labels)
+    # Classes by their number of values so far, as many together as fit a block.
+    batch = np.cumsum(sizes * probs.shape[1]) // _BATCH_VALUES
+    flagged = np.zeros(len(labels), bool)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about classes with few rows
+        for number in np.unique(batch):
+            rows = np.flatnonzero(batch[labels] == number)
+            flagged[rows] = filters.find_label_issues(
+                labels[rows], probs[rows], confident_joint=joint, n_jobs=1
+            )
+    return flagged
+
+
+def _confident_joint(labels: np.ndarray, probs: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """Count rows (k, k) by label and by the class whose threshold they reach.
+
+    That is `cleanlab.count.compute_confident_joint` without calibration, by blocks of rows.
+    """
+    k, cells = probs.shape[1], []
+    for rows in row_blocks(*probs.shape):
+        block = probs[rows]
+        confident = block >= thresholds - 1e-6
+        number = confident.sum(1)
+        guess = np.where(number > 1, block.argmax(1), confident.argmax(1))
+        cells.append((labels[rows] * k + guess)[number > 0])
+    joint = np.bincount(np.concatenate(cells), minlength=k * k).reshape(k, k)
+    np.fill_diagonal(joint, joint.diagonal().clip(min=1))
+    return joint
 
 
 def list_suspects(

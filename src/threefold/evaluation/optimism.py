@@ -8,7 +8,7 @@ error rate of a prediction rule").
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from threefold.ensembles.cross_fit import stratified_parts
 from threefold.ensembles.registry import choose
 from threefold.errors import DataError
 from threefold.predictions.results_schema import Optimism
+from threefold.scratch import scratch, take_rows
 from threefold.stats.bootstrap import RESAMPLES, check_groups, column_sums, percentile_interval
 
 
@@ -95,6 +96,22 @@ def optimism_entry(
     )
 
 
+class _Others(Mapping[str, np.ndarray]):
+    """Some rows of each table (n, k), taken when they are asked for: no two of them at a time."""
+
+    def __init__(self, tables: Mapping[str, np.ndarray], rows: np.ndarray) -> None:
+        self.tables, self.rows = tables, rows
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return take_rows(self.tables[name], self.rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tables)
+
+    def __len__(self) -> int:
+        return len(self.tables)
+
+
 class NestedChoice(NamedTuple):
     """The answers of a cross-fitted choice among methods.
 
@@ -129,13 +146,13 @@ def nested_choice(
     """
     part = folds if folds is not None else stratified_parts(labels, groups)
     first = next(iter(tables))
-    answers, methods = np.array(tables[first], np.float64), []
+    answers, methods = scratch(tables[first].shape), []
+    answers[...] = tables[first]
     for value in np.unique(part):
         inside = part == value
         name = first
         if not inside.all():
-            others = {method: probs[~inside] for method, probs in tables.items()}
-            name = choose(others, labels[~inside], metric).name
-        answers[inside] = tables[name][inside]
+            name = choose(_Others(tables, ~inside), labels[~inside], metric).name
+        np.copyto(answers, tables[name], where=inside[:, None])
         methods.append(name)
     return NestedChoice(answers, methods)

@@ -28,8 +28,9 @@ from threefold.predictions.results_schema import (
 )
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe_schema import EnsembleSpec
+from threefold.scratch import row_blocks, take_rows
 from threefold.stats import scores as stats
-from threefold.stats.weighted_scores import BLOCK_VALUES, log_losses
+from threefold.stats.weighted_scores import log_losses
 
 AUTO = tuple(name for name in ENSEMBLES if not name.startswith("stacked"))
 """The methods that `auto` chooses from, fitted in seconds. Add others by name: `auto,stacked`."""
@@ -305,11 +306,10 @@ def _temperature_effect(probs: np.ndarray, labels: np.ndarray) -> dict[str, floa
     """Log loss and calibration error when each half is scaled with the other half's temperature."""
     n, k = probs.shape
     losses, confidence, hit = np.empty(n), np.empty(n), np.empty(n, bool)
-    size = max(1, BLOCK_VALUES // k)
     for half in (0, 1):
         rows = np.arange(half, n, 2)
         temperature = fit_temperature(probs[1 - half :: 2], labels[1 - half :: 2])
-        for some in (rows[begin : begin + size] for begin in range(0, len(rows), size)):
+        for some in (rows[block] for block in row_blocks(len(rows), k)):
             scaled = apply_temperature(probs[some], temperature)
             losses[some] = log_losses(scaled, labels[some])
             confidence[some] = scaled.max(-1)
@@ -327,7 +327,7 @@ def _diversity_sections(rows: Predictions, copies: Sequence[Sequence[int]] = ())
         return {}
     names, measured = rows.members, diversity(rows.probs, rows.labels)
     part = stratified_parts(rows.labels, parts=-(-len(rows) // CURVE_ROWS)) == 0
-    curve = size_curve(rows.probs[:, part], rows.labels[part])
+    curve = size_curve(take_rows(rows.probs, part), rows.labels[part])
     return {
         "diversity": DiversityRecord(
             members=names,

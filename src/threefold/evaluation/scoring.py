@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 import numpy as np
 
 from threefold.ensembles.base import Ensemble
-from threefold.ensembles.cross_fit import side_by_side
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import ClassScore, Comparison, Score
 from threefold.stats import paired_differences, paired_tests, scores
@@ -81,36 +80,33 @@ def score_probs(
     )
 
 
-def score_entries(
-    rows: Predictions, table: dict[Key, np.ndarray], fitted: dict[str, Ensemble], fitted_on: str
-) -> list[Score]:
-    """Score members and ensembles on one kind of rows.
+def score_entry(
+    rows: Predictions, key: Key, probs: np.ndarray, fitted: Mapping[str, Ensemble], fitted_on: str
+) -> Score:
+    """Score a member or an ensemble on one kind of rows.
 
     Args:
         rows: labels, groups, kind and protocol.
-        table: calibrated probabilities (n, k), cross-fitted if the rows are those of the fit.
+        key: what is scored.
+        probs: its calibrated probabilities (n, k), cross-fitted if the rows are those of the fit.
         fitted: the ensembles by method.
         fitted_on: name of the rows that ensembles which learn were fitted on.
     """
-
-    def score(item: tuple[Key, np.ndarray]) -> Score:
-        (kind, name), probs = item
-        learns = kind == "ensemble" and fitted[name].needs_fit
-        basis = fitted_on if learns else "calibration only"
-        return score_probs(
-            rows,
-            probs,
-            name=name,
-            kind=kind,
-            fitted_on=TAUGHT if rows.protocol == "taught" else basis,
-            apparent=learns and fitted_on == "the scored rows",
-        )
-
-    return side_by_side(score, table.items())
+    kind, name = key
+    learns = kind == "ensemble" and fitted[name].needs_fit
+    basis = fitted_on if learns else "calibration only"
+    return score_probs(
+        rows,
+        probs,
+        name=name,
+        kind=kind,
+        fitted_on=TAUGHT if rows.protocol == "taught" else basis,
+        apparent=learns and fitted_on == "the scored rows",
+    )
 
 
 def comparisons(
-    rows: Predictions, table: dict[Key, np.ndarray], combined: Sequence[str], chosen: str
+    rows: Predictions, hits_of: Mapping[Key, np.ndarray], combined: Sequence[str], chosen: str
 ) -> list[Comparison]:
     """Compare ensembles with the best of the combined members by exact McNemar tests.
 
@@ -120,7 +116,7 @@ def comparisons(
 
     Args:
         rows: labels, groups and the members' probabilities.
-        table: probabilities (n, k) by kind and name.
+        hits_of: whether each row is classified correctly, booleans (n,) by kind and name.
         combined: names of the members that the ensembles combine.
         chosen: the chosen method.
     """
@@ -130,9 +126,9 @@ def comparisons(
     }
     best = max(combined, key=lambda name: hits[name].mean())
     primary: Key = ("ensemble", chosen)
-    others = [key for key in table if key[0] == "ensemble" or key[1] not in combined]
+    others = [key for key in hits_of if key[0] == "ensemble" or key[1] not in combined]
     order = [primary, *(key for key in others if key != primary)]
-    ensemble_hits = [table[key].argmax(1) == rows.labels for key in order]
+    ensemble_hits = [hits_of[key] for key in order]
     tests = [paired_tests.mcnemar_exact(a, hits[best], rows.groups) for a in ensemble_hits]
     p_values = [tests[0].p, *paired_tests.holm([test.p for test in tests[1:]])]
     name, n = "exact McNemar test", len(rows)

@@ -26,6 +26,7 @@ from threefold.ensembles.cross_fit import cross_fit_parts
 from threefold.errors import DataError
 from threefold.evaluation.scoring import CROSS_FITTED
 from threefold.predictions.checks import check_labels, check_probs
+from threefold.scratch import scratch, take_rows
 from threefold.stats.bootstrap import check_groups
 
 
@@ -157,14 +158,15 @@ def fit_uncertainty(
         ConformalSets().fit(probs, truth, alpha),
         ConformalSets(by_class=True).fit(probs, truth, alpha),
     )
-    crossed, rejected = np.zeros((2, *probs.shape), bool), np.zeros(len(probs), bool)
+    crossed, rejected = scratch((2, *probs.shape), bool), np.zeros(len(probs), bool)
     for value in np.unique(part):
         inside = part == value
-        rest, rest_labels = probs[~inside], truth[~inside]
+        rest, rest_labels = take_rows(probs, ~inside), truth[~inside]
+        inside_probs = take_rows(probs, inside)
         for crossed_sets, by_class in zip(crossed, (False, True), strict=True):
             fitted = ConformalSets(by_class=by_class).fit(rest, rest_labels, alpha)
-            crossed_sets[inside] = fitted.predict_sets(probs[inside])
-        rejected[inside] = UnknownThreshold().fit(rest, reject).is_unknown(probs[inside])
+            crossed_sets[inside] = fitted.predict_sets(inside_probs)
+        rejected[inside] = UnknownThreshold().fit(rest, reject).is_unknown(inside_probs)
     return Uncertainty(
         alpha=alpha,
         reject=reject,

@@ -12,16 +12,20 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
 
-from threefold.errors import DataError, refuse_address
+from threefold.errors import DataError, RunError, refuse_address
+from threefold.scratch import scratch
 
 MAX_BYTES: Final = 4 << 30
 """Most memory that one file may take.
 
 4 GiB hold 50,000 rows of 1,000 classes from 21 members in float32."""
+
+_PIECE: Final = 1 << 22
+"""Bytes read at a time."""
 
 _MAGIC = (
     (b"PK\x03\x04", "zip"),
@@ -138,14 +142,21 @@ def npz_dtypes(path: Path) -> dict[str, np.dtype[Any]]:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an .npz, after a check of their sizes.
+    """All arrays of an .npz, after a check of their sizes; large ones as `scratch` has them.
 
     Raises:
         DataError: as `npz_dtypes`.
+        RunError: there is no room for the temporary file of a large array.
     """
     names = npz_dtypes(path)
-    with _one_line_errors(path), np.load(path, allow_pickle=False) as file:
-        return {name: np.asarray(file[name]) for name in names}
+    with _one_line_errors(path), zipfile.ZipFile(path) as archive:
+        entries = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        arrays = {}
+        for name in names:
+            with archive.open(entries[name]) as file:
+                arrays[name] = _read_array(file)  # type: ignore[arg-type]
+                file.read(1)  # at its end the archive compares the checksum
+        return arrays
 
 
 def read_npy(path: Path) -> np.ndarray:
@@ -154,22 +165,54 @@ def read_npy(path: Path) -> np.ndarray:
     Raises:
         DataError: the file is damaged, larger than MAX_BYTES, or holds Python objects.
     """
-    with _one_line_errors(path):
-        with open(path, "rb") as file:
-            _, size = _npy_header(file, str(path), path.stat().st_size)
+    with _one_line_errors(path), open(path, "rb") as file:
+        _, size = _npy_header(file, str(path), path.stat().st_size)
         check_size(size, path)
-        return np.asarray(np.load(path, allow_pickle=False))
+        file.seek(0)
+        return _read_array(file)
+
+
+class _Header(NamedTuple):
+    """What an .npy file says about its array."""
+
+    shape: tuple[int, ...]
+    is_fortran: bool
+    dtype: np.dtype[Any]
+
+
+def _read_header(file: BinaryIO) -> _Header:
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return _Header(*np.lib.format.read_array_header_1_0(file))
+    if version == (2, 0):
+        return _Header(*np.lib.format.read_array_header_2_0(file))
+    raise ValueError(f"npy version {version}")
+
+
+def _read_array(file: BinaryIO) -> np.ndarray:
+    """Read the array of an .npy file whose header has been checked, piece by piece.
+
+    A large array goes to a file of ours, packed or not: its memory is the system's to give and
+    take, the archive's checksum is compared, and whoever writes the source again does no harm.
+    """
+    shape, is_fortran, dtype = _read_header(file)
+    array = scratch(shape[::-1] if is_fortran else shape, dtype)
+    if array.nbytes:
+        flat = array.reshape(-1).view(np.uint8)
+        for begin in range(0, len(flat), _PIECE):
+            piece = flat[begin : begin + _PIECE]
+            filled = 0
+            while filled < len(piece):
+                count = file.readinto(piece[filled:])  # type: ignore[attr-defined]
+                if not count:
+                    raise EOFError("the array ends early")
+                filled += count
+    return array.T if is_fortran else array
 
 
 def _npy_header(file: BinaryIO, where: str, length: int) -> tuple[np.dtype[Any], int]:
     """Type and size in bytes of the array in an .npy file of this length."""
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    elif version == (2, 0):
-        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
-    else:
-        raise ValueError(f"npy version {version}")
+    shape, _, dtype = _read_header(file)
     if dtype.hasobject:
         raise DataError(
             "the file holds Python objects, which are never unpickled",
@@ -278,7 +321,7 @@ def _one_line_errors(path: Path) -> Iterator[None]:
     """Turn what numpy and zipfile raise on bad files into one DataError."""
     try:
         yield
-    except DataError:
+    except (DataError, RunError):
         raise
     except Exception as error:  # many types, even those of Python's tokenizer
         got = f"{type(error).__name__}: {str(error)[:120]}"

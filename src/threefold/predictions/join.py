@@ -12,6 +12,7 @@ from threefold.errors import DataError, shorten
 from threefold.names import find_repeated, normalise_name
 from threefold.predictions.member_probs import Protocol, default_ids
 from threefold.predictions.predictions import Predictions
+from threefold.scratch import scratch, take_columns
 
 
 def join_predictions(parts: Sequence[Predictions]) -> Predictions:
@@ -48,7 +49,7 @@ def join_predictions(parts: Sequence[Predictions]) -> Predictions:
         protocol = "taught"
     return replace(
         first,
-        probs=np.concatenate([part.probs for part in aligned]),
+        probs=_all_members(aligned),
         members=tuple(name for part in aligned for name in part.members),
         groups=_common_groups(aligned),
         protocol=protocol,
@@ -56,6 +57,17 @@ def join_predictions(parts: Sequence[Predictions]) -> Predictions:
         folds=folds,
         roles=None if folds is None else _union_of_roles(aligned),
     )
+
+
+def _all_members(parts: Sequence[Predictions]) -> np.ndarray:
+    """The probabilities (m, n, k) of all parts' members."""
+    _, *shape = parts[0].probs.shape
+    joined = scratch((sum(len(part.members) for part in parts), *shape), np.float32)
+    begin = 0
+    for part in parts:
+        joined[begin : begin + len(part.members)] = part.probs
+        begin += len(part.members)
+    return joined
 
 
 def _has_names_of(part: Predictions, other: Predictions) -> bool:
@@ -167,7 +179,9 @@ def _reorder_classes(part: Predictions, first: Predictions) -> Predictions:
     if set(part.classes) == set(first.classes):
         order = [part.classes.index(name) for name in first.classes]
         labels = np.argsort(order)[part.labels]
-        return replace(part, probs=part.probs[:, :, order], labels=labels, classes=first.classes)
+        return replace(
+            part, probs=take_columns(part.probs, order), labels=labels, classes=first.classes
+        )
     unknown = [name for name in part.classes if name not in first.classes]
     absent = [name for name in first.classes if name not in part.classes]
     expected = f"{len(first.classes)} classes as in {_describe(first)}"

@@ -16,7 +16,7 @@ import numpy as np
 
 from threefold.errors import DataError
 from threefold.names import natural_key, normalise_name
-from threefold.predictions.checks import describe_unsuitable, find_unsuitable
+from threefold.predictions.checks import describe_unsuitable, find_unsuitable, is_clean
 from threefold.predictions.label_table import LabelTable
 from threefold.predictions.member_probs import default_names
 from threefold.predictions.predictions import Predictions
@@ -323,6 +323,8 @@ def _check_probs(
     def describe_row(row: int) -> str:
         return f"{where}, row {ids[row] if ids is not None else row}"
 
+    if is_clean(probs):
+        return
     bad = ~np.isfinite(probs)
     if bad.any():
         member, row, column = np.argwhere(bad)[0]

@@ -17,6 +17,7 @@ from threefold.files import array_bytes, write_bytes
 from threefold.names import find_repeated
 from threefold.predictions.array_files import detect_format
 from threefold.predictions.ledger import FIT, SCORE, SELECT, TEACH, Ledger
+from threefold.scratch import take_members, take_rows
 
 Protocol = Literal["honest", "paper", "taught"]
 Kind = Literal["oof", "test", "foreign"]
@@ -144,7 +145,7 @@ class MemberProbs:
             return self
         return replace(  # type: ignore[type-var]
             self,
-            probs=self.probs[[self.members.index(name) for name in names]],
+            probs=take_members(self.probs, [self.members.index(name) for name in names]),
             members=tuple(names),
         )
 
@@ -166,7 +167,7 @@ class MemberProbs:
         changes: dict[str, Any] = {self.TRUTH: getattr(self, self.TRUTH)[chosen]}
         return replace(  # type: ignore[type-var]
             self,
-            probs=self.probs[:, chosen],
+            probs=take_rows(self.probs, chosen),
             ids=tuple(self.ids[i] for i in chosen),
             groups=None if self.groups is None else tuple(self.groups[i] for i in chosen),
             folds=None if self.folds is None else self.folds[chosen],

@@ -27,6 +27,7 @@ from threefold.predictions.member_probs import (
     file_arguments,
     read_only,
 )
+from threefold.scratch import converted
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,7 @@ class Predictions(MemberProbs):
     roles: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        probs = check_probs(self.probs, 3).astype(np.float32, copy=False)
+        probs = converted(check_probs(self.probs, 3), np.float32)
         _, n, k = probs.shape
         self._set("probs", read_only(probs))
         self._set("labels", read_only(check_labels(self.labels, n, k)))

@@ -288,37 +288,38 @@ def confusion_view(
         thumbs: pictures of some mistakes.
     """
     names = list(classes) or [f"class {number}" for number in range(probs.shape[1])]
-    matrix = stats.confusion_matrix(probs, labels)
-    shares = np.asarray(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1))
-    wrong = np.where(np.eye(len(matrix), dtype=bool), 0, matrix)
+    found = stats.confusions(probs, labels)
+    shares = found.counts / np.bincount(labels, minlength=len(names))[found.labels]
+    matrix = stats.confusion_matrix(probs, labels) if len(names) <= charts.MATRIX_CLASSES else None
     return {
         "classes": names,
-        "matrix": matrix if len(matrix) <= charts.MATRIX_CLASSES else None,
-        "shares": shares,
-        "worst_share": float(np.where(wrong > 0, shares, 0).max()),
-        "pairs": _confused_pairs(wrong, shares, names, thumbs),
-        "wrong": int(wrong.sum()),
+        "matrix": matrix,
+        "shares": None if matrix is None else matrix / np.maximum(matrix.sum(1, keepdims=True), 1),
+        "worst_share": float(shares.max(initial=0)),
+        "pairs": _confused_pairs(found, shares, names, thumbs),
+        "wrong": int(found.counts.sum()),
     }
 
 
-def _confused_pairs(wrong: _Array, shares: _Array, classes: Sequence[str], thumbs: Thumbs) -> _Rows:
+def _confused_pairs(
+    found: stats.Confusions, shares: _Array, classes: Sequence[str], thumbs: Thumbs
+) -> _Rows:
     """Return the most frequent (true, answer) pairs with counts, shares and pictures."""
-    order = np.argsort(-wrong, axis=None, kind="stable")[:PAIRS]
-    cells = [divmod(int(cell), len(wrong)) for cell in order]
+    cells = list(zip(found.labels.tolist(), found.answers.tolist(), strict=True))
+    counts = dict(zip(cells, found.counts.tolist(), strict=True))
     return [
         {
             "true": classes[i],
             "answer": classes[j],
-            "count": int(wrong[i, j]),
-            "share": float(shares[i, j]),
-            "back": int(wrong[j, i]),
+            "count": counts[i, j],
+            "share": float(share),
+            "back": counts.get((j, i), 0),
             "pictures": [
                 (name, data_uri(image))
                 for name, image in thumbs.pairs.get((i, j), [])[:PAIR_PICTURES]
             ],
         }
-        for i, j in cells
-        if wrong[i, j] > 0
+        for (i, j), share in zip(cells[:PAIRS], shares, strict=False)
     ]
 
 

@@ -17,6 +17,7 @@ from scipy.special import ndtri, stdtrit  # scipy.stats takes a second to import
 
 from threefold.errors import DataError
 from threefold.predictions.checks import check_labels, check_probs
+from threefold.scratch import converted
 from threefold.stats.bootstrap import (
     LEVEL,
     RESAMPLES,
@@ -147,6 +148,30 @@ def confusion_matrix(probs: npt.ArrayLike, labels: npt.ArrayLike) -> np.ndarray:
     array, truth = _checked(probs, labels)
     k = array.shape[-1]
     return np.bincount(truth * k + array.argmax(-1), minlength=k * k).reshape(k, k).astype(np.int64)
+
+
+class Confusions(NamedTuple):
+    """Pairs of a label and another answer that occur, the most frequent first: (p,) int64 each."""
+
+    labels: np.ndarray
+    answers: np.ndarray
+    counts: np.ndarray
+
+
+def confusions(probs: npt.ArrayLike, labels: npt.ArrayLike) -> Confusions:
+    """Count the mistakes by label and answer, without a matrix of all pairs of classes.
+
+    Pairs of equal counts are in the order of the matrix.
+
+    Raises:
+        DataError: probabilities or labels are not usable.
+    """
+    array, truth = _checked(probs, labels)
+    k, answers = array.shape[1], array.argmax(-1)
+    wrong = answers != truth
+    cells, counts = np.unique(truth[wrong] * k + answers[wrong], return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return Confusions(cells[order] // k, cells[order] % k, counts[order])
 
 
 def wilson_interval(hits: float, n: float, level: float = LEVEL) -> Interval:
@@ -311,23 +336,24 @@ def bootstrap_interval(
     array, truth = _checked(probs, labels)
     function = check_score(score)
     if not isinstance(score, str):
-        array = array.astype(np.float64, copy=False)
+        array = converted(array, np.float64)
     part = None if groups is None else check_groups(groups, len(truth))
     check_draws(level, resamples)
-    if score in COUNTED:
+    if isinstance(score, str) and score in COUNTED:
         # These depend only on label and prediction: rows that agree in both are drawn together.
         k, predicted = array.shape[1], array.argmax(-1)
         if score != "macro_f1":  # all wrong classes are equivalent, which leaves fewer cells
             predicted = np.where(predicted == truth, truth, (truth + 1) % k)
         cells, at = np.unique(truth * k + predicted, return_inverse=True)
-        array, truth = np.zeros((len(cells), k)), cells // k
-        array[np.arange(len(cells)), cells % k] = 1
-        draws = cell_weights(at, part, resamples, seed)
+        counted = COUNTED[score]
+        values = [
+            counted(cells % k, cells // k, k, weights)
+            for weights in cell_weights(at, part, resamples, seed)
+        ]
     else:
         draws = row_weights(len(truth), part, resamples, seed)
-    return percentile_interval(
-        np.concatenate([function(array, truth, weights) for weights in draws]), level
-    )
+        values = [function(array, truth, weights) for weights in draws]
+    return percentile_interval(np.concatenate(values), level)
 
 
 def score_table(
@@ -432,7 +458,7 @@ def _checked(probs: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[np.ndarray, n
     """Return probabilities and labels; float32 stays, and what is summed becomes float64 later."""
     array = check_probs(probs, 2)
     if array.dtype != np.float32:
-        array = array.astype(np.float64, copy=False)
+        array = converted(array, np.float64)
     return array, check_labels(labels, *array.shape)
 
 

@@ -15,15 +15,16 @@ from scipy.sparse import csr_array
 
 from threefold.errors import DataError
 from threefold.predictions.checks import FLOOR
-
-BLOCK_VALUES: Final = 1 << 22
-"""Probabilities of a block of rows, for work that would need a copy of them all."""
+from threefold.scratch import row_blocks
 
 _COLUMNS: Final = 16
 """Classes whose probabilities are gathered at a time."""
 
 WeightedScore = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """Maps probs (n, k), labels (n,) and weights (n, r) to scores (r,), NaN where not defined."""
+
+CountedScore = Callable[[np.ndarray, np.ndarray, int, np.ndarray], np.ndarray]
+"""Maps predicted classes (n,), labels (n,), k and weights (n, r) to scores (r,)."""
 
 
 def check_score(score: str | WeightedScore) -> WeightedScore:
@@ -67,10 +68,6 @@ def _checked_score(
     return values
 
 
-def _hits(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return np.asarray(probs.argmax(-1) == labels)
-
-
 def in_top(top: int, probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Whether each label is among the `top` largest probabilities; ties go to the first classes."""
     return _by_block(partial(_in_top, top), probs, labels)
@@ -86,9 +83,7 @@ def _by_block(
     values: Callable[[np.ndarray, np.ndarray], np.ndarray], probs: np.ndarray, labels: np.ndarray
 ) -> np.ndarray:
     """Compute a value (n,) of each row in blocks of rows, whose temporary arrays stay small."""
-    rows = max(1, BLOCK_VALUES // probs.shape[1])
-    blocks = range(0, len(labels), rows)
-    return np.concatenate([values(probs[b : b + rows], labels[b : b + rows]) for b in blocks])
+    return np.concatenate([values(probs[rows], labels[rows]) for rows in row_blocks(*probs.shape)])
 
 
 def log_losses(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -116,16 +111,24 @@ def _row_mean(
     return np.asarray(values(probs, labels).astype(np.float64) @ weights / weights.sum(0))
 
 
-def _balanced(probs: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    k = probs.shape[1]
-    right = _sums(labels, k, weights, _hits(probs, labels))
+def _accuracy(predicted: np.ndarray, labels: np.ndarray, k: int, weights: np.ndarray) -> np.ndarray:
+    return np.asarray((predicted == labels).astype(np.float64) @ weights / weights.sum(0))
+
+
+def _balanced(predicted: np.ndarray, labels: np.ndarray, k: int, weights: np.ndarray) -> np.ndarray:
+    right = _sums(labels, k, weights, predicted == labels)
     return _class_mean(right, _sums(labels, k, weights))
 
 
-def _macro_f1(probs: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    k = probs.shape[1]
-    right = _sums(labels, k, weights, _hits(probs, labels))
-    return _class_mean(2 * right, _sums(labels, k, weights) + _sums(probs.argmax(-1), k, weights))
+def _macro_f1(predicted: np.ndarray, labels: np.ndarray, k: int, weights: np.ndarray) -> np.ndarray:
+    right = _sums(labels, k, weights, predicted == labels)
+    return _class_mean(2 * right, _sums(labels, k, weights) + _sums(predicted, k, weights))
+
+
+def _of_answers(
+    score: CountedScore, probs: np.ndarray, labels: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    return score(probs.argmax(-1), labels, probs.shape[1], weights)
 
 
 def _one_vs_rest_classes(labels: np.ndarray, k: int) -> Sequence[int]:
@@ -208,15 +211,17 @@ def _class_mean(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
 LOWER_IS_BETTER: Final = ("log_loss", "brier")
 """Scores whose best value is the least."""
 
-COUNTED: Final = ("accuracy", "balanced_accuracy", "macro_f1")
+COUNTED: Final[dict[str, CountedScore]] = {
+    "accuracy": _accuracy,
+    "balanced_accuracy": _balanced,
+    "macro_f1": _macro_f1,
+}
 """Scores that depend only on each row's label and predicted class.
 
 All but F1 depend only on whether the two agree."""
 
 SCORES: Final[dict[str, WeightedScore]] = {
-    "accuracy": partial(_row_mean, _hits),
-    "balanced_accuracy": _balanced,
-    "macro_f1": _macro_f1,
+    **{name: partial(_of_answers, score) for name, score in COUNTED.items()},
     "roc_auc": _roc_auc,
     **{f"top{top}": partial(_row_mean, partial(in_top, top)) for top in (2, 3, 5)},
     "log_loss": partial(_row_mean, log_losses),

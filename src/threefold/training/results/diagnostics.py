@@ -42,7 +42,7 @@ from threefold.predictions.predictions import Predictions
 from threefold.predictions.records import DuplicatesRecord, seal
 from threefold.predictions.results_schema import Audit, Copies, CopyPair
 from threefold.recipe_schema import MemberSpec
-from threefold.stats.scores import confusion_matrix
+from threefold.stats.scores import confusions
 from threefold.training.pixel_cache import PixelCache
 from threefold.training.results.out_of_fold import roles_by_fold
 from threefold.training.run import Run
@@ -213,11 +213,9 @@ def make_thumbnails(
 def _confused_pairs(run: Run, evaluation: Evaluation, worst: np.ndarray) -> dict[str, np.ndarray]:
     """Images of the most confused pairs of classes, the most confident mistakes of each."""
     labels, answers = evaluation.rows.labels, evaluation.probs.argmax(1)
-    counts = confusion_matrix(evaluation.probs, labels)
-    np.fill_diagonal(counts, 0)
+    found = confusions(evaluation.probs, labels)
     rows: list[int] = []
-    for cell in np.argsort(-counts, axis=None, kind="stable")[:MAX_PAIRS]:
-        true, answer = divmod(int(cell), len(counts))
+    for true, answer in zip(found.labels[:MAX_PAIRS], found.answers[:MAX_PAIRS], strict=True):
         pair = [row for row in worst if labels[row] == true and answers[row] == answer]
         rows += pair[:MAX_PER_PAIR]
     index = np.array(rows, int)
