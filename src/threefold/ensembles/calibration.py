@@ -226,7 +226,7 @@ def _cross_fit(
 ) -> dict[Method, np.ndarray]:
     """Return probabilities (n, k) by method, each row calibrated by a fit on other parts."""
     fitted = [name for name in names if name != "none"]
-    answers = {name: scratch(probs.shape) for name in fitted}
+    answers: dict[Method, np.ndarray] = {name: scratch(probs.shape) for name in fitted}
     if "none" in names:
         answers["none"] = converted(probs, np.float64)
     for value in np.unique(part) if fitted else ():

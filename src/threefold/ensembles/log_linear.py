@@ -32,8 +32,8 @@ _RIDGE_ROWS: Final = 2000
 """Most rows for the choice of the ridge; with more, the choice no longer matters."""
 
 
-_DENSE_CLASSES: Final = 1000
-"""Most classes for a Hessian that is written out."""
+_DENSE_CLASSES: Final = 100
+"""Most classes for a Hessian that is written out; with more, its factors take less time."""
 
 
 class LogPoolEnsemble(Ensemble):
@@ -183,7 +183,7 @@ class _LogLinear:
     def logits(self, theta: np.ndarray, x: np.ndarray) -> np.ndarray:
         """Return the logits (k, r) float64 of a block of rows (p, k, r)."""
         flat = theta[: self.p].astype(np.float32) @ x.reshape(self.p, -1)
-        logits = flat.reshape(self.k, -1).astype(np.float64)
+        logits: np.ndarray = flat.reshape(self.k, -1).astype(np.float64)
         return logits + theta[self.p :, None] if self.bias else logits
 
     def losses(self, theta: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Newton's steps of logistic stacking with thousands of classes.
+"""Newton's steps of logistic stacking with many classes.
 
 Its Hessian has a row for each member and each class. As a whole it takes k squared numbers, and a
 Cholesky factor k cubed operations; kept as the product that it is, both grow with k.
@@ -39,8 +39,10 @@ class WideHessian:
         """Return x (p + k,) with H x = target, by blocks: of the members directly."""
         p = len(self.members)
         if self._by_member is None:
-            self._by_member = self._solve_classes(self.mixed.T)
-        of_classes = self._solve_classes(target[p:, None])[:, 0]
+            solved = self._solve_classes(np.column_stack([self.mixed.T, target[p:]]))
+            self._by_member, of_classes = solved[:, :p], solved[:, p]
+        else:
+            of_classes = self._solve_classes(target[p:, None])[:, 0]
         rest = self.members - self.mixed @ self._by_member
         of_members = np.linalg.solve(rest, target[:p] - self.mixed @ of_classes)
         return np.concatenate([of_members, of_classes - self._by_member @ of_members])

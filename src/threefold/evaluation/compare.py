@@ -211,8 +211,8 @@ def _pick(rows: Predictions, name: str) -> Predictions:
         return rows.select([name])
     several = rows.select(name.split("+"))
     mean = scratch((1, *several.probs.shape[1:]), np.float32)
-    for rows in row_blocks(len(several), several.probs[:, 0].size):
-        mean[0, rows] = several.probs[:, rows].mean(0)
+    for block in row_blocks(len(several), several.probs[:, 0].size):
+        mean[0, block] = several.probs[:, block].mean(0)
     return replace(several, probs=mean, members=(name,))
 
 

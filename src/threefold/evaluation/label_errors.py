@@ -93,10 +93,10 @@ def find_suspects(
     quality = ensemble[np.arange(len(labels)), predictions.labels]
     predicted = ensemble.argmax(-1)
     suspect = flagged & (predicted != predictions.labels)
-    rows = [int(row) for row in np.argsort(quality, kind="stable") if suspect[row]]
+    ordered = [int(row) for row in np.argsort(quality, kind="stable") if suspect[row]]
     return [
         _explain_suspect(predictions, row, int(predicted[row]), ensemble[row])
-        for row in rows[:limit]
+        for row in ordered[:limit]
     ]
 
 
