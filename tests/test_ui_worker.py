@@ -149,7 +149,7 @@ def test_the_page_gets_the_scores_of_a_run(finished: Run) -> None:
 
     results = finished.results
     assert results.expected is not None
-    assert found["expected"]["accuracy"] == results.expected.accuracy
+    assert (found["metric"], found["expected"]["value"]) == ("accuracy", results.expected.accuracy)
     assert [score["name"] for score in found["scores"] if score["chosen"]][:1] == [results.chosen]
     assert len(found["scores"]) == len(results.scores)
     assert found["finished"]

@@ -77,10 +77,15 @@ def check_task(
             f"{why}, and train.metric = {train.metric} needs one class; set "
             "mean_average_precision or log_loss"
         )
-    if set(ensemble.methods) != {"mean", "best"} or ensemble.export != "auto":
+    if set(ensemble.methods) != {"mean", "best"}:
         raise ValueError(
-            f"{why}, whose ensembles are the mean and the best member, the better one chosen; "
-            'remove ensemble.methods and ensemble.export, or set ["mean", "best"] and auto'
+            f"{why}, whose ensembles are the mean and the best member; remove ensemble.methods, or "
+            'set ["mean", "best"]'
+        )
+    if ensemble.export not in ("auto", "mean", "best"):
+        raise ValueError(
+            f"{why}, and ensemble.export = {ensemble.export} needs one class; set auto, mean or "
+            "best"
         )
     if ensemble.calibration != "logistic":
         raise ValueError(f"{why}, which are calibrated one by one; remove ensemble.calibration")

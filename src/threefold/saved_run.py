@@ -217,7 +217,7 @@ class SavedRun:
             raise RunError("the run has no exported file", where=path, fix=fix)
         return self.folder.verify(path.name, fix)
 
-    def score(self, data: Any, labels: Any = None) -> Score:
+    def score(self, data: Any, labels: Any = None) -> Score | MultilabelScore:
         """Score the exported file on labelled images.
 
         Args:
@@ -226,22 +226,28 @@ class SavedRun:
             labels: of images in memory, as there.
 
         Returns:
-            Accuracy with its interval, log loss, calibration error and more.
+            Accuracy with its interval, log loss, calibration error and more. Of several labels per
+            image, mean average precision and F1 at the thresholds of the file.
 
         Raises:
             RunError: the run has no exported file.
             DataError: the images cannot be read, or have classes that the run does not know.
         """
-        from threefold.runtime.score_models import score_models
-
         model = self._model_file()
         if isinstance(data, str | Path):
-            summary, _ = score_models([model], data)
-        else:
-            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-                stored = store_data(data, labels, Path(folder) / "run")
-                summary, _ = score_models([model], stored)
-        return summary.scores[0]
+            return self._score_file(model, data)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            return self._score_file(model, store_data(data, labels, Path(folder) / "run"))
+
+    def _score_file(self, model: Path, data: str | Path) -> Score | MultilabelScore:
+        """Score the exported file on a folder or a table."""
+        if self.folder.is_multilabel:
+            from threefold.runtime.score_labels import score_label_models
+
+            return score_label_models([model], data).summary.scores[0]
+        from threefold.runtime.score_models import score_models
+
+        return score_models([model], data)[0].scores[0]
 
     def report(self, out: str | Path | None = None) -> Path:
         """Return the path of the HTML report, which is written where there is none.
@@ -263,6 +269,8 @@ class SavedRun:
     def plot_scores(self) -> Chart:
         """Draw accuracy and interval of every ensemble and member.
 
+        Of several labels per image, the mean average precision takes the place of the accuracy.
+
         Raises:
             RunError: the run has no results yet.
         """
@@ -276,7 +284,7 @@ class SavedRun:
         On the test rows where there are any, else out of fold.
 
         Raises:
-            RunError: the run has no results yet, or more than 30 classes.
+            RunError: the run has no results yet, more than 30 classes, or several labels per image.
         """
         from threefold.report import run_charts
 
@@ -285,7 +293,8 @@ class SavedRun:
     def plot_calibration(self) -> Chart:
         """Draw the share of right answers of the chosen ensemble against its confidence.
 
-        On the test rows where there are any, else out of fold.
+        On the test rows where there are any, else out of fold. Of several labels per image, a chart
+        for each label, at most 24, the lowest average precision first.
 
         Raises:
             RunError: the run has no results yet.
@@ -296,6 +305,8 @@ class SavedRun:
 
     def plot_learning_curves(self) -> Chart:
         """Draw the accuracy of each member on the select rows after each epoch.
+
+        Of several labels per image, it is the share of right labels.
 
         Raises:
             RunError: the run has no results yet, or only heads on frozen features.

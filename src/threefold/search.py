@@ -189,7 +189,6 @@ def search(
         RunError: the folder holds another search.
         MissingExtraError: Optuna is not installed.
     """
-    optuna = _import_optuna()
     choices, watcher, minutes = parse_space(space), watcher or Watcher(), parse_minutes(budget)
     if recipe.protocol == "paper":
         raise RecipeError(
@@ -205,6 +204,7 @@ def search(
             got="multilabel",
             fix="train the recipes one by one, and compare the runs: threefold compare RUN RUN",
         )
+    optuna = _import_optuna()
     folder, began = Path(out), time.monotonic()
     done = _read_trials(folder, recipe, space)
     _write_trials(folder, recipe, space, done)  # so that a search that is killed goes on

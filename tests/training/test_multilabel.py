@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from sklearn.preprocessing import StandardScaler
@@ -31,6 +33,8 @@ from threefold.training.features.probe import Targets, choose_l2, fit_linear
 from threefold.training.jobs import train_members
 from threefold.training.pixel_cache import PixelRows, resize_images
 from threefold.training.planning.measure import cross_validated_probe, spread_over_classes
+from threefold.training.results.diagnostics import make_label_thumbnails
+from threefold.training.results.multilabel import evaluate_multilabel_run
 from threefold.training.run import Run
 from threefold.training.stages.loop import train_stage
 from threefold.training.stages.task import StageOutcome, StageTask
@@ -48,6 +52,31 @@ def trained(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run.create(multilabel_recipe(table), tmp_path_factory.mktemp("trained") / "run")
     train_members(run)
     return run
+
+
+@pytest.mark.parametrize("export", ["mean", "best"])
+def test_the_recipe_decides_how_to_combine_and_pictures_show_errors(
+    trained: Run, tmp_path: Path, export: str
+) -> None:
+    recipe = trained.recipe.model_copy(
+        update={"ensemble": trained.recipe.ensemble.model_copy(update={"export": export})}
+    )
+    run = Run.open(shutil.copytree(trained.dir, tmp_path / "run"))
+    run.folder.recipe = recipe
+
+    evaluation = evaluate_multilabel_run(run)
+    thumbs = make_label_thumbnails(run, evaluation)
+
+    wrong = (evaluation.decided != evaluation.rows.targets).any(1)
+    assert (evaluation.chosen, evaluation.reason) == (export, "named, not chosen")
+    shown = [evaluation.rows.ids.index(name) for name in thumbs["ids"]]
+    assert len(shown) == min(24, wrong.sum()) > 0
+    assert wrong[shown].all()
+    for row, picture in zip(shown, thumbs["images"], strict=True):
+        test = run.sources.test
+        assert test is not None
+        image = Image.fromarray(test.pixels(row)).resize((96, 96), Image.Resampling.BILINEAR)
+        np.testing.assert_array_equal(picture, np.asarray(image))
 
 
 def draw_features(n: int = 60, d: int = 5) -> tuple[np.ndarray, np.ndarray]:
@@ -236,6 +265,7 @@ REFUSED = [
     ("train.class_weights=balanced", r"train\.class_weights need one class"),
     ("train.sampler=balanced", r"train\.sampler need one class"),
     ("ensemble.methods=['mean', 'pruned']", "are the mean and the best member"),
+    ("ensemble.export=pruned", "set auto, mean or best"),
     ("ensemble.calibration=temperature", "calibrated one by one"),
     ("ensemble.alpha=0.2", r"ensemble\.alpha need one class"),
     ("views.choose=true", r"views\.choose need one class"),

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import sys
 import webbrowser
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from threefold.cli.console import err, out
+
+if TYPE_CHECKING:
+    from threefold.predictions.multilabel_results import MultilabelScore
+    from threefold.predictions.results_schema import Score
 
 
 def ui(
@@ -63,25 +68,42 @@ def resolve_data(name: str) -> str:
 
 
 def describe_run(folder: Path) -> dict[str, Any]:
-    """Return what the page shows of a run's results, as plain values; empty without results.
+    """Return what the page shows of a run's results, as plain values.
+
+    `metric` is "accuracy", or "mAP" (mean average precision) of several labels per image; every
+    score and what is expected have its `value` and `interval`.
+
+    Args:
+        folder: with a recipe; without results there is only the metric.
 
     Raises:
-        RunError: results.json is damaged.
+        RunError: results.json or the recipe is damaged.
     """
-    path = folder / "results.json"
-    if not path.exists():
-        return {"classes": 0}
-    return dict(_describe(folder, path.stat().st_mtime_ns))
+    path, recipe = folder / "results.json", folder / "recipe.toml"
+    if path.exists():
+        return dict(_describe(folder, path.stat().st_mtime_ns))
+    return {"classes": 0, "metric": _metric(folder, recipe.stat().st_mtime_ns)}
+
+
+@lru_cache(maxsize=256)
+def _metric(folder: Path, _: int) -> str:
+    """The metric that the page shows; the recipe is read once as long as it does not change."""
+    from threefold.predictions.run_folder import RunFolder
+
+    return "mAP" if RunFolder(folder).is_multilabel else "accuracy"
 
 
 @lru_cache(maxsize=256)
 def _describe(folder: Path, _: int) -> dict[str, Any]:
     """Read the results once as long as they do not change."""
+    from threefold.predictions.multilabel_results import MultilabelResults
     from threefold.predictions.run_folder import RunFolder
 
-    results = RunFolder(folder).results
-    expected = results.expected
+    results = RunFolder(folder).any_results
+    is_multilabel = isinstance(results, MultilabelResults)
+    scores: Sequence[Score | MultilabelScore] = results.scores
     found: dict[str, Any] = {
+        "metric": "mAP" if is_multilabel else "accuracy",
         "classes": len(results.classes),
         "pending": len(results.pending),
         "finished": not results.pending,
@@ -94,19 +116,25 @@ def _describe(folder: Path, _: int) -> dict[str, Any]:
                 "kind": score.kind,
                 "rows": score.rows,
                 "n": score.n,
-                "accuracy": score.accuracy,
-                "interval": list(score.interval),
+                **_headline(score),
                 "log_loss": score.log_loss,
                 "chosen": score.kind == "ensemble" and score.name == results.chosen,
             }
-            for score in sorted(results.scores, key=lambda s: (s.rows != "test", -s.accuracy))
+            for score in sorted(scores, key=lambda s: (s.rows != "test", -_headline(s)["value"]))
         ],
     }
-    if expected is not None:
+    if results.expected is not None:
         found["expected"] = {
-            "accuracy": expected.accuracy,
-            "interval": list(expected.interval),
-            "n": expected.n,
-            "basis": expected.basis,
+            **_headline(results.expected),
+            "n": results.expected.n,
+            "basis": results.expected.basis,
         }
     return found
+
+
+def _headline(record: Any) -> dict[str, Any]:
+    """Return the metric of a score, or of what is expected, with its interval."""
+    if hasattr(record, "accuracy"):
+        return {"value": record.accuracy, "interval": list(record.interval)}
+    interval = list(record.mean_average_precision_interval)
+    return {"value": record.mean_average_precision, "interval": interval}

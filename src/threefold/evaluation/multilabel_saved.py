@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
-from threefold.ensembles.multilabel import CrossFitted
+from threefold.ensembles.multilabel import CrossFitted, Metric
 from threefold.errors import DataError, RunError
 from threefold.evaluation.compare import check_contenders, require_one_member, split_source
 from threefold.evaluation.multilabel import (
@@ -25,11 +25,14 @@ from threefold.evaluation.multilabel import (
     warnings_about,
     with_verdict,
 )
+from threefold.evaluation.saved import left_out
 from threefold.names import count_of
 from threefold.predictions.multilabel import MultilabelPredictions, is_multilabel_file
 from threefold.predictions.multilabel_results import MultilabelPredictionSummary
 from threefold.predictions.run_folder import RunFolder
 from threefold.stats import paired_tests
+
+_MEAN_PRECISION: Final[Metric] = "mean_average_precision"
 
 
 class ScoredAnswers(NamedTuple):
@@ -44,16 +47,19 @@ def are_multilabel(sources: Sequence[str | Path]) -> bool:
     """Whether run folders or files of predictions have several labels per image.
 
     Args:
-        sources: paths; `PATH:NAME` names a member.
+        sources: paths; `PATH:NAME` names a member, `PATH,PATH` are seeds of one recipe.
 
     Raises:
         DataError: some have several labels per image, and others one.
     """
-    kinds = [_is_multilabel(split_source(str(source))[0]) for source in sources]
+    paths = []
+    for source in map(str, sources):
+        paths += [source] if Path(source).exists() else source.split(",")
+    kinds = [_is_multilabel(split_source(path)[0]) for path in paths]
     if any(kinds) and not all(kinds):
         raise DataError(
             "predictions of several labels per image and of one do not go together",
-            got=f"{sources[kinds.index(True)]} and {sources[kinds.index(False)]}",
+            got=f"{paths[kinds.index(True)]} and {paths[kinds.index(False)]}",
         )
     return bool(kinds) and all(kinds)
 
@@ -186,7 +192,9 @@ def score_multilabel(sources: Sequence[Path], members: Sequence[str] = ()) -> Sc
         RunError: a run folder has no out-of-fold rows.
     """
     rows = read_multilabel(sources, members)
-    return score_multilabel_rows(rows, tuple(map(str, sources)))
+    scored = score_multilabel_rows(rows, tuple(map(str, sources)))
+    warnings = (*left_out(sources), *scored.summary.warnings)
+    return scored._replace(summary=scored.summary.replace(warnings=warnings))
 
 
 def score_multilabel_rows(
@@ -237,16 +245,21 @@ def combine_multilabel(
     Args:
         sources: run folders, of which the out-of-fold rows are read, or files.
         methods: mean, best, or auto = chosen.
-        members: the members to combine; empty = all.
+        members: the members to combine; empty = all, or those that a run's recipe combines.
 
     Raises:
         DataError: the predictions cannot be used.
         RecipeError: a method has no meaning for several labels per image.
     """
-    method = check_methods(methods)
+    method, metric = check_methods(methods), _MEAN_PRECISION
+    if len(sources) == 1 and sources[0].is_dir():
+        recipe = RunFolder.open(sources[0]).recipe
+        members = members or recipe.combined
+        metric = "log_loss" if recipe.train.metric == "log_loss" else metric
     rows = read_multilabel(sources, members)
-    evaluation = evaluate_multilabel(rows, None, method=method)
+    evaluation = evaluate_multilabel(rows, None, method=method, metric=metric)
     summary = summarize_multilabel(sources, evaluation)
+    summary = summary.replace(warnings=(*left_out(sources), *summary.warnings))
     return ScoredAnswers(summary, rows, CrossFitted(evaluation.probs, evaluation.decided))
 
 
@@ -340,6 +353,12 @@ def _all_members(path: Path) -> list[_Contender]:
 
 def _read_contender(source: str) -> _Contender:
     path, name = split_source(source)
+    if "," in source and not path.exists():
+        raise DataError(
+            "several seeds as one contender need one label per image",
+            got=source,
+            fix="compare them one by one",
+        )
     if path.is_dir():
         folder = RunFolder(path)
         if name:

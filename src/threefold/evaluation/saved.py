@@ -16,6 +16,7 @@ from threefold.errors import DataError, RecipeError, RunError
 from threefold.evaluation.evaluate import Evaluation, evaluate
 from threefold.evaluation.label_errors import list_suspects, summarize_audit
 from threefold.evaluation.scoring import per_class, score_probs
+from threefold.names import count_of
 from threefold.predictions.formats import Classes, read_predictions
 from threefold.predictions.join import join_predictions
 from threefold.predictions.predictions import Predictions
@@ -254,7 +255,27 @@ def score_saved(
         RunError: a run folder has no out-of-fold rows.
     """
     rows = read_sources(sources, members, labels, classes)
-    return score_predictions(rows, tuple(map(str, sources))), rows
+    summary = score_predictions(rows, tuple(map(str, sources)))
+    return summary.replace(warnings=(*left_out(sources), *summary.warnings)), rows
+
+
+def left_out(sources: Sequence[str | Path]) -> list[str]:
+    """Say which images of runs are not among their out-of-fold rows, a line for each run."""
+    notes = []
+    for path in map(Path, sources):
+        folder = RunFolder(path)
+        if not path.is_dir() or not folder.has("run.json"):
+            continue
+        info = folder.info
+        unscored = info.n_train - sum(counts.score for counts in info.roles.values())
+        parts = []
+        if unscored > 0:
+            parts.append(f"{count_of(unscored, 'training image')} that no fold scores")
+        if info.n_test:
+            parts.append(f"{count_of(info.n_test, 'test image')}, whose scores are in the report")
+        if parts:
+            notes.append(f"{path.name}: out-of-fold rows; left out: {' and '.join(parts)}")
+    return notes
 
 
 def score_predictions(rows: Predictions, source: Sequence[str]) -> PredictionSummary:

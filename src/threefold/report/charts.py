@@ -65,7 +65,10 @@ def score_dots(scores: Sequence[Score], max_lines: int = MAX_LINES) -> Markup:
 
 
 def learning_curve(
-    name: str, stages: Sequence[Sequence[Mapping[str, Any]]], limits: tuple[float, float]
+    name: str,
+    stages: Sequence[Sequence[Mapping[str, Any]]],
+    limits: tuple[float, float],
+    metric: str = "accuracy",
 ) -> Markup:
     """Draw a member's accuracy on the select rows after each epoch: stages side by side.
 
@@ -73,6 +76,7 @@ def learning_curve(
         name: name of the member.
         stages: for each stage, the history.json of every fold; each gets a line.
         limits: ends of the accuracy axis, the same for all members of a run.
+        metric: what takes the place of the accuracy, in words.
     """
 
     def draw(axes: Axes) -> None:
@@ -99,7 +103,7 @@ def learning_curve(
         axes.grid(axis="y")
 
     return draw_svg(
-        draw, (4.2, 2.7), f"Learning curve of {name}: accuracy on the select rows after each epoch"
+        draw, (4.2, 2.7), f"Learning curve of {name}: {metric} on the select rows after each epoch"
     )
 
 

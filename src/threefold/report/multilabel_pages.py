@@ -15,12 +15,14 @@ from threefold.ensembles.multilabel import CrossFitted
 from threefold.errors import RunError
 from threefold.files import write_bytes
 from threefold.predictions.multilabel_results import (
+    LabelScore,
     MultilabelPredictionSummary,
     MultilabelResults,
     MultilabelScore,
     MultilabelSummary,
 )
 from threefold.predictions.run_folder import RunFolder
+from threefold.predictions.run_results import MultilabelAnswers
 from threefold.report import multilabel_charts as charts
 from threefold.report.facts import run_facts
 from threefold.report.images import Thumbs, data_uri
@@ -28,6 +30,8 @@ from threefold.report.render import render
 
 CURVES = 24
 """Largest number of labels with curves, those of the lowest average precision."""
+MISTAKES = 24
+"""Largest number of images with wrong labels."""
 PREVIEW = 16
 """Largest number of augmented training images on the page."""
 _NEEDED = ("recipe.toml", "run.json", "results.json", "chosen.npz")
@@ -78,6 +82,8 @@ def write_multilabel_report(folders: Sequence[RunFolder], out: Path | None = Non
     model = path / "model.onnx"
     view = {
         **_shared_view(results, score, chosen.probs, chosen.targets),
+        "mistakes": _mistakes(chosen, results.classes, thumbs),
+        "wrong": int((chosen.decided != chosen.targets).any(1).sum()),
         "title": folder.recipe.name,
         "what": "report",
         "notes": results.notes,
@@ -117,6 +123,8 @@ def write_multilabel_page(
         score = summary.score(summary.chosen, "ensemble", rows) or score
     view = {
         **_shared_view(summary, score, answer.probs, targets),
+        "mistakes": [],
+        "wrong": 0,
         "title": title,
         "what": {
             "ensemble": "combined predictions",
@@ -137,6 +145,46 @@ def write_multilabel_page(
     return Path(path)
 
 
+def _mistakes(
+    chosen: MultilabelAnswers, classes: Sequence[str], thumbs: Thumbs
+) -> list[dict[str, Any]]:
+    """Return the images with wrong labels that the run keeps pictures of, in its order."""
+    row_of = {name: row for row, name in enumerate(chosen.ids)}
+    mistakes = []
+    for name, pixels in list(thumbs.images.items())[:MISTAKES]:
+        if name not in row_of:
+            continue
+        row = row_of[name]
+        given, true = chosen.decided[row].astype(bool), chosen.targets[row].astype(bool)
+        mistakes.append(
+            {
+                "id": name,
+                "image": data_uri(pixels),
+                "missed": _named(classes, chosen.probs[row], true & ~given),
+                "extra": _named(classes, chosen.probs[row], given & ~true),
+                "right": [
+                    name for name, is_right in zip(classes, given & true, strict=True) if is_right
+                ],
+            }
+        )
+    return mistakes
+
+
+def _named(
+    classes: Sequence[str], probs: np.ndarray, which: np.ndarray
+) -> list[dict[str, str | float]]:
+    """Return the names and probabilities of some labels, of which `which` is true."""
+    return [{"name": classes[j], "share": float(probs[j])} for j in np.flatnonzero(which).tolist()]
+
+
+def lowest_first(labels: Sequence[LabelScore]) -> list[int]:
+    """Return the places of labels, that of the lowest average precision first, undefined last."""
+    return sorted(
+        range(len(labels)),
+        key=lambda j: (labels[j].average_precision is None, labels[j].average_precision or 0.0),
+    )
+
+
 def headline_score(results: MultilabelResults) -> MultilabelScore:
     """Return the chosen ensemble's score on the test rows, else out of fold.
 
@@ -154,13 +202,7 @@ def _shared_view(
     summary: MultilabelSummary, score: MultilabelScore, probs: np.ndarray, targets: np.ndarray
 ) -> dict[str, Any]:
     """What the page of a run and that of saved predictions have in common."""
-    order = sorted(
-        range(len(summary.per_label)),
-        key=lambda j: (
-            summary.per_label[j].average_precision is None,
-            summary.per_label[j].average_precision,
-        ),
-    )
+    order = lowest_first(summary.per_label)
     labels = [summary.per_label[j] for j in order]
     curves = []
     for j in order[:CURVES]:

@@ -8,11 +8,13 @@ from typing import Any
 from markupsafe import Markup
 
 from threefold.errors import RunError
+from threefold.predictions.multilabel_results import MultilabelResults
 from threefold.predictions.results_schema import Score
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Job, Recipe
-from threefold.report import charts
+from threefold.report import charts, multilabel_charts
 from threefold.report.chart_files import Chart
+from threefold.report.multilabel_pages import CURVES, headline_score, lowest_first
 from threefold.stats import scores as stats
 
 
@@ -23,6 +25,12 @@ def plot_scores(folder: RunFolder) -> Chart:
         RunError: the run has no results.
     """
     folder.check_finished()
+    several = folder.any_results
+    if isinstance(several, MultilabelResults):
+        rows = headline_score(several).rows
+        shown = [score for score in several.scores if score.rows == rows]
+        shown.sort(key=lambda s: (s.kind, -s.mean_average_precision))
+        return Chart.of([("", multilabel_charts.score_dots(shown))])
     rows = chosen_score(folder).rows
     scores = folder.results.scores
     ordered = sorted(scores, key=lambda s: (s.kind, s.rows != rows, -s.accuracy))
@@ -33,9 +41,17 @@ def plot_confusion(folder: RunFolder) -> Chart:
     """Draw how often images of each class get each answer of the chosen ensemble.
 
     Raises:
-        RunError: the run has no results, or too many classes for a matrix that can be read.
+        RunError: the run has no results, several labels per image, or too many classes for a matrix
+            that can be read.
     """
     folder.check_finished()
+    if folder.is_multilabel:
+        raise RunError(
+            "a confusion matrix needs one class for each image",
+            where=folder.path,
+            got="several labels per image",
+            fix="use plot_calibration, or the report, which shows the images with wrong labels",
+        )
     classes, chosen = folder.results.classes, folder.chosen
     if len(classes) > charts.MATRIX_CLASSES:
         raise RunError(
@@ -56,8 +72,22 @@ def plot_calibration(folder: RunFolder) -> Chart:
         RunError: the run has no results.
     """
     folder.check_finished()
+    if folder.is_multilabel:
+        return _plot_label_calibration(folder)
     chosen, level = folder.chosen, chosen_score(folder).level
     return Chart.of([("", charts.reliability(chosen.probs, chosen.labels, level))])
+
+
+def _plot_label_calibration(folder: RunFolder) -> Chart:
+    """Draw the share of images with each label against its stated probability."""
+    results, chosen = folder.multilabel_results, folder.multilabel_chosen
+    level = headline_score(results).level
+    drawings = []
+    for j in lowest_first(results.per_label)[:CURVES]:
+        name = results.classes[j]
+        column, truth = chosen.probs[:, j], chosen.targets[:, j]
+        drawings.append((name, multilabel_charts.reliability(name, column, truth, level)))
+    return Chart.of(drawings)
 
 
 def plot_learning_curves(folder: RunFolder) -> Chart:
@@ -67,7 +97,8 @@ def plot_learning_curves(folder: RunFolder) -> Chart:
         RunError: no stage of the run has epochs, as with heads on frozen features alone.
     """
     folder.check_finished()
-    curves = learning_curves(folder.recipe, folder.histories())
+    metric = "share of right labels" if folder.is_multilabel else "accuracy"
+    curves = learning_curves(folder.recipe, folder.histories(), metric)
     if not curves:
         raise RunError(
             "no learning curves",
@@ -79,9 +110,9 @@ def plot_learning_curves(folder: RunFolder) -> Chart:
 
 
 def learning_curves(
-    recipe: Recipe, histories: Mapping[Job, Mapping[str, Any]]
+    recipe: Recipe, histories: Mapping[Job, Mapping[str, Any]], metric: str = "accuracy"
 ) -> list[tuple[str, Markup]]:
-    """Draw a chart for each member with a history, all on the same accuracy axis."""
+    """Draw a chart for each member with a history, all on the same axis of the metric."""
     accuracies = [
         epoch["select_accuracy"] for history in histories.values() for epoch in history["epochs"]
     ]
@@ -100,7 +131,9 @@ def learning_curves(
             for stage in recipe.stages
         ]
         if any(history["epochs"] for folds in stages for history in folds):
-            chart = charts.learning_curve(member.name, stages, (low - margin, high + margin))
+            chart = charts.learning_curve(
+                member.name, stages, (low - margin, high + margin), metric
+            )
             curves.append((member.name, chart))
     return curves
 

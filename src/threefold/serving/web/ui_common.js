@@ -65,6 +65,9 @@ export function makeError() {
   return [node, show];
 }
 
+// A score as people read it: a share of right answers in per cent, mean average precision as it is.
+export const figure = (metric, value) => metric === "mAP" ? value.toFixed(3) : percent(value);
+
 export function percent(p, digits = 1) {
   return `${(100 * p).toFixed(digits)}\u00a0%`;
 }

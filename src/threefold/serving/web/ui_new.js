@@ -1,7 +1,7 @@
 // The first view: images for a new run, sent or named, and the list of runs.
 
 import {
-  button, call, chip, count, element, makeError, percent, placeOf, post, size, when,
+  button, call, chip, count, element, figure, makeError, placeOf, post, size, when,
 } from "./ui_common.js";
 
 const CONCURRENT = 4;
@@ -161,7 +161,8 @@ export function makeList(state) {
   const items = state.runs.map((run) => {
     const link = element("a", { href: `#/run/${encodeURIComponent(run.name)}` }, run.name);
     const expected = run.expected
-      ? `${percent(run.expected.accuracy)} expected` : "";
+      ? `${run.metric === "mAP" ? "mAP " : ""}${figure(run.metric, run.expected.value)} expected`
+      : "";
     const about = [when(run.created), placeOf(run) || "started in a terminal"].join(" · ");
     return element("li", {}, link, element("span", { class: "n" }, expected), chip(run),
       element("small", {}, about));

@@ -1,19 +1,24 @@
 // The end of a run: what to expect of its model, its scores, its files, and a box to try it.
 
-import { call, element, makeError, percent, runPath } from "./ui_common.js";
+import { call, element, figure, makeError, percent, runPath } from "./ui_common.js";
 
 const SHOWN = 8;
 const ROWS = { oof: "out of fold", test: "test" };
 
+const HEADLINES = {
+  accuracy: "of new images are expected to be right",
+  mAP: "mean average precision is expected on new images",
+};
+
 export function makeResult(run, tryBox) {
-  const { expected } = run;
+  const { expected, metric } = run;
   const parts = [];
   if (expected) {
     const [low, high] = expected.interval;
     parts.push(
-      element("p", { class: "headline-number", id: "expected" }, percent(expected.accuracy)),
-      element("p", { class: "lead" }, `of new images are expected to be right (95 % interval `
-        + `${percent(low)} to ${percent(high)}), measured on `
+      element("p", { class: "headline-number", id: "expected" }, figure(metric, expected.value)),
+      element("p", { class: "lead" }, `${HEADLINES[metric]} (95 % interval `
+        + `${figure(metric, low)} to ${figure(metric, high)}), measured on `
         + `${expected.n.toLocaleString("en")} ${expected.basis}.`));
   }
   if (run.pending)
@@ -42,12 +47,13 @@ function makeButtons(run) {
 
 function makeScores(run) {
   if (!run.scores?.length) return "";
-  const head = ["", "rows", "accuracy", "95 % interval", "log loss"];
+  const head = ["", "rows", run.metric, "95 % interval", "log loss"];
   const rows = run.scores.slice(0, SHOWN).map((score) => {
     const [low, high] = score.interval;
     const name = score.kind === "ensemble" ? `${score.name} of the members` : score.name;
     const cells = [`${ROWS[score.rows] ?? score.rows} ${score.n.toLocaleString("en")}`,
-      percent(score.accuracy), `${percent(low)} – ${percent(high)}`, score.log_loss.toFixed(3)];
+      figure(run.metric, score.value),
+      `${figure(run.metric, low)} – ${figure(run.metric, high)}`, score.log_loss.toFixed(3)];
     const row = element("tr", {}, element("th", { scope: "row" }, name),
       ...cells.map((text, i) => element("td", { class: i ? "n" : "" }, text)));
     if (score.chosen) {
@@ -112,7 +118,9 @@ function describe(prediction, file) {
     return element("li", {}, fill, element("span", {}, label),
       element("span", { class: "n" }, percent(probability)));
   });
-  const body = element("div", {}, element("strong", { id: "prediction" }, prediction.label));
+  const labels = prediction.labels?.map(({ label }) => label).join(", ") || "No label";
+  const body = element("div", {},
+    element("strong", { id: "prediction" }, prediction.label ?? labels));
   if (prediction.unknown)
     body.append(element("p", { class: "note" },
       "This image is unlike those the model was trained on."));

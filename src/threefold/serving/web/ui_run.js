@@ -257,8 +257,9 @@ export class RunView {
   drawProgress() {
     const { run, progress } = this;
     if (!this.bar || progress.task !== "fit") return;
+    const metric = run.metric ?? "accuracy";
     this.bar.replaceChildren(...(run.running === "fit" ? makeBar(progress, run) : []));
-    this.curves.replaceChildren(makeGrid(progress), ...makeCurves(progress));
+    this.curves.replaceChildren(makeGrid(progress, metric), ...makeCurves(progress, metric));
     const number = String(progress.notes.length);
     if (this.notes.dataset.number === number) return;
     this.notes.dataset.number = number;

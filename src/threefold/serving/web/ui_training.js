@@ -107,8 +107,12 @@ export function makeBar(progress, run) {
     element("p", { class: "soft", id: "activity" }, words.join(" · "))];
 }
 
+// What an epoch is scored by, in words.
+const WORDS = { accuracy: "accuracy", mAP: "share of right labels" };
+const begin = (text) => text[0].toUpperCase() + text.slice(1);
+
 // A row for each member and stage, a cell for each fold.
-export function makeGrid(progress) {
+export function makeGrid(progress, metric) {
   if (!progress.jobs.length) return "";
   const folds = [...new Set(progress.jobs.map(([, fold]) => fold))];
   const rows = [...new Set(progress.jobs.map(([member, , stage]) => `${member}|${stage}`))];
@@ -118,7 +122,7 @@ export function makeGrid(progress) {
     const state = known.has(key) ? progress.states.get(key) ?? "waiting" : "none";
     const words = { now: "in training", none: "not in this fold" }[state] ?? state;
     const score = progress.scores.get(key);
-    const accuracy = score === undefined ? "" : `, accuracy ${percent(score)}`;
+    const accuracy = score === undefined ? "" : `, ${WORDS[metric]} ${percent(score)}`;
     const title = `${member} ${fold} ${stage}: ${words}${accuracy}`;
     return element("td", {},
       element("span", { class: `cell ${state}`, role: "img", title, "aria-label": title },
@@ -135,12 +139,13 @@ export function makeGrid(progress) {
     element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...body)));
   if (progress.scores.size)
     grid.append(element("p", { class: "path" },
-      "Accuracy in % after the last epoch, on the images that choose the epoch; no final score."));
+      `${begin(WORDS[metric])} in % after the last epoch, on the images that choose the epoch; `
+      + "no final score."));
   return grid;
 }
 
-// Loss and accuracy of every member and fold, epoch by epoch; heads have one epoch and no curve.
-export function makeCurves(progress) {
+// Loss and score of every member and fold, epoch by epoch; heads have one epoch and no curve.
+export function makeCurves(progress, metric) {
   const long = [...progress.lines].filter(([, records]) => records.size > 1);
   if (!long.length) return [];
   const members = [...new Set(long.map(([key]) => key.split("|")[0]))];
@@ -155,7 +160,8 @@ export function makeCurves(progress) {
   return [
     element("div", { class: "charts" },
       makeChart("Loss on the training images", lines(0), (v) => v.toPrecision(2)),
-      makeChart("Accuracy on the images that choose the epoch", lines(1), (v) => percent(v, 0))),
+      makeChart(`${begin(WORDS[metric])} on the images that choose the epoch`, lines(1),
+        (v) => percent(v, 0))),
     legend,
   ];
 }

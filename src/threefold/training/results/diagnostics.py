@@ -35,6 +35,7 @@ from threefold.evaluation.label_errors import (
     summarize_audit,
     write_suspects,
 )
+from threefold.evaluation.multilabel import MultilabelEvaluation
 from threefold.files import json_bytes, read_json
 from threefold.models.gradcam import NoMap, ensemble_cam
 from threefold.models.pipeline import to_pixels
@@ -47,6 +48,7 @@ from threefold.training.pixel_cache import PixelCache
 from threefold.training.results.out_of_fold import roles_by_fold
 from threefold.training.run import Run
 from threefold.training.steps.augment import Augment
+from threefold.training.truth import row_losses
 
 SIDE: Final = 96
 """Width and height of a thumbnail in pixels."""
@@ -207,6 +209,26 @@ def make_thumbnails(
         "suspect_ids": _names(shown),
         "suspect_images": _small(run.sources.train, [row_of[name] for name in shown]),
         **_confused_pairs(run, evaluation, worst),
+    }
+
+
+def make_label_thumbnails(run: Run, evaluation: MultilabelEvaluation) -> dict[str, np.ndarray]:
+    """Make the pictures of the images that got a label too few or too many, the worst first.
+
+    Args:
+        run: a run whose jobs are done.
+        evaluation: its chosen ensemble, with the answers on the rows of the headline score.
+
+    Returns:
+        Arrays for thumbs.npz: images uint8 (r, 96, 96, 3) with ids.
+    """
+    rows, targets = evaluation.rows, evaluation.rows.targets
+    wrong = np.flatnonzero((evaluation.decided != targets).any(1))
+    losses = row_losses(np.clip(evaluation.probs[wrong], 1e-7, 1 - 1e-7), targets[wrong])
+    worst = wrong[np.argsort(-losses, kind="stable")][:MAX_MISTAKES]
+    return {
+        "ids": _names([rows.ids[row] for row in worst]),
+        "images": _small(_dataset(run, rows.kind), worst),
     }
 
 

@@ -6,11 +6,19 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from threefold.evaluation.multilabel import MultilabelEvaluation, evaluate_multilabel
+from threefold.evaluation.multilabel import (
+    MultilabelEvaluation,
+    check_methods,
+    evaluate_multilabel,
+)
 from threefold.predictions.multilabel_results import MultilabelResults, MultilabelScore
 from threefold.predictions.records import VERSION
 from threefold.training.results.costs import RunCosts
-from threefold.training.results.diagnostics import DataDiagnostics, data_warnings
+from threefold.training.results.diagnostics import (
+    DataDiagnostics,
+    data_warnings,
+    make_label_thumbnails,
+)
 from threefold.training.results.multiclass import member_row
 from threefold.training.run import Run
 from threefold.training.stages.recovery import recovery_notes
@@ -32,6 +40,7 @@ def evaluate_multilabel_run(run: Run, *, test_stays_sealed: bool = False) -> Mul
         run.folder.multilabel_oof,
         test,
         members=recipe.combined,
+        method=check_methods([recipe.ensemble.export]),
         metric="log_loss" if recipe.train.metric == "log_loss" else "mean_average_precision",
     )
 
@@ -54,7 +63,8 @@ def write_multilabel_results(
     """
     info, costs = run.folder.info, RunCosts(run)
     run.folder.write_arrays("ensemble.npz", **_arrays(evaluation))
-    run.folder.write_arrays("thumbs.npz", preview=diagnostics.augmented)
+    thumbs = make_label_thumbnails(run, evaluation)
+    run.folder.write_arrays("thumbs.npz", preview=diagnostics.augmented, **thumbs)
     run.folder.write_multilabel_chosen(evaluation.rows, evaluation.probs, evaluation.decided)
     results = MultilabelResults(
         version=VERSION,
