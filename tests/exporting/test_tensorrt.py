@@ -16,8 +16,10 @@ import torch
 from support.cascades import CascadeCase
 from support.exports import copy_with_card, noise_images
 from support.networks import pipeline_of, settle
+from typer.testing import CliRunner
 
 import threefold
+from threefold.cli.app import app
 from threefold.errors import DataError, ExportError
 from threefold.exporting import targets, tensorrt
 from threefold.models.member import build_member
@@ -107,6 +109,9 @@ def test_what_the_file_cannot_do_is_one_line(model: Model, tmp_path: Path) -> No
         model.predict(np.zeros((1, 256 * SIZE + 1, 3), np.uint8))
     with pytest.raises(ExportError, match=r"a file of a fixed size; fix: .*without --fixed-size"):
         write_web(model.path, tmp_path / "site")
+    words = ["export", str(tmp_path), "--fixed-size", "--web", str(tmp_path / "site")]
+    refused = CliRunner().invoke(app, words)
+    assert "fix: leave out --fixed-size or --web" in str(refused.exception)
     other = copy_with_card(model, tmp_path / "other.onnx", fixed_size=40)
     with pytest.raises(ExportError, match=r"inputs or outputs are not those of a pipeline"):
         threefold.load(other)

@@ -55,7 +55,7 @@ def trained(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.mark.parametrize("export", ["mean", "best"])
-def test_the_recipe_decides_how_to_combine_and_pictures_show_errors(
+def test_the_recipe_decides_and_pictures_show_errors(
     trained: Run, tmp_path: Path, export: str
 ) -> None:
     recipe = trained.recipe.model_copy(

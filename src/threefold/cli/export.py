@@ -11,6 +11,18 @@ from threefold.arguments import split_names
 from threefold.cli.console import err, out, plain
 from threefold.errors import ExportError
 
+FixedSize = Annotated[
+    bool,
+    typer.Option(
+        "--fixed-size",
+        help="Write an .onnx file that TensorRT reads: the caller resizes every image.",
+    ),
+]
+NoCascade = Annotated[
+    bool,
+    typer.Option("--no-cascade", help="Leave the cascade out: every member answers every image."),
+]
+
 
 def export(
     run_dir: Annotated[
@@ -42,19 +54,8 @@ def export(
             help="Precision of the members' weights: float32, float16, bfloat16 or int8.",
         ),
     ] = "float32",
-    fixed_size: Annotated[
-        bool,
-        typer.Option(
-            "--fixed-size",
-            help="Write an .onnx file that TensorRT reads: the caller resizes every image.",
-        ),
-    ] = False,
-    no_cascade: Annotated[
-        bool,
-        typer.Option(
-            "--no-cascade", help="Leave the cascade out: every member answers every image."
-        ),
-    ] = False,
+    fixed_size: FixedSize = False,
+    no_cascade: NoCascade = False,
     web: Annotated[
         Path | None,
         typer.Option(
@@ -88,22 +89,28 @@ def export(
             )
         _write_web(run_dir, web, web_runtime)
         return
-    if web is not None and target.suffix != ".onnx":
-        raise ExportError(
-            "the browser reads ONNX", where=target, fix="with --web, --out ends in .onnx"
-        )
-    if web is not None and fixed_size:
-        raise ExportError(
-            "the page gives the model images of any size",
-            where="--web",
-            fix="leave out --fixed-size or --web",
-        )
+    if web is not None:
+        _check_web(target, fixed_size)
     options = {"cascade": not no_cascade, "fixed_size": fixed_size}
     _write_model(run_dir, target, method, split_names([members]), precision, **options)
     if card is not None:
         _write_card(run_dir, card)
     if web is not None:
         _write_web(target, web, web_runtime)
+
+
+def _check_web(target: Path, fixed_size: bool) -> None:
+    """Refuse a file that the browser's page cannot use."""
+    if target.suffix != ".onnx":
+        raise ExportError(
+            "the browser reads ONNX", where=target, fix="with --web, --out ends in .onnx"
+        )
+    if fixed_size:
+        raise ExportError(
+            "the page gives the model images of any size",
+            where="--web",
+            fix="leave out --fixed-size or --web",
+        )
 
 
 def _write_model(

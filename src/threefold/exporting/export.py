@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -81,10 +81,7 @@ def export(
             f"the images have changed since the run began ({'; '.join(changes)}): the file is "
             "compared with the run on the images as they are now"
         )
-    if method is not None or members:
-        ensemble = fit_other_ensemble(run, method or "", members)
-    else:
-        ensemble = chosen_ensemble(run)
+    ensemble, parts = _choose_ensemble(run, method, members, cascade)
     train = run.sources.train
     test = None if run.folder.is_sealed else run.sources.test
     dataset = train if test is None else test
@@ -93,10 +90,6 @@ def export(
     calibration_images = []
     if precision == "int8":
         calibration_images = [train.pixels(row) for row in spread_rows(train, CALIBRATION_IMAGES)]
-    parts = dict(ensemble.card)
-    if not cascade:
-        parts.pop("cascade", None)
-    savings = parts.get("cascade")
     pipeline = run.pipeline(ensemble.combiner, ensemble.members)
     card = {**_run_card(run), "hashes": _hashes(run), **parts}
     with _recording(run, target):
@@ -109,7 +102,7 @@ def export(
             rows="train, seen by the networks" if test is None else "test",
             precision=precision,
             calibration=calibration_images,
-            cascade=Cascade.from_state(savings["state"]) if savings is not None else None,
+            cascade=_cascade_of(parts),
             fixed_size=fixed_size,
         )
     report = report.replace(path=str(target), method=parts["method"])
@@ -125,6 +118,23 @@ def export(
             raise
         run.watcher.note(f"the run does not record this export: {error}")
     return report
+
+
+def _choose_ensemble(
+    run: Run, method: str | None, members: Sequence[str], cascade: bool
+) -> tuple[ExportedEnsemble, dict[str, Any]]:
+    """Return the ensemble, and its part of the model card, with or without its cascade."""
+    if method is not None or members:
+        ensemble = fit_other_ensemble(run, method or "", members)
+    else:
+        ensemble = chosen_ensemble(run)
+    left_out = () if cascade else ("cascade",)
+    return ensemble, {key: part for key, part in ensemble.card.items() if key not in left_out}
+
+
+def _cascade_of(card: Mapping[str, Any]) -> Cascade | None:
+    savings = card.get("cascade")
+    return None if savings is None else Cascade.from_state(savings["state"])
 
 
 def _recording(run: Run, target: Path) -> AbstractContextManager[object]:

@@ -156,7 +156,7 @@ def check_kind(target: Path, precision: str, fixed_size: bool = False) -> None:
             "a file of a fixed size holds float32 only",
             where=target,
             got=precision,
-            fix="leave --precision out: TensorRT chooses its own when it builds the engine",
+            fix="leave --precision out: TensorRT and its tools reduce the precision themselves",
         )
     if target.suffix in _WRITERS and precision != "float32":
         raise ExportError(

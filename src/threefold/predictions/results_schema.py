@@ -23,7 +23,8 @@ class Score(Record):
         fitted_on: the rows that an ensemble or its calibration learned from.
         apparent: some of the rows were seen during fitting.
         macs, parameters: cost of an answer, over all networks and views that take part.
-        seeds: accuracy of each seed, where the other figures are means over seeds.
+        seeds: accuracy of each seed, where the other figures are means over seeds, and the interval
+            is for other seeds and other images.
         temperature, calibrated_log_loss, calibrated_ece: what temperature scaling would do.
     """
 

@@ -14,12 +14,13 @@ from threefold.ensembles.cascade import MODES, Cascade
 from threefold.ensembles.conformal import ConformalSets, UnknownThreshold
 from threefold.errors import DataError, ExportError, shorten
 from threefold.names import count_of
+from threefold.runtime import fixed_size
 from threefold.runtime.card_parts import StageCap, read_parts
 from threefold.runtime.hub import local_path
 from threefold.runtime.inputs import ImageInput, iterate_images
 from threefold.runtime.model_file import MEMORY, bytes_beside, open_session, read_card
 from threefold.runtime.model_output import ModelOutput, find_fault
-from threefold.runtime.shrink import MAX_SCALE, Canvas, common_canvas, shrink
+from threefold.runtime.shrink import Canvas, common_canvas, shrink
 from threefold.tasks import Task
 
 FORMAT: Final = 1
@@ -114,16 +115,7 @@ class Model:
         self.cascade: Cascade | None = parts.cascade
         self.caps: list[StageCap] = parts.caps
         self.canvas: Canvas | None = common_canvas(self.card)
-        self.is_fixed_size: bool = self.card.get("fixed_size") is not None
-        size = self.canvas.size if self.canvas is not None else None
-        if self.is_fixed_size and self.card["fixed_size"] != size:
-            raise ExportError(
-                "the model card is damaged",
-                where=path,
-                expected=f"members of the fixed size {self.card['fixed_size']}",
-                got=size or "several sizes",
-                fix="export the run again",
-            )
+        self.is_fixed_size = fixed_size.is_fixed_size(self.card, self.canvas, path)
         data_bytes = bytes_beside(self.path, self.card)
         self.session = open_session(self.path, threads, memory + 2 * data_bytes, spin, device)
 
@@ -150,7 +142,7 @@ class Model:
         """
         thresholds = self.stop_thresholds(policy)
         if self.is_fixed_size:
-            self._check_size(images)
+            fixed_size.check_batch(images, self.card["fixed_size"], self.path)
         outputs, inputs = ["probs", "member_probs"], {"images": images}
         if self.cascade is not None:
             outputs.append("stages_used")
@@ -222,18 +214,6 @@ class Model:
                 fix="export the run again; the file is damaged or not from threefold",
             )
 
-    def _check_size(self, images: np.ndarray) -> None:
-        """Refuse a batch that is not on the canvas."""
-        size = self.card["fixed_size"]
-        if images.shape[1:] != (size, size, 3):
-            raise ExportError(
-                "the model takes images of one size",
-                where=self.path,
-                expected=f"(b, {size}, {size}, 3)",
-                got=images.shape,
-                fix="resize each image with Model.fit_canvas",
-            )
-
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
         """Resize a large image as the graph would, in a tenth of the memory.
 
@@ -261,14 +241,9 @@ class Model:
         """
         if self.canvas is None:
             return pixels
-        square = shrink(pixels, self.canvas, enlarge=True)
-        if self.is_fixed_size and square.shape[:2] != (self.canvas.size, self.canvas.size):
-            raise DataError(
-                "the image is too large for this model",
-                expected=f"sides of at most {MAX_SCALE * self.canvas.size} pixels",
-                got=f"{pixels.shape[1]} x {pixels.shape[0]}",
-            )
-        return square
+        if self.is_fixed_size:
+            return fixed_size.resize(pixels, self.canvas)
+        return shrink(pixels, self.canvas, enlarge=True)
 
     def stop_thresholds(self, policy: CascadePolicy) -> np.ndarray:
         """The value of the graph's input `stop` for a policy; empty in a file without a cascade.
