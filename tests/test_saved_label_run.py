@@ -19,6 +19,7 @@ from threefold.cli.app import app
 from threefold.cli.ui import describe_run
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.evaluation.multilabel_saved import combine_multilabel, score_multilabel
+from threefold.files import write_json
 from threefold.predictions.multilabel_results import MultilabelScore
 from threefold.report.multilabel_pages import write_multilabel_report
 
@@ -83,6 +84,18 @@ def test_charts_are_drawn_or_refused_in_one_line(run: Path) -> None:
         opened.plot_confusion()
     with pytest.raises(RunError, match="no learning curves"):
         opened.plot_learning_curves()
+
+
+def test_learning_curves_are_of_right_labels(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    epochs = [{"epoch": i, "select_accuracy": share} for i, share in enumerate((0.7, 0.8))]
+    history = {"epochs": epochs, "accepted": True, "best_epoch": 1, "start_accuracy": 0.6}
+    (copy / "jobs/a/fold0/one").mkdir(parents=True)
+    write_json(copy / "jobs/a/fold0/one/history.json", history)
+
+    curves = threefold.open(copy).plot_learning_curves().svg
+
+    assert "Learning curve of a: share of right labels on the select rows" in curves
 
 
 def test_the_report_shows_images_with_wrong_labels(run: Path, tmp_path: Path) -> None:

@@ -11,13 +11,17 @@ from typing import Any
 
 import pytest
 from support.browser import check_fits_and_is_readable, emulate, needs_chromium, severe_messages
+from support.fake_label_runs import fake_label_run
 from support.server import in_thread, picture, wait_until
 from support.tiny_runs import make_folder
-from support.ui import KEY, make_workbench, write_photos
+from support.ui import KEY, WORKER, make_workbench, resolve, write_photos
 
+import threefold
+from threefold.cli.ui import describe_run
 from threefold.serving.limits import ServerLimits
 from threefold.serving.listen import make_uvicorn, open_listener
 from threefold.serving.ui import make_ui_app
+from threefold.serving.ui_jobs import Workbench
 from threefold.serving.ui_uploads import Uploads
 
 pytestmark = needs_chromium
@@ -154,6 +158,25 @@ def test_bad_input_is_a_line_on_the_page(browser: Any, address: str, photos: Pat
     check_readable(browser)
     press(browser, "Discard this run")
     find(browser, ".dropzone")
+
+
+def test_a_run_of_several_labels_shows_its_precision(browser: Any, photos: Path) -> None:
+    folder = fake_label_run(photos.parent / "runs/labels")
+    expected = threefold.open(folder).mean_average_precision
+    workbench = Workbench(photos.parent / "runs", WORKER, resolve, describe_run)
+    uploads, limits = Uploads(photos.parent / "runs/.ui/uploads"), ServerLimits()
+    server = make_uvicorn(make_ui_app(workbench, uploads, KEY, limits), limits)
+
+    with in_thread(server, open_listener("127.0.0.1", 0)) as url:
+        browser.get(f"{url}/?key={KEY}")
+        assert find(browser, ".runs .n").text == f"mAP {expected:.3f} expected"
+        find(browser, ".runs a").click()
+
+        assert find(browser, "#expected").text == f"{expected:.3f}"
+        heads = browser.find_elements("css selector", "#step-result th[scope=col]")
+        assert [head.text for head in heads][1:4] == ["rows", "mAP", "95 % interval"]
+        assert severe_messages(browser) == []
+    workbench.close()
 
 
 @pytest.mark.slow
