@@ -138,8 +138,8 @@ def _fit(
         deadline -= _seconds_to_finish(early, run)
         if deadline - time.monotonic() < LEAST_TUNING_SECONDS:
             return _settle(early)
-        run = Run(run.folder, watcher, run.sources, deadline, execution)
-        run.all_sources = images
+        run = Run.create(recipe, out, watcher, sources=run.sources, execution=execution)
+        run.deadline, run.all_sources = deadline, images  # without members that were left out
     with run.folder.locked():
         _train_and_score(run)
     finish(run)

@@ -112,6 +112,11 @@ class MissingExtraError(ThreefoldError, ImportError):
     """Optional packages are missing; the message names the pip command that installs them."""
 
 
+def kind_of(error: ThreefoldError) -> str:
+    """Name the class of this module that an error has, for a process that raises it again."""
+    return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == __name__)
+
+
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/{1,2}[^/]", re.IGNORECASE)
 """A URL, also as pathlib writes it, with one slash. A drive of Windows has only one letter."""
 

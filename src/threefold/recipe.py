@@ -166,9 +166,7 @@ class Recipe(Section):
         return self.pseudo_labels is not None and member in self.pseudo_labels.members
 
     def without(self, members: Collection[str]) -> Recipe:
-        """Return the recipe of the other members, with their stages.
-
-        If none of them is tuned, nothing reads the augmentation, and it goes too.
+        """Return the recipe of the other members, with the stages and tables that they read.
 
         Args:
             members: names to leave out; nothing that stays may join, start from or learn from one.
@@ -186,10 +184,12 @@ class Recipe(Section):
         update = {"members": tuple(kept), "stages": tuple(stages), "ensemble": ensemble}
         if self.pseudo_labels is not None:
             taught = tuple(name for name in self.pseudo_labels.members if name in names)
-            update["pseudo_labels"] = (
-                self.pseudo_labels.model_copy(update={"members": taught}) if taught else None
-            )
-        if not self.features.copies and all(stage.kind == "head" for stage in stages):
+            fewer = self.pseudo_labels.model_copy(update={"members": taught})
+            update["pseudo_labels"] = fewer if taught else None
+        kinds = {stage.kind for m in kept for stage in self.stages_of(m.name)}
+        if "head" not in kinds:
+            update["features"] = FeatureSpec()
+        elif kinds == {"head"} and not self.features.copies:
             update["augment"] = AugmentSpec()
         tree = self.model_copy(update=update)
         return Recipe.model_validate(tree.model_dump(mode="json", exclude_none=True))

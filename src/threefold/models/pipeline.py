@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from threefold.errors import RecipeError
+from threefold.errors import RecipeError, is_out_of_memory
 from threefold.models.answers import probabilities
 from threefold.models.heads import InputForm
 from threefold.models.resize import resize_each, resize_square
@@ -311,16 +311,31 @@ def predict_probs(predictor: nn.Module, pixels: ImageRows, batch_size: int = 128
     Args:
         predictor: maps pixels (b, 3, canvas, canvas) to probabilities.
         pixels: uint8 (n, canvas, canvas, 3).
-        batch_size: number of images in a batch.
+        batch_size: number of images in a batch; halved where the memory is too small for them.
 
     Returns:
         float32 (n, k).
+
+    Raises:
+        OutOfMemoryError: not even one image fits into memory; torch's, or Python's MemoryError.
     """
     predictor.eval()
     device = next(predictor.parameters()).device
-    probs = []
-    for begin in range(0, len(pixels), batch_size):
-        images = to_pixels(pixels[begin : begin + batch_size], device)
-        outputs = predictor(images.contiguous(memory_format=torch.channels_last))
-        probs.append(outputs.float().cpu().numpy())
+    probs: list[np.ndarray] = []
+    begin, size = 0, min(batch_size, len(pixels))
+    while begin < len(pixels):
+        try:
+            images = to_pixels(pixels[begin : begin + size], device)
+            outputs = predictor(images.contiguous(memory_format=torch.channels_last))
+            probs.append(outputs.float().cpu().numpy())
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+            is_short = True
+        else:
+            begin, is_short = begin + size, False
+        if is_short:  # outside of the handler, whose traceback keeps the tensors
+            size = (size + 1) // 2
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
     return np.concatenate(probs)

@@ -186,6 +186,7 @@ class RunInfo(VersionedRecord):
         folds: number of folds, without the refit.
         skipped: images that could not be read, with the reason.
         roles: number of rows by fold and role.
+        left_out: why the run goes on without some members of its recipe, by their names.
     """
 
     digest: str
@@ -203,6 +204,7 @@ class RunInfo(VersionedRecord):
     notes: tuple[str, ...]
     skipped: tuple[str, ...]
     roles: dict[str, RoleCounts]
+    left_out: dict[str, str] = {}
 
 
 class JobRecord(SealedRecord):

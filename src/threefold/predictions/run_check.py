@@ -176,6 +176,7 @@ class _Checker:
         folder = self.folder
         folds, is_finished = None, False
         with suppress(ThreefoldError):
+            recipe = folder.without_left_out(recipe)
             folds, is_finished = folder.info.folds, folder.is_finished
         for job in recipe.jobs(folds):
             done = f"{job.path}/done.json"

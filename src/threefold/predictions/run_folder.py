@@ -37,6 +37,7 @@ from threefold.predictions.records import (
 from threefold.predictions.results_schema import ChosenViews
 from threefold.predictions.run_results import RunResults
 from threefold.recipe import Recipe
+from threefold.recipe_subset import known_digests, with_dependents
 from threefold.suffixes import ARCHIVES
 
 OPENED_ONCE = ("train", "reproduce", "export")
@@ -151,6 +152,7 @@ class RunFolder(RunResults):
             if folder.is_recipe_edited:
                 folder.accepted_edit = True
                 folder.record(["recipe.toml"])
+            folder.recipe = folder.without_left_out(recipe)
         else:
             folder.check_new()
             folder.write_file("recipe.toml", recipe.dump(header).encode())
@@ -181,19 +183,15 @@ class RunFolder(RunResults):
     def check_digest(self, whole: Recipe) -> None:
         """Check that a recipe is the one that the run began with, but for its name and budget.
 
-        A run whose tuned members are to follow began with its probes alone. Keys that came with a
-        later version have their defaults.
+        A run whose tuned members are to follow began with its probes alone, and one may go on
+        without members that were left out. Keys that came with a later version have their defaults.
 
         Raises:
             RunError: it is another one.
         """
         if not (self.path / "run.json").exists():
             return
-        known = [whole.digest(), whole.digest(as_given=True)]
-        tuned = [member.name for member in whole.members if member.name not in whole.probes]
-        if tuned and whole.probes:
-            probes = whole.without(tuned)
-            known += [probes.digest(), probes.digest(as_given=True)]
+        known = [*known_digests(whole), *known_digests(self.without_left_out(whole))]
         if self.info.digest not in known:
             raise RunError(
                 "the recipe was edited after the run began",
@@ -202,6 +200,16 @@ class RunFolder(RunResults):
                 got=f"digest {known[0][:12]}",
                 fix="undo the change, or train the new recipe with another --out",
             )
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Members that the run goes on without, and why."""
+        return dict(self.info.left_out) if (self.path / "run.json").exists() else {}
+
+    def without_left_out(self, recipe: Recipe) -> Recipe:
+        """Return the recipe without the members that were left out, and those that need them."""
+        names = with_dependents(recipe, self.left_out)
+        return recipe.without(names) if names else recipe
 
     @property
     def is_recipe_edited(self) -> bool:
@@ -259,8 +267,8 @@ class RunFolder(RunResults):
 
     @cached_property
     def recipe(self) -> Recipe:
-        """The recipe, without the members that are still to be trained (`Results.pending`)."""
-        recipe = self.check_recipe()
+        """The recipe, without members that were left out or follow later (`Results.pending`)."""
+        recipe = self.without_left_out(self.check_recipe())
         pending = self.any_results.pending if self.has_results else ()
         return recipe.without(pending) if pending else recipe
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from threefold.data.splits import Roles
-from threefold.errors import RunError
+from threefold.errors import OutOfMemoryError, RunError, is_out_of_memory
 from threefold.models.member import Member, assemble_member
 from threefold.models.pipeline import pick_device
 from threefold.recipe import Job
 from threefold.recipe_schema import MemberSpec, StageSpec
 from threefold.training.checkpoints import Checkpoint, State
+from threefold.training.distributed.ranks import current_ranks
 from threefold.training.features.cache import FeatureCache, FeatureRows
 from threefold.training.features.frozen import frozen_backbone
 from threefold.training.features.heads import START_FILE, HeadNetwork, head_probs
@@ -83,7 +85,10 @@ def open_features(run: Run) -> FeatureCache:
 
 
 def prepare_features(run: Run, features: FeatureCache, jobs: Sequence[Job]) -> None:
-    """Compute what those of some head jobs will read that are not done, in one pass over images."""
+    """Compute what those of some head jobs will read that are not done, in one pass over images.
+
+    If the memory is too small for that, each job computes what it reads, or finds that it cannot.
+    """
     pending = [
         job
         for job in jobs
@@ -92,6 +97,22 @@ def prepare_features(run: Run, features: FeatureCache, jobs: Sequence[Job]) -> N
     specs = [run.recipe.member(name) for name in dict.fromkeys(job.member for job in pending)]
     if not specs:
         return
+    try:
+        _prepare(run, features, specs)
+    except Exception as error:
+        is_short = isinstance(error, OutOfMemoryError) or is_out_of_memory(error)
+        if not is_short or current_ranks().world_size > 1:
+            raise
+        traceback.clear_frames(error.__traceback__)
+        features.free_engines()
+        run.watcher.note(
+            "the memory is too small to compute all features in one pass over the images: each "
+            "member computes its own"
+        )
+
+
+def _prepare(run: Run, features: FeatureCache, specs: Sequence[MemberSpec]) -> None:
+    """Compute what heads of some members will read."""
     rows = np.arange(len(run.sources.train))
     features.prepare("train", specs, rows, run.recipe.features.copies)
     if run.sources.test is not None:

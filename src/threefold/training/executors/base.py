@@ -37,5 +37,7 @@ class Executor(Protocol):
             caches: of the run's images.
 
         Raises:
+            JobMemoryError: a job does not fit into memory; those that do not need it are done, if
+                several run at the same time.
             ThreefoldError: a job cannot be done; the message says which and what to do.
         """

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from threefold.recipe import Job
 from threefold.training.executors.order import Schedule
 from threefold.training.job import run_job
+from threefold.training.left_out import naming_job
 from threefold.training.pseudo_labels import Caches
 from threefold.training.run import Run
 
@@ -24,6 +25,7 @@ class LocalExecutor:
             run.watcher.job(job, skipped=job not in missing)
             if job in missing:
                 schedule.take(job)
-                run_job(run, job, caches, schedule.deadline(job))
+                with naming_job(job):
+                    run_job(run, job, caches, schedule.deadline(job))
                 schedule.finish(job)
                 run.watcher.ended(job)

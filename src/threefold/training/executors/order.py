@@ -138,6 +138,21 @@ class Schedule:
         self.losses[job] = self.losses.get(job, 0) + lost
         return self.losses[job]
 
+    def give_up(self, job: Job) -> None:
+        """Drop a running job whose network does not fit into memory.
+
+        The waiting jobs of its member, and those that go on from these, are dropped, too.
+        """
+        del self._running[job]
+        lost = {job}
+        for other in self.waiting:
+            before = self._before[other]
+            if other.member == job.member or any(b.member == job.member for b in before):
+                lost.add(other)
+        self.waiting = [other for other in self.waiting if other not in lost]
+        for other in lost:
+            del self._work[other]
+
     def _longest_paths(self) -> Mapping[Job, int]:
         """The work of each job and of the longest chain of jobs that wait for it."""
         path: dict[Job, int] = {}

@@ -33,6 +33,7 @@ from threefold.training.executors.order import Schedule
 from threefold.training.executors.relay import tell
 from threefold.training.executors.worker import CLAIMS_FOLDER, WorkOrder
 from threefold.training.executors.worker_process import GRACE
+from threefold.training.left_out import JobMemoryError, naming_job
 from threefold.training.pixel_cache import PixelCache, select_rows
 from threefold.training.progress.terminal_curves import label_of
 from threefold.training.pseudo_labels import Caches
@@ -79,6 +80,7 @@ class ProcessExecutor:
             if job not in missing:
                 run.watcher.job(job, skipped=True)
         if schedule.is_over:
+            shutil.rmtree(run.dir / CLAIMS_FOLDER, ignore_errors=True)  # of an attempt before
             return
         prepare_pixels(run, caches.pixels, schedule.waiting)
         if torch.cuda.is_available():
@@ -168,6 +170,7 @@ class _Crew:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.order = _pack(WorkOrder.of(run), run.all_sources)
         self.failures = 0
+        self.shortage: JobMemoryError | None = None
         self.members: list[_Member] = []
         for number, device in enumerate(devices):
             self._hire(number, device)
@@ -176,12 +179,15 @@ class _Crew:
         """Hand out jobs until all are done, or the watcher wants to stop.
 
         Raises:
+            JobMemoryError: a job does not fit into memory; all that do not need it are done.
             ThreefoldError: a job cannot be done.
         """
         while not self.schedule.is_over and self.run.watcher.stop is None:
             self._hand_out()
             for connection in wait([member.connection for member in self.members], LOOK):
                 self._receive(next(m for m in self.members if m.connection is connection))
+        if self.shortage is not None and self.run.watcher.stop is None:
+            raise self.shortage
 
     def stop(self) -> None:
         """Let the workers save the state of their jobs and end."""
@@ -229,7 +235,7 @@ class _Crew:
         if kind == "ready":
             member.is_ready = True
         elif kind == "error":
-            raise _rebuild(member, values)
+            self._fail(member, _rebuild(member, values))
         elif member.job is not None and kind == "report":
             tell(self.run.watcher, member.job, values[0])
         elif member.job is not None and kind == "over":
@@ -240,6 +246,19 @@ class _Crew:
                 self.schedule.put_back(job, lost=False)
                 member.rests_until = time.monotonic() + REST
             self.run.watcher.ended(job, values[0] == "done")
+
+    def _fail(self, member: _Member, error: ThreefoldError) -> None:
+        """Raise the error of a worker; a job that does not fit into memory is given up instead."""
+        if member.job is None:
+            raise error
+        try:
+            with naming_job(member.job):
+                raise error
+        except JobMemoryError as shortage:
+            self.shortage = self.shortage or shortage
+        job, member.job = member.job, None
+        self.schedule.give_up(job)
+        self.run.watcher.ended(job, done=False)
 
     def _replace(self, member: _Member) -> None:
         """Start another worker in the place of one that has died, and give its job back."""

@@ -40,6 +40,7 @@ from threefold.training.executors.ray_tasks import Answer, Errand, do_job
 from threefold.training.executors.relay import tell
 from threefold.training.executors.worker import CLAIMS_FOLDER, WorkOrder
 from threefold.training.head_jobs import prepare_features
+from threefold.training.left_out import JobMemoryError, naming_job
 from threefold.training.pseudo_labels import Caches
 from threefold.training.run import Run
 
@@ -184,11 +185,13 @@ class _Submission:
         self.shown: set[Job] = set()
         self.homes: dict[tuple[object, ...], str] = {}
         self.opening: dict[tuple[object, ...], Job] = {}
+        self.shortage: JobMemoryError | None = None
 
     def work(self) -> None:
         """Do all jobs.
 
         Raises:
+            JobMemoryError: a job does not fit into memory; all that do not need it are done.
             ThreefoldError: a job cannot be done.
             KeyboardInterrupt: the watcher or the user stops the run; the jobs have saved their
                 state.
@@ -206,6 +209,8 @@ class _Submission:
                     self._collect()
                     if self.run.watcher.stop is not None:
                         raise self.run.watcher.stop
+                if self.shortage is not None:
+                    raise self.shortage
         except BaseException:
             self._stop()
             raise
@@ -289,7 +294,14 @@ class _Submission:
         if group:
             self.opening.pop(group, None)
             self.homes[group] = answer.node
-        answer.raise_error()
+        try:
+            with naming_job(job):
+                answer.raise_error()
+        except JobMemoryError as error:
+            self.shortage = self.shortage or error
+            self.schedule.give_up(job)
+            self.run.watcher.ended(job, done=False)
+            return
         if answer.state == "done" and self.remote is not None:
             self.remote.pull([*jobs_before(self.run, job), job])
             self.remote.check(job)

@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from threefold import errors
 from threefold.data.dataset import Sources
-from threefold.errors import RunError, ThreefoldError
+from threefold.errors import RunError, ThreefoldError, kind_of
 from threefold.predictions.remote_run import RemoteRun
 from threefold.recipe import Job
 from threefold.training.executors.relay import RelayWatcher, Report
@@ -94,8 +94,8 @@ def do_job(errand: Errand, sources: Sources | None, mailbox: Any) -> Answer:
             do = _do_remotely if errand.url else _do
             state = do(errand, errand.order, sources)
     except ThreefoldError as error:
-        kind = type(error).__name__ if hasattr(errors, type(error).__name__) else "RunError"
-        return Answer("failed", node, (kind, tuple(str(getattr(error, name)) for name in _PARTS)))
+        parts = tuple(str(getattr(error, name)) for name in _PARTS)
+        return Answer("failed", node, (kind_of(error), parts))
     except _Stopped:
         return Answer("stopped", node)
     return Answer(state, node)

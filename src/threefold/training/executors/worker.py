@@ -17,6 +17,7 @@ from threefold.training.distillation import TEACHERS_FOLDER, Distillation
 from threefold.training.executors.claims import BEAT, LEASE, Claims
 from threefold.training.head_jobs import open_features, prepare_features
 from threefold.training.job import run_job
+from threefold.training.left_out import JobMemoryError, free_memory, naming_job
 from threefold.training.pixel_cache import PixelCache
 from threefold.training.progress.watcher import Watcher
 from threefold.training.pseudo_labels import Caches
@@ -95,8 +96,11 @@ class Worker:
         with claim:
             try:
                 if not self._run.folder.is_done(job):
-                    run_job(self._run, job, self._caches, deadline, claim.check)
-            except ThreefoldError:
+                    with naming_job(job):
+                        run_job(self._run, job, self._caches, deadline, claim.check)
+            except ThreefoldError as error:
+                if isinstance(error, JobMemoryError):
+                    free_memory()  # for the next job of this process
                 if claim.is_mine:
                     raise
                 return "claimed"  # files changed under this worker, because another one wrote them

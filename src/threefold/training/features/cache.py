@@ -262,6 +262,12 @@ class FeatureCache:
         split, rows = select_rows(self.sources, roles)
         return self.rows(split, spec, rows)
 
+    def free_engines(self) -> None:
+        """Give back the memory of a pass that was cut short; its unsaved answers are lost."""
+        for source in self._sources.values():
+            source.engine, source.pending = None, []
+            source.extractor.cpu()
+
     def backbone(self, spec: MemberSpec) -> Any:
         """Return a member's frozen backbone, which must stay as it is."""
         return self._source(spec).extractor.backbone

@@ -24,6 +24,7 @@ from threefold.predictions.results_schema import (
 )
 from threefold.recipe_schema import MemberSpec
 from threefold.training.distillation import Distillation, distillation_results
+from threefold.training.left_out import left_out_notes
 from threefold.training.pseudo_labels import pseudo_label_counts, pseudo_label_ledger
 from threefold.training.results.costs import RunCosts
 from threefold.training.results.diagnostics import DataDiagnostics, audit_run, make_thumbnails
@@ -111,6 +112,7 @@ def write_results(
         pending=pending,
         audit=audit,
         notes=(
+            *left_out_notes(info.left_out),
             *evaluation.warnings,
             *audit.warnings,
             *recovery_notes(run.folder.histories()),

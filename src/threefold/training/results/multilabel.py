@@ -13,6 +13,7 @@ from threefold.evaluation.multilabel import (
 )
 from threefold.predictions.multilabel_results import MultilabelResults, MultilabelScore
 from threefold.predictions.records import VERSION
+from threefold.training.left_out import left_out_notes
 from threefold.training.results.costs import RunCosts
 from threefold.training.results.diagnostics import (
     DataDiagnostics,
@@ -89,6 +90,7 @@ def write_multilabel_results(
         ledger=tuple(evaluation.ledger),
         members=tuple(member_row(spec, costs) for spec in run.recipe.members),
         notes=(
+            *left_out_notes(info.left_out),
             *evaluation.warnings,
             *data_warnings(run, diagnostics.copies),
             *recovery_notes(run.folder.histories()),
