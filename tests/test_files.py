@@ -122,9 +122,11 @@ def test_a_refusal_of_the_network_is_none_of_the_disk() -> None:
 
 PRINT = """
 import sys
-from threefold.cli import app as verbs, main
+from threefold.cli import app as verbs, console, main
 from threefold.errors import DataError
 def app():
+    if sys.argv[1] == "rich":
+        console.out.print("answer " * 10_000)
     print("answer")
     if sys.argv[1] == "fails":
         raise DataError("no images")
@@ -139,6 +141,7 @@ main.main()
     ("ends", "said"),
     [
         ("well", "cannot write: standard output; got No space"),
+        pytest.param("rich", "cannot write: standard output; got No space", marks=pytest.mark.slow),
         pytest.param("fails", "no images", marks=pytest.mark.slow),
     ],
 )
@@ -156,4 +159,46 @@ def test_output_to_a_full_disk_is_one_line(ends: str, said: str) -> None:
 
     assert done.returncode == 1
     assert done.stderr.startswith(f"error {said}")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell of POSIX")
+@pytest.mark.parametrize(
+    ("closed", "code", "output", "said"),
+    [
+        (">&-", 1, "", "error cannot write: standard output; got it is closed; fix: "),
+        pytest.param("<&-", 0, "answer\n", "", marks=pytest.mark.slow),
+        pytest.param("2>&-", 0, "answer\n", "", marks=pytest.mark.slow),
+        pytest.param(">&- 2>&-", 1, "", "", marks=pytest.mark.slow),
+    ],
+)
+def test_a_closed_stream_is_never_a_traceback(
+    closed: str, code: int, output: str, said: str
+) -> None:
+    command = f'exec "$0" -c "$1" well {closed}'
+
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, PRINT], capture_output=True, text=True, check=False
+    )
+
+    assert (done.returncode, done.stdout) == (code, output)
+    assert done.stderr.startswith(said)
+    assert done.stderr.count("\n") == bool(said)
+
+
+VERBS = ["list backbones 'test_*'", "list recipes", "doctor --json", "--version", "fit --help"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("verb", VERBS)
+def test_verbs_end_at_once_where_nothing_can_be_printed(verb: str) -> None:
+    command = f"exec {sys.executable} -m threefold {verb} > /dev/full"
+
+    done = subprocess.run(
+        ["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False, timeout=120
+    )
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("error cannot write: standard output; got No space")
     assert done.stderr.count("\n") == 1

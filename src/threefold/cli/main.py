@@ -37,6 +37,7 @@ def run(signals: Signals) -> None:
         SystemExit: with the exit code.
     """
     try:
+        _check_streams()
         from threefold.cli import app, console
 
         _silence_pillow()
@@ -53,6 +54,35 @@ def run(signals: Signals) -> None:
         if not isinstance(error, Exception):
             raise
         _explain(error)
+
+
+def _check_streams() -> None:
+    """Refuse a closed standard output at once, and replace other closed streams by nothing.
+
+    A file that is opened later would take the place of a closed stream, and what a library prints
+    would go into it.
+
+    Raises:
+        ThreefoldError: standard output is closed.
+    """
+    if None not in (sys.stdin, sys.stdout, sys.stderr):
+        return
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # 0, 1 and 2 are the streams
+        pass
+    is_closed = sys.stdout is None
+    nothing = os.fdopen(descriptor, "r+", encoding="utf-8")
+    sys.stdin = sys.stdin or nothing
+    sys.stdout = sys.stdout or nothing
+    sys.stderr = sys.stderr or nothing
+    if is_closed:
+        from threefold.errors import ThreefoldError
+
+        raise ThreefoldError(
+            "cannot write",
+            where="standard output",
+            got="it is closed",
+            fix="leave it open, or send it to /dev/null",
+        )
 
 
 def _tell_stopped(signals: Signals) -> None:
@@ -97,11 +127,19 @@ def _describe(error: OSError) -> ThreefoldError:
     from threefold.errors import ThreefoldError, is_disk_error
 
     if error.filename is None and is_disk_error(error):  # only openings name their file
-        where = "standard output" if _give_up(sys.stdout) else ""
+        where = "standard output" if _give_up(sys.stdout) or _is_of_console(error) else ""
         return ThreefoldError("cannot write", where=where, got=error)
     name = str(error.filename or "")
     where = name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..."
     return ThreefoldError("cannot use the file", where=where, got=error)
+
+
+def _is_of_console(error: OSError) -> bool:
+    """Whether Rich could not print something, which it may have lost by then."""
+    import traceback
+
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__") == "rich.console"
 
 
 def _give_up(stream: TextIO) -> bool:
