@@ -225,6 +225,14 @@ def delete_leftovers(folder: Path, name: str = "") -> None:
     _delete_abandoned([*(folder.glob(pattern) if name else folder.rglob(pattern))])
 
 
+def is_abandoned(path: Path) -> bool:
+    """Whether nobody writes a file any more, as far as its age tells: it is older than a day."""
+    try:
+        return time.time() - path.lstat().st_mtime >= _ABANDONED_SECONDS
+    except OSError:
+        return False
+
+
 def _delete_abandoned(paths: Iterable[Path]) -> None:
     for path in paths:
         match = _TEMPORARY.fullmatch(path.name)
@@ -232,7 +240,7 @@ def _delete_abandoned(paths: Iterable[Path]) -> None:
             continue
         with suppress(OSError):
             if match[1] not in (None, _machine()):
-                if time.time() - path.lstat().st_mtime < _ABANDONED_SECONDS:
+                if not is_abandoned(path):
                     continue
             elif _may_run(int(match[2])):
                 continue

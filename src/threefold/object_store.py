@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from threefold.errors import RunError, ThreefoldError
 from threefold.extras import require_package
-from threefold.files import cache_folder, write_json
+from threefold.files import cache_folder, temporary_path, write_json
 
 EXTRAS: Final = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}
 """The extra that each scheme needs; those missing here need a package of fsspec's."""
@@ -139,7 +139,7 @@ class ObjectFolder:
         for start in range(0, len(names), _BATCH):
             batch = names[start : start + _BATCH]
             targets = [folder / name for name in batch]
-            parts = [path.with_name(f".{path.name}.{os.getpid()}.0.tmp") for path in targets]
+            parts = [*map(temporary_path, targets)]
             with self._explaining(batch[0]):
                 for path in targets:
                     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from threefold.recipe_schema import AugmentSpec, DistillSpec, TrainSpec
 from threefold.training.distributed import stage
 from threefold.training.distributed.ranks import RankGroup, Ranks, join_ranks
 from threefold.training.distributed.sharing import Share, share_batch, share_rows
-from threefold.training.pixel_cache import MappedPixels, slice_rows
+from threefold.training.pixel_cache import StoredPixels, slice_rows
 from threefold.training.steps.batch_augmentation import BatchAugmentation
 from threefold.training.steps.losses import BatchLoss
 
@@ -60,7 +60,7 @@ def test_slices_of_files_are_rows_in_their_order(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", squares[:4])
     np.save(tmp_path / "b.npy", squares[4:])
     order = np.array([3, 0, 2])
-    files = MappedPixels([(tmp_path / "a.npy", order), (tmp_path / "b.npy", np.arange(2))])
+    files = StoredPixels([(tmp_path / "a.npy", order), (tmp_path / "b.npy", np.arange(2))])
     expected = squares[[3, 0, 2, 4, 5]]
 
     for begin in range(5):

@@ -14,7 +14,7 @@ from support.tiny_runs import tiny_tree
 
 from threefold.data.dataset import ImageDataset, Sources
 from threefold.errors import RecipeError, RunError
-from threefold.files import cache_folder, sha256
+from threefold.files import cache_folder, sha256, temporary_path
 from threefold.models.member import Member, build_member
 from threefold.models.pipeline import to_pixels
 from threefold.recipe import Recipe
@@ -202,6 +202,7 @@ def test_killed_midway_resumes_to_the_same_files(
         count[0] += 1
         if count[0] == 4:
             (store.folder / "half.npy").write_bytes(b"half")
+            os.utime(store.folder / "half.npy", (0, 0))
             raise KeyboardInterrupt
         write(store, images, values)
 
@@ -215,6 +216,33 @@ def test_killed_midway_resumes_to_the_same_files(
 
     assert sum(passes) == 4 * N - 3 * 32
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_files_that_are_being_written_are_kept(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, "key")
+    with store.locked():
+        pass
+    living = temporary_path(store.folder / "part.npy")
+    dead = living.with_name(living.name.replace(f"-{os.getpid()}.", "-4194305."))
+    paths = [living, dead, store.folder / "young.npy", store.folder / "old.npy"]
+    for path in paths:
+        path.touch()
+    os.utime(paths[-1], (0, 0))
+
+    with store.locked():
+        pass
+
+    assert {path for path in paths if path.exists()} == {living, store.folder / "young.npy"}
+
+
+def test_a_part_cut_short_is_an_error(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, "key")
+    store.write(["a", "b"], np.ones((2, 5000), np.float16))
+    (path,) = store.folder.glob("*.npy")
+    os.truncate(path, 1000)
+
+    with pytest.raises(RunError, match="removed or changed while they are in use"):
+        store.read(["a", "b"])
 
 
 def test_stores_unused_for_longest_are_deleted_first(

@@ -16,7 +16,7 @@ from threefold.errors import RunError
 from threefold.models.resize import resize_square
 from threefold.models.views import Views
 from threefold.recipe_schema import MemberSpec, ViewSpec
-from threefold.training.pixel_cache import CHUNK, MappedPixels, PixelCache, join_rows
+from threefold.training.pixel_cache import CHUNK, PixelCache, StoredPixels, join_rows
 
 SPEC = MemberSpec(name="m", backbone="test_resnet", img_size=24)
 
@@ -59,7 +59,7 @@ def test_rows_of_files_are_indexed_like_an_array(tmp_path: Path, index: slice | 
     of_a, of_b = np.array([3, 0, 11, 7, 5, 5]), np.array([6, 1, 2, 0, 7, 3, 4])
 
     joined = join_rows(
-        MappedPixels([(tmp_path / "a.npy", of_a)]), MappedPixels([(tmp_path / "b.npy", of_b)])
+        StoredPixels([(tmp_path / "a.npy", of_a)]), StoredPixels([(tmp_path / "b.npy", of_b)])
     )
 
     expected = squares[np.concatenate([of_a, 12 + of_b])]
@@ -73,7 +73,7 @@ def test_reading_all_rows_keeps_none_in_memory(tmp_path: Path) -> None:
     squares = np.lib.format.open_memmap(path, "w+", np.uint8, (4096, 64, 64, 3))
     squares[:] = 1
     del squares
-    pixels = MappedPixels([(path, np.arange(4096))])
+    pixels = StoredPixels([(path, np.arange(4096))])
     before = _mapped_bytes(path)
 
     total = sum(int(image[0, 0, 0]) for image in pixels)

@@ -15,7 +15,7 @@ from support.stages import build_tiny, make_rows, make_task, train_whole_and_in_
 from threefold.errors import OutOfMemoryError, RecipeError, RunError
 from threefold.models.pipeline import Predictor, pick_device, predict_probs
 from threefold.training.checkpoints import Checkpoint, accept_stage
-from threefold.training.pixel_cache import MappedPixels, PixelRows
+from threefold.training.pixel_cache import PixelRows, StoredPixels
 from threefold.training.stages.loop import train_stage
 from threefold.training.steps import device_pixels
 from threefold.training.steps.losses import BatchLoss
@@ -53,7 +53,7 @@ def test_rows_of_a_file_train_as_those_in_memory_do(tmp_path: Path) -> None:
     rows = make_rows(24, 0)
     order = np.random.default_rng(0).permutation(24)
     np.save(tmp_path / "squares.npy", rows.pixels[order])
-    mapped = MappedPixels([(tmp_path / "squares.npy", np.argsort(order))])
+    mapped = StoredPixels([(tmp_path / "squares.npy", np.argsort(order))])
     in_memory, of_file = build_tiny(), build_tiny()
 
     expected = train_stage(in_memory, make_task(fit=rows)).state

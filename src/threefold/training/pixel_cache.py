@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -24,7 +24,6 @@ from threefold.data.dataset import ImageDataset, Sources
 from threefold.data.splits import Roles
 from threefold.errors import RunError
 from threefold.files import (
-    check_regular,
     delete_leftovers,
     one_at_a_time,
     read_text,
@@ -37,16 +36,16 @@ from threefold.models.pipeline import ImageRows
 from threefold.models.resize import resize_square
 from threefold.models.views import Views
 from threefold.recipe_schema import MemberSpec
+from threefold.training.array_file import ArrayFile
 
 CHUNK = 32
 """Images decoded at a time: enough to resize in batches, few enough for large photographs."""
 
 
-class MappedPixels:
+class StoredPixels:
     """Rows of files of squares, read from the disk when they are indexed.
 
-    Each read maps its file anew. So the pages of earlier reads do not stay in the process, however
-    many images a stage goes through.
+    Each read opens its file anew, and no file is mapped: one that is cut short is an error.
 
     Args:
         parts: files of squares (N, s, s, 3) uint8, all of one side, and the (n,) row numbers to
@@ -59,7 +58,8 @@ class MappedPixels:
     def __init__(self, parts: Sequence[tuple[Path, np.ndarray]]) -> None:
         self.parts = tuple(parts)
         count = sum(len(rows) for _, rows in parts)
-        self.shape: tuple[int, ...] = (count, *_open(parts[0][0]).shape[1:])
+        with _in_use(parts[0][0]):
+            self.shape: tuple[int, ...] = (count, *ArrayFile(parts[0][0]).shape[1:])
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -73,7 +73,7 @@ class MappedPixels:
         for path, rows in self.parts:
             inside = (index >= begin) & (index < begin + len(rows))
             if inside.any():
-                pixels[inside] = _open(path)[rows[index[inside] - begin]]
+                pixels[inside] = _read(path, rows[index[inside] - begin])
             begin += len(rows)
         return pixels
 
@@ -85,16 +85,16 @@ class MappedPixels:
 
 def join_rows(first: ImageRows, second: ImageRows) -> ImageRows:
     """Return the rows of two files of squares of one side, the first ones first."""
-    assert isinstance(first, MappedPixels)
-    assert isinstance(second, MappedPixels)
-    return MappedPixels([*first.parts, *second.parts])
+    assert isinstance(first, StoredPixels)
+    assert isinstance(second, StoredPixels)
+    return StoredPixels([*first.parts, *second.parts])
 
 
 def slice_rows(pixels: ImageRows, rows: slice) -> ImageRows:
     """Return some rows in a row, from `rows.start` up to `rows.stop`; none is read yet."""
     if rows == slice(0, len(pixels)):
         return pixels
-    if not isinstance(pixels, MappedPixels):
+    if not isinstance(pixels, StoredPixels):
         part: np.ndarray = pixels[rows]
         return part
     parts: list[tuple[Path, np.ndarray]] = []
@@ -104,7 +104,7 @@ def slice_rows(pixels: ImageRows, rows: slice) -> ImageRows:
         if len(inside) or not parts:
             parts.append((path, inside))
         begin += len(numbers)
-    return MappedPixels(parts)
+    return StoredPixels(parts)
 
 
 class PixelRows(NamedTuple):
@@ -117,7 +117,7 @@ class PixelRows(NamedTuple):
 
 
 class PixelCache:
-    """Memory-mapped uint8 squares of every image, one file for each size in use.
+    """Uint8 squares of every image, one file for each size in use.
 
     Args:
         sources: the images.
@@ -153,7 +153,7 @@ class PixelCache:
                 if not _is_intact(path, key):
                     _fill(path, dataset, side, spec.resize, key)
             self._known.add(path)
-        return PixelRows(MappedPixels([(path, np.asarray(rows))]), dataset.truth[rows])
+        return PixelRows(StoredPixels([(path, np.asarray(rows))]), dataset.truth[rows])
 
     def _key(self, split: str) -> str:
         """SHA-256 of the contents of a split's images, so that squares of others are not used."""
@@ -209,15 +209,21 @@ def select_rows(sources: Sources, roles: Roles) -> tuple[str, np.ndarray]:
     return "test", np.arange(len(sources.test))
 
 
-def _open(path: Path) -> np.ndarray:
-    """Map a file of squares.
+def _read(path: Path, rows: np.ndarray) -> np.ndarray:
+    """Read some rows of a file of squares, by their numbers."""
+    with _in_use(path):
+        return ArrayFile(path).read(rows)
+
+
+@contextmanager
+def _in_use(path: Path) -> Iterator[None]:
+    """Say that a file of squares was removed or changed while it is in use.
 
     Raises:
-        RunError: it was removed or changed while it is in use.
+        RunError: it was.
     """
     try:
-        check_regular(path)
-        squares: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        yield
     except (OSError, ValueError) as error:
         raise RunError(
             "the image cache was removed or changed while it is in use",
@@ -225,7 +231,6 @@ def _open(path: Path) -> np.ndarray:
             got=error,
             fix="run the same command again, which makes it anew",
         ) from None
-    return squares
 
 
 def _is_intact(path: Path, key: str) -> bool:

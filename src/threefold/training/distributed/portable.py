@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from threefold.models.pipeline import ImageRows
-from threefold.training.pixel_cache import MappedPixels
+from threefold.training.pixel_cache import StoredPixels
 
 
 def portable(network: nn.Module) -> nn.Module:
@@ -19,6 +19,6 @@ def portable(network: nn.Module) -> nn.Module:
 
 def portable_rows(pixels: ImageRows) -> ImageRows:
     """Return rows of images that another process can receive: the names of files are absolute."""
-    if isinstance(pixels, MappedPixels):
-        return MappedPixels([(path.resolve(), rows) for path, rows in pixels.parts])
+    if isinstance(pixels, StoredPixels):
+        return StoredPixels([(path.resolve(), rows) for path, rows in pixels.parts])
     return np.asarray(pixels)

@@ -20,9 +20,10 @@ from typing import Final
 
 import numpy as np
 
-from threefold.errors import RecipeError, RunError
-from threefold.files import sha256, write_bytes, write_json
+from threefold.errors import OutOfMemoryError, RecipeError, RunError
+from threefold.files import delete_leftovers, is_abandoned, sha256, write_bytes, write_json
 from threefold.machine import available_memory, folder_size, free_disk
+from threefold.training.array_file import ArrayFile
 
 LIMIT_VARIABLE: Final = "THREEFOLD_CACHE_GB"
 """Environment variable: largest size of the cached features in GB (0 = nothing is kept)."""
@@ -62,7 +63,7 @@ class FeatureStore:
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder = folder / key
-        self._parts: dict[str, np.ndarray] = {}
+        self._parts: dict[str, np.ndarray | ArrayFile] = {}
         self._rows: dict[str, tuple[str, int]] = {}
         self._seen: set[str] = set()
 
@@ -72,7 +73,11 @@ class FeatureStore:
         return [image for image in dict.fromkeys(images) if image not in self._rows]
 
     def read(self, images: Sequence[str]) -> np.ndarray:
-        """Return the features of some images, float16 (n, ...); none of them may be missing."""
+        """Return the features of some images, float16 (n, ...); none of them may be missing.
+
+        Raises:
+            RunError: they were removed or changed while they are in use.
+        """
         if not images:
             return np.empty((0, *self._shape), np.float16)
         places = [self._rows[image] for image in images]
@@ -81,8 +86,27 @@ class FeatureStore:
         for position, (part, _) in enumerate(places):
             by_part.setdefault(part, []).append(position)
         for part, positions in by_part.items():
-            features[positions] = self._parts[part][[places[i][1] for i in positions]]
+            features[positions] = self._read(part, np.array([places[i][1] for i in positions]))
         return features
+
+    def _read(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Read some rows of a part.
+
+        Raises:
+            RunError: it was removed or changed while it is in use.
+        """
+        part = self._parts[name]
+        if isinstance(part, np.ndarray):
+            return np.asarray(part[rows])
+        try:
+            return part.read(rows)
+        except (OSError, ValueError) as error:
+            raise RunError(
+                "cached features were removed or changed while they are in use",
+                where=part.path,
+                got=error,
+                fix="run the same command again, which computes them anew",
+            ) from None
 
     @property
     def _shape(self) -> tuple[int, ...]:
@@ -100,13 +124,16 @@ class FeatureStore:
             RunError: the disk is full or the folder cannot be written.
         """
         buffer = io.BytesIO()
-        np.save(buffer, features, allow_pickle=False)
+        np.save(buffer, np.ascontiguousarray(features), allow_pickle=False)
         data = buffer.getvalue()
         name = hashlib.sha256("/".join(images).encode()).hexdigest()[:24]
         write_bytes(self.folder / f"{name}.npy", data)
         record = {"sha256": hashlib.sha256(data).hexdigest(), "images": list(images)}
         write_json(self.folder / f"{name}.json", record)
-        self._add(name, images)
+        try:
+            self._add(name, images)
+        except (OSError, ValueError) as error:  # another process has deleted it, to make room
+            raise RunError("cannot read", where=self.folder / f"{name}.npy", got=error) from None
 
     def keep(self, images: Sequence[str], features: np.ndarray) -> None:
         """Add a part that stays in memory, where it cannot be written."""
@@ -130,12 +157,16 @@ class FeatureStore:
             lock.release()
 
     def _sweep(self) -> None:
-        """Delete what killed processes have left; only the holder of the lock writes parts."""
-        for path in self.folder.glob("*.npy*"):
-            if not path.with_suffix(".json").exists():
-                path.unlink()
-        for path in self.folder.glob(".*.tmp"):
-            path.unlink()
+        """Delete what killed processes have left, and nothing that a living one may be writing.
+
+        The lock does not say so: not every file system has locks, or those of other machines, and
+        to make room another process may have deleted this store with its lock.
+        """
+        delete_leftovers(self.folder)
+        for path in self.folder.glob("*.npy"):
+            if not path.with_suffix(".json").exists() and is_abandoned(path):
+                with suppress(OSError):
+                    path.unlink()
 
     def touch(self) -> None:
         """Note that the store is in use."""
@@ -149,17 +180,18 @@ class FeatureStore:
             if record.stem in self._seen:
                 continue
             images = _intact(record)
-            if images is None:
-                for path in (record, record.with_suffix(".npy")):
-                    with suppress(OSError):
-                        path.unlink()
-            else:
-                self._add(record.stem, images)
+            try:
+                if images is not None:
+                    self._add(record.stem, images)
+                    continue
+            except (OSError, ValueError):
+                pass
+            for path in (record, record.with_suffix(".npy")):
+                with suppress(OSError):
+                    path.unlink()
 
     def _add(self, name: str, images: Sequence[str]) -> None:
-        path = self.folder / f"{name}.npy"
-        part: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        self._parts[name] = part
+        self._parts[name] = ArrayFile(self.folder / f"{name}.npy")
         self._rows.update({image: (name, row) for row, image in enumerate(images)})
         self._seen.add(name)
 
@@ -211,11 +243,11 @@ def check_memory(needed: int, what: str) -> None:
     """Refuse work that the memory cannot hold.
 
     Raises:
-        RunError: more is needed than can be taken.
+        OutOfMemoryError: more is needed than can be taken.
     """
     available = available_memory()
     if needed > available:
-        raise RunError(
+        raise OutOfMemoryError(
             "the features do not fit into memory",
             where=what,
             expected=f"at most {available / 1e9:.1f} GB",
