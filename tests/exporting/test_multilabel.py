@@ -22,6 +22,7 @@ from threefold.exporting import targets
 from threefold.exporting.multilabel import chosen_multilabel
 from threefold.exporting.parity import check, compare, describe_report
 from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
+from threefold.predictions.export_schema import ExportReport
 from threefold.predictions.multilabel import MultilabelPredictions
 
 CLASSES = ("oak", "elm", "ash")
@@ -67,30 +68,48 @@ def test_the_module_is_the_ensemble() -> None:
     np.testing.assert_allclose(answers.numpy(), ENSEMBLE(probs), atol=2e-5)
 
 
-@pytest.mark.parametrize("suffix", ["onnx", "xml", pytest.param("pt2", marks=pytest.mark.slow)])
-def test_files_answer_like_the_pipeline(
-    pipeline: Pipeline, images: list[np.ndarray], tmp_path: Path, suffix: str
-) -> None:
-    if suffix == "xml":
-        pytest.importorskip("openvino")
+def middle_thresholds(pipeline: Pipeline, images: list[np.ndarray]) -> np.ndarray:
+    """Thresholds (k,) that half of the images reach."""
+    return np.asarray(np.sort(ENSEMBLE(member_answers(pipeline, images)), axis=0)[9:11].mean(0))
 
-    report = targets.export(pipeline, tmp_path / f"m.{suffix}", images, CARD)
 
+@pytest.fixture(scope="module")
+def exported(
+    pipeline: Pipeline, images: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory
+) -> ExportReport:
+    """The report of an .onnx file with these thresholds."""
+    card = {**CARD, "thresholds": middle_thresholds(pipeline, images).tolist()}
+    return targets.export(pipeline, tmp_path_factory.mktemp("file") / "m.onnx", images, card)
+
+
+def check_agreement(report: ExportReport) -> None:
+    """A file answers like the pipeline."""
     assert report.max_difference < 1e-5
     assert (report.changed, report.task) == (0, "multilabel")
     assert "same labels 100.0%" in describe_report(report)
 
 
+def test_the_file_answers_like_the_pipeline(exported: ExportReport) -> None:
+    check_agreement(exported)
+
+
+@pytest.mark.parametrize("suffix", ["xml", pytest.param("pt2", marks=pytest.mark.slow)])
+def test_files_of_other_kinds_answer_like_the_pipeline(
+    pipeline: Pipeline, images: list[np.ndarray], tmp_path: Path, suffix: str
+) -> None:
+    if suffix == "xml":
+        pytest.importorskip("openvino")
+
+    check_agreement(targets.export(pipeline, tmp_path / f"m.{suffix}", images, CARD))
+
+
 def test_the_file_gives_the_labels_of_the_ensemble(
-    pipeline: Pipeline, images: list[np.ndarray], tmp_path: Path
+    pipeline: Pipeline, images: list[np.ndarray], exported: ExportReport
 ) -> None:
     expected = ENSEMBLE(member_answers(pipeline, images))
-    middle = np.sort(expected, axis=0)[9:11].mean(0)  # half of the images have each label
-    ensemble = replace(ENSEMBLE, thresholds=middle)
-    card = {**CARD, "thresholds": middle.tolist()}
+    ensemble = replace(ENSEMBLE, thresholds=middle_thresholds(pipeline, images))
 
-    targets.export(pipeline, tmp_path / "m.onnx", images, card)
-    model = threefold.load(tmp_path / "m.onnx")
+    model = threefold.load(exported.path)
 
     np.testing.assert_allclose(model.predict_proba(images), expected, atol=1e-5)
     decided = ensemble.decide(expected)

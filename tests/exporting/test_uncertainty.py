@@ -100,15 +100,25 @@ def exported(two: TwoMembers, tmp_path_factory: pytest.TempPathFactory) -> Uncer
     return export_calibrated(two, tmp_path_factory.mktemp("file") / "model.onnx", "vector")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("none", marks=pytest.mark.slow),
-        pytest.param("temperature", marks=pytest.mark.slow),
-        "vector",
-    ],
-)
-def test_the_file_answers_with_its_calibration(two: TwoMembers, tmp_path: Path, name: str) -> None:
+@pytest.fixture(scope="module")
+def old(two: TwoMembers, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A file without prediction sets."""
+    path = tmp_path_factory.mktemp("file") / "old.onnx"
+    pipeline = Pipeline(two.members, Combiner(MeanEnsemble().to_module()), CLASSES)
+    targets.export(pipeline, path, plain_images(4))
+    return threefold.load(path)
+
+
+def test_the_file_answers_with_its_calibration(two: TwoMembers, exported: UncertainFile) -> None:
+    probs = exported.model.predict_proba(plain_images())
+
+    np.testing.assert_allclose(probs, exported.probs, atol=1e-5)
+    assert np.abs(exported.probs - two.probs).max() > 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["none", "temperature"])
+def test_other_calibrations_are_in_the_file_too(two: TwoMembers, tmp_path: Path, name: str) -> None:
     exported = export_calibrated(two, tmp_path / "m.onnx", name)
 
     probs = exported.model.predict_proba(plain_images())
@@ -157,14 +167,10 @@ def test_predict_prints_the_set_and_unknown_images(exported: UncertainFile, tmp_
     assert [entry["unknown"] for entry in entries] == unknown.tolist()
 
 
-def test_files_without_sets_name_what_they_lack(two: TwoMembers, tmp_path: Path) -> None:
-    pipeline = Pipeline(two.members, Combiner(MeanEnsemble().to_module()), CLASSES)
-    targets.export(pipeline, tmp_path / "old.onnx", plain_images(4))
-    model = threefold.load(tmp_path / "old.onnx")
-
+def test_files_without_sets_name_what_they_lack(old: Model) -> None:
     for predict, missing in (
-        (model.predict_sets, "prediction sets"),
-        (model.is_unknown, "threshold for unknown images"),
+        (old.predict_sets, "prediction sets"),
+        (old.is_unknown, "threshold for unknown images"),
     ):
         message = rf"the model file has no {missing}: .*old\.onnx; fix: export it again"
         with pytest.raises(ExportError, match=message) as error:
@@ -172,16 +178,11 @@ def test_files_without_sets_name_what_they_lack(two: TwoMembers, tmp_path: Path)
         assert "\n" not in str(error.value)
 
 
-def test_files_without_sets_predict(two: TwoMembers, tmp_path: Path) -> None:
-    pipeline = Pipeline(two.members, Combiner(MeanEnsemble().to_module()), CLASSES)
-    targets.export(pipeline, tmp_path / "old.onnx", plain_images(4))
-    model, folder = threefold.load(tmp_path / "old.onnx"), tmp_path / "images"
-    folder.mkdir()
-
-    lines = predict_lines(model, folder, "text")
+def test_files_without_sets_predict(old: Model, tmp_path: Path) -> None:
+    lines = predict_lines(old, tmp_path, "text")
 
     assert all(line.count(";") == 0 and "%" in line for line in lines)
-    assert not {"set", "unknown"} & set(json.loads(predict_lines(model, folder, "json")[0]))
+    assert not {"set", "unknown"} & set(json.loads(predict_lines(old, tmp_path, "json")[0]))
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,34 @@ def assert_same(a: StageOutcome, b: StageOutcome) -> None:
     assert all(torch.equal(value, b.state[name]) for name, value in a.state.items())
 
 
+class Uninterrupted:
+    """Stages of four epochs, each trained once for all tests.
+
+    Args:
+        folder: keeps the measured precision, which all trainings of a stage share.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.outcomes: dict[tuple[str, ...], StageOutcome] = {}
+
+    def task(self, sets: tuple[str, ...]) -> StageTask:
+        """The stage of the tiny recipe with these changes."""
+        precision_file = self.folder / "precision.json"
+        return make_task("stages.one.epochs=4", *sets, precision_file=precision_file)
+
+    def outcome(self, sets: tuple[str, ...]) -> StageOutcome:
+        """What it results in where nothing stops it."""
+        if sets not in self.outcomes:
+            self.outcomes[sets] = train_stage(build_tiny(), self.task(sets))
+        return self.outcomes[sets]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
+    return Uninterrupted(tmp_path_factory.mktemp("uninterrupted"))
+
+
 @pytest.mark.parametrize(
     "sets",
     [
@@ -83,15 +111,10 @@ def assert_same(a: StageOutcome, b: StageOutcome) -> None:
 )
 @pytest.mark.parametrize("is_stopped", [False, True])
 def test_resumed_stage_equals_uninterrupted_one(
-    sets: tuple[str, ...], is_stopped: bool, tmp_path: Path
+    sets: tuple[str, ...], is_stopped: bool, tmp_path: Path, uninterrupted: Uninterrupted
 ) -> None:
-    path = tmp_path / "job" / ".resume"
-    task = make_task(
-        "stages.one.epochs=4",
-        *sets,
-        resume_path=path,
-        save_interval=0.0,
-        precision_file=tmp_path / "precision.json",
+    task = replace(
+        uninterrupted.task(sets), resume_path=tmp_path / "job" / ".resume", save_interval=0.0
     )
     if is_stopped:
         stop_after(replace(task, save_interval=1000.0), steps=5)  # of three in an epoch
@@ -104,7 +127,7 @@ def test_resumed_stage_equals_uninterrupted_one(
     assert watcher.epochs == (3 if is_stopped else 1)
     assert watcher.images == 4 * 24  # the progress bar also counts what was done before
     assert resumed.elapsed_before > 0
-    assert_same(resumed, train_stage(build_tiny(), without_path(task)))
+    assert_same(resumed, uninterrupted.outcome(sets))
 
 
 @pytest.mark.parametrize("steps", [1, 3, 6])

@@ -16,12 +16,15 @@ from threefold.models.member import Member
 from threefold.recipe import Job
 from threefold.training.progress.watcher import Watcher
 from threefold.training.stages.loop import train_stage
+from threefold.training.stages.task import StageOutcome
 from threefold.training.steps.memory import memory_notes
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 CPU = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
 )
+SHORT = "stages.one.epochs=1"
+MIXED = (SHORT, "augment.mixup=0.5", "augment.erasing=0.5")
 
 
 def limited(limit: int, error: Exception = CPU, after: int = 0) -> Member:
@@ -51,15 +54,19 @@ class Notes(Watcher):
         self.notes.append(text)
 
 
+@pytest.fixture(scope="module")
+def in_four_parts() -> StageOutcome:
+    """A stage whose batches of 8 images are computed in four parts."""
+    return train_stage(build_tiny(), make_task(*MIXED, "train.accumulate=4"))
+
+
 @pytest.mark.parametrize("error", [CUDA, CPU, MemoryError()])
-def test_a_batch_that_does_not_fit_is_halved(error: Exception) -> None:
+def test_a_batch_that_does_not_fit_is_halved(error: Exception, in_four_parts: StageOutcome) -> None:
     notes = Notes()
-    sets = ("augment.mixup=0.5", "augment.erasing=0.5")
-    expected = train_stage(build_tiny(), make_task(*sets, "train.accumulate=4"))
 
-    outcome = train_stage(limited(2, error), make_task(*sets, watcher=notes))
+    outcome = train_stage(limited(2, error), make_task(*MIXED, watcher=notes))
 
-    for name, tensor in expected.state.items():
+    for name, tensor in in_four_parts.state.items():
         assert torch.equal(outcome.state[name], tensor), name
     assert outcome.history["splits"] == [
         {"step": 0, "images": 8, "parts": 2},
@@ -77,7 +84,7 @@ def test_later_steps_keep_the_smaller_parts() -> None:
 
 
 def test_a_shortage_leaves_no_trace_where_parts_were_enough() -> None:
-    outcome = train_stage(limited(4), make_task("train.accumulate=2"))
+    outcome = train_stage(limited(4), make_task(SHORT, "train.accumulate=2"))
 
     assert outcome.history["splits"] == []
     assert outcome.history["reason"] == "first stage"
@@ -94,8 +101,8 @@ def test_other_errors_are_not_hidden() -> None:
 
 
 def test_a_resumed_stage_keeps_the_parts(tmp_path: Path) -> None:
-    whole = train_stage(limited(4), make_task())
-    task = make_task(resume_path=tmp_path / ".resume")
+    whole = train_stage(limited(4), make_task(SHORT))
+    task = make_task(SHORT, resume_path=tmp_path / ".resume")
     with pytest.raises(KeyboardInterrupt, match="a signal"):
         train_stage(limited(4), replace(task, watcher=Stopper(2)))
 
@@ -107,9 +114,10 @@ def test_a_resumed_stage_keeps_the_parts(tmp_path: Path) -> None:
 
 
 def test_a_shortage_in_the_second_pass_of_sam_moves_no_weight() -> None:
-    parts = train_stage(build_tiny(), make_task("train.sam=0.05", "train.accumulate=2"))
+    sets = (SHORT, "train.sam=0.05")
+    parts = train_stage(build_tiny(), make_task(*sets, "train.accumulate=2"))
 
-    outcome = train_stage(limited(4, after=1), make_task("train.sam=0.05"))
+    outcome = train_stage(limited(4, after=1), make_task(*sets))
 
     assert outcome.history["splits"] == [{"step": 0, "images": 8, "parts": 2}]
     for name, tensor in parts.state.items():

@@ -49,9 +49,7 @@ def partial(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
             {"name": "heads", "epochs": 3, "lr": 1e-2, "trainable": "^head", "members": ["joint"]},
         ],
     )
-    run = api.train(Recipe.parse(tree), tmp_path_factory.mktemp("runs") / "partial")
-    api.finish(run)
-    return run
+    return api.train(Recipe.parse(tree), tmp_path_factory.mktemp("runs") / "partial")
 
 
 def stored(run: Run, name: str, fold: int) -> dict[str, np.ndarray]:
@@ -91,8 +89,10 @@ def test_each_fold_answers_test_rows_with_its_members(partial: Run) -> None:
     np.testing.assert_allclose(mean, (first + second) / 2, atol=1e-6)
 
 
-def test_exported_file_has_chosen_views_and_stand_ins(partial: Run) -> None:
-    model, test = threefold.load(partial.dir / "model.onnx"), partial.sources.test
+@pytest.mark.slow
+def test_exported_file_has_chosen_views_and_stand_ins(partial: Run, tmp_path: Path) -> None:
+    report, test = export(partial, tmp_path / "model.onnx"), partial.sources.test
+    model = threefold.load(report.path)
     assert test is not None
 
     probs = model.infer([test.pixels(i) for i in range(len(test))]).member_probs
@@ -224,9 +224,7 @@ def held_out(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         folds={"scheme": "holdout", "holdout": 0.25, "select": 0.2},
         stages=[{"name": "one", "epochs": 1, "lr": 3e-3}],
     )
-    run = api.train(Recipe.parse(tree), tmp_path_factory.mktemp("runs") / "held_out")
-    api.finish(run)
-    return run
+    return api.train(Recipe.parse(tree), tmp_path_factory.mktemp("runs") / "held_out")
 
 
 def test_a_holdout_run_scores_the_rows_held_out(held_out: Run) -> None:
@@ -240,8 +238,9 @@ def test_a_holdout_run_scores_the_rows_held_out(held_out: Run) -> None:
     assert held_out.results.expected is not None
 
 
-def test_a_holdout_run_exports_its_one_network(held_out: Run) -> None:
-    model = threefold.load(held_out.dir / "model.onnx")
+@pytest.mark.slow
+def test_a_holdout_run_exports_its_one_network(held_out: Run, tmp_path: Path) -> None:
+    model = threefold.load(export(held_out, tmp_path / "model.onnx").path)
     train, oof = held_out.sources.train, held_out.predictions("oof")
 
     output = model.infer([train.pixels(int(row)) for row in held_out.roles[0].score[:3]])

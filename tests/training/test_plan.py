@@ -29,6 +29,8 @@ from threefold.training.planning.tuning import TUNINGS, TuningSpeeds, predict_se
 
 TINY = ("test_efficientnet",)
 UNTRAINED = ("members.0.weights=none",)
+SMALL = (*UNTRAINED, "members.0.img_size=32")
+"""A size that is named needs no probes at several sizes, which take longest."""
 
 
 @pytest.fixture(autouse=True)
@@ -58,9 +60,7 @@ def make_folder(root: Path, names: list[str], count: int = 6, side: int = 40) ->
 def test_mirror_images_only_where_they_keep_the_class(
     tmp_path: Path, names: list[str], flip: bool
 ) -> None:
-    sets = (*UNTRAINED, "members.0.img_size=32")
-
-    plan = plan_folder(make_folder(tmp_path, names), 0, TINY, sets)
+    plan = plan_folder(make_folder(tmp_path, names), 0, TINY, SMALL)
 
     assert plan.recipe.augment.hflip is flip
     assert next(d for d in plan.decisions if d.key == "augment.hflip").reason
@@ -86,17 +86,16 @@ def test_smallest_class_bounds_the_folds(tmp_path: Path) -> None:
     make_folder(tmp_path, ["many"], 12)
     make_folder(tmp_path, ["few"], 3)
 
-    assert plan_folder(tmp_path, 0, TINY, UNTRAINED).recipe.folds.k == 3
+    assert plan_folder(tmp_path, 0, TINY, SMALL).recipe.folds.k == 3
 
 
 def test_many_images_are_split_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_tuning, "HOLDOUT_FROM", 20)
     root = make_folder(tmp_path, ["cat", "dog"], 12)
-    sets = (*UNTRAINED, "members.0.img_size=32")
 
-    folds = plan_folder(root, 0, TINY, sets).recipe.folds
-    named = plan_folder(root, 0, TINY, (*sets, "folds.k=3")).recipe.folds
-    probes = plan_folder(root, 0, TINY, sets, "fast").recipe.folds
+    folds = plan_folder(root, 0, TINY, SMALL).recipe.folds
+    named = plan_folder(root, 0, TINY, (*SMALL, "folds.k=3")).recipe.folds
+    probes = plan_folder(root, 0, TINY, SMALL, "fast").recipe.folds
 
     assert (folds.scheme, folds.final) == ("holdout", "average")
     assert (named.scheme, named.k, named.final) == ("stratified", 3, "refit")
@@ -131,9 +130,8 @@ def test_heads_that_take_long_get_fewer_folds(
 def test_heads_are_timed_for_a_budget_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = Mock(side_effect=AssertionError)
     monkeypatch.setattr(planning, "with_head_seconds", timed)
-    sets = (*UNTRAINED, "members.0.img_size=32")
 
-    plan = plan_folder(make_folder(tmp_path, ["cat", "dog"]), 0, TINY, sets, "fast")
+    plan = plan_folder(make_folder(tmp_path, ["cat", "dog"]), 0, TINY, SMALL, "fast")
 
     assert plan.recipe.folds.k == 5
     timed.assert_not_called()
@@ -164,7 +162,7 @@ def test_probes_read_the_levels_that_suit_the_images(
 
 
 def test_tuned_members_follow_their_probes(tmp_path: Path) -> None:
-    plan = plan_folder(make_folder(tmp_path, ["cat", "dog"]), 0, TINY, UNTRAINED)
+    plan = plan_folder(make_folder(tmp_path, ["cat", "dog"]), 0, TINY, SMALL)
 
     probe, tuned = plan.recipe.members
     assert tuned.starts_from == probe.name
@@ -201,7 +199,7 @@ def test_a_backbone_of_one_size_has_that_size(tmp_path: Path) -> None:
 def test_fast_quality_has_probes_only(tmp_path: Path) -> None:
     root = make_folder(tmp_path, ["cat", "dog"])
 
-    recipe = plan_folder(root, 0, TINY, UNTRAINED, quality="fast").recipe
+    recipe = plan_folder(root, 0, TINY, SMALL, quality="fast").recipe
 
     assert recipe.probes == tuple(member.name for member in recipe.members)
 
@@ -252,7 +250,7 @@ def test_plan_hands_on_the_images_of_the_recipe(
 ) -> None:
     root = make_folder(tmp_path / "a", ["cat", "dog"], 8)
 
-    plan = plan_folder(root, 0, TINY, (*UNTRAINED, *sets), quality="fast")
+    plan = plan_folder(root, 0, TINY, (*SMALL, *sets), quality="fast")
 
     assert plan.sources is not None
     assert len(plan.sources.train) == n

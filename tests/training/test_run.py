@@ -55,12 +55,18 @@ def test_test_rows_are_the_mean_of_the_fold_models(finished: Run) -> None:
     np.testing.assert_allclose(probs, np.mean(parts, axis=0), atol=1e-7)
 
 
+@pytest.fixture(scope="module")
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A small run that nothing interrupts."""
+    run = Run.create(small(images), tmp_path_factory.mktemp("runs") / "whole")
+    train_members(run)
+    return run
+
+
 @pytest.mark.parametrize("stop_after", [1, 3])
 def test_resumed_equals_uninterrupted_bit_for_bit(
-    images: Path, tmp_path: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch
+    whole: Run, images: Path, tmp_path: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = Run.create(small(images), tmp_path / "whole")
-    train_members(whole)
     stages_done = []
 
     def interrupt(member: nn.Module, task: StageTask) -> StageOutcome:
