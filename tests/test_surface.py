@@ -100,7 +100,7 @@ def test_importing_and_help_are_light() -> None:
 
 
 def test_exit_codes() -> None:
-    done = threefold_command("list", "heads")
+    done = threefold_command("list", "recipes")
     error = threefold_command("train", "nothing.toml", "--out", "x")
     usage = threefold_command("train")
 

@@ -76,10 +76,11 @@ def middle_thresholds(pipeline: Pipeline, images: list[np.ndarray]) -> np.ndarra
 @pytest.fixture(scope="module")
 def exported(
     pipeline: Pipeline, images: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory
-) -> ExportReport:
-    """The report of an .onnx file with these thresholds."""
+) -> tuple[Path, ExportReport]:
+    """An .onnx file with these thresholds, and its report."""
+    path = tmp_path_factory.mktemp("file") / "m.onnx"
     card = {**CARD, "thresholds": middle_thresholds(pipeline, images).tolist()}
-    return targets.export(pipeline, tmp_path_factory.mktemp("file") / "m.onnx", images, card)
+    return path, targets.export(pipeline, path, images, card)
 
 
 def check_agreement(report: ExportReport) -> None:
@@ -89,8 +90,8 @@ def check_agreement(report: ExportReport) -> None:
     assert "same labels 100.0%" in describe_report(report)
 
 
-def test_the_file_answers_like_the_pipeline(exported: ExportReport) -> None:
-    check_agreement(exported)
+def test_the_file_answers_like_the_pipeline(exported: tuple[Path, ExportReport]) -> None:
+    check_agreement(exported[1])
 
 
 @pytest.mark.parametrize("suffix", ["xml", pytest.param("pt2", marks=pytest.mark.slow)])
@@ -104,12 +105,12 @@ def test_files_of_other_kinds_answer_like_the_pipeline(
 
 
 def test_the_file_gives_the_labels_of_the_ensemble(
-    pipeline: Pipeline, images: list[np.ndarray], exported: ExportReport
+    pipeline: Pipeline, images: list[np.ndarray], exported: tuple[Path, ExportReport]
 ) -> None:
     expected = ENSEMBLE(member_answers(pipeline, images))
     ensemble = replace(ENSEMBLE, thresholds=middle_thresholds(pipeline, images))
 
-    model = threefold.load(exported.path)
+    model = threefold.load(exported[0])
 
     np.testing.assert_allclose(model.predict_proba(images), expected, atol=1e-5)
     decided = ensemble.decide(expected)

@@ -122,7 +122,7 @@ def test_heads_that_take_long_get_fewer_folds(
     measured = ProbePlan(32, [1.0], 0.001, 0.1, size, head_seconds=head_seconds)
     monkeypatch.setattr(planning, "with_head_seconds", Mock(return_value=measured))
 
-    plan = plan_folder(make_folder(tmp_path, ["cat", "dog"]), 1, TINY, UNTRAINED, quality="fast")
+    plan = plan_folder(make_folder(tmp_path, ["cat", "dog"]), 1, TINY, SMALL, quality="fast")
 
     assert plan.recipe.folds.k == folds
 

@@ -160,12 +160,12 @@ def test_loss_scaling_takes_the_steps_of_float32(
 def test_loss_scale_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "check_precision", lambda name, device: None)
     task = make_task(
-        "stages.one.epochs=3",
+        "stages.one.epochs=2",
         "train.precision=float16",
         resume_path=tmp_path / ".resume",
         save_interval=0.0,
     )
-    interrupt(task, 2)
+    interrupt(task, 1)
 
     resumed = train_stage(build_tiny(), task)
 
