@@ -15,6 +15,7 @@ import pytest
 from threefold import scratch
 from threefold.ensembles.conformal import ConformalSets
 from threefold.ensembles.cross_fit import cross_fit
+from threefold.ensembles.diversity import diversity
 from threefold.ensembles.registry import ENSEMBLES, make_ensemble
 from threefold.ensembles.scaling import minimize_bounded, minimize_newton
 from threefold.ensembles.stacked import ShrunkStackedEnsemble, StackedEnsemble
@@ -100,6 +101,21 @@ def test_parts_of_arrays_are_those_of_numpy(monkeypatch: pytest.MonkeyPatch) -> 
     assert (scratch.take_columns(array, [3, 1]) == array[:, :, [3, 1]]).all()
     assert scratch.converted(array, np.float64) is array
     assert (scratch.converted(array, np.float32) == array.astype(np.float32)).all()
+
+
+def test_the_top_classes_of_predictions_need_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "BLOCK_VALUES", 1 << 16)
+    rows = draw(n=16_000, k=50)  # 9.6 MB, which must not be written to
+    expected = rows.probs.argmax(-1)
+
+    tracemalloc.start()
+    found = scratch.top_classes(rows.probs)
+    diversity(rows.probs, rows.labels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert (found == expected).all()
+    assert peak < 6 << 20
 
 
 @pytest.mark.parametrize("method", ENSEMBLES)

@@ -108,6 +108,18 @@ def class_blocks(
     ]
 
 
+def top_classes(array: np.ndarray) -> np.ndarray:
+    """Return the number of the largest value of each row of (..., n, k), the first one on ties.
+
+    numpy's argmax copies an array that must not be written to, as predictions must not, as a whole.
+    """
+    *members, n, k = array.shape
+    numbers = np.empty((*members, n), np.int64)
+    for rows in row_blocks(n, math.prod(members) * k):
+        numbers[..., rows] = array[..., rows, :].argmax(-1)
+    return numbers
+
+
 def take_rows(array: np.ndarray, rows: npt.ArrayLike) -> np.ndarray:
     """Return rows (..., r, k) of an array (..., n, k), as `array[..., rows, :]` does.
 

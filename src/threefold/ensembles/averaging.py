@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 from threefold.ensembles.base import Ensemble, LinearEnsemble
 from threefold.errors import RecipeError, RunError
 from threefold.predictions.checks import FLOOR
-from threefold.scratch import class_blocks, converted, row_blocks
+from threefold.scratch import class_blocks, converted, row_blocks, top_classes
 from threefold.stats.weighted_scores import merit
 
 if TYPE_CHECKING:
@@ -319,7 +319,7 @@ def _rank_of_sum(
 
 def _rank(probs: np.ndarray, hits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     """Return accuracy, then mean log likelihood; `hits` (n,) are the right classes' values."""
-    return float((probs.argmax(-1) == labels).mean()), _log_likelihood(hits)
+    return float((top_classes(probs) == labels).mean()), _log_likelihood(hits)
 
 
 def _ranks(probs: Iterable[np.ndarray], labels: np.ndarray) -> list[tuple[float, float]]:

@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from threefold.errors import DataError, RunError
 from threefold.predictions.checks import FLOOR, check_labels, check_probs
-from threefold.scratch import row_blocks, scratch
+from threefold.scratch import row_blocks, scratch, top_classes
 from threefold.stats.bootstrap import LEVEL
 
 NEVER: Final = 2.0
@@ -112,7 +112,7 @@ class Cascade:
 
         array, answers = self._check(probs, full)
         truth = check_labels(labels, *answers.shape)
-        n, classes = len(truth), answers.argmax(1)
+        n, classes = len(truth), top_classes(answers)
         temperatures, open_rows, errors, thresholds = [], np.ones(n, bool), 0, []
         for s, mean in enumerate(self._means(array)):
             if s == 0:

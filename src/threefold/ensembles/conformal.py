@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from threefold.errors import DataError, RunError
 from threefold.predictions.checks import check_labels, check_probs
-from threefold.scratch import converted, row_blocks, scratch
+from threefold.scratch import converted, row_blocks, scratch, top_classes
 
 if TYPE_CHECKING:
     from threefold.stats.bootstrap import Interval
@@ -183,7 +183,7 @@ class ConformalSets:
         for rows in row_blocks(*array.shape):
             sets[rows] = conformity_scores(array[rows], self.method) <= self.thresholds_
         if self.never_empty:
-            sets[np.arange(len(sets)), array.argmax(-1)] = True
+            sets[np.arange(len(sets)), top_classes(array)] = True
         return sets
 
     def measure(

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from threefold.ensembles.cross_fit import side_by_side, stratified_parts
 from threefold.errors import DataError
 from threefold.predictions.checks import FLOOR, check_labels, check_probs
-from threefold.scratch import row_blocks, take_rows
+from threefold.scratch import row_blocks, take_rows, top_classes
 
 TOLERANCE: Final = 0.05
 """Two members are duplicates if their distance relative to their uncertainty is below this.
@@ -139,7 +139,7 @@ def diversity(probs: npt.ArrayLike, labels: npt.ArrayLike) -> Diversity:
         DataError: probabilities or labels are not usable.
     """
     array = check_probs(probs, 3)
-    preds = array.argmax(-1)
+    preds = top_classes(array)
     right = (preds == check_labels(labels, *array.shape[1:])).astype(np.float64)
     wrong = 1 - right
     n = right.shape[1]

@@ -30,7 +30,7 @@ from threefold.errors import DataError, RecipeError
 from threefold.predictions.checks import check_labels, check_probs
 from threefold.predictions.ledger import SeenRows
 from threefold.recipe_schema import EnsembleSpec
-from threefold.scratch import converted, row_blocks, take_members
+from threefold.scratch import converted, row_blocks, take_members, top_classes
 from threefold.stats.one_standard_error import simplest
 from threefold.stats.weighted_scores import log_losses, merit
 
@@ -103,7 +103,7 @@ class SelectedEnsemble(Ensemble):
 
     def _fit(self, probs: np.ndarray, labels: np.ndarray) -> None:
         if self.metric == "accuracy":
-            merits = (probs.argmax(-1) == labels).mean(1)
+            merits = (top_classes(probs) == labels).mean(1)
         else:
             merits = np.array([merit(self.metric, converted(p, np.float64), labels) for p in probs])
         self.chosen_ = np.sort(np.argsort(-merits, kind="stable")[: self.top])

@@ -19,7 +19,7 @@ from threefold.predictions.join import join_predictions
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Comparison, PredictionSummary, Score
 from threefold.predictions.run_folder import RunFolder
-from threefold.scratch import row_blocks, scratch
+from threefold.scratch import row_blocks, scratch, top_classes
 from threefold.stats import crossed_effects, paired_differences, paired_tests
 
 MAX_CONTENDERS: Final = 20
@@ -98,7 +98,7 @@ def _compare(
     rows = _join(contenders, shared)
     ends = np.cumsum([0, *(len(contender.rows.members) for contender in contenders)])
     probs = [rows.probs[start:end] for start, end in pairwise(ends)]
-    hits = [part.argmax(-1) == rows.labels for part in probs]
+    hits = [top_classes(part) == rows.labels for part in probs]
     summary = PredictionSummary(
         kind="compare",
         source=source,
@@ -118,7 +118,7 @@ def _compare(
 
 def compare_members(rows: Predictions) -> tuple[Comparison, ...]:
     """Compare every pair of the members of some predictions, as `compare_saved` does."""
-    hits = [(probs.argmax(-1) == rows.labels)[None] for probs in rows.probs]
+    hits = [(top_classes(probs) == rows.labels)[None] for probs in rows.probs]
     return _compare_pairs(rows, rows.members, hits)
 
 
@@ -241,7 +241,9 @@ def _score(rows: Predictions, name: str, probs: np.ndarray) -> Score:
     first = seeds[0]
     if len(seeds) == 1:
         return first
-    over = crossed_effects.seeds_accuracy(probs.argmax(-1) == rows.labels, rows.groups, first.level)
+    over = crossed_effects.seeds_accuracy(
+        top_classes(probs) == rows.labels, rows.groups, first.level
+    )
     return first.replace(
         **{key: _mean([getattr(score, key) for score in seeds]) for key in _FIGURES},
         **dict.fromkeys(_OF_ONE_SEED),

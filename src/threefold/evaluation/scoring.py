@@ -10,6 +10,7 @@ import numpy as np
 from threefold.ensembles.base import Ensemble
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import ClassScore, Comparison, Score
+from threefold.scratch import top_classes
 from threefold.stats import paired_differences, paired_tests, scores
 from threefold.stats.bootstrap import LEVEL
 
@@ -121,7 +122,7 @@ def comparisons(
         chosen: the chosen method.
     """
     hits = {
-        name: probs.argmax(1) == rows.labels
+        name: top_classes(probs) == rows.labels
         for name, probs in zip(rows.members, rows.probs, strict=True)
     }
     best = max(combined, key=lambda name: hits[name].mean())

@@ -17,7 +17,7 @@ from scipy.special import ndtri, stdtrit  # scipy.stats takes a second to import
 
 from threefold.errors import DataError
 from threefold.predictions.checks import check_labels, check_probs
-from threefold.scratch import converted
+from threefold.scratch import converted, top_classes
 from threefold.stats.bootstrap import (
     LEVEL,
     RESAMPLES,
@@ -53,7 +53,7 @@ def accuracy(probs: npt.ArrayLike, labels: npt.ArrayLike) -> float:
 def correct(probs: npt.ArrayLike, labels: npt.ArrayLike) -> np.ndarray:
     """Whether each row is classified correctly: booleans (n,)."""
     array, truth = _checked(probs, labels)
-    return np.asarray(array.argmax(-1) == truth)
+    return np.asarray(top_classes(array) == truth)
 
 
 def top_k_accuracy(probs: npt.ArrayLike, labels: npt.ArrayLike, top: int = 5) -> float:
@@ -127,7 +127,7 @@ def reliability_curve(probs: npt.ArrayLike, labels: npt.ArrayLike, bins: int = 1
         DataError: probabilities or labels are not usable.
     """
     array, truth = _checked(probs, labels)
-    return _reliability(array.max(-1), array.argmax(-1) == truth, bins)
+    return _reliability(array.max(-1), top_classes(array) == truth, bins)
 
 
 def ece(probs: npt.ArrayLike, labels: npt.ArrayLike, bins: int = 15) -> float:
@@ -147,7 +147,9 @@ def confusion_matrix(probs: npt.ArrayLike, labels: npt.ArrayLike) -> np.ndarray:
     """
     array, truth = _checked(probs, labels)
     k = array.shape[-1]
-    return np.bincount(truth * k + array.argmax(-1), minlength=k * k).reshape(k, k).astype(np.int64)
+    return (
+        np.bincount(truth * k + top_classes(array), minlength=k * k).reshape(k, k).astype(np.int64)
+    )
 
 
 class Confusions(NamedTuple):
@@ -167,7 +169,7 @@ def confusions(probs: npt.ArrayLike, labels: npt.ArrayLike) -> Confusions:
         DataError: probabilities or labels are not usable.
     """
     array, truth = _checked(probs, labels)
-    k, answers = array.shape[1], array.argmax(-1)
+    k, answers = array.shape[1], top_classes(array)
     wrong = answers != truth
     cells, counts = np.unique(truth[wrong] * k + answers[wrong], return_counts=True)
     order = np.argsort(-counts, kind="stable")
@@ -296,7 +298,7 @@ def per_class(
             "class names do not match the probabilities", expected=array.shape[1], got=len(classes)
         )
     part = None if groups is None else check_groups(groups, len(truth))
-    predicted = array.argmax(-1)
+    predicted = top_classes(array)
     return [
         {"class": name, **binary_scores(truth == c, predicted == c, part, level)}
         for c, name in enumerate(classes)
@@ -341,7 +343,7 @@ def bootstrap_interval(
     check_draws(level, resamples)
     if isinstance(score, str) and score in COUNTED:
         # These depend only on label and prediction: rows that agree in both are drawn together.
-        k, predicted = array.shape[1], array.argmax(-1)
+        k, predicted = array.shape[1], top_classes(array)
         if score != "macro_f1":  # all wrong classes are equivalent, which leaves fewer cells
             predicted = np.where(predicted == truth, truth, (truth + 1) % k)
         cells, at = np.unique(truth * k + predicted, return_inverse=True)
@@ -374,7 +376,7 @@ def score_table(
         DataError: probabilities, labels or groups are not usable.
     """
     array, truth = _checked(probs, labels)
-    hits = array.argmax(-1) == truth
+    hits = top_classes(array) == truth
     roc = score_value("roc_auc", array, truth)
     balanced = bootstrap_interval("balanced_accuracy", array, truth, groups, level=level)
     return {

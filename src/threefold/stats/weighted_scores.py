@@ -15,7 +15,7 @@ from scipy.sparse import csr_array
 
 from threefold.errors import DataError
 from threefold.predictions.checks import FLOOR
-from threefold.scratch import row_blocks
+from threefold.scratch import row_blocks, top_classes
 
 _COLUMNS: Final = 16
 """Classes whose probabilities are gathered at a time."""
@@ -128,7 +128,7 @@ def _macro_f1(predicted: np.ndarray, labels: np.ndarray, k: int, weights: np.nda
 def _of_answers(
     score: CountedScore, probs: np.ndarray, labels: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    return score(probs.argmax(-1), labels, probs.shape[1], weights)
+    return score(top_classes(probs), labels, probs.shape[1], weights)
 
 
 def _one_vs_rest_classes(labels: np.ndarray, k: int) -> Sequence[int]:
