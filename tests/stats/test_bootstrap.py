@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from threefold.errors import DataError
 from threefold.stats import bootstrap
+from threefold.stats.scores import balanced_accuracy, bootstrap_interval
 
 LAW = settings(max_examples=40, deadline=None)
 
@@ -127,3 +129,22 @@ def test_column_sums_are_alike_for_few_and_many_kinds() -> None:
         spread = (4000 * share * (1 - share)) ** 0.5
         assert abs(sums[0].mean() - columns[0].sum()) < 4 * spread / 2000**0.5
         assert abs(sums[0].std() / spread - 1) < 0.06
+
+
+def test_classes_without_rows_change_no_interval() -> None:
+    """They would take a number for each draw: 320 MB here."""
+    rng = np.random.default_rng(0)
+    probs, labels = rng.dirichlet(np.ones(5), 400), rng.integers(0, 5, 400)
+    wide = np.zeros((400, 20_000))
+    wide[:, ::4000] = probs
+    expected = bootstrap_interval("macro_f1", probs, labels)
+
+    tracemalloc.start()
+    found = bootstrap_interval("macro_f1", wide, labels * 4000)
+    low, high = bootstrap_interval("balanced_accuracy", wide, labels * 4000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert found == expected
+    assert low < balanced_accuracy(wide, labels * 4000) < high
+    assert peak < 100 << 20

@@ -347,9 +347,12 @@ def bootstrap_interval(
         if score != "macro_f1":  # all wrong classes are equivalent, which leaves fewer cells
             predicted = np.where(predicted == truth, truth, (truth + 1) % k)
         cells, at = np.unique(truth * k + predicted, return_inverse=True)
+        # Classes without label and answer do not count, and would take a row of all draws.
+        classes, number = np.unique([cells // k, cells % k], return_inverse=True)
+        own, answered = number.reshape(2, -1)
         counted = COUNTED[score]
         values = [
-            counted(cells % k, cells // k, k, weights)
+            counted(answered, own, len(classes), weights)
             for weights in cell_weights(at, part, resamples, seed)
         ]
     else:
