@@ -48,7 +48,7 @@ def assert_same(a: StageOutcome, b: StageOutcome) -> None:
 
 
 class Uninterrupted:
-    """Stages of four epochs, each trained once for all tests.
+    """Stages of three epochs, each trained once for all tests.
 
     Args:
         folder: keeps the measured precision, which all trainings of a stage share.
@@ -61,7 +61,7 @@ class Uninterrupted:
     def task(self, sets: tuple[str, ...]) -> StageTask:
         """The stage of the tiny recipe with these changes."""
         precision_file = self.folder / "precision.json"
-        return make_task("stages.one.epochs=4", *sets, precision_file=precision_file)
+        return make_task("stages.one.epochs=3", *sets, precision_file=precision_file)
 
     def outcome(self, sets: tuple[str, ...]) -> StageOutcome:
         """What it results in where nothing stops it."""
@@ -119,13 +119,13 @@ def test_resumed_stage_equals_uninterrupted_one(
     if is_stopped:
         stop_after(replace(task, save_interval=1000.0), steps=5)  # of three in an epoch
     else:
-        interrupt(task, 3)
+        interrupt(task, 2)
     watcher = Interrupter()
 
     resumed = train_stage(build_tiny(), replace(task, watcher=watcher))
 
-    assert watcher.epochs == (3 if is_stopped else 1)
-    assert watcher.images == 4 * 24  # the progress bar also counts what was done before
+    assert watcher.epochs == (2 if is_stopped else 1)
+    assert watcher.images == 3 * 24  # the progress bar also counts what was done before
     assert resumed.elapsed_before > 0
     assert_same(resumed, uninterrupted.outcome(sets))
 
