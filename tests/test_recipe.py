@@ -13,6 +13,7 @@ from support.tiny_runs import tiny_tree
 from threefold.errors import RecipeError
 from threefold.recipe import Recipe
 from threefold.recipe_lookup import packaged, resolve
+from threefold.recipe_schema import AugmentSpec, FeatureSpec
 
 
 def parse(*sets: str, **changes: Any) -> Recipe:
@@ -167,6 +168,22 @@ def test_pseudo_labels_need_honest_teachers(override: str, words: str) -> None:
 
     with pytest.raises(RecipeError, match=re.escape(words)):
         parse("members.plain.img_size=224", override, pseudo_labels=PSEUDO, **changes)
+
+
+def test_tables_that_nobody_reads_go_with_the_members() -> None:
+    probe = {"name": "probe", "backbone": "test_resnet", "img_size": 32}
+    stages = [
+        {"name": "head", "kind": "head", "members": ["probe"]},
+        {"name": "one", "epochs": 1, "lr": 1e-3},
+    ]
+    members = [probe, tiny_tree(Path("x"))["members"][0]]
+
+    recipe = parse(stages=stages, members=members, features={"copies": 2})
+
+    assert recipe.without(["probe"]).features == FeatureSpec()
+    assert recipe.without(["probe"]).augment == recipe.augment
+    assert recipe.without(["plain"]).features == recipe.features
+    assert parse(stages=stages, members=members).without(["plain"]).augment == AugmentSpec()
 
 
 def test_those_before_the_first_student_teach() -> None:

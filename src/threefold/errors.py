@@ -185,7 +185,7 @@ def out_of_memory(where: object, error: BaseException, fix: str = "") -> OutOfMe
     return OutOfMemoryError(
         "not enough memory",
         where=where,
-        got=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}",
+        got=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}".rstrip(": "),
         fix=fix
         or "close other programs and run the same command again, or set a smaller img_size "
         "or train.batch_size; finished work is kept",

@@ -221,6 +221,7 @@ def test_a_first_answer_without_a_probe(
     assert list(saved.left_out) == ["probe", "tuned"]
     assert notes.has("LEFT OUT: member probe")
     assert notes.has("LEFT OUT: member tuned, it needs probe")
+    assert sum("is tried once more" in note for note in notes.notes) == 1
 
 
 def test_features_are_computed_one_by_one_if_memory_is_short(
