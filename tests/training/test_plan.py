@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -20,7 +21,7 @@ from threefold.training.checks import check_trainable
 from threefold.training.features.probe import predict_fit_seconds
 from threefold.training.planning import plan as planning
 from threefold.training.planning import tuning as plan_tuning
-from threefold.training.planning.basis import Decision
+from threefold.training.planning.basis import Clock, Decision
 from threefold.training.planning.image_size import ProbePlan
 from threefold.training.planning.measure import Speed
 from threefold.training.planning.overrides import mark_overrides
@@ -219,6 +220,17 @@ def test_impossible_budget_is_refused(tmp_path: Path) -> None:
         RecipeError, match=r"the budget is too small: --budget; expected at least .* got 3 s;"
     ):
         plan_folder(root, 3 / 60, TINY, UNTRAINED)
+
+
+def test_a_budget_that_planning_used_up_is_too_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_folder(tmp_path, ["cat", "dog"])
+    late = Clock(300, time.monotonic() - 100)
+    monkeypatch.setattr(Clock, "start", lambda budget: late)
+
+    with pytest.raises(RecipeError, match=r"expected at least about 4\d0 s .* got 300 s;"):
+        plan_folder(root, 5, TINY, UNTRAINED)
 
 
 def test_members_and_overrides_are_used(tmp_path: Path) -> None:

@@ -88,6 +88,11 @@ class Clock:
         """Seconds that are left."""
         return max(0.0, self.end - time.monotonic())
 
+    @property
+    def spent(self) -> float:
+        """Seconds since the clock of a budget was started."""
+        return time.monotonic() - self.end + self.budget - STARTUP_SECONDS
+
 
 def relative_costs(draft: Recipe) -> list[float]:
     """Cost of each member's features, relative to the first."""

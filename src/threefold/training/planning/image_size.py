@@ -208,7 +208,7 @@ def _smallest_way(
             decision = Decision("img_size", size, reason)
             first = seconds(size, 1) / n
             return ProbePlan(size, costs[:count], first, seconds(size, count), decision)
-    needed = seconds(size, 1) / FEATURE_SHARE + STARTUP_SECONDS
+    needed = clock.spent + seconds(size, 1) / FEATURE_SHARE + STARTUP_SECONDS
     raise RecipeError(
         "the budget is too small",
         where="--budget",
