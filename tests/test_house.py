@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import re
 import runpy
@@ -24,6 +25,7 @@ ORDER = DRAWING["ORDER"]
 TORCH_PACKAGES = {"models", "training", "exporting"}
 
 
+@functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 

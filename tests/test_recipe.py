@@ -121,8 +121,10 @@ def test_images_in_place_of_a_recipe_name_the_verb(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=rf"got a folder; .*threefold fit {tmp_path}"):
         resolve(str(tmp_path))
 
-    with pytest.raises(RecipeError, match=r"got a table; .*threefold fit my\.csv"):
-        resolve("my.csv")
+    forms = {"a.csv": "table", "a.TSV": "table", "a.zip": "archive", "a.npz": "file of arrays"}
+    for name, form in forms.items():
+        with pytest.raises(RecipeError, match=rf"got an? {form}; .*threefold fit {name}"):
+            resolve(name)
 
     (tmp_path / "recipe.toml").touch()
     with pytest.raises(RecipeError, match=rf"train {tmp_path}/recipe\.toml --out {tmp_path}"):

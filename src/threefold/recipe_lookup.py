@@ -8,6 +8,7 @@ from pathlib import Path
 
 from threefold.errors import RecipeError
 from threefold.recipe import Recipe
+from threefold.suffixes import ARCHIVES, ARRAYS, TABLES
 
 _PACKAGED = Path(__file__).parent / "recipes"
 
@@ -39,7 +40,8 @@ def resolve(text: str, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: there is none, or it is invalid; or this is a folder or a table of images.
     """
     path = Path(text)
-    if path.is_dir() or path.suffix.lower() in (".csv", ".parquet"):
+    held = _images_in(path)
+    if held:
         fix = shlex.join(["threefold", "fit", text])
         if (path / "recipe.toml").is_file():
             fix = shlex.join(["threefold", "train", str(path / "recipe.toml"), "--out", text])
@@ -47,7 +49,15 @@ def resolve(text: str, overrides: Iterable[str] = ()) -> Recipe:
             "not a recipe",
             where=text,
             expected=f"a .toml file or one of {', '.join(packaged_names())}",
-            got="a folder" if path.is_dir() else "a table",
+            got=held,
             fix=f"to train on its images: {fix}",
         )
     return Recipe.load(text, overrides) if text.endswith(".toml") else packaged(text, overrides)
+
+
+def _images_in(path: Path) -> str:
+    """Say in what form a path holds images; empty if it looks like no such thing."""
+    if path.is_dir():
+        return "a folder"
+    forms = {"a table": TABLES, "an archive": ARCHIVES, "a file of arrays": (ARRAYS,)}
+    return next((form for form, ends in forms.items() if path.name.lower().endswith(ends)), "")

@@ -111,7 +111,7 @@ def choose_size(
     sample = spread_over_classes(sources.train.truth, 32)
     only = fixed_size(first.backbone)
     if any(member.img_size != usual_size(member) for member in draft.members):
-        per_image = cache.seconds_per_image("train", first, sample, summary.n)
+        per_image = cache.seconds_per_image("train", first, sample, summary.images)
         decision = Decision(key, first.img_size, "named by you")
         total = summary.images * per_image * sum(costs)
         return ProbePlan(first.img_size, costs, per_image, total, decision)

@@ -319,7 +319,7 @@ def tuning_stages(
     if tuning is None:
         return [head], []
     bases = probes[: tuning.members]
-    cached = all(_can_cache(member, device) for member in draft.members)
+    cached = all(_can_cache(member, device) for member in draft.members[: len(bases)])
     size = tuning_size(tuning, img_size)
     tuned = [
         {
