@@ -77,6 +77,17 @@ def test_table_beside_its_images_is_found(tmp_path: Path, cache: Path, form: str
     check(load_data(spec, 0))
 
 
+@pytest.mark.parametrize("form", ["", "zip"])
+def test_a_check_reads_what_a_run_would_read(tmp_path: Path, cache: Path, form: str) -> None:
+    root = make_competition(tmp_path / "competition")
+    given = Path(shutil.make_archive(str(tmp_path / "all"), form, root)) if form else root
+
+    spec = find_spec(str(given))
+
+    assert spec == detect_source(given)
+    assert check_data(spec).usable
+
+
 def test_class_folders_win_over_a_table(tmp_path: Path, cache: Path) -> None:
     root = make_folders(tmp_path / "photos", split=True)
     (root / "labels.csv").write_text("path,label\ntrain/wolf/0.png,wolf\n")

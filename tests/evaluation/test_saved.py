@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +53,22 @@ def test_several_files_are_joined_by_id(tmp_path: Path) -> None:
     assert read_sources([Path(files[0])], ["a"]).members == ("a",)
     with pytest.raises(DataError, match="no predictions given"):
         read_sources([])
-    with pytest.raises(RunError, match="no out-of-fold predictions"):
+    with pytest.raises(RunError, match=r"no out-of-fold predictions.*give a finished run folder"):
         read_sources([tmp_path])
+
+
+@pytest.mark.parametrize("left", ["nothing but the recipe", "all but oof.npz"])
+def test_a_run_without_its_rows_names_training(finished: Run, tmp_path: Path, left: str) -> None:
+    run = tmp_path / "run"
+    if left == "all but oof.npz":
+        shutil.copytree(finished.dir, run, ignore=shutil.ignore_patterns("oof.npz"))
+    else:
+        run.mkdir()
+        shutil.copy(finished.dir / "recipe.toml", run)
+    train = f"fix: run `threefold train {run / 'recipe.toml'} --out {run}`"
+
+    with pytest.raises(RunError, match=re.escape(train)):
+        score_saved([run])
 
 
 def test_a_copy_of_a_member_counts_once_and_is_named(tmp_path: Path) -> None:

@@ -211,3 +211,24 @@ def test_a_cascade_is_left_out_or_in_the_way(finished: Run, tmp_path: Path) -> N
     assert alone.exit_code == 0, alone.output
     assert "trtexec --onnx=" in alone.output
     assert threefold.load(fixed).card["fixed_size"] == 32
+
+
+@pytest.mark.parametrize("kind", ["pt2", "xml", "mlpackage", "tflite", "onnx"])
+def test_a_file_that_has_no_cascade_says_so(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise ExportError("far enough")
+
+    monkeypatch.setattr(targets, "export", stop)
+    monkeypatch.setattr(targets, "check_kind", lambda *_: None)  # packages are not needed here
+    path = tmp_path / f"m.{kind}"
+
+    plain, flat = (
+        runner.invoke(app, ["export", str(finished.dir), "--out", str(path), *more])
+        for more in ([], ["--no-cascade"])
+    )
+
+    said = f"the cascade is left out: .{kind} files have none" in " ".join(plain.output.split())
+    assert said == (kind != "onnx")
+    assert "cascade" not in flat.output

@@ -16,6 +16,7 @@ from torch import nn
 
 from threefold import api
 from threefold.errors import RunError
+from threefold.evaluation.saved import read_sources
 from threefold.recipe import Job, Recipe
 from threefold.training import job as job_module
 from threefold.training.jobs import train_members
@@ -199,6 +200,8 @@ def test_paper_protocol_selects_on_test_and_says_so(images: Path, tmp_path: Path
     stacked = results.score("stacked", "ensemble", "test")
     assert stacked is not None
     assert stacked.fitted_on == "the scored rows"
+    with pytest.raises(RunError, match=f"fix: for its test rows: threefold ensemble {run.dir}"):
+        read_sources([run.dir])
 
 
 def test_refit_answers_on_test_with_one_model(images: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from threefold.data.detect_source import (
     find_multilabel,
     is_hub_name,
     names_shards,
+    spec_of_table,
 )
 from threefold.data.leakage import (
     NEAR,
@@ -33,6 +34,7 @@ from threefold.data.leakage import (
 from threefold.data.load import load_data
 from threefold.data.published import FILE_PATTERNS
 from threefold.data.quality import FAULTS, QualityFinding, QualityMeter
+from threefold.data.sources.unpacked import is_archive
 from threefold.errors import DataError, RecipeError, refuse_address, shorten
 from threefold.names import count_of
 from threefold.recipe import Recipe
@@ -183,7 +185,12 @@ def _find_spec(source: str, kind: str) -> DataSpec:
         if source in FILE_PATTERNS:
             fix = f"threefold data fetch {source} --to FOLDER, then check FOLDER"
         raise DataError("no such file or folder", where=source, fix=fix)
-    return DataSpec.model_validate({"source": kind or _guess_source(path), "root": source})
+    guessed = kind or _guess_source(path)
+    if not kind and guessed == "folder" and (path.is_dir() or is_archive(path)):
+        inside = spec_of_table(path)  # as a run reads it
+        if inside is not None:
+            return inside
+    return DataSpec.model_validate({"source": guessed, "root": source})
 
 
 def _with_findings(spec: DataSpec, decided: Collection[str]) -> DataSpec:

@@ -59,12 +59,8 @@ def detect_source(data: str | Path) -> DataSpec:
     if holds_samples(path):
         return DataSpec(source="webdataset", root=str(path.resolve()))
     if path.is_dir() or is_archive(path):
-        table = find_table(path)
-        if table is None:
-            return DataSpec(source="folder", root=str(path.resolve()))
-        # An archive stays the root, since the cache that it is unpacked in may be emptied.
-        root = path if is_archive(path) else table
-        return DataSpec(source=TABLES[table.suffix.lower()], root=str(root.resolve()))
+        spec = spec_of_table(path) or DataSpec(source="folder", root=str(path))
+        return spec.model_copy(update={"root": str(Path(spec.root).resolve())})
     if is_hub_name(data):
         if importlib.util.find_spec("datasets") is None:
             raise DataError(
@@ -90,6 +86,23 @@ def detect_source(data: str | Path) -> DataSpec:
             expected=expected,
         )
     return DataSpec(source=source, root=str(path.resolve()))
+
+
+def spec_of_table(path: Path) -> DataSpec | None:
+    """Return the `data` table for a folder or archive with a table of images in it.
+
+    Returns:
+        None if there is no table, or if there are class folders.
+
+    Raises:
+        DataError: several tables fit; or the archive or the folder cannot be read.
+    """
+    table = find_table(path)
+    if table is None:
+        return None
+    # An archive stays the root, since the cache that it is unpacked in may be emptied.
+    root = path if is_archive(path) else table
+    return DataSpec(source=TABLES[table.suffix.lower()], root=str(root))
 
 
 def names_shards(data: str | Path) -> bool:

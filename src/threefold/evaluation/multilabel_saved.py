@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from threefold.ensembles.multilabel import CrossFitted, Metric
-from threefold.errors import DataError, RunError
+from threefold.errors import DataError
 from threefold.evaluation.compare import check_contenders, require_one_member, split_source
 from threefold.evaluation.multilabel import (
     MultilabelEvaluation,
@@ -25,7 +25,7 @@ from threefold.evaluation.multilabel import (
     warnings_about,
     with_verdict,
 )
-from threefold.evaluation.saved import left_out
+from threefold.evaluation.saved import left_out, without_oof_rows
 from threefold.names import count_of
 from threefold.predictions.multilabel import MultilabelPredictions, is_multilabel_file
 from threefold.predictions.multilabel_results import MultilabelPredictionSummary
@@ -102,14 +102,10 @@ def read_multilabel(sources: Sequence[Path], members: Sequence[str] = ()) -> Mul
         if not source.is_dir():
             parts.append(MultilabelPredictions.load(source))
             continue
-        rows = RunFolder(source).multilabel_oof
+        folder = RunFolder(source)
+        rows = folder.multilabel_oof
         if rows is None:
-            raise RunError(
-                "no out-of-fold predictions",
-                where=source,
-                expected="oof.npz",
-                fix="give a finished run folder",
-            )
+            raise without_oof_rows(folder)
         parts.append(rows)
     joined = join_multilabel(parts)
     return joined.select(members) if members else joined

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -65,17 +66,28 @@ def read_sources(
         if not source.is_dir():
             parts.append(read_predictions(source, labels=labels, classes=classes))
             continue
-        rows = RunFolder(source).oof
+        folder = RunFolder(source)
+        rows = folder.oof
         if rows is None:
-            raise RunError(
-                "no out-of-fold predictions",
-                where=source,
-                expected="oof.npz",
-                fix="give a finished run folder",
-            )
+            raise without_oof_rows(folder)
         parts.append(rows)
     joined = parts[0] if len(parts) == 1 else join_predictions(parts)
     return joined.select(members) if members else joined
+
+
+def without_oof_rows(folder: RunFolder) -> RunError:
+    """Return the error for a folder without oof.npz, with the step that its own state asks for."""
+    what = "no out-of-fold predictions"
+    if not folder.has("recipe.toml"):
+        fix = "give a finished run folder"
+    elif folder.is_finished and not any(c.score for c in folder.info.roles.values()):
+        what = "the folds of this run score no row, so there are no out-of-fold predictions"
+        fix = "set folds.k to 2 or more and train again"
+        if folder.info.n_test:
+            fix = f"for its test rows: {shlex.join(['threefold', 'ensemble', str(folder.path)])}"
+    else:  # interrupted before the members were scored, or the file was deleted
+        fix = f"run `{folder.train_command()}`"
+    return RunError(what, where=folder.path, expected="oof.npz", fix=fix)
 
 
 def evaluate_saved(
@@ -143,7 +155,7 @@ def _evaluate_run(
             "no predictions",
             where=folder.path,
             expected="oof.npz or test.npz",
-            fix="give a finished run folder",
+            fix=f"run `{folder.train_command()}`",
         )
     if reopen and folder.is_sealed:
         raise RunError(

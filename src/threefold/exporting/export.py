@@ -82,6 +82,11 @@ def export(
             "compared with the run on the images as they are now"
         )
     ensemble, parts = _choose_ensemble(run, method, members, cascade)
+    if "cascade" in parts and target.suffix != ".onnx":
+        run.watcher.note(
+            f"the cascade is left out: {target.suffix} files have none, so every member answers "
+            "every image (an .onnx file has it)"
+        )
     train = run.sources.train
     test = None if run.folder.is_sealed else run.sources.test
     dataset = train if test is None else test
