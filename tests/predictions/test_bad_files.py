@@ -35,7 +35,10 @@ TEXTS: dict[str, tuple[str | bytes, str]] = {
     "empty lines only": ("\n\n", "a column has no name"),
     "no label": ("id,cat,dog\na,1,0\n", "neither labels nor paths.*got id, cat, dog"),
     "label misspelt": ("id,labels,cat,dog\na,cat,1,0\n", "did you mean labels"),
-    "no classes": ("id,label\na,cat\n", "too few class columns"),
+    "no classes": (
+        "id,label\na,cat\n",
+        "too few class columns.*one column per class; answers alone",
+    ),
     "one class": ("id,label,cat\na,cat,1\n", "too few class columns.*1 - p"),
     "member without ids": ("label,member,cat,dog\ncat,m,1,0\n", "member needs ids"),
     "id and path": ("id,path,cat,dog\na,cat/a,1,0\n", "id or path, not both"),

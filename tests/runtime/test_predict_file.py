@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,13 @@ def test_batches_answer_as_one_image_at_a_time(
             alone = model.run(model.fit_canvas(np.asarray(Image.open(path)))[None])
             np.testing.assert_allclose(output.probs, alone.probs, atol=1e-6)
             np.testing.assert_allclose(output.member_probs, alone.member_probs, atol=1e-6)
+
+
+def test_an_archive_of_images_names_unpacking(tmp_path: Path, images: Path) -> None:
+    archive = shutil.make_archive(str(tmp_path / "photos"), "zip", images)
+
+    with pytest.raises(DataError, match=r"photos\.zip; fix: unpack it, and give the folder"):
+        list(find_images([archive]))
 
 
 def test_images_wait_in_bounded_memory(

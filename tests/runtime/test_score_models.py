@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -70,6 +71,20 @@ def write_card(path: Path, **changes: object) -> Path:
     values = {"size": 6, "classes": list(COLOURS), **changes}
     path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
     return path
+
+
+@pytest.mark.parametrize("form", ["a folder", "a table"])
+def test_images_without_labels_name_predict(tmp_path: Path, form: str) -> None:
+    model = write_model(tmp_path / "colours.onnx")
+    data = write_colours(tmp_path / "images") / "red"
+    if form == "a table":
+        data = tmp_path / "test.csv"
+        data.write_text("image_id\nimages/red/0.png\n")
+
+    with pytest.raises(
+        DataError, match=r"`threefold predict MODEL IMAGE\.\.\.` answers images with"
+    ):
+        score_models([model], data)
 
 
 def test_a_model_file_is_scored_on_a_folder(tmp_path: Path) -> None:
@@ -246,6 +261,40 @@ def test_score_is_the_accuracy(tmp_path: Path) -> None:
         model.score(images, ["red", "green", "pink"])
     with pytest.raises(DataError, match="one label for each image; expected 3 labels, got 2"):
         model.score(images, ["red", "green"])
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.array([0, 1, 0]),
+        np.array([[0], [1], [0]], np.uint8),
+        np.array([0.0, 1.0, 0.0]),
+        np.eye(3)[[0, 1, 0]],
+        [0, 1, 0],
+        [[1, 0, 0], [0, 1, 0], [1, 0, 0]],
+        np.array(["0", "1", "0"]),
+    ],
+    ids=["numbers", "a column", "floats", "one-hot", "a list", "one-hot lists", "texts"],
+)
+def test_labels_are_read_as_fit_reads_them(tmp_path: Path, labels: Any) -> None:
+    numbered = card(**{**UNCERTAIN, "classes": ["0", "1", "2"]})
+    model = threefold.load(write_model(tmp_path / "m.onnx", model_card=numbered))
+    colours = [COLOURS[name] for name in ("blue", "green", "red")]
+    images = [np.full((4, 4, 3), colour, np.uint8) for colour in colours]
+
+    assert model.score(images, labels) == pytest.approx(2 / 3)
+
+
+def test_labels_in_another_form_are_refused_in_a_line(tmp_path: Path) -> None:
+    model = threefold.load(write_model(tmp_path / "m.onnx"))
+    images = [np.full((4, 4, 3), colour, np.uint8) for colour in COLOURS.values()]
+
+    with pytest.raises(DataError, match="got 0, 1; fix: give the names of the model's classes"):
+        model.score(images, np.array([0, 1, 0]))
+    with pytest.raises(DataError, match="each image needs one label; got lists of several"):
+        model.score(images, [["red"], ["red", "blue"], []])
+    with pytest.raises(DataError, match=r"neither text nor a whole number: labels, row 1"):
+        model.score(images, ["red", None, "blue"])
 
 
 @pytest.mark.slow

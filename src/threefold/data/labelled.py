@@ -8,9 +8,10 @@ from pathlib import Path
 
 from threefold.data.dataset import ImageDataset, arrays_dataset, make_dataset
 from threefold.data.detect_source import detect_source
-from threefold.data.read_source import read_source
+from threefold.data.read_source import UNLABELLED, read_source
 from threefold.data.sources.folder import ArrayDataset
 from threefold.data.verified import verify_images
+from threefold.data.walk import is_image, list_entries
 from threefold.errors import DataError, shorten
 from threefold.names import natural_key
 from threefold.recipe_schema import WITH_LABEL_SETS
@@ -44,6 +45,14 @@ def load_labelled(
                 fix="give a table with a column of 0 and 1 for each label, or one column labels",
             )
         spec = spec.model_copy(update={"task": task, "label_separator": separator})
+    folder = Path(spec.root)
+    if spec.source == "folder" and folder.is_dir() and _is_flat(folder):
+        raise DataError(
+            "the images have no labels",
+            where=data,
+            expected="one folder per class, or a table with a column of labels",
+            fix=f"add labels; {UNLABELLED}",
+        )
     listing = read_source(spec, has_recipe=False)
     if isinstance(listing, ArrayDataset):
         if listing.test:
@@ -68,6 +77,12 @@ def load_labelled(
     classes = classes or tuple(sorted(names, key=natural_key))
     made = make_dataset(items, classes, "", listing.encoded)
     return replace(made, digests=verified.digests)
+
+
+def _is_flat(folder: Path) -> bool:
+    """Whether a folder holds images and no folders, such as the test images of a competition."""
+    inside, files = list_entries(folder)
+    return not inside and any(map(is_image, files))
 
 
 def _left_out(scored: int, others: int) -> str:

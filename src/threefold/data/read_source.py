@@ -36,6 +36,9 @@ from threefold.data.sources.webdataset import list_webdataset
 from threefold.errors import DataError
 from threefold.recipe_schema import DataSpec
 
+UNLABELLED: Final = "`threefold predict MODEL IMAGE...` answers images without labels"
+"""What a user can do who has no labels to score answers with."""
+
 _READERS: Final[dict[str, Callable[[DataSpec, Path, NamedColumns], Listing | ArrayDataset]]] = {
     "demo": lambda spec, path, named: _read_demo(),
     "mnist": lambda spec, path, named: read_mnist(path, "mnist"),
@@ -79,6 +82,7 @@ def read_source(spec: DataSpec, *, has_recipe: bool = True) -> Listing | ArrayDa
         has_recipe,
         task=spec.task,
         separator=spec.label_separator or "",
+        rename=f"rename a column; {UNLABELLED}",  # unless there is a recipe, whose keys name one
         # A resumed run sees the images that it has seen before.
         try_again=spec.bad_images == "fail",
     )

@@ -145,7 +145,9 @@ def number_columns(header: Sequence[str], where: str, has_labels: bool = False) 
             where=where,
             expected=_EXPECTED_COLUMNS,
             got=shown,
-            fix="for a sigmoid p of two classes write a column 1 - p, too",
+            fix="for a sigmoid p of two classes write a column 1 - p, too"
+            if classes
+            else "give probabilities, one column per class; answers alone cannot be combined",
         )
     return classes
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +21,7 @@ from threefold.runtime.inputs import ImageInput, iterate_images
 from threefold.runtime.model_file import MEMORY, bytes_beside, open_session, read_card
 from threefold.runtime.model_output import ModelOutput, find_fault
 from threefold.runtime.shrink import Canvas, common_canvas, shrink
+from threefold.runtime.true_labels import true_labels
 from threefold.tasks import Task
 
 FORMAT: Final = 1
@@ -158,7 +159,7 @@ class Model:
     def score(
         self,
         images: Iterable[ImageInput],
-        labels: Sequence[str] | Sequence[Collection[str]],
+        labels: Iterable[Any],
         policy: CascadePolicy = FULL,
     ) -> float:
         """Accuracy on labelled images, as scikit-learn's classifiers have it.
@@ -167,8 +168,8 @@ class Model:
 
         Args:
             images: as `infer`.
-            labels: the right class name of each image; for a multilabel model a list of names, also
-                an empty one.
+            labels: the right class of each image, as `fit` reads labels: a name, a whole number, or
+                zeros and ones (n, k); for a multilabel model a list of names, also an empty one.
             policy: how many members answer.
 
         Raises:
@@ -176,27 +177,21 @@ class Model:
                 image cannot be read.
             ExportError: as `infer`.
         """
-        if self.task == "multilabel" and any(isinstance(label, str) for label in labels):
-            raise DataError(
-                "the model gives any number of labels",
-                where=self.path,
-                expected="a list of labels for each image",
-                got="one text for an image",
-            )
-        right = [frozenset([row] if isinstance(row, str) else map(str, row)) for row in labels]
+        right = true_labels(labels, self.task)
         unknown = sorted(frozenset().union(*right) - set(self.classes))
         if unknown:
             raise DataError(
                 "labels that the model does not know",
                 expected=shorten(self.classes),
                 got=shorten(unknown),
+                fix="give the names of the model's classes",
             )
         answers = self.predict(images, policy)
-        if len(answers) != len(labels) or not answers:
+        if len(answers) != len(right) or not answers:
             raise DataError(
                 "a score needs one label for each image",
                 expected=f"{len(answers)} labels" if answers else "images",
-                got=len(labels),
+                got=len(right),
             )
         given = [frozenset([row] if isinstance(row, str) else row) for row in answers]
         return sum(map(frozenset.__eq__, given, right)) / len(answers)

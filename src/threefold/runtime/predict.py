@@ -14,6 +14,7 @@ import numpy as np
 
 from threefold.data.image_rows import ImageRow, list_rows, names_images
 from threefold.data.images import IMAGE_SUFFIXES, decode
+from threefold.data.sources.unpacked import is_archive
 from threefold.data.walk import LeftOut, describe_left_out, iterate_images
 from threefold.errors import DataError, RecipeError
 from threefold.names import printable
@@ -50,7 +51,7 @@ def find_images(
         notify: called with what is left out of a folder.
 
     Raises:
-        DataError: a folder holds no image.
+        DataError: a folder holds no image, or a file is an archive.
     """
     for source in sources:
         path = Path(source)
@@ -76,6 +77,12 @@ def find_images(
                     where=path,
                     expected=f"files ending in {', '.join(sorted(IMAGE_SUFFIXES))}",
                 )
+        elif is_archive(path):
+            raise DataError(
+                "an archive is not an image",
+                where=path,
+                fix="unpack it, and give the folder of its images",
+            )
         else:
             yield path
 

@@ -189,6 +189,7 @@ def _find_arrays(arrays: dict[str, NDArray[np.generic]], path: Path) -> dict[str
             where=path,
             expected="images and labels, or x_train, y_train[, x_test, y_test]",
             got=shorten(arrays) or "an empty file",
+            fix="name them: np.savez('data.npz', x_train=..., y_train=...)",
         )
     return {split: (images[split], labels[split]) for split in images}
 
