@@ -153,6 +153,10 @@ def test_what_a_run_lacks_is_one_line(unfinished: Path, whole: Path) -> None:
         threefold.open(whole).model()
     with pytest.raises(RunError, match="no exported file"):
         threefold.open(whole).score(whole)
+    with pytest.raises(RunError, match=r"not a run folder: \S*m\.onnx.*threefold\.load$"):
+        threefold.open(whole.parent / "m.onnx")
+    with pytest.raises(RunError, match=r"not a run folder.*`threefold fit` made$"):
+        threefold.open(whole.parent / "no such run")
     with pytest.raises(RunError, match="not a run folder"):
         threefold.open(whole.parent)
 

@@ -105,6 +105,10 @@ def test_a_pillow_image_is_turned_and_laid_on_white() -> None:
         (PIXELS - 128.0, "float64 values from -128 to"),
         (PIXELS * 1.0, "float64 values from 0 to"),
         (np.full((2, 2, 3), np.nan), "float64 values from nan"),
+        (
+            pd.DataFrame({"image": ["a.png"], "label": ["a"]}),
+            "the column of their paths.*got columns image, label",
+        ),
         (tensor().permute(2, 0, 1).float().sub(0.5).bfloat16(), "cannot read the tensor"),
     ],
 )

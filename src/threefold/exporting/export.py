@@ -81,12 +81,7 @@ def export(
             f"the images have changed since the run began ({'; '.join(changes)}): the file is "
             "compared with the run on the images as they are now"
         )
-    ensemble, parts = _choose_ensemble(run, method, members, cascade)
-    if "cascade" in parts and target.suffix != ".onnx":
-        run.watcher.note(
-            f"the cascade is left out: {target.suffix} files have none, so every member answers "
-            "every image (an .onnx file has it)"
-        )
+    ensemble, parts = _choose_ensemble(run, target, method, members, cascade)
     train = run.sources.train
     test = None if run.folder.is_sealed else run.sources.test
     dataset = train if test is None else test
@@ -126,7 +121,7 @@ def export(
 
 
 def _choose_ensemble(
-    run: Run, method: str | None, members: Sequence[str], cascade: bool
+    run: Run, target: Path, method: str | None, members: Sequence[str], cascade: bool
 ) -> tuple[ExportedEnsemble, dict[str, Any]]:
     """Return the ensemble, and its part of the model card, with or without its cascade."""
     if method is not None or members:
@@ -134,7 +129,13 @@ def _choose_ensemble(
     else:
         ensemble = chosen_ensemble(run)
     left_out = () if cascade else ("cascade",)
-    return ensemble, {key: part for key, part in ensemble.card.items() if key not in left_out}
+    parts = {key: part for key, part in ensemble.card.items() if key not in left_out}
+    if "cascade" in parts and target.suffix != ".onnx":
+        run.watcher.note(
+            f"the cascade is left out: {target.suffix} files have none, so every member answers "
+            "every image (an .onnx file has it)"
+        )
+    return ensemble, parts
 
 
 def _cascade_of(card: Mapping[str, Any]) -> Cascade | None:

@@ -115,12 +115,14 @@ class RunFolder(RunResults):
         folder = cls(path)
         if not (folder.path / "recipe.toml").is_file():
             refuse_address(path, RunError)
+            fix = "give the folder that `threefold train --out` or `threefold fit` made"
+            if folder.path.suffix == ".onnx":
+                fix += "; an exported file answers images: `threefold predict`, threefold.load"
+            elif folder.path.exists():
+                images = shlex.quote(str(path))
+                fix += f"; to train on a folder of images run `threefold fit {images}`"
             raise RunError(
-                "not a run folder",
-                where=folder.path,
-                expected="recipe.toml in it",
-                fix="give the folder that `threefold train --out` or `threefold fit` made; to "
-                f"train on a folder of images run `threefold fit {shlex.quote(str(path))}`",
+                "not a run folder", where=folder.path, expected="recipe.toml in it", fix=fix
             )
         return folder
 

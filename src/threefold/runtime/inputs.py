@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from threefold.data.images import decode, rgb_pixels
-from threefold.errors import ExportError
+from threefold.errors import ExportError, shorten
 
 
 class ArrayLike(Protocol):
@@ -38,6 +38,12 @@ def iterate_images(images: ImageInput | Iterable[ImageInput]) -> Iterator[np.nda
         DataError: a file cannot be read.
         ExportError: something is not an image, or the values are not pixels.
     """
+    if hasattr(images, "columns"):  # a data frame, which numpy reads as an array of cells
+        raise ExportError(
+            "a table is not a list of images",
+            expected="the column of their paths, such as table['image']",
+            got=f"columns {shorten(map(str, images.columns))}",
+        )
     is_array_of_one = len(getattr(images, "shape", ())) in (2, 3)
     is_file = isinstance(images, (*_ENCODED, Image.Image)) or hasattr(images, "read")
     if is_file or is_array_of_one:
