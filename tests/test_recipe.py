@@ -14,6 +14,7 @@ from threefold.errors import RecipeError
 from threefold.recipe import Recipe
 from threefold.recipe_lookup import packaged, resolve
 from threefold.recipe_schema import AugmentSpec, FeatureSpec
+from threefold.recipe_subset import known_digests
 
 
 def parse(*sets: str, **changes: Any) -> Recipe:
@@ -186,6 +187,18 @@ def test_tables_that_nobody_reads_go_with_the_members() -> None:
     assert recipe.without(["probe"]).augment == recipe.augment
     assert recipe.without(["plain"]).features == recipe.features
     assert parse(stages=stages, members=members).without(["plain"]).augment == AugmentSpec()
+
+
+def test_a_student_that_starts_from_a_probe_has_digests() -> None:
+    probe = {"name": "probe", "backbone": "test_resnet", "img_size": 32}
+    stages = [
+        {"name": "head", "kind": "head", "members": ["probe"]},
+        {"name": "one", "epochs": 1, "lr": 1e-3},
+    ]
+    members = [probe, {"name": "student", "img_size": 32, "starts_from": "probe"}]
+    recipe = parse(stages=stages, members=members, distill={"run": "x", "student": "student"})
+
+    assert list(known_digests(recipe)) == [recipe.digest(), recipe.digest(as_given=True)]
 
 
 def test_those_before_the_first_student_teach() -> None:

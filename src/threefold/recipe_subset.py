@@ -30,7 +30,7 @@ def known_digests(recipe: Recipe) -> Iterator[str]:
     """Yield the digests that a recipe, or that of its probes, may have in the record of a run."""
     tuned = [member.name for member in recipe.members if member.name not in recipe.probes]
     parts = [recipe]
-    if tuned and recipe.probes:
+    if tuned and recipe.probes and recipe.distill is None:  # a student is never left for later
         parts.append(recipe.without(tuned))
     for part in parts:
         yield part.digest()
