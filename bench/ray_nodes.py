@@ -34,6 +34,10 @@ def can_start() -> str:
     return ""
 
 
+QUICK: Final = {"RAY_health_check_timeout_ms": "10000", "RAY_health_check_failure_threshold": "3"}
+"""A node that is killed is given up within half a minute, as by Ray's own settings."""
+
+
 class NamespaceNode:
     """A node with one processor, in a network namespace of its own.
 
@@ -45,7 +49,7 @@ class NamespaceNode:
     def __init__(self, number: int, cache: Path) -> None:
         self.name, self.address = f"raynode{number}", f"10.77.0.{10 + number}"
         outer, inner = f"rayout{number}", f"rayin{number}"
-        self._cable = inner
+        self._outer, self._inner = outer, inner
         _ip("netns", "add", self.name)
         _ip("link", "add", outer, "type", "veth", "peer", "name", inner)
         _ip("link", "set", inner, "netns", self.name)
@@ -72,7 +76,7 @@ class NamespaceNode:
 
     def kill(self) -> None:
         """Kill all processes of the node, and unplug its cable, as a loss of power would."""
-        _ip("-n", self.name, "link", "set", self._cable, "down", check=False)
+        _ip("-n", self.name, "link", "set", self._inner, "down", check=False)
         for pid in self.processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -81,6 +85,7 @@ class NamespaceNode:
     def remove(self) -> None:
         """Kill the node and take its namespace away."""
         self.kill()
+        _ip("link", "del", self._outer, check=False)
         _ip("netns", "del", self.name, check=False)
 
 
@@ -95,6 +100,7 @@ def namespace_cluster(nodes: int, folder: Path) -> Iterator[list[NamespaceNode]]
     Yields:
         The nodes.
     """
+    _remove_leftovers(nodes)
     _ip("link", "add", BRIDGE, "type", "bridge")
     started: list[NamespaceNode] = []
     head = None
@@ -116,6 +122,14 @@ def namespace_cluster(nodes: int, folder: Path) -> Iterator[list[NamespaceNode]]
         _ip("link", "del", BRIDGE, check=False)
 
 
+def _remove_leftovers(nodes: int) -> None:
+    """Take away what a bench that was killed has left."""
+    for number in range(1, nodes + 1):
+        _ip("link", "del", f"rayout{number}", check=False)
+        _ip("netns", "del", f"raynode{number}", check=False)
+    _ip("link", "del", BRIDGE, check=False)
+
+
 class _RayProcess:
     """`ray start` of a node, which stays in the foreground of a process group of its own.
 
@@ -131,7 +145,7 @@ class _RayProcess:
         ray = Path(sys.executable).with_name("ray")
         command = [*prefix, str(ray), "start", "--block", "--disable-usage-stats", *options]
         self._command = [*command, "--object-store-memory", str(STORE_BYTES)]
-        self._environment = {**os.environ, **PATIENT, **environment}
+        self._environment = {**os.environ, **PATIENT, **QUICK, **environment}
         self._process = self._begin()
 
     def _begin(self) -> subprocess.Popen[bytes]:
