@@ -135,11 +135,12 @@ def _describe(error: OSError) -> ThreefoldError:
 
 
 def _is_of_console(error: OSError) -> bool:
-    """Whether Rich could not print something, which it may have lost by then."""
+    """Whether something could not be printed, which may be lost by then."""
     import traceback
 
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(frames) and frames[-1].f_globals.get("__name__") == "rich.console"
+    printers = ("rich.console", "threefold.cli.console")
+    return bool(frames) and frames[-1].f_globals.get("__name__") in printers
 
 
 def _give_up(stream: TextIO) -> bool:
