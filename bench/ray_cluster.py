@@ -118,7 +118,8 @@ class Training:
             raise RuntimeError(f"training ended with code {self.process.returncode}")
         files = sorted(p for p in self.folder.rglob("*") if p.suffix in (".safetensors", ".npz"))
         hashes = {p.relative_to(self.folder).as_posix(): sha256(p) for p in files}
-        return Trained(float(said), hashes, self.jobs_done())
+        # Ray may have printed something before.
+        return Trained(float(said.splitlines()[-1]), hashes, self.jobs_done())
 
 
 @dataclass(frozen=True)
