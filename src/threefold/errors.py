@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Self
 
 from threefold.names import printable
@@ -55,6 +55,12 @@ class ThreefoldError(Exception):
         """Return the error with other advice, from a caller that knows what helps."""
         return type(self)(
             self.what, where=self.where, expected=self.expected, got=self.got, fix=fix
+        )
+
+    def at(self, where: str) -> Self:
+        """Return the error of another place, from a caller that knows more of it."""
+        return type(self)(
+            self.what, where=where, expected=self.expected, got=self.got, fix=self.fix
         )
 
 
@@ -112,9 +118,17 @@ class MissingExtraError(ThreefoldError, ImportError):
     """Optional packages are missing; the message names the pip command that installs them."""
 
 
-def kind_of(error: ThreefoldError) -> str:
-    """Name the class of this module that an error has, for a process that raises it again."""
-    return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == __name__)
+def error_texts(error: ThreefoldError) -> tuple[str, ...]:
+    """Return the class of this module that an error has, and its parts, for another process."""
+    kind = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == __name__)
+    return kind, *map(str, (error.what, error.where, error.expected, error.got, error.fix))
+
+
+def error_from(texts: Sequence[str]) -> ThreefoldError:
+    """Make the error again that `error_texts` has described."""
+    kind, what, where, expected, got, fix = texts
+    error: ThreefoldError = globals()[kind](what, where=where, expected=expected, got=got, fix=fix)
+    return error
 
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/{1,2}[^/]", re.IGNORECASE)

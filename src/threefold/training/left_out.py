@@ -50,14 +50,22 @@ def naming_job(job: Job) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, OutOfMemoryError) and not is_out_of_memory(error):
+        shortage = shortage_of(job, error)
+        if shortage is None:
             raise
         traceback.clear_frames(error.__traceback__)  # which keep the tensors of the step
-        cause = error if isinstance(error, ThreefoldError) else out_of_memory("", error)
-        where = f"member {job.member}, {fold_name(job.fold)}, stage {job.stage}"
-        named = JobMemoryError(cause.what, where=where, got=cause.got, fix=cause.fix)
-        named.job = job
-        raise named from None
+        raise shortage from None
+
+
+def shortage_of(job: Job, error: Exception) -> JobMemoryError | None:
+    """Return an error of exhausted memory as one that names the job; None for any other error."""
+    if not isinstance(error, OutOfMemoryError) and not is_out_of_memory(error):
+        return None
+    cause = error if isinstance(error, ThreefoldError) else out_of_memory("", error)
+    where = f"member {job.member}, {fold_name(job.fold)}, stage {job.stage}"
+    named = JobMemoryError(cause.what, where=where, got=cause.got, fix=cause.fix)
+    named.job = job
+    return named
 
 
 def free_memory() -> None:

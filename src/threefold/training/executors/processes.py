@@ -23,17 +23,16 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from threefold import errors
 from threefold.data.dataset import Sources
 from threefold.data.sources.folder import EncodedImages
-from threefold.errors import RecipeError, RunError, ThreefoldError
+from threefold.errors import RecipeError, RunError, ThreefoldError, error_from
 from threefold.recipe import Job
 from threefold.training.executors.devices import Device, share_out
 from threefold.training.executors.order import Schedule
 from threefold.training.executors.relay import tell
 from threefold.training.executors.worker import CLAIMS_FOLDER, WorkOrder
 from threefold.training.executors.worker_process import GRACE
-from threefold.training.left_out import JobMemoryError, naming_job
+from threefold.training.left_out import JobMemoryError, shortage_of
 from threefold.training.pixel_cache import PixelCache, select_rows
 from threefold.training.progress.terminal_curves import label_of
 from threefold.training.pseudo_labels import Caches
@@ -249,13 +248,10 @@ class _Crew:
 
     def _fail(self, member: _Member, error: ThreefoldError) -> None:
         """Raise the error of a worker; a job that does not fit into memory is given up instead."""
-        if member.job is None:
+        shortage = None if member.job is None else shortage_of(member.job, error)
+        if member.job is None or shortage is None:
             raise error
-        try:
-            with naming_job(member.job):
-                raise error
-        except JobMemoryError as shortage:
-            self.shortage = self.shortage or shortage
+        self.shortage = self.shortage or shortage
         job, member.job = member.job, None
         self.schedule.give_up(job)
         self.run.watcher.ended(job, done=False)
@@ -296,16 +292,8 @@ def _pack(order: WorkOrder, sources: Sources) -> bytes:
     return bytes(ForkingPickler.dumps((order, None if inside else sources)))
 
 
-def _rebuild(member: _Member, values: Sequence[str]) -> ThreefoldError:
+def _rebuild(member: _Member, texts: Sequence[str]) -> ThreefoldError:
     """The error of a worker, as this process raises it."""
-    name, what, where, expected, got, fix = values
-    kind = getattr(errors, name, RunError)
+    error = error_from(texts)
     job = f" ({label_of(member.job)})" if member.job is not None else ""
-    error: ThreefoldError = kind(
-        what,
-        where=f"{where or member.log}{job}",
-        expected=expected,
-        got=got,
-        fix=fix,
-    )
-    return error
+    return error.at(f"{error.where or member.log}{job}")

@@ -21,7 +21,7 @@ import torch
 
 from threefold.data.dataset import ImageDataset
 from threefold.data.sources.folder import EncodedImages
-from threefold.errors import RunError
+from threefold.errors import RunError, error_from
 from threefold.object_store import url_of
 from threefold.predictions.remote_run import RemoteRun
 from threefold.recipe import Job, fold_name
@@ -40,7 +40,7 @@ from threefold.training.executors.ray_tasks import Answer, Errand, do_job
 from threefold.training.executors.relay import tell
 from threefold.training.executors.worker import CLAIMS_FOLDER, WorkOrder
 from threefold.training.head_jobs import prepare_features
-from threefold.training.left_out import JobMemoryError, naming_job
+from threefold.training.left_out import JobMemoryError, shortage_of
 from threefold.training.pseudo_labels import Caches
 from threefold.training.run import Run
 
@@ -294,11 +294,12 @@ class _Submission:
         if group:
             self.opening.pop(group, None)
             self.homes[group] = answer.node
-        try:
-            with naming_job(job):
-                answer.raise_error()
-        except JobMemoryError as error:
-            self.shortage = self.shortage or error
+        if answer.error:
+            error = error_from(answer.error)
+            shortage = shortage_of(job, error)
+            if shortage is None:
+                raise error
+            self.shortage = self.shortage or shortage
             self.schedule.give_up(job)
             self.run.watcher.ended(job, done=False)
             return

@@ -15,16 +15,13 @@ from typing import Any, Final
 import torch
 from threadpoolctl import threadpool_limits
 
-from threefold import errors
 from threefold.data.dataset import Sources
-from threefold.errors import RunError, ThreefoldError, kind_of
+from threefold.errors import RunError, ThreefoldError, error_texts
 from threefold.predictions.remote_run import RemoteRun
 from threefold.recipe import Job
 from threefold.training.executors.relay import RelayWatcher, Report
 from threefold.training.executors.worker import Outcome, Worker, WorkOrder, open_worker
 from threefold.training.job import RESUME_FILE
-
-_PARTS: Final = ("what", "where", "expected", "got", "fix")
 
 
 @dataclass(frozen=True)
@@ -59,23 +56,12 @@ class Answer:
     Attributes:
         state: done; claimed = another worker does it; stopped = its state is saved; failed.
         node: Ray's name of the node that did it.
-        error: kind and parts of the error of a job that failed.
+        error: of a job that failed, as `errors.error_texts` has it; empty of the others.
     """
 
     state: str
     node: str
-    error: tuple[str, tuple[str, ...]] | None = None
-
-    def raise_error(self) -> None:
-        """Raise the error of a job that failed.
-
-        Raises:
-            ThreefoldError: as the job raised it.
-        """
-        if self.error is not None:
-            kind, parts = self.error
-            what, *rest = parts
-            raise getattr(errors, kind)(what, **dict(zip(_PARTS[1:], rest, strict=True)))
+    error: tuple[str, ...] = ()
 
 
 def do_job(errand: Errand, sources: Sources | None, mailbox: Any) -> Answer:
@@ -94,8 +80,7 @@ def do_job(errand: Errand, sources: Sources | None, mailbox: Any) -> Answer:
             do = _do_remotely if errand.url else _do
             state = do(errand, errand.order, sources)
     except ThreefoldError as error:
-        parts = tuple(str(getattr(error, name)) for name in _PARTS)
-        return Answer("failed", node, (kind_of(error), parts))
+        return Answer("failed", node, error_texts(error))
     except _Stopped:
         return Answer("stopped", node)
     return Answer(state, node)

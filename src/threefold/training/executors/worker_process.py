@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any, Final
 
-from threefold.errors import ThreefoldError, is_out_of_memory, kind_of, out_of_memory
+from threefold.errors import ThreefoldError, error_texts, is_out_of_memory, out_of_memory
 
 if TYPE_CHECKING:
     from threefold.recipe import Job
@@ -115,8 +115,7 @@ def _describe(error: Exception) -> tuple[str, ...]:
     if not isinstance(error, ThreefoldError) and is_out_of_memory(error):
         error = out_of_memory("a worker", error)
     if isinstance(error, ThreefoldError):
-        parts = (error.what, error.where, error.expected, error.got, error.fix)
-        return "error", kind_of(error), *map(str, parts)
+        return "error", *error_texts(error)
     traceback.print_exception(error)  # in the worker's log
     got = f"{type(error).__name__}: {error}"
     return "error", "RunError", "a fault of threefold in a worker", "", "", got, ""
