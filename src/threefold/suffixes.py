@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 ARCHIVES: Final = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2")
@@ -18,3 +19,8 @@ TABLES: Final = (*CSV_TABLES, *PARQUET_TABLES)
 
 ARRAYS: Final = ".npz"
 """Files of arrays."""
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file is named like an archive."""
+    return path.name.lower().endswith(ARCHIVES) and path.is_file()

@@ -34,11 +34,11 @@ from threefold.data.leakage import (
 from threefold.data.load import load_data
 from threefold.data.published import FILE_PATTERNS
 from threefold.data.quality import FAULTS, QualityFinding, QualityMeter
-from threefold.data.sources.unpacked import is_archive
 from threefold.errors import DataError, RecipeError, refuse_address, shorten
 from threefold.names import count_of
 from threefold.recipe import Recipe
 from threefold.recipe_schema import DataSpec
+from threefold.suffixes import is_archive
 
 FEW = 20
 """Classes with fewer training images are reported: each of 5 folds scores at most 3 of them."""

@@ -18,12 +18,11 @@ from threefold.data.sources.label_sets import LabelCells, seems_multilabel
 from threefold.data.sources.npz_file import read_npz_label_cells
 from threefold.data.sources.parquet import read_parquet_header, read_parquet_label_cells
 from threefold.data.sources.table_inside import find_table, locate_table
-from threefold.data.sources.unpacked import is_archive
 from threefold.data.sources.webdataset import holds_samples, is_shards
 from threefold.errors import DataError, refuse_address, seems_address
 from threefold.object_store import url_of
 from threefold.recipe_schema import DataSpec, Source
-from threefold.suffixes import ARCHIVES, ARRAYS, CSV_TABLES, PARQUET_TABLES
+from threefold.suffixes import ARCHIVES, ARRAYS, CSV_TABLES, PARQUET_TABLES, is_archive
 
 TABLES: Final[dict[str, Source]] = {
     **dict.fromkeys(CSV_TABLES, "csv"),

@@ -21,7 +21,6 @@ from threefold.runtime.inputs import ImageInput, iterate_images
 from threefold.runtime.model_file import MEMORY, bytes_beside, open_session, read_card
 from threefold.runtime.model_output import ModelOutput, find_fault
 from threefold.runtime.shrink import Canvas, common_canvas, shrink
-from threefold.runtime.true_labels import true_labels
 from threefold.tasks import Task
 
 FORMAT: Final = 1
@@ -177,6 +176,8 @@ class Model:
                 image cannot be read.
             ExportError: as `infer`.
         """
+        from threefold.runtime.true_labels import true_labels  # answers need no reader of labels
+
         right = true_labels(labels, self.task)
         unknown = sorted(frozenset().union(*right) - set(self.classes))
         if unknown:

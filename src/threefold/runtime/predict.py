@@ -14,7 +14,6 @@ import numpy as np
 
 from threefold.data.image_rows import ImageRow, list_rows, names_images
 from threefold.data.images import IMAGE_SUFFIXES, decode
-from threefold.data.sources.unpacked import is_archive
 from threefold.data.walk import LeftOut, describe_left_out, iterate_images
 from threefold.errors import DataError, RecipeError
 from threefold.names import printable
@@ -32,6 +31,7 @@ from threefold.runtime.heat import HeatFolder, occlusion_heats
 from threefold.runtime.json_text import json_line
 from threefold.runtime.model import FULL, CascadePolicy, Model, load
 from threefold.runtime.model_output import ModelOutput
+from threefold.suffixes import is_archive
 
 
 def find_images(

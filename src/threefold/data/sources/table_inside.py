@@ -14,10 +14,10 @@ from threefold.data.sources.csv_table import read_header, read_label_cells
 from threefold.data.sources.folder import list_folder
 from threefold.data.sources.one_hot import class_columns
 from threefold.data.sources.parquet import read_parquet_header
-from threefold.data.sources.unpacked import is_archive, unpacked_folder
+from threefold.data.sources.unpacked import unpacked_folder
 from threefold.data.walk import list_entries
 from threefold.errors import DataError, shorten
-from threefold.suffixes import CSV_TABLES, TABLES
+from threefold.suffixes import CSV_TABLES, TABLES, is_archive
 
 _NOT_LABELS: Final = ("test", "sample", "submission")
 """Beginnings of the names of tables that have no labels, or made-up ones."""

@@ -11,12 +11,7 @@ from threefold.data.split_names import split_of
 from threefold.data.walk import is_image, list_entries
 from threefold.errors import DataError
 from threefold.files import cache_folder, sha256
-from threefold.suffixes import ARCHIVES
-
-
-def is_archive(path: Path) -> bool:
-    """Whether a file is named like an archive."""
-    return path.name.lower().endswith(ARCHIVES) and path.is_file()
+from threefold.suffixes import is_archive
 
 
 def list_folder_or_archive(path: Path) -> Listing:
