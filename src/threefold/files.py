@@ -24,12 +24,7 @@ from typing import IO, Any, Final
 
 import numpy as np
 
-from threefold.errors import (
-    DamagedFileError,
-    RunError,
-    is_out_of_memory,
-    out_of_memory,
-)
+from threefold.errors import DamagedFileError, RunError, is_out_of_memory, out_of_memory
 
 CACHE_VARIABLE: Final = "THREEFOLD_CACHE"
 """Environment variable: the folder of caches (by default $XDG_CACHE_HOME/threefold, else
@@ -48,6 +43,9 @@ _NOT_REGULAR = "no regular file"
 
 _LOST = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 """Errors of a flush that say that something is not on the disk."""
+
+_PIECE: Final = 1 << 22
+"""Bytes of an array that are read at a time."""
 
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 """Errors of a path where there is no file, but a folder or a circle of links, or nothing."""
@@ -441,6 +439,28 @@ def array_bytes(**arrays: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
+
+
+def read_into(values: np.ndarray, file: Any) -> None:
+    """Fill an array with the next bytes of a file, which may give them in pieces.
+
+    Args:
+        values: in C order.
+        file: has `readinto`. Some kinds make a copy of what they read, so it is asked for little at
+            a time.
+
+    Raises:
+        ValueError: the file ends before.
+        OSError: it cannot be read.
+    """
+    if not values.nbytes:
+        return
+    left = values.reshape(-1).view(np.uint8).data
+    while left:
+        count = file.readinto(left[:_PIECE])
+        if not count:
+            raise ValueError("the file is cut short")
+        left = left[count:]
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -17,15 +17,13 @@ from typing import Any, BinaryIO, Final, NamedTuple
 import numpy as np
 
 from threefold.errors import DataError, RunError, refuse_address
+from threefold.files import read_into
 from threefold.scratch import scratch
 
 MAX_BYTES: Final = 4 << 30
 """Most memory that one file may take.
 
 4 GiB hold 50,000 rows of 1,000 classes from 21 members in float32."""
-
-_PIECE: Final = 1 << 22
-"""Bytes read at a time."""
 
 _MAGIC = (
     (b"PK\x03\x04", "zip"),
@@ -197,16 +195,7 @@ def _read_array(file: BinaryIO) -> np.ndarray:
     """
     shape, is_fortran, dtype = _read_header(file)
     array = scratch(shape[::-1] if is_fortran else shape, dtype)
-    if array.nbytes:
-        flat = array.reshape(-1).view(np.uint8)
-        for begin in range(0, len(flat), _PIECE):
-            piece = flat[begin : begin + _PIECE]
-            filled = 0
-            while filled < len(piece):
-                count = file.readinto(piece[filled:])  # type: ignore[attr-defined]
-                if not count:
-                    raise EOFError("the array ends early")
-                filled += count
+    read_into(array, file)
     return array.T if is_fortran else array
 
 

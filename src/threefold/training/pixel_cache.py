@@ -36,7 +36,7 @@ from threefold.models.pipeline import ImageRows
 from threefold.models.resize import resize_square
 from threefold.models.views import Views
 from threefold.recipe_schema import MemberSpec
-from threefold.training.array_file import ArrayFile
+from threefold.training.stored_array import StoredArray
 
 CHUNK = 32
 """Images decoded at a time: enough to resize in batches, few enough for large photographs."""
@@ -59,7 +59,7 @@ class StoredPixels:
         self.parts = tuple(parts)
         count = sum(len(rows) for _, rows in parts)
         with _in_use(parts[0][0]):
-            self.shape: tuple[int, ...] = (count, *ArrayFile(parts[0][0]).shape[1:])
+            self.shape: tuple[int, ...] = (count, *StoredArray(parts[0][0]).shape[1:])
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -212,7 +212,7 @@ def select_rows(sources: Sources, roles: Roles) -> tuple[str, np.ndarray]:
 def _read(path: Path, rows: np.ndarray) -> np.ndarray:
     """Read some rows of a file of squares, by their numbers."""
     with _in_use(path):
-        return ArrayFile(path).read(rows)
+        return StoredArray(path).read(rows)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ import numpy as np
 from threefold.errors import OutOfMemoryError, RecipeError, RunError
 from threefold.files import delete_leftovers, is_abandoned, sha256, write_bytes, write_json
 from threefold.machine import available_memory, folder_size, free_disk
-from threefold.training.array_file import ArrayFile
+from threefold.training.stored_array import StoredArray
 
 LIMIT_VARIABLE: Final = "THREEFOLD_CACHE_GB"
 """Environment variable: largest size of the cached features in GB (0 = nothing is kept)."""
@@ -63,7 +63,7 @@ class FeatureStore:
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder = folder / key
-        self._parts: dict[str, np.ndarray | ArrayFile] = {}
+        self._parts: dict[str, np.ndarray | StoredArray] = {}
         self._rows: dict[str, tuple[str, int]] = {}
         self._seen: set[str] = set()
 
@@ -191,7 +191,7 @@ class FeatureStore:
                     path.unlink()
 
     def _add(self, name: str, images: Sequence[str]) -> None:
-        self._parts[name] = ArrayFile(self.folder / f"{name}.npy")
+        self._parts[name] = StoredArray(self.folder / f"{name}.npy")
         self._rows.update({image: (name, row) for row, image in enumerate(images)})
         self._seen.add(name)
 

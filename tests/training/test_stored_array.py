@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from threefold.training.array_file import ArrayFile
+from threefold.training.stored_array import StoredArray
 
 VALUES = np.arange(20 * 3000, dtype=np.float16).reshape(20, 3, 1000)
 
@@ -21,7 +21,7 @@ def write(folder: Path) -> Path:
 
 @pytest.mark.parametrize("rows", [[], [0], [3, 4, 5, 19], [19, 0, 0, 7, 8], [*range(20)]], ids=str)
 def test_rows_are_those_of_the_array(tmp_path: Path, rows: list[int]) -> None:
-    file = ArrayFile(write(tmp_path))
+    file = StoredArray(write(tmp_path))
 
     found = file.read(np.array(rows, int))
 
@@ -32,7 +32,7 @@ def test_rows_are_those_of_the_array(tmp_path: Path, rows: list[int]) -> None:
 
 def test_a_file_cut_short_while_open_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path)
-    file = ArrayFile(path)
+    file = StoredArray(path)
     os.truncate(path, path.stat().st_size // 2)
 
     with pytest.raises(ValueError, match="cut short"):
@@ -43,7 +43,7 @@ def test_a_file_cut_short_while_open_is_an_error(tmp_path: Path) -> None:
 
 def test_a_deleted_file_is_read_to_its_end(tmp_path: Path) -> None:
     path = write(tmp_path)
-    file = ArrayFile(path)
+    file = StoredArray(path)
     if os.name == "nt":
         pytest.skip("Windows refuses to delete it")
     path.unlink()
@@ -54,7 +54,7 @@ def test_a_deleted_file_is_read_to_its_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("row", [-1, 20])
 def test_a_row_beyond_the_array_is_an_error(tmp_path: Path, row: int) -> None:
     with pytest.raises(ValueError, match="20 rows"):
-        ArrayFile(write(tmp_path)).read(np.array([row]))
+        StoredArray(write(tmp_path)).read(np.array([row]))
 
 
 def test_what_is_no_array_is_an_error(tmp_path: Path) -> None:
@@ -63,4 +63,4 @@ def test_what_is_no_array_is_an_error(tmp_path: Path) -> None:
 
     for name in ("fortran.npy", "text.npy"):
         with pytest.raises(ValueError, match=r"C order|magic"):
-            ArrayFile(tmp_path / name)
+            StoredArray(tmp_path / name)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from threefold.files import check_regular
+from threefold.files import check_regular, read_into
 
 
-class ArrayFile:
+class StoredArray:
     """An array on the disk, of which some rows are read at a time.
 
     The file stays open as long as this object lives; so it can be read although it was deleted.
@@ -65,14 +65,5 @@ class ArrayFile:
         with self._lock:
             for begin, end in zip(begins, [*begins[1:], len(rows)], strict=True):
                 self._file.seek(self._begin + int(rows[begin]) * size)
-                self._fill(values[begin:end])
+                read_into(values[begin:end], self._file)
         return values
-
-    def _fill(self, values: np.ndarray) -> None:
-        """Read all bytes of an array, which the system may give in pieces."""
-        left = values.reshape(-1).view(np.uint8).data
-        while left:
-            count = self._file.readinto(left)
-            if not count:
-                raise ValueError("the file is cut short")
-            left = left[count:]
