@@ -21,12 +21,9 @@ is 1 if a hash differs.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,40 +32,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from noise_runs import add_options, job_seconds, start_training, write_images, write_record
 from ray_nodes import HEAD, PORT, NamespaceNode, can_start, namespace_cluster
-from workers import write_images
 
 from threefold.files import sha256
-from threefold.training.provenance import commit, hardware
 
 STEPS: Final = ("equal", "node", "workers", "overhead", "speed")
 KILLED_SHARE: Final = 0.3
 """Killed processes as a share of the jobs."""
 LEAST_SECONDS: Final = 1.0
 """A job runs so long before its process is killed."""
-
-TRAIN: Final = """
-import sys, time
-from threefold.recipe import Recipe
-from threefold.training.execution import Execution
-from threefold.training.jobs import train_members
-from threefold.training.progress.watcher import Watcher
-from threefold.training.run import Run
-
-class Clock(Watcher):
-    begins = ends = 0.0
-    def job(self, job, skipped):
-        self.begins = self.begins or time.monotonic()
-    def ended(self, job, done=True):
-        self.ends = time.monotonic()
-    def note(self, text):
-        print(text, file=sys.stderr)
-
-clock, (recipe, folder, address) = Clock(), sys.argv[1:]
-execution = Execution("ray", address) if address else Execution()
-train_members(Run.create(Recipe.load(recipe), folder, clock, execution=execution))
-print(clock.ends - clock.begins)
-"""
 
 
 def write_recipe(path: Path, images: Path, options: argparse.Namespace, folds: int) -> None:
@@ -91,12 +64,7 @@ class Training:
     def __init__(self, recipe: Path, folder: Path, *, on_cluster: bool) -> None:
         self.folder = folder
         address = f"{HEAD}:{PORT}" if on_cluster else ""
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", TRAIN, str(recipe), str(folder), address],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self.process = start_training(recipe, folder, 1, address)
 
     def jobs_done(self) -> int:
         """Count the finished jobs."""
@@ -113,13 +81,10 @@ class Training:
         Raises:
             RuntimeError: the training failed.
         """
-        said, _ = self.process.communicate()
-        if self.process.returncode:
-            raise RuntimeError(f"training ended with code {self.process.returncode}")
+        seconds = job_seconds(self.process)
         files = sorted(p for p in self.folder.rglob("*") if p.suffix in (".safetensors", ".npz"))
         hashes = {p.relative_to(self.folder).as_posix(): sha256(p) for p in files}
-        # Ray may have printed something before.
-        return Trained(float(said.splitlines()[-1]), hashes, self.jobs_done())
+        return Trained(seconds, hashes, self.jobs_done())
 
 
 @dataclass(frozen=True)
@@ -186,12 +151,8 @@ def main() -> int:
     """Measure, print, and write the numbers; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default=",".join(STEPS))
-    parser.add_argument("--folds", type=int, default=30)
-    parser.add_argument("--images", type=int, default=60, help="of each of two classes")
-    parser.add_argument("--side", type=int, default=96)
-    parser.add_argument("--backbone", default="tf_efficientnet_lite0")
+    add_options(parser, folds=30, images=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if why := can_start():
         parser.error(why)
@@ -225,13 +186,7 @@ def main() -> int:
     if 2 in nodes:
         print(f"speed: two nodes {nodes[1].seconds / nodes[2].seconds:.2f} x one")
     if options.json:
-        record = {
-            "date": datetime.date.today().isoformat(),
-            "commit": commit(),
-            "hardware": hardware(),
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(record, indent=1))
+        write_record(options.json, rows)
     return int(any(row.get("different") for row in rows))
 
 

@@ -13,50 +13,14 @@ last. The weights of layouts with equal threads are compared.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+from noise_runs import add_options, job_seconds, start_training, write_images, write_record
 
 from threefold.files import sha256
-from threefold.training.provenance import commit, hardware
-
-TRAIN = """
-import sys, time
-from threefold.recipe import Recipe
-from threefold.training.jobs import train_members
-from threefold.training.progress.watcher import Watcher
-from threefold.training.run import Run
-
-class Clock(Watcher):
-    begins = ends = 0.0
-    def job(self, job, skipped):
-        self.begins = self.begins or time.monotonic()
-    def ended(self, job, done=True):
-        self.ends = time.monotonic()
-
-clock = Clock()
-train_members(Run.create(Recipe.load(sys.argv[1]), sys.argv[2], clock))
-print(clock.ends - clock.begins)
-"""
-
-
-def write_images(folder: Path, per_class: int, side: int) -> None:
-    """Write coloured noise of two classes."""
-    rng = np.random.default_rng(0)
-    for name, level in (("dark", 90), ("bright", 160)):
-        (folder / name).mkdir(parents=True)
-        for i in range(per_class):
-            pixels = rng.normal(level, 50, (side, side, 3)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{i:04d}.jpg")
 
 
 def write_recipe(path: Path, images: Path, options: argparse.Namespace, workers: int) -> None:
@@ -74,28 +38,18 @@ def write_recipe(path: Path, images: Path, options: argparse.Namespace, workers:
 def train(folder: Path, recipe: Path, threads: int) -> tuple[float, float, str]:
     """Train in a new process; returns seconds, those of the jobs, and a hash of all weights."""
     began = time.monotonic()
-    said = subprocess.run(
-        [sys.executable, "-c", TRAIN, str(recipe), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+    jobs = job_seconds(start_training(recipe, folder, threads))
     seconds = time.monotonic() - began
     hashes = " ".join(sha256(path) for path in sorted(folder.rglob("weights.safetensors")))
-    return seconds, float(said), hashes
+    return seconds, jobs, hashes
 
 
 def main() -> None:
     """Measure, print a table, and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layouts", default="1x2,2x1")
-    parser.add_argument("--folds", type=int, default=4)
-    parser.add_argument("--images", type=int, default=40, help="of each of two classes")
-    parser.add_argument("--side", type=int, default=96)
-    parser.add_argument("--backbone", default="tf_efficientnet_lite0")
+    add_options(parser, folds=4, images=40)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     layouts = [tuple(map(int, text.split("x"))) for text in options.layouts.split(",")]
     taken: dict[tuple[int, ...], list[tuple[float, float]]] = {layout: [] for layout in layouts}
@@ -128,14 +82,7 @@ def main() -> None:
     same = all(len(hashes) == 1 for hashes in weights.values())
     print(f"weights of equal threads are {'equal' if same else 'DIFFERENT'}")
     if options.json:
-        record = {
-            "date": datetime.date.today().isoformat(),
-            "commit": commit(),
-            "hardware": hardware(),
-            "rows": rows,
-            "equal": same,
-        }
-        options.json.write_text(json.dumps(record, indent=1))
+        write_record(options.json, rows, equal=same)
 
 
 if __name__ == "__main__":
