@@ -25,6 +25,26 @@ from threefold.stats import crossed_effects, paired_differences, paired_tests
 MAX_CONTENDERS: Final = 20
 """Largest number of contenders: 190 pairs are more than anyone reads."""
 
+_FIGURES: Final = (
+    "accuracy",
+    "log_loss",
+    "ece",
+    "brier",
+    "balanced_accuracy",
+    "macro_f1",
+    "roc_auc",
+    "top5",
+)
+"""Figures of a score that are averaged over seeds."""
+
+_OF_ONE_SEED: Final = (
+    "balanced_accuracy_interval",
+    "temperature",
+    "calibrated_log_loss",
+    "calibrated_ece",
+)
+"""Figures of a score that several seeds do not have."""
+
 Reader = Callable[[Path], Predictions]
 """Reads a file of predictions."""
 
@@ -250,26 +270,6 @@ def _score(rows: Predictions, name: str, probs: np.ndarray) -> Score:
         interval=(over.low, over.high),
         seeds=tuple(score.accuracy for score in seeds),
     )
-
-
-_FIGURES: Final = (
-    "accuracy",
-    "log_loss",
-    "ece",
-    "brier",
-    "balanced_accuracy",
-    "macro_f1",
-    "roc_auc",
-    "top5",
-)
-"""Figures of a score that are averaged over seeds."""
-_OF_ONE_SEED: Final = (
-    "balanced_accuracy_interval",
-    "temperature",
-    "calibrated_log_loss",
-    "calibrated_ece",
-)
-"""Figures of a score that several seeds do not have."""
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -128,8 +128,9 @@ def _choose_ensemble(
         ensemble = fit_other_ensemble(run, method or "", members)
     else:
         ensemble = chosen_ensemble(run)
-    left_out = () if cascade else ("cascade",)
-    parts = {key: part for key, part in ensemble.card.items() if key not in left_out}
+    parts = dict(ensemble.card)
+    if not cascade:
+        parts.pop("cascade", None)
     if "cascade" in parts and target.suffix != ".onnx":
         run.watcher.note(
             f"the cascade is left out: {target.suffix} files have none, so every member answers "
