@@ -20,7 +20,6 @@ to resume from. Linux only (fork). The exit code is 1 if anything is wrong.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import os
@@ -31,30 +30,22 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from kill_child import Child, Ended, Recorder, save_each_epoch, warm_up
+from kill_compare import hashes, leftovers
 from PIL import Image
 
-from threefold.files import sha256
-from threefold.predictions.records import CHECKSUM
 from threefold.recipe import Recipe
 
 COLOURS: Final = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 200)}
 TIMEOUT: Final = 240.0
 """Seconds after which a command counts as hanging."""
-TIMES: Final = frozenset(
-    ("seconds", "created", "images_per_second", "latency", "at", "path", CHECKSUM)
-)
-"""Keys of JSON files that say when, where or how fast, and the checksum of all keys."""
-HASHES: Final = ("done.json", "manifest.json")
-"""Files of hashes, among them those of files with times."""
-
 ANSWERS: Final = ("answers.csv", "answers.jsonl") + (
     ("answers.parquet",) if importlib.util.find_spec("pyarrow") else ()
 )
@@ -272,39 +263,6 @@ def finish(words: Words, trial: Path, prepare: Callable[[], object] = lambda: No
     if ended is None or ended.code:
         raise SystemExit(f"{words}: {ended}")
     return ended
-
-
-def without_times(tree: Any) -> Any:
-    """Leave out of plain values what says when, where or how fast."""
-    if isinstance(tree, dict):
-        return {key: without_times(value) for key, value in tree.items() if key not in TIMES}
-    if isinstance(tree, list):
-        return [without_times(value) for value in tree]
-    return tree
-
-
-def hashes(trial: Path) -> dict[str, str]:
-    """SHA-256 of what a trial has made, but for caches and what only says when."""
-    found = {}
-    for path in sorted(trial.rglob("*")):
-        name = path.relative_to(trial).as_posix()
-        if not path.is_file() or name.startswith("cache/") or path.name.endswith(".lock"):
-            continue
-        if path.suffix in (".safetensors", ".npz", ".onnx", ".csv", ".jsonl", ".parquet"):
-            found[name] = sha256(path)
-        elif path.suffix == ".json" and path.name not in HASHES:
-            text = json.dumps(without_times(json.loads(path.read_text())), sort_keys=True)
-            found[name] = hashlib.sha256(text.encode()).hexdigest()
-        else:  # recipes, reports and hashes are there, or not
-            found[name] = "there"
-    return found
-
-
-def leftovers(trial: Path) -> Iterator[str]:
-    """Temporary files, and states to resume from that nothing needs any more."""
-    for path in trial.rglob("*"):
-        if path.suffix in (".tmp", ".part", ".parts") or path.name == ".resume":
-            yield path.relative_to(trial).as_posix()
 
 
 class Bench:

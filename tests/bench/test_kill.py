@@ -100,6 +100,26 @@ def test_a_kill_leaves_the_old_file_or_the_new_one(
     assert set(values) == {1, 2}
 
 
+def test_only_times_may_differ_between_arrays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    from kill_compare import hash_arrays
+
+    def digest(probs: np.ndarray, **summary: Any) -> str:
+        write_arrays(tmp_path / "a.npz", probs=probs, summary=np.array(json.dumps(summary)))
+        return hash_arrays(tmp_path / "a.npz")
+
+    probs = np.ones((2, 3), dtype=np.float32)
+    expected = digest(probs, accuracy=0.5, seconds=1.0)
+
+    assert digest(probs, accuracy=0.5, seconds=2.0) == expected
+    assert digest(probs, accuracy=0.6, seconds=1.0) != expected
+    assert digest(probs * 2, accuracy=0.5, seconds=1.0) != expected
+    assert digest(probs.astype(np.float64), accuracy=0.5, seconds=1.0) != expected
+    assert digest(probs.reshape(3, 2), accuracy=0.5, seconds=1.0) != expected
+
+
 def test_a_run_begins_after_a_kill_at_its_beginning(
     tmp_path: Path, record: Callable[..., list[Path]]
 ) -> None:
