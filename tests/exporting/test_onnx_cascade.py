@@ -192,6 +192,7 @@ def test_a_run_without_a_cascade_is_exported_without(finished: Run) -> None:
     assert "cascade" not in chosen_ensemble(run).card
 
 
+@pytest.mark.slow
 def test_a_cascade_is_left_out_or_in_the_way(finished: Run, tmp_path: Path) -> None:
     run = shutil.copytree(finished.dir, tmp_path / "run")
     fixed, flat = tmp_path / "fixed.onnx", tmp_path / "flat.onnx"

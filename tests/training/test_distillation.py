@@ -239,6 +239,7 @@ def taught(finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return api.train(recipe, root / "student")
 
 
+@pytest.mark.slow
 def test_leaking_scores_are_marked_as_apparent(taught: Run) -> None:
     results = taught.results
 
@@ -257,6 +258,7 @@ def test_leaking_scores_are_marked_as_apparent(taught: Run) -> None:
 TEACHERS = "teachers of the student"
 
 
+@pytest.mark.slow
 def test_leaking_predictions_are_apparent_everywhere(taught: Run) -> None:
     evaluation = evaluate_saved(taught.dir, ["mean"])
     assert {s.protocol for s in evaluation.scores if s.rows == "oof"} == {"taught"}
@@ -266,6 +268,7 @@ def test_leaking_predictions_are_apparent_everywhere(taught: Run) -> None:
         assert any(line.startswith("apparent") for line in tree.warnings)
 
 
+@pytest.mark.slow
 def test_leaking_predictions_cannot_be_called_honest(taught: Run, tmp_path: Path) -> None:
     arrays = dict(np.load(taught.dir / "oof.npz"))
     arrays["provenance"] = np.array(json.dumps({"protocol": "honest", "kind": "oof"}))
