@@ -13,7 +13,7 @@ from support.tiny_runs import hash_files
 from threefold.files import sha256
 from threefold.predictions.run_check import CHOICES, RunCheck, check_run, remove_damaged
 from threefold.predictions.run_folder import RunFolder
-from threefold.training.features.engine_record import EngineRecord
+from threefold.training.choice_record import ChoiceRecord
 from threefold.training.run import Run
 
 
@@ -60,13 +60,13 @@ def test_a_flip_in_any_file_is_found(copy: Path) -> None:
 
 
 def test_a_changed_choice_of_an_engine_is_found(copy: Path) -> None:
-    EngineRecord(copy / "features.json").put("key", "torch-float32")
+    ChoiceRecord(copy / "features.json").put("key", "torch-float32")
     assert check_run(copy).faults == ()
     text = (copy / "features.json").read_text()
     (copy / "features.json").write_text(text.replace("float32", "float16"))
 
     assert faulty(copy, check_run(copy)) == {"features.json"}
-    assert EngineRecord(copy / "features.json").get("key") == ""
+    assert ChoiceRecord(copy / "features.json").get("key") == ""
 
 
 def test_what_cannot_be_made_again_is_left(copy: Path) -> None:

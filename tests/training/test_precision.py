@@ -20,6 +20,11 @@ CPU = torch.device("cpu")
 IMAGES = to_pixels(make_rows(8, 0).pixels, CPU)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THREEFOLD_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def with_half(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor that computes bfloat16 natively."""
@@ -76,6 +81,27 @@ def test_recorded_choice_is_used_again(
     assert asked == ["float32", "bfloat16"]
 
 
+def test_another_run_takes_what_was_measured_on_this_machine(
+    tmp_path: Path, with_half: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_speeds(monkeypatch, float32=1.0, bfloat16=2.0)
+    pick_precision(build_tiny(), IMAGES, "a", tmp_path / "one.json")
+    asked = pretend_speeds(monkeypatch, float32=2.0, bfloat16=1.0)
+    notes: list[str] = []
+    file = tmp_path / "two.json"
+
+    same = pick_precision(build_tiny(), IMAGES, "a", file, notes.append)
+
+    assert (same, asked) == ("bfloat16", [])
+    assert notes == ["a trains in bfloat16, which was faster here before"]
+    frozen = build_tiny()
+    next(frozen.parameters()).requires_grad_(False)
+    for member, images in ((frozen, IMAGES), (build_tiny(), IMAGES[:4])):
+        other = pick_precision(member, images, "a", tmp_path / f"{len(asked)}.json")
+        assert other == "float32"
+    assert asked == ["float32", "bfloat16"] * 2
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"a": "float8"}'])
 def test_damaged_record_is_measured_again(
     content: str, tmp_path: Path, with_half: None, monkeypatch: pytest.MonkeyPatch
@@ -130,7 +156,10 @@ def test_measured_precision_gives_the_bits_of_the_same_named_one(
     assert all(torch.equal(auto[name], named[name]) for name in auto)
 
 
-@pytest.mark.parametrize("sets", [(), ("train.clip_grad=0.5", "train.sam=0.05")])
+@pytest.mark.parametrize(
+    "sets",
+    [(), pytest.param(("train.clip_grad=0.5", "train.sam=0.05"), marks=pytest.mark.slow)],
+)
 def test_loss_scaling_takes_the_steps_of_float32(
     sets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +186,7 @@ def test_loss_scaling_takes_the_steps_of_float32(
     assert 0 < float(error) < 0.1 * float(moved)
 
 
+@pytest.mark.slow
 def test_loss_scale_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "check_precision", lambda name, device: None)
     task = make_task(

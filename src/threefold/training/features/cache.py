@@ -34,8 +34,8 @@ from threefold.models.split import EarlyBlocks
 from threefold.recipe import Recipe
 from threefold.recipe_schema import MemberSpec
 from threefold.training.checkpoints import fingerprint
+from threefold.training.choice_record import ChoiceRecord
 from threefold.training.features.compute import PART, Backbone, FeaturePass, to_float
-from threefold.training.features.engine_record import EngineRecord
 from threefold.training.features.engines import (
     BATCH,
     Engine,
@@ -115,8 +115,8 @@ class FeatureCache:
         self.sources, self.recipe = sources, recipe
         self.watcher = watcher or Watcher()
         self.folder = cache_folder("features") if folder is None else folder
-        self.record = EngineRecord(record)
-        self._machine = EngineRecord(self.folder / "engines.json")
+        self.record = ChoiceRecord(record)
+        self._machine = ChoiceRecord(self.folder / "engines.json")
         self.load = load or partial(pretrained_backbone, recipe)
         self.device = pick_device(recipe.train.device)
         self._sources: dict[tuple[object, ...], _Source] = {}

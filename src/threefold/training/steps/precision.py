@@ -7,6 +7,7 @@ exported file.
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,9 +17,10 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from threefold.errors import RecipeError, RunError
-from threefold.files import one_at_a_time, write_json
-from threefold.predictions.records import read_choices, seal
+from threefold.errors import RecipeError
+from threefold.files import cache_folder
+from threefold.training.choice_record import ChoiceRecord
+from threefold.training.provenance import hardware
 from threefold.training.randomness import keep_generators
 from threefold.training.steps.allocator import reuse_freed_memory
 
@@ -36,6 +38,9 @@ LONG_STEP: Final = 0.5
 
 CPU_IMAGES: Final = 8
 """Images in a timed step on a CPU, where larger batches are no faster per image."""
+
+_CACHE: Final = "features"
+"""Kind of the cache that has the choices of this machine; emptied with it."""
 
 
 def check_precision(name: str, device: torch.device) -> None:
@@ -82,8 +87,9 @@ def pick_precision(
     """Pick the fastest precision for training a network (`train.precision = "auto"`).
 
     Hardware support says little: with AVX512-BF16 a training step of EfficientNet-Lite0 at 96 px
-    took twice as long in bfloat16 as in float32. So both are timed on the network, once in a run:
-    the answer is recorded, and a resumed run uses it again.
+    took twice as long in bfloat16 as in float32. So both are timed on the network, once on a
+    machine: the answer is recorded in the run, which uses it again when it is resumed, and in the
+    cache for other runs.
 
     Args:
         member: the network in training mode, with the parameters frozen that do not train.
@@ -98,17 +104,38 @@ def pick_precision(
     half = half_precision(images.device)
     if not half:
         return "float32"
-    known = _read(file).get(network)
-    if known:
+    record = ChoiceRecord(file)
+    if known := _known(record, network):
         return known
     if file is None:
         return _measure_precision(member, images, network, half, note)
-    with one_at_a_time(file.with_name(f".{file.name}.lock")):  # all folds are to have the same
-        record = _read(file)
-        if network not in record:
-            record[network] = _measure_precision(member, images, network, half, note)
-            write_json(file, seal(record))
-    return record[network]
+    with record.locked():  # all folds are to have the same
+        if known := _known(record, network):
+            return known
+        machine = ChoiceRecord(cache_folder(_CACHE) / "precision.json")
+        key = _machine_key(member, images, network)
+        name = _known(machine, key)
+        if name:
+            note(f"{network} trains in {name}, which was faster here before")
+        else:
+            name = _measure_precision(member, images, network, half, note)
+            machine.put(key, name)
+        record.put(network, name, must_be_kept=True)  # or a resumed run could have other bits
+    return name
+
+
+def _known(record: ChoiceRecord, key: str) -> str:
+    """Return a recorded precision; empty if there is none."""
+    name = record.get(key)
+    return name if name in ("float32", *DTYPES) else ""
+
+
+def _machine_key(member: nn.Module, images: Tensor, network: str) -> str:
+    """Name all that the speed of a training step depends on."""
+    trained = ",".join(name for name, value in member.named_parameters() if value.requires_grad)
+    digest = hashlib.sha256(f"{network} {tuple(images.shape)} {trained}".encode()).hexdigest()[:24]
+    place = f"{hardware()}, {torch.get_num_threads()} threads, {images.device}"
+    return f"{digest} on {place}, torch {torch.__version__}"
 
 
 def _measure_precision(
@@ -120,16 +147,6 @@ def _measure_precision(
     figures = " and ".join(f"{speed:.0f} in {key}" for key, speed in speeds.items())
     note(f"{network} trains in {name}: {figures} images a second")
     return name
-
-
-def _read(file: Path | None) -> dict[str, str]:
-    """The recorded precisions by network; none if the file is missing or damaged."""
-    try:
-        choices = read_choices(file) if file is not None else {}
-    except RunError:
-        return {}
-    known = ("float32", *DTYPES)
-    return {network: name for network, name in choices.items() if name in known}
 
 
 def training_speeds(

@@ -1,4 +1,7 @@
-"""Files of the engines that were chosen: one for the machine, and one in each run folder."""
+"""Files of what was measured to be fastest: one for the machine, and one in each run folder.
+
+They hold the engines of features, and the precisions of training.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from threefold.files import one_at_a_time, write_json
 from threefold.predictions.records import read_choices, seal
 
 
-class EngineRecord:
-    """A JSON file of engines by key; one that cannot be read or written is as good as empty.
+class ChoiceRecord:
+    """A JSON file of names by key; one that cannot be read or written is as good as empty.
 
     Args:
         path: the file; None = nothing is kept.
@@ -31,7 +34,7 @@ class EngineRecord:
             yield
 
     def get(self, key: str) -> str:
-        """Return the name of an engine; empty if there is none."""
+        """Return what was chosen; empty if nothing was."""
         if self.path is None or not self.path.exists():
             return ""
         try:
@@ -39,8 +42,12 @@ class EngineRecord:
         except RunError:
             return ""
 
-    def put(self, key: str, name: str) -> None:
-        """Add or replace a choice."""
+    def put(self, key: str, name: str, *, must_be_kept: bool = False) -> None:
+        """Add or replace a choice.
+
+        Raises:
+            RunError: the file cannot be written, and the choice must be kept.
+        """
         if self.path is None or self.get(key) == name:
             return
         try:
@@ -50,4 +57,5 @@ class EngineRecord:
         try:
             write_json(self.path, seal({**choices, key: name}))
         except RunError:
-            return
+            if must_be_kept:
+                raise
