@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.notes import Notes
 from support.tiny_runs import tiny_tree
 
 from threefold.data.dataset import ImageDataset, Sources
@@ -25,20 +26,9 @@ from threefold.training.features import engines
 from threefold.training.features import store as feature_store
 from threefold.training.features.cache import FeatureCache
 from threefold.training.features.store import FeatureStore
-from threefold.training.progress.watcher import Watcher
 
 N = 70
 """More than two batches, and no multiple of one."""
-
-
-class Notes(Watcher):
-    """Keeps the notes."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.texts.append(text)
 
 
 def make_sources(n: int = N) -> Sources:
@@ -280,7 +270,7 @@ def test_features_beyond_the_limit_stay_in_memory(
 
     np.testing.assert_array_equal(answers.features, rows.features)
     assert not list(tmp_path.glob("b/*/*.npy"))
-    assert [text for text in notes.texts if "stay in memory" in text and "GB" in text]
+    assert [text for text in notes.notes if "stay in memory" in text and "GB" in text]
 
 
 def test_too_little_memory_is_refused_before_work(
@@ -310,7 +300,7 @@ def test_full_disk_keeps_what_is_computed(
     cache.rows("train", spec_of(cache), np.arange(N))
 
     assert sum(passes) == N
-    assert any("No space left" in text and "stay in memory" in text for text in notes.texts)
+    assert any("No space left" in text and "stay in memory" in text for text in notes.notes)
 
 
 def test_limit_that_is_no_number_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

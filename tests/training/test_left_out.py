@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from support.frozen_runs import GATED, PROBE, frozen_tree
+from support.notes import Notes
 from support.tiny_runs import hash_files, make_folder, tiny_tree
 from torch import nn
 
@@ -29,7 +30,6 @@ from threefold.training.execution import Execution
 from threefold.training.executors.worker import CLAIMS_FOLDER
 from threefold.training.features.cache import FeatureCache
 from threefold.training.jobs import train_members
-from threefold.training.progress.watcher import Watcher
 from threefold.training.run import Run
 
 STAGES = [{"name": "one", "epochs": 1, "lr": 3e-3}]
@@ -39,19 +39,6 @@ HEAD_AND_TUNE = [
     {"name": "tune", "epochs": 1, "lr": 1e-3},
 ]
 SHORTAGE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
-
-
-class Notes(Watcher):
-    """Keeps notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def has(self, *words: str) -> bool:
-        return any(all(word in note for word in words) for note in self.notes)
 
 
 def starve(patch: pytest.MonkeyPatch, *names: str, times: int = 1000) -> None:
@@ -148,6 +135,7 @@ def test_a_resumed_run_stays_without_it(left: Run, images: Path, tmp_path: Path)
     assert read_json(folder / "run.json")["digest"] == left.folder.info.digest
 
 
+@pytest.mark.slow
 def test_a_member_that_fits_alone_stays(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +150,7 @@ def test_a_member_that_fits_alone_stays(
     assert run.predictions().members == ("plain", "gated")
 
 
+@pytest.mark.slow
 def test_the_only_member_is_an_error(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +186,7 @@ def fit(images: Path, out: Path, patch: pytest.MonkeyPatch) -> tuple[RunFolder, 
     return RunFolder(out), notes
 
 
+@pytest.mark.slow
 def test_the_probe_stays_if_its_tuning_does_not_fit(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +199,7 @@ def test_the_probe_stays_if_its_tuning_does_not_fit(
     assert notes.has("the run goes on with 2 members: probe, gated")
 
 
+@pytest.mark.slow
 def test_a_first_answer_without_a_probe(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

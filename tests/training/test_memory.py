@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.notes import Notes
 from support.stages import Stopper, build_tiny, make_task
 from torch import nn
 
 from threefold.errors import OutOfMemoryError
 from threefold.models.member import Member
 from threefold.recipe import Job
-from threefold.training.progress.watcher import Watcher
 from threefold.training.stages.loop import train_stage
 from threefold.training.stages.task import StageOutcome
 from threefold.training.steps.memory import memory_notes
@@ -42,16 +42,6 @@ def limited(limit: int, error: Exception = CPU, after: int = 0) -> Member:
 
     member.head.register_forward_pre_hook(fail)
     return member
-
-
-class Notes(Watcher):
-    """Keeps notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture(scope="module")

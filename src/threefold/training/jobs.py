@@ -11,6 +11,7 @@ import torch
 from threefold.predictions.records import VERSION, RoleCounts, RunInfo
 from threefold.recipe import Job, fold_name
 from threefold.training.checks import check_trainable
+from threefold.training.disk_space import check_space
 from threefold.training.distillation import Distillation
 from threefold.training.distributed.ranks import current_ranks
 from threefold.training.executors.base import Executor
@@ -52,6 +53,7 @@ def train_members(run: Run, *, keep_cache: bool = False) -> DataDiagnostics:
     for note in _notes(run):
         run.watcher.note(note)
     stay_without(run)
+    check_space(run)
     _write_info(run)
     distillation = Distillation.from_run(run)
     if distillation is not None:

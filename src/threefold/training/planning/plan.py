@@ -21,6 +21,7 @@ from threefold.models.pipeline import pick_device
 from threefold.predictions.run_folder import default_run_folder
 from threefold.recipe import Recipe
 from threefold.recipe_schema import WITH_COLUMNS, DataSpec
+from threefold.training.disk_space import image_cache_bytes
 from threefold.training.features.cache import FeatureCache
 from threefold.training.planning.basis import (
     LEAST_FOLDS,
@@ -69,6 +70,10 @@ class RecipePlan:
         """The reasons as lines, for the header of the recipe's file."""
         lines = ["made by threefold plan; every value can be changed"]
         lines += [f"{d.key} = {d.value}: {d.reason}" for d in self.decisions]
+        if self.sources is not None:
+            needed = sum(image_cache_bytes(self.recipe, self.sources).values())
+            if needed:
+                lines.append(f"disk: decoded images take {needed / 1e9:.2f} GB while it trains")
         return "\n".join(lines)
 
 
@@ -179,7 +184,7 @@ def _task(spec: DataSpec, changes: Mapping[str, str]) -> tuple[dict[str, str], l
         return {"task": "multilabel"}, [Decision("data.task", "multilabel", "a separator is named")]
     columns = {
         name: changes[f"data.{name}"]
-        for name in ("path_column", "label_column", "fold_column")
+        for name in ("path_column", "label_column", "group_column", "fold_column")
         if changes.get(f"data.{name}") and spec.source in WITH_COLUMNS
     }
     found = find_multilabel(spec.model_copy(update=columns))
