@@ -10,6 +10,7 @@ import sys
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from support.server import UNCERTAIN, card, picture, write_model
 import threefold
 from threefold import extras
 from threefold.errors import MissingExtraError
+from threefold.extras import install_command
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 BARE = """
@@ -187,7 +189,7 @@ def test_every_other_verb_says_what_to_install(
     assert printed == ""
     assert re.fullmatch(
         rf"error threefold {verb} needs packages that are not installed; got no \w+; "
-        rf"fix: pip install 'threefold\[{extras.VERB_EXTRAS[verb]}\]'\n",
+        rf"fix: {re.escape(install_command(extras.VERB_EXTRAS[verb]))}\n",
         errors,
     )
 
@@ -204,7 +206,37 @@ def test_public_names_say_it_too() -> None:
     assert done.stdout.startswith(
         "MissingExtraError threefold.fit needs packages that are not installed; got no "
     )
-    assert "fix: pip install 'threefold[train]'" in done.stdout
+    assert f"fix: {install_command('train')}" in done.stdout
+
+
+def test_the_command_adds_to_the_same_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record: dict[str, Any] = {"url": tmp_path.as_uri(), "dir_info": {"editable": True}}
+    installed = SimpleNamespace(read_text=lambda name: json.dumps(record))
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: installed)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+    assert install_command("hf") == f"uv pip install -e '{tmp_path}[hf]'"
+    monkeypatch.chdir(tmp_path)
+    assert install_command("ray,train") == "uv pip install -e '.[ray,train]'"
+    record["dir_info"] = {}
+    assert install_command("hf") == "uv pip install '.[hf]'"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert install_command("hf") == "pip install '.[hf]'"
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "[]", '{"url": 3}', '{"url": "file:///absent", "dir_info": {}}']
+)
+def test_without_a_folder_the_name_is_installed(
+    text: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = SimpleNamespace(read_text=lambda name: text)
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: installed)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+
+    assert install_command("hf") == "pip install 'threefold[hf]'"
 
 
 def test_only_optional_packages_count_as_missing() -> None:
@@ -281,5 +313,6 @@ def test_the_wheel_in_a_fresh_environment(tmp_path: Path, files: tuple[Path, Pat
     assert run(command, "--version").stdout == f"threefold {threefold.__version__}\n"
     error = run(command, "train", "demo", "--out", "x", code=1).stderr
     assert error.startswith("error threefold train needs packages that are not installed; got no ")
-    assert error.endswith("; fix: pip install 'threefold[train]'\n")
-    assert "threefold[serve]" in run(command, "serve", model, code=1).stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert error.endswith(f"; fix: uv pip install '{wheel}[train]'\n")
+    assert f"'{wheel}[serve]'" in run(command, "serve", model, code=1).stderr

@@ -60,7 +60,7 @@ def test_missing_optuna_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
 
-    with pytest.raises(MissingExtraError, match=r"threefold\[search\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install .*\[search\]'"):
         search(recipe, tmp_path / "out", SPACE)
 
 

@@ -6,6 +6,9 @@ The base install has the command line and what `threefold.load` and `threefold p
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import json
+from pathlib import Path
 from typing import Any, Final
 
 from threefold.errors import MissingExtraError
@@ -80,6 +83,45 @@ OPTIONAL_PACKAGES: Final = frozenset(
 """Import names of the packages that only extras install."""
 
 
+def install_command(extra: str) -> str:
+    """Return the command that adds an extra to this installation.
+
+    An installation from a clone or a wheel is extended from there: the name alone would fetch
+    whatever has it on the package index.
+
+    Args:
+        extra: the extra; several are separated by commas.
+    """
+    pip = "pip install" if importlib.util.find_spec("pip") else "uv pip install"
+    place, is_editable = _installed_from()
+    if place is None:
+        return f"{pip} 'threefold[{extra}]'"
+    shown = "." if place == Path.cwd() else place
+    return f"{pip} {'-e ' if is_editable else ''}'{shown}[{extra}]'"
+
+
+def _installed_from() -> tuple[Path | None, bool]:
+    """Return the folder or wheel that threefold was installed from, and whether it is used there.
+
+    None = from a package index, or unknown. See PEP 610 for the file that says so.
+    """
+    # Imported here, where something is missing: they would slow down every start.
+    from importlib.metadata import PackageNotFoundError, distribution
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
+    try:
+        text = distribution("threefold").read_text("direct_url.json")
+        record = json.loads(text or "")
+        url = urlsplit(record["url"])
+        place = Path(url2pathname(url.path))
+        if url.scheme == "file" and place.exists():
+            return place, bool(record.get("dir_info", {}).get("editable"))
+    except (PackageNotFoundError, AttributeError, KeyError, OSError, TypeError, ValueError):
+        pass
+    return None, False
+
+
 def require_package(name: str, needed_by: str, fix: str) -> Any:
     """Import a package that one option or verb needs beyond its extra.
 
@@ -118,5 +160,5 @@ def missing_extra(
     return MissingExtraError(
         f"{needed_by} needs packages that are not installed",
         got=f"no {package}",
-        fix=f"pip install 'threefold[{extra}]'",
+        fix=install_command(extra),
     )

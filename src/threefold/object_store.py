@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from threefold.errors import RunError, ThreefoldError
-from threefold.extras import require_package
+from threefold.extras import install_command, require_package
 from threefold.files import cache_folder, temporary_path, write_json
 
 EXTRAS: Final = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}
@@ -82,7 +82,7 @@ class ObjectFolder:
         self.url = url
         scheme, _, self._root = url.partition("://")
         extra = EXTRAS.get(scheme)
-        fix = f"pip install 'threefold[{extra}]'" if extra else "pip install fsspec"
+        fix = install_command(extra) if extra else "pip install fsspec"
         fsspec = require_package("fsspec", f"{scheme}:// needs", fix)
         try:
             # Objects change behind this process, so nothing that was listed is kept.

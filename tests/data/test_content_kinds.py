@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from threefold.data.images import check, decode, measure
+from threefold.extras import install_command
 
 HEIC = base64.b85decode(
     "0000SW^{RQXk}?*00000ZE0pPXk}?*ZE0a<0005LZDn*}000000000XXk=`10000000000aA{+70000000000000"
@@ -50,7 +51,7 @@ def test_heic_without_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     bad = check(tmp_path / "photo.heic")
 
     assert bad is not None
-    assert "needs pip install 'threefold[heif]'" in bad.reason
+    assert f"needs {install_command('heif')}" in bad.reason
 
 
 def test_avif_upright(tmp_path: Path) -> None:

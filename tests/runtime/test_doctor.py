@@ -9,6 +9,7 @@ import pytest
 from support.command_line import threefold_command
 
 from threefold import machine
+from threefold.extras import install_command
 from threefold.runtime import doctor
 from threefold.runtime.doctor import examine, remove_cache
 
@@ -54,7 +55,7 @@ def test_missing_package_names_its_extra(cache: Path, monkeypatch: pytest.Monkey
 
     finding = next(f for f in examine() if f.name == "no-such-package")
 
-    assert finding.value == "not installed: pip install 'threefold[train]'"
+    assert finding.value == f"not installed: {install_command('train')}"
 
 
 def test_cleaning_frees_what_there_was(cache: Path) -> None:

@@ -20,6 +20,7 @@ from threefold.data.sources.parquet import read_parquet_header, read_parquet_lab
 from threefold.data.sources.table_inside import find_table, locate_table
 from threefold.data.sources.webdataset import holds_samples, is_shards
 from threefold.errors import DataError, refuse_address, seems_address
+from threefold.extras import install_command
 from threefold.object_store import url_of
 from threefold.recipe_schema import DataSpec, Source
 from threefold.suffixes import ARCHIVES, ARRAYS, CSV_TABLES, PARQUET_TABLES, is_archive
@@ -66,7 +67,7 @@ def detect_source(data: str | Path) -> DataSpec:
                 "no such folder or table; a data set of the Hugging Face hub needs a package",
                 where=data,
                 got="no package datasets",
-                fix="correct the path, or: pip install 'threefold[hf]'",
+                fix=f"correct the path, or: {install_command('hf')}",
             )
         if is_stream(text):
             parse_address(text)
@@ -182,7 +183,13 @@ def find_multilabel(spec: DataSpec) -> FoundTask | None:
 
 def _label_cells(spec: DataSpec) -> LabelCells | None:
     """Read what can be the labels of a source; None for one with a class for each image."""
-    named = NamedColumns(spec.path_column or "", spec.label_column or "", spec.fold_column, False)
+    named = NamedColumns(
+        spec.path_column or "",
+        spec.label_column or "",
+        spec.fold_column,
+        has_recipe=False,
+        group=spec.group_column or "",
+    )
     if spec.source == "huggingface":
         return read_hub_label_cells(spec.root, named)
     if spec.source not in TABLES.values():

@@ -39,6 +39,7 @@ from threefold.data.content_kinds import HEAD, describe_other, find_format
 from threefold.data.deep_grey import GreyScale, is_deep, read_scale, to_eight_bits
 from threefold.data.image_headers import UnreadableImage, essential_parts
 from threefold.errors import DataError, MissingImageError, refuse_address, seems_address
+from threefold.extras import install_command
 
 MAX_PIXELS = 89_478_485
 """Largest width x height to decode (a quarter of a GiB as RGB), against decompression bombs."""
@@ -398,7 +399,7 @@ def _reader(image_format: str) -> Callable[[BinaryIO], ImageFile.ImageFile]:
         from pi_heif import HeifImageFile
     except ImportError:
         raise UnreadableImage(
-            "a HEIC or HEIF image, which needs pip install 'threefold[heif]'; or save it as JPEG"
+            f"a HEIC or HEIF image, which needs {install_command('heif')}; or save it as JPEG"
         ) from None
     reader: Callable[[BinaryIO], ImageFile.ImageFile] = HeifImageFile
     return reader

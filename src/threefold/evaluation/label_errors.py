@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from threefold.errors import DataError, RunError
+from threefold.extras import install_command
 from threefold.files import read_text, write_bytes
 from threefold.names import count_of, escape_formula, unescape_formula
 from threefold.predictions.checks import check_probs
@@ -231,5 +232,5 @@ def _import_cleanlab(module: str) -> Any:
     try:
         return importlib.import_module(f"cleanlab.{module}")
     except ImportError:
-        fix = "pip install 'threefold[audit]'"
+        fix = install_command("audit")
         raise RunError("label audits need cleanlab, which is not installed", fix=fix) from None

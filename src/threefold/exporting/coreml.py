@@ -23,6 +23,7 @@ import torch
 from threefold.errors import ExportError
 from threefold.exporting.fixed_size import FixedSize, on_canvas
 from threefold.exporting.mil_program import MilProgram
+from threefold.extras import install_command
 from threefold.models.pipeline import Pipeline
 from threefold.runtime.model import KEY
 
@@ -43,7 +44,7 @@ def import_coremltools(target: Path) -> Any:
         raise ExportError(
             "coremltools is not installed",
             where=target,
-            fix="pip install coremltools (or threefold with the extra coreml)",
+            fix=install_command("coreml"),
         ) from None
     return coremltools
 

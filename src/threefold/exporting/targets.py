@@ -37,6 +37,7 @@ from threefold.exporting.onnx_cascade import add_cascade
 from threefold.exporting.onnx_files import staged, write_file
 from threefold.exporting.parity import check, compare
 from threefold.exporting.quantization import check_precision
+from threefold.extras import install_command
 from threefold.files import flush_files, replace_all, sha256, temporary_folder
 from threefold.machine import free_disk
 from threefold.models.pipeline import Pipeline
@@ -182,7 +183,7 @@ def _openvino(target: Path) -> Any:
         raise ExportError(
             "OpenVINO is not installed",
             where=target,
-            fix="pip install openvino (or threefold with the extra openvino)",
+            fix=install_command("openvino"),
         ) from None
     return openvino
 

@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from threefold.errors import DataError
+from threefold.extras import install_command
 from threefold.names import find_repeated
 from threefold.predictions.array_files import COPY_FIX, check_size
 
@@ -221,7 +222,7 @@ def import_pyarrow(submodule: str = "") -> Any:
         return importlib.import_module("pyarrow" + submodule)
     except ImportError:
         raise DataError(
-            "parquet needs the package pyarrow", fix="pip install 'threefold[parquet]'"
+            "parquet needs the package pyarrow", fix=install_command("parquet")
         ) from None
 
 

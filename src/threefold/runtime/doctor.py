@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from threefold.errors import ExportError, RunError
+from threefold.extras import install_command
 from threefold.files import cache_folder, write_bytes
 from threefold.machine import (
     available_memory,
@@ -85,7 +86,7 @@ def _versions() -> Iterator[Finding]:
     for name in PACKAGES:
         yield Finding("versions", name, _version(name) or "?")
     for name, extra in OPTIONAL.items():
-        value = _version(name) or f"not installed: pip install 'threefold[{extra}]'"
+        value = _version(name) or f"not installed: {install_command(extra)}"
         yield Finding("versions", name, value)
 
 

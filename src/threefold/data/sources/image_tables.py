@@ -31,6 +31,7 @@ from threefold.data.sources.label_sets import (
 )
 from threefold.data.split_names import EXPECTED, PARTS, split_of
 from threefold.errors import DataError, MissingImageError, shorten
+from threefold.extras import install_command
 from threefold.names import find_repeated, normalise_name
 
 _PLAIN = ("bool", "int", "uint", "float", "double", "halffloat", "string", "large_string")
@@ -66,7 +67,7 @@ def import_optional(name: str, extra: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         what = f"the package {name.partition('.')[0]} is not installed"
-        raise DataError(what, fix=f'pip install "threefold[{extra}]"') from None
+        raise DataError(what, fix=install_command(extra)) from None
 
 
 def list_tables(tables: list[ImageTable], folder: Path | None, named: NamedColumns) -> Listing:
@@ -88,7 +89,7 @@ def list_tables(tables: list[ImageTable], folder: Path | None, named: NamedColum
     first = tables[0]
     notes = note_columns(first.columns)
     known = [*first.columns.values(), first.image, named.fold, *sets.columns]
-    notes += note_unread(first.header, known)
+    notes += note_unread(first.header, known, has_groups="group" in first.columns)
     notes += [sets.note] if sets.note else []
     if len({not table.image for table in tables}) > 1:
         raise DataError("some files hold images and others name them", got=where)
