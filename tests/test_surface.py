@@ -112,6 +112,34 @@ def test_exit_codes() -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "verb"),
+    [
+        ("photos", "threefold fit photos"),
+        ("my.toml", "threefold train my.toml"),
+        ("model.onnx", "threefold predict model.onnx IMAGES"),
+        ("data photos", "threefold data check photos"),
+    ],
+)
+def test_a_path_in_the_place_of_a_verb(
+    words: str, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / words.split()[-1]).mkdir()
+
+    done = runner.invoke(app, words.split(), env={"COLUMNS": "200"})
+
+    assert done.exit_code == 2
+    assert f"{words.split()[-1]} is no verb" in done.output
+    assert verb in done.output
+
+
+def test_a_name_that_no_file_can_have_is_no_verb() -> None:
+    done = runner.invoke(app, ["x" * 300])
+
+    assert (done.exit_code, type(done.exception)) == (2, SystemExit)
+
+
+@pytest.mark.parametrize(
     ("words", "expected"),
     [
         (["heads"], "bilstm"),

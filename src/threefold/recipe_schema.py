@@ -55,6 +55,7 @@ Source = Literal[
 ]
 WITH_COLUMNS = ("csv", "parquet", "huggingface", "webdataset")
 WITH_GROUPS = ("csv", "parquet", "huggingface", "surrey-asl", "webdataset")
+_GROUP_KEYS = ("group_column", "group_file", "group_regex")
 WITH_LABEL_SETS = ("csv", "parquet", "huggingface", "npz")
 WITH_EXTRA = ("svhn", "inaturalist2019", "icassava2019")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]
@@ -107,6 +108,9 @@ class DataSpec(Section):
     label_column: Annotated[str, Field(min_length=1)] | None = None
     """Column of a table with the label of each image; by default the one with a usual name (label,
     class, category, target, species, ...)."""
+    group_column: Annotated[str, Field(min_length=1)] | None = None
+    """Column of a table with the group of each image, such as a patient; by default a column
+    `group`, if there is one. A group is never split between folds."""
     label_separator: Annotated[str, Field(min_length=1, max_length=8)] | None = None
     """What separates the labels in a cell, for task = multilabel; by default it is found: a
     vertical bar, a semicolon, a comma or a space."""
@@ -125,8 +129,9 @@ class DataSpec(Section):
             raise ValueError(
                 f"source = {self.source} has no extra images; {', '.join(WITH_EXTRA)} have some"
             )
-        if self.group_file and self.group_regex:
-            raise ValueError("group_file and group_regex both define groups; remove one of them")
+        groups = [key for key in _GROUP_KEYS if getattr(self, key)]
+        if len(groups) > 1:
+            raise ValueError(f"{' and '.join(groups)} both define groups; keep one of them")
         if self.task == "multilabel" and self.source not in WITH_LABEL_SETS:
             raise ValueError(
                 f"source = {self.source} has one class for each image; task = multilabel needs "
@@ -134,7 +139,7 @@ class DataSpec(Section):
             )
         if self.label_separator and self.task != "multilabel":
             raise ValueError("label_separator needs task = multilabel")
-        for key in ("fold_column", "path_column", "label_column"):
+        for key in ("fold_column", "path_column", "label_column", "group_column"):
             if getattr(self, key) and self.source not in WITH_COLUMNS:
                 raise ValueError(
                     f"{key} needs a table: source = {', '.join(WITH_COLUMNS)}, not {self.source}"

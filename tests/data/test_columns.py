@@ -54,7 +54,7 @@ def test_groups_are_known_in_any_case(tmp_path: Path) -> None:
         ("subset", "rename it to split"),
         ("is_valid", "rename it to split, with the values train, val or test"),
         ("Is Test", "rename it to split"),
-        ("group_id", "rename it to group"),
+        ("group_id", "rename it to group, or --set data.group_column=group_id"),
         ("Fold", 'data.fold_column to its name and folds.scheme = "column"'),
         ("fold", "data.fold_column"),
     ],
@@ -68,13 +68,45 @@ def test_near_misses_are_refused(tmp_path: Path, name: str, advice: str) -> None
 
 def test_what_is_not_read_is_noted(tmp_path: Path) -> None:
     cells = [f"{i},{i},x" for i in range(8)]
-    table = write_table(tmp_path, "path,label,width,fold,patient", cells)
+    table = write_table(tmp_path, "path,label,width,fold,height", cells)
 
     sources = load_source("csv", table, fold_column="fold")
 
-    assert sources.notes[0] == "2 columns are not read: width, patient"
+    assert sources.notes[0] == "2 columns are not read: width, height"
     one = write_table(tmp_path, "path,label,width", SPLIT)
     assert load_source("csv", one).notes[0] == "1 column is not read: width"
+
+
+@pytest.mark.parametrize("name", ["patient", "Patient ID", "lesion_id", "subject"])
+def test_a_column_that_may_name_groups_is_named(tmp_path: Path, name: str) -> None:
+    groups = tuple(f"p{i // 2}" for i in range(8))
+    table = write_table(tmp_path, f"path,label,{name}", list(groups))
+
+    unread, named = load_source("csv", table), load_source("csv", table, group_column=name)
+
+    assert unread.train.groups is None
+    assert f"--set data.group_column={name}" in unread.notes[1]
+    assert (named.train.groups, named.notes) == (groups, (f"read from the table: group = {name}",))
+
+
+def test_a_table_with_groups_has_no_other_column_of_them(tmp_path: Path) -> None:
+    cells = [f"g{i // 2},p{i // 4}" for i in range(8)]
+    table = write_table(tmp_path, "path,label,group,patient", cells)
+
+    as_usual, named = load_source("csv", table), load_source("csv", table, group_column="patient")
+
+    assert as_usual.notes == ("1 column is not read: patient",)
+    assert as_usual.train.groups == tuple(f"g{i // 2}" for i in range(8))
+    assert named.train.groups == tuple(f"p{i // 4}" for i in range(8))
+
+
+def test_the_named_column_of_groups_must_exist_and_be_filled(tmp_path: Path) -> None:
+    table = write_table(tmp_path, "path,label,patient", ["p0", "", *["p1"] * 6])
+
+    with pytest.raises(DataError, match=r"no column who: .*fix: correct data\.group_column"):
+        load_source("csv", table, group_column="who")
+    with pytest.raises(DataError, match=r"invalid row: .*line 3; expected .*group not empty"):
+        load_source("csv", table, group_column="patient")
 
 
 @pytest.mark.parametrize("header", ["path,label,label", "path,label,Label", "path,label,path"])

@@ -310,6 +310,19 @@ def test_a_check_reads_the_folds_that_a_plan_keeps(tmp_path: Path) -> None:
     assert "2 folds from the column KFold: 1, 2" in [f.what for f in report.findings]
 
 
+def test_a_folder_of_images_without_labels_says_what_can_be_done(tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    for i in range(3):
+        paint(tmp_path / f"test/{i}.png", i)
+    spec = detect_source(tmp_path / "test")
+
+    with pytest.raises(DataError, match=r"got 3 images without labels; fix: to classify .*/test$"):
+        load_data(spec, 0)
+    (tmp_path / "train.csv").write_text("path,label\n")
+    with pytest.raises(DataError, match=r"fix: fit a table beside it: train\.csv; to classify"):
+        load_data(spec, 0)
+
+
 def test_two_columns_of_folds_are_refused(tmp_path: Path) -> None:
     table = write_table(tmp_path, "path,label,fold,kfold")
 
@@ -397,7 +410,7 @@ def test_names_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(DataError, match=r"no such folder or table: .*owner/name of a data set"):
             detect_source(path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"no such folder or table; .*'threefold\[hf\]'"):
+    with pytest.raises(DataError, match=r"no such folder or table; .*pip install .*\[hf\]'"):
         detect_source("owner/name")
 
 

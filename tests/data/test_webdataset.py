@@ -143,6 +143,22 @@ def test_labels_groups_and_folds_of_json(tmp_path: Path) -> None:
     assert train.folds == tuple("01201201")
 
 
+def test_groups_under_another_key(tmp_path: Path) -> None:
+    samples = {
+        str(i): {
+            "png": png(i),
+            "json": json.dumps({"label": "ab"[i % 2], "patient": i // 2}).encode(),
+        }
+        for i in range(8)
+    }
+    path = pack(tmp_path / "one.tar", samples)
+
+    assert load(path).train.groups is None  # and the index of this answer is not taken below
+    assert load(path, group_column="patient").train.groups == tuple("00112233")
+    with pytest.raises(DataError, match=r"no group who: .*expected the key who .*got label, pati"):
+        load(path, group_column="who")
+
+
 BAD: dict[str, tuple[Samples, str]] = {
     "no label": ({"a": {"png": png(0), "txt": b"a cat"}, "b": cls(1, 0)}, "a sample has no label"),
     "no image": (

@@ -50,11 +50,13 @@ from threefold.cli.reproduce import register as register_reproduce
 from threefold.cli.saved import register as register_saved
 from threefold.cli.search import search
 from threefold.cli.ui import ui
+from threefold.cli.verb_group import VerbGroup
 from threefold.errors import RecipeError, refuse_address
 from threefold.machine import is_one_of_several
 from threefold.object_store import url_of
 
 app = typer.Typer(
+    cls=VerbGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

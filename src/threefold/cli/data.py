@@ -10,6 +10,7 @@ import typer
 from threefold.cli.console import out, plain, print_json, print_wrapped
 from threefold.cli.options import Json
 from threefold.cli.progress import count_bars
+from threefold.cli.verb_group import DataVerbGroup
 from threefold.names import count_of
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ _MARKS = {"error": "[bold red]error[/]", "warning": "[yellow]warning[/]", "note"
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
     data = typer.Typer(
+        cls=DataVerbGroup,
         no_args_is_help=True,
         help="Get a published data set, check one, and review what looks wrong in it.",
     )

@@ -83,6 +83,7 @@ def read_source(spec: DataSpec, *, has_recipe: bool = True) -> Listing | ArrayDa
         task=spec.task,
         separator=spec.label_separator or "",
         rename=f"rename a column; {UNLABELLED}",  # unless there is a recipe, whose keys name one
+        group=spec.group_column or "",
         # A resumed run sees the images that it has seen before.
         try_again=spec.bad_images == "fail",
     )

@@ -55,6 +55,15 @@ _NEAR: Final = {
 }
 """Other names of columns that change which rows are trained on, without spaces and signs."""
 
+_GROUP_LIKE: Final = (
+    *("patient", "patientid", "subject", "subjectid", "participant", "participantid"),
+    *("person", "personid", "individual", "individualid", "lesion", "lesionid", "study", "studyid"),
+    *("scan", "scanid", "slide", "slideid", "specimen", "specimenid", "scene", "sceneid"),
+    *("video", "videoid", "sequence", "sequenceid", "session", "sessionid", "writer", "writerid"),
+    *("signer", "signerid", "location", "locationid", "camera", "cameraid", "site", "siteid"),
+)
+"""Columns whose images often resemble each other, without capitals, spaces and signs."""
+
 _FIXES: Final = {
     "split": f"rename it to split, with the values {EXPECTED}",
     "group": "rename it to group",
@@ -87,6 +96,8 @@ class NamedColumns(NamedTuple):
     """Whether the images must have labels; without, columns of labels are not looked for."""
     try_again: bool = True
     """Whether addresses of images that gave none are tried again."""
+    group: str = ""
+    """The group of each image; empty = a column `group`, if there is one."""
 
 
 NO_NAMES: Final = NamedColumns()
@@ -146,7 +157,7 @@ def _candidates(
     header: Sequence[str], meaning: str, named: NamedColumns, where: str
 ) -> Sequence[str]:
     """Return the columns that can have a meaning: one, unless the choice is the user's."""
-    wanted = {"path": named.path, "label": named.label}.get(meaning)
+    wanted = {"path": named.path, "label": named.label, "group": named.group}.get(meaning)
     if wanted:
         same = [name for name in header if name == wanted]
         same = same or [name for name in header if name.lower() == wanted.lower()]
@@ -158,7 +169,7 @@ def _candidates(
                 fix=f"correct data.{meaning}_column",
             )
         return same
-    others = {named.path, named.label}
+    others = {named.path, named.label, named.group}
     for names in _ALIASES.get(meaning, ((meaning,),)):
         candidates = [name for name in header if _plain(name) in names and name not in others]
         if candidates:
@@ -214,11 +225,14 @@ def _refuse_near_miss(name: str, found: dict[str, str], named: NamedColumns, whe
         if meaning == "fold":
             is_read = bool(named.fold) or not named.has_recipe
         if _plain(name) in names and not is_read:
+            fix = _FIXES[meaning]
+            if meaning == "group" and named.has_recipe:
+                fix += f", or --set data.group_column={name}"
             raise DataError(
                 f"a column seems to be the {meaning} of the images, but would not be read",
                 where=where,
                 got=name,
-                fix=f"{_FIXES[meaning]}; or remove the column",
+                fix=f"{fix}; or remove the column",
             )
 
 
@@ -273,17 +287,31 @@ def check_fold_column(header: Sequence[str], fold_column: str, where: str) -> No
 
 
 def note_columns(columns: dict[str, str]) -> list[str]:
-    """Note the columns that are read under another name than path and label."""
-    other = {m: columns[m] for m in ("path", "label") if _plain(columns.get(m, m)) != m}
+    """Note the columns that are read under another name than path, label and group."""
+    meanings = ("path", "label", "group")
+    other = {m: columns[m] for m in meanings if _plain(columns.get(m, m)) != m}
     if not other:
         return []
     return [f"read from the table: {', '.join(f'{m} = {name}' for m, name in other.items())}"]
 
 
-def note_unread(header: Sequence[str], read: Sequence[str]) -> list[str]:
-    """Note the columns of a table that are not read."""
+def note_unread(header: Sequence[str], read: Sequence[str], *, has_groups: bool) -> list[str]:
+    """Note the columns of a table that are not read, and one of them that may name groups.
+
+    Args:
+        header: names of all columns.
+        read: those that are read.
+        has_groups: whether the images have groups already.
+    """
     unread = [name for name in header if name not in read]
     if not unread:
         return []
     number = "1 column is" if len(unread) == 1 else f"{len(unread)} columns are"
-    return [f"{number} not read: {shorten(unread)}"]
+    notes = [f"{number} not read: {shorten(unread)}"]
+    similar = [name for name in unread if _plain(name) in _GROUP_LIKE]
+    if similar and not has_groups:
+        notes.append(
+            f"images with the same {similar[0]} may be alike; to keep them in one fold: "
+            f"--set data.group_column={similar[0]}"
+        )
+    return notes

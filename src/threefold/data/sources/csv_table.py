@@ -106,7 +106,8 @@ def list_csv(table: Path, named: NamedColumns = NO_NAMES) -> Listing:
     listing = list_files(items, addresses, table.parent, str(table), kind, named.try_again)
     notes = listing.notes
     notes += note_columns(columns)
-    notes += note_unread(header, [*columns.values(), *classes, *sets.columns, named.fold])
+    read = [*columns.values(), *classes, *sets.columns, named.fold]
+    notes += note_unread(header, read, has_groups="group" in columns)
     if classes:
         notes.append(f"the classes are {len(classes)} columns of 0 and 1: {shorten(classes)}")
     notes += [sets.note] if sets.note else []

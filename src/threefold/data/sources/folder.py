@@ -29,6 +29,7 @@ from threefold.data.walk import (
 )
 from threefold.errors import DataError, MissingImageError, shorten
 from threefold.names import count_of, normalise_name
+from threefold.suffixes import TABLES
 
 
 class ListedImage(NamedTuple):
@@ -244,6 +245,26 @@ class _Split(NamedTuple):
     """train, val or test."""
 
 
+def _no_class_folders(folder: Path) -> DataError:
+    """Say what a folder without class folders holds instead, and what can be done with that."""
+    images = sum(map(is_image, list_entries(folder)[1]))
+    if not images:
+        fix = "make one folder per class, with its images"
+        return DataError("there are no class folders", where=folder, fix=fix)
+    tables: list[str] = []
+    with suppress(DataError):  # nobody asked for the folder above
+        beside = list_entries(folder.absolute().parent)[1]
+        tables = [file.name for file in beside if file.suffix.lower() in TABLES]
+    return DataError(
+        "there are no class folders",
+        where=folder,
+        expected="one folder per class, or a table with the label of each image",
+        got=f"{count_of(images, 'image')} without labels",
+        fix=(f"fit a table beside it: {shorten(tables)}; " if tables else "")
+        + f"to classify these images: threefold predict MODEL {folder}",
+    )
+
+
 def _class_folders(folder: Path, folders: list[Path]) -> list[Path]:
     """Return the class folders in a folder of a split, or in the root.
 
@@ -251,8 +272,7 @@ def _class_folders(folder: Path, folders: list[Path]) -> list[Path]:
         DataError: there are none, or they read like parts of a data set.
     """
     if not folders:
-        fix = "make one folder per class, with its images"
-        raise DataError("there are no class folders", where=folder, fix=fix)
+        raise _no_class_folders(folder)
     contents = []
     for class_folder in folders:
         inside, files = list_entries(class_folder)

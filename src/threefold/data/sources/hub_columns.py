@@ -45,7 +45,8 @@ def choose_columns(
     where = f"{name}, split {split}"
     images = [column for column in features if isinstance(features[column], hub.Image)]
     labels = [column for column in features if isinstance(_inner(features[column]), hub.ClassLabel)]
-    for meaning, column in (("path", named.path), ("label", named.label)):
+    meanings = (("path", named.path), ("label", named.label), ("group", named.group))
+    for meaning, column in meanings:
         if column and column not in features:
             raise DataError(
                 f"the data set has no column {column}",
@@ -66,6 +67,7 @@ def choose_columns(
             fix="name the columns in data.path_column and data.label_column",
         )
     columns = {key: key for key in ("id", "group", "split") if key in features} | {"label": label}
+    columns |= {"group": named.group} if named.group else {}
     label_names = _inner(features[label]).names if label in labels else None
     return ChosenColumns(images[0], columns, label_names, PARTS[name_of_split])
 

@@ -317,7 +317,7 @@ def _name_label(label: str, class_names: Sequence[str], where: str) -> str:
 def _read_samples(shard: _Shard, named: NamedColumns) -> list[_Sample]:
     """Return the samples of a shard, from the cache if it has not changed since."""
     place = [str(shard.path.absolute()), shard.size, shard.changed]
-    key = [_FORMAT, *place, named.path, named.label, named.fold, named.needs_label]
+    key = [_FORMAT, *place, named.path, named.label, named.fold, named.group, named.needs_label]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     index = cache_folder(INDEXES) / digest[:2] / f"{digest[2:34]}.json"
     try:
@@ -420,7 +420,6 @@ def _read_label(
             raise DataError("the .json of a sample is damaged", where=where, got=error) from None
         if not isinstance(record, dict):
             record = {"label": record}
-    group = record.get("group")
     value: object = None
     extension = named.label.lower() if named.label else "cls"
     if extension in members and extension != "json":
@@ -436,6 +435,15 @@ def _read_label(
             expected="a number or a name in .cls, or in .json under a usual name such as label",
             got=shorten(members) if value is None else repr(value),
             fix="name an extension or a key of .json: --set data.label_column=NAME",
+        )
+    group = record.get(named.group or "group")
+    if named.group and group is None:
+        raise DataError(
+            f"a sample has no group {named.group}",
+            where=where,
+            expected=f"the key {named.group} in the .json of each sample",
+            got=shorten(record) if record else shorten(members),
+            fix="correct data.group_column",
         )
     fold = "" if record.get(named.fold) is None else str(record[named.fold]).strip()
     return str(value).strip(), "" if group is None else str(group), fold
