@@ -149,7 +149,7 @@ def settings(x: Tensor, y: np.ndarray, test: Tensor, truth: np.ndarray) -> None:
 def main() -> None:
     """Print both tables."""
     torch.set_num_threads(1)
-    recipe = packaged("demo")
+    recipe = packaged("demo_tuned")
     sources = load_data(recipe.data, 0)
     assert sources.test is not None
     member = build_member(recipe.members[0], K).eval()
