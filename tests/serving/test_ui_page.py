@@ -48,6 +48,13 @@ def address(photos: Path) -> Iterator[str]:
     workbench.close()
 
 
+@pytest.fixture(autouse=True)
+def _leave_the_page_before(browser: Any) -> None:
+    """Leave the page of an earlier test, which would ask its closed server, and empty the log."""
+    browser.get("about:blank")
+    browser.get_log("browser")
+
+
 def find(browser: Any, selector: str, seconds: float = 60) -> Any:
     """Wait for an element that is shown; the page draws its parts again and again."""
 
@@ -208,5 +215,5 @@ def test_the_program_trains_what_the_page_is_given(browser: Any, tmp_path: Path)
         assert severe_messages(browser) == []
     finally:
         server.terminate()
-        server.wait(60)
+        server.communicate(timeout=60)
     assert server.returncode == 0

@@ -51,7 +51,7 @@ def fit(settings: dict[str, Any]) -> None:
     write("jobs", jobs=[JOB], images=[9])
     write("job", job=JOB, skipped=False)
     for i in range(4):
-        write("epoch", epoch=i, loss=1 / (i + 1), select_accuracy=0.6 + i / 10, images=9)
+        write("epoch", job=JOB, epoch=i, loss=1 / (i + 1), select_accuracy=0.6 + i / 10, images=9)
     while settings["budget"] == "0":
         time.sleep(0.02)
     (RUN / "report.html").write_text("<p>report</p>")
