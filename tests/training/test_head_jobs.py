@@ -29,6 +29,7 @@ from threefold.training.features.heads import HeadNetwork, head_probs
 from threefold.training.features.probe import L2_GRID, Targets, fit_linear
 from threefold.training.jobs import train_members
 from threefold.training.pixel_cache import PixelCache
+from threefold.training.results.diagnostics import inspect_data
 from threefold.training.run import Run
 from threefold.training.stages.loop import train_stage
 from threefold.training.stages.task import StageOutcome, StageTask
@@ -56,6 +57,23 @@ def make_probe(images: Path, *sets: str) -> Recipe:
 def probed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A trained run. Tests read it, none changes it."""
     return api.train(make_recipe(images), tmp_path_factory.mktemp("probed") / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "pictures"),
+    [
+        ({}, 0),
+        ({"augment": {"hflip": True}}, 0),  # which heads without copies never see
+        ({"augment": {"hflip": True}, "features": {"copies": 1}}, 16),
+    ],
+)
+def test_the_report_shows_augmented_images_if_heads_see_them(
+    images: Path, tmp_path: Path, changes: dict[str, Any], pictures: int
+) -> None:
+    run = Run.create(Recipe.parse(frozen_tree(images, **changes)), tmp_path / "run")
+    cache = PixelCache(run.all_sources, run.all_views, run.dir / "cache")
+
+    assert len(inspect_data(run, cache).augmented) == pictures
 
 
 def test_rows_are_scored_once_by_heads_that_never_saw_them(probed: Run) -> None:

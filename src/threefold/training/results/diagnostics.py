@@ -42,7 +42,8 @@ from threefold.models.pipeline import to_pixels
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.records import DuplicatesRecord, seal
 from threefold.predictions.results_schema import Audit, Copies, CopyPair
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe import Recipe
+from threefold.recipe_schema import AugmentSpec, MemberSpec
 from threefold.stats.scores import confusions
 from threefold.training.pixel_cache import PixelCache
 from threefold.training.results.out_of_fold import roles_by_fold
@@ -86,7 +87,18 @@ def inspect_data(run: Run, cache: PixelCache) -> DataDiagnostics:
     return DataDiagnostics(_augmented_images(run, cache), _find_copies(run, cache))
 
 
+def _augments(recipe: Recipe) -> bool:
+    """Whether any network or head learns from images that are changed at random."""
+    learns = bool(recipe.features.copies) or not all(
+        recipe.is_frozen(member.name) for member in recipe.members
+    )
+    return learns and recipe.augment != AugmentSpec()
+
+
 def _augmented_images(run: Run, cache: PixelCache, count: int = 16) -> np.ndarray:
+    """Return some training images after random changes; none if no network sees such images."""
+    if not _augments(run.recipe):
+        return np.zeros((0, 1, 1, 3), np.uint8)
     spec = next(m for m in run.recipe.members if not m.joins)
     rows = np.linspace(0, len(run.sources.train) - 1, count).astype(int)
     images = to_pixels(cache.rows("train", spec, rows).pixels[:], torch.device("cpu"))
