@@ -88,6 +88,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     assert hashes(folder) == uninterrupted
 
 
+@pytest.mark.long
 def test_fit_keeps_its_budget_and_exports(tmp_path: Path) -> None:
     root, folder = make_folder(tmp_path / "my photos", 30), tmp_path / "run"
     options = ["--budget", "1m", "--members", "tf_efficientnet_lite0"]

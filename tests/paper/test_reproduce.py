@@ -241,7 +241,7 @@ def test_the_list_of_items_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_item_in_rotation(tmp_path: Path) -> None:
     """Another one every day, or the one that THREEFOLD_ITEM names."""
     day = datetime.now(UTC).timetuple().tm_yday

@@ -155,7 +155,7 @@ def test_hostile_images_cost_little_memory_and_time(path: Path) -> None:
         assert post(address, RED).json()["answers"][0]["label"] == "red"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_photos_of_48_megapixels_are_answered_in_bounded_memory(path: Path) -> None:
     clear = Image.new("RGBA", (8000, 6000), (200, 30, 30, 99))
