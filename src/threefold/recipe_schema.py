@@ -292,6 +292,11 @@ class StageSpec(Section):
     """The members this stage trains. Members that no stage names use the stages with an empty
     list."""
 
+    @property
+    def reads_images(self) -> bool:
+        """Whether it trains on decoded images, and not on cached features or activations."""
+        return self.kind == "tune" and not self.cached
+
     @field_validator("trainable", "frozen")
     @classmethod
     def _is_regex(cls, value: str) -> str:

@@ -33,6 +33,15 @@ def test_the_files_that_training_writes_are_foretold(tmp_path: Path, sets: tuple
     assert all(0 <= size - foretold[name] < 512 for name, size in written.items())  # the header
 
 
+def test_stages_on_cached_activations_need_no_room(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    cached = {"cached": True, "batch_norm": "fixed", "frozen": "backbone"}
+
+    stages = tuple(stage.model_copy(update=cached) for stage in run.recipe.stages)
+
+    assert image_cache_bytes(run.recipe.model_copy(update={"stages": stages}), run.sources) == {}
+
+
 def test_a_run_does_not_begin_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path)
     needed = sum(image_cache_bytes(run.recipe, run.all_sources).values())

@@ -10,6 +10,7 @@ from threefold.errors import RunError
 from threefold.machine import free_disk
 from threefold.models.views import Views
 from threefold.recipe import Recipe
+from threefold.training.pixel_cache import file_name
 from threefold.training.run import Run
 
 WORTH_A_NOTE: Final = 10**9
@@ -19,8 +20,8 @@ WORTH_A_NOTE: Final = 10**9
 def image_cache_bytes(recipe: Recipe, sources: Sources) -> dict[str, int]:
     """Return the bytes of each file of decoded images that training writes, by its name.
 
-    Every image of a split is there once for each side in use, as 3 bytes for a pixel. Members that
-    train only a head read features in their place.
+    Every image of a split is there once for each side in use, as 3 bytes for a pixel. Members whose
+    stages all read cached features or activations are not counted, nor is the search for copies.
     """
     rows = {"train": len(sources.train)}
     if sources.test is not None:
@@ -29,7 +30,7 @@ def image_cache_bytes(recipe: Recipe, sources: Sources) -> dict[str, int]:
         rows["unlabelled"] = len(sources.unlabelled)
     files: dict[str, int] = {}
     for member in recipe.members:
-        stages = [stage for stage in recipe.stages_of(member.name) if stage.kind != "head"]
+        stages = [stage for stage in recipe.stages_of(member.name) if stage.reads_images]
         if not stages:
             continue
         canvas = Views(recipe.views, member.img_size, recipe.seed).canvas
@@ -41,7 +42,7 @@ def image_cache_bytes(recipe: Recipe, sources: Sources) -> dict[str, int]:
         }
         for split, count in rows.items():
             for side in sides[split]:
-                files[f"{split}-{member.resize}-{side}.npy"] = 3 * side * side * count
+                files[file_name(split, member, side)] = 3 * side * side * count
     return files
 
 

@@ -116,6 +116,11 @@ class PixelRows(NamedTuple):
     """(n,) int64, or (n, k) zeros and ones where images have any number of labels."""
 
 
+def file_name(split: str, spec: MemberSpec, side: int) -> str:
+    """Name the file of a split's squares of one side, as a member has them resized."""
+    return f"{split}-{spec.resize}-{side}.npy"
+
+
 class PixelCache:
     """Uint8 squares of every image, one file for each size in use.
 
@@ -146,7 +151,7 @@ class PixelCache:
         """
         dataset = self.sources.part(split)
         side = side or (self.views(spec).canvas if views else spec.img_size)
-        path = self.folder / f"{split}-{spec.resize}-{side}.npy"
+        path = self.folder / file_name(split, spec, side)
         if path not in self._known or not path.exists():
             key = self._key(split)
             with one_at_a_time(path.with_suffix(".lock")):

@@ -104,7 +104,7 @@ def prepare_pixels(run: Run, cache: PixelCache, jobs: Sequence[Job]) -> None:
     nothing = np.arange(0)
     for job in jobs:
         spec, stage = run.recipe.member(job.member), run.recipe.stage(job.stage)
-        if stage.kind == "tune" and not stage.cached:
+        if stage.reads_images:
             cache.rows("train", spec, nothing, side=stage.img_size)
             split, _ = select_rows(run.sources, run.roles[job.fold])
             cache.rows(split, spec, nothing)
