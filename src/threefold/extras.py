@@ -122,12 +122,13 @@ def _installed_from() -> tuple[Path | None, bool]:
     return None, False
 
 
-def require_package(name: str, needed_by: str, fix: str) -> Any:
+def require_package(name: str, needed_by: str, *, extra: str = "", fix: str = "") -> Any:
     """Import a package that one option or verb needs beyond its extra.
 
     Args:
         name: of the package, as it is imported.
         needed_by: what needs it, for the message.
+        extra: the extra that installs it; empty = `fix` is the command.
         fix: the command that installs it.
 
     Raises:
@@ -137,7 +138,9 @@ def require_package(name: str, needed_by: str, fix: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise MissingExtraError(
-            f"{needed_by} a package that is not installed", got=f"no {name}", fix=fix
+            f"{needed_by} a package that is not installed",
+            got=f"no {name}",
+            fix=install_command(extra) if extra else fix,
         ) from None
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from threefold.errors import RunError, ThreefoldError
-from threefold.extras import install_command, require_package
+from threefold.extras import require_package
 from threefold.files import cache_folder, temporary_path, write_json
 
 EXTRAS: Final = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}
@@ -81,16 +81,15 @@ class ObjectFolder:
     def __init__(self, url: str) -> None:
         self.url = url
         scheme, _, self._root = url.partition("://")
-        extra = EXTRAS.get(scheme)
-        fix = install_command(extra) if extra else "pip install fsspec"
-        fsspec = require_package("fsspec", f"{scheme}:// needs", fix)
+        extra, fix = EXTRAS.get(scheme, ""), "pip install fsspec"
+        fsspec = require_package("fsspec", f"{scheme}:// needs", extra=extra, fix=fix)
         try:
             # Objects change behind this process, so nothing that was listed is kept.
             options = {"use_listings_cache": False}
             self._files: Any = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
         except ImportError:
             package = "s3fs" if extra == "s3" else "gcsfs" if extra == "gcs" else "its package"
-            require_package(package, f"{scheme}:// needs", fix)
+            require_package(package, f"{scheme}:// needs", extra=extra, fix=fix)
             raise
 
     def list(self, below: str = "") -> dict[str, StoredObject]:

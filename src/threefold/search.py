@@ -22,7 +22,7 @@ from threefold.data.dataset import Sources
 from threefold.data.load import load_data
 from threefold.errors import RecipeError, RunError
 from threefold.evaluation.optimism import Counts, optimism_entry
-from threefold.extras import install_command, require_package
+from threefold.extras import require_package
 from threefold.files import delete_leftovers, read_json, write_json
 from threefold.overrides import parse_value
 from threefold.predictions.predictions import Predictions
@@ -229,7 +229,7 @@ def search(
 
 
 def _import_optuna() -> Any:
-    optuna = require_package("optuna", "a search needs", install_command("search"))
+    optuna = require_package("optuna", "a search needs", extra="search")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 

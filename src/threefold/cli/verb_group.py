@@ -24,7 +24,7 @@ class VerbGroup(TyperGroup):
         """Say what can be done with a file or a folder."""
         if path.suffix.lower() == ".toml":
             return f"to train this recipe: threefold train {path}"
-        if path.suffix.lower() in (".onnx", ".pt2"):
+        if path.suffix.lower() == ".onnx":
             return f"to classify images with it: threefold predict {path} IMAGES"
         return f"to train on it: threefold fit {path}"
 

@@ -98,7 +98,7 @@ def download(
         MissingExtraError: huggingface_hub is not installed.
     """
     fix = "pip install huggingface_hub"
-    require_package("huggingface_hub", "addresses of the hub need", fix)
+    require_package("huggingface_hub", "addresses of the hub need", fix=fix)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HFValidationError,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from threefold.errors import RunError, ThreefoldError, shorten
-from threefold.extras import install_command, require_package
+from threefold.extras import require_package
 from threefold.training.provenance import versions
 
 CONNECT_SECONDS: Final = 5.0
@@ -46,7 +46,7 @@ def import_ray() -> Any:
         MissingExtraError: it is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # training tells no one
-    return require_package("ray", "--executor ray needs", install_command("ray"))
+    return require_package("ray", "--executor ray needs", extra="ray")
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from threefold.errors import RecipeError, RunError
-from threefold.extras import install_command, require_package
+from threefold.extras import require_package
 from threefold.files import read_json, write_json
 from threefold.predictions.multilabel_results import MultilabelResults
 from threefold.predictions.run_results import AnyResults
@@ -380,7 +380,7 @@ def _check(name: str) -> None:
     """Refuse an unknown tracker, or one whose package is missing."""
     if name not in TRACKERS:
         raise RecipeError("unknown tracker", where="--log", got=name, expected=", ".join(TRACKERS))
-    require_package(TRACKERS[name][1], f"--log {name} needs", install_command(name))
+    require_package(TRACKERS[name][1], f"--log {name} needs", extra=name)
 
 
 def _read_ids(folder: Path) -> dict[str, str]:
