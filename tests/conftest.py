@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,21 @@ import pytest
 from support.tiny_runs import make_folder, tiny_tree
 
 from threefold.recipe import Recipe
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector away from all that the imports made.
+
+    Every full collection would go through it, and a test that runs short of memory makes several:
+    2.8 s instead of 0.6 s.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let the collector take what was kept from it: some libraries report it as leaked."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -194,6 +194,7 @@ def test_blocks_change_no_figure_of_an_evaluation(monkeypatch: pytest.MonkeyPatc
     assert (pieces.probs == whole.probs).all()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_methods_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The answers of a method take 6 MB here, those of all methods and members 80 MB."""
     rows = draw(n=16_000, k=50, m=3)

@@ -218,7 +218,17 @@ def test_a_choice_needs_known_candidates() -> None:
         choose({"median": two_class_probs(1)}, np.zeros(100, int))
 
 
-@pytest.mark.parametrize("kind", ["null", "few", "label-noise", "sure-misses", "experts", "copies"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "null",
+        "sure-misses",
+        pytest.param("few", marks=pytest.mark.slow),
+        pytest.param("label-noise", marks=pytest.mark.slow),
+        pytest.param("experts", marks=pytest.mark.slow),
+        pytest.param("copies", marks=pytest.mark.slow),
+    ],
+)
 def test_the_chosen_method_does_not_lose_to_the_mean(kind: str) -> None:
     """A small version of the claim that bench/ensembles.py checks with twenty draws."""
     gains = []

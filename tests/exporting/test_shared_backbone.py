@@ -142,6 +142,7 @@ def backbone_convolutions(run: Run) -> int:
     return sum(isinstance(module, nn.Conv2d) for module in network.modules())
 
 
+@pytest.mark.slow
 def test_the_file_has_the_backbone_once(run: Run, exported: onnx.ModelProto) -> None:
     weights = [onnx.numpy_helper.to_array(t) for t in exported.graph.initializer]
     large = [array.tobytes() for array in weights if array.size > 64]

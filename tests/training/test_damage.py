@@ -108,6 +108,7 @@ DERIVED: dict[str, Callable[[Run], object]] = {
 }
 
 
+@pytest.mark.slow
 def test_damaged_summaries_are_written_again(copy: Path, finished: Run) -> None:
     for name, action in DERIVED.items():
         kept = (copy / name).read_bytes()
@@ -365,6 +366,7 @@ def test_a_lock_that_cannot_be_written_is_one_line(copy: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_a_resumed_run_makes_damaged_squares_again(copy: Path, finished: Run) -> None:
     shutil.rmtree(copy / "jobs" / "plain" / "fold0")
     (copy / "results.json").unlink()

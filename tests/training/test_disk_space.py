@@ -21,7 +21,14 @@ def make_run(folder: Path, *sets: str) -> Run:
     return Run.create(Recipe.parse(tiny_tree(images), sets), folder / "run", Notes())
 
 
-@pytest.mark.parametrize("sets", [(), ("views.kind=flip",), ("views.upsample=1.5",)])
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ("views.upsample=1.5",),
+        pytest.param((), marks=pytest.mark.slow),
+        pytest.param(("views.kind=flip",), marks=pytest.mark.slow),
+    ],
+)
 def test_the_files_that_training_writes_are_foretold(tmp_path: Path, sets: tuple[str, ...]) -> None:
     run = make_run(tmp_path, *sets)
     foretold = image_cache_bytes(run.recipe, run.all_sources)

@@ -217,7 +217,7 @@ def test_one_member_can_tune_after_its_head_stage(images: Path, tmp_path: Path) 
     assert (roles[0, run.roles[0].select] == SELECT).all()
 
 
-@pytest.mark.parametrize("stop_after", [1, 3])
+@pytest.mark.parametrize("stop_after", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_resumed_equals_uninterrupted_bit_for_bit(
     probed: Run,
     images: Path,
@@ -247,6 +247,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     )
 
 
+@pytest.mark.slow
 def test_another_run_and_seeded_folds_read_the_same_features(
     probed: Run, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,6 +261,7 @@ def test_another_run_and_seeded_folds_read_the_same_features(
     monkeypatch.setattr(feature_pass, "compute", compute)
 
 
+@pytest.mark.slow
 def test_views_are_answered_through_the_network(images: Path, tmp_path: Path) -> None:
     run = Run.create(make_probe(images, "views.kind=flip"), tmp_path / "run")
     train_members(run)
@@ -284,6 +286,7 @@ def test_paper_protocol_never_fits_the_rows_that_it_scores(images: Path, tmp_pat
     assert sha256(folder / "start.safetensors") == sha256(folder / "weights.safetensors")
 
 
+@pytest.mark.slow
 def test_heads_see_copies_of_fit_rows(images: Path, tmp_path: Path) -> None:
     plain = Run.create(make_probe(images), tmp_path / "plain")
     more = Run.create(

@@ -92,6 +92,7 @@ def left(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         return api.train(two_members(images), out, Notes())
 
 
+@pytest.mark.slow
 def test_the_run_goes_on_without_it(left: Run) -> None:
     reason = "not enough memory in fold0, stage one (not even for 3 images at once)"
     saved = RunFolder(left.dir)
@@ -109,6 +110,7 @@ def test_the_run_goes_on_without_it(left: Run) -> None:
     assert check_run(left.dir).faults == ()
 
 
+@pytest.mark.slow
 def test_the_others_have_the_same_bits(left: Run, images: Path, tmp_path: Path) -> None:
     alone = Run.create(two_members(images).without(["gated"]), tmp_path / "run")
 
@@ -118,6 +120,7 @@ def test_the_others_have_the_same_bits(left: Run, images: Path, tmp_path: Path) 
     assert np.array_equal(left.predictions().probs, alone.predictions().probs)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_stays_without_it(left: Run, images: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(left.dir, tmp_path / "run")
     (folder / "results.json").unlink()
@@ -215,6 +218,7 @@ def test_a_first_answer_without_a_probe(
     assert sum("is tried once more" in note for note in notes.notes) == 1
 
 
+@pytest.mark.slow
 def test_features_are_computed_one_by_one_if_memory_is_short(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -202,6 +202,7 @@ def test_exact_heads_and_unknown_names_are_refused(images: Path, tiny: Recipe) -
         find_learning_rate("nothing", progress=False)
 
 
+@pytest.mark.slow
 def test_the_verb_reads_a_run_and_leaves_it_alone(finished: Run, tmp_path: Path) -> None:
     before, chart = hash_files(finished.dir), tmp_path / "lr.png"
     words = ["lr-find", str(finished.dir), "--steps", "40", "--high", "1000", "--out", str(chart)]

@@ -152,7 +152,7 @@ def test_history_has_the_metric_of_the_select_rows(trained: Run) -> None:
         assert 0 < history["epochs"][-1]["select_metric"] <= 1
 
 
-@pytest.mark.parametrize("stop_after", [0, 1])
+@pytest.mark.parametrize("stop_after", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_resumed_equals_uninterrupted_bit_for_bit(
     table: Path, trained: Run, tmp_path: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

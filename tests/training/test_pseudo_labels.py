@@ -94,6 +94,7 @@ def stored(run: Run, fold: int) -> dict[str, np.ndarray]:
     return read_arrays(run.dir / "pseudo_labels" / f"fold{fold}.npz")
 
 
+@pytest.mark.slow
 def test_each_fold_is_taught_by_its_own_networks(taught: Run) -> None:
     features = head_jobs.open_features(taught)
     pixels = PixelCache(taught.all_sources, taught.all_views, taught.dir / "cache")
@@ -138,6 +139,7 @@ def test_labels_that_a_fold_scores_do_not_reach_what_it_learns(taught: Run, tmp_
     assert before["pseudo_labels/fold1.npz"] != after["pseudo_labels/fold1.npz"]
 
 
+@pytest.mark.slow
 def test_the_exact_head_learns_soft_targets(taught: Run) -> None:
     features = head_jobs.open_features(taught)
     spec, labels = taught.recipe.member("pseudo"), taught.sources.train.labels
@@ -164,6 +166,7 @@ def jobs_l2(run: Run, job: Job) -> float:
     return float(run.folder.histories()[job]["l2"])
 
 
+@pytest.mark.slow
 def test_ledger_and_results_count_what_each_fold_learns(taught: Run) -> None:
     counts = taught.results.pseudo_labels
     lines = [line for line in taught.results.ledger if "pseudo labels" in line.step]
@@ -181,6 +184,7 @@ def test_ledger_and_results_count_what_each_fold_learns(taught: Run) -> None:
         assert line.overlap == 0
 
 
+@pytest.mark.slow
 def test_the_ledger_refuses_networks_that_saw_scored_rows(taught: Run) -> None:
     run = Run(taught.folder, sources=taught.sources)
     roles = taught.roles[0]
@@ -218,6 +222,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     assert {name: whole[name] for name in hash_files(resumed.dir)} == hash_files(resumed.dir)
 
 
+@pytest.mark.slow
 def test_changed_unlabelled_images_stop_a_resumed_run(taught: Run) -> None:
     run = Run(taught.folder, sources=taught.sources)
     fewer = taught.unlabelled.subset(np.arange(17))

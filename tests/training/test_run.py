@@ -64,7 +64,7 @@ def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-@pytest.mark.parametrize("stop_after", [1, 3])
+@pytest.mark.parametrize("stop_after", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_resumed_equals_uninterrupted_bit_for_bit(
     whole: Run, images: Path, tmp_path: Path, stop_after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +190,7 @@ def test_an_output_below_a_file_is_one_clear_error(tiny: Recipe, tmp_path: Path)
         Run.create(tiny, tmp_path / "file" / "run")
 
 
+@pytest.mark.slow
 def test_paper_protocol_selects_on_test_and_says_so(images: Path, tmp_path: Path) -> None:
     run = api.train(small(images, "protocol=paper", "folds.k=1"), tmp_path / "paper")
 
