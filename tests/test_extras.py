@@ -148,6 +148,7 @@ def test_predict_answers_as_with_everything_installed(
     assert "bad.png" in base.stderr
 
 
+@pytest.mark.slow
 def test_predict_has_the_same_flags_and_codes(files: tuple[Path, Path, Path]) -> None:
     model, red, _ = map(str, files)
 

@@ -130,6 +130,7 @@ def test_a_run_without_epochs_has_no_learning_curves(tmp_path: Path) -> None:
         threefold.open(fake_run(tmp_path / "heads", images=False)).plot_learning_curves()
 
 
+@pytest.mark.slow
 def test_the_report_is_written_where_there_is_none(whole: Path, tmp_path: Path) -> None:
     run = threefold.open(whole)
 

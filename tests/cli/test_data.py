@@ -152,6 +152,7 @@ def test_check_reads_images_as_the_fit_that_it_prepares(folders: Path) -> None:
     assert "unknown key, did you mean" in str(unknown.exception)
 
 
+@pytest.mark.slow
 def test_exit_codes() -> None:
     usage = threefold_command("data")
     absent = threefold_command("data", "check", "nowhere")

@@ -236,6 +236,7 @@ def test_first_weights_are_keras() -> None:
     assert kernel.mean() == pytest.approx(0, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_fit_and_its_answers_need_no_torch() -> None:
     code = """if True:
         import sys

@@ -132,7 +132,9 @@ def test_evaluate_fits_nothing(tmp_path: Path) -> None:
     assert summary.per_class_of == "m1"
 
 
-@pytest.mark.parametrize("words", ["ensemble --method auto", "evaluate", "compare"])
+@pytest.mark.parametrize(
+    "words", [pytest.param("ensemble --method auto", marks=pytest.mark.slow), "evaluate", "compare"]
+)
 def test_verbs_print_tables_pages_and_json(tmp_path: Path, words: str) -> None:
     path, page = str(tmp_path / "p.npz"), tmp_path / "page.html"
     pool(3).save(tmp_path / "p.npz")

@@ -26,7 +26,11 @@ FAMILIES = ("efficientnetv2", "convnext", "vit")
     ("backbone", "head"),
     [
         ("test_efficientnet", HeadSpec(kind="birnn", units=16, fc=16, sequence="rows")),
-        ("test_efficientnet", HeadSpec(kind="bigru", units=16, sequence="spatial")),
+        pytest.param(
+            "test_efficientnet",
+            HeadSpec(kind="bigru", units=16, sequence="spatial"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param("convnext_atto", HeadSpec(kind="linear", fc=16), marks=pytest.mark.slow),
         pytest.param(
             "vit_tiny_patch16_224", HeadSpec(kind="bigru", units=16, fc=16), marks=pytest.mark.slow

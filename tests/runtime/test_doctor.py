@@ -80,6 +80,7 @@ def test_clean_asks_first(cache: Path) -> None:
     assert threefold_command("clean").stdout.endswith("nothing to delete\n")
 
 
+@pytest.mark.slow
 def test_doctor_as_json_can_be_read(cache: Path) -> None:
     outcome = threefold_command("doctor", "--json")
 

@@ -350,6 +350,7 @@ def test_a_graph_that_needs_too_much_memory_is_stopped(tmp_path: Path, when: str
     assert int(peak) < 1000
 
 
+@pytest.mark.slow
 def test_checking_reads_no_weights(tmp_path: Path) -> None:
     """300 MB of weights are skipped."""
     model = colour_graph()

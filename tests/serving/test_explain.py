@@ -188,6 +188,7 @@ def test_others_get_their_answers_meanwhile(model: Model, gate: threading.Event)
         assert explained.result().status_code == 200
 
 
+@pytest.mark.slow
 def test_explanations_too_many_and_too_slow(model: Model, gate: threading.Event) -> None:
     limits = ServerLimits(explanations=2, explain_seconds=2)
     with serving(model.path, limits) as address, ThreadPoolExecutor(2) as pool:
@@ -202,6 +203,7 @@ def test_explanations_too_many_and_too_slow(model: Model, gate: threading.Event)
         assert ask(address).status_code == 200
 
 
+@pytest.mark.slow
 def test_who_leaves_gives_the_place_to_others(model: Model, gate: threading.Event) -> None:
     with serving(model.path, ServerLimits(explanations=1)) as address:
         with pytest.raises(httpx.ReadTimeout):

@@ -171,6 +171,7 @@ def test_tuning_starts_from_the_head_that_saw_fit_rows_only(
     assert len(tuned.state_dict()) == len(starts[0][0])
 
 
+@pytest.mark.slow
 def test_tuning_on_the_last_level_starts_from_a_probe_on_several(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +206,7 @@ def test_a_tuned_member_has_the_kind_of_head_of_its_probe(images: Path) -> None:
         make_recipe(images, members=[PROBE, GATED, tuned])
 
 
+@pytest.mark.slow
 def test_one_member_can_tune_after_its_head_stage(images: Path, tmp_path: Path) -> None:
     stages = [{"name": "head", "kind": "head"}, {"name": "tune", "epochs": 1, "lr": 1e-3}]
     run = Run.create(make_recipe(images, stages=stages, members=[PROBE]), tmp_path / "run")

@@ -50,7 +50,14 @@ def in_four_parts() -> StageOutcome:
     return train_stage(build_tiny(), make_task(*MIXED, "train.accumulate=4"))
 
 
-@pytest.mark.parametrize("error", [CUDA, CPU, MemoryError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        CUDA,
+        pytest.param(CPU, marks=pytest.mark.slow),
+        pytest.param(MemoryError(), marks=pytest.mark.slow),
+    ],
+)
 def test_a_batch_that_does_not_fit_is_halved(error: Exception, in_four_parts: StageOutcome) -> None:
     notes = Notes()
 
@@ -90,6 +97,7 @@ def test_other_errors_are_not_hidden() -> None:
         train_stage(limited(4, RuntimeError("a fault")), make_task())
 
 
+@pytest.mark.slow
 def test_a_resumed_stage_keeps_the_parts(tmp_path: Path) -> None:
     whole = train_stage(limited(4), make_task(SHORT))
     task = make_task(SHORT, resume_path=tmp_path / ".resume")

@@ -171,6 +171,7 @@ def test_tuned_members_follow_their_probes(tmp_path: Path) -> None:
     assert [stage.kind for stage in plan.recipe.stages] == ["head", "tune", "tune"]
 
 
+@pytest.mark.slow
 def test_a_fixed_grid_of_tokens_keeps_its_size(tmp_path: Path) -> None:
     sets = (*UNTRAINED, "members.0.img_size=32", "train.device=cpu")
     root = make_folder(tmp_path, ["cat", "dog"])
@@ -233,6 +234,7 @@ def test_a_budget_that_planning_used_up_is_too_small(
         plan_folder(root, 5, TINY, UNTRAINED)
 
 
+@pytest.mark.slow
 def test_members_and_overrides_are_used(tmp_path: Path) -> None:
     root = make_folder(tmp_path, ["cat", "dog"])
     sets = ("train.batch_size=4", "members.0.weights=none", "members.1.weights=none")

@@ -31,6 +31,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("THREEFOLD_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.mark.slow
 def test_the_task_of_a_table_is_found_and_said(tmp_path: Path) -> None:
     table = write_shapes(tmp_path, 40, size=40)
 

@@ -156,6 +156,7 @@ def test_a_damaged_file_of_a_finished_job_is_an_error(finished: Run, tmp_path: P
     run.load_member(run.recipe.members[0], 0, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs /dev/full")
 def test_a_full_disk_is_one_clear_error_and_the_run_resumes(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -237,6 +238,7 @@ def test_results_hold_every_score_with_interval_and_rows(finished: Run) -> None:
     assert not (finished.dir / "cache").exists()
 
 
+@pytest.mark.slow
 def test_a_run_does_not_continue_with_other_images(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "flat", 10)
     run = api.train(small(root), tmp_path / "run")
