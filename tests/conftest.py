@@ -28,7 +28,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_unconfigure() -> None:
+def pytest_sessionfinish() -> None:
     """Let the collector take what was kept from it: some libraries report it as leaked."""
     gc.unfreeze()
 

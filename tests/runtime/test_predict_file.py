@@ -7,8 +7,11 @@ import json
 import os
 import shutil
 import tarfile
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +25,7 @@ from threefold.evaluation.saved import score_saved
 from threefold.runtime import batches, devices, result_files
 from threefold.runtime.batches import BatchSize, answer_images
 from threefold.runtime.model import FULL, Model
+from threefold.runtime.model_output import ModelOutput
 from threefold.runtime.predict import Engine, find_images, parse_batch, write_predictions
 from threefold.runtime.predict_file import FileSummary, predict_to_file
 from threefold.runtime.tolerances import TOLERANCES
@@ -133,6 +137,39 @@ def test_images_wait_in_bounded_memory(
     answers.close()  # type: ignore[attr-defined]
 
     assert taken <= 64 + 10
+
+
+@pytest.mark.parametrize(("cores", "takes_turns"), [(2, True), (8, False)])
+def test_few_cores_decode_and_answer_in_turns(
+    tmp_path: Path,
+    images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    takes_turns: bool,
+) -> None:
+    monkeypatch.setattr(batches, "usable_cores", lambda: cores)
+    model, paths = Model(make_model(tmp_path)), [str(next(find_images([str(images)])))] * 200
+    is_running, both = threading.Event(), []
+    run, decode = model.run, batches.decode
+
+    def slow_run(*arguments: Any) -> ModelOutput:
+        is_running.set()
+        time.sleep(0.02)
+        is_running.clear()
+        return run(*arguments)
+
+    def slow_decode(path: str) -> np.ndarray:
+        both.append(is_running.is_set())
+        time.sleep(0.001)
+        return decode(path)
+
+    monkeypatch.setattr(model, "run", slow_run)
+    monkeypatch.setattr(batches, "decode", slow_decode)
+
+    answers = [*answer_images(model, paths, BatchSize(8), lambda _: FULL, threads=2)]
+
+    assert [answer.path for answer in answers] == paths
+    assert any(both) == (not takes_turns)
 
 
 def test_a_batch_that_fails_is_answered_in_halves(tmp_path: Path, images: Path) -> None:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from support.server import card, write_model
 
 import threefold
+from threefold.data import resize as resizing
 from threefold.models.resize import resize_square
-from threefold.runtime import shrink as shrinking
 from threefold.runtime.shrink import Canvas, common_canvas, shrink
 
 PART = {"filter": "triangle, antialiased", "resize": "crop", "pixels": 224}
@@ -41,7 +41,7 @@ def test_pixels_are_those_of_the_graph(
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shrinking, "BAND_PIXELS", band)
+        patch.setattr(resizing, "BAND_PIXELS", band)
         small = shrink(pixels, Canvas(size, mode))
 
     assert np.array_equal(of_graph(small, size, mode), of_graph(pixels, size, mode))
@@ -104,6 +104,6 @@ def test_only_large_images_are_resized_beforehand(tmp_path: Path) -> None:
         run(outputs, inputs, options),
     )[1]
 
-    model.predict([np.zeros((2000, 2000, 3), np.uint8), np.zeros((2000, 2001, 3), np.uint8)])
+    model.predict([np.zeros((1000, 1000, 3), np.uint8), np.zeros((1000, 1001, 3), np.uint8)])
 
-    assert seen == [(1, 2000, 2000, 3), (1, 8, 8, 3)]
+    assert seen == [(1, 1000, 1000, 3), (1, 8, 8, 3)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -16,7 +18,13 @@ from threefold.errors import RunError
 from threefold.models.resize import resize_square
 from threefold.models.views import Views
 from threefold.recipe_schema import MemberSpec, ViewSpec
-from threefold.training.pixel_cache import CHUNK, PixelCache, StoredPixels, join_rows
+from threefold.training.pixel_cache import (
+    CHUNK,
+    PixelCache,
+    StoredPixels,
+    join_rows,
+    resize_images,
+)
 
 SPEC = MemberSpec(name="m", backbone="test_resnet", img_size=24)
 
@@ -181,3 +189,20 @@ def test_a_damaged_file_is_made_again(tmp_path: Path, damage: str) -> None:
     after = make_cache(tmp_path)[0].rows("train", SPEC, rows).pixels[:]
 
     np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.parametrize("mode", ["squash", "crop"])
+@pytest.mark.parametrize("is_pooled", [True, False])
+def test_images_of_any_shape_get_the_networks_pixels(
+    mode: Literal["squash", "crop"], is_pooled: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    shapes = [(40, 30), (7, 90), (1, 1), (200, 1), (3, 2000)]  # the last is beyond exact sums
+    images = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+
+    with ThreadPoolExecutor(2) as pool:
+        squares = resize_images(images, 6, mode, pool if is_pooled else None)
+
+    for image, square in zip(images, squares, strict=True):
+        expected = resize_square(torch.from_numpy(image[None]), 6, mode)[0].permute(1, 2, 0)
+        np.testing.assert_array_equal(square, expected.numpy())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from threefold.data.image_rows import ImageRow
 from threefold.data.images import decode
 from threefold.errors import DataError, ThreefoldError
-from threefold.machine import decoding_threads
+from threefold.machine import decoding_threads, usable_cores
 from threefold.runtime.model import CascadePolicy, Model
 from threefold.runtime.model_output import ModelOutput
 
@@ -26,6 +26,12 @@ AHEAD_PIXELS: Final = 64_000_000
 """Pixels that are decoded and not answered yet; three bytes each."""
 BATCH_PIXELS: Final = 4_000_000
 """Pixels of a batch of several images that have no common canvas."""
+FEW_CORES: Final = 4
+"""Cores up to which a model on the CPU and the threads that decode take turns. Side by side they
+slow each other down: on two cores by a quarter to a half, and the more so if onnxruntime's threads
+wait for work in a loop (`bench/predict_folder.py`)."""
+ROUND: Final = 64
+"""Images that are decoded before it is the model's turn, or two batches if these are more."""
 MAX_BATCH: Final = 1024
 CPU_SIZES: Final = (1, 4, 16, 64)
 DEVICE_SIZES: Final = (16, 64, 256)
@@ -141,19 +147,24 @@ def _read_ahead(
         yield from map(read, paths)
         return
     threads = threads or decoding_threads()
+    takes_turns = model.device == "cpu" and usable_cores() <= FEW_CORES
     remaining = iter(paths)
     queue: deque[Future[_Read]] = deque()
     largest, is_exhausted = AHEAD_PIXELS, False  # of recent images: those to come are alike
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     try:
         while True:
-            room = min(2 * batch.size + threads, max(threads, AHEAD_PIXELS // largest))
-            while len(queue) < room and not is_exhausted:
-                path = next(remaining, None)
-                if path is None:
-                    is_exhausted = True
-                else:
-                    queue.append(pool.submit(read, path))
+            if not (queue and takes_turns):
+                wanted = max(2 * batch.size + threads, ROUND if takes_turns else 0)
+                room = min(wanted, max(threads, AHEAD_PIXELS // largest))
+                while len(queue) < room and not is_exhausted:
+                    path = next(remaining, None)
+                    if path is None:
+                        is_exhausted = True
+                    else:
+                        queue.append(pool.submit(read, path))
+                if takes_turns:
+                    wait(queue)
             if not queue:
                 return
             done = queue.popleft().result()

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from threefold.data.resize import MAX_SCALE
 from threefold.errors import DataError, ExportError
-from threefold.runtime.shrink import MAX_SCALE, Canvas, shrink
+from threefold.runtime.shrink import Canvas, shrink
 
 
 def is_fixed_size(card: Mapping[str, Any], canvas: Canvas | None, where: str | Path) -> bool:

@@ -28,7 +28,7 @@ FORMAT: Final = 1
 KEY: Final = "threefold"
 """Key of the model card in the file's metadata."""
 
-LARGE_PIXELS: Final = 4_000_000
+LARGE_PIXELS: Final = 1_000_000
 """Pixels of an image above which `Model.prepare` resizes it before the graph does."""
 
 Labels = str | tuple[str, ...]

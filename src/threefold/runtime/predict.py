@@ -29,7 +29,7 @@ from threefold.runtime.describe import AnswerTable, as_text, describe_answer
 from threefold.runtime.device_parity import compare_with_cpu
 from threefold.runtime.heat import HeatFolder, occlusion_heats
 from threefold.runtime.json_text import json_line
-from threefold.runtime.model import FULL, CascadePolicy, Model, load
+from threefold.runtime.model import FULL, CascadePolicy, Model
 from threefold.runtime.model_output import ModelOutput
 from threefold.suffixes import is_archive
 
@@ -148,7 +148,7 @@ def write_predictions(
             the budget is too small, or the device is missing or answers differently.
     """
     engine = engine or Engine()
-    model, failed = load(model_path, device=engine.device), 0
+    model, failed = open_model(model_path, engine), 0
     rows = csv.writer(stream) if form == "csv" else None
     table = AnswerTable(model.classes, model.task)
     if rows:
@@ -237,6 +237,17 @@ def answer_all(
 
     threads = -1 if engine.batch == 1 else 0
     return answer_images(model, paths, batch or make_batch(engine), start, threads)
+
+
+def open_model(path: Path, engine: Engine) -> Model:
+    """Open a file for an engine.
+
+    Where threads decode, those of onnxruntime do not wait in a loop, which would take their cores.
+
+    Raises:
+        ExportError: as `model.load`.
+    """
+    return Model(path, spin=engine.batch == 1, device=engine.device)
 
 
 def make_batch(engine: Engine) -> BatchSize:

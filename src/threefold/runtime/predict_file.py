@@ -15,12 +15,13 @@ from threefold.errors import DataError, RunError
 from threefold.files import exclusive, sha256
 from threefold.names import count_of
 from threefold.runtime.describe import AnswerTable, describe_answer
-from threefold.runtime.model import FULL, CascadePolicy, load
+from threefold.runtime.model import FULL, CascadePolicy
 from threefold.runtime.predict import (
     Engine,
     answer_all,
     each_image,
     make_batch,
+    open_model,
 )
 from threefold.runtime.result_files import ResumableResults, check_format
 
@@ -100,7 +101,7 @@ def _predict(
     progress: Callable[[int, int], object],
 ) -> FileSummary:
     """Do what `predict_to_file` says, as the only process."""
-    model = load(model_path, device=engine.device)
+    model = open_model(model_path, engine)
     images: list[str | ImageRow] = []
     failed = 0
     for found in each_image(sources, notify):

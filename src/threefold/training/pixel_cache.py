@@ -12,15 +12,17 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from threefold.data.dataset import ImageDataset, Sources
+from threefold.data.resize import can_resize, resize_pixels
 from threefold.data.splits import Roles
 from threefold.errors import RunError
 from threefold.files import (
@@ -261,7 +263,7 @@ def _fill(path: Path, dataset: ImageDataset, side: int, resize: Any, key: str) -
             _reserve(file, math.prod(shape))
             for rows in np.array_split(np.arange(len(dataset)), max(1, len(dataset) // CHUNK)):
                 images = list(pool.map(dataset.pixels, rows.tolist()))
-                file.write(resize_images(images, side, resize).data)
+                file.write(resize_images(images, side, resize, pool).data)
             file.flush()
             os.fsync(file.fileno())
         digest = sha256(temporary)
@@ -299,24 +301,38 @@ def _reserve(file: IO[bytes], size: int) -> None:
 
 
 def resize_images(
-    images: Sequence[np.ndarray], side: int, resize: Literal["squash", "crop"]
+    images: Sequence[np.ndarray],
+    side: int,
+    resize: Literal["squash", "crop"],
+    pool: Executor | None = None,
 ) -> np.ndarray:
-    """Resize images of any sizes; those of equal shape together, which changes no bit.
+    """Resize images of any sizes, each to the same pixels as `resize_square` does.
 
     Args:
         images: uint8 (h, w, 3).
         side: of the result in pixels.
         resize: see `resize_square`.
+        pool: threads to share the images among; None = one after the other.
 
     Returns:
         uint8 (n, side, side, 3).
     """
     squares = np.empty((len(images), side, side, 3), np.uint8)
-    by_shape: dict[tuple[int, ...], list[int]] = {}
-    for i, image in enumerate(images):
-        by_shape.setdefault(image.shape, []).append(i)
-    for group in by_shape.values():
-        batch = torch.from_numpy(np.stack([images[i] for i in group]))
-        resized = resize_square(batch, side, resize)
-        squares[group] = resized.permute(0, 2, 3, 1).to(torch.uint8).numpy()
+
+    def fill(number: int) -> None:
+        squares[number] = resize_image(images[number], side, resize)
+
+    # Threads of BLAS beside those of the pool would wait for each other.
+    with threadpool_limits(1, "blas"):
+        for _ in (pool.map if pool else map)(fill, range(len(images))):
+            pass
     return squares
+
+
+def resize_image(image: np.ndarray, side: int, resize: Literal["squash", "crop"]) -> np.ndarray:
+    """Resize an image uint8 (h, w, 3) to uint8 (side, side, 3)."""
+    if can_resize(image.shape, side, resize):
+        return resize_pixels(image, side, resize)
+    batch = torch.from_numpy(image[None].copy())
+    square: np.ndarray = resize_square(batch, side, resize)[0].permute(1, 2, 0).byte().numpy()
+    return square

@@ -128,16 +128,20 @@ class FeaturePass:
                 continue
             how = (backbone.spec.img_size, backbone.spec.resize)
             if how not in prepared:
-                prepared[how] = self._pixels(images, batch, backbone.spec)
+                prepared[how] = self._pixels(images, batch, backbone.spec, pool)
             pixels = np.stack([prepared[how][name] for name in names])
             yield Answered(key, names, compute(engine(key), pixels))
 
     def _pixels(
-        self, images: dict[int, np.ndarray], batch: Sequence[str], spec: MemberSpec
+        self,
+        images: dict[int, np.ndarray],
+        batch: Sequence[str],
+        spec: MemberSpec,
+        pool: ThreadPoolExecutor,
     ) -> dict[str, np.ndarray]:
         """Resize images and augment copies: float32 (3, s, s) in 0..255 by name."""
-        resized = to_float(resize_images(list(images.values()), spec.img_size, spec.resize))
-        squares = dict(zip(images, resized, strict=True))
+        resized = resize_images([*images.values()], spec.img_size, spec.resize, pool)
+        squares = dict(zip(images, to_float(resized), strict=True))
         pixels = {}
         for name in batch:
             row, copy = self.place[name]
