@@ -197,7 +197,7 @@ def test_crop_keeps_the_centre() -> None:
     foreign = object.__new__(ForeignModel)
     foreign.card = ForeignCard(classes=("a", "b"), size=10, resize="crop", crop_pct=0.5)
 
-    square = foreign.prepare(image)
+    square = foreign.fit_canvas(image)
 
     assert square.shape == (10, 10, 3)
     assert square.min() == 200

@@ -112,7 +112,7 @@ class ForeignModel:
         self.batch = shape[0] if isinstance(shape[0], int) and shape[0] > 0 else 0
         """Images in each batch if the file fixes their number, or 0."""
 
-    def prepare(self, pixels: np.ndarray) -> np.ndarray:
+    def fit_canvas(self, pixels: np.ndarray) -> np.ndarray:
         """Resize an image uint8 (h, w, 3) to the card's size."""
         height, width = self._size
         image = Image.fromarray(pixels)
@@ -129,7 +129,7 @@ class ForeignModel:
         return np.asarray(whole.crop((left, top, left + width, top + height)))
 
     def answer(self, images: np.ndarray) -> np.ndarray:
-        """Map images of `prepare`, uint8 (b, h, w, 3), to probabilities float32 (b, k).
+        """Map images of `fit_canvas`, uint8 (b, h, w, 3), to probabilities float32 (b, k).
 
         Raises:
             ExportError: the model fails, or does not answer with a value per class.

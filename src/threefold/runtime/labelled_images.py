@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -12,6 +14,7 @@ from threefold.data.class_names import exported_names
 from threefold.data.dataset import ImageDataset
 from threefold.data.labelled import load_labelled
 from threefold.errors import DataError, RecipeError, shorten
+from threefold.machine import decoding_threads
 from threefold.predictions.multilabel import MultilabelPredictions
 from threefold.predictions.predictions import Predictions
 
@@ -19,6 +22,10 @@ Progress = Callable[[int, int], object]
 """Called with the number of images answered and of all."""
 BATCH: Final = 16
 """Images of one size that a model answers at a time."""
+ROUND: Final = 64
+"""Images that threads decode before it is the model's turn (`batches.FEW_CORES`)."""
+ROUND_PIXELS: Final = 16_000_000
+"""Pixels of these images, where they are large and stay so."""
 
 
 class ImageClassifier(Protocol):
@@ -27,8 +34,8 @@ class ImageClassifier(Protocol):
     path: Path
     classes: tuple[str, ...]
 
-    def prepare(self, pixels: np.ndarray) -> np.ndarray:
-        """Resize an image uint8 (h, w, 3), or return it as it is."""
+    def fit_canvas(self, pixels: np.ndarray) -> np.ndarray:
+        """Resize an image uint8 (h, w, 3) to one size, or return it as it is."""
 
     def answer(self, images: np.ndarray) -> np.ndarray:
         """Map images of one size, uint8 (b, h, w, 3), to probabilities float32 (b, k)."""
@@ -115,14 +122,27 @@ def _answer(
 
 def _batches(rows: ImageDataset, model: ImageClassifier) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the first row and the pixels of consecutive images of one size."""
-    begin, batch = 0, [model.prepare(rows.pixels(0))]
-    for row in range(1, len(rows)):
-        image = model.prepare(rows.pixels(row))
-        if len(batch) == BATCH or image.shape != batch[0].shape:
-            yield begin, np.stack(batch)
-            begin, batch = row, []
-        batch.append(image)
-    yield begin, np.stack(batch)
+
+    def read(row: int) -> np.ndarray:
+        return model.fit_canvas(rows.pixels(row))
+
+    row, count = 0, 1
+    with ThreadPoolExecutor(decoding_threads()) as pool:
+        while row < len(rows):
+            images = [*pool.map(read, range(row, min(row + count, len(rows))))]
+            for batch in _equal_shapes(images):
+                yield row, np.stack(batch)
+                row += len(batch)
+            largest = max(image.shape[0] * image.shape[1] for image in images)
+            count = max(1, min(ROUND, ROUND_PIXELS // largest))
+
+
+def _equal_shapes(images: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Yield consecutive images of one shape, at most `BATCH` at a time."""
+    for _, group in itertools.groupby(images, lambda image: image.shape):
+        same = [*group]
+        for begin in range(0, len(same), BATCH):
+            yield same[begin : begin + BATCH]
 
 
 def _numbers(rows: ImageDataset, classes: Sequence[str], data: str | Path) -> np.ndarray:

@@ -79,7 +79,7 @@ def compare_models(
 def open_classifiers(paths: Sequence[Path], card: Path | None) -> list[ImageClassifier]:
     """Open model files: exported ones, or with a card foreign ones."""
     if card is None:
-        return [Model(path) for path in paths]
+        return [Model(path, spin=False) for path in paths]  # threads decode the images
     foreign = ForeignCard.load(card)
     return [ForeignModel(path, foreign) for path in paths]
 
