@@ -19,9 +19,10 @@ from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.training.checks import check_trainable
 from threefold.training.features.probe import predict_fit_seconds
+from threefold.training.planning import image_size
 from threefold.training.planning import plan as planning
 from threefold.training.planning import tuning as plan_tuning
-from threefold.training.planning.basis import Clock, Decision
+from threefold.training.planning.basis import Clock, DataSummary, Decision
 from threefold.training.planning.image_size import ProbePlan
 from threefold.training.planning.measure import Speed
 from threefold.training.planning.overrides import mark_overrides
@@ -232,6 +233,34 @@ def test_a_budget_that_planning_used_up_is_too_small(
 
     with pytest.raises(RecipeError, match=r"expected at least about 4\d0 s .* got 300 s;"):
         plan_folder(root, 5, TINY, UNTRAINED)
+
+
+@pytest.mark.parametrize(("left", "members"), [(100.0, 3), (16.0, 2), (12.0, 1), (2.0, 1)])
+def test_members_that_cannot_be_exported_in_time_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: float, members: int
+) -> None:
+    root = make_folder(tmp_path, ["cat", "dog"])
+    networks = [
+        {"name": f"m{i}", "backbone": "test_efficientnet", "weights": "none"} for i in range(3)
+    ]
+    draft = Recipe.parse(
+        {
+            "data": {"source": "folder", "root": str(root)},
+            "stages": [{"name": "head", "kind": "head"}],
+            "members": networks,
+        }
+    )
+    monkeypatch.setattr(image_size, "PROBE_SHARE", 0.0)
+    cache = Mock(seconds_per_image=Mock(return_value=1e-9))
+    clock = Clock(60, time.monotonic() + left)
+    summary = DataSummary(12, 12, ("cat", "dog"), 6, 6, side=40)
+
+    sources = load_data(draft.data, draft.seed)
+    measured = image_size.choose_size(draft, summary, sources, cache, clock, "good")
+
+    assert len(measured.costs) == members
+    is_said = measured.decision.reason.startswith(f"the budget allows {members} of 3 members")
+    assert is_said == (members < 3)
 
 
 @pytest.mark.slow

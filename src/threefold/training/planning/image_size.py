@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from threefold.data.dataset import Sources
@@ -20,6 +20,7 @@ from threefold.training.planning.basis import (
     DataSummary,
     Decision,
     Quality,
+    finishing_seconds,
     relative_costs,
     usual_size,
 )
@@ -120,18 +121,22 @@ def choose_size(
     at_usual = first.model_copy(update={"img_size": usual})
     per_pixel = cache.seconds_per_image("train", at_usual, sample, summary.images) / usual**2
 
-    def seconds(size: int, members: int = len(costs)) -> float:
-        return summary.images * per_pixel * size**2 * sum(costs[:members])
+    def seconds(size: int) -> float:
+        return summary.images * per_pixel * size**2 * sum(costs)
 
-    left = clock.left
-    affordable = [size for size in sizes if seconds(size) <= FEATURE_SHARE * left]
+    left, wanted = clock.left, len(costs)
+    while len(costs) > 1 and seconds(sizes[0]) > _feature_room(left, len(costs)):
+        costs = costs[:-1]
+    affordable = [size for size in sizes if seconds(size) <= _feature_room(left, len(costs))]
     if not affordable:
-        return _smallest_way(sizes[0], seconds, costs, summary.images, clock)
+        raise _too_small(clock, seconds(sizes[0]))
     choice = max([size for size in affordable if size <= usual] or affordable)
     levels = None
     reason = f"the images' median side is {summary.side} px"
     if only:
         reason = f"{first.backbone} is built for images of this size"
+    if len(costs) < wanted:
+        reason = f"the budget allows {len(costs)} of {wanted} members; {reason}"
     close = affordable[-4:] if quality == "best" else affordable[-3:]
     per_row = per_pixel * sum(size**2 for size in close)
     rows = min(
@@ -194,22 +199,24 @@ def _compare_levels(member: MemberSpec, result: SizeProbe) -> Decision | None:
     return Decision("head.sequence", value, reason)
 
 
-def _smallest_way(
-    size: int, seconds: Callable[[int, int], float], costs: list[float], n: int, clock: Clock
-) -> ProbePlan:
-    """Drop members until the features fit into the time.
+def _feature_room(left: float, members: int) -> float:
+    """Return the seconds that the features of so many members may take.
 
-    Raises:
-        RecipeError: not even one member fits.
+    Of several members it is at most what their ensemble, report and export leave. A single one is
+    the least that there can be, even if it takes a little longer than the budget.
+
+    Args:
+        left: seconds that are left.
+        members: how many there are.
     """
-    for count in range(len(costs) - 1, 0, -1):
-        if seconds(size, count) <= FEATURE_SHARE * clock.left:
-            reason = f"the budget allows {count} of {len(costs)} members at the smallest size"
-            decision = Decision("img_size", size, reason)
-            first = seconds(size, 1) / n
-            return ProbePlan(size, costs[:count], first, seconds(size, count), decision)
-    needed = clock.spent + seconds(size, 1) / FEATURE_SHARE + STARTUP_SECONDS
-    raise RecipeError(
+    share = FEATURE_SHARE * left
+    return share if members == 1 else min(share, left - finishing_seconds(members))
+
+
+def _too_small(clock: Clock, seconds: float) -> RecipeError:
+    """The budget does not even allow the features of one member, which take so many seconds."""
+    needed = clock.spent + seconds / FEATURE_SHARE + STARTUP_SECONDS
+    return RecipeError(
         "the budget is too small",
         where="--budget",
         got=f"{clock.budget:g} s",
