@@ -64,12 +64,11 @@ def check_space(run: Run) -> None:
         )
     if needed >= WORTH_A_NOTE:
         run.watcher.note(
-            f"decoded images take {needed / 1e9:.1f} GB in {run.dir / 'cache'} while it trains; "
+            f"decoded images take {needed / 1e9:.1f} GB in {run.pixel_folder} while it trains; "
             f"{free / 1e9:.0f} GB are free"
         )
 
 
 def _missing_bytes(run: Run, files: Mapping[str, int]) -> int:
     """Return the bytes of the files that an earlier process has not written."""
-    folder = run.dir / "cache"
-    return sum(size for name, size in files.items() if not (folder / name).exists())
+    return sum(size for name, size in files.items() if not (run.pixel_folder / name).exists())

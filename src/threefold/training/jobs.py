@@ -67,11 +67,7 @@ def train_members(run: Run, *, keep_cache: bool = False) -> DataDiagnostics:
 
 def remove_cache(run: Run) -> None:
     """Delete the decoded images that `train_members` may have left in the run folder."""
-    _open_pixels(run).remove()
-
-
-def _open_pixels(run: Run) -> PixelCache:
-    return PixelCache(run.all_sources, run.all_views, run.dir / "cache")
+    run.open_pixels().remove()
 
 
 def _train_teachers(executor: Executor, run: Run) -> None:
@@ -82,7 +78,7 @@ def _train_teachers(executor: Executor, run: Run) -> None:
 
 def _run_jobs(executor: Executor, run: Run, *, may_leave_out: bool = False) -> PixelCache:
     """Run every job that is missing, then write oof.npz and test.npz; returns the image cache."""
-    cache = _open_pixels(run)
+    cache = run.open_pixels()
     while (error := _try_jobs(executor, run, run.jobs, cache)) is not None:
         if not may_leave_out:
             raise error

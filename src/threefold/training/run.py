@@ -36,6 +36,7 @@ from threefold.recipe_schema import MemberSpec
 from threefold.saved_run import SavedRun
 from threefold.training.execution import Execution
 from threefold.training.features.frozen import frozen_backbone, frozen_digest
+from threefold.training.pixel_cache import PixelCache
 from threefold.training.progress.watcher import Watcher
 
 
@@ -181,6 +182,15 @@ class Run(SavedRun):
         chosen = self.folder.chosen_views if self.recipe.views.choose else None
         count = chosen.views if chosen is not None else None
         return Views(self.recipe.views, member.img_size, self.recipe.seed, count)
+
+    @property
+    def pixel_folder(self) -> Path:
+        """Where the decoded images are while the run trains."""
+        return self.dir / "cache"
+
+    def open_pixels(self) -> PixelCache:
+        """Open the decoded images; none is decoded yet."""
+        return PixelCache(self.all_sources, self.all_views, self.pixel_folder)
 
     @property
     def final_folds(self) -> list[int]:

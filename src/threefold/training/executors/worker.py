@@ -18,7 +18,6 @@ from threefold.training.executors.claims import BEAT, LEASE, Claims
 from threefold.training.head_jobs import open_features, prepare_features
 from threefold.training.job import run_job
 from threefold.training.left_out import JobMemoryError, free_memory, naming_job
-from threefold.training.pixel_cache import PixelCache
 from threefold.training.progress.watcher import Watcher
 from threefold.training.pseudo_labels import Caches
 from threefold.training.run import Run
@@ -65,8 +64,7 @@ class Worker:
 
     def __init__(self, run: Run, claims: Claims) -> None:
         self._run, self._claims = run, claims
-        pixels = PixelCache(run.all_sources, run.all_views, run.dir / "cache")
-        self._caches = Caches(pixels, open_features(run))
+        self._caches = Caches(run.open_pixels(), open_features(run))
 
     def prepare_features(self, jobs: Sequence[Job]) -> None:
         """Compute what those of some head jobs will read that are not done, where it is missing.

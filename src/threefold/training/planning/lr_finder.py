@@ -26,7 +26,6 @@ from threefold.training.checks import check_trainable
 from threefold.training.executors.local import LocalExecutor
 from threefold.training.executors.order import count_work, jobs_before
 from threefold.training.head_jobs import open_features, prepare_features, start_head
-from threefold.training.pixel_cache import PixelCache
 from threefold.training.planning.basis import Quality
 from threefold.training.planning.plan import plan_folder
 from threefold.training.planning.range_test import SETTLED, RangeTest, sweep_stage
@@ -255,9 +254,7 @@ def _test(run: Run, member: str, stage: StageSpec, rates: np.ndarray) -> FoundLe
     if any(run.recipe.stage(other.stage).kind == "tune" for other in before):
         names = shorten(f"{other.member} {other.stage}" for other in before)
         run.watcher.note(f"the stage goes on from others, which are trained first: {names}")
-    caches = Caches(
-        PixelCache(run.all_sources, run.all_views, run.dir / "cache"), open_features(run)
-    )
+    caches = Caches(run.open_pixels(), open_features(run))
     batch = spec.batch_size or run.recipe.train.batch_size
     work = [*(count_work(run, other) for other in before), len(rates) * batch]
     run.watcher.plan([*before, job], work)
