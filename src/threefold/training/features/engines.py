@@ -101,6 +101,8 @@ def open_session(graph: bytes) -> Any:
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     options.add_free_dimension_override_by_name("batch", BATCH)
+    # Its threads would wait in a loop, and take the cores of those that decode the next images.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # One arena for all sessions: as much memory as the largest needs, not the sum of all.
     _register_arena()
     options.add_session_config_entry("session.use_env_allocators", "1")
