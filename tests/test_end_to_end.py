@@ -70,7 +70,9 @@ def stop(recipe: Path, folder: Path, sign: signal.Signals) -> tuple[int, str]:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "sign", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.long)]
+)
 def test_a_stopped_run_resumes_to_the_same_bits(
     recipe: Path, uninterrupted: dict[str, str], tmp_path: Path, sign: signal.Signals
 ) -> None:

@@ -146,7 +146,8 @@ def test_before_the_first_answer_is_exported(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "fold", "epochs"), [("tune1", 1, 0), ("tune1", 0, 1), ("tune2", 0, 0)]
+    ("stage", "fold", "epochs"),
+    [pytest.param("tune1", 1, 0, marks=pytest.mark.long), ("tune1", 0, 1), ("tune2", 0, 0)],
 )
 def test_while_tuning(
     images: Path, tmp_path: Path, uninterrupted: Run, stage: str, fold: int, epochs: int

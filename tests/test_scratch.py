@@ -174,6 +174,7 @@ def test_blocks_change_no_prediction_set(method: str, monkeypatch: pytest.Monkey
     assert whole[2] == pieces[2]
 
 
+@pytest.mark.slow
 def test_blocks_change_no_figure_of_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     oof, test = draw(), draw(seed=1)
     test = Predictions.from_arrays(test.probs, test.labels, ids=[f"t{i}" for i in range(len(test))])

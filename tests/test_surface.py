@@ -331,6 +331,7 @@ def test_the_authors_published_predictions_give_their_scores() -> None:
     assert (scores["mean"], scores["pruned"], scores["vote"]) == (0.9592, 0.9591, 0.9590)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_plan_prints_a_recipe_with_reasons(images: Path) -> None:
     result = runner.invoke(app, ["plan", str(images), "--budget", "0"])

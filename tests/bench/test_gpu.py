@@ -13,6 +13,7 @@ from support.tiny_runs import make_folder
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.py"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_gpu_benchmark_passes_on_a_cpu(tmp_path: Path) -> None:
     images = make_folder(tmp_path / "images", per_class=24, test=4)

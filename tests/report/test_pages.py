@@ -98,6 +98,7 @@ def test_compare_of_two_is_a_verdict(tmp_path: Path) -> None:
     assert f" {c.only_a} {c.only_b} " in row
 
 
+@pytest.mark.slow
 def test_many_members_stay_readable(tmp_path: Path) -> None:
     target = write_page(
         tmp_path / "page.html", "pool.npz", fake_summary("compare", members=55, n=26000)

@@ -312,6 +312,7 @@ def test_hostile_and_foreign_names(tmp_path: Path) -> None:
     assert "木漏れ日 🙂 $x^2$ &amp;amp;" in page.source
 
 
+@pytest.mark.slow
 def test_many_classes_and_members_stay_readable(tmp_path: Path) -> None:
     classes = tuple(f"species {number}" for number in range(200))
     target = write_report([full_run(tmp_path / "run", classes, n=4000, members=55)])

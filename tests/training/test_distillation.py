@@ -164,6 +164,7 @@ def copies(teacher: Run, student: Run, tmp_path: Path) -> tuple[Path, Run]:
     return folder, Run(RunFolder(tmp_path / "student", Recipe.parse(recipe)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fold", [0, 1, -1])
 def test_targets_never_saw_their_row_or_scored_rows(teacher: Run, student: Run, fold: int) -> None:
     roles, ids = student.roles[fold], student.sources.train.ids
@@ -183,6 +184,7 @@ def test_targets_never_saw_their_row_or_scored_rows(teacher: Run, student: Run, 
     np.testing.assert_allclose(targets.probs_of(roles.fit), probs[order], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_missing_target_is_an_error(student: Run) -> None:
     targets = distillation_of(student).targets(0)
 
@@ -190,6 +192,7 @@ def test_missing_target_is_an_error(student: Run) -> None:
         targets.probs_of(student.roles[0].score)
 
 
+@pytest.mark.slow
 def test_student_and_twin_share_start_and_batches(student: Run) -> None:
     oof = student.predictions("oof")
 
@@ -199,6 +202,7 @@ def test_student_and_twin_share_start_and_batches(student: Run) -> None:
     np.testing.assert_array_equal(oof.probs[0], oof.probs[1])
 
 
+@pytest.mark.slow
 def test_results_compare_student_twin_and_teacher(teacher: Run, student: Run) -> None:
     results, chosen = student.results.distill, teacher.results.chosen
     headline = next(s for s in teacher.results.scores if s.name == chosen)
@@ -324,6 +328,7 @@ def test_interrupted_teachers_resume_to_the_same_bits(
         np.testing.assert_array_equal(resumed.probs, whole.probs)
 
 
+@pytest.mark.slow
 def test_targets_of_another_teacher_are_refused(copies: tuple[Path, Run]) -> None:
     _, student = copies
 
@@ -331,6 +336,7 @@ def test_targets_of_another_teacher_are_refused(copies: tuple[Path, Run]) -> Non
         distillation_of(student).targets(0)
 
 
+@pytest.mark.slow
 def test_teacher_of_other_images_is_refused(copies: tuple[Path, Run]) -> None:
     folder, student = copies
     oof = Predictions.load(folder / "oof.npz")
@@ -343,6 +349,7 @@ def test_teacher_of_other_images_is_refused(copies: tuple[Path, Run]) -> None:
         _ = distillation_of(student).teacher
 
 
+@pytest.mark.slow
 def test_teacher_without_oof_predictions_is_refused(copies: tuple[Path, Run]) -> None:
     folder, _ = copies
     (folder / "oof.npz").unlink()
@@ -359,6 +366,7 @@ def test_folder_without_a_run_cannot_teach(tmp_path: Path) -> None:
         open_teacher(tmp_path)
 
 
+@pytest.mark.slow
 def test_unfinished_run_cannot_teach(copies: tuple[Path, Run]) -> None:
     folder, _ = copies
     (folder / "results.json").unlink()
@@ -367,6 +375,7 @@ def test_unfinished_run_cannot_teach(copies: tuple[Path, Run]) -> None:
         open_teacher(folder)
 
 
+@pytest.mark.slow
 def test_run_of_protocol_paper_cannot_teach(copies: tuple[Path, Run]) -> None:
     folder, _ = copies
     recipe = RunFolder(folder).recipe.model_copy(update={"protocol": "paper"})
@@ -376,11 +385,13 @@ def test_run_of_protocol_paper_cannot_teach(copies: tuple[Path, Run]) -> None:
         open_teacher(folder)
 
 
+@pytest.mark.slow
 def test_student_cannot_teach(student: Run) -> None:
     with pytest.raises(RunError, match=r"a student cannot teach.*use its teacher"):
         open_teacher(student.dir)
 
 
+@pytest.mark.slow
 def test_student_without_honest_rows_is_refused(teacher: Run, tmp_path: Path) -> None:
     recipe = student_recipe(teacher, str(teacher.dir), "plain", ["distill.inner=0"])
 
@@ -406,6 +417,7 @@ def test_invalid_student_recipes_are_refused(teacher: Run, sets: list[str], mess
         student_recipe(teacher, str(teacher.dir), "plain", sets)
 
 
+@pytest.mark.slow
 def test_twin_must_equal_the_student(student: Run) -> None:
     tree = student.recipe.model_dump(mode="json", exclude_none=True)
 
@@ -415,6 +427,7 @@ def test_twin_must_equal_the_student(student: Run) -> None:
         Recipe.parse(tree, ["members.student-labels.img_size=48"])
 
 
+@pytest.mark.slow
 def test_digest_without_a_student_ignores_distill(teacher: Run) -> None:
     saved = json.loads((teacher.dir / "run.json").read_text())["digest"]
 
@@ -422,6 +435,7 @@ def test_digest_without_a_student_ignores_distill(teacher: Run) -> None:
     assert Recipe.load(teacher.dir / "recipe.toml").digest() == teacher.recipe.digest() == saved
 
 
+@pytest.mark.slow
 def test_student_recipe_survives_its_file(teacher: Run, tmp_path: Path) -> None:
     text = student_recipe(teacher, str(teacher.dir), "plain").dump()
     (tmp_path / "student.toml").write_text(text)

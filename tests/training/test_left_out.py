@@ -270,6 +270,7 @@ worker.run_job = run_short
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 def test_workers_go_on_without_it(

@@ -103,7 +103,9 @@ def test_exported_file_has_chosen_views_and_stand_ins(partial: Run, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "row"), [("joint", 3), ("b", 1)])
+@pytest.mark.parametrize(
+    ("name", "row"), [("joint", 3), pytest.param("b", 1, marks=pytest.mark.long)]
+)
 def test_single_and_joint_members_can_be_exported(
     partial: Run, tmp_path: Path, name: str, row: int
 ) -> None:

@@ -378,6 +378,7 @@ def test_invalid_durations_are_refused(text: str) -> None:
         parse_minutes(text)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_fit_from_a_folder_to_a_file_and_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
