@@ -1,8 +1,9 @@
 """Resize images to a square, in numpy: the same pixels as the networks' own resize has.
 
 `models.resize` is two products of matrices, in torch and in exported graphs. Here the same sums are
-made without most of the zeros, in bands of rows: a photograph of 12 megapixels takes 1/20 of the
-time and memory. All sums are exact, so their order changes no pixel.
+made without most of the zeros, and in bands of rows. That takes less time, which
+`bench/resize_speed.py` measures, and less memory. All sums are exact, so their order changes no
+pixel.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class _Part(NamedTuple):
 def _triangle_weights(start: int, side: int, size: int) -> tuple[_Part, ...]:
     """Return the weights of `models.resize.triangle_weights`, without most of the zeros.
 
-    A resized pixel is made of few pixels of the line: in parts, a tenth of the products are left.
+    A resized pixel is made of few pixels of the line. So each part reads only those that it needs.
     """
     one = np.float32(1)
     scale = np.float32(side) / np.float32(size)

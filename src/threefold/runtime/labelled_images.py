@@ -17,15 +17,14 @@ from threefold.errors import DataError, RecipeError, shorten
 from threefold.machine import decoding_threads
 from threefold.predictions.multilabel import MultilabelPredictions
 from threefold.predictions.predictions import Predictions
+from threefold.runtime.batches import ROUND
 
 Progress = Callable[[int, int], object]
 """Called with the number of images answered and of all."""
 BATCH: Final = 16
 """Images of one size that a model answers at a time."""
-ROUND: Final = 64
-"""Images that threads decode before it is the model's turn (`batches.FEW_CORES`)."""
 ROUND_PIXELS: Final = 16_000_000
-"""Pixels of these images, where they are large and stay so."""
+"""Pixels that are decoded before it is the model's turn, where images are large and stay so."""
 
 
 class ImageClassifier(Protocol):
@@ -126,14 +125,14 @@ def _batches(rows: ImageDataset, model: ImageClassifier) -> Iterator[tuple[int, 
     def read(row: int) -> np.ndarray:
         return model.fit_canvas(rows.pixels(row))
 
-    row, count = 0, 1
+    row, count, largest = 0, 1, 1
     with ThreadPoolExecutor(decoding_threads()) as pool:
         while row < len(rows):
             images = [*pool.map(read, range(row, min(row + count, len(rows))))]
             for batch in _equal_shapes(images):
                 yield row, np.stack(batch)
                 row += len(batch)
-            largest = max(image.shape[0] * image.shape[1] for image in images)
+            largest = max(largest, *(image.shape[0] * image.shape[1] for image in images))
             count = max(1, min(ROUND, ROUND_PIXELS // largest))
 
 
