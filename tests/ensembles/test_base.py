@@ -18,6 +18,7 @@ from threefold.ensembles.base import Ensemble
 from threefold.ensembles.registry import ENSEMBLES, make_ensemble
 from threefold.ensembles.stacked import ShrunkStackedEnsemble, StackedEnsemble
 from threefold.errors import DataError, RecipeError, RunError
+from threefold.models.tracing import trace
 
 NAMES = list(ENSEMBLES)
 NETWORKS = {"stacked": StackedEnsemble, "stacked-shrunk": ShrunkStackedEnsemble}
@@ -81,9 +82,12 @@ def test_the_module_answers_as_the_ensemble_and_survives_export(method: str) -> 
     expected = ensemble.predict_proba(probs)
     assert answer(module, probs) == pytest.approx(expected, abs=1e-6)
 
-    example = (torch.tensor(probs[:, :2].swapaxes(0, 1)),)
-    exported = torch.export.export(module, example, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    examples = torch.tensor(probs[:, :5].swapaxes(0, 1))
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    exported = torch.export.export(module, (examples[:2],), dynamic_shapes=shapes)
     assert answer(exported.module(), probs) == pytest.approx(expected, abs=1e-6)
+    # Tracing compares the graph with the module.
+    trace(module, examples[:2].float(), examples[2:].float(), ("member_probs", "probs"))
 
 
 @METHODS

@@ -21,7 +21,7 @@ from threefold.exporting.export import export
 from threefold.exporting.parity import check, compare
 from threefold.exporting.quantization import PRECISIONS, SMALLEST, convert, halve
 from threefold.files import sha256
-from threefold.models.tracing import OPSET
+from threefold.models.tracing import OPSET, example_pixels
 from threefold.predictions.export_schema import CorrectAnswers
 from threefold.runtime.tolerances import TOLERANCES
 from threefold.training.run import Run
@@ -54,7 +54,7 @@ def small() -> onnx.ModelProto:
     network = SmallNetwork().eval().requires_grad_(False)
     for part in network.convs:
         part[0].weight *= 2.5  # as drawn, every image gets nearly the same answer
-    return onnx_networks.trace(network, torch.zeros(2, 3, 16, 16), ("pixels", "probs"), (0,))
+    return onnx_networks.trace(network, *example_pixels(16), ("pixels", "probs"))
 
 
 def predict(model: onnx.ModelProto, pixels: np.ndarray) -> np.ndarray:

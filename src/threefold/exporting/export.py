@@ -35,7 +35,7 @@ PARITY_IMAGES = {"float32": 32, "float16": 512, "bfloat16": 512, "int8": 512}
 """Images for the parity gate by precision: few show rounding, many are needed for classes."""
 
 LATENCY_IMAGES = 8
-"""Images on which the latency of the exported file is measured."""
+"""Images on which the latency of the exported file is measured, once each."""
 
 
 def export(
@@ -107,7 +107,7 @@ def export(
         )
     report = report.replace(path=str(target), method=parts["method"])
     if target.suffix == ".onnx":
-        latency = load(target).measure_latency(images[:LATENCY_IMAGES])
+        latency = load(target).measure_latency(images[:LATENCY_IMAGES], repeats=1)
         report = report.replace(latency=Latency.parse(latency, target))
     try:
         if test is not None:  # the gate counts correct answers

@@ -97,7 +97,7 @@ def build_graph(
         fixed_size: side in pixels of the images, which come resized to the members' only canvas;
             0 = images of any size, which the graph resizes.
     """
-    graph = _Joiner()
+    graph, num_classes = _Joiner(), len(pipeline.classes)
     networks = _Networks(graph, precision, calibration, fixed_size)
     stage_of = {member: stage for stage, members in enumerate(stages) for member in members}
     # In the order of the stages, so that what the first one needs is not among the nodes of others.
@@ -110,18 +110,25 @@ def build_graph(
         )
     else:
         nets = graph.stack([name for copies in outputs for name in copies], "network_probs")
-        mixing = trace(
-            _Mix(pipeline.mixing),
-            torch.rand(2, pipeline.mixing.shape[1], 3),
-            ("nets", "mixed"),
-            (0, 2),
-        )
+        examples = _examples(pipeline.mixing.shape[1], num_classes)
+        mixing = trace(_Mix(pipeline.mixing), *examples, ("nets", "mixed"))
         graph.graft(mixing, "mix_", {"nets": nets}, {"mixed": "member_probs"})
         stacked = "member_probs"
-    example = torch.full((2, len(pipeline.names), len(pipeline.classes)), 1 / len(pipeline.classes))
-    combiner = trace(pipeline.combiner, example, ("member_probs", "probs"), (0,))
+    examples = _examples(len(pipeline.names), num_classes)
+    combiner = trace(pipeline.combiner, *examples, ("member_probs", "probs"))
     graph.graft(combiner, "ensemble_", {"member_probs": stacked}, {"probs": "probs"})
-    return graph.finish(len(pipeline.classes), len(pipeline.names), fixed_size)
+    return graph.finish(num_classes, len(pipeline.names), fixed_size)
+
+
+def _examples(answers: int, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Make answers (2, answers, k) and (3, answers, k) that are probabilities, for tracing."""
+    probs = _uniform(5, answers, num_classes).softmax(-1)
+    return probs[:2], probs[2:]
+
+
+def _uniform(*shape: int) -> Tensor:
+    """Draw numbers between 0 and 1, the same ones each time."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0))
 
 
 def network_names(pipeline: Pipeline) -> list[list[str]]:
@@ -233,10 +240,11 @@ class _Networks:
     def add_head(self, prefix: str, head: HeadPredictor, features: _Features) -> str:
         """Add a head on these features; returns the name of its probabilities."""
         feature, probs = features[head.form], f"{prefix}probs"
-        example = torch.zeros(2 * head.views, *feature.shape)
+        values = _uniform(5 * head.views, *feature.shape)
+        example, other = values.split([2 * head.views, 3 * head.views])
         head = copy.deepcopy(head).float().eval().requires_grad_(False)
         key = (repr(head), head.views, head.task)
-        model = self.tracer.trace_head(head, example, ("features", "probs"), key)
+        model = self.tracer.trace(head, example, other, ("features", "probs"), key)
         model = convert(model, self.precision, feature.values)
         inputs = {"features": feature.name}
         self.graph.graft(model, f"{prefix}head_", inputs, {"probs": probs}, self.scope)
@@ -248,8 +256,9 @@ class _Networks:
         if canvas not in self.graph.values and self.fixed_size:
             self.graph.convert_pixels(canvas)
         elif canvas not in self.graph.values:
-            images = torch.zeros(2, 30, 40, 3, dtype=torch.uint8)
-            resize = trace(_Resize(size, mode), images, ("images", "pixels"), (0, 1, 2))
+            example = torch.zeros(2, 30, 40, 3, dtype=torch.uint8)
+            other = (255 * _uniform(3, 50, 20, 3)).to(torch.uint8)
+            resize = trace(_Resize(size, mode), example, other, ("images", "pixels"))
             self.graph.graft(resize, f"{canvas}_", {"images": "images"}, {"pixels": canvas})
         return canvas
 

@@ -10,10 +10,8 @@ did not is traced itself.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import onnx
@@ -21,28 +19,51 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from threefold.models.tracing import OPSET, PREFIX, FlatOutputs, TracingError, trace_network
+from threefold.models import tracing
+from threefold.models.tracing import (
+    OPSET,
+    PREFIX,
+    FlatOutputs,
+    TracingError,
+    differing_axes,
+    example_pixels,
+)
 
 BATCH = 16
 """Images that `run_model` takes at once."""
 
 
-def trace(
-    module: nn.Module, example: Tensor, names: Sequence[str], dynamic: tuple[int, ...]
-) -> Any:
-    """Trace a module with one input to an ONNX model.
+def trace(module: nn.Module, example: Tensor, other: Tensor, names: Sequence[str]) -> Any:
+    """Trace a module to an ONNX model, or export it without tracing where that fails.
 
     Args:
-        module: the module.
+        module: maps a tensor to a tensor, or to a dict of tensors.
         example: an input.
-        names: of the input, and of the outputs in their order.
+        other: another input; the axes in which the lengths of both differ may have any length.
+        names: of the input and the outputs, in their order.
+    """
+    try:
+        return onnx.load_from_string(tracing.trace(module, example, other, names))
+    except TracingError:
+        return _export(module, example, differing_axes(example, other), names)
+
+
+def _export(
+    module: nn.Module, example: Tensor, dynamic: Sequence[int], names: Sequence[str]
+) -> Any:
+    """Export a module by torch's other exporter, which is slower and knows more modules.
+
+    Args:
+        module: as in `trace`.
+        example: an input.
         dynamic: axes of the input that may have any length.
+        names: of the input and the outputs, in their order.
     """
     shapes = (dict.fromkeys(dynamic, torch.export.Dim.DYNAMIC),)
-    with warnings.catch_warnings(), _kept_registry():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns about its internals
         program = torch.onnx.export(
-            module.eval(),
+            FlatOutputs(module).eval(),
             (example,),
             dynamo=True,
             opset_version=OPSET,
@@ -53,35 +74,6 @@ def trace(
         )
     assert program is not None
     return program.model_proto
-
-
-_registries: dict[Any, Any] = {}
-
-
-@contextmanager
-def _kept_registry() -> Iterator[None]:
-    """Keep torch's table of ONNX operators between traces.
-
-    torch parses the source of its 500 operators for every export, which takes a second (measured,
-    torch 2.15): longer than the trace of a head. Where a version of torch has no such table at this
-    place, nothing is kept, and nothing else changes.
-    """
-    try:
-        from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-        original = ONNXRegistry.from_torchlib
-    except (ImportError, AttributeError):
-        yield
-        return
-
-    def from_torchlib(*args: Any, **options: Any) -> Any:
-        key = (args, tuple(sorted(options.items())))
-        if key not in _registries:
-            _registries[key] = original(*args, **options)
-        return _registries[key]
-
-    with mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib)):
-        yield
 
 
 class Tracer:
@@ -101,44 +93,25 @@ class Tracer:
             names: of the input, and of the outputs in their order.
             key: equal for networks that differ in nothing but their state dict.
         """
-        place = (type(network), key, size, tuple(names))
-        return self._copied(place, network, PREFIX) or self._keep(
-            place, _trace_network(network, size, names), network
-        )
+        return self.trace(network, *example_pixels(size), names, key)
 
-    def trace_head(
-        self, head: nn.Module, example: Tensor, names: Sequence[str], key: object = None
+    def trace(
+        self,
+        module: nn.Module,
+        example: Tensor,
+        other: Tensor,
+        names: Sequence[str],
+        key: object = None,
     ) -> Any:
-        """Trace a head, or copy the model of another one of the same key.
-
-        Args:
-            head: the head.
-            example: features, whose first axis may have any length.
-            names: of the input and the output.
-            key: equal for heads that differ in nothing but their state dict.
-        """
-        place = (type(head), key, tuple(example.shape[1:]), tuple(names))
-        return self._copied(place, head, "") or self._keep(
-            place, trace(head, example, names, (0,)), head
-        )
-
-    def _copied(self, place: object, module: nn.Module, prefix: str) -> Any | None:
-        """Copy the model of a module that has been traced, with the weights of another one."""
-        if place not in self._traced:
-            return None
-        return _with_weights(*self._traced[place], module, prefix)
-
-    def _keep(self, place: object, model: Any, module: nn.Module) -> Any:
+        """Trace a module, see `trace`, or copy the model of another one of the same key."""
+        place = (type(module), key, tuple(example.shape[1:]), tuple(names))
+        if place in self._traced:
+            copied = _with_weights(*self._traced[place], module)
+            if copied is not None:
+                return copied
+        model = trace(module, example, other, names)
         self._traced.setdefault(place, (model, module))
         return model
-
-
-def _trace_network(network: nn.Module, size: int, names: Sequence[str]) -> Any:
-    """Trace a network by the tracing exporter, or by the other one where that fails."""
-    try:
-        return onnx.load_from_string(trace_network(network, size, names))
-    except TracingError:
-        return trace(FlatOutputs(network), torch.zeros(2, 3, size, size), names, (0,))
 
 
 def run_model(model: Any, pixels: np.ndarray) -> list[np.ndarray]:
@@ -154,17 +127,17 @@ def run_model(model: Any, pixels: np.ndarray) -> list[np.ndarray]:
     return [np.concatenate(values) for values in zip(*batches, strict=True)]
 
 
-def _with_weights(model: Any, old: nn.Module, new: nn.Module, prefix: str) -> Any | None:
+def _with_weights(model: Any, old: nn.Module, new: nn.Module) -> Any | None:
     """Copy a traced model with other weights; None if tracing changed or dropped a weight."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
     initializers = {tensor.name: tensor for tensor in result.graph.initializer}
     old_weights = old.state_dict()
     for name, weight in new.state_dict().items():
-        tensor = initializers.get(prefix + name)
+        tensor = initializers.get(PREFIX + name)
         if tensor is None:
             return None
         if not np.array_equal(onnx.numpy_helper.to_array(tensor), old_weights[name].numpy()):
             return None
-        tensor.CopyFrom(onnx.numpy_helper.from_array(weight.numpy(), prefix + name))
+        tensor.CopyFrom(onnx.numpy_helper.from_array(weight.numpy(), PREFIX + name))
     return result
