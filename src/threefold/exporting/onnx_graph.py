@@ -241,7 +241,7 @@ class _Networks:
         """Add a head on these features; returns the name of its probabilities."""
         feature, probs = features[head.form], f"{prefix}probs"
         values = _uniform(5 * head.views, *feature.shape)
-        example, other = values.split([2 * head.views, 3 * head.views])
+        example, other = values[: 2 * head.views], values[2 * head.views :]
         head = copy.deepcopy(head).float().eval().requires_grad_(False)
         key = (repr(head), head.views, head.task)
         model = self.tracer.trace(head, example, other, ("features", "probs"), key)
