@@ -21,7 +21,7 @@ from threefold.report.pages import write_report
 from threefold.training.distillation import open_teacher
 from threefold.training.execution import Execution
 from threefold.training.jobs import remove_cache, train_members
-from threefold.training.planning.basis import STARTUP_SECONDS, Quality, finishing_seconds
+from threefold.training.planning.basis import Quality, finishing_seconds
 from threefold.training.planning.plan import plan_folder
 from threefold.training.planning.resumed_recipe import LEFT_OUT, read_resumed_recipe
 from threefold.training.progress.terminal_watcher import show_progress
@@ -51,6 +51,7 @@ def fit(
     progress: bool = True,
     watcher: Watcher | None = None,
     execution: Execution | None = None,
+    began: float | None = None,
 ) -> Run:
     """Plan, train, ensemble, export and report on labelled images, within a time budget.
 
@@ -78,6 +79,7 @@ def fit(
         progress: show notes and a progress bar.
         watcher: follows the training in place of the bar.
         execution: where the jobs are done, such as `Execution("ray")`.
+        began: the time.monotonic() value from which the budget counts; None = this call.
 
     Raises:
         ThreefoldError: the folder or the recipe cannot be used; the message says what to do.
@@ -86,7 +88,7 @@ def fit(
         expected = ", ".join(get_args(Quality))
         raise RecipeError("unknown quality", where="quality", expected=expected, got=quality)
     changes = (overrides,) if isinstance(overrides, str) else tuple(overrides)
-    minutes = parse_minutes(budget)
+    minutes, began = parse_minutes(budget), time.monotonic() if began is None else began
     with (
         run_folder_at(out) as (place, url),
         show_progress(watcher, progress) as follower,
@@ -94,7 +96,8 @@ def fit(
     ):
         target, source = place_data(data, labels, place)
         where = (execution or Execution()).at(url, parse_devices(devices))
-        run = _fit(source, target, minutes, split_names(members), changes, quality, tracked, where)
+        names = split_names(members)
+        run = _fit(source, target, minutes, began, names, changes, quality, tracked, where)
         _tell_findings(run)
         return run
 
@@ -103,14 +106,14 @@ def _fit(
     folder: str | Path,
     out: Path,
     minutes: float,
+    began: float,
     members: tuple[str, ...],
     overrides: tuple[str, ...],
     quality: Quality,
     watcher: Watcher,
     execution: Execution | None,
 ) -> Run:
-    """Do what `fit` says, within a number of minutes (0 = no limit)."""
-    began = time.monotonic()
+    """Do what `fit` says, within a number of minutes (0 = no limit) since it began."""
     if (out / "recipe.toml").exists():
         # A new plan could differ, since it depends on the speed of the machine.
         recipe = read_resumed_recipe(out, Path(folder), members, overrides)
@@ -118,13 +121,13 @@ def _fit(
     else:
         RunFolder(out).check_new()
         group_file = out / GROUP_FILE
-        plan = plan_folder(folder, minutes, members, overrides, quality, watcher, group_file)
+        plan = plan_folder(folder, minutes, members, overrides, quality, watcher, group_file, began)
         for decision in plan.decisions:
             watcher.note(f"{decision.key} = {decision.value}: {decision.reason}")
         recipe, header, sources = plan.recipe, plan.explain(), plan.sources
     deadline = math.inf
     if minutes:
-        deadline = began + 60 * minutes - STARTUP_SECONDS
+        deadline = began + 60 * minutes
     run = Run.create(recipe, out, watcher, header, sources, execution)
     if run.folder.is_whole:
         watcher.note(f"{out} is finished, with its own recipe; --out NAME trains another run")

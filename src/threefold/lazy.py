@@ -1,9 +1,12 @@
-"""Lazy re-exports: a package names its public objects and imports each on first use."""
+"""Imports that cost little: lazy re-exports, and large libraries without collecting garbage."""
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from threefold.extras import PACKAGE_EXTRAS, missing_extra
@@ -27,10 +30,38 @@ def lazy_exports(
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         try:
-            return getattr(importlib.import_module(homes[name]), name)
+            with without_collecting():
+                return getattr(importlib.import_module(homes[name]), name)
         except ModuleNotFoundError as error:
             extra = PACKAGE_EXTRAS.get(homes[name].split(".")[1], "all")
             explained = missing_extra(error, extra, f"{package}.{name}")
             raise explained or error from None
 
     return get_attribute, lambda: public, public
+
+
+@contextmanager
+def without_collecting() -> Iterator[None]:
+    """Import modules without collecting garbage meanwhile.
+
+    torch and timm make half a million objects, none of them garbage. Python's collector looks at
+    all of them again whenever their number has grown by a quarter, which takes as long as the
+    imports themselves (measured, docs/LOG.md).
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextmanager
+def importing_for_good() -> Iterator[None]:
+    """Import what the process needs to its end: no later collection looks at it again."""
+    with without_collecting():
+        yield
+        if not gc.get_freeze_count():  # else what is garbage by now would stay, too
+            gc.freeze()
+            atexit.register(gc.unfreeze)  # some libraries complain of what is left at the end

@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from threefold.arguments import parse_devices, parse_minutes, split_names
+from threefold.cli import STARTED
 from threefold.cli.console import err, out
 from threefold.cli.data import register as register_data
 from threefold.cli.demo import demo
@@ -52,6 +53,7 @@ from threefold.cli.search import search
 from threefold.cli.ui import ui
 from threefold.cli.verb_group import VerbGroup
 from threefold.errors import RecipeError, refuse_address
+from threefold.lazy import importing_for_good
 from threefold.machine import is_one_of_several
 from threefold.object_store import url_of
 
@@ -124,8 +126,9 @@ def fit(
     parse_minutes(budget, "--budget")  # before torch is imported, so that a typo fails at once
     parse_devices(devices)
     target = out_dir or default_run_folder(folder)
-    from threefold import api
-    from threefold.training.execution import Execution
+    with importing_for_good():
+        from threefold import api
+        from threefold.training.execution import Execution
 
     words: list[object] = ["fit", url_of(folder) or folder, "--out", url_of(target) or target]
     for option, value, default in (
@@ -149,6 +152,7 @@ def fit(
             devices=devices,
             watcher=watcher,
             execution=Execution(executor, address),
+            began=STARTED,
         )
     model = run.dir / "model.onnx"
     show_results(run)
@@ -182,7 +186,8 @@ def plan(
             "`threefold list recipes` shows",
         )
     if path.is_dir() or is_data:
-        from threefold.training.planning.plan import plan_folder
+        with importing_for_good():
+            from threefold.training.planning.plan import plan_folder
 
         with count_bars():
             planned = plan_folder(
@@ -192,6 +197,7 @@ def plan(
                 tuple(sets or ()),
                 quality,
                 group_file=Path(f"{default_run_folder(path).name}-groups.csv"),
+                began=STARTED,
             )
         if planned.recipe.data.group_file:
             err.print("[yellow]note[/] groups are in", planned.recipe.data.group_file)
@@ -229,11 +235,12 @@ def train(
         _train_in(processes, recipe, out_dir, sets, log, verbose)
     if is_one_of_several():  # torch warns of what the search for unused parameters costs
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from threefold import api
-    from threefold.predictions.remote_run import run_folder_at
-    from threefold.training.distributed.follow import follow
-    from threefold.training.distributed.ranks import join_ranks
-    from threefold.training.execution import Execution
+    with importing_for_good():
+        from threefold import api
+        from threefold.predictions.remote_run import run_folder_at
+        from threefold.training.distributed.follow import follow
+        from threefold.training.distributed.ranks import join_ranks
+        from threefold.training.execution import Execution
 
     words = ["train", recipe, "--out", url_of(out_dir) or out_dir]
     words += executor_words(executor, address)
@@ -297,9 +304,10 @@ def distill(
 
     A twin that learns from the labels alone is trained beside it.
     """
-    from threefold.api import default_folder
-    from threefold.api import distill as distill_run
-    from threefold.training.execution import Execution
+    with importing_for_good():
+        from threefold.api import default_folder
+        from threefold.api import distill as distill_run
+        from threefold.training.execution import Execution
 
     target = out_dir or default_folder(run_dir, student)
     words = ["distill", run_dir, "--student", student, "--out", target]
@@ -355,10 +363,11 @@ def serve(
     budget: ImageTime = "",
 ) -> None:
     """Serve a web page to drop images on, POST /predict and POST /explain."""
-    from threefold.runtime.predict import parse_policy
-    from threefold.serving.app import run_server
-    from threefold.serving.limits import ServerLimits
-    from threefold.serving.listen import LOOPBACK
+    with importing_for_good():
+        from threefold.runtime.predict import parse_policy
+        from threefold.serving.app import run_server
+        from threefold.serving.limits import ServerLimits
+        from threefold.serving.listen import LOOPBACK
 
     def announce(address: str) -> None:
         out.print(f"{address}   a page for people (Ctrl-C stops)", markup=False)

@@ -11,6 +11,7 @@ from threefold.cli.console import out
 from threefold.cli.options import RunOut, Verbose
 from threefold.cli.output import resume_command, show_next_steps, show_results, watch_training
 from threefold.errors import ExportError
+from threefold.lazy import importing_for_good
 
 if TYPE_CHECKING:
     from threefold.training.run import Run
@@ -21,7 +22,8 @@ def demo(
     verbose: Verbose = False,
 ) -> None:
     """Train, ensemble, export and predict on real images, in minutes."""
-    from threefold import api
+    with importing_for_good():
+        from threefold import api
     from threefold.recipe_lookup import packaged
 
     with watch_training(verbose, resume_command("demo", "--out", out_dir)) as watcher:

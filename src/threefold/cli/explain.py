@@ -14,6 +14,7 @@ from threefold.cli.console import out, plain, print_error, print_json
 from threefold.cli.options import Json
 from threefold.cli.progress import progress_bar
 from threefold.errors import DataError, ThreefoldError, shorten
+from threefold.lazy import importing_for_good
 from threefold.machine import decoding_threads
 from threefold.names import count_of
 
@@ -112,12 +113,13 @@ def _explain_run(
     model: Path, image: Path, target: Path, class_name: str, similar: int
 ) -> dict[str, Any]:
     """Explain an answer of a run by Grad-CAM, and find similar training images."""
-    from threefold.data.images import decode
-    from threefold.exporting.export import chosen_ensemble
-    from threefold.runtime.heat import check_picture
-    from threefold.training.embedding import pooled_members
-    from threefold.training.explain import run_heat, similar_images
-    from threefold.training.run import Run
+    with importing_for_good():
+        from threefold.data.images import decode
+        from threefold.exporting.export import chosen_ensemble
+        from threefold.runtime.heat import check_picture
+        from threefold.training.embedding import pooled_members
+        from threefold.training.explain import run_heat, similar_images
+        from threefold.training.run import Run
 
     check_picture(target)
     run, pixels = Run.open(model), decode(str(image))
@@ -253,11 +255,12 @@ def embed(
     ] = 0,
 ) -> None:
     """Write the pooled features of images, through the cache of features."""
-    from threefold.data.image_rows import ImageRow
-    from threefold.data.images import check_all
-    from threefold.runtime.predict import each_image
-    from threefold.training.embedding import check_suffix, write_embedding
-    from threefold.training.embedding import embed as embed_images
+    with importing_for_good():
+        from threefold.data.image_rows import ImageRow
+        from threefold.data.images import check_all
+        from threefold.runtime.predict import each_image
+        from threefold.training.embedding import check_suffix, write_embedding
+        from threefold.training.embedding import embed as embed_images
 
     check_suffix(target)
     failed = 0

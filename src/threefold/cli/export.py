@@ -10,6 +10,7 @@ import typer
 from threefold.arguments import split_names
 from threefold.cli.console import err, out, plain
 from threefold.errors import ExportError
+from threefold.lazy import importing_for_good
 
 FixedSize = Annotated[
     bool,
@@ -124,12 +125,13 @@ def _write_model(
     fixed_size: bool,
 ) -> None:
     """Write the file and say how its answers compare with the run's."""
-    from threefold.data.class_names import exported_names
-    from threefold.exporting.export import export as export_run
-    from threefold.exporting.parity import describe_report
-    from threefold.exporting.tensorrt import trtexec_line
-    from threefold.training.progress.terminal_watcher import TerminalWatcher
-    from threefold.training.run import Run
+    with importing_for_good():
+        from threefold.data.class_names import exported_names
+        from threefold.exporting.export import export as export_run
+        from threefold.exporting.parity import describe_report
+        from threefold.exporting.tensorrt import trtexec_line
+        from threefold.training.progress.terminal_watcher import TerminalWatcher
+        from threefold.training.run import Run
 
     run = Run.open(run_dir)
     run.watcher = TerminalWatcher(err)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from threefold.cli.console import out
+from threefold.lazy import importing_for_good
 
 Repository = Annotated[
     str, typer.Argument(metavar="USER/NAME", help="A model repository on the Hugging Face hub.")
@@ -32,7 +33,8 @@ def push(
     licence: Licence = "",
 ) -> None:
     """Publish a run on the Hugging Face hub: model, weights, scores, README.md; no images."""
-    from threefold.exporting.hub_upload import push as push_run
+    with importing_for_good():
+        from threefold.exporting.hub_upload import push as push_run
 
     out.print(push_run(run_dir, repository, private=private, licence=licence), markup=False)
     out.print(f"next   threefold predict hf://{repository} IMAGE...", markup=False)

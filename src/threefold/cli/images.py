@@ -12,6 +12,7 @@ from threefold.cli.console import out, print_error
 from threefold.cli.options import ImageTime, Json, Mode, ModelFile
 from threefold.cli.progress import describe_speed, progress_bar
 from threefold.errors import DataError
+from threefold.lazy import importing_for_good
 from threefold.names import count_of
 
 if TYPE_CHECKING:
@@ -71,8 +72,9 @@ def predict(
     ] = None,
 ) -> None:
     """Classify images with an exported file; needs no torch."""
-    from threefold.runtime import predict as answers
-    from threefold.runtime.devices import find_device
+    with importing_for_good():
+        from threefold.runtime import predict as answers
+        from threefold.runtime.devices import find_device
 
     policy = answers.parse_policy(mode, budget)
     find_device(device)

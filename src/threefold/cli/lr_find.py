@@ -10,6 +10,7 @@ import typer
 from threefold.arguments import parse_minutes
 from threefold.cli.console import out, plain, print_json
 from threefold.cli.options import Backbones, Json, QualityOption, Sets, WallTime
+from threefold.lazy import importing_for_good
 
 if TYPE_CHECKING:
     from threefold.training.planning.lr_finder import FoundLearningRate
@@ -55,9 +56,10 @@ def lr_find(
     from threefold.report.lr_chart import check_chart_name
 
     check_chart_name(target)
-    from threefold.cli.console import err
-    from threefold.training.planning.lr_finder import find_learning_rate
-    from threefold.training.progress.terminal_watcher import TerminalWatcher
+    with importing_for_good():
+        from threefold.cli.console import err
+        from threefold.training.planning.lr_finder import find_learning_rate
+        from threefold.training.progress.terminal_watcher import TerminalWatcher
 
     with TerminalWatcher(err) as watcher:
         found = find_learning_rate(

@@ -12,6 +12,7 @@ from rich.table import Table
 from threefold.cli.console import out, print_wrapped
 from threefold.cli.options import Address, Executor, Sets
 from threefold.cli.output import executor_words, resume_command, watch_training
+from threefold.lazy import importing_for_good
 
 if TYPE_CHECKING:
     from threefold.paper.results import CellResult, ItemResults
@@ -68,9 +69,10 @@ def reproduce(
     item = find_item(name)
     known_scale, known_protocol = check_words(scale, protocol)
     folder = out_dir or Path("runs/reproduce") / f"{item.name}-{scale}-{protocol}"
-    from threefold.paper.figures import draw_figure
-    from threefold.paper.reproduce import Reproduction, reproduce_item
-    from threefold.training.execution import Execution
+    with importing_for_good():
+        from threefold.paper.figures import draw_figure
+        from threefold.paper.reproduce import Reproduction, reproduce_item
+        from threefold.training.execution import Execution
 
     plan = Reproduction(
         item=item,

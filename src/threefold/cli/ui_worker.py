@@ -16,10 +16,12 @@ from typing import Any, Final
 from filelock import FileLock, Timeout
 
 from threefold.arguments import parse_minutes
+from threefold.cli import STARTED
 from threefold.cli.signals import catch_signals
 from threefold.errors import RunError, ThreefoldError, is_out_of_memory, out_of_memory
 from threefold.extras import missing_extra
 from threefold.files import read_json, write_bytes, write_json
+from threefold.lazy import importing_for_good
 from threefold.serving.ui_jobs import EVENTS, LOCK, LOG, PROCESS, UNWRITTEN
 from threefold.training.progress.event_watcher import EventLog, EventWatcher
 
@@ -88,7 +90,8 @@ def _settings(state_folder: Path) -> tuple[str, dict[str, Any]]:
 
 def check(state_folder: Path, run_folder: Path, watcher: EventWatcher) -> None:
     """Look at all images, and write check.json."""
-    from threefold.data.check import check_data, find_spec
+    with importing_for_good():
+        from threefold.data.check import check_data, find_spec
 
     data, _ = _settings(state_folder)
     spec = find_spec(data).model_copy(update={"bad_images": "skip"})
@@ -106,9 +109,10 @@ def check(state_folder: Path, run_folder: Path, watcher: EventWatcher) -> None:
 
 def plan(state_folder: Path, run_folder: Path, watcher: EventWatcher) -> None:
     """Write the recipe into the run folder, where `fit` takes it up, and plan.json."""
-    from threefold.data.group_file import GROUP_FILE
-    from threefold.predictions.run_folder import RunFolder
-    from threefold.training.planning.plan import plan_folder
+    with importing_for_good():
+        from threefold.data.group_file import GROUP_FILE
+        from threefold.predictions.run_folder import RunFolder
+        from threefold.training.planning.plan import plan_folder
 
     data, settings = _settings(state_folder)
     if (run_folder / "run.json").exists():
@@ -126,6 +130,7 @@ def plan(state_folder: Path, run_folder: Path, watcher: EventWatcher) -> None:
         settings["quality"],
         watcher,
         run_folder / GROUP_FILE,
+        began=STARTED,
     )
     decisions = [[d.key, str(d.value), d.reason] for d in planned.decisions]
     recipe = planned.recipe
@@ -141,7 +146,8 @@ def plan(state_folder: Path, run_folder: Path, watcher: EventWatcher) -> None:
 
 def fit(state_folder: Path, run_folder: Path, watcher: EventWatcher) -> None:
     """Train by the recipe in the run folder; what is finished is kept."""
-    from threefold.api import fit as fit_data
+    with importing_for_good():
+        from threefold.api import fit as fit_data
     from threefold.recipe import Recipe
 
     _, settings = _settings(state_folder)
@@ -153,6 +159,7 @@ def fit(state_folder: Path, run_folder: Path, watcher: EventWatcher) -> None:
         budget=settings["budget"],
         quality=settings["quality"],
         watcher=watcher,
+        began=STARTED,
     )
 
 

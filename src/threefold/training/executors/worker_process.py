@@ -20,6 +20,7 @@ from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any, Final
 
 from threefold.errors import ThreefoldError, error_texts, is_out_of_memory, out_of_memory
+from threefold.lazy import importing_for_good
 
 if TYPE_CHECKING:
     from threefold.recipe import Job
@@ -91,10 +92,11 @@ def _serve(connection: Connection[Any, Any], stop: _Stop, threads: int) -> None:
 
 def _open(order: bytes, connection: Connection[Any, Any], stop: _Stop, threads: int) -> Worker:
     """Open the run that the parent has ordered."""
-    import torch
+    with importing_for_good():
+        import torch
 
-    from threefold.training.executors.relay import RelayWatcher
-    from threefold.training.executors.worker import open_worker
+        from threefold.training.executors.relay import RelayWatcher
+        from threefold.training.executors.worker import open_worker
 
     torch.set_num_threads(threads)
     stop.watcher = watcher = RelayWatcher(lambda report: connection.send(("report", report)))

@@ -17,9 +17,6 @@ from threefold.recipe_schema import MemberSpec
 
 Quality = Literal["fast", "good", "best"]
 
-STARTUP_SECONDS = 5.0
-"""Time that has passed before the plan begins: the program's start."""
-
 SCORING_SECONDS = 4.0
 """Time for ensembles, statistics and the report of a few thousand images on two cores."""
 
@@ -33,9 +30,14 @@ LEAST_FOLDS = 3
 """The same where the time does not allow more."""
 
 
-def finishing_seconds(networks: int) -> float:
-    """Time for scoring, the report and the export of a run that has so many networks."""
-    return 2 * SCORING_SECONDS + EXPORT_SECONDS * networks
+def finishing_seconds(networks: int, export_seconds: float = EXPORT_SECONDS) -> float:
+    """Time for scoring, the report and the export of a run that has so many networks.
+
+    Args:
+        networks: their number.
+        export_seconds: for one of them.
+    """
+    return 2 * SCORING_SECONDS + export_seconds * networks
 
 
 class Decision(NamedTuple):
@@ -79,9 +81,15 @@ class Clock:
     end: float
 
     @classmethod
-    def start(cls, budget: float) -> Clock:
-        """Start the clock of a budget in seconds (0 = none)."""
-        return cls(budget, time.monotonic() + budget - STARTUP_SECONDS if budget else math.inf)
+    def start(cls, budget: float, began: float | None = None) -> Clock:
+        """Start the clock of a budget.
+
+        Args:
+            budget: seconds; 0 = none.
+            began: the time.monotonic() value from which it counts; None = now.
+        """
+        began = time.monotonic() if began is None else began
+        return cls(budget, began + budget if budget else math.inf)
 
     @property
     def left(self) -> float:
@@ -91,7 +99,7 @@ class Clock:
     @property
     def spent(self) -> float:
         """Seconds since the clock of a budget was started."""
-        return time.monotonic() - self.end + self.budget - STARTUP_SECONDS
+        return time.monotonic() - self.end + self.budget
 
 
 def relative_costs(draft: Recipe) -> list[float]:

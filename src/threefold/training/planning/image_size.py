@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from threefold.training.checks import check_sizes
 from threefold.training.features.cache import FeatureCache
 from threefold.training.features.probe import predict_fit_seconds
 from threefold.training.planning.basis import (
-    STARTUP_SECONDS,
+    EXPORT_SECONDS,
     Clock,
     DataSummary,
     Decision,
@@ -41,8 +42,14 @@ SIZES = (96, 128, 160, 224, 288, 384)
 FEATURE_SHARE = 0.4
 """Largest share of the time for the features of all members."""
 
-PROBE_SHARE = 0.12
+PROBE_SHARE = 0.2
 """Largest share of the time for comparing image sizes."""
+
+GRACE = 1.5
+"""Largest multiple of the budget that the least possible work may take."""
+
+LEAST_SHARE = 0.7
+"""Smaller than this share of the usual size, images are for a single member only."""
 
 LEAST_PROBE_ROWS = 120
 """Fewer images than this do not tell sizes apart."""
@@ -119,17 +126,23 @@ def choose_size(
     sizes = (only,) if only else _candidate_sizes(summary.side, quality)
     usual = only or max(size for size in sizes if size <= (128 if summary.side <= 64 else 224))
     at_usual = first.model_copy(update={"img_size": usual})
+    began = time.monotonic()
     per_pixel = cache.seconds_per_image("train", at_usual, sample, summary.images) / usual**2
+    # To build a network, to trace it and to check its answers takes as long each time.
+    per_network = time.monotonic() - began
 
     def seconds(size: int) -> float:
         return summary.images * per_pixel * size**2 * sum(costs)
 
     left, wanted = clock.left, len(costs)
-    while len(costs) > 1 and seconds(sizes[0]) > _feature_room(left, len(costs)):
+    # Fewer members rather than much smaller images, which cost more accuracy.
+    least = min(size for size in sizes if size >= LEAST_SHARE * usual)
+    while len(costs) > 1 and seconds(least) > _feature_room(left, len(costs), per_network):
         costs = costs[:-1]
-    affordable = [size for size in sizes if seconds(size) <= _feature_room(left, len(costs))]
-    if not affordable:
-        raise _too_small(clock, seconds(sizes[0]))
+    room = _feature_room(left, len(costs), per_network)
+    affordable = [size for size in sizes if seconds(size) <= room] or [sizes[0]]
+    if clock.budget:
+        _check_budget(clock, seconds(affordable[0]))
     choice = max([size for size in affordable if size <= usual] or affordable)
     levels = None
     reason = f"the images' median side is {summary.side} px"
@@ -139,9 +152,9 @@ def choose_size(
         reason = f"the budget allows {len(costs)} of {wanted} members; {reason}"
     close = affordable[-4:] if quality == "best" else affordable[-3:]
     per_row = per_pixel * sum(size**2 for size in close)
-    rows = min(
-        PROBE_ROWS, summary.n, int(PROBE_SHARE * left / per_row) if left < math.inf else PROBE_ROWS
-    )
+    rows = min(PROBE_ROWS, summary.n)
+    if left < math.inf:
+        rows = min(rows, int((PROBE_SHARE * left - per_network * len(close)) / per_row))
     if rows >= min(LEAST_PROBE_ROWS, summary.n) and len(close) > 1:
         probed = spread_over_classes(sources.train.truth, rows)
         results = [
@@ -199,7 +212,7 @@ def _compare_levels(member: MemberSpec, result: SizeProbe) -> Decision | None:
     return Decision("head.sequence", value, reason)
 
 
-def _feature_room(left: float, members: int) -> float:
+def _feature_room(left: float, members: int, per_network: float) -> float:
     """Return the seconds that the features of so many members may take.
 
     Of several members it is at most what their ensemble, report and export leave. A single one is
@@ -208,15 +221,29 @@ def _feature_room(left: float, members: int) -> float:
     Args:
         left: seconds that are left.
         members: how many there are.
+        per_network: seconds that it took to trace a network here.
     """
     share = FEATURE_SHARE * left
-    return share if members == 1 else min(share, left - finishing_seconds(members))
+    if members == 1:
+        return share
+    export_seconds = max(EXPORT_SECONDS, per_network)
+    return min(share, left - finishing_seconds(members, export_seconds))
 
 
-def _too_small(clock: Clock, seconds: float) -> RecipeError:
-    """The budget does not even allow the features of one member, which take so many seconds."""
-    needed = clock.spent + seconds / FEATURE_SHARE + STARTUP_SECONDS
-    return RecipeError(
+def _check_budget(clock: Clock, seconds: float) -> None:
+    """Refuse a budget that is far too small for the features of one member.
+
+    Args:
+        clock: the time budget.
+        seconds: what these features take.
+
+    Raises:
+        RecipeError: the least that there can be would take much longer than the budget.
+    """
+    needed = clock.spent + seconds + finishing_seconds(1)
+    if needed <= GRACE * clock.budget:
+        return
+    raise RecipeError(
         "the budget is too small",
         where="--budget",
         got=f"{clock.budget:g} s",

@@ -85,6 +85,7 @@ def plan_folder(
     quality: Quality = "good",
     watcher: Watcher | None = None,
     group_file: Path | None = None,
+    began: float | None = None,
 ) -> RecipePlan:
     """Choose a recipe for a folder or a table of images.
 
@@ -96,13 +97,14 @@ def plan_folder(
         quality: fast = probes only; good; best = larger images, more epochs and folds, views.
         watcher: receives notes on what is measured.
         group_file: for groups of one scene, if random folds promise too much; None = unsought.
+        began: the time.monotonic() value from which the budget counts; None = now.
 
     Raises:
         DataError: the folder cannot be used.
         RecipeError: an override or a member cannot be used, or the budget is too small.
         RunError: `group_file` cannot be written, or holds other groups.
     """
-    clock = Clock.start(budget_minutes * 60)
+    clock = Clock.start(budget_minutes * 60, began)
     data, why_task = _data(folder, overrides)
     probes = probe_members(members)
     check_overrides(data, probes, overrides, are_chosen=is_auto(members))
