@@ -19,7 +19,7 @@ from scipy.sparse.csgraph import connected_components
 from threefold.data.dataset import ImageDataset, Sources
 from threefold.data.group_file import read_groups, write_groups
 from threefold.data.images import same_content, same_digests
-from threefold.data.scene_groups import find_scene_groups, grouping_effect
+from threefold.data.scene_groups import MOST_IMAGES, find_scene_groups, grouping_effect
 from threefold.data.splits import assign_roles, refit_roles
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.models.member import last_level
@@ -30,7 +30,7 @@ from threefold.training.features.cache import FeatureCache
 from threefold.training.planning.basis import Clock, Decision
 from threefold.training.planning.image_size import ProbePlan
 
-SEARCH_SHARE: Final = 0.05
+SEARCH_SHARE: Final = 0.1
 """Largest share of the time for comparing images with each other."""
 
 SEARCH_SECONDS: Final = 300.0
@@ -38,6 +38,9 @@ SEARCH_SECONDS: Final = 300.0
 
 SECONDS_PER_PAIR: Final = 5e-7
 """Seconds for a pair of images of one class, with the pairs of two classes that it is judged by."""
+
+SECONDS_PER_EFFECT: Final = 3.0
+"""Seconds to measure what groups change on as many images as it takes at most (two cores)."""
 
 KEY: Final = "folds.scheme"
 
@@ -108,6 +111,7 @@ def find_groups(
     if train.is_multilabel:
         return _group_copies(train)
     seconds = SECONDS_PER_PAIR * float((np.bincount(train.labels).astype(float) ** 2).sum())
+    seconds += SECONDS_PER_EFFECT * min(1.0, len(train) / MOST_IMAGES) ** 3
     if seconds > min(SEARCH_SECONDS, SEARCH_SHARE * clock.left):
         reason = f"no scenes were looked for: to compare {len(train)} images takes {seconds:.0f} s"
         return FoundGroups(None, Decision(KEY, "stratified", reason))
