@@ -23,6 +23,12 @@ from typing import NamedTuple
 from threefold.training.provenance import commit, hardware
 
 OPEN = "import onnxruntime as o; o.set_default_logger_severity(3); o.InferenceSession({path!r})"
+PAUSED = """
+from threefold.lazy import importing_for_good
+with importing_for_good():
+    import threefold.api
+"""
+"""How the commands import: without collecting garbage meanwhile."""
 
 
 class Timed(NamedTuple):
@@ -51,6 +57,8 @@ def cases(run: Path, image: Path) -> list[Case]:
         Case("threefold --help", [*program, "--help"], 0.15),
         Case("threefold predict, one image", [*program, "predict", model, str(image)], 0.6),
         Case("threefold evaluate", [*program, "evaluate", str(run / "oof.npz")], 1.0),
+        Case("import what fit needs", [*python, "import threefold.api"]),
+        Case("the same as fit does it", [*python, PAUSED]),
     ]
 
 

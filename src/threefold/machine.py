@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -38,6 +39,16 @@ def usable_cores() -> int:
 def decoding_threads() -> int:
     """Return how many threads decode images: Pillow lets the others run, up to the disk's speed."""
     return min(MAX_DECODING_THREADS, usable_cores())
+
+
+def peak_memory() -> int:
+    """Return the most bytes of memory that this process has had; 0 where the system keeps none."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def available_memory() -> int:

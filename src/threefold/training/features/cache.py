@@ -268,6 +268,10 @@ class FeatureCache:
             source.engine, source.pending = None, []
             source.extractor.cpu()
 
+    def bytes_per_image(self, spec: MemberSpec) -> int:
+        """Return the bytes of one image's features."""
+        return self._bytes(self._source(spec))
+
     def backbone(self, spec: MemberSpec) -> Any:
         """Return a member's frozen backbone, which must stay as it is."""
         return self._source(spec).extractor.backbone

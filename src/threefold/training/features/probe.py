@@ -260,13 +260,14 @@ class _Problem:
     """The standardized rows, and the last solution, from which the next one starts."""
 
     def __init__(self, features: np.ndarray, targets: Targets) -> None:
-        rows = torch.from_numpy(np.ascontiguousarray(features)).float()
+        # A copy, which is standardized in place: of many images three such tables are gigabytes.
+        rows = torch.from_numpy(np.ascontiguousarray(features)).to(torch.float32, copy=True)
         self.n, self.k = len(rows), targets.num_classes
         deviation, self.mean = torch.std_mean(rows, 0, correction=0)
         # A feature that never varies says nothing; of one that hardly does, only noise would grow.
         varies = deviation > 1e-4 * deviation.max()
         self.scale = torch.where(varies, 1.0 / deviation.clamp(min=1e-30), 0.0)
-        self.rows = (rows - self.mean) * self.scale
+        self.rows = rows.sub_(self.mean).mul_(self.scale)
         self.axes: Tensor | None = None
         if self.n < self.rows.shape[1]:
             self.axes, triangle = torch.linalg.qr(self.rows.T)

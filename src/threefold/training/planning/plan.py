@@ -36,6 +36,7 @@ from threefold.training.planning.candidates import gather_candidates, is_auto, s
 from threefold.training.planning.groups import look_for_groups, plan_with_groups
 from threefold.training.planning.image_size import ProbePlan, choose_size, with_head_seconds
 from threefold.training.planning.members import explain_members, probe_members, sized_members
+from threefold.training.planning.memory import predict_memory
 from threefold.training.planning.overrides import changes_of, check_overrides, mark_overrides
 from threefold.training.planning.tuning import (
     Tuning,
@@ -60,11 +61,13 @@ class RecipePlan:
         recipe: the planned recipe.
         decisions: its values with their reasons.
         sources: the verified images that the plan was made from, which the recipe reads, too.
+        memory: what the run takes at its peak, in words.
     """
 
     recipe: Recipe
     decisions: list[Decision] = field(default_factory=list)
     sources: Sources | None = None
+    memory: str = ""
 
     def explain(self) -> str:
         """The reasons as lines, for the header of the recipe's file."""
@@ -74,6 +77,8 @@ class RecipePlan:
             needed = sum(image_cache_bytes(self.recipe, self.sources).values())
             if needed:
                 lines.append(f"disk: decoded images take {needed / 1e9:.2f} GB while it trains")
+        if self.memory:
+            lines.append(self.memory)
         return "\n".join(lines)
 
 
@@ -156,7 +161,8 @@ def plan_folder(
         tree["views"] = {"kind": "flip"}
         decisions.append(Decision("views.kind", "flip", "quality best: the mirror image, too"))
     recipe, sources, why_groups = plan_with_groups(tree, overrides, found, sources, group_file)
-    return RecipePlan(recipe, mark_overrides([*decisions, *why_groups], overrides), sources)
+    decisions = mark_overrides([*decisions, *why_groups], overrides)
+    return RecipePlan(recipe, decisions, sources, predict_memory(recipe, sources, cache))
 
 
 def _data(folder: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[Decision]]:
