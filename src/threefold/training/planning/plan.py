@@ -117,9 +117,8 @@ def plan_folder(
     sources = load_data(draft.data, draft.seed)
     summary = _summarize(sources)
     device = pick_device(draft.train.device)
-    cache = FeatureCache(sources, draft, watcher)
+    cache, screening = FeatureCache(sources, draft, watcher), None
     measured = choose_size(draft, summary, sources, cache, clock, quality)
-    screening = None
     if is_auto(members) and len(measured.costs) == len(probes):
         wanted, notes = gather_candidates(members[1:], device, quality)
         screening = screen(wanted, draft, sources, measured, clock, notes, watcher)
