@@ -19,10 +19,9 @@ from threefold.predictions.run_folder import RunFolder
 from threefold.recipe import Recipe
 from threefold.training.checks import check_trainable
 from threefold.training.features.probe import predict_fit_seconds
-from threefold.training.planning import image_size
 from threefold.training.planning import plan as planning
 from threefold.training.planning import tuning as plan_tuning
-from threefold.training.planning.basis import Clock, DataSummary, Decision
+from threefold.training.planning.basis import Clock, Decision
 from threefold.training.planning.image_size import ProbePlan
 from threefold.training.planning.measure import Speed
 from threefold.training.planning.overrides import mark_overrides
@@ -233,72 +232,6 @@ def test_a_budget_that_planning_used_up_is_too_small(
 
     with pytest.raises(RecipeError, match=r"expected at least about 5\d0 s .* got 300 s;"):
         plan_folder(root, 5, TINY, UNTRAINED)
-
-
-def measure_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: float, per_image: float
-) -> image_size.ProbePlan:
-    """Choose the size for three networks and 12 images of 40 pixels, without comparing sizes.
-
-    Args:
-        tmp_path: receives the images.
-        monkeypatch: leaves the comparison out.
-        left: seconds of a budget of 60.
-        per_image: seconds for the features of an image at the usual size, 128 px.
-    """
-    root = make_folder(tmp_path, ["cat", "dog"])
-    networks = [
-        {"name": f"m{i}", "backbone": "test_efficientnet", "weights": "none"} for i in range(3)
-    ]
-    draft = Recipe.parse(
-        {
-            "data": {"source": "folder", "root": str(root)},
-            "stages": [{"name": "head", "kind": "head"}],
-            "members": networks,
-        }
-    )
-    monkeypatch.setattr(image_size, "PROBE_SHARE", 0.0)
-    cache = Mock(seconds_per_image=Mock(return_value=per_image))
-    clock = Clock(60, time.monotonic() + left)
-    summary = DataSummary(12, 12, ("cat", "dog"), 6, 6, side=40)
-    sources = load_data(draft.data, draft.seed)
-    return image_size.choose_size(draft, summary, sources, cache, clock, "good")
-
-
-@pytest.mark.parametrize(("left", "members"), [(100.0, 3), (16.0, 2), (12.0, 1), (2.0, 1)])
-def test_members_that_cannot_be_exported_in_time_are_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: float, members: int
-) -> None:
-    measured = measure_size(tmp_path, monkeypatch, left, per_image=1e-9)
-
-    assert len(measured.costs) == members
-    is_said = measured.decision.reason.startswith(f"the budget allows {members} of 3 members")
-    assert is_said == (members < 3)
-
-
-@pytest.mark.parametrize(
-    ("per_image", "members", "size"),
-    [
-        (0.50, 3, 128),  # 18 s for three members, of 20
-        (0.60, 3, 96),
-        (1.20, 2, 96),  # 16 s; three members would take 17 s at 64 px
-        (2.40, 1, 96),
-        (6.00, 1, 64),
-    ],
-)
-def test_members_are_dropped_before_images_are_much_smaller(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, per_image: float, members: int, size: int
-) -> None:
-    measured = measure_size(tmp_path, monkeypatch, 50.0, per_image)
-
-    assert (len(measured.costs), measured.img_size) == (members, size)
-
-
-def test_a_budget_counts_from_when_it_began() -> None:
-    clock = Clock.start(100, time.monotonic() - 60)
-
-    assert clock.left == pytest.approx(40, abs=5)
-    assert clock.spent == pytest.approx(60, abs=5)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from threefold.training.features.cache import FeatureCache
 from threefold.training.features.probe import predict_fit_seconds
 from threefold.training.planning.basis import (
     EXPORT_SECONDS,
+    LEAST_FOLDS,
     Clock,
     DataSummary,
     Decision,
@@ -67,6 +68,8 @@ class ProbePlan:
         decision: the size with its reason.
         levels: which features heads read, with the reason; None if that was not compared.
         head_seconds: predicted for one linear head on all training images.
+        export_seconds: predicted for the export of one member.
+        wanted: members that there would be with more time.
     """
 
     img_size: int
@@ -76,6 +79,8 @@ class ProbePlan:
     decision: Decision
     levels: Decision | None = None
     head_seconds: float = 0.0
+    export_seconds: float = EXPORT_SECONDS
+    wanted: int = 0
 
     def probe_seconds(self, folds: int) -> float:
         """Predict the seconds of all features, and of the heads in all folds and the refit.
@@ -87,7 +92,11 @@ class ProbePlan:
     @property
     def decisions(self) -> list[Decision]:
         """What was decided, with the reasons."""
-        return [self.decision] if self.levels is None else [self.decision, self.levels]
+        size, members = self.decision, len(self.costs)
+        if members < self.wanted:
+            reason = f"the budget allows {members} of {self.wanted} members; {size.reason}"
+            size = size._replace(reason=reason)
+        return [size] if self.levels is None else [size, self.levels]
 
 
 def _candidate_sizes(side: int, quality: Quality) -> tuple[int, ...]:
@@ -122,7 +131,7 @@ def choose_size(
         per_image = cache.seconds_per_image("train", first, sample, summary.images)
         decision = Decision(key, first.img_size, "named by you")
         total = summary.images * per_image * sum(costs)
-        return ProbePlan(first.img_size, costs, per_image, total, decision)
+        return ProbePlan(first.img_size, costs, per_image, total, decision, wanted=len(costs))
     sizes = (only,) if only else _candidate_sizes(summary.side, quality)
     usual = only or max(size for size in sizes if size <= (128 if summary.side <= 64 else 224))
     at_usual = first.model_copy(update={"img_size": usual})
@@ -130,6 +139,7 @@ def choose_size(
     per_pixel = cache.seconds_per_image("train", at_usual, sample, summary.images) / usual**2
     # To build a network, to trace it and to check its answers takes as long each time.
     per_network = time.monotonic() - began
+    export_seconds = max(EXPORT_SECONDS, per_network)
 
     def seconds(size: int) -> float:
         return summary.images * per_pixel * size**2 * sum(costs)
@@ -137,9 +147,9 @@ def choose_size(
     left, wanted = clock.left, len(costs)
     # Fewer members rather than much smaller images, which cost more accuracy.
     least = min(size for size in sizes if size >= LEAST_SHARE * usual)
-    while len(costs) > 1 and seconds(least) > _feature_room(left, len(costs), per_network):
+    while len(costs) > 1 and seconds(least) > _feature_room(left, len(costs), export_seconds):
         costs = costs[:-1]
-    room = _feature_room(left, len(costs), per_network)
+    room = _feature_room(left, len(costs), export_seconds)
     affordable = [size for size in sizes if seconds(size) <= room] or [sizes[0]]
     if clock.budget:
         _check_budget(clock, seconds(affordable[0]))
@@ -148,8 +158,6 @@ def choose_size(
     reason = f"the images' median side is {summary.side} px"
     if only:
         reason = f"{first.backbone} is built for images of this size"
-    if len(costs) < wanted:
-        reason = f"the budget allows {len(costs)} of {wanted} members; {reason}"
     close = affordable[-4:] if quality == "best" else affordable[-3:]
     per_row = per_pixel * sum(size**2 for size in close)
     rows = min(PROBE_ROWS, summary.n)
@@ -171,7 +179,16 @@ def choose_size(
     reason += f"; about {seconds(choice):.0f} s for the features of all members"
     decision = Decision(key, choice, reason)
     at_choice = per_pixel * choice**2
-    return ProbePlan(choice, costs, at_choice, seconds(choice), decision, levels)
+    return ProbePlan(
+        choice,
+        costs,
+        at_choice,
+        seconds(choice),
+        decision,
+        levels,
+        export_seconds=export_seconds,
+        wanted=wanted,
+    )
 
 
 def with_head_seconds(
@@ -185,6 +202,25 @@ def with_head_seconds(
     features = cache.rows("train", first, sample, expected=len(train)).features
     seconds = predict_fit_seconds(features, len(train.classes), len(train))
     return replace(measured, head_seconds=seconds)
+
+
+def drop_late_members(measured: ProbePlan, clock: Clock) -> ProbePlan:
+    """Drop the last members whose heads, scores and export do not fit into the time.
+
+    Args:
+        measured: with the time of a head.
+        clock: the time budget.
+    """
+    fitting = measured
+    while len(fitting.costs) > 1:
+        members = len(fitting.costs)
+        finishing = finishing_seconds(members, measured.export_seconds)
+        if fitting.probe_seconds(LEAST_FOLDS) + finishing <= clock.left:
+            break
+        costs = fitting.costs[:-1]
+        seconds = fitting.seconds * sum(costs) / sum(fitting.costs)
+        fitting = replace(fitting, costs=costs, seconds=seconds)
+    return fitting
 
 
 def _choose_probe(results: Sequence[SizeProbe], usual: int) -> SizeProbe:
@@ -212,7 +248,7 @@ def _compare_levels(member: MemberSpec, result: SizeProbe) -> Decision | None:
     return Decision("head.sequence", value, reason)
 
 
-def _feature_room(left: float, members: int, per_network: float) -> float:
+def _feature_room(left: float, members: int, export_seconds: float) -> float:
     """Return the seconds that the features of so many members may take.
 
     Of several members it is at most what their ensemble, report and export leave. A single one is
@@ -221,12 +257,11 @@ def _feature_room(left: float, members: int, per_network: float) -> float:
     Args:
         left: seconds that are left.
         members: how many there are.
-        per_network: seconds that it took to trace a network here.
+        export_seconds: for one member.
     """
     share = FEATURE_SHARE * left
     if members == 1:
         return share
-    export_seconds = max(EXPORT_SECONDS, per_network)
     return min(share, left - finishing_seconds(members, export_seconds))
 
 

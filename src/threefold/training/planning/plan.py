@@ -34,7 +34,12 @@ from threefold.training.planning.basis import (
 )
 from threefold.training.planning.candidates import gather_candidates, is_auto, screen
 from threefold.training.planning.groups import look_for_groups, plan_with_groups
-from threefold.training.planning.image_size import ProbePlan, choose_size, with_head_seconds
+from threefold.training.planning.image_size import (
+    ProbePlan,
+    choose_size,
+    drop_late_members,
+    with_head_seconds,
+)
 from threefold.training.planning.members import explain_members, probe_members, sized_members
 from threefold.training.planning.memory import predict_memory
 from threefold.training.planning.overrides import changes_of, check_overrides, mark_overrides
@@ -128,10 +133,10 @@ def plan_folder(
     found, measured = look_for_groups(draft, measured, sources, cache, clock, group_file)
     if clock.budget:  # nothing else asks how long heads take
         measured = with_head_seconds(measured, draft, sources, cache)
+        measured = measured if screening else drop_late_members(measured, clock)
+        probes, draft = _first_members(len(measured.costs), probes, draft)
     tuning, why_tuning = choose_tuning(draft, summary, measured, device, clock, quality)
-    folds, fit_share, why_folds = _folds(
-        tuning, summary, measured, clock, quality, draft.data.fold_column
-    )
+    folds, fit_share, why_folds = _folds(tuning, summary, measured, clock, quality, draft)
     train, why_train = _train(summary, device)
     stages, tuned = tuning_stages(
         tuning,
@@ -253,13 +258,20 @@ def _summarize(sources: Sources) -> DataSummary:
     )
 
 
+def _first_members(
+    count: int, probes: list[dict[str, Any]], draft: Recipe
+) -> tuple[list[dict[str, Any]], Recipe]:
+    """Return the first members, as plain values and as the recipe of the probes."""
+    return probes[:count], draft.without([member.name for member in draft.members[count:]])
+
+
 def _folds(
     tuning: Tuning | None,
     summary: DataSummary,
     measured: ProbePlan,
     clock: Clock,
     quality: Quality,
-    column: str,
+    draft: Recipe,
 ) -> tuple[dict[str, Any], float, Decision]:
     """Choose the folds: the user's, those of the tuning, or for probes five if there is time.
 
@@ -269,7 +281,7 @@ def _folds(
         measured: the plan of the probes.
         clock: of the job.
         quality: as for the plan.
-        column: the user's own folds.
+        draft: the recipe of the probes, which names the column of the user's own folds.
 
     Returns:
         The `folds` table, the share of the images that each network is fitted on, and the reason.
@@ -277,6 +289,7 @@ def _folds(
     select = select_share(summary.n)
     if summary.own_folds:
         table = {"scheme": "column", "final": "refit", "select": round(select, 3)}
+        column = draft.data.fold_column
         reason = f"the column {column} of the table has {summary.own_folds} folds of your own"
         share = (1 - select) * (summary.own_folds - 1) / summary.own_folds
         return table, share, Decision("folds.scheme", "column", reason)
@@ -289,7 +302,8 @@ def _folds(
         return table, (1 - select) * (1 - HOLDOUT), Decision("folds.holdout", HOLDOUT, reason)
     reason = "each image is scored once by heads that never saw it"
     folds = PROBE_FOLDS if tuning is None or quality == "best" else tuning.folds
-    left = max(0.0, clock.left - finishing_seconds(len(measured.costs)))
+    finishing = finishing_seconds(len(measured.costs), measured.export_seconds)
+    left = max(0.0, clock.left - finishing)
     if tuning is None and measured.probe_seconds(folds) > left:
         folds = LEAST_FOLDS
         needed = measured.probe_seconds(PROBE_FOLDS)

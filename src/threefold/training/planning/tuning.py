@@ -114,7 +114,7 @@ def choose_tuning(
     """Choose the most thorough tuning that the time after the probes allows at measured speed."""
     if quality == "fast":
         return None, [Decision(KEY, "none", "quality fast: heads on frozen features only")]
-    finishing = finishing_seconds(len(measured.costs))
+    finishing = finishing_seconds(len(measured.costs), measured.export_seconds)
     if clock.left - measured.probe_seconds(LEAST_FOLDS) - finishing < 3 * EXPORT_SECONDS:
         why = "the probes take the time that there is; give a larger --budget to tune"
         return None, [Decision(KEY, "none", why)]
