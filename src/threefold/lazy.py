@@ -45,8 +45,8 @@ def without_collecting() -> Iterator[None]:
     """Import modules without collecting garbage meanwhile.
 
     torch and timm make half a million objects, none of them garbage. Python's collector looks at
-    all of them again whenever their number has grown by a quarter, which takes as long as the
-    imports themselves (measured, docs/LOG.md).
+    all of them again whenever their number has grown by a quarter, which takes a quarter to a half
+    of the time of the import (measured, docs/LOG.md).
     """
     was_enabled = gc.isenabled()
     gc.disable()

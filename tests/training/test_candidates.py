@@ -63,7 +63,9 @@ def screen_tiny(
         "stages": [{"name": "head", "kind": "head"}],
         "members": [member],
     }
-    measured = ProbePlan(32, [1.0], seconds, 36 * seconds, Decision("img_size", 32, "as given"))
+    measured = ProbePlan(
+        32, [1.0], seconds, 36 * seconds, Decision("img_size", 32, "as given"), wanted=3
+    )
     return screen(candidates, Recipe.parse(tree), sources, measured, clock or Clock.start(0))
 
 
@@ -126,6 +128,8 @@ def test_a_candidate_that_says_nothing_is_not_taken(tmp_path: Path) -> None:
     assert names(screening.chosen) == ["test_efficientnet"]
     assert max(entry.loss for entry in screening.screened) > 1.0  # of three classes: a guess
     assert screening.measured.costs == [1.0]
+    # The ensemble chose one member, not the budget.
+    assert "budget" not in screening.measured.decisions[0].reason
 
 
 def test_the_outcome_is_told_in_full(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.tiny_runs import paint
+from support.tiny_runs import make_folder
 
 from threefold.data.load import load_data
 from threefold.errors import OutOfMemoryError
@@ -27,14 +27,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("THREEFOLD_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-def make_folder(root: Path, count: int) -> Path:
-    """A folder of two classes of `count` images each."""
-    for c, name in enumerate(("cat", "dog")):
-        for i in range(count):
-            paint(root / name / f"{i}.png", (40 * c, 90, 200), i + 100 * c, (40, 40))
-    return root
-
-
 def make_recipe(root: Path, *heads: str) -> Recipe:
     """Members with these kinds of head on one frozen network without weights."""
     network = {"backbone": "test_efficientnet", "weights": "none", "img_size": 32}
@@ -48,7 +40,7 @@ def make_recipe(root: Path, *heads: str) -> Recipe:
 
 
 def test_the_header_of_a_plan_states_the_memory(tmp_path: Path) -> None:
-    plan = plan_folder(make_folder(tmp_path, 6), 0, ("test_efficientnet",), SMALL, "fast")
+    plan = plan_folder(make_folder(tmp_path, 4), 0, ("test_efficientnet",), SMALL, "fast")
 
     (line,) = [line for line in plan.explain().splitlines() if line.startswith("memory: ")]
 
@@ -63,9 +55,9 @@ def test_features_of_all_images_count(
     recipe = make_recipe(make_folder(tmp_path, 10), *heads)
     sources = load_data(recipe.data, recipe.seed)
     cache = FeatureCache(sources, recipe)
-    features = cache.rows("train", recipe.members[0], np.arange(20)).features
+    features = cache.rows("train", recipe.members[0], np.arange(len(sources.train))).features
     monkeypatch.setattr(memory, "peak_memory", lambda: 10**9)
-    # As if each of the 20 images stood for ten million.
+    # As if each image stood for ten million.
     size = cache.bytes_per_image(recipe.members[0])
     monkeypatch.setattr(cache, "bytes_per_image", lambda member: size * 10**7)
     monkeypatch.setattr(feature_store, "available_memory", lambda: 10**15)
@@ -79,7 +71,7 @@ def test_features_of_all_images_count(
 def test_features_that_do_not_fit_are_refused_before_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = make_folder(tmp_path, 6)
+    folder = make_folder(tmp_path, 4)
     monkeypatch.setattr(feature_store, "available_memory", lambda: 1000)
 
     with pytest.raises(OutOfMemoryError, match=r"do not fit.*12 images.*at most 0.0 GB.*fix"):

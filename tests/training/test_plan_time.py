@@ -7,21 +7,13 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from support.tiny_runs import paint
+from support.tiny_runs import make_folder
 
 from threefold.data.load import load_data
 from threefold.recipe import Recipe
 from threefold.training.planning import image_size
 from threefold.training.planning.basis import Clock, DataSummary, Decision
 from threefold.training.planning.image_size import ProbePlan, drop_late_members
-
-
-def make_folder(root: Path) -> Path:
-    """A folder of two classes of six images each."""
-    for c, name in enumerate(("cat", "dog")):
-        for i in range(6):
-            paint(root / name / f"{i}.png", (40 * c, 90, 200), i + 100 * c, (40, 40))
-    return root
 
 
 def measure_size(

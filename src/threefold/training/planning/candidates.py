@@ -339,6 +339,7 @@ def screen(
             costs=[costs[i] / costs[chosen[0]] for i in chosen],
             feature_seconds=costs[chosen[0]] * seconds_per_mac,
             seconds=images * sum(costs[i] for i in chosen) * seconds_per_mac,
+            wanted=len(chosen),
         ),
         screened=screened,
         rows=len(rows),
