@@ -256,6 +256,9 @@ class TrainSpec(Section):
     devices: Annotated[int, Field(ge=1)] | Literal["all"] = 1
     """How many jobs are trained at the same time, each in a process with a GPU of its own, or with
     its share of the processor's cores; all = one for each GPU, or each core."""
+    fsdp: bool = False
+    """Divide weights, gradients and the optimizer's state among the processes that train one
+    network (FSDP2; Zhao et al., 2023); one process has them all."""
     sync_batchnorm: bool = False
     """Batch norm by the statistics of all images of a batch where several GPUs share it (Peng et
     al., 2018); one process has them anyway."""

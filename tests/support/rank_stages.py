@@ -35,6 +35,11 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     },
     "sharp": {"sets": ("train.sam=0.05", "train.accumulate=2", "train.clip_grad=0.5")},
     "averaged": {"sets": ("train.ema=0.9", "augment.policy=randaugment")},
+    "sharded": {"sets": ("train.fsdp=true", "train.ema=0.9", "train.accumulate=2")},
+    "sharded-sharp": {"sets": ("train.fsdp=true", "train.sam=0.05", "train.clip_grad=0.5")},
+    "sharded-keras": {
+        "sets": ("train.fsdp=true", "train.optimizer=adam-keras", "train.weight_decay=0")
+    },
     # Four batches of two images or one: the second rank has none of its own.
     "sparse": {"sets": ("train.batch_size=2",), "fit": make_rows(7, 0)},
 }
@@ -96,14 +101,25 @@ def quiet(folder: Path) -> StageTask:
     return replace(task, resume_path=folder / ".resume-quiet", save_interval=math.inf)
 
 
+def divided(folder: Path) -> StageTask:
+    """The quiet task with its weights divided among the processes."""
+    task = make_task(*QUIET, "train.fsdp=true", "train.ema=0.9", "stages.one.epochs=3")
+    return replace(task, resume_path=folder / ".resume-divided", save_interval=math.inf)
+
+
 def train_saved(folder: Path) -> None:
-    """Train both tasks, from the state that is saved in the folder if there is one."""
+    """Train all three tasks, from the state that is saved in the folder if there is one."""
     folder.mkdir(exist_ok=True)
-    for make in (noisy, quiet):
-        member = build_tiny("plain", *(QUIET if make is quiet else ()))
+    for make in (noisy, quiet, divided):
+        member = build_tiny("plain", *(() if make is noisy else QUIET))
         save_file(train_stage(member, make(folder)).state, folder / f"{make.__name__}.safetensors")
 
 
 def stop_in_the_middle(folder: Path) -> None:
     """Stop the noisy task in the middle of its second epoch, as a signal does."""
     train_stage(build_tiny(), replace(noisy(folder), watcher=Stopper(5)))
+
+
+def stop_divided(folder: Path) -> None:
+    """Stop the divided task in the middle of its second epoch."""
+    train_stage(build_tiny("plain", *QUIET), replace(divided(folder), watcher=Stopper(5)))

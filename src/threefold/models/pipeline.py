@@ -304,7 +304,7 @@ def to_pixels(images: np.ndarray, device: torch.device) -> Tensor:
     return tensor.permute(0, 3, 1, 2).float()
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference mode would leave tensors behind with which FSDP cannot train
 def predict_probs(predictor: nn.Module, pixels: ImageRows, batch_size: int = 128) -> np.ndarray:
     """Run a predictor on many images, in float32 as in an exported file; it is left in eval mode.
 

@@ -25,6 +25,7 @@ from torch import Generator, Tensor
 from threefold.errors import RunError, is_out_of_memory, out_of_memory
 from threefold.files import check_regular, write_bytes
 from threefold.stats.bootstrap import row_weights
+from threefold.training.distributed.fsdp import part_of, whole
 from threefold.training.truth import metric_value, right_share, row_losses, weighted_metric
 
 State = dict[str, Tensor]
@@ -254,8 +255,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> ResumeState:
     values: dict[str, Any] = {}
     for i, param in enumerate(_params(optimizer)):
         for key, value in optimizer.state.get(param, {}).items():
-            target = tensors if isinstance(value, Tensor) else values
-            target[f"{i}/{key}"] = value
+            if isinstance(value, Tensor):
+                tensors[f"{i}/{key}"] = whole(value)
+            else:
+                values[f"{i}/{key}"] = value
     return ResumeState(tensors, values)
 
 
@@ -266,7 +269,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: ResumeState) -> N
         number, _, key = name.partition("/")
         param = params[int(number)]
         if isinstance(value, Tensor) and value.shape == param.shape:
-            value = torch.empty_like(param).copy_(value)
+            value = torch.empty_like(param).copy_(part_of(value, param))
         elif isinstance(value, Tensor):
             value = value.to(param.device)
         optimizer.state[param][key] = value

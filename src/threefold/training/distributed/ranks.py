@@ -141,17 +141,19 @@ class RankGroup(Ranks):
 
     def gather(self, count: int, answer: Callable[[slice], np.ndarray]) -> np.ndarray:
         """Let each rank answer its part of `count` rows; returns the answers to all, in order."""
-        own = share_rows(count, self.rank, self.world_size)
-        # A rank without rows answers one that does not count, for the shape of an answer.
-        part = answer(own if own.start < own.stop else slice(0, 1))
-        padded = np.zeros((-(-count // self.world_size), *part.shape[1:]), part.dtype)
-        padded[: own.stop - own.start] = part[: own.stop - own.start]
-        parts = [torch.from_numpy(np.empty_like(padded)) for _ in range(self.world_size)]
-        dist.all_gather(parts, torch.from_numpy(padded), group=self._control)
-        shares = (share_rows(count, rank, self.world_size) for rank in range(self.world_size))
-        return np.concatenate(
-            [p.numpy()[: s.stop - s.start] for p, s in zip(parts, shares, strict=True)]
-        )
+        # All answer as many rows: a sharded network needs all ranks in each of its batches.
+        size = -(-count // self.world_size)
+        shares = [share_rows(count, rank, self.world_size) for rank in range(self.world_size)]
+        starts = [min(share.start, count - size) for share in shares]
+        start = starts[self.rank]
+        part = torch.from_numpy(answer(slice(start, start + size)))
+        parts = [torch.empty_like(part) for _ in shares]
+        dist.all_gather(parts, part, group=self._control)
+        own = [
+            answers.numpy()[share.start - start : share.stop - start]
+            for answers, share, start in zip(parts, shares, starts, strict=True)
+        ]
+        return np.concatenate(own)
 
     def collect(self, value: T) -> list[T]:
         """Return the values of all ranks on rank 0, and none on the others."""

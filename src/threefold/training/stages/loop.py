@@ -8,13 +8,13 @@ resume file.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import count, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from threefold.training.checkpoints import (
     save_resume_state,
 )
 from threefold.training.checks import DivergedError, diverged
+from threefold.training.distributed.fsdp import own_share, shard, whole, whole_state
 from threefold.training.distributed.ranks import Stopped, current_ranks
 from threefold.training.distributed.stage import share_stage
 from threefold.training.randomness import seed_generators
@@ -85,6 +86,7 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
         raise diverged(task.stage, len(records) - 1, "weights are not numbers", "NaN")
     chosen = best if accepted else start
     member.load_state_dict(chosen.state)
+    member.to(loop.device)
     stopped = why_stopped(loop.cut_short, len(records), best, task.stage)
     troubles = (loop.recovery.describe(), loop.memory.describe())
     reason = "; ".join(filter(None, [reason, stopped, *troubles]))
@@ -102,7 +104,7 @@ def train_stage(member: nn.Module, task: StageTask) -> StageOutcome:
         "splits": loop.memory.splits,
     }
     if loop.ranks.world_size > 1:
-        history["processes"] = loop.ranks.world_size
+        history |= {"processes": loop.ranks.world_size, "weights_share": own_share(loop.member)}
     return StageOutcome(chosen.state, history, chosen.correct, loop.elapsed_before)
 
 
@@ -111,18 +113,25 @@ class StageLoop:
 
     def __init__(self, member: nn.Module, task: StageTask) -> None:
         spec = task.recipe.train
-        self.member, self.task, self.spec = member, task, spec
+        self.task, self.spec = task, spec
         self.ranks = current_ranks()
         self.device = next(member.parameters()).device
         set_trainable(member, task.stage)
         self.inputs = stage_inputs(task, self.device)
-        self.network = self.inputs.network(member)
+        self.member, self.network = member, self.inputs.network(member)
         self.precision = self.ranks.decide(self._pick_precision)
+        # Averages the weights and the statistics of norms. The warm-up lets short stages forget
+        # where they began: after n steps the decay is at most 1 - (n + 1)^(-2/3).
+        self.average = ModelEmaV3(member, spec.ema, use_warmup=True) if spec.ema else None
+        if self._can_shard:
+            self._shard()
+        else:
+            self.network = self.ranks.wrap(self.network)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
-        self.optimizer = create_optimizer(member, spec, task.stage.lr)
+        self.optimizer = create_optimizer(self.member, spec, task.stage.lr)
         self.generator = torch.Generator().manual_seed(task.seed)
         self.generators = {"batches": self.generator, "augment": self.inputs.augment.generator}
-        self.memory = MemoryGuard(member, self.generators, spec, task.stage, task.watcher.note)
+        self.memory = MemoryGuard(self.member, self.generators, spec, task.stage, task.watcher.note)
         self.order_state = self.generator.get_state()  # before the epoch's batches were drawn
         self.progress = Progress()
         batch_size = task.batch_size or spec.batch_size
@@ -132,13 +141,25 @@ class StageLoop:
         self.started = self.saved = time.monotonic()
         self.elapsed_before = 0.0
         self.fingerprint = ""
-        self.network = self.ranks.wrap(self.network)
-        # Averages the weights and the statistics of norms. The warm-up lets short stages forget
-        # where they began: after n steps the decay is at most 1 - (n + 1)^(-2/3).
-        self.average = ModelEmaV3(member, spec.ema, use_warmup=True) if spec.ema else None
         self.recovery = Recovery(
-            member, self.optimizer, self.average, task.stage, task.watcher.note
+            self.member, self.optimizer, self.average, task.stage, task.watcher.note
         )
+
+    @property
+    def _can_shard(self) -> bool:
+        """Whether weights are divided among ranks: those of networks that are trained whole."""
+        is_whole = self.network is self.member and not self.inputs.reads_features
+        return self.spec.fsdp and self.ranks.world_size > 1 and is_whole
+
+    def _shard(self) -> None:
+        """Train a copy of which each rank has a part; the network waits in main memory."""
+        self.member.cpu()
+        count = self.ranks.world_size
+        self.network = shard(copy.deepcopy(self.member), self.device, count)
+        self.member = self.network
+        if self.average is not None:
+            self.average.foreach = False  # it would mix divided tensors with others
+            shard(self.average.module, self.device, count)
 
     def _train_mode(self) -> None:
         train_mode(self.member, fixed_norms=self.task.stage.batch_norm == "fixed")
@@ -191,10 +212,13 @@ class StageLoop:
 
     def save(self, best: Checkpoint, records: list[dict[str, Any]]) -> None:
         """Write the resume file, unless the last one is recent or the stage is done."""
-        path, now = self.task.resume_path, time.monotonic()
-        recent = now - self.saved < self.task.save_interval
-        if path is not None and not recent and len(records) < self.task.stage.epochs:
-            self._write(path, best, records, Progress())
+        if len(records) < self.task.stage.epochs and self.ranks.is_true(self._wants_saving):
+            self._write(best, records, Progress())
+
+    def _wants_saving(self) -> bool:
+        """Whether there is a resume file, and the last one is old."""
+        is_old = time.monotonic() - self.saved >= self.task.save_interval
+        return self.task.resume_path is not None and is_old
 
     def stop_if_asked(
         self, best: Checkpoint, records: list[dict[str, Any]], progress: Progress | None = None
@@ -209,16 +233,14 @@ class StageLoop:
         if not self.ranks.is_true(lambda: self.task.watcher.stop is not None):
             return
         self.task.watcher.defers_stop = False
-        if self.task.resume_path is not None:
-            self._write(self.task.resume_path, best, records, progress or Progress())
+        self._write(best, records, progress or Progress())
         raise self.task.watcher.stop or Stopped
 
-    def _write(
-        self, path: Path, best: Checkpoint, records: list[dict[str, Any]], progress: Progress
-    ) -> None:
-        """Write the resume file."""
+    def _write(self, best: Checkpoint, records: list[dict[str, Any]], progress: Progress) -> None:
+        """Write the resume file, if there is one; all ranks have a part in its content."""
         state = collect_state(self, best, records, progress)
-        save_resume_state(path, self.fingerprint, state)
+        if self.task.resume_path is not None:
+            save_resume_state(self.task.resume_path, self.fingerprint, state)
         self.saved = time.monotonic()
 
     def epoch(
@@ -279,7 +301,7 @@ class StageLoop:
         """Measure the weights, or their moving average after training, on the select rows."""
         source = self.average.module if self.average is not None and epoch >= 0 else self.member
         probs = self.ranks.gather(len(self.task.select.labels), partial(self.inputs.answer, source))
-        state = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
+        state = {name: tensor.clone() for name, tensor in whole_state(source).items()}
         # A single step can spoil the weights after its loss was computed.
         if not np.isfinite(probs).all():
             raise diverged(self.task.stage, epoch, "the answers are not numbers", "NaN")
@@ -361,12 +383,12 @@ class StageLoop:
         parameters = list(self.member.parameters())
         if self.spec.clip_grad:
             self.scaler.unscale_(self.optimizer)
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.spec.clip_grad))
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.spec.clip_grad)
         else:
             gradients = [p.grad for p in parameters if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients))
+            norm = torch.nn.utils.get_total_norm(gradients)
         is_scaling = self.scaler.is_enabled() and self.scaler.get_scale() > 1.0
-        return 0.0 if is_scaling else norm
+        return 0.0 if is_scaling else float(whole(norm))
 
     def _backward(self, batches: Iterable[Batch], count: int) -> float:
         """Add the gradients of micro-batches of `count` images together; returns the mean loss."""

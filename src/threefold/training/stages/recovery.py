@@ -22,6 +22,7 @@ from threefold.recipe import Job
 from threefold.recipe_schema import StageSpec
 from threefold.training.checkpoints import Checkpoint
 from threefold.training.checks import diverged
+from threefold.training.distributed.fsdp import load_whole_state
 
 SKIPS: Final = 3
 """Steps in a row that are left out; at the next that is not finite, the stage goes back."""
@@ -110,9 +111,9 @@ class Recovery:
         if len(self.returns) == RETURNS:
             got = f"NaN or infinity after {RETURNS} returns to the best weights, at {self.rate} lr"
             raise diverged(self.stage, epoch, what, got)
-        self.member.load_state_dict(best.state)
+        load_whole_state(self.member, best.state)
         if self.average is not None:
-            self.average.module.load_state_dict(best.state)
+            load_whole_state(self.average.module, best.state)
         self.optimizer.state.clear()
         self.rate *= RATE
         self._in_a_row = 0

@@ -17,6 +17,7 @@ from threefold.training.checkpoints import (
     restore_optimizer,
     restore_random,
 )
+from threefold.training.distributed.fsdp import load_whole_state, whole_state
 from threefold.training.stages.recovery import Recovery
 from threefold.training.steps.memory import MemoryGuard
 
@@ -71,12 +72,12 @@ def collect_state(
     if progress.steps:  # the same batches are drawn again, and the first of them left out
         randomness.tensors["batches"] = loop.order_state
     sections = {
-        "member": loop.member.state_dict(),
+        "member": whole_state(loop.member),
         "optimizer": optimizer.tensors,
         "random": randomness.tensors,
     }
     if loop.average is not None:
-        sections["average"] = loop.average.state_dict()
+        sections["average"] = whole_state(loop.average)
     if best.epoch >= 0:
         sections["best"] = best.state
     tensors = {
@@ -109,9 +110,9 @@ def restore_loop(loop: Resumable, state: ResumeState) -> tuple[list[dict[str, An
         The records of the epochs that are over, and the progress of the one that is not.
     """
     values = state.values
-    loop.member.load_state_dict(state.section("member"))
+    load_whole_state(loop.member, state.section("member"))
     if loop.average is not None:
-        loop.average.load_state_dict(state.section("average"))
+        load_whole_state(loop.average, state.section("average"))
     optimizer = ResumeState(state.section("optimizer"), values["optimizer"])
     restore_optimizer(loop.optimizer, optimizer)
     randomness = ResumeState(state.section("random"), values["random"])

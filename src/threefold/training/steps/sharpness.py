@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from threefold.training.distributed.fsdp import own_part, whole
+
 
 def sharpen_gradients(member: nn.Module, radius: float, backward: Callable[[], object]) -> None:
     """Replace the gradients by those at the weights moved uphill by `radius`.
@@ -28,10 +30,11 @@ def sharpen_gradients(member: nn.Module, radius: float, backward: Callable[[], o
         backward: adds the gradients of the same batch at the current weights.
     """
     trained = [p for p in member.parameters() if p.grad is not None]
-    moved = [p.detach() for p in trained]  # share their memory with the parameters
+    moved = [own_part(p.detach()) for p in trained]  # share their memory with the parameters
     weights = [value.clone() for value in moved]
     gradients = [p.grad for p in trained if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
+    gradients = [own_part(gradient) for gradient in gradients]
     if norm > 0 and torch.isfinite(norm):
         torch._foreach_add_(moved, gradients, alpha=radius / float(norm))
     for parameter in trained:
