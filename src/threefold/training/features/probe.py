@@ -192,6 +192,20 @@ def fit_linear(
     return problem.solve(l2)
 
 
+def fit_penalties(
+    features: np.ndarray, targets: Targets, penalties: Sequence[float]
+) -> list[LinearHead]:
+    """Fit a head with each of several penalties, to compare them: at `SEARCH_TOLERANCE`.
+
+    Args:
+        features: (n, d).
+        targets: of the same rows.
+        penalties: above 0; each fit starts from the one before, so neighbours should be near.
+    """
+    problem = _Problem(features, targets)
+    return [problem.solve(l2, SEARCH_TOLERANCE) for l2 in penalties]
+
+
 def predict_fit_seconds(features: np.ndarray, num_classes: int, n: int) -> float:
     """Predict how long a head takes on n rows, from a few evaluations of the objective.
 

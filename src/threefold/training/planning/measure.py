@@ -20,7 +20,7 @@ from threefold.models.split import EarlyBlocks, LateBlocks
 from threefold.recipe_schema import MemberSpec, StageSpec
 from threefold.training.features.activations import cached_blocks
 from threefold.training.features.cache import FeatureCache
-from threefold.training.features.probe import Targets, fit_linear
+from threefold.training.features.probe import Targets, fit_penalties
 from threefold.training.steps.allocator import reuse_freed_memory
 from threefold.training.steps.optimizers import set_trainable, train_mode
 from threefold.training.truth import describe_quality, row_losses
@@ -173,9 +173,9 @@ def cross_validated_probe(
     """
     probs = np.zeros((len(PROBE_L2), len(labels), num_classes))
     for fit, score in _split(features, labels, groups):
-        targets = Targets(labels[fit], num_classes)
-        for number, l2 in enumerate(PROBE_L2):
-            probs[number, score] = fit_linear(features[fit], targets, l2).probs(features[score])
+        heads = fit_penalties(features[fit], Targets(labels[fit], num_classes), PROBE_L2)
+        for number, head in enumerate(heads):
+            probs[number, score] = head.probs(features[score])
     best = int(np.argmin([row_losses(answers, labels).mean() for answers in probs]))
     return np.asarray(probs[best])
 
