@@ -94,6 +94,28 @@ def test_tables_of_images(tmp_path: Path, make: Any) -> None:
     check(load(store_data(make(columns), None, tmp_path / "run")))
 
 
+@pytest.mark.parametrize("make", TABLES)
+def test_other_columns_of_a_table_can_name_groups(
+    tmp_path: Path, paths: list[str], make: Any
+) -> None:
+    columns = {"image": paths, "label": LABELS, "Patient": [7, 7, 8, 8, 9, 9, 9, 9]}
+
+    path = store_data(make(columns), None, tmp_path / "run")
+
+    assert any("--set data.group_column=Patient" in note for note in load(path).notes)
+    groups = load(path, group_column="Patient").train.groups
+    assert groups == ("7", "7", "8", "8", "9", "9", "9", "9")
+
+
+def test_what_is_no_column_of_plain_cells_is_left_out(tmp_path: Path, paths: list[str]) -> None:
+    columns = {"image": paths, "label": LABELS, "Class name": LABELS}
+    others = {"note": "taken in May", "thumbnail": [png(i) for i in range(8)], "few": [1, 2]}
+
+    path = store_data(columns | others, None, tmp_path / "run")
+
+    assert path.read_text().splitlines()[0] == "path,label"
+
+
 def test_a_table_with_a_column_for_each_class(tmp_path: Path, paths: list[str]) -> None:
     table = pandas_table({"image": paths, "ant": [0, 1] * 4, "wolf": [1.0, 0.0] * 4})
 

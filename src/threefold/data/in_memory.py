@@ -27,6 +27,7 @@ from threefold.data.sources.columns import (
     NamedColumns,
     find_columns,
     find_fold_columns,
+    has_usual_name,
     require_columns,
 )
 from threefold.data.sources.label_sets import LabelCells, seems_multilabel
@@ -60,7 +61,8 @@ class _Rows(NamedTuple):
     labels: list[str]
     """Of one label per image, or of any number, separated by vertical bars."""
     others: dict[str, list[str]]
-    """Cells of the columns group, split and fold, as far as there are any."""
+    """Cells of the columns group, split and fold, as far as there are any, and of columns without a
+    usual name, one of which may name groups (`data.group_column`)."""
     column: str = "label"
     """Name of the column of labels: `labels` where images have any number of them."""
 
@@ -199,6 +201,7 @@ def _rows_of_table(data: Any, labels: Any) -> _Rows:
         raise DataError("two columns can be the fold", got=got, fix="rename or remove one of them")
     found |= dict.fromkeys(["fold"] if folds else [], "".join(folds))
     cells = {meaning: _cells(data, keys[name]) for meaning, name in found.items()}
+    classes: Sequence[str] = ()
     if "label" in known and "label" not in found and "path" in found:
         rest = [name for name in header if name not in found.values()]
         marks = {name: [_cell_text(cell) for cell in _cells(data, keys[name])] for name in rest}
@@ -214,7 +217,24 @@ def _rows_of_table(data: Any, labels: Any) -> _Rows:
     for name in ("group", "split", "fold"):
         if name in cells:
             others[name] = [_cell_text(cell) for cell in cells[name]]
+    used = {*found.values(), *classes}
+    for name in header:
+        if name not in used and name.strip() and not has_usual_name(name):
+            texts_of_column = _plain_texts(data[keys[name]])
+            if len(texts_of_column) == len(images):
+                others[name] = texts_of_column
     return _Rows(images, texts, others, column)
+
+
+def _plain_texts(column: Any) -> list[str]:
+    """Return the cells of a column as texts; none if it has others, such as images, or is none."""
+    try:
+        cells = _list_of(column)
+    except DataError:  # a dict may hold other things beside its columns
+        return []
+    if not all(_is_missing(cell) or isinstance(cell, str | int | float) for cell in cells):
+        return []
+    return [_cell_text(cell) for cell in cells]
 
 
 def _cells(data: Any, key: Any) -> list[Any]:
@@ -237,8 +257,11 @@ def _cell_text(cell: Any) -> str:
     """Return a cell as text; empty if it is missing, and whole numbers alike in every type."""
     if isinstance(cell, float) and cell.is_integer():
         cell = int(cell)
-    is_missing = cell is None or type(cell).__name__ in ("NAType", "NaTType")
-    return "" if is_missing or cell != cell else str(cell).strip()
+    return "" if _is_missing(cell) or cell != cell else str(cell).strip()
+
+
+def _is_missing(cell: Any) -> bool:
+    return cell is None or type(cell).__name__ in ("NAType", "NaTType")
 
 
 def _rows_of_list(data: Any, labels: Any) -> _Rows:
@@ -440,7 +463,7 @@ def _table(rows: _Rows, names: Sequence[str]) -> bytes:
         return stream.getvalue().encode()
     except UnicodeEncodeError as error:
         got = ascii(error.object[error.start : error.end])
-        raise DataError("a path or a label is not valid Unicode", got=got) from None
+        raise DataError("a cell of the table is not valid Unicode", got=got) from None
 
 
 def _write(image: Any, row: int, folder: Path, digest: hashlib._Hash) -> str:

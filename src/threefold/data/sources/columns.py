@@ -207,6 +207,12 @@ def _plain(name: str) -> str:
     return re.sub(r"[\W_]+", "", name.lower())
 
 
+def has_usual_name(name: str) -> bool:
+    """Whether a column has a usual name of a path, label, split, group or fold."""
+    aliases = [names for tiers in _ALIASES.values() for names in tiers]
+    return any(_plain(name) in names for names in [*aliases, *_NEAR.values(), tuple(_NEAR)])
+
+
 def count_known(header: Sequence[str]) -> int:
     """Count the columns with a usual name of the path or the label."""
     names = {name for tiers in _ALIASES.values() for tier in tiers for name in tier}
