@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from support.stages import build_tiny, make_task
 
 from threefold.errors import RecipeError
 from threefold.recipe_schema import AugmentSpec, DistillSpec, TrainSpec
 from threefold.training.distributed import stage
+from threefold.training.distributed.fsdp import (
+    load_whole_state,
+    own_share,
+    part_of,
+    shard,
+    whole,
+    whole_state,
+)
 from threefold.training.distributed.ranks import RankGroup, Ranks, join_ranks
 from threefold.training.distributed.sharing import Share, share_batch, share_rows
 from threefold.training.pixel_cache import StoredPixels, slice_rows
@@ -148,6 +159,47 @@ def test_processes_do_not_share_an_accelerator(
     with pytest.raises(RecipeError, match="each process needs a GPU of its own"):  # noqa: SIM117
         with join_ranks(device):
             pass
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_a_divided_network_is_saved_and_loaded_whole() -> None:
+    member, device = build_tiny(), torch.device("cpu")
+    divided = shard(copy.deepcopy(member), device, 1)
+    doubled = {name: 2 * tensor for name, tensor in member.state_dict().items()}
+
+    saved = {name: tensor.clone() for name, tensor in whole_state(divided).items()}
+    load_whole_state(divided, doubled)
+
+    parts = divided.state_dict()
+    for name, tensor in member.state_dict().items():
+        assert torch.equal(saved[name], tensor)
+        assert torch.equal(whole(parts[name]), doubled[name])
+        assert type(part_of(tensor, parts[name])) is type(parts[name])
+    assert own_share(divided) == 1
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_blocks_of_a_network_are_gathered_one_by_one() -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    stages = [torch.nn.Sequential(torch.nn.Linear(9, 9), torch.nn.Linear(9, 9)) for _ in range(2)]
+    network = torch.nn.Sequential(torch.nn.Sequential(*stages), torch.nn.Linear(9, 1, bias=False))
+    tiny = network[1]  # 9 of 369 weights are above one percent, 1 would not be
+
+    shard(network, torch.device("cpu"), 1)
+
+    units = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    assert len(units) == 6
+    assert network in units
+    assert tiny in units
+    assert not any(isinstance(stage, FSDPModule) for stage in network[0])
 
 
 def test_batch_norm_is_not_synchronized_on_processors(monkeypatch: pytest.MonkeyPatch) -> None:
