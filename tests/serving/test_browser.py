@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from onnx import TensorProto, external_data_helper
+from support.fake_runs import fake_run
 from support.server import card, colour_graph, write_model
 from typer.testing import CliRunner
 
@@ -237,6 +238,20 @@ def test_the_command_takes_an_exported_file(tmp_path: Path, model: Path, runtime
     assert (tmp_path / "web/index.html").exists()
     for bad in (["export", str(model)], [*command, "--method", "mean"]):
         assert isinstance(CliRunner().invoke(app, bad).exception, ExportError)
+
+
+def test_onnxruntime_web_is_read_before_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fake_run(tmp_path / "run")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    command = ["export", str(run), "--out", str(tmp_path / "m.onnx"), "--web", str(tmp_path / "w")]
+
+    result = CliRunner().invoke(app, command)
+
+    assert isinstance(result.exception, ExportError)
+    assert "npm is needed" in str(result.exception)
+    assert not (tmp_path / "m.onnx").exists()
 
 
 def test_a_full_folder_is_refused_before_the_export(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -90,14 +91,20 @@ def export(
             )
         _write_web(run_dir, web, web_runtime)
         return
+    runtime: Mapping[str, bytes] = {}
     if web is not None:
+        from threefold.predictions.run_folder import RunFolder
+        from threefold.serving.onnxruntime_web import read_runtime
+
         _check_web(target, fixed_size)
+        RunFolder.open(run_dir)
+        runtime = read_runtime(web_runtime)  # without it, the export would be for nothing
     options = {"cascade": not no_cascade, "fixed_size": fixed_size}
     _write_model(run_dir, target, method, split_names([members]), precision, **options)
     if card is not None:
         _write_card(run_dir, card)
     if web is not None:
-        _write_web(target, web, web_runtime)
+        _write_web(target, web, runtime)
 
 
 def _check_web(target: Path, fixed_size: bool) -> None:
@@ -162,7 +169,7 @@ def _write_card(run_dir: Path, path: Path) -> None:
     out.print(path, markup=False)
 
 
-def _write_web(model: Path, folder: Path, runtime: Path | None) -> None:
+def _write_web(model: Path, folder: Path, runtime: Path | Mapping[str, bytes] | None) -> None:
     """Write the browser folder and say how to try it."""
     from threefold.serving.browser import write_web
 

@@ -6,6 +6,7 @@ import html
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files as resources
 from pathlib import Path
@@ -71,7 +72,7 @@ class WebFolder:
 def write_web(
     model: str | Path,
     folder: str | Path,
-    runtime: str | Path | None = None,
+    runtime: str | Path | Mapping[str, bytes] | None = None,
     limits: ServerLimits | None = None,
 ) -> WebFolder:
     """Write a folder for any static host whose page gives the answers of the exported file.
@@ -80,7 +81,8 @@ def write_web(
         model: an exported file.
         folder: the new folder. A folder that this function wrote is replaced; any other must be
             empty.
-        runtime: onnxruntime-web, see `read_runtime`; None = download it with npm.
+        runtime: onnxruntime-web, see `read_runtime`, or what that returned; None = download it with
+            npm.
         limits: bytes, pixels and side of the images that the page accepts (default: the server's).
 
     Raises:
@@ -97,7 +99,7 @@ def write_web(
             fix="export the run again without --fixed-size",
         )
     require_free(target)
-    runtime_files = read_runtime(runtime)
+    runtime_files = runtime if isinstance(runtime, Mapping) else read_runtime(runtime)
     try:
         temporary = temporary_folder(target.absolute())
     except OSError as error:
