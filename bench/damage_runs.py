@@ -27,7 +27,7 @@ from threefold.evaluation.saved import evaluate_saved, score_saved, summarize_ev
 from threefold.exporting.export import export
 from threefold.files import sha256
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.report.pages import write_report
 from threefold.runtime.model import load
 from threefold.saved_run import SavedRun

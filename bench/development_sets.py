@@ -135,7 +135,7 @@ def _write_demo(made: Path) -> None:
     """Write the project's Fashion-MNIST images as PNG."""
     # Not at the top: peers, whose start-up is timed, list images with this module.
     from threefold.data.load import load_data
-    from threefold.recipe_schema import DataSpec
+    from threefold.recipe.schema import DataSpec
 
     sources = load_data(DataSpec(source="demo"), seed=0)
     for part, images in zip(PARTS, (sources.train, sources.test), strict=True):

@@ -23,7 +23,7 @@ from threefold.ensembles.cross_fit import stratified_parts
 from threefold.ensembles.scaling import apply_temperature, fit_temperature
 from threefold.models.member import Member, build_member
 from threefold.models.resize import resize_square
-from threefold.recipe_lookup import packaged
+from threefold.recipe.lookup import packaged
 from threefold.stats.paired_tests import mcnemar_exact
 from threefold.stats.scores import share_interval
 from threefold.training.provenance import commit, hardware

@@ -38,7 +38,7 @@ from torch import nn
 from threefold.models.backbones import PAPER_BACKBONES
 from threefold.models.flops import count_macs
 from threefold.models.member import build_member
-from threefold.recipe_schema import HeadSpec, MemberSpec
+from threefold.recipe.schema import HeadSpec, MemberSpec
 from threefold.training.provenance import commit, hardware
 from threefold.training.steps.precision import autocast, half_precision
 

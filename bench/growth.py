@@ -115,7 +115,7 @@ def fill_cache(folder: Path) -> None:
     """Fill the image cache of a folder, as a run does."""
     from threefold.data.load import load_data
     from threefold.models.views import Views
-    from threefold.recipe_schema import DataSpec, MemberSpec, ViewSpec
+    from threefold.recipe.schema import DataSpec, MemberSpec, ViewSpec
     from threefold.training.pixel_cache import PixelCache
 
     sources = load_data(DataSpec(source="folder", root=str(folder / "images")), seed=0)
@@ -130,7 +130,7 @@ def fill_cache(folder: Path) -> None:
 def make_folds(count: int) -> None:
     """Give each of n images its role in each fold."""
     from threefold.data.splits import assign_roles
-    from threefold.recipe_schema import FoldSpec
+    from threefold.recipe.schema import FoldSpec
 
     labels = np.arange(count) % 100
     assign_roles(labels, None, FoldSpec(), "honest", 0, tuple(map(str, range(100))), None)

@@ -20,8 +20,8 @@ from development_sets import SETS, prepare
 from threefold.data.load import load_data
 from threefold.data.splits import refit_roles
 from threefold.models.member import last_level
-from threefold.recipe import Recipe
-from threefold.recipe_schema import FoldSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import FoldSpec
 from threefold.stats.paired_tests import mcnemar_exact
 from threefold.stats.scores import accuracy, correct, log_loss
 from threefold.training.features.cache import FeatureCache

@@ -34,8 +34,8 @@ from threefold.data.dataset import Sources
 from threefold.data.load import load_data
 from threefold.data.splits import Roles, refit_roles
 from threefold.models.heads import build_head
-from threefold.recipe import Recipe
-from threefold.recipe_schema import FoldSpec, HeadSpec, MemberSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import FoldSpec, HeadSpec, MemberSpec
 from threefold.stats.paired_tests import holm, seeds_difference
 from threefold.training.features.cache import FeatureCache, FeatureRows
 from threefold.training.features.heads import HeadNetwork, head_probs

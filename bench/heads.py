@@ -20,7 +20,7 @@ from torch import nn
 from threefold.models.member import Member, build_member
 from threefold.models.pipeline import pick_device
 from threefold.models.recurrent import expand
-from threefold.recipe_schema import HeadSpec, MemberSpec
+from threefold.recipe.schema import HeadSpec, MemberSpec
 from threefold.training.provenance import commit, hardware
 
 KINDS = ("linear", "rnn", "gru", "lstm", "bilstm")

@@ -34,8 +34,8 @@ from threefold.data.images import decode
 from threefold.data.load import load_data
 from threefold.errors import ThreefoldError
 from threefold.predictions.formats import read_predictions
-from threefold.recipe import Recipe
-from threefold.recipe_schema import DataSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import DataSpec
 from threefold.runtime.predict import find_images
 
 

@@ -25,7 +25,7 @@ from threefold.evaluation.saved import evaluate_saved
 from threefold.exporting.export import export
 from threefold.files import read_arrays, sha256, write_arrays
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Job, Recipe
+from threefold.recipe.recipe import Job, Recipe
 from threefold.report.pages import write_report
 from threefold.runtime.model import Model
 from threefold.training.pixel_cache import PixelCache

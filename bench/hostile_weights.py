@@ -31,7 +31,7 @@ from torch import Tensor
 
 from threefold.models.local_weights import load_local
 from threefold.models.member import create_backbone
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe.schema import MemberSpec
 
 NAME = "test_resnet.r160_in1k"
 SPEC = MemberSpec(name="m", backbone=NAME, img_size=32)

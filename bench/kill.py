@@ -41,7 +41,7 @@ from kill_child import Child, Ended, Recorder, save_each_epoch, warm_up
 from kill_compare import hashes, leftovers
 from PIL import Image
 
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 
 COLOURS: Final = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 200)}
 TIMEOUT: Final = 240.0

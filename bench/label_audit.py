@@ -36,7 +36,7 @@ from sklearn.preprocessing import StandardScaler
 from threefold.data.load import load_data
 from threefold.evaluation.label_errors import find_suspects
 from threefold.predictions.predictions import Predictions
-from threefold.recipe_schema import DataSpec
+from threefold.recipe.schema import DataSpec
 from threefold.training.provenance import commit, hardware
 
 COLUMNS = (
@@ -76,7 +76,7 @@ def frozen_features(rows: int) -> list[np.ndarray]:
 
     from threefold.models.member import build_member
     from threefold.models.resize import resize_square
-    from threefold.recipe_schema import MemberSpec
+    from threefold.recipe.schema import MemberSpec
 
     data = load_data(DataSpec(source="demo"), 0).train
     features = []

@@ -40,8 +40,8 @@ from threefold.data.dataset import ImageDataset, Sources
 from threefold.data.load import load_data
 from threefold.data.scene_groups import SceneGroups, find_scene_groups, grouping_effect
 from threefold.data.splits import Roles, assign_roles, refit_roles
-from threefold.recipe import Recipe
-from threefold.recipe_schema import DataSpec, FoldSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import DataSpec, FoldSpec
 from threefold.stats.scores import share_interval
 from threefold.training.features.cache import FeatureCache
 from threefold.training.features.probe import Targets, choose_l2, fit_linear

@@ -18,7 +18,7 @@ from threefold.training.provenance import commit, hardware
 
 _TRAIN: Final = """
 import sys, time
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.training.execution import Execution
 from threefold.training.jobs import train_members
 from threefold.training.progress.watcher import Watcher

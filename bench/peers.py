@@ -35,7 +35,7 @@ from peer_tables import Promise, Result, plot_results, print_tables, read_result
 
 from threefold.files import read_json
 from threefold.models.member import create_backbone, save_weights
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe.schema import MemberSpec
 from threefold.stats.scores import accuracy, correct, log_loss, share_interval
 from threefold.training.provenance import commit, hardware
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from threefold.recipe import Recipe
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import MemberSpec
 
 RECIPES = Path(__file__).parent / "scale"
 

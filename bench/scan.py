@@ -52,7 +52,7 @@ def run_part(part: str, folder: Path) -> None:
     """Do what a part measures."""
     from threefold.data.load import load_data
     from threefold.data.sources.folder import list_folder
-    from threefold.recipe_schema import DataSpec
+    from threefold.recipe.schema import DataSpec
 
     spec = DataSpec(source="folder", root=str(folder))
     if part == "list":

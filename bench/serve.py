@@ -81,7 +81,7 @@ def export_pipeline(path: Path, size: int) -> None:
     from threefold.exporting import targets
     from threefold.models.member import build_member
     from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
-    from threefold.recipe_schema import MemberSpec
+    from threefold.recipe.schema import MemberSpec
 
     torch.manual_seed(0)
     members = {}

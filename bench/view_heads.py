@@ -20,7 +20,7 @@ from threefold.data.splits import assign_roles
 from threefold.models.member import build_member
 from threefold.models.resize import resize_square
 from threefold.models.views import Views
-from threefold.recipe_schema import DataSpec, FoldSpec, MemberSpec, ViewSpec
+from threefold.recipe.schema import DataSpec, FoldSpec, MemberSpec, ViewSpec
 from threefold.stats.paired_tests import mcnemar_exact
 from threefold.stats.scores import wilson_interval
 from threefold.training.provenance import commit, hardware

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "threefold"
 ORDER = (
     "(root)",
+    "recipe",
     "data",
     "predictions",
     "stats",

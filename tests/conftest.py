@@ -15,7 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 from support.tiny_runs import make_folder, tiny_tree
 
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 
 
 def pytest_collection_finish() -> None:

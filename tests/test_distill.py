@@ -18,7 +18,7 @@ from threefold.cli.app import app
 from threefold.errors import RecipeError
 from threefold.evaluation.compare import compare_saved
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.training.run import Run
 from threefold.training.student_recipe import student_recipe
 

@@ -14,7 +14,7 @@ import pytest
 from support.tiny_runs import make_folder, tiny_tree
 
 from threefold.files import sha256
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 
 pytestmark = pytest.mark.slow
 

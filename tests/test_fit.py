@@ -16,7 +16,7 @@ from threefold.errors import RunError
 from threefold.evaluation.saved import evaluate_saved
 from threefold.files import read_json
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Job
+from threefold.recipe.recipe import Job
 from threefold.report.pages import write_report
 from threefold.training.planning import tuning as plan_tuning
 from threefold.training.progress.watcher import Watcher

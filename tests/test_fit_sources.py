@@ -15,7 +15,7 @@ from threefold.cli import app
 from threefold.data.detect_source import detect_source
 from threefold.data.in_memory import store_data
 from threefold.errors import DataError, RunError
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.training.run import Run
 
 SETS = ("members.0.weights=none", "members.0.img_size=32", "features.engine=torch")

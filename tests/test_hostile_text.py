@@ -22,7 +22,7 @@ from threefold.evaluation.label_errors import Suspect, write_suspects
 from threefold.names import escape_formula, natural_key, printable
 from threefold.predictions.formats import read_predictions
 from threefold.predictions.run_folder import default_run_folder
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

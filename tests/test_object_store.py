@@ -15,7 +15,7 @@ from threefold.errors import MissingExtraError, RunError
 from threefold.files import sha256, write_json
 from threefold.object_store import LocalCopy, ObjectFolder, url_of
 from threefold.predictions.remote_run import RemoteRun, run_folder_at
-from threefold.recipe import Job
+from threefold.recipe.recipe import Job
 
 URL = "memory://bucket/run"
 JOB = Job("net", 0, "one")

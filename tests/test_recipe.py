@@ -11,10 +11,10 @@ import pytest
 from support.tiny_runs import tiny_tree
 
 from threefold.errors import RecipeError
-from threefold.recipe import Recipe
-from threefold.recipe_lookup import packaged, resolve
-from threefold.recipe_schema import AugmentSpec, FeatureSpec
-from threefold.recipe_subset import known_digests
+from threefold.recipe.lookup import packaged, resolve
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import AugmentSpec, FeatureSpec
+from threefold.recipe.subset import known_digests
 
 
 def parse(*sets: str, **changes: Any) -> Recipe:

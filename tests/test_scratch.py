@@ -23,7 +23,7 @@ from threefold.errors import RunError
 from threefold.evaluation.evaluate import Evaluation, evaluate
 from threefold.evaluation.uncertainty import fit_uncertainty
 from threefold.predictions.predictions import Predictions
-from threefold.recipe_schema import EnsembleSpec
+from threefold.recipe.ensemble import EnsembleSpec
 
 NETWORKS = {"stacked": StackedEnsemble, "stacked-shrunk": ShrunkStackedEnsemble}
 SUMS = {"pool": 1e-5, "logistic": 1e-4, "stacked": 1e-5, "stacked-shrunk": 1e-5}

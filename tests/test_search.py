@@ -12,7 +12,7 @@ from support.tiny_runs import make_folder, tiny_tree
 
 from threefold.errors import MissingExtraError, RecipeError, RunError
 from threefold.files import read_json
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.search import Choices, choose_trial, parse_space, search
 
 SPACE = ("stages.one.lr=1e-4..1e-2", "train.batch_size=6,12")

@@ -15,7 +15,7 @@ from threefold.cli import ui_worker
 from threefold.cli.ui import describe_run, resolve_data
 from threefold.errors import DataError
 from threefold.files import read_json, write_json
-from threefold.recipe import Job
+from threefold.recipe.recipe import Job
 from threefold.serving.ui_jobs import UNWRITTEN
 from threefold.training.progress.event_watcher import EventLog, EventWatcher
 from threefold.training.run import Run

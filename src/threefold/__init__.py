@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from threefold.errors import ThreefoldError as ThreefoldError
     from threefold.exporting.export import export as export
     from threefold.predictions.predictions import Predictions as Predictions
-    from threefold.recipe import Recipe as Recipe
+    from threefold.recipe.recipe import Recipe as Recipe
     from threefold.report.pages import write_report as write_report
     from threefold.runtime.model import load as load
     from threefold.saved_run import SavedRun as SavedRun
@@ -58,7 +58,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         ],
         "threefold.exporting.export": ["export"],
         "threefold.predictions.predictions": ["Predictions"],
-        "threefold.recipe": ["Recipe"],
+        "threefold.recipe.recipe": ["Recipe"],
         "threefold.report.pages": ["write_report"],
         "threefold.runtime.model": ["load"],
         "threefold.saved_run": ["SavedRun", "open"],

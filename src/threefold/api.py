@@ -16,7 +16,7 @@ from threefold.errors import RecipeError, RunError
 from threefold.exporting.export import export
 from threefold.predictions.remote_run import run_folder_at
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.report.pages import write_report
 from threefold.training.distillation import open_teacher
 from threefold.training.execution import Execution

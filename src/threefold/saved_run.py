@@ -20,7 +20,7 @@ from threefold.predictions.multilabel_results import (
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Expected, Results, Score
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     import pandas as pd

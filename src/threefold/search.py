@@ -24,10 +24,10 @@ from threefold.errors import RecipeError, RunError
 from threefold.evaluation.optimism import Counts, optimism_entry
 from threefold.extras import require_package
 from threefold.files import delete_leftovers, read_json, write_json
-from threefold.overrides import parse_value
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Optimism
-from threefold.recipe import Recipe
+from threefold.recipe.overrides import parse_value
+from threefold.recipe.recipe import Recipe
 from threefold.stats.one_standard_error import standard_error
 from threefold.stats.scores import accuracy, correct
 from threefold.stats.weighted_scores import log_losses

@@ -21,7 +21,7 @@ from threefold.exporting.onnx_files import write_file
 from threefold.files import read_arrays, read_json, write_arrays, write_bytes, write_json
 from threefold.models.views import Views
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Job, Recipe
+from threefold.recipe.recipe import Job, Recipe
 from threefold.training.checkpoints import ResumeState, load_resume_state, save_resume_state
 from threefold.training.features.store import FeatureStore
 from threefold.training.pixel_cache import PixelCache

@@ -7,7 +7,7 @@ import scale_costs
 from scale_costs import WORKLOADS, Machines, cost, passes, tables
 from support.paths import ROOT
 
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.recipe)

@@ -23,7 +23,7 @@ from threefold.cli.main import run
 from threefold.cli.output import resume_command, watch_training
 from threefold.cli.signals import Signals, Terminated, catch_signals
 from threefold.errors import RunError
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from threefold.cli.terminal import expected_line, score_table, verdict_line
 from threefold.predictions.results_schema import Comparison, Expected, MetricScore, Score
-from threefold.recipe import Job
+from threefold.recipe.recipe import Job
 from threefold.training.progress.terminal_curves import Curves, sparkline
 from threefold.training.progress.terminal_watcher import TerminalWatcher, has_bar, show_progress
 from threefold.training.progress.watcher import Watcher

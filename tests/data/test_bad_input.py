@@ -17,7 +17,7 @@ from PIL import Image
 from threefold.data.dataset import ImageDataset
 from threefold.data.load import load_data
 from threefold.errors import DataError
-from threefold.recipe_schema import DataSpec
+from threefold.recipe.schema import DataSpec
 
 
 def message_of(spec: DataSpec) -> str:

@@ -13,7 +13,7 @@ from threefold.data import check
 from threefold.data.check import Finding, check_data, find_spec
 from threefold.data.synthetic import write_sample
 from threefold.errors import DataError, RecipeError
-from threefold.recipe_schema import DataSpec
+from threefold.recipe.schema import DataSpec
 
 
 def write(path: Path, shade: int, size: tuple[int, int] = (8, 6)) -> None:

@@ -22,7 +22,7 @@ from threefold.data.load import load_data
 from threefold.data.published import FASHION_MNIST_CLASSES
 from threefold.data.sources.arrays import FASHION_MNIST_ROOT, read_idx
 from threefold.errors import DataError
-from threefold.recipe_schema import DataSpec
+from threefold.recipe.schema import DataSpec
 
 ASSETS = ROOT / "src/threefold/assets/fashion_mnist"
 

@@ -20,7 +20,7 @@ from threefold.data.load import load_data
 from threefold.errors import DataError, RecipeError
 from threefold.files import sha256
 from threefold.predictions.run_folder import default_run_folder
-from threefold.recipe_schema import DataSpec
+from threefold.recipe.schema import DataSpec
 
 LABELS = ["wolf", "ant"] * 4
 

@@ -12,8 +12,8 @@ from support.tiny_runs import paint, tiny_tree
 
 from threefold.data.splits import assign_roles
 from threefold.errors import DataError, RecipeError
-from threefold.recipe import Recipe
-from threefold.recipe_schema import FoldSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import FoldSpec
 from threefold.training.jobs import train_members
 from threefold.training.run import Run
 

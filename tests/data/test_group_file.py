@@ -11,7 +11,7 @@ from support.tiny_runs import make_folder, tiny_tree
 from threefold.data.group_file import GROUP_FILE, read_groups, write_groups
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

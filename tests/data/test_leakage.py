@@ -24,7 +24,7 @@ from threefold.data.leakage import (
 )
 from threefold.data.load import load_data
 from threefold.errors import DataError
-from threefold.recipe_schema import DataSpec
+from threefold.recipe.schema import DataSpec
 
 LAW = settings(max_examples=40, deadline=None)
 

@@ -25,7 +25,7 @@ from threefold.data.shapes import SHAPES, write_shapes
 from threefold.data.sources.label_sets import find_separator, split_labels
 from threefold.data.splits import assign_roles, refit_roles
 from threefold.errors import DataError
-from threefold.recipe_schema import DataSpec, FoldSpec
+from threefold.recipe.schema import DataSpec, FoldSpec
 
 SETS = [
     ("cat", "dog"),

@@ -20,7 +20,7 @@ from threefold.data.detect_source import find_fold_column
 from threefold.data.load import load_data
 from threefold.data.sources import parquet as parquet_source
 from threefold.errors import DataError
-from threefold.recipe_schema import DataSpec
+from threefold.recipe.schema import DataSpec
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

@@ -20,7 +20,7 @@ from threefold.data.published import CASSAVA_2020_CLASSES, CASSAVA_CLASSES, SURR
 from threefold.data.sources.archives import read_members
 from threefold.data.synthetic import write_sample
 from threefold.errors import DataError, RecipeError
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 
 
 def count(data: ImageDataset | None) -> dict[str, int]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from threefold.data.splits import Roles, assign_roles, check_roles, refit_roles
 from threefold.errors import DataError, RunError
-from threefold.recipe_schema import FoldSpec
+from threefold.recipe.schema import FoldSpec
 
 LAW = settings(max_examples=40, deadline=None)
 

@@ -29,7 +29,7 @@ from threefold.ensembles.scaling import apply_temperature
 from threefold.ensembles.stacked import StackedEnsemble
 from threefold.errors import DataError, RecipeError
 from threefold.predictions.predictions import Predictions
-from threefold.recipe_schema import EnsembleSpec
+from threefold.recipe.ensemble import EnsembleSpec
 from threefold.stats import paired_tests, scores
 
 AUTHORS = AUTHORS_PREDICTIONS

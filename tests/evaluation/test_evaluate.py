@@ -9,7 +9,7 @@ from threefold.ensembles.calibration import fit_calibration
 from threefold.evaluation.evaluate import Evaluation, evaluate
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Score
-from threefold.recipe_schema import EnsembleSpec
+from threefold.recipe.ensemble import EnsembleSpec
 from threefold.stats.scores import ece
 
 ALL = EnsembleSpec(methods=("mean", "pruned", "vote", "weighted"))

@@ -23,7 +23,7 @@ from threefold.evaluation.review import (
     write_reviewed,
 )
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe_schema import DataSpec
+from threefold.recipe.schema import DataSpec
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from threefold.errors import ExportError
 from threefold.exporting.hub_readme import write_readme
 from threefold.exporting.hub_upload import push
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.runtime.hub import find_model, is_address, network_errors, pull
 from threefold.runtime.model import load
 

@@ -26,7 +26,7 @@ from threefold.models.member import build_member
 from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.models.shared import HeadsPipeline, SharedBackbone
 from threefold.models.views import Views
-from threefold.recipe_schema import HeadSpec, MemberSpec, ViewSpec
+from threefold.recipe.schema import HeadSpec, MemberSpec, ViewSpec
 
 CLASSES = ("a", "b", "c")
 

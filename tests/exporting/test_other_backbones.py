@@ -15,8 +15,8 @@ from support.networks import coarse_pictures, learn, pipeline_of, settle
 from threefold.exporting import targets
 from threefold.models.member import build_member
 from threefold.models.pipeline import to_pixels
-from threefold.recipe_lookup import packaged
-from threefold.recipe_schema import HeadSpec, MemberSpec
+from threefold.recipe.lookup import packaged
+from threefold.recipe.schema import HeadSpec, MemberSpec
 from threefold.runtime.tolerances import TOLERANCES
 
 FAMILIES = ("efficientnetv2", "convnext", "vit")

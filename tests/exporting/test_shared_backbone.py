@@ -28,7 +28,7 @@ from threefold.models.pipeline import (
     describe_preprocessing,
 )
 from threefold.models.shared import HeadsPipeline
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe.schema import MemberSpec
 from threefold.runtime.model import load
 from threefold.training.run import Run
 

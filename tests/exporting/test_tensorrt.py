@@ -25,7 +25,7 @@ from threefold.exporting import targets, tensorrt
 from threefold.models.member import build_member
 from threefold.models.pipeline import Pipeline
 from threefold.models.tracing import OPSET
-from threefold.recipe_schema import HeadSpec, MemberSpec
+from threefold.recipe.schema import HeadSpec, MemberSpec
 from threefold.runtime.model import FULL, Model
 from threefold.serving.app import ModelInference
 from threefold.serving.browser import write_web

@@ -9,7 +9,7 @@ from threefold.models.answers import probabilities
 from threefold.models.pipeline import Predictor
 from threefold.models.shared import HeadPredictor
 from threefold.models.views import Views
-from threefold.recipe_schema import ViewSpec
+from threefold.recipe.schema import ViewSpec
 
 
 class MeanColour(nn.Module):

@@ -29,7 +29,7 @@ from threefold.models.heads import build_head
 from threefold.models.member import Member, build_member
 from threefold.models.pipeline import to_pixels
 from threefold.models.recurrent import full_parameters
-from threefold.recipe_schema import HeadSpec, MemberSpec
+from threefold.recipe.schema import HeadSpec, MemberSpec
 from threefold.runtime.tolerances import TOLERANCES
 
 NAMES = [row.name for row in PAPER_BACKBONES]

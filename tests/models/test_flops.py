@@ -11,7 +11,7 @@ from torch import nn
 from threefold.errors import RecipeError
 from threefold.models.flops import Cost, count_macs, measure_cost
 from threefold.models.member import build_member, save_weights
-from threefold.recipe_schema import HeadSpec, MemberSpec
+from threefold.recipe.schema import HeadSpec, MemberSpec
 
 PUBLISHED = [
     ("ResNet50", 224, 4.09),  # torchvision, page of the weights

@@ -13,7 +13,7 @@ from threefold.errors import DataError
 from threefold.models.gradcam import NoMap, ensemble_cam, grad_cam
 from threefold.models.heads import build_head
 from threefold.models.member import JointMember, Member, build_joint, build_member
-from threefold.recipe_schema import HeadSpec, MemberSpec
+from threefold.recipe.schema import HeadSpec, MemberSpec
 from threefold.training.steps.optimizers import train_mode
 
 

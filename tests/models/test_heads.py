@@ -13,7 +13,7 @@ from torch import nn
 from threefold.errors import RecipeError
 from threefold.models.heads import GaussianNoise, Head, build_head, describe
 from threefold.models.recurrent import OneStepGRU, collapse
-from threefold.recipe_schema import HeadSpec
+from threefold.recipe.schema import HeadSpec
 
 
 @pytest.mark.parametrize(

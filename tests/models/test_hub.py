@@ -22,7 +22,7 @@ from threefold.models import hub, member
 from threefold.models.backbones import resolve_backbone
 from threefold.models.hub import has_local_weights, hub_problem, weights_licence
 from threefold.models.member import create_backbone
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe.schema import MemberSpec
 
 NAME = "test_resnet.r160_in1k"
 

@@ -11,8 +11,8 @@ from support.tiny_runs import tiny_tree
 
 from threefold.ensembles.stacked import stacked_network
 from threefold.models.member import JointMember, Member, build_joint, build_member, describe_joint
-from threefold.recipe import Recipe
-from threefold.recipe_schema import HeadSpec, MemberSpec, StageSpec, TrainSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import HeadSpec, MemberSpec, StageSpec, TrainSpec
 from threefold.training.pixel_cache import PixelRows
 from threefold.training.stages.loop import train_stage
 from threefold.training.stages.task import StageTask

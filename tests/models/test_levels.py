@@ -11,7 +11,7 @@ import torch
 from threefold.errors import RecipeError
 from threefold.models.gradcam import grad_cam
 from threefold.models.member import build_member, head_inputs, levels_of
-from threefold.recipe_schema import HeadSpec, MemberSpec, StageSpec
+from threefold.recipe.schema import HeadSpec, MemberSpec, StageSpec
 from threefold.training.features.activations import cached_blocks
 
 

@@ -18,7 +18,7 @@ from threefold.errors import RecipeError, RunError
 from threefold.models.hub import PACKAGED, load_in_order
 from threefold.models.member import Member, build_member, load_weights, save_weights
 from threefold.models.resize import resize_square
-from threefold.recipe_schema import HeadSpec, MemberSpec, StageSpec, TrainSpec
+from threefold.recipe.schema import HeadSpec, MemberSpec, StageSpec, TrainSpec
 from threefold.training.steps.optimizers import create_optimizer, set_trainable, train_mode
 
 PHOTOGRAPHS = {"china.jpg": 698, "grace_hopper.jpg": 652}  # palace; military uniform

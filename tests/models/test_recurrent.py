@@ -20,7 +20,7 @@ from threefold.models.recurrent import (
     expand,
     full_parameters,
 )
-from threefold.recipe_schema import HeadSpec
+from threefold.recipe.schema import HeadSpec
 
 LIVE_ROWS = {"rnn": [0], "gru": [0, 1, 2], "lstm": [0, 2, 3]}
 

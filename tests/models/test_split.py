@@ -7,7 +7,7 @@ import torch
 
 from threefold.models.member import build_member
 from threefold.models.split import EarlyBlocks, LateBlocks, count_frozen_blocks
-from threefold.recipe_schema import HeadSpec, MemberSpec
+from threefold.recipe.schema import HeadSpec, MemberSpec
 
 
 @pytest.mark.parametrize(

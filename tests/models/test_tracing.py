@@ -19,7 +19,7 @@ from threefold.models.member import create_backbone
 from threefold.models.resize import resize_square
 from threefold.models.shared import HeadPredictor
 from threefold.models.tracing import TracingError, simplify, trace, trace_network
-from threefold.recipe_schema import HeadSpec, MemberSpec
+from threefold.recipe.schema import HeadSpec, MemberSpec
 
 NAMES = ("pixels", "features")
 

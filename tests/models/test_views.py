@@ -8,7 +8,7 @@ from support.images import random_images
 
 from threefold.errors import RecipeError
 from threefold.models.views import Views
-from threefold.recipe_schema import ViewSpec
+from threefold.recipe.schema import ViewSpec
 
 
 def views(

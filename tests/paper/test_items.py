@@ -16,7 +16,7 @@ from threefold.paper.items import (
     Item,
     find_item,
 )
-from threefold.recipe_lookup import packaged, packaged_names
+from threefold.recipe.lookup import packaged, packaged_names
 
 PAPER_RECIPES = [name for name in packaged_names() if name.startswith("paper/")]
 

@@ -19,8 +19,8 @@ from threefold.paper.measure import (
     find_hits,
     mix_folds,
 )
-from threefold.recipe import Job
-from threefold.recipe_lookup import packaged
+from threefold.recipe.lookup import packaged
+from threefold.recipe.recipe import Job
 
 
 def item_run(cell: Cell, ensemble: tuple[str, ...] = ()) -> ItemRun:

@@ -38,8 +38,8 @@ from threefold.paper.reproduce import (
     reproduce_item,
 )
 from threefold.paper.results import CellResult, ItemResults
-from threefold.recipe import Recipe
-from threefold.recipe_lookup import packaged
+from threefold.recipe.lookup import packaged
+from threefold.recipe.recipe import Recipe
 
 runner = CliRunner()
 

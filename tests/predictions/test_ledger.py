@@ -21,7 +21,8 @@ from threefold.evaluation.scoring import score_ensemble
 from threefold.predictions.ledger import FIT, SCORE, SELECT, Ledger, SeenRows
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe_schema import EnsembleSpec, FoldSpec
+from threefold.recipe.ensemble import EnsembleSpec
+from threefold.recipe.schema import FoldSpec
 from threefold.stats.scores import accuracy, share_interval
 
 

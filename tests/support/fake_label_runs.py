@@ -12,7 +12,7 @@ from threefold.evaluation.multilabel import evaluate_multilabel
 from threefold.files import write_arrays, write_json
 from threefold.predictions.multilabel_results import MultilabelResults
 from threefold.predictions.records import VERSION
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 
 TEST, TRAIN, UNSCORED = 40, 80, 20
 """Test images, those of the folds' scored parts, and training images that no fold scores."""

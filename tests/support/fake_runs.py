@@ -22,7 +22,7 @@ from support.summaries import (
 from threefold.files import write_arrays, write_json
 from threefold.predictions.export_schema import ExportReport, Latency
 from threefold.predictions.records import VERSION
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.stats import scores as stats
 
 LOOKALIKE = (6, 3, 4, 1, 2, 7, 0, 9, 5, 7)

@@ -10,7 +10,7 @@ import torch
 from support.tiny_runs import make_folder, tiny_tree
 from threefold.models.member import assemble_member, head_weights, save_weights
 from threefold.predictions.records import VERSION, RunInfo
-from threefold.recipe import Job, Recipe
+from threefold.recipe.recipe import Job, Recipe
 from threefold.training.features.frozen import frozen_backbone
 from threefold.training.run import Run
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from support.frozen_runs import GATED, PROBE
 from support.tiny_runs import tiny_tree
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 
 
 def multilabel_tree(table: Path, **changes: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from threefold.ensembles.averaging import MeanEnsemble
 from threefold.ensembles.scaling import temperature_module
 from threefold.models.member import Member
 from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
-from threefold.recipe_schema import StageSpec
+from threefold.recipe.schema import StageSpec
 from threefold.training.steps.optimizers import set_trainable, train_mode
 
 

@@ -13,8 +13,8 @@ from threefold.predictions.predictions import Predictions
 from threefold.predictions.records import VERSION
 from threefold.predictions.results_schema import MemberRow
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Recipe
-from threefold.recipe_lookup import packaged
+from threefold.recipe.lookup import packaged
+from threefold.recipe.recipe import Recipe
 
 
 @dataclass

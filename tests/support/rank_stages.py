@@ -15,7 +15,7 @@ from support.tiny_runs import make_folder, tiny_tree
 from threefold.data.load import load_data
 from threefold.files import write_arrays, write_json
 from threefold.models.pipeline import Predictor
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.training.features.cache import FeatureCache, FeatureRows
 from threefold.training.features.heads import HeadNetwork
 from threefold.training.predict import predict_images

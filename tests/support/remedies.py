@@ -12,7 +12,7 @@ import pytest
 
 from threefold import api
 from threefold.errors import ThreefoldError
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 
 
 def halve(path: Path) -> None:

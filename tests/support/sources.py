@@ -7,7 +7,7 @@ from typing import Any
 
 from threefold.data.dataset import Sources
 from threefold.data.load import load_data
-from threefold.recipe_schema import DataSpec
+from threefold.recipe.schema import DataSpec
 
 
 def load_source(source: Any, root: str | Path, **options: Any) -> Sources:

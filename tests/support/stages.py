@@ -13,7 +13,7 @@ from torch import Tensor
 
 from support.tiny_runs import COLOURS, tiny_tree
 from threefold.models.member import Member, build_member
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.training.pixel_cache import PixelRows
 from threefold.training.progress.watcher import Watcher
 from threefold.training.stages.loop import train_stage

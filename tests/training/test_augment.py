@@ -10,7 +10,7 @@ from support.images import random_images
 
 from threefold.models.resize import resize_square
 from threefold.models.views import Views
-from threefold.recipe_schema import AugmentSpec, ViewSpec
+from threefold.recipe.schema import AugmentSpec, ViewSpec
 from threefold.training.steps.augment import Augment, Draws, affine_warp, shift_channels
 
 PAPER = AugmentSpec(

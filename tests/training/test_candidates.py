@@ -17,7 +17,7 @@ from threefold.errors import RecipeError
 from threefold.models.flops import count_macs
 from threefold.models.hub import has_published_weights, weights_licence
 from threefold.models.member import has_token_grid
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.stats.scores import log_loss
 from threefold.training.planning.basis import Clock, Decision
 from threefold.training.planning.candidates import (

@@ -19,7 +19,7 @@ from support.stages import (
 from torch import Tensor, nn
 
 from threefold.errors import RunError
-from threefold.recipe import Job, Recipe
+from threefold.recipe.recipe import Job, Recipe
 from threefold.training import job as job_module
 from threefold.training.checkpoints import (
     ResumeState,

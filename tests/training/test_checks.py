@@ -8,7 +8,7 @@ import pytest
 from support.tiny_runs import tiny_tree
 
 from threefold.errors import RecipeError
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.training.checks import check_trainable
 
 

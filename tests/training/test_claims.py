@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from threefold.recipe import Job
+from threefold.recipe.recipe import Job
 from threefold.training.executors import claims as claims_module
 from threefold.training.executors.claims import Claim, ClaimLostError, Claims
 
@@ -20,7 +20,7 @@ JOB = Job("lite0", 1, "tune")
 CLAIM = """
 import sys
 from pathlib import Path
-from threefold.recipe import Job
+from threefold.recipe.recipe import Job
 from threefold.training.executors.claims import Claims
 claim = Claims(Path(sys.argv[1])).claim(Job("lite0", 1, "tune"))
 print("yes" if claim else "no", flush=True)

@@ -26,7 +26,7 @@ from threefold.files import read_arrays, write_arrays, write_bytes
 from threefold.models import member as members
 from threefold.predictions.export_schema import ExportReport
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Job, Recipe
+from threefold.recipe.recipe import Job, Recipe
 from threefold.report.pages import write_report
 from threefold.training.features.frozen import frozen_digest
 from threefold.training.jobs import train_members

@@ -9,7 +9,7 @@ from support.notes import Notes
 from support.tiny_runs import make_folder, tiny_tree
 
 from threefold.errors import RunError
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.training import disk_space
 from threefold.training.disk_space import check_space, image_cache_bytes
 from threefold.training.jobs import train_members

@@ -26,8 +26,8 @@ from threefold.predictions.ledger import FIT, SCORE, TEACH
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import ShortScore
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Recipe
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import MemberSpec
 from threefold.training import job as job_module
 from threefold.training.distillation import Distillation, open_teacher, teacher_answers
 from threefold.training.jobs import train_members

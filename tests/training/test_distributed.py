@@ -15,7 +15,7 @@ import torch.distributed as dist
 from support.stages import build_tiny, make_task
 
 from threefold.errors import RecipeError
-from threefold.recipe_schema import AugmentSpec, DistillSpec, TrainSpec
+from threefold.recipe.schema import AugmentSpec, DistillSpec, TrainSpec
 from threefold.training.distributed import stage
 from threefold.training.distributed.fsdp import (
     load_whole_state,

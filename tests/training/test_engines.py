@@ -12,7 +12,7 @@ from support.images import random_images
 from threefold.errors import RecipeError
 from threefold.models.features import FeatureExtractor, FeatureForm
 from threefold.models.member import create_backbone
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe.schema import MemberSpec
 from threefold.training.features import engines
 from threefold.training.features.engines import BATCH, choose_engine, compute, make_engine
 

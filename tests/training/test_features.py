@@ -18,8 +18,8 @@ from threefold.errors import RecipeError, RunError
 from threefold.files import cache_folder, sha256, temporary_path
 from threefold.models.member import Member, build_member
 from threefold.models.pipeline import to_pixels
-from threefold.recipe import Recipe
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import MemberSpec
 from threefold.training.features import cache as features
 from threefold.training.features import compute as feature_pass
 from threefold.training.features import engines

@@ -12,7 +12,7 @@ from support.frozen_runs import PROBE, frozen_run
 
 from threefold.errors import RunError
 from threefold.models import member as members
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe.schema import MemberSpec
 from threefold.training.features.frozen import (
     frozen_backbone,
     frozen_backbone_path,

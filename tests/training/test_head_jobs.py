@@ -19,7 +19,7 @@ from threefold.errors import RecipeError
 from threefold.files import read_arrays, read_json, sha256
 from threefold.models.pipeline import Predictor, predict_probs
 from threefold.predictions.ledger import FIT, SCORE, SELECT
-from threefold.recipe import Job, Recipe
+from threefold.recipe.recipe import Job, Recipe
 from threefold.training import head_jobs
 from threefold.training import job as job_module
 from threefold.training.checks import check_trainable

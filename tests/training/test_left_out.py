@@ -23,8 +23,8 @@ from threefold.files import read_json
 from threefold.models.pipeline import predict_probs
 from threefold.predictions.run_check import check_run
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Job, Recipe
-from threefold.recipe_subset import with_dependents
+from threefold.recipe.recipe import Job, Recipe
+from threefold.recipe.subset import with_dependents
 from threefold.training import job as job_module
 from threefold.training.execution import Execution
 from threefold.training.executors.worker import CLAIMS_FOLDER

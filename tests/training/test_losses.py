@@ -13,7 +13,7 @@ from support.tiny_runs import tiny_tree
 
 from threefold.ensembles.scaling import apply_temperature
 from threefold.models.member import build_member
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.training.pixel_cache import PixelRows
 from threefold.training.stages.loop import train_stage
 from threefold.training.stages.task import StageTask

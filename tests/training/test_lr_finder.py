@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import threefold
 from threefold.cli.app import app
 from threefold.errors import RecipeError, RunError
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.training.planning.lr_finder import choose_stage, find_learning_rate
 from threefold.training.planning.range_test import RangeTest, follow_losses, sweep_stage
 from threefold.training.run import Run

@@ -14,7 +14,7 @@ from torch import nn
 
 from threefold.errors import OutOfMemoryError
 from threefold.models.member import Member
-from threefold.recipe import Job
+from threefold.recipe.recipe import Job
 from threefold.training.stages.loop import train_stage
 from threefold.training.stages.task import StageOutcome
 from threefold.training.steps.memory import memory_notes

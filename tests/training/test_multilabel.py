@@ -25,8 +25,8 @@ from threefold.files import read_json
 from threefold.models.pipeline import Predictor, predict_probs
 from threefold.predictions.ledger import FIT, SCORE, SELECT
 from threefold.predictions.multilabel import MultilabelPredictions
-from threefold.recipe import Job, Recipe
-from threefold.recipe_schema import TrainSpec
+from threefold.recipe.recipe import Job, Recipe
+from threefold.recipe.schema import TrainSpec
 from threefold.training import job as job_module
 from threefold.training.checkpoints import Checkpoint, accept_stage
 from threefold.training.features.probe import Targets, choose_l2, fit_linear

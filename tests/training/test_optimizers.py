@@ -13,7 +13,7 @@ from support.paths import GOLDEN
 
 from threefold.models.backbones import CPU_FROZEN
 from threefold.models.member import build_member
-from threefold.recipe_schema import MemberSpec, StageSpec, TrainSpec
+from threefold.recipe.schema import MemberSpec, StageSpec, TrainSpec
 from threefold.training.steps.optimizers import KerasAdam, create_optimizer, lr_at, set_trainable
 
 KERAS = np.load(GOLDEN / "keras_heads.npz", allow_pickle=False)

@@ -16,8 +16,8 @@ from threefold.errors import RecipeError, RunError
 from threefold.exporting.export import export
 from threefold.files import read_arrays
 from threefold.models.views import view_counts
-from threefold.recipe import Recipe
-from threefold.recipe_schema import ViewSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import ViewSpec
 from threefold.training.run import Run, stand_ins
 
 

@@ -17,7 +17,7 @@ from threefold.data.splits import Roles
 from threefold.errors import RunError
 from threefold.models.resize import resize_square
 from threefold.models.views import Views
-from threefold.recipe_schema import MemberSpec, ViewSpec
+from threefold.recipe.schema import MemberSpec, ViewSpec
 from threefold.training.pixel_cache import (
     CHUNK,
     PixelCache,

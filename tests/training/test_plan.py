@@ -16,7 +16,7 @@ from threefold.arguments import parse_minutes
 from threefold.data.load import load_data
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.training.checks import check_trainable
 from threefold.training.features.probe import predict_fit_seconds
 from threefold.training.planning import plan as planning

@@ -12,7 +12,7 @@ from support.tiny_runs import make_folder
 from threefold.data.load import load_data
 from threefold.errors import OutOfMemoryError
 from threefold.machine import peak_memory
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.training.features import store as feature_store
 from threefold.training.features.cache import FeatureCache
 from threefold.training.planning import memory

@@ -10,7 +10,7 @@ import pytest
 from support.tiny_runs import make_folder
 
 from threefold.data.load import load_data
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.training.planning import image_size
 from threefold.training.planning.basis import Clock, DataSummary, Decision
 from threefold.training.planning.image_size import ProbePlan, drop_late_members

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from threefold.models.member import build_member
 from threefold.models.pipeline import FirstViews, Predictor, predict_probs
 from threefold.models.views import Views
-from threefold.recipe_schema import HeadSpec, MemberSpec, ViewSpec
+from threefold.recipe.schema import HeadSpec, MemberSpec, ViewSpec
 from threefold.training import predict
 from threefold.training.features.engines import BATCH
 from threefold.training.predict import predict_images

@@ -17,7 +17,7 @@ from support.tiny_runs import hash_files, make_folder
 
 from threefold.errors import RecipeError, RunError
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Job, Recipe
+from threefold.recipe.recipe import Job, Recipe
 from threefold.training.execution import Execution
 from threefold.training.executors import devices
 from threefold.training.executors.devices import count_devices, share_out

@@ -21,8 +21,8 @@ from threefold import api
 from threefold.errors import DataError, RunError
 from threefold.files import read_arrays
 from threefold.models.pipeline import Predictor, predict_probs
-from threefold.recipe import Job, Recipe
-from threefold.recipe_schema import PseudoLabelSpec
+from threefold.recipe.recipe import Job, Recipe
+from threefold.recipe.schema import PseudoLabelSpec
 from threefold.training import head_jobs
 from threefold.training import job as job_module
 from threefold.training.features.heads import HeadNetwork, head_probs

@@ -20,7 +20,7 @@ from support.stages import Stopper, build_tiny
 from support.tiny_runs import make_folder, tiny_tree
 
 from threefold.files import read_arrays, read_json
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.training.stages.loop import train_stage
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo and signals of POSIX")

@@ -16,8 +16,8 @@ from support.tiny_runs import hash_files, make_folder, tiny_tree
 
 from threefold import api
 from threefold.errors import RunError
-from threefold.recipe import Recipe
-from threefold.recipe_cluster import ClusterSpec
+from threefold.recipe.cluster import ClusterSpec
+from threefold.recipe.recipe import Recipe
 from threefold.training.execution import Execution
 from threefold.training.executors.ray_cluster import Node, check_listens
 from threefold.training.executors.ray_executor import JobNeeds

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from threefold.errors import RunError
 from threefold.models.member import Member
-from threefold.recipe import Job
+from threefold.recipe.recipe import Job
 from threefold.training.stages.loop import StageLoop, train_stage
 from threefold.training.stages.recovery import recovery_notes
 from threefold.training.stages.task import StageOutcome

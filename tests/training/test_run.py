@@ -17,7 +17,7 @@ from torch import nn
 from threefold import api
 from threefold.errors import RunError
 from threefold.evaluation.saved import read_sources
-from threefold.recipe import Job, Recipe
+from threefold.recipe.recipe import Job, Recipe
 from threefold.training import job as job_module
 from threefold.training.jobs import train_members
 from threefold.training.run import Run

@@ -15,7 +15,7 @@ from support.tiny_runs import make_folder, paint, tiny_tree
 from threefold import api
 from threefold.errors import DataError, RunError, ThreefoldError
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.training.features.cache import FeatureCache
 from threefold.training.pixel_cache import PixelCache
 from threefold.training.progress.watcher import Watcher

@@ -10,7 +10,7 @@ from support.frozen_runs import PROBE, frozen_tree
 
 from threefold.errors import RecipeError
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.training.run import Run
 from threefold.training.student_recipe import student_recipe
 

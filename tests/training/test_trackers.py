@@ -22,7 +22,7 @@ from threefold.api import train
 from threefold.errors import MissingExtraError, RecipeError
 from threefold.files import read_json
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.training.progress import trackers
 from threefold.training.progress.trackers import TrackedWatcher, Tracker, flatten
 from threefold.training.progress.watcher import Watcher

@@ -13,7 +13,7 @@ from support.tiny_runs import hash_files, make_folder
 
 from threefold.errors import RunError
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Job, Recipe
+from threefold.recipe.recipe import Job, Recipe
 from threefold.training.executors.claims import Claims
 from threefold.training.executors.order import Schedule, jobs_before
 from threefold.training.executors.worker import CLAIMS_FOLDER, WorkOrder, open_worker

@@ -173,7 +173,7 @@ def plan(
     """Print the recipe that would run, with the reasons for its values."""
     from threefold.data.detect_source import seems_data
     from threefold.predictions.run_folder import default_run_folder
-    from threefold.recipe_lookup import packaged_names, resolve
+    from threefold.recipe.lookup import packaged_names, resolve
 
     path = Path(recipe)
     is_data = recipe not in packaged_names() and seems_data(recipe)
@@ -220,7 +220,7 @@ def train(
     processes: Processes = 1,
 ) -> None:
     """Train, ensemble and score a recipe; run it again to resume."""
-    from threefold.recipe_lookup import resolve
+    from threefold.recipe.lookup import resolve
 
     loaded = resolve(recipe, sets or ())  # before torch is imported, so that a typo fails at once
     if executor == "ray" and (processes > 1 or is_one_of_several()):

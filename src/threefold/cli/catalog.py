@@ -11,8 +11,8 @@ from threefold.arguments import QUALITIES
 from threefold.data.published import PUBLISHED, PublishedDataset
 from threefold.errors import RecipeError
 from threefold.models.backbones import PAPER_BACKBONES
-from threefold.recipe_lookup import packaged_names
-from threefold.recipe_schema import DataSpec, HeadKind, HeadSpec
+from threefold.recipe.lookup import packaged_names
+from threefold.recipe.schema import DataSpec, HeadKind, HeadSpec
 
 
 def catalogue(kind: str, pattern: str = "*") -> list[str]:

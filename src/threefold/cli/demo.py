@@ -24,7 +24,7 @@ def demo(
     """Train, ensemble, export and predict on real images, in minutes."""
     with importing_for_good():
         from threefold import api
-    from threefold.recipe_lookup import packaged
+    from threefold.recipe.lookup import packaged
 
     with watch_training(verbose, resume_command("demo", "--out", out_dir)) as watcher:
         out.print(

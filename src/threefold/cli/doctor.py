@@ -97,7 +97,7 @@ def _mend_run(folder: Path, check: RunCheck) -> list[str]:
     """Delete what is damaged and train, export and report as before; returns what was damaged."""
     from threefold.predictions.run_check import remove_damaged
     from threefold.predictions.run_folder import EXPORTED, RunFolder
-    from threefold.recipe import Recipe
+    from threefold.recipe.recipe import Recipe
 
     names = [str(fault.path) for fault in check.faults if fault.can_mend]
     has = RunFolder.open(folder).has

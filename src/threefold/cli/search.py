@@ -31,7 +31,7 @@ def search(
     verbose: Verbose = False,
 ) -> None:
     """Search over recipe keys with Optuna; the test is opened for the chosen trial only."""
-    from threefold.recipe_lookup import resolve
+    from threefold.recipe.lookup import resolve
 
     parse_minutes(budget, "--budget")  # before torch is imported, so that a typo fails at once
     loaded = resolve(recipe, sets or ())

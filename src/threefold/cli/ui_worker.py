@@ -148,7 +148,7 @@ def fit(state_folder: Path, run_folder: Path, watcher: EventWatcher) -> None:
     """Train by the recipe in the run folder; what is finished is kept."""
     with importing_for_good():
         from threefold.api import fit as fit_data
-    from threefold.recipe import Recipe
+    from threefold.recipe.recipe import Recipe
 
     _, settings = _settings(state_folder)
     # A folder with a table inside has the table as its root.

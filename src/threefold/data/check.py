@@ -36,8 +36,8 @@ from threefold.data.published import FILE_PATTERNS
 from threefold.data.quality import FAULTS, QualityFinding, QualityMeter
 from threefold.errors import DataError, RecipeError, refuse_address, shorten
 from threefold.names import count_of
-from threefold.recipe import Recipe
-from threefold.recipe_schema import DataSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import DataSpec
 from threefold.suffixes import is_archive
 
 FEW = 20

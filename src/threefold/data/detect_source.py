@@ -22,7 +22,7 @@ from threefold.data.sources.webdataset import holds_samples, is_shards
 from threefold.errors import DataError, refuse_address, seems_address
 from threefold.extras import install_command
 from threefold.object_store import url_of
-from threefold.recipe_schema import DataSpec, Source
+from threefold.recipe.schema import DataSpec, Source
 from threefold.suffixes import ARCHIVES, ARRAYS, CSV_TABLES, PARQUET_TABLES, is_archive
 
 TABLES: Final[dict[str, Source]] = {

@@ -14,7 +14,7 @@ from threefold.data.verified import verify_images
 from threefold.data.walk import is_image, list_entries
 from threefold.errors import DataError, shorten
 from threefold.names import natural_key
-from threefold.recipe_schema import WITH_LABEL_SETS
+from threefold.recipe.schema import WITH_LABEL_SETS
 from threefold.tasks import Task
 
 

@@ -27,7 +27,7 @@ from threefold.data.splits import fold_values
 from threefold.data.verified import note_misleading_names, refuse_bad, verify_images
 from threefold.errors import DataError, shorten
 from threefold.names import count_of, natural_key
-from threefold.recipe_schema import DataSpec
+from threefold.recipe.schema import DataSpec
 
 
 def load_data(

@@ -34,7 +34,7 @@ from threefold.data.sources.table_inside import locate_table
 from threefold.data.sources.unpacked import list_folder_or_archive
 from threefold.data.sources.webdataset import list_webdataset
 from threefold.errors import DataError
-from threefold.recipe_schema import DataSpec
+from threefold.recipe.schema import DataSpec
 
 UNLABELLED: Final = "`threefold predict MODEL IMAGE...` answers images without labels"
 """What a user can do who has no labels to score answers with."""

@@ -16,7 +16,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from threefold.data.label_folds import LabelTable, draw_share, score_parts
 from threefold.errors import DataError, RunError, shorten
 from threefold.names import natural_key
-from threefold.recipe_schema import FoldSpec
+from threefold.recipe.schema import FoldSpec
 
 Rows = NDArray[np.int64]
 MOST_FOLDS = 50

@@ -29,7 +29,7 @@ from threefold.ensembles.stacked import ShrunkStackedEnsemble, StackedEnsemble
 from threefold.errors import DataError, RecipeError
 from threefold.predictions.checks import check_labels, check_probs
 from threefold.predictions.ledger import SeenRows
-from threefold.recipe_schema import EnsembleSpec
+from threefold.recipe.ensemble import EnsembleSpec
 from threefold.scratch import converted, row_blocks, take_members, top_classes
 from threefold.stats.one_standard_error import simplest
 from threefold.stats.weighted_scores import log_losses, merit

@@ -33,7 +33,7 @@ from threefold.predictions.results_schema import (
     Optimism,
     Score,
 )
-from threefold.recipe_schema import EnsembleSpec
+from threefold.recipe.ensemble import EnsembleSpec
 from threefold.scratch import converted
 from threefold.stats.scores import bootstrap_interval, correct, share_interval
 from threefold.stats.weighted_scores import COUNTED, score_value

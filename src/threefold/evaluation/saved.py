@@ -29,7 +29,7 @@ from threefold.predictions.results_schema import (
     SizeCurveRecord,
 )
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe_schema import EnsembleSpec
+from threefold.recipe.ensemble import EnsembleSpec
 from threefold.scratch import row_blocks, take_rows
 from threefold.stats import scores as stats
 from threefold.stats.weighted_scores import log_losses

@@ -16,7 +16,7 @@ from threefold.exporting.hub_readme import write_readme
 from threefold.files import write_json
 from threefold.predictions.results_schema import Results
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Recipe, fold_name
+from threefold.recipe.recipe import Recipe, fold_name
 from threefold.runtime.hub import network_errors
 
 README: Final = "README.md"

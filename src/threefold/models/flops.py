@@ -13,7 +13,7 @@ from threefold.errors import RecipeError
 from threefold.models.member import Member, create_backbone
 from threefold.models.shared import HeadPredictor, SharedBackbone
 from threefold.models.views import Views
-from threefold.recipe_schema import MemberSpec, ViewSpec
+from threefold.recipe.schema import MemberSpec, ViewSpec
 
 
 class Cost(NamedTuple):

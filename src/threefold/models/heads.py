@@ -21,7 +21,7 @@ from threefold.models.recurrent import (
     glorot_uniform,
     split_kind,
 )
-from threefold.recipe_schema import HeadSpec
+from threefold.recipe.schema import HeadSpec
 
 InputForm = Literal["pooled", "levels", "map"]
 """What a head reads: the pooled features (b, c) of the last level; those of several levels side by

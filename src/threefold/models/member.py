@@ -32,7 +32,7 @@ from threefold.models.hub import (
     weights_error,
 )
 from threefold.models.local_weights import load_local
-from threefold.recipe_schema import HeadSpec, MemberSpec
+from threefold.recipe.schema import HeadSpec, MemberSpec
 
 STACKED_WIDTH = 4096
 """Width of the hidden layer of Algorithm 1 if `fc` is 0."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from threefold.errors import RecipeError
-from threefold.recipe_schema import HeadKind
+from threefold.recipe.schema import HeadKind
 
 Activation = Literal["torch", "keras"]
 Cell = Literal["rnn", "gru", "lstm"]

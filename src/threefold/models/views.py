@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from threefold.errors import RecipeError
 from threefold.models.resize import triangle_weights
-from threefold.recipe_schema import ViewSpec
+from threefold.recipe.schema import ViewSpec
 
 SCALES = (1.0, 0.9, 0.8)
 """Sides of the multi-scale views, as shares of the canvas."""

@@ -15,7 +15,7 @@ from pydantic import Field
 from threefold.errors import RecipeError
 from threefold.files import read_json
 from threefold.paper.scales import Small
-from threefold.recipe_schema import Section
+from threefold.recipe.schema import Section
 
 
 def _usual_member(cell: dict[str, Any]) -> str:

@@ -27,9 +27,9 @@ from threefold.paper.scales import (
     apply_smoke,
     keep_members,
 )
-from threefold.recipe import Recipe
-from threefold.recipe_lookup import packaged
-from threefold.recipe_schema import WITH_COLUMNS
+from threefold.recipe.lookup import packaged
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import WITH_COLUMNS
 from threefold.training.execution import Execution
 from threefold.training.progress.watcher import Watcher
 from threefold.training.run import Run

@@ -15,8 +15,8 @@ from pydantic import Field
 
 from threefold.errors import RecipeError
 from threefold.models.backbones import CPU_FROZEN
-from threefold.recipe import Recipe
-from threefold.recipe_schema import Section
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import Section
 
 Scale = Literal["full", "small", "smoke"]
 Protocol = Literal["honest", "paper"]

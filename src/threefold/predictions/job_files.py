@@ -16,7 +16,7 @@ from threefold.errors import DamagedFileError, RunError
 from threefold.files import read_arrays, read_json, sha256, unreadable, write_json
 from threefold.predictions.manifest import ManifestFiles
 from threefold.predictions.records import JobRecord, seal
-from threefold.recipe import Job, Recipe, fold_name
+from threefold.recipe.recipe import Job, Recipe, fold_name
 
 
 class JobFiles(ManifestFiles):

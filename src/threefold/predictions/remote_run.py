@@ -15,7 +15,7 @@ from typing import Final
 from threefold.errors import DamagedFileError, RunError
 from threefold.files import read_json
 from threefold.object_store import LocalCopy, ObjectFolder, local_copy_of, url_of
-from threefold.recipe import Job
+from threefold.recipe.recipe import Job
 
 _OWN: Final = ("cache/", ".claims/")
 """Folders of a run that stay where they are."""

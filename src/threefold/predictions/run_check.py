@@ -21,7 +21,7 @@ from threefold.predictions.records import (
     read_choices,
 )
 from threefold.predictions.run_folder import EXPORTED, RunFolder
-from threefold.recipe import Job, Recipe
+from threefold.recipe.recipe import Job, Recipe
 
 LEDGER: Final = "ledger.json"
 

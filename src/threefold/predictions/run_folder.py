@@ -36,8 +36,8 @@ from threefold.predictions.records import (
 )
 from threefold.predictions.results_schema import ChosenViews
 from threefold.predictions.run_results import RunResults
-from threefold.recipe import Recipe
-from threefold.recipe_subset import known_digests, with_dependents
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.subset import known_digests, with_dependents
 from threefold.suffixes import ARCHIVES
 
 OPENED_ONCE = ("train", "reproduce", "export")

@@ -18,7 +18,7 @@ from threefold.errors import RunError, refuse_address
 from threefold.files import write_bytes
 from threefold.predictions.results_schema import PredictionSummary, Score
 from threefold.predictions.run_folder import ChosenAnswers, RunFolder
-from threefold.recipe import Job, fold_name
+from threefold.recipe.recipe import Job, fold_name
 from threefold.report.facts import run_facts
 from threefold.report.images import Thumbs, data_uri, heat_uri
 from threefold.report.multilabel_pages import write_multilabel_report

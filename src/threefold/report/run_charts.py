@@ -11,7 +11,7 @@ from threefold.errors import RunError
 from threefold.predictions.multilabel_results import MultilabelResults
 from threefold.predictions.results_schema import Score
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Job, Recipe
+from threefold.recipe.recipe import Job, Recipe
 from threefold.report import charts, multilabel_charts
 from threefold.report.chart_files import Chart
 from threefold.report.multilabel_pages import CURVES, headline_score, lowest_first

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from threefold.errors import ExportError
 from threefold.files import read_text
-from threefold.recipe_schema import Section
+from threefold.recipe.schema import Section
 from threefold.runtime.model_file import open_session
 
 FILTERS: Final = {

@@ -9,8 +9,8 @@ from threefold.models.backbones import resolve_backbone
 from threefold.models.flops import count_macs
 from threefold.models.member import IMG_SIZE_PREFIXES, create_backbone
 from threefold.models.pipeline import pick_device
-from threefold.recipe import Recipe
-from threefold.recipe_schema import AugmentSpec, FeatureSpec, MemberSpec, StageSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import AugmentSpec, FeatureSpec, MemberSpec, StageSpec
 from threefold.training.steps.precision import check_precision
 
 

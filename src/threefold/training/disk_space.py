@@ -9,7 +9,7 @@ from threefold.data.dataset import Sources
 from threefold.errors import RunError
 from threefold.machine import free_disk
 from threefold.models.views import Views
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.training.pixel_cache import file_name
 from threefold.training.run import Run
 

@@ -37,8 +37,8 @@ from threefold.predictions.results_schema import (
     ShortScore,
     Teacher,
 )
-from threefold.recipe import Recipe, fold_name
-from threefold.recipe_schema import DistillSpec
+from threefold.recipe.recipe import Recipe, fold_name
+from threefold.recipe.schema import DistillSpec
 from threefold.training.run import Run
 
 TEACHERS_FOLDER: Final = "teachers"

@@ -15,8 +15,8 @@ from threefold.errors import DataError, RecipeError, shorten
 from threefold.files import write_arrays, write_bytes
 from threefold.models.hub import native_size
 from threefold.predictions.tables import import_pyarrow
-from threefold.recipe import Recipe
-from threefold.recipe_schema import HeadSpec, MemberSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import HeadSpec, MemberSpec
 from threefold.training.features.cache import FeatureCache, pretrained_backbone
 from threefold.training.features.frozen import frozen_backbone
 from threefold.training.progress.watcher import Watcher

@@ -24,8 +24,8 @@ from threefold.data.splits import Roles
 from threefold.errors import OutOfMemoryError, RunError, is_out_of_memory
 from threefold.models.member import Member, assemble_member
 from threefold.models.pipeline import pick_device
-from threefold.recipe import Job
-from threefold.recipe_schema import MemberSpec, StageSpec
+from threefold.recipe.recipe import Job
+from threefold.recipe.schema import MemberSpec, StageSpec
 from threefold.training.checkpoints import Checkpoint, State
 from threefold.training.distributed.ranks import current_ranks
 from threefold.training.features.cache import FeatureCache, FeatureRows

@@ -24,8 +24,8 @@ from threefold.models.member import Member, save_weights
 from threefold.models.pipeline import FirstViews, Predictor, pick_device
 from threefold.models.split import LateBlocks
 from threefold.models.views import Views, view_counts
-from threefold.recipe import Job
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe.recipe import Job
+from threefold.recipe.schema import MemberSpec
 from threefold.training.features.activations import predict_late
 from threefold.training.features.cache import FeatureCache
 from threefold.training.features.heads import START_FILE

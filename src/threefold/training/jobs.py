@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from threefold.predictions.records import VERSION, RoleCounts, RunInfo
-from threefold.recipe import Job, fold_name
+from threefold.recipe.recipe import Job, fold_name
 from threefold.training.checks import check_trainable
 from threefold.training.disk_space import check_space
 from threefold.training.distillation import Distillation

@@ -24,8 +24,8 @@ from threefold.errors import (
     out_of_memory,
 )
 from threefold.names import count_of
-from threefold.recipe import Job, Recipe, fold_name
-from threefold.recipe_subset import with_dependents
+from threefold.recipe.recipe import Job, Recipe, fold_name
+from threefold.recipe.subset import with_dependents
 from threefold.training.checks import check_trainable
 from threefold.training.run import Run, stand_ins
 

@@ -37,7 +37,7 @@ from threefold.machine import decoding_threads
 from threefold.models.pipeline import ImageRows
 from threefold.models.resize import resize_square
 from threefold.models.views import Views
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe.schema import MemberSpec
 from threefold.training.stored_array import StoredArray
 
 CHUNK = 32

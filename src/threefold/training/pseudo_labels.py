@@ -25,8 +25,8 @@ from threefold.files import one_at_a_time
 from threefold.models.pipeline import Predictor, pick_device
 from threefold.predictions.ledger import Ledger
 from threefold.predictions.results_schema import LedgerLine, PseudoLabelCounts
-from threefold.recipe import fold_name
-from threefold.recipe_schema import PseudoLabelSpec
+from threefold.recipe.recipe import fold_name
+from threefold.recipe.schema import PseudoLabelSpec
 from threefold.training.features.cache import FeatureCache
 from threefold.training.features.heads import START_FILE, HeadNetwork, head_probs
 from threefold.training.pixel_cache import PixelCache

@@ -31,8 +31,8 @@ from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predic
 from threefold.models.shared import HeadsPipeline, SharedBackbone
 from threefold.models.views import Views
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Job, Recipe
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe.recipe import Job, Recipe
+from threefold.recipe.schema import MemberSpec
 from threefold.saved_run import SavedRun
 from threefold.training.execution import Execution
 from threefold.training.features.frozen import frozen_backbone, frozen_digest

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from threefold.errors import RecipeError
-from threefold.recipe import Recipe
-from threefold.recipe_schema import MemberSpec, StageSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import MemberSpec, StageSpec
 from threefold.training.run import Run
 
 STUDENT: Final = "student"

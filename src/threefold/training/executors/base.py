@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from threefold.recipe import Job
+from threefold.recipe.recipe import Job
 from threefold.training.pseudo_labels import Caches
 from threefold.training.run import Run
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Final
 
 from threefold.errors import RunError
-from threefold.recipe import Job, fold_name
+from threefold.recipe.recipe import Job, fold_name
 
 LEASE: Final = 60.0
 """Seconds without a sign of life after which the owner of a claim counts as dead."""

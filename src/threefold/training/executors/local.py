@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from threefold.recipe import Job
+from threefold.recipe.recipe import Job
 from threefold.training.executors.order import Schedule
 from threefold.training.job import run_job
 from threefold.training.left_out import naming_job

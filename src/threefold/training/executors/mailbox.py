@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from threefold.recipe import Job
+from threefold.recipe.recipe import Job
 
 Letter = tuple[Job, str, tuple[Any, ...]]
 """A job, the node that does it, and its report (`relay.Report`)."""

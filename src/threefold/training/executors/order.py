@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from threefold.recipe import Job
+from threefold.recipe.recipe import Job
 from threefold.training.head_jobs import EPOCHS
 from threefold.training.run import Run
 

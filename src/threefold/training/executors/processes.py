@@ -26,7 +26,7 @@ import torch
 from threefold.data.dataset import Sources
 from threefold.data.sources.folder import EncodedImages
 from threefold.errors import RecipeError, RunError, ThreefoldError, error_from
-from threefold.recipe import Job
+from threefold.recipe.recipe import Job
 from threefold.training.executors.devices import Device, share_out
 from threefold.training.executors.order import Schedule
 from threefold.training.executors.relay import tell

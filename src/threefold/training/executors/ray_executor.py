@@ -24,8 +24,8 @@ from threefold.data.sources.folder import EncodedImages
 from threefold.errors import RunError, error_from
 from threefold.object_store import url_of
 from threefold.predictions.remote_run import RemoteRun
-from threefold.recipe import Job, fold_name
-from threefold.recipe_cluster import ClusterSpec
+from threefold.recipe.cluster import ClusterSpec
+from threefold.recipe.recipe import Job, fold_name
 from threefold.training.distillation import TEACHERS_FOLDER
 from threefold.training.executors.local import LocalExecutor
 from threefold.training.executors.mailbox import Letter, Mailbox

@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 from threefold.data.dataset import Sources
 from threefold.errors import RunError, ThreefoldError, error_texts
 from threefold.predictions.remote_run import RemoteRun
-from threefold.recipe import Job
+from threefold.recipe.recipe import Job
 from threefold.training.executors.relay import RelayWatcher, Report
 from threefold.training.executors.worker import Outcome, Worker, WorkOrder, open_worker
 from threefold.training.job import RESUME_FILE

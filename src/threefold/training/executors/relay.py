@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from threefold.recipe import Job
+from threefold.recipe.recipe import Job
 from threefold.training.progress.watcher import Watcher
 
 INTERVAL: Final = 0.2

@@ -12,7 +12,7 @@ from typing import Final, Literal
 from threefold.data.dataset import Sources
 from threefold.errors import RunError, ThreefoldError
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Job, Recipe
+from threefold.recipe.recipe import Job, Recipe
 from threefold.training.distillation import TEACHERS_FOLDER, Distillation
 from threefold.training.executors.claims import BEAT, LEASE, Claims
 from threefold.training.head_jobs import open_features, prepare_features

@@ -23,7 +23,7 @@ from threefold.errors import ThreefoldError, error_texts, is_out_of_memory, out_
 from threefold.lazy import importing_for_good
 
 if TYPE_CHECKING:
-    from threefold.recipe import Job
+    from threefold.recipe.recipe import Job
     from threefold.training.executors.worker import Worker
     from threefold.training.progress.watcher import Watcher
 

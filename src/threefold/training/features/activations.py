@@ -20,7 +20,7 @@ from threefold.errors import RecipeError
 from threefold.models.heads import InputForm
 from threefold.models.member import Member
 from threefold.models.split import count_frozen_blocks
-from threefold.recipe_schema import MemberSpec, StageSpec
+from threefold.recipe.schema import MemberSpec, StageSpec
 from threefold.tasks import Task
 from threefold.training.features.cache import FeatureCache
 from threefold.training.features.heads import predict_cached, to_features

@@ -31,8 +31,8 @@ from threefold.models.heads import input_form
 from threefold.models.member import create_backbone
 from threefold.models.pipeline import pick_device
 from threefold.models.split import EarlyBlocks
-from threefold.recipe import Recipe
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import MemberSpec
 from threefold.training.checkpoints import fingerprint
 from threefold.training.choice_record import ChoiceRecord
 from threefold.training.features.compute import PART, Backbone, FeaturePass, to_float

@@ -14,7 +14,7 @@ from torch import nn
 
 from threefold.data.dataset import ImageDataset
 from threefold.machine import decoding_threads
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe.schema import MemberSpec
 from threefold.training.distributed.portable import portable
 from threefold.training.distributed.ranks import RankGroup, Ranks, current_ranks
 from threefold.training.distributed.sharing import share_rows

@@ -26,7 +26,7 @@ from threefold.models.backbones import resolve_backbone
 from threefold.models.member import create_backbone, has_token_grid, load_weights
 from threefold.predictions.records import BackboneRecord
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe.schema import MemberSpec
 from threefold.training.provenance import stable_seed
 
 

@@ -12,8 +12,8 @@ import torch
 from threefold.models.backbones import resolve_backbone
 from threefold.models.flops import count_macs
 from threefold.models.member import create_backbone, fixed_size, has_levels
-from threefold.recipe import Recipe
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import MemberSpec
 
 Quality = Literal["fast", "good", "best"]
 

@@ -36,8 +36,8 @@ from threefold.models.hub import (
 )
 from threefold.models.member import create_backbone, fixed_size, has_token_grid
 from threefold.names import plain_backbone
-from threefold.recipe import Recipe
-from threefold.recipe_schema import HeadSpec, MemberSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import HeadSpec, MemberSpec
 from threefold.training.features.cache import FeatureCache
 from threefold.training.planning.basis import Clock, Quality, widest_input
 from threefold.training.planning.image_size import FEATURE_SHARE, ProbePlan

@@ -24,8 +24,8 @@ from threefold.data.splits import assign_roles, refit_roles
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.models.member import last_level
 from threefold.names import count_of
-from threefold.recipe import Recipe
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import MemberSpec
 from threefold.training.features.cache import FeatureCache
 from threefold.training.planning.basis import Clock, Decision
 from threefold.training.planning.image_size import ProbePlan

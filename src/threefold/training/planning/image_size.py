@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from threefold.data.dataset import Sources
 from threefold.errors import RecipeError
 from threefold.models.member import fixed_size
-from threefold.recipe import Recipe
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import MemberSpec
 from threefold.training.checks import check_sizes
 from threefold.training.features.cache import FeatureCache
 from threefold.training.features.probe import predict_fit_seconds

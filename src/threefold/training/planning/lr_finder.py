@@ -19,9 +19,9 @@ from threefold.arguments import parse_minutes, split_names
 from threefold.data.detect_source import seems_data
 from threefold.data.in_memory import store_data
 from threefold.errors import DataError, RecipeError, RunError, refuse_address, shorten
-from threefold.recipe import Job, Recipe
-from threefold.recipe_lookup import packaged_names, resolve
-from threefold.recipe_schema import StageSpec
+from threefold.recipe.lookup import packaged_names, resolve
+from threefold.recipe.recipe import Job, Recipe
+from threefold.recipe.schema import StageSpec
 from threefold.training.checks import check_trainable
 from threefold.training.executors.local import LocalExecutor
 from threefold.training.executors.order import count_work, jobs_before

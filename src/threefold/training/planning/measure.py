@@ -17,7 +17,7 @@ from threefold.models.backbones import resolve_backbone
 from threefold.models.heads import InputForm
 from threefold.models.member import Member, build_member, has_token_grid, last_level
 from threefold.models.split import EarlyBlocks, LateBlocks
-from threefold.recipe_schema import MemberSpec, StageSpec
+from threefold.recipe.schema import MemberSpec, StageSpec
 from threefold.training.features.activations import cached_blocks
 from threefold.training.features.cache import FeatureCache
 from threefold.training.features.probe import Targets, fit_penalties

@@ -6,8 +6,8 @@ from typing import Final
 
 from threefold.data.dataset import Sources
 from threefold.machine import available_memory, peak_memory
-from threefold.recipe import Recipe
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import MemberSpec
 from threefold.training.features.cache import FeatureCache
 from threefold.training.features.store import check_memory
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.training.planning.basis import Decision
 from threefold.training.planning.tuning import tuned_name
 

@@ -19,8 +19,8 @@ from threefold.data.load import load_data
 from threefold.data.splits import HOLDOUT
 from threefold.models.pipeline import pick_device
 from threefold.predictions.run_folder import default_run_folder
-from threefold.recipe import Recipe
-from threefold.recipe_schema import WITH_COLUMNS, DataSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import WITH_COLUMNS, DataSpec
 from threefold.training.disk_space import image_cache_bytes
 from threefold.training.features.cache import FeatureCache
 from threefold.training.planning.basis import (

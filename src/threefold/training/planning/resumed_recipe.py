@@ -10,7 +10,7 @@ from threefold.data.sources.table_inside import find_table
 from threefold.errors import RunError
 from threefold.names import plain_backbone
 from threefold.predictions.run_folder import RunFolder
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.training.planning.candidates import is_auto
 from threefold.training.planning.members import left_out_reason
 

@@ -13,8 +13,8 @@ from threefold.models.backbones import CPU_FROZEN, EARLY_BLOCKS, resolve_backbon
 from threefold.models.heads import input_form
 from threefold.models.member import HEAD, create_backbone, fixed_size, has_token_grid
 from threefold.models.split import count_frozen_blocks
-from threefold.recipe import Recipe
-from threefold.recipe_schema import HeadSpec, MemberSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import HeadSpec, MemberSpec
 from threefold.training.planning.basis import (
     EXPORT_SECONDS,
     LEAST_FOLDS,

@@ -12,7 +12,7 @@ from typing import IO, Any, Final
 from threefold.files import finite_json
 from threefold.predictions.results_schema import Expected
 from threefold.predictions.run_results import AnyResults
-from threefold.recipe import Job, Recipe, fold_name
+from threefold.recipe.recipe import Job, Recipe, fold_name
 from threefold.training.progress.watcher import Watcher
 
 INTERVAL: Final = 1.0

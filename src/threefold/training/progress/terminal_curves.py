@@ -11,7 +11,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from threefold.names import printable
-from threefold.recipe import Job, fold_name
+from threefold.recipe.recipe import Job, fold_name
 
 BLOCKS: Final = "▁▂▃▄▅▆▇█"
 LENGTH: Final = 16

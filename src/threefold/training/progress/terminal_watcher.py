@@ -20,7 +20,7 @@ from rich.progress import (
 
 from threefold.counting import listening
 from threefold.names import printable, wrap_words
-from threefold.recipe import Job
+from threefold.recipe.recipe import Job
 from threefold.training.progress.terminal_curves import (
     Curves,
     ProgressWithCurves,

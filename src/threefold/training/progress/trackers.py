@@ -22,7 +22,7 @@ from threefold.extras import require_package
 from threefold.files import read_json, write_json
 from threefold.predictions.multilabel_results import MultilabelResults
 from threefold.predictions.run_results import AnyResults
-from threefold.recipe import Job, Recipe, fold_name
+from threefold.recipe.recipe import Job, Recipe, fold_name
 from threefold.training.progress.watcher import Watcher
 
 if TYPE_CHECKING:

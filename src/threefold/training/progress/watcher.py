@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from threefold.predictions.run_results import AnyResults
-from threefold.recipe import Job, Recipe
+from threefold.recipe.recipe import Job, Recipe
 
 
 class Watcher:

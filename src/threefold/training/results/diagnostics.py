@@ -42,8 +42,8 @@ from threefold.models.pipeline import to_pixels
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.records import DuplicatesRecord, seal
 from threefold.predictions.results_schema import Audit, Copies, CopyPair
-from threefold.recipe import Recipe
-from threefold.recipe_schema import AugmentSpec, MemberSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import AugmentSpec, MemberSpec
 from threefold.stats.scores import confusions
 from threefold.training.pixel_cache import PixelCache
 from threefold.training.results.out_of_fold import roles_by_fold

@@ -22,7 +22,7 @@ from threefold.predictions.results_schema import (
     Results,
     Score,
 )
-from threefold.recipe_schema import MemberSpec
+from threefold.recipe.schema import MemberSpec
 from threefold.training.distillation import Distillation, distillation_results
 from threefold.training.left_out import left_out_notes
 from threefold.training.pseudo_labels import pseudo_label_counts, pseudo_label_ledger

@@ -20,7 +20,7 @@ from threefold.predictions.multilabel import AnyPredictions, MultilabelPredictio
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.records import VERSION
 from threefold.predictions.results_schema import ChosenViews, Optimism
-from threefold.recipe import Job
+from threefold.recipe.recipe import Job
 from threefold.stats.one_standard_error import simplest
 from threefold.training.distillation import Distillation
 from threefold.training.run import Run, stand_ins

@@ -18,8 +18,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from threefold.errors import shorten
-from threefold.recipe import Job
-from threefold.recipe_schema import StageSpec
+from threefold.recipe.recipe import Job
+from threefold.recipe.schema import StageSpec
 from threefold.training.checkpoints import Checkpoint
 from threefold.training.checks import diverged
 from threefold.training.distributed.fsdp import load_whole_state

@@ -12,8 +12,8 @@ from torch import nn
 
 from threefold.models.member import JointMember, load_weights
 from threefold.models.pipeline import pick_device
-from threefold.recipe import Job, Recipe
-from threefold.recipe_schema import MemberSpec, StageSpec
+from threefold.recipe.recipe import Job, Recipe
+from threefold.recipe.schema import MemberSpec, StageSpec
 from threefold.training.distillation import Distillation
 from threefold.training.features.activations import cached_activations, cached_blocks
 from threefold.training.features.cache import FeatureCache

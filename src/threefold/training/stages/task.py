@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from threefold.models.pipeline import ImageRows
-from threefold.recipe import Recipe
-from threefold.recipe_schema import StageSpec
+from threefold.recipe.recipe import Recipe
+from threefold.recipe.schema import StageSpec
 from threefold.training.checkpoints import SAVE_INTERVAL, Checkpoint, State
 from threefold.training.features.activations import Activations
 from threefold.training.features.cache import FeatureRows

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
-from threefold.recipe_schema import AugmentSpec
+from threefold.recipe.schema import AugmentSpec
 from threefold.training.distributed.sharing import Share
 
 FILL = (124.0, 116.0, 104.0)

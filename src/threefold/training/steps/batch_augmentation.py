@@ -8,7 +8,7 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from threefold.recipe_schema import AugmentSpec
+from threefold.recipe.schema import AugmentSpec
 from threefold.training.distributed.sharing import Share
 from threefold.training.steps.augment import Augment
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from threefold.recipe_schema import TrainSpec
+from threefold.recipe.schema import TrainSpec
 from threefold.training.steps.losses import Whole
 
 

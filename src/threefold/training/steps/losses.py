@@ -15,7 +15,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from threefold.predictions.checks import FLOOR
-from threefold.recipe_schema import DistillSpec, TrainSpec
+from threefold.recipe.schema import DistillSpec, TrainSpec
 from threefold.training.distributed.sharing import Share
 from threefold.training.truth import task_of
 

@@ -18,8 +18,8 @@ import torch
 from torch import Generator, nn
 
 from threefold.errors import is_out_of_memory, shorten
-from threefold.recipe import Job
-from threefold.recipe_schema import StageSpec, TrainSpec
+from threefold.recipe.recipe import Job
+from threefold.recipe.schema import StageSpec, TrainSpec
 from threefold.training.checks import short_of_memory
 
 LEAST = 2

@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import Tensor, nn
 
 from threefold.errors import RecipeError
-from threefold.recipe_schema import StageSpec, TrainSpec
+from threefold.recipe.schema import StageSpec, TrainSpec
 
 Schedule = Literal["constant", "time", "cosine", "one-cycle"]
 

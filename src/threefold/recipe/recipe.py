@@ -20,8 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 from threefold.errors import RecipeError, refuse_address
 from threefold.files import read_text
 from threefold.names import find_repeated
-from threefold.overrides import apply_override
-from threefold.recipe_checks import (
+from threefold.recipe.checks import (
     check_cached,
     check_distill,
     check_folds,
@@ -29,14 +28,15 @@ from threefold.recipe_checks import (
     check_task,
     with_task_defaults,
 )
-from threefold.recipe_cluster import ClusterSpec
-from threefold.recipe_errors import explain_errors
-from threefold.recipe_members import check_members, take_over
-from threefold.recipe_schema import (
+from threefold.recipe.cluster import ClusterSpec
+from threefold.recipe.ensemble import EnsembleSpec
+from threefold.recipe.errors import explain_errors
+from threefold.recipe.members import check_members, take_over
+from threefold.recipe.overrides import apply_override
+from threefold.recipe.schema import (
     AugmentSpec,
     DataSpec,
     DistillSpec,
-    EnsembleSpec,
     FeatureSpec,
     FoldSpec,
     MemberSpec,

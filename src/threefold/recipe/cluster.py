@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from threefold.recipe_schema import Section
+from threefold.recipe.schema import Section
 
 
 class ClusterSpec(Section):

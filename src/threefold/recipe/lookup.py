@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from threefold.errors import RecipeError
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 from threefold.suffixes import ARCHIVES, ARRAYS, TABLES
 
-_PACKAGED = Path(__file__).parent / "recipes"
+_PACKAGED = Path(__file__).parents[1] / "recipes"
 
 
 def packaged(name: str, overrides: Iterable[str] = ()) -> Recipe:

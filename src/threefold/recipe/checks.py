@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from threefold.recipe_schema import (
+from threefold.recipe.ensemble import EnsembleSpec
+from threefold.recipe.schema import (
     WITH_GROUPS,
     AugmentSpec,
     DataSpec,
     DistillSpec,
-    EnsembleSpec,
     FoldSpec,
     MemberSpec,
     PseudoLabelSpec,

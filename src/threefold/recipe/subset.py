@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from threefold.recipe import Recipe
+from threefold.recipe.recipe import Recipe
 
 
 def with_dependents(recipe: Recipe, members: Collection[str]) -> set[str]:

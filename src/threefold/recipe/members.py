@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Final, Protocol
 
 from threefold.names import count_of
-from threefold.recipe_schema import EnsembleSpec, FoldSpec, MemberSpec, StageSpec
+from threefold.recipe.ensemble import EnsembleSpec
+from threefold.recipe.schema import FoldSpec, MemberSpec, StageSpec
 
 TAKEN_OVER: Final = ("backbone", "head", "weights", "resize")
 """Keys of a member that one with `starts_from` has in common with it."""
