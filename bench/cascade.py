@@ -26,7 +26,7 @@ from threefold.ensembles.calibration import fit_calibration
 from threefold.ensembles.cascade import Cascade, stages_by_cost
 from threefold.ensembles.conformal import ConformalSets, UnknownThreshold
 from threefold.evaluation.cascade_savings import Saving, Savings, fit_savings
-from threefold.files import read_arrays
+from threefold.npz_files import read_arrays
 from threefold.predictions.formats import read_predictions
 from threefold.runtime.predict import find_images
 from threefold.training.provenance import commit, hardware

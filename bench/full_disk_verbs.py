@@ -137,7 +137,7 @@ def _store() -> None:
 
 
 def _make_ui() -> None:
-    from threefold.files import write_json
+    from threefold.json_files import write_json
 
     settings = {"budget": "0", "quality": "fast", "skip_bad": True}
     tree = {"data": str(Path("images").resolve()), "created": 0.0, "settings": settings}

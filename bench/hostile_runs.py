@@ -23,7 +23,8 @@ from threefold import api
 from threefold.errors import ThreefoldError
 from threefold.evaluation.saved import evaluate_saved
 from threefold.exporting.export import export
-from threefold.files import read_arrays, sha256, write_arrays
+from threefold.files import sha256
+from threefold.npz_files import read_arrays, write_arrays
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe.recipe import Job, Recipe
 from threefold.report.pages import write_report

@@ -11,7 +11,7 @@ import numpy as np
 from development_sets import SETS
 
 from threefold.errors import DataError
-from threefold.files import read_arrays
+from threefold.npz_files import read_arrays
 from threefold.stats.paired_tests import McNemar, mcnemar_exact
 
 OURS = "threefold"

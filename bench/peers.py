@@ -33,7 +33,7 @@ from development_sets import SETS, prepare
 from peer_systems import NETWORKS, PREDICTIONS
 from peer_tables import Promise, Result, plot_results, print_tables, read_results
 
-from threefold.files import read_json
+from threefold.json_files import read_json
 from threefold.models.member import create_backbone, save_weights
 from threefold.recipe.schema import MemberSpec
 from threefold.stats.scores import accuracy, correct, log_loss, share_interval

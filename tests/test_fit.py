@@ -14,7 +14,7 @@ from support.tiny_runs import hash_files, make_folder
 from threefold import api
 from threefold.errors import RunError
 from threefold.evaluation.saved import evaluate_saved
-from threefold.files import read_json
+from threefold.json_files import read_json
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe.recipe import Job
 from threefold.report.pages import write_report

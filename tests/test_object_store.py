@@ -12,7 +12,8 @@ import pytest
 from threefold.data.detect_source import detect_source
 from threefold.data.load import load_data
 from threefold.errors import MissingExtraError, RunError
-from threefold.files import sha256, write_json
+from threefold.files import sha256
+from threefold.json_files import write_json
 from threefold.object_store import LocalCopy, ObjectFolder, url_of
 from threefold.predictions.remote_run import RemoteRun, run_folder_at
 from threefold.recipe.recipe import Job

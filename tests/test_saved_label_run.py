@@ -19,7 +19,7 @@ from threefold.cli.app import app
 from threefold.cli.ui import describe_run
 from threefold.errors import DataError, RecipeError, RunError
 from threefold.evaluation.multilabel_saved import combine_multilabel, score_multilabel
-from threefold.files import write_json
+from threefold.json_files import write_json
 from threefold.predictions.multilabel_results import MultilabelScore
 from threefold.report.multilabel_pages import write_multilabel_report
 

@@ -14,7 +14,7 @@ from support.fake_runs import fake_run, full_run
 
 import threefold
 from threefold.errors import MissingExtraError, RunError
-from threefold.files import read_json, write_json
+from threefold.json_files import read_json, write_json
 from threefold.report import charts
 from threefold.report.svg import PAGE_COLOURS
 from threefold.training.run import Run

@@ -11,7 +11,7 @@ import pytest
 from support.tiny_runs import make_folder, tiny_tree
 
 from threefold.errors import MissingExtraError, RecipeError, RunError
-from threefold.files import read_json
+from threefold.json_files import read_json
 from threefold.recipe.recipe import Recipe
 from threefold.search import Choices, choose_trial, parse_space, search
 

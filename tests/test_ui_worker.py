@@ -14,7 +14,7 @@ from support.tiny_runs import make_folder
 from threefold.cli import ui_worker
 from threefold.cli.ui import describe_run, resolve_data
 from threefold.errors import DataError
-from threefold.files import read_json, write_json
+from threefold.json_files import read_json, write_json
 from threefold.recipe.recipe import Job
 from threefold.serving.ui_jobs import UNWRITTEN
 from threefold.training.progress.event_watcher import EventLog, EventWatcher

@@ -7,8 +7,6 @@ import errno
 import functools
 import glob
 import hashlib
-import io
-import json
 import os
 import platform
 import re
@@ -17,12 +15,10 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Final
-
-import numpy as np
+from typing import IO, Final
 
 from threefold.errors import DamagedFileError, RunError, is_out_of_memory, out_of_memory
 
@@ -43,9 +39,6 @@ _NOT_REGULAR = "no regular file"
 
 _LOST = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 """Errors of a flush that say that something is not on the disk."""
-
-_PIECE: Final = 1 << 22
-"""Bytes of an array that are read at a time."""
 
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 """Errors of a path where there is no file, but a folder or a circle of links, or nothing."""
@@ -350,66 +343,6 @@ def _delete(path: Path) -> None:
         path.unlink()
 
 
-def write_json(path: Path, tree: Any) -> None:
-    """Write a tree of plain values as indented JSON; see `finite_json`."""
-    write_bytes(path, json_bytes(tree))
-
-
-def json_bytes(tree: Any) -> bytes:
-    """Return the content of a file of `write_json`."""
-    text = json.dumps(
-        finite_json(tree), indent=1, ensure_ascii=False, default=float, allow_nan=False
-    )
-    return (text + "\n").encode()
-
-
-def finite_json(tree: Any) -> Any:
-    """Replace numbers that JSON lacks by the texts NaN, Infinity and -Infinity.
-
-    Records read them back as numbers; without this, the file would not be JSON.
-    """
-    return replace_not_finite(tree, _spell)
-
-
-def replace_not_finite(tree: Any, replacement: Callable[[float], Any]) -> Any:
-    """Return plain values for JSON, with something else for numbers that are not finite.
-
-    Args:
-        tree: plain values; the keys of mappings become texts.
-        replacement: maps NaN or an infinity to what takes its place.
-    """
-    if isinstance(tree, Mapping):
-        return {str(key): replace_not_finite(value, replacement) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [replace_not_finite(value, replacement) for value in tree]
-    if isinstance(tree, float | np.floating) and not np.isfinite(tree):
-        return replacement(float(tree))
-    return tree
-
-
-def _spell(number: float) -> str:
-    """Spell a number that is not finite as JavaScript does."""
-    if np.isnan(number):
-        return "NaN"
-    return "Infinity" if number > 0 else "-Infinity"
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        DamagedFileError: the file is missing or damaged.
-        RunError: the file cannot be read.
-    """
-    try:
-        check_regular(path)
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise unreadable("cannot read", path, error) from None
-    except (ValueError, RecursionError) as error:
-        raise DamagedFileError("the file is damaged", where=path, got=error) from None
-
-
 def unreadable(what: str, path: Path, error: OSError) -> RunError:
     """Make the error of a file that is not there, is none, or cannot be read.
 
@@ -427,62 +360,6 @@ def unreadable(what: str, path: Path, error: OSError) -> RunError:
         return DamagedFileError(what, where=path, got=error)
     fix = "make it readable for this user" if isinstance(error, PermissionError) else ""
     return RunError(what, where=path, got=error, fix=fix)
-
-
-def write_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Write arrays as a compressed .npz file, without pickle."""
-    write_bytes(path, array_bytes(**arrays))
-
-
-def array_bytes(**arrays: np.ndarray) -> bytes:
-    """Return the content of a file of `write_arrays`."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    return buffer.getvalue()
-
-
-def read_into(values: np.ndarray, file: Any) -> None:
-    """Fill an array with the next bytes of a file, which may give them in pieces.
-
-    Args:
-        values: in C order.
-        file: has `readinto`. Some kinds make a copy of what they read, so it is asked for little at
-            a time.
-
-    Raises:
-        ValueError: the file ends before.
-        OSError: it cannot be read.
-    """
-    if not values.nbytes:
-        return
-    left = values.reshape(-1).view(np.uint8).data
-    while left:
-        count = file.readinto(left[:_PIECE])
-        if not count:
-            raise ValueError("the file is cut short")
-        left = left[count:]
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read an .npz file written by `write_arrays`; object arrays are refused.
-
-    Raises:
-        DamagedFileError: the file is missing or damaged.
-        RunError: the file cannot be read, or does not fit into memory.
-    """
-    try:
-        check_regular(path)
-        # numpy would leave a file open that it cannot read.
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except OSError as error:
-        raise unreadable("cannot read arrays", path, error) from None
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise out_of_memory(path, error) from None
-        raise DamagedFileError(
-            "cannot read arrays", where=path, got=f"{type(error).__name__}: {str(error)[:120]}"
-        ) from None
 
 
 def sha256(path: Path) -> str:

@@ -18,7 +18,8 @@ from typing import Any, Final
 
 from threefold.errors import RunError, ThreefoldError
 from threefold.extras import require_package
-from threefold.files import cache_folder, temporary_path, write_json
+from threefold.files import cache_folder, temporary_path
+from threefold.json_files import write_json
 
 EXTRAS: Final = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}
 """The extra that each scheme needs; those missing here need a package of fsspec's."""

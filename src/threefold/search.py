@@ -23,7 +23,8 @@ from threefold.data.load import load_data
 from threefold.errors import RecipeError, RunError
 from threefold.evaluation.optimism import Counts, optimism_entry
 from threefold.extras import require_package
-from threefold.files import delete_leftovers, read_json, write_json
+from threefold.files import delete_leftovers
+from threefold.json_files import read_json, write_json
 from threefold.predictions.predictions import Predictions
 from threefold.predictions.results_schema import Optimism
 from threefold.recipe.overrides import parse_value

@@ -18,8 +18,10 @@ from support.tiny_runs import make_folder, tiny_tree
 from threefold.data.group_file import GROUP_FILE, write_groups
 from threefold.data.load import load_data
 from threefold.exporting.onnx_files import write_file
-from threefold.files import read_arrays, read_json, write_arrays, write_bytes, write_json
+from threefold.files import write_bytes
+from threefold.json_files import read_json, write_json
 from threefold.models.views import Views
+from threefold.npz_files import read_arrays, write_arrays
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe.recipe import Job, Recipe
 from threefold.training.checkpoints import ResumeState, load_resume_state, save_resume_state

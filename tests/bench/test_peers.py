@@ -14,7 +14,7 @@ from peer_tables import OURS, Promise, Result, compare, error_ratios, print_tabl
 from PIL import Image
 
 from threefold.errors import DataError
-from threefold.files import write_arrays
+from threefold.npz_files import write_arrays
 
 
 def make_result(

@@ -22,9 +22,9 @@ from threefold.errors import DataError, ExportError
 from threefold.evaluation.evaluate import evaluate
 from threefold.exporting import targets
 from threefold.exporting.export import chosen_ensemble, export
-from threefold.files import read_arrays
 from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
 from threefold.models.tracing import simplify
+from threefold.npz_files import read_arrays
 from threefold.predictions.results_schema import Expected
 from threefold.training.results.multiclass import evaluate_run
 from threefold.training.run import Run

@@ -9,7 +9,7 @@ import pytest
 from support.paper import FakeResults, FakeRun, fake_run
 
 from threefold.data.splits import Roles
-from threefold.files import read_arrays, write_arrays
+from threefold.npz_files import read_arrays, write_arrays
 from threefold.paper.items import Cell, ItemRun, find_item
 from threefold.paper.measure import (
     CellHits,

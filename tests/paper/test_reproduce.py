@@ -21,7 +21,7 @@ from threefold.data.load import load_data
 from threefold.data.published import data_table
 from threefold.data.synthetic import write_sample
 from threefold.errors import DataError, RecipeError
-from threefold.files import read_json
+from threefold.json_files import read_json
 from threefold.paper.items import (
     FIGURES_WITHOUT_VALUES,
     ITEMS,

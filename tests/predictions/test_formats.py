@@ -14,7 +14,7 @@ from support.paths import ROOT
 from support.predictions import are_equal, make_predictions, predictions
 from typer.testing import CliRunner
 
-from threefold import files, scratch
+from threefold import npz_files, scratch
 from threefold.cli.app import app
 from threefold.errors import DataError, RunError
 from threefold.predictions.adapters import COLUMNS, is_reserved_column
@@ -361,7 +361,7 @@ def test_a_file_larger_than_memory_is_read_as_a_small_one(
     given = {"labels": labels, "classes": tuple("0123")} if name == "one.npy" else {}
     whole = read_predictions(path, **given)  # type: ignore[arg-type]
     monkeypatch.setattr(scratch, "SPILL_BYTES", 0)
-    monkeypatch.setattr(files, "_PIECE", 1000)
+    monkeypatch.setattr(npz_files, "_PIECE", 1000)
 
     read = read_predictions(path, **given)  # type: ignore[arg-type]
 

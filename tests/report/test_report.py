@@ -16,7 +16,7 @@ from support.fake_runs import answers, fake_run
 from support.html_page import Page
 
 from threefold.errors import RunError
-from threefold.files import read_arrays, write_arrays
+from threefold.npz_files import read_arrays, write_arrays
 from threefold.report.pages import write_report
 
 

@@ -19,7 +19,7 @@ from support.html_page import Page
 from support.summaries import FASHION, fake_scores
 
 from threefold.errors import RunError
-from threefold.files import read_arrays, write_arrays
+from threefold.npz_files import read_arrays, write_arrays
 from threefold.predictions.results_schema import Expected, PredictionSummary, Score
 from threefold.report import charts
 from threefold.report.pages import write_report

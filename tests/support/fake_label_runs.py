@@ -9,7 +9,8 @@ import numpy as np
 from support.multilabel import make_multilabel
 from support.tiny_runs import tiny_tree
 from threefold.evaluation.multilabel import evaluate_multilabel
-from threefold.files import write_arrays, write_json
+from threefold.json_files import write_json
+from threefold.npz_files import write_arrays
 from threefold.predictions.multilabel_results import MultilabelResults
 from threefold.predictions.records import VERSION
 from threefold.recipe.recipe import Recipe

@@ -19,7 +19,8 @@ from support.summaries import (
     fake_optimism,
     fake_scores,
 )
-from threefold.files import write_arrays, write_json
+from threefold.json_files import write_json
+from threefold.npz_files import write_arrays
 from threefold.predictions.export_schema import ExportReport, Latency
 from threefold.predictions.records import VERSION
 from threefold.recipe.recipe import Recipe

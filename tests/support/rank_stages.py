@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from support.stages import Stopper, build_tiny, make_rows, make_task
 from support.tiny_runs import make_folder, tiny_tree
 from threefold.data.load import load_data
-from threefold.files import write_arrays, write_json
+from threefold.json_files import write_json
 from threefold.models.pipeline import Predictor
+from threefold.npz_files import write_arrays
 from threefold.recipe.recipe import Recipe
 from threefold.training.features.cache import FeatureCache, FeatureRows
 from threefold.training.features.heads import HeadNetwork

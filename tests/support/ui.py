@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 
 from support.server import wait_until, write_model
 from threefold.errors import DataError
-from threefold.files import write_json
+from threefold.json_files import write_json
 from threefold.serving.ui import make_ui_app
 from threefold.serving.ui_jobs import STATE_FOLDER, Workbench
 from threefold.serving.ui_uploads import UploadLimits, Uploads

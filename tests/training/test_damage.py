@@ -22,8 +22,9 @@ from threefold.errors import OutOfMemoryError, RunError
 from threefold.evaluation.saved import evaluate_saved
 from threefold.exporting import targets
 from threefold.exporting.export import chosen_ensemble, export
-from threefold.files import read_arrays, write_arrays, write_bytes
+from threefold.files import write_bytes
 from threefold.models import member as members
+from threefold.npz_files import read_arrays, write_arrays
 from threefold.predictions.export_schema import ExportReport
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe.recipe import Job, Recipe

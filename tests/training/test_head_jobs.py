@@ -16,8 +16,10 @@ from torch import nn
 
 from threefold import api
 from threefold.errors import RecipeError
-from threefold.files import read_arrays, read_json, sha256
+from threefold.files import sha256
+from threefold.json_files import read_json
 from threefold.models.pipeline import Predictor, predict_probs
+from threefold.npz_files import read_arrays
 from threefold.predictions.ledger import FIT, SCORE, SELECT
 from threefold.recipe.recipe import Job, Recipe
 from threefold.training import head_jobs

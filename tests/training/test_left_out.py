@@ -19,7 +19,7 @@ from torch import nn
 
 from threefold import api
 from threefold.errors import OutOfMemoryError
-from threefold.files import read_json
+from threefold.json_files import read_json
 from threefold.models.pipeline import predict_probs
 from threefold.predictions.run_check import check_run
 from threefold.predictions.run_folder import RunFolder

@@ -21,7 +21,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from threefold.data.shapes import SHAPES, write_shapes
 from threefold.errors import RecipeError
-from threefold.files import read_json
+from threefold.json_files import read_json
 from threefold.models.pipeline import Predictor, predict_probs
 from threefold.predictions.ledger import FIT, SCORE, SELECT
 from threefold.predictions.multilabel import MultilabelPredictions

@@ -14,8 +14,8 @@ import threefold
 from threefold import api
 from threefold.errors import RecipeError, RunError
 from threefold.exporting.export import export
-from threefold.files import read_arrays
 from threefold.models.views import view_counts
+from threefold.npz_files import read_arrays
 from threefold.recipe.recipe import Recipe
 from threefold.recipe.schema import ViewSpec
 from threefold.training.run import Run, stand_ins

@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from threefold import api
 from threefold.errors import DataError, RunError
-from threefold.files import read_arrays
 from threefold.models.pipeline import Predictor, predict_probs
+from threefold.npz_files import read_arrays
 from threefold.recipe.recipe import Job, Recipe
 from threefold.recipe.schema import PseudoLabelSpec
 from threefold.training import head_jobs

@@ -19,7 +19,8 @@ from support.ranks import run_on_ranks, start_ranks
 from support.stages import Stopper, build_tiny
 from support.tiny_runs import make_folder, tiny_tree
 
-from threefold.files import read_arrays, read_json
+from threefold.json_files import read_json
+from threefold.npz_files import read_arrays
 from threefold.recipe.recipe import Recipe
 from threefold.training.stages.loop import train_stage
 

@@ -20,7 +20,7 @@ from support.tiny_runs import make_folder, tiny_tree
 
 from threefold.api import train
 from threefold.errors import MissingExtraError, RecipeError
-from threefold.files import read_json
+from threefold.json_files import read_json
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe.recipe import Recipe
 from threefold.training.progress import trackers

@@ -205,7 +205,7 @@ def export(
     """
     from threefold.evaluation import review_export
     from threefold.evaluation.review import check_new_file, check_target, open_review
-    from threefold.files import write_json
+    from threefold.json_files import write_json
 
     check_new_file(target, ".json")  # before the images are read
     found = open_review(source, kind, sets or ())

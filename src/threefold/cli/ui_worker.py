@@ -20,7 +20,8 @@ from threefold.cli import STARTED
 from threefold.cli.signals import catch_signals
 from threefold.errors import RunError, ThreefoldError, is_out_of_memory, out_of_memory
 from threefold.extras import missing_extra
-from threefold.files import read_json, write_bytes, write_json
+from threefold.files import write_bytes
+from threefold.json_files import read_json, write_json
 from threefold.lazy import importing_for_good
 from threefold.serving.ui_jobs import EVENTS, LOCK, LOG, PROCESS, UNWRITTEN
 from threefold.training.progress.event_watcher import EventLog, EventWatcher

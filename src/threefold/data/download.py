@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 from threefold.data.published import PublishedDataset, RemoteFile, find_published
 from threefold.data.sources.archives import unpack_beside
 from threefold.errors import DataError, RunError
-from threefold.files import read_json, write_json
+from threefold.json_files import read_json, write_json
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called with the file's name, the bytes on disk, and the total bytes (0 = unknown)."""

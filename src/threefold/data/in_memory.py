@@ -33,7 +33,8 @@ from threefold.data.memory_rows import (
 )
 from threefold.data.sources.npz_file import check_images
 from threefold.errors import DataError, RunError, shorten
-from threefold.files import flush_files, temporary_folder, write_arrays
+from threefold.files import flush_files, temporary_folder
+from threefold.npz_files import write_arrays
 
 DATA_FOLDER: Final = "data"
 """The folder in a run's folder with the data that were in memory."""

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 from threefold.errors import ExportError, RunError, is_disk_error
 from threefold.exporting.hub_readme import write_readme
-from threefold.files import write_json
+from threefold.json_files import write_json
 from threefold.predictions.results_schema import Results
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe.recipe import Recipe, fold_name

@@ -23,13 +23,7 @@ import onnx
 import onnx_ir as ir
 
 from threefold.errors import ExportError, RunError
-from threefold.files import (
-    delete_leftovers,
-    flush_folder,
-    sha256,
-    temporary_folder,
-    write_bytes,
-)
+from threefold.files import delete_leftovers, flush_folder, sha256, temporary_folder, write_bytes
 from threefold.runtime.model import KEY
 from threefold.runtime.model_file import CHECKSUM
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from threefold.errors import RecipeError
-from threefold.files import read_json
+from threefold.json_files import read_json
 from threefold.paper.scales import Small
 from threefold.recipe.schema import Section
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 import numpy as np
 
 from threefold.ensembles.registry import make_ensemble
-from threefold.files import read_json
+from threefold.json_files import read_json
 from threefold.models.views import view_counts
 from threefold.paper.items import Cell, Item, ItemRun
 from threefold.paper.results import CellComparison, CellResult, ItemResults, StageCurve

@@ -15,7 +15,7 @@ from threefold.api import train
 from threefold.data.published import data_table
 from threefold.data.synthetic import write_sample
 from threefold.errors import DataError, RecipeError
-from threefold.files import write_json
+from threefold.json_files import write_json
 from threefold.paper.items import Item, ItemRun
 from threefold.paper.measure import measure_item
 from threefold.paper.results import ItemResults

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Final, NamedTuple
 import numpy as np
 
 from threefold.errors import DataError, RunError, refuse_address
-from threefold.files import read_into
+from threefold.npz_files import read_into
 from threefold.scratch import scratch
 
 MAX_BYTES: Final = 4 << 30

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from threefold.errors import DamagedFileError, RunError
-from threefold.files import read_arrays, read_json, sha256, unreadable, write_json
+from threefold.files import sha256, unreadable
+from threefold.json_files import read_json, write_json
+from threefold.npz_files import read_arrays
 from threefold.predictions.manifest import ManifestFiles
 from threefold.predictions.records import JobRecord, seal
 from threefold.recipe.recipe import Job, Recipe, fold_name

@@ -19,16 +19,9 @@ from typing import Final
 import numpy as np
 
 from threefold.errors import DamagedFileError, RunError
-from threefold.files import (
-    array_bytes,
-    exclusive,
-    json_bytes,
-    read_arrays,
-    read_json,
-    sha256,
-    unreadable,
-    write_bytes,
-)
+from threefold.files import exclusive, sha256, unreadable, write_bytes
+from threefold.json_files import json_bytes, read_json
+from threefold.npz_files import array_bytes, read_arrays
 from threefold.predictions.records import VERSION, Record, VersionedRecord, seal
 
 MANIFEST: Final = "manifest.json"

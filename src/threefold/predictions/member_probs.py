@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from threefold.errors import DataError
-from threefold.files import array_bytes, write_bytes
+from threefold.files import write_bytes
 from threefold.names import find_repeated
+from threefold.npz_files import array_bytes
 from threefold.predictions.array_files import detect_format
 from threefold.predictions.ledger import FIT, SCORE, SELECT, TEACH, Ledger
 from threefold.scratch import take_members, take_rows

@@ -15,7 +15,7 @@ from typing import Any, Final, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from threefold.errors import DamagedFileError, RunError
-from threefold.files import finite_json, read_json
+from threefold.json_files import finite_json, read_json
 
 CHECKSUM: Final = "sha256"
 """Key of the checksum in a file. A file without one is read, too."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from threefold.errors import DamagedFileError, RunError
-from threefold.files import read_json
+from threefold.json_files import read_json
 from threefold.object_store import LocalCopy, ObjectFolder, local_copy_of, url_of
 from threefold.recipe.recipe import Job
 

@@ -12,7 +12,8 @@ from typing import Any, Final, NamedTuple
 
 from threefold.data.group_file import GROUP_FILE
 from threefold.errors import DamagedFileError, RunError, ThreefoldError
-from threefold.files import read_json, sha256, unreadable
+from threefold.files import sha256, unreadable
+from threefold.json_files import read_json
 from threefold.predictions.manifest import MANIFEST
 from threefold.predictions.records import (
     BackboneRecord,

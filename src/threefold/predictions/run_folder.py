@@ -23,7 +23,8 @@ import numpy as np
 from threefold.data.group_file import GROUP_FILE
 from threefold.data.in_memory import DATA_FOLDER, is_stored_data
 from threefold.errors import DamagedFileError, RunError, refuse_address
-from threefold.files import delete_leftovers, exclusive, read_json
+from threefold.files import delete_leftovers, exclusive
+from threefold.json_files import read_json
 from threefold.predictions.manifest import LOCK, MANIFEST
 from threefold.predictions.multilabel import AnyPredictions, MultilabelPredictions
 from threefold.predictions.predictions import Predictions

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from threefold.errors import DataError, RunError
-from threefold.files import read_json
+from threefold.json_files import read_json
 from threefold.predictions.job_files import JobFiles
 from threefold.predictions.member_probs import wrong_task
 from threefold.predictions.multilabel import MultilabelPredictions

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from threefold.errors import RunError
-from threefold.files import read_arrays
+from threefold.npz_files import read_arrays
 
 SIDE: Final = 160
 """Longest side of a picture on the page, in pixels; larger ones are reduced."""

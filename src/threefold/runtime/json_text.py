@@ -7,7 +7,7 @@ import json
 import re
 from typing import IO, Any
 
-from threefold.files import replace_not_finite
+from threefold.json_files import replace_not_finite
 
 _CONTROL = re.compile(r"[\x7f-\x9f]")
 """Control characters that `json` does not escape. Outside of strings, JSON has none of them."""

@@ -20,7 +20,8 @@ from typing import IO, Any, Final
 import numpy as np
 
 from threefold.errors import DamagedFileError, DataError, RunError
-from threefold.files import read_json, replacing, write_json
+from threefold.files import replacing
+from threefold.json_files import read_json, write_json
 from threefold.names import escape_formula
 from threefold.predictions.tables import import_pyarrow
 from threefold.runtime.describe import Answer, AnswerTable

@@ -23,7 +23,7 @@ from typing import Any, Final, Literal
 from filelock import FileLock, Timeout
 
 from threefold.errors import DamagedFileError, RunError, ThreefoldError
-from threefold.files import read_json, write_json
+from threefold.json_files import read_json, write_json
 from threefold.serving.limits import Refusal
 
 STATE_FOLDER: Final = ".ui"

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from threefold.errors import RunError
-from threefold.files import one_at_a_time, write_json
+from threefold.files import one_at_a_time
+from threefold.json_files import write_json
 from threefold.predictions.records import read_choices, seal
 
 

@@ -12,8 +12,9 @@ from threefold.data.dataset import ImageDataset, Sources
 from threefold.data.images import content_hash
 from threefold.data.unchanged import DIGEST
 from threefold.errors import DataError, RecipeError, shorten
-from threefold.files import write_arrays, write_bytes
+from threefold.files import write_bytes
 from threefold.models.hub import native_size
+from threefold.npz_files import write_arrays
 from threefold.predictions.tables import import_pyarrow
 from threefold.recipe.recipe import Recipe
 from threefold.recipe.schema import HeadSpec, MemberSpec

@@ -19,11 +19,12 @@ from torch import nn
 
 from threefold.data.splits import Roles
 from threefold.errors import RunError
-from threefold.files import write_arrays, write_json
+from threefold.json_files import write_json
 from threefold.models.member import Member, save_weights
 from threefold.models.pipeline import FirstViews, Predictor, pick_device
 from threefold.models.split import LateBlocks
 from threefold.models.views import Views, view_counts
+from threefold.npz_files import write_arrays
 from threefold.recipe.recipe import Job
 from threefold.recipe.schema import MemberSpec
 from threefold.training.features.activations import predict_late

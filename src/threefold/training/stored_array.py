@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from threefold.files import check_regular, read_into
+from threefold.files import check_regular
+from threefold.npz_files import read_into
 
 
 class StoredArray:

@@ -21,7 +21,7 @@ from threefold.data.sources.hub_columns import choose_columns
 from threefold.data.sources.image_store import ImageStore, StoredRows, StoreWriter
 from threefold.data.sources.image_tables import ImageTable, import_optional
 from threefold.errors import DataError
-from threefold.files import write_json
+from threefold.json_files import write_json
 
 _ADDRESS: Final = re.compile(
     # Of the two slashes, one is lost where the address has become a path.

@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from threefold.errors import DataError, MissingImageError
-from threefold.files import cache_folder, read_json, write_json
+from threefold.files import cache_folder
+from threefold.json_files import read_json, write_json
 
 STORES: Final = "images"
 """Kind of the cache's folder."""

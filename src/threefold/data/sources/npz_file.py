@@ -21,8 +21,8 @@ from threefold.data.sources.label_sets import (
 )
 from threefold.data.split_names import PARTS, split_of
 from threefold.errors import DataError, RunError, shorten
-from threefold.files import read_arrays
 from threefold.names import natural_key
+from threefold.npz_files import read_arrays
 
 _IMAGES: Final = ("images", "image", "x")
 _LABELS: Final = ("labels", "label", "y", "targets", "target")

@@ -21,7 +21,8 @@ from safetensors.torch import save
 from torch import nn
 
 from threefold.errors import DamagedFileError, RunError
-from threefold.files import read_json, sha256, unreadable, write_bytes, write_json
+from threefold.files import sha256, unreadable, write_bytes
+from threefold.json_files import read_json, write_json
 from threefold.models.backbones import resolve_backbone
 from threefold.models.member import create_backbone, has_token_grid, load_weights
 from threefold.predictions.records import BackboneRecord

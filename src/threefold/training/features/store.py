@@ -21,7 +21,8 @@ from typing import Final
 import numpy as np
 
 from threefold.errors import OutOfMemoryError, RecipeError, RunError
-from threefold.files import delete_leftovers, is_abandoned, sha256, write_bytes, write_json
+from threefold.files import delete_leftovers, is_abandoned, sha256, write_bytes
+from threefold.json_files import write_json
 from threefold.machine import available_memory, folder_size, free_disk
 from threefold.training.stored_array import StoredArray
 

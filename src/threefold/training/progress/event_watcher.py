@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
-from threefold.files import finite_json
+from threefold.json_files import finite_json
 from threefold.predictions.results_schema import Expected
 from threefold.predictions.run_results import AnyResults
 from threefold.recipe.recipe import Job, Recipe, fold_name

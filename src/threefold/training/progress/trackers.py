@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from threefold.errors import RecipeError, RunError
 from threefold.extras import require_package
-from threefold.files import read_json, write_json
+from threefold.json_files import read_json, write_json
 from threefold.predictions.multilabel_results import MultilabelResults
 from threefold.predictions.run_results import AnyResults
 from threefold.recipe.recipe import Job, Recipe, fold_name

@@ -36,7 +36,7 @@ from threefold.evaluation.label_errors import (
     write_suspects,
 )
 from threefold.evaluation.multilabel import MultilabelEvaluation
-from threefold.files import json_bytes, read_json
+from threefold.json_files import json_bytes, read_json
 from threefold.models.gradcam import NoMap, ensemble_cam
 from threefold.models.pipeline import to_pixels
 from threefold.predictions.predictions import Predictions
