@@ -6,7 +6,7 @@ answers on the select rows are given here, too, because they depend on the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import cached_property
 from typing import cast
 
@@ -26,7 +26,7 @@ from threefold.training.pixel_cache import slice_rows
 from threefold.training.stages.task import StageTask, features_of, pixels_of
 from threefold.training.steps.batch_augmentation import BatchAugmentation
 from threefold.training.steps.batches import Batch
-from threefold.training.steps.device_pixels import pixel_reader
+from threefold.training.steps.device_pixels import PixelReader, pixel_reader
 from threefold.training.steps.losses import BatchLoss, smooth_targets, teacher_targets
 
 
@@ -92,10 +92,14 @@ class StageInputs:
         inputs = self._read_pixels(np.arange(min(count, len(task.fit.labels))))
         return inputs, f"{task.network} at {inputs.shape[-1]} px"
 
+    def announce(self, parts: Sequence[np.ndarray]) -> None:
+        """Let the images of the next micro-batches be read while others are trained on."""
+        if self.task.activations is None and not self.reads_features:
+            self._read_pixels.announce([self._own(rows)[0] for rows in parts])
+
     def batch(self, rows: np.ndarray) -> Batch:
         """Return what the network is given of some fit rows, or of this rank's share of them."""
-        share = self.ranks.share(len(rows))
-        own = rows if share is None else rows[share.positions]
+        own, share = self._own(rows)
         images, labels, soft = self._read(own, *self._learned(own), share)
         if share is None:
             return Batch(images, labels, soft)
@@ -110,8 +114,13 @@ class StageInputs:
         predictor = Predictor(member, None, self.loss.task)
         return predict_probs(predictor, slice_rows(pixels_of(self.task.select), rows))
 
+    def _own(self, rows: np.ndarray) -> tuple[np.ndarray, Share | None]:
+        """Return this rank's share of the rows of a micro-batch; None = all of it."""
+        share = self.ranks.share(len(rows))
+        return (rows if share is None else rows[share.positions]), share
+
     @cached_property
-    def _read_pixels(self) -> Callable[[np.ndarray], Tensor]:
+    def _read_pixels(self) -> PixelReader:
         return pixel_reader(pixels_of(self.task.fit), self.device)
 
     def _learned(self, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:

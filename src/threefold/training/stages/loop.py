@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import count, islice
+from itertools import chain, count, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -259,7 +259,9 @@ class StageLoop:
         self.order_state = self.generator.get_state()
         self.inputs.begin_epoch(number)
         self._train_mode()
-        for rows in islice(self._batches(), steps, None):
+        batches = islice(self._batches(), steps, None)
+        for rows, following in pairwise(chain(batches, [np.zeros(0, np.int64)])):
+            self.inputs.announce([*self._parts(rows), *self._parts(following)])
             skipped_before = self.recovery.skipped
             loss = self._step(rows)
             steps, images = steps + 1, images + len(rows)
@@ -327,6 +329,10 @@ class StageLoop:
         labels, k = self.task.fit.labels, self.task.num_classes
         return draw_batches(labels, self.spec, k, self.steps_per_epoch, self.generator)
 
+    def _parts(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Divide the rows of a step into micro-batches; of no rows there are none."""
+        return np.array_split(rows, min(self.memory.parts, len(rows) // 2)) if len(rows) else []
+
     def take_steps(self, lrs: Iterable[float]) -> Iterator[float]:
         """Take a step at each rate; yields the loss of its images, before the step."""
         rates = iter(lrs)
@@ -353,7 +359,7 @@ class StageLoop:
             group["lr"] = lr * self.recovery.rate * group.get("lr_scale", 1.0)
         self.ranks.begin_step(self.task.seed, self.step)
         self.recovery.begin_step()
-        parts = np.array_split(rows, min(self.memory.parts, len(rows) // 2))
+        parts = self._parts(rows)
         batches: Iterable[Batch] = map(self.inputs.batch, parts)
         if self.spec.sam:
             batches = list(batches)  # both passes take the same augmented images
