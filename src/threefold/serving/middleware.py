@@ -172,6 +172,9 @@ class GuardMiddleware:
         largest = max(slow, key=lambda state: state.body_bytes)
         largest.give_way(now)
         del self.requests[largest]
+        # At once: before its task ends, more bytes of others may arrive and drop a second one.
+        self.request_bytes -= largest.body_bytes
+        largest.body_bytes = 0
         return True
 
     def _slow_requests(self, now: float) -> list[_RequestState]:
