@@ -15,7 +15,8 @@ import torch.distributed as dist
 from support.stages import build_tiny, make_task
 
 from threefold.errors import RecipeError
-from threefold.recipe.schema import AugmentSpec, DistillSpec, TrainSpec
+from threefold.models.member import build_member
+from threefold.recipe.schema import AugmentSpec, DistillSpec, HeadSpec, MemberSpec, TrainSpec
 from threefold.training.distributed import stage
 from threefold.training.distributed.fsdp import (
     load_whole_state,
@@ -200,6 +201,27 @@ def test_blocks_of_a_network_are_gathered_one_by_one() -> None:
     assert network in units
     assert tiny in units
     assert not any(isinstance(stage, FSDPModule) for stage in network[0])
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize("family", ["resnet", "convnext", "efficientnet", "byobnet", "vit"])
+def test_divided_networks_have_the_gradients_of_whole_ones(family: str) -> None:
+    head = HeadSpec(kind="gru" if family == "resnet" else "linear", noise=0)
+    spec = MemberSpec(name="m", backbone=f"test_{family}", weights="none", img_size=96, head=head)
+    torch.manual_seed(0)
+    member = build_member(spec, 3).eval()
+    divided = shard(copy.deepcopy(member), torch.device("cpu"), 1)
+    images = 255 * torch.rand(2, 3, 96, 96)
+
+    for network in (member, divided):
+        torch.nn.functional.cross_entropy(network(images), torch.tensor([0, 2])).backward()
+
+    for (name, parameter), part in zip(
+        member.named_parameters(), divided.parameters(), strict=True
+    ):
+        assert (parameter.grad is None) == (part.grad is None), name
+        if parameter.grad is not None and part.grad is not None:
+            torch.testing.assert_close(whole(part.grad), parameter.grad)
 
 
 def test_batch_norm_is_not_synchronized_on_processors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,7 @@ def find_stored_data(root: str, run_folder: Path) -> str:
     return str(own.resolve()) if is_moved else root
 
 
-# What was given
+# What is written
 
 
 def _target(run_folder: Path, digest: hashlib._Hash, name: str) -> Path:
