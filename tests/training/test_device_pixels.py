@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from threefold.training.steps import device_pixels
-from threefold.training.steps.device_pixels import PixelReader, ResidentReader, fits, pixel_reader
+from threefold.training.steps.device_pixels import HostReader, ResidentReader, fits, pixel_reader
 
 CPU = torch.device("cpu")
 
@@ -45,7 +45,7 @@ class SlowPixels:
 
 def test_announced_batches_are_read_once_in_order_by_one_thread() -> None:
     disk = SlowPixels(make_pixels(9))
-    reader = PixelReader(disk, CPU)  # type: ignore[arg-type]
+    reader = HostReader(disk, CPU)  # type: ignore[arg-type]
     first, second, third = np.array([0, 4]), np.array([8, 1]), np.array([2, 2])
 
     reader.announce([first, second])
@@ -61,7 +61,7 @@ def test_announced_batches_are_read_once_in_order_by_one_thread() -> None:
 
 def test_an_error_of_a_batch_is_raised_when_it_is_asked_for() -> None:
     disk = SlowPixels(make_pixels(9))
-    reader = PixelReader(disk, CPU)  # type: ignore[arg-type]
+    reader = HostReader(disk, CPU)  # type: ignore[arg-type]
     good, bad = np.array([3]), np.array([30])
 
     reader.announce([good, bad])

@@ -94,7 +94,7 @@ class StageInputs:
 
     def announce(self, parts: Sequence[np.ndarray]) -> None:
         """Let the images of the next micro-batches be read while others are trained on."""
-        if self.task.activations is None and not self.reads_features:
+        if self.task.activations is None:
             self._read_pixels.announce([self._own(rows)[0] for rows in parts])
 
     def batch(self, rows: np.ndarray) -> Batch:
@@ -146,6 +146,9 @@ class HeadInputs(StageInputs):
     """Cached features, with what is learned of them; their copies are the augmentation."""
 
     reads_features = True
+
+    def announce(self, parts: Sequence[np.ndarray]) -> None:
+        """Do nothing: the features are in memory, or mapped."""
 
     def answer(self, member: nn.Module, rows: slice) -> np.ndarray:
         """Return a head's probabilities (r, k) of some of the select rows."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -23,8 +23,22 @@ CHUNK: Final = 4096
 """Images copied to the GPU at a time."""
 
 
-class PixelReader:
-    """Reads batches of images, from the memory or the disk of the host.
+class PixelReader(Protocol):
+    """Reads batches of images."""
+
+    def announce(self, batches: Sequence[np.ndarray]) -> None:
+        """Learn which batches will be asked for next.
+
+        Args:
+            batches: row numbers (b,) of each, in the order in which they will be asked for.
+        """
+
+    def __call__(self, rows: np.ndarray) -> Tensor:
+        """Return the float pixels (b, 3, s, s) in 0..255 of rows, given by their numbers (b,)."""
+
+
+class HostReader:
+    """Reads batches of images from the memory or the disk of the host.
 
     Batches that were announced are read by one thread, in their order. What they hold does not
     depend on that, and an error of theirs is raised when they are asked for.
@@ -40,11 +54,7 @@ class PixelReader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
     def announce(self, batches: Sequence[np.ndarray]) -> None:
-        """Begin to read batches, and forget those that were announced before and are no longer.
-
-        Args:
-            batches: row numbers (b,) of each, in the order in which they will be asked for.
-        """
+        """Begin to read batches, and forget those that were announced before and are no longer."""
         if isinstance(self._pixels, np.ndarray):  # they are in memory already
             return
         before, self._ahead = self._ahead, {}
@@ -56,19 +66,19 @@ class PixelReader:
             read.cancel()
 
     def __call__(self, rows: np.ndarray) -> Tensor:
-        """Return the float pixels (b, 3, s, s) in 0..255 of rows, given by their numbers (b,)."""
+        """Wait for the images of rows if they were announced, and read them now otherwise."""
         future = self._ahead.pop(rows.tobytes(), None)
         return to_pixels(self._pixels[rows] if future is None else future.result(), self._device)
 
 
-class ResidentReader(PixelReader):
+class ResidentReader:
     """Reads batches of images that were copied to the device once, as uint8.
 
     So a batch is a look-up, and no step waits for the host. The values are the same.
     """
 
     def __init__(self, pixels: ImageRows, device: torch.device) -> None:
-        super().__init__(pixels, device)
+        self._device = device
         self._resident = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
         for begin in range(0, len(pixels), CHUNK):
             part = np.ascontiguousarray(pixels[begin : begin + CHUNK])
@@ -78,7 +88,7 @@ class ResidentReader(PixelReader):
         """Do nothing: all batches are there."""
 
     def __call__(self, rows: np.ndarray) -> Tensor:
-        """Return the float pixels (b, 3, s, s) in 0..255 of rows, given by their numbers (b,)."""
+        """Look rows up on the device."""
         batch = self._resident[torch.from_numpy(rows).to(self._device)]
         return batch.permute(0, 3, 1, 2).float()
 
@@ -92,7 +102,7 @@ def pixel_reader(pixels: ImageRows, device: torch.device) -> PixelReader:
     """
     if device.type == "cuda" and fits(pixels, torch.cuda.mem_get_info(device)[0]):
         return ResidentReader(pixels, device)
-    return PixelReader(pixels, device)
+    return HostReader(pixels, device)
 
 
 def fits(pixels: ImageRows, free_bytes: int) -> bool:
