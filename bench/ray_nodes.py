@@ -71,8 +71,8 @@ class NamespaceNode:
         return [int(word) for word in found.stdout.split()]
 
     def workers(self) -> list[int]:
-        """Return the processes of this node that are doing a job."""
-        return [pid for pid in self.processes() if _command(pid).startswith("ray::do_job")]
+        """Return the processes of this node that are doing a job; Ray gives them its name."""
+        return [pid for pid in self.processes() if _command(pid).startswith("ray::jobs/")]
 
     def kill(self) -> None:
         """Kill all processes of the node, and unplug its cable, as a loss of power would."""

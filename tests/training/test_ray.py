@@ -17,10 +17,10 @@ from support.tiny_runs import hash_files, make_folder, tiny_tree
 from threefold import api
 from threefold.errors import RunError
 from threefold.recipe.cluster import ClusterSpec
-from threefold.recipe.recipe import Recipe
+from threefold.recipe.recipe import Job, Recipe
 from threefold.training.execution import Execution
 from threefold.training.executors.ray_cluster import Node, check_listens
-from threefold.training.executors.ray_executor import JobNeeds
+from threefold.training.executors.ray_executor import JobNeeds, jobs_of_lost_nodes
 from threefold.training.progress.watcher import Watcher
 from threefold.training.run import Run
 
@@ -83,6 +83,16 @@ def test_how_many_jobs_a_node_has_room_for() -> None:
     assert GPU_NODE.fits({"CPU": 2.0, "GPU": 1.0, "memory": 0.0}) == 2
     assert GPU_NODE.fits({"CPU": 2.0, "GPU": 0.0, "memory": 20e9}) == 3
     assert CPU_NODE.fits({"CPU": 2.0, "GPU": 1.0}) == 0
+
+
+def test_jobs_of_a_node_that_is_gone_are_lost() -> None:
+    lost, kept, unsent = Job("m", 0, "one"), Job("m", 1, "one"), Job("m", 2, "one")
+    pending = {"first": lost, "second": kept, "third": unsent}
+    places = {lost: "node that died", kept: GPU_NODE.id}
+
+    found = jobs_of_lost_nodes(pending, places, [CPU_NODE, GPU_NODE])
+
+    assert found == {"first": lost}
 
 
 def test_the_cluster_is_no_part_of_the_digest(tiny: Recipe) -> None:

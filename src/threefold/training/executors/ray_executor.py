@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,16 +173,18 @@ class _Submission:
     def __init__(self, ray: Any, run: Run, jobs: Sequence[Job], needs: JobNeeds) -> None:
         self.ray, self.run, self.jobs, self.needs = ray, run, jobs, needs
         self.retries = run.recipe.cluster.retries
-        self.schedule, self.counted = Schedule(run, jobs, self._slots()), time.monotonic()
+        slots = count_slots(living_nodes(ray), needs)
+        self.schedule, self.counted = Schedule(run, jobs, slots), time.monotonic()
         self.order = WorkOrder.of(run)
         # A process that has used one GPU cannot change to another: each job has a new one.
         self.task = ray.remote(max_retries=0, max_calls=1 if needs.gpus else 0)(do_job)
-        self.mailbox = ray.remote(num_cpus=0, max_restarts=-1)(Mailbox).remote()
+        self.mailbox = _open_mailbox(ray)
         self.sources = _ship(ray, run)
         self.remote = RemoteRun(run.execution.url, run.dir) if run.execution.url else None
         self.mail: Any = None
         self.pending: dict[Any, Job] = {}
         self.shown: set[Job] = set()
+        self.places: dict[Job, str] = {}
         self.homes: dict[tuple[object, ...], str] = {}
         self.opening: dict[tuple[object, ...], Job] = {}
         self.shortage: JobMemoryError | None = None
@@ -218,15 +220,23 @@ class _Submission:
             self.ray.kill(self.mailbox)
         shutil.rmtree(self.run.dir / CLAIMS_FOLDER, ignore_errors=True)
 
-    def _slots(self) -> int:
-        """How many jobs the cluster has room for."""
+    def _count_nodes(self) -> None:
+        """Count the nodes now and then, and let the jobs of those that are gone wait again.
+
+        Ray itself waits for minutes for the answer of a machine that has lost its power or its
+        network, even after it has given the machine up.
+        """
+        if time.monotonic() - self.counted < COUNT_SECONDS:
+            return
         nodes = living_nodes(self.ray)
-        return max(1, sum(node.fits(self.needs.resources) for node in nodes))
+        self.schedule.slots, self.counted = count_slots(nodes, self.needs), time.monotonic()
+        for reference, job in jobs_of_lost_nodes(self.pending, self.places, nodes).items():
+            del self.pending[reference]
+            self._lose(job, "its node is gone")
 
     def _submit(self) -> None:
         """Give the cluster as many jobs as it has room for."""
-        if time.monotonic() - self.counted >= COUNT_SECONDS:
-            self.schedule.slots, self.counted = self._slots(), time.monotonic()
+        self._count_nodes()
         while len(self.pending) < self.schedule.slots:
             job = self.schedule.start(self._may_start)
             if job is None:
@@ -284,12 +294,13 @@ class _Submission:
             except self.ray.exceptions.RayTaskError as error:
                 raise _bug(job, error) from None
             except self.ray.exceptions.RayError as error:
-                self._lose(job, error)
+                self._lose(job, type(error).__name__)
                 continue
             self._end(job, answer)
 
     def _end(self, job: Job, answer: Answer) -> None:
         """Take the answer of a job."""
+        self.places.pop(job, None)
         group = self._group(job)
         if group:
             self.opening.pop(group, None)
@@ -319,19 +330,19 @@ class _Submission:
         else:  # claimed by a process that Ray has ended, or stopped by someone else
             self.schedule.put_back(job, lost=answer.state == "claimed")
 
-    def _lose(self, job: Job, error: Exception) -> None:
+    def _lose(self, job: Job, reason: str) -> None:
         """Let a job wait again whose process or node has died.
 
         Raises:
             RunError: it has died too often.
         """
         group = self._group(job)
+        self.places.pop(job, None)
         self.opening.pop(group, None)
         self.homes.pop(group, None)
         losses = self.schedule.put_back(job, lost=True)
         self.shown.discard(job)
         self.run.watcher.ended(job)
-        reason = type(error).__name__
         if losses > self.retries:
             raise RunError(
                 "the process of a job died again and again",
@@ -345,10 +356,11 @@ class _Submission:
     def _report(self) -> None:
         """Pass on to the watcher what the jobs report."""
         running = set(self.schedule.running)
-        for job, _, report in self._read_mail():
+        for job, node, report in self._read_mail():
             job = Job(*job)
             if job not in running:
                 continue
+            self.places[job] = node
             if job not in self.shown:
                 self.shown.add(job)
                 self.run.watcher.job(job, skipped=False)
@@ -376,6 +388,41 @@ class _Submission:
             )
             for reference in self.pending:
                 self.ray.cancel(reference, force=True)
+
+
+def count_slots(nodes: Sequence[Node], needs: JobNeeds) -> int:
+    """Return how many jobs nodes have room for at the same time; at least 1."""
+    return max(1, sum(node.fits(needs.resources) for node in nodes))
+
+
+def jobs_of_lost_nodes(
+    pending: Mapping[Any, Job], places: Mapping[Job, str], living: Sequence[Node]
+) -> dict[Any, Job]:
+    """Return the jobs that began on a node that is no longer alive.
+
+    Args:
+        pending: jobs that have no answer yet, by the reference to their answer.
+        places: the node on which a job has begun, for those that have.
+        living: the nodes that are alive.
+
+    Returns:
+        Those of `pending` that are lost.
+    """
+    alive = {node.id for node in living}
+    return {
+        reference: job
+        for reference, job in pending.items()
+        if job in places and places[job] not in alive
+    }
+
+
+def _open_mailbox(ray: Any) -> Any:
+    """Start the mailbox on the node of this process, so that it dies with no other machine."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    mailbox = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Mailbox)
+    return mailbox.remote()
 
 
 def _shared_paths(run: Run) -> list[str]:
