@@ -8,7 +8,9 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from support.tiny_runs import hash_files
 
+from threefold import api
 from threefold.data.detect_source import detect_source
 from threefold.data.load import load_data
 from threefold.errors import MissingExtraError, RunError
@@ -16,7 +18,7 @@ from threefold.files import sha256
 from threefold.json_files import write_json
 from threefold.object_store import LocalCopy, ObjectFolder, url_of
 from threefold.predictions.remote_run import RemoteRun, run_folder_at
-from threefold.recipe.recipe import Job
+from threefold.recipe.recipe import Job, Recipe
 
 URL = "memory://bucket/run"
 JOB = Job("net", 0, "one")
@@ -149,6 +151,20 @@ def test_a_stopped_run_is_copied_and_caches_are_not(tmp_path: Path) -> None:
     names = ObjectFolder(URL).list()
     assert f"{JOB.path}/done.json" in names
     assert not [name for name in names if name.startswith((".", "cache"))]
+
+
+def test_a_run_at_a_url_is_that_of_a_folder(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "memory://bucket/trained"
+    alone = api.train(tiny, tmp_path / "run", progress=False)
+    first = api.train(tiny, url, progress=False)
+    monkeypatch.setenv("THREEFOLD_CACHE", str(tmp_path / "other machine"))
+    second = api.train(tiny, url, progress=False)
+
+    assert hash_files(alone.dir) == hash_files(first.dir) == hash_files(second.dir)
+    assert second.dir != first.dir
+    assert "results.json" in ObjectFolder(url).list()
 
 
 def test_images_at_a_url_are_copied_once(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,8 +32,8 @@ _URL = re.compile(rf"({'|'.join(SCHEMES)}):/{{1,2}}([^/].*)")
 _BATCH: Final = 256
 """Objects copied at a time."""
 
-_INDEX: Final = ".objects.json"
-"""In a local copy: what the objects were when they were copied."""
+INDEX: Final = ".objects.json"
+"""File of a local copy: what the objects were when they were copied."""
 
 
 def url_of(path: str | Path) -> str:
@@ -214,7 +214,7 @@ class LocalCopy:
         self.store, self.folder = store, folder
         self._index: dict[str, list[Any]] = {}
         with suppress(OSError, ValueError, KeyError, TypeError):
-            saved = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+            saved = json.loads((folder / INDEX).read_text(encoding="utf-8"))
             if saved["url"] == store.url:
                 self._index = saved["objects"]
 
@@ -273,7 +273,7 @@ class LocalCopy:
         self._index[name] = [there.size, there.mark, _stamp(self.folder / name)]
 
     def _save(self) -> None:
-        write_json(self.folder / _INDEX, {"url": self.store.url, "objects": self._index})
+        write_json(self.folder / INDEX, {"url": self.store.url, "objects": self._index})
 
 
 def _stamp(path: Path) -> list[int]:

@@ -59,6 +59,8 @@ SURFACE = {
         "--device",
         "--batch",
         "--heat",
+        "--executor",
+        "--address",
     },
     "explain": {"--out", "--class", "--similar", "--json"},
     "embed": {"--out", "--members", "--size"},

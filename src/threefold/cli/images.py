@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from threefold.cli.console import out, print_error
-from threefold.cli.options import ImageTime, Json, Mode, ModelFile
+from threefold.cli.options import Address, Executor, ImageTime, Json, Mode, ModelFile
+from threefold.cli.output import executor_words
 from threefold.cli.progress import describe_speed, progress_bar
 from threefold.errors import DataError
 from threefold.lazy import importing_for_good
@@ -70,6 +71,8 @@ def predict(
             "slower.",
         ),
     ] = None,
+    executor: Executor = "local",
+    address: Address = "",
 ) -> None:
     """Classify images with an exported file; needs no torch."""
     with importing_for_good():
@@ -77,34 +80,59 @@ def predict(
         from threefold.runtime.devices import find_device
 
     policy = answers.parse_policy(mode, budget)
-    find_device(device)
+    executor_words(executor, address)
+    form = _choose_form(target, as_json=as_json, csv=csv)
+    _check_target(target, heat, executor)
+    if executor == "local":
+        find_device(device)
     is_many = target is not None or device != "cpu"
     engine = answers.Engine(device, answers.parse_batch(batch or ("auto" if is_many else "1")))
     if target is not None:
-        if csv or as_json:
-            raise DataError(
-                "--out says the form of the results by its suffix",
-                where=target,
-                fix="leave --csv and --json out",
-            )
-        if heat is not None:
-            raise DataError(
-                "--out writes no heat maps", where=target, fix="give --heat in a command without it"
-            )
-        _predict_to_file(target, model, images, top, policy, engine)
+        cluster = address if executor == "ray" else None
+        _predict_to_file(target, model, images, top, policy, engine, cluster)
         return
-    if csv and as_json:
-        raise DataError("--csv and --json are two forms of the answers", fix="give one of them")
-    form = "text"
-    if csv:
-        form = "csv"
-    if as_json:
-        form = "json"
     failed = answers.write_predictions(
         sys.stdout, print_error, model, images, top, form, policy, engine, heat
     )
     if failed:
         raise SystemExit(1)
+
+
+def _choose_form(target: Path | None, *, as_json: bool, csv: bool) -> str:
+    """Return the form of what is printed: text, json or csv.
+
+    Raises:
+        DataError: two forms are given, or one beside a file, whose suffix says it.
+    """
+    if target is not None and (csv or as_json):
+        raise DataError(
+            "--out says the form of the results by its suffix",
+            where=target,
+            fix="leave --csv and --json out",
+        )
+    if csv and as_json:
+        raise DataError("--csv and --json are two forms of the answers", fix="give one of them")
+    if as_json:
+        return "json"
+    return "csv" if csv else "text"
+
+
+def _check_target(target: Path | None, heat: Path | None, executor: str) -> None:
+    """Check that what needs a file of answers has one, and the reverse.
+
+    Raises:
+        DataError: a cluster has none, or heat maps have one.
+    """
+    if target is None and executor == "ray":
+        raise DataError(
+            "a cluster answers into a file",
+            where="--executor ray",
+            fix="add --out, with the name of a .csv, .jsonl or .parquet",
+        )
+    if target is not None and heat is not None:
+        raise DataError(
+            "--out writes no heat maps", where=target, fix="give --heat in a command without it"
+        )
 
 
 def _predict_to_file(
@@ -114,12 +142,15 @@ def _predict_to_file(
     top: int,
     policy: CascadePolicy,
     engine: Engine,
+    cluster: str | None,
 ) -> None:
     """Write the answers into a file, with a bar, and say what it has."""
     from threefold.runtime.predict_file import predict_to_file
 
     with progress_bar("images", speed=True) as progress:
-        done = predict_to_file(target, print_error, model, images, top, policy, engine, progress)
+        done = predict_to_file(
+            target, print_error, model, images, top, policy, engine, progress, cluster
+        )
     answered = done.images - done.resumed
     speed = ""
     if answered:

@@ -35,7 +35,7 @@ Processes = Annotated[
 ]
 Executor = Annotated[
     Literal["local", "ray"],
-    typer.Option("--executor", help="Where the jobs are done: here, or on a Ray cluster."),
+    typer.Option("--executor", help="Where the work is done: here, or on a Ray cluster."),
 ]
 Address = Annotated[
     str,

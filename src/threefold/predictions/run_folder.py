@@ -25,6 +25,7 @@ from threefold.data.in_memory import DATA_FOLDER, is_stored_data
 from threefold.errors import DamagedFileError, RunError, refuse_address
 from threefold.files import delete_leftovers, exclusive
 from threefold.json_files import read_json
+from threefold.object_store import INDEX
 from threefold.predictions.manifest import LOCK, MANIFEST
 from threefold.predictions.multilabel import AnyPredictions, MultilabelPredictions
 from threefold.predictions.predictions import Predictions
@@ -48,7 +49,7 @@ OPENED_ONCE = ("train", "reproduce", "export")
 EXPORTED: Final = ("model.onnx", "report.html")
 """Files of the manifest that are not made by training."""
 
-_FIRST: Final = (GROUP_FILE, MANIFEST, LOCK)
+_FIRST: Final = (GROUP_FILE, MANIFEST, LOCK, INDEX)
 """Files that may be there before the recipe."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import io
 import os
@@ -24,6 +23,7 @@ from threefold.machine import (
     available_memory,
     folder_size,
     free_disk,
+    package_versions,
     processor_name,
     usable_cores,
 )
@@ -83,18 +83,12 @@ def examine(measure_speed: bool = False) -> Iterator[Finding]:
 def _versions() -> Iterator[Finding]:
     version = ".".join(map(str, sys.version_info[:3]))
     yield Finding("versions", "python", version)
+    versions = package_versions((*PACKAGES, *OPTIONAL))
     for name in PACKAGES:
-        yield Finding("versions", name, _version(name) or "?")
+        yield Finding("versions", name, versions[name] or "?")
     for name, extra in OPTIONAL.items():
-        value = _version(name) or f"not installed: {install_command(extra)}"
+        value = versions[name] or f"not installed: {install_command(extra)}"
         yield Finding("versions", name, value)
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _devices() -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from threefold.data.image_rows import ImageRow
 from threefold.errors import DataError, RunError
 from threefold.files import exclusive, sha256
 from threefold.names import count_of
+from threefold.runtime.cluster_predict import answer_on_cluster, check_policy
 from threefold.runtime.describe import AnswerTable, describe_answer
 from threefold.runtime.model import FULL, CascadePolicy
 from threefold.runtime.predict import (
@@ -52,6 +53,7 @@ def predict_to_file(
     policy: CascadePolicy = FULL,
     engine: Engine | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
+    cluster: str | None = None,
 ) -> FileSummary:
     """Predict images in order and write the answers as they come.
 
@@ -67,6 +69,8 @@ def predict_to_file(
         policy: how many members answer; a budget is measured once, on the first readable image.
         engine: where, and how many at a time; None = the fastest batch on the CPU.
         progress: called with the number of images that are done and of all.
+        cluster: address of the Ray cluster that answers (`cluster_predict.answer_on_cluster`); None
+            = this machine.
 
     Raises:
         DataError: the suffix is unknown, or pyarrow is missing.
@@ -82,8 +86,9 @@ def predict_to_file(
         fix="wait for it, or choose another --out",
     )
     with exclusive(lock, busy, "choose a writable folder"):
+        engine = engine or Engine(batch=0)
         summary = _predict(
-            target, notify, model_path, sources, top, policy, engine or Engine(batch=0), progress
+            target, notify, model_path, sources, top, policy, engine, progress, cluster
         )
         with suppress(OSError):  # as on Windows, where an open file cannot be deleted
             lock.unlink()
@@ -99,9 +104,12 @@ def _predict(
     policy: CascadePolicy,
     engine: Engine,
     progress: Callable[[int, int], object],
+    cluster: str | None,
 ) -> FileSummary:
     """Do what `predict_to_file` says, as the only process."""
-    model = open_model(model_path, engine)
+    model = open_model(model_path, engine if cluster is None else Engine(batch=0))
+    if cluster is not None:
+        check_policy(model, policy)
     images: list[str | ImageRow] = []
     failed = 0
     for found in each_image(sources, notify):
@@ -126,10 +134,15 @@ def _predict(
     waiting: list[dict[str, Any]] = []
     progress(done, len(paths))
     rest = itertools.islice(images, done, None)
-    try:
-        for path, output, error in answer_all(
+    if cluster is None:
+        answers = answer_all(
             model, rest, policy, engine, notify, batch, lambda p: results.keep(asdict(p))
-        ):
+        )
+    else:
+        files = [source for source in sources if Path(source).exists()]
+        answers = answer_on_cluster(cluster, engine, model, rest, policy, files, batch, notify)
+    try:
+        for path, output, error in answers:
             done += 1
             if output is not None:
                 waiting.append(describe_answer(model, path, output, top))

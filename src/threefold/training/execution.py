@@ -13,7 +13,7 @@ class Execution:
     Attributes:
         executor: local = processes of this machine, as many as `devices` says; ray = the nodes of a
             Ray cluster.
-        address: of the cluster, see `executors.ray_cluster.connected`; empty = RAY_ADDRESS, or else
+        address: of the cluster, see `ray_cluster.connected`; empty = RAY_ADDRESS, or else
             a cluster of this machine alone.
         url: of the run, where the run folder here is a copy of one on an object store.
         devices: how many jobs run at the same time, each on a device of its own; all = as many as

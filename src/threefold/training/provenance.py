@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import subprocess
 from pathlib import Path
+from typing import Final
 
 import torch
 
 from threefold.data.dataset import Sources
-from threefold.machine import processor_name
+from threefold.machine import package_versions, processor_name
+
+PACKAGES: Final = ("threefold", "torch", "timm", "numpy")
+"""Those whose versions can change what is trained."""
 
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that can change a result."""
-    return {
-        name: importlib.metadata.version(name) for name in ("threefold", "torch", "timm", "numpy")
-    }
+    return package_versions(PACKAGES)
 
 
 def hardware() -> str:

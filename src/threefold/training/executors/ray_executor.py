@@ -24,23 +24,19 @@ from threefold.data.sources.folder import EncodedImages
 from threefold.errors import RunError, error_from
 from threefold.object_store import url_of
 from threefold.predictions.remote_run import RemoteRun
+from threefold.ray_cluster import Node, check_nodes, connected, living_nodes
 from threefold.recipe.cluster import ClusterSpec
 from threefold.recipe.recipe import Job, fold_name
 from threefold.training.distillation import TEACHERS_FOLDER
 from threefold.training.executors.local import LocalExecutor
 from threefold.training.executors.mailbox import Letter, Mailbox
 from threefold.training.executors.order import Schedule, jobs_before
-from threefold.training.executors.ray_cluster import (
-    Node,
-    check_nodes,
-    connected,
-    living_nodes,
-)
 from threefold.training.executors.ray_tasks import Answer, Errand, do_job
 from threefold.training.executors.relay import tell
 from threefold.training.executors.worker import CLAIMS_FOLDER, WorkOrder
 from threefold.training.head_jobs import prepare_features
 from threefold.training.left_out import JobMemoryError, shortage_of
+from threefold.training.provenance import PACKAGES
 from threefold.training.pseudo_labels import Caches
 from threefold.training.run import Run
 
@@ -83,7 +79,7 @@ class RayExecutor:
         with connected(self.address) as ray:
             needs = JobNeeds.of(run.recipe.cluster, run.recipe.train.device, living_nodes(ray))
             nodes = _nodes_with_room(ray, needs, run.recipe.cluster.wait_minutes)
-            check_nodes(ray, nodes, _shared_paths(run))
+            check_nodes(ray, nodes, _shared_paths(run), PACKAGES)
             with _demand(needs, run, jobs):
                 _Submission(ray, run, jobs, needs).work()
 

@@ -1,4 +1,4 @@
-"""A Ray cluster: connect to it, and check that its nodes can do the jobs of a run.
+"""A Ray cluster: connect to it, and check that its nodes can do what is asked of them.
 
 Everything here fails in seconds and with one line. Ray by itself tries an address that no one
 listens on for minutes, and then ends the program.
@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from threefold.errors import RunError, ThreefoldError, shorten
 from threefold.extras import require_package
-from threefold.training.provenance import versions
+from threefold.machine import package_versions
 
 CONNECT_SECONDS: Final = 5.0
 """How long to wait for an answer from the address of a cluster."""
@@ -176,10 +176,10 @@ def living_nodes(ray: Any) -> list[Node]:
 
 @dataclass(frozen=True)
 class NodeState:
-    """What a node finds where a run needs it; plain values, for they travel.
+    """What a node finds where work needs it; plain values, for they travel.
 
     Attributes:
-        versions: of Python and of the packages that can change a result.
+        versions: of Python and of the packages that were asked for; empty of one that is missing.
         missing: the paths that are not there.
     """
 
@@ -187,22 +187,25 @@ class NodeState:
     missing: tuple[str, ...]
 
 
-def inspect_node(paths: Sequence[str]) -> NodeState:
+def inspect_node(paths: Sequence[str], packages: Sequence[str]) -> NodeState:
     """Look at this node: its versions, and whether paths are there."""
-    own = {"python": platform.python_version(), **versions()}
+    own = {"python": platform.python_version(), **package_versions(packages)}
     return NodeState(own, tuple(path for path in paths if not Path(path).exists()))
 
 
-def check_nodes(ray: Any, nodes: Sequence[Node], paths: Sequence[str]) -> None:
-    """Check that nodes have the versions of this machine and reach the paths of a run.
+def check_nodes(
+    ray: Any, nodes: Sequence[Node], paths: Sequence[str], packages: Sequence[str]
+) -> None:
+    """Check that nodes have the versions of this machine and reach some paths.
 
     Args:
         ray: the package, connected.
         nodes: to check.
         paths: that must be there.
+        packages: whose versions can change a result.
 
     Raises:
-        RunError: a node cannot do the jobs of the run.
+        RunError: a node cannot do the work.
     """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -210,7 +213,7 @@ def check_nodes(ray: Any, nodes: Sequence[Node], paths: Sequence[str]) -> None:
     pending = {}
     for node in nodes:
         here = NodeAffinitySchedulingStrategy(node.id, soft=False)
-        reference = inspect.options(scheduling_strategy=here).remote(list(paths))
+        reference = inspect.options(scheduling_strategy=here).remote([*paths], [*packages])
         pending[reference] = node
     ready, late = ray.wait(list(pending), num_returns=len(pending), timeout=CHECK_SECONDS)
     if not ready:
@@ -225,7 +228,7 @@ def check_nodes(ray: Any, nodes: Sequence[Node], paths: Sequence[str]) -> None:
             raise _broken(node, str(error.cause)) from None
         except ray.exceptions.RayError:
             continue  # a node that died now gets no jobs
-        _check_state(node, state)
+        _check_state(node, state, inspect_node((), packages).versions)
     if len(late) == len(pending):
         raise RunError(
             "no node of the cluster answers",
@@ -241,25 +244,24 @@ def _broken(node: Node, cause: str) -> RunError:
         "threefold does not run on a node of the cluster",
         where=node.address,
         got=cause[-200:],
-        fix="install threefold[ray,train] there, in the same version as here",
+        fix="install threefold there with the same extras, and in the same version, as here",
     )
 
 
-def _check_state(node: Node, state: NodeState) -> None:
-    here = inspect_node(()).versions
+def _check_state(node: Node, state: NodeState, here: Mapping[str, str]) -> None:
     for name, version in here.items():
         if state.versions.get(name) != version:
             raise RunError(
                 f"a node of the cluster has another version of {name}",
                 where=node.address,
                 expected=f"{name} {version}, as here",
-                got=f"{name} {state.versions.get(name)}",
+                got=f"{name} {state.versions.get(name) or 'not installed'}",
                 fix="install the same versions on all machines, so that results are the same",
             )
     if state.missing:
         raise RunError(
-            "a node of the cluster does not see a path of the run",
+            "a node of the cluster does not see a path that it needs",
             where=f"{state.missing[0]} on {node.address}",
-            fix="put images and run folder on a disk that all nodes share, under one path, or give "
-            "--out (and images) as a URL, such as s3://BUCKET/NAME",
+            fix="put it on a disk that all nodes share, under one path; `fit` and `train` also "
+            "take images and --out as URLs, such as s3://BUCKET/NAME",
         )
