@@ -14,6 +14,7 @@ from threefold.data.dataset import Sources
 from threefold.data.group_file import GROUP_FILE
 from threefold.errors import RecipeError, RunError
 from threefold.exporting.export import export
+from threefold.files import real_path
 from threefold.predictions.remote_run import run_folder_at
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe.recipe import Recipe
@@ -281,7 +282,7 @@ def report(run: Run, out: Path | None = None) -> Path:
     try:
         run.folder.add_results("report", time.monotonic() - start)
     except RunError as error:
-        if path.resolve().parent == run.dir.resolve():
+        if real_path(path).parent == real_path(run.dir):
             raise
         run.watcher.note(f"the run does not record this report: {error}")
     return path
@@ -332,7 +333,7 @@ def distill(
 
 def default_folder(run: str | Path, student: str) -> Path:
     """Return the default folder of a student: beside the run, named after both."""
-    folder = Path(run).resolve()
+    folder = real_path(Path(run))
     return folder.parent / f"{folder.name}-{re.sub(r'[^A-Za-z0-9_.-]', '-', student)}"
 
 

@@ -44,6 +44,14 @@ _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 """Errors of a path where there is no file, but a folder or a circle of links, or nothing."""
 
 
+def real_path(path: Path) -> Path:
+    """Return an absolute path with its links followed, as far as they lead.
+
+    `Path.resolve` raises a RuntimeError for a circle of links before Python 3.13.
+    """
+    return Path(os.path.realpath(path))
+
+
 def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write a file atomically: a crash leaves the old content or the new, never a part.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,12 @@ def test_several_files_are_joined_by_id(tmp_path: Path) -> None:
         read_sources([tmp_path])
 
 
+def circle(path: Path) -> None:
+    """Put a link to itself in place of a file."""
+    path.unlink()
+    path.symlink_to(path.name)
+
+
 @pytest.mark.parametrize("left", ["nothing but the recipe", "all but oof.npz"])
 def test_a_run_without_its_rows_names_training(finished: Run, tmp_path: Path, left: str) -> None:
     run = tmp_path / "run"
@@ -69,6 +76,17 @@ def test_a_run_without_its_rows_names_training(finished: Run, tmp_path: Path, le
 
     with pytest.raises(RunError, match=re.escape(train)):
         score_saved([run])
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, circle])
+def test_results_that_are_gone_are_named(
+    finished: Run, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    run = Path(shutil.copytree(finished.dir, tmp_path / "run"))
+    damage(run / "results.json")
+
+    with pytest.raises(RunError, match=r"results\.json; .*fix: (delete .* and )?run `threefold"):
+        evaluate_saved(run, ["mean"])
 
 
 def test_a_copy_of_a_member_counts_once_and_is_named(tmp_path: Path) -> None:

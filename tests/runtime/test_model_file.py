@@ -22,6 +22,7 @@ from support.server import card, colour_graph, write_model
 
 import threefold
 from threefold.errors import ExportError
+from threefold.files import sha256
 from threefold.runtime import model_file
 
 
@@ -43,6 +44,19 @@ def test_a_sound_file_is_read_and_answers(tmp_path: Path) -> None:
 
     assert model.card == card()
     assert model.predict([np.full((5, 7, 3), (0, 0, 200), np.uint8)]) == ["blue"]
+
+
+def test_the_model_of_another_run_is_refused(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model.onnx")
+    manifest = {"files": {"model.onnx": ["0" * 64]}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+
+    text = refusal(path)
+    manifest["files"]["model.onnx"].append(sha256(path))
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+
+    assert "not the one that this run has exported" in text
+    assert threefold.load(path).card == card()
 
 
 class Trap:

@@ -282,6 +282,16 @@ def test_a_note_lost_with_the_process_is_made_up_for(
     assert exported == [run]
 
 
+def test_a_circle_of_links_is_exported_over(copy: Path) -> None:
+    model = copy / "model.onnx"
+    model.symlink_to(model.name)
+
+    export(Run.open(copy), model)
+
+    assert not model.is_symlink()
+    assert RunFolder(copy).is_intact("model.onnx")
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_an_export_elsewhere_needs_no_writable_run(
     copy: Path, tmp_path: Path, inside: bool, monkeypatch: pytest.MonkeyPatch

@@ -11,6 +11,7 @@ from threefold.cli.console import out, plain, print_json, print_wrapped
 from threefold.cli.options import Json
 from threefold.cli.progress import count_bars
 from threefold.cli.verb_group import DataVerbGroup
+from threefold.files import real_path
 from threefold.names import count_of
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def review(
         from threefold.serving.review import run_review
     except ModuleNotFoundError as error:
         raise missing_extra(error, "serve", "`threefold data review`") or error from None
-    target = target or Path(f"{Path(source).expanduser().resolve().stem}-reviewed.csv")
+    target = target or Path(f"{real_path(Path(source).expanduser()).stem}-reviewed.csv")
     check_new_file(target)  # before the images are read
     found = open_review(source, kind, sets or ())
     state = ReviewState(found, target)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from threefold.cli.console import err, out
+from threefold.files import real_path
 
 if TYPE_CHECKING:
     from threefold.predictions.multilabel_results import MultilabelScore
@@ -64,7 +65,7 @@ def resolve_data(name: str) -> str:
     spec = detect_source(name.strip())
     if spec.source in ("huggingface", "webdataset"):
         return spec.root
-    return str(Path(name.strip()).expanduser().resolve())
+    return str(real_path(Path(name.strip()).expanduser()))
 
 
 def describe_run(folder: Path) -> dict[str, Any]:

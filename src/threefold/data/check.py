@@ -35,6 +35,7 @@ from threefold.data.load import load_data
 from threefold.data.published import FILE_PATTERNS
 from threefold.data.quality import FAULTS, QualityFinding, QualityMeter
 from threefold.errors import DataError, RecipeError, refuse_address, shorten
+from threefold.files import real_path
 from threefold.names import count_of
 from threefold.recipe.recipe import Recipe
 from threefold.recipe.schema import DataSpec
@@ -221,7 +222,7 @@ def _guess_source(path: Path) -> str:
         if not matches or (path.is_file() and path not in matches):
             continue
         if source in ("mnist", "fashion-mnist"):  # both have the same file names
-            return "fashion-mnist" if "fashion" in str(path.resolve()).lower() else "mnist"
+            return "fashion-mnist" if "fashion" in str(real_path(path)).lower() else "mnist"
         return source
     return "folder"
 

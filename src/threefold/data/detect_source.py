@@ -21,6 +21,7 @@ from threefold.data.sources.table_inside import find_table, locate_table
 from threefold.data.sources.webdataset import holds_samples, is_shards
 from threefold.errors import DataError, refuse_address, seems_address
 from threefold.extras import install_command
+from threefold.files import real_path
 from threefold.object_store import url_of
 from threefold.recipe.schema import DataSpec, Source
 from threefold.suffixes import ARCHIVES, ARRAYS, CSV_TABLES, PARQUET_TABLES, is_archive
@@ -57,10 +58,10 @@ def detect_source(data: str | Path) -> DataSpec:
         spec = detect_source(local_path(data))
         return spec.model_copy(update={"root": as_url(spec.root, data)})
     if holds_samples(path):
-        return DataSpec(source="webdataset", root=str(path.resolve()))
+        return DataSpec(source="webdataset", root=str(real_path(path)))
     if path.is_dir() or is_archive(path):
         spec = spec_of_table(path) or DataSpec(source="folder", root=str(path))
-        return spec.model_copy(update={"root": str(Path(spec.root).resolve())})
+        return spec.model_copy(update={"root": str(real_path(Path(spec.root)))})
     if is_hub_name(data):
         if importlib.util.find_spec("datasets") is None:
             raise DataError(
@@ -85,7 +86,7 @@ def detect_source(data: str | Path) -> DataSpec:
             where=data,
             expected=expected,
         )
-    return DataSpec(source=source, root=str(path.resolve()))
+    return DataSpec(source=source, root=str(real_path(path)))
 
 
 def spec_of_table(path: Path) -> DataSpec | None:

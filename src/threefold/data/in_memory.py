@@ -33,7 +33,7 @@ from threefold.data.memory_rows import (
 )
 from threefold.data.sources.npz_file import check_images
 from threefold.errors import DataError, RunError, shorten
-from threefold.files import flush_files, temporary_folder
+from threefold.files import flush_files, real_path, temporary_folder
 from threefold.npz_files import write_arrays
 
 DATA_FOLDER: Final = "data"
@@ -119,7 +119,7 @@ def store_in_new_run(data: Any, labels: Any, parent: Path, key: str = "") -> tup
             folder = parent / f"memory-{name}"
             if not folder.exists():
                 stored.rename(folder)
-            return folder, folder.resolve() / path.relative_to(stored.resolve())
+            return folder, real_path(folder) / path.relative_to(real_path(stored))
     except OSError as error:
         raise RunError("cannot write", where=parent, got=error) from None
     finally:
@@ -146,7 +146,7 @@ def find_stored_data(root: str, run_folder: Path) -> str:
     path = Path(root).expanduser()
     own = run_folder / DATA_FOLDER / path.parent.name / path.name
     is_moved = run_of_stored_data(path) is not None and not path.exists() and own.exists()
-    return str(own.resolve()) if is_moved else root
+    return str(real_path(own)) if is_moved else root
 
 
 # What is written
@@ -167,7 +167,7 @@ def _target(run_folder: Path, digest: hashlib._Hash, name: str) -> Path:
             got="other data in memory",
             fix="choose another folder for the run",
         )
-    return target.resolve()
+    return real_path(target)
 
 
 @contextmanager

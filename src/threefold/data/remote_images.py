@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from threefold.errors import DataError
-from threefold.files import one_at_a_time
+from threefold.files import one_at_a_time, real_path
 from threefold.object_store import LocalCopy, ObjectFolder, local_copy_of, url_of
 from threefold.suffixes import ARCHIVES, ARRAYS, TABLES
 
@@ -64,7 +64,7 @@ def as_url(path: str, root: str | Path) -> str:
     url = url_of(root)
     if not url:
         return path
-    copy = local_copy_of(url, BUCKETS).resolve()
+    copy = real_path(local_copy_of(url, BUCKETS))
     if Path(path).is_relative_to(copy) and Path(path) != copy:
         return f"{url}/{Path(path).relative_to(copy).as_posix()}"
     return url

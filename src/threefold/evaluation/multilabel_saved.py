@@ -103,6 +103,7 @@ def read_multilabel(sources: Sequence[Path], members: Sequence[str] = ()) -> Mul
             parts.append(MultilabelPredictions.load(source))
             continue
         folder = RunFolder(source)
+        folder.check_results_kept()
         rows = folder.multilabel_oof
         if rows is None:
             raise without_oof_rows(folder)

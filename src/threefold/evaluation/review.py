@@ -20,7 +20,7 @@ from threefold.data.quality import FAULTS, QualityFinding
 from threefold.data.sources.folder import FilePaths
 from threefold.errors import DataError, RecipeError, RunError, shorten
 from threefold.evaluation.label_errors import Suspect, read_suspects
-from threefold.files import write_bytes
+from threefold.files import real_path, write_bytes
 from threefold.predictions.run_folder import RunFolder
 
 Action = Literal["accept", "relabel", "drop"]
@@ -224,8 +224,8 @@ def check_target(review: Review, target: Path, suffix: str = ".csv") -> None:
         RunError: it does.
     """
     check_new_file(target, suffix)
-    root = Path(review.root).expanduser().resolve()
-    if root.is_dir() and target.resolve().is_relative_to(root):
+    root = real_path(Path(review.root).expanduser())
+    if root.is_dir() and real_path(target).is_relative_to(root):
         raise RunError(
             "the file would lie among the images", where=target, fix="choose another with --out"
         )

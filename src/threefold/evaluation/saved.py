@@ -148,6 +148,7 @@ def _evaluate_run(
 ) -> Evaluation:
     """Evaluate a run's predictions with changes to the `ensemble` table of its recipe."""
     folder.check_recipe()
+    folder.check_results_kept()
     oof, test, recipe = folder.oof, folder.test, folder.recipe
     rows = oof if oof is not None else test
     if rows is None:

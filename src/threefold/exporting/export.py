@@ -22,7 +22,7 @@ from threefold.exporting import targets
 from threefold.exporting.ensemble import ExportedEnsemble
 from threefold.exporting.multilabel import chosen_multilabel, fit_other_multilabel
 from threefold.exporting.quantization import CALIBRATION_IMAGES
-from threefold.files import sha256
+from threefold.files import real_path, sha256
 from threefold.models.pipeline import Combiner
 from threefold.predictions.export_schema import ExportReport, Latency
 from threefold.predictions.results_schema import Score
@@ -114,7 +114,7 @@ def export(
             run.folder.open_test("export", len(rows))
         run.folder.add_results("export", time.monotonic() - start, export=report)
     except RunError as error:
-        if isinstance(error, DamagedFileError) or target.resolve().parent == run.dir.resolve():
+        if isinstance(error, DamagedFileError) or real_path(target).parent == real_path(run.dir):
             raise
         run.watcher.note(f"the run does not record this export: {error}")
     return report
@@ -146,7 +146,7 @@ def _cascade_of(card: Mapping[str, Any]) -> Cascade | None:
 
 def _recording(run: Run, target: Path) -> AbstractContextManager[object]:
     """Record the hash of the run's own file in its manifest."""
-    if target.resolve() == (run.dir / "model.onnx").resolve():
+    if real_path(target) == real_path(run.dir / "model.onnx"):
         return run.folder.recording("model.onnx")
     return nullcontext()
 

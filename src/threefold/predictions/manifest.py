@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 
 from threefold.errors import DamagedFileError, RunError
-from threefold.files import exclusive, sha256, unreadable, write_bytes
+from threefold.files import exclusive, real_path, sha256, unreadable, write_bytes
 from threefold.json_files import json_bytes, read_json
 from threefold.npz_files import array_bytes, read_arrays
 from threefold.predictions.records import VERSION, Record, VersionedRecord, seal
@@ -213,7 +213,7 @@ class ManifestFiles:
 
     def write_target(self, target: Path, content: bytes) -> None:
         """Write a file that may lie in the run folder or elsewhere."""
-        if target.resolve().parent == self.path.resolve():
+        if real_path(target).parent == real_path(self.path):
             self.write_file(target.name, content)
         else:
             write_bytes(target, content)

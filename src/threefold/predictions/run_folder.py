@@ -23,7 +23,7 @@ import numpy as np
 from threefold.data.group_file import GROUP_FILE
 from threefold.data.in_memory import DATA_FOLDER, is_stored_data
 from threefold.errors import DamagedFileError, RunError, refuse_address
-from threefold.files import delete_leftovers, exclusive
+from threefold.files import delete_leftovers, exclusive, real_path
 from threefold.json_files import read_json
 from threefold.object_store import INDEX
 from threefold.predictions.manifest import LOCK, MANIFEST
@@ -67,7 +67,7 @@ def default_run_folder(data: Path) -> Path:
 
     Where the current folder is the images' or inside it, `runs` lies beside the images.
     """
-    images = data.resolve()
+    images = real_path(data)
     name = images.name
     if images.is_file():
         name = name.removesuffix(next((s for s in ARCHIVES if name.lower().endswith(s)), ""))
@@ -75,7 +75,7 @@ def default_run_folder(data: Path) -> Path:
     if not data.exists():  # a data set of the hub with its configuration, or a range of shards
         name = re.sub(r"\W+", "-", name.removesuffix(".tar")).strip("-") or "run"
     target = Path("runs") / name
-    if target.resolve().is_relative_to(images):
+    if real_path(target).is_relative_to(images):
         target = Path(os.path.relpath(images.parent / "runs" / name))
     return target
 

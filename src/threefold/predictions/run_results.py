@@ -60,6 +60,11 @@ class RunResults(JobFiles):
         if not self.has_results:
             raise RunError(what, where=self.path, fix=f"run `{self.train_command()}`")
 
+    def check_results_kept(self) -> None:
+        """Raise a RunError if the run had results, and results.json is gone."""
+        if not self.has_results and self.has("results.json"):
+            self.verify("results.json")
+
     @cached_property
     def any_results(self) -> AnyResults:
         """Everything that was measured (results.json), whatever the task."""

@@ -14,6 +14,7 @@ from threefold.data.class_names import exported_names
 from threefold.data.dataset import ImageDataset
 from threefold.data.labelled import load_labelled
 from threefold.errors import DataError, RecipeError, shorten
+from threefold.files import real_path
 from threefold.machine import decoding_threads
 from threefold.predictions.multilabel import MultilabelPredictions
 from threefold.predictions.predictions import Predictions
@@ -186,7 +187,7 @@ def _names(paths: Sequence[Path]) -> tuple[str, ...]:
     """Name each model by its file, or also by its folder where files have one name."""
     names = [path.stem for path in paths]
     if len(set(names)) < len(names):
-        names = [f"{path.resolve().parent.name}/{path.stem}" for path in paths]
+        names = [f"{real_path(path).parent.name}/{path.stem}" for path in paths]
     if len(set(names)) < len(names):
         raise RecipeError(
             "the same model twice, or two that cannot be told apart",

@@ -18,7 +18,13 @@ from threefold.runtime import fixed_size
 from threefold.runtime.card_parts import StageCap, read_parts
 from threefold.runtime.hub import local_path
 from threefold.runtime.inputs import ImageInput, iterate_images
-from threefold.runtime.model_file import MEMORY, bytes_beside, open_session, read_card
+from threefold.runtime.model_file import (
+    MEMORY,
+    bytes_beside,
+    check_manifest,
+    open_session,
+    read_card,
+)
 from threefold.runtime.model_output import ModelOutput, find_fault
 from threefold.runtime.shrink import Canvas, common_canvas, shrink
 from threefold.tasks import Task
@@ -97,6 +103,7 @@ class Model:
     ) -> None:
         self.path, self.threads, self.device = local_path(path), threads, device
         self.card: dict[str, Any] = read_card(self.path, KEY)
+        check_manifest(self.path)
         if self.card.get("format") != FORMAT:
             raise ExportError(
                 "the model file has another format",

@@ -9,6 +9,7 @@ memory nor time. It needs no `onnx` package and no pickle. Field numbers are tho
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import mmap
 import os
@@ -57,6 +58,7 @@ _TYPE_BYTES: Final = {kind: size for size, kinds in _TYPES_OF_SIZE.items() for k
 _VALUES: Final = (4, 5, 6, 7, 9, 10, 11)  # fields that hold a tensor's values
 _UINT8, _FLOAT, _INT64 = 2, 1, 7  # types of values
 _VARINT, _BYTES = 0, 2  # wire types of fields
+_MANIFEST = "manifest.json"  # of `predictions.manifest`, which takes longer to import
 _LOADING = threading.Lock()
 
 
@@ -98,6 +100,31 @@ def read_card(path: str | Path, key: str) -> dict[str, Any]:
             got=" ".join(str(getattr(error, "strerror", None) or error).split())[:300],
             fix="give a .onnx file that threefold exported",
         ) from None
+
+
+def check_manifest(path: Path) -> None:
+    """Compare a file in a run folder with the SHA-256 in the run's manifest.json.
+
+    A file of another run in its place is a valid model, so that nothing else would notice. Where
+    the manifest is missing, damaged or does not name the file, there is nothing to compare with.
+
+    Raises:
+        ExportError: the file is not the one that the run has exported.
+    """
+    try:
+        files = json.loads((path.parent / _MANIFEST).read_bytes())["files"]
+        hashes = [text for text in files[path.name] if text]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    found = sha256(path)
+    if hashes and found not in hashes:
+        raise ExportError(
+            "the file is not the one that this run has exported",
+            where=path,
+            expected=f"SHA-256 {hashes[0][:12]}, as in {_MANIFEST}",
+            got=f"SHA-256 {found[:12]}",
+            fix="export the run again, or keep the file in another folder",
+        )
 
 
 def bytes_beside(path: Path, card: Mapping[str, Any]) -> int:

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 
 from threefold.data.sources.archives import safe_name
 from threefold.errors import DataError
+from threefold.files import real_path
 from threefold.machine import free_disk
 from threefold.serving.limits import Refusal
 
@@ -124,7 +125,7 @@ class Uploads:
 
     def delete_with(self, path: Path) -> None:
         """Delete the finished upload that a path is in; any other path stays."""
-        resolved, folder = path.resolve(), self.folder.resolve()
+        resolved, folder = real_path(path), real_path(self.folder)
         if resolved.is_relative_to(folder) and resolved != folder:
             first = resolved.relative_to(folder).parts[0]
             shutil.rmtree(folder / first, ignore_errors=True)

@@ -28,6 +28,7 @@ from threefold.data.sources.image_tables import (
 from threefold.data.sources.label_sets import LabelCells
 from threefold.data.split_names import PARTS, split_of
 from threefold.errors import DataError
+from threefold.files import real_path
 
 MEMORY_BYTES: Final = 1 << 28
 """Largest size of the images of all files that are kept in memory."""
@@ -121,7 +122,7 @@ def _with_copies(file: Path, table: ImageTable) -> ImageTable:
     """Copy the images into the cache, unless that is done; an interrupted copy goes on."""
     image = table.image
     status = file.stat()
-    origin = f"{file.resolve()} {status.st_size} {status.st_mtime_ns} {image}"
+    origin = f"{real_path(file)} {status.st_size} {status.st_mtime_ns} {image}"
     store = ImageStore(origin)
     parquet = import_optional("pyarrow.parquet", "parquet")
     opened = _read(parquet.ParquetFile, file)

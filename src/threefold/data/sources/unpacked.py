@@ -10,7 +10,7 @@ from threefold.data.sources.folder import Listing, list_folder
 from threefold.data.split_names import split_of
 from threefold.data.walk import is_image, list_entries
 from threefold.errors import DataError
-from threefold.files import cache_folder, sha256
+from threefold.files import cache_folder, real_path, sha256
 from threefold.suffixes import is_archive
 
 
@@ -45,7 +45,7 @@ def _digest(path: Path) -> str:
     """Return the SHA-256 of a file, read once as long as it does not change."""
     try:
         status = path.stat()
-        return _digest_of(path.resolve(), status.st_size, status.st_mtime_ns)
+        return _digest_of(real_path(path), status.st_size, status.st_mtime_ns)
     except OSError as error:
         raise DataError("cannot read the archive", where=path, got=error) from None
 

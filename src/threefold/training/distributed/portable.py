@@ -7,6 +7,7 @@ import copy
 import numpy as np
 from torch import nn
 
+from threefold.files import real_path
 from threefold.models.pipeline import ImageRows
 from threefold.training.pixel_cache import StoredPixels
 
@@ -20,5 +21,5 @@ def portable(network: nn.Module) -> nn.Module:
 def portable_rows(pixels: ImageRows) -> ImageRows:
     """Return rows of images that another process can receive: the names of files are absolute."""
     if isinstance(pixels, StoredPixels):
-        return StoredPixels([(path.resolve(), rows) for path, rows in pixels.parts])
+        return StoredPixels([(real_path(path), rows) for path, rows in pixels.parts])
     return np.asarray(pixels)

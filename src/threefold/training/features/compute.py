@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from threefold.data.dataset import ImageDataset
+from threefold.files import real_path
 from threefold.machine import decoding_threads
 from threefold.recipe.schema import MemberSpec
 from threefold.training.distributed.portable import portable
@@ -106,7 +107,9 @@ class FeaturePass:
         number = {row: i for i, row in enumerate(rows)}
         dataset = self.dataset.subset(rows)
         if not isinstance(dataset.images, np.ndarray):
-            paths = tuple(Path(path).resolve() for path in dataset.images if isinstance(path, Path))
+            paths = tuple(
+                real_path(Path(path)) for path in dataset.images if isinstance(path, Path)
+            )
             dataset = replace(dataset, images=paths)
         place = {name: (number[self.place[name][0]], self.place[name][1]) for name in self.names}
         backbones = {

@@ -22,6 +22,7 @@ from threefold.data.images import same_content, same_digests
 from threefold.data.scene_groups import MOST_IMAGES, find_scene_groups, grouping_effect
 from threefold.data.splits import assign_roles, refit_roles
 from threefold.errors import DataError, RecipeError, RunError
+from threefold.files import real_path
 from threefold.models.member import last_level
 from threefold.names import count_of
 from threefold.recipe.recipe import Recipe
@@ -180,7 +181,7 @@ def plan_with_groups(
     path = None
     if sources.train.groups is None:
         assert group_file is not None  # groups are sought only for a file
-        path = group_file.resolve()
+        path = real_path(group_file)
         tree |= {"data": tree["data"] | {"group_file": str(path)}}
     train = replace(sources.train, groups=found.groups)
     labels, classes = train.truth, train.classes

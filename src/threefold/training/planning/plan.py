@@ -17,6 +17,7 @@ from threefold.data.detect_source import detect_source, find_fold_column, find_m
 from threefold.data.in_memory import run_of_stored_data
 from threefold.data.load import load_data
 from threefold.data.splits import HOLDOUT
+from threefold.files import real_path
 from threefold.models.pipeline import pick_device
 from threefold.predictions.run_folder import default_run_folder
 from threefold.recipe.recipe import Recipe
@@ -178,7 +179,7 @@ def _data(folder: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any],
     """
     changes = changes_of(overrides)
     if "data.source" in changes:
-        return {"source": "folder", "root": str(Path(folder).resolve())}, []
+        return {"source": "folder", "root": str(real_path(Path(folder)))}, []
     spec = detect_source(folder)
     data = {"source": spec.source, "root": spec.root}
     if "data.fold_column" not in changes and changes.get("folds.scheme", "column") == "column":

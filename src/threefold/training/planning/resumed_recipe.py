@@ -8,6 +8,7 @@ from typing import Final
 from threefold.data.in_memory import find_stored_data
 from threefold.data.sources.table_inside import find_table
 from threefold.errors import RunError
+from threefold.files import real_path
 from threefold.names import plain_backbone
 from threefold.predictions.run_folder import RunFolder
 from threefold.recipe.recipe import Recipe
@@ -53,9 +54,9 @@ def read_resumed_recipe(
             where=out,
             fix="choose another --out, or leave out --set and --members to resume it",
         )
-    root = Path(find_stored_data(recipe.data.root, out)).resolve()
+    root = real_path(Path(find_stored_data(recipe.data.root, out)))
     table = find_table(folder) if folder.is_dir() else None  # which is the root of such a folder
-    if root not in (folder.resolve(), table and table.resolve()):
+    if root not in (real_path(folder), table and real_path(table)):
         raise RunError(
             "the folder holds a run on other images",
             where=out,
