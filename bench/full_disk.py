@@ -54,6 +54,8 @@ LATE: Final = {"openvino", "wandb", "mlflow"}
 """Packages that start threads when they are imported, which a fork would not have."""
 REASONS: Final = (*(getattr(errno, name) for name in FAULTS), errno.EFBIG, errno.EPERM)
 NOBODY: Final = 65534
+PRINTED_BYTES: Final = 2048
+"""Room for the message of a command, which is written into a file."""
 REAL_SIZES: Final = 6
 """Sizes of disks that are tried, from none to almost enough."""
 VOLATILE: Final = re.compile(
@@ -333,7 +335,8 @@ def _be_child(
             DiskFaults([TRIAL], fault, lambda line: listing.write(line + "\n")).install()
         before = {*sys.modules}
         code = _call(command.action)
-        MODULES.write_text("\n".join({*sys.modules} - before))
+        with suppress(OSError):  # another user may not write there
+            MODULES.write_text("\n".join({*sys.modules} - before))
     except BaseException:
         traceback.print_exc()
     finally:
@@ -447,8 +450,9 @@ def _run_in(command: Command, part: float, least: int, most: int) -> Outcome:
 
 
 def _run_limited(command: Command, size: int) -> Outcome:
-    """Run with a limit on the size of files."""
-    return run(command, None, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    """Run with a limit on the size of files, which leaves room for what is printed into one."""
+    limit = max(size, PRINTED_BYTES)
+    return run(command, None, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
 
 
 def _run_read_only(command: Command) -> Outcome:
