@@ -121,6 +121,14 @@ class Killer(Watcher):
         self.notes.append(text)
 
 
+class Stopper(Watcher):
+    """Stops the run once a job has trained an epoch, as Ctrl-C would."""
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """Stop the run."""
+        self.stop = KeyboardInterrupt()
+
+
 def cluster_recipe(images: Path) -> Recipe:
     """Two tuned members and a probe on frozen features, two folds."""
     tree = tiny_tree(images)
@@ -182,6 +190,20 @@ def test_a_run_at_a_url_has_the_same_bits(
     assert outcome(again) == outcome(alone)
     assert again.dir != run.dir
     assert "done.json" not in {path.name for path in tmp_path.glob("runs/*")}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CAN_START, reason="needs the group `cluster`, and Linux")
+def test_a_stopped_run_goes_on_with_the_same_bits(cluster: Any, alone: Run, tmp_path: Path) -> None:
+    folder, execution = tmp_path / "run", Execution("ray", cluster.address)
+
+    with pytest.raises(KeyboardInterrupt):
+        api.train(alone.recipe, folder, Stopper(), execution=execution)
+    done = len(list(folder.rglob("done.json")))
+    again = api.train(alone.recipe, folder, Watcher(), execution=execution)
+
+    assert done < len(list(folder.rglob("done.json")))
+    assert outcome(again) == outcome(alone)
 
 
 @pytest.mark.slow
