@@ -16,7 +16,11 @@ from typing import Final, Literal, NamedTuple
 import numpy as np
 
 WEIGHT_STEPS: Final = 2**16
-"""Weights are multiples of 1/65536, as in `models.resize`."""
+"""Weights are multiples of 1/65536, here and in `models.resize`.
+
+A product with an 8-bit pixel, and any sum of such products up to 255, is then exact in float32. So
+the result does not depend on the order of summation or on the runtime.
+"""
 MAX_SCALE: Final = 256
 """Largest reduction for which the sums of weights are exact in float32."""
 BAND_PIXELS: Final = 500_000

@@ -9,12 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-WEIGHT_STEPS = 2**16
-"""Resize weights are multiples of 1/65536.
-
-A product with an 8-bit pixel, and any sum of such products up to 255, is then exact in float32. So
-the result does not depend on the order of summation or on the runtime.
-"""
+from threefold.data.resize import WEIGHT_STEPS
 
 
 def resize_square(images: Tensor, size: int, mode: Literal["squash", "crop"]) -> Tensor:
