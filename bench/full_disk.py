@@ -62,7 +62,7 @@ VOLATILE: Final = re.compile(
     r"seconds|created|^at$|^time|per_second|elapsed|latency|^files$|^sha256$|_ms$|^commit$|^bytes$"
     r"|^test_opened$"
 )
-"""Keys of JSON whose values are of one process, or count the processes that opened the test rows."""
+"""Keys of JSON whose values are of one process, or of all that opened the test rows."""
 RECIPE: Final[dict[str, Any]] = {"name": "tiny", **tiny_recipe("images")}
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from threefold.data.image_rows import ImageRow
+from threefold.data.image_rows import ImageRow, names_images
 from threefold.errors import DataError, RunError
 from threefold.files import exclusive, sha256
 from threefold.names import count_of
@@ -139,7 +139,7 @@ def _predict(
             model, rest, policy, engine, notify, batch, lambda p: results.keep(asdict(p))
         )
     else:
-        files = [source for source in sources if Path(source).exists()]
+        files = [s for s in sources if Path(s).exists() and not names_images(s)]
         answers = answer_on_cluster(cluster, engine, model, rest, policy, files, batch, notify)
     try:
         for path, output, error in answers:
