@@ -25,6 +25,7 @@ class Command(NamedTuple):
         action: run in place of the words, if given.
         before: prepares the folder further.
         check: raises unless what was there before the command can still be read.
+        repeats: whether it may be given again once it is done; otherwise it refuses to.
     """
 
     words: str
@@ -32,6 +33,7 @@ class Command(NamedTuple):
     action: Callable[[], object] | None = None
     before: Callable[[], object] | None = None
     check: Callable[[], object] | None = None
+    repeats: bool = True
 
 
 def commands() -> dict[str, Command]:
@@ -55,10 +57,12 @@ def commands() -> dict[str, Command]:
         "predict parquet": Command("predict run/model.onnx images/test --out a.parquet"),
         "review": Command("", action=_review),
         "data export": Command(
-            "data export images --format labelstudio --out s.json", before=_drop_export
+            "data export images --format labelstudio --out s.json",
+            before=_drop_export,
+            repeats=False,
         ),
         "memory": Command("", "images", action=_store),
-        "lr-find": Command("lr-find run --steps 3 --out lr.svg"),
+        "lr-find": Command("lr-find run --steps 20 --out lr.svg"),
         "search": Command(
             "search recipe.toml --out found --trials 2 --space train.batch_size=4,8", "images"
         ),

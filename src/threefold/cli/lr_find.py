@@ -49,8 +49,8 @@ def lr_find(
 ) -> None:
     """Find a learning rate: steps at growing rates, and where the loss falls.
 
-    The steps are taken on a copy of the network that the stage starts from (range test). --budget,
-    --quality and --members are of the plan for images.
+    This range test works on a copy of the network that the stage starts from. If the source is
+    images, --budget, --quality and --members shape their plan.
     """
     parse_minutes(budget, "--budget")  # before torch is imported, so that a typo fails at once
     from threefold.report.lr_chart import check_chart_name
