@@ -177,9 +177,9 @@ def injected_trials(name: str, command: Command, errors: Sequence[str], most: in
 
 def judge(command: Command, outcome: Outcome, right: dict[str, str]) -> str:
     """Say how a command met a fault, and whether it then goes on to the same end."""
-    verdict = _first_verdict(outcome)
+    verdict = _first_verdict(command, outcome)
     if verdict == "went on":
-        different = _differences(digests(), right)
+        different = _differences(command, digests(), right)
         if different:
             verdict = f"said done but is not: {different}"
     if command.check:
@@ -191,7 +191,7 @@ def judge(command: Command, outcome: Outcome, right: dict[str, str]) -> str:
     again = run(command, None)
     if again.code:
         return f"does not go on: {again.err.strip()[-300:]} ({verdict})"
-    different = _differences(digests(), right)
+    different = _differences(command, digests(), right)
     if different:
         return f"other bits: {different} ({verdict})"
     litter = [path for path in TRIAL.rglob(".*.tmp") if "/cache/" not in str(path)]
@@ -202,7 +202,7 @@ def judge(command: Command, outcome: Outcome, right: dict[str, str]) -> str:
     return verdict
 
 
-def _first_verdict(outcome: Outcome) -> str:
+def _first_verdict(command: Command, outcome: Outcome) -> str:
     if outcome.code == -99:
         return "hang"
     if outcome.code < 0:
@@ -214,6 +214,8 @@ def _first_verdict(outcome: Outcome) -> str:
     lines = [line for line in outcome.err.splitlines() if line.strip()]
     marked = [line for line in lines if line.startswith("error ")]
     reasons = [os.strerror(number).lower() for number in REASONS]
+    if outcome.code in command.codes[1:]:  # the code says it; the message may not be writable
+        return "one line"
     if outcome.code != 1 or len(marked) != 1:
         return f"unclear, exit {outcome.code}"
     if not any(reason in marked[0].lower() for reason in reasons):
@@ -225,8 +227,9 @@ def _tail(outcome: Outcome) -> str:
     return " | ".join(outcome.err.strip().splitlines()[-3:])[-600:]
 
 
-def _differences(found: dict[str, str], right: dict[str, str]) -> str:
+def _differences(command: Command, found: dict[str, str], right: dict[str, str]) -> str:
     names = sorted(n for n in found.keys() | right.keys() if found.get(n) != right.get(n))
+    names = [name for name in names if not name.startswith(command.varies)]
     return ", ".join(names[:4])
 
 

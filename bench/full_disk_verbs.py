@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -26,6 +25,8 @@ class Command(NamedTuple):
         before: prepares the folder further.
         check: raises unless what was there before the command can still be read.
         repeats: whether it may be given again once it is done; otherwise it refuses to.
+        varies: beginnings of the names of files that are others each time, such as measured plans.
+        codes: exit codes of a failure that is told; 74 is that of a process which cannot write.
     """
 
     words: str
@@ -34,6 +35,8 @@ class Command(NamedTuple):
     before: Callable[[], object] | None = None
     check: Callable[[], object] | None = None
     repeats: bool = True
+    varies: tuple[str, ...] = ()
+    codes: tuple[int, ...] = (1,)
 
 
 def commands() -> dict[str, Command]:
@@ -68,11 +71,22 @@ def commands() -> dict[str, Command]:
         ),
         "distill": Command(
             "distill run --student test_resnet --out student --set members.student.weights=none "
-            "--set members.twin.weights=none"
+            "--set members.student-head.weights=none"
         ),
-        "log": Command("train recipe.toml --out run --log tensorboard", "images"),
-        "ui check": Command("", "images", action=partial(_work, "check"), before=_make_ui),
-        "ui plan": Command("", "images", action=partial(_work, "plan"), before=_make_ui),
+        "log": Command(
+            "train recipe.toml --out run --log tensorboard", "images", varies=("run/tensorboard/",)
+        ),
+        "ui check": Command(
+            "", "images", action=partial(_work, "check"), before=_make_ui, codes=(1, 74)
+        ),
+        "ui plan": Command(
+            "",
+            "images",
+            action=partial(_work, "plan"),
+            before=_make_ui,
+            varies=("runs/images/recipe.toml", "runs/.ui/images/plan.json"),
+            codes=(1, 74),
+        ),
         "upload": Command("", "images", action=_upload),
         "gather": Command("", action=_gather),
         "card": Command("export run --out other.onnx --card README.md"),
@@ -152,11 +166,12 @@ def _work(task: str) -> None:
     """Run the child process of `threefold ui`, and say what its page would."""
     from threefold.cli.console import print_error
     from threefold.cli.ui_worker import main
+    from threefold.serving.ui_jobs import _parse
 
     folder = Path("runs/.ui/images")
     sys.argv = ["ui_worker", task, str(folder), "runs/images"]
     main()
-    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    events = list(_parse((folder / "events.jsonl").read_bytes()))
     (folder / "events.jsonl").unlink()
     if events[-1]["event"] == "failed":
         print_error(ThreefoldError(events[-1]["message"]))
