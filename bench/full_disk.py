@@ -213,7 +213,7 @@ def _first_verdict(command: Command, outcome: Outcome) -> str:
         return "went on"
     lines = [line for line in outcome.err.splitlines() if line.strip()]
     marked = [line for line in lines if line.startswith("error ")]
-    reasons = [os.strerror(number).lower() for number in REASONS]
+    reasons = [os.strerror(number).lower() for number in REASONS] + ["the disk is nearly full"]
     if outcome.code in command.codes[1:]:  # the code says it; the message may not be writable
         return "one line"
     if outcome.code != 1 or len(marked) != 1:

@@ -71,7 +71,8 @@ def commands() -> dict[str, Command]:
         ),
         "distill": Command(
             "distill run --student test_resnet --out student --set members.student.weights=none "
-            "--set members.student-head.weights=none"
+            "--set members.student-head.weights=none",
+            varies=("student/targets/",),  # which note how long they took
         ),
         "log": Command(
             "train recipe.toml --out run --log tensorboard", "images", varies=("run/tensorboard/",)

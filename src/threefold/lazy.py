@@ -7,6 +7,7 @@ import gc
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from threefold.extras import PACKAGE_EXTRAS, missing_extra
@@ -62,6 +63,11 @@ def importing_for_good() -> Iterator[None]:
     """Import what the process needs to its end: no later collection looks at it again."""
     with without_collecting():
         yield
-        if not gc.get_freeze_count():  # else what is garbage by now would stay, too
-            gc.freeze()
-            atexit.register(gc.unfreeze)  # some libraries complain of what is left at the end
+        _freeze_once()
+
+
+@cache
+def _freeze_once() -> None:
+    """Freeze what there is, the first time; later, what is garbage by then would stay, too."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # some libraries complain of what is left at the end

@@ -33,6 +33,9 @@ _CLIENT_SCHEME: Final = "ray://"
 _CURRENT: Final = Path("/tmp/ray/ray_current_cluster")
 """Where Ray notes the address of a cluster that was started on this machine."""
 
+_TOKEN: Final = "~/.ray/auth_token"
+"""Ray makes this file with the first cluster of a machine, and later clusters ask for it."""
+
 _PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
 """What a client of HTTP/2, and so of gRPC, sends first: the preface and an empty SETTINGS frame."""
 
@@ -64,11 +67,13 @@ def connected(address: str) -> Iterator[Any]:
     Raises:
         RunError: no cluster answers there, or it has another version of Ray or Python.
     """
+    wanted = address or os.environ.get("RAY_ADDRESS", "")
+    if wanted.startswith(_CLIENT_SCHEME) and Path(_TOKEN).expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # or Ray's client would not send it
     ray = import_ray()
     if ray.is_initialized():  # the caller's own connection, which stays
         yield ray
         return
-    wanted = address or os.environ.get("RAY_ADDRESS", "")
     check_listens(wanted)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if not wanted:

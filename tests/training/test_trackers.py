@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from support.command_line import threefold_command
+from support.disk import files_up_to
 from support.notes import Notes
 from support.tiny_runs import make_folder, tiny_tree
 
@@ -97,6 +98,20 @@ def test_failing_tracker_does_not_stop_the_run(
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_tensorboard_on_a_full_disk_prints_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorboard")
+    board = trackers.TensorBoard(tmp_path, "run", {"seed": 0})
+
+    with files_up_to(1000), pytest.raises(OSError, match="File too large"):
+        for step in range(100):
+            board.log("train", step, {"loss": 1.0})
+            time.sleep(0.01)  # the thread that writes has its turn
+
+    assert capfd.readouterr().err == ""
+
+
 def test_tensorboard_holds_each_epoch(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

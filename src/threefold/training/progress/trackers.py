@@ -10,10 +10,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -81,6 +82,7 @@ class TensorBoard(Tracker):
         self, folder: Path, name: str, settings: dict[str, object], run_id: str = ""
     ) -> None:
         tensorboard: Any = importlib.import_module("torch.utils.tensorboard")
+        _silence_writer_threads()
         self.writer = tensorboard.SummaryWriter(str(folder / "tensorboard"))
         rows = "\n".join(f"    {key} = {value}" for key, value in settings.items())
         self.writer.add_text("recipe", rows)
@@ -100,6 +102,19 @@ class TensorBoard(Tracker):
     def close(self) -> None:
         """Close the event file."""
         self.writer.close()
+
+
+@cache
+def _silence_writer_threads() -> None:
+    """Let TensorBoard's threads print no traceback of a full disk; `flush` raises the error."""
+    usual = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        is_writer = type(failure.thread).__module__.startswith("tensorboard.")
+        if not (is_writer and isinstance(failure.exc_value, OSError)):
+            usual(failure)
+
+    threading.excepthook = hook
 
 
 class MLflow(Tracker):
