@@ -29,9 +29,10 @@ from threefold.recipe.recipe import Recipe
 @pytest.fixture(autouse=True)
 def deaf_to_nothing() -> Iterator[None]:
     """Give SIGINT its handler, which a shell takes from what it starts in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before, hook = signal.signal(signal.SIGINT, signal.default_int_handler), sys.unraisablehook
     yield
     signal.signal(signal.SIGINT, before)
+    sys.unraisablehook = hook
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
@@ -49,6 +50,28 @@ def test_signals_end_with_a_word(name: str, code: int, capsys: pytest.CaptureFix
     assert stop.value.code == code
     expected = "stopped; finished work is kept. Resume with: threefold train x --out y\n"
     assert capsys.readouterr().err == expected
+
+
+HALF_MADE = """
+import signal
+from threefold.cli import app, main
+class HalfMade:
+    def __init__(self):
+        signal.raise_signal(signal.SIGTERM)
+        self.file = None
+    def __del__(self):
+        self.file.close()
+app.app = HalfMade
+main.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_what_is_half_made_does_not_complain() -> None:
+    done = subprocess.run([sys.executable, "-c", HALF_MADE], capture_output=True, text=True)
+
+    assert done.returncode == 143
+    assert done.stderr == "stopped; run the same command again\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")

@@ -49,6 +49,8 @@ def run(signals: Signals) -> None:
             raise
     except BaseException as error:
         if signals.have_ended(error):
+            # What was half made when the signal came complains as it is thrown away.
+            sys.unraisablehook = lambda _: None
             _tell_stopped(signals)
             raise SystemExit(signals.exit_code) from None
         if not isinstance(error, Exception):
