@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="name the writes of each command")
     arguments = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", COLUMNS="200")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # a problem to `doctor`
     shutil.rmtree(ROOT, ignore_errors=True)
     ROOT.mkdir(parents=True)
     import_all()

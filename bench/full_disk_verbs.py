@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from threefold.cli.app import app  # that of `threefold.cli.app` is replaced by an action
 from threefold.errors import ThreefoldError
 
 
@@ -211,7 +212,6 @@ def _gather() -> None:
 
 def _web() -> None:
     """Write the folder for browsers with files that stand for the real runtime."""
-    from threefold.cli.main import main
     from threefold.serving import onnxruntime_web
 
     content = b"// runs the model"
@@ -222,4 +222,4 @@ def _web() -> None:
         path = Path("ort/dist", file.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    main()
+    app()
