@@ -69,7 +69,7 @@ VERBS: Final = (
     verb("evaluate", "evaluate", "MODEL", "IMAGES/test", "--html", "OUT/page.html"),
     verb("compare", "compare", "RUN", "--html", "OUT/page.html"),
     verb("data check", "data", "check", "IMAGES"),
-    verb("explain", "explain", "RUN", "IMAGE", "--out", "OUT/maps"),
+    verb("explain", "explain", "RUN", "IMAGE", "--out", "OUT/map.png"),
     verb("embed", "embed", "RUN", "IMAGES/test", "--out", "OUT/features.npz"),
     verb("predict --heat", "predict", "MODEL", "IMAGES", "--heat", "OUT/maps"),
     verb("doctor", "doctor", "--speed"),
