@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -95,7 +94,6 @@ def commands() -> dict[str, Command]:
         "card": Command("export run --out other.onnx --card README.md"),
         "web": Command("export run/model.onnx --web site --web-runtime ort", action=_web),
         "clean": Command("clean --yes"),
-        "doctor": Command("doctor", action=_doctor),
     }
     for suffix in ("onnx", "pt2", "xml", "mlpackage", "tflite"):
         found[f"export {suffix}"] = Command(f"{export} m.{suffix}", f"with {suffix}", check=intact)
@@ -209,12 +207,6 @@ def _gather() -> None:
     shutil.rmtree("pushed", ignore_errors=True)
     Path("pushed").mkdir()
     gather(RunFolder.open("run"), Path("pushed"), "user/name")
-
-
-def _doctor() -> None:
-    """Look at the machine; that this bench limits its threads would be a problem."""
-    os.environ.pop("OMP_NUM_THREADS", None)
-    app()
 
 
 def _web() -> None:
