@@ -167,12 +167,12 @@ def _work(task: str) -> None:
     """Run the child process of `threefold ui`, and say what its page would."""
     from threefold.cli.console import print_error
     from threefold.cli.ui_worker import main
-    from threefold.serving.ui_jobs import _parse
+    from threefold.serving.ui_jobs import parse_events
 
     folder = Path("runs/.ui/images")
     sys.argv = ["ui_worker", task, str(folder), "runs/images"]
     main()
-    events = list(_parse((folder / "events.jsonl").read_bytes()))
+    events = list(parse_events((folder / "events.jsonl").read_bytes()))
     (folder / "events.jsonl").unlink()
     if events[-1]["event"] == "failed":
         print_error(ThreefoldError(events[-1]["message"]))

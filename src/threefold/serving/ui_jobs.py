@@ -132,7 +132,7 @@ class Workbench:
         except FileNotFoundError:
             return [], 0
         whole = block[: block.rfind(b"\n") + 1]
-        return list(_parse(whole)), start + len(whole)
+        return list(parse_events(whole)), start + len(whole)
 
     def file(self, name: str, file: str) -> Path:
         """Return the path of a file of a run.
@@ -323,7 +323,7 @@ def _read(path: Path) -> dict[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
-def _parse(block: bytes) -> Iterator[dict[str, Any]]:
+def parse_events(block: bytes) -> Iterator[dict[str, Any]]:
     """Read lines of JSON; a line that a killed process has cut short is left out."""
     for line in block.splitlines():
         with suppress(ValueError):
@@ -337,7 +337,7 @@ def _last_event(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - (1 << 16)))
-            events = list(_parse(file.read()))
+            events = list(parse_events(file.read()))
     except OSError:
         return {}
     last = events[-1] if events else {}
