@@ -13,7 +13,7 @@ import pytest
 from support.disk import files_up_to
 
 from threefold.errors import RunError, ThreefoldError, is_disk_error
-from threefold.files import replace_all, write_bytes
+from threefold.files import TemporaryFolder, real_path, replace_all, write_bytes
 
 STEPS = {
     "mkdir": ("pathlib.Path.mkdir", 1),
@@ -202,3 +202,24 @@ def test_verbs_end_at_once_where_nothing_can_be_printed(verb: str) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error cannot write: standard output; got No space")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_temporary_folder_that_may_not_be_deleted_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: object, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch, TemporaryFolder(tmp_path / "file") as name:
+        (Path(name) / "part").write_bytes(b"x")
+        for function in ("unlink", "rmdir", "remove"):
+            patch.setattr(os, function, refuse)
+
+    assert Path(name).exists()
+
+
+def test_a_circle_of_links_has_a_real_path(tmp_path: Path) -> None:
+    circle = tmp_path / "circle"
+    circle.symlink_to(circle.name)
+
+    assert real_path(circle).name == "circle"

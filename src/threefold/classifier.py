@@ -7,7 +7,6 @@ the run does not exist, and its answers are those of the file.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from sklearn.utils.validation import check_is_fitted
 from threefold.api import fit as fit_run
 from threefold.data.in_memory import store_in_new_run
 from threefold.errors import DataError, shorten
+from threefold.files import TemporaryFolder
 from threefold.runtime.inputs import as_pixels
 from threefold.runtime.model import Model, load
 from threefold.training.planning.basis import Quality
@@ -160,7 +160,7 @@ class Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             key = str(sorted(parameters.items()))
             yield store_in_new_run(images, labels, Path(self.out), key)
             return
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as parent:
+        with TemporaryFolder() as parent:
             yield store_in_new_run(images, labels, Path(parent))
 
     def _read_run(self, run: Run, names: Sequence[str]) -> None:
@@ -184,7 +184,7 @@ class Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Open the exported file, once."""
         model = getattr(self, "_model", None)
         if model is None:
-            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            with TemporaryFolder() as folder:
                 for name, content in self.model_files_.items():
                     (Path(folder) / name).write_bytes(content)
                 model = load(Path(folder) / "model.onnx")

@@ -196,18 +196,40 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_writer()}.{threading.get_ident()}.tmp")
 
 
-def temporary_folder(target: Path) -> tempfile.TemporaryDirectory[str]:
-    """Make a folder beside a file that will come from it, and delete what killed processes left.
+class TemporaryFolder:
+    """A new folder that is deleted in the end, as far as that is allowed.
+
+    `tempfile.TemporaryDirectory` calls itself until Python's stack is full where it is not allowed.
+
+    Args:
+        target: a file that will come from the folder, which is made beside it; what killed
+            processes left there is deleted. None = among the temporary files of the system.
+
+    Attributes:
+        name: path of the folder.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    delete_leftovers(target.parent, target.name)
-    prefix = f".{target.name}.{_writer()}."
-    return tempfile.TemporaryDirectory(
-        dir=target.parent, prefix=prefix, suffix=".tmp", ignore_cleanup_errors=True
-    )
+
+    def __init__(self, target: Path | None = None) -> None:
+        if target is None:
+            self.name = tempfile.mkdtemp(prefix="threefold-")
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        delete_leftovers(target.parent, target.name)
+        prefix = f".{target.name}.{_writer()}."
+        self.name = tempfile.mkdtemp(dir=target.parent, prefix=prefix, suffix=".tmp")
+
+    def __enter__(self) -> str:
+        return self.name
+
+    def __exit__(self, *_: object) -> None:
+        self.cleanup()
+
+    def cleanup(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.name, ignore_errors=True)
 
 
 def delete_leftovers(folder: Path, name: str = "") -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import html
 import shlex
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from threefold.data.in_memory import store_data
 from threefold.errors import MissingExtraError, RunError
+from threefold.files import TemporaryFolder
 from threefold.names import printable
 from threefold.predictions.multilabel import MultilabelPredictions
 from threefold.predictions.multilabel_results import (
@@ -236,7 +236,7 @@ class SavedRun:
         model = self._model_file()
         if isinstance(data, str | Path):
             return self._score_file(model, data)
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        with TemporaryFolder() as folder:
             return self._score_file(model, store_data(data, labels, Path(folder) / "run"))
 
     def _score_file(self, model: Path, data: str | Path) -> Score | MultilabelScore:

@@ -33,7 +33,7 @@ from threefold.data.memory_rows import (
 )
 from threefold.data.sources.npz_file import check_images
 from threefold.errors import DataError, RunError, shorten
-from threefold.files import flush_files, real_path, temporary_folder
+from threefold.files import TemporaryFolder, flush_files, real_path
 from threefold.npz_files import write_arrays
 
 DATA_FOLDER: Final = "data"
@@ -112,7 +112,7 @@ def store_in_new_run(data: Any, labels: Any, parent: Path, key: str = "") -> tup
     """
     is_new = not parent.exists()
     try:
-        with temporary_folder(parent / "memory") as made:
+        with TemporaryFolder(parent / "memory") as made:
             stored = Path(made) / "run"
             path = store_data(data, labels, stored)
             name = hashlib.sha256(f"{path.parent.name} {key}".encode()).hexdigest()[:12]
@@ -179,7 +179,7 @@ def _new_content(run_folder: Path) -> Iterator[Path]:
     """
     is_new = not run_folder.exists()
     try:
-        with temporary_folder(run_folder / DATA_FOLDER) as made:
+        with TemporaryFolder(run_folder / DATA_FOLDER) as made:
             content = Path(made) / "content"
             content.mkdir()
             yield content

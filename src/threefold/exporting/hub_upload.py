@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 from threefold.errors import ExportError, RunError, is_disk_error
 from threefold.exporting.hub_readme import write_readme
+from threefold.files import TemporaryFolder
 from threefold.json_files import write_json
 from threefold.predictions.results_schema import Results
 from threefold.predictions.run_folder import RunFolder
@@ -49,9 +49,7 @@ def push(run_dir: str | Path, repository: str, *, private: bool = False, licence
     if not folder.has(model.name):
         raise RunError("the run has no model.onnx", where=folder.path, fix=fix)
     folder.verify(model.name, f"run `{fix}`")
-    with tempfile.TemporaryDirectory(
-        prefix="threefold-push-", ignore_cleanup_errors=True
-    ) as temporary:
+    with TemporaryFolder() as temporary:
         copy = Path(temporary)
         api = HfApi(library_name="threefold")
         try:

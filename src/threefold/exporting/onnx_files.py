@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +22,7 @@ import onnx
 import onnx_ir as ir
 
 from threefold.errors import ExportError, RunError
-from threefold.files import delete_leftovers, flush_folder, sha256, temporary_folder, write_bytes
+from threefold.files import TemporaryFolder, delete_leftovers, flush_folder, sha256, write_bytes
 from threefold.runtime.model import KEY
 from threefold.runtime.model_file import CHECKSUM
 
@@ -93,11 +92,7 @@ def staged(model: Any, target: Path, card: Mapping[str, Any] | None = None) -> I
     # Serialising the model to learn its size would fail above 2 GB.
     large = sum(ir.from_proto(tensor).nbytes for tensor in weights(model.graph)) > LIMIT
     try:
-        directory = (
-            temporary_folder(target)
-            if large
-            else tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        )
+        directory = TemporaryFolder(target) if large else TemporaryFolder()
     except OSError as error:
         raise ExportError("cannot write", where=target, got=error) from None
     with directory as folder:

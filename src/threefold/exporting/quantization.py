@@ -10,7 +10,6 @@ same types in every precision.
 from __future__ import annotations
 
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import numpy as np
 import onnx
 
 from threefold.errors import ExportError
+from threefold.files import TemporaryFolder
 
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 PRECISIONS: Final[tuple[str, ...]] = get_args(Precision)
@@ -123,7 +123,7 @@ def quantize(model: Any, inputs: np.ndarray) -> Any:
     """
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, _quiet():
+    with TemporaryFolder() as folder, _quiet():
         target = Path(folder) / "int8.onnx"
         quantize_static(
             onnx.shape_inference.infer_shapes(model),

@@ -18,7 +18,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,7 +37,7 @@ from threefold.exporting.onnx_files import staged, write_file
 from threefold.exporting.parity import check, compare
 from threefold.exporting.quantization import check_precision
 from threefold.extras import install_command
-from threefold.files import flush_files, replace_all, sha256, temporary_folder
+from threefold.files import TemporaryFolder, flush_files, replace_all, sha256
 from threefold.machine import free_disk
 from threefold.models.pipeline import Pipeline
 from threefold.predictions.export_schema import ExportReport
@@ -395,9 +394,9 @@ def _place(target: Path, trials: Sequence[Path]) -> None:
         raise ExportError("cannot write", where=target, got=error) from None
 
 
-def _stage(target: Path) -> tempfile.TemporaryDirectory[str]:
+def _stage(target: Path) -> TemporaryFolder:
     """Make a temporary folder beside the target, in which a file is written and tried."""
     try:
-        return temporary_folder(target)
+        return TemporaryFolder(target)
     except OSError as error:
         raise ExportError("cannot write", where=target, got=error) from None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from threefold.errors import ExportError
-from threefold.files import flush_files, sha256, temporary_folder
+from threefold.files import TemporaryFolder, flush_files, sha256
 from threefold.names import count_of
 from threefold.runtime.json_text import as_json
 from threefold.runtime.model import Model
@@ -101,7 +101,7 @@ def write_web(
     require_free(target)
     runtime_files = runtime if isinstance(runtime, Mapping) else read_runtime(runtime)
     try:
-        temporary = temporary_folder(target.absolute())
+        temporary = TemporaryFolder(target.absolute())
     except OSError as error:
         raise _unwritable(target, error) from None
     try:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from threefold.data.sources.archives import read_members
 from threefold.errors import DataError, ExportError
+from threefold.files import TemporaryFolder
 
 VERSION: Final = "1.30.0"
 """The version of the npm package onnxruntime-web."""
@@ -64,7 +64,7 @@ def read_runtime(path: str | Path | None = None) -> dict[str, bytes]:
     """
     if path is not None:
         return _read_checked(Path(path), path)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    with TemporaryFolder() as folder:
         archive = _download(Path(folder))
         return _read_checked(archive, archive.name)
 

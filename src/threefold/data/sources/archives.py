@@ -26,7 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple, cast
 
 from threefold.errors import DataError
-from threefold.files import temporary_folder
+from threefold.files import TemporaryFolder
 
 _BLOCK = 1 << 20
 _LARGEST_DIRECTORY = 1 << 28
@@ -110,7 +110,7 @@ def unpack(archive: Path, target: Path, limits: ArchiveLimits = LIMITS) -> Path:
     fix = "free disk space, or unpack it by hand into a writable folder"
     with (
         _one_line_errors(archive, "cannot unpack the archive", fix),
-        temporary_folder(target) as folder,
+        TemporaryFolder(target) as folder,
     ):
         partial = Path(folder) / "content"
         partial.mkdir()

@@ -6,7 +6,6 @@ probe, which costs seconds, or the stages before. No run folder is written to.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from threefold.arguments import parse_minutes, split_names
 from threefold.data.detect_source import seems_data
 from threefold.data.in_memory import store_data
 from threefold.errors import DataError, RecipeError, RunError, refuse_address, shorten
+from threefold.files import TemporaryFolder
 from threefold.recipe.lookup import packaged_names, resolve
 from threefold.recipe.recipe import Job, Recipe
 from threefold.recipe.schema import StageSpec
@@ -175,7 +175,7 @@ def find_learning_rate(
     rates = _rates(steps, low, high)
     changes = (overrides,) if isinstance(overrides, str) else tuple(overrides)
     with (
-        tempfile.TemporaryDirectory(prefix="threefold-lr-", ignore_cleanup_errors=True) as folder,
+        TemporaryFolder() as folder,
         show_progress(watcher, progress) as follower,
     ):
         path = Path(folder)
