@@ -52,23 +52,34 @@ def test_signals_end_with_a_word(name: str, code: int, capsys: pytest.CaptureFix
     assert capsys.readouterr().err == expected
 
 
-HALF_MADE = """
-import signal
-from threefold.cli import app, main
-class HalfMade:
+VERBS = {
+    "an object that is half made": """
+class Verb:
     def __init__(self):
         signal.raise_signal(signal.SIGTERM)
         self.file = None
     def __del__(self):
         self.file.close()
-app.app = HalfMade
-main.main()
-"""
+""",
+    "an error that a library made of it": """
+def Verb():
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except KeyboardInterrupt:
+        pass  # as a library in another language hides it
+    raise RunError("cannot load weights")
+""",
+}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-def test_what_is_half_made_does_not_complain() -> None:
-    done = subprocess.run([sys.executable, "-c", HALF_MADE], capture_output=True, text=True)
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_comes_of_a_signal_is_not_told(verb: str) -> None:
+    imports = "import signal\nfrom threefold.cli import app, main\n"
+    imports += "from threefold.errors import RunError\n"
+    program = f"{imports}{VERBS[verb]}app.app = Verb\nmain.main()"
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 
     assert done.returncode == 143
     assert done.stderr == "stopped; run the same command again\n"

@@ -118,7 +118,9 @@ class Signals:
         if isinstance(error, SystemExit | ThreefoldError):
             codes = (128 + signal.SIGINT, 128 + self.number)  # the first is Typer's
             is_code = isinstance(error, SystemExit) and error.code in codes
-            return is_code or _comes_from_stop(error)
+            # A library in another language may have made an error of its own of what was raised.
+            is_consequence = isinstance(error, ThreefoldError) and self._is_raised
+            return is_code or is_consequence or _comes_from_stop(error)
         return True
 
     def _receive(self, number: int, _: object) -> None:
