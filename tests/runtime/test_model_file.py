@@ -59,6 +59,16 @@ def test_the_model_of_another_run_is_refused(tmp_path: Path) -> None:
     assert threefold.load(path).card == card()
 
 
+@pytest.mark.parametrize("make", [getattr(os, "mkfifo", Path.touch), Path.mkdir, Path.touch])
+def test_a_manifest_that_is_none_is_not_waited_for(
+    make: Callable[[Path], object], tmp_path: Path
+) -> None:
+    path = write_model(tmp_path / "model.onnx")
+    make(tmp_path / "manifest.json")
+
+    assert threefold.load(path).card == card()
+
+
 class Trap:
     """Makes a folder when it is unpickled."""
 

@@ -9,7 +9,6 @@ memory nor time. It needs no `onnx` package and no pickle. Field numbers are tho
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import mmap
 import os
@@ -19,8 +18,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from threefold.errors import ExportError, refuse_address
+from threefold.errors import ExportError, ThreefoldError, refuse_address
 from threefold.files import sha256
+from threefold.json_files import read_json
 from threefold.names import count_of
 from threefold.runtime.devices import find_device, require_device
 from threefold.runtime.model_card import MAX_MEMBERS, parse_card
@@ -112,9 +112,9 @@ def check_manifest(path: Path) -> None:
         ExportError: the file is not the one that the run has exported.
     """
     try:
-        files = json.loads((path.parent / _MANIFEST).read_bytes())["files"]
+        files = read_json(path.parent / _MANIFEST)["files"]
         hashes = [text for text in files[path.name] if text]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ThreefoldError, KeyError, TypeError):
         return
     found = sha256(path)
     if hashes and found not in hashes:
