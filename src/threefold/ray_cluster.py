@@ -26,6 +26,9 @@ CHECK_SECONDS: Final = 60.0
 """How long to wait for all nodes of a cluster, each of which starts a process that imports torch;
 those that are later are not waited for."""
 
+COUNT_SECONDS: Final = 5.0
+"""How often the nodes are counted, which come and go."""
+
 FIRST_SECONDS: Final = 600.0
 """How long to wait for the first node."""
 
@@ -177,6 +180,28 @@ def living_nodes(ray: Any) -> list[Node]:
         for node in ray.nodes()
         if node["Alive"]
     ]
+
+
+def count_slots(nodes: Sequence[Node], needed: Mapping[str, float]) -> int:
+    """Return how many jobs nodes can do at the same time."""
+    return sum(node.fits(needed) for node in nodes)
+
+
+def task_error(what: str, where: str, error: Any) -> RunError:
+    """An error of a task that is none of ours, with the last line of what was raised on the node.
+
+    Args:
+        what: has failed.
+        where: which of them.
+        error: Ray's RayTaskError.
+    """
+    last = str(error.cause).strip().splitlines() or [""]
+    return RunError(
+        what,
+        where=where,
+        got=f"{type(error.cause).__name__}: {last[-1][:300]}",
+        fix="`ray logs` shows the rest; the logs are in /tmp/ray of the nodes",
+    )
 
 
 @dataclass(frozen=True)

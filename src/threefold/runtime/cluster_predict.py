@@ -27,7 +27,15 @@ from threefold.errors import (
     error_texts,
 )
 from threefold.files import sha256
-from threefold.ray_cluster import Node, check_nodes, connected, living_nodes
+from threefold.ray_cluster import (
+    COUNT_SECONDS,
+    Node,
+    check_nodes,
+    connected,
+    count_slots,
+    living_nodes,
+    task_error,
+)
 from threefold.runtime.batches import Answer, BatchSize, answer_images
 from threefold.runtime.device_parity import compare_with_cpu
 from threefold.runtime.model import CascadePolicy, Model
@@ -42,9 +50,6 @@ PART_IMAGES: Final = 128
 
 PARTS_AHEAD: Final = 3
 """Parts that are given to the cluster at the same time, for each processor."""
-
-COUNT_SECONDS: Final = 5.0
-"""How often the nodes are counted, which come and go."""
 
 RETRIES: Final = 3
 """How often a part is answered again whose process has died."""
@@ -212,7 +217,7 @@ def answer_on_cluster(
     with connected(address) as ray:
         nodes = living_nodes(ray)
         shared = [str(Path(path).absolute()) for path in (str(model.path), *paths)]
-        check_nodes(ray, [node for node in nodes if _slots(node, engine)], shared, PACKAGES)
+        check_nodes(ray, [node for node in nodes if node.fits(_needs(engine))], shared, PACKAGES)
         template = Part(shared[0], sha256(model.path), (), policy, engine)
         work = _Parts(ray, nodes, template)
         try:
@@ -246,11 +251,6 @@ def check_policy(model: Model, policy: CascadePolicy) -> None:
     model.stop_thresholds(policy)
 
 
-def _slots(node: Node, engine: Engine) -> int:
-    """How many parts a node can answer at the same time."""
-    return node.fits(_needs(engine))
-
-
 def _needs(engine: Engine) -> dict[str, float]:
     return {"CPU": 1.0, "GPU": 1.0 if engine.device == "cuda" else 0.0}
 
@@ -268,15 +268,15 @@ class _Parts:
     def __init__(self, ray: Any, nodes: Sequence[Node], template: Part) -> None:
         self.ray, self.template = ray, template
         self.alive = {node.id for node in nodes}
-        self.slots = sum(_slots(node, template.engine) for node in nodes)
+        self.needs = _needs(template.engine)
+        self.slots = count_slots(nodes, self.needs)
         if not self.slots:
             raise RunError(
                 "no node of the cluster can answer images",
-                expected=f"a node with a free {'GPU' if _needs(template.engine)['GPU'] else 'CPU'}",
+                expected=f"a node with a free {'GPU' if self.needs['GPU'] else 'CPU'}",
                 got=f"{len(nodes)} nodes",
             )
-        needs = _needs(template.engine)
-        options = {"num_cpus": needs["CPU"], "num_gpus": needs["GPU"], "max_retries": 0}
+        options = {"num_cpus": self.needs["CPU"], "num_gpus": self.needs["GPU"], "max_retries": 0}
         self.task = ray.remote(**options)(answer_part)
         self.counted = time.monotonic()
         self.waiting: list[tuple[Any, _Sent]] = []
@@ -324,13 +324,8 @@ class _Parts:
             answers: PartAnswers = self.ray.get(reference)
             return answers
         except self.ray.exceptions.RayTaskError as error:
-            last = str(error.cause).strip().splitlines() or [""]
-            raise RunError(
-                "images failed on a node of the cluster",
-                where=sent.names[0],
-                got=f"{type(error.cause).__name__}: {last[-1][:300]}",
-                fix="`ray logs` shows the rest; the logs are in /tmp/ray of the nodes",
-            ) from None
+            what = "images failed on a node of the cluster"
+            raise task_error(what, sent.names[0], error) from None
         except self.ray.exceptions.RayError as error:
             self.losses += 1
             if self.losses > RETRIES:
@@ -349,7 +344,7 @@ class _Parts:
             return
         nodes = living_nodes(self.ray)
         alive, self.counted = {node.id for node in nodes}, time.monotonic()
-        self.slots = max(1, sum(_slots(node, self.template.engine) for node in nodes))
+        self.slots = max(1, count_slots(nodes, self.needs))
         if not self.alive <= alive:
             before, self.waiting = self.waiting, []
             for reference, sent in before:

@@ -24,7 +24,15 @@ from threefold.data.sources.folder import EncodedImages
 from threefold.errors import RunError, error_from
 from threefold.object_store import url_of
 from threefold.predictions.remote_run import RemoteRun
-from threefold.ray_cluster import Node, check_nodes, connected, living_nodes
+from threefold.ray_cluster import (
+    COUNT_SECONDS,
+    Node,
+    check_nodes,
+    connected,
+    count_slots,
+    living_nodes,
+    task_error,
+)
 from threefold.recipe.cluster import ClusterSpec
 from threefold.recipe.recipe import Job, fold_name
 from threefold.training.distillation import TEACHERS_FOLDER
@@ -42,9 +50,6 @@ from threefold.training.run import Run
 
 POLL_SECONDS: Final = 0.2
 """How often the reports of the jobs are collected."""
-
-COUNT_SECONDS: Final = 5.0
-"""How often the nodes are counted, which come and go."""
 
 GRACE_SECONDS: Final = 5.0
 """How long a stop waits for the jobs to save their state."""
@@ -169,7 +174,7 @@ class _Submission:
     def __init__(self, ray: Any, run: Run, jobs: Sequence[Job], needs: JobNeeds) -> None:
         self.ray, self.run, self.jobs, self.needs = ray, run, jobs, needs
         self.retries = run.recipe.cluster.retries
-        slots = count_slots(living_nodes(ray), needs)
+        slots = max(1, count_slots(living_nodes(ray), needs.resources))
         self.schedule, self.counted = Schedule(run, jobs, slots), time.monotonic()
         self.order = WorkOrder.of(run)
         # A process that has used one GPU cannot change to another: each job has a new one.
@@ -225,7 +230,8 @@ class _Submission:
         if time.monotonic() - self.counted < COUNT_SECONDS:
             return
         nodes = living_nodes(self.ray)
-        self.schedule.slots, self.counted = count_slots(nodes, self.needs), time.monotonic()
+        self.schedule.slots = max(1, count_slots(nodes, self.needs.resources))
+        self.counted = time.monotonic()
         for reference, job in jobs_of_lost_nodes(self.pending, self.places, nodes).items():
             del self.pending[reference]
             self._lose(job, "its node is gone")
@@ -288,7 +294,8 @@ class _Submission:
             try:
                 answer = self.ray.get(reference)
             except self.ray.exceptions.RayTaskError as error:
-                raise _bug(job, error) from None
+                where = f"job {_name(job)}"
+                raise task_error("a job failed on a node of the cluster", where, error) from None
             except self.ray.exceptions.RayError as error:
                 self._lose(job, type(error).__name__)
                 continue
@@ -386,11 +393,6 @@ class _Submission:
                 self.ray.cancel(reference, force=True)
 
 
-def count_slots(nodes: Sequence[Node], needs: JobNeeds) -> int:
-    """Return how many jobs nodes have room for at the same time; at least 1."""
-    return max(1, sum(node.fits(needs.resources) for node in nodes))
-
-
 def jobs_of_lost_nodes(
     pending: Mapping[Any, Job], places: Mapping[Job, str], living: Sequence[Node]
 ) -> dict[Any, Job]:
@@ -463,17 +465,6 @@ def _is_shared(images: ImageDataset, folder: str) -> bool:
     if isinstance(files, EncodedImages):
         return False
     return all(str(path).startswith(folder) for path in files)
-
-
-def _bug(job: Job, error: Any) -> RunError:
-    """An error that is none of ours, with the last line of what was raised on the node."""
-    last = str(error.cause).strip().splitlines() or [""]
-    return RunError(
-        "a job failed on a node of the cluster",
-        where=f"job {_name(job)}",
-        got=f"{type(error.cause).__name__}: {last[-1][:300]}",
-        fix="`ray logs` shows the rest; the logs are in /tmp/ray of the nodes",
-    )
 
 
 def _name(job: Job) -> str:
