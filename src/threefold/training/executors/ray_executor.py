@@ -54,6 +54,12 @@ POLL_SECONDS: Final = 0.2
 GRACE_SECONDS: Final = 5.0
 """How long a stop waits for the jobs to save their state."""
 
+OPEN_SECONDS: Final = 60.0
+"""How long the first job waits for the process that takes the reports."""
+
+MAIL_SECONDS: Final = 2.0
+"""How long the last reports of a job are waited for, once it has ended."""
+
 SHIPPED_BYTES: Final = 1 << 28
 """Most bytes of pixels that are sent to the nodes; larger arrays they read themselves."""
 
@@ -84,9 +90,10 @@ class RayExecutor:
         with connected(self.address) as ray:
             needs = JobNeeds.of(run.recipe.cluster, run.recipe.train.device, living_nodes(ray))
             nodes = _nodes_with_room(ray, needs, run.recipe.cluster.wait_minutes)
+            mailbox = _open_mailbox(ray)  # first: its process starts while the nodes are checked
             check_nodes(ray, nodes, _shared_paths(run), PACKAGES)
             with _demand(needs, run, jobs):
-                _Submission(ray, run, jobs, needs).work()
+                _Submission(ray, run, jobs, needs, mailbox).work()
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,9 @@ def _demand(needs: JobNeeds, run: Run, jobs: Sequence[Job]) -> Iterator[None]:
 class _Submission:
     """The jobs of a run on a connected cluster, from the first to the last."""
 
-    def __init__(self, ray: Any, run: Run, jobs: Sequence[Job], needs: JobNeeds) -> None:
+    def __init__(
+        self, ray: Any, run: Run, jobs: Sequence[Job], needs: JobNeeds, mailbox: Any
+    ) -> None:
         self.ray, self.run, self.jobs, self.needs = ray, run, jobs, needs
         self.retries = run.recipe.cluster.retries
         slots = max(1, count_slots(living_nodes(ray), needs.resources))
@@ -179,10 +188,9 @@ class _Submission:
         self.order = WorkOrder.of(run)
         # A process that has used one GPU cannot change to another: each job has a new one.
         self.task = ray.remote(max_retries=0, max_calls=1 if needs.gpus else 0)(do_job)
-        self.mailbox = _open_mailbox(ray)
+        self.mailbox, self.mail = mailbox, mailbox.take.remote()
         self.sources = _ship(ray, run)
         self.remote = RemoteRun(run.execution.url, run.dir) if run.execution.url else None
-        self.mail: Any = None
         self.pending: dict[Any, Job] = {}
         self.shown: set[Job] = set()
         self.places: dict[Job, str] = {}
@@ -206,6 +214,7 @@ class _Submission:
             if job not in missing:
                 self.run.watcher.job(job, skipped=True)
         try:
+            self.ray.wait([self.mail], timeout=OPEN_SECONDS)
             with self.run.watcher.deferring_stop():
                 while not self.schedule.is_over:
                     self._submit()
@@ -288,7 +297,10 @@ class _Submission:
     def _collect(self) -> None:
         """Wait a little for jobs to end, and pass on what the others report."""
         ready, _ = self.ray.wait(list(self.pending), timeout=POLL_SECONDS)
-        self._report()
+        # A job that has ended has delivered its reports; the answer of the mailbox that is on its
+        # way may be older, the one after it is not.
+        for seconds in (MAIL_SECONDS, MAIL_SECONDS) if ready else (0.0,):
+            self._report(self._take_mail(seconds))
         for reference in ready:
             job = self.pending.pop(reference)
             try:
@@ -356,10 +368,10 @@ class _Submission:
             )
         self.run.watcher.note(f"{_name(job)}: its process died ({reason}); it is done again")
 
-    def _report(self) -> None:
+    def _report(self, letters: Sequence[Letter]) -> None:
         """Pass on to the watcher what the jobs report."""
         running = set(self.schedule.running)
-        for job, node, report in self._read_mail():
+        for job, node, report in letters:
             job = Job(*job)
             if job not in running:
                 continue
@@ -370,13 +382,15 @@ class _Submission:
             if report[0] != "started":
                 tell(self.run.watcher, job, report)
 
-    def _read_mail(self) -> list[Letter]:
-        """Return what has come since the last call, without waiting for it."""
-        if self.mail is None:
-            self.mail = self.mailbox.take.remote()
-        if not self.ray.wait([self.mail], timeout=0)[0]:
+    def _take_mail(self, seconds: float) -> list[Letter]:
+        """Return the letters that have come, and ask for the next.
+
+        Args:
+            seconds: how long to wait for the answer of the mailbox.
+        """
+        if not self.ray.wait([self.mail], timeout=seconds)[0]:
             return []
-        mail, self.mail = self.mail, None
+        mail, self.mail = self.mail, self.mailbox.take.remote()
         with suppress(self.ray.exceptions.RayError):  # the mailbox was started again
             letters: list[Letter] = self.ray.get(mail)
             return letters

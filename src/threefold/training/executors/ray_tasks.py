@@ -24,6 +24,10 @@ from threefold.training.executors.worker import Outcome, Worker, WorkOrder, open
 from threefold.training.job import RESUME_FILE
 
 
+MAIL_SECONDS: Final = 2.0
+"""How long a job that has ended waits until the mailbox has its reports."""
+
+
 @dataclass(frozen=True)
 class Errand:
     """A job that a node is to do; plain values, for they travel.
@@ -134,15 +138,36 @@ class _MailWatcher(RelayWatcher):
         self._place, self._answers, self.stop = (mailbox, job, node), [], None
         self._mail(("started",))
 
+    def end_job(self) -> None:
+        """Send what was not reported yet, and wait until the mailbox has all reports.
+
+        They must be there before the answer of the job, after which no one reads them.
+        """
+        self.stop = None
+        with suppress(_Stopped):
+            self.flush()
+        with suppress(_Stopped):
+            self._read_answers(MAIL_SECONDS)
+
     def _mail(self, report: Report) -> None:
         """Send a report, and stop if the answer to an earlier one says so."""
-        import ray
-
         assert self._place is not None
         mailbox, job, node = self._place
         self._answers.append(mailbox.put.remote(job, node, report))
+        self._read_answers(0.0)
+
+    def _read_answers(self, seconds: float) -> None:
+        """Read the answers of the mailbox, and stop if one says so.
+
+        Args:
+            seconds: how long to wait for them.
+        """
+        import ray
+
+        if not self._answers:
+            return
         ready, self._answers = ray.wait(
-            self._answers, num_returns=len(self._answers), timeout=0, fetch_local=False
+            self._answers, num_returns=len(self._answers), timeout=seconds, fetch_local=False
         )
         for answer in ready:
             try:
@@ -198,9 +223,7 @@ def _reporting(mailbox: Any, job: Job, node: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _PROCESS.watcher.stop = None
-        with suppress(_Stopped):
-            _PROCESS.watcher.flush()
+        _PROCESS.watcher.end_job()
 
 
 def _find_worker(order: WorkOrder, sources: Sources | None) -> Worker:
