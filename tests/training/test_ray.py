@@ -130,8 +130,12 @@ class Stopper(Watcher):
 
 
 def cluster_recipe(images: Path) -> Recipe:
-    """Two tuned members and a probe on frozen features, two folds."""
+    """Two tuned members and a probe on frozen features, two folds.
+
+    A job of the first stage lasts for a second or two, so that a node can die within it.
+    """
     tree = tiny_tree(images)
+    tree["stages"][0]["epochs"] = 16
     tree["members"].append(PROBE)
     tuned = [{**stage, "members": ["plain", "gated"]} for stage in tree["stages"]]
     tree["stages"] = [*tuned, {"name": "head", "kind": "head", "members": ["probe"]}]

@@ -23,7 +23,6 @@ from threefold.training.executors.relay import RelayWatcher, Report
 from threefold.training.executors.worker import Outcome, Worker, WorkOrder, open_worker
 from threefold.training.job import RESUME_FILE
 
-
 MAIL_SECONDS: Final = 2.0
 """How long a job that has ended waits until the mailbox has its reports."""
 
