@@ -187,6 +187,27 @@ def count_slots(nodes: Sequence[Node], needed: Mapping[str, float]) -> int:
     return sum(node.fits(needed) for node in nodes)
 
 
+def cancel_unfinished(ray: Any, references: Sequence[Any], wait_seconds: float = 0.0) -> None:
+    """End the tasks that have no answer yet.
+
+    Those that have one are left alone: Ray can end this whole process, with `Tried to complete task
+    that was not pending`, where a task is cancelled just as its answer arrives.
+
+    Args:
+        ray: the package, connected.
+        references: to the answers of the tasks.
+        wait_seconds: how long to wait for answers first.
+    """
+    if not references:
+        return
+    _, unfinished = ray.wait(
+        [*references], num_returns=len(references), timeout=wait_seconds, fetch_local=False
+    )
+    for reference in unfinished:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.cancel(reference, force=True)
+
+
 def task_error(what: str, where: str, error: Any) -> RunError:
     """An error of a task that is none of ours, with the last line of what was raised on the node.
 
@@ -248,8 +269,7 @@ def check_nodes(
     ready, late = ray.wait(list(pending), num_returns=len(pending), timeout=CHECK_SECONDS)
     if not ready:
         ready, late = ray.wait(list(pending), timeout=FIRST_SECONDS)
-    for reference in late:
-        ray.cancel(reference, force=True)
+    cancel_unfinished(ray, late)
     for reference in ready:
         node = pending[reference]
         try:

@@ -30,6 +30,7 @@ from threefold.files import sha256
 from threefold.ray_cluster import (
     COUNT_SECONDS,
     Node,
+    cancel_unfinished,
     check_nodes,
     connected,
     count_slots,
@@ -304,9 +305,8 @@ class _Parts:
 
     def stop(self) -> None:
         """End what is not answered yet."""
-        for reference, _ in self.waiting:
-            with suppress(Exception):
-                self.ray.cancel(reference, force=True)
+        with suppress(Exception):
+            cancel_unfinished(self.ray, [reference for reference, _ in self.waiting])
 
     def _send(self, images: Sequence[str | ImageRow]) -> None:
         names = [image.name if isinstance(image, ImageRow) else image for image in images]
@@ -346,11 +346,8 @@ class _Parts:
         alive, self.counted = {node.id for node in nodes}, time.monotonic()
         self.slots = max(1, count_slots(nodes, self.needs))
         if not self.alive <= alive:
-            before, self.waiting = self.waiting, []
-            for reference, sent in before:
-                with suppress(Exception):
-                    self.ray.cancel(reference, force=True)
-                self.waiting.append((self.task.remote(sent.part), sent))
+            self.stop()
+            self.waiting = [(self.task.remote(sent.part), sent) for _, sent in self.waiting]
         self.alive = alive
 
 

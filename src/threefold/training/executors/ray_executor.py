@@ -27,6 +27,7 @@ from threefold.predictions.remote_run import RemoteRun
 from threefold.ray_cluster import (
     COUNT_SECONDS,
     Node,
+    cancel_unfinished,
     check_nodes,
     connected,
     count_slots,
@@ -400,11 +401,7 @@ class _Submission:
         """Let the jobs save their state, then end those that have not."""
         with suppress(self.ray.exceptions.RayError):
             self.mailbox.stop.remote()
-            self.ray.wait(
-                list(self.pending), num_returns=max(1, len(self.pending)), timeout=GRACE_SECONDS
-            )
-            for reference in self.pending:
-                self.ray.cancel(reference, force=True)
+            cancel_unfinished(self.ray, list(self.pending), GRACE_SECONDS)
 
 
 def jobs_of_lost_nodes(
