@@ -11,7 +11,8 @@ and a cache each. A node and the process that the others are compared with use o
 - workers: the same, and processes are killed while they do a job, drawn at random, until their
   number is 30 % of that of the jobs.
 - overhead: `--folds` x 2 jobs on one node against one process without Ray.
-- speed: the same jobs on two nodes against one.
+- speed: the same jobs on two nodes against one; and, as the limit of these cores, two processes
+  without Ray that do all jobs each, at the same time.
 
 Seconds are those from the start of the first job to the end of the last: starting Ray and the nodes
 is not in them. They mean something on a machine with a free processor for every node. The exit code
@@ -147,6 +148,12 @@ def time_nodes(count: int, recipe: Path, place: Path) -> Trained:
         return Training(recipe, place / f"nodes-{count}", on_cluster=True).finish()
 
 
+def time_two_processes(recipe: Path, place: Path) -> float:
+    """Let two processes do all jobs each, at the same time; returns the mean of their seconds."""
+    both = [Training(recipe, place / f"beside-{n}", on_cluster=False) for n in range(2)]
+    return sum(training.finish().seconds for training in both) / len(both)
+
+
 def main() -> int:
     """Measure, print, and write the numbers; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -176,7 +183,9 @@ def main() -> int:
         if "overhead" in steps or "speed" in steps:
             nodes[1] = time_nodes(1, recipe, place)
             rows.append(_row("one node", nodes[1], alone))
+        beside = 0.0
         if "speed" in steps:
+            beside = time_two_processes(recipe, place)
             nodes[2] = time_nodes(2, recipe, place)
             rows.append(_row("two nodes", nodes[2], alone))
     for row in rows:
@@ -187,6 +196,8 @@ def main() -> int:
         print(f"overhead: {extra / alone.jobs:+.3f} s a job, {share:+.2f} % of these jobs")
     if 2 in nodes:
         print(f"speed: two nodes {nodes[1].seconds / nodes[2].seconds:.2f} x one")
+        limit = 2 * alone.seconds / beside
+        print(f"limit of these cores: two processes do {limit:.2f} x the jobs of one in its time")
     if options.json:
         write_record(options.json, rows)
     return int(any(row.get("different") or row.get("not killed") for row in rows))
