@@ -100,7 +100,7 @@ def namespace_cluster(nodes: int, folder: Path) -> Iterator[list[NamespaceNode]]
     Yields:
         The nodes.
     """
-    # With a token file on this machine Ray would ask for the token, which `_wait_for` does not send.
+    # With a token file on this machine Ray would ask for it, and `_wait_for` does not send it.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     _remove_leftovers(nodes)
     _ip("link", "add", BRIDGE, "type", "bridge")
