@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from threefold.errors import ExportError
 from threefold.exporting import onnx_networks, targets
 from threefold.exporting.export import export
 from threefold.exporting.parity import check, compare
-from threefold.exporting.quantization import PRECISIONS, SMALLEST, convert, halve
+from threefold.exporting.quantization import PRECISIONS, SMALLEST, convert, halve, quantize
 from threefold.files import sha256
 from threefold.models.tracing import OPSET, example_pixels
 from threefold.predictions.export_schema import CorrectAnswers
@@ -140,6 +141,20 @@ def test_int8_leaves_the_first_layers_and_softmax_in_float32(small: onnx.ModelPr
     assert "probs" not in quantized
     difference = np.abs(predict(model, pixels) - predict(small, pixels)).max()
     assert difference < TOLERANCES["int8"].difference
+
+
+def test_a_temporary_folder_that_refuses_deletion_is_named(
+    small: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_the_stack(*_: object, **__: object) -> None:  # as TemporaryDirectory's cleanup does
+        raise RecursionError
+
+    monkeypatch.setattr("onnxruntime.quantization.quantize_static", fill_the_stack)
+
+    with pytest.raises(PermissionError, match="Permission denied") as error:
+        quantize(small, np.zeros((2, 3, 16, 16), np.float32))
+
+    assert error.value.filename == tempfile.gettempdir()
 
 
 def test_int8_ranges_come_from_the_calibration_images(small: onnx.ModelProto) -> None:

@@ -9,7 +9,10 @@ same types in every precision.
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,10 +123,13 @@ def quantize(model: Any, inputs: np.ndarray) -> Any:
     The ranges of activations come from the images. Weights use 7 bits (onnxruntime's
     `reduce_range`): with 8, products overflow on processors without VNNI, and the answers would
     depend on the machine.
+
+    Raises:
+        OSError: temporary files cannot be written.
     """
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-    with TemporaryFolder() as folder, _quiet():
+    with TemporaryFolder() as folder, _quiet(), _own_folder_refused():
         target = Path(folder) / "int8.onnx"
         quantize_static(
             onnx.shape_inference.infer_shapes(model),
@@ -166,6 +172,23 @@ def _reader(name: str, inputs: np.ndarray) -> Any:
             return next(self.batches, None)
 
     return Reader()
+
+
+@contextmanager
+def _own_folder_refused() -> Iterator[None]:
+    """Say that the quantizer's own temporary folder may not be written.
+
+    `tempfile.TemporaryDirectory`, which it uses, calls itself until Python's stack is full where it
+    may not delete.
+
+    Raises:
+        PermissionError: it is so.
+    """
+    try:
+        yield
+    except RecursionError:
+        reason = os.strerror(errno.EACCES)
+        raise PermissionError(errno.EACCES, reason, tempfile.gettempdir()) from None
 
 
 @contextmanager
