@@ -8,12 +8,15 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from threefold.cli.app import app  # that of `threefold.cli.app` is replaced by an action
 from threefold.errors import ThreefoldError
+
+UNRECORDED: Final = "the run does not record this export"
+"""Words of the note where a file was exported and the run cannot be written."""
 
 
 class Command(NamedTuple):
@@ -94,17 +97,16 @@ def commands() -> dict[str, Command]:
         ),
         "upload": Command("", "images", action=_upload),
         "gather": Command("", action=_gather),
-        "card": Command("export run --out other.onnx --card README.md"),
+        "card": Command("export run --out other.onnx --card README.md", admits=UNRECORDED),
         "web": Command("export run/model.onnx --web site --web-runtime ort", action=_web),
         "clean": Command("clean --yes"),
     }
     for suffix in ("onnx", "pt2", "xml", "mlpackage", "tflite"):
-        found[f"export {suffix}"] = Command(f"{export} m.{suffix}", f"with {suffix}", check=intact)
+        found[f"export {suffix}"] = Command(
+            f"{export} m.{suffix}", f"with {suffix}", check=intact, admits=UNRECORDED
+        )
     found["export int8"] = Command(
-        f"{export} m.onnx --precision int8",
-        "with onnx",
-        check=intact,
-        admits="the run does not record this export",
+        f"{export} m.onnx --precision int8", "with onnx", check=intact, admits=UNRECORDED
     )
     return found
 
