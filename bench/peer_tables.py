@@ -21,6 +21,8 @@ TITLES = {
     "probe": "frozen features + logistic regression",
     "timm": "timm loop",
 }
+HIGHEST_OF_OURS = 2.0
+"""The plot ends at so many times threefold's highest error of a set."""
 COLOURS = {"threefold": "#c2410c", "fastai": "#2563eb", "probe": "#15803d", "timm": "#6b7280"}
 MARKERS = {"threefold": "o", "fastai": "s", "probe": "^", "timm": "D"}
 LATE = 1.05
@@ -291,8 +293,9 @@ def plot_results(results: Sequence[Result], out: Path) -> None:
         panel.axis("off")
     figure.supxlabel("minutes from the folder to the finished model", fontsize=9)
     figure.supylabel("wrong answers on the test images, %", fontsize=9)
-    handles, labels = panels[len(names)].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    lines = {line.get_label(): line for panel in panels for line in panel.get_lines()}
+    shown = [lines[title] for title in TITLES.values() if title in lines]
+    figure.legend(handles=shown, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(out, dpi=160)
     pyplot.close(figure)
 
@@ -303,7 +306,8 @@ def _draw(panel: Any, results: Sequence[Result], title: str) -> None:
         own = [r for r in results if r.system == system and r.accuracy is not None]
         own.sort(key=lambda result: result.minutes)
         minutes = [result.seconds / 60 for result in own]
-        _line(panel, system, minutes, [100 * result.error for result in own])
+        stays = bool(own) and own[-1].complete
+        _line(panel, system, minutes, [100 * result.error for result in own], stays=stays)
     _finish_panel(panel, title, [result.minutes for result in results])
 
 
@@ -317,18 +321,19 @@ def _draw_means(panel: Any, results: Sequence[Result], names: Sequence[str]) -> 
             if len(done) == len(names):
                 minutes.append(float(np.mean([result.seconds for result in done])) / 60)
                 errors.append(100 * float(np.mean([result.error for result in done])))
-        _line(panel, system, minutes, errors)
+        _line(panel, system, minutes, errors, stays=False)
     _finish_panel(panel, "mean of the sets", [result.minutes for result in results])
     panel.set_facecolor("#f5f5f4")
 
 
-def _line(panel: Any, system: str, minutes: Sequence[float], errors: Sequence[float]) -> None:
-    """Draw one system; of one that gains nothing from more time, its one point."""
+def _line(
+    panel: Any, system: str, minutes: Sequence[float], errors: Sequence[float], *, stays: bool
+) -> None:
+    """Draw one system; and for one that gains nothing from more time, its last error dotted."""
     if not minutes:
         return
-    if len(set(zip(minutes, errors, strict=True))) == 1:
-        minutes, errors = minutes[:1], errors[:1]
-        panel.axhline(errors[0], color=COLOURS[system], linewidth=0.8, linestyle=":")
+    if stays:
+        panel.axhline(errors[-1], color=COLOURS[system], linewidth=0.8, linestyle=":")
     panel.plot(
         minutes,
         errors,
@@ -347,8 +352,24 @@ def _finish_panel(panel: Any, title: str, budgets: Sequence[float]) -> None:
     panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
     panel.minorticks_off()
     panel.tick_params(labelsize=8)
-    highest = max((max(line.get_ydata()) for line in panel.get_lines()), default=1.0)
-    panel.set_ylim(0, 1.12 * highest)
+    lines = [line for line in panel.get_lines() if line.get_label() in TITLES.values()]
+    highest = max((max(line.get_ydata()) for line in lines), default=1.0)
+    ours = [max(line.get_ydata()) for line in lines if line.get_label() == TITLES[OURS]]
+    top = min([1.12 * highest, *(HIGHEST_OF_OURS * error for error in ours)])
+    panel.set_ylim(0, top)
+    for line in lines:
+        for minute, error in zip(*line.get_data(), strict=True):
+            if error > top:  # so many times worse that the others would lie on one line
+                text = f"\N{UPWARDS ARROW}{error:.0f}"
+                panel.text(
+                    minute,
+                    0.98 * top,
+                    text,
+                    color=line.get_color(),
+                    fontsize=7,
+                    ha="center",
+                    va="top",
+                )
     panel.set_title(title, fontsize=9, loc="left")
     panel.grid(color="#e7e5e4", linewidth=0.6)
     for side in ("top", "right"):
