@@ -40,7 +40,7 @@ from threefold.training.distillation import TEACHERS_FOLDER
 from threefold.training.executors.local import LocalExecutor
 from threefold.training.executors.mailbox import Letter, Mailbox
 from threefold.training.executors.order import Schedule, jobs_before
-from threefold.training.executors.ray_tasks import Answer, Errand, do_job
+from threefold.training.executors.ray_tasks import MAIL_SECONDS, Answer, Errand, do_job
 from threefold.training.executors.relay import tell
 from threefold.training.executors.worker import CLAIMS_FOLDER, WorkOrder
 from threefold.training.head_jobs import prepare_features
@@ -57,9 +57,6 @@ GRACE_SECONDS: Final = 5.0
 
 OPEN_SECONDS: Final = 60.0
 """How long the first job waits for the process that takes the reports."""
-
-MAIL_SECONDS: Final = 2.0
-"""How long the last reports of a job are waited for, once it has ended."""
 
 SHIPPED_BYTES: Final = 1 << 28
 """Most bytes of pixels that are sent to the nodes; larger arrays they read themselves."""

@@ -24,7 +24,8 @@ from threefold.training.executors.worker import Outcome, Worker, WorkOrder, open
 from threefold.training.job import RESUME_FILE
 
 MAIL_SECONDS: Final = 2.0
-"""How long a job that has ended waits until the mailbox has its reports."""
+"""How long the mailbox is waited for once a job has ended: to have its reports, and to hand them
+over."""
 
 
 @dataclass(frozen=True)
