@@ -357,20 +357,17 @@ def _finish_panel(panel: Any, title: str, budgets: Sequence[float]) -> None:
     ours = [max(line.get_ydata()) for line in lines if line.get_label() == TITLES[OURS]]
     top = min([1.12 * highest, *(HIGHEST_OF_OURS * error for error in ours)])
     panel.set_ylim(0, top)
-    for line in lines:
-        for minute, error in zip(*line.get_data(), strict=True):
-            if error > top:  # so many times worse that the others would lie on one line
-                text = f"\N{UPWARDS ARROW}{error:.0f}"
-                panel.text(
-                    minute,
-                    0.98 * top,
-                    text,
-                    color=line.get_color(),
-                    fontsize=7,
-                    ha="center",
-                    va="top",
-                )
+    _name_errors_above(panel, lines, top)
     panel.set_title(title, fontsize=9, loc="left")
     panel.grid(color="#e7e5e4", linewidth=0.6)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
+
+
+def _name_errors_above(panel: Any, lines: Sequence[Any], top: float) -> None:
+    """Write errors as numbers that are so large that the others would lie on one line."""
+    for line in lines:
+        style = {"color": line.get_color(), "fontsize": 7, "ha": "center", "va": "top"}
+        for minute, error in zip(*line.get_data(), strict=True):
+            if error > top:
+                panel.text(minute, 0.98 * top, f"\N{UPWARDS ARROW}{error:.0f}", **style)
