@@ -1,15 +1,15 @@
 """Resize images to a square, in numpy: the same pixels as the networks' own resize has.
 
 `models.resize` is two products of matrices, in torch and in exported graphs. Here the same sums are
-made without most of the zeros, and in bands of rows. That takes less time, which
-`bench/resize_speed.py` measures, and less memory. All sums are exact, so their order changes no
-pixel.
+made without most of the zeros, in bands of rows, and with the colours of a pixel side by side as
+they are in memory. That takes less time, which `bench/resize_speed.py` measures, and less memory.
+All sums are exact, so their order changes no pixel.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Final, Literal, NamedTuple
 
@@ -25,8 +25,9 @@ MAX_SCALE: Final = 256
 """Largest reduction for which the sums of weights are exact in float32."""
 BAND_PIXELS: Final = 500_000
 """Pixels that are floats at the same time."""
-PART: Final = 32
-"""Resized pixels of a line that are computed together."""
+ACROSS_PART, DOWN_PART = 4, 8
+"""Resized pixels of a row, and of a column, that are computed together: with more of them more
+zeros are multiplied, with fewer there are more products."""
 
 
 def can_resize(shape: Sequence[int], size: int, mode: Literal["squash", "crop"]) -> bool:
@@ -50,52 +51,92 @@ def resize_pixels(pixels: np.ndarray, size: int, mode: Literal["squash", "crop"]
     height, width = pixels.shape[:2]
     down_side = height if mode == "squash" else min(height, width)
     across_side = width if mode == "squash" else min(height, width)
-    across = _triangle_weights((width - across_side) // 2, across_side, size)
-    down = _triangle_weights((height - down_side) // 2, down_side, size)
-    rows = np.empty((height, 3, size), np.float32)
+    across = _across_parts((width - across_side) // 2, across_side, size)
+    down = _down_parts((height - down_side) // 2, down_side, size)
+    rows = np.empty((height, 3 * size), np.float32)
     band = max(1, BAND_PIXELS // width)
     for top in range(0, height, band):
-        lines = np.array(pixels[top : top + band].transpose(0, 2, 1), np.float32, order="C")
-        lines = lines.reshape(-1, width)
-        resized = np.concatenate([lines[:, part.pixels] @ part.weights for part in across], axis=1)
-        rows[top : top + band] = _round(resized).reshape(-1, 3, size)
-    columns = rows.reshape(height, -1)
-    square = np.concatenate([part.weights.T @ columns[part.pixels] for part in down])
-    square = _round(square).reshape(size, 3, size)
-    return np.ascontiguousarray(square.transpose(0, 2, 1), dtype=np.uint8)
+        lines = pixels[top : top + band].reshape(-1, 3 * width).astype(np.float32)
+        for part in across:
+            np.matmul(lines[:, part.read], part.weights, out=rows[top : top + band, part.made])
+    _round(rows)
+    square = np.empty((size, 3 * size), np.float32)
+    for part in down:
+        np.matmul(part.weights, rows[part.read], out=square[part.made])
+    return _round(square).reshape(size, size, 3).astype(np.uint8)
 
 
 class _Part(NamedTuple):
-    """Some neighbouring pixels of a resized line, and the pixels that they are made of."""
+    """Some neighbouring pixels of a resized line, and those of the line that they are made of."""
 
-    pixels: slice
+    read: slice
     """Of the line."""
+    made: slice
+    """Of the resized line."""
     weights: np.ndarray
-    """float32 (pixels, resized pixels)."""
+    """float32 (read, made)."""
 
 
 @lru_cache(maxsize=16)  # many images of a folder have one size
-def _triangle_weights(start: int, side: int, size: int) -> tuple[_Part, ...]:
+def _across_parts(start: int, side: int, size: int) -> tuple[_Part, ...]:
+    """Return the parts of a row, whose numbers are the three colours of each pixel in turn."""
+    first, blocks = _weight_blocks(start, side, size, ACROSS_PART)
+    count, read, made = blocks.shape
+    colours = np.zeros((count, read, 3, made, 3), np.float32)
+    for colour in range(3):
+        colours[:, :, colour, :, colour] = blocks
+    weights = colours.reshape(count, 3 * read, 3 * made)
+    return tuple(_parts(3 * first, weights, 3 * size))
+
+
+@lru_cache(maxsize=16)
+def _down_parts(start: int, side: int, size: int) -> tuple[_Part, ...]:
+    """Return the parts of a column, with weights (made, read)."""
+    first, blocks = _weight_blocks(start, side, size, DOWN_PART)
+    return tuple(
+        part._replace(weights=np.ascontiguousarray(part.weights.T))
+        for part in _parts(first, blocks, size)
+    )
+
+
+def _parts(first: np.ndarray, blocks: np.ndarray, size: int) -> Iterator[_Part]:
+    """Yield the parts of a resized line of `size` numbers; the last one may be shorter."""
+    _, read, length = blocks.shape
+    for number, (begin, block) in enumerate(zip(first.tolist(), blocks, strict=True)):
+        made = slice(number * length, min((number + 1) * length, size))
+        yield _Part(slice(begin, begin + read), made, block[:, : made.stop - made.start])
+
+
+def _weight_blocks(start: int, side: int, size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the weights of `models.resize.triangle_weights`, without most of the zeros.
 
     A resized pixel is made of few pixels of the line. So each part reads only those that it needs.
+
+    Args:
+        start: first pixel of the line that counts.
+        side: number of pixels that count.
+        size: number of resized pixels.
+        length: resized pixels of a part.
+
+    Returns:
+        The first pixel that each part reads, and the weights float32 (parts, pixels, length) of
+        those that follow. Past the end of the resized line they mean nothing.
     """
     one = np.float32(1)
     scale = np.float32(side) / np.float32(size)
     reach = max(float(scale), 1.0)
-    parts = []
-    for first in range(0, size, PART):
-        numbers = np.arange(first, min(first + PART, size), dtype=np.float32)
-        centres = np.float32(start) + (numbers + np.float32(0.5)) * scale
-        low = max(start, math.floor(float(centres[0]) - reach) - 1)
-        high = min(start + side, math.ceil(float(centres[-1]) + reach) + 1)
-        positions = np.arange(low, high, dtype=np.float32)[:, None] + np.float32(0.5)
-        distances = np.abs(positions - centres) / np.maximum(scale, one)
-        steps = np.float32(WEIGHT_STEPS)
-        weights = np.rint(np.maximum(one - distances, np.float32(0)) * steps)
-        shares = weights / weights.sum(axis=0)
-        parts.append(_Part(slice(low, high), np.rint(shares * steps) / steps))
-    return tuple(parts)
+    count = -(-size // length)
+    numbers = np.arange(count * length, dtype=np.float32)
+    centres = (np.float32(start) + (numbers + np.float32(0.5)) * scale).reshape(count, 1, length)
+    read = min(side, math.ceil((length - 1) * float(scale) + 2 * reach) + 4)
+    first = np.floor(centres[:, 0, 0] - reach).astype(int) - 1
+    first = np.clip(first, start, start + side - read)
+    positions = (first[:, None] + np.arange(read)).astype(np.float32)[..., None] + np.float32(0.5)
+    distances = np.abs(positions - centres) / np.maximum(scale, one)
+    steps = np.float32(WEIGHT_STEPS)
+    weights = np.rint(np.maximum(one - distances, np.float32(0)) * steps)
+    shares = weights / np.maximum(weights.sum(axis=1, keepdims=True), one)
+    return first, np.rint(shares * steps) / steps
 
 
 def _round(values: np.ndarray) -> np.ndarray:
