@@ -1,6 +1,6 @@
 """How time and memory grow with images, rows, classes and members.
 
-    uv run python bench/growth.py --out OUT [--parts cache,evaluate,ensemble,report,folds]
+    uv run python bench/growth.py --out OUT [--parts cache,evaluate,ensemble,report,roles,train]
         [--grows rows,classes,members] [--most 100000] [--rows 10000] [--classes 10] [--members 3]
         [--sizes 1,4,16,64]
 
@@ -16,7 +16,9 @@ it takes. One size of `rows` alone measures that one case.
 - evaluate: `threefold evaluate` of predictions of 3 members; rows, then classes, then members grow.
 - ensemble: `threefold ensemble --method auto` of the same.
 - report: `threefold evaluate --html`.
-- folds: five stratified folds of n labels of 100 classes, and the roles of their rows.
+- roles: five stratified folds of n labels of 100 classes, and the roles of their rows.
+- train: `threefold train demo` in k folds; the features of its frozen networks are in the cache, as
+  a run before the clock starts puts them there.
 
 `bench/scan.py` measures the listing of a folder.
 """
@@ -44,6 +46,7 @@ SIZES = {
     "rows": (1_000, 10_000, 100_000, 1_000_000),
     "classes": (2, 10, 100, 1_000, 10_000),
     "members": (1, 4, 16, 64),
+    "folds": (2, 5, 10, 20),
 }
 """The sizes that grow."""
 
@@ -66,8 +69,10 @@ class Used(NamedTuple):
 
 def cases(part: str, options: argparse.Namespace) -> list[Case]:
     """The sizes of a part, smallest first."""
-    if part in ("cache", "folds"):
+    if part in ("cache", "roles"):
         return [Case(part, "images", n) for n in SIZES["images"] if n <= options.most]
+    if part == "train":
+        return [Case(part, "folds", n) for n in options.sizes or SIZES["folds"]]
     found = []
     for grows in options.grows.split(","):
         sizes = options.sizes or SIZES.get(grows, ())
@@ -127,13 +132,25 @@ def fill_cache(folder: Path) -> None:
         rows.pixels[begin : begin + 64]
 
 
-def make_folds(count: int) -> None:
+def give_roles(count: int) -> None:
     """Give each of n images its role in each fold."""
     from threefold.data.splits import assign_roles
     from threefold.recipe.schema import FoldSpec
 
     labels = np.arange(count) % 100
     assign_roles(labels, None, FoldSpec(), "honest", 0, tuple(map(str, range(100))), None)
+
+
+def train_command(folder: Path, folds: int) -> list[str]:
+    """The command that trains the demo's members in k folds."""
+    run = ["train", "demo", "--out", str(folder / "run"), "--set", f"folds.k={folds}"]
+    return [sys.executable, "-m", "threefold", *run]
+
+
+def fill_features(folder: Path) -> None:
+    """Put the features of the demo's networks into the cache, which later commands share."""
+    os.environ["THREEFOLD_CACHE"] = str(folder / "features")
+    subprocess.run(train_command(folder, 2), stdout=subprocess.DEVNULL, check=True)
 
 
 def own_memory(process: int) -> float:
@@ -154,8 +171,10 @@ def run_case(case: Case, folder: Path, options: argparse.Namespace) -> Used:
     if case.part == "cache":
         link_images(folder / "images", case.n)
         command = [sys.executable, __file__, "--fill-cache", str(folder)]
-    elif case.part == "folds":
-        command = [sys.executable, __file__, "--fold", str(case.n)]
+    elif case.part == "roles":
+        command = [sys.executable, __file__, "--assign-roles", str(case.n)]
+    elif case.part == "train":
+        command = train_command(folder, case.n)
     else:
         sizes = {name: getattr(options, name) for name in ("rows", "classes", "members")}
         sizes[case.grows] = case.n
@@ -192,14 +211,14 @@ def main() -> None:
     parser.add_argument(
         "--sizes", type=lambda text: [int(n) for n in text.split(",")], default=None
     )
-    parser.add_argument("--fold", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--assign-roles", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--draw", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.fill_cache is not None:
         fill_cache(options.fill_cache)
         return
-    if options.fold:
-        make_folds(options.fold)
+    if options.assign_roles:
+        give_roles(options.assign_roles)
         return
     if options.draw is not None:
         path, sizes = json.loads(options.draw)
@@ -209,6 +228,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     smallest: dict[tuple[str, str], tuple[int, float]] = {}
     for part in options.parts.split(","):
+        if part == "train":
+            fill_features(options.out)
         for case in cases(part, options):
             with tempfile.TemporaryDirectory(dir=options.out) as folder:
                 used = run_case(case, Path(folder), options)
