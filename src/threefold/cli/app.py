@@ -361,6 +361,9 @@ def serve(
     ] = None,
     mode: Mode = "full",
     budget: ImageTime = "",
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Processes that answer on the port.")
+    ] = 1,
 ) -> None:
     """Serve a web page to drop images on, POST /predict and POST /explain."""
     with importing_for_good():
@@ -376,7 +379,8 @@ def serve(
             err.print("[yellow]note[/] no API key: anyone who reaches this address can predict")
 
     policy = parse_policy(mode, budget)
-    run_server(model, host, port, api_key, ServerLimits().override(limits or ()), announce, policy)
+    bounds = ServerLimits().override(limits or ())
+    run_server(model, host, port, api_key, bounds, announce, policy, workers)
 
 
 app.command()(ui)

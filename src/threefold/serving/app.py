@@ -18,6 +18,7 @@ from fastapi import FastAPI, Query, Request
 from fastapi.responses import Response
 
 from threefold.errors import DataError, ExportError
+from threefold.machine import usable_cores
 from threefold.names import count_of
 from threefold.runtime.json_text import as_json
 from threefold.runtime.model import FULL, CascadePolicy, Model
@@ -48,9 +49,12 @@ from threefold.serving.responses import (
     describe_all,
     response_type,
 )
+from threefold.serving.workers import WorkerSettings, run_workers
 
 MEMORY: Final = 2**30
 """Bytes that onnxruntime may use on top of twice the size of the model file."""
+QUICK_BYTES: Final = 64 * 2**10
+"""Bytes of files whose sizes are read in less time than it takes to ask a thread for it."""
 BUDGET_IMAGE_SHAPE: Final = (256, 256, 3)
 """Shape of the grey image on which a time budget is measured."""
 PAGE: Final = {
@@ -95,12 +99,14 @@ def make_app(
     if model.canvas is None:  # the graph itself resizes large images
         limits = replace(limits, pixels=min(limits.pixels, limits.graph_pixels))
     batchers: list[Batcher] = []  # one, while the application runs
-    metrics = Metrics(lambda: sum(batcher.count_waiting() for batcher in batchers))
+    metrics = Metrics()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         infer = ModelInference(model)
-        batchers.append(Batcher(infer, limits.batch, metrics.batches.observe))
+        resize = None if model.canvas is None else model.fit_canvas
+        observers = (metrics.batches.observe, metrics.waiting.set)
+        batchers.append(Batcher(infer, limits.batch, resize, *observers))
         yield
         await asyncio.to_thread(batchers.pop().close, limits.answer_seconds, infer.interrupt)
 
@@ -190,10 +196,6 @@ class ModelInference:
         with self._lock:
             self._running.add(options)
         try:
-            if len(images) == 1:
-                images = self._model.prepare(images[0])[None]
-            elif self._model.is_fixed_size:
-                images = np.stack([self._model.prepare(image) for image in images])
             return self._model.run(images, policy, options)
         finally:
             with self._lock:
@@ -210,11 +212,10 @@ async def _infer(
     batcher: Batcher, images: Sequence[ImageFile], limits: ServerLimits, policy: CascadePolicy
 ) -> list[ModelOutput]:
     """Run images through the batcher, in order; if one fails, those still waiting are dropped."""
-    sizes = await asyncio.to_thread(lambda: [measure_image(image, limits) for image in images])
-    futures = [
-        asyncio.wrap_future(batcher.submit(image.content, size, policy))
-        for image, size in zip(images, sizes, strict=True)
-    ]
+    sizes = await _measure(images, limits)
+    contents = [image.content for image in images]
+    jobs = batcher.submit_all(zip(contents, sizes, strict=True), policy)
+    futures = [asyncio.wrap_future(job) for job in jobs]
     outputs: list[ModelOutput] = []
     try:
         for image, future in zip(images, futures, strict=True):
@@ -225,6 +226,17 @@ async def _infer(
             # asyncio logs exceptions that nobody retrieves.
             future.add_done_callback(lambda done: done.cancelled() or done.exception())
     return outputs
+
+
+async def _measure(images: Sequence[ImageFile], limits: ServerLimits) -> list[tuple[int, int]]:
+    """Width and height of each image; in a thread if that may hold up other requests."""
+
+    def measure_all() -> list[tuple[int, int]]:
+        return [measure_image(image, limits) for image in images]
+
+    if sum(len(image.content) for image in images) <= QUICK_BYTES:
+        return measure_all()
+    return await asyncio.to_thread(measure_all)
 
 
 async def _await_output(future: Awaitable[ModelOutput], name: str) -> ModelOutput:
@@ -244,6 +256,7 @@ def run_server(
     limits: ServerLimits | None = None,
     ready: Callable[[str], object] = lambda _: None,
     policy: CascadePolicy = FULL,
+    workers: int = 1,
 ) -> None:
     """Serve an exported file until SIGINT or SIGTERM; requests in flight are still answered.
 
@@ -256,16 +269,27 @@ def run_server(
         limits: the limits (default: `ServerLimits()`).
         ready: called with the URL of the page once the port is open.
         policy: how many members answer; a time budget is measured on an image of 256 x 256.
+        workers: number of processes that answer. Each loads the model, has its own limits, and
+            uses its share of the cores.
 
     Raises:
         ExportError: the file is not a threefold model, the policy needs a cascade and the file has
             none, or the budget is too small.
-        RunError: the address is not available.
+        RunError: the address is not available, or a process cannot be started.
     """
     api_key = clean_key(api_key)  # before the model is loaded, which may take long
-    model = Model(path, memory=MEMORY, spin=False)
+    threads = max(1, usable_cores() // workers) if workers > 1 else 0
+    model = Model(path, threads, memory=MEMORY, spin=False)
     if policy.budget_ms:
         policy = model.resolve_budget(policy, np.full(BUDGET_IMAGE_SHAPE, 128, np.uint8))
+    if workers > 1:
+        model.stop_thresholds(policy)
+        settings = WorkerSettings(
+            model.path, threads, api_key, allowed_hosts(host), limits or ServerLimits(), policy
+        )
+        del model  # each process loads its own
+        run_workers(settings, host, port, workers, ready)
+        return
     server, listener = make_server(model, host, port, limits or ServerLimits(), api_key, policy)
     with listener:
         ready(f"http://{url_host(host)}:{listener.getsockname()[1]}")

@@ -2,8 +2,9 @@
 
 The images that arrive while the model works form its next batch. No request waits for others to
 arrive: an idle server answers one image at once. The graph takes images of one height and width, so
-only images of equal size share a batch, and each gets the same answer as alone. The workers also
-decode, so that at most one batch per worker is in memory as pixels.
+each image is resized to the size of the model's members, as the graph itself would. Where members
+have several sizes only images of equal size share a batch. Each gets the same answer as alone. The
+workers also decode, so that at most one batch per worker is in memory as pixels.
 
 Tasks are other work with the model, in steps: a worker takes one only where no image is ready, and
 only one of them runs at a time, so that a worker is always left to the images.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
 
@@ -71,13 +72,22 @@ class Batcher:
     Args:
         infer: runs the model; several threads may call it at the same time.
         batch: largest number of images in a batch.
+        resize: resizes each image uint8 (h, w, 3), so that images of any sizes can share a batch;
+            None = images of equal size share one.
         observe: called with the size of each batch.
+        observe_waiting: called with the number of images that wait, whenever it changes.
     """
 
     def __init__(
-        self, infer: Inference, batch: int = 8, observe: Callable[[int], object] = lambda _: None
+        self,
+        infer: Inference,
+        batch: int = 8,
+        resize: Callable[[np.ndarray], np.ndarray] | None = None,
+        observe: Callable[[int], object] = lambda _: None,
+        observe_waiting: Callable[[int], object] = lambda _: None,
     ) -> None:
-        self._infer, self._batch, self._observe = infer, batch, observe
+        self._infer, self._batch, self._resize = infer, batch, resize
+        self._observe, self._observe_waiting = observe, observe_waiting
         self._jobs: list[_Job] = []
         self._tasks: list[_Task] = []
         self._changed = threading.Condition()
@@ -92,27 +102,33 @@ class Batcher:
     def submit(
         self, content: bytes, size: tuple[int, int], policy: CascadePolicy = FULL
     ) -> Future[ModelOutput]:
-        """Queue an image.
+        """Queue an image; as `submit_all`."""
+        return self.submit_all([(content, size)], policy)[0]
+
+    def submit_all(
+        self, images: Iterable[tuple[bytes, tuple[int, int]]], policy: CascadePolicy = FULL
+    ) -> list[Future[ModelOutput]]:
+        """Queue images, all at once: one by one, the first would get a batch of its own.
 
         Args:
-            content: the bytes of the file.
-            size: width and height, from `images.measure`.
+            images: the bytes of each file, and width and height, from `images.measure`.
             policy: how many members answer.
 
         Returns:
-            A future of the output for the image. It fails with DataError if the image cannot be
+            A future of the output for each image. It fails with DataError if the image cannot be
             decoded, and with ExportError if the model fails.
 
         Raises:
             RuntimeError: the batcher is closed.
         """
-        future: Future[ModelOutput] = Future()
+        jobs = [_Job(content, size, policy, Future()) for content, size in images]
         with self._changed:
             if self._closed:
                 raise RuntimeError("the batcher is closed")
-            self._jobs.append(_Job(content, size, policy, future))
-            self._changed.notify()
-        return future
+            self._jobs += jobs
+            self._observe_waiting(len(self._jobs))
+            self._changed.notify(len(jobs))
+        return [job.future for job in jobs]
 
     def submit_task(self, work: Callable[[], T], is_large: bool = False) -> Future[T]:
         """Queue work that is done where no image is ready, one piece at a time.
@@ -207,33 +223,47 @@ class Batcher:
 
     def _take_batch(self) -> list[_Job]:
         """Take the oldest job that may start and the jobs like it; the caller holds the lock."""
+        num_before = len(self._jobs)
         self._jobs = [job for job in self._jobs if not job.future.cancelled()]
+        if len(self._jobs) < num_before:
+            self._observe_waiting(len(self._jobs))
         ready = (job for job in self._jobs if not (self._large_running and job.is_large))
         first = next(ready, None)
         if first is None:
             return []
         room = max(1, min(self._batch, BATCH_PIXELS // max(first.pixels, 1)))
+        if self._resize is not None and not first.is_large:
+            room = self._batch
         batch: list[_Job] = []
         rest: list[_Job] = []
         for job in self._jobs:
-            is_alike = job.size == first.size and job.policy == first.policy
-            if is_alike and len(batch) < room:
+            if len(batch) < room and job.policy == first.policy and self._are_alike(job, first):
                 batch.append(job)
             else:
                 rest.append(job)
         self._jobs = rest
+        self._observe_waiting(len(rest))
         if first.is_large:
             self._large_running = True
         return batch
 
+    def _are_alike(self, job: _Job, first: _Job) -> bool:
+        """Whether a job can share the batch of the first one; a large image can share none."""
+        if self._resize is None:
+            return job.size == first.size
+        return job is first or not (job.is_large or first.is_large)
+
     def _answer(self, jobs: list[_Job]) -> None:
         """Decode and run jobs; every future gets a result or an exception, whatever happens."""
-        groups: dict[tuple[int, ...], list[_DecodedJob]] = {}  # EXIF may have turned some images
+        # EXIF may have turned some images, and some are too long to be resized.
+        groups: dict[tuple[int, ...], list[_DecodedJob]] = {}
         for job in jobs:
             if not job.future.set_running_or_notify_cancel():
                 continue
             try:
                 image = decode(job.content)
+                if self._resize is not None:
+                    image = self._resize(image)
             except BaseException as error:
                 job.future.set_exception(error)
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -64,12 +65,36 @@ def open_listener(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, UnicodeError) as error:  # the second for a host of 70 letters
-        raise RunError(
-            "cannot listen",
-            where=f"{host}:{port}",
-            got=error,
-            fix="choose another --host or --port",
-        ) from None
+        raise _cannot_listen(host, port, error) from None
+
+
+def _cannot_listen(host: str, port: int, error: Exception) -> RunError:
+    return RunError(
+        "cannot listen", where=f"{host}:{port}", got=error, fix="choose another --host or --port"
+    )
+
+
+def open_listeners(host: str, port: int, count: int) -> list[socket.socket]:
+    """Open a port for several processes; the arguments and errors are those of `open_listener`.
+
+    Returns:
+        A socket for each process. On Linux each has a queue of its own, among which the system
+        spreads the connections; elsewhere they share one.
+    """
+    first = open_listener(host, port)
+    if sys.platform != "linux":
+        return [first, *(first.dup() for _ in range(count - 1))]
+    # The first socket shows that the port is free: one that shares its port could be opened beside
+    # those of another server.
+    family, address = first.family, first.getsockname()[:2]
+    first.close()
+    try:
+        return [
+            socket.create_server(address, family=family, backlog=BACKLOG, reuse_port=True)
+            for _ in range(count)
+        ]
+    except OSError as error:  # another program was quicker
+        raise _cannot_listen(host, port, error) from None
 
 
 def allowed_hosts(host: str) -> set[str]:

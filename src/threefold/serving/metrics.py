@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from typing import Final
 
 from prometheus_client import (
     CollectorRegistry,
@@ -12,6 +13,11 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
+from prometheus_client.multiprocess import MultiProcessCollector
+
+SHARED_FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"
+"""Variable of the environment that names the folder in which several processes add up their
+metrics. prometheus_client reads it when it is imported."""
 
 SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 EXPLAIN_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -19,10 +25,7 @@ BATCH_BUCKETS = (1, 2, 4, 8, 16, 32)
 
 
 class Metrics:
-    """Metrics of one server.
-
-    Args:
-        count_waiting: returns how many images wait for the model.
+    """Metrics of one server; the sums over its processes, if `SHARED_FOLDER` is set.
 
     Attributes:
         requests: requests by route and status.
@@ -32,9 +35,10 @@ class Metrics:
         batches: sizes of the model's batches, without those of explanations.
         in_flight: current requests to /predict and /explain.
         request_bytes: bytes of the requests that are being read or answered.
+        waiting: images waiting for the model.
     """
 
-    def __init__(self, count_waiting: Callable[[], float]) -> None:
+    def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "threefold_requests", "Requests.", ("route", "status"), registry=registry
@@ -62,18 +66,26 @@ class Metrics:
             "threefold_requests_in_flight",
             "Current requests to /predict and /explain.",
             registry=registry,
+            multiprocess_mode="livesum",
         )
         self.request_bytes = Gauge(
             "threefold_request_bytes",
             "Bytes of requests being read or answered.",
             registry=registry,
+            multiprocess_mode="livesum",
         )
-        waiting = Gauge(
-            "threefold_images_waiting", "Images waiting for the model.", registry=registry
+        self.waiting = Gauge(
+            "threefold_images_waiting",
+            "Images waiting for the model.",
+            registry=registry,
+            multiprocess_mode="livesum",
         )
-        waiting.set_function(count_waiting)
-        ProcessCollector(registry=registry)
+        if SHARED_FOLDER in os.environ:
+            self._registry = CollectorRegistry()
+            MultiProcessCollector(self._registry)  # type: ignore[no-untyped-call]
+        else:
+            ProcessCollector(registry=registry)
 
     def text(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """All metrics in Prometheus' text format; `process_...` only of a single process."""
         return generate_latest(self._registry)

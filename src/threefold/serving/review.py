@@ -67,7 +67,7 @@ def make_review_app(
     app.add_middleware(
         GuardMiddleware,
         limits=limits or ServerLimits(),
-        metrics=Metrics(lambda: 0),
+        metrics=Metrics(),
         hosts=allowed_hosts(HOST) if hosts is None else hosts,
     )
     add_error_handlers(app)

@@ -108,7 +108,7 @@ def make_ui_app(
     app.add_middleware(  # the last one added is asked first
         GuardMiddleware,
         limits=limits,
-        metrics=Metrics(lambda: 0),
+        metrics=Metrics(),
         hosts=allowed_hosts(HOST) if hosts is None else hosts,
     )
     add_error_handlers(app)

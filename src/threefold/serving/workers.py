@@ -1,0 +1,221 @@
+"""Several processes that answer on one port, and the process that watches over them.
+
+One process of Python reads, parses and writes on one core; on a machine of many cores that bounds
+the server before the model does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Pipe, wait
+from pathlib import Path
+from typing import Final
+
+from prometheus_client.multiprocess import mark_process_dead
+
+from threefold.errors import RunError, error_from
+from threefold.runtime.model import CascadePolicy
+from threefold.serving.limits import ServerLimits
+from threefold.serving.listen import open_listeners, url_host
+from threefold.serving.metrics import SHARED_FOLDER
+
+LOOK: Final = 0.5
+"""Seconds between looks for a signal to stop."""
+MOST_FAILURES: Final = 3
+"""Processes that may end one after the other before they are ready; then the server ends."""
+KILL_SECONDS: Final = 10
+"""Seconds after the limits on a request in which a process that is stopped must end."""
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a process needs to answer; the fields are the arguments of `run_server`.
+
+    Attributes:
+        threads: of the model, in each process.
+        hosts: the host names that are accepted.
+    """
+
+    path: Path
+    threads: int
+    api_key: str
+    hosts: Collection[str]
+    limits: ServerLimits
+    policy: CascadePolicy
+
+    def file_version(self) -> tuple[int, int]:
+        """Time and size of the model's file: processes that start later must load the same."""
+        status = self.path.stat()
+        return status.st_mtime_ns, status.st_size
+
+
+class _Worker:
+    """A process that answers, as its parent sees it."""
+
+    def __init__(
+        self, settings: WorkerSettings, version: tuple[int, int], listener: socket.socket
+    ) -> None:
+        self.listener = listener
+        self.connection, far_end = Pipe()
+        descriptors = [far_end.fileno(), listener.fileno()]
+        with far_end:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "threefold.serving.worker_process", *map(str, descriptors)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=descriptors,
+            )
+        with suppress(OSError):  # it has ended already, which will be seen elsewhere
+            self.connection.send((settings, version))
+
+    def stop(self) -> None:
+        """Ask the process to answer what it has begun, and to end."""
+        with suppress(OSError):
+            self.process.terminate()
+
+    def end(self, seconds: float) -> str:
+        """Wait for the end of the process, or force it; returns how it ended, in words."""
+        try:
+            code = self.process.wait(max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
+        self.connection.close()
+        return f"ended with code {code}" if code >= 0 else f"was ended by {_signal_name(-code)}"
+
+
+def run_workers(
+    settings: WorkerSettings,
+    host: str,
+    port: int,
+    count: int,
+    ready: Callable[[str], object] = lambda _: None,
+) -> None:
+    """Answer in several processes until SIGINT, SIGTERM or SIGHUP; requests in flight are answered.
+
+    A process that dies is replaced.
+
+    Args:
+        settings: what each process needs.
+        host, port, ready: those of `run_server`; `ready` is called when all processes are.
+        count: number of processes.
+
+    Raises:
+        RunError: the address is not available, or processes end before they are ready.
+        ThreefoldError: a process cannot answer with the model.
+    """
+    if not hasattr(os, "fork"):
+        raise RunError("several server processes need Linux or macOS", fix="leave out --workers")
+    with (
+        ExitStack() as stack,
+        tempfile.TemporaryDirectory(prefix="threefold-metrics-") as folder,
+        _shared_metrics(folder),
+        _stop_signals() as stops,
+    ):
+        version = settings.file_version()
+        listeners = [stack.enter_context(one) for one in open_listeners(host, port, count)]
+        address = f"http://{url_host(host)}:{listeners[0].getsockname()[1]}"
+        workers: list[_Worker] = []
+        try:
+            workers += [_Worker(settings, version, listener) for listener in listeners]
+            starting, failures, is_announced = set(workers), 0, False
+            while not stops:
+                for connection in wait([worker.connection for worker in workers], LOOK):
+                    if stops:
+                        break
+                    worker = next(one for one in workers if one.connection is connection)
+                    try:
+                        error = worker.connection.recv()
+                    except (EOFError, OSError):
+                        failures = failures + 1 if worker in starting else 0
+                        new = _replace(worker, settings, version, folder, failures)
+                        workers[workers.index(worker)] = new
+                        starting = (starting - {worker}) | {new}
+                        continue
+                    if error:
+                        raise error_from(error)
+                    starting, failures = starting - {worker}, 0
+                if not starting and not is_announced:
+                    ready(address)
+                    is_announced = True
+        finally:
+            # No new connection may wait for processes that end.
+            stack.close()
+            _end_all(workers, settings.limits)
+
+
+def _replace(
+    worker: _Worker,
+    settings: WorkerSettings,
+    version: tuple[int, int],
+    folder: str,
+    failures: int,
+) -> _Worker:
+    """Start a process in the place of one that has ended.
+
+    Raises:
+        RunError: too many have ended before they were ready.
+    """
+    end = worker.end(KILL_SECONDS)
+    mark_process_dead(worker.process.pid, folder)  # type: ignore[no-untyped-call]
+    if failures >= MOST_FAILURES:
+        raise RunError(
+            "the server's processes do not start",
+            got=f"{failures} that ended, the last one {end}",
+            fix="see what they printed; with too little memory, ask for fewer --workers",
+        )
+    logging.getLogger(__name__).warning("a server process %s; another one takes its place", end)
+    return _Worker(settings, version, worker.listener)
+
+
+def _end_all(workers: list[_Worker], limits: ServerLimits) -> None:
+    """Let the processes answer what they have begun, and end."""
+    for worker in workers:
+        worker.stop()
+    deadline = time.monotonic() + limits.body_seconds + limits.answer_seconds + KILL_SECONDS
+    for worker in workers:
+        worker.end(deadline - time.monotonic())
+
+
+@contextmanager
+def _shared_metrics(folder: str) -> Iterator[None]:
+    """Let processes that start now add up their metrics in a folder."""
+    before = os.environ.get(SHARED_FOLDER)
+    os.environ[SHARED_FOLDER] = folder
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SHARED_FOLDER]
+        else:
+            os.environ[SHARED_FOLDER] = before
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect the signals that ask for the end; SIGHUP unless it is ignored, as under nohup."""
+    received: list[int] = []
+    before = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _signal_name(number: int) -> str:
+    name = signal.Signals(number).name
+    return f"{name}, perhaps for want of memory" if name == "SIGKILL" else name
