@@ -31,6 +31,12 @@ def make_pixels(n: int) -> np.ndarray:
     return random_images(n, 48, 48).permute(0, 3, 1, 2).float().numpy()
 
 
+@pytest.fixture(autouse=True)
+def no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor without it, so that the tests are the same everywhere."""
+    monkeypatch.setattr(engines, "half_precision", lambda _: "")
+
+
 @pytest.mark.parametrize("form", ["pooled", "rows", "spatial"])
 def test_onnxruntime_answers_as_torch(form: FeatureForm) -> None:
     pixels = make_pixels(BATCH)
@@ -42,7 +48,7 @@ def test_onnxruntime_answers_as_torch(form: FeatureForm) -> None:
     assert engines.relative_error(onnx_answers, torch_answers) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["torch-float32", "onnxruntime"])
+@pytest.mark.parametrize("name", ["torch-float32", "torch-bfloat16", "onnxruntime"])
 def test_features_do_not_depend_on_the_other_images(name: str) -> None:
     engine = make_engine(name, make_extractor(), 48, CPU)
     pixels = make_pixels(BATCH + 9)
@@ -70,6 +76,31 @@ def test_choice_names_speeds_and_takes_the_fastest(monkeypatch: pytest.MonkeyPat
     for name in ("torch-float32", "onnxruntime"):
         assert f"{name} " in choice.reason
     assert "images/s" in choice.reason
+
+
+@pytest.mark.parametrize(("tolerance", "said"), [(1.0, "torch-bfloat16 "), (1e-6, "differs by")])
+def test_bfloat16_is_tried_where_the_processor_has_it(
+    monkeypatch: pytest.MonkeyPatch, tolerance: float, said: str
+) -> None:
+    monkeypatch.setattr(engines, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(engines, "half_precision", lambda _: "bfloat16")
+    monkeypatch.setitem(engines.TOLERANCES, "torch-bfloat16", tolerance)
+
+    choice = choose_engine(make_extractor(), make_pixels(5), 10**6, CPU)
+
+    assert said in choice.reason
+    assert choice.engine.name != "torch-bfloat16" or tolerance == 1.0
+
+
+def test_the_usual_engine_is_not_taken_where_it_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(engines, "half_precision", lambda _: "bfloat16")
+    monkeypatch.setitem(engines.TOLERANCES, "torch-bfloat16", 1e-6)
+
+    choice = choose_engine(make_extractor(), make_pixels(5), 1, CPU, usual="torch-bfloat16")
+
+    assert choice.measured
+    assert choice.engine.name != "torch-bfloat16"
 
 
 def test_engine_that_answers_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -338,7 +338,7 @@ class FeatureCache:
             self._open(source, name)
             return
         names = list(place)
-        for known in ("onnxruntime", "torch-float16", "torch-float32"):
+        for known in ("onnxruntime", "torch-float16", "torch-bfloat16", "torch-float32"):
             store = FeatureStore(self.folder, _store_key(source, known))
             if not store.missing(names):
                 self._open(source, known)
