@@ -13,9 +13,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from support.cascades import CascadeCase
 from support.exports import copy_with_card, noise_images
 from support.networks import pipeline_of, settle
+from support.server import encode
 from typer.testing import CliRunner
 
 import threefold
@@ -26,8 +28,8 @@ from threefold.models.member import build_member
 from threefold.models.pipeline import Pipeline
 from threefold.models.tracing import OPSET
 from threefold.recipe.schema import HeadSpec, MemberSpec
-from threefold.runtime.model import FULL, Model
-from threefold.serving.app import ModelInference
+from threefold.runtime.model import Model
+from threefold.serving.app import make_app
 from threefold.serving.browser import write_web
 
 SIZE = 32
@@ -97,9 +99,13 @@ def test_its_graph_and_card_state_the_size(model: Model) -> None:
 def test_the_server_resizes_each_image(pipeline: Pipeline, model: Model) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 20, 50, 3), dtype=np.uint8)
 
-    probs = ModelInference(model)(images, FULL).probs
+    with TestClient(make_app(model)) as client:
+        files = [("files", (f"{i}.png", encode(image, "PNG"))) for i, image in enumerate(images)]
+        answers = client.post("/predict?top=1000", files=files).json()["answers"]
 
-    np.testing.assert_allclose(probs, pipeline.predict_proba(list(images)), rtol=0, atol=1e-5)
+    probs = [{top["label"]: top["probability"] for top in answer["top"]} for answer in answers]
+    rows = [[row[name] for name in model.classes] for row in probs]
+    np.testing.assert_allclose(rows, pipeline.predict_proba(list(images)), rtol=0, atol=1e-5)
 
 
 def test_what_the_file_cannot_do_is_one_line(model: Model, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from support.server import card, encode, wait_until, write_model
 
 import threefold
 from threefold.data.images import decode
+from threefold.runtime.canvas import Canvas, fit_canvas
 from threefold.runtime.heat import occlude, occlusion_heat, overlay
-from threefold.runtime.shrink import Canvas, shrink
 from threefold.serving.browser import write_web
 
 pytestmark = [
@@ -70,7 +70,7 @@ def test_images_are_resized_as_in_python(browser: Any, address: str, mode: str) 
     replies = browser.execute_async_script(FIT, sent, {"size": 21, "mode": mode})
 
     for reply, image in zip(replies, images, strict=True):
-        expected = shrink(image, Canvas(21, mode), enlarge=True)  # type: ignore[arg-type]
+        expected = fit_canvas(image, Canvas(21, mode))  # type: ignore[arg-type]
         assert reply == expected.flatten().tolist(), image.shape
 
 

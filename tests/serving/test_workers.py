@@ -159,7 +159,7 @@ def test_processes_that_cannot_start_are_one_clear_error(
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_no_model_is_refused_before_processes_start(tmp_path: Path) -> None:
+def test_no_process_starts_for_a_file_that_is_no_model(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"nothing")
     before = threading.active_count()

@@ -85,7 +85,7 @@ def _explain_file(
 
     check_picture(target)
     loaded, pixels = load(model), decode(str(image))
-    probs = loaded.answer(loaded.prepare(pixels)[None])[0]
+    probs = loaded.answer(loaded.fit_canvas(pixels)[None])[0]
     answer = _Answer(image, loaded.classes, probs, loaded.thresholds)
     numbers = answer.explained(class_name)
     heats = occlusion_heats(loaded, pixels, numbers)

@@ -2,7 +2,7 @@
 
 Core ML, LiteRT and TensorRT want the height and width of an image in the file, and cannot compute
 the weights of a resize. So the image comes on the members' canvas, resized before
-(`runtime.shrink`), and everything after the resize is in the file.
+(`runtime.canvas`), and everything after the resize is in the file.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def _read_ahead(
         name = path.name if isinstance(path, ImageRow) else path
         try:
             pixels = _decode(path)
-            return _Read(name, model.prepare(pixels) if threads < 0 else model.fit_canvas(pixels))
+            return _Read(name, model.fit_canvas(pixels))
         except DataError as error:
             return _Read(name, None, error)
 

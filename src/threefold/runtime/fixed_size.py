@@ -10,7 +10,7 @@ import numpy as np
 
 from threefold.data.resize import MAX_SCALE
 from threefold.errors import DataError, ExportError
-from threefold.runtime.shrink import Canvas, shrink
+from threefold.runtime.canvas import Canvas, fit_canvas
 
 
 def is_fixed_size(card: Mapping[str, Any], canvas: Canvas | None, where: str | Path) -> bool:
@@ -59,7 +59,7 @@ def resize(pixels: np.ndarray, canvas: Canvas) -> np.ndarray:
     Raises:
         DataError: it is too large for exact sums.
     """
-    square = shrink(pixels, canvas, enlarge=True)
+    square = fit_canvas(pixels, canvas)
     if square.shape[:2] != (canvas.size, canvas.size):
         raise DataError(
             "the image is too large for this model",

@@ -15,6 +15,7 @@ from threefold.ensembles.conformal import ConformalSets, UnknownThreshold
 from threefold.errors import DataError, ExportError, shorten
 from threefold.names import count_of
 from threefold.runtime import fixed_size
+from threefold.runtime.canvas import Canvas, common_canvas, fit_canvas
 from threefold.runtime.card_parts import StageCap, read_parts
 from threefold.runtime.hub import local_path
 from threefold.runtime.inputs import ImageInput, iterate_images
@@ -26,7 +27,6 @@ from threefold.runtime.model_file import (
     read_card,
 )
 from threefold.runtime.model_output import ModelOutput, find_fault
-from threefold.runtime.shrink import Canvas, common_canvas, shrink
 from threefold.tasks import Task
 
 FORMAT: Final = 1
@@ -34,8 +34,6 @@ FORMAT: Final = 1
 KEY: Final = "threefold"
 """Key of the model card in the file's metadata."""
 
-LARGE_PIXELS: Final = 1_000_000
-"""Pixels of an image above which `Model.prepare` resizes it before the graph does."""
 
 Labels = str | tuple[str, ...]
 """An answer: the class of an image, or its labels, the most probable first."""
@@ -87,8 +85,7 @@ class Model:
         unknown: the threshold for images that belong to no class; None in a file without one.
         cascade: the order in which members run in mode "fast"; None in a file without a cascade.
         canvas: what all members resize images to; None if they have several sizes.
-        is_fixed_size: whether the graph takes images on the canvas only. `prepare` and `fit_canvas`
-            then resize every image.
+        is_fixed_size: whether the graph takes images on the canvas only.
         caps: accuracy if images stop after 1, 2, ... stages at the latest, without the last stage.
     """
 
@@ -217,27 +214,16 @@ class Model:
                 fix="export the run again; the file is damaged or not from threefold",
             )
 
-    def prepare(self, pixels: np.ndarray) -> np.ndarray:
-        """Resize a large image as the graph would, in a tenth of the memory.
+    def fit_canvas(self, pixels: np.ndarray) -> np.ndarray:
+        """Resize an image as the graph would, in less time and a tenth of the memory.
 
         Args:
             pixels: uint8 (h, w, 3).
 
         Returns:
-            The image as `run` takes it, with the same answer; small images, and those of models
-            whose members have several sizes, are returned as they are. For a model of a fixed size,
-            see `fit_canvas`.
-
-        Raises:
-            DataError: as `fit_canvas`.
-        """
-        if self.is_fixed_size:
-            return self.fit_canvas(pixels)
-        is_large = pixels.shape[0] * pixels.shape[1] > LARGE_PIXELS
-        return shrink(pixels, self.canvas) if self.canvas is not None and is_large else pixels
-
-    def fit_canvas(self, pixels: np.ndarray) -> np.ndarray:
-        """As `prepare`, but for every image, so that images of any sizes can share a batch.
+            The image as `run` takes it, with the same answer. Images of any sizes can then share a
+            batch. Where members have several sizes, and where an image is too large for exact sums,
+            it is returned as it is.
 
         Raises:
             DataError: the model takes images of one size, and this one is too large to be resized.
@@ -246,7 +232,7 @@ class Model:
             return pixels
         if self.is_fixed_size:
             return fixed_size.resize(pixels, self.canvas)
-        return shrink(pixels, self.canvas, enlarge=True)
+        return fit_canvas(pixels, self.canvas)
 
     def stop_thresholds(self, policy: CascadePolicy) -> np.ndarray:
         """The value of the graph's input `stop` for a policy; empty in a file without a cascade.
@@ -281,7 +267,7 @@ class Model:
             ExportError: as `run`; or something is not an image.
         """
         self.stop_thresholds(policy)
-        outputs = [self.run(self.prepare(p)[None], policy) for p in iterate_images(images)]
+        outputs = [self.run(self.fit_canvas(p)[None], policy) for p in iterate_images(images)]
         k, m = len(self.classes), len(self.members)
         probs = [np.zeros((0, k), np.float32), *(output.probs for output in outputs)]
         members = [np.zeros((0, m, k), np.float32), *(output.member_probs for output in outputs)]
@@ -337,7 +323,7 @@ class Model:
         """Milliseconds per image on this machine, one image at a time, without decoding.
 
         Args:
-            images: uint8 (h, w, 3); their size matters, since the resize is part of the graph.
+            images: uint8 (h, w, 3); their size matters, since the resize is part of the time.
             repeats: of each image. The policies take turns, so that other work on the machine
                 affects all of them alike.
 
@@ -353,13 +339,11 @@ class Model:
         if num_stages:
             policies["fast"] = FAST
         times: dict[str | int, list[float]] = {name: [] for name in policies}
-        if self.is_fixed_size:
-            images = [self.prepare(image) for image in images]
         for repeat in range(repeats + 1):
             for image in images:
                 for name, policy in policies.items():
                     start = time.perf_counter()
-                    self.run(image[None], policy)
+                    self.run(self.fit_canvas(image)[None], policy)
                     if repeat > 0:  # the first round warms up
                         times[name].append(1000 * (time.perf_counter() - start))
         medians = {name: float(np.median(values)) for name, values in times.items()}

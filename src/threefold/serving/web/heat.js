@@ -5,7 +5,7 @@ const BATCH = 8, BATCH_PIXELS = 4_000_000; // at most that many images or pixels
 const LARGEST = 1024, SMALLEST = 448, OPACITY = 0.75; // of the picture
 const COLOURS = [
   [43, 11, 87], [111, 25, 110], [176, 49, 91], [229, 92, 48], [252, 161, 8], [241, 239, 117]];
-const WEIGHT_STEPS = 65536, MAX_SCALE = 256; // as in runtime/shrink.py
+const WEIGHT_STEPS = 65536, MAX_SCALE = 256; // as in runtime/canvas.py
 const single = Math.fround;
 
 // The nearest whole number, the even one of two, as numpy rounds.

@@ -1,4 +1,4 @@
-"""What a model resizes images to, and that resize outside of its graph, in little memory."""
+"""What a model resizes images to, and that resize outside of its graph: quicker, in less memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def common_canvas(card: Mapping[str, Any]) -> Canvas | None:
     return canvases.pop() if len(canvases) == 1 else None
 
 
-def shrink(pixels: np.ndarray, canvas: Canvas, enlarge: bool = False) -> np.ndarray:
+def fit_canvas(pixels: np.ndarray, canvas: Canvas) -> np.ndarray:
     """Resize an image uint8 (h, w, 3) to its canvas, uint8 (size, size, 3), as the graph does.
 
     An image is returned as it is if it is too large for exact sums.
@@ -45,9 +45,7 @@ def shrink(pixels: np.ndarray, canvas: Canvas, enlarge: bool = False) -> np.ndar
     Args:
         pixels: the image.
         canvas: its canvas.
-        enlarge: also resize an image that is smaller than the canvas, which saves no memory.
     """
-    is_small = min(pixels.shape[:2]) < canvas.size and not enlarge
-    if is_small or not can_resize(pixels.shape, canvas.size, canvas.mode):
+    if not can_resize(pixels.shape, canvas.size, canvas.mode):
         return pixels
     return resize_pixels(pixels, canvas.size, canvas.mode)

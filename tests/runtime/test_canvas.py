@@ -1,4 +1,4 @@
-"""Large images are resized outside of the graph, to the very pixels that the graph would have."""
+"""Images are resized outside of the graph, to the very pixels that the graph would have."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from support.server import card, write_model
 
 import threefold
 from threefold.data import resize as resizing
+from threefold.data.resize import MAX_SCALE
 from threefold.models.resize import resize_square
-from threefold.runtime.shrink import Canvas, common_canvas, shrink
+from threefold.runtime.canvas import Canvas, common_canvas, fit_canvas
 
 PART = {"filter": "triangle, antialiased", "resize": "crop", "pixels": 224}
 Resize = Literal["squash", "crop"]
@@ -42,12 +43,8 @@ def test_pixels_are_those_of_the_graph(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resizing, "BAND_PIXELS", band)
-        small = shrink(pixels, Canvas(size, mode))
+        fitted = fit_canvas(pixels, Canvas(size, mode))
 
-    assert np.array_equal(of_graph(small, size, mode), of_graph(pixels, size, mode))
-    if min(height, width) >= size:
-        assert small.shape == (size, size, 3)
-    fitted = shrink(pixels, Canvas(size, mode), enlarge=True)
     assert fitted.shape == (size, size, 3)
     assert np.array_equal(fitted, of_graph(pixels, size, mode))
 
@@ -58,7 +55,7 @@ def test_long_and_large_images_too(mode: Resize) -> None:
     for height, width, size in ((40, 5000, 20), (3000, 33, 31), (1, 700, 1), (700, 900, 224)):
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
-        small = shrink(pixels, Canvas(size, mode))
+        small = fit_canvas(pixels, Canvas(size, mode))
 
         assert np.array_equal(of_graph(small, size, mode), of_graph(pixels, size, mode))
 
@@ -67,7 +64,7 @@ def test_a_photo_takes_little_memory() -> None:
     pixels = np.zeros((3024, 4032, 3), np.uint8)
     tracemalloc.start()
 
-    small = shrink(pixels, Canvas(64, "squash"))
+    small = fit_canvas(pixels, Canvas(64, "squash"))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
 
@@ -94,7 +91,7 @@ def test_the_canvas_that_members_have_in_common(parts: object, canvas: Canvas | 
     assert common_canvas({"preprocessing": parts}) == canvas
 
 
-def test_only_large_images_are_resized_beforehand(tmp_path: Path) -> None:
+def test_images_are_resized_before_the_graph(tmp_path: Path) -> None:
     seen = []
     parts = [{**PART, "resize": "squash", "pixels": 8}]
     model = threefold.load(write_model(tmp_path / "m.onnx", model_card=card(preprocessing=parts)))
@@ -104,6 +101,7 @@ def test_only_large_images_are_resized_beforehand(tmp_path: Path) -> None:
         run(outputs, inputs, options),
     )[1]
 
-    model.predict([np.zeros((1000, 1000, 3), np.uint8), np.zeros((1000, 1001, 3), np.uint8)])
+    sizes = [(1000, 1000), (3, 5), (1, 8 * MAX_SCALE + 1)]
+    model.predict([np.zeros((*size, 3), np.uint8) for size in sizes])
 
-    assert seen == [(1, 1000, 1000, 3), (1, 8, 8, 3)]
+    assert seen == [(1, 8, 8, 3), (1, 8, 8, 3), (1, 1, 8 * MAX_SCALE + 1, 3)]
