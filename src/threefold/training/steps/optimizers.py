@@ -189,10 +189,21 @@ class KerasAdam(torch.optim.Optimizer):
         grads = [param.grad for param in params if param.grad is not None]
         means = [self.state[param]["mean"] for param in params]
         squares = [self.state[param]["square"] for param in params]
-        torch._foreach_lerp_(means, grads, 1.0 - betas[0])
-        torch._foreach_mul_(squares, betas[1])
-        torch._foreach_addcmul_(squares, grads, grads, 1.0 - betas[1])
-        roots = torch._foreach_sqrt(squares)
-        torch._foreach_add_(roots, eps)
-        rate = lr * math.sqrt(1.0 - betas[1] ** count) / (1.0 - betas[0] ** count)
-        torch._foreach_addcdiv_(params, means, roots, -rate)
+        steps = [torch.tensor(float(count), device=param.device) for param in params]
+        # torch adds epsilon to the corrected root; divided by the correction it is Keras' form.
+        correction = math.sqrt(1.0 - betas[1] ** count)
+        torch._fused_adam_(
+            params,
+            grads,
+            means,
+            squares,
+            [],
+            steps,
+            lr=lr,
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=0.0,
+            eps=eps / correction,
+            amsgrad=False,
+            maximize=False,
+        )
