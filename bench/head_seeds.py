@@ -118,10 +118,12 @@ def make_recipe(name: str, folder: Path, size: int) -> Recipe:
         for backbone in BACKBONES
         for head, spec in HEADS.items()
     ]
+    scheme = "grouped" if SETS[name].group_regex else "stratified"
     stage = {"name": "head", "kind": "head", "epochs": EPOCHS, "lr": LR, "schedule": "one-cycle"}
     return Recipe.parse(
         {
             "data": data,
+            "folds": {"scheme": scheme},
             "train": {"optimizer": "adam-keras", "weight_decay": 0.0, "precision": "float32"},
             "stages": [stage],
             "members": members,

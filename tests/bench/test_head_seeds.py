@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import development_sets
 import numpy as np
 import pytest
 from head_seeds import (
@@ -37,10 +38,11 @@ def make_fit(name: str, backbone: str, head: str, seed: int, correct: np.ndarray
     )
 
 
-def test_recipe_of_a_set_has_every_head(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", development_sets.SETS)
+def test_recipe_of_a_set_has_every_head(tmp_path: Path, name: str) -> None:
     (tmp_path / "train").mkdir()
 
-    recipe = make_recipe("flowers5", tmp_path, 64)
+    recipe = make_recipe(name, tmp_path, 64)
 
     assert len(recipe.members) == len(BACKBONES) * len(HEADS)
 
