@@ -341,8 +341,8 @@ def sentence(rows: Sequence[Row]) -> str:
         f"{REFERENCE} and {', '.join(worse) or 'none'} is worse"
     )
     return (
-        f"{text} over {len(rows[0].per_set)} sets (t-test over the sets, Holm, 5 %); the largest "
-        f"mean gain is {100 * largest.difference:+.2f} points ({largest.head})."
+        f"{text} over {len(rows[0].per_set)} sets (t-test over the sets, Holm, 5 %); the best of "
+        f"them, {largest.head}, differs by {100 * largest.difference:+.2f} points."
     )
 
 

@@ -108,7 +108,14 @@ def test_a_process_that_dies_is_replaced(path: Path) -> None:
     assert server.returncode == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_ends_all_in_order(path: Path, number: int) -> None:
     with two_workers(path) as (server, _):
         processes = children(server)
@@ -119,6 +126,7 @@ def test_a_signal_ends_all_in_order(path: Path, number: int) -> None:
     assert not any(map(is_alive, processes))
 
 
+@pytest.mark.slow
 def test_processes_end_when_their_parent_is_killed(path: Path) -> None:
     with two_workers(path) as (server, _):
         processes = children(server)
@@ -126,6 +134,7 @@ def test_processes_end_when_their_parent_is_killed(path: Path) -> None:
         wait_until(lambda: not any(map(is_alive, processes)))
 
 
+@pytest.mark.slow
 def test_a_file_that_changed_is_not_served_beside_the_old_one(path: Path) -> None:
     with two_workers(path) as (server, _):
         write_model(path)
@@ -137,6 +146,7 @@ def test_a_file_that_changed_is_not_served_beside_the_old_one(path: Path) -> Non
     assert "the model's file has changed while it was served" in said.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_port_that_processes_share_is_in_use(path: Path) -> None:
     with two_workers(path) as (_, address):
         port = int(address.rpartition(":")[2])

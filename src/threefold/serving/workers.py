@@ -202,12 +202,15 @@ def _shared_metrics(folder: str) -> Iterator[None]:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collect the signals that ask for the end; SIGHUP unless it is ignored, as under nohup."""
+    """Collect the signals that ask for the end; SIGHUP unless it is ignored, as under nohup.
+
+    As in a server of one process, SIGINT also counts where a shell ignores it in the background.
+    """
     received: list[int] = []
     before = {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name)
-        if signal.getsignal(number) != signal.SIG_IGN:
+        if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
             before[number] = signal.signal(number, lambda number, _: received.append(number))
     try:
         yield received
