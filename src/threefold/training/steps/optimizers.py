@@ -189,7 +189,7 @@ class KerasAdam(torch.optim.Optimizer):
         grads = [param.grad for param in params if param.grad is not None]
         means = [self.state[param]["mean"] for param in params]
         squares = [self.state[param]["square"] for param in params]
-        steps = [torch.tensor(float(count), device=param.device) for param in params]
+        step = torch.tensor(float(count), device=params[0].device)
         # torch adds epsilon to the corrected root; divided by the correction it is Keras' form.
         correction = math.sqrt(1.0 - betas[1] ** count)
         torch._fused_adam_(
@@ -198,7 +198,7 @@ class KerasAdam(torch.optim.Optimizer):
             means,
             squares,
             [],
-            steps,
+            [step] * len(params),
             lr=lr,
             beta1=betas[0],
             beta2=betas[1],
