@@ -231,9 +231,9 @@ class Batcher:
         first = next(ready, None)
         if first is None:
             return []
-        room = max(1, min(self._batch, BATCH_PIXELS // max(first.pixels, 1)))
-        if self._resize is not None and not first.is_large:
-            room = self._batch
+        room = self._batch
+        if self._resize is None:
+            room = max(1, min(room, BATCH_PIXELS // max(first.pixels, 1)))
         batch: list[_Job] = []
         rest: list[_Job] = []
         for job in self._jobs:

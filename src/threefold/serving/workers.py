@@ -63,7 +63,11 @@ class _Worker:
     """A process that answers, as its parent sees it."""
 
     def __init__(
-        self, settings: WorkerSettings, version: tuple[int, int], listener: socket.socket
+        self,
+        settings: WorkerSettings,
+        version: tuple[int, int],
+        folder: str,
+        listener: socket.socket,
     ) -> None:
         self.listener = listener
         self.connection, far_end = Pipe()
@@ -73,6 +77,7 @@ class _Worker:
                 [sys.executable, "-m", "threefold.serving.worker_process", *map(str, descriptors)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=descriptors,
+                env={**os.environ, SHARED_FOLDER: folder},
             )
         with suppress(OSError):  # it has ended already, which will be seen elsewhere
             self.connection.send((settings, version))
@@ -118,7 +123,6 @@ def run_workers(
     with (
         ExitStack() as stack,
         tempfile.TemporaryDirectory(prefix="threefold-metrics-") as folder,
-        _shared_metrics(folder),
         _stop_signals() as stops,
     ):
         version = settings.file_version()
@@ -126,7 +130,7 @@ def run_workers(
         address = f"http://{url_host(host)}:{listeners[0].getsockname()[1]}"
         workers: list[_Worker] = []
         try:
-            workers += [_Worker(settings, version, listener) for listener in listeners]
+            workers += [_Worker(settings, version, folder, listener) for listener in listeners]
             starting, failures, is_announced = set(workers), 0, False
             while not stops:
                 for connection in wait([worker.connection for worker in workers], LOOK):
@@ -174,7 +178,7 @@ def _replace(
             fix="see what they printed; with too little memory, ask for fewer --workers",
         )
     logging.getLogger(__name__).warning("a server process %s; another one takes its place", end)
-    return _Worker(settings, version, worker.listener)
+    return _Worker(settings, version, folder, worker.listener)
 
 
 def _end_all(workers: list[_Worker], limits: ServerLimits) -> None:
@@ -184,20 +188,6 @@ def _end_all(workers: list[_Worker], limits: ServerLimits) -> None:
     deadline = time.monotonic() + limits.body_seconds + limits.answer_seconds + KILL_SECONDS
     for worker in workers:
         worker.end(deadline - time.monotonic())
-
-
-@contextmanager
-def _shared_metrics(folder: str) -> Iterator[None]:
-    """Let processes that start now add up their metrics in a folder."""
-    before = os.environ.get(SHARED_FOLDER)
-    os.environ[SHARED_FOLDER] = folder
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[SHARED_FOLDER]
-        else:
-            os.environ[SHARED_FOLDER] = before
 
 
 @contextmanager
