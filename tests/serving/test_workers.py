@@ -9,13 +9,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-from support.server import picture, post, wait_until, write_model
+from support.server import picture, post, server_process, wait_until, write_model
 
 from threefold.errors import RunError
 from threefold.runtime.model import FULL
@@ -23,34 +21,6 @@ from threefold.serving import app, workers
 from threefold.serving.limits import ServerLimits
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs descriptors to pass on")
-
-SERVER = """
-import sys, pathlib
-from threefold.errors import ThreefoldError
-from threefold.serving.app import run_server
-try:
-    ready = lambda url: print(url, flush=True)
-    run_server(pathlib.Path(sys.argv[1]), port=int(sys.argv[2]), ready=ready, workers=2)
-except ThreefoldError as error:
-    sys.exit(str(error))
-"""
-
-
-@contextmanager
-def two_workers(path: Path, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Serve a file in two processes; yields their parent and the URL."""
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(path), str(port)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert server.stdout is not None
-        yield server, server.stdout.readline().strip()
-    finally:
-        server.kill()  # its processes see that, and end
-        server.communicate()
 
 
 def list_processes(*selection: str) -> list[int]:
@@ -84,7 +54,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_both_processes_answer_and_metrics_add_up(path: Path) -> None:
-    with two_workers(path) as (server, address):
+    with server_process(path, workers=2) as (server, address):
         processes = children(server)
         answers = [post(address, picture((255, 0, 0))) for _ in range(24)]
         first, second = counted(address), counted(address)
@@ -95,7 +65,7 @@ def test_both_processes_answer_and_metrics_add_up(path: Path) -> None:
 
 
 def test_a_process_that_dies_is_replaced(path: Path) -> None:
-    with two_workers(path) as (server, address):
+    with server_process(path, workers=2) as (server, address):
         killed, spared = children(server)
         os.kill(killed, signal.SIGKILL)
         wait_until(lambda: len(set(children(server)) - {killed, spared}) == 1)
@@ -117,7 +87,7 @@ def test_a_process_that_dies_is_replaced(path: Path) -> None:
     ],
 )
 def test_a_signal_ends_all_in_order(path: Path, number: int) -> None:
-    with two_workers(path) as (server, _):
+    with server_process(path, workers=2) as (server, _):
         processes = children(server)
         server.send_signal(number)
         _, said = server.communicate(timeout=60)
@@ -128,7 +98,7 @@ def test_a_signal_ends_all_in_order(path: Path, number: int) -> None:
 
 @pytest.mark.slow
 def test_processes_end_when_their_parent_is_killed(path: Path) -> None:
-    with two_workers(path) as (server, _):
+    with server_process(path, workers=2) as (server, _):
         processes = children(server)
         server.kill()
         wait_until(lambda: not any(map(is_alive, processes)))
@@ -136,7 +106,7 @@ def test_processes_end_when_their_parent_is_killed(path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_file_that_changed_is_not_served_beside_the_old_one(path: Path) -> None:
-    with two_workers(path) as (server, _):
+    with server_process(path, workers=2) as (server, _):
         write_model(path)
         os.utime(path, (0, 0))
         os.kill(children(server)[0], signal.SIGKILL)
@@ -148,9 +118,9 @@ def test_a_file_that_changed_is_not_served_beside_the_old_one(path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_port_that_processes_share_is_in_use(path: Path) -> None:
-    with two_workers(path) as (_, address):
+    with server_process(path, workers=2) as (_, address):
         port = int(address.rpartition(":")[2])
-        with two_workers(path, port) as (second, nothing):
+        with server_process(path, port=port, workers=2) as (second, nothing):
             _, said = second.communicate(timeout=60)
 
     assert nothing == ""

@@ -188,22 +188,27 @@ def in_thread(server: Any, listener: socket.socket) -> Iterator[str]:
 
 SERVER = """
 import json, sys, pathlib
+from threefold.errors import ThreefoldError
 from threefold.serving.app import run_server
 from threefold.serving.limits import ServerLimits
-limits = ServerLimits(**json.loads(sys.argv[2]))
+limits, options = ServerLimits(**json.loads(sys.argv[2])), json.loads(sys.argv[3])
 ready = lambda url: print(url, flush=True)
-run_server(pathlib.Path(sys.argv[1]), port=0, limits=limits, ready=ready)
+try:
+    run_server(pathlib.Path(sys.argv[1]), limits=limits, ready=ready, **options)
+except ThreefoldError as error:
+    sys.exit(str(error))
 """
 
 
 @contextmanager
 def server_process(
-    path: Path, limits: ServerLimits | None = None
+    path: Path, limits: ServerLimits | None = None, port: int = 0, workers: int = 1
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Run a server in a process of its own; yields the process and its URL."""
     values = json.dumps(asdict(limits or ServerLimits()))
+    options = json.dumps({"port": port, "workers": workers})
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(path), values],
+        [sys.executable, "-c", SERVER, str(path), values, options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
