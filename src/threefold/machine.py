@@ -1,15 +1,19 @@
-"""What this machine is: processor, memory, disk. Standard library only."""
+"""This machine: its processor, memory and disk, and the end of processes. Standard library only."""
 
 from __future__ import annotations
 
 import os
 import platform
 import shutil
+import signal
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    import subprocess
 
 MAX_DECODING_THREADS: Final = 16
 """Each holds an image in memory."""
@@ -51,6 +55,22 @@ def usable_cores() -> int:
 def decoding_threads() -> int:
     """Return how many threads decode images: Pillow lets the others run, up to the disk's speed."""
     return min(MAX_DECODING_THREADS, usable_cores())
+
+
+def end_process(process: subprocess.Popen[bytes], seconds: float) -> str:
+    """Wait for the end of a process, or force it after some seconds; says how it ended."""
+    import subprocess  # here, since most commands start no process
+
+    try:
+        code = process.wait(max(0.0, seconds))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        code = process.wait()
+    if code >= 0:
+        return f"ended with code {code}"
+    name = signal.Signals(-code).name
+    hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
+    return f"was ended by {name}{hint}"
 
 
 def peak_memory() -> int:

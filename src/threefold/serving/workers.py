@@ -24,6 +24,7 @@ from typing import Final
 from prometheus_client.multiprocess import mark_process_dead
 
 from threefold.errors import RunError, error_from
+from threefold.machine import end_process
 from threefold.runtime.model import CascadePolicy
 from threefold.serving.limits import ServerLimits
 from threefold.serving.listen import open_listeners, url_host
@@ -89,13 +90,9 @@ class _Worker:
 
     def end(self, seconds: float) -> str:
         """Wait for the end of the process, or force it; returns how it ended, in words."""
-        try:
-            code = self.process.wait(max(0.0, seconds))
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            code = self.process.wait()
+        how = end_process(self.process, seconds)
         self.connection.close()
-        return f"ended with code {code}" if code >= 0 else f"was ended by {_signal_name(-code)}"
+        return how
 
 
 def run_workers(
@@ -207,8 +204,3 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _signal_name(number: int) -> str:
-    name = signal.Signals(number).name
-    return f"{name}, perhaps for want of memory" if name == "SIGKILL" else name

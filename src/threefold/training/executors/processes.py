@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ import torch
 from threefold.data.dataset import Sources
 from threefold.data.sources.folder import EncodedImages
 from threefold.errors import RecipeError, RunError, ThreefoldError, error_from
+from threefold.machine import end_process
 from threefold.recipe.recipe import Job
 from threefold.training.executors.devices import Device, share_out
 from threefold.training.executors.order import Schedule
@@ -141,16 +141,7 @@ class _Member:
     def end(self) -> str:
         """Wait for a process that has closed its connection; returns how it ended, in words."""
         self.connection.close()
-        try:
-            code = self.process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            code = self.process.wait()
-        if code >= 0:
-            return f"ended with code {code}"
-        name = signal.Signals(-code).name
-        hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
-        return f"was ended by {name}{hint}"
+        return end_process(self.process, GRACE)
 
     def last_words(self) -> str:
         """The last line that it printed."""
