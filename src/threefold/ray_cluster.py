@@ -10,7 +10,8 @@ import contextlib
 import os
 import platform
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -182,9 +183,42 @@ def living_nodes(ray: Any) -> list[Node]:
     ]
 
 
-def count_slots(nodes: Sequence[Node], needed: Mapping[str, float]) -> int:
-    """Return how many jobs nodes can do at the same time."""
-    return sum(node.fits(needed) for node in nodes)
+class NodeWatch:
+    """The nodes of a cluster, which come and go, counted again every `COUNT_SECONDS`.
+
+    Ray itself waits for minutes for the answer of a machine that has lost its power or its network,
+    even after it has given the machine up.
+
+    Args:
+        ray: the package, connected.
+        needed: what one task takes of its node, by Ray's names.
+        clock: seconds.
+
+    Attributes:
+        living: the nodes that were alive at the last count.
+    """
+
+    def __init__(
+        self, ray: Any, needed: Mapping[str, float], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._ray, self._needed, self._clock = ray, needed, clock
+        self.living: list[Node] = []
+        self._count()
+
+    @property
+    def slots(self) -> int:
+        """How many tasks the living nodes can do at the same time."""
+        return sum(node.fits(self._needed) for node in self.living)
+
+    def refresh(self) -> bool:
+        """Count again, unless the last count is recent; return whether it did."""
+        if self._clock() - self._counted < COUNT_SECONDS:
+            return False
+        self._count()
+        return True
+
+    def _count(self) -> None:
+        self.living, self._counted = living_nodes(self._ray), self._clock()
 
 
 def cancel_unfinished(ray: Any, references: Sequence[Any], wait_seconds: float = 0.0) -> None:

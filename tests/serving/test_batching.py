@@ -71,7 +71,7 @@ def batcher(model: FakeModel) -> Iterator[Batcher]:
 
 
 def submit(batcher: Batcher, content: bytes) -> Future[ModelOutput]:
-    return batcher.submit(content, measure(content))
+    return batcher.submit([(content, measure(content))])[0]
 
 
 def submit_reds(batcher: Batcher, *reds: int) -> list[Future[ModelOutput]]:
@@ -89,7 +89,8 @@ def occupy(batcher: Batcher, model: FakeModel) -> list[Future[ModelOutput]]:
     size = (OCCUPYING_WIDTH, 1)
     policies = [CascadePolicy("full", stages) for stages in range(1, batching.WORKERS + 1)]
     # Images of different policies share no batch.
-    busy = [batcher.submit(picture((1, 1, 1), size), size, policy) for policy in policies]
+    image = (picture((1, 1, 1), size), size)
+    busy = [batcher.submit([image], policy)[0] for policy in policies]
     wait_until(lambda: model.running == batching.WORKERS, 20)
     return busy
 
@@ -165,7 +166,7 @@ def test_images_that_come_together_share_the_first_batch(
 ) -> None:
     images = [(picture((red, 0, 0)), (12, 8)) for red in range(6)]
 
-    futures = batcher.submit_all(images)
+    futures = batcher.submit(images)
 
     assert [red_of(future) for future in futures] == list(range(6))
     assert sorted(shape[0] for shape in model.batches) == [2, 4]
@@ -230,7 +231,7 @@ def test_a_bad_image_fails_alone(batcher: Batcher, model: FakeModel) -> None:
     good, truncated = picture((9, 9, 9)), picture((9, 9, 9))[:-30]
     busy = occupy(batcher, model)
 
-    futures = [batcher.submit(content, (12, 8)) for content in (good, truncated, good)]
+    futures = batcher.submit([(content, (12, 8)) for content in (good, truncated, good)])
 
     model.gate.set()
     assert futures[0].result(20).probs[0].tolist() == [9, 9, 9]

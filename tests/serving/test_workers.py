@@ -131,7 +131,8 @@ def test_processes_that_cannot_start_are_one_clear_error(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers.sys, "executable", shutil.which("false"))
-    settings = workers.WorkerSettings(path, 1, "", (), ServerLimits(), FULL)
+    version = workers.FileVersion.of(path)
+    settings = workers.WorkerSettings(path, version, 1, "", (), ServerLimits(), FULL)
 
     with pytest.raises(RunError, match="processes do not start; got 3 that ended") as error:
         workers.run_workers(settings, "127.0.0.1", 0, 2)

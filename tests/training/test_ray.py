@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from support.tiny_runs import hash_files, make_folder, tiny_tree
 
 from threefold import api
 from threefold.errors import RunError
-from threefold.ray_cluster import Node, check_listens
+from threefold.ray_cluster import COUNT_SECONDS, Node, NodeWatch, check_listens
 from threefold.recipe.cluster import ClusterSpec
 from threefold.recipe.recipe import Job, Recipe
 from threefold.training.execution import Execution
@@ -99,6 +100,33 @@ def test_the_cluster_is_no_part_of_the_digest(tiny: Recipe) -> None:
     other = tiny.model_copy(update={"cluster": ClusterSpec(cpus=3, retries=9)})
 
     assert other.digest() == tiny.digest()
+
+
+def test_the_nodes_are_counted_again_after_a_while() -> None:
+    seconds = [0.0]
+    cluster = SimpleNamespace(nodes=lambda: [ray_node("a", 2), ray_node("b", 4)])
+    watch = NodeWatch(cluster, {"CPU": 2.0}, clock=lambda: seconds[0])
+    before = watch.slots
+    cluster.nodes = lambda: [ray_node("a", 2), ray_node("b", 4, alive=False)]
+
+    counted_at_once = watch.refresh()
+    slots_at_once = watch.slots
+    seconds[0] = COUNT_SECONDS
+    counted_later = watch.refresh()
+
+    assert (before, counted_at_once, slots_at_once) == (3, False, 3)
+    assert (counted_later, watch.slots) == (True, 1)
+    assert [node.id for node in watch.living] == ["a"]
+
+
+def ray_node(name: str, cpus: float, alive: bool = True) -> dict[str, Any]:
+    """A node as Ray describes it."""
+    return {
+        "NodeID": name,
+        "NodeManagerAddress": "127.0.0.1",
+        "Alive": alive,
+        "Resources": {"CPU": cpus},
+    }
 
 
 # With a real cluster

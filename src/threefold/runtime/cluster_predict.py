@@ -8,7 +8,6 @@ images that are no files of their own, such as those of shards, are read here an
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -28,12 +27,10 @@ from threefold.errors import (
 )
 from threefold.files import sha256
 from threefold.ray_cluster import (
-    COUNT_SECONDS,
-    Node,
+    NodeWatch,
     cancel_unfinished,
     check_nodes,
     connected,
-    count_slots,
     living_nodes,
     task_error,
 )
@@ -220,7 +217,7 @@ def answer_on_cluster(
         shared = [str(Path(path).absolute()) for path in (str(model.path), *paths)]
         check_nodes(ray, [node for node in nodes if node.fits(_needs(engine))], shared, PACKAGES)
         template = Part(shared[0], sha256(model.path), (), policy, engine)
-        work = _Parts(ray, nodes, template)
+        work = _Parts(ray, template)
         try:
             for names, part in work.in_order(images):
                 batch.size = part.batch or batch.size
@@ -266,20 +263,18 @@ class _Sent(NamedTuple):
 class _Parts:
     """The parts of a list of images on a connected cluster."""
 
-    def __init__(self, ray: Any, nodes: Sequence[Node], template: Part) -> None:
+    def __init__(self, ray: Any, template: Part) -> None:
         self.ray, self.template = ray, template
-        self.alive = {node.id for node in nodes}
-        self.needs = _needs(template.engine)
-        self.slots = count_slots(nodes, self.needs)
-        if not self.slots:
+        needs = _needs(template.engine)
+        self.nodes = NodeWatch(ray, needs)
+        if not self.nodes.slots:
             raise RunError(
                 "no node of the cluster can answer images",
-                expected=f"a node with a free {'GPU' if self.needs['GPU'] else 'CPU'}",
-                got=f"{len(nodes)} nodes",
+                expected=f"a node with a free {'GPU' if needs['GPU'] else 'CPU'}",
+                got=f"{len(self.nodes.living)} nodes",
             )
-        options = {"num_cpus": self.needs["CPU"], "num_gpus": self.needs["GPU"], "max_retries": 0}
+        options = {"num_cpus": needs["CPU"], "num_gpus": needs["GPU"], "max_retries": 0}
         self.task = ray.remote(**options)(answer_part)
-        self.counted = time.monotonic()
         self.waiting: list[tuple[Any, _Sent]] = []
         self.losses = 0
 
@@ -287,7 +282,7 @@ class _Parts:
         """Give the images to the cluster, and yield the parts in their order."""
         remaining = iter(images)
         while True:
-            while len(self.waiting) < PARTS_AHEAD * self.slots:
+            while len(self.waiting) < PARTS_AHEAD * max(1, self.nodes.slots):
                 some = [*itertools.islice(remaining, PART_IMAGES)]
                 if not some:
                     break
@@ -339,16 +334,11 @@ class _Parts:
             return None
 
     def _count_nodes(self) -> None:
-        """Give all parts to the cluster again if a node is gone: Ray waits for it for minutes."""
-        if time.monotonic() - self.counted < COUNT_SECONDS:
-            return
-        nodes = living_nodes(self.ray)
-        alive, self.counted = {node.id for node in nodes}, time.monotonic()
-        self.slots = max(1, count_slots(nodes, self.needs))
-        if not self.alive <= alive:
+        """Give all parts to the cluster again if a node is gone since the last count."""
+        before = {node.id for node in self.nodes.living}
+        if self.nodes.refresh() and not before <= {node.id for node in self.nodes.living}:
             self.stop()
             self.waiting = [(self.task.remote(sent.part), sent) for _, sent in self.waiting]
-        self.alive = alive
 
 
 def _prepare(image: str | ImageRow) -> str | SentImage | tuple[str, ...]:

@@ -49,7 +49,7 @@ from threefold.serving.responses import (
     describe_all,
     response_type,
 )
-from threefold.serving.workers import WorkerSettings, run_workers
+from threefold.serving.workers import FileVersion, WorkerSettings, run_workers
 
 MEMORY: Final = 2**30
 """Bytes that onnxruntime may use on top of twice the size of the model file."""
@@ -214,7 +214,7 @@ async def _infer(
     """Run images through the batcher, in order; if one fails, those still waiting are dropped."""
     sizes = await _measure(images, limits)
     contents = [image.content for image in images]
-    jobs = batcher.submit_all(zip(contents, sizes, strict=True), policy)
+    jobs = batcher.submit(zip(contents, sizes, strict=True), policy)
     futures = [asyncio.wrap_future(job) for job in jobs]
     outputs: list[ModelOutput] = []
     try:
@@ -285,7 +285,13 @@ def run_server(
     if workers > 1:
         model.stop_thresholds(policy)
         settings = WorkerSettings(
-            model.path, threads, api_key, allowed_hosts(host), limits or ServerLimits(), policy
+            path=model.path,
+            version=FileVersion.of(model.path),
+            threads=threads,
+            api_key=api_key,
+            hosts=allowed_hosts(host),
+            limits=limits or ServerLimits(),
+            policy=policy,
         )
         del model  # each process loads its own
         run_workers(settings, host, port, workers, ready)

@@ -100,12 +100,6 @@ class Batcher:
             thread.start()
 
     def submit(
-        self, content: bytes, size: tuple[int, int], policy: CascadePolicy = FULL
-    ) -> Future[ModelOutput]:
-        """Queue an image; as `submit_all`."""
-        return self.submit_all([(content, size)], policy)[0]
-
-    def submit_all(
         self, images: Iterable[tuple[bytes, tuple[int, int]]], policy: CascadePolicy = FULL
     ) -> list[Future[ModelOutput]]:
         """Queue images, all at once: one by one, the first would get a batch of its own.

@@ -39,9 +39,9 @@ def main() -> None:
         socket.socket(fileno=listener) as opened,
         suppress(EOFError, BrokenPipeError),
     ):
-        settings, version = connection.recv()
+        settings = connection.recv()
         try:
-            server = _make_server(settings, version)
+            server = _make_server(settings)
         except ThreefoldError as error:
             connection.send(error_texts(error))
             raise SystemExit(1) from None
@@ -50,14 +50,15 @@ def main() -> None:
         server.run(sockets=[opened])
 
 
-def _make_server(settings: WorkerSettings, version: tuple[int, int]) -> uvicorn.Server:
+def _make_server(settings: WorkerSettings) -> uvicorn.Server:
     with importing_for_good():
         from threefold.runtime.model import Model
         from threefold.serving.app import MEMORY, make_app
         from threefold.serving.limits import reserve_descriptors
         from threefold.serving.listen import make_uvicorn
+        from threefold.serving.workers import FileVersion
 
-    if settings.file_version() != version:
+    if FileVersion.of(settings.path) != settings.version:
         raise RunError(
             "the model's file has changed while it was served",
             where=settings.path,

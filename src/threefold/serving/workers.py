@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Pipe, wait
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from prometheus_client.multiprocess import mark_process_dead
 
@@ -38,38 +38,46 @@ KILL_SECONDS: Final = 10
 """Seconds after the limits on a request in which a process that is stopped must end."""
 
 
+class FileVersion(NamedTuple):
+    """What shows that a file has changed: the time of its last change in ns, and its size."""
+
+    changed_ns: int
+    size: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileVersion:
+        """Look at a file.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        status = path.stat()
+        return cls(status.st_mtime_ns, status.st_size)
+
+
 @dataclass(frozen=True)
 class WorkerSettings:
     """What a process needs to answer; the fields are the arguments of `run_server`.
 
     Attributes:
+        version: of the model's file; processes that start later must load the same.
         threads: of the model, in each process.
         hosts: the host names that are accepted.
     """
 
     path: Path
+    version: FileVersion
     threads: int
     api_key: str
     hosts: Collection[str]
     limits: ServerLimits
     policy: CascadePolicy
 
-    def file_version(self) -> tuple[int, int]:
-        """Time and size of the model's file: processes that start later must load the same."""
-        status = self.path.stat()
-        return status.st_mtime_ns, status.st_size
-
 
 class _Worker:
     """A process that answers, as its parent sees it."""
 
-    def __init__(
-        self,
-        settings: WorkerSettings,
-        version: tuple[int, int],
-        folder: str,
-        listener: socket.socket,
-    ) -> None:
+    def __init__(self, settings: WorkerSettings, folder: str, listener: socket.socket) -> None:
         self.listener = listener
         self.connection, far_end = Pipe()
         descriptors = [far_end.fileno(), listener.fileno()]
@@ -81,7 +89,7 @@ class _Worker:
                 env={**os.environ, SHARED_FOLDER: folder},
             )
         with suppress(OSError):  # it has ended already, which will be seen elsewhere
-            self.connection.send((settings, version))
+            self.connection.send(settings)
 
     def stop(self) -> None:
         """Ask the process to answer what it has begun, and to end."""
@@ -93,6 +101,78 @@ class _Worker:
         how = end_process(self.process, seconds)
         self.connection.close()
         return how
+
+
+class _WorkerGroup:
+    """The processes of a server; one that dies is replaced.
+
+    Args:
+        settings: what each process needs.
+        folder: of the metrics that they share.
+        stops: the signals to stop that have come; from the first one on no process is replaced.
+    """
+
+    def __init__(self, settings: WorkerSettings, folder: str, stops: Collection[int]) -> None:
+        self._settings, self._folder, self._stops = settings, folder, stops
+        self._workers: list[_Worker] = []
+        self._starting: set[_Worker] = set()
+        self._failures = 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether all processes answer."""
+        return not self._starting
+
+    def start(self, listener: socket.socket) -> None:
+        """Start a process that answers on a socket."""
+        worker = _Worker(self._settings, self._folder, listener)
+        self._workers.append(worker)
+        self._starting.add(worker)
+
+    def look(self) -> None:
+        """Wait a moment for what the processes say; replace those that have died.
+
+        Raises:
+            RunError: too many have ended before they were ready.
+            ThreefoldError: a process cannot answer with the model.
+        """
+        for connection in wait([worker.connection for worker in self._workers], LOOK):
+            if self._stops:
+                return
+            worker = next(one for one in self._workers if one.connection is connection)
+            try:
+                error = worker.connection.recv()
+            except (EOFError, OSError):
+                self._replace(worker)
+                continue
+            if error:
+                raise error_from(error)
+            self._starting.remove(worker)
+            self._failures = 0
+
+    def end(self) -> None:
+        """Let the processes answer what they have begun, and end."""
+        for worker in self._workers:
+            worker.stop()
+        limits = self._settings.limits
+        deadline = time.monotonic() + limits.body_seconds + limits.answer_seconds + KILL_SECONDS
+        for worker in self._workers:
+            worker.end(deadline - time.monotonic())
+
+    def _replace(self, worker: _Worker) -> None:
+        self._failures = self._failures + 1 if worker in self._starting else 0
+        self._workers.remove(worker)
+        self._starting.discard(worker)
+        how = worker.end(KILL_SECONDS)
+        mark_process_dead(worker.process.pid, self._folder)  # type: ignore[no-untyped-call]
+        if self._failures >= MOST_FAILURES:
+            raise RunError(
+                "the server's processes do not start",
+                got=f"{self._failures} that ended, the last one {how}",
+                fix="see what they printed; with too little memory, ask for fewer --workers",
+            )
+        logging.getLogger(__name__).warning("a server process %s; another one takes its place", how)
+        self.start(worker.listener)
 
 
 def run_workers(
@@ -122,69 +202,22 @@ def run_workers(
         tempfile.TemporaryDirectory(prefix="threefold-metrics-") as folder,
         _stop_signals() as stops,
     ):
-        version = settings.file_version()
         listeners = [stack.enter_context(one) for one in open_listeners(host, port, count)]
         address = f"http://{url_host(host)}:{listeners[0].getsockname()[1]}"
-        workers: list[_Worker] = []
+        workers = _WorkerGroup(settings, folder, stops)
         try:
-            workers += [_Worker(settings, version, folder, listener) for listener in listeners]
-            starting, failures, is_announced = set(workers), 0, False
+            for listener in listeners:
+                workers.start(listener)
+            is_announced = False
             while not stops:
-                for connection in wait([worker.connection for worker in workers], LOOK):
-                    if stops:
-                        break
-                    worker = next(one for one in workers if one.connection is connection)
-                    try:
-                        error = worker.connection.recv()
-                    except (EOFError, OSError):
-                        failures = failures + 1 if worker in starting else 0
-                        new = _replace(worker, settings, version, folder, failures)
-                        workers[workers.index(worker)] = new
-                        starting = (starting - {worker}) | {new}
-                        continue
-                    if error:
-                        raise error_from(error)
-                    starting, failures = starting - {worker}, 0
-                if not starting and not is_announced:
+                workers.look()
+                if workers.is_ready and not is_announced:
                     ready(address)
                     is_announced = True
         finally:
             # No new connection may wait for processes that end.
             stack.close()
-            _end_all(workers, settings.limits)
-
-
-def _replace(
-    worker: _Worker,
-    settings: WorkerSettings,
-    version: tuple[int, int],
-    folder: str,
-    failures: int,
-) -> _Worker:
-    """Start a process in the place of one that has ended.
-
-    Raises:
-        RunError: too many have ended before they were ready.
-    """
-    end = worker.end(KILL_SECONDS)
-    mark_process_dead(worker.process.pid, folder)  # type: ignore[no-untyped-call]
-    if failures >= MOST_FAILURES:
-        raise RunError(
-            "the server's processes do not start",
-            got=f"{failures} that ended, the last one {end}",
-            fix="see what they printed; with too little memory, ask for fewer --workers",
-        )
-    logging.getLogger(__name__).warning("a server process %s; another one takes its place", end)
-    return _Worker(settings, version, folder, worker.listener)
-
-
-def _end_all(workers: list[_Worker], limits: ServerLimits) -> None:
-    """Let the processes answer what they have begun, and end."""
-    for worker in workers:
-        worker.stop()
-    deadline = time.monotonic() + limits.body_seconds + limits.answer_seconds + KILL_SECONDS
-    for worker in workers:
-        worker.end(deadline - time.monotonic())
+            workers.end()
 
 
 @contextmanager

@@ -25,12 +25,11 @@ from threefold.errors import RunError, error_from
 from threefold.object_store import url_of
 from threefold.predictions.remote_run import RemoteRun
 from threefold.ray_cluster import (
-    COUNT_SECONDS,
     Node,
+    NodeWatch,
     cancel_unfinished,
     check_nodes,
     connected,
-    count_slots,
     living_nodes,
     task_error,
 )
@@ -181,8 +180,8 @@ class _Submission:
     ) -> None:
         self.ray, self.run, self.jobs, self.needs = ray, run, jobs, needs
         self.retries = run.recipe.cluster.retries
-        slots = max(1, count_slots(living_nodes(ray), needs.resources))
-        self.schedule, self.counted = Schedule(run, jobs, slots), time.monotonic()
+        self.nodes = NodeWatch(ray, needs.resources)
+        self.schedule = Schedule(run, jobs, max(1, self.nodes.slots))
         self.order = WorkOrder.of(run)
         # A process that has used one GPU cannot change to another: each job has a new one.
         self.task = ray.remote(max_retries=0, max_calls=1 if needs.gpus else 0)(do_job)
@@ -229,17 +228,12 @@ class _Submission:
         shutil.rmtree(self.run.dir / CLAIMS_FOLDER, ignore_errors=True)
 
     def _count_nodes(self) -> None:
-        """Count the nodes now and then, and let the jobs of those that are gone wait again.
-
-        Ray itself waits for minutes for the answer of a machine that has lost its power or its
-        network, even after it has given the machine up.
-        """
-        if time.monotonic() - self.counted < COUNT_SECONDS:
+        """Count the nodes now and then, and let the jobs of those that are gone wait again."""
+        if not self.nodes.refresh():
             return
-        nodes = living_nodes(self.ray)
-        self.schedule.slots = max(1, count_slots(nodes, self.needs.resources))
-        self.counted = time.monotonic()
-        for reference, job in jobs_of_lost_nodes(self.pending, self.places, nodes).items():
+        self.schedule.slots = max(1, self.nodes.slots)
+        lost = jobs_of_lost_nodes(self.pending, self.places, self.nodes.living)
+        for reference, job in lost.items():
             del self.pending[reference]
             self._lose(job, "its node is gone")
 
