@@ -100,6 +100,16 @@ def images_of(folder: Path) -> list[tuple[Path, str]]:
     return [(path, path.parent.name) for path in paths]
 
 
+def groups_of_test_images(name: str, folder: Path) -> list[str] | None:
+    """Return the group of each test image, in the order of `images_of`; None without groups.
+
+    Args:
+        name: a key of `SETS`.
+        folder: the set, as `prepare` returns it.
+    """
+    return SETS[name].groups([path.name for path, _ in images_of(folder / "test")])
+
+
 def _arrange(name: str, unpacked: Path, made: Path) -> None:
     """Move the images of an unpacked archive to made/PART/CLASS."""
     if name == "sign_digits":

@@ -1,7 +1,7 @@
 """Does a recurrent head help? Seven heads x three backbones x seven data sets x several seeds.
 
     uv run python bench/head_seeds.py run --data ARCHIVES --work FOLDER [--seeds 10] [--size 128]
-    uv run python bench/head_seeds.py table --work FOLDER
+    uv run python bench/head_seeds.py table --work FOLDER [--data ARCHIVES]
 
 The backbones are frozen EfficientNet-Lite0, 1 and 2 with ImageNet weights; heads train on their
 cached features and differ in nothing else: STD has no recurrent layer; RNN, GRU, LSTM and BiLSTM
@@ -11,7 +11,8 @@ initial weights, the batches and the select rows, on which the best epoch is cho
 logistic regression that a recipe's linear head is, for comparison.
 
 Each fit is one line of FOLDER/heads.jsonl with its answers to the test images, so an interrupted
-series goes on where it stopped. Seeds are the outermost loop.
+series goes on where it stopped. Seeds are the outermost loop. bench/results/heads.jsonl has the
+fits behind docs/results.md: in an empty FOLDER, `table --data` prints its table from them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from development_sets import SETS, prepare
+from hits import pack_hits, unpack_hits
 from scipy.stats import ttest_1samp
 
 from threefold.data.dataset import Sources
@@ -86,13 +88,7 @@ class Fit(NamedTuple):
     @property
     def correct(self) -> np.ndarray:
         """Which test images it answers correctly, booleans (n,)."""
-        packed = np.frombuffer(bytes.fromhex(self.hits), np.uint8)
-        return np.unpackbits(packed, count=self.images).astype(bool)
-
-
-def pack(correct: np.ndarray) -> str:
-    """Pack booleans (n,) as hexadecimal."""
-    return np.packbits(correct).tobytes().hex()
+        return unpack_hits(self.hits, self.images)
 
 
 def read_fits(path: Path) -> list[Fit]:
@@ -211,7 +207,7 @@ def run(args: argparse.Namespace) -> None:
                         backbone=backbone,
                         head=head,
                         seed=seed,
-                        hits=pack(correct),
+                        hits=pack_hits(correct),
                         images=len(correct),
                         seconds=round(time.monotonic() - began, 2),
                         size=args.size,
@@ -346,13 +342,21 @@ def sentence(rows: Sequence[Row]) -> str:
     )
 
 
-def print_table(work: Path) -> None:
-    """Print the table and the sentence as markdown."""
+def print_table(work: Path, archives: Path | None) -> None:
+    """Print the table and the sentence as markdown.
+
+    Args:
+        work: folder of the fits, and of the sets unless they are made here.
+        archives: folder of the archives, from which sets are made that are not there.
+    """
     fits = read_fits(work / "heads.jsonl")
     groups = {}
     for name in dict.fromkeys(f.set for f in fits):
+        folder = (
+            work / "sets" / name if archives is None else prepare(name, archives, work / "sets")
+        )
         # In the order of the ids, which is that of the answers.
-        paths = sorted((work / "sets" / name / "test").glob("*/*"), key=Path.as_posix)
+        paths = sorted((folder / "test").glob("*/*"), key=Path.as_posix)
         files = [path.name for path in paths]
         groups[name] = SETS[name].groups(files) or [f"{p.parent.name}/{p.name}" for p in paths]
     hits, columns, seeds = stack_hits(fits, groups)
@@ -407,7 +411,7 @@ def main() -> None:
     if args.step == "run":
         run(args)
     else:
-        print_table(args.work)
+        print_table(args.work, args.data)
 
 
 if __name__ == "__main__":

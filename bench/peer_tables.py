@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from development_sets import SETS
+from hits import unpack_hits
 
 from threefold.errors import DataError
-from threefold.npz_files import read_arrays
 from threefold.stats.paired_tests import McNemar, mcnemar_exact
 
 OURS = "threefold"
@@ -49,7 +50,8 @@ class Result(NamedTuple):
         complete: more time would not change the model.
         accuracy, log_loss: on the test images.
         low, high: 95 % interval of the accuracy.
-        answers: file of the test probabilities.
+        hits: which test images it answers correctly, see hits.py.
+        names: digest of the names of the test images, in the order of the hits.
         details: epochs or networks of a peer.
     """
 
@@ -70,7 +72,8 @@ class Result(NamedTuple):
     high: float | None = None
     log_loss: float | None = None
     images: int = 0
-    answers: str = ""
+    hits: str = ""
+    names: str = ""
     promise: Promise | None = None
     details: dict[str, Any] | None = None
 
@@ -122,21 +125,26 @@ def find(results: Iterable[Result], name: str, system: str, minutes: float) -> R
     return None
 
 
-def compare(ours: Path, peer: Path, name: str) -> McNemar:
-    """Exact McNemar test of two files of answers on the same images, by groups where there are any.
+def digest_names(names: Sequence[str]) -> str:
+    """Return a short text that differs for other names, or another order of them."""
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
+
+
+def compare(ours: Result, peer: Result, groups: Sequence[str] | None = None) -> McNemar:
+    """Exact McNemar test of two systems on the same images.
 
     Args:
-        ours, peer: .npz files with probs (n, k), labels (n,) and names (n,).
-        name: the development set.
+        ours, peer: two results with hits.
+        groups: of the images, where there are any; a group counts as one observation.
 
     Raises:
-        DataError: the files answer different images.
+        DataError: the results are of different images.
     """
-    a, b = read_arrays(ours), read_arrays(peer)
-    if a["names"].tolist() != b["names"].tolist() or (a["labels"] != b["labels"]).any():
-        raise DataError("the answers are of different images", where=f"{ours.name}, {peer.name}")
-    hits = [file["probs"].argmax(1) == file["labels"] for file in (a, b)]
-    return mcnemar_exact(*hits, SETS[name].groups(a["names"].tolist()))
+    if (ours.names, ours.images) != (peer.names, peer.images):
+        where = f"{ours.set}, {ours.system}, {peer.system}"
+        raise DataError("the answers are of different images", where=where)
+    hits = [unpack_hits(result.hits, result.images) for result in (ours, peer)]
+    return mcnemar_exact(*hits, groups)
 
 
 def error_ratios(results: Sequence[Result], minutes: float) -> dict[str, tuple[float, int]]:
@@ -166,13 +174,16 @@ def error_ratios(results: Sequence[Result], minutes: float) -> dict[str, tuple[f
     return ratios
 
 
-def print_tables(results: Sequence[Result], answers: Path) -> None:
+def print_tables(
+    results: Sequence[Result], groups: Mapping[str, Sequence[str] | None] | None = None
+) -> None:
     """Print the scores, the ratios of errors, and the verdicts as markdown.
 
     Args:
         results: what was measured.
-        answers: folder of the answers to the test images.
+        groups: of each set that has some, the group of each test image.
     """
+    groups = groups or {}
     systems = [name for name in TITLES if any(result.system == name for result in results)]
     budgets = sorted({result.minutes for result in results})
     _print_provenance(results)
@@ -193,8 +204,8 @@ def print_tables(results: Sequence[Result], answers: Path) -> None:
             for system in systems:
                 result = find(results, name, system, minutes)
                 cell = _score_cell(result)
-                if ours and result and system != OURS and ours.answers and result.answers:
-                    test = compare(answers / ours.answers, answers / result.answers, name)
+                if ours and result and system != OURS and ours.hits and result.hits:
+                    test = compare(ours, result, groups.get(name))
                     cell += f"; {test.only_a} : {test.only_b}, p = {test.p:.2g}"
                     if test.p <= 0.05:
                         verdicts = better if test.only_a > test.only_b else worse

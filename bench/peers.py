@@ -2,15 +2,18 @@
 
     uv run --group bench python bench/peers.py run --data ARCHIVES --work FOLDER
         [--sets elpv,demo] [--systems threefold,fastai,probe,timm] [--budgets 0.5,1,2,5,10,20]
-    uv run python bench/peers.py table --work FOLDER
+    uv run python bench/peers.py table --work FOLDER [--data ARCHIVES]
     uv run python bench/peers.py plot --work FOLDER [--out docs/peers.png]
 
 `run` gives each system (peer_systems.py) a folder with training images only and a budget in
 minutes, and times the process that makes the model, start-up included. A second process answers the
-test images. Each result is one line of FOLDER/results.jsonl, with its answers in FOLDER/answers, so
+test images. Each result is one line of FOLDER/results.jsonl, with the images that it has right, so
 an interrupted series goes on where it stopped. A process is stopped at 1.5 times its budget ("did
 not finish"). A result that more time cannot change is not measured again at larger budgets. A peer
 whose library is missing is left out; `--python` names an interpreter that has it.
+
+bench/results/peers.jsonl has the newest results: with it as FOLDER/results.jsonl, `plot` draws them
+and `table --data` prints them.
 """
 
 from __future__ import annotations
@@ -29,9 +32,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from development_sets import SETS, prepare
+from development_sets import SETS, groups_of_test_images, prepare
+from hits import pack_hits
 from peer_systems import NETWORKS, PREDICTIONS
-from peer_tables import Promise, Result, plot_results, print_tables, read_results
+from peer_tables import (
+    Promise,
+    Result,
+    digest_names,
+    plot_results,
+    print_tables,
+    read_results,
+)
 
 from threefold.json_files import read_json
 from threefold.models.member import create_backbone, save_weights
@@ -186,12 +197,13 @@ def score(result: Result, answers: Path) -> Result:
     groups = SETS[result.set].groups(names.tolist())
     low, high = share_interval(correct(probs, labels), groups)
     return result._replace(
+        hits=pack_hits(correct(probs, labels)),
+        names=digest_names(names.tolist()),
         accuracy=accuracy(probs, labels),
         low=low,
         high=high,
         log_loss=log_loss(probs, labels),
         images=len(labels),
-        answers=answers.name,
     )
 
 
@@ -272,10 +284,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.step == "run":
         run(args)
-    elif args.step == "table":
-        print_tables(read_results(args.work / "results.jsonl"), args.work / "answers")
-    else:
-        plot_results(read_results(args.work / "results.jsonl"), args.out)
+        return
+    results = read_results(args.work / "results.jsonl")
+    if args.step == "plot":
+        plot_results(results, args.out)
+        return
+    groups = {}
+    for name in dict.fromkeys(result.set for result in results if SETS[result.set].group_regex):
+        folder = args.work / "sets" / name
+        if args.data is not None:
+            folder = prepare(name, args.data, args.work / "sets")
+        groups[name] = groups_of_test_images(name, folder)
+    print_tables(results, groups)
 
 
 if __name__ == "__main__":

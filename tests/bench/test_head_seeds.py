@@ -13,10 +13,10 @@ from head_seeds import (
     Fit,
     compare_heads,
     make_recipe,
-    pack,
     sentence,
     stack_hits,
 )
+from hits import pack_hits
 
 SETS = ("trashnet", "flowers5", "elpv", "demo")
 IMAGES = 60
@@ -28,7 +28,7 @@ def make_fit(name: str, backbone: str, head: str, seed: int, correct: np.ndarray
         backbone=backbone,
         head=head,
         seed=seed,
-        hits=pack(correct),
+        hits=pack_hits(correct),
         images=len(correct),
         seconds=1.0,
         size=128,

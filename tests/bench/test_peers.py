@@ -9,12 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from development_sets import SETS, images_of, prepare
+from hits import pack_hits
 from peer_systems import EpochTimes, Schedule, networks_to_train, schedule
-from peer_tables import OURS, Promise, Result, compare, error_ratios, print_tables, read_results
+from peer_tables import (
+    OURS,
+    Promise,
+    Result,
+    compare,
+    digest_names,
+    error_ratios,
+    print_tables,
+    read_results,
+)
 from PIL import Image
 
 from threefold.errors import DataError
-from threefold.npz_files import write_arrays
 
 
 def make_result(
@@ -133,24 +142,49 @@ def test_ratio_of_errors_uses_the_sets_of_both() -> None:
     assert ratios["best"] == (pytest.approx(0.3 / 0.3), 2)
 
 
-def test_the_paired_test_counts_images(tmp_path: Path) -> None:
-    labels = np.zeros(8, np.int64)
-    names = np.array([f"{i}.png" for i in range(8)])
-    right, wrong = [0.9, 0.1], [0.2, 0.8]
-    write_arrays(tmp_path / "a.npz", probs=np.array([right] * 8), labels=labels, names=names)
-    write_arrays(
-        tmp_path / "b.npz", probs=np.array([right] + [wrong] * 7), labels=labels, names=names
-    )
-    write_arrays(
-        tmp_path / "c.npz", probs=np.array([right] * 8), labels=labels, names=names[::-1].copy()
+def answered(system: str, correct: list[bool], names: list[str], name: str = "demo") -> Result:
+    return make_result(
+        system,
+        float(np.mean(correct)),
+        name,
+        images=len(correct),
+        hits=pack_hits(np.array(correct)),
+        names=digest_names(names),
     )
 
-    test = compare(tmp_path / "a.npz", tmp_path / "b.npz", "demo")
+
+def test_the_paired_test_counts_images() -> None:
+    names = [f"{i}.png" for i in range(8)]
+    ours = answered(OURS, [True] * 8, names)
+    peer = answered("probe", [True] + [False] * 7, names)
+
+    test = compare(ours, peer)
 
     assert (test.only_a, test.only_b) == (7, 0)
     assert test.p == pytest.approx(2 / 2**7)
-    with pytest.raises(DataError, match="different images"):
-        compare(tmp_path / "a.npz", tmp_path / "c.npz", "demo")
+
+
+def test_answers_to_other_images_are_not_compared() -> None:
+    names = [f"{i}.png" for i in range(8)]
+    ours = answered(OURS, [True] * 8, names)
+    peer = answered("probe", [True] * 8, names[::-1])
+
+    with pytest.raises(DataError, match="different images: demo, threefold, probe"):
+        compare(ours, peer)
+
+
+def test_the_table_compares_by_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"block{i // 4}_{i}.png" for i in range(16)]
+    ours = answered(OURS, [True] * 16, names, "elpv")
+    peer = answered("probe", [False] * 8 + [True] * 8, names, "elpv")
+
+    print_tables([ours, peer], {"elpv": [name.partition("_")[0] for name in names]})
+    by_groups = capsys.readouterr().out
+    print_tables([ours, peer])
+    by_images = capsys.readouterr().out
+
+    assert "8 : 0, p = 0.5" in by_groups
+    assert "8 : 0, p = 0.0078" in by_images
 
 
 def test_results_survive_their_file_and_the_table(
@@ -164,7 +198,7 @@ def test_results_survive_their_file_and_the_table(
     path.write_text("".join(json.dumps(result.to_json()) + "\n" for result in results))
 
     read = read_results(path)
-    print_tables(read, tmp_path)
+    print_tables(read)
 
     assert read == results
     assert not kept.promise_holds
