@@ -11,8 +11,8 @@ initial weights, the batches and the select rows, on which the best epoch is cho
 logistic regression that a recipe's linear head is, for comparison.
 
 Each fit is one line of FOLDER/heads.jsonl with its answers to the test images, so an interrupted
-series goes on where it stopped. Seeds are the outermost loop. bench/results/heads.jsonl has the
-fits behind docs/results.md: in an empty FOLDER, `table --data` prints its table from them.
+series goes on where it stopped. Seeds are the outermost loop. With
+--data, `table` also prints the fits of another machine, whose FOLDER/heads.jsonl it is given.
 """
 
 from __future__ import annotations
