@@ -67,12 +67,12 @@ SETS = {
 }
 
 
-def prepare(name: str, archives: Path, out: Path) -> Path:
+def prepare(name: str, archives: Path | None, out: Path) -> Path:
     """Write a development set and return its folder; a folder that is there already is kept.
 
     Args:
         name: a key of `SETS`.
-        archives: the folder of the .tar.gz files.
+        archives: the folder of the .tar.gz files; None = the set is there, or needs none.
         out: where the folder NAME is made. It is renamed into place once complete.
     """
     target = out / name
@@ -84,7 +84,7 @@ def prepare(name: str, archives: Path, out: Path) -> Path:
         if name == "demo":
             _write_demo(made)
         else:
-            path = archives / SETS[name].archive
+            path = (archives or Path()) / SETS[name].archive
             if not path.exists():
                 raise SystemExit(f"{path} is missing: name its folder by --data")
             with tarfile.open(path) as archive:

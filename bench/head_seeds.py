@@ -11,8 +11,8 @@ initial weights, the batches and the select rows, on which the best epoch is cho
 logistic regression that a recipe's linear head is, for comparison.
 
 Each fit is one line of FOLDER/heads.jsonl with its answers to the test images, so an interrupted
-series goes on where it stopped. Seeds are the outermost loop. With
---data, `table` also prints the fits of another machine, whose FOLDER/heads.jsonl it is given.
+series goes on where it stopped. Seeds are the outermost loop. Where
+another machine made the file, `table` needs --data, too.
 """
 
 from __future__ import annotations
@@ -346,15 +346,13 @@ def print_table(work: Path, archives: Path | None) -> None:
     """Print the table and the sentence as markdown.
 
     Args:
-        work: folder of the fits, and of the sets unless they are made here.
-        archives: folder of the archives, from which sets are made that are not there.
+        work: folder of the fits and the sets.
+        archives: folder of the archives, for sets that are not there yet.
     """
     fits = read_fits(work / "heads.jsonl")
     groups = {}
     for name in dict.fromkeys(f.set for f in fits):
-        folder = (
-            work / "sets" / name if archives is None else prepare(name, archives, work / "sets")
-        )
+        folder = prepare(name, archives, work / "sets")
         # In the order of the ids, which is that of the answers.
         paths = sorted((folder / "test").glob("*/*"), key=Path.as_posix)
         files = [path.name for path in paths]

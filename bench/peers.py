@@ -195,9 +195,10 @@ def score(result: Result, answers: Path) -> Result:
         probs, labels, names = file["probs"].astype(np.float64), file["labels"], file["names"]
     probs /= probs.sum(1, keepdims=True)
     groups = SETS[result.set].groups(names.tolist())
-    low, high = share_interval(correct(probs, labels), groups)
+    right = correct(probs, labels)
+    low, high = share_interval(right, groups)
     return result._replace(
-        hits=pack_hits(correct(probs, labels)),
+        hits=pack_hits(right),
         names=digest_names(names.tolist()),
         accuracy=accuracy(probs, labels),
         low=low,
@@ -291,9 +292,7 @@ def main() -> None:
         return
     groups = {}
     for name in dict.fromkeys(result.set for result in results if SETS[result.set].group_regex):
-        folder = args.work / "sets" / name
-        if args.data is not None:
-            folder = prepare(name, args.data, args.work / "sets")
+        folder = prepare(name, args.data, args.work / "sets")
         groups[name] = groups_of_test_images(name, folder)
     print_tables(results, groups)
 

@@ -31,7 +31,6 @@ from threefold.ray_cluster import (
     cancel_unfinished,
     check_nodes,
     connected,
-    living_nodes,
     task_error,
 )
 from threefold.runtime.batches import Answer, BatchSize, answer_images
@@ -213,11 +212,12 @@ def answer_on_cluster(
         ExportError: the model fails.
     """
     with connected(address) as ray:
-        nodes = living_nodes(ray)
+        nodes = NodeWatch(ray, _needs(engine))
         shared = [str(Path(path).absolute()) for path in (str(model.path), *paths)]
-        check_nodes(ray, [node for node in nodes if node.fits(_needs(engine))], shared, PACKAGES)
+        able = [node for node in nodes.living if node.fits(_needs(engine))]
+        check_nodes(ray, able, shared, PACKAGES)
         template = Part(shared[0], sha256(model.path), (), policy, engine)
-        work = _Parts(ray, template)
+        work = _Parts(ray, nodes, template)
         try:
             for names, part in work.in_order(images):
                 batch.size = part.batch or batch.size
@@ -263,15 +263,14 @@ class _Sent(NamedTuple):
 class _Parts:
     """The parts of a list of images on a connected cluster."""
 
-    def __init__(self, ray: Any, template: Part) -> None:
-        self.ray, self.template = ray, template
+    def __init__(self, ray: Any, nodes: NodeWatch, template: Part) -> None:
+        self.ray, self.nodes, self.template = ray, nodes, template
         needs = _needs(template.engine)
-        self.nodes = NodeWatch(ray, needs)
-        if not self.nodes.slots:
+        if not nodes.slots:
             raise RunError(
                 "no node of the cluster can answer images",
                 expected=f"a node with a free {'GPU' if needs['GPU'] else 'CPU'}",
-                got=f"{len(self.nodes.living)} nodes",
+                got=f"{len(nodes.living)} nodes",
             )
         options = {"num_cpus": needs["CPU"], "num_gpus": needs["GPU"], "max_retries": 0}
         self.task = ray.remote(**options)(answer_part)

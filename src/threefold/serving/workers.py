@@ -147,7 +147,7 @@ class _WorkerGroup:
                 continue
             if error:
                 raise error_from(error)
-            self._starting.remove(worker)
+            self._starting.discard(worker)
             self._failures = 0
 
     def end(self) -> None:
