@@ -37,6 +37,15 @@ def keras_matrix(
     return middle @ rotation @ move @ slant @ scale @ np.linalg.inv(middle)
 
 
+def crop_matrix(size: np.ndarray, centre: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return the map of a position in the stretched crop to the one in the image."""
+    sides = np.array([height, width])
+    corner = (centre + 1 - size) / 2 * sides  # pixel edges, where pixel 0 begins at 0
+    matrix = np.diag([*size, 1.0])
+    matrix[:2, 2] = corner + 0.5 * size - 0.5
+    return matrix
+
+
 def scipy_warp(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     linear, offset = matrix[:2, :2], matrix[:2, 2]
     return np.stack(
@@ -47,21 +56,28 @@ def scipy_warp(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(("height", "width"), [(24, 24), (20, 31)])
 @pytest.mark.parametrize("seed", range(4))
 def test_warp_is_scipys_and_keras(height: int, width: int, seed: int) -> None:
-    """Equal everywhere, borders included, within 1e-3 of the 0..255 scale."""
+    """Equal everywhere, borders included, within 1e-3 of the 0..255 scale; crops too."""
     rng = np.random.default_rng(seed)
     images = rng.uniform(0, 255, size=(5, 3, height, width))
     angle, shear = rng.uniform(-np.pi, np.pi, size=5), rng.uniform(-0.8, 0.8, size=5)
     shift = rng.uniform(-0.4, 0.4, size=(5, 2))
     zoom = rng.uniform(0.6, 1.4, size=(5, 2)) * [1, (-1) ** seed]
-    draws = Draws(
-        *(torch.from_numpy(part).float() for part in (angle, shift, shear, zoom, np.zeros(5)))
-    )
+    size = rng.uniform(0.5, 1.0, size=(5, 2))
+    centre = rng.uniform(-1, 1, size=(5, 2)) * (1 - size)
+    crops = [(np.ones((5, 2)), np.zeros((5, 2))), (size, centre)]
+    parts = (angle, shift, shear, zoom, np.zeros(5))
 
-    warped = affine_warp(torch.from_numpy(images).float(), draws).numpy()
+    for crop_size, crop_centre in crops:
+        draws = Draws(
+            *(torch.from_numpy(part).float() for part in (*parts, crop_size, crop_centre)),
+            seed=torch.zeros(5, dtype=torch.int64),
+        )
+        warped = affine_warp(torch.from_numpy(images).float(), draws).numpy()
 
-    for i in range(5):
-        matrix = keras_matrix(angle[i], tuple(shift[i]), shear[i], tuple(zoom[i]), height, width)
-        assert np.abs(warped[i] - scipy_warp(images[i], matrix)).max() < 1e-3 * 255
+        for i in range(5):
+            warp = keras_matrix(angle[i], tuple(shift[i]), shear[i], tuple(zoom[i]), height, width)
+            crop = crop_matrix(crop_size[i], crop_centre[i], height, width)
+            assert np.abs(warped[i] - scipy_warp(images[i], crop @ warp)).max() < 1e-3 * 255
 
 
 def test_flips_are_mirror_images() -> None:
@@ -111,7 +127,7 @@ def test_draws_fill_their_ranges() -> None:
     """Ranges and units are the authors': degrees, shares of the side, scale about 1, 0..255."""
     draws = Augment(PAPER).draw(20_000, torch.Generator().manual_seed(0))
 
-    assert [tuple(part.shape[1:]) for part in draws] == [(), (2,), (), (2,), ()]
+    assert [tuple(part.shape[1:]) for part in draws[:5]] == [(), (2,), (), (2,), ()]
     for part, limit in (
         (draws.angle, np.radians(30)),
         (draws.shear, np.radians(0.3)),
@@ -201,6 +217,43 @@ def test_an_images_pixels_do_not_depend_on_its_batch() -> None:
     last = augment(images, torch.Generator().manual_seed(0))[5]
 
     assert torch.equal(augment(others, torch.Generator().manual_seed(0))[5], last)
+
+
+@pytest.mark.parametrize("crop", [0.05, 0.7])
+def test_crops_lie_in_the_image_and_have_the_named_areas(crop: float) -> None:
+    """Area and logarithm of the ratio are uniform where all ratios fit, as in torchvision."""
+    draws = Augment(AugmentSpec(crop=crop)).draw(20_000, torch.Generator().manual_seed(0))
+
+    height, width = draws.crop_size.unbind(1)
+    area, ratio = height * width, width / height
+    assert float(area.min()) >= crop - 1e-6
+    assert float(draws.crop_size.max()) <= 1.0
+    assert float((draws.crop_centre.abs() + draws.crop_size).max()) <= 1.0 + 1e-6
+    assert 0.75 - 1e-6 <= float(ratio.min()) < 0.77
+    assert 1.3 < float(ratio.max()) <= 4 / 3 + 1e-6
+    fits_any_ratio = area < 0.74
+    log_ratio = ratio[fits_any_ratio].log() / np.log(4 / 3)
+    assert abs(float(log_ratio.mean())) < 0.05
+    assert abs(float(log_ratio.std()) - 1 / np.sqrt(3)) < 0.02
+    places = draws.crop_centre[height < 0.9] / (1 - draws.crop_size[height < 0.9])
+    assert float(places[:, 0].abs().max()) > 0.99
+    assert abs(float(places[:, 0].mean())) < 0.03
+
+
+@pytest.mark.parametrize("options", [{"crop": 0.3, "hflip": True, "rotation": 10.0}, *TODAY])
+def test_drawn_alone_or_together_an_image_has_the_same_pixels(options: dict[str, object]) -> None:
+    """Cached copies are made in batches of any size, and must not depend on them."""
+    images = random_images(17, 16, 20).permute(0, 3, 1, 2)
+    augment = Augment(AugmentSpec(**options))
+
+    def augmented(rows: range) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+        return augment.apply(images[rows.start : rows.stop], augment.draw_each(generators))
+
+    together = augmented(range(17))
+
+    for rows in (range(1), range(3, 8), range(1, 17)):
+        assert torch.equal(augmented(rows), together[rows.start : rows.stop])
 
 
 def test_crops_show_a_part_of_the_image_of_the_named_area() -> None:

@@ -52,7 +52,7 @@ from threefold.training.features.store import (
 from threefold.training.pixel_cache import resize_images, select_rows
 from threefold.training.progress.watcher import Watcher
 from threefold.training.provenance import hardware, stable_seed
-from threefold.training.steps.augment import Augment
+from threefold.training.steps.augment import AUGMENT_VERSION, Augment
 
 VERSION = 1
 """Version of decoding, resize and storage; another one makes cached features unknown."""
@@ -126,7 +126,7 @@ class FeatureCache:
         self._hashes: dict[str, dict[int, str]] = {"train": {}, "test": {}, "unlabelled": {}}
         self._answered = self._to_answer = 0
         self._augment = Augment(recipe.augment)
-        copies = [recipe.seed, recipe.augment.model_dump_json()]
+        copies = [AUGMENT_VERSION, recipe.seed, recipe.augment.model_dump_json()]
         self._copies = hashlib.sha256(json.dumps(copies).encode()).hexdigest()[:16]
 
     def blocks(

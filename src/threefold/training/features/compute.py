@@ -124,16 +124,18 @@ class FeaturePass:
         """Decode a batch once, and let every backbone answer what it lacks of it."""
         rows = sorted({self.place[name][0] for name in batch})
         images = dict(zip(rows, pool.map(self.dataset.pixels, rows), strict=True))
-        prepared: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+        prepared: dict[tuple[int, str], np.ndarray] = {}
         for key, backbone in self.backbones.items():
-            names = [name for name in batch if name in backbone.missing]
-            if not names:
+            missing = [i for i, name in enumerate(batch) if name in backbone.missing]
+            if not missing:
                 continue
             how = (backbone.spec.img_size, backbone.spec.resize)
             if how not in prepared:
                 prepared[how] = self._pixels(images, batch, backbone.spec, pool)
-            pixels = np.stack([prepared[how][name] for name in names])
-            yield Answered(key, names, compute(engine(key), pixels))
+            pixels = prepared[how]
+            if len(missing) < len(batch):
+                pixels = pixels[missing]
+            yield Answered(key, [batch[i] for i in missing], compute(engine(key), pixels))
 
     def _pixels(
         self,
@@ -141,18 +143,17 @@ class FeaturePass:
         batch: Sequence[str],
         spec: MemberSpec,
         pool: ThreadPoolExecutor,
-    ) -> dict[str, np.ndarray]:
-        """Resize images and augment copies: float32 (3, s, s) in 0..255 by name."""
+    ) -> np.ndarray:
+        """Resize the images of a batch and augment copies: float32 (b, 3, s, s) in 0..255."""
         resized = resize_images([*images.values()], spec.img_size, spec.resize, pool)
-        squares = dict(zip(images, to_float(resized), strict=True))
-        pixels = {}
-        for name in batch:
-            row, copy = self.place[name]
-            pixels[name] = squares[row]
-            if copy:
-                generator = torch.Generator().manual_seed(stable_seed(name))
-                whole = torch.from_numpy(squares[row][None])
-                pixels[name] = self.augment(whole, generator)[0].numpy()
+        number = {row: i for i, row in enumerate(images)}
+        pixels = to_float(resized[[number[self.place[name][0]] for name in batch]])
+        copies = [i for i, name in enumerate(batch) if self.place[name][1]]
+        if copies:
+            generators = [torch.Generator().manual_seed(stable_seed(batch[i])) for i in copies]
+            draws = self.augment.draw_each(generators)
+            augmented = self.augment.apply(torch.from_numpy(pixels[copies]), draws)
+            pixels[copies] = augmented.numpy()
         return pixels
 
 

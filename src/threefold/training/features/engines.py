@@ -138,9 +138,10 @@ def answer_in_batches(answer: Callable[[np.ndarray], np.ndarray], pixels: ImageR
     parts = []
     for begin in range(0, len(pixels), BATCH):
         batch = pixels[begin : begin + BATCH]
-        padding = np.repeat(batch[-1:], BATCH - len(batch), axis=0)
-        whole = np.ascontiguousarray(np.concatenate([batch, padding]))
-        parts.append(answer(whole)[: len(batch)])
+        count = len(batch)
+        if count < BATCH:
+            batch = np.concatenate([batch, np.repeat(batch[-1:], BATCH - count, axis=0)])
+        parts.append(answer(np.ascontiguousarray(batch))[:count])
     return np.concatenate(parts)
 
 
