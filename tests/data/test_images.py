@@ -424,6 +424,32 @@ DAMAGED_BASES = [encode(PIXELS, name) for name in ("JPEG", "PNG", "WEBP", "BMP",
 ]
 
 
+JPEGS = [
+    encode(Image.fromarray(shades).resize((420, 310)), "JPEG", **options)
+    for shades in (PIXELS, PIXELS[..., 0])
+    for options in ({}, {"progressive": True}, {"restart_marker_rows": 2})
+]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_check_refuses_what_decode_refuses(data: st.DataObject) -> None:
+    """A JPEG image is checked at an eighth of its size, where all of its bytes are read, too."""
+    content = bytearray(data.draw(st.sampled_from(JPEGS)))
+    del content[data.draw(st.integers(4, 4 * len(content))) :]
+    for _ in range(data.draw(st.integers(0, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+
+    found = check("x.jpg", bytes(content))
+
+    if found is None or found.readable:
+        assert decode(bytes(content)).shape[2] == 3
+    else:
+        with pytest.raises(DataError, match="cannot read the image") as raised:
+            decode(bytes(content))
+        assert found.reason in str(raised.value)
+
+
 def test_check_accepts_all_suffixes_of_a_format(tmp_path: Path) -> None:
     for suffix, format in IMAGE_SUFFIXES.items():
         if format == "HEIF":  # Pillow cannot write it

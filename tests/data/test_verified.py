@@ -34,9 +34,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     original = images._read
 
-    def read(source: object, digest: object = None) -> object:
+    def read(source: object, digest: object = None, **options: bool) -> object:
         names.append(Path(str(source)).name)
-        return original(source, digest)  # type: ignore[arg-type]
+        return original(source, digest, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(images, "_read", read)
     return names

@@ -173,7 +173,10 @@ def measure(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
 
 def check(path: str | Path, content: bytes | None = None) -> BadImage | None:
-    """Decode a file completely and return what is wrong with it, including a misleading suffix.
+    """Read a file completely and return what is wrong with it, including a misleading suffix.
+
+    A JPEG image is decoded at an eighth of its size. That takes a third of the time, and its reader
+    goes through all of the same bytes.
 
     Args:
         path: the file, or the name of `content`. The end of an address is no suffix: what a server
@@ -193,7 +196,7 @@ def _check(
 ) -> tuple[BadImage | None, bytes]:
     """Decode a file; its bytes are given to `digest`, if there is one."""
     try:
-        _, image_format = _read(path if content is None else content, digest)
+        _, image_format = _read(path if content is None else content, digest, shrink=True)
     except UnreadableImage as error:
         return BadImage(path, " ".join(str(error).split())), b""
     found = b"" if digest is None else digest.digest()
@@ -312,15 +315,21 @@ def _digest(path: Path) -> bytes:
 
 
 def _read(
-    source: str | Path | bytes | BinaryIO, digest: Any = None
+    source: str | Path | bytes | BinaryIO, digest: Any = None, *, shrink: bool = False
 ) -> tuple[NDArray[np.uint8], str]:
-    """Return pixels and format of any source; the bytes of a file are given to `digest`."""
+    """Return pixels and format of any source.
+
+    Args:
+        source: see `decode`.
+        digest: is given the bytes of a file.
+        shrink: decode a JPEG image at an eighth of its size.
+    """
     if isinstance(source, bytes):
         if digest is not None:
             digest.update(source)
-        return _decode(io.BytesIO(source))
+        return _decode(io.BytesIO(source), shrink=shrink)
     if not isinstance(source, (str, Path)):
-        return _decode(io.BytesIO(source.read()))
+        return _decode(io.BytesIO(source.read()), shrink=shrink)
     try:
         # Reading a pipe or a device could block for ever.
         if not stat.S_ISREG(os.stat(source).st_mode):
@@ -333,7 +342,7 @@ def _read(
             while block := stream.read(1 << 20):
                 digest.update(block)
             stream.seek(0)
-        return _decode(stream)
+        return _decode(stream, shrink=shrink)
 
 
 def _open(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[ImageFile.ImageFile, str]:
@@ -352,9 +361,11 @@ def _open(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[ImageFile.Ima
     return image, image_format
 
 
-def _decode(stream: BinaryIO) -> tuple[NDArray[np.uint8], str]:
+def _decode(stream: BinaryIO, *, shrink: bool) -> tuple[NDArray[np.uint8], str]:
     image, image_format = _open(stream)
     try:
+        if shrink and image_format == "JPEG":
+            image.draft(None, (1, 1))
         scale = read_scale(image) if is_deep(image) else None
         image.load()
         upright = _upright(image)
