@@ -12,7 +12,7 @@ from support.sources import load_source
 
 from threefold.data import images, verified
 from threefold.data.dataset import Sources
-from threefold.data.images import same_digests
+from threefold.data.same_content import same_digests
 from threefold.errors import DataError
 
 

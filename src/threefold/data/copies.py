@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from threefold.data.images import same_digests
+from threefold.data.same_content import same_digests
 from threefold.data.sources.folder import ListedImage
 from threefold.errors import shorten
 from threefold.names import count_of

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from threefold.data.images import BadImage, content_hash, decode
+from threefold.data.images import BadImage, decode
 from threefold.data.label_counts import make_targets
+from threefold.data.same_content import content_hash
 from threefold.data.sources.folder import (
     EncodedImages,
     FilePaths,

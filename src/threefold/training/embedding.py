@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from threefold.data.dataset import ImageDataset, Sources
-from threefold.data.images import content_hash
+from threefold.data.same_content import content_hash
 from threefold.data.unchanged import DIGEST
 from threefold.errors import DataError, RecipeError, shorten
 from threefold.files import write_bytes

@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 
 from threefold.data.dataset import ImageDataset, Sources
 from threefold.data.group_file import read_groups, write_groups
-from threefold.data.images import same_content, same_digests
+from threefold.data.same_content import same_content, same_digests
 from threefold.data.scene_groups import MOST_IMAGES, find_scene_groups, grouping_effect
 from threefold.data.splits import assign_roles, refit_roles
 from threefold.errors import DataError, RecipeError, RunError
